@@ -1,0 +1,31 @@
+"""The exceptions that a user can cause, each with a message that says value, rule and remedy."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake of the user's: the command line prints its message and exits with code 2."""
+
+
+class ConfigError(UserError):
+    """The YAML, or a `--set`, says something that no run can do."""
+
+
+class DataError(UserError):
+    """Text, token files or a tokenizer are missing, broken or do not belong together."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or model directory is missing, torn, of another shape or of an unknown format."""
+
+
+class ForestError(UserError):
+    """An expert is unknown, unfinished, or does not fit the forest."""
+
+
+class LaunchError(UserError):
+    """A group cannot be started as asked."""
+
+
+class GroupFailed(Exception):
+    """A group started and ended with an error of its own; the message holds the end of its log."""
