@@ -1,0 +1,56 @@
+"""Hashes of a model's content: of names, dtypes, shapes and bytes, whatever its format or sharding."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from btm_scale.checkpoint.safetensors import SafetensorsModel
+from btm_scale.checkpoint.tensors import CODE_BY_DTYPE, ModelReader, TensorSpec, as_bytes
+
+_CHUNK_BYTES = 4 << 20
+_SAMPLE_ELEMENTS = 512
+
+
+def content_hash(directory: Path) -> str:
+    """SHA-256 of a Hugging Face model's weights as 64 hex digits, the same for any sharding."""
+    with SafetensorsModel(directory) as model:
+        return reader_hash(model)
+
+
+def reader_hash(model: ModelReader) -> str:
+    """`content_hash` of any reader; reads every byte once."""
+    specs = model.specs()
+    return combined_hash(specs, {name: tensor_hash(model.chunks(name, _CHUNK_BYTES)) for name in specs})
+
+
+def tensor_hash(chunks: Iterable[torch.Tensor]) -> str:
+    """SHA-256 of a tensor's bytes, row-major and little-endian, given in consecutive pieces."""
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(as_bytes(chunk))
+    return digest.hexdigest()
+
+
+def combined_hash(specs: Mapping[str, TensorSpec], tensor_hashes: Mapping[str, str]) -> str:
+    """The content hash from the tensors' own, so that these may come from several processes."""
+    digest = hashlib.sha256()
+    for name in sorted(specs):
+        spec = specs[name]
+        shape = ",".join(map(str, spec.shape))
+        digest.update(f"{name}\0{CODE_BY_DTYPE[spec.dtype]}\0{shape}\0{tensor_hashes[name]}\n".encode())
+    return digest.hexdigest()
+
+
+def sample_hash(model: ModelReader) -> str:
+    """A hash of the first few hundred elements of every tensor: enough to tell two trained models apart."""
+    specs = model.specs()
+    heads = {
+        name: tensor_hash([model.read_range(name, 0, min(_SAMPLE_ELEMENTS, spec.elements))])
+        for name, spec in specs.items()
+        if spec.elements
+    }
+    return combined_hash({name: specs[name] for name in heads}, heads)

@@ -1,0 +1,180 @@
+"""Hugging Face safetensors, single or sharded, proven whole when opened and read by ranges."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from btm_scale.checkpoint.sharded_writer import INDEX, SINGLE, ShardedWriter
+from btm_scale.checkpoint.tensors import (
+    DTYPE_BY_CODE,
+    ModelReader,
+    TensorSpec,
+    as_bytes,
+    unknown_tensor,
+)
+from btm_scale.errors import CheckpointError
+
+__all__ = ["INDEX", "SINGLE", "SafetensorsModel", "ShardedWriter", "TensorSpec", "pread_into", "read_header"]
+
+_MAX_HEADER = 100_000_000  # the reference implementation refuses more
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor's bytes lie."""
+
+    file: Path
+    offset: int
+    spec: TensorSpec
+
+
+def pread_into(descriptor: int, tensor: torch.Tensor, offset: int, path: Path) -> None:
+    """Fill a contiguous tensor from a file; raises `CheckpointError` when the file ends first."""
+    target = as_bytes(tensor)
+    while target:
+        count = os.preadv(descriptor, [target], offset)
+        if count == 0:
+            raise CheckpointError(f"{path} ends at byte {offset}, inside a tensor. Copy the file again.")
+        target, offset = target[count:], offset + count
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The JSON header of a safetensors file and the offset of its data; raises `CheckpointError`."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER):
+                raise CheckpointError(
+                    f"{path} has {size} bytes, too few for its header. It is cut short or no "
+                    "safetensors file; copy it again."
+                )
+            header = json.loads(file.read(length))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}. Copy it again.") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} has a header that is no JSON object; it is no safetensors file.")
+    return header, 8 + length
+
+
+def _places(path: Path) -> dict[str, _Place]:
+    """Every tensor of one file, after proof that they fill its data exactly, with no hole and no overlap."""
+    header, data = read_header(path)
+    header.pop("__metadata__", None)
+    places, spans = {}, []
+    for name, entry in header.items():
+        try:
+            begin, end = entry["data_offsets"]
+            spec = TensorSpec(DTYPE_BY_CODE[entry["dtype"]], tuple(int(size) for size in entry["shape"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: the header entry of '{name}' is not understood: {entry}"
+            ) from error
+        if end - begin != spec.nbytes:
+            raise CheckpointError(
+                f"{path}: '{name}' is {spec} and so {spec.nbytes} bytes, not {end - begin}."
+            )
+        places[name] = _Place(path, data + begin, spec)
+        spans.append((begin, end, name))
+    position = 0
+    for begin, end, name in sorted(spans):
+        if begin != position:
+            what = "overlaps the tensor before it" if begin < position else "leaves a hole before it"
+            raise CheckpointError(
+                f"{path}: '{name}' starts at data byte {begin} and {what}. Export it again."
+            )
+        position = end
+    size = path.stat().st_size - data
+    if size != position:
+        raise CheckpointError(
+            f"{path} holds {size} data bytes and its header says {position}. Copy it again."
+        )
+    return places
+
+
+class SafetensorsModel(ModelReader):
+    """A directory (or one file) of safetensors, checked when opened, its weights read when asked."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._descriptors: dict[Path, int] = {}
+        if self.path.is_file():
+            self._tensors = _places(self.path)
+        elif (index := self.path / INDEX).is_file():
+            self._tensors = _indexed_places(index)
+        elif (single := self.path / SINGLE).is_file():
+            self._tensors = _places(single)
+        else:
+            raise CheckpointError(f"{self.path} holds neither {SINGLE} nor {INDEX}.")
+        self._names = tuple(sorted(self._tensors))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every tensor's name, sorted."""
+        return self._names
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the weights."""
+        return tuple(sorted({place.file for place in self._tensors.values()}))
+
+    def spec(self, name: str) -> TensorSpec:
+        """Dtype and shape of a tensor."""
+        return self._place(name).spec
+
+    def read_range(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements `[start, stop)` of the row-major tensor, as a new 1-D tensor."""
+        place = self._place(name)
+        if not 0 <= start <= stop <= place.spec.elements:
+            raise IndexError(
+                f"[{start}, {stop}) is not within the {place.spec.elements} elements of '{name}'"
+            )
+        tensor = torch.empty(stop - start, dtype=place.spec.dtype)
+        if stop > start:
+            offset = place.offset + start * place.spec.dtype.itemsize
+            pread_into(self._descriptor(place.file), tensor, offset, place.file)
+        return tensor
+
+    def close(self) -> None:
+        """Close the shards."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def _place(self, name: str) -> _Place:
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise unknown_tensor(self.path, name) from None
+
+    def _descriptor(self, file: Path) -> int:
+        if file not in self._descriptors:
+            self._descriptors[file] = os.open(file, os.O_RDONLY)
+        return self._descriptors[file]
+
+
+def _indexed_places(index: Path) -> dict[str, _Place]:
+    """Every tensor that an index lists, after proof that index and shards say the same."""
+    try:
+        listed: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{index} is no safetensors index: {error}. Download it again.") from error
+    found: dict[str, _Place] = {}
+    for shard in sorted(set(listed.values())):
+        file = index.parent / shard
+        if not file.is_file():
+            raise CheckpointError(f"{index} names the shard {shard}, which is missing. Copy it here.")
+        inside = _places(file)
+        expected = {name for name, where in listed.items() if where == shard}
+        if wrong := sorted(inside.keys() ^ expected):
+            whose = "the index alone" if wrong[0] in expected else "the shard alone"
+            raise CheckpointError(
+                f"{index} and {shard} disagree on {len(wrong)} tensors; {whose} has '{wrong[0]}'."
+            )
+        found |= inside
+    return found

@@ -1,0 +1,170 @@
+"""The streaming writer of safetensors: every byte's place is known before the first is written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from btm_scale.checkpoint.publish import require_space, sync_directory, write_file
+from btm_scale.checkpoint.tensors import CODE_BY_DTYPE, TensorSpec, as_bytes
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class ShardedWriter:
+    """Safetensors shards that take their tensors in any order and in pieces.
+
+    The shards have temporary names until `close`, which checks that everything came, syncs, renames and writes
+    the index last. Leaving a `with` block by an exception, or `abort`, removes what was written. `attach=True`
+    opens the shards that another process laid out with the same arguments: several processes may then write,
+    and the one that laid them out closes.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        specs: Mapping[str, TensorSpec],
+        *,
+        max_shard_bytes: float = 5e9,
+        metadata: Mapping[str, str] | None = None,
+        attach: bool = False,
+    ) -> None:
+        self.directory = Path(directory)
+        self.specs = dict(specs)
+        self._written: dict[str, list[tuple[int, int]]] = {name: [] for name in specs}
+        self._where: dict[str, tuple[int, int]] = {}
+        self._shards: list[tuple[str, int]] = []
+        groups = _shard_groups(self.specs, max_shard_bytes)
+        headers = [_header({name: self.specs[name] for name in group}, metadata) for group in groups]
+        total = sum(spec.nbytes for spec in self.specs.values()) + sum(map(len, headers))
+        if not attach:
+            require_space(self.directory, total)
+            self.directory.mkdir(parents=True, exist_ok=True)
+        for i, (group, header) in enumerate(zip(groups, headers, strict=True)):
+            name = SINGLE if len(groups) == 1 else f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
+            position = len(header)
+            for tensor in group:
+                self._where[tensor] = (i, position)
+                position += self.specs[tensor].nbytes
+            flags = os.O_RDWR | (0 if attach else os.O_CREAT | os.O_TRUNC)
+            descriptor = os.open(self._temporary(name), flags, 0o666)
+            self._shards.append((name, descriptor))
+            if not attach:
+                os.ftruncate(descriptor, position)
+                _pwrite(descriptor, memoryview(header), 0)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write a whole tensor; its dtype and shape must be those that were announced."""
+        if (given := TensorSpec.of(tensor)) != self.specs[name]:
+            raise ValueError(f"'{name}' was announced as {self.specs[name]} and is {given}")
+        self.write_range(name, 0, tensor)
+
+    def write_range(self, name: str, start: int, tensor: torch.Tensor) -> None:
+        """Write the elements from `start` of the row-major tensor."""
+        spec, stop = self.specs[name], start + tensor.numel()
+        if tensor.dtype != spec.dtype or not 0 <= start <= stop <= spec.elements:
+            raise ValueError(f"{tensor.dtype} [{start}, {stop}) is no part of '{name}', {spec}")
+        shard, offset = self._where[name]
+        if stop > start:
+            data = as_bytes(tensor.cpu().contiguous())
+            _pwrite(self._shards[shard][1], data, offset + start * spec.dtype.itemsize)
+        self.mark_written(name, start, stop)
+
+    def mark_written(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """Count a range as there: written by an attached writer, or before an interruption."""
+        spans = sorted([*self._written[name], (start, self.specs[name].elements if stop is None else stop)])
+        joined = spans[:1]
+        for begin, end in spans[1:]:
+            if begin <= joined[-1][1]:
+                joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+            else:
+                joined.append((begin, end))
+        self._written[name] = joined
+
+    def sync(self) -> None:
+        """Bring what was written so far to the disk."""
+        for _, descriptor in self._shards:
+            os.fdatasync(descriptor)
+
+    def detach(self) -> None:
+        """Close the files and leave them as they are, unpublished."""
+        while self._shards:
+            os.close(self._shards.pop()[1])
+
+    def close(self) -> None:
+        """Publish: raises `RuntimeError` if anything was not written, and then leaves nothing behind."""
+        missing = [name for name, spec in self.specs.items() if self._written[name] != [(0, spec.elements)]]
+        if missing:
+            self.abort()
+            raise RuntimeError(f"{len(missing)} tensors were not written whole, the first is '{missing[0]}'")
+        self.sync()
+        names = [name for name, _ in self._shards]
+        self.detach()
+        for name in names:
+            self._temporary(name).replace(self.directory / name)
+        sync_directory(self.directory)
+        if len(names) > 1:
+            weight_map = {tensor: names[shard] for tensor, (shard, _) in sorted(self._where.items())}
+            total = sum(spec.nbytes for spec in self.specs.values())
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            write_file(self.directory / INDEX, json.dumps(index, indent=2) + "\n")
+
+    def abort(self) -> None:
+        """Remove what was written; nothing had its final name yet."""
+        names = [name for name, _ in self._shards]
+        self.detach()
+        for name in names:
+            self._temporary(name).unlink(missing_ok=True)
+
+    def _temporary(self, name: str) -> Path:
+        return self.directory / f".{name}.partial"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+
+def _shard_groups(specs: Mapping[str, TensorSpec], max_shard_bytes: float) -> list[list[str]]:
+    """Names by shard, in the order given; within a shard wide elements come first, which aligns them all."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, spec in specs.items():
+        if groups[-1] and size + spec.nbytes > max_shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += spec.nbytes
+    return [sorted(group, key=lambda name: -specs[name].dtype.itemsize) for group in groups]
+
+
+def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None) -> bytes:
+    """A file's first bytes: length, then JSON padded so that the data starts at a multiple of eight."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    position = 0
+    for name, spec in specs.items():
+        span = [position, position + spec.nbytes]
+        header[name] = {"dtype": CODE_BY_DTYPE[spec.dtype], "shape": list(spec.shape), "data_offsets": span}
+        position += spec.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _pwrite(descriptor: int, data: memoryview, offset: int) -> None:
+    while data:
+        count = os.pwrite(descriptor, data, offset)
+        data, offset = data[count:], offset + count

@@ -1,0 +1,136 @@
+"""What every reader and writer of weights agrees on: named tensors, read by flat ranges."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from btm_scale.errors import CheckpointError
+
+# The names that safetensors headers use for the element types that torch knows.
+DTYPE_BY_CODE: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
+}
+CODE_BY_DTYPE: Mapping[torch.dtype, str] = {dtype: code for code, dtype in DTYPE_BY_CODE.items()}
+_SHORT_NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The dtype that `name` (`bfloat16`, `bf16`, `float32`, ...) means; raises `CheckpointError`."""
+    dtype = _SHORT_NAMES.get(name) or getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or dtype not in CODE_BY_DTYPE:
+        raise CheckpointError(f"dtype '{name}' is unknown. Use bfloat16, float16, float32 or float64.")
+    return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for `torch.bfloat16`: how Hugging Face configs and our messages write it."""
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """All of a tensor but its values."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Self:
+        """The spec of a tensor that exists."""
+        return cls(tensor.dtype, tuple(tensor.shape))
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return self.elements * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{dtype_name(self.dtype)} {list(self.shape)}"
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, writable and without a copy."""
+    array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+class ModelReader(ABC):
+    """Named tensors on disk, of which any flat range can be read without reading the rest.
+
+    `names` is sorted, so it does not depend on format or sharding. A context manager; closing is idempotent.
+    """
+
+    path: Path
+
+    @property
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """Every tensor's name, sorted."""
+
+    @abstractmethod
+    def spec(self, name: str) -> TensorSpec:
+        """Dtype and shape of a tensor; raises `CheckpointError` for a name that is not there."""
+
+    @abstractmethod
+    def read_range(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements `[start, stop)` of the row-major tensor, as a new 1-D tensor."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor."""
+        spec = self.spec(name)
+        return self.read_range(name, 0, spec.elements).reshape(spec.shape)
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Every tensor's spec, by sorted name."""
+        return {name: self.spec(name) for name in self.names}
+
+    def chunks(self, name: str, chunk_bytes: int) -> Iterator[torch.Tensor]:
+        """The tensor as consecutive flat pieces of at most `chunk_bytes`."""
+        spec = self.spec(name)
+        step = max(1, chunk_bytes // spec.dtype.itemsize)
+        for start in range(0, spec.elements, step):
+            yield self.read_range(name, start, min(start + step, spec.elements))
+
+    def close(self) -> None:
+        """Let go of open files."""
+        return None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def unknown_tensor(path: Path, name: str) -> CheckpointError:
+    """The error for a name that a checkpoint does not hold."""
+    return CheckpointError(f"{path} has no tensor '{name}'.")
