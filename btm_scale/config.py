@@ -1,0 +1,302 @@
+"""RunConfig: all that a run's YAML may say, and every problem in it reported at once."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from btm_scale.errors import ConfigError
+from btm_scale.model.shape import PRESETS, Family, ModelShape
+from btm_scale.run_dir import DENSE, SEED
+from btm_scale.yaml_file import apply_overrides, dump_yaml, explain, load_yaml
+
+
+def _domain_name(name: str) -> str:
+    # Names become folders and job names, so they are kept to what is safe in both.
+    if name in (SEED, DENSE, "uniform", "argmax", "posterior"):
+        raise ValueError(f"'{name}' is the name of one of the run's own models; choose another")
+    allowed = name.replace("-", "").replace("_", "").replace(".", "")
+    if not (allowed.isascii() and allowed.isalnum() and name[0].isalnum() and len(name) <= 64):
+        raise ValueError(
+            f"'{name}' cannot name a domain: up to 64 letters, digits, '-', '_' and '.', a letter or digit first"
+        )
+    return name
+
+
+DomainName = Annotated[str, AfterValidator(_domain_name)]
+
+
+class Section(BaseModel):
+    """A part of the YAML: strict, and never changed once it is made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelConfig(Section):
+    """A preset, or a family with sizes; any size given beside a preset replaces the preset's."""
+
+    preset: str | None = None
+    family: Family | None = None
+    layers: int | None = Field(default=None, gt=0)
+    hidden: int | None = Field(default=None, gt=0)
+    heads: int | None = Field(default=None, gt=0)
+    groups: int | None = Field(default=None, gt=0)
+    ffn: int | None = Field(default=None, gt=0)
+    tied: bool | None = None
+    norm_epsilon: float | None = Field(default=None, gt=0)
+    rope_theta: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _buildable(self) -> ModelConfig:
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ValueError(f"no preset is called '{self.preset}'; choose one of {', '.join(PRESETS)}")
+        self.shape(vocabulary=1, positions=1)
+        return self
+
+    def shape(self, vocabulary: int, positions: int) -> ModelShape:
+        """The full shape, for a vocabulary in tokens and a longest sequence in tokens."""
+        sizes: dict[str, Any] = dict(PRESETS[self.preset]) if self.preset else {}
+        sizes |= self.model_dump(exclude={"preset"}, exclude_none=True)
+        missing = [name for name in ("layers", "hidden", "heads", "ffn") if name not in sizes]
+        if missing:
+            raise ValueError(f"without a preset, {', '.join(missing)} must be given too")
+        if self.heads is not None and self.groups is None:
+            sizes["groups"] = self.heads
+        sizes.setdefault("groups", sizes["heads"])
+        return ModelShape(**sizes, vocabulary=vocabulary, positions=positions)
+
+
+class TokenizerConfig(Section):
+    """A tokenizer to train (sentencepiece BPE), or the directory of an existing one."""
+
+    vocab_size: int = Field(default=4096, ge=320, description="tokens; bytes and controls take 259 of them")
+    sample_bytes: int = Field(default=16_000_000, gt=0, description="text to train on, shared evenly by the domains")
+    path: Path | None = None
+
+
+class SplitUnit(Section):
+    """Documents whose `field` agrees (up to the text `until`, where given) stay in one split."""
+
+    field: str
+    until: str | None = None
+
+
+class DomainConfig(Section):
+    """Where a domain's text lies and how it is read."""
+
+    text: tuple[str, ...] = Field(min_length=1, description="paths or globs, relative to text_root")
+    field: str = Field(default="text", description="the field of a .jsonl or .parquet row that holds the text")
+    split_by: Literal["document", "file"] | SplitUnit = "document"
+    weight: float = Field(default=1.0, gt=0, description="share in the data of seed and dense, relative to others")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_path_is_a_list(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("text"), str):
+            return value | {"text": (value["text"],)}
+        return value
+
+
+class DataConfig(Section):
+    """How text becomes token files."""
+
+    dev: float = Field(default=0.05, gt=0, lt=0.5, description="share of the documents kept for choosing")
+    test: float = Field(default=0.05, gt=0, lt=0.5, description="share of the documents kept for the result")
+    on_bad_line: Literal["error", "skip"] = "error"
+    workers: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), gt=0)
+
+
+class BudgetConfig(Section):
+    """The compute of the forest, and so of the dense baseline."""
+
+    tokens: int = Field(default=6_000_000, gt=0)
+    seed_share: float = Field(default=0.5, gt=0, lt=1)
+    sequence_length: int = Field(default=256, gt=1)
+    batch_tokens: int = Field(default=16_384, gt=0)
+
+    @model_validator(mode="after")
+    def _whole_sequences(self) -> BudgetConfig:
+        if self.batch_tokens % self.sequence_length:
+            raise ValueError(
+                f"batch_tokens {self.batch_tokens} is not a multiple of sequence_length {self.sequence_length}; "
+                f"use {max(1, round(self.batch_tokens / self.sequence_length)) * self.sequence_length}"
+            )
+        if self.seed_steps < 1 or self.branch_steps < 1:
+            raise ValueError(
+                f"{self.tokens} tokens in batches of {self.batch_tokens} leave no step for seed or experts; "
+                "raise tokens or lower batch_tokens"
+            )
+        return self
+
+    @property
+    def seed_steps(self) -> int:
+        """Optimizer steps of the seed LM."""
+        return round(self.tokens * self.seed_share / self.batch_tokens)
+
+    @property
+    def branch_steps(self) -> int:
+        """Optimizer steps of the dense baseline after the seed, and of every expert."""
+        return round(self.tokens / self.batch_tokens) - self.seed_steps
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule, which runs over seed and branch as one."""
+
+    lr: float = Field(default=1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip: float = Field(default=1.0, ge=0, description="largest gradient norm; 0 leaves gradients as they are")
+    warmup: float = Field(default=0.08, ge=0, lt=1, description="share of the schedule")
+    decay: Literal["linear", "cosine", "constant"] = "linear"
+    final: float = Field(default=0.0, ge=0, le=1, description="learning rate at the end, as a share of lr")
+
+    def rate(self, progress: float) -> float:
+        """The learning rate at `progress` in (0, 1] of the schedule."""
+        if progress < self.warmup:
+            return self.lr * progress / self.warmup
+        if self.decay == "constant":
+            return self.lr
+        rest = (1.0 - progress) / (1.0 - self.warmup)
+        if self.decay == "cosine":
+            rest = 0.5 * (1.0 - math.cos(math.pi * rest))
+        return self.lr * (self.final + (1.0 - self.final) * rest)
+
+
+class GroupConfig(Section):
+    """The layout of an expert group."""
+
+    tensor: int = Field(default=1, gt=0, description="ranks that share every weight matrix")
+    data: int = Field(default=1, gt=0, description="ranks that share every batch")
+    zero: Literal[0, 1, 2, 3] = 1
+    precision: Literal["bf16", "fp32"] = "bf16"
+    micro_batch: int = Field(default=8, gt=0, description="sequences a rank takes at once, at the most")
+
+    @property
+    def ranks(self) -> int:
+        """Processes of the group."""
+        return self.tensor * self.data
+
+
+class ExpertConfig(Section):
+    """What differs for one expert."""
+
+    group: dict[str, Any] = Field(default_factory=dict)
+    tokens: int | None = Field(default=None, gt=0)
+    batch_tokens: int | None = Field(default=None, gt=0)
+
+
+class CheckpointConfig(Section):
+    """When a training state is saved, and how many are kept."""
+
+    every: int = Field(default=100, gt=0, description="steps")
+    keep: int = Field(default=2, gt=0)
+
+
+class BaselinesConfig(Section):
+    """What the forest is compared with."""
+
+    dense: bool = True
+    random_split: bool = False
+
+
+class EvaluateConfig(Section):
+    """What is scored, and how the experts are weighed."""
+
+    posterior: Literal["prefix"] = "prefix"
+    prior: Literal["cached", "uniform", "updating"] = "cached"
+    top_k: tuple[int, ...] = (1, 2, 4)
+    split: Literal["dev", "test"] = "test"
+    tokens_per_domain: int = Field(default=65_536, gt=0)
+    dev_blocks: int = Field(default=100, gt=0, description="blocks of dev text that set the cached prior")
+
+
+class LocalConfig(Section):
+    """How groups share one machine."""
+
+    slots: int | None = Field(default=None, gt=0, description="groups at a time; default: as many as fit the cores")
+
+
+class LaunchConfig(Section):
+    """How groups are started."""
+
+    local: LocalConfig = LocalConfig()
+
+
+class RunConfig(Section):
+    """A run. Read one with `RunConfig.load`."""
+
+    name: str = "run"
+    random_seed: int = Field(default=1, ge=0, lt=2**31)
+    model: ModelConfig = ModelConfig(preset="llama-4m")
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    text_root: Path = Path(".")
+    domains: dict[DomainName, DomainConfig] = Field(min_length=1)
+    novel_domains: dict[DomainName, DomainConfig] = Field(default_factory=dict)
+    data: DataConfig = DataConfig()
+    budget: BudgetConfig = BudgetConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    group: GroupConfig = GroupConfig()
+    experts: dict[str, ExpertConfig] = Field(default_factory=dict)
+    baselines: BaselinesConfig = BaselinesConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    launch: LaunchConfig = LaunchConfig()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> RunConfig:
+        problems = [f"domain '{name}' is also a novel domain; a novel domain is never trained on"
+                    for name in self.domains if name in self.novel_domains]  # fmt: skip
+        problems += [f"experts.{name}: no domain has this name; domains are {', '.join(self.domains)}"
+                     for name in self.experts if name not in self.domains]  # fmt: skip
+        for name in self.experts:
+            try:
+                self.expert_group(name)
+            except ValidationError as error:
+                problems.append(explain(error, GroupConfig, prefix=f"experts.{name}.group"))
+        if self.data.dev + self.data.test >= 1:
+            problems.append("data.dev and data.test together leave no text to train on; lower either")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def all_domains(self) -> dict[str, DomainConfig]:
+        """Training domains first, then novel ones, each in the YAML's order."""
+        return {**self.domains, **self.novel_domains}
+
+    def expert_group(self, name: str) -> GroupConfig:
+        """The layout of one expert's group."""
+        own = self.experts[name].group if name in self.experts else {}
+        return GroupConfig.model_validate(self.group.model_dump() | own)
+
+    @classmethod
+    def load(cls, path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
+        """Read a YAML, apply `key.path=value` overrides, and resolve paths.
+
+        Paths in the YAML are relative to its folder; paths in an override are relative to the working folder.
+        Raises ConfigError that lists every problem.
+        """
+        values = load_yaml(path)
+        values = apply_overrides(values, overrides, paths=("text_root", "tokenizer.path"))
+        try:
+            config = cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(f"{path}:\n{explain(error, cls)}") from None
+        return config._with_absolute_paths(path.resolve().parent)
+
+    def _with_absolute_paths(self, folder: Path) -> RunConfig:
+        tokenizer = self.tokenizer
+        if tokenizer.path is not None:
+            tokenizer = tokenizer.model_copy(update={"path": (folder / tokenizer.path).resolve()})
+        root = (folder / self.text_root).resolve()
+        return self.model_copy(update={"text_root": root, "tokenizer": tokenizer})
+
+    def save(self, path: Path) -> None:
+        """Write the resolved config; what is written loads to an equal config."""
+        dump_yaml(self.model_dump(mode="json"), path)

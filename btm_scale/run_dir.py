@@ -1,0 +1,94 @@
+"""Every path inside a run's folder, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+SPLITS = ("train", "dev", "test")
+SEED = "seed"
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The folder of one run. It names paths; it reads and writes nothing."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved config."""
+        return self.root / "run.yaml"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer's Hugging Face directory."""
+        return self.root / "tokenizer"
+
+    @property
+    def data(self) -> Path:
+        """The folder of all token files."""
+        return self.root / "data"
+
+    def domain(self, name: str) -> Path:
+        """The folder of one domain's token files."""
+        return self.data / name
+
+    def tokens(self, domain: str, split: str) -> Path:
+        """The prefix of a Megatron-core indexed dataset: `.bin` and `.idx` are appended."""
+        return self.domain(domain) / split
+
+    def fingerprint(self, domain: str) -> Path:
+        """What a domain's token files were made from; written last."""
+        return self.domain(domain) / "fingerprint.json"
+
+    @property
+    def index_cache(self) -> Path:
+        """Sample indices that Megatron-core's datasets keep."""
+        return self.data / ".index"
+
+    def train(self, model: str) -> Path:
+        """The working folder of a model's training."""
+        return self.root / "train" / model
+
+    def checkpoints(self, model: str) -> Path:
+        """Training states, one folder a step."""
+        return self.train(model) / "checkpoints"
+
+    def metrics(self, model: str) -> Path:
+        """One JSON object a step."""
+        return self.train(model) / "metrics.jsonl"
+
+    def log(self, model: str) -> Path:
+        """What the model's group printed."""
+        return self.train(model) / "log"
+
+    @property
+    def experts(self) -> Path:
+        """The forest: one Hugging Face directory an expert."""
+        return self.root / "experts"
+
+    def model(self, name: str) -> Path:
+        """The Hugging Face directory of a finished model: seed, dense, an average or an expert."""
+        if name in (SEED, DENSE):
+            return self.root / name
+        if name.startswith("average/"):
+            return self.root / "averages" / name.removeprefix("average/")
+        if name.startswith("random/"):
+            return self.root / "random-split" / name.removeprefix("random/")
+        return self.experts / name
+
+    def scores(self, model: str, domain: str, split: str) -> Path:
+        """The log-probabilities that a model gives to a domain's tokens."""
+        return self.root / "scores" / model / f"{domain}.{split}.safetensors"
+
+    @property
+    def results(self) -> Path:
+        """Every method's perplexity."""
+        return self.root / "evaluation" / "results.json"
+
+    @property
+    def report(self) -> Path:
+        """The page."""
+        return self.root / "report.html"

@@ -1,0 +1,152 @@
+"""Strict YAML in and out, and pydantic's complaints in the words of this project."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from btm_scale.errors import ConfigError
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise ConfigError(
+                    f"{key_node.start_mark.name}, line {key_node.start_mark.line + 1}: key '{key}' stands twice; "
+                    "keep one"
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _parse(text: str, name: str) -> Any:
+    loader = _StrictLoader(text)
+    loader.name = name
+    try:
+        return loader.get_single_data()
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name} is not valid YAML: {error}") from None
+    finally:
+        loader.dispose()
+
+
+def _numbers(value: Any) -> Any:
+    # YAML 1.1 takes 1e-3 (no dot) for text; nobody who writes it means text.
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():
+        try:
+            number = float(value)
+        except ValueError:
+            return value
+        return int(number) if number.is_integer() and "-" not in value else number
+    return value
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError for what is missing, unreadable or no mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"no config at {path}; give the path of a YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    values = _parse(text, str(path))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds {type(values).__name__}, not a mapping; it needs at least `domains:`")
+    return _numbers(values)
+
+
+def apply_overrides(values: dict[str, Any], overrides: tuple[str, ...], paths: tuple[str, ...]) -> dict[str, Any]:
+    """Set `a.b=value` in a copy of `values`; the keys in `paths` are made absolute from the working folder."""
+    result = _numbers(values)
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if not sign or not key:
+            raise ConfigError(f"--set {override}: expected key=value, such as --set budget.tokens=1000000")
+        value = _numbers(_parse(text, f"--set {key}"))
+        if key in paths and value is not None:
+            value = str(Path(str(value)).resolve())
+        *parents, last = key.split(".")
+        place = result
+        for parent in parents:
+            child = place.get(parent)
+            if child is None:
+                child = place[parent] = {}
+            if not isinstance(child, dict):
+                raise ConfigError(f"--set {override}: '{parent}' is a value, not a section")
+            place = child
+        place[last] = value
+    return result
+
+
+def dump_yaml(values: dict[str, Any], path: Path) -> None:
+    """Write a mapping, aside and then by name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        yaml.safe_dump(values, file, sort_keys=False, allow_unicode=True)
+    Path(partial).replace(path)
+
+
+def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """Every problem of a ValidationError, one a line, each with its path in the YAML."""
+    lines = []
+    for problem in error.errors():
+        location = [part for part in problem["loc"] if not (isinstance(part, str) and part in _UNION_TAGS)]
+        path = ".".join([prefix, *map(str, location)] if prefix else map(str, location))
+        lines.append("\n".join(f"  {path}: {line}" if path else f"  {line}" for line in _sentence(problem, model)))
+    return "\n".join(dict.fromkeys(lines))
+
+
+# pydantic names the branch of a union in the location; the YAML has no such key.
+_UNION_TAGS = {"SplitUnit", "literal['document','file']", "[key]"}
+
+
+def _sentence(problem: Any, model: type[BaseModel]) -> Iterator[str]:
+    if problem["type"] == "extra_forbidden":
+        *parents, key = problem["loc"]
+        known = sorted(_fields_at(model, parents))
+        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+        remedy = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
+        yield f"no such key; {remedy}"
+    elif problem["type"] == "missing":
+        yield "must be given"
+    elif problem["type"] == "value_error":
+        yield from str(problem["ctx"]["error"]).split("\n")
+    else:
+        message = problem["msg"].replace("Input should be", "must be")
+        yield f"{problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _fields_at(model: type[BaseModel], location: list[str | int]) -> set[str]:
+    """The keys that the model allows at a location."""
+    for part in location:
+        field = model.model_fields.get(str(part))
+        if field is None:
+            continue
+        models = _models_in(field.annotation)
+        if not models:
+            return set()
+        model = models[0]
+    return set(model.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for argument in get_args(annotation) for found in _models_in(argument)]
