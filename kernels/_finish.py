@@ -1,0 +1,36 @@
+"""What the Triton path and the reference share: partials to log-probabilities, and normalised weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Partials = tuple[Tensor, Tensor, Tensor]
+NO_TOKEN = -1
+
+
+def finish(maximum: Tensor, sum_exp: Tensor, target_logit: Tensor) -> Tensor:
+    """Log-probabilities of the targets: (target - maximum) - log(sum), never above 0.
+
+    A target logit of +inf marks an ignored token and becomes 0; -inf stays -inf. NaN in, NaN out.
+    """
+    shift = maximum.masked_fill(maximum == -float("inf"), 0.0)
+    log_probs = (target_logit - shift) - sum_exp.log()
+    impossible = (target_logit == -float("inf")) & ~sum_exp.isnan()
+    ignored = (target_logit == float("inf")) & (maximum < float("inf"))
+    return log_probs.masked_fill(impossible, -float("inf")).masked_fill(ignored, 0.0).clamp_(max=0.0)
+
+
+def merge(parts: Partials, more: Partials) -> Partials:
+    """The partials of two disjoint sets of vocabulary rows as one."""
+    maximum = torch.maximum(parts[0], more[0])
+    shift = maximum.masked_fill(maximum == -float("inf"), 0.0)
+    sum_exp = parts[1] * (parts[0] - shift).exp() + more[1] * (more[0] - shift).exp()
+    return maximum, sum_exp, torch.maximum(parts[2], more[2])
+
+
+def normalized(log_weights: Tensor) -> Tensor:
+    """Float32 log weights [batch, experts] that sum to 1 a row; a row of zero weights stays all -inf."""
+    log_weights = log_weights.double()
+    total = log_weights.logsumexp(1, keepdim=True)
+    return (log_weights - total.masked_fill(total == -float("inf"), 0.0)).float()
