@@ -1,4 +1,4 @@
-"""The kernels' mathematics in PyTorch, for machines without a GPU and for tests and benchmarks to compare with.
+"""The kernels' mathematics in PyTorch, for machines without a GPU, for tests and for benchmarks.
 
 Logits are float32 from the product on and live only one block at a time, so that memory never grows with
 tokens x vocabulary x experts, and a block is still in the cache when its exponentials are summed.
@@ -128,7 +128,7 @@ def mix_sample(
         best = torch.where(better, block_best, best)
         tokens = torch.where(better, first + column, tokens)
         log_probs = torch.where(better, mixture.gather(1, column.unsqueeze(1)).squeeze(1), log_probs)
-    broken = log_sum.isnan().any(0)
+    broken = log_sum.isnan().any(0) | log_weights.isnan().any(1)
     tokens = tokens.masked_fill(broken, NO_TOKEN)
     log_probs = log_probs.masked_fill(broken, float("nan"))
 
@@ -170,12 +170,13 @@ def _mixture_block(logits: Tensor, log_weights: Tensor, maximum: Tensor, log_sum
 def _exact_products(hidden: Tensor, head: Tensor) -> Iterator[None]:
     """Hold the float32 product to float32, whatever precision the process allows elsewhere.
 
-    Float32 copies of bfloat16 tensors may go to the CPU's bfloat16 units, several times as fast: the inputs are
-    representable, the products exact and the sums float32, so nothing is rounded. A PyTorch without the switch
-    does the same sum in plain float32.
+    Float32 copies of bfloat16 tensors may go to the CPU's bfloat16 units, several times as fast: the inputs
+    are representable, the products exact and the sums float32, so nothing is rounded. A PyTorch without the
+    switch does the same sum in plain float32.
     """
-    matmul: Any = torch.backends.cuda.matmul if hidden.is_cuda else torch.backends.mkldnn.matmul
-    if not hasattr(matmul, "fp32_precision"):
+    backends: Any = torch.backends.cuda if hidden.is_cuda else torch.backends.mkldnn
+    matmul = getattr(backends, "matmul", None)
+    if matmul is None or not hasattr(matmul, "fp32_precision"):
         yield
         return
     before = matmul.fp32_precision
