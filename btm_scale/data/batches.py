@@ -1,0 +1,180 @@
+"""Training samples in one fixed order, addressed by their number, so that any rank can go on anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+
+from btm_scale.data.fingerprint import Fingerprint
+from btm_scale.data.tokenizer import Tokenizer
+from btm_scale.errors import DataError
+from btm_scale.run_dir import RunDir
+
+# Megatron-core draws this much more from a domain than its share, against rounding in the blend.
+_SURPLUS = 0.005
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """As much of a tokenizer as GPTDataset asks for."""
+
+    vocab_size: int
+    eod: int
+
+    @property
+    def unique_identifiers(self) -> dict[str, int]:
+        return {"vocab_size": self.vocab_size, "eod": self.eod}
+
+
+class TrainingBatches:
+    """`samples` sequences of the train splits of `weights`' domains, packed and shuffled by `seed`.
+
+    The order depends on the token files, the weights, `sequence_length`, `samples` (the run's total), `seed`
+    and `part`, and on nothing else; it goes over the text as often as `samples` asks. `part=(i, n)` keeps the
+    documents in the i-th of n random parts, the same parts for every seed.
+
+    In a torch.distributed world all ranks make this object together: the first writes the index, if it isn't in
+    the run's cache yet, and the others wait. Groups that do so at once don't disturb each other. Raises DataError.
+    """
+
+    def __init__(
+        self,
+        run: RunDir,
+        weights: Mapping[str, float],
+        *,
+        sequence_length: int,
+        samples: int,
+        seed: int,
+        part: tuple[int, int] | None = None,
+    ) -> None:
+        self.samples = samples
+        self._run = run
+        self._weights = _normalised(weights)
+        self._part = part
+        tokenizer = Tokenizer.load(run.tokenizer)
+        self._config: dict[str, Any] = {
+            "random_seed": seed,
+            "sequence_length": sequence_length,
+            "tokenizer": _Vocabulary(tokenizer.vocab_size, tokenizer.eos),
+        }
+        cache = run.index_cache / self._key(tokenizer.digest)
+        if not cache.is_dir():
+            try:
+                if _rank() == 0:
+                    self._write_index(cache)
+            finally:
+                _barrier()
+        self._domains = self._open(cache)
+        self._domain_of = np.load(cache / "domain.npy", mmap_mode="r")
+        self._sample_of = np.load(cache / "sample.npy", mmap_mode="r")
+
+    def read(self, first: int, count: int) -> torch.Tensor:
+        """Samples `first` to `first + count`, int64 [count, sequence_length + 1]: inputs [:, :-1], labels [:, 1:]."""
+        if first < 0 or first + count > self.samples:
+            raise IndexError(f"samples {first} to {first + count} of an order of {self.samples}")
+        return torch.stack([self._sample(number) for number in range(first, first + count)])
+
+    def _sample(self, number: int) -> torch.Tensor:
+        sample = self._domains[int(self._domain_of[number])][int(self._sample_of[number])]
+        return torch.cat([sample["tokens"], sample["labels"][-1:]])
+
+    def _key(self, tokenizer: str) -> str:
+        """A digest of everything that the order depends on."""
+        made = {name: Fingerprint.load(self._run, name) for name in self._weights}
+        for fingerprint in made.values():
+            fingerprint.require_tokenizer(tokenizer, self._run)
+        contents = {
+            name: [made.text, made.tokenizer, made.settings, made.splits["train"].model_dump()]
+            for name, made in made.items()
+        }
+        vocabulary = self._config["tokenizer"].unique_identifiers
+        parts = [self._config | {"tokenizer": vocabulary}, self._weights, self.samples, self._part, contents]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+    def _write_index(self, cache: Path) -> None:
+        """Build every index beside the cache and give it its name when it is whole."""
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=cache.parent, prefix=f".{cache.name}.", suffix=".partial"))
+        try:
+            domains = self._open(partial)
+            if len(domains) > 1:
+                # Without a cache: with one, BlendedDataset asks for a process group.
+                blend = BlendedDataset(
+                    domains, list(self._weights.values()), self.samples, self._megatron_config(None)
+                )
+                domain_of, sample_of = blend.dataset_index, blend.dataset_sample_index
+            else:
+                domain_of, sample_of = np.zeros(self.samples, np.int16), np.arange(self.samples)
+            np.save(partial / "domain.npy", domain_of)
+            np.save(partial / "sample.npy", sample_of)
+            try:
+                partial.rename(cache)
+            except OSError:
+                if not cache.is_dir():  # else another group was faster with the same index
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _open(self, cache: Path) -> list[GPTDataset]:
+        return [self._open_domain(name, weight, cache) for name, weight in self._weights.items()]
+
+    def _open_domain(self, name: str, weight: float, cache: Path) -> GPTDataset:
+        tokens = IndexedDataset(str(self._run.tokens(name, "train")))
+        documents = np.arange(len(tokens), dtype=np.int32)
+        if self._part is not None:
+            which, parts = self._part
+            # RandomState's stream is frozen by NumPy's policy; the parts must never change.
+            documents = documents[np.random.RandomState(0).randint(parts, size=len(documents)) == which]
+            if int(tokens.sequence_lengths[documents].sum()) <= self._config["sequence_length"]:
+                raise DataError(
+                    f"part {which + 1} of {parts} of domain '{name}' has {len(documents)} documents, too few for one "
+                    "sequence; give the domain more text, or use fewer parts"
+                )
+        share = (
+            self.samples
+            if len(self._weights) == 1
+            else int(np.ceil(self.samples * weight * (1 + _SURPLUS))) + 1
+        )
+        return GPTDataset(
+            tokens, f"{name}/train", documents, share, Split.train, self._megatron_config(cache)
+        )
+
+    def _megatron_config(self, cache: Path | None) -> GPTDatasetConfig:
+        return GPTDatasetConfig(
+            **self._config,
+            path_to_cache=None if cache is None else str(cache),
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+
+
+def _normalised(weights: Mapping[str, float]) -> dict[str, float]:
+    used = {name: weights[name] for name in sorted(weights) if weights[name] > 0}
+    if not used:
+        raise DataError("no domain has a weight above 0; give at least one to train on")
+    total = sum(used.values())
+    return {name: weight / total for name, weight in used.items()}
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def _barrier() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()

@@ -1,0 +1,166 @@
+"""One domain's token files: read, placed in splits, rid of duplicates, encoded, written, fingerprinted."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from btm_scale.config import RunConfig
+from btm_scale.data.encode import Encoder, TokenFileWriter, token_dtype
+from btm_scale.data.files import resolve
+from btm_scale.data.fingerprint import Fingerprint, Source, SplitCounts, settings_of
+from btm_scale.data.sources import BadLines, Document, read_documents
+from btm_scale.data.split import Deduplicator, Identity, KeySet, identify
+from btm_scale.errors import DataError
+from btm_scale.run_dir import SPLITS, RunDir
+
+Progress = Callable[[str, int, int], None]
+KEYS_FILE = "keys.npz"
+
+
+def write_domain(
+    name: str,
+    config: RunConfig,
+    encoder: Encoder,
+    folder: Path,
+    elsewhere: dict[str, KeySet],
+    on_progress: Progress,
+) -> None:
+    """Write train, dev and test .bin and .idx, the keys of their documents, and fingerprint.json last.
+
+    `elsewhere` holds the keys of other domains' documents by split. Raises DataError if the domain is empty or
+    too small to split.
+    """
+    domain = config.all_domains[name]
+    sources = [Source.of(file) for file in resolve(name, domain, config.text_root)]
+    bad_lines = BadLines(config.data.on_bad_line)
+    deduplicator = Deduplicator(elsewhere, _own_held_out(name, config))
+    digest = _TextDigest()
+    writers = {split: TokenFileWriter(folder / split, encoder.tokenizer.vocab_size) for split in SPLITS}
+    keys = {split: array("Q") for split in SPLITS}
+    counts = {split: SplitCounts() for split in SPLITS}
+
+    def kept() -> Iterator[tuple[str, tuple[Identity, int]]]:
+        for document in read_documents(name, domain, config.text_root, on_bad_line=bad_lines):
+            digest.add(document)
+            identity = identify(document, dev=config.data.dev, test=config.data.test)
+            if deduplicator.keep(identity):
+                yield document.text, (identity, len(document.text.encode()))
+
+    encoded_bytes = documents = 0
+    for tags, ids, lengths in encoder.encode(kept()):
+        ends = np.cumsum(lengths)
+        for (identity, size), end, length in zip(tags, ends, lengths, strict=True):
+            writers[identity.split].add(ids[end - length : end])
+            keys[identity.split].append(identity.key)
+            count = counts[identity.split]
+            count.documents += 1
+            count.tokens += length
+            count.bytes += size
+            encoded_bytes += size
+        documents += len(tags)
+        on_progress(name, encoded_bytes, documents)
+    for writer in writers.values():
+        writer.close()
+    np.savez(folder / KEYS_FILE, **{split: np.frombuffer(keys[split], dtype=np.uint64) for split in SPLITS})
+    _require_enough(name, config, counts, len(sources), bad_lines.skipped)
+    Fingerprint(
+        domain=name,
+        sources=sources,
+        settings=settings_of(domain, config.data),
+        tokenizer=encoder.tokenizer.digest,
+        dtype=token_dtype(encoder.tokenizer.vocab_size).__name__,
+        text=digest.hexdigest(),
+        splits=counts,
+        skipped_lines=bad_lines.skipped,
+        duplicates=deduplicator.dropped,
+    ).save(folder)
+
+
+class _TextDigest:
+    """One digest of documents in their order."""
+
+    def __init__(self) -> None:
+        self._total = hashlib.sha256()
+
+    def add(self, document: Document) -> None:
+        self._total.update(hashlib.blake2b(document.text.encode(), digest_size=16).digest())
+        self._total.update(repr(document.group).encode())
+
+    def hexdigest(self) -> str:
+        return self._total.hexdigest()
+
+
+def digest_of_text(name: str, config: RunConfig) -> str:
+    """The digest that the domain's text as it is now would have in a fingerprint."""
+    digest = _TextDigest()
+    bad_lines = BadLines(config.data.on_bad_line)
+    for document in read_documents(name, config.all_domains[name], config.text_root, on_bad_line=bad_lines):
+        digest.add(document)
+    return digest.hexdigest()
+
+
+def _is_grouped(name: str, config: RunConfig) -> bool:
+    return config.all_domains[name].split_by != "document"
+
+
+def _own_held_out(name: str, config: RunConfig) -> dict[str, KeySet]:
+    """Keys of dev and test where groups decide, for there one text may stand in two splits."""
+    if not _is_grouped(name, config):
+        return {}
+    held_out = {split: KeySet() for split in ("dev", "test")}
+    domain = config.all_domains[name]
+    for document in read_documents(
+        name, domain, config.text_root, on_bad_line=BadLines(config.data.on_bad_line)
+    ):
+        identity = identify(document, dev=config.data.dev, test=config.data.test)
+        if identity.split in held_out:
+            held_out[identity.split].add(identity.key)
+    return held_out
+
+
+def keys_elsewhere(name: str, config: RunConfig, run: RunDir) -> dict[str, KeySet]:
+    """Keys by split of the documents in other domains' finished token files.
+
+    Empty where every domain places documents by their text: equal texts then share a split everywhere.
+    """
+    others = [other for other in config.all_domains if other != name and run.fingerprint(other).exists()]
+    if not any(_is_grouped(domain, config) for domain in (name, *others)):
+        return {}
+    found = {split: KeySet() for split in SPLITS}
+    for other in others:
+        with np.load(run.domain(other) / KEYS_FILE) as keys:
+            for split in SPLITS:
+                for key in keys[split].tolist():
+                    found[split].add(key)
+    return found
+
+
+def _require_enough(
+    name: str, config: RunConfig, counts: dict[str, SplitCounts], files: int, skipped: int
+) -> None:
+    if not sum(count.documents for count in counts.values()):
+        raise DataError(
+            f"domain '{name}' is empty: its {files} files hold no document"
+            + (f" ({skipped} bad lines were skipped)" if skipped else "")
+            + ". Give it text, or leave the domain out."
+        )
+    needed = config.budget.sequence_length + 1
+    splits = SPLITS if name in config.domains else ("dev", "test")
+    if all(counts[split].tokens >= needed for split in splits):
+        return
+    have = ", ".join(
+        f"{split} has {counts[split].documents} documents with {counts[split].tokens} tokens"
+        for split in splits
+    )
+    grouped = " Its documents are split in groups: smaller ones (split_by) spread more evenly." if (
+        _is_grouped(name, config)
+    ) else ""  # fmt: skip
+    raise DataError(
+        f"domain '{name}' is too small to split: {have}; each needs at least {needed} tokens (sequence_length + 1). "
+        f"Give it more text, raise data.dev or data.test, or lower budget.sequence_length.{grouped}"
+    )

@@ -1,0 +1,150 @@
+"""Text to token files: documents go out to worker processes in order, and their ids come back in order."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from array import array
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import numpy as np
+
+from btm_scale.data.tokenizer import Tokenizer
+
+Tag = TypeVar("Tag")
+
+# Enough text that handing it over costs nothing beside encoding it.
+_BATCH_CHARACTERS = 1 << 18
+# A longer text is encoded in pieces that end with a line; no token of a trained tokenizer spans a newline.
+_PIECE_CHARACTERS = 1 << 20
+
+_tokenizer: Tokenizer | None = None
+
+
+def _start_worker(directory: Path) -> None:
+    global _tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _tokenizer = Tokenizer.load(directory)
+
+
+def _encode_in_worker(texts: list[str]) -> tuple[np.ndarray[Any, Any], list[int]]:
+    assert _tokenizer is not None
+    return _encode(_tokenizer, texts)
+
+
+def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray[Any, Any], list[int]]:
+    """The ids of all texts in a row, each ended by eos, and how many each has."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    end = np.array([tokenizer.eos], dtype=dtype)
+    parts: list[np.ndarray[Any, Any]] = []
+    lengths = []
+    for text in texts:
+        ids = [encoded.astype(dtype) for encoded in tokenizer.encode_batch(list(_pieces(text)))]
+        parts += [*ids, end]
+        lengths.append(1 + sum(map(len, ids)))
+    return np.concatenate(parts), lengths
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > _PIECE_CHARACTERS:
+        end = text.rfind("\n", start, start + _PIECE_CHARACTERS) + 1
+        if end <= start:
+            end = start + _PIECE_CHARACTERS
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def token_dtype(vocab_size: int) -> type[np.generic]:
+    """The smallest type of Megatron-core's indexed datasets that holds every id."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.int32
+
+
+class Encoder:
+    """A pool of processes with one tokenizer; the result does not depend on how many there are."""
+
+    def __init__(self, tokenizer_directory: Path, workers: int) -> None:
+        self.tokenizer = Tokenizer.load(tokenizer_directory)
+        self._directory = tokenizer_directory
+        self._workers = workers
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Encoder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def encode(
+        self, texts: Iterable[tuple[str, Tag]]
+    ) -> Iterator[tuple[list[Tag], np.ndarray[Any, Any], list[int]]]:
+        """Batches of consecutive documents: their tags, ids one after another, and numbers of ids.
+
+        Holds a bounded number of texts at a time, whatever the stream's length.
+        """
+        waiting: deque[tuple[list[Tag], Future[tuple[np.ndarray[Any, Any], list[int]]]]] = deque()
+        for batch in _batches(texts):
+            documents, tags = [text for text, _ in batch], [tag for _, tag in batch]
+            if self._workers == 1:
+                yield tags, *_encode(self.tokenizer, documents)
+                continue
+            waiting.append((tags, self._start().submit(_encode_in_worker, documents)))
+            if len(waiting) > 2 * self._workers:
+                tags, result = waiting.popleft()
+                yield tags, *result.result()
+        for tags, result in waiting:
+            yield tags, *result.result()
+
+    def _start(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            # Not forked: this process may hold threads and locks of torch.
+            self._pool = ProcessPoolExecutor(
+                self._workers,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_start_worker,
+                initargs=(self._directory,),
+            )
+        return self._pool
+
+
+def _batches(texts: Iterable[tuple[str, Tag]]) -> Iterator[list[tuple[str, Tag]]]:
+    batch: list[tuple[str, Tag]] = []
+    size = 0
+    for text, tag in texts:
+        batch.append((text, tag))
+        size += len(text)
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+class TokenFileWriter:
+    """A Megatron-core indexed dataset, `prefix`.bin and `prefix`.idx, written document by document."""
+
+    def __init__(self, prefix: Path, vocab_size: int) -> None:
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+        self._prefix = prefix
+        self._builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=token_dtype(vocab_size))
+        # Its lists take 72 bytes a document, arrays 12.
+        self._builder.sequence_lengths = array("i")
+        self._builder.document_indices = array("q", [0])
+
+    def add(self, ids: np.ndarray[Any, Any]) -> None:
+        """Append a document, ids [tokens]."""
+        self._builder.add_document(ids, [len(ids)])
+
+    def close(self) -> None:
+        """Write the index, without which the files are nothing."""
+        self._builder.finalize(f"{self._prefix}.idx")

@@ -1,0 +1,79 @@
+"""The text that every method is judged on: the same tokens, in the same order, for all of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from btm_scale.data.fingerprint import Fingerprint
+from btm_scale.data.tokenizer import Tokenizer
+from btm_scale.run_dir import RunDir
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class EvaluationText:
+    """Documents of a split, one after another, cut into blocks that are predicted on their own.
+
+    Block b has the inputs `tokens[start : end]` and the targets `tokens[start + 1 : end + 1]`, where start is
+    `block_starts[b]` and end the next block's start; the last block may be shorter.
+    """
+
+    domain: str
+    split: str
+    tokens: Array
+    """int64 [targets + 1]"""
+    block_starts: Array
+    """int64 [blocks]: 0, sequence_length, 2 x sequence_length, ..."""
+    bytes: int
+    """UTF-8 bytes of the targets' text; the end of a document has none."""
+    fingerprint: str
+    """Hex digest of the tokens and where blocks start."""
+
+    @property
+    def targets(self) -> Array:
+        """int64 [targets]: what is predicted, in order."""
+        return self.tokens[1:]
+
+    @classmethod
+    def load(
+        cls, run: RunDir, domain: str, split: str, *, tokens: int, sequence_length: int
+    ) -> EvaluationText:
+        """At most `tokens` targets from a domain's split, documents in a fixed random order.
+
+        Raises DataError if the domain isn't prepared, or was with another tokenizer than the run's.
+        """
+        tokenizer = Tokenizer.load(run.tokenizer)
+        Fingerprint.load(run, domain).require_tokenizer(tokenizer.digest, run)
+        text = _sample(IndexedDataset(str(run.tokens(domain, split))), tokens + 1)
+        starts = np.arange(0, len(text) - 1, sequence_length, dtype=np.int64)
+        digest = hashlib.sha256(json.dumps([domain, split, sequence_length, tokenizer.digest]).encode())
+        digest.update(text.astype("<i8").tobytes())
+        return cls(domain, split, text, starts, _text_bytes(tokenizer, text[1:]), digest.hexdigest())
+
+
+def _sample(documents: IndexedDataset, tokens: int) -> Array:
+    # RandomState's stream is frozen by NumPy's policy; another order would be another test.
+    parts: list[Array] = []
+    for document in np.random.RandomState(0).permutation(len(documents)):
+        parts.append(documents[int(document)].astype(np.int64))
+        tokens -= len(parts[-1])
+        if tokens <= 0:
+            break
+    text = np.concatenate(parts)
+    return text[: len(text) + min(tokens, 0)]
+
+
+def _text_bytes(tokenizer: Tokenizer, ids: Array) -> int:
+    """By document, for a decoder may treat the start of a text apart."""
+    ends = np.flatnonzero(ids == tokenizer.eos)
+    return sum(
+        len(tokenizer.decode(document[document != tokenizer.eos].tolist()).encode())
+        for document in np.split(ids, ends)
+    )

@@ -1,0 +1,89 @@
+"""What a domain's token files were made from, so that none is used with another text, tokenizer or setting."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from btm_scale.config import DataConfig, DomainConfig
+from btm_scale.data.files import SourceFile
+from btm_scale.errors import DataError
+from btm_scale.run_dir import RunDir
+
+
+class Source(BaseModel):
+    """A file of text as it was when it was read."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    bytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, file: SourceFile) -> Source:
+        """The file as it is now."""
+        status = file.path.stat()
+        return cls(name=file.name, bytes=status.st_size, modified_ns=status.st_mtime_ns)
+
+
+class SplitCounts(BaseModel):
+    """The size of one split; `bytes` are of UTF-8 text, `tokens` count every document's end."""
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+
+
+class Fingerprint(BaseModel):
+    """Everything that decides a domain's token files, and what came of it. Digests are hex."""
+
+    schema_version: int = 1
+    domain: str
+    sources: list[Source]
+    settings: dict[str, Any]
+    tokenizer: str
+    dtype: str
+    text: str
+    splits: dict[str, SplitCounts]
+    skipped_lines: int
+    duplicates: int
+
+    @classmethod
+    def load(cls, run: RunDir, domain: str) -> Fingerprint:
+        """The fingerprint of finished token files. Raises DataError if there are none."""
+        path = run.fingerprint(domain)
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise DataError(
+                f"domain '{domain}' has no token files in {run.domain(domain)}; prepare the run first"
+            ) from None
+        except (OSError, ValidationError) as error:
+            raise DataError(
+                f"{path} cannot be read: {error}. Delete {run.domain(domain)} and prepare the run again."
+            ) from None
+
+    def save(self, folder: Path) -> None:
+        """Write fingerprint.json, whole or not at all."""
+        partial = folder / ".fingerprint.json"
+        partial.write_text(json.dumps(self.model_dump(), indent=1) + "\n", encoding="utf-8")
+        partial.replace(folder / "fingerprint.json")
+
+    def require_tokenizer(self, digest: str, run: RunDir) -> None:
+        """Raise DataError unless the token files were made with the tokenizer that has this digest."""
+        if self.tokenizer != digest:
+            raise DataError(
+                f"the token files of domain '{self.domain}' were made with another tokenizer (digest "
+                f"{self.tokenizer[:12]}) than the one in {run.tokenizer} (digest {digest[:12]}). Put the first one "
+                f"back, or delete {run.domain(self.domain)} and prepare the run again."
+            )
+
+
+def settings_of(domain: DomainConfig, data: DataConfig) -> dict[str, Any]:
+    """The settings that decide which documents stand in which split."""
+    own = domain.model_dump(mode="json", include={"field", "split_by"})
+    return own | data.model_dump(mode="json", include={"dev", "test", "on_bad_line"})

@@ -1,0 +1,163 @@
+"""Give a run its tokenizer: train one on a balanced sample of the domains, or take over an existing one."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from tokenizers import AddedToken, decoders, normalizers
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.models import BPE
+
+from btm_scale.config import RunConfig
+from btm_scale.data.files import SourceFile, resolve
+from btm_scale.data.sources import BadLines, read_file
+from btm_scale.data.split import identify
+from btm_scale.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer, TransformersTokenizer
+from btm_scale.errors import DataError
+
+_SPACE = "\u2581"
+_LINE_CHARACTERS = 16_000
+_TOKENIZER_FILES = (
+    SENTENCEPIECE_FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja",
+)  # fmt: skip
+_PROBES = (
+    "def f(x):\n\treturn  x ** 2  # 1234\n",
+    r"Let $\mathcal{O}_X$ be \emph{coherent}; see 3.14.",
+    " Naïve café, 北京, 🎉 and an ellipsis … at the end \n\n",
+)
+
+
+def train_tokenizer(directory: Path, texts: Iterable[str], *, vocab_size: int) -> None:
+    """Train a sentencepiece BPE tokenizer and write it as a Hugging Face directory.
+
+    Every text can be encoded (bytes are the last resort) and comes back as it was: nothing is normalised and
+    a newline is a token of its own. Raises DataError if the texts hold too little for `vocab_size` tokens.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_training_lines(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+            add_dummy_prefix=False, split_digits=True, allow_whitespace_only_pieces=True, user_defined_symbols=["\n"],
+            unk_id=0, bos_id=1, eos_id=2, pad_id=-1, max_sentence_length=8 * _LINE_CHARACTERS, minloglevel=3,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise DataError(
+            f"no tokenizer of {vocab_size} tokens can be trained on this text ({str(error).strip()}). "
+            "Set tokenizer.vocab_size to what the text carries, give more text, or take an existing tokenizer "
+            "by tokenizer.path."
+        ) from None
+    (directory / SENTENCEPIECE_FILE).write_bytes(model.getvalue())
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    _fast_tokenizer(processor).save(str(directory / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "add_bos_token": False,
+        "clean_up_tokenization_spaces": False,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _training_lines(texts: Iterable[str]) -> Iterator[str]:
+    # A newline never joins another character, so lines are all that merges can be learned from.
+    for text in texts:
+        for line in text.split("\n"):
+            for start in range(0, len(line), _LINE_CHARACTERS):
+                piece = line[start : start + _LINE_CHARACTERS]
+                if "\0" not in piece:
+                    yield piece
+
+
+def _fast_tokenizer(model: Any) -> FastTokenizer:
+    """The same BPE for the `tokenizers` library: a merge for every way to make a piece of two, best piece first."""
+    pieces = [model.id_to_piece(token) for token in range(model.get_piece_size())]
+    ids = {piece: token for token, piece in enumerate(pieces)}
+    learned = [
+        token for token in range(len(pieces))
+        if not (model.is_control(token) or model.is_unknown(token) or model.is_byte(token))
+    ]  # fmt: skip
+    merges = sorted(
+        (-model.get_score(token), ids[pieces[token][:cut]], ids[pieces[token][cut:]])
+        for token in learned
+        for cut in range(1, len(pieces[token]))
+        if pieces[token][:cut] in ids and pieces[token][cut:] in ids
+    )
+    bpe = BPE(
+        vocab=ids,
+        merges=[(pieces[left], pieces[right]) for _, left, right in merges],
+        unk_token=pieces[model.unk_id()],
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    tokenizer = FastTokenizer(bpe)
+    tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    special = (model.unk_id(), model.bos_id(), model.eos_id())
+    tokenizer.add_special_tokens(
+        [AddedToken(pieces[token], normalized=False, special=True) for token in special]
+    )
+    tokenizer.add_tokens([AddedToken("\n", normalized=False, special=False)])
+    return tokenizer
+
+
+def adopt_tokenizer(directory: Path, source: Path) -> None:
+    """Copy an existing tokenizer. Raises DataError if it can't be loaded here or by transformers."""
+    own = Tokenizer.load(source)
+    try:
+        reference = TransformersTokenizer(source)
+    except (OSError, RuntimeError, ValueError, ImportError, KeyError) as error:
+        raise DataError(
+            f"transformers.AutoTokenizer cannot load {source}: {error}. Finished experts carry their tokenizer in "
+            "that form; add tokenizer.json and tokenizer_config.json."
+        ) from None
+    is_sentencepiece = not isinstance(own, TransformersTokenizer)
+    if is_sentencepiece and all(own.encode(probe) == reference.encode(probe) for probe in _PROBES):
+        for name in _TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, directory / name)
+        return
+    # Written anew, for what AutoTokenizer loads may hang on a config.json that belongs to a model.
+    reference.save(directory)
+
+
+def balanced_sample(config: RunConfig, on_bad_line: BadLines) -> Iterator[str]:
+    """About `tokenizer.sample_bytes` of training text, the same share from every training domain."""
+    share = config.tokenizer.sample_bytes / len(config.domains)
+    for name, domain in config.domains.items():
+        remaining = share
+        files = resolve(name, domain, config.text_root)
+        sizes = [_expected_bytes(file) for file in files]
+        unread = sum(sizes)
+        for file, size in zip(files, sizes, strict=True):
+            allowance = remaining * size / unread
+            unread -= size
+            # Thinning spreads the sample over a file of many documents; a tenth bounds what is read to find it.
+            keep = 2.0**64 * (max(0.1, 2 * allowance / size) if file.holds_rows else 1.0)
+            taken = 0
+            for document in read_file(file, domain, on_bad_line):
+                identity = identify(document, dev=config.data.dev, test=config.data.test)
+                if identity.split != "train" or identity.key >= keep:
+                    continue
+                text = document.text[: int(allowance - taken) + 1]
+                taken += len(text.encode())
+                yield text
+                if taken >= allowance:
+                    break
+            remaining -= taken
+
+
+def _expected_bytes(file: SourceFile) -> int:
+    packed = file.compressed or file.format == ".parquet"
+    return max(1, file.path.stat().st_size * (3 if packed else 1))

@@ -1,0 +1,143 @@
+"""Everything between a config and training: the tokenizer, and each domain's token files, where not yet done."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from btm_scale.config import RunConfig
+from btm_scale.data.domain import Progress, digest_of_text, keys_elsewhere, write_domain
+from btm_scale.data.encode import Encoder
+from btm_scale.data.files import SourceFile, resolve
+from btm_scale.data.fingerprint import Fingerprint, Source, settings_of
+from btm_scale.data.make_tokenizer import adopt_tokenizer, balanced_sample, train_tokenizer
+from btm_scale.data.sources import BadLines
+from btm_scale.data.tokenizer import Tokenizer
+from btm_scale.errors import DataError
+from btm_scale.run_dir import RunDir
+
+
+def prepare(config: RunConfig, run: RunDir, on_progress: Progress | None = None) -> None:
+    """Make the tokenizer and the token files that are not there yet; what is there is checked, not made again.
+
+    `on_progress(domain, bytes, documents)` hears how much text has been encoded. One process prepares a run at
+    a time. Raises DataError; nothing half-written is left then.
+    """
+    files = _require_text(config)
+    _remove_leftovers(run)
+    _ensure_tokenizer(config, run)
+    digest = Tokenizer.load(run.tokenizer).digest
+    waiting = [name for name in config.all_domains if not _is_done(name, files[name], config, run, digest)]
+    if not waiting:
+        return
+    with Encoder(run.tokenizer, config.data.workers) as encoder:
+        for name in waiting:
+            _encode(name, config, run, encoder, on_progress or _silent)
+
+
+def _require_text(config: RunConfig) -> dict[str, list[SourceFile]]:
+    """The files of every domain, or one DataError with all that is wrong."""
+    files, problems = {}, []
+    for name, domain in config.all_domains.items():
+        try:
+            files[name] = resolve(name, domain, config.text_root)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+    return files
+
+
+def _silent(domain: str, encoded_bytes: int, documents: int) -> None:
+    pass
+
+
+def _partial(final: Path) -> Path:
+    return final.with_name(f".{final.name}.partial")
+
+
+def _remove_leftovers(run: RunDir) -> None:
+    for folder in (run.root, run.data, run.index_cache):
+        for leftover in folder.glob(".*.partial"):
+            shutil.rmtree(leftover)
+
+
+def _ensure_tokenizer(config: RunConfig, run: RunDir) -> None:
+    source = config.tokenizer.path
+    if source is not None and run.tokenizer.is_dir():
+        if Tokenizer.load(source).digest == Tokenizer.load(run.tokenizer).digest:
+            return
+    elif run.tokenizer.is_dir():
+        if (size := Tokenizer.load(run.tokenizer).vocab_size) != config.tokenizer.vocab_size:
+            raise _other_tokenizer(
+                run, f"{size} tokens, and tokenizer.vocab_size asks for {config.tokenizer.vocab_size}"
+            )
+        return
+    partial = _partial(run.tokenizer)
+    partial.mkdir(parents=True)
+    try:
+        if source is not None:
+            adopt_tokenizer(partial, source)
+        else:
+            sample = balanced_sample(config, BadLines(config.data.on_bad_line))
+            train_tokenizer(partial, sample, vocab_size=config.tokenizer.vocab_size)
+        if run.tokenizer.is_dir():
+            if Tokenizer.load(partial).digest != Tokenizer.load(run.tokenizer).digest:
+                raise _other_tokenizer(run, f"other files than tokenizer.path {source}")
+        else:
+            partial.rename(run.tokenizer)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _other_tokenizer(run: RunDir, difference: str) -> DataError:
+    return DataError(
+        f"the tokenizer in {run.tokenizer} has {difference}. All of a run's data and models share one tokenizer: "
+        "choose another --out, or set the config back."
+    )
+
+
+def _is_done(name: str, files: list[SourceFile], config: RunConfig, run: RunDir, tokenizer: str) -> bool:
+    """Whether a domain's token files are there. Raises DataError if they were made from something else."""
+    if not run.domain(name).exists():
+        return False
+    made = Fingerprint.load(run, name)
+    made.require_tokenizer(tokenizer, run)
+    domain = config.all_domains[name]
+    settings, sources = settings_of(domain, config.data), [Source.of(file) for file in files]
+    differences = [
+        f"{key} was {made.settings.get(key)!r} and is {value!r}"
+        for key, value in settings.items() if made.settings.get(key) != value
+    ]  # fmt: skip
+    if not differences and made.sources != sources:
+        # A copied file has a new time; only another text is another domain.
+        same_names = [source.name for source in made.sources] == [source.name for source in sources]
+        if same_names and made.text == digest_of_text(name, config):
+            made.model_copy(update={"sources": sources}).save(run.domain(name))
+            return True
+        differences = _changed(made.sources, sources)
+    if differences:
+        raise DataError(
+            f"the token files of domain '{name}' in {run.domain(name)} were made from something else: "
+            f"{'; '.join(differences)}. Choose another --out, or delete that folder to encode the domain again."
+        )
+    return True
+
+
+def _changed(old: list[Source], new: list[Source]) -> list[str]:
+    before, after = {source.name: source for source in old}, {source.name: source for source in new}
+    changes = [f"{name} is new" for name in after if name not in before]
+    changes += [f"{name} is gone" for name in before if name not in after]
+    changes += [f"{name} has changed" for name in after if name in before and before[name] != after[name]]
+    return changes[:5] + ([f"and {len(changes) - 5} more files"] if len(changes) > 5 else [])
+
+
+def _encode(name: str, config: RunConfig, run: RunDir, encoder: Encoder, on_progress: Progress) -> None:
+    partial = _partial(run.domain(name))
+    partial.mkdir(parents=True)
+    try:
+        elsewhere = keys_elsewhere(name, config, run)
+        write_domain(name, config, encoder, partial, elsewhere, on_progress)
+        partial.rename(run.domain(name))
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

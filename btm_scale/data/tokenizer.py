@@ -1,0 +1,146 @@
+"""The tokenizer of a run: one interface over sentencepiece models and Hugging Face tokenizers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from btm_scale.errors import DataError
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+# What fixes the ids of a text; other files of a tokenizer's directory are the same tokenizer's clothes.
+_IDENTITY_FILES = (
+    SENTENCEPIECE_FILE,
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "added_tokens.json",
+)
+
+
+class Tokenizer(ABC):
+    """Text to ids and back, with no special tokens added: `decode(encode(text)) == text`.
+
+    (sentencepiece writes a space as U+2581, so that this one character comes back as a space.)
+    """
+
+    digest: str
+    vocab_size: int
+    """Rows that a model's embedding needs: the largest id + 1."""
+    eos: int
+
+    @staticmethod
+    def load(directory: Path) -> Tokenizer:
+        """The tokenizer in a directory. Raises DataError if there is none that can be read."""
+        if not directory.is_dir():
+            raise DataError(f"no tokenizer at {directory}; prepare the run first, or correct tokenizer.path")
+        try:
+            if (directory / SENTENCEPIECE_FILE).is_file():
+                return SentencePieceTokenizer(directory)
+            return TransformersTokenizer(directory)
+        except (OSError, RuntimeError, ValueError, ImportError, KeyError) as error:
+            raise DataError(
+                f"the tokenizer in {directory} cannot be loaded: {error}. Give a directory with tokenizer.model "
+                "(sentencepiece) or one that transformers.AutoTokenizer loads."
+            ) from None
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray[Any, Any]]:
+        """The ids of each text, int arrays [tokens]."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text."""
+        ids: list[int] = self.encode_batch([text])[0].tolist()
+        return ids
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model, by its own library."""
+
+    def __init__(self, directory: Path) -> None:
+        self._model = sentencepiece.SentencePieceProcessor(model_file=str(directory / SENTENCEPIECE_FILE))
+        self.digest = directory_digest(directory)
+        self.vocab_size = max(
+            self._model.get_piece_size(), *(added + 1 for added in _added_ids(directory)), 1
+        )
+        self.eos = self._model.eos_id()
+        if self.eos < 0:
+            raise ValueError("it has no end-of-text token")
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray[Any, Any]]:
+        """See Tokenizer."""
+        return [np.array(ids, dtype=np.int32) for ids in self._model.encode(list(texts), num_threads=1)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See Tokenizer."""
+        text: str = self._model.decode([int(token) for token in ids])
+        return text
+
+
+class TransformersTokenizer(Tokenizer):
+    """Whatever `transformers.AutoTokenizer` loads."""
+
+    def __init__(self, directory: Path) -> None:
+        from transformers import AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        self.digest = directory_digest(directory)
+        self.vocab_size = max(len(self._tokenizer), max(self._tokenizer.get_vocab().values()) + 1)
+        if self._tokenizer.eos_token_id is None:
+            raise ValueError("it has no eos_token, which ends every document")
+        self.eos = int(self._tokenizer.eos_token_id)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray[Any, Any]]:
+        """See Tokenizer."""
+        # Text is text: a document that quotes "</s>" must not end there.
+        encoded = self._tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        return [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See Tokenizer."""
+        text: str = self._tokenizer.decode(
+            [int(token) for token in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def save(self, directory: Path) -> None:
+        """Write the tokenizer so that AutoTokenizer needs nothing else."""
+        self._tokenizer.save_pretrained(str(directory))
+
+
+def directory_digest(directory: Path) -> str:
+    """SHA-256 of the files that fix a tokenizer's ids, as 64 hex digits."""
+    digest = hashlib.sha256()
+    for name in _IDENTITY_FILES:
+        if (directory / name).is_file():
+            content = (directory / name).read_bytes()
+            digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def _added_ids(directory: Path) -> list[int]:
+    """Ids that Hugging Face files add to a sentencepiece vocabulary."""
+    ids: list[int] = []
+    if (path := directory / "added_tokens.json").is_file():
+        ids += json.loads(path.read_text(encoding="utf-8")).values()
+    if (path := directory / "tokenizer_config.json").is_file():
+        ids += map(int, json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder", {}))
+    return ids
