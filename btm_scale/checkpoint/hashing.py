@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +11,9 @@ import torch
 from btm_scale.checkpoint.safetensors import SafetensorsModel
 from btm_scale.checkpoint.tensors import CODE_BY_DTYPE, ModelReader, TensorSpec, as_bytes
 
-_CHUNK_BYTES = 4 << 20
+BLOCK_BYTES = (
+    64 << 20
+)  # part of the definition: a tensor's hash is of its blocks' hashes, so blocks may be hashed apart
 _SAMPLE_ELEMENTS = 512
 
 
@@ -24,24 +26,27 @@ def content_hash(directory: Path) -> str:
 def reader_hash(model: ModelReader) -> str:
     """`content_hash` of any reader; reads every byte once."""
     specs = model.specs()
-    return combined_hash(specs, {name: tensor_hash(model.chunks(name, _CHUNK_BYTES)) for name in specs})
+    blocks = {name: [block_hash([block]) for block in model.chunks(name, BLOCK_BYTES)] for name in specs}
+    return combined_hash(specs, blocks)
 
 
-def tensor_hash(chunks: Iterable[torch.Tensor]) -> str:
-    """SHA-256 of a tensor's bytes, row-major and little-endian, given in consecutive pieces."""
+def block_hash(pieces: Iterable[torch.Tensor]) -> str:
+    """SHA-256 of the bytes of consecutive pieces, which together are one block of a tensor."""
     digest = hashlib.sha256()
-    for chunk in chunks:
-        digest.update(as_bytes(chunk))
+    for piece in pieces:
+        digest.update(as_bytes(piece))
     return digest.hexdigest()
 
 
-def combined_hash(specs: Mapping[str, TensorSpec], tensor_hashes: Mapping[str, str]) -> str:
-    """The content hash from the tensors' own, so that these may come from several processes."""
+def combined_hash(specs: Mapping[str, TensorSpec], block_hashes: Mapping[str, Sequence[str]]) -> str:
+    """The content hash, from the hashes of every tensor's blocks in order."""
     digest = hashlib.sha256()
     for name in sorted(specs):
         spec = specs[name]
         shape = ",".join(map(str, spec.shape))
-        digest.update(f"{name}\0{CODE_BY_DTYPE[spec.dtype]}\0{shape}\0{tensor_hashes[name]}\n".encode())
+        digest.update(
+            f"{name}\0{CODE_BY_DTYPE[spec.dtype]}\0{shape}\0{' '.join(block_hashes[name])}\n".encode()
+        )
     return digest.hexdigest()
 
 
@@ -49,7 +54,7 @@ def sample_hash(model: ModelReader) -> str:
     """A hash of the first few hundred elements of every tensor: enough to tell two trained models apart."""
     specs = model.specs()
     heads = {
-        name: tensor_hash([model.read_range(name, 0, min(_SAMPLE_ELEMENTS, spec.elements))])
+        name: [block_hash([model.read_range(name, 0, min(_SAMPLE_ELEMENTS, spec.elements))])]
         for name, spec in specs.items()
         if spec.elements
     }

@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class _Place:
 
 def pread_into(descriptor: int, tensor: torch.Tensor, offset: int, path: Path) -> None:
     """Fill a contiguous tensor from a file; raises `CheckpointError` when the file ends first."""
-    target = as_bytes(tensor)
+    target = as_bytes(tensor) if tensor.numel() else memoryview(b"")
     while target:
         count = os.preadv(descriptor, [target], offset)
         if count == 0:
@@ -104,6 +105,7 @@ class SafetensorsModel(ModelReader):
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self._descriptors: dict[Path, int] = {}
+        self._opening = Lock()  # reading is safe from several threads
         if self.path.is_file():
             self._tensors = _places(self.path)
         elif (index := self.path / INDEX).is_file():
@@ -128,18 +130,13 @@ class SafetensorsModel(ModelReader):
         """Dtype and shape of a tensor."""
         return self._place(name).spec
 
-    def read_range(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements `[start, stop)` of the row-major tensor, as a new 1-D tensor."""
+    def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
+        """Fill `out` with the row-major elements from `start`."""
         place = self._place(name)
-        if not 0 <= start <= stop <= place.spec.elements:
-            raise IndexError(
-                f"[{start}, {stop}) is not within the {place.spec.elements} elements of '{name}'"
-            )
-        tensor = torch.empty(stop - start, dtype=place.spec.dtype)
-        if stop > start:
-            offset = place.offset + start * place.spec.dtype.itemsize
-            pread_into(self._descriptor(place.file), tensor, offset, place.file)
-        return tensor
+        if not 0 <= start <= start + out.numel() <= place.spec.elements or out.dtype != place.spec.dtype:
+            raise IndexError(f"{out.numel()} {out.dtype} from {start} are no part of '{name}', {place.spec}")
+        offset = place.offset + start * place.spec.dtype.itemsize
+        pread_into(self._descriptor(place.file), out, offset, place.file)
 
     def close(self) -> None:
         """Close the shards."""
@@ -153,9 +150,10 @@ class SafetensorsModel(ModelReader):
             raise unknown_tensor(self.path, name) from None
 
     def _descriptor(self, file: Path) -> int:
-        if file not in self._descriptors:
-            self._descriptors[file] = os.open(file, os.O_RDONLY)
-        return self._descriptors[file]
+        with self._opening:
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(file, os.O_RDONLY)
+            return self._descriptors[file]
 
 
 def _indexed_places(index: Path) -> dict[str, _Place]:

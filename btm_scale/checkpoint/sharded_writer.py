@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,10 +22,10 @@ INDEX = "model.safetensors.index.json"
 class ShardedWriter:
     """Safetensors shards that take their tensors in any order and in pieces.
 
-    The shards have temporary names until `close`, which checks that everything came, syncs, renames and writes
-    the index last. Leaving a `with` block by an exception, or `abort`, removes what was written. `attach=True`
-    opens the shards that another process laid out with the same arguments: several processes may then write,
-    and the one that laid them out closes.
+    The shards have temporary names until `close`, which checks that everything came, syncs, renames and
+    writes the index last. Leaving a `with` block by an exception, or `abort`, removes what was written.
+    `attach=True` opens the shards that another process, or an earlier try, laid out with the same arguments:
+    several processes may then write, and the one that laid them out closes.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class ShardedWriter:
         self.directory = Path(directory)
         self.specs = dict(specs)
         self._written: dict[str, list[tuple[int, int]]] = {name: [] for name in specs}
+        self._marking = Lock()  # writing is safe from several threads
         self._where: dict[str, tuple[int, int]] = {}
         self._shards: list[tuple[str, int]] = []
         groups = _shard_groups(self.specs, max_shard_bytes)
@@ -79,14 +81,20 @@ class ShardedWriter:
 
     def mark_written(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Count a range as there: written by an attached writer, or before an interruption."""
-        spans = sorted([*self._written[name], (start, self.specs[name].elements if stop is None else stop)])
-        joined = spans[:1]
-        for begin, end in spans[1:]:
-            if begin <= joined[-1][1]:
-                joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
-            else:
-                joined.append((begin, end))
-        self._written[name] = joined
+        stop = self.specs[name].elements if stop is None else stop
+        with self._marking:
+            spans = sorted([*self._written[name], (start, stop)])
+            joined = spans[:1]
+            for begin, end in spans[1:]:
+                if begin <= joined[-1][1]:
+                    joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+                else:
+                    joined.append((begin, end))
+            self._written[name] = joined
+
+    def shard_of(self, name: str) -> int:
+        """The number, from 0, of the shard that a tensor goes to."""
+        return self._where[name][0]
 
     def sync(self) -> None:
         """Bring what was written so far to the disk."""

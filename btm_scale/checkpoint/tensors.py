@@ -99,8 +99,14 @@ class ModelReader(ABC):
         """Dtype and shape of a tensor; raises `CheckpointError` for a name that is not there."""
 
     @abstractmethod
+    def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
+        """Fill `out` (1-D, contiguous, of the tensor's dtype) with the row-major elements from `start`."""
+
     def read_range(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements `[start, stop)` of the row-major tensor, as a new 1-D tensor."""
+        out = torch.empty(stop - start, dtype=self.spec(name).dtype)
+        self.read_into(name, start, out)
+        return out
 
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor."""

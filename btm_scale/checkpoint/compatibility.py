@@ -1,0 +1,110 @@
+"""Whether models may be merged: the same tensors, a config that means the same, one tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from btm_scale.checkpoint.tensors import ModelReader, TensorSpec
+from btm_scale.errors import CheckpointError
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json",
+    "spiece.model",
+)  # fmt: skip
+# What must agree in two configs for the mean of their weights to be a model.
+_CONFIG_KEYS = (
+    "model_type", "architectures", "hidden_size", "n_embd", "num_hidden_layers", "n_layer",
+    "num_attention_heads", "n_head", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size",
+    "hidden_act", "rms_norm_eps", "layer_norm_epsilon", "rope_theta", "rope_scaling", "rope_parameters",
+    "sliding_window", "tie_word_embeddings",
+)  # fmt: skip
+
+
+def common_specs(
+    readers: Sequence[ModelReader], dtype: torch.dtype | None
+) -> tuple[dict[str, TensorSpec], list[str]]:
+    """The output's specs and every way in which the models differ."""
+    first, problems = readers[0], []
+    specs = {name: spec for name, spec in first.specs().items() if not _derived(name, first.path)}
+    for other in readers[1:]:
+        theirs = {name: spec for name, spec in other.specs().items() if not _derived(name, other.path)}
+        problems += [
+            f"{other.path} has no tensor '{name}', {first.path} has." for name in specs.keys() - theirs
+        ]
+        problems += [
+            f"{first.path} has no tensor '{name}', {other.path} has." for name in theirs.keys() - specs
+        ]
+        for name in sorted(specs.keys() & theirs):
+            ours, its = specs[name], theirs[name]
+            if ours.shape != its.shape:
+                problems.append(
+                    f"'{name}' is {list(ours.shape)} in {first.path} and {list(its.shape)} in {other.path}."
+                )
+            elif ours.dtype != its.dtype and (dtype is None or not _both_float(ours, its)):
+                problems.append(
+                    f"'{name}' is {ours} in {first.path} and {its} in {other.path}. Say the output's dtype."
+                )
+            elif not ours.dtype.is_floating_point and not torch.equal(first.read(name), other.read(name)):
+                problems.append(
+                    f"'{name}', {ours}, is no float and differs in {first.path} and {other.path}."
+                )
+    if dtype is not None:
+        specs = {
+            name: TensorSpec(dtype, spec.shape) if spec.dtype.is_floating_point else spec
+            for name, spec in specs.items()
+        }
+    return specs, sorted(problems)
+
+
+def _both_float(one: TensorSpec, other: TensorSpec) -> bool:
+    return one.dtype.is_floating_point and other.dtype.is_floating_point
+
+
+def _derived(name: str, directory: Path) -> bool:
+    """Whether a tensor is made from others or from the config when the model is loaded."""
+    tied = name == "lm_head.weight" and read_json(directory / "config.json").get("tie_word_embeddings", False)
+    return bool(tied) or name.endswith("rotary_emb.inv_freq")
+
+
+def config_problems(paths: Sequence[Path]) -> list[str]:
+    """Every setting in which the configs differ, among those that decide what the weights mean."""
+    configs = {path: config for path in paths if (config := read_json(path / "config.json"))}
+    if not configs:
+        return []
+    (first, ours), *others = configs.items()
+    return [
+        f"config.json: {key} is {ours.get(key)} in {first} and {theirs.get(key)} in {path}."
+        for path, theirs in others
+        for key in _CONFIG_KEYS
+        if ours.get(key) != theirs.get(key)
+    ]
+
+
+def tokenizer_problems(paths: Sequence[Path]) -> list[str]:
+    """Every tokenizer file that differs."""
+    problems = []
+    for file in TOKENIZER_FILES:
+        holders = [path for path in paths if (path / file).is_file()]
+        for other in holders[1:]:
+            if (holders[0] / file).read_bytes() != (other / file).read_bytes():
+                problems.append(
+                    f"{file} differs in {holders[0]} and {other}: their tokens mean different things, and so "
+                    "do their embeddings. Merge models of one tokenizer."
+                )
+    return problems
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or an empty one if there is no such file; raises `CheckpointError`."""
+    try:
+        content = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object.")
+    return content

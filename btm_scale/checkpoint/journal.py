@@ -1,0 +1,70 @@
+"""Which parts of a merge are done, on disk: how an interrupted one goes on, and how processes report."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from btm_scale.checkpoint.plan import Unit
+from btm_scale.checkpoint.publish import write_file
+from btm_scale.errors import CheckpointError
+
+_PLAN = "plan.fingerprint"
+
+
+@contextmanager
+def only_merge_into(partial: Path) -> Iterator[None]:
+    """Hold the right to write `partial`; raises `CheckpointError` while another process has it."""
+    lock = partial.with_name(f"{partial.name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"another process is writing {partial}. Wait for it, or stop it.") from None
+        yield
+        lock.unlink(missing_ok=True)
+
+
+def can_resume(partial: Path, fingerprint: str) -> bool:
+    """Whether `partial` holds the beginning of this very merge; anything else there is removed."""
+    note = partial / _PLAN
+    if note.is_file() and note.read_text() == fingerprint:
+        return True
+    shutil.rmtree(partial, ignore_errors=True)
+    return False
+
+
+def begin(partial: Path, fingerprint: str) -> None:
+    """Note, once the shards are laid out, whose they are."""
+    write_file(partial / _PLAN, fingerprint)
+
+
+def record(partial: Path, rank: int, done: Sequence[tuple[Unit, Sequence[str]]]) -> None:
+    """Note units whose bytes are on the disk, with the hashes of their blocks."""
+    lines = [json.dumps([unit.name, unit.start, unit.stop, *hashes]) for unit, hashes in done]
+    with (partial / f"done-{rank:05d}.jsonl").open("a") as file:
+        file.write("\n" + "\n".join(lines) + "\n")  # the first line break ends a line that a kill cut short
+
+
+def finished(partial: Path) -> dict[Unit, list[str]]:
+    """The units that any process noted, with the hashes of their blocks."""
+    done: dict[Unit, list[str]] = {}
+    for file in sorted(partial.glob("done-*.jsonl")):
+        for line in file.read_text().splitlines():
+            try:
+                name, start, stop, *hashes = json.loads(line)
+            except ValueError:
+                continue
+            done[Unit(name, start, stop)] = hashes
+    return done
+
+
+def clear(partial: Path) -> None:
+    """Remove the notes from a directory that is about to be published."""
+    for file in [partial / _PLAN, *partial.glob("done-*.jsonl")]:
+        file.unlink()

@@ -1,0 +1,72 @@
+"""What lies beside the weights: config, tokenizer, and a card that says where a merged model comes from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from btm_scale.checkpoint.compatibility import TOKENIZER_FILES, read_json
+from btm_scale.checkpoint.plan import MergePlan
+from btm_scale.checkpoint.publish import write_file
+from btm_scale.checkpoint.tensors import dtype_name
+
+_CARRIED = (
+    *TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "generation_config.json",
+)  # fmt: skip
+
+
+def carry_sidecars(source: Path, target: Path, dtype: torch.dtype | None) -> None:
+    """Copy a model's tokenizer and configs; the config says `dtype` if one is given."""
+    for name in _CARRIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    if config := read_json(source / "config.json"):
+        if dtype is not None:
+            key = "torch_dtype" if "torch_dtype" in config else "dtype"
+            config[key] = dtype_name(dtype)
+        write_file(target / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def recorded_hash(directory: Path) -> str | None:
+    """The content hash that an expert's record holds."""
+    content = read_json(directory / "expert.json").get("content_hash")
+    return str(content) if content else None
+
+
+def model_card(plan: MergePlan, inputs: Sequence[tuple[Path, float]], content_hash: str) -> str:
+    """The README.md of a merged model: parents, weights, hashes and how they were merged."""
+    samples: Mapping[Path, str] = {source.path: source.sample for source in plan.sources}
+    rows = []
+    for path, weight in inputs:
+        whole = recorded_hash(path)
+        known = (
+            f"content `{whole}`" if whole else f"sample `{samples[path]}`" if path in samples else "not read"
+        )
+        rows.append(f"| `{path.resolve().name}` | {weight:g} | {known} |")
+    settings = ", ".join(f"{name} = {value:g}" for name, value in plan.parameters.items()) or "none"
+    base = [f"Base: `{plan.base.path.resolve().name}`, sample `{plan.base.sample}`.", ""] if plan.base else []
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [merge, branch-train-merge]",
+        "---",
+        "# A merged model",
+        "",
+        f"Method: `{plan.method_name}`; parameters: {settings}; seed: {plan.seed}.",
+        "",
+        *base,
+        "| parent | weight | SHA-256 |",
+        "|---|---|---|",
+        *rows,
+        "",
+        f"Content hash of these weights: `{content_hash}`.",
+        "",
+        "*content* is the hash of all weights, recorded when the parent was made; *sample* is that of the",
+        "first elements of each of its tensors.",
+    ]
+    return "\n".join(lines) + "\n"
