@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -22,6 +23,9 @@ from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import DataError
 from btm_scale.run_dir import RunDir
+
+# It warns that an index is not cached, which is cached here.
+logging.getLogger("megatron.core.datasets.blended_dataset").setLevel(logging.ERROR)
 
 # Megatron-core draws this much more from a domain than its share, against rounding in the blend.
 _SURPLUS = 0.005
@@ -46,8 +50,9 @@ class TrainingBatches:
     and `part`, and on nothing else; it goes over the text as often as `samples` asks. `part=(i, n)` keeps the
     documents in the i-th of n random parts, the same parts for every seed.
 
-    In a torch.distributed world all ranks make this object together: the first writes the index, if it isn't in
-    the run's cache yet, and the others wait. Groups that do so at once don't disturb each other. Raises DataError.
+    In a torch.distributed world all ranks make this object together: the first writes the index, if it isn't
+    in the run's cache yet, and the others wait. Groups that do so at once don't disturb each other. Raises
+    DataError if a domain isn't prepared, was with another tokenizer, or has too little text.
     """
 
     def __init__(
@@ -71,18 +76,20 @@ class TrainingBatches:
             "tokenizer": _Vocabulary(tokenizer.vocab_size, tokenizer.eos),
         }
         cache = run.index_cache / self._key(tokenizer.digest)
-        if not cache.is_dir():
-            try:
-                if _rank() == 0:
-                    self._write_index(cache)
-            finally:
-                _barrier()
+        try:
+            if _rank() == 0 and not cache.is_dir():
+                self._write_index(cache)
+        finally:
+            _barrier()
         self._domains = self._open(cache)
         self._domain_of = np.load(cache / "domain.npy", mmap_mode="r")
         self._sample_of = np.load(cache / "sample.npy", mmap_mode="r")
 
     def read(self, first: int, count: int) -> torch.Tensor:
-        """Samples `first` to `first + count`, int64 [count, sequence_length + 1]: inputs [:, :-1], labels [:, 1:]."""
+        """`count` samples from number `first` on, int64 [count, sequence_length + 1].
+
+        Inputs are [:, :-1] and labels [:, 1:].
+        """
         if first < 0 or first + count > self.samples:
             raise IndexError(f"samples {first} to {first + count} of an order of {self.samples}")
         return torch.stack([self._sample(number) for number in range(first, first + count)])
@@ -140,8 +147,8 @@ class TrainingBatches:
             documents = documents[np.random.RandomState(0).randint(parts, size=len(documents)) == which]
             if int(tokens.sequence_lengths[documents].sum()) <= self._config["sequence_length"]:
                 raise DataError(
-                    f"part {which + 1} of {parts} of domain '{name}' has {len(documents)} documents, too few for one "
-                    "sequence; give the domain more text, or use fewer parts"
+                    f"part {which + 1} of {parts} of domain '{name}' has {len(documents)} documents, too few "
+                    "for one sequence; give the domain more text, or use fewer parts"
                 )
         share = (
             self.samples

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,13 +12,12 @@ from btm_scale.config import RunConfig
 from btm_scale.data.encode import Encoder, TokenFileWriter, token_dtype
 from btm_scale.data.files import resolve
 from btm_scale.data.fingerprint import Fingerprint, Source, SplitCounts, settings_of
-from btm_scale.data.sources import BadLines, Document, read_documents
-from btm_scale.data.split import Deduplicator, Identity, KeySet, identify
+from btm_scale.data.sources import BadLines, Document, empty_domain, read_documents
+from btm_scale.data.split import Deduplicator, Identity, KeySet, TextDigest, identify
 from btm_scale.errors import DataError
 from btm_scale.run_dir import SPLITS, RunDir
 
 Progress = Callable[[str, int, int], None]
-KEYS_FILE = "keys.npz"
 
 
 def write_domain(
@@ -32,41 +30,41 @@ def write_domain(
 ) -> None:
     """Write train, dev and test .bin and .idx, the keys of their documents, and fingerprint.json last.
 
-    `elsewhere` holds the keys of other domains' documents by split. Raises DataError if the domain is empty or
-    too small to split.
+    `elsewhere` holds the keys of other domains' documents by split. Raises DataError if the domain is empty,
+    or too small to split.
     """
     domain = config.all_domains[name]
     sources = [Source.of(file) for file in resolve(name, domain, config.text_root)]
     bad_lines = BadLines(config.data.on_bad_line)
     deduplicator = Deduplicator(elsewhere, _own_held_out(name, config))
-    digest = _TextDigest()
+    digest = TextDigest()
     writers = {split: TokenFileWriter(folder / split, encoder.tokenizer.vocab_size) for split in SPLITS}
     keys = {split: array("Q") for split in SPLITS}
     counts = {split: SplitCounts() for split in SPLITS}
 
-    def kept() -> Iterator[tuple[str, tuple[Identity, int]]]:
-        for document in read_documents(name, domain, config.text_root, on_bad_line=bad_lines):
-            digest.add(document)
-            identity = identify(document, dev=config.data.dev, test=config.data.test)
+    def kept() -> Iterator[tuple[str, Identity]]:
+        for document, identity in _identified(name, config, bad_lines):
+            digest.add(identity, document)
             if deduplicator.keep(identity):
-                yield document.text, (identity, len(document.text.encode()))
+                yield document.text, identity
 
     encoded_bytes = documents = 0
-    for tags, ids, lengths in encoder.encode(kept()):
+    for identities, ids, lengths in encoder.encode(kept()):
         ends = np.cumsum(lengths)
-        for (identity, size), end, length in zip(tags, ends, lengths, strict=True):
+        for identity, end, length in zip(identities, ends, lengths, strict=True):
             writers[identity.split].add(ids[end - length : end])
             keys[identity.split].append(identity.key)
             count = counts[identity.split]
             count.documents += 1
             count.tokens += length
-            count.bytes += size
-            encoded_bytes += size
-        documents += len(tags)
+            count.bytes += identity.bytes
+            encoded_bytes += identity.bytes
+        documents += len(identities)
         on_progress(name, encoded_bytes, documents)
     for writer in writers.values():
         writer.close()
-    np.savez(folder / KEYS_FILE, **{split: np.frombuffer(keys[split], dtype=np.uint64) for split in SPLITS})
+    for split in SPLITS:
+        np.save(folder / _keys_file(split), np.frombuffer(keys[split], dtype=np.uint64))
     _require_enough(name, config, counts, len(sources), bad_lines.skipped)
     Fingerprint(
         domain=name,
@@ -81,27 +79,21 @@ def write_domain(
     ).save(folder)
 
 
-class _TextDigest:
-    """One digest of documents in their order."""
-
-    def __init__(self) -> None:
-        self._total = hashlib.sha256()
-
-    def add(self, document: Document) -> None:
-        self._total.update(hashlib.blake2b(document.text.encode(), digest_size=16).digest())
-        self._total.update(repr(document.group).encode())
-
-    def hexdigest(self) -> str:
-        return self._total.hexdigest()
-
-
 def digest_of_text(name: str, config: RunConfig) -> str:
-    """The digest that the domain's text as it is now would have in a fingerprint."""
-    digest = _TextDigest()
-    bad_lines = BadLines(config.data.on_bad_line)
-    for document in read_documents(name, config.all_domains[name], config.text_root, on_bad_line=bad_lines):
-        digest.add(document)
+    """The digest that a fingerprint of the domain's text as it is now would have."""
+    digest = TextDigest()
+    for document, identity in _identified(name, config, BadLines(config.data.on_bad_line)):
+        digest.add(identity, document)
     return digest.hexdigest()
+
+
+def _identified(name: str, config: RunConfig, bad_lines: BadLines) -> Iterator[tuple[Document, Identity]]:
+    for document in read_documents(name, config.all_domains[name], config.text_root, on_bad_line=bad_lines):
+        yield document, identify(document, dev=config.data.dev, test=config.data.test)
+
+
+def _keys_file(split: str) -> str:
+    return f"{split}.keys.npy"
 
 
 def _is_grouped(name: str, config: RunConfig) -> bool:
@@ -113,11 +105,7 @@ def _own_held_out(name: str, config: RunConfig) -> dict[str, KeySet]:
     if not _is_grouped(name, config):
         return {}
     held_out = {split: KeySet() for split in ("dev", "test")}
-    domain = config.all_domains[name]
-    for document in read_documents(
-        name, domain, config.text_root, on_bad_line=BadLines(config.data.on_bad_line)
-    ):
-        identity = identify(document, dev=config.data.dev, test=config.data.test)
+    for _, identity in _identified(name, config, BadLines(config.data.on_bad_line)):
         if identity.split in held_out:
             held_out[identity.split].add(identity.key)
     return held_out
@@ -133,23 +121,19 @@ def keys_elsewhere(name: str, config: RunConfig, run: RunDir) -> dict[str, KeySe
         return {}
     found = {split: KeySet() for split in SPLITS}
     for other in others:
-        with np.load(run.domain(other) / KEYS_FILE) as keys:
-            for split in SPLITS:
-                for key in keys[split].tolist():
-                    found[split].add(key)
+        for split in SPLITS:
+            for key in np.load(run.domain(other) / _keys_file(split), mmap_mode="r"):
+                found[split].add(int(key))
     return found
 
 
 def _require_enough(
     name: str, config: RunConfig, counts: dict[str, SplitCounts], files: int, skipped: int
 ) -> None:
-    if not sum(count.documents for count in counts.values()):
-        raise DataError(
-            f"domain '{name}' is empty: its {files} files hold no document"
-            + (f" ({skipped} bad lines were skipped)" if skipped else "")
-            + ". Give it text, or leave the domain out."
-        )
+    if not any(count.documents for count in counts.values()):
+        raise empty_domain(name, files, skipped)
     needed = config.budget.sequence_length + 1
+    # A novel domain is only scored.
     splits = SPLITS if name in config.domains else ("dev", "test")
     if all(counts[split].tokens >= needed for split in splits):
         return
@@ -157,10 +141,12 @@ def _require_enough(
         f"{split} has {counts[split].documents} documents with {counts[split].tokens} tokens"
         for split in splits
     )
-    grouped = " Its documents are split in groups: smaller ones (split_by) spread more evenly." if (
-        _is_grouped(name, config)
-    ) else ""  # fmt: skip
+    remedy = "Give it more text, raise data.dev or data.test, or lower budget.sequence_length."
+    if _is_grouped(name, config):
+        remedy += (
+            " It is split by groups of documents; smaller groups, or split_by: document, spread more evenly."
+        )
     raise DataError(
-        f"domain '{name}' is too small to split: {have}; each needs at least {needed} tokens (sequence_length + 1). "
-        f"Give it more text, raise data.dev or data.test, or lower budget.sequence_length.{grouped}"
+        f"domain '{name}' is too small to split: {have}; each needs at least {needed} tokens "
+        f"(budget.sequence_length + 1). {remedy}"
     )

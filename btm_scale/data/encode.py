@@ -41,10 +41,12 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray[Any,
     """The ids of all texts in a row, each ended by eos, and how many each has."""
     dtype = token_dtype(tokenizer.vocab_size)
     end = np.array([tokenizer.eos], dtype=dtype)
+    pieces = [list(_pieces(text)) for text in texts]
+    encoded = iter(tokenizer.encode_batch([piece for document in pieces for piece in document]))
     parts: list[np.ndarray[Any, Any]] = []
     lengths = []
-    for text in texts:
-        ids = [encoded.astype(dtype) for encoded in tokenizer.encode_batch(list(_pieces(text)))]
+    for document in pieces:
+        ids = [next(encoded).astype(dtype) for _ in document]
         parts += [*ids, end]
         lengths.append(1 + sum(map(len, ids)))
     return np.concatenate(parts), lengths

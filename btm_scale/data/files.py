@@ -57,7 +57,7 @@ class SourceFile:
                     yield cast(BinaryIO, stream)
             elif suffix == ".zst":
                 with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as reader:
-                    yield cast(BinaryIO, _buffered(reader))
+                    yield _buffered(reader)
             else:
                 yield raw
 
@@ -71,7 +71,7 @@ class SourceFile:
             with tempfile.TemporaryFile() as unpacked:
                 shutil.copyfileobj(stream, unpacked, 1 << 20)
                 unpacked.seek(0)
-                yield cast(BinaryIO, unpacked)
+                yield unpacked
 
 
 def _buffered(reader: zstandard.ZstdDecompressionReader) -> BinaryIO:
@@ -106,7 +106,8 @@ def _matches(pattern: Path) -> list[Path]:
     # A file whose name has a bracket or a star is meant literally if it exists.
     if pattern.exists() or not glob.has_magic(str(pattern)):
         return [pattern] if pattern.exists() else []
-    return [Path(path) for path in glob.iglob(str(pattern), recursive=True)]
+    # glob, unlike Path.glob, takes patterns that are absolute.
+    return [Path(path) for path in glob.iglob(str(pattern), recursive=True)]  # noqa: PTH207
 
 
 def _why_nothing(domain: str, pattern: str, text_root: Path, matches: list[Path]) -> str:

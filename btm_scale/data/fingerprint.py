@@ -1,4 +1,4 @@
-"""What a domain's token files were made from, so that none is used with another text, tokenizer or setting."""
+"""What a domain's token files were made from, so that none is used for another text or tokenizer."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ class Fingerprint(BaseModel):
         if self.tokenizer != digest:
             raise DataError(
                 f"the token files of domain '{self.domain}' were made with another tokenizer (digest "
-                f"{self.tokenizer[:12]}) than the one in {run.tokenizer} (digest {digest[:12]}). Put the first one "
-                f"back, or delete {run.domain(self.domain)} and prepare the run again."
+                f"{self.tokenizer[:12]}) than the one in {run.tokenizer} (digest {digest[:12]}). Put the "
+                f"first one back, or delete {run.domain(self.domain)} and prepare the run again."
             )
 
 

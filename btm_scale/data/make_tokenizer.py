@@ -16,7 +16,7 @@ from tokenizers.models import BPE
 
 from btm_scale.config import RunConfig
 from btm_scale.data.files import SourceFile, resolve
-from btm_scale.data.sources import BadLines, read_file
+from btm_scale.data.sources import BadLines, empty_domain, read_file
 from btm_scale.data.split import identify
 from btm_scale.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer, TransformersTokenizer
 from btm_scale.errors import DataError
@@ -24,9 +24,13 @@ from btm_scale.errors import DataError
 _SPACE = "\u2581"
 _LINE_CHARACTERS = 16_000
 _TOKENIZER_FILES = (
-    SENTENCEPIECE_FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja",
-)  # fmt: skip
+    SENTENCEPIECE_FILE,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 _PROBES = (
     "def f(x):\n\treturn  x ** 2  # 1234\n",
     r"Let $\mathcal{O}_X$ be \emph{coherent}; see 3.14.",
@@ -43,16 +47,29 @@ def train_tokenizer(directory: Path, texts: Iterable[str], *, vocab_size: int) -
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_training_lines(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-            add_dummy_prefix=False, split_digits=True, allow_whitespace_only_pieces=True, user_defined_symbols=["\n"],
-            unk_id=0, bos_id=1, eos_id=2, pad_id=-1, max_sentence_length=8 * _LINE_CHARACTERS, minloglevel=3,
-        )  # fmt: skip
+            sentence_iterator=_training_lines(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            user_defined_symbols=["\n"],
+            max_sentence_length=8 * _LINE_CHARACTERS,
+            minloglevel=3,
+        )
     except RuntimeError as error:
         raise DataError(
             f"no tokenizer of {vocab_size} tokens can be trained on this text ({str(error).strip()}). "
-            "Set tokenizer.vocab_size to what the text carries, give more text, or take an existing tokenizer "
-            "by tokenizer.path."
+            "Set tokenizer.vocab_size to what the text carries, give more text, or name an existing "
+            "tokenizer in tokenizer.path."
         ) from None
     (directory / SENTENCEPIECE_FILE).write_bytes(model.getvalue())
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
@@ -79,7 +96,7 @@ def _training_lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _fast_tokenizer(model: Any) -> FastTokenizer:
-    """The same BPE for the `tokenizers` library: a merge for every way to make a piece of two, best piece first."""
+    """The same BPE for the `tokenizers` library: every way to make a piece of two is a merge, best first."""
     pieces = [model.id_to_piece(token) for token in range(model.get_piece_size())]
     ids = {piece: token for token, piece in enumerate(pieces)}
     learned = [
@@ -119,8 +136,8 @@ def adopt_tokenizer(directory: Path, source: Path) -> None:
         reference = TransformersTokenizer(source)
     except (OSError, RuntimeError, ValueError, ImportError, KeyError) as error:
         raise DataError(
-            f"transformers.AutoTokenizer cannot load {source}: {error}. Finished experts carry their tokenizer in "
-            "that form; add tokenizer.json and tokenizer_config.json."
+            f"transformers.AutoTokenizer cannot load {source}: {error}. Finished experts carry their "
+            "tokenizer in that form; add tokenizer.json and tokenizer_config.json."
         ) from None
     is_sentencepiece = not isinstance(own, TransformersTokenizer)
     if is_sentencepiece and all(own.encode(probe) == reference.encode(probe) for probe in _PROBES):
@@ -132,30 +149,41 @@ def adopt_tokenizer(directory: Path, source: Path) -> None:
     reference.save(directory)
 
 
-def balanced_sample(config: RunConfig, on_bad_line: BadLines) -> Iterator[str]:
-    """About `tokenizer.sample_bytes` of training text, the same share from every training domain."""
-    share = config.tokenizer.sample_bytes / len(config.domains)
-    for name, domain in config.domains.items():
-        remaining = share
-        files = resolve(name, domain, config.text_root)
-        sizes = [_expected_bytes(file) for file in files]
-        unread = sum(sizes)
-        for file, size in zip(files, sizes, strict=True):
-            allowance = remaining * size / unread
-            unread -= size
-            # Thinning spreads the sample over a file of many documents; a tenth bounds what is read to find it.
-            keep = 2.0**64 * (max(0.1, 2 * allowance / size) if file.holds_rows else 1.0)
-            taken = 0
-            for document in read_file(file, domain, on_bad_line):
-                identity = identify(document, dev=config.data.dev, test=config.data.test)
-                if identity.split != "train" or identity.key >= keep:
-                    continue
+def balanced_sample(config: RunConfig) -> Iterator[str]:
+    """About `tokenizer.sample_bytes` of training text, the same share from every training domain.
+
+    Raises DataError if a domain is empty.
+    """
+    for name in config.domains:
+        yield from _domain_sample(name, config, config.tokenizer.sample_bytes / len(config.domains))
+
+
+def _domain_sample(name: str, config: RunConfig, share: float) -> Iterator[str]:
+    """`share` bytes, spread over the domain's files by their size."""
+    domain = config.domains[name]
+    bad_lines = BadLines(config.data.on_bad_line)
+    files = resolve(name, domain, config.text_root)
+    sizes = [_expected_bytes(file) for file in files]
+    unread = sum(sizes)
+    documents = 0
+    for file, size in zip(files, sizes, strict=True):
+        allowance = share * size / unread
+        unread -= size
+        # Thinning spreads the sample over a file of many documents; a tenth bounds what is read to find it.
+        keep = 2.0**64 * (max(0.1, 2 * allowance / size) if file.holds_rows else 1.0)
+        taken = 0
+        for document in read_file(file, domain, bad_lines):
+            documents += 1
+            identity = identify(document, dev=config.data.dev, test=config.data.test)
+            if identity.split == "train" and identity.key < keep:
                 text = document.text[: int(allowance - taken) + 1]
                 taken += len(text.encode())
                 yield text
                 if taken >= allowance:
                     break
-            remaining -= taken
+        share -= taken
+    if not documents:
+        raise empty_domain(name, len(files), bad_lines.skipped)
 
 
 def _expected_bytes(file: SourceFile) -> int:

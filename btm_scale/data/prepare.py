@@ -1,4 +1,4 @@
-"""Everything between a config and training: the tokenizer, and each domain's token files, where not yet done."""
+"""Everything between a config and training: the tokenizer and each domain's token files."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from btm_scale.data.encode import Encoder
 from btm_scale.data.files import SourceFile, resolve
 from btm_scale.data.fingerprint import Fingerprint, Source, settings_of
 from btm_scale.data.make_tokenizer import adopt_tokenizer, balanced_sample, train_tokenizer
-from btm_scale.data.sources import BadLines
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import DataError
 from btm_scale.run_dir import RunDir
 
 
 def prepare(config: RunConfig, run: RunDir, on_progress: Progress | None = None) -> None:
-    """Make the tokenizer and the token files that are not there yet; what is there is checked, not made again.
+    """Make the tokenizer and token files that are not there yet; what is there is checked, not made again.
 
-    `on_progress(domain, bytes, documents)` hears how much text has been encoded. One process prepares a run at
-    a time. Raises DataError; nothing half-written is left then.
+    `on_progress(domain, bytes, documents)` hears how much text has been encoded. One process at a time
+    prepares a run. Raises DataError; nothing half-written is left then.
     """
-    files = _require_text(config)
+    files = require_text(config)
     _remove_leftovers(run)
     _ensure_tokenizer(config, run)
     digest = Tokenizer.load(run.tokenizer).digest
@@ -35,7 +34,7 @@ def prepare(config: RunConfig, run: RunDir, on_progress: Progress | None = None)
             _encode(name, config, run, encoder, on_progress or _silent)
 
 
-def _require_text(config: RunConfig) -> dict[str, list[SourceFile]]:
+def require_text(config: RunConfig) -> dict[str, list[SourceFile]]:
     """The files of every domain, or one DataError with all that is wrong."""
     files, problems = {}, []
     for name, domain in config.all_domains.items():
@@ -57,8 +56,8 @@ def _partial(final: Path) -> Path:
 
 
 def _remove_leftovers(run: RunDir) -> None:
-    for folder in (run.root, run.data, run.index_cache):
-        for leftover in folder.glob(".*.partial"):
+    for leftover in (_partial(run.tokenizer), *run.data.glob(".*.partial")):
+        if leftover.is_dir():
             shutil.rmtree(leftover)
 
 
@@ -79,8 +78,7 @@ def _ensure_tokenizer(config: RunConfig, run: RunDir) -> None:
         if source is not None:
             adopt_tokenizer(partial, source)
         else:
-            sample = balanced_sample(config, BadLines(config.data.on_bad_line))
-            train_tokenizer(partial, sample, vocab_size=config.tokenizer.vocab_size)
+            train_tokenizer(partial, balanced_sample(config), vocab_size=config.tokenizer.vocab_size)
         if run.tokenizer.is_dir():
             if Tokenizer.load(partial).digest != Tokenizer.load(run.tokenizer).digest:
                 raise _other_tokenizer(run, f"other files than tokenizer.path {source}")
@@ -92,14 +90,14 @@ def _ensure_tokenizer(config: RunConfig, run: RunDir) -> None:
 
 def _other_tokenizer(run: RunDir, difference: str) -> DataError:
     return DataError(
-        f"the tokenizer in {run.tokenizer} has {difference}. All of a run's data and models share one tokenizer: "
+        f"the tokenizer in {run.tokenizer} has {difference}. All data and models of a run share one: "
         "choose another --out, or set the config back."
     )
 
 
 def _is_done(name: str, files: list[SourceFile], config: RunConfig, run: RunDir, tokenizer: str) -> bool:
     """Whether a domain's token files are there. Raises DataError if they were made from something else."""
-    if not run.domain(name).exists():
+    if not run.fingerprint(name).exists():
         return False
     made = Fingerprint.load(run, name)
     made.require_tokenizer(tokenizer, run)
@@ -119,7 +117,7 @@ def _is_done(name: str, files: list[SourceFile], config: RunConfig, run: RunDir,
     if differences:
         raise DataError(
             f"the token files of domain '{name}' in {run.domain(name)} were made from something else: "
-            f"{'; '.join(differences)}. Choose another --out, or delete that folder to encode the domain again."
+            f"{'; '.join(differences)}. Choose another --out, or delete that folder to encode it again."
         )
     return True
 
@@ -138,6 +136,8 @@ def _encode(name: str, config: RunConfig, run: RunDir, encoder: Encoder, on_prog
     try:
         elsewhere = keys_elsewhere(name, config, run)
         write_domain(name, config, encoder, partial, elsewhere, on_progress)
+        if run.domain(name).exists():  # without its fingerprint, so it is nothing
+            shutil.rmtree(run.domain(name))
         partial.rename(run.domain(name))
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -34,7 +34,7 @@ class Document:
 
 
 class BadLines:
-    """What happens to lines that hold no text: the first one is an error, or they are counted and left out."""
+    """What happens to lines that hold no text: the first is an error, or they are counted and left out."""
 
     def __init__(self, policy: Literal["error", "skip"] = "error") -> None:
         self.policy = policy
@@ -44,13 +44,22 @@ class BadLines:
         """Report line `line` (from 1; of a Parquet file, the row)."""
         if self.policy == "error":
             raise DataError(
-                f"{file.path}, line {line}: {why}. Mend the line, or set data.on_bad_line to skip to leave such "
-                "lines out and count them."
+                f"{file.path}, line {line}: {why}. Mend the line, or set data.on_bad_line to skip, which "
+                "leaves such lines out and counts them."
             )
         self.skipped += 1
 
 
 Report = Callable[[int, str], None]
+
+
+def empty_domain(domain: str, files: int, skipped: int) -> DataError:
+    """The error for a domain without a document."""
+    lines = f" ({skipped} bad lines were skipped)" if skipped else ""
+    return DataError(
+        f"domain '{domain}' is empty: its {files} files hold no document{lines}. Give it text, or leave "
+        "it out."
+    )
 
 
 def read_documents(

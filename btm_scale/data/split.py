@@ -14,10 +14,16 @@ from btm_scale.run_dir import SPLITS
 
 @dataclass(frozen=True)
 class Identity:
-    """A document's split and the key of its text; equal texts have equal keys."""
+    """A document's split, and its text's digest [16 bytes] and size in UTF-8 bytes."""
 
     split: str
-    key: int
+    digest: bytes
+    bytes: int
+
+    @property
+    def key(self) -> int:
+        """64 bits of the digest; equal texts have equal keys."""
+        return int.from_bytes(self.digest[8:], "little")
 
 
 def identify(document: Document, *, dev: float, test: float) -> Identity:
@@ -26,12 +32,28 @@ def identify(document: Document, *, dev: float, test: float) -> Identity:
     `dev` and `test` are shares of the hash range. Equal texts (or groups) fall into the same split in every
     domain and every run.
     """
-    digest = hashlib.blake2b(document.text.encode(), digest_size=16).digest()
-    key = int.from_bytes(digest[8:], "little")
+    text = document.text.encode()
+    digest = decisive = hashlib.blake2b(text, digest_size=16).digest()
     if document.group is not None:
-        digest = hashlib.blake2b(document.group.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    place = int.from_bytes(digest[:8], "little") / 2.0**64
-    return Identity("test" if place < test else "dev" if place < test + dev else "train", key)
+        decisive = hashlib.blake2b(document.group.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    place = int.from_bytes(decisive[:8], "little") / 2.0**64
+    split = "test" if place < test else "dev" if place < test + dev else "train"
+    return Identity(split, digest, len(text))
+
+
+class TextDigest:
+    """One digest of a stream of documents, their order and groups."""
+
+    def __init__(self) -> None:
+        self._total = hashlib.sha256()
+
+    def add(self, identity: Identity, document: Document) -> None:
+        """Take in the next document."""
+        self._total.update(identity.digest + repr(document.group).encode())
+
+    def hexdigest(self) -> str:
+        """The digest of what was taken in."""
+        return self._total.hexdigest()
 
 
 class KeySet:
@@ -80,10 +102,10 @@ class KeySet:
 
 
 class Deduplicator:
-    """Drops a text seen before in its domain, and a text that another split, here or in another domain, holds.
+    """Drops a text that its domain has had before, and one that another split holds, here or elsewhere.
 
-    `elsewhere`: keys by split of other domains' token files. `held_out`: keys by split that this domain's own
-    held-out documents have; a text on both sides of a split by group stays on the stricter side.
+    `elsewhere`: keys by split of other domains' token files. `held_out`: keys by split of this domain's own
+    dev and test; a text that stands on both sides of a split by groups stays on the stricter one.
     """
 
     def __init__(self, elsewhere: dict[str, KeySet], held_out: dict[str, KeySet]) -> None:
@@ -94,14 +116,13 @@ class Deduplicator:
 
     def keep(self, identity: Identity) -> bool:
         """Whether a document goes into its split; each that does not is counted."""
-        split, key = identity.split, identity.key
-        foreign = any(key in keys for other, keys in self._elsewhere.items() if other != split)
-        stricter = any(
-            key in self._held_out[other]
-            for other in SPLITS[SPLITS.index(split) + 1 :]
-            if other in self._held_out
-        )
-        if foreign or stricter or not self._seen.add(key):
+        key, split = identity.key, identity.split
+        stricter = SPLITS[SPLITS.index(split) + 1 :]
+        if (
+            any(key in keys for other, keys in self._elsewhere.items() if other != split)
+            or any(key in self._held_out[other] for other in stricter if other in self._held_out)
+            or not self._seen.add(key)
+        ):
             self.dropped += 1
             return False
         return True

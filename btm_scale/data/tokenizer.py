@@ -48,8 +48,8 @@ class Tokenizer(ABC):
             return TransformersTokenizer(directory)
         except (OSError, RuntimeError, ValueError, ImportError, KeyError) as error:
             raise DataError(
-                f"the tokenizer in {directory} cannot be loaded: {error}. Give a directory with tokenizer.model "
-                "(sentencepiece) or one that transformers.AutoTokenizer loads."
+                f"the tokenizer in {directory} cannot be loaded: {error}. Give a directory with "
+                "tokenizer.model (sentencepiece) or one that transformers.AutoTokenizer loads."
             ) from None
 
     @abstractmethod
