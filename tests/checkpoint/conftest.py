@@ -1,0 +1,39 @@
+"""Small models on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from small_models import Save, Weights
+
+from btm_scale.checkpoint.safetensors import ShardedWriter
+from btm_scale.checkpoint.tensors import TensorSpec
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Save:
+    """Write a model directory: `save(name, weights, shard=bytes, config={...}, files={...})`."""
+
+    def write(
+        name: str,
+        weights: Weights,
+        *,
+        shard: float = 5e9,
+        config: Mapping[str, object] | None = None,
+        files: Mapping[str, str] | None = None,
+    ) -> Path:
+        directory = tmp_path / name
+        specs = {key: TensorSpec.of(tensor) for key, tensor in weights.items()}
+        with ShardedWriter(directory, specs, max_shard_bytes=shard) as writer:
+            for key, tensor in weights.items():
+                writer.write(key, tensor)
+        described = config or {"model_type": "llama", "hidden_size": 16}
+        (directory / "config.json").write_text(json.dumps(described))
+        for file, text in (files or {}).items():
+            (directory / file).write_text(text)
+        return directory
+
+    return write

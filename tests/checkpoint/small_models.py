@@ -1,0 +1,26 @@
+"""Random weights, small and awkward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+Weights = Mapping[str, torch.Tensor]
+Save = Callable[..., Path]
+
+
+def random_weights(
+    seed: int, dtype: torch.dtype = torch.bfloat16, hidden: int = 16
+) -> dict[str, torch.Tensor]:
+    """A few tensors of different ranks, one of them no float, with a number of elements never round."""
+    draw = torch.Generator().manual_seed(seed)
+    shapes = {
+        "model.embed_tokens.weight": (37, hidden),
+        "model.layers.0.mlp.up_proj.weight": (hidden * 3 + 1, hidden),
+        "model.layers.0.mlp.down_proj.weight": (hidden, hidden * 3 + 1),
+        "model.norm.weight": (hidden,),
+    }
+    floats = {name: torch.randn(shape, generator=draw).to(dtype) for name, shape in shapes.items()}
+    return floats | {"model.layers.0.mask": torch.ones(3, 3, dtype=torch.bool).tril()}

@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import Save, random_weights
+
+from btm_scale.checkpoint import journal, workers
+from btm_scale.checkpoint.hashing import content_hash
+from btm_scale.checkpoint.merge import merge
+from btm_scale.checkpoint.publish import partial_path
+from btm_scale.checkpoint.safetensors import SafetensorsModel
+from btm_scale.errors import CheckpointError
+
+WEIGHTS = [0.3, 1.0, 0.7, 2.0]
+
+
+@pytest.fixture
+def models(save: Save) -> list[Path]:
+    return [save(f"m{i}", random_weights(i), shard=5e9 if i % 2 else 1500) for i in range(4)]
+
+
+def test_the_mean_is_the_exact_one_rounded_once(models: list[Path], tmp_path: Path) -> None:
+    merge(tmp_path / "out", list(zip(models, WEIGHTS, strict=True)))
+    name = "model.layers.0.mlp.up_proj.weight"
+    parts = [random_weights(i)[name].double().reshape(-1).tolist() for i in range(4)]
+    total = sum(map(Fraction, WEIGHTS))
+    exact = [sum(Fraction(w) * Fraction(x) for w, x in zip(WEIGHTS, column, strict=True)) / total
+             for column in zip(*parts, strict=True)]  # fmt: skip
+    merged = SafetensorsModel(tmp_path / "out").read(name).reshape(-1)
+    nearest = torch.tensor([float(x) for x in exact], dtype=torch.float64).to(torch.bfloat16)
+    assert merged.equal(nearest)
+
+
+def test_neither_order_nor_chunks_nor_processes_nor_sharding_change_a_byte(
+    models: list[Path], save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = list(zip(models, WEIGHTS, strict=True))
+    first = merge(tmp_path / "a", pairs)
+    assert first.content_hash == content_hash(tmp_path / "a")
+    resharded = [(save(f"again{i}", random_weights(i), shard=900), WEIGHTS[i]) for i in (2, 0, 3, 1)]
+    merge(tmp_path / "b", resharded, chunk_bytes=34)
+    merge(tmp_path / "c", pairs[::-1], jobs=2)
+    monkeypatch.setattr(workers, "_MOST_THREADS", 1)
+    merge(tmp_path / "d", pairs)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abcd"]
+    assert len(set(files)) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_one_model_merged_is_that_model_bit_for_bit(save: Save, tmp_path: Path, dtype: torch.dtype) -> None:
+    weights = random_weights(1, dtype)
+    weights["model.norm.weight"][:3] = torch.tensor([float("nan"), -0.0, float("inf")]).to(dtype)
+    model, other = save("m", weights), save("other", random_weights(2, dtype))
+    assert merge(tmp_path / "a", [(model, 0.37)]).content_hash == content_hash(model)
+    assert merge(tmp_path / "b", [(other, 0), (model, 5)]).content_hash == content_hash(model)
+
+
+def test_float32_models_are_summed_in_float64(save: Save, tmp_path: Path) -> None:
+    models = [save(f"m{i}", random_weights(i, torch.float32)) for i in range(3)]
+    merge(tmp_path / "out", [(model, 1.0) for model in models])
+    name = "model.embed_tokens.weight"
+    exact = sum(random_weights(i, torch.float32)[name].double() for i in range(3)) / 3
+    assert SafetensorsModel(tmp_path / "out").read(name).equal(exact.float())
+
+
+def test_a_dtype_can_be_asked_for_and_the_config_says_it(save: Save, tmp_path: Path) -> None:
+    config = {"model_type": "llama", "torch_dtype": "bfloat16"}
+    mixed = [
+        save("a", random_weights(0), config=config),
+        save("b", random_weights(1, torch.float32), config=config),
+    ]
+    with pytest.raises(CheckpointError, match="Say the output's dtype"):
+        merge(tmp_path / "out", [(model, 1.0) for model in mixed])
+    merge(tmp_path / "out", [(model, 1.0) for model in mixed], dtype="float32")
+    assert SafetensorsModel(tmp_path / "out").spec("model.norm.weight").dtype == torch.float32
+    assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "float32"
+
+
+def test_every_problem_is_told_at_once_and_nothing_is_written(save: Save, tmp_path: Path) -> None:
+    weights = random_weights(0)
+    odd = random_weights(1) | {"model.norm.weight": torch.zeros(15, dtype=torch.bfloat16)}
+    odd["model.extra"] = odd.pop("model.embed_tokens.weight")
+    good = save("good", weights, files={"tokenizer.json": "{}"})
+    bad = save("bad", odd, config={"model_type": "gpt2"}, files={"tokenizer.json": "{ }"})
+    with pytest.raises(CheckpointError) as told:
+        merge(tmp_path / "out", [(good, 1), (bad, float("nan"))], parameters={"density": 1}, dtype="bf16")
+    for part in (
+        "'model.norm.weight' is [16]",
+        f"{bad} has no tensor 'model.embed_tokens.weight'",
+        f"{good} has no tensor 'model.extra'",
+        "model_type is llama",
+        "tokenizer.json differs",
+        "no parameter 'density'",
+        "finite",
+    ):
+        assert part in str(told.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "good"]
+
+
+@pytest.mark.parametrize("weights", [[1, -1], [0, 0], []])
+def test_weights_that_divide_by_nothing_are_refused(
+    models: list[Path], tmp_path: Path, weights: list[float]
+) -> None:
+    with pytest.raises(CheckpointError, match=r"sum to 0|other than 0"):
+        merge(tmp_path / "out", list(zip(models, weights, strict=False)))
+
+
+def test_a_shard_cut_short_stops_the_merge_without_output(models: list[Path], tmp_path: Path) -> None:
+    shard = next(iter(models[2].glob("model-00002*")))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=shard.name):
+        merge(tmp_path / "out", [(model, 1) for model in models])
+    assert not (tmp_path / "out").exists()
+    assert not partial_path(tmp_path / "out").exists()
+
+
+def test_tied_heads_and_rotary_buffers_that_some_files_hold_are_left_out(save: Save, tmp_path: Path) -> None:
+    weights = random_weights(0)
+    extra = {
+        "lm_head.weight": weights["model.embed_tokens.weight"],
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    }
+    tied = {"model_type": "llama", "tie_word_embeddings": True}
+    merge(
+        tmp_path / "out",
+        [(save("a", weights, config=tied), 1), (save("b", weights | extra, config=tied), 1)],
+    )
+    assert SafetensorsModel(tmp_path / "out").names == tuple(sorted(weights))
+
+
+def test_the_card_names_parents_weights_and_hashes(models: list[Path], tmp_path: Path) -> None:
+    recorded = content_hash(models[0])
+    (models[0] / "expert.json").write_text(json.dumps({"content_hash": recorded}))
+    report = merge(tmp_path / "out", [(models[0], 0.25), (models[1], 0.75)])
+    card = (tmp_path / "out/README.md").read_text()
+    for part in ("| `m0` | 0.25 |", "| `m1` | 0.75 |", recorded, report.content_hash, "`linear`"):
+        assert part in card
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md", "config.json", "model.safetensors",
+    ]  # fmt: skip
+
+
+def test_an_output_that_exists_is_kept(models: list[Path], tmp_path: Path) -> None:
+    before = content_hash(models[1])
+    with pytest.raises(CheckpointError, match="exists already"):
+        merge(models[1], [(models[0], 1)])
+    assert content_hash(models[1]) == before
+
+
+def test_an_interrupted_merge_does_only_what_is_left(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = [(model, 1.0) for model in models]
+    expected = merge(tmp_path / "whole", pairs).content_hash
+    monkeypatch.setattr(workers, "_NOTE_EVERY", 1)
+    monkeypatch.setattr(workers, "_MOST_THREADS", 1)
+    run, ran = workers._UnitRunner.__call__, []
+
+    def stops_after_two(self: workers._UnitRunner, unit: object) -> object:
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        ran.append(unit)
+        return run(self, unit)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(workers._UnitRunner, "__call__", stops_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        merge(tmp_path / "out", pairs)
+    assert not (tmp_path / "out").exists()
+    noted = journal.finished(partial_path(tmp_path / "out"))
+    ran.clear()
+    rest: list[object] = []
+
+    def counts(self: workers._UnitRunner, unit: object) -> object:
+        rest.append(unit)
+        return run(self, unit)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(workers._UnitRunner, "__call__", counts)
+    assert merge(tmp_path / "out", pairs).content_hash == expected
+    assert noted.keys()
+    assert not noted.keys() & set(rest)
+    assert len(noted) + len(rest) == 5
+
+
+def test_what_another_merge_left_is_not_taken_over(models: list[Path], tmp_path: Path) -> None:
+    partial = partial_path(tmp_path / "out")
+    partial.mkdir()
+    journal.begin(partial, "of another merge")
+    (partial / "stray").touch()
+    merge(tmp_path / "out", [(models[0], 1), (models[1], 1)])
+    assert not (tmp_path / "out/stray").exists()
+
+
+def test_two_merges_into_one_output_do_not_mix(models: list[Path], tmp_path: Path) -> None:
+    with (
+        journal.only_merge_into(partial_path(tmp_path / "out")),
+        pytest.raises(CheckpointError, match="another process"),
+    ):
+        merge(tmp_path / "out", [(models[0], 1)])
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from btm_scale.checkpoint import workers
+from btm_scale.checkpoint.merge import merge
+workers._NOTE_EVERY = 1
+run = workers._UnitRunner.__call__
+def slowly(self, unit):
+    time.sleep(0.03)
+    return run(self, unit)
+workers._UnitRunner.__call__ = slowly
+print("ready", flush=True)
+merge(Path(sys.argv[1]), [(Path(path), 1.0) for path in sys.argv[2:]], chunk_bytes=256)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_points_and_run_again_gives_the_same_hash(save: Save, tmp_path: Path) -> None:
+    models = [
+        save(f"m{i}", {f"{layer:02d}.{name}": tensor for layer in range(16)
+                       for name, tensor in random_weights(100 * i + layer).items()}, shard=9000)
+        for i in range(3)
+    ]  # fmt: skip
+    expected = merge(tmp_path / "whole", [(model, 1.0) for model in models], max_shard_bytes=5e9).content_hash
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "out"), *map(str, models)]
+    progress = []
+    for delay in torch.rand(10, generator=torch.Generator().manual_seed(7)).mul(0.1).tolist():
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(delay)
+            os.kill(process.pid, signal.SIGKILL)
+        assert not (tmp_path / "out").exists()
+        progress.append(len(journal.finished(partial_path(tmp_path / "out"))))
+    assert progress == sorted(progress)
+    assert progress[-1] > 0
+    assert merge(tmp_path / "out", [(model, 1.0) for model in models]).content_hash == expected

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_models import Save, random_weights
+
+from btm_scale.checkpoint import publish
+from btm_scale.checkpoint.hashing import content_hash
+from btm_scale.checkpoint.publish import publish_directory, require_space
+from btm_scale.checkpoint.safetensors import INDEX, SafetensorsModel, ShardedWriter
+from btm_scale.checkpoint.tensors import DTYPE_BY_CODE, TensorSpec
+from btm_scale.errors import CheckpointError
+
+
+def specs_of(weights: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
+    return {name: TensorSpec.of(tensor) for name, tensor in weights.items()}
+
+
+@pytest.mark.parametrize("shard", [5e9, 1500])
+def test_the_reference_library_loads_what_we_write(save: Save, shard: float) -> None:
+    weights = random_weights(0) | {"empty": torch.empty(0, 3), "scalar": torch.tensor(2.5)}
+    directory = save("m", weights, shard=shard)
+    loaded = {}
+    for file in directory.glob("*.safetensors"):
+        loaded |= load_file(file)
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+    assert (directory / INDEX).is_file() == (shard < 5e9)
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPE_BY_CODE.values(), key=str), ids=str)
+def test_we_read_every_dtype_that_the_reference_library_writes(tmp_path: Path, dtype: torch.dtype) -> None:
+    weights = {"a": torch.arange(15).reshape(3, 5).to(dtype), "b": torch.ones(7).to(dtype)}
+    save_file(weights, tmp_path / "model.safetensors")
+    with SafetensorsModel(tmp_path) as model:
+        for name, tensor in weights.items():
+            assert model.spec(name) == TensorSpec.of(tensor)
+            assert model.read(name).view(torch.uint8).equal(tensor.view(torch.uint8))
+            assert (
+                model.read_range(name, 2, 5)
+                .view(torch.uint8)
+                .equal(tensor.reshape(-1)[2:5].view(torch.uint8))
+            )
+
+
+def test_pieces_in_any_order_give_the_file_that_whole_tensors_give(tmp_path: Path) -> None:
+    weights = random_weights(1)
+    with ShardedWriter(tmp_path / "whole", specs_of(weights)) as writer:
+        for name, tensor in weights.items():
+            writer.write(name, tensor)
+    with ShardedWriter(tmp_path / "pieces", specs_of(weights)) as writer:
+        for name, tensor in reversed(weights.items()):
+            flat = tensor.reshape(-1)
+            for start in reversed(range(0, flat.numel(), 7)):
+                writer.write_range(name, start, flat[start : start + 7])
+    files = [tmp_path / name / "model.safetensors" for name in ("whole", "pieces")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_two_processes_may_write_one_file(tmp_path: Path) -> None:
+    weights = random_weights(1)
+    first = ShardedWriter(tmp_path, specs_of(weights))
+    second = ShardedWriter(tmp_path, specs_of(weights), attach=True)
+    for i, (name, tensor) in enumerate(weights.items()):
+        (first, second)[i % 2].write(name, tensor)
+        first.mark_written(name)
+    second.detach()
+    first.close()
+    assert SafetensorsModel(tmp_path).read("model.norm.weight").equal(weights["model.norm.weight"])
+
+
+def test_a_writer_that_did_not_get_everything_leaves_nothing(tmp_path: Path) -> None:
+    weights = random_weights(2)
+    writer = ShardedWriter(tmp_path, specs_of(weights), max_shard_bytes=1500)
+    for name, tensor in weights.items():
+        writer.write_range(name, 0, tensor.reshape(-1)[:-1])
+    with pytest.raises(RuntimeError, match="not written whole"):
+        writer.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_visible_before_the_writer_closes_or_after_it_fails(tmp_path: Path) -> None:
+    weights = random_weights(3)
+    writer = ShardedWriter(tmp_path, specs_of(weights))
+    writer.write("model.norm.weight", weights["model.norm.weight"])
+    assert not list(tmp_path.glob("model*"))
+    with pytest.raises(ZeroDivisionError), writer:
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tensor_other_than_announced_is_refused(tmp_path: Path) -> None:
+    with ShardedWriter(tmp_path, {"a": TensorSpec(torch.float32, (2, 3))}) as writer:
+        with pytest.raises(ValueError, match="announced"):
+            writer.write("a", torch.zeros(3, 2))
+        with pytest.raises(ValueError, match="no part"):
+            writer.write_range("a", 5, torch.zeros(2))
+        writer.write("a", torch.zeros(2, 3))
+
+
+def test_too_little_disk_is_told_before_the_first_byte(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="Nothing was written"):
+        ShardedWriter(tmp_path / "out", {"a": TensorSpec(torch.float32, (1 << 50,))})
+    assert not list(tmp_path.iterdir())
+    require_space(tmp_path / "not" / "yet", 1)
+
+
+def edit_header(file: Path, **changes: object) -> None:
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header["a"] |= changes
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data_offsets": [0, 24]}, "24 bytes|bytes, not 24"),
+        ({"data_offsets": [4, 20]}, "hole before it|overlaps"),
+        ({"dtype": "Q4"}, "not understood"),
+        ({"shape": [5]}, "20 bytes, not 16"),
+    ],
+)
+def test_a_header_that_lies_is_told(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(4), "b": torch.zeros(4)}, file)
+    edit_header(file, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        SafetensorsModel(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 60, -1])
+def test_a_file_cut_short_is_told_when_it_is_opened(tmp_path: Path, keep: int) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(100)}, file)
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"(?i)copy it again"):
+        SafetensorsModel(tmp_path)
+
+
+def test_index_and_shards_that_disagree_are_told(save: Save) -> None:
+    directory = save("m", random_weights(4), shard=1500)
+    index = json.loads((directory / INDEX).read_text())
+    shard = index["weight_map"]["model.norm.weight"]
+    index["weight_map"]["model.ghost"] = shard
+    (directory / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"the index alone has 'model\.ghost'"):
+        SafetensorsModel(directory)
+    (directory / shard).unlink()
+    with pytest.raises(CheckpointError, match="which is missing"):
+        SafetensorsModel(directory)
+
+
+def test_a_directory_without_weights_and_an_unknown_name_are_told(save: Save, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds neither"):
+        SafetensorsModel(tmp_path)
+    with pytest.raises(CheckpointError, match="no tensor 'x'"):
+        SafetensorsModel(save("m", random_weights(0))).read("x")
+
+
+def test_the_content_hash_ignores_sharding_and_sees_names_shapes_dtypes_and_every_bit(save: Save) -> None:
+    weights = random_weights(5)
+    known = content_hash(save("one", weights))
+    assert content_hash(save("many", dict(reversed(weights.items())), shard=1500)) == known
+    norm = weights["model.norm.weight"]
+    flipped = norm.clone()
+    flipped.view(torch.int16)[-1] ^= 1
+    others = [
+        weights | {"model.norm.weight": flipped},
+        weights | {"model.norm.weight": norm.reshape(4, 4)},
+        weights | {"model.norm.weight": norm.view(torch.float16)},
+        {name.replace("norm", "ln"): tensor for name, tensor in weights.items()},
+    ]
+    hashes = {content_hash(save(f"other{i}", other)) for i, other in enumerate(others)}
+    assert len(hashes | {known}) == 5
+
+
+def test_publishing_never_removes_before_the_replacement_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("new", "final"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    with pytest.raises(CheckpointError, match="exists already"):
+        publish_directory(tmp_path / "new", tmp_path / "final")
+    removed: list[str] = []
+    monkeypatch.setattr(
+        publish.shutil, "rmtree", lambda path: removed.append((tmp_path / "final/file").read_text())
+    )
+    publish_directory(tmp_path / "new", tmp_path / "final", replace=True)
+    assert removed == ["new"]
