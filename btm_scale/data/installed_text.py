@@ -1,0 +1,162 @@
+"""Four domains of text that every installation of this project has, for the demo: nothing is downloaded."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+import sysconfig
+from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from btm_scale.errors import DataError
+
+_DOCUMENT_BYTES = 32_000
+_SECTION_BYTES = 4_000
+_LEAST_CHARACTERS = 200
+# A longer file is a table or was generated.
+_LONGEST_FILE = 400_000
+_LICENCE = re.compile(r"licen[sc]e|notice|copying|third.?party", re.IGNORECASE)
+_TESTS = {"test", "tests", "testing", "idle_test", "__pycache__"}
+
+Text = tuple[str, str]
+
+
+def write_installed_text(folder: Path, *, bytes_per_domain: int) -> dict[str, dict[str, Any]]:
+    """Write `python`, `cpp`, `licences` and `docs`, one .jsonl each with the fields text and source.
+
+    Returns the domains as a config has them, paths relative to `folder`. The choice is the same for the same
+    packages, and spread over them; a domain has at most `bytes_per_domain` bytes of text.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    site, torch = _packages()
+    library = Path(sysconfig.get_paths()["stdlib"])
+    domains = {
+        "python": _texts({"python": library, "site-packages": site}, ("*.py",), _is_python),
+        "cpp": _texts({"torch/include": torch / "include"}, ("*.h", "*.hpp", "*.cuh"), _is_anything),
+        "licences": _without_near_copies(_texts({"site-packages": site}, ("*",), _is_licence)),
+        "docs": _docs(site),
+    }
+    for name, texts in domains.items():
+        longest = _SECTION_BYTES if name == "licences" else _DOCUMENT_BYTES
+        _write(folder / f"{name}.jsonl", _cut(texts, longest), bytes_per_domain)
+    # Licences are few, and two of them hold half the text: only sections spread over the splits.
+    return {
+        name: {"text": [f"{name}.jsonl"]} | ({} if name == "licences" else {"split_by": {"field": "source"}})
+        for name in domains
+    }
+
+
+def _packages() -> tuple[Path, Path]:
+    """The folder of installed packages, and torch's in it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(
+            "torch is not installed as a folder of files; install the project's dependencies with pip"
+        )
+    torch = Path(next(iter(spec.submodule_search_locations)))
+    return torch.parent, torch
+
+
+def _write(path: Path, texts: Iterator[Text], limit: int) -> None:
+    size = 0
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for source, text in texts:
+            size += len(text.encode())
+            if size > limit:
+                break
+            file.write(json.dumps({"text": text, "source": source}, ensure_ascii=False) + "\n")
+    partial.replace(path)
+
+
+def _cut(texts: Iterator[Text], longest: int) -> Iterator[Text]:
+    """Every text but the exact copies, in parts that end with a line."""
+    seen = set()
+    for source, text in texts:
+        digest = hashlib.sha256(text.encode()).digest()
+        if digest in seen:
+            continue
+        seen.add(digest)
+        part: list[str] = []
+        size = 0
+        for line in text.splitlines(keepends=True):
+            size += len(line.encode())
+            if part and size > longest:
+                yield source, "".join(part)
+                part, size = [], len(line.encode())
+            part.append(line)
+        yield source, "".join(part)
+
+
+def _texts(roots: dict[str, Path], patterns: tuple[str, ...], wanted: Any) -> Iterator[Text]:
+    """Files below `roots` by name, spread over the packages: one of each in turn, in the order of a hash."""
+    packages: dict[str, list[tuple[str, Path]]] = {}
+    for prefix, root in roots.items():
+        for path in {path for pattern in patterns for path in root.rglob(pattern)}:
+            place = path.relative_to(root)
+            if wanted(place) and not _TESTS.intersection(place.parts):
+                package = place.parts[0] if len(place.parts) > 1 else ""
+                name = f"{prefix}/{place.as_posix()}"
+                packages.setdefault(f"{prefix}/{package}", []).append((name, path))
+    columns = [sorted(files, key=lambda file: _order(file[0])) for _, files in sorted(packages.items())]
+    for turn in zip_longest(*columns):
+        for source, path in filter(None, turn):
+            if (text := _read(path)) is not None:
+                yield source, text
+
+
+def _order(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
+
+
+def _read(path: Path) -> str | None:
+    try:
+        if not path.is_file() or path.stat().st_size > _LONGEST_FILE:
+            return None
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    return text if len(text) >= _LEAST_CHARACTERS and "@generated" not in text[:300] else None
+
+
+def _is_anything(place: Path) -> bool:
+    return True
+
+
+def _is_python(place: Path) -> bool:
+    return "site-packages" not in place.parts
+
+
+def _is_licence(place: Path) -> bool:
+    return bool(_LICENCE.search(place.name)) and place.suffix.lower() in ("", ".txt", ".md", ".rst")
+
+
+def _without_near_copies(texts: Iterator[Text]) -> Iterator[Text]:
+    """Leave out a text if earlier ones have most of its lines: licences are copied with few changes."""
+    seen: set[str] = set()
+    for source, text in texts:
+        lines = {
+            "".join(line.lower().split()) for line in text.splitlines() if "copyright" not in line.lower()
+        }
+        long_lines = {line for line in lines if len(line) > 30}
+        if 2 * len(long_lines & seen) <= len(long_lines):
+            yield source, text
+        seen |= long_lines
+
+
+def _docs(site: Path) -> Iterator[Text]:
+    """Prose about software: descriptions of packages, their read-me files, and Python's own reference."""
+    from pydoc_data.topics import topics
+
+    for path in sorted(site.glob("*.dist-info/METADATA")):
+        _, _, description = (_read(path) or "").partition("\n\n")
+        if len(description) >= _LEAST_CHARACTERS:
+            yield f"site-packages/{path.parent.name}/METADATA", description
+    for name in sorted(topics, key=_order):
+        if len(topics[name]) >= _LEAST_CHARACTERS:
+            yield f"pydoc_data/topics/{name}", topics[name]
+    yield from _texts({"site-packages": site}, ("*.md", "*.rst"), lambda place: not _is_licence(place))
