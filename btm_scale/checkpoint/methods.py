@@ -1,77 +1,13 @@
-"""Merge methods: pure functions from the same part of every model to that part of the merged model."""
+"""Merge methods that treat every element alone: they stream, with memory that does not grow with a tensor."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-
 import torch
 
-from btm_scale.errors import CheckpointError
+from btm_scale.checkpoint import methods_whole  # registers its methods too
+from btm_scale.checkpoint.registry import METHODS, Method, Piece, find_method, method
 
-
-@dataclass(frozen=True)
-class Piece:
-    """The same part of one tensor from every model.
-
-    `tensors` are as stored, can be walked once, and each is valid until the next is taken: then streaming
-    methods hold one at a time. `zeros` is an array of the part's shape in the dtype of the arithmetic, for
-    the result. A method that is not elementwise gets whole tensors in their shape, an elementwise one flat
-    ranges of any length. `noise(i)` is uniform in [0, 1), one float64 per element, and depends on the model's
-    content, the tensor's name, the seed and the element's position only.
-    """
-
-    tensors: Iterable[torch.Tensor]
-    weights: Sequence[float]
-    zeros: torch.Tensor
-    base: torch.Tensor | None = None
-    noise: Callable[[int], torch.Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Method:
-    """A registered method: what it needs, and the function."""
-
-    name: str
-    function: Callable[..., torch.Tensor]
-    elementwise: bool
-    needs_base: bool
-    weighted: bool
-    exactly: int | None
-
-    @property
-    def parameters(self) -> dict[str, float]:
-        """Its parameters and their defaults, read from the signature."""
-        signature = inspect.signature(self.function).parameters.values()
-        return {one.name: one.default for one in signature if one.kind is one.KEYWORD_ONLY}
-
-    def __call__(self, piece: Piece, **parameters: float) -> torch.Tensor:
-        """Merge one piece."""
-        return self.function(piece, **parameters)
-
-
-METHODS: dict[str, Method] = {}
-
-
-def method(
-    *, elementwise: bool, needs_base: bool = False, weighted: bool = True, exactly: int | None = None
-) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
-    """Register a function under its name."""
-
-    def register(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        name = function.__name__
-        METHODS[name] = Method(name, function, elementwise, needs_base, weighted, exactly)
-        return function
-
-    return register
-
-
-def find_method(name: str) -> Method:
-    """The method of that name; raises `CheckpointError` with the names there are."""
-    if name not in METHODS:
-        raise CheckpointError(f"merge method '{name}' is unknown. Use one of {', '.join(sorted(METHODS))}.")
-    return METHODS[name]
+__all__ = ["METHODS", "Method", "Piece", "dare", "find_method", "linear", "methods_whole", "task_arithmetic"]
 
 
 @method(elementwise=True)
@@ -81,3 +17,23 @@ def linear(piece: Piece) -> torch.Tensor:
     for tensor, weight in zip(piece.tensors, piece.weights, strict=True):
         total.add_(tensor, alpha=weight)
     return total.div_(sum(piece.weights))
+
+
+@method(elementwise=True, needs_base=True)
+def task_arithmetic(piece: Piece, *, scale: float = 1.0) -> torch.Tensor:
+    """`b + scale * sum_i w_i (x_i - b)` (arXiv 2212.04089)."""
+    total = piece.zeros
+    for tensor, weight in zip(piece.tensors, piece.weights, strict=True):
+        total.add_(tensor, alpha=scale * weight)
+    return total.add_(piece.origin, alpha=1 - scale * sum(piece.weights))
+
+
+@method(elementwise=True, needs_base=True)
+def dare(piece: Piece, *, density: float = 0.5, scale: float = 1.0) -> torch.Tensor:
+    """Task arithmetic on a random `density` of the differences, divided by it (arXiv 2311.03099)."""
+    assert piece.noise is not None
+    total = piece.zeros.copy_(piece.origin)
+    for i, (tensor, weight) in enumerate(zip(piece.tensors, piece.weights, strict=True)):
+        kept = (tensor - piece.origin).mul_(piece.noise(i) < density)
+        total.add_(kept, alpha=scale * weight / density)
+    return total

@@ -166,8 +166,16 @@ def _weight_problems(method: Method, inputs: Sequence[tuple[Path, float]]) -> li
 def _parameter_problems(method: Method, parameters: Mapping[str, float]) -> list[str]:
     known = method.parameters
     offered = ", ".join(f"{name} (default {value})" for name, value in known.items()) or "none"
-    return [
+    problems = [
         f"'{method.name}' has no parameter '{name}'. It has: {offered}."
         for name in parameters
         if name not in known
     ]
+    settings = {**known, **parameters}
+    density, half = settings.get("density", 1.0), settings.get("window", 0.0) / 2
+    if not 0 < density - half <= density + half <= 1:
+        problems.append(
+            f"'{method.name}' would keep {density - half:g} to {density + half:g} of the elements; both must lie "
+            "above 0 and not above 1. Change density or window."
+        )
+    return problems

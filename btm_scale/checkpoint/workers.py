@@ -15,9 +15,9 @@ import torch
 from btm_scale.checkpoint import journal
 from btm_scale.checkpoint.formats import open_model
 from btm_scale.checkpoint.hashing import BLOCK_BYTES, block_hash
-from btm_scale.checkpoint.methods import Piece
 from btm_scale.checkpoint.noise import uniform
 from btm_scale.checkpoint.plan import MergePlan, Unit
+from btm_scale.checkpoint.registry import Piece
 from btm_scale.checkpoint.sharded_writer import ShardedWriter
 from btm_scale.checkpoint.tensors import ModelReader
 
@@ -165,12 +165,15 @@ def _run_all(
         try:
             while waiting:
                 ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for unit, hashes in (future.result() for future in ready):
+                failed = [future for future in ready if future.exception()]
+                for unit, hashes in (future.result() for future in ready if not future.exception()):
                     done.append((unit, hashes))
                     unsynced += (unit.stop - unit.start) * writer.specs[unit.name].dtype.itemsize
-                if unsynced >= _NOTE_EVERY or not waiting:
+                if unsynced >= _NOTE_EVERY or failed or not waiting:
                     writer.sync()
                     note(done)
                     done, unsynced = [], 0
+                for future in failed:
+                    future.result()
         finally:
             pool.shutdown(cancel_futures=True)

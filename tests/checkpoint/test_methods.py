@@ -1,0 +1,232 @@
+"""Each method against its formula, written out in plain Python floats."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import Save, random_weights
+
+from btm_scale.checkpoint.hashing import content_hash
+from btm_scale.checkpoint.merge import merge
+from btm_scale.checkpoint.methods import METHODS, Piece, find_method
+from btm_scale.checkpoint.noise import uniform
+from btm_scale.checkpoint.safetensors import SafetensorsModel
+from btm_scale.errors import CheckpointError
+
+ROWS, COLUMNS = 4, 6
+WEIGHTS = [0.5, 1.0, 2.0]
+Vector = list[float]
+
+
+def draw(seed: int) -> Vector:
+    source = random.Random(seed)
+    return [source.gauss(0, 1) for _ in range(ROWS * COLUMNS)]
+
+
+BASE, MODELS = draw(0), [draw(seed) for seed in (1, 2, 3)]
+DELTAS = [[x - b for x, b in zip(model, BASE, strict=True)] for model in MODELS]
+NOISE = [uniform(f"model {i}", 0, ROWS * COLUMNS).tolist() for i in range(3)]
+
+
+def matrix(values: Sequence[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64).reshape(ROWS, COLUMNS)
+
+
+def run(name: str, weights: Sequence[float] = WEIGHTS, **parameters: float) -> Vector:
+    piece = Piece(
+        tensors=iter([matrix(model) for model in MODELS[: len(weights)]]),
+        weights=weights,
+        zeros=matrix([0.0] * ROWS * COLUMNS),
+        base=matrix(BASE),
+        noise=lambda i: matrix(NOISE[i]),
+    )
+    return find_method(name)(piece, **parameters).reshape(-1).tolist()
+
+
+def elected(columns: Sequence[Sequence[float]], weights: Sequence[float]) -> Vector:
+    """The weighted mean of the entries of each column that have the sign of its weighted sum."""
+    result = []
+    for column in columns:
+        sign = 1 if math.fsum(w * d for w, d in zip(weights, column, strict=True)) >= 0 else -1
+        agreeing = [(w, d) for w, d in zip(weights, column, strict=True) if d * sign > 0]
+        share = math.fsum(w for w, _ in agreeing)
+        result.append(math.fsum(w * d for w, d in agreeing) / share if share else 0.0)
+    return result
+
+
+def test_linear() -> None:
+    expected = [
+        math.fsum(w * x for w, x in zip(WEIGHTS, column, strict=True)) / 3.5
+        for column in zip(*MODELS, strict=True)
+    ]
+    assert run("linear") == pytest.approx(expected, rel=1e-14)
+
+
+def test_task_arithmetic() -> None:
+    expected = [
+        b + 0.7 * math.fsum(w * d for w, d in zip(WEIGHTS, column, strict=True))
+        for b, column in zip(BASE, zip(*DELTAS, strict=True), strict=True)
+    ]
+    assert run("task_arithmetic", scale=0.7) == pytest.approx(expected, rel=1e-13)
+
+
+def test_dare() -> None:
+    expected = [
+        BASE[e] + math.fsum(w * DELTAS[i][e] / 0.4 for i, w in enumerate(WEIGHTS) if NOISE[i][e] < 0.4)
+        for e in range(ROWS * COLUMNS)
+    ]
+    assert run("dare", density=0.4) == pytest.approx(expected, rel=1e-13)
+
+
+def test_ties() -> None:
+    trimmed = []
+    for delta in DELTAS:
+        kept = sorted(range(len(delta)), key=lambda e: -abs(delta[e]))[: int(0.3 * len(delta))]
+        trimmed.append([d if e in kept else 0.0 for e, d in enumerate(delta)])
+    merged = elected(list(zip(*trimmed, strict=True)), WEIGHTS)
+    expected = [b + 1.5 * m for b, m in zip(BASE, merged, strict=True)]
+    assert run("ties", density=0.3, scale=1.5) == pytest.approx(expected, rel=1e-13)
+
+
+def test_della() -> None:
+    pruned = []
+    for delta, noise in zip(DELTAS, NOISE, strict=True):
+        row_pruned: Vector = []
+        for row in range(ROWS):
+            values = delta[row * COLUMNS : (row + 1) * COLUMNS]
+            order = sorted(range(COLUMNS), key=lambda e: abs(values[e]))
+            for e, value in enumerate(values):
+                chance = 0.45 + 0.1 * order.index(e) / (COLUMNS - 1)
+                row_pruned.append(value / chance if noise[row * COLUMNS + e] < chance else 0.0)
+        pruned.append(row_pruned)
+    merged = elected(list(zip(*pruned, strict=True)), WEIGHTS)
+    expected = [b + m for b, m in zip(BASE, merged, strict=True)]
+    assert run("della", density=0.5, window=0.1) == pytest.approx(expected, rel=1e-13)
+
+
+def test_sce() -> None:
+    columns = list(zip(*DELTAS, strict=True))
+    variance = [math.fsum((d - math.fsum(c) / 3) ** 2 for d in c) / 3 for c in columns]
+    kept = sorted(range(len(columns)), key=lambda e: -variance[e])[: len(columns) // 2]
+    columns = [c if e in kept else (0.0, 0.0, 0.0) for e, c in enumerate(columns)]
+    energy = [math.fsum(c[i] ** 2 for c in columns) for i in range(3)]
+    shares = [e / math.fsum(energy) for e in energy]
+    expected = []
+    for b, column in zip(BASE, columns, strict=True):
+        sign = 1 if math.fsum(column) >= 0 else -1
+        agreeing = [(s, d) for s, d in zip(shares, column, strict=True) if d * sign > 0]
+        share = math.fsum(s for s, _ in agreeing)
+        expected.append(b + (math.fsum(s * d for s, d in agreeing) / share if share else 0.0))
+    assert run("sce", [1, 1, 1], density=0.5) == pytest.approx(expected, rel=1e-12)
+
+
+def cosine(one: Vector, other: Vector) -> float:
+    product = math.fsum(a * b for a, b in zip(one, other, strict=True))
+    return product / math.hypot(*one) / math.hypot(*other)
+
+
+def test_slerp() -> None:
+    angle = math.acos(cosine(MODELS[0], MODELS[1]))
+    shares = [math.sin(w / 1.5 * angle) / math.sin(angle) for w in (0.5, 1.0)]
+    expected = [shares[0] * a + shares[1] * b for a, b in zip(MODELS[0], MODELS[1], strict=True)]
+    assert run("slerp", WEIGHTS[:2]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_model_stock() -> None:
+    mean_cosine = math.fsum(cosine(DELTAS[i], DELTAS[j]) for i, j in ((0, 1), (0, 2), (1, 2))) / 3
+    t = 3 * mean_cosine / (1 + 2 * mean_cosine)
+    expected = [
+        t * math.fsum(c) / 3 + (1 - t) * b for b, c in zip(BASE, zip(*MODELS, strict=True), strict=True)
+    ]
+    assert run("model_stock", [1, 1, 1]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_widen() -> None:
+    def columns(values: Vector) -> list[Vector]:
+        return [values[c::COLUMNS] for c in range(COLUMNS)]
+
+    def ranks(values: Vector) -> Vector:
+        return [sum(other < value for other in values) / COLUMNS for value in values]
+
+    base = columns(BASE)
+    lengths = [
+        ranks([abs(math.hypot(*m) - math.hypot(*b)) for m, b in zip(columns(model), base, strict=True)])
+        for model in MODELS
+    ]
+    turns = [ranks([1 - cosine(m, b) for m, b in zip(columns(model), base, strict=True)]) for model in MODELS]
+
+    def score(rank: list[Vector], i: int, c: int) -> float:
+        if rank[i][c] > math.fsum(rank[i]) / COLUMNS * 1.2:
+            return 0.9
+        return math.exp(rank[i][c]) / math.fsum(math.exp(rank[j][c]) for j in range(3))
+
+    def weight(i: int, c: int) -> float:
+        return (score(lengths, i, c) + score(turns, i, c)) / 2
+
+    expected = [
+        b + math.fsum(DELTAS[i][e] * weight(i, e % COLUMNS) for i in range(3)) for e, b in enumerate(BASE)
+    ]
+    assert run("widen", [1, 1, 1], threshold=1.2, calibration=0.9) == pytest.approx(expected, rel=1e-12)
+
+
+def test_noise_is_uniform_and_belongs_to_its_place() -> None:
+    whole = uniform("key", 0, 100_000)
+    assert uniform("key", 777, 888).equal(whole[777:888])
+    assert not uniform("other", 777, 888).equal(whole[777:888])
+    assert 0 <= float(whole.min()) <= float(whole.max()) < 1
+    assert torch.histc(whole, 10, 0, 1).sub(10_000).abs().max() < 500
+    assert abs(float(torch.corrcoef(torch.stack([whole[:-1], whole[1:]]))[0, 1])) < 0.02
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_gives_the_same_bytes_for_any_order_chunk_and_process(
+    name: str, save: Save, tmp_path: Path
+) -> None:
+    base = save("base", random_weights(9))
+    models = [(save(f"m{i}", random_weights(i)), 1.0) for i in range(2 if name == "slerp" else 3)]
+    first = merge(tmp_path / "a", models, method=name, base=base).content_hash
+    assert merge(tmp_path / "b", models[::-1], method=name, base=base, chunk_bytes=66).content_hash == first
+    merged = SafetensorsModel(tmp_path / "a")
+    assert all(merged.read(tensor).isfinite().all() for tensor in merged.names)
+
+
+@pytest.mark.parametrize("name", ["task_arithmetic", "ties", "della", "dare", "sce", "model_stock", "widen"])
+def test_models_that_never_left_the_base_merge_to_the_base(name: str, save: Save, tmp_path: Path) -> None:
+    base = save("base", random_weights(9))
+    report = merge(tmp_path / "out", [(base, 1), (base, 1)], method=name, base=base)
+    assert report.content_hash == content_hash(base)
+
+
+def test_parallel_tensors_are_interpolated_on_a_line(save: Save, tmp_path: Path) -> None:
+    model = save("m", random_weights(1))
+    report = merge(tmp_path / "out", [(model, 1), (model, 3)], method="slerp")
+    assert report.content_hash == content_hash(model)
+
+
+@pytest.mark.parametrize(
+    ("method", "count", "settings", "message"),
+    [
+        ("ties", 2, {}, "needs the model that all inputs were trained from"),
+        ("slerp", 3, {}, "exactly 2 models and 3"),
+        ("ties", 2, {"density": 0}, "both must lie above 0"),
+        ("della", 2, {"density": 0.99}, "both must lie above 0 and not above 1"),
+        ("tise", 2, {}, "'tise' is unknown. Use one of dare, della, linear"),
+    ],
+)
+def test_what_a_method_cannot_do_is_told(
+    save: Save, tmp_path: Path, method: str, count: int, settings: dict[str, float], message: str
+) -> None:
+    models = [(save(f"m{i}", random_weights(i)), 1.0) for i in range(count)]
+    with pytest.raises(CheckpointError, match=message):
+        merge(tmp_path / "out", models, method=method, parameters=settings)
+
+
+def test_weights_are_refused_where_a_method_finds_its_own(save: Save, tmp_path: Path) -> None:
+    models = [(save(f"m{i}", random_weights(i)), float(i + 1)) for i in range(2)]
+    with pytest.raises(CheckpointError, match="finds its weights itself"):
+        merge(tmp_path / "out", models, method="sce", base=models[0][0])
