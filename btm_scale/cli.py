@@ -1,0 +1,285 @@
+"""The btm-scale command: one function a verb, no logic. Nothing heavy is imported before a verb needs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from btm_scale import __version__
+from btm_scale.errors import GroupFailed, UserError
+
+if TYPE_CHECKING:
+    from btm_scale.config import RunConfig
+    from btm_scale.run_dir import RunDir
+
+Answer = dict[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one verb and exit: 0 on success, 2 on a user's mistake, 1 on any other failure."""
+    options = _parser().parse_args(arguments)
+    # Megatron-core says at every import which optional packages it does without.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    try:
+        answer = options.verb(options)
+    except UserError as error:
+        print(f"btm-scale: {error}", file=sys.stderr)
+        sys.exit(2)
+    except GroupFailed as error:
+        print(f"btm-scale: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("btm-scale: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    if options.json:
+        print(json.dumps(answer, indent=2))
+
+
+def demo(options: argparse.Namespace) -> Answer:
+    """Run Branch-Train-Merge on text of this installation."""
+    from btm_scale.demo import demo_config
+
+    config, run = demo_config(options.out, options.set)
+    return _run(options, config, run)
+
+
+def run(options: argparse.Namespace) -> Answer:
+    """Run every stage of a config that isn't done."""
+    config, run_dir = _config_and_run(options)
+    if options.dry_run:
+        from btm_scale.pipeline import dry_run
+
+        return _show_lines(options, dry_run(config, run_dir))
+    return _run(options, config, run_dir)
+
+
+def prepare(options: argparse.Namespace) -> Answer:
+    """Train the tokenizer and write the token files."""
+    from btm_scale.data.prepare import prepare as prepare_data
+    from btm_scale.pipeline import data_summary, open_run
+
+    config, run_dir = _config_and_run(options)
+    open_run(config, run_dir)
+    prepare_data(config, run_dir)
+    return _show_lines(options, data_summary(config, run_dir))
+
+
+def train(options: argparse.Namespace) -> Answer:
+    """Train, export and score one model."""
+    config, run_dir = _config_and_run(options)
+    if _is_rank():
+        from btm_scale.train.worker import train_as_rank
+
+        train_as_rank(config, run_dir, options.model)
+    else:
+        from btm_scale.pipeline import open_run, run_training
+        from btm_scale.report.live import live_table
+
+        open_run(config, run_dir)
+        with live_table(quiet=options.json) as show:
+            run_training(config, run_dir, [options.model], on_progress=show)
+    return {"model": options.model, "directory": str(run_dir.model(options.model))}
+
+
+def status(options: argparse.Namespace) -> Answer:
+    """Show how far every model of a run is."""
+    from btm_scale.pipeline import status as run_status
+    from btm_scale.report.live import print_progress, progress_as_json
+
+    config, run_dir = _open(options)
+    rows = run_status(config, run_dir)
+    if not options.json:
+        print_progress(rows)
+    return progress_as_json(rows)
+
+
+def forest_list(options: argparse.Namespace) -> Answer:
+    """List the experts of a run's forest."""
+    from btm_scale.forest.forest import experts
+
+    _, run_dir = _open(options)
+    forest = {
+        name: {"parents": {parent.name: parent.weight for parent in expert.parents}, "domains": expert.domains,
+               "tokens": expert.tokens, "steps": expert.steps, "content_hash": expert.content_hash}
+        for name, expert in experts(run_dir).items()
+    }  # fmt: skip
+    return _show_lines(options, {"experts": forest})
+
+
+def score(options: argparse.Namespace) -> Answer:
+    """Score models on every domain that they lack."""
+    config, run_dir = _open(options)
+    if _is_rank():
+        from btm_scale.train.worker import score_as_rank
+
+        score_as_rank(config, run_dir, options.model)
+        return {}
+    from btm_scale.pipeline import score_models
+
+    return _show_lines(options, {"scored": score_models(config, run_dir, options.model)})
+
+
+def evaluate(options: argparse.Namespace) -> Answer:
+    """Average, score the averages, and work out every method's perplexity."""
+    from btm_scale.forest.results import evaluate as evaluate_run
+    from btm_scale.pipeline import score_averages
+
+    config, run_dir = _open(options)
+    score_averages(config, run_dir)
+    results = evaluate_run(config, run_dir)
+    _print_results(options, results)
+    return results
+
+
+def report(options: argparse.Namespace) -> Answer:
+    """Draw the page and print the table."""
+    from btm_scale.forest.results import load_results
+    from btm_scale.pipeline import report as draw
+
+    config, run_dir = _open(options)
+    results = load_results(run_dir)
+    draw(config, run_dir, results)
+    _print_results(options, results)
+    return {"page": str(run_dir.report)}
+
+
+def merge(options: argparse.Namespace) -> Answer:
+    """Merge models into one."""
+    from btm_scale.checkpoint.merge import merge as merge_models
+
+    inputs = [_weighted_path(text) for text in options.inputs]
+    done = merge_models(options.output, inputs, method=options.method, dtype=options.dtype, jobs=options.jobs)
+    return _show_lines(options, {
+        "output": str(done.output), "method": done.method, "tensors": done.tensors, "parameters": done.parameters,
+        "content_hash": done.content_hash, "seconds": round(done.seconds, 2),
+    })  # fmt: skip
+
+
+def _run(options: argparse.Namespace, config: RunConfig, run_dir: RunDir) -> Answer:
+    from btm_scale.pipeline import run_all
+    from btm_scale.report.live import live_table
+
+    with live_table(quiet=options.json) as show:
+        results = run_all(config, run_dir, on_progress=show, say=_say)
+    _print_results(options, results)
+    _say(f"The page is {run_dir.report}")
+    return results
+
+
+def _config_and_run(options: argparse.Namespace) -> tuple[RunConfig, RunDir]:
+    from btm_scale.config import RunConfig
+    from btm_scale.run_dir import RunDir
+
+    config = RunConfig.load(options.config, tuple(options.set))
+    return config, RunDir((options.out or Path("runs") / config.name).resolve())
+
+
+def _open(options: argparse.Namespace) -> tuple[RunConfig, RunDir]:
+    from btm_scale.config import RunConfig
+    from btm_scale.errors import ConfigError
+    from btm_scale.run_dir import RunDir
+
+    run_dir = RunDir(options.run.resolve())
+    if not run_dir.config.is_file():
+        raise ConfigError(f"{options.run} is no run: it has no run.yaml; give the folder that `btm-scale run` made")
+    return RunConfig.load(run_dir.config), run_dir
+
+
+def _weighted_path(text: str) -> tuple[Path, float]:
+    path, sign, weight = text.rpartition("=")
+    if not sign:
+        return Path(text), 1.0
+    try:
+        return Path(path), float(weight)
+    except ValueError:
+        raise UserError(f"'{text}': the weight after '=' must be a number, such as DIR=0.5") from None
+
+
+def _is_rank() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _show_lines(options: argparse.Namespace, answer: Answer) -> Answer:
+    if not options.json:
+        import yaml
+
+        print(yaml.safe_dump(answer, sort_keys=False, allow_unicode=True), end="")
+    return answer
+
+
+def _print_results(options: argparse.Namespace, results: Answer) -> None:
+    if not options.json:
+        from rich.console import Console
+
+        from btm_scale.report.tables import print_results
+
+        print_results(results, Console())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="btm-scale", description="Branch-Train-Merge: train, ensemble and merge domain-expert language models."
+    )
+    parser.add_argument("--version", action="version", version=f"btm-scale {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    def verb(name: str, function: Callable[[argparse.Namespace], Answer], help_text: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=help_text, description=function.__doc__)
+        made.add_argument("--json", action="store_true", help="print one JSON document on stdout, and nothing else")
+        made.set_defaults(verb=function)
+        return made
+
+    def takes_config(made: argparse.ArgumentParser) -> None:
+        made.add_argument("config", type=Path, help="the run's YAML")
+        takes_overrides(made)
+
+    def takes_overrides(made: argparse.ArgumentParser) -> None:
+        made.add_argument("--out", type=Path, help="the run's folder (default: runs/NAME)")
+        made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                          help="change one value of the YAML, such as budget.tokens=1e6; may be given often")  # fmt: skip
+
+    takes_overrides(verb("demo", demo, "the whole pipeline on text that every installation has"))
+    made = verb("run", run, "every stage of a config that isn't done, from text to page")
+    takes_config(made)
+    made.add_argument("--launcher", choices=["local"], default="local", help="how groups are started")
+    made.add_argument("--dry-run", action="store_true", help="check the config and say what would be done")
+    takes_config(verb("prepare", prepare, "tokenizer and token files"))
+    made = verb("train", train, "one model, by one group: train, export, score")
+    takes_config(made)
+    made.add_argument("--model", required=True, metavar="seed|dense|EXPERT", help="which model")
+    made = verb("status", status, "how far every model of a run is")
+    made.add_argument("run", type=Path, help="the run's folder")
+    forest = verbs.add_parser("forest", help="the expert set").add_subparsers(metavar="ACTION", required=True)
+    made = forest.add_parser("list", help="every expert, with parents, domains and tokens")
+    made.add_argument("run", type=Path, help="the run's folder")
+    made.add_argument("--json", action="store_true", help="print one JSON document on stdout, and nothing else")
+    made.set_defaults(verb=forest_list)
+    made = verb("score", score, "per-token log-probabilities of every model that lacks them")
+    made.add_argument("run", type=Path, help="the run's folder")
+    made.add_argument("--model", action="append", default=[], help="only this model; may be given often")
+    for name, function, text in (
+        ("evaluate", evaluate, "every method's perplexity, from the scores"),
+        ("report", report, "tables, plots, one HTML page"),
+    ):
+        verb(name, function, text).add_argument("run", type=Path, help="the run's folder")
+    made = verb("merge", merge, "one model from many")
+    made.add_argument("output", type=Path, help="the directory to make")
+    made.add_argument("inputs", nargs="+", metavar="DIR[=WEIGHT]", help="Hugging Face directories; weight 1 if not given")
+    made.add_argument("--method", default="linear", help="how to merge")
+    made.add_argument("--dtype", help="type of the output (default: the inputs')")
+    made.add_argument("--jobs", type=int, default=1, help="processes")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

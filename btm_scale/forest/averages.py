@@ -1,0 +1,92 @@
+"""Averages of the forest's parameters: uniform, and weighted for a domain by its prior (arXiv 2208.03306, section 4.3)."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+
+from btm_scale.checkpoint.merge import merge
+from btm_scale.config import RunConfig
+from btm_scale.forest.expert import Expert, Parent, is_finished, read_expert
+from btm_scale.forest.forest import experts
+from btm_scale.forest.posterior import cached_prior
+from btm_scale.forest.scoring import Scores
+from btm_scale.run_dir import RunDir
+
+UNIFORM, ARGMAX, POSTERIOR = "uniform", "argmax", "posterior"
+AVERAGES = (UNIFORM, ARGMAX, POSTERIOR)
+
+
+def average_model(kind: str, domain: str) -> str:
+    """The run's name for the average that serves a domain."""
+    return f"average/{UNIFORM}" if kind == UNIFORM else f"average/{kind}/{domain}"
+
+
+def average_texts(config: RunConfig) -> dict[str, list[tuple[str, str]]]:
+    """Every average, and the (domain, split) that each is scored on."""
+    texts: dict[str, list[tuple[str, str]]] = {}
+    for domain in config.all_domains:
+        for kind in AVERAGES:
+            texts.setdefault(average_model(kind, domain), []).append((domain, config.evaluate.split))
+    return texts
+
+
+def cached_priors(config: RunConfig, run: RunDir) -> dict[str, np.ndarray]:
+    """log p(D=j) of every domain's own dev text, nats [experts], experts sorted by name."""
+    names = list(experts(run))
+    priors = {}
+    for domain in config.all_domains:
+        dev = [Scores.load(run.scores(name, domain, "dev")) for name in names]
+        priors[domain] = cached_prior(np.stack([scores.log_probs for scores in dev]), dev[0].block_starts)
+    return priors
+
+
+def average_weights(kind: str, log_prior: np.ndarray) -> np.ndarray:
+    """The experts' weights [experts], which sum to 1."""
+    if kind == UNIFORM:
+        return np.full(len(log_prior), 1.0 / len(log_prior))
+    if kind == ARGMAX:
+        return np.eye(len(log_prior))[int(np.argmax(log_prior))]
+    weights = np.exp(log_prior)
+    return weights / weights.sum()
+
+
+def write_averages(config: RunConfig, run: RunDir) -> list[str]:
+    """Merge every average that isn't there for the forest and priors as they stand; returns all names."""
+    forest = experts(run)
+    priors = cached_priors(config, run)
+    names = []
+    for domain, log_prior in priors.items():
+        for kind in AVERAGES:
+            name = average_model(kind, domain)
+            if name not in names:
+                names.append(name)
+                _write_average(run, name, forest, average_weights(kind, log_prior))
+    return names
+
+
+def _write_average(run: RunDir, name: str, forest: dict[str, Expert], weights: np.ndarray) -> None:
+    # An expert of no weight takes no part; a weight below what float32 can add to 1 adds nothing either.
+    parents = {expert: float(weight) for expert, weight in zip(forest, weights, strict=True) if weight > 1e-9}
+    directory = run.model(name)
+    card = Expert(
+        name=name,
+        domains={},
+        parents=tuple(Parent(expert, weight) for expert, weight in parents.items()),
+        tokens=0,
+        steps=0,
+        layout={},
+        data_fingerprint={expert: forest[expert].content_hash for expert in parents},
+        content_hash="",
+    )
+    if is_finished(directory) and _same_parents(read_expert(directory), card):
+        return
+    shutil.rmtree(directory, ignore_errors=True)
+    report = merge(directory, [(run.model(expert), weight) for expert, weight in parents.items()])
+    replace(card, content_hash=report.content_hash).save(directory)
+
+
+def _same_parents(one: Expert, other: Expert) -> bool:
+    return one.parents == other.parents and one.data_fingerprint == other.data_fingerprint

@@ -1,0 +1,123 @@
+"""results.json: every method's perplexity, made from scores alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from btm_scale.checkpoint.publish import write_file
+from btm_scale.config import RunConfig
+from btm_scale.errors import ForestError
+from btm_scale.forest.averages import AVERAGES, average_model, cached_priors
+from btm_scale.forest.ensemble import ensemble_methods
+from btm_scale.forest.forest import experts
+from btm_scale.forest.scoring import Scores, evaluation_text
+from btm_scale.run_dir import DENSE, SEED, RunDir
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """Perplexity and bits a byte from a text's total log-probability."""
+
+    tokens: int
+    bytes: int
+
+    def of(self, log_probs: np.ndarray) -> tuple[float, float]:
+        nats = -float(np.sum(log_probs, dtype=np.float64))
+        return math.exp(nats / self.tokens), nats / math.log(2.0) / self.bytes
+
+
+def evaluate(config: RunConfig, run: RunDir) -> dict[str, Any]:
+    """Work out every method on every domain and write results.json; runs no model."""
+    names = list(experts(run))
+    if not names:
+        raise ForestError(f"no expert in {run.experts}; train some first: btm-scale run CONFIG")
+    split = config.evaluate.split
+    priors = cached_priors(config, run)
+    results: dict[str, Any] = {
+        "schema": SCHEMA,
+        "name": config.name,
+        "random_seed": config.random_seed,
+        "domains": {},
+        "methods": {},
+        "compute": compute_by_method(config, run, names),
+        "priors": {domain: dict(zip(names, np.exp(prior).tolist(), strict=True)) for domain, prior in priors.items()},
+    }
+    for domain in config.all_domains:
+        text = evaluation_text(config, run, domain, split)
+        measure = _Measure(len(text.targets), text.bytes)
+        results["domains"][domain] = {
+            "novel": domain in config.novel_domains,
+            "tokens": measure.tokens,
+            "bytes": measure.bytes,
+        }
+        for method, log_probs in _log_probs_by_method(config, run, domain, names, priors[domain]).items():
+            perplexity, bits = measure.of(log_probs)
+            entry = results["methods"].setdefault(method, {"perplexity": {}, "bits_per_byte": {}})
+            entry["perplexity"][domain] = perplexity
+            entry["bits_per_byte"][domain] = bits
+    run.results.parent.mkdir(parents=True, exist_ok=True)
+    write_file(run.results, json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def load_results(run: RunDir) -> dict[str, Any]:
+    """Read results.json. Raises ForestError if it isn't there or is of another make."""
+    try:
+        results = json.loads(run.results.read_text())
+    except FileNotFoundError:
+        raise ForestError(f"no results at {run.results}; make them first: btm-scale evaluate RUN") from None
+    except ValueError as error:
+        raise ForestError(f"{run.results} is not valid JSON ({error}); run btm-scale evaluate again") from None
+    if results.get("schema") != SCHEMA:
+        raise ForestError(f"{run.results} has schema {results.get('schema')}, this version reads {SCHEMA}")
+    return results
+
+
+def _log_probs_by_method(
+    config: RunConfig, run: RunDir, domain: str, names: list[str], prior: np.ndarray
+) -> dict[str, np.ndarray]:
+    split = config.evaluate.split
+    forest = [Scores.load(run.scores(name, domain, split)) for name in names]
+    _check_same_text(forest, names, domain)
+    single = {SEED: SEED} | ({DENSE: DENSE} if config.baselines.dense else {})
+    single |= {f"expert:{name}": name for name in names}
+    single |= {f"average:{kind}": average_model(kind, domain) for kind in AVERAGES}
+    methods = {
+        method: Scores.load(run.scores(model, domain, split)).log_probs for method, model in single.items()
+    }
+    stacked = np.stack([scores.log_probs for scores in forest])
+    return methods | ensemble_methods(stacked, forest[0].block_starts, prior, config.evaluate)
+
+
+def _check_same_text(forest: list[Scores], names: list[str], domain: str) -> None:
+    for name, scores in zip(names, forest, strict=True):
+        if scores.fingerprint != forest[0].fingerprint:
+            raise ForestError(
+                f"'{name}' and '{names[0]}' were scored on different texts of '{domain}'; "
+                "delete both models' scores and score them again: btm-scale score RUN"
+            )
+
+
+def compute_by_method(config: RunConfig, run: RunDir, names: list[str]) -> dict[str, dict[str, float]]:
+    """Training tokens and floating-point operations behind each method, the seed's counted once."""
+    from btm_scale.forest.expert import read_expert
+
+    def own_tokens(model: str) -> int:
+        return read_expert(run.model(model)).tokens
+
+    rows = json.loads((run.model(SEED) / "config.json").read_text())["vocab_size"]
+    flops = config.model.shape(rows, config.budget.sequence_length).flops_per_token(config.budget.sequence_length)
+    seed = own_tokens(SEED)
+    tokens = {SEED: seed} | {f"expert:{name}": seed + own_tokens(name) for name in names}
+    if config.baselines.dense:
+        tokens[DENSE] = seed + own_tokens(DENSE)
+    forest = seed + sum(own_tokens(name) for name in names)
+    tokens |= {"ensemble": forest} | {f"average:{kind}": forest for kind in AVERAGES}
+    return {method: {"tokens": number, "flops": number * flops} for method, number in tokens.items()}

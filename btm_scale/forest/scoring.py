@@ -1,0 +1,174 @@
+"""Scoring: one log-probability for every target token, by one model, once.
+
+All that evaluation needs of a model are these numbers; posterior, prior and every way of mixing are arithmetic on them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from btm_scale.checkpoint.safetensors import SafetensorsModel
+from btm_scale.config import RunConfig
+from btm_scale.data.evaluation import EvaluationText
+from btm_scale.errors import ForestError
+from btm_scale.forest.expert import read_expert
+from btm_scale.group import ExpertGroup
+from btm_scale.kernels import combine_partials, token_logprob_partials
+from btm_scale.model.gpt import ExpertModel, build_model
+from btm_scale.model.huggingface import shape_from_config
+from btm_scale.model.weights import load_weights
+from btm_scale.run_dir import RunDir
+
+# Tokens that one rank scores at once; hidden states of so many are small beside any model's weights.
+_BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A model's log-probabilities of a text, in nats."""
+
+    log_probs: np.ndarray  # float32 [tokens]
+    block_starts: np.ndarray  # int64 [blocks]
+    model: str  # content hash of the model
+    fingerprint: str  # of the text's tokens
+
+    def save(self, path: Path) -> None:
+        """Write aside, then name."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        metadata = {"model": self.model, "data_fingerprint": self.fingerprint}
+        save_file({"log_probs": self.log_probs, "block_starts": self.block_starts}, partial, metadata=metadata)
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Scores:
+        """Read scores. Raises ForestError if they aren't there."""
+        if not path.is_file():
+            raise ForestError(f"no scores at {path}; score this model first: btm-scale score RUN")
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata()
+            return cls(
+                file.get_tensor("log_probs"),
+                file.get_tensor("block_starts"),
+                metadata["model"],
+                metadata["data_fingerprint"],
+            )
+
+
+def evaluation_text(config: RunConfig, run: RunDir, domain: str, split: str) -> EvaluationText:
+    """The text that every model is scored on: the split's first documents in a fixed random order."""
+    length = config.budget.sequence_length
+    tokens = config.evaluate.tokens_per_domain
+    if split == "dev" and config.evaluate.split != "dev":
+        tokens = min(tokens, config.evaluate.dev_blocks * length)
+    return EvaluationText.load(run, domain, split, tokens=tokens, sequence_length=length)
+
+
+def all_texts(config: RunConfig) -> list[tuple[str, str]]:
+    """Every (domain, split) that an expert is scored on."""
+    splits = dict.fromkeys(["dev", config.evaluate.split])
+    return [(domain, split) for domain in config.all_domains for split in splits]
+
+
+def missing_scores(
+    config: RunConfig, run: RunDir, model: str, texts: Iterable[tuple[str, str]]
+) -> list[tuple[str, str]]:
+    """Those of `texts` that the model as it stands now has no scores for."""
+    content_hash = read_expert(run.model(model)).content_hash
+    missing = []
+    for domain, split in texts:
+        path = run.scores(model, domain, split)
+        if not path.is_file() or Scores.load(path).model != content_hash:
+            missing.append((domain, split))
+    return missing
+
+
+def score_model(
+    group: ExpertGroup,
+    config: RunConfig,
+    run: RunDir,
+    model: str,
+    texts: Iterable[tuple[str, str]],
+    on_text: Callable[[str, str], None] = lambda domain, split: None,
+) -> None:
+    """Score a finished model on each (domain, split) that lacks its scores; all ranks of the group take part."""
+    todo = missing_scores(config, run, model, texts)
+    if not todo:
+        return
+    directory = run.model(model)
+    network = load_model(group, directory)
+    content_hash = read_expert(directory).content_hash
+    for domain, split in todo:
+        text = evaluation_text(config, run, domain, split)
+        log_probs = text_log_probs(group, network, text)
+        if group.is_first:
+            Scores(log_probs, text.block_starts, content_hash, text.fingerprint).save(run.scores(model, domain, split))
+            on_text(domain, split)
+    dist.barrier()
+
+
+def load_model(group: ExpertGroup, directory: Path) -> ExpertModel:
+    """A Hugging Face directory as a model that the group's tensor parallel ranks share."""
+    path = directory / "config.json"
+    shape = shape_from_config(json.loads(path.read_text()), path)
+    network = build_model(shape, tensor=group.config.tensor, dtype=group.dtype, on_cpu=group.device.type == "cpu")
+    with SafetensorsModel(directory) as tensors:
+        load_weights(network, tensors.read, group.tensor_rank, group.config.tensor)
+    return network.eval()
+
+
+@torch.no_grad()
+def text_log_probs(group: ExpertGroup, network: ExpertModel, text: EvaluationText) -> np.ndarray:
+    """Log-probability in nats of every target token, float32 [tokens], on the group's first rank (others: partial).
+
+    Data ranks share the blocks; each block starts with no context but its own first token.
+    """
+    tokens = torch.as_tensor(text.tokens)
+    starts = [int(start) for start in text.block_starts]
+    ends = [*starts[1:], len(tokens) - 1]
+    result = torch.zeros(len(tokens) - 1)
+    length = ends[0] - starts[0]
+    whole = [start for start, end in zip(starts, ends, strict=True) if end - start == length]
+    at_once = max(1, _BATCH_TOKENS // length)
+    batches = [whole[i : i + at_once] for i in range(0, len(whole), at_once)]
+    if len(whole) < len(starts):
+        batches.append([starts[-1]])
+    for number, batch in enumerate(batches):
+        if number % group.config.data != group.data_rank:
+            continue
+        size = min(length, len(tokens) - 1 - batch[0])
+        rows = torch.stack([tokens[start : start + size + 1] for start in batch]).to(group.device)
+        scored = _log_probs(group, network, rows[:, :-1], rows[:, 1:]).cpu()
+        for start, row in zip(batch, scored, strict=True):
+            result[start : start + size] = row
+    if group.config.data > 1:
+        result = result.to(group.device)
+        dist.all_reduce(result, group=group.mpu.get_data_parallel_group())
+    return result.cpu().numpy()
+
+
+def _log_probs(group: ExpertGroup, network: ExpertModel, inputs: Tensor, targets: Tensor) -> Tensor:
+    hidden = network(inputs)
+    partials = token_logprob_partials(
+        hidden.reshape(-1, hidden.shape[-1]),
+        network.head,
+        targets.reshape(-1),
+        vocab_start=network.first_token,
+        vocab_size=network.shape.vocabulary,
+    )
+    if group.tensor_group is None:
+        return combine_partials([partials]).view_as(targets)
+    stacked = torch.stack(list(partials))
+    shards = [torch.empty_like(stacked) for _ in range(group.config.tensor)]
+    dist.all_gather(shards, stacked, group=group.tensor_group)
+    return combine_partials([tuple(shard) for shard in shards]).view_as(targets)

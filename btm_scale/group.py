@@ -1,0 +1,129 @@
+"""ExpertGroup: the world of one expert, its tensor and data ranks, its random state.
+
+Everything that trains, scores or generates runs inside one; nothing in it reaches beyond it. This is the only file that
+touches Megatron-core's global process groups.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from btm_scale.config import GroupConfig
+from btm_scale.errors import LaunchError
+
+
+@dataclass(frozen=True)
+class ExpertGroup:
+    """One world. Make it with `ExpertGroup.join`, once in a process."""
+
+    config: GroupConfig
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def join(cls, config: GroupConfig) -> ExpertGroup:
+        """Meet the group's other ranks at the rendezvous that the launcher put into the environment.
+
+        Raises LaunchError if the number of ranks isn't the layout's.
+        """
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size != config.ranks:
+            raise LaunchError(
+                f"this group has {size} ranks, but its layout needs tensor {config.tensor} x data {config.data} = "
+                f"{config.ranks}; start {config.ranks} ranks or change `group`"
+            )
+        has_gpu = torch.cuda.is_available()
+        if not has_gpu:
+            _stand_in_for_cuda()
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29500")
+        os.environ.setdefault("RANK", "0")
+        os.environ.setdefault("LOCAL_RANK", "0")
+        os.environ.setdefault("WORLD_SIZE", "1")
+        import deepspeed
+        from megatron.core import parallel_state
+
+        device = torch.device("cpu")
+        if has_gpu:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", verbose=False)
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=config.tensor)
+        return cls(config, dist.get_rank(), size, device)
+
+    @property
+    def tensor_rank(self) -> int:
+        """This rank's place among those that share every weight matrix."""
+        return self.rank % self.config.tensor
+
+    @property
+    def data_rank(self) -> int:
+        """This rank's place among those that share every batch."""
+        return self.rank // self.config.tensor
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes what the group writes once."""
+        return self.rank == 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of weights and activations."""
+        return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+
+    @property
+    def tensor_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share this rank's weight matrices; None where there is only this one."""
+        from megatron.core import parallel_state
+
+        return parallel_state.get_tensor_model_parallel_group() if self.config.tensor > 1 else None
+
+    @property
+    def mpu(self) -> Any:
+        """Megatron-core's process groups under the names that DeepSpeed asks for."""
+        from megatron.core import parallel_state
+
+        return _ModelParallelUnit(parallel_state)
+
+    def seed(self, random_seed: int) -> None:
+        """Start every random number generator of this process anew, alike on every rank."""
+        random.seed(random_seed)
+        np.random.seed(random_seed)
+        torch.manual_seed(random_seed)
+
+    def leave(self) -> None:
+        """End the world."""
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+class _ModelParallelUnit:
+    """What DeepSpeed calls an mpu."""
+
+    def __init__(self, state: Any) -> None:
+        self.get_model_parallel_rank = state.get_tensor_model_parallel_rank
+        self.get_model_parallel_world_size = state.get_tensor_model_parallel_world_size
+        self.get_model_parallel_group = state.get_tensor_model_parallel_group
+        self.get_tensor_model_parallel_rank = state.get_tensor_model_parallel_rank
+        self.get_tensor_model_parallel_world_size = state.get_tensor_model_parallel_world_size
+        self.get_tensor_model_parallel_group = state.get_tensor_model_parallel_group
+        self.get_data_parallel_rank = state.get_data_parallel_rank
+        self.get_data_parallel_world_size = state.get_data_parallel_world_size
+        self.get_data_parallel_group = state.get_data_parallel_group
+
+
+def _stand_in_for_cuda() -> None:
+    """Let Megatron-core, which asks CUDA for its device in places, run where there is no GPU."""
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")

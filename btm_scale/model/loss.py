@@ -1,0 +1,92 @@
+"""The LM head and its cross entropy as one: logits exist for one chunk of tokens at a time.
+
+Forward keeps the gradients of hidden states and weight instead of the logits, so that a step never holds
+[tokens, vocabulary] numbers, whatever the vocabulary, and nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Numbers in one chunk of logits: 8 MiB of float32 stay in a core's cache and fill a GPU's multiprocessors.
+_CHUNK_NUMBERS = 2 << 20
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        first_token: int,
+        vocabulary: int,
+        group: dist.ProcessGroup | None,
+    ) -> Tensor:
+        tokens, rows = len(targets), len(weight)
+        needs_grad = hidden.requires_grad or weight.requires_grad
+        chunk = max(16, _CHUNK_NUMBERS // rows)
+        losses = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad else None
+        padding = first_token + rows - vocabulary
+        for start in range(0, tokens, chunk):
+            span = slice(start, start + chunk)
+            local = targets[span] - first_token
+            absent = (local < 0) | (local >= rows)
+            local = local.masked_fill(absent, 0)[:, None]
+            logits = torch.mm(hidden[span], weight.t()).float()
+            if padding > 0:
+                logits[:, rows - padding :] = -torch.inf
+            peak = logits.amax(dim=1, keepdim=True)
+            if group is not None:
+                dist.all_reduce(peak, dist.ReduceOp.MAX, group)
+            logits -= peak
+            at_target = logits.gather(1, local).masked_fill_(absent[:, None], 0.0)
+            probabilities = logits.exp_()
+            total = probabilities.sum(dim=1, keepdim=True)
+            if group is not None:
+                both = torch.cat([total, at_target], dim=1)
+                dist.all_reduce(both, dist.ReduceOp.SUM, group)
+                total, at_target = both[:, :1], both[:, 1:]
+            losses[span] = (total.log() - at_target)[:, 0]
+            if grad_hidden is not None and grad_weight is not None:
+                probabilities /= total
+                probabilities.scatter_add_(1, local, absent[:, None].float() - 1.0)
+                gradient = probabilities.to(weight.dtype)
+                torch.mm(gradient, weight, out=grad_hidden[span])
+                grad_weight += torch.mm(gradient.t(), hidden[span])
+        if grad_hidden is not None and grad_weight is not None:
+            if group is not None:
+                dist.all_reduce(grad_hidden, dist.ReduceOp.SUM, group)
+            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        return losses.mean()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = (grad_outputs[0] / len(grad_hidden)).to(grad_hidden.dtype)
+        return grad_hidden * scale, grad_weight * scale, None, None, None, None
+
+
+def head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    first_token: int = 0,
+    vocabulary: int,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Mean cross entropy in nats of the softmax over the vocabulary, float32.
+
+    `hidden` [tokens, hidden], `weight` [rows, hidden]: this rank's rows of the LM head, the first of which stands for
+    `first_token`; rows at or beyond `vocabulary` are padding. `group`: the tensor parallel ranks, each of which
+    gets the same loss and the same gradient of `hidden`. A chunk's logits are rounded to the weight's type, as the
+    LM head's own output would be.
+    """
+    return _HeadLoss.apply(hidden, weight, targets, first_token, vocabulary, group)

@@ -1,0 +1,74 @@
+"""Weights into and out of a model that tensor parallel ranks share, under Hugging Face names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from btm_scale.model.gpt import ExpertModel, padded_vocabulary
+from btm_scale.model.names import Entry, cut, from_huggingface, join, table, to_huggingface
+from btm_scale.model.shape import ModelShape
+
+
+def gather_whole(entry: Entry, part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The whole Megatron-core tensor, on every tensor parallel rank, of which `part` is this rank's."""
+    if group is None or entry.cut is None:
+        return part
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, part.contiguous(), group=group)
+    return join(entry, parts)
+
+
+def local_part(
+    entry: Entry, read: Callable[[str], Tensor], shape: ModelShape, tensor_rank: int, tensor: int
+) -> Tensor:
+    """This rank's part of a Megatron-core tensor, from the Hugging Face tensors that `read` gives by name."""
+    whole = from_huggingface(entry, read, shape, padded_vocabulary(shape.vocabulary, tensor))
+    return cut(entry, whole, tensor)[tensor_rank]
+
+
+def load_weights(model: ExpertModel, read: Callable[[str], Tensor], tensor_rank: int, tensor: int) -> None:
+    """Set every parameter of a model that no engine has wrapped yet."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for entry in table(model.shape):
+            part = local_part(entry, read, model.shape, tensor_rank, tensor)
+            parameters[entry.megatron].copy_(part)
+
+
+def huggingface_tensors(
+    shape: ModelShape, part: Callable[[Entry], Tensor], group: dist.ProcessGroup | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Every Hugging Face tensor, from `part`, which gives this rank's part of each Megatron-core tensor.
+
+    Every tensor parallel rank must go through the whole iterator.
+    """
+    for entry in table(shape):
+        whole = gather_whole(entry, part(entry), group)
+        yield from to_huggingface(entry, whole, shape).items()
+
+
+def huggingface_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """The Hugging Face tensors' shapes by name, worked out without making any."""
+    rows = shape.vocabulary
+    key_value = shape.groups * shape.head_size
+    whole: dict[str, tuple[int, ...]] = {
+        "word_embeddings.weight": (rows, shape.hidden),
+        "output_layer.weight": (rows, shape.hidden),
+        "position_embeddings.weight": (shape.positions, shape.hidden),
+        "linear_qkv.weight": (shape.hidden + 2 * key_value, shape.hidden),
+        "linear_qkv.bias": (shape.hidden + 2 * key_value,),
+        "linear_proj.weight": (shape.hidden, shape.hidden),
+        "linear_fc1.weight": (shape.ffn * (2 if shape.family == "llama" else 1), shape.hidden),
+        "linear_fc1.bias": (shape.ffn,),
+        "linear_fc2.weight": (shape.hidden, shape.ffn),
+    }
+    result: dict[str, tuple[int, ...]] = {}
+    for entry in table(shape):
+        size = whole.get(".".join(entry.megatron.split(".")[-2:]), (shape.hidden,))
+        blank = torch.empty(size, device="meta")
+        result |= {name: tuple(tensor.shape) for name, tensor in to_huggingface(entry, blank, shape).items()}
+    return result

@@ -1,0 +1,222 @@
+"""The stages of a run and their order: what is done, what is next, what may run side by side.
+
+A stage is done when its files say so; nothing else remembers it, so a killed run goes on where its files end.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from btm_scale.config import RunConfig
+from btm_scale.data.fingerprint import Fingerprint
+from btm_scale.data.prepare import prepare, require_text
+from btm_scale.errors import ConfigError
+from btm_scale.forest.averages import average_texts, write_averages
+from btm_scale.forest.expert import is_finished, read_expert
+from btm_scale.forest.results import evaluate
+from btm_scale.forest.scoring import all_texts, missing_scores
+from btm_scale.launch.local import GroupCommand, run_groups
+from btm_scale.process import ModelLock
+from btm_scale.report.page import write_page
+from btm_scale.report.progress import ModelProgress, read_progress
+from btm_scale.run_dir import SEED, RunDir
+from btm_scale.train.job import model_names, training_job
+from btm_scale.train.metrics import read_metrics
+
+# What may change between two calls on one folder: it decides how a run goes on, not what its models are.
+_FREE = ("launch", "checkpoint", "baselines", "data.workers", "evaluate.prior", "evaluate.top_k")
+
+Progress = Callable[[Sequence[ModelProgress]], None]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How groups share this machine. It follows from the config alone, so that a run that was interrupted goes on with
+    the same number of threads, and so with the same bits."""
+
+    slots: int
+    threads: int  # of one rank
+
+
+def open_run(config: RunConfig, run: RunDir) -> None:
+    """Make the run's folder, or check that it is this config's, and save the config in it.
+
+    Raises ConfigError if the folder holds another run: its models would not be what the config says.
+    """
+    if run.config.is_file():
+        existing = RunConfig.load(run.config)
+        differing = [
+            line
+            for path, line in _differences(existing.model_dump(mode="json"), config.model_dump(mode="json"))
+            if not path.startswith(_FREE)
+        ]
+        if differing:
+            raise ConfigError(
+                f"{run.root} holds a run of another config; it differs in:\n"
+                + "\n".join(f"  {line}" for line in differing)
+                + "\nUse another --out, or delete that folder."
+            )
+    config.save(run.config)
+
+
+def run_all(config: RunConfig, run: RunDir, *, on_progress: Progress, say: Say) -> dict[str, Any]:
+    """Every stage that isn't done, from text to page; returns the results."""
+    open_run(config, run)
+    say("text -> token files")
+    prepare(config, run)
+    for stage in training_stages(config):
+        todo = [model for model in stage if not _is_done(config, run, model)]
+        if todo:
+            say(f"training {', '.join(todo)}")
+        run_training(config, run, stage, on_progress=on_progress)
+    say("averaging and scoring")
+    score_averages(config, run)
+    results = evaluate(config, run)
+    report(config, run, results)
+    return results
+
+
+def training_stages(config: RunConfig) -> list[list[str]]:
+    """The models to train, those that may run side by side together; in a stage, the longest first."""
+    branches = [model for model in model_names(config) if model != SEED]
+
+    def work(model: str) -> int:
+        job = training_job(config, model)
+        return job.steps * job.sequences
+
+    return [[SEED], sorted(branches, key=work, reverse=True)]
+
+
+def placement(config: RunConfig, models: Sequence[str]) -> Placement:
+    """How the groups of one stage share the machine's cores."""
+    cores = len(os.sched_getaffinity(0))
+    ranks = max(training_job(config, model).group.ranks for model in models)
+    slots = config.launch.local.slots or max(1, cores // ranks)
+    slots = min(slots, len(models))
+    return Placement(slots, max(1, cores // (slots * ranks)))
+
+
+def run_training(config: RunConfig, run: RunDir, models: Sequence[str], *, on_progress: Progress) -> None:
+    """Train, export and score the models that lack anything of it."""
+    place = placement(config, models)
+    todo = [model for model in models if not _is_done(config, run, model)]
+    commands = [
+        GroupCommand(
+            name=model,
+            ranks=training_job(config, model).group.ranks,
+            arguments=("train", str(run.config), "--model", model, "--out", str(run.root)),
+            log=run.log(model),
+        )
+        for model in todo
+    ]
+    done = {model: "done" for model in models if model not in todo}
+
+    def poll(states: dict[str, str]) -> None:
+        on_progress(progress(config, run, done | states))
+
+    try:
+        run_groups(commands, slots=place.slots, threads=place.threads, on_poll=poll)
+    finally:
+        on_progress(progress(config, run, {model: "done" if _is_done(config, run, model) else "failed"
+                                           for model in models}))  # fmt: skip
+
+
+def progress(config: RunConfig, run: RunDir, states: dict[str, str]) -> list[ModelProgress]:
+    """How far each model is, in the run's order."""
+    return [
+        read_progress(run, model, training_job(config, model).steps, state=states[model])  # type: ignore[arg-type]
+        for model in model_names(config)
+        if model in states
+    ]
+
+
+def score_models(config: RunConfig, run: RunDir, models: Sequence[str]) -> list[str]:
+    """Score those of the models (default: every finished one) that lack scores; returns their names."""
+    for model in models:
+        read_expert(run.model(model))
+    averages = average_texts(config)
+    names = models or [name for name in [*model_names(config), *averages] if is_finished(run.model(name))]
+    todo = [name for name in names if missing_scores(config, run, name, averages.get(name) or all_texts(config))]
+    if todo:
+        arguments = ("score", str(run.root), *(part for name in todo for part in ("--model", name)))
+        command = GroupCommand("score", config.group.ranks, arguments, run.log("score"))
+        run_groups([command], slots=1, threads=placement(config, [SEED]).threads)
+    return todo
+
+
+def score_averages(config: RunConfig, run: RunDir) -> None:
+    """Merge the averages, and score each on the domains that it serves."""
+    score_models(config, run, write_averages(config, run))
+
+
+def report(config: RunConfig, run: RunDir, results: dict[str, Any]) -> None:
+    """Draw the page."""
+    curves = {model: read_metrics(run.metrics(model)) for model in model_names(config)}
+    write_page(config, results, {model: curve for model, curve in curves.items() if curve}, run.report)
+
+
+def dry_run(config: RunConfig, run: RunDir) -> dict[str, Any]:
+    """What a run would do: its models, their steps, batches and layouts. Checks every text path; writes nothing."""
+    files = require_text(config)
+    jobs = {}
+    for stage in training_stages(config):
+        place = placement(config, stage)
+        for model in stage:
+            job = training_job(config, model)
+            jobs[model] = {
+                "parent": job.parent,
+                "steps": job.steps,
+                "batch": f"{job.sequences} x {config.budget.sequence_length} tokens",
+                "layout": f"tensor {job.group.tensor} x data {job.group.data}, ZeRO {job.group.zero}, {job.group.precision}",
+                "at_a_time": place.slots,
+                "done": is_finished(run.model(model)),
+            }
+    rows = config.tokenizer.vocab_size if config.tokenizer.path is None else None
+    shape = config.model.shape(rows or 1, config.budget.sequence_length)
+    return {
+        "run": str(run.root),
+        "parameters": shape.parameters if rows else "known with the tokenizer",
+        "text": {name: {"files": len(found), "bytes": sum(file.path.stat().st_size for file in found)}
+                 for name, found in files.items()},
+        "models": jobs,
+    }  # fmt: skip
+
+
+def data_summary(config: RunConfig, run: RunDir) -> dict[str, Any]:
+    """Documents, tokens and bytes of every domain's splits, with what was skipped."""
+    summary = {}
+    for name in config.all_domains:
+        made = Fingerprint.load(run, name)
+        summary[name] = {split: counts.model_dump() for split, counts in made.splits.items()} | {
+            "skipped_lines": made.skipped_lines,
+            "duplicates": made.duplicates,
+        }
+    return {"data": str(run.data), "domains": summary}
+
+
+def status(config: RunConfig, run: RunDir) -> list[ModelProgress]:
+    """How far each model is, from the run's files alone."""
+    states = {}
+    for model in model_names(config):
+        if _is_done(config, run, model):
+            states[model] = "done"
+        else:
+            states[model] = "running" if ModelLock.is_held(run.train(model)) else "waiting"
+    return progress(config, run, states)
+
+
+def _is_done(config: RunConfig, run: RunDir, model: str) -> bool:
+    return is_finished(run.model(model)) and not missing_scores(config, run, model, all_texts(config))
+
+
+def _differences(one: Any, other: Any, path: str = "") -> list[tuple[str, str]]:
+    """(path, sentence) of every value in which two configs differ."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = [*one, *(key for key in other if key not in one)]
+        return [found for key in keys
+                for found in _differences(one.get(key), other.get(key), f"{path}.{key}" if path else str(key))]  # fmt: skip
+    return [] if one == other else [(path, f"{path}: {one} there, {other} here")]

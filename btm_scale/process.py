@@ -1,0 +1,77 @@
+"""Processes that end with the one that supervises them, and locks that end with the process that holds them."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import signal
+import threading
+from pathlib import Path
+from typing import Self, TextIO
+
+from btm_scale.errors import LaunchError
+
+# The environment variable that names the supervisor's process to every rank of a local group.
+SUPERVISOR = "BTM_SCALE_SUPERVISOR"
+
+
+def end_with_supervisor() -> None:
+    """Watch the supervisor, if there is one, and kill this process's whole group when it is gone.
+
+    A run that was killed leaves no rank behind that would go on writing beside the next one.
+    """
+    pid = os.environ.get(SUPERVISOR)
+    if pid is None:
+        return
+    try:
+        descriptor = os.pidfd_open(int(pid))
+    except ProcessLookupError:
+        _end()
+    threading.Thread(target=_watch, args=(descriptor,), daemon=True, name="supervisor-watch").start()
+
+
+def _watch(descriptor: int) -> None:
+    select.select([descriptor], [], [])
+    _end()
+
+
+def _end() -> None:
+    print("the process that started this group is gone; ending the group", flush=True)
+    os.killpg(0, signal.SIGKILL)
+
+
+class ModelLock:
+    """Held by the first rank of the group that trains a model; the kernel lets go of it when the process ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "lock"
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> Self:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._path.open("w")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise LaunchError(
+                f"another group is training in {self._path.parent}; wait until it ends, or end it"
+            ) from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    @staticmethod
+    def is_held(folder: Path) -> bool:
+        """Whether some process holds the lock now."""
+        try:
+            with (folder / "lock").open("r+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False

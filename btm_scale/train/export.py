@@ -1,0 +1,64 @@
+"""From the engine to an expert: a Hugging Face directory, published with its card as one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+
+from btm_scale.checkpoint.hashing import content_hash
+from btm_scale.checkpoint.publish import partial_path, publish_directory
+from btm_scale.checkpoint.sharded_writer import ShardedWriter
+from btm_scale.checkpoint.tensors import TensorSpec, dtype_name
+from btm_scale.config import RunConfig
+from btm_scale.data.fingerprint import Fingerprint
+from btm_scale.forest.expert import Expert, Parent
+from btm_scale.model.huggingface import config_json
+from btm_scale.model.weights import huggingface_shapes, huggingface_tensors
+from btm_scale.run_dir import RunDir
+from btm_scale.train.engine import Engine
+from btm_scale.train.job import TrainingJob
+
+
+def export_expert(engine: Engine, config: RunConfig, run: RunDir, job: TrainingJob, end_of_text: int) -> None:
+    """Write the trained model, in the type it computes in, under the run's name for it. All ranks take part."""
+    group, shape = engine.group, engine.model.shape
+    final = run.model(job.model)
+    partial = partial_path(final)
+    writer = None
+    if group.is_first:
+        shutil.rmtree(partial, ignore_errors=True)
+        specs = {name: TensorSpec(group.dtype, size) for name, size in huggingface_shapes(shape).items()}
+        writer = ShardedWriter(partial, specs)
+    parameters = engine.parameters
+    tensors = huggingface_tensors(
+        shape, lambda entry: engine.weights(parameters[entry.megatron]), group.tensor_group
+    )
+    for name, tensor in tensors:
+        if writer is not None:
+            writer.write(name, tensor)
+    if writer is not None:
+        writer.close()
+        settings = config_json(shape, dtype=dtype_name(group.dtype), end_of_text=end_of_text)
+        (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        for file in sorted(run.tokenizer.iterdir()):
+            shutil.copyfile(file, partial / file.name)
+        _card(config, run, job, partial).save(partial)
+        publish_directory(partial, final)
+    dist.barrier()
+
+
+def _card(config: RunConfig, run: RunDir, job: TrainingJob, directory: Path) -> Expert:
+    total = sum(job.weights.values())
+    return Expert(
+        name=job.model,
+        domains={domain: weight / total for domain, weight in job.weights.items()},
+        parents=(Parent(job.parent, 1.0),) if job.parent else (),
+        tokens=job.steps * job.sequences * config.budget.sequence_length,
+        steps=job.steps,
+        layout={name: getattr(job.group, name) for name in ("tensor", "data", "zero", "precision")},
+        data_fingerprint={domain: Fingerprint.load(run, domain).text for domain in job.weights},
+        content_hash=content_hash(directory),
+    )

@@ -1,0 +1,122 @@
+"""What it takes to train one model of a run: its data, its steps, its parent, its part of the schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from btm_scale.config import GroupConfig, RunConfig
+from btm_scale.errors import ConfigError
+from btm_scale.run_dir import DENSE, SEED
+
+RANDOM_SPLIT = "random/"
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """One model's training, by one group."""
+
+    model: str
+    parent: str | None  # the model whose last training state this one goes on from
+    weights: Mapping[str, float]  # each domain's share of the data
+    part: tuple[int, int] | None  # (i, n): train on the i-th of n random parts of the documents only
+    steps: int
+    sequences: int  # in a batch
+    first_sample: int  # where in the data's fixed order the first batch begins
+    samples: int  # length of that order
+    progress: tuple[float, float]  # of the schedule, before the first step and after the last
+    group: GroupConfig
+
+    def progress_at(self, step: int) -> float:
+        """Share of the schedule that is done after `step` steps of this job."""
+        begin, end = self.progress
+        return begin + (end - begin) * step / self.steps
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences that one rank takes at once: the most that divide its share evenly."""
+        share = self.sequences // self.group.data
+        return next(size for size in range(min(self.group.micro_batch, share), 0, -1) if share % size == 0)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches that one rank takes in a step."""
+        return self.sequences // (self.group.data * self.micro_batch)
+
+
+def model_names(config: RunConfig) -> list[str]:
+    """Every model that a run trains, parents before children."""
+    names = [SEED]
+    if config.baselines.dense:
+        names.append(DENSE)
+    names += list(config.domains)
+    if config.baselines.random_split:
+        names += [f"{RANDOM_SPLIT}{i}" for i in range(len(config.domains))]
+    return names
+
+
+def training_job(config: RunConfig, model: str) -> TrainingJob:
+    """The job of one of `model_names`. Raises ConfigError for any other name, or a layout that can't take the batch."""
+    budget = config.budget
+    batch = budget.batch_tokens // budget.sequence_length
+    weights = {name: domain.weight for name, domain in config.domains.items()}
+    seed_end = budget.seed_steps / (budget.seed_steps + budget.branch_steps)
+    if model in (SEED, DENSE):
+        seed_samples = budget.seed_steps * batch
+        is_seed = model == SEED
+        job = TrainingJob(
+            model=model,
+            parent=None if is_seed else SEED,
+            weights=weights,
+            part=None,
+            steps=budget.seed_steps if is_seed else budget.branch_steps,
+            sequences=batch,
+            first_sample=0 if is_seed else seed_samples,
+            # Seed and dense read one order, so that dense is the model that the seed would have become.
+            samples=seed_samples + budget.branch_steps * batch,
+            progress=(0.0, seed_end) if is_seed else (seed_end, 1.0),
+            group=config.group,
+        )
+    else:
+        job = _branch(config, model, batch, weights, seed_end)
+    if job.sequences % job.group.data:
+        raise ConfigError(
+            f"{model}: a batch of {job.sequences} sequences cannot be shared evenly by {job.group.data} data ranks; "
+            f"change batch_tokens or group.data"
+        )
+    return job
+
+
+def _branch(
+    config: RunConfig, model: str, batch: int, weights: Mapping[str, float], seed_end: float
+) -> TrainingJob:
+    budget, number = config.budget, len(config.domains)
+    own = config.experts.get(model)
+    group = config.expert_group(model)
+    part = None
+    if model.startswith(RANDOM_SPLIT) and model.removeprefix(RANDOM_SPLIT) in map(str, range(number)):
+        part = (int(model.removeprefix(RANDOM_SPLIT)), number)
+    elif model in config.domains:
+        weights = {model: 1.0}
+    else:
+        raise ConfigError(f"no model is called '{model}'; this run trains {', '.join(model_names(config))}")
+    # As many steps as dense takes after the seed, with an equal share of its batch.
+    sequences = max(group.data, batch // number // group.data * group.data)
+    if own is not None and own.batch_tokens is not None:
+        sequences = max(1, own.batch_tokens // budget.sequence_length)
+    tokens = budget.branch_steps * budget.batch_tokens / number
+    if own is not None and own.tokens is not None:
+        tokens = own.tokens
+    steps = max(1, round(tokens / (sequences * budget.sequence_length)))
+    return TrainingJob(
+        model=model,
+        parent=SEED,
+        weights=weights,
+        part=part,
+        steps=steps,
+        sequences=sequences,
+        first_sample=0,
+        samples=steps * sequences,
+        progress=(seed_end, 1.0),
+        group=group,
+    )

@@ -1,0 +1,82 @@
+"""metrics.jsonl: one JSON object a step, and a line in the log every few seconds."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TextIO
+
+from btm_scale.group import ExpertGroup
+from btm_scale.train.engine import StepResult
+from btm_scale.train.job import TrainingJob
+
+_LOG_SECONDS = 5.0
+
+
+class Metrics:
+    """The record of one training; only the group's first rank writes it.
+
+    Steps after `first_step`, which a killed run left behind, are dropped: they are taken again.
+    """
+
+    def __init__(self, group: ExpertGroup, path: Path, job: TrainingJob, length: int, first_step: int) -> None:
+        self._writes = group.is_first
+        self._path = path
+        self._job = job
+        self._step_tokens = job.sequences * length
+        self._first_step = first_step
+        self._file: TextIO | None = None
+        self._last = time.perf_counter()
+        self._logged = 0.0
+
+    def __enter__(self) -> Self:
+        if self._writes:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            kept = [line for line in _whole_lines(self._path) if json.loads(line)["step"] <= self._first_step]
+            self._path.write_text("".join(kept))
+            self._file = self._path.open("a", buffering=1)
+        self._last = time.perf_counter()
+        return self
+
+    def record(self, step: int, result: StepResult, rate: float) -> None:
+        """Note a step; its time is that since the step before."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        if self._file is None:
+            return
+        line = {
+            "step": step,
+            "loss": result.loss,
+            "learning_rate": rate,
+            "gradient_norm": result.gradient_norm,
+            "tokens_per_second": self._step_tokens / seconds,
+            "seconds": seconds,
+        }
+        self._file.write(json.dumps(line) + "\n")
+        if now - self._logged > _LOG_SECONDS or step == self._job.steps:
+            self._logged = now
+            print(
+                f"{self._job.model} step {step}/{self._job.steps} loss {result.loss:.4f} "
+                f"gradient norm {result.gradient_norm:.3f} rate {rate:.2e} {line['tokens_per_second']:.0f} tokens/s",
+                flush=True,
+            )
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a file, without a last one that was torn."""
+    if not path.is_file():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Every step's numbers; none if the training hasn't begun."""
+    return [json.loads(line) for line in _whole_lines(path)]

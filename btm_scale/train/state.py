@@ -1,0 +1,139 @@
+"""Training states on disk, free of any layout: what a run resumes from and what branches begin with.
+
+A state is a folder `step-00000100` with one safetensors file and `state.json`, its marker. The tensors have
+Hugging Face names and shapes behind `master/`, `exp_avg/` and `exp_avg_sq/`, so that a group of any tensor, data and
+ZeRO setting can read what any other wrote.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from btm_scale.checkpoint.publish import partial_path, publish_directory, require_space, write_file
+from btm_scale.checkpoint.safetensors import SafetensorsModel
+from btm_scale.checkpoint.sharded_writer import ShardedWriter
+from btm_scale.checkpoint.tensors import TensorSpec
+from btm_scale.errors import CheckpointError
+from btm_scale.model.names import table, to_huggingface
+from btm_scale.model.weights import gather_whole, huggingface_shapes, local_part
+from btm_scale.train.engine import KINDS, Engine
+
+_MARKER = "state.json"
+_TENSORS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a job has come."""
+
+    step: int
+    adam_steps: int
+    random_state: str  # torch's CPU generator, base64
+
+
+def state_path(folder: Path, step: int) -> Path:
+    """Where the state after `step` steps lies."""
+    return folder / f"step-{step:08d}"
+
+
+def save_state(engine: Engine, folder: Path, step: int, keep: int) -> None:
+    """Write the state after `step` steps aside, name it, and then drop all but the `keep` newest."""
+    final = state_path(folder, step)
+    partial = partial_path(final)
+    shape = engine.model.shape
+    writer = None
+    if engine.group.is_first:
+        shutil.rmtree(partial, ignore_errors=True)
+        specs = {f"{kind}/{name}": TensorSpec(torch.float32, size)
+                 for kind in KINDS for name, size in huggingface_shapes(shape).items()}  # fmt: skip
+        require_space(folder, sum(spec.nbytes for spec in specs.values()))
+        writer = ShardedWriter(partial, specs, max_shard_bytes=float("inf"))
+    parameters = engine.parameters
+    for entry in table(shape):
+        for kind in KINDS:
+            whole = gather_whole(entry, engine.full(parameters[entry.megatron], kind), engine.group.tensor_group)
+            if writer is not None:
+                for name, tensor in to_huggingface(entry, whole, shape).items():
+                    writer.write(f"{kind}/{name}", tensor)
+    if writer is not None:
+        writer.close()
+        random_state = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
+        position = Position(step, engine.adam_steps, random_state)
+        digest = _digest(partial / _TENSORS)
+        write_file(partial / _MARKER, json.dumps(asdict(position) | {"sha256": digest}, indent=1))
+        publish_directory(partial, final, replace=True)
+        for old in sorted(folder.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def newest_state(folder: Path) -> Path | None:
+    """The newest state that is whole; what is torn or damaged is passed over, and said."""
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        problem = _problem(path)
+        if problem is None:
+            return path
+        print(f"{path} cannot be used: {problem}; going back to the state before it", flush=True)
+    return None
+
+
+def load_state(engine: Engine, path: Path) -> Position:
+    """Put a state into an engine of any layout. Raises CheckpointError if the state is of another shape."""
+    values = json.loads((path / _MARKER).read_text())
+    position = Position(**{key: values[key] for key in Position.__dataclass_fields__})
+    group, shape, parameters = engine.group, engine.model.shape, engine.parameters
+    with SafetensorsModel(path) as tensors:
+        expected = {f"{kind}/{name}": size for kind in KINDS for name, size in huggingface_shapes(shape).items()}
+        found = {name: spec.shape for name, spec in tensors.specs().items()}
+        if found != expected:
+            odd = next(name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name))
+            raise CheckpointError(
+                f"{path} is of another shape: '{odd}' is {found.get(odd)} there and {expected.get(odd)} in this model; "
+                "give the run's own `model`, or another --out"
+            )
+        engine.adam_steps = position.adam_steps
+        for entry in table(shape):
+            state = {
+                kind: local_part(entry, lambda name, kind=kind: tensors.read(f"{kind}/{name}"), shape,
+                                 group.tensor_rank, group.config.tensor)
+                for kind in KINDS
+            }  # fmt: skip
+            engine.restore(parameters[entry.megatron], {k: v.to(group.device) for k, v in state.items()})
+    return position
+
+
+def restore_random_state(position: Position) -> None:
+    """Go on with the random numbers that would have come next."""
+    data = bytearray(base64.b64decode(position.random_state))
+    torch.set_rng_state(torch.frombuffer(data, dtype=torch.uint8))
+
+
+def _problem(path: Path) -> str | None:
+    try:
+        recorded = json.loads((path / _MARKER).read_text())["sha256"]
+        found = _digest(path / _TENSORS)
+    except (OSError, ValueError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None if found == recorded else f"{_TENSORS} differs from its checksum"
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    for block in _blocks(path):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(8 << 20):
+            yield block

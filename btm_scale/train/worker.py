@@ -1,0 +1,61 @@
+"""What one rank of a group runs, once the launcher has started it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+from collections.abc import Iterator, Sequence
+
+from btm_scale.config import RunConfig
+from btm_scale.forest.averages import average_texts
+from btm_scale.forest.expert import is_finished
+from btm_scale.forest.scoring import all_texts, score_model
+from btm_scale.group import ExpertGroup
+from btm_scale.process import ModelLock, end_with_supervisor
+from btm_scale.run_dir import RunDir
+from btm_scale.train.job import training_job
+from btm_scale.train.trainer import train_and_export
+
+
+def train_as_rank(config: RunConfig, run: RunDir, model: str) -> None:
+    """Train, export and score one model; each part that is done already is not done again."""
+    job = training_job(config, model)
+    with _joined(job.group) as group, ModelLock(run.train(model)) if group.is_first else contextlib.nullcontext():
+        if not is_finished(run.model(model)):
+            train_and_export(group, config, run, job)
+        score_model(group, config, run, model, all_texts(config), on_text=_say_scored)
+
+
+def score_as_rank(config: RunConfig, run: RunDir, models: Sequence[str]) -> None:
+    """Score finished models on the texts that each is for."""
+    averages = average_texts(config)
+    with _joined(config.group) as group:
+        for model in models:
+            score_model(group, config, run, model, averages.get(model) or all_texts(config), on_text=_say_scored)
+
+
+@contextlib.contextmanager
+def _joined(layout: object) -> Iterator[ExpertGroup]:
+    end_with_supervisor()
+    _keep_freed_memory()
+    group = ExpertGroup.join(layout)  # type: ignore[arg-type]
+    yield group
+    # Not after an error: other ranks may be waiting in a collective, and only the launcher can end them.
+    group.leave()
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to reuse large buffers instead of returning them to the kernel and faulting them in again.
+
+    A step on CPU takes and frees the same activations over and over; this is worth a tenth of its time.
+    """
+    mmap_threshold, trim_threshold = -3, -1
+    with contextlib.suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def _say_scored(domain: str, split: str) -> None:
+    print(json.dumps({"scored": domain, "split": split}), flush=True)
