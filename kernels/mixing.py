@@ -262,7 +262,7 @@ def pick_kernel(
     SPLITS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """The best of a row's blocks; log_likelihood[row, e] += log softmax(l_e)[token] if expert e has weight."""
+    """The best of a row's blocks; log_likelihood[row, e] += log softmax(l_e)[token] where e has weight."""
     row = tl.program_id(0)
     block = tl.arange(0, BLOCKS)
     scores = tl.load(score_ptr + row * blocks + block, mask=block < blocks, other=-float("inf"))
@@ -270,10 +270,10 @@ def pick_kernel(
     token = tl.load(token_ptr + row * blocks + winner)
     log_prob = tl.load(log_prob_ptr + row * blocks + winner)
 
-    _, check = _weights(log_weights_ptr, row, experts, weight_stride, EXPERTS)
+    _top_weight, check = _weights(log_weights_ptr, row, experts, weight_stride, EXPERTS)
     for expert in range(experts):
         log_weight = tl.load(log_weights_ptr + row.to(tl.int64) * weight_stride + expert)
-        _, log_sum = _normalizer(maximum_ptr, sum_exp_ptr, expert, row, batch, splits, SPLITS)
+        top, log_sum = _normalizer(maximum_ptr, sum_exp_ptr, expert, row, batch, splits, SPLITS)
         check += tl.where(log_weight == -float("inf"), 0.0, log_sum)
     broken = check != check
     no_token = broken | (best == -float("inf"))

@@ -54,8 +54,10 @@ SCORE_RULES = [
     ScoreRule("sm_100", 16, 0, 0, True, ScoreConfig(64, 128, 64, 2048, 16, 4, 3)),
     ScoreRule("sm_100", 16, 65, 0, True, ScoreConfig(256, 128, 64, 8192, 16, 8, 3)),
     ScoreRule("sm_100", 32, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 4, 2)),
-    ScoreRule("interpreter", 16, 0, 0, False, ScoreConfig(128, 1024, 64, 2048, 2, 4, 1)),
-    ScoreRule("interpreter", 32, 0, 0, False, ScoreConfig(128, 1024, 64, 2048, 2, 4, 1)),
+    ScoreRule("interpreter", 16, 0, 0, False, ScoreConfig(32, 2048, 64, 4096, 2, 4, 1)),
+    ScoreRule("interpreter", 16, 65, 0, False, ScoreConfig(128, 1024, 64, 2048, 2, 4, 1)),
+    ScoreRule("interpreter", 32, 0, 0, False, ScoreConfig(32, 2048, 64, 4096, 2, 4, 1)),
+    ScoreRule("interpreter", 32, 65, 0, False, ScoreConfig(128, 1024, 64, 2048, 2, 4, 1)),
 ]
 
 MIX_RULES = {

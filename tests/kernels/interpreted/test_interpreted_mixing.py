@@ -1,0 +1,150 @@
+"""The Triton mixing kernels on CPU tensors, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from btm_scale.kernels import launch, mix_logits, mix_sample
+from btm_scale.kernels.tuning_table import MixConfig
+from kernel_oracle import exact_mixture, mixing_case, sparse_tensor
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+NARROW = MixConfig(block=64, split=160, warps=4, cache_bytes=1)
+INF = float("inf")
+
+
+def assert_close(log_probs: torch.Tensor, exact: torch.Tensor) -> None:
+    assert log_probs.dtype == torch.float32
+    assert torch.equal(log_probs == -INF, exact == -INF)
+    finite = exact > -INF
+    assert (log_probs[finite] - exact[finite]).abs().max() <= 1e-5
+    assert log_probs.max() <= 0
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("experts", "batch", "vocab"),
+    [(1, 1, 111), (3, 17, 111), (8, 5, 32_000), (3, 2, 50_257), (8, 1, 128_256), (2, 37, 111)],
+)
+def test_every_type_and_odd_shape_is_as_exact_as_promised(dtype, experts, batch, vocab):
+    logits, log_weights = mixing_case(experts, batch, vocab, dtype)
+    assert_close(mix_logits(logits, log_weights), exact_mixture(logits, log_weights))
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_a_large_offset_on_one_experts_logits_changes_nothing(offset):
+    logits, log_weights = mixing_case(3, 4, 1000)
+    logits[1] += offset
+    assert_close(mix_logits(logits, log_weights), exact_mixture(logits, log_weights))
+
+
+def test_log_weights_as_large_as_a_long_texts_log_likelihood_keep_their_differences():
+    logits, log_weights = mixing_case(3, 4, 1000)
+    log_weights = log_weights.double() - 3e6
+    assert_close(mix_logits(logits, log_weights), exact_mixture(logits, log_weights))
+
+
+def test_zero_weights_and_impossible_tokens_are_exact():
+    logits, log_weights = mixing_case(3, 4, 1000)
+    log_weights[0, 1] = -INF
+    log_weights[1, :2] = -INF
+    log_weights[2] = -INF
+    logits[1, 3] = -INF
+    logits[:, :, 7] = -INF
+    logits[:, 3, 64:192] = -INF
+    mixture = mix_logits(logits, log_weights)
+    assert (mixture[2] == -INF).all()
+    exact = exact_mixture(logits, log_weights)
+    # A row without weight has no exact distribution, and expert 1 cannot say anything about row 3.
+    assert_close(mixture[[0, 1, 3]], exact[[0, 1, 3]])
+    assert torch.equal(mixture[1], mix_logits(logits[2:], log_weights[:, 2:])[1])
+
+
+def test_nan_in_an_expert_of_no_weight_is_never_read_and_in_another_fills_its_row():
+    logits, log_weights = mixing_case(3, 4, 1000)
+    log_weights[0, 1] = -INF
+    clean = mix_logits(logits, log_weights)
+    logits[1, 0, 5] = float("nan")
+    logits[1, 2, 5] = float("nan")
+    logits[0, 3, 9] = INF
+    mixture = mix_logits(logits, log_weights)
+    assert torch.equal(mixture[:2], clean[:2])
+    assert mixture[2:].isnan().all()
+    tokens, log_probs = mix_sample(logits, log_weights)
+    assert (tokens[2:] == -1).all()
+    assert log_probs[2:].isnan().all()
+    assert (tokens[:2] >= 0).all()
+
+
+def test_mixing_repeats_to_the_bit_and_rows_do_not_touch_each_other():
+    logits, log_weights = mixing_case(3, 6, 1000)
+    together = launch.mix_logits(logits, log_weights, config=NARROW._replace(cache_bytes=1 << 20))
+    apart = launch.mix_logits(logits, log_weights, config=NARROW)
+    assert torch.equal(together, apart)
+    assert_close(together, exact_mixture(logits, log_weights))
+
+
+def test_temperature_zero_takes_the_likeliest_token():
+    logits, log_weights = mixing_case(3, 17, 1000)
+    mixture = mix_logits(logits, log_weights)
+    tokens, log_probs = mix_sample(logits, log_weights, temperature=0)
+    assert torch.equal(tokens, mixture.argmax(1))
+    assert torch.equal(log_probs, mixture.max(1).values)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_tokens_are_drawn_with_the_mixtures_probabilities(temperature):
+    vocab, draws = 6, 200
+    logits, log_weights = mixing_case(2, 1, vocab)
+    exact = exact_mixture(logits, log_weights)[0]
+    expected = draws * (exact / temperature).softmax(0)
+    tokens, log_probs = launch.mix_sample(
+        logits.expand(2, draws, vocab).contiguous(),
+        log_weights.expand(draws, 2).contiguous(),
+        temperature=temperature,
+        generator=torch.Generator().manual_seed(3),
+        config=NARROW._replace(block=16, cache_bytes=1 << 20),
+    )
+    counts = torch.bincount(tokens, minlength=vocab).double()
+    assert (counts[expected == 0] == 0).all()
+    common = expected >= 5
+    statistic = ((counts - expected) ** 2 / expected)[common].sum()
+    degrees = int(common.sum())
+    assert statistic < degrees + 4 * (2 * degrees) ** 0.5
+    assert (log_probs - exact[tokens]).abs().max() <= 1e-5
+
+
+def test_draws_follow_the_generator_and_not_the_cut_into_launches():
+    logits, log_weights = mixing_case(2, 6, 1000)
+
+    def draw(seed: int, config: MixConfig | None = None) -> list[int]:
+        generator = torch.Generator().manual_seed(seed)
+        return launch.mix_sample(logits, log_weights, generator=generator, config=config)[0].tolist()
+
+    assert draw(1) == draw(1) == draw(1, NARROW)
+    assert draw(1) != draw(2)
+
+
+def test_the_launch_that_picks_a_token_updates_the_posterior():
+    logits, log_weights = mixing_case(3, 4, 1000)
+    log_weights[1, 2] = -INF
+    log_weights[3] = -INF
+    running = torch.full((4, 3), 0.5, dtype=torch.float64)
+    tokens, log_probs = mix_sample(logits, log_weights, log_likelihood=running)
+    assert tokens[3] == -1
+    assert log_probs[3] == -INF
+    gain = logits.double().log_softmax(2).gather(2, tokens.clamp(min=0).expand(3, 4)[:, :, None])[:, :, 0].T
+    gain[log_weights == -INF] = 0
+    assert torch.allclose(running, gain + 0.5, rtol=0, atol=1e-5)
+
+
+def test_offsets_beyond_two_to_the_31_reach_the_right_memory():
+    near, log_weights = mixing_case(2, 3, 111)
+    far = sparse_tensor((2, 3, 111), (2**32 + 64, 2**30 + 2**29, 1), torch.bfloat16)
+    far.copy_(near)
+    near = near.bfloat16()
+    assert torch.equal(mix_logits(far, log_weights), mix_logits(near, log_weights))
+    running = [torch.zeros(3, 2, dtype=torch.float64) for _ in range(2)]
+    for logits, log_likelihood in zip((far, near), running, strict=True):
+        mix_sample(logits, log_weights, temperature=0, log_likelihood=log_likelihood)
+    assert torch.equal(*running)

@@ -1,0 +1,60 @@
+"""The formulas once more, in float64 and all at once: what every implementation is held to."""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def exact_token_logprobs(
+    hidden: Tensor, heads: list[Tensor], targets: Tensor, soft_cap: float = 0.0
+) -> Tensor:
+    """float64 [experts, tokens] by one product over the whole vocabulary."""
+    rows = []
+    for states, head in zip(hidden, heads, strict=True):
+        logits = states.double() @ head.double().T
+        if soft_cap:
+            logits = soft_cap * torch.tanh(logits / soft_cap)
+        rows.append(-F.cross_entropy(logits, targets, reduction="none"))
+    return torch.stack(rows)
+
+
+def exact_mixture(logits: Tensor, log_weights: Tensor) -> Tensor:
+    """float64 [batch, vocab]; an expert of zero weight or without a possible token adds nothing."""
+    weights = log_weights.double().softmax(1).nan_to_num(0.0)
+    probabilities = logits.double().softmax(2).nan_to_num(0.0)
+    return torch.einsum("be,ebv->bv", weights, probabilities).log()
+
+
+def scoring_case(
+    experts: int, tokens: int, hidden: int, vocab: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Hidden states, heads and targets whose logits have the spread of a trained model's."""
+    generator = torch.Generator().manual_seed(experts * 1009 + tokens * 31 + vocab)
+    states = torch.randn(experts, tokens, hidden, generator=generator).to(dtype)
+    heads = [
+        (torch.randn(vocab, hidden, generator=generator) * 3 / hidden**0.5).to(dtype) for _ in range(experts)
+    ]
+    return states, heads, torch.randint(vocab, (tokens,), generator=generator)
+
+
+def mixing_case(
+    experts: int, batch: int, vocab: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Logits and log weights; one logit in a hundred is -inf."""
+    generator = torch.Generator().manual_seed(experts * 1009 + batch * 31 + vocab)
+    logits = (torch.randn(experts, batch, vocab, generator=generator) * 3).to(dtype)
+    logits[torch.rand(logits.shape, generator=generator) < 0.01] = -float("inf")
+    return logits, torch.randn(batch, experts, generator=generator) * 2
+
+
+def sparse_tensor(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor whose elements lie gigabytes apart in memory that is promised and never used."""
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    no_reserve = 0x4000  # MAP_NORESERVE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    memory = mmap.mmap(-1, elements * dtype.itemsize, flags=flags)
+    return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)
