@@ -74,22 +74,26 @@ def _write(path: Path, texts: Iterator[Text], limit: int) -> None:
 
 
 def _cut(texts: Iterator[Text], longest: int) -> Iterator[Text]:
-    """Every text but the exact copies, in parts that end with a line."""
+    """Every text in parts of at most `longest` bytes that end with a line; a part comes once."""
     seen = set()
     for source, text in texts:
-        digest = hashlib.sha256(text.encode()).digest()
-        if digest in seen:
-            continue
-        seen.add(digest)
-        part: list[str] = []
-        size = 0
-        for line in text.splitlines(keepends=True):
-            size += len(line.encode())
-            if part and size > longest:
-                yield source, "".join(part)
-                part, size = [], len(line.encode())
-            part.append(line)
-        yield source, "".join(part)
+        for part in _parts(text, longest):
+            digest = hashlib.sha256(part.encode()).digest()
+            if digest not in seen:
+                seen.add(digest)
+                yield source, part
+
+
+def _parts(text: str, longest: int) -> Iterator[str]:
+    lines: list[str] = []
+    size = 0
+    for line in text.splitlines(keepends=True):
+        size += len(line.encode())
+        if lines and size > longest:
+            yield "".join(lines)
+            lines, size = [], len(line.encode())
+        lines.append(line)
+    yield "".join(lines)
 
 
 def _texts(roots: dict[str, Path], patterns: tuple[str, ...], wanted: Any) -> Iterator[Text]:

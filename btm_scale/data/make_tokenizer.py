@@ -18,7 +18,7 @@ from btm_scale.config import RunConfig
 from btm_scale.data.files import SourceFile, resolve
 from btm_scale.data.sources import BadLines, empty_domain, read_file
 from btm_scale.data.split import identify
-from btm_scale.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer, TransformersTokenizer
+from btm_scale.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer, TransformersTokenizer, first_line
 from btm_scale.errors import DataError
 
 _SPACE = "\u2581"
@@ -67,7 +67,7 @@ def train_tokenizer(directory: Path, texts: Iterable[str], *, vocab_size: int) -
         )
     except RuntimeError as error:
         raise DataError(
-            f"no tokenizer of {vocab_size} tokens can be trained on this text ({str(error).strip()}). "
+            f"no tokenizer of {vocab_size} tokens can be trained on this text ({first_line(error)}). "
             "Set tokenizer.vocab_size to what the text carries, give more text, or name an existing "
             "tokenizer in tokenizer.path."
         ) from None
@@ -136,7 +136,7 @@ def adopt_tokenizer(directory: Path, source: Path) -> None:
         reference = TransformersTokenizer(source)
     except (OSError, RuntimeError, ValueError, ImportError, KeyError) as error:
         raise DataError(
-            f"transformers.AutoTokenizer cannot load {source}: {error}. Finished experts carry their "
+            f"transformers.AutoTokenizer cannot load {source}: {first_line(error)}. Finished experts carry their "
             "tokenizer in that form; add tokenizer.json and tokenizer_config.json."
         ) from None
     is_sentencepiece = not isinstance(own, TransformersTokenizer)

@@ -48,7 +48,7 @@ class Tokenizer(ABC):
             return TransformersTokenizer(directory)
         except (OSError, RuntimeError, ValueError, ImportError, KeyError) as error:
             raise DataError(
-                f"the tokenizer in {directory} cannot be loaded: {error}. Give a directory with "
+                f"the tokenizer in {directory} cannot be loaded: {first_line(error)}. Give a directory with "
                 "tokenizer.model (sentencepiece) or one that transformers.AutoTokenizer loads."
             ) from None
 
@@ -124,6 +124,11 @@ class TransformersTokenizer(Tokenizer):
     def save(self, directory: Path) -> None:
         """Write the tokenizer so that AutoTokenizer needs nothing else."""
         self._tokenizer.save_pretrained(str(directory))
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, without its page of advice."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
 
 
 def directory_digest(directory: Path) -> str:

@@ -1,0 +1,136 @@
+"""Ids equal to transformers' own, text back as it was, and tokenizers of others."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from text_samples import prose_texts, python_texts
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from btm_scale.config import RunConfig
+from btm_scale.data.make_tokenizer import adopt_tokenizer, train_tokenizer
+from btm_scale.data.tokenizer import SentencePieceTokenizer, Tokenizer, TransformersTokenizer
+from btm_scale.errors import DataError
+from btm_scale.run_dir import RunDir
+
+HARD = [
+    "def f(x):\n\treturn  x ** 2\n\n\n    # tabs\tand    spaces   \n",
+    r"Let $\mathcal{O}_X$ be a sheaf; \emph{see} \S 3.14159 and $a_{i,j}^{2n}$.",
+    "🎉👩‍👩‍👧‍👦 naïve Ω≈ç√ 中文字符 ẞ \u00a0 \u200b",
+    " leading space",
+    "\n",
+    "\r\n windows \r\n",
+    "   ",
+    "",
+    "0123456789 12.5e-3",
+    "a" * 3_000,
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(directory, python_texts(60) + prose_texts(100), vocab_size=1_000)
+    return directory
+
+
+def test_ids_are_those_of_auto_tokenizer_and_decoding_restores_the_text(trained: Path) -> None:
+    ours, theirs = Tokenizer.load(trained), AutoTokenizer.from_pretrained(str(trained))
+    assert ours.vocab_size == len(theirs) == 1_000
+    assert ours.eos == theirs.eos_token_id == 2
+    for text in HARD + python_texts(120)[60:] + prose_texts(150):
+        ids = ours.encode(text)
+        assert theirs(text)["input_ids"] == ids
+        assert ours.decode(ids) == text
+        assert theirs.decode(ids) == text
+
+
+def test_ids_are_those_of_auto_tokenizer_on_eight_corpora(trained: Path, corpora: Path) -> None:
+    ours, theirs = Tokenizer.load(trained), AutoTokenizer.from_pretrained(str(trained))
+    for path in sorted(corpora.glob("*.jsonl.gz")):
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            for line in islice(file, 12):
+                text = json.loads(line)["text"]
+                ids = ours.encode(text)
+                assert theirs(text)["input_ids"] == ids
+                assert ours.decode(ids) == text
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\u2581\0")))
+def test_any_text_comes_back(prepared: tuple[RunConfig, RunDir], text: str) -> None:
+    tokenizer = Tokenizer.load(prepared[1].tokenizer)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_text_that_quotes_the_end_token_does_not_end_there(trained: Path) -> None:
+    tokenizer = Tokenizer.load(trained)
+    assert tokenizer.eos not in tokenizer.encode("before </s> after")
+
+
+def test_too_little_text_for_the_vocabulary_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no tokenizer of 4096 tokens can be trained.*tokenizer.vocab_size"):
+        train_tokenizer(tmp_path, ["a little text"], vocab_size=4_096)
+    assert not list(tmp_path.iterdir())
+
+
+def byte_level_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    """A tokenizer of GPT-2's kind."""
+    fast = FastTokenizer(BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    fast.train_from_iterator(prose_texts(50), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<|endoftext|>")
+    tokenizer.save_pretrained(str(directory))
+    return tokenizer
+
+
+def test_a_byte_level_tokenizer_is_taken_over(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    reference = byte_level_tokenizer(tmp_path / "given")
+    (tmp_path / "given" / "config.json").write_text("{}")
+    adopt_tokenizer(tmp_path / "own", tmp_path / "given")
+    ours = Tokenizer.load(tmp_path / "own")
+    assert isinstance(ours, TransformersTokenizer)
+    assert not (tmp_path / "own" / "config.json").exists()
+    assert ours.vocab_size == 600
+    assert ours.eos == reference.eos_token_id
+    for text in HARD:
+        assert ours.encode(text) == reference(text)["input_ids"]
+        assert ours.decode(ours.encode(text)) == text
+    assert ours.eos not in ours.encode("before <|endoftext|> after")
+
+
+def test_a_sentencepiece_tokenizer_is_copied_as_it_is(trained: Path, tmp_path: Path) -> None:
+    adopt_tokenizer(tmp_path, trained)
+    assert isinstance(Tokenizer.load(tmp_path), SentencePieceTokenizer)
+    assert Tokenizer.load(tmp_path).digest == Tokenizer.load(trained).digest
+
+
+def test_where_the_two_libraries_disagree_transformers_is_followed(trained: Path, tmp_path: Path) -> None:
+    given, own = tmp_path / "given", tmp_path / "own"
+    byte_level_tokenizer(given)
+    shutil.copy(trained / "tokenizer.model", given)
+    own.mkdir()
+    adopt_tokenizer(own, given)
+    assert isinstance(Tokenizer.load(own), TransformersTokenizer)
+
+
+def test_a_directory_without_a_tokenizer_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no tokenizer at"):
+        Tokenizer.load(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"cannot be loaded: .*tokenizer.model"):
+        Tokenizer.load(tmp_path)
