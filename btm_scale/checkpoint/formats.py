@@ -4,10 +4,34 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from btm_scale.checkpoint.safetensors import SafetensorsModel
+from btm_scale.checkpoint.deepspeed import checkpoint_folder, open_deepspeed
+from btm_scale.checkpoint.legacy import BIN, BIN_INDEX, open_bin
+from btm_scale.checkpoint.safetensors import INDEX, SINGLE, SafetensorsModel
 from btm_scale.checkpoint.tensors import ModelReader
+from btm_scale.errors import CheckpointError
+
+
+def format_of(path: Path) -> str:
+    """`safetensors`, `bin`, `deepspeed` or `torch_dist`; raises `CheckpointError` for what is none."""
+    if path.suffix == ".safetensors" or any((path / name).is_file() for name in (SINGLE, INDEX)):
+        return "safetensors"
+    if any((path / name).is_file() for name in (BIN, BIN_INDEX)):
+        return "bin"
+    if (path / ".metadata").is_file():
+        return "torch_dist"
+    if path.is_dir() and checkpoint_folder(path) is not None:
+        return "deepspeed"
+    raise CheckpointError(
+        f"{path} holds no model: neither {SINGLE}, {INDEX} nor {BIN}, and it is no other checkpoint."
+    )
 
 
 def open_model(path: Path) -> ModelReader:
-    """Open a model of any known format; raises `CheckpointError` for what is none."""
+    """A model of any known format, under Hugging Face names; raises `CheckpointError` for others."""
+    path = Path(path)
+    kind = format_of(path)
+    if kind == "bin":
+        return open_bin(path)
+    if kind == "deepspeed":
+        return open_deepspeed(path)
     return SafetensorsModel(path)

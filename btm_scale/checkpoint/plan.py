@@ -175,7 +175,7 @@ def _parameter_problems(method: Method, parameters: Mapping[str, float]) -> list
     density, half = settings.get("density", 1.0), settings.get("window", 0.0) / 2
     if not 0 < density - half <= density + half <= 1:
         problems.append(
-            f"'{method.name}' would keep {density - half:g} to {density + half:g} of the elements; both must lie "
-            "above 0 and not above 1. Change density or window."
+            f"'{method.name}' would keep {density - half:g} to {density + half:g} of the elements; both must "
+            "lie above 0 and not above 1. Change density or window."
         )
     return problems

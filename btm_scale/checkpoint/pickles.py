@@ -1,0 +1,207 @@
+"""PyTorch's files read without running their pickles: tensors become places, the rest plain data."""
+
+from __future__ import annotations
+
+import collections
+import pickle
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from btm_scale.checkpoint.stored import Segment, StoredTensor
+from btm_scale.checkpoint.tensors import TensorSpec
+from btm_scale.errors import CheckpointError
+
+
+class Inert:
+    """Stands for an object of a class that is not ours to make: it keeps what it is given."""
+
+    kind = ""
+    arguments: tuple[Any, ...]
+
+    def __new__(cls, *arguments: Any, **_: Any) -> Inert:
+        """Keep the arguments."""
+        made = super().__new__(cls)
+        made.__dict__["arguments"] = arguments
+        return made
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.__dict__.update(state if isinstance(state, dict) else {"state": state})
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.__dict__.setdefault("items", {})[key] = value
+
+    def append(self, value: Any) -> None:
+        """What a pickle calls to fill a list of a class of its own."""
+        self.__dict__.setdefault("values", []).append(value)
+
+    def extend(self, values: Any) -> None:
+        """As `append`, for several."""
+        self.__dict__.setdefault("values", []).extend(values)
+
+    def add(self, value: Any) -> None:
+        """As `append`, for a set."""
+        self.append(value)
+
+    def __call__(self, *_: Any, **__: Any) -> Inert:
+        """What a pickle calls when the object is a function."""
+        return self
+
+    def __repr__(self) -> str:
+        return f"<{self.kind}, not loaded>"
+
+
+_PLAIN = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "defaultdict"): lambda *_: {},
+    ("builtins", "set"): set,
+    ("builtins", "frozenset"): frozenset,
+    ("builtins", "slice"): slice,
+    ("builtins", "complex"): complex,
+    ("builtins", "bytearray"): bytearray,
+    ("_codecs", "encode"): lambda text, _encoding="latin1": str(text).encode("latin1"),
+    ("torch", "Size"): torch.Size,
+    ("torch", "device"): lambda *_: "device",
+}
+# Parts of the standard library whose objects turn up in honest checkpoints; the rest never does.
+_HARMLESS_MODULES = {
+    "argparse",
+    "collections",
+    "copyreg",
+    "dataclasses",
+    "datetime",
+    "enum",
+    "pathlib",
+    "types",
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes plain containers and stored tensors, and `Inert` of everything else; it imports nothing."""
+
+    def __init__(self, file: Any, archive: _Archive) -> None:
+        super().__init__(file, encoding="utf-8")
+        self.archive = archive
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What stands for a class or function of that name; raises `CheckpointError` for system calls."""
+        if (module, name) in _PLAIN:
+            return _PLAIN[module, name]
+        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor"):
+            return _rebuild_tensor
+        if module == "torch._utils" and name.startswith("_rebuild_parameter"):
+            return lambda data, *_: data
+        if (module, name) == ("torch._tensor", "_rebuild_from_type_v2"):
+            return lambda rebuild, _type, arguments, _state: rebuild(*arguments)
+        if module == "torch" and isinstance(value := getattr(torch, name, None), torch.dtype):
+            return value
+        if module in ("torch", "torch.storage") and name.endswith("Storage"):
+            return _storage_dtype(name)
+        root = module.partition(".")[0]
+        if root in sys.stdlib_module_names and root not in _HARMLESS_MODULES:
+            raise CheckpointError(
+                f"{self.archive.path} holds a pickle that calls {module}.{name}, as no checkpoint does. "
+                "Nothing of it was run. Do not trust this file; get the model as safetensors."
+            )
+        return type("Inert", (Inert,), {"kind": f"{module}.{name}"})
+
+    def persistent_load(self, reference: Any) -> _Storage:
+        """The place of a storage's bytes."""
+        _, dtype, key, _, elements = reference
+        return _Storage(self.archive.path, self.archive.offset(f"data/{key}"), dtype, int(elements))
+
+
+@dataclass(frozen=True)
+class _Storage:
+    file: Path
+    offset: int
+    dtype: torch.dtype
+    elements: int
+
+
+def _storage_dtype(name: str) -> torch.dtype:
+    names = {"Half": "float16", "Float": "float32", "Double": "float64", "BFloat16": "bfloat16",
+             "Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Bool": "bool"}  # fmt: skip
+    dtype = getattr(torch, names.get(name.removesuffix("Storage"), ""), torch.uint8)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _rebuild_tensor(storage: _Storage, start: int, shape: Any, stride: Any, *_: Any) -> StoredTensor:
+    spec = TensorSpec(storage.dtype, tuple(shape))
+    contiguous = torch.empty(0, dtype=storage.dtype, device="meta").new_empty(spec.shape).stride() == tuple(
+        stride
+    )
+    extent = (
+        1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if spec.elements else 0
+    )
+    if start + extent > storage.elements:
+        raise CheckpointError(f"{storage.file} has a tensor that reaches beyond its storage. Save it again.")
+    stored = spec.elements if contiguous else extent
+    segment = Segment(storage.file, storage.offset + start * storage.dtype.itemsize, stored)
+    return StoredTensor(spec, (segment,), None if contiguous else tuple(stride))
+
+
+class _Archive:
+    """The zip file that `torch.save` writes, at `start` within a file and open for reading."""
+
+    def __init__(self, path: Path, file: Any, start: int = 0) -> None:
+        self.path, self.file, self.start = path, file, start
+        self.zip = zipfile.ZipFile(file)
+        self.entries = {info.filename.partition("/")[2]: info for info in self.zip.infolist()}
+
+    def offset(self, name: str) -> int:
+        """Where an entry's bytes start in the file; raises `CheckpointError` if they are not plain."""
+        info = self.entries.get(name)
+        if info is None or info.compress_type != zipfile.ZIP_STORED:
+            raise CheckpointError(
+                f"{self.path} has no plain entry '{name}'. It was not written by torch.save."
+            )
+        self.file.seek(info.header_offset)
+        local = self.file.read(30)
+        lengths = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+        return self.start + info.header_offset + 30 + lengths
+
+    def load(self) -> Any:
+        """The pickled object, with tensors as `StoredTensor`."""
+        with self.zip.open(self.entries["data.pkl"]) as data:
+            return _Unpickler(data, self).load()
+
+
+def load_pickle(path: Path) -> Any:
+    """What `torch.save` wrote to `path`, with tensors as `StoredTensor` and other classes as `Inert`.
+
+    Raises `CheckpointError` for files that are cut short, older than PyTorch 1.6, or would run code.
+    """
+    try:
+        with path.open("rb") as file:
+            return _Archive(path, file).load()
+    except CheckpointError:
+        raise
+    except Exception as error:  # a torn or hostile pickle can fail in any way
+        raise CheckpointError(
+            f"{path} cannot be read as a file of torch.save ({error}). Copy it again, or save it anew."
+        ) from error
+
+
+def load_plain_pickle(path: Path) -> Any:
+    """A pickle without tensors, such as the `.metadata` of a distributed checkpoint."""
+
+    class NoTensors(_Archive):
+        def __init__(self) -> None:
+            self.path = path
+
+    try:
+        with path.open("rb") as file:
+            return _Unpickler(file, NoTensors()).load()
+    except CheckpointError:
+        raise
+    except Exception as error:  # as above
+        raise CheckpointError(f"{path} cannot be read as a pickle ({error}). Copy it again.") from error

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import random_weights
+
+from btm_scale.checkpoint.formats import open_model
+from btm_scale.checkpoint.pickles import Inert, load_pickle, load_plain_pickle
+from btm_scale.errors import CheckpointError
+
+
+class Runs:
+    """An object whose unpickling calls a function."""
+
+    def __init__(self, function: object, *arguments: object) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return self.call
+
+
+def test_tensors_of_every_layout_are_read_from_their_places(tmp_path: Path) -> None:
+    whole = torch.randn(6, 8)
+    views = {
+        "whole": whole,
+        "transposed": whole.t(),
+        "window": whole[1:4, 2:5],
+        "rows": whole[2:4],
+        "parameter": torch.nn.Parameter(whole.bfloat16()),
+        "scalar": torch.tensor(7),
+        "empty": torch.empty(0, 3),
+    }
+    torch.save(views, tmp_path / "file.pt")
+    loaded = load_pickle(tmp_path / "file.pt")
+    for name, tensor in views.items():
+        assert loaded[name].read().equal(tensor), name
+        out = torch.empty(max(tensor.numel() - 2, 0), dtype=tensor.dtype)
+        loaded[name].read_into(min(1, tensor.numel()), out)
+        assert out.equal(tensor.detach().reshape(-1)[1 : 1 + out.numel()]), name
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_bin_model_reads_like_any_other(tmp_path: Path, shards: int) -> None:
+    weights = random_weights(0)
+    names = sorted(weights)
+    if shards == 1:
+        torch.save(weights, tmp_path / "pytorch_model.bin")
+    else:
+        where = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(names)}
+        for file in set(where.values()):
+            torch.save({name: weights[name] for name in names if where[name] == file}, tmp_path / file)
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    with open_model(tmp_path) as model:
+        assert model.names == tuple(names)
+        assert all(model.read(name).equal(weights[name]) for name in names)
+    next(tmp_path.glob("*-0.bin" if shards == 2 else "*.bin")).unlink()
+    with pytest.raises(CheckpointError, match="is missing|holds no model"):
+        open_model(tmp_path)
+
+
+@pytest.mark.parametrize("function", [os.system, os.remove, eval, exec, __import__, os.execv])
+def test_a_pickle_that_calls_the_system_runs_nothing_and_is_told(tmp_path: Path, function: object) -> None:
+    victim = tmp_path / "victim"
+    victim.touch()
+    command = f"__import__('os').remove({str(victim)!r})" if function in (eval, exec) else f"rm {victim}"
+    argument = str(victim) if function is os.remove else command
+    torch.save({"weight": torch.ones(3), "x": Runs(function, argument)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="Nothing of it was run"):
+        open_model(tmp_path)
+    assert victim.exists()
+
+
+def test_objects_of_foreign_classes_are_inert(tmp_path: Path) -> None:
+    content = {"arguments": argparse.Namespace(lr=0.1), "step": 5, "path": Path("x")}
+    torch.save(content, tmp_path / "file.pt")
+    loaded = load_pickle(tmp_path / "file.pt")
+    assert isinstance(loaded["arguments"], Inert)
+    assert loaded["arguments"].lr == 0.1
+    assert isinstance(loaded["path"], Inert)
+    assert loaded["step"] == 5
+
+
+def test_torn_and_foreign_files_are_told(tmp_path: Path) -> None:
+    file = tmp_path / "file.pt"
+    torch.save(random_weights(0), file)
+    raw = file.read_bytes()
+    for content in (b"", b"text", raw[: len(raw) // 2], pickle.dumps({"a": 1})):
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match="Copy it again"):
+            load_pickle(file)
+    file.write_bytes(b"\x80\x04K\x01")
+    with pytest.raises(CheckpointError, match="Copy it again"):
+        load_plain_pickle(file)
+
+
+def test_a_tensor_that_reaches_beyond_its_storage_is_told(tmp_path: Path) -> None:
+    tensor = torch.ones(4)
+    torch.save({"a": tensor.as_strided((2, 2), (2, 1))}, tmp_path / "good.pt")
+    raw = (tmp_path / "good.pt").read_bytes()
+    bad = raw.replace(b"K\x02K\x02\x86", b"K\x02K\x09\x86", 1)
+    assert bad != raw
+    (tmp_path / "bad.pt").write_bytes(bad)
+    with pytest.raises(CheckpointError):
+        load_pickle(tmp_path / "bad.pt")
