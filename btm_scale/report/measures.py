@@ -1,0 +1,240 @@
+"""What results.json says, in means, ratios and one sentence; tables and page both ask here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from btm_scale.run_dir import DENSE, SEED
+
+Results = Mapping[str, Any]
+Measure = Literal["perplexity", "bits_per_byte"]
+ENSEMBLE = "ensemble"
+POSTERIOR_AVERAGE = "average:posterior"
+EXPERT = "expert:"
+NOTHING = "\u2013"  # written where there is no number
+
+# Reading order of the kinds of method, and their headings.
+KINDS = {
+    "baseline": "Baselines",
+    "ensemble": "Ensembles of all experts",
+    "average": "One model, averaged from all experts",
+    "other": "Other methods",
+    "expert": "Each expert alone",
+}
+_BASELINES = (SEED, DENSE, "random-split")
+_LABELS = {
+    SEED: "Seed LM",
+    DENSE: "Dense baseline",
+    "random-split": "Random split",
+    ENSEMBLE: "Ensemble",
+    "ensemble:uniform-prior": "Uniform prior",
+    "ensemble:token": "One-token posterior",
+    "ensemble:equal": "Equal weights",
+    "average:uniform": "Uniform average",
+    "average:argmax": "Argmax average",
+    POSTERIOR_AVERAGE: "Posterior average",
+}
+_MEANINGS = {
+    SEED: "The model that every expert branched from, before any branching.",
+    DENSE: "One model that goes on from the seed LM on all domains together.",
+    "random-split": "The control: as many experts, each trained on a random part of all text.",
+    ENSEMBLE: "The experts' probabilities, weighed by how well each predicted the text so far.",
+    "ensemble:uniform-prior": "The ensemble without knowledge of the domain before the first token.",
+    "ensemble:token": "The ensemble weighed by the one previous token only.",
+    "ensemble:equal": "The experts' probabilities mixed in equal parts, whatever the text.",
+    "average:uniform": "The plain mean of the experts' parameters.",
+    "average:argmax": "For each domain the parameters of its likeliest expert.",
+    POSTERIOR_AVERAGE: "For each domain the mean of the experts' parameters, weighed by that domain's prior.",
+}
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over some domains; `partial` when a domain that was asked for has no value."""
+
+    value: float
+    domains: int
+    partial: bool
+
+
+def training_domains(results: Results) -> list[str]:
+    """Domains that experts were trained on, in the results' order."""
+    return [name for name, domain in results["domains"].items() if not domain["novel"]]
+
+
+def novel_domains(results: Results) -> list[str]:
+    """Domains that no expert was trained on, in the results' order."""
+    return [name for name, domain in results["domains"].items() if domain["novel"]]
+
+
+def kind(method: str) -> str:
+    """The key in `KINDS` of a method."""
+    if method in _BASELINES:
+        return "baseline"
+    head = method.partition(":")[0]
+    return head if head in KINDS else "other"
+
+
+def ordered_methods(results: Results) -> list[str]:
+    """Every method, by kind, each kind in the results' order; the baselines and the plain ensemble first."""
+    kinds = list(KINDS)
+
+    def place(method: str) -> tuple[int, int]:
+        first = _BASELINES.index(method) if method in _BASELINES else int(method != ENSEMBLE)
+        return kinds.index(kind(method)), first
+
+    return sorted(results["methods"], key=place)
+
+
+def label(method: str) -> str:
+    """A method's name for people."""
+    if method.startswith(EXPERT):
+        return method.removeprefix(EXPERT)
+    top = method.removeprefix("ensemble:top")
+    if top != method and top.isdecimal():
+        return f"Top {top} expert{'s' if top != '1' else ''}"
+    return _LABELS.get(method, method)
+
+
+def meaning(method: str) -> str:
+    """One sentence on what a method is; empty if it isn't one of ours."""
+    if method.startswith("ensemble:top"):
+        return "The ensemble with only so many experts, the likeliest by the domain's prior."
+    return _MEANINGS.get(method, "")
+
+
+def value(results: Results, method: str, domain: str, measure: Measure = "perplexity") -> float | None:
+    """A method's measure on a domain, or None where it was not taken."""
+    number = results["methods"].get(method, {}).get(measure, {}).get(domain)
+    return None if number is None else float(number)
+
+
+def mean(
+    results: Results, method: str, domains: Sequence[str], measure: Measure = "perplexity"
+) -> Mean | None:
+    """Arithmetic mean of a method's measure over those of `domains` that it has; None if it has none."""
+    values = [number for domain in domains if (number := value(results, method, domain, measure)) is not None]
+    if not values:
+        return None
+    return Mean(math.fsum(values) / len(values), len(values), partial=len(values) < len(domains))
+
+
+def reference(results: Results) -> str | None:
+    """What the others are measured against: dense, without it the seed, without either nothing."""
+    return next((method for method in (DENSE, SEED) if method in results["methods"]), None)
+
+
+def ratio(
+    results: Results, method: str, to: str, domains: Sequence[str], measure: Measure = "perplexity"
+) -> Mean | None:
+    """Ratio of two methods' means over those of `domains` that both have; None if they share none."""
+    shared = [
+        d for d in domains if None not in (value(results, method, d, measure), value(results, to, d, measure))
+    ]
+    above, below = mean(results, method, shared, measure), mean(results, to, shared, measure)
+    if above is None or below is None or below.value == 0:
+        return None
+    return Mean(above.value / below.value, len(shared), partial=len(shared) < len(domains))
+
+
+def lowest(values: Mapping[str, float | None]) -> set[str]:
+    """The keys with the smallest of the finite values; more than one if they tie."""
+    finite = {key: number for key, number in values.items() if number is not None and math.isfinite(number)}
+    return {key for key, number in finite.items() if number == min(finite.values())}
+
+
+def lowest_means(results: Results, domains: Sequence[str], measure: Measure = "perplexity") -> set[str]:
+    """The methods with the smallest mean, among those that have every one of `domains`."""
+    means = {method: mean(results, method, domains, measure) for method in results["methods"]}
+    return lowest({method: m.value for method, m in means.items() if m is not None and not m.partial})
+
+
+def headline(results: Results) -> str:
+    """What came of the run, in one or two plain sentences: better, equal or worse."""
+    domains = training_domains(results)
+    ours = mean(results, ENSEMBLE, domains)
+    if ours is None:
+        return _headline_without_ensemble(results, domains)
+    sentence = (
+        f"The ensemble's mean perplexity over {count(ours.domains, 'domain')} is {perplexity(ours.value)}"
+    )
+    to = reference(results)
+    against = ratio(results, ENSEMBLE, to, domains) if to else None
+    if to is None or against is None:
+        return f"{sentence}; this run has nothing to compare it with."
+    if to == SEED:
+        sentence += f", {_times(against.value)} the seed LM's"
+        return f"{sentence}; this run has no dense baseline to compare it with."
+    sentence += f", {_times(against.value)} the dense baseline's{_at_what_compute(results)}"
+    sentence += ": worse than one dense model." if against.value > 1 and not _same(against.value) else "."
+    return sentence + _headline_on_novel(results)
+
+
+def _headline_without_ensemble(results: Results, domains: Sequence[str]) -> str:
+    best = lowest_means(results, domains)
+    if not best:
+        return "No method has a mean perplexity over these domains yet."
+    method = next(name for name in ordered_methods(results) if name in best)
+    found = mean(results, method, domains)
+    assert found is not None
+    return (
+        f"The lowest mean perplexity over {count(found.domains, 'domain')} is {perplexity(found.value)}, "
+        f"by {label(method)}; this run has no ensemble."
+    )
+
+
+def _headline_on_novel(results: Results) -> str:
+    domains = novel_domains(results)
+    ours, against = mean(results, ENSEMBLE, domains), ratio(results, ENSEMBLE, DENSE, domains)
+    if ours is None or against is None:
+        return ""
+    return (
+        f" On {count(ours.domains, 'novel domain')}, never trained on, it is {perplexity(ours.value)}, "
+        f"{_times(against.value)} dense's."
+    )
+
+
+def _at_what_compute(results: Results) -> str:
+    compute = results.get("compute", {})
+    if ENSEMBLE not in compute or not compute.get(DENSE, {}).get("flops"):
+        return ""
+    share = compute[ENSEMBLE]["flops"] / compute[DENSE]["flops"]
+    return (
+        " at equal training compute" if 0.98 < share < 1.02 else f" with {_times(share)} its training compute"
+    )
+
+
+def _same(share: float) -> bool:
+    return abs(share - 1) < 0.0005
+
+
+def _times(share: float) -> str:
+    if _same(share):
+        return "the same as"
+    return f"{share_text(share)} {'of' if share < 1 else 'times'}"
+
+
+def count(number: int, noun: str) -> str:
+    """A number with its noun, which takes a plain plural."""
+    return f"{number} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def perplexity(number: float) -> str:
+    """Four digits or so of a perplexity or a bits-per-byte figure."""
+    if not math.isfinite(number):
+        return "NaN" if math.isnan(number) else "∞"
+    if number >= 1e6:
+        return f"{number:.1e}".replace("e+0", "e").replace("e+", "e")
+    if number >= 1000:
+        return f"{number:,.0f}"
+    return f"{number:.1f}" if number >= 100 else f"{number:.2f}" if number >= 10 else f"{number:.3f}"
+
+
+def share_text(number: float) -> str:
+    """A ratio; near 1 to three decimals, because there a percent matters."""
+    if not math.isfinite(number):
+        return perplexity(number)
+    return f"{number:.3f}" if number < 2 else f"{number:.2f}" if number < 100 else perplexity(number)

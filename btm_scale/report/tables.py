@@ -1,0 +1,116 @@
+"""The results as a table for the terminal: methods down, domains across."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from btm_scale.report.measures import (
+    EXPERT,
+    NOTHING,
+    Mean,
+    Results,
+    headline,
+    kind,
+    label,
+    lowest,
+    lowest_means,
+    mean,
+    novel_domains,
+    ordered_methods,
+    perplexity,
+    ratio,
+    reference,
+    share_text,
+    training_domains,
+    value,
+)
+from btm_scale.report.svg import shorten
+
+_LONGEST_NAME = 18
+
+
+def results_table(results: Results, domains: Sequence[str] | None = None) -> Table:
+    """Perplexity by method and domain, the mean over the training domains, and the mean's ratio to dense's
+    (to the seed's in a run without dense). The best of a column is bold; `*` marks a mean over fewer domains.
+
+    `domains`: the domains to give a column; all by default. The means are always over all.
+    """
+    training, novel = training_domains(results), novel_domains(results)
+    shown = list(results["domains"]) if domains is None else list(domains)
+    to = reference(results)
+    table = Table(title="Perplexity (lower is better)", title_justify="left", box=None, pad_edge=False)
+    table.add_column("method", no_wrap=True)
+    table.add_column("mean", justify="right", no_wrap=True)
+    if to:
+        table.add_column(f"/ {to}", justify="right", no_wrap=True)
+    if novel:
+        table.add_column("novel mean", justify="right", no_wrap=True)
+    for domain in shown:
+        name = shorten(domain, _LONGEST_NAME) + (" (novel)" if domain in novel else "")
+        table.add_column(Text(name), justify="right", no_wrap=True)
+
+    best = {domain: lowest({m: value(results, m, domain) for m in results["methods"]}) for domain in shown}
+    best_mean, best_novel = lowest_means(results, training), lowest_means(results, novel)
+    previous = None
+    for method in ordered_methods(results):
+        if previous not in (None, kind(method)):
+            table.add_section()
+        previous = kind(method)
+        cells = [
+            Text(f"expert {shorten(label(method), _LONGEST_NAME)}" if method.startswith(EXPERT) else method)
+        ]
+        cells.append(_mean_cell(mean(results, method, training), method in best_mean))
+        if to:
+            against = ratio(results, method, to, training)
+            cells.append(
+                Text(NOTHING if against is None else share_text(against.value) + "*" * against.partial)
+            )
+        if novel:
+            cells.append(_mean_cell(mean(results, method, novel), method in best_novel))
+        cells += [_cell(value(results, method, domain), method in best[domain]) for domain in shown]
+        table.add_row(*cells)
+    return table
+
+
+def print_results(results: Results, console: Console) -> None:
+    """Print the table, in several where the terminal is too narrow for one, and what came of the run."""
+    domains = list(results["domains"])
+    while domains:
+        fitting = len(domains)
+        while fitting > 1 and _width(results, domains[:fitting], console) > console.width:
+            fitting -= 1
+        console.print(results_table(results, domains[:fitting]))
+        console.print()
+        domains = domains[fitting:]
+    if _has_partial_mean(results):
+        console.print("* over those domains only that the method has", style="dim")
+    console.print(headline(results), markup=False, highlight=False)
+
+
+def _width(results: Results, domains: Sequence[str], console: Console) -> int:
+    # Asked of a console without limits, or it would be cut to the terminal.
+    return console.measure(
+        results_table(results, domains), options=console.options.update(width=10_000)
+    ).maximum
+
+
+def _has_partial_mean(results: Results) -> bool:
+    means = [
+        mean(results, method, domains)
+        for method in results["methods"]
+        for domains in (training_domains(results), novel_domains(results))
+    ]
+    return any(found is not None and found.partial for found in means)
+
+
+def _mean_cell(found: Mean | None, best: bool) -> Text:
+    cell = _cell(None if found is None else found.value, best)
+    return cell.append("*") if found is not None and found.partial else cell
+
+
+def _cell(number: float | None, best: bool) -> Text:
+    return Text(NOTHING if number is None else perplexity(number), style="bold" if best else "")
