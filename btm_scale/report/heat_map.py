@@ -30,13 +30,14 @@ def heat_map(
     """
     left = min(150.0, max([40.0, *(text_width(name, 13) + 14 for name in rows)]))
     widest = max([30.0, *(text_width(cell, 12) + 6 for row in cells for cell in row)])
-    room = (width - left - _GAP) / max(1, len(columns))
-    cell_width = max(widest, min(92.0, room))
-    slanted = any(text_width(name, 12) > cell_width - 6 for name in columns)
     longest = max([0.0, *(min(130.0, text_width(name, 12)) for name in columns)])
-    top = 22.0 if not slanted else 16.0 + 0.71 * longest
-    # The last slanted name leans out to the right of its column.
-    overhang = 0.71 * longest - cell_width / 2 + 6 if slanted else 0.0
+    cell_width = max(widest, min(92.0, (width - left - _GAP) / max(1, len(columns))))
+    slanted = longest > cell_width - 6
+    top, overhang = 22.0, 2.0
+    if slanted:
+        # The last slanted name leans out to the right of its column.
+        top, overhang = 16.0 + 0.71 * longest, max(2.0, 0.71 * longest - widest / 2 + 6)
+        cell_width = max(widest, min(92.0, (width - left - _GAP - overhang) / max(1, len(columns))))
 
     def x(column: int) -> float:
         return left + column * cell_width + (_GAP if gap_before_column and column >= gap_before_column else 0)
@@ -78,7 +79,7 @@ def heat_map(
     for i, j in framed:
         parts.append(rectangle(x(j) + 1.5, y(i) + 1.5, cell_width - 3, _ROW - 3, rx=2, class_="frame"))
     right = x(max(0, len(columns) - 1)) + cell_width
-    return drawing(right + max(2.0, overhang), y(len(rows)) + 4, title, *parts)
+    return drawing(right + overhang, y(len(rows)) + 4, title, *parts)
 
 
 def shade_key(low: str, high: str) -> str:

@@ -237,4 +237,4 @@ def share_text(number: float) -> str:
     """A ratio; near 1 to three decimals, because there a percent matters."""
     if not math.isfinite(number):
         return perplexity(number)
-    return f"{number:.3f}" if number < 2 else f"{number:.2f}" if number < 100 else perplexity(number)
+    return f"{number:.3f}" if number < 10 else f"{number:.2f}" if number < 100 else perplexity(number)

@@ -7,6 +7,7 @@ import math
 import unicodedata
 from collections.abc import Callable, Sequence
 
+_NARROWEST = 0.57  # mean width of a sans-serif's letters, as a share of its size
 Scale = Callable[[float], float]
 
 
@@ -92,13 +93,14 @@ def round_ticks(low: float, high: float, most: int) -> list[float]:
 def text_width(words: str, size: float = 12.0) -> float:
     """About how many pixels wide words are in a sans-serif of a size; East Asian characters count double."""
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in words)
-    return (0.57 * (len(words) - wide) + 1.05 * wide) * size
+    return (_NARROWEST * (len(words) - wide) + 1.05 * wide) * size
 
 
 def fit(words: str, pixels: float, size: float = 12.0) -> str:
     """Words, shortened in the middle if they are too wide: names often differ at their ends."""
     words = " ".join(words.split())
-    kept = len(words)
+    # No character is narrower than this, so that only few lengths need a try.
+    kept = min(len(words), int(pixels / (_NARROWEST * size)) + 1)
     while kept and text_width(shorten(words, kept), size) > pixels:
         kept -= 1
     return shorten(words, kept)

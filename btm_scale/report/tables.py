@@ -78,24 +78,33 @@ def results_table(results: Results, domains: Sequence[str] | None = None) -> Tab
 
 def print_results(results: Results, console: Console) -> None:
     """Print the table, in several where the terminal is too narrow for one, and what came of the run."""
-    domains = list(results["domains"])
-    while domains:
-        fitting = len(domains)
-        while fitting > 1 and _width(results, domains[:fitting], console) > console.width:
-            fitting -= 1
-        console.print(results_table(results, domains[:fitting]))
+    for domains in _that_fit(results, console):
+        console.print(results_table(results, domains))
         console.print()
-        domains = domains[fitting:]
     if _has_partial_mean(results):
         console.print("* over those domains only that the method has", style="dim")
     console.print(headline(results), markup=False, highlight=False)
 
 
-def _width(results: Results, domains: Sequence[str], console: Console) -> int:
-    # Asked of a console without limits, or it would be cut to the terminal.
-    return console.measure(
-        results_table(results, domains), options=console.options.update(width=10_000)
-    ).maximum
+def _that_fit(results: Results, console: Console) -> list[list[str]]:
+    """The domains in groups, each as many as the terminal has room for, at least one."""
+    # Asked of a console without limits, or every table would be cut to the terminal.
+    options = console.options.update(width=10_000)
+
+    def width(domains: Sequence[str]) -> int:
+        return console.measure(results_table(results, domains), options=options).maximum
+
+    frame = width([])
+    groups: list[list[str]] = [[]]
+    used = frame
+    for domain in results["domains"]:
+        more = width([domain]) - frame
+        if groups[-1] and used + more > console.width:
+            groups.append([])
+            used = frame
+        groups[-1].append(domain)
+        used += more
+    return groups
 
 
 def _has_partial_mean(results: Results) -> bool:

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+
+from rich.console import Console
+
+from btm_scale.report.progress import ModelProgress, duration, progress_line, progress_table, read_progress
+from btm_scale.run_dir import RunDir
+
+
+def _write(run: RunDir, model: str, steps: int, *, seconds: float = 2.0, tail: str = "") -> None:
+    path = run.metrics(model)
+    path.parent.mkdir(parents=True)
+    rows = [
+        {"step": i, "loss": 5 - i / 1000, "learning_rate": 1e-3, "gradient_norm": 1.0,
+         "tokens_per_second": 1000.0 + (i == steps) * 5000, "seconds": seconds}
+        for i in range(1, steps + 1)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
+
+
+def test_progress_is_that_of_the_last_whole_line(tmp_path):
+    run = RunDir(tmp_path)
+    _write(run, "math", 3000, tail='{"step": 3001, "lo')
+    progress = read_progress(run, "math", 4000, state="running")
+    assert (progress.step, progress.loss) == (3000, 2.0)
+    assert progress.seconds_left == 2000.0
+
+
+def test_speed_is_a_median_that_one_odd_step_does_not_move(tmp_path):
+    run = RunDir(tmp_path)
+    _write(run, "math", 100)
+    assert read_progress(run, "math", 200, state="running").tokens_per_second == 1000.0
+
+
+def test_a_model_that_has_not_begun_or_wrote_rubbish_has_no_figures(tmp_path):
+    run = RunDir(tmp_path)
+    assert read_progress(run, "math", 9, state="waiting") == ModelProgress(
+        "math", "waiting", 0, 9, None, None, None
+    )
+    _write(run, "math", 0, tail="not json\n[1]\n{}\n")
+    assert read_progress(run, "math", 9, state="running").step == 0
+
+
+def test_a_model_that_is_done_has_no_time_left(tmp_path):
+    run = RunDir(tmp_path)
+    _write(run, "math", 9)
+    assert read_progress(run, "math", 9, state="done").seconds_left is None
+
+
+def test_the_table_and_the_line_tell_the_same(tmp_path):
+    rows = [
+        ModelProgress("seed", "done", 50, 50, 3.5, 9000.0, None),
+        ModelProgress("[red]math", "running", 12, 50, 4.25, 10_400.0, 95.0),
+        ModelProgress("code", "failed", 7, 50, None, None, None, note="out of memory"),
+        ModelProgress("law", "waiting", 0, 50, None, None, None),
+    ]
+    console = Console(width=110, file=io.StringIO())
+    console.print(progress_table(rows))
+    table = console.file.getvalue()
+    for words in ("12/50", "4.250", "10,400", "1:35", "failed: out of memory", "[red]math"):
+        assert words in table
+    assert progress_line(rows) == (
+        "1/4 done | [red]math 12/50 loss 4.250 10,400 tokens/s, 1:35 left"
+        " | code FAILED at 7/50: out of memory"
+    )
+
+
+def test_durations_grow_coarser():
+    assert [duration(s) for s in (0, 59.6, 3599, 3661, 200_000)] == [
+        "0:00",
+        "1:00",
+        "59:59",
+        "1h 01m",
+        "2d 07h",
+    ]
+    assert duration(None) == duration(float("inf")) == "\u2013"
+
+
+def test_importing_the_report_imports_no_torch():
+    modules = ", ".join(f"btm_scale.report.{name}" for name in ("page", "tables", "progress"))
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
