@@ -75,7 +75,7 @@ def _part(folder: Path, tensor_rank: int, models: Files, optimizers: Files) -> S
     if not isinstance(module, Mapping):
         raise CheckpointError(f"{models[tensor_rank, 0]} holds no module. Was it written by DeepSpeed?")
     tensors = {name: value for name, value in module.items() if isinstance(value, StoredTensor)}
-    if any(data for _, data in models):
+    if models[tensor_rank, 0].name.startswith("zero_pp_rank_"):
         raise CheckpointError(
             f"{folder} was saved by ZeRO 3, which leaves out the 16-bit weights. Read the float32 ones, or "
             "save with stage3_gather_16bit_weights_on_model_save."

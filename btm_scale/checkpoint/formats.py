@@ -8,6 +8,7 @@ from btm_scale.checkpoint.deepspeed import checkpoint_folder, open_deepspeed
 from btm_scale.checkpoint.legacy import BIN, BIN_INDEX, open_bin
 from btm_scale.checkpoint.safetensors import INDEX, SINGLE, SafetensorsModel
 from btm_scale.checkpoint.tensors import ModelReader
+from btm_scale.checkpoint.torch_dist import open_torch_dist
 from btm_scale.errors import CheckpointError
 
 
@@ -34,4 +35,4 @@ def open_model(path: Path) -> ModelReader:
         return open_bin(path)
     if kind == "deepspeed":
         return open_deepspeed(path)
-    return SafetensorsModel(path)
+    return open_torch_dist(path) if kind == "torch_dist" else SafetensorsModel(path)

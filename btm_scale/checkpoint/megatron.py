@@ -91,8 +91,8 @@ class MegatronModel(ModelReader):
             return to_huggingface(entry, join(entry, parts), self.shape)
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(
-                f"{self.path}: '{entry.megatron}', {len(parts)} times {list(parts[0].shape)}, is not of the model "
-                "that config.json describes. Use the config.json that belongs to this checkpoint."
+                f"{self.path}: '{entry.megatron}', {len(parts)} times {list(parts[0].shape)}, does not fit "
+                "config.json. Use the config.json that belongs to this checkpoint."
             ) from error
 
     def _read_rows(self, entry: Entry, start: int, out: torch.Tensor) -> None:

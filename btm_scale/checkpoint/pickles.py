@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
+import io
 import pickle
 import sys
 import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # torch.save writes the names of Python 2
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -92,6 +94,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """What stands for a class or function of that name; raises `CheckpointError` for system calls."""
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         if (module, name) in _PLAIN:
             return _PLAIN[module, name]
         if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor"):
@@ -189,6 +192,44 @@ def load_pickle(path: Path) -> Any:
         raise CheckpointError(
             f"{path} cannot be read as a file of torch.save ({error}). Copy it again, or save it anew."
         ) from error
+
+
+def load_embedded(path: Path, start: int, length: int) -> Any:
+    """As `load_pickle`, of the `length` bytes from `start`."""
+    try:
+        with path.open("rb") as file:
+            return _Archive(path, _Window(file, start, length), start).load()
+    except CheckpointError:
+        raise
+    except Exception as error:  # as above
+        raise CheckpointError(f"{path} cannot be read at byte {start} ({error}). Copy it again.") from error
+
+
+class _Window(io.RawIOBase):
+    """A part of an open file as a file of its own."""
+
+    def __init__(self, file: IO[bytes], start: int, length: int) -> None:
+        self.file, self.start, self.length, self.position = file, start, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        self.position = offset + (0, self.position, self.length)[whence]
+        return self.position
+
+    def read(self, size: int = -1, /) -> bytes:
+        left = max(0, self.length - self.position)
+        self.file.seek(self.start + self.position)
+        content = self.file.read(left if size < 0 else min(size, left))
+        self.position += len(content)
+        return content
 
 
 def load_plain_pickle(path: Path) -> Any:

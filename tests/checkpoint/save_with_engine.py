@@ -1,7 +1,7 @@
 """Saves checkpoints with the real DeepSpeed engine: `python save_with_engine.py SPEC.json`, once a rank.
 
-The spec lists variants, each with a folder, a model shape and a ZeRO stage. Beside every checkpoint each rank of
-the first data rank leaves the engine's own full weights, and the first rank the logits of some tokens.
+The spec lists variants, each with a folder, a model shape and a ZeRO stage. Beside every checkpoint the ranks
+of the first replica leave the engine's own full weights, and the first rank some hidden states.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ class Saved:
 @pytest.fixture(
     scope="module", params=[(1, 1), (2, 1), (1, 2), (2, 2)], ids=lambda p: f"tensor{p[0]}-data{p[1]}"
 )
-def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Saved]:
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     tensor, data = request.param
     root = tmp_path_factory.mktemp("engine")
     variants = []
@@ -82,7 +81,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     ]
     logs = [rank.communicate(timeout=900)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * len(ranks), logs[0][-3000:]
-    yield Saved(root, tensor)
+    return Saved(root, tensor)
 
 
 def engine_weights(saved: Saved, folder: Path, shape: ModelShape) -> dict[str, torch.Tensor]:
@@ -122,7 +121,7 @@ def test_a_merge_of_it_computes_in_transformers_what_the_engine_computes(
     seen = load_file(folder / "hidden.safetensors")
     with torch.no_grad():
         hidden = model.base_model(seen["tokens"]).last_hidden_state.float()
-    # bf16 has 8 bits, and the two differ in the order of a few roundings; any wrong tensor gives errors near 1.
+    # The two differ in the order of a few roundings to 8 bits; a wrong tensor gives errors near 1.
     assert float((hidden - seen["hidden"]).abs().max()) < 0.06
     assert float(hidden.abs().max()) > 1
 

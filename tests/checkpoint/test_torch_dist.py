@@ -1,0 +1,115 @@
+"""torch_dist checkpoints, to and from Megatron-core itself at tensor 1 and 2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import run_ranks
+from safetensors.torch import load_file
+
+from btm_scale.checkpoint.formats import open_model
+from btm_scale.checkpoint.hashing import content_hash
+from btm_scale.checkpoint.merge import merge
+from btm_scale.checkpoint.torch_dist import write_torch_dist
+from btm_scale.errors import CheckpointError
+from btm_scale.model.huggingface import config_json
+from btm_scale.model.names import cut, from_huggingface, join, table, to_huggingface
+from btm_scale.model.shape import ModelShape
+
+SCRIPT = Path(__file__).with_name("torch_dist_with_megatron.py")
+SIZES = {"layers": 2, "hidden": 32, "heads": 4, "groups": 2, "ffn": 40, "positions": 16, "vocabulary": 65}
+SHAPES: dict[str, dict[str, Any]] = {
+    "untied": SIZES | {"tied": False},
+    "tied": SIZES | {"groups": 4, "vocabulary": 64},
+    "gpt2": SIZES | {"groups": 4, "family": "gpt2"},
+}
+
+
+def megatron(root: Path, tensor: int, verb: str, names: dict[str, str], seed: int) -> None:
+    """Let Megatron-core save or load a folder for every shape; each rank leaves its weights beside it."""
+    jobs = [
+        {"verb": verb, "seed": seed, "folder": str(root / folder), "out": str(root / f"{folder}-{verb}-{tensor}"),
+         "shape": SHAPES[shape]}
+        for shape, folder in names.items()
+    ]  # fmt: skip
+    for folder in names.values():
+        (root / folder).mkdir(exist_ok=True)
+    spec = root / f"{verb}-{tensor}.json"
+    spec.write_text(json.dumps({"tensor": tensor, "jobs": jobs}))
+    run_ranks(SCRIPT, spec, tensor)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`NAME-saved-T` by Megatron-core at tensor T, `NAME-merged-T` read from it, `NAME-written` by us."""
+    root = tmp_path_factory.mktemp("torch_dist")
+    for tensor in (1, 2):
+        megatron(root, tensor, "save", {name: f"{name}-saved-{tensor}" for name in SHAPES}, seed=tensor)
+        for name, sizes in SHAPES.items():
+            saved, shape = root / f"{name}-saved-{tensor}", ModelShape(**sizes)
+            config = config_json(shape, dtype="bfloat16", end_of_text=None)
+            (saved / "config.json").write_text(json.dumps(config))
+            merge(root / f"{name}-merged-{tensor}", [(saved, 1.0)])
+    for name, sizes in SHAPES.items():
+        with open_model(root / f"{name}-merged-1") as model:
+            write_torch_dist(root / f"{name}-written", model, ModelShape(**sizes), tensor=2)
+    for tensor in (1, 2):
+        megatron(root, tensor, "load", {name: f"{name}-written" for name in SHAPES}, seed=77)
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("name", SHAPES)
+def test_what_megatron_saved_is_read_bit_for_bit(root: Path, name: str, tensor: int) -> None:
+    shape = ModelShape(**SHAPES[name])
+    parts = [
+        load_file(root / f"{name}-saved-{tensor}-save-{tensor}-{rank}.safetensors") for rank in range(tensor)
+    ]
+    seen = 0
+    with open_model(root / f"{name}-merged-{tensor}") as model:
+        for entry in table(shape):
+            whole = join(entry, [part[entry.megatron] for part in parts])
+            for tensor_name, expected in to_huggingface(entry, whole, shape).items():
+                assert model.read(tensor_name).equal(expected), tensor_name
+                seen += 1
+        assert seen == len(model.names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("name", SHAPES)
+def test_what_we_write_megatron_loads_bit_for_bit(root: Path, name: str, tensor: int) -> None:
+    shape = ModelShape(**SHAPES[name])
+    rows = -(-shape.vocabulary // tensor) * tensor
+    with open_model(root / f"{name}-merged-1") as model:
+        for rank in range(tensor):
+            loaded = load_file(root / f"{name}-written-load-{tensor}-{rank}.safetensors")
+            for entry in table(shape):
+                expected = cut(entry, from_huggingface(entry, model.read, shape, rows), tensor)[rank]
+                assert loaded[entry.megatron].equal(expected), entry.megatron
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_several_chunks_merges_with_one_of_few(root: Path, tmp_path: Path) -> None:
+    config = (root / "untied-saved-2/config.json").read_text()
+    (root / "untied-written/config.json").write_text(config)
+    assert merge(tmp_path / "out", [(root / "untied-written", 1.0)]).content_hash == content_hash(
+        root / "untied-merged-1"
+    )
+    mixed = merge(tmp_path / "mixed", [(root / "untied-written", 1.0), (root / "untied-saved-2", 1.0)])
+    plain = merge(tmp_path / "plain", [(root / "untied-merged-1", 1.0), (root / "untied-merged-2", 1.0)])
+    assert mixed.content_hash == plain.content_hash
+
+
+@pytest.mark.slow
+def test_a_torn_data_file_is_told(root: Path) -> None:
+    file = next((root / "gpt2-saved-2").glob("*.distcp"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="Copy it again"):
+        open_model(root / "gpt2-saved-2")
+    file.write_bytes(whole)

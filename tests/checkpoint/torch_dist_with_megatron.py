@@ -1,0 +1,47 @@
+"""Saves or loads torch_dist checkpoints with Megatron-core: `python torch_dist_with_megatron.py SPEC.json`.
+
+The spec has `tensor` and a list of `save` and `load` jobs with a folder and a model shape; after each, every
+rank leaves its own weights in `OUT-RANK.safetensors`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from btm_scale.config import GroupConfig
+from btm_scale.group import ExpertGroup
+from btm_scale.model.gpt import build_model
+from btm_scale.model.shape import ModelShape
+
+
+def run(group: ExpertGroup, job: dict[str, Any]) -> None:
+    from megatron.core import dist_checkpointing
+
+    group.seed(int(job["seed"]))
+    shape = ModelShape(**job["shape"])
+    model = build_model(shape, tensor=group.config.tensor, dtype=torch.bfloat16, on_cpu=True)
+    if job["verb"] == "save":
+        dist_checkpointing.save(model.sharded_state_dict(prefix=""), job["folder"])
+    else:
+        loaded = dist_checkpointing.load(model.sharded_state_dict(prefix=""), job["folder"])
+        model.load_state_dict(loaded)
+    weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    save_file(weights, f"{job['out']}-{group.tensor_rank}.safetensors")
+
+
+def main() -> None:
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    group = ExpertGroup.join(GroupConfig(tensor=spec["tensor"], data=1))
+    for job in spec["jobs"]:
+        run(group, job)
+    group.leave()
+
+
+if __name__ == "__main__":
+    main()
