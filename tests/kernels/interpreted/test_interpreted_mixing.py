@@ -24,7 +24,7 @@ def assert_close(log_probs: torch.Tensor, exact: torch.Tensor) -> None:
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
     ("experts", "batch", "vocab"),
-    [(1, 1, 111), (3, 17, 111), (8, 5, 32_000), (3, 2, 50_257), (8, 1, 128_256), (2, 37, 111)],
+    [(1, 1, 111), (3, 17, 111), (8, 2, 32_000), (3, 2, 50_257), (8, 1, 128_256), (2, 37, 111)],
 )
 def test_every_type_and_odd_shape_is_as_exact_as_promised(dtype, experts, batch, vocab):
     logits, log_weights = mixing_case(experts, batch, vocab, dtype)
