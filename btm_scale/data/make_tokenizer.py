@@ -136,8 +136,8 @@ def adopt_tokenizer(directory: Path, source: Path) -> None:
         reference = TransformersTokenizer(source)
     except (OSError, RuntimeError, ValueError, ImportError, KeyError) as error:
         raise DataError(
-            f"transformers.AutoTokenizer cannot load {source}: {first_line(error)}. Finished experts carry their "
-            "tokenizer in that form; add tokenizer.json and tokenizer_config.json."
+            f"transformers.AutoTokenizer cannot load {source}: {first_line(error)}. Finished experts "
+            "carry their tokenizer in that form; add tokenizer.json and tokenizer_config.json."
         ) from None
     is_sentencepiece = not isinstance(own, TransformersTokenizer)
     if is_sentencepiece and all(own.encode(probe) == reference.encode(probe) for probe in _PROBES):

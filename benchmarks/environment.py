@@ -1,0 +1,60 @@
+"""Where and with what a figure was measured: every benchmark's JSON carries this."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "btm-scale",
+    "torch",
+    "deepspeed",
+    "megatron-core",
+    "transformers",
+    "tokenizers",
+    "sentencepiece",
+    "safetensors",
+    "numpy",
+    "pyarrow",
+    "triton",
+)
+
+
+def describe() -> dict[str, Any]:
+    """Hardware, versions and date (UTC); `load_average` tells how busy the machine was before."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "hardware": {
+            "cpu": _cpu_name(),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "accelerators": _accelerators(),
+            "load_average": [round(load, 2) for load in os.getloadavg()],
+        },
+        "versions": {"python": platform.python_version(), "system": platform.platform()} | _versions(),
+    }
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    installed = {
+        distribution.metadata["Name"].lower(): distribution
+        for distribution in importlib.metadata.distributions()
+    }
+    return {name: installed[name].version for name in PACKAGES if name in installed}
+
+
+def _accelerators() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(device) for device in range(torch.cuda.device_count())]
