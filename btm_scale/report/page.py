@@ -63,7 +63,7 @@ def render_page(config: RunConfig, results: Results, curves: Curves) -> str:
         results_section(results),
         experts_section(results),
         curves_section(config, results, curves),
-        priors_section(results),
+        priors_section(config, results),
         compute_section(results),
     )
     footer = element("footer", escape(_provenance(config, results)))

@@ -45,6 +45,11 @@ from btm_scale.report.tree import run_tree
 from btm_scale.run_dir import DENSE, SEED
 
 WIDE, NARROW = 960, 350
+_PRIOR_WORDS = {
+    "cached": "Before the first token of a text, the ensemble weighs the experts by this prior",
+    "updating": "The ensemble starts from this prior and updates it block by block",
+    "uniform": "This run's ensemble starts from equal weights; its top k variants start from this prior",
+}
 
 
 def tree_figure(results: Results) -> str:
@@ -178,7 +183,7 @@ def curves_section(config: RunConfig, results: Results, curves: Curves) -> str:
     return _section("Training", _figure(title, pictures, words))
 
 
-def priors_section(results: Results) -> str:
+def priors_section(config: RunConfig, results: Results) -> str:
     """The cached prior of every domain, as a matrix."""
     priors = results.get("priors") or {}
     domains = [d for d in results["domains"] if d in priors]
@@ -199,9 +204,9 @@ def priors_section(results: Results) -> str:
         gap_before_column=len(training) if len(training) < len(domains) else None,
     )
     own = [priors[d][d] for d in training if d in priors[d]]
-    words = (
-        "Before the first token of a text, the ensemble weighs the experts by this prior: what the domain "
-        "posterior came to on the domain's development text. Each column sums to 1. "
+    words = _PRIOR_WORDS[config.evaluate.prior] + (
+        ": what the domain posterior came to on the domain's development text. The posterior average weighs "
+        "parameters by it too. Each column sums to 1; a dot is less than 0.005. "
     )
     words += f"A domain's own expert gets {np.mean(own):.2f} of the weight on average." if own else ""
     return _section(

@@ -115,16 +115,22 @@ def shorten(words: str, length: int) -> str:
 
 
 def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions moved as little as needed to stand `gap` apart within low..high, in the same order."""
+    """Positions moved as little as needed to stand `gap` apart within low..high, in the same order.
+
+    Less i gaps, no position may lie below the one before it: isotonic regression by pooling neighbours.
+    """
     order = sorted(range(len(positions)), key=lambda i: positions[i])
     gap = min(gap, (high - low) / max(1, len(order) - 1))
-    placed: dict[int, float] = {}
-    floor = low
-    for i in order:
-        placed[i] = max(positions[i], floor)
-        floor = placed[i] + gap
-    ceiling = high
-    for i in reversed(order):
-        placed[i] = min(placed[i], ceiling)
-        ceiling = placed[i] - gap
-    return [placed[i] for i in range(len(positions))]
+    pools: list[tuple[float, int]] = []
+    for rank, i in enumerate(order):
+        total, size = positions[i] - rank * gap, 1
+        while pools and pools[-1][0] / pools[-1][1] > total / size:
+            before = pools.pop()
+            total, size = total + before[0], size + before[1]
+        pools.append((total, size))
+    level = [total / size for total, size in pools for _ in range(size)]
+    highest = high - gap * (len(order) - 1)
+    placed = [0.0] * len(order)
+    for rank, i in enumerate(order):
+        placed[i] = min(max(level[rank], low), highest) + rank * gap
+    return placed
