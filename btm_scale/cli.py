@@ -24,8 +24,7 @@ Answer = dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb and exit: 0 on success, 2 on a user's mistake, 1 on any other failure."""
     options = _parser().parse_args(arguments)
-    # Megatron-core says at every import which optional packages it does without.
-    warnings.filterwarnings("ignore", module=r"megatron\.")
+    _silence_megatron()
     try:
         answer = options.verb(options)
     except UserError as error:
@@ -199,6 +198,15 @@ def _weighted_path(text: str) -> tuple[Path, float]:
         return Path(path), float(weight)
     except ValueError:
         raise UserError(f"'{text}': the weight after '=' must be a number, such as DIR=0.5") from None
+
+
+def _silence_megatron() -> None:
+    # At every import, in every process, Megatron-core says which optional packages it does without.
+    for message in ("Transformer Engine and Apex", "Apex is not installed"):
+        warnings.filterwarnings("ignore", message)
+        others = os.environ.get("PYTHONWARNINGS")
+        if message not in (others or ""):
+            os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [others, f"ignore:{message}"]))
 
 
 def _is_rank() -> bool:

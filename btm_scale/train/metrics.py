@@ -6,11 +6,12 @@ import json
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from btm_scale.group import ExpertGroup
-from btm_scale.train.engine import StepResult
-from btm_scale.train.job import TrainingJob
+if TYPE_CHECKING:  # reading metrics needs no engine
+    from btm_scale.group import ExpertGroup
+    from btm_scale.train.engine import StepResult
+    from btm_scale.train.job import TrainingJob
 
 _LOG_SECONDS = 5.0
 
@@ -77,6 +78,6 @@ def _whole_lines(path: Path) -> list[str]:
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Every step's numbers; none if the training hasn't begun."""
     return [json.loads(line) for line in _whole_lines(path)]

@@ -38,14 +38,14 @@ def score_as_rank(config: RunConfig, run: RunDir, models: Sequence[str]) -> None
 @contextlib.contextmanager
 def _joined(layout: object) -> Iterator[ExpertGroup]:
     end_with_supervisor()
-    _keep_freed_memory()
+    keep_freed_memory()
     group = ExpertGroup.join(layout)  # type: ignore[arg-type]
     yield group
     # Not after an error: other ranks may be waiting in a collective, and only the launcher can end them.
     group.leave()
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Tell glibc to reuse large buffers instead of returning them to the kernel and faulting them in again.
 
     A step on CPU takes and frees the same activations over and over; this is worth a tenth of its time.

@@ -1,0 +1,34 @@
+# make demo: the main job on this machine. make test: everything that needs no GPU. Both start from a bare clone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: install demo test lint clean
+
+install: $(VENV)/installed
+
+# torch first: deepspeed's build looks for it.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt pip setuptools torch
+	$(BIN)/pip install --quiet -c constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/btm-scale demo
+
+test: install
+	$(BIN)/python -m pytest
+
+# The layers and the types are checked on the package as it is installed: kernels, launch and configs have other
+# names on disk.
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/installed
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/installed .
+	cd build/installed && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache
+	cd build/installed && PYTHONPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p btm_scale
+
+clean:
+	rm -rf build .mypy_cache .ruff_cache .pytest_cache

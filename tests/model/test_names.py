@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from btm_scale.model.names import cut, from_huggingface, join, table, to_huggingface
+from btm_scale.model.shape import ModelShape
+from btm_scale.model.weights import huggingface_shapes
+
+SHAPES = {
+    "llama": ModelShape(layers=2, hidden=32, heads=4, groups=4, ffn=24, positions=16, vocabulary=50, tied=False),
+    "llama grouped, tied": ModelShape(layers=1, hidden=32, heads=4, groups=2, ffn=24, positions=16, vocabulary=50),
+    "gpt2": ModelShape(family="gpt2", layers=2, hidden=32, heads=4, groups=4, ffn=64, positions=16, vocabulary=51),
+}
+shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+
+
+def random_huggingface(shape: ModelShape) -> dict[str, torch.Tensor]:
+    return {name: torch.randn(size) for name, size in huggingface_shapes(shape).items()}
+
+
+@shapes
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_there_and_back_through_every_tensor_rank_changes_no_bit(shape: ModelShape, tensor: int) -> None:
+    weights = random_huggingface(shape)
+    rows = -(-shape.vocabulary // tensor) * tensor
+    back = {}
+    for entry in table(shape):
+        parts = cut(entry, from_huggingface(entry, weights.__getitem__, shape, rows), tensor)
+        assert len(parts) == tensor
+        back |= to_huggingface(entry, join(entry, parts), shape)
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[name], weights[name]) for name in weights)
+
+
+@shapes
+def test_the_table_holds_every_tensor_of_transformers_own_model_once(shape: ModelShape) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from btm_scale.model.huggingface import config_json
+
+    settings = config_json(shape, dtype="float32", end_of_text=2)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+    theirs = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    assert huggingface_shapes(shape) == theirs
+    names = [name for entry in table(shape) for name in entry.huggingface]
+    assert len(names) == len(set(names))
+    assert sum(parameter.numel() for parameter in model.parameters()) == shape.parameters

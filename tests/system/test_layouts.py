@@ -1,0 +1,89 @@
+"""Groups of several ranks through the `deepspeed` launcher: whatever the layout, the same training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import btm_scale, tiny_values, write_config
+
+from btm_scale.checkpoint.safetensors import SafetensorsModel
+from btm_scale.run_dir import RunDir
+
+pytestmark = pytest.mark.slow
+
+STEPS = 20
+
+
+def values(text: Path, group: dict[str, Any]) -> dict[str, Any]:
+    budget = {"tokens": 2 * STEPS * 1024, "seed_share": 0.5, "sequence_length": 64, "batch_tokens": 1024}
+    group = {"precision": "fp32", "micro_batch": 4, **group}
+    return tiny_values(text, budget=budget, group=group, evaluate={"tokens_per_domain": 500, "dev_blocks": 5})
+
+
+def train_seed(folder: Path, text: Path, data: Path, group: dict[str, Any]) -> RunDir:
+    """Train the seed from token files that are there already."""
+    write_config(folder / "tiny.yaml", values(text, group))
+    run = RunDir(folder / "run")
+    run.root.mkdir(parents=True)
+    for name in ("data", "tokenizer"):
+        (run.root / name).symlink_to(data / name)
+    btm_scale("train", folder / "tiny.yaml", "--model", "seed", "--out", run.root)
+    return run
+
+
+def losses(run: RunDir) -> list[float]:
+    return [json.loads(line)["loss"] for line in run.metrics("seed").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one_rank(real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    folder = tmp_path_factory.mktemp("one")
+    write_config(folder / "tiny.yaml", values(real_text, {}))
+    btm_scale("prepare", folder / "tiny.yaml", "--out", folder / "prepared")
+    return train_seed(folder, real_text, folder / "prepared", {})
+
+
+LAYOUTS = {
+    "tensor 2 x data 2, ZeRO 1": {"tensor": 2, "data": 2, "zero": 1},
+    "data 2, ZeRO 2": {"data": 2, "zero": 2},
+    "data 2, ZeRO 3": {"data": 2, "zero": 3},
+    "ZeRO 0": {"zero": 0},
+}
+
+
+@pytest.mark.parametrize("group", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_a_group_of_any_layout_gives_one_ranks_losses_and_weights(
+    group: dict[str, Any], one_rank: RunDir, real_text: Path, tmp_path: Path
+) -> None:
+    run = train_seed(tmp_path, real_text, one_rank.tokenizer.resolve().parent, group)
+    expected, found = losses(one_rank), losses(run)
+    assert len(expected) == STEPS
+    assert found == pytest.approx(expected, abs=1e-5)
+    with SafetensorsModel(one_rank.model("seed")) as ours, SafetensorsModel(run.model("seed")) as theirs:
+        assert ours.specs() == theirs.specs()
+        for name in ours.names:
+            torch.testing.assert_close(theirs.read(name), ours.read(name), atol=2e-4, rtol=1e-3)
+
+
+def test_an_expert_branches_into_another_layout_than_its_seeds(
+    one_rank: RunDir, real_text: Path, tmp_path: Path
+) -> None:
+    """The seed's training state, moments and all, goes from one rank to a group of four."""
+    results = {}
+    for name, own in {"one": {}, "four": {"tensor": 2, "data": 2}}.items():
+        folder = tmp_path / name
+        changed = values(real_text, {}) | {"experts": {"python": {"group": own}}}
+        write_config(folder / "tiny.yaml", changed)
+        run = RunDir(folder / "run")
+        run.root.mkdir(parents=True)
+        for part in ("data", "tokenizer", "train", "seed", "scores"):
+            (run.root / part).symlink_to((one_rank.root / part).resolve()) if part in ("data", "tokenizer", "seed") else None
+        run.train("seed").parent.mkdir()
+        run.train("seed").symlink_to(one_rank.train("seed"))
+        btm_scale("train", folder / "tiny.yaml", "--model", "python", "--out", run.root)
+        results[name] = [json.loads(line)["loss"] for line in run.metrics("python").read_text().splitlines()]
+    assert results["four"] == pytest.approx(results["one"], abs=1e-5)

@@ -1,0 +1,187 @@
+"""A whole run, from text to page, through the command line and the real `deepspeed` launcher."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from tiny_run import btm_scale, tiny_values, write_config
+
+from btm_scale.checkpoint.hashing import content_hash
+from btm_scale.config import RunConfig
+from btm_scale.forest.expert import read_expert
+from btm_scale.forest.scoring import Scores, evaluation_text
+from btm_scale.run_dir import RunDir
+
+pytestmark = pytest.mark.slow
+
+Run = tuple[RunConfig, RunDir]
+
+
+def test_results_hold_every_method_on_every_domain(finished_run: Run) -> None:
+    config, run = finished_run
+    results = json.loads(run.results.read_text())
+    assert results["schema"] == 1
+    assert {name: domain["novel"] for name, domain in results["domains"].items()} == {
+        "python": False, "licences": False, "docs": True,
+    }  # fmt: skip
+    expected = {"seed", "dense", "expert:python", "expert:licences", "ensemble", "ensemble:uniform-prior", "ensemble:token",
+                "ensemble:equal", "ensemble:top1", "ensemble:top2", "average:uniform", "average:argmax",
+                "average:posterior"}  # fmt: skip
+    assert set(results["methods"]) == expected
+    for method in results["methods"].values():
+        assert set(method["perplexity"]) == set(config.all_domains)
+    assert results["compute"]["ensemble"]["tokens"] == results["compute"]["dense"]["tokens"] == config.budget.tokens
+
+
+def test_training_lowers_every_models_loss(finished_run: Run) -> None:
+    _, run = finished_run
+    for model in ("seed", "dense", "python", "licences"):
+        steps = [json.loads(line) for line in run.metrics(model).read_text().splitlines()]
+        assert [step["step"] for step in steps] == list(range(1, 13))
+        assert set(steps[0]) == {"step", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "seconds"}
+        assert steps[-1]["loss"] < steps[0]["loss"]
+
+
+def test_the_ensembles_perplexity_follows_from_the_scores_in_plain_numpy(finished_run: Run) -> None:
+    config, run = finished_run
+    results = json.loads(run.results.read_text())
+    names = sorted(config.domains)
+
+    def posterior_walk(log_probs: np.ndarray, starts: np.ndarray, prior: np.ndarray) -> tuple[float, np.ndarray]:
+        """Token by token in float64: total nats of the mixture, and the last posterior of each block."""
+        total, last = 0.0, []
+        for begin, end in zip(starts, [*starts[1:], log_probs.shape[1]], strict=True):
+            weights = prior.copy()
+            for t in range(begin, end):
+                probabilities = np.exp(log_probs[:, t].astype(np.float64))
+                total += math.log(weights @ probabilities)
+                weights = weights * probabilities / (weights @ probabilities)
+            last.append(weights)
+        return total, np.array(last)
+
+    for domain in config.all_domains:
+        dev = [Scores.load(run.scores(name, domain, "dev")) for name in names]
+        prior = np.full(len(names), 1.0 / len(names))
+        bounds = [*dev[0].block_starts, len(dev[0].log_probs)]
+        for begin, end in zip(bounds, bounds[1:], strict=False):
+            block = np.stack([scores.log_probs[begin:end] for scores in dev])
+            prior = 0.7 * prior + 0.3 * posterior_walk(block, np.array([0]), prior)[1][-1]
+        test = [Scores.load(run.scores(name, domain, "test")) for name in names]
+        log_probs = np.stack([scores.log_probs for scores in test])
+        nats, _ = posterior_walk(log_probs, test[0].block_starts, prior)
+        found = results["methods"]["ensemble"]["perplexity"][domain]
+        assert found == pytest.approx(math.exp(-nats / log_probs.shape[1]), rel=1e-6)
+
+
+def test_exported_models_load_in_transformers_with_the_same_ids_and_probabilities(finished_run: Run) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from btm_scale.data.tokenizer import Tokenizer
+
+    config, run = finished_run
+    text = "def f(x):\n\treturn x ** 2  # naïve λ 🙂"
+    for name in ("seed", "python", "average/uniform"):
+        tokenizer = AutoTokenizer.from_pretrained(run.model(name))
+        assert tokenizer.encode(text) == list(Tokenizer.load(run.tokenizer).encode(text))
+        model = AutoModelForCausalLM.from_pretrained(run.model(name), dtype=torch.float32)
+        scores = Scores.load(run.scores(name, "docs", "test"))
+        tokens = torch.as_tensor(evaluation_text(config, run, "docs", "test").tokens[:65])[None]
+        with torch.no_grad():
+            log_probs = model(tokens[:, :-1]).logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])
+        # Scores are bf16's, as the model was trained.
+        np.testing.assert_allclose(log_probs.flatten().numpy(), scores.log_probs[:64], atol=0.08)
+
+
+def test_the_card_of_an_expert_says_where_it_came_from(finished_run: Run) -> None:
+    _, run = finished_run
+    card = read_expert(run.model("python"))
+    assert [(parent.name, parent.weight) for parent in card.parents] == [("seed", 1.0)]
+    assert card.domains == {"python": 1.0}
+    assert (card.tokens, card.steps) == (12 * 512, 12)
+    assert card.content_hash == content_hash(run.model("python"))
+
+
+def test_a_second_run_does_nothing_again(finished_run: Run, tmp_path: Path) -> None:
+    config, run = finished_run
+    watched = [run.model("python") / "model.safetensors", run.scores("seed", "docs", "test"), run.metrics("dense"),
+               run.tokens("docs", "test").with_suffix(".bin")]  # fmt: skip
+    before = [path.stat().st_mtime_ns for path in watched]
+    config.save(tmp_path / "again.yaml")
+    btm_scale("run", tmp_path / "again.yaml", "--out", run.root)
+    assert [path.stat().st_mtime_ns for path in watched] == before
+
+
+def test_another_config_on_the_same_folder_is_refused(finished_run: Run, tmp_path: Path) -> None:
+    config, run = finished_run
+    config.save(tmp_path / "other.yaml")
+    done = btm_scale("run", tmp_path / "other.yaml", "--out", run.root, "--set", "optimizer.lr=0.5", check=False)
+    assert done.returncode == 2
+    assert "optimizer.lr: 0.01 there, 0.5 here" in done.stderr
+
+
+def test_the_page_shows_what_the_results_say(finished_run: Run) -> None:
+    _, run = finished_run
+    page = run.report.read_text()
+    results = json.loads(run.results.read_text())
+    assert f"{results['methods']['ensemble']['perplexity']['python']:.1f}" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_killed_at_three_stages_a_run_ends_in_the_same_results(finished_run: Run, real_text: Path, tmp_path: Path) -> None:
+    _, finished = finished_run
+    write_config(tmp_path / "tiny.yaml", tiny_values(real_text))
+    run = RunDir(tmp_path / "run")
+    moments = [
+        lambda: any(run.checkpoints("seed").glob("step-*")),
+        lambda: any(run.checkpoints("python").glob("step-*")) or any(run.checkpoints("licences").glob("step-*")),
+        lambda: run.model("average/uniform").is_dir(),
+    ]
+    for moment in moments:
+        _kill_when(moment, tmp_path, run)
+    btm_scale("run", tmp_path / "tiny.yaml", "--out", run.root)
+    assert json.loads(run.results.read_text()) == json.loads(finished.results.read_text())
+    for name in ("seed", "dense", "python", "licences"):
+        assert read_expert(run.model(name)).content_hash == read_expert(finished.model(name)).content_hash
+
+
+def _kill_when(moment: object, folder: Path, run: RunDir) -> None:
+    """Start the run, SIGKILL it once `moment` holds, and see its groups end by themselves."""
+    command = [sys.executable, "-m", "btm_scale.cli", "run", str(folder / "tiny.yaml"), "--out", str(run.root)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not moment():  # type: ignore[operator]
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    while any(str(run.root) in " ".join(other.info["cmdline"] or []) for other in psutil.process_iter(["cmdline"])):
+        assert time.monotonic() < deadline, "a rank outlived its run"
+        time.sleep(0.1)
+
+
+def test_a_failing_group_stops_no_other_and_is_told_with_the_end_of_its_log(real_text: Path, tmp_path: Path) -> None:
+    values = tiny_values(real_text, experts={"python": {"group": {"micro_batch": 1}}}, baselines={"dense": False})
+    write_config(tmp_path / "tiny.yaml", values)
+    run = RunDir(tmp_path / "run")
+    btm_scale("train", tmp_path / "tiny.yaml", "--model", "seed", "--out", run.root, check=False)
+    assert not run.model("seed").exists()  # no token files yet: told, not trained
+    btm_scale("prepare", tmp_path / "tiny.yaml", "--out", run.root)
+    btm_scale("train", tmp_path / "tiny.yaml", "--model", "seed", "--out", run.root)
+    run.train("python").mkdir(parents=True)
+    (run.train("python") / "checkpoints").write_text("in the way of python's states")
+    done = btm_scale("run", tmp_path / "tiny.yaml", "--out", run.root, check=False)
+    assert done.returncode == 1
+    assert "group 'python' failed" in done.stderr
+    assert read_expert(run.model("licences")).steps == 12

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_run import btm_scale, tiny_values, write_config
+
+from btm_scale.config import RunConfig
+from btm_scale.run_dir import RunDir
+
+
+def test_help_imports_no_torch() -> None:
+    code = "import sys\nfrom btm_scale.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+    code += "sys.exit(any(name in sys.modules for name in ('torch', 'deepspeed', 'megatron', 'numpy')))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "absent.yaml"], "no config at absent.yaml"),
+        (["status", "."], "is no run: it has no run.yaml"),
+        (["train", "CONFIG", "--model", "physics"], "no model is called 'physics'"),
+        (["run", "CONFIG", "--set", "budget.batch_tokens=1000"], "use 1024"),
+        (["run", "CONFIG", "--set", "text_root=/nowhere"], "/nowhere"),
+        (["merge", "OUT", "DIR=heavy"], "must be a number"),
+    ],
+)
+def test_a_users_mistake_exits_with_2_and_a_message(
+    arguments: list[str], message: str, tmp_path: Path, real_text: Path
+) -> None:
+    write_config(tmp_path / "CONFIG", tiny_values(real_text))
+    given = [str(tmp_path / word) if word in ("CONFIG", "OUT", ".") else word for word in arguments]
+    if given[0] in ("run", "train"):
+        given += ["--out", str(tmp_path / "made")]
+    done = btm_scale(*given, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "made" / "data").exists()
+
+
+def test_a_dry_run_lists_every_model_and_writes_nothing(tmp_path: Path, real_text: Path) -> None:
+    write_config(tmp_path / "run.yaml", tiny_values(real_text))
+    done = btm_scale("run", tmp_path / "run.yaml", "--dry-run", "--json", "--out", tmp_path / "made")
+    assert list(json.loads(done.stdout)["models"]) == ["seed", "dense", "python", "licences"]
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.slow
+def test_status_and_forest_say_what_a_finished_run_holds(finished_run: tuple[RunConfig, RunDir]) -> None:
+    _, run = finished_run
+    status = json.loads(btm_scale("status", run.root, "--json").stdout)["models"]
+    assert {model: row["state"] for model, row in status.items()} == dict.fromkeys(
+        ["seed", "dense", "python", "licences"], "done"
+    )
+    forest = json.loads(btm_scale("forest", "list", run.root, "--json").stdout)["experts"]
+    assert list(forest) == ["licences", "python"]
+    assert forest["python"]["parents"] == {"seed": 1.0}

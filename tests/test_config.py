@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from btm_scale.config import OptimizerConfig, RunConfig
+from btm_scale.configs import FOLDER
+from btm_scale.errors import ConfigError
+from btm_scale.model.shape import PRESETS
+from btm_scale.train.job import model_names, training_job
+
+DOMAINS = {"math": {"text": "math.jsonl"}, "code": {"text": ["src/**/*.py"]}}
+
+
+def load(tmp_path: Path, values: dict[str, object], *overrides: str) -> RunConfig:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return RunConfig.load(path, overrides)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_config_that_is_shipped_parses_and_plans_all_its_jobs(path: Path) -> None:
+    config = RunConfig.load(path)
+    for model in model_names(config):
+        job = training_job(config, model)
+        assert job.steps > 0
+        assert job.accumulation * job.micro_batch * job.group.data == job.sequences
+
+
+def test_only_domains_must_be_given(tmp_path: Path) -> None:
+    config = load(tmp_path, {"domains": DOMAINS})
+    assert list(config.domains) == ["math", "code"]
+    with pytest.raises(ConfigError, match="domains: must be given"):
+        load(tmp_path, {})
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"optimizer\.waight_decay: no such key; did you mean 'weight_decay'\?"):
+        load(tmp_path, {"domains": DOMAINS, "optimizer": {"waight_decay": 0.1}})
+    with pytest.raises(ConfigError, match=r"domains\.math\.feild: no such key; did you mean 'field'\?"):
+        load(tmp_path, {"domains": {"math": {"text": "a", "feild": "b"}}})
+
+
+def test_every_problem_is_told_at_once_with_its_path(tmp_path: Path) -> None:
+    values = {
+        "domains": {"a/b": {"text": "x"}, "math": {}},
+        "budget": {"batch_tokens": 1000},
+        "optimizer": {"lr": -1},
+        "modle": {},
+        "group": {"zero": 7},
+    }
+    with pytest.raises(ConfigError) as raised:
+        load(tmp_path, values)
+    text = str(raised.value)
+    for part in ("'a/b' cannot name a domain", "domains.math.text: must be given", "use 1024", "optimizer.lr: -1",
+                 "modle: no such key; did you mean 'model'?", "group.zero"):  # fmt: skip
+        assert part in text
+
+
+def test_an_experts_own_layout_is_checked_like_the_groups(tmp_path: Path) -> None:
+    experts = {"math": {"group": {"tensr": 2}}, "maths": {}}
+    with pytest.raises(ConfigError) as raised:
+        load(tmp_path, {"domains": DOMAINS, "experts": experts})
+    assert "experts.math.group.tensr: no such key; did you mean 'tensor'?" in str(raised.value)
+    assert "experts.maths: no domain has this name" in str(raised.value)
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("name: a\nname: b\ndomains: {}\n")
+    with pytest.raises(ConfigError, match="line 2: key 'name' stands twice"):
+        RunConfig.load(path)
+
+
+@pytest.mark.parametrize("text", ["domains: [", "- a", ""])
+def test_what_is_no_yaml_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError):
+        RunConfig.load(path)
+    with pytest.raises(ConfigError, match="no config at"):
+        RunConfig.load(tmp_path / "absent.yaml")
+
+
+def test_set_changes_one_value_and_takes_numbers_as_people_write_them(tmp_path: Path) -> None:
+    config = load(tmp_path, {"domains": DOMAINS}, "budget.tokens=2e6", "optimizer.lr=3e-4", "evaluate.top_k=[1, 2]")
+    assert config.budget.tokens == 2_000_000
+    assert config.optimizer.lr == 3e-4
+    assert config.evaluate.top_k == (1, 2)
+    with pytest.raises(ConfigError, match="expected key=value"):
+        load(tmp_path, {"domains": DOMAINS}, "budget.tokens")
+
+
+def test_paths_are_relative_to_the_yaml_but_to_the_working_folder_in_an_override(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load(tmp_path, {"domains": DOMAINS, "text_root": "t"}).text_root == tmp_path / "t"
+    assert load(tmp_path, {"domains": DOMAINS}, "text_root=t").text_root == tmp_path / "elsewhere" / "t"
+
+
+def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
+    config = load(tmp_path, {"domains": DOMAINS, "experts": {"math": {"group": {"tensor": 2}, "tokens": 1000}}})
+    config.save(tmp_path / "saved" / "run.yaml")
+    assert RunConfig.load(tmp_path / "saved" / "run.yaml") == config
+
+
+def test_the_schedule_warms_up_then_falls_to_its_end() -> None:
+    schedule = OptimizerConfig(lr=1.0, warmup=0.1, final=0.2)
+    rates = [schedule.rate(progress) for progress in (0.05, 0.1, 0.55, 1.0)]
+    assert rates == pytest.approx([0.5, 1.0, 0.6, 0.2])
+    assert OptimizerConfig(lr=1.0, warmup=0.0, decay="cosine").rate(0.5) == pytest.approx(0.5)
+
+
+def test_every_expert_takes_the_steps_of_denses_second_half_at_its_share_of_the_batch(tmp_path: Path) -> None:
+    budget = {"tokens": 6_000_000, "seed_share": 0.5, "sequence_length": 256, "batch_tokens": 16_384}
+    config = load(tmp_path, {"domains": {name: {"text": name} for name in "abcdefgh"}, "budget": budget})
+    seed, dense, expert = (training_job(config, model) for model in ("seed", "dense", "a"))
+    assert expert.steps == dense.steps
+    assert expert.sequences * 8 == dense.sequences
+    assert dense.first_sample == seed.steps * seed.sequences
+    assert seed.samples == dense.samples
+    assert seed.progress[1] == dense.progress[0] == expert.progress[0]
+    assert dense.progress_at(dense.steps) == expert.progress_at(expert.steps) == 1.0
+
+
+def test_an_experts_own_tokens_and_batch_replace_its_share(tmp_path: Path) -> None:
+    config = load(tmp_path, {"domains": DOMAINS, "experts": {"math": {"tokens": 512_000, "batch_tokens": 1024}}})
+    job = training_job(config, "math")
+    assert (job.sequences, job.steps) == (4, 500)
+
+
+def test_a_model_that_no_run_trains_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="this run trains seed, dense, math, code"):
+        training_job(load(tmp_path, {"domains": DOMAINS}), "physics")
+
+
+@pytest.mark.parametrize(("preset", "millions"), [("llama-1m", 1.33), ("llama-4m", 4.2), ("gpt2-125m", 124.4)])
+def test_presets_have_the_sizes_of_their_names(tmp_path: Path, preset: str, millions: float) -> None:
+    config = load(tmp_path, {"domains": DOMAINS, "model": {"preset": preset}})
+    vocabulary = 50_257 if preset.startswith("gpt2") else 4096
+    assert config.model.shape(vocabulary, 1024).parameters / 1e6 == pytest.approx(millions, rel=0.02)
+    assert preset in PRESETS

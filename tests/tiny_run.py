@@ -1,0 +1,51 @@
+"""A run that takes seconds, and the command line as a user calls it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from btm_scale.config import RunConfig
+
+TINY_MODEL = {"family": "llama", "layers": 2, "hidden": 64, "heads": 4, "groups": 2, "ffn": 96}
+
+
+def tiny_values(text: Path, **changes: Any) -> dict[str, Any]:
+    """A config that trains in seconds: two experts, a novel domain, 12 steps for the seed and 12 for each branch."""
+    return {
+        "name": "tiny",
+        "random_seed": 3,
+        "model": TINY_MODEL,
+        "tokenizer": {"vocab_size": 512},
+        "text_root": str(text),
+        "domains": {"python": {"text": "python.jsonl"}, "licences": {"text": "licences.jsonl"}},
+        "novel_domains": {"docs": {"text": "docs.jsonl"}},
+        "budget": {"tokens": 24 * 1024, "seed_share": 0.5, "sequence_length": 64, "batch_tokens": 1024},
+        "optimizer": {"lr": 1e-2},
+        "group": {"micro_batch": 4},
+        "checkpoint": {"every": 5},
+        "evaluate": {"tokens_per_domain": 3000, "dev_blocks": 20},
+        **changes,
+    }
+
+
+def write_config(path: Path, values: dict[str, Any]) -> RunConfig:
+    """Write a YAML and read it as a user's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return RunConfig.load(path)
+
+
+def btm_scale(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user does."""
+    command = [sys.executable, "-m", "btm_scale.cli", *map(str, arguments)]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    if check and done.returncode != 0:
+        raise AssertionError(f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+    return done
