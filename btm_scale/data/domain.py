@@ -65,7 +65,9 @@ def write_domain(
         writer.close()
     for split in SPLITS:
         np.save(folder / _keys_file(split), np.frombuffer(keys[split], dtype=np.uint64))
-    _require_enough(name, config, counts, len(sources), bad_lines.skipped)
+    if not documents:
+        raise empty_domain(name, len(sources), bad_lines.skipped)
+    require_enough(name, config, counts)
     Fingerprint(
         domain=name,
         sources=sources,
@@ -127,11 +129,8 @@ def keys_elsewhere(name: str, config: RunConfig, run: RunDir) -> dict[str, KeySe
     return found
 
 
-def _require_enough(
-    name: str, config: RunConfig, counts: dict[str, SplitCounts], files: int, skipped: int
-) -> None:
-    if not any(count.documents for count in counts.values()):
-        raise empty_domain(name, files, skipped)
+def require_enough(name: str, config: RunConfig, counts: dict[str, SplitCounts]) -> None:
+    """Raise DataError unless every split that is used fills one sequence."""
     needed = config.budget.sequence_length + 1
     # A novel domain is only scored.
     splits = SPLITS if name in config.domains else ("dev", "test")

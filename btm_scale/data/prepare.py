@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 from btm_scale.config import RunConfig
-from btm_scale.data.domain import Progress, digest_of_text, keys_elsewhere, write_domain
+from btm_scale.data.domain import Progress, digest_of_text, keys_elsewhere, require_enough, write_domain
 from btm_scale.data.encode import Encoder
 from btm_scale.data.files import SourceFile, resolve
 from btm_scale.data.fingerprint import Fingerprint, Source, settings_of
@@ -101,6 +102,7 @@ def _is_done(name: str, files: list[SourceFile], config: RunConfig, run: RunDir,
         return False
     made = Fingerprint.load(run, name)
     made.require_tokenizer(tokenizer, run)
+    require_enough(name, config, made.splits)
     domain = config.all_domains[name]
     settings, sources = settings_of(domain, config.data), [Source.of(file) for file in files]
     differences = [
@@ -138,6 +140,14 @@ def _encode(name: str, config: RunConfig, run: RunDir, encoder: Encoder, on_prog
         write_domain(name, config, encoder, partial, elsewhere, on_progress)
         if run.domain(name).exists():  # without its fingerprint, so it is nothing
             shutil.rmtree(run.domain(name))
+        _sync(partial)
         partial.rename(run.domain(name))
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Put a folder's files on the disk, so that a name never stands for less than it says."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())

@@ -176,6 +176,9 @@ def test_another_setting_is_told(text_root: Path, make_config: MakeConfig, tmp_p
         prepare(make_config(text_root, {"prose": PROSE}, data={"dev": 0.2}), run)
     with pytest.raises(DataError, match=r"has 512 tokens, and tokenizer.vocab_size asks for 600.*--out"):
         prepare(make_config(text_root, {"prose": PROSE}, tokenizer={"vocab_size": 600}), run)
+    longer = {"sequence_length": 60_000, "batch_tokens": 60_000, "tokens": 600_000}
+    with pytest.raises(DataError, match=r"'prose' is too small to split: .* needs at least 60001 tokens"):
+        prepare(make_config(text_root, {"prose": PROSE}, budget=longer), run)
 
 
 def test_an_existing_tokenizer_is_used_and_another_one_is_told(
