@@ -16,6 +16,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json",
     "spiece.model",
 )  # fmt: skip
+_SEARCHED_PARENTS = 3
 # What must agree in two configs for the mean of their weights to be a model.
 _CONFIG_KEYS = (
     "model_type", "architectures", "hidden_size", "n_embd", "num_hidden_layers", "n_layer",
@@ -23,6 +24,13 @@ _CONFIG_KEYS = (
     "hidden_act", "rms_norm_eps", "layer_norm_epsilon", "rope_theta", "rope_scaling", "rope_parameters",
     "sliding_window", "tie_word_embeddings",
 )  # fmt: skip
+
+
+def described_in(path: Path) -> Path:
+    """The folder that holds a model's config.json: its own, or for training checkpoints one not far above."""
+    here = path.absolute()
+    nearby = [here] if list(here.glob("*.safetensors")) else [here, *here.parents[:_SEARCHED_PARENTS]]
+    return next((folder for folder in nearby if (folder / "config.json").is_file()), path)
 
 
 def common_specs(
@@ -67,13 +75,14 @@ def _both_float(one: TensorSpec, other: TensorSpec) -> bool:
 
 def _derived(name: str, directory: Path) -> bool:
     """Whether a tensor is made from others or from the config when the model is loaded."""
-    tied = name == "lm_head.weight" and read_json(directory / "config.json").get("tie_word_embeddings", False)
-    return bool(tied) or name.endswith("rotary_emb.inv_freq")
+    if name == "lm_head.weight":
+        return bool(read_json(described_in(directory) / "config.json").get("tie_word_embeddings", False))
+    return name.endswith("rotary_emb.inv_freq")
 
 
 def config_problems(paths: Sequence[Path]) -> list[str]:
     """Every setting in which the configs differ, among those that decide what the weights mean."""
-    configs = {path: config for path in paths if (config := read_json(path / "config.json"))}
+    configs = {path: config for path in paths if (config := read_json(described_in(path) / "config.json"))}
     if not configs:
         return []
     (first, ours), *others = configs.items()
@@ -88,8 +97,9 @@ def config_problems(paths: Sequence[Path]) -> list[str]:
 def tokenizer_problems(paths: Sequence[Path]) -> list[str]:
     """Every tokenizer file that differs."""
     problems = []
+    folders = [described_in(path) for path in paths]
     for file in TOKENIZER_FILES:
-        holders = [path for path in paths if (path / file).is_file()]
+        holders = [path for path in folders if (path / file).is_file()]
         for other in holders[1:]:
             if (holders[0] / file).read_bytes() != (other / file).read_bytes():
                 problems.append(

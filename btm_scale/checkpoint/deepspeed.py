@@ -44,7 +44,7 @@ def open_deepspeed(path: Path, *, master: bool = True) -> ModelReader:
             raise CheckpointError(f"{folder} has tensor ranks {ranks} only. Copy the others' files.")
         parts = [_part(folder, rank, models, optimizers if master else {}) for rank in ranks]
     if is_megatron(parts[0].names):
-        return MegatronModel(path, parts, find_shape(folder)[0])
+        return MegatronModel(path, parts, find_shape(folder))
     if len(parts) > 1:
         raise CheckpointError(f"{path} is cut over {len(parts)} tensor ranks and is no Megatron-core model.")
     return parts[0]

@@ -8,26 +8,23 @@ from threading import local
 
 import torch
 
-from btm_scale.checkpoint.compatibility import read_json
+from btm_scale.checkpoint.compatibility import described_in, read_json
 from btm_scale.checkpoint.tensors import ModelReader, TensorSpec, unknown_tensor
 from btm_scale.errors import CheckpointError
 from btm_scale.model.huggingface import shape_from_config
 from btm_scale.model.names import Entry, join, table, to_huggingface
 from btm_scale.model.shape import ModelShape
 
-_SEARCHED_PARENTS = 3
 
-
-def find_shape(path: Path) -> tuple[ModelShape, Path]:
-    """The shape that a config.json in `path`, or not far above it, describes, and the folder it is in."""
-    here = path.absolute()
-    for folder in [here, *here.parents[:_SEARCHED_PARENTS]]:
-        if config := read_json(folder / "config.json"):
-            return shape_from_config(config, folder / "config.json"), folder
-    raise CheckpointError(
-        f"{path} holds a model in parts, which say nothing of heads or vocabulary. Put the config.json of "
-        "the Hugging Face model beside it."
-    )
+def find_shape(path: Path) -> ModelShape:
+    """The shape that a config.json in `path`, or not far above it, describes."""
+    file = described_in(path) / "config.json"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{path} holds a model in parts, which say nothing of heads or vocabulary. Put the config.json "
+            "of the Hugging Face model beside it."
+        )
+    return shape_from_config(read_json(file), file)
 
 
 def is_megatron(names: Sequence[str]) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from btm_scale.checkpoint.compatibility import TOKENIZER_FILES, read_json
+from btm_scale.checkpoint.compatibility import TOKENIZER_FILES, described_in, read_json
 from btm_scale.checkpoint.plan import MergePlan
 from btm_scale.checkpoint.publish import write_file
 from btm_scale.checkpoint.tensors import dtype_name
@@ -21,14 +21,14 @@ _CARRIED = (
 
 
 def carry_sidecars(source: Path, target: Path, dtype: torch.dtype | None) -> None:
-    """Copy a model's tokenizer and configs; the config says `dtype` if one is given."""
+    """Copy a model's tokenizer and configs; the config says `dtype`, if the weights have one dtype."""
+    folder = described_in(source)
     for name in _CARRIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    if config := read_json(source / "config.json"):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)
+    if config := read_json(folder / "config.json"):
         if dtype is not None:
-            key = "torch_dtype" if "torch_dtype" in config else "dtype"
-            config[key] = dtype_name(dtype)
+            config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype_name(dtype)
         write_file(target / "config.json", json.dumps(config, indent=2) + "\n")
 
 

@@ -107,7 +107,7 @@ class _GlobalTensors(ModelReader):
 
 def open_torch_dist(path: Path) -> ModelReader:
     """A `torch_dist` checkpoint under Hugging Face names; raises `CheckpointError` without a config.json."""
-    return MegatronModel(path, [_GlobalTensors(path)], find_shape(path)[0])
+    return MegatronModel(path, [_GlobalTensors(path)], find_shape(path))
 
 
 def _is_model(name: str) -> bool:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 from safetensors.torch import load_file
 
 from btm_scale.checkpoint.deepspeed import open_deepspeed, training_step
@@ -49,9 +46,10 @@ class Saved:
         return self.root / f"{name}-{stage}"
 
 
-@pytest.fixture(
-    scope="module", params=[(1, 1), (2, 1), (1, 2), (2, 2)], ids=lambda p: f"tensor{p[0]}-data{p[1]}"
-)
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
+
+
+@pytest.fixture(scope="module", params=LAYOUTS, ids=lambda layout: f"tensor{layout[0]}-data{layout[1]}")
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     tensor, data = request.param
     root = tmp_path_factory.mktemp("engine")
@@ -64,23 +62,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         variants.append({"folder": str(folder), "shape": SHAPES[name], "stage": stage})
     spec = root / "spec.json"
     spec.write_text(json.dumps({"tensor": tensor, "data": data, "variants": variants}))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"WORLD_SIZE": str(tensor * data), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(SAVER), str(spec)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(tensor * data)
-    ]
-    logs = [rank.communicate(timeout=900)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * len(ranks), logs[0][-3000:]
+    run_ranks(SAVER, spec, tensor * data)
     return Saved(root, tensor)
 
 

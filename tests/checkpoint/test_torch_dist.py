@@ -31,10 +31,15 @@ SHAPES: dict[str, dict[str, Any]] = {
 def megatron(root: Path, tensor: int, verb: str, names: dict[str, str], seed: int) -> None:
     """Let Megatron-core save or load a folder for every shape; each rank leaves its weights beside it."""
     jobs = [
-        {"verb": verb, "seed": seed, "folder": str(root / folder), "out": str(root / f"{folder}-{verb}-{tensor}"),
-         "shape": SHAPES[shape]}
+        {
+            "verb": verb,
+            "seed": seed,
+            "folder": str(root / folder),
+            "out": str(root / f"{folder}-{verb}-{tensor}"),
+            "shape": SHAPES[shape],
+        }
         for shape, folder in names.items()
-    ]  # fmt: skip
+    ]
     for folder in names.values():
         (root / folder).mkdir(exist_ok=True)
     spec = root / f"{verb}-{tensor}.json"
