@@ -50,7 +50,7 @@ SCORE_RULES = [
     ScoreRule("sm_90", 16, 0, 0, True, ScoreConfig(32, 128, 64, 2048, 16, 4, 3)),
     ScoreRule("sm_90", 16, 65, 0, True, ScoreConfig(128, 256, 64, 8192, 16, 8, 3)),
     ScoreRule("sm_90", 32, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 4, 2)),
-    ScoreRule("sm_100", 16, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 4, 2)),
+    ScoreRule("sm_100", 16, 0, 0, False, ScoreConfig(32, 32, 32, 4096, 16, 4, 2)),
     ScoreRule("sm_100", 16, 0, 0, True, ScoreConfig(64, 128, 64, 2048, 16, 4, 3)),
     ScoreRule("sm_100", 16, 65, 0, True, ScoreConfig(256, 128, 64, 8192, 16, 8, 3)),
     ScoreRule("sm_100", 32, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 4, 2)),
