@@ -1,7 +1,9 @@
-"""The dense baseline's batch size and learning rate: a grid, each point trained in full and judged on dev text.
+"""The dense baseline's batch size and learning rate, by successive halving, judged on dev text.
+
+Every point is trained for the seed's share of the schedule; the best go on to the end as the dense baseline.
 
     python benchmarks/sweep.py configs/eight_domains.yaml --set text_root=FOLDER \
-        --points 16384:3e-3 8192:2e-3 --out runs/sweep
+        --points 16384:3e-3 8192:2e-3 --finalists 1 --out runs/sweep
 
 Points that are done are not trained again. Writes benchmarks/results/sweep.json.
 """
@@ -33,20 +35,22 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--points", nargs="+", required=True, metavar="BATCH_TOKENS:RATE")
+    parser.add_argument("--finalists", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"))
     parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
     points = [tuple(point.split(":")) for point in options.points]
     runs = {point: _open(options, *point) for point in points}
-    for model in (SEED, DENSE):
-        commands = [_command(config, run, model) for config, run in runs.values()]
-        run_groups(commands, slots=2, threads=1)
-    table = [_row(*runs[point]) for point in points]
-    table.sort(key=lambda row: row["mean_dev_perplexity"])
+    run_groups([_command(*runs[point], SEED) for point in points], slots=2, threads=1)
+    points.sort(key=lambda point: _mean(_perplexity(*runs[point], SEED)))
+    finalists = points[: options.finalists]
+    run_groups([_command(*runs[point], DENSE) for point in finalists], slots=2, threads=1)
+    table = [_row(*runs[point], finished=point in finalists) for point in points]
     options.result.parent.mkdir(exist_ok=True)
-    options.result.write_text(json.dumps({"environment": describe(), "config": options.config.name, "points": table}, indent=2))
+    result = {"environment": describe(), "config": options.config.name, "points": table}
+    options.result.write_text(json.dumps(result, indent=2) + "\n")
     for row in table:
-        print(f"{row['batch_tokens']:>7} {row['lr']:.1e} {row['mean_dev_perplexity']:.3f}")
+        print(row)
 
 
 def _open(options: argparse.Namespace, batch: str, rate: str) -> tuple[RunConfig, RunDir]:
@@ -69,16 +73,21 @@ def _command(config: RunConfig, run: RunDir, model: str) -> GroupCommand:
     return GroupCommand(f"{run.root.name} {model}", training_job(config, model).group.ranks, arguments, run.log(model))
 
 
-def _row(config: RunConfig, run: RunDir) -> dict[str, object]:
-    perplexity = {}
-    for domain in config.domains:
-        scores = Scores.load(run.scores(DENSE, domain, "dev")).log_probs
-        perplexity[domain] = math.exp(-float(scores.mean(dtype=np.float64)))
+def _perplexity(config: RunConfig, run: RunDir, model: str) -> dict[str, float]:
+    scores = {domain: Scores.load(run.scores(model, domain, "dev")).log_probs for domain in config.domains}
+    return {domain: math.exp(-float(log_probs.mean(dtype=np.float64))) for domain, log_probs in scores.items()}
+
+
+def _mean(perplexity: dict[str, float]) -> float:
+    return float(np.mean(list(perplexity.values())))
+
+
+def _row(config: RunConfig, run: RunDir, *, finished: bool) -> dict[str, object]:
     return {
         "batch_tokens": config.budget.batch_tokens,
         "lr": config.optimizer.lr,
-        "mean_dev_perplexity": float(np.mean(list(perplexity.values()))),
-        "dev_perplexity": perplexity,
+        "seed_mean_dev_perplexity": _mean(_perplexity(config, run, SEED)),
+        "dense_mean_dev_perplexity": _mean(_perplexity(config, run, DENSE)) if finished else None,
     }
 
 
