@@ -38,9 +38,9 @@ def common_specs(
 ) -> tuple[dict[str, TensorSpec], list[str]]:
     """The output's specs and every way in which the models differ."""
     first, problems = readers[0], []
-    specs = {name: spec for name, spec in first.specs().items() if not _derived(name, first.path)}
+    specs = {name: spec for name, spec in first.specs().items() if not is_derived(name, first.path)}
     for other in readers[1:]:
-        theirs = {name: spec for name, spec in other.specs().items() if not _derived(name, other.path)}
+        theirs = {name: spec for name, spec in other.specs().items() if not is_derived(name, other.path)}
         problems += [
             f"{other.path} has no tensor '{name}', {first.path} has." for name in specs.keys() - theirs
         ]
@@ -73,7 +73,7 @@ def _both_float(one: TensorSpec, other: TensorSpec) -> bool:
     return one.dtype.is_floating_point and other.dtype.is_floating_point
 
 
-def _derived(name: str, directory: Path) -> bool:
+def is_derived(name: str, directory: Path) -> bool:
     """Whether a tensor is made from others or from the config when the model is loaded."""
     if name == "lm_head.weight":
         return bool(read_json(described_in(directory) / "config.json").get("tie_word_embeddings", False))

@@ -1,0 +1,243 @@
+"""How fast and in how much memory models merge, against mergekit and against plain reads and writes.
+
+    python benchmarks/merge.py [--work DIR] [--billions 0.5359] [--memory 0.5 2 8] [--out FILE]
+
+Speed: eight Llama-like bf16 models of independent random weights, merged with unequal weights by fresh
+processes: a plain copy of the same bytes, ours and mergekit's in turn. Wall time counts imports and, but for
+mergekit, which does none, the sync to disk. Memory: the most anonymous memory that a run's processes had at
+once, sampled; then for pairs of sparse models of growing size, the last of one tensor of 4 GB. Accuracy: the
+share of elements that equal the float64 mean rounded once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from environment import describe
+
+from btm_scale.checkpoint.safetensors import SafetensorsModel, ShardedWriter
+from btm_scale.checkpoint.tensors import TensorSpec
+
+MODELS, ROUNDS = 8, 3
+WEIGHTS = [round(0.5 + 0.15 * i, 2) for i in range(MODELS)]
+MERGEKIT = "mergekit==0.1.5"
+HIDDEN, FFN, VOCABULARY = 2048, 5504, 32000
+_OURS = """
+import sys, json
+from pathlib import Path
+from btm_scale.checkpoint.merge import merge
+if __name__ == "__main__":
+    output, weights, *inputs = sys.argv[1:]
+    merge(Path(output), list(zip(map(Path, inputs), json.loads(weights))))
+"""
+_COPY = """
+import os, sys
+size, output, *inputs = sys.argv[1:]
+buffer = memoryview(bytearray(1 << 20))
+for file in inputs:
+    descriptor = os.open(file, os.O_RDONLY)
+    while os.readv(descriptor, [buffer]): pass
+descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+for start in range(0, int(size), len(buffer)):
+    os.write(descriptor, buffer[: int(size) - start])
+os.fdatasync(descriptor)
+"""
+
+
+def llama_specs(parameters: float) -> dict[str, TensorSpec]:
+    """The tensors of a Llama-like model with about that many parameters, all of them in bf16."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (VOCABULARY, HIDDEN),
+        "model.norm.weight": (HIDDEN,),
+        "lm_head.weight": (VOCABULARY, HIDDEN),
+    }
+    per_layer = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * FFN
+    for i in range(max(1, round((parameters - 2 * VOCABULARY * HIDDEN) / per_layer))):
+        for name in "qkvo":
+            shapes[f"model.layers.{i}.self_attn.{name}_proj.weight"] = (HIDDEN, HIDDEN)
+        shapes[f"model.layers.{i}.mlp.gate_proj.weight"] = (FFN, HIDDEN)
+        shapes[f"model.layers.{i}.mlp.up_proj.weight"] = (FFN, HIDDEN)
+        shapes[f"model.layers.{i}.mlp.down_proj.weight"] = (HIDDEN, FFN)
+        shapes[f"model.layers.{i}.input_layernorm.weight"] = (HIDDEN,)
+        shapes[f"model.layers.{i}.post_attention_layernorm.weight"] = (HIDDEN,)
+    return {name: TensorSpec(torch.bfloat16, shape) for name, shape in shapes.items()}
+
+
+def make_model(folder: Path, specs: Mapping[str, TensorSpec], seed: int | None) -> None:
+    """Random weights of standard deviation 0.02, or, without a seed, a sparse file of zeros."""
+    draw = torch.Generator().manual_seed(seed or 0)
+    with ShardedWriter(folder, specs) as writer:
+        for name, spec in specs.items():
+            if seed is None:
+                writer.mark_written(name)
+                continue
+            for start in range(0, spec.elements, 1 << 24):
+                count = min(1 << 24, spec.elements - start)
+                writer.write_range(name, start, torch.randn(count, generator=draw).mul_(0.02).bfloat16())
+    layers = sum(name.endswith("q_proj.weight") for name in specs)
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
+        "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": layers,
+        "vocab_size": VOCABULARY, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "tie_word_embeddings": False, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def measured(command: list[str]) -> dict[str, float]:
+    """Run a command; its wall time in seconds and the peak of its processes' anonymous memory in bytes."""
+    peak = 0
+    with tempfile.TemporaryFile() as log:
+        started = time.perf_counter()
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            peak = max(peak, _anonymous(process.pid))
+            time.sleep(0.02)
+        seconds = time.perf_counter() - started
+        if process.returncode:
+            log.seek(0)
+            raise SystemExit(log.read().decode()[-3000:])
+    return {"seconds": seconds, "anonymous_bytes": peak}
+
+
+def _anonymous(pid: int) -> int:
+    """Anonymous memory of a process and of all below it."""
+    total = 0
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("RssAnon"):
+                total = int(line.split()[1]) * 1024
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            total += sum(map(_anonymous, map(int, (task / "children").read_text().split())))
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return total
+
+
+def mergekit_in(folder: Path) -> Path:
+    """mergekit's command, in an environment of its own."""
+    command = folder / "bin" / "mergekit-yaml"
+    if not command.exists():
+        venv.create(folder, with_pip=True)
+        subprocess.run([folder / "bin" / "python", "-m", "pip", "install", "-q", MERGEKIT], check=True)
+    return command
+
+
+def correctly_rounded(output: Path, models: list[Path]) -> float:
+    """The share of the output's elements that are the float64 mean, rounded once to bf16."""
+    merged, readers = SafetensorsModel(output), [SafetensorsModel(model) for model in models]
+    right = total = 0
+    for name in merged.names:
+        elements = merged.spec(name).elements
+        for start in range(0, elements, 1 << 22):
+            stop = min(start + (1 << 22), elements)
+            mean = torch.zeros(stop - start, dtype=torch.float64)
+            for weight, reader in zip(WEIGHTS, readers, strict=True):
+                mean.add_(reader.read_range(name, start, stop), alpha=weight)
+            mean /= sum(WEIGHTS)
+            got = merged.read_range(name, start, stop).double()
+            # Half the distance to the neighbour: bf16 keeps 8 bits, and values this small are not subnormal.
+            exponent = torch.frexp(mean).exponent
+            right += int(((got - mean).abs() <= torch.ldexp(torch.ones_like(mean), exponent - 9)).sum())
+            total += stop - start
+    return right / total
+
+
+def compare(work: Path, specs: Mapping[str, TensorSpec], mergekit: Path) -> dict[str, Any]:
+    """Ours, mergekit's and the plain copy's figures on models of these tensors."""
+    models = [work / f"model-{i}" for i in range(MODELS)]
+    for i, model in enumerate(models):
+        make_model(model, specs, seed=i + 1)
+    size = sum(spec.nbytes for spec in specs.values())
+    recipe = work / "recipe.yaml"
+    parts = [{"model": str(m), "parameters": {"weight": w}} for m, w in zip(models, WEIGHTS, strict=True)]
+    recipe.write_text(json.dumps({"merge_method": "linear", "dtype": "bfloat16", "models": parts}))
+    files = [str(file) for model in models for file in sorted(model.glob("*.safetensors"))]
+    ours, theirs, copy = work / "ours", work / "theirs", work / "copy"
+    commands: dict[str, list[str]] = {
+        "copy": [sys.executable, "-c", _COPY, str(size), str(copy), *files],
+        "ours": [sys.executable, "-c", _OURS, str(ours), json.dumps(WEIGHTS), *map(str, models)],
+        "mergekit": [str(mergekit), str(recipe), str(theirs), "--no-copy-tokenizer"],
+    }
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
+    for _ in range(ROUNDS):
+        for name, command in commands.items():
+            _remove(ours if name == "ours" else theirs if name == "mergekit" else copy)
+            os.sync()
+            runs[name].append(measured(command))
+    middle = {name: statistics.median(run["seconds"] for run in of) for name, of in runs.items()}
+    result = {
+        "models": MODELS,
+        "bytes_per_model": size,
+        "runs": runs,
+        "times_as_fast_as_mergekit": middle["mergekit"] / middle["ours"],
+        "share_of_plain_copy_speed": middle["copy"] / middle["ours"],
+        "anonymous_bytes": {name: max(run["anonymous_bytes"] for run in of) for name, of in runs.items()},
+        "correctly_rounded": {
+            "ours": correctly_rounded(ours, models),
+            "mergekit": correctly_rounded(theirs, models),
+        },
+    }
+    for path in (*models, ours, theirs, copy):
+        _remove(path)
+    return result
+
+
+def memory_of(work: Path, specs: Mapping[str, TensorSpec]) -> dict[str, float]:
+    """Our anonymous memory for two sparse models of these tensors."""
+    models = [work / f"sparse-{i}" for i in range(2)]
+    for model in models:
+        make_model(model, specs, seed=None)
+    command = [sys.executable, "-c", _OURS, str(work / "ours"), json.dumps([1, 2]), *map(str, models)]
+    figures = measured(command)
+    for path in (*models, work / "ours"):
+        _remove(path)
+    largest = max(spec.nbytes for spec in specs.values())
+    return {"bytes": sum(spec.nbytes for spec in specs.values()), "largest_tensor_bytes": largest, **figures}
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--work", type=Path, help="where models go; default: a temporary folder")
+    parser.add_argument("--billions", type=float, default=0.5359, help="parameters of each model")
+    parser.add_argument("--memory", type=float, nargs="*", default=[0.5, 2, 8], help="gigabytes, sparse")
+    parser.add_argument("--venv", type=Path, help="where mergekit is, or goes; default: a temporary folder")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "merge.json")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.work, prefix="btm-merge-") as folder:
+        work = Path(folder)
+        surroundings = describe() | {"mergekit": MERGEKIT}
+        mergekit = mergekit_in(options.venv or work / "venv")
+        sizes = [llama_specs(gigabytes * 1e9 / 2) for gigabytes in options.memory]
+        sizes.append({"model.embed_tokens.weight": TensorSpec(torch.bfloat16, (1_000_000, HIDDEN))})
+        result = surroundings | {
+            "speed": compare(work, llama_specs(options.billions * 1e9), mergekit),
+            "memory": [memory_of(work, specs) for specs in sizes],
+        }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

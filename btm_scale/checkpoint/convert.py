@@ -1,0 +1,82 @@
+"""Any readable checkpoint into another format: Hugging Face, Megatron-core or DeepSpeed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from btm_scale.checkpoint.compatibility import is_derived
+from btm_scale.checkpoint.formats import open_model
+from btm_scale.checkpoint.megatron import find_shape
+from btm_scale.checkpoint.merge import merge
+from btm_scale.checkpoint.model_states import write_model_states
+from btm_scale.checkpoint.publish import partial_path, publish_directory
+from btm_scale.checkpoint.sidecars import carry_sidecars
+from btm_scale.checkpoint.tensors import parse_dtype
+from btm_scale.checkpoint.torch_dist import write_torch_dist
+from btm_scale.errors import CheckpointError
+
+WRITERS: dict[str, Callable[..., None]] = {"megatron": write_torch_dist, "deepspeed": write_model_states}
+_CHUNK_BYTES = 4 << 20
+
+
+def convert(
+    source: Path, target: Path, *, to: str, tensor: int = 1, dtype: str | None = None, verify: bool = False
+) -> Path:
+    """Write the model in `source` as the directory `target`, with its config and tokenizer.
+
+    `to` is `huggingface`, `megatron` (torch_dist) or `deepspeed` (model states); `tensor` is the degree that
+    the latter two are for. With `verify` every tensor is read back and compared, and `target` appears only if
+    all are equal. Raises `CheckpointError`.
+    """
+    source, target = Path(source), Path(target)
+    if target.exists():
+        raise CheckpointError(f"{target} exists already. Choose another target, or remove it first.")
+    if to not in ("huggingface", *WRITERS):
+        raise CheckpointError(f"'{to}' is no format to write. Use huggingface, megatron or deepspeed.")
+    wanted = parse_dtype(dtype) if dtype else None
+    partial = partial_path(target)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        if to == "huggingface":
+            merge(partial, [(source, 1.0)], dtype=dtype)
+        else:
+            shape = find_shape(source)
+            if shape.heads % tensor or shape.groups % tensor or shape.ffn % tensor:
+                raise CheckpointError(
+                    f"{source} has {shape.heads} heads, {shape.groups} key-value heads and {shape.ffn} inner "
+                    f"features; tensor {tensor} must divide all three. Choose another degree."
+                )
+            with open_model(source) as model:
+                WRITERS[to](partial, model, shape, tensor=tensor, dtype=wanted)
+            carry_sidecars(source, partial, wanted)
+        if verify:
+            verify_equal(source, partial, wanted)
+        publish_directory(partial, target)
+    except Exception:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return target
+
+
+def verify_equal(source: Path, copy: Path, dtype: torch.dtype | None) -> None:
+    """Raise `CheckpointError` unless two models are the same, bit for bit, after rounding to `dtype`."""
+    with open_model(source) as ours, open_model(copy) as theirs:
+        names = {name for name in ours.names if not is_derived(name, source)}
+        if odd := sorted(names ^ set(theirs.names)):
+            raise CheckpointError(f"{copy} and {source} do not both have '{odd[0]}'. The conversion failed.")
+        for name in theirs.names:
+            elements = ours.spec(name).elements
+            step = max(1, _CHUNK_BYTES // ours.spec(name).dtype.itemsize)
+            for start in range(0, elements, step):
+                stop = min(start + step, elements)
+                expected, got = ours.read_range(name, start, stop), theirs.read_range(name, start, stop)
+                if dtype is not None and expected.dtype.is_floating_point:
+                    expected = expected.to(dtype)
+                if not expected.view(torch.uint8).equal(got.view(torch.uint8)):
+                    raise CheckpointError(
+                        f"'{name}' of {copy} differs from {source} after element {start}. Is the disk sound?"
+                    )

@@ -1,0 +1,69 @@
+"""DeepSpeed model states: weights that `engine.load_checkpoint(..., load_module_only=True)` loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from btm_scale.checkpoint.publish import require_space, write_file
+from btm_scale.checkpoint.tensors import ModelReader
+from btm_scale.model.names import cut, from_huggingface, table
+from btm_scale.model.shape import ModelShape
+
+TAG = "global_step0"
+
+
+def write_model_states(
+    directory: Path,
+    model: ModelReader,
+    shape: ModelShape,
+    *,
+    tensor: int = 1,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a Hugging Face model as `mp_rank_XX_model_states.pt`, one for each of `tensor` ranks.
+
+    The parts go through scratch files that are mapped into memory, so that one tensor is held at a time.
+    Raises `CheckpointError` when the disk is too small.
+    """
+    folder = directory / TAG
+    size = sum(model.spec(name).elements * (dtype or model.spec(name).dtype).itemsize for name in model.names)
+    require_space(directory, size + 2 * size // tensor)
+    folder.mkdir(parents=True)
+    rows = -(-shape.vocabulary // tensor) * tensor
+    for rank in range(tensor):
+        scratch = folder / f".scratch-{rank}"
+        module = {}
+        for i, entry in enumerate(table(shape)):
+            part = cut(entry, from_huggingface(entry, model.read, shape, rows), tensor)[rank]
+            part = part if dtype is None else part.to(dtype)
+            mapped = torch.from_file(f"{scratch}-{i}", shared=True, size=part.numel(), dtype=part.dtype)
+            mapped.copy_(part.reshape(-1))
+            module[entry.megatron] = mapped.view(part.shape)
+        state: dict[str, Any] = {
+            "module": module,
+            "buffer_names": [],
+            "optimizer": None,
+            "param_shapes": None,
+            "frozen_param_shapes": None,
+            "frozen_param_fragments": None,
+            "shared_params": None,
+            "lr_scheduler": None,
+            "data_sampler": None,
+            "random_ltd": None,
+            "sparse_tensor_module_names": [],
+            "skipped_steps": 0,
+            "global_steps": 0,
+            "global_samples": 0,
+            "dp_world_size": 1,
+            "mp_world_size": tensor,
+            "ds_config": {},
+            "ds_version": "0",
+        }
+        torch.save(state, folder / f"mp_rank_{rank:02d}_model_states.pt")
+        module.clear()
+        for file in folder.glob(f"{scratch.name}-*"):
+            file.unlink()
+    write_file(directory / "latest", TAG)

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from btm_scale.checkpoint.convert import convert, verify_equal
+from btm_scale.checkpoint.formats import open_model
+from btm_scale.checkpoint.hashing import content_hash
+from btm_scale.checkpoint.inspect import inspect
+from btm_scale.checkpoint.safetensors import SafetensorsModel
+from btm_scale.errors import CheckpointError
+
+LLAMA = {
+    "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 65, "max_position_embeddings": 16, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 40, "n_positions": 16, "vocab_size": 65}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama-tied": LLAMA | {"model_type": "llama", "tie_word_embeddings": True},
+    "llama-untied": LLAMA | {"model_type": "llama", "tie_word_embeddings": False},
+    "gpt2": GPT2 | {"model_type": "gpt2"},
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that transformers made and saved."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = dict(FAMILIES[request.param])
+    torch.manual_seed(5)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    folder = tmp_path_factory.mktemp(request.param)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("to", ["megatron", "deepspeed"])
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_there_and_back_gives_the_same_model(model: Path, tmp_path: Path, to: str, tensor: int) -> None:
+    convert(model, tmp_path / "there", to=to, tensor=tensor, verify=True)
+    convert(tmp_path / "there", tmp_path / "back", to="huggingface", verify=True)
+    assert content_hash(tmp_path / "back") == content_hash(model)
+    assert (tmp_path / "back/tokenizer.json").read_text() == "{}"
+    described = inspect(tmp_path / "there")
+    assert described.format == {"megatron": "torch_dist", "deepspeed": "deepspeed"}[to]
+    assert described.parameters == sum(spec.elements for spec in SafetensorsModel(model).specs().values())
+    assert described.converts_to == ("huggingface", "megatron", "deepspeed")
+
+
+def test_what_comes_back_gives_the_same_logits_in_transformers(model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    convert(model, tmp_path / "there", to="megatron", tensor=2)
+    convert(tmp_path / "there", tmp_path / "back", to="huggingface", dtype="float32")
+    tokens = torch.arange(12)[None]
+    logits = [
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
+        for folder in (model, tmp_path / "back")
+    ]
+    assert logits[0].equal(logits[1])
+    assert json.loads((tmp_path / "back/config.json").read_text()).get("dtype") == "float32"
+
+
+def test_verification_sees_one_wrong_bit(model: Path, tmp_path: Path) -> None:
+    convert(model, tmp_path / "copy", to="huggingface")
+    verify_equal(model, tmp_path / "copy", None)
+    file = tmp_path / "copy/model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="differs from"):
+        verify_equal(model, tmp_path / "copy", None)
+
+
+def test_what_cannot_be_converted_is_told_and_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="tensor 3 must divide"):
+        convert(model, tmp_path / "out", to="megatron", tensor=3)
+    with pytest.raises(CheckpointError, match="'gguf' is no format"):
+        convert(model, tmp_path / "out", to="gguf")
+    with pytest.raises(CheckpointError, match="exists already"):
+        convert(model, model, to="huggingface")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_is_described_from_its_headers(model: Path) -> None:
+    described = inspect(model)
+    assert described.format == "safetensors"
+    assert described.family in ("llama", "gpt2")
+    assert described.dtypes == {"bfloat16": described.parameters}
+    assert described.step is None
+    with open_model(model) as reader:
+        assert described.tensors == len(reader.names)
+    assert list(described.files.values()) == [(model / "model.safetensors").stat().st_size]
