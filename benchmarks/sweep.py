@@ -16,12 +16,12 @@ import math
 from pathlib import Path
 
 import numpy as np
+from btm_scale.launch.local import GroupCommand, run_groups
 from environment import describe
 
 from btm_scale.config import RunConfig
 from btm_scale.data.prepare import prepare
 from btm_scale.forest.scoring import Scores
-from btm_scale.launch.local import GroupCommand, run_groups
 from btm_scale.pipeline import open_run
 from btm_scale.run_dir import DENSE, SEED, RunDir
 from btm_scale.train.job import training_job
@@ -70,12 +70,16 @@ def _open(options: argparse.Namespace, batch: str, rate: str) -> tuple[RunConfig
 
 def _command(config: RunConfig, run: RunDir, model: str) -> GroupCommand:
     arguments = ("train", str(run.config), "--model", model, "--out", str(run.root))
-    return GroupCommand(f"{run.root.name} {model}", training_job(config, model).group.ranks, arguments, run.log(model))
+    return GroupCommand(
+        f"{run.root.name} {model}", training_job(config, model).group.ranks, arguments, run.log(model)
+    )
 
 
 def _perplexity(config: RunConfig, run: RunDir, model: str) -> dict[str, float]:
     scores = {domain: Scores.load(run.scores(model, domain, "dev")).log_probs for domain in config.domains}
-    return {domain: math.exp(-float(log_probs.mean(dtype=np.float64))) for domain, log_probs in scores.items()}
+    return {
+        domain: math.exp(-float(log_probs.mean(dtype=np.float64))) for domain, log_probs in scores.items()
+    }
 
 
 def _mean(perplexity: dict[str, float]) -> float:

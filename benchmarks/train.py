@@ -47,7 +47,9 @@ def main() -> None:
     speeds: dict[str, list[float]] = {peer: [] for peer in PEERS}
     for _ in range(options.rounds):
         for peer in PEERS:
-            done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--peer", peer], stdout=subprocess.PIPE, check=True)
+            done = subprocess.run(
+                [sys.executable, __file__, *sys.argv[1:], "--peer", peer], stdout=subprocess.PIPE, check=True
+            )
             speeds[peer].append(float(done.stdout.splitlines()[-1]))
     medians = {peer: statistics.median(values) for peer, values in speeds.items()}
     result = {
@@ -60,7 +62,9 @@ def main() -> None:
     options.result.parent.mkdir(exist_ok=True)
     options.result.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps({peer: round(value) for peer, value in medians.items()}, indent=2))
-    print(f"ours / plain: {result['ratio_to_plain']:.3f}, memory kept in both: {result['ratio_to_plain_memory_kept']:.3f}")
+    print(
+        f"ours / plain: {result['ratio_to_plain']:.3f}, memory kept in both: {result['ratio_to_plain_memory_kept']:.3f}"
+    )
 
 
 def measure(options: argparse.Namespace) -> float:

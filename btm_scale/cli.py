@@ -186,7 +186,9 @@ def _open(options: argparse.Namespace) -> tuple[RunConfig, RunDir]:
 
     run_dir = RunDir(options.run.resolve())
     if not run_dir.config.is_file():
-        raise ConfigError(f"{options.run} is no run: it has no run.yaml; give the folder that `btm-scale run` made")
+        raise ConfigError(
+            f"{options.run} is no run: it has no run.yaml; give the folder that `btm-scale run` made"
+        )
     return RunConfig.load(run_dir.config), run_dir
 
 
@@ -236,14 +238,19 @@ def _print_results(options: argparse.Namespace, results: Answer) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="btm-scale", description="Branch-Train-Merge: train, ensemble and merge domain-expert language models."
+        prog="btm-scale",
+        description="Branch-Train-Merge: train, ensemble and merge domain-expert language models.",
     )
     parser.add_argument("--version", action="version", version=f"btm-scale {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
 
-    def verb(name: str, function: Callable[[argparse.Namespace], Answer], help_text: str) -> argparse.ArgumentParser:
+    def verb(
+        name: str, function: Callable[[argparse.Namespace], Answer], help_text: str
+    ) -> argparse.ArgumentParser:
         made = verbs.add_parser(name, help=help_text, description=function.__doc__)
-        made.add_argument("--json", action="store_true", help="print one JSON document on stdout, and nothing else")
+        made.add_argument(
+            "--json", action="store_true", help="print one JSON document on stdout, and nothing else"
+        )
         made.set_defaults(verb=function)
         return made
 
@@ -253,8 +260,8 @@ def _parser() -> argparse.ArgumentParser:
 
     def takes_overrides(made: argparse.ArgumentParser) -> None:
         made.add_argument("--out", type=Path, help="the run's folder (default: runs/NAME)")
-        made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                          help="change one value of the YAML, such as budget.tokens=1e6; may be given often")  # fmt: skip
+        text = "change one value of the YAML, such as budget.tokens=1e6; may be given often"
+        made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
 
     takes_overrides(verb("demo", demo, "the whole pipeline on text that every installation has"))
     made = verb("run", run, "every stage of a config that isn't done, from text to page")
@@ -270,7 +277,9 @@ def _parser() -> argparse.ArgumentParser:
     forest = verbs.add_parser("forest", help="the expert set").add_subparsers(metavar="ACTION", required=True)
     made = forest.add_parser("list", help="every expert, with parents, domains and tokens")
     made.add_argument("run", type=Path, help="the run's folder")
-    made.add_argument("--json", action="store_true", help="print one JSON document on stdout, and nothing else")
+    made.add_argument(
+        "--json", action="store_true", help="print one JSON document on stdout, and nothing else"
+    )
     made.set_defaults(verb=forest_list)
     made = verb("score", score, "per-token log-probabilities of every model that lacks them")
     made.add_argument("run", type=Path, help="the run's folder")
@@ -282,7 +291,9 @@ def _parser() -> argparse.ArgumentParser:
         verb(name, function, text).add_argument("run", type=Path, help="the run's folder")
     made = verb("merge", merge, "one model from many")
     made.add_argument("output", type=Path, help="the directory to make")
-    made.add_argument("inputs", nargs="+", metavar="DIR[=WEIGHT]", help="Hugging Face directories; weight 1 if not given")
+    made.add_argument(
+        "inputs", nargs="+", metavar="DIR[=WEIGHT]", help="Hugging Face directories; weight 1 if not given"
+    )
     made.add_argument("--method", default="linear", help="how to merge")
     made.add_argument("--dtype", help="type of the output (default: the inputs')")
     made.add_argument("--jobs", type=int, default=1, help="processes")

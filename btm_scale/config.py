@@ -74,7 +74,9 @@ class TokenizerConfig(Section):
     """A tokenizer to train (sentencepiece BPE), or the directory of an existing one."""
 
     vocab_size: int = Field(default=4096, ge=320, description="tokens; bytes and controls take 259 of them")
-    sample_bytes: int = Field(default=16_000_000, gt=0, description="text to train on, shared evenly by the domains")
+    sample_bytes: int = Field(
+        default=16_000_000, gt=0, description="text to train on, shared evenly by the domains"
+    )
     path: Path | None = None
 
 
@@ -89,9 +91,13 @@ class DomainConfig(Section):
     """Where a domain's text lies and how it is read."""
 
     text: tuple[str, ...] = Field(min_length=1, description="paths or globs, relative to text_root")
-    field: str = Field(default="text", description="the field of a .jsonl or .parquet row that holds the text")
+    field: str = Field(
+        default="text", description="the field of a .jsonl or .parquet row that holds the text"
+    )
     split_by: Literal["document", "file"] | SplitUnit = "document"
-    weight: float = Field(default=1.0, gt=0, description="share in the data of seed and dense, relative to others")
+    weight: float = Field(
+        default=1.0, gt=0, description="share in the data of seed and dense, relative to others"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -150,7 +156,9 @@ class OptimizerConfig(Section):
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
-    clip: float = Field(default=1.0, ge=0, description="largest gradient norm; 0 leaves gradients as they are")
+    clip: float = Field(
+        default=1.0, ge=0, description="largest gradient norm; 0 leaves gradients as they are"
+    )
     warmup: float = Field(default=0.08, ge=0, lt=1, description="share of the schedule")
     decay: Literal["linear", "cosine", "constant"] = "linear"
     final: float = Field(default=0.0, ge=0, le=1, description="learning rate at the end, as a share of lr")
@@ -218,7 +226,9 @@ class EvaluateConfig(Section):
 class LocalConfig(Section):
     """How groups share one machine."""
 
-    slots: int | None = Field(default=None, gt=0, description="groups at a time; default: as many as fit the cores")
+    slots: int | None = Field(
+        default=None, gt=0, description="groups at a time; default: as many as fit the cores"
+    )
 
 
 class LaunchConfig(Section):
@@ -234,7 +244,7 @@ class RunConfig(Section):
     random_seed: int = Field(default=1, ge=0, lt=2**31)
     model: ModelConfig = ModelConfig(preset="llama-4m")
     tokenizer: TokenizerConfig = TokenizerConfig()
-    text_root: Path = Path(".")
+    text_root: Path = Path()
     domains: dict[DomainName, DomainConfig] = Field(min_length=1)
     novel_domains: dict[DomainName, DomainConfig] = Field(default_factory=dict)
     data: DataConfig = DataConfig()

@@ -27,5 +27,5 @@ class LaunchError(UserError):
     """A group cannot be started as asked."""
 
 
-class GroupFailed(Exception):
+class GroupFailed(Exception):  # noqa: N818 (it tells of an event)
     """A group started and ended with an error of its own; the message holds the end of its log."""

@@ -125,5 +125,5 @@ class _ModelParallelUnit:
 def _stand_in_for_cuda() -> None:
     """Let Megatron-core, which asks CUDA for its device in places, run where there is no GPU."""
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
-    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+    torch.cuda.synchronize = lambda *_: None
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

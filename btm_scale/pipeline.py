@@ -140,7 +140,9 @@ def score_models(config: RunConfig, run: RunDir, models: Sequence[str]) -> list[
         read_expert(run.model(model))
     averages = average_texts(config)
     names = models or [name for name in [*model_names(config), *averages] if is_finished(run.model(name))]
-    todo = [name for name in names if missing_scores(config, run, name, averages.get(name) or all_texts(config))]
+    todo = [
+        name for name in names if missing_scores(config, run, name, averages.get(name) or all_texts(config))
+    ]
     if todo:
         arguments = ("score", str(run.root), *(part for name in todo for part in ("--model", name)))
         command = GroupCommand("score", config.group.ranks, arguments, run.log("score"))
@@ -167,11 +169,12 @@ def dry_run(config: RunConfig, run: RunDir) -> dict[str, Any]:
         place = placement(config, stage)
         for model in stage:
             job = training_job(config, model)
+            group = job.group
             jobs[model] = {
                 "parent": job.parent,
                 "steps": job.steps,
                 "batch": f"{job.sequences} x {config.budget.sequence_length} tokens",
-                "layout": f"tensor {job.group.tensor} x data {job.group.data}, ZeRO {job.group.zero}, {job.group.precision}",
+                "layout": f"tensor {group.tensor} x data {group.data}, ZeRO {group.zero}, {group.precision}",
                 "at_a_time": place.slots,
                 "done": is_finished(run.model(model)),
             }
@@ -216,7 +219,8 @@ def _is_done(config: RunConfig, run: RunDir, model: str) -> bool:
 def _differences(one: Any, other: Any, path: str = "") -> list[tuple[str, str]]:
     """(path, sentence) of every value in which two configs differ."""
     if isinstance(one, dict) and isinstance(other, dict):
-        keys = [*one, *(key for key in other if key not in one)]
-        return [found for key in keys
-                for found in _differences(one.get(key), other.get(key), f"{path}.{key}" if path else str(key))]  # fmt: skip
+        found = []
+        for key in dict.fromkeys([*one, *other]):
+            found += _differences(one.get(key), other.get(key), f"{path}.{key}" if path else str(key))
+        return found
     return [] if one == other else [(path, f"{path}: {one} there, {other} here")]

@@ -1,0 +1,1 @@
+"""Starting groups: their only job is to start worlds."""

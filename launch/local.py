@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,8 +107,8 @@ def _start(command: GroupCommand, threads: int) -> subprocess.Popen[bytes]:
         raise LaunchError(f"group '{command.name}' cannot be started: {error}") from None
 
 
-def _end_all(processes: Sequence[subprocess.Popen[bytes]] | object) -> None:
-    remaining = [process for process in processes if process.poll() is None]  # type: ignore[attr-defined]
+def _end_all(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+    remaining = [process for process in processes if process.poll() is None]
     for process in remaining:
         _signal_group(process, signal.SIGTERM)
     deadline = time.monotonic() + _TERM_SECONDS
@@ -139,4 +139,6 @@ def _has_gpu() -> bool:
 
 def _failure(command: GroupCommand) -> str:
     lines = command.log.read_text(errors="replace").splitlines()[-25:]
-    return f"group '{command.name}' failed; the end of {command.log}:\n" + "\n".join(f"  {line}" for line in lines)
+    return f"group '{command.name}' failed; the end of {command.log}:\n" + "\n".join(
+        f"  {line}" for line in lines
+    )

@@ -1,4 +1,4 @@
-"""Averages of the forest's parameters: uniform, and weighted for a domain by its prior (arXiv 2208.03306, section 4.3)."""
+"""Averages of the forest's parameters: uniform, or weighted for a domain by its prior (arXiv 2208.03306, 4.3)."""
 
 from __future__ import annotations
 

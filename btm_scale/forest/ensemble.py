@@ -13,7 +13,8 @@ def ensemble_methods(
 ) -> dict[str, np.ndarray]:
     """Log-probabilities [tokens] of every variant, from the experts' [experts, tokens].
 
-    `ensemble` has the config's prior; every other name says what it changes. `cached`: log prior [experts] from dev text.
+    `ensemble` has the config's prior; every other name says what it changes. `cached`: log prior [experts] of dev
+    text.
     """
 
     def mixture(log_prior: np.ndarray | None = cached, **choices: object) -> np.ndarray:

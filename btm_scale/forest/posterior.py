@@ -6,6 +6,7 @@ E experts needs only the E numbers that each gave to each token.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -34,8 +35,10 @@ def mixture_log_probs(
     - `fixed`: the prior itself.
 
     `log_probs` [experts, tokens] nats; `block_starts` [blocks] the first token of each block, ascending from 0;
-    `log_prior` [experts] nats (default: uniform; normalised here); `top_k`: only so many experts of the largest prior take
-    part (ties go to the first). Raises ValueError for a log-probability above 0 or NaN, or a prior that weighs nobody.
+    `log_prior` [experts] nats (default: uniform; normalised here); `top_k`: only so many experts of the largest prior
+    take part (ties go to the first).
+
+    Raises ValueError for a log-probability above 0 or NaN, or a prior that weighs nobody.
     """
     values = _checked(log_probs)
     prior = _normalised_prior(log_prior, len(values), top_k)
@@ -103,7 +106,9 @@ def _log_weights(block: Array, log_prior: Array, mode: Mode) -> Array:
 def _normalised_prior(log_prior: Array | None, experts: int, top_k: int | None) -> Array:
     prior = np.zeros(experts) if log_prior is None else np.array(log_prior, dtype=np.float64)
     if prior.shape != (experts,) or np.isnan(prior).any() or not np.isfinite(prior).any():
-        raise ValueError(f"a prior over {experts} experts must be {experts} log-probabilities, not {log_prior}")
+        raise ValueError(
+            f"a prior over {experts} experts must be {experts} log-probabilities, not {log_prior}"
+        )
     if top_k is not None and top_k < experts:
         outside = np.argsort(-prior, kind="stable")[top_k:]
         prior[outside] = -np.inf
@@ -119,9 +124,9 @@ def _checked(log_probs: Array) -> Array:
 
 def _blocks(starts: Array, tokens: int) -> list[tuple[int, int]]:
     bounds = [*map(int, starts), tokens]
-    if bounds[0] != 0 or any(end <= begin for begin, end in zip(bounds, bounds[1:], strict=False)):
+    if bounds[0] != 0 or any(end <= begin for begin, end in pairwise(bounds)):
         raise ValueError(f"block starts must ascend from 0 below {tokens}, not {list(starts[:3])}...")
-    return list(zip(bounds, bounds[1:], strict=False))
+    return list(pairwise(bounds))
 
 
 def _logsumexp(values: Array) -> Array:

@@ -47,7 +47,9 @@ def evaluate(config: RunConfig, run: RunDir) -> dict[str, Any]:
         "domains": {},
         "methods": {},
         "compute": compute_by_method(config, run, names),
-        "priors": {domain: dict(zip(names, np.exp(prior).tolist(), strict=True)) for domain, prior in priors.items()},
+        "priors": {
+            domain: dict(zip(names, np.exp(prior).tolist(), strict=True)) for domain, prior in priors.items()
+        },
     }
     for domain in config.all_domains:
         text = evaluation_text(config, run, domain, split)
@@ -74,7 +76,9 @@ def load_results(run: RunDir) -> dict[str, Any]:
     except FileNotFoundError:
         raise ForestError(f"no results at {run.results}; make them first: btm-scale evaluate RUN") from None
     except ValueError as error:
-        raise ForestError(f"{run.results} is not valid JSON ({error}); run btm-scale evaluate again") from None
+        raise ForestError(
+            f"{run.results} is not valid JSON ({error}); run btm-scale evaluate again"
+        ) from None
     if results.get("schema") != SCHEMA:
         raise ForestError(f"{run.results} has schema {results.get('schema')}, this version reads {SCHEMA}")
     return results
@@ -113,7 +117,9 @@ def compute_by_method(config: RunConfig, run: RunDir, names: list[str]) -> dict[
         return read_expert(run.model(model)).tokens
 
     rows = json.loads((run.model(SEED) / "config.json").read_text())["vocab_size"]
-    flops = config.model.shape(rows, config.budget.sequence_length).flops_per_token(config.budget.sequence_length)
+    flops = config.model.shape(rows, config.budget.sequence_length).flops_per_token(
+        config.budget.sequence_length
+    )
     seed = own_tokens(SEED)
     tokens = {SEED: seed} | {f"expert:{name}": seed + own_tokens(name) for name in names}
     if config.baselines.dense:

@@ -1,0 +1,1 @@
+"""The model: its shape, its Megatron-core form, and its names elsewhere."""

@@ -22,7 +22,7 @@ class CausalAttention(torch.nn.Module):
         self.grouped = config.num_query_groups != config.num_attention_heads
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Attend; query [length, batch, heads, d], key and value [length, batch, groups, d] -> [length, batch, heads * d]."""
+        """Query [length, batch, heads, d], key and value [length, batch, groups, d] -> [length, batch, heads * d]."""
         attended = functional.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),

@@ -34,12 +34,12 @@ class ExpertModel(GPTModel):
             max_sequence_length=shape.positions,
             share_embeddings_and_output_weights=shape.tied,
             position_embedding_type="rope" if shape.family == "llama" else "learned_absolute",
-            rotary_base=shape.rope_theta,  # type: ignore[arg-type]
+            rotary_base=shape.rope_theta,
         )
         self.shape = shape
         self.tensor_group = self.pg_collection.tp if config.tensor_model_parallel_size > 1 else None
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Mean loss in nats for `targets` [batch, length]; without them, hidden states [batch, length, hidden]."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         return super().forward(tokens, positions, attention_mask=None, labels=targets)

@@ -58,7 +58,9 @@ def shape_from_config(config: dict[str, Any], path: object) -> ModelShape:
     if family == "llama":
         rope = config.get("rope_parameters") or {}
         if rope.get("rope_type", "default") != "default" or config.get("rope_scaling"):
-            raise CheckpointError(f"{path}: scaled rotary positions are not supported; use a model without them")
+            raise CheckpointError(
+                f"{path}: scaled rotary positions are not supported; use a model without them"
+            )
         if config.get("attention_bias") or config.get("mlp_bias"):
             raise CheckpointError(f"{path}: a llama model with biases is not supported")
         heads = config["num_attention_heads"]

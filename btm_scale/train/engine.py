@@ -173,9 +173,13 @@ def deepspeed_config(job: TrainingJob, optimizer: OptimizerConfig) -> dict[str, 
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    both = {key: _merged(base[key], value) if isinstance(value, Mapping) and isinstance(base.get(key), Mapping) else value
-            for key, value in over.items()}  # fmt: skip
-    return {**base, **both}
+    result = dict(base)
+    for key, value in over.items():
+        inner = base.get(key)
+        if isinstance(value, Mapping) and isinstance(inner, Mapping):
+            value = _merged(inner, value)
+        result[key] = value
+    return result
 
 
 def _decayed_and_not(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

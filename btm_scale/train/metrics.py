@@ -22,7 +22,9 @@ class Metrics:
     Steps after `first_step`, which a killed run left behind, are dropped: they are taken again.
     """
 
-    def __init__(self, group: ExpertGroup, path: Path, job: TrainingJob, length: int, first_step: int) -> None:
+    def __init__(
+        self, group: ExpertGroup, path: Path, job: TrainingJob, length: int, first_step: int
+    ) -> None:
         self._writes = group.is_first
         self._path = path
         self._job = job

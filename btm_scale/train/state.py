@@ -13,6 +13,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,19 +49,21 @@ def state_path(folder: Path, step: int) -> Path:
 def save_state(engine: Engine, folder: Path, step: int, keep: int) -> None:
     """Write the state after `step` steps aside, name it, and then drop all but the `keep` newest."""
     final = state_path(folder, step)
-    partial = partial_path(final)
+    aside = partial_path(final)
     shape = engine.model.shape
     writer = None
     if engine.group.is_first:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
         specs = {f"{kind}/{name}": TensorSpec(torch.float32, size)
                  for kind in KINDS for name, size in huggingface_shapes(shape).items()}  # fmt: skip
         require_space(folder, sum(spec.nbytes for spec in specs.values()))
-        writer = ShardedWriter(partial, specs, max_shard_bytes=float("inf"))
+        writer = ShardedWriter(aside, specs, max_shard_bytes=float("inf"))
     parameters = engine.parameters
     for entry in table(shape):
         for kind in KINDS:
-            whole = gather_whole(entry, engine.full(parameters[entry.megatron], kind), engine.group.tensor_group)
+            whole = gather_whole(
+                entry, engine.full(parameters[entry.megatron], kind), engine.group.tensor_group
+            )
             if writer is not None:
                 for name, tensor in to_huggingface(entry, whole, shape).items():
                     writer.write(f"{kind}/{name}", tensor)
@@ -68,9 +71,9 @@ def save_state(engine: Engine, folder: Path, step: int, keep: int) -> None:
         writer.close()
         random_state = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
         position = Position(step, engine.adam_steps, random_state)
-        digest = _digest(partial / _TENSORS)
-        write_file(partial / _MARKER, json.dumps(asdict(position) | {"sha256": digest}, indent=1))
-        publish_directory(partial, final, replace=True)
+        digest = _digest(aside / _TENSORS)
+        write_file(aside / _MARKER, json.dumps(asdict(position) | {"sha256": digest}, indent=1))
+        publish_directory(aside, final, replace=True)
         for old in sorted(folder.glob("step-*"))[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
@@ -92,7 +95,9 @@ def load_state(engine: Engine, path: Path) -> Position:
     position = Position(**{key: values[key] for key in Position.__dataclass_fields__})
     group, shape, parameters = engine.group, engine.model.shape, engine.parameters
     with SafetensorsModel(path) as tensors:
-        expected = {f"{kind}/{name}": size for kind in KINDS for name, size in huggingface_shapes(shape).items()}
+        expected = {
+            f"{kind}/{name}": size for kind in KINDS for name, size in huggingface_shapes(shape).items()
+        }
         found = {name: spec.shape for name, spec in tensors.specs().items()}
         if found != expected:
             odd = next(name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name))
@@ -102,12 +107,12 @@ def load_state(engine: Engine, path: Path) -> Position:
             )
         engine.adam_steps = position.adam_steps
         for entry in table(shape):
-            state = {
-                kind: local_part(entry, lambda name, kind=kind: tensors.read(f"{kind}/{name}"), shape,
-                                 group.tensor_rank, group.config.tensor)
-                for kind in KINDS
-            }  # fmt: skip
-            engine.restore(parameters[entry.megatron], {k: v.to(group.device) for k, v in state.items()})
+            state = {}
+            for kind in KINDS:
+                read = partial(_read_kind, tensors, kind)
+                part = local_part(entry, read, shape, group.tensor_rank, group.config.tensor)
+                state[kind] = part.to(group.device)
+            engine.restore(parameters[entry.megatron], state)
     return position
 
 
@@ -115,6 +120,10 @@ def restore_random_state(position: Position) -> None:
     """Go on with the random numbers that would have come next."""
     data = bytearray(base64.b64decode(position.random_state))
     torch.set_rng_state(torch.frombuffer(data, dtype=torch.uint8))
+
+
+def _read_kind(tensors: SafetensorsModel, kind: str, name: str) -> torch.Tensor:
+    return tensors.read(f"{kind}/{name}")
 
 
 def _problem(path: Path) -> str | None:

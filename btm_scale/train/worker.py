@@ -21,7 +21,10 @@ from btm_scale.train.trainer import train_and_export
 def train_as_rank(config: RunConfig, run: RunDir, model: str) -> None:
     """Train, export and score one model; each part that is done already is not done again."""
     job = training_job(config, model)
-    with _joined(job.group) as group, ModelLock(run.train(model)) if group.is_first else contextlib.nullcontext():
+    with (
+        _joined(job.group) as group,
+        ModelLock(run.train(model)) if group.is_first else contextlib.nullcontext(),
+    ):
         if not is_finished(run.model(model)):
             train_and_export(group, config, run, job)
         score_model(group, config, run, model, all_texts(config), on_text=_say_scored)
@@ -32,7 +35,9 @@ def score_as_rank(config: RunConfig, run: RunDir, models: Sequence[str]) -> None
     averages = average_texts(config)
     with _joined(config.group) as group:
         for model in models:
-            score_model(group, config, run, model, averages.get(model) or all_texts(config), on_text=_say_scored)
+            score_model(
+                group, config, run, model, averages.get(model) or all_texts(config), on_text=_say_scored
+            )
 
 
 @contextlib.contextmanager

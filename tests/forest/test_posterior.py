@@ -14,13 +14,20 @@ def by_the_formula(log_probs: np.ndarray, starts: list[int], prior: np.ndarray) 
     for begin, end in zip(starts, [*starts[1:], log_probs.shape[1]], strict=True):
         joint = np.zeros(end - begin + 1)
         for t in range(end - begin + 1):
-            joint[t] = np.log(sum(prior[j] * np.exp(log_probs[j, begin : begin + t].sum()) for j in range(len(prior))))
+            joint[t] = np.log(
+                sum(prior[j] * np.exp(log_probs[j, begin : begin + t].sum()) for j in range(len(prior)))
+            )
         result.append(np.diff(joint))
     return np.concatenate(result)
 
 
 @settings(max_examples=60, deadline=None)
-@given(experts=st.integers(1, 6), tokens=st.integers(1, 40), seed=st.integers(0, 10_000), spread=st.floats(0.1, 8))
+@given(
+    experts=st.integers(1, 6),
+    tokens=st.integers(1, 40),
+    seed=st.integers(0, 10_000),
+    spread=st.floats(0.1, 8),
+)
 def test_the_prefix_mixture_is_the_ratio_of_prefix_probabilities(
     experts: int, tokens: int, seed: int, spread: float
 ) -> None:
@@ -54,7 +61,9 @@ def test_top_k_takes_the_likeliest_of_the_prior_and_no_fewer_than_there_are() ->
     random = np.random.default_rng(1)
     log_probs, prior = -random.random((4, 20)), np.log([0.1, 0.4, 0.2, 0.3])
     top2 = mixture_log_probs(log_probs, np.array([0]), log_prior=prior, top_k=2)
-    np.testing.assert_allclose(top2, mixture_log_probs(log_probs[[1, 3]], np.array([0]), log_prior=prior[[1, 3]]))
+    np.testing.assert_allclose(
+        top2, mixture_log_probs(log_probs[[1, 3]], np.array([0]), log_prior=prior[[1, 3]])
+    )
     everyone = mixture_log_probs(log_probs, np.array([0]), log_prior=prior, top_k=9)
     np.testing.assert_allclose(everyone, mixture_log_probs(log_probs, np.array([0]), log_prior=prior))
 

@@ -33,4 +33,6 @@ def test_no_gradient_is_kept_where_none_is_wanted() -> None:
     hidden, weight = torch.randn(4, 8), torch.randn(9, 8)
     value = head_loss(hidden, weight, torch.arange(4), vocabulary=9)
     assert not value.requires_grad
-    assert value.item() == pytest.approx(functional.cross_entropy(hidden @ weight.T, torch.arange(4)).item(), abs=1e-5)
+    assert value.item() == pytest.approx(
+        functional.cross_entropy(hidden @ weight.T, torch.arange(4)).item(), abs=1e-5
+    )

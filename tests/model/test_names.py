@@ -8,9 +8,15 @@ from btm_scale.model.shape import ModelShape
 from btm_scale.model.weights import huggingface_shapes
 
 SHAPES = {
-    "llama": ModelShape(layers=2, hidden=32, heads=4, groups=4, ffn=24, positions=16, vocabulary=50, tied=False),
-    "llama grouped, tied": ModelShape(layers=1, hidden=32, heads=4, groups=2, ffn=24, positions=16, vocabulary=50),
-    "gpt2": ModelShape(family="gpt2", layers=2, hidden=32, heads=4, groups=4, ffn=64, positions=16, vocabulary=51),
+    "llama": ModelShape(
+        layers=2, hidden=32, heads=4, groups=4, ffn=24, positions=16, vocabulary=50, tied=False
+    ),
+    "llama grouped, tied": ModelShape(
+        layers=1, hidden=32, heads=4, groups=2, ffn=24, positions=16, vocabulary=50
+    ),
+    "gpt2": ModelShape(
+        family="gpt2", layers=2, hidden=32, heads=4, groups=4, ffn=64, positions=16, vocabulary=51
+    ),
 }
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 

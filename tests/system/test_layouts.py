@@ -81,7 +81,11 @@ def test_an_expert_branches_into_another_layout_than_its_seeds(
         run = RunDir(folder / "run")
         run.root.mkdir(parents=True)
         for part in ("data", "tokenizer", "train", "seed", "scores"):
-            (run.root / part).symlink_to((one_rank.root / part).resolve()) if part in ("data", "tokenizer", "seed") else None
+            (run.root / part).symlink_to((one_rank.root / part).resolve()) if part in (
+                "data",
+                "tokenizer",
+                "seed",
+            ) else None
         run.train("seed").parent.mkdir()
         run.train("seed").symlink_to(one_rank.train("seed"))
         btm_scale("train", folder / "tiny.yaml", "--model", "python", "--out", run.root)

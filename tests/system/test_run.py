@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -35,13 +36,18 @@ def test_results_hold_every_method_on_every_domain(finished_run: Run) -> None:
     assert {name: domain["novel"] for name, domain in results["domains"].items()} == {
         "python": False, "licences": False, "docs": True,
     }  # fmt: skip
-    expected = {"seed", "dense", "expert:python", "expert:licences", "ensemble", "ensemble:uniform-prior", "ensemble:token",
-                "ensemble:equal", "ensemble:top1", "ensemble:top2", "average:uniform", "average:argmax",
+    expected = {"seed", "dense", "expert:python", "expert:licences", "ensemble", "ensemble:uniform-prior",
+                "ensemble:token", "ensemble:equal", "ensemble:top1",
+                "ensemble:top2", "average:uniform", "average:argmax",
                 "average:posterior"}  # fmt: skip
     assert set(results["methods"]) == expected
     for method in results["methods"].values():
         assert set(method["perplexity"]) == set(config.all_domains)
-    assert results["compute"]["ensemble"]["tokens"] == results["compute"]["dense"]["tokens"] == config.budget.tokens
+    assert (
+        results["compute"]["ensemble"]["tokens"]
+        == results["compute"]["dense"]["tokens"]
+        == config.budget.tokens
+    )
 
 
 def test_training_lowers_every_models_loss(finished_run: Run) -> None:
@@ -49,7 +55,14 @@ def test_training_lowers_every_models_loss(finished_run: Run) -> None:
     for model in ("seed", "dense", "python", "licences"):
         steps = [json.loads(line) for line in run.metrics(model).read_text().splitlines()]
         assert [step["step"] for step in steps] == list(range(1, 13))
-        assert set(steps[0]) == {"step", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "seconds"}
+        assert set(steps[0]) == {
+            "step",
+            "loss",
+            "learning_rate",
+            "gradient_norm",
+            "tokens_per_second",
+            "seconds",
+        }
         assert steps[-1]["loss"] < steps[0]["loss"]
 
 
@@ -58,7 +71,9 @@ def test_the_ensembles_perplexity_follows_from_the_scores_in_plain_numpy(finishe
     results = json.loads(run.results.read_text())
     names = sorted(config.domains)
 
-    def posterior_walk(log_probs: np.ndarray, starts: np.ndarray, prior: np.ndarray) -> tuple[float, np.ndarray]:
+    def posterior_walk(
+        log_probs: np.ndarray, starts: np.ndarray, prior: np.ndarray
+    ) -> tuple[float, np.ndarray]:
         """Token by token in float64: total nats of the mixture, and the last posterior of each block."""
         total, last = 0.0, []
         for begin, end in zip(starts, [*starts[1:], log_probs.shape[1]], strict=True):
@@ -74,7 +89,7 @@ def test_the_ensembles_perplexity_follows_from_the_scores_in_plain_numpy(finishe
         dev = [Scores.load(run.scores(name, domain, "dev")) for name in names]
         prior = np.full(len(names), 1.0 / len(names))
         bounds = [*dev[0].block_starts, len(dev[0].log_probs)]
-        for begin, end in zip(bounds, bounds[1:], strict=False):
+        for begin, end in itertools.pairwise(bounds):
             block = np.stack([scores.log_probs[begin:end] for scores in dev])
             prior = 0.7 * prior + 0.3 * posterior_walk(block, np.array([0]), prior)[1][-1]
         test = [Scores.load(run.scores(name, domain, "test")) for name in names]
@@ -125,7 +140,9 @@ def test_a_second_run_does_nothing_again(finished_run: Run, tmp_path: Path) -> N
 def test_another_config_on_the_same_folder_is_refused(finished_run: Run, tmp_path: Path) -> None:
     config, run = finished_run
     config.save(tmp_path / "other.yaml")
-    done = btm_scale("run", tmp_path / "other.yaml", "--out", run.root, "--set", "optimizer.lr=0.5", check=False)
+    done = btm_scale(
+        "run", tmp_path / "other.yaml", "--out", run.root, "--set", "optimizer.lr=0.5", check=False
+    )
     assert done.returncode == 2
     assert "optimizer.lr: 0.01 there, 0.5 here" in done.stderr
 
@@ -138,13 +155,17 @@ def test_the_page_shows_what_the_results_say(finished_run: Run) -> None:
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
-def test_killed_at_three_stages_a_run_ends_in_the_same_results(finished_run: Run, real_text: Path, tmp_path: Path) -> None:
+def test_killed_at_three_stages_a_run_ends_in_the_same_results(
+    finished_run: Run, real_text: Path, tmp_path: Path
+) -> None:
     _, finished = finished_run
     write_config(tmp_path / "tiny.yaml", tiny_values(real_text))
     run = RunDir(tmp_path / "run")
     moments = [
         lambda: any(run.checkpoints("seed").glob("step-*")),
-        lambda: any(run.checkpoints("python").glob("step-*")) or any(run.checkpoints("licences").glob("step-*")),
+        lambda: (
+            any(run.checkpoints("python").glob("step-*")) or any(run.checkpoints("licences").glob("step-*"))
+        ),
         lambda: run.model("average/uniform").is_dir(),
     ]
     for moment in moments:
@@ -157,7 +178,15 @@ def test_killed_at_three_stages_a_run_ends_in_the_same_results(finished_run: Run
 
 def _kill_when(moment: object, folder: Path, run: RunDir) -> None:
     """Start the run, SIGKILL it once `moment` holds, and see its groups end by themselves."""
-    command = [sys.executable, "-m", "btm_scale.cli", "run", str(folder / "tiny.yaml"), "--out", str(run.root)]
+    command = [
+        sys.executable,
+        "-m",
+        "btm_scale.cli",
+        "run",
+        str(folder / "tiny.yaml"),
+        "--out",
+        str(run.root),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while not moment():  # type: ignore[operator]
@@ -166,13 +195,19 @@ def _kill_when(moment: object, folder: Path, run: RunDir) -> None:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    while any(str(run.root) in " ".join(other.info["cmdline"] or []) for other in psutil.process_iter(["cmdline"])):
+    while any(
+        str(run.root) in " ".join(other.info["cmdline"] or []) for other in psutil.process_iter(["cmdline"])
+    ):
         assert time.monotonic() < deadline, "a rank outlived its run"
         time.sleep(0.1)
 
 
-def test_a_failing_group_stops_no_other_and_is_told_with_the_end_of_its_log(real_text: Path, tmp_path: Path) -> None:
-    values = tiny_values(real_text, experts={"python": {"group": {"micro_batch": 1}}}, baselines={"dense": False})
+def test_a_failing_group_stops_no_other_and_is_told_with_the_end_of_its_log(
+    real_text: Path, tmp_path: Path
+) -> None:
+    values = tiny_values(
+        real_text, experts={"python": {"group": {"micro_batch": 1}}}, baselines={"dense": False}
+    )
     write_config(tmp_path / "tiny.yaml", values)
     run = RunDir(tmp_path / "run")
     btm_scale("train", tmp_path / "tiny.yaml", "--model", "seed", "--out", run.root, check=False)
