@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from btm_scale.errors import ConfigError
 from btm_scale.model.shape import PRESETS, Family, ModelShape
-from btm_scale.run_dir import DENSE, SEED
+from btm_scale.run_dir import DENSE, RANDOM_SPLIT, SEED
 from btm_scale.yaml_file import apply_overrides, dump_yaml, explain, load_yaml
 
 
@@ -215,7 +215,7 @@ class BaselinesConfig(Section):
 class EvaluateConfig(Section):
     """What is scored, and how the experts are weighed."""
 
-    posterior: Literal["prefix"] = "prefix"
+    posterior: Literal["prefix", "token"] = "prefix"
     prior: Literal["cached", "uniform", "updating"] = "cached"
     top_k: tuple[int, ...] = (1, 2, 4)
     split: Literal["dev", "test"] = "test"
@@ -279,6 +279,11 @@ class RunConfig(Section):
     def all_domains(self) -> dict[str, DomainConfig]:
         """Training domains first, then novel ones, each in the YAML's order."""
         return {**self.domains, **self.novel_domains}
+
+    @property
+    def random_split_models(self) -> list[str]:
+        """The control's models: as many as there are experts, each trained on a random part of all domains."""
+        return [f"{RANDOM_SPLIT}{i}" for i in range(len(self.domains))] if self.baselines.random_split else []
 
     def expert_group(self, name: str) -> GroupConfig:
         """The layout of one expert's group."""

@@ -27,7 +27,15 @@ from btm_scale.train.job import model_names, training_job
 from btm_scale.train.metrics import read_metrics
 
 # What may change between two calls on one folder: it decides how a run goes on, not what its models are.
-_FREE = ("launch", "checkpoint", "baselines", "data.workers", "evaluate.prior", "evaluate.top_k")
+_FREE = (
+    "launch",
+    "checkpoint",
+    "baselines",
+    "data.workers",
+    "evaluate.prior",
+    "evaluate.posterior",
+    "evaluate.top_k",
+)
 
 Progress = Callable[[Sequence[ModelProgress]], None]
 Say = Callable[[str], None]

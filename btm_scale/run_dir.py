@@ -8,6 +8,8 @@ from pathlib import Path
 SPLITS = ("train", "dev", "test")
 SEED = "seed"
 DENSE = "dense"
+AVERAGE = "average/"
+RANDOM_SPLIT = "random/"
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,10 @@ class RunDir:
         """The Hugging Face directory of a finished model: seed, dense, an average or an expert."""
         if name in (SEED, DENSE):
             return self.root / name
-        if name.startswith("average/"):
-            return self.root / "averages" / name.removeprefix("average/")
-        if name.startswith("random/"):
-            return self.root / "random-split" / name.removeprefix("random/")
+        if name.startswith(AVERAGE):
+            return self.root / "averages" / name.removeprefix(AVERAGE)
+        if name.startswith(RANDOM_SPLIT):
+            return self.root / "random-split" / name.removeprefix(RANDOM_SPLIT)
         return self.experts / name
 
     def scores(self, model: str, domain: str, split: str) -> Path:

@@ -46,7 +46,14 @@ def test_a_users_mistake_exits_with_2_and_a_message(
 def test_a_dry_run_lists_every_model_and_writes_nothing(tmp_path: Path, real_text: Path) -> None:
     write_config(tmp_path / "run.yaml", tiny_values(real_text))
     done = btm_scale("run", tmp_path / "run.yaml", "--dry-run", "--json", "--out", tmp_path / "made")
-    assert list(json.loads(done.stdout)["models"]) == ["seed", "dense", "python", "licences"]
+    assert list(json.loads(done.stdout)["models"]) == [
+        "seed",
+        "dense",
+        "python",
+        "licences",
+        "random/0",
+        "random/1",
+    ]
     assert not (tmp_path / "made").exists()
 
 
@@ -55,7 +62,7 @@ def test_status_and_forest_say_what_a_finished_run_holds(finished_run: tuple[Run
     _, run = finished_run
     status = json.loads(btm_scale("status", run.root, "--json").stdout)["models"]
     assert {model: row["state"] for model, row in status.items()} == dict.fromkeys(
-        ["seed", "dense", "python", "licences"], "done"
+        ["seed", "dense", "python", "licences", "random/0", "random/1"], "done"
     )
     forest = json.loads(btm_scale("forest", "list", run.root, "--json").stdout)["experts"]
     assert list(forest) == ["licences", "python"]

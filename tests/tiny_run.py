@@ -29,6 +29,7 @@ def tiny_values(text: Path, **changes: Any) -> dict[str, Any]:
         "optimizer": {"lr": 1e-2},
         "group": {"micro_batch": 4},
         "checkpoint": {"every": 5},
+        "baselines": {"random_split": True},
         "evaluate": {"tokens_per_domain": 3000, "dev_blocks": 20},
         **changes,
     }

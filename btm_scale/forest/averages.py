@@ -11,9 +11,8 @@ from btm_scale.checkpoint.merge import merge
 from btm_scale.config import RunConfig
 from btm_scale.forest.expert import Expert, Parent, is_finished, read_expert
 from btm_scale.forest.forest import experts
-from btm_scale.forest.posterior import cached_prior
-from btm_scale.forest.scoring import Scores
-from btm_scale.run_dir import RunDir
+from btm_scale.forest.stack import dev_prior
+from btm_scale.run_dir import AVERAGE, RunDir
 
 UNIFORM, ARGMAX, POSTERIOR = "uniform", "argmax", "posterior"
 AVERAGES = (UNIFORM, ARGMAX, POSTERIOR)
@@ -21,7 +20,7 @@ AVERAGES = (UNIFORM, ARGMAX, POSTERIOR)
 
 def average_model(kind: str, domain: str) -> str:
     """The run's name for the average that serves a domain."""
-    return f"average/{UNIFORM}" if kind == UNIFORM else f"average/{kind}/{domain}"
+    return f"{AVERAGE}{UNIFORM}" if kind == UNIFORM else f"{AVERAGE}{kind}/{domain}"
 
 
 def average_texts(config: RunConfig) -> dict[str, list[tuple[str, str]]]:
@@ -36,11 +35,7 @@ def average_texts(config: RunConfig) -> dict[str, list[tuple[str, str]]]:
 def cached_priors(config: RunConfig, run: RunDir) -> dict[str, np.ndarray]:
     """log p(D=j) of every domain's own dev text, nats [experts], experts sorted by name."""
     names = list(experts(run))
-    priors = {}
-    for domain in config.all_domains:
-        dev = [Scores.load(run.scores(name, domain, "dev")) for name in names]
-        priors[domain] = cached_prior(np.stack([scores.log_probs for scores in dev]), dev[0].block_starts)
-    return priors
+    return {domain: dev_prior(run, names, domain) for domain in config.all_domains}
 
 
 def average_weights(kind: str, log_prior: np.ndarray) -> np.ndarray:

@@ -13,8 +13,8 @@ def ensemble_methods(
 ) -> dict[str, np.ndarray]:
     """Log-probabilities [tokens] of every variant, from the experts' [experts, tokens].
 
-    `ensemble` has the config's prior; every other name says what it changes. `cached`: log prior [experts] of dev
-    text.
+    `ensemble` has the config's posterior and prior; every other name says what it changes.
+    `cached`: log prior [experts] of dev text.
     """
 
     def mixture(log_prior: np.ndarray | None = cached, **choices: object) -> np.ndarray:
@@ -23,7 +23,7 @@ def ensemble_methods(
     if settings.prior == "updating":
         main = updating_mixture_log_probs(log_probs, block_starts, log_prior=cached)
     else:
-        main = mixture(cached if settings.prior == "cached" else None)
+        main = mixture(cached if settings.prior == "cached" else None, mode=settings.posterior)
     methods = {
         "ensemble": main,
         "ensemble:uniform-prior": mixture(None),

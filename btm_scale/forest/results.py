@@ -14,8 +14,11 @@ from btm_scale.config import RunConfig
 from btm_scale.errors import ForestError
 from btm_scale.forest.averages import AVERAGES, average_model, cached_priors
 from btm_scale.forest.ensemble import ensemble_methods
+from btm_scale.forest.expert import read_expert
 from btm_scale.forest.forest import experts
+from btm_scale.forest.posterior import mixture_log_probs
 from btm_scale.forest.scoring import Scores, evaluation_text
+from btm_scale.forest.stack import Stack, dev_prior
 from btm_scale.run_dir import DENSE, SEED, RunDir
 
 SCHEMA = 1
@@ -46,7 +49,7 @@ def evaluate(config: RunConfig, run: RunDir) -> dict[str, Any]:
         "random_seed": config.random_seed,
         "domains": {},
         "methods": {},
-        "compute": compute_by_method(config, run, names),
+        "compute": _compute_by_method(config, run, names),
         "priors": {
             domain: dict(zip(names, np.exp(prior).tolist(), strict=True)) for domain, prior in priors.items()
         },
@@ -88,42 +91,36 @@ def _log_probs_by_method(
     config: RunConfig, run: RunDir, domain: str, names: list[str], prior: np.ndarray
 ) -> dict[str, np.ndarray]:
     split = config.evaluate.split
-    forest = [Scores.load(run.scores(name, domain, split)) for name in names]
-    _check_same_text(forest, names, domain)
     single = {SEED: SEED} | ({DENSE: DENSE} if config.baselines.dense else {})
     single |= {f"expert:{name}": name for name in names}
     single |= {f"average:{kind}": average_model(kind, domain) for kind in AVERAGES}
     methods = {
         method: Scores.load(run.scores(model, domain, split)).log_probs for method, model in single.items()
     }
-    stacked = np.stack([scores.log_probs for scores in forest])
-    return methods | ensemble_methods(stacked, forest[0].block_starts, prior, config.evaluate)
+    forest = Stack.load(run, names, domain, split)
+    methods |= ensemble_methods(forest.log_probs, forest.block_starts, prior, config.evaluate)
+    if config.random_split_models:
+        control = Stack.load(run, config.random_split_models, domain, split)
+        control_prior = dev_prior(run, config.random_split_models, domain)
+        methods["random-split"] = mixture_log_probs(
+            control.log_probs, control.block_starts, log_prior=control_prior
+        )
+    return methods
 
 
-def _check_same_text(forest: list[Scores], names: list[str], domain: str) -> None:
-    for name, scores in zip(names, forest, strict=True):
-        if scores.fingerprint != forest[0].fingerprint:
-            raise ForestError(
-                f"'{name}' and '{names[0]}' were scored on different texts of '{domain}'; "
-                "delete both models' scores and score them again: btm-scale score RUN"
-            )
-
-
-def compute_by_method(config: RunConfig, run: RunDir, names: list[str]) -> dict[str, dict[str, float]]:
+def _compute_by_method(config: RunConfig, run: RunDir, names: list[str]) -> dict[str, dict[str, float]]:
     """Training tokens and floating-point operations behind each method, the seed's counted once."""
-    from btm_scale.forest.expert import read_expert
-
-    def own_tokens(model: str) -> int:
-        return read_expert(run.model(model)).tokens
-
+    length = config.budget.sequence_length
     rows = json.loads((run.model(SEED) / "config.json").read_text())["vocab_size"]
-    flops = config.model.shape(rows, config.budget.sequence_length).flops_per_token(
-        config.budget.sequence_length
-    )
-    seed = own_tokens(SEED)
-    tokens = {SEED: seed} | {f"expert:{name}": seed + own_tokens(name) for name in names}
+    flops = config.model.shape(rows, length).flops_per_token(length)
+    behind: dict[str, list[str]] = {SEED: []} | {f"expert:{name}": [name] for name in names}
+    behind |= dict.fromkeys(("ensemble", *(f"average:{kind}" for kind in AVERAGES)), names)
     if config.baselines.dense:
-        tokens[DENSE] = seed + own_tokens(DENSE)
-    forest = seed + sum(own_tokens(name) for name in names)
-    tokens |= {"ensemble": forest} | {f"average:{kind}": forest for kind in AVERAGES}
+        behind[DENSE] = [DENSE]
+    if config.random_split_models:
+        behind["random-split"] = config.random_split_models
+    tokens = {
+        method: sum(read_expert(run.model(model)).tokens for model in (SEED, *models))
+        for method, models in behind.items()
+    }
     return {method: {"tokens": number, "flops": number * flops} for method, number in tokens.items()}

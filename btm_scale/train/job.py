@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 from btm_scale.config import GroupConfig, RunConfig
 from btm_scale.errors import ConfigError
-from btm_scale.run_dir import DENSE, SEED
-
-RANDOM_SPLIT = "random/"
+from btm_scale.run_dir import DENSE, RANDOM_SPLIT, SEED
 
 
 @dataclass(frozen=True)
@@ -50,9 +48,7 @@ def model_names(config: RunConfig) -> list[str]:
     if config.baselines.dense:
         names.append(DENSE)
     names += list(config.domains)
-    if config.baselines.random_split:
-        names += [f"{RANDOM_SPLIT}{i}" for i in range(len(config.domains))]
-    return names
+    return names + config.random_split_models
 
 
 def training_job(config: RunConfig, model: str) -> TrainingJob:
@@ -94,7 +90,7 @@ def _branch(
     own = config.experts.get(model)
     group = config.expert_group(model)
     part = None
-    if model.startswith(RANDOM_SPLIT) and model.removeprefix(RANDOM_SPLIT) in map(str, range(number)):
+    if model in config.random_split_models:
         part = (int(model.removeprefix(RANDOM_SPLIT)), number)
     elif model in config.domains:
         weights = {model: 1.0}
