@@ -6,13 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
+from safetensors.torch import load_file
 
 from btm_scale.checkpoint.convert import convert, verify_equal
 from btm_scale.checkpoint.formats import open_model
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.inspect import inspect
+from btm_scale.checkpoint.megatron import find_shape
 from btm_scale.checkpoint.safetensors import SafetensorsModel
 from btm_scale.errors import CheckpointError
+from btm_scale.model.names import cut, from_huggingface, table
 
 LLAMA = {
     "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -97,3 +101,21 @@ def test_a_model_is_described_from_its_headers(model: Path) -> None:
     with open_model(model) as reader:
         assert described.tensors == len(reader.names)
     assert list(described.files.values()) == [(model / "model.safetensors").stat().st_size]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_the_engine_loads_the_model_states_that_we_write(model: Path, tmp_path: Path, tensor: int) -> None:
+    convert(model, tmp_path / "states", to="deepspeed", tensor=tensor)
+    shape = find_shape(model)
+    spec = tmp_path / "spec.json"
+    content = {"tensor": tensor, "folder": str(tmp_path / "states"), "shape": shape.model_dump()}
+    spec.write_text(json.dumps(content))
+    run_ranks(Path(__file__).with_name("load_with_engine.py"), spec, tensor)
+    rows = -(-shape.vocabulary // tensor) * tensor
+    with open_model(model) as reader:
+        for rank in range(tensor):
+            loaded = load_file(tmp_path / "states" / f"loaded-{rank}.safetensors")
+            for entry in table(shape):
+                expected = cut(entry, from_huggingface(entry, reader.read, shape, rows), tensor)[rank]
+                assert loaded[entry.megatron].equal(expected), entry.megatron
