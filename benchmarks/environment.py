@@ -21,6 +21,8 @@ PACKAGES = (
     "numpy",
     "pyarrow",
     "triton",
+    "cut-cross-entropy",
+    "liger-kernel",
 )
 
 

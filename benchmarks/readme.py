@@ -1,0 +1,124 @@
+"""Write the README's figures from benchmarks/results/*.json, between its `<!-- figures: NAME -->` marks."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+METHODS = ("seed", "dense", "ensemble", "ensemble:top2", "ensemble:token", "ensemble:equal", "average:uniform",
+           "average:posterior", "random-split")  # fmt: skip
+
+
+def main() -> None:
+    """Fill every mark in the README."""
+    path = ROOT / "README.md"
+    text = path.read_text()
+    for name, figures in FIGURES.items():
+        mark = f"<!-- figures: {name} -->\n"
+        pattern = re.escape(mark) + ".*?<!-- end -->"
+        if not re.search(pattern, text, re.DOTALL):
+            raise SystemExit(f"README.md has no mark '{mark.strip()}'")
+        body = f"{mark}{figures()}\n<!-- end -->"
+        text = re.sub(pattern, lambda _, body=body: body, text, flags=re.DOTALL)
+    path.write_text(text)
+
+
+def demo() -> str:
+    """Mean perplexity by method, a column a random seed."""
+    runs = _read("demo")["runs"]
+    rows = [["method", *(f"seed {run['results']['random_seed']}" for run in runs)]]
+    for method in METHODS:
+        if all(method in run["results"]["methods"] for run in runs):
+            rows.append([method, *(f"{_mean(run['results'], method):.2f}" for run in runs)])
+    ratios = [f"{_mean(run['results'], 'ensemble') / _mean(run['results'], 'dense'):.3f}" for run in runs]
+    rows.append(["**ensemble / dense**", *ratios])
+    minutes = max(run["seconds"] for run in runs) / 60
+    return f"{_table(rows)}\n\n{_source('demo')}; the longest of the three took {minutes:.1f} minutes."
+
+
+def eight_domains() -> str:
+    """Perplexity by method and domain."""
+    result = _read("eight_domains")
+    results = result["results"]
+    rows = [["method", *results["domains"], "mean", "/ dense"]]
+    dense = _mean(results, "dense")
+    for method in METHODS:
+        if method in results["methods"]:
+            values = results["methods"][method]["perplexity"]
+            mean = _mean(results, method)
+            rows.append([method, *(f"{values[domain]:.1f}" for domain in results["domains"]), f"{mean:.2f}",
+                         f"{mean / dense:.3f}"])  # fmt: skip
+    note = f"random seed {results['random_seed']}, {result['seconds'] / 60:.0f} minutes"
+    return f"{_table(rows)}\n\n{_source('eight_domains')}; {note}."
+
+
+def sweep() -> str:
+    """The dense baseline's batch size and rate."""
+    rows = [["batch tokens", "learning rate", "after half of the schedule", "at the end"]]
+    for point in _read("sweep")["points"]:
+        end = point["dense_mean_dev_perplexity"]
+        rows.append([str(point["batch_tokens"]), f"{point['lr']:g}", f"{point['seed_mean_dev_perplexity']:.1f}",
+                     f"{end:.1f}" if end else "-"])  # fmt: skip
+    return _table(rows)
+
+
+def speed() -> str:
+    """Every benchmark in one line each."""
+    rows = [["what", "beside", "ratio"]]
+    train = _read("train")
+    peer = "the same model and loop in plain PyTorch"
+    rows.append(["training, tokens/s, one rank on CPU, bf16", peer, f"{train['ratio_to_plain']:.2f}"])
+    rows.append(["the same", f"{peer} that keeps freed memory", f"{train['ratio_to_plain_memory_kept']:.2f}"])
+    encode = _read("encode")
+    rows.append(["encoding text, bytes/s", "sentencepiece's own threads", f"{encode['rate']['median_ratio']:.2f}"])
+    merge = RESULTS / "merge.json"
+    if merge.is_file():
+        figures = json.loads(merge.read_text())
+        for case in figures.get("summary", []):
+            rows.append([case["what"], case["beside"], f"{case['ratio']:.2f}"])
+    rows.append(
+        ["Triton kernels on a GPU", "eager PyTorch, torch.compile, Cut Cross-Entropy, Liger", "not measured"]
+    )
+    return _table(rows)
+
+
+FIGURES: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "eight_domains": eight_domains,
+    "sweep": sweep,
+    "speed": speed,
+}
+
+
+def _read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def _mean(results: dict[str, Any], method: str) -> float:
+    perplexity = results["methods"][method]["perplexity"]
+    return float(
+        np.mean([perplexity[name] for name, domain in results["domains"].items() if not domain["novel"]])
+    )
+
+
+def _source(name: str) -> str:
+    environment = _read(name)["environment"]
+    hardware = environment["hardware"]
+    return f"{hardware['cpu']}, {hardware['cores']} cores, {environment['date'][:10]}"
+
+
+def _table(rows: list[list[str]]) -> str:
+    head, *body = rows
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    main()
