@@ -77,7 +77,9 @@ def speed() -> str:
     rows.append(["training, tokens/s, one rank on CPU, bf16", peer, f"{train['ratio_to_plain']:.2f}"])
     rows.append(["the same", f"{peer} that keeps freed memory", f"{train['ratio_to_plain_memory_kept']:.2f}"])
     encode = _read("encode")
-    rows.append(["encoding text, bytes/s", "sentencepiece's own threads", f"{encode['rate']['median_ratio']:.2f}"])
+    rows.append(
+        ["encoding text, bytes/s", "sentencepiece's own threads", f"{encode['rate']['median_ratio']:.2f}"]
+    )
     merge = RESULTS / "merge.json"
     if merge.is_file():
         figures = json.loads(merge.read_text())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import multiprocessing
+import multiprocessing.connection
 import os
 import select
 import signal
@@ -29,6 +31,21 @@ def end_with_supervisor() -> None:
     except ProcessLookupError:
         _end()
     threading.Thread(target=_watch, args=(descriptor,), daemon=True, name="supervisor-watch").start()
+
+
+def end_with_parent() -> None:
+    """In a worker of a process pool: end when the process that made the pool is gone, however it went."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        watch = threading.Thread(
+            target=_exit_after, args=(parent.sentinel,), daemon=True, name="parent-watch"
+        )
+        watch.start()
+
+
+def _exit_after(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
 
 
 def _watch(descriptor: int) -> None:

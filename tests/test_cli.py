@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from tiny_run import btm_scale, tiny_values, write_config
 
@@ -67,3 +68,31 @@ def test_status_and_forest_say_what_a_finished_run_holds(finished_run: tuple[Run
     forest = json.loads(btm_scale("forest", "list", run.root, "--json").stdout)["experts"]
     assert list(forest) == ["licences", "python"]
     assert forest["python"]["parents"] == {"seed": 1.0}
+
+
+def test_a_killed_prepare_leaves_no_process_and_the_next_one_finishes(
+    tmp_path: Path, real_text: Path
+) -> None:
+    write_config(tmp_path / "run.yaml", tiny_values(real_text))
+    made = tmp_path / "made"
+    command = [
+        sys.executable,
+        "-m",
+        "btm_scale.cli",
+        "prepare",
+        str(tmp_path / "run.yaml"),
+        "--out",
+        str(made),
+    ]
+    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    workers: list[psutil.Process] = []
+    while not workers:
+        assert process.poll() is None, "it ended before it could be killed"
+        workers = [child for child in process.children() if "spawn_main" in " ".join(child.cmdline())]
+    process.kill()
+    process.wait()
+    psutil.wait_procs(workers, timeout=60)
+    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+    done = btm_scale("prepare", tmp_path / "run.yaml", "--out", made, "--json")
+    assert set(json.loads(done.stdout)["domains"]) == {"python", "licences", "docs"}
+    assert not list((made / "data").glob(".*.partial"))

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from btm_scale.data.tokenizer import Tokenizer
+from btm_scale.process import end_with_parent
 
 Tag = TypeVar("Tag")
 
@@ -28,6 +29,7 @@ _tokenizer: Tokenizer | None = None
 
 def _start_worker(directory: Path) -> None:
     global _tokenizer
+    end_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _tokenizer = Tokenizer.load(directory)
 

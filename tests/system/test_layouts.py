@@ -35,8 +35,8 @@ def train_seed(folder: Path, text: Path, data: Path, group: dict[str, Any]) -> R
     return run
 
 
-def losses(run: RunDir) -> list[float]:
-    return [json.loads(line)["loss"] for line in run.metrics("seed").read_text().splitlines()]
+def losses(run: RunDir, model: str = "seed") -> list[float]:
+    return [json.loads(line)["loss"] for line in run.metrics(model).read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -73,21 +73,15 @@ def test_an_expert_branches_into_another_layout_than_its_seeds(
     one_rank: RunDir, real_text: Path, tmp_path: Path
 ) -> None:
     """The seed's training state, moments and all, goes from one rank to a group of four."""
-    results = {}
+    found = {}
     for name, own in {"one": {}, "four": {"tensor": 2, "data": 2}}.items():
         folder = tmp_path / name
-        changed = values(real_text, {}) | {"experts": {"python": {"group": own}}}
-        write_config(folder / "tiny.yaml", changed)
+        write_config(folder / "tiny.yaml", values(real_text, {}) | {"experts": {"python": {"group": own}}})
         run = RunDir(folder / "run")
-        run.root.mkdir(parents=True)
-        for part in ("data", "tokenizer", "train", "seed", "scores"):
-            (run.root / part).symlink_to((one_rank.root / part).resolve()) if part in (
-                "data",
-                "tokenizer",
-                "seed",
-            ) else None
-        run.train("seed").parent.mkdir()
-        run.train("seed").symlink_to(one_rank.train("seed"))
+        run.train("seed").parent.mkdir(parents=True)
+        for ours, theirs in ((run.data, one_rank.data), (run.tokenizer, one_rank.tokenizer),
+                             (run.train("seed"), one_rank.train("seed"))):  # fmt: skip
+            ours.symlink_to(theirs.resolve())
         btm_scale("train", folder / "tiny.yaml", "--model", "python", "--out", run.root)
-        results[name] = [json.loads(line)["loss"] for line in run.metrics("python").read_text().splitlines()]
-    assert results["four"] == pytest.approx(results["one"], abs=1e-5)
+        found[name] = losses(run, "python")
+    assert found["four"] == pytest.approx(found["one"], abs=1e-5)
