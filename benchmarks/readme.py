@@ -25,7 +25,11 @@ def main() -> None:
         pattern = re.escape(mark) + ".*?<!-- end -->"
         if not re.search(pattern, text, re.DOTALL):
             raise SystemExit(f"README.md has no mark '{mark.strip()}'")
-        body = f"{mark}{figures()}\n<!-- end -->"
+        try:
+            body = figures()
+        except FileNotFoundError as error:
+            body = f"Not measured: there is no {Path(error.filename).relative_to(ROOT)}."
+        body = f"{mark}{body}\n<!-- end -->"
         text = re.sub(pattern, lambda _, body=body: body, text, flags=re.DOTALL)
     path.write_text(text)
 
