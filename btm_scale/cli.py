@@ -151,13 +151,50 @@ def report(options: argparse.Namespace) -> Answer:
 def merge(options: argparse.Namespace) -> Answer:
     """Merge models into one."""
     from btm_scale.checkpoint.merge import merge as merge_models
+    from btm_scale.checkpoint.mpi import started_by_mpi
 
-    inputs = [_weighted_path(text) for text in options.inputs]
-    done = merge_models(options.output, inputs, method=options.method, dtype=options.dtype, jobs=options.jobs)
+    done = merge_models(
+        options.output,
+        [_weighted_path(text) for text in options.inputs],
+        method=options.method,
+        parameters=dict(_setting(text) for text in options.parameter),
+        base=options.base,
+        dtype=options.dtype,
+        jobs=options.jobs,
+        seed=options.seed,
+        mpi=started_by_mpi(),
+    )
     return _show_lines(options, {
         "output": str(done.output), "method": done.method, "tensors": done.tensors, "parameters": done.parameters,
         "content_hash": done.content_hash, "seconds": round(done.seconds, 2),
     })  # fmt: skip
+
+
+def convert(options: argparse.Namespace) -> Answer:
+    """Write a checkpoint in another format or tensor layout."""
+    from btm_scale.checkpoint.convert import convert as convert_checkpoint
+
+    made = convert_checkpoint(
+        options.source,
+        options.target,
+        to=options.to,
+        tensor=options.tensor,
+        dtype=options.dtype,
+        verify=options.verify,
+    )
+    return _show_lines(options, {"output": str(made), "format": options.to, "verified": options.verify})
+
+
+def inspect(options: argparse.Namespace) -> Answer:
+    """Say what a checkpoint is, and what it can be turned into."""
+    from dataclasses import asdict
+
+    from btm_scale.checkpoint.inspect import inspect as inspect_checkpoint
+
+    found = asdict(inspect_checkpoint(options.path))
+    return _show_lines(
+        options, found | {"path": str(options.path), "converts_to": list(found["converts_to"])}
+    )
 
 
 def _run(options: argparse.Namespace, config: RunConfig, run_dir: RunDir) -> Answer:
@@ -209,6 +246,14 @@ def _silence_megatron() -> None:
         others = os.environ.get("PYTHONWARNINGS")
         if message not in (others or ""):
             os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [others, f"ignore:{message}"]))
+
+
+def _setting(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise UserError(f"--parameter {text}: expected NAME=NUMBER, such as density=0.5") from None
 
 
 def _is_rank() -> bool:
@@ -296,7 +341,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--method", default="linear", help="how to merge")
     made.add_argument("--dtype", help="type of the output (default: the inputs')")
-    made.add_argument("--jobs", type=int, default=1, help="processes")
+    made.add_argument(
+        "--jobs", type=int, default=1, help="processes (under mpirun its ranks are used instead)"
+    )
+    made.add_argument("--base", type=Path, help="the model that task vectors are taken from")
+    made.add_argument("--parameter", action="append", default=[], metavar="NAME=NUMBER", help="of the method")
+    made.add_argument("--seed", type=int, default=0, help="of methods that draw at random")
+    made = verb("convert", convert, "change a checkpoint's format or tensor layout")
+    made.add_argument("source", type=Path, help="a Hugging Face, DeepSpeed or torch_dist checkpoint")
+    made.add_argument("target", type=Path, help="the directory to make")
+    made.add_argument("--to", required=True, choices=["huggingface", "megatron", "deepspeed"], help="format")
+    made.add_argument("--tensor", type=int, default=1, help="tensor parallel degree of the target")
+    made.add_argument("--dtype", help="type of the weights (default: as they are)")
+    made.add_argument("--verify", action="store_true", help="read everything back and compare")
+    made = verb("inspect", inspect, "format, family, parameters and types of a checkpoint")
+    made.add_argument("path", type=Path)
     return parser
 
 
