@@ -6,9 +6,11 @@ touches Megatron-core's global process groups.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,6 +53,8 @@ class ExpertGroup:
         import deepspeed
         from megatron.core import parallel_state
 
+        if not has_gpu:
+            _build_shared_memory_op()
         device = torch.device("cpu")
         if has_gpu:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -120,6 +124,23 @@ class _ModelParallelUnit:
         self.get_data_parallel_rank = state.get_data_parallel_rank
         self.get_data_parallel_world_size = state.get_data_parallel_world_size
         self.get_data_parallel_group = state.get_data_parallel_group
+
+
+def _build_shared_memory_op() -> None:
+    """Compile and load DeepSpeed's shared-memory operator, which its gloo backend wants; minutes once, then no time.
+
+    torch guards the build by a file that a killed build leaves behind, for which every later one would wait for
+    ever. All our ranks build under a lock that the kernel lets go of, so whoever holds it may remove that file.
+    """
+    import deepspeed
+    from torch.utils.cpp_extension import _get_build_directory
+
+    builder = deepspeed.get_accelerator().create_op_builder("ShareMemCommBuilder")
+    folder = Path(_get_build_directory(builder.name, False))
+    with (folder.parent / f"{builder.name}.btm-scale.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        builder.load(verbose=False)
 
 
 def _stand_in_for_cuda() -> None:
