@@ -7,8 +7,10 @@ touches Megatron-core's global process groups.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,17 +132,26 @@ def _build_shared_memory_op() -> None:
     """Compile and load DeepSpeed's shared-memory operator, which its gloo backend wants; minutes once, then no time.
 
     torch guards the build by a file that a killed build leaves behind, for which every later one would wait for
-    ever. All our ranks build under a lock that the kernel lets go of, so whoever holds it may remove that file.
+    ever. Our ranks build in a folder of their own, under a lock that the kernel lets go of, so whoever holds it may
+    remove that file.
     """
     import deepspeed
-    from torch.utils.cpp_extension import _get_build_directory
 
+    folder = extensions_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     builder = deepspeed.get_accelerator().create_op_builder("ShareMemCommBuilder")
-    folder = Path(_get_build_directory(builder.name, False))
-    with (folder.parent / f"{builder.name}.btm-scale.lock").open("w") as lock:
+    with (folder / "building").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        (folder / "lock").unlink(missing_ok=True)
+        (folder / builder.name / "lock").unlink(missing_ok=True)
         builder.load(verbose=False)
+
+
+def extensions_folder() -> Path:
+    """Where this environment's operators are built; another Python or torch has another folder."""
+    environment = hashlib.sha256(f"{sys.prefix} {torch.__version__}".encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "btm-scale" / f"extensions-{environment}"
 
 
 def _stand_in_for_cuda() -> None:
