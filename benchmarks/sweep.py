@@ -1,11 +1,11 @@
-"""The dense baseline's batch size and learning rate, by successive halving, judged on dev text.
+"""The dense baseline's batch size, learning rate and beta2, by successive halving, judged on dev text.
 
 Every point is trained for the seed's share of the schedule; the best go on to the end as the dense baseline.
 
     python benchmarks/sweep.py configs/eight_domains.yaml --set text_root=FOLDER \
-        --points 16384:3e-3 8192:2e-3 --finalists 1 --out runs/sweep
+        --points 16384:3e-3:0.95 8192:2e-3:0.98 --finalists 1 --out runs/sweep
 
-Points that are done are not trained again. Writes benchmarks/results/sweep.json.
+Points that are done are not trained again; points of an earlier sweep stay in benchmarks/results/sweep.json.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from btm_scale.launch.local import GroupCommand, run_groups
@@ -34,18 +36,23 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("config", type=Path)
     parser.add_argument("--set", action="append", default=[])
-    parser.add_argument("--points", nargs="+", required=True, metavar="BATCH_TOKENS:RATE")
+    parser.add_argument("--points", nargs="+", required=True, metavar="BATCH_TOKENS:RATE:BETA2")
     parser.add_argument("--finalists", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"))
     parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
     points = [tuple(point.split(":")) for point in options.points]
-    runs = {point: _open(options, *point) for point in points}
+    runs = {(batch, rate, beta2): _open(options, batch, rate, beta2) for batch, rate, beta2 in points}
     run_groups([_command(*runs[point], SEED) for point in points], slots=2, threads=1)
     points.sort(key=lambda point: _mean(_perplexity(*runs[point], SEED)))
     finalists = points[: options.finalists]
     run_groups([_command(*runs[point], DENSE) for point in finalists], slots=2, threads=1)
     table = [_row(*runs[point], finished=point in finalists) for point in points]
+    if options.result.is_file():
+        measured = {_point(row) for row in table}
+        earlier = json.loads(options.result.read_text())["points"]
+        table += [row for row in earlier if _point(row) not in measured]
+    table.sort(key=lambda row: (row["dense_mean_dev_perplexity"] or math.inf, row["seed_mean_dev_perplexity"]))
     options.result.parent.mkdir(exist_ok=True)
     result = {"environment": describe(), "config": options.config.name, "points": table}
     options.result.write_text(json.dumps(result, indent=2) + "\n")
@@ -53,11 +60,11 @@ def main() -> None:
         print(row)
 
 
-def _open(options: argparse.Namespace, batch: str, rate: str) -> tuple[RunConfig, RunDir]:
-    changes = (*options.set, f"budget.batch_tokens={batch}", f"optimizer.lr={rate}", "evaluate.split=dev",
-               "evaluate.tokens_per_domain=32768")  # fmt: skip
+def _open(options: argparse.Namespace, batch: str, rate: str, beta2: str) -> tuple[RunConfig, RunDir]:
+    changes = (*options.set, f"budget.batch_tokens={batch}", f"optimizer.lr={rate}", f"optimizer.betas=[0.9,{beta2}]",
+               "evaluate.split=dev", "evaluate.tokens_per_domain=32768")  # fmt: skip
     config = RunConfig.load(options.config, changes)
-    run = RunDir(options.out.resolve() / f"{batch}-{rate}")
+    run = RunDir(options.out.resolve() / f"{batch}-{rate}-{beta2}")
     shared = RunDir(options.out.resolve() / "shared")
     prepare(config, shared)
     run.root.mkdir(parents=True, exist_ok=True)
@@ -86,10 +93,15 @@ def _mean(perplexity: dict[str, float]) -> float:
     return float(np.mean(list(perplexity.values())))
 
 
-def _row(config: RunConfig, run: RunDir, *, finished: bool) -> dict[str, object]:
+def _point(row: Mapping[str, Any]) -> tuple[float, float, float]:
+    return row["batch_tokens"], row["lr"], row["beta2"]
+
+
+def _row(config: RunConfig, run: RunDir, *, finished: bool) -> dict[str, Any]:
     return {
         "batch_tokens": config.budget.batch_tokens,
         "lr": config.optimizer.lr,
+        "beta2": config.optimizer.betas[1],
         "seed_mean_dev_perplexity": _mean(_perplexity(config, run, SEED)),
         "dense_mean_dev_perplexity": _mean(_perplexity(config, run, DENSE)) if finished else None,
     }
