@@ -153,7 +153,10 @@ class OptimizerConfig(Section):
     """AdamW and its schedule, which runs over seed and branch as one."""
 
     lr: float = Field(default=1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="at a batch of budget.batch_tokens")
+    scale_beta2: bool = Field(
+        default=True, description="average second moments over as many tokens whatever an expert's batch"
+    )
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     clip: float = Field(
@@ -162,6 +165,14 @@ class OptimizerConfig(Section):
     warmup: float = Field(default=0.08, ge=0, lt=1, description="share of the schedule")
     decay: Literal["linear", "cosine", "constant"] = "linear"
     final: float = Field(default=0.0, ge=0, le=1, description="learning rate at the end, as a share of lr")
+
+    def betas_at(self, batch_share: float) -> tuple[float, float]:
+        """The betas for a batch of `batch_share` times budget.batch_tokens.
+
+        beta2 keeps its half-life in tokens, beta1 its half-life in steps (arXiv 2507.07101).
+        """
+        first, second = self.betas
+        return (first, second**batch_share) if self.scale_beta2 else (first, second)
 
     def rate(self, progress: float) -> float:
         """The learning rate at `progress` in (0, 1] of the schedule."""

@@ -127,10 +127,18 @@ def test_every_expert_takes_the_steps_of_denses_second_half_at_its_share_of_the_
     seed, dense, expert = (training_job(config, model) for model in ("seed", "dense", "a"))
     assert expert.steps == dense.steps
     assert expert.sequences * 8 == dense.sequences
+    assert (dense.batch_share, expert.batch_share) == (1.0, 1 / 8)
     assert dense.first_sample == seed.steps * seed.sequences
     assert seed.samples == dense.samples
     assert seed.progress[1] == dense.progress[0] == expert.progress[0]
     assert dense.progress_at(dense.steps) == expert.progress_at(expert.steps) == 1.0
+
+
+def test_an_experts_second_moments_average_over_as_many_tokens_as_denses() -> None:
+    betas = OptimizerConfig(betas=(0.9, 0.95)).betas_at(1 / 8)
+    assert betas[0] == 0.9
+    assert betas[1] ** 8 == pytest.approx(0.95)
+    assert OptimizerConfig(betas=(0.9, 0.95), scale_beta2=False).betas_at(1 / 8) == (0.9, 0.95)
 
 
 def test_an_experts_own_tokens_and_batch_replace_its_share(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ class Engine:
         adam = torch.optim.AdamW(
             _decayed_and_not(model, optimizer.weight_decay),
             lr=optimizer.lr,
-            betas=optimizer.betas,
+            betas=optimizer.betas_at(job.batch_share),
             eps=optimizer.eps,
             fused=True,
         )

@@ -20,6 +20,7 @@ class TrainingJob:
     part: tuple[int, int] | None  # (i, n): train on the i-th of n random parts of the documents only
     steps: int
     sequences: int  # in a batch
+    batch_share: float  # the batch, as a share of the budget's batch_tokens
     first_sample: int  # where in the data's fixed order the first batch begins
     samples: int  # length of that order
     progress: tuple[float, float]  # of the schedule, before the first step and after the last
@@ -67,6 +68,7 @@ def training_job(config: RunConfig, model: str) -> TrainingJob:
             part=None,
             steps=budget.seed_steps if is_seed else budget.branch_steps,
             sequences=batch,
+            batch_share=1.0,
             first_sample=0 if is_seed else seed_samples,
             # Seed and dense read one order, so that dense is the model that the seed would have become.
             samples=seed_samples + budget.branch_steps * batch,
@@ -111,6 +113,7 @@ def _branch(
         part=part,
         steps=steps,
         sequences=sequences,
+        batch_share=sequences / batch,
         first_sample=0,
         samples=steps * sequences,
         progress=(seed_end, 1.0),
