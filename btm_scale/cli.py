@@ -1,4 +1,7 @@
-"""The btm-scale command: one function a verb, no logic. Nothing heavy is imported before a verb needs it."""
+"""The btm-scale command: one function a verb, no logic; their arguments are in cli_parser.py.
+
+Nothing heavy is imported before a verb needs it.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,11 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from btm_scale import __version__
+from btm_scale.cli_parser import build_parser
 from btm_scale.errors import GroupFailed, UserError
 
 if TYPE_CHECKING:
@@ -23,7 +26,7 @@ Answer = dict[str, Any]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb and exit: 0 on success, 2 on a user's mistake, 1 on any other failure."""
-    options = _parser().parse_args(arguments)
+    options = build_parser(_VERBS).parse_args(arguments)
     _silence_megatron()
     try:
         answer = options.verb(options)
@@ -281,82 +284,20 @@ def _print_results(options: argparse.Namespace, results: Answer) -> None:
         print_results(results, Console())
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="btm-scale",
-        description="Branch-Train-Merge: train, ensemble and merge domain-expert language models.",
-    )
-    parser.add_argument("--version", action="version", version=f"btm-scale {__version__}")
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-
-    def verb(
-        name: str, function: Callable[[argparse.Namespace], Answer], help_text: str
-    ) -> argparse.ArgumentParser:
-        made = verbs.add_parser(name, help=help_text, description=function.__doc__)
-        made.add_argument(
-            "--json", action="store_true", help="print one JSON document on stdout, and nothing else"
-        )
-        made.set_defaults(verb=function)
-        return made
-
-    def takes_config(made: argparse.ArgumentParser) -> None:
-        made.add_argument("config", type=Path, help="the run's YAML")
-        takes_overrides(made)
-
-    def takes_overrides(made: argparse.ArgumentParser) -> None:
-        made.add_argument("--out", type=Path, help="the run's folder (default: runs/NAME)")
-        text = "change one value of the YAML, such as budget.tokens=1e6; may be given often"
-        made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
-
-    takes_overrides(verb("demo", demo, "the whole pipeline on text that every installation has"))
-    made = verb("run", run, "every stage of a config that isn't done, from text to page")
-    takes_config(made)
-    made.add_argument("--launcher", choices=["local"], default="local", help="how groups are started")
-    made.add_argument("--dry-run", action="store_true", help="check the config and say what would be done")
-    takes_config(verb("prepare", prepare, "tokenizer and token files"))
-    made = verb("train", train, "one model, by one group: train, export, score")
-    takes_config(made)
-    made.add_argument("--model", required=True, metavar="seed|dense|EXPERT", help="which model")
-    made = verb("status", status, "how far every model of a run is")
-    made.add_argument("run", type=Path, help="the run's folder")
-    forest = verbs.add_parser("forest", help="the expert set").add_subparsers(metavar="ACTION", required=True)
-    made = forest.add_parser("list", help="every expert, with parents, domains and tokens")
-    made.add_argument("run", type=Path, help="the run's folder")
-    made.add_argument(
-        "--json", action="store_true", help="print one JSON document on stdout, and nothing else"
-    )
-    made.set_defaults(verb=forest_list)
-    made = verb("score", score, "per-token log-probabilities of every model that lacks them")
-    made.add_argument("run", type=Path, help="the run's folder")
-    made.add_argument("--model", action="append", default=[], help="only this model; may be given often")
-    for name, function, text in (
-        ("evaluate", evaluate, "every method's perplexity, from the scores"),
-        ("report", report, "tables, plots, one HTML page"),
-    ):
-        verb(name, function, text).add_argument("run", type=Path, help="the run's folder")
-    made = verb("merge", merge, "one model from many")
-    made.add_argument("output", type=Path, help="the directory to make")
-    made.add_argument(
-        "inputs", nargs="+", metavar="DIR[=WEIGHT]", help="Hugging Face directories; weight 1 if not given"
-    )
-    made.add_argument("--method", default="linear", help="how to merge")
-    made.add_argument("--dtype", help="type of the output (default: the inputs')")
-    made.add_argument(
-        "--jobs", type=int, default=1, help="processes (under mpirun its ranks are used instead)"
-    )
-    made.add_argument("--base", type=Path, help="the model that task vectors are taken from")
-    made.add_argument("--parameter", action="append", default=[], metavar="NAME=NUMBER", help="of the method")
-    made.add_argument("--seed", type=int, default=0, help="of methods that draw at random")
-    made = verb("convert", convert, "change a checkpoint's format or tensor layout")
-    made.add_argument("source", type=Path, help="a Hugging Face, DeepSpeed or torch_dist checkpoint")
-    made.add_argument("target", type=Path, help="the directory to make")
-    made.add_argument("--to", required=True, choices=["huggingface", "megatron", "deepspeed"], help="format")
-    made.add_argument("--tensor", type=int, default=1, help="tensor parallel degree of the target")
-    made.add_argument("--dtype", help="type of the weights (default: as they are)")
-    made.add_argument("--verify", action="store_true", help="read everything back and compare")
-    made = verb("inspect", inspect, "format, family, parameters and types of a checkpoint")
-    made.add_argument("path", type=Path)
-    return parser
+_VERBS = {
+    "demo": demo,
+    "run": run,
+    "prepare": prepare,
+    "train": train,
+    "status": status,
+    "forest list": forest_list,
+    "score": score,
+    "evaluate": evaluate,
+    "report": report,
+    "merge": merge,
+    "convert": convert,
+    "inspect": inspect,
+}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,114 @@
+"""What the btm-scale command takes: its verbs and their arguments. What a verb does is in cli.py."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from btm_scale import __version__
+
+Verb = Callable[[argparse.Namespace], dict[str, Any]]
+
+
+def build_parser(functions: Mapping[str, Verb]) -> argparse.ArgumentParser:
+    """The parser; it puts the function of the verb that was given, by name from `functions`, into `verb`."""
+    parser = argparse.ArgumentParser(
+        prog="btm-scale",
+        description="Branch-Train-Merge: train, ensemble and merge domain-expert language models.",
+    )
+    parser.add_argument("--version", action="version", version=f"btm-scale {__version__}")
+    verbs = _Verbs(parser, functions)
+    _pipeline_verbs(verbs)
+    _forest_verbs(verbs)
+    _checkpoint_verbs(verbs)
+    return parser
+
+
+class _Verbs:
+    """Adds verbs to the parser; a name of two words is an action of the first, such as `forest list`."""
+
+    def __init__(self, parser: argparse.ArgumentParser, functions: Mapping[str, Verb]) -> None:
+        self._functions = functions
+        self._verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+        self._actions: dict[str, Any] = {}
+
+    def family(self, name: str, text: str) -> None:
+        """Add a verb that has actions."""
+        made = self._verbs.add_parser(name, help=text, description=text)
+        self._actions[name] = made.add_subparsers(title="actions", metavar="ACTION", required=True)
+
+    def add(self, name: str, text: str) -> argparse.ArgumentParser:
+        """Add a verb, or an action of a verb that `family` added."""
+        function = self._functions[name]
+        family, _, action = name.rpartition(" ")
+        place = self._actions[family] if family else self._verbs
+        made: argparse.ArgumentParser = place.add_parser(action, help=text, description=function.__doc__)
+        made.add_argument(
+            "--json", action="store_true", help="print one JSON document on stdout, and nothing else"
+        )
+        made.set_defaults(verb=function)
+        return made
+
+
+def _takes_config(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    made.add_argument("config", type=Path, help="the run's YAML")
+    return _takes_overrides(made)
+
+
+def _takes_overrides(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    made.add_argument("--out", type=Path, help="the run's folder (default: runs/NAME)")
+    text = "change one value of the YAML, such as budget.tokens=1e6; may be given often"
+    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+    return made
+
+
+def _takes_run(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    made.add_argument("run", type=Path, help="the run's folder")
+    return made
+
+
+def _pipeline_verbs(verbs: _Verbs) -> None:
+    _takes_overrides(verbs.add("demo", "the whole pipeline on text that every installation has"))
+    made = _takes_config(verbs.add("run", "every stage of a config that isn't done, from text to page"))
+    made.add_argument("--launcher", choices=["local"], default="local", help="how groups are started")
+    made.add_argument("--dry-run", action="store_true", help="check the config and say what would be done")
+    _takes_config(verbs.add("prepare", "tokenizer and token files"))
+    made = _takes_config(verbs.add("train", "one model, by one group: train, export, score"))
+    made.add_argument("--model", required=True, metavar="seed|dense|EXPERT", help="which model")
+    _takes_run(verbs.add("status", "how far every model of a run is"))
+
+
+def _forest_verbs(verbs: _Verbs) -> None:
+    verbs.family("forest", "the expert set")
+    _takes_run(verbs.add("forest list", "every expert, with parents, domains and tokens"))
+    made = _takes_run(verbs.add("score", "per-token log-probabilities of every model that lacks them"))
+    made.add_argument("--model", action="append", default=[], help="only this model; may be given often")
+    _takes_run(verbs.add("evaluate", "every method's perplexity, from the scores"))
+    _takes_run(verbs.add("report", "tables, plots, one HTML page"))
+
+
+def _checkpoint_verbs(verbs: _Verbs) -> None:
+    made = verbs.add("merge", "one model from many")
+    made.add_argument("output", type=Path, help="the directory to make")
+    made.add_argument(
+        "inputs", nargs="+", metavar="DIR[=WEIGHT]", help="Hugging Face directories; weight 1 if not given"
+    )
+    made.add_argument("--method", default="linear", help="how to merge")
+    made.add_argument("--dtype", help="type of the output (default: the inputs')")
+    made.add_argument(
+        "--jobs", type=int, default=1, help="processes (under mpirun its ranks are used instead)"
+    )
+    made.add_argument("--base", type=Path, help="the model that task vectors are taken from")
+    made.add_argument("--parameter", action="append", default=[], metavar="NAME=NUMBER", help="of the method")
+    made.add_argument("--seed", type=int, default=0, help="of methods that draw at random")
+    made = verbs.add("convert", "change a checkpoint's format or tensor layout")
+    made.add_argument("source", type=Path, help="a Hugging Face, DeepSpeed or torch_dist checkpoint")
+    made.add_argument("target", type=Path, help="the directory to make")
+    made.add_argument("--to", required=True, choices=["huggingface", "megatron", "deepspeed"], help="format")
+    made.add_argument("--tensor", type=int, default=1, help="tensor parallel degree of the target")
+    made.add_argument("--dtype", help="type of the weights (default: as they are)")
+    made.add_argument("--verify", action="store_true", help="read everything back and compare")
+    made = verbs.add("inspect", "format, family, parameters and types of a checkpoint")
+    made.add_argument("path", type=Path)
