@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.random import initialize_rng_tracker
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
-from btm_scale.model.attention import CausalAttention
+from btm_scale.model.attention import CausalAttention, HeadNorm
 from btm_scale.model.loss import head_loss
+from btm_scale.model.norm import LayerNorm, RMSNorm
+from btm_scale.model.recompute import RecomputedAttention, RecomputedLayer
+from btm_scale.model.rotary import rotary_frequencies
 from btm_scale.model.shape import ModelShape
 
 
@@ -26,16 +31,19 @@ def padded_vocabulary(vocabulary: int, tensor: int) -> int:
 class ExpertModel(GPTModel):
     """A GPTModel that gives its loss or its last hidden states; logits of a whole batch are never made."""
 
-    def __init__(self, shape: ModelShape, config: TransformerConfig, spec: ModuleSpec) -> None:
+    def __init__(
+        self, shape: ModelShape, config: TransformerConfig, layers: TransformerBlockSubmodules
+    ) -> None:
         super().__init__(
             config=config,
-            transformer_layer_spec=spec,
+            transformer_layer_spec=layers,
             vocab_size=padded_vocabulary(shape.vocabulary, config.tensor_model_parallel_size),
             max_sequence_length=shape.positions,
             share_embeddings_and_output_weights=shape.tied,
-            position_embedding_type="rope" if shape.family == "llama" else "learned_absolute",
-            rotary_base=shape.rope_theta,
+            position_embedding_type="rope" if shape.rotary else "learned_absolute",
         )
+        if shape.rotary:
+            self.rotary_pos_emb.inv_freq = rotary_frequencies(shape)
         self.shape = shape
         self.tensor_group = self.pg_collection.tp if config.tensor_model_parallel_size > 1 else None
 
@@ -55,6 +63,11 @@ class ExpertModel(GPTModel):
         return 0 if self.tensor_group is None else dist.get_rank(self.tensor_group) * len(self.head)
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **_: Any) -> Tensor:
+        if self.config.sequence_parallel:
+            # The loss gives every rank the whole gradient already, of which each keeps its part of the sequence.
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False
+            )
         hidden = hidden_states.transpose(0, 1)
         if labels is None:
             return hidden
@@ -68,26 +81,40 @@ class ExpertModel(GPTModel):
         )
 
 
-def build_model(shape: ModelShape, *, tensor: int, dtype: torch.dtype, on_cpu: bool) -> ExpertModel:
+def build_model(
+    shape: ModelShape,
+    *,
+    tensor: int,
+    dtype: torch.dtype,
+    on_cpu: bool,
+    sequence_parallel: bool = False,
+    recompute: Literal["none", "selective", "full"] = "none",
+) -> ExpertModel:
     """A model with random weights, on this rank; the group's process groups must stand.
 
-    Weights are drawn from this process's CPU random state and are the same at any tensor parallel size.
+    Weights are drawn from this process's CPU random state and are the same at any tensor parallel size. With
+    `sequence_parallel`, sequences must be multiples of `tensor` tokens. `recompute` saves memory in training: the
+    attention's activations, or whole layers', are made again in the backward pass.
     """
-    llama = shape.family == "llama"
     config = TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
         num_attention_heads=shape.heads,
         num_query_groups=shape.groups,
+        kv_channels=shape.head_size,
         ffn_hidden_size=shape.ffn,
         tensor_model_parallel_size=tensor,
+        sequence_parallel=sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        normalization="RMSNorm" if llama else "LayerNorm",
+        normalization="RMSNorm" if shape.rotary else "LayerNorm",
         layernorm_epsilon=shape.norm_epsilon,
-        activation_func=functional.silu if llama else _gelu_tanh,
-        gated_linear_unit=llama,
-        add_bias_linear=not llama,
+        activation_func=functional.silu if shape.rotary else _gelu_tanh,
+        gated_linear_unit=shape.rotary,
+        add_bias_linear=not shape.rotary,
+        add_qkv_bias=shape.query_key_value_bias,
+        qk_layernorm=shape.head_norms,
+        window_size=None if shape.window is None else (shape.window - 1, 0),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         use_cpu_initialization=True,
@@ -100,9 +127,36 @@ def build_model(shape: ModelShape, *, tensor: int, dtype: torch.dtype, on_cpu: b
         apply_rope_fusion=False,
     )
     spec = get_gpt_layer_local_spec(normalization=config.normalization)
-    spec.submodules.self_attention.submodules.core_attention = CausalAttention
-    model = ExpertModel(shape, config, spec).to(dtype)
-    return model if on_cpu else model.cuda()
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = RecomputedAttention if recompute == "selective" else CausalAttention
+    if shape.head_norms:
+        attention.q_layernorm = attention.k_layernorm = HeadNorm
+    norm = RMSNorm if config.normalization == "RMSNorm" else LayerNorm
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
+    if recompute == "full":
+        spec.module = RecomputedLayer
+    layers = TransformerBlockSubmodules(layer_specs=[spec] * shape.layers, layer_norm=norm)
+    if sequence_parallel:
+        # It keeps the ranks' random states apart for dropout; there is none here, and no CUDA state on a CPU.
+        initialize_rng_tracker(inference_rng_tracker=True)
+    model = ExpertModel(shape, config, layers).to(dtype)
+    model = model if on_cpu else model.cuda()
+    if model.tensor_group is not None:
+        _sum_partial_gradients(model, model.tensor_group)
+    return model
+
+
+def _sum_partial_gradients(model: torch.nn.Module, group: dist.ProcessGroup) -> None:
+    """Sum the gradients of norms and biases that each tensor rank has applied to its part of the sequence only."""
+
+    def summed(gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient, group=group)
+        return gradient
+
+    for parameter in model.parameters():
+        if getattr(parameter, "sequence_parallel", False):
+            parameter.register_hook(summed)
 
 
 def _gelu_tanh(values: Tensor) -> Tensor:

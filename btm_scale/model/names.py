@@ -1,7 +1,7 @@
 """Megatron-core's tensors and Hugging Face's: their names, and how the one is made of the other.
 
-One table a family. Every change is a permutation or a cut of numbers, so optimizer moments go through the
-same table as the weights.
+One table for GPT-2, and one for Llama and its kin. Every change is a permutation or a cut of numbers, so optimizer
+moments go through the same table as the weights.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Entry:
 
 def table(shape: ModelShape) -> list[Entry]:
     """Every tensor of a model, in the order of its layers."""
-    return list(_llama(shape) if shape.family == "llama" else _gpt2(shape))
+    return list(_rotary(shape) if shape.rotary else _gpt2(shape))
 
 
-def _llama(shape: ModelShape) -> Iterator[Entry]:
+def _rotary(shape: ModelShape) -> Iterator[Entry]:
     yield Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocabulary", 0)
     for i in range(shape.layers):
         ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
@@ -41,6 +41,12 @@ def _llama(shape: ModelShape) -> Iterator[Entry]:
         yield Entry(ours + "input_layernorm.weight", (theirs + "input_layernorm.weight",))
         heads = tuple(f"{attention}{part}_proj.weight" for part in "qkv")
         yield Entry(ours + "self_attention.linear_qkv.weight", heads, "query_key_value", 0)
+        if shape.query_key_value_bias:
+            biases = tuple(f"{attention}{part}_proj.bias" for part in "qkv")
+            yield Entry(ours + "self_attention.linear_qkv.bias", biases, "query_key_value", 0)
+        for part in "qk" if shape.head_norms else "":
+            norm = f"{ours}self_attention.{part}_layernorm.weight"
+            yield Entry(norm, (f"{attention}{part}_norm.weight",))
         yield Entry(ours + "self_attention.linear_proj.weight", (attention + "o_proj.weight",), cut=1)
         yield Entry(ours + "pre_mlp_layernorm.weight", (theirs + "post_attention_layernorm.weight",))
         halves = (mlp + "gate_proj.weight", mlp + "up_proj.weight")

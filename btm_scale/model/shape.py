@@ -6,13 +6,39 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Family = Literal["llama", "gpt2"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "gpt2"]
+
+
+class RopeScaling(BaseModel):
+    """How rotary positions are stretched beyond the length that they were first trained for.
+
+    `linear` divides every frequency by `factor` (arXiv 2306.15595). `llama3` divides those that turn fewer than
+    `low` times within `original` positions, leaves those that turn more than `high` times, and goes from the one to
+    the other between.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["linear", "llama3"]
+    factor: float = Field(ge=1)
+    low: float = Field(default=1.0, gt=0)
+    high: float = Field(default=4.0, gt=0)
+    original: int = Field(default=8192, gt=0, description="positions")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> RopeScaling:
+        if self.low >= self.high:
+            raise ValueError(f"rope_scaling: low {self.low:g} must be less than high {self.high:g}")
+        return self
 
 
 class ModelShape(BaseModel):
     """Sizes of a decoder-only transformer.
 
     `llama`: RMS norm, rotary positions, gated SiLU, no biases (arXiv 2302.13971).
+    `mistral`: the same, and each token may see a `window` of tokens only (arXiv 2310.06825).
+    `qwen2`: llama with biases on query, key and value (arXiv 2407.10671).
+    `qwen3`: llama with a norm on every head's query and key (arXiv 2505.09388).
     `gpt2`: layer norm, learned positions, GELU, biases everywhere; the paper's family.
     """
 
@@ -23,21 +49,34 @@ class ModelShape(BaseModel):
     hidden: int = Field(gt=0)
     heads: int = Field(gt=0)
     groups: int = Field(gt=0, description="key-value heads; equal to `heads` without grouping")
+    head_size: int = Field(
+        default_factory=lambda sizes: sizes["hidden"] // sizes["heads"],
+        gt=0,
+        description="numbers in a head's query",
+    )
     ffn: int = Field(gt=0)
     positions: int = Field(gt=0, description="longest sequence in tokens")
     vocabulary: int = Field(gt=0)
     tied: bool = True
     norm_epsilon: float = Field(default=1e-5, gt=0)
     rope_theta: float = Field(default=10_000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
+    window: int | None = Field(default=None, gt=0, description="tokens that a token sees, itself included")
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> ModelShape:
-        if self.hidden % self.heads:
+        if self.hidden % self.heads and self.head_size == self.hidden // self.heads:
             raise ValueError(f"hidden {self.hidden} is not a multiple of heads {self.heads}; change either")
         if self.heads % self.groups:
             raise ValueError(f"heads {self.heads} is not a multiple of groups {self.groups}; change either")
-        if self.family == "llama" and self.head_size % 2:
+        if self.rotary and self.head_size % 2:
             raise ValueError(f"rotary positions need an even head size, not {self.head_size}; change heads")
+        if self.window is not None and self.family != "mistral":
+            raise ValueError(
+                f"the {self.family} family has no window; leave it out, or use the mistral family"
+            )
+        if self.family == "gpt2" and self.head_size * self.heads != self.hidden:
+            raise ValueError("the gpt2 family has heads of size hidden / heads; leave head_size out")
         if self.family == "gpt2" and self.groups != self.heads:
             raise ValueError("the gpt2 family has no grouped heads; set groups to heads")
         if self.family == "gpt2" and not self.tied:
@@ -45,31 +84,51 @@ class ModelShape(BaseModel):
         return self
 
     @property
-    def head_size(self) -> int:
-        """Numbers in one head's query."""
-        return self.hidden // self.heads
+    def rotary(self) -> bool:
+        """Rotary positions, RMS norm and a gated MLP without biases: every family but gpt2."""
+        return self.family != "gpt2"
+
+    @property
+    def query_key_value_bias(self) -> bool:
+        """Whether query, key and value have biases."""
+        return self.family in ("qwen2", "gpt2")
+
+    @property
+    def head_norms(self) -> bool:
+        """Whether every head's query and key are normed."""
+        return self.family == "qwen3"
+
+    @property
+    def query_width(self) -> int:
+        """Numbers in all heads' queries of a token."""
+        return self.heads * self.head_size
+
+    @property
+    def query_key_value_width(self) -> int:
+        """Numbers in all queries, keys and values of a token."""
+        return (self.heads + 2 * self.groups) * self.head_size
 
     @property
     def parameters(self) -> int:
         """Number of parameters, biases and embeddings counted."""
-        kv = self.groups * self.head_size
-        attention = self.hidden * (self.hidden + 2 * kv) + self.hidden * self.hidden
+        layer = self.hidden * (self.query_key_value_width + self.query_width)
+        layer += self.query_key_value_width if self.query_key_value_bias else 0
+        layer += 2 * self.head_size if self.head_norms else 0
         embedding = self.vocabulary * self.hidden * (1 if self.tied else 2)
-        if self.family == "llama":
-            layer = attention + 3 * self.hidden * self.ffn + 2 * self.hidden
+        if self.rotary:
+            layer += 3 * self.hidden * self.ffn + 2 * self.hidden
             return embedding + self.layers * layer + self.hidden
-        biases = 3 * self.hidden + self.hidden + self.ffn + self.hidden
-        layer = attention + 2 * self.hidden * self.ffn + biases + 4 * self.hidden
+        layer += 2 * self.hidden * self.ffn + self.ffn + 6 * self.hidden
         return embedding + self.positions * self.hidden + self.layers * layer + 2 * self.hidden
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Floating-point operations of forward and backward for one token: 6 for every weight that is
-        multiplied, and the attention's two products (12 x layers x hidden x length, halved by the causal mask;
+        multiplied, and the attention's two products (12 x layers x queries x length, halved by the causal mask;
         appendix B of arXiv 2204.02311)."""
         multiplied = self.parameters - (0 if self.tied else self.vocabulary * self.hidden)
         if self.family == "gpt2":
             multiplied -= self.positions * self.hidden
-        return 6.0 * multiplied + 6.0 * self.layers * self.hidden * sequence_length
+        return 6.0 * multiplied + 6.0 * self.layers * self.query_width * sequence_length
 
 
 # Sizes of a preset; vocabulary and positions come from the run.

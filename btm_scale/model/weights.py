@@ -54,15 +54,16 @@ def huggingface_tensors(
 def huggingface_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """The Hugging Face tensors' shapes by name, worked out without making any."""
     rows = shape.vocabulary
-    key_value = shape.groups * shape.head_size
     whole: dict[str, tuple[int, ...]] = {
         "word_embeddings.weight": (rows, shape.hidden),
         "output_layer.weight": (rows, shape.hidden),
         "position_embeddings.weight": (shape.positions, shape.hidden),
-        "linear_qkv.weight": (shape.hidden + 2 * key_value, shape.hidden),
-        "linear_qkv.bias": (shape.hidden + 2 * key_value,),
-        "linear_proj.weight": (shape.hidden, shape.hidden),
-        "linear_fc1.weight": (shape.ffn * (2 if shape.family == "llama" else 1), shape.hidden),
+        "linear_qkv.weight": (shape.query_key_value_width, shape.hidden),
+        "linear_qkv.bias": (shape.query_key_value_width,),
+        "q_layernorm.weight": (shape.head_size,),
+        "k_layernorm.weight": (shape.head_size,),
+        "linear_proj.weight": (shape.hidden, shape.query_width),
+        "linear_fc1.weight": (shape.ffn * (2 if shape.rotary else 1), shape.hidden),
         "linear_fc1.bias": (shape.ffn,),
         "linear_fc2.weight": (shape.hidden, shape.ffn),
     }

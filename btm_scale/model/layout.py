@@ -1,0 +1,99 @@
+"""Layout: how the ranks of an expert group share a model, and whether a model can be shared so."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from btm_scale.model.shape import ModelShape
+
+
+class Layout(BaseModel):
+    """tensor x data ranks, the ZeRO stage, and what is kept where. It checks itself when it is made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    tensor: int = Field(default=1, gt=0, description="ranks that share every weight matrix")
+    data: int = Field(default=1, gt=0, description="ranks that share every batch")
+    zero: Literal[0, 1, 2, 3] = Field(
+        default=1, description="what data ranks share: 1 optimizer, 2 gradients too, 3 weights too"
+    )
+    sequence_parallel: bool = Field(
+        default=False, description="tensor ranks share the sequence between their matrices"
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none",
+        description="activations made again in the backward pass: attention's, or whole layers'",
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        default="none", description="kept in the host's memory: the optimizer's state, or the weights too"
+    )
+    precision: Literal["bf16", "fp16", "fp32"] = Field(
+        default="bf16", description="of weights and activations; master weights are float32"
+    )
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Layout:
+        problems = []
+        if self.sequence_parallel and self.tensor == 1:
+            problems.append(
+                "sequence_parallel shares a sequence among tensor ranks; set tensor above 1, or leave it"
+            )
+        if self.offload == "optimizer" and self.zero == 0:
+            problems.append("offload: optimizer needs ZeRO; set zero to 1, 2 or 3")
+        if self.offload == "all" and self.zero != 3:
+            problems.append(
+                f"offload: all moves weights, which zero {self.zero} does not share; set zero to 3"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def ranks(self) -> int:
+        """Processes of the group."""
+        return self.tensor * self.data
+
+    def problems(self, shape: ModelShape, sequence_length: int) -> list[str]:
+        """Why a model of this shape cannot be shared so, one sentence each; empty if it can.
+
+        The vocabulary always fits: its rows are padded to a multiple of `tensor`.
+        """
+        sizes = {"heads": shape.heads, "groups": shape.groups, "ffn": shape.ffn}
+        odd = [f"{name} {size}" for name, size in sizes.items() if size % self.tensor]
+        found = []
+        if odd:
+            fitting = [n for n in range(1, shape.groups + 1) if not any(size % n for size in sizes.values())]
+            found.append(
+                f"tensor {self.tensor} does not divide {' and '.join(odd)}; {_choices('tensor', fitting)}"
+            )
+        if self.sequence_parallel and sequence_length % self.tensor:
+            longer = -(-sequence_length // self.tensor) * self.tensor
+            found.append(
+                f"sequence_parallel needs sequences that tensor {self.tensor} divides, not {sequence_length} tokens; "
+                f"a sequence_length of {longer} fits"
+            )
+        return found
+
+    def __str__(self) -> str:
+        extras = [
+            "sequence parallel" if self.sequence_parallel else "",
+            f"{self.recompute} recomputation" if self.recompute != "none" else "",
+            {"none": "", "optimizer": "optimizer offloaded", "all": "weights and optimizer offloaded"}[
+                self.offload
+            ],
+        ]
+        parts = [
+            f"tensor {self.tensor} x data {self.data}",
+            f"ZeRO {self.zero}",
+            self.precision,
+            *filter(None, extras),
+        ]
+        return ", ".join(parts)
+
+
+def _choices(name: str, values: list[int]) -> str:
+    if len(values) == 1:
+        return f"{name} must be {values[0]}"
+    return f"{name} may be {', '.join(map(str, values[:-1]))} or {values[-1]}"

@@ -1,0 +1,60 @@
+"""Computes with Hugging Face models in Megatron-core: `python compute_with_megatron.py SPEC.json`.
+
+The spec has `folders` and tensor degrees. For each, the first rank leaves logits, loss, weights and gradients, whole
+and under Hugging Face names, in `FOLDER/ours-TENSOR.safetensors`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from worlds import fork_world, read_spec
+
+from btm_scale.checkpoint.safetensors import SafetensorsModel
+from btm_scale.config import GroupConfig
+from btm_scale.group import ExpertGroup
+from btm_scale.model.gpt import build_model
+from btm_scale.model.huggingface import shape_from_config
+from btm_scale.model.weights import huggingface_tensors, load_weights
+
+
+def compute(group: ExpertGroup, folder: Path) -> None:
+    shape = shape_from_config(json.loads((folder / "config.json").read_text()), folder)
+    tensor = group.config.tensor
+    model = build_model(shape, tensor=tensor, dtype=torch.float32, on_cpu=True)
+    with SafetensorsModel(folder) as weights:
+        load_weights(model, weights.read, group.tensor_rank, tensor)
+    tokens = load_file(folder / "theirs/computed.safetensors")["tokens"]
+    loss = model(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+    part = (model(tokens) @ model.head.T).detach().contiguous()
+    parts = [torch.empty_like(part) for _ in range(tensor)]
+    dist.all_gather(parts, part)
+    found = {"logits": torch.cat(parts, dim=-1)[..., : shape.vocabulary].contiguous(), "loss": loss.detach()}
+    own = dict(model.named_parameters())
+    group_of_ranks = group.tensor_group
+    for name, value in huggingface_tensors(shape, lambda entry: own[entry.megatron].detach(), group_of_ranks):
+        found[f"weight/{name}"] = value
+    for name, value in huggingface_tensors(shape, lambda entry: own[entry.megatron].grad, group_of_ranks):  # type: ignore[arg-type,return-value]
+        found[f"gradient/{name}"] = value
+    if group.is_first:
+        save_file(
+            {name: value.clone() for name, value in found.items()}, folder / f"ours-{tensor}.safetensors"
+        )
+
+
+def rank(tensor: int, folders: list[str]) -> None:
+    group = ExpertGroup.join(GroupConfig(tensor=tensor, precision="fp32"))
+    for folder in folders:
+        compute(group, Path(folder))
+    group.leave()
+
+
+if __name__ == "__main__":
+    spec = read_spec()
+    for tensor in spec["tensor"]:
+        fork_world(tensor, rank, tensor, spec["folders"])

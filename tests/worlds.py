@@ -1,0 +1,63 @@
+"""Worlds of ranks on this machine. A script imports the engines once, and every rank is a fork of it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+
+def run_script(script: Path, spec: Any, folder: Path) -> None:
+    """Run `script SPEC.json` in a process of its own, on CPU; fails with the end of what it said."""
+    file = folder / f"{script.stem}.json"
+    file.write_text(json.dumps(spec))
+    surroundings = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    surroundings["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, str(script), str(file)],
+        env={**os.environ, **surroundings},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+
+
+def read_spec() -> Any:
+    """In a script: what `run_script` was given."""
+    return json.loads(Path(sys.argv[1]).read_text())
+
+
+def fork_world(count: int, job: Callable[..., None], *arguments: Any) -> None:
+    """In a script: run `job` in `count` ranks that find each other; ends the script when one of them fails."""
+    import deepspeed  # noqa: F401
+    import megatron.core.models.gpt  # noqa: F401
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    os.environ.update({"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+    forked = multiprocessing.get_context("fork")
+    ranks = [forked.Process(target=_as_rank, args=(rank, job, *arguments)) for rank in range(count)]
+    for rank in ranks:
+        rank.start()
+    waiting = {rank.sentinel: rank for rank in ranks}
+    while waiting:
+        for sentinel in wait(list(waiting)):
+            if waiting.pop(sentinel).exitcode:  # type: ignore[call-overload]
+                for rank in ranks:
+                    rank.kill()
+                sys.exit(1)
+
+
+def _as_rank(rank: int, job: Callable[..., None], *arguments: Any) -> None:
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
+    job(*arguments)
