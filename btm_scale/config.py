@@ -7,11 +7,13 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from btm_scale.errors import ConfigError
+from btm_scale.launch_config import LaunchConfig
 from btm_scale.model.shape import PRESETS, Family, ModelShape
 from btm_scale.run_dir import DENSE, RANDOM_SPLIT, SEED
+from btm_scale.section import Section
 from btm_scale.yaml_file import apply_overrides, dump_yaml, explain, load_yaml
 
 
@@ -28,12 +30,6 @@ def _domain_name(name: str) -> str:
 
 
 DomainName = Annotated[str, AfterValidator(_domain_name)]
-
-
-class Section(BaseModel):
-    """A part of the YAML: strict, and never changed once it is made."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class ModelConfig(Section):
@@ -232,20 +228,6 @@ class EvaluateConfig(Section):
     split: Literal["dev", "test"] = "test"
     tokens_per_domain: int = Field(default=65_536, gt=0)
     dev_blocks: int = Field(default=100, gt=0, description="blocks of dev text that set the cached prior")
-
-
-class LocalConfig(Section):
-    """How groups share one machine."""
-
-    slots: int | None = Field(
-        default=None, gt=0, description="groups at a time; default: as many as fit the cores"
-    )
-
-
-class LaunchConfig(Section):
-    """How groups are started."""
-
-    local: LocalConfig = LocalConfig()
 
 
 class RunConfig(Section):

@@ -1,0 +1,120 @@
+"""What a run's YAML may say about how its groups are started: the section `launch`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+from btm_scale.section import Section
+
+
+def _slurm_word(text: str) -> str:
+    # It stands in a line that SLURM reads, so it must end neither the value nor the line.
+    if not re.fullmatch(r"[\w.,:@/+=*\[\]%-]+", text):
+        raise ValueError(
+            f"'{text}' cannot stand in a SLURM option: letters, digits and . , : @ / + = * [ ] % - only"
+        )
+    return text
+
+
+def _slurm_time(text: str) -> str:
+    if not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", text):
+        raise ValueError(
+            f"'{text}' is no SLURM time; write minutes, H:MM:SS or D-HH:MM:SS, such as \"24:00:00\""
+        )
+    return text
+
+
+def _one_line(text: str) -> str:
+    if not text.isprintable() or text.startswith("#"):
+        raise ValueError(
+            f"{text!r} is not one plain line; give each line as an item of its own, without '#SBATCH'"
+        )
+    return text
+
+
+SlurmWord = Annotated[str, AfterValidator(_slurm_word)]
+Line = Annotated[str, AfterValidator(_one_line)]
+
+
+class LocalConfig(Section):
+    """How groups share one machine."""
+
+    slots: int | None = Field(
+        default=None, gt=0, description="groups at a time; default: as many as fit the cores"
+    )
+
+
+class DeepSpeedConfig(Section):
+    """How groups share the hosts of a hostfile."""
+
+    hostfile: Path = Field(default=Path("/job/hostfile"), description="lines of `HOST slots=N`")
+    connect: tuple[str, ...] = Field(
+        default=(),
+        description="the command that runs a command on {host}, such as [ssh, -tt, '{host}']; default: pdsh over ssh",
+    )
+    addresses: dict[str, str] = Field(
+        default_factory=dict, description="each host's address for its group; default: its name"
+    )
+    ports: tuple[int, int] = Field(
+        default=(29500, 30499), description="a group's rendezvous takes one of these"
+    )
+    threads: int = Field(default=1, gt=0, description="CPU threads of one rank")
+
+
+class SlurmConfig(Section):
+    """What SLURM is asked for. One job trains one model, by ranks that `srun` starts."""
+
+    partition: SlurmWord | None = None
+    account: SlurmWord | None = None
+    qos: SlurmWord | None = None
+    time: Annotated[str, AfterValidator(_slurm_time)] = Field(
+        default="24:00:00", description="of one job; a model that takes longer goes on in the next"
+    )
+    ranks_per_node: int = Field(
+        default=8, gt=0, description="as many as a node has GPUs; a larger group takes several nodes"
+    )
+    cpus_per_rank: int | None = Field(default=None, gt=0)
+    gres: SlurmWord | None = Field(default=None, description="of one node, such as gpu:8")
+    exclusive: bool = Field(default=False, description="share no node with any other job")
+    container: SlurmWord | None = Field(default=None, description="image for srun --container-image")
+    mounts: SlurmWord | None = Field(default=None, description="for srun --container-mounts")
+    python: str | None = Field(
+        default=None, description="the interpreter on the nodes; default: the one that submits"
+    )
+    at_a_time: int | None = Field(default=None, gt=0, description="experts that may train side by side")
+    retries: int = Field(
+        default=3, ge=0, description="how often a job that lost a node or a rank is put back into the queue"
+    )
+    signal_seconds: int = Field(
+        default=120,
+        ge=10,
+        lt=65_536,
+        description="before its time is over, a job saves its state and requeues",
+    )
+    options: tuple[Line, ...] = Field(
+        default=(), description="more #SBATCH options, such as --constraint=h100"
+    )
+    setup: tuple[Line, ...] = Field(
+        default=(), description="shell lines before the ranks start: module load ..."
+    )
+
+
+class MpiConfig(Section):
+    """How `run --launcher mpi` calls mpirun."""
+
+    command: tuple[str, ...] = Field(default=("mpirun",), min_length=1, description="mpirun and its options")
+    ranks: int | None = Field(default=None, gt=0, description="default: one for each core of this machine")
+    threads: int = Field(default=1, gt=0, description="CPU threads of one rank")
+
+
+class LaunchConfig(Section):
+    """How groups are started."""
+
+    local: LocalConfig = LocalConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    slurm: SlurmConfig = SlurmConfig()
+    mpi: MpiConfig = MpiConfig()

@@ -1,0 +1,11 @@
+"""Section: what every part of the YAML is built on."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """A part of the YAML: strict, and never changed once it is made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
