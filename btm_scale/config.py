@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from btm_scale.errors import ConfigError
 from btm_scale.launch_config import LaunchConfig
+from btm_scale.model.layout import Layout
 from btm_scale.model.shape import PRESETS, Family, ModelShape
 from btm_scale.run_dir import DENSE, RANDOM_SPLIT, SEED
 from btm_scale.section import Section
@@ -182,19 +183,10 @@ class OptimizerConfig(Section):
         return self.lr * (self.final + (1.0 - self.final) * rest)
 
 
-class GroupConfig(Section):
-    """The layout of an expert group."""
+class GroupConfig(Layout):
+    """The layout of an expert group, and how it goes through a batch."""
 
-    tensor: int = Field(default=1, gt=0, description="ranks that share every weight matrix")
-    data: int = Field(default=1, gt=0, description="ranks that share every batch")
-    zero: Literal[0, 1, 2, 3] = 1
-    precision: Literal["bf16", "fp32"] = "bf16"
     micro_batch: int = Field(default=8, gt=0, description="sequences a rank takes at once, at the most")
-
-    @property
-    def ranks(self) -> int:
-        """Processes of the group."""
-        return self.tensor * self.data
 
 
 class ExpertConfig(Section):
@@ -219,10 +211,21 @@ class BaselinesConfig(Section):
     random_split: bool = False
 
 
+class TemperingConfig(Section):
+    """How evidence moves the tempered posterior: log w <- forgetting x log w + power x log p, mixed with the prior."""
+
+    power: float = Field(gt=0)
+    forgetting: float = Field(default=1.0, gt=0, le=1)
+    share: float = Field(default=0.0, ge=0, lt=1, description="of the prior, mixed in after each token")
+
+
 class EvaluateConfig(Section):
     """What is scored, and how the experts are weighed."""
 
-    posterior: Literal["prefix", "token"] = "prefix"
+    posterior: Literal["prefix", "token", "tempered"] = "prefix"
+    tempering: TemperingConfig | None = Field(
+        default=None, description="of the tempered posterior; default: fitted to each domain's dev text"
+    )
     prior: Literal["cached", "uniform", "updating"] = "cached"
     top_k: tuple[int, ...] = (1, 2, 4)
     split: Literal["dev", "test"] = "test"
@@ -257,9 +260,13 @@ class RunConfig(Section):
                     for name in self.domains if name in self.novel_domains]  # fmt: skip
         problems += [f"experts.{name}: no domain has this name; domains are {', '.join(self.domains)}"
                      for name in self.experts if name not in self.domains]  # fmt: skip
+        shape = self.model.shape(vocabulary=1, positions=self.budget.sequence_length)
+        length = self.budget.sequence_length
+        problems += [f"group: {problem}" for problem in self.group.problems(shape, length)]
         for name in self.experts:
             try:
-                self.expert_group(name)
+                found = self.expert_group(name).problems(shape, length)
+                problems += [f"experts.{name}.group: {problem}" for problem in found]
             except ValidationError as error:
                 problems.append(explain(error, GroupConfig, prefix=f"experts.{name}.group"))
         if self.data.dev + self.data.test >= 1:

@@ -34,6 +34,7 @@ _FREE = (
     "data.workers",
     "evaluate.prior",
     "evaluate.posterior",
+    "evaluate.tempering",
     "evaluate.top_k",
 )
 

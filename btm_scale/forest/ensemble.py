@@ -5,32 +5,43 @@ from __future__ import annotations
 import numpy as np
 
 from btm_scale.config import EvaluateConfig
-from btm_scale.forest.posterior import mixture_log_probs, updating_mixture_log_probs
+from btm_scale.forest.posterior import Mode, Tempering, mixture_log_probs
+from btm_scale.forest.prior import updating_mixture_log_probs
+from btm_scale.forest.stack import Stack
 
 
 def ensemble_methods(
-    log_probs: np.ndarray, block_starts: np.ndarray, cached: np.ndarray, settings: EvaluateConfig
+    forest: Stack, cached: np.ndarray, tempering: Tempering, settings: EvaluateConfig
 ) -> dict[str, np.ndarray]:
     """Log-probabilities [tokens] of every variant, from the experts' [experts, tokens].
 
     `ensemble` has the config's posterior and prior; every other name says what it changes.
-    `cached`: log prior [experts] of dev text.
+    `cached`: log prior [experts] of dev text; `tempering`: for the tempered posterior.
     """
 
-    def mixture(log_prior: np.ndarray | None = cached, **choices: object) -> np.ndarray:
-        return mixture_log_probs(log_probs, block_starts, log_prior=log_prior, **choices)  # type: ignore[arg-type]
+    def mixture(
+        log_prior: np.ndarray | None = cached, mode: Mode = "prefix", top_k: int | None = None
+    ) -> np.ndarray:
+        return mixture_log_probs(
+            forest.log_probs, forest.block_starts, log_prior=log_prior, mode=mode, top_k=top_k,
+            tempering=tempering if mode == "tempered" else None,
+        )  # fmt: skip
 
     if settings.prior == "updating":
-        main = updating_mixture_log_probs(log_probs, block_starts, log_prior=cached)
+        main = updating_mixture_log_probs(
+            forest.log_probs, forest.block_starts, log_prior=cached, mode=settings.posterior,
+            tempering=tempering if settings.posterior == "tempered" else None,
+        )  # fmt: skip
     else:
         main = mixture(cached if settings.prior == "cached" else None, mode=settings.posterior)
     methods = {
         "ensemble": main,
+        "ensemble:tempered": mixture(mode="tempered"),
         "ensemble:uniform-prior": mixture(None),
         "ensemble:token": mixture(mode="token"),
         "ensemble:equal": mixture(None, mode="fixed"),
     }
     for k in settings.top_k:
-        if k <= len(log_probs):
+        if k <= len(forest.log_probs):
             methods[f"ensemble:top{k}"] = mixture(top_k=k)
     return methods

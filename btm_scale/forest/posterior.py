@@ -1,4 +1,4 @@
-"""The domain posterior, its prior, and the mixture that they make of the experts (arXiv 2208.03306, section 2.3).
+"""The domain posterior and the mixture that it makes of the experts (arXiv 2208.03306, section 2.3).
 
 Everything is arithmetic on log-probabilities [experts, tokens], float64 inside: a mixture of text under
 E experts needs only the E numbers that each gave to each token.
@@ -6,16 +6,36 @@ E experts needs only the E numbers that each gave to each token.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 
-Mode = Literal["prefix", "token", "fixed"]
+Mode = Literal["prefix", "token", "tempered", "fixed"]
 Array = np.ndarray
 
-# Weight of the newest posterior in the moving average that becomes the prior (the paper's appendix).
-PRIOR_DECAY = 0.3
+# Numbers that are worked on at once (16 MB of float64): a stream of any length, under any number of experts, fits.
+_AT_ONCE = 2**21
+
+
+@dataclass(frozen=True)
+class Tempering:
+    """How evidence moves the weights in mode `tempered`.
+
+    After each token log w <- forgetting x log w + power x log p, normalised; then a share of the prior is mixed in.
+    Power and forgetting 1 with share 0 are the prefix posterior. A whole prefix is over-confident evidence: the
+    experts' errors on neighbouring tokens are not independent.
+    """
+
+    power: float = 1.0
+    forgetting: float = 1.0
+    share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.power > 0 and 0 < self.forgetting <= 1 and 0 <= self.share < 1):
+            raise ValueError(f"need power > 0, 0 < forgetting <= 1 and 0 <= share < 1, not {self}")
 
 
 def mixture_log_probs(
@@ -25,6 +45,8 @@ def mixture_log_probs(
     log_prior: Array | None = None,
     mode: Mode = "prefix",
     top_k: int | None = None,
+    tempering: Tempering | None = None,
+    top_k_per_token: int | None = None,
 ) -> Array:
     """Log-probability in nats of every token under the mixture, float64 [tokens].
 
@@ -32,75 +54,131 @@ def mixture_log_probs(
 
     - `prefix`: proportional to prior_j x product of p_j over all earlier tokens of the block (the paper's formula);
     - `token`: proportional to prior_j x p_j of the one token before (what the paper's released code computes);
+    - `tempered`: as `tempering` says;
     - `fixed`: the prior itself.
 
-    `log_probs` [experts, tokens] nats; `block_starts` [blocks] the first token of each block, ascending from 0;
-    `log_prior` [experts] nats (default: uniform; normalised here); `top_k`: only so many experts of the largest prior
-    take part (ties go to the first).
+    `log_probs` [experts, tokens] nats; `block_starts` [blocks] the first token of each block, ascending from 0
+    ([0] lets the posterior carry on through all of the text); `log_prior` [experts] nats (default: uniform;
+    normalised here); `top_k`: only so many experts of the largest prior take part (ties go to the first);
+    `top_k_per_token`: only so many of the largest weight before each token.
 
-    Raises ValueError for a log-probability above 0 or NaN, or a prior that weighs nobody.
+    Memory does not grow with experts x tokens. Raises ValueError for a log-probability above 0 or NaN, or a prior that
+    weighs nobody.
     """
-    values = _checked(log_probs)
-    prior = _normalised_prior(log_prior, len(values), top_k)
-    active = np.isfinite(prior)
-    values, prior = values[active], prior[active]
-    result = np.empty(values.shape[1])
-    for begin, end in _blocks(block_starts, values.shape[1]):
-        block = values[:, begin:end]
-        result[begin:end] = _logsumexp(_log_weights(block, prior, mode) + block)
+    if (tempering is not None) != (mode == "tempered"):
+        raise ValueError("the mode 'tempered' takes a tempering, and no other mode does")
+    log_probs = np.asarray(log_probs)
+    prior = _normalised_prior(log_prior, len(log_probs), top_k)
+    active = np.flatnonzero(np.isfinite(prior))
+    prior = prior[active]
+    result = np.empty(log_probs.shape[1])
+    for begin, count, length in _equal_blocks(block_starts, log_probs.shape[1], len(active)):
+        columns = slice(begin, begin + count * length)
+        text = log_probs[:, columns].reshape(len(log_probs), count, length)
+        where = result[columns].reshape(count, length)
+        evidence = _Evidence(prior, count, mode, tempering)
+        step = max(1, _AT_ONCE // (len(active) * count))
+        for first in range(0, length, step):
+            piece = checked(text[active, :, first : first + step])
+            weights = evidence.weights_before(piece)
+            if top_k_per_token is not None and top_k_per_token < len(active):
+                _keep_largest(weights, top_k_per_token)
+            weights += piece
+            where[:, first : first + step] = logsumexp(weights)
     return np.minimum(result, 0.0)
+
+
+class _Evidence:
+    """The running log weights of `count` blocks side by side, [experts, blocks]."""
+
+    def __init__(self, prior: Array, count: int, mode: Mode, tempering: Tempering | None) -> None:
+        self._prior = np.repeat(prior[:, None], count, axis=1)
+        self._state = self._prior
+        self._mode = mode
+        self._tempering = tempering or Tempering()
+
+    def weights_before(self, piece: Array) -> Array:
+        """Normalised log weights before each token of the blocks' next piece [experts, blocks, tokens]."""
+        joint = np.empty_like(piece)
+        if self._mode == "fixed":
+            joint[:] = self._prior[:, :, None]
+        elif self._mode == "token":
+            joint[:, :, 0] = self._state
+            joint[:, :, 1:] = self._prior[:, :, None] + piece[:, :, :-1]
+            self._state = self._prior + piece[:, :, -1]
+        elif self._mode == "prefix":
+            joint[:, :, 0] = self._state
+            np.cumsum(piece[:, :, :-1], axis=2, out=joint[:, :, 1:])
+            joint[:, :, 1:] += self._state[:, :, None]
+            # Only differences count, so the state is kept small: a long stream loses no digits.
+            self._state = _centred(joint[:, :, -1] + piece[:, :, -1])
+        else:
+            self._temper(piece, joint)
+        total = logsumexp(joint)
+        lost = np.isneginf(total)
+        if lost.any():
+            # Where every expert has ruled the text out there is nothing to weigh by but the prior.
+            blocks, tokens = np.nonzero(lost)
+            joint[:, blocks, tokens] = self._prior[:, blocks]
+            total[lost] = 0.0
+        joint -= total
+        return joint
+
+    def _temper(self, piece: Array, joint: Array) -> None:
+        power, forgetting, share = self._tempering.power, self._tempering.forgetting, self._tempering.share
+        state = self._state
+        for token in range(piece.shape[2]):
+            joint[:, :, token] = state
+            state = forgetting * state + power * piece[:, :, token]
+            if share > 0:
+                total = logsumexp(state)
+                state -= np.where(np.isneginf(total), 0.0, total)
+                state = np.logaddexp(np.log1p(-share) + state, np.log(share) + self._prior)
+        self._state = _centred(state)
 
 
 def block_posterior(block: Array, log_prior: Array) -> Array:
     """log p(D=j | the whole block), nats [experts], from log-probabilities [experts, tokens] and a prior [experts]."""
     joint = log_prior + block.sum(axis=1)
-    return joint - _logsumexp(joint)
+    return joint - logsumexp(joint)
 
 
-def cached_prior(log_probs: Array, block_starts: Array) -> Array:
-    """log p(D=j) [experts]: a moving average of the posteriors of successive blocks, started uniform, then frozen.
-
-    Each block's posterior is taken under the prior so far; prior <- 0.7 prior + 0.3 posterior.
-    """
-    values = _checked(log_probs)
-    prior = np.full(len(values), 1.0 / len(values))
-    for begin, end in _blocks(block_starts, values.shape[1]):
-        prior = updated_prior(prior, values[:, begin:end])
-    return _log(prior)
+def blocks_of(starts: Array, tokens: int) -> list[tuple[int, int]]:
+    """(begin, end) of every block. Raises ValueError for starts that don't ascend from 0."""
+    bounds = [*map(int, starts), tokens]
+    if bounds[0] != 0 or any(end <= begin for begin, end in pairwise(bounds)):
+        raise ValueError(f"block starts must ascend from 0 below {tokens}, not {list(starts[:3])}...")
+    return list(pairwise(bounds))
 
 
-def updated_prior(prior: Array, block: Array) -> Array:
-    """The prior [experts] (probabilities) after one more block [experts, tokens]."""
-    posterior = np.exp(block_posterior(block, _log(prior)))
-    return (1.0 - PRIOR_DECAY) * prior + PRIOR_DECAY * posterior
+def checked(log_probs: Array) -> Array:
+    """Log-probabilities as float64. Raises ValueError for one above 0 or NaN."""
+    values = np.asarray(log_probs, dtype=np.float64)
+    # NaN fails every comparison, so this catches it too.
+    if values.size and not values.max() <= 0:
+        raise ValueError("log-probabilities must be at most 0 and never NaN; score the experts again")
+    return values
 
 
-def updating_mixture_log_probs(log_probs: Array, block_starts: Array, *, log_prior: Array) -> Array:
-    """`mixture_log_probs` of the prefix posterior with a prior that goes on moving after every block."""
-    values = _checked(log_probs)
-    prior = np.exp(log_prior)
-    result = np.empty(values.shape[1])
-    for begin, end in _blocks(block_starts, values.shape[1]):
-        block = values[:, begin:end]
-        result[begin:end] = mixture_log_probs(block, np.zeros(1, np.int64), log_prior=_log(prior))
-        prior = updated_prior(prior, block)
-    return result
+def logsumexp(values: Array) -> Array:
+    """Over the first dimension; -inf where all are -inf."""
+    peak = values.max(axis=0)
+    safe = np.where(np.isfinite(peak), peak, 0.0)
+    shifted = values - safe
+    np.exp(shifted, out=shifted)
+    with np.errstate(divide="ignore"):
+        return safe + np.log(shifted.sum(axis=0))
 
 
-def _log_weights(block: Array, log_prior: Array, mode: Mode) -> Array:
-    """Normalised log weights before each token of one block, [experts, tokens]."""
-    evidence = np.zeros_like(block)
-    if mode == "prefix":
-        np.cumsum(block[:, :-1], axis=1, out=evidence[:, 1:])
-    elif mode == "token":
-        evidence[:, 1:] = block[:, :-1]
-    joint = log_prior[:, None] + evidence
-    total = _logsumexp(joint)
-    # Where every expert has ruled the text out there is nothing to weigh by but the prior.
-    lost = np.isneginf(total)
-    joint[:, lost] = log_prior[:, None]
-    total[lost] = _logsumexp(log_prior[:, None])
-    return joint - total
+def _equal_blocks(starts: Array, tokens: int, experts: int) -> Iterator[tuple[int, int, int]]:
+    """(begin, count, length) of neighbouring blocks of one length, as many as are worked on at once."""
+    begin, count, length = 0, 0, 0
+    for first, end in blocks_of(starts, tokens):
+        if count and (end - first != length or experts * (count + 1) * length > _AT_ONCE):
+            yield begin, count, length
+            begin, count = first, 0
+        count, length = count + 1, end - first
+    yield begin, count, length
 
 
 def _normalised_prior(log_prior: Array | None, experts: int, top_k: int | None) -> Array:
@@ -112,31 +190,16 @@ def _normalised_prior(log_prior: Array | None, experts: int, top_k: int | None) 
     if top_k is not None and top_k < experts:
         outside = np.argsort(-prior, kind="stable")[top_k:]
         prior[outside] = -np.inf
-    return prior - _logsumexp(prior)
+    return prior - logsumexp(prior)
 
 
-def _checked(log_probs: Array) -> Array:
-    values = np.asarray(log_probs, dtype=np.float64)
-    if np.isnan(values).any() or (values > 0).any():
-        raise ValueError("log-probabilities must be at most 0 and never NaN; score the experts again")
-    return values
+def _keep_largest(weights: Array, count: int) -> None:
+    """Of log weights [experts, ...], leave the `count` largest of each column, and normalise them again."""
+    outside = np.argsort(-weights, axis=0, kind="stable")[count:]
+    np.put_along_axis(weights, outside, -np.inf, axis=0)
+    weights -= logsumexp(weights)
 
 
-def _blocks(starts: Array, tokens: int) -> list[tuple[int, int]]:
-    bounds = [*map(int, starts), tokens]
-    if bounds[0] != 0 or any(end <= begin for begin, end in pairwise(bounds)):
-        raise ValueError(f"block starts must ascend from 0 below {tokens}, not {list(starts[:3])}...")
-    return list(pairwise(bounds))
-
-
-def _logsumexp(values: Array) -> Array:
-    """Over the first dimension; -inf where all are -inf."""
-    peak = values.max(axis=0)
-    safe = np.where(np.isfinite(peak), peak, 0.0)
-    with np.errstate(divide="ignore"):
-        return safe + np.log(np.exp(values - safe).sum(axis=0))
-
-
-def _log(probabilities: Array) -> Array:
-    with np.errstate(divide="ignore"):
-        return np.log(probabilities)
+def _centred(state: Array) -> Array:
+    peak = state.max(axis=0)
+    return state - np.where(np.isfinite(peak), peak, 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,10 @@ from btm_scale.forest.averages import AVERAGES, average_model, cached_priors
 from btm_scale.forest.ensemble import ensemble_methods
 from btm_scale.forest.expert import read_expert
 from btm_scale.forest.forest import experts
-from btm_scale.forest.posterior import mixture_log_probs
+from btm_scale.forest.posterior import Tempering, mixture_log_probs
 from btm_scale.forest.scoring import Scores, evaluation_text
 from btm_scale.forest.stack import Stack, dev_prior
+from btm_scale.forest.tempering import fitted_tempering
 from btm_scale.run_dir import DENSE, SEED, RunDir
 
 SCHEMA = 1
@@ -53,8 +54,11 @@ def evaluate(config: RunConfig, run: RunDir) -> dict[str, Any]:
         "priors": {
             domain: dict(zip(names, np.exp(prior).tolist(), strict=True)) for domain, prior in priors.items()
         },
+        "tempering": {},
     }
     for domain in config.all_domains:
+        tempering = _tempering(config, run, domain, names, priors[domain])
+        results["tempering"][domain] = asdict(tempering)
         text = evaluation_text(config, run, domain, split)
         measure = _Measure(len(text.targets), text.bytes)
         results["domains"][domain] = {
@@ -62,7 +66,8 @@ def evaluate(config: RunConfig, run: RunDir) -> dict[str, Any]:
             "tokens": measure.tokens,
             "bytes": measure.bytes,
         }
-        for method, log_probs in _log_probs_by_method(config, run, domain, names, priors[domain]).items():
+        methods = _log_probs_by_method(config, run, domain, names, priors[domain], tempering)
+        for method, log_probs in methods.items():
             perplexity, bits = measure.of(log_probs)
             entry = results["methods"].setdefault(method, {"perplexity": {}, "bits_per_byte": {}})
             entry["perplexity"][domain] = perplexity
@@ -87,8 +92,16 @@ def load_results(run: RunDir) -> dict[str, Any]:
     return results
 
 
+def _tempering(config: RunConfig, run: RunDir, domain: str, names: list[str], prior: np.ndarray) -> Tempering:
+    given = config.evaluate.tempering
+    if given is not None:
+        return Tempering(given.power, given.forgetting, given.share)
+    dev = Stack.load(run, names, domain, "dev")
+    return fitted_tempering(dev.log_probs, dev.block_starts, prior)
+
+
 def _log_probs_by_method(
-    config: RunConfig, run: RunDir, domain: str, names: list[str], prior: np.ndarray
+    config: RunConfig, run: RunDir, domain: str, names: list[str], prior: np.ndarray, tempering: Tempering
 ) -> dict[str, np.ndarray]:
     split = config.evaluate.split
     single = {SEED: SEED} | ({DENSE: DENSE} if config.baselines.dense else {})
@@ -98,7 +111,7 @@ def _log_probs_by_method(
         method: Scores.load(run.scores(model, domain, split)).log_probs for method, model in single.items()
     }
     forest = Stack.load(run, names, domain, split)
-    methods |= ensemble_methods(forest.log_probs, forest.block_starts, prior, config.evaluate)
+    methods |= ensemble_methods(forest, prior, tempering, config.evaluate)
     if config.random_split_models:
         control = Stack.load(run, config.random_split_models, domain, split)
         control_prior = dev_prior(run, config.random_split_models, domain)

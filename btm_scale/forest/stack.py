@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from btm_scale.errors import ForestError
-from btm_scale.forest.posterior import cached_prior
+from btm_scale.forest.prior import cached_prior
 from btm_scale.forest.scoring import Scores
 from btm_scale.run_dir import RunDir
 

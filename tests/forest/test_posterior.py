@@ -5,7 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btm_scale.forest.posterior import cached_prior, mixture_log_probs, updating_mixture_log_probs
+from btm_scale.forest import posterior
+from btm_scale.forest.posterior import Mode, Tempering, mixture_log_probs
+from btm_scale.forest.prior import cached_prior, updating_mixture_log_probs
+from btm_scale.forest.tempering import fitted_tempering
 
 
 def by_the_formula(log_probs: np.ndarray, starts: list[int], prior: np.ndarray) -> np.ndarray:
@@ -118,3 +121,94 @@ def test_log_odds_stay_exact_over_a_long_block() -> None:
     exact = log_probs.astype(np.longdouble)
     joint = np.logaddexp(*np.concatenate([np.zeros((2, 1)), np.cumsum(exact, axis=1)], axis=1)) - np.log(2.0)
     np.testing.assert_allclose(found, np.diff(joint).astype(float), atol=1e-6)
+
+
+def tempered_token_by_token(
+    log_probs: np.ndarray, starts: list[int], prior: np.ndarray, tempering: Tempering
+) -> np.ndarray:
+    """Tempering's definition, one token at a time, in probabilities."""
+    result = []
+    for token in range(log_probs.shape[1]):
+        if token in starts:
+            weights = prior
+        probabilities = np.exp(log_probs[:, token])
+        result.append(np.log(weights @ probabilities))
+        weights = weights**tempering.forgetting * probabilities**tempering.power
+        weights = (1 - tempering.share) * weights / weights.sum() + tempering.share * prior
+    return np.array(result)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    experts=st.integers(1, 6),
+    seed=st.integers(0, 10_000),
+    power=st.floats(0.01, 1.5),
+    forgetting=st.floats(0.1, 1.0),
+    share=st.sampled_from([0.0, 0.01, 0.5]),
+)
+def test_tempering_is_what_it_says(
+    experts: int, seed: int, power: float, forgetting: float, share: float
+) -> None:
+    random = np.random.default_rng(seed)
+    log_probs = -random.gamma(1.0, 2.0, (experts, 40))
+    prior = random.dirichlet(np.ones(experts))
+    tempering, starts = Tempering(power, forgetting, share), [0, 10, 20, 33]
+    found = mixture_log_probs(
+        log_probs, np.array(starts), log_prior=np.log(prior), mode="tempered", tempering=tempering
+    )
+    np.testing.assert_allclose(found, tempered_token_by_token(log_probs, starts, prior, tempering), atol=1e-9)
+
+
+def test_tempering_with_full_power_and_memory_is_the_prefix_posterior() -> None:
+    log_probs = -np.random.default_rng(1).gamma(1.0, 2.0, (4, 60))
+    starts = np.array([0, 30])
+    prefix = mixture_log_probs(log_probs, starts)
+    np.testing.assert_allclose(
+        mixture_log_probs(log_probs, starts, mode="tempered", tempering=Tempering()), prefix, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("mode", ["prefix", "token", "tempered", "fixed"])
+def test_working_in_small_pieces_changes_nothing(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    log_probs = -np.random.default_rng(2).gamma(1.0, 2.0, (3, 100))
+    log_probs[1, 40] = -np.inf
+    starts = np.array([0, 20, 40, 60, 93])
+    tempering = Tempering(0.3, 0.9, 0.01) if mode == "tempered" else None
+    whole = mixture_log_probs(log_probs, starts, mode=mode, tempering=tempering)
+    monkeypatch.setattr(posterior, "_AT_ONCE", 21)
+    pieces = mixture_log_probs(log_probs, starts, mode=mode, tempering=tempering)
+    np.testing.assert_allclose(pieces, whole, atol=1e-12)
+
+
+def test_the_share_of_the_prior_brings_a_ruled_out_expert_back() -> None:
+    log_probs = np.log(np.array([[0.5, 0.5, 0.5], [0.0, 0.9, 0.9]]))
+    with_share = mixture_log_probs(
+        log_probs, np.array([0]), mode="tempered", tempering=Tempering(1.0, 1.0, 0.1)
+    )
+    np.testing.assert_allclose(np.exp(with_share[:2]), [0.25, 0.95 * 0.5 + 0.05 * 0.9])
+
+
+def test_top_k_per_token_keeps_the_largest_weights_of_the_moment() -> None:
+    log_probs = np.log(np.array([[0.9, 0.2, 0.3], [0.1, 0.4, 0.6], [0.3, 0.5, 0.1]]))
+    found = np.exp(mixture_log_probs(log_probs, np.array([0]), top_k_per_token=1))
+    # Weights before each token: equal (the first is kept), then 0.9 : 0.1 : 0.3, then 0.18 : 0.04 : 0.15.
+    np.testing.assert_allclose(found, [0.9, 0.2, 0.3])
+
+
+@pytest.mark.parametrize("numbers", [(0.0, 1.0, 0.0), (1.0, 0.0, 0.0), (1.0, 1.1, 0.0), (1.0, 1.0, 1.0)])
+def test_an_impossible_tempering_is_refused(numbers: tuple[float, float, float]) -> None:
+    with pytest.raises(ValueError, match="need power > 0"):
+        Tempering(*numbers)
+
+
+def test_fitting_finds_a_likelier_tempering_than_the_prefix_posterior_where_experts_take_turns() -> None:
+    random = np.random.default_rng(3)
+    log_probs = -random.gamma(1.0, 1.0, (2, 2000)) - 0.5
+    better = np.repeat(random.integers(0, 2, 100), 20)
+    log_probs[better, np.arange(2000)] *= 0.3
+    starts = np.arange(0, 2000, 200)
+    prior = np.log([0.5, 0.5])
+    tempering = fitted_tempering(log_probs, starts, prior)
+    fitted = mixture_log_probs(log_probs, starts, mode="tempered", tempering=tempering)
+    assert tempering.forgetting < 1
+    assert fitted.mean() > mixture_log_probs(log_probs, starts).mean() + 0.1

@@ -1,0 +1,61 @@
+"""The prior p(D=j): uniform, cached from dev text, or updating all along (arXiv 2208.03306, section 2.3)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from btm_scale.forest.posterior import (
+    Mode,
+    Tempering,
+    block_posterior,
+    blocks_of,
+    checked,
+    mixture_log_probs,
+)
+
+Array = np.ndarray
+
+# Weight of the newest posterior in the moving average that becomes the prior (the paper's appendix).
+PRIOR_DECAY = 0.3
+
+
+def cached_prior(log_probs: Array, block_starts: Array) -> Array:
+    """log p(D=j) [experts]: a moving average of the posteriors of successive blocks, started uniform, then frozen.
+
+    Each block's posterior is taken under the prior so far; prior <- 0.7 prior + 0.3 posterior.
+    """
+    prior = np.full(len(log_probs), 1.0 / len(log_probs))
+    for begin, end in blocks_of(block_starts, log_probs.shape[1]):
+        prior = updated_prior(prior, checked(log_probs[:, begin:end]))
+    return _log(prior)
+
+
+def updated_prior(prior: Array, block: Array) -> Array:
+    """The prior [experts] (probabilities) after one more block [experts, tokens]."""
+    posterior = np.exp(block_posterior(block, _log(prior)))
+    return (1.0 - PRIOR_DECAY) * prior + PRIOR_DECAY * posterior
+
+
+def updating_mixture_log_probs(
+    log_probs: Array,
+    block_starts: Array,
+    *,
+    log_prior: Array,
+    mode: Mode = "prefix",
+    tempering: Tempering | None = None,
+) -> Array:
+    """`mixture_log_probs` with a prior that goes on moving after every block."""
+    prior = np.exp(log_prior)
+    result = np.empty(log_probs.shape[1])
+    for begin, end in blocks_of(block_starts, log_probs.shape[1]):
+        block = checked(log_probs[:, begin:end])
+        result[begin:end] = mixture_log_probs(
+            block, np.zeros(1, np.int64), log_prior=_log(prior), mode=mode, tempering=tempering
+        )
+        prior = updated_prior(prior, block)
+    return result
+
+
+def _log(probabilities: Array) -> Array:
+    with np.errstate(divide="ignore"):
+        return np.log(probabilities)
