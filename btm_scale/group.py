@@ -25,7 +25,7 @@ from btm_scale.errors import LaunchError
 
 @dataclass(frozen=True)
 class ExpertGroup:
-    """One world. Make it with `ExpertGroup.join`, once in a process."""
+    """One world. Make it with `ExpertGroup.join`; a process is in one at a time."""
 
     config: GroupConfig
     rank: int
@@ -61,7 +61,8 @@ class ExpertGroup:
         if has_gpu:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", verbose=False)
+        if not dist.is_initialized():
+            deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", verbose=False)
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=config.tensor)
         return cls(config, dist.get_rank(), size, device)
 
@@ -83,7 +84,7 @@ class ExpertGroup:
     @property
     def dtype(self) -> torch.dtype:
         """The type of weights and activations."""
-        return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.config.precision]
 
     @property
     def tensor_group(self) -> dist.ProcessGroup | None:
@@ -104,6 +105,13 @@ class ExpertGroup:
         random.seed(random_seed)
         np.random.seed(random_seed)
         torch.manual_seed(random_seed)
+
+    def rejoin(self, config: GroupConfig) -> ExpertGroup:
+        """The same ranks in another layout of as many; this group is over."""
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        return ExpertGroup.join(config)
 
     def leave(self) -> None:
         """End the world."""

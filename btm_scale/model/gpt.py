@@ -150,9 +150,9 @@ def _sum_partial_gradients(model: torch.nn.Module, group: dist.ProcessGroup) -> 
     """Sum the gradients of norms and biases that each tensor rank has applied to its part of the sequence only."""
 
     def summed(gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient, group=group)
-        return gradient
+        total = gradient.clone()
+        dist.all_reduce(total, group=group)
+        return total
 
     for parameter in model.parameters():
         if getattr(parameter, "sequence_parallel", False):

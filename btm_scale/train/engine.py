@@ -20,6 +20,8 @@ from torch import Tensor
 from btm_scale.config import OptimizerConfig
 from btm_scale.group import ExpertGroup
 from btm_scale.model.gpt import ExpertModel
+from btm_scale.train.accumulate import Float32Sums
+from btm_scale.train.deepspeed_config import deepspeed_config
 from btm_scale.train.job import TrainingJob
 
 # What a parameter's training state consists of; all float32.
@@ -29,10 +31,11 @@ KINDS = (MASTER, FIRST_MOMENT, SECOND_MOMENT)
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step tells: mean loss in nats, and the gradient's norm before clipping."""
+    """What one optimizer step tells."""
 
-    loss: float
-    gradient_norm: float
+    loss: float  # mean, in nats
+    gradient_norm: float  # before clipping
+    applied: bool  # whether the weights changed: in fp16 a step whose scaled gradients overflow is left out
 
 
 class Engine:
@@ -50,7 +53,7 @@ class Engine:
         self.job = job
         adam = torch.optim.AdamW(
             _decayed_and_not(model, optimizer.weight_decay),
-            lr=optimizer.lr,
+            lr=0.0,  # each step sets its own; some of DeepSpeed's optimizers take one when they are made
             betas=optimizer.betas_at(job.batch_share),
             eps=optimizer.eps,
             fused=True,
@@ -58,11 +61,14 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=adam,
-            config=_merged(deepspeed_config(job, optimizer), overrides),
+            config=deepspeed_config(job, optimizer, overrides),
             mpu=group.mpu,
             dist_init_required=False,
         )
         self.model: ExpertModel = self._engine.module
+        self._masters = self._replicated_masters()
+        if self._masters is not None and group.config.precision != "fp32" and job.accumulation > 1:
+            Float32Sums(self.model, self._engine.is_gradient_accumulation_boundary)
         self._make_moments()
 
     @property
@@ -74,22 +80,28 @@ class Engine:
         """Train on this data rank's sequences, [job.sequences / data, length + 1], at learning rate `rate`."""
         for settings in self._engine.optimizer.param_groups:
             settings["lr"] = rate
+        scale = self._scale  # the step may change it
         total = torch.zeros((), device=self.group.device)
         for micro in sequences.to(self.group.device).split(self.job.micro_batch):
             loss = self._engine(micro[:, :-1], micro[:, 1:])
-            self._engine.backward(loss)
+            # Without ZeRO, DeepSpeed divides gradients by the loss scale but leaves it to us to multiply the loss.
+            self._engine.backward(loss if self._masters is None else loss * self._scale)
             self._engine.step()
             total += loss.detach()
         total /= self.job.accumulation
         if self.group.config.data > 1:
             dist.all_reduce(total, group=self.group.mpu.get_data_parallel_group())
             total /= self.group.config.data
-        return StepResult(float(total), float(self._engine.get_global_grad_norm() or 0.0))
+        norm = float(self._engine.get_global_grad_norm() or 0.0)
+        if self._masters is not None:
+            norm /= scale
+        return StepResult(float(total), norm, applied=self._engine.was_step_applied())
 
     def full(self, parameter: torch.nn.Parameter, kind: str) -> Tensor:
         """A parameter's state, float32 and of the parameter's shape on this tensor rank, on every data rank."""
-        if self._is_plain:
-            value = parameter if kind == MASTER else self._base.state[parameter][kind]
+        if self._masters is not None:
+            master = self._masters[parameter]
+            value = master if kind == MASTER else self._base.state[master][kind]
             return value.detach().float()
         if kind == MASTER:
             return safe_get_full_fp32_param(parameter)
@@ -102,10 +114,12 @@ class Engine:
 
     def restore(self, parameter: torch.nn.Parameter, state: Mapping[str, Tensor]) -> None:
         """Set a parameter's whole state; what the model computes with follows the master weights."""
-        if self._is_plain:
-            parameter.data.copy_(state[MASTER].view_as(parameter))
+        if self._masters is not None:
+            master = self._masters[parameter]
+            for tensor in (master, parameter):
+                tensor.data.copy_(state[MASTER].view_as(parameter))
             for kind in (FIRST_MOMENT, SECOND_MOMENT):
-                self._base.state[parameter][kind].copy_(state[kind].view_as(parameter))
+                self._base.state[master][kind].copy_(state[kind].view_as(parameter))
             return
         safe_set_full_fp32_param(parameter, state[MASTER])
         for kind in (FIRST_MOMENT, SECOND_MOMENT):
@@ -125,6 +139,10 @@ class Engine:
     def adam_steps(self, steps: int) -> None:
         for flat in self._flat_parameters():
             self._base.state[flat]["step"].fill_(steps)
+
+    def close(self) -> None:
+        """Let go of the model; DeepSpeed's hooks and the engine hold on to one another."""
+        self._engine.destroy()
 
     def _make_moments(self) -> None:
         """Make the moments that AdamW would only make in its first step, so that a state can be put into them.
@@ -146,9 +164,39 @@ class Engine:
         return getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
 
     @property
-    def _is_plain(self) -> bool:
-        """Whether DeepSpeed uses AdamW as it is: ZeRO 0 in float32."""
-        return self._base is self._engine.optimizer
+    def loss_scale(self) -> dict[str, float]:
+        """The state of fp16's loss scaling; empty where there is none."""
+        scaler = self._scaler
+        return {} if scaler is None else {name: getattr(scaler, name) for name in _scaling(scaler)}
+
+    @loss_scale.setter
+    def loss_scale(self, state: Mapping[str, float]) -> None:
+        if self._scaler is not None:
+            for name in _scaling(self._scaler):
+                if name in state:
+                    setattr(self._scaler, name, state[name])
+
+    @property
+    def _scaler(self) -> Any:
+        """What holds the loss scale; None where the loss isn't scaled."""
+        if self.group.config.precision != "fp16":
+            return None
+        optimizer = self._engine.optimizer
+        return optimizer.loss_scale_config if self._masters is not None else optimizer.loss_scaler
+
+    @property
+    def _scale(self) -> float:
+        return 1.0 if self._scaler is None else float(self._scaler.cur_scale)
+
+    def _replicated_masters(self) -> dict[torch.nn.Parameter, Tensor] | None:
+        """Without ZeRO, each parameter's float32 weights: itself, or DeepSpeed's copy. None with ZeRO."""
+        if self.group.config.zero > 0:
+            return None
+        optimizer = self._engine.optimizer
+        if self._base is optimizer:
+            return {parameter: parameter for parameter in self.model.parameters()}
+        pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+        return {parameter: master for group in pairs for parameter, master in zip(*group, strict=True)}
 
     def _flat_parameters(self) -> Iterator[Tensor]:
         """What AdamW takes for its parameters: under ZeRO, this rank's flat parts of them."""
@@ -160,30 +208,14 @@ class Engine:
                 yield from settings["params"]
 
 
-def deepspeed_config(job: TrainingJob, optimizer: OptimizerConfig) -> dict[str, Any]:
-    """DeepSpeed's config for a job; the run's own `deepspeed` section is merged over it."""
-    return {
-        "train_micro_batch_size_per_gpu": job.micro_batch,
-        "gradient_accumulation_steps": job.accumulation,
-        "gradient_clipping": optimizer.clip,
-        "bf16": {"enabled": job.group.precision == "bf16"},
-        "zero_optimization": {"stage": job.group.zero},
-        "steps_per_print": 2**31,
-    }
-
-
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    result = dict(base)
-    for key, value in over.items():
-        inner = base.get(key)
-        if isinstance(value, Mapping) and isinstance(inner, Mapping):
-            value = _merged(inner, value)
-        result[key] = value
-    return result
-
-
 def _decayed_and_not(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; norms and biases, which have one dimension, don't."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _scaling(scaler: Any) -> list[str]:
+    """The numbers in which a loss scaler remembers its past; DeepSpeed has several kinds."""
+    names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+    return [name for name in names if hasattr(scaler, name)]

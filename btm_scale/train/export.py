@@ -16,6 +16,7 @@ from btm_scale.config import RunConfig
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.forest.expert import Expert, Parent
 from btm_scale.model.huggingface import config_json
+from btm_scale.model.layout import Layout
 from btm_scale.model.weights import huggingface_shapes, huggingface_tensors
 from btm_scale.run_dir import RunDir
 from btm_scale.train.engine import Engine
@@ -58,7 +59,7 @@ def _card(config: RunConfig, run: RunDir, job: TrainingJob, directory: Path) -> 
         parents=(Parent(job.parent, 1.0),) if job.parent else (),
         tokens=job.steps * job.sequences * config.budget.sequence_length,
         steps=job.steps,
-        layout={name: getattr(job.group, name) for name in ("tensor", "data", "zero", "precision")},
+        layout=job.group.model_dump(include=set(Layout.model_fields)),
         data_fingerprint={domain: Fingerprint.load(run, domain).text for domain in job.weights},
         content_hash=content_hash(directory),
     )

@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +39,7 @@ class Position:
     step: int
     adam_steps: int
     random_state: str  # torch's CPU generator, base64
+    loss_scale: dict[str, float] = field(default_factory=dict)  # of fp16
 
 
 def state_path(folder: Path, step: int) -> Path:
@@ -70,7 +71,7 @@ def save_state(engine: Engine, folder: Path, step: int, keep: int) -> None:
     if writer is not None:
         writer.close()
         random_state = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
-        position = Position(step, engine.adam_steps, random_state)
+        position = Position(step, engine.adam_steps, random_state, engine.loss_scale)
         digest = _digest(aside / _TENSORS)
         write_file(aside / _MARKER, json.dumps(asdict(position) | {"sha256": digest}, indent=1))
         publish_directory(aside, final, replace=True)
@@ -92,7 +93,7 @@ def newest_state(folder: Path) -> Path | None:
 def load_state(engine: Engine, path: Path) -> Position:
     """Put a state into an engine of any layout. Raises CheckpointError if the state is of another shape."""
     values = json.loads((path / _MARKER).read_text())
-    position = Position(**{key: values[key] for key in Position.__dataclass_fields__})
+    position = Position(**{key: values[key] for key in Position.__dataclass_fields__ if key in values})
     group, shape, parameters = engine.group, engine.model.shape, engine.parameters
     with SafetensorsModel(path) as tensors:
         expected = {
@@ -106,6 +107,7 @@ def load_state(engine: Engine, path: Path) -> Position:
                 "give the run's own `model`, or another --out"
             )
         engine.adam_steps = position.adam_steps
+        engine.loss_scale = position.loss_scale
         for entry in table(shape):
             state = {}
             for kind in KINDS:

@@ -23,7 +23,14 @@ def train_and_export(group: ExpertGroup, config: RunConfig, run: RunDir, job: Tr
     tokenizer = Tokenizer.load(run.tokenizer)
     shape = config.model.shape(tokenizer.vocab_size, config.budget.sequence_length)
     group.seed(config.random_seed)
-    model = build_model(shape, tensor=job.group.tensor, dtype=group.dtype, on_cpu=group.device.type == "cpu")
+    model = build_model(
+        shape,
+        tensor=job.group.tensor,
+        dtype=group.dtype,
+        on_cpu=group.device.type == "cpu",
+        sequence_parallel=job.group.sequence_parallel,
+        recompute=job.group.recompute,
+    )
     engine = Engine(group, model, job, config.optimizer, config.deepspeed)
     first_step = _begin(engine, run, job)
     batches = TrainingBatches(

@@ -1,0 +1,48 @@
+"""DeepSpeed's config for a job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from btm_scale.config import OptimizerConfig
+from btm_scale.train.job import TrainingJob
+
+
+def deepspeed_config(
+    job: TrainingJob, optimizer: OptimizerConfig, overrides: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the job asks for, and the run's own `deepspeed` section merged over it."""
+    layout = job.group
+    zero: dict[str, Any] = {"stage": layout.zero}
+    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if layout.offload != "none":
+        zero["offload_optimizer"] = host
+    if layout.offload == "all":
+        zero["offload_param"] = host
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": job.micro_batch,
+        "gradient_accumulation_steps": job.accumulation,
+        "gradient_clipping": optimizer.clip,
+        "bf16": {"enabled": layout.precision == "bf16"},
+        "fp16": {"enabled": layout.precision == "fp16"},
+        "zero_optimization": zero,
+        # PyTorch's fused AdamW runs on the host as fast as DeepSpeed's, which would have to be built.
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+    if job.accumulation > 1 and layout.precision != "fp32" and layout.zero > 0:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return _merged(config, overrides)
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        inner = base.get(key)
+        if isinstance(value, Mapping) and isinstance(inner, Mapping):
+            value = _merged(inner, value)
+        result[key] = value
+    return result

@@ -1,0 +1,33 @@
+"""A script in ranks that the real `deepspeed` launcher starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parent
+
+
+def launched(script: Path, ranks: int, spec: Any, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run `script SPEC.json` in so many ranks on CPU, as local groups are started; fails with the end of the log."""
+    file = folder / f"{script.stem}-{ranks}.json"
+    file.write_text(json.dumps(spec))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", os.devnull, "--num_gpus", str(ranks),
+        "--master_addr", "127.0.0.1", "--master_port", str(port), "--no_local_rank", str(script), str(file),
+    ]  # fmt: skip
+    surroundings = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    surroundings["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS / "train"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=surroundings, timeout=900
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    return done

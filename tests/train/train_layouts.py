@@ -1,0 +1,88 @@
+"""Trains one tiny model in many layouts of one number of ranks: `train_layouts.py SPEC.json`, as every rank runs it.
+
+The spec has `layouts` (name: group), `shape`, `steps`, `sequences` and `folder`. For each layout the first rank leaves
+`FOLDER/NAME.safetensors` with `losses` and the weights under Hugging Face names.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from btm_scale.config import GroupConfig, OptimizerConfig
+from btm_scale.group import ExpertGroup
+from btm_scale.model.gpt import build_model
+from btm_scale.model.shape import ModelShape
+from btm_scale.model.weights import huggingface_tensors
+from btm_scale.train.engine import MASTER, Engine
+from btm_scale.train.job import TrainingJob
+
+
+def make_engine(group: ExpertGroup, spec: dict[str, Any]) -> Engine:
+    shape = ModelShape.model_validate(spec["shape"])
+    layout = group.config
+    assert not layout.problems(shape, shape.positions)
+    job = TrainingJob(
+        model="tiny", parent=None, weights={}, part=None, steps=spec["steps"], sequences=spec["sequences"],
+        batch_share=1.0, first_sample=0, samples=spec["sequences"], progress=(0.0, 1.0), group=layout,
+    )  # fmt: skip
+    group.seed(1)
+    model = build_model(
+        shape,
+        tensor=layout.tensor,
+        dtype=group.dtype,
+        on_cpu=group.device.type == "cpu",
+        sequence_parallel=layout.sequence_parallel,
+        recompute=layout.recompute,
+    )
+    return Engine(group, model, job, OptimizerConfig(), spec.get("deepspeed", {}))
+
+
+def batch(group: ExpertGroup, engine: Engine, step: int) -> torch.Tensor:
+    """This data rank's share of the batch of a step: text that can be learnt, so that the loss falls."""
+    generator = torch.Generator().manual_seed(step)
+    shape = engine.model.shape
+    starts = torch.randint(0, shape.vocabulary, (engine.job.sequences, 1), generator=generator)
+    strides = torch.randint(1, 4, (engine.job.sequences, 1), generator=generator)
+    sequences = (starts + strides * torch.arange(shape.positions + 1)) % shape.vocabulary
+    return sequences.chunk(group.config.data)[group.data_rank]
+
+
+def train(engine: Engine, first: int, last: int) -> list[float]:
+    return [engine.step(batch(engine.group, engine, step), 2e-3).loss for step in range(first, last + 1)]
+
+
+def weights(engine: Engine) -> dict[str, torch.Tensor]:
+    parameters = engine.parameters
+    whole = huggingface_tensors(
+        engine.model.shape,
+        lambda entry: engine.full(parameters[entry.megatron], MASTER),
+        engine.group.tensor_group,
+    )
+    return {name: tensor.clone() for name, tensor in whole}
+
+
+def main() -> None:
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    group: ExpertGroup | None = None
+    for name, values in spec["layouts"].items():
+        config = GroupConfig.model_validate(values)
+        group = ExpertGroup.join(config) if group is None else group.rejoin(config)
+        engine = make_engine(group, spec)
+        losses = train(engine, 1, spec["steps"])
+        found = weights(engine) | {"losses": torch.tensor(losses, dtype=torch.float64)}
+        if group.is_first:
+            save_file(found, Path(spec["folder"]) / f"{name}.safetensors")
+            print(name, losses[0], losses[-1], flush=True)
+        engine.close()
+    assert group is not None
+    group.leave()
+
+
+if __name__ == "__main__":
+    main()
