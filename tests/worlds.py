@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import multiprocessing
 import os
@@ -38,8 +40,10 @@ def read_spec() -> Any:
 
 def fork_world(count: int, job: Callable[..., None], *arguments: Any) -> None:
     """In a script: run `job` in `count` ranks that find each other; ends the script when one of them fails."""
-    import deepspeed  # noqa: F401
-    import megatron.core.models.gpt  # noqa: F401
+    for module in ("deepspeed.runtime.zero.muon.muon_optimizer", "megatron.core.models.gpt"):
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # the ranks collect garbage often, and what was imported is none
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

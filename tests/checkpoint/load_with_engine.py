@@ -1,13 +1,15 @@
-"""Loads model states into the real DeepSpeed engine: `python load_with_engine.py SPEC.json`, once a rank."""
+"""Loads model states into the real DeepSpeed engine: `python load_with_engine.py SPEC.json`.
+
+The spec lists folders, each with a model shape and its tensor degree; every rank leaves what it loaded beside them.
+"""
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from worlds import fork_world, read_spec
 
 from btm_scale.config import GroupConfig
 from btm_scale.group import ExpertGroup
@@ -15,14 +17,11 @@ from btm_scale.model.gpt import build_model
 from btm_scale.model.shape import ModelShape
 
 
-def main() -> None:
-    spec = json.loads(Path(sys.argv[1]).read_text())
-    group = ExpertGroup.join(GroupConfig(tensor=spec["tensor"], data=1))
+def load(group: ExpertGroup, folder: str, shape: ModelShape) -> None:
     import deepspeed
 
     group.seed(99)
-    shape = ModelShape(**spec["shape"])
-    model = build_model(shape, tensor=spec["tensor"], dtype=torch.bfloat16, on_cpu=True)
+    model = build_model(shape, tensor=group.config.tensor, dtype=torch.bfloat16, on_cpu=True)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": True},
@@ -36,11 +35,20 @@ def main() -> None:
         mpu=group.mpu,
         dist_init_required=False,
     )
-    engine.load_checkpoint(spec["folder"], load_module_only=True)
+    engine.load_checkpoint(folder, load_module_only=True)
     weights = {name: weight.detach().clone() for name, weight in engine.module.named_parameters()}
-    save_file(weights, f"{spec['folder']}/loaded-{group.tensor_rank}.safetensors")
+    save_file(weights, f"{folder}/loaded-{group.tensor_rank}.safetensors")
+    engine.destroy()
+
+
+def rank(tensor: int, jobs: list[dict[str, Any]]) -> None:
+    group = ExpertGroup.join(GroupConfig(tensor=tensor, data=1))
+    for job in jobs:
+        load(group, job["folder"], ModelShape(**job["shape"]))
     group.leave()
 
 
 if __name__ == "__main__":
-    main()
+    spec = read_spec()
+    for tensor in sorted({job["tensor"] for job in spec}):
+        fork_world(tensor, rank, tensor, [job for job in spec if job["tensor"] == tensor])

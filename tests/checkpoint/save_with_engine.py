@@ -1,17 +1,19 @@
-"""Saves checkpoints with the real DeepSpeed engine: `python save_with_engine.py SPEC.json`, once a rank.
+"""Saves checkpoints with the real DeepSpeed engine: `python save_with_engine.py SPEC.json`.
 
-The spec lists variants, each with a folder, a model shape and a ZeRO stage. Beside every checkpoint the ranks
-of the first replica leave the engine's own full weights, and the first rank some hidden states.
+The spec lists worlds, each with a layout and variants: a folder, a model shape and a ZeRO stage. Beside every
+checkpoint the ranks of the first replica leave the engine's own full weights, and what Megatron-core computes
+from them in float32.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
+from worlds import fork_world, read_spec
 
 from btm_scale.config import GroupConfig
 from btm_scale.group import ExpertGroup
@@ -21,17 +23,18 @@ from btm_scale.model.shape import ModelShape
 
 def save(group: ExpertGroup, folder: Path, shape: ModelShape, stage: int) -> None:
     import deepspeed
-    import torch.distributed as dist
     from deepspeed.utils import safe_get_full_fp32_param
 
     group.seed(3)
-    model = build_model(shape, tensor=group.config.tensor, dtype=torch.bfloat16, on_cpu=True)
+    tensor = group.config.tensor
+    model = build_model(shape, tensor=tensor, dtype=torch.bfloat16, on_cpu=True)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": stage},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
         "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
     }
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -44,31 +47,35 @@ def save(group: ExpertGroup, folder: Path, shape: ModelShape, stage: int) -> Non
     tokens = torch.randint(0, shape.vocabulary, (group.config.data, 9), generator=draw)
     mine = tokens[group.data_rank : group.data_rank + 1]
     for _ in range(2):
-        loss = engine(mine[:, :-1], mine[:, 1:])
-        engine.backward(loss)
+        engine.backward(engine(mine[:, :-1], mine[:, 1:]))
         engine.step()
     engine.save_checkpoint(str(folder))
-    hidden = engine(tokens[:, :-1])
-    weights = {
-        name: safe_get_full_fp32_param(p) if stage else p for name, p in engine.module.named_parameters()
-    }
-    weights = {name: tensor.detach().clone() for name, tensor in weights.items() if tensor is not None}
+    weights: dict[str, torch.Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        whole = safe_get_full_fp32_param(parameter) if stage else parameter
+        assert whole is not None
+        weights[name] = whole.detach().clone()
     if group.data_rank == 0:
         save_file(weights, folder / f"engine-{group.tensor_rank}.safetensors")
-    if group.is_first:
-        save_file({"tokens": tokens[:, :-1].contiguous(), "hidden": hidden.detach().float().contiguous()},
-                  folder / "hidden.safetensors")  # fmt: skip
-    dist.barrier()
     engine.destroy()
+    exact = build_model(shape, tensor=tensor, dtype=torch.float32, on_cpu=True)
+    exact.load_state_dict(weights, strict=False)
+    with torch.no_grad():
+        part = exact(tokens) @ exact.head.T
+    parts = [torch.empty_like(part) for _ in range(tensor)]
+    dist.all_gather(parts, part.contiguous(), group=group.mpu.get_tensor_model_parallel_group())
+    if group.is_first:
+        logits = torch.cat(parts, dim=-1)[..., : shape.vocabulary].contiguous()
+        save_file({"tokens": tokens, "logits": logits}, folder / "logits.safetensors")
 
 
-def main() -> None:
-    spec = json.loads(Path(sys.argv[1]).read_text())
-    group = ExpertGroup.join(GroupConfig(tensor=spec["tensor"], data=spec["data"]))
-    for variant in spec["variants"]:
+def rank(tensor: int, data: int, variants: list[dict[str, Any]]) -> None:
+    group = ExpertGroup.join(GroupConfig(tensor=tensor, data=data))
+    for variant in variants:
         save(group, Path(variant["folder"]), ModelShape(**variant["shape"]), variant["stage"])
     group.leave()
 
 
 if __name__ == "__main__":
-    main()
+    for world in read_spec():
+        fork_world(world["tensor"] * world["data"], rank, *world.values())

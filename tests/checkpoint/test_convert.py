@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
 from safetensors.torch import load_file
+from worlds import run_script
 
 from btm_scale.checkpoint.convert import convert, verify_equal
 from btm_scale.checkpoint.formats import open_model
@@ -26,22 +26,34 @@ GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 40, "n_positions": 1
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama-tied": LLAMA | {"model_type": "llama", "tie_word_embeddings": True},
     "llama-untied": LLAMA | {"model_type": "llama", "tie_word_embeddings": False},
+    "mistral": LLAMA | {"model_type": "mistral", "head_dim": 12},
+    "qwen2": LLAMA | {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": LLAMA | {"model_type": "qwen3", "head_dim": 16},
     "gpt2": GPT2 | {"model_type": "gpt2"},
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that transformers made and saved."""
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models that transformers made and saved."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = dict(FAMILIES[request.param])
-    torch.manual_seed(5)
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    folder = tmp_path_factory.mktemp(request.param)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    (folder / "tokenizer.json").write_text("{}")
-    return folder
+    folders = {}
+    for family, settings in FAMILIES.items():
+        torch.manual_seed(5)
+        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.bfloat16)
+        with torch.no_grad():
+            for parameter in made.parameters():  # else biases are zeros and norms ones
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        folders[family] = folder = tmp_path_factory.mktemp(family)
+        made.save_pretrained(folder)
+        (folder / "tokenizer.json").write_text("{}")
+    return folders
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request: pytest.FixtureRequest, models: dict[str, Path]) -> Path:
+    return models[request.param]
 
 
 @pytest.mark.parametrize("to", ["megatron", "deepspeed"])
@@ -95,7 +107,7 @@ def test_what_cannot_be_converted_is_told_and_leaves_nothing(model: Path, tmp_pa
 def test_a_model_is_described_from_its_headers(model: Path) -> None:
     described = inspect(model)
     assert described.format == "safetensors"
-    assert described.family in ("llama", "gpt2")
+    assert described.family in ("llama", "mistral", "qwen2", "qwen3", "gpt2")
     assert described.dtypes == {"bfloat16": described.parameters}
     assert described.step is None
     with open_model(model) as reader:
@@ -104,18 +116,20 @@ def test_a_model_is_described_from_its_headers(model: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tensor", [1, 2])
-def test_the_engine_loads_the_model_states_that_we_write(model: Path, tmp_path: Path, tensor: int) -> None:
-    convert(model, tmp_path / "states", to="deepspeed", tensor=tensor)
-    shape = find_shape(model)
-    spec = tmp_path / "spec.json"
-    content = {"tensor": tensor, "folder": str(tmp_path / "states"), "shape": shape.model_dump()}
-    spec.write_text(json.dumps(content))
-    run_ranks(Path(__file__).with_name("load_with_engine.py"), spec, tensor)
-    rows = -(-shape.vocabulary // tensor) * tensor
-    with open_model(model) as reader:
-        for rank in range(tensor):
-            loaded = load_file(tmp_path / "states" / f"loaded-{rank}.safetensors")
-            for entry in table(shape):
-                expected = cut(entry, from_huggingface(entry, reader.read, shape, rows), tensor)[rank]
-                assert loaded[entry.megatron].equal(expected), entry.megatron
+def test_the_engine_loads_the_model_states_that_we_write(models: dict[str, Path], tmp_path: Path) -> None:
+    spec = []
+    for family, folder in models.items():
+        for tensor in (1, 2):
+            states = tmp_path / f"{family}-{tensor}"
+            convert(folder, states, to="deepspeed", tensor=tensor)
+            spec.append({"tensor": tensor, "folder": str(states), "shape": find_shape(folder).model_dump()})
+    run_script(Path(__file__).with_name("load_with_engine.py"), spec, tmp_path)
+    for family, folder in models.items():
+        shape = find_shape(folder)
+        with open_model(folder) as reader:
+            for tensor, rank in ((1, 0), (2, 0), (2, 1)):
+                loaded = load_file(tmp_path / f"{family}-{tensor}/loaded-{rank}.safetensors")
+                rows = -(-shape.vocabulary // tensor) * tensor
+                for entry in table(shape):
+                    expected = cut(entry, from_huggingface(entry, reader.read, shape, rows), tensor)[rank]
+                    assert loaded[entry.megatron].equal(expected), f"{family}: {entry.megatron}"

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import run_ranks
 from safetensors.torch import load_file
+from worlds import run_script
 
 from btm_scale.checkpoint.formats import open_model
 from btm_scale.checkpoint.hashing import content_hash
@@ -25,44 +25,40 @@ SHAPES: dict[str, dict[str, Any]] = {
     "untied": SIZES | {"tied": False},
     "tied": SIZES | {"groups": 4, "vocabulary": 64},
     "gpt2": SIZES | {"groups": 4, "family": "gpt2"},
+    "biases": SIZES | {"family": "qwen2"},
+    "head-norms": SIZES | {"family": "qwen3", "head_size": 12},
 }
 
 
-def megatron(root: Path, tensor: int, verb: str, names: dict[str, str], seed: int) -> None:
-    """Let Megatron-core save or load a folder for every shape; each rank leaves its weights beside it."""
-    jobs = [
-        {
-            "verb": verb,
-            "seed": seed,
-            "folder": str(root / folder),
-            "out": str(root / f"{folder}-{verb}-{tensor}"),
-            "shape": SHAPES[shape],
-        }
-        for shape, folder in names.items()
-    ]
-    for folder in names.values():
-        (root / folder).mkdir(exist_ok=True)
-    spec = root / f"{verb}-{tensor}.json"
-    spec.write_text(json.dumps({"tensor": tensor, "jobs": jobs}))
-    run_ranks(SCRIPT, spec, tensor)
+def megatron(root: Path, verb: str, folders: dict[int, dict[str, str]], seed: int) -> None:
+    """Let Megatron-core save or load a folder for every tensor degree and shape, and leave its weights beside it."""
+    spec: dict[int, list[dict[str, Any]]] = {}
+    for tensor, names in folders.items():
+        spec[tensor] = []
+        for shape, folder in names.items():
+            (root / folder).mkdir(exist_ok=True)
+            job = {"verb": verb, "seed": seed + tensor, "folder": str(root / folder), "shape": SHAPES[shape]}
+            spec[tensor].append(job | {"out": str(root / f"{folder}-{verb}-{tensor}")})
+    run_script(SCRIPT, spec, root)
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`NAME-saved-T` by Megatron-core at tensor T, `NAME-merged-T` read from it, `NAME-written` by us."""
     root = tmp_path_factory.mktemp("torch_dist")
-    for tensor in (1, 2):
-        megatron(root, tensor, "save", {name: f"{name}-saved-{tensor}" for name in SHAPES}, seed=tensor)
-        for name, sizes in SHAPES.items():
-            saved, shape = root / f"{name}-saved-{tensor}", ModelShape(**sizes)
-            config = config_json(shape, dtype="bfloat16", end_of_text=None)
-            (saved / "config.json").write_text(json.dumps(config))
-            merge(root / f"{name}-merged-{tensor}", [(saved, 1.0)])
+    degrees = (1, 2)
+    saved = {tensor: {name: f"{name}-saved-{tensor}" for name in SHAPES} for tensor in degrees}
+    megatron(root, "save", saved, seed=0)
     for name, sizes in SHAPES.items():
+        config = config_json(ModelShape(**sizes), dtype="bfloat16", end_of_text=None)
+        for tensor in degrees:
+            (root / saved[tensor][name] / "config.json").write_text(json.dumps(config))
+            merge(root / f"{name}-merged-{tensor}", [(root / saved[tensor][name], 1.0)])
         with open_model(root / f"{name}-merged-1") as model:
             write_torch_dist(root / f"{name}-written", model, ModelShape(**sizes), tensor=2)
-    for tensor in (1, 2):
-        megatron(root, tensor, "load", {name: f"{name}-written" for name in SHAPES}, seed=77)
+    megatron(
+        root, "load", {tensor: {name: f"{name}-written" for name in SHAPES} for tensor in degrees}, seed=77
+    )
     return root
 
 

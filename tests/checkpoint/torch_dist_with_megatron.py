@@ -1,18 +1,16 @@
 """Saves or loads torch_dist checkpoints with Megatron-core: `python torch_dist_with_megatron.py SPEC.json`.
 
-The spec has `tensor` and a list of `save` and `load` jobs with a folder and a model shape; after each, every
+The spec has, by tensor degree, a list of `save` and `load` jobs with a folder and a model shape; after each, every
 rank leaves its own weights in `OUT-RANK.safetensors`.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from worlds import fork_world, read_spec
 
 from btm_scale.config import GroupConfig
 from btm_scale.group import ExpertGroup
@@ -35,13 +33,13 @@ def run(group: ExpertGroup, job: dict[str, Any]) -> None:
     save_file(weights, f"{job['out']}-{group.tensor_rank}.safetensors")
 
 
-def main() -> None:
-    spec = json.loads(Path(sys.argv[1]).read_text())
-    group = ExpertGroup.join(GroupConfig(tensor=spec["tensor"], data=1))
-    for job in spec["jobs"]:
+def rank(tensor: int, jobs: list[dict[str, Any]]) -> None:
+    group = ExpertGroup.join(GroupConfig(tensor=tensor, data=1))
+    for job in jobs:
         run(group, job)
     group.leave()
 
 
 if __name__ == "__main__":
-    main()
+    for tensor, jobs in read_spec().items():
+        fork_world(int(tensor), rank, int(tensor), jobs)
