@@ -54,6 +54,10 @@ def demo(options: argparse.Namespace) -> Answer:
 def run(options: argparse.Namespace) -> Answer:
     """Run every stage of a config that isn't done."""
     config, run_dir = _config_and_run(options)
+    if options.launcher == "slurm":
+        from btm_scale.slurm_run import submit_run
+
+        return _show_lines(options, submit_run(config, run_dir, dry_run=options.dry_run, say=_say))
     if options.dry_run:
         from btm_scale.pipeline import dry_run
 
@@ -75,7 +79,7 @@ def prepare(options: argparse.Namespace) -> Answer:
 def train(options: argparse.Namespace) -> Answer:
     """Train, export and score one model."""
     config, run_dir = _config_and_run(options)
-    if _is_rank():
+    if _is_rank(options):
         from btm_scale.train.worker import train_as_rank
 
         train_as_rank(config, run_dir, options.model)
@@ -91,14 +95,17 @@ def train(options: argparse.Namespace) -> Answer:
 
 def status(options: argparse.Namespace) -> Answer:
     """Show how far every model of a run is."""
-    from btm_scale.pipeline import status as run_status
     from btm_scale.report.live import print_progress, progress_as_json
+    from btm_scale.status import failures, run_status
 
     config, run_dir = _open(options)
     rows = run_status(config, run_dir)
+    failed = failures(rows, run_dir)
     if not options.json:
         print_progress(rows)
-    return progress_as_json(rows)
+        for model, failure in failed.items():
+            print(f"\n{model} failed: {failure}")
+    return progress_as_json(rows) | {"failures": {model: str(failure) for model, failure in failed.items()}}
 
 
 def forest_list(options: argparse.Namespace) -> Answer:
@@ -117,7 +124,7 @@ def forest_list(options: argparse.Namespace) -> Answer:
 def score(options: argparse.Namespace) -> Answer:
     """Score models on every domain that they lack."""
     config, run_dir = _open(options)
-    if _is_rank():
+    if _is_rank(options):
         from btm_scale.train.worker import score_as_rank
 
         score_as_rank(config, run_dir, options.model)
@@ -130,10 +137,11 @@ def score(options: argparse.Namespace) -> Answer:
 def evaluate(options: argparse.Namespace) -> Answer:
     """Average, score the averages, and work out every method's perplexity."""
     from btm_scale.forest.results import evaluate as evaluate_run
+    from btm_scale.launchers import launcher_named
     from btm_scale.pipeline import score_averages
 
     config, run_dir = _open(options)
-    score_averages(config, run_dir)
+    score_averages(config, run_dir, launcher_named(options.launcher, config))
     results = evaluate_run(config, run_dir)
     _print_results(options, results)
     return results
@@ -259,7 +267,11 @@ def _setting(text: str) -> tuple[str, float]:
         raise UserError(f"--parameter {text}: expected NAME=NUMBER, such as density=0.5") from None
 
 
-def _is_rank() -> bool:
+def _is_rank(options: argparse.Namespace) -> bool:
+    if options.launcher == "slurm":
+        from btm_scale.launch.ranks import become_slurm_rank
+
+        become_slurm_rank(os.environ)
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 

@@ -64,6 +64,10 @@ def _takes_overrides(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return made
 
 
+def _takes_launcher(made: argparse.ArgumentParser, choices: list[str], text: str) -> None:
+    made.add_argument("--launcher", choices=choices, default="local", help=text)
+
+
 def _takes_run(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
     made.add_argument("run", type=Path, help="the run's folder")
     return made
@@ -72,11 +76,16 @@ def _takes_run(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def _pipeline_verbs(verbs: _Verbs) -> None:
     _takes_overrides(verbs.add("demo", "the whole pipeline on text that every installation has"))
     made = _takes_config(verbs.add("run", "every stage of a config that isn't done, from text to page"))
-    made.add_argument("--launcher", choices=["local"], default="local", help="how groups are started")
-    made.add_argument("--dry-run", action="store_true", help="check the config and say what would be done")
+    _takes_launcher(made, ["local", "slurm"], "how groups are started")
+    made.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the config and say what would be done; slurm: write the scripts",
+    )
     _takes_config(verbs.add("prepare", "tokenizer and token files"))
     made = _takes_config(verbs.add("train", "one model, by one group: train, export, score"))
     made.add_argument("--model", required=True, metavar="seed|dense|EXPERT", help="which model")
+    _takes_launcher(made, ["local", "slurm"], "slurm: this process is a rank that srun has started")
     _takes_run(verbs.add("status", "how far every model of a run is"))
 
 
@@ -85,7 +94,9 @@ def _forest_verbs(verbs: _Verbs) -> None:
     _takes_run(verbs.add("forest list", "every expert, with parents, domains and tokens"))
     made = _takes_run(verbs.add("score", "per-token log-probabilities of every model that lacks them"))
     made.add_argument("--model", action="append", default=[], help="only this model; may be given often")
-    _takes_run(verbs.add("evaluate", "every method's perplexity, from the scores"))
+    _takes_launcher(made, ["local", "slurm"], "slurm: this process is a rank that srun has started")
+    made = _takes_run(verbs.add("evaluate", "every method's perplexity, from the scores"))
+    _takes_launcher(made, ["local", "slurm"], "how averages are scored; slurm: by srun, in this job")
     _takes_run(verbs.add("report", "tables, plots, one HTML page"))
 
 

@@ -16,13 +16,14 @@ from btm_scale.data.prepare import prepare, require_text
 from btm_scale.errors import ConfigError
 from btm_scale.forest.averages import average_texts, write_averages
 from btm_scale.forest.expert import is_finished, read_expert
+from btm_scale.forest.forest import experts
 from btm_scale.forest.results import evaluate
 from btm_scale.forest.scoring import all_texts, missing_scores
-from btm_scale.launch.local import GroupCommand, run_groups
-from btm_scale.process import ModelLock
+from btm_scale.launch.local import LocalPool
+from btm_scale.launch.supervise import GroupCommand, OnPoll, run_groups_in
 from btm_scale.report.page import write_page
 from btm_scale.report.progress import ModelProgress, read_progress
-from btm_scale.run_dir import SEED, RunDir
+from btm_scale.run_dir import DENSE, SEED, RunDir
 from btm_scale.train.job import model_names, training_job
 from btm_scale.train.metrics import read_metrics
 
@@ -40,6 +41,8 @@ _FREE = (
 
 Progress = Callable[[Sequence[ModelProgress]], None]
 Say = Callable[[str], None]
+# Runs groups, as many side by side as there is room for; see launch.supervise.run_groups_in.
+Launcher = Callable[[Sequence[GroupCommand], OnPoll], None]
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def open_run(config: RunConfig, run: RunDir) -> None:
         differing = [
             line
             for path, line in _differences(existing.model_dump(mode="json"), config.model_dump(mode="json"))
-            if not path.startswith(_FREE)
+            if not path.startswith((*_FREE, *_additions(existing, config)))
         ]
         if differing:
             raise ConfigError(
@@ -72,32 +75,56 @@ def open_run(config: RunConfig, run: RunDir) -> None:
     config.save(run.config)
 
 
-def run_all(config: RunConfig, run: RunDir, *, on_progress: Progress, say: Say) -> dict[str, Any]:
-    """Every stage that isn't done, from text to page; returns the results."""
+def run_all(
+    config: RunConfig, run: RunDir, *, on_progress: Progress, say: Say, launcher: Launcher | None = None
+) -> dict[str, Any]:
+    """Every stage that isn't done, from text to page; returns the results. Groups run on this machine by default."""
     open_run(config, run)
     say("text -> token files")
     prepare(config, run)
-    for stage in training_stages(config):
-        todo = [model for model in stage if not _is_done(config, run, model)]
+    for number, stage in enumerate(training_stages(config)):
+        if number > 1:
+            # Those of the forest that no stage trains are asked for their opinion of the new domains too.
+            score_models(config, run, added_experts(config, run), launcher)
+        todo = [model for model in stage if not is_done(config, run, model)]
         if todo:
             say(f"training {', '.join(todo)}")
-        run_training(config, run, stage, on_progress=on_progress)
+        run_training(config, run, stage, on_progress=on_progress, launcher=launcher)
     say("averaging and scoring")
-    score_averages(config, run)
+    score_models(config, run, added_experts(config, run), launcher)
+    score_averages(config, run, launcher)
     results = evaluate(config, run)
     report(config, run, results)
     return results
 
 
 def training_stages(config: RunConfig) -> list[list[str]]:
-    """The models to train, those that may run side by side together; in a stage, the longest first."""
-    branches = [model for model in model_names(config) if model != SEED]
+    """The models to train, those that may run side by side together; in a stage, the longest first.
+
+    An expert stands in the stage after the last of its parents; one that chooses its parents, after all before it.
+    """
+    stage_of = {SEED: 0}
+    for model in model_names(config):
+        branch = training_job(config, model).branch
+        if branch is None:
+            continue
+        if branch.parents == "seed":
+            parents = [SEED]
+        elif isinstance(branch.parents, dict):
+            parents = list(branch.parents)
+        else:
+            parents = [name for name in stage_of if name != DENSE]
+        # A parent that this run doesn't train was added to the forest as it is.
+        stage_of[model] = 1 + max(stage_of.get(parent, 0) for parent in parents)
+    stages: list[list[str]] = [[] for _ in range(1 + max(stage_of.values()))]
+    for model, stage in stage_of.items():
+        stages[stage].append(model)
 
     def work(model: str) -> int:
         job = training_job(config, model)
         return job.steps * job.sequences
 
-    return [[SEED], sorted(branches, key=work, reverse=True)]
+    return [sorted(stage, key=work, reverse=True) for stage in stages]
 
 
 def placement(config: RunConfig, models: Sequence[str]) -> Placement:
@@ -109,28 +136,38 @@ def placement(config: RunConfig, models: Sequence[str]) -> Placement:
     return Placement(slots, max(1, cores // (slots * ranks)))
 
 
-def run_training(config: RunConfig, run: RunDir, models: Sequence[str], *, on_progress: Progress) -> None:
+def training_commands(config: RunConfig, run: RunDir, models: Sequence[str]) -> list[GroupCommand]:
+    """A group for each of the models that lack anything of it, in the order given."""
+    commands = []
+    for model in models:
+        if not is_done(config, run, model):
+            group = training_job(config, model).group
+            arguments = ("train", str(run.config), "--model", model, "--out", str(run.root))
+            commands.append(GroupCommand(model, group.ranks, arguments, run.log(model), group.tensor))
+    return commands
+
+
+def run_training(
+    config: RunConfig,
+    run: RunDir,
+    models: Sequence[str],
+    *,
+    on_progress: Progress,
+    launcher: Launcher | None = None,
+) -> None:
     """Train, export and score the models that lack anything of it."""
-    place = placement(config, models)
-    todo = [model for model in models if not _is_done(config, run, model)]
-    commands = [
-        GroupCommand(
-            name=model,
-            ranks=training_job(config, model).group.ranks,
-            arguments=("train", str(run.config), "--model", model, "--out", str(run.root)),
-            log=run.log(model),
-        )
-        for model in todo
-    ]
+    launcher = launcher or _local(placement(config, models))
+    commands = training_commands(config, run, models)
+    todo = [command.name for command in commands]
     done = {model: "done" for model in models if model not in todo}
 
     def poll(states: dict[str, str]) -> None:
         on_progress(progress(config, run, done | states))
 
     try:
-        run_groups(commands, slots=place.slots, threads=place.threads, on_poll=poll)
+        launcher(commands, poll)
     finally:
-        on_progress(progress(config, run, {model: "done" if _is_done(config, run, model) else "failed"
+        on_progress(progress(config, run, {model: "done" if is_done(config, run, model) else "failed"
                                            for model in models}))  # fmt: skip
 
 
@@ -143,25 +180,35 @@ def progress(config: RunConfig, run: RunDir, states: dict[str, str]) -> list[Mod
     ]
 
 
-def score_models(config: RunConfig, run: RunDir, models: Sequence[str]) -> list[str]:
+def score_models(
+    config: RunConfig, run: RunDir, models: Sequence[str], launcher: Launcher | None = None
+) -> list[str]:
     """Score those of the models (default: every finished one) that lack scores; returns their names."""
     for model in models:
         read_expert(run.model(model))
     averages = average_texts(config)
-    names = models or [name for name in [*model_names(config), *averages] if is_finished(run.model(name))]
+    known = [*model_names(config), *added_experts(config, run), *averages]
+    names = models or [name for name in known if is_finished(run.model(name))]
     todo = [
         name for name in names if missing_scores(config, run, name, averages.get(name) or all_texts(config))
     ]
     if todo:
         arguments = ("score", str(run.root), *(part for name in todo for part in ("--model", name)))
-        command = GroupCommand("score", config.group.ranks, arguments, run.log("score"))
-        run_groups([command], slots=1, threads=placement(config, [SEED]).threads)
+        group = config.group
+        command = GroupCommand("score", group.ranks, arguments, run.log("score"), group.tensor)
+        launcher = launcher or _local(placement(config, [SEED]))
+        launcher([command], lambda states: None)
     return todo
 
 
-def score_averages(config: RunConfig, run: RunDir) -> None:
+def added_experts(config: RunConfig, run: RunDir) -> list[str]:
+    """The experts of the forest that this run's config doesn't train."""
+    return [name for name in experts(run) if name not in config.expert_domains]
+
+
+def score_averages(config: RunConfig, run: RunDir, launcher: Launcher | None = None) -> None:
     """Merge the averages, and score each on the domains that it serves."""
-    score_models(config, run, write_averages(config, run))
+    score_models(config, run, write_averages(config, run), launcher)
 
 
 def report(config: RunConfig, run: RunDir, results: dict[str, Any]) -> None:
@@ -180,7 +227,7 @@ def dry_run(config: RunConfig, run: RunDir) -> dict[str, Any]:
             job = training_job(config, model)
             group = job.group
             jobs[model] = {
-                "parent": job.parent,
+                "parents": job.branch.parents if job.branch is not None else None,
                 "steps": job.steps,
                 "batch": f"{job.sequences} x {config.budget.sequence_length} tokens",
                 "layout": f"tensor {group.tensor} x data {group.data}, ZeRO {group.zero}, {group.precision}",
@@ -210,19 +257,22 @@ def data_summary(config: RunConfig, run: RunDir) -> dict[str, Any]:
     return {"data": str(run.data), "domains": summary}
 
 
-def status(config: RunConfig, run: RunDir) -> list[ModelProgress]:
-    """How far each model is, from the run's files alone."""
-    states = {}
-    for model in model_names(config):
-        if _is_done(config, run, model):
-            states[model] = "done"
-        else:
-            states[model] = "running" if ModelLock.is_held(run.train(model)) else "waiting"
-    return progress(config, run, states)
-
-
-def _is_done(config: RunConfig, run: RunDir, model: str) -> bool:
+def is_done(config: RunConfig, run: RunDir, model: str) -> bool:
+    """Whether a model is trained, exported and scored."""
     return is_finished(run.model(model)) and not missing_scores(config, run, model, all_texts(config))
+
+
+def _local(place: Placement) -> Launcher:
+    def run_here(commands: Sequence[GroupCommand], on_poll: OnPoll) -> None:
+        run_groups_in(LocalPool(place.slots, place.threads), commands, on_poll)
+
+    return run_here
+
+
+def _additions(existing: RunConfig, config: RunConfig) -> list[str]:
+    """Paths in the YAML of the domains that only one of two configs adds to the forest: nothing else depends on them."""
+    names = existing.added_domains.keys() ^ config.added_domains.keys()
+    return [f"{section}.{name}" for name in sorted(names) for section in ("added_domains", "experts")]
 
 
 def _differences(one: Any, other: Any, path: str = "") -> list[tuple[str, str]]:

@@ -3,35 +3,65 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-from btm_scale.errors import GroupFailed, LaunchError
+from btm_scale.launch.supervise import GroupCommand, OnPoll, Start, run_groups_in
+
 from btm_scale.process import SUPERVISOR
 
-_POLL_SECONDS = 0.2
-_TERM_SECONDS = 10.0
+__all__ = ["GroupCommand", "LocalPool", "free_port", "run_groups"]
 
 
-@dataclass(frozen=True)
-class GroupCommand:
-    """One group to start: its name, its ranks, what every rank runs, and where its output goes."""
+class LocalPool:
+    """This machine: `slots` groups at a time, with `threads` threads a rank."""
 
-    name: str
-    ranks: int
-    arguments: tuple[str, ...]  # of btm-scale
-    log: Path
+    def __init__(self, slots: int, threads: int) -> None:
+        self._slots = slots
+        self._threads = threads
+        self._running: set[str] = set()
+
+    def take(self, command: GroupCommand) -> Start | None:
+        """A `deepspeed` launcher, if fewer than `slots` groups run."""
+        if len(self._running) >= self._slots:
+            return None
+        self._running.add(command.name)
+        environment = {"OMP_NUM_THREADS": str(self._threads), SUPERVISOR: str(os.getpid())}
+        return Start((_launcher(command, free_port()),), environment | accelerator())
+
+    def give_back(self, name: str) -> None:
+        """The group of this name has ended."""
+        self._running.discard(name)
 
 
-def launcher_command(command: GroupCommand, port: int) -> list[str]:
-    """The `deepspeed` command line that starts a group on this machine."""
-    return [
+def run_groups(
+    commands: Sequence[GroupCommand],
+    *,
+    slots: int,
+    threads: int,
+    on_poll: OnPoll = lambda states: None,
+) -> None:
+    """Run every group on this machine; see `run_groups_in`."""
+    run_groups_in(LocalPool(slots, threads), commands, on_poll)
+
+
+def accelerator() -> dict[str, str]:
+    """What tells DeepSpeed that there is no GPU here, where that is so."""
+    has_gpu = Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()
+    return {} if has_gpu else {"DS_ACCELERATOR": "cpu"}
+
+
+def free_port() -> int:
+    """A port on which nothing listens now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _launcher(command: GroupCommand, port: int) -> tuple[str, ...]:
+    return (
         sys.executable,
         "-m",
         "deepspeed.launcher.runner",
@@ -47,98 +77,4 @@ def launcher_command(command: GroupCommand, port: int) -> list[str]:
         "--module",
         "btm_scale.cli",
         *command.arguments,
-    ]
-
-
-def run_groups(
-    commands: Sequence[GroupCommand],
-    *,
-    slots: int,
-    threads: int,
-    on_poll: Callable[[dict[str, str]], None] = lambda states: None,
-) -> None:
-    """Run every group, `slots` at a time in the order given, with `threads` threads a rank.
-
-    `on_poll` is told each group's state: waiting, running, done or failed. A group's failure stops no other; when all
-    have ended, GroupFailed tells which failed, with the last lines of their logs. Whatever ends this call ends
-    its groups too.
-    """
-    states = {command.name: "waiting" for command in commands}
-    waiting = list(commands)
-    running: dict[str, subprocess.Popen[bytes]] = {}
-    by_name = {command.name: command for command in commands}
-    try:
-        while waiting or running:
-            while waiting and len(running) < slots:
-                command = waiting.pop(0)
-                running[command.name] = _start(command, threads)
-                states[command.name] = "running"
-            for name, process in list(running.items()):
-                if process.poll() is not None:
-                    del running[name]
-                    states[name] = "done" if process.returncode == 0 else "failed"
-            on_poll(dict(states))
-            time.sleep(_POLL_SECONDS)
-    finally:
-        _end_all(running.values())
-    failed = [name for name, state in states.items() if state == "failed"]
-    if failed:
-        raise GroupFailed("\n".join(_failure(by_name[name]) for name in failed))
-
-
-def _start(command: GroupCommand, threads: int) -> subprocess.Popen[bytes]:
-    command.log.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    environment[SUPERVISOR] = str(os.getpid())
-    if not _has_gpu():
-        environment["DS_ACCELERATOR"] = "cpu"
-    try:
-        with command.log.open("ab") as log:
-            # A session of its own, so that the launcher and every rank can be ended together.
-            return subprocess.Popen(
-                launcher_command(command, _free_port()),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
-    except OSError as error:
-        raise LaunchError(f"group '{command.name}' cannot be started: {error}") from None
-
-
-def _end_all(processes: Iterable[subprocess.Popen[bytes]]) -> None:
-    remaining = [process for process in processes if process.poll() is None]
-    for process in remaining:
-        _signal_group(process, signal.SIGTERM)
-    deadline = time.monotonic() + _TERM_SECONDS
-    for process in remaining:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            _signal_group(process, signal.SIGKILL)
-            process.wait()
-
-
-def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    try:
-        os.killpg(process.pid, number)
-    except ProcessLookupError:
-        return
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _has_gpu() -> bool:
-    return Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()
-
-
-def _failure(command: GroupCommand) -> str:
-    lines = command.log.read_text(errors="replace").splitlines()[-25:]
-    return f"group '{command.name}' failed; the end of {command.log}:\n" + "\n".join(
-        f"  {line}" for line in lines
     )

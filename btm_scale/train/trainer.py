@@ -16,6 +16,7 @@ from btm_scale.train.export import export_expert
 from btm_scale.train.job import TrainingJob
 from btm_scale.train.metrics import Metrics
 from btm_scale.train.state import load_state, newest_state, restore_random_state, save_state
+from btm_scale.train.stop import StopRequest
 
 
 def train_and_export(group: ExpertGroup, config: RunConfig, run: RunDir, job: TrainingJob) -> None:
@@ -50,14 +51,18 @@ def train(engine: Engine, batches: TrainingBatches, config: RunConfig, run: RunD
     job, group = engine.job, engine.group
     share = job.sequences // group.config.data
     folder = run.checkpoints(job.model)
+    stop = StopRequest(group, run.train(job.model))
     with Metrics(group, run.metrics(job.model), job, config.budget.sequence_length, first_step) as metrics:
         for step in range(first_step + 1, job.steps + 1):
             first = job.first_sample + (step - 1) * job.sequences + group.data_rank * share
             rate = config.optimizer.rate(job.progress_at(step))
             result = engine.step(batches.read(first, share), rate)
             metrics.record(step, result, rate)
-            if step % config.checkpoint.every == 0 or step == job.steps:
+            stops = stop.agreed() and step < job.steps
+            if stops or step % config.checkpoint.every == 0 or step == job.steps:
                 save_state(engine, folder, step, config.checkpoint.keep)
+            if stops:
+                stop.leave(step)
 
 
 def _begin(engine: Engine, run: RunDir, job: TrainingJob) -> int:

@@ -13,6 +13,7 @@ from btm_scale.forest.expert import is_finished
 from btm_scale.forest.scoring import all_texts, score_model
 from btm_scale.group import ExpertGroup
 from btm_scale.process import ModelLock, end_with_supervisor
+from btm_scale.rank_log import rank_log
 from btm_scale.run_dir import RunDir
 from btm_scale.train.job import training_job
 from btm_scale.train.trainer import train_and_export
@@ -22,6 +23,7 @@ def train_as_rank(config: RunConfig, run: RunDir, model: str) -> None:
     """Train, export and score one model; each part that is done already is not done again."""
     job = training_job(config, model)
     with (
+        rank_log(run.log(model)),
         _joined(job.group) as group,
         ModelLock(run.train(model)) if group.is_first else contextlib.nullcontext(),
     ):
@@ -33,7 +35,7 @@ def train_as_rank(config: RunConfig, run: RunDir, model: str) -> None:
 def score_as_rank(config: RunConfig, run: RunDir, models: Sequence[str]) -> None:
     """Score finished models on the texts that each is for."""
     averages = average_texts(config)
-    with _joined(config.group) as group:
+    with rank_log(run.log("score")), _joined(config.group) as group:
         for model in models:
             score_model(
                 group, config, run, model, averages.get(model) or all_texts(config), on_text=_say_scored

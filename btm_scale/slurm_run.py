@@ -1,0 +1,147 @@
+"""A run on a SLURM cluster: which jobs it takes, and submitting those whose work is neither done nor under way."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from btm_scale.config import RunConfig
+from btm_scale.data.prepare import require_text
+from btm_scale.errors import LaunchError
+from btm_scale.launch import slurm, slurm_queue
+from btm_scale.pipeline import is_done, open_run, training_stages
+from btm_scale.run_dir import DENSE, RunDir
+from btm_scale.train.job import model_names, training_job
+
+Say = Callable[[str], None]
+PREPARE, EXPERTS, EVALUATE = "prepare", "experts", "evaluate"
+
+
+def jobs(config: RunConfig) -> list[slurm.Job]:
+    """Every job of a run, each after those that it needs. Experts whose groups are alike share one array."""
+    first, *later = training_stages(config)
+    made = [slurm.Job(PREPARE, "prepare"), *(_training(config, name, (name,), (PREPARE,)) for name in first)]
+    before = tuple(first)
+    for number, stage in enumerate(later, start=1):
+        own = [_training(config, DENSE, (DENSE,), before)] if DENSE in stage else []
+        shapes: dict[tuple[int, int], list[str]] = {}
+        for model in stage:
+            if model != DENSE:
+                group = training_job(config, model).group
+                shapes.setdefault((group.ranks, group.tensor), []).append(model)
+        for models in shapes.values():
+            place = [str(number)] * (len(later) > 1) + [f"{len(own)}"] * (len(shapes) > 1)
+            own.append(_training(config, "-".join([EXPERTS, *place]), tuple(models), before, is_array=True))
+        made += own
+        before = tuple(job.name for job in own)
+    after = tuple(job.name for job in made if job.models)
+    group = config.group
+    made.append(slurm.Job(EVALUATE, "evaluate", ranks=group.ranks, tensor=group.tensor, after=after))
+    return made
+
+
+def write_scripts(config: RunConfig, run: RunDir) -> dict[str, Path]:
+    """Write every job's script into the run's folder; returns their paths by job."""
+    texts = {job.name: slurm.render(job, config.name, run, config.launch.slurm) for job in jobs(config)}
+    folder = run.root / "slurm"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for name, text in texts.items():
+        paths[name] = folder / f"{name}.sh"
+        paths[name].write_text(text)
+        paths[name].chmod(0o755)
+    return paths
+
+
+def submit_run(config: RunConfig, run: RunDir, *, dry_run: bool, say: Say) -> dict[str, Any]:
+    """Submit what is missing; returns the ids of the new jobs. A dry run writes the scripts and submits none."""
+    require_text(config)
+    open_run(config, run)
+    scripts = write_scripts(config, run)
+    if dry_run:
+        return {"scripts": {name: str(path) for name, path in scripts.items()}, "submitted": {}}
+    submissions = slurm_queue.Submissions(run.root / "slurm")
+    submitted: dict[str, str] = {}
+    with submissions.alone():
+        live = submissions.live(slurm_queue.queue())
+        ids: dict[str, list[str]] = {}
+        for job in jobs(config):
+            under_way = {model: entry.id for (name, model), entry in live.items() if name == job.name}
+            after = [number for name in job.after for number in ids[name]]
+            if job.name == EVALUATE and None in under_way and submitted:
+                slurm_queue.cancel(under_way.pop(None))  # it waits for jobs that are not all any more
+            ids[job.name] = list(under_way.values())
+            tasks = _missing(config, run, job, under_way, is_first=not (live or submitted))
+            if tasks is None:
+                continue
+            made = _submit(config, run, job, scripts[job.name], after, tasks)
+            submissions.add(made)
+            submitted[job.name] = made.id
+            ids[job.name].append(made.id)
+            models = f" ({', '.join(made.models.values())})" if job.is_array else ""
+            say(f"{job.name}{models}: SLURM job {made.id}" + (f", after {', '.join(after)}" if after else ""))
+    if not submitted:
+        say("nothing to submit: all is done or under way")
+    return {"scripts": {name: str(path) for name, path in scripts.items()}, "submitted": submitted}
+
+
+def queue_notes(run: RunDir) -> dict[str, tuple[bool, str]]:
+    """What SLURM says of each model that is in its queue: whether it runs now, and a few words. Empty without SLURM."""
+    submissions = slurm_queue.Submissions(run.root / "slurm")
+    if not submissions.read() or not slurm_queue.is_here():
+        return {}
+    with contextlib.suppress(
+        LaunchError
+    ):  # a controller that is away for a while says nothing of the run's state
+        live = submissions.live(slurm_queue.queue())
+        return {model or job: (entry.state in ("RUNNING", "COMPLETING"), str(entry))
+                for (job, model), entry in live.items()}  # fmt: skip
+    return {}
+
+
+def _training(
+    config: RunConfig, name: str, models: tuple[str, ...], after: tuple[str, ...], *, is_array: bool = False
+) -> slurm.Job:
+    group = training_job(config, models[0]).group
+    return slurm.Job(name, "train", models, group.ranks, group.tensor, after, is_array)
+
+
+def _missing(
+    config: RunConfig, run: RunDir, job: slurm.Job, under_way: dict[str | None, str], *, is_first: bool
+) -> list[int] | None:
+    """The places of the models whose work is neither done nor under way; None if there is nothing to submit."""
+    if job.models:
+        places = [
+            place for place, model in enumerate(job.models)
+            if model not in under_way and not is_done(config, run, model)
+        ]  # fmt: skip
+        return places or None
+    if under_way:
+        return None
+    done = _is_prepared(config, run) if job.name == PREPARE else is_first and _is_evaluated(config, run)
+    return None if done else []
+
+
+def _submit(
+    config: RunConfig, run: RunDir, job: slurm.Job, script: Path, after: list[str], tasks: list[int]
+) -> slurm_queue.Submitted:
+    for place in tasks:
+        (run.train(job.models[place]) / "lost").unlink(missing_ok=True)
+    limit = config.launch.slurm.at_a_time
+    number = slurm_queue.submit(script, after=after, tasks=tasks if job.is_array else None, limit=limit)
+    models = {str(place) if job.is_array else "": job.models[place] for place in tasks}
+    return slurm_queue.Submitted(job.name, number, models, slurm.job_name(config.name, job))
+
+
+def _is_prepared(config: RunConfig, run: RunDir) -> bool:
+    return run.tokenizer.is_dir() and all(run.fingerprint(name).is_file() for name in config.all_domains)
+
+
+def _is_evaluated(config: RunConfig, run: RunDir) -> bool:
+    """Whether the page is newer than every model that it tells of."""
+    if not run.report.is_file():
+        return False
+    cards = [run.model(model) / "expert.json" for model in model_names(config)]
+    return all(card.is_file() and card.stat().st_mtime <= run.report.stat().st_mtime for card in cards)

@@ -1,0 +1,41 @@
+"""How far every model of a run is: what its files say, what SLURM says, and why a group has failed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from btm_scale.config import RunConfig
+from btm_scale.pipeline import is_done, progress
+from btm_scale.process import ModelLock
+from btm_scale.rank_log import Failure, read_failure
+from btm_scale.report.progress import ModelProgress
+from btm_scale.run_dir import RunDir
+from btm_scale.slurm_run import queue_notes
+from btm_scale.train.job import model_names
+
+
+def run_status(config: RunConfig, run: RunDir) -> list[ModelProgress]:
+    """One row a model, in the run's order."""
+    queue = queue_notes(run)
+    states, notes = {}, {}
+    for model in model_names(config):
+        runs_in_slurm, note = queue.get(model, (False, ""))
+        if is_done(config, run, model):
+            states[model] = "done"
+            continue
+        if runs_in_slurm or ModelLock.is_held(run.train(model)):
+            states[model] = "running"
+        elif note:
+            states[model] = "waiting"
+        else:
+            failure = read_failure(run.log(model))
+            states[model] = "failed" if failure is not None else "waiting"
+            note = f"rank {failure.rank}: {failure.error}" if failure is not None else ""
+        notes[model] = note
+    return [replace(row, note=notes.get(row.model, "")) for row in progress(config, run, states)]
+
+
+def failures(rows: list[ModelProgress], run: RunDir) -> dict[str, Failure]:
+    """Why the models that have failed did."""
+    found = {row.model: read_failure(run.log(row.model)) for row in rows if row.state == "failed"}
+    return {model: failure for model, failure in found.items() if failure is not None}

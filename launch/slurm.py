@@ -1,0 +1,139 @@
+"""SLURM: a run as a few readable batch scripts. Nothing here talks to SLURM; slurm_queue.py does."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from btm_scale.launch.supervise import GroupCommand, Start
+
+from btm_scale.errors import LaunchError
+from btm_scale.launch_config import SlurmConfig
+from btm_scale.run_dir import RunDir
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One script: `models` are the tasks of its array, or the one model that it trains, or none.
+
+    `ranks` are those of one group, of which `tensor` share a node; `after` are the jobs that must have succeeded.
+    """
+
+    name: str
+    template: str
+    models: tuple[str, ...] = ()
+    ranks: int = 1
+    tensor: int = 1
+    after: tuple[str, ...] = ()
+    is_array: bool = False
+
+
+def nodes_of(job: Job, config: SlurmConfig) -> tuple[int, int]:
+    """(nodes, tasks on each) of one of the job's groups.
+
+    Raises LaunchError if its ranks do not fill nodes evenly, or a tensor group would span two.
+    """
+    if job.ranks <= config.ranks_per_node:
+        return 1, job.ranks
+    if job.ranks % config.ranks_per_node or config.ranks_per_node % job.tensor:
+        raise LaunchError(
+            f"{job.name}: {job.ranks} ranks with tensor {job.tensor} do not fill nodes of {config.ranks_per_node} "
+            "ranks evenly, or a tensor group would span two nodes; change the layout, or launch.slurm.ranks_per_node"
+        )
+    return job.ranks // config.ranks_per_node, config.ranks_per_node
+
+
+def render(job: Job, run_name: str, run: RunDir, config: SlurmConfig) -> str:
+    """The job's script. Whatever stands in names and paths, it is quoted, and cannot end the line that it stands in."""
+    if not str(run.root).isprintable():
+        raise LaunchError(
+            f"{str(run.root)!r} has characters that no SLURM script can hold; choose another --out"
+        )
+    python = config.python or sys.executable
+    parts = {
+        "FOLDER": str(run.root),
+        "OPTIONS": "\n".join(f"#SBATCH {option}" for option in _options(job, run_name, run, config)),
+        "SETUP": "\n".join(config.setup),
+        "RENDEZVOUS": (_TEMPLATES / "rendezvous.sh").read_text().strip(),
+        "MODELS": " ".join(shlex.quote(model) for model in job.models),
+        "RUN": shlex.quote(str(run.root)),
+        "CONFIG": shlex.quote(str(run.config)),
+        "PYTHON": shlex.quote(python),
+        "RANKS": str(job.ranks),
+        "RETRIES": str(config.retries),
+        "CONTAINER": "".join(f" {shlex.quote(word)}" for word in container_options(config)),
+    }
+    template = (_TEMPLATES / f"{job.template}.sh").read_text()
+    text = re.sub(r"@([A-Z]+)@", lambda match: parts[match[1]], template)
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def container_options(config: SlurmConfig) -> list[str]:
+    """srun's options that run a task in a container (pyxis)."""
+    options = [f"--container-image={config.container}"] if config.container else []
+    return options + ([f"--container-mounts={config.mounts}"] if config.mounts else [])
+
+
+class SrunPool:
+    """The nodes of the job that this process runs in: one group at a time, started by srun."""
+
+    def __init__(self, config: SlurmConfig) -> None:
+        self._config = config
+        self._busy = False
+
+    def take(self, command: GroupCommand) -> Start | None:
+        """srun, if no group runs."""
+        if self._busy:
+            return None
+        self._busy = True
+        python = self._config.python or sys.executable
+        options = (f"--ntasks={command.ranks}", "--kill-on-bad-exit=1", *container_options(self._config))
+        words = ("srun", *options, python, "-m", "btm_scale.cli", *command.arguments, "--launcher", "slurm")
+        return Start((words,))
+
+    def give_back(self, name: str) -> None:
+        """The group has ended."""
+        self._busy = False
+
+
+def _options(job: Job, run_name: str, run: RunDir, config: SlurmConfig) -> list[str]:
+    nodes, tasks = nodes_of(job, config)
+    log = str(run.root / "slurm" / job.name).replace("%", "%%") + (
+        "-%A_%a.log" if job.is_array else "-%j.log"
+    )
+    options = [
+        f"--job-name={job_name(run_name, job)}",
+        f"--output={_sbatch_quote(log)}",
+        "--open-mode=append",
+        f"--nodes={nodes}",
+        f"--ntasks-per-node={tasks}",
+        f"--time={config.time}",
+        "--requeue",
+        f"--signal=USR1@{config.signal_seconds}",
+    ]
+    given = {
+        "partition": config.partition, "account": config.account, "qos": config.qos,
+        "cpus-per-task": config.cpus_per_rank, "gres": config.gres,
+    }  # fmt: skip
+    options += [f"--{name}={value}" for name, value in given.items() if value is not None]
+    if config.exclusive:
+        options.append("--exclusive")
+    if job.is_array:
+        limit = f"%{config.at_a_time}" if config.at_a_time else ""
+        options.append(f"--array=0-{len(job.models) - 1}{limit}")
+    return options + [option.strip() for option in config.options]
+
+
+def job_name(run_name: str, job: Job) -> str:
+    """The name that SLURM shows."""
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', run_name).strip('-') or 'run'}.{job.name}"
+
+
+def _sbatch_quote(text: str) -> str:
+    """A value as SLURM's reader of #SBATCH lines takes it: within quotes, a backslash keeps what follows it."""
+    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'

@@ -1,0 +1,130 @@
+"""Speaking to SLURM: submit scripts, and see what has become of them."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import getpass
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from btm_scale.errors import LaunchError
+
+
+@dataclass(frozen=True)
+class QueueEntry:
+    """A job, or a task of an array, that is not over: `id` is `12` or `12_3`."""
+
+    id: str
+    state: str
+    reason: str
+    nodes: str
+
+    def __str__(self) -> str:
+        where = f" on {self.nodes}" if self.nodes else f" ({self.reason})" if self.reason != "None" else ""
+        return f"SLURM {self.id} {self.state.lower()}{where}"
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """One submission: the job's name in the run, SLURM's id of it, and the models by their place in the array."""
+
+    job: str
+    id: str
+    models: Mapping[str, str]
+    slurm_name: str
+
+
+class Submissions:
+    """What has been submitted for one run: `slurm/jobs.json`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._path = folder / "jobs.json"
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep a second submission of this run out until this one has been noted."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (self._folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def read(self) -> list[Submitted]:
+        """All submissions, oldest first."""
+        if not self._path.is_file():
+            return []
+        return [Submitted(**values) for values in json.loads(self._path.read_text())]
+
+    def add(self, made: Submitted) -> None:
+        """Note a submission."""
+        partial = self._path.with_suffix(".partial")
+        partial.write_text(json.dumps([asdict(one) for one in [*self.read(), made]], indent=1) + "\n")
+        partial.replace(self._path)
+
+    def live(self, queue: Mapping[str, tuple[str, QueueEntry]]) -> dict[tuple[str, str | None], QueueEntry]:
+        """What is still in the queue, by (job, model); the model is None for a job that trains none."""
+        found: dict[tuple[str, str | None], QueueEntry] = {}
+        for one in self.read():
+            for place, model in one.models.items() or [("", None)]:
+                name, entry = queue.get(f"{one.id}_{place}" if place else one.id, ("", None))
+                # SLURM's ids begin anew when its state is lost; the name tells whether the job is ours.
+                if entry is not None and name == one.slurm_name:
+                    found[one.job, model] = entry
+        return found
+
+
+def is_here() -> bool:
+    """Whether this machine can ask SLURM."""
+    return shutil.which("squeue") is not None
+
+
+def queue() -> dict[str, tuple[str, QueueEntry]]:
+    """This user's jobs that are not over, by id, each with its name."""
+    form = "%i|%T|%r|%N|%j"
+    text = _ask("squeue", "--noheader", "--array", f"--user={getpass.getuser()}", f"--format={form}")
+    found = {}
+    for line in text.splitlines():
+        number, state, reason, nodes, name = line.split("|", 4)
+        found[number] = (name, QueueEntry(number, state, reason, nodes))
+    return found
+
+
+def submit(script: Path, *, after: Sequence[str], tasks: Sequence[int] | None, limit: int | None) -> str:
+    """Hand a script to sbatch; returns the job's id.
+
+    It starts once the jobs `after` have succeeded, and never if one of them fails. `tasks` picks from its array.
+    """
+    command = ["sbatch", "--parsable", "--kill-on-invalid-dep=yes"]
+    if after:
+        command.append(f"--dependency=afterok:{':'.join(after)}")
+    if tasks is not None:
+        command.append(f"--array={','.join(map(str, tasks))}" + (f"%{limit}" if limit else ""))
+    return _ask(*command, str(script)).strip().split(";")[0]
+
+
+def cancel(number: str) -> None:
+    """Take a job out of the queue."""
+    _ask("scancel", number)
+
+
+def _ask(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        raise LaunchError(
+            f"{command[0]} is not on this machine; run this where SLURM is, or give --dry-run to write the scripts only"
+        )
+    # A rank's or an outer job's variables would be taken for this submission's own options.
+    outer = ("SLURM_JOB", "SLURM_STEP", "SBATCH_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(outer)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise LaunchError(
+            f"{' '.join(command)}: {done.stderr.strip() or f'exit code {done.returncode}'}\n"
+            "Correct launch.slurm and start again; what has been submitted already is not submitted twice."
+        )
+    return done.stdout

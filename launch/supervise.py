@@ -1,0 +1,147 @@
+"""Starting groups side by side, watching them, and ending them with whoever started them.
+
+What differs between launchers is a `Pool`: where there is room for a group, and which processes start it there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from btm_scale.errors import GroupFailed, LaunchError
+from btm_scale.rank_log import forget_failure, read_failure, tail
+
+_POLL_SECONDS = 0.2
+_TERM_SECONDS = 10.0
+
+OnPoll = Callable[[dict[str, str]], None]
+
+
+@dataclass(frozen=True)
+class GroupCommand:
+    """One group to start: its name, its ranks, what every rank runs, and where its output goes."""
+
+    name: str
+    ranks: int
+    arguments: tuple[str, ...]  # of btm-scale
+    log: Path
+    tensor: int = 1  # ranks that must share a host
+
+
+@dataclass(frozen=True)
+class Start:
+    """The processes that start a group, and what they find in their environment besides this process's own."""
+
+    processes: tuple[tuple[str, ...], ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+class Pool(Protocol):
+    """Room for groups."""
+
+    def take(self, command: GroupCommand) -> Start | None:
+        """How to start the group, in room that is now taken; None while there is none.
+
+        Raises LaunchError if there never will be.
+        """
+
+    def give_back(self, name: str) -> None:
+        """The group of this name has ended."""
+
+
+def run_groups_in(
+    pool: Pool, commands: Sequence[GroupCommand], on_poll: OnPoll = lambda states: None
+) -> None:
+    """Run every group as soon as the pool has room for it, in the order given.
+
+    `on_poll` is told each group's state: waiting, running, done or failed. A group's failure stops no other; when all
+    have ended, GroupFailed tells which failed, with the last lines of the log of the rank that failed first. Whatever
+    ends this call ends its groups too.
+    """
+    states = {command.name: "waiting" for command in commands}
+    waiting = list(commands)
+    running: dict[str, list[subprocess.Popen[bytes]]] = {}
+    try:
+        while waiting or running:
+            for command in list(waiting):
+                start = pool.take(command)
+                if start is not None:
+                    waiting.remove(command)
+                    running[command.name] = _start(command, start)
+                    states[command.name] = "running"
+            for name, processes in list(running.items()):
+                codes = [process.poll() for process in processes]
+                if any(codes):
+                    _end_all(processes)  # a group that has lost a part of itself is over
+                elif None in codes:
+                    continue
+                del running[name]
+                pool.give_back(name)
+                states[name] = "failed" if any(codes) else "done"
+            on_poll(dict(states))
+            time.sleep(_POLL_SECONDS)
+    finally:
+        _end_all(process for processes in running.values() for process in processes)
+    failed = [command for command in commands if states[command.name] == "failed"]
+    if failed:
+        raise GroupFailed("\n".join(failure_text(command) for command in failed))
+
+
+def failure_text(command: GroupCommand) -> str:
+    """Why a group failed, from what its ranks left behind."""
+    failure = read_failure(command.log)
+    if failure is not None:
+        return f"group '{command.name}' failed: {failure}"
+    lines = "\n".join(f"  {line}" for line in tail(command.log))
+    return f"group '{command.name}' failed; the end of {command.log}:\n{lines}"
+
+
+def _start(command: GroupCommand, start: Start) -> list[subprocess.Popen[bytes]]:
+    command.log.parent.mkdir(parents=True, exist_ok=True)
+    forget_failure(command.log)
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", **start.environment}
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        with command.log.open("ab") as log:
+            for words in start.processes:
+                # A session of its own, so that the launcher and every rank can be ended together.
+                processes.append(
+                    subprocess.Popen(
+                        words,
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        env=environment,
+                        start_new_session=True,
+                    )
+                )
+    except OSError as error:
+        _end_all(processes)
+        raise LaunchError(f"group '{command.name}' cannot be started: {error}") from None
+    return processes
+
+
+def _end_all(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+    remaining = [process for process in processes if process.poll() is None]
+    for process in remaining:
+        _signal_session(process, signal.SIGTERM)
+    deadline = time.monotonic() + _TERM_SECONDS
+    for process in remaining:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            _signal_session(process, signal.SIGKILL)
+            process.wait()
+
+
+def _signal_session(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return

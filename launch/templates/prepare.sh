@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# btm-scale: text to token files, for the run in @FOLDER@
+@OPTIONS@
+set -euo pipefail
+@SETUP@
+srun --nodes=1 --ntasks=1@CONTAINER@ \
+    @PYTHON@ -m btm_scale.cli prepare @CONFIG@ --out @RUN@

@@ -1,0 +1,176 @@
+"""A real SLURM cluster of virtual nodes on this machine: munged, slurmctld and one slurmd a node, all on loopback."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
+
+
+class SlurmCluster:
+    """Four nodes, n1 to n4, of one task each. `environment` makes SLURM's commands speak to this cluster."""
+
+    nodes = ("n1", "n2", "n3", "n4")
+
+    def __init__(self) -> None:
+        missing = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
+        if missing:
+            pytest.skip(f"needs {', '.join(missing)}: apt-get install slurm-wlm munge")
+        # Short, because the path of munge's socket may have 107 bytes.
+        self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
+        self.folder.chmod(0o755)
+        self.environment = os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": _path()}
+        for name in ("RANK", "WORLD_SIZE", "SLURM_JOB_ID"):
+            self.environment.pop(name, None)
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self) -> None:
+        """Start every daemon, and wait until all nodes are idle."""
+        key = self.folder / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        state = self.folder / "state"
+        state.mkdir()
+        (self.folder / "slurm.conf").write_text(self._configuration())
+        self._start("munged", "--foreground", "--force", f"--socket={self.folder}/munge.socket",
+                    f"--key-file={key}", f"--pid-file={self.folder}/munged.pid",
+                    f"--log-file={self.folder}/munged.log", f"--seed-file={self.folder}/munged.seed")  # fmt: skip
+        self.wait_for(lambda: (self.folder / "munge.socket").exists())
+        self._start("slurmctld", "-D")
+        for node in self.nodes:
+            self.start_node(node)
+        self.wait_for(lambda: self.run("sinfo", "-h", "-o", "%T").stdout.split() == ["idle"])
+
+    def start_node(self, node: str) -> None:
+        """Start a node's slurmd, for the first time or after its death."""
+        (self.folder / f"spool.{node}").mkdir(exist_ok=True)
+        self._start("slurmd", "-D", "-N", node)
+
+    def kill_node(self, node: str) -> None:
+        """End a node as a power cut does: its slurmd and all that ran on it, without a last word."""
+        slurmd = self._daemons.pop(f"slurmd -D -N {node}")
+        victims = [slurmd.pid]
+        for process in psutil.process_iter(["pid"]):
+            try:
+                own = process.environ()
+            except psutil.Error:
+                continue
+            if own.get("SLURM_CONF") == self.environment["SLURM_CONF"] and own.get("SLURMD_NODENAME") == node:
+                victims.append(process.pid)
+                victims += [parent.pid for parent in process.parents() if parent.name() == "slurmstepd"]
+        for victim in dict.fromkeys(victims):
+            try:
+                os.kill(victim, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        slurmd.wait()
+
+    def stop(self) -> None:
+        """End all jobs and daemons."""
+        if "slurmctld -D" in self._daemons:
+            self.run("scancel", "--user", getpass.getuser(), "--full", "--signal=KILL")
+            self.run("scancel", "--user", getpass.getuser())
+        for daemon in reversed(self._daemons.values()):
+            daemon.terminate()
+        for daemon in self._daemons.values():
+            try:
+                daemon.wait(10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def run(self, *command: object, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        """Run a command on this cluster."""
+        return subprocess.run(
+            [str(word) for word in command],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    def queue(self) -> dict[str, str]:
+        """State of every job that is not over, by its id (`12_3` for a task of an array)."""
+        lines = self.run("squeue", "-h", "-r", "-o", "%i %T").stdout.splitlines()
+        return dict(line.split() for line in lines)
+
+    def wait_for(self, moment: object, seconds: float = 60) -> None:
+        """Wait until `moment()` holds."""
+        deadline = time.monotonic() + seconds
+        while not moment():  # type: ignore[operator]
+            if time.monotonic() > deadline:
+                logs = "\n".join(f"{path}:\n{path.read_text()[-2000:]}" for path in self.folder.glob("*.log"))
+                raise AssertionError(f"it took more than {seconds} s; {self.queue()}\n{logs}")
+            time.sleep(0.3)
+
+    def _start(self, *command: str) -> None:
+        with (self.folder / f"{command[0]}{command[-1][-2:]}.output").open("ab") as output:
+            self._daemons[" ".join(command)] = subprocess.Popen(
+                command, env=self.environment, stdout=output, stderr=output, start_new_session=True
+            )
+
+    def _configuration(self) -> str:
+        host, user = socket.gethostname().split(".")[0], getpass.getuser()
+        ports = _free_ports(1 + len(self.nodes))
+        nodes = "\n".join(
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.{10 + number} Port={port} CPUs=1"
+            for number, (node, port) in enumerate(zip(self.nodes, ports[1:], strict=True))
+        )
+        return f"""
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={self.folder}/munge.socket
+StateSaveLocation={self.folder}/state
+SlurmdSpoolDir={self.folder}/spool.%n
+SlurmctldPidFile={self.folder}/slurmctld.pid
+SlurmdPidFile={self.folder}/slurmd.%n.pid
+SlurmctldLogFile={self.folder}/slurmctld.log
+SlurmdLogFile={self.folder}/slurmd.%n.log
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SwitchType=switch/none
+MpiDefault=none
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+SchedulerParameters=sched_interval=2,bf_interval=2
+ReturnToService=2
+SlurmdTimeout=10
+KillWait=2
+{nodes}
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def _path() -> str:
+    return f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin"
+
+
+def _free_ports(number: int) -> list[int]:
+    probes = [socket.socket() for _ in range(number)]
+    try:
+        for probe in probes:
+            probe.bind(("", 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
