@@ -52,7 +52,9 @@ def main() -> None:
         measured = {_point(row) for row in table}
         earlier = json.loads(options.result.read_text())["points"]
         table += [row for row in earlier if _point(row) not in measured]
-    table.sort(key=lambda row: (row["dense_mean_dev_perplexity"] or math.inf, row["seed_mean_dev_perplexity"]))
+    table.sort(
+        key=lambda row: (row["dense_mean_dev_perplexity"] or math.inf, row["seed_mean_dev_perplexity"])
+    )
     options.result.parent.mkdir(exist_ok=True)
     result = {"environment": describe(), "config": options.config.name, "points": table}
     options.result.write_text(json.dumps(result, indent=2) + "\n")

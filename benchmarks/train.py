@@ -91,7 +91,7 @@ def ours(options: argparse.Namespace) -> Callable[[torch.Tensor], object]:
     layout = GroupConfig(precision=options.precision, micro_batch=options.micro_batch)
     group = ExpertGroup.join(layout)
     job = TrainingJob(
-        model="benchmark", parent=None, weights={}, part=None, steps=options.steps, sequences=options.sequences,
+        model="benchmark", branch=None, weights={}, part=None, steps=options.steps, sequences=options.sequences,
         batch_share=1.0, first_sample=0, samples=options.sequences, progress=(0.0, 1.0), group=layout,
     )  # fmt: skip
     shape = ModelConfig(preset=options.preset).shape(VOCABULARY, LENGTH)

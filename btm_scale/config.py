@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -189,9 +190,32 @@ class GroupConfig(Layout):
     micro_batch: int = Field(default=8, gt=0, description="sequences a rank takes at once, at the most")
 
 
+class BranchConfig(Section):
+    """What an expert begins with, and how its schedule goes on."""
+
+    parents: Literal["seed", "nearest", "posterior"] | dict[str, float] = Field(
+        default="seed",
+        description="`nearest`: the expert that likes the domain's dev text best; `posterior`: all, by the domain's "
+        "prior; or weights by name",
+    )
+    optimizer: Literal["carried", "fresh"] = "carried"
+    schedule: Literal["carried", "restarted"] = Field(
+        default="carried", description="go on along the seed's schedule, or warm up and decay once more"
+    )
+    replay: float = Field(default=0.0, ge=0, lt=1, description="share of text from the parents' domains")
+
+    @model_validator(mode="after")
+    def _weighed(self) -> BranchConfig:
+        weights = self.parents.values() if isinstance(self.parents, dict) else [1.0]
+        if min(weights, default=-1.0) < 0 or sum(weights) <= 0:
+            raise ValueError(f"parents {self.parents}: weights must be at least 0 and weigh somebody")
+        return self
+
+
 class ExpertConfig(Section):
     """What differs for one expert."""
 
+    branch: BranchConfig = BranchConfig()
     group: dict[str, Any] = Field(default_factory=dict)
     tokens: int | None = Field(default=None, gt=0)
     batch_tokens: int | None = Field(default=None, gt=0)
@@ -243,6 +267,9 @@ class RunConfig(Section):
     text_root: Path = Path()
     domains: dict[DomainName, DomainConfig] = Field(min_length=1)
     novel_domains: dict[DomainName, DomainConfig] = Field(default_factory=dict)
+    added_domains: dict[DomainName, DomainConfig] = Field(
+        default_factory=dict, description="whose experts join the forest later; seed and dense don't see them"
+    )
     data: DataConfig = DataConfig()
     budget: BudgetConfig = BudgetConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -256,10 +283,21 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> RunConfig:
-        problems = [f"domain '{name}' is also a novel domain; a novel domain is never trained on"
-                    for name in self.domains if name in self.novel_domains]  # fmt: skip
-        problems += [f"experts.{name}: no domain has this name; domains are {', '.join(self.domains)}"
-                     for name in self.experts if name not in self.domains]  # fmt: skip
+        places = {
+            "domains": self.domains,
+            "novel_domains": self.novel_domains,
+            "added_domains": self.added_domains,
+        }
+        problems = [
+            f"'{name}' stands in both {one} and {other}; a domain is trained on from the start, or added later, or "
+            "novel and never trained on"
+            for (one, first), (other, second) in combinations(places.items(), 2)
+            for name in first
+            if name in second
+        ]
+        problems += [f"experts.{name}: no domain has this name; domains are {', '.join(self.expert_domains)}"
+                     for name in self.experts if name not in self.expert_domains]  # fmt: skip
+        problems += self._parents_come_first()
         shape = self.model.shape(vocabulary=1, positions=self.budget.sequence_length)
         length = self.budget.sequence_length
         problems += [f"group: {problem}" for problem in self.group.problems(shape, length)]
@@ -275,10 +313,31 @@ class RunConfig(Section):
             raise ValueError("\n".join(problems))
         return self
 
+    def _parents_come_first(self) -> list[str]:
+        order = list(self.expert_domains)
+        return [
+            f"experts.{name}.branch.parents: '{parent}' "
+            + ("comes after it" if parent != name else "is the expert itself")
+            + "; an expert branches from models that come before it"
+            for name, expert in self.experts.items()
+            if isinstance(expert.branch.parents, dict) and name in order
+            for parent in expert.branch.parents
+            if parent in order[order.index(name) :]
+        ]
+
+    @property
+    def expert_domains(self) -> dict[str, DomainConfig]:
+        """The domains that have an expert, those that were added later last."""
+        return {**self.domains, **self.added_domains}
+
     @property
     def all_domains(self) -> dict[str, DomainConfig]:
-        """Training domains first, then novel ones, each in the YAML's order."""
-        return {**self.domains, **self.novel_domains}
+        """Every domain that is evaluated: those with an expert, then novel ones, each in the YAML's order."""
+        return {**self.expert_domains, **self.novel_domains}
+
+    def branch(self, name: str) -> BranchConfig:
+        """What one expert begins with."""
+        return self.experts[name].branch if name in self.experts else BranchConfig()
 
     @property
     def random_split_models(self) -> list[str]:

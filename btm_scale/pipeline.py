@@ -85,13 +85,13 @@ def run_all(
     for number, stage in enumerate(training_stages(config)):
         if number > 1:
             # Those of the forest that no stage trains are asked for their opinion of the new domains too.
-            score_models(config, run, added_experts(config, run), launcher)
+            _score_added(config, run, launcher)
         todo = [model for model in stage if not is_done(config, run, model)]
         if todo:
             say(f"training {', '.join(todo)}")
         run_training(config, run, stage, on_progress=on_progress, launcher=launcher)
     say("averaging and scoring")
-    score_models(config, run, added_experts(config, run), launcher)
+    _score_added(config, run, launcher)
     score_averages(config, run, launcher)
     results = evaluate(config, run)
     report(config, run, results)
@@ -206,6 +206,12 @@ def added_experts(config: RunConfig, run: RunDir) -> list[str]:
     return [name for name in experts(run) if name not in config.expert_domains]
 
 
+def _score_added(config: RunConfig, run: RunDir, launcher: Launcher | None) -> None:
+    added = added_experts(config, run)
+    if added:
+        score_models(config, run, added, launcher)
+
+
 def score_averages(config: RunConfig, run: RunDir, launcher: Launcher | None = None) -> None:
     """Merge the averages, and score each on the domains that it serves."""
     score_models(config, run, write_averages(config, run), launcher)
@@ -270,7 +276,7 @@ def _local(place: Placement) -> Launcher:
 
 
 def _additions(existing: RunConfig, config: RunConfig) -> list[str]:
-    """Paths in the YAML of the domains that only one of two configs adds to the forest: nothing else depends on them."""
+    """Paths in the YAML of domains that one of two configs adds: nothing else depends on them."""
     names = existing.added_domains.keys() ^ config.added_domains.keys()
     return [f"{section}.{name}" for name in sorted(names) for section in ("added_domains", "experts")]
 

@@ -133,7 +133,7 @@ def require_enough(name: str, config: RunConfig, counts: dict[str, SplitCounts])
     """Raise DataError unless every split that is used fills one sequence."""
     needed = config.budget.sequence_length + 1
     # A novel domain is only scored.
-    splits = SPLITS if name in config.domains else ("dev", "test")
+    splits = SPLITS if name in config.expert_domains else ("dev", "test")
     if all(counts[split].tokens >= needed for split in splits):
         return
     have = ", ".join(

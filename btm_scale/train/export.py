@@ -14,18 +14,19 @@ from btm_scale.checkpoint.sharded_writer import ShardedWriter
 from btm_scale.checkpoint.tensors import TensorSpec, dtype_name
 from btm_scale.config import RunConfig
 from btm_scale.data.fingerprint import Fingerprint
-from btm_scale.forest.expert import Expert, Parent
+from btm_scale.forest.expert import Expert
 from btm_scale.model.huggingface import config_json
 from btm_scale.model.layout import Layout
 from btm_scale.model.weights import huggingface_shapes, huggingface_tensors
 from btm_scale.run_dir import RunDir
+from btm_scale.train.branch import Beginning
 from btm_scale.train.engine import Engine
 from btm_scale.train.job import TrainingJob
 
 
-def export_expert(engine: Engine, config: RunConfig, run: RunDir, job: TrainingJob, end_of_text: int) -> None:
+def export_expert(engine: Engine, config: RunConfig, run: RunDir, begun: Beginning, end_of_text: int) -> None:
     """Write the trained model, in the type it computes in, under the run's name for it. All ranks take part."""
-    group, shape = engine.group, engine.model.shape
+    group, shape, job = engine.group, engine.model.shape, engine.job
     final = run.model(job.model)
     partial = partial_path(final)
     writer = None
@@ -46,20 +47,19 @@ def export_expert(engine: Engine, config: RunConfig, run: RunDir, job: TrainingJ
         (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         for file in sorted(run.tokenizer.iterdir()):
             shutil.copyfile(file, partial / file.name)
-        _card(config, run, job, partial).save(partial)
+        _card(config, run, job, begun, partial).save(partial)
         publish_directory(partial, final)
     dist.barrier()
 
 
-def _card(config: RunConfig, run: RunDir, job: TrainingJob, directory: Path) -> Expert:
-    total = sum(job.weights.values())
+def _card(config: RunConfig, run: RunDir, job: TrainingJob, begun: Beginning, directory: Path) -> Expert:
     return Expert(
         name=job.model,
-        domains={domain: weight / total for domain, weight in job.weights.items()},
-        parents=(Parent(job.parent, 1.0),) if job.parent else (),
+        domains=begun.domains,
+        parents=begun.parents,
         tokens=job.steps * job.sequences * config.budget.sequence_length,
         steps=job.steps,
         layout=job.group.model_dump(include=set(Layout.model_fields)),
-        data_fingerprint={domain: Fingerprint.load(run, domain).text for domain in job.weights},
+        data_fingerprint={domain: Fingerprint.load(run, domain).text for domain in begun.domains},
         content_hash=content_hash(directory),
     )

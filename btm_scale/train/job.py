@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from btm_scale.config import GroupConfig, RunConfig
+from btm_scale.config import BranchConfig, GroupConfig, RunConfig
 from btm_scale.errors import ConfigError
 from btm_scale.run_dir import DENSE, RANDOM_SPLIT, SEED
 
@@ -15,8 +15,8 @@ class TrainingJob:
     """One model's training, by one group."""
 
     model: str
-    parent: str | None  # the model whose last training state this one goes on from
-    weights: Mapping[str, float]  # each domain's share of the data
+    branch: BranchConfig | None  # what it begins with; the seed LM begins with nothing
+    weights: Mapping[str, float]  # each domain's share of the data, replayed text not counted
     part: tuple[int, int] | None  # (i, n): train on the i-th of n random parts of the documents only
     steps: int
     sequences: int  # in a batch
@@ -48,7 +48,7 @@ def model_names(config: RunConfig) -> list[str]:
     names = [SEED]
     if config.baselines.dense:
         names.append(DENSE)
-    names += list(config.domains)
+    names += list(config.expert_domains)
     return names + config.random_split_models
 
 
@@ -63,7 +63,7 @@ def training_job(config: RunConfig, model: str) -> TrainingJob:
         is_seed = model == SEED
         job = TrainingJob(
             model=model,
-            parent=None if is_seed else SEED,
+            branch=None if is_seed else BranchConfig(),
             weights=weights,
             part=None,
             steps=budget.seed_steps if is_seed else budget.branch_steps,
@@ -91,10 +91,11 @@ def _branch(
     budget, number = config.budget, len(config.domains)
     own = config.experts.get(model)
     group = config.expert_group(model)
+    branch = config.branch(model)
     part = None
     if model in config.random_split_models:
         part = (int(model.removeprefix(RANDOM_SPLIT)), number)
-    elif model in config.domains:
+    elif model in config.expert_domains:
         weights = {model: 1.0}
     else:
         raise ConfigError(f"no model is called '{model}'; this run trains {', '.join(model_names(config))}")
@@ -108,7 +109,7 @@ def _branch(
     steps = max(1, round(tokens / (sequences * budget.sequence_length)))
     return TrainingJob(
         model=model,
-        parent=SEED,
+        branch=branch,
         weights=weights,
         part=part,
         steps=steps,
@@ -116,6 +117,6 @@ def _branch(
         batch_share=sequences / batch,
         first_sample=0,
         samples=steps * sequences,
-        progress=(seed_end, 1.0),
+        progress=(seed_end if branch.schedule == "carried" else 0.0, 1.0),
         group=group,
     )

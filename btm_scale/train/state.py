@@ -8,10 +8,11 @@ ZeRO setting can read what any other wrote.
 from __future__ import annotations
 
 import base64
+import collections
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -49,35 +50,53 @@ def state_path(folder: Path, step: int) -> Path:
 
 def save_state(engine: Engine, folder: Path, step: int, keep: int) -> None:
     """Write the state after `step` steps aside, name it, and then drop all but the `keep` newest."""
-    final = state_path(folder, step)
-    aside = partial_path(final)
-    shape = engine.model.shape
-    writer = None
-    if engine.group.is_first:
-        shutil.rmtree(aside, ignore_errors=True)
-        specs = {f"{kind}/{name}": TensorSpec(torch.float32, size)
-                 for kind in KINDS for name, size in huggingface_shapes(shape).items()}  # fmt: skip
-        require_space(folder, sum(spec.nbytes for spec in specs.values()))
-        writer = ShardedWriter(aside, specs, max_shard_bytes=float("inf"))
     parameters = engine.parameters
-    for entry in table(shape):
-        for kind in KINDS:
-            whole = gather_whole(
-                entry, engine.full(parameters[entry.megatron], kind), engine.group.tensor_group
-            )
-            if writer is not None:
-                for name, tensor in to_huggingface(entry, whole, shape).items():
-                    writer.write(f"{kind}/{name}", tensor)
-    if writer is not None:
-        writer.close()
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for entry in table(engine.model.shape):
+            for kind in KINDS:
+                whole = gather_whole(
+                    entry, engine.full(parameters[entry.megatron], kind), engine.group.tensor_group
+                )
+                for name, tensor in to_huggingface(entry, whole, engine.model.shape).items():
+                    yield f"{kind}/{name}", tensor
+
+    if engine.group.is_first:
         random_state = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
-        position = Position(step, engine.adam_steps, random_state, engine.loss_scale)
-        digest = _digest(aside / _TENSORS)
-        write_file(aside / _MARKER, json.dumps(asdict(position) | {"sha256": digest}, indent=1))
-        publish_directory(aside, final, replace=True)
+        write_state(
+            engine, folder, Position(step, engine.adam_steps, random_state, engine.loss_scale), tensors()
+        )
         for old in sorted(folder.glob("step-*"))[:-keep]:
             shutil.rmtree(old)
+    else:
+        # The other ranks' parts of every tensor are gathered on the first.
+        collections.deque(tensors(), maxlen=0)
     dist.barrier()
+
+
+def write_state(
+    engine: Engine, folder: Path, position: Position, tensors: Iterable[tuple[str, torch.Tensor]]
+) -> None:
+    """Write a state of the engine's shape from `kind/name` and float32 tensors, on one rank alone."""
+    final = state_path(folder, position.step)
+    aside = partial_path(final)
+    shutil.rmtree(aside, ignore_errors=True)
+    specs = {f"{kind}/{name}": TensorSpec(torch.float32, size)
+             for kind in KINDS for name, size in huggingface_shapes(engine.model.shape).items()}  # fmt: skip
+    require_space(folder, sum(spec.nbytes for spec in specs.values()))
+    writer = ShardedWriter(aside, specs, max_shard_bytes=float("inf"))
+    for name, tensor in tensors:
+        writer.write(name, tensor)
+    writer.close()
+    digest = _digest(aside / _TENSORS)
+    write_file(aside / _MARKER, json.dumps(asdict(position) | {"sha256": digest}, indent=1))
+    publish_directory(aside, final, replace=True)
+
+
+def read_position(path: Path) -> Position:
+    """How far a state's job had come."""
+    values = json.loads((path / _MARKER).read_text())
+    return Position(**{key: values[key] for key in Position.__dataclass_fields__ if key in values})
 
 
 def newest_state(folder: Path) -> Path | None:
@@ -92,8 +111,7 @@ def newest_state(folder: Path) -> Path | None:
 
 def load_state(engine: Engine, path: Path) -> Position:
     """Put a state into an engine of any layout. Raises CheckpointError if the state is of another shape."""
-    values = json.loads((path / _MARKER).read_text())
-    position = Position(**{key: values[key] for key in Position.__dataclass_fields__ if key in values})
+    position = read_position(path)
     group, shape, parameters = engine.group, engine.model.shape, engine.parameters
     with SafetensorsModel(path) as tensors:
         expected = {

@@ -7,10 +7,10 @@ import zlib
 from btm_scale.config import RunConfig
 from btm_scale.data.batches import TrainingBatches
 from btm_scale.data.tokenizer import Tokenizer
-from btm_scale.errors import CheckpointError
 from btm_scale.group import ExpertGroup
 from btm_scale.model.gpt import build_model
-from btm_scale.run_dir import RunDir
+from btm_scale.run_dir import DENSE, SEED, RunDir
+from btm_scale.train.branch import Beginning, begin_branch, beginning
 from btm_scale.train.engine import Engine
 from btm_scale.train.export import export_expert
 from btm_scale.train.job import TrainingJob
@@ -33,17 +33,18 @@ def train_and_export(group: ExpertGroup, config: RunConfig, run: RunDir, job: Tr
         recompute=job.group.recompute,
     )
     engine = Engine(group, model, job, config.optimizer, config.deepspeed)
-    first_step = _begin(engine, run, job)
+    begun = beginning(config, run, job)
+    first_step = _begin(engine, run, job, begun)
     batches = TrainingBatches(
         run,
-        job.weights,
+        begun.domains,
         sequence_length=config.budget.sequence_length,
         samples=job.samples,
         seed=_data_seed(config, job),
         part=job.part,
     )
     train(engine, batches, config, run, first_step)
-    export_expert(engine, config, run, job, tokenizer.eos)
+    export_expert(engine, config, run, begun, tokenizer.eos)
 
 
 def train(engine: Engine, batches: TrainingBatches, config: RunConfig, run: RunDir, first_step: int) -> None:
@@ -65,26 +66,20 @@ def train(engine: Engine, batches: TrainingBatches, config: RunConfig, run: RunD
                 stop.leave(step)
 
 
-def _begin(engine: Engine, run: RunDir, job: TrainingJob) -> int:
-    """Put the engine where this job stands: at its own newest state, at its parent's end, or at the start."""
+def _begin(engine: Engine, run: RunDir, job: TrainingJob, begun: Beginning) -> int:
+    """Put the engine where this job stands: at its own newest state, at its parents' end, or at the start."""
     own = newest_state(run.checkpoints(job.model))
     if own is not None:
         position = load_state(engine, own)
         restore_random_state(position)
         return position.step
-    if job.parent is not None:
-        parent = newest_state(run.checkpoints(job.parent))
-        if parent is None:
-            raise CheckpointError(
-                f"{job.model} branches from {job.parent}, which has no training state in "
-                f"{run.checkpoints(job.parent)}; train {job.parent} first"
-            )
-        load_state(engine, parent)
+    if begun.parents:
+        begin_branch(engine, run, job, begun.parents)
     return 0
 
 
 def _data_seed(config: RunConfig, job: TrainingJob) -> int:
     # Seed and dense share one order; every branch has its own.
-    if job.progress[0] == 0.0 or job.first_sample > 0:
+    if job.model in (SEED, DENSE):
         return config.random_seed
     return (config.random_seed + zlib.crc32(job.model.encode())) % 2**31

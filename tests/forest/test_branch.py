@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from btm_scale.config import BranchConfig
+from btm_scale.errors import ForestError
+from btm_scale.forest.branch import parents_of
+from btm_scale.forest.expert import Expert
+from btm_scale.forest.scoring import Scores
+from btm_scale.run_dir import SEED, RunDir
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """Three experts, of which `b` likes the new domain's dev text best and `c` not at all."""
+    run = RunDir(tmp_path)
+    random = np.random.default_rng(0)
+    text = -random.gamma(1.0, 1.0, 400)
+    for name, dislike in {"a": 0.02, "b": 0.0, "c": 3.0}.items():
+        run.model(name).mkdir(parents=True)
+        Expert(name, {name: 1.0}, (), 1, 1, {}, {}, name).save(run.model(name))
+        scores = Scores((text - dislike).astype(np.float32), np.arange(0, 400, 4), name, "text")
+        scores.save(run.scores(name, "new", "dev"))
+    run.model(SEED).mkdir()
+    Expert(SEED, {"a": 1.0}, (), 1, 1, {}, {}, SEED).save(run.model(SEED))
+    return run
+
+
+def parents(run: RunDir, choice: object) -> dict[str, float]:
+    branch = BranchConfig.model_validate({"parents": choice})
+    return {parent.name: parent.weight for parent in parents_of(run, "new", branch)}
+
+
+def test_a_branch_begins_with_the_seed_the_nearest_or_named_models(run: RunDir) -> None:
+    assert parents(run, "seed") == {SEED: 1.0}
+    assert parents(run, "nearest") == {"b": 1.0}
+    assert parents(run, {"a": 1, "seed": 3}) == {"a": 0.25, "seed": 0.75}
+
+
+def test_the_posterior_weighs_parents_by_dev_text_and_leaves_out_the_hopeless(run: RunDir) -> None:
+    found = parents(run, "posterior")
+    assert list(found) == ["a", "b"]
+    assert found["b"] > found["a"] > 0.01
+    assert sum(found.values()) == pytest.approx(1.0)
+
+
+def test_a_removed_parent_is_named_with_what_is_there(run: RunDir) -> None:
+    (run.model("a") / "expert.json").unlink()
+    with pytest.raises(
+        ForestError, match=r"branches from 'a', which is no finished model .* it has seed, b, c"
+    ):
+        parents(run, {"a": 1.0})
+
+
+def test_a_parent_without_scores_is_named_with_the_remedy(run: RunDir) -> None:
+    run.scores("c", "new", "dev").unlink()
+    with pytest.raises(ForestError, match="score this model first"):
+        parents(run, "nearest")
+
+
+def test_an_empty_forest_has_no_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ForestError, match="holds none yet"):
+        parents(RunDir(tmp_path), "nearest")
