@@ -121,6 +121,35 @@ def forest_list(options: argparse.Namespace) -> Answer:
     return _show_lines(options, {"experts": forest})
 
 
+def forest_add(options: argparse.Namespace) -> Answer:
+    """Copy a Hugging Face directory into the forest, and score it on every domain."""
+    from btm_scale.forest.living import add_expert
+    from btm_scale.pipeline import score_models
+
+    config, run_dir = _open(options)
+    name = options.name or options.directory.resolve().name
+    expert = add_expert(config, run_dir, options.directory, name)
+    score_models(config, run_dir, [name])
+    return _show_lines(options, {"added": name, "content_hash": expert.content_hash})
+
+
+def forest_remove(options: argparse.Namespace) -> Answer:
+    """Take an expert out of the forest, with its scores and training states."""
+    from btm_scale.pipeline import remove_from_forest
+
+    config, run_dir = _open(options)
+    remove_from_forest(config, run_dir, options.name)
+    return _show_lines(options, {"removed": options.name})
+
+
+def forest_lineage(options: argparse.Namespace) -> Answer:
+    """Show which models every expert comes from, with weights."""
+    from btm_scale.forest.living import lineage
+
+    _, run_dir = _open(options)
+    return _show_lines(options, {"parents": lineage(run_dir)})
+
+
 def score(options: argparse.Namespace) -> Answer:
     """Score models on every domain that they lack."""
     config, run_dir = _open(options)
@@ -303,6 +332,9 @@ _VERBS = {
     "train": train,
     "status": status,
     "forest list": forest_list,
+    "forest add": forest_add,
+    "forest remove": forest_remove,
+    "forest lineage": forest_lineage,
     "score": score,
     "evaluate": evaluate,
     "report": report,

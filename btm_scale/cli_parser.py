@@ -92,6 +92,12 @@ def _pipeline_verbs(verbs: _Verbs) -> None:
 def _forest_verbs(verbs: _Verbs) -> None:
     verbs.family("forest", "the expert set")
     _takes_run(verbs.add("forest list", "every expert, with parents, domains and tokens"))
+    made = _takes_run(verbs.add("forest add", "any compatible Hugging Face directory as an expert"))
+    made.add_argument("directory", type=Path, help="the model; it needs the run's tokenizer")
+    made.add_argument("--name", help="the expert's name (default: the directory's)")
+    made = _takes_run(verbs.add("forest remove", "take an expert out; nothing else is touched"))
+    made.add_argument("name", help="the expert")
+    _takes_run(verbs.add("forest lineage", "who came from whom, with weights"))
     made = _takes_run(verbs.add("score", "per-token log-probabilities of every model that lacks them"))
     made.add_argument("--model", action="append", default=[], help="only this model; may be given often")
     _takes_launcher(made, ["local", "slurm"], "slurm: this process is a rank that srun has started")

@@ -81,9 +81,13 @@ class RunDir:
             return self.root / "random-split" / name.removeprefix(RANDOM_SPLIT)
         return self.experts / name
 
+    def model_scores(self, model: str) -> Path:
+        """The folder of one model's scores."""
+        return self.root / "scores" / model
+
     def scores(self, model: str, domain: str, split: str) -> Path:
         """The log-probabilities that a model gives to a domain's tokens."""
-        return self.root / "scores" / model / f"{domain}.{split}.safetensors"
+        return self.model_scores(model) / f"{domain}.{split}.safetensors"
 
     @property
     def results(self) -> Path:

@@ -141,6 +141,12 @@ def directory_digest(directory: Path) -> str:
     return digest.hexdigest()
 
 
+def same_ids(one: Path, other: Path) -> bool:
+    """Whether two directories hold one tokenizer: every file that fixes ids and stands in both is the same there."""
+    common = [name for name in _IDENTITY_FILES if (one / name).is_file() and (other / name).is_file()]
+    return bool(common) and all((one / name).read_bytes() == (other / name).read_bytes() for name in common)
+
+
 def _added_ids(directory: Path) -> list[int]:
     """Ids that Hugging Face files add to a sentencepiece vocabulary."""
     ids: list[int] = []

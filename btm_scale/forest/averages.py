@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from btm_scale.checkpoint.merge import merge
+from btm_scale.checkpoint.safetensors import SafetensorsModel
 from btm_scale.config import RunConfig
 from btm_scale.forest.expert import Expert, Parent, is_finished, read_expert
 from btm_scale.forest.forest import experts
@@ -21,6 +22,11 @@ AVERAGES = (UNIFORM, ARGMAX, POSTERIOR)
 def average_model(kind: str, domain: str) -> str:
     """The run's name for the average that serves a domain."""
     return f"{AVERAGE}{UNIFORM}" if kind == UNIFORM else f"{AVERAGE}{kind}/{domain}"
+
+
+def averages_of(run: RunDir) -> tuple[str, ...]:
+    """The kinds of averages that the forest has: none, if its experts are of different shapes."""
+    return AVERAGES if len({_shapes(run, name) for name in experts(run)}) <= 1 else ()
 
 
 def average_texts(config: RunConfig) -> dict[str, list[tuple[str, str]]]:
@@ -51,10 +57,11 @@ def average_weights(kind: str, log_prior: np.ndarray) -> np.ndarray:
 def write_averages(config: RunConfig, run: RunDir) -> list[str]:
     """Merge every average that isn't there for the forest and priors as they stand; returns all names."""
     forest = experts(run)
-    priors = cached_priors(config, run)
+    kinds = averages_of(run)
+    priors = cached_priors(config, run) if kinds else {}
     names = []
     for domain, log_prior in priors.items():
-        for kind in AVERAGES:
+        for kind in kinds:
             name = average_model(kind, domain)
             if name not in names:
                 names.append(name)
@@ -81,6 +88,11 @@ def _write_average(run: RunDir, name: str, forest: dict[str, Expert], weights: n
     shutil.rmtree(directory, ignore_errors=True)
     report = merge(directory, [(run.model(expert), weight) for expert, weight in parents.items()])
     replace(card, content_hash=report.content_hash).save(directory)
+
+
+def _shapes(run: RunDir, name: str) -> frozenset[tuple[str, tuple[int, ...]]]:
+    with SafetensorsModel(run.model(name)) as model:
+        return frozenset((tensor, spec.shape) for tensor, spec in model.specs().items())
 
 
 def _same_parents(one: Expert, other: Expert) -> bool:

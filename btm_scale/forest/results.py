@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,10 +13,11 @@ import numpy as np
 from btm_scale.checkpoint.publish import write_file
 from btm_scale.config import RunConfig
 from btm_scale.errors import ForestError
-from btm_scale.forest.averages import AVERAGES, average_model, cached_priors
+from btm_scale.forest.averages import average_model, averages_of, cached_priors
 from btm_scale.forest.ensemble import ensemble_methods
 from btm_scale.forest.expert import read_expert
 from btm_scale.forest.forest import experts
+from btm_scale.forest.living import ancestors
 from btm_scale.forest.posterior import Tempering, mixture_log_probs
 from btm_scale.forest.scoring import Scores, evaluation_text
 from btm_scale.forest.stack import Stack, dev_prior
@@ -55,7 +57,12 @@ def evaluate(config: RunConfig, run: RunDir) -> dict[str, Any]:
             domain: dict(zip(names, np.exp(prior).tolist(), strict=True)) for domain, prior in priors.items()
         },
         "tempering": {},
+        "notes": [],
     }
+    if not averages_of(run):
+        results["notes"].append(
+            "No averages: the experts are of different shapes, and only like can be averaged."
+        )
     for domain in config.all_domains:
         tempering = _tempering(config, run, domain, names, priors[domain])
         results["tempering"][domain] = asdict(tempering)
@@ -106,7 +113,7 @@ def _log_probs_by_method(
     split = config.evaluate.split
     single = {SEED: SEED} | ({DENSE: DENSE} if config.baselines.dense else {})
     single |= {f"expert:{name}": name for name in names}
-    single |= {f"average:{kind}": average_model(kind, domain) for kind in AVERAGES}
+    single |= {f"average:{kind}": average_model(kind, domain) for kind in averages_of(run)}
     methods = {
         method: Scores.load(run.scores(model, domain, split)).log_probs for method, model in single.items()
     }
@@ -122,18 +129,22 @@ def _log_probs_by_method(
 
 
 def _compute_by_method(config: RunConfig, run: RunDir, names: list[str]) -> dict[str, dict[str, float]]:
-    """Training tokens and floating-point operations behind each method, the seed's counted once."""
+    """Training tokens and floating-point operations behind each method: of all its ancestors, each counted once."""
     length = config.budget.sequence_length
     rows = json.loads((run.model(SEED) / "config.json").read_text())["vocab_size"]
     flops = config.model.shape(rows, length).flops_per_token(length)
     behind: dict[str, list[str]] = {SEED: []} | {f"expert:{name}": [name] for name in names}
-    behind |= dict.fromkeys(("ensemble", *(f"average:{kind}" for kind in AVERAGES)), names)
+    behind |= dict.fromkeys(("ensemble", *(f"average:{kind}" for kind in averages_of(run))), names)
     if config.baselines.dense:
         behind[DENSE] = [DENSE]
     if config.random_split_models:
         behind["random-split"] = config.random_split_models
     tokens = {
-        method: sum(read_expert(run.model(model)).tokens for model in (SEED, *models))
+        method: sum(read_expert(run.model(model)).tokens for model in _all_ancestors(run, (SEED, *models)))
         for method, models in behind.items()
     }
     return {method: {"tokens": number, "flops": number * flops} for method, number in tokens.items()}
+
+
+def _all_ancestors(run: RunDir, models: Iterable[str]) -> set[str]:
+    return set().union(*(ancestors(run, model) for model in models))

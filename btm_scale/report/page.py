@@ -100,6 +100,8 @@ def facts(config: RunConfig, results: Results) -> dict[str, str]:
         f"{results.get('random_seed', config.random_seed)}, a single run: "
         "differences of a percent may be chance."
     )
+    if results.get("notes"):
+        found["Notes"] = " ".join(results["notes"])
     return found
 
 

@@ -83,6 +83,8 @@ def print_results(results: Results, console: Console) -> None:
         console.print()
     if _has_partial_mean(results):
         console.print("* over those domains only that the method has", style="dim")
+    for note in results.get("notes", []):
+        console.print(note, markup=False, highlight=False)
     console.print(headline(results), markup=False, highlight=False)
 
 
