@@ -19,6 +19,7 @@ from btm_scale.errors import GroupFailed, UserError
 
 if TYPE_CHECKING:
     from btm_scale.config import RunConfig
+    from btm_scale.forest.generate import Piece
     from btm_scale.run_dir import RunDir
 
 Answer = dict[str, Any]
@@ -188,6 +189,40 @@ def report(options: argparse.Namespace) -> Answer:
     return {"page": str(run_dir.report)}
 
 
+def generate(options: argparse.Namespace) -> Answer:
+    """Continue prompts with the forest, or with some of the run's models."""
+    from dataclasses import asdict
+
+    from btm_scale.forest.decoding import Sampling
+    from btm_scale.forest.generate import Generator, prompts_of
+    from btm_scale.forest.shelf import bytes_from_text
+
+    config, run_dir = _open(options)
+    prompts = prompts_of(options.prompt, options.prompts)
+    generator = Generator.of_run(
+        config,
+        run_dir,
+        models=options.model,
+        prior=options.prior,
+        domain=options.domain,
+        method=options.method,
+        posterior=options.posterior,
+        sampling=Sampling(options.temperature, options.top_k, options.top_p),
+        max_bytes=bytes_from_text(options.max_memory) if options.max_memory else None,
+        device=options.device,
+    )
+    made = {}
+    for piece in generator.stream(
+        prompts, max_tokens=options.max_tokens, stop=options.stop, random_seed=options.random_seed,
+        batch=options.batch,
+    ):  # fmt: skip
+        if piece.whole is not None:
+            made[piece.prompt] = asdict(piece.whole)
+        if not options.json:
+            _show_piece(prompts, piece)
+    return {"method": generator.method, "generations": [made[number] for number in range(len(prompts))]}
+
+
 def merge(options: argparse.Namespace) -> Answer:
     """Merge models into one."""
     from btm_scale.checkpoint.merge import merge as merge_models
@@ -316,6 +351,14 @@ def _show_lines(options: argparse.Namespace, answer: Answer) -> Answer:
     return answer
 
 
+def _show_piece(prompts: Sequence[str], piece: Piece) -> None:
+    """One prompt's text as it comes; of several, each continuation when it is whole."""
+    if len(prompts) == 1:
+        print(piece.text, end="\n" if piece.whole else "", flush=True)
+    elif piece.whole:
+        print(f"--- {piece.whole.prompt}\n{piece.whole.text}", flush=True)
+
+
 def _print_results(options: argparse.Namespace, results: Answer) -> None:
     if not options.json:
         from rich.console import Console
@@ -338,6 +381,7 @@ _VERBS = {
     "score": score,
     "evaluate": evaluate,
     "report": report,
+    "generate": generate,
     "merge": merge,
     "convert": convert,
     "inspect": inspect,

@@ -104,6 +104,37 @@ def _forest_verbs(verbs: _Verbs) -> None:
     made = _takes_run(verbs.add("evaluate", "every method's perplexity, from the scores"))
     _takes_launcher(made, ["local", "slurm"], "how averages are scored; slurm: by srun, in this job")
     _takes_run(verbs.add("report", "tables, plots, one HTML page"))
+    _generate(verbs)
+
+
+def _generate(verbs: _Verbs) -> None:
+    made = _takes_run(
+        verbs.add("generate", "text from the forest: one drawn expert, or the experts' mixture")
+    )
+    made.add_argument("--prompt", action="append", default=[], help="what to continue; may be given often")
+    made.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line")
+    made.add_argument("--method", default="expert", metavar="expert|per-token|mixture",
+                      help="one expert drawn by the posterior of the prompt (exact), one drawn for each token, or "
+                      "tokens of the mixture")  # fmt: skip
+    made.add_argument("--posterior", default="prefix", metavar="prefix|token|tempered|fixed",
+                      help="what weighs the experts; 'expert' is exact for prefix only")  # fmt: skip
+    made.add_argument("--prior", default="cached", metavar="cached|uniform", help="where the weights start")
+    made.add_argument("--domain", help="whose cached prior (default: all training domains' pooled)")
+    made.add_argument("--model", action="append", default=[], metavar="NAME",
+                      help="only these: experts, seed, dense, average/uniform; may be given often")  # fmt: skip
+    made.add_argument("--max-tokens", type=int, default=128, help="of each continuation")
+    made.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
+    made.add_argument("--temperature", type=float, default=1.0, help="of the mixture; 0 is greedy")
+    made.add_argument("--top-k", type=int, help="of the mixture: only so many of the likeliest tokens")
+    made.add_argument(
+        "--top-p", type=float, help="of the mixture: only the likeliest, up to this probability"
+    )
+    made.add_argument("--random-seed", type=int, default=0)
+    made.add_argument("--batch", type=int, default=32, help="prompts that are continued side by side")
+    made.add_argument(
+        "--max-memory", metavar="8GB", help="of experts' weights in memory at once (default: all)"
+    )
+    made.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
 
 
 def _checkpoint_verbs(verbs: _Verbs) -> None:

@@ -1,0 +1,332 @@
+"""Text from a forest: one expert drawn by the posterior of the prompt, or the experts' mixture token by token.
+
+At temperature 1, with nothing cut off, the mixture under the paper's posterior is sampled exactly by drawing one expert
+from p(D=j | prompt) and letting it write alone: p(text | prompt) = sum_j p(D=j | prompt) p(text | prompt, D=j).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from btm_scale.config import RunConfig
+from btm_scale.data.tokenizer import Tokenizer
+from btm_scale.errors import ForestError, UserError
+from btm_scale.forest.decoder import limits_of
+from btm_scale.forest.decoding import Sampling, Step, decode, from_drawn_expert, from_mixture
+from btm_scale.forest.posterior import Mode, Tempering
+from btm_scale.forest.running_posterior import RunningPosterior
+from btm_scale.forest.shelf import Shelf
+from btm_scale.forest.transcript import Transcript
+from btm_scale.run_dir import RunDir
+
+METHODS = {
+    "expert": "one expert, drawn by the posterior of the prompt, writes the text alone",
+    "per-token": "an expert is drawn for each token",
+    "mixture": "tokens come from the experts' mixture: greedy, temperature, top-k, top-p",
+}
+POSTERIORS = ("prefix", "token", "tempered", "fixed")
+Finished = Literal["end", "stop", "length", "context"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A continuation, and where it came from."""
+
+    prompt: str
+    text: str
+    tokens: list[int]
+    finished: Finished  # by the end of the document, a stop string, max_tokens, or the experts' longest text
+    posterior: dict[str, float]  # of the prompt: each expert's weight before the first token
+    expert: str | None  # that wrote it, where one did
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What was just added to the continuation of prompt number `prompt`; the last piece brings the whole."""
+
+    prompt: int
+    text: str
+    whole: Generation | None = None
+
+
+@dataclass
+class Batch:
+    """Texts that are written side by side."""
+
+    prompts: Sequence[Sequence[int]]
+    limits: np.ndarray  # int64 [texts]: tokens to write at the most
+    finished: np.ndarray = field(init=False)  # bool [texts]; whoever takes the steps may finish a text
+    posterior: np.ndarray = field(init=False)  # [texts, experts], of the prompts; known at the first step
+    drawn: np.ndarray | None = None  # int64 [texts]: the expert that writes each
+
+    def __post_init__(self) -> None:
+        self.finished = np.zeros(len(self.prompts), dtype=bool)
+
+
+class Generator:
+    """Writes text from experts on disk. `Generator.of_run` takes them, their prior and tokenizer from a run."""
+
+    def __init__(
+        self,
+        models: Mapping[str, Path],
+        tokenizer: Tokenizer,
+        *,
+        log_prior: np.ndarray | None = None,
+        method: str = "expert",
+        posterior: str = "prefix",
+        tempering: Tempering | None = None,
+        sampling: Sampling | None = None,
+        max_bytes: float | None = None,
+        device: str | None = None,
+    ) -> None:
+        """`models`: Hugging Face directories by name; `log_prior` [models] nats (default: uniform); `method`: one of
+        METHODS; `posterior`: one of POSTERIORS; `max_bytes`: of weights in memory at once (default: no limit).
+
+        Raises UserError for settings that don't go together, ForestError or CheckpointError for models that don't.
+        """
+        self.sampling = sampling or Sampling()
+        _check_settings(method, posterior, self.sampling)
+        self.names = list(models)
+        self.method = method
+        self.tokenizer = tokenizer
+        self.context = _shared_context(models, tokenizer)
+        self.device = _device(device)
+        self._shelf = Shelf(models, vocabulary=tokenizer.vocab_size, max_bytes=max_bytes, device=self.device)
+        self._log_prior = np.zeros(len(models)) if log_prior is None else log_prior
+        self._mode: Mode = posterior  # type: ignore[assignment]
+        self._tempering = tempering if posterior == "tempered" else None
+        if method != "expert":
+            self._shelf.take_all(self.names, f"the method '{method}'")
+
+    @classmethod
+    def of_run(
+        cls,
+        config: RunConfig,
+        run: RunDir,
+        *,
+        models: Sequence[str] = (),
+        prior: str = "cached",
+        domain: str | None = None,
+        posterior: str = "prefix",
+        **settings: Any,
+    ) -> Generator:
+        """A run's forest, or those of its `models` (experts, seed, dense, average/uniform, ...).
+
+        `prior`: `cached` from the dev text of `domain`, or pooled over all training domains, or `uniform`.
+        """
+        from btm_scale.forest.generation_prior import log_prior_of, models_of, tempering_of
+
+        names = models_of(run, models)
+        log_prior = log_prior_of(config, run, names, prior, domain)
+        return cls(
+            {name: run.model(name) for name in names},
+            Tokenizer.load(run.tokenizer),
+            log_prior=log_prior,
+            posterior=posterior,
+            tempering=tempering_of(config, run, names, log_prior, domain)
+            if posterior == "tempered"
+            else None,
+            **settings,
+        )
+
+    def generate(self, prompts: Sequence[str], **settings: Any) -> list[Generation]:
+        """Continue each prompt; takes what `stream` takes."""
+        wholes = {piece.prompt: piece.whole for piece in self.stream(prompts, **settings) if piece.whole}
+        return [wholes[number] for number in range(len(prompts))]
+
+    def stream(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_tokens: int = 128,
+        stop: Sequence[str] = (),
+        random_seed: int = 0,
+        batch: int = 32,
+    ) -> Iterator[Piece]:
+        """Continue prompts, `batch` of them side by side, and tell every piece of text as soon as it is certain.
+
+        A prompt is the beginning of a document. A continuation ends with the document, before a `stop` string, after
+        `max_tokens`, or where the experts' context is full. Raises UserError for a prompt that is longer than that.
+        """
+        if max_tokens < 0 or batch < 1:
+            raise UserError(f"max-tokens {max_tokens} and batch {batch}: give at least 0 tokens and 1 prompt")
+        ids = [[self.tokenizer.eos, *encoded.tolist()] for encoded in self.tokenizer.encode_batch(prompts)]
+        rooms = [self._room(number, len(tokens)) for number, tokens in enumerate(ids)]
+        random = torch.Generator(self.device).manual_seed(random_seed)
+        for first in range(0, len(ids), batch):
+            part = slice(first, first + batch)
+            limits = np.minimum(rooms[part], max_tokens)
+            yield from self._write(Batch(ids[part], limits), prompts, first, max_tokens, stop, random)
+
+    def steps(self, batch: Batch, random: torch.Generator) -> Iterator[Step]:
+        """The tokens of a batch, step by step."""
+        return self._by_one_expert(batch, random) if self.method == "expert" else self._by_all(batch, random)
+
+    def _by_one_expert(self, batch: Batch, random: torch.Generator) -> Iterator[Step]:
+        running = RunningPosterior(self._log_prior, len(batch.prompts))
+        if len(self.names) > 1:
+            scores = [self._shelf.take(name).read(batch.prompts).log_probs for name in self.names]
+            _observe_prompts(running, scores, batch.prompts)
+        batch.posterior = np.exp(running.log_weights())
+        weights = torch.as_tensor(batch.posterior, device=self.device)
+        batch.drawn = torch.multinomial(weights, 1, generator=random).squeeze(1).cpu().numpy()
+        # Last to first: the experts that were read last are still in memory.
+        for expert in np.unique(batch.drawn)[::-1]:
+            texts = np.flatnonzero(batch.drawn == expert)
+            reading = self._shelf.take(self.names[expert]).read(
+                [batch.prompts[text] for text in texts], score=False
+            )
+            finished = batch.finished[texts]
+            alone = RunningPosterior(np.zeros(1), len(texts))
+            for step in decode([reading], alone, from_mixture(Sampling()), limits=batch.limits[texts],
+                               end=self.tokenizer.eos, finished=finished, generator=random):  # fmt: skip
+                yield Step(texts[step.texts], step.tokens)
+                finished |= batch.finished[texts]
+            batch.finished[texts] = True
+
+    def _by_all(self, batch: Batch, random: torch.Generator) -> Iterator[Step]:
+        readings = [decoder.read(batch.prompts) for decoder in self._shelf.take_all(self.names, self.method)]
+        running = RunningPosterior(
+            self._log_prior, len(batch.prompts), mode=self._mode, tempering=self._tempering
+        )
+        _observe_prompts(running, [reading.log_probs for reading in readings], batch.prompts)
+        batch.posterior = np.exp(running.log_weights())
+        choose = from_drawn_expert if self.method == "per-token" else from_mixture(self.sampling)
+        return decode(readings, running, choose, limits=batch.limits, end=self.tokenizer.eos,
+                      finished=batch.finished, generator=random)  # fmt: skip
+
+    def _write(
+        self,
+        batch: Batch,
+        prompts: Sequence[str],
+        first: int,
+        max_tokens: int,
+        stop: Sequence[str],
+        random: torch.Generator,
+    ) -> Iterator[Piece]:
+        transcripts = [Transcript(self.tokenizer.decode, tokens, stop) for tokens in batch.prompts]
+        told: set[int] = set()
+        steps = self.steps(batch, random)
+        while True:
+            step = next(steps, None)
+            for text, token in zip(step.texts.tolist(), step.tokens.tolist(), strict=True) if step else ():
+                transcript, ended = transcripts[text], token == self.tokenizer.eos
+                certain = "" if ended else transcript.add(token)
+                reason: Finished | None = None
+                if ended:
+                    reason = "end"
+                elif transcript.stopped:
+                    reason = "stop"
+                elif len(transcript.tokens) == batch.limits[text]:
+                    reason = "length" if batch.limits[text] == max_tokens else "context"
+                if reason is None:
+                    if certain:
+                        yield Piece(first + text, certain)
+                    continue
+                batch.finished[text] = True
+                told.add(text)
+                certain += transcript.finish()
+                yield Piece(
+                    first + text, certain, self._whole(batch, text, prompts[first + text], transcript, reason)
+                )
+            if step is None:
+                break
+        for text in sorted(
+            set(range(len(transcripts))) - told
+        ):  # nothing was asked of these: max_tokens is 0
+            yield Piece(
+                first + text, "", self._whole(batch, text, prompts[first + text], transcripts[text], "length")
+            )
+
+    def _whole(
+        self, batch: Batch, text: int, prompt: str, transcript: Transcript, reason: Finished
+    ) -> Generation:
+        weights = dict(zip(self.names, batch.posterior[text].tolist(), strict=True))
+        expert = None if batch.drawn is None else self.names[batch.drawn[text]]
+        return Generation(prompt, transcript.text, transcript.tokens, reason, weights, expert)
+
+    def _room(self, number: int, tokens: int) -> int:
+        if tokens > self.context:
+            raise UserError(
+                f"prompt {number + 1} has {tokens} tokens with the start of the document, and these experts read at "
+                f"most {self.context}; shorten it, or use experts of a longer budget.sequence_length"
+            )
+        return self.context - tokens + 1
+
+
+def prompts_of(given: Sequence[str], file: Path | None) -> list[str]:
+    """The prompts given one by one and those of a file, one a line. Raises UserError if there are none."""
+    prompts = list(given)
+    if file is not None:
+        try:
+            prompts += file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"no prompts can be read from {file}: {error}; give a UTF-8 text, one prompt a line"
+            ) from None
+    if not prompts:
+        raise UserError("nothing to continue; give --prompt TEXT or --prompts FILE")
+    return prompts
+
+
+def _observe_prompts(
+    running: RunningPosterior, scores: Sequence[Any], prompts: Sequence[Sequence[int]]
+) -> None:
+    log_probs = torch.stack(list(scores), dim=2).double().cpu().numpy()
+    longest = log_probs.shape[1] + 1
+    begins = np.array([longest - len(prompt) for prompt in prompts])
+    for place in range(longest - 1):
+        running.observe(log_probs[:, place], begins <= place)
+
+
+def _check_settings(method: str, posterior: str, sampling: Sampling) -> None:
+    if method not in METHODS:
+        told = "; ".join(f"'{name}': {what}" for name, what in METHODS.items())
+        raise UserError(f"no generation method is called '{method}'. Choose one of: {told}")
+    if posterior not in POSTERIORS:
+        raise UserError(f"no posterior is called '{posterior}'; choose one of {', '.join(POSTERIORS)}")
+    if method == "expert" and posterior != "prefix":
+        raise UserError(
+            f"the method 'expert' samples the prefix posterior's mixture, not '{posterior}'; use 'per-token', which "
+            "draws an expert for each token, or 'mixture'"
+        )
+    if method != "mixture" and not sampling.is_exact:
+        raise UserError(
+            f"the method '{method}' draws from the mixture as it is: temperature 1, no top-k, no top-p; use "
+            "'mixture' for these"
+        )
+
+
+def _device(asked: str | None) -> str:
+    if asked is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=asked)
+    except (RuntimeError, AssertionError) as error:
+        told = str(error).partition("\n")[0]
+        raise UserError(
+            f"the device '{asked}' cannot be used: {told}; leave --device out, or name another"
+        ) from None
+    return asked
+
+
+def _shared_context(models: Mapping[str, Path], tokenizer: Tokenizer) -> int:
+    """The longest text that every model can read."""
+    if not models:
+        raise ForestError("no model to generate from; train experts first: btm-scale run CONFIG")
+    contexts = []
+    for name, directory in models.items():
+        positions, rows = limits_of(directory)
+        if rows < tokenizer.vocab_size:
+            raise ForestError(
+                f"'{name}' has a vocabulary of {rows} tokens, and the run's tokenizer has {tokenizer.vocab_size}; "
+                "it was made with another tokenizer: leave it out"
+            )
+        contexts.append(positions)
+    return min(contexts)

@@ -1,0 +1,71 @@
+"""What a run knows of text that nobody has named a domain for: which of its models, and how likely each is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from btm_scale.config import RunConfig
+from btm_scale.errors import ForestError, UserError
+from btm_scale.forest.expert import read_expert
+from btm_scale.forest.forest import experts
+from btm_scale.forest.posterior import Tempering
+from btm_scale.forest.stack import Stack, dev_prior
+from btm_scale.forest.tempering import fitted_tempering
+from btm_scale.run_dir import RunDir
+
+PRIORS = ("cached", "uniform")
+
+
+def models_of(run: RunDir, asked: Sequence[str]) -> list[str]:
+    """The models to use: those asked for, or the whole forest. Raises ForestError for one that isn't there."""
+    names = list(dict.fromkeys(asked)) or list(experts(run))
+    if not names:
+        raise ForestError(f"no expert in {run.experts}; train some first: btm-scale run CONFIG")
+    for name in names:
+        read_expert(run.model(name))
+    return names
+
+
+def log_prior_of(
+    config: RunConfig, run: RunDir, names: Sequence[str], prior: str, domain: str | None
+) -> np.ndarray:
+    """log p(D=j), nats [models]: of a domain's dev text, the mean over all training domains', or uniform.
+
+    Raises UserError for a prior or domain that the run doesn't have, ForestError for models without scores.
+    """
+    if prior not in PRIORS:
+        raise UserError(f"no prior is called '{prior}'; choose one of {', '.join(PRIORS)}")
+    if domain is not None and prior != "cached":
+        raise UserError(
+            f"the prior '{prior}' is of no domain; leave out --domain {domain}, or use the cached prior"
+        )
+    if prior == "uniform" or len(names) == 1:
+        return np.full(len(names), -np.log(len(names)))
+    domains = _domains(config, domain)
+    probabilities = np.mean([np.exp(dev_prior(run, names, name)) for name in domains], axis=0)
+    return np.log(probabilities)
+
+
+def tempering_of(
+    config: RunConfig, run: RunDir, names: Sequence[str], log_prior: np.ndarray, domain: str | None
+) -> Tempering:
+    """The tempered posterior's numbers: the config's, or fitted to the dev text that the prior is of."""
+    given = config.evaluate.tempering
+    if given is not None:
+        return Tempering(given.power, given.forgetting, given.share)
+    stacks = [Stack.load(run, names, name, "dev") for name in _domains(config, domain)]
+    offsets = np.cumsum([0, *(stack.log_probs.shape[1] for stack in stacks[:-1])])
+    starts = [stack.block_starts + offset for stack, offset in zip(stacks, offsets, strict=True)]
+    return fitted_tempering(
+        np.concatenate([stack.log_probs for stack in stacks], axis=1), np.concatenate(starts), log_prior
+    )
+
+
+def _domains(config: RunConfig, domain: str | None) -> list[str]:
+    if domain is None:
+        return list(config.domains)
+    if domain not in config.all_domains:
+        raise UserError(f"the run has no domain '{domain}'; it has {', '.join(config.all_domains)}")
+    return [domain]

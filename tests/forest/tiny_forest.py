@@ -1,0 +1,94 @@
+"""Experts of a handful of tokens, small enough for every text to be enumerated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from btm_scale.data.tokenizer import Tokenizer
+from btm_scale.forest.posterior import mixture_log_probs
+
+LETTERS = ".abcd"  # the first is the end of a document
+POSITIONS = 24
+
+
+class Letters(Tokenizer):
+    """One token a letter."""
+
+    digest = "letters"
+    vocab_size = len(LETTERS)
+    eos = 0
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray[Any, Any]]:
+        return [np.array([LETTERS.index(letter) for letter in text], dtype=np.int32) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(LETTERS[token] for token in ids)
+
+
+def write_experts(folder: Path, count: int = 2, family: str = "llama") -> dict[str, Path]:
+    """Models of random weights, large enough that each has opinions of its own."""
+    experts = {}
+    for number in range(count):
+        torch.manual_seed(number)
+        experts[f"expert{number}"] = folder / f"{family}{number}"
+        _model(family).save_pretrained(experts[f"expert{number}"])
+    return experts
+
+
+def _model(family: str) -> Any:
+    if family == "gpt2":
+        sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": POSITIONS}
+        config: Any = GPT2Config(
+            vocab_size=len(LETTERS), bos_token_id=0, eos_token_id=0, initializer_range=0.5, **sizes
+        )
+        return GPT2LMHeadModel(config)
+    config = LlamaConfig(
+        vocab_size=len(LETTERS), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=POSITIONS, initializer_range=0.4, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+class Oracle:
+    """The same experts in float64, every text from its beginning, with no cache: what must come out."""
+
+    def __init__(self, experts: dict[str, Path]) -> None:
+        self._models = [
+            AutoModelForCausalLM.from_pretrained(path).double().eval() for path in experts.values()
+        ]
+
+    @torch.no_grad()
+    def log_probs(self, ids: Sequence[int]) -> np.ndarray:
+        """[experts, tokens, vocabulary] nats of what follows each token."""
+        inputs = torch.tensor([list(ids)])
+        return np.stack([model(inputs).logits[0].log_softmax(-1).numpy() for model in self._models])
+
+    def mixture_after(self, ids: Sequence[int], **settings: Any) -> np.ndarray:
+        """[vocabulary] nats of the mixture's next token after a text."""
+        scores = self.log_probs(ids)
+        past = np.stack([expert[np.arange(len(ids) - 1), ids[1:]] for expert in scores])
+        rows = [
+            np.concatenate([past, scores[:, -1, token : token + 1]], axis=1)
+            for token in range(scores.shape[2])
+        ]
+        return np.array([mixture_log_probs(row, np.zeros(1, np.int64), **settings)[-1] for row in rows])
+
+    def continuations(self, ids: Sequence[int], length: int, **settings: Any) -> dict[tuple[int, ...], float]:
+        """The probability of every continuation of `length` tokens, or fewer that end the document."""
+        found = {(): 1.0}
+        for _ in range(length):
+            longer = {}
+            for text, probability in found.items():
+                if text[-1:] == (0,):
+                    longer[text] = probability
+                    continue
+                following = np.exp(self.mixture_after([*ids, *text], **settings))
+                longer |= {(*text, token): probability * following[token] for token in range(len(following))}
+            found = longer
+        return found
