@@ -63,6 +63,8 @@ class ExpertGroup:
             torch.cuda.set_device(device)
         if not dist.is_initialized():
             deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", verbose=False)
+            if not has_gpu:
+                _unname_shared_memory()
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=config.tensor)
         return cls(config, dist.get_rank(), size, device)
 
@@ -148,11 +150,24 @@ def _build_shared_memory_op() -> None:
     folder = extensions_folder()
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    # This environment's ninja, whatever the shell finds first: another version would build everything anew.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     builder = deepspeed.get_accelerator().create_op_builder("ShareMemCommBuilder")
     with (folder / "building").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         (folder / builder.name / "lock").unlink(missing_ok=True)
         builder.load(verbose=False)
+
+
+def _unname_shared_memory() -> None:
+    """Take the name from this rank's 69 MB of shared memory, once every rank has mapped it.
+
+    The operator never does, so that without this each group, killed or not, would leave them in memory for ever.
+    """
+    dist.barrier()
+    rendezvous = f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{rendezvous}_{dist.get_rank()}"
+    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def extensions_folder() -> Path:
