@@ -55,13 +55,13 @@ class ExpertGroup:
         import deepspeed
         from megatron.core import parallel_state
 
-        if not has_gpu:
-            _build_shared_memory_op()
         device = torch.device("cpu")
         if has_gpu:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         if not dist.is_initialized():
+            if not has_gpu:
+                _build_shared_memory_op()
             deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", verbose=False)
             if not has_gpu:
                 _unname_shared_memory()

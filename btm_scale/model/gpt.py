@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -125,6 +126,9 @@ def build_model(
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
+        init_method=partial(
+            _draw, rows=padded_vocabulary(shape.vocabulary, tensor), vocabulary=shape.vocabulary
+        ),
     )
     spec = get_gpt_layer_local_spec(normalization=config.normalization)
     attention = spec.submodules.self_attention.submodules
@@ -144,6 +148,17 @@ def build_model(
     if model.tensor_group is not None:
         _sum_partial_gradients(model, model.tensor_group)
     return model
+
+
+def _draw(weight: Tensor, *, rows: int, vocabulary: int) -> None:
+    """Draw a weight as Megatron-core does, but of `rows` rows the padding last and from other random numbers."""
+    std = 0.02
+    if len(weight) != rows:
+        vocabulary = len(weight)
+    torch.nn.init.normal_(weight[:vocabulary], std=std)
+    if vocabulary < len(weight):
+        with torch.random.fork_rng(devices=[]):
+            torch.nn.init.normal_(weight[vocabulary:], std=std)
 
 
 def _sum_partial_gradients(model: torch.nn.Module, group: dist.ProcessGroup) -> None:

@@ -1,6 +1,7 @@
 """Activations that are made again in the backward pass instead of being kept, by PyTorch's checkpointing.
 
-Megatron-core's own recomputation wants the CUDA random tracker. Nothing in a layer is random, so no random state is kept.
+Megatron-core's own recomputation wants the CUDA random tracker. Nothing in a layer is random, so no random state is
+kept.
 """
 
 from __future__ import annotations

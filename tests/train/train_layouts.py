@@ -28,7 +28,7 @@ def make_engine(group: ExpertGroup, spec: dict[str, Any]) -> Engine:
     layout = group.config
     assert not layout.problems(shape, shape.positions)
     job = TrainingJob(
-        model="tiny", parent=None, weights={}, part=None, steps=spec["steps"], sequences=spec["sequences"],
+        model="tiny", branch=None, weights={}, part=None, steps=spec["steps"], sequences=spec["sequences"],
         batch_share=1.0, first_sample=0, samples=spec["sequences"], progress=(0.0, 1.0), group=layout,
     )  # fmt: skip
     group.seed(1)

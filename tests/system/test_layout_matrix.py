@@ -1,0 +1,152 @@
+"""Every layout trains the same model: a matrix of them through the real launcher, against one rank.
+
+The whole matrix (144 layouts) takes long; by default a part of it is run in which every two settings meet that may.
+`BTM_SCALE_FULL_MATRIX=1` runs all of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launcher import TESTS, launched
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from btm_scale.model.layout import Layout
+
+pytestmark = pytest.mark.slow
+
+# A vocabulary that no tensor degree divides, and grouped heads.
+SHAPE = {"layers": 2, "hidden": 32, "heads": 4, "groups": 2, "ffn": 48, "positions": 16, "vocabulary": 65}
+LLAMA = {"family": "llama", **SHAPE}
+GPT2 = {"family": "gpt2", **SHAPE, "groups": 4}
+STEPS = 20
+WORLDS = [(1, 1), (1, 2), (2, 1), (2, 2)]
+SETTINGS = {
+    "tensor": [1, 2],
+    "data": [1, 2],
+    "zero": [0, 1, 2, 3],
+    "sequence_parallel": [False, True],
+    "recompute": ["none", "selective", "full"],
+    "offload": ["none", "optimizer", "all"],
+}
+
+Layouts = dict[str, dict[str, Any]]
+
+
+def allowed_layouts() -> list[dict[str, Any]]:
+    found = []
+    for values in itertools.product(*SETTINGS.values()):
+        group = dict(zip(SETTINGS, values, strict=True))
+        with contextlib.suppress(ValidationError):
+            Layout.model_validate(group)
+            found.append(group)
+    return found
+
+
+def in_which_all_pairs_meet(layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Some of the layouts, in which every two settings that go together anywhere do so."""
+    pairs = [set(itertools.combinations(layout.items(), 2)) for layout in layouts]
+    missing, chosen = set().union(*pairs), []
+    while missing:
+        best = max(range(len(layouts)), key=lambda i: len(pairs[i] & missing))
+        missing -= pairs[best]
+        chosen.append(layouts[best])
+    return chosen
+
+
+MATRIX = allowed_layouts()
+if not os.environ.get("BTM_SCALE_FULL_MATRIX"):
+    MATRIX = in_which_all_pairs_meet(MATRIX)
+
+
+def float32_layouts(tensor: int, data: int) -> Layouts:
+    """The matrix's layouts of a world."""
+    return {
+        "-".join(map(str, layout.values())): layout | {"precision": "fp32", "micro_batch": 2}
+        for layout in MATRIX
+        if (layout["tensor"], layout["data"]) == (tensor, data)
+    }
+
+
+def low_precision_layouts(tensor: int, data: int) -> Layouts:
+    return {
+        f"{precision}-{zero}": {"tensor": tensor, "data": data, "zero": zero, "precision": precision,
+                                "sequence_parallel": tensor > 1, "micro_batch": 2}
+        for precision in ("bf16", "fp16") for zero in range(4)
+    }  # fmt: skip
+
+
+def trained(
+    folder: Path, layouts: Layouts, shape: dict[str, Any] = LLAMA
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Losses and weights of every layout, all of one number of ranks, which are started once."""
+    folder.mkdir(exist_ok=True)
+    first = next(iter(layouts.values()))
+    ranks = first["tensor"] * first["data"]
+    # A loss scale that tiny gradients don't overflow, so that no step is left out.
+    spec = {"layouts": layouts, "folder": str(folder), "shape": shape, "steps": STEPS, "sequences": 8,
+            "deepspeed": {"fp16": {"initial_scale_power": 10}}}  # fmt: skip
+    launched(TESTS / "train" / "train_layouts.py", ranks, spec, folder)
+    return {name: load_file(folder / f"{name}.safetensors") for name in layouts}
+
+
+ONE_RANK = {"one": {"tensor": 1, "data": 1, "zero": 0, "precision": "fp32", "micro_batch": 2}}
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    return trained(tmp_path_factory.mktemp("one"), ONE_RANK)["one"]
+
+
+def assert_same(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], losses: float, weights: float
+) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        error = (found[name] - value).norm() / value.norm()
+        if name == "losses":
+            assert len(value) == STEPS
+            assert value[-1] < value[0] - 0.3, "the reference must learn something"
+            torch.testing.assert_close(found[name], value, atol=losses, rtol=0)
+        else:
+            assert float(error) < weights, name
+
+
+@pytest.mark.parametrize(("tensor", "data"), WORLDS)
+def test_every_layout_gives_one_ranks_losses_and_weights(
+    tensor: int, data: int, one_rank: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    for name, found in trained(tmp_path, float32_layouts(tensor, data)).items():
+        try:
+            assert_same(found, one_rank, losses=1e-5, weights=1e-4)
+        except AssertionError as error:
+            raise AssertionError(f"tensor {tensor}, data {data}, {name}: {error}") from None
+
+
+@pytest.mark.parametrize(("tensor", "data"), [(1, 1), (2, 2)])
+def test_half_precision_follows_float32(
+    tensor: int, data: int, one_rank: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    for found in trained(tmp_path, low_precision_layouts(tensor, data)).values():
+        assert_same(found, one_rank, losses=2e-2, weights=2e-2)
+
+
+def test_biases_and_learned_positions_are_trained_alike_on_parts_of_a_sequence(tmp_path: Path) -> None:
+    expected = trained(tmp_path / "one", ONE_RANK, GPT2)["one"]
+    group = {
+        "tensor": 2,
+        "data": 1,
+        "zero": 1,
+        "sequence_parallel": True,
+        "precision": "fp32",
+        "micro_batch": 2,
+    }
+    found = trained(tmp_path / "two", {"parts": group}, GPT2)["parts"]
+    assert_same(found, expected, losses=1e-5, weights=1e-4)
