@@ -14,14 +14,14 @@ from btm_scale.errors import ConfigError
 from btm_scale.launch_config import LaunchConfig
 from btm_scale.model.layout import Layout
 from btm_scale.model.shape import PRESETS, Family, ModelShape
-from btm_scale.run_dir import DENSE, RANDOM_SPLIT, SEED
+from btm_scale.run_dir import DENSE, LONGER_DENSE, RANDOM_SPLIT, SEED
 from btm_scale.section import Section
 from btm_scale.yaml_file import apply_overrides, dump_yaml, explain, load_yaml
 
 
 def _domain_name(name: str) -> str:
     # Names become folders and job names, so they are kept to what is safe in both.
-    if name in (SEED, DENSE, "uniform", "argmax", "posterior"):
+    if name in (SEED, DENSE, "uniform", "argmax", "posterior") or name.startswith(LONGER_DENSE):
         raise ValueError(f"'{name}' is the name of one of the run's own models; choose another")
     allowed = name.replace("-", "").replace("_", "").replace(".", "")
     if not (allowed.isascii() and allowed.isalnum() and name[0].isalnum() and len(name) <= 64):
@@ -232,6 +232,9 @@ class BaselinesConfig(Section):
     """What the forest is compared with."""
 
     dense: bool = True
+    dense_compute: tuple[Annotated[float, Field(gt=1)], ...] = Field(
+        default=(), description="further dense baselines, with so many times the forest's compute"
+    )
     random_split: bool = False
 
 
@@ -338,6 +341,11 @@ class RunConfig(Section):
     def branch(self, name: str) -> BranchConfig:
         """What one expert begins with."""
         return self.experts[name].branch if name in self.experts else BranchConfig()
+
+    @property
+    def longer_dense_models(self) -> dict[str, float]:
+        """Dense baselines of more compute than the forest's, and how many times as much."""
+        return {f"{LONGER_DENSE}{factor:g}x": factor for factor in self.baselines.dense_compute}
 
     @property
     def random_split_models(self) -> list[str]:

@@ -24,7 +24,7 @@ from btm_scale.launch.local import LocalPool
 from btm_scale.launch.supervise import GroupCommand, OnPoll, run_groups_in
 from btm_scale.report.page import write_page
 from btm_scale.report.progress import ModelProgress, read_progress
-from btm_scale.run_dir import DENSE, SEED, RunDir
+from btm_scale.run_dir import SEED, RunDir
 from btm_scale.train.job import model_names, training_job
 from btm_scale.train.metrics import read_metrics
 
@@ -83,16 +83,17 @@ def run_all(
     open_run(config, run)
     say("text -> token files")
     prepare(config, run)
-    for number, stage in enumerate(training_stages(config)):
-        if number > 1:
-            # Those of the forest that no stage trains are asked for their opinion of the new domains too.
-            _score_added(config, run, launcher)
+    # A domain that was added since is new to every model that is finished already.
+    finished = [*model_names(config), *added_experts(config, run)]
+    finished = [model for model in finished if is_finished(run.model(model))]
+    if finished:
+        score_models(config, run, finished, launcher)
+    for stage in training_stages(config):
         todo = [model for model in stage if not is_done(config, run, model)]
         if todo:
             say(f"training {', '.join(todo)}")
         run_training(config, run, stage, on_progress=on_progress, launcher=launcher)
     say("averaging and scoring")
-    _score_added(config, run, launcher)
     score_averages(config, run, launcher)
     results = evaluate(config, run)
     report(config, run, results)
@@ -114,7 +115,7 @@ def training_stages(config: RunConfig) -> list[list[str]]:
         elif isinstance(branch.parents, dict):
             parents = list(branch.parents)
         else:
-            parents = [name for name in stage_of if name != DENSE]
+            parents = [SEED, *(name for name in stage_of if name in config.expert_domains)]
         # A parent that this run doesn't train was added to the forest as it is.
         stage_of[model] = 1 + max(stage_of.get(parent, 0) for parent in parents)
     stages: list[list[str]] = [[] for _ in range(1 + max(stage_of.values()))]
@@ -214,12 +215,6 @@ def remove_from_forest(config: RunConfig, run: RunDir, name: str) -> None:
         others = {other: domain for other, domain in config.added_domains.items() if other != name}
         own = {other: expert for other, expert in config.experts.items() if other != name}
         config.model_copy(update={"added_domains": others, "experts": own}).save(run.config)
-
-
-def _score_added(config: RunConfig, run: RunDir, launcher: Launcher | None) -> None:
-    added = added_experts(config, run)
-    if added:
-        score_models(config, run, added, launcher)
 
 
 def score_averages(config: RunConfig, run: RunDir, launcher: Launcher | None = None) -> None:

@@ -10,6 +10,7 @@ SEED = "seed"
 DENSE = "dense"
 AVERAGE = "average/"
 RANDOM_SPLIT = "random/"
+LONGER_DENSE = "dense-"
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class RunDir:
 
     def model(self, name: str) -> Path:
         """The Hugging Face directory of a finished model: seed, dense, an average or an expert."""
-        if name in (SEED, DENSE):
+        if name in (SEED, DENSE) or name.startswith(LONGER_DENSE):
             return self.root / name
         if name.startswith(AVERAGE):
             return self.root / "averages" / name.removeprefix(AVERAGE)

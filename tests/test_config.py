@@ -9,6 +9,7 @@ from btm_scale.configs import FOLDER
 from btm_scale.config import OptimizerConfig, RunConfig
 from btm_scale.errors import ConfigError
 from btm_scale.model.shape import PRESETS
+from btm_scale.pipeline import training_stages
 from btm_scale.train.job import model_names, training_job
 
 DOMAINS = {"math": {"text": "math.jsonl"}, "code": {"text": ["src/**/*.py"]}}
@@ -147,6 +148,53 @@ def test_an_experts_own_tokens_and_batch_replace_its_share(tmp_path: Path) -> No
     )
     job = training_job(config, "math")
     assert (job.sequences, job.steps) == (4, 500)
+
+
+def test_a_dense_baseline_of_more_compute_leaves_the_seed_for_a_longer_way(tmp_path: Path) -> None:
+    config = load(tmp_path, {"domains": DOMAINS, "baselines": {"dense_compute": [2.5]}})
+    assert model_names(config)[:3] == ["seed", "dense", "dense-2.5x"]
+    seed, dense, longer = (training_job(config, model) for model in ("seed", "dense", "dense-2.5x"))
+    assert seed.steps + longer.steps == pytest.approx(2.5 * (seed.steps + dense.steps), abs=1)
+    assert longer.progress == dense.progress
+
+
+def test_an_expert_stands_in_the_stage_after_its_parents(tmp_path: Path) -> None:
+    values = {
+        "domains": {"math": {"text": "m"}, "code": {"text": "c"}},
+        "added_domains": {"law": {"text": "l"}, "news": {"text": "n"}, "wiki": {"text": "w"}},
+        "experts": {
+            "law": {"branch": {"parents": {"math": 1, "seed": 1}}},
+            "news": {"branch": {"parents": "nearest"}},
+        },
+    }
+    stages = training_stages(load(tmp_path, values))
+    assert [sorted(stage) for stage in stages] == [
+        ["seed"],
+        ["code", "dense", "math", "wiki"],
+        ["law"],
+        ["news"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("parents", "told"),
+    [
+        ({"code": 1}, "'code' comes after it"),
+        ({"math": 1}, "'math' is the expert itself"),
+        ({"seed": -1}, "weights must be at least 0"),
+        ({}, "weights must be at least 0"),
+    ],
+)
+def test_impossible_parents_are_refused(tmp_path: Path, parents: dict[str, float], told: str) -> None:
+    experts = {"math": {"branch": {"parents": parents}}}
+    values = {"domains": {"math": {"text": "m"}, "code": {"text": "c"}}, "experts": experts}
+    with pytest.raises(ConfigError, match=told):
+        load(tmp_path, values)
+
+
+def test_a_domain_stands_in_one_place_only(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'math' stands in both domains and added_domains"):
+        load(tmp_path, {"domains": DOMAINS, "added_domains": {"math": {"text": "m"}}})
 
 
 def test_a_model_that_no_run_trains_is_refused(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from btm_scale.forest.posterior import Tempering, mixture_log_probs
 from btm_scale.forest.scoring import Scores, evaluation_text
 from btm_scale.forest.stack import Stack, dev_prior
 from btm_scale.forest.tempering import fitted_tempering
+from btm_scale.model.huggingface import shape_from_config
 from btm_scale.run_dir import DENSE, SEED, RunDir
 
 SCHEMA = 1
@@ -111,7 +112,7 @@ def _log_probs_by_method(
     config: RunConfig, run: RunDir, domain: str, names: list[str], prior: np.ndarray, tempering: Tempering
 ) -> dict[str, np.ndarray]:
     split = config.evaluate.split
-    single = {SEED: SEED} | ({DENSE: DENSE} if config.baselines.dense else {})
+    single = {SEED: SEED} | {model: model for model in _dense_models(config)}
     single |= {f"expert:{name}": name for name in names}
     single |= {f"average:{kind}": average_model(kind, domain) for kind in averages_of(run)}
     methods = {
@@ -130,20 +131,32 @@ def _log_probs_by_method(
 
 def _compute_by_method(config: RunConfig, run: RunDir, names: list[str]) -> dict[str, dict[str, float]]:
     """Training tokens and floating-point operations behind each method: of all its ancestors, each counted once."""
-    length = config.budget.sequence_length
-    rows = json.loads((run.model(SEED) / "config.json").read_text())["vocab_size"]
-    flops = config.model.shape(rows, length).flops_per_token(length)
     behind: dict[str, list[str]] = {SEED: []} | {f"expert:{name}": [name] for name in names}
     behind |= dict.fromkeys(("ensemble", *(f"average:{kind}" for kind in averages_of(run))), names)
-    if config.baselines.dense:
-        behind[DENSE] = [DENSE]
+    behind |= {model: [model] for model in _dense_models(config)}
     if config.random_split_models:
         behind["random-split"] = config.random_split_models
-    tokens = {
-        method: sum(read_expert(run.model(model)).tokens for model in _all_ancestors(run, (SEED, *models)))
-        for method, models in behind.items()
+    ways = {method: _all_ancestors(run, (SEED, *models)) for method, models in behind.items()}
+    tokens = {model: read_expert(run.model(model)).tokens for model in set().union(*ways.values())}
+    flops = {model: count * _flops_per_token(config, run, model) for model, count in tokens.items()}
+    return {
+        method: {
+            "tokens": sum(tokens[model] for model in models),
+            "flops": sum(flops[model] for model in models),
+        }
+        for method, models in ways.items()
     }
-    return {method: {"tokens": number, "flops": number * flops} for method, number in tokens.items()}
+
+
+def _flops_per_token(config: RunConfig, run: RunDir, model: str) -> float:
+    path = run.model(model) / "config.json"
+    return shape_from_config(json.loads(path.read_text()), path).flops_per_token(
+        config.budget.sequence_length
+    )
+
+
+def _dense_models(config: RunConfig) -> list[str]:
+    return [*([DENSE] if config.baselines.dense else []), *config.longer_dense_models]
 
 
 def _all_ancestors(run: RunDir, models: Iterable[str]) -> set[str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from btm_scale.run_dir import DENSE, SEED
+from btm_scale.run_dir import DENSE, LONGER_DENSE, SEED
 
 Results = Mapping[str, Any]
 Measure = Literal["perplexity", "bits_per_byte"]
@@ -74,7 +74,7 @@ def novel_domains(results: Results) -> list[str]:
 
 def kind(method: str) -> str:
     """The key in `KINDS` of a method."""
-    if method in _BASELINES:
+    if method in _BASELINES or method.startswith(LONGER_DENSE):
         return "baseline"
     head = method.partition(":")[0]
     return head if head in KINDS else "other"
@@ -86,6 +86,8 @@ def ordered_methods(results: Results) -> list[str]:
 
     def place(method: str) -> tuple[int, int]:
         first = _BASELINES.index(method) if method in _BASELINES else int(method != ENSEMBLE)
+        if method.startswith(LONGER_DENSE):
+            first = _BASELINES.index(DENSE)
         return kinds.index(kind(method)), first
 
     return sorted(results["methods"], key=place)
@@ -98,6 +100,8 @@ def label(method: str) -> str:
     top = method.removeprefix("ensemble:top")
     if top != method and top.isdecimal():
         return f"Top {top} expert{'s' if top != '1' else ''}"
+    if method.startswith(LONGER_DENSE):
+        return f"Dense, {method.removeprefix(LONGER_DENSE).removesuffix('x')}x compute"
     return _LABELS.get(method, method)
 
 
@@ -105,6 +109,8 @@ def meaning(method: str) -> str:
     """One sentence on what a method is; empty if it isn't one of ours."""
     if method.startswith("ensemble:top"):
         return "The ensemble with only so many experts, the likeliest by the domain's prior."
+    if method.startswith(LONGER_DENSE):
+        return "The dense baseline, trained for so many times the forest's compute."
     return _MEANINGS.get(method, "")
 
 

@@ -20,10 +20,12 @@ from btm_scale.report.chart_data import (
     training_curves,
     weight_text,
 )
+from btm_scale.report.equivalence import equivalence_sentence
 from btm_scale.report.heat_map import heat_map, shade_key
 from btm_scale.report.html_table import method_table
 from btm_scale.report.line_chart import line_chart
 from btm_scale.report.measures import (
+    ENSEMBLE,
     EXPERT,
     NOTHING,
     Results,
@@ -230,7 +232,11 @@ def compute_section(results: Results) -> str:
         "is the seed LM's, which all share and which counts once. "
         "1 TFLOP is 10¹² operations, 1 PFLOP 10¹⁵, 1 EFLOP 10¹⁸."
     )
-    return _section("Compute", _figure(title, pictures, words))
+    sentences = [
+        equivalence_sentence(results, method, label(method)) for method in (ENSEMBLE, "ensemble:tempered")
+    ]
+    notes = [_note(sentence) for sentence in sentences if sentence]
+    return _section("Compute", _figure(title, pictures, words), *notes)
 
 
 def _for_both_widths(draw: Callable[[int], str]) -> str:

@@ -48,7 +48,7 @@ def model_names(config: RunConfig) -> list[str]:
     names = [SEED]
     if config.baselines.dense:
         names.append(DENSE)
-    names += list(config.expert_domains)
+    names += [*config.longer_dense_models, *config.expert_domains]
     return names + config.random_split_models
 
 
@@ -73,6 +73,23 @@ def training_job(config: RunConfig, model: str) -> TrainingJob:
             # Seed and dense read one order, so that dense is the model that the seed would have become.
             samples=seed_samples + budget.branch_steps * batch,
             progress=(0.0, seed_end) if is_seed else (seed_end, 1.0),
+            group=config.group,
+        )
+    elif model in config.longer_dense_models:
+        # It leaves the seed for a longer way, along which its rate falls more slowly, in an order of its own.
+        whole = budget.seed_steps + budget.branch_steps
+        steps = round(whole * config.longer_dense_models[model]) - budget.seed_steps
+        job = TrainingJob(
+            model=model,
+            branch=BranchConfig(),
+            weights=weights,
+            part=None,
+            steps=steps,
+            sequences=batch,
+            batch_share=1.0,
+            first_sample=0,
+            samples=steps * batch,
+            progress=(seed_end, 1.0),
             group=config.group,
         )
     else:

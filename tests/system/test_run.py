@@ -37,7 +37,7 @@ def test_results_hold_every_method_on_every_domain(finished_run: Run) -> None:
         "python": False, "licences": False, "docs": True,
     }  # fmt: skip
     expected = {"seed", "dense", "expert:python", "expert:licences", "ensemble", "ensemble:uniform-prior",
-                "ensemble:token", "ensemble:equal", "ensemble:top1",
+                "ensemble:token", "ensemble:tempered", "ensemble:equal", "ensemble:top1",
                 "ensemble:top2", "average:uniform", "average:argmax",
                 "average:posterior", "random-split"}  # fmt: skip
     assert set(results["methods"]) == expected

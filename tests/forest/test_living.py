@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from btm_scale.config import RunConfig
+from btm_scale.errors import CheckpointError, ForestError
+from btm_scale.forest.expert import Expert, Parent
+from btm_scale.forest.forest import experts
+from btm_scale.forest.living import add_expert, ancestors, lineage, remove_expert
+from btm_scale.run_dir import SEED, RunDir
+
+
+def model(folder: Path, *, vocabulary: int = 300, tokenizer: bytes = b"{}") -> Path:
+    """Something that looks like a Hugging Face directory."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"vocab_size": vocabulary}))
+    (folder / "vocab.json").write_bytes(tokenizer)
+    save_file({"weight": torch.ones(4)}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    """A run with a tokenizer of 300 ids and no expert."""
+    run = RunDir(tmp_path / "run")
+    model(run.tokenizer)
+
+    class Ids:
+        vocab_size = 300
+
+    monkeypatch.setattr("btm_scale.forest.living.Tokenizer.load", lambda directory: Ids())
+    return run
+
+
+@pytest.fixture
+def config() -> RunConfig:
+    return RunConfig.model_validate({"domains": {"math": {"text": "math"}}})
+
+
+def test_an_added_model_is_an_expert_with_a_card_of_its_own(
+    run: RunDir, config: RunConfig, tmp_path: Path
+) -> None:
+    source = model(tmp_path / "friend")
+    Expert("theirs", {"law": 1.0}, (Parent("seed", 1.0),), 5, 1, {}, {}, "old").save(source)
+    card = add_expert(config, run, source, "friend")
+    assert experts(run) == {"friend": card}
+    # Its parents were another run's.
+    assert (card.name, card.domains, card.parents, card.tokens) == ("friend", {"law": 1.0}, (), 5)
+    assert len(card.content_hash) == 64
+
+
+def test_an_expert_that_cannot_be_mixed_is_refused_with_the_reason(
+    run: RunDir, config: RunConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(ForestError, match="another tokenizer"):
+        add_expert(config, run, model(tmp_path / "a", tokenizer=b"{ }"), "a")
+    with pytest.raises(ForestError, match="vocabulary of 200, the run's tokenizer needs 300"):
+        add_expert(config, run, model(tmp_path / "b", vocabulary=200), "b")
+    with pytest.raises(ForestError, match=r"has no config\.json"):
+        add_expert(config, run, tmp_path, "c")
+    (tmp_path / "b" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError):
+        add_expert(config, run, tmp_path / "b", "b")
+    assert experts(run) == {}
+    assert not run.experts.is_dir() or not list(run.experts.iterdir())
+
+
+def test_a_name_that_is_taken_is_refused(run: RunDir, config: RunConfig, tmp_path: Path) -> None:
+    source = model(tmp_path / "friend")
+    add_expert(config, run, source, "friend")
+    for name in ("friend", "math"):
+        with pytest.raises(ForestError, match="already"):
+            add_expert(config, run, source, name)
+
+
+def _add_many(run: RunDir, source: Path, prefix: str, errors: multiprocessing.Queue[str]) -> None:
+    config = RunConfig.model_validate({"domains": {"math": {"text": "math"}}})
+    for number in range(20):
+        add_expert(config, run, source, f"{prefix}{number}")
+        try:
+            add_expert(config, run, source, f"both{number}")
+        except ForestError as error:
+            errors.put(str(error))
+
+
+def test_two_processes_that_add_at_once_twenty_times_lose_nothing(run: RunDir, tmp_path: Path) -> None:
+    source = model(tmp_path / "friend")
+    context = multiprocessing.get_context("fork")
+    errors: multiprocessing.Queue[str] = context.Queue()
+    jobs = [context.Process(target=_add_many, args=(run, source, prefix, errors)) for prefix in "ab"]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+        assert job.exitcode == 0
+    expected = {f"{prefix}{number}" for prefix in ("a", "b", "both") for number in range(20)}
+    assert set(experts(run)) == expected
+    # Of those that both wanted, exactly one got each name.
+    assert len([errors.get(timeout=5) for _ in range(20)]) == 20
+    assert {path.name for path in run.experts.iterdir()} == expected
+
+
+def test_removing_takes_scores_and_states_along_and_only_its_own(
+    run: RunDir, config: RunConfig, tmp_path: Path
+) -> None:
+    source = model(tmp_path / "friend")
+    for name in ("one", "other"):
+        add_expert(config, run, source, name)
+        run.checkpoints(name).mkdir(parents=True)
+        run.model_scores(name).mkdir(parents=True)
+    remove_expert(run, "one")
+    assert list(experts(run)) == ["other"]
+    assert not run.train("one").exists()
+    assert not run.model_scores("one").exists()
+    assert run.train("other").exists()
+    with pytest.raises(ForestError, match="it has other"):
+        remove_expert(run, "one")
+
+
+def test_lineage_goes_up_to_the_seed_and_names_parents_that_are_gone(run: RunDir) -> None:
+    for name, parents in {SEED: (), "a": ((SEED, 1.0),), "b": (("a", 0.5), ("gone", 0.5))}.items():
+        run.model(name).mkdir(parents=True)
+        card = Expert(name, {}, tuple(Parent(*parent) for parent in parents), 1, 1, {}, {}, "")
+        card.save(run.model(name))
+    family = lineage(run)
+    assert list(family) == [SEED, "a", "gone", "b"]
+    assert family["b"] == {"a": 0.5, "gone": 0.5}
+    assert ancestors(run, "b") == {SEED, "a", "b"}

@@ -1,0 +1,90 @@
+"""A finished forest that grows and shrinks, by the command line and the real launcher."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny_run import btm_scale, tiny_values, write_config
+
+from btm_scale.config import RunConfig
+from btm_scale.forest.expert import read_expert
+from btm_scale.run_dir import RunDir
+
+pytestmark = pytest.mark.slow
+
+Run = tuple[RunConfig, RunDir]
+
+
+@pytest.fixture(scope="module")
+def grown(
+    finished_run: Run, real_text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunDir, bytes]:
+    """A copy of the finished run with a third expert, which began with the posterior's mean of the two and replays
+    their text; and the results before."""
+    folder = tmp_path_factory.mktemp("grown")
+    run = RunDir(folder / "run")
+    shutil.copytree(finished_run[1].root, run.root)
+    branch = {"parents": "posterior", "replay": 0.25, "schedule": "restarted"}
+    values = tiny_values(
+        real_text, added_domains={"cpp": {"text": "cpp.jsonl"}}, experts={"cpp": {"branch": branch}}
+    )
+    write_config(folder / "grown.yaml", values)
+    before = run.results.read_bytes()
+    btm_scale("run", folder / "grown.yaml", "--out", run.root)
+    return run, before
+
+
+def test_an_added_expert_begins_with_what_its_branch_says(grown: tuple[RunDir, bytes]) -> None:
+    run, _ = grown
+    card = read_expert(run.model("cpp"))
+    assert {parent.name for parent in card.parents} <= {"python", "licences"}
+    assert sum(parent.weight for parent in card.parents) == pytest.approx(1.0)
+    assert card.domains["cpp"] == pytest.approx(0.75)
+    assert sum(card.domains.values()) == pytest.approx(1.0)
+    metrics = [json.loads(line) for line in run.metrics("cpp").read_text().splitlines()]
+    # A mean of trained experts starts far below a fresh model's ln(512) = 6.2 nats.
+    assert metrics[0]["loss"] < 5.5
+    assert metrics[0]["learning_rate"] < max(step["learning_rate"] for step in metrics)
+
+
+def test_growing_scores_nothing_twice_and_the_results_know_the_new_expert(
+    grown: tuple[RunDir, bytes], finished_run: Run
+) -> None:
+    run, _ = grown
+    old = finished_run[1]
+    for path in (old.root / "scores").rglob("*.safetensors"):
+        if "average" not in path.parts:
+            twin = run.root / path.relative_to(old.root)
+            assert twin.read_bytes() == path.read_bytes()
+    results = json.loads(run.results.read_text())
+    assert "expert:cpp" in results["methods"]
+    assert results["domains"]["cpp"]["novel"] is False
+    seed, python, cpp = (read_expert(run.model(name)).tokens for name in ("seed", "python", "cpp"))
+    assert results["compute"]["expert:cpp"]["tokens"] in (seed + python + cpp, seed + 2 * python + cpp)
+    answer = json.loads(btm_scale("forest", "lineage", run.root, "--json").stdout)
+    assert answer["parents"]["python"] == {"seed": 1.0}
+    assert set(answer["parents"]["cpp"]) <= {"python", "licences"}
+
+
+def test_removing_it_brings_the_former_results_back_to_the_bit(
+    grown: tuple[RunDir, bytes], tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(grown[0].root, run.root)
+    btm_scale("forest", "remove", run.root, "cpp")
+    btm_scale("evaluate", run.root)
+    assert run.results.read_bytes() == grown[1]
+
+
+def test_a_model_from_elsewhere_joins_and_is_scored_alone(finished_run: Run, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(finished_run[1].root, run.root)
+    times = {path: path.stat().st_mtime_ns for path in (run.root / "scores").rglob("*.safetensors")}
+    btm_scale("forest", "add", run.root, finished_run[1].model("dense"), "--name", "friend")
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    assert run.scores("friend", "docs", "test").is_file()
+    listed = json.loads(btm_scale("forest", "list", run.root, "--json").stdout)
+    assert list(listed["experts"]) == ["friend", "licences", "python"]
