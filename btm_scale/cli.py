@@ -157,7 +157,7 @@ def score(options: argparse.Namespace) -> Answer:
     if _is_rank(options):
         from btm_scale.train.worker import score_as_rank
 
-        score_as_rank(config, run_dir, options.model)
+        score_as_rank(config, run_dir, options.model, choose=options.soups)
         return {}
     from btm_scale.pipeline import score_models
 

@@ -101,6 +101,8 @@ def _forest_verbs(verbs: _Verbs) -> None:
     made = _takes_run(verbs.add("score", "per-token log-probabilities of every model that lacks them"))
     made.add_argument("--model", action="append", default=[], help="only this model; may be given often")
     _takes_launcher(made, ["local", "slurm"], "slurm: this process is a rank that srun has started")
+    # For the ranks that `evaluate` starts.
+    made.add_argument("--soups", action="store_true", help=argparse.SUPPRESS)
     made = _takes_run(verbs.add("evaluate", "every method's perplexity, from the scores"))
     _takes_launcher(made, ["local", "slurm"], "how averages are scored; slurm: by srun, in this job")
     _takes_run(verbs.add("report", "tables, plots, one HTML page"))

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from btm_scale.errors import ConfigError
+from btm_scale.health_config import HealthConfig
 from btm_scale.launch_config import LaunchConfig
 from btm_scale.model.layout import Layout
 from btm_scale.model.shape import PRESETS, Family, ModelShape
@@ -21,7 +22,7 @@ from btm_scale.yaml_file import apply_overrides, dump_yaml, explain, load_yaml
 
 def _domain_name(name: str) -> str:
     # Names become folders and job names, so they are kept to what is safe in both.
-    if name in (SEED, DENSE, "uniform", "argmax", "posterior") or name.startswith(LONGER_DENSE):
+    if name in (SEED, DENSE, "uniform", "argmax", "posterior", "greedy") or name.startswith(LONGER_DENSE):
         raise ValueError(f"'{name}' is the name of one of the run's own models; choose another")
     allowed = name.replace("-", "").replace("_", "").replace(".", "")
     if not (allowed.isascii() and allowed.isalnum() and name[0].isalnum() and len(name) <= 64):
@@ -254,6 +255,11 @@ class EvaluateConfig(Section):
         default=None, description="of the tempered posterior; default: fitted to each domain's dev text"
     )
     prior: Literal["cached", "uniform", "updating"] = "cached"
+    averages: tuple[Literal["uniform", "argmax", "posterior", "greedy"], ...] = (
+        "uniform",
+        "argmax",
+        "posterior",
+    )
     top_k: tuple[int, ...] = (1, 2, 4)
     split: Literal["dev", "test"] = "test"
     tokens_per_domain: int = Field(default=65_536, gt=0)
@@ -277,9 +283,14 @@ class RunConfig(Section):
     budget: BudgetConfig = BudgetConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     group: GroupConfig = GroupConfig()
+    seed_group: dict[str, Any] = Field(
+        default_factory=dict,
+        description="what differs in the groups of seed and dense, which train on all domains",
+    )
     experts: dict[str, ExpertConfig] = Field(default_factory=dict)
     baselines: BaselinesConfig = BaselinesConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    health: HealthConfig = HealthConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     launch: LaunchConfig = LaunchConfig()
@@ -304,12 +315,15 @@ class RunConfig(Section):
         shape = self.model.shape(vocabulary=1, positions=self.budget.sequence_length)
         length = self.budget.sequence_length
         problems += [f"group: {problem}" for problem in self.group.problems(shape, length)]
-        for name in self.experts:
+        own = {"seed_group": self.seed_group} | {
+            f"experts.{name}.group": expert.group for name, expert in self.experts.items()
+        }
+        for place, changes in own.items():
             try:
-                found = self.expert_group(name).problems(shape, length)
-                problems += [f"experts.{name}.group: {problem}" for problem in found]
+                found = GroupConfig.model_validate(self.group.model_dump() | changes).problems(shape, length)
+                problems += [f"{place}: {problem}" for problem in found]
             except ValidationError as error:
-                problems.append(explain(error, GroupConfig, prefix=f"experts.{name}.group"))
+                problems.append(explain(error, GroupConfig, prefix=place))
         if self.data.dev + self.data.test >= 1:
             problems.append("data.dev and data.test together leave no text to train on; lower either")
         if problems:
@@ -351,6 +365,11 @@ class RunConfig(Section):
     def random_split_models(self) -> list[str]:
         """The control's models: as many as there are experts, each trained on a random part of all domains."""
         return [f"{RANDOM_SPLIT}{i}" for i in range(len(self.domains))] if self.baselines.random_split else []
+
+    @property
+    def whole_group(self) -> GroupConfig:
+        """The layout of the models that train on all domains: seed and dense."""
+        return GroupConfig.model_validate(self.group.model_dump() | self.seed_group)
 
     def expert_group(self, name: str) -> GroupConfig:
         """The layout of one expert's group."""

@@ -14,12 +14,13 @@ from btm_scale.config import RunConfig
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.data.prepare import prepare, require_text
 from btm_scale.errors import ConfigError
-from btm_scale.forest.averages import average_texts, write_averages
+from btm_scale.forest.averages import GREEDY, average_texts, averages_of, write_averages
 from btm_scale.forest.expert import is_finished, read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.living import remove_expert
 from btm_scale.forest.results import evaluate
 from btm_scale.forest.scoring import all_texts, missing_scores
+from btm_scale.forest.soup import soups
 from btm_scale.launch.local import LocalPool
 from btm_scale.launch.supervise import GroupCommand, OnPoll, run_groups_in
 from btm_scale.report.page import write_page
@@ -32,6 +33,7 @@ from btm_scale.train.metrics import read_metrics
 _FREE = (
     "launch",
     "checkpoint",
+    "health",
     "baselines",
     "data.workers",
     "evaluate.prior",
@@ -195,11 +197,7 @@ def score_models(
         name for name in names if missing_scores(config, run, name, averages.get(name) or all_texts(config))
     ]
     if todo:
-        arguments = ("score", str(run.root), *(part for name in todo for part in ("--model", name)))
-        group = config.group
-        command = GroupCommand("score", group.ranks, arguments, run.log("score"), group.tensor)
-        launcher = launcher or _local(placement(config, [SEED]))
-        launcher([command], lambda states: None)
+        _run_scoring(config, run, tuple(part for name in todo for part in ("--model", name)), launcher)
     return todo
 
 
@@ -219,7 +217,21 @@ def remove_from_forest(config: RunConfig, run: RunDir, name: str) -> None:
 
 def score_averages(config: RunConfig, run: RunDir, launcher: Launcher | None = None) -> None:
     """Merge the averages, and score each on the domains that it serves."""
+    if GREEDY in averages_of(config, run) and soups(config, run) is None:
+        _run_scoring(config, run, ("--soups",), launcher)
     score_models(config, run, write_averages(config, run), launcher)
+
+
+def _run_scoring(
+    config: RunConfig, run: RunDir, arguments: tuple[str, ...], launcher: Launcher | None
+) -> None:
+    """One group that runs `btm-scale score` on the run."""
+    group = config.group
+    command = GroupCommand(
+        "score", group.ranks, ("score", str(run.root), *arguments), run.log("score"), group.tensor
+    )
+    launcher = launcher or _local(placement(config, [SEED]))
+    launcher([command], lambda states: None)
 
 
 def report(config: RunConfig, run: RunDir, results: dict[str, Any]) -> None:

@@ -91,6 +91,11 @@ class RunDir:
         return self.model_scores(model) / f"{domain}.{split}.safetensors"
 
     @property
+    def soups(self) -> Path:
+        """The members of every domain's greedy soup."""
+        return self.root / "evaluation" / "soups.json"
+
+    @property
     def results(self) -> Path:
         """Every method's perplexity."""
         return self.root / "evaluation" / "results.json"

@@ -30,7 +30,11 @@ def tiny_values(text: Path, **changes: Any) -> dict[str, Any]:
         "group": {"micro_batch": 4},
         "checkpoint": {"every": 5},
         "baselines": {"random_split": True},
-        "evaluate": {"tokens_per_domain": 3000, "dev_blocks": 20},
+        "evaluate": {
+            "tokens_per_domain": 3000,
+            "dev_blocks": 20,
+            "averages": ["uniform", "argmax", "posterior", "greedy"],
+        },
         **changes,
     }
 

@@ -12,11 +12,11 @@ from btm_scale.checkpoint.safetensors import SafetensorsModel
 from btm_scale.config import RunConfig
 from btm_scale.forest.expert import Expert, Parent, is_finished, read_expert
 from btm_scale.forest.forest import experts
+from btm_scale.forest.soup import soups
 from btm_scale.forest.stack import dev_prior
 from btm_scale.run_dir import AVERAGE, RunDir
 
-UNIFORM, ARGMAX, POSTERIOR = "uniform", "argmax", "posterior"
-AVERAGES = (UNIFORM, ARGMAX, POSTERIOR)
+UNIFORM, ARGMAX, GREEDY = "uniform", "argmax", "greedy"
 
 
 def average_model(kind: str, domain: str) -> str:
@@ -24,16 +24,16 @@ def average_model(kind: str, domain: str) -> str:
     return f"{AVERAGE}{UNIFORM}" if kind == UNIFORM else f"{AVERAGE}{kind}/{domain}"
 
 
-def averages_of(run: RunDir) -> tuple[str, ...]:
-    """The kinds of averages that the forest has: none, if its experts are of different shapes."""
-    return AVERAGES if len({_shapes(run, name) for name in experts(run)}) <= 1 else ()
+def averages_of(config: RunConfig, run: RunDir) -> tuple[str, ...]:
+    """The kinds of averages that are made of the forest: none, if its experts are of different shapes."""
+    return config.evaluate.averages if len({_shapes(run, name) for name in experts(run)}) <= 1 else ()
 
 
 def average_texts(config: RunConfig) -> dict[str, list[tuple[str, str]]]:
     """Every average, and the (domain, split) that each is scored on."""
     texts: dict[str, list[tuple[str, str]]] = {}
     for domain in config.all_domains:
-        for kind in AVERAGES:
+        for kind in config.evaluate.averages:
             texts.setdefault(average_model(kind, domain), []).append((domain, config.evaluate.split))
     return texts
 
@@ -44,8 +44,10 @@ def cached_priors(config: RunConfig, run: RunDir) -> dict[str, np.ndarray]:
     return {domain: dev_prior(run, names, domain) for domain in config.all_domains}
 
 
-def average_weights(kind: str, log_prior: np.ndarray) -> np.ndarray:
-    """The experts' weights [experts], which sum to 1."""
+def average_weights(kind: str, log_prior: np.ndarray, soup: np.ndarray | None = None) -> np.ndarray:
+    """The experts' weights [experts], which sum to 1; `soup` [experts] tells who is in a greedy average."""
+    if soup is not None:
+        return soup / soup.sum()
     if kind == UNIFORM:
         return np.full(len(log_prior), 1.0 / len(log_prior))
     if kind == ARGMAX:
@@ -57,15 +59,19 @@ def average_weights(kind: str, log_prior: np.ndarray) -> np.ndarray:
 def write_averages(config: RunConfig, run: RunDir) -> list[str]:
     """Merge every average that isn't there for the forest and priors as they stand; returns all names."""
     forest = experts(run)
-    kinds = averages_of(run)
+    kinds = averages_of(config, run)
     priors = cached_priors(config, run) if kinds else {}
+    members = (soups(config, run) if GREEDY in kinds else None) or {}
     names = []
     for domain, log_prior in priors.items():
         for kind in kinds:
             name = average_model(kind, domain)
             if name not in names:
                 names.append(name)
-                _write_average(run, name, forest, average_weights(kind, log_prior))
+                soup = (
+                    np.array([float(name in members[domain]) for name in forest]) if kind == GREEDY else None
+                )
+                _write_average(run, name, forest, average_weights(kind, log_prior, soup))
     return names
 
 

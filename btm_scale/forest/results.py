@@ -60,7 +60,7 @@ def evaluate(config: RunConfig, run: RunDir) -> dict[str, Any]:
         "tempering": {},
         "notes": [],
     }
-    if not averages_of(run):
+    if not averages_of(config, run):
         results["notes"].append(
             "No averages: the experts are of different shapes, and only like can be averaged."
         )
@@ -114,7 +114,7 @@ def _log_probs_by_method(
     split = config.evaluate.split
     single = {SEED: SEED} | {model: model for model in _dense_models(config)}
     single |= {f"expert:{name}": name for name in names}
-    single |= {f"average:{kind}": average_model(kind, domain) for kind in averages_of(run)}
+    single |= {f"average:{kind}": average_model(kind, domain) for kind in averages_of(config, run)}
     methods = {
         method: Scores.load(run.scores(model, domain, split)).log_probs for method, model in single.items()
     }
@@ -132,7 +132,7 @@ def _log_probs_by_method(
 def _compute_by_method(config: RunConfig, run: RunDir, names: list[str]) -> dict[str, dict[str, float]]:
     """Training tokens and floating-point operations behind each method: of all its ancestors, each counted once."""
     behind: dict[str, list[str]] = {SEED: []} | {f"expert:{name}": [name] for name in names}
-    behind |= dict.fromkeys(("ensemble", *(f"average:{kind}" for kind in averages_of(run))), names)
+    behind |= dict.fromkeys(("ensemble", *(f"average:{kind}" for kind in averages_of(config, run))), names)
     behind |= {model: [model] for model in _dense_models(config)}
     if config.random_split_models:
         behind["random-split"] = config.random_split_models

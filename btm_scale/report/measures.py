@@ -36,6 +36,7 @@ _LABELS = {
     "ensemble:equal": "Equal weights",
     "average:uniform": "Uniform average",
     "average:argmax": "Argmax average",
+    "average:greedy": "Greedy soup",
     POSTERIOR_AVERAGE: "Posterior average",
 }
 _MEANINGS = {
@@ -48,6 +49,7 @@ _MEANINGS = {
     "ensemble:token": "The ensemble weighed by the one previous token only.",
     "ensemble:equal": "The experts' probabilities mixed in equal parts, whatever the text.",
     "average:uniform": "The plain mean of the experts' parameters.",
+    "average:greedy": "For each domain the mean of those experts whose mean predicts its dev text best.",
     "average:argmax": "For each domain the parameters of its likeliest expert.",
     POSTERIOR_AVERAGE: "For each domain the mean of the experts' parameters, weighed by that domain's prior.",
 }

@@ -7,16 +7,20 @@ import ctypes
 import json
 from collections.abc import Iterator, Sequence
 
+import torch.distributed as dist
+
 from btm_scale.config import RunConfig
 from btm_scale.forest.averages import average_texts
 from btm_scale.forest.expert import is_finished
 from btm_scale.forest.scoring import all_texts, score_model
+from btm_scale.forest.soup import choose_soups
 from btm_scale.group import ExpertGroup
 from btm_scale.process import ModelLock, end_with_supervisor
 from btm_scale.rank_log import rank_log
 from btm_scale.run_dir import RunDir
 from btm_scale.train.job import training_job
 from btm_scale.train.trainer import train_and_export
+from btm_scale.train.watch import PeerWatch
 
 
 def train_as_rank(config: RunConfig, run: RunDir, model: str) -> None:
@@ -32,10 +36,12 @@ def train_as_rank(config: RunConfig, run: RunDir, model: str) -> None:
         score_model(group, config, run, model, all_texts(config), on_text=_say_scored)
 
 
-def score_as_rank(config: RunConfig, run: RunDir, models: Sequence[str]) -> None:
-    """Score finished models on the texts that each is for."""
+def score_as_rank(config: RunConfig, run: RunDir, models: Sequence[str], *, choose: bool = False) -> None:
+    """Score finished models on the texts that each is for; with `choose`, choose greedy soups first."""
     averages = average_texts(config)
     with rank_log(run.log("score")), _joined(config.group) as group:
+        if choose:
+            choose_soups(group, config, run)
         for model in models:
             score_model(
                 group, config, run, model, averages.get(model) or all_texts(config), on_text=_say_scored
@@ -47,7 +53,10 @@ def _joined(layout: object) -> Iterator[ExpertGroup]:
     end_with_supervisor()
     keep_freed_memory()
     group = ExpertGroup.join(layout)  # type: ignore[arg-type]
-    yield group
+    with PeerWatch(group):
+        yield group
+    # No rank may go before all have ceased to watch.
+    dist.barrier()
     # Not after an error: other ranks may be waiting in a collective, and only the launcher can end them.
     group.leave()
 
