@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -46,7 +47,14 @@ def publish_directory(temporary: Path, final: Path, *, replace: bool = False) ->
             raise CheckpointError(f"{final} exists already. Choose another output, or remove it first.")
         final.rename(outgoing)
     sync_directory(temporary)
-    temporary.rename(final)
+    try:
+        temporary.rename(final)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise CheckpointError(
+            f"{final} was made by another process at the same time. Choose another output."
+        ) from None
     sync_directory(final.parent)
     if outgoing.is_dir():
         shutil.rmtree(outgoing)
