@@ -136,11 +136,27 @@ def forest_add(options: argparse.Namespace) -> Answer:
 
 def forest_remove(options: argparse.Namespace) -> Answer:
     """Take an expert out of the forest, with its scores and training states."""
-    from btm_scale.pipeline import remove_from_forest
+    from btm_scale.growth import remove_from_forest
 
     config, run_dir = _open(options)
     remove_from_forest(config, run_dir, options.name)
     return _show_lines(options, {"removed": options.name})
+
+
+def branch(options: argparse.Namespace) -> Answer:
+    """Make the first weights of a new expert, and put it into the run's config for the next `run` to train."""
+    from btm_scale.growth import branch_expert
+
+    config, run_dir = _open(options)
+    settings = {"replay": options.replay, "optimizer": options.optimizer, "schedule": options.schedule}
+    begun = branch_expert(
+        config, run_dir, options.name, _parents(options.parents), text=options.text, settings=settings
+    )
+    return _show_lines(options, {
+        "expert": options.name, "parents": {parent.name: parent.weight for parent in begun.parents},
+        "text": begun.domains, "first_weights": str(run_dir.first_weights(options.name)),
+        "next": f"btm-scale run {run_dir.config} --out {run_dir.root}",
+    })  # fmt: skip
 
 
 def forest_lineage(options: argparse.Namespace) -> Answer:
@@ -304,6 +320,18 @@ def _open(options: argparse.Namespace) -> tuple[RunConfig, RunDir]:
     return RunConfig.load(run_dir.config), run_dir
 
 
+def _parents(text: str) -> str | dict[str, float]:
+    if "=" not in text:
+        return text if text in ("seed", "nearest", "posterior") else {text: 1.0}
+    pairs = [part.partition("=") for part in text.split(",")]
+    try:
+        return {name: float(weight) for name, _, weight in pairs}
+    except ValueError:
+        raise UserError(
+            f"--from {text}: expected seed, nearest, posterior, or weights such as A=0.3,B=0.7"
+        ) from None
+
+
 def _weighted_path(text: str) -> tuple[Path, float]:
     path, sign, weight = text.rpartition("=")
     if not sign:
@@ -376,6 +404,7 @@ _VERBS = {
     "status": status,
     "forest list": forest_list,
     "forest add": forest_add,
+    "branch": branch,
     "forest remove": forest_remove,
     "forest lineage": forest_lineage,
     "score": score,

@@ -17,7 +17,6 @@ from btm_scale.errors import ConfigError
 from btm_scale.forest.averages import GREEDY, average_texts, averages_of, write_averages
 from btm_scale.forest.expert import is_finished, read_expert
 from btm_scale.forest.forest import experts
-from btm_scale.forest.living import remove_expert
 from btm_scale.forest.results import evaluate
 from btm_scale.forest.scoring import all_texts, missing_scores
 from btm_scale.forest.soup import soups
@@ -204,15 +203,6 @@ def score_models(
 def added_experts(config: RunConfig, run: RunDir) -> list[str]:
     """The experts of the forest that this run's config doesn't train."""
     return [name for name in experts(run) if name not in config.expert_domains]
-
-
-def remove_from_forest(config: RunConfig, run: RunDir, name: str) -> None:
-    """Take an expert out of the forest; a domain that was added for it goes from the run's config too."""
-    remove_expert(run, name)
-    if name in config.added_domains:
-        others = {other: domain for other, domain in config.added_domains.items() if other != name}
-        own = {other: expert for other, expert in config.experts.items() if other != name}
-        config.model_copy(update={"added_domains": others, "experts": own}).save(run.config)
 
 
 def score_averages(config: RunConfig, run: RunDir, launcher: Launcher | None = None) -> None:

@@ -82,6 +82,10 @@ class RunDir:
             return self.root / "random-split" / name.removeprefix(RANDOM_SPLIT)
         return self.experts / name
 
+    def first_weights(self, expert: str) -> Path:
+        """The Hugging Face directory of what an expert begins with, where `branch` was asked to make it."""
+        return self.root / "branches" / expert
+
     def model_scores(self, model: str) -> Path:
         """The folder of one model's scores."""
         return self.root / "scores" / model

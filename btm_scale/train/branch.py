@@ -33,11 +33,18 @@ class Beginning:
 
 def beginning(config: RunConfig, run: RunDir, job: TrainingJob) -> Beginning:
     """A job's parents and text. The group's first rank settles and records it; all ranks call this together."""
+    if dist.get_rank() == 0:
+        settle(config, run, job)
+    dist.barrier()
+    return settle(config, run, job)
+
+
+def settle(config: RunConfig, run: RunDir, job: TrainingJob) -> Beginning:
+    """Work out a job's parents and text and record them, or read what was recorded."""
     path = run.train(job.model) / "branch.json"
-    if dist.get_rank() == 0 and not path.is_file():
+    if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, json.dumps(asdict(_settled(config, run, job)), indent=2) + "\n")
-    dist.barrier()
     values = json.loads(path.read_text())
     return Beginning(tuple(Parent(**parent) for parent in values["parents"]), values["domains"])
 

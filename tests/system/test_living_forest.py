@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_run import btm_scale, tiny_values, write_config
+from tiny_run import btm_scale
 
 from btm_scale.config import RunConfig
 from btm_scale.forest.expert import read_expert
@@ -27,13 +27,11 @@ def grown(
     folder = tmp_path_factory.mktemp("grown")
     run = RunDir(folder / "run")
     shutil.copytree(finished_run[1].root, run.root)
-    branch = {"parents": "posterior", "replay": 0.25, "schedule": "restarted"}
-    values = tiny_values(
-        real_text, added_domains={"cpp": {"text": "cpp.jsonl"}}, experts={"cpp": {"branch": branch}}
-    )
-    write_config(folder / "grown.yaml", values)
     before = run.results.read_bytes()
-    btm_scale("run", folder / "grown.yaml", "--out", run.root)
+    text = real_text / "cpp.jsonl"
+    options = ("--from", "posterior", "--replay", "0.25", "--text", text)
+    btm_scale("branch", run.root, "--name", "cpp", *options)
+    btm_scale("run", run.config, "--out", run.root)
     return run, before
 
 
@@ -44,6 +42,8 @@ def test_an_added_expert_begins_with_what_its_branch_says(grown: tuple[RunDir, b
     assert sum(parent.weight for parent in card.parents) == pytest.approx(1.0)
     assert card.domains["cpp"] == pytest.approx(0.75)
     assert sum(card.domains.values()) == pytest.approx(1.0)
+    first = read_expert(run.first_weights("cpp"))
+    assert first.parents == card.parents
     metrics = [json.loads(line) for line in run.metrics("cpp").read_text().splitlines()]
     # A mean of trained experts starts far below a fresh model's ln(512) = 6.2 nats.
     assert metrics[0]["loss"] < 5.5
@@ -88,3 +88,16 @@ def test_a_model_from_elsewhere_joins_and_is_scored_alone(finished_run: Run, tmp
     assert run.scores("friend", "docs", "test").is_file()
     listed = json.loads(btm_scale("forest", "list", run.root, "--json").stdout)
     assert list(listed["experts"]) == ["friend", "licences", "python"]
+
+
+def test_a_branch_that_cannot_be_is_told(finished_run: Run, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(finished_run[1].root, run.root)
+    for arguments, told in (
+        (("--name", "cpp"), "the run has no domain 'cpp': give its text with --text"),
+        (("--name", "python"), "'python' is an expert of"),
+        (("--name", "cpp", "--from", "law", "--text", __file__), "'law', which is no finished model of"),
+        (("--name", "cpp", "--from", "python=x", "--text", __file__), "or weights such as A=0.3,B=0.7"),
+    ):
+        done = btm_scale("branch", run.root, *arguments, check=False)
+        assert (done.returncode, told in done.stderr) == (2, True), done.stderr
