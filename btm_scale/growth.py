@@ -37,14 +37,18 @@ def branch_expert(
     """
     if is_finished(run.model(name)):
         raise ForestError(f"'{name}' is an expert of {run.root} already; choose another --name")
-    config = _with_branch(config, name, parents, text, settings or {})
-    open_run(config, run)
-    prepare(config, run)
-    forest = list(experts(run))
-    if parents in ("nearest", "posterior") and forest:
-        score_models(config, run, forest)
-    begun = settle(config, run, training_job(config, name))
-    _write_first_weights(run, name, begun)
+    grown = _with_branch(config, name, parents, text, settings or {})
+    open_run(grown, run)
+    try:
+        prepare(grown, run)
+        forest = list(experts(run))
+        if parents in ("nearest", "posterior") and forest:
+            score_models(grown, run, forest)
+        begun = settle(grown, run, training_job(grown, name))
+        _write_first_weights(run, name, begun)
+    except BaseException:
+        config.save(run.config)
+        raise
     return begun
 
 

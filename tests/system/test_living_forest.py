@@ -93,6 +93,7 @@ def test_a_model_from_elsewhere_joins_and_is_scored_alone(finished_run: Run, tmp
 def test_a_branch_that_cannot_be_is_told(finished_run: Run, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     shutil.copytree(finished_run[1].root, run.root)
+    before = run.config.read_bytes()
     for arguments, told in (
         (("--name", "cpp"), "the run has no domain 'cpp': give its text with --text"),
         (("--name", "python"), "'python' is an expert of"),
@@ -101,3 +102,4 @@ def test_a_branch_that_cannot_be_is_told(finished_run: Run, tmp_path: Path) -> N
     ):
         done = btm_scale("branch", run.root, *arguments, check=False)
         assert (done.returncode, told in done.stderr) == (2, True), done.stderr
+        assert run.config.read_bytes() == before
