@@ -14,6 +14,9 @@ from typing import Self, TextIO
 
 from btm_scale.errors import LaunchError
 
+# The exit code of ranks that were asked to stop, have saved their state, and go on from it when they are started again.
+REQUEUE = 85
+
 # The environment variable that names the supervisor's process to every rank of a local group.
 SUPERVISOR = "BTM_SCALE_SUPERVISOR"
 

@@ -35,7 +35,7 @@ class StepResult:
 
     loss: float  # mean, in nats
     gradient_norm: float  # before clipping
-    applied: bool  # whether the weights changed: in fp16 a step whose scaled gradients overflow is left out
+    overflowed: bool = False  # in fp16: the scaled gradients, so that the step was left out
 
 
 class Engine:
@@ -70,6 +70,7 @@ class Engine:
         if self._masters is not None and group.config.precision != "fp32" and job.accumulation > 1:
             Float32Sums(self.model, self._engine.is_gradient_accumulation_boundary)
         self._make_moments()
+        self._first_loss_scale = self.loss_scale
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -95,7 +96,8 @@ class Engine:
         norm = float(self._engine.get_global_grad_norm() or 0.0)
         if self._masters is not None:
             norm /= scale
-        return StepResult(float(total), norm, applied=self._engine.was_step_applied())
+        overflowed = self._scaler is not None and not self._engine.was_step_applied()
+        return StepResult(float(total), norm, overflowed)
 
     def full(self, parameter: torch.nn.Parameter, kind: str) -> Tensor:
         """A parameter's state, float32 and of the parameter's shape on this tensor rank, on every data rank."""
@@ -129,6 +131,16 @@ class Engine:
         source = self.group.tensor_rank if partitioned else None
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=source, enabled=partitioned):
             parameter.data.copy_(state[MASTER].view_as(parameter))
+
+    def reset(self, model: ExpertModel) -> None:
+        """Start anew from a model of the same shape and layout that no engine has wrapped."""
+        parameters = self.parameters
+        for name, parameter in model.named_parameters():
+            master = parameter.detach().float()
+            nothing = torch.zeros_like(master)
+            self.restore(parameters[name], {MASTER: master, FIRST_MOMENT: nothing, SECOND_MOMENT: nothing})
+        self.adam_steps = 0
+        self.loss_scale = self._first_loss_scale
 
     @property
     def adam_steps(self) -> int:

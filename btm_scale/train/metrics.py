@@ -8,8 +8,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
+from btm_scale.train.peak import peak_flops
+
 if TYPE_CHECKING:  # reading metrics needs no engine
     from btm_scale.group import ExpertGroup
+    from btm_scale.model.shape import ModelShape
     from btm_scale.train.engine import StepResult
     from btm_scale.train.job import TrainingJob
 
@@ -23,12 +26,21 @@ class Metrics:
     """
 
     def __init__(
-        self, group: ExpertGroup, path: Path, job: TrainingJob, length: int, first_step: int
+        self,
+        group: ExpertGroup,
+        path: Path,
+        job: TrainingJob,
+        shape: ModelShape,
+        length: int,
+        first_step: int,
     ) -> None:
         self._writes = group.is_first
         self._path = path
         self._job = job
         self._step_tokens = job.sequences * length
+        self._token_flops = shape.flops_per_token(length)
+        peak = peak_flops(group.device, job.group.precision)
+        self._peak = None if peak is None else peak * group.size
         self._first_step = first_step
         self._file: TextIO | None = None
         self._last = time.perf_counter()
@@ -43,6 +55,13 @@ class Metrics:
         self._last = time.perf_counter()
         return self
 
+    def rewind(self, step: int) -> None:
+        """Forget the steps after `step`: they are taken again."""
+        if self._file is not None:
+            self._file.close()
+        self._first_step = step
+        self.__enter__()
+
     def record(self, step: int, result: StepResult, rate: float) -> None:
         """Note a step; its time is that since the step before."""
         now = time.perf_counter()
@@ -56,7 +75,10 @@ class Metrics:
             "gradient_norm": result.gradient_norm,
             "tokens_per_second": self._step_tokens / seconds,
             "seconds": seconds,
+            "flops_per_second": self._step_tokens * self._token_flops / seconds,
         }
+        if self._peak is not None:
+            line["flops_utilisation"] = line["flops_per_second"] / self._peak
         self._file.write(json.dumps(line) + "\n")
         if now - self._logged > _LOG_SECONDS or step == self._job.steps:
             self._logged = now

@@ -1,29 +1,45 @@
-"""Stopping on request: a cluster that is about to take its nodes back says so by SIGUSR1."""
+"""Stopping on request: a cluster that is about to take its nodes back says so by SIGTERM or SIGUSR1."""
 
 from __future__ import annotations
 
 import signal
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
+from typing import Self
 
 import torch
 import torch.distributed as dist
 
 from btm_scale.group import ExpertGroup
+from btm_scale.process import REQUEUE
 
 _MARKER = "stopped"
 
 
 class StopRequest:
-    """Hears SIGUSR1, whichever rank it reaches. `stopped` in the model's folder says that training ended early."""
+    """Hears SIGTERM and SIGUSR1, whichever rank they reach.
+
+    `stopped` in the model's folder says that training ended early, in good order.
+    """
 
     def __init__(self, group: ExpertGroup, folder: Path) -> None:
         self._group = group
         self._marker = folder / _MARKER
         self._heard = False
-        signal.signal(signal.SIGUSR1, self._hear)
         if group.is_first:
             self._marker.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        self._before = {
+            number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGUSR1)
+        }
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def agreed(self) -> bool:
         """Whether any rank has heard it. All ranks call this together, so that all stop after the same step."""
@@ -34,11 +50,12 @@ class StopRequest:
         return bool(heard)
 
     def leave(self, step: int) -> None:
-        """End this process in good order; the state after `step` steps has been saved."""
+        """End this process with the code that asks to be started again; the state after `step` steps has been saved."""
         if self._group.is_first:
             self._marker.write_text(f"{step}\n")
             print(f"asked to stop: saved the state after step {step}", flush=True)
-        raise SystemExit(0)
+        dist.barrier()
+        raise SystemExit(REQUEUE)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self._heard = True

@@ -3,38 +3,58 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 
 from btm_scale.config import RunConfig
 from btm_scale.data.batches import TrainingBatches
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.group import ExpertGroup
-from btm_scale.model.gpt import build_model
+from btm_scale.model.gpt import ExpertModel, build_model
 from btm_scale.run_dir import DENSE, SEED, RunDir
-from btm_scale.train.branch import Beginning, begin_branch, beginning
+from btm_scale.train.branch import begin_branch, beginning
 from btm_scale.train.engine import Engine
 from btm_scale.train.export import export_expert
+from btm_scale.train.health import Health
 from btm_scale.train.job import TrainingJob
 from btm_scale.train.metrics import Metrics
 from btm_scale.train.state import load_state, newest_state, restore_random_state, save_state
 from btm_scale.train.stop import StopRequest
+from btm_scale.train.watch import HangWatch
 
 
 def train_and_export(group: ExpertGroup, config: RunConfig, run: RunDir, job: TrainingJob) -> None:
     """From where the job stands to a finished expert."""
     tokenizer = Tokenizer.load(run.tokenizer)
     shape = config.model.shape(tokenizer.vocab_size, config.budget.sequence_length)
-    group.seed(config.random_seed)
-    model = build_model(
-        shape,
-        tensor=job.group.tensor,
-        dtype=group.dtype,
-        on_cpu=group.device.type == "cpu",
-        sequence_parallel=job.group.sequence_parallel,
-        recompute=job.group.recompute,
-    )
-    engine = Engine(group, model, job, config.optimizer, config.deepspeed)
     begun = beginning(config, run, job)
-    first_step = _begin(engine, run, job, begun)
+
+    def first_model() -> ExpertModel:
+        group.seed(config.random_seed)
+        layout, on_cpu = job.group, group.device.type == "cpu"
+        return build_model(
+            shape,
+            tensor=layout.tensor,
+            dtype=group.dtype,
+            on_cpu=on_cpu,
+            sequence_parallel=layout.sequence_parallel,
+            recompute=layout.recompute,
+        )
+
+    engine = Engine(group, first_model(), job, config.optimizer, config.deepspeed)
+
+    def begin() -> int:
+        """Put the engine where this job stands: at its own newest state, at its parents' end, or at the start."""
+        own = newest_state(run.checkpoints(job.model))
+        if own is not None:
+            position = load_state(engine, own)
+            restore_random_state(position)
+            return position.step
+        if begun.parents:
+            begin_branch(engine, run, job, begun.parents)
+        elif engine.adam_steps > 0:
+            engine.reset(first_model())
+        return 0
+
     batches = TrainingBatches(
         run,
         begun.domains,
@@ -43,39 +63,47 @@ def train_and_export(group: ExpertGroup, config: RunConfig, run: RunDir, job: Tr
         seed=_data_seed(config, job),
         part=job.part,
     )
-    train(engine, batches, config, run, first_step)
+    train(engine, batches, config, run, begin)
     export_expert(engine, config, run, begun, tokenizer.eos)
 
 
-def train(engine: Engine, batches: TrainingBatches, config: RunConfig, run: RunDir, first_step: int) -> None:
-    """Take the steps that are left; save every so often, and after the last."""
+def train(
+    engine: Engine, batches: TrainingBatches, config: RunConfig, run: RunDir, begin: Callable[[], int]
+) -> None:
+    """Take the steps that are left after `begin`; save every so often, and after the last.
+
+    A bad batch is left out, after going back to where `begin` puts the engine then.
+    """
     job, group = engine.job, engine.group
     share = job.sequences // group.config.data
+    length = config.budget.sequence_length
     folder = run.checkpoints(job.model)
-    stop = StopRequest(group, run.train(job.model))
-    with Metrics(group, run.metrics(job.model), job, config.budget.sequence_length, first_step) as metrics:
-        for step in range(first_step + 1, job.steps + 1):
-            first = job.first_sample + (step - 1) * job.sequences + group.data_rank * share
-            rate = config.optimizer.rate(job.progress_at(step))
-            result = engine.step(batches.read(first, share), rate)
-            metrics.record(step, result, rate)
+    step = begin()
+    health = Health(group, config.health, run.train(job.model), run.metrics(job.model))
+    with (
+        StopRequest(group, run.train(job.model)) as stop,
+        HangWatch(group, config.health) as watch,
+        Metrics(group, run.metrics(job.model), job, engine.model.shape, length, step) as metrics,
+    ):
+        while step < job.steps:
+            step += 1
+            if not health.leaves_out(step):
+                first = job.first_sample + (step - 1) * job.sequences + group.data_rank * share
+                rate = config.optimizer.rate(job.progress_at(step))
+                with watch.step():
+                    result = engine.step(batches.read(first, share), rate)
+                problem = health.problem(step, result)
+                if problem is not None:
+                    health.leave_out(step, problem)
+                    step = begin()
+                    metrics.rewind(step)
+                    continue
+                metrics.record(step, result, rate)
             stops = stop.agreed() and step < job.steps
             if stops or step % config.checkpoint.every == 0 or step == job.steps:
                 save_state(engine, folder, step, config.checkpoint.keep)
             if stops:
                 stop.leave(step)
-
-
-def _begin(engine: Engine, run: RunDir, job: TrainingJob, begun: Beginning) -> int:
-    """Put the engine where this job stands: at its own newest state, at its parents' end, or at the start."""
-    own = newest_state(run.checkpoints(job.model))
-    if own is not None:
-        position = load_state(engine, own)
-        restore_random_state(position)
-        return position.step
-    if begun.parents:
-        begin_branch(engine, run, job, begun.parents)
-    return 0
 
 
 def _data_seed(config: RunConfig, job: TrainingJob) -> int:

@@ -10,12 +10,14 @@ folder=@RUN@/train/$model
 
 # Each rank keeps a log of its own in the model's folder. Of a group that has lost one rank nothing goes on.
 code=0
+rm -f "$folder/stopped"
 srun --ntasks=@RANKS@ --kill-on-bad-exit=1@CONTAINER@ \
     @PYTHON@ -m btm_scale.cli train @CONFIG@ --out @RUN@ --model "$model" --launcher slurm || code=$?
 
-if [[ $code -eq 0 && -e $folder/stopped ]]; then
+if [[ -e $folder/stopped ]]; then
     echo "$model has saved its state before its time was over; it goes on in the next job"
     scontrol requeue "$SLURM_JOB_ID"
+    code=0
 elif [[ $code -ne 0 && $code -ne 2 ]]; then
     # A node or a rank was lost (2 would be a mistake in the config). It goes on from its newest state, but a model
     # that fails again and again at the same state is given up.

@@ -62,6 +62,7 @@ def test_training_lowers_every_models_loss(finished_run: Run) -> None:
             "gradient_norm",
             "tokens_per_second",
             "seconds",
+            "flops_per_second",
         }
         assert steps[-1]["loss"] < steps[0]["loss"]
 

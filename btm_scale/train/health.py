@@ -1,0 +1,86 @@
+"""Bad batches: those after which the loss is no number, or the gradient leaps. They are undone and left out."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch.distributed as dist
+
+from btm_scale.checkpoint.publish import write_file
+from btm_scale.errors import GroupFailed
+from btm_scale.group import ExpertGroup
+from btm_scale.health_config import HealthConfig
+from btm_scale.train.engine import StepResult
+from btm_scale.train.metrics import read_metrics
+
+
+class Health:
+    """Judges every step, the same on every rank, and remembers in `skipped.json` which batches were left out.
+
+    What was left out once is left out by every restart, so that a run ends in the same weights however often it was
+    interrupted. All ranks make this object together, before the metrics are opened.
+    """
+
+    def __init__(self, group: ExpertGroup, config: HealthConfig, folder: Path, metrics: Path) -> None:
+        self._config = config
+        self._writes = group.is_first
+        self._path = folder / "skipped.json"
+        self._norms: dict[int, float] = {row["step"]: row["gradient_norm"] for row in read_metrics(metrics)}
+        self._skipped = _read(self._path)
+        dist.barrier()
+
+    def leaves_out(self, step: int) -> bool:
+        """Whether the batch of this step is one that was found bad."""
+        return step in self._skipped
+
+    def problem(self, step: int, result: StepResult) -> str | None:
+        """What is wrong with a step that was just taken; None for a good one.
+
+        In fp16 a step that overflowed is no problem: the loss scale seeks its place by such steps.
+        """
+        if not math.isfinite(result.loss):
+            return f"the loss is {result.loss}"
+        if result.overflowed:
+            return None
+        if not math.isfinite(result.gradient_norm):
+            return f"the gradient's norm is {result.gradient_norm}"
+        median = self._median(step)
+        if self._config.spike is not None and median is not None:
+            times = result.gradient_norm / median
+            if times > self._config.spike:
+                return (
+                    f"the gradient's norm, {result.gradient_norm:.3g}, is {times:.1f} times the recent median"
+                )
+        self._norms[step] = result.gradient_norm
+        return None
+
+    def leave_out(self, step: int, problem: str) -> None:
+        """Remember a bad batch. Raises GroupFailed when there have been more than the config allows."""
+        self._skipped[step] = problem
+        if self._writes:
+            print(
+                f"step {step}: {problem}; going back to the state before, to go on without this batch",
+                flush=True,
+            )
+            write_file(self._path, json.dumps(self._skipped, indent=1) + "\n")
+        if len(self._skipped) > self._config.skips:
+            raise GroupFailed(
+                f"{len(self._skipped)} batches were bad, the last one (step {step}) because {problem}; health.skips "
+                f"allows {self._config.skips}. Lower the rate, or look at the text of the steps in {self._path}."
+            )
+        dist.barrier()
+
+    def _median(self, step: int) -> float | None:
+        recent = [self._norms[i] for i in range(step - self._config.window, step) if i in self._norms]
+        return statistics.median(recent) if len(recent) >= self._config.window // 2 else None
+
+
+def _read(path: Path) -> dict[int, str]:
+    if not path.is_file():
+        return {}
+    skipped: Mapping[str, str] = json.loads(path.read_text())
+    return {int(step): problem for step, problem in skipped.items()}

@@ -1,0 +1,136 @@
+"""Watching a group from within: a rank that dies takes its group along, and a step that hangs ends it.
+
+The ranks of one host watch each other's processes. What a rank of another host does is seen as a step that hangs, or
+by the launcher.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import select
+import signal
+import socket
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Self
+
+import torch.distributed as dist
+
+from btm_scale.group import ExpertGroup
+from btm_scale.health_config import HealthConfig
+
+# Time for the launcher to learn of a rank's own error before the others end too.
+_GRACE_SECONDS = 5.0
+_POLL_SECONDS = 0.5
+_KNOWN_STEPS = 5
+# The first steps may compile and tune.
+_FIRST_STEPS_PATIENCE = 10
+
+
+class PeerWatch:
+    """Ends this rank when another one of its host has died. Leave it before the group ends in good order."""
+
+    def __init__(self, group: ExpertGroup) -> None:
+        self._peers = _processes_of_this_host(group)
+        self._left = threading.Event()
+
+    def __enter__(self) -> Self:
+        descriptors = {}
+        for rank, pid in self._peers.items():
+            with contextlib.suppress(ProcessLookupError):
+                descriptors[os.pidfd_open(pid)] = rank
+        if descriptors:
+            threading.Thread(target=self._watch, args=(descriptors,), daemon=True, name="peer-watch").start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._left.set()
+
+    def _watch(self, descriptors: dict[int, int]) -> None:
+        ended: list[int] = []
+        while not ended and not self._left.is_set():
+            ended = select.select(list(descriptors), [], [], _POLL_SECONDS)[0]
+        if not self._left.wait(_GRACE_SECONDS):
+            _say(f"rank {descriptors[ended[0]]} of this group has died; this rank ends too")
+            os._exit(1)
+
+
+class HangWatch:
+    """Ends the group when a step takes far longer than steps do, after every rank has shown where it is."""
+
+    def __init__(self, group: ExpertGroup, config: HealthConfig) -> None:
+        self._config = config
+        self._peers = _processes_of_this_host(group)
+        self._seconds: deque[float] = deque(maxlen=50)
+        self._since: float | None = None
+        self._left = threading.Event()
+
+    def __enter__(self) -> Self:
+        faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=True)
+        threading.Thread(target=self._watch, daemon=True, name="hang-watch").start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._left.set()
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Around everything that belongs to one step."""
+        self._since = time.monotonic()
+        yield
+        self._seconds.append(time.monotonic() - self._since)
+        self._since = None
+
+    @property
+    def limit(self) -> float:
+        """Seconds that a step may take."""
+        if len(self._seconds) < _KNOWN_STEPS:
+            return _FIRST_STEPS_PATIENCE * self._config.patience
+        return max(self._config.patience, self._config.hang * statistics.median(self._seconds))
+
+    def _watch(self) -> None:
+        while not self._left.wait(_POLL_SECONDS):
+            since = self._since
+            if since is not None and time.monotonic() - since > self.limit:
+                self._end(time.monotonic() - since)
+
+    def _end(self, seconds: float) -> None:
+        _say(
+            f"no step for {seconds:.0f} s, where one may take {self.limit:.0f} s: the group hangs; every rank's stack:"
+        )
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        for number in (signal.SIGUSR2, signal.SIGCONT):
+            self._tell(number)
+        time.sleep(1.0)
+        self._tell(signal.SIGKILL)
+        os._exit(1)
+
+    def _tell(self, number: signal.Signals) -> None:
+        for pid in self._peers.values():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, number)
+
+
+def _processes_of_this_host(group: ExpertGroup) -> dict[int, int]:
+    """The process ids of the other ranks of this host, by rank."""
+    own = (socket.gethostname(), os.getpid())
+    everyone: list[tuple[str, int] | None] = [None] * group.size
+    dist.all_gather_object(everyone, own)
+    return {
+        rank: there[1] for rank, there in enumerate(everyone) if there and there[0] == own[0] and there != own
+    }
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
