@@ -48,7 +48,9 @@ def fork_world(count: int, job: Callable[..., None], *arguments: Any) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    os.environ.update({"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+    os.environ.update(
+        {"WORLD_SIZE": str(count), "LOCAL_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    )
     forked = multiprocessing.get_context("fork")
     ranks = [forked.Process(target=_as_rank, args=(rank, job, *arguments)) for rank in range(count)]
     for rank in ranks:

@@ -7,6 +7,7 @@ and under Hugging Face names, in `FOLDER/ours-TENSOR.safetensors`.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -49,6 +50,9 @@ def compute(group: ExpertGroup, folder: Path) -> None:
 
 def rank(tensor: int, folders: list[str]) -> None:
     group = ExpertGroup.join(GroupConfig(tensor=tensor, precision="fp32"))
+    dist.barrier()
+    named = list(Path("/dev/shm").glob(f"*_{os.environ['MASTER_PORT']}_*"))
+    assert not named, f"{named} would outlive the group"
     for folder in folders:
         compute(group, Path(folder))
     group.leave()
