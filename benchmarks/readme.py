@@ -12,8 +12,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-METHODS = ("seed", "dense", "ensemble", "ensemble:top2", "ensemble:token", "ensemble:equal", "average:uniform",
-           "average:posterior", "random-split")  # fmt: skip
+METHODS = ("seed", "dense", "dense-2.5x", "random-split", "ensemble", "ensemble:tempered", "ensemble:top2",
+           "ensemble:token", "ensemble:equal", "average:uniform", "average:posterior")  # fmt: skip
 
 
 def main() -> None:
@@ -43,8 +43,8 @@ def demo() -> str:
             rows.append([method, *(f"{_mean(run['results'], method):.2f}" for run in runs)])
     ratios = [f"{_mean(run['results'], 'ensemble') / _mean(run['results'], 'dense'):.3f}" for run in runs]
     rows.append(["**ensemble / dense**", *ratios])
-    minutes = runs[0]["seconds"] / 60
-    note = f"{_source('demo')}. The first took {minutes:.1f} minutes; the others ran beside other work."
+    minutes = ", ".join(f"{run['seconds'] / 60:.1f}" for run in runs)
+    note = f"{_source('demo')}; {minutes} minutes."
     return f"{_table(rows)}\n\n{note}"
 
 
@@ -66,11 +66,11 @@ def eight_domains() -> str:
 
 def sweep() -> str:
     """The dense baseline's batch size and rate."""
-    rows = [["batch tokens", "learning rate", "after half of the schedule", "at the end"]]
+    rows = [["batch tokens", "learning rate", "beta2", "after half of the schedule", "at the end"]]
     for point in _read("sweep")["points"]:
         end = point["dense_mean_dev_perplexity"]
-        rows.append([str(point["batch_tokens"]), f"{point['lr']:g}", f"{point['seed_mean_dev_perplexity']:.1f}",
-                     f"{end:.1f}" if end else "-"])  # fmt: skip
+        setting = [str(point["batch_tokens"]), f"{point['lr']:g}", f"{point['beta2']:g}"]
+        rows.append([*setting, f"{point['seed_mean_dev_perplexity']:.1f}", f"{end:.1f}" if end else "-"])
     return _table(rows)
 
 
