@@ -27,6 +27,7 @@ from btm_scale.report.progress import ModelProgress, read_progress
 from btm_scale.run_dir import SEED, RunDir
 from btm_scale.train.job import model_names, training_job
 from btm_scale.train.metrics import read_metrics
+from btm_scale.train.stages import training_stages
 
 # What may change between two calls on one folder: it decides how a run goes on, not what its models are.
 _FREE = (
@@ -99,35 +100,6 @@ def run_all(
     results = evaluate(config, run)
     report(config, run, results)
     return results
-
-
-def training_stages(config: RunConfig) -> list[list[str]]:
-    """The models to train, those that may run side by side together; in a stage, the longest first.
-
-    An expert stands in the stage after the last of its parents; one that chooses its parents, after all before it.
-    """
-    stage_of = {SEED: 0}
-    for model in model_names(config):
-        branch = training_job(config, model).branch
-        if branch is None:
-            continue
-        if branch.parents == "seed":
-            parents = [SEED]
-        elif isinstance(branch.parents, dict):
-            parents = list(branch.parents)
-        else:
-            parents = [SEED, *(name for name in stage_of if name in config.expert_domains)]
-        # A parent that this run doesn't train was added to the forest as it is.
-        stage_of[model] = 1 + max(stage_of.get(parent, 0) for parent in parents)
-    stages: list[list[str]] = [[] for _ in range(1 + max(stage_of.values()))]
-    for model, stage in stage_of.items():
-        stages[stage].append(model)
-
-    def work(model: str) -> int:
-        job = training_job(config, model)
-        return job.steps * job.sequences
-
-    return [sorted(stage, key=work, reverse=True) for stage in stages]
 
 
 def placement(config: RunConfig, models: Sequence[str]) -> Placement:

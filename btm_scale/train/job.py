@@ -73,7 +73,7 @@ def training_job(config: RunConfig, model: str) -> TrainingJob:
             # Seed and dense read one order, so that dense is the model that the seed would have become.
             samples=seed_samples + budget.branch_steps * batch,
             progress=(0.0, seed_end) if is_seed else (seed_end, 1.0),
-            group=config.group,
+            group=config.whole_group,
         )
     elif model in config.longer_dense_models:
         # It leaves the seed for a longer way, along which its rate falls more slowly, in an order of its own.
@@ -90,7 +90,7 @@ def training_job(config: RunConfig, model: str) -> TrainingJob:
             first_sample=0,
             samples=steps * batch,
             progress=(seed_end, 1.0),
-            group=config.group,
+            group=config.whole_group,
         )
     else:
         job = _branch(config, model, batch, weights, seed_end)

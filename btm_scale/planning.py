@@ -1,0 +1,140 @@
+"""`btm-scale plan`: what a run would take on a cluster, before there is one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from btm_scale.config import GroupConfig, RunConfig
+from btm_scale.launch.plan import (
+    Cluster,
+    GroupPlan,
+    StagePlan,
+    Training,
+    data_parallel_bytes,
+    plan_group,
+    plan_stage,
+    propose,
+)
+from btm_scale.model.layout import Layout
+from btm_scale.model.shape import ModelShape
+from btm_scale.run_dir import SEED
+from btm_scale.train.job import TrainingJob, model_names, training_job
+from btm_scale.train.stages import training_stages
+
+_LAYOUT = ("tensor", "data", "zero", "sequence_parallel", "recompute", "precision")
+
+
+def make_plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
+    """Memory, time and place of every group, stage by stage; layouts are proposed where the YAML gives none."""
+    shape = config.model.shape(vocabulary_of(config), config.budget.sequence_length)
+    config, proposed = with_proposals(config, shape, cluster)
+    jobs = {name: training_job(config, name) for name in model_names(config)}
+    stages = []
+    for names in training_stages(config):
+        groups = [_group(shape, config, jobs[name], cluster) for name in names]
+        stages.append(plan_stage(groups, cluster))
+    width = 4 if config.group.precision == "fp32" else 2
+    branch_steps = config.budget.branch_steps
+    saved = data_parallel_bytes(shape, len(config.domains), branch_steps, width)
+    return {
+        "parameters": shape.parameters,
+        "cluster": {"gpus": cluster.ranks, "nodes": cluster.nodes, "gpus_per_node": cluster.ranks_per_node}
+        | asdict(cluster.gpu),
+        "proposed": proposed,
+        "stages": [_stage_rows(stage) for stage in stages],
+        "days": sum(stage.seconds for stage in stages) / 86_400,
+        "between_groups": {
+            "branch_train_merge_bytes": 0,
+            "data_parallel_bytes": saved,
+            "data_parallel_bytes_a_step": saved / branch_steps,
+        },
+    }
+
+
+def with_proposals(
+    config: RunConfig, shape: ModelShape, cluster: Cluster
+) -> tuple[RunConfig, dict[str, Any]]:
+    """The config with layouts where it gives none, and what would have to stand in the YAML for that."""
+    proposed: dict[str, Any] = {}
+    if "group" in config.model_fields_set:
+        return config, proposed
+    # With one sequence as the layout's least share of a batch, every job can be described before it has a layout.
+    smallest = config.group.model_copy(update={"tensor": 1, "data": 1})
+    bare = config.model_copy(update={"group": smallest, "seed_group": {}})
+    layout, micro = propose(shape, _trainings(bare, _branches(bare)), cluster, config.group)
+    proposed["group"] = _settings(layout) | {"micro_batch": micro}
+    chosen = config.model_copy(update={"group": GroupConfig.model_validate(proposed["group"])})
+    if "seed_group" not in config.model_fields_set:
+        layout, micro = propose(shape, _trainings(bare, [SEED]), cluster, config.group)
+        proposed["seed_group"] = _settings(layout) | {"micro_batch": micro}
+        chosen = chosen.model_copy(update={"seed_group": proposed["seed_group"]})
+    return chosen, proposed
+
+
+def vocabulary_of(config: RunConfig) -> int:
+    """Tokens of the run's vocabulary; of an existing tokenizer without loading it where its files say so."""
+    if config.tokenizer.path is None:
+        return config.tokenizer.vocab_size
+    listed = config.tokenizer.path / "config.json"
+    if listed.is_file() and "vocab_size" in (values := json.loads(listed.read_text())):
+        return int(values["vocab_size"])
+    from btm_scale.data.tokenizer import Tokenizer
+
+    return Tokenizer.load(config.tokenizer.path).vocab_size
+
+
+def _branches(config: RunConfig) -> list[str]:
+    return [*config.expert_domains, *config.random_split_models]
+
+
+def _group(shape: ModelShape, config: RunConfig, job: TrainingJob, cluster: Cluster) -> GroupPlan:
+    training = Training(job.model, job.steps, job.sequences, config.budget.sequence_length)
+    return plan_group(shape, training, job.group, job.group.micro_batch, cluster)
+
+
+def _trainings(config: RunConfig, names: Sequence[str]) -> list[Training]:
+    jobs = [training_job(config, name) for name in names]
+    return [Training(job.model, job.steps, job.sequences, config.budget.sequence_length) for job in jobs]
+
+
+def _settings(layout: Layout) -> dict[str, Any]:
+    return layout.model_dump(include=set(_LAYOUT), exclude_defaults=True)
+
+
+def _stage_rows(stage: StagePlan) -> dict[str, Any]:
+    """A stage with one row for all groups that are alike."""
+    where = {one.work.name: one for one in stage.placed}
+    rows: dict[tuple[object, ...], dict[str, Any]] = {}
+    for group in stage.groups:
+        key = (str(group.layout), group.micro_batch, group.training.steps, group.training.sequences)
+        row = rows.get(key)
+        if row is None:
+            row = rows[key] = _row(group)
+        row["models"].append(group.training.name)
+        placed = where[group.training.name]
+        row["places"].append({"start": placed.start, "end": placed.end, "nodes": list(placed.nodes)})
+    return {
+        "seconds": stage.seconds,
+        "lower_bound_seconds": stage.bound,
+        "waves": len({one.start for one in stage.placed}),
+        "groups": list(rows.values()),
+    }
+
+
+def _row(group: GroupPlan) -> dict[str, Any]:
+    return {
+        "models": [],
+        "layout": str(group.layout),
+        "ranks": group.layout.ranks,
+        "micro_batch": group.micro_batch,
+        "accumulation": group.accumulation,
+        "memory_bytes": asdict(group.memory) | {"total": group.memory.total},
+        "step_seconds": asdict(group.step) | {"total": group.step.total},
+        "steps": group.training.steps,
+        "tokens_per_second": group.tokens_per_second,
+        "seconds": group.seconds,
+        "places": [],
+    }

@@ -1,0 +1,93 @@
+"""How much memory one rank of a group needs, by layout (arXiv 1910.02054, and 2205.05198 for activations)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from btm_scale.model.layout import Layout
+from btm_scale.model.shape import ModelShape
+
+_MASTER, _MOMENTS, _SUMS = 4, 8, 4  # bytes a parameter, float32
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on one rank's device at their most: states as the optimizer steps, activations before the backward pass."""
+
+    weights: float
+    gradients: float
+    optimizer: float  # master weights and moments
+    activations: float
+    host: float = 0.0  # what is kept in the host's memory instead
+
+    @property
+    def states(self) -> float:
+        """What training keeps: weights, gradients, optimizer."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> float:
+        """On the device."""
+        return self.states + self.activations
+
+
+def rank_memory(
+    shape: ModelShape, layout: Layout, *, micro_batch: int, length: int, accumulation: int
+) -> RankMemory:
+    """Of one rank of a group: `micro_batch` sequences of `length` tokens at once, `accumulation` times a step."""
+    own = rank_parameters(shape, layout.tensor)
+    share = own / layout.data  # what ZeRO leaves of something that it shares
+    width = 4 if layout.precision == "fp32" else 2
+    weights = width * (share if layout.zero == 3 else own)
+    kept = own if layout.zero == 0 else share
+    # Without ZeRO, float32 weights are their own masters.
+    optimizer = kept * (_MOMENTS + (0 if layout.zero == 0 and width == 4 else _MASTER))
+    gradients = _gradients(own, share, layout, width, accumulation)
+    host = 0.0
+    if layout.offload != "none":
+        host += optimizer
+        optimizer = 0.0
+    if layout.offload == "all":
+        host += weights
+        weights = 0.0
+    activations = activation_bytes(shape, layout, micro_batch=micro_batch, length=length)
+    return RankMemory(weights, gradients, optimizer, activations, host)
+
+
+def rank_parameters(shape: ModelShape, tensor: int) -> float:
+    """Parameters of one tensor rank: its part of every matrix, all of every norm."""
+    norms = shape.layers * 2 * shape.hidden + shape.hidden
+    if shape.family == "gpt2":
+        norms = 2 * norms + shape.positions * shape.hidden + shape.layers * 2 * shape.hidden
+    return norms + (shape.parameters - norms) / tensor
+
+
+def _gradients(own: float, share: float, layout: Layout, width: int, accumulation: int) -> float:
+    """As DeepSpeed holds them when the optimizer steps: a float32 copy for the master weights is made then."""
+    if layout.zero == 0:
+        return own * (width if width == 4 else width + _SUMS)
+    sums = _SUMS * share
+    if layout.zero == 1:
+        return width * own + sums
+    return width * share + sums
+
+
+def activation_bytes(shape: ModelShape, layout: Layout, *, micro_batch: int, length: int) -> float:
+    """What the forward pass keeps for the backward pass; attention is fused and keeps no scores.
+
+    The logits are made in chunks and are not counted.
+    """
+    tokens = micro_batch * length
+    width = 4 if layout.precision == "fp32" else 2
+    norms = 4 * shape.hidden  # two norms' inputs and outputs
+    if layout.sequence_parallel:
+        norms = norms / layout.tensor
+    attention = shape.query_key_value_width + 2 * shape.query_width
+    mlp = (4 if shape.rotary else 2) * shape.ffn
+    layer = norms + (attention + mlp) / layout.tensor
+    if layout.recompute == "full":
+        kept = shape.hidden / (layout.tensor if layout.sequence_parallel else 1)
+        return width * tokens * (shape.layers * kept + layer)
+    if layout.recompute == "selective":
+        layer -= shape.query_width / layout.tensor
+    return width * tokens * (shape.layers * layer + 2 * shape.hidden)

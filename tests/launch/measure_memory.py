@@ -1,0 +1,79 @@
+"""Trains one step in each of many layouts and counts what lives in memory when the optimizer steps: weights, gradients,
+master weights and moments. `measure_memory.py SPEC.json`, as every rank of a group runs it.
+
+The spec has `layouts` (name: group and `accumulate`), `shape` and `result`, where the first rank leaves bytes by layout.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from btm_scale.config import GroupConfig, OptimizerConfig
+from btm_scale.group import ExpertGroup
+from btm_scale.model.gpt import build_model
+from btm_scale.model.shape import ModelShape
+from btm_scale.train.engine import Engine
+from btm_scale.train.job import TrainingJob
+
+
+def living_bytes() -> int:
+    """Bytes of all tensors that are alive, each storage once."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor):
+            for tensor in (thing, thing.grad if thing.is_leaf else None, getattr(thing, "ds_tensor", None)):
+                if tensor is not None and tensor.device.type != "meta":
+                    storage = tensor.untyped_storage()
+                    storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def measure(group: ExpertGroup, shape: ModelShape, accumulate: int) -> int:
+    before = living_bytes()
+    layout = group.config
+    sequences = layout.data * accumulate
+    job = TrainingJob(
+        model="tiny", branch=None, weights={}, part=None, steps=1, sequences=sequences, batch_share=1.0,
+        first_sample=0, samples=sequences, progress=(0.0, 1.0), group=layout,
+    )  # fmt: skip
+    model = build_model(
+        shape,
+        tensor=layout.tensor,
+        dtype=group.dtype,
+        on_cpu=True,
+        sequence_parallel=layout.sequence_parallel,
+        recompute=layout.recompute,
+    )
+    engine = Engine(group, model, job, OptimizerConfig(), {})
+    found = []
+    engine._base.register_step_pre_hook(lambda *_: found.append(living_bytes() - before))
+    engine.step(torch.zeros(accumulate, shape.positions + 1, dtype=torch.long), 1e-3)
+    engine.close()
+    return max(found)
+
+
+def main() -> None:
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    shape = ModelShape.model_validate(spec["shape"])
+    group: ExpertGroup | None = None
+    result = {}
+    for name, values in spec["layouts"].items():
+        accumulate = values.pop("accumulate", 1)
+        config = GroupConfig.model_validate({"micro_batch": 1, **values})
+        group = ExpertGroup.join(config) if group is None else group.rejoin(config)
+        result[name] = measure(group, shape, accumulate)
+        gc.collect()
+    assert group is not None
+    if group.is_first:
+        Path(spec["result"]).write_text(json.dumps(result))
+    group.leave()
+
+
+if __name__ == "__main__":
+    main()
