@@ -94,16 +94,39 @@ def train(options: argparse.Namespace) -> Answer:
     return {"model": options.model, "directory": str(run_dir.model(options.model))}
 
 
+def plan(options: argparse.Namespace) -> Answer:
+    """Layout, memory, time and place of every group on a cluster that need not be there."""
+    from btm_scale.config import RunConfig
+    from btm_scale.launch.gpus import gpu_named
+    from btm_scale.launch.plan import Cluster
+    from btm_scale.planning import make_plan
+
+    config = RunConfig.load(options.config, tuple(options.set))
+    made = make_plan(config, Cluster(gpu_named(options.gpu), options.nodes, options.gpus_per_node))
+    if not options.json:
+        from rich.console import Console
+
+        from btm_scale.report.plan_table import print_plan
+
+        print_plan(made, Console())
+    return made
+
+
 def status(options: argparse.Namespace) -> Answer:
     """Show how far every model of a run is."""
-    from btm_scale.report.live import print_progress, progress_as_json
-    from btm_scale.status import failures, run_status
+    from btm_scale.report.live import live_table, print_progress, progress_as_json
+    from btm_scale.status import failures, run_status, watch
 
     config, run_dir = _open(options)
-    rows = run_status(config, run_dir)
+    if options.watch:
+        with live_table(quiet=options.json) as show:
+            rows = watch(config, run_dir, show)
+    else:
+        rows = run_status(config, run_dir)
+        if not options.json:
+            print_progress(rows)
     failed = failures(rows, run_dir)
     if not options.json:
-        print_progress(rows)
         for model, failure in failed.items():
             print(f"\n{model} failed: {failure}")
     return progress_as_json(rows) | {"failures": {model: str(failure) for model, failure in failed.items()}}
@@ -401,6 +424,7 @@ _VERBS = {
     "run": run,
     "prepare": prepare,
     "train": train,
+    "plan": plan,
     "status": status,
     "forest list": forest_list,
     "forest add": forest_add,

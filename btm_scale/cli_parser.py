@@ -52,6 +52,13 @@ class _Verbs:
         return made
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
 def _takes_config(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
     made.add_argument("config", type=Path, help="the run's YAML")
     return _takes_overrides(made)
@@ -86,7 +93,14 @@ def _pipeline_verbs(verbs: _Verbs) -> None:
     made = _takes_config(verbs.add("train", "one model, by one group: train, export, score"))
     made.add_argument("--model", required=True, metavar="seed|dense|EXPERT", help="which model")
     _takes_launcher(made, ["local", "slurm"], "slurm: this process is a rank that srun has started")
-    _takes_run(verbs.add("status", "how far every model of a run is"))
+    made = _takes_config(verbs.add("plan", "memory, time and place of every group, with no cluster"))
+    made.add_argument("--nodes", type=_positive, required=True, help="nodes of the cluster")
+    made.add_argument("--gpus-per-node", type=_positive, default=8, help="default: 8")
+    made.add_argument(
+        "--gpu", default="h100", help="v100, a100, l40s, h100, h200, b200 or mi300x; default: h100"
+    )
+    made = _takes_run(verbs.add("status", "how far every model of a run is"))
+    made.add_argument("--watch", action="store_true", help="show it until nothing runs any more")
 
 
 def _forest_verbs(verbs: _Verbs) -> None:
