@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import replace
 
 from btm_scale.config import RunConfig
@@ -33,6 +35,18 @@ def run_status(config: RunConfig, run: RunDir) -> list[ModelProgress]:
             note = f"rank {failure.rank}: {failure.error}" if failure is not None else ""
         notes[model] = note
     return [replace(row, note=notes.get(row.model, "")) for row in progress(config, run, states)]
+
+
+def watch(
+    config: RunConfig, run: RunDir, show: Callable[[list[ModelProgress]], None], *, seconds: float = 2.0
+) -> list[ModelProgress]:
+    """Show the rows again and again until no model runs or waits in a queue; returns the last."""
+    while True:
+        rows = run_status(config, run)
+        show(rows)
+        if not any(row.state == "running" or row.note.startswith("SLURM") for row in rows):
+            return rows
+        time.sleep(seconds)
 
 
 def failures(rows: list[ModelProgress], run: RunDir) -> dict[str, Failure]:
