@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from btm_scale.errors import ConfigError
 from btm_scale.health_config import HealthConfig
 from btm_scale.launch_config import LaunchConfig
+from btm_scale.model.huggingface import read_shape
 from btm_scale.model.layout import Layout
 from btm_scale.model.shape import PRESETS, Family, ModelShape
 from btm_scale.run_dir import DENSE, LONGER_DENSE, RANDOM_SPLIT, SEED
@@ -36,8 +37,11 @@ DomainName = Annotated[str, AfterValidator(_domain_name)]
 
 
 class ModelConfig(Section):
-    """A preset, or a family with sizes; any size given beside a preset replaces the preset's."""
+    """A preset, or a family with sizes, or a pretrained model; any size beside a preset replaces the preset's."""
 
+    pretrained: Path | None = Field(
+        default=None, description="a Hugging Face directory: the seed LM begins with its weights and has its tokenizer"
+    )
     preset: str | None = None
     family: Family | None = None
     layers: int | None = Field(default=None, gt=0)
@@ -51,15 +55,25 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _buildable(self) -> ModelConfig:
+        if self.pretrained is not None:
+            beside = [name for name in self.model_dump(exclude={"pretrained"}, exclude_none=True)]
+            if beside:
+                raise ValueError(f"a pretrained model has its own sizes; leave {', '.join(beside)} out")
+            return self
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(f"no preset is called '{self.preset}'; choose one of {', '.join(PRESETS)}")
         self.shape(vocabulary=1, positions=1)
         return self
 
     def shape(self, vocabulary: int, positions: int) -> ModelShape:
-        """The full shape, for a vocabulary in tokens and a longest sequence in tokens."""
+        """The full shape, for a vocabulary in tokens and a longest sequence in tokens; a pretrained model has its own.
+
+        Raises CheckpointError if the pretrained model isn't there, or is of a kind that can't be trained here.
+        """
+        if self.pretrained is not None:
+            return read_shape(self.pretrained)
         sizes: dict[str, Any] = dict(PRESETS[self.preset]) if self.preset else {}
-        sizes |= self.model_dump(exclude={"preset"}, exclude_none=True)
+        sizes |= self.model_dump(exclude={"preset", "pretrained"}, exclude_none=True)
         missing = [name for name in ("layers", "hidden", "heads", "ffn") if name not in sizes]
         if missing:
             raise ValueError(f"without a preset, {', '.join(missing)} must be given too")
@@ -119,7 +133,9 @@ class BudgetConfig(Section):
     """The compute of the forest, and so of the dense baseline."""
 
     tokens: int = Field(default=6_000_000, gt=0)
-    seed_share: float = Field(default=0.5, gt=0, lt=1)
+    seed_share: float = Field(
+        default=0.5, ge=0, lt=1, description="of the tokens; 0 takes a pretrained model for the seed LM as it is"
+    )
     sequence_length: int = Field(default=256, gt=1)
     batch_tokens: int = Field(default=16_384, gt=0)
 
@@ -130,7 +146,7 @@ class BudgetConfig(Section):
                 f"batch_tokens {self.batch_tokens} is not a multiple of sequence_length {self.sequence_length}; "
                 f"use {max(1, round(self.batch_tokens / self.sequence_length)) * self.sequence_length}"
             )
-        if self.seed_steps < 1 or self.branch_steps < 1:
+        if (self.seed_steps < 1 and self.seed_share > 0) or self.branch_steps < 1:
             raise ValueError(
                 f"{self.tokens} tokens in batches of {self.batch_tokens} leave no step for seed or experts; "
                 "raise tokens or lower batch_tokens"
@@ -217,6 +233,10 @@ class ExpertConfig(Section):
     """What differs for one expert."""
 
     branch: BranchConfig = BranchConfig()
+    model: ModelConfig | None = Field(
+        default=None,
+        description="a size of its own; such an expert has no seed to branch from and starts afresh",
+    )
     group: dict[str, Any] = Field(default_factory=dict)
     tokens: int | None = Field(default=None, gt=0)
     batch_tokens: int | None = Field(default=None, gt=0)
@@ -264,6 +284,16 @@ class EvaluateConfig(Section):
     split: Literal["dev", "test"] = "test"
     tokens_per_domain: int = Field(default=65_536, gt=0)
     dev_blocks: int = Field(default=100, gt=0, description="blocks of dev text that set the cached prior")
+
+
+def _with_pretrained(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Make a pretrained model's path absolute, since its sizes are read at once, and let the run have its tokenizer."""
+    model, tokenizer = values.get("model"), values.get("tokenizer") or {}
+    given = model.get("pretrained") if isinstance(model, dict) else None
+    if not isinstance(given, str) or not isinstance(tokenizer, dict):
+        return values
+    directory = str((folder / given).resolve())
+    return values | {"model": {**model, "pretrained": directory}, "tokenizer": {"path": directory} | tokenizer}
 
 
 class RunConfig(Section):
@@ -315,15 +345,29 @@ class RunConfig(Section):
         shape = self.model.shape(vocabulary=1, positions=self.budget.sequence_length)
         length = self.budget.sequence_length
         problems += [f"group: {problem}" for problem in self.group.problems(shape, length)]
+        problems += [
+            f"experts.{name}: with a `model` of its own it has no parents to branch from; leave out one of the two"
+            for name, expert in self.experts.items()
+            if expert.model is not None and expert.branch != BranchConfig()
+        ]
         own = {"seed_group": self.seed_group} | {
             f"experts.{name}.group": expert.group for name, expert in self.experts.items()
         }
         for place, changes in own.items():
             try:
+                model = self.expert_model(place.removeprefix("experts.").removesuffix(".group"))
+                shape = model.shape(vocabulary=1, positions=length)
                 found = GroupConfig.model_validate(self.group.model_dump() | changes).problems(shape, length)
                 problems += [f"{place}: {problem}" for problem in found]
             except ValidationError as error:
                 problems.append(explain(error, GroupConfig, prefix=place))
+        if self.budget.seed_share == 0 and self.model.pretrained is None:
+            problems.append("budget.seed_share 0 leaves the seed LM untrained; raise it, or set model.pretrained")
+        if length > shape.positions:
+            problems.append(
+                f"budget.sequence_length {length} is longer than the {shape.positions} positions of "
+                f"{self.model.pretrained}; use {shape.positions} or less"
+            )
         if self.data.dev + self.data.test >= 1:
             problems.append("data.dev and data.test together leave no text to train on; lower either")
         if problems:
@@ -352,9 +396,15 @@ class RunConfig(Section):
         """Every domain that is evaluated: those with an expert, then novel ones, each in the YAML's order."""
         return {**self.expert_domains, **self.novel_domains}
 
-    def branch(self, name: str) -> BranchConfig:
-        """What one expert begins with."""
-        return self.experts[name].branch if name in self.experts else BranchConfig()
+    def branch(self, name: str) -> BranchConfig | None:
+        """What one expert begins with; None where it has a size of its own, and so nothing to begin with."""
+        if name not in self.experts:
+            return BranchConfig()
+        return None if self.experts[name].model is not None else self.experts[name].branch
+
+    def expert_model(self, name: str) -> ModelConfig:
+        """The size of any of the run's models."""
+        return (self.experts[name].model if name in self.experts else None) or self.model
 
     @property
     def longer_dense_models(self) -> dict[str, float]:
@@ -384,7 +434,10 @@ class RunConfig(Section):
         Raises ConfigError that lists every problem.
         """
         values = load_yaml(path)
-        values = apply_overrides(values, overrides, paths=("text_root", "tokenizer.path"))
+        values = apply_overrides(
+            values, overrides, paths=("text_root", "tokenizer.path", "model.pretrained")
+        )
+        values = _with_pretrained(values, path.resolve().parent)
         try:
             config = cls.model_validate(values)
         except ValidationError as error:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -190,6 +191,19 @@ def test_impossible_parents_are_refused(tmp_path: Path, parents: dict[str, float
     values = {"domains": {"math": {"text": "m"}, "code": {"text": "c"}}, "experts": experts}
     with pytest.raises(ConfigError, match=told):
         load(tmp_path, values)
+
+
+def test_an_expert_of_its_own_size_starts_afresh_with_a_schedule_of_its_own(tmp_path: Path) -> None:
+    experts: dict[str, Any] = {"math": {"model": {"preset": "llama-1m"}, "group": {"micro_batch": 2}}}
+    config = load(tmp_path, {"domains": DOMAINS, "experts": experts})
+    job = training_job(config, "math")
+    assert (job.branch, job.progress) == (None, (0.0, 1.0))
+    assert config.expert_model("math").preset == "llama-1m"
+    assert config.expert_model("code").preset == "llama-4m"
+    assert "math" in training_stages(config)[1]
+    experts["math"]["branch"] = {"replay": 0.1}
+    with pytest.raises(ConfigError, match="it has no parents to branch from"):
+        load(tmp_path, {"domains": DOMAINS, "experts": experts})
 
 
 def test_a_domain_stands_in_one_place_only(tmp_path: Path) -> None:

@@ -134,6 +134,6 @@ def _branch(
         batch_share=sequences / batch,
         first_sample=0,
         samples=steps * sequences,
-        progress=(seed_end if branch.schedule == "carried" else 0.0, 1.0),
+        progress=(seed_end if branch is not None and branch.schedule == "carried" else 0.0, 1.0),
         group=group,
     )

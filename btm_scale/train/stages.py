@@ -14,8 +14,12 @@ def training_stages(config: RunConfig) -> list[list[str]]:
     """
     stage_of = {SEED: 0}
     for model in model_names(config):
+        if model == SEED:
+            continue
         branch = training_job(config, model).branch
         if branch is None:
+            # Of a size of its own: it needs no parent, but may run beside those that do.
+            stage_of[model] = 1
             continue
         if branch.parents == "seed":
             parents = [SEED]

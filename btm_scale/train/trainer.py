@@ -25,7 +25,7 @@ from btm_scale.train.watch import HangWatch
 def train_and_export(group: ExpertGroup, config: RunConfig, run: RunDir, job: TrainingJob) -> None:
     """From where the job stands to a finished expert."""
     tokenizer = Tokenizer.load(run.tokenizer)
-    shape = config.model.shape(tokenizer.vocab_size, config.budget.sequence_length)
+    shape = config.expert_model(job.model).shape(tokenizer.vocab_size, config.budget.sequence_length)
     begun = beginning(config, run, job)
 
     def first_model() -> ExpertModel:
