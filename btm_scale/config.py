@@ -40,7 +40,8 @@ class ModelConfig(Section):
     """A preset, or a family with sizes, or a pretrained model; any size beside a preset replaces the preset's."""
 
     pretrained: Path | None = Field(
-        default=None, description="a Hugging Face directory: the seed LM begins with its weights and has its tokenizer"
+        default=None,
+        description="a Hugging Face directory: the seed LM begins with its weights and has its tokenizer",
     )
     preset: str | None = None
     family: Family | None = None
@@ -56,7 +57,7 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _buildable(self) -> ModelConfig:
         if self.pretrained is not None:
-            beside = [name for name in self.model_dump(exclude={"pretrained"}, exclude_none=True)]
+            beside = list(self.model_dump(exclude={"pretrained"}, exclude_none=True))
             if beside:
                 raise ValueError(f"a pretrained model has its own sizes; leave {', '.join(beside)} out")
             return self
@@ -134,7 +135,10 @@ class BudgetConfig(Section):
 
     tokens: int = Field(default=6_000_000, gt=0)
     seed_share: float = Field(
-        default=0.5, ge=0, lt=1, description="of the tokens; 0 takes a pretrained model for the seed LM as it is"
+        default=0.5,
+        ge=0,
+        lt=1,
+        description="of the tokens; 0 takes a pretrained model for the seed LM as it is",
     )
     sequence_length: int = Field(default=256, gt=1)
     batch_tokens: int = Field(default=16_384, gt=0)
@@ -293,7 +297,10 @@ def _with_pretrained(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     if not isinstance(given, str) or not isinstance(tokenizer, dict):
         return values
     directory = str((folder / given).resolve())
-    return values | {"model": {**model, "pretrained": directory}, "tokenizer": {"path": directory} | tokenizer}
+    return values | {
+        "model": {**model, "pretrained": directory},
+        "tokenizer": {"path": directory} | tokenizer,
+    }
 
 
 class RunConfig(Section):
@@ -362,11 +369,14 @@ class RunConfig(Section):
             except ValidationError as error:
                 problems.append(explain(error, GroupConfig, prefix=place))
         if self.budget.seed_share == 0 and self.model.pretrained is None:
-            problems.append("budget.seed_share 0 leaves the seed LM untrained; raise it, or set model.pretrained")
-        if length > shape.positions:
             problems.append(
-                f"budget.sequence_length {length} is longer than the {shape.positions} positions of "
-                f"{self.model.pretrained}; use {shape.positions} or less"
+                "budget.seed_share 0 leaves the seed LM untrained; raise it, or set model.pretrained"
+            )
+        positions = self.model.shape(vocabulary=1, positions=length).positions
+        if length > positions:
+            problems.append(
+                f"budget.sequence_length {length} is longer than the {positions} positions of "
+                f"{self.model.pretrained}; use {positions} or less"
             )
         if self.data.dev + self.data.test >= 1:
             problems.append("data.dev and data.test together leave no text to train on; lower either")
@@ -434,9 +444,7 @@ class RunConfig(Section):
         Raises ConfigError that lists every problem.
         """
         values = load_yaml(path)
-        values = apply_overrides(
-            values, overrides, paths=("text_root", "tokenizer.path", "model.pretrained")
-        )
+        values = apply_overrides(values, overrides, paths=("text_root", "tokenizer.path", "model.pretrained"))
         values = _with_pretrained(values, path.resolve().parent)
         try:
             config = cls.model_validate(values)

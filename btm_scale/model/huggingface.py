@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -65,6 +67,18 @@ def config_json(shape: ModelShape, *, dtype: str, end_of_text: int | None) -> di
         "embd_pdrop": 0.0,
         "resid_pdrop": 0.0,
     }
+
+
+def read_shape(directory: Path) -> ModelShape:
+    """The shape of the model in a Hugging Face directory. Raises CheckpointError if it says none that can be built."""
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory} is no Hugging Face model: {path} cannot be read ({error})"
+        ) from None
+    return shape_from_config(config, path)
 
 
 def shape_from_config(config: dict[str, Any], path: object) -> ModelShape:

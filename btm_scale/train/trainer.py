@@ -17,6 +17,7 @@ from btm_scale.train.export import export_expert
 from btm_scale.train.health import Health
 from btm_scale.train.job import TrainingJob
 from btm_scale.train.metrics import Metrics
+from btm_scale.train.pretrained import load_pretrained
 from btm_scale.train.state import load_state, newest_state, restore_random_state, save_state
 from btm_scale.train.stop import StopRequest
 from btm_scale.train.watch import HangWatch
@@ -25,13 +26,14 @@ from btm_scale.train.watch import HangWatch
 def train_and_export(group: ExpertGroup, config: RunConfig, run: RunDir, job: TrainingJob) -> None:
     """From where the job stands to a finished expert."""
     tokenizer = Tokenizer.load(run.tokenizer)
-    shape = config.expert_model(job.model).shape(tokenizer.vocab_size, config.budget.sequence_length)
+    sizes = config.expert_model(job.model)
+    shape = sizes.shape(tokenizer.vocab_size, config.budget.sequence_length)
     begun = beginning(config, run, job)
 
     def first_model() -> ExpertModel:
         group.seed(config.random_seed)
         layout, on_cpu = job.group, group.device.type == "cpu"
-        return build_model(
+        model = build_model(
             shape,
             tensor=layout.tensor,
             dtype=group.dtype,
@@ -39,6 +41,9 @@ def train_and_export(group: ExpertGroup, config: RunConfig, run: RunDir, job: Tr
             sequence_parallel=layout.sequence_parallel,
             recompute=layout.recompute,
         )
+        if sizes.pretrained is not None and not begun.parents:
+            load_pretrained(group, model, sizes.pretrained, tokenizer)
+        return model
 
     engine = Engine(group, first_model(), job, config.optimizer, config.deepspeed)
 
@@ -104,6 +109,8 @@ def train(
                 save_state(engine, folder, step, config.checkpoint.keep)
             if stops:
                 stop.leave(step)
+        if job.steps == 0:  # a pretrained model taken as it is; branches begin with its state
+            save_state(engine, folder, step, config.checkpoint.keep)
 
 
 def _data_seed(config: RunConfig, job: TrainingJob) -> int:

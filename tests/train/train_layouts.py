@@ -1,7 +1,8 @@
 """Trains one tiny model in many layouts of one number of ranks: `train_layouts.py SPEC.json`, as every rank runs it.
 
-The spec has `layouts` (name: group), `shape`, `steps`, `sequences` and `folder`. For each layout the first rank leaves
-`FOLDER/NAME.safetensors` with `losses` and the weights under Hugging Face names.
+The spec has `layouts` (name: group), `shape`, `steps`, `sequences` and `folder`; also, by the layouts' names, `begin`
+(the name of a layout whose state to go on from) and `save` (after how many steps to save a state instead of going on).
+For each layout the first rank leaves `FOLDER/NAME.safetensors` with `losses` and the weights under Hugging Face names.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from btm_scale.model.shape import ModelShape
 from btm_scale.model.weights import huggingface_tensors
 from btm_scale.train.engine import MASTER, Engine
 from btm_scale.train.job import TrainingJob
+from btm_scale.train.state import load_state, save_state, state_path
 
 
 def make_engine(group: ExpertGroup, spec: dict[str, Any]) -> Engine:
@@ -74,11 +76,17 @@ def main() -> None:
         config = GroupConfig.model_validate(values)
         group = ExpertGroup.join(config) if group is None else group.rejoin(config)
         engine = make_engine(group, spec)
-        losses = train(engine, 1, spec["steps"])
+        folder, first, last = Path(spec["folder"]), 1, spec["steps"]
+        if name in spec.get("begin", {}):
+            first = load_state(engine, state_path(folder / spec["begin"][name], spec["save"])).step + 1
+        elif "save" in spec:
+            last = spec["save"]
+        losses = train(engine, first, last)
+        if last < spec["steps"]:
+            save_state(engine, folder / name, last, keep=1)
         found = weights(engine) | {"losses": torch.tensor(losses, dtype=torch.float64)}
         if group.is_first:
-            save_file(found, Path(spec["folder"]) / f"{name}.safetensors")
-            print(name, losses[0], losses[-1], flush=True)
+            save_file(found, folder / f"{name}.safetensors")
         engine.close()
     assert group is not None
     group.leave()

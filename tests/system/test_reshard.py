@@ -1,0 +1,81 @@
+"""A run goes on in another layout than it was saved in, optimizer state and all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launcher import TESTS, launched
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+
+SHAPE = {"layers": 2, "hidden": 32, "heads": 4, "groups": 2, "ffn": 48, "positions": 16, "vocabulary": 65}
+SAVED, STEPS = 10, 30
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one": {"zero": 0},
+    "one-zero3-offloaded": {"zero": 3, "offload": "all"},
+    "data2-zero1": {"data": 2, "zero": 1},
+    "data2-zero2-offloaded": {"data": 2, "zero": 2, "offload": "optimizer"},
+    "data2-zero3": {"data": 2, "zero": 3},
+    "tensor2-zero0": {"tensor": 2, "zero": 0, "sequence_parallel": True},
+    "tensor2-zero3": {"tensor": 2, "zero": 3},
+    "four-zero1": {"tensor": 2, "data": 2, "zero": 1},
+    "four-zero2": {"tensor": 2, "data": 2, "zero": 2, "sequence_parallel": True},
+    "four-zero3": {"tensor": 2, "data": 2, "zero": 3, "recompute": "full"},
+}
+
+# Where each goes on from: up, down and sideways, into and out of every ZeRO stage.
+FROM = {
+    "one": "four-zero3",
+    "one-zero3-offloaded": "data2-zero1",
+    "data2-zero1": "tensor2-zero3",
+    "data2-zero2-offloaded": "four-zero1",
+    "data2-zero3": "one",
+    "tensor2-zero0": "data2-zero3",
+    "tensor2-zero3": "tensor2-zero0",
+    "four-zero1": "one-zero3-offloaded",
+    "four-zero2": "data2-zero2-offloaded",
+    "four-zero3": "four-zero2",
+}
+
+
+def by_ranks() -> dict[int, dict[str, dict[str, Any]]]:
+    groups: dict[int, dict[str, dict[str, Any]]] = {}
+    for name, layout in LAYOUTS.items():
+        ranks = layout.get("tensor", 1) * layout.get("data", 1)
+        groups.setdefault(ranks, {})[name] = layout | {"precision": "fp32", "micro_batch": 2}
+    return groups
+
+
+def run_all(folder: Path, **more: Any) -> None:
+    for ranks, layouts in by_ranks().items():
+        spec = {"layouts": layouts, "folder": str(folder), "shape": {"family": "llama", **SHAPE}, "steps": STEPS,
+                "sequences": 8, **more}  # fmt: skip
+        launched(TESTS / "train" / "train_layouts.py", ranks, spec, folder)
+
+
+def test_the_next_twenty_losses_are_those_of_a_run_that_kept_its_layout(tmp_path: Path) -> None:
+    kept = {"one": LAYOUTS["one"] | {"precision": "fp32", "micro_batch": 2}}
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    spec = {
+        "layouts": kept,
+        "folder": str(whole),
+        "shape": {"family": "llama", **SHAPE},
+        "steps": STEPS,
+        "sequences": 8,
+    }
+    launched(TESTS / "train" / "train_layouts.py", 1, spec, whole)
+    expected = load_file(whole / "one.safetensors")["losses"]
+
+    run_all(tmp_path, save=SAVED)
+    run_all(tmp_path, save=SAVED, begin=FROM)
+    for name in LAYOUTS:
+        found = load_file(tmp_path / f"{name}.safetensors")["losses"]
+        message = f"saved as {FROM[name]}, gone on with as {name}"
+        assert len(found) == STEPS - SAVED, message
+        torch.testing.assert_close(found, expected[SAVED:], atol=1e-5, rtol=0, msg=message)

@@ -1,0 +1,218 @@
+"""What clusters do to a group: kills, damaged files, stops, hangs, full disks. It always ends in the same weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from tiny_run import btm_scale, tiny_values, write_config
+
+from btm_scale.checkpoint.hashing import content_hash
+from btm_scale.process import REQUEUE
+from btm_scale.run_dir import RunDir
+from btm_scale.train.state import newest_state
+
+pytestmark = pytest.mark.slow
+
+STEPS, EVERY, RANKS = 100, 4, 2
+# Twenty for the record; each is a start of the whole group.
+KILLS = int(os.environ.get("BTM_SCALE_KILLS", "3"))
+
+
+def write_run(folder: Path, text: Path, ranks: int = RANKS) -> RunDir:
+    """A run whose seed LM takes many small steps, with micro-batches summed and states often saved."""
+    values = tiny_values(
+        text,
+        model={"family": "llama", "layers": 2, "hidden": 32, "heads": 4, "groups": 2, "ffn": 48},
+        budget={"tokens": STEPS * 512 + 512, "seed_share": STEPS / (STEPS + 1), "sequence_length": 32,
+                "batch_tokens": 512},
+        group={"data": ranks, "zero": 1, "micro_batch": 4},
+        checkpoint={"every": EVERY},
+        evaluate={"tokens_per_domain": 500, "dev_blocks": 5},
+        health={"patience": 10.0, "hang": 50.0},
+    )  # fmt: skip
+    write_config(folder / "tiny.yaml", values)
+    return RunDir(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run = write_run(folder, real_text)
+    btm_scale("prepare", folder / "tiny.yaml", "--out", run.root)
+    btm_scale("train", folder / "tiny.yaml", "--model", "seed", "--out", run.root)
+    return run
+
+
+@pytest.fixture
+def run(uninterrupted: RunDir, real_text: Path, tmp_path: Path) -> Iterator[RunDir]:
+    """A run of the same text and config that hasn't begun."""
+    run = write_run(tmp_path, real_text)
+    run.root.mkdir()
+    for name in ("data", "tokenizer"):
+        (run.root / name).symlink_to(uninterrupted.root / name)
+    yield run
+    for process in processes_of(run):
+        process.kill()
+
+
+def start(run: RunDir) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "btm_scale.cli", "train", str(run.root.parent / "tiny.yaml"),
+               "--model", "seed", "--out", str(run.root)]  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def processes_of(run: RunDir) -> list[psutil.Process]:
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if str(run.root) in " ".join(process.info["cmdline"] or []) and process.pid != os.getpid()
+    ]
+
+
+def ranks_of(run: RunDir) -> dict[int, psutil.Process]:
+    launched = [
+        process for process in processes_of(run) if "deepspeed.launcher" not in " ".join(process.cmdline())
+    ]
+    return {int(process.environ()["RANK"]): process for process in launched if "RANK" in process.environ()}
+
+
+def steps_taken(run: RunDir) -> int:
+    try:
+        lines = run.metrics("seed").read_text().splitlines()
+        return int(json.loads(lines[-1])["step"])
+    except (FileNotFoundError, IndexError, ValueError):
+        return 0
+
+
+def wait_for(
+    moment: Callable[[], bool], seconds: float, process: subprocess.Popen[str] | None = None
+) -> None:
+    deadline = time.monotonic() + seconds
+    while not moment():
+        assert process is None or process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def start_and_wait_for_step(run: RunDir, step: int) -> subprocess.Popen[str]:
+    process = start(run)
+    wait_for(lambda: run.checkpoints("seed").is_dir() and steps_taken(run) >= step, 600, process)
+    return process
+
+
+def wait_for_the_end(run: RunDir, process: subprocess.Popen[str], seconds: float) -> int:
+    """The command's exit code; nothing of the group may outlive it."""
+    code = process.wait(seconds)
+    wait_for(lambda: not processes_of(run), 10)
+    return code
+
+
+def cut_short(state: Path) -> None:
+    os.truncate(state / "model.safetensors", 1000)
+
+
+def flip_a_byte(state: Path) -> None:
+    with (state / "model.safetensors").open("r+b") as file:
+        file.seek(5000)
+        byte = file.read(1)[0]
+        file.seek(5000)
+        file.write(bytes([byte ^ 1]))
+
+
+def delete_half(state: Path) -> None:
+    (state / "model.safetensors").unlink()
+
+
+def test_a_run_that_is_killed_and_damaged_again_and_again_ends_in_the_same_weights(
+    run: RunDir, uninterrupted: RunDir
+) -> None:
+    chance = random.Random(1)
+    damages = [cut_short, flip_a_byte, delete_half]
+    for number in range(KILLS):
+        # Not far on from where it stood, so that enough is left for the next kill.
+        process = start_and_wait_for_step(run, 10 + (STEPS - 30) * number // KILLS + chance.randrange(EVERY))
+        time.sleep(chance.random() * 0.2)
+        begin = time.monotonic()
+        ranks_of(run)[chance.randrange(RANKS)].kill()
+        assert wait_for_the_end(run, process, 60) == 1
+        assert time.monotonic() - begin < 30, "a group must follow its dead rank"
+        newest = max(run.checkpoints("seed").glob("step-*"))
+        if number < len(damages):
+            damages[number](newest)
+            assert newest_state(run.checkpoints("seed")) != newest
+    process = start(run)
+    assert wait_for_the_end(run, process, 600) == 0
+    assert content_hash(run.model("seed")) == content_hash(uninterrupted.model("seed"))
+    steps = [json.loads(line)["step"] for line in run.metrics("seed").read_text().splitlines()]
+    assert steps == list(range(1, STEPS + 1))
+    assert "going back to the state before it" in run.log("seed").read_text()
+
+
+def test_a_stopped_rank_is_a_hang_and_sigterm_asks_for_another_start(
+    run: RunDir, uninterrupted: RunDir
+) -> None:
+    process = start_and_wait_for_step(run, 8)
+    ranks_of(run)[1].suspend()
+    assert wait_for_the_end(run, process, 90) == 1
+    logs = [run.log("seed"), run.log("seed").with_name("log.1")]
+    assert "the group hangs" in logs[0].read_text()
+    for log in logs:
+        text = log.read_text()
+        assert "most recent call first" in text, "every rank shows its stack"
+        assert "in step" in text or "in train" in text
+
+    process = start_and_wait_for_step(run, 20)
+    ranks_of(run)[1].send_signal(signal.SIGTERM)
+    assert wait_for_the_end(run, process, 90) == 1
+    text = run.log("seed").read_text()
+    assert f"return code = {REQUEUE}" in text
+    stopped = int((run.train("seed") / "stopped").read_text())
+    assert f"asked to stop: saved the state after step {stopped}" in text
+    assert max(run.checkpoints("seed").glob("step-*")).name == f"step-{stopped:08d}"
+
+    assert wait_for_the_end(run, start(run), 600) == 0
+    assert not (run.train("seed") / "stopped").exists()
+    assert content_hash(run.model("seed")) == content_hash(uninterrupted.model("seed"))
+
+
+def test_a_full_disk_is_noticed_before_the_write_and_costs_no_state(
+    run: RunDir, uninterrupted: RunDir
+) -> None:
+    folder = run.checkpoints("seed")
+    folder.mkdir(parents=True)
+    size = sum(
+        file.stat().st_size for file in max(uninterrupted.checkpoints("seed").glob("step-*")).iterdir()
+    )
+    # Two states are kept, and a third is written beside them.
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={5 * size // 2}", "tmpfs", str(folder)], capture_output=True, text=True
+    ) if shutil.which("mount") else None  # fmt: skip
+    if mounted is None or mounted.returncode:
+        pytest.skip("only root may mount the small file system that this test fills")
+    try:
+        process = start(run)
+        assert wait_for_the_end(run, process, 600) != 0
+        said = run.log("seed").read_text()
+        assert "GB free. Nothing was written. Free some space" in said
+        states = sorted(folder.glob("step-*"))
+        assert [state.name for state in states] == [f"step-{EVERY:08d}", f"step-{2 * EVERY:08d}"]
+        assert newest_state(folder) == states[-1]
+        subprocess.run(["mount", "-o", f"remount,size={5 * size}", str(folder)], check=True)
+        assert wait_for_the_end(run, start(run), 600) == 0
+        assert content_hash(run.model("seed")) == content_hash(uninterrupted.model("seed"))
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
