@@ -16,7 +16,7 @@ from btm_scale.checkpoint.model_states import write_model_states
 from btm_scale.checkpoint.publish import partial_path, publish_directory
 from btm_scale.checkpoint.sidecars import carry_sidecars
 from btm_scale.checkpoint.tensors import parse_dtype
-from btm_scale.checkpoint.torch_dist import write_torch_dist
+from btm_scale.checkpoint.torch_dist_writer import write_torch_dist
 from btm_scale.errors import CheckpointError
 
 WRITERS: dict[str, Callable[..., None]] = {"megatron": write_torch_dist, "deepspeed": write_model_states}

@@ -11,9 +11,8 @@ import torch
 from btm_scale.checkpoint.safetensors import SafetensorsModel
 from btm_scale.checkpoint.tensors import CODE_BY_DTYPE, ModelReader, TensorSpec, as_bytes
 
-BLOCK_BYTES = (
-    64 << 20
-)  # part of the definition: a tensor's hash is of its blocks' hashes, so blocks may be hashed apart
+# Part of the definition: a tensor's hash is of its blocks' hashes, so that blocks may be hashed apart.
+BLOCK_BYTES = 64 << 20
 _SAMPLE_ELEMENTS = 512
 
 
@@ -36,6 +35,35 @@ def block_hash(pieces: Iterable[torch.Tensor]) -> str:
     for piece in pieces:
         digest.update(as_bytes(piece))
     return digest.hexdigest()
+
+
+class BlockHashes:
+    """The hashes of the blocks of a tensor, or of some of them, whose bytes come in pieces of any size."""
+
+    def __init__(self) -> None:
+        self._done: list[str] = []
+        self._digest = hashlib.sha256()
+        self._room = BLOCK_BYTES
+
+    def update(self, piece: torch.Tensor) -> None:
+        """Take in the next bytes."""
+        data = as_bytes(piece)
+        while data:
+            part, data = data[: self._room], data[self._room :]
+            self._digest.update(part)
+            self._room -= len(part)
+            if self._room == 0:
+                self._finish()
+
+    def finished(self) -> list[str]:
+        """One hash a block, the last of which may be shorter."""
+        if self._room < BLOCK_BYTES:
+            self._finish()
+        return self._done
+
+    def _finish(self) -> None:
+        self._done.append(self._digest.hexdigest())
+        self._digest, self._room = hashlib.sha256(), BLOCK_BYTES
 
 
 def combined_hash(specs: Mapping[str, TensorSpec], block_hashes: Mapping[str, Sequence[str]]) -> str:

@@ -18,7 +18,7 @@ from btm_scale.checkpoint.sidecars import carry_sidecars, model_card
 from btm_scale.checkpoint.workers import merge_in_processes, open_writer
 from btm_scale.errors import CheckpointError
 
-CHUNK_BYTES = 256 << 10  # of output: what is at work then stays in a core's cache
+CHUNK_BYTES = 128 << 10  # of output: what is at work then stays in a core's cache
 
 
 @dataclass(frozen=True)

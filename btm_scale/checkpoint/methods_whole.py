@@ -1,4 +1,4 @@
-"""Merge methods that need whole tensors: they rank a tensor's elements, or measure its length or angle."""
+"""Merge methods that measure whole tensors first: the rank of their elements, their length or their angle."""
 
 from __future__ import annotations
 
@@ -9,29 +9,10 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from btm_scale.checkpoint.registry import Piece, method
+from btm_scale.checkpoint.measures import at_least, cosine, count_nonzero, least_of_largest, products
+from btm_scale.checkpoint.registry import Merge, Piece, Whole, method
 
 _NEARLY_PARALLEL = 0.9995  # beyond this cosine an arc cannot be told from a chord
-_BLOCK = 1 << 15  # torch sums fewer elements than this in one thread, and so in one order
-
-
-def _dot(one: torch.Tensor, other: torch.Tensor) -> float:
-    """An inner product in float64 whose value depends on no number of threads."""
-    blocks = zip(one.reshape(-1).split(_BLOCK), other.reshape(-1).split(_BLOCK), strict=True)
-    return math.fsum(float((a.double() * b.double()).sum()) for a, b in blocks)
-
-
-def _cosine(one: torch.Tensor, other: torch.Tensor) -> float:
-    length = math.sqrt(_dot(one, one) * _dot(other, other))
-    return _dot(one, other) / length if length else 1.0
-
-
-def _largest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """A mask of the `count` largest scores; scores equal to the least of them are in as well."""
-    if count <= 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    flat = scores.reshape(-1)
-    return scores >= flat.kthvalue(flat.numel() - count + 1).values
 
 
 def _total(parts: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -59,90 +40,141 @@ def _elected_mean(deltas: Sequence[torch.Tensor], weights: Sequence[float]) -> t
     return _mean_of(deltas, weights, _agreeing(deltas, total))
 
 
+def _variance(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
+    mean = _total(deltas) / len(deltas)
+    return _total((delta - mean) ** 2 for delta in deltas) / len(deltas)
+
+
 @method(elementwise=False, exactly=2)
-def slerp(piece: Piece) -> torch.Tensor:
+def slerp(whole: Whole) -> Merge:
     """The point on the arc between two tensors that divides their angle by the weights (Shoemake 1985)."""
-    first, second = (tensor.to(piece.zeros.dtype, copy=True) for tensor in piece.tensors)
-    t = piece.weights[1] / sum(piece.weights)
-    cosine = _cosine(first, second)
-    if abs(cosine) > _NEARLY_PARALLEL:
-        return first.mul_(1 - t).add_(second, alpha=t)
-    angle = math.acos(cosine)
-    return first.mul_(math.sin((1 - t) * angle)).add_(second, alpha=math.sin(t * angle)).div_(math.sin(angle))
+    cosine_of_both = cosine(products(whole, Piece.copies), 0, 1)
+
+    def merged(piece: Piece) -> torch.Tensor:
+        t = piece.weights[1] / sum(piece.weights)
+        first, second = piece.copies()
+        if abs(cosine_of_both) > _NEARLY_PARALLEL:
+            return first.mul_(1 - t).add_(second, alpha=t)
+        angle = math.acos(cosine_of_both)
+        arc = first.mul_(math.sin((1 - t) * angle)).add_(second, alpha=math.sin(t * angle))
+        return arc.div_(math.sin(angle))
+
+    return merged
 
 
 @method(elementwise=False, needs_base=True)
-def ties(piece: Piece, *, density: float = 0.2, scale: float = 1.0) -> torch.Tensor:
+def ties(whole: Whole, *, density: float = 0.2, scale: float = 1.0) -> Merge:
     """Trim every difference to its largest `density`, elect signs, average what agrees (arXiv 2306.01708)."""
-    deltas = piece.deltas()
-    for delta in deltas:
-        delta.mul_(_largest(delta.abs(), int(density * delta.numel())))
-    return piece.origin + scale * _elected_mean(deltas, piece.weights)
+    count = int(density * whole.elements)
+    least = least_of_largest(whole, lambda piece: [delta.abs() for delta in piece.deltas()], count)
+
+    def merged(piece: Piece) -> torch.Tensor:
+        deltas = piece.deltas()
+        for delta, own_least in zip(deltas, least, strict=True):
+            delta.mul_(at_least(delta.abs(), own_least))
+        return piece.origin + scale * _elected_mean(deltas, piece.weights)
+
+    return merged
 
 
 @method(elementwise=False, needs_base=True)
-def della(piece: Piece, *, density: float = 0.5, window: float = 0.2, scale: float = 1.0) -> torch.Tensor:
+def della(whole: Whole, *, density: float = 0.5, window: float = 0.2, scale: float = 1.0) -> Merge:
     """Keep elements by chance, the larger in its row the likelier, then as `ties` (arXiv 2406.11617).
 
     The chance rises over a row from `density - window/2` to `density + window/2`, and divides what is kept.
     """
-    assert piece.noise is not None
-    deltas = piece.deltas()
-    for i, delta in enumerate(deltas):
-        rank = delta.abs().argsort(dim=-1, stable=True).argsort(dim=-1).to(delta.dtype)
-        steps = max(delta.shape[-1] - 1, 1) if delta.dim() else 1
-        chance = rank.div_(steps).mul_(window).add_(density - window / 2)
-        delta.mul_(piece.noise(i) < chance).div_(chance)
-    return piece.origin + scale * _elected_mean(deltas, piece.weights)
+
+    def merged(piece: Piece) -> torch.Tensor:
+        assert piece.noise is not None
+        deltas = piece.deltas()
+        for i, delta in enumerate(deltas):
+            rank = delta.abs().argsort(dim=-1, stable=True).argsort(dim=-1).to(delta.dtype)
+            steps = max(delta.shape[-1] - 1, 1) if delta.dim() else 1
+            chance = rank.div_(steps).mul_(window).add_(density - window / 2)
+            delta.mul_(piece.noise(i) < chance).div_(chance)
+        return piece.origin + scale * _elected_mean(deltas, piece.weights)
+
+    return merged
 
 
 @method(elementwise=False, needs_base=True, weighted=False)
-def sce(piece: Piece, *, density: float = 1.0) -> torch.Tensor:
+def sce(whole: Whole, *, density: float = 1.0) -> Merge:
     """Select the `density` that varies most, weigh by energy, erase minority signs (arXiv 2408.07990)."""
-    deltas = piece.deltas()
-    mean = _total(deltas) / len(deltas)
-    variance = _total((delta - mean) ** 2 for delta in deltas) / len(deltas)
+
+    def variance(piece: Piece) -> list[torch.Tensor]:
+        return [_variance(piece.deltas())]
+
+    least = 0.0
     if density < 1:
-        selected = _largest(variance, int(density * int((variance != 0).sum())))
-        for delta in deltas:
-            delta.mul_(selected)
-    energies = [_dot(delta, delta) for delta in deltas]
+        (least,) = least_of_largest(whole, variance, int(density * count_nonzero(whole, variance)))
+
+    def selected(piece: Piece) -> list[torch.Tensor]:
+        deltas = piece.deltas()
+        mask = at_least(_variance(deltas), least)
+        return [delta.mul_(mask) for delta in deltas]
+
+    gram = products(whole, selected)
+    energies = [gram[i][i] for i in range(len(gram))]
     total = math.fsum(energies)
-    shares = [energy / total if total else 1 / len(deltas) for energy in energies]
-    return piece.origin + _mean_of(deltas, shares, _agreeing(deltas, _total(deltas)))
+    shares = [energy / total if total else 1 / len(energies) for energy in energies]
+
+    def merged(piece: Piece) -> torch.Tensor:
+        deltas = selected(piece)
+        return piece.origin + _mean_of(deltas, shares, _agreeing(deltas, _total(deltas)))
+
+    return merged
 
 
 @method(elementwise=False, needs_base=True, weighted=False)
-def model_stock(piece: Piece) -> torch.Tensor:
+def model_stock(whole: Whole) -> Merge:
     """Between base and mean, nearer to the mean the smaller the models' angle (arXiv 2403.19522)."""
-    deltas = piece.deltas()
-    pairs = list(itertools.combinations(deltas, 2))
-    cosine = math.fsum(_cosine(one, other) for one, other in pairs) / len(pairs) if pairs else 1.0
-    t = len(deltas) * cosine / (1 + (len(deltas) - 1) * cosine)
-    return piece.origin + _total(deltas) * (t / len(deltas))
+    gram = products(whole, Piece.deltas)
+    pairs = list(itertools.combinations(range(len(gram)), 2))
+    mean_cosine = math.fsum(cosine(gram, *pair) for pair in pairs) / len(pairs) if pairs else 1.0
+    t = len(gram) * mean_cosine / (1 + (len(gram) - 1) * mean_cosine)
+    return lambda piece: piece.origin + _total(piece.deltas()) * (t / len(gram))
 
 
 @method(elementwise=False, needs_base=True, weighted=False)
-def widen(piece: Piece, *, threshold: float = 1.0, calibration: float = 1.0) -> torch.Tensor:
+def widen(whole: Whole, *, threshold: float = 1.0, calibration: float = 1.0) -> Merge:
     """Weigh every column's difference by how far its length and direction moved (arXiv 2408.03092).
 
     Columns that rank above `threshold` times the model's mean rank weigh `calibration`; others by a softmax
     over the models. Vectors have no direction, and every element is a column of its own.
     """
-    base = piece.origin
-    matrix = base.reshape(len(base), -1) if base.dim() > 1 else base.reshape(1, -1)
-    deltas = [delta.reshape(matrix.shape) for delta in piece.deltas()]
-    lengths = torch.stack([((matrix + delta).norm(dim=0) - matrix.norm(dim=0)).abs() for delta in deltas])
-    if base.dim() > 1:
-        turns = torch.stack([1 - torch.cosine_similarity(matrix + delta, matrix, dim=0) for delta in deltas])
-        scores = (
+    if len(whole.shape) > 1:
+        lengths, turns = _column_moves(whole)
+        rates = (
             _importance(lengths, threshold, calibration) + _importance(turns, threshold, calibration)
         ) / 2
     else:
-        moved = torch.stack([delta[0].abs() for delta in deltas])
-        scores = _importance(moved, threshold, calibration)
-    merged = _total(delta * score for delta, score in zip(deltas, scores, strict=True))
-    return base + merged.reshape(base.shape)
+        moved = [torch.stack([delta.reshape(-1).abs() for delta in piece.deltas()]) for piece in whole]
+        rates = _importance(torch.cat(moved, dim=1), threshold, calibration)
+
+    def merged(piece: Piece) -> torch.Tensor:
+        parts = zip(piece.deltas(), rates, strict=True)
+        shape = piece.origin.shape
+        return piece.origin + _total(d.reshape(-1, len(rate)) * rate for d, rate in parts).reshape(shape)
+
+    return merged
+
+
+def _column_moves(whole: Whole) -> tuple[torch.Tensor, torch.Tensor]:
+    """How much the columns of each model changed their length, and one minus the cosine of their turn."""
+    sums: list[
+        torch.Tensor
+    ] = []  # of the base and each model: [2, columns], products with itself and the base
+    for piece in whole:
+        base = piece.origin.reshape(len(piece.origin), -1)
+        columns = (tensor.reshape(base.shape) for tensor in itertools.chain([base], piece.tensors))
+        own = [torch.stack([(one * one).sum(dim=0), (one * base).sum(dim=0)]) for one in columns]
+        sums = [one + other for one, other in zip(sums, own, strict=True)] if sums else own
+    first, *others = torch.stack(sums).unbind()
+    length = first[0].sqrt()
+    lengths = torch.stack([square.sqrt() for square, _ in others])
+    inner = torch.stack([product for _, product in others])
+    cosines = inner / (lengths.clamp_min(1e-8) * length.clamp_min(1e-8))
+    return (lengths - length).abs(), 1 - cosines
 
 
 def _importance(divergence: torch.Tensor, threshold: float, calibration: float) -> torch.Tensor:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
 from btm_scale.checkpoint.compatibility import common_specs, config_problems, tokenizer_problems
 from btm_scale.checkpoint.formats import open_model
 from btm_scale.checkpoint.hashing import BLOCK_BYTES, sample_hash
@@ -80,11 +78,6 @@ class MergePlan:
         return not self.specs[name].dtype.is_floating_point or (
             len(self.sources) == 1 and self.method_name == "linear"
         )
-
-    def compute_dtype(self, name: str) -> torch.dtype:
-        """float64, so that the last rounding decides; float32 to hold whole tensors of 16 bits."""
-        narrow = self.specs[name].dtype.itemsize <= 2
-        return torch.float32 if narrow and not self.method.elementwise else torch.float64
 
     def _units_of(self, name: str) -> Iterator[Unit]:
         spec = self.specs[name]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,13 +16,12 @@ from btm_scale.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Piece:
-    """The same part of one tensor from every model.
+    """The same part of one tensor from every model, in float64.
 
-    `tensors` are as stored, can be walked once, and each is valid until the next is taken: then streaming
-    methods hold one at a time. `zeros` is an array of the part's shape in the dtype of the arithmetic, for
-    the result. A method that is not elementwise gets whole tensors in their shape, an elementwise one flat
-    ranges of any length. `noise(i)` is uniform in [0, 1), one float64 per element, and depends on the model's
-    content, the tensor's name, the seed and the element's position only.
+    `tensors` can be walked once, and each is valid until the next is taken: then streaming methods hold one at a
+    time. `zeros` is an array of the part's shape for the result. An elementwise method gets flat ranges of any
+    length, another one whole rows in their shape, and of a vector all. `noise(i)` is uniform in [0, 1), and depends
+    on the model's content, the tensor's name, the seed and the element's position only.
     """
 
     tensors: Iterable[torch.Tensor]
@@ -34,17 +36,44 @@ class Piece:
         assert self.base is not None
         return self.base
 
+    def copies(self) -> list[torch.Tensor]:
+        """Every model's part, to keep."""
+        return [tensor.clone() for tensor in self.tensors]
+
     def deltas(self) -> list[torch.Tensor]:
-        """Every model's difference from the base, in the dtype of the arithmetic."""
+        """Every model's difference from the base, to keep."""
         return [tensor - self.origin for tensor in self.tensors]
 
 
 @dataclass(frozen=True)
+class Whole:
+    """One tensor of every model, walked piece by piece as often as a method needs, always in the same pieces."""
+
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterator[Piece]]
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self.pieces()
+
+    @property
+    def elements(self) -> int:
+        """How many numbers each model's tensor has."""
+        return math.prod(self.shape)
+
+
+Merge = Callable[[Piece], torch.Tensor]
+
+
+@dataclass(frozen=True)
 class Method:
-    """A registered method: what it needs, and the function."""
+    """A registered method: what it needs, and the function.
+
+    An elementwise one is a function of a piece. Another one is a function of the whole tensor: it measures, in passes
+    over the pieces, and returns how a piece is merged. So none holds a tensor.
+    """
 
     name: str
-    function: Callable[..., torch.Tensor]
+    function: Callable[..., Any]
     elementwise: bool
     needs_base: bool
     weighted: bool
@@ -56,9 +85,12 @@ class Method:
         signature = inspect.signature(self.function).parameters.values()
         return {one.name: one.default for one in signature if one.kind is one.KEYWORD_ONLY}
 
-    def __call__(self, piece: Piece, **parameters: float) -> torch.Tensor:
-        """Merge one piece."""
-        return self.function(piece, **parameters)
+    def prepare(self, whole: Whole, parameters: Mapping[str, float]) -> Merge:
+        """How the pieces of a tensor are merged."""
+        if self.elementwise:
+            return functools.partial(self.function, **parameters)
+        merge: Merge = self.function(whole, **parameters)
+        return merge
 
 
 METHODS: dict[str, Method] = {}
@@ -66,10 +98,10 @@ METHODS: dict[str, Method] = {}
 
 def method(
     *, elementwise: bool, needs_base: bool = False, weighted: bool = True, exactly: int | None = None
-) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function under its name."""
 
-    def register(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = function.__name__
         METHODS[name] = Method(name, function, elementwise, needs_base, weighted, exactly)
         return function

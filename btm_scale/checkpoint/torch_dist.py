@@ -1,4 +1,4 @@
-"""Megatron-core's distributed checkpoints (`torch_dist`), read and written without Megatron-core.
+"""Megatron-core's distributed checkpoints (`torch_dist`), read without Megatron-core.
 
 A tensor is global: layers are stacked in a first dimension, tensor parallel parts are chunks of it, so that a
 checkpoint has no tensor degree but that its vocabulary is padded for one.
@@ -6,51 +6,26 @@ checkpoint has no tensor degree but that its vocabulary is padded for one.
 
 from __future__ import annotations
 
-import io
-import json
-import os
-import pickle
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from btm_scale.checkpoint.megatron import MegatronModel, find_shape
-from btm_scale.checkpoint.pickles import load_embedded, load_plain_pickle
-from btm_scale.checkpoint.publish import require_space, write_file
+from btm_scale.checkpoint.pickles import load_embedded, load_pickle, load_plain_pickle
 from btm_scale.checkpoint.stored import StoredTensor
 from btm_scale.checkpoint.tensors import ModelReader, TensorSpec, unknown_tensor
 from btm_scale.errors import CheckpointError
-from btm_scale.model.names import from_huggingface, table
-from btm_scale.model.shape import ModelShape
 
-_MAX_FILE_BYTES = 5e9
-_LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.*)")
+LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.*)")
 # Norms are kept under the names of the fused modules that some builds of Megatron-core have.
-_NORMS = {
+NORMS = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
-# Modules for which Megatron-core looks for a state beside their weights, here an empty one.
-_STATEFUL = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
-_FORMAT = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
+_ITERATION = re.compile(r"iter_(\d+)")
 
 
 @dataclass(frozen=True)
@@ -110,6 +85,17 @@ def open_torch_dist(path: Path) -> ModelReader:
     return MegatronModel(path, [_GlobalTensors(path)], find_shape(path))
 
 
+def saved_iteration(path: Path) -> int | None:
+    """The training step that Megatron wrote beside the weights, or into the name of their folder."""
+    common = path / "common.pt"
+    content = load_pickle(common) if common.is_file() else None
+    found = content.get("iteration") if isinstance(content, dict) else None
+    if isinstance(found, int):
+        return found
+    named = _ITERATION.fullmatch(path.absolute().name)
+    return int(named[1]) if named else None
+
+
 def _is_model(name: str) -> bool:
     return name.startswith(("embedding.", "decoder.", "output_layer."))
 
@@ -120,12 +106,12 @@ def _layers(
     """A stacked tensor's layers, each with its chunks in row-major order; others as they are."""
     chunks = sorted(chunks, key=lambda chunk: chunk.offsets)
     dtype = chunks[0].stored.spec.dtype
-    match = _LAYER.fullmatch(name)
+    match = LAYER.fullmatch(name)
     if match is None or match[1] is not None:
         yield name, TensorSpec(dtype, size), chunks
         return
     rest = match[2]
-    for stacked, own in _NORMS.items():
+    for stacked, own in NORMS.items():
         rest = rest.replace(stacked, own)
     for layer in range(size[0]):
         own_chunks = []
@@ -135,86 +121,3 @@ def _layers(
                 spec = TensorSpec(dtype, shape[1:])
                 own_chunks.append(_Chunk(chunk.offsets[1:], StoredTensor(spec, chunk.stored.segments)))
         yield f"decoder.layers.{layer}.{rest}", TensorSpec(dtype, size[1:]), own_chunks
-
-
-def write_torch_dist(
-    directory: Path,
-    model: ModelReader,
-    shape: ModelShape,
-    *,
-    tensor: int = 1,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Write a Hugging Face model for Megatron-core at the tensor degrees that divide `tensor`.
-
-    Holds one tensor at a time. The marker, `metadata.json`, is written last. Raises `CheckpointError` when
-    the disk is too small.
-    """
-    directory = Path(directory)
-    require_space(directory, sum(model.spec(name).nbytes for name in model.names))
-    directory.mkdir(parents=True, exist_ok=True)
-    rows = -(-shape.vocabulary // tensor) * tensor
-    files = _Files(directory)
-    metadata = Metadata({}, storage_data={})
-    for entry in table(shape):
-        whole = from_huggingface(entry, model.read, shape, rows)
-        whole = whole if dtype is None else whole.to(dtype)
-        match = _LAYER.fullmatch(entry.megatron)
-        name, offsets, size = entry.megatron, [0] * whole.dim(), list(whole.shape)
-        if match is not None:
-            name, offsets, size = _stacked(match[2]), [int(match[1]), *offsets], [shape.layers, *size]
-            whole = whole[None]
-        chunk = ChunkStorageMetadata(torch.Size(offsets), whole.shape)
-        known = metadata.state_dict_metadata.setdefault(
-            name, TensorStorageMetadata(TensorProperties(whole.dtype), torch.Size(size), [])
-        )
-        assert isinstance(known, TensorStorageMetadata)
-        known.chunks.append(chunk)
-        metadata.storage_data[MetadataIndex(name, offsets)] = files.add(whole.contiguous().clone())
-    for layer in range(shape.layers):
-        for module in _STATEFUL:
-            name = f"decoder.layers.{module}._extra_state/shard_{layer}_{shape.layers}"
-            metadata.state_dict_metadata[name] = BytesStorageMetadata()
-            metadata.storage_data[MetadataIndex(name)] = files.add([None])
-    files.close()
-    torch.save({}, directory / "common.pt")
-    write_file(directory / ".metadata", pickle.dumps(metadata))
-    write_file(directory / "metadata.json", json.dumps(_FORMAT))
-
-
-def _stacked(rest: str) -> str:
-    for stacked, own in _NORMS.items():
-        rest = rest.replace(own, stacked)
-    return f"decoder.layers.{rest}"
-
-
-class _Files:
-    """The data files, filled one after the other."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.count = 0
-        self.file: IO[bytes] | None = None
-
-    def add(self, content: Any) -> _StorageInfo:
-        """Append one object; returns where it lies."""
-        if self.file is None or self.file.tell() > _MAX_FILE_BYTES:
-            self.close()
-            self.name = f"__0_{self.count}.distcp"
-            self.file = (self.directory / self.name).open("wb")
-            self.count += 1
-        start = self.file.tell()
-        if isinstance(content, torch.Tensor):
-            torch.save(content, self.file)
-        else:
-            buffer = io.BytesIO()
-            torch.save(content, buffer)
-            self.file.write(buffer.getvalue())
-        return _StorageInfo(self.name, start, self.file.tell() - start)
-
-    def close(self) -> None:
-        """Bring the file at hand to the disk."""
-        if self.file is not None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.file.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -14,14 +16,17 @@ import torch
 
 from btm_scale.checkpoint import journal
 from btm_scale.checkpoint.formats import open_model
-from btm_scale.checkpoint.hashing import BLOCK_BYTES, block_hash
+from btm_scale.checkpoint.hashing import BlockHashes
 from btm_scale.checkpoint.noise import uniform
 from btm_scale.checkpoint.plan import MergePlan, Unit
-from btm_scale.checkpoint.registry import Piece
+from btm_scale.checkpoint.registry import Piece, Whole
 from btm_scale.checkpoint.sharded_writer import ShardedWriter
 from btm_scale.checkpoint.tensors import ModelReader
 
-_NOTE_EVERY = 1 << 30  # bytes of output between two notes of what is done
+# Bytes of output between two notes of what is done. Each waits for the disk while the threads go on, so that little
+# is left to wait for at the end.
+_NOTE_EVERY = 128 << 20
+_ROWS_ELEMENTS = 1 << 15  # in a piece of whole rows; torch sums so many in one order whatever the threads
 _MOST_THREADS = 8
 
 
@@ -62,7 +67,7 @@ def merge_share(
         ]
         run = _UnitRunner(plan, readers, base, writer, chunk_bytes)
         cores = max(1, len(os.sched_getaffinity(0)) // (1 if by_shard else size))
-        threads = min(cores, _MOST_THREADS) if plan.method.elementwise else 1
+        threads = min(cores, _MOST_THREADS)
         _run_all(mine, run, threads, writer, lambda noted: journal.record(partial, rank, noted))
 
 
@@ -96,57 +101,70 @@ class _UnitRunner:
         self._local = local()
 
     def __call__(self, unit: Unit) -> tuple[Unit, list[str]]:
-        spec = self.plan.specs[unit.name]
-        if self.plan.method.elementwise or self.plan.copies(unit.name):
-            return unit, [block_hash(self._streamed(unit))]
-        merged = self._merged(unit, spec.shape)
-        self.writer.write(unit.name, merged)
-        blocks = merged.reshape(-1).split(BLOCK_BYTES // spec.dtype.itemsize)
-        return unit, [block_hash([block]) for block in blocks]
-
-    def _streamed(self, unit: Unit) -> Iterator[torch.Tensor]:
-        """The unit's chunks, each after it was written."""
+        hashes, position = BlockHashes(), unit.start
         dtype = self.plan.specs[unit.name].dtype
-        step = max(1, self.chunk_bytes // dtype.itemsize)
-        for start in range(unit.start, unit.stop, step):
-            part = Unit(unit.name, start, min(start + step, unit.stop))
-            if self.plan.copies(unit.name):
-                chunk = self._read(self.readers[0], part).to(dtype)
-            else:
-                chunk = self._merged(part, (-1,))
-            self.writer.write_range(unit.name, start, chunk)
-            yield chunk
+        for merged in self._merged(unit):
+            rounded = self._buffer("output", merged.numel(), dtype).copy_(merged.reshape(-1))
+            self.writer.write_range(unit.name, position, rounded)
+            hashes.update(rounded)
+            position += rounded.numel()
+        return unit, hashes.finished()
 
-    def _merged(self, part: Unit, shape: tuple[int, ...]) -> torch.Tensor:
+    def _merged(self, unit: Unit) -> Iterator[torch.Tensor]:
+        """The unit's pieces in their order, each of which is valid until the next is taken."""
+        plan, spec = self.plan, self.plan.specs[unit.name]
+        step = max(1, self.chunk_bytes // spec.dtype.itemsize)
+        parts = [Unit(unit.name, i, min(i + step, unit.stop)) for i in range(unit.start, unit.stop, step)]
+        if plan.copies(unit.name):
+            yield from (self._read(self.readers[0], part) for part in parts)
+        elif plan.method.elementwise:
+            merge = functools.partial(plan.method.function, **plan.parameters)
+            yield from (merge(self._piece(part, (-1,))) for part in parts)
+        else:
+            whole = Whole(spec.shape, lambda: self._pieces_of_rows(unit.name, spec.shape))
+            yield from map(plan.method.prepare(whole, plan.parameters), whole)
+
+    def _pieces_of_rows(self, name: str, shape: tuple[int, ...]) -> Iterator[Piece]:
+        """A tensor in pieces of whole rows, which depend on its shape alone; a vector is one."""
+        row = math.prod(shape[1:])
+        rows = max(1, _ROWS_ELEMENTS // max(row, 1)) if len(shape) > 1 else max(shape, default=1)
+        for first in range(0, shape[0] if shape else 1, rows):
+            taken = min(rows, shape[0] - first) if shape else 1
+            yield self._piece(
+                Unit(name, first * row, (first + taken) * row), (taken, *shape[1:]) if shape else ()
+            )
+
+    def _piece(self, part: Unit, shape: tuple[int, ...]) -> Piece:
         plan = self.plan
-        compute = plan.compute_dtype(part.name)
 
         def noise(i: int) -> torch.Tensor:
             key = f"{plan.seed}/{part.name}/{plan.sources[i].sample}"
             return uniform(key, part.start, part.stop).reshape(shape)
 
-        piece = Piece(
-            tensors=(self._read(reader, part).reshape(shape) for reader in self.readers),
+        return Piece(
+            tensors=(self._widened(reader, part, "input").reshape(shape) for reader in self.readers),
             weights=[source.weight for source in plan.sources],
-            zeros=self._buffer("result", part, compute).zero_().reshape(shape),
-            base=self._read(self.base, part, "base").to(compute).reshape(shape) if self.base else None,
+            zeros=self._buffer("result", part.stop - part.start, torch.float64).zero_().reshape(shape),
+            base=self._widened(self.base, part, "base").reshape(shape) if self.base else None,
             noise=noise,
         )
-        return plan.method(piece, **plan.parameters).to(plan.specs[part.name].dtype)
 
-    def _read(self, reader: ModelReader, part: Unit, purpose: str = "input") -> torch.Tensor:
-        out = self._buffer(purpose, part, reader.spec(part.name).dtype)
+    def _widened(self, reader: ModelReader, part: Unit, purpose: str) -> torch.Tensor:
+        """A part in float64; converted apart from the arithmetic, which on mixed types is slower than both."""
+        stored = self._read(reader, part)
+        return self._buffer(purpose, stored.numel(), torch.float64).copy_(stored)
+
+    def _read(self, reader: ModelReader, part: Unit) -> torch.Tensor:
+        out = self._buffer("stored", part.stop - part.start, reader.spec(part.name).dtype)
         reader.read_into(part.name, part.start, out)
         return out
 
-    def _buffer(self, purpose: str, part: Unit, dtype: torch.dtype) -> torch.Tensor:
-        """This thread's array for a purpose, reused: fresh memory for every chunk costs more than sums."""
-        arrays: dict[str, torch.Tensor] = self._local.__dict__
-        elements = part.stop - part.start
-        key = f"{purpose} {dtype}"
-        array = arrays.get(key)
+    def _buffer(self, purpose: str, elements: int, dtype: torch.dtype) -> torch.Tensor:
+        """This thread's array for a purpose, reused: fresh memory for every piece costs more than sums."""
+        arrays: dict[tuple[str, torch.dtype], torch.Tensor] = self._local.__dict__.setdefault("arrays", {})
+        array = arrays.get((purpose, dtype))
         if array is None or array.numel() < elements:
-            arrays[key] = array = torch.empty(elements, dtype=dtype)
+            arrays[purpose, dtype] = array = torch.empty(elements, dtype=dtype)
         return array[:elements]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,9 +12,11 @@ import torch
 from small_models import Save, random_weights
 
 from btm_scale.checkpoint.hashing import content_hash
+from btm_scale.checkpoint.measures import least_of_largest
 from btm_scale.checkpoint.merge import merge
 from btm_scale.checkpoint.methods import METHODS, Piece, find_method
 from btm_scale.checkpoint.noise import uniform
+from btm_scale.checkpoint.registry import Whole
 from btm_scale.checkpoint.safetensors import SafetensorsModel
 from btm_scale.errors import CheckpointError
 
@@ -37,15 +39,31 @@ def matrix(values: Sequence[float]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64).reshape(ROWS, COLUMNS)
 
 
-def run(name: str, weights: Sequence[float] = WEIGHTS, **parameters: float) -> Vector:
-    piece = Piece(
-        tensors=iter([matrix(model) for model in MODELS[: len(weights)]]),
+def piece(count: int, weights: Sequence[float], rows: slice) -> Piece:
+    """The same rows of every model."""
+    return Piece(
+        tensors=iter([matrix(model)[rows] for model in MODELS[:count]]),
         weights=weights,
-        zeros=matrix([0.0] * ROWS * COLUMNS),
-        base=matrix(BASE),
-        noise=lambda i: matrix(NOISE[i]),
+        zeros=torch.zeros_like(matrix(BASE)[rows]),
+        base=matrix(BASE)[rows],
+        noise=lambda i: matrix(NOISE[i])[rows],
     )
-    return find_method(name)(piece, **parameters).reshape(-1).tolist()
+
+
+def run(name: str, weights: Sequence[float] = WEIGHTS, **parameters: float) -> Vector:
+    """A method on matrices, which must not depend on the pieces that they come in."""
+    results = []
+    for rows in (ROWS, 3, 1):
+        parts = [slice(start, start + rows) for start in range(0, ROWS, rows)]
+
+        def pieces(parts: Sequence[slice] = parts) -> Iterator[Piece]:
+            return (piece(len(weights), weights, part) for part in parts)
+
+        merge = find_method(name).prepare(Whole((ROWS, COLUMNS), pieces), parameters)
+        results.append(torch.cat([merge(part) for part in pieces()]).reshape(-1).tolist())
+    assert results[1] == pytest.approx(results[0], rel=1e-12)
+    assert results[2] == pytest.approx(results[0], rel=1e-12)
+    return results[0]
 
 
 def elected(columns: Sequence[Sequence[float]], weights: Sequence[float]) -> Vector:
@@ -172,6 +190,20 @@ def test_widen() -> None:
         b + math.fsum(DELTAS[i][e] * weight(i, e % COLUMNS) for i in range(3)) for e, b in enumerate(BASE)
     ]
     assert run("widen", [1, 1, 1], threshold=1.2, calibration=0.9) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 500, 999, 1000])
+def test_the_largest_elements_are_found_without_sorting(count: int) -> None:
+    """Among them equal ones, zeros, and numbers so close that only the last bits of a float32 differ."""
+    draw = torch.Generator().manual_seed(count)
+    values = torch.randn(1000, generator=draw).abs()
+    values[::3] = torch.tensor([0.0, 1.0, 1.0 + 2**-23])[torch.randint(0, 3, (334,), generator=draw)]
+
+    def pieces() -> Iterator[Piece]:
+        return (Piece(tensors=[part], weights=[1.0], zeros=part) for part in values.double().split(77))
+
+    found = least_of_largest(Whole((1000,), pieces), Piece.copies, count)
+    assert found == [float(values.sort(descending=True).values[count - 1]) if count else math.inf]
 
 
 def test_noise_is_uniform_and_belongs_to_its_place() -> None:

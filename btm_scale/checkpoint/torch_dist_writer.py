@@ -1,0 +1,120 @@
+"""Megatron-core's distributed checkpoints (`torch_dist`), written without Megatron-core."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from btm_scale.checkpoint.publish import require_space, write_file
+from btm_scale.checkpoint.tensors import ModelReader
+from btm_scale.checkpoint.torch_dist import LAYER, NORMS
+from btm_scale.model.names import from_huggingface, table
+from btm_scale.model.shape import ModelShape
+
+_MAX_FILE_BYTES = 5e9
+# Modules for which Megatron-core looks for a state beside their weights, here an empty one.
+_STATEFUL = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+def write_torch_dist(
+    directory: Path,
+    model: ModelReader,
+    shape: ModelShape,
+    *,
+    tensor: int = 1,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a Hugging Face model for Megatron-core at the tensor degrees that divide `tensor`.
+
+    Holds one tensor at a time. The marker, `metadata.json`, is written last. Raises `CheckpointError` when
+    the disk is too small.
+    """
+    directory = Path(directory)
+    require_space(directory, sum(model.spec(name).nbytes for name in model.names))
+    directory.mkdir(parents=True, exist_ok=True)
+    rows = -(-shape.vocabulary // tensor) * tensor
+    files = _Files(directory)
+    metadata = Metadata({}, storage_data={})
+    for entry in table(shape):
+        whole = from_huggingface(entry, model.read, shape, rows)
+        whole = whole if dtype is None else whole.to(dtype)
+        match = LAYER.fullmatch(entry.megatron)
+        name, offsets, size = entry.megatron, [0] * whole.dim(), list(whole.shape)
+        if match is not None:
+            name, offsets, size = _stacked(match[2]), [int(match[1]), *offsets], [shape.layers, *size]
+            whole = whole[None]
+        chunk = ChunkStorageMetadata(torch.Size(offsets), whole.shape)
+        known = metadata.state_dict_metadata.setdefault(
+            name, TensorStorageMetadata(TensorProperties(whole.dtype), torch.Size(size), [])
+        )
+        assert isinstance(known, TensorStorageMetadata)
+        known.chunks.append(chunk)
+        metadata.storage_data[MetadataIndex(name, offsets)] = files.add(whole.contiguous().clone())
+    for layer in range(shape.layers):
+        for module in _STATEFUL:
+            name = f"decoder.layers.{module}._extra_state/shard_{layer}_{shape.layers}"
+            metadata.state_dict_metadata[name] = BytesStorageMetadata()
+            metadata.storage_data[MetadataIndex(name)] = files.add([None])
+    files.close()
+    torch.save({}, directory / "common.pt")
+    write_file(directory / ".metadata", pickle.dumps(metadata))
+    write_file(directory / "metadata.json", json.dumps(_FORMAT))
+
+
+def _stacked(rest: str) -> str:
+    for stacked, own in NORMS.items():
+        rest = rest.replace(own, stacked)
+    return f"decoder.layers.{rest}"
+
+
+class _Files:
+    """The data files, filled one after the other."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.count = 0
+        self.file: IO[bytes] | None = None
+
+    def add(self, content: Any) -> _StorageInfo:
+        """Append one object; returns where it lies."""
+        if self.file is None or self.file.tell() > _MAX_FILE_BYTES:
+            self.close()
+            self.name = f"__0_{self.count}.distcp"
+            self.file = (self.directory / self.name).open("wb")
+            self.count += 1
+        start = self.file.tell()
+        if isinstance(content, torch.Tensor):
+            torch.save(content, self.file)
+        else:
+            buffer = io.BytesIO()
+            torch.save(content, buffer)
+            self.file.write(buffer.getvalue())
+        return _StorageInfo(self.name, start, self.file.tell() - start)
+
+    def close(self) -> None:
+        """Bring the file at hand to the disk."""
+        if self.file is not None:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
