@@ -78,20 +78,28 @@ def prepare(options: argparse.Namespace) -> Answer:
 
 
 def train(options: argparse.Namespace) -> Answer:
-    """Train, export and score one model."""
+    """Train, export and score models: those that are named, or all that can be trained next, side by side."""
     config, run_dir = _config_and_run(options)
     if _is_rank(options):
         from btm_scale.train.worker import train_as_rank
 
-        train_as_rank(config, run_dir, options.model)
+        [model] = options.model
+        train_as_rank(config, run_dir, model)
     else:
-        from btm_scale.pipeline import open_run, run_training
+        from btm_scale.launchers import launcher_named, train_under_mpi
+        from btm_scale.pipeline import next_models, open_run, run_training
         from btm_scale.report.live import live_table
 
         open_run(config, run_dir)
-        with live_table(quiet=options.json) as show:
-            run_training(config, run_dir, [options.model], on_progress=show)
-    return {"model": options.model, "directory": str(run_dir.model(options.model))}
+        models = options.model or next_models(config, run_dir)
+        if options.launcher == "mpi":
+            train_under_mpi(config, run_dir, models)
+        else:
+            with live_table(quiet=options.json) as show:
+                launcher = launcher_named(options.launcher, config)
+                run_training(config, run_dir, models, on_progress=show, launcher=launcher)
+        options.model = models
+    return {"models": {model: str(run_dir.model(model)) for model in options.model}}
 
 
 def plan(options: argparse.Namespace) -> Answer:
@@ -130,6 +138,18 @@ def status(options: argparse.Namespace) -> Answer:
         for model, failure in failed.items():
             print(f"\n{model} failed: {failure}")
     return progress_as_json(rows) | {"failures": {model: str(failure) for model, failure in failed.items()}}
+
+
+def discover(options: argparse.Namespace) -> Answer:
+    """Cluster a text collection into domains of equal size (c-BTM)."""
+    from btm_scale.data.discover import collection_of
+    from btm_scale.data.discover import discover as find_domains
+
+    collection, text_root = collection_of(options.collection, options.field)
+    return _show_lines(options, find_domains(
+        collection, text_root, options.out.resolve(), clusters=options.clusters, sample=options.sample,
+        dimensions=options.dimensions, random_seed=options.random_seed,
+    ))  # fmt: skip
 
 
 def forest_list(options: argparse.Namespace) -> Answer:
@@ -312,11 +332,13 @@ def inspect(options: argparse.Namespace) -> Answer:
 
 
 def _run(options: argparse.Namespace, config: RunConfig, run_dir: RunDir) -> Answer:
+    from btm_scale.launchers import launcher_named
     from btm_scale.pipeline import run_all
     from btm_scale.report.live import live_table
 
+    launcher = launcher_named(options.launcher, config)
     with live_table(quiet=options.json) as show:
-        results = run_all(config, run_dir, on_progress=show, say=_say)
+        results = run_all(config, run_dir, on_progress=show, say=_say, launcher=launcher)
     _print_results(options, results)
     _say(f"The page is {run_dir.report}")
     return results
@@ -426,6 +448,7 @@ _VERBS = {
     "train": train,
     "plan": plan,
     "status": status,
+    "discover": discover,
     "forest list": forest_list,
     "forest add": forest_add,
     "branch": branch,

@@ -81,18 +81,23 @@ def _takes_run(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def _pipeline_verbs(verbs: _Verbs) -> None:
-    _takes_overrides(verbs.add("demo", "the whole pipeline on text that every installation has"))
+    made = _takes_overrides(verbs.add("demo", "the whole pipeline on text that every installation has"))
+    made.set_defaults(launcher="local")
     made = _takes_config(verbs.add("run", "every stage of a config that isn't done, from text to page"))
-    _takes_launcher(made, ["local", "slurm"], "how groups are started")
+    _takes_launcher(made, ["local", "deepspeed", "slurm", "mpi"], "how groups are started")
     made.add_argument(
         "--dry-run",
         action="store_true",
         help="check the config and say what would be done; slurm: write the scripts",
     )
     _takes_config(verbs.add("prepare", "tokenizer and token files"))
-    made = _takes_config(verbs.add("train", "one model, by one group: train, export, score"))
-    made.add_argument("--model", required=True, metavar="seed|dense|EXPERT", help="which model")
-    _takes_launcher(made, ["local", "slurm"], "slurm: this process is a rank that srun has started")
+    made = _takes_config(verbs.add("train", "models, each by one group: train, export, score"))
+    made.add_argument(
+        "--model", action="append", default=[], metavar="seed|dense|EXPERT",
+        help="which model; may be given often; default: all that can be trained next",
+    )  # fmt: skip
+    text = "slurm: this process is a rank that srun has started; mpi: one that mpirun has started"
+    _takes_launcher(made, ["local", "deepspeed", "slurm", "mpi"], text)
     made = _takes_config(verbs.add("plan", "memory, time and place of every group, with no cluster"))
     made.add_argument("--nodes", type=_positive, required=True, help="nodes of the cluster")
     made.add_argument("--gpus-per-node", type=_positive, default=8, help="default: 8")
@@ -101,6 +106,18 @@ def _pipeline_verbs(verbs: _Verbs) -> None:
     )
     made = _takes_run(verbs.add("status", "how far every model of a run is"))
     made.add_argument("--watch", action="store_true", help="show it until nothing runs any more")
+
+
+def _discover(verbs: _Verbs) -> None:
+    made = verbs.add("discover", "domains for text that has none: balanced clusters, and their YAML")
+    made.add_argument("collection", nargs="+", type=Path, metavar="CONFIG|PATH",
+                      help="a run's YAML, whose domains are pooled, or files and globs")  # fmt: skip
+    made.add_argument("--clusters", type=int, required=True, metavar="K", help="how many domains to find")
+    made.add_argument("--out", type=Path, required=True, help="the directory to make")
+    made.add_argument("--field", default="text", help="of .jsonl and .parquet rows (default: text)")
+    made.add_argument("--sample", type=int, default=20_000, help="documents that the clusters are found in")
+    made.add_argument("--dimensions", type=int, default=100, help="of the points that documents become")
+    made.add_argument("--random-seed", type=int, default=0)
 
 
 def _forest_verbs(verbs: _Verbs) -> None:
@@ -130,7 +147,9 @@ def _forest_verbs(verbs: _Verbs) -> None:
     # For the ranks that `evaluate` starts.
     made.add_argument("--soups", action="store_true", help=argparse.SUPPRESS)
     made = _takes_run(verbs.add("evaluate", "every method's perplexity, from the scores"))
-    _takes_launcher(made, ["local", "slurm"], "how averages are scored; slurm: by srun, in this job")
+    _takes_launcher(
+        made, ["local", "deepspeed", "slurm", "mpi"], "how averages are scored; slurm: by srun, in this job"
+    )
     _takes_run(verbs.add("report", "tables, plots, one HTML page"))
     _generate(verbs)
 

@@ -444,7 +444,11 @@ class RunConfig(Section):
         Raises ConfigError that lists every problem.
         """
         values = load_yaml(path)
-        values = apply_overrides(values, overrides, paths=("text_root", "tokenizer.path", "model.pretrained"))
+        values = apply_overrides(
+            values,
+            overrides,
+            paths=("text_root", "tokenizer.path", "model.pretrained", "launch.deepspeed.hostfile"),
+        )
         values = _with_pretrained(values, path.resolve().parent)
         try:
             config = cls.model_validate(values)
@@ -457,7 +461,10 @@ class RunConfig(Section):
         if tokenizer.path is not None:
             tokenizer = tokenizer.model_copy(update={"path": (folder / tokenizer.path).resolve()})
         root = (folder / self.text_root).resolve()
-        return self.model_copy(update={"text_root": root, "tokenizer": tokenizer})
+        hosts = self.launch.deepspeed
+        hosts = hosts.model_copy(update={"hostfile": (folder / hosts.hostfile).resolve()})
+        launch = self.launch.model_copy(update={"deepspeed": hosts})
+        return self.model_copy(update={"text_root": root, "tokenizer": tokenizer, "launch": launch})
 
     def save(self, path: Path) -> None:
         """Write the resolved config; what is written loads to an equal config."""

@@ -56,8 +56,8 @@ class DeepSpeedConfig(Section):
         default=(),
         description="the command that runs a command on {host}, such as [ssh, -tt, '{host}']; default: pdsh over ssh",
     )
-    addresses: dict[str, str] = Field(
-        default_factory=dict, description="each host's address for its group; default: its name"
+    environment: dict[str, str] = Field(
+        default_factory=dict, description="for every rank, such as NCCL_SOCKET_IFNAME: eth0"
     )
     ports: tuple[int, int] = Field(
         default=(29500, 30499), description="a group's rendezvous takes one of these"

@@ -102,6 +102,15 @@ def run_all(
     return results
 
 
+def next_models(config: RunConfig, run: RunDir) -> list[str]:
+    """The models that can be trained now: the first stage that isn't done, without those of it that are."""
+    for stage in training_stages(config):
+        todo = [model for model in stage if not is_done(config, run, model)]
+        if todo:
+            return todo
+    return []
+
+
 def placement(config: RunConfig, models: Sequence[str]) -> Placement:
     """How the groups of one stage share the machine's cores."""
     cores = len(os.sched_getaffinity(0))
@@ -116,9 +125,11 @@ def training_commands(config: RunConfig, run: RunDir, models: Sequence[str]) -> 
     commands = []
     for model in models:
         if not is_done(config, run, model):
-            group = training_job(config, model).group
+            job = training_job(config, model)
             arguments = ("train", str(run.config), "--model", model, "--out", str(run.root))
-            commands.append(GroupCommand(model, group.ranks, arguments, run.log(model), group.tensor))
+            work = float(job.steps * job.sequences)
+            group = job.group
+            commands.append(GroupCommand(model, group.ranks, arguments, run.log(model), group.tensor, work))
     return commands
 
 

@@ -72,12 +72,7 @@ def rank_log(log: Path) -> Iterator[None]:
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     log.parent.mkdir(parents=True, exist_ok=True)
     _record_path(log, rank).unlink(missing_ok=True)
-    if rank > 0:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        with log_of_rank(log, rank).open("ab") as own:
-            os.dup2(own.fileno(), 1)
-            os.dup2(own.fileno(), 2)
+    _print_to(log_of_rank(log, rank))
     try:
         yield
     except Exception as error:
@@ -89,6 +84,16 @@ def rank_log(log: Path) -> Iterator[None]:
         partial.write_text(json.dumps(asdict(record)))
         partial.replace(path)
         raise
+
+
+def _print_to(path: Path) -> None:
+    with path.open("ab") as own:
+        if os.path.sameopenfile(own.fileno(), 1):
+            return  # the launcher has seen to it
+        print(f"this rank prints to {path}", flush=True)
+        sys.stderr.flush()
+        os.dup2(own.fileno(), 1)
+        os.dup2(own.fileno(), 2)
 
 
 def forget_failure(log: Path) -> None:

@@ -32,6 +32,7 @@ class GroupCommand:
     arguments: tuple[str, ...]  # of btm-scale
     log: Path
     tensor: int = 1  # ranks that must share a host
+    work: float = 1.0  # how long it takes, relative to others
 
 
 @dataclass(frozen=True)
