@@ -14,24 +14,35 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
+from btm_scale.model.rotary import Rotary
+
 
 class CausalAttention(torch.nn.Module):
     """softmax(q k^T / sqrt(d) + causal mask) v, built by Megatron-core's SelfAttention as its core attention.
 
-    With a window a token sees itself and the tokens before it, as many as the window in all.
+    With `rotary`, query and key are turned by their positions first: Megatron-core would work out cosines and sines
+    anew in every layer. With a window a token sees itself and the tokens before it, as many as the window in all.
     """
 
-    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+    def __init__(self, config: TransformerConfig, rotary: Rotary | None = None, **_: Any) -> None:
         super().__init__()
+        self.rotary = rotary
         self.grouped = config.num_query_groups != config.num_attention_heads
         self.window = config.window_size[0] + 1 if config.window_size else None
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Query [length, batch, heads, d], key and value [length, batch, groups, d] -> [length, batch, heads * d]."""
-        mask = None
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *_: Any, **__: Any
+    ) -> Tensor:
+        """Query [length, batch, heads, d], key and value [length, batch, groups, d] -> [length, batch, heads * d].
+
+        `mask` [batch, 1, length, length] is true where a token may see another; without one it sees all before it.
+        """
+        if self.rotary is not None:
+            query, key = self.rotary(query), self.rotary(key)
         if self.window is not None and self.window < query.shape[0]:
             seen = torch.ones(query.shape[0], query.shape[0], dtype=torch.bool, device=query.device)
-            mask = seen.tril().triu(1 - self.window)
+            window = seen.tril().triu(1 - self.window)
+            mask = window if mask is None else mask & window
         attended = functional.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),

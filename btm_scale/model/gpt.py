@@ -11,6 +11,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -20,7 +21,7 @@ from btm_scale.model.attention import CausalAttention, HeadNorm
 from btm_scale.model.loss import head_loss
 from btm_scale.model.norm import LayerNorm, RMSNorm
 from btm_scale.model.recompute import RecomputedAttention, RecomputedLayer
-from btm_scale.model.rotary import rotary_frequencies
+from btm_scale.model.rotary import Rotary, rotary_frequencies
 from btm_scale.model.shape import ModelShape
 
 
@@ -41,10 +42,9 @@ class ExpertModel(GPTModel):
             vocab_size=padded_vocabulary(shape.vocabulary, config.tensor_model_parallel_size),
             max_sequence_length=shape.positions,
             share_embeddings_and_output_weights=shape.tied,
-            position_embedding_type="rope" if shape.rotary else "learned_absolute",
+            # The attention turns queries and keys itself.
+            position_embedding_type="none" if shape.rotary else "learned_absolute",
         )
-        if shape.rotary:
-            self.rotary_pos_emb.inv_freq = rotary_frequencies(shape)
         self.shape = shape
         self.tensor_group = self.pg_collection.tp if config.tensor_model_parallel_size > 1 else None
 
@@ -132,7 +132,10 @@ def build_model(
     )
     spec = get_gpt_layer_local_spec(normalization=config.normalization)
     attention = spec.submodules.self_attention.submodules
-    attention.core_attention = RecomputedAttention if recompute == "selective" else CausalAttention
+    attention.core_attention = ModuleSpec(
+        module=RecomputedAttention if recompute == "selective" else CausalAttention,
+        params={"rotary": Rotary(rotary_frequencies(shape)) if shape.rotary else None},
+    )
     if shape.head_norms:
         attention.q_layernorm = attention.k_layernorm = HeadNorm
     norm = RMSNorm if config.normalization == "RMSNorm" else LayerNorm

@@ -33,6 +33,7 @@ def write_run(folder: Path, text: Path, ranks: int = RANKS) -> RunDir:
     """A run whose seed LM takes many small steps, with micro-batches summed and states often saved."""
     values = tiny_values(
         text,
+        novel_domains={},
         model={"family": "llama", "layers": 2, "hidden": 32, "heads": 4, "groups": 2, "ffn": 48},
         budget={"tokens": STEPS * 512 + 512, "seed_share": STEPS / (STEPS + 1), "sequence_length": 32,
                 "batch_tokens": 512},
