@@ -18,7 +18,7 @@ demo: install
 	$(BIN)/btm-scale demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 # The layers and the types are checked on the package as it is installed: kernels, launch and configs have other
 # names on disk.

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+from shared_folder import shared_folder
 from tiny_run import btm_scale, tiny_values, write_config
 
 from btm_scale.config import RunConfig
 from btm_scale.run_dir import RunDir
+
+# Tests run side by side: a thread that waits for another must not spin on the core that the other needs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture(scope="session")
@@ -17,17 +22,19 @@ def real_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with python.jsonl, cpp.jsonl, licences.jsonl and docs.jsonl of this installation."""
     from btm_scale.data.installed_text import write_installed_text
 
-    folder = tmp_path_factory.mktemp("text")
-    write_installed_text(folder, bytes_per_domain=400_000)
-    return folder
+    return shared_folder(
+        tmp_path_factory, "text", lambda folder: write_installed_text(folder, bytes_per_domain=400_000)
+    )
 
 
 @pytest.fixture(scope="session")
 def finished_run(real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, RunDir]:
     """A tiny run from text to page, by the command line and the real launcher."""
-    folder = tmp_path_factory.mktemp("finished")
-    config = write_config(folder / "tiny.yaml", tiny_values(real_text))
-    done = btm_scale("run", folder / "tiny.yaml", "--out", folder / "run", "--json")
-    run = RunDir(folder / "run")
-    assert json.loads(done.stdout) == json.loads(run.results.read_text())
-    return config, run
+
+    def make(folder: Path) -> None:
+        write_config(folder / "tiny.yaml", tiny_values(real_text))
+        done = btm_scale("run", folder / "tiny.yaml", "--out", folder / "run", "--json")
+        assert json.loads(done.stdout) == json.loads(RunDir(folder / "run").results.read_text())
+
+    folder = shared_folder(tmp_path_factory, "finished", make)
+    return RunConfig.load(folder / "tiny.yaml"), RunDir(folder / "run")
