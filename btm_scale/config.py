@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from btm_scale.errors import ConfigError
-from btm_scale.health_config import HealthConfig
+from btm_scale.health_config import HealthConfig, ProfileConfig
 from btm_scale.launch_config import LaunchConfig
 from btm_scale.model.huggingface import read_shape
 from btm_scale.model.layout import Layout
@@ -328,6 +328,7 @@ class RunConfig(Section):
     baselines: BaselinesConfig = BaselinesConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     health: HealthConfig = HealthConfig()
+    profile: ProfileConfig = ProfileConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     launch: LaunchConfig = LaunchConfig()

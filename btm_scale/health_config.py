@@ -1,4 +1,4 @@
-"""What a run's YAML may say about trouble in training: the section `health`."""
+"""What a run's YAML may say about watching a training: the sections `health` and `profile`."""
 
 from __future__ import annotations
 
@@ -21,3 +21,10 @@ class HealthConfig(Section):
     skips: int = Field(default=10, ge=0, description="bad batches to leave out before training is given up")
     hang: float = Field(default=20.0, gt=1, description="a step that takes so many times the median hangs")
     patience: float = Field(default=300.0, gt=0, description="seconds that any step may take")
+
+
+class ProfileConfig(Section):
+    """A look at where a step's time goes."""
+
+    steps: int = Field(default=0, ge=0, description="steps to record with PyTorch's profiler; 0 records none")
+    after: int = Field(default=10, ge=0, description="steps of a start that pass first")

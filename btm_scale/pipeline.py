@@ -34,6 +34,7 @@ _FREE = (
     "launch",
     "checkpoint",
     "health",
+    "profile",
     "baselines",
     "data.workers",
     "evaluate.prior",

@@ -63,6 +63,10 @@ class RunDir:
         """One JSON object a step."""
         return self.train(model) / "metrics.jsonl"
 
+    def profile(self, model: str) -> Path:
+        """Traces of a few steps, one a rank."""
+        return self.train(model) / "profile"
+
     def log(self, model: str) -> Path:
         """What the model's group printed."""
         return self.train(model) / "log"

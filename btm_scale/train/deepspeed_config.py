@@ -35,6 +35,9 @@ def deepspeed_config(
     }
     if job.accumulation > 1 and layout.precision != "fp32" and layout.zero > 0:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+    for monitor in ("tensorboard", "csv_monitor"):
+        if monitor in overrides:
+            config[monitor] = {"job_name": job.model}  # models of a run write side by side
     return _merged(config, overrides)
 
 

@@ -99,6 +99,18 @@ class Engine:
         overflowed = self._scaler is not None and not self._engine.was_step_applied()
         return StepResult(float(total), norm, overflowed)
 
+    def tell_monitor(self, numbers: Mapping[str, float]) -> None:
+        """Send a step's numbers to the monitors that the run's `deepspeed` section turns on."""
+        if self._engine.monitor.enabled:
+            step = int(numbers["step"])
+            self._engine.monitor.write_events(
+                [
+                    (f"{self.job.model}/{name}", value, step)
+                    for name, value in numbers.items()
+                    if name != "step"
+                ]
+            )
+
     def full(self, parameter: torch.nn.Parameter, kind: str) -> Tensor:
         """A parameter's state, float32 and of the parameter's shape on this tensor rank, on every data rank."""
         if self._masters is not None:

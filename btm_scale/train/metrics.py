@@ -62,12 +62,10 @@ class Metrics:
         self._first_step = step
         self.__enter__()
 
-    def record(self, step: int, result: StepResult, rate: float) -> None:
-        """Note a step; its time is that since the step before."""
+    def record(self, step: int, result: StepResult, rate: float) -> dict[str, float]:
+        """Note a step, whose time is that since the step before; returns its numbers."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        if self._file is None:
-            return
         line = {
             "step": step,
             "loss": result.loss,
@@ -79,6 +77,8 @@ class Metrics:
         }
         if self._peak is not None:
             line["flops_utilisation"] = line["flops_per_second"] / self._peak
+        if self._file is None:
+            return line
         self._file.write(json.dumps(line) + "\n")
         if now - self._logged > _LOG_SECONDS or step == self._job.steps:
             self._logged = now
@@ -87,6 +87,7 @@ class Metrics:
                 f"gradient norm {result.gradient_norm:.3f} rate {rate:.2e} {line['tokens_per_second']:.0f} tokens/s",
                 flush=True,
             )
+        return line
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None

@@ -18,6 +18,7 @@ from btm_scale.train.health import Health
 from btm_scale.train.job import TrainingJob
 from btm_scale.train.metrics import Metrics
 from btm_scale.train.pretrained import load_pretrained
+from btm_scale.train.profile import Profile
 from btm_scale.train.state import load_state, newest_state, restore_random_state, save_state
 from btm_scale.train.stop import StopRequest
 from btm_scale.train.watch import HangWatch
@@ -88,6 +89,7 @@ def train(
     with (
         StopRequest(group, run.train(job.model)) as stop,
         HangWatch(group, config.health) as watch,
+        Profile(group, config.profile, run.profile(job.model)) as profile,
         Metrics(group, run.metrics(job.model), job, engine.model.shape, length, step) as metrics,
     ):
         while step < job.steps:
@@ -103,7 +105,8 @@ def train(
                     step = begin()
                     metrics.rewind(step)
                     continue
-                metrics.record(step, result, rate)
+                engine.tell_monitor(metrics.record(step, result, rate))
+                profile.step()
             stops = stop.agreed() and step < job.steps
             if stops or step % config.checkpoint.every == 0 or step == job.steps:
                 save_state(engine, folder, step, config.checkpoint.keep)

@@ -1,0 +1,61 @@
+"""A look at where a step's time goes: PyTorch's profiler over a few steps, one trace a rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from btm_scale.group import ExpertGroup
+from btm_scale.health_config import ProfileConfig
+
+
+class Profile:
+    """Records `steps` steps after the first `after`; does nothing where `steps` is 0.
+
+    Leaves `rank-<n>.json`, which chrome://tracing and Perfetto open, and `rank-<n>.txt`, the dearest operations.
+    """
+
+    def __init__(self, group: ExpertGroup, config: ProfileConfig, folder: Path) -> None:
+        self._config = config
+        self._path = folder / f"rank-{group.rank}.json"
+        self._sort = "self_cuda_time_total" if group.device.type == "cuda" else "self_cpu_time_total"
+        self._taken = 0
+        self._profiler: profile | None = None
+
+    def __enter__(self) -> Self:
+        self._turn()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._save()
+
+    def step(self) -> None:
+        """A step has been taken."""
+        self._taken += 1
+        self._turn()
+
+    def _turn(self) -> None:
+        if self._taken == self._config.after and self._config.steps > 0:
+            activities = [ProfilerActivity.CPU]
+            if torch.cuda.is_available():
+                activities.append(ProfilerActivity.CUDA)
+            self._profiler = profile(activities=activities)
+            self._profiler.__enter__()
+        elif self._taken == self._config.after + self._config.steps:
+            self._save()
+
+    def _save(self) -> None:
+        if self._profiler is None:
+            return
+        self._profiler.__exit__(None, None, None)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._profiler.export_chrome_trace(str(self._path))
+        table = self._profiler.key_averages().table(sort_by=self._sort, row_limit=40)
+        self._path.with_suffix(".txt").write_text(table + "\n")
+        self._profiler = None
