@@ -326,9 +326,8 @@ def inspect(options: argparse.Namespace) -> Answer:
     from btm_scale.checkpoint.inspect import inspect as inspect_checkpoint
 
     found = asdict(inspect_checkpoint(options.path))
-    return _show_lines(
-        options, found | {"path": str(options.path), "converts_to": list(found["converts_to"])}
-    )
+    lists = {name: list(found[name]) for name in ("converts_to", "tensor_degrees")}
+    return _show_lines(options, found | {"path": str(options.path)} | lists)
 
 
 def _run(options: argparse.Namespace, config: RunConfig, run_dir: RunDir) -> Answer:

@@ -11,11 +11,13 @@ import torch
 
 from btm_scale.checkpoint.tensors import ModelReader, TensorSpec
 from btm_scale.errors import CheckpointError
+from btm_scale.run_dir import SEED, RunDir
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json",
     "spiece.model",
 )  # fmt: skip
+STATE_MARKER = "state.json"  # of a training state
 _SEARCHED_PARENTS = 3
 # What must agree in two configs for the mean of their weights to be a model.
 _CONFIG_KEYS = (
@@ -27,10 +29,33 @@ _CONFIG_KEYS = (
 
 
 def described_in(path: Path) -> Path:
-    """The folder that holds a model's config.json: its own, or for training checkpoints one not far above."""
-    here = path.absolute()
+    """The folder that holds a model's config.json: its own, or for training checkpoints one not far above.
+
+    A training state of ours is described by what its run has made of it, or else by the run's seed.
+    """
+    here = iteration_folder(path.absolute())
     nearby = [here] if list(here.glob("*.safetensors")) else [here, *here.parents[:_SEARCHED_PARENTS]]
+    if (here / STATE_MARKER).is_file():
+        nearby += _models_of_the_run(here)
     return next((folder for folder in nearby if (folder / "config.json").is_file()), path)
+
+
+def iteration_folder(path: Path) -> Path:
+    """The checkpoint itself: `path`, or the one in it that Megatron noted as its latest."""
+    latest = path / "latest_checkpointed_iteration.txt"
+    if not latest.is_file():
+        return path
+    named = latest.read_text().strip()
+    return path / (f"iter_{int(named):07d}" if named.isdecimal() else named)
+
+
+def _models_of_the_run(state: Path) -> list[Path]:
+    """The finished model of a state in RUN/train/NAME/checkpoints, and the run's seed."""
+    train = next((folder for folder in state.parents if folder.name == "train"), None)
+    if train is None:
+        return []
+    run, name = RunDir(train.parent), state.parent.parent.relative_to(train).as_posix()
+    return [run.model(name), run.model(SEED)]
 
 
 def common_specs(

@@ -18,6 +18,7 @@ from btm_scale.checkpoint.sidecars import carry_sidecars
 from btm_scale.checkpoint.tensors import parse_dtype
 from btm_scale.checkpoint.torch_dist_writer import write_torch_dist
 from btm_scale.errors import CheckpointError
+from btm_scale.model.shape import ModelShape
 
 WRITERS: dict[str, Callable[..., None]] = {"megatron": write_torch_dist, "deepspeed": write_model_states}
 _CHUNK_BYTES = 4 << 20
@@ -45,14 +46,15 @@ def convert(
             merge(partial, [(source, 1.0)], dtype=dtype)
         else:
             shape = find_shape(source)
-            if shape.heads % tensor or shape.groups % tensor or shape.ffn % tensor:
+            if not fits(shape, tensor):
                 raise CheckpointError(
                     f"{source} has {shape.heads} heads, {shape.groups} key-value heads and {shape.ffn} inner "
                     f"features; tensor {tensor} must divide all three. Choose another degree."
                 )
             with open_model(source) as model:
                 WRITERS[to](partial, model, shape, tensor=tensor, dtype=wanted)
-            carry_sidecars(source, partial, wanted)
+                dtypes = {spec.dtype for spec in model.specs().values()} if wanted is None else {wanted}
+            carry_sidecars(source, partial, dtypes.pop() if len(dtypes) == 1 else None)
         if verify:
             verify_equal(source, partial, wanted)
         publish_directory(partial, target)
@@ -60,6 +62,11 @@ def convert(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return target
+
+
+def fits(shape: ModelShape, tensor: int) -> bool:
+    """Whether a model can be cut for that many tensor parallel ranks."""
+    return not (shape.heads % tensor or shape.groups % tensor or shape.ffn % tensor)
 
 
 def verify_equal(source: Path, copy: Path, dtype: torch.dtype | None) -> None:

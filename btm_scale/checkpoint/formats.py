@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+from btm_scale.checkpoint.compatibility import iteration_folder
 from btm_scale.checkpoint.deepspeed import checkpoint_folder, open_deepspeed
 from btm_scale.checkpoint.legacy import BIN, BIN_INDEX, open_bin
 from btm_scale.checkpoint.safetensors import INDEX, SINGLE, SafetensorsModel
 from btm_scale.checkpoint.tensors import ModelReader
 from btm_scale.checkpoint.torch_dist import open_torch_dist
+from btm_scale.checkpoint.training_state import TrainingState, is_training_state
 from btm_scale.errors import CheckpointError
+
+_OPENERS: dict[str, Callable[[Path], ModelReader]] = {
+    "safetensors": SafetensorsModel,
+    "bin": open_bin,
+    "deepspeed": open_deepspeed,
+    "torch_dist": open_torch_dist,
+    "training state": TrainingState,
+}
 
 
 def format_of(path: Path) -> str:
-    """`safetensors`, `bin`, `deepspeed` or `torch_dist`; raises `CheckpointError` for what is none."""
+    """`safetensors`, `bin`, `deepspeed`, `torch_dist` or `training state`; raises `CheckpointError` for none."""
+    if is_training_state(path):
+        return "training state"
     if path.suffix == ".safetensors" or any((path / name).is_file() for name in (SINGLE, INDEX)):
         return "safetensors"
     if any((path / name).is_file() for name in (BIN, BIN_INDEX)):
         return "bin"
-    if (path / ".metadata").is_file():
+    if (iteration_folder(path) / ".metadata").is_file():
         return "torch_dist"
     if path.is_dir() and checkpoint_folder(path) is not None:
         return "deepspeed"
@@ -30,9 +43,4 @@ def format_of(path: Path) -> str:
 def open_model(path: Path) -> ModelReader:
     """A model of any known format, under Hugging Face names; raises `CheckpointError` for others."""
     path = Path(path)
-    kind = format_of(path)
-    if kind == "bin":
-        return open_bin(path)
-    if kind == "deepspeed":
-        return open_deepspeed(path)
-    return open_torch_dist(path) if kind == "torch_dist" else SafetensorsModel(path)
+    return _OPENERS[format_of(path)](path)

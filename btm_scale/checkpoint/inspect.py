@@ -3,23 +3,42 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from btm_scale.checkpoint.compatibility import described_in, read_json
-from btm_scale.checkpoint.convert import WRITERS
+from btm_scale.checkpoint.compatibility import described_in, iteration_folder, read_json
+from btm_scale.checkpoint.convert import WRITERS, fits
 from btm_scale.checkpoint.deepspeed import checkpoint_folder, training_step
 from btm_scale.checkpoint.formats import format_of, open_model
 from btm_scale.checkpoint.tensors import dtype_name
+from btm_scale.checkpoint.torch_dist import saved_iteration
+from btm_scale.checkpoint.training_state import saved_step
 from btm_scale.errors import CheckpointError
 from btm_scale.model.huggingface import shape_from_config
+from btm_scale.model.shape import ModelShape
 
-_SUFFIXES = {"safetensors": "*.safetensors", "bin": "*.bin", "torch_dist": "*.distcp", "deepspeed": "*.pt"}
+_SUFFIXES = {
+    "safetensors": "*.safetensors",
+    "bin": "*.bin",
+    "torch_dist": "*.distcp",
+    "deepspeed": "*.pt",
+    "training state": "*.safetensors",
+}
+_STEPS: dict[str, Callable[[Path], int | None]] = {
+    "deepspeed": training_step,
+    "torch_dist": saved_iteration,
+    "training state": saved_step,
+}
+_MOST_TENSOR_RANKS = 64
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint's description; `parameters` counts elements and `dtypes` gives them by dtype."""
+    """A checkpoint's description; `parameters` counts elements and `dtypes` gives them by dtype.
+
+    `converts_to` are the formats that it can be turned into, `tensor_degrees` the tensor parallel degrees of those.
+    """
 
     path: Path
     format: str
@@ -30,17 +49,19 @@ class Inspection:
     files: dict[str, int]  # sizes in bytes by name
     step: int | None
     converts_to: tuple[str, ...]
+    tensor_degrees: tuple[int, ...]
 
 
 def inspect(path: Path) -> Inspection:
     """Describe a checkpoint of any readable format; raises `CheckpointError` for others and for torn ones."""
     path = Path(path)
     kind = format_of(path)
-    folder = (checkpoint_folder(path) if kind == "deepspeed" else path) or path
+    folder = (checkpoint_folder(path) if kind == "deepspeed" else iteration_folder(path)) or path
     files = [folder] if folder.is_file() else sorted(folder.rglob(_SUFFIXES[kind]))
     config = read_json(described_in(path) / "config.json")
     with open_model(path) as model:
         specs = model.specs().values()
+    shape = _known_shape(config, path)
     dtypes: Counter[str] = Counter()
     for spec in specs:
         dtypes[dtype_name(spec.dtype)] += spec.elements
@@ -52,15 +73,15 @@ def inspect(path: Path) -> Inspection:
         parameters=sum(dtypes.values()),
         dtypes=dict(dtypes),
         files={str(file.relative_to(folder.parent)): file.stat().st_size for file in files},
-        step=training_step(path) if kind == "deepspeed" else None,
-        converts_to=("huggingface", *(WRITERS if _is_ours(config, path) else ())),
+        step=_STEPS[kind](path) if kind in _STEPS else None,
+        converts_to=("huggingface", *(WRITERS if shape else ())),
+        tensor_degrees=tuple(n for n in range(1, _MOST_TENSOR_RANKS + 1) if fits(shape, n)) if shape else (),
     )
 
 
-def _is_ours(config: dict[str, object], path: Path) -> bool:
-    """Whether the names of this model's tensors are known on both sides."""
+def _known_shape(config: dict[str, object], path: Path) -> ModelShape | None:
+    """The model's shape, if the names of its tensors are known on both sides."""
     try:
-        shape_from_config(config, path)
-    except (CheckpointError, KeyError, ValueError):
-        return False
-    return True
+        return shape_from_config(config, path)
+    except CheckpointError:
+        return None

@@ -21,8 +21,7 @@ def find_shape(path: Path) -> ModelShape:
     file = described_in(path) / "config.json"
     if not file.is_file():
         raise CheckpointError(
-            f"{path} holds a model in parts, which say nothing of heads or vocabulary. Put the config.json "
-            "of the Hugging Face model beside it."
+            f"{path} says nothing of heads or vocabulary. Put the config.json of the Hugging Face model beside it."
         )
     return shape_from_config(read_json(file), file)
 

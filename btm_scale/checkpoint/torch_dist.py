@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from btm_scale.checkpoint.compatibility import iteration_folder
 from btm_scale.checkpoint.megatron import MegatronModel, find_shape
 from btm_scale.checkpoint.pickles import load_embedded, load_pickle, load_plain_pickle
 from btm_scale.checkpoint.stored import StoredTensor
@@ -82,11 +83,12 @@ class _GlobalTensors(ModelReader):
 
 def open_torch_dist(path: Path) -> ModelReader:
     """A `torch_dist` checkpoint under Hugging Face names; raises `CheckpointError` without a config.json."""
-    return MegatronModel(path, [_GlobalTensors(path)], find_shape(path))
+    return MegatronModel(path, [_GlobalTensors(iteration_folder(path))], find_shape(path))
 
 
 def saved_iteration(path: Path) -> int | None:
     """The training step that Megatron wrote beside the weights, or into the name of their folder."""
+    path = iteration_folder(path)
     common = path / "common.pt"
     content = load_pickle(common) if common.is_file() else None
     found = content.get("iteration") if isinstance(content, dict) else None

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from worlds import run_script
 
 from btm_scale.checkpoint.convert import convert, verify_equal
@@ -14,9 +15,11 @@ from btm_scale.checkpoint.formats import open_model
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.inspect import inspect
 from btm_scale.checkpoint.megatron import find_shape
+from btm_scale.checkpoint.merge import merge
 from btm_scale.checkpoint.safetensors import SafetensorsModel
 from btm_scale.errors import CheckpointError
 from btm_scale.model.names import cut, from_huggingface, table
+from btm_scale.run_dir import RunDir
 
 LLAMA = {
     "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -67,6 +70,7 @@ def test_there_and_back_gives_the_same_model(model: Path, tmp_path: Path, to: st
     assert described.format == {"megatron": "torch_dist", "deepspeed": "deepspeed"}[to]
     assert described.parameters == sum(spec.elements for spec in SafetensorsModel(model).specs().values())
     assert described.converts_to == ("huggingface", "megatron", "deepspeed")
+    assert described.tensor_degrees == ((1, 2) if described.family != "gpt2" else (1, 2, 4))
 
 
 def test_what_comes_back_gives_the_same_logits_in_transformers(model: Path, tmp_path: Path) -> None:
@@ -113,6 +117,45 @@ def test_a_model_is_described_from_its_headers(model: Path) -> None:
     with open_model(model) as reader:
         assert described.tensors == len(reader.names)
     assert list(described.files.values()) == [(model / "model.safetensors").stat().st_size]
+
+
+def test_a_megatron_folder_of_several_iterations_is_its_latest(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "megatron/iter_0000012"
+    folder.parent.mkdir()
+    convert(models["qwen3"], folder, to="megatron")
+    (folder.parent / "latest_checkpointed_iteration.txt").write_text("12\n")
+    assert inspect(folder.parent).step == 12
+    convert(folder.parent, tmp_path / "back", to="huggingface")
+    assert content_hash(tmp_path / "back") == content_hash(models["qwen3"])
+    assert (tmp_path / "back/config.json").is_file()
+
+
+def test_a_training_state_is_a_model_of_its_master_weights(models: dict[str, Path], tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(models["qwen2"], run.model("math"))
+    with SafetensorsModel(models["qwen2"]) as model:
+        masters = {name: model.read(name).float() + 1e-4 for name in model.names}
+    state = run.checkpoints("math") / "step-00000007"
+    state.mkdir(parents=True)
+    tensors = {
+        f"{kind}/{name}": tensor.clone() for name, tensor in masters.items() for kind in ("master", "exp_avg")
+    }
+    save_file(tensors, state / "model.safetensors")
+    (state / "state.json").write_text(json.dumps({"step": 7}))
+    described = inspect(state)
+    assert (described.format, described.step, described.family) == ("training state", 7, "qwen2")
+    assert described.parameters == sum(tensor.numel() for tensor in masters.values())
+    convert(state, tmp_path / "parts", to="megatron", tensor=2, verify=True)
+    merge(tmp_path / "merged", [(state, 1.0), (tmp_path / "parts", 1.0)])
+    merged = SafetensorsModel(tmp_path / "merged")
+    assert merged.names == tuple(sorted(masters))
+    assert all(merged.read(name).equal(tensor) for name, tensor in masters.items())
+    assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == "float32"
+    shutil.copy(models["qwen3"] / "config.json", state)
+    with pytest.raises(CheckpointError, match="describes another model"):
+        open_model(state)
 
 
 @pytest.mark.slow

@@ -1,0 +1,69 @@
+"""The states that our own training leaves, `step-<n>`, as models: their float32 master weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from btm_scale.checkpoint.compatibility import STATE_MARKER, described_in, read_json
+from btm_scale.checkpoint.safetensors import SINGLE, SafetensorsModel
+from btm_scale.checkpoint.tensors import ModelReader, TensorSpec, unknown_tensor
+from btm_scale.errors import CheckpointError
+from btm_scale.model.huggingface import shape_from_config
+from btm_scale.model.names import table
+
+_MASTER = "master/"
+
+
+def is_training_state(path: Path) -> bool:
+    """Whether a folder is a training state rather than a Hugging Face directory."""
+    return (path / STATE_MARKER).is_file() and (path / SINGLE).is_file()
+
+
+def saved_step(path: Path) -> int | None:
+    """The step that a training state was saved after."""
+    step = read_json(path / STATE_MARKER).get("step")
+    return step if isinstance(step, int) else None
+
+
+class TrainingState(ModelReader):
+    """The master weights under their Hugging Face names; Adam's moments are left out.
+
+    Config and tokenizer are those of the run's model of that name, or of its seed. Raises `CheckpointError` if they
+    are of another shape.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._state = SafetensorsModel(path)
+        stored = (name for name in self._state.names if name.startswith(_MASTER))
+        self._names = tuple(name.removeprefix(_MASTER) for name in stored)
+        file = described_in(path) / "config.json"
+        if file.is_file():
+            shape = shape_from_config(read_json(file), file)
+            first = table(shape)[0].huggingface[0]
+            expected = {name for entry in table(shape) for name in entry.huggingface}
+            if set(self._names) != expected or self.spec(first).shape != (shape.vocabulary, shape.hidden):
+                raise CheckpointError(
+                    f"{file} describes another model than {path} holds. Put the config.json of that model into {path}."
+                )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every Hugging Face name, sorted."""
+        return self._names
+
+    def spec(self, name: str) -> TensorSpec:
+        """Dtype and shape of a tensor."""
+        if name not in self._names:
+            raise unknown_tensor(self.path, name)
+        return self._state.spec(_MASTER + name)
+
+    def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
+        """Fill `out` with the row-major elements from `start`."""
+        self._state.read_into(_MASTER + name, start, out)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._state.close()
