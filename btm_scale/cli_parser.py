@@ -121,6 +121,7 @@ def _discover(verbs: _Verbs) -> None:
 
 
 def _forest_verbs(verbs: _Verbs) -> None:
+    _discover(verbs)
     verbs.family("forest", "the expert set")
     _takes_run(verbs.add("forest list", "every expert, with parents, domains and tokens"))
     made = _takes_run(verbs.add("forest add", "any compatible Hugging Face directory as an expert"))

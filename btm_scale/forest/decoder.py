@@ -163,6 +163,8 @@ class _Float32Head(nn.Module):
 
     def __init__(self, head: nn.Linear) -> None:
         super().__init__()
+        self.weight: Tensor
+        self.bias: Tensor | None
         self.register_buffer("weight", head.weight.detach().float(), persistent=False)
         self.register_buffer(
             "bias", None if head.bias is None else head.bias.detach().float(), persistent=False

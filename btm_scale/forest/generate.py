@@ -180,7 +180,7 @@ class Generator:
         for expert in np.unique(batch.drawn)[::-1]:
             texts = np.flatnonzero(batch.drawn == expert)
             reading = self._shelf.take(self.names[expert]).read(
-                [batch.prompts[text] for text in texts], score=False
+                [batch.prompts[int(text)] for text in texts], score=False
             )
             finished = batch.finished[texts]
             alone = RunningPosterior(np.zeros(1), len(texts))

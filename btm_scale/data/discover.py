@@ -1,0 +1,141 @@
+"""Domains found, not given: a text collection in, one file a cluster and their YAML out (c-BTM, arXiv 2303.14177).
+
+The collection is read twice as a stream: a random sample of it is clustered, then every document is assigned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import json
+import random
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+import yaml
+
+from btm_scale.config import DomainConfig, RunConfig
+from btm_scale.data.cluster import PLACING_CHARACTERS, Clustering
+from btm_scale.data.sources import BadLines, Document, read_documents
+from btm_scale.errors import DataError
+
+DOMAINS = "domains.yaml"
+_AT_ONCE = 512  # documents
+_Item = TypeVar("_Item")
+
+
+def collection_of(paths: Sequence[Path], field: str) -> tuple[dict[str, DomainConfig], Path]:
+    """What is to be clustered: the training domains of a run's YAML, or files and globs given themselves; and the
+    folder that their paths are relative to."""
+    if len(paths) == 1 and paths[0].suffix in (".yaml", ".yml"):
+        config = RunConfig.load(paths[0])
+        return dict(config.domains), config.text_root
+    text = tuple(str(path) for path in paths)
+    return {"collection": DomainConfig.model_validate({"text": text, "field": field})}, Path.cwd()
+
+
+def discover(
+    collection: Mapping[str, DomainConfig],
+    text_root: Path,
+    output: Path,
+    *,
+    clusters: int,
+    sample: int = 20_000,
+    dimensions: int = 100,
+    random_seed: int = 0,
+) -> dict[str, Any]:
+    """Cluster a collection into `output`: `<cluster>.jsonl.gz` each, the clustering, and domains.yaml.
+
+    Memory holds `sample` documents' beginnings and never the collection. Returns what each cluster holds. Raises
+    DataError if there is no text, too little, or `output` holds something.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise DataError(f"{output} exists already; choose another output, or remove it first")
+
+    def documents() -> Iterator[Document]:
+        for name, domain in collection.items():
+            yield from read_documents(name, domain, text_root, on_bad_line=BadLines("error"))
+
+    beginnings = (
+        (document.text[:PLACING_CHARACTERS], len(document.text.encode())) for document in documents()
+    )
+    chosen = random_sample(beginnings, sample, random_seed)
+    if not chosen:
+        raise DataError(f"no document in {', '.join(collection)}; give files with text in them")
+    texts, sizes = zip(*chosen, strict=True)
+    clustering = Clustering.fit(texts, clusters, sizes=sizes, dimensions=dimensions, random_seed=random_seed)
+    del chosen, texts
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        names = [f"cluster{number}" for number in range(clusters)]
+        held = _share_out(documents(), clustering, [partial / f"{name}.jsonl.gz" for name in names])
+        found = {name: counts | {"terms": terms} for name, counts, terms in
+                 zip(names, held, clustering.typical_terms(), strict=True)}  # fmt: skip
+        clustering.save(partial)
+        (partial / DOMAINS).write_text(_domains_yaml(found))
+        partial.replace(output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return {"output": str(output), "clusters": found}
+
+
+def random_sample(items: Iterable[_Item], size: int, random_seed: int) -> list[_Item]:
+    """A uniform sample of a stream, in memory for the sample alone."""
+    chooser = random.Random(random_seed)
+    kept: list[_Item] = []
+    for number, item in enumerate(items):
+        if len(kept) < size:
+            kept.append(item)
+        elif (place := chooser.randrange(number + 1)) < size:
+            kept[place] = item
+    return kept
+
+
+def _share_out(
+    documents: Iterable[Document], clustering: Clustering, paths: Sequence[Path]
+) -> list[dict[str, int]]:
+    """Write every document to its cluster's file; returns what each holds."""
+    held = [{"documents": 0, "bytes": 0} for _ in paths]
+    stream = iter(documents)
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(_compressed(path)) for path in paths]
+        while batch := list(islice(stream, _AT_ONCE)):
+            places = clustering.assign([document.text for document in batch])
+            for document, place in zip(batch, places.tolist(), strict=True):
+                # Documents of one group are of one source, which keeps them in one split of the new domain too.
+                row = {"text": document.text, "source": document.group or document.origin}
+                files[place].write(json.dumps(row, ensure_ascii=False) + "\n")
+                held[place]["documents"] += 1
+                held[place]["bytes"] += len(document.text.encode())
+    return held
+
+
+@contextlib.contextmanager
+def _compressed(path: Path) -> Iterator[TextIO]:
+    # No time in the header: the same collection gives the same bytes.
+    with (
+        path.open("wb") as raw,
+        gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed,
+        io.TextIOWrapper(packed, encoding="utf-8") as text,
+    ):
+        yield text
+
+
+def _domains_yaml(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """The `domains` of a run's YAML, ready to be trained on as it stands."""
+    lines = [
+        "# Found by btm-scale discover; add a model and a budget, and run it: btm-scale run domains.yaml",
+        "domains:",
+    ]
+    for name, cluster in found.items():
+        value = yaml.safe_dump({"text": f"{name}.jsonl.gz", "split_by": {"field": "source"}},
+                               default_flow_style=True, sort_keys=False, width=1000).strip()  # fmt: skip
+        lines += [f"  # {', '.join(cluster['terms'])}", f"  {name}: {value}"]
+    return "\n".join(lines) + "\n"

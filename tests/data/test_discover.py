@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_run import btm_scale, tiny_values, write_config
+
+from btm_scale.config import DomainConfig, RunConfig
+from btm_scale.data.cluster import Clustering, balanced_kmeans, squared_distances
+from btm_scale.data.discover import DOMAINS, discover, random_sample
+from btm_scale.errors import DataError
+
+pytest.importorskip("sklearn", reason="finding domains needs scikit-learn")
+
+KINDS = ("python", "cpp", "licences", "docs")
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+@pytest.fixture(scope="module")
+def mixed(real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The four kinds of installed text in one file, each document cut small, with its kind beside it."""
+    folder = tmp_path_factory.mktemp("mixed")
+    with (folder / "all.jsonl").open("w") as file:
+        for kind in KINDS:
+            for line in (real_text / f"{kind}.jsonl").read_text().splitlines():
+                text = json.loads(line)["text"]
+                for start in range(0, len(text), 3000):
+                    file.write(json.dumps({"text": text[start : start + 3000], "kind": kind}) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("found") / "domains"
+    done = btm_scale(
+        "discover", mixed / "all.jsonl", "--clusters", "2", "--out", output, "--sample", "250", "--json"
+    )
+    assert set(json.loads(done.stdout)["clusters"]) == {"cluster0", "cluster1"}
+    return output
+
+
+def test_clusters_are_balanced_and_separate_code_from_prose(mixed: Path, found: Path) -> None:
+    kinds = {
+        row["text"]: row["kind"] for row in map(json.loads, (mixed / "all.jsonl").read_text().splitlines())
+    }
+    clusters = [rows(found / f"cluster{number}.jsonl.gz") for number in range(2)]
+    assert sorted(row["text"] for cluster in clusters for row in cluster) == sorted(
+        json.loads(line)["text"] for line in (mixed / "all.jsonl").read_text().splitlines()
+    )
+    sizes = [sum(len(row["text"]) for row in cluster) for cluster in clusters]
+    assert max(sizes) < 1.25 * min(sizes)
+    of_code = [Counter(kinds[row["text"]] in ("python", "cpp") for row in cluster) for cluster in clusters]
+    shares = sorted(count[True] / count.total() for count in of_code)
+    assert shares[0] < 0.2
+    assert shares[1] > 0.8
+
+
+def test_what_is_found_is_a_config_as_it_stands(found: Path) -> None:
+    config = RunConfig.load(found / DOMAINS)
+    assert list(config.domains) == ["cluster0", "cluster1"]
+    assert all((config.text_root / domain.text[0]).is_file() for domain in config.domains.values())
+
+
+def test_a_saved_clustering_places_and_routes_as_before(mixed: Path, found: Path) -> None:
+    clustering = Clustering.load(found)
+    texts = [json.loads(line)["text"] for line in (mixed / "all.jsonl").read_text().splitlines()][::7]
+    written = {
+        row["text"]: number for number in range(2) for row in rows(found / f"cluster{number}.jsonl.gz")
+    }
+    assert clustering.assign(texts).tolist() == [written[text] for text in texts]
+    weights = np.exp(clustering.log_weights(texts))
+    assert weights.sum(axis=1) == pytest.approx(1)
+    distances = squared_distances(clustering.place(texts), clustering.centres)
+    expected = np.exp(-distances / 0.1)
+    assert weights == pytest.approx(expected / expected.sum(axis=1, keepdims=True), rel=1e-4)
+    nearest = clustering.log_weights(texts, top_k=1)
+    assert (np.isfinite(nearest).sum(axis=1) == 1).all()
+    assert (nearest.argmax(axis=1) == distances.argmin(axis=1)).all()
+    assert np.isfinite(clustering.log_weights(["", "0 1 2 3"])).all()
+
+
+def test_clusters_of_unequal_blobs_hold_equal_mass() -> None:
+    random = np.random.default_rng(0)
+    blobs = [
+        random.normal(centre, 0.05, size=(count, 2)) for centre, count in ((0.0, 700), (1.0, 200), (2.0, 100))
+    ]
+    points = np.concatenate(blobs).astype(np.float32)
+    masses = random.uniform(0.5, 1.5, len(points))
+    centres, prices = balanced_kmeans(points, masses / masses.sum(), 4, random_seed=0)
+    chosen = np.argmin(squared_distances(points, centres) - prices, axis=1)
+    shares = np.bincount(chosen, weights=masses, minlength=4) / masses.sum()
+    assert shares == pytest.approx(0.25, abs=0.02)
+
+
+def test_a_sample_of_a_stream_is_uniform() -> None:
+    counts = Counter(item for seed in range(2000) for item in random_sample(range(10), 3, seed))
+    assert all(count == pytest.approx(600, abs=100) for count in counts.values())
+    assert random_sample(range(2), 3, 0) == [0, 1]
+
+
+def test_a_runs_own_domains_can_be_found_anew(real_text: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", tiny_values(real_text))
+    answer = discover(config.domains, config.text_root, tmp_path / "out", clusters=2, sample=100)
+    held = answer["clusters"].values()
+    assert sum(cluster["documents"] for cluster in held) > 50
+    assert all(cluster["terms"] for cluster in held)
+    again = discover(config.domains, config.text_root, tmp_path / "again", clusters=2, sample=100)
+    assert again["clusters"] == answer["clusters"]
+    for name in ("cluster0", "cluster1"):
+        assert (tmp_path / "out" / f"{name}.jsonl.gz").read_bytes() == (
+            tmp_path / "again" / f"{name}.jsonl.gz"
+        ).read_bytes()
+
+
+def test_too_little_text_or_an_output_that_holds_something_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "few.jsonl").write_text('{"text": "one word"}\n{"text": "another word"}\n')
+    collection = {"few": DomainConfig(text=("few.jsonl",))}
+    with pytest.raises(DataError, match="4 documents for each"):
+        discover(collection, tmp_path, tmp_path / "out", clusters=2)
+    assert list(tmp_path.iterdir()) == [tmp_path / "few.jsonl"]
+    with pytest.raises(DataError, match="exists already"):
+        discover(collection, tmp_path, tmp_path, clusters=2)
+    with pytest.raises(DataError, match="no clustering in"):
+        Clustering.load(tmp_path)
