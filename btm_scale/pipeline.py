@@ -267,9 +267,11 @@ def _local(place: Placement) -> Launcher:
 
 
 def _additions(existing: RunConfig, config: RunConfig) -> list[str]:
-    """Paths in the YAML of domains that one of two configs adds: nothing else depends on them."""
-    names = existing.added_domains.keys() ^ config.added_domains.keys()
-    return [f"{section}.{name}" for name in sorted(names) for section in ("added_domains", "experts")]
+    """Paths in the YAML of domains that only one of two configs has and that nothing trained before depends on."""
+    added = existing.added_domains.keys() ^ config.added_domains.keys()
+    novel = existing.novel_domains.keys() ^ config.novel_domains.keys()
+    paths = [f"{section}.{name}" for name in sorted(added) for section in ("added_domains", "experts")]
+    return paths + [f"novel_domains.{name}" for name in sorted(novel)]
 
 
 def _differences(one: Any, other: Any, path: str = "") -> list[tuple[str, str]]:
