@@ -17,7 +17,7 @@ from btm_scale.forest.averages import average_model, averages_of, cached_priors
 from btm_scale.forest.ensemble import ensemble_methods
 from btm_scale.forest.expert import read_expert
 from btm_scale.forest.forest import experts
-from btm_scale.forest.living import ancestors
+from btm_scale.forest.living import ancestors, lineage
 from btm_scale.forest.posterior import Tempering, mixture_log_probs
 from btm_scale.forest.scoring import Scores, evaluation_text
 from btm_scale.forest.stack import Stack, dev_prior
@@ -58,6 +58,7 @@ def evaluate(config: RunConfig, run: RunDir) -> dict[str, Any]:
             domain: dict(zip(names, np.exp(prior).tolist(), strict=True)) for domain, prior in priors.items()
         },
         "tempering": {},
+        "lineage": lineage(run),
         "notes": [],
     }
     if not averages_of(config, run):

@@ -7,18 +7,22 @@ from typing import Any
 
 import yaml
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from btm_scale.report.progress import duration
 
-_KINDS = ("weights", "gradients", "optimizer", "activations", "total")
+_KINDS = ("weights", "gradients", "optimizer", "activations")
 
 
 def print_plan(plan: Mapping[str, Any], console: Console) -> None:
     """The whole plan, stage by stage."""
     cluster = plan["cluster"]
-    say = console.print
+
+    def say(text: str | Text, style: str | None = None) -> None:
+        console.print(text, style=style, soft_wrap=False, highlight=False)
+
     say(
         f"{plan['parameters'] / 1e6:,.1f}M parameters on {cluster['gpus']:,} {cluster['name']} "
         f"({cluster['nodes']:,} nodes of {cluster['gpus_per_node']})"
@@ -36,12 +40,12 @@ def print_plan(plan: Mapping[str, Any], console: Console) -> None:
         say("proposed, because the YAML gives no layout:")
         say(Text(yaml.safe_dump(plan["proposed"], sort_keys=False, default_flow_style=None).rstrip()))
     for number, stage in enumerate(plan["stages"], start=1):
-        over = stage["seconds"] / stage["lower_bound_seconds"] - 1
+        over = max(0.0, stage["seconds"] / stage["lower_bound_seconds"] - 1)
         say(
             f"\nstage {number}: {_long(stage['seconds'])}, {over:.1%} over what no placement could beat; "
             f"{stage['waves']} wave{'s' if stage['waves'] > 1 else ''}"
         )
-        say(_groups(stage["groups"]))
+        _print_groups(stage["groups"], console)
     between = plan["between_groups"]
     say(f"\nin all {plan['days']:,.2f} days; between the groups no byte is sent while experts train.")
     say(
@@ -51,34 +55,26 @@ def print_plan(plan: Mapping[str, Any], console: Console) -> None:
     )
 
 
-def _groups(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("models", "layout"):
-        table.add_column(name, overflow="fold")
-    for name in (
-        "GPUs",
-        "micro x acc.",
-        *(f"{kind} GB" for kind in _KINDS),
-        "step",
-        "tokens/s",
-        "takes",
-        "nodes",
-    ):
-        table.add_column(name, justify="right")
+def _print_groups(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """A block a kind of group: its layout, what a rank holds, and how long it takes."""
     for row in rows:
+        held = row["memory_bytes"]
+        parts = ", ".join(f"{kind} {held[kind] / 1e9:.1f}" for kind in _KINDS)
         step = row["step_seconds"]["total"]
+        took = f"{step * 1000:,.0f} ms" if step < 10 else f"{step:,.1f} s"
+        table = Table.grid(padding=(0, 2))
         table.add_row(
-            Text(_names(row["models"])),
-            Text(row["layout"]),
-            str(row["ranks"]),
-            f"{row['micro_batch']} x {row['accumulation']}",
-            *(f"{row['memory_bytes'][kind] / 1e9:.1f}" for kind in _KINDS),
-            f"{step * 1000:,.0f} ms" if step < 10 else f"{step:,.1f} s",
-            f"{row['tokens_per_second']:,.0f}",
-            _long(row["seconds"]),
-            _nodes(row["places"]),
+            "layout",
+            f"{row['layout']}; {row['micro_batch']} x {row['accumulation']} sequences a rank and step",
         )
-    return table
+        table.add_row("memory", f"{held['total'] / 1e9:.1f} GB a GPU: {parts}")
+        table.add_row(
+            "time",
+            f"{row['steps']:,} steps of {took}, {row['tokens_per_second']:,.0f} tokens/s: {_long(row['seconds'])}",
+        )
+        table.add_row("place", f"{row['ranks']} GPUs each, on {_nodes(row['places'])}")
+        console.print(Text(_names(row["models"]), style="bold"))
+        console.print(Padding(table, (0, 0, 0, 2)))
 
 
 def _names(names: Sequence[str]) -> str:
@@ -87,8 +83,11 @@ def _names(names: Sequence[str]) -> str:
 
 def _nodes(places: Sequence[Mapping[str, Any]]) -> str:
     used = sorted({node for place in places for node, _ in place["nodes"]})
-    whole = used == list(range(used[0], used[-1] + 1))
-    return f"{used[0]}-{used[-1]}" if whole and len(used) > 1 else ",".join(map(str, used))
+    if len(used) == 1:
+        return f"node {used[0]}"
+    if used == list(range(used[0], used[-1] + 1)):
+        return f"nodes {used[0]} to {used[-1]}"
+    return f"{len(used)} of nodes {used[0]} to {used[-1]}"
 
 
 def _long(seconds: float) -> str:

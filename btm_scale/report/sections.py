@@ -24,6 +24,7 @@ from btm_scale.report.equivalence import equivalence_sentence
 from btm_scale.report.heat_map import heat_map, shade_key
 from btm_scale.report.html_table import method_table
 from btm_scale.report.line_chart import line_chart
+from btm_scale.report.lineage import is_worth_drawing, lineage_graph
 from btm_scale.report.measures import (
     ENSEMBLE,
     EXPERT,
@@ -217,6 +218,17 @@ def priors_section(config: RunConfig, results: Results) -> str:
             title, shade_key("0", "1") + _for_both_widths(lambda w: _scroll(draw(width=w), title)), words
         ),
     )
+
+
+def lineage_section(results: Results) -> str:
+    """Who came from whom; empty where every expert branched from the seed LM."""
+    lineage = results.get("lineage") or {}
+    if not is_worth_drawing(lineage):
+        return ""
+    styles = expert_styles(results)
+    pictures = _for_both_widths(lambda w: lineage_graph(lineage, styles, width=w))
+    words = "A line goes from each parent to what began with it, as thick as the parent's weight."
+    return _section("Lineage", _figure("Who came from whom", pictures, words))
 
 
 def compute_section(results: Results) -> str:

@@ -64,6 +64,7 @@ def test_growing_scores_nothing_twice_and_the_results_know_the_new_expert(
     assert results["domains"]["cpp"]["novel"] is False
     seed, python, cpp = (read_expert(run.model(name)).tokens for name in ("seed", "python", "cpp"))
     assert results["compute"]["expert:cpp"]["tokens"] in (seed + python + cpp, seed + 2 * python + cpp)
+    assert "Who came from whom" in run.report.read_text()
     answer = json.loads(btm_scale("forest", "lineage", run.root, "--json").stdout)
     assert answer["parents"]["python"] == {"seed": 1.0}
     assert set(answer["parents"]["cpp"]) <= {"python", "licences"}
