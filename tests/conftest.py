@@ -22,9 +22,11 @@ def real_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with python.jsonl, cpp.jsonl, licences.jsonl and docs.jsonl of this installation."""
     from btm_scale.data.installed_text import write_installed_text
 
-    return shared_folder(
-        tmp_path_factory, "text", lambda folder: write_installed_text(folder, bytes_per_domain=400_000)
-    )
+    # Documents are so short, and so many, that none of a domain's splits stays empty, whatever is installed.
+    def make(folder: Path) -> None:
+        write_installed_text(folder, bytes_per_domain=400_000, longest=4_000)
+
+    return shared_folder(tmp_path_factory, "text", make)
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +40,11 @@ def finished_run(real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> t
 
     folder = shared_folder(tmp_path_factory, "finished", make)
     return RunConfig.load(folder / "tiny.yaml"), RunDir(folder / "run")
+
+
+@pytest.fixture(scope="session")
+def handmade(real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, RunDir]:
+    """Four experts of one seed with their scores of dev text, trained in this process in seconds."""
+    from handmade_run import handmade_run
+
+    return handmade_run(real_text, tmp_path_factory.mktemp("handmade"))

@@ -25,11 +25,13 @@ _TESTS = {"test", "tests", "testing", "idle_test", "__pycache__"}
 Text = tuple[str, str]
 
 
-def write_installed_text(folder: Path, *, bytes_per_domain: int) -> dict[str, dict[str, Any]]:
+def write_installed_text(
+    folder: Path, *, bytes_per_domain: int, longest: int = _DOCUMENT_BYTES
+) -> dict[str, dict[str, Any]]:
     """Write `python`, `cpp`, `licences` and `docs`, one .jsonl each with the fields text and source.
 
     Returns the domains as a config has them, paths relative to `folder`. The choice is the same for the same
-    packages, and spread over them; a domain has at most `bytes_per_domain` bytes of text.
+    packages, and spread over them; a domain has at most `bytes_per_domain` bytes of text, a document at most `longest`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     site, torch = _packages()
@@ -41,8 +43,8 @@ def write_installed_text(folder: Path, *, bytes_per_domain: int) -> dict[str, di
         "docs": _docs(site),
     }
     for name, texts in domains.items():
-        longest = _SECTION_BYTES if name == "licences" else _DOCUMENT_BYTES
-        _write(folder / f"{name}.jsonl", _cut(texts, longest), bytes_per_domain)
+        most = min(longest, _SECTION_BYTES) if name == "licences" else longest
+        _write(folder / f"{name}.jsonl", _cut(texts, most), bytes_per_domain)
     # Licences are few, and two of them hold half the text: only sections spread over the splits.
     return {
         name: {"text": [f"{name}.jsonl"]} | ({} if name == "licences" else {"split_by": {"field": "source"}})
