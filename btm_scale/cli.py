@@ -69,7 +69,8 @@ def run(options: argparse.Namespace) -> Answer:
 def prepare(options: argparse.Namespace) -> Answer:
     """Train the tokenizer and write the token files."""
     from btm_scale.data.prepare import prepare as prepare_data
-    from btm_scale.pipeline import data_summary, open_run
+    from btm_scale.pipeline import data_summary
+    from btm_scale.run_state import open_run
 
     config, run_dir = _config_and_run(options)
     open_run(config, run_dir)
@@ -86,19 +87,11 @@ def train(options: argparse.Namespace) -> Answer:
         [model] = options.model
         train_as_rank(config, run_dir, model)
     else:
-        from btm_scale.launchers import launcher_named, train_under_mpi
-        from btm_scale.pipeline import next_models, open_run, run_training
-        from btm_scale.report.live import live_table
+        from btm_scale.run_state import next_models, open_run
 
         open_run(config, run_dir)
-        models = options.model or next_models(config, run_dir)
-        if options.launcher == "mpi":
-            train_under_mpi(config, run_dir, models)
-        else:
-            with live_table(quiet=options.json) as show:
-                launcher = launcher_named(options.launcher, config)
-                run_training(config, run_dir, models, on_progress=show, launcher=launcher)
-        options.model = models
+        options.model = options.model or next_models(config, run_dir)
+        _train(options, config, run_dir)
     return {"models": {model: str(run_dir.model(model)) for model in options.model}}
 
 
@@ -248,6 +241,30 @@ def report(options: argparse.Namespace) -> Answer:
     return {"page": str(run_dir.report)}
 
 
+def ablate(options: argparse.Namespace) -> Answer:
+    """Rank mixtures of domains by the average of their experts' parameters."""
+    from btm_scale.forest.ablate import ablate as measure
+    from btm_scale.forest.ablate import choose_subsets, file_text, run_texts
+    from btm_scale.forest.decoder import usable_device
+
+    config, run_dir = _open(options)
+    subsets = choose_subsets(run_dir, options.expert, most=options.subsets, random_seed=options.random_seed)
+    texts = {path.name: file_text(config, run_dir, path) for path in options.text}
+    if options.domain or not texts:
+        texts |= run_texts(config, run_dir, options.domain, options.split)
+    answer = measure(
+        config, run_dir, texts, subsets, device=usable_device(options.device),
+        on_subset=lambda subset, mean: _say(f"{' + '.join(subset)}: {mean:.2f}"),
+    )  # fmt: skip
+    if not options.json:
+        from rich.console import Console
+
+        from btm_scale.report.ablation_table import ablation_table
+
+        Console().print(ablation_table(answer))
+    return answer
+
+
 def generate(options: argparse.Namespace) -> Answer:
     """Continue prompts with the forest, or with some of the run's models."""
     from dataclasses import asdict
@@ -341,6 +358,20 @@ def _run(options: argparse.Namespace, config: RunConfig, run_dir: RunDir) -> Ans
     _print_results(options, results)
     _say(f"The page is {run_dir.report}")
     return results
+
+
+def _train(options: argparse.Namespace, config: RunConfig, run_dir: RunDir) -> None:
+    from btm_scale.launchers import launcher_named, train_under_mpi
+
+    if options.launcher == "mpi":
+        train_under_mpi(config, run_dir, options.model)
+        return
+    from btm_scale.pipeline import run_training
+    from btm_scale.report.live import live_table
+
+    with live_table(quiet=options.json) as show:
+        launcher = launcher_named(options.launcher, config)
+        run_training(config, run_dir, options.model, on_progress=show, launcher=launcher)
 
 
 def _config_and_run(options: argparse.Namespace) -> tuple[RunConfig, RunDir]:
@@ -456,6 +487,7 @@ _VERBS = {
     "score": score,
     "evaluate": evaluate,
     "report": report,
+    "ablate": ablate,
     "generate": generate,
     "merge": merge,
     "convert": convert,

@@ -14,8 +14,9 @@ from btm_scale.errors import ConfigError, ForestError
 from btm_scale.forest.expert import Expert, is_finished, read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.living import remove_expert
-from btm_scale.pipeline import open_run, score_models
+from btm_scale.pipeline import score_models
 from btm_scale.run_dir import RunDir
+from btm_scale.run_state import open_run
 from btm_scale.train.branch import Beginning, settle
 from btm_scale.train.job import training_job
 from btm_scale.yaml_file import explain

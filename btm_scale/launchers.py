@@ -9,12 +9,12 @@ from btm_scale.errors import LaunchError
 from btm_scale.launch.deepspeed import HostPool
 from btm_scale.launch.mpi import MpiLauncher, run_under_mpi, started_by_mpirun
 from btm_scale.launch.slurm import SrunPool
-from btm_scale.launch.supervise import GroupCommand, OnPoll, Pool, run_groups_in
-from btm_scale.pipeline import Launcher, training_commands
+from btm_scale.launch.supervise import GroupCommand, OnPoll, Pool, RunGroups, run_groups_in
 from btm_scale.run_dir import RunDir
+from btm_scale.run_state import training_commands
 
 
-def launcher_named(name: str, config: RunConfig) -> Launcher | None:
+def launcher_named(name: str, config: RunConfig) -> RunGroups | None:
     """How this process starts groups; None for this machine, whose room depends on what is started."""
     if name == "slurm":
         return _in(SrunPool(config.launch.slurm))
@@ -25,7 +25,7 @@ def launcher_named(name: str, config: RunConfig) -> Launcher | None:
     return None
 
 
-def _in(pool: Pool) -> Launcher:
+def _in(pool: Pool) -> RunGroups:
     def run(commands: Sequence[GroupCommand], on_poll: OnPoll) -> None:
         run_groups_in(pool, commands, on_poll)
 

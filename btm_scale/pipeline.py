@@ -1,7 +1,4 @@
-"""The stages of a run and their order: what is done, what is next, what may run side by side.
-
-A stage is done when its files say so; nothing else remembers it, so a killed run goes on where its files end.
-"""
+"""The stages of a run, one after the other: each does what of it is not done yet."""
 
 from __future__ import annotations
 
@@ -13,40 +10,24 @@ from typing import Any
 from btm_scale.config import RunConfig
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.data.prepare import prepare, require_text
-from btm_scale.errors import ConfigError
 from btm_scale.forest.averages import GREEDY, average_texts, averages_of, write_averages
 from btm_scale.forest.expert import is_finished, read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.results import evaluate
-from btm_scale.forest.scoring import all_texts, missing_scores
+from btm_scale.forest.scores import all_texts, missing_scores
 from btm_scale.forest.soup import soups
 from btm_scale.launch.local import LocalPool
-from btm_scale.launch.supervise import GroupCommand, OnPoll, run_groups_in
+from btm_scale.launch.supervise import GroupCommand, OnPoll, RunGroups, run_groups_in
 from btm_scale.report.page import write_page
-from btm_scale.report.progress import ModelProgress, read_progress
+from btm_scale.report.progress import ModelProgress
 from btm_scale.run_dir import SEED, RunDir
+from btm_scale.run_state import is_done, open_run, progress, training_commands
 from btm_scale.train.job import model_names, training_job
 from btm_scale.train.metrics import read_metrics
 from btm_scale.train.stages import training_stages
 
-# What may change between two calls on one folder: it decides how a run goes on, not what its models are.
-_FREE = (
-    "launch",
-    "checkpoint",
-    "health",
-    "profile",
-    "baselines",
-    "data.workers",
-    "evaluate.prior",
-    "evaluate.posterior",
-    "evaluate.tempering",
-    "evaluate.top_k",
-)
-
 Progress = Callable[[Sequence[ModelProgress]], None]
 Say = Callable[[str], None]
-# Runs groups, as many side by side as there is room for; see launch.supervise.run_groups_in.
-Launcher = Callable[[Sequence[GroupCommand], OnPoll], None]
 
 
 @dataclass(frozen=True)
@@ -58,29 +39,8 @@ class Placement:
     threads: int  # of one rank
 
 
-def open_run(config: RunConfig, run: RunDir) -> None:
-    """Make the run's folder, or check that it is this config's, and save the config in it.
-
-    Raises ConfigError if the folder holds another run: its models would not be what the config says.
-    """
-    if run.config.is_file():
-        existing = RunConfig.load(run.config)
-        differing = [
-            line
-            for path, line in _differences(existing.model_dump(mode="json"), config.model_dump(mode="json"))
-            if not path.startswith((*_FREE, *_additions(existing, config)))
-        ]
-        if differing:
-            raise ConfigError(
-                f"{run.root} holds a run of another config; it differs in:\n"
-                + "\n".join(f"  {line}" for line in differing)
-                + "\nUse another --out, or delete that folder."
-            )
-    config.save(run.config)
-
-
 def run_all(
-    config: RunConfig, run: RunDir, *, on_progress: Progress, say: Say, launcher: Launcher | None = None
+    config: RunConfig, run: RunDir, *, on_progress: Progress, say: Say, launcher: RunGroups | None = None
 ) -> dict[str, Any]:
     """Every stage that isn't done, from text to page; returns the results. Groups run on this machine by default."""
     open_run(config, run)
@@ -103,15 +63,6 @@ def run_all(
     return results
 
 
-def next_models(config: RunConfig, run: RunDir) -> list[str]:
-    """The models that can be trained now: the first stage that isn't done, without those of it that are."""
-    for stage in training_stages(config):
-        todo = [model for model in stage if not is_done(config, run, model)]
-        if todo:
-            return todo
-    return []
-
-
 def placement(config: RunConfig, models: Sequence[str]) -> Placement:
     """How the groups of one stage share the machine's cores."""
     cores = len(os.sched_getaffinity(0))
@@ -121,26 +72,13 @@ def placement(config: RunConfig, models: Sequence[str]) -> Placement:
     return Placement(slots, max(1, cores // (slots * ranks)))
 
 
-def training_commands(config: RunConfig, run: RunDir, models: Sequence[str]) -> list[GroupCommand]:
-    """A group for each of the models that lack anything of it, in the order given."""
-    commands = []
-    for model in models:
-        if not is_done(config, run, model):
-            job = training_job(config, model)
-            arguments = ("train", str(run.config), "--model", model, "--out", str(run.root))
-            work = float(job.steps * job.sequences)
-            group = job.group
-            commands.append(GroupCommand(model, group.ranks, arguments, run.log(model), group.tensor, work))
-    return commands
-
-
 def run_training(
     config: RunConfig,
     run: RunDir,
     models: Sequence[str],
     *,
     on_progress: Progress,
-    launcher: Launcher | None = None,
+    launcher: RunGroups | None = None,
 ) -> None:
     """Train, export and score the models that lack anything of it."""
     launcher = launcher or _local(placement(config, models))
@@ -158,17 +96,8 @@ def run_training(
                                            for model in models}))  # fmt: skip
 
 
-def progress(config: RunConfig, run: RunDir, states: dict[str, str]) -> list[ModelProgress]:
-    """How far each model is, in the run's order."""
-    return [
-        read_progress(run, model, training_job(config, model).steps, state=states[model])  # type: ignore[arg-type]
-        for model in model_names(config)
-        if model in states
-    ]
-
-
 def score_models(
-    config: RunConfig, run: RunDir, models: Sequence[str], launcher: Launcher | None = None
+    config: RunConfig, run: RunDir, models: Sequence[str], launcher: RunGroups | None = None
 ) -> list[str]:
     """Score those of the models (default: every finished one) that lack scores; returns their names."""
     for model in models:
@@ -189,7 +118,7 @@ def added_experts(config: RunConfig, run: RunDir) -> list[str]:
     return [name for name in experts(run) if name not in config.expert_domains]
 
 
-def score_averages(config: RunConfig, run: RunDir, launcher: Launcher | None = None) -> None:
+def score_averages(config: RunConfig, run: RunDir, launcher: RunGroups | None = None) -> None:
     """Merge the averages, and score each on the domains that it serves."""
     if GREEDY in averages_of(config, run) and soups(config, run) is None:
         _run_scoring(config, run, ("--soups",), launcher)
@@ -197,7 +126,7 @@ def score_averages(config: RunConfig, run: RunDir, launcher: Launcher | None = N
 
 
 def _run_scoring(
-    config: RunConfig, run: RunDir, arguments: tuple[str, ...], launcher: Launcher | None
+    config: RunConfig, run: RunDir, arguments: tuple[str, ...], launcher: RunGroups | None
 ) -> None:
     """One group that runs `btm-scale score` on the run."""
     group = config.group
@@ -254,31 +183,8 @@ def data_summary(config: RunConfig, run: RunDir) -> dict[str, Any]:
     return {"data": str(run.data), "domains": summary}
 
 
-def is_done(config: RunConfig, run: RunDir, model: str) -> bool:
-    """Whether a model is trained, exported and scored."""
-    return is_finished(run.model(model)) and not missing_scores(config, run, model, all_texts(config))
-
-
-def _local(place: Placement) -> Launcher:
+def _local(place: Placement) -> RunGroups:
     def run_here(commands: Sequence[GroupCommand], on_poll: OnPoll) -> None:
         run_groups_in(LocalPool(place.slots, place.threads), commands, on_poll)
 
     return run_here
-
-
-def _additions(existing: RunConfig, config: RunConfig) -> list[str]:
-    """Paths in the YAML of domains that only one of two configs has and that nothing trained before depends on."""
-    added = existing.added_domains.keys() ^ config.added_domains.keys()
-    novel = existing.novel_domains.keys() ^ config.novel_domains.keys()
-    paths = [f"{section}.{name}" for name in sorted(added) for section in ("added_domains", "experts")]
-    return paths + [f"novel_domains.{name}" for name in sorted(novel)]
-
-
-def _differences(one: Any, other: Any, path: str = "") -> list[tuple[str, str]]:
-    """(path, sentence) of every value in which two configs differ."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        found = []
-        for key in dict.fromkeys([*one, *other]):
-            found += _differences(one.get(key), other.get(key), f"{path}.{key}" if path else str(key))
-        return found
-    return [] if one == other else [(path, f"{path}: {one} there, {other} here")]

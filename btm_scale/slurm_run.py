@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from btm_scale.config import RunConfig
-from btm_scale.data.prepare import require_text
+from btm_scale.data.files import require_text
 from btm_scale.errors import LaunchError
 from btm_scale.launch import slurm, slurm_queue
-from btm_scale.pipeline import is_done, open_run, training_stages
 from btm_scale.run_dir import DENSE, RunDir
+from btm_scale.run_state import is_done, open_run
 from btm_scale.train.job import model_names, training_job
+from btm_scale.train.stages import training_stages
 
 Say = Callable[[str], None]
 PREPARE, EXPERTS, EVALUATE = "prepare", "experts", "evaluate"

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from btm_scale.config import RunConfig
-from btm_scale.pipeline import is_done, progress
 from btm_scale.process import ModelLock
 from btm_scale.rank_log import Failure, read_failure
 from btm_scale.report.progress import ModelProgress
 from btm_scale.run_dir import RunDir
+from btm_scale.run_state import is_done, progress
 from btm_scale.slurm_run import queue_notes
 from btm_scale.train.job import model_names
 

@@ -43,6 +43,10 @@ class Start:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
+# What runs groups, and tells their states as it goes; see `run_groups_in`.
+RunGroups = Callable[[Sequence[GroupCommand], OnPoll], None]
+
+
 class Pool(Protocol):
     """Room for groups."""
 

@@ -16,7 +16,7 @@ from typing import BinaryIO, cast
 
 import zstandard
 
-from btm_scale.config import DomainConfig
+from btm_scale.config import DomainConfig, RunConfig
 from btm_scale.errors import DataError
 
 _COMPRESSED = (".gz", ".zst")
@@ -115,3 +115,16 @@ def _why_nothing(domain: str, pattern: str, text_root: Path, matches: list[Path]
     if matches:
         return f"{start}, only folders; name files in them, such as '{pattern.rstrip('/')}/**/*.txt'"
     return f"{start}; correct the path, or set text_root to the folder that it is relative to"
+
+
+def require_text(config: RunConfig) -> dict[str, list[SourceFile]]:
+    """The files of every domain, or one DataError with all that is wrong."""
+    files, problems = {}, []
+    for name, domain in config.all_domains.items():
+        try:
+            files[name] = resolve(name, domain, config.text_root)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+    return files

@@ -9,7 +9,7 @@ from pathlib import Path
 from btm_scale.config import RunConfig
 from btm_scale.data.domain import Progress, digest_of_text, keys_elsewhere, require_enough, write_domain
 from btm_scale.data.encode import Encoder
-from btm_scale.data.files import SourceFile, resolve
+from btm_scale.data.files import SourceFile, require_text
 from btm_scale.data.fingerprint import Fingerprint, Source, settings_of
 from btm_scale.data.make_tokenizer import adopt_tokenizer, balanced_sample, train_tokenizer
 from btm_scale.data.tokenizer import Tokenizer
@@ -33,19 +33,6 @@ def prepare(config: RunConfig, run: RunDir, on_progress: Progress | None = None)
     with Encoder(run.tokenizer, config.data.workers) as encoder:
         for name in waiting:
             _encode(name, config, run, encoder, on_progress or _silent)
-
-
-def require_text(config: RunConfig) -> dict[str, list[SourceFile]]:
-    """The files of every domain, or one DataError with all that is wrong."""
-    files, problems = {}, []
-    for name, domain in config.all_domains.items():
-        try:
-            files[name] = resolve(name, domain, config.text_root)
-        except DataError as error:
-            problems.append(str(error))
-    if problems:
-        raise DataError("\n".join(problems))
-    return files
 
 
 def _silent(domain: str, encoded_bytes: int, documents: int) -> None:

@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.numpy import save_file
 from torch import Tensor
 
 from btm_scale.checkpoint.safetensors import SafetensorsModel
 from btm_scale.config import RunConfig
 from btm_scale.data.evaluation import EvaluationText
-from btm_scale.errors import ForestError
 from btm_scale.forest.expert import read_expert
+from btm_scale.forest.scores import Scores, all_texts, missing_scores
 from btm_scale.group import ExpertGroup
 from btm_scale.kernels import combine_partials, token_logprob_partials
 from btm_scale.model.gpt import ExpertModel, build_model
@@ -29,42 +26,10 @@ from btm_scale.model.huggingface import shape_from_config
 from btm_scale.model.weights import load_weights
 from btm_scale.run_dir import RunDir
 
+__all__ = ["Scores", "all_texts", "evaluation_text", "load_model", "missing_scores", "score_model", "text_log_probs"]
+
 # Tokens that one rank scores at once; hidden states of so many are small beside any model's weights.
 _BATCH_TOKENS = 8192
-
-
-@dataclass(frozen=True)
-class Scores:
-    """A model's log-probabilities of a text, in nats."""
-
-    log_probs: np.ndarray  # float32 [tokens]
-    block_starts: np.ndarray  # int64 [blocks]
-    model: str  # content hash of the model
-    fingerprint: str  # of the text's tokens
-
-    def save(self, path: Path) -> None:
-        """Write aside, then name."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        metadata = {"model": self.model, "data_fingerprint": self.fingerprint}
-        save_file(
-            {"log_probs": self.log_probs, "block_starts": self.block_starts}, partial, metadata=metadata
-        )
-        partial.replace(path)
-
-    @classmethod
-    def load(cls, path: Path) -> Scores:
-        """Read scores. Raises ForestError if they aren't there."""
-        if not path.is_file():
-            raise ForestError(f"no scores at {path}; score this model first: btm-scale score RUN")
-        with safe_open(path, "numpy") as file:
-            metadata = file.metadata()
-            return cls(
-                file.get_tensor("log_probs"),
-                file.get_tensor("block_starts"),
-                metadata["model"],
-                metadata["data_fingerprint"],
-            )
 
 
 def evaluation_text(config: RunConfig, run: RunDir, domain: str, split: str) -> EvaluationText:
@@ -74,25 +39,6 @@ def evaluation_text(config: RunConfig, run: RunDir, domain: str, split: str) -> 
     if split == "dev" and config.evaluate.split != "dev":
         tokens = min(tokens, config.evaluate.dev_blocks * length)
     return EvaluationText.load(run, domain, split, tokens=tokens, sequence_length=length)
-
-
-def all_texts(config: RunConfig) -> list[tuple[str, str]]:
-    """Every (domain, split) that an expert is scored on."""
-    splits = dict.fromkeys(["dev", config.evaluate.split])
-    return [(domain, split) for domain in config.all_domains for split in splits]
-
-
-def missing_scores(
-    config: RunConfig, run: RunDir, model: str, texts: Iterable[tuple[str, str]]
-) -> list[tuple[str, str]]:
-    """Those of `texts` that the model as it stands now has no scores for."""
-    content_hash = read_expert(run.model(model)).content_hash
-    missing = []
-    for domain, split in texts:
-        path = run.scores(model, domain, split)
-        if not path.is_file() or Scores.load(path).model != content_hash:
-            missing.append((domain, split))
-    return missing
 
 
 def score_model(

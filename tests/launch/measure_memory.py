@@ -1,7 +1,7 @@
 """Trains one step in each of many layouts and counts what lives in memory when the optimizer steps: weights, gradients,
 master weights and moments. `measure_memory.py SPEC.json`, as every rank of a group runs it.
 
-The spec has `layouts` (name: group and `accumulate`), `shape` and `result`, where the first rank leaves bytes by layout.
+The spec has `layouts` (name: group and `accumulate`), `shape` and `result`: where the first rank leaves the bytes.
 """
 
 from __future__ import annotations

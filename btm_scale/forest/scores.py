@@ -1,0 +1,69 @@
+"""Scores on disk: one log-probability for every target token. Looking at them needs no engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from btm_scale.config import RunConfig
+from btm_scale.errors import ForestError
+from btm_scale.forest.expert import read_expert
+from btm_scale.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A model's log-probabilities of a text, in nats."""
+
+    log_probs: np.ndarray  # float32 [tokens]
+    block_starts: np.ndarray  # int64 [blocks]
+    model: str  # content hash of the model
+    fingerprint: str  # of the text's tokens
+
+    def save(self, path: Path) -> None:
+        """Write aside, then name."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        metadata = {"model": self.model, "data_fingerprint": self.fingerprint}
+        save_file(
+            {"log_probs": self.log_probs, "block_starts": self.block_starts}, partial, metadata=metadata
+        )
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Scores:
+        """Read scores. Raises ForestError if they aren't there."""
+        if not path.is_file():
+            raise ForestError(f"no scores at {path}; score this model first: btm-scale score RUN")
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata()
+            return cls(
+                file.get_tensor("log_probs"),
+                file.get_tensor("block_starts"),
+                metadata["model"],
+                metadata["data_fingerprint"],
+            )
+
+
+def all_texts(config: RunConfig) -> list[tuple[str, str]]:
+    """Every (domain, split) that an expert is scored on."""
+    splits = dict.fromkeys(["dev", config.evaluate.split])
+    return [(domain, split) for domain in config.all_domains for split in splits]
+
+
+def missing_scores(
+    config: RunConfig, run: RunDir, model: str, texts: Iterable[tuple[str, str]]
+) -> list[tuple[str, str]]:
+    """Those of `texts` that the model as it stands now has no scores for."""
+    content_hash = read_expert(run.model(model)).content_hash
+    missing = []
+    for domain, split in texts:
+        path = run.scores(model, domain, split)
+        if not path.is_file() or Scores.load(path).model != content_hash:
+            missing.append((domain, split))
+    return missing

@@ -1,0 +1,100 @@
+"""Hostfiles, and which group gets which slots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from btm_scale.launch.deepspeed import HostPool
+from btm_scale.launch.hosts import HostRoom, Share, read_hostfile
+from btm_scale.launch.supervise import GroupCommand
+
+from btm_scale.errors import LaunchError
+from btm_scale.launch_config import DeepSpeedConfig
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "hostfile"
+    path.write_text(text)
+    return path
+
+
+def test_a_hostfile_has_a_host_a_line(tmp_path: Path) -> None:
+    text = "# my cluster\nworker-0 slots=8\n\nworker-1  slots = 4  # the old one\n"
+    assert read_hostfile(written(tmp_path, text)) == {"worker-0": 8, "worker-1": 4}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "names no host"),
+        ("worker-0\n", r"line 1: 'worker-0' is not of the form"),
+        ("a slots=2\nb slots=0", "line 2"),
+        ("a slots=2\na slots=2", "'a' stands twice"),
+    ],
+)
+def test_a_hostfile_of_another_kind_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match=message):
+        read_hostfile(written(tmp_path, text))
+
+
+def test_a_missing_hostfile_is_told(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match=r"no hostfile at .*set launch\.deepspeed\.hostfile"):
+        read_hostfile(tmp_path / "absent")
+
+
+def test_a_group_stays_on_the_host_that_it_fills_best() -> None:
+    room = HostRoom({"big": 8, "small": 2})
+    assert room.take("a", 2, 1) == (Share("small", (0, 1)),)
+    assert room.take("b", 6, 2) == (Share("big", (0, 1, 2, 3, 4, 5)),)
+    assert room.take("c", 4, 1) is None
+    room.give_back((Share("big", (0, 1, 2, 3, 4, 5)),))
+    assert room.take("c", 4, 1) == (Share("big", (0, 1, 2, 3)),)
+
+
+def test_a_tensor_group_never_spans_two_hosts() -> None:
+    room = HostRoom({"a": 3, "b": 3})
+    assert room.take("wide", 4, 2) == (Share("a", (0, 1)), Share("b", (0, 1)))
+    with pytest.raises(LaunchError, match="wide needs 6 slots, 2 of each tensor group on one host"):
+        HostRoom({"a": 3, "b": 3}).take("wide", 6, 2)
+
+
+def test_groups_that_run_side_by_side_share_no_slot_and_no_port(tmp_path: Path) -> None:
+    hosts = written(tmp_path, "n1 slots=4\nn2 slots=4\n")
+    config = DeepSpeedConfig(hostfile=hosts, connect=("ssh", "-tt", "{host}"), ports=(30000, 30010))
+    pool = HostPool(config)
+    starts, included, ports = [], [], []
+    for name in ("math", "code", "law"):
+        start = pool.take(GroupCommand(name, 4 if name == "law" else 2, ("train",), tmp_path / name / "log"))
+        if start is not None:
+            starts.append(start)
+            words = start.processes[0]
+            included.append(words[words.index("--include") + 1])
+            ports.append(words[words.index("--master_port") + 1])
+            assert words[:3] == ("ssh", "-tt", included[-1].split(":")[0])
+    assert included == ["n1:0,1", "n1:2,3", "n2:0,1,2,3"]
+    assert len(set(ports)) == 3
+    assert (tmp_path / "math" / "hostfile").read_text() == "n1 slots=4\n"
+    assert pool.take(GroupCommand("more", 1, ("train",), tmp_path / "more" / "log")) is None
+    pool.give_back("code")
+    assert pool.take(GroupCommand("more", 1, ("train",), tmp_path / "more" / "log")) is not None
+
+
+def test_by_default_one_launcher_reaches_all_hosts_of_its_group_by_pdsh(tmp_path: Path) -> None:
+    pool = HostPool(
+        DeepSpeedConfig(hostfile=written(tmp_path, "n1 slots=2\nn2 slots=2\n"), environment={"A": "b"})
+    )
+    start = pool.take(GroupCommand("math", 4, ("train", "x.yaml"), tmp_path / "math" / "log"))
+    assert start is not None
+    [words] = start.processes
+    # Even a group of one host is started on that host, never here by mistake.
+    assert "--force_multi" in words
+    assert words[-3:] == ("btm_scale.cli", "train", "x.yaml")
+    exported = Path(start.environment["DS_ENV_FILE"]).read_text().splitlines()
+    assert {"A=b", "OMP_NUM_THREADS=1"} <= set(exported)
+
+
+def test_an_argument_that_a_remote_shell_would_read_is_refused(tmp_path: Path) -> None:
+    pool = HostPool(DeepSpeedConfig(hostfile=written(tmp_path, "n1 slots=2\n")))
+    with pytest.raises(LaunchError, match="would pass through a shell"):
+        pool.take(GroupCommand("math", 1, ("train", "a; rm -rf ~ #"), tmp_path / "math" / "log"))

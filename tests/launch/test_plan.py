@@ -1,0 +1,142 @@
+"""Plans of clusters that need not be there."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from btm_scale.launch.gpus import GPUS
+from btm_scale.launch.memory import rank_memory
+from btm_scale.launch.plan import Cluster
+from launcher import launched
+from tiny_run import btm_scale
+
+from btm_scale.config import GroupConfig, RunConfig
+from btm_scale.errors import LaunchError
+from btm_scale.model.shape import ModelShape
+from btm_scale.planning import make_plan
+
+PAPER_64 = {
+    "model": {"preset": "gpt2-350m"},
+    "tokenizer": {"vocab_size": 50257},
+    "baselines": {"dense": False},
+    "budget": {"tokens": 64 * 2**31, "seed_share": 0.5, "sequence_length": 1024, "batch_tokens": 2**21},
+}
+EIGHT_8B = {
+    "model": {"family": "llama", "layers": 32, "hidden": 4096, "heads": 32, "groups": 8, "ffn": 14336, "tied": False},
+    "tokenizer": {"vocab_size": 128256},
+    "baselines": {"dense": False},
+    "budget": {"tokens": 2**35, "seed_share": 0.01, "sequence_length": 8192, "batch_tokens": 2**22},
+}  # fmt: skip
+
+
+def config_of(folder: Path, values: dict[str, Any], experts: int) -> RunConfig:
+    domains = {f"d{i}": {"text": f"d{i}.jsonl"} for i in range(experts)}
+    (folder / "run.yaml").write_text(yaml.safe_dump({**values, "domains": domains}))
+    return RunConfig.load(folder / "run.yaml")
+
+
+def rows(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for stage in plan["stages"] for row in stage["groups"]]
+
+
+def test_the_papers_64_experts_of_350m_on_128_gpus(tmp_path: Path) -> None:
+    plan = make_plan(config_of(tmp_path, PAPER_64, 64), Cluster(GPUS["v100"], 16, 8))
+    assert plan["parameters"] == pytest.approx(355e6, rel=0.01)
+    experts = plan["stages"][1]
+    # As in the paper, every expert has two GPUs, and all train at once.
+    assert [(row["ranks"], len(row["models"])) for row in experts["groups"]] == [(2, 64)]
+    assert experts["waves"] == 1
+    assert experts["seconds"] == pytest.approx(experts["lower_bound_seconds"])
+    assert all(row["memory_bytes"]["total"] < 32e9 for row in rows(plan))
+    # A ring's all-reduce of 16-bit gradients over 64 groups, each of 512 steps of the branches.
+    steps = experts["groups"][0]["steps"]
+    between = plan["between_groups"]
+    assert between["data_parallel_bytes"] == pytest.approx(2 * 63 * plan["parameters"] * 2 * steps)
+    assert between["branch_train_merge_bytes"] == 0
+
+
+def test_eight_experts_of_8b_on_64_h100(tmp_path: Path) -> None:
+    plan = make_plan(config_of(tmp_path, EIGHT_8B, 8), Cluster(GPUS["h100"], 8, 8))
+    assert plan["parameters"] == pytest.approx(8.03e9, rel=0.01)
+    [experts] = plan["stages"][1]["groups"]
+    assert (experts["ranks"], len(experts["models"])) == (8, 8)
+    # One whole node an expert, so that no expert's gradients leave its node.
+    assert all(len(place["nodes"]) == 1 for place in experts["places"])
+    assert 16 * 8.03e9 / 8 < experts["memory_bytes"]["total"] < 72e9
+    # 8,192 tokens of 8B parameters at 55% of an H100's bf16 figure: 10 to 13 thousand tokens/s a GPU.
+    assert 8_000 < experts["tokens_per_second"] / 8 < 13_000
+
+
+def test_a_layout_that_is_given_is_kept_and_one_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    cluster = Cluster(GPUS["h100"], 8, 8)
+    given = config_of(tmp_path, EIGHT_8B | {"group": {"tensor": 8, "recompute": "full", "micro_batch": 2}}, 8)
+    plan = make_plan(given, cluster)
+    assert plan["proposed"] == {}
+    assert {row["layout"] for row in rows(plan)} == {"tensor 8 x data 1, ZeRO 1, bf16, full recomputation"}
+    alone = config_of(tmp_path, EIGHT_8B | {"group": {"micro_batch": 1}}, 8)
+    with pytest.raises(
+        LaunchError, match=r"a rank needs 1\d\d\.\d GB, and of a h100's 80 GB 90% can be used; raise"
+    ):
+        make_plan(alone, cluster)
+
+
+def test_what_is_proposed_can_be_put_into_the_yaml(tmp_path: Path) -> None:
+    cluster = Cluster(GPUS["a100"], 4, 8)
+    first = make_plan(config_of(tmp_path, PAPER_64, 16), cluster)
+    again = make_plan(config_of(tmp_path, PAPER_64 | first["proposed"], 16), cluster)
+    assert again["stages"] == first["stages"]
+
+
+def test_ten_thousand_gpus_are_planned_in_under_two_seconds(tmp_path: Path) -> None:
+    config = config_of(tmp_path, PAPER_64 | {"budget": PAPER_64["budget"] | {"batch_tokens": 2**23}}, 1250)
+    begin = time.process_time()
+    plan = make_plan(config, Cluster(GPUS["h100"], 1250, 8))
+    assert time.process_time() - begin < 2.0
+    assert sum(len(row["models"]) for row in plan["stages"][1]["groups"]) == 1250
+
+
+def test_the_command_line_prints_a_plan_and_imports_no_torch(tmp_path: Path) -> None:
+    config_of(tmp_path, PAPER_64, 64)
+    asked = ("plan", tmp_path / "run.yaml", "--nodes", 16, "--gpu", "v100")
+    printed = btm_scale(*asked).stdout
+    assert "354.8M parameters on 128 v100 (16 nodes of 8)" in printed
+    assert "d0 ... d63 (64)" in printed
+    assert json.loads(btm_scale(*asked, "--json").stdout)["stages"]
+    assert "no figures of a GPU called 'tpu'" in btm_scale(*asked[:-1], "tpu", check=False).stderr
+
+
+SHAPE = {"family": "llama", "layers": 4, "hidden": 256, "heads": 4, "groups": 2, "ffn": 688, "positions": 32,
+         "vocabulary": 2048}  # fmt: skip
+LAYOUTS: dict[str, dict[str, Any]] = {
+    f"data 2, ZeRO {zero}, {precision}, {count} micro-batches": {
+        "data": 2, "zero": zero, "precision": precision, "accumulate": count,
+    }
+    for zero in (0, 1, 2, 3) for precision in ("bf16", "fp32") for count in (1, 2)
+}  # fmt: skip
+LAYOUTS |= {"tensor 2, ZeRO 1": {"tensor": 2, "zero": 1}, "tensor 2, ZeRO 0": {"tensor": 2, "zero": 0}}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """Bytes that DeepSpeed really holds in every layout."""
+    folder = tmp_path_factory.mktemp("memory")
+    spec = {"layouts": LAYOUTS, "shape": SHAPE, "result": str(folder / "result.json")}
+    launched(Path(__file__).with_name("measure_memory.py"), 2, spec, folder)
+    return dict(json.loads((folder / "result.json").read_text()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_memory_of_a_rank_is_what_deepspeed_allocates(name: str, measured: dict[str, int]) -> None:
+    values = dict(LAYOUTS[name])
+    count = values.pop("accumulate", 1)
+    shape = ModelShape.model_validate(SHAPE)
+    planned = rank_memory(
+        shape, GroupConfig.model_validate(values), micro_batch=1, length=32, accumulation=count
+    )
+    assert planned.states == pytest.approx(measured[name], rel=0.10)
