@@ -1,0 +1,28 @@
+"""A run of three small experts, each a group of two ranks: for tests of what starts groups."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tiny_run import tiny_values
+
+EXPERTS = ("python", "licences", "docs")
+
+
+def cluster_values(
+    text: Path, *, steps: int, experts: tuple[str, ...] = EXPERTS, **changes: Any
+) -> dict[str, Any]:
+    """`steps` steps for the seed, and as many for each expert, in groups of two data ranks."""
+    batch = 128 * len(experts)
+    return tiny_values(
+        text,
+        model={"family": "llama", "layers": 2, "hidden": 32, "heads": 2, "groups": 2, "ffn": 64},
+        domains={name: {"text": f"{name}.jsonl"} for name in experts},
+        novel_domains={},
+        budget={"tokens": 2 * steps * batch, "seed_share": 0.5, "sequence_length": 64, "batch_tokens": batch},
+        group={"data": 2, "micro_batch": 1},
+        baselines={"dense": False},
+        evaluate={"tokens_per_domain": 500, "dev_blocks": 5},
+        **changes,
+    )

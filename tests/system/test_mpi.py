@@ -1,0 +1,190 @@
+"""One mpirun of six ranks, split into three groups: they share nothing, and stopping one stops no other."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+from cluster_run import EXPERTS, cluster_values
+from tiny_run import btm_scale, write_config
+
+from btm_scale.forest.expert import is_finished, read_expert
+from btm_scale.run_dir import RunDir
+
+pytestmark = pytest.mark.slow
+
+STEPS = 30
+STOPPED = "docs"
+
+
+@dataclass
+class Seen:
+    """What was seen while the three groups trained."""
+
+    joined: set[tuple[str, str]] = field(
+        default_factory=set
+    )  # pairs of groups with a connection between them
+    within: set[str] = field(default_factory=set)  # groups with connections inside
+    samples: int = 0
+    finished_beside: set[str] = field(default_factory=set)  # experts that ended while one group stood still
+    stopped_at: int = 0
+    output: str = ""
+
+
+def ranks_of(run: RunDir) -> dict[int, str]:
+    """The model that each process of this run trains, by process id."""
+    found = {}
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if "--model" in words and str(run.root) in words:
+            found[process.pid] = words[words.index("--model") + 1]
+    return found
+
+
+def connections(owners: dict[int, str]) -> Iterator[tuple[str, str]]:
+    """The models at both ends of every TCP connection between processes of the run, from the kernel's own tables."""
+    inodes = {}
+    for pid, model in owners.items():
+        for link in Path(f"/proc/{pid}/fd").glob("*"):
+            try:
+                target = str(link.readlink())
+            except OSError:
+                continue
+            if target.startswith("socket:["):
+                inodes[target[8:-1]] = model
+    ends = {}
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            columns = line.split()
+            local, remote, state, inode = columns[1], columns[2], columns[3], columns[9]
+            if state == "01" and inode in inodes:
+                ends[local.rpartition(":")[2], remote.rpartition(":")[2]] = inodes[inode]
+    for (local, remote), model in ends.items():
+        other = ends.get((remote, local))
+        if other is not None:
+            yield model, other
+
+
+@pytest.fixture(scope="module")
+def run(real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """Prepared, and its seed trained: the first two of six ranks do that, the others have nothing to do."""
+    if importlib.util.find_spec("mpi4py") is None or _mpirun() is None:
+        pytest.skip("needs mpirun and mpi4py, for example from `pip install mpich mpi4py`")
+    folder = tmp_path_factory.mktemp("mpi")
+    write_config(folder / "run.yaml", cluster_values(real_text, steps=STEPS))
+    made = RunDir(folder / "run")
+    btm_scale("prepare", folder / "run.yaml", "--out", made.root)
+    process = _start(made)
+    output, _ = process.communicate(timeout=1200)
+    assert process.returncode == 0, output
+    assert is_finished(made.model("seed"))
+    return made
+
+
+@pytest.fixture(scope="module")
+def seen(run: RunDir) -> Seen:
+    """The three experts' training, with one group stopped by SIGSTOP until the others have ended."""
+    found = Seen()
+    process = _start(run)
+    _wait(process, lambda: all(run.metrics(model).is_file() for model in EXPERTS))
+    stopped = [pid for pid, model in ranks_of(run).items() if model == STOPPED]
+    _sample(run, found)
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        others = [model for model in EXPERTS if model != STOPPED]
+        found.stopped_at = len(run.metrics(STOPPED).read_text().splitlines())
+        _wait(
+            process,
+            lambda: _sample(run, found) and all(is_finished(run.model(model)) for model in others),
+        )
+        found.finished_beside = {model for model in EXPERTS if is_finished(run.model(model))}
+    finally:
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+    found.output, _ = process.communicate(timeout=1200)
+    assert process.returncode == 0, found.output
+    return found
+
+
+def _start(run: RunDir) -> subprocess.Popen[str]:
+    command = [_mpirun(), "-n", "6", sys.executable, "-m", "btm_scale.cli", "train", str(run.config),
+               "--out", str(run.root), "--launcher", "mpi"]  # fmt: skip
+    rooted = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return subprocess.Popen(
+        [str(word) for word in command],
+        env={name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+        | rooted,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _mpirun() -> str | None:
+    return shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+
+def _sample(run: RunDir, found: Seen) -> bool:
+    for model, other in connections(ranks_of(run)):
+        if model == other:
+            found.within.add(model)
+        else:
+            found.joined.add((model, other))
+    found.samples += 1
+    return True
+
+
+def _wait(process: subprocess.Popen[str], moment: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 1200
+    while not moment():
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_no_connection_joins_two_groups(seen: Seen) -> None:
+    assert seen.samples > 3
+    assert seen.within == set(EXPERTS), "the two ranks of every group are joined"
+    assert seen.joined == set()
+
+
+def test_a_group_that_stands_still_delays_no_other(seen: Seen, run: RunDir) -> None:
+    assert seen.finished_beside == set(EXPERTS) - {STOPPED}
+    assert seen.stopped_at < STEPS
+    assert read_expert(run.model(STOPPED)).steps == STEPS
+
+
+def test_the_groups_forest_is_evaluated_and_reported(seen: Seen, run: RunDir) -> None:
+    btm_scale("evaluate", run.root, "--launcher", "mpi")
+    btm_scale("report", run.root)
+    results = json.loads(run.results.read_text())
+    assert {f"expert:{name}" for name in EXPERTS} <= set(results["methods"])
+    assert run.report.is_file()
+
+
+def test_a_failing_group_ends_alone_and_is_named(seen: Seen, run: RunDir) -> None:
+    """One expert's states are in the way; another is missing: it is trained, and mpirun tells of the first."""
+    for model in ("python", "docs"):
+        (run.model(model) / "expert.json").unlink()
+    shutil.rmtree(run.checkpoints("python"))
+    run.checkpoints("python").write_text("in the way")
+    process = _start(run)
+    output, _ = process.communicate(timeout=1200)
+    assert process.returncode != 0
+    assert "group 'python' failed: rank" in output
+    assert is_finished(run.model("docs"))
+    status = json.loads(btm_scale("status", run.root, "--json").stdout)
+    assert {model for model, row in status["models"].items() if row["state"] == "failed"} == {"python"}
+    assert "in the way" in status["failures"]["python"] or "checkpoints" in status["failures"]["python"]

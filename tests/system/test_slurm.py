@@ -1,0 +1,175 @@
+"""A run on a real SLURM cluster of four virtual nodes, from text to report, with a stop and a lost node in between."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster_run import cluster_values
+from slurm_cluster import SlurmCluster
+from tiny_run import write_config
+
+from btm_scale.forest.expert import read_expert
+from btm_scale.run_dir import RunDir
+
+pytestmark = pytest.mark.slow
+
+STEPS = 40
+NASTY = 'a "run; rm -rf ~ #'  # the folder's name: what a shell or SLURM must not read anything into
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[SlurmCluster]:
+    made = SlurmCluster()
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+
+
+class Submitter:
+    """A user at a shell of the cluster."""
+
+    def __init__(self, cluster: SlurmCluster, config: Path, run: RunDir) -> None:
+        self.cluster, self.config, self.run = cluster, config, run
+
+    def submit(self) -> dict[str, str]:
+        done = self._btm_scale("run", self.config, "--launcher", "slurm", "--out", self.run.root, "--json")
+        return dict(json.loads(done)["submitted"])
+
+    def status(self) -> dict[str, dict[str, Any]]:
+        return dict(json.loads(self._btm_scale("status", self.run.root, "--json"))["models"])
+
+    def _btm_scale(self, *arguments: object) -> str:
+        done = self.cluster.run(sys.executable, "-m", "btm_scale.cli", *arguments, timeout=900)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def logs(self) -> str:
+        paths = [*self.run.root.glob("slurm/*.log"), *self.run.root.glob("train/*/log*")]
+        return "\n".join(f"{path}:\n{path.read_text(errors='replace')[-1500:]}" for path in paths)
+
+
+@pytest.fixture(scope="module")
+def disturbed(
+    cluster: SlurmCluster, real_text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Submitter, dict[str, Any]]:
+    """A run whose seed is asked to stop, and one of whose experts loses a node; and what was seen on the way."""
+    folder = tmp_path_factory.mktemp("slurm")
+    slurm = {"ranks_per_node": 1, "time": "30"}
+    write_config(
+        folder / "run.yaml", cluster_values(real_text, steps=STEPS, name=NASTY, launch={"slurm": slurm})
+    )
+    run = RunDir(folder / NASTY)
+    user = Submitter(cluster, folder / "run.yaml", run)
+    seen: dict[str, Any] = {"first": user.submit(), "again": user.submit()}
+
+    def wait_for(moment: Any, seconds: float = 1200) -> None:
+        try:
+            cluster.wait_for(moment, seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{user.logs()}") from None
+
+    seed = seen["first"]["seed"]
+    wait_for(lambda: any(run.checkpoints("seed").glob("step-*")))
+    cluster.run("scancel", "--signal=USR1", seed)
+    wait_for(lambda: (run.train("seed") / "stopped").is_file())
+    seen["stopped"] = int((run.train("seed") / "stopped").read_text())
+    wait_for(lambda: cluster.queue().get(seed) == "PENDING")
+    cluster.run("scontrol", "update", f"jobid={seed}", "StartTime=now")  # SLURM would wait two minutes
+
+    victim = f"{seen['first']['experts']}_0"
+    wait_for(lambda: any(run.checkpoints("python").glob("step-*")))
+    seen["status"] = user.status()
+    node = cluster.run("squeue", "-h", "-j", victim, "-o", "%N").stdout.strip()
+    cluster.kill_node(f"n{node.rstrip(']')[-1]}")
+    seen["killed at"] = sorted(path.name for path in run.checkpoints("python").glob("step-*"))[-1]
+    wait_for(lambda: cluster.queue().get(victim) == "PENDING")
+    wait_for(lambda: "down" in cluster.run("sinfo", "-h", "-o", "%T").stdout)
+    cluster.run("scontrol", "update", f"jobid={victim}", "StartTime=now")
+    cluster.start_node(f"n{node.rstrip(']')[-1]}")
+    wait_for(lambda: not cluster.queue())
+    seen["logs"] = user.logs()
+    return user, seen
+
+
+def test_the_run_goes_from_text_to_report(disturbed: tuple[Submitter, dict[str, Any]]) -> None:
+    user, seen = disturbed
+    assert user.run.report.is_file(), seen["logs"]
+    results = json.loads(user.run.results.read_text())
+    assert {"ensemble", "average:posterior", "expert:docs"} <= set(results["methods"])
+    assert {row["state"] for row in user.status().values()} == {"done"}
+
+
+def test_jobs_under_way_or_done_are_not_submitted_again(disturbed: tuple[Submitter, dict[str, Any]]) -> None:
+    user, seen = disturbed
+    assert list(seen["first"]) == ["prepare", "seed", "experts", "evaluate"]
+    assert seen["again"] == {}
+    assert user.submit() == {}
+
+
+def test_only_what_is_missing_is_submitted(disturbed: tuple[Submitter, dict[str, Any]]) -> None:
+    user, _ = disturbed
+    card = user.run.model("docs") / "expert.json"
+    text = card.read_text()
+    card.unlink()
+    try:
+        submitted = user.submit()
+        assert list(submitted) == ["experts", "evaluate"]
+        # Only the task of the missing expert; the page waits for it.
+        assert set(user.cluster.queue()) == {f"{submitted['experts']}_1", submitted["evaluate"]}
+        assert "SLURM" in user.status()["docs"]["note"]
+    finally:
+        user.cluster.run("scancel", *submitted.values())
+        card.write_text(text)
+
+
+def test_status_joins_what_slurm_says(disturbed: tuple[Submitter, dict[str, Any]]) -> None:
+    _, seen = disturbed
+    assert seen["status"]["seed"]["state"] == "done"
+    running = seen["status"]["python"]
+    assert running["state"] == "running"
+    assert running["note"].startswith(f"SLURM {seen['first']['experts']}_0 running on n[")
+
+
+def test_a_stop_and_a_lost_node_change_no_bit(
+    disturbed: tuple[Submitter, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Seed and expert, trained again by two plain processes that nothing disturbs."""
+    user, seen = disturbed
+    assert 0 < seen["stopped"] < STEPS
+    assert seen["killed at"] < f"step-{STEPS:08d}"
+    calm = RunDir(tmp_path / "calm")
+    calm.root.mkdir()
+    for name in ("data", "tokenizer"):
+        (calm.root / name).symlink_to(user.run.root / name)
+    for model in ("seed", "python"):
+        train_in_peace(user.config, calm, model)
+        assert read_expert(calm.model(model)).content_hash == read_expert(user.run.model(model)).content_hash
+        losses = [json.loads(line)["loss"] for line in calm.metrics(model).read_text().splitlines()]
+        assert losses == [
+            json.loads(line)["loss"] for line in user.run.metrics(model).read_text().splitlines()
+        ]
+
+
+def train_in_peace(config: Path, run: RunDir, model: str) -> None:
+    arguments = ["train", str(config), "--model", model, "--out", str(run.root)]
+    port = str(20_000 + os.getpid() % 10_000)
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "btm_scale.cli", *arguments],
+            env=os.environ
+            | common
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "TOKENIZERS_PARALLELISM": "false"},
+        )
+        for rank in range(2)
+    ]
+    assert [rank.wait(900) for rank in ranks] == [0, 0]
