@@ -34,8 +34,10 @@ def make_plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
     jobs = {name: training_job(config, name) for name in model_names(config)}
     stages = []
     for names in training_stages(config):
-        groups = [_group(shape, config, jobs[name], cluster) for name in names]
-        stages.append(plan_stage(groups, cluster))
+        # A pretrained model that is the seed LM as it is takes no step.
+        groups = [_group(shape, config, jobs[name], cluster) for name in names if jobs[name].steps]
+        if groups:
+            stages.append(plan_stage(groups, cluster))
     width = 4 if config.group.precision == "fp32" else 2
     branch_steps = config.budget.branch_steps
     saved = data_parallel_bytes(shape, len(config.domains), branch_steps, width)
