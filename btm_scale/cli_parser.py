@@ -152,7 +152,27 @@ def _forest_verbs(verbs: _Verbs) -> None:
         made, ["local", "deepspeed", "slurm", "mpi"], "how averages are scored; slurm: by srun, in this job"
     )
     _takes_run(verbs.add("report", "tables, plots, one HTML page"))
+    _ablate(verbs)
     _generate(verbs)
+
+
+def _ablate(verbs: _Verbs) -> None:
+    made = _takes_run(
+        verbs.add("ablate", "which mixture: perplexity of the average of every subset of experts")
+    )
+    made.add_argument("--expert", action="append", default=[], help="only these; may be given often")
+    made.add_argument(
+        "--domain", action="append", default=[], help="judge on its text (default: all domains)"
+    )
+    made.add_argument(
+        "--text", action="append", default=[], type=Path, metavar="FILE", help="judge on a file"
+    )
+    made.add_argument("--split", choices=["dev", "test"], help="of the domains (default: evaluate.split)")
+    made.add_argument(
+        "--subsets", type=int, default=127, help="the most to measure; a random sample if there are more"
+    )
+    made.add_argument("--random-seed", type=int, default=0)
+    made.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
 
 
 def _generate(verbs: _Verbs) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from btm_scale.errors import CheckpointError
+from btm_scale.errors import CheckpointError, UserError
 
 # Logits that are in memory at once while a prompt is read (256 MB of float32).
 _LOGITS_AT_ONCE = 2**26
@@ -137,6 +137,20 @@ class Reading:
             logits_to_keep=keep,
         ).logits
         return logits[:, :, : self._decoder.vocabulary].float()
+
+
+def usable_device(asked: str | None) -> str:
+    """The device that was asked for, or a GPU if there is one. Raises UserError for one that can't be used."""
+    if asked is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=asked)
+    except (RuntimeError, AssertionError) as error:
+        told = str(error).partition("\n")[0]
+        raise UserError(
+            f"the device '{asked}' cannot be used: {told}; leave --device out, or name another"
+        ) from None
+    return asked
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import torch
 from btm_scale.config import RunConfig
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import ForestError, UserError
-from btm_scale.forest.decoder import limits_of
+from btm_scale.forest.decoder import limits_of, usable_device
 from btm_scale.forest.decoding import Sampling, Step, decode, from_drawn_expert, from_mixture
 from btm_scale.forest.posterior import Mode, Tempering
 from btm_scale.forest.running_posterior import RunningPosterior
@@ -96,7 +96,7 @@ class Generator:
         self.method = method
         self.tokenizer = tokenizer
         self.context = _shared_context(models, tokenizer)
-        self.device = _device(device)
+        self.device = usable_device(device)
         self._shelf = Shelf(models, vocabulary=tokenizer.vocab_size, max_bytes=max_bytes, device=self.device)
         self._log_prior = np.zeros(len(models)) if log_prior is None else log_prior
         self._mode: Mode = posterior  # type: ignore[assignment]
@@ -301,19 +301,6 @@ def _check_settings(method: str, posterior: str, sampling: Sampling) -> None:
             f"the method '{method}' draws from the mixture as it is: temperature 1, no top-k, no top-p; use "
             "'mixture' for these"
         )
-
-
-def _device(asked: str | None) -> str:
-    if asked is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=asked)
-    except (RuntimeError, AssertionError) as error:
-        told = str(error).partition("\n")[0]
-        raise UserError(
-            f"the device '{asked}' cannot be used: {told}; leave --device out, or name another"
-        ) from None
-    return asked
 
 
 def _shared_context(models: Mapping[str, Path], tokenizer: Tokenizer) -> int:

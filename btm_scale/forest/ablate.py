@@ -1,0 +1,177 @@
+"""Which mixture of data? The average of experts' parameters stands in for a model trained on their domains together.
+
+After arXiv 2410.15661: the perplexity of the average of models that were trained on parts predicts that of a model
+trained on the parts' union, so 2^E mixtures cost E trainings. One average is on disk and one model in memory at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from btm_scale.checkpoint.merge import merge
+from btm_scale.checkpoint.publish import write_file
+from btm_scale.config import RunConfig
+from btm_scale.data.tokenizer import Tokenizer
+from btm_scale.errors import ForestError, UserError
+from btm_scale.forest.decoder import Decoder
+from btm_scale.forest.expert import read_expert
+from btm_scale.forest.forest import experts
+from btm_scale.forest.text_scores import block_log_probs
+from btm_scale.run_dir import RunDir
+
+SCHEMA = 1
+Subset = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Text:
+    """What mixtures are judged on: tokens int64 [targets + 1], predicted in blocks."""
+
+    tokens: np.ndarray
+    block_starts: np.ndarray
+    fingerprint: str
+
+
+def ablate(
+    config: RunConfig,
+    run: RunDir,
+    texts: Mapping[str, Text],
+    subsets: Sequence[Subset],
+    *,
+    device: str = "cpu",
+    on_subset: Callable[[Subset, float], None] = lambda subset, mean: None,
+) -> dict[str, Any]:
+    """Perplexity of the uniform average of each subset of experts on each text, best mean first.
+
+    Every subset is written to evaluation/ablation.json as it is measured; one that is there, of the same experts and
+    texts, is not measured again. Raises ForestError for an unknown expert, CheckpointError for unlike shapes.
+    """
+    path = run.results.with_name("ablation.json")
+    hashes = {name: read_expert(run.model(name)).content_hash for subset in subsets for name in subset}
+    known = _measured(path)
+    rows = []
+    vocabulary = Tokenizer.load(run.tokenizer).vocab_size
+    for subset in subsets:
+        key = _key([hashes[name] for name in subset], [text.fingerprint for text in texts.values()])
+        if key not in known:
+            perplexity = _average_perplexity(run, subset, texts, vocabulary, device)
+            mean = sum(perplexity.values()) / len(perplexity)
+            known[key] = {"key": key, "experts": list(subset), "mean": mean, "perplexity": perplexity}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(
+                path, json.dumps({"schema": SCHEMA, "measured": list(known.values())}, indent=2) + "\n"
+            )
+        rows.append(known[key])
+        on_subset(subset, known[key]["mean"])
+    rows.sort(key=lambda row: row["mean"])
+    return {
+        "texts": {name: {"tokens": len(text.tokens) - 1} for name, text in texts.items()},
+        "ranking": [
+            {"rank": rank, "experts": row["experts"], "mean": row["mean"],
+             "perplexity": dict(zip(texts, row["perplexity"].values(), strict=True))}
+            for rank, row in enumerate(rows, 1)
+        ],
+    }  # fmt: skip
+
+
+def choose_subsets(run: RunDir, names: Sequence[str], *, most: int, random_seed: int = 0) -> list[Subset]:
+    """All subsets of the experts (default: the forest's), or a random sample of `most`, single experts and the
+    whole always among them.
+
+    Raises ForestError for an expert that isn't there, UserError if `most` is too few.
+    """
+    forest = list(experts(run))
+    if absent := [name for name in names if name not in forest]:
+        raise ForestError(f"no expert is called '{absent[0]}'; the forest has {', '.join(forest) or 'none'}")
+    chosen = sorted(set(names)) or forest
+    if not chosen:
+        raise ForestError(f"no expert in {run.experts}; train some first: btm-scale run CONFIG")
+    if 2 ** len(chosen) - 1 <= most:
+        return [subset for size in range(1, len(chosen) + 1) for subset in combinations(chosen, size)]
+    sure: list[Subset] = [*((name,) for name in chosen), tuple(chosen)]
+    if most < len(sure):
+        raise UserError(
+            f"{most} subsets are too few for {len(chosen)} experts: each alone and all together are "
+            f"{len(sure)}; raise --subsets, or name fewer experts"
+        )
+    return sure + list(_random_subsets(chosen, most - len(sure), set(sure), random_seed))
+
+
+def run_texts(config: RunConfig, run: RunDir, domains: Sequence[str], split: str | None) -> dict[str, Text]:
+    """The run's evaluation text of each domain (default: all). Raises UserError for one it doesn't have."""
+    from btm_scale.forest.scoring import evaluation_text
+
+    found = {}
+    for domain in domains or config.all_domains:
+        if domain not in config.all_domains:
+            raise UserError(f"the run has no domain '{domain}'; it has {', '.join(config.all_domains)}")
+        text = evaluation_text(config, run, domain, split or config.evaluate.split)
+        found[domain] = Text(text.tokens, text.block_starts, text.fingerprint)
+    return found
+
+
+def file_text(config: RunConfig, run: RunDir, path: Path) -> Text:
+    """A file of plain text as one document. Raises UserError if it can't be read or is empty."""
+    tokenizer = Tokenizer.load(run.tokenizer)
+    try:
+        ids = tokenizer.encode(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text: {error}; name a text file") from None
+    if not ids:
+        raise UserError(f"{path} is empty; name a file with text in it")
+    tokens = np.array([tokenizer.eos, *ids], dtype=np.int64)
+    length = config.budget.sequence_length
+    starts = np.arange(0, len(ids), length, dtype=np.int64)
+    digest = hashlib.sha256(tokens.tobytes() + f"{tokenizer.digest} {length}".encode()).hexdigest()
+    return Text(tokens, starts, digest)
+
+
+def _average_perplexity(
+    run: RunDir, subset: Subset, texts: Mapping[str, Text], vocabulary: int, device: str
+) -> dict[str, float]:
+    with tempfile.TemporaryDirectory(dir=run.root, prefix=".ablation-") as folder:
+        directory = run.model(subset[0])
+        if len(subset) > 1:
+            directory = Path(folder) / "average"
+            merge(directory, [(run.model(name), 1.0) for name in subset])
+        decoder = Decoder.load(directory, vocabulary=vocabulary, device=device)
+        scores = {
+            name: block_log_probs(decoder, text.tokens, text.block_starts) for name, text in texts.items()
+        }
+    return {name: math.exp(-float(np.mean(values, dtype=np.float64))) for name, values in scores.items()}
+
+
+def _random_subsets(
+    names: Sequence[str], count: int, seen: set[Subset], random_seed: int
+) -> Iterator[Subset]:
+    chooser = random.Random(random_seed)
+    while count:
+        subset = tuple(name for name in names if chooser.random() < 0.5)
+        if subset and subset not in seen:
+            seen.add(subset)
+            count -= 1
+            yield subset
+
+
+def _measured(path: Path) -> dict[str, dict[str, Any]]:
+    """What was measured before, by key; nothing, if the file is of another make."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return {row["key"]: row for row in values["measured"]} if values.get("schema") == SCHEMA else {}
+
+
+def _key(experts: Sequence[str], texts: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps([experts, texts]).encode()).hexdigest()
