@@ -102,6 +102,15 @@ class ExpertGroup:
 
         return _ModelParallelUnit(parallel_state)
 
+    def alone(self) -> Any:
+        """The same, but with no data rank beside this one. All ranks make it together."""
+        own = [dist.new_group([rank]) for rank in range(self.size)][self.rank]
+        unit = self.mpu
+        unit.get_data_parallel_rank = lambda: 0
+        unit.get_data_parallel_world_size = lambda: 1
+        unit.get_data_parallel_group = lambda: own
+        return unit
+
     def seed(self, random_seed: int) -> None:
         """Start every random number generator of this process anew, alike on every rank."""
         random.seed(random_seed)

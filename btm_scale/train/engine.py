@@ -23,10 +23,13 @@ from btm_scale.model.gpt import ExpertModel
 from btm_scale.train.accumulate import Float32Sums
 from btm_scale.train.deepspeed_config import deepspeed_config
 from btm_scale.train.job import TrainingJob
+from btm_scale.train.outer import OuterStep
 
 # What a parameter's training state consists of; all float32.
 MASTER, FIRST_MOMENT, SECOND_MOMENT = "master", "exp_avg", "exp_avg_sq"
 KINDS = (MASTER, FIRST_MOMENT, SECOND_MOMENT)
+# The outer momentum, where data ranks take local steps.
+OUTER = "outer"
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Engine:
             model=model,
             optimizer=adam,
             config=deepspeed_config(job, optimizer, overrides),
-            mpu=group.mpu,
+            mpu=group.alone() if job.group.sync_every > 1 else group.mpu,
             dist_init_required=False,
         )
         self.model: ExpertModel = self._engine.module
@@ -70,6 +73,7 @@ class Engine:
         if self._masters is not None and group.config.precision != "fp32" and job.accumulation > 1:
             Float32Sums(self.model, self._engine.is_gradient_accumulation_boundary)
         self._make_moments()
+        self._outer = self._outer_step()
         self._first_loss_scale = self.loss_scale
 
     @property
@@ -90,14 +94,36 @@ class Engine:
             self._engine.step()
             total += loss.detach()
         total /= self.job.accumulation
-        if self.group.config.data > 1:
-            dist.all_reduce(total, group=self.group.mpu.get_data_parallel_group())
-            total /= self.group.config.data
         norm = float(self._engine.get_global_grad_norm() or 0.0)
+        if self.group.config.data > 1:
+            # Norms differ only where data ranks step alone; a mean lets all of them judge alike.
+            both = torch.stack([total, total.new_tensor(norm)])
+            dist.all_reduce(both, group=self.group.mpu.get_data_parallel_group())
+            both /= self.group.config.data
+            total = both[0]
+            norm = norm if self._outer is None else float(both[1])
         if self._masters is not None:
             norm /= scale
         overflowed = self._scaler is not None and not self._engine.was_step_applied()
         return StepResult(float(total), norm, overflowed)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What this engine's training state consists of."""
+        return KINDS if self._outer is None else (*KINDS, OUTER)
+
+    def is_whole_after(self, step: int) -> bool:
+        """Whether all data ranks stand alike after this step, so that a state can be saved."""
+        return self._outer is None or step % self.job.group.sync_every == 0 or step == self.job.steps
+
+    def outer_step(self) -> None:
+        """Bring the data ranks together, where they have stepped alone."""
+        if self._outer is None:
+            return
+        for parameter in self.model.parameters():
+            moments = {kind: self.full(parameter, kind) for kind in (FIRST_MOMENT, SECOND_MOMENT)}
+            weights, moments = self._outer(parameter, self.full(parameter, MASTER), moments)
+            self._set(parameter, {MASTER: weights, **moments})
 
     def tell_monitor(self, numbers: Mapping[str, float]) -> None:
         """Send a step's numbers to the monitors that the run's `deepspeed` section turns on."""
@@ -113,6 +139,9 @@ class Engine:
 
     def full(self, parameter: torch.nn.Parameter, kind: str) -> Tensor:
         """A parameter's state, float32 and of the parameter's shape on this tensor rank, on every data rank."""
+        if kind == OUTER:
+            assert self._outer is not None
+            return self._outer.momentum(parameter)
         if self._masters is not None:
             master = self._masters[parameter]
             value = master if kind == MASTER else self._base.state[master][kind]
@@ -128,6 +157,11 @@ class Engine:
 
     def restore(self, parameter: torch.nn.Parameter, state: Mapping[str, Tensor]) -> None:
         """Set a parameter's whole state; what the model computes with follows the master weights."""
+        self._set(parameter, state)
+        if self._outer is not None:
+            self._outer.begin(parameter, state[MASTER], state.get(OUTER))
+
+    def _set(self, parameter: torch.nn.Parameter, state: Mapping[str, Tensor]) -> None:
         if self._masters is not None:
             master = self._masters[parameter]
             for tensor in (master, parameter):
@@ -221,6 +255,16 @@ class Engine:
             return {parameter: parameter for parameter in self.model.parameters()}
         pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
         return {parameter: master for group in pairs for parameter, master in zip(*group, strict=True)}
+
+    def _outer_step(self) -> OuterStep | None:
+        layout = self.job.group
+        if layout.sync_every == 1:
+            return None
+        data = self.group.mpu.get_data_parallel_group()
+        outer = OuterStep(data, layout.outer_lr, layout.outer_momentum)
+        for parameter in self.model.parameters():
+            outer.begin(parameter, self.full(parameter, MASTER))
+        return outer
 
     def _flat_parameters(self) -> Iterator[Tensor]:
         """What AdamW takes for its parameters: under ZeRO, this rank's flat parts of them."""

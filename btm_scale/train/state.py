@@ -12,7 +12,7 @@ import collections
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from btm_scale.checkpoint.tensors import TensorSpec
 from btm_scale.errors import CheckpointError
 from btm_scale.model.names import table, to_huggingface
 from btm_scale.model.weights import gather_whole, huggingface_shapes, local_part
-from btm_scale.train.engine import KINDS, Engine
+from btm_scale.train.engine import KINDS, OUTER, Engine
 
 _MARKER = "state.json"
 _TENSORS = "model.safetensors"
@@ -54,7 +54,7 @@ def save_state(engine: Engine, folder: Path, step: int, keep: int) -> None:
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for entry in table(engine.model.shape):
-            for kind in KINDS:
+            for kind in engine.kinds:
                 whole = gather_whole(
                     entry, engine.full(parameters[entry.megatron], kind), engine.group.tensor_group
                 )
@@ -63,9 +63,8 @@ def save_state(engine: Engine, folder: Path, step: int, keep: int) -> None:
 
     if engine.group.is_first:
         random_state = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
-        write_state(
-            engine, folder, Position(step, engine.adam_steps, random_state, engine.loss_scale), tensors()
-        )
+        position = Position(step, engine.adam_steps, random_state, engine.loss_scale)
+        write_state(engine, folder, position, tensors(), engine.kinds)
         for old in sorted(folder.glob("step-*"))[:-keep]:
             shutil.rmtree(old)
     else:
@@ -75,21 +74,30 @@ def save_state(engine: Engine, folder: Path, step: int, keep: int) -> None:
 
 
 def write_state(
-    engine: Engine, folder: Path, position: Position, tensors: Iterable[tuple[str, torch.Tensor]]
+    engine: Engine,
+    folder: Path,
+    position: Position,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    kinds: Sequence[str] = KINDS,
 ) -> None:
     """Write a state of the engine's shape from `kind/name` and float32 tensors, on one rank alone."""
     final = state_path(folder, position.step)
     aside = partial_path(final)
     shutil.rmtree(aside, ignore_errors=True)
     specs = {f"{kind}/{name}": TensorSpec(torch.float32, size)
-             for kind in KINDS for name, size in huggingface_shapes(engine.model.shape).items()}  # fmt: skip
+             for kind in kinds for name, size in huggingface_shapes(engine.model.shape).items()}  # fmt: skip
     require_space(folder, sum(spec.nbytes for spec in specs.values()))
-    writer = ShardedWriter(aside, specs, max_shard_bytes=float("inf"))
-    for name, tensor in tensors:
-        writer.write(name, tensor)
-    writer.close()
-    digest = _digest(aside / _TENSORS)
-    write_file(aside / _MARKER, json.dumps(asdict(position) | {"sha256": digest}, indent=1))
+    try:
+        writer = ShardedWriter(aside, specs, max_shard_bytes=float("inf"))
+        for name, tensor in tensors:
+            writer.write(name, tensor)
+        writer.close()
+        digest = _digest(aside / _TENSORS)
+        write_file(aside / _MARKER, json.dumps(asdict(position) | {"sha256": digest}, indent=1))
+    except OSError:
+        # On a disk that is full after all, what there is of it would keep the next try from succeeding.
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     publish_directory(aside, final, replace=True)
 
 
@@ -118,6 +126,8 @@ def load_state(engine: Engine, path: Path) -> Position:
             f"{kind}/{name}": size for kind in KINDS for name, size in huggingface_shapes(shape).items()
         }
         found = {name: spec.shape for name, spec in tensors.specs().items()}
+        outer = {name: size for name, size in found.items() if name.startswith(f"{OUTER}/")}
+        found = {name: size for name, size in found.items() if name not in outer}
         if found != expected:
             odd = next(name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name))
             raise CheckpointError(
@@ -128,7 +138,7 @@ def load_state(engine: Engine, path: Path) -> Position:
         engine.loss_scale = position.loss_scale
         for entry in table(shape):
             state = {}
-            for kind in KINDS:
+            for kind in engine.kinds if outer else KINDS:
                 read = partial(_read_kind, tensors, kind)
                 part = local_part(entry, read, shape, group.tensor_rank, group.config.tensor)
                 state[kind] = part.to(group.device)

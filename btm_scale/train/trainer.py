@@ -92,6 +92,7 @@ def train(
         Profile(group, config.profile, run.profile(job.model)) as profile,
         Metrics(group, run.metrics(job.model), job, engine.model.shape, length, step) as metrics,
     ):
+        due = False  # a state is, after this step or the next at which one can be saved
         while step < job.steps:
             step += 1
             if not health.leaves_out(step):
@@ -108,8 +109,13 @@ def train(
                 engine.tell_monitor(metrics.record(step, result, rate))
                 profile.step()
             stops = stop.agreed() and step < job.steps
-            if stops or step % config.checkpoint.every == 0 or step == job.steps:
+            due = due or stops or step % config.checkpoint.every == 0 or step == job.steps
+            if not engine.is_whole_after(step):
+                continue
+            engine.outer_step()
+            if due:
                 save_state(engine, folder, step, config.checkpoint.keep)
+                due = False
             if stops:
                 stop.leave(step)
         if job.steps == 0:  # a pretrained model taken as it is; branches begin with its state

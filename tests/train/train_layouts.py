@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.comm import comm
 from safetensors.torch import save_file
 
 from btm_scale.config import GroupConfig, OptimizerConfig
@@ -56,7 +57,18 @@ def batch(group: ExpertGroup, engine: Engine, step: int) -> torch.Tensor:
 
 
 def train(engine: Engine, first: int, last: int) -> list[float]:
-    return [engine.step(batch(engine.group, engine, step), 2e-3).loss for step in range(first, last + 1)]
+    losses = []
+    for step in range(first, last + 1):
+        losses.append(engine.step(batch(engine.group, engine, step), 2e-3).loss)
+        if engine.is_whole_after(step):
+            engine.outer_step()
+    return losses
+
+
+def bytes_sent() -> int:
+    """What this rank has given to DeepSpeed's collectives so far; its own logger counts, if the spec turns it on."""
+    operations = comm.comms_logger.comms_dict.values() if comm.comms_logger is not None else []
+    return sum(size * counts[0] for sizes in operations for size, counts in sizes.items())
 
 
 def weights(engine: Engine) -> dict[str, torch.Tensor]:
@@ -81,10 +93,14 @@ def main() -> None:
             first = load_state(engine, state_path(folder / spec["begin"][name], spec["save"])).step + 1
         elif "save" in spec:
             last = spec["save"]
+        before = bytes_sent()
         losses = train(engine, first, last)
+        sent = bytes_sent() - before
         if last < spec["steps"]:
             save_state(engine, folder / name, last, keep=1)
         found = weights(engine) | {"losses": torch.tensor(losses, dtype=torch.float64)}
+        if "deepspeed" in spec and "comms_logger" in spec["deepspeed"]:
+            found["bytes"] = torch.tensor(sent)
         if group.is_first:
             save_file(found, folder / f"{name}.safetensors")
         engine.close()

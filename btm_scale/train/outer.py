@@ -1,0 +1,52 @@
+"""Low-communication data parallelism (DiLoCo, arXiv 2311.08105): local steps, and an outer Nesterov step now and then.
+
+Between outer steps the data ranks of a group exchange no gradients. At an outer step the mean of what they have moved
+is taken for a gradient, and their moments are averaged too, so that afterwards all ranks stand alike and one state on
+disk is the whole group's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from deepspeed import comm
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+Whole = Callable[[torch.nn.Parameter, str], Tensor]
+
+
+class OuterStep:
+    """The weights at the last outer step, and the outer momentum; float32, each rank's tensor parallel part."""
+
+    def __init__(self, group: ProcessGroup, lr: float, momentum: float) -> None:
+        self._group = group
+        self._ranks = comm.get_world_size(group)
+        self._lr = lr
+        self._beta = momentum
+        self._anchor: dict[torch.nn.Parameter, Tensor] = {}
+        self._momentum: dict[torch.nn.Parameter, Tensor] = {}
+
+    def begin(self, parameter: torch.nn.Parameter, weights: Tensor, momentum: Tensor | None = None) -> None:
+        """Stand at these weights, with this momentum or none."""
+        self._anchor[parameter] = weights.clone()
+        self._momentum[parameter] = torch.zeros_like(weights) if momentum is None else momentum.clone()
+
+    def momentum(self, parameter: torch.nn.Parameter) -> Tensor:
+        """The outer momentum."""
+        return self._momentum[parameter]
+
+    def __call__(
+        self, parameter: torch.nn.Parameter, weights: Tensor, moments: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """From this rank's weights and moments to those that all ranks go on with. All ranks call it together."""
+        anchor, momentum = self._anchor[parameter], self._momentum[parameter]
+        moved = self._mean(anchor - weights.view_as(anchor))
+        momentum.mul_(self._beta).add_(moved)
+        anchor.sub_(moved + self._beta * momentum, alpha=self._lr)
+        return anchor, {kind: self._mean(moment.clone()) for kind, moment in moments.items()}
+
+    def _mean(self, value: Tensor) -> Tensor:
+        comm.all_reduce(value, group=self._group)
+        return value.div_(self._ranks)

@@ -1,0 +1,77 @@
+"""Data ranks that step alone between outer steps (DiLoCo)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from launcher import TESTS, launched
+from safetensors.torch import load_file
+
+from btm_scale.train import outer
+
+SHAPE = {"family": "llama", "layers": 2, "hidden": 32, "heads": 4, "groups": 2, "ffn": 48, "positions": 16,
+         "vocabulary": 65}  # fmt: skip
+STEPS, EVERY = 20, 10
+
+
+class OneRank:
+    """A group of one, for which a mean is the value itself."""
+
+    @staticmethod
+    def get_world_size(group: object) -> int:
+        return 1
+
+    @staticmethod
+    def all_reduce(value: torch.Tensor, group: object) -> None:
+        pass
+
+
+def test_the_outer_step_is_nesterovs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outer, "comm", OneRank)
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.nn.Parameter(torch.randn(5, 3, generator=generator))
+    sgd = torch.optim.SGD([weights], lr=0.7, momentum=0.9, nesterov=True)
+    parameter = torch.nn.Parameter(weights.detach().clone())
+    step = outer.OuterStep(None, lr=0.7, momentum=0.9)  # type: ignore[arg-type]
+    step.begin(parameter, parameter.detach())
+    standing = parameter.detach()
+    for _ in range(4):
+        moved = torch.randn(5, 3, generator=generator)
+        weights.grad = moved
+        sgd.step()
+        standing, _ = step(parameter, standing - moved, {})
+        torch.testing.assert_close(standing, weights.detach())
+
+
+@pytest.mark.slow
+def test_ranks_that_step_alone_learn_as_well_with_a_fraction_of_the_traffic(tmp_path: Path) -> None:
+    group = {"data": 2, "zero": 1, "precision": "fp32", "micro_batch": 2}
+    layouts = {
+        "plain": group,
+        "every-step": group | {"sync_every": 1, "outer_lr": 0.1},
+        "local": group | {"sync_every": EVERY},
+        "local-tensor": group | {"tensor": 2, "data": 2, "sync_every": EVERY},
+    }
+    spec = {"shape": SHAPE, "steps": STEPS, "sequences": 8, "folder": str(tmp_path),
+            "deepspeed": {"comms_logger": {"enabled": True, "prof_all": True}}}  # fmt: skip
+    two = {name: layout for name, layout in layouts.items() if name != "local-tensor"}
+    launched(TESTS / "train" / "train_layouts.py", 2, spec | {"layouts": two}, tmp_path)
+    launched(
+        TESTS / "train" / "train_layouts.py",
+        4,
+        spec | {"layouts": {"local-tensor": layouts["local-tensor"]}},
+        tmp_path,
+    )
+    found = {name: load_file(tmp_path / f"{name}.safetensors") for name in layouts}
+
+    for name, value in found["plain"].items():
+        assert torch.equal(found["every-step"][name], value), (
+            "an outer step after every step is data parallelism"
+        )
+    local, plain = found["local"], found["plain"]
+    assert local["losses"][-1] < plain["losses"][0] - 0.3
+    assert abs(float(local["losses"][-1] - plain["losses"][-1])) < 0.15
+    assert int(local["bytes"]) < int(plain["bytes"]) / 2
+    torch.testing.assert_close(found["local-tensor"]["losses"], local["losses"], atol=1e-4, rtol=0)
