@@ -1,0 +1,143 @@
+"""What many experts cost beyond their own training: the same small expert, 8 of them and 64 of them, on this machine.
+
+    python benchmarks/many_experts.py [--experts 8 64] [--steps 10]
+
+Each run goes from text to page, with as many groups at a time as there are cores. Two figures come of it: seconds of a
+core an expert takes, which should not grow with their number; and the share of the run's time in which no group trains
+or scores: averages, priors, the ensembles of all experts, and the page. Making tokens is left out of both, since it
+depends on the text alone. Writes results/many_experts.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from btm_scale.launch.local import LocalPool
+from btm_scale.launch.supervise import GroupCommand, OnPoll, run_groups_in
+from environment import describe
+
+from btm_scale.config import RunConfig
+from btm_scale.data.installed_text import write_installed_text
+from btm_scale.data.prepare import prepare
+from btm_scale.pipeline import run_all
+from btm_scale.run_dir import RunDir
+from btm_scale.run_state import open_run
+
+RESULT = Path(__file__).parent / "results" / "many_experts.json"
+LENGTH, SEQUENCES = 128, 4  # of one expert's batch
+
+
+def main() -> None:
+    """Measure every number of experts and write the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--experts", type=int, nargs="+", default=[8, 64])
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--preset", default="llama-1m")
+    parser.add_argument("--folder", type=Path, help="where runs are kept; default: nowhere")
+    parser.add_argument("--result", type=Path, default=RESULT)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        rows = [measure(Path(folder), number, options) for number in options.experts]
+    seconds = [row["core_seconds_an_expert"] for row in rows]
+    result = {
+        "environment": describe(),
+        "settings": {"steps": options.steps, "preset": options.preset, "tokens_a_step": LENGTH * SEQUENCES},
+        "runs": rows,
+        "growth_of_time_an_expert": seconds[-1] / seconds[0],
+    }
+    options.result.parent.mkdir(exist_ok=True)
+    options.result.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+@dataclass
+class Clock:
+    """Runs groups on this machine and counts the time in which any of them runs."""
+
+    slots: int
+    stages: list[tuple[list[str], float]] = field(default_factory=list)
+
+    def __call__(self, commands: Sequence[GroupCommand], on_poll: OnPoll) -> None:
+        """Run every group."""
+        begin = time.perf_counter()
+        run_groups_in(LocalPool(self.slots, 1), commands, on_poll)
+        self.stages.append(([command.name for command in commands], time.perf_counter() - begin))
+
+    @property
+    def seconds(self) -> float:
+        """In which a group ran."""
+        return sum(seconds for _, seconds in self.stages)
+
+
+def measure(folder: Path, number: int, options: argparse.Namespace) -> dict[str, Any]:
+    """One run with so many experts."""
+    cores = len(os.sched_getaffinity(0))
+    text = folder / f"text-{number}"
+    path = folder / f"{number}.yaml"
+    path.write_text(yaml.safe_dump(_values(write_domains(text, number), text, number, options)))
+    config = RunConfig.load(path)
+    run = RunDir(folder / f"run-{number}")
+    open_run(config, run)
+    prepare(config, run)
+    clock = Clock(cores)
+    begin = time.perf_counter()
+    results = run_all(config, run, on_progress=lambda rows: None, say=print, launcher=clock)
+    total = time.perf_counter() - begin
+    training = next(seconds for names, seconds in clock.stages if len(names) == number)
+    return {
+        "experts": number,
+        "methods": len(results["methods"]),
+        "seconds": total,
+        "core_seconds_an_expert": training * cores / number,
+        "seconds_scoring_averages": sum(seconds for names, seconds in clock.stages if names == ["score"]),
+        "seconds_without_a_group": total - clock.seconds,
+        "overhead": (total - clock.seconds) / total,
+    }
+
+
+def write_domains(folder: Path, number: int) -> dict[str, dict[str, Any]]:
+    """So many domains, each every n-th document of this installation's text."""
+    write_installed_text(folder / "all", bytes_per_domain=4_000_000, longest=4_000)
+    lines = [
+        line for path in sorted((folder / "all").glob("*.jsonl")) for line in path.read_text().splitlines()
+    ]
+    domains = {}
+    for part in range(number):
+        name = f"part-{part:02d}"
+        (folder / f"{name}.jsonl").write_text("\n".join(lines[part::number]) + "\n")
+        domains[name] = {"text": [f"{name}.jsonl"]}
+    return domains
+
+
+def _values(domains: dict[str, Any], text: Path, number: int, options: argparse.Namespace) -> dict[str, Any]:
+    batch = LENGTH * SEQUENCES * number
+    return {
+        "name": f"experts-{number}",
+        "model": {"preset": options.preset},
+        "tokenizer": {"vocab_size": 2048},
+        "text_root": str(text),
+        "domains": domains,
+        # The seed takes as many steps as an expert, of as many tokens: it is not what is measured.
+        "budget": {
+            "tokens": 2 * options.steps * batch,
+            "seed_share": 0.5,
+            "sequence_length": LENGTH,
+            "batch_tokens": batch,
+        },
+        "group": {"micro_batch": SEQUENCES},
+        "baselines": {"dense": False},
+        "evaluate": {"tokens_per_domain": 1024, "dev_blocks": 4},
+    }
+
+
+if __name__ == "__main__":
+    main()
