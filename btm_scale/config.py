@@ -210,7 +210,9 @@ class GroupConfig(Layout):
 
     micro_batch: int = Field(default=8, gt=0, description="sequences a rank takes at once, at the most")
     sync_every: int = Field(
-        default=1, gt=0, description="steps that data ranks take alone between outer steps; 1 is data parallelism"
+        default=1,
+        gt=0,
+        description="steps that data ranks take alone between outer steps; 1 is data parallelism",
     )
     outer_lr: float = Field(default=0.7, gt=0, description="of the outer steps")
     outer_momentum: float = Field(default=0.9, ge=0, lt=1, description="of the outer steps")
@@ -297,7 +299,14 @@ class EvaluateConfig(Section):
         "argmax",
         "posterior",
     )
-    top_k: tuple[int, ...] = (1, 2, 4)
+    blocks: Literal["restart", "carry"] = Field(
+        default="restart",
+        description="whether each block's posterior starts from the prior, or from the block before",
+    )
+    top_k: tuple[Annotated[int, Field(gt=0)], ...] = (1, 2, 4)
+    top_k_per_token: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        default=(), description="as top_k, of the weights before each token instead of the prior"
+    )
     split: Literal["dev", "test"] = "test"
     tokens_per_domain: int = Field(default=65_536, gt=0)
     dev_blocks: int = Field(default=100, gt=0, description="blocks of dev text that set the cached prior")

@@ -19,11 +19,16 @@ def ensemble_methods(
     `cached`: log prior [experts] of dev text; `tempering`: for the tempered posterior.
     """
 
+    starts = forest.block_starts if settings.blocks == "restart" else np.zeros(1, np.int64)
+
     def mixture(
-        log_prior: np.ndarray | None = cached, mode: Mode = "prefix", top_k: int | None = None
+        log_prior: np.ndarray | None = cached,
+        mode: Mode = "prefix",
+        top_k: int | None = None,
+        top_k_per_token: int | None = None,
     ) -> np.ndarray:
         return mixture_log_probs(
-            forest.log_probs, forest.block_starts, log_prior=log_prior, mode=mode, top_k=top_k,
+            forest.log_probs, starts, log_prior=log_prior, mode=mode, top_k=top_k, top_k_per_token=top_k_per_token,
             tempering=tempering if mode == "tempered" else None,
         )  # fmt: skip
 
@@ -44,4 +49,7 @@ def ensemble_methods(
     for k in settings.top_k:
         if k <= len(forest.log_probs):
             methods[f"ensemble:top{k}"] = mixture(top_k=k)
+    for k in settings.top_k_per_token:
+        if k <= len(forest.log_probs):
+            methods[f"ensemble:top{k}-per-token"] = mixture(top_k_per_token=k)
     return methods

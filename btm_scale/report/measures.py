@@ -100,6 +100,8 @@ def label(method: str) -> str:
     if method.startswith(EXPERT):
         return method.removeprefix(EXPERT)
     top = method.removeprefix("ensemble:top")
+    if top.endswith("-per-token"):
+        return f"Top {top.removesuffix('-per-token')} at each token"
     if top != method and top.isdecimal():
         return f"Top {top} expert{'s' if top != '1' else ''}"
     if method.startswith(LONGER_DENSE):
@@ -109,6 +111,8 @@ def label(method: str) -> str:
 
 def meaning(method: str) -> str:
     """One sentence on what a method is; empty if it isn't one of ours."""
+    if method.endswith("-per-token"):
+        return "The ensemble with only so many experts before each token, those of the largest weight then."
     if method.startswith("ensemble:top"):
         return "The ensemble with only so many experts, the likeliest by the domain's prior."
     if method.startswith(LONGER_DENSE):

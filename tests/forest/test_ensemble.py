@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import numpy as np
+
+from btm_scale.config import EvaluateConfig
+from btm_scale.forest.ensemble import ensemble_methods
+from btm_scale.forest.posterior import Tempering, mixture_log_probs
+from btm_scale.forest.prior import updating_mixture_log_probs
+from btm_scale.forest.stack import Stack
+
+TEMPERING = Tempering(0.3, 0.9, 0.01)
+PRIOR = np.log([0.2, 0.5, 0.3])
+
+
+def forest() -> Stack:
+    return Stack(-np.random.default_rng(0).gamma(1.0, 2.0, (3, 60)), np.array([0, 20, 40]))
+
+
+def methods(**settings: object) -> dict[str, np.ndarray]:
+    return ensemble_methods(forest(), PRIOR, TEMPERING, EvaluateConfig.model_validate(settings))
+
+
+def test_the_ensemble_is_what_the_config_says_and_the_others_are_what_their_names_say() -> None:
+    log_probs, starts = forest().log_probs, forest().block_starts
+    prefix = mixture_log_probs(log_probs, starts, log_prior=PRIOR)
+    tempered = mixture_log_probs(log_probs, starts, log_prior=PRIOR, mode="tempered", tempering=TEMPERING)
+    plain = methods()
+    np.testing.assert_array_equal(plain["ensemble"], prefix)
+    np.testing.assert_array_equal(plain["ensemble:tempered"], tempered)
+    np.testing.assert_array_equal(
+        plain["ensemble:top2"], mixture_log_probs(log_probs, starts, log_prior=PRIOR, top_k=2)
+    )
+    assert "ensemble:top4" not in plain
+    np.testing.assert_array_equal(methods(posterior="tempered")["ensemble"], tempered)
+    np.testing.assert_array_equal(
+        methods(prior="updating", posterior="tempered")["ensemble"],
+        updating_mixture_log_probs(log_probs, starts, log_prior=PRIOR, mode="tempered", tempering=TEMPERING),
+    )
+    np.testing.assert_array_equal(methods(prior="uniform")["ensemble"], plain["ensemble:uniform-prior"])
+
+
+def test_blocks_may_carry_on_and_top_k_may_be_of_each_token() -> None:
+    log_probs, starts = forest().log_probs, forest().block_starts
+    found = methods(blocks="carry", top_k_per_token=[1])
+    np.testing.assert_array_equal(
+        found["ensemble"], mixture_log_probs(log_probs, np.array([0]), log_prior=PRIOR)
+    )
+    assert not np.array_equal(found["ensemble"], methods()["ensemble"])
+    np.testing.assert_array_equal(
+        methods(top_k_per_token=[1])["ensemble:top1-per-token"],
+        mixture_log_probs(log_probs, starts, log_prior=PRIOR, top_k_per_token=1),
+    )
