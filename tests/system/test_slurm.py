@@ -77,13 +77,17 @@ def disturbed(
         except AssertionError as error:
             raise AssertionError(f"{error}\n{user.logs()}") from None
 
+    def start_soon(job: str) -> None:
+        # SLURM would wait two minutes; but for some seconds the nodes still refuse the job's first credential.
+        cluster.run("scontrol", "update", f"jobid={job}", "StartTime=now+8")
+
     seed = seen["first"]["seed"]
     wait_for(lambda: any(run.checkpoints("seed").glob("step-*")))
     cluster.run("scancel", "--signal=USR1", seed)
     wait_for(lambda: (run.train("seed") / "stopped").is_file())
     seen["stopped"] = int((run.train("seed") / "stopped").read_text())
     wait_for(lambda: cluster.queue().get(seed) == "PENDING")
-    cluster.run("scontrol", "update", f"jobid={seed}", "StartTime=now")  # SLURM would wait two minutes
+    start_soon(seed)
 
     victim = f"{seen['first']['experts']}_0"
     wait_for(lambda: any(run.checkpoints("python").glob("step-*")))
@@ -93,7 +97,7 @@ def disturbed(
     seen["killed at"] = sorted(path.name for path in run.checkpoints("python").glob("step-*"))[-1]
     wait_for(lambda: cluster.queue().get(victim) == "PENDING")
     wait_for(lambda: "down" in cluster.run("sinfo", "-h", "-o", "%T").stdout)
-    cluster.run("scontrol", "update", f"jobid={victim}", "StartTime=now")
+    start_soon(victim)
     cluster.start_node(f"n{node.rstrip(']')[-1]}")
     wait_for(lambda: not cluster.queue())
     seen["logs"] = user.logs()
