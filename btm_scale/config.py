@@ -130,6 +130,15 @@ class DataConfig(Section):
     workers: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), gt=0)
 
 
+class LastPartConfig(Section):
+    """Other shares of the domains in the last part of the schedule."""
+
+    share: float = Field(gt=0, lt=1, description="of the schedule")
+    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        min_length=1, description="by how much a domain's share is multiplied then"
+    )
+
+
 class BudgetConfig(Section):
     """The compute of the forest, and so of the dense baseline."""
 
@@ -142,6 +151,7 @@ class BudgetConfig(Section):
     )
     sequence_length: int = Field(default=256, gt=1)
     batch_tokens: int = Field(default=16_384, gt=0)
+    last: LastPartConfig | None = None
 
     @model_validator(mode="after")
     def _whole_sequences(self) -> BudgetConfig:
@@ -371,6 +381,9 @@ class RunConfig(Section):
         ]
         problems += [f"experts.{name}: no domain has this name; domains are {', '.join(self.expert_domains)}"
                      for name in self.experts if name not in self.expert_domains]  # fmt: skip
+        last = self.budget.last.weights if self.budget.last is not None else {}
+        problems += [f"budget.last.weights.{name}: no domain has this name; there are {', '.join(self.expert_domains)}"
+                     for name in last if name not in self.expert_domains]  # fmt: skip
         problems += self._parents_come_first()
         shape = self.model.shape(vocabulary=1, positions=self.budget.sequence_length)
         length = self.budget.sequence_length

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 
 from btm_scale.config import RunConfig
-from btm_scale.data.batches import TrainingBatches
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.group import ExpertGroup
 from btm_scale.model.gpt import ExpertModel, build_model
-from btm_scale.run_dir import DENSE, SEED, RunDir
+from btm_scale.run_dir import RunDir
 from btm_scale.train.branch import begin_branch, beginning
 from btm_scale.train.engine import Engine
 from btm_scale.train.export import export_expert
@@ -21,6 +19,7 @@ from btm_scale.train.pretrained import load_pretrained
 from btm_scale.train.profile import Profile
 from btm_scale.train.state import load_state, newest_state, restore_random_state, save_state
 from btm_scale.train.stop import StopRequest
+from btm_scale.train.text import TrainingText
 from btm_scale.train.watch import HangWatch
 
 
@@ -61,20 +60,12 @@ def train_and_export(group: ExpertGroup, config: RunConfig, run: RunDir, job: Tr
             engine.reset(first_model())
         return 0
 
-    batches = TrainingBatches(
-        run,
-        begun.domains,
-        sequence_length=config.budget.sequence_length,
-        samples=job.samples,
-        seed=_data_seed(config, job),
-        part=job.part,
-    )
-    train(engine, batches, config, run, begin)
+    train(engine, TrainingText(config, run, job, begun.domains), config, run, begin)
     export_expert(engine, config, run, begun, tokenizer.eos)
 
 
 def train(
-    engine: Engine, batches: TrainingBatches, config: RunConfig, run: RunDir, begin: Callable[[], int]
+    engine: Engine, text: TrainingText, config: RunConfig, run: RunDir, begin: Callable[[], int]
 ) -> None:
     """Take the steps that are left after `begin`; save every so often, and after the last.
 
@@ -99,7 +90,7 @@ def train(
                 first = job.first_sample + (step - 1) * job.sequences + group.data_rank * share
                 rate = config.optimizer.rate(job.progress_at(step))
                 with watch.step():
-                    result = engine.step(batches.read(first, share), rate)
+                    result = engine.step(text.read(first, share), rate)
                 problem = health.problem(step, result)
                 if problem is not None:
                     health.leave_out(step, problem)
@@ -120,10 +111,3 @@ def train(
                 stop.leave(step)
         if job.steps == 0:  # a pretrained model taken as it is; branches begin with its state
             save_state(engine, folder, step, config.checkpoint.keep)
-
-
-def _data_seed(config: RunConfig, job: TrainingJob) -> int:
-    # Seed and dense share one order; every branch has its own.
-    if job.model in (SEED, DENSE):
-        return config.random_seed
-    return (config.random_seed + zlib.crc32(job.model.encode())) % 2**31
