@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -24,12 +25,12 @@ from btm_scale.train.state import newest_state
 
 pytestmark = pytest.mark.slow
 
-STEPS, EVERY, RANKS = 100, 4, 2
+STEPS, EVERY, RANKS = 48, 4, 2
 # Twenty for the record; each is a start of the whole group.
 KILLS = int(os.environ.get("BTM_SCALE_KILLS", "3"))
 
 
-def write_run(folder: Path, text: Path, ranks: int = RANKS) -> RunDir:
+def write_run(folder: Path, text: Path) -> RunDir:
     """A run whose seed LM takes many small steps, with micro-batches summed and states often saved."""
     values = tiny_values(
         text,
@@ -37,10 +38,9 @@ def write_run(folder: Path, text: Path, ranks: int = RANKS) -> RunDir:
         model={"family": "llama", "layers": 2, "hidden": 32, "heads": 4, "groups": 2, "ffn": 48},
         budget={"tokens": STEPS * 512 + 512, "seed_share": STEPS / (STEPS + 1), "sequence_length": 32,
                 "batch_tokens": 512},
-        group={"data": ranks, "zero": 1, "micro_batch": 4},
+        group={"data": RANKS, "zero": 1, "micro_batch": 4},
         checkpoint={"every": EVERY},
         evaluate={"tokens_per_domain": 500, "dev_blocks": 5},
-        health={"patience": 10.0, "hang": 50.0},
     )  # fmt: skip
     write_config(folder / "tiny.yaml", values)
     return RunDir(folder / "run")
@@ -67,9 +67,9 @@ def run(uninterrupted: RunDir, real_text: Path, tmp_path: Path) -> Iterator[RunD
         process.kill()
 
 
-def start(run: RunDir) -> subprocess.Popen[str]:
+def start(run: RunDir, *settings: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "btm_scale.cli", "train", str(run.root.parent / "tiny.yaml"),
-               "--model", "seed", "--out", str(run.root)]  # fmt: skip
+               "--model", "seed", "--out", str(run.root), *settings]  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     return subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
@@ -85,10 +85,12 @@ def processes_of(run: RunDir) -> list[psutil.Process]:
 
 
 def ranks_of(run: RunDir) -> dict[int, psutil.Process]:
-    launched = [
-        process for process in processes_of(run) if "deepspeed.launcher" not in " ".join(process.cmdline())
-    ]
-    return {int(process.environ()["RANK"]): process for process in launched if "RANK" in process.environ()}
+    found = {}
+    for process in processes_of(run):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "deepspeed.launcher" not in " ".join(process.cmdline()) and "RANK" in process.environ():
+                found[int(process.environ()["RANK"])] = process
+    return found
 
 
 def steps_taken(run: RunDir) -> int:
@@ -109,16 +111,16 @@ def wait_for(
         time.sleep(0.01)
 
 
-def start_and_wait_for_step(run: RunDir, step: int) -> subprocess.Popen[str]:
-    process = start(run)
+def start_and_wait_for_step(run: RunDir, step: int, *settings: str) -> subprocess.Popen[str]:
+    process = start(run, *settings)
     wait_for(lambda: run.checkpoints("seed").is_dir() and steps_taken(run) >= step, 600, process)
     return process
 
 
-def wait_for_the_end(run: RunDir, process: subprocess.Popen[str], seconds: float) -> int:
+def wait_for_the_end(run: RunDir, process: subprocess.Popen[str]) -> int:
     """The command's exit code; nothing of the group may outlive it."""
-    code = process.wait(seconds)
-    wait_for(lambda: not processes_of(run), 10)
+    code = process.wait(600)
+    wait_for(lambda: not processes_of(run), 30)
     return code
 
 
@@ -145,18 +147,17 @@ def test_a_run_that_is_killed_and_damaged_again_and_again_ends_in_the_same_weigh
     damages = [cut_short, flip_a_byte, delete_half]
     for number in range(KILLS):
         # Not far on from where it stood, so that enough is left for the next kill.
-        process = start_and_wait_for_step(run, 10 + (STEPS - 30) * number // KILLS + chance.randrange(EVERY))
+        process = start_and_wait_for_step(run, 8 + (STEPS - 20) * number // KILLS + chance.randrange(EVERY))
         time.sleep(chance.random() * 0.2)
-        begin = time.monotonic()
         ranks_of(run)[chance.randrange(RANKS)].kill()
-        assert wait_for_the_end(run, process, 60) == 1
-        assert time.monotonic() - begin < 30, "a group must follow its dead rank"
+        wait_for(lambda: not ranks_of(run), 30)  # a group follows its dead rank
+        assert wait_for_the_end(run, process) == 1
         newest = max(run.checkpoints("seed").glob("step-*"))
         if number < len(damages):
             damages[number](newest)
             assert newest_state(run.checkpoints("seed")) != newest
     process = start(run)
-    assert wait_for_the_end(run, process, 600) == 0
+    assert wait_for_the_end(run, process) == 0
     assert content_hash(run.model("seed")) == content_hash(uninterrupted.model("seed"))
     steps = [json.loads(line)["step"] for line in run.metrics("seed").read_text().splitlines()]
     assert steps == list(range(1, STEPS + 1))
@@ -166,9 +167,9 @@ def test_a_run_that_is_killed_and_damaged_again_and_again_ends_in_the_same_weigh
 def test_a_stopped_rank_is_a_hang_and_sigterm_asks_for_another_start(
     run: RunDir, uninterrupted: RunDir
 ) -> None:
-    process = start_and_wait_for_step(run, 8)
+    process = start_and_wait_for_step(run, 8, "--set", "health.hang=5", "--set", "health.patience=10")
     ranks_of(run)[1].suspend()
-    assert wait_for_the_end(run, process, 90) == 1
+    assert wait_for_the_end(run, process) == 1
     logs = [run.log("seed"), run.log("seed").with_name("log.1")]
     assert "the group hangs" in logs[0].read_text()
     for log in logs:
@@ -178,14 +179,14 @@ def test_a_stopped_rank_is_a_hang_and_sigterm_asks_for_another_start(
 
     process = start_and_wait_for_step(run, 20)
     ranks_of(run)[1].send_signal(signal.SIGTERM)
-    assert wait_for_the_end(run, process, 90) == 1
+    assert wait_for_the_end(run, process) == 1
     text = run.log("seed").read_text()
     assert f"return code = {REQUEUE}" in text
     stopped = int((run.train("seed") / "stopped").read_text())
     assert f"asked to stop: saved the state after step {stopped}" in text
     assert max(run.checkpoints("seed").glob("step-*")).name == f"step-{stopped:08d}"
 
-    assert wait_for_the_end(run, start(run), 600) == 0
+    assert wait_for_the_end(run, start(run)) == 0
     assert not (run.train("seed") / "stopped").exists()
     assert content_hash(run.model("seed")) == content_hash(uninterrupted.model("seed"))
 
@@ -206,14 +207,14 @@ def test_a_full_disk_is_noticed_before_the_write_and_costs_no_state(
         pytest.skip("only root may mount the small file system that this test fills")
     try:
         process = start(run)
-        assert wait_for_the_end(run, process, 600) != 0
+        assert wait_for_the_end(run, process) != 0
         said = run.log("seed").read_text()
         assert "GB free. Nothing was written. Free some space" in said
         states = sorted(folder.glob("step-*"))
         assert [state.name for state in states] == [f"step-{EVERY:08d}", f"step-{2 * EVERY:08d}"]
         assert newest_state(folder) == states[-1]
         subprocess.run(["mount", "-o", f"remount,size={5 * size}", str(folder)], check=True)
-        assert wait_for_the_end(run, start(run), 600) == 0
+        assert wait_for_the_end(run, start(run)) == 0
         assert content_hash(run.model("seed")) == content_hash(uninterrupted.model("seed"))
     finally:
         subprocess.run(["umount", str(folder)], check=True)
