@@ -17,7 +17,7 @@ import torch
 from btm_scale.config import RunConfig
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import ForestError, UserError
-from btm_scale.forest.decoder import limits_of, usable_device
+from btm_scale.forest.decoder import Reading, limits_of, usable_device
 from btm_scale.forest.decoding import Sampling, Step, decode, from_drawn_expert, from_mixture
 from btm_scale.forest.posterior import Mode, Tempering
 from btm_scale.forest.running_posterior import RunningPosterior
@@ -97,12 +97,12 @@ class Generator:
         self.tokenizer = tokenizer
         self.context = _shared_context(models, tokenizer)
         self.device = usable_device(device)
-        self._shelf = Shelf(models, vocabulary=tokenizer.vocab_size, max_bytes=max_bytes, device=self.device)
-        self._log_prior = np.zeros(len(models)) if log_prior is None else log_prior
-        self._mode: Mode = posterior  # type: ignore[assignment]
-        self._tempering = tempering if posterior == "tempered" else None
+        self.shelf = Shelf(models, vocabulary=tokenizer.vocab_size, max_bytes=max_bytes, device=self.device)
+        self.log_prior = np.zeros(len(models)) if log_prior is None else log_prior
+        self.mode: Mode = posterior  # type: ignore[assignment]
+        self.tempering = tempering if posterior == "tempered" else None
         if method != "expert":
-            self._shelf.take_all(self.names, f"the method '{method}'")
+            self.shelf.take_all(self.names, f"the method '{method}'")
 
     @classmethod
     def of_run(
@@ -169,9 +169,9 @@ class Generator:
         return self._by_one_expert(batch, random) if self.method == "expert" else self._by_all(batch, random)
 
     def _by_one_expert(self, batch: Batch, random: torch.Generator) -> Iterator[Step]:
-        running = RunningPosterior(self._log_prior, len(batch.prompts))
+        running = RunningPosterior(self.log_prior, len(batch.prompts))
         if len(self.names) > 1:
-            scores = [self._shelf.take(name).read(batch.prompts).log_probs for name in self.names]
+            scores = [self.shelf.take(name).read(batch.prompts).log_probs for name in self.names]
             _observe_prompts(running, scores, batch.prompts)
         batch.posterior = np.exp(running.log_weights())
         weights = torch.as_tensor(batch.posterior, device=self.device)
@@ -179,7 +179,7 @@ class Generator:
         # Last to first: the experts that were read last are still in memory.
         for expert in np.unique(batch.drawn)[::-1]:
             texts = np.flatnonzero(batch.drawn == expert)
-            reading = self._shelf.take(self.names[expert]).read(
+            reading = self.shelf.take(self.names[expert]).read(
                 [batch.prompts[int(text)] for text in texts], score=False
             )
             finished = batch.finished[texts]
@@ -191,15 +191,18 @@ class Generator:
             batch.finished[texts] = True
 
     def _by_all(self, batch: Batch, random: torch.Generator) -> Iterator[Step]:
-        readings = [decoder.read(batch.prompts) for decoder in self._shelf.take_all(self.names, self.method)]
-        running = RunningPosterior(
-            self._log_prior, len(batch.prompts), mode=self._mode, tempering=self._tempering
-        )
-        _observe_prompts(running, [reading.log_probs for reading in readings], batch.prompts)
+        readings, running = self.begin(batch.prompts)
         batch.posterior = np.exp(running.log_weights())
         choose = from_drawn_expert if self.method == "per-token" else from_mixture(self.sampling)
         return decode(readings, running, choose, limits=batch.limits, end=self.tokenizer.eos,
                       finished=batch.finished, generator=random)  # fmt: skip
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> tuple[list[Reading], RunningPosterior]:
+        """Have all models read prompts, tokens of at least one each: what each says comes next, and their weights."""
+        readings = [decoder.read(prompts) for decoder in self.shelf.take_all(self.names, "a mixture")]
+        running = RunningPosterior(self.log_prior, len(prompts), mode=self.mode, tempering=self.tempering)
+        _observe_prompts(running, [reading.log_probs for reading in readings], prompts)
+        return readings, running
 
     def _write(
         self,

@@ -167,8 +167,8 @@ def test_experts_come_one_by_one_where_memory_holds_no_more(experts: dict[str, P
     free = Generator(experts, Letters(), log_prior=PRIOR)
     narrow = Generator(experts, Letters(), log_prior=PRIOR, max_bytes=1.5 * size)
     assert narrow.generate(["ab"] * 5, max_tokens=6) == free.generate(["ab"] * 5, max_tokens=6)
-    assert len(narrow._shelf.loaded) == 1
-    assert len(free._shelf.loaded) == 2
+    assert len(narrow.shelf.loaded) == 1
+    assert len(free.shelf.loaded) == 2
     with pytest.raises(UserError, match="needs all 2 experts in memory"):
         Generator(experts, Letters(), method="mixture", max_bytes=1.5 * size)
     with pytest.raises(UserError, match="raise --max-memory"):

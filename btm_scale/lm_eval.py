@@ -1,0 +1,32 @@
+"""The command btm-scale-lm-eval: lm-evaluation-harness with the model `btm-scale` in it, all else as it is.
+
+The harness finds no models in other packages by itself, so this registers ours and hands over.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from btm_scale.errors import UserError
+
+
+def main() -> None:
+    """Run `lm_eval` with its own arguments, such as `--model btm-scale --model_args run=DIR,method=ensemble`."""
+    try:
+        from lm_eval.__main__ import cli_evaluate
+
+        import btm_scale.lm_eval_model  # noqa: F401 (it registers the model)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "lm_eval":
+            raise
+        print("btm-scale: lm_eval is not installed: pip install 'btm-scale[lm-eval]'", file=sys.stderr)
+        sys.exit(2)
+    try:
+        cli_evaluate()
+    except UserError as error:
+        print(f"btm-scale: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""A run's method as a model of lm-evaluation-harness; needs the package lm_eval (the extra `lm-eval`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from btm_scale.config import RunConfig
+from btm_scale.errors import ConfigError, UserError
+from btm_scale.forest.decoding import Sampling
+from btm_scale.forest.judge import generator_of_method, score_continuations, score_windows
+from btm_scale.forest.shelf import bytes_from_text
+from btm_scale.run_dir import RunDir
+
+_MAX_TOKENS = 256
+
+
+@register_model("btm-scale")
+class ForestLM(TemplateLM):
+    """`--model_args run=DIR,method=ensemble`; also domain=NAME, max_memory=8GB, device=cuda:0."""
+
+    def __init__(
+        self,
+        run: str,
+        method: str = "ensemble",
+        domain: str | None = None,
+        max_memory: str | None = None,
+        batch_size: int | str = 8,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+    ) -> None:
+        """`method`: as in results.json. Raises UserError for a run or method that isn't there."""
+        super().__init__()
+        directory = RunDir(Path(run).resolve())
+        if not directory.config.is_file():
+            raise ConfigError(
+                f"{run} is no run: it has no run.yaml; give run=DIR, the folder that `btm-scale run` made"
+            )
+        if not str(batch_size).isdigit() or int(batch_size) < 1:
+            raise UserError(f"batch_size '{batch_size}' must be a number of texts; 'auto' is not known here")
+        self.generator = generator_of_method(
+            RunConfig.load(directory.config),
+            directory,
+            method,
+            domain=domain,
+            max_bytes=bytes_from_text(str(max_memory)) if max_memory else None,
+            device=device,
+        )
+        self._batch = int(batch_size)
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end of a document, which also begins one."""
+        return self.generator.tokenizer.eos
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Names the tokenizer by its content, for the harness's caches."""
+        return self.generator.tokenizer.digest
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """The ids of a text; none are added."""
+        return self.generator.tokenizer.encode(string)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        # Experts know a document by the end of the one before it.
+        before, after = super()._encode_pair(context, continuation)
+        return [self.prefix_token_id, *before], after
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        found: list[tuple[float, bool]] = []
+        for batch in self._batches(requests, disable_tqdm):
+            scored = score_continuations(self.generator, [(context, text) for _, context, text in batch])
+            for (request, _, _), answer in zip(batch, scored, strict=True):
+                if request is not None:
+                    self.cache_hook.add_partial("loglikelihood", request, answer)
+            found += scored
+        return found
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """The log-probability of whole texts in nats, in windows that don't overlap."""
+        windows: list[tuple[list[int], int]] = []
+        owners: list[int] = []
+        for number, (text,) in enumerate(request.args for request in requests):
+            pairs = get_rolling_token_windows(
+                self.tok_encode(text), self.prefix_token_id, self.generator.context, context_len=1
+            )
+            for before, after in map(make_disjoint_window, pairs):
+                windows.append(([*before, *after], len(after)))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        place = 0
+        for batch in self._batches(windows, disable_tqdm):
+            for total in score_windows(self.generator, batch):
+                totals[owners[place]] += total
+                place += 1
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Continue each context up to a stop string: greedily, unless `do_sample` or a temperature asks otherwise."""
+        texts = []
+        for context, asked in tqdm([request.args for request in requests], disable=disable_tqdm):
+            until = asked.get("until") or []
+            wanted = int(asked.get("max_gen_toks", _MAX_TOKENS))
+            self.generator.sampling = _sampling(asked)
+            (made,) = self.generator.generate(
+                [self._last_part(context, wanted)],
+                max_tokens=wanted,
+                stop=[until] if isinstance(until, str) else until,
+            )
+            self.cache_hook.add_partial("generate_until", (context, asked), made.text)
+            texts.append(made.text)
+        return texts
+
+    def _last_part(self, context: str, wanted: int) -> str:
+        """As much of a context's end as leaves room for what is wanted, and half of the room at least."""
+        room = max(self.generator.context - wanted, self.generator.context // 2)
+        while len(ids := self.tok_encode(context)) > room:
+            # Ids of a part can be more than the part of the ids: cut again until it fits.
+            context = self.generator.tokenizer.decode(ids[-room:])[1:]
+        return context
+
+    def _batches(self, items: Sequence[Any], disable_tqdm: bool) -> Iterator[Sequence[Any]]:
+        with tqdm(total=len(items), disable=disable_tqdm) as bar:
+            for first in range(0, len(items), self._batch):
+                batch = items[first : first + self._batch]
+                yield batch
+                bar.update(len(batch))
+
+
+def _sampling(asked: dict[str, Any]) -> Sampling:
+    if not asked.get("do_sample", float(asked.get("temperature", 0) or 0) > 0):
+        return Sampling(temperature=0)
+    top_k, top_p = asked.get("top_k"), asked.get("top_p")
+    return Sampling(float(asked.get("temperature", 1.0)), top_k and int(top_k), top_p and float(top_p))

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_forest import POSITIONS, Letters, Oracle, write_experts
+
+from btm_scale.config import RunConfig
+from btm_scale.errors import ForestError, UserError
+from btm_scale.forest.generate import Generator
+from btm_scale.forest.judge import generator_of_method, score_continuations, score_windows
+from btm_scale.forest.posterior import Tempering
+from btm_scale.run_dir import RunDir
+
+PRIOR = np.log([0.8, 0.2])
+MODES: list[dict[str, Any]] = [
+    {"posterior": "prefix"},
+    {"posterior": "tempered", "tempering": Tempering(power=0.4, forgetting=0.9, share=0.05)},
+]
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_experts(tmp_path_factory.mktemp("experts"))
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode["posterior"])
+def test_continuations_and_windows_are_as_likely_as_the_mixture_says(
+    mode: dict[str, Any], experts: dict[str, Path]
+) -> None:
+    oracle = Oracle(experts)
+    settings = {"log_prior": PRIOR, "mode": mode["posterior"], "tempering": mode.get("tempering")}
+    pairs = [([0, 1, 2], [3, 4]), ([0], [1]), ([0, 4, 4, 4, 1, 1], [2, 2, 3])]
+    # One that is the mixture's own choice all along.
+    best: list[int] = []
+    for _ in range(3):
+        best.append(int(np.argmax(oracle.mixture_after([0, 3, *best], **settings))))
+    pairs.append(([0, 3], best))
+    generator = Generator(experts, Letters(), log_prior=PRIOR, method="mixture", **mode)
+    found = score_continuations(generator, pairs)
+    windows = score_windows(generator, [([*context, *text], len(text)) for context, text in pairs])
+    for (context, text), (nats, is_greedy), window in zip(pairs, found, windows, strict=True):
+        steps = [oracle.mixture_after([*context, *text[:place]], **settings) for place in range(len(text))]
+        wanted = sum(step[token] for step, token in zip(steps, text, strict=True))
+        assert nats == pytest.approx(wanted, abs=1e-4)
+        assert window == pytest.approx(wanted, abs=1e-4)
+        assert is_greedy == all(np.argmax(step) == token for step, token in zip(steps, text, strict=True))
+    assert found[-1][1]
+
+
+def test_a_long_context_loses_its_beginning_and_a_long_continuation_is_refused(
+    experts: dict[str, Path],
+) -> None:
+    generator = Generator(experts, Letters(), method="mixture")
+    context = [0, *([1, 2, 3, 4] * 10)]
+    assert score_continuations(generator, [(context, [1, 2])]) == score_continuations(
+        generator, [(context[-(POSITIONS - 1) :], [1, 2])]
+    )
+    with pytest.raises(UserError, match="leaves no room"):
+        score_continuations(generator, [([0], [1] * (POSITIONS + 1))])
+
+
+def test_methods_go_by_their_names_in_the_results(handmade: tuple[RunConfig, RunDir]) -> None:
+    config, run = handmade
+    assert generator_of_method(config, run, "expert:python").names == ["python"]
+    assert generator_of_method(config, run, "seed").names == ["seed"]
+    pooled = generator_of_method(config, run, "ensemble")
+    assert pooled.names == ["cpp", "docs", "licences", "python"]
+    own = generator_of_method(config, run, "ensemble:token", domain="python")
+    assert own.mode == "token"
+    assert own.log_prior[3] > pooled.log_prior[3]
+    assert generator_of_method(config, run, "ensemble:tempered").tempering is not None
+    equal = generator_of_method(config, run, "ensemble:equal")
+    assert np.exp(equal.log_prior) == pytest.approx(0.25)
+    with pytest.raises(UserError, match="no method is called 'blend'; choose ensemble, "):
+        generator_of_method(config, run, "blend")
+    with pytest.raises(UserError, match="'average:posterior' without a domain"):
+        generator_of_method(config, run, "average:posterior")
+    with pytest.raises(ForestError, match="no finished expert"):
+        generator_of_method(config, run, "expert:law")

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from btm_scale.config import RunConfig
+from btm_scale.data.tokenizer import Tokenizer
+from btm_scale.forest.judge import generator_of_method, score_windows
+from btm_scale.run_dir import RunDir
+
+pytest.importorskip("lm_eval", reason="the harness is an extra: pip install 'btm-scale[lm-eval]'")
+
+DOCUMENTS = [
+    {"text": "import os\nimport sys\n", "before": "import", "after": [" os", " =="], "right": 0},
+    {
+        "text": "for name in names:\n    print(name)\n",
+        "before": "for name",
+        "after": [" licence", " in"],
+        "right": 1,
+    },
+]
+TASKS: dict[str, dict[str, Any]] = {
+    "btm_choice": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{before}}",
+        "doc_to_choice": "{{after}}",
+        "doc_to_target": "{{right}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    },
+    "btm_rolling": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    },
+    "btm_writing": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{before}}",
+        "doc_to_target": "{{text}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8},
+        "metric_list": [{"metric": "exact_match"}],
+    },
+}
+
+
+def harness(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "btm_scale.lm_eval", *map(str, arguments)]
+    offline = os.environ | {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=offline, timeout=600)
+
+
+@pytest.mark.slow
+def test_the_harness_evaluates_an_ensemble_on_local_tasks(
+    handmade: tuple[RunConfig, RunDir], tmp_path: Path
+) -> None:
+    config, run = handmade
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS))
+    source = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+    }
+    for name, task in TASKS.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | source | task))
+    done = harness(
+        "run", "--model", "btm-scale", "--model_args", f"run={run.root},method=ensemble,device=cpu",
+        "--tasks", ",".join(TASKS), "--include_path", tmp_path, "--output_path", tmp_path / "out", "--log_samples",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (written,) = (tmp_path / "out").rglob("results_*.json")
+    results = json.loads(written.read_text())["results"]
+    generator = generator_of_method(config, run, "ensemble")
+    tokenizer = Tokenizer.load(run.tokenizer)
+    texts = [[tokenizer.eos, *tokenizer.encode(document["text"])] for document in DOCUMENTS]
+    nats = score_windows(generator, [(text, len(text) - 1) for text in texts])
+    bits = -sum(nats) / math.log(2) / sum(len(document["text"].encode()) for document in DOCUMENTS)
+    assert results["btm_rolling"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-3)
+    assert 0 <= results["btm_choice"]["acc,none"] <= 1
+    assert "exact_match,none" in results["btm_writing"]
+    (samples,) = (tmp_path / "out").rglob("samples_btm_writing_*.jsonl")
+    for line in samples.read_text().splitlines():
+        assert "\n" not in json.loads(line)["resps"][0][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"), [("run=/nowhere", "is no run"), ("method=blend", "no method is called 'blend'")]
+)
+def test_a_users_mistake_exits_with_2(
+    arguments: str, message: str, handmade: tuple[RunConfig, RunDir], tmp_path: Path
+) -> None:
+    given = arguments if "run=" in arguments else f"run={handmade[1].root},{arguments}"
+    (tmp_path / "data.jsonl").write_text(json.dumps(DOCUMENTS[0]) + "\n")
+    source = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}},
+    }
+    (tmp_path / "task.yaml").write_text(
+        yaml.safe_dump({"task": "btm_choice", "test_split": "test"} | source | TASKS["btm_choice"])
+    )
+    done = harness(
+        "run",
+        "--model",
+        "btm-scale",
+        "--model_args",
+        given,
+        "--tasks",
+        "btm_choice",
+        "--include_path",
+        tmp_path,
+    )
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert message in done.stderr
