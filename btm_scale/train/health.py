@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
@@ -14,8 +15,10 @@ from btm_scale.checkpoint.publish import write_file
 from btm_scale.errors import GroupFailed
 from btm_scale.group import ExpertGroup
 from btm_scale.health_config import HealthConfig
-from btm_scale.train.engine import StepResult
 from btm_scale.train.metrics import read_metrics
+
+if TYPE_CHECKING:  # judging needs no engine
+    from btm_scale.train.engine import StepResult
 
 
 class Health:

@@ -1,0 +1,93 @@
+"""What counts as a bad batch, and what is remembered of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from btm_scale.errors import GroupFailed
+from btm_scale.health_config import HealthConfig
+from btm_scale.model.layout import Layout
+from btm_scale.model.shape import ModelShape
+from btm_scale.train import health
+from btm_scale.train.health import Health
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health.dist, "barrier", lambda: None)
+
+
+def judge(folder: Path, **settings: Any) -> Health:
+    group: Any = SimpleNamespace(is_first=True)
+    return Health(group, HealthConfig(**settings), folder, folder / "metrics.jsonl")
+
+
+def result(loss: float = 2.0, norm: float = 1.0, overflowed: bool = False) -> Any:
+    return SimpleNamespace(loss=loss, gradient_norm=norm, overflowed=overflowed)
+
+
+@pytest.mark.parametrize("bad", [result(loss=math.nan), result(loss=math.inf), result(norm=math.nan)])
+def test_what_is_no_number_is_a_problem(bad: Any, tmp_path: Path) -> None:
+    assert judge(tmp_path).problem(1, bad) is not None
+
+
+def test_a_scaled_gradient_that_overflows_is_how_fp16_finds_its_scale(tmp_path: Path) -> None:
+    assert judge(tmp_path).problem(1, result(norm=math.inf, overflowed=True)) is None
+    assert judge(tmp_path).problem(1, result(loss=math.nan, norm=math.inf, overflowed=True)) is not None
+
+
+def test_a_spike_is_a_problem_only_where_it_is_asked_for_and_moves_no_median(tmp_path: Path) -> None:
+    watchful, easy = judge(tmp_path, spike=5, window=10), judge(tmp_path)
+    for step in range(1, 11):
+        assert watchful.problem(step, result()) is None
+    assert watchful.problem(11, result(norm=4.9)) is None
+    for step in (12, 13, 14):
+        told = watchful.problem(step, result(norm=50.0))
+        assert told is not None
+        assert "50.0 times the recent median" in told
+    assert easy.problem(1, result(norm=1e9)) is None
+
+
+def test_recent_norms_are_known_after_a_restart(tmp_path: Path) -> None:
+    rows = [json.dumps({"step": step, "loss": 1.0, "gradient_norm": 1.0}) for step in range(1, 8)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    assert judge(tmp_path, spike=5, window=10).problem(8, result(norm=6.0)) is not None
+
+
+def test_a_batch_that_was_left_out_stays_so_until_there_are_too_many(tmp_path: Path) -> None:
+    judge(tmp_path).leave_out(7, "the loss is nan")
+    again = judge(tmp_path, skips=1)
+    assert again.leaves_out(7)
+    assert not again.leaves_out(8)
+    with pytest.raises(GroupFailed, match=r"2 batches were bad, the last one \(step 9\)"):
+        again.leave_out(9, "the loss is nan")
+
+
+SHAPE = ModelShape(layers=2, hidden=48, heads=6, groups=2, ffn=96, positions=64, vocabulary=65)
+
+
+def test_a_layout_says_what_would_fit() -> None:
+    assert Layout(tensor=2, sequence_parallel=True).problems(SHAPE, 64) == []
+    (told,) = Layout(tensor=3).problems(SHAPE, 64)
+    assert told == "tensor 3 does not divide groups 2; tensor may be 1 or 2"
+    (told,) = Layout(tensor=2, sequence_parallel=True).problems(SHAPE, 63)
+    assert "a sequence_length of 64 fits" in told
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"sequence_parallel": True}, "set tensor above 1"),
+        ({"offload": "optimizer", "zero": 0}, "set zero to 1, 2 or 3"),
+        ({"offload": "all", "zero": 2}, "set zero to 3"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Layout(**settings)
