@@ -43,21 +43,21 @@ class _Place:
     local_rank: int
     address: str
     ports: tuple[int, ...]
-    token: str  # the same on all ranks of this mpirun
+    ended: Path  # a folder of this mpirun's own, where each group leaves a file when it has ended
 
 
 def run_under_mpi(commands: Sequence[GroupCommand], threads: int) -> None:
     """Run every group, as all ranks of one mpirun. Ranks that make no whole group have nothing to do.
 
-    A failing group stops no other. Raises GroupFailed on the ranks of a group that failed, once all groups have ended;
-    LaunchError, on all ranks, if there are fewer ranks than a group needs.
+    A failing group stops no other. Raises GroupFailed on the first rank of a group that failed, once all groups have
+    ended; LaunchError, on all ranks, if there are fewer ranks than a group needs.
     """
     if not commands:
         return
     size = max(command.ranks for command in commands)
     works = [Work(command.name, command.ranks, command.tensor, command.work) for command in commands]
     by_name = {command.name: command for command in commands}
-    place, lists = _split(works, size)
+    place, lists = _split(works, size, commands[0].log.parent.parent)
     if place is None:
         return
     failed = []
@@ -66,8 +66,10 @@ def run_under_mpi(commands: Sequence[GroupCommand], threads: int) -> None:
             command = by_name[work.name]
             if _run_rank(command, place, place.ports[number], threads) != 0:
                 failed.append(command)
-    _end(commands[0].log.parent.parent, place, bool(failed))
+    _end(place, bool(failed))
     if failed:
+        if place.rank > 0:
+            sys.exit(1)  # the group's first rank tells why
         raise GroupFailed("\n".join(failure_text(command) for command in failed))
 
 
@@ -137,7 +139,7 @@ class _OneCommand:
         pass
 
 
-def _split(works: Sequence[Work], size: int) -> tuple[_Place | None, list[list[Work]]]:
+def _split(works: Sequence[Work], size: int, folder: Path) -> tuple[_Place | None, list[list[Work]]]:
     """This rank's place, and every group's work; None for a rank that is left over. MPI is over afterwards."""
     try:
         from mpi4py import MPI
@@ -152,7 +154,10 @@ def _split(works: Sequence[Work], size: int) -> tuple[_Place | None, list[list[W
     lists = share_out(works, min(groups, len(works)))
     number = world.rank // size
     member = number < len(lists)
-    token = world.bcast(secrets.token_hex(4))
+    ended = folder / f".mpi-{secrets.token_hex(4)}"
+    if world.rank == 0:
+        ended.mkdir(parents=True)
+    ended = world.bcast(ended)
     local_rank = world.Split_type(MPI.COMM_TYPE_SHARED).rank
     group = world.Split(number if member else MPI.UNDEFINED, world.rank)
     place = None
@@ -160,7 +165,7 @@ def _split(works: Sequence[Work], size: int) -> tuple[_Place | None, list[list[W
         one_host = group.Split_type(MPI.COMM_TYPE_SHARED).size == group.size
         own = "127.0.0.1" if one_host else socket.gethostname()
         address, ports = group.bcast((own, tuple(free_port() for _ in lists[number])))
-        place = _Place(number, len(lists), group.rank, local_rank, address, ports, token)
+        place = _Place(number, len(lists), group.rank, local_rank, address, ports, ended)
     MPI.Finalize()
     return place, lists
 
@@ -185,15 +190,21 @@ def _run_rank(command: GroupCommand, place: _Place, port: int, threads: int) -> 
     ).returncode
 
 
-def _end(folder: Path, place: _Place, failed: bool) -> None:
+def _end(place: _Place, failed: bool) -> None:
     """Note that this group has ended. mpirun ends all others with a rank that fails, so such a rank waits for them."""
-    ended = _made(folder / f".mpi-{place.token}")
+
+    def still_running() -> bool:
+        try:
+            return len(list(place.ended.iterdir())) < place.groups
+        except FileNotFoundError:
+            return False
+
     if place.rank == 0:
-        (ended / str(place.group)).touch()
-    while failed and ended.is_dir() and len(list(ended.iterdir())) < place.groups:
+        (place.ended / str(place.group)).touch()
+        if not still_running():
+            shutil.rmtree(place.ended, ignore_errors=True)
+    while failed and still_running():
         time.sleep(_POLL_SECONDS)
-    if len(list(ended.iterdir()) if ended.is_dir() else []) == place.groups:
-        shutil.rmtree(ended, ignore_errors=True)
 
 
 def _has_failed(command: GroupCommand) -> bool:

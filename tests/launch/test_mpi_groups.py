@@ -1,0 +1,57 @@
+"""mpirun's ranks as groups of light commands: who runs what, and what a failing group does to others."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from btm_scale.launch.mpi import MpiLauncher
+from btm_scale.launch.supervise import GroupCommand
+
+from btm_scale.errors import GroupFailed, LaunchError
+from btm_scale.launch_config import MpiConfig
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("mpi4py") is None
+    or not (shutil.which("mpirun") or (Path(sys.executable).parent / "mpirun").exists()),
+    reason="needs mpirun and mpi4py, for example from `pip install mpich mpi4py`",
+)
+
+
+def run(folder: Path, ranks: int, **groups: tuple[str, ...]) -> str:
+    """Run groups of two ranks; returns what mpirun printed."""
+    commands = [
+        GroupCommand(name, 2, arguments, folder / "train" / name / "log")
+        for name, arguments in groups.items()
+    ]
+    try:
+        MpiLauncher(MpiConfig(ranks=ranks))(commands, lambda states: None)
+    finally:
+        assert [path.name for path in (folder / "train").iterdir()] in (["mpirun.log"], [])
+    return (folder / "train" / "mpirun.log").read_text()
+
+
+def test_every_command_runs_once_on_each_rank_of_one_group(tmp_path: Path) -> None:
+    """Four models, two groups of two, one rank left over."""
+    printed = run(tmp_path, 5, a=("--version",), b=("--version",), c=("--version",), d=("--version",))
+    assert printed.count("btm-scale 0.") == 8
+
+
+def test_a_failing_group_goes_on_and_stops_no_other(tmp_path: Path) -> None:
+    with pytest.raises(GroupFailed, match="group 'bad' failed"):
+        run(tmp_path, 4, bad=("no-such-verb",), a=("--version",), b=("--version",), c=("--version",))
+    assert (tmp_path / "train" / "mpirun.log").read_text().count("btm-scale 0.") == 6
+
+
+def test_too_few_ranks_are_told(tmp_path: Path) -> None:
+    with pytest.raises(GroupFailed, match="a group needs 2 ranks, and mpirun has started 1"):
+        run(tmp_path, 1, a=("--version",))
+
+
+def test_an_mpirun_that_is_not_there_is_told(tmp_path: Path) -> None:
+    launcher = MpiLauncher(MpiConfig(command=("no-such-mpirun",)))
+    with pytest.raises(LaunchError, match=r"set launch\.mpi\.command"):
+        launcher([GroupCommand("a", 1, (), tmp_path / "train" / "a" / "log")], lambda states: None)
