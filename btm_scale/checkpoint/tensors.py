@@ -77,8 +77,10 @@ class TensorSpec:
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, writable and without a copy."""
-    array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)
+    flat = tensor.detach() if tensor.requires_grad else tensor
+    array: Any = (flat if flat.dim() == 1 else flat.reshape(-1)).view(torch.uint8).numpy()
+    view: memoryview = array.data
+    return view
 
 
 class ModelReader(ABC):

@@ -119,7 +119,7 @@ class _UnitRunner:
             yield from (self._read(self.readers[0], part) for part in parts)
         elif plan.method.elementwise:
             merge = functools.partial(plan.method.function, **plan.parameters)
-            yield from (merge(self._piece(part, (-1,))) for part in parts)
+            yield from (merge(self._piece(part)) for part in parts)
         else:
             whole = Whole(spec.shape, lambda: self._pieces_of_rows(unit.name, spec.shape))
             yield from map(plan.method.prepare(whole, plan.parameters), whole)
@@ -134,18 +134,22 @@ class _UnitRunner:
                 Unit(name, first * row, (first + taken) * row), (taken, *shape[1:]) if shape else ()
             )
 
-    def _piece(self, part: Unit, shape: tuple[int, ...]) -> Piece:
+    def _piece(self, part: Unit, shape: tuple[int, ...] | None = None) -> Piece:
+        """Flat, or in a shape."""
         plan = self.plan
+
+        def shaped(flat: torch.Tensor) -> torch.Tensor:
+            return flat if shape is None else flat.reshape(shape)
 
         def noise(i: int) -> torch.Tensor:
             key = f"{plan.seed}/{part.name}/{plan.sources[i].sample}"
-            return uniform(key, part.start, part.stop).reshape(shape)
+            return shaped(uniform(key, part.start, part.stop))
 
         return Piece(
-            tensors=(self._widened(reader, part, "input").reshape(shape) for reader in self.readers),
+            tensors=(shaped(self._widened(reader, part, "input")) for reader in self.readers),
             weights=[source.weight for source in plan.sources],
-            zeros=self._buffer("result", part.stop - part.start, torch.float64).zero_().reshape(shape),
-            base=self._widened(self.base, part, "base").reshape(shape) if self.base else None,
+            zeros=shaped(self._buffer("result", part.stop - part.start, torch.float64).zero_()),
+            base=shaped(self._widened(self.base, part, "base")) if self.base else None,
             noise=noise,
         )
 
@@ -165,7 +169,7 @@ class _UnitRunner:
         array = arrays.get((purpose, dtype))
         if array is None or array.numel() < elements:
             arrays[purpose, dtype] = array = torch.empty(elements, dtype=dtype)
-        return array[:elements]
+        return array if array.numel() == elements else array[:elements]
 
 
 def _run_all(
