@@ -280,6 +280,7 @@ def generate(options: argparse.Namespace) -> Answer:
         run_dir,
         models=options.model,
         prior=options.prior,
+        route_top_k=options.route_top_k,
         domain=options.domain,
         method=options.method,
         posterior=options.posterior,

@@ -186,7 +186,12 @@ def _generate(verbs: _Verbs) -> None:
                       "tokens of the mixture")  # fmt: skip
     made.add_argument("--posterior", default="prefix", metavar="prefix|token|tempered|fixed",
                       help="what weighs the experts; 'expert' is exact for prefix only")  # fmt: skip
-    made.add_argument("--prior", default="cached", metavar="cached|uniform", help="where the weights start")
+    made.add_argument(
+        "--prior", default="cached", metavar="cached|uniform|routed", help="where the weights start"
+    )
+    made.add_argument(
+        "--route-top-k", type=int, metavar="K", help="routed: only the nearest K clusters' experts"
+    )
     made.add_argument("--domain", help="whose cached prior (default: all training domains' pooled)")
     made.add_argument("--model", action="append", default=[], metavar="NAME",
                       help="only these: experts, seed, dense, average/uniform; may be given often")  # fmt: skip

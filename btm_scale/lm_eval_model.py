@@ -23,7 +23,7 @@ _MAX_TOKENS = 256
 
 @register_model("btm-scale")
 class ForestLM(TemplateLM):
-    """`--model_args run=DIR,method=ensemble`; also domain=NAME, max_memory=8GB, device=cuda:0."""
+    """`--model_args run=DIR,method=ensemble`; also domain=NAME, max_memory=8GB. `--device` is the harness's own."""
 
     def __init__(
         self,

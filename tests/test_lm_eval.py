@@ -73,7 +73,7 @@ def test_the_harness_evaluates_an_ensemble_on_local_tasks(
     for name, task in TASKS.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | source | task))
     done = harness(
-        "run", "--model", "btm-scale", "--model_args", f"run={run.root},method=ensemble,device=cpu",
+        "run", "--model", "btm-scale", "--model_args", f"run={run.root},method=ensemble", "--device", "cpu",
         "--tasks", ",".join(TASKS), "--include_path", tmp_path, "--output_path", tmp_path / "out", "--log_samples",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

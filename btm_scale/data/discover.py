@@ -73,7 +73,7 @@ def discover(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        names = [f"cluster{number}" for number in range(clusters)]
+        names = [cluster_name(number) for number in range(clusters)]
         held = _share_out(documents(), clustering, [partial / f"{name}.jsonl.gz" for name in names])
         found = {name: counts | {"terms": terms} for name, counts, terms in
                  zip(names, held, clustering.typical_terms(), strict=True)}  # fmt: skip
@@ -84,6 +84,11 @@ def discover(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return {"output": str(output), "clusters": found}
+
+
+def cluster_name(number: int) -> str:
+    """The domain that a cluster becomes."""
+    return f"cluster{number}"
 
 
 def random_sample(items: Iterable[_Item], size: int, random_seed: int) -> list[_Item]:

@@ -6,7 +6,7 @@ from p(D=j | prompt) and letting it write alone: p(text | prompt) = sum_j p(D=j 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ METHODS = {
     "mixture": "tokens come from the experts' mixture: greedy, temperature, top-k, top-p",
 }
 POSTERIORS = ("prefix", "token", "tempered", "fixed")
+Router = Callable[[Sequence[str]], np.ndarray]
 Finished = Literal["end", "stop", "length", "context"]
 
 
@@ -78,6 +79,7 @@ class Generator:
         tokenizer: Tokenizer,
         *,
         log_prior: np.ndarray | None = None,
+        router: Router | None = None,
         method: str = "expert",
         posterior: str = "prefix",
         tempering: Tempering | None = None,
@@ -85,8 +87,11 @@ class Generator:
         max_bytes: float | None = None,
         device: str | None = None,
     ) -> None:
-        """`models`: Hugging Face directories by name; `log_prior` [models] nats (default: uniform); `method`: one of
-        METHODS; `posterior`: one of POSTERIORS; `max_bytes`: of weights in memory at once (default: no limit).
+        """Check the settings, and load the models where the method needs all at once.
+
+        `models`: Hugging Face directories by name; `log_prior` [models] nats (default: uniform); `router`: gives each
+        prompt a prior of its own instead, [prompts, models]; `method`: one of METHODS; `posterior`: one of POSTERIORS;
+        `max_bytes`: of weights in memory at once (default: no limit).
 
         Raises UserError for settings that don't go together, ForestError or CheckpointError for models that don't.
         """
@@ -99,6 +104,7 @@ class Generator:
         self.device = usable_device(device)
         self.shelf = Shelf(models, vocabulary=tokenizer.vocab_size, max_bytes=max_bytes, device=self.device)
         self.log_prior = np.zeros(len(models)) if log_prior is None else log_prior
+        self._router = router
         self.mode: Mode = posterior  # type: ignore[assignment]
         self.tempering = tempering if posterior == "tempered" else None
         if method != "expert":
@@ -114,13 +120,16 @@ class Generator:
         prior: str = "cached",
         domain: str | None = None,
         posterior: str = "prefix",
+        route_top_k: int | None = None,
         **settings: Any,
     ) -> Generator:
         """A run's forest, or those of its `models` (experts, seed, dense, average/uniform, ...).
 
-        `prior`: `cached` from the dev text of `domain`, or pooled over all training domains, or `uniform`.
+        `prior`: `cached` from the dev text of `domain`, or pooled over all training domains; `uniform`; or `routed`,
+        where each prompt has that of its place in the clustering that the run's domains were found by (of the
+        `route_top_k` nearest clusters only).
         """
-        from btm_scale.forest.generation_prior import log_prior_of, models_of, tempering_of
+        from btm_scale.forest.generation_prior import log_prior_of, models_of, router_of, tempering_of
 
         names = models_of(run, models)
         log_prior = log_prior_of(config, run, names, prior, domain)
@@ -128,6 +137,7 @@ class Generator:
             {name: run.model(name) for name in names},
             Tokenizer.load(run.tokenizer),
             log_prior=log_prior,
+            router=router_of(config, names, prior, route_top_k),
             posterior=posterior,
             tempering=tempering_of(config, run, names, log_prior, domain)
             if posterior == "tempered"
@@ -169,7 +179,7 @@ class Generator:
         return self._by_one_expert(batch, random) if self.method == "expert" else self._by_all(batch, random)
 
     def _by_one_expert(self, batch: Batch, random: torch.Generator) -> Iterator[Step]:
-        running = RunningPosterior(self.log_prior, len(batch.prompts))
+        running = RunningPosterior(self._prior_of(batch.prompts), len(batch.prompts))
         if len(self.names) > 1:
             scores = [self.shelf.take(name).read(batch.prompts).log_probs for name in self.names]
             _observe_prompts(running, scores, batch.prompts)
@@ -200,9 +210,16 @@ class Generator:
     def begin(self, prompts: Sequence[Sequence[int]]) -> tuple[list[Reading], RunningPosterior]:
         """Have all models read prompts, tokens of at least one each: what each says comes next, and their weights."""
         readings = [decoder.read(prompts) for decoder in self.shelf.take_all(self.names, "a mixture")]
-        running = RunningPosterior(self.log_prior, len(prompts), mode=self.mode, tempering=self.tempering)
+        running = RunningPosterior(
+            self._prior_of(prompts), len(prompts), mode=self.mode, tempering=self.tempering
+        )
         _observe_prompts(running, [reading.log_probs for reading in readings], prompts)
         return readings, running
+
+    def _prior_of(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        if self._router is None:
+            return self.log_prior
+        return self._router([self.tokenizer.decode(prompt[1:]) for prompt in prompts])
 
     def _write(
         self,

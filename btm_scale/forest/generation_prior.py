@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from btm_scale.config import RunConfig
+from btm_scale.data.cluster import Clustering
 from btm_scale.errors import ForestError, UserError
 from btm_scale.forest.expert import read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.posterior import Tempering
+from btm_scale.forest.routing import router
 from btm_scale.forest.stack import Stack, dev_prior
 from btm_scale.forest.tempering import fitted_tempering
 from btm_scale.run_dir import RunDir
 
-PRIORS = ("cached", "uniform")
+PRIORS = ("cached", "uniform", "routed")
 
 
 def models_of(run: RunDir, asked: Sequence[str]) -> list[str]:
@@ -31,7 +33,8 @@ def models_of(run: RunDir, asked: Sequence[str]) -> list[str]:
 def log_prior_of(
     config: RunConfig, run: RunDir, names: Sequence[str], prior: str, domain: str | None
 ) -> np.ndarray:
-    """log p(D=j), nats [models]: of a domain's dev text, the mean over all training domains', or uniform.
+    """log p(D=j), nats [models]: of a domain's dev text, the mean over all training domains', or uniform (which also
+    stands for `routed`, where each text has a prior of its own).
 
     Raises UserError for a prior or domain that the run doesn't have, ForestError for models without scores.
     """
@@ -41,11 +44,29 @@ def log_prior_of(
         raise UserError(
             f"the prior '{prior}' is of no domain; leave out --domain {domain}, or use the cached prior"
         )
-    if prior == "uniform" or len(names) == 1:
+    if prior != "cached" or len(names) == 1:
         return np.full(len(names), -np.log(len(names)))
     domains = _domains(config, domain)
     probabilities = np.mean([np.exp(dev_prior(run, names, name)) for name in domains], axis=0)
     return np.log(probabilities)
+
+
+def router_of(
+    config: RunConfig, names: Sequence[str], prior: str, top_k: int | None
+) -> Callable[[Sequence[str]], np.ndarray] | None:
+    """What gives each text its prior, for the prior `routed`: the clustering that lies beside the run's text.
+
+    Raises UserError, DataError or ForestError if the run's domains are not those of a clustering.
+    """
+    if prior != "routed":
+        if top_k is not None:
+            raise UserError(
+                f"--route-top-k {top_k} is of the prior 'routed', and the prior is '{prior}'; leave it out"
+            )
+        return None
+    if top_k is not None and top_k < 1:
+        raise UserError(f"--route-top-k {top_k}: at least 1 expert must be left")
+    return router(Clustering.load(config.text_root), names, top_k)
 
 
 def tempering_of(

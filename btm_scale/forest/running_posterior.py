@@ -18,11 +18,12 @@ class RunningPosterior:
     def __init__(
         self, log_prior: Array, texts: int, *, mode: Mode = "prefix", tempering: Tempering | None = None
     ) -> None:
-        """`log_prior` [experts] nats, normalised here; `tempering` belongs to the mode `tempered`."""
+        """`log_prior` [experts] or [texts, experts] nats, normalised here; `tempering` is for the mode `tempered`."""
         if (tempering is not None) != (mode == "tempered"):
             raise ValueError("the mode 'tempered' takes a tempering, and no other mode does")
         prior = np.asarray(log_prior, dtype=np.float64)
-        self._prior = np.tile(prior - logsumexp(prior), (texts, 1))
+        prior = np.broadcast_to(prior, (texts, prior.shape[-1]))
+        self._prior = prior - logsumexp(prior.T)[:, None]
         self._state = self._prior
         self._mode = mode
         self._tempering = tempering or Tempering()

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from handmade_run import DOMAINS, train
-from tiny_run import btm_scale
 from transformers import AutoModelForCausalLM
 
+from btm_scale.cli import main
 from btm_scale.config import RunConfig
 from btm_scale.errors import ForestError, UserError
 from btm_scale.forest.ablate import Subset, ablate, choose_subsets, file_text, run_texts
@@ -77,16 +77,30 @@ def test_sampled_subsets_are_distinct_and_hold_each_expert_alone_and_all(
         choose_subsets(run, ["law"], most=3)
 
 
-def test_the_command_line_ranks_and_refuses(handmade: tuple[RunConfig, RunDir], tmp_path: Path) -> None:
+def test_the_command_line_ranks_and_refuses(
+    handmade: tuple[RunConfig, RunDir], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     _, run = handmade
     (tmp_path / "text.txt").write_text("import os\n" * 20)
-    command = ["ablate", run.root, "--text", tmp_path / "text.txt", "--expert", "python", "--expert", "cpp"]
-    answer = json.loads(btm_scale(*command, "--json").stdout)
+    command = [
+        "ablate",
+        str(run.root),
+        "--text",
+        str(tmp_path / "text.txt"),
+        "--expert",
+        "python",
+        "--expert",
+        "cpp",
+    ]
+    main([*command, "--json"])
+    answer = json.loads(capsys.readouterr().out)
     assert [row["rank"] for row in answer["ranking"]] == [1, 2, 3]
-    assert "cpp + python" in btm_scale(*command).stdout
-    done = btm_scale("ablate", run.root, "--domain", "law", check=False)
-    assert done.returncode == 2
-    assert "the run has no domain 'law'; it has python, cpp" in done.stderr
+    main(command)
+    assert "cpp + python" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["ablate", str(run.root), "--domain", "law"])
+    assert ended.value.code == 2
+    assert "the run has no domain 'law'; it has python, cpp" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -116,4 +130,6 @@ def test_the_ranking_of_averages_is_that_of_models_trained_on_the_mixtures(
         )[0, 1]
         for domain in texts
     ]
-    assert np.mean(correlations) > 0.7, correlations
+    print(f"Spearman's correlations: {dict(zip(texts, correlations, strict=True))}")
+    assert np.mean(correlations) > 0.7
+    assert min(correlations) > 0.3

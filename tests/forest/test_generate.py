@@ -13,6 +13,7 @@ import torch
 from tiny_forest import POSITIONS, Letters, Oracle, write_experts
 from tiny_run import btm_scale
 
+from btm_scale.cli import main
 from btm_scale.config import RunConfig
 from btm_scale.errors import UserError
 from btm_scale.forest import decoder as decoder_module
@@ -213,26 +214,59 @@ def test_a_prompt_longer_than_the_context_is_refused(experts: dict[str, Path]) -
         Generator(experts, Letters()).generate(["a", "a" * POSITIONS])
 
 
+PROMPTS = ["--prompt", "import os", "--prompt", "THE SOFTWARE IS PROVIDED"]
+
+
 @pytest.mark.slow
-def test_a_finished_run_writes_text(finished_run: tuple[RunConfig, RunDir]) -> None:
-    _, run = finished_run
-    settings = ["--prompt", "import os", "--prompt", "THE SOFTWARE IS PROVIDED", "--max-tokens", "6"]
-    document = json.loads(btm_scale("generate", run.root, *settings, "--json").stdout)
+def test_the_command_line_writes_text_and_one_json_document(handmade: tuple[RunConfig, RunDir]) -> None:
+    _, run = handmade
+    document = json.loads(btm_scale("generate", run.root, *PROMPTS, "--max-tokens", "6", "--json").stdout)
     first, second = document["generations"]
     assert first["expert"] in first["posterior"]
-    assert set(first["posterior"]) == {"licences", "python"}
+    assert set(first["posterior"]) == {"cpp", "docs", "licences", "python"}
     assert second["prompt"] == "THE SOFTWARE IS PROVIDED"
-    mixed = ["--method", "mixture", "--posterior", "tempered", "--temperature", "0", "--domain", "python"]
-    shown = btm_scale("generate", run.root, *settings, *mixed, "--max-memory", "1GB").stdout
-    assert "THE SOFTWARE IS PROVIDED" in shown
-    alone = btm_scale("generate", run.root, *settings, "--model", "dense", "--json").stdout
-    assert json.loads(alone)["generations"][0]["posterior"] == {"dense": 1.0}
-    for wrong, message in [
+    assert len(second["tokens"]) <= 6
+
+
+def test_one_prompt_is_streamed_as_it_is_written(
+    handmade: tuple[RunConfig, RunDir], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config, run = handmade
+    (tmp_path / "prompts.txt").write_text("import os\n")
+    greedy = ["--method", "mixture", "--posterior", "tempered", "--temperature", "0", "--domain", "python"]
+    main(["generate", str(run.root), "--prompts", str(tmp_path / "prompts.txt"), *greedy, "--max-memory", "1GB",
+          "--max-tokens", "9"])  # fmt: skip
+    generator = Generator.of_run(
+        config, run, domain="python", method="mixture", posterior="tempered", sampling=Sampling(temperature=0)
+    )
+    (whole,) = generator.generate(["import os"], max_tokens=9)
+    assert capsys.readouterr().out == whole.text + "\n"
+    seed = Generator.of_run(config, run, models=["seed"])
+    assert [whole.posterior for whole in seed.generate(["import os"], max_tokens=2)] == [{"seed": 1.0}]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
         (["--method", "beam"], "no generation method is called 'beam'"),
+        (["--posterior", "suffix"], "no posterior is called 'suffix'"),
+        (["--prior", "known"], "no prior is called 'known'"),
         (["--domain", "law"], "the run has no domain 'law'"),
+        (["--domain", "python", "--prior", "uniform"], "is of no domain"),
         (["--model", "absent"], "no finished expert"),
         (["--prompt", "word " * 100], "shorten it"),
+        (["--prompts", "/absent.txt"], "no prompts can be read"),
         (["--max-memory", "much"], "no size of memory"),
-    ]:
-        done = btm_scale("generate", run.root, "--prompt", "x", *wrong, check=False)
-        assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+        (["--max-memory", "10KB"], "raise --max-memory"),
+        (["--device", "abacus"], "the device 'abacus' cannot be used"),
+        (["--top-k", "5"], "temperature 1, no top-k"),
+        (["--batch", "0"], "at least 0 tokens and 1 prompt"),
+    ],
+)
+def test_a_users_mistake_exits_with_2_and_a_message(
+    wrong: list[str], message: str, handmade: tuple[RunConfig, RunDir], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", str(handmade[1].root), "--prompt", "x", *wrong])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_forest import LETTERS, Letters, write_experts
+
+from btm_scale.errors import ForestError
+from btm_scale.forest.generate import Generator
+from btm_scale.forest.routing import routed_mixture_log_probs, router
+
+pytest.importorskip("sklearn", reason="routing needs scikit-learn")
+from btm_scale.data.cluster import Clustering
+
+WORDS = ["", "def return", "licence software", "import yield", "warranty provided"]
+
+
+@pytest.fixture(scope="module")
+def clustering() -> Clustering:
+    texts = ["def return import yield class " * n for n in range(1, 9)]
+    texts += ["licence software warranty provided copyright " * n for n in range(1, 9)]
+    return Clustering.fit(texts, 2, sizes=[1] * len(texts), dimensions=4)
+
+
+def as_words(ids: Sequence[int]) -> str:
+    return " ".join(WORDS[token] for token in ids)
+
+
+class Words(Letters):
+    def decode(self, ids: Sequence[int]) -> str:
+        return as_words(ids)
+
+
+def test_scores_are_mixed_by_where_the_text_so_far_lies(clustering: Clustering) -> None:
+    random = np.random.default_rng(0)
+    tokens = random.integers(1, len(LETTERS), 24)
+    log_probs = -random.exponential(2.0, (2, 23))
+    starts = np.array([0, 13])
+    settings: dict[str, Any] = {"top_k": 1, "every": 3}
+    for given in ({}, settings):
+        mixed = routed_mixture_log_probs(log_probs, tokens, starts, clustering, as_words, **given)
+        every = given.get("every", 32)
+        for target in range(23):
+            begin = 13 if target >= 13 else 0
+            seen = tokens[begin : begin + (target - begin) // every * every + 1]
+            weights = np.exp(clustering.log_weights([as_words(seen)], top_k=given.get("top_k"))[0])
+            assert mixed[target] == pytest.approx(np.log(weights @ np.exp(log_probs[:, target])), abs=1e-5)
+    with pytest.raises(ForestError, match="3 experts cannot be routed by 2 clusters"):
+        routed_mixture_log_probs(np.zeros((3, 23)), tokens, starts, clustering, as_words)
+
+
+def test_a_prompt_is_written_by_the_expert_that_it_is_routed_to(
+    clustering: Clustering, tmp_path: Path
+) -> None:
+    models = dict(zip(("cluster0", "cluster1"), write_experts(tmp_path).values(), strict=True))
+    code, licence = clustering.log_weights(["def return import", "licence warranty"]).argmax(axis=1).tolist()
+    assert {code, licence} == {0, 1}
+    generator = Generator(
+        models,
+        Words(),
+        router=router(clustering, list(models), top_k=1),
+        method="per-token",
+        posterior="fixed",
+    )
+    made = generator.generate(["aca", "bdb"], max_tokens=3)
+    assert [max(whole.posterior, key=whole.posterior.__getitem__) for whole in made] == [
+        f"cluster{code}",
+        f"cluster{licence}",
+    ]
+    assert all(max(whole.posterior.values()) == 1.0 for whole in made)
+    with pytest.raises(ForestError, match="'law' is none of the clustering's 2 clusters"):
+        router(clustering, ["cluster0", "law"])
