@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_run import cluster_values
+from cluster_run import EXPERTS, cluster_values
 from slurm_cluster import SlurmCluster
 from tiny_run import write_config
 
@@ -128,7 +128,10 @@ def test_only_what_is_missing_is_submitted(disturbed: tuple[Submitter, dict[str,
         submitted = user.submit()
         assert list(submitted) == ["experts", "evaluate"]
         # Only the task of the missing expert; the page waits for it.
-        assert set(user.cluster.queue()) == {f"{submitted['experts']}_1", submitted["evaluate"]}
+        assert set(user.cluster.queue()) == {
+            f"{submitted['experts']}_{EXPERTS.index('docs')}",
+            submitted["evaluate"],
+        }
         assert "SLURM" in user.status()["docs"]["note"]
     finally:
         user.cluster.run("scancel", *submitted.values())
