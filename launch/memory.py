@@ -8,6 +8,7 @@ from btm_scale.model.layout import Layout
 from btm_scale.model.shape import ModelShape
 
 _MASTER, _MOMENTS, _SUMS = 4, 8, 4  # bytes a parameter, float32
+_ZERO3_BUCKET = 500_000_000  # gradients that ZeRO 3 collects before it scatters them: DeepSpeed's default
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,13 @@ class RankMemory:
     gradients: float
     optimizer: float  # master weights and moments
     activations: float
+    buffers: float = 0.0  # DeepSpeed's own
     host: float = 0.0  # what is kept in the host's memory instead
 
     @property
     def states(self) -> float:
-        """What training keeps: weights, gradients, optimizer."""
-        return self.weights + self.gradients + self.optimizer
+        """What training keeps: weights, gradients, optimizer, and DeepSpeed's buffers."""
+        return self.weights + self.gradients + self.optimizer + self.buffers
 
     @property
     def total(self) -> float:
@@ -43,6 +45,7 @@ def rank_memory(
     # Without ZeRO, float32 weights are their own masters.
     optimizer = kept * (_MOMENTS + (0 if layout.zero == 0 and width == 4 else _MASTER))
     gradients = _gradients(own, share, layout, width, accumulation)
+    buffers = width * _ZERO3_BUCKET if layout.zero == 3 else 0.0
     host = 0.0
     if layout.offload != "none":
         host += optimizer
@@ -51,7 +54,7 @@ def rank_memory(
         host += weights
         weights = 0.0
     activations = activation_bytes(shape, layout, micro_batch=micro_batch, length=length)
-    return RankMemory(weights, gradients, optimizer, activations, host)
+    return RankMemory(weights, gradients, optimizer, activations, buffers, host)
 
 
 def rank_parameters(shape: ModelShape, tensor: int) -> float:
@@ -63,13 +66,17 @@ def rank_parameters(shape: ModelShape, tensor: int) -> float:
 
 
 def _gradients(own: float, share: float, layout: Layout, width: int, accumulation: int) -> float:
-    """As DeepSpeed holds them when the optimizer steps: a float32 copy for the master weights is made then."""
+    """As DeepSpeed 0.19 holds them when the optimizer steps: in the weights' type, and in float32 for the masters.
+
+    Sums over micro-batches are float32; under ZeRO 1 each rank keeps them of all weights until the step.
+    """
     if layout.zero == 0:
         return own * (width if width == 4 else width + _SUMS)
-    sums = _SUMS * share
+    if width == 4 or accumulation == 1:
+        return share * (width + _SUMS)
     if layout.zero == 1:
-        return width * own + sums
-    return width * share + sums
+        return own * (width + _SUMS)
+    return share * (_SUMS if layout.zero == 2 else 2 * _SUMS)
 
 
 def activation_bytes(shape: ModelShape, layout: Layout, *, micro_batch: int, length: int) -> float:

@@ -170,7 +170,7 @@ def _best_layout(
         if not layout.problems(shape, training.length) and training.sequences % layout.data == 0
         for group in _largest_micro_batch(shape, training, layout, cluster)
     ]
-    return min(fitting, key=lambda group: group.step.total, default=None)
+    return min(fitting, key=lambda group: (group.step.total, group.memory.total), default=None)
 
 
 def _layouts(ranks: int, cluster: Cluster, base: Layout) -> Iterator[Layout]:

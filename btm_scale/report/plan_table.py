@@ -13,7 +13,7 @@ from rich.text import Text
 
 from btm_scale.report.progress import duration
 
-_KINDS = ("weights", "gradients", "optimizer", "activations")
+_KINDS = ("weights", "gradients", "optimizer", "activations", "buffers")
 
 
 def print_plan(plan: Mapping[str, Any], console: Console) -> None:
@@ -59,7 +59,7 @@ def _print_groups(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     """A block a kind of group: its layout, what a rank holds, and how long it takes."""
     for row in rows:
         held = row["memory_bytes"]
-        parts = ", ".join(f"{kind} {held[kind] / 1e9:.1f}" for kind in _KINDS)
+        parts = ", ".join(f"{kind} {held[kind] / 1e9:.1f}" for kind in _KINDS if held[kind])
         step = row["step_seconds"]["total"]
         took = f"{step * 1000:,.0f} ms" if step < 10 else f"{step:,.1f} s"
         table = Table.grid(padding=(0, 2))

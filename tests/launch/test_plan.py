@@ -138,4 +138,5 @@ def test_the_memory_of_a_rank_is_what_deepspeed_allocates(name: str, measured: d
     planned = rank_memory(
         shape, GroupConfig.model_validate(values), micro_batch=1, length=32, accumulation=count
     )
-    assert planned.states == pytest.approx(measured[name], rel=0.10)
+    # Beside ZeRO 3's bucket of a fixed size, so small a model would not be seen.
+    assert planned.states - planned.buffers == pytest.approx(measured[name] - planned.buffers, rel=0.10)
