@@ -11,11 +11,13 @@ import pytest
 import torch
 from small_models import Save, random_weights
 
+from btm_scale.checkpoint import workers
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.measures import least_of_largest
 from btm_scale.checkpoint.merge import merge
 from btm_scale.checkpoint.methods import METHODS, Piece, find_method
 from btm_scale.checkpoint.noise import uniform
+from btm_scale.checkpoint.plan import Unit
 from btm_scale.checkpoint.registry import Whole
 from btm_scale.checkpoint.safetensors import SafetensorsModel
 from btm_scale.errors import CheckpointError
@@ -225,6 +227,23 @@ def test_every_method_gives_the_same_bytes_for_any_order_chunk_and_process(
     assert merge(tmp_path / "b", models[::-1], method=name, base=base, chunk_bytes=66).content_hash == first
     merged = SafetensorsModel(tmp_path / "a")
     assert all(merged.read(tensor).isfinite().all() for tensor in merged.names)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_no_method_is_given_a_whole_matrix(
+    name: str, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    piece, sizes = workers._UnitRunner._piece, []
+
+    def recorded(self: workers._UnitRunner, part: Unit, *shape: tuple[int, ...]) -> Piece:
+        sizes.append(part.stop - part.start)
+        return piece(self, part, *shape)
+
+    monkeypatch.setattr(workers, "_ROWS_ELEMENTS", 64)
+    monkeypatch.setattr(workers._UnitRunner, "_piece", recorded)
+    models = [(save(f"m{i}", random_weights(i)), 1.0) for i in range(2)]
+    merge(tmp_path / "out", models, method=name, base=save("base", random_weights(9)), chunk_bytes=128)
+    assert max(sizes) == 64
 
 
 @pytest.mark.parametrize("name", ["task_arithmetic", "ties", "della", "dare", "sce", "model_stock", "widen"])
