@@ -86,7 +86,7 @@ def run(real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     made = RunDir(folder / "run")
     btm_scale("prepare", folder / "run.yaml", "--out", made.root)
     process = _start(made)
-    output, _ = process.communicate(timeout=1200)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     assert is_finished(made.model("seed"))
     return made
@@ -113,7 +113,7 @@ def seen(run: RunDir) -> Seen:
     finally:
         for pid in stopped:
             os.kill(pid, signal.SIGCONT)
-    found.output, _ = process.communicate(timeout=1200)
+    found.output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, found.output
     return found
 
@@ -147,7 +147,7 @@ def _sample(run: RunDir, found: Seen) -> bool:
 
 
 def _wait(process: subprocess.Popen[str], moment: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 1200
+    deadline = time.monotonic() + 600
     while not moment():
         assert process.poll() is None, process.stdout.read() if process.stdout else ""
         assert time.monotonic() < deadline
@@ -181,7 +181,7 @@ def test_a_failing_group_ends_alone_and_is_named(seen: Seen, run: RunDir) -> Non
     shutil.rmtree(run.checkpoints("python"))
     run.checkpoints("python").write_text("in the way")
     process = _start(run)
-    output, _ = process.communicate(timeout=1200)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode != 0
     assert "group 'python' failed: rank" in output
     assert is_finished(run.model("docs"))
