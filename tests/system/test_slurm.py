@@ -44,8 +44,8 @@ class Submitter:
         done = self._btm_scale("run", self.config, "--launcher", "slurm", "--out", self.run.root, "--json")
         return dict(json.loads(done)["submitted"])
 
-    def status(self) -> dict[str, dict[str, Any]]:
-        return dict(json.loads(self._btm_scale("status", self.run.root, "--json"))["models"])
+    def status(self, *options: str) -> dict[str, dict[str, Any]]:
+        return dict(json.loads(self._btm_scale("status", self.run.root, "--json", *options))["models"])
 
     def _btm_scale(self, *arguments: object) -> str:
         done = self.cluster.run(sys.executable, "-m", "btm_scale.cli", *arguments, timeout=900)
@@ -109,7 +109,7 @@ def test_the_run_goes_from_text_to_report(disturbed: tuple[Submitter, dict[str, 
     assert user.run.report.is_file(), seen["logs"]
     results = json.loads(user.run.results.read_text())
     assert {"ensemble", "average:posterior", "expert:docs"} <= set(results["methods"])
-    assert {row["state"] for row in user.status().values()} == {"done"}
+    assert {row["state"] for row in user.status("--watch").values()} == {"done"}
 
 
 def test_jobs_under_way_or_done_are_not_submitted_again(disturbed: tuple[Submitter, dict[str, Any]]) -> None:
