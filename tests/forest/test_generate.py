@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_forest import POSITIONS, Letters, Oracle, write_experts
 from tiny_run import btm_scale
+from transformers import AutoModelForCausalLM
 
 from btm_scale.cli import main
 from btm_scale.config import RunConfig
@@ -93,7 +94,7 @@ def test_token_by_token_methods_sample_their_own_posteriors_mixture(
     assert chance(drawn, expected) > 1e-3
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "unlike"])
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode["posterior"])
 def test_greedy_mixture_of_a_ragged_batch_equals_brute_force(
     family: str, mode: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -174,6 +175,22 @@ def test_experts_come_one_by_one_where_memory_holds_no_more(experts: dict[str, P
         Generator(experts, Letters(), method="mixture", max_bytes=1.5 * size)
     with pytest.raises(UserError, match="raise --max-memory"):
         Generator(experts, Letters(), max_bytes=size / 2)
+
+
+def test_log_probabilities_of_a_bfloat16_model_are_not_rounded(
+    experts: dict[str, Path], tmp_path: Path
+) -> None:
+    AutoModelForCausalLM.from_pretrained(experts["expert0"], dtype=torch.bfloat16).save_pretrained(
+        tmp_path / "bf16"
+    )
+    decoder = decoder_module.Decoder.load(tmp_path / "bf16")
+    reading = decoder.read([[0, 1, 2, 3]])
+    assert decoder.model.dtype == torch.bfloat16
+    assert reading.logits.dtype == torch.float32
+    assert not torch.equal(reading.logits, reading.logits.bfloat16().float())
+    base = decoder.model.base_model(torch.tensor([[0, 1, 2, 3]])).last_hidden_state[0, -1]
+    head = decoder.model.get_output_embeddings().weight
+    assert reading.logits[0].tolist() == pytest.approx((base.double() @ head.double().T).tolist(), abs=1e-5)
 
 
 def test_top_k_and_top_p_leave_the_likeliest_tokens() -> None:

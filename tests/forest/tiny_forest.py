@@ -32,12 +32,14 @@ class Letters(Tokenizer):
 
 
 def write_experts(folder: Path, count: int = 2, family: str = "llama") -> dict[str, Path]:
-    """Models of random weights, large enough that each has opinions of its own."""
+    """Models of random weights, large enough that each has opinions of its own; `unlike`: of several families."""
     experts = {}
     for number in range(count):
         torch.manual_seed(number)
         experts[f"expert{number}"] = folder / f"{family}{number}"
-        _model(family).save_pretrained(experts[f"expert{number}"])
+        _model(("llama", "gpt2")[number % 2] if family == "unlike" else family).save_pretrained(
+            experts[f"expert{number}"]
+        )
     return experts
 
 
