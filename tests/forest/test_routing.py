@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from handmade_run import DOMAINS
 from tiny_forest import LETTERS, Letters, write_experts
 
+from btm_scale.config import RunConfig
 from btm_scale.errors import ForestError
 from btm_scale.forest.generate import Generator
-from btm_scale.forest.routing import routed_mixture_log_probs, router
+from btm_scale.forest.routing import routed_methods, routed_mixture_log_probs, router
+from btm_scale.forest.stack import Stack
+from btm_scale.run_dir import RunDir
 
 pytest.importorskip("sklearn", reason="routing needs scikit-learn")
 from btm_scale.data.cluster import Clustering
@@ -73,3 +78,27 @@ def test_a_prompt_is_written_by_the_expert_that_it_is_routed_to(
     assert all(max(whole.posterior.values()) == 1.0 for whole in made)
     with pytest.raises(ForestError, match="'law' is none of the clustering's 2 clusters"):
         router(clustering, ["cluster0", "law"])
+
+
+def test_a_run_of_found_domains_has_routed_methods(
+    handmade: tuple[RunConfig, RunDir], tmp_path: Path
+) -> None:
+    config, run = handmade
+    forest = Stack.load(run, ["python", "cpp", "licences", "docs"], "python", "dev")
+    clusters = ["cluster0", "cluster1", "cluster2", "cluster3"]
+    assert routed_methods(config, run, clusters, forest, "python", "dev") == {}
+    texts = [
+        json.loads(line)["text"] for name in DOMAINS for line in (config.text_root / f"{name}.jsonl").open()
+    ]
+    Clustering.fit(texts[::2], 4, dimensions=8).save(tmp_path)
+    moved = config.model_copy(update={"text_root": tmp_path})
+    assert routed_methods(moved, run, ["python", *clusters[1:]], forest, "python", "dev") == {}
+    found = routed_methods(moved, run, clusters, forest, "python", "dev")
+    assert set(found) == {"ensemble:routed", "ensemble:routed:top1", "ensemble:routed:top2"}
+    # In another order of the experts the rows are the same experts' still.
+    turned = Stack(forest.log_probs[::-1], forest.block_starts)
+    again = routed_methods(moved, run, clusters[::-1], turned, "python", "dev")
+    for method, log_probs in found.items():
+        assert np.array_equal(log_probs, again[method])
+        assert (log_probs <= forest.log_probs.max(axis=0) + 1e-6).all()
+        assert (log_probs >= forest.log_probs.min(axis=0) - 1e-6).all()
