@@ -86,7 +86,7 @@ def activation_bytes(shape: ModelShape, layout: Layout, *, micro_batch: int, len
     """
     tokens = micro_batch * length
     width = 4 if layout.precision == "fp32" else 2
-    norms = 4 * shape.hidden  # two norms' inputs and outputs
+    norms: float = 4 * shape.hidden  # two norms' inputs and outputs
     if layout.sequence_parallel:
         norms = norms / layout.tensor
     attention = shape.query_key_value_width + 2 * shape.query_width
