@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
@@ -60,21 +60,23 @@ class SlurmCluster:
     def kill_node(self, node: str) -> None:
         """End a node as a power cut does: its slurmd and all that ran on it, without a last word."""
         slurmd = self._daemons.pop(f"slurmd -D -N {node}")
-        victims = [slurmd.pid]
+        slurmd.kill()
+        self._kill_tasks(node)
+        slurmd.wait()
+
+    def _kill_tasks(self, *nodes: str) -> None:
+        victims = []
         for process in psutil.process_iter(["pid"]):
             try:
                 own = process.environ()
+                is_task = own.get("SLURM_CONF") == self.environment["SLURM_CONF"]
+                if is_task and own.get("SLURMD_NODENAME") in nodes:
+                    victims += [process, *(one for one in process.parents() if one.name() == "slurmstepd")]
             except psutil.Error:
                 continue
-            if own.get("SLURM_CONF") == self.environment["SLURM_CONF"] and own.get("SLURMD_NODENAME") == node:
-                victims.append(process.pid)
-                victims += [parent.pid for parent in process.parents() if parent.name() == "slurmstepd"]
-        for victim in dict.fromkeys(victims):
-            try:
-                os.kill(victim, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        slurmd.wait()
+        for victim in victims:
+            with contextlib.suppress(psutil.Error):
+                victim.kill()
 
     def stop(self) -> None:
         """End all jobs and daemons."""
@@ -89,6 +91,7 @@ class SlurmCluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+        self._kill_tasks(*self.nodes)  # what was being cancelled when its slurmd ended
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def run(self, *command: object, timeout: float = 60) -> subprocess.CompletedProcess[str]:
