@@ -10,6 +10,7 @@ folder=@RUN@/train/$model
 
 # Each rank keeps a log of its own in the model's folder. Of a group that has lost one rank nothing goes on.
 code=0
+mkdir -p "$folder"
 rm -f "$folder/stopped"
 srun --ntasks=@RANKS@ --kill-on-bad-exit=1@CONTAINER@ \
     @PYTHON@ -m btm_scale.cli train @CONFIG@ --out @RUN@ --model "$model" --launcher slurm || code=$?
