@@ -11,6 +11,7 @@ from btm_scale.checkpoint.merge import merge
 from btm_scale.config import RunConfig
 from btm_scale.data.prepare import prepare
 from btm_scale.errors import ConfigError, ForestError
+from btm_scale.forest.branch import parents_of
 from btm_scale.forest.expert import Expert, is_finished, read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.living import remove_expert
@@ -39,13 +40,19 @@ def branch_expert(
     if is_finished(run.model(name)):
         raise ForestError(f"'{name}' is an expert of {run.root} already; choose another --name")
     grown = _with_branch(config, name, parents, text, settings or {})
+    job = training_job(grown, name)
+    if job.branch is None:
+        raise ConfigError(f"'{name}' has a model of its own size, which nothing can be branched into")
+    if parents not in ("nearest", "posterior"):
+        # What can be wrong with named parents is told before any text is read.
+        parents_of(run, name, job.branch)
     open_run(grown, run)
     try:
         prepare(grown, run)
         forest = list(experts(run))
         if parents in ("nearest", "posterior") and forest:
             score_models(grown, run, forest)
-        begun = settle(grown, run, training_job(grown, name))
+        begun = settle(grown, run, job)
         _write_first_weights(run, name, begun)
     except BaseException:
         config.save(run.config)
