@@ -173,8 +173,8 @@ class Engine:
         for kind in (FIRST_MOMENT, SECOND_MOMENT):
             safe_set_full_optimizer_state(parameter, state[kind], kind)
         partitioned = hasattr(parameter, "ds_id")
-        # Under ZeRO 3 the weights are written whole and cut again; the writer is this tensor rank's first data rank.
-        source = self.group.tensor_rank if partitioned else None
+        # Under ZeRO 3 the weights are written whole and cut again; the writer is the first of this one's data ranks.
+        source = 0 if partitioned else None
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=source, enabled=partitioned):
             parameter.data.copy_(state[MASTER].view_as(parameter))
 

@@ -7,14 +7,12 @@ disk is the whole group's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from deepspeed import comm
 from torch import Tensor
 from torch.distributed import ProcessGroup
-
-Whole = Callable[[torch.nn.Parameter, str], Tensor]
 
 
 class OuterStep:
