@@ -17,8 +17,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/btm-scale demo
 
+# The longest tests first, so that both processes end at about the same time.
+TESTS ?= tests/system tests
+
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 # The layers and the types are checked on the package as it is installed: kernels, launch and configs have other
 # names on disk.
