@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from launcher import TESTS, launched
+from launcher import TESTS
 from safetensors.torch import load_file
+from worlds import run_script
 
 from btm_scale.train import outer
 
@@ -54,16 +55,11 @@ def test_ranks_that_step_alone_learn_as_well_with_a_fraction_of_the_traffic(tmp_
         "local": group | {"sync_every": EVERY},
         "local-tensor": group | {"tensor": 2, "data": 2, "sync_every": EVERY},
     }
-    spec = {"shape": SHAPE, "steps": STEPS, "sequences": 8, "folder": str(tmp_path),
-            "deepspeed": {"comms_logger": {"enabled": True, "prof_all": True}}}  # fmt: skip
-    two = {name: layout for name, layout in layouts.items() if name != "local-tensor"}
-    launched(TESTS / "train" / "train_layouts.py", 2, spec | {"layouts": two}, tmp_path)
-    launched(
-        TESTS / "train" / "train_layouts.py",
-        4,
-        spec | {"layouts": {"local-tensor": layouts["local-tensor"]}},
-        tmp_path,
-    )
+    spec = {"shape": SHAPE, "steps": STEPS, "sequences": 8, "folder": str(tmp_path)}
+    four = {"local-tensor": layouts["local-tensor"]}
+    two = {name: layout for name, layout in layouts.items() if name not in four}
+    specs = [spec | {"layouts": layouts} for layouts in (two, four)]
+    run_script(TESTS / "train" / "train_layouts.py", specs, tmp_path)
     found = {name: load_file(tmp_path / f"{name}.safetensors") for name in layouts}
 
     for name, value in found["plain"].items():

@@ -27,6 +27,7 @@ def write_pretrained(folder: Path, text: Path, family: str) -> Path:
     """A random model and a tokenizer, as Hugging Face writes them, with more rows than tokens."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    folder.mkdir()
     lines = (text / "python.jsonl").read_text().splitlines()[:200]
     train_tokenizer(folder, (json.loads(line)["text"] for line in lines), vocab_size=400)
     torch.manual_seed(1)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from launcher import TESTS, launched
+from launcher import TESTS
 from safetensors.torch import load_file
+from worlds import run_script
 
 pytestmark = pytest.mark.slow
 
@@ -51,29 +52,18 @@ def by_ranks() -> dict[int, dict[str, dict[str, Any]]]:
     return groups
 
 
-def run_all(folder: Path, **more: Any) -> None:
-    for ranks, layouts in by_ranks().items():
-        spec = {"layouts": layouts, "folder": str(folder), "shape": {"family": "llama", **SHAPE}, "steps": STEPS,
-                "sequences": 8, **more}  # fmt: skip
-        launched(TESTS / "train" / "train_layouts.py", ranks, spec, folder)
-
-
 def test_the_next_twenty_losses_are_those_of_a_run_that_kept_its_layout(tmp_path: Path) -> None:
-    kept = {"one": LAYOUTS["one"] | {"precision": "fp32", "micro_batch": 2}}
     whole = tmp_path / "whole"
     whole.mkdir()
-    spec = {
-        "layouts": kept,
-        "folder": str(whole),
-        "shape": {"family": "llama", **SHAPE},
-        "steps": STEPS,
-        "sequences": 8,
-    }
-    launched(TESTS / "train" / "train_layouts.py", 1, spec, whole)
-    expected = load_file(whole / "one.safetensors")["losses"]
+    common = {"shape": {"family": "llama", **SHAPE}, "steps": STEPS, "sequences": 8}
+    kept = {"one": LAYOUTS["one"] | {"precision": "fp32", "micro_batch": 2}}
+    specs = [common | {"layouts": kept, "folder": str(whole)}]
+    for more in ({"save": SAVED}, {"save": SAVED, "begin": FROM}):
+        for layouts in by_ranks().values():
+            specs.append(common | more | {"layouts": layouts, "folder": str(tmp_path)})
+    run_script(TESTS / "train" / "train_layouts.py", specs, tmp_path)
 
-    run_all(tmp_path, save=SAVED)
-    run_all(tmp_path, save=SAVED, begin=FROM)
+    expected = load_file(whole / "one.safetensors")["losses"]
     for name in LAYOUTS:
         found = load_file(tmp_path / f"{name}.safetensors")["losses"]
         message = f"saved as {FROM[name]}, gone on with as {name}"

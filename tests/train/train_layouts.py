@@ -1,20 +1,22 @@
-"""Trains one tiny model in many layouts of one number of ranks: `train_layouts.py SPEC.json`, as every rank runs it.
+"""Trains one tiny model in many layouts of one number of ranks: `train_layouts.py SPEC.json`.
 
-The spec has `layouts` (name: group), `shape`, `steps`, `sequences` and `folder`; also, by the layouts' names, `begin`
-(the name of a layout whose state to go on from) and `save` (after how many steps to save a state instead of going on).
-For each layout the first rank leaves `FOLDER/NAME.safetensors` with `losses` and the weights under Hugging Face names.
+Started by a launcher, it is one rank; else it forks the ranks of one spec after the other, of a list. A spec has
+`layouts` (name: group), `shape`, `steps`, `sequences` and `folder`; also, by the layouts' names, `begin` (the name of a
+layout whose state to go on from) and `save` (after how many steps to save a state instead of going on). For each layout
+the first rank leaves `FOLDER/NAME.safetensors` with `losses` and the weights under Hugging Face names.
 """
 
 from __future__ import annotations
 
-import json
-import sys
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.comm import comm
+import torch.distributed as dist
 from safetensors.torch import save_file
+from worlds import fork_world, read_spec
 
 from btm_scale.config import GroupConfig, OptimizerConfig
 from btm_scale.group import ExpertGroup
@@ -65,10 +67,23 @@ def train(engine: Engine, first: int, last: int) -> list[float]:
     return losses
 
 
-def bytes_sent() -> int:
-    """What this rank has given to DeepSpeed's collectives so far; its own logger counts, if the spec turns it on."""
-    operations = comm.comms_logger.comms_dict.values() if comm.comms_logger is not None else []
-    return sum(size * counts[0] for sizes in operations for size, counts in sizes.items())
+def count_bytes() -> list[int]:
+    """From now on, what this rank gives to collectives of more than one rank; the list's only number grows."""
+    sent = [0]
+
+    def counted(collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            given = (*arguments, *named.values())
+            group = next((value for value in given if isinstance(value, dist.ProcessGroup)), None)
+            if dist.get_world_size(group) > 1:
+                sent[0] += max(value.nbytes for value in given if torch.is_tensor(value))
+            return collective(*arguments, **named)
+
+        return call
+
+    for name in ("all_reduce", "reduce", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor"):
+        setattr(dist, name, counted(getattr(dist, name)))
+    return sent
 
 
 def weights(engine: Engine) -> dict[str, torch.Tensor]:
@@ -81,9 +96,9 @@ def weights(engine: Engine) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in whole}
 
 
-def main() -> None:
-    spec = json.loads(Path(sys.argv[1]).read_text())
+def train_all(spec: dict[str, Any]) -> None:
     group: ExpertGroup | None = None
+    sent = count_bytes()
     for name, values in spec["layouts"].items():
         config = GroupConfig.model_validate(values)
         group = ExpertGroup.join(config) if group is None else group.rejoin(config)
@@ -93,14 +108,12 @@ def main() -> None:
             first = load_state(engine, state_path(folder / spec["begin"][name], spec["save"])).step + 1
         elif "save" in spec:
             last = spec["save"]
-        before = bytes_sent()
+        before = sent[0]
         losses = train(engine, first, last)
-        sent = bytes_sent() - before
         if last < spec["steps"]:
             save_state(engine, folder / name, last, keep=1)
         found = weights(engine) | {"losses": torch.tensor(losses, dtype=torch.float64)}
-        if "deepspeed" in spec and "comms_logger" in spec["deepspeed"]:
-            found["bytes"] = torch.tensor(sent)
+        found["bytes"] = torch.tensor(sent[0] - before)
         if group.is_first:
             save_file(found, folder / f"{name}.safetensors")
         engine.close()
@@ -108,5 +121,14 @@ def main() -> None:
     group.leave()
 
 
+def ranks_of(spec: dict[str, Any]) -> int:
+    layout = next(iter(spec["layouts"].values()))
+    return layout.get("tensor", 1) * layout.get("data", 1)
+
+
 if __name__ == "__main__":
-    main()
+    if "RANK" in os.environ:
+        train_all(read_spec())
+    else:
+        for part in read_spec():
+            fork_world(ranks_of(part), train_all, part)
