@@ -19,7 +19,7 @@ from btm_scale.errors import GroupFailed, UserError
 
 if TYPE_CHECKING:
     from btm_scale.config import RunConfig
-    from btm_scale.forest.generate import Piece
+    from btm_scale.forest.generation import Piece
     from btm_scale.run_dir import RunDir
 
 Answer = dict[str, Any]
@@ -270,7 +270,8 @@ def generate(options: argparse.Namespace) -> Answer:
     from dataclasses import asdict
 
     from btm_scale.forest.decoding import Sampling
-    from btm_scale.forest.generate import Generator, prompts_of
+    from btm_scale.forest.generate import Generator
+    from btm_scale.forest.generation import prompts_of
     from btm_scale.forest.shelf import bytes_from_text
 
     config, run_dir = _open(options)

@@ -7,67 +7,25 @@ from p(D=j | prompt) and letting it write alone: p(text | prompt) = sum_j p(D=j 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from btm_scale.config import RunConfig
 from btm_scale.data.tokenizer import Tokenizer
-from btm_scale.errors import ForestError, UserError
-from btm_scale.forest.decoder import Reading, limits_of, usable_device
+from btm_scale.errors import UserError
+from btm_scale.forest.decoder import Reading, usable_device
 from btm_scale.forest.decoding import Sampling, Step, decode, from_drawn_expert, from_mixture
+from btm_scale.forest.generation import Batch, Finished, Generation, Piece, check_settings, shared_context
 from btm_scale.forest.posterior import Mode, Tempering
 from btm_scale.forest.running_posterior import RunningPosterior
 from btm_scale.forest.shelf import Shelf
 from btm_scale.forest.transcript import Transcript
 from btm_scale.run_dir import RunDir
 
-METHODS = {
-    "expert": "one expert, drawn by the posterior of the prompt, writes the text alone",
-    "per-token": "an expert is drawn for each token",
-    "mixture": "tokens come from the experts' mixture: greedy, temperature, top-k, top-p",
-}
-POSTERIORS = ("prefix", "token", "tempered", "fixed")
 Router = Callable[[Sequence[str]], np.ndarray]
-Finished = Literal["end", "stop", "length", "context"]
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A continuation, and where it came from."""
-
-    prompt: str
-    text: str
-    tokens: list[int]
-    finished: Finished  # by the end of the document, a stop string, max_tokens, or the experts' longest text
-    posterior: dict[str, float]  # of the prompt: each expert's weight before the first token
-    expert: str | None  # that wrote it, where one did
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What was just added to the continuation of prompt number `prompt`; the last piece brings the whole."""
-
-    prompt: int
-    text: str
-    whole: Generation | None = None
-
-
-@dataclass
-class Batch:
-    """Texts that are written side by side."""
-
-    prompts: Sequence[Sequence[int]]
-    limits: np.ndarray  # int64 [texts]: tokens to write at the most
-    finished: np.ndarray = field(init=False)  # bool [texts]; whoever takes the steps may finish a text
-    posterior: np.ndarray = field(init=False)  # [texts, experts], of the prompts; known at the first step
-    drawn: np.ndarray | None = None  # int64 [texts]: the expert that writes each
-
-    def __post_init__(self) -> None:
-        self.finished = np.zeros(len(self.prompts), dtype=bool)
 
 
 class Generator:
@@ -96,11 +54,11 @@ class Generator:
         Raises UserError for settings that don't go together, ForestError or CheckpointError for models that don't.
         """
         self.sampling = sampling or Sampling()
-        _check_settings(method, posterior, self.sampling)
+        check_settings(method, posterior, self.sampling)
         self.names = list(models)
         self.method = method
         self.tokenizer = tokenizer
-        self.context = _shared_context(models, tokenizer)
+        self.context = shared_context(models, tokenizer)
         self.device = usable_device(device)
         self.shelf = Shelf(models, vocabulary=tokenizer.vocab_size, max_bytes=max_bytes, device=self.device)
         self.log_prior = np.zeros(len(models)) if log_prior is None else log_prior
@@ -280,21 +238,6 @@ class Generator:
         return self.context - tokens + 1
 
 
-def prompts_of(given: Sequence[str], file: Path | None) -> list[str]:
-    """The prompts given one by one and those of a file, one a line. Raises UserError if there are none."""
-    prompts = list(given)
-    if file is not None:
-        try:
-            prompts += file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"no prompts can be read from {file}: {error}; give a UTF-8 text, one prompt a line"
-            ) from None
-    if not prompts:
-        raise UserError("nothing to continue; give --prompt TEXT or --prompts FILE")
-    return prompts
-
-
 def _observe_prompts(
     running: RunningPosterior, scores: Sequence[Any], prompts: Sequence[Sequence[int]]
 ) -> None:
@@ -303,37 +246,3 @@ def _observe_prompts(
     begins = np.array([longest - len(prompt) for prompt in prompts])
     for place in range(longest - 1):
         running.observe(log_probs[:, place], begins <= place)
-
-
-def _check_settings(method: str, posterior: str, sampling: Sampling) -> None:
-    if method not in METHODS:
-        told = "; ".join(f"'{name}': {what}" for name, what in METHODS.items())
-        raise UserError(f"no generation method is called '{method}'. Choose one of: {told}")
-    if posterior not in POSTERIORS:
-        raise UserError(f"no posterior is called '{posterior}'; choose one of {', '.join(POSTERIORS)}")
-    if method == "expert" and posterior != "prefix":
-        raise UserError(
-            f"the method 'expert' samples the prefix posterior's mixture, not '{posterior}'; use 'per-token', which "
-            "draws an expert for each token, or 'mixture'"
-        )
-    if method != "mixture" and not sampling.is_exact:
-        raise UserError(
-            f"the method '{method}' draws from the mixture as it is: temperature 1, no top-k, no top-p; use "
-            "'mixture' for these"
-        )
-
-
-def _shared_context(models: Mapping[str, Path], tokenizer: Tokenizer) -> int:
-    """The longest text that every model can read."""
-    if not models:
-        raise ForestError("no model to generate from; train experts first: btm-scale run CONFIG")
-    contexts = []
-    for name, directory in models.items():
-        positions, rows = limits_of(directory)
-        if rows < tokenizer.vocab_size:
-            raise ForestError(
-                f"'{name}' has a vocabulary of {rows} tokens, and the run's tokenizer has {tokenizer.vocab_size}; "
-                "it was made with another tokenizer: leave it out"
-            )
-        contexts.append(positions)
-    return min(contexts)
