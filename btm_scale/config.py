@@ -127,6 +127,9 @@ class DataConfig(Section):
     dev: float = Field(default=0.05, gt=0, lt=0.5, description="share of the documents kept for choosing")
     test: float = Field(default=0.05, gt=0, lt=0.5, description="share of the documents kept for the result")
     on_bad_line: Literal["error", "skip"] = "error"
+    separate_documents: bool = Field(
+        default=False, description="in training, a token sees only those of its own document"
+    )
     workers: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), gt=0)
 
 

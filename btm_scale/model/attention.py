@@ -68,3 +68,14 @@ class HeadNorm(torch.nn.RMSNorm):
         """Heads [length, batch, heads, d], normed over d."""
         weight = copy_to_tensor_model_parallel_region(self.weight) if self.shared else self.weight
         return functional.rms_norm(heads, self.normalized_shape, weight, self.eps)
+
+
+def within_documents(tokens: Tensor, end_of_text: int) -> Tensor:
+    """Which tokens see which, where a sequence [batch, length] is packed with documents that don't see each other.
+
+    Each document ends with `end_of_text`, which is its own last token. Returns a mask [batch, 1, length, length].
+    """
+    ends = tokens == end_of_text
+    document = ends.cumsum(1) - ends.long()
+    together = document[:, None, :, None] == document[:, None, None, :]
+    return together.tril()

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
-from btm_scale.model.attention import CausalAttention, HeadNorm
+from btm_scale.model.attention import CausalAttention, HeadNorm, within_documents
 from btm_scale.model.loss import head_loss
 from btm_scale.model.norm import LayerNorm, RMSNorm
 from btm_scale.model.recompute import RecomputedAttention, RecomputedLayer
@@ -46,12 +46,15 @@ class ExpertModel(GPTModel):
             position_embedding_type="none" if shape.rotary else "learned_absolute",
         )
         self.shape = shape
+        # With it, tokens see those of their own document only; PyTorch's fastest attention then has to stand back.
+        self.end_of_text: int | None = None
         self.tensor_group = self.pg_collection.tp if config.tensor_model_parallel_size > 1 else None
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Mean loss in nats for `targets` [batch, length]; without them, hidden states [batch, length, hidden]."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return super().forward(tokens, positions, attention_mask=None, labels=targets)
+        mask = None if self.end_of_text is None else within_documents(tokens, self.end_of_text)
+        return super().forward(tokens, positions, attention_mask=mask, labels=targets)
 
     @property
     def head(self) -> Tensor:

@@ -43,6 +43,7 @@ def train_and_export(group: ExpertGroup, config: RunConfig, run: RunDir, job: Tr
         )
         if sizes.pretrained is not None and not begun.parents:
             load_pretrained(group, model, sizes.pretrained, tokenizer)
+        model.end_of_text = tokenizer.eos if config.data.separate_documents else None
         return model
 
     engine = Engine(group, first_model(), job, config.optimizer, config.deepspeed)

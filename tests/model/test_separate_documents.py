@@ -1,0 +1,20 @@
+"""Documents packed into one sequence that don't see each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from worlds import run_script
+
+SHAPE = {"layers": 2, "hidden": 32, "heads": 4, "groups": 2, "ffn": 48, "positions": 16, "vocabulary": 65}
+
+
+def test_a_document_is_read_as_if_it_stood_alone(tmp_path: Path) -> None:
+    files = {recompute: str(tmp_path / f"{recompute}.safetensors") for recompute in ("none", "full")}
+    run_script(Path(__file__).with_name("separate_documents.py"), {"shape": SHAPE, "files": files}, tmp_path)
+    for file in files.values():
+        found = load_file(file)
+        torch.testing.assert_close(found["packed"], found["alone"], atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(found["attended"], found["alone"], atol=1e-3)
