@@ -64,6 +64,23 @@ def eight_domains() -> str:
     return f"{_table(rows)}\n\n{_source('eight_domains')}; {note}."
 
 
+def novel() -> str:
+    """Perplexity on text that nobody was trained on."""
+    results = _read("eight_domains_novel")["results"]
+    domains = [name for name, domain in results["domains"].items() if domain["novel"]]
+
+    def mean(method: str) -> float:
+        return float(np.mean([results["methods"][method]["perplexity"][domain] for domain in domains]))
+
+    rows = [["method", *domains, "mean", "/ dense"]]
+    for method in METHODS:
+        if method in results["methods"]:
+            values = results["methods"][method]["perplexity"]
+            rows.append([method, *(f"{values[domain]:.1f}" for domain in domains), f"{mean(method):.1f}",
+                         f"{mean(method) / mean('dense'):.3f}"])  # fmt: skip
+    return f"{_table(rows)}\n\n{_source('eight_domains_novel')}; random seed {results['random_seed']}."
+
+
 def sweep() -> str:
     """The dense baseline's batch size and rate."""
     rows = [["batch tokens", "learning rate", "beta2", "after half of the schedule", "at the end"]]
@@ -99,6 +116,7 @@ def speed() -> str:
 FIGURES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "eight_domains": eight_domains,
+    "novel": novel,
     "sweep": sweep,
     "speed": speed,
 }
