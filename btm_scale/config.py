@@ -328,8 +328,10 @@ class EvaluateConfig(Section):
 def _with_pretrained(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Make a pretrained model's path absolute, since its sizes are read at once, and let the run have its tokenizer."""
     model, tokenizer = values.get("model"), values.get("tokenizer") or {}
-    given = model.get("pretrained") if isinstance(model, dict) else None
-    if not isinstance(given, str) or not isinstance(tokenizer, dict):
+    if not isinstance(model, dict) or not isinstance(tokenizer, dict):
+        return values
+    given = model.get("pretrained")
+    if not isinstance(given, str):
         return values
     directory = str((folder / given).resolve())
     return values | {
