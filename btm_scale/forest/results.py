@@ -19,6 +19,7 @@ from btm_scale.forest.expert import read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.living import ancestors, lineage
 from btm_scale.forest.posterior import Tempering, mixture_log_probs
+from btm_scale.forest.routing import routed_methods
 from btm_scale.forest.scoring import Scores, evaluation_text
 from btm_scale.forest.stack import Stack, dev_prior
 from btm_scale.forest.tempering import fitted_tempering
@@ -121,6 +122,7 @@ def _log_probs_by_method(
     }
     forest = Stack.load(run, names, domain, split)
     methods |= ensemble_methods(forest, prior, tempering, config.evaluate)
+    methods |= routed_methods(config, run, names, forest, domain, split)
     if config.random_split_models:
         control = Stack.load(run, config.random_split_models, domain, split)
         control_prior = dev_prior(run, config.random_split_models, domain)

@@ -33,6 +33,7 @@ _LABELS = {
     "ensemble:tempered": "Tempered posterior",
     "ensemble:uniform-prior": "Uniform prior",
     "ensemble:token": "One-token posterior",
+    "ensemble:routed": "Routed by cluster",
     "ensemble:equal": "Equal weights",
     "average:uniform": "Uniform average",
     "average:argmax": "Argmax average",
@@ -46,6 +47,7 @@ _MEANINGS = {
     ENSEMBLE: "The experts' probabilities, weighed by how well each predicted the text so far.",
     "ensemble:tempered": "The ensemble with weakened evidence that is forgotten; its numbers are fitted to dev text.",
     "ensemble:uniform-prior": "The ensemble without knowledge of the domain before the first token.",
+    "ensemble:routed": "The experts of found domains, weighed by the nearness of the text so far to their clusters.",
     "ensemble:token": "The ensemble weighed by the one previous token only.",
     "ensemble:equal": "The experts' probabilities mixed in equal parts, whatever the text.",
     "average:uniform": "The plain mean of the experts' parameters.",
@@ -99,6 +101,9 @@ def label(method: str) -> str:
     """A method's name for people."""
     if method.startswith(EXPERT):
         return method.removeprefix(EXPERT)
+    routed = method.removeprefix("ensemble:routed:top")
+    if routed != method and routed.isdecimal():
+        return f"Routed, top {routed}"
     top = method.removeprefix("ensemble:top")
     if top.endswith("-per-token"):
         return f"Top {top.removesuffix('-per-token')} at each token"
