@@ -100,15 +100,16 @@ def train(
                     continue
                 engine.tell_monitor(metrics.record(step, result, rate))
                 profile.step()
-            stops = stop.agreed() and step < job.steps
-            due = due or stops or step % config.checkpoint.every == 0 or step == job.steps
-            if not engine.is_whole_after(step):
-                continue
-            engine.outer_step()
-            if due:
-                save_state(engine, folder, step, config.checkpoint.keep)
-                due = False
-            if stops:
+            with watch.between_steps():
+                stops = stop.agreed() and step < job.steps
+                due = due or stops or step % config.checkpoint.every == 0 or step == job.steps
+                whole = engine.is_whole_after(step)
+                if whole:
+                    engine.outer_step()
+                if whole and due:
+                    save_state(engine, folder, step, config.checkpoint.keep)
+                    due = False
+            if whole and stops:
                 stop.leave(step)
         if job.steps == 0:  # a pretrained model taken as it is; branches begin with its state
             save_state(engine, folder, step, config.checkpoint.keep)

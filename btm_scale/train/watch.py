@@ -32,6 +32,7 @@ _POLL_SECONDS = 0.5
 _KNOWN_STEPS = 5
 # The first steps may compile and tune.
 _FIRST_STEPS_PATIENCE = 10
+_BETWEEN_STEPS_PATIENCE = 4
 
 
 class PeerWatch:
@@ -72,6 +73,7 @@ class HangWatch:
         self._peers = _processes_of_this_host(group)
         self._seconds: deque[float] = deque(maxlen=50)
         self._since: float | None = None
+        self._times = 1
         self._left = threading.Event()
 
     def __enter__(self) -> Self:
@@ -92,12 +94,19 @@ class HangWatch:
         self._seconds.append(time.monotonic() - self._since)
         self._since = None
 
+    @contextlib.contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """Around what ranks do together between steps, such as saving; it may take longer, and counts as no step."""
+        self._times, self._since = _BETWEEN_STEPS_PATIENCE, time.monotonic()
+        yield
+        self._times, self._since = 1, None
+
     @property
     def limit(self) -> float:
-        """Seconds that a step may take."""
+        """Seconds that a step, or what is done now between steps, may take."""
         if len(self._seconds) < _KNOWN_STEPS:
             return _FIRST_STEPS_PATIENCE * self._config.patience
-        return max(self._config.patience, self._config.hang * statistics.median(self._seconds))
+        return self._times * max(self._config.patience, self._config.hang * statistics.median(self._seconds))
 
     def _watch(self) -> None:
         while not self._left.wait(_POLL_SECONDS):
