@@ -21,6 +21,8 @@ Array = np.ndarray
 
 # Numbers that are worked on at once (4 MB of float64): a stream of any length, under any number of experts, fits.
 _AT_ONCE = 2**19
+# Weights [experts, blocks] that move side by side: tempering takes a step for each token.
+_ABREAST = 2**14
 _THREADS = min(8, len(os.sched_getaffinity(0)))
 
 
@@ -184,7 +186,7 @@ def _equal_blocks(starts: Array, tokens: int, experts: int) -> Iterator[tuple[in
     """(begin, count, length) of neighbouring blocks of one length, as many as are worked on at once."""
     begin, count, length = 0, 0, 0
     for first, end in blocks_of(starts, tokens):
-        if count and (end - first != length or experts * (count + 1) * length > _AT_ONCE):
+        if count and (end - first != length or experts * (count + 1) > _ABREAST):
             yield begin, count, length
             begin, count = first, 0
         count, length = count + 1, end - first

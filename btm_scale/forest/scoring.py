@@ -26,7 +26,15 @@ from btm_scale.model.huggingface import shape_from_config
 from btm_scale.model.weights import load_weights
 from btm_scale.run_dir import RunDir
 
-__all__ = ["Scores", "all_texts", "evaluation_text", "load_model", "missing_scores", "score_model", "text_log_probs"]
+__all__ = [
+    "Scores",
+    "all_texts",
+    "evaluation_text",
+    "load_model",
+    "missing_scores",
+    "score_model",
+    "text_log_probs",
+]
 
 # Tokens that one rank scores at once; hidden states of so many are small beside any model's weights.
 _BATCH_TOKENS = 8192
