@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -169,11 +170,12 @@ def _path() -> str:
 
 
 def _free_ports(number: int) -> list[int]:
-    probes = [socket.socket() for _ in range(number)]
-    try:
-        for probe in probes:
-            probe.bind(("", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
+    """Ports below those of outgoing connections, one of which could take a port before its daemon does."""
+    found: list[int] = []
+    candidates = iter(random.SystemRandom().sample(range(15_000, 32_000), 1000))
+    while len(found) < number:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            port = next(candidates)
+            probe.bind(("", port))
+            found.append(port)
+    return found

@@ -155,4 +155,5 @@ def test_biases_and_learned_positions_are_trained_alike_on_parts_of_a_sequence(t
         "micro_batch": 2,
     }
     found = trained(tmp_path / "two", {"parts": group}, GPT2)["parts"]
-    assert_same(found, expected, losses=1e-5, weights=1e-4)
+    # The keys' biases have no gradient but rounding, since softmax ignores a shift, and Adam makes steps of it.
+    assert_same(found, expected, losses=1e-5, weights=1e-3)

@@ -93,6 +93,11 @@ def ranks_of(run: RunDir) -> dict[int, psutil.Process]:
     return found
 
 
+def last_change(run: RunDir) -> int:
+    """When the metrics were written last, in nanoseconds."""
+    return run.metrics("seed").stat().st_mtime_ns if run.metrics("seed").is_file() else 0
+
+
 def steps_taken(run: RunDir) -> int:
     try:
         lines = run.metrics("seed").read_text().splitlines()
@@ -112,8 +117,14 @@ def wait_for(
 
 
 def start_and_wait_for_step(run: RunDir, step: int, *settings: str) -> subprocess.Popen[str]:
+    before = last_change(run)
     process = start(run, *settings)
-    wait_for(lambda: run.checkpoints("seed").is_dir() and steps_taken(run) >= step, 600, process)
+
+    def is_there() -> bool:
+        # What an earlier start wrote doesn't count.
+        return last_change(run) != before and steps_taken(run) >= step and len(ranks_of(run)) == 2
+
+    wait_for(is_there, 600, process)
     return process
 
 
