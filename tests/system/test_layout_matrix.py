@@ -84,14 +84,19 @@ def low_precision_layouts(tensor: int, data: int) -> Layouts:
 
 
 def trained(
-    folder: Path, layouts: Layouts, shape: dict[str, Any] = LLAMA, *, launch: bool = False
+    folder: Path,
+    layouts: Layouts,
+    shape: dict[str, Any] = LLAMA,
+    *,
+    optimizer: dict[str, Any] | None = None,
+    launch: bool = False,
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Losses and weights of every layout, all of one number of ranks, which the real launcher starts, or a script."""
     folder.mkdir(exist_ok=True)
     first = next(iter(layouts.values()))
     # A loss scale that tiny gradients don't overflow, so that no step is left out.
     spec = {"layouts": layouts, "folder": str(folder), "shape": shape, "steps": STEPS, "sequences": 8,
-            "deepspeed": {"fp16": {"initial_scale_power": 10}}}  # fmt: skip
+            "optimizer": optimizer or {}, "deepspeed": {"fp16": {"initial_scale_power": 10}}}  # fmt: skip
     script = TESTS / "train" / "train_layouts.py"
     if launch:
         launched(script, first["tensor"] * first["data"], spec, folder)
@@ -145,7 +150,10 @@ def test_half_precision_follows_float32(
 
 
 def test_biases_and_learned_positions_are_trained_alike_on_parts_of_a_sequence(tmp_path: Path) -> None:
-    expected = trained(tmp_path / "one", ONE_RANK, GPT2)["one"]
+    # The keys' biases have no gradient but rounding, since softmax ignores a shift; a larger eps keeps Adam from
+    # making steps of it, so that every weight can be compared.
+    optimizer = {"eps": 1e-5}
+    expected = trained(tmp_path / "one", ONE_RANK, GPT2, optimizer=optimizer)["one"]
     group = {
         "tensor": 2,
         "data": 1,
@@ -154,6 +162,5 @@ def test_biases_and_learned_positions_are_trained_alike_on_parts_of_a_sequence(t
         "precision": "fp32",
         "micro_batch": 2,
     }
-    found = trained(tmp_path / "two", {"parts": group}, GPT2)["parts"]
-    # The keys' biases have no gradient but rounding, since softmax ignores a shift, and Adam makes steps of it.
-    assert_same(found, expected, losses=1e-5, weights=1e-3)
+    found = trained(tmp_path / "two", {"parts": group}, GPT2, optimizer=optimizer)["parts"]
+    assert_same(found, expected, losses=1e-5, weights=1e-4)

@@ -1,9 +1,10 @@
 """Trains one tiny model in many layouts of one number of ranks: `train_layouts.py SPEC.json`.
 
-Started by a launcher, it is one rank; else it forks the ranks of one spec after the other, of a list. A spec has
-`layouts` (name: group), `shape`, `steps`, `sequences` and `folder`; also, by the layouts' names, `begin` (the name of a
-layout whose state to go on from) and `save` (after how many steps to save a state instead of going on). For each layout
-the first rank leaves `FOLDER/NAME.safetensors` with `losses` and the weights under Hugging Face names.
+Started by a launcher, it is one rank; else it forks the ranks of one spec after the other, of a list. A spec
+has `layouts` (name: group), `shape`, `steps`, `sequences` and `folder`; also `optimizer` and `deepspeed`
+settings, and, by the layouts' names, `begin` (the name of a layout whose state to go on from) and `save` (after
+how many steps to save a state instead of going on). For each layout the first rank leaves
+`FOLDER/NAME.safetensors` with `losses` and the weights under Hugging Face names.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def make_engine(group: ExpertGroup, spec: dict[str, Any]) -> Engine:
         sequence_parallel=layout.sequence_parallel,
         recompute=layout.recompute,
     )
-    return Engine(group, model, job, OptimizerConfig(), spec.get("deepspeed", {}))
+    return Engine(group, model, job, OptimizerConfig(**spec.get("optimizer", {})), spec.get("deepspeed", {}))
 
 
 def batch(group: ExpertGroup, engine: Engine, step: int) -> torch.Tensor:
