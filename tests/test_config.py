@@ -27,8 +27,8 @@ def test_every_config_that_is_shipped_parses_and_plans_all_its_jobs(path: Path) 
     config = RunConfig.load(path)
     for model in model_names(config):
         job = training_job(config, model)
-        # A pretrained model may be the seed LM as it is.
-        assert job.steps > 0 or (model == "seed" and config.model.pretrained is not None)
+        # A pretrained model may be the seed LM as it is, where the budget has no share for it.
+        assert (job.steps > 0) == (model != "seed" or config.budget.seed_share > 0)
         assert job.accumulation * job.micro_batch * job.group.data == job.sequences
 
 

@@ -111,7 +111,7 @@ def test_what_cannot_be_converted_is_told_and_leaves_nothing(model: Path, tmp_pa
 def test_a_model_is_described_from_its_headers(model: Path) -> None:
     described = inspect(model)
     assert described.format == "safetensors"
-    assert described.family in ("llama", "mistral", "qwen2", "qwen3", "gpt2")
+    assert described.family == json.loads((model / "config.json").read_text())["model_type"]
     assert described.dtypes == {"bfloat16": described.parameters}
     assert described.step is None
     with open_model(model) as reader:
