@@ -65,19 +65,34 @@ class SlurmCluster:
         self._kill_tasks(node)
         slurmd.wait()
 
+    def freeze_tasks(self) -> None:
+        """Hold still what runs on the nodes: a moment that a test looks at does not pass while it looks."""
+        for task in self._tasks(*self.nodes):
+            with contextlib.suppress(psutil.Error):
+                task.suspend()
+
+    def thaw_tasks(self) -> None:
+        """Let it run on."""
+        for task in self._tasks(*self.nodes):
+            with contextlib.suppress(psutil.Error):
+                task.resume()
+
     def _kill_tasks(self, *nodes: str) -> None:
-        victims = []
+        for task in self._tasks(*nodes):
+            with contextlib.suppress(psutil.Error):
+                steps = [parent for parent in task.parents() if parent.name() == "slurmstepd"]
+                for victim in (task, *steps):
+                    victim.kill()
+
+    def _tasks(self, *nodes: str) -> list[psutil.Process]:
+        found = []
         for process in psutil.process_iter(["pid"]):
-            try:
+            with contextlib.suppress(psutil.Error):
                 own = process.environ()
                 is_task = own.get("SLURM_CONF") == self.environment["SLURM_CONF"]
                 if is_task and own.get("SLURMD_NODENAME") in nodes:
-                    victims += [process, *(one for one in process.parents() if one.name() == "slurmstepd")]
-            except psutil.Error:
-                continue
-        for victim in victims:
-            with contextlib.suppress(psutil.Error):
-                victim.kill()
+                    found.append(process)
+        return found
 
     def stop(self) -> None:
         """End all jobs and daemons."""
@@ -118,7 +133,7 @@ class SlurmCluster:
             if time.monotonic() > deadline:
                 logs = "\n".join(f"{path}:\n{path.read_text()[-2000:]}" for path in self.folder.glob("*.log"))
                 raise AssertionError(f"it took more than {seconds} s; {self.queue()}\n{logs}")
-            time.sleep(0.3)
+            time.sleep(0.1)
 
     def _start(self, *command: str) -> None:
         with (self.folder / f"{command[0]}{command[-1][-2:]}.output").open("ab") as output:

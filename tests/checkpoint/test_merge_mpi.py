@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -49,7 +50,8 @@ def test_three_ranks_write_what_one_process_writes(save: Save, tmp_path: Path) -
     alone = merge(tmp_path / "alone", [(model, 1.0) for model in models], max_shard_bytes=1500)
     ran = mpirun(3, tmp_path / "together", *models)
     assert ran.returncode == 0, ran.stderr
-    assert sorted(line for line in ran.stdout.splitlines() if line) == [
+    # Found by its form: mpirun may put two ranks' lines on one.
+    assert sorted(re.findall(r"rank \d of 3: [0-9a-f]{64}", ran.stdout)) == [
         f"rank {rank} of 3: {alone.content_hash}" for rank in range(3)
     ]
     assert content_hash(tmp_path / "together") == alone.content_hash

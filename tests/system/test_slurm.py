@@ -83,7 +83,9 @@ def disturbed(
 
     seed = seen["first"]["seed"]
     wait_for(lambda: any(run.checkpoints("seed").glob("step-*")))
+    cluster.freeze_tasks()
     cluster.run("scancel", "--signal=USR1", seed)
+    cluster.thaw_tasks()
     wait_for(lambda: (run.train("seed") / "stopped").is_file())
     seen["stopped"] = int((run.train("seed") / "stopped").read_text())
     wait_for(lambda: cluster.queue().get(seed) == "PENDING")
@@ -91,10 +93,12 @@ def disturbed(
 
     victim = f"{seen['first']['experts']}_0"
     wait_for(lambda: any(run.checkpoints("python").glob("step-*")))
+    cluster.freeze_tasks()
     seen["status"] = user.status()
     node = cluster.run("squeue", "-h", "-j", victim, "-o", "%N").stdout.strip()
     cluster.kill_node(f"n{node.rstrip(']')[-1]}")
     seen["killed at"] = sorted(path.name for path in run.checkpoints("python").glob("step-*"))[-1]
+    cluster.thaw_tasks()
     wait_for(lambda: cluster.queue().get(victim) == "PENDING")
     wait_for(lambda: "down" in cluster.run("sinfo", "-h", "-o", "%T").stdout)
     start_soon(victim)
