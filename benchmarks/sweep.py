@@ -23,7 +23,7 @@ from environment import describe
 
 from btm_scale.config import RunConfig
 from btm_scale.data.prepare import prepare
-from btm_scale.forest.scoring import Scores
+from btm_scale.forest.scores import Scores
 from btm_scale.run_dir import DENSE, SEED, RunDir
 from btm_scale.run_state import open_run
 from btm_scale.train.job import training_job

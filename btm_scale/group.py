@@ -7,6 +7,7 @@ touches Megatron-core's global process groups.
 from __future__ import annotations
 
 import fcntl
+import gc
 import hashlib
 import os
 import random
@@ -66,6 +67,8 @@ class ExpertGroup:
             if not has_gpu:
                 _unname_shared_memory()
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=config.tensor)
+        # What the imports made is no garbage: DeepSpeed's start looks through it six times otherwise.
+        gc.freeze()
         return cls(config, dist.get_rank(), size, device)
 
     @property

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from btm_scale.config import RunConfig
@@ -16,27 +14,16 @@ from btm_scale.forest.forest import experts
 from btm_scale.forest.results import evaluate
 from btm_scale.forest.scores import all_texts, missing_scores
 from btm_scale.forest.soup import soups
-from btm_scale.launch.local import LocalPool
-from btm_scale.launch.supervise import GroupCommand, OnPoll, RunGroups, run_groups_in
+from btm_scale.launch.supervise import GroupCommand, RunGroups
 from btm_scale.report.page import write_page
-from btm_scale.report.progress import ModelProgress
 from btm_scale.run_dir import SEED, RunDir
-from btm_scale.run_state import is_done, open_run, progress, training_commands
+from btm_scale.run_state import is_done, open_run
+from btm_scale.stage import Progress, here, placement, run_training
 from btm_scale.train.job import model_names, training_job
 from btm_scale.train.metrics import read_metrics
 from btm_scale.train.stages import training_stages
 
-Progress = Callable[[Sequence[ModelProgress]], None]
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Placement:
-    """How groups share this machine. It follows from the config alone, so that a run that was interrupted goes on with
-    the same number of threads, and so with the same bits."""
-
-    slots: int
-    threads: int  # of one rank
 
 
 def run_all(
@@ -61,39 +48,6 @@ def run_all(
     results = evaluate(config, run)
     report(config, run, results)
     return results
-
-
-def placement(config: RunConfig, models: Sequence[str]) -> Placement:
-    """How the groups of one stage share the machine's cores."""
-    cores = len(os.sched_getaffinity(0))
-    ranks = max(training_job(config, model).group.ranks for model in models)
-    slots = config.launch.local.slots or max(1, cores // ranks)
-    slots = min(slots, len(models))
-    return Placement(slots, max(1, cores // (slots * ranks)))
-
-
-def run_training(
-    config: RunConfig,
-    run: RunDir,
-    models: Sequence[str],
-    *,
-    on_progress: Progress,
-    launcher: RunGroups | None = None,
-) -> None:
-    """Train, export and score the models that lack anything of it."""
-    launcher = launcher or _local(placement(config, models))
-    commands = training_commands(config, run, models)
-    todo = [command.name for command in commands]
-    done = {model: "done" for model in models if model not in todo}
-
-    def poll(states: dict[str, str]) -> None:
-        on_progress(progress(config, run, done | states))
-
-    try:
-        launcher(commands, poll)
-    finally:
-        on_progress(progress(config, run, {model: "done" if is_done(config, run, model) else "failed"
-                                           for model in models}))  # fmt: skip
 
 
 def score_models(
@@ -133,7 +87,7 @@ def _run_scoring(
     command = GroupCommand(
         "score", group.ranks, ("score", str(run.root), *arguments), run.log("score"), group.tensor
     )
-    launcher = launcher or _local(placement(config, [SEED]))
+    launcher = launcher or here(placement(config, [SEED]))
     launcher([command], lambda states: None)
 
 
@@ -181,10 +135,3 @@ def data_summary(config: RunConfig, run: RunDir) -> dict[str, Any]:
             "duplicates": made.duplicates,
         }
     return {"data": str(run.data), "domains": summary}
-
-
-def _local(place: Placement) -> RunGroups:
-    def run_here(commands: Sequence[GroupCommand], on_poll: OnPoll) -> None:
-        run_groups_in(LocalPool(place.slots, place.threads), commands, on_poll)
-
-    return run_here

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 Array = np.ndarray[Any, Any]
 
@@ -49,6 +51,9 @@ class EvaluationText:
 
         Raises DataError if the domain isn't prepared, or was with another tokenizer than the run's.
         """
+        # Megatron-core takes seconds to import, and who judges scores may need no text.
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+
         tokenizer = Tokenizer.load(run.tokenizer)
         Fingerprint.load(run, domain).require_tokenizer(tokenizer.digest, run)
         text = _sample(IndexedDataset(str(run.tokens(domain, split))), tokens + 1)

@@ -110,7 +110,7 @@ def choose_subsets(run: RunDir, names: Sequence[str], *, most: int, random_seed:
 
 def run_texts(config: RunConfig, run: RunDir, domains: Sequence[str], split: str | None) -> dict[str, Text]:
     """The run's evaluation text of each domain (default: all). Raises UserError for one it doesn't have."""
-    from btm_scale.forest.scoring import evaluation_text
+    from btm_scale.forest.scores import evaluation_text
 
     found = {}
     for domain in domains or config.all_domains:

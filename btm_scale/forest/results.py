@@ -20,7 +20,7 @@ from btm_scale.forest.forest import experts
 from btm_scale.forest.living import ancestors, lineage
 from btm_scale.forest.posterior import Tempering, mixture_log_probs
 from btm_scale.forest.routing import routed_methods
-from btm_scale.forest.scoring import Scores, evaluation_text
+from btm_scale.forest.scores import Scores, evaluation_text
 from btm_scale.forest.stack import Stack, dev_prior
 from btm_scale.forest.tempering import fitted_tempering
 from btm_scale.model.huggingface import shape_from_config

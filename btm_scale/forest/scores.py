@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from btm_scale.config import RunConfig
+from btm_scale.data.evaluation import EvaluationText
 from btm_scale.errors import ForestError
 from btm_scale.forest.expert import read_expert
 from btm_scale.run_dir import RunDir
@@ -54,6 +55,15 @@ def all_texts(config: RunConfig) -> list[tuple[str, str]]:
     """Every (domain, split) that an expert is scored on."""
     splits = dict.fromkeys(["dev", config.evaluate.split])
     return [(domain, split) for domain in config.all_domains for split in splits]
+
+
+def evaluation_text(config: RunConfig, run: RunDir, domain: str, split: str) -> EvaluationText:
+    """The text that every model is scored on: the split's first documents in a fixed random order."""
+    length = config.budget.sequence_length
+    tokens = config.evaluate.tokens_per_domain
+    if split == "dev" and config.evaluate.split != "dev":
+        tokens = min(tokens, config.evaluate.dev_blocks * length)
+    return EvaluationText.load(run, domain, split, tokens=tokens, sequence_length=length)
 
 
 def missing_scores(

@@ -18,7 +18,7 @@ from btm_scale.checkpoint.safetensors import SafetensorsModel
 from btm_scale.config import RunConfig
 from btm_scale.data.evaluation import EvaluationText
 from btm_scale.forest.expert import read_expert
-from btm_scale.forest.scores import Scores, all_texts, missing_scores
+from btm_scale.forest.scores import Scores, evaluation_text, missing_scores
 from btm_scale.group import ExpertGroup
 from btm_scale.kernels import combine_partials, token_logprob_partials
 from btm_scale.model.gpt import ExpertModel, build_model
@@ -26,27 +26,8 @@ from btm_scale.model.huggingface import shape_from_config
 from btm_scale.model.weights import load_weights
 from btm_scale.run_dir import RunDir
 
-__all__ = [
-    "Scores",
-    "all_texts",
-    "evaluation_text",
-    "load_model",
-    "missing_scores",
-    "score_model",
-    "text_log_probs",
-]
-
 # Tokens that one rank scores at once; hidden states of so many are small beside any model's weights.
 _BATCH_TOKENS = 8192
-
-
-def evaluation_text(config: RunConfig, run: RunDir, domain: str, split: str) -> EvaluationText:
-    """The text that every model is scored on: the split's first documents in a fixed random order."""
-    length = config.budget.sequence_length
-    tokens = config.evaluate.tokens_per_domain
-    if split == "dev" and config.evaluate.split != "dev":
-        tokens = min(tokens, config.evaluate.dev_blocks * length)
-    return EvaluationText.load(run, domain, split, tokens=tokens, sequence_length=length)
 
 
 def score_model(

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 
-import torch.distributed as dist
-
-from btm_scale.checkpoint.merge import merge
 from btm_scale.checkpoint.publish import write_file
 from btm_scale.config import RunConfig
 from btm_scale.forest.forest import experts
-from btm_scale.forest.scoring import Scores, evaluation_text, load_model, text_log_probs
-from btm_scale.group import ExpertGroup
-from btm_scale.run_dir import AVERAGE, RunDir
+from btm_scale.run_dir import RunDir
 
 
 def greedy_members(candidates: Sequence[str], loss: Callable[[tuple[str, ...]], float]) -> tuple[str, ...]:
@@ -41,44 +35,10 @@ def soups(config: RunConfig, run: RunDir) -> dict[str, tuple[str, ...]] | None:
     return members if found["forest"] == _hashes(run) and set(config.all_domains) <= set(members) else None
 
 
-def choose_soups(group: ExpertGroup, config: RunConfig, run: RunDir) -> None:
-    """Choose every domain's soup by averaging and scoring; all ranks of the group take part."""
-    known: dict[tuple[str, tuple[str, ...]], float] = {}
-    members = {}
-    for domain in config.all_domains:
-        alone = {
-            name: -float(Scores.load(run.scores(name, domain, "dev")).log_probs.mean())
-            for name in experts(run)
-        }
-
-        def loss(names: tuple[str, ...], domain: str = domain, alone: dict[str, float] = alone) -> float:
-            key = domain, tuple(sorted(names))
-            if key not in known:
-                known[key] = alone[names[0]] if len(names) == 1 else _loss(group, config, run, key[1], domain)
-            return known[key]
-
-        members[domain] = greedy_members(sorted(alone, key=lambda name: (alone[name], name)), loss)
-    if group.is_first:
-        run.soups.parent.mkdir(parents=True, exist_ok=True)
-        write_file(run.soups, json.dumps({"forest": _hashes(run), "members": members}, indent=2) + "\n")
-    dist.barrier()
-
-
-def _loss(group: ExpertGroup, config: RunConfig, run: RunDir, names: tuple[str, ...], domain: str) -> float:
-    """Nats a token of the average on the domain's dev text, the same on every rank."""
-    directory = run.model(f"{AVERAGE}.soup")
-    if group.is_first:
-        shutil.rmtree(directory, ignore_errors=True)
-        merge(directory, [(run.model(name), 1.0) for name in names])
-    dist.barrier()
-    network = load_model(group, directory)
-    log_probs = text_log_probs(group, network, evaluation_text(config, run, domain, "dev"))
-    found = [-float(log_probs.mean())]
-    dist.broadcast_object_list(found, src=0)
-    dist.barrier()
-    if group.is_first:
-        shutil.rmtree(directory)
-    return found[0]
+def save_soups(run: RunDir, members: dict[str, tuple[str, ...]]) -> None:
+    """Keep the members of every domain's soup, chosen from the forest as it stands."""
+    run.soups.parent.mkdir(parents=True, exist_ok=True)
+    write_file(run.soups, json.dumps({"forest": _hashes(run), "members": members}, indent=2) + "\n")
 
 
 def _hashes(run: RunDir) -> dict[str, str]:

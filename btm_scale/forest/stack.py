@@ -9,7 +9,7 @@ import numpy as np
 
 from btm_scale.errors import ForestError
 from btm_scale.forest.prior import cached_prior
-from btm_scale.forest.scoring import Scores
+from btm_scale.forest.scores import Scores
 from btm_scale.run_dir import RunDir
 
 

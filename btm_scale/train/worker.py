@@ -12,8 +12,9 @@ import torch.distributed as dist
 from btm_scale.config import RunConfig
 from btm_scale.forest.averages import average_texts
 from btm_scale.forest.expert import is_finished
-from btm_scale.forest.scoring import all_texts, score_model
-from btm_scale.forest.soup import choose_soups
+from btm_scale.forest.scores import all_texts
+from btm_scale.forest.scoring import score_model
+from btm_scale.forest.soup_choice import choose_soups
 from btm_scale.group import ExpertGroup
 from btm_scale.process import ModelLock, end_with_supervisor
 from btm_scale.rank_log import rank_log

@@ -121,8 +121,8 @@ def _train(options: argparse.Namespace, config: RunConfig, run_dir: RunDir) -> N
     if options.launcher == "mpi":
         train_under_mpi(config, run_dir, options.model)
         return
-    from btm_scale.pipeline import run_training
     from btm_scale.report.live import live_table
+    from btm_scale.stage import run_training
 
     with live_table(quiet=options.json) as show:
         launcher = launcher_named(options.launcher, config)

@@ -9,7 +9,7 @@ from btm_scale.config import BranchConfig
 from btm_scale.errors import ForestError
 from btm_scale.forest.branch import parents_of
 from btm_scale.forest.expert import Expert
-from btm_scale.forest.scoring import Scores
+from btm_scale.forest.scores import Scores
 from btm_scale.run_dir import SEED, RunDir
 
 

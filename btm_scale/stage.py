@@ -1,0 +1,71 @@
+"""One stage of a run: its groups side by side, on this machine or as a launcher places them.
+
+Whoever starts groups imports no torch: the groups do the work.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from btm_scale.config import RunConfig
+from btm_scale.launch.local import LocalPool
+from btm_scale.launch.supervise import GroupCommand, OnPoll, RunGroups, run_groups_in
+from btm_scale.report.progress import ModelProgress
+from btm_scale.run_dir import RunDir
+from btm_scale.run_state import is_done, progress, training_commands
+from btm_scale.train.job import training_job
+
+Progress = Callable[[Sequence[ModelProgress]], None]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How groups share this machine. It follows from the config alone, so that a run that was interrupted goes on with
+    the same number of threads, and so with the same bits."""
+
+    slots: int
+    threads: int  # of one rank
+
+
+def placement(config: RunConfig, models: Sequence[str]) -> Placement:
+    """How the groups of one stage share the machine's cores."""
+    cores = len(os.sched_getaffinity(0))
+    ranks = max(training_job(config, model).group.ranks for model in models)
+    slots = config.launch.local.slots or max(1, cores // ranks)
+    slots = min(slots, len(models))
+    return Placement(slots, max(1, cores // (slots * ranks)))
+
+
+def run_training(
+    config: RunConfig,
+    run: RunDir,
+    models: Sequence[str],
+    *,
+    on_progress: Progress,
+    launcher: RunGroups | None = None,
+) -> None:
+    """Train, export and score the models that lack anything of it."""
+    launcher = launcher or here(placement(config, models))
+    commands = training_commands(config, run, models)
+    todo = [command.name for command in commands]
+    done = {model: "done" for model in models if model not in todo}
+
+    def poll(states: dict[str, str]) -> None:
+        on_progress(progress(config, run, done | states))
+
+    try:
+        launcher(commands, poll)
+    finally:
+        on_progress(progress(config, run, {model: "done" if is_done(config, run, model) else "failed"
+                                           for model in models}))  # fmt: skip
+
+
+def here(place: Placement) -> RunGroups:
+    """Groups on this machine, placed so."""
+
+    def run_here(commands: Sequence[GroupCommand], on_poll: OnPoll) -> None:
+        run_groups_in(LocalPool(place.slots, place.threads), commands, on_poll)
+
+    return run_here
