@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("btm-scale: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
-    if options.json:
+    if options.json and answer is not None:
         print(json.dumps(answer, indent=2))
 
 

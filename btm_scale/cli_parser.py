@@ -221,6 +221,7 @@ def _checkpoint_verbs(verbs: _Verbs) -> None:
     made.add_argument(
         "--jobs", type=int, default=1, help="processes (under mpirun its ranks are used instead)"
     )
+    made.add_argument("--max-shard-size", default="5GB", metavar="5GB", help="of a file of the output")
     made.add_argument("--base", type=Path, help="the model that task vectors are taken from")
     made.add_argument("--parameter", action="append", default=[], metavar="NAME=NUMBER", help="of the method")
     made.add_argument("--seed", type=int, default=0, help="of methods that draw at random")

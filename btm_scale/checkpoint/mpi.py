@@ -12,11 +12,17 @@ from btm_scale.errors import CheckpointError
 
 Report = TypeVar("Report")
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of Open MPI and of MPICH
+_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
 def started_by_mpi() -> bool:
     """Whether `mpirun` started this process as one of several."""
     return any(int(os.environ.get(name, "1")) > 1 for name in _SIZES)
+
+
+def follows() -> bool:
+    """Whether this process is one of `mpirun`'s, and not the first."""
+    return any(int(os.environ.get(name, "0")) > 0 for name in _RANKS)
 
 
 def world() -> Any:

@@ -9,10 +9,11 @@ from btm_scale.errors import UserError
 from btm_scale.verbs.common import Answer, shown
 
 
-def merge(options: argparse.Namespace) -> Answer:
-    """Merge models into one."""
+def merge(options: argparse.Namespace) -> Answer | None:
+    """Merge models into one; under mpirun the first rank alone has an answer."""
+    from btm_scale.byte_size import bytes_from_text
     from btm_scale.checkpoint.merge import merge as merge_models
-    from btm_scale.checkpoint.mpi import started_by_mpi
+    from btm_scale.checkpoint.mpi import follows, started_by_mpi
 
     done = merge_models(
         options.output,
@@ -22,9 +23,12 @@ def merge(options: argparse.Namespace) -> Answer:
         base=options.base,
         dtype=options.dtype,
         jobs=options.jobs,
+        max_shard_bytes=bytes_from_text(options.max_shard_size),
         seed=options.seed,
         mpi=started_by_mpi(),
     )
+    if follows():
+        return None
     return shown(options, {
         "output": str(done.output), "method": done.method, "tensors": done.tensors, "parameters": done.parameters,
         "content_hash": done.content_hash, "seconds": round(done.seconds, 2),

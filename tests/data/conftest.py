@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from text_samples import prose_texts, python_texts, write_jsonl
+from text_samples import CODE, PROSE, MakeConfig, prose_texts, python_texts, write_jsonl
 
 from btm_scale.config import RunConfig
 from btm_scale.data.prepare import prepare
 from btm_scale.run_dir import RunDir
-
-MakeConfig = Callable[..., RunConfig]
 
 
 @pytest.fixture(scope="session")
@@ -43,10 +40,6 @@ def text_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_jsonl(root / "code.jsonl", python_texts(200), file=lambda i: f"module{i // 4}.py#{i}")
     write_jsonl(root / "prose.jsonl", prose_texts(300))
     return root
-
-
-CODE = {"text": "code.jsonl", "split_by": {"field": "file", "until": "#"}}
-PROSE = {"text": "prose.jsonl"}
 
 
 @pytest.fixture(scope="session")

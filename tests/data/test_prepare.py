@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CODE, PROSE, MakeConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from text_samples import prose_texts, python_texts, write_jsonl
+from text_samples import CODE, PROSE, MakeConfig, prose_texts, python_texts, write_jsonl
 
 from btm_scale.config import RunConfig
 from btm_scale.data.batches import TrainingBatches

@@ -8,6 +8,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from btm_scale.config import RunConfig
+
+MakeConfig = Callable[..., RunConfig]
+
+CODE = {"text": "code.jsonl", "split_by": {"field": "file", "until": "#"}}
+PROSE = {"text": "prose.jsonl"}
+
 
 def python_texts(count: int, longest: int = 3_000) -> list[str]:
     """Parts of the standard library's modules, each different from the others."""

@@ -274,7 +274,7 @@ def test_one_prompt_is_streamed_as_it_is_written(
         (["--model", "absent"], "no finished expert"),
         (["--prompt", "word " * 100], "shorten it"),
         (["--prompts", "/absent.txt"], "no prompts can be read"),
-        (["--max-memory", "much"], "no size of memory"),
+        (["--max-memory", "much"], "no size; write"),
         (["--max-memory", "10KB"], "raise --max-memory"),
         (["--device", "abacus"], "the device 'abacus' cannot be used"),
         (["--top-k", "5"], "temperature 1, no top-k"),
