@@ -146,7 +146,7 @@ def _forest_verbs(verbs: _Verbs) -> None:
     made.add_argument("--model", action="append", default=[], help="only this model; may be given often")
     _takes_launcher(made, ["local", "slurm"], "slurm: this process is a rank that srun has started")
     # For the ranks that `evaluate` starts.
-    made.add_argument("--soups", action="store_true", help=argparse.SUPPRESS)
+    made.add_argument("--averages", action="store_true", help=argparse.SUPPRESS)
     made = _takes_run(verbs.add("evaluate", "every method's perplexity, from the scores"))
     _takes_launcher(
         made, ["local", "deepspeed", "slurm", "mpi"], "how averages are scored; slurm: by srun, in this job"

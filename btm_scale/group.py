@@ -6,14 +6,10 @@ touches Megatron-core's global process groups.
 
 from __future__ import annotations
 
-import fcntl
 import gc
-import hashlib
 import os
 import random
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,10 +58,8 @@ class ExpertGroup:
             torch.cuda.set_device(device)
         if not dist.is_initialized():
             if not has_gpu:
-                _build_shared_memory_op()
+                _leave_out_shared_memory_op()
             deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", verbose=False)
-            if not has_gpu:
-                _unname_shared_memory()
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=config.tensor)
         # What the imports made is no garbage: DeepSpeed's start looks through it six times otherwise.
         gc.freeze()
@@ -150,43 +144,15 @@ class _ModelParallelUnit:
         self.get_data_parallel_group = state.get_data_parallel_group
 
 
-def _build_shared_memory_op() -> None:
-    """Compile and load DeepSpeed's shared-memory operator, which its gloo backend wants; minutes once, then no time.
+def _leave_out_shared_memory_op() -> None:
+    """Keep DeepSpeed from compiling an operator, and holding 69 MB of shared memory a rank, on machines without a GPU.
 
-    torch guards the build by a file that a killed build leaves behind, for which every later one would wait for
-    ever. Our ranks build in a folder of their own, under a lock that the kernel lets go of, so whoever holds it may
-    remove that file.
+    Its backend for gloo loads the operator whenever it can, for `inference_all_reduce`, which training never calls.
     """
     import deepspeed
 
-    folder = extensions_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-    # This environment's ninja, whatever the shell finds first: another version would build everything anew.
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     builder = deepspeed.get_accelerator().create_op_builder("ShareMemCommBuilder")
-    with (folder / "building").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        (folder / builder.name / "lock").unlink(missing_ok=True)
-        builder.load(verbose=False)
-
-
-def _unname_shared_memory() -> None:
-    """Take the name from this rank's 69 MB of shared memory, once every rank has mapped it.
-
-    The operator never does, so that without this each group, killed or not, would leave them in memory for ever.
-    """
-    dist.barrier()
-    rendezvous = f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{rendezvous}_{dist.get_rank()}"
-    Path("/dev/shm", name).unlink(missing_ok=True)
-
-
-def extensions_folder() -> Path:
-    """Where this environment's operators are built; another Python or torch has another folder."""
-    environment = hashlib.sha256(f"{sys.prefix} {torch.__version__}".encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "btm-scale" / f"extensions-{environment}"
+    deepspeed.ops.__compatible_ops__[builder.NAME] = False
 
 
 def _stand_in_for_cuda() -> None:

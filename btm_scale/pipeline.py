@@ -8,12 +8,11 @@ from typing import Any
 from btm_scale.config import RunConfig
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.data.prepare import prepare, require_text
-from btm_scale.forest.averages import GREEDY, average_texts, averages_of, write_averages
+from btm_scale.forest.averages import are_finished, average_texts
 from btm_scale.forest.expert import is_finished, read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.results import evaluate
 from btm_scale.forest.scores import all_texts, missing_scores
-from btm_scale.forest.soup import soups
 from btm_scale.launch.supervise import GroupCommand, RunGroups
 from btm_scale.report.page import write_page
 from btm_scale.run_dir import SEED, RunDir
@@ -73,10 +72,9 @@ def added_experts(config: RunConfig, run: RunDir) -> list[str]:
 
 
 def score_averages(config: RunConfig, run: RunDir, launcher: RunGroups | None = None) -> None:
-    """Merge the averages, and score each on the domains that it serves."""
-    if GREEDY in averages_of(config, run) and soups(config, run) is None:
-        _run_scoring(config, run, ("--soups",), launcher)
-    score_models(config, run, write_averages(config, run), launcher)
+    """Merge the averages, and score each on the domains that it serves: all in one group, if anything is missing."""
+    if not are_finished(config, run):
+        _run_scoring(config, run, ("--averages",), launcher)
 
 
 def _run_scoring(

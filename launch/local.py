@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
 import sys
 from collections.abc import Sequence
@@ -10,7 +12,10 @@ from pathlib import Path
 
 from btm_scale.launch.supervise import GroupCommand, OnPoll, Start, run_groups_in
 
+from btm_scale.errors import LaunchError
 from btm_scale.process import SUPERVISOR
+
+_FIRST_PORT = 10_000  # below are those of services
 
 __all__ = ["GroupCommand", "LocalPool", "free_port", "run_groups"]
 
@@ -54,10 +59,26 @@ def accelerator() -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port on which nothing listens now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port on which nothing listens, of those that the kernel gives to no outgoing connection.
+
+    Ranks need seconds to start; one of the kernel's own could be gone until then.
+    """
+    for _ in range(1000):
+        port = random.SystemRandom().randrange(_FIRST_PORT, _first_outgoing_port())
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise LaunchError(
+        "no free port found for a group: see `ss -tln`, and `sysctl net.ipv4.ip_local_port_range`"
+    )
+
+
+def _first_outgoing_port() -> int:
+    try:
+        first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        first = 0
+    return first if first > _FIRST_PORT else 32768  # Linux's default
 
 
 def _launcher(command: GroupCommand, port: int) -> tuple[str, ...]:

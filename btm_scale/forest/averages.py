@@ -10,8 +10,10 @@ import numpy as np
 from btm_scale.checkpoint.merge import merge
 from btm_scale.checkpoint.safetensors import SafetensorsModel
 from btm_scale.config import RunConfig
+from btm_scale.errors import ForestError
 from btm_scale.forest.expert import Expert, Parent, is_finished, read_expert
 from btm_scale.forest.forest import experts
+from btm_scale.forest.scores import missing_scores
 from btm_scale.forest.soup import soups
 from btm_scale.forest.stack import dev_prior
 from btm_scale.run_dir import AVERAGE, RunDir
@@ -56,30 +58,61 @@ def average_weights(kind: str, log_prior: np.ndarray, soup: np.ndarray | None = 
     return weights / weights.sum()
 
 
+def are_finished(config: RunConfig, run: RunDir) -> bool:
+    """Whether every average is there, with its scores, for the forest and priors as they stand."""
+    cards = _planned(config, run)
+    if cards is None:
+        return False
+    texts = average_texts(config)
+    return all(
+        _is_made(run, card) and not missing_scores(config, run, name, texts[name])
+        for name, card in cards.items()
+    )
+
+
 def write_averages(config: RunConfig, run: RunDir) -> list[str]:
-    """Merge every average that isn't there for the forest and priors as they stand; returns all names."""
+    """Merge every average that isn't there for the forest and priors as they stand; returns all names.
+
+    Raises ForestError while the members of a greedy one are not chosen.
+    """
+    cards = _planned(config, run)
+    if cards is None:
+        raise ForestError(
+            f"the members of the greedy averages are not chosen: evaluate the run in {run.root}"
+        )
+    for name, card in cards.items():
+        if not _is_made(run, card):
+            directory = run.model(name)
+            shutil.rmtree(directory, ignore_errors=True)
+            report = merge(directory, [(run.model(parent.name), parent.weight) for parent in card.parents])
+            replace(card, content_hash=report.content_hash).save(directory)
+    return list(cards)
+
+
+def _planned(config: RunConfig, run: RunDir) -> dict[str, Expert] | None:
+    """Every average's card, without its hash; None while a greedy one's members are not chosen."""
     forest = experts(run)
     kinds = averages_of(config, run)
     priors = cached_priors(config, run) if kinds else {}
-    members = (soups(config, run) if GREEDY in kinds else None) or {}
-    names = []
+    members = soups(config, run) if GREEDY in kinds else {}
+    if members is None:
+        return None
+    cards: dict[str, Expert] = {}
     for domain, log_prior in priors.items():
         for kind in kinds:
             name = average_model(kind, domain)
-            if name not in names:
-                names.append(name)
+            if name not in cards:
                 soup = (
                     np.array([float(name in members[domain]) for name in forest]) if kind == GREEDY else None
                 )
-                _write_average(run, name, forest, average_weights(kind, log_prior, soup))
-    return names
+                cards[name] = _card(name, forest, average_weights(kind, log_prior, soup))
+    return cards
 
 
-def _write_average(run: RunDir, name: str, forest: dict[str, Expert], weights: np.ndarray) -> None:
+def _card(name: str, forest: dict[str, Expert], weights: np.ndarray) -> Expert:
     # An expert of no weight takes no part; a weight below what float32 can add to 1 adds nothing either.
     parents = {expert: float(weight) for expert, weight in zip(forest, weights, strict=True) if weight > 1e-9}
-    directory = run.model(name)
-    card = Expert(
+    return Expert(
         name=name,
         domains={},
         parents=tuple(Parent(expert, weight) for expert, weight in parents.items()),
@@ -89,17 +122,17 @@ def _write_average(run: RunDir, name: str, forest: dict[str, Expert], weights: n
         data_fingerprint={expert: forest[expert].content_hash for expert in parents},
         content_hash="",
     )
-    if is_finished(directory) and _same_parents(read_expert(directory), card):
-        return
-    shutil.rmtree(directory, ignore_errors=True)
-    report = merge(directory, [(run.model(expert), weight) for expert, weight in parents.items()])
-    replace(card, content_hash=report.content_hash).save(directory)
+
+
+def _is_made(run: RunDir, card: Expert) -> bool:
+    """Whether the average is there, of the same parents with the same weights."""
+    directory = run.model(card.name)
+    if not is_finished(directory):
+        return False
+    found = read_expert(directory)
+    return found.parents == card.parents and found.data_fingerprint == card.data_fingerprint
 
 
 def _shapes(run: RunDir, name: str) -> frozenset[tuple[str, tuple[int, ...]]]:
     with SafetensorsModel(run.model(name)) as model:
         return frozenset((tensor, spec.shape) for tensor, spec in model.specs().items())
-
-
-def _same_parents(one: Expert, other: Expert) -> bool:
-    return one.parents == other.parents and one.data_fingerprint == other.data_fingerprint

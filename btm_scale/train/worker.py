@@ -10,10 +10,11 @@ from collections.abc import Iterator, Sequence
 import torch.distributed as dist
 
 from btm_scale.config import RunConfig
-from btm_scale.forest.averages import average_texts
+from btm_scale.forest.averages import GREEDY, average_texts, averages_of, write_averages
 from btm_scale.forest.expert import is_finished
 from btm_scale.forest.scores import all_texts
 from btm_scale.forest.scoring import score_model
+from btm_scale.forest.soup import soups
 from btm_scale.forest.soup_choice import choose_soups
 from btm_scale.group import ExpertGroup
 from btm_scale.process import ModelLock, end_with_supervisor
@@ -37,16 +38,26 @@ def train_as_rank(config: RunConfig, run: RunDir, model: str) -> None:
         score_model(group, config, run, model, all_texts(config), on_text=_say_scored)
 
 
-def score_as_rank(config: RunConfig, run: RunDir, models: Sequence[str], *, choose: bool = False) -> None:
-    """Score finished models on the texts that each is for; with `choose`, choose greedy soups first."""
-    averages = average_texts(config)
+def score_as_rank(config: RunConfig, run: RunDir, models: Sequence[str], *, averages: bool = False) -> None:
+    """Score finished models on the texts that each is for; with `averages`, those too, made first where needed."""
+    texts = average_texts(config)
     with rank_log(run.log("score")), _joined(config.group) as group:
-        if choose:
-            choose_soups(group, config, run)
+        if averages:
+            models = [*models, *_made_averages(group, config, run)]
         for model in models:
-            score_model(
-                group, config, run, model, averages.get(model) or all_texts(config), on_text=_say_scored
-            )
+            score_model(group, config, run, model, texts.get(model) or all_texts(config), on_text=_say_scored)
+
+
+def _made_averages(group: ExpertGroup, config: RunConfig, run: RunDir) -> list[str]:
+    """Merge the averages that are missing; their names, on every rank."""
+    # Asked by one rank: another might see what the first has done about it.
+    undecided = [GREEDY in averages_of(config, run) and soups(config, run) is None]
+    dist.broadcast_object_list(undecided, src=0)
+    if undecided[0]:
+        choose_soups(group, config, run)
+    names = [write_averages(config, run) if group.is_first else []]
+    dist.broadcast_object_list(names, src=0)
+    return names[0]
 
 
 @contextlib.contextmanager

@@ -89,7 +89,7 @@ def score(options: argparse.Namespace) -> Answer:
     if is_rank(options):
         from btm_scale.train.worker import score_as_rank
 
-        score_as_rank(config, run_dir, options.model, choose=options.soups)
+        score_as_rank(config, run_dir, options.model, averages=options.averages)
         return {}
     from btm_scale.pipeline import score_models
 
