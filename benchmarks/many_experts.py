@@ -3,9 +3,9 @@
     python benchmarks/many_experts.py [--experts 8 64] [--steps 10]
 
 Each run goes from text to page, with as many groups at a time as there are cores. Two figures come of it: seconds of a
-core an expert takes, which should not grow with their number; and the share of the run's time in which no group trains
-or scores: averages, priors, the ensembles of all experts, and the page. Making tokens is left out of both, since it
-depends on the text alone. Writes results/many_experts.json.
+core an expert takes, which should not grow with their number; and the share of the run's time in which nothing is
+trained or scored: averages, priors, the ensembles of all experts, and the page. Making tokens is left out of both,
+since it depends on the text alone. Writes results/many_experts.json.
 """
 
 from __future__ import annotations
@@ -92,15 +92,24 @@ def measure(folder: Path, number: int, options: argparse.Namespace) -> dict[str,
     begin = time.perf_counter()
     results = run_all(config, run, on_progress=lambda rows: None, say=print, launcher=clock)
     total = time.perf_counter() - begin
+    merging = sum(
+        json.loads(line)["seconds"]
+        for line in run.log("score").read_text().splitlines()
+        if line.startswith('{"merged"')
+    )
+    own = total - clock.seconds + merging
     training = next(seconds for names, seconds in clock.stages if len(names) == number)
     return {
         "experts": number,
         "methods": len(results["methods"]),
         "seconds": total,
         "core_seconds_an_expert": training * cores / number,
-        "seconds_scoring_averages": sum(seconds for names, seconds in clock.stages if names == ["score"]),
+        "seconds_making_and_scoring_averages": sum(
+            seconds for names, seconds in clock.stages if names == ["score"]
+        ),
+        "seconds_merging": merging,
         "seconds_without_a_group": total - clock.seconds,
-        "overhead": (total - clock.seconds) / total,
+        "overhead": own / total,
     }
 
 

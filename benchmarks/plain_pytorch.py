@@ -1,13 +1,16 @@
-"""The peer of `train.py`: a Llama-like model and loop in plain PyTorch, as one would write it without any engine.
+"""The peer of training speed: a Llama-like model and loop in plain PyTorch, as one would write it without any engine.
 
 bf16 weights with float32 master weights, fused AdamW, gradient accumulation and clipping.
 """
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 from btm_scale.model.shape import ModelShape
 
@@ -56,7 +59,8 @@ class PlainModel(nn.Module):
         frequencies = shape.rope_theta ** (-torch.arange(0, shape.head_size, 2) / shape.head_size)
         angles = torch.outer(torch.arange(shape.positions), frequencies).repeat(1, 2)
         self.to(dtype)
-        self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        self.register_buffer("cos", angles.cos().to(dtype))
+        self.register_buffer("sin", angles.sin().to(dtype))
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         hidden = self.embedding(tokens)
@@ -69,22 +73,37 @@ class PlainModel(nn.Module):
 class PlainLoop:
     """One optimizer step at a time."""
 
-    def __init__(self, shape: ModelShape, dtype: torch.dtype, micro_batch: int) -> None:
-        self.model = PlainModel(shape, dtype)
+    def __init__(
+        self,
+        shape: ModelShape,
+        dtype: torch.dtype,
+        micro_batch: int,
+        device: torch.device,
+        *,
+        ranks: int = 1,
+        compiled: bool = False,
+    ) -> None:
+        self.model: nn.Module = PlainModel(shape, dtype).to(device)
         self.micro_batch = micro_batch
         self.weights = list(self.model.parameters())
         self.masters = [weight.detach().float().clone().requires_grad_() for weight in self.weights]
         self.optimizer = torch.optim.AdamW(
             self.masters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
         )
+        if compiled:
+            self.model = torch.compile(self.model)
+        if ranks > 1:
+            self.model = DistributedDataParallel(self.model)
 
     def step(self, sequences: Tensor) -> float:
         parts = sequences.split(self.micro_batch)
-        total = 0.0
-        for part in parts:
-            loss = self.model(part[:, :-1], part[:, 1:]) / len(parts)
-            loss.backward()
-            total += float(loss.detach())
+        total = torch.zeros((), device=sequences.device)
+        for number, part in enumerate(parts):
+            waits = isinstance(self.model, DistributedDataParallel) and number + 1 < len(parts)
+            with self.model.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator,union-attr]
+                loss = self.model(part[:, :-1], part[:, 1:]) / len(parts)
+                loss.backward()
+            total += loss.detach()
         for master, weight in zip(self.masters, self.weights, strict=True):
             assert weight.grad is not None
             master.grad, weight.grad = weight.grad.float(), None
@@ -92,4 +111,4 @@ class PlainLoop:
         self.optimizer.step()
         with torch.no_grad():
             torch._foreach_copy_(self.weights, self.masters)
-        return total
+        return float(total)

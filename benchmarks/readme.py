@@ -94,10 +94,11 @@ def sweep() -> str:
 def speed() -> str:
     """Every benchmark in one line each."""
     rows = [["what", "beside", "ratio"]]
-    train = _read("train")
-    peer = "the same model and loop in plain PyTorch"
-    rows.append(["training, tokens/s, one rank on CPU, bf16", peer, f"{train['ratio_to_plain']:.2f}"])
-    rows.append(["the same", f"{peer} that keeps freed memory", f"{train['ratio_to_plain_memory_kept']:.2f}"])
+    peers = {"plain": "the same in plain PyTorch", "plain, memory kept": "the same, keeping freed memory too"}
+    for name, case in _read("train")["cases"].items():
+        for peer, ratio in case["ratio_to"].items():
+            rows.append([f"training on CPU, tokens/s: {name}", peers[peer], f"{ratio:.2f}"])
+    rows.append(["training on a GPU: FLOPs utilisation", "plain PyTorch, torch.compile", _on_gpu()])
     encode = _read("encode")
     rows.append(
         ["encoding text, bytes/s", "sentencepiece's own threads", f"{encode['rate']['median_ratio']:.2f}"]
@@ -111,6 +112,14 @@ def speed() -> str:
         ["Triton kernels on a GPU", "eager PyTorch, torch.compile, Cut Cross-Entropy, Liger", "not measured"]
     )
     return _table(rows)
+
+
+def _on_gpu() -> str:
+    path = RESULTS / "train_gpu.json"
+    if not path.is_file():
+        return "not measured"
+    peers = json.loads(path.read_text())["peers"]
+    return ", ".join(f"{figures['model_flops_utilisation']:.2f}" for figures in peers.values())
 
 
 FIGURES: dict[str, Callable[[], str]] = {

@@ -1,9 +1,11 @@
-"""Training speed of a group of one beside a plain PyTorch loop of the same architecture, batch and precision.
+"""Training speed of a group on CPU beside plain PyTorch of the same architecture, batch and precision.
 
-    python benchmarks/train.py [--preset llama-4m] [--rounds 3]
+    python benchmarks/train.py [--rounds 3]
 
-The two run in turn, each time in a fresh process; the ratio is of medians. Our group keeps freed memory (see
-train/worker.py); since the plain loop could be told to do the same, a second peer does. Writes results/train.json.
+One rank of two small models beside a plain loop, and two data ranks beside DistributedDataParallel with the same
+threads. Peers run in turn, each time in fresh processes; ratios are of medians. Our group keeps freed memory (see
+train/worker.py); since a plain loop could be told to do the same, a peer that does stands beside each.
+Writes results/train.json.
 """
 
 from __future__ import annotations
@@ -11,107 +13,60 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from environment import describe
-
-from btm_scale.config import GroupConfig, ModelConfig, OptimizerConfig
-from btm_scale.train.job import TrainingJob
+from training_peers import Case, in_ranks, ours, plain, seconds_a_step
 
 RESULT = Path(__file__).parent / "results" / "train.json"
-PEERS = ("ours", "plain", "plain, memory kept")
-LENGTH, VOCABULARY = 256, 4096
+OURS, PLAIN, KEPT = "ours", "plain", "plain, memory kept"
+COMMON = {"precision": "bf16", "length": 256, "vocabulary": 4096, "micro_batch": 8}
+CASES = {
+    "llama-4m, one rank": Case(preset="llama-4m", ranks=1, threads=2, sequences=64, **COMMON),
+    "llama-30m, one rank": Case(preset="llama-30m", ranks=1, threads=2, sequences=16, **COMMON),
+    "llama-4m, two data ranks": Case(preset="llama-4m", ranks=2, threads=1, sequences=64, **COMMON),
+    "llama-30m, two data ranks": Case(preset="llama-30m", ranks=2, threads=1, sequences=32, **COMMON),
+}
 
 
 def main() -> None:
-    """Measure every peer in turn and write the table."""
+    """Measure every case and write the table."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--preset", default="llama-4m")
-    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
-    parser.add_argument("--sequences", type=int, default=64)
-    parser.add_argument("--micro-batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--case", choices=CASES, action="append", help="only this one; may be given often")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--peer", choices=PEERS, help="measure one peer in this process and print tokens/s")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--peer", choices=(OURS, PLAIN, KEPT), help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
+    names = options.case or list(CASES)
     if options.peer:
-        print(json.dumps(measure(options)))
+        case = CASES[names[0]]
+        torch.set_num_threads(case.threads)
+        step = ours(case) if options.peer == OURS else plain(case, keep_memory=options.peer == KEPT)
+        seconds = seconds_a_step(case, step, options.steps)
+        print(json.dumps({"tokens_per_second": case.sequences * case.length / seconds}))
         return
-    speeds: dict[str, list[float]] = {peer: [] for peer in PEERS}
-    for _ in range(options.rounds):
-        for peer in PEERS:
-            done = subprocess.run(
-                [sys.executable, __file__, *sys.argv[1:], "--peer", peer], stdout=subprocess.PIPE, check=True
-            )
-            speeds[peer].append(float(done.stdout.splitlines()[-1]))
-    medians = {peer: statistics.median(values) for peer, values in speeds.items()}
-    result = {
-        "environment": describe(),
-        "settings": {name: value for name, value in vars(options).items() if name not in ("peer", "result")},
-        "tokens_per_second": speeds,
-        "ratio_to_plain": medians["ours"] / medians["plain"],
-        "ratio_to_plain_memory_kept": medians["ours"] / medians["plain, memory kept"],
-    }
+    environment = describe()
+    rows = {name: measured(name, options) for name in names}
     options.result.parent.mkdir(exist_ok=True)
+    result = {"environment": environment, "rounds": options.rounds, "steps": options.steps, "cases": rows}
     options.result.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps({peer: round(value) for peer, value in medians.items()}, indent=2))
-    print(
-        f"ours / plain: {result['ratio_to_plain']:.3f}, memory kept in both: {result['ratio_to_plain_memory_kept']:.3f}"
-    )
 
 
-def measure(options: argparse.Namespace) -> float:
-    """Tokens a second of one peer, over `steps` steps after a warm-up step."""
-    torch.set_num_threads(options.threads)
-    step = ours(options) if options.peer == "ours" else plain(options)
-    torch.manual_seed(0)
-    sequences = torch.randint(0, VOCABULARY, (options.sequences, LENGTH + 1))
-    step(sequences)
-    begin = time.perf_counter()
-    for _ in range(options.steps):
-        step(sequences)
-    return options.steps * options.sequences * LENGTH / (time.perf_counter() - begin)
-
-
-def ours(options: argparse.Namespace) -> Callable[[torch.Tensor], object]:
-    """The DeepSpeed engine around the Megatron-core model, as a group trains it."""
-    from btm_scale.group import ExpertGroup
-    from btm_scale.model.gpt import build_model
-    from btm_scale.train.engine import Engine
-    from btm_scale.train.worker import keep_freed_memory
-
-    keep_freed_memory()
-    layout = GroupConfig(precision=options.precision, micro_batch=options.micro_batch)
-    group = ExpertGroup.join(layout)
-    job = TrainingJob(
-        model="benchmark", branch=None, weights={}, part=None, steps=options.steps, sequences=options.sequences,
-        batch_share=1.0, first_sample=0, samples=options.sequences, progress=(0.0, 1.0), group=layout,
-    )  # fmt: skip
-    shape = ModelConfig(preset=options.preset).shape(VOCABULARY, LENGTH)
-    group.seed(0)
-    model = build_model(shape, tensor=1, dtype=group.dtype, on_cpu=group.device.type == "cpu")
-    engine = Engine(group, model, job, OptimizerConfig(), {})
-    return lambda sequences: engine.step(sequences, 1e-3)
-
-
-def plain(options: argparse.Namespace) -> Callable[[torch.Tensor], object]:
-    """The same in plain PyTorch."""
-    from plain_pytorch import PlainLoop
-
-    from btm_scale.train.worker import keep_freed_memory
-
-    if options.peer == "plain, memory kept":
-        keep_freed_memory()
-    shape = ModelConfig(preset=options.preset).shape(VOCABULARY, LENGTH)
-    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-    return PlainLoop(shape, dtype, options.micro_batch).step
+def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Every peer's tokens a second, round by round, and ours beside each."""
+    speeds: dict[str, list[float]] = {peer: [] for peer in (OURS, PLAIN, KEPT)}
+    for _ in range(options.rounds):
+        for peer, found in speeds.items():
+            words = ["--case", name, "--steps", str(options.steps)]
+            found.append(in_ranks(__file__, CASES[name], peer, words)["tokens_per_second"])
+    medians = {peer: statistics.median(found) for peer, found in speeds.items()}
+    ratios = {peer: medians[OURS] / medians[peer] for peer in (PLAIN, KEPT)}
+    print(name, {peer: round(speed) for peer, speed in medians.items()}, ratios, flush=True)
+    return {"case": asdict(CASES[name]), "tokens_per_second": speeds, "ratio_to": ratios}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -70,9 +71,12 @@ def are_finished(config: RunConfig, run: RunDir) -> bool:
     )
 
 
-def write_averages(config: RunConfig, run: RunDir) -> list[str]:
+def write_averages(
+    config: RunConfig, run: RunDir, on_average: Callable[[str, float], None] = lambda name, seconds: None
+) -> list[str]:
     """Merge every average that isn't there for the forest and priors as they stand; returns all names.
 
+    `on_average` is told of each that was merged, and of the seconds that it took.
     Raises ForestError while the members of a greedy one are not chosen.
     """
     cards = _planned(config, run)
@@ -86,6 +90,7 @@ def write_averages(config: RunConfig, run: RunDir) -> list[str]:
             shutil.rmtree(directory, ignore_errors=True)
             report = merge(directory, [(run.model(parent.name), parent.weight) for parent in card.parents])
             replace(card, content_hash=report.content_hash).save(directory)
+            on_average(name, report.seconds)
     return list(cards)
 
 

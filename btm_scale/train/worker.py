@@ -55,7 +55,7 @@ def _made_averages(group: ExpertGroup, config: RunConfig, run: RunDir) -> list[s
     dist.broadcast_object_list(undecided, src=0)
     if undecided[0]:
         choose_soups(group, config, run)
-    names = [write_averages(config, run) if group.is_first else []]
+    names = [write_averages(config, run, _say_merged) if group.is_first else []]
     dist.broadcast_object_list(names, src=0)
     return names[0]
 
@@ -83,6 +83,10 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_threshold, 1 << 30)
         libc.mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def _say_merged(name: str, seconds: float) -> None:
+    print(json.dumps({"merged": name, "seconds": round(seconds, 3)}), flush=True)
 
 
 def _say_scored(domain: str, split: str) -> None:
