@@ -16,6 +16,7 @@ import numpy as np
 
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.process import end_with_parent
+from btm_scale.uncompiled import import_uncompiled
 
 Tag = TypeVar("Tag")
 
@@ -137,6 +138,7 @@ class TokenFileWriter:
     """A Megatron-core indexed dataset, `prefix`.bin and `prefix`.idx, written document by document."""
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
+        import_uncompiled("megatron.core")
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
         self._prefix = prefix

@@ -12,6 +12,7 @@ import numpy as np
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.run_dir import RunDir
+from btm_scale.uncompiled import import_uncompiled
 
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -52,6 +53,7 @@ class EvaluationText:
         Raises DataError if the domain isn't prepared, or was with another tokenizer than the run's.
         """
         # Megatron-core takes seconds to import, and who judges scores may need no text.
+        import_uncompiled("megatron.core")
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
         tokenizer = Tokenizer.load(run.tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,11 @@ from btm_scale.train.accumulate import Float32Sums
 from btm_scale.train.deepspeed_config import deepspeed_config
 from btm_scale.train.job import TrainingJob
 from btm_scale.train.outer import OuterStep
+from btm_scale.uncompiled import import_uncompiled
+
+# DeepSpeed's engine asks each optimizer whether it is a Muon, and imports that for it.
+with contextlib.suppress(ModuleNotFoundError):
+    import_uncompiled("deepspeed.runtime.zero.muon.muon_optimizer")
 
 # What a parameter's training state consists of; all float32.
 MASTER, FIRST_MOMENT, SECOND_MOMENT = "master", "exp_avg", "exp_avg_sq"
