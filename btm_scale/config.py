@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import math
-import os
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from btm_scale.errors import ConfigError
+from btm_scale.evaluation_config import BaselinesConfig, EvaluateConfig
 from btm_scale.health_config import HealthConfig, ProfileConfig
 from btm_scale.launch_config import LaunchConfig
 from btm_scale.model.huggingface import read_shape
-from btm_scale.model.layout import Layout
 from btm_scale.model.shape import PRESETS, Family, ModelShape
 from btm_scale.run_dir import DENSE, LONGER_DENSE, RANDOM_SPLIT, SEED
 from btm_scale.section import Section
+from btm_scale.text_config import DataConfig, DomainConfig, TokenizerConfig
+from btm_scale.training_config import (
+    BranchConfig,
+    BudgetConfig,
+    CheckpointConfig,
+    GroupConfig,
+    OptimizerConfig,
+)
 from btm_scale.yaml_file import apply_overrides, dump_yaml, explain, load_yaml
 
 
@@ -84,183 +90,6 @@ class ModelConfig(Section):
         return ModelShape(**sizes, vocabulary=vocabulary, positions=positions)
 
 
-class TokenizerConfig(Section):
-    """A tokenizer to train (sentencepiece BPE), or the directory of an existing one."""
-
-    vocab_size: int = Field(default=4096, ge=320, description="tokens; bytes and controls take 259 of them")
-    sample_bytes: int = Field(
-        default=16_000_000, gt=0, description="text to train on, shared evenly by the domains"
-    )
-    path: Path | None = None
-
-
-class SplitUnit(Section):
-    """Documents whose `field` agrees (up to the text `until`, where given) stay in one split."""
-
-    field: str
-    until: str | None = None
-
-
-class DomainConfig(Section):
-    """Where a domain's text lies and how it is read."""
-
-    text: tuple[str, ...] = Field(min_length=1, description="paths or globs, relative to text_root")
-    field: str = Field(
-        default="text", description="the field of a .jsonl or .parquet row that holds the text"
-    )
-    split_by: Literal["document", "file"] | SplitUnit = "document"
-    weight: float = Field(
-        default=1.0, gt=0, description="share in the data of seed and dense, relative to others"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_path_is_a_list(cls, value: Any) -> Any:
-        if isinstance(value, dict) and isinstance(value.get("text"), str):
-            return value | {"text": (value["text"],)}
-        return value
-
-
-class DataConfig(Section):
-    """How text becomes token files."""
-
-    dev: float = Field(default=0.05, gt=0, lt=0.5, description="share of the documents kept for choosing")
-    test: float = Field(default=0.05, gt=0, lt=0.5, description="share of the documents kept for the result")
-    on_bad_line: Literal["error", "skip"] = "error"
-    separate_documents: bool = Field(
-        default=False, description="in training, a token sees only those of its own document"
-    )
-    workers: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), gt=0)
-
-
-class LastPartConfig(Section):
-    """Other shares of the domains in the last part of the schedule."""
-
-    share: float = Field(gt=0, lt=1, description="of the schedule")
-    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        min_length=1, description="by how much a domain's share is multiplied then"
-    )
-
-
-class BudgetConfig(Section):
-    """The compute of the forest, and so of the dense baseline."""
-
-    tokens: int = Field(default=6_000_000, gt=0)
-    seed_share: float = Field(
-        default=0.5,
-        ge=0,
-        lt=1,
-        description="of the tokens; 0 takes a pretrained model for the seed LM as it is",
-    )
-    sequence_length: int = Field(default=256, gt=1)
-    batch_tokens: int = Field(default=16_384, gt=0)
-    last: LastPartConfig | None = None
-
-    @model_validator(mode="after")
-    def _whole_sequences(self) -> BudgetConfig:
-        if self.batch_tokens % self.sequence_length:
-            raise ValueError(
-                f"batch_tokens {self.batch_tokens} is not a multiple of sequence_length {self.sequence_length}; "
-                f"use {max(1, round(self.batch_tokens / self.sequence_length)) * self.sequence_length}"
-            )
-        if (self.seed_steps < 1 and self.seed_share > 0) or self.branch_steps < 1:
-            raise ValueError(
-                f"{self.tokens} tokens in batches of {self.batch_tokens} leave no step for seed or experts; "
-                "raise tokens or lower batch_tokens"
-            )
-        return self
-
-    @property
-    def seed_steps(self) -> int:
-        """Optimizer steps of the seed LM."""
-        return round(self.tokens * self.seed_share / self.batch_tokens)
-
-    @property
-    def branch_steps(self) -> int:
-        """Optimizer steps of the dense baseline after the seed, and of every expert."""
-        return round(self.tokens / self.batch_tokens) - self.seed_steps
-
-
-class OptimizerConfig(Section):
-    """AdamW and its schedule, which runs over seed and branch as one."""
-
-    lr: float = Field(default=1e-3, gt=0)
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="at a batch of budget.batch_tokens")
-    scale_beta2: bool = Field(
-        default=True, description="average second moments over as many tokens whatever an expert's batch"
-    )
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)
-    clip: float = Field(
-        default=1.0, ge=0, description="largest gradient norm; 0 leaves gradients as they are"
-    )
-    warmup: float = Field(default=0.08, ge=0, lt=1, description="share of the schedule")
-    decay: Literal["linear", "cosine", "constant"] = "linear"
-    final: float = Field(default=0.0, ge=0, le=1, description="learning rate at the end, as a share of lr")
-
-    def betas_at(self, batch_share: float) -> tuple[float, float]:
-        """The betas for a batch of `batch_share` times budget.batch_tokens.
-
-        beta2 keeps its half-life in tokens, beta1 its half-life in steps (arXiv 2507.07101).
-        """
-        first, second = self.betas
-        return (first, second**batch_share) if self.scale_beta2 else (first, second)
-
-    def rate(self, progress: float) -> float:
-        """The learning rate at `progress` in (0, 1] of the schedule."""
-        if progress < self.warmup:
-            return self.lr * progress / self.warmup
-        if self.decay == "constant":
-            return self.lr
-        rest = (1.0 - progress) / (1.0 - self.warmup)
-        if self.decay == "cosine":
-            rest = 0.5 * (1.0 - math.cos(math.pi * rest))
-        return self.lr * (self.final + (1.0 - self.final) * rest)
-
-
-class GroupConfig(Layout):
-    """The layout of an expert group, and how it goes through a batch."""
-
-    micro_batch: int = Field(default=8, gt=0, description="sequences a rank takes at once, at the most")
-    sync_every: int = Field(
-        default=1,
-        gt=0,
-        description="steps that data ranks take alone between outer steps; 1 is data parallelism",
-    )
-    outer_lr: float = Field(default=0.7, gt=0, description="of the outer steps")
-    outer_momentum: float = Field(default=0.9, ge=0, lt=1, description="of the outer steps")
-
-    @model_validator(mode="after")
-    def _someone_to_sync_with(self) -> GroupConfig:
-        if self.sync_every > 1 and self.data == 1:
-            raise ValueError(
-                f"sync_every {self.sync_every} is for data ranks that step alone; set data above 1, or leave it"
-            )
-        return self
-
-
-class BranchConfig(Section):
-    """What an expert begins with, and how its schedule goes on."""
-
-    parents: Literal["seed", "nearest", "posterior"] | dict[str, float] = Field(
-        default="seed",
-        description="`nearest`: the expert that likes the domain's dev text best; `posterior`: all, by the domain's "
-        "prior; or weights by name",
-    )
-    optimizer: Literal["carried", "fresh"] = "carried"
-    schedule: Literal["carried", "restarted"] = Field(
-        default="carried", description="go on along the seed's schedule, or warm up and decay once more"
-    )
-    replay: float = Field(default=0.0, ge=0, lt=1, description="share of text from the parents' domains")
-
-    @model_validator(mode="after")
-    def _weighed(self) -> BranchConfig:
-        weights = self.parents.values() if isinstance(self.parents, dict) else [1.0]
-        if min(weights, default=-1.0) < 0 or sum(weights) <= 0:
-            raise ValueError(f"parents {self.parents}: weights must be at least 0 and weigh somebody")
-        return self
-
-
 class ExpertConfig(Section):
     """What differs for one expert."""
 
@@ -272,57 +101,6 @@ class ExpertConfig(Section):
     group: dict[str, Any] = Field(default_factory=dict)
     tokens: int | None = Field(default=None, gt=0)
     batch_tokens: int | None = Field(default=None, gt=0)
-
-
-class CheckpointConfig(Section):
-    """When a training state is saved, and how many are kept."""
-
-    every: int = Field(default=100, gt=0, description="steps")
-    keep: int = Field(default=2, gt=0)
-
-
-class BaselinesConfig(Section):
-    """What the forest is compared with."""
-
-    dense: bool = True
-    dense_compute: tuple[Annotated[float, Field(gt=1)], ...] = Field(
-        default=(), description="further dense baselines, with so many times the forest's compute"
-    )
-    random_split: bool = False
-
-
-class TemperingConfig(Section):
-    """How evidence moves the tempered posterior: log w <- forgetting x log w + power x log p, mixed with the prior."""
-
-    power: float = Field(gt=0)
-    forgetting: float = Field(default=1.0, gt=0, le=1)
-    share: float = Field(default=0.0, ge=0, lt=1, description="of the prior, mixed in after each token")
-
-
-class EvaluateConfig(Section):
-    """What is scored, and how the experts are weighed."""
-
-    posterior: Literal["prefix", "token", "tempered"] = "prefix"
-    tempering: TemperingConfig | None = Field(
-        default=None, description="of the tempered posterior; default: fitted to each domain's dev text"
-    )
-    prior: Literal["cached", "uniform", "updating"] = "cached"
-    averages: tuple[Literal["uniform", "argmax", "posterior", "greedy"], ...] = (
-        "uniform",
-        "argmax",
-        "posterior",
-    )
-    blocks: Literal["restart", "carry"] = Field(
-        default="restart",
-        description="whether each block's posterior starts from the prior, or from the block before",
-    )
-    top_k: tuple[Annotated[int, Field(gt=0)], ...] = (1, 2, 4)
-    top_k_per_token: tuple[Annotated[int, Field(gt=0)], ...] = Field(
-        default=(), description="as top_k, of the weights before each token instead of the prior"
-    )
-    split: Literal["dev", "test"] = "test"
-    tokens_per_domain: int = Field(default=65_536, gt=0)
-    dev_blocks: int = Field(default=100, gt=0, description="blocks of dev text that set the cached prior")
 
 
 def _with_pretrained(values: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -1,0 +1,53 @@
+"""The sections of a run's YAML that say what the forest is compared with, and how it is scored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from btm_scale.section import Section
+
+
+class BaselinesConfig(Section):
+    """What the forest is compared with."""
+
+    dense: bool = True
+    dense_compute: tuple[Annotated[float, Field(gt=1)], ...] = Field(
+        default=(), description="further dense baselines, with so many times the forest's compute"
+    )
+    random_split: bool = False
+
+
+class TemperingConfig(Section):
+    """How evidence moves the tempered posterior: log w <- forgetting x log w + power x log p, mixed with the prior."""
+
+    power: float = Field(gt=0)
+    forgetting: float = Field(default=1.0, gt=0, le=1)
+    share: float = Field(default=0.0, ge=0, lt=1, description="of the prior, mixed in after each token")
+
+
+class EvaluateConfig(Section):
+    """What is scored, and how the experts are weighed."""
+
+    posterior: Literal["prefix", "token", "tempered"] = "prefix"
+    tempering: TemperingConfig | None = Field(
+        default=None, description="of the tempered posterior; default: fitted to each domain's dev text"
+    )
+    prior: Literal["cached", "uniform", "updating"] = "cached"
+    averages: tuple[Literal["uniform", "argmax", "posterior", "greedy"], ...] = (
+        "uniform",
+        "argmax",
+        "posterior",
+    )
+    blocks: Literal["restart", "carry"] = Field(
+        default="restart",
+        description="whether each block's posterior starts from the prior, or from the block before",
+    )
+    top_k: tuple[Annotated[int, Field(gt=0)], ...] = (1, 2, 4)
+    top_k_per_token: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        default=(), description="as top_k, of the weights before each token instead of the prior"
+    )
+    split: Literal["dev", "test"] = "test"
+    tokens_per_domain: int = Field(default=65_536, gt=0)
+    dev_blocks: int = Field(default=100, gt=0, description="blocks of dev text that set the cached prior")
