@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from btm_scale.config import RunConfig
-from btm_scale.launch.local import LocalPool
+from btm_scale.launch.local import LocalPool, visible_gpus
 from btm_scale.launch.supervise import GroupCommand, OnPoll, RunGroups, run_groups_in
 from btm_scale.report.progress import ModelProgress
 from btm_scale.run_dir import RunDir
@@ -30,10 +30,10 @@ class Placement:
 
 
 def placement(config: RunConfig, models: Sequence[str]) -> Placement:
-    """How the groups of one stage share the machine's cores."""
+    """How the groups of one stage share the machine's cores and GPUs."""
     cores = len(os.sched_getaffinity(0))
     ranks = max(training_job(config, model).group.ranks for model in models)
-    slots = config.launch.local.slots or max(1, cores // ranks)
+    slots = config.launch.local.slots or max(1, (len(visible_gpus()) or cores) // ranks)
     slots = min(slots, len(models))
     return Placement(slots, max(1, cores // (slots * ranks)))
 

@@ -51,9 +51,9 @@ class HostPool:
         hostfile.parent.mkdir(parents=True, exist_ok=True)
         hostfile.write_text("".join(f"{share.host} slots={self._slots[share.host]}\n" for share in shares))
         ranks = {"OMP_NUM_THREADS": str(self._config.threads), "TOKENIZERS_PARALLELISM": "false"}
-        ranks |= accelerator() | self._config.environment
-        # It reaches only the ranks on this machine.
-        own = ranks | {SUPERVISOR: str(os.getpid())}
+        ranks |= self._config.environment
+        # These reach only what runs on this machine; other hosts may have the GPUs that this one lacks.
+        own = ranks | accelerator() | {SUPERVISOR: str(os.getpid())}
         words = self._launcher(command, shares, hostfile, port)
         if not self._config.connect:
             own["DS_ENV_FILE"] = str(_environment_file(hostfile.with_name("deepspeed_env"), ranks))

@@ -1,8 +1,14 @@
-"""Groups on this machine: each a `deepspeed` launcher of its own, as many at a time as the cores hold."""
+"""Groups on this machine: each a launcher of DeepSpeed's of its own, as many at a time as GPUs or cores hold.
+
+DeepSpeed's launcher of one host is started without the `deepspeed` command before it, which finds hosts and would give
+every group of a machine its first GPUs.
+"""
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import json
 import os
 import random
 import socket
@@ -21,24 +27,33 @@ __all__ = ["GroupCommand", "LocalPool", "free_port", "run_groups"]
 
 
 class LocalPool:
-    """This machine: `slots` groups at a time, with `threads` threads a rank."""
+    """This machine: `slots` groups at a time, with `threads` threads a rank, and a GPU a rank where there are any."""
 
     def __init__(self, slots: int, threads: int) -> None:
         self._slots = slots
         self._threads = threads
-        self._running: set[str] = set()
+        self._gpus = visible_gpus()
+        self._free = list(self._gpus)
+        self._running: dict[str, list[str]] = {}  # and the GPUs of each
 
     def take(self, command: GroupCommand) -> Start | None:
-        """A `deepspeed` launcher, if fewer than `slots` groups run."""
-        if len(self._running) >= self._slots:
+        """A launcher, if fewer than `slots` groups run and enough GPUs are free."""
+        if self._gpus and command.ranks > len(self._gpus):
+            raise LaunchError(
+                f"'{command.name}' has {command.ranks} ranks, and this machine shows {len(self._gpus)} GPUs; choose "
+                "another layout for its group, or hosts with --launcher deepspeed"
+            )
+        if len(self._running) >= self._slots or (self._gpus and command.ranks > len(self._free)):
             return None
-        self._running.add(command.name)
+        taken, self._free = self._free[: command.ranks], self._free[command.ranks :]
+        self._running[command.name] = taken
         environment = {"OMP_NUM_THREADS": str(self._threads), SUPERVISOR: str(os.getpid())}
-        return Start((_launcher(command, free_port()),), environment | accelerator())
+        places = taken or [str(rank) for rank in range(command.ranks)]
+        return Start((_launcher(command, places, free_port()),), environment | accelerator())
 
     def give_back(self, name: str) -> None:
         """The group of this name has ended."""
-        self._running.discard(name)
+        self._free += self._running.pop(name, [])
 
 
 def run_groups(
@@ -54,8 +69,17 @@ def run_groups(
 
 def accelerator() -> dict[str, str]:
     """What tells DeepSpeed that there is no GPU here, where that is so."""
-    has_gpu = Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()
+    has_gpu = visible_gpus() or Path("/dev/kfd").exists()
     return {} if has_gpu else {"DS_ACCELERATOR": "cpu"}
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs of this machine that this process may use, as CUDA_VISIBLE_DEVICES names them; none on a CPU."""
+    told = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if told is not None:
+        return [name.strip() for name in told.split(",") if name.strip() not in ("", "-1")]
+    numbers = (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia*"))
+    return sorted((number for number in numbers if number.isdecimal()), key=int)
 
 
 def free_port() -> int:
@@ -81,19 +105,17 @@ def _first_outgoing_port() -> int:
     return first if first > _FIRST_PORT else 32768  # Linux's default
 
 
-def _launcher(command: GroupCommand, port: int) -> tuple[str, ...]:
+def _launcher(command: GroupCommand, places: Sequence[str], port: int) -> tuple[str, ...]:
+    """`places`: the GPU of each rank, or on a CPU any name."""
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": places}).encode()).decode()
     return (
         sys.executable,
+        "-u",
         "-m",
-        "deepspeed.launcher.runner",
-        "--hostfile",
-        os.devnull,  # no cluster's hostfile may draw a local group away
-        "--num_gpus",
-        str(command.ranks),
-        "--master_addr",
-        "127.0.0.1",
-        "--master_port",
-        str(port),
+        "deepspeed.launcher.launch",
+        f"--world_info={world}",
+        "--master_addr=127.0.0.1",
+        f"--master_port={port}",
         "--no_local_rank",
         "--module",
         "btm_scale.cli",

@@ -44,6 +44,7 @@ def merge(
     parameters: Mapping[str, float] | None = None,
     base: Path | None = None,
     dtype: str | None = None,
+    float64: bool = False,
     jobs: int = 1,
     chunk_bytes: int = CHUNK_BYTES,
     max_shard_bytes: float = 5e9,
@@ -53,7 +54,8 @@ def merge(
     """Merge model directories into the directory `output`, which appears only when it is whole.
 
     `inputs` are (directory, weight); `linear` divides by the weights' sum, so they need not sum to one, and
-    it leaves out models of weight 0. Sums are in float64, in an order that depends on the models' content:
+    it leaves out models of weight 0. Sums are in float64, but in float32 where an elementwise method makes bf16 of
+    types no wider, unless `float64` is asked for; in an order that depends on the models' content:
     neither the order of `inputs` nor `jobs`, `chunk_bytes` or the inputs' sharding changes a bit. Configs and
     tokenizer come from the first input. An interrupted merge goes on where it was when it is asked for again.
     With `mpi` every rank of `mpirun` must make the same call, and each gets the report. Raises
@@ -77,6 +79,7 @@ def merge(
             parameters=parameters,
             base=base,
             dtype=dtype,
+            float64=float64,
             max_shard_bytes=max_shard_bytes,
             seed=seed,
         )

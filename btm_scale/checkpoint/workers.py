@@ -148,15 +148,15 @@ class _UnitRunner:
         return Piece(
             tensors=(shaped(self._widened(reader, part, "input")) for reader in self.readers),
             weights=[source.weight for source in plan.sources],
-            zeros=shaped(self._buffer("result", part.stop - part.start, torch.float64).zero_()),
+            zeros=shaped(self._buffer("result", part.stop - part.start, plan.arithmetic(part.name)).zero_()),
             base=shaped(self._widened(self.base, part, "base")) if self.base else None,
             noise=noise,
         )
 
     def _widened(self, reader: ModelReader, part: Unit, purpose: str) -> torch.Tensor:
-        """A part in float64; converted apart from the arithmetic, which on mixed types is slower than both."""
+        """A part in the sums' type; converted apart from them, since on mixed types they are slower than both."""
         stored = self._read(reader, part)
-        return self._buffer(purpose, stored.numel(), torch.float64).copy_(stored)
+        return self._buffer(purpose, stored.numel(), self.plan.arithmetic(part.name)).copy_(stored)
 
     def _read(self, reader: ModelReader, part: Unit) -> torch.Tensor:
         out = self._buffer("stored", part.stop - part.start, reader.spec(part.name).dtype)
