@@ -6,6 +6,7 @@ Speed: eight Llama-like bf16 models of independent random weights, merged with u
 processes: a plain copy of the same bytes, ours and mergekit's in turn. mergekit leaves its output to the page
 cache and ours waits until it is on the disk, so both are timed both ways: `seconds` until the process ends, with
 our waits left out for `ours, unsynced`; `synced_seconds` until the output is on the disk. Imports count.
+`from_disk` runs begin with no input in the page cache.
 `cpu_seconds` hardly depends on what else runs. Memory: the most anonymous memory that a run's processes had at
 once, sampled; then for pairs of sparse models of growing size, the last of one tensor of 4 GB. Accuracy: the
 share of elements that are the bf16 number nearest to the float64 mean.
@@ -189,27 +190,38 @@ def compare(work: Path, specs: Mapping[str, TensorSpec], mergekit: Path, rounds:
         "mergekit": ([str(mergekit), str(recipe), str(theirs), "--no-copy-tokenizer"], theirs),
     }
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
+    from_disk: dict[str, list[dict[str, float]]] = {name: [] for name in commands if "unsynced" not in name}
     for _ in range(rounds):
-        for name, (command, output) in commands.items():
-            _remove(output)
-            os.sync()
-            runs[name].append(measured(command, output))
+        for cached, found in ((True, runs), (False, from_disk)):
+            for name in found:
+                command, output = commands[name]
+                _remove(output)
+                os.sync()
+                if not cached:
+                    _forget(files)
+                found[name].append(measured(command, output))
 
-    def middle(name: str, figure: str) -> float:
-        return statistics.median(run[figure] for run in runs[name])
+    def middle(name: str, figure: str, of: Mapping[str, list[dict[str, float]]] = runs) -> float:
+        return statistics.median(run[figure] for run in of[name])
+
+    def from_disk_beside(name: str) -> float:
+        return middle(name, "synced_seconds", from_disk) / middle("ours", "synced_seconds", from_disk)
 
     result = {
         "models": MODELS,
         "bytes_per_model": size,
         "runs": runs,
+        "from_disk": from_disk,
         "times_as_fast_as_mergekit": {
             "neither waits for the disk": middle("mergekit", "seconds") / middle("ours, unsynced", "seconds"),
             "both are on the disk": middle("mergekit", "synced_seconds") / middle("ours", "synced_seconds"),
+            "from the disk to the disk": from_disk_beside("mergekit"),
             "processor time": middle("mergekit", "cpu_seconds") / middle("ours", "cpu_seconds"),
         },
         "share_of_plain_copy_speed": {
             "neither waits for the disk": middle("copy", "seconds") / middle("ours, unsynced", "seconds"),
             "both are on the disk": middle("copy", "synced_seconds") / middle("ours", "synced_seconds"),
+            "from the disk to the disk": from_disk_beside("copy"),
         },
         "anonymous_bytes": {name: max(run["anonymous_bytes"] for run in of) for name, of in runs.items()},
         "correctly_rounded": {
@@ -248,6 +260,14 @@ def _summary(speed: Mapping[str, Any]) -> list[dict[str, Any]]:
         for peer, ratios in beside.items()
         for how, ratio in ratios.items()
     ]
+
+
+def _forget(files: list[str]) -> None:
+    """Take files out of the page cache."""
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

@@ -218,9 +218,10 @@ def _checkpoint_verbs(verbs: _Verbs) -> None:
     )
     made.add_argument("--method", default="linear", help="how to merge")
     made.add_argument("--dtype", help="type of the output (default: the inputs')")
-    made.add_argument("--float64", action="store_true", help="sum bf16 in float64 too, as all else is")
     made.add_argument(
-        "--jobs", type=int, default=1, help="processes (under mpirun its ranks are used instead)"
+        "--jobs",
+        type=int,
+        help="processes (default: the cores; under mpirun its ranks are used instead)",
     )
     made.add_argument("--max-shard-size", default="5GB", metavar="5GB", help="of a file of the output")
     made.add_argument("--base", type=Path, help="the model that task vectors are taken from")

@@ -18,7 +18,7 @@ from btm_scale.checkpoint.sidecars import carry_sidecars, model_card
 from btm_scale.checkpoint.workers import merge_in_processes, open_writer
 from btm_scale.errors import CheckpointError
 
-CHUNK_BYTES = 128 << 10  # of output: what is at work then stays in a core's cache
+CHUNK_BYTES = 256 << 10  # of output: what is at work then stays in a core's cache
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,7 @@ def merge(
     parameters: Mapping[str, float] | None = None,
     base: Path | None = None,
     dtype: str | None = None,
-    float64: bool = False,
-    jobs: int = 1,
+    jobs: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     max_shard_bytes: float = 5e9,
     seed: int = 0,
@@ -54,10 +53,10 @@ def merge(
     """Merge model directories into the directory `output`, which appears only when it is whole.
 
     `inputs` are (directory, weight); `linear` divides by the weights' sum, so they need not sum to one, and
-    it leaves out models of weight 0. Sums are in float64, but in float32 where an elementwise method makes bf16 of
-    types no wider, unless `float64` is asked for; in an order that depends on the models' content:
-    neither the order of `inputs` nor `jobs`, `chunk_bytes` or the inputs' sharding changes a bit. Configs and
-    tokenizer come from the first input. An interrupted merge goes on where it was when it is asked for again.
+    it leaves out models of weight 0. Sums are in float64, in an order that depends on the models' content:
+    neither the order of `inputs` nor `jobs`, `chunk_bytes` or the inputs' sharding changes a bit. `jobs` is of
+    processes; by default a process without threads takes as many as there are cores for a large merge. Configs
+    and tokenizer come from the first input. An interrupted merge goes on where it was when it is asked for again.
     With `mpi` every rank of `mpirun` must make the same call, and each gets the report. Raises
     `CheckpointError` with every problem, before any write.
     """
@@ -79,7 +78,6 @@ def merge(
             parameters=parameters,
             base=base,
             dtype=dtype,
-            float64=float64,
             max_shard_bytes=max_shard_bytes,
             seed=seed,
         )

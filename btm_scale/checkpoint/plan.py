@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
 from btm_scale.checkpoint.compatibility import common_specs, config_problems, tokenizer_problems
 from btm_scale.checkpoint.formats import open_model
 from btm_scale.checkpoint.hashing import BLOCK_BYTES, sample_hash
@@ -41,8 +39,7 @@ class Unit:
 class MergePlan:
     """Everything that decides the bytes of a merge; it can be sent to other processes.
 
-    `sources` are in an order that depends on weights and content and not on how they were given; `wide` are the
-    tensors whose sums are in float64.
+    `sources` are in an order that depends on weights and content and not on how they were given.
     """
 
     sources: tuple[Source, ...]
@@ -50,7 +47,6 @@ class MergePlan:
     method_name: str
     parameters: Mapping[str, float]
     specs: Mapping[str, TensorSpec]
-    wide: frozenset[str]
     max_shard_bytes: float
     seed: int
     bytes_read: int
@@ -65,6 +61,11 @@ class MergePlan:
         """The work, in the order of the output's tensors; every cut is at a block of the content hash."""
         return [unit for name in self.specs for unit in self._units_of(name)]
 
+    @property
+    def is_large(self) -> bool:
+        """Whether there is enough to do for several processes."""
+        return self.bytes_read > 1 << 28
+
     def fingerprint(self) -> str:
         """Changes with anything that could change a byte of the output, inputs' files included."""
         everyone = [*self.sources, *([self.base] if self.base else [])]
@@ -74,13 +75,8 @@ class MergePlan:
             for file in sorted(source.path.rglob("*") if source.path.is_dir() else [source.path])
         ]
         specs = {name: str(spec) for name, spec in self.specs.items()}
-        decides = [everyone, self.method_name, self.parameters, specs, sorted(self.wide), self.max_shard_bytes,
-                   self.seed, files]  # fmt: skip
+        decides = [everyone, self.method_name, self.parameters, specs, self.max_shard_bytes, self.seed, files]
         return hashlib.sha256(repr(decides).encode()).hexdigest()
-
-    def arithmetic(self, name: str) -> torch.dtype:
-        """The type of a tensor's sums."""
-        return torch.float64 if name in self.wide else torch.float32
 
     def copies(self, name: str) -> bool:
         """Whether a tensor is taken over as it is: it is no float, or there is one model only."""
@@ -103,7 +99,6 @@ def make_plan(
     parameters: Mapping[str, float] | None,
     base: Path | None,
     dtype: str | None,
-    float64: bool,
     max_shard_bytes: float,
     seed: int,
 ) -> MergePlan:
@@ -130,11 +125,6 @@ def make_plan(
             listing = "\n".join(f"  - {problem}" for problem in problems)
             raise CheckpointError(f"these models cannot be merged, and nothing was written:\n{listing}")
         weights = [weight for _, weight in used] + [0.0] * (len(paths) - len(used))
-        wide = frozenset(
-            name
-            for name, spec in specs.items()
-            if float64 or not chosen.elementwise or not _float32_is_enough(name, spec, readers)
-        )
         bytes_read = sum(reader.spec(name).nbytes for reader in readers for name in specs)
         sources = [
             Source(path, weight, sample_hash(reader))
@@ -146,12 +136,7 @@ def make_plan(
     origin = sources.pop() if chosen.needs_base else None
     sources.sort(key=lambda source: (source.weight, source.sample, str(source.path.resolve())))
     settings = {**chosen.parameters, **(parameters or {})}
-    return MergePlan(tuple(sources), origin, method, settings, specs, wide, max_shard_bytes, seed, bytes_read)
-
-
-def _float32_is_enough(name: str, spec: TensorSpec, readers: Sequence[ModelReader]) -> bool:
-    """Whether a sum's error in float32 hardly ever shows in the output: bf16 keeps 16 bits less."""
-    return spec.dtype == torch.bfloat16 and all(reader.spec(name).dtype.itemsize <= 2 for reader in readers)
+    return MergePlan(tuple(sources), origin, method, settings, specs, max_shard_bytes, seed, bytes_read)
 
 
 def _weight_problems(method: Method, inputs: Sequence[tuple[Path, float]]) -> list[str]:

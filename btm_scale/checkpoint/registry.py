@@ -16,7 +16,7 @@ from btm_scale.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Piece:
-    """The same part of one tensor from every model, in the type of the sums: float64, or float32 where that is enough.
+    """The same part of one tensor from every model, in float64.
 
     `tensors` can be walked once, and each is valid until the next is taken: then streaming methods hold one at a
     time. `zeros` is an array of the part's shape for the result. An elementwise method gets flat ranges of any

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
@@ -22,6 +23,7 @@ from btm_scale.checkpoint.plan import MergePlan, Unit
 from btm_scale.checkpoint.registry import Piece, Whole
 from btm_scale.checkpoint.sharded_writer import ShardedWriter
 from btm_scale.checkpoint.tensors import ModelReader
+from btm_scale.process import end_with_parent
 
 # Bytes of output between two notes of what is done. Each waits for the disk while the threads go on, so that little
 # is left to wait for at the end.
@@ -71,17 +73,22 @@ def merge_share(
         _run_all(mine, run, threads, writer, lambda noted: journal.record(partial, rank, noted))
 
 
-def merge_in_processes(plan: MergePlan, partial: Path, jobs: int, *, chunk_bytes: int) -> None:
-    """All shares on this host, in `jobs` processes."""
+def merge_in_processes(plan: MergePlan, partial: Path, jobs: int | None, *, chunk_bytes: int) -> None:
+    """All shares on this host, in this process and `jobs` - 1 others."""
+    # Threads wait for one another between the short steps of a piece, so processes are twice as fast. One that is
+    # forked begins at once, but where threads run they may hold locks that no one would ever open in it.
+    alone = threading.active_count() == 1
+    if jobs is None:
+        jobs = min(len(os.sched_getaffinity(0)), _MOST_THREADS) if alone and plan.is_large else 1
+    share = functools.partial(merge_share, plan, partial, size=jobs, chunk_bytes=chunk_bytes)
     if jobs == 1:
-        return merge_share(plan, partial, 0, 1, chunk_bytes=chunk_bytes)
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        shares = [
-            pool.submit(merge_share, plan, partial, rank, jobs, chunk_bytes=chunk_bytes)
-            for rank in range(jobs)
-        ]
-        for share in shares:
-            share.result()
+        return share(0)
+    context = get_context("fork" if alone else "spawn")
+    with ProcessPoolExecutor(jobs - 1, mp_context=context, initializer=end_with_parent) as pool:
+        others = [pool.submit(share, rank) for rank in range(1, jobs)]
+        share(0)
+        for other in others:
+            other.result()
     return None
 
 
@@ -148,15 +155,15 @@ class _UnitRunner:
         return Piece(
             tensors=(shaped(self._widened(reader, part, "input")) for reader in self.readers),
             weights=[source.weight for source in plan.sources],
-            zeros=shaped(self._buffer("result", part.stop - part.start, plan.arithmetic(part.name)).zero_()),
+            zeros=shaped(self._buffer("result", part.stop - part.start, torch.float64).zero_()),
             base=shaped(self._widened(self.base, part, "base")) if self.base else None,
             noise=noise,
         )
 
     def _widened(self, reader: ModelReader, part: Unit, purpose: str) -> torch.Tensor:
-        """A part in the sums' type; converted apart from them, since on mixed types they are slower than both."""
+        """A part in float64; converted apart from the arithmetic, which on mixed types is slower than both."""
         stored = self._read(reader, part)
-        return self._buffer(purpose, stored.numel(), self.plan.arithmetic(part.name)).copy_(stored)
+        return self._buffer(purpose, stored.numel(), torch.float64).copy_(stored)
 
     def _read(self, reader: ModelReader, part: Unit) -> torch.Tensor:
         out = self._buffer("stored", part.stop - part.start, reader.spec(part.name).dtype)

@@ -22,7 +22,6 @@ def merge(options: argparse.Namespace) -> Answer | None:
         parameters=dict(_setting(text) for text in options.parameter),
         base=options.base,
         dtype=options.dtype,
-        float64=options.float64,
         jobs=options.jobs,
         max_shard_bytes=bytes_from_text(options.max_shard_size),
         seed=options.seed,
