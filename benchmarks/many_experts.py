@@ -115,7 +115,7 @@ def measure(folder: Path, number: int, options: argparse.Namespace) -> dict[str,
 
 def write_domains(folder: Path, number: int) -> dict[str, dict[str, Any]]:
     """So many domains, each every n-th document of this installation's text."""
-    write_installed_text(folder / "all", bytes_per_domain=4_000_000, longest=4_000)
+    write_installed_text(folder / "all", bytes_per_domain=4_000_000, longest=1_000)
     lines = [
         line for path in sorted((folder / "all").glob("*.jsonl")) for line in path.read_text().splitlines()
     ]
@@ -142,6 +142,7 @@ def _values(domains: dict[str, Any], text: Path, number: int, options: argparse.
             "sequence_length": LENGTH,
             "batch_tokens": batch,
         },
+        "data": {"dev": 0.1, "test": 0.1},
         "group": {"micro_batch": SEQUENCES},
         "baselines": {"dense": False},
         "evaluate": {"tokens_per_domain": 1024, "dev_blocks": 4},
