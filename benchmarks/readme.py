@@ -103,6 +103,12 @@ def speed() -> str:
     rows.append(
         ["encoding text, bytes/s", "sentencepiece's own threads", f"{encode['rate']['median_ratio']:.2f}"]
     )
+    many = _read("many_experts")
+    few, most = many["runs"][0], many["runs"][-1]
+    rows.append([f"time an expert takes in a forest of {most['experts']}", f"one of {few['experts']}",
+                 f"{many['growth_of_time_an_expert']:.2f}"])  # fmt: skip
+    rows.append([f"time with nothing trained or scored, {most['experts']} experts", "the run's",
+                 f"{most['overhead']:.3f}"])  # fmt: skip
     merge = RESULTS / "merge.json"
     if merge.is_file():
         figures = json.loads(merge.read_text())
