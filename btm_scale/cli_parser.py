@@ -9,7 +9,7 @@ from typing import Any
 
 from btm_scale import __version__
 
-Verb = Callable[[argparse.Namespace], dict[str, Any]]
+Verb = Callable[[argparse.Namespace], dict[str, Any] | None]
 
 
 def build_parser(functions: Mapping[str, Verb]) -> argparse.ArgumentParser:
