@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -71,12 +70,9 @@ def are_finished(config: RunConfig, run: RunDir) -> bool:
     )
 
 
-def write_averages(
-    config: RunConfig, run: RunDir, on_average: Callable[[str, float], None] = lambda name, seconds: None
-) -> list[str]:
-    """Merge every average that isn't there for the forest and priors as they stand; returns all names.
+def planned_averages(config: RunConfig, run: RunDir) -> list[Expert]:
+    """The card, without its hash, of every average for the forest and priors as they stand.
 
-    `on_average` is told of each that was merged, and of the seconds that it took.
     Raises ForestError while the members of a greedy one are not chosen.
     """
     cards = _planned(config, run)
@@ -84,14 +80,18 @@ def write_averages(
         raise ForestError(
             f"the members of the greedy averages are not chosen: evaluate the run in {run.root}"
         )
-    for name, card in cards.items():
-        if not _is_made(run, card):
-            directory = run.model(name)
-            shutil.rmtree(directory, ignore_errors=True)
-            report = merge(directory, [(run.model(parent.name), parent.weight) for parent in card.parents])
-            replace(card, content_hash=report.content_hash).save(directory)
-            on_average(name, report.seconds)
-    return list(cards)
+    return list(cards.values())
+
+
+def write_average(run: RunDir, card: Expert) -> float | None:
+    """Merge a planned average, unless it is there; returns the seconds that it took."""
+    if _is_made(run, card):
+        return None
+    directory = run.model(card.name)
+    shutil.rmtree(directory, ignore_errors=True)
+    report = merge(directory, [(run.model(parent.name), parent.weight) for parent in card.parents])
+    replace(card, content_hash=report.content_hash).save(directory)
+    return report.seconds
 
 
 def _planned(config: RunConfig, run: RunDir) -> dict[str, Expert] | None:

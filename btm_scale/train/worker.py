@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch.distributed as dist
 
 from btm_scale.config import RunConfig
-from btm_scale.forest.averages import GREEDY, average_texts, averages_of, write_averages
+from btm_scale.forest.averages import GREEDY, average_texts, averages_of, planned_averages, write_average
 from btm_scale.forest.expert import is_finished
 from btm_scale.forest.scores import all_texts
 from btm_scale.forest.scoring import score_model
@@ -55,9 +55,14 @@ def _made_averages(group: ExpertGroup, config: RunConfig, run: RunDir) -> list[s
     dist.broadcast_object_list(undecided, src=0)
     if undecided[0]:
         choose_soups(group, config, run)
-    names = [write_averages(config, run, _say_merged) if group.is_first else []]
-    dist.broadcast_object_list(names, src=0)
-    return names[0]
+    cards = [planned_averages(config, run) if group.is_first else []]
+    dist.broadcast_object_list(cards, src=0)
+    for card in cards[0]:
+        seconds = write_average(run, card) if group.is_first else None
+        if seconds is not None:
+            print(json.dumps({"merged": card.name, "seconds": round(seconds, 3)}), flush=True)
+        dist.barrier()  # after each, since no collective may wait for long
+    return [card.name for card in cards[0]]
 
 
 @contextlib.contextmanager
@@ -83,10 +88,6 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_threshold, 1 << 30)
         libc.mallopt(trim_threshold, (1 << 31) - 1)
-
-
-def _say_merged(name: str, seconds: float) -> None:
-    print(json.dumps({"merged": name, "seconds": round(seconds, 3)}), flush=True)
 
 
 def _say_scored(domain: str, split: str) -> None:
