@@ -51,6 +51,7 @@ def test_results_hold_every_method_on_every_domain(finished_run: Run) -> None:
 
 
 def test_training_lowers_every_models_loss(finished_run: Run) -> None:
+    """The seed's from batch to batch; later differences are smaller than batches' own, and show on held-out text."""
     _, run = finished_run
     for model in ("seed", "dense", "python", "licences"):
         steps = [json.loads(line) for line in run.metrics(model).read_text().splitlines()]
@@ -64,7 +65,12 @@ def test_training_lowers_every_models_loss(finished_run: Run) -> None:
             "seconds",
             "flops_per_second",
         }
-        assert steps[-1]["loss"] < steps[0]["loss"]
+        assert model != "seed" or steps[-1]["loss"] < steps[0]["loss"] - 0.5
+    methods = json.loads(run.results.read_text())["methods"]
+    for domain in ("python", "licences"):
+        before = methods["seed"]["perplexity"][domain]
+        assert methods["dense"]["perplexity"][domain] < before
+        assert methods[f"expert:{domain}"]["perplexity"][domain] < before
 
 
 def test_the_ensembles_perplexity_follows_from_the_scores_in_plain_numpy(finished_run: Run) -> None:
