@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from btm_scale.data.fingerprint import Fingerprint
-from btm_scale.data.tokenizer import Tokenizer
+from btm_scale.data.tokenizer import Tokenizer, directory_digest
 from btm_scale.run_dir import RunDir
 from btm_scale.uncompiled import import_uncompiled
 
@@ -34,15 +36,20 @@ class EvaluationText:
     """int64 [targets + 1]"""
     block_starts: Array
     """int64 [blocks]: 0, sequence_length, 2 x sequence_length, ..."""
-    bytes: int
-    """UTF-8 bytes of the targets' text; the end of a document has none."""
     fingerprint: str
     """Hex digest of the tokens and where blocks start."""
+    tokenizer: Path
+    """The directory of the tokenizer that made the tokens."""
 
     @property
     def targets(self) -> Array:
         """int64 [targets]: what is predicted, in order."""
         return self.tokens[1:]
+
+    @cached_property
+    def bytes(self) -> int:
+        """UTF-8 bytes of the targets' text; the end of a document has none."""
+        return _text_bytes(_tokenizer(self.tokenizer, directory_digest(self.tokenizer)), self.targets)
 
     @classmethod
     def load(
@@ -56,13 +63,13 @@ class EvaluationText:
         import_uncompiled("megatron.core")
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-        tokenizer = Tokenizer.load(run.tokenizer)
-        Fingerprint.load(run, domain).require_tokenizer(tokenizer.digest, run)
+        tokenizer = directory_digest(run.tokenizer)
+        Fingerprint.load(run, domain).require_tokenizer(tokenizer, run)
         text = _sample(IndexedDataset(str(run.tokens(domain, split))), tokens + 1)
         starts = np.arange(0, len(text) - 1, sequence_length, dtype=np.int64)
-        digest = hashlib.sha256(json.dumps([domain, split, sequence_length, tokenizer.digest]).encode())
+        digest = hashlib.sha256(json.dumps([domain, split, sequence_length, tokenizer]).encode())
         digest.update(text.astype("<i8").tobytes())
-        return cls(domain, split, text, starts, _text_bytes(tokenizer, text[1:]), digest.hexdigest())
+        return cls(domain, split, text, starts, digest.hexdigest(), run.tokenizer)
 
 
 def _sample(documents: IndexedDataset, tokens: int) -> Array:
@@ -75,6 +82,12 @@ def _sample(documents: IndexedDataset, tokens: int) -> Array:
             break
     text = np.concatenate(parts)
     return text[: len(text) + min(tokens, 0)]
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(directory: Path, digest: str) -> Tokenizer:
+    """Loaded once for all of a run's texts."""
+    return Tokenizer.load(directory)
 
 
 def _text_bytes(tokenizer: Tokenizer, ids: Array) -> int:

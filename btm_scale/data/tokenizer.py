@@ -40,8 +40,7 @@ class Tokenizer(ABC):
     @staticmethod
     def load(directory: Path) -> Tokenizer:
         """The tokenizer in a directory. Raises DataError if there is none that can be read."""
-        if not directory.is_dir():
-            raise DataError(f"no tokenizer at {directory}; prepare the run first, or correct tokenizer.path")
+        _require(directory)
         try:
             if (directory / SENTENCEPIECE_FILE).is_file():
                 return SentencePieceTokenizer(directory)
@@ -132,7 +131,8 @@ def first_line(error: Exception) -> str:
 
 
 def directory_digest(directory: Path) -> str:
-    """SHA-256 of the files that fix a tokenizer's ids, as 64 hex digits."""
+    """SHA-256 of the files that fix a tokenizer's ids, as 64 hex digits. Raises DataError if there is none."""
+    _require(directory)
     digest = hashlib.sha256()
     for name in _IDENTITY_FILES:
         if (directory / name).is_file():
@@ -145,6 +145,11 @@ def same_ids(one: Path, other: Path) -> bool:
     """Whether two directories hold one tokenizer: every file that fixes ids and stands in both is the same there."""
     common = [name for name in _IDENTITY_FILES if (one / name).is_file() and (other / name).is_file()]
     return bool(common) and all((one / name).read_bytes() == (other / name).read_bytes() for name in common)
+
+
+def _require(directory: Path) -> None:
+    if not directory.is_dir():
+        raise DataError(f"no tokenizer at {directory}; prepare the run first, or correct tokenizer.path")
 
 
 def _added_ids(directory: Path) -> list[int]:

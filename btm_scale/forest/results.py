@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,12 +16,13 @@ import numpy as np
 from btm_scale.checkpoint.publish import write_file
 from btm_scale.config import RunConfig
 from btm_scale.errors import ForestError
-from btm_scale.forest.averages import average_model, averages_of, cached_priors
+from btm_scale.forest.averages import average_model, averages_of
 from btm_scale.forest.ensemble import ensemble_methods
 from btm_scale.forest.expert import read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.living import ancestors, lineage
 from btm_scale.forest.posterior import Tempering, mixture_log_probs
+from btm_scale.forest.prior import cached_prior
 from btm_scale.forest.routing import routed_methods
 from btm_scale.forest.scores import Scores, evaluation_text
 from btm_scale.forest.stack import Stack, dev_prior
@@ -27,6 +31,7 @@ from btm_scale.model.huggingface import shape_from_config
 from btm_scale.run_dir import DENSE, SEED, RunDir
 
 SCHEMA = 1
+_THREADS = min(8, len(os.sched_getaffinity(0)))
 
 
 @dataclass(frozen=True)
@@ -36,9 +41,18 @@ class _Measure:
     tokens: int
     bytes: int
 
-    def of(self, log_probs: np.ndarray) -> tuple[float, float]:
-        nats = -float(np.sum(log_probs, dtype=np.float64))
-        return math.exp(nats / self.tokens), nats / math.log(2.0) / self.bytes
+    def of(self, nats: float) -> tuple[float, float]:
+        return math.exp(-nats / self.tokens), -nats / math.log(2.0) / self.bytes
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """One domain's part of the results."""
+
+    measure: _Measure
+    prior: np.ndarray  # log [experts], nats
+    tempering: Tempering
+    nats: dict[str, float]  # by method: the text's log-probability
 
 
 def evaluate(config: RunConfig, run: RunDir) -> dict[str, Any]:
@@ -47,38 +61,33 @@ def evaluate(config: RunConfig, run: RunDir) -> dict[str, Any]:
     if not names:
         raise ForestError(f"no expert in {run.experts}; train some first: btm-scale run CONFIG")
     split = config.evaluate.split
-    priors = cached_priors(config, run)
+    averages = averages_of(config, run)
     results: dict[str, Any] = {
         "schema": SCHEMA,
         "name": config.name,
         "random_seed": config.random_seed,
         "domains": {},
         "methods": {},
-        "compute": _compute_by_method(config, run, names),
-        "priors": {
-            domain: dict(zip(names, np.exp(prior).tolist(), strict=True)) for domain, prior in priors.items()
-        },
+        "compute": _compute_by_method(config, run, names, averages),
+        "priors": {},
         "tempering": {},
         "lineage": lineage(run),
         "notes": [],
     }
-    if not averages_of(config, run):
+    if not averages:
         results["notes"].append(
             "No averages: the experts are of different shapes, and only like can be averaged."
         )
-    for domain in config.all_domains:
-        tempering = _tempering(config, run, domain, names, priors[domain])
-        results["tempering"][domain] = asdict(tempering)
-        text = evaluation_text(config, run, domain, split)
-        measure = _Measure(len(text.targets), text.bytes)
+    for domain, found in _each_domain(config, run, names, averages):
         results["domains"][domain] = {
             "novel": domain in config.novel_domains,
-            "tokens": measure.tokens,
-            "bytes": measure.bytes,
+            "tokens": found.measure.tokens,
+            "bytes": found.measure.bytes,
         }
-        methods = _log_probs_by_method(config, run, domain, names, priors[domain], tempering)
-        for method, log_probs in methods.items():
-            perplexity, bits = measure.of(log_probs)
+        results["priors"][domain] = dict(zip(names, np.exp(found.prior).tolist(), strict=True))
+        results["tempering"][domain] = asdict(found.tempering)
+        for method, nats in found.nats.items():
+            perplexity, bits = found.measure.of(nats)
             entry = results["methods"].setdefault(method, {"perplexity": {}, "bits_per_byte": {}})
             entry["perplexity"][domain] = perplexity
             entry["bits_per_byte"][domain] = bits
@@ -102,26 +111,54 @@ def load_results(run: RunDir) -> dict[str, Any]:
     return results
 
 
-def _tempering(config: RunConfig, run: RunDir, domain: str, names: list[str], prior: np.ndarray) -> Tempering:
+def _each_domain(
+    config: RunConfig, run: RunDir, names: list[str], averages: Sequence[str]
+) -> Iterator[tuple[str, _Judged]]:
+    """Every domain in its order; as many at a time as there are cores."""
+    judge = functools.partial(_judge, config, run, names, averages)
+    with ThreadPoolExecutor(min(_THREADS, len(config.all_domains))) as pool:
+        yield from zip(config.all_domains, pool.map(judge, config.all_domains), strict=True)
+
+
+def _judge(
+    config: RunConfig, run: RunDir, names: list[str], averages: Sequence[str], domain: str
+) -> _Judged:
+    text = evaluation_text(config, run, domain, config.evaluate.split)
+    dev = Stack.load(run, names, domain, "dev")
+    prior = cached_prior(dev.log_probs, dev.block_starts)
+    tempering = _tempering(config, dev, prior)
+    methods = {
+        method: Scores.load(run.scores(model, domain, config.evaluate.split)).log_probs
+        for method, model in _single_models(config, names, averages, domain).items()
+    }
+    methods |= _mixtures(config, run, domain, names, prior, tempering)
+    nats = {method: float(np.sum(log_probs, dtype=np.float64)) for method, log_probs in methods.items()}
+    return _Judged(_Measure(len(text.targets), text.bytes), prior, tempering, nats)
+
+
+def _tempering(config: RunConfig, dev: Stack, prior: np.ndarray) -> Tempering:
     given = config.evaluate.tempering
     if given is not None:
         return Tempering(given.power, given.forgetting, given.share)
-    dev = Stack.load(run, names, domain, "dev")
     return fitted_tempering(dev.log_probs, dev.block_starts, prior)
 
 
-def _log_probs_by_method(
+def _single_models(
+    config: RunConfig, names: Sequence[str], averages: Sequence[str], domain: str
+) -> dict[str, str]:
+    """The model behind each method that is one model."""
+    models = {SEED: SEED} | {model: model for model in _dense_models(config)}
+    models |= {f"expert:{name}": name for name in names}
+    return models | {f"average:{kind}": average_model(kind, domain) for kind in averages}
+
+
+def _mixtures(
     config: RunConfig, run: RunDir, domain: str, names: list[str], prior: np.ndarray, tempering: Tempering
 ) -> dict[str, np.ndarray]:
+    """Log-probabilities [tokens] of every method that mixes models."""
     split = config.evaluate.split
-    single = {SEED: SEED} | {model: model for model in _dense_models(config)}
-    single |= {f"expert:{name}": name for name in names}
-    single |= {f"average:{kind}": average_model(kind, domain) for kind in averages_of(config, run)}
-    methods = {
-        method: Scores.load(run.scores(model, domain, split)).log_probs for method, model in single.items()
-    }
     forest = Stack.load(run, names, domain, split)
-    methods |= ensemble_methods(forest, prior, tempering, config.evaluate)
+    methods = ensemble_methods(forest, prior, tempering, config.evaluate)
     methods |= routed_methods(config, run, names, forest, domain, split)
     if config.random_split_models:
         control = Stack.load(run, config.random_split_models, domain, split)
@@ -132,10 +169,12 @@ def _log_probs_by_method(
     return methods
 
 
-def _compute_by_method(config: RunConfig, run: RunDir, names: list[str]) -> dict[str, dict[str, float]]:
+def _compute_by_method(
+    config: RunConfig, run: RunDir, names: list[str], averages: Sequence[str]
+) -> dict[str, dict[str, float]]:
     """Training tokens and floating-point operations behind each method: of all its ancestors, each counted once."""
     behind: dict[str, list[str]] = {SEED: []} | {f"expert:{name}": [name] for name in names}
-    behind |= dict.fromkeys(("ensemble", *(f"average:{kind}" for kind in averages_of(config, run))), names)
+    behind |= dict.fromkeys(("ensemble", *(f"average:{kind}" for kind in averages)), names)
     behind |= {model: [model] for model in _dense_models(config)}
     if config.random_split_models:
         behind["random-split"] = config.random_split_models

@@ -39,9 +39,7 @@ class Scores:
     @classmethod
     def load(cls, path: Path) -> Scores:
         """Read scores. Raises ForestError if they aren't there."""
-        if not path.is_file():
-            raise ForestError(f"no scores at {path}; score this model first: btm-scale score RUN")
-        with safe_open(path, "numpy") as file:
+        with _opened(path) as file:
             metadata = file.metadata()
             return cls(
                 file.get_tensor("log_probs"),
@@ -49,6 +47,14 @@ class Scores:
                 metadata["model"],
                 metadata["data_fingerprint"],
             )
+
+
+def scored_model(path: Path) -> str | None:
+    """The content hash of the model that scores are of, or None if they aren't there."""
+    if not path.is_file():
+        return None
+    with _opened(path) as file:
+        return str(file.metadata()["model"])
 
 
 def all_texts(config: RunConfig) -> list[tuple[str, str]]:
@@ -71,9 +77,10 @@ def missing_scores(
 ) -> list[tuple[str, str]]:
     """Those of `texts` that the model as it stands now has no scores for."""
     content_hash = read_expert(run.model(model)).content_hash
-    missing = []
-    for domain, split in texts:
-        path = run.scores(model, domain, split)
-        if not path.is_file() or Scores.load(path).model != content_hash:
-            missing.append((domain, split))
-    return missing
+    return [text for text in texts if scored_model(run.scores(model, *text)) != content_hash]
+
+
+def _opened(path: Path) -> safe_open:
+    if not path.is_file():
+        raise ForestError(f"no scores at {path}; score this model first: btm-scale score RUN")
+    return safe_open(path, "numpy")

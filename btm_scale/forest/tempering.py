@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from itertools import product
 
 import numpy as np
 
-from btm_scale.forest.posterior import Tempering, mixture_log_probs
+from btm_scale.forest.posterior import Tempering, tempered_mixtures
 
 # The grid that is searched. What a power does hangs on the forgetting beside it, so that the two move together too.
 _POWERS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0)
 _FORGETTINGS = (0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 1.0)
 _SHARES = (0.0, 0.003, 0.01, 0.03, 0.1, 0.2, 0.4)
-_START = (_POWERS.index(0.2), _FORGETTINGS.index(0.97), 0)
+_Point = tuple[int, int, int]
+_START: _Point = (_POWERS.index(0.2), _FORGETTINGS.index(0.97), 0)
 
 
 def fitted_tempering(log_probs: np.ndarray, block_starts: np.ndarray, log_prior: np.ndarray) -> Tempering:
@@ -23,25 +23,24 @@ def fitted_tempering(log_probs: np.ndarray, block_starts: np.ndarray, log_prior:
     `log_probs` [experts, tokens] nats, `block_starts` [blocks], `log_prior` [experts] nats.
     """
 
-    @cache
-    def likelihood(point: tuple[int, int, int]) -> float:
-        mixed = mixture_log_probs(
-            log_probs, block_starts, log_prior=log_prior, mode="tempered", tempering=_at(point)
-        )
-        return float(mixed.mean())
-
+    likelihoods: dict[_Point, float] = {}
     best, before = _START, None
     while best != before:
         before = best
-        best = max([best, *_neighbours(best)], key=likelihood)
+        points = [best, *_neighbours(best)]
+        new = [point for point in points if point not in likelihoods]
+        if new:
+            mixed = tempered_mixtures(log_probs, block_starts, list(map(_at, new)), log_prior=log_prior)
+            likelihoods.update(zip(new, mixed.mean(axis=1).tolist(), strict=True))
+        best = max(points, key=likelihoods.__getitem__)
     return _at(best)
 
 
-def _at(point: tuple[int, int, int]) -> Tempering:
+def _at(point: _Point) -> Tempering:
     return Tempering(_POWERS[point[0]], _FORGETTINGS[point[1]], _SHARES[point[2]])
 
 
-def _neighbours(point: tuple[int, int, int]) -> Iterator[tuple[int, int, int]]:
+def _neighbours(point: _Point) -> Iterator[_Point]:
     ends = (len(_POWERS), len(_FORGETTINGS), len(_SHARES))
     for step in product((-1, 0, 1), repeat=3):
         power, forgetting, share = (place + move for place, move in zip(point, step, strict=True))
