@@ -5,20 +5,26 @@ from __future__ import annotations
 import functools
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from btm_scale.checkpoint import journal
 from btm_scale.checkpoint.hashing import combined_hash
 from btm_scale.checkpoint.mpi import Leader, follow, world
-from btm_scale.checkpoint.plan import MergePlan, make_plan
-from btm_scale.checkpoint.publish import partial_path, publish_directory, write_file
+from btm_scale.checkpoint.plan import MergePlan, make_plan, plan_means
+from btm_scale.checkpoint.publish import partial_path, publish_directory, require_space, write_file
 from btm_scale.checkpoint.sidecars import carry_sidecars, model_card
 from btm_scale.checkpoint.workers import merge_in_processes, open_writer
 from btm_scale.errors import CheckpointError
 
+Done = TypeVar("Done")
 CHUNK_BYTES = 256 << 10  # of output: what is at work then stays in a core's cache
+_SHARDS_AT_ONCE = 256  # open files, of which a process may have 1,024
+_PUBLISHED_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -82,53 +88,132 @@ def merge(
             seed=seed,
         )
         spread = leader.share_out if leader else functools.partial(merge_in_processes, jobs=jobs)
-        content = _carry_out(plan, output, given, functools.partial(spread, plan, chunk_bytes=chunk_bytes))
-        done = MergeReport(
-            output=output,
-            method=method,
-            inputs=given,
-            tensors=len(plan.specs),
-            parameters=sum(spec.elements for spec in plan.specs.values()),
-            bytes_read=plan.bytes_read,
-            bytes_written=sum(spec.nbytes for spec in plan.specs.values()),
-            content_hash=content,
-            seconds=time.perf_counter() - started,
-        )
+        work = _Work(plan, output, given)
+        (content,) = _carry_out([work], functools.partial(spread, chunk_bytes=chunk_bytes))
+        done = work.report(content, time.perf_counter() - started)
         return done
     finally:
         if leader:
             leader.finish(done)
 
 
-def _carry_out(
-    plan: MergePlan,
-    output: Path,
-    inputs: Sequence[tuple[Path, float]],
-    share_out: Callable[..., None],
-) -> str:
-    """Lay out, do the units, publish; returns the content hash. Nothing is left behind by an error."""
-    partial = partial_path(output)
-    with journal.only_merge_into(partial):
-        _lay_out(plan, partial)
+def merge_many(
+    outputs: Mapping[Path, Sequence[tuple[Path, float]]], *, max_shard_bytes: float = 5e9
+) -> list[MergeReport]:
+    """Merge models into several directories by method `linear`, to the bytes that `merge` gives one by one.
+
+    `outputs` are each one's (directory, weight) of models that must all fit together. Every model is checked once,
+    and read once for as many outputs as may be open at a time. The seconds of a report are those of its whole pass.
+    Raises `CheckpointError` as `merge` does; what finished passes published then stays.
+    """
+    started = time.perf_counter()
+    for output in outputs:
+        if output.exists():
+            raise CheckpointError(f"{output} exists already. Choose another output, or remove it first.")
+    plans = plan_means(list(outputs.values()), max_shard_bytes=max_shard_bytes)
+    works = [
+        _Work(plan, output, tuple(inputs))
+        for plan, (output, inputs) in zip(plans, outputs.items(), strict=True)
+    ]
+    reports: list[MergeReport] = []
+    for some in _passes(works):
+        require_space(some[0].output.parent, sum(work.bytes_written for work in some))
+        contents = _carry_out(
+            some, functools.partial(merge_in_processes, jobs=None, chunk_bytes=CHUNK_BYTES)
+        )
+        seconds = time.perf_counter() - started
+        reports += [work.report(content, seconds) for work, content in zip(some, contents, strict=True)]
+        started = time.perf_counter()
+    return reports
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One output of a merge."""
+
+    plan: MergePlan
+    output: Path
+    inputs: tuple[tuple[Path, float], ...]
+
+    @property
+    def partial(self) -> Path:
+        """Where it is made."""
+        return partial_path(self.output)
+
+    @property
+    def bytes_written(self) -> int:
+        """Of weights."""
+        return sum(spec.nbytes for spec in self.plan.specs.values())
+
+    def report(self, content_hash: str, seconds: float) -> MergeReport:
+        """What was made."""
+        return MergeReport(
+            output=self.output,
+            method=self.plan.method_name,
+            inputs=self.inputs,
+            tensors=len(self.plan.specs),
+            parameters=sum(spec.elements for spec in self.plan.specs.values()),
+            bytes_read=self.plan.bytes_read,
+            bytes_written=self.bytes_written,
+            content_hash=content_hash,
+            seconds=seconds,
+        )
+
+
+def _passes(works: Sequence[_Work]) -> Iterator[Sequence[_Work]]:
+    """Outputs that are made together: as many as have so many files open, and at least one."""
+    some: list[_Work] = []
+    files = 0.0
+    for work in works:
+        shards = 1 + work.bytes_written // work.plan.max_shard_bytes
+        if some and files + shards > _SHARDS_AT_ONCE:
+            yield some
+            some, files = [], 0.0
+        some.append(work)
+        files += shards
+    if some:
+        yield some
+
+
+def _carry_out(works: Sequence[_Work], share_out: Callable[..., None]) -> list[str]:
+    """Lay out, do the units, publish; returns the content hashes. Nothing is left behind by an error."""
+    with ExitStack() as stack:
+        for work in works:
+            stack.enter_context(journal.only_merge_into(work.partial))
         try:
-            share_out(partial=partial)
-            content = _complete(plan, partial)
-            dtypes = {spec.dtype for spec in plan.specs.values() if spec.dtype.is_floating_point}
-            carry_sidecars(inputs[0][0], partial, dtypes.pop() if len(dtypes) == 1 else None)
-            write_file(partial / "README.md", model_card(plan, inputs, content))
-            publish_directory(partial, output)
+            # Much of this is to wait for the disk, which takes several at a time.
+            _in_threads(_lay_out, works)
+            share_out([(work.plan, work.partial) for work in works])
+            return _in_threads(_publish, works)
         except Exception:
-            shutil.rmtree(partial, ignore_errors=True)
+            for work in works:
+                shutil.rmtree(work.partial, ignore_errors=True)
             raise
-    return content
 
 
-def _lay_out(plan: MergePlan, partial: Path) -> None:
+def _in_threads(do: Callable[[_Work], Done], works: Sequence[_Work]) -> list[Done]:
+    if len(works) == 1:
+        return [do(works[0])]
+    with ThreadPoolExecutor(min(_PUBLISHED_AT_ONCE, len(works))) as pool:
+        return list(pool.map(do, works))
+
+
+def _lay_out(work: _Work) -> None:
     """Make the output's shards at their full size, unless an interrupted merge left them."""
-    fingerprint = plan.fingerprint()
-    if not journal.can_resume(partial, fingerprint):
-        open_writer(plan, partial, attach=False).detach()
-        journal.begin(partial, fingerprint)
+    fingerprint = work.plan.fingerprint()
+    if not journal.can_resume(work.partial, fingerprint):
+        open_writer(work.plan, work.partial, attach=False).detach()
+        journal.begin(work.partial, fingerprint)
+
+
+def _publish(work: _Work) -> str:
+    """Give a merged model its card and its name; returns the content hash."""
+    content = _complete(work.plan, work.partial)
+    dtypes = {spec.dtype for spec in work.plan.specs.values() if spec.dtype.is_floating_point}
+    carry_sidecars(work.inputs[0][0], work.partial, dtypes.pop() if len(dtypes) == 1 else None)
+    write_file(work.partial / "README.md", model_card(work.plan, work.inputs, content))
+    publish_directory(work.partial, work.output)
+    return content
 
 
 def _complete(plan: MergePlan, partial: Path) -> str:

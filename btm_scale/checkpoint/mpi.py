@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from btm_scale.checkpoint.plan import MergePlan
-from btm_scale.checkpoint.workers import merge_share
+from btm_scale.checkpoint.workers import Output, merge_share
 from btm_scale.errors import CheckpointError
 
 Report = TypeVar("Report")
@@ -42,10 +41,10 @@ class Leader:
     def __init__(self, ranks: Any) -> None:
         self.ranks = ranks
 
-    def share_out(self, plan: MergePlan, partial: Path, chunk_bytes: int) -> None:
-        """Do the units of a plan together; raises the first error of any rank."""
-        self.ranks.bcast((plan, partial, chunk_bytes))
-        errors = self.ranks.gather(_own_share(self.ranks, plan, partial, chunk_bytes))
+    def share_out(self, outputs: Sequence[Output], chunk_bytes: int) -> None:
+        """Do the units of plans together; raises the first error of any rank."""
+        self.ranks.bcast((outputs, chunk_bytes))
+        errors = self.ranks.gather(_own_share(self.ranks, outputs, chunk_bytes))
         if told := [error for error in errors if error]:
             raise CheckpointError(told[0])
 
@@ -58,18 +57,17 @@ def follow(ranks: Any) -> Any:
     """The other ranks' side: returns the first rank's report."""
     work = ranks.bcast(None)
     if work is not None:
-        plan, partial, chunk_bytes = work
-        ranks.gather(_own_share(ranks, plan, partial, chunk_bytes))
+        ranks.gather(_own_share(ranks, *work))
         work = ranks.bcast(None)
     if work is None:
         raise CheckpointError("the merge was stopped; its first process says why.")
     return work
 
 
-def _own_share(ranks: Any, plan: MergePlan, partial: Path, chunk_bytes: int) -> str | None:
+def _own_share(ranks: Any, outputs: Sequence[Output], chunk_bytes: int) -> str | None:
     """This rank's part; an error is returned, so that every rank reaches the end."""
     try:
-        merge_share(plan, partial, ranks.rank, ranks.size, chunk_bytes=chunk_bytes, by_shard=True)
+        merge_share(outputs, ranks.rank, ranks.size, chunk_bytes=chunk_bytes, by_shard=True)
     except Exception as error:
         return f"rank {ranks.rank}: {error}"
     return None

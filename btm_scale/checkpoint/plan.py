@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+
+import torch
 
 from btm_scale.checkpoint.compatibility import common_specs, config_problems, tokenizer_problems
 from btm_scale.checkpoint.formats import open_model
@@ -19,11 +22,15 @@ from btm_scale.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Source:
-    """One model that goes into a merge. `sample` tells its content apart from other models'."""
+    """One model that goes into a merge.
+
+    `sample` tells its content apart from other models', `files` its files from what they were at another time.
+    """
 
     path: Path
     weight: float
     sample: str
+    files: str
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,11 @@ class MergePlan:
         """The registered method."""
         return find_method(self.method_name)
 
+    @property
+    def everyone(self) -> tuple[Source, ...]:
+        """All models that are read."""
+        return (*self.sources, *([self.base] if self.base else []))
+
     @cached_property
     def units(self) -> list[Unit]:
         """The work, in the order of the output's tensors; every cut is at a block of the content hash."""
@@ -68,14 +80,8 @@ class MergePlan:
 
     def fingerprint(self) -> str:
         """Changes with anything that could change a byte of the output, inputs' files included."""
-        everyone = [*self.sources, *([self.base] if self.base else [])]
-        files = [
-            (str(file), (stat := file.stat()).st_size, stat.st_mtime_ns)
-            for source in everyone
-            for file in sorted(source.path.rglob("*") if source.path.is_dir() else [source.path])
-        ]
         specs = {name: str(spec) for name, spec in self.specs.items()}
-        decides = [everyone, self.method_name, self.parameters, specs, self.max_shard_bytes, self.seed, files]
+        decides = [self.everyone, self.method_name, self.parameters, specs, self.max_shard_bytes, self.seed]
         return hashlib.sha256(repr(decides).encode()).hexdigest()
 
     def copies(self, name: str) -> bool:
@@ -103,40 +109,91 @@ def make_plan(
     seed: int,
 ) -> MergePlan:
     """Check everything about a merge; raises one `CheckpointError` that tells every problem found."""
-    problems: list[str] = []
     chosen = find_method(method)
-    used = [(Path(path), float(weight)) for path, weight in inputs if weight or method != "linear"]
-    problems += _weight_problems(chosen, used) + _parameter_problems(chosen, parameters or {})
+    used = _taking_part(chosen, inputs)
+    problems = _weight_problems(chosen, used) + _parameter_problems(chosen, parameters or {})
     if chosen.needs_base and base is None:
         problems.append(f"'{method}' needs the model that all inputs were trained from. Name it as base.")
-    paths = [path for path, _ in used] + ([Path(base)] if base is not None and chosen.needs_base else [])
-    readers: list[ModelReader] = []
-    for path in paths:
-        try:
-            readers.append(open_model(path))
-        except CheckpointError as error:
-            problems.append(str(error))
-    try:
+    basis = [Path(base)] if base is not None and chosen.needs_base else []
+    models = _checked([*(path for path, _ in used), *basis], parse_dtype(dtype) if dtype else None, problems)
+    settings = {**chosen.parameters, **(parameters or {})}
+    origin = models.source(basis[0], 0.0) if basis else None
+    return models.plan(used, origin, method, settings, max_shard_bytes, seed)
+
+
+def plan_means(outputs: Sequence[Sequence[tuple[Path, float]]], *, max_shard_bytes: float) -> list[MergePlan]:
+    """Plans of method `linear` for several outputs; every model is looked at once. Raises as `make_plan` does."""
+    linear = find_method("linear")
+    each = [_taking_part(linear, inputs) for inputs in outputs]
+    problems = [problem for used in each for problem in _weight_problems(linear, used)]
+    models = _checked(list(dict.fromkeys(path for used in each for path, _ in used)), None, problems)
+    return [models.plan(used, None, "linear", {}, max_shard_bytes, 0) for used in each]
+
+
+@dataclass(frozen=True)
+class _Models:
+    """Models that may be merged with one another: what any plan of them needs to know."""
+
+    specs: Mapping[str, TensorSpec]
+    samples: Mapping[Path, str]
+    files: Mapping[Path, str]
+    bytes_read: Mapping[Path, int]
+
+    def source(self, path: Path, weight: float) -> Source:
+        return Source(path, weight, self.samples[path], self.files[path])
+
+    def plan(
+        self,
+        inputs: Sequence[tuple[Path, float]],
+        base: Source | None,
+        method: str,
+        parameters: Mapping[str, float],
+        max_shard_bytes: float,
+        seed: int,
+    ) -> MergePlan:
+        sources = [self.source(path, weight) for path, weight in inputs]
+        sources.sort(key=lambda source: (source.weight, source.sample, str(source.path.resolve())))
+        read = sum(self.bytes_read[source.path] for source in [*sources, *([base] if base else [])])
+        return MergePlan(tuple(sources), base, method, parameters, self.specs, max_shard_bytes, seed, read)
+
+
+def _taking_part(method: Method, inputs: Sequence[tuple[Path, float]]) -> list[tuple[Path, float]]:
+    return [(Path(path), float(weight)) for path, weight in inputs if weight or method.name != "linear"]
+
+
+def _checked(paths: Sequence[Path], dtype: torch.dtype | None, problems: list[str]) -> _Models:
+    """Open every model and compare them; raises one `CheckpointError` with `problems` and all that are found here."""
+    problems = list(problems)
+    with ExitStack() as stack:
+        readers: list[ModelReader] = []
+        for path in paths:
+            try:
+                readers.append(stack.enter_context(open_model(path)))
+            except CheckpointError as error:
+                problems.append(str(error))
         specs: dict[str, TensorSpec] = {}
         if len(readers) == len(paths) and readers:
-            specs, found = common_specs(readers, parse_dtype(dtype) if dtype else None)
+            specs, found = common_specs(readers, dtype)
             problems += found + config_problems(paths) + tokenizer_problems(paths)
         if problems:
             listing = "\n".join(f"  - {problem}" for problem in problems)
             raise CheckpointError(f"these models cannot be merged, and nothing was written:\n{listing}")
-        weights = [weight for _, weight in used] + [0.0] * (len(paths) - len(used))
-        bytes_read = sum(reader.spec(name).nbytes for reader in readers for name in specs)
-        sources = [
-            Source(path, weight, sample_hash(reader))
-            for path, weight, reader in zip(paths, weights, readers, strict=True)
-        ]
-    finally:
-        for reader in readers:
-            reader.close()
-    origin = sources.pop() if chosen.needs_base else None
-    sources.sort(key=lambda source: (source.weight, source.sample, str(source.path.resolve())))
-    settings = {**chosen.parameters, **(parameters or {})}
-    return MergePlan(tuple(sources), origin, method, settings, specs, max_shard_bytes, seed, bytes_read)
+        named = dict(zip(paths, readers, strict=True))
+        return _Models(
+            specs,
+            {path: sample_hash(reader) for path, reader in named.items()},
+            {path: _state_of_files(path) for path in named},
+            {path: sum(reader.spec(name).nbytes for name in specs) for path, reader in named.items()},
+        )
+
+
+def _state_of_files(path: Path) -> str:
+    """Changes with the name, size or time of any file of a model."""
+    files = [
+        (str(file), (stat := file.stat()).st_size, stat.st_mtime_ns)
+        for file in sorted(path.rglob("*") if path.is_dir() else [path])
+    ]
+    return hashlib.sha256(repr(files).encode()).hexdigest()
 
 
 def _weight_problems(method: Method, inputs: Sequence[tuple[Path, float]]) -> list[str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from btm_scale.checkpoint.merge import merge
+from btm_scale.checkpoint.merge import merge_many
 from btm_scale.checkpoint.safetensors import SafetensorsModel
 from btm_scale.config import RunConfig
 from btm_scale.errors import ForestError
@@ -83,15 +84,18 @@ def planned_averages(config: RunConfig, run: RunDir) -> list[Expert]:
     return list(cards.values())
 
 
-def write_average(run: RunDir, card: Expert) -> float | None:
-    """Merge a planned average, unless it is there; returns the seconds that it took."""
-    if _is_made(run, card):
-        return None
-    directory = run.model(card.name)
-    shutil.rmtree(directory, ignore_errors=True)
-    report = merge(directory, [(run.model(parent.name), parent.weight) for parent in card.parents])
-    replace(card, content_hash=report.content_hash).save(directory)
-    return report.seconds
+def write_averages(run: RunDir, cards: Sequence[Expert]) -> list[str]:
+    """Merge those of the planned averages that aren't there; returns their names."""
+    missing = {run.model(card.name): card for card in cards if not _is_made(run, card)}
+    for directory in missing:
+        shutil.rmtree(directory, ignore_errors=True)
+    parents = {
+        directory: [(run.model(parent.name), parent.weight) for parent in card.parents]
+        for directory, card in missing.items()
+    }
+    for report in merge_many(parents):
+        replace(missing[report.output], content_hash=report.content_hash).save(report.output)
+    return [card.name for card in missing.values()]
 
 
 def _planned(config: RunConfig, run: RunDir) -> dict[str, Expert] | None:

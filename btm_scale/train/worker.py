@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import time
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 
 import torch.distributed as dist
 
 from btm_scale.config import RunConfig
-from btm_scale.forest.averages import GREEDY, average_texts, averages_of, planned_averages, write_average
+from btm_scale.forest.averages import GREEDY, average_texts, averages_of, planned_averages, write_averages
 from btm_scale.forest.expert import is_finished
 from btm_scale.forest.scores import all_texts
 from btm_scale.forest.scoring import score_model
@@ -50,6 +52,8 @@ def score_as_rank(config: RunConfig, run: RunDir, models: Sequence[str], *, aver
 
 def _made_averages(group: ExpertGroup, config: RunConfig, run: RunDir) -> list[str]:
     """Merge the averages that are missing; their names, on every rank."""
+    # Large models take longer to merge than any collective of training may wait.
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     # Asked by one rank: another might see what the first has done about it.
     undecided = [GREEDY in averages_of(config, run) and soups(config, run) is None]
     dist.broadcast_object_list(undecided, src=0)
@@ -57,11 +61,11 @@ def _made_averages(group: ExpertGroup, config: RunConfig, run: RunDir) -> list[s
         choose_soups(group, config, run)
     cards = [planned_averages(config, run) if group.is_first else []]
     dist.broadcast_object_list(cards, src=0)
-    for card in cards[0]:
-        seconds = write_average(run, card) if group.is_first else None
-        if seconds is not None:
-            print(json.dumps({"merged": card.name, "seconds": round(seconds, 3)}), flush=True)
-        dist.barrier()  # after each, since no collective may wait for long
+    if group.is_first:
+        begin = time.perf_counter()
+        merged = write_averages(run, cards[0])
+        print(json.dumps({"merged": merged, "seconds": round(time.perf_counter() - begin, 3)}), flush=True)
+    dist.barrier(patient)
     return [card.name for card in cards[0]]
 
 

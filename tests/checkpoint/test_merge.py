@@ -13,7 +13,7 @@ import pytest
 import torch
 from small_models import Save, random_weights
 
-from btm_scale.checkpoint import journal, workers
+from btm_scale.checkpoint import journal, units, workers
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.merge import merge
 from btm_scale.checkpoint.publish import partial_path
@@ -163,15 +163,15 @@ def test_an_interrupted_merge_does_only_what_is_left(
     expected = merge(tmp_path / "whole", pairs).content_hash
     monkeypatch.setattr(workers, "_NOTE_EVERY", 1)
     monkeypatch.setattr(workers, "_MOST_THREADS", 1)
-    run, ran = workers._UnitRunner.__call__, []
+    run, ran = units.UnitRunner.__call__, []
 
-    def stops_after_two(self: workers._UnitRunner, unit: object) -> object:
+    def stops_after_two(self: units.UnitRunner, unit: object) -> object:
         if len(ran) == 2:
             raise KeyboardInterrupt
         ran.append(unit)
         return run(self, unit)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(workers._UnitRunner, "__call__", stops_after_two)
+    monkeypatch.setattr(units.UnitRunner, "__call__", stops_after_two)
     with pytest.raises(KeyboardInterrupt):
         merge(tmp_path / "out", pairs)
     assert not (tmp_path / "out").exists()
@@ -179,11 +179,11 @@ def test_an_interrupted_merge_does_only_what_is_left(
     ran.clear()
     rest: list[object] = []
 
-    def counts(self: workers._UnitRunner, unit: object) -> object:
+    def counts(self: units.UnitRunner, unit: object) -> object:
         rest.append(unit)
         return run(self, unit)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(workers._UnitRunner, "__call__", counts)
+    monkeypatch.setattr(units.UnitRunner, "__call__", counts)
     assert merge(tmp_path / "out", pairs).content_hash == expected
     assert noted.keys()
     assert not noted.keys() & set(rest)
@@ -210,14 +210,14 @@ def test_two_merges_into_one_output_do_not_mix(models: list[Path], tmp_path: Pat
 KILLED = """
 import sys, time
 from pathlib import Path
-from btm_scale.checkpoint import workers
+from btm_scale.checkpoint import units, workers
 from btm_scale.checkpoint.merge import merge
 workers._NOTE_EVERY = 1
-run = workers._UnitRunner.__call__
+run = units.UnitRunner.__call__
 def slowly(self, unit):
     time.sleep(0.03)
     return run(self, unit)
-workers._UnitRunner.__call__ = slowly
+units.UnitRunner.__call__ = slowly
 print("ready", flush=True)
 merge(Path(sys.argv[1]), [(Path(path), 1.0) for path in sys.argv[2:]], chunk_bytes=256)
 """

@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_models import Save, random_weights
 
-from btm_scale.checkpoint import workers
+from btm_scale.checkpoint import units
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.measures import least_of_largest
 from btm_scale.checkpoint.merge import merge
@@ -233,14 +233,14 @@ def test_every_method_gives_the_same_bytes_for_any_order_chunk_and_process(
 def test_no_method_is_given_a_whole_matrix(
     name: str, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    piece, sizes = workers._UnitRunner._piece, []
+    piece, sizes = units.UnitRunner._piece, []
 
-    def recorded(self: workers._UnitRunner, part: Unit, *shape: tuple[int, ...]) -> Piece:
+    def recorded(self: units.UnitRunner, target: units.Target, part: Unit, *shape: tuple[int, ...]) -> Piece:
         sizes.append(part.stop - part.start)
-        return piece(self, part, *shape)
+        return piece(self, target, part, *shape)
 
-    monkeypatch.setattr(workers, "_ROWS_ELEMENTS", 64)
-    monkeypatch.setattr(workers._UnitRunner, "_piece", recorded)
+    monkeypatch.setattr(units, "_ROWS_ELEMENTS", 64)
+    monkeypatch.setattr(units.UnitRunner, "_piece", recorded)
     models = [(save(f"m{i}", random_weights(i)), 1.0) for i in range(2)]
     merge(tmp_path / "out", models, method=name, base=save("base", random_weights(9)), chunk_bytes=128)
     assert max(sizes) == 64
