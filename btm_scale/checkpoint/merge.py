@@ -118,9 +118,7 @@ def merge_many(
     reports: list[MergeReport] = []
     for some in _passes(works):
         require_space(some[0].output.parent, sum(work.bytes_written for work in some))
-        contents = _carry_out(
-            some, functools.partial(merge_in_processes, jobs=None, chunk_bytes=CHUNK_BYTES)
-        )
+        contents = _carry_out(some, functools.partial(merge_in_processes, jobs=None, chunk_bytes=CHUNK_BYTES))
         seconds = time.perf_counter() - started
         reports += [work.report(content, seconds) for work, content in zip(some, contents, strict=True)]
         started = time.perf_counter()

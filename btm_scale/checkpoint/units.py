@@ -18,7 +18,9 @@ from btm_scale.checkpoint.sharded_writer import ShardedWriter
 from btm_scale.checkpoint.tensors import ModelReader
 
 _ROWS_ELEMENTS = 1 << 15  # in a piece of whole rows; torch sums so many in one order whatever the threads
-_KEPT_BYTES = 8 << 20  # of the models' widened parts, where several outputs are made of them: what a core's cache holds
+_KEPT_BYTES = (
+    8 << 20
+)  # of the models' widened parts, where several outputs are made of them: what a core's cache holds
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ def _mixtures(
         fill(*groups[0])
     else:
         with ThreadPoolExecutor(min(_THREADS, len(groups))) as pool:
-            # numpy lets go of the interpreter in its loops. Each group writes its own part, so any order gives the same.
+            # numpy lets go of the interpreter in its loops. Each group writes its own part: any order gives the same.
             deque(pool.map(lambda group: fill(*group), groups), maxlen=0)
     return np.minimum(result, 0.0)
 

@@ -60,7 +60,6 @@ def evaluate(config: RunConfig, run: RunDir) -> dict[str, Any]:
     names = list(experts(run))
     if not names:
         raise ForestError(f"no expert in {run.experts}; train some first: btm-scale run CONFIG")
-    split = config.evaluate.split
     averages = averages_of(config, run)
     results: dict[str, Any] = {
         "schema": SCHEMA,
@@ -120,9 +119,7 @@ def _each_domain(
         yield from zip(config.all_domains, pool.map(judge, config.all_domains), strict=True)
 
 
-def _judge(
-    config: RunConfig, run: RunDir, names: list[str], averages: Sequence[str], domain: str
-) -> _Judged:
+def _judge(config: RunConfig, run: RunDir, names: list[str], averages: Sequence[str], domain: str) -> _Judged:
     text = evaluation_text(config, run, domain, config.evaluate.split)
     dev = Stack.load(run, names, domain, "dev")
     prior = cached_prior(dev.log_probs, dev.block_starts)

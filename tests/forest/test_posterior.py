@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from btm_scale.forest import posterior
-from btm_scale.forest.posterior import Mode, Tempering, mixture_log_probs
+from btm_scale.forest.posterior import Mode, Tempering, mixture_log_probs, tempered_mixtures
 from btm_scale.forest.prior import cached_prior, updating_mixture_log_probs
 from btm_scale.forest.tempering import fitted_tempering
 
@@ -157,6 +157,18 @@ def test_tempering_is_what_it_says(
         log_probs, np.array(starts), log_prior=np.log(prior), mode="tempered", tempering=tempering
     )
     np.testing.assert_allclose(found, tempered_token_by_token(log_probs, starts, prior, tempering), atol=1e-9)
+
+
+def test_temperings_side_by_side_are_what_each_is_alone() -> None:
+    random = np.random.default_rng(4)
+    log_probs = -random.gamma(1.0, 2.0, (4, 70))
+    log_probs[1, 25], log_probs[:, 40] = -np.inf, -np.inf
+    starts, prior = np.array([0, 20, 40, 60]), np.log(random.dirichlet(np.ones(4)))
+    temperings = [Tempering(0.2, 0.9, 0.0), Tempering(1.0, 1.0, 0.1), Tempering(), Tempering(0.5, 0.8, 0.003)]
+    together = tempered_mixtures(log_probs, starts, temperings, log_prior=prior)
+    for mixture, tempering in zip(together, temperings, strict=True):
+        alone = mixture_log_probs(log_probs, starts, log_prior=prior, mode="tempered", tempering=tempering)
+        np.testing.assert_allclose(mixture, alone, rtol=1e-12)
 
 
 def test_tempering_with_full_power_and_memory_is_the_prefix_posterior() -> None:
