@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,55 @@ def novel() -> str:
     return f"{_table(rows)}\n\n{_source('eight_domains_novel')}; random seed {results['random_seed']}."
 
 
+def study() -> str:
+    """Means over the domains as shares of dense's: three random seeds, their mean and spread."""
+    runs = [run["results"] for run in _read("study")["runs"]]
+    seeds = [str(run["random_seed"]) for run in runs]
+    rows = [["method", *(f"seed {seed}" for seed in seeds), "mean ± sd",
+             *(f"novel, seed {seed}" for seed in seeds), "mean ± sd"]]  # fmt: skip
+    for method in (*METHODS, "average:greedy"):
+        if method != "dense" and all(method in run["methods"] for run in runs):
+            row = [method]
+            for novel_ones in (False, True):
+                ratios = [_mean(run, method, novel_ones) / _mean(run, "dense", novel_ones) for run in runs]
+                row += [*(f"{ratio:.3f}" for ratio in ratios), _spread(ratios)]
+            rows.append(row)
+    return f"{_table(rows)}\n\n{_claims(runs)}\n\n{_source('study')}."
+
+
+def _claims(runs: Sequence[dict[str, Any]]) -> str:
+    """How many domains of how many, over all seeds, hold what is said of averages and of top-k."""
+    counts = {}
+    for novel_ones in (False, True):
+        pairs = [
+            (run["methods"], domain)
+            for run in runs
+            for domain, about in run["domains"].items()
+            if about["novel"] == novel_ones
+        ]
+        better = sum(
+            methods["average:posterior"]["perplexity"][domain]
+            < methods["average:uniform"]["perplexity"][domain]
+            for methods, domain in pairs
+        )
+        counts[novel_ones] = f"{better} of {len(pairs)}"
+    worst = max(
+        methods["ensemble:top2"]["perplexity"][domain] / methods["ensemble"]["perplexity"][domain]
+        for run in runs
+        for methods in [run["methods"]]
+        for domain in run["domains"]
+    )
+    return (
+        f"The posterior average beats the uniform one on {counts[False]} trained domains, counted in each seed, and "
+        f"on {counts[True]} novel ones. The ensemble's top two experts are nowhere more than "
+        f"{100 * (worst - 1):.1f}% behind all eight."
+    )
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
+
+
 def sweep() -> str:
     """The dense baseline's batch size and rate."""
     rows = [["batch tokens", "learning rate", "beta2", "after half of the schedule", "at the end"]]
@@ -132,6 +181,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "eight_domains": eight_domains,
     "novel": novel,
+    "study": study,
     "sweep": sweep,
     "speed": speed,
 }
@@ -141,10 +191,12 @@ def _read(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def _mean(results: dict[str, Any], method: str) -> float:
+def _mean(results: dict[str, Any], method: str, novel_ones: bool = False) -> float:
     perplexity = results["methods"][method]["perplexity"]
     return float(
-        np.mean([perplexity[name] for name, domain in results["domains"].items() if not domain["novel"]])
+        np.mean(
+            [perplexity[name] for name, about in results["domains"].items() if about["novel"] == novel_ones]
+        )
     )
 
 
