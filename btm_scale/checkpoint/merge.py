@@ -104,7 +104,7 @@ def merge_many(
 
     `outputs` are each one's (directory, weight) of models that must all fit together. Every model is checked once,
     and read once for as many outputs as may be open at a time. The seconds of a report are those of its whole pass.
-    Raises `CheckpointError` as `merge` does; what finished passes published then stays.
+    Raises `CheckpointError` as `merge` does; what was published before stays.
     """
     started = time.perf_counter()
     for output in outputs:
@@ -117,7 +117,9 @@ def merge_many(
     ]
     reports: list[MergeReport] = []
     for some in _passes(works):
-        require_space(some[0].output.parent, sum(work.bytes_written for work in some))
+        # Each output's own check sees the same free space; what an interrupted pass laid out has its place.
+        new = (work.bytes_written for work in some if not work.partial.exists())
+        require_space(some[0].output.parent, sum(new))
         contents = _carry_out(some, functools.partial(merge_in_processes, jobs=None, chunk_bytes=CHUNK_BYTES))
         seconds = time.perf_counter() - started
         reports += [work.report(content, seconds) for work, content in zip(some, contents, strict=True)]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -268,6 +269,19 @@ def test_many_means_of_unlike_models_are_refused_before_any_write(
         merge_many({tmp_path / "a": [(models[0], 1.0)], tmp_path / "b": [(models[1], 1.0), (unlike, 1.0)]})
     assert not list(tmp_path.glob("[ab]"))
     assert not list(tmp_path.glob(".*"))
+
+
+def test_many_means_are_refused_where_only_some_have_room(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = merge(tmp_path / "one", [(model, 1.0) for model in models]).bytes_written
+    usage = shutil.disk_usage(tmp_path)._replace(free=3 * size)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    wanted = {tmp_path / f"out-{k}": [(model, 1.0 + k) for model in models] for k in range(4)}
+    with pytest.raises(CheckpointError, match="GB free"):
+        merge_many(wanted)
+    assert not list(tmp_path.glob(".out*"))
+    assert merge_many({}) == []
 
 
 def test_an_interrupted_pass_of_many_does_only_what_is_left(
