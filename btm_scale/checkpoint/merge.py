@@ -6,11 +6,9 @@ import functools
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from btm_scale.checkpoint import journal
 from btm_scale.checkpoint.hashing import combined_hash
@@ -20,11 +18,10 @@ from btm_scale.checkpoint.publish import partial_path, publish_directory, requir
 from btm_scale.checkpoint.sidecars import carry_sidecars, model_card
 from btm_scale.checkpoint.workers import merge_in_processes, open_writer
 from btm_scale.errors import CheckpointError
+from btm_scale.threads import MOST, in_threads
 
-Done = TypeVar("Done")
 CHUNK_BYTES = 256 << 10  # of output: what is at work then stays in a core's cache
 _SHARDS_AT_ONCE = 256  # open files, of which a process may have 1,024
-_PUBLISHED_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -182,20 +179,13 @@ def _carry_out(works: Sequence[_Work], share_out: Callable[..., None]) -> list[s
             stack.enter_context(journal.only_merge_into(work.partial))
         try:
             # Much of this is to wait for the disk, which takes several at a time.
-            _in_threads(_lay_out, works)
+            in_threads(_lay_out, works, at_once=MOST)
             share_out([(work.plan, work.partial) for work in works])
-            return _in_threads(_publish, works)
+            return in_threads(_publish, works, at_once=MOST)
         except Exception:
             for work in works:
                 shutil.rmtree(work.partial, ignore_errors=True)
             raise
-
-
-def _in_threads(do: Callable[[_Work], Done], works: Sequence[_Work]) -> list[Done]:
-    if len(works) == 1:
-        return [do(works[0])]
-    with ThreadPoolExecutor(min(_PUBLISHED_AT_ONCE, len(works))) as pool:
-        return list(pool.map(do, works))
 
 
 def _lay_out(work: _Work) -> None:

@@ -7,15 +7,34 @@ import torch
 from btm_scale.checkpoint import methods_whole  # registers its methods too
 from btm_scale.checkpoint.registry import METHODS, Method, Piece, find_method, method
 
-__all__ = ["METHODS", "Method", "Piece", "dare", "find_method", "linear", "methods_whole", "task_arithmetic"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "Piece",
+    "add_weighted",
+    "dare",
+    "find_method",
+    "linear",
+    "methods_whole",
+    "task_arithmetic",
+]
+
+
+def add_weighted(totals: torch.Tensor, weights: torch.Tensor, tensor: torch.Tensor) -> None:
+    """Add `weights` [outputs] times `tensor` [elements] to `totals` [outputs, elements], all of float64.
+
+    Each element goes through the same operation however many outputs and elements there are.
+    """
+    totals.addcmul_(weights[:, None], tensor)
 
 
 @method(elementwise=True)
 def linear(piece: Piece) -> torch.Tensor:
     """The weighted mean `sum_i w_i x_i / sum_i w_i`, divided last."""
     total = piece.zeros
-    for tensor, weight in zip(piece.tensors, piece.weights, strict=True):
-        total.add_(tensor, alpha=weight)
+    weights = torch.tensor(piece.weights, dtype=torch.float64)
+    for tensor, weight in zip(piece.tensors, weights.split(1), strict=True):
+        add_weighted(total[None], weight, tensor)
     return total.div_(sum(piece.weights))
 
 

@@ -152,7 +152,8 @@ class _Models:
         seed: int,
     ) -> MergePlan:
         sources = [self.source(path, weight) for path, weight in inputs]
-        sources.sort(key=lambda source: (source.weight, source.sample, str(source.path.resolve())))
+        # Content first: then all means of the same models add them in one order, and can be made together.
+        sources.sort(key=lambda source: (source.sample, source.weight, str(source.path.resolve())))
         read = sum(self.bytes_read[source.path] for source in [*sources, *([base] if base else [])])
         return MergePlan(tuple(sources), base, method, parameters, self.specs, max_shard_bytes, seed, read)
 

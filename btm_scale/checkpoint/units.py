@@ -1,4 +1,4 @@
-"""The arithmetic of a merge: one unit of one output, or of several that are made of the same models."""
+"""The arithmetic of a merge into one output, a unit at a time."""
 
 from __future__ import annotations
 
@@ -18,9 +18,6 @@ from btm_scale.checkpoint.sharded_writer import ShardedWriter
 from btm_scale.checkpoint.tensors import ModelReader
 
 _ROWS_ELEMENTS = 1 << 15  # in a piece of whole rows; torch sums so many in one order whatever the threads
-_KEPT_BYTES = (
-    8 << 20
-)  # of the models' widened parts, where several outputs are made of them: what a core's cache holds
 
 
 @dataclass(frozen=True)
@@ -33,64 +30,81 @@ class Target:
     writer: ShardedWriter
 
 
-class UnitRunner:
-    """Merges, writes and hashes one unit of every target; safe to call from several threads.
+class Buffers:
+    """Every thread's own arrays, reused: fresh memory for every piece costs more than sums."""
 
-    Several targets have the same tensors and an elementwise method; each part of a model is then read once for all.
-    """
-
-    def __init__(self, targets: Sequence[Target], chunk_bytes: int) -> None:
-        self.targets, self.chunk_bytes = targets, chunk_bytes
-        self._models = len({id(model) for target in targets for model in target.inputs})
+    def __init__(self) -> None:
         self._local = local()
+
+    def array(self, purpose: object, elements: int, dtype: torch.dtype) -> torch.Tensor:
+        """This thread's array [elements] for a purpose, with whatever is in it."""
+        arrays: dict[tuple[object, torch.dtype], torch.Tensor] = self._local.__dict__.setdefault("arrays", {})
+        array = arrays.get((purpose, dtype))
+        if array is None or array.numel() < elements:
+            arrays[purpose, dtype] = array = torch.empty(elements, dtype=dtype)
+        return array if array.numel() == elements else array[:elements]
+
+    def stored(self, model: ModelReader, part: Unit, purpose: object = "stored") -> torch.Tensor:
+        """A part of a model, in the type in which it is stored."""
+        out = self.array(purpose, part.stop - part.start, model.spec(part.name).dtype)
+        model.read_into(part.name, part.start, out)
+        return out
+
+    def widened(self, stored: torch.Tensor, purpose: object) -> torch.Tensor:
+        """In float64: converted apart from the arithmetic, which on mixed types is slower than both."""
+        return self.array(purpose, stored.numel(), torch.float64).copy_(stored)
+
+
+def parts_of(unit: Unit, step: int) -> list[Unit]:
+    """A unit in parts of `step` elements."""
+    step = max(step, 1)
+    return [Unit(unit.name, i, min(i + step, unit.stop)) for i in range(unit.start, unit.stop, step)]
+
+
+class UnitRunner:
+    """Merges, writes and hashes one unit of a target by its method; safe to call from several threads."""
+
+    def __init__(self, target: Target, chunk_bytes: int) -> None:
+        self.targets, self.chunk_bytes = [target], chunk_bytes
+        self._target, self._buffers = target, Buffers()
 
     def __call__(self, unit: Unit) -> tuple[Unit, list[list[str]]]:
         """The unit, and the hashes of its blocks for each target."""
-        hashes = [BlockHashes() for _ in self.targets]
-        steps = (self._steps(target, unit, own) for target, own in zip(self.targets, hashes, strict=True))
-        inputs = self._inputs
-        for _ in zip(*steps, strict=True):
-            inputs.clear()
-        return unit, [own.finished() for own in hashes]
-
-    def _steps(self, target: Target, unit: Unit, hashes: BlockHashes) -> Iterator[None]:
-        """Piece by piece, in step with the other targets."""
+        target, hashes = self._target, BlockHashes()
         position, dtype = unit.start, target.plan.specs[unit.name].dtype
-        for merged in self._merged(target, unit):
-            rounded = self._buffer("output", merged.numel(), dtype).copy_(merged.reshape(-1))
+        for merged in self._merged(unit):
+            rounded = self._buffers.array("output", merged.numel(), dtype).copy_(merged.reshape(-1))
             target.writer.write_range(unit.name, position, rounded)
             hashes.update(rounded)
             position += rounded.numel()
-            yield
+        return unit, [hashes.finished()]
 
-    def _merged(self, target: Target, unit: Unit) -> Iterator[torch.Tensor]:
+    def _merged(self, unit: Unit) -> Iterator[torch.Tensor]:
         """The unit's pieces in their order, each of which is valid until the next is taken."""
-        plan, spec = target.plan, target.plan.specs[unit.name]
-        step = max(1, self.chunk_bytes // spec.dtype.itemsize)
-        if len(self.targets) > 1:
-            step = min(step, max(1, _KEPT_BYTES // (8 * self._models)))
-        parts = [Unit(unit.name, i, min(i + step, unit.stop)) for i in range(unit.start, unit.stop, step)]
+        target, plan = self._target, self._target.plan
+        spec = plan.specs[unit.name]
+        parts = parts_of(unit, self.chunk_bytes // spec.dtype.itemsize)
         if plan.copies(unit.name):
-            yield from (self._stored(target.inputs[0], part) for part in parts)
+            yield from (self._buffers.stored(target.inputs[0], part) for part in parts)
         elif plan.method.elementwise:
             merge = functools.partial(plan.method.function, **plan.parameters)
-            yield from (merge(self._piece(target, part)) for part in parts)
+            yield from (merge(self._piece(part)) for part in parts)
         else:
-            whole = Whole(spec.shape, lambda: self._pieces_of_rows(target, unit.name, spec.shape))
+            whole = Whole(spec.shape, lambda: self._pieces_of_rows(unit.name, spec.shape))
             yield from map(plan.method.prepare(whole, plan.parameters), whole)
 
-    def _pieces_of_rows(self, target: Target, name: str, shape: tuple[int, ...]) -> Iterator[Piece]:
+    def _pieces_of_rows(self, name: str, shape: tuple[int, ...]) -> Iterator[Piece]:
         """A tensor in pieces of whole rows, which depend on its shape alone; a vector is one."""
         row = math.prod(shape[1:])
         rows = max(1, _ROWS_ELEMENTS // max(row, 1)) if len(shape) > 1 else max(shape, default=1)
         for first in range(0, shape[0] if shape else 1, rows):
             taken = min(rows, shape[0] - first) if shape else 1
             part = Unit(name, first * row, (first + taken) * row)
-            yield self._piece(target, part, (taken, *shape[1:]) if shape else ())
+            yield self._piece(part, (taken, *shape[1:]) if shape else ())
 
-    def _piece(self, target: Target, part: Unit, shape: tuple[int, ...] | None = None) -> Piece:
+    def _piece(self, part: Unit, shape: tuple[int, ...] | None = None) -> Piece:
         """Flat, or in a shape."""
-        plan = target.plan
+        target, plan = self._target, self._target.plan
 
         def shaped(flat: torch.Tensor) -> torch.Tensor:
             return flat if shape is None else flat.reshape(shape)
@@ -99,44 +113,14 @@ class UnitRunner:
             key = f"{plan.seed}/{part.name}/{plan.sources[i].sample}"
             return shaped(uniform(key, part.start, part.stop))
 
+        zeros = self._buffers.array("result", part.stop - part.start, torch.float64).zero_()
         return Piece(
-            tensors=(shaped(self._input(model, part)) for model in target.inputs),
+            tensors=(shaped(self._read(model, part, "input")) for model in target.inputs),
             weights=[source.weight for source in plan.sources],
-            zeros=shaped(self._buffer("result", part.stop - part.start, torch.float64).zero_()),
-            base=shaped(self._widened(target.base, part, "base")) if target.base else None,
+            zeros=shaped(zeros),
+            base=shaped(self._read(target.base, part, "base")) if target.base else None,
             noise=noise,
         )
 
-    @property
-    def _inputs(self) -> dict[ModelReader, torch.Tensor]:
-        """This thread's parts that wait for further targets."""
-        inputs: dict[ModelReader, torch.Tensor] = self._local.__dict__.setdefault("inputs", {})
-        return inputs
-
-    def _input(self, model: ModelReader, part: Unit) -> torch.Tensor:
-        """A part in float64. One target takes model after model; several take the same part of all in turn."""
-        if len(self.targets) == 1:
-            return self._widened(model, part, "input")
-        inputs = self._inputs
-        found = inputs.get(model)
-        if found is None:
-            found = inputs[model] = self._widened(model, part, model)
-        return found
-
-    def _widened(self, model: ModelReader, part: Unit, purpose: object) -> torch.Tensor:
-        """Converted apart from the arithmetic, which on mixed types is slower than both."""
-        stored = self._stored(model, part)
-        return self._buffer(purpose, stored.numel(), torch.float64).copy_(stored)
-
-    def _stored(self, model: ModelReader, part: Unit) -> torch.Tensor:
-        out = self._buffer("stored", part.stop - part.start, model.spec(part.name).dtype)
-        model.read_into(part.name, part.start, out)
-        return out
-
-    def _buffer(self, purpose: object, elements: int, dtype: torch.dtype) -> torch.Tensor:
-        """This thread's array for a purpose, reused: fresh memory for every piece costs more than sums."""
-        arrays: dict[tuple[object, torch.dtype], torch.Tensor] = self._local.__dict__.setdefault("arrays", {})
-        array = arrays.get((purpose, dtype))
-        if array is None or array.numel() < elements:
-            arrays[purpose, dtype] = array = torch.empty(elements, dtype=dtype)
-        return array if array.numel() == elements else array[:elements]
+    def _read(self, model: ModelReader, part: Unit, purpose: str) -> torch.Tensor:
+        return self._buffers.widened(self._buffers.stored(model, part), purpose)

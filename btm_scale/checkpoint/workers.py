@@ -15,15 +15,16 @@ import torch
 
 from btm_scale.checkpoint import journal
 from btm_scale.checkpoint.formats import open_model
+from btm_scale.checkpoint.means import MeansRunner
 from btm_scale.checkpoint.plan import MergePlan, Unit
 from btm_scale.checkpoint.sharded_writer import ShardedWriter
 from btm_scale.checkpoint.units import Target, UnitRunner
 from btm_scale.process import end_with_parent
+from btm_scale.threads import MOST, in_threads
 
 # Bytes of output between two notes of what is done. Each waits for the disk while the threads go on, so that little
 # is left to wait for at the end.
 _NOTE_EVERY = 128 << 20
-_MOST_THREADS = 8
 
 Output = tuple[MergePlan, Path]
 """A plan, and the directory in which its shards are laid out."""
@@ -72,11 +73,14 @@ def merge_share(
         cores = max(1, len(os.sched_getaffinity(0)) // (1 if by_shard else size))
 
         def note(finished: Sequence[tuple[Unit, list[list[str]]]]) -> None:
-            for i, (target, (_, partial)) in enumerate(zip(targets, outputs, strict=True)):
-                target.writer.sync()
-                journal.record(partial, rank, [(unit, hashes[i]) for unit, hashes in finished])
+            def note_one(i: int) -> None:
+                targets[i].writer.sync()
+                journal.record(outputs[i][1], rank, [(unit, hashes[i]) for unit, hashes in finished])
 
-        _run_all(mine, UnitRunner(targets, chunk_bytes), min(cores, _MOST_THREADS), note)
+            in_threads(note_one, range(len(targets)), at_once=MOST)  # mostly a wait for the disk
+
+        run = UnitRunner(first, chunk_bytes) if len(targets) == 1 else MeansRunner(targets, chunk_bytes)
+        _run_all(mine, run, min(cores, MOST), note)
 
 
 def merge_in_processes(outputs: Sequence[Output], jobs: int | None, *, chunk_bytes: int) -> None:
@@ -86,7 +90,7 @@ def merge_in_processes(outputs: Sequence[Output], jobs: int | None, *, chunk_byt
     alone = threading.active_count() == 1
     if jobs is None:
         large = any(plan.is_large for plan, _ in outputs)
-        jobs = min(len(os.sched_getaffinity(0)), _MOST_THREADS) if alone and large else 1
+        jobs = min(len(os.sched_getaffinity(0)), MOST) if alone and large else 1
     share = functools.partial(merge_share, outputs, size=jobs, chunk_bytes=chunk_bytes)
     if jobs == 1:
         return share(0)
@@ -101,7 +105,7 @@ def merge_in_processes(outputs: Sequence[Output], jobs: int | None, *, chunk_byt
 
 def _run_all(
     units: Sequence[Unit],
-    run: UnitRunner,
+    run: UnitRunner | MeansRunner,
     threads: int,
     note: Callable[[Sequence[tuple[Unit, list[list[str]]]]], None],
 ) -> None:

@@ -6,15 +6,14 @@ E experts needs only the E numbers that each gave to each token.
 
 from __future__ import annotations
 
-import os
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
 import numpy as np
+
+from btm_scale.threads import in_threads
 
 Mode = Literal["prefix", "token", "tempered", "fixed"]
 Array = np.ndarray
@@ -23,7 +22,6 @@ Array = np.ndarray
 _AT_ONCE = 2**19
 # Weights [experts, blocks] that move side by side: tempering takes a step for each token.
 _ABREAST = 2**14
-_THREADS = min(8, len(os.sched_getaffinity(0)))
 
 
 @dataclass(frozen=True)
@@ -132,12 +130,7 @@ def _mixtures(
         result[:, columns] = where.reshape(len(temperings), -1)
 
     groups = list(_equal_blocks(block_starts, log_probs.shape[1], len(active) * len(temperings)))
-    if len(groups) == 1:
-        fill(*groups[0])
-    else:
-        with ThreadPoolExecutor(min(_THREADS, len(groups))) as pool:
-            # numpy lets go of the interpreter in its loops. Each group writes its own part: any order gives the same.
-            deque(pool.map(lambda group: fill(*group), groups), maxlen=0)
+    in_threads(lambda group: fill(*group), groups)  # each writes its own part: any order gives the same
     return np.minimum(result, 0.0)
 
 

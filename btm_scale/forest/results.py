@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,9 +27,9 @@ from btm_scale.forest.stack import Stack, dev_prior
 from btm_scale.forest.tempering import fitted_tempering
 from btm_scale.model.huggingface import shape_from_config
 from btm_scale.run_dir import DENSE, SEED, RunDir
+from btm_scale.threads import in_threads
 
 SCHEMA = 1
-_THREADS = min(8, len(os.sched_getaffinity(0)))
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,9 @@ def evaluate(config: RunConfig, run: RunDir) -> dict[str, Any]:
         results["notes"].append(
             "No averages: the experts are of different shapes, and only like can be averaged."
         )
-    for domain, found in _each_domain(config, run, names, averages):
+    domains = list(config.all_domains)
+    judged = in_threads(functools.partial(_judge, config, run, names, averages), domains)
+    for domain, found in zip(domains, judged, strict=True):
         results["domains"][domain] = {
             "novel": domain in config.novel_domains,
             "tokens": found.measure.tokens,
@@ -108,15 +108,6 @@ def load_results(run: RunDir) -> dict[str, Any]:
     if results.get("schema") != SCHEMA:
         raise ForestError(f"{run.results} has schema {results.get('schema')}, this version reads {SCHEMA}")
     return results
-
-
-def _each_domain(
-    config: RunConfig, run: RunDir, names: list[str], averages: Sequence[str]
-) -> Iterator[tuple[str, _Judged]]:
-    """Every domain in its order; as many at a time as there are cores."""
-    judge = functools.partial(_judge, config, run, names, averages)
-    with ThreadPoolExecutor(min(_THREADS, len(config.all_domains))) as pool:
-        yield from zip(config.all_domains, pool.map(judge, config.all_domains), strict=True)
 
 
 def _judge(config: RunConfig, run: RunDir, names: list[str], averages: Sequence[str], domain: str) -> _Judged:

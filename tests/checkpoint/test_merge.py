@@ -14,7 +14,7 @@ import pytest
 import torch
 from small_models import Save, random_weights
 
-from btm_scale.checkpoint import journal, units, workers
+from btm_scale.checkpoint import journal, means, units, workers
 from btm_scale.checkpoint import merge as merging
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.merge import merge, merge_many
@@ -51,7 +51,7 @@ def test_neither_order_nor_chunks_nor_processes_nor_sharding_change_a_byte(
     resharded = [(save(f"again{i}", random_weights(i), shard=900), WEIGHTS[i]) for i in (2, 0, 3, 1)]
     merge(tmp_path / "b", resharded, chunk_bytes=34)
     merge(tmp_path / "c", pairs[::-1], jobs=2)
-    monkeypatch.setattr(workers, "_MOST_THREADS", 1)
+    monkeypatch.setattr(workers, "MOST", 1)
     merge(tmp_path / "d", pairs)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abcd"]
     assert len(set(files)) == 1
@@ -164,7 +164,7 @@ def test_an_interrupted_merge_does_only_what_is_left(
     pairs = [(model, 1.0) for model in models]
     expected = merge(tmp_path / "whole", pairs).content_hash
     monkeypatch.setattr(workers, "_NOTE_EVERY", 1)
-    monkeypatch.setattr(workers, "_MOST_THREADS", 1)
+    monkeypatch.setattr(workers, "MOST", 1)
     run, ran = units.UnitRunner.__call__, []
 
     def stops_after_two(self: units.UnitRunner, unit: object) -> object:
@@ -232,8 +232,7 @@ def test_many_means_read_every_model_once_however_many_there_are(
     read, bytes_read = SafetensorsModel.read_into, []
 
     def counted(self: SafetensorsModel, name: str, start: int, out: torch.Tensor) -> None:
-        if out.is_floating_point():  # others are taken over for each output
-            bytes_read.append(out.nbytes)
+        bytes_read.append(out.nbytes)
         read(self, name, start, out)
 
     monkeypatch.setattr(SafetensorsModel, "read_into", counted)
@@ -292,17 +291,17 @@ def test_an_interrupted_pass_of_many_does_only_what_is_left(
         merge(tmp_path / f"whole-{k}", inputs).content_hash for k, inputs in enumerate(wanted.values())
     ]
     monkeypatch.setattr(workers, "_NOTE_EVERY", 1)
-    monkeypatch.setattr(workers, "_MOST_THREADS", 1)
-    run, ran = units.UnitRunner.__call__, []
+    monkeypatch.setattr(workers, "MOST", 1)
+    run, ran = means.MeansRunner.__call__, []
 
     def stops_after(most: int) -> None:
-        def limited(self: units.UnitRunner, unit: object) -> object:
+        def limited(self: means.MeansRunner, unit: object) -> object:
             if len(ran) == most:
                 raise KeyboardInterrupt
             ran.append(unit)
             return run(self, unit)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(units.UnitRunner, "__call__", limited)
+        monkeypatch.setattr(means.MeansRunner, "__call__", limited)
 
     stops_after(2)
     with pytest.raises(KeyboardInterrupt):

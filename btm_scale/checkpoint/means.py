@@ -1,0 +1,83 @@
+"""The arithmetic of many means of the same models: each model is read once, and added to all of them at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from btm_scale.checkpoint.hashing import BlockHashes
+from btm_scale.checkpoint.methods import add_weighted
+from btm_scale.checkpoint.plan import Unit
+from btm_scale.checkpoint.tensors import ModelReader
+from btm_scale.checkpoint.units import Buffers, Target, parts_of
+
+_AT_WORK_BYTES = 2 << 20  # of sums and the models' widened parts: what a core's cache holds
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Targets that are means of the same models, in the same order."""
+
+    members: Sequence[int]  # of the targets
+    models: Sequence[ModelReader]
+    weights: torch.Tensor  # float64 [members, models]
+    sums: torch.Tensor  # float64 [members, 1], of each one's weights
+
+
+class MeansRunner:
+    """Merges, writes and hashes one unit of every target, all of method `linear`; safe to call from several threads.
+
+    Every element goes through the operations that `linear` does on one target, in the same order.
+    """
+
+    def __init__(self, targets: Sequence[Target], chunk_bytes: int) -> None:
+        self.targets, self.chunk_bytes = targets, chunk_bytes
+        self._buffers = Buffers()
+        self._groups = _groups(targets)
+        self._models = list(dict.fromkeys(model for target in targets for model in target.inputs))
+
+    def __call__(self, unit: Unit) -> tuple[Unit, list[list[str]]]:
+        """The unit, and the hashes of its blocks for each target."""
+        hashes = [BlockHashes() for _ in self.targets]
+        step = self.chunk_bytes // self.targets[0].plan.specs[unit.name].dtype.itemsize
+        for part in parts_of(unit, step):
+            stored = {model: self._buffers.stored(model, part, model) for model in self._models}
+            for group in self._groups:
+                for i, row in zip(group.members, self._rows(group, part, stored), strict=True):
+                    self.targets[i].writer.write_range(part.name, part.start, row)
+                    hashes[i].update(row)
+        return unit, [own.finished() for own in hashes]
+
+    def _rows(
+        self, group: _Group, part: Unit, stored: dict[ModelReader, torch.Tensor]
+    ) -> Iterator[torch.Tensor]:
+        """A part of each of the group's targets, in the type in which it is written."""
+        plan = self.targets[group.members[0]].plan
+        if plan.copies(part.name):
+            return iter([stored[group.models[0]]] * len(group.members))
+        outputs, elements = len(group.members), part.stop - part.start
+        dtype = plan.specs[part.name].dtype
+        rows = self._buffers.array("output", outputs * elements, dtype).view(outputs, elements)
+        step = max(1, _AT_WORK_BYTES // (8 * (outputs + len(group.models))))
+        for start in range(0, elements, step):
+            stop = min(start + step, elements)
+            totals = self._buffers.array("sums", outputs * (stop - start), torch.float64).view(outputs, -1)
+            totals.zero_()
+            for model, weights in zip(group.models, group.weights.unbind(1), strict=True):
+                add_weighted(totals, weights, self._buffers.widened(stored[model][start:stop], "input"))
+            rows[:, start:stop] = totals.div_(group.sums)
+        return iter(rows)
+
+
+def _groups(targets: Sequence[Target]) -> list[_Group]:
+    members: dict[tuple[ModelReader, ...], list[int]] = {}
+    for i, target in enumerate(targets):
+        members.setdefault(tuple(target.inputs), []).append(i)
+    groups = []
+    for models, own in members.items():
+        weights = [[source.weight for source in targets[i].plan.sources] for i in own]
+        sums = torch.tensor([[sum(row)] for row in weights], dtype=torch.float64)
+        groups.append(_Group(own, models, torch.tensor(weights, dtype=torch.float64), sums))
+    return groups
