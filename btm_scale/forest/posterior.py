@@ -22,6 +22,7 @@ Array = np.ndarray
 _AT_ONCE = 2**19
 # Weights [experts, blocks] that move side by side: tempering takes a step for each token.
 _ABREAST = 2**14
+_LARGEST = float(np.finfo(np.float64).max)
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,10 @@ def _mixtures(
         step = max(1, _AT_ONCE // (len(active) * len(where)))
         for first in range(0, length, step):
             piece = checked(text[active, :, first : first + step])
-            piece = np.tile(piece, (1, len(temperings), 1)) if len(temperings) > 1 else piece
+            if mode == "tempered":
+                # Laid out by token, which is how it is gone through.
+                by_token = np.ascontiguousarray(np.moveaxis(piece, 2, 0))
+                piece = np.moveaxis(np.tile(by_token, (1, 1, len(temperings))), 0, 2)
             weights = evidence.weights_before(piece)
             if top_k_per_token is not None and top_k_per_token < len(active):
                 _keep_largest(weights, top_k_per_token)
@@ -141,14 +145,22 @@ class _Evidence:
         self._prior = np.repeat(prior[:, None], len(temperings) * count, axis=1)
         self._state = self._prior
         self._mode = mode
-        self._power, self._forgetting, self._share = (
-            np.repeat([getattr(tempering, name) for tempering in temperings], count)
+        # As large as what they are multiplied with, where every token asks for it: rows are short.
+        self._power, self._forgetting, shares = (
+            np.tile(np.repeat([getattr(tempering, name) for tempering in temperings], count), (len(prior), 1))
             for name in ("power", "forgetting", "share")
         )
+        self._mixes = bool(shares[0, 0] > 0)
+        self._kept, self._mixed_in = 1 - shares[0], shares * np.exp(self._prior)
 
     def weights_before(self, piece: Array) -> Array:
         """Normalised log weights before each token of the blocks' next piece [experts, blocks, tokens]."""
-        joint = np.empty_like(piece)
+        if self._mode == "tempered":
+            joint = self._tempered(piece)
+            if self._mixes:
+                return joint
+        else:
+            joint = np.empty_like(piece)
         if self._mode == "fixed":
             joint[:] = self._prior[:, :, None]
         elif self._mode == "token":
@@ -161,8 +173,6 @@ class _Evidence:
             joint[:, :, 1:] += self._state[:, :, None]
             # Only differences count, so the state is kept small: a long stream loses no digits.
             self._state = _centred(joint[:, :, -1] + piece[:, :, -1])
-        else:
-            self._temper(piece, joint)
         total = logsumexp(joint)
         lost = np.isneginf(total)
         if lost.any():
@@ -173,24 +183,32 @@ class _Evidence:
         joint -= total
         return joint
 
-    def _temper(self, piece: Array, joint: Array) -> None:
-        mixes = bool(self._share.all())
-        if mixes:
-            kept, mixed_in = np.log1p(-self._share), np.log(self._share) + self._prior
-        # Laid out by token, so that each is read and written whole.
-        evidence = np.multiply(self._power, np.moveaxis(piece, 2, 0), order="C")
-        before = np.empty_like(evidence)
-        state = self._state
-        for token, news in enumerate(evidence):
+    def _tempered(self, piece: Array) -> Array:
+        """Log weights before each token; where a share of the prior is mixed in, they are normalised."""
+        text = np.moveaxis(piece, 2, 0)
+        before, news, state = np.empty_like(text), np.empty_like(self._state), self._state.copy()
+        for token, log_probs in enumerate(text):
             before[token] = state
-            state = self._forgetting * state
-            state += news
-            if mixes:
-                total = logsumexp(state)
-                state += kept - np.where(np.isneginf(total), 0.0, total)
-                state = _logaddexp(state, mixed_in)
-        joint[:] = np.moveaxis(before, 0, 2)
-        self._state = _centred(state)
+            state *= self._forgetting
+            state += np.multiply(self._power, log_probs, out=news)
+            if self._mixes:
+                self._mix_in_prior(state)
+        self._state = state if self._mixes else _centred(state)
+        return np.moveaxis(before, 0, 2)
+
+    def _mix_in_prior(self, state: Array) -> None:
+        """In place; the weights then sum to 1. Beside a share of the prior, what underflows is nothing."""
+        state -= np.maximum(state.max(axis=0), -_LARGEST)
+        np.exp(state, out=state)
+        total = state.sum(axis=0)
+        if not total.all():
+            # Every expert has ruled the text out: the prior alone is left.
+            lost = total == 0
+            state[:, lost] = np.exp(self._prior[:, lost])
+            total[lost] = 1.0
+        state *= self._kept / total
+        state += self._mixed_in
+        np.log(state, out=state)
 
 
 def block_posterior(block: Array, log_prior: Array) -> Array:
@@ -224,17 +242,6 @@ def logsumexp(values: Array) -> Array:
     np.exp(shifted, out=shifted)
     with np.errstate(divide="ignore"):
         return safe + np.log(shifted.sum(axis=0))
-
-
-def _logaddexp(one: Array, other: Array) -> Array:
-    """As numpy's for a finite `other`, and several times as fast: made of what numpy has in vector units."""
-    apart = one - other
-    np.abs(apart, out=apart)
-    np.negative(apart, out=apart)
-    np.exp(apart, out=apart)
-    np.log1p(apart, out=apart)
-    apart += np.maximum(one, other)
-    return apart
 
 
 def _equal_blocks(starts: Array, tokens: int, experts: int) -> Iterator[tuple[int, int, int]]:
