@@ -18,7 +18,7 @@ from btm_scale.checkpoint.publish import partial_path, publish_directory, requir
 from btm_scale.checkpoint.sidecars import carry_sidecars, model_card
 from btm_scale.checkpoint.workers import merge_in_processes, open_writer
 from btm_scale.errors import CheckpointError
-from btm_scale.threads import MOST, in_threads
+from btm_scale.parallel import MOST, in_threads
 
 CHUNK_BYTES = 256 << 10  # of output: what is at work then stays in a core's cache
 _SHARDS_AT_ONCE = 256  # open files, of which a process may have 1,024

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
@@ -19,8 +18,8 @@ from btm_scale.checkpoint.means import MeansRunner
 from btm_scale.checkpoint.plan import MergePlan, Unit
 from btm_scale.checkpoint.sharded_writer import ShardedWriter
 from btm_scale.checkpoint.units import Target, UnitRunner
+from btm_scale.parallel import MOST, in_threads, may_fork
 from btm_scale.process import end_with_parent
-from btm_scale.threads import MOST, in_threads
 
 # Bytes of output between two notes of what is done. Each waits for the disk while the threads go on, so that little
 # is left to wait for at the end.
@@ -87,14 +86,14 @@ def merge_in_processes(outputs: Sequence[Output], jobs: int | None, *, chunk_byt
     """All shares on this host, in this process and `jobs` - 1 others."""
     # Threads wait for one another between the short steps of a piece, so processes are twice as fast. One that is
     # forked begins at once, but where threads run they may hold locks that no one would ever open in it.
-    alone = threading.active_count() == 1
+    forks = may_fork()
     if jobs is None:
         large = any(plan.is_large for plan, _ in outputs)
-        jobs = min(len(os.sched_getaffinity(0)), MOST) if alone and large else 1
+        jobs = min(len(os.sched_getaffinity(0)), MOST) if forks and large else 1
     share = functools.partial(merge_share, outputs, size=jobs, chunk_bytes=chunk_bytes)
     if jobs == 1:
         return share(0)
-    context = get_context("fork" if alone else "spawn")
+    context = get_context("fork" if forks else "spawn")
     with ProcessPoolExecutor(jobs - 1, mp_context=context, initializer=end_with_parent) as pool:
         others = [pool.submit(share, rank) for rank in range(1, jobs)]
         share(0)

@@ -22,8 +22,15 @@ from btm_scale.run_dir import AVERAGE, RunDir
 UNIFORM, ARGMAX, GREEDY = "uniform", "argmax", "greedy"
 
 
-def average_model(kind: str, domain: str) -> str:
-    """The run's name for the average that serves a domain."""
+def average_model(kind: str, domain: str, names: Sequence[str], log_prior: np.ndarray) -> str:
+    """The model that serves a domain as its average of a kind; of kind argmax it is the likeliest expert itself.
+
+    `log_prior` [experts] is the domain's, nats, over the experts `names`.
+    """
+    return names[int(np.argmax(log_prior))] if kind == ARGMAX else _merged(kind, domain)
+
+
+def _merged(kind: str, domain: str) -> str:
     return f"{AVERAGE}{UNIFORM}" if kind == UNIFORM else f"{AVERAGE}{kind}/{domain}"
 
 
@@ -33,11 +40,12 @@ def averages_of(config: RunConfig, run: RunDir) -> tuple[str, ...]:
 
 
 def average_texts(config: RunConfig) -> dict[str, list[tuple[str, str]]]:
-    """Every average, and the (domain, split) that each is scored on."""
+    """Every average that is a model of its own, and the (domain, split) that each is scored on."""
     texts: dict[str, list[tuple[str, str]]] = {}
     for domain in config.all_domains:
         for kind in config.evaluate.averages:
-            texts.setdefault(average_model(kind, domain), []).append((domain, config.evaluate.split))
+            if kind != ARGMAX:
+                texts.setdefault(_merged(kind, domain), []).append((domain, config.evaluate.split))
     return texts
 
 
@@ -53,8 +61,6 @@ def average_weights(kind: str, log_prior: np.ndarray, soup: np.ndarray | None = 
         return soup / soup.sum()
     if kind == UNIFORM:
         return np.full(len(log_prior), 1.0 / len(log_prior))
-    if kind == ARGMAX:
-        return np.eye(len(log_prior))[int(np.argmax(log_prior))]
     weights = np.exp(log_prior)
     return weights / weights.sum()
 
@@ -101,7 +107,7 @@ def write_averages(run: RunDir, cards: Sequence[Expert]) -> list[str]:
 def _planned(config: RunConfig, run: RunDir) -> dict[str, Expert] | None:
     """Every average's card, without its hash; None while a greedy one's members are not chosen."""
     forest = experts(run)
-    kinds = averages_of(config, run)
+    kinds = [kind for kind in averages_of(config, run) if kind != ARGMAX]
     priors = cached_priors(config, run) if kinds else {}
     members = soups(config, run) if GREEDY in kinds else {}
     if members is None:
@@ -109,7 +115,7 @@ def _planned(config: RunConfig, run: RunDir) -> dict[str, Expert] | None:
     cards: dict[str, Expert] = {}
     for domain, log_prior in priors.items():
         for kind in kinds:
-            name = average_model(kind, domain)
+            name = _merged(kind, domain)
             if name not in cards:
                 soup = (
                     np.array([float(name in members[domain]) for name in forest]) if kind == GREEDY else None

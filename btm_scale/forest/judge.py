@@ -10,8 +10,11 @@ import torch
 
 from btm_scale.config import RunConfig
 from btm_scale.errors import UserError
+from btm_scale.forest.averages import average_model
+from btm_scale.forest.forest import experts
 from btm_scale.forest.generate import Generator
 from btm_scale.forest.posterior import logsumexp, mixture_log_probs
+from btm_scale.forest.stack import dev_prior
 from btm_scale.kernels import mix_sample
 from btm_scale.run_dir import AVERAGE, DENSE, SEED, RunDir
 
@@ -45,6 +48,9 @@ def generator_of_method(
         chosen = {"models": [name]}
     elif method == "average:uniform":
         chosen = {"models": [f"{AVERAGE}{name}"]}
+    elif method == "average:argmax" and domain is not None:
+        names = list(experts(run))
+        chosen = {"models": [average_model(name, domain, names, dev_prior(run, names, domain))]}
     elif kind == "average" and name and domain is not None:
         chosen = {"models": [f"{AVERAGE}{name}/{domain}"]}
     else:

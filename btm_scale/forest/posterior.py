@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from btm_scale.threads import in_threads
+from btm_scale.parallel import in_threads
 
 Mode = Literal["prefix", "token", "tempered", "fixed"]
 Array = np.ndarray

@@ -13,6 +13,7 @@ import numpy as np
 
 from btm_scale.checkpoint.publish import write_file
 from btm_scale.config import RunConfig
+from btm_scale.data.evaluation import EvaluationText
 from btm_scale.errors import ForestError
 from btm_scale.forest.averages import average_model, averages_of
 from btm_scale.forest.ensemble import ensemble_methods
@@ -26,8 +27,8 @@ from btm_scale.forest.scores import Scores, evaluation_text
 from btm_scale.forest.stack import Stack, dev_prior
 from btm_scale.forest.tempering import fitted_tempering
 from btm_scale.model.huggingface import shape_from_config
+from btm_scale.parallel import in_processes
 from btm_scale.run_dir import DENSE, SEED, RunDir
-from btm_scale.threads import in_threads
 
 SCHEMA = 1
 
@@ -76,7 +77,8 @@ def evaluate(config: RunConfig, run: RunDir) -> dict[str, Any]:
             "No averages: the experts are of different shapes, and only like can be averaged."
         )
     domains = list(config.all_domains)
-    judged = in_threads(functools.partial(_judge, config, run, names, averages), domains)
+    texts = [evaluation_text(config, run, domain, config.evaluate.split) for domain in domains]
+    judged = in_processes(functools.partial(_judge, config, run, names, averages), texts)
     for domain, found in zip(domains, judged, strict=True):
         results["domains"][domain] = {
             "novel": domain in config.novel_domains,
@@ -110,14 +112,16 @@ def load_results(run: RunDir) -> dict[str, Any]:
     return results
 
 
-def _judge(config: RunConfig, run: RunDir, names: list[str], averages: Sequence[str], domain: str) -> _Judged:
-    text = evaluation_text(config, run, domain, config.evaluate.split)
+def _judge(
+    config: RunConfig, run: RunDir, names: list[str], averages: Sequence[str], text: EvaluationText
+) -> _Judged:
+    domain = text.domain
     dev = Stack.load(run, names, domain, "dev")
     prior = cached_prior(dev.log_probs, dev.block_starts)
     tempering = _tempering(config, dev, prior)
     methods = {
         method: Scores.load(run.scores(model, domain, config.evaluate.split)).log_probs
-        for method, model in _single_models(config, names, averages, domain).items()
+        for method, model in _single_models(config, names, averages, domain, prior).items()
     }
     methods |= _mixtures(config, run, domain, names, prior, tempering)
     nats = {method: float(np.sum(log_probs, dtype=np.float64)) for method, log_probs in methods.items()}
@@ -132,12 +136,12 @@ def _tempering(config: RunConfig, dev: Stack, prior: np.ndarray) -> Tempering:
 
 
 def _single_models(
-    config: RunConfig, names: Sequence[str], averages: Sequence[str], domain: str
+    config: RunConfig, names: Sequence[str], averages: Sequence[str], domain: str, prior: np.ndarray
 ) -> dict[str, str]:
     """The model behind each method that is one model."""
     models = {SEED: SEED} | {model: model for model in _dense_models(config)}
     models |= {f"expert:{name}": name for name in names}
-    return models | {f"average:{kind}": average_model(kind, domain) for kind in averages}
+    return models | {f"average:{kind}": average_model(kind, domain, names, prior) for kind in averages}
 
 
 def _mixtures(

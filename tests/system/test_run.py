@@ -50,6 +50,16 @@ def test_results_hold_every_method_on_every_domain(finished_run: Run) -> None:
     )
 
 
+def test_the_argmax_average_is_the_likeliest_expert_itself(finished_run: Run) -> None:
+    config, run = finished_run
+    results = json.loads(run.results.read_text())
+    for domain in config.all_domains:
+        prior = results["priors"][domain]
+        likeliest = results["methods"][f"expert:{max(prior, key=prior.__getitem__)}"]["perplexity"][domain]
+        assert results["methods"]["average:argmax"]["perplexity"][domain] == likeliest
+    assert not run.model("average/argmax").exists(), "a copy of an expert is of no use"
+
+
 def test_training_lowers_every_models_loss(finished_run: Run) -> None:
     """The seed's from batch to batch; later differences are smaller than batches' own, and show on held-out text."""
     _, run = finished_run
