@@ -2,10 +2,11 @@
 
     python benchmarks/many_experts.py [--experts 8 64] [--steps 10]
 
-Each run goes from text to page, with as many groups at a time as there are cores. Two figures come of it: seconds of a
-core an expert takes, which should not grow with their number; and the share of the run's time in which nothing is
-trained or scored: averages, priors, the ensembles of all experts, and the page. Making tokens is left out of both,
-since it depends on the text alone. Writes results/many_experts.json.
+Each run goes from text to page, with as many groups at a time as there are cores. Three figures come of it: seconds of
+a core to train an expert, from its start to its export, and to score one text under it, neither of which should grow
+with the number of experts (the number of texts does: each expert is scored on every domain); and the share of the
+run's time in which nothing is trained or scored: averages, priors, the ensembles of all experts, and the page. Making
+tokens is left out of all, since it depends on the text alone. Writes results/many_experts.json.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from environment import describe
 from btm_scale.config import RunConfig
 from btm_scale.data.installed_text import write_installed_text
 from btm_scale.data.prepare import prepare
+from btm_scale.forest.expert import CARD
+from btm_scale.forest.scores import all_texts
 from btm_scale.pipeline import run_all
 from btm_scale.run_dir import RunDir
 from btm_scale.run_state import open_run
@@ -47,12 +50,16 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         rows = [measure(Path(folder), number, options) for number in options.experts]
-    seconds = [row["core_seconds_an_expert"] for row in rows]
+
+    def growth(what: str) -> float:
+        return float(rows[-1][what] / rows[0][what])
+
     result = {
         "environment": describe(),
         "settings": {"steps": options.steps, "preset": options.preset, "tokens_a_step": LENGTH * SEQUENCES},
         "runs": rows,
-        "growth_of_time_an_expert": seconds[-1] / seconds[0],
+        "growth_of_training_time_an_expert": growth("core_seconds_training_an_expert"),
+        "growth_of_scoring_time_a_text": growth("core_seconds_scoring_a_text"),
     }
     options.result.parent.mkdir(exist_ok=True)
     options.result.write_text(json.dumps(result, indent=1) + "\n")
@@ -98,12 +105,16 @@ def measure(folder: Path, number: int, options: argparse.Namespace) -> dict[str,
         if line.startswith('{"merged"')
     )
     own = total - clock.seconds + merging
-    training = next(seconds for names, seconds in clock.stages if len(names) == number)
+    stage = next((names, seconds) for names, seconds in clock.stages if len(names) == number)
+    scoring = [_seconds_scoring(run, model) for model in stage[0]]
+    texts = len(all_texts(config))
     return {
         "experts": number,
         "methods": len(results["methods"]),
         "seconds": total,
-        "core_seconds_an_expert": training * cores / number,
+        "core_seconds_training_an_expert": (stage[1] * cores - sum(scoring)) / number,
+        "core_seconds_scoring_a_text": sum(scoring) / number / texts,
+        "texts": texts,
         "seconds_making_and_scoring_averages": sum(
             seconds for names, seconds in clock.stages if names == ["score"]
         ),
@@ -111,6 +122,12 @@ def measure(folder: Path, number: int, options: argparse.Namespace) -> dict[str,
         "seconds_without_a_group": total - clock.seconds,
         "overhead": own / total,
     }
+
+
+def _seconds_scoring(run: RunDir, model: str) -> float:
+    """From the model's export to the last of its scores."""
+    scores = run.model_scores(model).glob("*.safetensors")
+    return max(path.stat().st_mtime for path in scores) - (run.model(model) / CARD).stat().st_mtime
 
 
 def write_domains(folder: Path, number: int) -> dict[str, dict[str, Any]]:

@@ -154,8 +154,11 @@ def speed() -> str:
     )
     many = _read("many_experts")
     few, most = many["runs"][0], many["runs"][-1]
-    rows.append([f"time an expert takes in a forest of {most['experts']}", f"one of {few['experts']}",
-                 f"{many['growth_of_time_an_expert']:.2f}"])  # fmt: skip
+    beside = f"a forest of {few['experts']}"
+    rows.append([f"time to train an expert of a forest of {most['experts']}", beside,
+                 f"{many['growth_of_training_time_an_expert']:.2f}"])  # fmt: skip
+    rows.append([f"time to score a text under an expert of a forest of {most['experts']}", beside,
+                 f"{many['growth_of_scoring_time_a_text']:.2f}"])  # fmt: skip
     rows.append([f"time with nothing trained or scored, {most['experts']} experts", "the run's",
                  f"{most['overhead']:.3f}"])  # fmt: skip
     merge = RESULTS / "merge.json"
