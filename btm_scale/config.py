@@ -29,7 +29,9 @@ from btm_scale.yaml_file import apply_overrides, dump_yaml, explain, load_yaml
 
 def _domain_name(name: str) -> str:
     # Names become folders and job names, so they are kept to what is safe in both.
-    if name in (SEED, DENSE, "uniform", "argmax", "posterior", "greedy") or name.startswith(LONGER_DENSE):
+    if name in (SEED, DENSE, "uniform", "argmax", "posterior", "tempered", "greedy") or name.startswith(
+        LONGER_DENSE
+    ):
         raise ValueError(f"'{name}' is the name of one of the run's own models; choose another")
     allowed = name.replace("-", "").replace("_", "").replace(".", "")
     if not (allowed.isascii() and allowed.isalnum() and name[0].isalnum() and len(name) <= 64):

@@ -35,7 +35,7 @@ class EvaluateConfig(Section):
         default=None, description="of the tempered posterior; default: fitted to each domain's dev text"
     )
     prior: Literal["cached", "uniform", "updating"] = "cached"
-    averages: tuple[Literal["uniform", "argmax", "posterior", "greedy"], ...] = (
+    averages: tuple[Literal["uniform", "argmax", "posterior", "tempered", "greedy"], ...] = (
         "uniform",
         "argmax",
         "posterior",

@@ -34,7 +34,7 @@ def tiny_values(text: Path, **changes: Any) -> dict[str, Any]:
         "evaluate": {
             "tokens_per_domain": 3000,
             "dev_blocks": 20,
-            "averages": ["uniform", "argmax", "posterior", "greedy"],
+            "averages": ["uniform", "argmax", "posterior", "tempered", "greedy"],
         },
         **changes,
     }

@@ -14,12 +14,15 @@ from btm_scale.config import RunConfig
 from btm_scale.errors import ForestError
 from btm_scale.forest.expert import Expert, Parent, is_finished, read_expert
 from btm_scale.forest.forest import experts
+from btm_scale.forest.posterior import mean_tempered_weights
+from btm_scale.forest.prior import cached_prior
 from btm_scale.forest.scores import missing_scores
 from btm_scale.forest.soup import soups
-from btm_scale.forest.stack import dev_prior
+from btm_scale.forest.stack import Stack
+from btm_scale.forest.tempering import tempering_of
 from btm_scale.run_dir import AVERAGE, RunDir
 
-UNIFORM, ARGMAX, GREEDY = "uniform", "argmax", "greedy"
+UNIFORM, ARGMAX, TEMPERED, GREEDY = "uniform", "argmax", "tempered", "greedy"
 
 
 def average_model(kind: str, domain: str, names: Sequence[str], log_prior: np.ndarray) -> str:
@@ -49,18 +52,20 @@ def average_texts(config: RunConfig) -> dict[str, list[tuple[str, str]]]:
     return texts
 
 
-def cached_priors(config: RunConfig, run: RunDir) -> dict[str, np.ndarray]:
-    """log p(D=j) of every domain's own dev text, nats [experts], experts sorted by name."""
-    names = list(experts(run))
-    return {domain: dev_prior(run, names, domain) for domain in config.all_domains}
+def average_weights(
+    config: RunConfig, kind: str, dev: Stack, log_prior: np.ndarray, soup: np.ndarray | None = None
+) -> np.ndarray:
+    """The experts' weights [experts], which sum to 1, for a domain of such dev text and prior, nats [experts].
 
-
-def average_weights(kind: str, log_prior: np.ndarray, soup: np.ndarray | None = None) -> np.ndarray:
-    """The experts' weights [experts], which sum to 1; `soup` [experts] tells who is in a greedy average."""
+    `soup` [experts] tells who is in a greedy average.
+    """
     if soup is not None:
         return soup / soup.sum()
     if kind == UNIFORM:
         return np.full(len(log_prior), 1.0 / len(log_prior))
+    if kind == TEMPERED:
+        tempering = tempering_of(config.evaluate, dev, log_prior)
+        return mean_tempered_weights(dev.log_probs, dev.block_starts, tempering, log_prior=log_prior)
     weights = np.exp(log_prior)
     return weights / weights.sum()
 
@@ -108,19 +113,20 @@ def _planned(config: RunConfig, run: RunDir) -> dict[str, Expert] | None:
     """Every average's card, without its hash; None while a greedy one's members are not chosen."""
     forest = experts(run)
     kinds = [kind for kind in averages_of(config, run) if kind != ARGMAX]
-    priors = cached_priors(config, run) if kinds else {}
     members = soups(config, run) if GREEDY in kinds else {}
     if members is None:
         return None
     cards: dict[str, Expert] = {}
-    for domain, log_prior in priors.items():
+    for domain in config.all_domains if kinds else ():
+        dev = Stack.load(run, list(forest), domain, "dev")
+        log_prior = cached_prior(dev.log_probs, dev.block_starts)
         for kind in kinds:
             name = _merged(kind, domain)
             if name not in cards:
                 soup = (
                     np.array([float(name in members[domain]) for name in forest]) if kind == GREEDY else None
                 )
-                cards[name] = _card(name, forest, average_weights(kind, log_prior, soup))
+                cards[name] = _card(name, forest, average_weights(config, kind, dev, log_prior, soup))
     return cards
 
 

@@ -95,6 +95,24 @@ def tempered_mixtures(
     return mixtures
 
 
+def mean_tempered_weights(
+    log_probs: Array, block_starts: Array, tempering: Tempering, *, log_prior: Array
+) -> Array:
+    """Each expert's weight in the tempered mixture, as a mean over all tokens: [experts], which sum to 1.
+
+    Arguments are `mixture_log_probs`'s. The prior of a text is nearly one expert's alone; this is who in fact speaks.
+    """
+    log_probs = np.asarray(log_probs)
+    prior = _normalised_prior(log_prior, len(log_probs), None)
+    active = np.flatnonzero(np.isfinite(prior))
+    total = np.zeros(len(log_probs))
+    for begin, count, length in _equal_blocks(block_starts, log_probs.shape[1], len(active)):
+        text = log_probs[:, begin : begin + count * length].reshape(len(log_probs), count, length)
+        for _, _, weights in _weighed(text, active, prior[active], "tempered", [tempering]):
+            total[active] += np.exp(weights).sum(axis=(1, 2))
+    return total / total.sum()
+
+
 def _mixtures(
     log_probs: Array,
     block_starts: Array,
@@ -118,24 +136,35 @@ def _mixtures(
         columns = slice(begin, begin + count * length)
         text = log_probs[:, columns].reshape(len(log_probs), count, length)
         where = result[:, columns].reshape(len(temperings) * count, length)
-        evidence = _Evidence(prior, count, mode, temperings)
-        step = max(1, _AT_ONCE // (len(active) * len(where)))
-        for first in range(0, length, step):
-            piece = checked(text[active, :, first : first + step])
-            if mode == "tempered":
-                # Laid out by token, which is how it is gone through.
-                by_token = np.ascontiguousarray(np.moveaxis(piece, 2, 0))
-                piece = np.moveaxis(np.tile(by_token, (1, 1, len(temperings))), 0, 2)
-            weights = evidence.weights_before(piece)
+        for first, piece, weights in _weighed(text, active, prior, mode, temperings):
             if top_k_per_token is not None and top_k_per_token < len(active):
                 _keep_largest(weights, top_k_per_token)
             weights += piece
-            where[:, first : first + step] = logsumexp(weights)
+            where[:, first : first + piece.shape[2]] = logsumexp(weights)
         result[:, columns] = where.reshape(len(temperings), -1)
 
     groups = list(_equal_blocks(block_starts, log_probs.shape[1], len(active) * len(temperings)))
     in_threads(lambda group: fill(*group), groups)  # each writes its own part: any order gives the same
     return np.minimum(result, 0.0)
+
+
+def _weighed(
+    text: Array, active: Array, prior: Array, mode: Mode, temperings: Sequence[Tempering]
+) -> Iterator[tuple[int, Array, Array]]:
+    """A text [experts, blocks, tokens] in pieces: the first token's place, the piece, and its tokens' log weights.
+
+    Both are [active experts, temperings x blocks, some tokens]; `prior` is of the active ones.
+    """
+    _, count, length = text.shape
+    evidence = _Evidence(prior, count, mode, temperings)
+    step = max(1, _AT_ONCE // (len(active) * count * len(temperings)))
+    for first in range(0, length, step):
+        piece = checked(text[active, :, first : first + step])
+        if mode == "tempered":
+            # Laid out by token, which is how it is gone through.
+            by_token = np.ascontiguousarray(np.moveaxis(piece, 2, 0))
+            piece = np.moveaxis(np.tile(by_token, (1, 1, len(temperings))), 0, 2)
+        yield first, piece, evidence.weights_before(piece)
 
 
 class _Evidence:

@@ -25,7 +25,7 @@ from btm_scale.forest.prior import cached_prior
 from btm_scale.forest.routing import routed_methods
 from btm_scale.forest.scores import Scores, evaluation_text
 from btm_scale.forest.stack import Stack, dev_prior
-from btm_scale.forest.tempering import fitted_tempering
+from btm_scale.forest.tempering import tempering_of
 from btm_scale.model.huggingface import shape_from_config
 from btm_scale.parallel import in_processes
 from btm_scale.run_dir import DENSE, SEED, RunDir
@@ -118,7 +118,7 @@ def _judge(
     domain = text.domain
     dev = Stack.load(run, names, domain, "dev")
     prior = cached_prior(dev.log_probs, dev.block_starts)
-    tempering = _tempering(config, dev, prior)
+    tempering = tempering_of(config.evaluate, dev, prior)
     methods = {
         method: Scores.load(run.scores(model, domain, config.evaluate.split)).log_probs
         for method, model in _single_models(config, names, averages, domain, prior).items()
@@ -126,13 +126,6 @@ def _judge(
     methods |= _mixtures(config, run, domain, names, prior, tempering)
     nats = {method: float(np.sum(log_probs, dtype=np.float64)) for method, log_probs in methods.items()}
     return _Judged(_Measure(len(text.targets), text.bytes), prior, tempering, nats)
-
-
-def _tempering(config: RunConfig, dev: Stack, prior: np.ndarray) -> Tempering:
-    given = config.evaluate.tempering
-    if given is not None:
-        return Tempering(given.power, given.forgetting, given.share)
-    return fitted_tempering(dev.log_probs, dev.block_starts, prior)
 
 
 def _single_models(

@@ -7,7 +7,9 @@ from itertools import product
 
 import numpy as np
 
+from btm_scale.config import EvaluateConfig
 from btm_scale.forest.posterior import Tempering, tempered_mixtures
+from btm_scale.forest.stack import Stack
 
 # The grid that is searched. What a power does hangs on the forgetting beside it, so that the two move together too.
 _POWERS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0)
@@ -34,6 +36,14 @@ def fitted_tempering(log_probs: np.ndarray, block_starts: np.ndarray, log_prior:
             likelihoods.update(zip(new, mixed.mean(axis=1).tolist(), strict=True))
         best = max(points, key=likelihoods.__getitem__)
     return _at(best)
+
+
+def tempering_of(settings: EvaluateConfig, dev: Stack, log_prior: np.ndarray) -> Tempering:
+    """The tempering that is given, or that which fits a domain's dev text; `log_prior` [experts] nats."""
+    given = settings.tempering
+    if given is not None:
+        return Tempering(given.power, given.forgetting, given.share)
+    return fitted_tempering(dev.log_probs, dev.block_starts, log_prior)
 
 
 def _at(point: _Point) -> Tempering:

@@ -37,6 +37,7 @@ _LABELS = {
     "ensemble:equal": "Equal weights",
     "average:uniform": "Uniform average",
     "average:argmax": "Argmax average",
+    "average:tempered": "Tempered average",
     "average:greedy": "Greedy soup",
     POSTERIOR_AVERAGE: "Posterior average",
 }
@@ -51,6 +52,7 @@ _MEANINGS = {
     "ensemble:token": "The ensemble weighed by the one previous token only.",
     "ensemble:equal": "The experts' probabilities mixed in equal parts, whatever the text.",
     "average:uniform": "The plain mean of the experts' parameters.",
+    "average:tempered": "For each domain the mean of the experts' parameters, weighed by the tempered posterior.",
     "average:greedy": "For each domain the mean of those experts whose mean predicts its dev text best.",
     "average:argmax": "For each domain the parameters of its likeliest expert.",
     POSTERIOR_AVERAGE: "For each domain the mean of the experts' parameters, weighed by that domain's prior.",

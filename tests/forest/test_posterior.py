@@ -6,7 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from btm_scale.forest import posterior
-from btm_scale.forest.posterior import Mode, Tempering, mixture_log_probs, tempered_mixtures
+from btm_scale.forest.posterior import (
+    Mode,
+    Tempering,
+    mean_tempered_weights,
+    mixture_log_probs,
+    tempered_mixtures,
+)
 from btm_scale.forest.prior import cached_prior, updating_mixture_log_probs
 from btm_scale.forest.tempering import fitted_tempering
 
@@ -125,17 +131,18 @@ def test_log_odds_stay_exact_over_a_long_block() -> None:
 
 def tempered_token_by_token(
     log_probs: np.ndarray, starts: list[int], prior: np.ndarray, tempering: Tempering
-) -> np.ndarray:
-    """Tempering's definition, one token at a time, in probabilities."""
-    result = []
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tempering's definition, one token at a time, in probabilities: the mixture, and the weights [tokens, experts]."""
+    result, before = [], []
     for token in range(log_probs.shape[1]):
         if token in starts:
             weights = prior
         probabilities = np.exp(log_probs[:, token])
+        before.append(weights)
         result.append(np.log(weights @ probabilities))
         weights = weights**tempering.forgetting * probabilities**tempering.power
         weights = (1 - tempering.share) * weights / weights.sum() + tempering.share * prior
-    return np.array(result)
+    return np.array(result), np.array(before)
 
 
 @settings(max_examples=60, deadline=None)
@@ -156,7 +163,22 @@ def test_tempering_is_what_it_says(
     found = mixture_log_probs(
         log_probs, np.array(starts), log_prior=np.log(prior), mode="tempered", tempering=tempering
     )
-    np.testing.assert_allclose(found, tempered_token_by_token(log_probs, starts, prior, tempering), atol=1e-9)
+    expected, weights = tempered_token_by_token(log_probs, starts, prior, tempering)
+    np.testing.assert_allclose(found, expected, atol=1e-9)
+    mean = mean_tempered_weights(log_probs, np.array(starts), tempering, log_prior=np.log(prior))
+    np.testing.assert_allclose(mean, weights.mean(axis=0), atol=1e-9)
+
+
+def test_an_expert_that_the_prior_rules_out_has_no_part_in_the_tempered_weights() -> None:
+    log_probs = -np.random.default_rng(5).gamma(1.0, 2.0, (3, 20))
+    with np.errstate(divide="ignore"):
+        prior = np.log(np.array([0.7, 0.0, 0.3]))
+    mean = mean_tempered_weights(log_probs, np.array([0, 12]), Tempering(0.2, 0.9, 0.1), log_prior=prior)
+    assert mean[1] == 0
+    two = mean_tempered_weights(
+        log_probs[[0, 2]], np.array([0, 12]), Tempering(0.2, 0.9, 0.1), log_prior=prior[[0, 2]]
+    )
+    np.testing.assert_allclose(mean[[0, 2]], two)
 
 
 def test_temperings_side_by_side_are_what_each_is_alone() -> None:

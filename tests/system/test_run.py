@@ -39,7 +39,7 @@ def test_results_hold_every_method_on_every_domain(finished_run: Run) -> None:
     expected = {"seed", "dense", "expert:python", "expert:licences", "ensemble", "ensemble:uniform-prior",
                 "ensemble:token", "ensemble:tempered", "ensemble:equal", "ensemble:top1",
                 "ensemble:top2", "average:uniform", "average:argmax",
-                "average:posterior", "average:greedy", "random-split"}  # fmt: skip
+                "average:posterior", "average:tempered", "average:greedy", "random-split"}  # fmt: skip
     assert set(results["methods"]) == expected
     for method in results["methods"].values():
         assert set(method["perplexity"]) == set(config.all_domains)
