@@ -26,6 +26,8 @@ _FREE = (
     "profile",
     "baselines",
     "data.workers",
+    "evaluate.averages",
+    "evaluate.blocks",
     "evaluate.prior",
     "evaluate.posterior",
     "evaluate.tempering",
