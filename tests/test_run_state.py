@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_run import tiny_values, write_config
+
+from btm_scale.config import RunConfig
+from btm_scale.errors import ConfigError
+from btm_scale.run_dir import RunDir
+from btm_scale.run_state import open_run
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"evaluate": {"averages": ["uniform"], "blocks": "carry", "prior": "uniform"}},
+        {"baselines": {"dense": False}},
+        {"novel_domains": {"docs": {"text": "docs.jsonl"}, "law": {"text": "law.jsonl"}}},
+    ],
+)
+def test_what_decides_no_model_may_change_between_two_calls(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    values, run = tiny_values(tmp_path), RunDir(tmp_path / "run")
+    open_run(write_config(tmp_path / "a.yaml", values), run)
+    kept = {key: values[key] | part for key, part in change.items()}  # type: ignore[operator]
+    other = write_config(tmp_path / "b.yaml", values | kept)
+    open_run(other, run)
+    assert RunConfig.load(run.config).model_dump() == other.model_dump()
+
+
+@pytest.mark.parametrize(
+    "change", [{"budget": {"tokens": 48 * 1024}}, {"evaluate": {"split": "dev"}}, {"random_seed": 4}]
+)
+def test_what_decides_a_model_or_its_scores_may_not(tmp_path: Path, change: dict[str, object]) -> None:
+    values, run = tiny_values(tmp_path), RunDir(tmp_path / "run")
+    open_run(write_config(tmp_path / "a.yaml", values), run)
+    before = run.config.read_bytes()
+    kept = {key: values[key] | part if isinstance(part, dict) else part for key, part in change.items()}
+    with pytest.raises(ConfigError, match="holds a run of another config; it differs in:\n  "):
+        open_run(write_config(tmp_path / "b.yaml", values | kept), run)
+    assert run.config.read_bytes() == before
