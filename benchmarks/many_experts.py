@@ -3,10 +3,11 @@
     python benchmarks/many_experts.py [--experts 8 64] [--steps 10]
 
 Each run goes from text to page, with as many groups at a time as there are cores. Three figures come of it: seconds of
-a core to train an expert, from its start to its export, and to score one text under it, neither of which should grow
-with the number of experts (the number of texts does: each expert is scored on every domain); and the share of the
-run's time in which nothing is trained or scored: averages, priors, the ensembles of all experts, and the page. Making
-tokens is left out of all, since it depends on the text alone. Writes results/many_experts.json.
+a core that an expert takes without scoring texts (to start, train, export, load and end), and seconds for each text that
+it is scored on, neither of which should grow with the number of experts (the number of texts does: every expert is
+scored on every domain); and the share of the run's time in which nothing is trained or scored: averages, priors, the
+ensembles of all experts, and the page. Making tokens is left out of all, since it depends on the text alone. Writes
+results/many_experts.json.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from environment import describe
 from btm_scale.config import RunConfig
 from btm_scale.data.installed_text import write_installed_text
 from btm_scale.data.prepare import prepare
-from btm_scale.forest.expert import CARD
 from btm_scale.forest.scores import all_texts
 from btm_scale.pipeline import run_all
 from btm_scale.run_dir import RunDir
@@ -106,14 +106,14 @@ def measure(folder: Path, number: int, options: argparse.Namespace) -> dict[str,
     )
     own = total - clock.seconds + merging
     stage = next((names, seconds) for names, seconds in clock.stages if len(names) == number)
-    scoring = [_seconds_scoring(run, model) for model in stage[0]]
+    a_text = sum(_seconds_a_text(run, model) for model in stage[0]) / number
     texts = len(all_texts(config))
     return {
         "experts": number,
         "methods": len(results["methods"]),
         "seconds": total,
-        "core_seconds_training_an_expert": (stage[1] * cores - sum(scoring)) / number,
-        "core_seconds_scoring_a_text": sum(scoring) / number / texts,
+        "core_seconds_training_an_expert": stage[1] * cores / number - a_text * texts,
+        "core_seconds_scoring_a_text": a_text,
         "texts": texts,
         "seconds_making_and_scoring_averages": sum(
             seconds for names, seconds in clock.stages if names == ["score"]
@@ -124,10 +124,10 @@ def measure(folder: Path, number: int, options: argparse.Namespace) -> dict[str,
     }
 
 
-def _seconds_scoring(run: RunDir, model: str) -> float:
-    """From the model's export to the last of its scores."""
-    scores = run.model_scores(model).glob("*.safetensors")
-    return max(path.stat().st_mtime for path in scores) - (run.model(model) / CARD).stat().st_mtime
+def _seconds_a_text(run: RunDir, model: str) -> float:
+    """From the first of a model's scores to the last, a text."""
+    times = [path.stat().st_mtime for path in run.model_scores(model).glob("*.safetensors")]
+    return (max(times) - min(times)) / (len(times) - 1)
 
 
 def write_domains(folder: Path, number: int) -> dict[str, dict[str, Any]]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from btm_scale.report.equivalence import dense_equivalent
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 METHODS = ("seed", "dense", "dense-2.5x", "random-split", "ensemble", "ensemble:tempered", "ensemble:top2",
@@ -94,7 +96,7 @@ def study() -> str:
                 ratios = [_mean(run, method, novel_ones) / _mean(run, "dense", novel_ones) for run in runs]
                 row += [*(f"{ratio:.3f}" for ratio in ratios), _spread(ratios)]
             rows.append(row)
-    return f"{_table(rows)}\n\n{_claims(runs)}\n\n{_source('study')}."
+    return f"{_table(rows)}\n\n{_claims(runs)}{_worth(runs)}\n\n{_source('study')}."
 
 
 def _claims(runs: Sequence[dict[str, Any]]) -> str:
@@ -125,6 +127,21 @@ def _claims(runs: Sequence[dict[str, Any]]) -> str:
         f"{better('tempered', True)}. The ensemble's top two experts are nowhere more than "
         f"{100 * (worst - 1):.1f}% behind all eight."
     )
+
+
+def _worth(runs: Sequence[dict[str, Any]]) -> str:
+    """How much dense compute the ensemble equals, in each seed that trained dense models of more compute."""
+    signs = {"=": "as good as", "<": "worth less than", ">": "better than"}
+    sentence = ""
+    for run in runs:
+        found = [dense_equivalent(run, method) for method in ("ensemble", "ensemble:tempered")]
+        if all(found):
+            plain, tempered = (f"{signs[sign]} {times:.2f} times" for times, sign in filter(None, found))
+            sentence += (
+                f" In seed {run['random_seed']}, where dense models of more compute were trained too, the ensemble is "
+                f"{plain} the dense baseline's compute, and with the tempered posterior {tempered}."
+            )
+    return sentence
 
 
 def _spread(values: Sequence[float]) -> str:
