@@ -2,9 +2,9 @@
 
     python benchmarks/many_experts.py [--experts 8 64] [--steps 10]
 
-Each run goes from text to page, with as many groups at a time as there are cores. Three figures come of it: seconds of
-a core that an expert takes without scoring texts (to start, train, export, load and end), and seconds for each text that
-it is scored on, neither of which should grow with the number of experts (the number of texts does: every expert is
+Each run goes from text to page, with as many groups at a time as there are cores. Three figures come of it: seconds
+of a core that an expert takes without scoring texts (to start, train, export, load and end), and seconds for each text
+that it is scored on, neither of which should grow with the number of experts (the number of texts does: every expert is
 scored on every domain); and the share of the run's time in which nothing is trained or scored: averages, priors, the
 ensembles of all experts, and the page. Making tokens is left out of all, since it depends on the text alone. Writes
 results/many_experts.json.

@@ -5,20 +5,26 @@ What differs between launchers is a `Pool`: where there is room for a group, and
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from types import FrameType
+from typing import Any, Protocol
 
 from btm_scale.errors import GroupFailed, LaunchError
+from btm_scale.process import REQUEUE
 from btm_scale.rank_log import forget_failure, read_failure, tail
 
 _POLL_SECONDS = 0.2
 _TERM_SECONDS = 10.0
+_SAVE_SECONDS = 300.0  # for groups that are asked to stop: each ends its step and saves its state
 
 OnPoll = Callable[[dict[str, str]], None]
 
@@ -67,11 +73,13 @@ def run_groups_in(
 
     `on_poll` is told each group's state: waiting, running, done or failed. A group's failure stops no other; when all
     have ended, GroupFailed tells which failed, with the last lines of the log of the rank that failed first. Whatever
-    ends this call ends its groups too.
+    ends this call ends its groups too. SIGTERM and SIGUSR1 are passed on: the groups save their states, and SystemExit
+    has the code that asks for this process to be started again.
     """
     states = {command.name: "waiting" for command in commands}
     waiting = list(commands)
     running: dict[str, list[subprocess.Popen[bytes]]] = {}
+    before = _on_stop(_ask_to_start_again)
     try:
         while waiting or running:
             for command in list(waiting):
@@ -91,8 +99,14 @@ def run_groups_in(
                 states[name] = "failed" if any(codes) else "done"
             on_poll(dict(states))
             time.sleep(_POLL_SECONDS)
+    except SystemExit:
+        print("asked to stop: running groups save their states", file=sys.stderr, flush=True)
+        _let_save([process for processes in running.values() for process in processes])
+        raise
     finally:
         _end_all(process for processes in running.values() for process in processes)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     failed = [command for command in commands if states[command.name] == "failed"]
     if failed:
         raise GroupFailed("\n".join(failure_text(command) for command in failed))
@@ -130,6 +144,30 @@ def _start(command: GroupCommand, start: Start) -> list[subprocess.Popen[bytes]]
         _end_all(processes)
         raise LaunchError(f"group '{command.name}' cannot be started: {error}") from None
     return processes
+
+
+def _on_stop(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Let a handler hear SIGTERM and SIGUSR1; returns what heard them before, nothing where no handler can be set."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGUSR1)}
+
+
+def _ask_to_start_again(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(REQUEUE)
+
+
+def _let_save(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ask every rank here to save its state and leave, and wait for that. A launcher that hears it would not wait."""
+    launchers = {process.pid for process in processes}
+    for pid in (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(pid) in launchers - {pid}:
+                os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + _SAVE_SECONDS
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
 
 
 def _end_all(processes: Iterable[subprocess.Popen[bytes]]) -> None:

@@ -13,7 +13,8 @@ from btm_scale.checkpoint.plan import Unit
 from btm_scale.checkpoint.tensors import ModelReader
 from btm_scale.checkpoint.units import Buffers, Target, parts_of
 
-_AT_WORK_BYTES = 2 << 20  # of sums and the models' widened parts: what a core's cache holds
+_AT_ONCE_BYTES = 16 << 20  # of all models' parts, and of all outputs': what a thread holds
+_AT_WORK_BYTES = 1 << 20  # of sums: what a core's cache holds, beside the models' parts
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class MeansRunner:
     def __call__(self, unit: Unit) -> tuple[Unit, list[list[str]]]:
         """The unit, and the hashes of its blocks for each target."""
         hashes = [BlockHashes() for _ in self.targets]
-        step = self.chunk_bytes // self.targets[0].plan.specs[unit.name].dtype.itemsize
+        chunk_bytes = min(self.chunk_bytes, _AT_ONCE_BYTES // max(len(self.targets), len(self._models)))
+        step = chunk_bytes // self.targets[0].plan.specs[unit.name].dtype.itemsize
         for part in parts_of(unit, step):
             stored = {model: self._buffers.stored(model, part, model) for model in self._models}
             for group in self._groups:
@@ -60,7 +62,7 @@ class MeansRunner:
         outputs, elements = len(group.members), part.stop - part.start
         dtype = plan.specs[part.name].dtype
         rows = self._buffers.array("output", outputs * elements, dtype).view(outputs, elements)
-        step = max(1, _AT_WORK_BYTES // (8 * (outputs + len(group.models))))
+        step = max(1, _AT_WORK_BYTES // (8 * outputs))
         for start in range(0, elements, step):
             stop = min(start + step, elements)
             totals = self._buffers.array("sums", outputs * (stop - start), torch.float64).view(outputs, -1)

@@ -14,7 +14,13 @@ from btm_scale.checkpoint import journal
 from btm_scale.checkpoint.hashing import combined_hash
 from btm_scale.checkpoint.mpi import Leader, follow, world
 from btm_scale.checkpoint.plan import MergePlan, make_plan, plan_means
-from btm_scale.checkpoint.publish import partial_path, publish_directory, require_space, write_file
+from btm_scale.checkpoint.publish import (
+    allocated,
+    partial_path,
+    publish_directory,
+    require_space,
+    write_file,
+)
 from btm_scale.checkpoint.sidecars import carry_sidecars, model_card
 from btm_scale.checkpoint.workers import merge_in_processes, open_writer
 from btm_scale.errors import CheckpointError
@@ -114,9 +120,9 @@ def merge_many(
     ]
     reports: list[MergeReport] = []
     for some in _passes(works):
-        # Each output's own check sees the same free space; what an interrupted pass laid out has its place.
-        new = (work.bytes_written for work in some if not work.partial.exists())
-        require_space(some[0].output.parent, sum(new))
+        # Each output's own check sees the same free space.
+        needed = (max(0, work.bytes_written - allocated(work.partial)) for work in some)
+        require_space(some[0].output.parent, sum(needed))
         contents = _carry_out(some, functools.partial(merge_in_processes, jobs=None, chunk_bytes=CHUNK_BYTES))
         seconds = time.perf_counter() - started
         reports += [work.report(content, seconds) for work, content in zip(some, contents, strict=True)]

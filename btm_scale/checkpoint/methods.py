@@ -28,13 +28,16 @@ def add_weighted(totals: torch.Tensor, weights: torch.Tensor, tensor: torch.Tens
     totals.addcmul_(weights[:, None], tensor)
 
 
+def _add(total: torch.Tensor, weight: float, tensor: torch.Tensor) -> None:
+    add_weighted(total[None], torch.tensor([weight], dtype=torch.float64), tensor)
+
+
 @method(elementwise=True)
 def linear(piece: Piece) -> torch.Tensor:
     """The weighted mean `sum_i w_i x_i / sum_i w_i`, divided last."""
     total = piece.zeros
-    weights = torch.tensor(piece.weights, dtype=torch.float64)
-    for tensor, weight in zip(piece.tensors, weights.split(1), strict=True):
-        add_weighted(total[None], weight, tensor)
+    for tensor, weight in zip(piece.tensors, piece.weights, strict=True):
+        _add(total, weight, tensor)
     return total.div_(sum(piece.weights))
 
 
@@ -43,8 +46,9 @@ def task_arithmetic(piece: Piece, *, scale: float = 1.0) -> torch.Tensor:
     """`b + scale * sum_i w_i (x_i - b)` (arXiv 2212.04089)."""
     total = piece.zeros
     for tensor, weight in zip(piece.tensors, piece.weights, strict=True):
-        total.add_(tensor, alpha=scale * weight)
-    return total.add_(piece.origin, alpha=1 - scale * sum(piece.weights))
+        _add(total, scale * weight, tensor)
+    _add(total, 1 - scale * sum(piece.weights), piece.origin)
+    return total
 
 
 @method(elementwise=True, needs_base=True)
@@ -54,5 +58,5 @@ def dare(piece: Piece, *, density: float = 0.5, scale: float = 1.0) -> torch.Ten
     total = piece.zeros.copy_(piece.origin)
     for i, (tensor, weight) in enumerate(zip(piece.tensors, piece.weights, strict=True)):
         kept = (tensor - piece.origin).mul_(piece.noise(i) < density)
-        total.add_(kept, alpha=scale * weight / density)
+        _add(total, scale * weight / density, kept)
     return total

@@ -18,7 +18,7 @@ from btm_scale.checkpoint.means import MeansRunner
 from btm_scale.checkpoint.plan import MergePlan, Unit
 from btm_scale.checkpoint.sharded_writer import ShardedWriter
 from btm_scale.checkpoint.units import Target, UnitRunner
-from btm_scale.parallel import MOST, in_threads, may_fork
+from btm_scale.parallel import MOST, in_threads, lost_workers_told, may_fork
 from btm_scale.process import end_with_parent
 
 # Bytes of output between two notes of what is done. Each waits for the disk while the threads go on, so that little
@@ -94,7 +94,10 @@ def merge_in_processes(outputs: Sequence[Output], jobs: int | None, *, chunk_byt
     if jobs == 1:
         return share(0)
     context = get_context("fork" if forks else "spawn")
-    with ProcessPoolExecutor(jobs - 1, mp_context=context, initializer=end_with_parent) as pool:
+    with (
+        lost_workers_told(),
+        ProcessPoolExecutor(jobs - 1, mp_context=context, initializer=end_with_parent) as pool,
+    ):
         others = [pool.submit(share, rank) for rank in range(1, jobs)]
         share(0)
         for other in others:

@@ -1,7 +1,8 @@
-"""Averages of the forest's parameters: uniform, or weighted for a domain by its prior (arXiv 2208.03306, 4.3)."""
+"""Averages of the forest's parameters: uniform, or for a domain by its prior (arXiv 2208.03306, 4.3), or otherwise."""
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,9 +21,10 @@ from btm_scale.forest.scores import missing_scores
 from btm_scale.forest.soup import soups
 from btm_scale.forest.stack import Stack
 from btm_scale.forest.tempering import tempering_of
+from btm_scale.parallel import in_processes
 from btm_scale.run_dir import AVERAGE, RunDir
 
-UNIFORM, ARGMAX, TEMPERED, GREEDY = "uniform", "argmax", "tempered", "greedy"
+UNIFORM, ARGMAX, POSTERIOR, TEMPERED, GREEDY = "uniform", "argmax", "posterior", "tempered", "greedy"
 
 
 def average_model(kind: str, domain: str, names: Sequence[str], log_prior: np.ndarray) -> str:
@@ -53,21 +55,22 @@ def average_texts(config: RunConfig) -> dict[str, list[tuple[str, str]]]:
 
 
 def average_weights(
-    config: RunConfig, kind: str, dev: Stack, log_prior: np.ndarray, soup: np.ndarray | None = None
-) -> np.ndarray:
-    """The experts' weights [experts], which sum to 1, for a domain of such dev text and prior, nats [experts].
+    config: RunConfig, run: RunDir, names: Sequence[str], kinds: Sequence[str], domain: str
+) -> dict[str, np.ndarray]:
+    """For each kind of average of a domain the experts' weights [experts], which sum to 1.
 
-    `soup` [experts] tells who is in a greedy average.
+    Of kind greedy they are those of the members that were chosen. Raises ForestError for missing scores.
     """
-    if soup is not None:
-        return soup / soup.sum()
-    if kind == UNIFORM:
-        return np.full(len(log_prior), 1.0 / len(log_prior))
-    if kind == TEMPERED:
-        tempering = tempering_of(config.evaluate, dev, log_prior)
-        return mean_tempered_weights(dev.log_probs, dev.block_starts, tempering, log_prior=log_prior)
-    weights = np.exp(log_prior)
-    return weights / weights.sum()
+    dev = Stack.load(run, names, domain, "dev")
+    prior = cached_prior(dev.log_probs, dev.block_starts)
+    weights = {UNIFORM: np.full(len(names), 1.0 / len(names)), POSTERIOR: np.exp(prior) / np.exp(prior).sum()}
+    if TEMPERED in kinds:
+        tempering = tempering_of(config.evaluate, lambda: dev, prior)
+        weights[TEMPERED] = mean_tempered_weights(dev.log_probs, dev.block_starts, tempering, log_prior=prior)
+    if GREEDY in kinds and (members := soups(config, run)) is not None:
+        chosen = np.array([float(name in members[domain]) for name in names])
+        weights[GREEDY] = chosen / chosen.sum()
+    return {kind: weights[kind] for kind in kinds}
 
 
 def are_finished(config: RunConfig, run: RunDir) -> bool:
@@ -113,20 +116,18 @@ def _planned(config: RunConfig, run: RunDir) -> dict[str, Expert] | None:
     """Every average's card, without its hash; None while a greedy one's members are not chosen."""
     forest = experts(run)
     kinds = [kind for kind in averages_of(config, run) if kind != ARGMAX]
-    members = soups(config, run) if GREEDY in kinds else {}
-    if members is None:
+    if not kinds:
+        return {}
+    if GREEDY in kinds and soups(config, run) is None:
         return None
+    domains = list(config.all_domains)
+    weigh = functools.partial(average_weights, config, run, list(forest), kinds)
     cards: dict[str, Expert] = {}
-    for domain in config.all_domains if kinds else ():
-        dev = Stack.load(run, list(forest), domain, "dev")
-        log_prior = cached_prior(dev.log_probs, dev.block_starts)
+    for domain, weights in zip(domains, in_processes(weigh, domains), strict=True):
         for kind in kinds:
             name = _merged(kind, domain)
             if name not in cards:
-                soup = (
-                    np.array([float(name in members[domain]) for name in forest]) if kind == GREEDY else None
-                )
-                cards[name] = _card(name, forest, average_weights(config, kind, dev, log_prior, soup))
+                cards[name] = _card(name, forest, weights[kind])
     return cards
 
 

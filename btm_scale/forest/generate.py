@@ -87,7 +87,7 @@ class Generator:
         where each prompt has that of its place in the clustering that the run's domains were found by (of the
         `route_top_k` nearest clusters only).
         """
-        from btm_scale.forest.generation_prior import log_prior_of, models_of, router_of, tempering_of
+        from btm_scale.forest.generation_prior import generation_tempering, log_prior_of, models_of, router_of
 
         names = models_of(run, models)
         log_prior = log_prior_of(config, run, names, prior, domain)
@@ -97,7 +97,7 @@ class Generator:
             log_prior=log_prior,
             router=router_of(config, names, prior, route_top_k),
             posterior=posterior,
-            tempering=tempering_of(config, run, names, log_prior, domain)
+            tempering=generation_tempering(config, run, names, log_prior, domain)
             if posterior == "tempered"
             else None,
             **settings,

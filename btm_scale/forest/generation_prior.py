@@ -14,7 +14,7 @@ from btm_scale.forest.forest import experts
 from btm_scale.forest.posterior import Tempering
 from btm_scale.forest.routing import router
 from btm_scale.forest.stack import Stack, dev_prior
-from btm_scale.forest.tempering import fitted_tempering
+from btm_scale.forest.tempering import tempering_of
 from btm_scale.run_dir import RunDir
 
 PRIORS = ("cached", "uniform", "routed")
@@ -69,18 +69,15 @@ def router_of(
     return router(Clustering.load(config.text_root), names, top_k)
 
 
-def tempering_of(
+def generation_tempering(
     config: RunConfig, run: RunDir, names: Sequence[str], log_prior: np.ndarray, domain: str | None
 ) -> Tempering:
     """The tempered posterior's numbers: the config's, or fitted to the dev text that the prior is of."""
-    given = config.evaluate.tempering
-    if given is not None:
-        return Tempering(given.power, given.forgetting, given.share)
-    stacks = [Stack.load(run, names, name, "dev") for name in _domains(config, domain)]
-    offsets = np.cumsum([0, *(stack.log_probs.shape[1] for stack in stacks[:-1])])
-    starts = [stack.block_starts + offset for stack, offset in zip(stacks, offsets, strict=True)]
-    return fitted_tempering(
-        np.concatenate([stack.log_probs for stack in stacks], axis=1), np.concatenate(starts), log_prior
+    domains = _domains(config, domain)
+    return tempering_of(
+        config.evaluate,
+        lambda: Stack.joined([Stack.load(run, names, one, "dev") for one in domains]),
+        log_prior,
     )
 
 

@@ -11,10 +11,9 @@ import torch
 from btm_scale.config import RunConfig
 from btm_scale.errors import UserError
 from btm_scale.forest.averages import average_model
-from btm_scale.forest.forest import experts
 from btm_scale.forest.generate import Generator
+from btm_scale.forest.generation_prior import log_prior_of, models_of
 from btm_scale.forest.posterior import logsumexp, mixture_log_probs
-from btm_scale.forest.stack import dev_prior
 from btm_scale.kernels import mix_sample
 from btm_scale.run_dir import AVERAGE, DENSE, SEED, RunDir
 
@@ -49,8 +48,9 @@ def generator_of_method(
     elif method == "average:uniform":
         chosen = {"models": [f"{AVERAGE}{name}"]}
     elif method == "average:argmax" and domain is not None:
-        names = list(experts(run))
-        chosen = {"models": [average_model(name, domain, names, dev_prior(run, names, domain))]}
+        names = models_of(run, ())
+        log_prior = log_prior_of(config, run, names, "cached", domain)
+        chosen = {"models": [average_model(name, domain, names, log_prior)]}
     elif kind == "average" and name and domain is not None:
         chosen = {"models": [f"{AVERAGE}{name}/{domain}"]}
     else:

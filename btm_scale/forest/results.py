@@ -118,7 +118,7 @@ def _judge(
     domain = text.domain
     dev = Stack.load(run, names, domain, "dev")
     prior = cached_prior(dev.log_probs, dev.block_starts)
-    tempering = tempering_of(config.evaluate, dev, prior)
+    tempering = tempering_of(config.evaluate, lambda: dev, prior)
     methods = {
         method: Scores.load(run.scores(model, domain, config.evaluate.split)).log_probs
         for method, model in _single_models(config, names, averages, domain, prior).items()

@@ -32,6 +32,13 @@ class Stack:
                 )
         return cls(np.stack([other.log_probs for other in scores]), scores[0].block_starts)
 
+    @classmethod
+    def joined(cls, stacks: Sequence[Stack]) -> Stack:
+        """Texts one after the other, under the same models."""
+        offsets = np.cumsum([0, *(stack.log_probs.shape[1] for stack in stacks[:-1])])
+        starts = [stack.block_starts + offset for stack, offset in zip(stacks, offsets, strict=True)]
+        return cls(np.concatenate([stack.log_probs for stack in stacks], axis=1), np.concatenate(starts))
+
 
 def dev_prior(run: RunDir, models: Sequence[str], domain: str) -> np.ndarray:
     """log p(D=j) of a domain, nats [models]: the cached prior of its dev text."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 
 import numpy as np
@@ -38,12 +38,13 @@ def fitted_tempering(log_probs: np.ndarray, block_starts: np.ndarray, log_prior:
     return _at(best)
 
 
-def tempering_of(settings: EvaluateConfig, dev: Stack, log_prior: np.ndarray) -> Tempering:
-    """The tempering that is given, or that which fits a domain's dev text; `log_prior` [experts] nats."""
+def tempering_of(settings: EvaluateConfig, dev: Callable[[], Stack], log_prior: np.ndarray) -> Tempering:
+    """The tempering that is given, or that which fits dev text (asked for only then); `log_prior` [experts] nats."""
     given = settings.tempering
     if given is not None:
         return Tempering(given.power, given.forgetting, given.share)
-    return fitted_tempering(dev.log_probs, dev.block_starts, log_prior)
+    text = dev()
+    return fitted_tempering(text.log_probs, text.block_starts, log_prior)
 
 
 def _at(point: _Point) -> Tempering:

@@ -20,7 +20,7 @@ NOTHING = "\u2013"  # written where there is no number
 KINDS = {
     "baseline": "Baselines",
     "ensemble": "Ensembles of all experts",
-    "average": "One model, averaged from all experts",
+    "average": "One model made of the experts",
     "other": "Other methods",
     "expert": "Each expert alone",
 }

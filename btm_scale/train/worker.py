@@ -52,7 +52,7 @@ def score_as_rank(config: RunConfig, run: RunDir, models: Sequence[str], *, aver
 
 def _made_averages(group: ExpertGroup, config: RunConfig, run: RunDir) -> list[str]:
     """Merge the averages that are missing; their names, on every rank."""
-    # Large models take longer to merge than any collective of training may wait.
+    # Large models take longer to merge, and many weights longer to find, than any collective of training may wait.
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     # Asked by one rank: another might see what the first has done about it.
     undecided = [GREEDY in averages_of(config, run) and soups(config, run) is None]
@@ -60,7 +60,7 @@ def _made_averages(group: ExpertGroup, config: RunConfig, run: RunDir) -> list[s
     if undecided[0]:
         choose_soups(group, config, run)
     cards = [planned_averages(config, run) if group.is_first else []]
-    dist.broadcast_object_list(cards, src=0)
+    dist.broadcast_object_list(cards, src=0, group=patient)
     if group.is_first:
         begin = time.perf_counter()
         merged = write_averages(run, cards[0])

@@ -75,6 +75,8 @@ def test_methods_go_by_their_names_in_the_results(handmade: tuple[RunConfig, Run
     equal = generator_of_method(config, run, "ensemble:equal")
     assert np.exp(equal.log_prior) == pytest.approx(0.25)
     assert generator_of_method(config, run, "average:argmax", domain="python").names == ["python"]
+    with pytest.raises(UserError, match="law"):
+        generator_of_method(config, run, "average:argmax", domain="law")
     with pytest.raises(UserError, match="no method is called 'blend'; choose ensemble, "):
         generator_of_method(config, run, "blend")
     with pytest.raises(UserError, match="'average:posterior' without a domain"):

@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.config import RunConfig
 from btm_scale.forest.expert import read_expert
 from btm_scale.forest.scores import Scores, evaluation_text
+from btm_scale.process import REQUEUE
 from btm_scale.run_dir import RunDir
 
 pytestmark = pytest.mark.slow
@@ -193,8 +193,33 @@ def test_killed_at_three_stages_a_run_ends_in_the_same_results(
         assert read_expert(run.model(name)).content_hash == read_expert(finished.model(name)).content_hash
 
 
-def _kill_when(moment: object, folder: Path, run: RunDir) -> None:
+def test_a_run_that_is_asked_to_stop_saves_what_it_trains(real_text: Path, tmp_path: Path) -> None:
+    values = tiny_values(real_text, checkpoint={"every": 100_000})
+    values["budget"] |= {"tokens": 4_000_000}
+    write_config(tmp_path / "tiny.yaml", values)
+    run = RunDir(tmp_path / "run")
+    process = _started_until(lambda: run.metrics("seed").is_file(), tmp_path, run)
+    process.terminate()
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == REQUEUE
+    assert "asked to stop: running groups save their states" in said
+    step = int((run.train("seed") / "stopped").read_text())
+    assert [path.name for path in run.checkpoints("seed").glob("step-*")] == [f"step-{step:08d}"]
+    assert not _has_ranks(run)
+
+
+def _kill_when(moment: Callable[[], bool], folder: Path, run: RunDir) -> None:
     """Start the run, SIGKILL it once `moment` holds, and see its groups end by themselves."""
+    process = _started_until(moment, folder, run)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 300
+    while _has_ranks(run):
+        assert time.monotonic() < deadline, "a rank outlived its run"
+        time.sleep(0.1)
+
+
+def _started_until(moment: Callable[[], bool], folder: Path, run: RunDir) -> subprocess.Popen[str]:
     command = [
         sys.executable,
         "-m",
@@ -204,19 +229,18 @@ def _kill_when(moment: object, folder: Path, run: RunDir) -> None:
         "--out",
         str(run.root),
     ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
-    while not moment():  # type: ignore[operator]
-        assert process.poll() is None, "the run ended before it could be killed"
+    while not moment():
+        assert process.poll() is None, "the run ended before its moment"
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    while any(
-        str(run.root) in " ".join(other.info["cmdline"] or []) for other in psutil.process_iter(["cmdline"])
-    ):
-        assert time.monotonic() < deadline, "a rank outlived its run"
-        time.sleep(0.1)
+    return process
+
+
+def _has_ranks(run: RunDir) -> bool:
+    commands = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
+    return any(str(run.root) in " ".join(command) for command in commands)
 
 
 def test_a_failing_group_stops_no_other_and_is_told_with_the_end_of_its_log(
