@@ -6,9 +6,10 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,6 +58,10 @@ class MergePlan:
     max_shard_bytes: float
     seed: int
     bytes_read: int
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: a pool pickles a plan in a thread of its own, while this one may be finding its units."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def method(self) -> Method:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from btm_scale.checkpoint import journal, means, units, workers
 from btm_scale.checkpoint import merge as merging
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.merge import merge, merge_many
+from btm_scale.checkpoint.plan import plan_means
 from btm_scale.checkpoint.publish import partial_path
 from btm_scale.checkpoint.safetensors import SafetensorsModel
 from btm_scale.errors import CheckpointError
@@ -316,6 +318,15 @@ def test_an_interrupted_pass_of_many_does_only_what_is_left(
     assert not noted[0] & set(ran)
 
 
+def test_a_plan_is_sent_to_workers_without_what_is_being_found_from_it(models: list[Path]) -> None:
+    """Else a pool's own thread would pickle a dictionary that changes."""
+    (plan,) = plan_means([[(model, 1.0) for model in models]], max_shard_bytes=5e9)
+    before = pickle.dumps(plan)
+    assert plan.units
+    assert pickle.dumps(plan) == before
+    assert pickle.loads(before).units == plan.units
+
+
 KILLED = """
 import sys, time
 from pathlib import Path
@@ -342,10 +353,15 @@ def test_killed_at_ten_random_points_and_run_again_gives_the_same_hash(save: Sav
     expected = merge(tmp_path / "whole", [(model, 1.0) for model in models], max_shard_bytes=5e9).content_hash
     command = [sys.executable, "-c", KILLED, str(tmp_path / "out"), *map(str, models)]
     progress = []
-    for delay in torch.rand(10, generator=torch.Generator().manual_seed(7)).mul(0.1).tolist():
+    delays = torch.rand(10, generator=torch.Generator().manual_seed(7)).mul(0.1).tolist()
+    for kill, delay in enumerate(delays):
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             process.stdout.readline()
+            # Half of the kills come after something new is noted, however slow the machine is.
+            while kill % 2 and len(journal.finished(partial_path(tmp_path / "out"))) <= progress[-1]:
+                assert process.poll() is None
+                time.sleep(0.001)
             time.sleep(delay)
             os.kill(process.pid, signal.SIGKILL)
         assert not (tmp_path / "out").exists()
