@@ -171,7 +171,7 @@ def speed() -> str:
         ["encoding text, bytes/s", "sentencepiece's own threads", f"{encode['rate']['median_ratio']:.2f}"]
     )
     many = _read("many_experts")
-    few, most = many["runs"][0], many["runs"][-1]
+    few, most = (pick(many["runs"], key=lambda run: run["experts"]) for pick in (min, max))
     beside = f"a forest of {few['experts']}"
     rows.append([f"time to train an expert of a forest of {most['experts']}", beside,
                  f"{many['growth_of_training_time_an_expert']:.2f}"])  # fmt: skip
