@@ -235,9 +235,9 @@ def test_no_method_is_given_a_whole_matrix(
 ) -> None:
     piece, sizes = units.UnitRunner._piece, []
 
-    def recorded(self: units.UnitRunner, target: units.Target, part: Unit, *shape: tuple[int, ...]) -> Piece:
+    def recorded(self: units.UnitRunner, part: Unit, *shape: tuple[int, ...]) -> Piece:
         sizes.append(part.stop - part.start)
-        return piece(self, target, part, *shape)
+        return piece(self, part, *shape)
 
     monkeypatch.setattr(units, "_ROWS_ELEMENTS", 64)
     monkeypatch.setattr(units.UnitRunner, "_piece", recorded)
