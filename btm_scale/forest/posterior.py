@@ -22,7 +22,7 @@ Array = np.ndarray
 _AT_ONCE = 2**19
 # Weights [experts, blocks] that move side by side: tempering takes a step for each token.
 _ABREAST = 2**14
-_LARGEST = float(np.finfo(np.float64).max)
+_SMALLEST, _LARGEST = float(np.finfo(np.float64).tiny), float(np.finfo(np.float64).max)
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,8 @@ class _Evidence:
             for name in ("power", "forgetting", "share")
         )
         self._mixes = bool(shares[0, 0] > 0)
-        self._kept, self._mixed_in = 1 - shares[0], shares * np.exp(self._prior)
+        # No share is so small that it rounds to nothing: the expert would be out for good.
+        self._kept, self._mixed_in = 1 - shares[0], np.maximum(shares * np.exp(self._prior), _SMALLEST)
 
     def weights_before(self, piece: Array) -> Array:
         """Normalised log weights before each token of the blocks' next piece [experts, blocks, tokens]."""

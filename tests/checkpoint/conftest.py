@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from small_models import Save, Weights
+from small_models import Save, Weights, random_weights
 
 from btm_scale.checkpoint.safetensors import ShardedWriter
 from btm_scale.checkpoint.tensors import TensorSpec
@@ -37,3 +37,9 @@ def save(tmp_path: Path) -> Save:
         return directory
 
     return write
+
+
+@pytest.fixture
+def models(save: Save) -> list[Path]:
+    """Four unlike models, two of them in many shards."""
+    return [save(f"m{i}", random_weights(i), shard=5e9 if i % 2 else 1500) for i in range(4)]

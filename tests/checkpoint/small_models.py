@@ -10,6 +10,8 @@ import torch
 Weights = Mapping[str, torch.Tensor]
 Save = Callable[..., Path]
 
+WEIGHTS = [0.3, 1.0, 0.7, 2.0]  # of the four `models`
+
 
 def random_weights(
     seed: int, dtype: torch.dtype = torch.bfloat16, hidden: int = 16

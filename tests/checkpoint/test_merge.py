@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,23 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import Save, random_weights
+from small_models import WEIGHTS, Save, random_weights
 
-from btm_scale.checkpoint import journal, means, units, workers
-from btm_scale.checkpoint import merge as merging
+from btm_scale.checkpoint import journal, units, workers
 from btm_scale.checkpoint.hashing import content_hash
-from btm_scale.checkpoint.merge import merge, merge_many
-from btm_scale.checkpoint.plan import plan_means
+from btm_scale.checkpoint.merge import merge
 from btm_scale.checkpoint.publish import partial_path
 from btm_scale.checkpoint.safetensors import SafetensorsModel
 from btm_scale.errors import CheckpointError
-
-WEIGHTS = [0.3, 1.0, 0.7, 2.0]
-
-
-@pytest.fixture
-def models(save: Save) -> list[Path]:
-    return [save(f"m{i}", random_weights(i), shard=5e9 if i % 2 else 1500) for i in range(4)]
 
 
 def test_the_mean_is_the_exact_one_rounded_once(models: list[Path], tmp_path: Path) -> None:
@@ -209,122 +198,6 @@ def test_two_merges_into_one_output_do_not_mix(models: list[Path], tmp_path: Pat
         pytest.raises(CheckpointError, match="another process"),
     ):
         merge(tmp_path / "out", [(models[0], 1)])
-
-
-def test_many_means_of_the_same_models_are_the_bytes_of_each_alone(
-    models: list[Path], tmp_path: Path
-) -> None:
-    wanted = {
-        "all": list(zip(models, WEIGHTS, strict=True)),
-        "others": [(models[2], 0.5), (models[0], 0.25)],
-        "one": [(models[1], 3.0)],
-    }
-    reports = merge_many({tmp_path / "many" / name: inputs for name, inputs in wanted.items()})
-    for report, (name, inputs) in zip(reports, wanted.items(), strict=True):
-        alone = merge(tmp_path / "alone" / name, inputs)
-        assert report.content_hash == alone.content_hash
-        for file in (tmp_path / "alone" / name).iterdir():
-            assert (report.output / file.name).read_bytes() == file.read_bytes()
-    assert not list((tmp_path / "many").glob(".*"))
-
-
-def test_many_means_read_every_model_once_however_many_there_are(
-    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read, bytes_read = SafetensorsModel.read_into, []
-
-    def counted(self: SafetensorsModel, name: str, start: int, out: torch.Tensor) -> None:
-        bytes_read.append(out.nbytes)
-        read(self, name, start, out)
-
-    monkeypatch.setattr(SafetensorsModel, "read_into", counted)
-
-    def bytes_for(outputs: int) -> int:
-        bytes_read.clear()
-        merge_many(
-            {
-                tmp_path / f"{outputs}-{i}": [(model, 1.0 + i) for model in models[i % 2 :]]
-                for i in range(outputs)
-            }
-        )
-        return sum(bytes_read)
-
-    assert bytes_for(6) == bytes_for(2)
-
-
-def test_many_means_in_several_passes_are_the_same(
-    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wanted = [[(model, float(i + k)) for i, model in enumerate(models, start=1)] for k in range(4)]
-    whole = merge_many({tmp_path / f"whole-{k}": inputs for k, inputs in enumerate(wanted)})
-    monkeypatch.setattr(merging, "_SHARDS_AT_ONCE", 2)
-    passes = merge_many({tmp_path / f"pass-{k}": inputs for k, inputs in enumerate(wanted)})
-    assert [report.content_hash for report in passes] == [report.content_hash for report in whole]
-
-
-def test_many_means_of_unlike_models_are_refused_before_any_write(
-    models: list[Path], save: Save, tmp_path: Path
-) -> None:
-    unlike = save("unlike", {"other": torch.zeros(3)})
-    with pytest.raises(CheckpointError, match="has no tensor 'other'"):
-        merge_many({tmp_path / "a": [(models[0], 1.0)], tmp_path / "b": [(models[1], 1.0), (unlike, 1.0)]})
-    assert not list(tmp_path.glob("[ab]"))
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_many_means_are_refused_where_only_some_have_room(
-    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    size = merge(tmp_path / "one", [(model, 1.0) for model in models]).bytes_written
-    usage = shutil.disk_usage(tmp_path)._replace(free=3 * size)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    wanted = {tmp_path / f"out-{k}": [(model, 1.0 + k) for model in models] for k in range(4)}
-    with pytest.raises(CheckpointError, match="GB free"):
-        merge_many(wanted)
-    assert not list(tmp_path.glob(".out*"))
-    assert merge_many({}) == []
-
-
-def test_an_interrupted_pass_of_many_does_only_what_is_left(
-    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wanted = {tmp_path / f"out-{k}": [(model, 1.0 + k) for model in models] for k in range(3)}
-    expected = [
-        merge(tmp_path / f"whole-{k}", inputs).content_hash for k, inputs in enumerate(wanted.values())
-    ]
-    monkeypatch.setattr(workers, "_NOTE_EVERY", 1)
-    monkeypatch.setattr(workers, "MOST", 1)
-    run, ran = means.MeansRunner.__call__, []
-
-    def stops_after(most: int) -> None:
-        def limited(self: means.MeansRunner, unit: object) -> object:
-            if len(ran) == most:
-                raise KeyboardInterrupt
-            ran.append(unit)
-            return run(self, unit)  # type: ignore[arg-type]
-
-        monkeypatch.setattr(means.MeansRunner, "__call__", limited)
-
-    stops_after(2)
-    with pytest.raises(KeyboardInterrupt):
-        merge_many(wanted)
-    noted = [set(journal.finished(partial_path(output))) for output in wanted]
-    assert noted[0]
-    assert noted[0] == noted[1] == noted[2]
-    ran.clear()
-    stops_after(100)
-    assert [report.content_hash for report in merge_many(wanted)] == expected
-    assert len(noted[0]) + len(ran) == 5
-    assert not noted[0] & set(ran)
-
-
-def test_a_plan_is_sent_to_workers_without_what_is_being_found_from_it(models: list[Path]) -> None:
-    """Else a pool's own thread would pickle a dictionary that changes."""
-    (plan,) = plan_means([[(model, 1.0) for model in models]], max_shard_bytes=5e9)
-    before = pickle.dumps(plan)
-    assert plan.units
-    assert pickle.dumps(plan) == before
-    assert pickle.loads(before).units == plan.units
 
 
 KILLED = """

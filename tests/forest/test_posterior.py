@@ -222,6 +222,19 @@ def test_the_share_of_the_prior_brings_a_ruled_out_expert_back() -> None:
     np.testing.assert_allclose(np.exp(with_share[:2]), [0.25, 0.95 * 0.5 + 0.05 * 0.9])
 
 
+def test_a_share_of_a_prior_that_is_next_to_nothing_is_still_something() -> None:
+    log_probs = np.log(np.array([[0.5, 1e-300, 1e-300, 1e-300], [0.5, 0.9, 0.9, 0.9]]))
+    with np.errstate(divide="raise"):
+        found = mixture_log_probs(
+            log_probs,
+            np.array([0]),
+            log_prior=np.array([0.0, -800.0]),
+            mode="tempered",
+            tempering=Tempering(1.0, 1.0, 0.1),
+        )
+    assert found[3] > np.log(0.5), "one that is a thousand times as good must be heard in the end"
+
+
 def test_top_k_per_token_keeps_the_largest_weights_of_the_moment() -> None:
     log_probs = np.log(np.array([[0.9, 0.2, 0.3], [0.1, 0.4, 0.6], [0.3, 0.5, 0.1]]))
     found = np.exp(mixture_log_probs(log_probs, np.array([0]), top_k_per_token=1))
