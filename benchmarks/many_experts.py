@@ -46,9 +46,11 @@ def main() -> None:
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 64, 8])
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--preset", default="llama-1m")
-    parser.add_argument("--folder", type=Path, help="where runs are kept; default: nowhere")
+    parser.add_argument("--folder", type=Path, help="where runs lie meanwhile")
     parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
+    if options.folder:
+        options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         # The small forest before and after the large one: a machine's speed drifts.
         rows = [
