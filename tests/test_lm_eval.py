@@ -16,8 +16,6 @@ from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.forest.judge import generator_of_method, score_windows
 from btm_scale.run_dir import RunDir
 
-pytest.importorskip("lm_eval", reason="the harness is an extra: pip install 'btm-scale[lm-eval]'")
-
 DOCUMENTS = [
     {"text": "import os\nimport sys\n", "before": "import", "after": [" os", " =="], "right": 0},
     {

@@ -215,7 +215,8 @@ def test_working_in_small_pieces_changes_nothing(mode: Mode, monkeypatch: pytest
 
 
 def test_the_share_of_the_prior_brings_a_ruled_out_expert_back() -> None:
-    log_probs = np.log(np.array([[0.5, 0.5, 0.5], [0.0, 0.9, 0.9]]))
+    log_probs = np.log(np.array([[0.5, 0.5, 0.5], [0.9, 0.9, 0.9]]))
+    log_probs[1, 0] = -np.inf
     with_share = mixture_log_probs(
         log_probs, np.array([0]), mode="tempered", tempering=Tempering(1.0, 1.0, 0.1)
     )
