@@ -9,9 +9,9 @@ import numpy as np
 from btm_scale.config import RunConfig
 from btm_scale.data.cluster import Clustering
 from btm_scale.errors import ForestError, UserError
+from btm_scale.forest.evidence import Tempering
 from btm_scale.forest.expert import read_expert
 from btm_scale.forest.forest import experts
-from btm_scale.forest.posterior import Tempering
 from btm_scale.forest.routing import router
 from btm_scale.forest.stack import Stack, dev_prior
 from btm_scale.forest.tempering import tempering_of

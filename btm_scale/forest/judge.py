@@ -11,9 +11,10 @@ import torch
 from btm_scale.config import RunConfig
 from btm_scale.errors import UserError
 from btm_scale.forest.averages import average_model
+from btm_scale.forest.evidence import logsumexp
 from btm_scale.forest.generate import Generator
 from btm_scale.forest.generation_prior import log_prior_of, models_of
-from btm_scale.forest.posterior import logsumexp, mixture_log_probs
+from btm_scale.forest.posterior import mixture_log_probs
 from btm_scale.kernels import mix_sample
 from btm_scale.run_dir import AVERAGE, DENSE, SEED, RunDir
 

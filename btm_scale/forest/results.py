@@ -17,10 +17,11 @@ from btm_scale.data.evaluation import EvaluationText
 from btm_scale.errors import ForestError
 from btm_scale.forest.averages import average_model, averages_of
 from btm_scale.forest.ensemble import ensemble_methods
+from btm_scale.forest.evidence import Tempering
 from btm_scale.forest.expert import read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.living import ancestors, lineage
-from btm_scale.forest.posterior import Tempering, mixture_log_probs
+from btm_scale.forest.posterior import mixture_log_probs
 from btm_scale.forest.prior import cached_prior
 from btm_scale.forest.routing import routed_methods
 from btm_scale.forest.scores import Scores, evaluation_text

@@ -12,7 +12,8 @@ from btm_scale.data.cluster import ROUTING_TEMPERATURE, TENSORS, Clustering
 from btm_scale.data.discover import cluster_name
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import ForestError
-from btm_scale.forest.posterior import blocks_of, checked, logsumexp
+from btm_scale.forest.evidence import logsumexp
+from btm_scale.forest.posterior import blocks_of, checked
 from btm_scale.forest.scores import evaluation_text
 from btm_scale.forest.stack import Stack
 from btm_scale.run_dir import RunDir

@@ -8,7 +8,8 @@ from itertools import product
 import numpy as np
 
 from btm_scale.config import EvaluateConfig
-from btm_scale.forest.posterior import Tempering, tempered_mixtures
+from btm_scale.forest.evidence import Tempering
+from btm_scale.forest.posterior import tempered_mixtures
 from btm_scale.forest.stack import Stack
 
 # The grid that is searched. What a power does hangs on the forgetting beside it, so that the two move together too.

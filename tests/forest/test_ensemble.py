@@ -4,7 +4,8 @@ import numpy as np
 
 from btm_scale.config import EvaluateConfig
 from btm_scale.forest.ensemble import ensemble_methods
-from btm_scale.forest.posterior import Tempering, mixture_log_probs
+from btm_scale.forest.evidence import Tempering
+from btm_scale.forest.posterior import mixture_log_probs
 from btm_scale.forest.prior import updating_mixture_log_probs
 from btm_scale.forest.stack import Stack
 

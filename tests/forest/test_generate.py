@@ -19,9 +19,9 @@ from btm_scale.config import RunConfig
 from btm_scale.errors import UserError
 from btm_scale.forest import decoder as decoder_module
 from btm_scale.forest.decoding import Sampling, cut
+from btm_scale.forest.evidence import Tempering
 from btm_scale.forest.generate import Generator
 from btm_scale.forest.generation import Batch
-from btm_scale.forest.posterior import Tempering
 from btm_scale.run_dir import RunDir
 
 PRIOR = np.log([0.8, 0.2])

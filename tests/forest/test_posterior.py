@@ -6,13 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from btm_scale.forest import posterior
-from btm_scale.forest.posterior import (
-    Mode,
-    Tempering,
-    mean_tempered_weights,
-    mixture_log_probs,
-    tempered_mixtures,
-)
+from btm_scale.forest.evidence import Mode, Tempering
+from btm_scale.forest.posterior import mean_tempered_weights, mixture_log_probs, tempered_mixtures
 from btm_scale.forest.prior import cached_prior, updating_mixture_log_probs
 from btm_scale.forest.tempering import fitted_tempering
 

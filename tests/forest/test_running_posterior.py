@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from btm_scale.forest.posterior import Tempering, logsumexp, mixture_log_probs
+from btm_scale.forest.evidence import Tempering, logsumexp
+from btm_scale.forest.posterior import mixture_log_probs
 from btm_scale.forest.running_posterior import RunningPosterior
 from btm_scale.forest.transcript import Transcript
 
