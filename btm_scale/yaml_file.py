@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -101,10 +100,10 @@ def apply_overrides(
 def dump_yaml(values: dict[str, Any], path: Path) -> None:
     """Write a mapping, aside and then by name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    with partial.open("x", encoding="utf-8") as file:
         yaml.safe_dump(values, file, sort_keys=False, allow_unicode=True)
-    Path(partial).replace(path)
+    partial.replace(path)
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import secrets
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,8 +113,8 @@ class TrainingBatches:
 
     def _write_index(self, cache: Path) -> None:
         """Build every index beside the cache and give it its name when it is whole."""
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=cache.parent, prefix=f".{cache.name}.", suffix=".partial"))
+        partial = cache.with_name(f".{cache.name}.{secrets.token_hex(4)}.partial")
+        partial.mkdir(parents=True)
         try:
             domains = self._open(partial)
             if len(domains) > 1:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from btm_scale.errors import DataError
 
@@ -122,7 +122,7 @@ class Clustering:
             "centres": self.centres,
             "prices": self.prices,
         }
-        save_file(tensors, directory / TENSORS)
+        (directory / TENSORS).write_bytes(save(tensors))  # save_file would let nobody else read it
 
     @classmethod
     def load(cls, directory: Path) -> Clustering:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from btm_scale.config import RunConfig
 from btm_scale.data.evaluation import EvaluationText
@@ -31,9 +31,8 @@ class Scores:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
         metadata = {"model": self.model, "data_fingerprint": self.fingerprint}
-        save_file(
-            {"log_probs": self.log_probs, "block_starts": self.block_starts}, partial, metadata=metadata
-        )
+        tensors = {"log_probs": self.log_probs, "block_starts": self.block_starts}
+        partial.write_bytes(save(tensors, metadata))  # save_file would let nobody else read it
         partial.replace(path)
 
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -58,6 +59,14 @@ def test_the_argmax_average_is_the_likeliest_expert_itself(finished_run: Run) ->
         likeliest = results["methods"][f"expert:{max(prior, key=prior.__getitem__)}"]["perplexity"][domain]
         assert results["methods"]["average:argmax"]["perplexity"][domain] == likeliest
     assert not run.model("average/argmax").exists(), "a copy of an expert is of no use"
+
+
+def test_whoever_may_read_the_folder_may_read_all_of_it(finished_run: Run) -> None:
+    _, run = finished_run
+    mask = os.umask(0o077)
+    os.umask(mask)
+    closed = [path for path in run.root.rglob("*") if ~path.stat().st_mode & 0o444 & ~mask]
+    assert not closed, "a group's people work on one run"
 
 
 def test_training_lowers_every_models_loss(finished_run: Run) -> None:
