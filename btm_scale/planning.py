@@ -67,11 +67,12 @@ def with_proposals(
     smallest = config.group.model_copy(update={"tensor": 1, "data": 1})
     bare = config.model_copy(update={"group": smallest, "seed_group": {}})
     layout, micro = propose(shape, _trainings(bare, _branches(bare)), cluster, config.group)
-    proposed["group"] = _settings(layout) | {"micro_batch": micro}
+    proposed["group"] = _settings(layout, Layout()) | {"micro_batch": micro}
     chosen = config.model_copy(update={"group": GroupConfig.model_validate(proposed["group"])})
     if "seed_group" not in config.model_fields_set:
-        layout, micro = propose(shape, _trainings(bare, [SEED]), cluster, config.group)
-        proposed["seed_group"] = _settings(layout) | {"micro_batch": micro}
+        whole, micro = propose(shape, _trainings(bare, [SEED]), cluster, config.group)
+        # It is laid over `group`, whose own settings would stand where nothing else is said.
+        proposed["seed_group"] = _settings(whole, layout) | {"micro_batch": micro}
         chosen = chosen.model_copy(update={"seed_group": proposed["seed_group"]})
     return chosen, proposed
 
@@ -102,8 +103,9 @@ def _trainings(config: RunConfig, names: Sequence[str]) -> list[Training]:
     return [Training(job.model, job.steps, job.sequences, config.budget.sequence_length) for job in jobs]
 
 
-def _settings(layout: Layout) -> dict[str, Any]:
-    return layout.model_dump(include=set(_LAYOUT), exclude_defaults=True)
+def _settings(layout: Layout, base: Layout) -> dict[str, Any]:
+    """What has to be said to make the one layout of the other."""
+    return {name: value for name in _LAYOUT if (value := getattr(layout, name)) != getattr(base, name)}
 
 
 def _stage_rows(stage: StagePlan) -> dict[str, Any]:

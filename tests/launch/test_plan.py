@@ -91,6 +91,15 @@ def test_what_is_proposed_can_be_put_into_the_yaml(tmp_path: Path) -> None:
     assert again["stages"] == first["stages"]
 
 
+def test_the_seeds_proposal_says_whatever_differs_from_the_experts(tmp_path: Path) -> None:
+    first = make_plan(config_of(tmp_path, EIGHT_8B, 8), Cluster(GPUS["h200"], 1, 8))
+    # What is a default is said too: left out, `group` would give the seed the experts' ZeRO 2.
+    assert (first["proposed"]["group"]["zero"], first["proposed"]["seed_group"]["zero"]) == (2, 1)
+    assert [row["layout"] for row in first["stages"][0]["groups"]] == ["tensor 1 x data 8, ZeRO 1, bf16"]
+    again = make_plan(config_of(tmp_path, EIGHT_8B | first["proposed"], 8), Cluster(GPUS["h200"], 1, 8))
+    assert again["stages"] == first["stages"]
+
+
 def test_ten_thousand_gpus_are_planned(tmp_path: Path) -> None:
     budget = PAPER_64["budget"] | {"batch_tokens": 2**23}
     plan = make_plan(config_of(tmp_path, PAPER_64 | {"budget": budget}, 1250), Cluster(GPUS["h100"], 1250, 8))
