@@ -29,13 +29,14 @@ _LAYOUT = ("tensor", "data", "zero", "sequence_parallel", "recompute", "precisio
 
 def make_plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
     """Memory, time and place of every group, stage by stage; layouts are proposed where the YAML gives none."""
-    shape = config.model.shape(vocabulary_of(config), config.budget.sequence_length)
+    vocabulary = vocabulary_of(config)
+    shape = config.model.shape(vocabulary, config.budget.sequence_length)
     config, proposed = with_proposals(config, shape, cluster)
     jobs = {name: training_job(config, name) for name in model_names(config)}
     stages = []
     for names in training_stages(config):
         # A pretrained model that is the seed LM as it is takes no step.
-        groups = [_group(shape, config, jobs[name], cluster) for name in names if jobs[name].steps]
+        groups = [_group(vocabulary, config, jobs[name], cluster) for name in names if jobs[name].steps]
         if groups:
             stages.append(plan_stage(groups, cluster))
     width = 4 if config.group.precision == "fp32" else 2
@@ -93,8 +94,10 @@ def _branches(config: RunConfig) -> list[str]:
     return [*config.expert_domains, *config.random_split_models]
 
 
-def _group(shape: ModelShape, config: RunConfig, job: TrainingJob, cluster: Cluster) -> GroupPlan:
-    training = Training(job.model, job.steps, job.sequences, config.budget.sequence_length)
+def _group(vocabulary: int, config: RunConfig, job: TrainingJob, cluster: Cluster) -> GroupPlan:
+    length = config.budget.sequence_length
+    shape = config.expert_model(job.model).shape(vocabulary, length)
+    training = Training(job.model, job.steps, job.sequences, length)
     return plan_group(shape, training, job.group, job.group.micro_batch, cluster)
 
 
@@ -113,12 +116,14 @@ def _stage_rows(stage: StagePlan) -> dict[str, Any]:
     where = {one.work.name: one for one in stage.placed}
     rows: dict[tuple[object, ...], dict[str, Any]] = {}
     for group in stage.groups:
-        key = (str(group.layout), group.micro_batch, group.training.steps, group.training.sequences)
+        training = group.training
+        # Models of unlike size differ in their step's time, if in nothing else.
+        key = (str(group.layout), group.micro_batch, training.steps, training.sequences, group.step)
         row = rows.get(key)
         if row is None:
             row = rows[key] = _row(group)
-        row["models"].append(group.training.name)
-        placed = where[group.training.name]
+        row["models"].append(training.name)
+        placed = where[training.name]
         row["places"].append({"start": placed.start, "end": placed.end, "nodes": list(placed.nodes)})
     return {
         "seconds": stage.seconds,

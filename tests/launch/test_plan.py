@@ -100,6 +100,15 @@ def test_the_seeds_proposal_says_whatever_differs_from_the_experts(tmp_path: Pat
     assert again["stages"] == first["stages"]
 
 
+def test_an_expert_of_a_size_of_its_own_is_planned_as_that(tmp_path: Path) -> None:
+    values = PAPER_64 | {"group": {"data": 2}, "experts": {"d1": {"model": {"preset": "gpt2-1.3b"}}}}
+    plan = make_plan(config_of(tmp_path, values, 4), Cluster(GPUS["h100"], 1, 8))
+    row_of = {name: row for row in rows(plan) for name in row["models"]}
+    assert row_of["d0"]["memory_bytes"]["weights"] == 2 * plan["parameters"]
+    assert row_of["d1"]["memory_bytes"]["weights"] == pytest.approx(2 * 1.31e9, rel=0.01)
+    assert row_of["d1"]["seconds"] > 3 * row_of["d0"]["seconds"]
+
+
 def test_ten_thousand_gpus_are_planned(tmp_path: Path) -> None:
     budget = PAPER_64["budget"] | {"batch_tokens": 2**23}
     plan = make_plan(config_of(tmp_path, PAPER_64 | {"budget": budget}, 1250), Cluster(GPUS["h100"], 1250, 8))
