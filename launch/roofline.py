@@ -63,10 +63,10 @@ def _tensor_bytes(shape: ModelShape, layout: Layout, tokens: float, width: int) 
 
 
 def _data_bytes(own: float, layout: Layout, accumulation: int, width: int) -> float:
-    """Bytes that a rank sends to the other data ranks: gradients scattered and weights gathered once, or under ZeRO 3
-    weights gathered twice and gradients scattered once for each micro-batch."""
+    """Bytes that a rank sends to the other data ranks: gradients scattered and weights gathered once. ZeRO 2 keeps no
+    whole gradients, so it scatters those of each micro-batch; ZeRO 3 gathers weights twice for each as well."""
     ring = (layout.data - 1) / layout.data
-    times = 3 * accumulation if layout.zero == 3 else 2
+    times = {2: accumulation + 1, 3: 3 * accumulation}.get(layout.zero, 2)
     return times * ring * own * width
 
 

@@ -109,6 +109,15 @@ def test_an_expert_of_a_size_of_its_own_is_planned_as_that(tmp_path: Path) -> No
     assert row_of["d1"]["seconds"] > 3 * row_of["d0"]["seconds"]
 
 
+def test_zero_2_scatters_the_gradients_of_every_micro_batch(tmp_path: Path) -> None:
+    seconds = {}
+    for zero in (1, 2):
+        values = PAPER_64 | {"group": {"data": 2, "zero": zero}}
+        [row] = make_plan(config_of(tmp_path, values, 4), Cluster(GPUS["h100"], 1, 8))["stages"][1]["groups"]
+        seconds[zero] = row["step_seconds"]["data"]
+    assert seconds[2] == pytest.approx(seconds[1] * (row["accumulation"] + 1) / 2)
+
+
 def test_ten_thousand_gpus_are_planned(tmp_path: Path) -> None:
     budget = PAPER_64["budget"] | {"batch_tokens": 2**23}
     plan = make_plan(config_of(tmp_path, PAPER_64 | {"budget": budget}, 1250), Cluster(GPUS["h100"], 1250, 8))
