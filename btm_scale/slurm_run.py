@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,9 @@ def submit_run(config: RunConfig, run: RunDir, *, dry_run: bool, say: Say) -> di
     submissions = slurm_queue.Submissions(run.root / "slurm")
     submitted: dict[str, str] = {}
     with submissions.alone():
-        live = submissions.live(slurm_queue.queue())
+        queue = slurm_queue.queue()
+        submissions.settle(queue)
+        live = submissions.live(queue)
         ids: dict[str, list[str]] = {}
         for job in jobs(config):
             under_way = {model: entry.id for (name, model), entry in live.items() if name == job.name}
@@ -77,8 +80,7 @@ def submit_run(config: RunConfig, run: RunDir, *, dry_run: bool, say: Say) -> di
             tasks = _missing(config, run, job, under_way, is_first=not (live or submitted))
             if tasks is None:
                 continue
-            made = _submit(config, run, job, scripts[job.name], after, tasks)
-            submissions.add(made)
+            made = _submit(config, run, job, scripts[job.name], after, tasks, submissions)
             submitted[job.name] = made.id
             ids[job.name].append(made.id)
             models = f" ({', '.join(made.models.values())})" if job.is_array else ""
@@ -126,14 +128,19 @@ def _missing(
 
 
 def _submit(
-    config: RunConfig, run: RunDir, job: slurm.Job, script: Path, after: list[str], tasks: list[int]
-) -> slurm_queue.Submitted:
+    config: RunConfig, run: RunDir, job: slurm.Job, script: Path, after: list[str], tasks: list[int],
+    submissions: slurm_queue.Submissions,
+) -> slurm_queue.Submitted:  # fmt: skip
     for place in tasks:
         (run.train(job.models[place]) / "lost").unlink(missing_ok=True)
     limit = config.launch.slurm.at_a_time
-    number = slurm_queue.submit(script, after=after, tasks=tasks if job.is_array else None, limit=limit)
     models = {str(place) if job.is_array else "": job.models[place] for place in tasks}
-    return slurm_queue.Submitted(job.name, number, models, slurm.job_name(config.name, job))
+    made = slurm_queue.Submitted(job.name, "", models, slurm.job_name(config.name, job))
+    submissions.note(made)
+    number = slurm_queue.submit(script, after=after, tasks=tasks if job.is_array else None, limit=limit)
+    made = replace(made, id=number)
+    submissions.note(made)
+    return made
 
 
 def _is_prepared(config: RunConfig, run: RunDir) -> bool:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import getpass
 import json
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from btm_scale.errors import LaunchError
+
+# The reason of a job that waits for one that has failed: SLURM takes it out of the queue, but may need a minute.
+_NEVER = "DependencyNeverSatisfied"
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class QueueEntry:
     state: str
     reason: str
     nodes: str
+    script: str
 
     def __str__(self) -> str:
         where = f" on {self.nodes}" if self.nodes else f" ({self.reason})" if self.reason != "None" else ""
@@ -35,7 +38,7 @@ class Submitted:
     """One submission: the job's name in the run, SLURM's id of it, and the models by their place in the array."""
 
     job: str
-    id: str
+    id: str  # empty until SLURM has answered
     models: Mapping[str, str]
     slurm_name: str
 
@@ -61,11 +64,27 @@ class Submissions:
             return []
         return [Submitted(**values) for values in json.loads(self._path.read_text())]
 
-    def add(self, made: Submitted) -> None:
-        """Note a submission."""
+    def note(self, made: Submitted) -> None:
+        """Note a submission: once without an id, before SLURM hears of it, and again with the one that it answers."""
+        answered = [one for one in self.read() if one.id]
         partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps([asdict(one) for one in [*self.read(), made]], indent=1) + "\n")
+        partial.write_text(json.dumps([asdict(one) for one in [*answered, made]], indent=1) + "\n")
         partial.replace(self._path)
+
+    def settle(self, queue: Mapping[str, tuple[str, QueueEntry]]) -> None:
+        """Find the job of a submission whose answer was lost: sbatch may time out after SLURM has taken the job."""
+        made = self.read()
+        known = {one.id for one in made}
+        for one in made:
+            script = str(self._folder / f"{one.job}.sh")
+            lost = [
+                number.partition("_")[0]
+                for number, (name, entry) in queue.items()
+                if (name, entry.script) == (one.slurm_name, script)
+            ]
+            number = next((number for number in lost if number not in known), None)
+            if not one.id and number is not None:
+                self.note(replace(one, id=number))
 
     def live(self, queue: Mapping[str, tuple[str, QueueEntry]]) -> dict[tuple[str, str | None], QueueEntry]:
         """What is still in the queue, by (job, model); the model is None for a job that trains none."""
@@ -74,7 +93,7 @@ class Submissions:
             for place, model in one.models.items() or [("", None)]:
                 name, entry = queue.get(f"{one.id}_{place}" if place else one.id, ("", None))
                 # SLURM's ids begin anew when its state is lost; the name tells whether the job is ours.
-                if entry is not None and name == one.slurm_name:
+                if entry is not None and name == one.slurm_name and entry.reason != _NEVER:
                     found[one.job, model] = entry
         return found
 
@@ -86,12 +105,13 @@ def is_here() -> bool:
 
 def queue() -> dict[str, tuple[str, QueueEntry]]:
     """This user's jobs that are not over, by id, each with its name."""
-    form = "%i|%T|%r|%N|%j"
-    text = _ask("squeue", "--noheader", "--array", f"--user={getpass.getuser()}", f"--format={form}")
+    form = "%i|%T|%r|%N|%j|%o"
+    # --all: a partition may be hidden. The user by number: a name would be that of the environment.
+    text = _ask("squeue", "--noheader", "--array", "--all", f"--user={os.getuid()}", f"--format={form}")
     found = {}
     for line in text.splitlines():
-        number, state, reason, nodes, name = line.split("|", 4)
-        found[number] = (name, QueueEntry(number, state, reason, nodes))
+        number, state, reason, nodes, name, script = line.split("|", 5)
+        found[number] = (name, QueueEntry(number, state, reason, nodes, script))
     return found
 
 
@@ -118,8 +138,9 @@ def _ask(*command: str) -> str:
         raise LaunchError(
             f"{command[0]} is not on this machine; run this where SLURM is, or give --dry-run to write the scripts only"
         )
-    # A rank's or an outer job's variables would be taken for this submission's own options.
-    outer = ("SLURM_JOB", "SLURM_STEP", "SBATCH_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_")
+    # A rank's or an outer job's variables would be taken for this submission's own options, and a user's own view of
+    # the queue would hide jobs.
+    outer = ("SLURM_JOB", "SLURM_STEP", "SBATCH_", "SQUEUE_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(outer)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

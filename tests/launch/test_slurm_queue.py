@@ -1,0 +1,92 @@
+"""What is submitted when SLURM, or the way to it, is not at its best; sbatch and squeue are stand-ins."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_run import tiny_values, write_config
+
+from btm_scale.config import RunConfig
+from btm_scale.errors import LaunchError
+from btm_scale.run_dir import RunDir
+from btm_scale.slurm_run import submit_run
+
+# The queue is a folder with a file a job, which holds its line; as in SLURM, SQUEUE_STATES leaves out the others.
+SBATCH = """#!/bin/bash
+number=$(($(ls "$QUEUE" | wc -l) + 1))
+script=${*: -1}
+name=$(sed -n 's/^#SBATCH --job-name=//p' "$script")
+tasks=$(printf '%s\\n' "$@" | sed -n 's/^--array=//p')
+for task in ${tasks//,/ }; do places+=("_$task"); done
+for place in "${places[@]:-}"; do
+    echo "$number$place|PENDING|Dependency||$name|$script" >> "$QUEUE/$number"
+done
+[[ ! -e $QUEUE/../deaf ]] || { echo 'sbatch: error: Socket timed out on send/recv operation' >&2; exit 1; }
+echo "$number"
+"""
+SQUEUE = """#!/bin/bash
+[[ $* == *--user=$UID* ]] || exit 0
+cat "$QUEUE"/* 2>/dev/null | grep -F "|${SQUEUE_STATES:-}" || true
+"""
+
+
+@pytest.fixture
+def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the queue that sbatch and squeue know."""
+    programs, folder = tmp_path / "bin", tmp_path / "queue"
+    for made in (programs, folder):
+        made.mkdir()
+    for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE)):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=":")
+    monkeypatch.setenv("QUEUE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    for name in ("python", "licences", "docs"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": "some text"}) + "\n")
+    return write_config(tmp_path / "run.yaml", tiny_values(tmp_path, baselines={"dense": False}))
+
+
+def submitted(config: RunConfig, folder: Path) -> dict[str, str]:
+    return dict(submit_run(config, RunDir(folder / "run"), dry_run=False, say=lambda text: None)["submitted"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("SQUEUE_STATES", "RUNNING"), ("USER", "another"), ("LOGNAME", "another")]
+)
+def test_no_variable_of_the_user_hides_a_job_that_is_queued(
+    name: str, value: str, queue: Path, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert list(submitted(config, tmp_path)) == ["prepare", "seed", "experts", "evaluate"]
+    assert submitted(config, tmp_path) == {}
+
+
+@pytest.mark.parametrize("answered", [0, 2], ids=["of a job", "of an array"])
+def test_a_job_whose_answer_was_lost_is_not_submitted_again(
+    answered: int, queue: Path, config: RunConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "deaf").touch()
+    for call in range(answered + 1):
+        with pytest.raises(LaunchError, match="Socket timed out"):
+            submitted(config, tmp_path)
+        assert len(list(queue.iterdir())) == call + 1
+    (tmp_path / "deaf").unlink()
+    assert list(submitted(config, tmp_path)) == ["prepare", "seed", "experts", "evaluate"][answered + 1 :]
+    assert len(list(queue.iterdir())) == 4
+    assert submitted(config, tmp_path) == {}
+
+
+def test_a_job_that_will_never_start_is_not_under_way(queue: Path, config: RunConfig, tmp_path: Path) -> None:
+    first = submitted(config, tmp_path)
+    (queue / first["seed"]).write_text("")  # it has failed, and those that wait for it are not yet taken out
+    for name in ("experts", "evaluate"):
+        job = queue / first[name]
+        job.write_text(job.read_text().replace("|Dependency|", "|DependencyNeverSatisfied|"))
+    assert list(submitted(config, tmp_path)) == ["seed", "experts", "evaluate"]
