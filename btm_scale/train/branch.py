@@ -20,7 +20,7 @@ from btm_scale.model.weights import huggingface_shapes
 from btm_scale.run_dir import RunDir
 from btm_scale.train.engine import KINDS, MASTER, Engine
 from btm_scale.train.job import TrainingJob
-from btm_scale.train.state import Position, load_state, newest_state, read_position, write_state
+from btm_scale.train.state import Position, common_state, load_state, read_position, write_state
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def begin_branch(engine: Engine, run: RunDir, job: TrainingJob, parents: tuple[P
     """Put the engine at the weighted mean of the parents' training states, or of their weights alone."""
     assert job.branch is not None
     carried = job.branch.optimizer == "carried"
-    states = {parent.name: newest_state(run.checkpoints(parent.name)) for parent in parents}
+    states = {parent.name: common_state(run.checkpoints(parent.name)) for parent in parents}
     only = states[parents[0].name]
     if len(parents) == 1 and carried and only is not None:
         load_state(engine, only)
@@ -62,7 +62,7 @@ def begin_branch(engine: Engine, run: RunDir, job: TrainingJob, parents: tuple[P
     if engine.group.is_first:
         _write_mean(engine, run, parents, states, carried, folder)
     dist.barrier()
-    first = newest_state(folder)
+    first = common_state(folder)
     assert first is not None
     load_state(engine, first)
     dist.barrier()

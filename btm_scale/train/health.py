@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
@@ -32,9 +32,14 @@ class Health:
         self._config = config
         self._writes = group.is_first
         self._path = folder / "skipped.json"
-        self._norms: dict[int, float] = {row["step"]: row["gradient_norm"] for row in read_metrics(metrics)}
-        self._skipped = _read(self._path)
-        dist.barrier()
+        # What one rank reads: another host may see an older file, and ranks that judge unlike wait forever.
+        known: list[Any] = [None]
+        if group.is_first:
+            norms = {row["step"]: row["gradient_norm"] for row in read_metrics(metrics)}
+            known = [(norms, _read(self._path))]
+        dist.broadcast_object_list(known, src=0)
+        self._norms: dict[int, float] = known[0][0]
+        self._skipped: dict[int, str] = known[0][1]
 
     def leaves_out(self, step: int) -> bool:
         """Whether the batch of this step is one that was found bad."""

@@ -65,7 +65,9 @@ def save_state(engine: Engine, folder: Path, step: int, keep: int) -> None:
         random_state = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
         position = Position(step, engine.adam_steps, random_state, engine.loss_scale)
         write_state(engine, folder, position, tensors(), engine.kinds)
-        for old in sorted(folder.glob("step-*"))[:-keep]:
+        # One that is newer has been passed over as damaged: it must not take the place of one that can be used.
+        states = (path for path in folder.glob("step-*") if path <= state_path(folder, step))
+        for old in sorted(states)[:-keep]:
             shutil.rmtree(old)
     else:
         # The other ranks' parts of every tensor are gathered on the first.
@@ -115,6 +117,16 @@ def newest_state(folder: Path) -> Path | None:
             return path
         print(f"{path} cannot be used: {problem}; going back to the state before it", flush=True)
     return None
+
+
+def common_state(folder: Path) -> Path | None:
+    """The newest state as the group's first rank finds it; all ranks call this together, and go on from the same one.
+
+    To another host, a name that was given a moment ago may show late.
+    """
+    found = [newest_state(folder) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 def load_state(engine: Engine, path: Path) -> Position:

@@ -17,7 +17,7 @@ from btm_scale.train.job import TrainingJob
 from btm_scale.train.metrics import Metrics
 from btm_scale.train.pretrained import load_pretrained
 from btm_scale.train.profile import Profile
-from btm_scale.train.state import load_state, newest_state, restore_random_state, save_state
+from btm_scale.train.state import common_state, load_state, restore_random_state, save_state
 from btm_scale.train.stop import StopRequest
 from btm_scale.train.text import TrainingText
 from btm_scale.train.watch import HangWatch
@@ -50,7 +50,7 @@ def train_and_export(group: ExpertGroup, config: RunConfig, run: RunDir, job: Tr
 
     def begin() -> int:
         """Put the engine where this job stands: at its own newest state, at its parents' end, or at the start."""
-        own = newest_state(run.checkpoints(job.model))
+        own = common_state(run.checkpoints(job.model))
         if own is not None:
             position = load_state(engine, own)
             restore_random_state(position)

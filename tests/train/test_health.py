@@ -21,6 +21,7 @@ from btm_scale.train.health import Health
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health.dist, "barrier", lambda: None)
+    monkeypatch.setattr(health.dist, "broadcast_object_list", lambda values, src: None)
 
 
 def judge(folder: Path, **settings: Any) -> Health:
@@ -67,6 +68,18 @@ def test_a_batch_that_was_left_out_stays_so_until_there_are_too_many(tmp_path: P
     assert not again.leaves_out(8)
     with pytest.raises(GroupFailed, match=r"2 batches were bad, the last one \(step 9\)"):
         again.leave_out(9, "the loss is nan")
+
+
+def test_every_rank_leaves_out_what_the_first_one_has_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def receive(values: list[Any], src: int) -> None:
+        values[0] = ({}, {7: "the loss is nan"})
+
+    monkeypatch.setattr(health.dist, "broadcast_object_list", receive)
+    group: Any = SimpleNamespace(is_first=False)
+    late = Health(group, HealthConfig(), tmp_path, tmp_path / "metrics.jsonl")  # its host sees no file yet
+    assert late.leaves_out(7)
 
 
 SHAPE = ModelShape(layers=2, hidden=48, heads=6, groups=2, ffn=96, positions=64, vocabulary=65)

@@ -1,0 +1,50 @@
+"""Which state a group goes on from, and which ones it keeps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from worlds import run_script
+
+from btm_scale.train import state
+from btm_scale.train.state import newest_state, save_state, state_path
+
+
+def write_state(folder: Path, step: int) -> Path:
+    """A folder that passes for a state."""
+    path = state_path(folder, step)
+    path.mkdir(parents=True)
+    (path / "model.safetensors").write_bytes(b"tensors")
+    (path / "state.json").write_text(json.dumps({"sha256": hashlib.sha256(b"tensors").hexdigest()}))
+    return path
+
+
+def test_all_ranks_go_on_from_the_state_that_the_first_one_finds(tmp_path: Path) -> None:
+    """A rank that took an older state would train other weights than the rest, and nobody would be told."""
+    here, late = tmp_path / "here", tmp_path / "late"
+    for step in (1, 2):
+        write_state(here, step)
+    write_state(late, 1)
+    run_script(Path(__file__).with_name("find_states.py"), [str(here), str(late)], tmp_path)
+    assert [(folder / "found").read_text() for folder in (here, late)] == [str(state_path(here, 2))] * 2
+
+
+def test_a_damaged_state_drives_out_none_that_can_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_state(tmp_path, 100)
+    (write_state(tmp_path, 200) / "model.safetensors").write_bytes(b"")
+    monkeypatch.setattr(state.dist, "barrier", lambda: None)
+    monkeypatch.setattr(
+        state, "write_state", lambda engine, folder, position, *_: write_state(folder, position.step)
+    )
+    group = SimpleNamespace(is_first=True)
+    engine: Any = SimpleNamespace(group=group, parameters={}, adam_steps=0, loss_scale={}, kinds=())
+    save_state(engine, tmp_path, 150, keep=1)
+    assert newest_state(tmp_path) == state_path(tmp_path, 150)
+    assert not state_path(tmp_path, 100).exists()
