@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
+from btm_scale.checkpoint.publish import write_file
 from btm_scale.train.peak import peak_flops
 
 if TYPE_CHECKING:  # reading metrics needs no engine
@@ -50,7 +51,7 @@ class Metrics:
         if self._writes:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             kept = [line for line in _whole_lines(self._path) if json.loads(line)["step"] <= self._first_step]
-            self._path.write_text("".join(kept))
+            write_file(self._path, "".join(kept))
             self._file = self._path.open("a", buffering=1)
         self._last = time.perf_counter()
         return self

@@ -1,0 +1,53 @@
+"""metrics.jsonl over a restart."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from btm_scale.model.shape import ModelShape
+from btm_scale.train.metrics import Metrics, read_metrics
+
+SHAPE = ModelShape(layers=1, hidden=8, heads=2, groups=2, ffn=16, positions=8, vocabulary=16)
+
+
+def metrics(path: Path, first_step: int) -> Metrics:
+    group: Any = SimpleNamespace(is_first=True, size=1, device=SimpleNamespace(type="cpu"))
+    job: Any = SimpleNamespace(sequences=1, group=SimpleNamespace(precision="fp32"))
+    return Metrics(group, path, job, SHAPE, 8, first_step)
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """As on a disk that fills while a file is written."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    heard = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, heard)
+
+
+def test_steps_that_are_taken_again_and_a_torn_line_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 6)) + '{"step"')
+    with metrics(path, 3):
+        assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
+
+
+def test_a_restart_that_fails_costs_no_step_that_was_noted(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 6)))
+    with files_of_at_most(20), pytest.raises(OSError, match="File too large"), metrics(path, 3):
+        pass
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4, 5]
