@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -154,33 +154,73 @@ def _on_stop(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]
 
 
 def _ask_to_start_again(number: int, frame: FrameType | None) -> None:
+    # Whoever asks once more must not cut short what was asked for first; SIGINT does.
+    _on_stop(lambda number, frame: None)
     raise SystemExit(REQUEUE)
 
 
 def _let_save(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ask every rank here to save its state and leave, and wait for that. A launcher that hears it would not wait."""
-    launchers = {process.pid for process in processes}
-    for pid in (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()):
+    """Ask every rank here to save its state and leave, and wait for that. A launcher that hears it would not wait.
+
+    A group with all its ranks on other hosts cannot be asked.
+    """
+    ranks = _ranks_below({process.pid for process in processes})
+    for pid in ranks:
         with contextlib.suppress(ProcessLookupError):
-            if os.getsid(pid) in launchers - {pid}:
-                os.kill(pid, signal.SIGTERM)
+            os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + _SAVE_SECONDS
     for process in processes:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(0.0, deadline - time.monotonic()))
+        if process.pid in ranks.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+
+
+def _ranks_below(launchers: Collection[int]) -> dict[int, int]:
+    """The ranks that these launchers have started on this machine, each with its launcher. There may be other launchers
+    between, and mpirun's give every rank a session of its own."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError):
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    found = {}
+    for pid, parent in parents.items():
+        above = parent
+        while above in parents and above not in launchers:
+            above = parents[above]
+        if above in launchers and _is_rank(pid) and not _is_rank(parent):
+            found[pid] = above
+    return found
+
+
+def _is_rank(pid: int) -> bool:
+    try:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return any(variable.startswith(b"RANK=") for variable in variables)
 
 
 def _end_all(processes: Iterable[subprocess.Popen[bytes]]) -> None:
-    remaining = [process for process in processes if process.poll() is None]
+    # A launcher that was killed has left its ranks behind, in its session.
+    remaining = [process for process in processes if process.poll() != 0]
     for process in remaining:
         _signal_session(process, signal.SIGTERM)
     deadline = time.monotonic() + _TERM_SECONDS
+    while remaining and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS / 4)
+        remaining = [process for process in remaining if process.poll() is None or _has_members(process)]
     for process in remaining:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            _signal_session(process, signal.SIGKILL)
-            process.wait()
+        _signal_session(process, signal.SIGKILL)
+        process.wait()
+
+
+def _has_members(process: subprocess.Popen[bytes]) -> bool:
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _signal_session(process: subprocess.Popen[bytes], number: signal.Signals) -> None:

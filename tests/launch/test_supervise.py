@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from btm_scale.launch.supervise import GroupCommand, Start, run_groups_in
 
 from btm_scale.errors import GroupFailed, LaunchError
+from btm_scale.process import REQUEUE
 from btm_scale.rank_log import read_failure
 
 RANK = """
@@ -95,6 +98,71 @@ def test_a_group_that_has_lost_one_of_its_launchers_is_ended(tmp_path: Path) -> 
     with pytest.raises(GroupFailed):
         run_groups_in(shell, commands(tmp_path, "two"))
     assert time.monotonic() - begin < 300
+
+
+def test_the_ranks_of_a_launcher_that_was_killed_are_ended(tmp_path: Path) -> None:
+    """A rank that went on would hold the GPUs that the next group is given, and the model's lock."""
+    launcher = f"""
+import os, pathlib, signal, subprocess, sys
+rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+pathlib.Path({str(tmp_path / "rank")!r}).write_text(str(rank.pid))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    with pytest.raises(GroupFailed):
+        run_groups_in(Shell(1, one=launcher), commands(tmp_path, "one"))
+    pid = int((tmp_path / "rank").read_text())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+# A rank that takes a second to save, and launchers that hear no request to stop but as an order to end at once.
+SAVING = """
+import pathlib, signal, sys, time
+def save(*_):
+    time.sleep(1)
+    pathlib.Path(sys.argv[1], "saved").touch()
+    raise SystemExit(85)
+signal.signal(signal.SIGTERM, save)
+pathlib.Path(sys.argv[1], "begun").touch()
+time.sleep(600)
+"""
+LAUNCHER = """
+import os, signal, subprocess, sys
+words, environment, own_session = {words}, {environment}, {own_session}
+rank = subprocess.Popen(words, env=os.environ | environment, start_new_session=own_session)
+signal.signal(signal.SIGTERM, lambda *_: (rank.kill(), sys.exit(1)))
+sys.exit(rank.wait())
+"""
+
+
+def launcher_of(words: list[str], own_session: bool = False, **environment: str) -> list[str]:
+    text = LAUNCHER.format(words=words, environment=environment, own_session=own_session)
+    return [sys.executable, "-c", text]
+
+
+@pytest.mark.parametrize("own_session", [False, True], ids=["as deepspeed's", "as mpirun's"])
+def test_ranks_below_more_than_one_launcher_save_when_the_run_is_asked_to_stop_even_twice(
+    own_session: bool, tmp_path: Path
+) -> None:
+    rank = [sys.executable, "-c", SAVING, str(tmp_path)]
+    inner = launcher_of(rank, own_session, RANK="0")
+    supervisor = f"""
+from pathlib import Path
+from btm_scale.launch.supervise import GroupCommand, Start, run_groups_in
+class Room:
+    def take(self, command): return Start(({tuple(launcher_of(inner))!r},))
+    def give_back(self, name): pass
+run_groups_in(Room(), [GroupCommand("one", 1, (), Path({str(tmp_path / "log")!r}))])
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
+    process = subprocess.Popen([sys.executable, "-c", supervisor], env=environment)
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+    assert process.wait(60) == REQUEUE
+    assert (tmp_path / "saved").exists()
 
 
 def test_a_program_that_is_not_there_is_told(tmp_path: Path) -> None:
