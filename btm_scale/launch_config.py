@@ -36,6 +36,15 @@ def _one_line(text: str) -> str:
     return text
 
 
+def _port_range(ports: tuple[int, int]) -> tuple[int, int]:
+    first, last = ports
+    if not 0 < first <= last < 65_536:
+        raise ValueError(
+            f"{list(ports)} is no range of ports; give the first and the last, such as [29500, 30499]"
+        )
+    return ports
+
+
 SlurmWord = Annotated[str, AfterValidator(_slurm_word)]
 Line = Annotated[str, AfterValidator(_one_line)]
 
@@ -59,7 +68,7 @@ class DeepSpeedConfig(Section):
     environment: dict[str, str] = Field(
         default_factory=dict, description="for every rank, such as NCCL_SOCKET_IFNAME: eth0"
     )
-    ports: tuple[int, int] = Field(
+    ports: Annotated[tuple[int, int], AfterValidator(_port_range)] = Field(
         default=(29500, 30499), description="a group's rendezvous takes one of these"
     )
     threads: int = Field(default=1, gt=0, description="CPU threads of one rank")

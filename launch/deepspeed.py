@@ -20,6 +20,7 @@ from btm_scale.launch_config import DeepSpeedConfig
 from btm_scale.process import SUPERVISOR
 
 _SAFE = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
+_SAFE_VALUE = re.compile(r"[\w@%+=:,./^-]*", re.ASCII)  # NCCL takes ^docker0 for all but docker0
 
 
 class HostPool:
@@ -39,6 +40,12 @@ class HostPool:
                 raise LaunchError(
                     f"'{word}' would pass through a shell on every host; it may have letters, digits and @%+=:,./- "
                     "only, so choose another --out"
+                )
+        for name, value in self._config.environment.items():
+            if not _SAFE_VALUE.fullmatch(value):
+                raise LaunchError(
+                    f"launch.deepspeed.environment.{name}: '{value}' would pass through a shell on every host; it may "
+                    "have letters, digits and @%+=:,./^- only"
                 )
         if not self._ports:
             return None

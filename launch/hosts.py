@@ -15,7 +15,8 @@ _LINE = re.compile(r"(\S+)\s+slots\s*=\s*(\d+)")
 def read_hostfile(path: Path) -> dict[str, int]:
     """Slots by host, in the file's order: lines of `HOST slots=N`, with # for comments.
 
-    Raises LaunchError for a file that is missing or empty, a line of another kind, or a host that stands twice.
+    Raises LaunchError for a file that is missing or empty, a line of another kind, a name that DeepSpeed would take
+    apart, or a host that stands twice.
     """
     try:
         lines = path.read_text().splitlines()
@@ -31,6 +32,11 @@ def read_hostfile(path: Path) -> dict[str, int]:
         found = _LINE.fullmatch(text)
         if found is None or int(found[2]) == 0:
             raise LaunchError(f"{path}, line {number}: '{text}' is not of the form `HOST slots=N`")
+        if not {":", "@"}.isdisjoint(found[1]):
+            raise LaunchError(
+                f"{path}, line {number}: DeepSpeed's launcher takes ':' and '@' for separators, so '{found[1]}' cannot "
+                "name a host; give it a name in /etc/hosts, or one with its user in ssh's config"
+            )
         if found[1] in slots:
             raise LaunchError(
                 f"{path}, line {number}: host '{found[1]}' stands twice; give all its slots in one line"

@@ -8,6 +8,7 @@ import pytest
 from btm_scale.launch.deepspeed import HostPool
 from btm_scale.launch.hosts import HostRoom, Share, read_hostfile
 from btm_scale.launch.supervise import GroupCommand
+from pydantic import ValidationError
 
 from btm_scale.errors import LaunchError
 from btm_scale.launch_config import DeepSpeedConfig
@@ -31,6 +32,8 @@ def test_a_hostfile_has_a_host_a_line(tmp_path: Path) -> None:
         ("worker-0\n", r"line 1: 'worker-0' is not of the form"),
         ("a slots=2\nb slots=0", "line 2"),
         ("a slots=2\na slots=2", "'a' stands twice"),
+        ("fe80::1 slots=8", "'fe80::1' cannot name a host"),
+        ("a slots=8\nme@b slots=8", "line 2: .* 'me@b' cannot name a host"),
     ],
 )
 def test_a_hostfile_of_another_kind_is_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -98,3 +101,26 @@ def test_an_argument_that_a_remote_shell_would_read_is_refused(tmp_path: Path) -
     pool = HostPool(DeepSpeedConfig(hostfile=written(tmp_path, "n1 slots=2\n")))
     with pytest.raises(LaunchError, match="would pass through a shell"):
         pool.take(GroupCommand("math", 1, ("train", "a; rm -rf ~ #"), tmp_path / "math" / "log"))
+
+
+@pytest.mark.parametrize(
+    ("value", "refused"), [("^docker0,lo", False), ("", False), ("a b", True), ("$(id)", True)]
+)
+def test_a_value_that_a_remote_shell_would_read_is_refused(value: str, refused: bool, tmp_path: Path) -> None:
+    hosts = written(tmp_path, "n1 slots=2\n")
+    pool = HostPool(DeepSpeedConfig(hostfile=hosts, environment={"NCCL_SOCKET_IFNAME": value}))
+    command = GroupCommand("math", 1, ("train",), tmp_path / "math" / "log")
+    if refused:
+        with pytest.raises(
+            LaunchError, match=r"environment\.NCCL_SOCKET_IFNAME: .* would pass through a shell"
+        ):
+            pool.take(command)
+    else:
+        assert pool.take(command) is not None
+
+
+@pytest.mark.parametrize("ports", [(30_499, 29_500), (0, 10), (65_000, 66_000)])
+def test_what_is_no_range_of_ports_is_refused(ports: tuple[int, int]) -> None:
+    """Without a port, no group would ever start."""
+    with pytest.raises(ValidationError, match="is no range of ports"):
+        DeepSpeedConfig(ports=ports)
