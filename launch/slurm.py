@@ -54,6 +54,7 @@ def render(job: Job, run_name: str, run: RunDir, config: SlurmConfig) -> str:
             f"{str(run.root)!r} has characters that no SLURM script can hold; choose another --out"
         )
     python = config.python or sys.executable
+    container = "".join(f" {_quote(word)}" for word in container_options(config))
     parts = {
         "FOLDER": str(run.root),
         "OPTIONS": "\n".join(f"#SBATCH {option}" for option in _options(job, run_name, run, config)),
@@ -65,7 +66,8 @@ def render(job: Job, run_name: str, run: RunDir, config: SlurmConfig) -> str:
         "PYTHON": _quote(python),
         "RANKS": str(job.ranks),
         "RETRIES": str(config.retries),
-        "CONTAINER": "".join(f" {_quote(word)}" for word in container_options(config)),
+        "CONTAINER": container,
+        "ALONE": f"srun --nodes=1 --ntasks=1{container} " if container else "",
     }
     template = (_TEMPLATES / f"{job.template}.sh").read_text()
     text = re.sub(r"@([A-Z]+)@", lambda match: parts[match[1]], template)

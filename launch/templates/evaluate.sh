@@ -5,5 +5,8 @@ set -euo pipefail
 @SETUP@
 @RENDEZVOUS@
 
-@PYTHON@ -m btm_scale.cli evaluate @RUN@ --launcher slurm
-@PYTHON@ -m btm_scale.cli report @RUN@
+# By ranks first, so that nothing is left for this script's own host to start: in a container there is no srun.
+srun --ntasks=@RANKS@ --kill-on-bad-exit=1@CONTAINER@ \
+    @PYTHON@ -m btm_scale.cli score @RUN@ --averages --launcher slurm
+@ALONE@@PYTHON@ -m btm_scale.cli evaluate @RUN@ --launcher slurm
+@ALONE@@PYTHON@ -m btm_scale.cli report @RUN@

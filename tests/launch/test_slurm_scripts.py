@@ -67,6 +67,16 @@ def test_a_script_says_what_the_config_asks_for(tmp_path: Path) -> None:
     assert "\nmodule load cuda\nexport NCCL_DEBUG=WARN\n" in text
 
 
+def test_in_a_container_nothing_runs_beside_it(tmp_path: Path) -> None:
+    """`python` is the interpreter in the container: outside, there may be none at that place."""
+    scripts = write_scripts(config_with(tmp_path, FULL), RunDir(tmp_path / "made"))
+    for path in scripts.values():
+        commands = path.read_text().replace("\\\n", "").splitlines()
+        started = [line for line in commands if "-m btm_scale.cli" in line]
+        assert started
+        assert all(line.startswith("srun ") and "--container-image=" in line for line in started), path
+
+
 def test_no_name_reaches_the_shell_as_anything_but_a_word(tmp_path: Path) -> None:
     """The script's own assignments are run by bash, in a folder whose name would be a command."""
     run = RunDir(tmp_path / NASTY)
