@@ -22,6 +22,7 @@ from typing import Any
 
 from btm_scale.launch.groups import Work, share_out
 from btm_scale.launch.local import accelerator, free_port
+from btm_scale.launch.ranks import local_rank
 from btm_scale.launch.supervise import GroupCommand, OnPoll, Start, failure_text, run_groups_in
 
 from btm_scale.errors import GroupFailed, LaunchError
@@ -177,7 +178,7 @@ def _run_rank(command: GroupCommand, place: _Place, port: int, threads: int) -> 
     environment |= {
         "RANK": str(place.rank),
         "WORLD_SIZE": str(command.ranks),
-        "LOCAL_RANK": str(place.local_rank),
+        "LOCAL_RANK": local_rank(os.environ, str(place.local_rank)),
         "MASTER_ADDR": place.address,
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": str(threads),

@@ -1,8 +1,8 @@
-"""From what SLURM tells a task to what torch.distributed wants to know."""
+"""From what SLURM or mpirun tells a task to what torch.distributed wants to know."""
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 from btm_scale.errors import LaunchError
 
@@ -29,8 +29,10 @@ def become_slurm_rank(environment: MutableMapping[str, str]) -> None:
         )
     environment["RANK"] = environment["SLURM_PROCID"]
     environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
-    # A task that is bound to one GPU sees it as its first.
-    bound = (
-        environment.get("CUDA_VISIBLE_DEVICES", "").count(",") == 0 and "CUDA_VISIBLE_DEVICES" in environment
-    )
-    environment["LOCAL_RANK"] = "0" if bound else environment["SLURM_LOCALID"]
+    environment["LOCAL_RANK"] = local_rank(environment, environment["SLURM_LOCALID"])
+
+
+def local_rank(environment: Mapping[str, str], place: str) -> str:
+    """LOCAL_RANK of a task at this place of its node. One that is bound to a single GPU sees it as its first."""
+    bound = "CUDA_VISIBLE_DEVICES" in environment and "," not in environment["CUDA_VISIBLE_DEVICES"]
+    return "0" if bound else place

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from btm_scale.launch import mpi
 from btm_scale.launch.mpi import MpiLauncher
 from btm_scale.launch.supervise import GroupCommand
 
@@ -19,6 +22,8 @@ pytestmark = pytest.mark.skipif(
     or not (shutil.which("mpirun") or (Path(sys.executable).parent / "mpirun").exists()),
     reason="needs mpirun and mpi4py, for example from `pip install mpich mpi4py`",
 )
+
+NOTHING_WRONG = subprocess.CompletedProcess([], 0)
 
 
 def run(folder: Path, ranks: int, **groups: tuple[str, ...]) -> str:
@@ -55,3 +60,18 @@ def test_an_mpirun_that_is_not_there_is_told(tmp_path: Path) -> None:
     launcher = MpiLauncher(MpiConfig(command=("no-such-mpirun",)))
     with pytest.raises(LaunchError, match=r"set launch\.mpi\.command"):
         launcher([GroupCommand("a", 1, (), tmp_path / "train" / "a" / "log")], lambda states: None)
+
+
+@pytest.mark.parametrize(("visible", "taken"), [("3", "0"), ("0,1,2,3", "1"), (None, "1")])
+def test_a_rank_that_is_bound_to_one_gpu_takes_that(
+    visible: str | None, taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `srun --mpi` with --gpus-per-task, and many sites' wrappers of mpirun, bind it."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    started: list[Any] = []
+    monkeypatch.setattr(mpi.subprocess, "run", lambda words, env, **_: started.append(env) or NOTHING_WRONG)
+    place = mpi._Place(0, 1, rank=1, local_rank=1, address="node7", ports=(20001,), ended=tmp_path)
+    mpi._run_rank(GroupCommand("a", 2, (), tmp_path / "a" / "log"), place, 20001, threads=1)
+    assert [environment["LOCAL_RANK"] for environment in started] == [taken]
