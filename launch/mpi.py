@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from btm_scale.launch.supervise import GroupCommand, OnPoll, Start, failure_text
 
 from btm_scale.errors import GroupFailed, LaunchError
 from btm_scale.launch_config import MpiConfig
-from btm_scale.process import SUPERVISOR
+from btm_scale.process import REQUEUE, SUPERVISOR
 from btm_scale.rank_log import forget_failure
 
 _OF_MPI = ("PMI", "OMPI_", "MPI_", "MPIR_", "MPIEXEC_", "HYD", "PRTE_", "I_MPI_")
@@ -51,7 +52,8 @@ def run_under_mpi(commands: Sequence[GroupCommand], threads: int) -> None:
     """Run every group, as all ranks of one mpirun. Ranks that make no whole group have nothing to do.
 
     A failing group stops no other. Raises GroupFailed on the first rank of a group that failed, once all groups have
-    ended; LaunchError, on all ranks, if there are fewer ranks than a group needs.
+    ended; LaunchError, on all ranks, if there are fewer ranks than a group needs. A group that was asked to stop takes
+    up no other work, and its ranks exit with the code that asks for another start.
     """
     if not commands:
         return
@@ -61,13 +63,17 @@ def run_under_mpi(commands: Sequence[GroupCommand], threads: int) -> None:
     place, lists = _split(works, size, commands[0].log.parent.parent)
     if place is None:
         return
-    failed = []
+    failed, stopped = [], False
     for number, work in enumerate(lists[place.group]):
-        if place.rank < work.ranks:
+        if place.rank < work.ranks and not stopped:
             command = by_name[work.name]
-            if _run_rank(command, place, place.ports[number], threads) != 0:
+            code = _run_rank(command, place, place.ports[number], threads)
+            stopped = code == REQUEUE
+            if code != 0 and not stopped:
                 failed.append(command)
-    _end(place, bool(failed))
+    _end(place, stopped or bool(failed))
+    if stopped:
+        sys.exit(REQUEUE)
     if failed:
         if place.rank > 0:
             sys.exit(1)  # the group's first rank tells why
@@ -186,9 +192,17 @@ def _run_rank(command: GroupCommand, place: _Place, port: int, threads: int) -> 
         SUPERVISOR: str(os.getpid()),
     }
     words = [sys.executable, "-m", "btm_scale.cli", *command.arguments]
-    return subprocess.run(
-        words, env=environment | accelerator(), stdin=subprocess.DEVNULL, check=False
-    ).returncode
+    process = subprocess.Popen(words, env=environment | accelerator(), stdin=subprocess.DEVNULL)
+    # What mpirun passes on to this process is meant for the one that trains: it saves its state and leaves.
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = {
+        number: signal.signal(number, lambda number, _: process.send_signal(number)) for number in numbers
+    }
+    try:
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end(place: _Place, failed: bool) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,14 +19,13 @@ from btm_scale.launch.supervise import GroupCommand
 
 from btm_scale.errors import GroupFailed, LaunchError
 from btm_scale.launch_config import MpiConfig
+from btm_scale.process import REQUEUE
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("mpi4py") is None
     or not (shutil.which("mpirun") or (Path(sys.executable).parent / "mpirun").exists()),
     reason="needs mpirun and mpi4py, for example from `pip install mpich mpi4py`",
 )
-
-NOTHING_WRONG = subprocess.CompletedProcess([], 0)
 
 
 def run(folder: Path, ranks: int, **groups: tuple[str, ...]) -> str:
@@ -71,7 +73,36 @@ def test_a_rank_that_is_bound_to_one_gpu_takes_that(
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     started: list[Any] = []
-    monkeypatch.setattr(mpi.subprocess, "run", lambda words, env, **_: started.append(env) or NOTHING_WRONG)
+    ended = SimpleNamespace(wait=lambda: 0)
+    monkeypatch.setattr(mpi.subprocess, "Popen", lambda words, env, **_: started.append(env) or ended)
     place = mpi._Place(0, 1, rank=1, local_rank=1, address="node7", ports=(20001,), ended=tmp_path)
     mpi._run_rank(GroupCommand("a", 2, (), tmp_path / "a" / "log"), place, 20001, threads=1)
     assert [environment["LOCAL_RANK"] for environment in started] == [taken]
+
+
+RANK = """#!/bin/bash
+trap 'exit 85' TERM USR1
+touch begun
+while true; do sleep 0.1; done
+"""
+PLACE = """
+import sys
+from pathlib import Path
+from btm_scale.launch import mpi
+from btm_scale.launch.supervise import GroupCommand
+sys.executable = "./rank"
+place = mpi._Place(0, 1, rank=0, local_rank=0, address="127.0.0.1", ports=(20001,), ended=Path("ended"))
+sys.exit(mpi._run_rank(GroupCommand("a", 1, (), Path("log")), place, 20001, threads=1))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_rank_of_mpi_passes_on_that_it_is_asked_to_stop(number: signal.Signals, tmp_path: Path) -> None:
+    (tmp_path / "rank").write_text(RANK)
+    (tmp_path / "rank").chmod(0o755)
+    process = subprocess.Popen([sys.executable, "-c", PLACE], cwd=tmp_path)
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(60) == REQUEUE
