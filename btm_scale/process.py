@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Self, TextIO
 
@@ -19,6 +20,8 @@ REQUEUE = 85
 
 # The environment variable that names the supervisor's process to every rank of a local group.
 SUPERVISOR = "BTM_SCALE_SUPERVISOR"
+
+_LOCK_SECONDS = 2.0
 
 
 def end_with_supervisor() -> None:
@@ -71,13 +74,15 @@ class ModelLock:
     def __enter__(self) -> Self:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("w")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise LaunchError(
-                f"another group is training in {self._path.parent}; wait until it ends, or end it"
-            ) from None
+        # Whoever asks whether it is held holds it for that moment.
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while not _locked(self._file):
+            if time.monotonic() > deadline:
+                self._file.close()
+                raise LaunchError(
+                    f"another group is training in {self._path.parent}; wait until it ends, or end it"
+                )
+            time.sleep(_LOCK_SECONDS / 20)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -89,9 +94,15 @@ class ModelLock:
         """Whether some process holds the lock now."""
         try:
             with (folder / "lock").open("r+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return not _locked(file)
         except FileNotFoundError:
             return False
-        except BlockingIOError:
-            return True
+
+
+def _locked(file: TextIO) -> bool:
+    """Lock a file until it is closed, unless another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         return False
+    return True

@@ -1,0 +1,31 @@
+"""The lock of a model's training."""
+
+from __future__ import annotations
+
+import fcntl
+import threading
+from pathlib import Path
+
+import pytest
+
+from btm_scale.errors import LaunchError
+from btm_scale.process import ModelLock
+
+
+def test_a_look_at_the_lock_keeps_no_group_from_starting(tmp_path: Path) -> None:
+    """`status --watch` takes it for a moment every two seconds, on a slow file system for a long one."""
+    with (tmp_path / "lock").open("w") as asks:
+        fcntl.flock(asks, fcntl.LOCK_EX)
+        threading.Timer(0.3, asks.close).start()
+        with ModelLock(tmp_path):
+            assert ModelLock.is_held(tmp_path)
+    assert not ModelLock.is_held(tmp_path)
+
+
+def test_a_second_group_is_refused(tmp_path: Path) -> None:
+    with (
+        ModelLock(tmp_path),
+        pytest.raises(LaunchError, match="another group is training"),
+        ModelLock(tmp_path),
+    ):
+        pass
