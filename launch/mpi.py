@@ -106,6 +106,8 @@ class MpiLauncher:
             )
         ranks = self._config.ranks or len(os.sched_getaffinity(0))
         log = commands[0].log.parent.parent / "mpirun.log"
+        for command in commands:
+            forget_failure(command.log)  # where mpirun itself fails, an earlier try's would be told
         with tempfile.NamedTemporaryFile("w", suffix=".json", dir=_made(log.parent), delete=False) as file:
             json.dump([asdict(command) | {"log": str(command.log)} for command in commands], file)
         words = (

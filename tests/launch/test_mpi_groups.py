@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import signal
 import subprocess
@@ -56,6 +57,15 @@ def test_a_failing_group_goes_on_and_stops_no_other(tmp_path: Path) -> None:
 def test_too_few_ranks_are_told(tmp_path: Path) -> None:
     with pytest.raises(GroupFailed, match="a group needs 2 ranks, and mpirun has started 1"):
         run(tmp_path, 1, a=("--version",))
+
+
+def test_the_failure_of_an_earlier_try_is_not_told_again(tmp_path: Path) -> None:
+    log = tmp_path / "train" / "a" / "log"
+    log.parent.mkdir(parents=True)
+    record = {"rank": 0, "ranks": 2, "host": "node7", "time": 1.0, "error": "RuntimeError: of yesterday"}
+    log.with_name("log.failed-0.json").write_text(json.dumps(record))
+    with pytest.raises(GroupFailed, match="a group needs 2 ranks"):
+        MpiLauncher(MpiConfig(ranks=1))([GroupCommand("a", 2, (), log)], lambda states: None)
 
 
 def test_an_mpirun_that_is_not_there_is_told(tmp_path: Path) -> None:
