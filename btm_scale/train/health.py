@@ -35,7 +35,8 @@ class Health:
         # What one rank reads: another host may see an older file, and ranks that judge unlike wait forever.
         known: list[Any] = [None]
         if group.is_first:
-            norms = {row["step"]: row["gradient_norm"] for row in read_metrics(metrics)}
+            rows = read_metrics(metrics)
+            norms = {row["step"]: row["gradient_norm"] for row in rows if not row.get("overflowed")}
             known = [(norms, _read(self._path))]
         dist.broadcast_object_list(known, src=0)
         self._norms: dict[int, float] = known[0][0]

@@ -76,6 +76,8 @@ class Metrics:
             "seconds": seconds,
             "flops_per_second": self._step_tokens * self._token_flops / seconds,
         }
+        if result.overflowed:
+            line["overflowed"] = True
         if self._peak is not None:
             line["flops_utilisation"] = line["flops_per_second"] / self._peak
         if self._file is None:

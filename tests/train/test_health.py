@@ -61,6 +61,13 @@ def test_recent_norms_are_known_after_a_restart(tmp_path: Path) -> None:
     assert judge(tmp_path, spike=5, window=10).problem(8, result(norm=6.0)) is not None
 
 
+def test_an_overflowed_step_moves_no_median_after_a_restart_either(tmp_path: Path) -> None:
+    rows = [{"step": step, "gradient_norm": 1.0} for step in range(1, 6)]
+    rows += [{"step": step, "gradient_norm": 1e9, "overflowed": True} for step in range(6, 11)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert judge(tmp_path, spike=5, window=10).problem(11, result(norm=6.0)) is not None
+
+
 def test_a_batch_that_was_left_out_stays_so_until_there_are_too_many(tmp_path: Path) -> None:
     judge(tmp_path).leave_out(7, "the loss is nan")
     again = judge(tmp_path, skips=1)
