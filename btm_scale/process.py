@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Self, TextIO
 
-from btm_scale.errors import LaunchError
+from btm_scale.errors import GroupFailed
 
 # The exit code of ranks that were asked to stop, have saved their state, and go on from it when they are started again.
 REQUEUE = 85
@@ -79,7 +79,8 @@ class ModelLock:
         while not _locked(self._file):
             if time.monotonic() > deadline:
                 self._file.close()
-                raise LaunchError(
+                # No mistake: after a node was lost, its lock may outlive it for a while, and a later try succeeds.
+                raise GroupFailed(
                     f"another group is training in {self._path.parent}; wait until it ends, or end it"
                 )
             time.sleep(_LOCK_SECONDS / 20)

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from btm_scale.errors import UserError
+
 _LINES = 25
 _TAIL_BYTES = 32_768
 # What a rank says that has lost another one.
@@ -55,6 +57,7 @@ class _Record:
     host: str
     time: float
     error: str
+    mistake: bool = False  # the user's: another try would end as this one
 
     @property
     def tells_of_another(self) -> bool:
@@ -78,7 +81,8 @@ def rank_log(log: Path) -> Iterator[None]:
     except Exception as error:
         traceback.print_exc()
         told = "".join(traceback.format_exception_only(error)).strip()
-        record = _Record(rank, ranks, socket.gethostname(), time.time(), told)
+        mistake = isinstance(error, UserError)
+        record = _Record(rank, ranks, socket.gethostname(), time.time(), told, mistake)
         path = _record_path(log, rank)
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(asdict(record)))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from btm_scale.errors import LaunchError
+from btm_scale.errors import GroupFailed
 from btm_scale.process import ModelLock
 
 
@@ -25,7 +25,7 @@ def test_a_look_at_the_lock_keeps_no_group_from_starting(tmp_path: Path) -> None
 def test_a_second_group_is_refused(tmp_path: Path) -> None:
     with (
         ModelLock(tmp_path),
-        pytest.raises(LaunchError, match="another group is training"),
+        pytest.raises(GroupFailed, match="another group is training"),
         ModelLock(tmp_path),
     ):
         pass

@@ -122,6 +122,46 @@ def test_a_tensor_group_never_spans_two_nodes(ranks_per_node: int, whole: bool, 
             write_scripts(config, RunDir(tmp_path / "made"))
 
 
+SRUN = """#!/bin/bash
+python=$(printf '%s\\n' "$@" | grep -m1 -F /python)
+"$python" - <<'END'
+from pathlib import Path
+from btm_scale.errors import LaunchError
+from btm_scale.rank_log import rank_log
+with rank_log(Path("made/train/seed/log")):
+    raise {error}("so it is")
+END
+exit 143
+"""
+SCONTROL = """#!/bin/bash
+case "$1 $2" in
+"show hostnames") echo node7 ;;
+"show node") echo "NodeName=node7 NodeAddr=10.0.0.7 State=UP" ;;
+*) echo "$@" >> asked ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(("error", "tries"), [("LaunchError", 0), ("RuntimeError", 1)])
+def test_a_mistake_that_one_rank_tells_of_is_not_tried_again(error: str, tries: int, tmp_path: Path) -> None:
+    """srun ends the other ranks then, and has their code: the highest."""
+    for name, text in (("srun", SRUN.replace("{error}", error)), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    script = write_scripts(config_with(tmp_path, {}), RunDir(tmp_path / "made"))["seed"]
+    surroundings = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node7",
+    }
+    done = subprocess.run(
+        [script], cwd=tmp_path, env=os.environ | surroundings, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 143, done.stderr
+    asked = (tmp_path / "asked").read_text().splitlines() if (tmp_path / "asked").exists() else []
+    assert asked == ["requeue 7"] * tries
+
+
 TASK = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NNODES": "2",
         "MASTER_ADDR": "node7", "MASTER_PORT": "20001"}  # fmt: skip
 
