@@ -11,13 +11,13 @@ import faulthandler
 import os
 import select
 import signal
-import socket
 import statistics
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -133,12 +133,19 @@ class HangWatch:
 
 def _processes_of_this_host(group: ExpertGroup) -> dict[int, int]:
     """The process ids of the other ranks of this host, by rank."""
-    own = (socket.gethostname(), os.getpid())
+    own = (_process_table(), os.getpid())
     everyone: list[tuple[str, int] | None] = [None] * group.size
     dist.all_gather_object(everyone, own)
     return {
         rank: there[1] for rank, there in enumerate(everyone) if there and there[0] == own[0] and there != own
     }
+
+
+def _process_table() -> str:
+    """Where a process id means one process: in this kernel's boot and this namespace. Hosts and containers may share a
+    name, and a watch would take, or kill, another process for a rank."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
 
 
 def _say(text: str) -> None:
