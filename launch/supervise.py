@@ -140,9 +140,11 @@ def _start(command: GroupCommand, start: Start) -> list[subprocess.Popen[bytes]]
                         start_new_session=True,
                     )
                 )
-    except OSError as error:
+    except BaseException as error:  # a request to stop, too, may come between two of them
         _end_all(processes)
-        raise LaunchError(f"group '{command.name}' cannot be started: {error}") from None
+        if isinstance(error, OSError):
+            raise LaunchError(f"group '{command.name}' cannot be started: {error}") from None
+        raise
     return processes
 
 

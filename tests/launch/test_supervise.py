@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -163,6 +164,28 @@ run_groups_in(Room(), [GroupCommand("one", 1, (), Path({str(tmp_path / "log")!r}
         time.sleep(0.5)
     assert process.wait(60) == REQUEUE
     assert (tmp_path / "saved").exists()
+
+
+class AskedBetween(tuple[tuple[str, ...], ...]):
+    """Processes of a group, with a request to stop after the first."""
+
+    def __iter__(self) -> Iterator[tuple[str, ...]]:
+        for words in super().__iter__():
+            yield words
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_request_to_stop_while_a_group_starts_leaves_no_process_behind(tmp_path: Path) -> None:
+    sleep = (sys.executable, "-c", "import time; time.sleep(600)")
+
+    class Room(Shell):
+        def take(self, command: GroupCommand) -> Start:
+            return Start(AskedBetween((sleep, sleep)))
+
+    with pytest.raises(SystemExit):
+        run_groups_in(Room(1), commands(tmp_path, "one"))
+    left = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    assert not [child for child in left if "time.sleep(600)" in " ".join(child.cmdline())]
 
 
 def test_a_program_that_is_not_there_is_told(tmp_path: Path) -> None:
