@@ -65,8 +65,8 @@ def merge(
     it leaves out models of weight 0. Sums are in float64, in an order that depends on the models' content:
     neither the order of `inputs` nor `jobs`, `chunk_bytes` or the inputs' sharding changes a bit. `jobs` is of
     processes; by default a process without threads takes as many as there are cores for a large merge. Configs
-    and tokenizer come from the first input. An interrupted merge goes on where it was when it is asked for again.
-    With `mpi` every rank of `mpirun` must make the same call, and each gets the report. Raises
+    and tokenizer come from the first input that takes part. An interrupted merge goes on where it was when it is
+    asked for again. With `mpi` every rank of `mpirun` must make the same call, and each gets the report. Raises
     `CheckpointError` with every problem, before any write.
     """
     started = time.perf_counter()
@@ -206,7 +206,10 @@ def _publish(work: _Work) -> str:
     """Give a merged model its card and its name; returns the content hash."""
     content = _complete(work.plan, work.partial)
     dtypes = {spec.dtype for spec in work.plan.specs.values() if spec.dtype.is_floating_point}
-    carry_sidecars(work.inputs[0][0], work.partial, dtypes.pop() if len(dtypes) == 1 else None)
+    # A model that is left out, of weight 0, was neither read nor compared: its config may be of another family.
+    read = {source.path for source in work.plan.sources}
+    first = next(path for path, _ in work.inputs if path in read)
+    carry_sidecars(first, work.partial, dtypes.pop() if len(dtypes) == 1 else None)
     write_file(work.partial / "README.md", model_card(work.plan, work.inputs, content))
     publish_directory(work.partial, work.output)
     return content

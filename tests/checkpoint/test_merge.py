@@ -130,6 +130,14 @@ def test_tied_heads_and_rotary_buffers_that_some_files_hold_are_left_out(save: S
     assert SafetensorsModel(tmp_path / "out").names == tuple(sorted(weights))
 
 
+def test_config_and_tokenizer_are_of_the_first_model_that_takes_part(save: Save, tmp_path: Path) -> None:
+    left_out = save("gpt2", random_weights(0), config={"model_type": "gpt2"}, files={"tokenizer.json": "[]"})
+    model = save("llama", random_weights(1), files={"tokenizer.json": "{}"})
+    merge(tmp_path / "out", [(left_out, 0), (tmp_path / "nowhere", 0), (model, 1)])
+    assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "llama"
+    assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
+
+
 def test_the_card_names_parents_weights_and_hashes(models: list[Path], tmp_path: Path) -> None:
     recorded = content_hash(models[0])
     (models[0] / "expert.json").write_text(json.dumps({"content_hash": recorded}))
