@@ -37,10 +37,12 @@ _SHORT_NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.flo
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """The dtype that `name` (`bfloat16`, `bf16`, `float32`, ...) means; raises `CheckpointError`."""
+    """The float dtype that `name` (`bfloat16`, `bf16`, `float32`, ...) means; raises `CheckpointError`."""
     dtype = _SHORT_NAMES.get(name) or getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype) or dtype not in CODE_BY_DTYPE:
-        raise CheckpointError(f"dtype '{name}' is unknown. Use bfloat16, float16, float32 or float64.")
+    if not isinstance(dtype, torch.dtype) or dtype not in CODE_BY_DTYPE or not dtype.is_floating_point:
+        raise CheckpointError(
+            f"dtype '{name}' is no float that weights can have. Use bfloat16, float16, float32 or float64."
+        )
     return dtype
 
 

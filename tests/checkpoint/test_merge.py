@@ -78,6 +78,13 @@ def test_a_dtype_can_be_asked_for_and_the_config_says_it(save: Save, tmp_path: P
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "float32"
 
 
+@pytest.mark.parametrize("dtype", ["int8", "bool", "complex64", "load"])
+def test_a_dtype_that_weights_cannot_have_is_refused(models: list[Path], tmp_path: Path, dtype: str) -> None:
+    with pytest.raises(CheckpointError, match=f"dtype '{dtype}' is no float"):
+        merge(tmp_path / "out", [(models[0], 1)], dtype=dtype)
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_problem_is_told_at_once_and_nothing_is_written(save: Save, tmp_path: Path) -> None:
     weights = random_weights(0)
     odd = random_weights(1) | {"model.norm.weight": torch.zeros(15, dtype=torch.bfloat16)}
