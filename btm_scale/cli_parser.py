@@ -53,9 +53,12 @@ class _Verbs:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
     if number < 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"'{text}' must be a whole number of at least 1")
     return number
 
 
@@ -220,7 +223,7 @@ def _checkpoint_verbs(verbs: _Verbs) -> None:
     made.add_argument("--dtype", help="type of the output (default: the inputs')")
     made.add_argument(
         "--jobs",
-        type=int,
+        type=_positive,
         help="processes (default: the cores; under mpirun its ranks are used instead)",
     )
     made.add_argument("--max-shard-size", default="5GB", metavar="5GB", help="of a file of the output")
@@ -231,7 +234,7 @@ def _checkpoint_verbs(verbs: _Verbs) -> None:
     made.add_argument("source", type=Path, help="a Hugging Face, DeepSpeed or torch_dist checkpoint")
     made.add_argument("target", type=Path, help="the directory to make")
     made.add_argument("--to", required=True, choices=["huggingface", "megatron", "deepspeed"], help="format")
-    made.add_argument("--tensor", type=int, default=1, help="tensor parallel degree of the target")
+    made.add_argument("--tensor", type=_positive, default=1, help="tensor parallel degree of the target")
     made.add_argument("--dtype", help="type of the weights (default: as they are)")
     made.add_argument("--verify", action="store_true", help="read everything back and compare")
     made = verbs.add("inspect", "format, family, parameters and types of a checkpoint")

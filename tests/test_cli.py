@@ -28,6 +28,11 @@ def test_help_imports_no_torch() -> None:
         (["run", "CONFIG", "--set", "budget.batch_tokens=1000"], "use 1024"),
         (["run", "CONFIG", "--set", "text_root=/nowhere"], "/nowhere"),
         (["merge", "OUT", "DIR=heavy"], "must be a number"),
+        (["merge", "OUT", "DIR", "--jobs", "0"], "--jobs: '0' must be a whole number of at least 1"),
+        (
+            ["convert", "DIR", "OUT", "--to", "megatron", "--tensor", "-1"],
+            "--tensor: '-1' must be a whole number",
+        ),
     ],
 )
 def test_a_users_mistake_exits_with_2_and_a_message(

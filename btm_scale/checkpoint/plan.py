@@ -207,8 +207,8 @@ def _weight_problems(method: Method, inputs: Sequence[tuple[Path, float]]) -> li
     problems = []
     if not inputs:
         problems.append("no input has a weight other than 0. Give at least one model.")
-    elif not all(map(math.isfinite, weights)):
-        problems.append(f"weights must be finite numbers and are {weights}.")
+    elif not math.isfinite(sum(map(abs, weights))):
+        problems.append(f"weights and their sum must be finite numbers; they are {weights}.")
     elif method.name in ("linear", "slerp") and math.isclose(sum(weights), 0, abs_tol=1e-12):
         problems.append(
             f"weights must not sum to 0, since the result is divided by the sum; they are {weights}."
@@ -233,6 +233,11 @@ def _parameter_problems(method: Method, parameters: Mapping[str, float]) -> list
         if name not in known
     ]
     settings = {**known, **parameters}
+    problems += [
+        f"'{method.name}' needs a finite number for '{name}', not {value}. Leave it out for {known[name]}."
+        for name, value in settings.items()
+        if name in known and not math.isfinite(value)
+    ]
     density, half = settings.get("density", 1.0), settings.get("window", 0.0) / 2
     if not 0 < density - half <= density + half <= 1:
         problems.append(

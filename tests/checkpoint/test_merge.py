@@ -114,6 +114,11 @@ def test_weights_that_divide_by_nothing_are_refused(
         merge(tmp_path / "out", list(zip(models, weights, strict=False)))
 
 
+def test_weights_whose_sum_is_too_large_for_a_number_are_refused(models: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="their sum must be finite"):
+        merge(tmp_path / "out", [(models[0], 1e308), (models[1], 1e308)])
+
+
 def test_a_shard_cut_short_stops_the_merge_without_output(models: list[Path], tmp_path: Path) -> None:
     shard = next(iter(models[2].glob("model-00002*")))
     shard.write_bytes(shard.read_bytes()[:-1])

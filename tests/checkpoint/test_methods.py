@@ -266,6 +266,7 @@ def test_parallel_tensors_are_interpolated_on_a_line(save: Save, tmp_path: Path)
         ("slerp", 3, {}, "exactly 2 models and 3"),
         ("ties", 2, {"density": 0}, "both must lie above 0"),
         ("della", 2, {"density": 0.99}, "both must lie above 0 and not above 1"),
+        ("dare", 2, {"scale": math.nan}, "needs a finite number for 'scale', not nan. Leave it out for 1.0"),
         ("tise", 2, {}, "'tise' is unknown. Use one of dare, della, linear"),
     ],
 )
