@@ -26,8 +26,10 @@ def only_merge_into(partial: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CheckpointError(f"another process is writing {partial}. Wait for it, or stop it.") from None
-        yield
-        lock.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def can_resume(partial: Path, fingerprint: str) -> bool:

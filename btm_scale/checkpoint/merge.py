@@ -23,7 +23,7 @@ from btm_scale.checkpoint.publish import (
 )
 from btm_scale.checkpoint.sidecars import carry_sidecars, model_card
 from btm_scale.checkpoint.workers import merge_in_processes, open_writer
-from btm_scale.errors import CheckpointError
+from btm_scale.errors import CheckpointError, LaunchError
 from btm_scale.parallel import MOST, in_threads
 
 CHUNK_BYTES = 256 << 10  # of output: what is at work then stays in a core's cache
@@ -179,7 +179,10 @@ def _passes(works: Sequence[_Work]) -> Iterator[Sequence[_Work]]:
 
 
 def _carry_out(works: Sequence[_Work], share_out: Callable[..., None]) -> list[str]:
-    """Lay out, do the units, publish; returns the content hashes. Nothing is left behind by an error."""
+    """Lay out, do the units, publish; returns the content hashes.
+
+    Nothing is left behind by an error, but by a worker that was killed: the same merge goes on from there.
+    """
     with ExitStack() as stack:
         for work in works:
             stack.enter_context(journal.only_merge_into(work.partial))
@@ -188,6 +191,8 @@ def _carry_out(works: Sequence[_Work], share_out: Callable[..., None]) -> list[s
             in_threads(_lay_out, works, at_once=MOST)
             share_out([(work.plan, work.partial) for work in works])
             return in_threads(_publish, works, at_once=MOST)
+        except LaunchError:
+            raise
         except Exception:
             for work in works:
                 shutil.rmtree(work.partial, ignore_errors=True)
@@ -226,6 +231,7 @@ def _complete(plan: MergePlan, partial: Path) -> str:
     for name, spec in plan.specs.items():
         if spec.elements == 0:
             writer.mark_written(name)
-    writer.close()
+    # The notes go first: a kill in between then costs the work, and never leaves notes of shards under other names.
     journal.clear(partial)
+    writer.close()
     return combined_hash(plan.specs, blocks)

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,8 +19,9 @@ from btm_scale.checkpoint import journal, units, workers
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.merge import merge
 from btm_scale.checkpoint.publish import partial_path
-from btm_scale.checkpoint.safetensors import SafetensorsModel
-from btm_scale.errors import CheckpointError
+from btm_scale.checkpoint.safetensors import SafetensorsModel, ShardedWriter
+from btm_scale.errors import CheckpointError, LaunchError
+from btm_scale.parallel import lost_workers_told
 
 
 def test_the_mean_is_the_exact_one_rounded_once(models: list[Path], tmp_path: Path) -> None:
@@ -201,6 +204,42 @@ def test_an_interrupted_merge_does_only_what_is_left(
     assert noted.keys()
     assert not noted.keys() & set(rest)
     assert len(noted) + len(rest) == 5
+
+
+def test_a_killed_worker_leaves_what_was_noted(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = [(model, 1.0) for model in models]
+
+    def loses_a_worker(outputs: Sequence[workers.Output], jobs: int | None, *, chunk_bytes: int) -> None:
+        workers.merge_share(outputs, 0, 2, chunk_bytes=chunk_bytes)
+        with lost_workers_told():
+            raise BrokenProcessPool
+
+    with monkeypatch.context() as patch:
+        patch.setattr("btm_scale.checkpoint.merge.merge_in_processes", loses_a_worker)
+        with pytest.raises(LaunchError, match="Nothing that was done is lost"):
+            merge(tmp_path / "out", pairs)
+    assert journal.finished(partial_path(tmp_path / "out"))
+    assert not (tmp_path / ".out.partial.lock").exists()
+    assert merge(tmp_path / "out", pairs).content_hash == content_hash(tmp_path / "out")
+
+
+def test_a_kill_while_shards_are_given_their_names_does_not_stop_the_next_try(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close = ShardedWriter.close
+
+    def killed_after(self: ShardedWriter) -> None:
+        close(self)
+        raise KeyboardInterrupt  # what no handler cleans up after
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardedWriter, "close", killed_after)
+        with pytest.raises(KeyboardInterrupt):
+            merge(tmp_path / "out", [(models[0], 1), (models[1], 1)])
+    merge(tmp_path / "out", [(models[0], 1), (models[1], 1)])
+    assert (tmp_path / "out/model.safetensors").is_file()
 
 
 def test_what_another_merge_left_is_not_taken_over(models: list[Path], tmp_path: Path) -> None:
