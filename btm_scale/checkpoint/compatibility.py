@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 STATE_MARKER = "state.json"  # of a training state
 _SEARCHED_PARENTS = 3
+_CAUSAL_MASK = re.compile(
+    r"(?:transformer\.)?h\.\d+\.attn\.(?:bias|masked_bias)"
+)  # in files of older transformers
 # What must agree in two configs for the mean of their weights to be a model.
 _CONFIG_KEYS = (
     "model_type", "architectures", "hidden_size", "n_embd", "num_hidden_layers", "n_layer",
@@ -100,9 +104,16 @@ def _both_float(one: TensorSpec, other: TensorSpec) -> bool:
 
 def is_derived(name: str, directory: Path) -> bool:
     """Whether a tensor is made from others or from the config when the model is loaded."""
-    if name == "lm_head.weight":
-        return bool(read_json(described_in(directory) / "config.json").get("tie_word_embeddings", False))
-    return name.endswith("rotary_emb.inv_freq")
+    if name.endswith("rotary_emb.inv_freq"):
+        return True
+    causal_mask = _CAUSAL_MASK.fullmatch(name)
+    if name != "lm_head.weight" and not causal_mask:
+        return False
+    config = read_json(described_in(directory) / "config.json")
+    gpt2 = (
+        config.get("model_type") == "gpt2"
+    )  # of which transformers ties a head that the config says nothing of
+    return gpt2 if causal_mask else bool(config.get("tie_word_embeddings", gpt2))
 
 
 def config_problems(paths: Sequence[Path]) -> list[str]:

@@ -15,9 +15,10 @@ from btm_scale.checkpoint.merge import merge
 from btm_scale.checkpoint.model_states import write_model_states
 from btm_scale.checkpoint.publish import partial_path, publish_directory
 from btm_scale.checkpoint.sidecars import carry_sidecars
-from btm_scale.checkpoint.tensors import parse_dtype
+from btm_scale.checkpoint.tensors import ModelReader, parse_dtype
 from btm_scale.checkpoint.torch_dist_writer import write_torch_dist
 from btm_scale.errors import CheckpointError
+from btm_scale.model.names import from_huggingface, table, to_huggingface
 from btm_scale.model.shape import ModelShape
 
 WRITERS: dict[str, Callable[..., None]] = {"megatron": write_torch_dist, "deepspeed": write_model_states}
@@ -52,6 +53,7 @@ def convert(
                     f"features; tensor {tensor} must divide all three. Choose another degree."
                 )
             with open_model(source) as model:
+                _require_described(model, shape)
                 WRITERS[to](partial, model, shape, tensor=tensor, dtype=wanted)
                 dtypes = {spec.dtype for spec in model.specs().values()} if wanted is None else {wanted}
             carry_sidecars(source, partial, dtypes.pop() if len(dtypes) == 1 else None)
@@ -62,6 +64,33 @@ def convert(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return target
+
+
+def _require_described(model: ModelReader, shape: ModelShape) -> None:
+    """Raise `CheckpointError` unless a model has the tensors of its config.json, in their shapes, and no other."""
+    specs = {name: spec for name, spec in model.specs().items() if not is_derived(name, model.path)}
+    entries = table(shape)
+    if odd := sorted(specs.keys() ^ {name for entry in entries for name in entry.huggingface}):
+        whose = "holds an unknown" if odd[0] in specs else "lacks the"
+        raise CheckpointError(
+            f"{model.path} {whose} tensor '{odd[0]}' for the model that config.json describes; {len(odd)} tensors "
+            "differ. Use the config.json that belongs to these weights."
+        )
+
+    def blank(name: str) -> torch.Tensor:
+        return torch.empty(specs[name].shape, dtype=specs[name].dtype, device="meta")
+
+    for entry in entries:
+        try:
+            there = from_huggingface(entry, blank, shape, shape.vocabulary)
+            back = to_huggingface(entry, there, shape)
+        except (RuntimeError, ValueError):
+            back = {}
+        if any(name not in back or back[name].shape != specs[name].shape for name in entry.huggingface):
+            told = ", ".join(f"'{name}' {list(specs[name].shape)}" for name in entry.huggingface)
+            raise CheckpointError(
+                f"{model.path}: {told} does not fit config.json. Use the config.json that belongs to these weights."
+            )
 
 
 def fits(shape: ModelShape, tensor: int) -> bool:

@@ -108,6 +108,44 @@ def test_what_cannot_be_converted_is_told_and_leaves_nothing(model: Path, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 1}, "holds an unknown tensor 'model.layers.1.input_layernorm.weight'"),
+        ({"num_hidden_layers": 3}, "lacks the tensor 'model.layers.2.input_layernorm.weight'"),
+        ({"tie_word_embeddings": True, "model_type": "qwen2"}, "lacks the tensor '.*k_proj.bias'"),
+        ({"vocab_size": 60}, r"embed_tokens.weight' \[65, 32\] does not fit config.json"),
+        ({"vocab_size": 70}, r"embed_tokens.weight' \[65, 32\] does not fit config.json"),
+        ({"num_attention_heads": 8}, "k_proj.weight' .* does not fit config.json"),
+    ],
+)
+def test_a_config_of_another_model_is_told_before_anything_is_written(
+    models: dict[str, Path], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    shutil.copytree(models["llama-untied"], tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"head_dim": 8} | change))
+    with pytest.raises(CheckpointError, match=message):
+        convert(tmp_path / "model", tmp_path / "out", to="megatron")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_older_files_of_gpt2_hold_besides_weights_is_left_out(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(models["gpt2"], tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()
+    weights |= {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 16, 16) for i in range(2)}
+    save_file(weights, tmp_path / "model/model.safetensors")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    config.pop("tie_word_embeddings", None)
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    convert(tmp_path / "model", tmp_path / "there", to="deepspeed", verify=True)
+    convert(tmp_path / "there", tmp_path / "back", to="huggingface")
+    assert content_hash(tmp_path / "back") == content_hash(models["gpt2"])
+
+
 def test_a_model_is_described_from_its_headers(model: Path) -> None:
     described = inspect(model)
     assert described.format == "safetensors"
