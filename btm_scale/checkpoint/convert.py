@@ -10,6 +10,7 @@ import torch
 
 from btm_scale.checkpoint.compatibility import is_derived
 from btm_scale.checkpoint.formats import open_model
+from btm_scale.checkpoint.journal import only_merge_into
 from btm_scale.checkpoint.megatron import find_shape
 from btm_scale.checkpoint.merge import merge
 from btm_scale.checkpoint.model_states import write_model_states
@@ -41,28 +42,29 @@ def convert(
         raise CheckpointError(f"'{to}' is no format to write. Use huggingface, megatron or deepspeed.")
     wanted = parse_dtype(dtype) if dtype else None
     partial = partial_path(target)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        if to == "huggingface":
-            merge(partial, [(source, 1.0)], dtype=dtype)
-        else:
-            shape = find_shape(source)
-            if not fits(shape, tensor):
-                raise CheckpointError(
-                    f"{source} has {shape.heads} heads, {shape.groups} key-value heads and {shape.ffn} inner "
-                    f"features; tensor {tensor} must divide all three. Choose another degree."
-                )
-            with open_model(source) as model:
-                _require_described(model, shape)
-                WRITERS[to](partial, model, shape, tensor=tensor, dtype=wanted)
-                dtypes = {spec.dtype for spec in model.specs().values()} if wanted is None else {wanted}
-            carry_sidecars(source, partial, dtypes.pop() if len(dtypes) == 1 else None)
-        if verify:
-            verify_equal(source, partial, wanted)
-        publish_directory(partial, target)
-    except Exception:
+    with only_merge_into(partial):
         shutil.rmtree(partial, ignore_errors=True)
-        raise
+        try:
+            if to == "huggingface":
+                merge(partial, [(source, 1.0)], dtype=dtype)
+            else:
+                shape = find_shape(source)
+                if not fits(shape, tensor):
+                    raise CheckpointError(
+                        f"{source} has {shape.heads} heads, {shape.groups} key-value heads and {shape.ffn} inner "
+                        f"features; tensor {tensor} must divide all three. Choose another degree."
+                    )
+                with open_model(source) as model:
+                    _require_described(model, shape)
+                    WRITERS[to](partial, model, shape, tensor=tensor, dtype=wanted)
+                    dtypes = {spec.dtype for spec in model.specs().values()} if wanted is None else {wanted}
+                carry_sidecars(source, partial, dtypes.pop() if len(dtypes) == 1 else None)
+            if verify:
+                verify_equal(source, partial, wanted)
+            publish_directory(partial, target)
+        except Exception:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     return target
 
 

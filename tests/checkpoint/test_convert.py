@@ -14,8 +14,10 @@ from btm_scale.checkpoint.convert import convert, verify_equal
 from btm_scale.checkpoint.formats import open_model
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.inspect import inspect
+from btm_scale.checkpoint.journal import only_merge_into
 from btm_scale.checkpoint.megatron import find_shape
 from btm_scale.checkpoint.merge import merge
+from btm_scale.checkpoint.publish import partial_path
 from btm_scale.checkpoint.safetensors import SafetensorsModel
 from btm_scale.errors import CheckpointError
 from btm_scale.model.names import cut, from_huggingface, table
@@ -106,6 +108,18 @@ def test_what_cannot_be_converted_is_told_and_leaves_nothing(model: Path, tmp_pa
     with pytest.raises(CheckpointError, match="exists already"):
         convert(model, model, to="huggingface")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("to", ["huggingface", "megatron", "deepspeed"])
+def test_two_conversions_into_one_target_do_not_mix(models: dict[str, Path], tmp_path: Path, to: str) -> None:
+    partial = partial_path(tmp_path / "out")
+    partial.mkdir()
+    (partial / "begun").touch()
+    with only_merge_into(partial), pytest.raises(CheckpointError, match="another process is writing"):
+        convert(models["mistral"], tmp_path / "out", to=to)
+    assert (partial / "begun").exists()
+    convert(models["mistral"], tmp_path / "out", to=to)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(
