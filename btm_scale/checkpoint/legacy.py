@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from btm_scale.checkpoint.pickles import load_pickle
+from btm_scale.checkpoint.safetensors import weight_map
 from btm_scale.checkpoint.stored import StoredModel, StoredTensor
 from btm_scale.errors import CheckpointError
 
@@ -18,9 +18,7 @@ def open_bin(directory: Path) -> StoredModel:
     index = directory / BIN_INDEX
     shards = [directory / BIN]
     if index.is_file():
-        shards = [
-            directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        ]
+        shards = [directory / name for name in sorted(set(weight_map(index).values()))]
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         if not shard.is_file():

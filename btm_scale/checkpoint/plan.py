@@ -177,6 +177,11 @@ def _checked(paths: Sequence[Path], dtype: torch.dtype | None, problems: list[st
                 readers.append(stack.enter_context(open_model(path)))
             except CheckpointError as error:
                 problems.append(str(error))
+        problems += [
+            f"{reader.path} holds no tensor under a name. Save the model itself, not a dictionary that holds it."
+            for reader in readers
+            if not reader.names
+        ]
         specs: dict[str, TensorSpec] = {}
         if len(readers) == len(paths) and readers:
             specs, found = common_specs(readers, dtype)

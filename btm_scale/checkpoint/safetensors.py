@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from btm_scale.checkpoint.compatibility import read_json
 from btm_scale.checkpoint.sharded_writer import INDEX, SINGLE, ShardedWriter
 from btm_scale.checkpoint.tensors import (
     DTYPE_BY_CODE,
@@ -21,7 +22,9 @@ from btm_scale.checkpoint.tensors import (
 )
 from btm_scale.errors import CheckpointError
 
-__all__ = ["INDEX", "SINGLE", "SafetensorsModel", "ShardedWriter", "TensorSpec", "pread_into", "read_header"]
+__all__ = [
+    "INDEX", "SINGLE", "SafetensorsModel", "ShardedWriter", "TensorSpec", "pread_into", "read_header", "weight_map",
+]  # fmt: skip
 
 _MAX_HEADER = 100_000_000  # the reference implementation refuses more
 
@@ -64,6 +67,13 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
+def _natural(value: object) -> int:
+    """A JSON value that must be a whole number and not negative; raises `ValueError` for another."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError
+    return value
+
+
 def _places(path: Path) -> dict[str, _Place]:
     """Every tensor of one file, after proof that they fill its data exactly, with no hole and no overlap."""
     header, data = read_header(path)
@@ -71,8 +81,8 @@ def _places(path: Path) -> dict[str, _Place]:
     places, spans = {}, []
     for name, entry in header.items():
         try:
-            begin, end = entry["data_offsets"]
-            spec = TensorSpec(DTYPE_BY_CODE[entry["dtype"]], tuple(int(size) for size in entry["shape"]))
+            begin, end = map(_natural, entry["data_offsets"])
+            spec = TensorSpec(DTYPE_BY_CODE[entry["dtype"]], tuple(map(_natural, entry["shape"])))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{path}: the header entry of '{name}' is not understood: {entry}"
@@ -156,12 +166,19 @@ class SafetensorsModel(ModelReader):
             return self._descriptors[file]
 
 
+def weight_map(index: Path) -> dict[str, str]:
+    """The shard of every tensor that an index lists; raises `CheckpointError`."""
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()):
+        raise CheckpointError(
+            f"{index} is no index of shards: it has no weight_map of names. Download it again."
+        )
+    return listed
+
+
 def _indexed_places(index: Path) -> dict[str, _Place]:
     """Every tensor that an index lists, after proof that index and shards say the same."""
-    try:
-        listed: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{index} is no safetensors index: {error}. Download it again.") from error
+    listed = weight_map(index)
     found: dict[str, _Place] = {}
     for shard in sorted(set(listed.values())):
         file = index.parent / shard

@@ -122,6 +122,11 @@ def test_weights_whose_sum_is_too_large_for_a_number_are_refused(models: list[Pa
         merge(tmp_path / "out", [(models[0], 1e308), (models[1], 1e308)])
 
 
+def test_a_model_without_a_tensor_is_refused(save: Save, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="empty holds no tensor under a name"):
+        merge(tmp_path / "out", [(save("empty", {}), 1)])
+
+
 def test_a_shard_cut_short_stops_the_merge_without_output(models: list[Path], tmp_path: Path) -> None:
     shard = next(iter(models[2].glob("model-00002*")))
     shard.write_bytes(shard.read_bytes()[:-1])

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from small_models import Save, random_weights
 
 from btm_scale.checkpoint import publish
+from btm_scale.checkpoint.formats import open_model
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.publish import publish_directory, require_space
 from btm_scale.checkpoint.safetensors import INDEX, SafetensorsModel, ShardedWriter
@@ -125,6 +126,10 @@ def edit_header(file: Path, **changes: object) -> None:
         ({"data_offsets": [4, 20]}, "hole before it|overlaps"),
         ({"dtype": "Q4"}, "not understood"),
         ({"shape": [5]}, "20 bytes, not 16"),
+        ({"shape": [-2, -2]}, "not understood"),
+        ({"shape": [4.5]}, "not understood"),
+        ({"data_offsets": ["0", "16"]}, "not understood"),
+        ({"data_offsets": [0.0, 16.0]}, "not understood"),
     ],
 )
 def test_a_header_that_lies_is_told(tmp_path: Path, changes: dict[str, object], message: str) -> None:
@@ -155,6 +160,16 @@ def test_index_and_shards_that_disagree_are_told(save: Save) -> None:
     (directory / shard).unlink()
     with pytest.raises(CheckpointError, match="which is missing"):
         SafetensorsModel(directory)
+
+
+@pytest.mark.parametrize("name", [INDEX, "pytorch_model.bin.index.json"])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": "x"}', '{"weight_map": {"a": 3}}'])
+def test_an_index_of_another_kind_is_told(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(
+        CheckpointError, match=f"{name} (is not JSON|is no index of shards|holds no JSON object)"
+    ):
+        open_model(tmp_path)
 
 
 def test_a_directory_without_weights_and_an_unknown_name_are_told(save: Save, tmp_path: Path) -> None:
