@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from btm_scale.checkpoint.pickles import load_pickle
+from btm_scale.checkpoint.pickles import Inert, load_pickle
 from btm_scale.checkpoint.safetensors import weight_map
 from btm_scale.checkpoint.stored import StoredModel, StoredTensor
+from btm_scale.checkpoint.tensors import CODE_BY_DTYPE
 from btm_scale.errors import CheckpointError
 
 BIN = "pytorch_model.bin"
@@ -26,5 +27,17 @@ def open_bin(directory: Path) -> StoredModel:
         content = load_pickle(shard)
         if not isinstance(content, dict):
             raise CheckpointError(f"{shard} holds no state dict.")
+        if unread := sorted(str(name) for name, value in content.items() if _is_unread_tensor(value)):
+            raise CheckpointError(
+                f"{shard}: {len(unread)} tensors, the first '{unread[0]}', are of a type or layout that is not read "
+                "from .bin files. Save the model as safetensors."
+            )
         tensors |= {name: value for name, value in content.items() if isinstance(value, StoredTensor)}
     return StoredModel(directory, tensors)
+
+
+def _is_unread_tensor(value: object) -> bool:
+    """Whether a value is a tensor that would be left out of the model: sparse, quantised or of a rare dtype."""
+    if isinstance(value, StoredTensor):
+        return value.spec.dtype not in CODE_BY_DTYPE
+    return isinstance(value, Inert) and value.kind.startswith("torch._utils._rebuild_")

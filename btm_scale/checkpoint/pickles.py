@@ -131,7 +131,8 @@ class _Storage:
 
 def _storage_dtype(name: str) -> torch.dtype:
     names = {"Half": "float16", "Float": "float32", "Double": "float64", "BFloat16": "bfloat16",
-             "Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Bool": "bool"}  # fmt: skip
+             "Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Bool": "bool",
+             "ComplexFloat": "complex64", "ComplexDouble": "complex128"}  # fmt: skip
     dtype = getattr(torch, names.get(name.removesuffix("Storage"), ""), torch.uint8)
     assert isinstance(dtype, torch.dtype)
     return dtype

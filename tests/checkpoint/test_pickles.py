@@ -64,6 +64,16 @@ def test_a_bin_model_reads_like_any_other(tmp_path: Path, shards: int) -> None:
         open_model(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.zeros(2, dtype=torch.complex64), torch.zeros(2).to(torch.float8_e4m3fn), torch.eye(2).to_sparse()],
+)
+def test_a_bin_model_with_tensors_that_are_not_read_is_told(tmp_path: Path, tensor: torch.Tensor) -> None:
+    torch.save({"a": torch.ones(3), "b": tensor, "c": None}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="1 tensors, the first 'b', are of a type or layout"):
+        open_model(tmp_path)
+
+
 @pytest.mark.parametrize("function", [os.system, os.remove, eval, exec, __import__, os.execv])
 def test_a_pickle_that_calls_the_system_runs_nothing_and_is_told(tmp_path: Path, function: object) -> None:
     victim = tmp_path / "victim"
