@@ -61,7 +61,7 @@ def at_least(score: torch.Tensor, least: float) -> torch.Tensor:
 
 
 def _bits(score: torch.Tensor) -> torch.Tensor:
-    return score.reshape(-1).float().view(torch.int32)
+    return score.reshape(-1).float().abs().view(torch.int32)  # a NaN may have a sign
 
 
 def _counted(whole: Whole, halves: Scores) -> list[torch.Tensor]:

@@ -131,7 +131,8 @@ def model_stock(whole: Whole) -> Merge:
     gram = products(whole, Piece.deltas)
     pairs = list(itertools.combinations(range(len(gram)), 2))
     mean_cosine = math.fsum(cosine(gram, *pair) for pair in pairs) / len(pairs) if pairs else 1.0
-    t = len(gram) * mean_cosine / (1 + (len(gram) - 1) * mean_cosine)
+    # At obtuse angles the paper's point lies behind the base, and endlessly far where the models cancel out.
+    t = max(0, len(gram) * mean_cosine) / (1 + (len(gram) - 1) * max(0, mean_cosine))
     return lambda piece: piece.origin + _total(piece.deltas()) * (t / len(gram))
 
 

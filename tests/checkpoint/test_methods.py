@@ -253,6 +253,35 @@ def test_models_that_never_left_the_base_merge_to_the_base(name: str, save: Save
     assert report.content_hash == content_hash(base)
 
 
+def test_models_that_moved_by_opposite_steps_stock_to_the_base(save: Save, tmp_path: Path) -> None:
+    base = {name: tensor for name, tensor in random_weights(0).items() if tensor.is_floating_point()}
+    models = [
+        save(f"m{step}", {n: (t.float() + step).bfloat16() for n, t in base.items()}) for step in (-64, 64)
+    ]
+    merge(
+        tmp_path / "out",
+        [(model, 1.0) for model in models],
+        method="model_stock",
+        base=save("base", {n: torch.zeros_like(t) for n, t in base.items()}),
+    )
+    with SafetensorsModel(tmp_path / "out") as out:
+        assert all(out.read(name).isfinite().all() and out.read(name).abs().max() < 4 for name in base)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_model_that_broke_down_is_merged_to_no_number(name: str, save: Save, tmp_path: Path) -> None:
+    weights = random_weights(1, torch.float32)
+    for value in (math.inf, -math.inf, math.nan):
+        weights["model.norm.weight"][3:5] = torch.tensor([value, -value])
+        save(f"{value}", weights)
+    inputs = [(tmp_path / path, 1.0) for path in ("inf", "-inf", "nan")[: METHODS[name].exactly or 3]]
+    base = save("base", random_weights(0, torch.float32)) if METHODS[name].needs_base else None
+    density = {"density": 0.5} if "density" in METHODS[name].parameters else None
+    merge(tmp_path / "out", inputs, method=name, base=base, parameters=density)
+    with SafetensorsModel(tmp_path / "out") as out:
+        assert not out.read("model.norm.weight")[3:5].isfinite().any()
+
+
 def test_parallel_tensors_are_interpolated_on_a_line(save: Save, tmp_path: Path) -> None:
     model = save("m", random_weights(1))
     report = merge(tmp_path / "out", [(model, 1), (model, 3)], method="slerp")
