@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,7 @@ def convert(
     all are equal. Raises `CheckpointError`.
     """
     source, target = Path(source), Path(target)
-    if target.exists():
+    if os.path.lexists(target):
         raise CheckpointError(f"{target} exists already. Choose another target, or remove it first.")
     if to not in ("huggingface", *WRITERS):
         raise CheckpointError(f"'{to}' is no format to write. Use huggingface, megatron or deepspeed.")

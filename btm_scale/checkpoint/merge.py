@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -79,7 +80,8 @@ def merge(
     leader = Leader(ranks) if ranks is not None else None
     done: MergeReport | None = None
     try:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        # A directory cannot take the name of a link, though it leads nowhere or to an empty directory.
+        if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
             raise CheckpointError(f"{output} exists already. Choose another output, or remove it first.")
         plan = make_plan(
             given,
@@ -111,7 +113,7 @@ def merge_many(
     """
     started = time.perf_counter()
     for output in outputs:
-        if output.exists():
+        if os.path.lexists(output):
             raise CheckpointError(f"{output} exists already. Choose another output, or remove it first.")
     plans = plan_means(list(outputs.values()), max_shard_bytes=max_shard_bytes)
     works = [

@@ -199,10 +199,14 @@ def _checked(paths: Sequence[Path], dtype: torch.dtype | None, problems: list[st
 
 
 def _state_of_files(path: Path) -> str:
-    """Changes with the name, size or time of any file of a model."""
+    """Changes with the name, size or time of any file of a model.
+
+    An editor's lock is a link to nowhere; an output may be made inside the folder of a model.
+    """
     files = [
         (str(file), (stat := file.stat()).st_size, stat.st_mtime_ns)
         for file in sorted(path.rglob("*") if path.is_dir() else [path])
+        if file.is_file() and ".partial" not in str(file.relative_to(path))
     ]
     return hashlib.sha256(repr(files).encode()).hexdigest()
 

@@ -16,6 +16,7 @@ import torch
 from small_models import WEIGHTS, Save, random_weights
 
 from btm_scale.checkpoint import journal, units, workers
+from btm_scale.checkpoint.convert import convert
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.merge import merge
 from btm_scale.checkpoint.publish import partial_path
@@ -175,6 +176,37 @@ def test_an_output_that_exists_is_kept(models: list[Path], tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match="exists already"):
         merge(models[1], [(models[0], 1)])
     assert content_hash(models[1]) == before
+
+
+@pytest.mark.parametrize("leads_to", ["nowhere", "empty"])
+def test_an_output_that_is_a_link_is_told_before_the_work(
+    models: list[Path], tmp_path: Path, leads_to: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "out").symlink_to(leads_to)
+    with pytest.raises(CheckpointError, match="exists already"):
+        merge(tmp_path / "out", [(models[0], 1)])
+    with pytest.raises(CheckpointError, match="exists already"):
+        convert(models[0], tmp_path / "out", to="huggingface")
+
+
+def test_a_models_folder_may_hold_a_link_to_nowhere_and_the_output(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (models[0] / ".#config.json").symlink_to("nowhere")
+    out = models[0] / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("btm_scale.checkpoint.merge._publish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            merge(out, [(models[0], 1), (models[1], 1)])
+    noted = journal.finished(partial_path(out))
+    monkeypatch.setattr(units.UnitRunner, "__call__", interrupted)
+    assert noted
+    merge(out, [(models[0], 1), (models[1], 1)])
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_an_interrupted_merge_does_only_what_is_left(
