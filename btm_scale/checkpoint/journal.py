@@ -18,10 +18,16 @@ _PLAN = "plan.fingerprint"
 
 @contextmanager
 def only_merge_into(partial: Path) -> Iterator[None]:
-    """Hold the right to write `partial`; raises `CheckpointError` while another process has it."""
+    """Hold the right to write `partial`; raises `CheckpointError` while another process has it, or if none can."""
     lock = partial.with_name(f"{partial.name}.lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        opened = lock.open("w")
+    except OSError as error:
+        raise CheckpointError(
+            f"{lock.parent} cannot be written to: {error}. Choose another output."
+        ) from error
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -51,7 +51,10 @@ def write_torch_dist(
     the disk is too small.
     """
     directory = Path(directory)
-    require_space(directory, sum(model.spec(name).nbytes for name in model.names))
+    needed = sum(
+        model.spec(name).elements * (dtype or model.spec(name).dtype).itemsize for name in model.names
+    )
+    require_space(directory, needed)
     directory.mkdir(parents=True, exist_ok=True)
     rows = -(-shape.vocabulary // tensor) * tensor
     files = _Files(directory)

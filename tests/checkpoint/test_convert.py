@@ -111,6 +111,17 @@ def test_what_cannot_be_converted_is_told_and_leaves_nothing(model: Path, tmp_pa
 
 
 @pytest.mark.parametrize("to", ["huggingface", "megatron", "deepspeed"])
+def test_space_is_asked_for_in_the_type_that_is_written(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    size = sum(spec.nbytes for spec in SafetensorsModel(models["mistral"]).specs().values())
+    usage = shutil.disk_usage(tmp_path)._replace(free=size * 3 // 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(CheckpointError, match="Nothing was written"):
+        convert(models["mistral"], tmp_path / "out", to=to, dtype="float32")
+
+
+@pytest.mark.parametrize("to", ["huggingface", "megatron", "deepspeed"])
 def test_two_conversions_into_one_target_do_not_mix(models: dict[str, Path], tmp_path: Path, to: str) -> None:
     partial = partial_path(tmp_path / "out")
     partial.mkdir()

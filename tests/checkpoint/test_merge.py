@@ -178,6 +178,11 @@ def test_an_output_that_exists_is_kept(models: list[Path], tmp_path: Path) -> No
     assert content_hash(models[1]) == before
 
 
+def test_an_output_in_a_place_that_cannot_be_written_to_is_told(models: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config.json cannot be written to: .* Choose another output"):
+        merge(models[0] / "config.json/out", [(models[0], 1)])
+
+
 @pytest.mark.parametrize("leads_to", ["nowhere", "empty"])
 def test_an_output_that_is_a_link_is_told_before_the_work(
     models: list[Path], tmp_path: Path, leads_to: str
