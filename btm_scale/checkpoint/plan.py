@@ -218,7 +218,7 @@ def _weight_problems(method: Method, inputs: Sequence[tuple[Path, float]]) -> li
         problems.append("no input has a weight other than 0. Give at least one model.")
     elif not math.isfinite(sum(map(abs, weights))):
         problems.append(f"weights and their sum must be finite numbers; they are {weights}.")
-    elif method.name in ("linear", "slerp") and math.isclose(sum(weights), 0, abs_tol=1e-12):
+    elif method.name in ("linear", "slerp") and abs(sum(weights)) <= 1e-12 * sum(map(abs, weights)):
         problems.append(
             f"weights must not sum to 0, since the result is divided by the sum; they are {weights}."
         )

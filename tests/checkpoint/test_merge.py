@@ -110,7 +110,16 @@ def test_every_problem_is_told_at_once_and_nothing_is_written(save: Save, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "good"]
 
 
-@pytest.mark.parametrize("weights", [[1, -1], [0, 0], []])
+def test_only_the_weights_ratio_counts(save: Save, tmp_path: Path) -> None:
+    models = [save(f"m{i}", random_weights(i)) for i in range(2)]
+    same = [
+        merge(tmp_path / f"out{power}", [(models[0], 2.0**power), (models[1], 3 * 2.0**power)]).content_hash
+        for power in (0, 500, -500)
+    ]
+    assert len(set(same)) == 1
+
+
+@pytest.mark.parametrize("weights", [[1, -1], [1e6, 1e-9 - 1e6], [0, 0], []])
 def test_weights_that_divide_by_nothing_are_refused(
     models: list[Path], tmp_path: Path, weights: list[float]
 ) -> None:
