@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -40,8 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb and exit: 0 on success, 2 on a user's mistake, 1 on any other failure."""
     options = build_parser(_VERBS).parse_args(arguments)
     _silence_megatron()
+    # Libraries print on stdout too, DeepSpeed as soon as it is imported.
+    only_the_answer = contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext()
     try:
-        answer = options.verb(options)
+        with only_the_answer:
+            answer = options.verb(options)
     except UserError as error:
         print(f"btm-scale: {error}", file=sys.stderr)
         sys.exit(2)

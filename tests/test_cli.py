@@ -10,6 +10,7 @@ import pytest
 from tiny_run import btm_scale, tiny_values, write_config
 
 from btm_scale.config import RunConfig
+from btm_scale.forest.expert import Expert
 from btm_scale.run_dir import RunDir
 
 
@@ -73,6 +74,16 @@ def test_status_and_forest_say_what_a_finished_run_holds(finished_run: tuple[Run
     forest = json.loads(btm_scale("forest", "list", run.root, "--json").stdout)["experts"]
     assert list(forest) == ["licences", "python"]
     assert forest["python"]["parents"] == {"seed": 1.0}
+
+
+def test_json_is_alone_on_stdout_whatever_a_library_prints_there(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    write_config(run.config, tiny_values(tmp_path))
+    run.model("friend").mkdir(parents=True)
+    Expert("friend", {}, (), 0, 0, {}, {}, "").save(run.model("friend"))
+    # This verb imports DeepSpeed, which says on stdout which accelerator it has found.
+    done = btm_scale("forest", "remove", run.root, "friend", "--json")
+    assert json.loads(done.stdout) == {"removed": "friend"}
 
 
 def test_a_killed_prepare_leaves_no_process_and_the_next_one_finishes(
