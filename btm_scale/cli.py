@@ -46,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with only_the_answer:
             answer = options.verb(options)
+        if options.json and answer is not None:
+            print(json.dumps(answer, indent=2))
+        print(end="", flush=True)
     except UserError as error:
         print(f"btm-scale: {error}", file=sys.stderr)
         sys.exit(2)
@@ -55,8 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("btm-scale: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
-    if options.json and answer is not None:
-        print(json.dumps(answer, indent=2))
+    except BrokenPipeError:
+        # Whoever read the answer, such as `head`, has enough of it; what is still buffered has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def _silence_megatron() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,17 @@ def test_json_is_alone_on_stdout_whatever_a_library_prints_there(tmp_path: Path)
     # This verb imports DeepSpeed, which says on stdout which accelerator it has found.
     done = btm_scale("forest", "remove", run.root, "friend", "--json")
     assert json.loads(done.stdout) == {"removed": "friend"}
+
+
+def test_a_reader_that_has_enough_of_an_answer_is_no_error_to_tell_of(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    write_config(run.config, tiny_values(tmp_path))
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "btm_scale.cli", "status", str(run.root), "--json"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_a_killed_prepare_leaves_no_process_and_the_next_one_finishes(
