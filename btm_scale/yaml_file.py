@@ -15,30 +15,53 @@ from btm_scale.errors import ConfigError
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice."""
+    """Refuses a key that stands twice, and an alias inside of what it stands for."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def __init__(self, text: str, name: str) -> None:
+        super().__init__(text)
+        self.name = name
+        self._flattened: set[yaml.Node] = set()
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            alias = self.peek_event()
+            node = self.anchors.get(alias.anchor)
+            # The end of a mapping or a list is known once all of it has been read.
+            if isinstance(node, yaml.CollectionNode) and node.end_mark is None:
+                raise ConfigError(
+                    f"{self.name}, line {alias.start_mark.line + 1}: '*{alias.anchor}' stands inside of what it "
+                    "stands for; a config must end, so write the values out"
+                )
+        return super().compose_node(parent, index)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        # `<<` puts another mapping's keys beside a mapping's own, which replace them: only the own must differ.
+        if node in self._flattened:
+            return
+        self._flattened.add(node)
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            place = f"{self.name}, line {key_node.start_mark.line + 1}"
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ConfigError(f"{place}: a key is a mapping or a list; a key must be a word or a number")
+            key = self.construct_object(key_node)
             if key in seen:
-                raise ConfigError(
-                    f"{key_node.start_mark.name}, line {key_node.start_mark.line + 1}: key '{key}' stands twice; "
-                    "keep one"
-                )
+                raise ConfigError(f"{place}: key '{key}' stands twice; keep one")
             seen.add(key)
-        return super().construct_mapping(node, deep)
+        super().flatten_mapping(node)
 
 
 def _parse(text: str, name: str) -> Any:
-    loader = _StrictLoader(text)
-    loader.name = name
     try:
-        return loader.get_single_data()
+        loader = _StrictLoader(text, name)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
         raise ConfigError(f"{name} is not valid YAML: {error}") from None
-    finally:
-        loader.dispose()
 
 
 def _numbers(value: Any) -> Any:

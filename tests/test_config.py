@@ -79,6 +79,35 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
         RunConfig.load(path)
 
 
+def test_a_mapping_may_take_over_anothers_keys_and_replace_some(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "domains:\n  math: &all {text: m, field: body}\n  code: &code {<<: *all, text: c}\n"
+        "  law: {<<: *code, weight: 2}\n"
+    )
+    domains = RunConfig.load(path).domains
+    assert [domain.text for domain in domains.values()] == [("m",), ("c",), ("c",)]
+    assert [domain.field for domain in domains.values()] == ["body"] * 3
+    path.write_text("domains:\n  math: &all {text: m}\n  code: {<<: *all, weight: 2, weight: 3}\n")
+    with pytest.raises(ConfigError, match="line 3: key 'weight' stands twice"):
+        RunConfig.load(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("domains: &all\n  math: *all\n", r"line 2: '\*all' stands inside of what it stands for"),
+        ("domains: {[a, b]: {text: x}}\n", "line 1: a key is a mapping or a list"),
+        ("domains: {math: {text: a\0b}}\n", "is not valid YAML: .*#x0000"),
+    ],
+)
+def test_yaml_that_no_config_can_be_is_refused_with_its_place(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=told):
+        RunConfig.load(path)
+
+
 @pytest.mark.parametrize("text", ["domains: [", "- a", ""])
 def test_what_is_no_yaml_mapping_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "run.yaml"
