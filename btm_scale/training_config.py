@@ -59,11 +59,14 @@ class BudgetConfig(Section):
         return round(self.tokens / self.batch_tokens) - self.seed_steps
 
 
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(Section):
     """AdamW and its schedule, which runs over seed and branch as one."""
 
     lr: float = Field(default=1e-3, gt=0)
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="at a batch of budget.batch_tokens")
+    betas: tuple[_Beta, _Beta] = Field(default=(0.9, 0.95), description="at a batch of budget.batch_tokens")
     scale_beta2: bool = Field(
         default=True, description="average second moments over as many tokens whatever an expert's batch"
     )

@@ -142,7 +142,13 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
 
 
 # pydantic names the branch of a union in the location; the YAML has no such key.
-_UNION_TAGS = {"SplitUnit", "literal['document','file']", "[key]"}
+_UNION_TAGS = {
+    "SplitUnit",
+    "literal['document','file']",
+    "literal['seed','nearest','posterior']",
+    "dict[str,float]",
+    "[key]",
+}
 
 
 def _sentence(problem: Any, model: type[BaseModel]) -> Iterator[str]:

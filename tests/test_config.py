@@ -108,6 +108,22 @@ def test_yaml_that_no_config_can_be_is_refused_with_its_place(tmp_path: Path, te
         RunConfig.load(path)
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optimizer.lr=.inf",
+        "optimizer.betas=[0.9, 1]",
+        "domains.math.weight=.inf",
+        "baselines.dense_compute=[1e400]",
+        "experts.math.branch.parents.seed=.nan",
+    ],
+)
+def test_a_number_that_nothing_can_be_trained_with_is_refused(tmp_path: Path, override: str) -> None:
+    key = override.partition("=")[0]
+    with pytest.raises(ConfigError, match=f"{key}.*: must be "):
+        load(tmp_path, {"domains": DOMAINS}, override)
+
+
 @pytest.mark.parametrize("text", ["domains: [", "- a", ""])
 def test_what_is_no_yaml_mapping_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "run.yaml"
