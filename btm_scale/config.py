@@ -26,22 +26,34 @@ from btm_scale.training_config import (
 )
 from btm_scale.yaml_file import apply_overrides, dump_yaml, explain, load_yaml
 
+# What a run keeps under names of its own, beside what it keeps under the names of its experts.
+_OWN_NAMES = (
+    SEED,
+    DENSE,
+    "uniform",
+    "argmax",
+    "posterior",
+    "tempered",
+    "greedy",
+    "average",
+    "random",
+    "score",
+)
 
-def _domain_name(name: str) -> str:
-    # Names become folders and job names, so they are kept to what is safe in both.
-    if name in (SEED, DENSE, "uniform", "argmax", "posterior", "tempered", "greedy") or name.startswith(
-        LONGER_DENSE
-    ):
-        raise ValueError(f"'{name}' is the name of one of the run's own models; choose another")
+
+def require_name(name: str, what: str = "a domain") -> str:
+    """The name of a domain or an expert as it is. Raises ValueError for one that can't be a folder and a job."""
+    if name in _OWN_NAMES or name.startswith(LONGER_DENSE):
+        raise ValueError(f"'{name}' is a name that the run needs for itself; choose another")
     allowed = name.replace("-", "").replace("_", "").replace(".", "")
     if not (allowed.isascii() and allowed.isalnum() and name[0].isalnum() and len(name) <= 64):
         raise ValueError(
-            f"'{name}' cannot name a domain: up to 64 letters, digits, '-', '_' and '.', a letter or digit first"
+            f"'{name}' cannot name {what}: up to 64 letters, digits, '-', '_' and '.', a letter or digit first"
         )
     return name
 
 
-DomainName = Annotated[str, AfterValidator(_domain_name)]
+DomainName = Annotated[str, AfterValidator(require_name)]
 
 
 class ModelConfig(Section):

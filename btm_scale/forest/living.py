@@ -11,7 +11,7 @@ from pathlib import Path
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.publish import publish_directory, require_space
 from btm_scale.checkpoint.safetensors import SafetensorsModel
-from btm_scale.config import RunConfig
+from btm_scale.config import RunConfig, require_name
 from btm_scale.data.tokenizer import Tokenizer, same_ids
 from btm_scale.errors import CheckpointError, ForestError
 from btm_scale.forest.expert import CARD, Expert, is_finished, read_expert
@@ -25,6 +25,10 @@ def add_expert(config: RunConfig, run: RunDir, source: Path, name: str) -> Exper
     It needs the run's tokenizer and vocabulary; its size and family are its own affair. Any number of processes may
     add experts at once. Raises ForestError with the reason why it can't be an expert of this run.
     """
+    try:
+        require_name(name, "an expert")
+    except ValueError as error:
+        raise ForestError(f"{error} (--name)") from None
     final = run.model(name)
     if is_finished(final) or name in config.expert_domains:
         raise ForestError(f"the forest of {run.root} has an expert '{name}' already; choose another --name")

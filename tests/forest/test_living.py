@@ -79,6 +79,17 @@ def test_a_name_that_is_taken_is_refused(run: RunDir, config: RunConfig, tmp_pat
             add_expert(config, run, source, name)
 
 
+@pytest.mark.parametrize(
+    "name", [".hidden", "a/b", "..", "my model", "dense-2x", "average", "random", "score"]
+)
+def test_a_name_that_is_no_folder_of_its_own_is_refused(
+    run: RunDir, config: RunConfig, tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(ForestError, match=rf"'{name}' .* \(--name\)"):
+        add_expert(config, run, model(tmp_path / "friend"), name)
+    assert not run.experts.exists()
+
+
 def _add_many(run: RunDir, source: Path, prefix: str, errors: multiprocessing.Queue[str]) -> None:
     config = RunConfig.model_validate({"domains": {"math": {"text": "math"}}})
     for number in range(20):
