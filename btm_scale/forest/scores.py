@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from btm_scale.config import RunConfig
@@ -37,8 +37,16 @@ class Scores:
 
     @classmethod
     def load(cls, path: Path) -> Scores:
-        """Read scores. Raises ForestError if they aren't there."""
-        with _opened(path) as file:
+        """Read scores. Raises ForestError if they aren't there, or damaged."""
+        if not path.is_file():
+            raise ForestError(f"no scores at {path}; score this model first: btm-scale score RUN")
+        try:
+            opened = safe_open(path, "numpy")
+        except SafetensorError as error:
+            raise ForestError(
+                f"the scores at {path} are damaged ({error}); make them again: btm-scale score RUN"
+            ) from None
+        with opened as file:
             metadata = file.metadata()
             return cls(
                 file.get_tensor("log_probs"),
@@ -49,11 +57,14 @@ class Scores:
 
 
 def scored_model(path: Path) -> str | None:
-    """The content hash of the model that scores are of, or None if they aren't there."""
+    """The content hash of the model that scores are of, or None if they aren't there, or damaged."""
     if not path.is_file():
         return None
-    with _opened(path) as file:
-        return str(file.metadata()["model"])
+    try:
+        with safe_open(path, "numpy") as file:
+            return str(file.metadata()["model"])
+    except SafetensorError:
+        return None
 
 
 def all_texts(config: RunConfig) -> list[tuple[str, str]]:
@@ -77,9 +88,3 @@ def missing_scores(
     """Those of `texts` that the model as it stands now has no scores for."""
     content_hash = read_expert(run.model(model)).content_hash
     return [text for text in texts if scored_model(run.scores(model, *text)) != content_hash]
-
-
-def _opened(path: Path) -> safe_open:
-    if not path.is_file():
-        raise ForestError(f"no scores at {path}; score this model first: btm-scale score RUN")
-    return safe_open(path, "numpy")
