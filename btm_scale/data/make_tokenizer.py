@@ -45,9 +45,10 @@ def train_tokenizer(directory: Path, texts: Iterable[str], *, vocab_size: int) -
     a newline is a token of its own. Raises DataError if the texts hold too little for `vocab_size` tokens.
     """
     model = io.BytesIO()
+    lines = _Lines(texts)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_training_lines(texts),
+            sentence_iterator=iter(lines),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -66,6 +67,8 @@ def train_tokenizer(directory: Path, texts: Iterable[str], *, vocab_size: int) -
             minloglevel=3,
         )
     except RuntimeError as error:
+        if lines.error is not None:
+            raise lines.error from None
         raise DataError(
             f"no tokenizer of {vocab_size} tokens can be trained on this text ({first_line(error)}). "
             "Set tokenizer.vocab_size to what the text carries, give more text, or name an existing "
@@ -83,6 +86,21 @@ def train_tokenizer(directory: Path, texts: Iterable[str], *, vocab_size: int) -
         "clean_up_tokenization_spaces": False,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+class _Lines:
+    """The lines of texts, once. sentencepiece makes a RuntimeError of its own of any other, so `error` keeps it."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._texts = texts
+        self.error: DataError | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            yield from _training_lines(self._texts)
+        except DataError as error:
+            self.error = error
+            raise
 
 
 def _training_lines(texts: Iterable[str]) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -81,6 +82,15 @@ def test_too_little_text_for_the_vocabulary_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no tokenizer of 4096 tokens can be trained.*tokenizer.vocab_size"):
         train_tokenizer(tmp_path, ["a little text"], vocab_size=4_096)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_wrong_with_a_text_is_told_as_it_is_and_not_as_the_vocabularys_fault(tmp_path: Path) -> None:
+    def texts() -> Iterator[str]:
+        yield from prose_texts(50)
+        raise DataError("line 51 is broken")
+
+    with pytest.raises(DataError, match=r"^line 51 is broken$"):
+        train_tokenizer(tmp_path, texts(), vocab_size=320)
 
 
 def byte_level_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
