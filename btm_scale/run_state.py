@@ -32,6 +32,7 @@ _FREE = (
     "evaluate.posterior",
     "evaluate.tempering",
     "evaluate.top_k",
+    "evaluate.top_k_per_token",
 )
 
 
@@ -42,10 +43,11 @@ def open_run(config: RunConfig, run: RunDir) -> None:
     """
     if run.config.is_file():
         existing = RunConfig.load(run.config)
+        free = (*_FREE, *_additions(existing, config))
         differing = [
             line
             for path, line in _differences(existing.model_dump(mode="json"), config.model_dump(mode="json"))
-            if not path.startswith((*_FREE, *_additions(existing, config)))
+            if not any(path == part or path.startswith(f"{part}.") for part in free)
         ]
         if differing:
             raise ConfigError(

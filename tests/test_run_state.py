@@ -41,3 +41,14 @@ def test_what_decides_a_model_or_its_scores_may_not(tmp_path: Path, change: dict
     with pytest.raises(ConfigError, match="holds a run of another config; it differs in:\n  "):
         open_run(write_config(tmp_path / "b.yaml", values | kept), run)
     assert run.config.read_bytes() == before
+
+
+def test_a_domain_that_joins_lets_none_change_whose_name_begins_like_its_own(tmp_path: Path) -> None:
+    values, run = tiny_values(tmp_path), RunDir(tmp_path / "run")
+    added = {"law2": {"text": "law2.jsonl"}}
+    open_run(write_config(tmp_path / "a.yaml", values | {"added_domains": added}), run)
+    joined = values | {"added_domains": added | {"law": {"text": "law.jsonl"}}}
+    changed = joined | {"experts": {"law2": {"tokens": 5000}}}
+    with pytest.raises(ConfigError, match=r"it differs in:\n  experts\.law2: "):
+        open_run(write_config(tmp_path / "b.yaml", changed), run)
+    open_run(write_config(tmp_path / "c.yaml", joined), run)
