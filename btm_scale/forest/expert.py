@@ -46,6 +46,8 @@ def read_expert(directory: Path) -> Expert:
     path = directory / CARD
     try:
         values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds a {type(values).__name__}, not an object")
     except FileNotFoundError:
         raise ForestError(
             f"{directory} is no finished expert: it has no {CARD}; train it, or name another"

@@ -102,6 +102,8 @@ def load_results(run: RunDir) -> dict[str, Any]:
     """Read results.json. Raises ForestError if it isn't there or is of another make."""
     try:
         results = json.loads(run.results.read_text())
+        if not isinstance(results, dict):
+            raise ValueError(f"it holds a {type(results).__name__}, not an object")
     except FileNotFoundError:
         raise ForestError(f"no results at {run.results}; make them first: btm-scale evaluate RUN") from None
     except ValueError as error:
@@ -110,6 +112,8 @@ def load_results(run: RunDir) -> dict[str, Any]:
         ) from None
     if results.get("schema") != SCHEMA:
         raise ForestError(f"{run.results} has schema {results.get('schema')}, this version reads {SCHEMA}")
+    if missing := [part for part in ("domains", "methods") if not isinstance(results.get(part), dict)]:
+        raise ForestError(f"{run.results} lacks {' and '.join(missing)}; run btm-scale evaluate again")
     return results
 
 

@@ -143,3 +143,10 @@ def test_lineage_goes_up_to_the_seed_and_names_parents_that_are_gone(run: RunDir
     assert list(family) == [SEED, "a", "gone", "b"]
     assert family["b"] == {"a": 0.5, "gone": 0.5}
     assert ancestors(run, "b") == {SEED, "a", "b"}
+
+
+def test_a_card_that_is_no_object_is_told(run: RunDir) -> None:
+    run.model("a").mkdir(parents=True)
+    (run.model("a") / "expert.json").write_text("[]")
+    with pytest.raises(ForestError, match=r"expert\.json .*it holds a list, not an object"):
+        experts(run)

@@ -1,0 +1,27 @@
+"""results.json as it is read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from btm_scale.errors import ForestError
+from btm_scale.forest.results import load_results
+from btm_scale.run_dir import RunDir
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[]", "it holds a list, not an object"),
+        ('{"schema": 1, "domains": {', "is not valid JSON"),
+        ('{"schema": 1, "domains": {}}', "lacks methods"),
+    ],
+)
+def test_damaged_results_are_told_with_what_makes_them_anew(tmp_path: Path, text: str, told: str) -> None:
+    run = RunDir(tmp_path)
+    run.results.parent.mkdir()
+    run.results.write_text(text)
+    with pytest.raises(ForestError, match=f"{told}.*; run btm-scale evaluate again"):
+        load_results(run)
