@@ -103,6 +103,7 @@ class TrainingBatches:
         made = {name: Fingerprint.load(self._run, name) for name in self._weights}
         for fingerprint in made.values():
             fingerprint.require_tokenizer(tokenizer, self._run)
+            fingerprint.require_whole(self._run)
         contents = {
             name: [made.text, made.tokenizer, made.settings, made.splits["train"].model_dump()]
             for name, made in made.items()

@@ -57,14 +57,16 @@ class EvaluationText:
     ) -> EvaluationText:
         """At most `tokens` targets from a domain's split, documents in a fixed random order.
 
-        Raises DataError if the domain isn't prepared, or was with another tokenizer than the run's.
+        Raises DataError if the domain isn't prepared, was with another tokenizer than the run's, or is damaged.
         """
         # Megatron-core takes seconds to import, and who judges scores may need no text.
         import_uncompiled("megatron.core")
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
         tokenizer = directory_digest(run.tokenizer)
-        Fingerprint.load(run, domain).require_tokenizer(tokenizer, run)
+        made = Fingerprint.load(run, domain)
+        made.require_tokenizer(tokenizer, run)
+        made.require_whole(run)
         text = _sample(IndexedDataset(str(run.tokens(domain, split))), tokens + 1)
         starts = np.arange(0, len(text) - 1, sequence_length, dtype=np.int64)
         digest = hashlib.sha256(json.dumps([domain, split, sequence_length, tokenizer]).encode())

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from btm_scale.config import DataConfig, DomainConfig
@@ -81,6 +82,18 @@ class Fingerprint(BaseModel):
                 f"{self.tokenizer[:12]}) than the one in {run.tokenizer} (digest {digest[:12]}). Put the "
                 f"first one back, or delete {run.domain(self.domain)} and prepare the run again."
             )
+
+    def require_whole(self, run: RunDir) -> None:
+        """Raise DataError unless every split has its tokens on the disk."""
+        for split, counts in self.splits.items():
+            path = run.tokens(self.domain, split).with_suffix(".bin")
+            size = path.stat().st_size if path.is_file() else 0
+            needed = counts.tokens * np.dtype(self.dtype).itemsize
+            if size != needed:
+                raise DataError(
+                    f"{path} has {size} bytes, and its {counts.tokens} tokens take {needed}: it was damaged after it "
+                    f"was made. Copy it again, or delete {run.domain(self.domain)} and prepare the run again."
+                )
 
 
 def settings_of(domain: DomainConfig, data: DataConfig) -> dict[str, Any]:

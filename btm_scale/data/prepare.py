@@ -89,6 +89,7 @@ def _is_done(name: str, files: list[SourceFile], config: RunConfig, run: RunDir,
         return False
     made = Fingerprint.load(run, name)
     made.require_tokenizer(tokenizer, run)
+    made.require_whole(run)
     require_enough(name, config, made.splits)
     domain = config.all_domains[name]
     settings, sources = settings_of(domain, config.data), [Source.of(file) for file in files]

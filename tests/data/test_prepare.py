@@ -220,6 +220,23 @@ def test_token_files_of_another_tokenizer_are_refused_by_all_who_read_them(
         EvaluationText.load(run, "prose", "test", tokens=100, sequence_length=64)
 
 
+def test_token_files_that_were_cut_short_are_told_by_all_who_read_them(
+    prepared: tuple[RunConfig, RunDir], tmp_path: Path
+) -> None:
+    config, made = prepared
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(made.root, run.root)
+    path = run.tokens("code", "dev").with_suffix(".bin")
+    path.write_bytes(path.read_bytes()[:-2])
+    match = r"dev\.bin has \d+ bytes, .* prepare the run again"
+    with pytest.raises(DataError, match=match):
+        prepare(config, run)
+    with pytest.raises(DataError, match=match):
+        TrainingBatches(run, {"code": 1}, sequence_length=64, samples=10, seed=1)
+    with pytest.raises(DataError, match=match):
+        EvaluationText.load(run, "code", "dev", tokens=100, sequence_length=64)
+
+
 def test_every_missing_path_is_told_at_once_before_any_work(make_config: MakeConfig, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "good.jsonl", prose_texts(300))
     domains = {
