@@ -93,17 +93,18 @@ class ModelLock:
     @staticmethod
     def is_held(folder: Path) -> bool:
         """Whether some process holds the lock now."""
+        # A shared lock takes no more than leave to read, so that others may look at a run.
         try:
-            with (folder / "lock").open("r+") as file:
-                return not _locked(file)
+            with (folder / "lock").open() as file:
+                return not _locked(file, fcntl.LOCK_SH)
         except FileNotFoundError:
             return False
 
 
-def _locked(file: TextIO) -> bool:
+def _locked(file: TextIO, kind: int = fcntl.LOCK_EX) -> bool:
     """Lock a file until it is closed, unless another process has it."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

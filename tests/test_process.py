@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,8 +15,9 @@ from btm_scale.process import ModelLock
 
 def test_a_look_at_the_lock_keeps_no_group_from_starting(tmp_path: Path) -> None:
     """`status --watch` takes it for a moment every two seconds, on a slow file system for a long one."""
-    with (tmp_path / "lock").open("w") as asks:
-        fcntl.flock(asks, fcntl.LOCK_EX)
+    (tmp_path / "lock").touch()
+    with (tmp_path / "lock").open() as asks:
+        fcntl.flock(asks, fcntl.LOCK_SH)
         threading.Timer(0.3, asks.close).start()
         with ModelLock(tmp_path):
             assert ModelLock.is_held(tmp_path)
@@ -29,3 +31,19 @@ def test_a_second_group_is_refused(tmp_path: Path) -> None:
         ModelLock(tmp_path),
     ):
         pass
+
+
+def test_a_lock_is_seen_by_who_may_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not ModelLock.is_held(tmp_path)
+    with ModelLock(tmp_path):
+        opened = Path.open
+
+        def only_read(self: Path, mode: str = "r", *arguments: Any, **settings: Any) -> Any:
+            if mode != "r":
+                raise PermissionError(f"{self} may only be read")
+            return opened(self, mode, *arguments, **settings)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", only_read)
+            assert ModelLock.is_held(tmp_path)
+    assert not ModelLock.is_held(tmp_path)
