@@ -70,6 +70,10 @@ def prompts_of(given: Sequence[str], file: Path | None) -> list[str]:
             ) from None
     if not prompts:
         raise UserError("nothing to continue; give --prompt TEXT or --prompts FILE")
+    for prompt in prompts:
+        # Python hides bytes of an argument that are no text in halves of surrogate pairs.
+        if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise UserError(f"the prompt {prompt!r} is not UTF-8; a tokenizer reads UTF-8 text")
     return prompts
 
 

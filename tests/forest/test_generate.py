@@ -21,7 +21,7 @@ from btm_scale.forest import decoder as decoder_module
 from btm_scale.forest.decoding import Sampling, cut
 from btm_scale.forest.evidence import Tempering
 from btm_scale.forest.generate import Generator
-from btm_scale.forest.generation import Batch
+from btm_scale.forest.generation import Batch, prompts_of
 from btm_scale.run_dir import RunDir
 
 PRIOR = np.log([0.8, 0.2])
@@ -288,3 +288,9 @@ def test_a_users_mistake_exits_with_2_and_a_message(
         main(["generate", str(handmade[1].root), "--prompt", "x", *wrong])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_prompt_of_bytes_that_are_no_text_is_refused() -> None:
+    assert prompts_of(["naïve 北京 🎉"], None) == ["naïve 北京 🎉"]
+    with pytest.raises(UserError, match=r"the prompt 'a\\udcff' is not UTF-8"):
+        prompts_of(["a\udcff"], None)
