@@ -20,9 +20,8 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 STATE_MARKER = "state.json"  # of a training state
 _SEARCHED_PARENTS = 3
-_CAUSAL_MASK = re.compile(
-    r"(?:transformer\.)?h\.\d+\.attn\.(?:bias|masked_bias)"
-)  # in files of older transformers
+# In files of older transformers.
+_CAUSAL_MASK = re.compile(r"(?:transformer\.)?h\.\d+\.attn\.(?:bias|masked_bias)")
 # What must agree in two configs for the mean of their weights to be a model.
 _CONFIG_KEYS = (
     "model_type", "architectures", "hidden_size", "n_embd", "num_hidden_layers", "n_layer",
@@ -110,9 +109,7 @@ def is_derived(name: str, directory: Path) -> bool:
     if name != "lm_head.weight" and not causal_mask:
         return False
     config = read_json(described_in(directory) / "config.json")
-    gpt2 = (
-        config.get("model_type") == "gpt2"
-    )  # of which transformers ties a head that the config says nothing of
+    gpt2 = config.get("model_type") == "gpt2"  # its head is tied where the config says nothing of it
     return gpt2 if causal_mask else bool(config.get("tie_word_embeddings", gpt2))
 
 

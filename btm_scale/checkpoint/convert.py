@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from btm_scale.checkpoint.base_names import with_head_names
 from btm_scale.checkpoint.compatibility import is_derived
 from btm_scale.checkpoint.formats import open_model
 from btm_scale.checkpoint.journal import only_merge_into
@@ -55,7 +56,7 @@ def convert(
                         f"{source} has {shape.heads} heads, {shape.groups} key-value heads and {shape.ffn} inner "
                         f"features; tensor {tensor} must divide all three. Choose another degree."
                     )
-                with open_model(source) as model:
+                with with_head_names(open_model(source)) as model:
                     _require_described(model, shape)
                     WRITERS[to](partial, model, shape, tensor=tensor, dtype=wanted)
                     dtypes = {spec.dtype for spec in model.specs().values()} if wanted is None else {wanted}
@@ -103,7 +104,7 @@ def fits(shape: ModelShape, tensor: int) -> bool:
 
 def verify_equal(source: Path, copy: Path, dtype: torch.dtype | None) -> None:
     """Raise `CheckpointError` unless two models are the same, bit for bit, after rounding to `dtype`."""
-    with open_model(source) as ours, open_model(copy) as theirs:
+    with with_head_names(open_model(source)) as ours, with_head_names(open_model(copy)) as theirs:
         names = {name for name in ours.names if not is_derived(name, source)}
         if odd := sorted(names ^ set(theirs.names)):
             raise CheckpointError(f"{copy} and {source} do not both have '{odd[0]}'. The conversion failed.")

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor
-
+from btm_scale.checkpoint.base_names import with_head_names
 from btm_scale.checkpoint.formats import open_model
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import ConfigError
 from btm_scale.group import ExpertGroup
 from btm_scale.model.gpt import ExpertModel
 from btm_scale.model.weights import load_weights
-
-# GPT-2's own files leave out the prefix that transformers gives its names.
-_PREFIX = "transformer."
 
 
 def load_pretrained(group: ExpertGroup, model: ExpertModel, directory: Path, tokenizer: Tokenizer) -> None:
@@ -27,10 +23,5 @@ def load_pretrained(group: ExpertGroup, model: ExpertModel, directory: Path, tok
             f"the tokenizer has {tokenizer.vocab_size} tokens, {directory} is a model of {model.shape.vocabulary}; a "
             "pretrained model keeps its own tokenizer: leave `tokenizer` out"
         )
-    with open_model(directory) as weights:
-        names = weights.specs().keys()
-
-        def read(name: str) -> Tensor:
-            return weights.read(name if name in names else name.removeprefix(_PREFIX))
-
-        load_weights(model, read, group.tensor_rank, group.config.tensor)
+    with with_head_names(open_model(directory)) as weights:
+        load_weights(model, weights.read, group.tensor_rank, group.config.tensor)

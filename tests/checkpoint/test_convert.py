@@ -171,6 +171,17 @@ def test_what_older_files_of_gpt2_hold_besides_weights_is_left_out(
     assert content_hash(tmp_path / "back") == content_hash(models["gpt2"])
 
 
+def test_gpt2s_own_files_which_lack_the_prefix_are_converted(models: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(models["gpt2"], tmp_path / "model")
+    weights = load_file(models["gpt2"] / "model.safetensors")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+    save_file(bare, tmp_path / "model/model.safetensors")
+    for to in ("megatron", "deepspeed"):
+        convert(tmp_path / "model", tmp_path / to, to=to, verify=True)
+        convert(tmp_path / to, tmp_path / f"back-from-{to}", to="huggingface")
+        assert content_hash(tmp_path / f"back-from-{to}") == content_hash(models["gpt2"])
+
+
 def test_a_model_is_described_from_its_headers(model: Path) -> None:
     described = inspect(model)
     assert described.format == "safetensors"
