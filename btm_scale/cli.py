@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import select
 import sys
 import warnings
 from collections.abc import Sequence
 
 from btm_scale.cli_parser import build_parser
-from btm_scale.errors import GroupFailed, UserError
+from btm_scale.errors import GroupFailed, UserError, WorkerLost
 from btm_scale.verbs import checkpoints, forest, running
 
 _VERBS = {
@@ -37,6 +39,10 @@ _VERBS = {
 }
 
 
+# What a disk or its owner refuses is told in a line.
+_OF_THE_DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb and exit: 0 on success, 2 on a user's mistake, 1 on any other failure."""
     options = build_parser(_VERBS).parse_args(arguments)
@@ -52,16 +58,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         print(f"btm-scale: {error}", file=sys.stderr)
         sys.exit(2)
-    except GroupFailed as error:
+    except (GroupFailed, WorkerLost) as error:
         print(f"btm-scale: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("btm-scale: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        # Whoever read the answer, such as `head`, has enough of it; what is still buffered has nowhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not _nobody_reads():
+            raise
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in _OF_THE_DISK:
+            raise
+        told = f"{error}. What was finished is kept: mend this, and run the same command again."
+        print(f"btm-scale: {told}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of stdout, such as `head`, has had enough; what is still buffered then goes nowhere."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return closed
 
 
 def _silence_megatron() -> None:

@@ -27,5 +27,9 @@ class LaunchError(UserError):
     """A group cannot be started as asked."""
 
 
+class WorkerLost(Exception):  # noqa: N818 (it tells of an event)
+    """A process of a pool was killed; what it had done and noted is there."""
+
+
 class GroupFailed(Exception):  # noqa: N818 (it tells of an event)
     """A group started and ended with an error of its own; the message holds the end of its log."""

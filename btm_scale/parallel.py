@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from typing import TypeVar
 
-from btm_scale.errors import LaunchError
+from btm_scale.errors import WorkerLost
 from btm_scale.process import end_with_parent
 
 Item = TypeVar("Item")
@@ -63,7 +63,7 @@ def lost_workers_told() -> Iterator[None]:
     try:
         yield
     except BrokenProcessPool:
-        raise LaunchError(
+        raise WorkerLost(
             "a worker process of this command was killed, most likely because the machine has no memory left. "
             "Nothing that was done is lost: free memory, and run it again."
         ) from None

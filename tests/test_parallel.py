@@ -9,7 +9,7 @@ import textwrap
 BEFORE = """
 import os, signal, threading, time
 from btm_scale import parallel
-from btm_scale.errors import LaunchError
+from btm_scale.errors import WorkerLost
 from btm_scale.parallel import in_processes, in_threads
 parallel.CORES = 2
 
@@ -26,12 +26,12 @@ def threads_of_a_worker(item):
     return len(set(in_threads(lambda _: threading.get_ident(), range(8))))
 
 def refuse(item):
-    raise LaunchError(f"no room for {item}")
+    raise WorkerLost(f"no room for {item}")
 
 def told(call, do, items):
     try:
         call(do, items)
-    except LaunchError as error:
+    except WorkerLost as error:
         return str(error)
     raise AssertionError("no error")
 """

@@ -24,7 +24,7 @@ from btm_scale.checkpoint.publish import (
 )
 from btm_scale.checkpoint.sidecars import carry_sidecars, model_card
 from btm_scale.checkpoint.workers import merge_in_processes, open_writer
-from btm_scale.errors import CheckpointError, LaunchError
+from btm_scale.errors import CheckpointError, WorkerLost
 from btm_scale.parallel import MOST, in_threads
 
 CHUNK_BYTES = 256 << 10  # of output: what is at work then stays in a core's cache
@@ -193,7 +193,7 @@ def _carry_out(works: Sequence[_Work], share_out: Callable[..., None]) -> list[s
             in_threads(_lay_out, works, at_once=MOST)
             share_out([(work.plan, work.partial) for work in works])
             return in_threads(_publish, works, at_once=MOST)
-        except LaunchError:
+        except WorkerLost:
             raise
         except Exception:
             for work in works:
@@ -233,6 +233,7 @@ def _complete(plan: MergePlan, partial: Path) -> str:
     for name, spec in plan.specs.items():
         if spec.elements == 0:
             writer.mark_written(name)
+    writer.sync()
     # The notes go first: a kill in between then costs the work, and never leaves notes of shards under other names.
     journal.clear(partial)
     writer.close()

@@ -21,7 +21,7 @@ from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.merge import merge
 from btm_scale.checkpoint.publish import partial_path
 from btm_scale.checkpoint.safetensors import SafetensorsModel, ShardedWriter
-from btm_scale.errors import CheckpointError, LaunchError
+from btm_scale.errors import CheckpointError, WorkerLost
 from btm_scale.parallel import lost_workers_told
 
 
@@ -269,7 +269,7 @@ def test_a_killed_worker_leaves_what_was_noted(
 
     with monkeypatch.context() as patch:
         patch.setattr("btm_scale.checkpoint.merge.merge_in_processes", loses_a_worker)
-        with pytest.raises(LaunchError, match="Nothing that was done is lost"):
+        with pytest.raises(WorkerLost, match="Nothing that was done is lost"):
             merge(tmp_path / "out", pairs)
     assert journal.finished(partial_path(tmp_path / "out"))
     assert not (tmp_path / ".out.partial.lock").exists()
