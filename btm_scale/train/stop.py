@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
@@ -14,6 +16,24 @@ from btm_scale.group import ExpertGroup
 from btm_scale.process import REQUEUE
 
 _MARKER = "stopped"
+
+
+@contextmanager
+def leaving_at_once(folder: Path) -> Iterator[None]:
+    """Around scoring, where each text that is done is on the disk: a job whose time is over has nothing to save.
+
+    It hears SIGUSR1 alone: SIGTERM may also come because another rank has failed, and that is no good order.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        (folder / _MARKER).touch()
+        raise SystemExit(REQUEUE)
+
+    before = signal.signal(signal.SIGUSR1, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 class StopRequest:

@@ -23,6 +23,7 @@ from btm_scale.process import ModelLock, end_with_supervisor
 from btm_scale.rank_log import rank_log
 from btm_scale.run_dir import RunDir
 from btm_scale.train.job import training_job
+from btm_scale.train.stop import leaving_at_once
 from btm_scale.train.trainer import train_and_export
 from btm_scale.train.watch import PeerWatch
 
@@ -37,7 +38,8 @@ def train_as_rank(config: RunConfig, run: RunDir, model: str) -> None:
     ):
         if not is_finished(run.model(model)):
             train_and_export(group, config, run, job)
-        score_model(group, config, run, model, all_texts(config), on_text=_say_scored)
+        with leaving_at_once(run.train(model)):
+            score_model(group, config, run, model, all_texts(config), on_text=_say_scored)
 
 
 def score_as_rank(config: RunConfig, run: RunDir, models: Sequence[str], *, averages: bool = False) -> None:

@@ -16,7 +16,7 @@ srun --ntasks=@RANKS@ --kill-on-bad-exit=1@CONTAINER@ \
     @PYTHON@ -m btm_scale.cli train @CONFIG@ --out @RUN@ --model "$model" --launcher slurm || code=$?
 
 if [[ -e $folder/stopped ]]; then
-    echo "$model has saved its state before its time was over; it goes on in the next job"
+    echo "$model has kept what is done before its time was over; it goes on in the next job"
     scontrol requeue "$SLURM_JOB_ID"
     code=0
 elif [[ $code -ne 0 && $code -ne 2 ]] && ! grep -qs '"mistake": true' "$folder"/log.failed-*.json; then
