@@ -141,7 +141,7 @@ def _worth(runs: Sequence[dict[str, Any]]) -> str:
             factors = " and ".join(name.removeprefix("dense-").removesuffix("x") for name in longer)
             shares = " and ".join(f"{_mean(run, name) / _mean(run, 'dense'):.3f}" for name in longer)
             sentence += (
-                f" In seed {run['random_seed']} dense models of {factors} times the compute were trained too, which have "
+                f" In seed {run['random_seed']} dense models of {factors} times the compute were trained too, with "
                 f"{shares} of the dense baseline's perplexity: the ensemble is {plain} its compute, and with the "
                 f"tempered posterior {tempered}; the paper's forest of 64 domains was worth 2.5 times its compute."
             )

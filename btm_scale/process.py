@@ -10,6 +10,8 @@ import select
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self, TextIO
 
@@ -62,6 +64,31 @@ def _watch(descriptor: int) -> None:
 def _end() -> None:
     print("the process that started this group is gone; ending the group", flush=True)
     os.killpg(0, signal.SIGKILL)
+
+
+@contextmanager
+def held(lock: Path) -> Iterator[bool]:
+    """Hold a lock file, which goes when its holder does; gives False where another process has it."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with lock.open("w") as file:
+            if not _locked(file):
+                yield False
+                return
+            if not _is_named(file, lock):  # its last holder has just removed it
+                continue
+            try:
+                yield True
+            finally:
+                lock.unlink(missing_ok=True)
+            return
+
+
+def _is_named(file: TextIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 class ModelLock:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from btm_scale.checkpoint.plan import Unit
 from btm_scale.checkpoint.publish import write_file
 from btm_scale.errors import CheckpointError
+from btm_scale.process import held
 
 _PLAN = "plan.fingerprint"
 
@@ -20,22 +20,16 @@ _PLAN = "plan.fingerprint"
 def only_merge_into(partial: Path) -> Iterator[None]:
     """Hold the right to write `partial`; raises `CheckpointError` while another process has it, or if none can."""
     lock = partial.with_name(f"{partial.name}.lock")
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        opened = lock.open("w")
-    except OSError as error:
-        raise CheckpointError(
-            f"{lock.parent} cannot be written to: {error}. Choose another output."
-        ) from error
-    with opened as file:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(f"another process is writing {partial}. Wait for it, or stop it.") from None
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+            is_ours = stack.enter_context(held(lock))
+        except OSError as error:
+            raise CheckpointError(
+                f"{lock.parent} cannot be written to: {error}. Choose another output."
+            ) from error
+        if not is_ours:
+            raise CheckpointError(f"another process is writing {partial}. Wait for it, or stop it.")
+        yield
 
 
 def can_resume(partial: Path, fingerprint: str) -> bool:

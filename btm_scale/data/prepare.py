@@ -13,17 +13,29 @@ from btm_scale.data.files import SourceFile, require_text
 from btm_scale.data.fingerprint import Fingerprint, Source, settings_of
 from btm_scale.data.make_tokenizer import adopt_tokenizer, balanced_sample, train_tokenizer
 from btm_scale.data.tokenizer import Tokenizer
-from btm_scale.errors import DataError
+from btm_scale.errors import DataError, GroupFailed
+from btm_scale.process import held
 from btm_scale.run_dir import RunDir
 
 
 def prepare(config: RunConfig, run: RunDir, on_progress: Progress | None = None) -> None:
     """Make the tokenizer and token files that are not there yet; what is there is checked, not made again.
 
-    `on_progress(domain, bytes, documents)` hears how much text has been encoded. One process at a time
-    prepares a run. Raises DataError; nothing half-written is left then.
+    `on_progress(domain, bytes, documents)` hears how much text has been encoded. Raises DataError; nothing half-written
+    is left then. Raises GroupFailed while another process prepares the run, whose files would pass for leftovers.
     """
     files = require_text(config)
+    with held(run.root / ".prepare.lock") as is_ours:
+        if not is_ours:
+            raise GroupFailed(
+                f"another process prepares the run in {run.root}; wait until it ends, or end it"
+            )
+        _prepare(files, config, run, on_progress or _silent)
+
+
+def _prepare(
+    files: dict[str, list[SourceFile]], config: RunConfig, run: RunDir, on_progress: Progress
+) -> None:
     _remove_leftovers(run)
     _ensure_tokenizer(config, run)
     digest = Tokenizer.load(run.tokenizer).digest
@@ -32,7 +44,7 @@ def prepare(config: RunConfig, run: RunDir, on_progress: Progress | None = None)
         return
     with Encoder(run.tokenizer, config.data.workers) as encoder:
         for name in waiting:
-            _encode(name, config, run, encoder, on_progress or _silent)
+            _encode(name, config, run, encoder, on_progress)
 
 
 def _silent(domain: str, encoded_bytes: int, documents: int) -> None:

@@ -19,7 +19,8 @@ from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.data.make_tokenizer import train_tokenizer
 from btm_scale.data.prepare import prepare
 from btm_scale.data.tokenizer import Tokenizer
-from btm_scale.errors import DataError
+from btm_scale.errors import DataError, GroupFailed
+from btm_scale.process import held
 from btm_scale.run_dir import SPLITS, RunDir
 
 
@@ -295,6 +296,17 @@ def test_skipped_lines_are_counted(make_config: MakeConfig, tmp_path: Path) -> N
     made = Fingerprint.load(run, "a")
     assert made.skipped_lines == 2
     assert sum(split.documents for split in made.splits.values()) == 300
+
+
+def test_two_do_not_prepare_one_run_at_once(text_root: Path, make_config: MakeConfig, tmp_path: Path) -> None:
+    run, config = RunDir(tmp_path), make_config(text_root, {"prose": PROSE})
+    begun = run.root / ".tokenizer.partial"
+    begun.mkdir()
+    with held(run.root / ".prepare.lock"), pytest.raises(GroupFailed, match="another process prepares"):
+        prepare(config, run)
+    assert begun.exists()
+    prepare(config, run)
+    assert not list(run.root.glob(".*"))
 
 
 def test_what_a_killed_run_left_is_cleared_away(
