@@ -155,7 +155,12 @@ def data_parallel_bytes(shape: ModelShape, groups: int, steps: int, width: int) 
 
 
 def _sizes(cluster: Cluster) -> Iterator[int]:
+    """Of groups: powers of 2 within a node, then whole nodes, since launchers give a group no other part of them."""
     size = 1
+    while size < cluster.ranks_per_node:
+        yield size
+        size *= 2
+    size = cluster.ranks_per_node
     while size <= cluster.ranks:
         yield size
         size *= 2

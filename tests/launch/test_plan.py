@@ -118,6 +118,17 @@ def test_zero_2_scatters_the_gradients_of_every_micro_batch(tmp_path: Path) -> N
     assert seconds[2] == pytest.approx(seconds[1] * (row["accumulation"] + 1) / 2)
 
 
+@pytest.mark.parametrize("per_node", [4, 6])
+def test_a_proposed_group_is_a_part_of_a_node_or_whole_nodes(per_node: int, tmp_path: Path) -> None:
+    budget = PAPER_64["budget"] | {"batch_tokens": 8 * 24 * 2**13}
+    plan = make_plan(
+        config_of(tmp_path, PAPER_64 | {"budget": budget}, 8), Cluster(GPUS["a100"], 4, per_node)
+    )
+    sizes = [row["ranks"] for row in rows(plan)]
+    assert max(sizes) > per_node, "the seed takes more than a node"
+    assert all(size < per_node or size % per_node == 0 for size in sizes)
+
+
 def test_ten_thousand_gpus_are_planned(tmp_path: Path) -> None:
     budget = PAPER_64["budget"] | {"batch_tokens": 2**23}
     plan = make_plan(config_of(tmp_path, PAPER_64 | {"budget": budget}, 1250), Cluster(GPUS["h100"], 1250, 8))
