@@ -52,6 +52,13 @@ class _Verbs:
         return made
 
 
+def _random_seed(text: str) -> int:
+    number = int(text) if text.isascii() and text.isdecimal() else -1
+    if not 0 <= number < 1 << 32:  # what numpy takes
+        raise argparse.ArgumentTypeError(f"'{text}' must be a whole number from 0 to {(1 << 32) - 1}")
+    return number
+
+
 def _positive(text: str) -> int:
     try:
         number = int(text)
@@ -120,7 +127,7 @@ def _discover(verbs: _Verbs) -> None:
     made.add_argument("--field", default="text", help="of .jsonl and .parquet rows (default: text)")
     made.add_argument("--sample", type=int, default=20_000, help="documents that the clusters are found in")
     made.add_argument("--dimensions", type=int, default=100, help="of the points that documents become")
-    made.add_argument("--random-seed", type=int, default=0)
+    made.add_argument("--random-seed", type=_random_seed, default=0)
 
 
 def _forest_verbs(verbs: _Verbs) -> None:
@@ -174,7 +181,7 @@ def _ablate(verbs: _Verbs) -> None:
     made.add_argument(
         "--subsets", type=int, default=127, help="the most to measure; a random sample if there are more"
     )
-    made.add_argument("--random-seed", type=int, default=0)
+    made.add_argument("--random-seed", type=_random_seed, default=0)
     made.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
 
 
@@ -205,7 +212,7 @@ def _generate(verbs: _Verbs) -> None:
     made.add_argument(
         "--top-p", type=float, help="of the mixture: only the likeliest, up to this probability"
     )
-    made.add_argument("--random-seed", type=int, default=0)
+    made.add_argument("--random-seed", type=_random_seed, default=0)
     made.add_argument("--batch", type=int, default=32, help="prompts that are continued side by side")
     made.add_argument(
         "--max-memory", metavar="8GB", help="of experts' weights in memory at once (default: all)"

@@ -30,6 +30,7 @@ def test_help_imports_no_torch() -> None:
         (["run", "CONFIG", "--set", "budget.batch_tokens=1000"], "use 1024"),
         (["run", "CONFIG", "--set", "text_root=/nowhere"], "/nowhere"),
         (["merge", "OUT", "DIR=heavy"], "must be a number"),
+        (["generate", ".", "--random-seed", "4294967296"], "must be a whole number from 0 to 4294967295"),
         (["merge", "OUT", "DIR", "--jobs", "0"], "--jobs: '0' must be a whole number of at least 1"),
         (
             ["convert", "DIR", "OUT", "--to", "megatron", "--tensor", "-1"],

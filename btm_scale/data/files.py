@@ -96,10 +96,23 @@ def resolve(domain: str, config: DomainConfig, text_root: Path) -> list[SourceFi
                     f"domain '{domain}': {path} cannot be read; give yourself permission or leave it out"
                 )
             name = path.relative_to(text_root).as_posix() if path.is_relative_to(text_root) else str(path)
+            if not _is_text(name):
+                problems.append(
+                    f"domain '{domain}': the name of {name!r} is not UTF-8; give the file another"
+                )
             found[name] = SourceFile(path, name)
     if problems:
         raise DataError("\n".join(problems))
     return [found[name] for name in sorted(found)]
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file's name can be written down: one of bytes that are no UTF-8 holds halves of surrogate pairs."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _matches(pattern: Path) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import zstandard
 
 from btm_scale.config import DomainConfig
 from btm_scale.data import sources
+from btm_scale.data.files import resolve
 from btm_scale.data.sources import BadLines, Document, read_documents
 from btm_scale.errors import DataError
 
@@ -70,6 +72,12 @@ def test_globs_and_lists_give_each_file_once_in_the_order_of_names(tmp_path: Pat
     assert texts(tmp_path, text=["b/x.py", "**/*.py"]) == ["a/deep/y.py", "a/z[1].py", "b/x.py"]
     assert texts(tmp_path, text="a/z[1].py") == ["a/z[1].py"]
     assert texts(tmp_path / "b", text=str(tmp_path / "a" / "*.txt")) == ["a/skip.txt"]
+
+
+def test_a_file_name_that_is_no_text_is_told(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"\xff.txt")).write_text("some text")
+    with pytest.raises(DataError, match=r"'\\udcff.txt' is not UTF-8; give the file another"):
+        resolve("a", DomainConfig(text="*.txt"), tmp_path)
 
 
 def test_a_path_that_matches_nothing_names_domain_path_and_root(tmp_path: Path) -> None:
