@@ -21,6 +21,7 @@ from btm_scale.errors import UserError
 
 _LINES = 25
 _TAIL_BYTES = 32_768
+_SILENT = "ended without a word (killed, or its host is lost)"
 # What a rank says that has lost another one.
 _PEER_LOST = (
     "closed by peer",
@@ -82,12 +83,21 @@ def rank_log(log: Path) -> Iterator[None]:
         traceback.print_exc()
         told = "".join(traceback.format_exception_only(error)).strip()
         mistake = isinstance(error, UserError)
-        record = _Record(rank, ranks, socket.gethostname(), time.time(), told, mistake)
-        path = _record_path(log, rank)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(record)))
-        partial.replace(path)
+        _note(log, _Record(rank, ranks, socket.gethostname(), time.time(), told, mistake))
         raise
+
+
+def note_silent_failure(log: Path, ranks: int) -> None:
+    """Leave a record of a group that has failed, if none of its ranks could: `status` would take it for one to come."""
+    if read_failure(log) is None:
+        _note(log, _Record(0, ranks, "its host", time.time(), _SILENT))
+
+
+def _note(log: Path, record: _Record) -> None:
+    path = _record_path(log, record.rank)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(asdict(record)))
+    partial.replace(path)
 
 
 def _print_to(path: Path) -> None:
@@ -119,7 +129,7 @@ def read_failure(log: Path) -> Failure | None:
     said = _last_line(first.error)
     if not first.tells_of_another or not silent:
         return _failure(log, first, first.rank, first.host, said)
-    word = f"ended without a word (killed, or its host is lost); rank {first.rank} then said: {said}"
+    word = f"{_SILENT}; rank {first.rank} then said: {said}"
     return _failure(log, first, silent[0], "its host", word)
 
 

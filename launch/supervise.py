@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from btm_scale.errors import GroupFailed, LaunchError
 from btm_scale.process import REQUEUE
-from btm_scale.rank_log import forget_failure, read_failure, tail
+from btm_scale.rank_log import forget_failure, note_silent_failure, read_failure, tail
 
 _POLL_SECONDS = 0.2
 _TERM_SECONDS = 10.0
@@ -97,6 +97,9 @@ def run_groups_in(
                 del running[name]
                 pool.give_back(name)
                 states[name] = "failed" if any(codes) else "done"
+                if any(codes):
+                    command = next(command for command in commands if command.name == name)
+                    note_silent_failure(command.log, command.ranks)
             on_poll(dict(states))
             time.sleep(_POLL_SECONDS)
     except SystemExit:

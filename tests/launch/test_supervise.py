@@ -101,6 +101,18 @@ def test_a_group_that_has_lost_one_of_its_launchers_is_ended(tmp_path: Path) -> 
     assert time.monotonic() - begin < 300
 
 
+def test_a_group_whose_only_rank_was_killed_counts_as_failed_afterwards_too(tmp_path: Path) -> None:
+    killed = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    [command] = commands(tmp_path, "one")
+    with pytest.raises(GroupFailed, match="its host: ended without a word"):
+        run_groups_in(Shell(1, one=killed), [command])
+    failure = read_failure(command.log)
+    assert failure is not None
+    assert failure.error.startswith("ended without a word (killed")
+    run_groups_in(Shell(1, one="print('well')"), [command])
+    assert read_failure(command.log) is None
+
+
 def test_the_ranks_of_a_launcher_that_was_killed_are_ended(tmp_path: Path) -> None:
     """A rank that went on would hold the GPUs that the next group is given, and the model's lock."""
     launcher = f"""
