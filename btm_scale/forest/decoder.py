@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from btm_scale.errors import CheckpointError, UserError
@@ -54,7 +55,7 @@ class Decoder:
         try:
             with _no_progress_bar():
                 model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype="auto")
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise _unreadable(directory, error) from None
         return cls(model.to(device), vocabulary=vocabulary)
 

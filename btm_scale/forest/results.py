@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from btm_scale.checkpoint.compatibility import read_json
 from btm_scale.checkpoint.publish import write_file
 from btm_scale.config import RunConfig
 from btm_scale.data.evaluation import EvaluationText
@@ -182,9 +183,7 @@ def _compute_by_method(
 
 def _flops_per_token(config: RunConfig, run: RunDir, model: str) -> float:
     path = run.model(model) / "config.json"
-    return shape_from_config(json.loads(path.read_text()), path).flops_per_token(
-        config.budget.sequence_length
-    )
+    return shape_from_config(read_json(path), path).flops_per_token(config.budget.sequence_length)
 
 
 def _dense_models(config: RunConfig) -> list[str]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from btm_scale.cli import main
 from btm_scale.config import RunConfig
-from btm_scale.errors import UserError
+from btm_scale.errors import CheckpointError, UserError
 from btm_scale.forest import decoder as decoder_module
 from btm_scale.forest.decoding import Sampling, cut
 from btm_scale.forest.evidence import Tempering
@@ -225,6 +226,14 @@ def test_settings_that_do_not_go_together_are_refused(
 def test_impossible_sampling_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"temperature|top-k|top-p"):
         Sampling(**values)
+
+
+def test_weights_that_were_cut_short_are_told(experts: dict[str, Path], tmp_path: Path) -> None:
+    copy = shutil.copytree(next(iter(experts.values())), tmp_path / "copy")
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match="transformers cannot load .*; copy it or train it again"):
+        decoder_module.Decoder.load(copy)
 
 
 def test_a_prompt_longer_than_the_context_is_refused(experts: dict[str, Path]) -> None:
