@@ -97,7 +97,7 @@ def run_groups_in(
                 del running[name]
                 pool.give_back(name)
                 states[name] = "failed" if any(codes) else "done"
-                if any(codes):
+                if any(codes) and REQUEUE not in codes:
                     command = next(command for command in commands if command.name == name)
                     note_silent_failure(command.log, command.ranks)
             on_poll(dict(states))

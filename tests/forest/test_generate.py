@@ -232,7 +232,7 @@ def test_weights_that_were_cut_short_are_told(experts: dict[str, Path], tmp_path
     copy = shutil.copytree(next(iter(experts.values())), tmp_path / "copy")
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    with pytest.raises(CheckpointError, match="transformers cannot load .*; copy it or train it again"):
+    with pytest.raises(CheckpointError, match=r"transformers cannot load .*; copy it or train it again"):
         decoder_module.Decoder.load(copy)
 
 
