@@ -22,6 +22,7 @@ from btm_scale.errors import UserError
 _LINES = 25
 _TAIL_BYTES = 32_768
 _SILENT = "ended without a word (killed, or its host is lost)"
+_UNTOLD = "ended, and no rank has told why (killed, perhaps for memory, or its host is lost)"
 # What a rank says that has lost another one.
 _PEER_LOST = (
     "closed by peer",
@@ -88,9 +89,9 @@ def rank_log(log: Path) -> Iterator[None]:
 
 
 def note_silent_failure(log: Path, ranks: int) -> None:
-    """Leave a record of a group that has failed, if none of its ranks could: `status` would take it for one to come."""
+    """Leave a record of a group that has failed, if none of its ranks did: `status` would take it for one to come."""
     if read_failure(log) is None:
-        _note(log, _Record(0, ranks, "its host", time.time(), _SILENT))
+        _note(log, _Record(0, ranks, "its host", time.time(), _UNTOLD))
 
 
 def _note(log: Path, record: _Record) -> None:

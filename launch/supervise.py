@@ -97,8 +97,10 @@ def run_groups_in(
                 del running[name]
                 pool.give_back(name)
                 states[name] = "failed" if any(codes) else "done"
-                if any(codes) and REQUEUE not in codes:
-                    command = next(command for command in commands if command.name == name)
+                command = next(command for command in commands if command.name == name)
+                if (
+                    any(codes) and REQUEUE not in codes and command.arguments
+                ):  # else it is no group, but mpirun
                     note_silent_failure(command.log, command.ranks)
             on_poll(dict(states))
             time.sleep(_POLL_SECONDS)

@@ -103,12 +103,12 @@ def test_a_group_that_has_lost_one_of_its_launchers_is_ended(tmp_path: Path) -> 
 
 def test_a_group_whose_only_rank_was_killed_counts_as_failed_afterwards_too(tmp_path: Path) -> None:
     killed = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    [command] = commands(tmp_path, "one")
-    with pytest.raises(GroupFailed, match="its host: ended without a word"):
+    command = GroupCommand("one", 1, ("train",), tmp_path / "one" / "log")
+    with pytest.raises(GroupFailed, match="its host: ended, and no rank has told why"):
         run_groups_in(Shell(1, one=killed), [command])
     failure = read_failure(command.log)
     assert failure is not None
-    assert failure.error.startswith("ended without a word (killed")
+    assert "no rank has told why (killed" in failure.error
     run_groups_in(Shell(1, one="print('well')"), [command])
     assert read_failure(command.log) is None
 
