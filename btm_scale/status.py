@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from btm_scale.config import RunConfig
-from btm_scale.process import ModelLock
+from btm_scale.locks import ModelLock
 from btm_scale.rank_log import Failure, read_failure
 from btm_scale.report.progress import ModelProgress
 from btm_scale.run_dir import RunDir

@@ -5,26 +5,25 @@ What differs between launchers is a `Pool`: where there is room for a group, and
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
+
+from btm_scale.launch.ending import end_all, let_save
 
 from btm_scale.errors import GroupFailed, LaunchError
 from btm_scale.process import REQUEUE
 from btm_scale.rank_log import forget_failure, note_silent_failure, read_failure, tail
 
 _POLL_SECONDS = 0.2
-_TERM_SECONDS = 10.0
-_SAVE_SECONDS = 300.0  # for groups that are asked to stop: each ends its step and saves its state
 
 OnPoll = Callable[[dict[str, str]], None]
 
@@ -91,25 +90,24 @@ def run_groups_in(
             for name, processes in list(running.items()):
                 codes = [process.poll() for process in processes]
                 if any(codes):
-                    _end_all(processes)  # a group that has lost a part of itself is over
+                    end_all(processes)  # a group that has lost a part of itself is over
                 elif None in codes:
                     continue
                 del running[name]
                 pool.give_back(name)
                 states[name] = "failed" if any(codes) else "done"
                 command = next(command for command in commands if command.name == name)
-                if (
-                    any(codes) and REQUEUE not in codes and command.arguments
-                ):  # else it is no group, but mpirun
+                # What takes no arguments is no group, but mpirun.
+                if any(codes) and REQUEUE not in codes and command.arguments:
                     note_silent_failure(command.log, command.ranks)
             on_poll(dict(states))
             time.sleep(_POLL_SECONDS)
     except SystemExit:
         print("asked to stop: running groups save their states", file=sys.stderr, flush=True)
-        _let_save([process for processes in running.values() for process in processes])
+        let_save([process for processes in running.values() for process in processes])
         raise
     finally:
-        _end_all(process for processes in running.values() for process in processes)
+        end_all(process for processes in running.values() for process in processes)
         for number, handler in before.items():
             signal.signal(number, handler)
     failed = [command for command in commands if states[command.name] == "failed"]
@@ -146,7 +144,7 @@ def _start(command: GroupCommand, start: Start) -> list[subprocess.Popen[bytes]]
                     )
                 )
     except BaseException as error:  # a request to stop, too, may come between two of them
-        _end_all(processes)
+        end_all(processes)
         if isinstance(error, OSError):
             raise LaunchError(f"group '{command.name}' cannot be started: {error}") from None
         raise
@@ -164,74 +162,3 @@ def _ask_to_start_again(number: int, frame: FrameType | None) -> None:
     # Whoever asks once more must not cut short what was asked for first; SIGINT does.
     _on_stop(lambda number, frame: None)
     raise SystemExit(REQUEUE)
-
-
-def _let_save(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ask every rank here to save its state and leave, and wait for that. A launcher that hears it would not wait.
-
-    A group with all its ranks on other hosts cannot be asked.
-    """
-    ranks = _ranks_below({process.pid for process in processes})
-    for pid in ranks:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-    deadline = time.monotonic() + _SAVE_SECONDS
-    for process in processes:
-        if process.pid in ranks.values():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, deadline - time.monotonic()))
-
-
-def _ranks_below(launchers: Collection[int]) -> dict[int, int]:
-    """The ranks that these launchers have started on this machine, each with its launcher. There may be other launchers
-    between, and mpirun's give every rank a session of its own."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            with contextlib.suppress(OSError):
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-    found = {}
-    for pid, parent in parents.items():
-        above = parent
-        while above in parents and above not in launchers:
-            above = parents[above]
-        if above in launchers and _is_rank(pid) and not _is_rank(parent):
-            found[pid] = above
-    return found
-
-
-def _is_rank(pid: int) -> bool:
-    try:
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return False
-    return any(variable.startswith(b"RANK=") for variable in variables)
-
-
-def _end_all(processes: Iterable[subprocess.Popen[bytes]]) -> None:
-    # A launcher that was killed has left its ranks behind, in its session.
-    remaining = [process for process in processes if process.poll() != 0]
-    for process in remaining:
-        _signal_session(process, signal.SIGTERM)
-    deadline = time.monotonic() + _TERM_SECONDS
-    while remaining and time.monotonic() < deadline:
-        time.sleep(_POLL_SECONDS / 4)
-        remaining = [process for process in remaining if process.poll() is None or _has_members(process)]
-    for process in remaining:
-        _signal_session(process, signal.SIGKILL)
-        process.wait()
-
-
-def _has_members(process: subprocess.Popen[bytes]) -> bool:
-    try:
-        os.killpg(process.pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def _signal_session(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    try:
-        os.killpg(process.pid, number)
-    except ProcessLookupError:
-        return

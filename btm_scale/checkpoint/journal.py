@@ -11,7 +11,7 @@ from pathlib import Path
 from btm_scale.checkpoint.plan import Unit
 from btm_scale.checkpoint.publish import write_file
 from btm_scale.errors import CheckpointError
-from btm_scale.process import held
+from btm_scale.locks import held
 
 _PLAN = "plan.fingerprint"
 

@@ -29,7 +29,7 @@ def write_model_states(
     Raises `CheckpointError` when the disk is too small.
     """
     folder = directory / TAG
-    size = sum(model.spec(name).elements * (dtype or model.spec(name).dtype).itemsize for name in model.names)
+    size = model.nbytes_as(dtype)
     require_space(directory, size + 2 * size // tensor)
     folder.mkdir(parents=True)
     rows = -(-shape.vocabulary // tensor) * tensor

@@ -121,6 +121,11 @@ class ModelReader(ABC):
         """Every tensor's spec, by sorted name."""
         return {name: self.spec(name) for name in self.names}
 
+    def nbytes_as(self, dtype: torch.dtype | None) -> int:
+        """The size in bytes of all tensors once they are of this type; of their own, if None."""
+        specs = self.specs().values()
+        return sum(spec.elements * (dtype or spec.dtype).itemsize for spec in specs)
+
     def chunks(self, name: str, chunk_bytes: int) -> Iterator[torch.Tensor]:
         """The tensor as consecutive flat pieces of at most `chunk_bytes`."""
         spec = self.spec(name)

@@ -51,10 +51,7 @@ def write_torch_dist(
     the disk is too small.
     """
     directory = Path(directory)
-    needed = sum(
-        model.spec(name).elements * (dtype or model.spec(name).dtype).itemsize for name in model.names
-    )
-    require_space(directory, needed)
+    require_space(directory, model.nbytes_as(dtype))
     directory.mkdir(parents=True, exist_ok=True)
     rows = -(-shape.vocabulary // tensor) * tensor
     files = _Files(directory)

@@ -96,7 +96,7 @@ def resolve(domain: str, config: DomainConfig, text_root: Path) -> list[SourceFi
                     f"domain '{domain}': {path} cannot be read; give yourself permission or leave it out"
                 )
             name = path.relative_to(text_root).as_posix() if path.is_relative_to(text_root) else str(path)
-            if not _is_text(name):
+            if not is_utf8(name):
                 problems.append(
                     f"domain '{domain}': the name of {name!r} is not UTF-8; give the file another"
                 )
@@ -106,10 +106,10 @@ def resolve(domain: str, config: DomainConfig, text_root: Path) -> list[SourceFi
     return [found[name] for name in sorted(found)]
 
 
-def _is_text(name: str) -> bool:
-    """Whether a file's name can be written down: one of bytes that are no UTF-8 holds halves of surrogate pairs."""
+def is_utf8(text: str) -> bool:
+    """Whether a string can be written down: Python hides bytes that are no text in halves of surrogate pairs."""
     try:
-        name.encode()
+        text.encode()
     except UnicodeEncodeError:
         return False
     return True

@@ -14,7 +14,7 @@ from btm_scale.data.fingerprint import Fingerprint, Source, settings_of
 from btm_scale.data.make_tokenizer import adopt_tokenizer, balanced_sample, train_tokenizer
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import DataError, GroupFailed
-from btm_scale.process import held
+from btm_scale.locks import held
 from btm_scale.run_dir import RunDir
 
 

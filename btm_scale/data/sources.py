@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from btm_scale.data.files import SourceFile, resolve
+from btm_scale.data.files import SourceFile, is_utf8, resolve
 from btm_scale.errors import DataError
 from btm_scale.text_config import DomainConfig, SplitUnit
 
@@ -134,10 +134,8 @@ def _text(row: dict[str, Any], field: str) -> str:
     text = row[field]
     if not isinstance(text, str):
         raise ValueError(f"field '{field}' holds {type(text).__name__}, not text")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"field '{field}' holds half a surrogate pair, which is no text") from None
+    if not is_utf8(text):
+        raise ValueError(f"field '{field}' holds half a surrogate pair, which is no text")
     return text
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from btm_scale.data.files import is_utf8
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import ForestError, UserError
 from btm_scale.forest.decoder import limits_of
@@ -71,8 +72,7 @@ def prompts_of(given: Sequence[str], file: Path | None) -> list[str]:
     if not prompts:
         raise UserError("nothing to continue; give --prompt TEXT or --prompts FILE")
     for prompt in prompts:
-        # Python hides bytes of an argument that are no text in halves of surrogate pairs.
-        if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
+        if not is_utf8(prompt):
             raise UserError(f"the prompt {prompt!r} is not UTF-8; a tokenizer reads UTF-8 text")
     return prompts
 

@@ -19,7 +19,8 @@ from btm_scale.forest.scoring import score_model
 from btm_scale.forest.soup import soups
 from btm_scale.forest.soup_choice import choose_soups
 from btm_scale.group import ExpertGroup
-from btm_scale.process import ModelLock, end_with_supervisor
+from btm_scale.locks import ModelLock
+from btm_scale.process import end_with_supervisor
 from btm_scale.rank_log import rank_log
 from btm_scale.run_dir import RunDir
 from btm_scale.train.job import training_job

@@ -1,13 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
-from concurrent.futures.process import BrokenProcessPool
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,14 +8,13 @@ import pytest
 import torch
 from small_models import WEIGHTS, Save, random_weights
 
-from btm_scale.checkpoint import journal, units, workers
+from btm_scale.checkpoint import workers
 from btm_scale.checkpoint.convert import convert
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.merge import merge
 from btm_scale.checkpoint.publish import partial_path
-from btm_scale.checkpoint.safetensors import SafetensorsModel, ShardedWriter
-from btm_scale.errors import CheckpointError, WorkerLost
-from btm_scale.parallel import lost_workers_told
+from btm_scale.checkpoint.safetensors import SafetensorsModel
+from btm_scale.errors import CheckpointError
 
 
 def test_the_mean_is_the_exact_one_rounded_once(models: list[Path], tmp_path: Path) -> None:
@@ -202,153 +194,3 @@ def test_an_output_that_is_a_link_is_told_before_the_work(
         merge(tmp_path / "out", [(models[0], 1)])
     with pytest.raises(CheckpointError, match="exists already"):
         convert(models[0], tmp_path / "out", to="huggingface")
-
-
-def test_a_models_folder_may_hold_a_link_to_nowhere_and_the_output(
-    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (models[0] / ".#config.json").symlink_to("nowhere")
-    out = models[0] / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr("btm_scale.checkpoint.merge._publish", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            merge(out, [(models[0], 1), (models[1], 1)])
-    noted = journal.finished(partial_path(out))
-    monkeypatch.setattr(units.UnitRunner, "__call__", interrupted)
-    assert noted
-    merge(out, [(models[0], 1), (models[1], 1)])
-
-
-def interrupted(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
-def test_an_interrupted_merge_does_only_what_is_left(
-    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pairs = [(model, 1.0) for model in models]
-    expected = merge(tmp_path / "whole", pairs).content_hash
-    monkeypatch.setattr(workers, "_NOTE_EVERY", 1)
-    monkeypatch.setattr(workers, "MOST", 1)
-    run, ran = units.UnitRunner.__call__, []
-
-    def stops_after_two(self: units.UnitRunner, unit: object) -> object:
-        if len(ran) == 2:
-            raise KeyboardInterrupt
-        ran.append(unit)
-        return run(self, unit)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(units.UnitRunner, "__call__", stops_after_two)
-    with pytest.raises(KeyboardInterrupt):
-        merge(tmp_path / "out", pairs)
-    assert not (tmp_path / "out").exists()
-    noted = journal.finished(partial_path(tmp_path / "out"))
-    ran.clear()
-    rest: list[object] = []
-
-    def counts(self: units.UnitRunner, unit: object) -> object:
-        rest.append(unit)
-        return run(self, unit)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(units.UnitRunner, "__call__", counts)
-    assert merge(tmp_path / "out", pairs).content_hash == expected
-    assert noted.keys()
-    assert not noted.keys() & set(rest)
-    assert len(noted) + len(rest) == 5
-
-
-def test_a_killed_worker_leaves_what_was_noted(
-    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pairs = [(model, 1.0) for model in models]
-
-    def loses_a_worker(outputs: Sequence[workers.Output], jobs: int | None, *, chunk_bytes: int) -> None:
-        workers.merge_share(outputs, 0, 2, chunk_bytes=chunk_bytes)
-        with lost_workers_told():
-            raise BrokenProcessPool
-
-    with monkeypatch.context() as patch:
-        patch.setattr("btm_scale.checkpoint.merge.merge_in_processes", loses_a_worker)
-        with pytest.raises(WorkerLost, match="Nothing that was done is lost"):
-            merge(tmp_path / "out", pairs)
-    assert journal.finished(partial_path(tmp_path / "out"))
-    assert not (tmp_path / ".out.partial.lock").exists()
-    assert merge(tmp_path / "out", pairs).content_hash == content_hash(tmp_path / "out")
-
-
-def test_a_kill_while_shards_are_given_their_names_does_not_stop_the_next_try(
-    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    close = ShardedWriter.close
-
-    def killed_after(self: ShardedWriter) -> None:
-        close(self)
-        raise KeyboardInterrupt  # what no handler cleans up after
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ShardedWriter, "close", killed_after)
-        with pytest.raises(KeyboardInterrupt):
-            merge(tmp_path / "out", [(models[0], 1), (models[1], 1)])
-    merge(tmp_path / "out", [(models[0], 1), (models[1], 1)])
-    assert (tmp_path / "out/model.safetensors").is_file()
-
-
-def test_what_another_merge_left_is_not_taken_over(models: list[Path], tmp_path: Path) -> None:
-    partial = partial_path(tmp_path / "out")
-    partial.mkdir()
-    journal.begin(partial, "of another merge")
-    (partial / "stray").touch()
-    merge(tmp_path / "out", [(models[0], 1), (models[1], 1)])
-    assert not (tmp_path / "out/stray").exists()
-
-
-def test_two_merges_into_one_output_do_not_mix(models: list[Path], tmp_path: Path) -> None:
-    with (
-        journal.only_merge_into(partial_path(tmp_path / "out")),
-        pytest.raises(CheckpointError, match="another process"),
-    ):
-        merge(tmp_path / "out", [(models[0], 1)])
-
-
-KILLED = """
-import sys, time
-from pathlib import Path
-from btm_scale.checkpoint import units, workers
-from btm_scale.checkpoint.merge import merge
-workers._NOTE_EVERY = 1
-run = units.UnitRunner.__call__
-def slowly(self, unit):
-    time.sleep(0.03)
-    return run(self, unit)
-units.UnitRunner.__call__ = slowly
-print("ready", flush=True)
-merge(Path(sys.argv[1]), [(Path(path), 1.0) for path in sys.argv[2:]], chunk_bytes=256)
-"""
-
-
-@pytest.mark.slow
-def test_killed_at_ten_random_points_and_run_again_gives_the_same_hash(save: Save, tmp_path: Path) -> None:
-    models = [
-        save(f"m{i}", {f"{layer:02d}.{name}": tensor for layer in range(16)
-                       for name, tensor in random_weights(100 * i + layer).items()}, shard=9000)
-        for i in range(3)
-    ]  # fmt: skip
-    expected = merge(tmp_path / "whole", [(model, 1.0) for model in models], max_shard_bytes=5e9).content_hash
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "out"), *map(str, models)]
-    progress = []
-    delays = torch.rand(10, generator=torch.Generator().manual_seed(7)).mul(0.1).tolist()
-    for kill, delay in enumerate(delays):
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            process.stdout.readline()
-            # Half of the kills come after something new is noted, however slow the machine is.
-            while kill % 2 and len(journal.finished(partial_path(tmp_path / "out"))) <= progress[-1]:
-                assert process.poll() is None
-                time.sleep(0.001)
-            time.sleep(delay)
-            os.kill(process.pid, signal.SIGKILL)
-        assert not (tmp_path / "out").exists()
-        progress.append(len(journal.finished(partial_path(tmp_path / "out"))))
-    assert progress == sorted(progress)
-    assert progress[-1] > 0
-    assert merge(tmp_path / "out", [(model, 1.0) for model in models]).content_hash == expected

@@ -20,7 +20,7 @@ from btm_scale.data.make_tokenizer import train_tokenizer
 from btm_scale.data.prepare import prepare
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import DataError, GroupFailed
-from btm_scale.process import held
+from btm_scale.locks import held
 from btm_scale.run_dir import SPLITS, RunDir
 
 
@@ -203,6 +203,16 @@ def test_an_existing_tokenizer_is_used_and_another_one_is_told(
     assert not list((tmp_path / "r2").rglob("*"))
 
 
+def require_refused(config: RunConfig, run: RunDir, domain: str, match: str) -> None:
+    """All who read a domain's token files tell what is wrong with them."""
+    with pytest.raises(DataError, match=match):
+        prepare(config, run)
+    with pytest.raises(DataError, match=match):
+        TrainingBatches(run, {domain: 1}, sequence_length=64, samples=10, seed=1)
+    with pytest.raises(DataError, match=match):
+        EvaluationText.load(run, domain, "test", tokens=100, sequence_length=64)
+
+
 def test_token_files_of_another_tokenizer_are_refused_by_all_who_read_them(
     prepared: tuple[RunConfig, RunDir], tmp_path: Path
 ) -> None:
@@ -213,12 +223,7 @@ def test_token_files_of_another_tokenizer_are_refused_by_all_who_read_them(
     run.tokenizer.mkdir()
     train_tokenizer(run.tokenizer, python_texts(50), vocab_size=512)
     match = r"token files of domain '\w+' were made with another tokenizer \(digest \w+\) than the one in"
-    with pytest.raises(DataError, match=match):
-        prepare(config, run)
-    with pytest.raises(DataError, match=match):
-        TrainingBatches(run, {"prose": 1}, sequence_length=64, samples=10, seed=1)
-    with pytest.raises(DataError, match=match):
-        EvaluationText.load(run, "prose", "test", tokens=100, sequence_length=64)
+    require_refused(config, run, "prose", match)
 
 
 def test_token_files_that_were_cut_short_are_told_by_all_who_read_them(
@@ -229,13 +234,7 @@ def test_token_files_that_were_cut_short_are_told_by_all_who_read_them(
     shutil.copytree(made.root, run.root)
     path = run.tokens("code", "dev").with_suffix(".bin")
     path.write_bytes(path.read_bytes()[:-2])
-    match = r"dev\.bin has \d+ bytes, .* prepare the run again"
-    with pytest.raises(DataError, match=match):
-        prepare(config, run)
-    with pytest.raises(DataError, match=match):
-        TrainingBatches(run, {"code": 1}, sequence_length=64, samples=10, seed=1)
-    with pytest.raises(DataError, match=match):
-        EvaluationText.load(run, "code", "dev", tokens=100, sequence_length=64)
+    require_refused(config, run, "code", r"dev\.bin has \d+ bytes, .* prepare the run again")
 
 
 def test_every_missing_path_is_told_at_once_before_any_work(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -1,0 +1,87 @@
+"""Ending groups: the ranks that launchers have started here are asked to save, or ended with their launchers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+
+_POLL_SECONDS = 0.05
+_TERM_SECONDS = 10.0
+_SAVE_SECONDS = 300.0  # for groups that are asked to stop: each ends its step and saves its state
+
+
+def let_save(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ask every rank here to save its state and leave, and wait for that. A launcher that hears it would not wait.
+
+    A group with all its ranks on other hosts cannot be asked.
+    """
+    ranks = _ranks_below({process.pid for process in processes})
+    for pid in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + _SAVE_SECONDS
+    for process in processes:
+        if process.pid in ranks.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+
+
+def _ranks_below(launchers: Collection[int]) -> dict[int, int]:
+    """The ranks that these launchers have started on this machine, each with its launcher. There may be other launchers
+    between, and mpirun's give every rank a session of its own."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError):
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    found = {}
+    for pid, parent in parents.items():
+        above = parent
+        while above in parents and above not in launchers:
+            above = parents[above]
+        if above in launchers and _is_rank(pid) and not _is_rank(parent):
+            found[pid] = above
+    return found
+
+
+def _is_rank(pid: int) -> bool:
+    try:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return any(variable.startswith(b"RANK=") for variable in variables)
+
+
+def end_all(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+    """End launchers with all that they have started in their sessions: by SIGTERM, and what is left then by SIGKILL."""
+    # A launcher that was killed has left its ranks behind, in its session.
+    remaining = [process for process in processes if process.poll() != 0]
+    for process in remaining:
+        _signal_session(process, signal.SIGTERM)
+    deadline = time.monotonic() + _TERM_SECONDS
+    while remaining and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+        remaining = [process for process in remaining if process.poll() is None or _has_members(process)]
+    for process in remaining:
+        _signal_session(process, signal.SIGKILL)
+        process.wait()
+
+
+def _has_members(process: subprocess.Popen[bytes]) -> bool:
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _signal_session(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return
