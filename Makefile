@@ -23,15 +23,11 @@ TESTS ?= tests/system $(filter-out tests/system/,$(wildcard tests/*/)) $(wildcar
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
-# The layers and the types are checked on the package as it is installed: kernels, launch and configs have other
-# names on disk.
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/installed
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/installed .
-	cd build/installed && PYTHONPATH=. ../../$(BIN)/lint-imports --config ../../pyproject.toml --no-cache
-	cd build/installed && PYTHONPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p btm_scale
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
 
 clean:
 	rm -rf build .mypy_cache .ruff_cache .pytest_cache

@@ -130,10 +130,7 @@ def timed(work: Callable[[], Any]) -> dict[str, float]:
     processes = process_ids()
 
     def processor_seconds() -> float:
-        stat = [
-            Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2]
-            for process in processes
-        ]
+        stat = [Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2] for process in processes]
         return sum(int(ticks) for line in stat for ticks in line.split()[11:13]) / os.sysconf("SC_CLK_TCK")
 
     start, before = time.perf_counter(), processor_seconds()
@@ -171,12 +168,8 @@ def measure_memory(scratch: Path, name: str, tokenizer: Path, workers: int) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--corpora", type=Path, help="folder of .jsonl.gz files; default: installed packages' text"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpora", type=Path, help="folder of .jsonl.gz files; default: installed packages' text")
     parser.add_argument("--sizes", type=int, nargs="*", default=[10, 100, 1000], help="megabytes of text")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "encode.json")

@@ -50,8 +50,7 @@ def _cpu_name() -> str:
 
 def _versions() -> dict[str, str]:
     installed = {
-        distribution.metadata["Name"].lower(): distribution
-        for distribution in importlib.metadata.distributions()
+        distribution.metadata["Name"].lower(): distribution for distribution in importlib.metadata.distributions()
     }
     return {name: installed[name].version for name in PACKAGES if name in installed}
 

@@ -29,9 +29,7 @@ RUNS_THAT_MUST_AGREE = 10
 
 def main() -> None:
     """Measure what the options ask for, print the table, and write the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--cpu", action="store_true", help="the PyTorch reference on the CPU")
     mode.add_argument("--small", action="store_true", help="small sizes under Triton's interpreter")
@@ -63,17 +61,11 @@ def main() -> None:
         print(out)
 
 
-def _measure(
-    device: str, shapes: list[tuple[int, int]], experts: list[int], tokens: int, batch: int
-) -> dict[str, Any]:
+def _measure(device: str, shapes: list[tuple[int, int]], experts: list[int], tokens: int, batch: int) -> dict[str, Any]:
     from kernels_timing import copy_rate, matrix_rate
 
     rates = {"matrix_flops": matrix_rate(device), "copy_bytes": copy_rate(device)}
-    rows = [
-        _score_row(device, count, tokens, hidden, vocab, rates)
-        for hidden, vocab in shapes
-        for count in experts
-    ]
+    rows = [_score_row(device, count, tokens, hidden, vocab, rates) for hidden, vocab in shapes for count in experts]
     vocabularies = sorted({vocab for _, vocab in shapes})
     rows += [_mix_row(device, count, batch, vocab, rates) for vocab in vocabularies for count in experts]
     return {"rates_per_second": rates, "rows": rows}
@@ -85,8 +77,9 @@ def _score_row(
     """One line of the table for `token_logprobs`, in bfloat16."""
     import torch
     import torch.nn.functional as F
-    from btm_scale.kernels import token_logprobs
     from kernels_timing import extra_bytes, repeats_to_the_bit, seconds
+
+    from btm_scale.kernels import token_logprobs
 
     torch.manual_seed(0)
     states = torch.randn(experts, tokens, hidden, device=device).bfloat16()
@@ -159,8 +152,9 @@ def _score_peers(device: str) -> dict[str, Callable[..., Any]]:
 def _mix_row(device: str, experts: int, batch: int, vocab: int, rates: dict[str, float]) -> dict[str, Any]:
     """One line of the table for `mix_logits` and `mix_sample`, from bfloat16 logits."""
     import torch
-    from btm_scale.kernels import mix_logits, mix_sample
     from kernels_timing import extra_bytes, repeats_to_the_bit, seconds
+
+    from btm_scale.kernels import mix_logits, mix_sample
 
     torch.manual_seed(0)
     logits = (torch.randn(experts, batch, vocab, device=device) * 3).bfloat16()

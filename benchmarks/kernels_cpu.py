@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from btm_scale.kernels import token_logprobs
 from kernels_timing import seconds
 from transformers import LlamaConfig, LlamaModel
+
+from btm_scale.kernels import token_logprobs
 
 HIDDEN, VOCAB, SEQUENCE, SEQUENCES = 256, 4096, 256, 16
 

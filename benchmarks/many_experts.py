@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from btm_scale.launch.local import LocalPool
-from btm_scale.launch.supervise import GroupCommand, OnPoll, run_groups_in
 from environment import describe
 
 from btm_scale.config import RunConfig
 from btm_scale.data.installed_text import write_installed_text
 from btm_scale.data.prepare import prepare
 from btm_scale.forest.scores import all_texts
+from btm_scale.launch.local import LocalPool
+from btm_scale.launch.supervise import GroupCommand, OnPoll, run_groups_in
 from btm_scale.pipeline import run_all
 from btm_scale.run_dir import RunDir
 from btm_scale.run_state import open_run
@@ -53,10 +53,7 @@ def main() -> None:
         options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         # The small forest before and after the large one: a machine's speed drifts.
-        rows = [
-            measure(Path(folder) / str(place), number, options)
-            for place, number in enumerate(options.experts)
-        ]
+        rows = [measure(Path(folder) / str(place), number, options) for place, number in enumerate(options.experts)]
 
     def growth(what: str) -> float:
         few = [row[what] for row in rows if row["experts"] == min(options.experts)]
@@ -125,9 +122,7 @@ def measure(folder: Path, number: int, options: argparse.Namespace) -> dict[str,
         "core_seconds_training_an_expert": stage[1] * cores / number - a_text * texts,
         "core_seconds_scoring_a_text": a_text,
         "texts": texts,
-        "seconds_making_and_scoring_averages": sum(
-            seconds for names, seconds in clock.stages if names == ["score"]
-        ),
+        "seconds_making_and_scoring_averages": sum(seconds for names, seconds in clock.stages if names == ["score"]),
         "seconds_merging": merging,
         "seconds_without_a_group": total - clock.seconds,
         "overhead": own / total,
@@ -143,9 +138,7 @@ def _seconds_a_text(run: RunDir, model: str) -> float:
 def write_domains(folder: Path, number: int) -> dict[str, dict[str, Any]]:
     """So many domains, each every n-th document of this installation's text."""
     write_installed_text(folder / "all", bytes_per_domain=4_000_000, longest=1_000)
-    lines = [
-        line for path in sorted((folder / "all").glob("*.jsonl")) for line in path.read_text().splitlines()
-    ]
+    lines = [line for path in sorted((folder / "all").glob("*.jsonl")) for line in path.read_text().splitlines()]
     domains = {}
     for part in range(number):
         name = f"part-{part:02d}"

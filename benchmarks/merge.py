@@ -94,11 +94,19 @@ def make_model(folder: Path, specs: Mapping[str, TensorSpec], seed: int | None) 
                 writer.write_range(name, start, torch.randn(count, generator=draw).mul_(0.02).bfloat16())
     layers = sum(name.endswith("q_proj.weight") for name in specs)
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
-        "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": layers,
-        "vocab_size": VOCABULARY, "num_attention_heads": 16, "num_key_value_heads": 16,
-        "tie_word_embeddings": False, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": "bfloat16",
+        "hidden_size": HIDDEN,
+        "intermediate_size": FFN,
+        "num_hidden_layers": layers,
+        "vocab_size": VOCABULARY,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+    }
     (folder / "config.json").write_text(json.dumps(config))
 
 

@@ -87,11 +87,19 @@ def make_model(folder: Path, seed: int | None) -> Path:
                 values += 0.01 * torch.randn(spec.shape, generator=own)
             writer.write(name, values)
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32",
-        "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": 1, "vocab_size": VOCABULARY,
-        "num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": False,
-        "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": "float32",
+        "hidden_size": HIDDEN,
+        "intermediate_size": FFN,
+        "num_hidden_layers": 1,
+        "vocab_size": VOCABULARY,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 

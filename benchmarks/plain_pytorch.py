@@ -29,9 +29,7 @@ class Layer(nn.Module):
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, length, _ = hidden.shape
-        heads = (
-            self.qkv(self.norm(hidden)).view(batch, length, self.heads + 2 * self.groups, -1).transpose(1, 2)
-        )
+        heads = self.qkv(self.norm(hidden)).view(batch, length, self.heads + 2 * self.groups, -1).transpose(1, 2)
         query, key, value = heads.split([self.heads, self.groups, self.groups], dim=1)
         attended = functional.scaled_dot_product_attention(
             rotated(query, cos, sin),
@@ -87,9 +85,7 @@ class PlainLoop:
         self.micro_batch = micro_batch
         self.weights = list(self.model.parameters())
         self.masters = [weight.detach().float().clone().requires_grad_() for weight in self.weights]
-        self.optimizer = torch.optim.AdamW(
-            self.masters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-        )
+        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
         if compiled:
             self.model = torch.compile(self.model)
         if ranks > 1:

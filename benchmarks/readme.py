@@ -14,8 +14,19 @@ from btm_scale.report.equivalence import dense_equivalent
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-METHODS = ("seed", "dense", "dense-2.5x", "random-split", "ensemble", "ensemble:tempered", "ensemble:top2",
-           "ensemble:token", "ensemble:equal", "average:uniform", "average:posterior")  # fmt: skip
+METHODS = (
+    "seed",
+    "dense",
+    "dense-2.5x",
+    "random-split",
+    "ensemble",
+    "ensemble:tempered",
+    "ensemble:top2",
+    "ensemble:token",
+    "ensemble:equal",
+    "average:uniform",
+    "average:posterior",
+)
 
 
 def main() -> None:
@@ -60,8 +71,14 @@ def eight_domains() -> str:
         if method in results["methods"]:
             values = results["methods"][method]["perplexity"]
             mean = _mean(results, method)
-            rows.append([method, *(f"{values[domain]:.1f}" for domain in results["domains"]), f"{mean:.2f}",
-                         f"{mean / dense:.3f}"])  # fmt: skip
+            rows.append(
+                [
+                    method,
+                    *(f"{values[domain]:.1f}" for domain in results["domains"]),
+                    f"{mean:.2f}",
+                    f"{mean / dense:.3f}",
+                ]
+            )
     note = f"random seed {results['random_seed']}, {result['seconds'] / 60:.0f} minutes"
     return f"{_table(rows)}\n\n{_source('eight_domains')}; {note}."
 
@@ -78,8 +95,14 @@ def novel() -> str:
     for method in METHODS:
         if method in results["methods"]:
             values = results["methods"][method]["perplexity"]
-            rows.append([method, *(f"{values[domain]:.1f}" for domain in domains), f"{mean(method):.1f}",
-                         f"{mean(method) / mean('dense'):.3f}"])  # fmt: skip
+            rows.append(
+                [
+                    method,
+                    *(f"{values[domain]:.1f}" for domain in domains),
+                    f"{mean(method):.1f}",
+                    f"{mean(method) / mean('dense'):.3f}",
+                ]
+            )
     return f"{_table(rows)}\n\n{_source('eight_domains_novel')}; random seed {results['random_seed']}."
 
 
@@ -87,8 +110,15 @@ def study() -> str:
     """Means over the domains as shares of dense's: three random seeds, their mean and spread."""
     runs = [run["results"] for run in _read("study")["runs"]]
     seeds = [str(run["random_seed"]) for run in runs]
-    rows = [["method", *(f"seed {seed}" for seed in seeds), "mean ± sd",
-             *(f"novel, seed {seed}" for seed in seeds), "mean ± sd"]]  # fmt: skip
+    rows = [
+        [
+            "method",
+            *(f"seed {seed}" for seed in seeds),
+            "mean ± sd",
+            *(f"novel, seed {seed}" for seed in seeds),
+            "mean ± sd",
+        ]
+    ]
     for method in (*METHODS, "average:tempered", "average:greedy"):
         if method != "dense" and all(method in run["methods"] for run in runs):
             row = [method]
@@ -171,26 +201,33 @@ def speed() -> str:
             rows.append([f"training on CPU, tokens/s: {name}", f"{peer}{kept}", f"{ratio:.2f}"])
     rows.append(["training on a GPU: FLOPs utilisation", "plain PyTorch, torch.compile", _on_gpu()])
     encode = _read("encode")
-    rows.append(
-        ["encoding text, bytes/s", "sentencepiece's own threads", f"{encode['rate']['median_ratio']:.2f}"]
-    )
+    rows.append(["encoding text, bytes/s", "sentencepiece's own threads", f"{encode['rate']['median_ratio']:.2f}"])
     many = _read("many_experts")
     few, most = (pick(many["runs"], key=lambda run: run["experts"]) for pick in (min, max))
     beside = f"a forest of {few['experts']}"
-    rows.append([f"time to train an expert of a forest of {most['experts']}", beside,
-                 f"{many['growth_of_training_time_an_expert']:.2f}"])  # fmt: skip
-    rows.append([f"time to score a text under an expert of a forest of {most['experts']}", beside,
-                 f"{many['growth_of_scoring_time_a_text']:.2f}"])  # fmt: skip
-    rows.append([f"time with nothing trained or scored, {most['experts']} experts", "the run's",
-                 f"{most['overhead']:.3f}"])  # fmt: skip
+    rows.append(
+        [
+            f"time to train an expert of a forest of {most['experts']}",
+            beside,
+            f"{many['growth_of_training_time_an_expert']:.2f}",
+        ]
+    )
+    rows.append(
+        [
+            f"time to score a text under an expert of a forest of {most['experts']}",
+            beside,
+            f"{many['growth_of_scoring_time_a_text']:.2f}",
+        ]
+    )
+    rows.append(
+        [f"time with nothing trained or scored, {most['experts']} experts", "the run's", f"{most['overhead']:.3f}"]
+    )
     merge = RESULTS / "merge.json"
     if merge.is_file():
         figures = json.loads(merge.read_text())
         for case in figures.get("summary", []):
             rows.append([case["what"], case["beside"], f"{case['ratio']:.2f}"])
-    rows.append(
-        ["Triton kernels on a GPU", "eager PyTorch, torch.compile, Cut Cross-Entropy, Liger", "not measured"]
-    )
+    rows.append(["Triton kernels on a GPU", "eager PyTorch, torch.compile, Cut Cross-Entropy, Liger", "not measured"])
     return _table(rows)
 
 
@@ -219,9 +256,7 @@ def _read(name: str) -> dict[str, Any]:
 def _mean(results: dict[str, Any], method: str, novel_ones: bool = False) -> float:
     perplexity = results["methods"][method]["perplexity"]
     return float(
-        np.mean(
-            [perplexity[name] for name, about in results["domains"].items() if about["novel"] == novel_ones]
-        )
+        np.mean([perplexity[name] for name, about in results["domains"].items() if about["novel"] == novel_ones])
     )
 
 

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from btm_scale.launch.local import GroupCommand, run_groups
 from environment import describe
 
 from btm_scale.config import RunConfig
 from btm_scale.data.prepare import prepare
 from btm_scale.forest.scores import Scores
+from btm_scale.launch.local import GroupCommand, run_groups
 from btm_scale.run_dir import DENSE, SEED, RunDir
 from btm_scale.run_state import open_run
 from btm_scale.train.job import training_job
@@ -52,9 +52,7 @@ def main() -> None:
         measured = {_point(row) for row in table}
         earlier = json.loads(options.result.read_text())["points"]
         table += [row for row in earlier if _point(row) not in measured]
-    table.sort(
-        key=lambda row: (row["dense_mean_dev_perplexity"] or math.inf, row["seed_mean_dev_perplexity"])
-    )
+    table.sort(key=lambda row: (row["dense_mean_dev_perplexity"] or math.inf, row["seed_mean_dev_perplexity"]))
     options.result.parent.mkdir(exist_ok=True)
     result = {"environment": describe(), "config": options.config.name, "points": table}
     options.result.write_text(json.dumps(result, indent=2) + "\n")
@@ -63,8 +61,14 @@ def main() -> None:
 
 
 def _open(options: argparse.Namespace, batch: str, rate: str, beta2: str) -> tuple[RunConfig, RunDir]:
-    changes = (*options.set, f"budget.batch_tokens={batch}", f"optimizer.lr={rate}", f"optimizer.betas=[0.9,{beta2}]",
-               "evaluate.split=dev", "evaluate.tokens_per_domain=32768")  # fmt: skip
+    changes = (
+        *options.set,
+        f"budget.batch_tokens={batch}",
+        f"optimizer.lr={rate}",
+        f"optimizer.betas=[0.9,{beta2}]",
+        "evaluate.split=dev",
+        "evaluate.tokens_per_domain=32768",
+    )
     config = RunConfig.load(options.config, changes)
     run = RunDir(options.out.resolve() / f"{batch}-{rate}-{beta2}")
     shared = RunDir(options.out.resolve() / "shared")
@@ -79,16 +83,12 @@ def _open(options: argparse.Namespace, batch: str, rate: str, beta2: str) -> tup
 
 def _command(config: RunConfig, run: RunDir, model: str) -> GroupCommand:
     arguments = ("train", str(run.config), "--model", model, "--out", str(run.root))
-    return GroupCommand(
-        f"{run.root.name} {model}", training_job(config, model).group.ranks, arguments, run.log(model)
-    )
+    return GroupCommand(f"{run.root.name} {model}", training_job(config, model).group.ranks, arguments, run.log(model))
 
 
 def _perplexity(config: RunConfig, run: RunDir, model: str) -> dict[str, float]:
     scores = {domain: Scores.load(run.scores(model, domain, "dev")).log_probs for domain in config.domains}
-    return {
-        domain: math.exp(-float(log_probs.mean(dtype=np.float64))) for domain, log_probs in scores.items()
-    }
+    return {domain: math.exp(-float(log_probs.mean(dtype=np.float64))) for domain, log_probs in scores.items()}
 
 
 def _mean(perplexity: dict[str, float]) -> float:

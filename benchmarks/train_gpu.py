@@ -25,8 +25,20 @@ from btm_scale.train.peak import peak_flops
 
 RESULT = Path(__file__).parent / "results" / "train_gpu.json"
 OURS, PLAIN, COMPILED = "ours", "plain", "plain, compiled"
-SMALL = ["--preset", "llama-1m", "--length", "64", "--sequences", "4", "--micro-batch", "2", "--rounds", "1",
-         "--steps", "2"]  # fmt: skip
+SMALL = [
+    "--preset",
+    "llama-1m",
+    "--length",
+    "64",
+    "--sequences",
+    "4",
+    "--micro-batch",
+    "2",
+    "--rounds",
+    "1",
+    "--steps",
+    "2",
+]
 
 
 def main() -> None:
@@ -50,16 +62,20 @@ def main() -> None:
         raise SystemExit("no GPU here; --small shows that the script runs, and writes nothing")
     environment = describe()
     rounds: dict[str, list[dict[str, Any]]] = {peer: [] for peer in (OURS, PLAIN, COMPILED)}
-    words = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in
-             ("preset", "length", "sequences", "micro_batch", "recompute", "steps")]  # fmt: skip
+    words = [
+        f"--{name.replace('_', '-')}={getattr(options, name)}"
+        for name in ("preset", "length", "sequences", "micro_batch", "recompute", "steps")
+    ]
     for _ in range(options.rounds):
         for peer, found in rounds.items():
             found.append(in_ranks(__file__, case, peer, words))
     peers = {
-        peer: {name: statistics.median(run[name] for run in runs) if runs[0][name] is not None else None
-               for name in runs[0]}
+        peer: {
+            name: statistics.median(run[name] for run in runs) if runs[0][name] is not None else None
+            for name in runs[0]
+        }
         for peer, runs in rounds.items()
-    }  # fmt: skip
+    }
     for figures in peers.values():
         figures["speed_of_ours"] = peers[OURS]["tokens_per_second"] / figures["tokens_per_second"]
     print(json.dumps(peers, indent=2))
@@ -74,9 +90,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--micro-batch", type=int, default=4)
-    parser.add_argument(
-        "--recompute", default="none", choices=["none", "selective", "full"], help="ours only"
-    )
+    parser.add_argument("--recompute", default="none", choices=["none", "selective", "full"], help="ours only")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)

@@ -61,9 +61,18 @@ def ours(case: Case) -> Step:
     )
     group = ExpertGroup.join(layout)
     job = TrainingJob(
-        model="benchmark", branch=None, weights={}, part=None, steps=1, sequences=case.sequences,
-        batch_share=1.0, first_sample=0, samples=case.sequences, progress=(0.0, 1.0), group=layout,
-    )  # fmt: skip
+        model="benchmark",
+        branch=None,
+        weights={},
+        part=None,
+        steps=1,
+        sequences=case.sequences,
+        batch_share=1.0,
+        first_sample=0,
+        samples=case.sequences,
+        progress=(0.0, 1.0),
+        group=layout,
+    )
     group.seed(0)
     model = build_model(
         case.shape,
@@ -119,8 +128,14 @@ def in_ranks(script: str, case: Case, peer: str, options: list[str]) -> dict[str
         port = probe.getsockname()[1]
     ranks = []
     for rank in range(case.ranks):
-        where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case.ranks, "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": port, "OMP_NUM_THREADS": case.threads}  # fmt: skip
+        where = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": case.ranks,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": case.threads,
+        }
         ranks.append(
             subprocess.Popen(
                 [sys.executable, script, *options, "--peer", peer],

@@ -25,9 +25,7 @@ SCORE_CLASSES = {(0, 0): (32, 2048, 32_000), (65, 0): (8192, 1024, 50_304), (65,
 
 def main() -> None:
     """Time the candidates and report, or write, the fastest of each class."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="replace the rows of this GPU in the table")
     parser.add_argument("--small", action="store_true", help="two small candidates under the interpreter")
     options = parser.parse_args()
@@ -35,6 +33,7 @@ def main() -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
     import torch
+
     from btm_scale.kernels.tuning import architecture, score_config
     from btm_scale.kernels.tuning_table import MixConfig, ScoreConfig, ScoreRule
 
@@ -49,19 +48,14 @@ def main() -> None:
     else:
         scores, mixes, classes = score_candidates(), mix_candidates(), SCORE_CLASSES
     rules = [
-        ScoreRule(arch, 16, *least, True, best_score(device, scores, *problem))
-        for least, problem in classes.items()
+        ScoreRule(arch, 16, *least, True, best_score(device, scores, *problem)) for least, problem in classes.items()
     ]
     # Rows that are not timed keep their place before the timed ones, which are more particular.
-    kept = [
-        ScoreRule(arch, bits, 0, 0, False, score_config(arch, bits, 1, 1, aligned=False)) for bits in (32, 16)
-    ]
+    kept = [ScoreRule(arch, bits, 0, 0, False, score_config(arch, bits, 1, 1, aligned=False)) for bits in (32, 16)]
     mix = best_mix(device, mixes, *((2, 3, 1000) if options.small else (8, 64, 128_256)))
     print(*kept, *rules, mix, sep="\n")
     if options.write and not options.small:
-        TABLE.write_text(
-            rewritten(TABLE.read_text(encoding="utf-8"), arch, kept + rules, mix), encoding="utf-8"
-        )
+        TABLE.write_text(rewritten(TABLE.read_text(encoding="utf-8"), arch, kept + rules, mix), encoding="utf-8")
         print(f"{TABLE} changed; `pytest tests/kernels` says whether a row spills.")
 
 
@@ -90,24 +84,22 @@ def mix_candidates() -> list[MixConfig]:
     ]
 
 
-def best_score(
-    device: str, candidates: Iterable[ScoreConfig], tokens: int, hidden: int, vocab: int
-) -> ScoreConfig:
+def best_score(device: str, candidates: Iterable[ScoreConfig], tokens: int, hidden: int, vocab: int) -> ScoreConfig:
     """The fastest configuration of `score_kernel` for one expert in bfloat16."""
     import torch
+
     from btm_scale.kernels import launch
 
     states = torch.randn(1, tokens, hidden, device=device).bfloat16()
     heads = [torch.randn(vocab, hidden, device=device).bfloat16()]
     targets = torch.randint(vocab, (tokens,), device=device)
-    return _fastest(
-        device, candidates, lambda config: launch.token_logprobs(states, heads, targets, config=config)
-    )
+    return _fastest(device, candidates, lambda config: launch.token_logprobs(states, heads, targets, config=config))
 
 
 def best_mix(device: str, candidates: Iterable[MixConfig], experts: int, batch: int, vocab: int) -> MixConfig:
     """The fastest configuration of the mixing kernels, from bfloat16 logits."""
     import torch
+
     from btm_scale.kernels import launch
 
     logits = torch.randn(experts, batch, vocab, device=device).bfloat16()
@@ -140,8 +132,7 @@ def rewritten(table: str, arch: str, rules: list[ScoreRule], mix: MixConfig) -> 
     ]
     lines[ours[0] : ours[-1] + 1] = rows
     return "".join(
-        f'    "{arch}": MixConfig{tuple(mix)},\n' if line.startswith(f'    "{arch}": ') else line
-        for line in lines
+        f'    "{arch}": MixConfig{tuple(mix)},\n' if line.startswith(f'    "{arch}": ') else line for line in lines
     )
 
 

@@ -38,8 +38,13 @@ def main() -> None:
     per_layer = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * FFN
     shape = ModelShape(
         layers=max(1, round((options.millions * 1e6 - VOCABULARY * HIDDEN) / per_layer)),
-        hidden=HIDDEN, heads=12, groups=12, ffn=FFN, positions=1024, vocabulary=VOCABULARY,
-    )  # fmt: skip
+        hidden=HIDDEN,
+        heads=12,
+        groups=12,
+        ffn=FFN,
+        positions=1024,
+        vocabulary=VOCABULARY,
+    )
     if options.save:
         return save(options.save, shape)
     with tempfile.TemporaryDirectory(prefix="btm-zero-") as folder:
@@ -57,8 +62,7 @@ def main() -> None:
                 shutil.rmtree(output, ignore_errors=True)
                 runs[name].append(measured(command, output))
     medians = {
-        name: {figure: statistics.median(run[figure] for run in of) for figure in of[0]}
-        for name, of in runs.items()
+        name: {figure: statistics.median(run[figure] for run in of) for figure in of[0]} for name, of in runs.items()
     }
     result = {"environment": describe(), "parameters": shape.parameters, "medians": medians, "runs": runs}
     options.out.write_text(json.dumps(result, indent=1) + "\n")

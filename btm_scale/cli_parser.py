@@ -45,9 +45,7 @@ class _Verbs:
         family, _, action = name.rpartition(" ")
         place = self._actions[family] if family else self._verbs
         made: argparse.ArgumentParser = place.add_parser(action, help=text, description=function.__doc__)
-        made.add_argument(
-            "--json", action="store_true", help="print one JSON document on stdout, and nothing else"
-        )
+        made.add_argument("--json", action="store_true", help="print one JSON document on stdout, and nothing else")
         made.set_defaults(verb=function)
         return made
 
@@ -103,25 +101,31 @@ def _pipeline_verbs(verbs: _Verbs) -> None:
     _takes_config(verbs.add("prepare", "tokenizer and token files"))
     made = _takes_config(verbs.add("train", "models, each by one group: train, export, score"))
     made.add_argument(
-        "--model", action="append", default=[], metavar="seed|dense|EXPERT",
+        "--model",
+        action="append",
+        default=[],
+        metavar="seed|dense|EXPERT",
         help="which model; may be given often; default: all that can be trained next",
-    )  # fmt: skip
+    )
     text = "slurm: this process is a rank that srun has started; mpi: one that mpirun has started"
     _takes_launcher(made, ["local", "deepspeed", "slurm", "mpi"], text)
     made = _takes_config(verbs.add("plan", "memory, time and place of every group, with no cluster"))
     made.add_argument("--nodes", type=_positive, required=True, help="nodes of the cluster")
     made.add_argument("--gpus-per-node", type=_positive, default=8, help="default: 8")
-    made.add_argument(
-        "--gpu", default="h100", help="v100, a100, l40s, h100, h200, b200 or mi300x; default: h100"
-    )
+    made.add_argument("--gpu", default="h100", help="v100, a100, l40s, h100, h200, b200 or mi300x; default: h100")
     made = _takes_run(verbs.add("status", "how far every model of a run is"))
     made.add_argument("--watch", action="store_true", help="show it until nothing runs any more")
 
 
 def _discover(verbs: _Verbs) -> None:
     made = verbs.add("discover", "domains for text that has none: balanced clusters, and their YAML")
-    made.add_argument("collection", nargs="+", type=Path, metavar="CONFIG|PATH",
-                      help="a run's YAML, whose domains are pooled, or files and globs")  # fmt: skip
+    made.add_argument(
+        "collection",
+        nargs="+",
+        type=Path,
+        metavar="CONFIG|PATH",
+        help="a run's YAML, whose domains are pooled, or files and globs",
+    )
     made.add_argument("--clusters", type=int, required=True, metavar="K", help="how many domains to find")
     made.add_argument("--out", type=Path, required=True, help="the directory to make")
     made.add_argument("--field", default="text", help="of .jsonl and .parquet rows (default: text)")
@@ -142,16 +146,17 @@ def _forest_verbs(verbs: _Verbs) -> None:
     _takes_run(verbs.add("forest lineage", "who came from whom, with weights"))
     made = _takes_run(verbs.add("branch", "first weights of a new expert"))
     made.add_argument("--name", required=True, help="the expert's name, and its domain's")
-    made.add_argument("--from", dest="parents", default="seed", metavar="seed|nearest|posterior|A=0.3,B=0.7",
-                      help="what it begins with (default: seed)")  # fmt: skip
     made.add_argument(
-        "--text", type=Path, nargs="+", default=[], help="text of a domain that the run doesn't know"
+        "--from",
+        dest="parents",
+        default="seed",
+        metavar="seed|nearest|posterior|A=0.3,B=0.7",
+        help="what it begins with (default: seed)",
     )
+    made.add_argument("--text", type=Path, nargs="+", default=[], help="text of a domain that the run doesn't know")
     made.add_argument("--replay", type=float, default=0.0, help="share of text from the parents' domains")
     made.add_argument("--optimizer", choices=["carried", "fresh"], default="carried", help="its moments")
-    made.add_argument(
-        "--schedule", choices=["carried", "restarted"], default="restarted", help="its learning rate"
-    )
+    made.add_argument("--schedule", choices=["carried", "restarted"], default="restarted", help="its learning rate")
     made = _takes_run(verbs.add("score", "per-token log-probabilities of every model that lacks them"))
     made.add_argument("--model", action="append", default=[], help="only this model; may be given often")
     _takes_launcher(made, ["local", "slurm"], "slurm: this process is a rank that srun has started")
@@ -167,56 +172,51 @@ def _forest_verbs(verbs: _Verbs) -> None:
 
 
 def _ablate(verbs: _Verbs) -> None:
-    made = _takes_run(
-        verbs.add("ablate", "which mixture: perplexity of the average of every subset of experts")
-    )
+    made = _takes_run(verbs.add("ablate", "which mixture: perplexity of the average of every subset of experts"))
     made.add_argument("--expert", action="append", default=[], help="only these; may be given often")
-    made.add_argument(
-        "--domain", action="append", default=[], help="judge on its text (default: all domains)"
-    )
-    made.add_argument(
-        "--text", action="append", default=[], type=Path, metavar="FILE", help="judge on a file"
-    )
+    made.add_argument("--domain", action="append", default=[], help="judge on its text (default: all domains)")
+    made.add_argument("--text", action="append", default=[], type=Path, metavar="FILE", help="judge on a file")
     made.add_argument("--split", choices=["dev", "test"], help="of the domains (default: evaluate.split)")
-    made.add_argument(
-        "--subsets", type=int, default=127, help="the most to measure; a random sample if there are more"
-    )
+    made.add_argument("--subsets", type=int, default=127, help="the most to measure; a random sample if there are more")
     made.add_argument("--random-seed", type=_random_seed, default=0)
     made.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
 
 
 def _generate(verbs: _Verbs) -> None:
-    made = _takes_run(
-        verbs.add("generate", "text from the forest: one drawn expert, or the experts' mixture")
-    )
+    made = _takes_run(verbs.add("generate", "text from the forest: one drawn expert, or the experts' mixture"))
     made.add_argument("--prompt", action="append", default=[], help="what to continue; may be given often")
     made.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line")
-    made.add_argument("--method", default="expert", metavar="expert|per-token|mixture",
-                      help="one expert drawn by the posterior of the prompt (exact), one drawn for each token, or "
-                      "tokens of the mixture")  # fmt: skip
-    made.add_argument("--posterior", default="prefix", metavar="prefix|token|tempered|fixed",
-                      help="what weighs the experts; 'expert' is exact for prefix only")  # fmt: skip
     made.add_argument(
-        "--prior", default="cached", metavar="cached|uniform|routed", help="where the weights start"
+        "--method",
+        default="expert",
+        metavar="expert|per-token|mixture",
+        help="one expert drawn by the posterior of the prompt (exact), one drawn for each token, or "
+        "tokens of the mixture",
     )
     made.add_argument(
-        "--route-top-k", type=int, metavar="K", help="routed: only the nearest K clusters' experts"
+        "--posterior",
+        default="prefix",
+        metavar="prefix|token|tempered|fixed",
+        help="what weighs the experts; 'expert' is exact for prefix only",
     )
+    made.add_argument("--prior", default="cached", metavar="cached|uniform|routed", help="where the weights start")
+    made.add_argument("--route-top-k", type=int, metavar="K", help="routed: only the nearest K clusters' experts")
     made.add_argument("--domain", help="whose cached prior (default: all training domains' pooled)")
-    made.add_argument("--model", action="append", default=[], metavar="NAME",
-                      help="only these: experts, seed, dense, average/uniform; may be given often")  # fmt: skip
+    made.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only these: experts, seed, dense, average/uniform; may be given often",
+    )
     made.add_argument("--max-tokens", type=int, default=128, help="of each continuation")
     made.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
     made.add_argument("--temperature", type=float, default=1.0, help="of the mixture; 0 is greedy")
     made.add_argument("--top-k", type=int, help="of the mixture: only so many of the likeliest tokens")
-    made.add_argument(
-        "--top-p", type=float, help="of the mixture: only the likeliest, up to this probability"
-    )
+    made.add_argument("--top-p", type=float, help="of the mixture: only the likeliest, up to this probability")
     made.add_argument("--random-seed", type=_random_seed, default=0)
     made.add_argument("--batch", type=int, default=32, help="prompts that are continued side by side")
-    made.add_argument(
-        "--max-memory", metavar="8GB", help="of experts' weights in memory at once (default: all)"
-    )
+    made.add_argument("--max-memory", metavar="8GB", help="of experts' weights in memory at once (default: all)")
     made.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
 
 

@@ -176,11 +176,17 @@ class RunConfig(Section):
             for name in first
             if name in second
         ]
-        problems += [f"experts.{name}: no domain has this name; domains are {', '.join(self.expert_domains)}"
-                     for name in self.experts if name not in self.expert_domains]  # fmt: skip
+        problems += [
+            f"experts.{name}: no domain has this name; domains are {', '.join(self.expert_domains)}"
+            for name in self.experts
+            if name not in self.expert_domains
+        ]
         last = self.budget.last.weights if self.budget.last is not None else {}
-        problems += [f"budget.last.weights.{name}: no domain has this name; there are {', '.join(self.expert_domains)}"
-                     for name in last if name not in self.expert_domains]  # fmt: skip
+        problems += [
+            f"budget.last.weights.{name}: no domain has this name; there are {', '.join(self.expert_domains)}"
+            for name in last
+            if name not in self.expert_domains
+        ]
         problems += self._parents_come_first()
         shape = self.model.shape(vocabulary=1, positions=self.budget.sequence_length)
         length = self.budget.sequence_length
@@ -202,9 +208,7 @@ class RunConfig(Section):
             except ValidationError as error:
                 problems.append(explain(error, GroupConfig, prefix=place))
         if self.budget.seed_share == 0 and self.model.pretrained is None:
-            problems.append(
-                "budget.seed_share 0 leaves the seed LM untrained; raise it, or set model.pretrained"
-            )
+            problems.append("budget.seed_share 0 leaves the seed LM untrained; raise it, or set model.pretrained")
         positions = self.model.shape(vocabulary=1, positions=length).positions
         if length > positions:
             problems.append(

@@ -15,9 +15,7 @@ class HealthConfig(Section):
         gt=1,
         description="a gradient norm so many times the median of recent ones is a bad batch's",
     )
-    window: int = Field(
-        default=50, ge=5, description="steps that are recent; before so many, nothing is a spike"
-    )
+    window: int = Field(default=50, ge=5, description="steps that are recent; before so many, nothing is a spike")
     skips: int = Field(default=10, ge=0, description="bad batches to leave out before training is given up")
     hang: float = Field(default=20.0, gt=1, description="a step that takes so many times the median hangs")
     patience: float = Field(default=300.0, gt=0, description="seconds that any step may take")

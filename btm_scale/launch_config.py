@@ -14,34 +14,26 @@ from btm_scale.section import Section
 def _slurm_word(text: str) -> str:
     # It stands in a line that SLURM reads, so it must end neither the value nor the line.
     if not re.fullmatch(r"[\w.,:@/+=*\[\]%-]+", text):
-        raise ValueError(
-            f"'{text}' cannot stand in a SLURM option: letters, digits and . , : @ / + = * [ ] % - only"
-        )
+        raise ValueError(f"'{text}' cannot stand in a SLURM option: letters, digits and . , : @ / + = * [ ] % - only")
     return text
 
 
 def _slurm_time(text: str) -> str:
     if not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", text):
-        raise ValueError(
-            f"'{text}' is no SLURM time; write minutes, H:MM:SS or D-HH:MM:SS, such as \"24:00:00\""
-        )
+        raise ValueError(f"'{text}' is no SLURM time; write minutes, H:MM:SS or D-HH:MM:SS, such as \"24:00:00\"")
     return text
 
 
 def _one_line(text: str) -> str:
     if not text.isprintable() or text.startswith("#"):
-        raise ValueError(
-            f"{text!r} is not one plain line; give each line as an item of its own, without '#SBATCH'"
-        )
+        raise ValueError(f"{text!r} is not one plain line; give each line as an item of its own, without '#SBATCH'")
     return text
 
 
 def _port_range(ports: tuple[int, int]) -> tuple[int, int]:
     first, last = ports
     if not 0 < first <= last < 65_536:
-        raise ValueError(
-            f"{list(ports)} is no range of ports; give the first and the last, such as [29500, 30499]"
-        )
+        raise ValueError(f"{list(ports)} is no range of ports; give the first and the last, such as [29500, 30499]")
     return ports
 
 
@@ -52,9 +44,7 @@ Line = Annotated[str, AfterValidator(_one_line)]
 class LocalConfig(Section):
     """How groups share one machine."""
 
-    slots: int | None = Field(
-        default=None, gt=0, description="groups at a time; default: as many as fit the cores"
-    )
+    slots: int | None = Field(default=None, gt=0, description="groups at a time; default: as many as fit the cores")
 
 
 class DeepSpeedConfig(Section):
@@ -91,9 +81,7 @@ class SlurmConfig(Section):
     exclusive: bool = Field(default=False, description="share no node with any other job")
     container: SlurmWord | None = Field(default=None, description="image for srun --container-image")
     mounts: SlurmWord | None = Field(default=None, description="for srun --container-mounts")
-    python: str | None = Field(
-        default=None, description="the interpreter on the nodes; default: the one that submits"
-    )
+    python: str | None = Field(default=None, description="the interpreter on the nodes; default: the one that submits")
     at_a_time: int | None = Field(default=None, gt=0, description="experts that may train side by side")
     retries: int = Field(
         default=3, ge=0, description="how often a job that lost a node or a rank is put back into the queue"
@@ -104,12 +92,8 @@ class SlurmConfig(Section):
         lt=65_536,
         description="before its time is over, a job saves its state and requeues",
     )
-    options: tuple[Line, ...] = Field(
-        default=(), description="more #SBATCH options, such as --constraint=h100"
-    )
-    setup: tuple[Line, ...] = Field(
-        default=(), description="shell lines before the ranks start: module load ..."
-    )
+    options: tuple[Line, ...] = Field(default=(), description="more #SBATCH options, such as --constraint=h100")
+    setup: tuple[Line, ...] = Field(default=(), description="shell lines before the ranks start: module load ...")
 
 
 class MpiConfig(Section):

@@ -56,9 +56,7 @@ class ModelLock:
             if time.monotonic() > deadline:
                 self._file.close()
                 # No mistake: after a node was lost, its lock may outlive it for a while, and a later try succeeds.
-                raise GroupFailed(
-                    f"another group is training in {self._path.parent}; wait until it ends, or end it"
-                )
+                raise GroupFailed(f"another group is training in {self._path.parent}; wait until it ends, or end it")
             time.sleep(_LOCK_SECONDS / 20)
         return self
 

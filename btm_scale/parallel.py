@@ -26,9 +26,7 @@ def may_fork() -> bool:
     return threading.active_count() == 1
 
 
-def in_threads(
-    do: Callable[[Item], Done], items: Sequence[Item], *, at_once: int | None = None
-) -> list[Done]:
+def in_threads(do: Callable[[Item], Done], items: Sequence[Item], *, at_once: int | None = None) -> list[Done]:
     """`do` of every item, in their order, where the work waits for the disk or is long loops of numpy's.
 
     By default as many at once as there are cores, and one in a worker of a pool. The first error is raised when all

@@ -49,18 +49,14 @@ def run_all(
     return results
 
 
-def score_models(
-    config: RunConfig, run: RunDir, models: Sequence[str], launcher: RunGroups | None = None
-) -> list[str]:
+def score_models(config: RunConfig, run: RunDir, models: Sequence[str], launcher: RunGroups | None = None) -> list[str]:
     """Score those of the models (default: every finished one) that lack scores; returns their names."""
     for model in models:
         read_expert(run.model(model))
     averages = average_texts(config)
     known = [*model_names(config), *added_experts(config, run), *averages]
     names = models or [name for name in known if is_finished(run.model(name))]
-    todo = [
-        name for name in names if missing_scores(config, run, name, averages.get(name) or all_texts(config))
-    ]
+    todo = [name for name in names if missing_scores(config, run, name, averages.get(name) or all_texts(config))]
     if todo:
         _run_scoring(config, run, tuple(part for name in todo for part in ("--model", name)), launcher)
     return todo
@@ -77,14 +73,10 @@ def score_averages(config: RunConfig, run: RunDir, launcher: RunGroups | None = 
         _run_scoring(config, run, ("--averages",), launcher)
 
 
-def _run_scoring(
-    config: RunConfig, run: RunDir, arguments: tuple[str, ...], launcher: RunGroups | None
-) -> None:
+def _run_scoring(config: RunConfig, run: RunDir, arguments: tuple[str, ...], launcher: RunGroups | None) -> None:
     """One group that runs `btm-scale score` on the run."""
     group = config.group
-    command = GroupCommand(
-        "score", group.ranks, ("score", str(run.root), *arguments), run.log("score"), group.tensor
-    )
+    command = GroupCommand("score", group.ranks, ("score", str(run.root), *arguments), run.log("score"), group.tensor)
     launcher = launcher or here(placement(config, [SEED]))
     launcher([command], lambda states: None)
 
@@ -117,10 +109,12 @@ def dry_run(config: RunConfig, run: RunDir) -> dict[str, Any]:
     return {
         "run": str(run.root),
         "parameters": shape.parameters if rows else "known with the tokenizer",
-        "text": {name: {"files": len(found), "bytes": sum(file.path.stat().st_size for file in found)}
-                 for name, found in files.items()},
+        "text": {
+            name: {"files": len(found), "bytes": sum(file.path.stat().st_size for file in found)}
+            for name, found in files.items()
+        },
         "models": jobs,
-    }  # fmt: skip
+    }
 
 
 def data_summary(config: RunConfig, run: RunDir) -> dict[str, Any]:

@@ -57,9 +57,7 @@ def make_plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
     }
 
 
-def with_proposals(
-    config: RunConfig, shape: ModelShape, cluster: Cluster
-) -> tuple[RunConfig, dict[str, Any]]:
+def with_proposals(config: RunConfig, shape: ModelShape, cluster: Cluster) -> tuple[RunConfig, dict[str, Any]]:
     """The config with layouts where it gives none, and what would have to stand in the YAML for that."""
     proposed: dict[str, Any] = {}
     if "group" in config.model_fields_set:

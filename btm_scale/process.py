@@ -35,9 +35,7 @@ def end_with_parent() -> None:
     """In a worker of a process pool: end when the process that made the pool is gone, however it went."""
     parent = multiprocessing.parent_process()
     if parent is not None:
-        watch = threading.Thread(
-            target=_exit_after, args=(parent.sentinel,), daemon=True, name="parent-watch"
-        )
+        watch = threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True, name="parent-watch")
         watch.start()
 
 

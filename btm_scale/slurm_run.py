@@ -95,12 +95,11 @@ def queue_notes(run: RunDir) -> dict[str, tuple[bool, str]]:
     submissions = slurm_queue.Submissions(run.root / "slurm")
     if not submissions.read() or not slurm_queue.is_here():
         return {}
-    with contextlib.suppress(
-        LaunchError
-    ):  # a controller that is away for a while says nothing of the run's state
+    with contextlib.suppress(LaunchError):  # a controller that is away for a while says nothing of the run's state
         live = submissions.live(slurm_queue.queue())
-        return {model or job: (entry.state in ("RUNNING", "COMPLETING"), str(entry))
-                for (job, model), entry in live.items()}  # fmt: skip
+        return {
+            model or job: (entry.state in ("RUNNING", "COMPLETING"), str(entry)) for (job, model), entry in live.items()
+        }
     return {}
 
 
@@ -117,9 +116,10 @@ def _missing(
     """The places of the models whose work is neither done nor under way; None if there is nothing to submit."""
     if job.models:
         places = [
-            place for place, model in enumerate(job.models)
+            place
+            for place, model in enumerate(job.models)
             if model not in under_way and not is_done(config, run, model)
-        ]  # fmt: skip
+        ]
         return places or None
     if under_way:
         return None
@@ -128,9 +128,14 @@ def _missing(
 
 
 def _submit(
-    config: RunConfig, run: RunDir, job: slurm.Job, script: Path, after: list[str], tasks: list[int],
+    config: RunConfig,
+    run: RunDir,
+    job: slurm.Job,
+    script: Path,
+    after: list[str],
+    tasks: list[int],
     submissions: slurm_queue.Submissions,
-) -> slurm_queue.Submitted:  # fmt: skip
+) -> slurm_queue.Submitted:
     for place in tasks:
         (run.train(job.models[place]) / "lost").unlink(missing_ok=True)
     limit = config.launch.slurm.at_a_time

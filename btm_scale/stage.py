@@ -58,8 +58,9 @@ def run_training(
     try:
         launcher(commands, poll)
     finally:
-        on_progress(progress(config, run, {model: "done" if is_done(config, run, model) else "failed"
-                                           for model in models}))  # fmt: skip
+        on_progress(
+            progress(config, run, {model: "done" if is_done(config, run, model) else "failed" for model in models})
+        )
 
 
 def here(place: Placement) -> RunGroups:

@@ -15,9 +15,7 @@ class TokenizerConfig(Section):
     """A tokenizer to train (sentencepiece BPE), or the directory of an existing one."""
 
     vocab_size: int = Field(default=4096, ge=320, description="tokens; bytes and controls take 259 of them")
-    sample_bytes: int = Field(
-        default=16_000_000, gt=0, description="text to train on, shared evenly by the domains"
-    )
+    sample_bytes: int = Field(default=16_000_000, gt=0, description="text to train on, shared evenly by the domains")
     path: Path | None = None
 
 
@@ -32,13 +30,9 @@ class DomainConfig(Section):
     """Where a domain's text lies and how it is read."""
 
     text: tuple[str, ...] = Field(min_length=1, description="paths or globs, relative to text_root")
-    field: str = Field(
-        default="text", description="the field of a .jsonl or .parquet row that holds the text"
-    )
+    field: str = Field(default="text", description="the field of a .jsonl or .parquet row that holds the text")
     split_by: Literal["document", "file"] | SplitUnit = "document"
-    weight: float = Field(
-        default=1.0, gt=0, description="share in the data of seed and dense, relative to others"
-    )
+    weight: float = Field(default=1.0, gt=0, description="share in the data of seed and dense, relative to others")
 
     @model_validator(mode="before")
     @classmethod

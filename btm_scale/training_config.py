@@ -72,9 +72,7 @@ class OptimizerConfig(Section):
     )
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
-    clip: float = Field(
-        default=1.0, ge=0, description="largest gradient norm; 0 leaves gradients as they are"
-    )
+    clip: float = Field(default=1.0, ge=0, description="largest gradient norm; 0 leaves gradients as they are")
     warmup: float = Field(default=0.08, ge=0, lt=1, description="share of the schedule")
     decay: Literal["linear", "cosine", "constant"] = "linear"
     final: float = Field(default=0.0, ge=0, le=1, description="learning rate at the end, as a share of lr")

@@ -89,15 +89,11 @@ def load_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     values = _parse(text, str(path))
     if not isinstance(values, dict):
-        raise ConfigError(
-            f"{path} holds {type(values).__name__}, not a mapping; it needs at least `domains:`"
-        )
+        raise ConfigError(f"{path} holds {type(values).__name__}, not a mapping; it needs at least `domains:`")
     return _numbers(values)
 
 
-def apply_overrides(
-    values: dict[str, Any], overrides: tuple[str, ...], paths: tuple[str, ...]
-) -> dict[str, Any]:
+def apply_overrides(values: dict[str, Any], overrides: tuple[str, ...], paths: tuple[str, ...]) -> dict[str, Any]:
     """Set `a.b=value` in a copy of `values`; the keys in `paths` are made absolute from the working folder."""
     result = _numbers(values)
     for override in overrides:
@@ -135,9 +131,7 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
     for problem in error.errors():
         location = [part for part in problem["loc"] if not (isinstance(part, str) and part in _UNION_TAGS)]
         path = ".".join([prefix, *map(str, location)] if prefix else map(str, location))
-        lines.append(
-            "\n".join(f"  {path}: {line}" if path else f"  {line}" for line in _sentence(problem, model))
-        )
+        lines.append("\n".join(f"  {path}: {line}" if path else f"  {line}" for line in _sentence(problem, model)))
     return "\n".join(dict.fromkeys(lines))
 
 

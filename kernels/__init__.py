@@ -18,8 +18,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from . import reference
-from ._finish import Partials, finish, merge
+from btm_scale.kernels import reference
+from btm_scale.kernels._finish import Partials, finish, merge
 
 __all__ = ["combine_partials", "mix_logits", "mix_sample", "token_logprob_partials", "token_logprobs"]
 
@@ -74,8 +74,7 @@ def token_logprobs(
     if any_outside:
         wrong = int(targets[outside][0])
         raise ValueError(
-            f"target {wrong} is not in the vocabulary; "
-            f"targets are 0 to {rows - 1}, or {ignore_index} to be ignored."
+            f"target {wrong} is not in the vocabulary; targets are 0 to {rows - 1}, or {ignore_index} to be ignored."
         )
     if any_nan:
         raise FloatingPointError(_nan_message(log_probs))
@@ -202,13 +201,10 @@ def mix_sample(
     """
     _check_mixture(logits, log_weights)
     if not 0 <= temperature < float("inf"):
-        raise ValueError(
-            f"temperature {temperature} is not a number of at least 0; 0 takes the likeliest token."
-        )
+        raise ValueError(f"temperature {temperature} is not a number of at least 0; 0 takes the likeliest token.")
     if log_likelihood is not None and log_likelihood.shape != log_weights.shape:
         raise ValueError(
-            f"log_likelihood is {list(log_likelihood.shape)}; "
-            f"it must be [batch, experts] = {list(log_weights.shape)}."
+            f"log_likelihood is {list(log_likelihood.shape)}; it must be [batch, experts] = {list(log_weights.shape)}."
         )
     return _backend(logits).mix_sample(
         logits, log_weights, temperature=temperature, generator=generator, log_likelihood=log_likelihood

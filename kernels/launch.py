@@ -10,15 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tuning
-from ._finish import Partials, finish
-from .mixing import draw_kernel, mix_kernel, normalizer_kernel, pick_kernel
-from .scoring import combine_kernel, score_kernel
-from .tuning_table import MixConfig, ScoreConfig
+from btm_scale.kernels import tuning
+from btm_scale.kernels._finish import Partials, finish
+from btm_scale.kernels.mixing import draw_kernel, mix_kernel, normalizer_kernel, pick_kernel
+from btm_scale.kernels.scoring import combine_kernel, score_kernel
+from btm_scale.kernels.tuning_table import MixConfig, ScoreConfig
 
-PARTIAL_BYTES = (
-    16 << 20
-)  # memory for partials that a launch may use; more experts or tokens take more launches
+PARTIAL_BYTES = 16 << 20  # memory for partials that a launch may use; more experts or tokens take more launches
 _COMBINE_BLOCK = 1024
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -48,9 +46,7 @@ def token_logprob_partials(
     soft_cap: float | None = None,
 ) -> Partials:
     """See `btm_scale.kernels.token_logprob_partials`."""
-    parts = _partials(
-        hidden.unsqueeze(0), [head], targets, vocab_start, vocab_size, ignore_index, soft_cap, None
-    )
+    parts = _partials(hidden.unsqueeze(0), [head], targets, vocab_start, vocab_size, ignore_index, soft_cap, None)
     return parts[0][0], parts[1][0], parts[2][0]
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .scoring import FLOOR
+from btm_scale.kernels.scoring import FLOOR
 
 
 @triton.jit

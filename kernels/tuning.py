@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from .tuning_table import MIX_RULES, SCORE_RULES, MixConfig, ScoreConfig
+from btm_scale.kernels.tuning_table import MIX_RULES, SCORE_RULES, MixConfig, ScoreConfig
 
 INTERPRETER = "interpreter"
 

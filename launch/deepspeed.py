@@ -11,11 +11,10 @@ import re
 import sys
 from pathlib import Path
 
+from btm_scale.errors import LaunchError
 from btm_scale.launch.hosts import HostRoom, Share, read_hostfile
 from btm_scale.launch.local import accelerator
 from btm_scale.launch.supervise import GroupCommand, Start
-
-from btm_scale.errors import LaunchError
 from btm_scale.launch_config import DeepSpeedConfig
 from btm_scale.process import SUPERVISOR
 
@@ -88,9 +87,7 @@ class HostPool:
         self._room.give_back(shares)
         self._ports.append(port)  # the last to be used again: its old connections have gone by then
 
-    def _launcher(
-        self, command: GroupCommand, shares: tuple[Share, ...], hostfile: Path, port: int
-    ) -> tuple[str, ...]:
+    def _launcher(self, command: GroupCommand, shares: tuple[Share, ...], hostfile: Path, port: int) -> tuple[str, ...]:
         include = "@".join(f"{share.host}:{','.join(map(str, share.slots))}" for share in shares)
         return (
             *(sys.executable, "-m", "deepspeed.launcher.runner"),

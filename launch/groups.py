@@ -103,9 +103,7 @@ class _Room:
         if len(empty) < whole + bool(rest):
             return None
         chosen = [node for node, _ in zip(empty, range(whole + bool(rest)), strict=False)]
-        return self._use(
-            [(node, min(self._per_node, ranks - i * self._per_node)) for i, node in enumerate(chosen)]
-        )
+        return self._use([(node, min(self._per_node, ranks - i * self._per_node)) for i, node in enumerate(chosen)])
 
     def give_back(self, used: tuple[tuple[int, int], ...]) -> None:
         for node, ranks in used:

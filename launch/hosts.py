@@ -38,9 +38,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
                 "name a host; give it a name in /etc/hosts, or one with its user in ssh's config"
             )
         if found[1] in slots:
-            raise LaunchError(
-                f"{path}, line {number}: host '{found[1]}' stands twice; give all its slots in one line"
-            )
+            raise LaunchError(f"{path}, line {number}: host '{found[1]}' stands twice; give all its slots in one line")
         slots[found[1]] = int(found[2])
     if not slots:
         raise LaunchError(f"{path} names no host; write a line `HOST slots=N` for each")

@@ -16,9 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from btm_scale.launch.supervise import GroupCommand, OnPoll, Start, run_groups_in
-
 from btm_scale.errors import LaunchError
+from btm_scale.launch.supervise import GroupCommand, OnPoll, Start, run_groups_in
 from btm_scale.process import SUPERVISOR
 
 _FIRST_PORT = 10_000  # below are those of services
@@ -92,9 +91,7 @@ def free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("", port))
             return port
-    raise LaunchError(
-        "no free port found for a group: see `ss -tln`, and `sysctl net.ipv4.ip_local_port_range`"
-    )
+    raise LaunchError("no free port found for a group: see `ss -tln`, and `sysctl net.ipv4.ip_local_port_range`")
 
 
 def _first_outgoing_port() -> int:

@@ -33,9 +33,7 @@ class RankMemory:
         return self.states + self.activations
 
 
-def rank_memory(
-    shape: ModelShape, layout: Layout, *, micro_batch: int, length: int, accumulation: int
-) -> RankMemory:
+def rank_memory(shape: ModelShape, layout: Layout, *, micro_batch: int, length: int, accumulation: int) -> RankMemory:
     """Of one rank of a group: `micro_batch` sequences of `length` tokens at once, `accumulation` times a step."""
     own = rank_parameters(shape, layout.tensor)
     share = own / layout.data  # what ZeRO leaves of something that it shares

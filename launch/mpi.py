@@ -21,12 +21,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from btm_scale.errors import GroupFailed, LaunchError
 from btm_scale.launch.groups import Work, share_out
 from btm_scale.launch.local import accelerator, free_port
 from btm_scale.launch.ranks import local_rank
 from btm_scale.launch.supervise import GroupCommand, OnPoll, Start, failure_text, run_groups_in
-
-from btm_scale.errors import GroupFailed, LaunchError
 from btm_scale.launch_config import MpiConfig
 from btm_scale.process import REQUEUE, SUPERVISOR
 from btm_scale.rank_log import forget_failure
@@ -97,13 +96,9 @@ class MpiLauncher:
             return
         name, *options = self._config.command
         # This environment's own first, which mpi4py has been built for.
-        mpirun = shutil.which(
-            name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        )
+        mpirun = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
         if mpirun is None:
-            raise LaunchError(
-                f"'{name}' is not on this machine; set launch.mpi.command, or pip install mpich mpi4py"
-            )
+            raise LaunchError(f"'{name}' is not on this machine; set launch.mpi.command, or pip install mpich mpi4py")
         ranks = self._config.ranks or len(os.sched_getaffinity(0))
         log = commands[0].log.parent.parent / "mpirun.log"
         for command in commands:
@@ -157,9 +152,7 @@ def _split(works: Sequence[Work], size: int, folder: Path) -> tuple[_Place | Non
     world: Any = MPI.COMM_WORLD
     groups = world.size // size
     if groups == 0:
-        raise LaunchError(
-            f"a group needs {size} ranks, and mpirun has started {world.size}; start {size} or more"
-        )
+        raise LaunchError(f"a group needs {size} ranks, and mpirun has started {world.size}; start {size} or more")
     lists = share_out(works, min(groups, len(works)))
     number = world.rank // size
     member = number < len(lists)
@@ -197,9 +190,7 @@ def _run_rank(command: GroupCommand, place: _Place, port: int, threads: int) -> 
     process = subprocess.Popen(words, env=environment | accelerator(), stdin=subprocess.DEVNULL)
     # What mpirun passes on to this process is meant for the one that trains: it saves its state and leaves.
     numbers = (signal.SIGTERM, signal.SIGUSR1)
-    before = {
-        number: signal.signal(number, lambda number, _: process.send_signal(number)) for number in numbers
-    }
+    before = {number: signal.signal(number, lambda number, _: process.send_signal(number)) for number in numbers}
     try:
         return process.wait()
     finally:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from btm_scale.errors import LaunchError
 from btm_scale.launch.gpus import Gpu
 from btm_scale.launch.groups import Placed, Work, lower_bound, place
 from btm_scale.launch.memory import RankMemory, rank_memory
 from btm_scale.launch.roofline import StepTime, step_time
-
-from btm_scale.errors import LaunchError
 from btm_scale.model.layout import Layout
 from btm_scale.model.shape import ModelShape
 
@@ -84,9 +83,7 @@ class StagePlan:
         return max(one.end for one in self.placed)
 
 
-def plan_group(
-    shape: ModelShape, training: Training, layout: Layout, micro_batch: int, cluster: Cluster
-) -> GroupPlan:
+def plan_group(shape: ModelShape, training: Training, layout: Layout, micro_batch: int, cluster: Cluster) -> GroupPlan:
     """One group in a layout that is given. `micro_batch` is lowered to what divides a rank's share of the batch.
 
     Raises LaunchError if the batch cannot be shared evenly.
@@ -121,9 +118,7 @@ def plan_stage(groups: Sequence[GroupPlan], cluster: Cluster) -> StagePlan:
     return StagePlan(tuple(groups), tuple(place(works, **size)), lower_bound(works, **size))
 
 
-def propose(
-    shape: ModelShape, trainings: Sequence[Training], cluster: Cluster, base: Layout
-) -> tuple[Layout, int]:
+def propose(shape: ModelShape, trainings: Sequence[Training], cluster: Cluster, base: Layout) -> tuple[Layout, int]:
     """The one layout and micro-batch with which all these trainings, side by side, end first.
 
     It keeps the base's precision. Raises LaunchError if no layout fits the GPU's memory.
@@ -166,9 +161,7 @@ def _sizes(cluster: Cluster) -> Iterator[int]:
         size *= 2
 
 
-def _best_layout(
-    shape: ModelShape, training: Training, ranks: int, cluster: Cluster, base: Layout
-) -> GroupPlan | None:
+def _best_layout(shape: ModelShape, training: Training, ranks: int, cluster: Cluster, base: Layout) -> GroupPlan | None:
     fitting = [
         group
         for layout in _layouts(ranks, cluster, base)

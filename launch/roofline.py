@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from btm_scale.launch.gpus import Gpu
 from btm_scale.launch.memory import rank_parameters
-
 from btm_scale.model.layout import Layout
 from btm_scale.model.shape import ModelShape
 

@@ -7,9 +7,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from btm_scale.launch.supervise import GroupCommand, Start
-
 from btm_scale.errors import LaunchError
+from btm_scale.launch.supervise import GroupCommand, Start
 from btm_scale.launch_config import SlurmConfig
 from btm_scale.run_dir import RunDir
 
@@ -50,9 +49,7 @@ def nodes_of(job: Job, config: SlurmConfig) -> tuple[int, int]:
 def render(job: Job, run_name: str, run: RunDir, config: SlurmConfig) -> str:
     """The job's script. Whatever stands in names and paths, it is quoted, and cannot end the line that it stands in."""
     if not str(run.root).isprintable():
-        raise LaunchError(
-            f"{str(run.root)!r} has characters that no SLURM script can hold; choose another --out"
-        )
+        raise LaunchError(f"{str(run.root)!r} has characters that no SLURM script can hold; choose another --out")
     python = config.python or sys.executable
     container = "".join(f" {_quote(word)}" for word in container_options(config))
     parts = {
@@ -104,9 +101,7 @@ class SrunPool:
 
 def _options(job: Job, run_name: str, run: RunDir, config: SlurmConfig) -> list[str]:
     nodes, tasks = nodes_of(job, config)
-    log = str(run.root / "slurm" / job.name).replace("%", "%%") + (
-        "-%A_%a.log" if job.is_array else "-%j.log"
-    )
+    log = str(run.root / "slurm" / job.name).replace("%", "%%") + ("-%A_%a.log" if job.is_array else "-%j.log")
     options = [
         f"--job-name={job_name(run_name, job)}",
         f"--output={_sbatch_quote(log)}",
@@ -118,9 +113,12 @@ def _options(job: Job, run_name: str, run: RunDir, config: SlurmConfig) -> list[
         f"--signal=USR1@{config.signal_seconds}",
     ]
     given = {
-        "partition": config.partition, "account": config.account, "qos": config.qos,
-        "cpus-per-task": config.cpus_per_rank, "gres": config.gres,
-    }  # fmt: skip
+        "partition": config.partition,
+        "account": config.account,
+        "qos": config.qos,
+        "cpus-per-task": config.cpus_per_rank,
+        "gres": config.gres,
+    }
     options += [f"--{name}={value}" for name, value in given.items() if value is not None]
     if config.exclusive:
         options.append("--exclusive")

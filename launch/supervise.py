@@ -17,9 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from btm_scale.launch.ending import end_all, let_save
-
 from btm_scale.errors import GroupFailed, LaunchError
+from btm_scale.launch.ending import end_all, let_save
 from btm_scale.process import REQUEUE
 from btm_scale.rank_log import forget_failure, note_silent_failure, read_failure, tail
 
@@ -65,9 +64,7 @@ class Pool(Protocol):
         """The group of this name has ended."""
 
 
-def run_groups_in(
-    pool: Pool, commands: Sequence[GroupCommand], on_poll: OnPoll = lambda states: None
-) -> None:
+def run_groups_in(pool: Pool, commands: Sequence[GroupCommand], on_poll: OnPoll = lambda states: None) -> None:
     """Run every group as soon as the pool has room for it, in the order given.
 
     `on_poll` is told each group's state: waiting, running, done or failed. A group's failure stops no other; when all

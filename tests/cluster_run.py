@@ -10,9 +10,7 @@ from tiny_run import tiny_values
 EXPERTS = ("python", "licences", "docs")
 
 
-def cluster_values(
-    text: Path, *, steps: int, experts: tuple[str, ...] = EXPERTS, **changes: Any
-) -> dict[str, Any]:
+def cluster_values(text: Path, *, steps: int, experts: tuple[str, ...] = EXPERTS, **changes: Any) -> dict[str, Any]:
     """`steps` steps for the seed, and as many for each expert, in groups of two data ranks."""
     batch = 128 * len(experts)
     return tiny_values(

@@ -87,9 +87,7 @@ def _network(config: RunConfig, run: RunDir, parent: str | None) -> Any:
         return AutoModelForCausalLM.from_pretrained(run.model(parent)).train()
     tokenizer = Tokenizer.load(run.tokenizer)
     shape = config.model.shape(tokenizer.vocab_size, config.budget.sequence_length)
-    return LlamaForCausalLM(
-        LlamaConfig(**config_json(shape, dtype="float32", end_of_text=tokenizer.eos))
-    ).train()
+    return LlamaForCausalLM(LlamaConfig(**config_json(shape, dtype="float32", end_of_text=tokenizer.eos))).train()
 
 
 def _windows(config: RunConfig, run: RunDir, domains: Sequence[str], random_seed: int) -> Any:
@@ -102,9 +100,7 @@ def _windows(config: RunConfig, run: RunDir, domains: Sequence[str], random_seed
     while True:
         chosen = [texts[random.integers(len(texts))] for _ in range(_BATCH)]
         begins = [random.integers(len(text) - length) for text in chosen]
-        yield torch.tensor(
-            np.stack([text[begin : begin + length] for text, begin in zip(chosen, begins, strict=True)])
-        )
+        yield torch.tensor(np.stack([text[begin : begin + length] for text, begin in zip(chosen, begins, strict=True)]))
 
 
 def _publish(run: RunDir, name: str, domains: Sequence[str], parent: str | None, model: Any) -> None:

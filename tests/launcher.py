@@ -21,13 +21,23 @@ def launched(script: Path, ranks: int, spec: Any, folder: Path) -> subprocess.Co
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", os.devnull, "--num_gpus", str(ranks),
-        "--master_addr", "127.0.0.1", "--master_port", str(port), "--no_local_rank", str(script), str(file),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--hostfile",
+        os.devnull,
+        "--num_gpus",
+        str(ranks),
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        str(port),
+        "--no_local_rank",
+        str(script),
+        str(file),
+    ]
     surroundings = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    surroundings["PYTHONPATH"] = os.pathsep.join(
-        [str(TESTS), str(TESTS / "train"), os.environ.get("PYTHONPATH", "")]
-    )
+    surroundings["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS / "train"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=surroundings, timeout=900
     )

@@ -44,9 +44,16 @@ class SlurmCluster:
         state = self.folder / "state"
         state.mkdir()
         (self.folder / "slurm.conf").write_text(self._configuration())
-        self._start("munged", "--foreground", "--force", f"--socket={self.folder}/munge.socket",
-                    f"--key-file={key}", f"--pid-file={self.folder}/munged.pid",
-                    f"--log-file={self.folder}/munged.log", f"--seed-file={self.folder}/munged.seed")  # fmt: skip
+        self._start(
+            "munged",
+            "--foreground",
+            "--force",
+            f"--socket={self.folder}/munge.socket",
+            f"--key-file={key}",
+            f"--pid-file={self.folder}/munged.pid",
+            f"--log-file={self.folder}/munged.log",
+            f"--seed-file={self.folder}/munged.seed",
+        )
         self.wait_for(lambda: (self.folder / "munge.socket").exists())
         self._start("slurmctld", "-D")
         for node in self.nodes:

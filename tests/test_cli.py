@@ -105,18 +105,14 @@ def test_a_disk_that_refuses_is_told_in_a_line(tmp_path: Path) -> None:
         ("run.yaml", "domains: {a: {text: a.jsonl}}"),
     ):
         (tmp_path / name).write_text(content)
-    command = (
-        f"ulimit -f 1; {sys.executable} -m btm_scale.cli prepare {tmp_path}/run.yaml --out {tmp_path}/run"
-    )
+    command = f"ulimit -f 1; {sys.executable} -m btm_scale.cli prepare {tmp_path}/run.yaml --out {tmp_path}/run"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("btm-scale: [Errno 27] File too large")
     assert done.stderr.count("\n") == 1
 
 
-def test_a_killed_prepare_leaves_no_process_and_the_next_one_finishes(
-    tmp_path: Path, real_text: Path
-) -> None:
+def test_a_killed_prepare_leaves_no_process_and_the_next_one_finishes(tmp_path: Path, real_text: Path) -> None:
     write_config(tmp_path / "run.yaml", tiny_values(real_text))
     made = tmp_path / "made"
     command = [

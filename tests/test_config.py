@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import yaml
-from btm_scale.configs import FOLDER
 
 from btm_scale.config import OptimizerConfig, RunConfig
+from btm_scale.configs import FOLDER
 from btm_scale.errors import ConfigError
 from btm_scale.model.shape import PRESETS
 from btm_scale.pipeline import training_stages
@@ -40,9 +40,7 @@ def test_only_domains_must_be_given(tmp_path: Path) -> None:
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_known_one(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"optimizer\.waight_decay: no such key; did you mean 'weight_decay'\?"
-    ):
+    with pytest.raises(ConfigError, match=r"optimizer\.waight_decay: no such key; did you mean 'weight_decay'\?"):
         load(tmp_path, {"domains": DOMAINS, "optimizer": {"waight_decay": 0.1}})
     with pytest.raises(ConfigError, match=r"domains\.math\.feild: no such key; did you mean 'field'\?"):
         load(tmp_path, {"domains": {"math": {"text": "a", "feild": "b"}}})
@@ -59,8 +57,14 @@ def test_every_problem_is_told_at_once_with_its_path(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as raised:
         load(tmp_path, values)
     text = str(raised.value)
-    for part in ("'a/b' cannot name a domain", "domains.math.text: must be given", "use 1024", "optimizer.lr: -1",
-                 "modle: no such key; did you mean 'model'?", "group.zero"):  # fmt: skip
+    for part in (
+        "'a/b' cannot name a domain",
+        "domains.math.text: must be given",
+        "use 1024",
+        "optimizer.lr: -1",
+        "modle: no such key; did you mean 'model'?",
+        "group.zero",
+    ):
         assert part in text
 
 
@@ -135,9 +139,7 @@ def test_what_is_no_yaml_mapping_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_set_changes_one_value_and_takes_numbers_as_people_write_them(tmp_path: Path) -> None:
-    config = load(
-        tmp_path, {"domains": DOMAINS}, "budget.tokens=2e6", "optimizer.lr=3e-4", "evaluate.top_k=[1, 2]"
-    )
+    config = load(tmp_path, {"domains": DOMAINS}, "budget.tokens=2e6", "optimizer.lr=3e-4", "evaluate.top_k=[1, 2]")
     assert config.budget.tokens == 2_000_000
     assert config.optimizer.lr == 3e-4
     assert config.evaluate.top_k == (1, 2)
@@ -155,9 +157,7 @@ def test_paths_are_relative_to_the_yaml_but_to_the_working_folder_in_an_override
 
 
 def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
-    config = load(
-        tmp_path, {"domains": DOMAINS, "experts": {"math": {"group": {"tensor": 2}, "tokens": 1000}}}
-    )
+    config = load(tmp_path, {"domains": DOMAINS, "experts": {"math": {"group": {"tensor": 2}, "tokens": 1000}}})
     config.save(tmp_path / "saved" / "run.yaml")
     assert RunConfig.load(tmp_path / "saved" / "run.yaml") == config
 
@@ -190,9 +190,7 @@ def test_an_experts_second_moments_average_over_as_many_tokens_as_denses() -> No
 
 
 def test_an_experts_own_tokens_and_batch_replace_its_share(tmp_path: Path) -> None:
-    config = load(
-        tmp_path, {"domains": DOMAINS, "experts": {"math": {"tokens": 512_000, "batch_tokens": 1024}}}
-    )
+    config = load(tmp_path, {"domains": DOMAINS, "experts": {"math": {"tokens": 512_000, "batch_tokens": 1024}}})
     job = training_job(config, "math")
     assert (job.sequences, job.steps) == (4, 500)
 
@@ -262,9 +260,7 @@ def test_a_model_that_no_run_trains_is_refused(tmp_path: Path) -> None:
         training_job(load(tmp_path, {"domains": DOMAINS}), "physics")
 
 
-@pytest.mark.parametrize(
-    ("preset", "millions"), [("llama-1m", 1.33), ("llama-4m", 4.2), ("gpt2-125m", 124.4)]
-)
+@pytest.mark.parametrize(("preset", "millions"), [("llama-1m", 1.33), ("llama-4m", 4.2), ("gpt2-125m", 124.4)])
 def test_presets_have_the_sizes_of_their_names(tmp_path: Path, preset: str, millions: float) -> None:
     config = load(tmp_path, {"domains": DOMAINS, "model": {"preset": preset}})
     vocabulary = 50_257 if preset.startswith("gpt2") else 4096

@@ -57,9 +57,7 @@ def harness(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_the_harness_evaluates_an_ensemble_on_local_tasks(
-    handmade: tuple[RunConfig, RunDir], tmp_path: Path
-) -> None:
+def test_the_harness_evaluates_an_ensemble_on_local_tasks(handmade: tuple[RunConfig, RunDir], tmp_path: Path) -> None:
     config, run = handmade
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS))
@@ -71,9 +69,21 @@ def test_the_harness_evaluates_an_ensemble_on_local_tasks(
     for name, task in TASKS.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | source | task))
     done = harness(
-        "run", "--model", "btm-scale", "--model_args", f"run={run.root},method=ensemble", "--device", "cpu",
-        "--tasks", ",".join(TASKS), "--include_path", tmp_path, "--output_path", tmp_path / "out", "--log_samples",
-    )  # fmt: skip
+        "run",
+        "--model",
+        "btm-scale",
+        "--model_args",
+        f"run={run.root},method=ensemble",
+        "--device",
+        "cpu",
+        "--tasks",
+        ",".join(TASKS),
+        "--include_path",
+        tmp_path,
+        "--output_path",
+        tmp_path / "out",
+        "--log_samples",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (written,) = (tmp_path / "out").rglob("results_*.json")
     results = json.loads(written.read_text())["results"]

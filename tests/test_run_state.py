@@ -19,9 +19,7 @@ from btm_scale.run_state import open_run
         {"novel_domains": {"docs": {"text": "docs.jsonl"}, "law": {"text": "law.jsonl"}}},
     ],
 )
-def test_what_decides_no_model_may_change_between_two_calls(
-    tmp_path: Path, change: dict[str, object]
-) -> None:
+def test_what_decides_no_model_may_change_between_two_calls(tmp_path: Path, change: dict[str, object]) -> None:
     values, run = tiny_values(tmp_path), RunDir(tmp_path / "run")
     open_run(write_config(tmp_path / "a.yaml", values), run)
     kept = {key: values[key] | part for key, part in change.items()}  # type: ignore[operator]

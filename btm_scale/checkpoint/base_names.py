@@ -18,9 +18,7 @@ class _Prefixed(ModelReader):
     def __init__(self, model: ModelReader) -> None:
         self.path = model.path
         self._model = model
-        self._own = {
-            name if name.startswith("lm_head.") else f"{_PREFIX}{name}": name for name in model.names
-        }
+        self._own = {name if name.startswith("lm_head.") else f"{_PREFIX}{name}": name for name in model.names}
         self._names = tuple(sorted(self._own))
 
     @property

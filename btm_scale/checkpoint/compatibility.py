@@ -15,20 +15,41 @@ from btm_scale.errors import CheckpointError
 from btm_scale.run_dir import SEED, RunDir
 
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "added_tokens.json",
     "spiece.model",
-)  # fmt: skip
+)
 STATE_MARKER = "state.json"  # of a training state
 _SEARCHED_PARENTS = 3
 # In files of older transformers.
 _CAUSAL_MASK = re.compile(r"(?:transformer\.)?h\.\d+\.attn\.(?:bias|masked_bias)")
 # What must agree in two configs for the mean of their weights to be a model.
 _CONFIG_KEYS = (
-    "model_type", "architectures", "hidden_size", "n_embd", "num_hidden_layers", "n_layer",
-    "num_attention_heads", "n_head", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size",
-    "hidden_act", "rms_norm_eps", "layer_norm_epsilon", "rope_theta", "rope_scaling", "rope_parameters",
-    "sliding_window", "tie_word_embeddings",
-)  # fmt: skip
+    "model_type",
+    "architectures",
+    "hidden_size",
+    "n_embd",
+    "num_hidden_layers",
+    "n_layer",
+    "num_attention_heads",
+    "n_head",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "hidden_act",
+    "rms_norm_eps",
+    "layer_norm_epsilon",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "sliding_window",
+    "tie_word_embeddings",
+)
 
 
 def described_in(path: Path) -> Path:
@@ -61,20 +82,14 @@ def _models_of_the_run(state: Path) -> list[Path]:
     return [run.model(name), run.model(SEED)]
 
 
-def common_specs(
-    readers: Sequence[ModelReader], dtype: torch.dtype | None
-) -> tuple[dict[str, TensorSpec], list[str]]:
+def common_specs(readers: Sequence[ModelReader], dtype: torch.dtype | None) -> tuple[dict[str, TensorSpec], list[str]]:
     """The output's specs and every way in which the models differ."""
     first, problems = readers[0], []
     specs = {name: spec for name, spec in first.specs().items() if not is_derived(name, first.path)}
     for other in readers[1:]:
         theirs = {name: spec for name, spec in other.specs().items() if not is_derived(name, other.path)}
-        problems += [
-            f"{other.path} has no tensor '{name}', {first.path} has." for name in specs.keys() - theirs
-        ]
-        problems += [
-            f"{first.path} has no tensor '{name}', {other.path} has." for name in theirs.keys() - specs
-        ]
+        problems += [f"{other.path} has no tensor '{name}', {first.path} has." for name in specs.keys() - theirs]
+        problems += [f"{first.path} has no tensor '{name}', {other.path} has." for name in theirs.keys() - specs]
         for name in sorted(specs.keys() & theirs):
             ours, its = specs[name], theirs[name]
             if ours.shape != its.shape:
@@ -86,9 +101,7 @@ def common_specs(
                     f"'{name}' is {ours} in {first.path} and {its} in {other.path}. Say the output's dtype."
                 )
             elif not ours.dtype.is_floating_point and not torch.equal(first.read(name), other.read(name)):
-                problems.append(
-                    f"'{name}', {ours}, is no float and differs in {first.path} and {other.path}."
-                )
+                problems.append(f"'{name}', {ours}, is no float and differs in {first.path} and {other.path}.")
     if dtype is not None:
         specs = {
             name: TensorSpec(dtype, spec.shape) if spec.dtype.is_floating_point else spec

@@ -83,9 +83,7 @@ def _part(folder: Path, tensor_rank: int, models: Files, optimizers: Files) -> S
     return StoredModel(folder, tensors)
 
 
-def _from_masters(
-    folder: Path, state: Mapping[str, Any], files: Mapping[int, Path]
-) -> dict[str, StoredTensor]:
+def _from_masters(folder: Path, state: Mapping[str, Any], files: Mapping[int, Path]) -> dict[str, StoredTensor]:
     """float32 weights of the trained parameters, and what else the model states hold."""
     states = [load_pickle(files[data])["optimizer_state_dict"] for data in sorted(files)]
     count = states[0]["partition_count"]
@@ -163,9 +161,7 @@ def _stage_3(
     return tensors
 
 
-def _cut(
-    name: str, row: StoredTensor, shape: tuple[int, ...], pieces: Sequence[tuple[int, int]]
-) -> StoredTensor:
+def _cut(name: str, row: StoredTensor, shape: tuple[int, ...], pieces: Sequence[tuple[int, int]]) -> StoredTensor:
     segments: tuple[Segment, ...] = sum((row.part(start, stop) for start, stop in pieces), ())
     if sum(segment.elements for segment in segments) != math.prod(shape):
         raise CheckpointError(f"the optimizer states end inside '{name}'. Copy the checkpoint again.")

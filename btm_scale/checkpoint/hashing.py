@@ -72,9 +72,7 @@ def combined_hash(specs: Mapping[str, TensorSpec], block_hashes: Mapping[str, Se
     for name in sorted(specs):
         spec = specs[name]
         shape = ",".join(map(str, spec.shape))
-        digest.update(
-            f"{name}\0{CODE_BY_DTYPE[spec.dtype]}\0{shape}\0{' '.join(block_hashes[name])}\n".encode()
-        )
+        digest.update(f"{name}\0{CODE_BY_DTYPE[spec.dtype]}\0{shape}\0{' '.join(block_hashes[name])}\n".encode())
     return digest.hexdigest()
 
 

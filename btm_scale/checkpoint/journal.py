@@ -24,9 +24,7 @@ def only_merge_into(partial: Path) -> Iterator[None]:
         try:
             is_ours = stack.enter_context(held(lock))
         except OSError as error:
-            raise CheckpointError(
-                f"{lock.parent} cannot be written to: {error}. Choose another output."
-            ) from error
+            raise CheckpointError(f"{lock.parent} cannot be written to: {error}. Choose another output.") from error
         if not is_ours:
             raise CheckpointError(f"another process is writing {partial}. Wait for it, or stop it.")
         yield

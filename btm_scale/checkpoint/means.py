@@ -52,9 +52,7 @@ class MeansRunner:
                     hashes[i].update(row)
         return unit, [own.finished() for own in hashes]
 
-    def _rows(
-        self, group: _Group, part: Unit, stored: dict[ModelReader, torch.Tensor]
-    ) -> Iterator[torch.Tensor]:
+    def _rows(self, group: _Group, part: Unit, stored: dict[ModelReader, torch.Tensor]) -> Iterator[torch.Tensor]:
         """A part of each of the group's targets, in the type in which it is written."""
         plan = self.targets[group.members[0]].plan
         if plan.copies(part.name):

@@ -116,10 +116,7 @@ def merge_many(
         if os.path.lexists(output):
             raise CheckpointError(f"{output} exists already. Choose another output, or remove it first.")
     plans = plan_means(list(outputs.values()), max_shard_bytes=max_shard_bytes)
-    works = [
-        _Work(plan, output, tuple(inputs))
-        for plan, (output, inputs) in zip(plans, outputs.items(), strict=True)
-    ]
+    works = [_Work(plan, output, tuple(inputs)) for plan, (output, inputs) in zip(plans, outputs.items(), strict=True)]
     reports: list[MergeReport] = []
     for some in _passes(works):
         # Each output's own check sees the same free space.

@@ -145,9 +145,7 @@ def widen(whole: Whole, *, threshold: float = 1.0, calibration: float = 1.0) -> 
     """
     if len(whole.shape) > 1:
         lengths, turns = _column_moves(whole)
-        rates = (
-            _importance(lengths, threshold, calibration) + _importance(turns, threshold, calibration)
-        ) / 2
+        rates = (_importance(lengths, threshold, calibration) + _importance(turns, threshold, calibration)) / 2
     else:
         moved = [torch.stack([delta.reshape(-1).abs() for delta in piece.deltas()]) for piece in whole]
         rates = _importance(torch.cat(moved, dim=1), threshold, calibration)
@@ -162,9 +160,7 @@ def widen(whole: Whole, *, threshold: float = 1.0, calibration: float = 1.0) -> 
 
 def _column_moves(whole: Whole) -> tuple[torch.Tensor, torch.Tensor]:
     """How much the columns of each model changed their length, and one minus the cosine of their turn."""
-    sums: list[
-        torch.Tensor
-    ] = []  # of the base and each model: [2, columns], products with itself and the base
+    sums: list[torch.Tensor] = []  # of the base and each model: [2, columns], products with itself and the base
     for piece in whole:
         base = piece.origin.reshape(len(piece.origin), -1)
         columns = (tensor.reshape(base.shape) for tensor in itertools.chain([base], piece.tensors))

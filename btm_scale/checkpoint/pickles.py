@@ -130,9 +130,19 @@ class _Storage:
 
 
 def _storage_dtype(name: str) -> torch.dtype:
-    names = {"Half": "float16", "Float": "float32", "Double": "float64", "BFloat16": "bfloat16",
-             "Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Bool": "bool",
-             "ComplexFloat": "complex64", "ComplexDouble": "complex128"}  # fmt: skip
+    names = {
+        "Half": "float16",
+        "Float": "float32",
+        "Double": "float64",
+        "BFloat16": "bfloat16",
+        "Long": "int64",
+        "Int": "int32",
+        "Short": "int16",
+        "Char": "int8",
+        "Bool": "bool",
+        "ComplexFloat": "complex64",
+        "ComplexDouble": "complex128",
+    }
     dtype = getattr(torch, names.get(name.removesuffix("Storage"), ""), torch.uint8)
     assert isinstance(dtype, torch.dtype)
     return dtype
@@ -140,12 +150,8 @@ def _storage_dtype(name: str) -> torch.dtype:
 
 def _rebuild_tensor(storage: _Storage, start: int, shape: Any, stride: Any, *_: Any) -> StoredTensor:
     spec = TensorSpec(storage.dtype, tuple(shape))
-    contiguous = torch.empty(0, dtype=storage.dtype, device="meta").new_empty(spec.shape).stride() == tuple(
-        stride
-    )
-    extent = (
-        1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if spec.elements else 0
-    )
+    contiguous = torch.empty(0, dtype=storage.dtype, device="meta").new_empty(spec.shape).stride() == tuple(stride)
+    extent = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if spec.elements else 0
     if start + extent > storage.elements:
         raise CheckpointError(f"{storage.file} has a tensor that reaches beyond its storage. Save it again.")
     stored = spec.elements if contiguous else extent
@@ -165,9 +171,7 @@ class _Archive:
         """Where an entry's bytes start in the file; raises `CheckpointError` if they are not plain."""
         info = self.entries.get(name)
         if info is None or info.compress_type != zipfile.ZIP_STORED:
-            raise CheckpointError(
-                f"{self.path} has no plain entry '{name}'. It was not written by torch.save."
-            )
+            raise CheckpointError(f"{self.path} has no plain entry '{name}'. It was not written by torch.save.")
         self.file.seek(info.header_offset)
         local = self.file.read(30)
         lengths = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")

@@ -91,9 +91,7 @@ class MergePlan:
 
     def copies(self, name: str) -> bool:
         """Whether a tensor is taken over as it is: it is no float, or there is one model only."""
-        return not self.specs[name].dtype.is_floating_point or (
-            len(self.sources) == 1 and self.method_name == "linear"
-        )
+        return not self.specs[name].dtype.is_floating_point or (len(self.sources) == 1 and self.method_name == "linear")
 
     def _units_of(self, name: str) -> Iterator[Unit]:
         spec = self.specs[name]
@@ -219,17 +217,11 @@ def _weight_problems(method: Method, inputs: Sequence[tuple[Path, float]]) -> li
     elif not math.isfinite(sum(map(abs, weights))):
         problems.append(f"weights and their sum must be finite numbers; they are {weights}.")
     elif method.name in ("linear", "slerp") and abs(sum(weights)) <= 1e-12 * sum(map(abs, weights)):
-        problems.append(
-            f"weights must not sum to 0, since the result is divided by the sum; they are {weights}."
-        )
+        problems.append(f"weights must not sum to 0, since the result is divided by the sum; they are {weights}.")
     if method.exactly is not None and len(inputs) != method.exactly:
-        problems.append(
-            f"'{method.name}' merges exactly {method.exactly} models and {len(inputs)} were given."
-        )
+        problems.append(f"'{method.name}' merges exactly {method.exactly} models and {len(inputs)} were given.")
     if not method.weighted and len(set(weights)) > 1:
-        problems.append(
-            f"'{method.name}' finds its weights itself: leave out {weights}, or use another method."
-        )
+        problems.append(f"'{method.name}' finds its weights itself: leave out {weights}, or use another method.")
     return problems
 
 
@@ -237,9 +229,7 @@ def _parameter_problems(method: Method, parameters: Mapping[str, float]) -> list
     known = method.parameters
     offered = ", ".join(f"{name} (default {value})" for name, value in known.items()) or "none"
     problems = [
-        f"'{method.name}' has no parameter '{name}'. It has: {offered}."
-        for name in parameters
-        if name not in known
+        f"'{method.name}' has no parameter '{name}'. It has: {offered}." for name in parameters if name not in known
     ]
     settings = {**known, **parameters}
     problems += [

@@ -52,9 +52,7 @@ def publish_directory(temporary: Path, final: Path, *, replace: bool = False) ->
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        raise CheckpointError(
-            f"{final} was made by another process at the same time. Choose another output."
-        ) from None
+        raise CheckpointError(f"{final} was made by another process at the same time. Choose another output.") from None
     sync_directory(final.parent)
     if outgoing.is_dir():
         shutil.rmtree(outgoing)

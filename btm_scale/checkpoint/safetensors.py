@@ -23,8 +23,15 @@ from btm_scale.checkpoint.tensors import (
 from btm_scale.errors import CheckpointError
 
 __all__ = [
-    "INDEX", "SINGLE", "SafetensorsModel", "ShardedWriter", "TensorSpec", "pread_into", "read_header", "weight_map",
-]  # fmt: skip
+    "INDEX",
+    "SINGLE",
+    "SafetensorsModel",
+    "ShardedWriter",
+    "TensorSpec",
+    "pread_into",
+    "read_header",
+    "weight_map",
+]
 
 _MAX_HEADER = 100_000_000  # the reference implementation refuses more
 
@@ -84,28 +91,20 @@ def _places(path: Path) -> dict[str, _Place]:
             begin, end = map(_natural, entry["data_offsets"])
             spec = TensorSpec(DTYPE_BY_CODE[entry["dtype"]], tuple(map(_natural, entry["shape"])))
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{path}: the header entry of '{name}' is not understood: {entry}"
-            ) from error
+            raise CheckpointError(f"{path}: the header entry of '{name}' is not understood: {entry}") from error
         if end - begin != spec.nbytes:
-            raise CheckpointError(
-                f"{path}: '{name}' is {spec} and so {spec.nbytes} bytes, not {end - begin}."
-            )
+            raise CheckpointError(f"{path}: '{name}' is {spec} and so {spec.nbytes} bytes, not {end - begin}.")
         places[name] = _Place(path, data + begin, spec)
         spans.append((begin, end, name))
     position = 0
     for begin, end, name in sorted(spans):
         if begin != position:
             what = "overlaps the tensor before it" if begin < position else "leaves a hole before it"
-            raise CheckpointError(
-                f"{path}: '{name}' starts at data byte {begin} and {what}. Export it again."
-            )
+            raise CheckpointError(f"{path}: '{name}' starts at data byte {begin} and {what}. Export it again.")
         position = end
     size = path.stat().st_size - data
     if size != position:
-        raise CheckpointError(
-            f"{path} holds {size} data bytes and its header says {position}. Copy it again."
-        )
+        raise CheckpointError(f"{path} holds {size} data bytes and its header says {position}. Copy it again.")
     return places
 
 
@@ -170,9 +169,7 @@ def weight_map(index: Path) -> dict[str, str]:
     """The shard of every tensor that an index lists; raises `CheckpointError`."""
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()):
-        raise CheckpointError(
-            f"{index} is no index of shards: it has no weight_map of names. Download it again."
-        )
+        raise CheckpointError(f"{index} is no index of shards: it has no weight_map of names. Download it again.")
     return listed
 
 
@@ -188,8 +185,6 @@ def _indexed_places(index: Path) -> dict[str, _Place]:
         expected = {name for name, where in listed.items() if where == shard}
         if wrong := sorted(inside.keys() ^ expected):
             whose = "the index alone" if wrong[0] in expected else "the shard alone"
-            raise CheckpointError(
-                f"{index} and {shard} disagree on {len(wrong)} tensors; {whose} has '{wrong[0]}'."
-            )
+            raise CheckpointError(f"{index} and {shard} disagree on {len(wrong)} tensors; {whose} has '{wrong[0]}'.")
         found |= inside
     return found

@@ -15,9 +15,12 @@ from btm_scale.checkpoint.publish import write_file
 from btm_scale.checkpoint.tensors import dtype_name
 
 _CARRIED = (
-    *TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    *TOKENIZER_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
     "generation_config.json",
-)  # fmt: skip
+)
 
 
 def carry_sidecars(source: Path, target: Path, dtype: torch.dtype | None) -> None:
@@ -44,9 +47,7 @@ def model_card(plan: MergePlan, inputs: Sequence[tuple[Path, float]], content_ha
     rows = []
     for path, weight in inputs:
         whole = recorded_hash(path)
-        known = (
-            f"content `{whole}`" if whole else f"sample `{samples[path]}`" if path in samples else "not read"
-        )
+        known = f"content `{whole}`" if whole else f"sample `{samples[path]}`" if path in samples else "not read"
         rows.append(f"| `{path.resolve().name}` | {weight:g} | {known} |")
     settings = ", ".join(f"{name} = {value:g}" for name, value in plan.parameters.items()) or "none"
     base = [f"Base: `{plan.base.path.resolve().name}`, sample `{plan.base.sample}`.", ""] if plan.base else []

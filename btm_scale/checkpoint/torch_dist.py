@@ -102,9 +102,7 @@ def _is_model(name: str) -> bool:
     return name.startswith(("embedding.", "decoder.", "output_layer."))
 
 
-def _layers(
-    name: str, size: tuple[int, ...], chunks: list[_Chunk]
-) -> Iterator[tuple[str, TensorSpec, list[_Chunk]]]:
+def _layers(name: str, size: tuple[int, ...], chunks: list[_Chunk]) -> Iterator[tuple[str, TensorSpec, list[_Chunk]]]:
     """A stacked tensor's layers, each with its chunks in row-major order; others as they are."""
     chunks = sorted(chunks, key=lambda chunk: chunk.offsets)
     dtype = chunks[0].stored.spec.dtype

@@ -45,9 +45,7 @@ def open_writer(plan: MergePlan, partial: Path, *, attach: bool) -> ShardedWrite
     return ShardedWriter(partial, plan.specs, max_shard_bytes=plan.max_shard_bytes, attach=attach)
 
 
-def merge_share(
-    outputs: Sequence[Output], rank: int, size: int, *, chunk_bytes: int, by_shard: bool = False
-) -> None:
+def merge_share(outputs: Sequence[Output], rank: int, size: int, *, chunk_bytes: int, by_shard: bool = False) -> None:
     """Do one of `size` shares of the units that are not done, and note them; several outputs have the same units.
 
     `by_shard` gives every output file to one rank: on NFS two hosts must not write the same page of a file.
@@ -123,8 +121,7 @@ def _run_all(
                 for unit, hashes in (future.result() for future in ready if not future.exception()):
                     done.append((unit, hashes))
                     unnoted += sum(
-                        (unit.stop - unit.start) * target.plan.specs[unit.name].dtype.itemsize
-                        for target in run.targets
+                        (unit.stop - unit.start) * target.plan.specs[unit.name].dtype.itemsize for target in run.targets
                     )
                 if unnoted >= _NOTE_EVERY or failed or not waiting:
                     note(done)

@@ -120,9 +120,7 @@ class TrainingBatches:
             domains = self._open(partial)
             if len(domains) > 1:
                 # Without a cache: with one, BlendedDataset asks for a process group.
-                blend = BlendedDataset(
-                    domains, list(self._weights.values()), self.samples, self._megatron_config(None)
-                )
+                blend = BlendedDataset(domains, list(self._weights.values()), self.samples, self._megatron_config(None))
                 domain_of, sample_of = blend.dataset_index, blend.dataset_sample_index
             else:
                 domain_of, sample_of = np.zeros(self.samples, np.int16), np.arange(self.samples)
@@ -151,14 +149,8 @@ class TrainingBatches:
                     f"part {which + 1} of {parts} of domain '{name}' has {len(documents)} documents, too few "
                     "for one sequence; give the domain more text, or use fewer parts"
                 )
-        share = (
-            self.samples
-            if len(self._weights) == 1
-            else int(np.ceil(self.samples * weight * (1 + _SURPLUS))) + 1
-        )
-        return GPTDataset(
-            tokens, f"{name}/train", documents, share, Split.train, self._megatron_config(cache)
-        )
+        share = self.samples if len(self._weights) == 1 else int(np.ceil(self.samples * weight * (1 + _SURPLUS))) + 1
+        return GPTDataset(tokens, f"{name}/train", documents, share, Split.train, self._megatron_config(cache))
 
     def _megatron_config(self, cache: Path | None) -> GPTDatasetConfig:
         return GPTDatasetConfig(

@@ -66,9 +66,7 @@ class Clustering:
         try:
             weighted = vectorizer.fit_transform(text[:PLACING_CHARACTERS] for text in texts)
         except ValueError as error:
-            raise DataError(
-                f"these documents have no words to tell them apart by ({error}); give more text"
-            ) from None
+            raise DataError(f"these documents have no words to tell them apart by ({error}); give more text") from None
         size = min(dimensions, weighted.shape[1] - 1, len(texts) - 1)
         if size < 1:
             raise DataError("these documents share no two words; give more text")
@@ -109,9 +107,7 @@ class Clustering:
     def typical_terms(self, count: int = 8) -> list[list[str]]:
         """The words that stand out in each cluster, compared with the mean of all."""
         directions = (self.centres - self.centres.mean(axis=0)) @ self.components
-        return [
-            [self.terms[place] for place in np.argsort(-row, kind="stable")[:count]] for row in directions
-        ]
+        return [[self.terms[place] for place in np.argsort(-row, kind="stable")[:count]] for row in directions]
 
     def save(self, directory: Path) -> None:
         """Write the clustering's two files."""
@@ -141,11 +137,7 @@ def balanced_kmeans(points: Array, masses: Array, clusters: int, random_seed: in
 
     `points` [texts, dimensions]; `masses` [texts], which sum to 1.
     """
-    kmeans = (
-        _module("sklearn.cluster")
-        .KMeans(clusters, n_init=3, random_state=random_seed)
-        .fit(points, None, masses)
-    )
+    kmeans = _module("sklearn.cluster").KMeans(clusters, n_init=3, random_state=random_seed).fit(points, None, masses)
     centres = kmeans.cluster_centers_.astype(np.float32)
     prices = _fair_prices(squared_distances(points, centres), masses, np.zeros(clusters), _SOFTNESS)
     for _ in range(_ROUNDS):
@@ -155,9 +147,7 @@ def balanced_kmeans(points: Array, masses: Array, clusters: int, random_seed: in
         shares = np.zeros((clusters, len(points)))
         shares[chosen, np.arange(len(points))] = masses
         total = shares.sum(axis=1, keepdims=True)
-        moved = np.where(total > 0, shares @ points / np.where(total > 0, total, 1.0), centres).astype(
-            np.float32
-        )
+        moved = np.where(total > 0, shares @ points / np.where(total > 0, total, 1.0), centres).astype(np.float32)
         if np.allclose(moved, centres, atol=1e-4):
             break
         centres = moved

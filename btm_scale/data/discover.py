@@ -60,9 +60,7 @@ def discover(
         for name, domain in collection.items():
             yield from read_documents(name, domain, text_root, on_bad_line=BadLines("error"))
 
-    beginnings = (
-        (document.text[:PLACING_CHARACTERS], len(document.text.encode())) for document in documents()
-    )
+    beginnings = ((document.text[:PLACING_CHARACTERS], len(document.text.encode())) for document in documents())
     chosen = random_sample(beginnings, sample, random_seed)
     if not chosen:
         raise DataError(f"no document in {', '.join(collection)}; give files with text in them")
@@ -75,8 +73,10 @@ def discover(
     try:
         names = [cluster_name(number) for number in range(clusters)]
         held = _share_out(documents(), clustering, [partial / f"{name}.jsonl.gz" for name in names])
-        found = {name: counts | {"terms": terms} for name, counts, terms in
-                 zip(names, held, clustering.typical_terms(), strict=True)}  # fmt: skip
+        found = {
+            name: counts | {"terms": terms}
+            for name, counts, terms in zip(names, held, clustering.typical_terms(), strict=True)
+        }
         clustering.save(partial)
         (partial / DOMAINS).write_text(_domains_yaml(found))
         partial.replace(output)
@@ -103,9 +103,7 @@ def random_sample(items: Iterable[_Item], size: int, random_seed: int) -> list[_
     return kept
 
 
-def _share_out(
-    documents: Iterable[Document], clustering: Clustering, paths: Sequence[Path]
-) -> list[dict[str, int]]:
+def _share_out(documents: Iterable[Document], clustering: Clustering, paths: Sequence[Path]) -> list[dict[str, int]]:
     """Write every document to its cluster's file; returns what each holds."""
     held = [{"documents": 0, "bytes": 0} for _ in paths]
     stream = iter(documents)
@@ -140,7 +138,11 @@ def _domains_yaml(found: Mapping[str, Mapping[str, Any]]) -> str:
         "domains:",
     ]
     for name, cluster in found.items():
-        value = yaml.safe_dump({"text": f"{name}.jsonl.gz", "split_by": {"field": "source"}},
-                               default_flow_style=True, sort_keys=False, width=1000).strip()  # fmt: skip
+        value = yaml.safe_dump(
+            {"text": f"{name}.jsonl.gz", "split_by": {"field": "source"}},
+            default_flow_style=True,
+            sort_keys=False,
+            width=1000,
+        ).strip()
         lines += [f"  # {', '.join(cluster['terms'])}", f"  {name}: {value}"]
     return "\n".join(lines) + "\n"

@@ -137,14 +137,11 @@ def require_enough(name: str, config: RunConfig, counts: dict[str, SplitCounts])
     if all(counts[split].tokens >= needed for split in splits):
         return
     have = ", ".join(
-        f"{split} has {counts[split].documents} documents with {counts[split].tokens} tokens"
-        for split in splits
+        f"{split} has {counts[split].documents} documents with {counts[split].tokens} tokens" for split in splits
     )
     remedy = "Give it more text, raise data.dev or data.test, or lower budget.sequence_length."
     if _is_grouped(name, config):
-        remedy += (
-            " It is split by groups of documents; smaller groups, or split_by: document, spread more evenly."
-        )
+        remedy += " It is split by groups of documents; smaller groups, or split_by: document, spread more evenly."
     raise DataError(
         f"domain '{name}' is too small to split: {have}; each needs at least {needed} tokens "
         f"(budget.sequence_length + 1). {remedy}"

@@ -89,9 +89,7 @@ class Encoder:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def encode(
-        self, texts: Iterable[tuple[str, Tag]]
-    ) -> Iterator[tuple[list[Tag], np.ndarray[Any, Any], list[int]]]:
+    def encode(self, texts: Iterable[tuple[str, Tag]]) -> Iterator[tuple[list[Tag], np.ndarray[Any, Any], list[int]]]:
         """Batches of consecutive documents: their tags, ids one after another, and numbers of ids.
 
         Holds a bounded number of texts at a time, whatever the stream's length.

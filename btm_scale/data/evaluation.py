@@ -52,9 +52,7 @@ class EvaluationText:
         return _text_bytes(_tokenizer(self.tokenizer, directory_digest(self.tokenizer)), self.targets)
 
     @classmethod
-    def load(
-        cls, run: RunDir, domain: str, split: str, *, tokens: int, sequence_length: int
-    ) -> EvaluationText:
+    def load(cls, run: RunDir, domain: str, split: str, *, tokens: int, sequence_length: int) -> EvaluationText:
         """At most `tokens` targets from a domain's split, documents in a fixed random order.
 
         Raises DataError if the domain isn't prepared, was with another tokenizer than the run's, or is damaged.
@@ -96,6 +94,5 @@ def _text_bytes(tokenizer: Tokenizer, ids: Array) -> int:
     """By document, for a decoder may treat the start of a text apart."""
     ends = np.flatnonzero(ids == tokenizer.eos)
     return sum(
-        len(tokenizer.decode(document[document != tokenizer.eos].tolist()).encode())
-        for document in np.split(ids, ends)
+        len(tokenizer.decode(document[document != tokenizer.eos].tolist()).encode()) for document in np.split(ids, ends)
     )

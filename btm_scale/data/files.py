@@ -92,14 +92,10 @@ def resolve(domain: str, config: DomainConfig, text_root: Path) -> list[SourceFi
             problems.append(_why_nothing(domain, pattern, text_root, matches))
         for path in files:
             if not os.access(path, os.R_OK):
-                problems.append(
-                    f"domain '{domain}': {path} cannot be read; give yourself permission or leave it out"
-                )
+                problems.append(f"domain '{domain}': {path} cannot be read; give yourself permission or leave it out")
             name = path.relative_to(text_root).as_posix() if path.is_relative_to(text_root) else str(path)
             if not is_utf8(name):
-                problems.append(
-                    f"domain '{domain}': the name of {name!r} is not UTF-8; give the file another"
-                )
+                problems.append(f"domain '{domain}': the name of {name!r} is not UTF-8; give the file another")
             found[name] = SourceFile(path, name)
     if problems:
         raise DataError("\n".join(problems))

@@ -56,9 +56,7 @@ def _packages() -> tuple[Path, Path]:
     """The folder of installed packages, and torch's in it."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
-        raise DataError(
-            "torch is not installed as a folder of files; install the project's dependencies with pip"
-        )
+        raise DataError("torch is not installed as a folder of files; install the project's dependencies with pip")
     torch = Path(next(iter(spec.submodule_search_locations)))
     return torch.parent, torch
 
@@ -145,9 +143,7 @@ def _without_near_copies(texts: Iterator[Text]) -> Iterator[Text]:
     """Leave out a text if earlier ones have most of its lines: licences are copied with few changes."""
     seen: set[str] = set()
     for source, text in texts:
-        lines = {
-            "".join(line.lower().split()) for line in text.splitlines() if "copyright" not in line.lower()
-        }
+        lines = {"".join(line.lower().split()) for line in text.splitlines() if "copyright" not in line.lower()}
         long_lines = {line for line in lines if len(line) > 30}
         if 2 * len(long_lines & seen) <= len(long_lines):
             yield source, text

@@ -118,9 +118,10 @@ def _fast_tokenizer(model: Any) -> FastTokenizer:
     pieces = [model.id_to_piece(token) for token in range(model.get_piece_size())]
     ids = {piece: token for token, piece in enumerate(pieces)}
     learned = [
-        token for token in range(len(pieces))
+        token
+        for token in range(len(pieces))
         if not (model.is_control(token) or model.is_unknown(token) or model.is_byte(token))
-    ]  # fmt: skip
+    ]
     merges = sorted(
         (-model.get_score(token), ids[pieces[token][:cut]], ids[pieces[token][cut:]])
         for token in learned
@@ -136,13 +137,9 @@ def _fast_tokenizer(model: Any) -> FastTokenizer:
     )
     tokenizer = FastTokenizer(bpe)
     tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     special = (model.unk_id(), model.bos_id(), model.eos_id())
-    tokenizer.add_special_tokens(
-        [AddedToken(pieces[token], normalized=False, special=True) for token in special]
-    )
+    tokenizer.add_special_tokens([AddedToken(pieces[token], normalized=False, special=True) for token in special])
     tokenizer.add_tokens([AddedToken("\n", normalized=False, special=False)])
     return tokenizer
 

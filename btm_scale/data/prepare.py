@@ -27,15 +27,11 @@ def prepare(config: RunConfig, run: RunDir, on_progress: Progress | None = None)
     files = require_text(config)
     with held(run.root / ".prepare.lock") as is_ours:
         if not is_ours:
-            raise GroupFailed(
-                f"another process prepares the run in {run.root}; wait until it ends, or end it"
-            )
+            raise GroupFailed(f"another process prepares the run in {run.root}; wait until it ends, or end it")
         _prepare(files, config, run, on_progress or _silent)
 
 
-def _prepare(
-    files: dict[str, list[SourceFile]], config: RunConfig, run: RunDir, on_progress: Progress
-) -> None:
+def _prepare(files: dict[str, list[SourceFile]], config: RunConfig, run: RunDir, on_progress: Progress) -> None:
     _remove_leftovers(run)
     _ensure_tokenizer(config, run)
     digest = Tokenizer.load(run.tokenizer).digest
@@ -107,8 +103,9 @@ def _is_done(name: str, files: list[SourceFile], config: RunConfig, run: RunDir,
     settings, sources = settings_of(domain, config.data), [Source.of(file) for file in files]
     differences = [
         f"{key} was {made.settings.get(key)!r} and is {value!r}"
-        for key, value in settings.items() if made.settings.get(key) != value
-    ]  # fmt: skip
+        for key, value in settings.items()
+        if made.settings.get(key) != value
+    ]
     if not differences and made.sources != sources:
         # A copied file has a new time; only another text is another domain.
         same_names = [source.name for source in made.sources] == [source.name for source in sources]

@@ -57,14 +57,11 @@ def empty_domain(domain: str, files: int, skipped: int) -> DataError:
     """The error for a domain without a document."""
     lines = f" ({skipped} bad lines were skipped)" if skipped else ""
     return DataError(
-        f"domain '{domain}' is empty: its {files} files hold no document{lines}. Give it text, or leave "
-        "it out."
+        f"domain '{domain}' is empty: its {files} files hold no document{lines}. Give it text, or leave it out."
     )
 
 
-def read_documents(
-    domain: str, config: DomainConfig, text_root: Path, *, on_bad_line: BadLines
-) -> Iterator[Document]:
+def read_documents(domain: str, config: DomainConfig, text_root: Path, *, on_bad_line: BadLines) -> Iterator[Document]:
     """Every document of a domain, files in the order of their names. Raises DataError."""
     for file in resolve(domain, config, text_root):
         yield from read_file(file, config, on_bad_line)

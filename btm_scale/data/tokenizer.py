@@ -71,9 +71,7 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, directory: Path) -> None:
         self._model = sentencepiece.SentencePieceProcessor(model_file=str(directory / SENTENCEPIECE_FILE))
         self.digest = directory_digest(directory)
-        self.vocab_size = max(
-            self._model.get_piece_size(), *(added + 1 for added in _added_ids(directory)), 1
-        )
+        self.vocab_size = max(self._model.get_piece_size(), *(added + 1 for added in _added_ids(directory)), 1)
         self.eos = self._model.eos_id()
         if self.eos < 0:
             raise ValueError("it has no end-of-text token")

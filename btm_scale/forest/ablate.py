@@ -69,20 +69,22 @@ def ablate(
             mean = sum(perplexity.values()) / len(perplexity)
             known[key] = {"key": key, "experts": list(subset), "mean": mean, "perplexity": perplexity}
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(
-                path, json.dumps({"schema": SCHEMA, "measured": list(known.values())}, indent=2) + "\n"
-            )
+            write_file(path, json.dumps({"schema": SCHEMA, "measured": list(known.values())}, indent=2) + "\n")
         rows.append(known[key])
         on_subset(subset, known[key]["mean"])
     rows.sort(key=lambda row: row["mean"])
     return {
         "texts": {name: {"tokens": len(text.tokens) - 1} for name, text in texts.items()},
         "ranking": [
-            {"rank": rank, "experts": row["experts"], "mean": row["mean"],
-             "perplexity": dict(zip(texts, row["perplexity"].values(), strict=True))}
+            {
+                "rank": rank,
+                "experts": row["experts"],
+                "mean": row["mean"],
+                "perplexity": dict(zip(texts, row["perplexity"].values(), strict=True)),
+            }
             for rank, row in enumerate(rows, 1)
         ],
-    }  # fmt: skip
+    }
 
 
 def choose_subsets(run: RunDir, names: Sequence[str], *, most: int, random_seed: int = 0) -> list[Subset]:
@@ -146,15 +148,11 @@ def _average_perplexity(
             directory = Path(folder) / "average"
             merge(directory, [(run.model(name), 1.0) for name in subset])
         decoder = Decoder.load(directory, vocabulary=vocabulary, device=device)
-        scores = {
-            name: block_log_probs(decoder, text.tokens, text.block_starts) for name, text in texts.items()
-        }
+        scores = {name: block_log_probs(decoder, text.tokens, text.block_starts) for name, text in texts.items()}
     return {name: math.exp(-float(np.mean(values, dtype=np.float64))) for name, values in scores.items()}
 
 
-def _random_subsets(
-    names: Sequence[str], count: int, seen: set[Subset], random_seed: int
-) -> Iterator[Subset]:
+def _random_subsets(names: Sequence[str], count: int, seen: set[Subset], random_seed: int) -> Iterator[Subset]:
     chooser = random.Random(random_seed)
     while count:
         subset = tuple(name for name in names if chooser.random() < 0.5)

@@ -80,8 +80,7 @@ def are_finished(config: RunConfig, run: RunDir) -> bool:
         return False
     texts = average_texts(config)
     return all(
-        _is_made(run, card) and not missing_scores(config, run, name, texts[name])
-        for name, card in cards.items()
+        _is_made(run, card) and not missing_scores(config, run, name, texts[name]) for name, card in cards.items()
     )
 
 
@@ -92,9 +91,7 @@ def planned_averages(config: RunConfig, run: RunDir) -> list[Expert]:
     """
     cards = _planned(config, run)
     if cards is None:
-        raise ForestError(
-            f"the members of the greedy averages are not chosen: evaluate the run in {run.root}"
-        )
+        raise ForestError(f"the members of the greedy averages are not chosen: evaluate the run in {run.root}")
     return list(cards.values())
 
 

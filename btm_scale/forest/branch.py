@@ -29,16 +29,12 @@ def parents_of(run: RunDir, name: str, branch: BranchConfig) -> tuple[Parent, ..
         return _named(run, name, branch.parents)
     candidates = [expert for expert in experts(run) if expert != name]
     if not candidates:
-        raise ForestError(
-            f"{name} branches from the {branch.parents} expert, and {run.experts} holds none yet"
-        )
+        raise ForestError(f"{name} branches from the {branch.parents} expert, and {run.experts} holds none yet")
     weights = np.exp(dev_prior(run, candidates, name))
     if branch.parents == "nearest":
         return (Parent(candidates[int(np.argmax(weights))], 1.0),)
     kept = {
-        expert: float(weight)
-        for expert, weight in zip(candidates, weights, strict=True)
-        if weight >= _LEAST_WEIGHT
+        expert: float(weight) for expert, weight in zip(candidates, weights, strict=True) if weight >= _LEAST_WEIGHT
     }
     return _normalised(kept)
 

@@ -148,9 +148,7 @@ def usable_device(asked: str | None) -> str:
         torch.empty(0, device=asked)
     except (RuntimeError, AssertionError) as error:
         told = str(error).partition("\n")[0]
-        raise UserError(
-            f"the device '{asked}' cannot be used: {told}; leave --device out, or name another"
-        ) from None
+        raise UserError(f"the device '{asked}' cannot be used: {told}; leave --device out, or name another") from None
     return asked
 
 
@@ -181,9 +179,7 @@ class _Float32Head(nn.Module):
         self.weight: Tensor
         self.bias: Tensor | None
         self.register_buffer("weight", head.weight.detach().float(), persistent=False)
-        self.register_buffer(
-            "bias", None if head.bias is None else head.bias.detach().float(), persistent=False
-        )
+        self.register_buffer("bias", None if head.bias is None else head.bias.detach().float(), persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits float32 [..., vocabulary] of hidden states [..., hidden]."""

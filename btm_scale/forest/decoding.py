@@ -28,9 +28,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
-            raise UserError(
-                f"temperature {self.temperature}: it must be at least 0; 0 takes the likeliest token"
-            )
+            raise UserError(f"temperature {self.temperature}: it must be at least 0; 0 takes the likeliest token")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top-k {self.top_k}: at least 1 token must be left; 1 takes the likeliest")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -105,9 +103,7 @@ def decode(
         weights = torch.as_tensor(posterior.log_weights(), dtype=torch.float32, device=logits.device)
         tokens = choose(logits, weights, generator)
         if (tokens < 0).any():
-            raise FloatingPointError(
-                "an expert's logits hold NaN or rule out every token: look for a diverged expert"
-            )
+            raise FloatingPointError("an expert's logits hold NaN or rule out every token: look for a diverged expert")
         if len(readings) > 1:  # one expert's weight is 1 whatever it says
             gains = [reading.next_log_probs(tokens) for reading in readings]
             posterior.observe(torch.stack(gains, dim=1).cpu().numpy())

@@ -29,15 +29,23 @@ def ensemble_methods(
         top_k_per_token: int | None = None,
     ) -> np.ndarray:
         return mixture_log_probs(
-            forest.log_probs, starts, log_prior=log_prior, mode=mode, top_k=top_k, top_k_per_token=top_k_per_token,
+            forest.log_probs,
+            starts,
+            log_prior=log_prior,
+            mode=mode,
+            top_k=top_k,
+            top_k_per_token=top_k_per_token,
             tempering=tempering if mode == "tempered" else None,
-        )  # fmt: skip
+        )
 
     if settings.prior == "updating":
         main = updating_mixture_log_probs(
-            forest.log_probs, forest.block_starts, log_prior=cached, mode=settings.posterior,
+            forest.log_probs,
+            forest.block_starts,
+            log_prior=cached,
+            mode=settings.posterior,
             tempering=tempering if settings.posterior == "tempered" else None,
-        )  # fmt: skip
+        )
     else:
         main = mixture(cached if settings.prior == "cached" else None, mode=settings.posterior)
     methods = {

@@ -49,17 +49,11 @@ def read_expert(directory: Path) -> Expert:
         if not isinstance(values, dict):
             raise ValueError(f"it holds a {type(values).__name__}, not an object")
     except FileNotFoundError:
-        raise ForestError(
-            f"{directory} is no finished expert: it has no {CARD}; train it, or name another"
-        ) from None
+        raise ForestError(f"{directory} is no finished expert: it has no {CARD}; train it, or name another") from None
     except ValueError as error:
-        raise ForestError(
-            f"{path} is not valid JSON ({error}); restore it, or train the expert again"
-        ) from None
+        raise ForestError(f"{path} is not valid JSON ({error}); restore it, or train the expert again") from None
     if values.get("schema") != _SCHEMA:
-        raise ForestError(
-            f"{path} has schema {values.get('schema')}, this version reads {_SCHEMA}; update btm-scale"
-        )
+        raise ForestError(f"{path} has schema {values.get('schema')}, this version reads {_SCHEMA}; update btm-scale")
     try:
         parents = tuple(Parent(**parent) for parent in values.pop("parents"))
         return Expert(**values, parents=parents)

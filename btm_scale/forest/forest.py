@@ -10,7 +10,5 @@ def experts(run: RunDir) -> dict[str, Expert]:
     """Every expert by name, sorted, so that no result depends on the file system's order."""
     if not run.experts.is_dir():
         return {}
-    folders = sorted(
-        path for path in run.experts.iterdir() if not path.name.startswith(".") and is_finished(path)
-    )
+    folders = sorted(path for path in run.experts.iterdir() if not path.name.startswith(".") and is_finished(path))
     return {path.name: read_expert(path) for path in folders}

@@ -97,9 +97,7 @@ class Generator:
             log_prior=log_prior,
             router=router_of(config, names, prior, route_top_k),
             posterior=posterior,
-            tempering=generation_tempering(config, run, names, log_prior, domain)
-            if posterior == "tempered"
-            else None,
+            tempering=generation_tempering(config, run, names, log_prior, domain) if posterior == "tempered" else None,
             **settings,
         )
 
@@ -152,8 +150,15 @@ class Generator:
             )
             finished = batch.finished[texts]
             alone = RunningPosterior(np.zeros(1), len(texts))
-            for step in decode([reading], alone, from_mixture(Sampling()), limits=batch.limits[texts],
-                               end=self.tokenizer.eos, finished=finished, generator=random):  # fmt: skip
+            for step in decode(
+                [reading],
+                alone,
+                from_mixture(Sampling()),
+                limits=batch.limits[texts],
+                end=self.tokenizer.eos,
+                finished=finished,
+                generator=random,
+            ):
                 yield Step(texts[step.texts], step.tokens)
                 finished |= batch.finished[texts]
             batch.finished[texts] = True
@@ -162,15 +167,20 @@ class Generator:
         readings, running = self.begin(batch.prompts)
         batch.posterior = np.exp(running.log_weights())
         choose = from_drawn_expert if self.method == "per-token" else from_mixture(self.sampling)
-        return decode(readings, running, choose, limits=batch.limits, end=self.tokenizer.eos,
-                      finished=batch.finished, generator=random)  # fmt: skip
+        return decode(
+            readings,
+            running,
+            choose,
+            limits=batch.limits,
+            end=self.tokenizer.eos,
+            finished=batch.finished,
+            generator=random,
+        )
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> tuple[list[Reading], RunningPosterior]:
         """Have all models read prompts, tokens of at least one each: what each says comes next, and their weights."""
         readings = [decoder.read(prompts) for decoder in self.shelf.take_all(self.names, "a mixture")]
-        running = RunningPosterior(
-            self._prior_of(prompts), len(prompts), mode=self.mode, tempering=self.tempering
-        )
+        running = RunningPosterior(self._prior_of(prompts), len(prompts), mode=self.mode, tempering=self.tempering)
         _observe_prompts(running, [reading.log_probs for reading in readings], prompts)
         return readings, running
 
@@ -210,21 +220,13 @@ class Generator:
                 batch.finished[text] = True
                 told.add(text)
                 certain += transcript.finish()
-                yield Piece(
-                    first + text, certain, self._whole(batch, text, prompts[first + text], transcript, reason)
-                )
+                yield Piece(first + text, certain, self._whole(batch, text, prompts[first + text], transcript, reason))
             if step is None:
                 break
-        for text in sorted(
-            set(range(len(transcripts))) - told
-        ):  # nothing was asked of these: max_tokens is 0
-            yield Piece(
-                first + text, "", self._whole(batch, text, prompts[first + text], transcripts[text], "length")
-            )
+        for text in sorted(set(range(len(transcripts))) - told):  # nothing was asked of these: max_tokens is 0
+            yield Piece(first + text, "", self._whole(batch, text, prompts[first + text], transcripts[text], "length"))
 
-    def _whole(
-        self, batch: Batch, text: int, prompt: str, transcript: Transcript, reason: Finished
-    ) -> Generation:
+    def _whole(self, batch: Batch, text: int, prompt: str, transcript: Transcript, reason: Finished) -> Generation:
         weights = dict(zip(self.names, batch.posterior[text].tolist(), strict=True))
         expert = None if batch.drawn is None else self.names[batch.drawn[text]]
         return Generation(prompt, transcript.text, transcript.tokens, reason, weights, expert)
@@ -238,9 +240,7 @@ class Generator:
         return self.context - tokens + 1
 
 
-def _observe_prompts(
-    running: RunningPosterior, scores: Sequence[Any], prompts: Sequence[Sequence[int]]
-) -> None:
+def _observe_prompts(running: RunningPosterior, scores: Sequence[Any], prompts: Sequence[Sequence[int]]) -> None:
     log_probs = torch.stack(list(scores), dim=2).double().cpu().numpy()
     longest = log_probs.shape[1] + 1
     begins = np.array([longest - len(prompt) for prompt in prompts])

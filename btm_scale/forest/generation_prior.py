@@ -30,9 +30,7 @@ def models_of(run: RunDir, asked: Sequence[str]) -> list[str]:
     return names
 
 
-def log_prior_of(
-    config: RunConfig, run: RunDir, names: Sequence[str], prior: str, domain: str | None
-) -> np.ndarray:
+def log_prior_of(config: RunConfig, run: RunDir, names: Sequence[str], prior: str, domain: str | None) -> np.ndarray:
     """log p(D=j), nats [models]: of a domain's dev text, the mean over all training domains', or uniform (which also
     stands for `routed`, where each text has a prior of its own).
 
@@ -41,9 +39,7 @@ def log_prior_of(
     if prior not in PRIORS:
         raise UserError(f"no prior is called '{prior}'; choose one of {', '.join(PRIORS)}")
     if domain is not None and prior != "cached":
-        raise UserError(
-            f"the prior '{prior}' is of no domain; leave out --domain {domain}, or use the cached prior"
-        )
+        raise UserError(f"the prior '{prior}' is of no domain; leave out --domain {domain}, or use the cached prior")
     if prior != "cached" or len(names) == 1:
         return np.full(len(names), -np.log(len(names)))
     domains = _domains(config, domain)
@@ -60,9 +56,7 @@ def router_of(
     """
     if prior != "routed":
         if top_k is not None:
-            raise UserError(
-                f"--route-top-k {top_k} is of the prior 'routed', and the prior is '{prior}'; leave it out"
-            )
+            raise UserError(f"--route-top-k {top_k} is of the prior 'routed', and the prior is '{prior}'; leave it out")
         return None
     if top_k is not None and top_k < 1:
         raise UserError(f"--route-top-k {top_k}: at least 1 expert must be left")

@@ -62,9 +62,7 @@ def generator_of_method(
     return Generator.of_run(config, run, method="mixture", **chosen, **settings)
 
 
-def score_continuations(
-    generator: Generator, pairs: Sequence[tuple[Tokens, Tokens]]
-) -> list[tuple[float, bool]]:
+def score_continuations(generator: Generator, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[tuple[float, bool]]:
     """For each (context, continuation): the continuation's log-probability in nats, and whether each of its tokens is
     the mixture's likeliest.
 
@@ -84,9 +82,7 @@ def score_continuations(
         log_probs = torch.stack([reading.next_log_probs(tokens) for reading in readings], dim=1).cpu().numpy()
         total += np.where(going, logsumexp((weights + log_probs).T), 0.0)
         logits = torch.stack([reading.logits for reading in readings])
-        likeliest, _ = mix_sample(
-            logits, torch.as_tensor(weights, device=tokens.device).float(), temperature=0
-        )
+        likeliest, _ = mix_sample(logits, torch.as_tensor(weights, device=tokens.device).float(), temperature=0)
         greedy &= ~going | (likeliest == tokens).cpu().numpy()
         running.observe(log_probs, going)
         if place + 1 < padded.shape[1]:
@@ -104,9 +100,12 @@ def score_windows(generator: Generator, windows: Sequence[tuple[Tokens, int]]) -
     totals = []
     for row, (text, counted) in enumerate(windows):
         mixed = mixture_log_probs(
-            stacked[:, row, stacked.shape[2] - (len(text) - 1) :], np.zeros(1, np.int64),
-            log_prior=generator.log_prior, mode=generator.mode, tempering=generator.tempering,
-        )  # fmt: skip
+            stacked[:, row, stacked.shape[2] - (len(text) - 1) :],
+            np.zeros(1, np.int64),
+            log_prior=generator.log_prior,
+            mode=generator.mode,
+            tempering=generator.tempering,
+        )
         totals.append(float(mixed[-counted:].sum()))
     return totals
 

@@ -51,9 +51,7 @@ def mixture_log_probs(
     """
     if (tempering is not None) != (mode == "tempered"):
         raise ValueError("the mode 'tempered' takes a tempering, and no other mode does")
-    return _mixtures(
-        log_probs, block_starts, [tempering or Tempering()], log_prior, mode, top_k, top_k_per_token
-    )[0]
+    return _mixtures(log_probs, block_starts, [tempering or Tempering()], log_prior, mode, top_k, top_k_per_token)[0]
 
 
 def tempered_mixtures(
@@ -74,9 +72,7 @@ def tempered_mixtures(
     return mixtures
 
 
-def mean_tempered_weights(
-    log_probs: Array, block_starts: Array, tempering: Tempering, *, log_prior: Array
-) -> Array:
+def mean_tempered_weights(log_probs: Array, block_starts: Array, tempering: Tempering, *, log_prior: Array) -> Array:
     """Each expert's weight in the tempered mixture, as a mean over all tokens: [experts], which sum to 1.
 
     Arguments are `mixture_log_probs`'s. The prior of a text is nearly one expert's alone; this is who in fact speaks.
@@ -183,9 +179,7 @@ def _equal_blocks(starts: Array, tokens: int, experts: int) -> Iterator[tuple[in
 def _normalised_prior(log_prior: Array | None, experts: int, top_k: int | None) -> Array:
     prior = np.zeros(experts) if log_prior is None else np.array(log_prior, dtype=np.float64)
     if prior.shape != (experts,) or np.isnan(prior).any() or not np.isfinite(prior).any():
-        raise ValueError(
-            f"a prior over {experts} experts must be {experts} log-probabilities, not {log_prior}"
-        )
+        raise ValueError(f"a prior over {experts} experts must be {experts} log-probabilities, not {log_prior}")
     if top_k is not None and top_k < experts:
         outside = np.argsort(-prior, kind="stable")[top_k:]
         prior[outside] = -np.inf

@@ -75,9 +75,7 @@ def evaluate(config: RunConfig, run: RunDir) -> dict[str, Any]:
         "notes": [],
     }
     if not averages:
-        results["notes"].append(
-            "No averages: the experts are of different shapes, and only like can be averaged."
-        )
+        results["notes"].append("No averages: the experts are of different shapes, and only like can be averaged.")
     domains = list(config.all_domains)
     texts = [evaluation_text(config, run, domain, config.evaluate.split) for domain in domains]
     judged = in_processes(functools.partial(_judge, config, run, names, averages), texts)
@@ -108,9 +106,7 @@ def load_results(run: RunDir) -> dict[str, Any]:
     except FileNotFoundError:
         raise ForestError(f"no results at {run.results}; make them first: btm-scale evaluate RUN") from None
     except ValueError as error:
-        raise ForestError(
-            f"{run.results} is not valid JSON ({error}); run btm-scale evaluate again"
-        ) from None
+        raise ForestError(f"{run.results} is not valid JSON ({error}); run btm-scale evaluate again") from None
     if results.get("schema") != SCHEMA:
         raise ForestError(f"{run.results} has schema {results.get('schema')}, this version reads {SCHEMA}")
     if missing := [part for part in ("domains", "methods") if not isinstance(results.get(part), dict)]:
@@ -118,9 +114,7 @@ def load_results(run: RunDir) -> dict[str, Any]:
     return results
 
 
-def _judge(
-    config: RunConfig, run: RunDir, names: list[str], averages: Sequence[str], text: EvaluationText
-) -> _Judged:
+def _judge(config: RunConfig, run: RunDir, names: list[str], averages: Sequence[str], text: EvaluationText) -> _Judged:
     domain = text.domain
     dev = Stack.load(run, names, domain, "dev")
     prior = cached_prior(dev.log_probs, dev.block_starts)
@@ -154,9 +148,7 @@ def _mixtures(
     if config.random_split_models:
         control = Stack.load(run, config.random_split_models, domain, split)
         control_prior = dev_prior(run, config.random_split_models, domain)
-        methods["random-split"] = mixture_log_probs(
-            control.log_probs, control.block_starts, log_prior=control_prior
-        )
+        methods["random-split"] = mixture_log_probs(control.log_probs, control.block_starts, log_prior=control_prior)
     return methods
 
 

@@ -41,9 +41,11 @@ def routed_mixture_log_probs(
         raise ForestError(
             f"{len(log_probs)} experts cannot be routed by {len(clustering.centres)} clusters; give each cluster one"
         )
-    places = [(begin, first, min(first + every, end))
-              for begin, end in blocks_of(block_starts, log_probs.shape[1])
-              for first in range(begin, end, every)]  # fmt: skip
+    places = [
+        (begin, first, min(first + every, end))
+        for begin, end in blocks_of(block_starts, log_probs.shape[1])
+        for first in range(begin, end, every)
+    ]
     result = np.empty(log_probs.shape[1])
     for start in range(0, len(places), _AT_ONCE):
         batch = places[start : start + _AT_ONCE]

@@ -49,9 +49,7 @@ def score_model(
         text = evaluation_text(config, run, domain, split)
         log_probs = text_log_probs(group, network, text)
         if group.is_first:
-            Scores(log_probs, text.block_starts, content_hash, text.fingerprint).save(
-                run.scores(model, domain, split)
-            )
+            Scores(log_probs, text.block_starts, content_hash, text.fingerprint).save(run.scores(model, domain, split))
             on_text(domain, split)
     dist.barrier()
 
@@ -60,9 +58,7 @@ def load_model(group: ExpertGroup, directory: Path) -> ExpertModel:
     """A Hugging Face directory as a model that the group's tensor parallel ranks share."""
     path = directory / "config.json"
     shape = shape_from_config(json.loads(path.read_text()), path)
-    network = build_model(
-        shape, tensor=group.config.tensor, dtype=group.dtype, on_cpu=group.device.type == "cpu"
-    )
+    network = build_model(shape, tensor=group.config.tensor, dtype=group.dtype, on_cpu=group.device.type == "cpu")
     with SafetensorsModel(directory) as tensors:
         load_weights(network, tensors.read, group.tensor_rank, group.config.tensor)
     return network.eval()

@@ -21,10 +21,7 @@ def choose_soups(group: ExpertGroup, config: RunConfig, run: RunDir) -> None:
     known: dict[tuple[str, tuple[str, ...]], float] = {}
     members = {}
     for domain in config.all_domains:
-        alone = {
-            name: -float(Scores.load(run.scores(name, domain, "dev")).log_probs.mean())
-            for name in experts(run)
-        }
+        alone = {name: -float(Scores.load(run.scores(name, domain, "dev")).log_probs.mean()) for name in experts(run)}
 
         def loss(names: tuple[str, ...], domain: str = domain, alone: dict[str, float] = alone) -> float:
             key = domain, tuple(sorted(names))

@@ -22,9 +22,7 @@ def block_log_probs(decoder: Decoder, tokens: np.ndarray, block_starts: np.ndarr
     blocks = blocks_of(block_starts, len(result))
     longest = max(end - begin for begin, end in blocks)
     if longest > decoder.positions:
-        raise ValueError(
-            f"a block of {longest} tokens is longer than the model can read, {decoder.positions}"
-        )
+        raise ValueError(f"a block of {longest} tokens is longer than the model can read, {decoder.positions}")
     at_once = max(1, _BATCH_TOKENS // longest)
     for first in range(0, len(blocks), at_once):
         batch = blocks[first : first + at_once]

@@ -11,9 +11,7 @@ _BROKEN = "\ufffd"
 class Transcript:
     """The text of one continuation."""
 
-    def __init__(
-        self, decode: Callable[[Sequence[int]], str], prompt: Sequence[int], stop: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, decode: Callable[[Sequence[int]], str], prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
         """`decode` turns ids into text; the end of `prompt` is where the continuation's first characters join on."""
         self.tokens: list[int] = []
         self.text = ""
@@ -61,6 +59,10 @@ class Transcript:
 
 def _overlap(text: str, stops: Sequence[str]) -> int:
     """Length of the longest end of `text` with which a stop string begins."""
-    lengths = (length for stop in stops for length in range(min(len(stop) - 1, len(text)), 0, -1)
-               if text.endswith(stop[:length]))  # fmt: skip
+    lengths = (
+        length
+        for stop in stops
+        for length in range(min(len(stop) - 1, len(text)), 0, -1)
+        if text.endswith(stop[:length])
+    )
     return max(lengths, default=0)

@@ -33,9 +33,7 @@ def padded_vocabulary(vocabulary: int, tensor: int) -> int:
 class ExpertModel(GPTModel):
     """A GPTModel that gives its loss or its last hidden states; logits of a whole batch are never made."""
 
-    def __init__(
-        self, shape: ModelShape, config: TransformerConfig, layers: TransformerBlockSubmodules
-    ) -> None:
+    def __init__(self, shape: ModelShape, config: TransformerConfig, layers: TransformerBlockSubmodules) -> None:
         super().__init__(
             config=config,
             transformer_layer_spec=layers,
@@ -69,9 +67,7 @@ class ExpertModel(GPTModel):
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **_: Any) -> Tensor:
         if self.config.sequence_parallel:
             # The loss gives every rank the whole gradient already, of which each keeps its part of the sequence.
-            hidden_states = gather_from_sequence_parallel_region(
-                hidden_states, tensor_parallel_output_grad=False
-            )
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
         hidden = hidden_states.transpose(0, 1)
         if labels is None:
             return hidden
@@ -129,9 +125,7 @@ def build_model(
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
-        init_method=partial(
-            _draw, rows=padded_vocabulary(shape.vocabulary, tensor), vocabulary=shape.vocabulary
-        ),
+        init_method=partial(_draw, rows=padded_vocabulary(shape.vocabulary, tensor), vocabulary=shape.vocabulary),
     )
     spec = get_gpt_layer_local_spec(normalization=config.normalization)
     attention = spec.submodules.self_attention.submodules

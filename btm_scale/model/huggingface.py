@@ -42,19 +42,23 @@ def config_json(shape: ModelShape, *, dtype: str, end_of_text: int | None) -> di
             "qwen2": {"use_sliding_window": False},
             "qwen3": {"use_sliding_window": False, "attention_bias": False},
         }
-        return common | own[shape.family] | {
-            "hidden_size": shape.hidden,
-            "intermediate_size": shape.ffn,
-            "num_hidden_layers": shape.layers,
-            "num_attention_heads": shape.heads,
-            "num_key_value_heads": shape.groups,
-            "head_dim": shape.head_size,
-            "hidden_act": "silu",
-            "max_position_embeddings": shape.positions,
-            "rms_norm_eps": shape.norm_epsilon,
-            "rope_theta": shape.rope_theta,
-            "rope_parameters": _rope_parameters(shape),
-        }  # fmt: skip
+        return (
+            common
+            | own[shape.family]
+            | {
+                "hidden_size": shape.hidden,
+                "intermediate_size": shape.ffn,
+                "num_hidden_layers": shape.layers,
+                "num_attention_heads": shape.heads,
+                "num_key_value_heads": shape.groups,
+                "head_dim": shape.head_size,
+                "hidden_act": "silu",
+                "max_position_embeddings": shape.positions,
+                "rms_norm_eps": shape.norm_epsilon,
+                "rope_theta": shape.rope_theta,
+                "rope_parameters": _rope_parameters(shape),
+            }
+        )
     return common | {
         "n_embd": shape.hidden,
         "n_layer": shape.layers,
@@ -75,9 +79,7 @@ def read_shape(directory: Path) -> ModelShape:
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{directory} is no Hugging Face model: {path} cannot be read ({error})"
-        ) from None
+        raise CheckpointError(f"{directory} is no Hugging Face model: {path} cannot be read ({error})") from None
     return shape_from_config(config, path)
 
 
@@ -92,9 +94,7 @@ def shape_from_config(config: dict[str, Any], path: object) -> ModelShape:
     try:
         return ModelShape(**(_gpt2_sizes(config) if family == "gpt2" else _rotary_sizes(config)))
     except KeyError as error:
-        raise CheckpointError(
-            f"{path} does not say {error}, which a {family} model needs; copy it again"
-        ) from error
+        raise CheckpointError(f"{path} does not say {error}, which a {family} model needs; copy it again") from error
     except ValidationError as error:
         problems = "; ".join(problem["msg"] for problem in error.errors())
         raise CheckpointError(f"{path} describes no {family} model: {problems}") from error

@@ -19,9 +19,7 @@ class Layout(BaseModel):
     zero: Literal[0, 1, 2, 3] = Field(
         default=1, description="what data ranks share: 1 optimizer, 2 gradients too, 3 weights too"
     )
-    sequence_parallel: bool = Field(
-        default=False, description="tensor ranks share the sequence between their matrices"
-    )
+    sequence_parallel: bool = Field(default=False, description="tensor ranks share the sequence between their matrices")
     recompute: Literal["none", "selective", "full"] = Field(
         default="none",
         description="activations made again in the backward pass: attention's, or whole layers'",
@@ -37,15 +35,11 @@ class Layout(BaseModel):
     def _parts_agree(self) -> Layout:
         problems = []
         if self.sequence_parallel and self.tensor == 1:
-            problems.append(
-                "sequence_parallel shares a sequence among tensor ranks; set tensor above 1, or leave it"
-            )
+            problems.append("sequence_parallel shares a sequence among tensor ranks; set tensor above 1, or leave it")
         if self.offload == "optimizer" and self.zero == 0:
             problems.append("offload: optimizer needs ZeRO; set zero to 1, 2 or 3")
         if self.offload == "all" and self.zero != 3:
-            problems.append(
-                f"offload: all moves weights, which zero {self.zero} does not share; set zero to 3"
-            )
+            problems.append(f"offload: all moves weights, which zero {self.zero} does not share; set zero to 3")
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -65,9 +59,7 @@ class Layout(BaseModel):
         found = []
         if odd:
             fitting = [n for n in range(1, shape.groups + 1) if not any(size % n for size in sizes.values())]
-            found.append(
-                f"tensor {self.tensor} does not divide {' and '.join(odd)}; {_choices('tensor', fitting)}"
-            )
+            found.append(f"tensor {self.tensor} does not divide {' and '.join(odd)}; {_choices('tensor', fitting)}")
         if self.sequence_parallel and sequence_length % self.tensor:
             longer = -(-sequence_length // self.tensor) * self.tensor
             found.append(
@@ -80,9 +72,7 @@ class Layout(BaseModel):
         extras = [
             "sequence parallel" if self.sequence_parallel else "",
             f"{self.recompute} recomputation" if self.recompute != "none" else "",
-            {"none": "", "optimizer": "optimizer offloaded", "all": "weights and optimizer offloaded"}[
-                self.offload
-            ],
+            {"none": "", "optimizer": "optimizer offloaded", "all": "weights and optimizer offloaded"}[self.offload],
         ]
         parts = [
             f"tensor {self.tensor} x data {self.data}",

@@ -32,9 +32,7 @@ class _HeadLoss(torch.autograd.Function):
         chunk = max(16, _CHUNK_NUMBERS // rows)
         losses = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = (
-            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad else None
-        )
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad else None
         padding = first_token + rows - vocabulary
         for start in range(0, tokens, chunk):
             span = slice(start, start + chunk)

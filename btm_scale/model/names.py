@@ -91,9 +91,7 @@ def to_huggingface(entry: Entry, full: Tensor, shape: ModelShape) -> dict[str, T
     else:
         # Rows are grouped by key-value head: its queries, then its key, then its value.
         grouped = full.view(shape.groups, shape.heads // shape.groups + 2, shape.head_size, *full.shape[1:])
-        parts = [
-            part.reshape(-1, *full.shape[1:]) for part in (grouped[:, :-2], grouped[:, -2], grouped[:, -1])
-        ]
+        parts = [part.reshape(-1, *full.shape[1:]) for part in (grouped[:, :-2], grouped[:, -2], grouped[:, -1])]
         if entry.form == "query_key_value_fused":
             parts = [torch.cat(parts).t() if full.dim() == 2 else torch.cat(parts)]
     return {name: part.contiguous() for name, part in zip(entry.huggingface, parts, strict=True)}

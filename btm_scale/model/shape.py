@@ -72,9 +72,7 @@ class ModelShape(BaseModel):
         if self.rotary and self.head_size % 2:
             raise ValueError(f"rotary positions need an even head size, not {self.head_size}; change heads")
         if self.window is not None and self.family != "mistral":
-            raise ValueError(
-                f"the {self.family} family has no window; leave it out, or use the mistral family"
-            )
+            raise ValueError(f"the {self.family} family has no window; leave it out, or use the mistral family")
         if self.family == "gpt2" and self.head_size * self.heads != self.hidden:
             raise ValueError("the gpt2 family has heads of size hidden / heads; leave head_size out")
         if self.family == "gpt2" and self.groups != self.heads:

@@ -22,9 +22,7 @@ def gather_whole(entry: Entry, part: Tensor, group: dist.ProcessGroup | None) ->
     return join(entry, parts)
 
 
-def local_part(
-    entry: Entry, read: Callable[[str], Tensor], shape: ModelShape, tensor_rank: int, tensor: int
-) -> Tensor:
+def local_part(entry: Entry, read: Callable[[str], Tensor], shape: ModelShape, tensor_rank: int, tensor: int) -> Tensor:
     """This rank's part of a Megatron-core tensor, from the Hugging Face tensors that `read` gives by name."""
     whole = from_huggingface(entry, read, shape, padded_vocabulary(shape.vocabulary, tensor))
     return cut(entry, whole, tensor)[tensor_rank]

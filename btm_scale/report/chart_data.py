@@ -66,13 +66,10 @@ def ratio_rows(results: Results, to: str) -> list[RatioRow]:
     return rows
 
 
-def nearness(
-    matrix: Sequence[Sequence[float | None]], farthest: float = FARTHEST
-) -> list[list[float | None]]:
+def nearness(matrix: Sequence[Sequence[float | None]], farthest: float = FARTHEST) -> list[list[float | None]]:
     """Shades [models, domains]: 1 at a column's lowest, 0 at `farthest` times that, by logarithm."""
     lowest_of = [
-        min((v for v in column if v is not None and v > 0), default=None)
-        for column in zip(*matrix, strict=True)
+        min((v for v in column if v is not None and v > 0), default=None) for column in zip(*matrix, strict=True)
     ]
 
     def near(number: float | None, best: float | None) -> float | None:
@@ -105,9 +102,7 @@ def training_curves(config: RunConfig, curves: Curves, styles: Mapping[str, str]
 def expert_styles(results: Results) -> dict[str, str]:
     """A CSS class for each expert: a colour, and a dash once the colours are used up."""
     names = [m.removeprefix(EXPERT) for m in ordered_methods(results) if m.startswith(EXPERT)]
-    return {
-        name: f"c{i % _COLOURS}" + (" dashed" if i // _COLOURS % 2 else "") for i, name in enumerate(names)
-    }
+    return {name: f"c{i % _COLOURS}" + (" dashed" if i // _COLOURS % 2 else "") for i, name in enumerate(names)}
 
 
 def compute_bars(results: Results) -> list[Bar]:

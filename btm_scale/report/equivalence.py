@@ -20,8 +20,11 @@ def dense_equivalent(results: Results, method: str) -> tuple[float, str] | None:
     """
     domains = training_domains(results)
     ours = mean(results, method, domains)
-    found = [(name, mean(results, name, domains)) for name in results["methods"]
-             if name == DENSE or name.startswith(LONGER_DENSE)]  # fmt: skip
+    found = [
+        (name, mean(results, name, domains))
+        for name in results["methods"]
+        if name == DENSE or name.startswith(LONGER_DENSE)
+    ]
     points = sorted((results["compute"][name]["flops"], one.value) for name, one in found if one is not None)
     base = results.get("compute", {}).get(DENSE, {}).get("flops")
     if ours is None or ours.partial or len(points) < 2 or not base:
@@ -41,6 +44,9 @@ def equivalence_sentence(results: Results, method: str, name: str) -> str:
     if found is None:
         return ""
     times, sign = found
-    words = {"=": f"as good as {times:.2f} times", "<": f"worth less than {times:.2f} times",
-             ">": f"worth more than {times:.2f} times"}[sign]  # fmt: skip
+    words = {
+        "=": f"as good as {times:.2f} times",
+        "<": f"worth less than {times:.2f} times",
+        ">": f"worth more than {times:.2f} times",
+    }[sign]
     return f"{name} is {words} the dense baseline's compute on the training domains. {PAPERS}"

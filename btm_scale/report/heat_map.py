@@ -60,21 +60,22 @@ def heat_map(
             words = text(middle, top - 8, name, class_="label", text_anchor="middle")
         parts.append(element("g", tooltip(name), words))
     for i, name in enumerate(rows):
-        parts.append(
-            element("g", tooltip(name), text(0, y(i) + 18.5, fit(name, left - 12, 13), class_="label"))
-        )
+        parts.append(element("g", tooltip(name), text(0, y(i) + 18.5, fit(name, left - 12, 13), class_="label")))
         for j, column in enumerate(columns):
             shade = shades[i][j]
             # Between the two, dark ink reads better on either paper.
             ink = "on-heat" if (shade or 0) > 0.75 else "on-middle" if (shade or 0) > 0.5 else "on-paper"
             bold = " strong" if (i, j) in strong else ""
             box = rectangle(
-                x(j) + 1, y(i) + 1, cell_width - 2, _ROW - 2, rx=2,
-                class_="heat" if shade is not None else "no-heat", fill_opacity=f"{shade or 0:.3f}",
-            )  # fmt: skip
-            number = text(
-                x(j) + cell_width / 2, y(i) + 18.5, cells[i][j], class_=ink + bold, text_anchor="middle"
+                x(j) + 1,
+                y(i) + 1,
+                cell_width - 2,
+                _ROW - 2,
+                rx=2,
+                class_="heat" if shade is not None else "no-heat",
+                fill_opacity=f"{shade or 0:.3f}",
             )
+            number = text(x(j) + cell_width / 2, y(i) + 18.5, cells[i][j], class_=ink + bold, text_anchor="middle")
             parts.append(element("g", tooltip(f"{name} on {column}: {cells[i][j]}"), box, number))
     for i, j in framed:
         parts.append(rectangle(x(j) + 1.5, y(i) + 1.5, cell_width - 3, _ROW - 3, rx=2, class_="frame"))

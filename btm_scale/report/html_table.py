@@ -33,9 +33,7 @@ def method_table(results: Results, measure: Measure, caption: str) -> str:
     """Means, the ratio to the reference and every domain's figure; the best of each column is bold."""
     training, novel = training_domains(results), novel_domains(results)
     rows, previous = [], None
-    best = {
-        d: lowest({m: value(results, m, d, measure) for m in results["methods"]}) for d in [*training, *novel]
-    }
+    best = {d: lowest({m: value(results, m, d, measure) for m in results["methods"]}) for d in [*training, *novel]}
     best_mean = {
         "training": lowest_means(results, training, measure),
         "novel": lowest_means(results, novel, measure),
@@ -54,17 +52,13 @@ def method_table(results: Results, measure: Measure, caption: str) -> str:
         cells += _ratio_cell(results, method, measure)
         cells += [_cell(value(results, method, d, measure), method in best[d]) for d in training]
         if novel:
-            cells.append(
-                _mean_cell(mean(results, method, novel, measure), method in best_mean["novel"], "mean novel")
-            )
+            cells.append(_mean_cell(mean(results, method, novel, measure), method in best_mean["novel"], "mean novel"))
             cells += [_cell(value(results, method, d, measure), method in best[d], "novel") for d in novel]
         css = "headline" if method == "ensemble" else None
         rows.append(element("tr", *cells, data_method=method, class_=css))
     words = element("caption", escape(caption))
     roomy = "roomy" if len(training) + len(novel) <= 6 else None
-    table = element(
-        "table", words, element("thead", _heading(results)), element("tbody", *rows), class_=roomy
-    )
+    table = element("table", words, element("thead", _heading(results)), element("tbody", *rows), class_=roomy)
     return element("div", table, class_="scroll", tabindex="0", role="region", aria_label=caption)
 
 

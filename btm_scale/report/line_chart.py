@@ -58,9 +58,7 @@ def line_chart(
     The vertical range leaves out the steep first tenth, where it would press everything else flat.
     """
     narrow = width < 600
-    right = min(
-        96.0 if narrow else 170.0, 26 + max([30.0, *(text_width(curve.name, 12) for curve in curves)])
-    )
+    right = min(96.0 if narrow else 170.0, 26 + max([30.0, *(text_width(curve.name, 12) for curve in curves)]))
     height = max(280.0 if narrow else 380.0, _PITCH * len(curves) + 60)
     left, top, bottom = 34.0, 24.0, height - 40
     smooth = [smoothed(curve.y) for curve in curves]
@@ -84,15 +82,11 @@ def line_chart(
     # An inner svg cuts off what leaves the axes, and needs no id as a clip path would.
     raw = [_path(curve.x, curve.y, across, down, f"raw {curve.style}") for curve in curves]
     lines = [
-        _path(
-            curve.x, values, across, down, f"curve {curve.style}", tooltip(f"{curve.name}: {values[-1]:.3f}")
-        )
+        _path(curve.x, values, across, down, f"curve {curve.style}", tooltip(f"{curve.name}: {values[-1]:.3f}"))
         for curve, values in zip(curves, smooth, strict=True)
     ]
     box = f"{left} {top} {width - right - left} {bottom - top}"
-    plot = element(
-        "svg", *raw, *lines, x=left, y=top, width=width - right - left, height=bottom - top, viewBox=box
-    )
+    plot = element("svg", *raw, *lines, x=left, y=top, width=width - right - left, height=bottom - top, viewBox=box)
 
     named = [(curve, values) for curve, values in zip(curves, smooth, strict=True) if curve.x[-1] > 0.97]
     ends = [min(bottom, max(top, down(float(values[-1])))) for _, values in named]

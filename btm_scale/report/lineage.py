@@ -42,9 +42,7 @@ def lineage_graph(lineage: Lineage, styles: Mapping[str, str], *, width: int) ->
         for parent, weight in parents.items():
             (x, y), (to_x, to_y) = place[parent], place[name]
             bend = (to_x - x) / 2
-            path = (
-                f"M{x:.1f} {y:.1f}C{x + bend:.1f} {y:.1f} {to_x - bend:.1f} {to_y:.1f} {to_x:.1f} {to_y:.1f}"
-            )
+            path = f"M{x:.1f} {y:.1f}C{x + bend:.1f} {y:.1f} {to_x - bend:.1f} {to_y:.1f} {to_x:.1f} {to_y:.1f}"
             words = tooltip(f"{name} began with {weight:.0%} of {parent}")
             thick = max(1.0, _THICKEST * weight)
             css = f"branch {styles.get(name, '')}".strip()

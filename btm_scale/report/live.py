@@ -39,11 +39,7 @@ def print_progress(rows: Sequence[ModelProgress]) -> None:
 
 def progress_as_json(rows: Sequence[ModelProgress]) -> dict[str, Any]:
     """The table as data."""
-    return {
-        "models": {
-            row.model: {key: value for key, value in asdict(row).items() if key != "model"} for row in rows
-        }
-    }
+    return {"models": {row.model: {key: value for key, value in asdict(row).items() if key != "model"} for row in rows}}
 
 
 def _lines() -> Show:

@@ -133,9 +133,7 @@ def value(results: Results, method: str, domain: str, measure: Measure = "perple
     return None if number is None else float(number)
 
 
-def mean(
-    results: Results, method: str, domains: Sequence[str], measure: Measure = "perplexity"
-) -> Mean | None:
+def mean(results: Results, method: str, domains: Sequence[str], measure: Measure = "perplexity") -> Mean | None:
     """Arithmetic mean of a method's measure over those of `domains` that it has; None if it has none."""
     values = [number for domain in domains if (number := value(results, method, domain, measure)) is not None]
     if not values:
@@ -152,9 +150,7 @@ def ratio(
     results: Results, method: str, to: str, domains: Sequence[str], measure: Measure = "perplexity"
 ) -> Mean | None:
     """Ratio of two methods' means over those of `domains` that both have; None if they share none."""
-    shared = [
-        d for d in domains if None not in (value(results, method, d, measure), value(results, to, d, measure))
-    ]
+    shared = [d for d in domains if None not in (value(results, method, d, measure), value(results, to, d, measure))]
     above, below = mean(results, method, shared, measure), mean(results, to, shared, measure)
     if above is None or below is None or below.value == 0:
         return None
@@ -179,9 +175,7 @@ def headline(results: Results) -> str:
     ours = mean(results, ENSEMBLE, domains)
     if ours is None:
         return _headline_without_ensemble(results, domains)
-    sentence = (
-        f"The ensemble's mean perplexity over {count(ours.domains, 'domain')} is {perplexity(ours.value)}"
-    )
+    sentence = f"The ensemble's mean perplexity over {count(ours.domains, 'domain')} is {perplexity(ours.value)}"
     to = reference(results)
     against = ratio(results, ENSEMBLE, to, domains) if to else None
     if to is None or against is None:
@@ -223,9 +217,7 @@ def _at_what_compute(results: Results) -> str:
     if ENSEMBLE not in compute or not compute.get(DENSE, {}).get("flops"):
         return ""
     share = compute[ENSEMBLE]["flops"] / compute[DENSE]["flops"]
-    return (
-        " at equal training compute" if 0.98 < share < 1.02 else f" with {_times(share)} its training compute"
-    )
+    return " at equal training compute" if 0.98 < share < 1.02 else f" with {_times(share)} its training compute"
 
 
 def _same(share: float) -> bool:

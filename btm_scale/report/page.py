@@ -55,9 +55,7 @@ def render_page(config: RunConfig, results: Results, curves: Curves) -> str:
         element("h1", escape(name)),
         element("p", escape(headline(results)), class_="lead"),
         tree_figure(results),
-        element(
-            "dl", *(_fact(term, words) for term, words in facts(config, results).items()), class_="facts"
-        ),
+        element("dl", *(_fact(term, words) for term, words in facts(config, results).items()), class_="facts"),
     )
     main = element(
         "main",
@@ -88,9 +86,7 @@ def facts(config: RunConfig, results: Results) -> dict[str, str]:
         "Training budget": (
             f"{budget.tokens:,} tokens in all, read in sequences of {budget.sequence_length:,}. {steps}."
         ),
-        "Forest": (
-            f"{count(experts, 'expert')} branched from the seed LM, and trained without communication."
-        ),
+        "Forest": (f"{count(experts, 'expert')} branched from the seed LM, and trained without communication."),
         "Domains": f"{', '.join(training) or 'none'}."
         + (f" Novel, never trained on: {', '.join(novel)}." if novel else ""),
     }
@@ -99,8 +95,7 @@ def facts(config: RunConfig, results: Results) -> dict[str, str]:
         f"posterior over blocks of {budget.sequence_length:,} tokens, {config.evaluate.prior} prior."
     )
     found["Random seed"] = (
-        f"{results.get('random_seed', config.random_seed)}, a single run: "
-        "differences of a percent may be chance."
+        f"{results.get('random_seed', config.random_seed)}, a single run: differences of a percent may be chance."
     )
     if results.get("notes"):
         found["Notes"] = " ".join(results["notes"])
@@ -114,9 +109,7 @@ def _model_words(config: RunConfig) -> str:
     if config.model.preset:
         words = f"{config.model.preset}: {words}"
     if config.tokenizer.path is None:
-        words += (
-            f", {shape.vocabulary:,} tokens in the vocabulary, {tokens_text(shape.parameters)} parameters"
-        )
+        words += f", {shape.vocabulary:,} tokens in the vocabulary, {tokens_text(shape.parameters)} parameters"
     return words + "."
 
 

@@ -27,9 +27,7 @@ def print_plan(plan: Mapping[str, Any], console: Console) -> None:
         f"{plan['parameters'] / 1e6:,.1f}M parameters on {cluster['gpus']:,} {cluster['name']} "
         f"({cluster['nodes']:,} nodes of {cluster['gpus_per_node']})"
     )
-    reached = (
-        f"{cluster['compute_share']:.0%} of operations, {cluster['transfer_share']:.0%} of bytes a second"
-    )
+    reached = f"{cluster['compute_share']:.0%} of operations, {cluster['transfer_share']:.0%} of bytes a second"
     say(
         f"a GPU: {cluster['flops'] / 1e12:,.0f} TFLOP/s, {cluster['memory'] / 1e9:,.0f} GB, "
         f"{cluster['bandwidth'] / 1e12:.2f} TB/s, {cluster['link'] / 1e9:,.0f} GB/s in a node, "

@@ -48,9 +48,7 @@ class Bar:
     style: str = "bar"
 
 
-def ratio_chart(
-    rows: Sequence[RatioRow], series: Mapping[str, str], reference: str, *, title: str, width: int
-) -> str:
+def ratio_chart(rows: Sequence[RatioRow], series: Mapping[str, str], reference: str, *, title: str, width: int) -> str:
     """A mark for every series (name -> shape, see `mark`) in every row, by its ratio on a logarithmic axis.
 
     Marks that would cover each other are moved apart vertically.
@@ -92,9 +90,7 @@ def mark(shape: str, x: float, y: float, *children: str) -> str:
     """A mark of a shape: dot, ring, square, diamond, triangle or cross; each reads without its colour."""
     css = f"mark {shape}"
     if shape in ("dot", "ring"):
-        return element(
-            "circle", *children, cx=float(x), cy=float(y), r=4.5 if shape == "dot" else 6.6, class_=css
-        )
+        return element("circle", *children, cx=float(x), cy=float(y), r=4.5 if shape == "dot" else 6.6, class_=css)
     outlines = {
         "square": "M-4.3 -4.3h8.6v8.6h-8.6z",
         "diamond": "M0 -6.2L6.2 0L0 6.2L-6.2 0z",
@@ -139,14 +135,10 @@ def ratio_bar(share: float) -> str:
     style = "down" if reach < 0 else "up"
     box = rectangle(32 + min(0.0, reach), 2, abs(reach), 8, class_=style)
     middle = line(32, 0, 32, 12, class_="axis")
-    return element(
-        "svg", box, middle, width=64, height=12, viewBox="0 0 64 12", class_="spark", aria_hidden="true"
-    )
+    return element("svg", box, middle, width=64, height=12, viewBox="0 0 64 12", class_="spark", aria_hidden="true")
 
 
-def _ratio_mark(
-    row: RatioRow, name: str, shape: str, scale: Scale, limits: tuple[float, float], y: float
-) -> str:
+def _ratio_mark(row: RatioRow, name: str, shape: str, scale: Scale, limits: tuple[float, float], y: float) -> str:
     value = row.ratios[name]
     x = scale(_clip(value, *limits))
     words = tooltip(f"{row.name}, {name}: {row.figures[name]}, {share_text(value)} of the reference")

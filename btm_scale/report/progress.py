@@ -100,13 +100,9 @@ def progress_line(rows: Sequence[ModelProgress]) -> str:
         if row.state == "running":
             left = f", {duration(row.seconds_left)} left" if row.seconds_left is not None else ""
             note = f", {row.note}" if row.note else ""
-            parts.append(
-                f"{row.model} {row.step}/{row.steps} loss {_loss(row)} {_speed(row)} tokens/s{left}{note}"
-            )
+            parts.append(f"{row.model} {row.step}/{row.steps} loss {_loss(row)} {_speed(row)} tokens/s{left}{note}")
         elif row.state == "failed":
-            parts.append(
-                f"{row.model} FAILED at {row.step}/{row.steps}" + (f": {row.note}" if row.note else "")
-            )
+            parts.append(f"{row.model} FAILED at {row.step}/{row.steps}" + (f": {row.note}" if row.note else ""))
     return " | ".join(parts)
 
 

@@ -86,13 +86,10 @@ def results_section(results: Results) -> str:
         for method in results["methods"]
         for domains in (training_domains(results), novel_domains(results))
     )
-    notes = (
-        "Lower is better; the best of each column is bold. Means are arithmetic, over the training domains. "
-    )
+    notes = "Lower is better; the best of each column is bold. Means are arithmetic, over the training domains. "
     notes += "A dash means that the method was not evaluated there. "
     notes += (
-        "* The mean is over those domains only that the method has; its ratio compares the same domains."
-        * some_partial
+        "* The mean is over those domains only that the method has; its ratio compares the same domains." * some_partial
     )
     table = method_table(results, "perplexity", "Perplexity by method and domain")
     bits = method_table(results, "bits_per_byte", "Bits per byte by method and domain")
@@ -100,17 +97,14 @@ def results_section(results: Results) -> str:
         "details", element("summary", "The same in bits per byte, which do not depend on the tokenizer"), bits
     )
     meanings = {
-        meaning(m): "Top k experts" if m.startswith("ensemble:top") else label(m)
-        for m in ordered_methods(results)
+        meaning(m): "Top k experts" if m.startswith("ensemble:top") else label(m) for m in ordered_methods(results)
     }
     glossary = "".join(
         element("div", element("dt", escape(name)), element("dd", escape(words)))
         for words, name in meanings.items()
         if words
     )
-    return _section(
-        "Perplexity", chart, table, _note(notes), more, element("dl", glossary, class_="glossary")
-    )
+    return _section("Perplexity", chart, table, _note(notes), more, element("dl", glossary, class_="glossary"))
 
 
 def experts_section(results: Results) -> str:
@@ -126,9 +120,7 @@ def experts_section(results: Results) -> str:
     bests = [lowest({str(i): row[j] for i, row in enumerate(matrix)}) for j in range(len(domains))]
     strong = {(int(i), j) for j, winners in enumerate(bests) for i in winners}
     own = {
-        (i, domains.index(m.removeprefix(EXPERT)))
-        for i, m in enumerate(models)
-        if m.removeprefix(EXPERT) in domains
+        (i, domains.index(m.removeprefix(EXPERT))) for i, m in enumerate(models) if m.removeprefix(EXPERT) in domains
     }
     won = sum(cell in strong for cell in own)
     title = "Perplexity of every expert on every domain"
@@ -180,9 +172,7 @@ def curves_section(config: RunConfig, results: Results, curves: Curves) -> str:
         "be easier or harder than the mix. "
         "Lines are moving means over 6% of the steps, with the raw losses behind."
     )
-    words += (
-        f" {count(dropped, 'step')} with a loss that is not a number could not be drawn." if dropped else ""
-    )
+    words += f" {count(dropped, 'step')} with a loss that is not a number could not be drawn." if dropped else ""
     return _section("Training", _figure(title, pictures, words))
 
 
@@ -214,9 +204,7 @@ def priors_section(config: RunConfig, results: Results) -> str:
     words += f"A domain's own expert gets {np.mean(own):.2f} of the weight on average." if own else ""
     return _section(
         "Who speaks for a domain",
-        _figure(
-            title, shade_key("0", "1") + _for_both_widths(lambda w: _scroll(draw(width=w), title)), words
-        ),
+        _figure(title, shade_key("0", "1") + _for_both_widths(lambda w: _scroll(draw(width=w), title)), words),
     )
 
 
@@ -244,9 +232,7 @@ def compute_section(results: Results) -> str:
         "is the seed LM's, which all share and which counts once. "
         "1 TFLOP is 10¹² operations, 1 PFLOP 10¹⁵, 1 EFLOP 10¹⁸."
     )
-    sentences = [
-        equivalence_sentence(results, method, label(method)) for method in (ENSEMBLE, "ensemble:tempered")
-    ]
+    sentences = [equivalence_sentence(results, method, label(method)) for method in (ENSEMBLE, "ensemble:tempered")]
     notes = [_note(sentence) for sentence in sentences if sentence]
     return _section("Compute", _figure(title, pictures, words), *notes)
 

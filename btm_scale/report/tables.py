@@ -60,15 +60,11 @@ def results_table(results: Results, domains: Sequence[str] | None = None) -> Tab
         if previous not in (None, kind(method)):
             table.add_section()
         previous = kind(method)
-        cells = [
-            Text(f"expert {shorten(label(method), _LONGEST_NAME)}" if method.startswith(EXPERT) else method)
-        ]
+        cells = [Text(f"expert {shorten(label(method), _LONGEST_NAME)}" if method.startswith(EXPERT) else method)]
         cells.append(_mean_cell(mean(results, method, training), method in best_mean))
         if to:
             against = ratio(results, method, to, training)
-            cells.append(
-                Text(NOTHING if against is None else share_text(against.value) + "*" * against.partial)
-            )
+            cells.append(Text(NOTHING if against is None else share_text(against.value) + "*" * against.partial))
         if novel:
             cells.append(_mean_cell(mean(results, method, novel), method in best_novel))
         cells += [_cell(value(results, method, domain), method in best[domain]) for domain in shown]

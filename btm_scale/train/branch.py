@@ -99,16 +99,18 @@ def _text_of(config: RunConfig, run: RunDir, parent: str) -> dict[str, float]:
 
 
 def _write_mean(
-    engine: Engine, run: RunDir, parents: tuple[Parent, ...], states: dict[str, Path | None], carried: bool,
+    engine: Engine,
+    run: RunDir,
+    parents: tuple[Parent, ...],
+    states: dict[str, Path | None],
+    carried: bool,
     folder: Path,
-) -> None:  # fmt: skip
+) -> None:
     shapes = huggingface_shapes(engine.model.shape)
     positions = [read_position(state) for state in states.values() if state is not None]
     # Moments are carried only where every parent has them; else they would be those of some.
     carried = carried and len(positions) == len(parents)
-    sources = {
-        parent.name: SafetensorsModel(states[parent.name] or run.model(parent.name)) for parent in parents
-    }
+    sources = {parent.name: SafetensorsModel(states[parent.name] or run.model(parent.name)) for parent in parents}
 
     def mean(kind: str, name: str) -> torch.Tensor:
         total = torch.zeros(shapes[name], dtype=torch.float64)

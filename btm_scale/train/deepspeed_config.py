@@ -11,9 +11,7 @@ from btm_scale.config import OptimizerConfig
 from btm_scale.train.job import TrainingJob
 
 
-def deepspeed_config(
-    job: TrainingJob, optimizer: OptimizerConfig, overrides: Mapping[str, Any]
-) -> dict[str, Any]:
+def deepspeed_config(job: TrainingJob, optimizer: OptimizerConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """What the job asks for, and the run's own `deepspeed` section merged over it."""
     layout = job.group
     zero: dict[str, Any] = {"stage": layout.zero}

@@ -136,11 +136,7 @@ class Engine:
         if self._engine.monitor.enabled:
             step = int(numbers["step"])
             self._engine.monitor.write_events(
-                [
-                    (f"{self.job.model}/{name}", value, step)
-                    for name, value in numbers.items()
-                    if name != "step"
-                ]
+                [(f"{self.job.model}/{name}", value, step) for name, value in numbers.items() if name != "step"]
             )
 
     def full(self, parameter: torch.nn.Parameter, kind: str) -> Tensor:

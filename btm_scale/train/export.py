@@ -35,9 +35,7 @@ def export_expert(engine: Engine, config: RunConfig, run: RunDir, begun: Beginni
         specs = {name: TensorSpec(group.dtype, size) for name, size in huggingface_shapes(shape).items()}
         writer = ShardedWriter(partial, specs)
     parameters = engine.parameters
-    tensors = huggingface_tensors(
-        shape, lambda entry: engine.weights(parameters[entry.megatron]), group.tensor_group
-    )
+    tensors = huggingface_tensors(shape, lambda entry: engine.weights(parameters[entry.megatron]), group.tensor_group)
     for name, tensor in tensors:
         if writer is not None:
             writer.write(name, tensor)

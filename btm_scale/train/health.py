@@ -61,9 +61,7 @@ class Health:
         if self._config.spike is not None and median is not None:
             times = result.gradient_norm / median
             if times > self._config.spike:
-                return (
-                    f"the gradient's norm, {result.gradient_norm:.3g}, is {times:.1f} times the recent median"
-                )
+                return f"the gradient's norm, {result.gradient_norm:.3g}, is {times:.1f} times the recent median"
         self._norms[step] = result.gradient_norm
         return None
 

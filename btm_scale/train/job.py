@@ -102,9 +102,7 @@ def training_job(config: RunConfig, model: str) -> TrainingJob:
     return job
 
 
-def _branch(
-    config: RunConfig, model: str, batch: int, weights: Mapping[str, float], seed_end: float
-) -> TrainingJob:
+def _branch(config: RunConfig, model: str, batch: int, weights: Mapping[str, float], seed_end: float) -> TrainingJob:
     budget, number = config.budget, len(config.domains)
     own = config.experts.get(model)
     group = config.expert_group(model)

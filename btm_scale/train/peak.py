@@ -10,10 +10,22 @@ if TYPE_CHECKING:
 # Dense matrix products in bf16 or fp16, in operations a second (NVIDIA's data sheets, without sparsity); the first
 # name that a device's own contains.
 _HALF_PRECISION = {
-    "GB200": 2.5e15, "B200": 2.25e15, "H200": 989e12, "GH200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
-    "H100": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "A40": 150e12, "A10": 125e12, "L4": 121e12,
-    "V100": 125e12, "T4": 65e12,
-}  # fmt: skip
+    "GB200": 2.5e15,
+    "B200": 2.25e15,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "A40": 150e12,
+    "A10": 125e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

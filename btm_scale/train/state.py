@@ -55,9 +55,7 @@ def save_state(engine: Engine, folder: Path, step: int, keep: int) -> None:
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for entry in table(engine.model.shape):
             for kind in engine.kinds:
-                whole = gather_whole(
-                    entry, engine.full(parameters[entry.megatron], kind), engine.group.tensor_group
-                )
+                whole = gather_whole(entry, engine.full(parameters[entry.megatron], kind), engine.group.tensor_group)
                 for name, tensor in to_huggingface(entry, whole, engine.model.shape).items():
                     yield f"{kind}/{name}", tensor
 
@@ -86,8 +84,11 @@ def write_state(
     final = state_path(folder, position.step)
     aside = partial_path(final)
     shutil.rmtree(aside, ignore_errors=True)
-    specs = {f"{kind}/{name}": TensorSpec(torch.float32, size)
-             for kind in kinds for name, size in huggingface_shapes(engine.model.shape).items()}  # fmt: skip
+    specs = {
+        f"{kind}/{name}": TensorSpec(torch.float32, size)
+        for kind in kinds
+        for name, size in huggingface_shapes(engine.model.shape).items()
+    }
     require_space(folder, sum(spec.nbytes for spec in specs.values()))
     try:
         writer = ShardedWriter(aside, specs, max_shard_bytes=float("inf"))
@@ -134,9 +135,7 @@ def load_state(engine: Engine, path: Path) -> Position:
     position = read_position(path)
     group, shape, parameters = engine.group, engine.model.shape, engine.parameters
     with SafetensorsModel(path) as tensors:
-        expected = {
-            f"{kind}/{name}": size for kind in KINDS for name, size in huggingface_shapes(shape).items()
-        }
+        expected = {f"{kind}/{name}": size for kind in KINDS for name, size in huggingface_shapes(shape).items()}
         found = {name: spec.shape for name, spec in tensors.specs().items()}
         outer = {name: size for name, size in found.items() if name.startswith(f"{OUTER}/")}
         found = {name: size for name, size in found.items() if name not in outer}

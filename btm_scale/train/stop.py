@@ -50,9 +50,7 @@ class StopRequest:
             self._marker.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
-        self._before = {
-            number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGUSR1)
-        }
+        self._before = {number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGUSR1)}
         return self
 
     def __exit__(

@@ -16,9 +16,7 @@ from btm_scale.train.job import TrainingJob
 class TrainingText:
     """The sequences of a job by number; in a torch.distributed world all ranks make this object together."""
 
-    def __init__(
-        self, config: RunConfig, run: RunDir, job: TrainingJob, domains: Mapping[str, float]
-    ) -> None:
+    def __init__(self, config: RunConfig, run: RunDir, job: TrainingJob, domains: Mapping[str, float]) -> None:
         length, seed, last = config.budget.sequence_length, _seed(config, job), config.budget.last
         self._main = TrainingBatches(
             run, domains, sequence_length=length, samples=job.samples, seed=seed, part=job.part

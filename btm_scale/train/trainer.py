@@ -65,9 +65,7 @@ def train_and_export(group: ExpertGroup, config: RunConfig, run: RunDir, job: Tr
     export_expert(engine, config, run, begun, tokenizer.eos)
 
 
-def train(
-    engine: Engine, text: TrainingText, config: RunConfig, run: RunDir, begin: Callable[[], int]
-) -> None:
+def train(engine: Engine, text: TrainingText, config: RunConfig, run: RunDir, begin: Callable[[], int]) -> None:
     """Take the steps that are left after `begin`; save every so often, and after the last.
 
     A bad batch is left out, after going back to where `begin` puts the engine then.

@@ -136,9 +136,7 @@ def _processes_of_this_host(group: ExpertGroup) -> dict[int, int]:
     own = (_process_table(), os.getpid())
     everyone: list[tuple[str, int] | None] = [None] * group.size
     dist.all_gather_object(everyone, own)
-    return {
-        rank: there[1] for rank, there in enumerate(everyone) if there and there[0] == own[0] and there != own
-    }
+    return {rank: there[1] for rank, there in enumerate(everyone) if there and there[0] == own[0] and there != own}
 
 
 def _process_table() -> str:

@@ -29,10 +29,17 @@ def merge(options: argparse.Namespace) -> Answer | None:
     )
     if follows():
         return None
-    return shown(options, {
-        "output": str(done.output), "method": done.method, "tensors": done.tensors, "parameters": done.parameters,
-        "content_hash": done.content_hash, "seconds": round(done.seconds, 2),
-    })  # fmt: skip
+    return shown(
+        options,
+        {
+            "output": str(done.output),
+            "method": done.method,
+            "tensors": done.tensors,
+            "parameters": done.parameters,
+            "content_hash": done.content_hash,
+            "seconds": round(done.seconds, 2),
+        },
+    )
 
 
 def convert(options: argparse.Namespace) -> Answer:

@@ -22,9 +22,7 @@ def opened(options: argparse.Namespace) -> tuple[RunConfig, RunDir]:
 
     run_dir = RunDir(options.run.resolve())
     if not run_dir.config.is_file():
-        raise ConfigError(
-            f"{options.run} is no run: it has no run.yaml; give the folder that `btm-scale run` made"
-        )
+        raise ConfigError(f"{options.run} is no run: it has no run.yaml; give the folder that `btm-scale run` made")
     return RunConfig.load(run_dir.config), run_dir
 
 

@@ -19,10 +19,18 @@ def discover(options: argparse.Namespace) -> Answer:
     from btm_scale.data.discover import discover as find_domains
 
     collection, text_root = collection_of(options.collection, options.field)
-    return shown(options, find_domains(
-        collection, text_root, options.out.resolve(), clusters=options.clusters, sample=options.sample,
-        dimensions=options.dimensions, random_seed=options.random_seed,
-    ))  # fmt: skip
+    return shown(
+        options,
+        find_domains(
+            collection,
+            text_root,
+            options.out.resolve(),
+            clusters=options.clusters,
+            sample=options.sample,
+            dimensions=options.dimensions,
+            random_seed=options.random_seed,
+        ),
+    )
 
 
 def forest_list(options: argparse.Namespace) -> Answer:
@@ -31,10 +39,15 @@ def forest_list(options: argparse.Namespace) -> Answer:
 
     _, run_dir = opened(options)
     forest = {
-        name: {"parents": {parent.name: parent.weight for parent in expert.parents}, "domains": expert.domains,
-               "tokens": expert.tokens, "steps": expert.steps, "content_hash": expert.content_hash}
+        name: {
+            "parents": {parent.name: parent.weight for parent in expert.parents},
+            "domains": expert.domains,
+            "tokens": expert.tokens,
+            "steps": expert.steps,
+            "content_hash": expert.content_hash,
+        }
         for name, expert in experts(run_dir).items()
-    }  # fmt: skip
+    }
     return shown(options, {"experts": forest})
 
 
@@ -68,11 +81,16 @@ def branch(options: argparse.Namespace) -> Answer:
     begun = branch_expert(
         config, run_dir, options.name, _parents(options.parents), text=options.text, settings=settings
     )
-    return shown(options, {
-        "expert": options.name, "parents": {parent.name: parent.weight for parent in begun.parents},
-        "text": begun.domains, "first_weights": str(run_dir.first_weights(options.name)),
-        "next": f"btm-scale run {run_dir.config} --out {run_dir.root}",
-    })  # fmt: skip
+    return shown(
+        options,
+        {
+            "expert": options.name,
+            "parents": {parent.name: parent.weight for parent in begun.parents},
+            "text": begun.domains,
+            "first_weights": str(run_dir.first_weights(options.name)),
+            "next": f"btm-scale run {run_dir.config} --out {run_dir.root}",
+        },
+    )
 
 
 def forest_lineage(options: argparse.Namespace) -> Answer:
@@ -133,9 +151,13 @@ def ablate(options: argparse.Namespace) -> Answer:
     if options.domain or not texts:
         texts |= run_texts(config, run_dir, options.domain, options.split)
     answer = measure(
-        config, run_dir, texts, subsets, device=usable_device(options.device),
+        config,
+        run_dir,
+        texts,
+        subsets,
+        device=usable_device(options.device),
         on_subset=lambda subset, mean: say(f"{' + '.join(subset)}: {mean:.2f}"),
-    )  # fmt: skip
+    )
     if not options.json:
         from rich.console import Console
 
@@ -171,9 +193,12 @@ def generate(options: argparse.Namespace) -> Answer:
     )
     made = {}
     for piece in generator.stream(
-        prompts, max_tokens=options.max_tokens, stop=options.stop, random_seed=options.random_seed,
+        prompts,
+        max_tokens=options.max_tokens,
+        stop=options.stop,
+        random_seed=options.random_seed,
         batch=options.batch,
-    ):  # fmt: skip
+    ):
         if piece.whole is not None:
             made[piece.prompt] = asdict(piece.whole)
         if not options.json:
@@ -188,9 +213,7 @@ def _parents(text: str) -> str | dict[str, float]:
     try:
         return {name: float(weight) for name, _, weight in pairs}
     except ValueError:
-        raise UserError(
-            f"--from {text}: expected seed, nearest, posterior, or weights such as A=0.3,B=0.7"
-        ) from None
+        raise UserError(f"--from {text}: expected seed, nearest, posterior, or weights such as A=0.3,B=0.7") from None
 
 
 def _show_piece(prompts: Sequence[str], piece: Piece) -> None:

@@ -13,9 +13,7 @@ Save = Callable[..., Path]
 WEIGHTS = [0.3, 1.0, 0.7, 2.0]  # of the four `models`
 
 
-def random_weights(
-    seed: int, dtype: torch.dtype = torch.bfloat16, hidden: int = 16
-) -> dict[str, torch.Tensor]:
+def random_weights(seed: int, dtype: torch.dtype = torch.bfloat16, hidden: int = 16) -> dict[str, torch.Tensor]:
     """A few tensors of different ranks, one of them no float, with a number of elements never round."""
     draw = torch.Generator().manual_seed(seed)
     shapes = {

@@ -24,9 +24,15 @@ from btm_scale.model.names import cut, from_huggingface, table
 from btm_scale.run_dir import RunDir
 
 LLAMA = {
-    "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 65, "max_position_embeddings": 16, "rms_norm_eps": 1e-5,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 65,
+    "max_position_embeddings": 16,
+    "rms_norm_eps": 1e-5,
+}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 40, "n_positions": 16, "vocab_size": 65}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama-tied": LLAMA | {"model_type": "llama", "tie_word_embeddings": True},
@@ -155,9 +161,7 @@ def test_a_config_of_another_model_is_told_before_anything_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_what_older_files_of_gpt2_hold_besides_weights_is_left_out(
-    models: dict[str, Path], tmp_path: Path
-) -> None:
+def test_what_older_files_of_gpt2_hold_besides_weights_is_left_out(models: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(models["gpt2"], tmp_path / "model")
     weights = load_file(tmp_path / "model/model.safetensors")
     weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()
@@ -193,9 +197,7 @@ def test_a_model_is_described_from_its_headers(model: Path) -> None:
     assert list(described.files.values()) == [(model / "model.safetensors").stat().st_size]
 
 
-def test_a_megatron_folder_of_several_iterations_is_its_latest(
-    models: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_megatron_folder_of_several_iterations_is_its_latest(models: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "megatron/iter_0000012"
     folder.parent.mkdir()
     convert(models["qwen3"], folder, to="megatron")
@@ -213,9 +215,7 @@ def test_a_training_state_is_a_model_of_its_master_weights(models: dict[str, Pat
         masters = {name: model.read(name).float() + 1e-4 for name in model.names}
     state = run.checkpoints("math") / "step-00000007"
     state.mkdir(parents=True)
-    tensors = {
-        f"{kind}/{name}": tensor.clone() for name, tensor in masters.items() for kind in ("master", "exp_avg")
-    }
+    tensors = {f"{kind}/{name}": tensor.clone() for name, tensor in masters.items() for kind in ("master", "exp_avg")}
     save_file(tensors, state / "model.safetensors")
     (state / "state.json").write_text(json.dumps({"step": 7}))
     described = inspect(state)

@@ -35,9 +35,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 EVERY = list(itertools.product(SHAPES, (1, 2, 3)))
 FAMILIES = {"gpt2": "gpt2", "biases": "qwen2", "head-norms": "qwen3"}
-SHAPES |= {
-    name: SIZES | {"family": family, "groups": 4, "vocabulary": 65} for name, family in FAMILIES.items()
-}
+SHAPES |= {name: SIZES | {"family": family, "groups": 4, "vocabulary": 65} for name, family in FAMILIES.items()}
 VARIANTS = [*EVERY, ("tied-grouped-odd", 0), ("gpt2", 1), ("biases", 2), ("head-norms", 3)]
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 

@@ -22,8 +22,10 @@ def test_the_mean_is_the_exact_one_rounded_once(models: list[Path], tmp_path: Pa
     name = "model.layers.0.mlp.up_proj.weight"
     parts = [random_weights(i)[name].double().reshape(-1).tolist() for i in range(4)]
     total = sum(map(Fraction, WEIGHTS))
-    exact = [sum(Fraction(w) * Fraction(x) for w, x in zip(WEIGHTS, column, strict=True)) / total
-             for column in zip(*parts, strict=True)]  # fmt: skip
+    exact = [
+        sum(Fraction(w) * Fraction(x) for w, x in zip(WEIGHTS, column, strict=True)) / total
+        for column in zip(*parts, strict=True)
+    ]
     merged = SafetensorsModel(tmp_path / "out").read(name).reshape(-1)
     nearest = torch.tensor([float(x) for x in exact], dtype=torch.float64).to(torch.bfloat16)
     assert merged.equal(nearest)
@@ -112,9 +114,7 @@ def test_only_the_weights_ratio_counts(save: Save, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("weights", [[1, -1], [1e6, 1e-9 - 1e6], [0, 0], []])
-def test_weights_that_divide_by_nothing_are_refused(
-    models: list[Path], tmp_path: Path, weights: list[float]
-) -> None:
+def test_weights_that_divide_by_nothing_are_refused(models: list[Path], tmp_path: Path, weights: list[float]) -> None:
     with pytest.raises(CheckpointError, match=r"sum to 0|other than 0"):
         merge(tmp_path / "out", list(zip(models, weights, strict=False)))
 
@@ -168,8 +168,10 @@ def test_the_card_names_parents_weights_and_hashes(models: list[Path], tmp_path:
     for part in ("| `m0` | 0.25 |", "| `m1` | 0.75 |", recorded, report.content_hash, "`linear`"):
         assert part in card
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "README.md", "config.json", "model.safetensors",
-    ]  # fmt: skip
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 def test_an_output_that_exists_is_kept(models: list[Path], tmp_path: Path) -> None:
@@ -185,9 +187,7 @@ def test_an_output_in_a_place_that_cannot_be_written_to_is_told(models: list[Pat
 
 
 @pytest.mark.parametrize("leads_to", ["nowhere", "empty"])
-def test_an_output_that_is_a_link_is_told_before_the_work(
-    models: list[Path], tmp_path: Path, leads_to: str
-) -> None:
+def test_an_output_that_is_a_link_is_told_before_the_work(models: list[Path], tmp_path: Path, leads_to: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "out").symlink_to(leads_to)
     with pytest.raises(CheckpointError, match="exists already"):

@@ -149,10 +149,17 @@ merge(Path(sys.argv[1]), [(Path(path), 1.0) for path in sys.argv[2:]], chunk_byt
 @pytest.mark.slow
 def test_killed_at_ten_random_points_and_run_again_gives_the_same_hash(save: Save, tmp_path: Path) -> None:
     models = [
-        save(f"m{i}", {f"{layer:02d}.{name}": tensor for layer in range(16)
-                       for name, tensor in random_weights(100 * i + layer).items()}, shard=9000)
+        save(
+            f"m{i}",
+            {
+                f"{layer:02d}.{name}": tensor
+                for layer in range(16)
+                for name, tensor in random_weights(100 * i + layer).items()
+            },
+            shard=9000,
+        )
         for i in range(3)
-    ]  # fmt: skip
+    ]
     expected = merge(tmp_path / "whole", [(model, 1.0) for model in models], max_shard_bytes=5e9).content_hash
     command = [sys.executable, "-c", KILLED, str(tmp_path / "out"), *map(str, models)]
     progress = []

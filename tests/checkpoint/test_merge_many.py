@@ -19,9 +19,7 @@ from btm_scale.checkpoint.safetensors import SafetensorsModel
 from btm_scale.errors import CheckpointError
 
 
-def test_many_means_of_the_same_models_are_the_bytes_of_each_alone(
-    models: list[Path], tmp_path: Path
-) -> None:
+def test_many_means_of_the_same_models_are_the_bytes_of_each_alone(models: list[Path], tmp_path: Path) -> None:
     wanted = {
         "all": list(zip(models, WEIGHTS, strict=True)),
         "others": [(models[2], 0.5), (models[0], 0.25)],
@@ -50,10 +48,7 @@ def test_many_means_read_every_model_once_however_many_there_are(
     def bytes_for(outputs: int) -> int:
         bytes_read.clear()
         merge_many(
-            {
-                tmp_path / f"{outputs}-{i}": [(model, 1.0 + i) for model in models[i % 2 :]]
-                for i in range(outputs)
-            }
+            {tmp_path / f"{outputs}-{i}": [(model, 1.0 + i) for model in models[i % 2 :]] for i in range(outputs)}
         )
         return sum(bytes_read)
 
@@ -97,9 +92,7 @@ def test_an_interrupted_pass_of_many_does_only_what_is_left(
     models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = {tmp_path / f"out-{k}": [(model, 1.0 + k) for model in models] for k in range(3)}
-    expected = [
-        merge(tmp_path / f"whole-{k}", inputs).content_hash for k, inputs in enumerate(wanted.values())
-    ]
+    expected = [merge(tmp_path / f"whole-{k}", inputs).content_hash for k, inputs in enumerate(wanted.values())]
     monkeypatch.setattr(workers, "_NOTE_EVERY", 1)
     monkeypatch.setattr(workers, "MOST", 1)
     run, ran = means.MeansRunner.__call__, []

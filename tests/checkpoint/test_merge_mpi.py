@@ -23,9 +23,7 @@ def mpirun_merge(ranks: int, *arguments: object) -> subprocess.CompletedProcess[
         pytest.skip("needs mpirun and mpi4py, for example from `pip install mpich mpi4py`")
     rooted = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
     command = [found, "-n", str(ranks), sys.executable, "-m", "btm_scale.cli", "merge", *map(str, arguments)]
-    return subprocess.run(
-        command, env=os.environ | rooted, capture_output=True, text=True, timeout=300, check=False
-    )
+    return subprocess.run(command, env=os.environ | rooted, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.mark.slow

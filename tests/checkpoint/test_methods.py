@@ -81,8 +81,7 @@ def elected(columns: Sequence[Sequence[float]], weights: Sequence[float]) -> Vec
 
 def test_linear() -> None:
     expected = [
-        math.fsum(w * x for w, x in zip(WEIGHTS, column, strict=True)) / 3.5
-        for column in zip(*MODELS, strict=True)
+        math.fsum(w * x for w, x in zip(WEIGHTS, column, strict=True)) / 3.5 for column in zip(*MODELS, strict=True)
     ]
     assert run("linear") == pytest.approx(expected, rel=1e-14)
 
@@ -160,9 +159,7 @@ def test_slerp() -> None:
 def test_model_stock() -> None:
     mean_cosine = math.fsum(cosine(DELTAS[i], DELTAS[j]) for i, j in ((0, 1), (0, 2), (1, 2))) / 3
     t = 3 * mean_cosine / (1 + 2 * mean_cosine)
-    expected = [
-        t * math.fsum(c) / 3 + (1 - t) * b for b, c in zip(BASE, zip(*MODELS, strict=True), strict=True)
-    ]
+    expected = [t * math.fsum(c) / 3 + (1 - t) * b for b, c in zip(BASE, zip(*MODELS, strict=True), strict=True)]
     assert run("model_stock", [1, 1, 1]) == pytest.approx(expected, rel=1e-12)
 
 
@@ -188,9 +185,7 @@ def test_widen() -> None:
     def weight(i: int, c: int) -> float:
         return (score(lengths, i, c) + score(turns, i, c)) / 2
 
-    expected = [
-        b + math.fsum(DELTAS[i][e] * weight(i, e % COLUMNS) for i in range(3)) for e, b in enumerate(BASE)
-    ]
+    expected = [b + math.fsum(DELTAS[i][e] * weight(i, e % COLUMNS) for i in range(3)) for e, b in enumerate(BASE)]
     assert run("widen", [1, 1, 1], threshold=1.2, calibration=0.9) == pytest.approx(expected, rel=1e-12)
 
 
@@ -255,9 +250,7 @@ def test_models_that_never_left_the_base_merge_to_the_base(name: str, save: Save
 
 def test_models_that_moved_by_opposite_steps_stock_to_the_base(save: Save, tmp_path: Path) -> None:
     base = {name: tensor for name, tensor in random_weights(0).items() if tensor.is_floating_point()}
-    models = [
-        save(f"m{step}", {n: (t.float() + step).bfloat16() for n, t in base.items()}) for step in (-64, 64)
-    ]
+    models = [save(f"m{step}", {n: (t.float() + step).bfloat16() for n, t in base.items()}) for step in (-64, 64)]
     merge(
         tmp_path / "out",
         [(model, 1.0) for model in models],

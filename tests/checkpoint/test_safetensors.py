@@ -41,11 +41,7 @@ def test_we_read_every_dtype_that_the_reference_library_writes(tmp_path: Path, d
         for name, tensor in weights.items():
             assert model.spec(name) == TensorSpec.of(tensor)
             assert model.read(name).view(torch.uint8).equal(tensor.view(torch.uint8))
-            assert (
-                model.read_range(name, 2, 5)
-                .view(torch.uint8)
-                .equal(tensor.reshape(-1)[2:5].view(torch.uint8))
-            )
+            assert model.read_range(name, 2, 5).view(torch.uint8).equal(tensor.reshape(-1)[2:5].view(torch.uint8))
 
 
 def test_pieces_in_any_order_give_the_file_that_whole_tensors_give(tmp_path: Path) -> None:
@@ -166,9 +162,7 @@ def test_index_and_shards_that_disagree_are_told(save: Save) -> None:
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": "x"}', '{"weight_map": {"a": 3}}'])
 def test_an_index_of_another_kind_is_told(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(
-        CheckpointError, match=f"{name} (is not JSON|is no index of shards|holds no JSON object)"
-    ):
+    with pytest.raises(CheckpointError, match=f"{name} (is not JSON|is no index of shards|holds no JSON object)"):
         open_model(tmp_path)
 
 
@@ -205,8 +199,6 @@ def test_publishing_never_removes_before_the_replacement_stands(
     with pytest.raises(CheckpointError, match="exists already"):
         publish_directory(tmp_path / "new", tmp_path / "final")
     removed: list[str] = []
-    monkeypatch.setattr(
-        publish.shutil, "rmtree", lambda path: removed.append((tmp_path / "final/file").read_text())
-    )
+    monkeypatch.setattr(publish.shutil, "rmtree", lambda path: removed.append((tmp_path / "final/file").read_text()))
     publish_directory(tmp_path / "new", tmp_path / "final", replace=True)
     assert removed == ["new"]

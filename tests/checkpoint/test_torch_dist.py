@@ -56,9 +56,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             merge(root / f"{name}-merged-{tensor}", [(root / saved[tensor][name], 1.0)])
         with open_model(root / f"{name}-merged-1") as model:
             write_torch_dist(root / f"{name}-written", model, ModelShape(**sizes), tensor=2)
-    megatron(
-        root, "load", {tensor: {name: f"{name}-written" for name in SHAPES} for tensor in degrees}, seed=77
-    )
+    megatron(root, "load", {tensor: {name: f"{name}-written" for name in SHAPES} for tensor in degrees}, seed=77)
     return root
 
 
@@ -67,9 +65,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", SHAPES)
 def test_what_megatron_saved_is_read_bit_for_bit(root: Path, name: str, tensor: int) -> None:
     shape = ModelShape(**SHAPES[name])
-    parts = [
-        load_file(root / f"{name}-saved-{tensor}-save-{tensor}-{rank}.safetensors") for rank in range(tensor)
-    ]
+    parts = [load_file(root / f"{name}-saved-{tensor}-save-{tensor}-{rank}.safetensors") for rank in range(tensor)]
     seen = 0
     with open_model(root / f"{name}-merged-{tensor}") as model:
         for entry in table(shape):

@@ -70,9 +70,7 @@ def test_more_samples_than_text_go_over_it_again(run: RunDir) -> None:
     read = batches(run, samples, weights={"prose": 1.0}).read(0, samples)
     assert len(read) == samples
     counts = np.bincount(read[:, 1:].flatten().numpy(), minlength=512)
-    once = np.bincount(
-        batches(run, samples // 3, weights={"prose": 1.0}).read(0, samples // 3).flatten().numpy()
-    )
+    once = np.bincount(batches(run, samples // 3, weights={"prose": 1.0}).read(0, samples // 3).flatten().numpy())
     common = once.argmax()
     assert abs(counts[common] / once[common] - 3) < 0.2
 

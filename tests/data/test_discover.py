@@ -40,17 +40,13 @@ def mixed(real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("found") / "domains"
-    done = btm_scale(
-        "discover", mixed / "all.jsonl", "--clusters", "2", "--out", output, "--sample", "250", "--json"
-    )
+    done = btm_scale("discover", mixed / "all.jsonl", "--clusters", "2", "--out", output, "--sample", "250", "--json")
     assert set(json.loads(done.stdout)["clusters"]) == {"cluster0", "cluster1"}
     return output
 
 
 def test_clusters_are_balanced_and_separate_code_from_prose(mixed: Path, found: Path) -> None:
-    kinds = {
-        row["text"]: row["kind"] for row in map(json.loads, (mixed / "all.jsonl").read_text().splitlines())
-    }
+    kinds = {row["text"]: row["kind"] for row in map(json.loads, (mixed / "all.jsonl").read_text().splitlines())}
     clusters = [rows(found / f"cluster{number}.jsonl.gz") for number in range(2)]
     assert sorted(row["text"] for cluster in clusters for row in cluster) == sorted(
         json.loads(line)["text"] for line in (mixed / "all.jsonl").read_text().splitlines()
@@ -72,9 +68,7 @@ def test_what_is_found_is_a_config_as_it_stands(found: Path) -> None:
 def test_a_saved_clustering_places_and_routes_as_before(mixed: Path, found: Path) -> None:
     clustering = Clustering.load(found)
     texts = [json.loads(line)["text"] for line in (mixed / "all.jsonl").read_text().splitlines()][::7]
-    written = {
-        row["text"]: number for number in range(2) for row in rows(found / f"cluster{number}.jsonl.gz")
-    }
+    written = {row["text"]: number for number in range(2) for row in rows(found / f"cluster{number}.jsonl.gz")}
     assert clustering.assign(texts).tolist() == [written[text] for text in texts]
     weights = np.exp(clustering.log_weights(texts))
     assert weights.sum(axis=1) == pytest.approx(1)
@@ -89,9 +83,7 @@ def test_a_saved_clustering_places_and_routes_as_before(mixed: Path, found: Path
 
 def test_clusters_of_unequal_blobs_hold_equal_mass() -> None:
     random = np.random.default_rng(0)
-    blobs = [
-        random.normal(centre, 0.05, size=(count, 2)) for centre, count in ((0.0, 700), (1.0, 200), (2.0, 100))
-    ]
+    blobs = [random.normal(centre, 0.05, size=(count, 2)) for centre, count in ((0.0, 700), (1.0, 200), (2.0, 100))]
     points = np.concatenate(blobs).astype(np.float32)
     masses = random.uniform(0.5, 1.5, len(points))
     centres, prices = balanced_kmeans(points, masses / masses.sum(), 4, random_seed=0)

@@ -30,9 +30,7 @@ def test_every_installation_has_four_domains_of_text(tmp_path: Path) -> None:
     again = write_installed_text(tmp_path / "two", bytes_per_domain=150_000)
     assert again == domains
     for name in domains:
-        assert (tmp_path / "two" / f"{name}.jsonl").read_bytes() == (
-            tmp_path / "one" / f"{name}.jsonl"
-        ).read_bytes()
+        assert (tmp_path / "two" / f"{name}.jsonl").read_bytes() == (tmp_path / "one" / f"{name}.jsonl").read_bytes()
 
 
 def test_the_text_is_spread_over_packages(tmp_path: Path) -> None:

@@ -34,21 +34,13 @@ def texts_of(run: RunDir, domain: str, split: str) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_every_document_stands_in_one_split_and_reads_back(
-    prepared: tuple[RunConfig, RunDir], text_root: Path
-) -> None:
+def test_every_document_stands_in_one_split_and_reads_back(prepared: tuple[RunConfig, RunDir], text_root: Path) -> None:
     _, run = prepared
     for domain in ("code", "prose"):
-        given = [
-            json.loads(line)["text"] for line in (text_root / f"{domain}.jsonl").read_text().splitlines()
-        ]
+        given = [json.loads(line)["text"] for line in (text_root / f"{domain}.jsonl").read_text().splitlines()]
         splits = {split: texts_of(run, domain, split) for split in SPLITS}
         assert sorted(text for texts in splits.values() for text in texts) == sorted(given)
         # Within a split documents keep the order of the files.
@@ -95,9 +87,7 @@ def test_more_files_move_no_document(text_root: Path, make_config: MakeConfig, t
         assert after == texts_of(first, "prose", split)
 
 
-def test_a_copy_is_dropped_and_no_text_stands_on_two_sides_of_a_split(
-    make_config: MakeConfig, tmp_path: Path
-) -> None:
+def test_a_copy_is_dropped_and_no_text_stands_on_two_sides_of_a_split(make_config: MakeConfig, tmp_path: Path) -> None:
     texts = prose_texts(240)
     # Every text twice in `a`, under other groups, and half of them in `b` again.
     write_jsonl(tmp_path / "a.jsonl", texts + texts, group=lambda i: i // 5)
@@ -160,9 +150,7 @@ def test_a_copied_text_is_the_same_text_and_a_changed_one_is_told(
     before = contents(run.root)
     write_jsonl(root / "prose.jsonl", prose_texts(299))
     (root / "more.jsonl").write_text('{"text": "new"}\n')
-    with pytest.raises(
-        DataError, match=r"domain 'prose' .* made from something else: prose.jsonl has changed.*--out"
-    ):
+    with pytest.raises(DataError, match=r"domain 'prose' .* made from something else: prose.jsonl has changed.*--out"):
         prepare(config, run)
     with pytest.raises(DataError, match=r"more.jsonl is new"):
         prepare(make_config(root, {"prose": {"text": "*.jsonl"}}), run)
@@ -308,9 +296,7 @@ def test_two_do_not_prepare_one_run_at_once(text_root: Path, make_config: MakeCo
     assert not list(run.root.glob(".*"))
 
 
-def test_what_a_killed_run_left_is_cleared_away(
-    text_root: Path, make_config: MakeConfig, tmp_path: Path
-) -> None:
+def test_what_a_killed_run_left_is_cleared_away(text_root: Path, make_config: MakeConfig, tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     for leftover in (
         run.root / ".tokenizer.partial",

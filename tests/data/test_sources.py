@@ -157,9 +157,7 @@ def test_an_undecodable_line_of_plain_text_and_a_binary_file_are_told(tmp_path: 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_a_damaged_file_is_told_with_the_place_where_it_ends(tmp_path: Path, suffix: str) -> None:
-    content = jsonl(
-        [{"text": f"{i} " + "".join(chr(97 + i * j % 26) for j in range(3000))} for i in range(500)]
-    )
+    content = jsonl([{"text": f"{i} " + "".join(chr(97 + i * j % 26) for j in range(3000))} for i in range(500)])
     packed = COMPRESS[suffix](content)
     (tmp_path / f"a.jsonl{suffix}").write_bytes(packed[: len(packed) // 2])
     with pytest.raises(DataError, match=r"a.jsonl.*, line \d+: "):
@@ -183,10 +181,7 @@ def test_parquet_tells_a_missing_column_a_null_and_a_file_of_another_kind(tmp_pa
 def test_groups_come_from_a_field_up_to_a_mark_or_from_the_file(tmp_path: Path) -> None:
     rows = [{"text": "a", "source": "book#1"}, {"text": "b", "source": "book#2"}, {"text": "c"}]
     (tmp_path / "a.jsonl").write_bytes(jsonl(rows[:2]))
-    groups = [
-        document.group
-        for document in read(tmp_path, text="a.jsonl", split_by={"field": "source", "until": "#"})
-    ]
+    groups = [document.group for document in read(tmp_path, text="a.jsonl", split_by={"field": "source", "until": "#"})]
     assert groups == ["book", "book"]
     assert [document.group for document in read(tmp_path, text="a.jsonl", split_by="file")] == ["a.jsonl"] * 2
     assert [document.group for document in read(tmp_path, text="a.jsonl")] == [None, None]
@@ -196,8 +191,6 @@ def test_groups_come_from_a_field_up_to_a_mark_or_from_the_file(tmp_path: Path) 
 
 
 def test_white_space_is_no_document_and_a_byte_order_mark_no_text(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(
-        b"\xef\xbb\xbf" + jsonl([{"text": "a"}, {"text": " \n"}, {"text": ""}])
-    )
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl([{"text": "a"}, {"text": " \n"}, {"text": ""}]))
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfb\r\n")
     assert texts(tmp_path, text=["a.jsonl", "b.txt"]) == ["a", "b\r\n"]

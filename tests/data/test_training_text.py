@@ -24,9 +24,12 @@ def test_the_last_part_of_the_schedule_reads_at_other_shares(prepared: Prepared)
     job = training_job(config, "dense")
     text = TrainingText(config, run, job, job.weights)
     plain = TrainingBatches(
-        run, job.weights, sequence_length=config.budget.sequence_length, samples=job.samples,
+        run,
+        job.weights,
+        sequence_length=config.budget.sequence_length,
+        samples=job.samples,
         seed=config.random_seed,
-    )  # fmt: skip
+    )
     early, late = [], []
     for step in range(1, job.steps + 1):
         first = job.first_sample + (step - 1) * job.sequences

@@ -111,9 +111,7 @@ def test_the_ranking_of_averages_is_that_of_models_trained_on_the_mixtures(
     config, run = handmade
     texts = run_texts(config, run, (), "dev")
     mixtures: list[Subset] = [subset for size in (2, 3, 4) for subset in combinations(sorted(DOMAINS), size)]
-    averaged = {
-        tuple(row["experts"]): row["perplexity"] for row in ablate(config, run, texts, mixtures)["ranking"]
-    }
+    averaged = {tuple(row["experts"]): row["perplexity"] for row in ablate(config, run, texts, mixtures)["ranking"]}
     trained = {}
     for mixture in mixtures:
         name = "-".join(mixture)

@@ -49,9 +49,7 @@ def test_the_posterior_weighs_parents_by_dev_text_and_leaves_out_the_hopeless(ru
 
 def test_a_removed_parent_is_named_with_what_is_there(run: RunDir) -> None:
     (run.model("a") / "expert.json").unlink()
-    with pytest.raises(
-        ForestError, match=r"branches from 'a', which is no finished model .* it has seed, b, c"
-    ):
+    with pytest.raises(ForestError, match=r"branches from 'a', which is no finished model .* it has seed, b, c"):
         parents(run, {"a": 1.0})
 
 

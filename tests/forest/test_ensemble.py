@@ -43,9 +43,7 @@ def test_the_ensemble_is_what_the_config_says_and_the_others_are_what_their_name
 def test_blocks_may_carry_on_and_top_k_may_be_of_each_token() -> None:
     log_probs, starts = forest().log_probs, forest().block_starts
     found = methods(blocks="carry", top_k_per_token=[1])
-    np.testing.assert_array_equal(
-        found["ensemble"], mixture_log_probs(log_probs, np.array([0]), log_prior=PRIOR)
-    )
+    np.testing.assert_array_equal(found["ensemble"], mixture_log_probs(log_probs, np.array([0]), log_prior=PRIOR))
     assert not np.array_equal(found["ensemble"], methods()["ensemble"])
     np.testing.assert_array_equal(
         methods(top_k_per_token=[1])["ensemble:top1-per-token"],

@@ -90,9 +90,7 @@ def test_token_by_token_methods_sample_their_own_posteriors_mixture(
 ) -> None:
     settings = {"mode": mode["posterior"], "tempering": mode.get("tempering")}
     expected = oracle.continuations([0, 1, 2], 3, log_prior=PRIOR, **settings)
-    drawn = continuations(
-        Generator(experts, Letters(), log_prior=PRIOR, method=method, **mode), "ab", 40_000, 3
-    )
+    drawn = continuations(Generator(experts, Letters(), log_prior=PRIOR, method=method, **mode), "ab", 40_000, 3)
     assert chance(drawn, expected) > 1e-3
 
 
@@ -139,9 +137,7 @@ def test_the_stream_tells_what_generate_returns_and_the_same_seed_writes_the_sam
         texts[piece.prompt] += piece.text
     wholes = generator.generate(["abc", "d", "dd"], max_tokens=12, random_seed=5)
     assert [whole.text for whole in wholes] == texts
-    assert all(
-        whole.expert in experts and sum(whole.posterior.values()) == pytest.approx(1) for whole in wholes
-    )
+    assert all(whole.expert in experts and sum(whole.posterior.values()) == pytest.approx(1) for whole in wholes)
     others = generator.generate(["abc", "d", "dd"], max_tokens=12, random_seed=6)
     assert [whole.text for whole in others] != texts
 
@@ -179,12 +175,8 @@ def test_experts_come_one_by_one_where_memory_holds_no_more(experts: dict[str, P
         Generator(experts, Letters(), max_bytes=size / 2)
 
 
-def test_log_probabilities_of_a_bfloat16_model_are_not_rounded(
-    experts: dict[str, Path], tmp_path: Path
-) -> None:
-    AutoModelForCausalLM.from_pretrained(experts["expert0"], dtype=torch.bfloat16).save_pretrained(
-        tmp_path / "bf16"
-    )
+def test_log_probabilities_of_a_bfloat16_model_are_not_rounded(experts: dict[str, Path], tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(experts["expert0"], dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16")
     decoder = decoder_module.Decoder.load(tmp_path / "bf16")
     reading = decoder.read([[0, 1, 2, 3]])
     assert decoder.model.dtype == torch.bfloat16
@@ -220,9 +212,7 @@ def test_settings_that_do_not_go_together_are_refused(
         Generator(experts, Letters(), **settings)
 
 
-@pytest.mark.parametrize(
-    "values", [{"temperature": -1}, {"temperature": math.nan}, {"top_k": 0}, {"top_p": 1.5}]
-)
+@pytest.mark.parametrize("values", [{"temperature": -1}, {"temperature": math.nan}, {"top_k": 0}, {"top_p": 1.5}])
 def test_impossible_sampling_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"temperature|top-k|top-p"):
         Sampling(**values)
@@ -261,8 +251,19 @@ def test_one_prompt_is_streamed_as_it_is_written(
     config, run = handmade
     (tmp_path / "prompts.txt").write_text("import os\n")
     greedy = ["--method", "mixture", "--posterior", "tempered", "--temperature", "0", "--domain", "python"]
-    main(["generate", str(run.root), "--prompts", str(tmp_path / "prompts.txt"), *greedy, "--max-memory", "1GB",
-          "--max-tokens", "9"])  # fmt: skip
+    main(
+        [
+            "generate",
+            str(run.root),
+            "--prompts",
+            str(tmp_path / "prompts.txt"),
+            *greedy,
+            "--max-memory",
+            "1GB",
+            "--max-tokens",
+            "9",
+        ]
+    )
     generator = Generator.of_run(
         config, run, domain="python", method="mixture", posterior="tempered", sampling=Sampling(temperature=0)
     )

@@ -43,9 +43,7 @@ def config() -> RunConfig:
     return RunConfig.model_validate({"domains": {"math": {"text": "math"}}})
 
 
-def test_an_added_model_is_an_expert_with_a_card_of_its_own(
-    run: RunDir, config: RunConfig, tmp_path: Path
-) -> None:
+def test_an_added_model_is_an_expert_with_a_card_of_its_own(run: RunDir, config: RunConfig, tmp_path: Path) -> None:
     source = model(tmp_path / "friend")
     Expert("theirs", {"law": 1.0}, (Parent("seed", 1.0),), 5, 1, {}, {}, "old").save(source)
     card = add_expert(config, run, source, "friend")
@@ -79,9 +77,7 @@ def test_a_name_that_is_taken_is_refused(run: RunDir, config: RunConfig, tmp_pat
             add_expert(config, run, source, name)
 
 
-@pytest.mark.parametrize(
-    "name", [".hidden", "a/b", "..", "my model", "dense-2x", "average", "random", "score"]
-)
+@pytest.mark.parametrize("name", [".hidden", "a/b", "..", "my model", "dense-2x", "average", "random", "score"])
 def test_a_name_that_is_no_folder_of_its_own_is_refused(
     run: RunDir, config: RunConfig, tmp_path: Path, name: str
 ) -> None:

@@ -18,9 +18,7 @@ def by_the_formula(log_probs: np.ndarray, starts: list[int], prior: np.ndarray) 
     for begin, end in zip(starts, [*starts[1:], log_probs.shape[1]], strict=True):
         joint = np.zeros(end - begin + 1)
         for t in range(end - begin + 1):
-            joint[t] = np.log(
-                sum(prior[j] * np.exp(log_probs[j, begin : begin + t].sum()) for j in range(len(prior)))
-            )
+            joint[t] = np.log(sum(prior[j] * np.exp(log_probs[j, begin : begin + t].sum()) for j in range(len(prior))))
         result.append(np.diff(joint))
     return np.concatenate(result)
 
@@ -65,9 +63,7 @@ def test_top_k_takes_the_likeliest_of_the_prior_and_no_fewer_than_there_are() ->
     random = np.random.default_rng(1)
     log_probs, prior = -random.random((4, 20)), np.log([0.1, 0.4, 0.2, 0.3])
     top2 = mixture_log_probs(log_probs, np.array([0]), log_prior=prior, top_k=2)
-    np.testing.assert_allclose(
-        top2, mixture_log_probs(log_probs[[1, 3]], np.array([0]), log_prior=prior[[1, 3]])
-    )
+    np.testing.assert_allclose(top2, mixture_log_probs(log_probs[[1, 3]], np.array([0]), log_prior=prior[[1, 3]]))
     everyone = mixture_log_probs(log_probs, np.array([0]), log_prior=prior, top_k=9)
     np.testing.assert_allclose(everyone, mixture_log_probs(log_probs, np.array([0]), log_prior=prior))
 
@@ -148,9 +144,7 @@ def tempered_token_by_token(
     forgetting=st.floats(0.1, 1.0),
     share=st.sampled_from([0.0, 0.01, 0.5]),
 )
-def test_tempering_is_what_it_says(
-    experts: int, seed: int, power: float, forgetting: float, share: float
-) -> None:
+def test_tempering_is_what_it_says(experts: int, seed: int, power: float, forgetting: float, share: float) -> None:
     random = np.random.default_rng(seed)
     log_probs = -random.gamma(1.0, 2.0, (experts, 40))
     prior = random.dirichlet(np.ones(experts))
@@ -170,9 +164,7 @@ def test_an_expert_that_the_prior_rules_out_has_no_part_in_the_tempered_weights(
         prior = np.log(np.array([0.7, 0.0, 0.3]))
     mean = mean_tempered_weights(log_probs, np.array([0, 12]), Tempering(0.2, 0.9, 0.1), log_prior=prior)
     assert mean[1] == 0
-    two = mean_tempered_weights(
-        log_probs[[0, 2]], np.array([0, 12]), Tempering(0.2, 0.9, 0.1), log_prior=prior[[0, 2]]
-    )
+    two = mean_tempered_weights(log_probs[[0, 2]], np.array([0, 12]), Tempering(0.2, 0.9, 0.1), log_prior=prior[[0, 2]])
     np.testing.assert_allclose(mean[[0, 2]], two)
 
 
@@ -212,9 +204,7 @@ def test_working_in_small_pieces_changes_nothing(mode: Mode, monkeypatch: pytest
 def test_the_share_of_the_prior_brings_a_ruled_out_expert_back() -> None:
     log_probs = np.log(np.array([[0.5, 0.5, 0.5], [0.9, 0.9, 0.9]]))
     log_probs[1, 0] = -np.inf
-    with_share = mixture_log_probs(
-        log_probs, np.array([0]), mode="tempered", tempering=Tempering(1.0, 1.0, 0.1)
-    )
+    with_share = mixture_log_probs(log_probs, np.array([0]), mode="tempered", tempering=Tempering(1.0, 1.0, 0.1))
     np.testing.assert_allclose(np.exp(with_share[:2]), [0.25, 0.95 * 0.5 + 0.05 * 0.9])
 
 

@@ -57,9 +57,7 @@ def test_scores_are_mixed_by_where_the_text_so_far_lies(clustering: Clustering) 
         routed_mixture_log_probs(np.zeros((3, 23)), tokens, starts, clustering, as_words)
 
 
-def test_a_prompt_is_written_by_the_expert_that_it_is_routed_to(
-    clustering: Clustering, tmp_path: Path
-) -> None:
+def test_a_prompt_is_written_by_the_expert_that_it_is_routed_to(clustering: Clustering, tmp_path: Path) -> None:
     models = dict(zip(("cluster0", "cluster1"), write_experts(tmp_path).values(), strict=True))
     code, licence = clustering.log_weights(["def return import", "licence warranty"]).argmax(axis=1).tolist()
     assert {code, licence} == {0, 1}
@@ -80,16 +78,12 @@ def test_a_prompt_is_written_by_the_expert_that_it_is_routed_to(
         router(clustering, ["cluster0", "law"])
 
 
-def test_a_run_of_found_domains_has_routed_methods(
-    handmade: tuple[RunConfig, RunDir], tmp_path: Path
-) -> None:
+def test_a_run_of_found_domains_has_routed_methods(handmade: tuple[RunConfig, RunDir], tmp_path: Path) -> None:
     config, run = handmade
     forest = Stack.load(run, ["python", "cpp", "licences", "docs"], "python", "dev")
     clusters = ["cluster0", "cluster1", "cluster2", "cluster3"]
     assert routed_methods(config, run, clusters, forest, "python", "dev") == {}
-    texts = [
-        json.loads(line)["text"] for name in DOMAINS for line in (config.text_root / f"{name}.jsonl").open()
-    ]
+    texts = [json.loads(line)["text"] for name in DOMAINS for line in (config.text_root / f"{name}.jsonl").open()]
     Clustering.fit(texts[::2], 4, dimensions=8).save(tmp_path)
     moved = config.model_copy(update={"text_root": tmp_path})
     assert routed_methods(moved, run, ["python", *clusters[1:]], forest, "python", "dev") == {}

@@ -12,9 +12,7 @@ from btm_scale.forest.scores import Scores, scored_model
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
-def test_scores_that_were_cut_short_count_as_missing_so_that_they_are_made_again(
-    tmp_path: Path, kept: float
-) -> None:
+def test_scores_that_were_cut_short_count_as_missing_so_that_they_are_made_again(tmp_path: Path, kept: float) -> None:
     path = tmp_path / "math.test.safetensors"
     Scores(np.zeros(100, np.float32), np.zeros(1, np.int64), "model", "text").save(path)
     assert scored_model(path) == "model"

@@ -51,9 +51,17 @@ def _model(family: str) -> Any:
         )
         return GPT2LMHeadModel(config)
     config = LlamaConfig(
-        vocab_size=len(LETTERS), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=POSITIONS, initializer_range=0.4, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=len(LETTERS),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=POSITIONS,
+        initializer_range=0.4,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     return LlamaForCausalLM(config)
 
 
@@ -61,9 +69,7 @@ class Oracle:
     """The same experts in float64, every text from its beginning, with no cache: what must come out."""
 
     def __init__(self, experts: dict[str, Path]) -> None:
-        self._models = [
-            AutoModelForCausalLM.from_pretrained(path).double().eval() for path in experts.values()
-        ]
+        self._models = [AutoModelForCausalLM.from_pretrained(path).double().eval() for path in experts.values()]
 
     @torch.no_grad()
     def log_probs(self, ids: Sequence[int]) -> np.ndarray:
@@ -75,10 +81,7 @@ class Oracle:
         """[vocabulary] nats of the mixture's next token after a text."""
         scores = self.log_probs(ids)
         past = np.stack([expert[np.arange(len(ids) - 1), ids[1:]] for expert in scores])
-        rows = [
-            np.concatenate([past, scores[:, -1, token : token + 1]], axis=1)
-            for token in range(scores.shape[2])
-        ]
+        rows = [np.concatenate([past, scores[:, -1, token : token + 1]], axis=1) for token in range(scores.shape[2])]
         return np.array([mixture_log_probs(row, np.zeros(1, np.int64), **settings)[-1] for row in rows])
 
     def continuations(self, ids: Sequence[int], length: int, **settings: Any) -> dict[tuple[int, ...], float]:

@@ -9,9 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def exact_token_logprobs(
-    hidden: Tensor, heads: list[Tensor], targets: Tensor, soft_cap: float = 0.0
-) -> Tensor:
+def exact_token_logprobs(hidden: Tensor, heads: list[Tensor], targets: Tensor, soft_cap: float = 0.0) -> Tensor:
     """float64 [experts, tokens] by one product over the whole vocabulary."""
     rows = []
     for states, head in zip(hidden, heads, strict=True):
@@ -35,15 +33,11 @@ def scoring_case(
     """Hidden states, heads and targets whose logits have the spread of a trained model's."""
     generator = torch.Generator().manual_seed(experts * 1009 + tokens * 31 + vocab)
     states = torch.randn(experts, tokens, hidden, generator=generator).to(dtype)
-    heads = [
-        (torch.randn(vocab, hidden, generator=generator) * 3 / hidden**0.5).to(dtype) for _ in range(experts)
-    ]
+    heads = [(torch.randn(vocab, hidden, generator=generator) * 3 / hidden**0.5).to(dtype) for _ in range(experts)]
     return states, heads, torch.randint(vocab, (tokens,), generator=generator)
 
 
-def mixing_case(
-    experts: int, batch: int, vocab: int, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
+def mixing_case(experts: int, batch: int, vocab: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Logits and log weights; one logit in a hundred is -inf."""
     generator = torch.Generator().manual_seed(experts * 1009 + batch * 31 + vocab)
     logits = (torch.randn(experts, batch, vocab, generator=generator) * 3).to(dtype)

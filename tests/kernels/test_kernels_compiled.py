@@ -17,10 +17,11 @@ tl = triton.language
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile", allow_module_level=True)
 
-from btm_scale.kernels import mixing, scoring  # noqa: E402
-from btm_scale.kernels.tuning_table import MIX_RULES, SCORE_RULES, ScoreRule  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+
+from btm_scale.kernels import mixing, scoring  # noqa: E402
+from btm_scale.kernels.tuning_table import MIX_RULES, SCORE_RULES, ScoreRule  # noqa: E402
 
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
@@ -64,9 +65,7 @@ def assert_no_spills(compiled: Any, arch: str, folder: Path) -> None:
     cubin.write_bytes(compiled.asm["cubin"])
     command = [str(CUOBJDUMP), "--dump-resource-usage", str(cubin)]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (
-        int(re.search(rf"{word}:(\d+)", report).group(1)) for word in ("REG", "STACK", "LOCAL")
-    )
+    registers, stack, local = (int(re.search(rf"{word}:(\d+)", report).group(1)) for word in ("REG", "STACK", "LOCAL"))
     assert (stack, local) == (0, 0), f"{stack} bytes of stack at {registers} registers"
     assert compiled.metadata.shared <= SHARED_BYTES[arch]
 
@@ -142,7 +141,5 @@ def test_mixing_and_combining_compile_without_spills(arch, ones, tmp_path):
 def test_a_single_token_of_a_single_expert_compiles(tmp_path):
     rule = next(rule for rule in SCORE_RULES if rule.arch == "sm_90")
     constants = score_constants(rule, tl.bfloat16)
-    compiled = compile_kernel(
-        scoring.score_kernel, "sm_90", "*bf16", constants, ones=True, num_warps=rule.config.warps
-    )
+    compiled = compile_kernel(scoring.score_kernel, "sm_90", "*bf16", constants, ones=True, num_warps=rule.config.warps)
     assert_no_spills(compiled, "sm_90", tmp_path)

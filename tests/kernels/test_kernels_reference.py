@@ -9,10 +9,11 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from btm_scale.kernels import combine_partials, reference, token_logprob_partials
-from btm_scale.kernels.reference import mix_logits, mix_sample
 from kernel_oracle import exact_mixture, exact_token_logprobs, mixing_case, scoring_case
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from btm_scale.kernels import combine_partials, reference, token_logprob_partials
+from btm_scale.kernels.reference import mix_logits, mix_sample
 
 INF = float("inf")
 
@@ -109,9 +110,7 @@ def test_shards_of_the_vocabulary_combine_to_the_whole(kernels, cuts):
 
 def test_a_shard_of_padding_only_says_nothing(kernels):
     states, heads, targets = scoring_case(1, 5, 32, 300)
-    maximum, sum_exp, target = token_logprob_partials(
-        states[0], heads[0], targets, vocab_start=300, vocab_size=300
-    )
+    maximum, sum_exp, target = token_logprob_partials(states[0], heads[0], targets, vocab_start=300, vocab_size=300)
     assert (maximum == -INF).all()
     assert (sum_exp == 0).all()
     assert (target == -INF).all()

@@ -7,6 +7,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+
 from btm_scale.kernels import tuning_table
 from btm_scale.kernels.tuning import score_config
 from btm_scale.kernels.tuning_table import MIX_RULES, SCORE_RULES, MixConfig, ScoreConfig, ScoreRule

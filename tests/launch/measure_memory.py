@@ -39,9 +39,18 @@ def measure(group: ExpertGroup, shape: ModelShape, accumulate: int) -> int:
     layout = group.config
     sequences = layout.data * accumulate
     job = TrainingJob(
-        model="tiny", branch=None, weights={}, part=None, steps=1, sequences=sequences, batch_share=1.0,
-        first_sample=0, samples=sequences, progress=(0.0, 1.0), group=layout,
-    )  # fmt: skip
+        model="tiny",
+        branch=None,
+        weights={},
+        part=None,
+        steps=1,
+        sequences=sequences,
+        batch_share=1.0,
+        first_sample=0,
+        samples=sequences,
+        progress=(0.0, 1.0),
+        group=layout,
+    )
     model = build_model(
         shape,
         tensor=layout.tensor,

@@ -6,9 +6,9 @@ import itertools
 import random
 
 import pytest
-from btm_scale.launch.groups import Placed, Work, lower_bound, place, share_out
 
 from btm_scale.errors import LaunchError
+from btm_scale.launch.groups import Placed, Work, lower_bound, place, share_out
 
 
 def works(*sizes: tuple[int, float], tensor: int = 1) -> list[Work]:
@@ -20,9 +20,7 @@ def end(placed: list[Placed]) -> float:
 
 
 def ranks_in_use(placed: list[Placed], node: int, time: float) -> int:
-    return sum(
-        ranks for one in placed for at, ranks in one.nodes if at == node and one.start <= time < one.end
-    )
+    return sum(ranks for one in placed for at, ranks in one.nodes if at == node and one.start <= time < one.end)
 
 
 @pytest.mark.parametrize("seed", range(5))

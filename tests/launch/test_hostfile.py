@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from btm_scale.launch.deepspeed import HostPool
-from btm_scale.launch.hosts import HostRoom, Share, read_hostfile
-from btm_scale.launch.supervise import GroupCommand
 from pydantic import ValidationError
 
 from btm_scale.errors import LaunchError
+from btm_scale.launch.deepspeed import HostPool
+from btm_scale.launch.hosts import HostRoom, Share, read_hostfile
+from btm_scale.launch.supervise import GroupCommand
 from btm_scale.launch_config import DeepSpeedConfig
 
 
@@ -84,9 +84,7 @@ def test_groups_that_run_side_by_side_share_no_slot_and_no_port(tmp_path: Path) 
 
 
 def test_by_default_one_launcher_reaches_all_hosts_of_its_group_by_pdsh(tmp_path: Path) -> None:
-    pool = HostPool(
-        DeepSpeedConfig(hostfile=written(tmp_path, "n1 slots=2\nn2 slots=2\n"), environment={"A": "b"})
-    )
+    pool = HostPool(DeepSpeedConfig(hostfile=written(tmp_path, "n1 slots=2\nn2 slots=2\n"), environment={"A": "b"}))
     start = pool.take(GroupCommand("math", 4, ("train", "x.yaml"), tmp_path / "math" / "log"))
     assert start is not None
     [words] = start.processes
@@ -103,17 +101,13 @@ def test_an_argument_that_a_remote_shell_would_read_is_refused(tmp_path: Path) -
         pool.take(GroupCommand("math", 1, ("train", "a; rm -rf ~ #"), tmp_path / "math" / "log"))
 
 
-@pytest.mark.parametrize(
-    ("value", "refused"), [("^docker0,lo", False), ("", False), ("a b", True), ("$(id)", True)]
-)
+@pytest.mark.parametrize(("value", "refused"), [("^docker0,lo", False), ("", False), ("a b", True), ("$(id)", True)])
 def test_a_value_that_a_remote_shell_would_read_is_refused(value: str, refused: bool, tmp_path: Path) -> None:
     hosts = written(tmp_path, "n1 slots=2\n")
     pool = HostPool(DeepSpeedConfig(hostfile=hosts, environment={"NCCL_SOCKET_IFNAME": value}))
     command = GroupCommand("math", 1, ("train",), tmp_path / "math" / "log")
     if refused:
-        with pytest.raises(
-            LaunchError, match=r"environment\.NCCL_SOCKET_IFNAME: .* would pass through a shell"
-        ):
+        with pytest.raises(LaunchError, match=r"environment\.NCCL_SOCKET_IFNAME: .* would pass through a shell"):
             pool.take(command)
     else:
         assert pool.take(command) is not None

@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
-from btm_scale.launch.local import LocalPool, visible_gpus
-from btm_scale.launch.supervise import GroupCommand
 
 from btm_scale.errors import LaunchError
+from btm_scale.launch.local import LocalPool, visible_gpus
+from btm_scale.launch.supervise import GroupCommand
 
 
 def command(name: str, ranks: int) -> GroupCommand:

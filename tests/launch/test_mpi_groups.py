@@ -14,11 +14,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from btm_scale.errors import GroupFailed, LaunchError
 from btm_scale.launch import mpi
 from btm_scale.launch.mpi import MpiLauncher
 from btm_scale.launch.supervise import GroupCommand
-
-from btm_scale.errors import GroupFailed, LaunchError
 from btm_scale.launch_config import MpiConfig
 from btm_scale.process import REQUEUE
 
@@ -31,10 +31,7 @@ pytestmark = pytest.mark.skipif(
 
 def run(folder: Path, ranks: int, **groups: tuple[str, ...]) -> str:
     """Run groups of two ranks; returns what mpirun printed."""
-    commands = [
-        GroupCommand(name, 2, arguments, folder / "train" / name / "log")
-        for name, arguments in groups.items()
-    ]
+    commands = [GroupCommand(name, 2, arguments, folder / "train" / name / "log") for name, arguments in groups.items()]
     try:
         MpiLauncher(MpiConfig(ranks=ranks))(commands, lambda states: None)
     finally:

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import yaml
-from btm_scale.launch.gpus import GPUS
-from btm_scale.launch.memory import rank_memory
-from btm_scale.launch.plan import Cluster
 from launcher import launched
 from tiny_run import btm_scale
 
 from btm_scale.config import GroupConfig, RunConfig
 from btm_scale.errors import LaunchError
+from btm_scale.launch.gpus import GPUS
+from btm_scale.launch.memory import rank_memory
+from btm_scale.launch.plan import Cluster
 from btm_scale.model.shape import ModelShape
 from btm_scale.planning import make_plan
 
@@ -30,7 +30,7 @@ EIGHT_8B = {
     "tokenizer": {"vocab_size": 128256},
     "baselines": {"dense": False},
     "budget": {"tokens": 2**35, "seed_share": 0.01, "sequence_length": 8192, "batch_tokens": 2**22},
-}  # fmt: skip
+}
 
 
 def config_of(folder: Path, values: dict[str, Any], experts: int) -> RunConfig:
@@ -78,9 +78,7 @@ def test_a_layout_that_is_given_is_kept_and_one_that_does_not_fit_is_refused(tmp
     assert plan["proposed"] == {}
     assert {row["layout"] for row in rows(plan)} == {"tensor 8 x data 1, ZeRO 1, bf16, full recomputation"}
     alone = config_of(tmp_path, EIGHT_8B | {"group": {"micro_batch": 1}}, 8)
-    with pytest.raises(
-        LaunchError, match=r"a rank needs 20\d\.\d GB, and of a h100's 80 GB 90% can be used; raise"
-    ):
+    with pytest.raises(LaunchError, match=r"a rank needs 20\d\.\d GB, and of a h100's 80 GB 90% can be used; raise"):
         make_plan(alone, cluster)
 
 
@@ -121,9 +119,7 @@ def test_zero_2_scatters_the_gradients_of_every_micro_batch(tmp_path: Path) -> N
 @pytest.mark.parametrize("per_node", [4, 6])
 def test_a_proposed_group_is_a_part_of_a_node_or_whole_nodes(per_node: int, tmp_path: Path) -> None:
     budget = PAPER_64["budget"] | {"batch_tokens": 8 * 24 * 2**13}
-    plan = make_plan(
-        config_of(tmp_path, PAPER_64 | {"budget": budget}, 8), Cluster(GPUS["a100"], 4, per_node)
-    )
+    plan = make_plan(config_of(tmp_path, PAPER_64 | {"budget": budget}, 8), Cluster(GPUS["a100"], 4, per_node))
     sizes = [row["ranks"] for row in rows(plan)]
     assert max(sizes) > per_node, "the seed takes more than a node"
     assert all(size < per_node or size % per_node == 0 for size in sizes)
@@ -147,14 +143,27 @@ def test_the_command_line_prints_a_plan_and_imports_no_torch(tmp_path: Path) -> 
     assert "no figures of a GPU called 'tpu'" in btm_scale(*asked[:-1], "tpu", check=False).stderr
 
 
-SHAPE = {"family": "llama", "layers": 4, "hidden": 256, "heads": 4, "groups": 2, "ffn": 688, "positions": 32,
-         "vocabulary": 2048}  # fmt: skip
+SHAPE = {
+    "family": "llama",
+    "layers": 4,
+    "hidden": 256,
+    "heads": 4,
+    "groups": 2,
+    "ffn": 688,
+    "positions": 32,
+    "vocabulary": 2048,
+}
 LAYOUTS: dict[str, dict[str, Any]] = {
     f"data 2, ZeRO {zero}, {precision}, {count} micro-batches": {
-        "data": 2, "zero": zero, "precision": precision, "accumulate": count,
+        "data": 2,
+        "zero": zero,
+        "precision": precision,
+        "accumulate": count,
     }
-    for zero in (0, 1, 2, 3) for precision in ("bf16", "fp32") for count in (1, 2)
-}  # fmt: skip
+    for zero in (0, 1, 2, 3)
+    for precision in ("bf16", "fp32")
+    for count in (1, 2)
+}
 LAYOUTS |= {"tensor 2, ZeRO 1": {"tensor": 2, "zero": 1}, "tensor 2, ZeRO 0": {"tensor": 2, "zero": 0}}
 
 
@@ -173,8 +182,6 @@ def test_the_memory_of_a_rank_is_what_deepspeed_allocates(name: str, measured: d
     values = dict(LAYOUTS[name])
     count = values.pop("accumulate", 1)
     shape = ModelShape.model_validate(SHAPE)
-    planned = rank_memory(
-        shape, GroupConfig.model_validate(values), micro_batch=1, length=32, accumulation=count
-    )
+    planned = rank_memory(shape, GroupConfig.model_validate(values), micro_batch=1, length=32, accumulation=count)
     # Beside ZeRO 3's bucket of a fixed size, so small a model would not be seen.
     assert planned.states - planned.buffers == pytest.approx(measured[name] - planned.buffers, rel=0.10)

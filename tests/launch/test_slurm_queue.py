@@ -57,9 +57,7 @@ def submitted(config: RunConfig, folder: Path) -> dict[str, str]:
     return dict(submit_run(config, RunDir(folder / "run"), dry_run=False, say=lambda text: None)["submitted"])
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("SQUEUE_STATES", "RUNNING"), ("USER", "another"), ("LOGNAME", "another")]
-)
+@pytest.mark.parametrize(("name", "value"), [("SQUEUE_STATES", "RUNNING"), ("USER", "another"), ("LOGNAME", "another")])
 def test_no_variable_of_the_user_hides_a_job_that_is_queued(
     name: str, value: str, queue: Path, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

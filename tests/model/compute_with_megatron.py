@@ -43,9 +43,7 @@ def compute(group: ExpertGroup, folder: Path) -> None:
     for name, value in huggingface_tensors(shape, lambda entry: own[entry.megatron].grad, group_of_ranks):  # type: ignore[arg-type,return-value]
         found[f"gradient/{name}"] = value
     if group.is_first:
-        save_file(
-            {name: value.clone() for name, value in found.items()}, folder / f"ours-{tensor}.safetensors"
-        )
+        save_file({name: value.clone() for name, value in found.items()}, folder / f"ours-{tensor}.safetensors")
 
 
 def rank(tensor: int, folders: list[str]) -> None:

@@ -10,9 +10,7 @@ from btm_scale.model.loss import head_loss
 
 @pytest.mark.parametrize("chunk", [64, 2 << 20], ids=["many chunks", "one chunk"])
 @pytest.mark.parametrize("rows", [37, 40], ids=["no padding", "padded"])
-def test_loss_and_gradients_are_those_of_cross_entropy(
-    rows: int, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loss_and_gradients_are_those_of_cross_entropy(rows: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "_CHUNK_NUMBERS", chunk)
     torch.manual_seed(0)
     hidden = torch.randn(50, 16, dtype=torch.float64, requires_grad=True)
@@ -33,6 +31,4 @@ def test_no_gradient_is_kept_where_none_is_wanted() -> None:
     hidden, weight = torch.randn(4, 8), torch.randn(9, 8)
     value = head_loss(hidden, weight, torch.arange(4), vocabulary=9)
     assert not value.requires_grad
-    assert value.item() == pytest.approx(
-        functional.cross_entropy(hidden @ weight.T, torch.arange(4)).item(), abs=1e-5
-    )
+    assert value.item() == pytest.approx(functional.cross_entropy(hidden @ weight.T, torch.arange(4)).item(), abs=1e-5)

@@ -53,6 +53,4 @@ def make_results() -> MakeResults:
 
 @pytest.fixture
 def config() -> RunConfig:
-    return RunConfig.model_validate(
-        {"name": "a run", "domains": {"math": {"text": "m"}, "code": {"text": "c"}}}
-    )
+    return RunConfig.model_validate({"name": "a run", "domains": {"math": {"text": "m"}, "code": {"text": "c"}}})

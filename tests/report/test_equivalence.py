@@ -20,9 +20,7 @@ def test_between_two_baselines_it_lies_on_the_line_of_logarithms() -> None:
     assert (times, sign) == (pytest.approx(2.0), "=")
 
 
-@pytest.mark.parametrize(
-    ("perplexity", "expected"), [(41.0, (1.0, "<")), (19.0, (4.0, ">")), (20.0, (4.0, "="))]
-)
+@pytest.mark.parametrize(("perplexity", "expected"), [(41.0, (1.0, "<")), (19.0, (4.0, ">")), (20.0, (4.0, "="))])
 def test_beyond_the_baselines_only_a_bound_is_told(perplexity: float, expected: tuple[float, str]) -> None:
     times, sign = dense_equivalent(results(ensemble=perplexity), "ensemble") or (0.0, "")
     assert (times, sign) == (pytest.approx(expected[0]), expected[1])

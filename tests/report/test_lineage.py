@@ -20,9 +20,7 @@ def test_a_line_for_every_parent_as_thick_as_its_weight() -> None:
     drawing = ET.fromstring(lineage_graph(FAMILY, {"both": "c1"}, width=800))
     paths = [path for path in drawing.iter() if path.tag.endswith("path")]
     assert len(paths) == 4
-    from_math, from_code = (
-        float(path.get("stroke-width", 0)) for path in paths if "c1" in path.get("class", "")
-    )
+    from_math, from_code = (float(path.get("stroke-width", 0)) for path in paths if "c1" in path.get("class", ""))
     assert abs(from_code / from_math - 7 / 3) < 0.1
     words = " ".join(drawing.itertext())
     assert "both began with 70% of code" in words

@@ -48,18 +48,13 @@ def test_the_headline_claims_equal_compute_only_where_it_was_equal(make_results)
 def test_the_headline_tells_of_novel_domains_even_when_they_went_badly(make_results):
     results = make_results()
     results["methods"]["ensemble"]["perplexity"]["poems"] = 33.0
-    assert headline(results).endswith(
-        "On 1 novel domain, never trained on, it is 33.00, 1.100 times dense's."
-    )
+    assert headline(results).endswith("On 1 novel domain, never trained on, it is 33.00, 1.100 times dense's.")
 
 
 def test_the_headline_without_dense_without_ensemble_and_without_anything(make_results):
     assert "no dense baseline" in headline(make_results(dense=False))
     assert "by Dense baseline" in headline(make_results(shares={"dense": 0.8}))
-    assert (
-        headline(make_results(shares={}, training=()))
-        == "No method has a mean perplexity over these domains yet."
-    )
+    assert headline(make_results(shares={}, training=())) == "No method has a mean perplexity over these domains yet."
 
 
 def test_nan_is_never_the_lowest():
@@ -68,9 +63,7 @@ def test_nan_is_never_the_lowest():
 
 
 def test_every_method_is_listed_once_unknown_ones_too(make_results):
-    results = make_results(
-        shares={"ensemble:token": 1.1, "my-own": 1.0, "ensemble": 0.9, "dense": 1.0, "seed": 1.2}
-    )
+    results = make_results(shares={"ensemble:token": 1.1, "my-own": 1.0, "ensemble": 0.9, "dense": 1.0, "seed": 1.2})
     order = ordered_methods(results)
     assert sorted(order) == sorted(results["methods"])
     assert order[:4] == ["seed", "dense", "ensemble", "ensemble:token"]

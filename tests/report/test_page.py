@@ -44,9 +44,7 @@ class Page(HTMLParser):
 
 
 def _curves(*models: str, steps: int = 30) -> dict[str, list[dict[str, float]]]:
-    return {
-        m: [{"step": i, "loss": 4 - i / steps, "seconds": 1.0} for i in range(1, steps + 1)] for m in models
-    }
+    return {m: [{"step": i, "loss": 4 - i / steps, "seconds": 1.0} for i in range(1, steps + 1)] for m in models}
 
 
 def test_every_number_of_the_table_is_that_of_the_results(config, make_results):
@@ -56,9 +54,7 @@ def test_every_number_of_the_table_is_that_of_the_results(config, make_results):
     assert [method for method, _ in rows] == [*("seed", "dense", "ensemble"), "expert:math", "expert:code"]
     for method, numbers in rows:
         math_, code, poems = (results["methods"][method]["perplexity"][d] for d in ("math", "code", "poems"))
-        assert numbers == pytest.approx(
-            [(math_ + code) / 2, (math_ + code) / 30, math_, code, poems, poems], rel=1e-12
-        )
+        assert numbers == pytest.approx([(math_ + code) / 2, (math_ + code) / 30, math_, code, poems, poems], rel=1e-12)
     bits = page.numbers[len(results["methods"]) :]
     assert bits[0][1][2] == results["methods"]["seed"]["bits_per_byte"]["math"]
 
@@ -70,9 +66,7 @@ def test_the_page_fetches_nothing_and_runs_nothing(config, make_results):
     assert not [a for a in page.attributes if a[1] in ("src", "href") or a[1].startswith("on")]
     assert "url(" not in source
     assert "@import" not in source
-    assert {value for _, _, value in page.attributes if value and "//" in value} == {
-        "http://www.w3.org/2000/svg"
-    }
+    assert {value for _, _, value in page.attributes if value and "//" in value} == {"http://www.w3.org/2000/svg"}
 
 
 def test_drawings_have_titles_and_no_id_occurs(config, make_results):

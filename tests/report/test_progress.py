@@ -15,10 +15,16 @@ def _write(run: RunDir, model: str, steps: int, *, seconds: float = 2.0, tail: s
     path = run.metrics(model)
     path.parent.mkdir(parents=True)
     rows = [
-        {"step": i, "loss": 5 - i / 1000, "learning_rate": 1e-3, "gradient_norm": 1.0,
-         "tokens_per_second": 1000.0 + (i == steps) * 5000, "seconds": seconds}
+        {
+            "step": i,
+            "loss": 5 - i / 1000,
+            "learning_rate": 1e-3,
+            "gradient_norm": 1.0,
+            "tokens_per_second": 1000.0 + (i == steps) * 5000,
+            "seconds": seconds,
+        }
         for i in range(1, steps + 1)
-    ]  # fmt: skip
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
 
 
@@ -38,9 +44,7 @@ def test_speed_is_a_median_that_one_odd_step_does_not_move(tmp_path):
 
 def test_a_model_that_has_not_begun_or_wrote_rubbish_has_no_figures(tmp_path):
     run = RunDir(tmp_path)
-    assert read_progress(run, "math", 9, state="waiting") == ModelProgress(
-        "math", "waiting", 0, 9, None, None, None
-    )
+    assert read_progress(run, "math", 9, state="waiting") == ModelProgress("math", "waiting", 0, 9, None, None, None)
     _write(run, "math", 0, tail="not json\n[1]\n{}\n")
     assert read_progress(run, "math", 9, state="running").step == 0
 
@@ -64,8 +68,7 @@ def test_the_table_and_the_line_tell_the_same(tmp_path):
     for words in ("12/50", "4.250", "10,400", "1:35", "failed: out of memory", "[red]math"):
         assert words in table
     assert progress_line(rows) == (
-        "1/4 done | [red]math 12/50 loss 4.250 10,400 tokens/s, 1:35 left"
-        " | code FAILED at 7/50: out of memory"
+        "1/4 done | [red]math 12/50 loss 4.250 10,400 tokens/s, 1:35 left | code FAILED at 7/50: out of memory"
     )
 
 

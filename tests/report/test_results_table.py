@@ -14,9 +14,7 @@ def _printed(results, width=200, **settings):
 
 
 def test_the_table_has_every_method_its_mean_and_its_ratio_to_dense(make_results):
-    rows = {
-        line.split()[0]: line.split()[1:] for line in _printed(make_results()).splitlines() if line.strip()
-    }
+    rows = {line.split()[0]: line.split()[1:] for line in _printed(make_results()).splitlines() if line.strip()}
     assert rows["dense"] == ["15.00", "1.000", "30.00", "10.00", "20.00", "30.00"]
     assert rows["ensemble"] == ["13.50", "0.900", "27.00", "9.000", "18.00", "27.00"]
 

@@ -36,9 +36,7 @@ def pairs() -> Iterator[list[Pair]]:
     if shutil.which("ip") is None:
         pytest.skip("needs the `ip` command: apt-get install iproute2")
     third = os.getpid() % 250
-    made: list[Pair] = [
-        (f"10.{200 + number}.{third}.1", f"10.{200 + number}.{third}.2") for number in range(2)
-    ]
+    made: list[Pair] = [(f"10.{200 + number}.{third}.1", f"10.{200 + number}.{third}.2") for number in range(2)]
     try:
         for hosts in made:
             for host in hosts:
@@ -62,8 +60,11 @@ def pairs() -> Iterator[list[Pair]]:
             ]
             assert ip(*ends).returncode == 0
             for host in hosts:
-                for words in (("addr", "add", f"{host}/30", "dev", "wire"), ("link", "set", "wire", "up"),
-                              ("link", "set", "lo", "up")):  # fmt: skip
+                for words in (
+                    ("addr", "add", f"{host}/30", "dev", "wire"),
+                    ("link", "set", "wire", "up"),
+                    ("link", "set", "lo", "up"),
+                ):
                     done = ip("-n", host, *words)
                     assert done.returncode == 0, done.stderr
         yield made

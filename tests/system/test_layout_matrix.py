@@ -78,10 +78,17 @@ def float32_layouts(ranks: int) -> Layouts:
 
 def low_precision_layouts(tensor: int, data: int) -> Layouts:
     return {
-        f"{precision}-{zero}": {"tensor": tensor, "data": data, "zero": zero, "precision": precision,
-                                "sequence_parallel": tensor > 1, "micro_batch": 2}
-        for precision in ("bf16", "fp16") for zero in range(4)
-    }  # fmt: skip
+        f"{precision}-{zero}": {
+            "tensor": tensor,
+            "data": data,
+            "zero": zero,
+            "precision": precision,
+            "sequence_parallel": tensor > 1,
+            "micro_batch": 2,
+        }
+        for precision in ("bf16", "fp16")
+        for zero in range(4)
+    }
 
 
 def trained(
@@ -96,8 +103,14 @@ def trained(
     folder.mkdir(exist_ok=True)
     first = next(iter(layouts.values()))
     # A loss scale that tiny gradients don't overflow, so that no step is left out.
-    spec = {"folder": str(folder), "shape": shape, "steps": STEPS, "sequences": 8,
-            "optimizer": optimizer or {}, "deepspeed": {"fp16": {"initial_scale_power": 10}}}  # fmt: skip
+    spec = {
+        "folder": str(folder),
+        "shape": shape,
+        "steps": STEPS,
+        "sequences": 8,
+        "optimizer": optimizer or {},
+        "deepspeed": {"fp16": {"initial_scale_power": 10}},
+    }
     script = TESTS / "train" / "train_layouts.py"
     names = list(layouts)
     for start in range(0, len(names), AT_A_LAUNCH):

@@ -82,8 +82,11 @@ def test_an_expert_branches_into_another_layout_than_its_seeds(
         write_config(folder / "tiny.yaml", values(real_text, {}) | {"experts": {"python": {"group": own}}})
         run = RunDir(folder / "run")
         run.train("seed").parent.mkdir(parents=True)
-        for ours, theirs in ((run.data, one_rank.data), (run.tokenizer, one_rank.tokenizer),
-                             (run.train("seed"), one_rank.train("seed"))):  # fmt: skip
+        for ours, theirs in (
+            (run.data, one_rank.data),
+            (run.tokenizer, one_rank.tokenizer),
+            (run.train("seed"), one_rank.train("seed")),
+        ):
             ours.symlink_to(theirs.resolve())
         btm_scale("train", folder / "tiny.yaml", "--model", "python", "--out", run.root)
         found[name] = losses(run, "python")

@@ -19,9 +19,7 @@ Run = tuple[RunConfig, RunDir]
 
 
 @pytest.fixture(scope="module")
-def grown(
-    finished_run: Run, real_text: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[RunDir, bytes]:
+def grown(finished_run: Run, real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, bytes]:
     """A copy of the finished run with a third expert, which began with the posterior's mean of the two and replays
     their text; and the results before."""
     folder = tmp_path_factory.mktemp("grown")
@@ -72,9 +70,7 @@ def test_growing_scores_nothing_twice_and_the_results_know_the_new_expert(
     assert set(answer["parents"]["cpp"]) <= {"python", "licences"}
 
 
-def test_removing_it_brings_the_former_results_back_to_the_bit(
-    grown: tuple[RunDir, bytes], tmp_path: Path
-) -> None:
+def test_removing_it_brings_the_former_results_back_to_the_bit(grown: tuple[RunDir, bytes], tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     shutil.copytree(grown[0].root, run.root)
     btm_scale("forest", "remove", run.root, "cpp")

@@ -12,8 +12,16 @@ from worlds import run_script
 
 from btm_scale.train import outer
 
-SHAPE = {"family": "llama", "layers": 2, "hidden": 32, "heads": 4, "groups": 2, "ffn": 48, "positions": 16,
-         "vocabulary": 65}  # fmt: skip
+SHAPE = {
+    "family": "llama",
+    "layers": 2,
+    "hidden": 32,
+    "heads": 4,
+    "groups": 2,
+    "ffn": 48,
+    "positions": 16,
+    "vocabulary": 65,
+}
 STEPS, EVERY = 20, 10
 
 
@@ -63,9 +71,7 @@ def test_ranks_that_step_alone_learn_as_well_with_a_fraction_of_the_traffic(tmp_
     found = {name: load_file(tmp_path / f"{name}.safetensors") for name in layouts}
 
     for name, value in found["plain"].items():
-        assert torch.equal(found["every-step"][name], value), (
-            "an outer step after every step is data parallelism"
-        )
+        assert torch.equal(found["every-step"][name], value), "an outer step after every step is data parallelism"
     local, plain = found["local"], found["plain"]
     assert local["losses"][-1] < plain["losses"][0] - 0.3
     assert abs(float(local["losses"][-1] - plain["losses"][-1])) < 0.15

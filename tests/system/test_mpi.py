@@ -32,9 +32,7 @@ STOPPED = "docs"
 class Seen:
     """What was seen while the three groups trained."""
 
-    joined: set[tuple[str, str]] = field(
-        default_factory=set
-    )  # pairs of groups with a connection between them
+    joined: set[tuple[str, str]] = field(default_factory=set)  # pairs of groups with a connection between them
     within: set[str] = field(default_factory=set)  # groups with connections inside
     samples: int = 0
     finished_beside: set[str] = field(default_factory=set)  # experts that ended while one group stood still
@@ -119,13 +117,24 @@ def seen(run: RunDir) -> Seen:
 
 
 def _start(run: RunDir) -> subprocess.Popen[str]:
-    command = [_mpirun(), "-n", "6", sys.executable, "-m", "btm_scale.cli", "train", str(run.config),
-               "--out", str(run.root), "--launcher", "mpi"]  # fmt: skip
+    command = [
+        _mpirun(),
+        "-n",
+        "6",
+        sys.executable,
+        "-m",
+        "btm_scale.cli",
+        "train",
+        str(run.config),
+        "--out",
+        str(run.root),
+        "--launcher",
+        "mpi",
+    ]
     rooted = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return subprocess.Popen(
         [str(word) for word in command],
-        env={name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-        | rooted,
+        env={name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | rooted,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

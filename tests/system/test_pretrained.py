@@ -15,8 +15,14 @@ from btm_scale.data.make_tokenizer import train_tokenizer
 from btm_scale.errors import ConfigError, UserError
 from btm_scale.run_dir import RunDir
 
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 128}  # fmt: skip
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", **SIZES, "tie_word_embeddings": False},
     "gpt2": {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
@@ -87,8 +93,15 @@ def test_what_does_not_go_with_a_pretrained_model_is_told(real_text: Path, tmp_p
     (tmp_path / "model").mkdir()
     with pytest.raises(UserError, match="is no Hugging Face model"):
         write_config(tmp_path / "run.yaml", values(real_text, tmp_path / "model"))
-    config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 32, "vocab_size": 50,
-              "layer_norm_epsilon": 1e-5}  # fmt: skip
+    config = {
+        "model_type": "gpt2",
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 32,
+        "vocab_size": 50,
+        "layer_norm_epsilon": 1e-5,
+    }
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="longer than the 32 positions"):
         write_config(tmp_path / "run.yaml", values(real_text, tmp_path / "model"))

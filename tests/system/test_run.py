@@ -35,20 +35,33 @@ def test_results_hold_every_method_on_every_domain(finished_run: Run) -> None:
     results = json.loads(run.results.read_text())
     assert results["schema"] == 1
     assert {name: domain["novel"] for name, domain in results["domains"].items()} == {
-        "python": False, "licences": False, "docs": True,
-    }  # fmt: skip
-    expected = {"seed", "dense", "expert:python", "expert:licences", "ensemble", "ensemble:uniform-prior",
-                "ensemble:token", "ensemble:tempered", "ensemble:equal", "ensemble:top1",
-                "ensemble:top2", "average:uniform", "average:argmax",
-                "average:posterior", "average:tempered", "average:greedy", "random-split"}  # fmt: skip
+        "python": False,
+        "licences": False,
+        "docs": True,
+    }
+    expected = {
+        "seed",
+        "dense",
+        "expert:python",
+        "expert:licences",
+        "ensemble",
+        "ensemble:uniform-prior",
+        "ensemble:token",
+        "ensemble:tempered",
+        "ensemble:equal",
+        "ensemble:top1",
+        "ensemble:top2",
+        "average:uniform",
+        "average:argmax",
+        "average:posterior",
+        "average:tempered",
+        "average:greedy",
+        "random-split",
+    }
     assert set(results["methods"]) == expected
     for method in results["methods"].values():
         assert set(method["perplexity"]) == set(config.all_domains)
-    assert (
-        results["compute"]["ensemble"]["tokens"]
-        == results["compute"]["dense"]["tokens"]
-        == config.budget.tokens
-    )
+    assert results["compute"]["ensemble"]["tokens"] == results["compute"]["dense"]["tokens"] == config.budget.tokens
 
 
 def test_the_argmax_average_is_the_likeliest_expert_itself(finished_run: Run) -> None:
@@ -97,9 +110,7 @@ def test_the_ensembles_perplexity_follows_from_the_scores_in_plain_numpy(finishe
     results = json.loads(run.results.read_text())
     names = sorted(config.domains)
 
-    def posterior_walk(
-        log_probs: np.ndarray, starts: np.ndarray, prior: np.ndarray
-    ) -> tuple[float, np.ndarray]:
+    def posterior_walk(log_probs: np.ndarray, starts: np.ndarray, prior: np.ndarray) -> tuple[float, np.ndarray]:
         """Token by token in float64: total nats of the mixture, and the last posterior of each block."""
         total, last = 0.0, []
         for begin, end in zip(starts, [*starts[1:], log_probs.shape[1]], strict=True):
@@ -155,8 +166,12 @@ def test_the_card_of_an_expert_says_where_it_came_from(finished_run: Run) -> Non
 
 def test_a_second_run_does_nothing_again(finished_run: Run, tmp_path: Path) -> None:
     config, run = finished_run
-    watched = [run.model("python") / "model.safetensors", run.scores("seed", "docs", "test"), run.metrics("dense"),
-               run.tokens("docs", "test").with_suffix(".bin")]  # fmt: skip
+    watched = [
+        run.model("python") / "model.safetensors",
+        run.scores("seed", "docs", "test"),
+        run.metrics("dense"),
+        run.tokens("docs", "test").with_suffix(".bin"),
+    ]
     before = [path.stat().st_mtime_ns for path in watched]
     config.save(tmp_path / "again.yaml")
     btm_scale("run", tmp_path / "again.yaml", "--out", run.root)
@@ -166,9 +181,7 @@ def test_a_second_run_does_nothing_again(finished_run: Run, tmp_path: Path) -> N
 def test_another_config_on_the_same_folder_is_refused(finished_run: Run, tmp_path: Path) -> None:
     config, run = finished_run
     config.save(tmp_path / "other.yaml")
-    done = btm_scale(
-        "run", tmp_path / "other.yaml", "--out", run.root, "--set", "optimizer.lr=0.5", check=False
-    )
+    done = btm_scale("run", tmp_path / "other.yaml", "--out", run.root, "--set", "optimizer.lr=0.5", check=False)
     assert done.returncode == 2
     assert "optimizer.lr: 0.01 there, 0.5 here" in done.stderr
 
@@ -189,9 +202,7 @@ def test_killed_at_three_stages_a_run_ends_in_the_same_results(
     run = RunDir(tmp_path / "run")
     moments = [
         lambda: any(run.checkpoints("seed").glob("step-*")),
-        lambda: (
-            any(run.checkpoints("python").glob("step-*")) or any(run.checkpoints("licences").glob("step-*"))
-        ),
+        lambda: any(run.checkpoints("python").glob("step-*")) or any(run.checkpoints("licences").glob("step-*")),
         lambda: run.model("average/uniform").is_dir(),
     ]
     for moment in moments:
@@ -252,12 +263,8 @@ def _has_ranks(run: RunDir) -> bool:
     return any(str(run.root) in " ".join(command) for command in commands)
 
 
-def test_a_failing_group_stops_no_other_and_is_told_with_the_end_of_its_log(
-    real_text: Path, tmp_path: Path
-) -> None:
-    values = tiny_values(
-        real_text, experts={"python": {"group": {"micro_batch": 1}}}, baselines={"dense": False}
-    )
+def test_a_failing_group_stops_no_other_and_is_told_with_the_end_of_its_log(real_text: Path, tmp_path: Path) -> None:
+    values = tiny_values(real_text, experts={"python": {"group": {"micro_batch": 1}}}, baselines={"dense": False})
     write_config(tmp_path / "tiny.yaml", values)
     run = RunDir(tmp_path / "run")
     btm_scale("train", tmp_path / "tiny.yaml", "--model", "seed", "--out", run.root, check=False)

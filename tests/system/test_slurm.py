@@ -64,9 +64,7 @@ def disturbed(
     """A run whose seed is asked to stop, and one of whose experts loses a node; and what was seen on the way."""
     folder = tmp_path_factory.mktemp("slurm")
     slurm = {"ranks_per_node": 1, "time": "30"}
-    write_config(
-        folder / "run.yaml", cluster_values(real_text, steps=STEPS, name=NASTY, launch={"slurm": slurm})
-    )
+    write_config(folder / "run.yaml", cluster_values(real_text, steps=STEPS, name=NASTY, launch={"slurm": slurm}))
     run = RunDir(folder / NASTY)
     user = Submitter(cluster, folder / "run.yaml", run)
     seen: dict[str, Any] = {"first": user.submit(), "again": user.submit()}
@@ -150,9 +148,7 @@ def test_status_joins_what_slurm_says(disturbed: tuple[Submitter, dict[str, Any]
     assert running["note"].startswith(f"SLURM {seen['first']['experts']}_0 running on n[")
 
 
-def test_a_stop_and_a_lost_node_change_no_bit(
-    disturbed: tuple[Submitter, dict[str, Any]], tmp_path: Path
-) -> None:
+def test_a_stop_and_a_lost_node_change_no_bit(disturbed: tuple[Submitter, dict[str, Any]], tmp_path: Path) -> None:
     """Seed and expert, trained again by two plain processes that nothing disturbs."""
     user, seen = disturbed
     assert 0 < seen["stopped"] < STEPS
@@ -165,9 +161,7 @@ def test_a_stop_and_a_lost_node_change_no_bit(
         train_in_peace(user.config, calm, model)
         assert read_expert(calm.model(model)).content_hash == read_expert(user.run.model(model)).content_hash
         losses = [json.loads(line)["loss"] for line in calm.metrics(model).read_text().splitlines()]
-        assert losses == [
-            json.loads(line)["loss"] for line in user.run.metrics(model).read_text().splitlines()
-        ]
+        assert losses == [json.loads(line)["loss"] for line in user.run.metrics(model).read_text().splitlines()]
 
 
 def train_in_peace(config: Path, run: RunDir, model: str) -> None:
@@ -177,9 +171,7 @@ def train_in_peace(config: Path, run: RunDir, model: str) -> None:
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "btm_scale.cli", *arguments],
-            env=os.environ
-            | common
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "TOKENIZERS_PARALLELISM": "false"},
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "TOKENIZERS_PARALLELISM": "false"},
         )
         for rank in range(2)
     ]

@@ -36,12 +36,16 @@ def write_run(folder: Path, text: Path) -> RunDir:
         text,
         novel_domains={},
         model={"family": "llama", "layers": 2, "hidden": 32, "heads": 4, "groups": 2, "ffn": 48},
-        budget={"tokens": STEPS * 512 + 512, "seed_share": STEPS / (STEPS + 1), "sequence_length": 32,
-                "batch_tokens": 512},
+        budget={
+            "tokens": STEPS * 512 + 512,
+            "seed_share": STEPS / (STEPS + 1),
+            "sequence_length": 32,
+            "batch_tokens": 512,
+        },
         group={"data": RANKS, "zero": 1, "micro_batch": 4},
         checkpoint={"every": EVERY},
         evaluate={"tokens_per_domain": 500, "dev_blocks": 5},
-    )  # fmt: skip
+    )
     write_config(folder / "tiny.yaml", values)
     return RunDir(folder / "run")
 
@@ -68,12 +72,20 @@ def run(uninterrupted: RunDir, real_text: Path, tmp_path: Path) -> Iterator[RunD
 
 
 def start(run: RunDir, *settings: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "btm_scale.cli", "train", str(run.root.parent / "tiny.yaml"),
-               "--model", "seed", "--out", str(run.root), *settings]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "btm_scale.cli",
+        "train",
+        str(run.root.parent / "tiny.yaml"),
+        "--model",
+        "seed",
+        "--out",
+        str(run.root),
+        *settings,
+    ]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    return subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
-    )
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def processes_of(run: RunDir) -> list[psutil.Process]:
@@ -106,9 +118,7 @@ def steps_taken(run: RunDir) -> int:
         return 0
 
 
-def wait_for(
-    moment: Callable[[], bool], seconds: float, process: subprocess.Popen[str] | None = None
-) -> None:
+def wait_for(moment: Callable[[], bool], seconds: float, process: subprocess.Popen[str] | None = None) -> None:
     deadline = time.monotonic() + seconds
     while not moment():
         assert process is None or process.poll() is None, process.stderr.read() if process.stderr else ""
@@ -175,9 +185,7 @@ def test_a_run_that_is_killed_and_damaged_again_and_again_ends_in_the_same_weigh
     assert "going back to the state before it" in run.log("seed").read_text()
 
 
-def test_a_stopped_rank_is_a_hang_and_sigterm_asks_for_another_start(
-    run: RunDir, uninterrupted: RunDir
-) -> None:
+def test_a_stopped_rank_is_a_hang_and_sigterm_asks_for_another_start(run: RunDir, uninterrupted: RunDir) -> None:
     process = start_and_wait_for_step(run, 8, "--set", "health.hang=5", "--set", "health.patience=10")
     ranks_of(run)[1].suspend()
     assert wait_for_the_end(run, process) == 1
@@ -202,18 +210,20 @@ def test_a_stopped_rank_is_a_hang_and_sigterm_asks_for_another_start(
     assert content_hash(run.model("seed")) == content_hash(uninterrupted.model("seed"))
 
 
-def test_a_full_disk_is_noticed_before_the_write_and_costs_no_state(
-    run: RunDir, uninterrupted: RunDir
-) -> None:
+def test_a_full_disk_is_noticed_before_the_write_and_costs_no_state(run: RunDir, uninterrupted: RunDir) -> None:
     folder = run.checkpoints("seed")
     folder.mkdir(parents=True)
-    size = sum(
-        file.stat().st_size for file in max(uninterrupted.checkpoints("seed").glob("step-*")).iterdir()
-    )
+    size = sum(file.stat().st_size for file in max(uninterrupted.checkpoints("seed").glob("step-*")).iterdir())
     # Two states are kept, and a third is written beside them.
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={5 * size // 2}", "tmpfs", str(folder)], capture_output=True, text=True
-    ) if shutil.which("mount") else None  # fmt: skip
+    mounted = (
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={5 * size // 2}", "tmpfs", str(folder)],
+            capture_output=True,
+            text=True,
+        )
+        if shutil.which("mount")
+        else None
+    )
     if mounted is None or mounted.returncode:
         pytest.skip("only root may mount the small file system that this test fills")
     try:

@@ -77,9 +77,7 @@ def test_a_batch_that_was_left_out_stays_so_until_there_are_too_many(tmp_path: P
         again.leave_out(9, "the loss is nan")
 
 
-def test_every_rank_leaves_out_what_the_first_one_has_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_rank_leaves_out_what_the_first_one_has_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def receive(values: list[Any], src: int) -> None:
         values[0] = ({}, {7: "the loss is nan"})
 

@@ -34,9 +34,18 @@ def make_engine(group: ExpertGroup, spec: dict[str, Any]) -> Engine:
     layout = group.config
     assert not layout.problems(shape, shape.positions)
     job = TrainingJob(
-        model="tiny", branch=None, weights={}, part=None, steps=spec["steps"], sequences=spec["sequences"],
-        batch_share=1.0, first_sample=0, samples=spec["sequences"], progress=(0.0, 1.0), group=layout,
-    )  # fmt: skip
+        model="tiny",
+        branch=None,
+        weights={},
+        part=None,
+        steps=spec["steps"],
+        sequences=spec["sequences"],
+        batch_share=1.0,
+        first_sample=0,
+        samples=spec["sequences"],
+        progress=(0.0, 1.0),
+        group=layout,
+    )
     group.seed(1)
     model = build_model(
         shape,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_oracle import exact_mixture, mixing_case, sparse_tensor
+
 from btm_scale.kernels import launch, mix_logits, mix_sample
 from btm_scale.kernels.tuning_table import MixConfig
-from kernel_oracle import exact_mixture, mixing_case, sparse_tensor
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 NARROW = MixConfig(block=64, split=160, warps=4, cache_bytes=1)

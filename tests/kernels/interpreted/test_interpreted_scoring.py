@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_oracle import exact_token_logprobs, scoring_case, sparse_tensor
+
 from btm_scale.kernels import combine_partials, launch, token_logprob_partials, token_logprobs, tuning
 from btm_scale.kernels.tuning_table import ScoreConfig
-from kernel_oracle import exact_token_logprobs, scoring_case, sparse_tensor
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-4, torch.float16: 1e-4}
@@ -93,9 +94,7 @@ def test_shards_combine_to_the_whole_in_fixed_order():
     targets = targets % 250
     targets[0] = -100
     shards = [
-        token_logprob_partials(
-            states[0], heads[0][start : start + 100], targets, vocab_start=start, vocab_size=250
-        )
+        token_logprob_partials(states[0], heads[0][start : start + 100], targets, vocab_start=start, vocab_size=250)
         for start in (0, 100, 200)
     ]
     padding = token_logprob_partials(states[0], heads[0][:50], targets, vocab_start=300, vocab_size=250)
@@ -143,6 +142,4 @@ def test_offsets_beyond_two_to_the_31_reach_the_right_memory():
     far.copy_(near)
     far_head = sparse_tensor((40, 32), (2**26 + 32, 1), torch.float32)
     far_head.copy_(heads[1])
-    assert torch.equal(
-        token_logprobs(far, [heads[0], far_head], targets), token_logprobs(near, heads, targets)
-    )
+    assert torch.equal(token_logprobs(far, [heads[0], far_head], targets), token_logprobs(near, heads, targets))
