@@ -32,8 +32,8 @@ from typing import Any
 import torch
 from environment import describe
 
-from btm_scale.checkpoint.safetensors import SafetensorsModel, ShardedWriter
-from btm_scale.checkpoint.tensors import TensorSpec
+from btm_scale.checkpoint.formats.safetensors import SafetensorsModel, ShardedWriter
+from btm_scale.checkpoint.formats.tensors import TensorSpec
 
 MODELS = 8
 WEIGHTS = [round(0.5 + 0.15 * i, 2) for i in range(MODELS)]

@@ -22,9 +22,9 @@ import torch
 from environment import describe
 from merge import MERGEKIT, mergekit_in
 
+from btm_scale.checkpoint.formats.safetensors import SafetensorsModel, ShardedWriter
+from btm_scale.checkpoint.formats.tensors import TensorSpec
 from btm_scale.checkpoint.merge import merge
-from btm_scale.checkpoint.safetensors import SafetensorsModel, ShardedWriter
-from btm_scale.checkpoint.tensors import TensorSpec
 
 MODELS, HIDDEN, FFN, VOCABULARY = 3, 64, 160, 512
 WEIGHTS = [0.5, 1.0, 1.5]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from btm_scale.checkpoint.safetensors import SafetensorsModel
-from btm_scale.checkpoint.tensors import CODE_BY_DTYPE, ModelReader, TensorSpec, as_bytes
+from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
+from btm_scale.checkpoint.formats.tensors import CODE_BY_DTYPE, ModelReader, TensorSpec, as_bytes
 
 # Part of the definition: a tensor's hash is of its blocks' hashes, so that blocks may be hashed apart.
 BLOCK_BYTES = 64 << 20

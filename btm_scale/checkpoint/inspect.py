@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from btm_scale.checkpoint.compatibility import described_in, iteration_folder, read_json
 from btm_scale.checkpoint.convert import WRITERS, fits
-from btm_scale.checkpoint.deepspeed import checkpoint_folder, training_step
-from btm_scale.checkpoint.formats import format_of, open_model
-from btm_scale.checkpoint.tensors import dtype_name
-from btm_scale.checkpoint.torch_dist import saved_iteration
-from btm_scale.checkpoint.training_state import saved_step
+from btm_scale.checkpoint.formats.deepspeed import checkpoint_folder, training_step
+from btm_scale.checkpoint.formats.locate import described_in, iteration_folder, read_json
+from btm_scale.checkpoint.formats.open import format_of, open_model
+from btm_scale.checkpoint.formats.tensors import dtype_name
+from btm_scale.checkpoint.formats.torch_dist import saved_iteration
+from btm_scale.checkpoint.formats.training import saved_step
 from btm_scale.errors import CheckpointError
 from btm_scale.model.huggingface import shape_from_config
 from btm_scale.model.shape import ModelShape

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from btm_scale.checkpoint.formats.tensors import ModelReader
 from btm_scale.checkpoint.hashing import BlockHashes
 from btm_scale.checkpoint.methods import add_weighted
 from btm_scale.checkpoint.plan import Unit
-from btm_scale.checkpoint.tensors import ModelReader
 from btm_scale.checkpoint.units import Buffers, Target, parts_of
 
 _AT_ONCE_BYTES = 16 << 20  # of all models' parts, and of all outputs': what a thread holds

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from btm_scale.checkpoint.compatibility import TOKENIZER_FILES, described_in, read_json
+from btm_scale.checkpoint.formats.locate import TOKENIZER_FILES, described_in, read_json
+from btm_scale.checkpoint.formats.tensors import dtype_name
 from btm_scale.checkpoint.plan import MergePlan
 from btm_scale.checkpoint.publish import write_file
-from btm_scale.checkpoint.tensors import dtype_name
 
 _CARRIED = (
     *TOKENIZER_FILES,

@@ -10,12 +10,12 @@ from threading import local
 
 import torch
 
+from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
+from btm_scale.checkpoint.formats.tensors import ModelReader
 from btm_scale.checkpoint.hashing import BlockHashes
 from btm_scale.checkpoint.noise import uniform
 from btm_scale.checkpoint.plan import MergePlan, Unit
 from btm_scale.checkpoint.registry import Piece, Whole
-from btm_scale.checkpoint.sharded_writer import ShardedWriter
-from btm_scale.checkpoint.tensors import ModelReader
 
 _ROWS_ELEMENTS = 1 << 15  # in a piece of whole rows; torch sums so many in one order whatever the threads
 

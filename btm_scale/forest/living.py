@@ -8,9 +8,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.publish import publish_directory, require_space
-from btm_scale.checkpoint.safetensors import SafetensorsModel
 from btm_scale.config import RunConfig, require_name
 from btm_scale.data.tokenizer import Tokenizer, same_ids
 from btm_scale.errors import CheckpointError, ForestError

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from btm_scale.checkpoint.compatibility import read_json
+from btm_scale.checkpoint.formats.locate import read_json
 from btm_scale.checkpoint.publish import write_file
 from btm_scale.config import RunConfig
 from btm_scale.data.evaluation import EvaluationText

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from btm_scale.checkpoint.safetensors import SafetensorsModel
+from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.config import RunConfig
 from btm_scale.data.evaluation import EvaluationText
 from btm_scale.forest.expert import read_expert

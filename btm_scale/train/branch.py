@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.publish import write_file
-from btm_scale.checkpoint.safetensors import SafetensorsModel
 from btm_scale.config import RunConfig
 from btm_scale.errors import CheckpointError
 from btm_scale.forest.branch import parents_of

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
+from btm_scale.checkpoint.formats.tensors import TensorSpec, dtype_name
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.publish import partial_path, publish_directory
-from btm_scale.checkpoint.sharded_writer import ShardedWriter
-from btm_scale.checkpoint.tensors import TensorSpec, dtype_name
 from btm_scale.config import RunConfig
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.forest.expert import Expert

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from btm_scale.checkpoint.base_names import with_head_names
-from btm_scale.checkpoint.formats import open_model
+from btm_scale.checkpoint.formats.gpt2_names import with_head_names
+from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import ConfigError
 from btm_scale.group import ExpertGroup

@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
+from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
+from btm_scale.checkpoint.formats.tensors import TensorSpec
 from btm_scale.checkpoint.publish import partial_path, publish_directory, require_space, write_file
-from btm_scale.checkpoint.safetensors import SafetensorsModel
-from btm_scale.checkpoint.sharded_writer import ShardedWriter
-from btm_scale.checkpoint.tensors import TensorSpec
 from btm_scale.errors import CheckpointError
 from btm_scale.model.names import table, to_huggingface
 from btm_scale.model.weights import gather_whole, huggingface_shapes, local_part

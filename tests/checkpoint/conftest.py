@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from small_models import Save, Weights, random_weights
 
-from btm_scale.checkpoint.safetensors import ShardedWriter
-from btm_scale.checkpoint.tensors import TensorSpec
+from btm_scale.checkpoint.formats.safetensors import ShardedWriter
+from btm_scale.checkpoint.formats.tensors import TensorSpec
 
 
 @pytest.fixture

@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 from worlds import run_script
 
 from btm_scale.checkpoint.convert import convert, verify_equal
-from btm_scale.checkpoint.formats import open_model
+from btm_scale.checkpoint.formats.megatron import find_shape
+from btm_scale.checkpoint.formats.open import open_model
+from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.inspect import inspect
 from btm_scale.checkpoint.journal import only_merge_into
-from btm_scale.checkpoint.megatron import find_shape
 from btm_scale.checkpoint.merge import merge
 from btm_scale.checkpoint.publish import partial_path
-from btm_scale.checkpoint.safetensors import SafetensorsModel
 from btm_scale.errors import CheckpointError
 from btm_scale.model.names import cut, from_huggingface, table
 from btm_scale.run_dir import RunDir

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 from worlds import run_script
 
-from btm_scale.checkpoint.deepspeed import open_deepspeed, training_step
-from btm_scale.checkpoint.formats import open_model
+from btm_scale.checkpoint.formats.deepspeed import open_deepspeed, training_step
+from btm_scale.checkpoint.formats.open import open_model
+from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.merge import merge
-from btm_scale.checkpoint.safetensors import SafetensorsModel
 from btm_scale.errors import CheckpointError
 from btm_scale.model.huggingface import config_json
 from btm_scale.model.names import join, table, to_huggingface

@@ -16,10 +16,10 @@ import torch
 from small_models import Save, random_weights
 
 from btm_scale.checkpoint import journal, units, workers
+from btm_scale.checkpoint.formats.safetensors import ShardedWriter
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.merge import merge
 from btm_scale.checkpoint.publish import partial_path
-from btm_scale.checkpoint.safetensors import ShardedWriter
 from btm_scale.errors import CheckpointError, WorkerLost
 from btm_scale.parallel import lost_workers_told
 

@@ -12,6 +12,7 @@ import torch
 from small_models import Save, random_weights
 
 from btm_scale.checkpoint import units
+from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.measures import least_of_largest
 from btm_scale.checkpoint.merge import merge
@@ -19,7 +20,6 @@ from btm_scale.checkpoint.methods import METHODS, Piece, find_method
 from btm_scale.checkpoint.noise import uniform
 from btm_scale.checkpoint.plan import Unit
 from btm_scale.checkpoint.registry import Whole
-from btm_scale.checkpoint.safetensors import SafetensorsModel
 from btm_scale.errors import CheckpointError
 
 ROWS, COLUMNS = 4, 6

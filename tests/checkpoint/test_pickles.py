@@ -10,8 +10,8 @@ import pytest
 import torch
 from small_models import random_weights
 
-from btm_scale.checkpoint.formats import open_model
-from btm_scale.checkpoint.pickles import Inert, load_pickle, load_plain_pickle
+from btm_scale.checkpoint.formats.open import open_model
+from btm_scale.checkpoint.formats.pickles import Inert, load_pickle, load_plain_pickle
 from btm_scale.errors import CheckpointError
 
 

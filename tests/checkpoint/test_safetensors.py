@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 from small_models import Save, random_weights
 
 from btm_scale.checkpoint import publish
-from btm_scale.checkpoint.formats import open_model
+from btm_scale.checkpoint.formats.open import open_model
+from btm_scale.checkpoint.formats.safetensors import INDEX, SafetensorsModel, ShardedWriter
+from btm_scale.checkpoint.formats.tensors import DTYPE_BY_CODE, TensorSpec
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.publish import publish_directory, require_space
-from btm_scale.checkpoint.safetensors import INDEX, SafetensorsModel, ShardedWriter
-from btm_scale.checkpoint.tensors import DTYPE_BY_CODE, TensorSpec
 from btm_scale.errors import CheckpointError
 
 

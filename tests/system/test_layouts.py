@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_run import btm_scale, tiny_values, write_config
 
-from btm_scale.checkpoint.safetensors import SafetensorsModel
+from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.run_dir import RunDir
 
 pytestmark = pytest.mark.slow

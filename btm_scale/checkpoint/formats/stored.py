@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from btm_scale.checkpoint.safetensors import pread_into
-from btm_scale.checkpoint.tensors import ModelReader, TensorSpec, unknown_tensor
+from btm_scale.checkpoint.formats.safetensors import pread_into
+from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, unknown_tensor
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from btm_scale.checkpoint.megatron import MegatronModel, find_shape, is_megatron
-from btm_scale.checkpoint.pickles import Inert, load_pickle
-from btm_scale.checkpoint.stored import Segment, StoredModel, StoredTensor
-from btm_scale.checkpoint.tensors import ModelReader, TensorSpec
+from btm_scale.checkpoint.formats.megatron import MegatronModel, find_shape, is_megatron
+from btm_scale.checkpoint.formats.pickles import Inert, load_pickle
+from btm_scale.checkpoint.formats.stored import Segment, StoredModel, StoredTensor
+from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec
 from btm_scale.errors import CheckpointError
 
 _MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")

@@ -12,8 +12,8 @@ from typing import Any, Self
 
 import torch
 
+from btm_scale.checkpoint.formats.tensors import CODE_BY_DTYPE, TensorSpec, as_bytes
 from btm_scale.checkpoint.publish import require_space, sync_directory, write_file
-from btm_scale.checkpoint.tensors import CODE_BY_DTYPE, TensorSpec, as_bytes
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from btm_scale.checkpoint.tensors import ModelReader, TensorSpec
+from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec
 
 _PREFIX = "transformer."
 

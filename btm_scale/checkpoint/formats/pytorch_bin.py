@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from btm_scale.checkpoint.pickles import Inert, load_pickle
-from btm_scale.checkpoint.safetensors import weight_map
-from btm_scale.checkpoint.stored import StoredModel, StoredTensor
-from btm_scale.checkpoint.tensors import CODE_BY_DTYPE
+from btm_scale.checkpoint.formats.pickles import Inert, load_pickle
+from btm_scale.checkpoint.formats.safetensors import weight_map
+from btm_scale.checkpoint.formats.stored import StoredModel, StoredTensor
+from btm_scale.checkpoint.formats.tensors import CODE_BY_DTYPE
 from btm_scale.errors import CheckpointError
 
 BIN = "pytorch_model.bin"

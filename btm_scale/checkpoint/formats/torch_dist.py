@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from btm_scale.checkpoint.compatibility import iteration_folder
-from btm_scale.checkpoint.megatron import MegatronModel, find_shape
-from btm_scale.checkpoint.pickles import load_embedded, load_pickle, load_plain_pickle
-from btm_scale.checkpoint.stored import StoredTensor
-from btm_scale.checkpoint.tensors import ModelReader, TensorSpec, unknown_tensor
+from btm_scale.checkpoint.formats.locate import iteration_folder
+from btm_scale.checkpoint.formats.megatron import MegatronModel, find_shape
+from btm_scale.checkpoint.formats.pickles import load_embedded, load_pickle, load_plain_pickle
+from btm_scale.checkpoint.formats.stored import StoredTensor
+from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, unknown_tensor
 from btm_scale.errors import CheckpointError
 
 LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.*)")

@@ -14,8 +14,8 @@ from typing import IO, Any
 
 import torch
 
-from btm_scale.checkpoint.stored import Segment, StoredTensor
-from btm_scale.checkpoint.tensors import TensorSpec
+from btm_scale.checkpoint.formats.stored import Segment, StoredTensor
+from btm_scale.checkpoint.formats.tensors import TensorSpec
 from btm_scale.errors import CheckpointError
 
 

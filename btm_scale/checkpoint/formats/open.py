@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from btm_scale.checkpoint.compatibility import iteration_folder
-from btm_scale.checkpoint.deepspeed import checkpoint_folder, open_deepspeed
-from btm_scale.checkpoint.legacy import BIN, BIN_INDEX, open_bin
-from btm_scale.checkpoint.safetensors import INDEX, SINGLE, SafetensorsModel
-from btm_scale.checkpoint.tensors import ModelReader
-from btm_scale.checkpoint.torch_dist import open_torch_dist
-from btm_scale.checkpoint.training_state import TrainingState, is_training_state
+from btm_scale.checkpoint.formats.deepspeed import checkpoint_folder, open_deepspeed
+from btm_scale.checkpoint.formats.locate import iteration_folder
+from btm_scale.checkpoint.formats.pytorch_bin import BIN, BIN_INDEX, open_bin
+from btm_scale.checkpoint.formats.safetensors import INDEX, SINGLE, SafetensorsModel
+from btm_scale.checkpoint.formats.tensors import ModelReader
+from btm_scale.checkpoint.formats.torch_dist import open_torch_dist
+from btm_scale.checkpoint.formats.training import TrainingState, is_training_state
 from btm_scale.errors import CheckpointError
 
 _OPENERS: dict[str, Callable[[Path], ModelReader]] = {

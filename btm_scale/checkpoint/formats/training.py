@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from btm_scale.checkpoint.compatibility import STATE_MARKER, described_in, read_json
-from btm_scale.checkpoint.safetensors import SINGLE, SafetensorsModel
-from btm_scale.checkpoint.tensors import ModelReader, TensorSpec, unknown_tensor
+from btm_scale.checkpoint.formats.locate import STATE_MARKER, described_in, read_json
+from btm_scale.checkpoint.formats.safetensors import SINGLE, SafetensorsModel
+from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, unknown_tensor
 from btm_scale.errors import CheckpointError
 from btm_scale.model.huggingface import shape_from_config
 from btm_scale.model.names import table

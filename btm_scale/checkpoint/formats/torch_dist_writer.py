@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from btm_scale.checkpoint.formats.tensors import ModelReader
+from btm_scale.checkpoint.formats.torch_dist import LAYER, NORMS
 from btm_scale.checkpoint.publish import require_space, write_file
-from btm_scale.checkpoint.tensors import ModelReader
-from btm_scale.checkpoint.torch_dist import LAYER, NORMS
 from btm_scale.model.names import from_huggingface, table
 from btm_scale.model.shape import ModelShape
 

@@ -11,15 +11,9 @@ from typing import Any
 
 import torch
 
-from btm_scale.checkpoint.compatibility import read_json
-from btm_scale.checkpoint.sharded_writer import INDEX, SINGLE, ShardedWriter
-from btm_scale.checkpoint.tensors import (
-    DTYPE_BY_CODE,
-    ModelReader,
-    TensorSpec,
-    as_bytes,
-    unknown_tensor,
-)
+from btm_scale.checkpoint.formats.locate import read_json
+from btm_scale.checkpoint.formats.safetensors_writer import INDEX, SINGLE, ShardedWriter
+from btm_scale.checkpoint.formats.tensors import DTYPE_BY_CODE, ModelReader, TensorSpec, as_bytes, unknown_tensor
 from btm_scale.errors import CheckpointError
 
 __all__ = [
