@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
-from btm_scale.checkpoint.merge import merge_many
+from btm_scale.checkpoint.merge.merge import merge_many
 from btm_scale.config import RunConfig
 from btm_scale.errors import ForestError
 from btm_scale.forest.expert import Expert, Parent, is_finished, read_expert

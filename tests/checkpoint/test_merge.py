@@ -8,11 +8,10 @@ import pytest
 import torch
 from small_models import WEIGHTS, Save, random_weights
 
-from btm_scale.checkpoint import workers
 from btm_scale.checkpoint.convert import convert
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.hashing import content_hash
-from btm_scale.checkpoint.merge import merge
+from btm_scale.checkpoint.merge import merge, workers
 from btm_scale.checkpoint.publish import partial_path
 from btm_scale.errors import CheckpointError
 

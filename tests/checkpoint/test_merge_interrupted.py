@@ -15,10 +15,10 @@ import pytest
 import torch
 from small_models import Save, random_weights
 
-from btm_scale.checkpoint import journal, units, workers
 from btm_scale.checkpoint.formats.safetensors import ShardedWriter
 from btm_scale.checkpoint.hashing import content_hash
-from btm_scale.checkpoint.merge import merge
+from btm_scale.checkpoint.merge import journal, merge, workers
+from btm_scale.checkpoint.merge import runner as units
 from btm_scale.checkpoint.publish import partial_path
 from btm_scale.errors import CheckpointError, WorkerLost
 from btm_scale.parallel import lost_workers_told
@@ -30,7 +30,7 @@ def test_a_models_folder_may_hold_a_link_to_nowhere_and_the_output(
     (models[0] / ".#config.json").symlink_to("nowhere")
     out = models[0] / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("btm_scale.checkpoint.merge._publish", interrupted)
+        patch.setattr("btm_scale.checkpoint.merge.merge._publish", interrupted)
         with pytest.raises(KeyboardInterrupt):
             merge(out, [(models[0], 1), (models[1], 1)])
     noted = journal.finished(partial_path(out))
@@ -88,7 +88,7 @@ def test_a_killed_worker_leaves_what_was_noted(
             raise BrokenProcessPool
 
     with monkeypatch.context() as patch:
-        patch.setattr("btm_scale.checkpoint.merge.merge_in_processes", loses_a_worker)
+        patch.setattr("btm_scale.checkpoint.merge.merge.merge_in_processes", loses_a_worker)
         with pytest.raises(WorkerLost, match="Nothing that was done is lost"):
             merge(tmp_path / "out", pairs)
     assert journal.finished(partial_path(tmp_path / "out"))

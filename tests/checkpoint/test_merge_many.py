@@ -10,11 +10,12 @@ import pytest
 import torch
 from small_models import WEIGHTS, Save
 
-from btm_scale.checkpoint import journal, means, workers
-from btm_scale.checkpoint import merge as merging
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
-from btm_scale.checkpoint.merge import merge, merge_many
-from btm_scale.checkpoint.plan import plan_means
+from btm_scale.checkpoint.merge import journal, merge, workers
+from btm_scale.checkpoint.merge import mean_runner as means
+from btm_scale.checkpoint.merge import merge as merging
+from btm_scale.checkpoint.merge.merge import merge_many
+from btm_scale.checkpoint.merge.plan import plan_means
 from btm_scale.checkpoint.publish import partial_path
 from btm_scale.errors import CheckpointError
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 from small_models import Save, random_weights
 
-from btm_scale.checkpoint import units
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.hashing import content_hash
-from btm_scale.checkpoint.measures import least_of_largest
 from btm_scale.checkpoint.merge import merge
-from btm_scale.checkpoint.methods import METHODS, Piece, find_method
-from btm_scale.checkpoint.noise import uniform
-from btm_scale.checkpoint.plan import Unit
-from btm_scale.checkpoint.registry import Whole
+from btm_scale.checkpoint.merge import runner as units
+from btm_scale.checkpoint.merge.elementwise import METHODS, Piece, find_method
+from btm_scale.checkpoint.merge.noise import uniform
+from btm_scale.checkpoint.merge.plan import Unit
+from btm_scale.checkpoint.merge.registry import Whole
+from btm_scale.checkpoint.merge.statistics import least_of_largest
 from btm_scale.errors import CheckpointError
 
 ROWS, COLUMNS = 4, 6

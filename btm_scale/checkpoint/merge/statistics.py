@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from btm_scale.checkpoint.registry import Piece, Whole
+from btm_scale.checkpoint.merge.registry import Piece, Whole
 
 Scores = Callable[[Piece], Sequence[torch.Tensor]]
 

@@ -11,10 +11,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from btm_scale.checkpoint import journal
 from btm_scale.checkpoint.hashing import combined_hash
-from btm_scale.checkpoint.mpi import Leader, follow, world
-from btm_scale.checkpoint.plan import MergePlan, make_plan, plan_means
+from btm_scale.checkpoint.merge import journal
+from btm_scale.checkpoint.merge.mpi import Leader, follow, world
+from btm_scale.checkpoint.merge.plan import MergePlan, make_plan, plan_means
+from btm_scale.checkpoint.merge.sidecars import carry_sidecars, model_card
+from btm_scale.checkpoint.merge.workers import merge_in_processes, open_writer
 from btm_scale.checkpoint.publish import (
     allocated,
     partial_path,
@@ -22,8 +24,6 @@ from btm_scale.checkpoint.publish import (
     require_space,
     write_file,
 )
-from btm_scale.checkpoint.sidecars import carry_sidecars, model_card
-from btm_scale.checkpoint.workers import merge_in_processes, open_writer
 from btm_scale.errors import CheckpointError, WorkerLost
 from btm_scale.parallel import MOST, in_threads
 

@@ -9,9 +9,9 @@ import torch
 
 from btm_scale.checkpoint.formats.tensors import ModelReader
 from btm_scale.checkpoint.hashing import BlockHashes
-from btm_scale.checkpoint.methods import add_weighted
-from btm_scale.checkpoint.plan import Unit
-from btm_scale.checkpoint.units import Buffers, Target, parts_of
+from btm_scale.checkpoint.merge.elementwise import add_weighted
+from btm_scale.checkpoint.merge.plan import Unit
+from btm_scale.checkpoint.merge.runner import Buffers, Target, parts_of
 
 _AT_ONCE_BYTES = 16 << 20  # of all models' parts, and of all outputs': what a thread holds
 _AT_WORK_BYTES = 1 << 20  # of sums: what a core's cache holds, beside the models' parts

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from btm_scale.checkpoint import journal
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
-from btm_scale.checkpoint.means import MeansRunner
-from btm_scale.checkpoint.plan import MergePlan, Unit
-from btm_scale.checkpoint.units import Target, UnitRunner
+from btm_scale.checkpoint.merge import journal
+from btm_scale.checkpoint.merge.mean_runner import MeansRunner
+from btm_scale.checkpoint.merge.plan import MergePlan, Unit
+from btm_scale.checkpoint.merge.runner import Target, UnitRunner
 from btm_scale.parallel import MOST, in_threads, lost_workers_told, may_fork
 from btm_scale.process import end_with_parent
 

@@ -13,9 +13,9 @@ import torch
 from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
 from btm_scale.checkpoint.formats.tensors import ModelReader
 from btm_scale.checkpoint.hashing import BlockHashes
-from btm_scale.checkpoint.noise import uniform
-from btm_scale.checkpoint.plan import MergePlan, Unit
-from btm_scale.checkpoint.registry import Piece, Whole
+from btm_scale.checkpoint.merge.noise import uniform
+from btm_scale.checkpoint.merge.plan import MergePlan, Unit
+from btm_scale.checkpoint.merge.registry import Piece, Whole
 
 _ROWS_ELEMENTS = 1 << 15  # in a piece of whole rows; torch sums so many in one order whatever the threads
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from btm_scale.checkpoint import methods_whole  # registers its methods too
-from btm_scale.checkpoint.registry import METHODS, Method, Piece, find_method, method
+from btm_scale.checkpoint.merge import whole_tensor as methods_whole  # registers its methods too
+from btm_scale.checkpoint.merge.registry import METHODS, Method, Piece, find_method, method
 
 __all__ = [
     "METHODS",

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from btm_scale.checkpoint.plan import Unit
+from btm_scale.checkpoint.merge.plan import Unit
 from btm_scale.checkpoint.publish import write_file
 from btm_scale.errors import CheckpointError
 from btm_scale.locks import held

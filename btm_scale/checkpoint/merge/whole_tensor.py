@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from btm_scale.checkpoint.measures import at_least, cosine, count_nonzero, least_of_largest, products
-from btm_scale.checkpoint.registry import Merge, Piece, Whole, method
+from btm_scale.checkpoint.merge.registry import Merge, Piece, Whole, method
+from btm_scale.checkpoint.merge.statistics import at_least, cosine, count_nonzero, least_of_largest, products
 
 _NEARLY_PARALLEL = 0.9995  # beyond this cosine an arc cannot be told from a chord
 

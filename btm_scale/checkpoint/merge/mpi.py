@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from btm_scale.checkpoint.workers import Output, merge_share
+from btm_scale.checkpoint.merge.workers import Output, merge_share
 from btm_scale.errors import CheckpointError
 
 Report = TypeVar("Report")

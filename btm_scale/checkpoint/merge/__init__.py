@@ -1,0 +1,1 @@
+"""Merging: methods, planning, workers and the journal that makes a merge resumable."""
