@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from btm_scale.config import GroupConfig
 from btm_scale.errors import LaunchError
-from btm_scale.uncompiled import import_uncompiled
+from btm_scale.util.imports import import_uncompiled
 
 import_uncompiled("megatron.core")  # before other modules do
 

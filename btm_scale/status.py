@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from btm_scale.config import RunConfig
-from btm_scale.locks import ModelLock
-from btm_scale.rank_log import Failure, read_failure
 from btm_scale.report.progress import ModelProgress
 from btm_scale.run_dir import RunDir
 from btm_scale.run_state import is_done, progress
 from btm_scale.slurm_run import queue_notes
 from btm_scale.train.job import model_names
+from btm_scale.util.locks import ModelLock
+from btm_scale.util.rank_log import Failure, read_failure
 
 
 def run_status(config: RunConfig, run: RunDir) -> list[ModelProgress]:

@@ -16,7 +16,7 @@ from btm_scale.launch.hosts import HostRoom, Share, read_hostfile
 from btm_scale.launch.local import accelerator
 from btm_scale.launch.supervise import GroupCommand, Start
 from btm_scale.launch_config import DeepSpeedConfig
-from btm_scale.process import SUPERVISOR
+from btm_scale.util.processes import SUPERVISOR
 
 _SAFE = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
 _SAFE_VALUE = re.compile(r"[\w@%+=:,./^-]*", re.ASCII)  # NCCL takes ^docker0 for all but docker0

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from btm_scale.errors import LaunchError
 from btm_scale.launch.supervise import GroupCommand, OnPoll, Start, run_groups_in
-from btm_scale.process import SUPERVISOR
+from btm_scale.util.processes import SUPERVISOR
 
 _FIRST_PORT = 10_000  # below are those of services
 

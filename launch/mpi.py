@@ -27,8 +27,8 @@ from btm_scale.launch.local import accelerator, free_port
 from btm_scale.launch.ranks import local_rank
 from btm_scale.launch.supervise import GroupCommand, OnPoll, Start, failure_text, run_groups_in
 from btm_scale.launch_config import MpiConfig
-from btm_scale.process import REQUEUE, SUPERVISOR
-from btm_scale.rank_log import forget_failure
+from btm_scale.util.processes import REQUEUE, SUPERVISOR
+from btm_scale.util.rank_log import forget_failure
 
 _OF_MPI = ("PMI", "OMPI_", "MPI_", "MPIR_", "MPIEXEC_", "HYD", "PRTE_", "I_MPI_")
 _POLL_SECONDS = 0.5

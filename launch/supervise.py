@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 from btm_scale.errors import GroupFailed, LaunchError
 from btm_scale.launch.ending import end_all, let_save
-from btm_scale.process import REQUEUE
-from btm_scale.rank_log import forget_failure, note_silent_failure, read_failure, tail
+from btm_scale.util.processes import REQUEUE
+from btm_scale.util.rank_log import forget_failure, note_silent_failure, read_failure, tail
 
 _POLL_SECONDS = 0.2
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from btm_scale.errors import GroupFailed
-from btm_scale.locks import ModelLock
+from btm_scale.util.locks import ModelLock
 
 
 def test_a_look_at_the_lock_keeps_no_group_from_starting(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from btm_scale.data.tokenizer import Tokenizer
-from btm_scale.process import end_with_parent
-from btm_scale.uncompiled import import_uncompiled
+from btm_scale.util.imports import import_uncompiled
+from btm_scale.util.processes import end_with_parent
 
 Tag = TypeVar("Tag")
 

@@ -14,7 +14,7 @@ import numpy as np
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.data.tokenizer import Tokenizer, directory_digest
 from btm_scale.run_dir import RunDir
-from btm_scale.uncompiled import import_uncompiled
+from btm_scale.util.imports import import_uncompiled
 
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDataset

@@ -14,8 +14,8 @@ from btm_scale.data.fingerprint import Fingerprint, Source, settings_of
 from btm_scale.data.make_tokenizer import adopt_tokenizer, balanced_sample, train_tokenizer
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import DataError, GroupFailed
-from btm_scale.locks import held
 from btm_scale.run_dir import RunDir
+from btm_scale.util.locks import held
 
 
 def prepare(config: RunConfig, run: RunDir, on_progress: Progress | None = None) -> None:

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from btm_scale.checkpoint.merge import merge
-from btm_scale.checkpoint.publish import write_file
 from btm_scale.config import RunConfig
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import ForestError, UserError
@@ -29,6 +28,7 @@ from btm_scale.forest.expert import read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.text_scores import block_log_probs
 from btm_scale.run_dir import RunDir
+from btm_scale.util.files import write_file
 
 SCHEMA = 1
 Subset = tuple[str, ...]

@@ -21,8 +21,8 @@ from btm_scale.forest.scores import missing_scores
 from btm_scale.forest.soup import soups
 from btm_scale.forest.stack import Stack
 from btm_scale.forest.tempering import tempering_of
-from btm_scale.parallel import in_processes
 from btm_scale.run_dir import AVERAGE, RunDir
+from btm_scale.util.pools import in_processes
 
 UNIFORM, ARGMAX, POSTERIOR, TEMPERED, GREEDY = "uniform", "argmax", "posterior", "tempered", "greedy"
 

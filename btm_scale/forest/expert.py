@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from btm_scale.checkpoint.publish import write_file
 from btm_scale.errors import ForestError
+from btm_scale.util.files import write_file
 
 CARD = "expert.json"
 _SCHEMA = 1

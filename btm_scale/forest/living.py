@@ -10,13 +10,13 @@ from pathlib import Path
 
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.hashing import content_hash
-from btm_scale.checkpoint.publish import publish_directory, require_space
 from btm_scale.config import RunConfig, require_name
 from btm_scale.data.tokenizer import Tokenizer, same_ids
 from btm_scale.errors import CheckpointError, ForestError
 from btm_scale.forest.expert import CARD, Expert, is_finished, read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.run_dir import RunDir
+from btm_scale.util.files import publish_directory, require_space
 
 
 def add_expert(config: RunConfig, run: RunDir, source: Path, name: str) -> Expert:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from btm_scale.checkpoint.formats.locate import read_json
-from btm_scale.checkpoint.publish import write_file
 from btm_scale.config import RunConfig
 from btm_scale.data.evaluation import EvaluationText
 from btm_scale.errors import ForestError
@@ -29,8 +28,9 @@ from btm_scale.forest.scores import Scores, evaluation_text
 from btm_scale.forest.stack import Stack, dev_prior
 from btm_scale.forest.tempering import tempering_of
 from btm_scale.model.huggingface import shape_from_config
-from btm_scale.parallel import in_processes
 from btm_scale.run_dir import DENSE, SEED, RunDir
+from btm_scale.util.files import write_file
+from btm_scale.util.pools import in_processes
 
 SCHEMA = 1
 

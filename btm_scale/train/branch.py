@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
-from btm_scale.checkpoint.publish import write_file
 from btm_scale.config import RunConfig
 from btm_scale.errors import CheckpointError
 from btm_scale.forest.branch import parents_of
@@ -21,6 +20,7 @@ from btm_scale.run_dir import RunDir
 from btm_scale.train.engine import KINDS, MASTER, Engine
 from btm_scale.train.job import TrainingJob
 from btm_scale.train.state import Position, common_state, load_state, read_position, write_state
+from btm_scale.util.files import write_file
 
 
 @dataclass(frozen=True)

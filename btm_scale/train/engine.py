@@ -25,7 +25,7 @@ from btm_scale.train.accumulate import Float32Sums
 from btm_scale.train.deepspeed_config import deepspeed_config
 from btm_scale.train.job import TrainingJob
 from btm_scale.train.outer import OuterStep
-from btm_scale.uncompiled import import_uncompiled
+from btm_scale.util.imports import import_uncompiled
 
 # DeepSpeed's engine asks each optimizer whether it is a Muon, and imports that for it.
 with contextlib.suppress(ModuleNotFoundError):

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
 from btm_scale.checkpoint.formats.tensors import TensorSpec, dtype_name
 from btm_scale.checkpoint.hashing import content_hash
-from btm_scale.checkpoint.publish import partial_path, publish_directory
 from btm_scale.config import RunConfig
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.forest.expert import Expert
@@ -22,6 +21,7 @@ from btm_scale.run_dir import RunDir
 from btm_scale.train.branch import Beginning
 from btm_scale.train.engine import Engine
 from btm_scale.train.job import TrainingJob
+from btm_scale.util.files import partial_path, publish_directory
 
 
 def export_expert(engine: Engine, config: RunConfig, run: RunDir, begun: Beginning, end_of_text: int) -> None:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from btm_scale.checkpoint.publish import write_file
 from btm_scale.errors import GroupFailed
 from btm_scale.group import ExpertGroup
 from btm_scale.health_config import HealthConfig
 from btm_scale.train.metrics import read_metrics
+from btm_scale.util.files import write_file
 
 if TYPE_CHECKING:  # judging needs no engine
     from btm_scale.train.engine import StepResult

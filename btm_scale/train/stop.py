@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from btm_scale.group import ExpertGroup
-from btm_scale.process import REQUEUE
+from btm_scale.util.processes import REQUEUE
 
 _MARKER = "stopped"
 

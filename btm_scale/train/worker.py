@@ -19,14 +19,14 @@ from btm_scale.forest.scoring import score_model
 from btm_scale.forest.soup import soups
 from btm_scale.forest.soup_choice import choose_soups
 from btm_scale.group import ExpertGroup
-from btm_scale.locks import ModelLock
-from btm_scale.process import end_with_supervisor
-from btm_scale.rank_log import rank_log
 from btm_scale.run_dir import RunDir
 from btm_scale.train.job import training_job
 from btm_scale.train.stop import leaving_at_once
 from btm_scale.train.trainer import train_and_export
 from btm_scale.train.watch import PeerWatch
+from btm_scale.util.locks import ModelLock
+from btm_scale.util.processes import end_with_supervisor
+from btm_scale.util.rank_log import rank_log
 
 
 def train_as_rank(config: RunConfig, run: RunDir, model: str) -> None:

@@ -18,10 +18,10 @@ from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.inspect import inspect
 from btm_scale.checkpoint.merge import merge
 from btm_scale.checkpoint.merge.journal import only_merge_into
-from btm_scale.checkpoint.publish import partial_path
 from btm_scale.errors import CheckpointError
 from btm_scale.model.names import cut, from_huggingface, table
 from btm_scale.run_dir import RunDir
+from btm_scale.util.files import partial_path
 
 LLAMA = {
     "hidden_size": 32,

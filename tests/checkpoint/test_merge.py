@@ -12,8 +12,8 @@ from btm_scale.checkpoint.convert import convert
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.merge import merge, workers
-from btm_scale.checkpoint.publish import partial_path
 from btm_scale.errors import CheckpointError
+from btm_scale.util.files import partial_path
 
 
 def test_the_mean_is_the_exact_one_rounded_once(models: list[Path], tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ from btm_scale.checkpoint.formats.safetensors import ShardedWriter
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.merge import journal, merge, workers
 from btm_scale.checkpoint.merge import runner as units
-from btm_scale.checkpoint.publish import partial_path
 from btm_scale.errors import CheckpointError, WorkerLost
-from btm_scale.parallel import lost_workers_told
+from btm_scale.util.files import partial_path
+from btm_scale.util.pools import lost_workers_told
 
 
 def test_a_models_folder_may_hold_a_link_to_nowhere_and_the_output(

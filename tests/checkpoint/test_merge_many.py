@@ -16,8 +16,8 @@ from btm_scale.checkpoint.merge import mean_runner as means
 from btm_scale.checkpoint.merge import merge as merging
 from btm_scale.checkpoint.merge.merge import merge_many
 from btm_scale.checkpoint.merge.plan import plan_means
-from btm_scale.checkpoint.publish import partial_path
 from btm_scale.errors import CheckpointError
+from btm_scale.util.files import partial_path
 
 
 def test_many_means_of_the_same_models_are_the_bytes_of_each_alone(models: list[Path], tmp_path: Path) -> None:

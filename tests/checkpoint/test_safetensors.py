@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_models import Save, random_weights
 
-from btm_scale.checkpoint import publish
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.safetensors import INDEX, SafetensorsModel, ShardedWriter
 from btm_scale.checkpoint.formats.tensors import DTYPE_BY_CODE, TensorSpec
 from btm_scale.checkpoint.hashing import content_hash
-from btm_scale.checkpoint.publish import publish_directory, require_space
 from btm_scale.errors import CheckpointError
+from btm_scale.util import files as publish
+from btm_scale.util.files import publish_directory, require_space
 
 
 def specs_of(weights: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:

@@ -20,8 +20,8 @@ from btm_scale.data.make_tokenizer import train_tokenizer
 from btm_scale.data.prepare import prepare
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import DataError, GroupFailed
-from btm_scale.locks import held
 from btm_scale.run_dir import SPLITS, RunDir
+from btm_scale.util.locks import held
 
 
 def texts_of(run: RunDir, domain: str, split: str) -> list[str]:

@@ -20,7 +20,7 @@ from btm_scale.launch import mpi
 from btm_scale.launch.mpi import MpiLauncher
 from btm_scale.launch.supervise import GroupCommand
 from btm_scale.launch_config import MpiConfig
-from btm_scale.process import REQUEUE
+from btm_scale.util.processes import REQUEUE
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("mpi4py") is None

@@ -15,8 +15,8 @@ import pytest
 
 from btm_scale.errors import GroupFailed, LaunchError
 from btm_scale.launch.supervise import GroupCommand, Start, run_groups_in
-from btm_scale.process import REQUEUE
-from btm_scale.rank_log import read_failure
+from btm_scale.util.processes import REQUEUE
+from btm_scale.util.rank_log import read_failure
 
 RANK = """
 import sys, time

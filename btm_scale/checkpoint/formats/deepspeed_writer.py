@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from btm_scale.checkpoint.formats.tensors import ModelReader
-from btm_scale.checkpoint.publish import require_space, write_file
 from btm_scale.model.names import cut, from_huggingface, table
 from btm_scale.model.shape import ModelShape
+from btm_scale.util.files import require_space, write_file
 
 TAG = "global_step0"
 

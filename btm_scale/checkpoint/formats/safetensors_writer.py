@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 
 from btm_scale.checkpoint.formats.tensors import CODE_BY_DTYPE, TensorSpec, as_bytes
-from btm_scale.checkpoint.publish import require_space, sync_directory, write_file
+from btm_scale.util.files import require_space, sync_directory, write_file
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

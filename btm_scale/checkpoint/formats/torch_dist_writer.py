@@ -22,9 +22,9 @@ from torch.distributed.checkpoint.metadata import (
 
 from btm_scale.checkpoint.formats.tensors import ModelReader
 from btm_scale.checkpoint.formats.torch_dist import LAYER, NORMS
-from btm_scale.checkpoint.publish import require_space, write_file
 from btm_scale.model.names import from_huggingface, table
 from btm_scale.model.shape import ModelShape
+from btm_scale.util.files import require_space, write_file
 
 _MAX_FILE_BYTES = 5e9
 # Modules for which Megatron-core looks for a state beside their weights, here an empty one.

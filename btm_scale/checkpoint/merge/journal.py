@@ -9,9 +9,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from btm_scale.checkpoint.merge.plan import Unit
-from btm_scale.checkpoint.publish import write_file
 from btm_scale.errors import CheckpointError
-from btm_scale.locks import held
+from btm_scale.util.files import write_file
+from btm_scale.util.locks import held
 
 _PLAN = "plan.fingerprint"
 

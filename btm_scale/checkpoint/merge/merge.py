@@ -17,15 +17,9 @@ from btm_scale.checkpoint.merge.mpi import Leader, follow, world
 from btm_scale.checkpoint.merge.plan import MergePlan, make_plan, plan_means
 from btm_scale.checkpoint.merge.sidecars import carry_sidecars, model_card
 from btm_scale.checkpoint.merge.workers import merge_in_processes, open_writer
-from btm_scale.checkpoint.publish import (
-    allocated,
-    partial_path,
-    publish_directory,
-    require_space,
-    write_file,
-)
 from btm_scale.errors import CheckpointError, WorkerLost
-from btm_scale.parallel import MOST, in_threads
+from btm_scale.util.files import allocated, partial_path, publish_directory, require_space, write_file
+from btm_scale.util.pools import MOST, in_threads
 
 CHUNK_BYTES = 256 << 10  # of output: what is at work then stays in a core's cache
 _SHARDS_AT_ONCE = 256  # open files, of which a process may have 1,024

@@ -12,7 +12,7 @@ import torch
 from btm_scale.checkpoint.formats.locate import TOKENIZER_FILES, described_in, read_json
 from btm_scale.checkpoint.formats.tensors import dtype_name
 from btm_scale.checkpoint.merge.plan import MergePlan
-from btm_scale.checkpoint.publish import write_file
+from btm_scale.util.files import write_file
 
 _CARRIED = (
     *TOKENIZER_FILES,

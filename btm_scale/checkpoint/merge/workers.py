@@ -18,8 +18,8 @@ from btm_scale.checkpoint.merge import journal
 from btm_scale.checkpoint.merge.mean_runner import MeansRunner
 from btm_scale.checkpoint.merge.plan import MergePlan, Unit
 from btm_scale.checkpoint.merge.runner import Target, UnitRunner
-from btm_scale.parallel import MOST, in_threads, lost_workers_told, may_fork
-from btm_scale.process import end_with_parent
+from btm_scale.util.pools import MOST, in_threads, lost_workers_told, may_fork
+from btm_scale.util.processes import end_with_parent
 
 # Bytes of output between two notes of what is done. Each waits for the disk while the threads go on, so that little
 # is left to wait for at the end.

@@ -12,7 +12,7 @@ from multiprocessing import get_context, parent_process
 from typing import TypeVar
 
 from btm_scale.errors import WorkerLost
-from btm_scale.process import end_with_parent
+from btm_scale.util.processes import end_with_parent
 
 Item = TypeVar("Item")
 Done = TypeVar("Done")

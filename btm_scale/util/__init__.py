@@ -1,0 +1,1 @@
+"""Files, locks, processes and logs, for every layer above."""
