@@ -27,7 +27,7 @@ from typing import Any
 import sentencepiece
 from environment import describe
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.data.domain import write_domain
 from btm_scale.data.encode import Encoder
 from btm_scale.data.installed_text import write_installed_text

@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 from environment import describe
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.data.installed_text import write_installed_text
 from btm_scale.data.prepare import prepare
 from btm_scale.forest.scores import all_texts

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from environment import describe
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.data.prepare import prepare
 from btm_scale.forest.scores import Scores
 from btm_scale.launch.local import GroupCommand, run_groups

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from btm_scale.config import GroupConfig, ModelConfig, OptimizerConfig
+from btm_scale.config.model import ModelConfig
+from btm_scale.config.run import GroupConfig, OptimizerConfig
 from btm_scale.model.shape import ModelShape
 from btm_scale.train.job import TrainingJob
 

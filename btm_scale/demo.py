@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.configs import FOLDER
 from btm_scale.data.installed_text import write_installed_text
 from btm_scale.run_dir import RunDir

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from btm_scale.config import GroupConfig
+from btm_scale.config.run import GroupConfig
 from btm_scale.errors import LaunchError
 from btm_scale.util.imports import import_uncompiled
 

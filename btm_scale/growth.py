@@ -8,7 +8,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from btm_scale.checkpoint.merge import merge
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
+from btm_scale.config.section import explain
 from btm_scale.data.prepare import prepare
 from btm_scale.errors import ConfigError, ForestError
 from btm_scale.forest.branch import parents_of
@@ -20,7 +21,6 @@ from btm_scale.run_dir import RunDir
 from btm_scale.run_state import open_run
 from btm_scale.train.branch import Beginning, settle
 from btm_scale.train.job import training_job
-from btm_scale.yaml_file import explain
 
 
 def branch_expert(

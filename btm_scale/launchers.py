@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.errors import LaunchError
 from btm_scale.launch.deepspeed import HostPool
 from btm_scale.launch.mpi import MpiLauncher, run_under_mpi, started_by_mpirun

@@ -11,8 +11,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from btm_scale.byte_size import bytes_from_text
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
+from btm_scale.config.section import bytes_from_text
 from btm_scale.errors import ConfigError, UserError
 from btm_scale.forest.decoding import Sampling
 from btm_scale.forest.judge import generator_of_method, score_continuations, score_windows

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.data.prepare import prepare, require_text
 from btm_scale.forest.averages import are_finished, average_texts

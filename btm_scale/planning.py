@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from btm_scale.config import GroupConfig, RunConfig
+from btm_scale.config.layout import Layout
+from btm_scale.config.run import GroupConfig, RunConfig
 from btm_scale.launch.plan import (
     Cluster,
     GroupPlan,
@@ -18,7 +19,6 @@ from btm_scale.launch.plan import (
     plan_stage,
     propose,
 )
-from btm_scale.model.layout import Layout
 from btm_scale.model.shape import ModelShape
 from btm_scale.run_dir import SEED
 from btm_scale.train.job import TrainingJob, model_names, training_job

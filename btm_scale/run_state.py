@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.errors import ConfigError
 from btm_scale.forest.expert import is_finished
 from btm_scale.forest.scores import all_texts, missing_scores

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.data.files import require_text
 from btm_scale.errors import LaunchError
 from btm_scale.launch import slurm, slurm_queue

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.launch.local import LocalPool, visible_gpus
 from btm_scale.launch.supervise import GroupCommand, OnPoll, RunGroups, run_groups_in
 from btm_scale.report.progress import ModelProgress

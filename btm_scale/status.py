@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.report.progress import ModelProgress
 from btm_scale.run_dir import RunDir
 from btm_scale.run_state import is_done, progress

@@ -11,11 +11,11 @@ import re
 import sys
 from pathlib import Path
 
+from btm_scale.config.launch import DeepSpeedConfig
 from btm_scale.errors import LaunchError
 from btm_scale.launch.hosts import HostRoom, Share, read_hostfile
 from btm_scale.launch.local import accelerator
 from btm_scale.launch.supervise import GroupCommand, Start
-from btm_scale.launch_config import DeepSpeedConfig
 from btm_scale.util.processes import SUPERVISOR
 
 _SAFE = re.compile(r"[\w@%+=:,./-]+", re.ASCII)

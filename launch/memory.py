@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from btm_scale.model.layout import Layout
+from btm_scale.config.layout import Layout
 from btm_scale.model.shape import ModelShape
 
 _MASTER, _MOMENTS, _SUMS = 4, 8, 4  # bytes a parameter, float32

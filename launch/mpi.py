@@ -21,12 +21,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from btm_scale.config.launch import MpiConfig
 from btm_scale.errors import GroupFailed, LaunchError
 from btm_scale.launch.groups import Work, share_out
 from btm_scale.launch.local import accelerator, free_port
 from btm_scale.launch.ranks import local_rank
 from btm_scale.launch.supervise import GroupCommand, OnPoll, Start, failure_text, run_groups_in
-from btm_scale.launch_config import MpiConfig
 from btm_scale.util.processes import REQUEUE, SUPERVISOR
 from btm_scale.util.rank_log import forget_failure
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from btm_scale.config.layout import Layout
 from btm_scale.errors import LaunchError
 from btm_scale.launch.gpus import Gpu
 from btm_scale.launch.groups import Placed, Work, lower_bound, place
 from btm_scale.launch.memory import RankMemory, rank_memory
 from btm_scale.launch.roofline import StepTime, step_time
-from btm_scale.model.layout import Layout
 from btm_scale.model.shape import ModelShape
 
 # Of a GPU's memory, what is left to us by its driver, the communication library and fragmentation.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from btm_scale.config.layout import Layout
 from btm_scale.launch.gpus import Gpu
 from btm_scale.launch.memory import rank_parameters
-from btm_scale.model.layout import Layout
 from btm_scale.model.shape import ModelShape
 
 

@@ -7,9 +7,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from btm_scale.config.launch import SlurmConfig
 from btm_scale.errors import LaunchError
 from btm_scale.launch.supervise import GroupCommand, Start
-from btm_scale.launch_config import SlurmConfig
 from btm_scale.run_dir import RunDir
 
 _TEMPLATES = Path(__file__).parent / "templates"

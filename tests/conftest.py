@@ -10,7 +10,7 @@ import pytest
 from shared_folder import shared_folder
 from tiny_run import btm_scale, tiny_values, write_config
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.run_dir import RunDir
 
 # Tests run side by side: a thread that waits for another must not spin on the core that the other needs.

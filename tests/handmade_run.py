@@ -14,7 +14,7 @@ from tiny_run import tiny_values, write_config
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from btm_scale.checkpoint.hashing import content_hash
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.data.prepare import prepare
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.forest.decoder import Decoder

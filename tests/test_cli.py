@@ -10,7 +10,7 @@ import psutil
 import pytest
 from tiny_run import btm_scale, tiny_values, write_config
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.forest.expert import Expert
 from btm_scale.run_dir import RunDir
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from btm_scale.config import OptimizerConfig, RunConfig
+from btm_scale.config.run import OptimizerConfig, RunConfig
 from btm_scale.configs import FOLDER
 from btm_scale.errors import ConfigError
 from btm_scale.model.shape import PRESETS

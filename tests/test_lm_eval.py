@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.forest.judge import generator_of_method, score_windows
 from btm_scale.run_dir import RunDir

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tiny_run import tiny_values, write_config
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.errors import ConfigError
 from btm_scale.run_dir import RunDir
 from btm_scale.run_state import open_run

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 
 TINY_MODEL = {"family": "llama", "layers": 2, "hidden": 64, "heads": 4, "groups": 2, "ffn": 96}
 

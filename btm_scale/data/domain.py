@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.data.encode import Encoder, TokenFileWriter, token_dtype
 from btm_scale.data.files import resolve
 from btm_scale.data.fingerprint import Fingerprint, Source, SplitCounts, settings_of

@@ -16,7 +16,7 @@ from typing import BinaryIO, cast
 
 import zstandard
 
-from btm_scale.config import DomainConfig, RunConfig
+from btm_scale.config.run import DomainConfig, RunConfig
 from btm_scale.errors import DataError
 
 _COMPRESSED = (".gz", ".zst")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from btm_scale.config import DataConfig, DomainConfig
+from btm_scale.config.run import DataConfig, DomainConfig
 from btm_scale.data.files import SourceFile
 from btm_scale.errors import DataError
 from btm_scale.run_dir import RunDir

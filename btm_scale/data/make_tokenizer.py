@@ -14,7 +14,7 @@ from tokenizers import AddedToken, decoders, normalizers
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.data.files import SourceFile, resolve
 from btm_scale.data.sources import BadLines, empty_domain, read_file
 from btm_scale.data.split import identify

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.data.domain import Progress, digest_of_text, keys_elsewhere, require_enough, write_domain
 from btm_scale.data.encode import Encoder
 from btm_scale.data.files import SourceFile, require_text

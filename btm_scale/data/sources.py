@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
+from btm_scale.config.data import DomainConfig, SplitUnit
 from btm_scale.data.files import SourceFile, is_utf8, resolve
 from btm_scale.errors import DataError
-from btm_scale.text_config import DomainConfig, SplitUnit
 
 PLAIN_DOCUMENT_BYTES = 4 << 20
 LONGEST_LINE_BYTES = 256 << 20

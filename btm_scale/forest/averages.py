@@ -11,7 +11,7 @@ import numpy as np
 
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.merge.merge import merge_many
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.errors import ForestError
 from btm_scale.forest.expert import Expert, Parent, is_finished, read_expert
 from btm_scale.forest.forest import experts

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from btm_scale.config import BranchConfig
+from btm_scale.config.run import BranchConfig
 from btm_scale.errors import ForestError
 from btm_scale.forest.expert import Parent, is_finished
 from btm_scale.forest.forest import experts

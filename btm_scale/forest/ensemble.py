@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from btm_scale.config import EvaluateConfig
+from btm_scale.config.run import EvaluateConfig
 from btm_scale.forest.evidence import Mode, Tempering
 from btm_scale.forest.posterior import mixture_log_probs
 from btm_scale.forest.prior import updating_mixture_log_probs

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import UserError
 from btm_scale.forest.decoder import Reading, usable_device

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.errors import UserError
 from btm_scale.forest.averages import average_model
 from btm_scale.forest.evidence import logsumexp

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.hashing import content_hash
-from btm_scale.config import RunConfig, require_name
+from btm_scale.config.run import RunConfig, require_name
 from btm_scale.data.tokenizer import Tokenizer, same_ids
 from btm_scale.errors import CheckpointError, ForestError
 from btm_scale.forest.expert import CARD, Expert, is_finished, read_expert

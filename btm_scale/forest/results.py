@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from btm_scale.checkpoint.formats.locate import read_json
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.data.evaluation import EvaluationText
 from btm_scale.errors import ForestError
 from btm_scale.forest.averages import average_model, averages_of

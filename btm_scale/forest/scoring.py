@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.data.evaluation import EvaluationText
 from btm_scale.forest.expert import read_expert
 from btm_scale.forest.scores import Scores, evaluation_text, missing_scores

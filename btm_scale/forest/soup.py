@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.forest.forest import experts
 from btm_scale.run_dir import RunDir
 from btm_scale.util.files import write_file

@@ -7,7 +7,7 @@ import shutil
 import torch.distributed as dist
 
 from btm_scale.checkpoint.merge import merge
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.forest.forest import experts
 from btm_scale.forest.scores import Scores, evaluation_text
 from btm_scale.forest.scoring import load_model, text_log_probs

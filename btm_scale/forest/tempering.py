@@ -7,7 +7,7 @@ from itertools import product
 
 import numpy as np
 
-from btm_scale.config import EvaluateConfig
+from btm_scale.config.run import EvaluateConfig
 from btm_scale.forest.evidence import Tempering
 from btm_scale.forest.posterior import tempered_mixtures
 from btm_scale.forest.stack import Stack

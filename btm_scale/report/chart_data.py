@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.report.line_chart import Curve
 from btm_scale.report.measures import (
     ENSEMBLE,

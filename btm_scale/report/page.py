@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from btm_scale import __version__
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.report.chart_data import Curves, tokens_text
 from btm_scale.report.look import STYLE
 from btm_scale.report.measures import (

@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.report.chart_data import (
     FARTHEST,
     MARKS,

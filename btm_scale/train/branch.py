@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.errors import CheckpointError
 from btm_scale.forest.branch import parents_of
 from btm_scale.forest.expert import Parent, read_expert

@@ -11,11 +11,11 @@ import torch.distributed as dist
 from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
 from btm_scale.checkpoint.formats.tensors import TensorSpec, dtype_name
 from btm_scale.checkpoint.hashing import content_hash
-from btm_scale.config import RunConfig
+from btm_scale.config.layout import Layout
+from btm_scale.config.run import RunConfig
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.forest.expert import Expert
 from btm_scale.model.huggingface import config_json
-from btm_scale.model.layout import Layout
 from btm_scale.model.weights import huggingface_shapes, huggingface_tensors
 from btm_scale.run_dir import RunDir
 from btm_scale.train.branch import Beginning

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from btm_scale.config import BranchConfig, GroupConfig, RunConfig
+from btm_scale.config.run import BranchConfig, GroupConfig, RunConfig
 from btm_scale.errors import ConfigError
 from btm_scale.run_dir import DENSE, RANDOM_SPLIT, SEED
 

@@ -9,8 +9,8 @@ from typing import Self
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from btm_scale.config.training import ProfileConfig
 from btm_scale.group import ExpertGroup
-from btm_scale.health_config import ProfileConfig
 
 
 class Profile:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.run_dir import SEED
 from btm_scale.train.job import model_names, training_job
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.group import ExpertGroup
 from btm_scale.model.gpt import ExpertModel, build_model

@@ -23,8 +23,8 @@ from typing import Self
 
 import torch.distributed as dist
 
+from btm_scale.config.training import HealthConfig
 from btm_scale.group import ExpertGroup
-from btm_scale.health_config import HealthConfig
 
 # Time for the launcher to learn of a rank's own error before the others end too.
 _GRACE_SECONDS = 5.0

@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.forest.averages import GREEDY, average_texts, averages_of, planned_averages, write_averages
 from btm_scale.forest.expert import is_finished
 from btm_scale.forest.scores import all_texts

@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from btm_scale.config import RunConfig
+    from btm_scale.config.run import RunConfig
     from btm_scale.run_dir import RunDir
 
 Answer = dict[str, Any]
@@ -16,7 +16,7 @@ Answer = dict[str, Any]
 
 def opened(options: argparse.Namespace) -> tuple[RunConfig, RunDir]:
     """The run in the folder that was given. Raises ConfigError if there is none."""
-    from btm_scale.config import RunConfig
+    from btm_scale.config.run import RunConfig
     from btm_scale.errors import ConfigError
     from btm_scale.run_dir import RunDir
 

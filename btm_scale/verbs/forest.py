@@ -171,7 +171,7 @@ def generate(options: argparse.Namespace) -> Answer:
     """Continue prompts with the forest, or with some of the run's models."""
     from dataclasses import asdict
 
-    from btm_scale.byte_size import bytes_from_text
+    from btm_scale.config.section import bytes_from_text
     from btm_scale.forest.decoding import Sampling
     from btm_scale.forest.generate import Generator
     from btm_scale.forest.generation import prompts_of

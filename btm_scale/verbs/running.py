@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from btm_scale.verbs.common import Answer, is_rank, opened, say, show_results, shown
 
 if TYPE_CHECKING:
-    from btm_scale.config import RunConfig
+    from btm_scale.config.run import RunConfig
     from btm_scale.run_dir import RunDir
 
 
@@ -66,7 +66,7 @@ def train(options: argparse.Namespace) -> Answer:
 
 def plan(options: argparse.Namespace) -> Answer:
     """Layout, memory, time and place of every group on a cluster that need not be there."""
-    from btm_scale.config import RunConfig
+    from btm_scale.config.run import RunConfig
     from btm_scale.launch.gpus import gpu_named
     from btm_scale.launch.plan import Cluster
     from btm_scale.planning import make_plan
@@ -130,7 +130,7 @@ def _train(options: argparse.Namespace, config: RunConfig, run_dir: RunDir) -> N
 
 
 def _config_and_run(options: argparse.Namespace) -> tuple[RunConfig, RunDir]:
-    from btm_scale.config import RunConfig
+    from btm_scale.config.run import RunConfig
     from btm_scale.run_dir import RunDir
 
     config = RunConfig.load(options.config, tuple(options.set))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from text_samples import CODE, PROSE, MakeConfig, prose_texts, python_texts, write_jsonl
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.data.prepare import prepare
 from btm_scale.run_dir import RunDir
 

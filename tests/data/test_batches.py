@@ -12,7 +12,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.data.batches import TrainingBatches
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.errors import DataError

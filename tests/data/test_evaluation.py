@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.data.evaluation import EvaluationText
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.data.tokenizer import Tokenizer

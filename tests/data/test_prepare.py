@@ -12,7 +12,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from text_samples import CODE, PROSE, MakeConfig, prose_texts, python_texts, write_jsonl
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.data.batches import TrainingBatches
 from btm_scale.data.evaluation import EvaluationText
 from btm_scale.data.fingerprint import Fingerprint

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from btm_scale.config import DomainConfig
+from btm_scale.config.run import DomainConfig
 from btm_scale.data import sources
 from btm_scale.data.files import resolve
 from btm_scale.data.sources import BadLines, Document, read_documents

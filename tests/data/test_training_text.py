@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import torch
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
+from btm_scale.config.training import BudgetConfig, LastPartConfig
 from btm_scale.data.batches import TrainingBatches
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.run_dir import RunDir
 from btm_scale.train.job import training_job
 from btm_scale.train.text import TrainingText
-from btm_scale.training_config import BudgetConfig, LastPartConfig
 
 Prepared = tuple[RunConfig, RunDir]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 
 MakeConfig = Callable[..., RunConfig]
 

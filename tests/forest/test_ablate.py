@@ -12,7 +12,7 @@ from handmade_run import DOMAINS, train
 from transformers import AutoModelForCausalLM
 
 from btm_scale.cli import main
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.errors import ForestError, UserError
 from btm_scale.forest.ablate import Subset, ablate, choose_subsets, file_text, run_texts
 from btm_scale.forest.decoder import Decoder

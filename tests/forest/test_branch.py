@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from btm_scale.config import BranchConfig
+from btm_scale.config.run import BranchConfig
 from btm_scale.errors import ForestError
 from btm_scale.forest.branch import parents_of
 from btm_scale.forest.expert import Expert

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from btm_scale.config import EvaluateConfig
+from btm_scale.config.run import EvaluateConfig
 from btm_scale.forest.ensemble import ensemble_methods
 from btm_scale.forest.evidence import Tempering
 from btm_scale.forest.posterior import mixture_log_probs

@@ -16,7 +16,7 @@ from tiny_run import btm_scale
 from transformers import AutoModelForCausalLM
 
 from btm_scale.cli import main
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.errors import CheckpointError, UserError
 from btm_scale.forest import decoder as decoder_module
 from btm_scale.forest.decoding import Sampling, cut

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny_forest import POSITIONS, Letters, Oracle, write_experts
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.errors import ForestError, UserError
 from btm_scale.forest.evidence import Tempering
 from btm_scale.forest.generate import Generator

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.errors import CheckpointError, ForestError
 from btm_scale.forest.expert import Expert, Parent
 from btm_scale.forest.forest import experts

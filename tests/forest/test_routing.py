@@ -10,7 +10,7 @@ import pytest
 from handmade_run import DOMAINS
 from tiny_forest import LETTERS, Letters, write_experts
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.errors import ForestError
 from btm_scale.forest.generate import Generator
 from btm_scale.forest.routing import routed_methods, routed_mixture_log_probs, router

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from btm_scale.config.launch import DeepSpeedConfig
 from btm_scale.errors import LaunchError
 from btm_scale.launch.deepspeed import HostPool
 from btm_scale.launch.hosts import HostRoom, Share, read_hostfile
 from btm_scale.launch.supervise import GroupCommand
-from btm_scale.launch_config import DeepSpeedConfig
 
 
 def written(folder: Path, text: str) -> Path:

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
+from btm_scale.config.launch import MpiConfig
 from btm_scale.errors import GroupFailed, LaunchError
 from btm_scale.launch import mpi
 from btm_scale.launch.mpi import MpiLauncher
 from btm_scale.launch.supervise import GroupCommand
-from btm_scale.launch_config import MpiConfig
 from btm_scale.util.processes import REQUEUE
 
 pytestmark = pytest.mark.skipif(

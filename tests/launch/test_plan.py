@@ -11,7 +11,7 @@ import yaml
 from launcher import launched
 from tiny_run import btm_scale
 
-from btm_scale.config import GroupConfig, RunConfig
+from btm_scale.config.run import GroupConfig, RunConfig
 from btm_scale.errors import LaunchError
 from btm_scale.launch.gpus import GPUS
 from btm_scale.launch.memory import rank_memory

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_run import tiny_values, write_config
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.errors import LaunchError
 from btm_scale.run_dir import RunDir
 from btm_scale.slurm_run import submit_run

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tiny_run import tiny_values, write_config
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.errors import ConfigError, LaunchError
 from btm_scale.launch.ranks import become_slurm_rank
 from btm_scale.launch.slurm import render

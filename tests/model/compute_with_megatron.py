@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from worlds import fork_world, read_spec
 
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
-from btm_scale.config import GroupConfig
+from btm_scale.config.run import GroupConfig
 from btm_scale.group import ExpertGroup
 from btm_scale.model.gpt import build_model
 from btm_scale.model.huggingface import shape_from_config

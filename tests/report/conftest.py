@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 
 MakeResults = Callable[..., dict[str, Any]]
 

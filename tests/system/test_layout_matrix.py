@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from worlds import run_script
 
-from btm_scale.model.layout import Layout
+from btm_scale.config.layout import Layout
 
 pytestmark = pytest.mark.slow
 

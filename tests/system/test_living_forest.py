@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_run import btm_scale
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.forest.expert import read_expert
 from btm_scale.run_dir import RunDir
 

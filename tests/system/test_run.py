@@ -19,7 +19,7 @@ import torch
 from tiny_run import btm_scale, tiny_values, write_config
 
 from btm_scale.checkpoint.hashing import content_hash
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.forest.expert import read_expert
 from btm_scale.forest.scores import Scores, evaluation_text
 from btm_scale.run_dir import RunDir

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from btm_scale.config.layout import Layout
+from btm_scale.config.training import HealthConfig
 from btm_scale.errors import GroupFailed
-from btm_scale.health_config import HealthConfig
-from btm_scale.model.layout import Layout
 from btm_scale.model.shape import ModelShape
 from btm_scale.train import health
 from btm_scale.train.health import Health

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from worlds import fork_world, read_spec
 
-from btm_scale.config import RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.run_dir import RunDir
 from btm_scale.train.engine import Engine, StepResult
 from btm_scale.train.worker import train_as_rank

@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from btm_scale.model.layout import Layout
-from btm_scale.section import Section
+from btm_scale.config.section import Section
 
 
 class LastPartConfig(Section):
@@ -97,27 +96,6 @@ class OptimizerConfig(Section):
         return self.lr * (self.final + (1.0 - self.final) * rest)
 
 
-class GroupConfig(Layout):
-    """The layout of an expert group, and how it goes through a batch."""
-
-    micro_batch: int = Field(default=8, gt=0, description="sequences a rank takes at once, at the most")
-    sync_every: int = Field(
-        default=1,
-        gt=0,
-        description="steps that data ranks take alone between outer steps; 1 is data parallelism",
-    )
-    outer_lr: float = Field(default=0.7, gt=0, description="of the outer steps")
-    outer_momentum: float = Field(default=0.9, ge=0, lt=1, description="of the outer steps")
-
-    @model_validator(mode="after")
-    def _someone_to_sync_with(self) -> GroupConfig:
-        if self.sync_every > 1 and self.data == 1:
-            raise ValueError(
-                f"sync_every {self.sync_every} is for data ranks that step alone; set data above 1, or leave it"
-            )
-        return self
-
-
 class BranchConfig(Section):
     """What an expert begins with, and how its schedule goes on."""
 
@@ -145,3 +123,24 @@ class CheckpointConfig(Section):
 
     every: int = Field(default=100, gt=0, description="steps")
     keep: int = Field(default=2, gt=0)
+
+
+class HealthConfig(Section):
+    """When a batch counts as bad, and when a group counts as hung."""
+
+    spike: float | None = Field(
+        default=None,
+        gt=1,
+        description="a gradient norm so many times the median of recent ones is a bad batch's",
+    )
+    window: int = Field(default=50, ge=5, description="steps that are recent; before so many, nothing is a spike")
+    skips: int = Field(default=10, ge=0, description="bad batches to leave out before training is given up")
+    hang: float = Field(default=20.0, gt=1, description="a step that takes so many times the median hangs")
+    patience: float = Field(default=300.0, gt=0, description="seconds that any step may take")
+
+
+class ProfileConfig(Section):
+    """A look at where a step's time goes."""
+
+    steps: int = Field(default=0, ge=0, description="steps to record with PyTorch's profiler; 0 records none")
+    after: int = Field(default=10, ge=0, description="steps of a start that pass first")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from btm_scale.section import Section
+from btm_scale.config.section import Section
 
 
 class TokenizerConfig(Section):

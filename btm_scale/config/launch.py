@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from btm_scale.section import Section
+from btm_scale.config.section import Section
 
 
 def _slurm_word(text: str) -> str:

@@ -87,3 +87,24 @@ def _choices(name: str, values: list[int]) -> str:
     if len(values) == 1:
         return f"{name} must be {values[0]}"
     return f"{name} may be {', '.join(map(str, values[:-1]))} or {values[-1]}"
+
+
+class GroupConfig(Layout):
+    """The layout of an expert group, and how it goes through a batch."""
+
+    micro_batch: int = Field(default=8, gt=0, description="sequences a rank takes at once, at the most")
+    sync_every: int = Field(
+        default=1,
+        gt=0,
+        description="steps that data ranks take alone between outer steps; 1 is data parallelism",
+    )
+    outer_lr: float = Field(default=0.7, gt=0, description="of the outer steps")
+    outer_momentum: float = Field(default=0.9, ge=0, lt=1, description="of the outer steps")
+
+    @model_validator(mode="after")
+    def _someone_to_sync_with(self) -> GroupConfig:
+        if self.sync_every > 1 and self.data == 1:
+            raise ValueError(
+                f"sync_every {self.sync_every} is for data ranks that step alone; set data above 1, or leave it"
+            )
+        return self

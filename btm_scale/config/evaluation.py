@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from btm_scale.section import Section
+from btm_scale.config.section import Section
 
 
 class BaselinesConfig(Section):

@@ -8,23 +8,23 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from btm_scale.errors import ConfigError
-from btm_scale.evaluation_config import BaselinesConfig, EvaluateConfig
-from btm_scale.health_config import HealthConfig, ProfileConfig
-from btm_scale.launch_config import LaunchConfig
-from btm_scale.model.huggingface import read_shape
-from btm_scale.model.shape import PRESETS, Family, ModelShape
-from btm_scale.run_dir import DENSE, LONGER_DENSE, RANDOM_SPLIT, SEED
-from btm_scale.section import Section
-from btm_scale.text_config import DataConfig, DomainConfig, TokenizerConfig
-from btm_scale.training_config import (
+from btm_scale.config.data import DataConfig, DomainConfig, TokenizerConfig
+from btm_scale.config.evaluation import BaselinesConfig, EvaluateConfig
+from btm_scale.config.launch import LaunchConfig
+from btm_scale.config.layout import GroupConfig
+from btm_scale.config.model import ModelConfig
+from btm_scale.config.section import Section, explain
+from btm_scale.config.training import (
     BranchConfig,
     BudgetConfig,
     CheckpointConfig,
-    GroupConfig,
+    HealthConfig,
     OptimizerConfig,
+    ProfileConfig,
 )
-from btm_scale.yaml_file import apply_overrides, dump_yaml, explain, load_yaml
+from btm_scale.config.yaml import apply_overrides, dump_yaml, load_yaml
+from btm_scale.errors import ConfigError
+from btm_scale.run_dir import DENSE, LONGER_DENSE, RANDOM_SPLIT, SEED
 
 # What a run keeps under names of its own, beside what it keeps under the names of its experts.
 _OWN_NAMES = (
@@ -54,54 +54,6 @@ def require_name(name: str, what: str = "a domain") -> str:
 
 
 DomainName = Annotated[str, AfterValidator(require_name)]
-
-
-class ModelConfig(Section):
-    """A preset, or a family with sizes, or a pretrained model; any size beside a preset replaces the preset's."""
-
-    pretrained: Path | None = Field(
-        default=None,
-        description="a Hugging Face directory: the seed LM begins with its weights and has its tokenizer",
-    )
-    preset: str | None = None
-    family: Family | None = None
-    layers: int | None = Field(default=None, gt=0)
-    hidden: int | None = Field(default=None, gt=0)
-    heads: int | None = Field(default=None, gt=0)
-    groups: int | None = Field(default=None, gt=0)
-    ffn: int | None = Field(default=None, gt=0)
-    tied: bool | None = None
-    norm_epsilon: float | None = Field(default=None, gt=0)
-    rope_theta: float | None = Field(default=None, gt=0)
-
-    @model_validator(mode="after")
-    def _buildable(self) -> ModelConfig:
-        if self.pretrained is not None:
-            beside = list(self.model_dump(exclude={"pretrained"}, exclude_none=True))
-            if beside:
-                raise ValueError(f"a pretrained model has its own sizes; leave {', '.join(beside)} out")
-            return self
-        if self.preset is not None and self.preset not in PRESETS:
-            raise ValueError(f"no preset is called '{self.preset}'; choose one of {', '.join(PRESETS)}")
-        self.shape(vocabulary=1, positions=1)
-        return self
-
-    def shape(self, vocabulary: int, positions: int) -> ModelShape:
-        """The full shape, for a vocabulary in tokens and a longest sequence in tokens; a pretrained model has its own.
-
-        Raises CheckpointError if the pretrained model isn't there, or is of a kind that can't be trained here.
-        """
-        if self.pretrained is not None:
-            return read_shape(self.pretrained)
-        sizes: dict[str, Any] = dict(PRESETS[self.preset]) if self.preset else {}
-        sizes |= self.model_dump(exclude={"preset", "pretrained"}, exclude_none=True)
-        missing = [name for name in ("layers", "hidden", "heads", "ffn") if name not in sizes]
-        if missing:
-            raise ValueError(f"without a preset, {', '.join(missing)} must be given too")
-        if self.heads is not None and self.groups is None:
-            sizes["groups"] = self.heads
-        sizes.setdefault("groups", sizes["heads"])
-        return ModelShape(**sizes, vocabulary=vocabulary, positions=positions)
 
 
 class ExpertConfig(Section):
