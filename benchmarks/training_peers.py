@@ -51,7 +51,7 @@ class Case:
 
 def ours(case: Case) -> Step:
     """The DeepSpeed engine around the Megatron-core model, as a group trains it."""
-    from btm_scale.group import ExpertGroup
+    from btm_scale.distributed.group import ExpertGroup
     from btm_scale.model.gpt import build_model
     from btm_scale.train.engine import Engine
     from btm_scale.train.worker import keep_freed_memory

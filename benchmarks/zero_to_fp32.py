@@ -75,7 +75,7 @@ def save(folder: Path, shape: ModelShape) -> None:
     import torch
 
     from btm_scale.config.run import GroupConfig
-    from btm_scale.group import ExpertGroup
+    from btm_scale.distributed.group import ExpertGroup
     from btm_scale.model.gpt import build_model
 
     group = ExpertGroup.join(GroupConfig())

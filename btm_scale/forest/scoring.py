@@ -17,9 +17,9 @@ from torch import Tensor
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.config.run import RunConfig
 from btm_scale.data.evaluation import EvaluationText
+from btm_scale.distributed.group import ExpertGroup
 from btm_scale.forest.expert import read_expert
 from btm_scale.forest.scores import Scores, evaluation_text, missing_scores
-from btm_scale.group import ExpertGroup
 from btm_scale.kernels import combine_partials, token_logprob_partials
 from btm_scale.model.gpt import ExpertModel, build_model
 from btm_scale.model.huggingface import shape_from_config

@@ -8,11 +8,11 @@ import torch.distributed as dist
 
 from btm_scale.checkpoint.merge import merge
 from btm_scale.config.run import RunConfig
+from btm_scale.distributed.group import ExpertGroup
 from btm_scale.forest.forest import experts
 from btm_scale.forest.scores import Scores, evaluation_text
 from btm_scale.forest.scoring import load_model, text_log_probs
 from btm_scale.forest.soup import greedy_members, save_soups
-from btm_scale.group import ExpertGroup
 from btm_scale.run_dir import AVERAGE, RunDir
 
 

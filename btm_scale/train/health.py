@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from btm_scale.config.training import HealthConfig
+from btm_scale.distributed.group import ExpertGroup
 from btm_scale.errors import GroupFailed
-from btm_scale.group import ExpertGroup
 from btm_scale.train.metrics import read_metrics
 from btm_scale.util.files import write_file
 

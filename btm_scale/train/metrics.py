@@ -12,7 +12,7 @@ from btm_scale.train.peak import peak_flops
 from btm_scale.util.files import write_file
 
 if TYPE_CHECKING:  # reading metrics needs no engine
-    from btm_scale.group import ExpertGroup
+    from btm_scale.distributed.group import ExpertGroup
     from btm_scale.model.shape import ModelShape
     from btm_scale.train.engine import StepResult
     from btm_scale.train.job import TrainingJob

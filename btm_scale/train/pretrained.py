@@ -7,8 +7,8 @@ from pathlib import Path
 from btm_scale.checkpoint.formats.gpt2_names import with_head_names
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.data.tokenizer import Tokenizer
+from btm_scale.distributed.group import ExpertGroup
 from btm_scale.errors import ConfigError
-from btm_scale.group import ExpertGroup
 from btm_scale.model.gpt import ExpertModel
 from btm_scale.model.weights import load_weights
 

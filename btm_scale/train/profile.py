@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from btm_scale.config.training import ProfileConfig
-from btm_scale.group import ExpertGroup
+from btm_scale.distributed.group import ExpertGroup
 
 
 class Profile:

@@ -12,7 +12,7 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
-from btm_scale.group import ExpertGroup
+from btm_scale.distributed.group import ExpertGroup
 from btm_scale.util.processes import REQUEUE
 
 _MARKER = "stopped"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from btm_scale.config.run import RunConfig
 from btm_scale.data.tokenizer import Tokenizer
-from btm_scale.group import ExpertGroup
+from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.gpt import ExpertModel, build_model
 from btm_scale.run_dir import RunDir
 from btm_scale.train.branch import begin_branch, beginning

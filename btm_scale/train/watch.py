@@ -24,7 +24,7 @@ from typing import Self
 import torch.distributed as dist
 
 from btm_scale.config.training import HealthConfig
-from btm_scale.group import ExpertGroup
+from btm_scale.distributed.group import ExpertGroup
 
 # Time for the launcher to learn of a rank's own error before the others end too.
 _GRACE_SECONDS = 5.0

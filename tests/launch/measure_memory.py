@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from btm_scale.config.run import GroupConfig, OptimizerConfig
-from btm_scale.group import ExpertGroup
+from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.gpt import build_model
 from btm_scale.model.shape import ModelShape
 from btm_scale.train.engine import Engine

@@ -17,7 +17,7 @@ from worlds import fork_world, read_spec
 
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.config.run import GroupConfig
-from btm_scale.group import ExpertGroup
+from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.gpt import build_model
 from btm_scale.model.huggingface import shape_from_config
 from btm_scale.model.weights import huggingface_tensors, load_weights

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from worlds import fork_world, read_spec
 
 from btm_scale.config.run import GroupConfig, OptimizerConfig
-from btm_scale.group import ExpertGroup
+from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.gpt import build_model
 from btm_scale.model.shape import ModelShape
 from btm_scale.model.weights import huggingface_tensors

@@ -1,0 +1,1 @@
+"""The world of one expert group and its process groups."""
