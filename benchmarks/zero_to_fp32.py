@@ -22,7 +22,7 @@ from pathlib import Path
 from environment import describe
 from merge import measured
 
-from btm_scale.model.huggingface import config_json
+from btm_scale.model.hf_config import config_json
 from btm_scale.model.shape import ModelShape
 
 VOCABULARY, HIDDEN, FFN = 16000, 768, 2048

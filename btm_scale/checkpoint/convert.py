@@ -20,7 +20,7 @@ from btm_scale.checkpoint.merge.compatibility import is_derived
 from btm_scale.checkpoint.merge.journal import only_merge_into
 from btm_scale.checkpoint.merge.sidecars import carry_sidecars
 from btm_scale.errors import CheckpointError
-from btm_scale.model.names import from_huggingface, table, to_huggingface
+from btm_scale.model.hf_names import from_huggingface, table, to_huggingface
 from btm_scale.model.shape import ModelShape
 from btm_scale.util.files import partial_path, publish_directory
 

@@ -15,7 +15,7 @@ from btm_scale.checkpoint.formats.tensors import dtype_name
 from btm_scale.checkpoint.formats.torch_dist import saved_iteration
 from btm_scale.checkpoint.formats.training import saved_step
 from btm_scale.errors import CheckpointError
-from btm_scale.model.huggingface import shape_from_config
+from btm_scale.model.hf_config import shape_from_config
 from btm_scale.model.shape import ModelShape
 
 _SUFFIXES = {

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from btm_scale.config.section import Section
-from btm_scale.model.huggingface import read_shape
+from btm_scale.model.hf_config import read_shape
 from btm_scale.model.shape import PRESETS, Family, ModelShape
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from btm_scale.errors import UserError
-from btm_scale.forest.decoder import Reading
 from btm_scale.forest.running_posterior import RunningPosterior
 from btm_scale.kernels import mix_logits, mix_sample
+from btm_scale.model.hf_decoder import Reading
 
 # (logits [experts, batch, vocabulary], log weights [batch, experts]) -> tokens int64 [batch]
 Choice = Callable[[Tensor, Tensor, torch.Generator], Tensor]

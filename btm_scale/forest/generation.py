@@ -12,8 +12,8 @@ import numpy as np
 from btm_scale.data.files import is_utf8
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import ForestError, UserError
-from btm_scale.forest.decoder import limits_of
 from btm_scale.forest.decoding import Sampling
+from btm_scale.model.hf_decoder import limits_of
 
 METHODS = {
     "expert": "one expert, drawn by the posterior of the prompt, writes the text alone",

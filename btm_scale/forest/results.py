@@ -27,7 +27,7 @@ from btm_scale.forest.routing import routed_methods
 from btm_scale.forest.scores import Scores, evaluation_text
 from btm_scale.forest.stack import Stack, dev_prior
 from btm_scale.forest.tempering import tempering_of
-from btm_scale.model.huggingface import shape_from_config
+from btm_scale.model.hf_config import shape_from_config
 from btm_scale.run_dir import DENSE, SEED, RunDir
 from btm_scale.util.files import write_file
 from btm_scale.util.pools import in_processes

@@ -22,8 +22,8 @@ from btm_scale.forest.expert import read_expert
 from btm_scale.forest.scores import Scores, evaluation_text, missing_scores
 from btm_scale.kernels import combine_partials, token_logprob_partials
 from btm_scale.model.gpt import ExpertModel, build_model
-from btm_scale.model.huggingface import shape_from_config
-from btm_scale.model.weights import load_weights
+from btm_scale.model.hf_config import shape_from_config
+from btm_scale.model.hf_weights import load_weights
 from btm_scale.run_dir import RunDir
 
 # Tokens that one rank scores at once; hidden states of so many are small beside any model's weights.

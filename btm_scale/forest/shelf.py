@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from btm_scale.errors import CheckpointError, UserError
-from btm_scale.forest.decoder import Decoder
+from btm_scale.model.hf_decoder import Decoder
 
 
 class Shelf:

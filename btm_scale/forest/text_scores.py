@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from btm_scale.forest.decoder import Decoder
 from btm_scale.forest.posterior import blocks_of
+from btm_scale.model.hf_decoder import Decoder
 
 _BATCH_TOKENS = 4096
 

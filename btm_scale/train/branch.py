@@ -15,7 +15,7 @@ from btm_scale.config.run import RunConfig
 from btm_scale.errors import CheckpointError
 from btm_scale.forest.branch import parents_of
 from btm_scale.forest.expert import Parent, read_expert
-from btm_scale.model.weights import huggingface_shapes
+from btm_scale.model.hf_weights import huggingface_shapes
 from btm_scale.run_dir import RunDir
 from btm_scale.train.engine import KINDS, MASTER, Engine
 from btm_scale.train.job import TrainingJob

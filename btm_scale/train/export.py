@@ -15,8 +15,8 @@ from btm_scale.config.layout import Layout
 from btm_scale.config.run import RunConfig
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.forest.expert import Expert
-from btm_scale.model.huggingface import config_json
-from btm_scale.model.weights import huggingface_shapes, huggingface_tensors
+from btm_scale.model.hf_config import config_json
+from btm_scale.model.hf_weights import huggingface_shapes, huggingface_tensors
 from btm_scale.run_dir import RunDir
 from btm_scale.train.branch import Beginning
 from btm_scale.train.engine import Engine

@@ -10,7 +10,7 @@ from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.errors import ConfigError
 from btm_scale.model.gpt import ExpertModel
-from btm_scale.model.weights import load_weights
+from btm_scale.model.hf_weights import load_weights
 
 
 def load_pretrained(group: ExpertGroup, model: ExpertModel, directory: Path, tokenizer: Tokenizer) -> None:

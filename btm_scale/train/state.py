@@ -24,8 +24,8 @@ from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
 from btm_scale.checkpoint.formats.tensors import TensorSpec
 from btm_scale.errors import CheckpointError
-from btm_scale.model.names import table, to_huggingface
-from btm_scale.model.weights import gather_whole, huggingface_shapes, local_part
+from btm_scale.model.hf_names import table, to_huggingface
+from btm_scale.model.hf_weights import gather_whole, huggingface_shapes, local_part
 from btm_scale.train.engine import KINDS, OUTER, Engine
 from btm_scale.util.files import partial_path, publish_directory, require_space, write_file
 

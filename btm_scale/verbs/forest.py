@@ -143,7 +143,7 @@ def ablate(options: argparse.Namespace) -> Answer:
     """Rank mixtures of domains by the average of their experts' parameters."""
     from btm_scale.forest.ablate import ablate as measure
     from btm_scale.forest.ablate import choose_subsets, file_text, run_texts
-    from btm_scale.forest.decoder import usable_device
+    from btm_scale.model.hf_decoder import usable_device
 
     config, run_dir = opened(options)
     subsets = choose_subsets(run_dir, options.expert, most=options.subsets, random_seed=options.random_seed)

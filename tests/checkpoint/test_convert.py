@@ -19,7 +19,7 @@ from btm_scale.checkpoint.inspect import inspect
 from btm_scale.checkpoint.merge import merge
 from btm_scale.checkpoint.merge.journal import only_merge_into
 from btm_scale.errors import CheckpointError
-from btm_scale.model.names import cut, from_huggingface, table
+from btm_scale.model.hf_names import cut, from_huggingface, table
 from btm_scale.run_dir import RunDir
 from btm_scale.util.files import partial_path
 

@@ -18,8 +18,8 @@ from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.merge import merge
 from btm_scale.errors import CheckpointError
-from btm_scale.model.huggingface import config_json
-from btm_scale.model.names import join, table, to_huggingface
+from btm_scale.model.hf_config import config_json
+from btm_scale.model.hf_names import join, table, to_huggingface
 from btm_scale.model.shape import ModelShape
 
 SAVER = Path(__file__).with_name("save_with_engine.py")

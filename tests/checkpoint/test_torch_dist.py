@@ -15,8 +15,8 @@ from btm_scale.checkpoint.formats.torch_dist_writer import write_torch_dist
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.merge import merge
 from btm_scale.errors import CheckpointError
-from btm_scale.model.huggingface import config_json
-from btm_scale.model.names import cut, from_huggingface, join, table, to_huggingface
+from btm_scale.model.hf_config import config_json
+from btm_scale.model.hf_names import cut, from_huggingface, join, table, to_huggingface
 from btm_scale.model.shape import ModelShape
 
 SCRIPT = Path(__file__).with_name("torch_dist_with_megatron.py")

@@ -15,8 +15,8 @@ from btm_scale.cli import main
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ForestError, UserError
 from btm_scale.forest.ablate import Subset, ablate, choose_subsets, file_text, run_texts
-from btm_scale.forest.decoder import Decoder
 from btm_scale.forest.text_scores import block_log_probs
+from btm_scale.model.hf_decoder import Decoder
 from btm_scale.run_dir import RunDir
 
 

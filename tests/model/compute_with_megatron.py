@@ -19,8 +19,8 @@ from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.config.run import GroupConfig
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.gpt import build_model
-from btm_scale.model.huggingface import shape_from_config
-from btm_scale.model.weights import huggingface_tensors, load_weights
+from btm_scale.model.hf_config import shape_from_config
+from btm_scale.model.hf_weights import huggingface_tensors, load_weights
 
 
 def compute(group: ExpertGroup, folder: Path) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from worlds import run_script
 
 from btm_scale.errors import CheckpointError
-from btm_scale.model.huggingface import config_json, shape_from_config
+from btm_scale.model.hf_config import config_json, shape_from_config
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,

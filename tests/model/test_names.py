@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from btm_scale.model.names import cut, from_huggingface, join, table, to_huggingface
+from btm_scale.model.hf_names import cut, from_huggingface, join, table, to_huggingface
+from btm_scale.model.hf_weights import huggingface_shapes
 from btm_scale.model.shape import ModelShape
-from btm_scale.model.weights import huggingface_shapes
 
 SHAPES = {
     "llama": ModelShape(layers=2, hidden=32, heads=4, groups=4, ffn=24, positions=16, vocabulary=50, tied=False),
@@ -62,7 +62,7 @@ def test_there_and_back_through_every_tensor_rank_changes_no_bit(shape: ModelSha
 def test_the_table_holds_every_tensor_of_transformers_own_model_once(shape: ModelShape) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from btm_scale.model.huggingface import config_json
+    from btm_scale.model.hf_config import config_json
 
     settings = config_json(shape, dtype="float32", end_of_text=2)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))

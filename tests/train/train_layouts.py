@@ -22,8 +22,8 @@ from worlds import fork_world, read_spec
 from btm_scale.config.run import GroupConfig, OptimizerConfig
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.gpt import build_model
+from btm_scale.model.hf_weights import huggingface_tensors
 from btm_scale.model.shape import ModelShape
-from btm_scale.model.weights import huggingface_tensors
 from btm_scale.train.engine import MASTER, Engine
 from btm_scale.train.job import TrainingJob
 from btm_scale.train.state import load_state, save_state, state_path

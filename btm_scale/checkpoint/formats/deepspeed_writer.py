@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from btm_scale.checkpoint.formats.tensors import ModelReader
-from btm_scale.model.names import cut, from_huggingface, table
+from btm_scale.model.hf_names import cut, from_huggingface, table
 from btm_scale.model.shape import ModelShape
 from btm_scale.util.files import require_space, write_file
 

@@ -11,8 +11,8 @@ import torch
 from btm_scale.checkpoint.formats.locate import described_in, read_json
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, unknown_tensor
 from btm_scale.errors import CheckpointError
-from btm_scale.model.huggingface import shape_from_config
-from btm_scale.model.names import Entry, join, table, to_huggingface
+from btm_scale.model.hf_config import shape_from_config
+from btm_scale.model.hf_names import Entry, join, table, to_huggingface
 from btm_scale.model.shape import ModelShape
 
 

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from btm_scale.checkpoint.formats.tensors import ModelReader
 from btm_scale.checkpoint.formats.torch_dist import LAYER, NORMS
-from btm_scale.model.names import from_huggingface, table
+from btm_scale.model.hf_names import from_huggingface, table
 from btm_scale.model.shape import ModelShape
 from btm_scale.util.files import require_space, write_file
 

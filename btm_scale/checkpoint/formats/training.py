@@ -10,8 +10,8 @@ from btm_scale.checkpoint.formats.locate import STATE_MARKER, described_in, read
 from btm_scale.checkpoint.formats.safetensors import SINGLE, SafetensorsModel
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, unknown_tensor
 from btm_scale.errors import CheckpointError
-from btm_scale.model.huggingface import shape_from_config
-from btm_scale.model.names import table
+from btm_scale.model.hf_config import shape_from_config
+from btm_scale.model.hf_names import table
 
 _MASTER = "master/"
 

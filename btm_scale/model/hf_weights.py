@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from btm_scale.model.gpt import ExpertModel, padded_vocabulary
-from btm_scale.model.names import Entry, cut, from_huggingface, join, table, to_huggingface
+from btm_scale.model.hf_names import Entry, cut, from_huggingface, join, table, to_huggingface
 from btm_scale.model.shape import ModelShape
 
 
