@@ -28,10 +28,10 @@ import sentencepiece
 from environment import describe
 
 from btm_scale.config.run import RunConfig
-from btm_scale.data.domain import write_domain
+from btm_scale.data.demo_text import write_installed_text
 from btm_scale.data.encode import Encoder
-from btm_scale.data.installed_text import write_installed_text
 from btm_scale.data.prepare import prepare
+from btm_scale.data.token_files import write_domain
 from btm_scale.run_dir import RunDir
 
 ROOT = Path(__file__).resolve().parents[1]

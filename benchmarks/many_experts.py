@@ -27,7 +27,7 @@ import yaml
 from environment import describe
 
 from btm_scale.config.run import RunConfig
-from btm_scale.data.installed_text import write_installed_text
+from btm_scale.data.demo_text import write_installed_text
 from btm_scale.data.prepare import prepare
 from btm_scale.forest.scores import all_texts
 from btm_scale.launch.local import LocalPool

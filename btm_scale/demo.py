@@ -6,7 +6,7 @@ from pathlib import Path
 
 from btm_scale.config.run import RunConfig
 from btm_scale.configs import FOLDER
-from btm_scale.data.installed_text import write_installed_text
+from btm_scale.data.demo_text import write_installed_text
 from btm_scale.run_dir import RunDir
 
 _BYTES_PER_DOMAIN = 3_000_000

@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 @pytest.fixture(scope="session")
 def real_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with python.jsonl, cpp.jsonl, licences.jsonl and docs.jsonl of this installation."""
-    from btm_scale.data.installed_text import write_installed_text
+    from btm_scale.data.demo_text import write_installed_text
 
     # Documents are so short, and so many, that none of a domain's splits stays empty, whatever is installed.
     def make(folder: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any, TextIO, TypeVar
 import yaml
 
 from btm_scale.config.run import DomainConfig, RunConfig
-from btm_scale.data.cluster import PLACING_CHARACTERS, Clustering
+from btm_scale.data.clustering import PLACING_CHARACTERS, Clustering
 from btm_scale.data.sources import BadLines, Document, read_documents
 from btm_scale.errors import DataError
 

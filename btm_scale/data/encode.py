@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -15,7 +14,6 @@ from typing import Any, TypeVar
 import numpy as np
 
 from btm_scale.data.tokenizer import Tokenizer
-from btm_scale.util.imports import import_uncompiled
 from btm_scale.util.processes import end_with_parent
 
 Tag = TypeVar("Tag")
@@ -130,25 +128,3 @@ def _batches(texts: Iterable[tuple[str, Tag]]) -> Iterator[list[tuple[str, Tag]]
             batch, size = [], 0
     if batch:
         yield batch
-
-
-class TokenFileWriter:
-    """A Megatron-core indexed dataset, `prefix`.bin and `prefix`.idx, written document by document."""
-
-    def __init__(self, prefix: Path, vocab_size: int) -> None:
-        import_uncompiled("megatron.core")
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-        self._prefix = prefix
-        self._builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=token_dtype(vocab_size))
-        # Its lists take 72 bytes a document, arrays 12.
-        self._builder.sequence_lengths = array("i")
-        self._builder.document_indices = array("q", [0])
-
-    def add(self, ids: np.ndarray[Any, Any]) -> None:
-        """Append a document, ids [tokens]."""
-        self._builder.add_document(ids, [len(ids)])
-
-    def close(self) -> None:
-        """Write the index, without which the files are nothing."""
-        self._builder.finalize(f"{self._prefix}.idx")

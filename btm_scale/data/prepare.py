@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 
 from btm_scale.config.run import RunConfig
-from btm_scale.data.domain import Progress, digest_of_text, keys_elsewhere, require_enough, write_domain
 from btm_scale.data.encode import Encoder
 from btm_scale.data.files import SourceFile, require_text
 from btm_scale.data.fingerprint import Fingerprint, Source, settings_of
-from btm_scale.data.make_tokenizer import adopt_tokenizer, balanced_sample, train_tokenizer
+from btm_scale.data.token_files import Progress, digest_of_text, keys_elsewhere, require_enough, write_domain
 from btm_scale.data.tokenizer import Tokenizer
+from btm_scale.data.train_tokenizer import adopt_tokenizer, balanced_sample, train_tokenizer
 from btm_scale.errors import DataError, GroupFailed
 from btm_scale.run_dir import RunDir
 from btm_scale.util.locks import held

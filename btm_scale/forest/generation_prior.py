@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from btm_scale.config.run import RunConfig
-from btm_scale.data.cluster import Clustering
+from btm_scale.data.clustering import Clustering
 from btm_scale.errors import ForestError, UserError
 from btm_scale.forest.evidence import Tempering
 from btm_scale.forest.expert import read_expert

@@ -13,7 +13,7 @@ import numpy as np
 
 from btm_scale.checkpoint.formats.locate import read_json
 from btm_scale.config.run import RunConfig
-from btm_scale.data.evaluation import EvaluationText
+from btm_scale.data.eval_text import EvaluationText
 from btm_scale.errors import ForestError
 from btm_scale.forest.averages import average_model, averages_of
 from btm_scale.forest.ensemble import ensemble_methods

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from btm_scale.config.run import RunConfig
-from btm_scale.data.cluster import ROUTING_TEMPERATURE, TENSORS, Clustering
+from btm_scale.data.clustering import ROUTING_TEMPERATURE, TENSORS, Clustering
 from btm_scale.data.discover import cluster_name
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import ForestError

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from btm_scale.config.run import RunConfig
-from btm_scale.data.evaluation import EvaluationText
+from btm_scale.data.eval_text import EvaluationText
 from btm_scale.errors import ForestError
 from btm_scale.forest.expert import read_expert
 from btm_scale.run_dir import RunDir

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.config.run import RunConfig
-from btm_scale.data.evaluation import EvaluationText
+from btm_scale.data.eval_text import EvaluationText
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.forest.expert import read_expert
 from btm_scale.forest.scores import Scores, evaluation_text, missing_scores

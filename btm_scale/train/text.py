@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from btm_scale.config.run import RunConfig
-from btm_scale.data.batches import TrainingBatches
+from btm_scale.data.dataset import TrainingBatches
 from btm_scale.run_dir import DENSE, SEED, RunDir
 from btm_scale.train.job import TrainingJob
 

@@ -13,7 +13,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from btm_scale.config.run import RunConfig
-from btm_scale.data.batches import TrainingBatches
+from btm_scale.data.dataset import TrainingBatches
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.errors import DataError
 from btm_scale.run_dir import RunDir

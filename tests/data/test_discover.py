@@ -10,7 +10,7 @@ import pytest
 from tiny_run import btm_scale, tiny_values, write_config
 
 from btm_scale.config.run import DomainConfig, RunConfig
-from btm_scale.data.cluster import Clustering, balanced_kmeans, squared_distances
+from btm_scale.data.clustering import Clustering, balanced_kmeans, squared_distances
 from btm_scale.data.discover import DOMAINS, discover, random_sample
 from btm_scale.errors import DataError
 

@@ -6,7 +6,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from btm_scale.config.run import RunConfig
-from btm_scale.data.evaluation import EvaluationText
+from btm_scale.data.eval_text import EvaluationText
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.run_dir import RunDir

@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from btm_scale.config.run import DomainConfig
-from btm_scale.data.installed_text import write_installed_text
+from btm_scale.data.demo_text import write_installed_text
 from btm_scale.data.sources import BadLines, read_documents
 
 

@@ -13,12 +13,12 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from text_samples import CODE, PROSE, MakeConfig, prose_texts, python_texts, write_jsonl
 
 from btm_scale.config.run import RunConfig
-from btm_scale.data.batches import TrainingBatches
-from btm_scale.data.evaluation import EvaluationText
+from btm_scale.data.dataset import TrainingBatches
+from btm_scale.data.eval_text import EvaluationText
 from btm_scale.data.fingerprint import Fingerprint
-from btm_scale.data.make_tokenizer import train_tokenizer
 from btm_scale.data.prepare import prepare
 from btm_scale.data.tokenizer import Tokenizer
+from btm_scale.data.train_tokenizer import train_tokenizer
 from btm_scale.errors import DataError, GroupFailed
 from btm_scale.run_dir import SPLITS, RunDir
 from btm_scale.util.locks import held
@@ -313,7 +313,7 @@ def test_what_a_killed_run_left_is_cleared_away(text_root: Path, make_config: Ma
 
 
 def test_megatron_reads_a_large_vocabulary_as_32_bits(tmp_path: Path) -> None:
-    from btm_scale.data.encode import TokenFileWriter
+    from btm_scale.data.token_files import TokenFileWriter
 
     for vocabulary, dtype in ((1 << 16, np.uint16), ((1 << 16) + 1, np.int32)):
         writer = TokenFileWriter(tmp_path / "tokens", vocabulary)

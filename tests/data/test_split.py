@@ -7,8 +7,9 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
+from btm_scale.data.dedup import Deduplicator, KeySet
 from btm_scale.data.sources import Document
-from btm_scale.data.split import Deduplicator, Identity, KeySet, identify
+from btm_scale.data.splits import Identity, identify
 
 SHARES = {"dev": 0.05, "test": 0.1}
 

@@ -4,7 +4,7 @@ import torch
 
 from btm_scale.config.run import RunConfig
 from btm_scale.config.training import BudgetConfig, LastPartConfig
-from btm_scale.data.batches import TrainingBatches
+from btm_scale.data.dataset import TrainingBatches
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.run_dir import RunDir
 from btm_scale.train.job import training_job

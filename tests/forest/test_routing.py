@@ -18,7 +18,7 @@ from btm_scale.forest.stack import Stack
 from btm_scale.run_dir import RunDir
 
 pytest.importorskip("sklearn", reason="routing needs scikit-learn")
-from btm_scale.data.cluster import Clustering
+from btm_scale.data.clustering import Clustering
 
 WORDS = ["", "def return", "licence software", "import yield", "warranty provided"]
 

@@ -11,7 +11,7 @@ import torch
 from tiny_run import btm_scale, tiny_values, write_config
 
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
-from btm_scale.data.make_tokenizer import train_tokenizer
+from btm_scale.data.train_tokenizer import train_tokenizer
 from btm_scale.errors import ConfigError, UserError
 from btm_scale.run_dir import RunDir
 

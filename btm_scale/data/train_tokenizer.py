@@ -17,7 +17,7 @@ from tokenizers.models import BPE
 from btm_scale.config.run import RunConfig
 from btm_scale.data.files import SourceFile, resolve
 from btm_scale.data.sources import BadLines, empty_domain, read_file
-from btm_scale.data.split import identify
+from btm_scale.data.splits import identify
 from btm_scale.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer, TransformersTokenizer, first_line
 from btm_scale.errors import DataError
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from btm_scale.config.run import RunConfig
-from btm_scale.data.encode import Encoder, TokenFileWriter, token_dtype
+from btm_scale.data.dedup import Deduplicator, KeySet
+from btm_scale.data.encode import Encoder, token_dtype
 from btm_scale.data.files import resolve
 from btm_scale.data.fingerprint import Fingerprint, Source, SplitCounts, settings_of
 from btm_scale.data.sources import BadLines, Document, empty_domain, read_documents
-from btm_scale.data.split import Deduplicator, Identity, KeySet, TextDigest, identify
+from btm_scale.data.splits import Identity, TextDigest, identify
 from btm_scale.errors import DataError
 from btm_scale.run_dir import SPLITS, RunDir
+from btm_scale.util.imports import import_uncompiled
 
 Progress = Callable[[str, int, int], None]
 
@@ -146,3 +149,25 @@ def require_enough(name: str, config: RunConfig, counts: dict[str, SplitCounts])
         f"domain '{name}' is too small to split: {have}; each needs at least {needed} tokens "
         f"(budget.sequence_length + 1). {remedy}"
     )
+
+
+class TokenFileWriter:
+    """A Megatron-core indexed dataset, `prefix`.bin and `prefix`.idx, written document by document."""
+
+    def __init__(self, prefix: Path, vocab_size: int) -> None:
+        import_uncompiled("megatron.core")
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+        self._prefix = prefix
+        self._builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=token_dtype(vocab_size))
+        # Its lists take 72 bytes a document, arrays 12.
+        self._builder.sequence_lengths = array("i")
+        self._builder.document_indices = array("q", [0])
+
+    def add(self, ids: np.ndarray[Any, Any]) -> None:
+        """Append a document, ids [tokens]."""
+        self._builder.add_document(ids, [len(ids)])
+
+    def close(self) -> None:
+        """Write the index, without which the files are nothing."""
+        self._builder.finalize(f"{self._prefix}.idx")
