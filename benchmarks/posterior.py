@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from environment import describe
 
-from btm_scale.forest.evidence import Tempering
-from btm_scale.forest.posterior import mixture_log_probs
+from btm_scale.forest.posterior.evidence import Tempering
+from btm_scale.forest.posterior.mixture import mixture_log_probs
 
 RESULT = Path(__file__).parent / "results" / "posterior.json"
 EXPERTS, TOKENS, BLOCK = 64, 1_000_000, 1024

@@ -9,49 +9,19 @@ from dataclasses import replace
 
 import numpy as np
 
-from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.merge.merge import merge_many
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ForestError
 from btm_scale.forest.expert import Expert, Parent, is_finished, read_expert
 from btm_scale.forest.forest import experts
-from btm_scale.forest.posterior import mean_tempered_weights
-from btm_scale.forest.prior import cached_prior
-from btm_scale.forest.scores import missing_scores
+from btm_scale.forest.methods import ARGMAX, GREEDY, POSTERIOR, TEMPERED, UNIFORM, _merged, average_texts, averages_of
+from btm_scale.forest.posterior.mixture import mean_tempered_weights
+from btm_scale.forest.posterior.prior import cached_prior
+from btm_scale.forest.priors import tempering_of
+from btm_scale.forest.scores import Stack, missing_scores
 from btm_scale.forest.soup import soups
-from btm_scale.forest.stack import Stack
-from btm_scale.forest.tempering import tempering_of
-from btm_scale.run_dir import AVERAGE, RunDir
+from btm_scale.run_dir import RunDir
 from btm_scale.util.pools import in_processes
-
-UNIFORM, ARGMAX, POSTERIOR, TEMPERED, GREEDY = "uniform", "argmax", "posterior", "tempered", "greedy"
-
-
-def average_model(kind: str, domain: str, names: Sequence[str], log_prior: np.ndarray) -> str:
-    """The model that serves a domain as its average of a kind; of kind argmax it is the likeliest expert itself.
-
-    `log_prior` [experts] is the domain's, nats, over the experts `names`.
-    """
-    return names[int(np.argmax(log_prior))] if kind == ARGMAX else _merged(kind, domain)
-
-
-def _merged(kind: str, domain: str) -> str:
-    return f"{AVERAGE}{UNIFORM}" if kind == UNIFORM else f"{AVERAGE}{kind}/{domain}"
-
-
-def averages_of(config: RunConfig, run: RunDir) -> tuple[str, ...]:
-    """The kinds of averages that are made of the forest: none, if its experts are of different shapes."""
-    return config.evaluate.averages if len({_shapes(run, name) for name in experts(run)}) <= 1 else ()
-
-
-def average_texts(config: RunConfig) -> dict[str, list[tuple[str, str]]]:
-    """Every average that is a model of its own, and the (domain, split) that each is scored on."""
-    texts: dict[str, list[tuple[str, str]]] = {}
-    for domain in config.all_domains:
-        for kind in config.evaluate.averages:
-            if kind != ARGMAX:
-                texts.setdefault(_merged(kind, domain), []).append((domain, config.evaluate.split))
-    return texts
 
 
 def average_weights(
@@ -150,8 +120,3 @@ def _is_made(run: RunDir, card: Expert) -> bool:
         return False
     found = read_expert(directory)
     return found.parents == card.parents and found.data_fingerprint == card.data_fingerprint
-
-
-def _shapes(run: RunDir, name: str) -> frozenset[tuple[str, tuple[int, ...]]]:
-    with SafetensorsModel(run.model(name)) as model:
-        return frozenset((tensor, spec.shape) for tensor, spec in model.specs().items())

@@ -10,7 +10,7 @@ from btm_scale.config.run import BranchConfig
 from btm_scale.errors import ForestError
 from btm_scale.forest.expert import Parent, is_finished
 from btm_scale.forest.forest import experts
-from btm_scale.forest.stack import dev_prior
+from btm_scale.forest.scores import dev_prior
 from btm_scale.run_dir import SEED, RunDir
 
 # A parent of less weight than this is left out: it would cost a model's reading and move nothing.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from btm_scale.config.run import EvaluateConfig
-from btm_scale.forest.evidence import Mode, Tempering
-from btm_scale.forest.posterior import mixture_log_probs
-from btm_scale.forest.prior import updating_mixture_log_probs
-from btm_scale.forest.stack import Stack
+from btm_scale.forest.posterior.evidence import Mode, Tempering
+from btm_scale.forest.posterior.mixture import mixture_log_probs
+from btm_scale.forest.posterior.prior import updating_mixture_log_probs
+from btm_scale.forest.scores import Stack
 
 
 def ensemble_methods(

@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
-from btm_scale.forest.expert import Expert, is_finished, read_expert
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
+from btm_scale.checkpoint.hashing import content_hash
+from btm_scale.config.run import RunConfig, require_name
+from btm_scale.data.tokenizer import Tokenizer, same_ids
+from btm_scale.errors import CheckpointError, ForestError
+from btm_scale.forest.expert import CARD, Expert, is_finished, read_expert
 from btm_scale.run_dir import RunDir
+from btm_scale.util.files import publish_directory, require_space
 
 
 def experts(run: RunDir) -> dict[str, Expert]:
@@ -12,3 +24,111 @@ def experts(run: RunDir) -> dict[str, Expert]:
         return {}
     folders = sorted(path for path in run.experts.iterdir() if not path.name.startswith(".") and is_finished(path))
     return {path.name: read_expert(path) for path in folders}
+
+
+def add_expert(config: RunConfig, run: RunDir, source: Path, name: str) -> Expert:
+    """Copy a Hugging Face directory into the forest, under a name of its own.
+
+    It needs the run's tokenizer and vocabulary; its size and family are its own affair. Any number of processes may
+    add experts at once. Raises ForestError with the reason why it can't be an expert of this run.
+    """
+    try:
+        require_name(name, "an expert")
+    except ValueError as error:
+        raise ForestError(f"{error} (--name)") from None
+    final = run.model(name)
+    if is_finished(final) or name in config.expert_domains:
+        raise ForestError(f"the forest of {run.root} has an expert '{name}' already; choose another --name")
+    _require_fit(run, source)
+    require_space(run.root, sum(file.stat().st_size for file in source.iterdir() if file.is_file()))
+    partial = final.with_name(f".{name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        for file in sorted(source.iterdir()):
+            if file.is_file() and file.name != CARD:
+                shutil.copyfile(file, partial / file.name)
+        card = _card(source, partial, name)
+        card.save(partial)
+        publish_directory(partial, final)
+    except CheckpointError:
+        raise ForestError(
+            f"the forest of {run.root} was given an expert '{name}' at the same time; choose another --name"
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return card
+
+
+def remove_expert(run: RunDir, name: str) -> None:
+    """Take an expert out of the forest, with its scores and training states; nothing else changes.
+
+    Raises ForestError if there is none of this name.
+    """
+    if name not in experts(run):
+        raise ForestError(f"no expert '{name}' in {run.experts}; it has {', '.join(experts(run)) or 'none'}")
+    # The card goes first: without it the directory is no expert, whenever this is interrupted.
+    (run.model(name) / CARD).unlink()
+    for folder in (run.model(name), run.model_scores(name), run.train(name)):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def lineage(run: RunDir) -> dict[str, dict[str, float]]:
+    """Every expert's parents with their weights, and so on up to the seed LM; parents before children.
+
+    A parent that is gone, or was another run's, is named all the same and has no parents here.
+    """
+    family: dict[str, dict[str, float]] = {}
+
+    def visit(name: str) -> None:
+        if name in family:
+            return
+        parents = read_expert(run.model(name)).parents if is_finished(run.model(name)) else ()
+        for parent in parents:
+            visit(parent.name)
+        family[name] = {parent.name: parent.weight for parent in parents}
+
+    for name in experts(run):
+        visit(name)
+    return family
+
+
+def ancestors(run: RunDir, name: str) -> set[str]:
+    """The models of this run that a model comes from, itself included."""
+    found: set[str] = set()
+    waiting = [name]
+    while waiting:
+        model = waiting.pop()
+        if model not in found and is_finished(run.model(model)):
+            found.add(model)
+            waiting += [parent.name for parent in read_expert(run.model(model)).parents]
+    return found
+
+
+def _require_fit(run: RunDir, source: Path) -> None:
+    if not (source / "config.json").is_file():
+        raise ForestError(
+            f"{source} is no Hugging Face model directory: it has no config.json; convert it first: "
+            "btm-scale convert SRC DST --to huggingface"
+        )
+    with SafetensorsModel(source):
+        pass
+    if not same_ids(source, run.tokenizer):
+        raise ForestError(
+            f"{source} has another tokenizer than {run.root}: probabilities of different tokens cannot be mixed; "
+            "train an expert with the run's own tokenizer"
+        )
+    rows = json.loads((source / "config.json").read_text())["vocab_size"]
+    ours = Tokenizer.load(run.tokenizer).vocab_size
+    if rows < ours:
+        raise ForestError(
+            f"{source} has a vocabulary of {rows}, the run's tokenizer needs {ours}; train with the run's tokenizer"
+        )
+
+
+def _card(source: Path, copy: Path, name: str) -> Expert:
+    digest = content_hash(copy)
+    if is_finished(source):
+        # Its parents are another run's models; their names mean nothing here.
+        return replace(read_expert(source), name=name, parents=(), content_hash=digest)
+    return Expert(name, {}, (), 0, 0, {}, {}, digest)

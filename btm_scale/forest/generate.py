@@ -17,9 +17,9 @@ from btm_scale.config.run import RunConfig
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import UserError
 from btm_scale.forest.decoding import Sampling, Step, decode, from_drawn_expert, from_mixture
-from btm_scale.forest.evidence import Mode, Tempering
 from btm_scale.forest.generation import Batch, Finished, Generation, Piece, check_settings, shared_context
-from btm_scale.forest.running_posterior import RunningPosterior
+from btm_scale.forest.posterior.evidence import Mode, Tempering
+from btm_scale.forest.posterior.streaming import RunningPosterior
 from btm_scale.forest.shelf import Shelf
 from btm_scale.forest.transcript import Transcript
 from btm_scale.model.hf_decoder import Reading, usable_device
@@ -87,7 +87,7 @@ class Generator:
         where each prompt has that of its place in the clustering that the run's domains were found by (of the
         `route_top_k` nearest clusters only).
         """
-        from btm_scale.forest.generation_prior import generation_tempering, log_prior_of, models_of, router_of
+        from btm_scale.forest.priors import generation_tempering, log_prior_of, models_of, router_of
 
         names = models_of(run, models)
         log_prior = log_prior_of(config, run, names, prior, domain)

@@ -15,18 +15,16 @@ from btm_scale.checkpoint.formats.locate import read_json
 from btm_scale.config.run import RunConfig
 from btm_scale.data.eval_text import EvaluationText
 from btm_scale.errors import ForestError
-from btm_scale.forest.averages import average_model, averages_of
 from btm_scale.forest.ensemble import ensemble_methods
-from btm_scale.forest.evidence import Tempering
 from btm_scale.forest.expert import read_expert
-from btm_scale.forest.forest import experts
-from btm_scale.forest.living import ancestors, lineage
-from btm_scale.forest.posterior import mixture_log_probs
-from btm_scale.forest.prior import cached_prior
-from btm_scale.forest.routing import routed_methods
-from btm_scale.forest.scores import Scores, evaluation_text
-from btm_scale.forest.stack import Stack, dev_prior
-from btm_scale.forest.tempering import tempering_of
+from btm_scale.forest.forest import ancestors, experts, lineage
+from btm_scale.forest.methods import average_model, averages_of
+from btm_scale.forest.posterior.evidence import Tempering
+from btm_scale.forest.posterior.mixture import mixture_log_probs
+from btm_scale.forest.posterior.prior import cached_prior
+from btm_scale.forest.posterior.routing import routed_methods
+from btm_scale.forest.priors import tempering_of
+from btm_scale.forest.scores import Scores, Stack, dev_prior, evaluation_text
 from btm_scale.model.hf_config import shape_from_config
 from btm_scale.run_dir import DENSE, SEED, RunDir
 from btm_scale.util.files import write_file

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from btm_scale.config.run import RunConfig
 from btm_scale.data.eval_text import EvaluationText
 from btm_scale.errors import ForestError
 from btm_scale.forest.expert import read_expert
+from btm_scale.forest.posterior.prior import cached_prior
 from btm_scale.run_dir import RunDir
 
 
@@ -88,3 +89,36 @@ def missing_scores(
     """Those of `texts` that the model as it stands now has no scores for."""
     content_hash = read_expert(run.model(model)).content_hash
     return [text for text in texts if scored_model(run.scores(model, *text)) != content_hash]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Log-probabilities [models, tokens] in nats, and where blocks start [blocks]."""
+
+    log_probs: np.ndarray
+    block_starts: np.ndarray
+
+    @classmethod
+    def load(cls, run: RunDir, models: Sequence[str], domain: str, split: str) -> Stack:
+        """Read every model's scores. Raises ForestError if one is missing or is of another text."""
+        scores = [Scores.load(run.scores(model, domain, split)) for model in models]
+        for model, other in zip(models, scores, strict=True):
+            if other.fingerprint != scores[0].fingerprint:
+                raise ForestError(
+                    f"'{model}' and '{models[0]}' were scored on different texts of '{domain}'; "
+                    "delete both models' scores and score them again: btm-scale score RUN"
+                )
+        return cls(np.stack([other.log_probs for other in scores]), scores[0].block_starts)
+
+    @classmethod
+    def joined(cls, stacks: Sequence[Stack]) -> Stack:
+        """Texts one after the other, under the same models."""
+        offsets = np.cumsum([0, *(stack.log_probs.shape[1] for stack in stacks[:-1])])
+        starts = [stack.block_starts + offset for stack, offset in zip(stacks, offsets, strict=True)]
+        return cls(np.concatenate([stack.log_probs for stack in stacks], axis=1), np.concatenate(starts))
+
+
+def dev_prior(run: RunDir, models: Sequence[str], domain: str) -> np.ndarray:
+    """log p(D=j) of a domain, nats [models]: the cached prior of its dev text."""
+    dev = Stack.load(run, models, domain, "dev")
+    return cached_prior(dev.log_probs, dev.block_starts)

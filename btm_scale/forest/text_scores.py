@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from btm_scale.forest.posterior import blocks_of
+from btm_scale.forest.posterior.mixture import blocks_of
 from btm_scale.model.hf_decoder import Decoder
 
 _BATCH_TOKENS = 4096

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+from btm_scale.forest.methods import KINDS, kind, label, meaning
 from btm_scale.report.measures import (
-    KINDS,
     NOTHING,
     Mean,
     Measure,
     Results,
-    kind,
-    label,
     lowest,
     lowest_means,
     mean,
-    meaning,
     novel_domains,
     ordered_methods,
     perplexity,

@@ -7,16 +7,10 @@ from pathlib import Path
 
 from btm_scale import __version__
 from btm_scale.config.run import RunConfig
+from btm_scale.forest.methods import EXPERT
 from btm_scale.report.chart_data import Curves, tokens_text
 from btm_scale.report.look import STYLE
-from btm_scale.report.measures import (
-    EXPERT,
-    Results,
-    count,
-    headline,
-    novel_domains,
-    training_domains,
-)
+from btm_scale.report.measures import Results, count, headline, novel_domains, training_domains
 from btm_scale.report.sections import (
     compute_section,
     curves_section,

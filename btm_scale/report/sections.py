@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 
 from btm_scale.config.run import RunConfig
+from btm_scale.forest.methods import ENSEMBLE, EXPERT, label, meaning
 from btm_scale.report.chart_data import (
     FARTHEST,
     MARKS,
@@ -26,15 +27,11 @@ from btm_scale.report.html_table import method_table
 from btm_scale.report.line_chart import line_chart
 from btm_scale.report.lineage import is_worth_drawing, lineage_graph
 from btm_scale.report.measures import (
-    ENSEMBLE,
-    EXPERT,
     NOTHING,
     Results,
     count,
-    label,
     lowest,
     mean,
-    meaning,
     novel_domains,
     ordered_methods,
     perplexity,

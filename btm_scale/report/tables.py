@@ -8,14 +8,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from btm_scale.forest.methods import EXPERT, kind, label
 from btm_scale.report.measures import (
-    EXPERT,
     NOTHING,
     Mean,
     Results,
     headline,
-    kind,
-    label,
     lowest,
     lowest_means,
     mean,

@@ -4,15 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from btm_scale.report.measures import (
-    ENSEMBLE,
-    EXPERT,
-    Results,
-    mean,
-    ordered_methods,
-    perplexity,
-    training_domains,
-)
+from btm_scale.forest.methods import ENSEMBLE, EXPERT
+from btm_scale.report.measures import Results, mean, ordered_methods, perplexity, training_domains
 from btm_scale.report.svg import drawing, element, fit, text
 from btm_scale.run_dir import DENSE, SEED
 

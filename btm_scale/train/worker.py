@@ -13,8 +13,9 @@ import torch.distributed as dist
 
 from btm_scale.config.run import RunConfig
 from btm_scale.distributed.group import ExpertGroup
-from btm_scale.forest.averages import GREEDY, average_texts, averages_of, planned_averages, write_averages
+from btm_scale.forest.averages import planned_averages, write_averages
 from btm_scale.forest.expert import is_finished
+from btm_scale.forest.methods import GREEDY, average_texts, averages_of
 from btm_scale.forest.scores import all_texts
 from btm_scale.forest.scoring import score_model
 from btm_scale.forest.soup import soups

@@ -53,7 +53,7 @@ def forest_list(options: argparse.Namespace) -> Answer:
 
 def forest_add(options: argparse.Namespace) -> Answer:
     """Copy a Hugging Face directory into the forest, and score it on every domain."""
-    from btm_scale.forest.living import add_expert
+    from btm_scale.forest.forest import add_expert
     from btm_scale.pipeline import score_models
 
     config, run_dir = opened(options)
@@ -95,7 +95,7 @@ def branch(options: argparse.Namespace) -> Answer:
 
 def forest_lineage(options: argparse.Namespace) -> Answer:
     """Show which models every expert comes from, with weights."""
-    from btm_scale.forest.living import lineage
+    from btm_scale.forest.forest import lineage
 
     _, run_dir = opened(options)
     return shown(options, {"parents": lineage(run_dir)})

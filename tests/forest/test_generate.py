@@ -19,9 +19,9 @@ from btm_scale.cli import main
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import CheckpointError, UserError
 from btm_scale.forest.decoding import Sampling, cut
-from btm_scale.forest.evidence import Tempering
 from btm_scale.forest.generate import Generator
 from btm_scale.forest.generation import Batch, prompts_of
+from btm_scale.forest.posterior.evidence import Tempering
 from btm_scale.model import hf_decoder as decoder_module
 from btm_scale.run_dir import RunDir
 

@@ -11,8 +11,7 @@ from safetensors.torch import save_file
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import CheckpointError, ForestError
 from btm_scale.forest.expert import Expert, Parent
-from btm_scale.forest.forest import experts
-from btm_scale.forest.living import add_expert, ancestors, lineage, remove_expert
+from btm_scale.forest.forest import add_expert, ancestors, experts, lineage, remove_expert
 from btm_scale.run_dir import SEED, RunDir
 
 
@@ -34,7 +33,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     class Ids:
         vocab_size = 300
 
-    monkeypatch.setattr("btm_scale.forest.living.Tokenizer.load", lambda directory: Ids())
+    monkeypatch.setattr("btm_scale.forest.forest.Tokenizer.load", lambda directory: Ids())
     return run
 
 

@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btm_scale.forest import posterior
-from btm_scale.forest.evidence import Mode, Tempering
-from btm_scale.forest.posterior import mean_tempered_weights, mixture_log_probs, tempered_mixtures
-from btm_scale.forest.prior import cached_prior, updating_mixture_log_probs
-from btm_scale.forest.tempering import fitted_tempering
+from btm_scale.forest.posterior import mixture as posterior
+from btm_scale.forest.posterior.evidence import Mode, Tempering
+from btm_scale.forest.posterior.mixture import mean_tempered_weights, mixture_log_probs, tempered_mixtures
+from btm_scale.forest.posterior.prior import cached_prior, updating_mixture_log_probs
+from btm_scale.forest.posterior.tempering import fitted_tempering
 
 
 def by_the_formula(log_probs: np.ndarray, starts: list[int], prior: np.ndarray) -> np.ndarray:

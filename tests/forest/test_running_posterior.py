@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from btm_scale.forest.evidence import Tempering, logsumexp
-from btm_scale.forest.posterior import mixture_log_probs
-from btm_scale.forest.running_posterior import RunningPosterior
+from btm_scale.forest.posterior.evidence import Tempering, logsumexp
+from btm_scale.forest.posterior.mixture import mixture_log_probs
+from btm_scale.forest.posterior.streaming import RunningPosterior
 from btm_scale.forest.transcript import Transcript
 
 MODES: list[dict[str, Any]] = [

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from btm_scale.data.tokenizer import Tokenizer
-from btm_scale.forest.posterior import mixture_log_probs
+from btm_scale.forest.posterior.mixture import mixture_log_probs
 
 LETTERS = ".abcd"  # the first is the end of a document
 POSITIONS = 24

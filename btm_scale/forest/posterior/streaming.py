@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from btm_scale.forest.evidence import Mode, Tempering, logsumexp
+from btm_scale.forest.posterior.evidence import Mode, Tempering, logsumexp
 
 Array = np.ndarray
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from btm_scale.forest.evidence import Evidence, Mode, Tempering, logsumexp
+from btm_scale.forest.posterior.evidence import Evidence, Mode, Tempering, logsumexp
 from btm_scale.util.pools import in_threads
 
 Array = np.ndarray

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import product
 
 import numpy as np
 
-from btm_scale.config.run import EvaluateConfig
-from btm_scale.forest.evidence import Tempering
-from btm_scale.forest.posterior import tempered_mixtures
-from btm_scale.forest.stack import Stack
+from btm_scale.forest.posterior.evidence import Tempering
+from btm_scale.forest.posterior.mixture import tempered_mixtures
 
 # The grid that is searched. What a power does hangs on the forgetting beside it, so that the two move together too.
 _POWERS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0)
@@ -37,15 +35,6 @@ def fitted_tempering(log_probs: np.ndarray, block_starts: np.ndarray, log_prior:
             likelihoods.update(zip(new, mixed.mean(axis=1).tolist(), strict=True))
         best = max(points, key=likelihoods.__getitem__)
     return _at(best)
-
-
-def tempering_of(settings: EvaluateConfig, dev: Callable[[], Stack], log_prior: np.ndarray) -> Tempering:
-    """The tempering that is given, or that which fits dev text (asked for only then); `log_prior` [experts] nats."""
-    given = settings.tempering
-    if given is not None:
-        return Tempering(given.power, given.forgetting, given.share)
-    text = dev()
-    return fitted_tempering(text.log_probs, text.block_starts, log_prior)
 
 
 def _at(point: _Point) -> Tempering:

@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from btm_scale.config.run import RunConfig
+from btm_scale.config.run import EvaluateConfig, RunConfig
 from btm_scale.data.clustering import Clustering
 from btm_scale.errors import ForestError, UserError
-from btm_scale.forest.evidence import Tempering
 from btm_scale.forest.expert import read_expert
 from btm_scale.forest.forest import experts
-from btm_scale.forest.routing import router
-from btm_scale.forest.stack import Stack, dev_prior
-from btm_scale.forest.tempering import tempering_of
+from btm_scale.forest.posterior.evidence import Tempering
+from btm_scale.forest.posterior.routing import router
+from btm_scale.forest.posterior.tempering import fitted_tempering
+from btm_scale.forest.scores import Stack, dev_prior
 from btm_scale.run_dir import RunDir
 
 PRIORS = ("cached", "uniform", "routed")
@@ -81,3 +81,12 @@ def _domains(config: RunConfig, domain: str | None) -> list[str]:
     if domain not in config.all_domains:
         raise UserError(f"the run has no domain '{domain}'; it has {', '.join(config.all_domains)}")
     return [domain]
+
+
+def tempering_of(settings: EvaluateConfig, dev: Callable[[], Stack], log_prior: np.ndarray) -> Tempering:
+    """The tempering that is given, or that which fits dev text (asked for only then); `log_prior` [experts] nats."""
+    given = settings.tempering
+    if given is not None:
+        return Tempering(given.power, given.forgetting, given.share)
+    text = dev()
+    return fitted_tempering(text.log_probs, text.block_starts, log_prior)

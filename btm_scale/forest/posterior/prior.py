@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from btm_scale.forest.evidence import Mode, Tempering
-from btm_scale.forest.posterior import block_posterior, blocks_of, checked, mixture_log_probs
+from btm_scale.forest.posterior.evidence import Mode, Tempering
+from btm_scale.forest.posterior.mixture import block_posterior, blocks_of, checked, mixture_log_probs
 
 Array = np.ndarray
 

@@ -12,10 +12,9 @@ from btm_scale.data.clustering import ROUTING_TEMPERATURE, TENSORS, Clustering
 from btm_scale.data.discover import cluster_name
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import ForestError
-from btm_scale.forest.evidence import logsumexp
-from btm_scale.forest.posterior import blocks_of, checked
-from btm_scale.forest.scores import evaluation_text
-from btm_scale.forest.stack import Stack
+from btm_scale.forest.posterior.evidence import logsumexp
+from btm_scale.forest.posterior.mixture import blocks_of, checked
+from btm_scale.forest.scores import Stack, evaluation_text
 from btm_scale.run_dir import RunDir
 
 _AT_ONCE = 1024  # texts placed at a time

@@ -1,0 +1,1 @@
+"""Arithmetic on log-probabilities: priors, posteriors and mixtures. Imports no torch."""
