@@ -14,7 +14,7 @@ from typing import Any
 
 from environment import describe
 
-from btm_scale.forest.results import load_results
+from btm_scale.evaluate.results import load_results
 from btm_scale.run_dir import RunDir
 
 

@@ -8,11 +8,11 @@ from typing import Any
 from btm_scale.config.run import RunConfig
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.data.prepare import prepare, require_text
-from btm_scale.forest.averages import are_finished
+from btm_scale.evaluate.averages import are_finished
+from btm_scale.evaluate.results import evaluate
 from btm_scale.forest.expert import is_finished, read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.methods import average_texts
-from btm_scale.forest.results import evaluate
 from btm_scale.forest.scores import all_texts, missing_scores
 from btm_scale.launch.supervise import GroupCommand, RunGroups
 from btm_scale.report.page import write_page

@@ -17,9 +17,9 @@ from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.config.run import RunConfig
 from btm_scale.data.prepare import prepare
 from btm_scale.data.tokenizer import Tokenizer
+from btm_scale.evaluate.hf_score import block_log_probs
 from btm_scale.forest.expert import Expert, Parent, read_expert
 from btm_scale.forest.scores import Scores, evaluation_text
-from btm_scale.forest.text_scores import block_log_probs
 from btm_scale.model.hf_config import config_json
 from btm_scale.model.hf_decoder import Decoder
 from btm_scale.run_dir import SEED, RunDir

@@ -13,13 +13,12 @@ import torch.distributed as dist
 
 from btm_scale.config.run import RunConfig
 from btm_scale.distributed.group import ExpertGroup
-from btm_scale.forest.averages import planned_averages, write_averages
+from btm_scale.evaluate.averages import planned_averages, write_averages
+from btm_scale.evaluate.score import score_model
+from btm_scale.evaluate.soups import choose_soups, soups
 from btm_scale.forest.expert import is_finished
 from btm_scale.forest.methods import GREEDY, average_texts, averages_of
 from btm_scale.forest.scores import all_texts
-from btm_scale.forest.scoring import score_model
-from btm_scale.forest.soup import soups
-from btm_scale.forest.soup_choice import choose_soups
 from btm_scale.run_dir import RunDir
 from btm_scale.train.job import training_job
 from btm_scale.train.stop import leaving_at_once

@@ -116,7 +116,7 @@ def score(options: argparse.Namespace) -> Answer:
 
 def evaluate(options: argparse.Namespace) -> Answer:
     """Average, score the averages, and work out every method's perplexity."""
-    from btm_scale.forest.results import evaluate as evaluate_run
+    from btm_scale.evaluate.results import evaluate as evaluate_run
     from btm_scale.launchers import launcher_named
     from btm_scale.pipeline import score_averages
 
@@ -129,7 +129,7 @@ def evaluate(options: argparse.Namespace) -> Answer:
 
 def report(options: argparse.Namespace) -> Answer:
     """Draw the page and print the table."""
-    from btm_scale.forest.results import load_results
+    from btm_scale.evaluate.results import load_results
     from btm_scale.pipeline import report as draw
 
     config, run_dir = opened(options)
@@ -141,8 +141,8 @@ def report(options: argparse.Namespace) -> Answer:
 
 def ablate(options: argparse.Namespace) -> Answer:
     """Rank mixtures of domains by the average of their experts' parameters."""
-    from btm_scale.forest.ablate import ablate as measure
-    from btm_scale.forest.ablate import choose_subsets, file_text, run_texts
+    from btm_scale.evaluate.ablate import ablate as measure
+    from btm_scale.evaluate.ablate import choose_subsets, file_text, run_texts
     from btm_scale.model.hf_decoder import usable_device
 
     config, run_dir = opened(options)

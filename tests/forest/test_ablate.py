@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from btm_scale.cli import main
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ForestError, UserError
-from btm_scale.forest.ablate import Subset, ablate, choose_subsets, file_text, run_texts
-from btm_scale.forest.text_scores import block_log_probs
+from btm_scale.evaluate.ablate import Subset, ablate, choose_subsets, file_text, run_texts
+from btm_scale.evaluate.hf_score import block_log_probs
 from btm_scale.model.hf_decoder import Decoder
 from btm_scale.run_dir import RunDir
 
@@ -55,7 +55,7 @@ def test_what_was_measured_is_not_measured_again(
     (tmp_path / "b.txt").write_text("another text")
     texts = {name: file_text(config, run, tmp_path / f"{name}.txt") for name in "ab"}
     first = ablate(config, run, texts, [("cpp",)])
-    monkeypatch.setattr("btm_scale.forest.ablate._average_perplexity", None)
+    monkeypatch.setattr("btm_scale.evaluate.ablate._average_perplexity", None)
     assert ablate(config, run, texts, [("cpp",)]) == first
     with pytest.raises(TypeError):
         ablate(config, run, {"b": texts["b"]}, [("cpp",)])

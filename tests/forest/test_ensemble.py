@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 
 from btm_scale.config.run import EvaluateConfig
-from btm_scale.forest.ensemble import ensemble_methods
+from btm_scale.evaluate.ensemble import ensemble_methods
 from btm_scale.forest.posterior.evidence import Tempering
 from btm_scale.forest.posterior.mixture import mixture_log_probs
 from btm_scale.forest.posterior.prior import updating_mixture_log_probs

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from btm_scale.errors import ForestError
-from btm_scale.forest.results import load_results
+from btm_scale.evaluate.results import load_results
 from btm_scale.run_dir import RunDir
 
 

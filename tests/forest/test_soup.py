@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from btm_scale.forest.soup import greedy_members
+from btm_scale.evaluate.soups import greedy_members
 
 
 def test_a_soup_takes_whoever_does_not_raise_the_loss() -> None:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from btm_scale.config.run import RunConfig
-from btm_scale.data.clustering import ROUTING_TEMPERATURE, TENSORS, Clustering
+from btm_scale.data.clustering import ROUTING_TEMPERATURE, Clustering
 from btm_scale.data.discover import cluster_name
-from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import ForestError
 from btm_scale.forest.posterior.evidence import logsumexp
 from btm_scale.forest.posterior.mixture import blocks_of, checked
-from btm_scale.forest.scores import Stack, evaluation_text
-from btm_scale.run_dir import RunDir
 
 _AT_ONCE = 1024  # texts placed at a time
 
@@ -53,32 +48,6 @@ def routed_mixture_log_probs(
         for (_, first, last), row in zip(batch, weights, strict=True):
             result[first:last] = logsumexp(row[:, None] + checked(log_probs[:, first:last]))
     return np.minimum(result, 0.0)
-
-
-def routed_methods(
-    config: RunConfig, run: RunDir, names: Sequence[str], forest: Stack, domain: str, split: str
-) -> dict[str, np.ndarray]:
-    """`ensemble:routed`, and `ensemble:routed:top<k>` for the config's k: log-probabilities [targets] of a text.
-
-    Nothing, unless the experts `names` are those of the clustering that lies beside the run's text, and scikit-learn,
-    which an evaluation can do without, is there to place text in it.
-    """
-    if not (config.text_root / TENSORS).is_file() or importlib.util.find_spec("sklearn") is None:
-        return {}
-    clustering = Clustering.load(config.text_root)
-    clusters = [cluster_name(number) for number in range(len(clustering.centres))]
-    if sorted(clusters) != sorted(names):
-        return {}
-    log_probs = forest.log_probs[[list(names).index(cluster) for cluster in clusters]]
-    tokens = evaluation_text(config, run, domain, split).tokens
-    decode = Tokenizer.load(run.tokenizer).decode
-    widths = {"ensemble:routed": None} | {
-        f"ensemble:routed:top{k}": k for k in config.evaluate.top_k if k < len(clusters)
-    }
-    return {
-        method: routed_mixture_log_probs(log_probs, tokens, forest.block_starts, clustering, decode, top_k=k)
-        for method, k in widths.items()
-    }
 
 
 def router(

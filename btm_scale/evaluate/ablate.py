@@ -23,9 +23,9 @@ from btm_scale.checkpoint.merge import merge
 from btm_scale.config.run import RunConfig
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import ForestError, UserError
+from btm_scale.evaluate.hf_score import block_log_probs
 from btm_scale.forest.expert import read_expert
 from btm_scale.forest.forest import experts
-from btm_scale.forest.text_scores import block_log_probs
 from btm_scale.model.hf_decoder import Decoder
 from btm_scale.run_dir import RunDir
 from btm_scale.util.files import write_file

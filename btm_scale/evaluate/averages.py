@@ -12,6 +12,7 @@ import numpy as np
 from btm_scale.checkpoint.merge.merge import merge_many
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ForestError
+from btm_scale.evaluate.soups import soups
 from btm_scale.forest.expert import Expert, Parent, is_finished, read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.methods import ARGMAX, GREEDY, POSTERIOR, TEMPERED, UNIFORM, _merged, average_texts, averages_of
@@ -19,7 +20,6 @@ from btm_scale.forest.posterior.mixture import mean_tempered_weights
 from btm_scale.forest.posterior.prior import cached_prior
 from btm_scale.forest.priors import tempering_of
 from btm_scale.forest.scores import Stack, missing_scores
-from btm_scale.forest.soup import soups
 from btm_scale.run_dir import RunDir
 from btm_scale.util.pools import in_processes
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Sequence
+
 import numpy as np
 
-from btm_scale.config.run import EvaluateConfig
+from btm_scale.config.run import EvaluateConfig, RunConfig
+from btm_scale.data.clustering import TENSORS, Clustering
+from btm_scale.data.discover import cluster_name
+from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.forest.posterior.evidence import Mode, Tempering
 from btm_scale.forest.posterior.mixture import mixture_log_probs
 from btm_scale.forest.posterior.prior import updating_mixture_log_probs
-from btm_scale.forest.scores import Stack
+from btm_scale.forest.posterior.routing import routed_mixture_log_probs
+from btm_scale.forest.scores import Stack, evaluation_text
+from btm_scale.run_dir import RunDir
 
 
 def ensemble_methods(
@@ -62,3 +70,29 @@ def ensemble_methods(
         if k <= len(forest.log_probs):
             methods[f"ensemble:top{k}-per-token"] = mixture(top_k_per_token=k)
     return methods
+
+
+def routed_methods(
+    config: RunConfig, run: RunDir, names: Sequence[str], forest: Stack, domain: str, split: str
+) -> dict[str, np.ndarray]:
+    """`ensemble:routed`, and `ensemble:routed:top<k>` for the config's k: log-probabilities [targets] of a text.
+
+    Nothing, unless the experts `names` are those of the clustering that lies beside the run's text, and scikit-learn,
+    which an evaluation can do without, is there to place text in it.
+    """
+    if not (config.text_root / TENSORS).is_file() or importlib.util.find_spec("sklearn") is None:
+        return {}
+    clustering = Clustering.load(config.text_root)
+    clusters = [cluster_name(number) for number in range(len(clustering.centres))]
+    if sorted(clusters) != sorted(names):
+        return {}
+    log_probs = forest.log_probs[[list(names).index(cluster) for cluster in clusters]]
+    tokens = evaluation_text(config, run, domain, split).tokens
+    decode = Tokenizer.load(run.tokenizer).decode
+    widths = {"ensemble:routed": None} | {
+        f"ensemble:routed:top{k}": k for k in config.evaluate.top_k if k < len(clusters)
+    }
+    return {
+        method: routed_mixture_log_probs(log_probs, tokens, forest.block_starts, clustering, decode, top_k=k)
+        for method, k in widths.items()
+    }

@@ -15,14 +15,13 @@ from btm_scale.checkpoint.formats.locate import read_json
 from btm_scale.config.run import RunConfig
 from btm_scale.data.eval_text import EvaluationText
 from btm_scale.errors import ForestError
-from btm_scale.forest.ensemble import ensemble_methods
+from btm_scale.evaluate.ensemble import ensemble_methods, routed_methods
 from btm_scale.forest.expert import read_expert
 from btm_scale.forest.forest import ancestors, experts, lineage
 from btm_scale.forest.methods import average_model, averages_of
 from btm_scale.forest.posterior.evidence import Tempering
 from btm_scale.forest.posterior.mixture import mixture_log_probs
 from btm_scale.forest.posterior.prior import cached_prior
-from btm_scale.forest.posterior.routing import routed_methods
 from btm_scale.forest.priors import tempering_of
 from btm_scale.forest.scores import Scores, Stack, dev_prior, evaluation_text
 from btm_scale.model.hf_config import shape_from_config

@@ -1,0 +1,1 @@
+"""Scores, every method's perplexity, averages and ablations."""
