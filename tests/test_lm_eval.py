@@ -13,7 +13,7 @@ import yaml
 
 from btm_scale.config.run import RunConfig
 from btm_scale.data.tokenizer import Tokenizer
-from btm_scale.forest.judge import generator_of_method, score_windows
+from btm_scale.generate.loglikelihood import generator_of_method, score_windows
 from btm_scale.run_dir import RunDir
 
 DOCUMENTS = [

@@ -10,7 +10,7 @@ from btm_scale.errors import UserError
 from btm_scale.verbs.common import Answer, is_rank, opened, say, show_results, shown
 
 if TYPE_CHECKING:
-    from btm_scale.forest.generation import Piece
+    from btm_scale.generate.request import Piece
 
 
 def discover(options: argparse.Namespace) -> Answer:
@@ -172,9 +172,9 @@ def generate(options: argparse.Namespace) -> Answer:
     from dataclasses import asdict
 
     from btm_scale.config.section import bytes_from_text
-    from btm_scale.forest.decoding import Sampling
-    from btm_scale.forest.generate import Generator
-    from btm_scale.forest.generation import prompts_of
+    from btm_scale.generate.generator import Generator
+    from btm_scale.generate.request import prompts_of
+    from btm_scale.generate.sampling import Sampling
 
     config, run_dir = opened(options)
     prompts = prompts_of(options.prompt, options.prompts)

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 from btm_scale.cli import main
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import CheckpointError, UserError
-from btm_scale.forest.decoding import Sampling, cut
-from btm_scale.forest.generate import Generator
-from btm_scale.forest.generation import Batch, prompts_of
 from btm_scale.forest.posterior.evidence import Tempering
+from btm_scale.generate.generator import Generator
+from btm_scale.generate.request import Batch, prompts_of
+from btm_scale.generate.sampling import Sampling, cut
 from btm_scale.model import hf_decoder as decoder_module
 from btm_scale.run_dir import RunDir
 

@@ -9,9 +9,9 @@ from tiny_forest import POSITIONS, Letters, Oracle, write_experts
 
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ForestError, UserError
-from btm_scale.forest.generate import Generator
-from btm_scale.forest.judge import generator_of_method, score_continuations, score_windows
 from btm_scale.forest.posterior.evidence import Tempering
+from btm_scale.generate.generator import Generator
+from btm_scale.generate.loglikelihood import generator_of_method, score_continuations, score_windows
 from btm_scale.run_dir import RunDir
 
 PRIOR = np.log([0.8, 0.2])

@@ -8,7 +8,7 @@ import pytest
 from btm_scale.forest.posterior.evidence import Tempering, logsumexp
 from btm_scale.forest.posterior.mixture import mixture_log_probs
 from btm_scale.forest.posterior.streaming import RunningPosterior
-from btm_scale.forest.transcript import Transcript
+from btm_scale.generate.detokenizer import Transcript
 
 MODES: list[dict[str, Any]] = [
     {"mode": "prefix"},

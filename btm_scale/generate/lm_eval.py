@@ -14,8 +14,8 @@ from tqdm import tqdm
 from btm_scale.config.run import RunConfig
 from btm_scale.config.section import bytes_from_text
 from btm_scale.errors import ConfigError, UserError
-from btm_scale.forest.decoding import Sampling
-from btm_scale.forest.judge import generator_of_method, score_continuations, score_windows
+from btm_scale.generate.loglikelihood import generator_of_method, score_continuations, score_windows
+from btm_scale.generate.sampling import Sampling
 from btm_scale.run_dir import RunDir
 
 _MAX_TOKENS = 256

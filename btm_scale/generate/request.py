@@ -12,7 +12,7 @@ import numpy as np
 from btm_scale.data.files import is_utf8
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import ForestError, UserError
-from btm_scale.forest.decoding import Sampling
+from btm_scale.generate.sampling import Sampling
 from btm_scale.model.hf_decoder import limits_of
 
 METHODS = {

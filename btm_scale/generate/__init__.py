@@ -1,0 +1,1 @@
+"""Text from the forest: prompts in, continuations out."""
