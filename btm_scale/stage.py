@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from btm_scale.config.run import RunConfig
 from btm_scale.launch.local import LocalPool, visible_gpus
 from btm_scale.launch.supervise import GroupCommand, OnPoll, RunGroups, run_groups_in
-from btm_scale.report.progress import ModelProgress
 from btm_scale.run_dir import RunDir
 from btm_scale.run_state import is_done, progress, training_commands
 from btm_scale.train.job import training_job
+from btm_scale.train.progress import ModelProgress
 
 Progress = Callable[[Sequence[ModelProgress]], None]
 

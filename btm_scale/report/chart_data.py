@@ -10,8 +10,8 @@ import numpy as np
 from btm_scale.config.run import RunConfig
 from btm_scale.forest.methods import ENSEMBLE, EXPERT, POSTERIOR_AVERAGE, kind, label
 from btm_scale.report.line_chart import Curve
-from btm_scale.report.measures import Results, mean, novel_domains, ordered_methods, perplexity, ratio, training_domains
 from btm_scale.report.plots import Bar, RatioRow
+from btm_scale.report.summary import Results, mean, novel_domains, ordered_methods, perplexity, ratio, training_domains
 from btm_scale.run_dir import DENSE, SEED
 
 Curves = Mapping[str, Sequence[Mapping[str, float]]]

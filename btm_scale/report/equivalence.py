@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-from btm_scale.report.measures import Results, mean, training_domains
+from btm_scale.report.summary import Results, mean, training_domains
 from btm_scale.run_dir import DENSE, LONGER_DENSE
 
 # arXiv 2208.03306, section 5: 64 domains, 350M parameters.

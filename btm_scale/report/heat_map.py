@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from btm_scale.report.svg import drawing, element, fit, line, rectangle, text, text_width, tooltip
+from btm_scale.report.charts import drawing, element, fit, line, rectangle, text, text_width, tooltip
 
 _ROW = 28.0
 _GAP = 10.0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from btm_scale.forest.methods import KINDS, kind, label, meaning
-from btm_scale.report.measures import (
+from btm_scale.report.charts import element, escape, shorten
+from btm_scale.report.plots import ratio_bar
+from btm_scale.report.summary import (
     NOTHING,
     Mean,
     Measure,
@@ -20,8 +22,6 @@ from btm_scale.report.measures import (
     training_domains,
     value,
 )
-from btm_scale.report.plots import ratio_bar
-from btm_scale.report.svg import element, escape, shorten
 
 _LONGEST_NAME = 24
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from btm_scale.report.svg import (
+from btm_scale.report.charts import (
     Scale,
     drawing,
     element,

@@ -9,8 +9,8 @@ from btm_scale import __version__
 from btm_scale.config.run import RunConfig
 from btm_scale.forest.methods import EXPERT
 from btm_scale.report.chart_data import Curves, tokens_text
+from btm_scale.report.charts import element, escape, shorten
 from btm_scale.report.look import STYLE
-from btm_scale.report.measures import Results, count, headline, novel_domains, training_domains
 from btm_scale.report.sections import (
     compute_section,
     curves_section,
@@ -20,7 +20,7 @@ from btm_scale.report.sections import (
     results_section,
     tree_figure,
 )
-from btm_scale.report.svg import element, escape, shorten
+from btm_scale.report.summary import Results, count, headline, novel_domains, training_domains
 
 
 def write_page(config: RunConfig, results: Results, curves: Curves, path: Path) -> None:

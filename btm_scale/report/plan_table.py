@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from btm_scale.report.progress import duration
+from btm_scale.report.progress_table import duration
 
 _KINDS = ("weights", "gradients", "optimizer", "activations", "buffers")
 

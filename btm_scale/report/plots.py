@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from btm_scale.report.measures import share_text
-from btm_scale.report.svg import (
+from btm_scale.report.charts import (
     Scale,
     drawing,
     element,
@@ -20,6 +19,7 @@ from btm_scale.report.svg import (
     text_width,
     tooltip,
 )
+from btm_scale.report.summary import share_text
 
 # Beyond this a mark is drawn at the edge with its number: one ruined average must not squeeze all else.
 _FARTHEST = 2.0

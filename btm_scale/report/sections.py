@@ -21,12 +21,13 @@ from btm_scale.report.chart_data import (
     training_curves,
     weight_text,
 )
+from btm_scale.report.charts import drawing, element, escape
 from btm_scale.report.equivalence import equivalence_sentence
 from btm_scale.report.heat_map import heat_map, shade_key
 from btm_scale.report.html_table import method_table
 from btm_scale.report.line_chart import line_chart
-from btm_scale.report.lineage import is_worth_drawing, lineage_graph
-from btm_scale.report.measures import (
+from btm_scale.report.plots import bar_chart, mark, ratio_chart
+from btm_scale.report.summary import (
     NOTHING,
     Results,
     count,
@@ -39,9 +40,7 @@ from btm_scale.report.measures import (
     training_domains,
     value,
 )
-from btm_scale.report.plots import bar_chart, mark, ratio_chart
-from btm_scale.report.svg import drawing, element, escape
-from btm_scale.report.tree import run_tree
+from btm_scale.report.tree import is_worth_drawing, lineage_graph, run_tree
 from btm_scale.run_dir import DENSE, SEED
 
 WIDE, NARROW = 960, 350

@@ -54,6 +54,6 @@ def show_results(options: argparse.Namespace, results: Answer) -> None:
     if not options.json:
         from rich.console import Console
 
-        from btm_scale.report.tables import print_results
+        from btm_scale.report.results_table import print_results
 
         print_results(results, Console())

@@ -161,7 +161,7 @@ def ablate(options: argparse.Namespace) -> Answer:
     if not options.json:
         from rich.console import Console
 
-        from btm_scale.report.ablation_table import ablation_table
+        from btm_scale.report.results_table import ablation_table
 
         Console().print(ablation_table(answer))
     return answer

@@ -84,7 +84,7 @@ def plan(options: argparse.Namespace) -> Answer:
 
 def status(options: argparse.Namespace) -> Answer:
     """Show how far every model of a run is."""
-    from btm_scale.report.live import live_table, print_progress, progress_as_json
+    from btm_scale.report.progress_table import live_table, print_progress, progress_as_json
     from btm_scale.status import failures, run_status, watch
 
     config, run_dir = opened(options)
@@ -105,7 +105,7 @@ def status(options: argparse.Namespace) -> Answer:
 def _run(options: argparse.Namespace, config: RunConfig, run_dir: RunDir) -> Answer:
     from btm_scale.launchers import launcher_named
     from btm_scale.pipeline import run_all
-    from btm_scale.report.live import live_table
+    from btm_scale.report.progress_table import live_table
 
     launcher = launcher_named(options.launcher, config)
     with live_table(quiet=options.json) as show:
@@ -121,7 +121,7 @@ def _train(options: argparse.Namespace, config: RunConfig, run_dir: RunDir) -> N
     if options.launcher == "mpi":
         train_under_mpi(config, run_dir, options.model)
         return
-    from btm_scale.report.live import live_table
+    from btm_scale.report.progress_table import live_table
     from btm_scale.stage import run_training
 
     with live_table(quiet=options.json) as show:

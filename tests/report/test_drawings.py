@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from btm_scale.report.chart_data import compute_bars, nearness, training_curves
+from btm_scale.report.charts import fit, round_ticks, spread, text_width
 from btm_scale.report.line_chart import smoothed
 from btm_scale.report.plots import RatioRow, ratio_chart
-from btm_scale.report.svg import fit, round_ticks, spread, text_width
 
 
 @settings(deadline=None)

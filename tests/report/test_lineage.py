@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 
-from btm_scale.report.lineage import generations, is_worth_drawing, lineage_graph
+from btm_scale.report.tree import generations, is_worth_drawing, lineage_graph
 
 FAMILY = {"seed": {}, "math": {"seed": 1.0}, "code": {"seed": 1.0}, "both": {"math": 0.3, "code": 0.7}}
 

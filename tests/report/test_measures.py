@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from btm_scale.report.measures import headline, lowest, lowest_means, mean, ordered_methods, ratio
+from btm_scale.report.summary import headline, lowest, lowest_means, mean, ordered_methods, ratio
 
 
 def test_a_mean_is_arithmetic_and_leaves_novel_domains_out(make_results):

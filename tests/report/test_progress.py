@@ -7,8 +7,9 @@ import sys
 
 from rich.console import Console
 
-from btm_scale.report.progress import ModelProgress, duration, progress_line, progress_table, read_progress
+from btm_scale.report.progress_table import duration, progress_line, progress_table
 from btm_scale.run_dir import RunDir
+from btm_scale.train.progress import ModelProgress, read_progress
 
 
 def _write(run: RunDir, model: str, steps: int, *, seconds: float = 2.0, tail: str = "") -> None:

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from btm_scale.report.tables import print_results, results_table
+from btm_scale.report.results_table import print_results, results_table
 
 
 def _printed(results, width=200, **settings):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from btm_scale.forest.methods import EXPERT, kind, label
-from btm_scale.report.measures import (
+from btm_scale.report.charts import shorten
+from btm_scale.report.summary import (
     NOTHING,
     Mean,
     Results,
@@ -26,7 +28,6 @@ from btm_scale.report.measures import (
     training_domains,
     value,
 )
-from btm_scale.report.svg import shorten
 
 _LONGEST_NAME = 18
 
@@ -119,3 +120,23 @@ def _mean_cell(found: Mean | None, best: bool) -> Text:
 
 def _cell(number: float | None, best: bool) -> Text:
     return Text(NOTHING if number is None else perplexity(number), style="bold" if best else "")
+
+
+_SHOWN = 20
+
+
+def ablation_table(answer: dict[str, Any]) -> Table:
+    """The first subsets of a ranking with their mean and each text's perplexity."""
+    ranking, texts = answer["ranking"], list(answer["texts"])
+    title = "Perplexity of the experts' uniform average (lower is better)"
+    if len(ranking) > _SHOWN:
+        title += f": the best {_SHOWN} of {len(ranking)}, all with --json"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("rank", justify="right")
+    table.add_column("experts")
+    for name in ("mean", *texts):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in ranking[:_SHOWN]:
+        numbers = (row["mean"], *(row["perplexity"][text] for text in texts))
+        table.add_row(str(row["rank"]), " + ".join(row["experts"]), *(f"{number:.2f}" for number in numbers))
+    return table

@@ -2,64 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
-import os
-import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
 
+from rich.console import Console
+from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from btm_scale.report.measures import NOTHING
-from btm_scale.run_dir import RunDir
+from btm_scale.report.summary import NOTHING
+from btm_scale.train.progress import ModelProgress, State
 
-State = Literal["waiting", "running", "done", "failed"]
-_TAIL_BYTES = 8192
-_RECENT_STEPS = 20
 _STYLES: dict[State, str] = {"waiting": "dim", "running": "cyan", "done": "green", "failed": "bold red"}
-
-
-@dataclass(frozen=True)
-class ModelProgress:
-    """Where one model's training stands; None for what isn't known yet. `loss` in nats a token."""
-
-    model: str
-    state: State
-    step: int
-    steps: int
-    loss: float | None
-    tokens_per_second: float | None
-    seconds_left: float | None
-    note: str = ""
-
-
-def read_progress(run: RunDir, model: str, steps: int, *, state: State, note: str = "") -> ModelProgress:
-    """Progress from the last few KB of the model's metrics; speeds are medians over the last 20 steps.
-
-    A missing file, a last line that is still being written and lines that are not JSON count as not there.
-    """
-    rows = _last_rows(run.metrics(model))
-    if not rows:
-        return ModelProgress(model, state, 0, steps, None, None, None, note)
-    step = int(rows[-1]["step"])
-    left = _median(rows, "seconds")
-    if left is not None:
-        left *= max(0, steps - step)
-    return ModelProgress(
-        model=model,
-        state=state,
-        step=step,
-        steps=steps,
-        loss=rows[-1].get("loss"),
-        tokens_per_second=_median(rows, "tokens_per_second"),
-        seconds_left=left if state == "running" else None,
-        note=note,
-    )
 
 
 def progress_table(rows: Sequence[ModelProgress]) -> Table:
@@ -125,27 +85,43 @@ def _speed(row: ModelProgress) -> str:
     return NOTHING if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
 
 
-def _median(rows: Sequence[dict[str, Any]], key: str) -> float | None:
-    values = [row[key] for row in rows if isinstance(row.get(key), (int, float))]
-    return statistics.median(values) if values else None
+_LINE_SECONDS = 10.0
 
 
-def _last_rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _TAIL_BYTES))
-            lines = file.read().split(b"\n")
-    except FileNotFoundError:
-        return []
-    # Without the last piece, which is empty or unfinished, and the first, which the cut may have torn.
-    whole = lines[:-1] if size <= _TAIL_BYTES else lines[1:-1]
-    rows = []
-    for line in whole[-_RECENT_STEPS:]:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
+Show = Callable[[Sequence[ModelProgress]], None]
+
+
+@contextlib.contextmanager
+def live_table(*, quiet: bool) -> Iterator[Show]:
+    """A function that shows every group's progress on stderr, for as long as the block lasts."""
+    console = Console(stderr=True)
+    if quiet:
+        yield lambda rows: None
+    elif not console.is_terminal:
+        yield _lines()
+    else:
+        with Live(console=console, refresh_per_second=4) as live:
+            yield lambda rows: live.update(progress_table(rows))
+
+
+def print_progress(rows: Sequence[ModelProgress]) -> None:
+    """The table once, on stdout."""
+    Console().print(progress_table(rows))
+
+
+def progress_as_json(rows: Sequence[ModelProgress]) -> dict[str, Any]:
+    """The table as data."""
+    return {"models": {row.model: {key: value for key, value in asdict(row).items() if key != "model"} for row in rows}}
+
+
+def _lines() -> Show:
+    last = -_LINE_SECONDS
+
+    def show(rows: Sequence[ModelProgress]) -> None:
+        nonlocal last
+        finished = all(row.state in ("done", "failed") for row in rows)
+        if finished or time.monotonic() - last >= _LINE_SECONDS:
+            last = time.monotonic()
+            print(progress_line(rows), file=sys.stderr, flush=True)
+
+    return show

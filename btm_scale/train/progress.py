@@ -1,0 +1,85 @@
+"""How far a model's training is, from the end of its metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from btm_scale.run_dir import RunDir
+
+State = Literal["waiting", "running", "done", "failed"]
+
+
+_TAIL_BYTES = 8192
+
+
+_RECENT_STEPS = 20
+
+
+@dataclass(frozen=True)
+class ModelProgress:
+    """Where one model's training stands; None for what isn't known yet. `loss` in nats a token."""
+
+    model: str
+    state: State
+    step: int
+    steps: int
+    loss: float | None
+    tokens_per_second: float | None
+    seconds_left: float | None
+    note: str = ""
+
+
+def read_progress(run: RunDir, model: str, steps: int, *, state: State, note: str = "") -> ModelProgress:
+    """Progress from the last few KB of the model's metrics; speeds are medians over the last 20 steps.
+
+    A missing file, a last line that is still being written and lines that are not JSON count as not there.
+    """
+    rows = _last_rows(run.metrics(model))
+    if not rows:
+        return ModelProgress(model, state, 0, steps, None, None, None, note)
+    step = int(rows[-1]["step"])
+    left = _median(rows, "seconds")
+    if left is not None:
+        left *= max(0, steps - step)
+    return ModelProgress(
+        model=model,
+        state=state,
+        step=step,
+        steps=steps,
+        loss=rows[-1].get("loss"),
+        tokens_per_second=_median(rows, "tokens_per_second"),
+        seconds_left=left if state == "running" else None,
+        note=note,
+    )
+
+
+def _median(rows: Sequence[dict[str, Any]], key: str) -> float | None:
+    values = [row[key] for row in rows if isinstance(row.get(key), (int, float))]
+    return statistics.median(values) if values else None
+
+
+def _last_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL_BYTES))
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return []
+    # Without the last piece, which is empty or unfinished, and the first, which the cut may have torn.
+    whole = lines[:-1] if size <= _TAIL_BYTES else lines[1:-1]
+    rows = []
+    for line in whole[-_RECENT_STEPS:]:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
