@@ -26,7 +26,7 @@ from btm_scale.forest.scores import Scores
 from btm_scale.launch.local import GroupCommand, run_groups
 from btm_scale.run_dir import DENSE, SEED, RunDir
 from btm_scale.run_state import open_run
-from btm_scale.train.job import training_job
+from btm_scale.train.jobs import training_job
 
 RESULT = Path(__file__).parent / "results" / "sweep.json"
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from btm_scale.config.model import ModelConfig
 from btm_scale.config.run import GroupConfig, OptimizerConfig
 from btm_scale.model.shape import ModelShape
-from btm_scale.train.job import TrainingJob
+from btm_scale.train.jobs import TrainingJob
 
 Step = Callable[[Tensor], object]
 

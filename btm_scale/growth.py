@@ -18,8 +18,8 @@ from btm_scale.forest.forest import experts, remove_expert
 from btm_scale.pipeline import score_models
 from btm_scale.run_dir import RunDir
 from btm_scale.run_state import open_run
-from btm_scale.train.branch import Beginning, settle
-from btm_scale.train.job import training_job
+from btm_scale.train.jobs import training_job
+from btm_scale.train.start import Beginning, settle
 
 
 def branch_expert(

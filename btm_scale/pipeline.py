@@ -19,9 +19,8 @@ from btm_scale.report.page import write_page
 from btm_scale.run_dir import SEED, RunDir
 from btm_scale.run_state import is_done, open_run
 from btm_scale.stage import Progress, here, placement, run_training
-from btm_scale.train.job import model_names, training_job
+from btm_scale.train.jobs import model_names, training_job, training_stages
 from btm_scale.train.metrics import read_metrics
-from btm_scale.train.stages import training_stages
 
 Say = Callable[[str], None]
 

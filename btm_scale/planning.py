@@ -21,8 +21,7 @@ from btm_scale.launch.plan import (
 )
 from btm_scale.model.shape import ModelShape
 from btm_scale.run_dir import SEED
-from btm_scale.train.job import TrainingJob, model_names, training_job
-from btm_scale.train.stages import training_stages
+from btm_scale.train.jobs import TrainingJob, model_names, training_job, training_stages
 
 _LAYOUT = ("tensor", "data", "zero", "sequence_parallel", "recompute", "precision")
 

@@ -14,9 +14,8 @@ from btm_scale.forest.expert import is_finished
 from btm_scale.forest.scores import all_texts, missing_scores
 from btm_scale.launch.supervise import GroupCommand
 from btm_scale.run_dir import RunDir
-from btm_scale.train.job import model_names, training_job
+from btm_scale.train.jobs import model_names, training_job, training_stages
 from btm_scale.train.progress import ModelProgress, read_progress
-from btm_scale.train.stages import training_stages
 
 # What may change between two calls on one folder: it decides how a run goes on, not what its models are.
 _FREE = (

@@ -14,8 +14,7 @@ from btm_scale.errors import LaunchError
 from btm_scale.launch import slurm, slurm_queue
 from btm_scale.run_dir import DENSE, RunDir
 from btm_scale.run_state import is_done, open_run
-from btm_scale.train.job import model_names, training_job
-from btm_scale.train.stages import training_stages
+from btm_scale.train.jobs import model_names, training_job, training_stages
 
 Say = Callable[[str], None]
 PREPARE, EXPERTS, EVALUATE = "prepare", "experts", "evaluate"

@@ -14,7 +14,7 @@ from btm_scale.launch.local import LocalPool, visible_gpus
 from btm_scale.launch.supervise import GroupCommand, OnPoll, RunGroups, run_groups_in
 from btm_scale.run_dir import RunDir
 from btm_scale.run_state import is_done, progress, training_commands
-from btm_scale.train.job import training_job
+from btm_scale.train.jobs import training_job
 from btm_scale.train.progress import ModelProgress
 
 Progress = Callable[[Sequence[ModelProgress]], None]

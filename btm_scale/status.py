@@ -10,7 +10,7 @@ from btm_scale.config.run import RunConfig
 from btm_scale.run_dir import RunDir
 from btm_scale.run_state import is_done, progress
 from btm_scale.slurm_run import queue_notes
-from btm_scale.train.job import model_names
+from btm_scale.train.jobs import model_names
 from btm_scale.train.progress import ModelProgress
 from btm_scale.util.locks import ModelLock
 from btm_scale.util.rank_log import Failure, read_failure

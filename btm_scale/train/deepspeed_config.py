@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from btm_scale.config.run import OptimizerConfig
-from btm_scale.train.job import TrainingJob
+from btm_scale.train.jobs import TrainingJob
 
 
 def deepspeed_config(job: TrainingJob, optimizer: OptimizerConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:

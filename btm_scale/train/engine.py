@@ -21,10 +21,10 @@ from torch import Tensor
 from btm_scale.config.run import OptimizerConfig
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.gpt import ExpertModel
-from btm_scale.train.accumulate import Float32Sums
 from btm_scale.train.deepspeed_config import deepspeed_config
-from btm_scale.train.job import TrainingJob
-from btm_scale.train.outer import OuterStep
+from btm_scale.train.diloco import OuterStep
+from btm_scale.train.fp32_gradients import Float32Sums
+from btm_scale.train.jobs import TrainingJob
 from btm_scale.util.imports import import_uncompiled
 
 # DeepSpeed's engine asks each optimizer whether it is a Muon, and imports that for it.

@@ -18,9 +18,9 @@ from btm_scale.forest.expert import Expert
 from btm_scale.model.hf_config import config_json
 from btm_scale.model.hf_weights import huggingface_shapes, huggingface_tensors
 from btm_scale.run_dir import RunDir
-from btm_scale.train.branch import Beginning
 from btm_scale.train.engine import Engine
-from btm_scale.train.job import TrainingJob
+from btm_scale.train.jobs import TrainingJob
+from btm_scale.train.start import Beginning
 from btm_scale.util.files import partial_path, publish_directory
 
 

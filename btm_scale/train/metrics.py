@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # reading metrics needs no engine
     from btm_scale.distributed.group import ExpertGroup
     from btm_scale.model.shape import ModelShape
     from btm_scale.train.engine import StepResult
-    from btm_scale.train.job import TrainingJob
+    from btm_scale.train.jobs import TrainingJob
 
 _LOG_SECONDS = 5.0
 

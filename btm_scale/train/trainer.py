@@ -9,18 +9,17 @@ from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.gpt import ExpertModel, build_model
 from btm_scale.run_dir import RunDir
-from btm_scale.train.branch import begin_branch, beginning
+from btm_scale.train.bad_batches import Health
+from btm_scale.train.checkpoint import common_state, load_state, restore_random_state, save_state
 from btm_scale.train.engine import Engine
 from btm_scale.train.export import export_expert
-from btm_scale.train.health import Health
-from btm_scale.train.job import TrainingJob
+from btm_scale.train.jobs import TrainingJob
 from btm_scale.train.metrics import Metrics
-from btm_scale.train.pretrained import load_pretrained
-from btm_scale.train.profile import Profile
-from btm_scale.train.state import common_state, load_state, restore_random_state, save_state
-from btm_scale.train.stop import StopRequest
-from btm_scale.train.text import TrainingText
-from btm_scale.train.watch import HangWatch
+from btm_scale.train.mixture import TrainingText
+from btm_scale.train.preemption import StopRequest
+from btm_scale.train.profiler import Profile
+from btm_scale.train.start import begin_branch, beginning, load_pretrained
+from btm_scale.train.watchdog import HangWatch
 
 
 def train_and_export(group: ExpertGroup, config: RunConfig, run: RunDir, job: TrainingJob) -> None:

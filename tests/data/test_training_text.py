@@ -7,8 +7,8 @@ from btm_scale.config.training import BudgetConfig, LastPartConfig
 from btm_scale.data.dataset import TrainingBatches
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.run_dir import RunDir
-from btm_scale.train.job import training_job
-from btm_scale.train.text import TrainingText
+from btm_scale.train.jobs import training_job
+from btm_scale.train.mixture import TrainingText
 
 Prepared = tuple[RunConfig, RunDir]
 

@@ -18,7 +18,7 @@ from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.gpt import build_model
 from btm_scale.model.shape import ModelShape
 from btm_scale.train.engine import Engine
-from btm_scale.train.job import TrainingJob
+from btm_scale.train.jobs import TrainingJob
 
 
 def living_bytes() -> int:

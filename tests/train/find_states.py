@@ -8,7 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 from worlds import fork_world, read_spec
 
-from btm_scale.train.state import common_state
+from btm_scale.train.checkpoint import common_state
 
 
 def find(folders: list[str]) -> None:

@@ -15,7 +15,7 @@ from btm_scale.config.training import HealthConfig
 from btm_scale.errors import GroupFailed
 from btm_scale.model.shape import ModelShape
 from btm_scale.train import health
-from btm_scale.train.health import Health
+from btm_scale.train.bad_batches import Health
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import pytest
 from worlds import run_script
 
 from btm_scale.train import state
-from btm_scale.train.state import newest_state, save_state, state_path
+from btm_scale.train.checkpoint import newest_state, save_state, state_path
 
 
 def write_state(folder: Path, step: int) -> Path:

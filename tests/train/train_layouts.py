@@ -24,9 +24,9 @@ from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.gpt import build_model
 from btm_scale.model.hf_weights import huggingface_tensors
 from btm_scale.model.shape import ModelShape
+from btm_scale.train.checkpoint import load_state, save_state, state_path
 from btm_scale.train.engine import MASTER, Engine
-from btm_scale.train.job import TrainingJob
-from btm_scale.train.state import load_state, save_state, state_path
+from btm_scale.train.jobs import TrainingJob
 
 
 def make_engine(group: ExpertGroup, spec: dict[str, Any]) -> Engine:

@@ -10,7 +10,7 @@ import torch
 from btm_scale.config.run import RunConfig
 from btm_scale.data.dataset import TrainingBatches
 from btm_scale.run_dir import DENSE, SEED, RunDir
-from btm_scale.train.job import TrainingJob
+from btm_scale.train.jobs import TrainingJob
 
 
 class TrainingText:

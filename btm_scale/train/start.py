@@ -10,16 +10,21 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from btm_scale.checkpoint.formats.gpt2_names import with_head_names
+from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.config.run import RunConfig
-from btm_scale.errors import CheckpointError
+from btm_scale.data.tokenizer import Tokenizer
+from btm_scale.distributed.group import ExpertGroup
+from btm_scale.errors import CheckpointError, ConfigError
 from btm_scale.forest.branch import parents_of
 from btm_scale.forest.expert import Parent, read_expert
-from btm_scale.model.hf_weights import huggingface_shapes
+from btm_scale.model.gpt import ExpertModel
+from btm_scale.model.hf_weights import huggingface_shapes, load_weights
 from btm_scale.run_dir import RunDir
+from btm_scale.train.checkpoint import Position, common_state, load_state, read_position, write_state
 from btm_scale.train.engine import KINDS, MASTER, Engine
-from btm_scale.train.job import TrainingJob
-from btm_scale.train.state import Position, common_state, load_state, read_position, write_state
+from btm_scale.train.jobs import TrainingJob
 from btm_scale.util.files import write_file
 
 
@@ -131,3 +136,17 @@ def _write_mean(
     loss_scale = positions[0].loss_scale if positions else {}
     tensors = ((f"{kind}/{name}", mean(kind, name)) for kind in KINDS for name in shapes)
     write_state(engine, folder, Position(0, steps, "", loss_scale), tensors)
+
+
+def load_pretrained(group: ExpertGroup, model: ExpertModel, directory: Path, tokenizer: Tokenizer) -> None:
+    """Set every weight of a model that no engine has wrapped yet.
+
+    Raises ConfigError if the tokenizer has tokens that the model has no rows for.
+    """
+    if tokenizer.vocab_size > model.shape.vocabulary:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, {directory} is a model of {model.shape.vocabulary}; a "
+            "pretrained model keeps its own tokenizer: leave `tokenizer` out"
+        )
+    with with_head_names(open_model(directory)) as weights:
+        load_weights(model, weights.read, group.tensor_rank, group.config.tensor)
