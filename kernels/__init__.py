@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from btm_scale.kernels import reference
-from btm_scale.kernels._finish import Partials, finish, merge
+from btm_scale.kernels.partials import Partials, finish, merge
 
 __all__ = ["combine_partials", "mix_logits", "mix_sample", "token_logprob_partials", "token_logprobs"]
 
@@ -216,7 +216,7 @@ def _backend(tensor: Tensor) -> ModuleType:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not (tensor.is_cuda or interpreted) or importlib.util.find_spec("triton") is None:
         return reference
-    return importlib.import_module(".launch", __name__)
+    return importlib.import_module(".triton_launch", __name__)
 
 
 def _check_projection(hidden: Tensor, head: Tensor, targets: Tensor) -> None:

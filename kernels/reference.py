@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from btm_scale.kernels._finish import NO_TOKEN, Partials, finish, normalized
+from btm_scale.kernels.partials import NO_TOKEN, Partials, finish, normalized
 
 TOKEN_BLOCK = 512
 VOCAB_BLOCK = 2048

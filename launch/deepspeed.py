@@ -13,7 +13,7 @@ from pathlib import Path
 
 from btm_scale.config.launch import DeepSpeedConfig
 from btm_scale.errors import LaunchError
-from btm_scale.launch.hosts import HostRoom, Share, read_hostfile
+from btm_scale.launch.hostfile import HostRoom, Share, read_hostfile
 from btm_scale.launch.local import accelerator
 from btm_scale.launch.supervise import GroupCommand, Start
 from btm_scale.util.processes import SUPERVISOR

@@ -23,8 +23,8 @@ from typing import Any
 
 from btm_scale.config.launch import MpiConfig
 from btm_scale.errors import GroupFailed, LaunchError
-from btm_scale.launch.groups import Work, share_out
 from btm_scale.launch.local import accelerator, free_port
+from btm_scale.launch.placement import Work, share_out
 from btm_scale.launch.ranks import local_rank
 from btm_scale.launch.supervise import GroupCommand, OnPoll, Start, failure_text, run_groups_in
 from btm_scale.util.processes import REQUEUE, SUPERVISOR

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from btm_scale.config.layout import Layout
 from btm_scale.errors import LaunchError
 from btm_scale.launch.gpus import Gpu
-from btm_scale.launch.groups import Placed, Work, lower_bound, place
 from btm_scale.launch.memory import RankMemory, rank_memory
-from btm_scale.launch.roofline import StepTime, step_time
+from btm_scale.launch.placement import Placed, Work, lower_bound, place
+from btm_scale.launch.step_time import StepTime, step_time
 from btm_scale.model.shape import ModelShape
 
 # Of a GPU's memory, what is left to us by its driver, the communication library and fragmentation.

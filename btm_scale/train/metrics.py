@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from btm_scale.train.peak import peak_flops
+from btm_scale.launch.gpus import peak_flops
 from btm_scale.util.files import write_file
 
 if TYPE_CHECKING:  # reading metrics needs no engine

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from btm_scale.errors import LaunchError
-from btm_scale.launch.groups import Placed, Work, lower_bound, place, share_out
+from btm_scale.launch.placement import Placed, Work, lower_bound, place, share_out
 
 
 def works(*sizes: tuple[int, float], tensor: int = 1) -> list[Work]:

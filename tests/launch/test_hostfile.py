@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from btm_scale.config.launch import DeepSpeedConfig
 from btm_scale.errors import LaunchError
 from btm_scale.launch.deepspeed import HostPool
-from btm_scale.launch.hosts import HostRoom, Share, read_hostfile
+from btm_scale.launch.hostfile import HostRoom, Share, read_hostfile
 from btm_scale.launch.supervise import GroupCommand
 
 

@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from btm_scale.kernels import tuning
-from btm_scale.kernels._finish import Partials, finish
 from btm_scale.kernels.mixing import draw_kernel, mix_kernel, normalizer_kernel, pick_kernel
+from btm_scale.kernels.partials import Partials, finish
 from btm_scale.kernels.scoring import combine_kernel, score_kernel
 from btm_scale.kernels.tuning_table import MixConfig, ScoreConfig
 
