@@ -32,9 +32,9 @@ from btm_scale.data.prepare import prepare
 from btm_scale.forest.scores import all_texts
 from btm_scale.launch.local import LocalPool
 from btm_scale.launch.supervise import GroupCommand, OnPoll, run_groups_in
-from btm_scale.pipeline import run_all
+from btm_scale.run.pipeline import run_all
+from btm_scale.run.state import open_run
 from btm_scale.run_dir import RunDir
-from btm_scale.run_state import open_run
 
 RESULT = Path(__file__).parent / "results" / "many_experts.json"
 LENGTH, SEQUENCES = 128, 4  # of one expert's batch

@@ -24,8 +24,8 @@ from btm_scale.config.run import RunConfig
 from btm_scale.data.prepare import prepare
 from btm_scale.forest.scores import Scores
 from btm_scale.launch.local import GroupCommand, run_groups
+from btm_scale.run.state import open_run
 from btm_scale.run_dir import DENSE, SEED, RunDir
-from btm_scale.run_state import open_run
 from btm_scale.train.jobs import training_job
 
 RESULT = Path(__file__).parent / "results" / "sweep.json"

@@ -10,7 +10,7 @@ from btm_scale.config.run import OptimizerConfig, RunConfig
 from btm_scale.configs import FOLDER
 from btm_scale.errors import ConfigError
 from btm_scale.model.shape import PRESETS
-from btm_scale.pipeline import training_stages
+from btm_scale.run.pipeline import training_stages
 from btm_scale.train.jobs import model_names, training_job
 
 DOMAINS = {"math": {"text": "math.jsonl"}, "code": {"text": ["src/**/*.py"]}}

@@ -7,8 +7,8 @@ from tiny_run import tiny_values, write_config
 
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ConfigError
+from btm_scale.run.state import open_run
 from btm_scale.run_dir import RunDir
-from btm_scale.run_state import open_run
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from btm_scale import __version__
 from btm_scale.config.run import RunConfig
@@ -21,6 +22,9 @@ from btm_scale.report.sections import (
     tree_figure,
 )
 from btm_scale.report.summary import Results, count, headline, novel_domains, training_domains
+from btm_scale.run_dir import RunDir
+from btm_scale.train.jobs import model_names
+from btm_scale.train.metrics import read_metrics
 
 
 def write_page(config: RunConfig, results: Results, curves: Curves, path: Path) -> None:
@@ -116,3 +120,9 @@ def _provenance(config: RunConfig, results: Results) -> str:
 
 def _fact(term: str, words: str) -> str:
     return element("div", element("dt", escape(term)), element("dd", escape(words)))
+
+
+def report(config: RunConfig, run: RunDir, results: dict[str, Any]) -> None:
+    """Draw the page."""
+    curves = {model: read_metrics(run.metrics(model)) for model in model_names(config)}
+    write_page(config, results, {model: curve for model, curve in curves.items() if curve}, run.report)

@@ -54,7 +54,7 @@ def forest_list(options: argparse.Namespace) -> Answer:
 def forest_add(options: argparse.Namespace) -> Answer:
     """Copy a Hugging Face directory into the forest, and score it on every domain."""
     from btm_scale.forest.forest import add_expert
-    from btm_scale.pipeline import score_models
+    from btm_scale.run.pipeline import score_models
 
     config, run_dir = opened(options)
     name = options.name or options.directory.resolve().name
@@ -65,7 +65,7 @@ def forest_add(options: argparse.Namespace) -> Answer:
 
 def forest_remove(options: argparse.Namespace) -> Answer:
     """Take an expert out of the forest, with its scores and training states."""
-    from btm_scale.growth import remove_from_forest
+    from btm_scale.run.grow import remove_from_forest
 
     config, run_dir = opened(options)
     remove_from_forest(config, run_dir, options.name)
@@ -74,7 +74,7 @@ def forest_remove(options: argparse.Namespace) -> Answer:
 
 def branch(options: argparse.Namespace) -> Answer:
     """Make the first weights of a new expert, and put it into the run's config for the next `run` to train."""
-    from btm_scale.growth import branch_expert
+    from btm_scale.run.grow import branch_expert
 
     config, run_dir = opened(options)
     settings = {"replay": options.replay, "optimizer": options.optimizer, "schedule": options.schedule}
@@ -105,11 +105,11 @@ def score(options: argparse.Namespace) -> Answer:
     """Score models on every domain that they lack."""
     config, run_dir = opened(options)
     if is_rank(options):
-        from btm_scale.train.worker import score_as_rank
+        from btm_scale.run.worker import score_as_rank
 
         score_as_rank(config, run_dir, options.model, averages=options.averages)
         return {}
-    from btm_scale.pipeline import score_models
+    from btm_scale.run.pipeline import score_models
 
     return shown(options, {"scored": score_models(config, run_dir, options.model)})
 
@@ -117,8 +117,8 @@ def score(options: argparse.Namespace) -> Answer:
 def evaluate(options: argparse.Namespace) -> Answer:
     """Average, score the averages, and work out every method's perplexity."""
     from btm_scale.evaluate.results import evaluate as evaluate_run
-    from btm_scale.launchers import launcher_named
-    from btm_scale.pipeline import score_averages
+    from btm_scale.run.launchers import launcher_named
+    from btm_scale.run.pipeline import score_averages
 
     config, run_dir = opened(options)
     score_averages(config, run_dir, launcher_named(options.launcher, config))
@@ -130,7 +130,7 @@ def evaluate(options: argparse.Namespace) -> Answer:
 def report(options: argparse.Namespace) -> Answer:
     """Draw the page and print the table."""
     from btm_scale.evaluate.results import load_results
-    from btm_scale.pipeline import report as draw
+    from btm_scale.report.page import report as draw
 
     config, run_dir = opened(options)
     results = load_results(run_dir)

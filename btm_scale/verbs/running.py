@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def demo(options: argparse.Namespace) -> Answer:
     """Run Branch-Train-Merge on text of this installation."""
-    from btm_scale.demo import demo_config
+    from btm_scale.run.demo import demo_config
 
     config, run = demo_config(options.out, options.set)
     return _run(options, config, run)
@@ -25,11 +25,11 @@ def run(options: argparse.Namespace) -> Answer:
     """Run every stage of a config that isn't done."""
     config, run_dir = _config_and_run(options)
     if options.launcher == "slurm":
-        from btm_scale.slurm_run import submit_run
+        from btm_scale.run.slurm import submit_run
 
         return shown(options, submit_run(config, run_dir, dry_run=options.dry_run, say=say))
     if options.dry_run:
-        from btm_scale.pipeline import dry_run
+        from btm_scale.run.pipeline import dry_run
 
         return shown(options, dry_run(config, run_dir))
     return _run(options, config, run_dir)
@@ -38,8 +38,8 @@ def run(options: argparse.Namespace) -> Answer:
 def prepare(options: argparse.Namespace) -> Answer:
     """Train the tokenizer and write the token files."""
     from btm_scale.data.prepare import prepare as prepare_data
-    from btm_scale.pipeline import data_summary
-    from btm_scale.run_state import open_run
+    from btm_scale.run.pipeline import data_summary
+    from btm_scale.run.state import open_run
 
     config, run_dir = _config_and_run(options)
     open_run(config, run_dir)
@@ -51,12 +51,12 @@ def train(options: argparse.Namespace) -> Answer:
     """Train, export and score models: those that are named, or all that can be trained next, side by side."""
     config, run_dir = _config_and_run(options)
     if is_rank(options):
-        from btm_scale.train.worker import train_as_rank
+        from btm_scale.run.worker import train_as_rank
 
         [model] = options.model
         train_as_rank(config, run_dir, model)
     else:
-        from btm_scale.run_state import next_models, open_run
+        from btm_scale.run.state import next_models, open_run
 
         open_run(config, run_dir)
         options.model = options.model or next_models(config, run_dir)
@@ -69,7 +69,7 @@ def plan(options: argparse.Namespace) -> Answer:
     from btm_scale.config.run import RunConfig
     from btm_scale.launch.gpus import gpu_named
     from btm_scale.launch.plan import Cluster
-    from btm_scale.planning import make_plan
+    from btm_scale.run.plan import make_plan
 
     config = RunConfig.load(options.config, tuple(options.set))
     made = make_plan(config, Cluster(gpu_named(options.gpu), options.nodes, options.gpus_per_node))
@@ -85,7 +85,7 @@ def plan(options: argparse.Namespace) -> Answer:
 def status(options: argparse.Namespace) -> Answer:
     """Show how far every model of a run is."""
     from btm_scale.report.progress_table import live_table, print_progress, progress_as_json
-    from btm_scale.status import failures, run_status, watch
+    from btm_scale.run.status import failures, run_status, watch
 
     config, run_dir = opened(options)
     if options.watch:
@@ -103,9 +103,9 @@ def status(options: argparse.Namespace) -> Answer:
 
 
 def _run(options: argparse.Namespace, config: RunConfig, run_dir: RunDir) -> Answer:
-    from btm_scale.launchers import launcher_named
-    from btm_scale.pipeline import run_all
     from btm_scale.report.progress_table import live_table
+    from btm_scale.run.launchers import launcher_named
+    from btm_scale.run.pipeline import run_all
 
     launcher = launcher_named(options.launcher, config)
     with live_table(quiet=options.json) as show:
@@ -116,13 +116,13 @@ def _run(options: argparse.Namespace, config: RunConfig, run_dir: RunDir) -> Ans
 
 
 def _train(options: argparse.Namespace, config: RunConfig, run_dir: RunDir) -> None:
-    from btm_scale.launchers import launcher_named, train_under_mpi
+    from btm_scale.run.launchers import launcher_named, train_under_mpi
 
     if options.launcher == "mpi":
         train_under_mpi(config, run_dir, options.model)
         return
     from btm_scale.report.progress_table import live_table
-    from btm_scale.stage import run_training
+    from btm_scale.run.launchers import run_training
 
     with live_table(quiet=options.json) as show:
         launcher = launcher_named(options.launcher, config)

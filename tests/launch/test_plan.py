@@ -17,7 +17,7 @@ from btm_scale.launch.gpus import GPUS
 from btm_scale.launch.memory import rank_memory
 from btm_scale.launch.plan import Cluster
 from btm_scale.model.shape import ModelShape
-from btm_scale.planning import make_plan
+from btm_scale.run.plan import make_plan
 
 PAPER_64 = {
     "model": {"preset": "gpt2-350m"},

@@ -10,8 +10,8 @@ from tiny_run import tiny_values, write_config
 
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import LaunchError
+from btm_scale.run.slurm import submit_run
 from btm_scale.run_dir import RunDir
-from btm_scale.slurm_run import submit_run
 
 # The queue is a folder with a file a job, which holds its line; as in SLURM, SQUEUE_STATES leaves out the others.
 SBATCH = """#!/bin/bash

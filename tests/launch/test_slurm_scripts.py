@@ -16,8 +16,8 @@ from btm_scale.config.run import RunConfig
 from btm_scale.errors import ConfigError, LaunchError
 from btm_scale.launch.ranks import become_slurm_rank
 from btm_scale.launch.slurm import render
+from btm_scale.run.slurm import jobs, write_scripts
 from btm_scale.run_dir import RunDir
-from btm_scale.slurm_run import jobs, write_scripts
 
 NASTY = '"; rm -rf ~ #'
 FULL = {

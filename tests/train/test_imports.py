@@ -18,12 +18,12 @@ def imported_by(module: str) -> set[str]:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU Megatron-core's fused functions are compiled")
 def test_a_rank_without_a_gpu_imports_no_compiler() -> None:
-    found = imported_by("btm_scale.train.worker")
+    found = imported_by("btm_scale.run.worker")
     assert {"torch", "deepspeed", "megatron.core.models.gpt"} <= found
     assert "deepspeed.runtime.zero.muon.muon_optimizer" in found, "DeepSpeed's engine imports it"
     assert not found & {"torch._inductor", "torch._dynamo"}
 
 
-@pytest.mark.parametrize("module", ["btm_scale.stage", "btm_scale.launchers", "btm_scale.status"])
+@pytest.mark.parametrize("module", ["btm_scale.run.launchers", "btm_scale.run.launchers", "btm_scale.run.status"])
 def test_who_starts_groups_imports_no_torch(module: str) -> None:
     assert not imported_by(module) & {"torch", "deepspeed", "megatron", "transformers"}

@@ -12,8 +12,8 @@ from btm_scale.config.run import RunConfig
 from btm_scale.data.files import require_text
 from btm_scale.errors import LaunchError
 from btm_scale.launch import slurm, slurm_queue
+from btm_scale.run.state import is_done, open_run
 from btm_scale.run_dir import DENSE, RunDir
-from btm_scale.run_state import is_done, open_run
 from btm_scale.train.jobs import model_names, training_job, training_stages
 
 Say = Callable[[str], None]

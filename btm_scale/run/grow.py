@@ -15,9 +15,9 @@ from btm_scale.errors import ConfigError, ForestError
 from btm_scale.forest.branch import parents_of
 from btm_scale.forest.expert import Expert, is_finished, read_expert
 from btm_scale.forest.forest import experts, remove_expert
-from btm_scale.pipeline import score_models
+from btm_scale.run.pipeline import score_models
+from btm_scale.run.state import open_run
 from btm_scale.run_dir import RunDir
-from btm_scale.run_state import open_run
 from btm_scale.train.jobs import training_job
 from btm_scale.train.start import Beginning, settle
 

@@ -15,12 +15,10 @@ from btm_scale.forest.forest import experts
 from btm_scale.forest.methods import average_texts
 from btm_scale.forest.scores import all_texts, missing_scores
 from btm_scale.launch.supervise import GroupCommand, RunGroups
-from btm_scale.report.page import write_page
+from btm_scale.run.launchers import Progress, here, placement, run_training
+from btm_scale.run.state import is_done, open_run
 from btm_scale.run_dir import SEED, RunDir
-from btm_scale.run_state import is_done, open_run
-from btm_scale.stage import Progress, here, placement, run_training
 from btm_scale.train.jobs import model_names, training_job, training_stages
-from btm_scale.train.metrics import read_metrics
 
 Say = Callable[[str], None]
 
@@ -44,9 +42,7 @@ def run_all(
         run_training(config, run, stage, on_progress=on_progress, launcher=launcher)
     say("averaging and scoring")
     score_averages(config, run, launcher)
-    results = evaluate(config, run)
-    report(config, run, results)
-    return results
+    return evaluate(config, run)
 
 
 def score_models(config: RunConfig, run: RunDir, models: Sequence[str], launcher: RunGroups | None = None) -> list[str]:
@@ -79,12 +75,6 @@ def _run_scoring(config: RunConfig, run: RunDir, arguments: tuple[str, ...], lau
     command = GroupCommand("score", group.ranks, ("score", str(run.root), *arguments), run.log("score"), group.tensor)
     launcher = launcher or here(placement(config, [SEED]))
     launcher([command], lambda states: None)
-
-
-def report(config: RunConfig, run: RunDir, results: dict[str, Any]) -> None:
-    """Draw the page."""
-    curves = {model: read_metrics(run.metrics(model)) for model in model_names(config)}
-    write_page(config, results, {model: curve for model, curve in curves.items() if curve}, run.report)
 
 
 def dry_run(config: RunConfig, run: RunDir) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from btm_scale.config.run import RunConfig
+from btm_scale.run.slurm import queue_notes
+from btm_scale.run.state import is_done, progress
 from btm_scale.run_dir import RunDir
-from btm_scale.run_state import is_done, progress
-from btm_scale.slurm_run import queue_notes
 from btm_scale.train.jobs import model_names
 from btm_scale.train.progress import ModelProgress
 from btm_scale.util.locks import ModelLock
