@@ -51,7 +51,7 @@ TASKS: dict[str, dict[str, Any]] = {
 
 
 def harness(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "btm_scale.lm_eval", *map(str, arguments)]
+    command = [sys.executable, "-m", "btm_scale.cli.lm_eval", *map(str, arguments)]
     offline = os.environ | {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=offline, timeout=600)
 

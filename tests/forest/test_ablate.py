@@ -11,7 +11,7 @@ import torch
 from handmade_run import DOMAINS, train
 from transformers import AutoModelForCausalLM
 
-from btm_scale.cli import main
+from btm_scale.cli.app import main
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ForestError, UserError
 from btm_scale.evaluate.ablate import Subset, ablate, choose_subsets, file_text, run_texts

@@ -15,7 +15,7 @@ from tiny_forest import POSITIONS, Letters, Oracle, write_experts
 from tiny_run import btm_scale
 from transformers import AutoModelForCausalLM
 
-from btm_scale.cli import main
+from btm_scale.cli.app import main
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import CheckpointError, UserError
 from btm_scale.forest.posterior.evidence import Tempering

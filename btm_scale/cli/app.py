@@ -11,9 +11,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from btm_scale.cli_parser import build_parser
+from btm_scale.cli import checkpoint as checkpoints
+from btm_scale.cli import forest
+from btm_scale.cli import run as running
+from btm_scale.cli.parser import build_parser
 from btm_scale.errors import GroupFailed, UserError, WorkerLost
-from btm_scale.verbs import checkpoints, forest, running
 
 _VERBS = {
     "demo": running.demo,

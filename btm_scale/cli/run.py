@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from btm_scale.verbs.common import Answer, is_rank, opened, say, show_results, shown
+from btm_scale.cli.common import Answer, is_rank, opened, say, show_results, shown
 
 if TYPE_CHECKING:
     from btm_scale.config.run import RunConfig

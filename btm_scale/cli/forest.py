@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from btm_scale.cli.common import Answer, is_rank, opened, say, show_results, shown
 from btm_scale.errors import UserError
-from btm_scale.verbs.common import Answer, is_rank, opened, say, show_results, shown
 
 if TYPE_CHECKING:
     from btm_scale.generate.request import Piece

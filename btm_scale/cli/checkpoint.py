@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from btm_scale.cli.common import Answer, shown
 from btm_scale.errors import UserError
-from btm_scale.verbs.common import Answer, shown
 
 
 def merge(options: argparse.Namespace) -> Answer | None:

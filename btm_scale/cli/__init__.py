@@ -1,0 +1,1 @@
+"""The btm-scale command: its verbs, their options and exit codes."""
