@@ -42,7 +42,7 @@ HIDDEN, FFN, VOCABULARY = 2048, 5504, 32000
 _OURS = """
 import os, sys, json
 from pathlib import Path
-from btm_scale.checkpoint.merge import merge
+from btm_scale.checkpoint.merge.merge import merge
 if __name__ == "__main__":
     wait, output, weights, *inputs = sys.argv[1:]
     if wait == "unsynced":

@@ -24,7 +24,7 @@ from merge import MERGEKIT, mergekit_in
 
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel, ShardedWriter
 from btm_scale.checkpoint.formats.tensors import TensorSpec
-from btm_scale.checkpoint.merge import merge
+from btm_scale.checkpoint.merge.merge import merge
 
 MODELS, HIDDEN, FFN, VOCABULARY = 3, 64, 160, 512
 WEIGHTS = [0.5, 1.0, 1.5]

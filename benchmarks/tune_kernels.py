@@ -88,23 +88,25 @@ def best_score(device: str, candidates: Iterable[ScoreConfig], tokens: int, hidd
     """The fastest configuration of `score_kernel` for one expert in bfloat16."""
     import torch
 
-    from btm_scale.kernels import launch
+    from btm_scale.kernels import triton_launch
 
     states = torch.randn(1, tokens, hidden, device=device).bfloat16()
     heads = [torch.randn(vocab, hidden, device=device).bfloat16()]
     targets = torch.randint(vocab, (tokens,), device=device)
-    return _fastest(device, candidates, lambda config: launch.token_logprobs(states, heads, targets, config=config))
+    return _fastest(
+        device, candidates, lambda config: triton_launch.token_logprobs(states, heads, targets, config=config)
+    )
 
 
 def best_mix(device: str, candidates: Iterable[MixConfig], experts: int, batch: int, vocab: int) -> MixConfig:
     """The fastest configuration of the mixing kernels, from bfloat16 logits."""
     import torch
 
-    from btm_scale.kernels import launch
+    from btm_scale.kernels import triton_launch
 
     logits = torch.randn(experts, batch, vocab, device=device).bfloat16()
     log_weights = torch.randn(batch, experts, device=device)
-    return _fastest(device, candidates, lambda config: launch.mix_logits(logits, log_weights, config=config))
+    return _fastest(device, candidates, lambda config: triton_launch.mix_logits(logits, log_weights, config=config))
 
 
 def _fastest(device: str, candidates: Iterable[Any], run: Any) -> Any:

@@ -15,9 +15,9 @@ from btm_scale.checkpoint.formats.megatron import find_shape
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.tensors import ModelReader, parse_dtype
 from btm_scale.checkpoint.formats.torch_dist_writer import write_torch_dist
-from btm_scale.checkpoint.merge import merge
 from btm_scale.checkpoint.merge.compatibility import is_derived
 from btm_scale.checkpoint.merge.journal import only_merge_into
+from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.checkpoint.merge.sidecars import carry_sidecars
 from btm_scale.errors import CheckpointError
 from btm_scale.model.hf_names import from_huggingface, table, to_huggingface

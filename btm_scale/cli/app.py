@@ -1,4 +1,4 @@
-"""The btm-scale command. What it takes is in cli_parser.py, what its verbs do in verbs/."""
+"""The btm-scale command: dispatch and exit codes. Its arguments are in parser.py."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from btm_scale.cli import checkpoint as checkpoints
-from btm_scale.cli import forest
-from btm_scale.cli import run as running
+from btm_scale.cli import checkpoint, forest, run
 from btm_scale.cli.parser import build_parser
 from btm_scale.errors import GroupFailed, UserError, WorkerLost
 
 _VERBS = {
-    "demo": running.demo,
-    "run": running.run,
-    "prepare": running.prepare,
-    "train": running.train,
-    "plan": running.plan,
-    "status": running.status,
+    "demo": run.demo,
+    "run": run.run,
+    "prepare": run.prepare,
+    "train": run.train,
+    "plan": run.plan,
+    "status": run.status,
     "discover": forest.discover,
     "forest list": forest.forest_list,
     "forest add": forest.forest_add,
@@ -35,9 +33,9 @@ _VERBS = {
     "report": forest.report,
     "ablate": forest.ablate,
     "generate": forest.generate,
-    "merge": checkpoints.merge,
-    "convert": checkpoints.convert,
-    "inspect": checkpoints.inspect,
+    "merge": checkpoint.merge,
+    "convert": checkpoint.convert,
+    "inspect": checkpoint.inspect,
 }
 
 

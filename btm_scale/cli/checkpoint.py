@@ -11,7 +11,7 @@ from btm_scale.errors import UserError
 
 def merge(options: argparse.Namespace) -> Answer | None:
     """Merge models into one; under mpirun the first rank alone has an answer."""
-    from btm_scale.checkpoint.merge import merge as merge_models
+    from btm_scale.checkpoint.merge.merge import merge as merge_models
     from btm_scale.checkpoint.merge.mpi import follows, started_by_mpi
     from btm_scale.config.section import bytes_from_text
 

@@ -15,7 +15,7 @@ def main() -> None:
     try:
         from lm_eval.__main__ import cli_evaluate
 
-        import btm_scale.lm_eval_model  # noqa: F401 (it registers the model)
+        import btm_scale.generate.lm_eval  # noqa: F401 (it registers the model)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "lm_eval":
             raise

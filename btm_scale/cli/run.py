@@ -103,6 +103,7 @@ def status(options: argparse.Namespace) -> Answer:
 
 
 def _run(options: argparse.Namespace, config: RunConfig, run_dir: RunDir) -> Answer:
+    from btm_scale.report.page import report as write_report
     from btm_scale.report.progress_table import live_table
     from btm_scale.run.launchers import launcher_named
     from btm_scale.run.pipeline import run_all
@@ -110,6 +111,7 @@ def _run(options: argparse.Namespace, config: RunConfig, run_dir: RunDir) -> Ans
     launcher = launcher_named(options.launcher, config)
     with live_table(quiet=options.json) as show:
         results = run_all(config, run_dir, on_progress=show, say=say, launcher=launcher)
+    write_report(config, run_dir, results)
     show_results(options, results)
     say(f"The page is {run_dir.report}")
     return results

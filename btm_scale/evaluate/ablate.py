@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from btm_scale.checkpoint.merge import merge
+from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.config.run import RunConfig
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import ForestError, UserError

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
-from btm_scale.checkpoint.merge import merge
+from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.config.run import RunConfig
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.evaluate.score import load_model, text_log_probs

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from btm_scale.checkpoint.merge import merge
+from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.config.run import RunConfig
 from btm_scale.config.section import explain
 from btm_scale.data.prepare import prepare

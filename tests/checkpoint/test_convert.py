@@ -16,8 +16,8 @@ from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.inspect import inspect
-from btm_scale.checkpoint.merge import merge
 from btm_scale.checkpoint.merge.journal import only_merge_into
+from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.errors import CheckpointError
 from btm_scale.model.hf_names import cut, from_huggingface, table
 from btm_scale.run_dir import RunDir

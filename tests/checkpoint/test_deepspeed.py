@@ -16,7 +16,7 @@ from worlds import run_script
 from btm_scale.checkpoint.formats.deepspeed import open_deepspeed, training_step
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
-from btm_scale.checkpoint.merge import merge
+from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.errors import CheckpointError
 from btm_scale.model.hf_config import config_json
 from btm_scale.model.hf_names import join, table, to_huggingface

@@ -11,7 +11,8 @@ from small_models import WEIGHTS, Save, random_weights
 from btm_scale.checkpoint.convert import convert
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.hashing import content_hash
-from btm_scale.checkpoint.merge import merge, workers
+from btm_scale.checkpoint.merge import workers
+from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.errors import CheckpointError
 from btm_scale.util.files import partial_path
 

@@ -17,8 +17,8 @@ from small_models import Save, random_weights
 
 from btm_scale.checkpoint.formats.safetensors import ShardedWriter
 from btm_scale.checkpoint.hashing import content_hash
-from btm_scale.checkpoint.merge import journal, merge, workers
-from btm_scale.checkpoint.merge import runner as units
+from btm_scale.checkpoint.merge import journal, runner, workers
+from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.errors import CheckpointError, WorkerLost
 from btm_scale.util.files import partial_path
 from btm_scale.util.pools import lost_workers_told
@@ -34,7 +34,7 @@ def test_a_models_folder_may_hold_a_link_to_nowhere_and_the_output(
         with pytest.raises(KeyboardInterrupt):
             merge(out, [(models[0], 1), (models[1], 1)])
     noted = journal.finished(partial_path(out))
-    monkeypatch.setattr(units.UnitRunner, "__call__", interrupted)
+    monkeypatch.setattr(runner.UnitRunner, "__call__", interrupted)
     assert noted
     merge(out, [(models[0], 1), (models[1], 1)])
 
@@ -50,15 +50,15 @@ def test_an_interrupted_merge_does_only_what_is_left(
     expected = merge(tmp_path / "whole", pairs).content_hash
     monkeypatch.setattr(workers, "_NOTE_EVERY", 1)
     monkeypatch.setattr(workers, "MOST", 1)
-    run, ran = units.UnitRunner.__call__, []
+    run, ran = runner.UnitRunner.__call__, []
 
-    def stops_after_two(self: units.UnitRunner, unit: object) -> object:
+    def stops_after_two(self: runner.UnitRunner, unit: object) -> object:
         if len(ran) == 2:
             raise KeyboardInterrupt
         ran.append(unit)
         return run(self, unit)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(units.UnitRunner, "__call__", stops_after_two)
+    monkeypatch.setattr(runner.UnitRunner, "__call__", stops_after_two)
     with pytest.raises(KeyboardInterrupt):
         merge(tmp_path / "out", pairs)
     assert not (tmp_path / "out").exists()
@@ -66,11 +66,11 @@ def test_an_interrupted_merge_does_only_what_is_left(
     ran.clear()
     rest: list[object] = []
 
-    def counts(self: units.UnitRunner, unit: object) -> object:
+    def counts(self: runner.UnitRunner, unit: object) -> object:
         rest.append(unit)
         return run(self, unit)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(units.UnitRunner, "__call__", counts)
+    monkeypatch.setattr(runner.UnitRunner, "__call__", counts)
     assert merge(tmp_path / "out", pairs).content_hash == expected
     assert noted.keys()
     assert not noted.keys() & set(rest)
@@ -133,14 +133,14 @@ def test_two_merges_into_one_output_do_not_mix(models: list[Path], tmp_path: Pat
 KILLED = """
 import sys, time
 from pathlib import Path
-from btm_scale.checkpoint import units, workers
-from btm_scale.checkpoint.merge import merge
+from btm_scale.checkpoint.merge import runner, workers
+from btm_scale.checkpoint.merge.merge import merge
 workers._NOTE_EVERY = 1
-run = units.UnitRunner.__call__
+run = runner.UnitRunner.__call__
 def slowly(self, unit):
     time.sleep(0.03)
     return run(self, unit)
-units.UnitRunner.__call__ = slowly
+runner.UnitRunner.__call__ = slowly
 print("ready", flush=True)
 merge(Path(sys.argv[1]), [(Path(path), 1.0) for path in sys.argv[2:]], chunk_bytes=256)
 """

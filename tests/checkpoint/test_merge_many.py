@@ -11,10 +11,9 @@ import torch
 from small_models import WEIGHTS, Save
 
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
-from btm_scale.checkpoint.merge import journal, merge, workers
-from btm_scale.checkpoint.merge import mean_runner as means
+from btm_scale.checkpoint.merge import journal, mean_runner, workers
 from btm_scale.checkpoint.merge import merge as merging
-from btm_scale.checkpoint.merge.merge import merge_many
+from btm_scale.checkpoint.merge.merge import merge, merge_many
 from btm_scale.checkpoint.merge.plan import plan_means
 from btm_scale.errors import CheckpointError
 from btm_scale.util.files import partial_path
@@ -96,16 +95,16 @@ def test_an_interrupted_pass_of_many_does_only_what_is_left(
     expected = [merge(tmp_path / f"whole-{k}", inputs).content_hash for k, inputs in enumerate(wanted.values())]
     monkeypatch.setattr(workers, "_NOTE_EVERY", 1)
     monkeypatch.setattr(workers, "MOST", 1)
-    run, ran = means.MeansRunner.__call__, []
+    run, ran = mean_runner.MeansRunner.__call__, []
 
     def stops_after(most: int) -> None:
-        def limited(self: means.MeansRunner, unit: object) -> object:
+        def limited(self: mean_runner.MeansRunner, unit: object) -> object:
             if len(ran) == most:
                 raise KeyboardInterrupt
             ran.append(unit)
             return run(self, unit)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(means.MeansRunner, "__call__", limited)
+        monkeypatch.setattr(mean_runner.MeansRunner, "__call__", limited)
 
     stops_after(2)
     with pytest.raises(KeyboardInterrupt):

@@ -14,7 +14,7 @@ import pytest
 from small_models import Save, random_weights
 
 from btm_scale.checkpoint.hashing import content_hash
-from btm_scale.checkpoint.merge import merge
+from btm_scale.checkpoint.merge.merge import merge
 
 
 def mpirun_merge(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:

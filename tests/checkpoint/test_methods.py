@@ -13,9 +13,9 @@ from small_models import Save, random_weights
 
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.hashing import content_hash
-from btm_scale.checkpoint.merge import merge
-from btm_scale.checkpoint.merge import runner as units
+from btm_scale.checkpoint.merge import runner
 from btm_scale.checkpoint.merge.elementwise import METHODS, Piece, find_method
+from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.checkpoint.merge.noise import uniform
 from btm_scale.checkpoint.merge.plan import Unit
 from btm_scale.checkpoint.merge.registry import Whole
@@ -228,14 +228,14 @@ def test_every_method_gives_the_same_bytes_for_any_order_chunk_and_process(
 def test_no_method_is_given_a_whole_matrix(
     name: str, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    piece, sizes = units.UnitRunner._piece, []
+    piece, sizes = runner.UnitRunner._piece, []
 
-    def recorded(self: units.UnitRunner, part: Unit, *shape: tuple[int, ...]) -> Piece:
+    def recorded(self: runner.UnitRunner, part: Unit, *shape: tuple[int, ...]) -> Piece:
         sizes.append(part.stop - part.start)
         return piece(self, part, *shape)
 
-    monkeypatch.setattr(units, "_ROWS_ELEMENTS", 64)
-    monkeypatch.setattr(units.UnitRunner, "_piece", recorded)
+    monkeypatch.setattr(runner, "_ROWS_ELEMENTS", 64)
+    monkeypatch.setattr(runner.UnitRunner, "_piece", recorded)
     models = [(save(f"m{i}", random_weights(i)), 1.0) for i in range(2)]
     merge(tmp_path / "out", models, method=name, base=save("base", random_weights(9)), chunk_bytes=128)
     assert max(sizes) == 64

@@ -13,7 +13,7 @@ from btm_scale.checkpoint.formats.safetensors import INDEX, SafetensorsModel, Sh
 from btm_scale.checkpoint.formats.tensors import DTYPE_BY_CODE, TensorSpec
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.errors import CheckpointError
-from btm_scale.util import files as publish
+from btm_scale.util import files
 from btm_scale.util.files import publish_directory, require_space
 
 
@@ -199,6 +199,6 @@ def test_publishing_never_removes_before_the_replacement_stands(
     with pytest.raises(CheckpointError, match="exists already"):
         publish_directory(tmp_path / "new", tmp_path / "final")
     removed: list[str] = []
-    monkeypatch.setattr(publish.shutil, "rmtree", lambda path: removed.append((tmp_path / "final/file").read_text()))
+    monkeypatch.setattr(files.shutil, "rmtree", lambda path: removed.append((tmp_path / "final/file").read_text()))
     publish_directory(tmp_path / "new", tmp_path / "final", replace=True)
     assert removed == ["new"]

@@ -13,7 +13,7 @@ from worlds import run_script
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.torch_dist_writer import write_torch_dist
 from btm_scale.checkpoint.hashing import content_hash
-from btm_scale.checkpoint.merge import merge
+from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.errors import CheckpointError
 from btm_scale.model.hf_config import config_json
 from btm_scale.model.hf_names import cut, from_huggingface, join, table, to_huggingface

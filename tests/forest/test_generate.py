@@ -22,7 +22,7 @@ from btm_scale.forest.posterior.evidence import Tempering
 from btm_scale.generate.generator import Generator
 from btm_scale.generate.request import Batch, prompts_of
 from btm_scale.generate.sampling import Sampling, cut
-from btm_scale.model import hf_decoder as decoder_module
+from btm_scale.model import hf_decoder
 from btm_scale.run_dir import RunDir
 
 PRIOR = np.log([0.8, 0.2])
@@ -100,7 +100,7 @@ def test_greedy_mixture_of_a_ragged_batch_equals_brute_force(
     family: str, mode: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Few logits at once: the longest prompt is read in pieces, the first of which are all padding for the others.
-    monkeypatch.setattr(decoder_module, "_LOGITS_AT_ONCE", 3 * 4 * len("abcde"))
+    monkeypatch.setattr(hf_decoder, "_LOGITS_AT_ONCE", 3 * 4 * len("abcde"))
     experts = write_experts(tmp_path, 3, family)
     oracle, prior = Oracle(experts), np.log([0.2, 0.5, 0.3])
     generator = Generator(
@@ -177,7 +177,7 @@ def test_experts_come_one_by_one_where_memory_holds_no_more(experts: dict[str, P
 
 def test_log_probabilities_of_a_bfloat16_model_are_not_rounded(experts: dict[str, Path], tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(experts["expert0"], dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16")
-    decoder = decoder_module.Decoder.load(tmp_path / "bf16")
+    decoder = hf_decoder.Decoder.load(tmp_path / "bf16")
     reading = decoder.read([[0, 1, 2, 3]])
     assert decoder.model.dtype == torch.bfloat16
     assert reading.logits.dtype == torch.float32
@@ -223,7 +223,7 @@ def test_weights_that_were_cut_short_are_told(experts: dict[str, Path], tmp_path
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     with pytest.raises(CheckpointError, match=r"transformers cannot load .*; copy it or train it again"):
-        decoder_module.Decoder.load(copy)
+        hf_decoder.Decoder.load(copy)
 
 
 def test_a_prompt_longer_than_the_context_is_refused(experts: dict[str, Path]) -> None:

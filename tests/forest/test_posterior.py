@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btm_scale.forest.posterior import mixture as posterior
+from btm_scale.forest.posterior import mixture
 from btm_scale.forest.posterior.evidence import Mode, Tempering
 from btm_scale.forest.posterior.mixture import mean_tempered_weights, mixture_log_probs, tempered_mixtures
 from btm_scale.forest.posterior.prior import cached_prior, updating_mixture_log_probs
@@ -175,9 +175,9 @@ def test_temperings_side_by_side_are_what_each_is_alone() -> None:
     starts, prior = np.array([0, 20, 40, 60]), np.log(random.dirichlet(np.ones(4)))
     temperings = [Tempering(0.2, 0.9, 0.0), Tempering(1.0, 1.0, 0.1), Tempering(), Tempering(0.5, 0.8, 0.003)]
     together = tempered_mixtures(log_probs, starts, temperings, log_prior=prior)
-    for mixture, tempering in zip(together, temperings, strict=True):
+    for mixed, tempering in zip(together, temperings, strict=True):
         alone = mixture_log_probs(log_probs, starts, log_prior=prior, mode="tempered", tempering=tempering)
-        np.testing.assert_allclose(mixture, alone, rtol=1e-12)
+        np.testing.assert_allclose(mixed, alone, rtol=1e-12)
 
 
 def test_tempering_with_full_power_and_memory_is_the_prefix_posterior() -> None:
@@ -196,7 +196,7 @@ def test_working_in_small_pieces_changes_nothing(mode: Mode, monkeypatch: pytest
     starts = np.array([0, 20, 40, 60, 93])
     tempering = Tempering(0.3, 0.9, 0.01) if mode == "tempered" else None
     whole = mixture_log_probs(log_probs, starts, mode=mode, tempering=tempering)
-    monkeypatch.setattr(posterior, "_AT_ONCE", 21)
+    monkeypatch.setattr(mixture, "_AT_ONCE", 21)
     pieces = mixture_log_probs(log_probs, starts, mode=mode, tempering=tempering)
     np.testing.assert_allclose(pieces, whole, atol=1e-12)
 

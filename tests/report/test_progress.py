@@ -85,6 +85,6 @@ def test_durations_grow_coarser():
 
 
 def test_importing_the_report_imports_no_torch():
-    modules = ", ".join(f"btm_scale.report.{name}" for name in ("page", "tables", "progress"))
+    modules = ", ".join(f"btm_scale.report.{name}" for name in ("page", "results_table", "progress_table"))
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

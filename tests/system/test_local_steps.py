@@ -10,7 +10,7 @@ from launcher import TESTS
 from safetensors.torch import load_file
 from worlds import run_script
 
-from btm_scale.train import outer
+from btm_scale.train import diloco
 
 SHAPE = {
     "family": "llama",
@@ -38,12 +38,12 @@ class OneRank:
 
 
 def test_the_outer_step_is_nesterovs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outer, "comm", OneRank)
+    monkeypatch.setattr(diloco, "comm", OneRank)
     generator = torch.Generator().manual_seed(0)
     weights = torch.nn.Parameter(torch.randn(5, 3, generator=generator))
     sgd = torch.optim.SGD([weights], lr=0.7, momentum=0.9, nesterov=True)
     parameter = torch.nn.Parameter(weights.detach().clone())
-    step = outer.OuterStep(None, lr=0.7, momentum=0.9)  # type: ignore[arg-type]
+    step = diloco.OuterStep(None, lr=0.7, momentum=0.9)  # type: ignore[arg-type]
     step.begin(parameter, parameter.detach())
     standing = parameter.detach()
     for _ in range(4):

@@ -14,14 +14,14 @@ from btm_scale.config.layout import Layout
 from btm_scale.config.training import HealthConfig
 from btm_scale.errors import GroupFailed
 from btm_scale.model.shape import ModelShape
-from btm_scale.train import health
+from btm_scale.train import bad_batches
 from btm_scale.train.bad_batches import Health
 
 
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health.dist, "barrier", lambda: None)
-    monkeypatch.setattr(health.dist, "broadcast_object_list", lambda values, src: None)
+    monkeypatch.setattr(bad_batches.dist, "barrier", lambda: None)
+    monkeypatch.setattr(bad_batches.dist, "broadcast_object_list", lambda values, src: None)
 
 
 def judge(folder: Path, **settings: Any) -> Health:
@@ -81,7 +81,7 @@ def test_every_rank_leaves_out_what_the_first_one_has_read(tmp_path: Path, monke
     def receive(values: list[Any], src: int) -> None:
         values[0] = ({}, {7: "the loss is nan"})
 
-    monkeypatch.setattr(health.dist, "broadcast_object_list", receive)
+    monkeypatch.setattr(bad_batches.dist, "broadcast_object_list", receive)
     group: Any = SimpleNamespace(is_first=False)
     late = Health(group, HealthConfig(), tmp_path, tmp_path / "metrics.jsonl")  # its host sees no file yet
     assert late.leaves_out(7)

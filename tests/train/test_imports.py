@@ -24,6 +24,6 @@ def test_a_rank_without_a_gpu_imports_no_compiler() -> None:
     assert not found & {"torch._inductor", "torch._dynamo"}
 
 
-@pytest.mark.parametrize("module", ["btm_scale.run.launchers", "btm_scale.run.launchers", "btm_scale.run.status"])
+@pytest.mark.parametrize("module", ["btm_scale.run.launchers", "btm_scale.run.status"])
 def test_who_starts_groups_imports_no_torch(module: str) -> None:
     assert not imported_by(module) & {"torch", "deepspeed", "megatron", "transformers"}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from worlds import run_script
 
-from btm_scale.train import state
+from btm_scale.train import checkpoint
 from btm_scale.train.checkpoint import newest_state, save_state, state_path
 
 
@@ -37,8 +37,10 @@ def test_all_ranks_go_on_from_the_state_that_the_first_one_finds(tmp_path: Path)
 def test_a_damaged_state_drives_out_none_that_can_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_state(tmp_path, 100)
     (write_state(tmp_path, 200) / "model.safetensors").write_bytes(b"")
-    monkeypatch.setattr(state.dist, "barrier", lambda: None)
-    monkeypatch.setattr(state, "write_state", lambda engine, folder, position, *_: write_state(folder, position.step))
+    monkeypatch.setattr(checkpoint.dist, "barrier", lambda: None)
+    monkeypatch.setattr(
+        checkpoint, "write_state", lambda engine, folder, position, *_: write_state(folder, position.step)
+    )
     group = SimpleNamespace(is_first=True)
     engine: Any = SimpleNamespace(group=group, parameters={}, adam_steps=0, loss_scale={}, kinds=())
     save_state(engine, tmp_path, 150, keep=1)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from btm_scale.train import watch
+from btm_scale.train import watchdog
 
 
 def test_a_rank_of_another_host_of_the_same_name_is_no_process_of_this_one(
@@ -21,7 +21,7 @@ def test_a_rank_of_another_host_of_the_same_name_is_no_process_of_this_one(
         assert own[0] != socket.gethostname()
         everyone[:] = [own, (own[0], 4000), (f"{own[0]} of another boot", 5000)]
 
-    monkeypatch.setattr(watch.dist, "all_gather_object", gather)
+    monkeypatch.setattr(watchdog.dist, "all_gather_object", gather)
     group: Any = SimpleNamespace(size=3)
-    assert watch._processes_of_this_host(group) == {1: 4000}
-    assert os.getpid() not in watch._processes_of_this_host(group).values()
+    assert watchdog._processes_of_this_host(group) == {1: 4000}
+    assert os.getpid() not in watchdog._processes_of_this_host(group).values()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from btm_scale.checkpoint.merge import whole_tensor as methods_whole  # registers its methods too
+from btm_scale.checkpoint.merge import whole_tensor  # registers its methods too
 from btm_scale.checkpoint.merge.registry import METHODS, Method, Piece, find_method, method
 
 __all__ = [
@@ -15,8 +15,8 @@ __all__ = [
     "dare",
     "find_method",
     "linear",
-    "methods_whole",
     "task_arithmetic",
+    "whole_tensor",
 ]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_oracle import exact_mixture, mixing_case, sparse_tensor
 
-from btm_scale.kernels import launch, mix_logits, mix_sample
+from btm_scale.kernels import mix_logits, mix_sample, triton_launch
 from btm_scale.kernels.tuning_table import MixConfig
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -79,8 +79,8 @@ def test_nan_in_an_expert_of_no_weight_is_never_read_and_in_another_fills_its_ro
 
 def test_mixing_repeats_to_the_bit_and_rows_do_not_touch_each_other():
     logits, log_weights = mixing_case(3, 6, 1000)
-    together = launch.mix_logits(logits, log_weights, config=NARROW._replace(cache_bytes=1 << 20))
-    apart = launch.mix_logits(logits, log_weights, config=NARROW)
+    together = triton_launch.mix_logits(logits, log_weights, config=NARROW._replace(cache_bytes=1 << 20))
+    apart = triton_launch.mix_logits(logits, log_weights, config=NARROW)
     assert torch.equal(together, apart)
     assert_close(together, exact_mixture(logits, log_weights))
 
@@ -99,7 +99,7 @@ def test_tokens_are_drawn_with_the_mixtures_probabilities(temperature):
     logits, log_weights = mixing_case(2, 1, vocab)
     exact = exact_mixture(logits, log_weights)[0]
     expected = draws * (exact / temperature).softmax(0)
-    tokens, log_probs = launch.mix_sample(
+    tokens, log_probs = triton_launch.mix_sample(
         logits.expand(2, draws, vocab).contiguous(),
         log_weights.expand(draws, 2).contiguous(),
         temperature=temperature,
@@ -120,7 +120,7 @@ def test_draws_follow_the_generator_and_not_the_cut_into_launches():
 
     def draw(seed: int, config: MixConfig | None = None) -> list[int]:
         generator = torch.Generator().manual_seed(seed)
-        return launch.mix_sample(logits, log_weights, generator=generator, config=config)[0].tolist()
+        return triton_launch.mix_sample(logits, log_weights, generator=generator, config=config)[0].tolist()
 
     assert draw(1) == draw(1) == draw(1, NARROW)
     assert draw(1) != draw(2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_oracle import exact_token_logprobs, scoring_case, sparse_tensor
 
-from btm_scale.kernels import combine_partials, launch, token_logprob_partials, token_logprobs, tuning
+from btm_scale.kernels import combine_partials, token_logprob_partials, token_logprobs, triton_launch, tuning
 from btm_scale.kernels.tuning_table import ScoreConfig
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -41,7 +41,7 @@ def test_every_type_and_odd_shape_is_as_exact_as_promised(dtype, experts, tokens
 
 def test_small_blocks_that_do_not_divide_the_splits_count_every_column_once():
     states, heads, targets = scoring_case(3, 37, 45, 1001)
-    log_probs = launch.token_logprobs(states, heads, targets, config=SMALL)
+    log_probs = triton_launch.token_logprobs(states, heads, targets, config=SMALL)
     assert worst_error(log_probs, exact_token_logprobs(states, heads, targets)) <= 1e-5
 
 
@@ -119,7 +119,7 @@ def test_results_repeat_to_the_bit_and_do_not_depend_on_how_launches_are_cut(mon
     states, heads, targets = scoring_case(3, 150, 32, 5000)
     once = token_logprobs(states, heads, targets)
     assert torch.equal(token_logprobs(states, heads, targets), once)
-    monkeypatch.setattr(launch, "PARTIAL_BYTES", 1)
+    monkeypatch.setattr(triton_launch, "PARTIAL_BYTES", 1)
     assert torch.equal(token_logprobs(states, heads, targets), once)
     alone = [token_logprobs(states[e : e + 1], heads[e : e + 1], targets)[0] for e in range(3)]
     assert torch.equal(torch.stack(alone), once)
