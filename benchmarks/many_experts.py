@@ -163,7 +163,7 @@ def _values(domains: dict[str, Any], text: Path, number: int, options: argparse.
             "batch_tokens": batch,
         },
         "data": {"dev": 0.1, "test": 0.1},
-        "group": {"micro_batch": SEQUENCES},
+        "layout": {"micro_batch": SEQUENCES},
         "baselines": {"dense": False},
         "evaluate": {"tokens_per_domain": 1024, "dev_blocks": 4},
     }

@@ -18,10 +18,10 @@ from btm_scale.model.shape import ModelShape
 class Layer(nn.Module):
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
-        self.heads, self.groups = shape.heads, shape.groups
+        self.heads, self.groups = shape.heads, shape.kv_heads
         size = shape.head_size
         self.norm = nn.RMSNorm(shape.hidden, eps=shape.norm_epsilon)
-        self.qkv = nn.Linear(shape.hidden, (shape.heads + 2 * shape.groups) * size, bias=False)
+        self.qkv = nn.Linear(shape.hidden, (shape.heads + 2 * shape.kv_heads) * size, bias=False)
         self.out = nn.Linear(shape.hidden, shape.hidden, bias=False)
         self.mlp_norm = nn.RMSNorm(shape.hidden, eps=shape.norm_epsilon)
         self.gate_up = nn.Linear(shape.hidden, 2 * shape.ffn, bias=False)

@@ -83,7 +83,7 @@ def _open(options: argparse.Namespace, batch: str, rate: str, beta2: str) -> tup
 
 def _command(config: RunConfig, run: RunDir, model: str) -> GroupCommand:
     arguments = ("train", str(run.config), "--model", model, "--out", str(run.root))
-    return GroupCommand(f"{run.root.name} {model}", training_job(config, model).group.ranks, arguments, run.log(model))
+    return GroupCommand(f"{run.root.name} {model}", training_job(config, model).layout.ranks, arguments, run.log(model))
 
 
 def _perplexity(config: RunConfig, run: RunDir, model: str) -> dict[str, float]:

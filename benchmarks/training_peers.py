@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from btm_scale.config.model import ModelConfig
-from btm_scale.config.run import GroupConfig, OptimizerConfig
+from btm_scale.config.run import Layout, OptimizerConfig
 from btm_scale.model.shape import ModelShape
 from btm_scale.train.jobs import TrainingJob
 
@@ -57,9 +57,7 @@ def ours(case: Case) -> Step:
     from btm_scale.train.engine import Engine
 
     keep_freed_memory()
-    layout = GroupConfig(
-        data=case.ranks, precision=case.precision, micro_batch=case.micro_batch, recompute=case.recompute
-    )
+    layout = Layout(data=case.ranks, precision=case.precision, micro_batch=case.micro_batch, recompute=case.recompute)
     group = ExpertGroup.join(layout)
     job = TrainingJob(
         model="benchmark",
@@ -72,7 +70,7 @@ def ours(case: Case) -> Step:
         first_sample=0,
         samples=case.sequences,
         progress=(0.0, 1.0),
-        group=layout,
+        layout=layout,
     )
     group.seed(0)
     model = build_model(

@@ -40,7 +40,7 @@ def main() -> None:
         layers=max(1, round((options.millions * 1e6 - VOCABULARY * HIDDEN) / per_layer)),
         hidden=HIDDEN,
         heads=12,
-        groups=12,
+        kv_heads=12,
         ffn=FFN,
         positions=1024,
         vocabulary=VOCABULARY,
@@ -74,11 +74,11 @@ def save(folder: Path, shape: ModelShape) -> None:
     """Save a checkpoint by the real engine, with the config.json that ours needs beside it."""
     import torch
 
-    from btm_scale.config.run import GroupConfig
+    from btm_scale.config.run import Layout
     from btm_scale.distributed.group import ExpertGroup
     from btm_scale.model.gpt import build_model
 
-    group = ExpertGroup.join(GroupConfig())
+    group = ExpertGroup.join(Layout())
     import deepspeed
 
     model = build_model(shape, tensor=1, dtype=torch.bfloat16, on_cpu=True)

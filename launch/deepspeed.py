@@ -48,7 +48,7 @@ class HostPool:
                 )
         if not self._ports:
             return None
-        shares = self._room.take(command.name, command.ranks, command.tensor)
+        shares = self._room.take(command.name, command.ranks, command.colocated)
         if shares is None:
             return None
         port = self._ports.pop(0)

@@ -60,16 +60,19 @@ class HostRoom:
         self._all = dict(slots)
         self._free = {host: list(range(number)) for host, number in slots.items()}
 
-    def take(self, name: str, ranks: int, tensor: int) -> tuple[Share, ...] | None:
-        """Slots for a group whose tensor ranks stay on one host: on the one host that it fills best, or else on as few
-        as there are. None if there is no room now; raises LaunchError if there never will be."""
-        if self._choose(ranks, tensor, self._all) is None:
+    def take(self, name: str, ranks: int, colocated: int) -> tuple[Share, ...] | None:
+        """Slots for a group: on the one host that it fills best, or else on as few as there are.
+
+        Every `colocated` consecutive ranks stay on one host. None if there is no room now; raises LaunchError if there
+        never will be.
+        """
+        if self._choose(ranks, colocated, self._all) is None:
             raise LaunchError(
-                f"{name} needs {ranks} slots, {tensor} of each tensor group on one host; the hostfile has "
+                f"{name} needs {ranks} slots, {colocated} at a time on one host; the hostfile has "
                 f"{', '.join(f'{host} with {number}' for host, number in self._all.items())}; "
                 "add hosts, or choose a smaller layout"
             )
-        chosen = self._choose(ranks, tensor, {host: len(free) for host, free in self._free.items()})
+        chosen = self._choose(ranks, colocated, {host: len(free) for host, free in self._free.items()})
         if chosen is None:
             return None
         shares = []
@@ -84,13 +87,13 @@ class HostRoom:
             self._free[share.host] = sorted([*self._free[share.host], *share.slots])
 
     @staticmethod
-    def _choose(ranks: int, tensor: int, free: Mapping[str, int]) -> dict[str, int] | None:
+    def _choose(ranks: int, colocated: int, free: Mapping[str, int]) -> dict[str, int] | None:
         enough = [host for host, number in free.items() if number >= ranks]
         if enough:
             return {min(enough, key=lambda host: free[host]): ranks}
         chosen: dict[str, int] = {}
         for host in sorted(free, key=lambda host: -free[host]):
-            number = min(ranks, free[host]) // tensor * tensor
+            number = min(ranks, free[host]) // colocated * colocated
             if number:
                 chosen[host] = number
                 ranks -= number

@@ -57,7 +57,7 @@ def run_under_mpi(commands: Sequence[GroupCommand], threads: int) -> None:
     if not commands:
         return
     size = max(command.ranks for command in commands)
-    works = [Work(command.name, command.ranks, command.tensor, command.work) for command in commands]
+    works = [Work(command.name, command.ranks, command.colocated, command.work) for command in commands]
     by_name = {command.name: command for command in commands}
     place, lists = _split(works, size, commands[0].log.parent.parent)
     if place is None:

@@ -12,11 +12,11 @@ from btm_scale.errors import LaunchError
 
 @dataclass(frozen=True)
 class Work:
-    """One group's work: `ranks`, of which `tensor` share a node, for `seconds`."""
+    """One group's work: `ranks`, of which every `colocated` share a node, for `seconds`."""
 
     name: str
     ranks: int
-    tensor: int
+    colocated: int
     seconds: float
 
 
@@ -121,10 +121,10 @@ class _Room:
 
 
 def _check(work: Work, nodes: int, ranks_per_node: int) -> None:
-    if work.tensor > ranks_per_node or (work.ranks > ranks_per_node and ranks_per_node % work.tensor):
+    if work.colocated > ranks_per_node or (work.ranks > ranks_per_node and ranks_per_node % work.colocated):
         raise LaunchError(
-            f"{work.name}: tensor {work.tensor} does not fit nodes of {ranks_per_node} GPUs; a tensor group stays "
-            "within a node, so choose a tensor degree that divides their number"
+            f"{work.name}: {work.colocated} ranks that share a node do not fit nodes of {ranks_per_node} GPUs; choose "
+            "a tensor degree that divides their number"
         )
     if work.ranks > nodes * ranks_per_node:
         raise LaunchError(

@@ -66,7 +66,7 @@ class GroupPlan:
     @property
     def work(self) -> Work:
         """For the placement."""
-        return Work(self.training.name, self.layout.ranks, self.layout.tensor, self.seconds)
+        return Work(self.training.name, self.layout.ranks, self.layout.colocated, self.seconds)
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,15 @@ _TEMPLATES = Path(__file__).parent / "templates"
 class Job:
     """One script: `models` are the tasks of its array, or the one model that it trains, or none.
 
-    `ranks` are those of one group, of which `tensor` share a node; `after` are the jobs that must have succeeded.
+    `ranks` are those of one group, of which every `colocated` share a node; `after` are the jobs that must have
+    succeeded.
     """
 
     name: str
     template: str
     models: tuple[str, ...] = ()
     ranks: int = 1
-    tensor: int = 1
+    colocated: int = 1
     after: tuple[str, ...] = ()
     is_array: bool = False
 
@@ -34,14 +35,14 @@ class Job:
 def nodes_of(job: Job, config: SlurmConfig) -> tuple[int, int]:
     """(nodes, tasks on each) of one of the job's groups.
 
-    Raises LaunchError if its ranks do not fill nodes evenly, or a tensor group would span two.
+    Raises LaunchError if its ranks do not fill nodes evenly, or ranks that must share a node would span two.
     """
     if job.ranks <= config.ranks_per_node:
         return 1, job.ranks
-    if job.ranks % config.ranks_per_node or config.ranks_per_node % job.tensor:
+    if job.ranks % config.ranks_per_node or config.ranks_per_node % job.colocated:
         raise LaunchError(
-            f"{job.name}: {job.ranks} ranks with tensor {job.tensor} do not fill nodes of {config.ranks_per_node} "
-            "ranks evenly, or a tensor group would span two nodes; change the layout, or launch.slurm.ranks_per_node"
+            f"{job.name}: {job.ranks} ranks do not fill nodes of {config.ranks_per_node} evenly, or the "
+            f"{job.colocated} that share a node would span two; change the layout, or launch.slurm.ranks_per_node"
         )
     return job.ranks // config.ranks_per_node, config.ranks_per_node
 

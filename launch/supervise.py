@@ -35,7 +35,7 @@ class GroupCommand:
     ranks: int
     arguments: tuple[str, ...]  # of btm-scale
     log: Path
-    tensor: int = 1  # ranks that must share a host
+    colocated: int = 1  # consecutive ranks that must share a host
     work: float = 1.0  # how long it takes, relative to others
 
 

@@ -15,11 +15,11 @@ def cluster_values(text: Path, *, steps: int, experts: tuple[str, ...] = EXPERTS
     batch = 128 * len(experts)
     return tiny_values(
         text,
-        model={"family": "llama", "layers": 2, "hidden": 32, "heads": 2, "groups": 2, "ffn": 64},
+        model={"family": "llama", "layers": 2, "hidden": 32, "heads": 2, "kv_heads": 2, "ffn": 64},
         domains={name: {"text": f"{name}.jsonl"} for name in experts},
         novel_domains={},
         budget={"tokens": 2 * steps * batch, "seed_share": 0.5, "sequence_length": 64, "batch_tokens": batch},
-        group={"data": 2, "micro_batch": 1},
+        layout={"data": 2, "micro_batch": 1},
         baselines={"dense": False},
         evaluate={"tokens_per_domain": 500, "dev_blocks": 5},
         **changes,

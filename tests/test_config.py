@@ -29,7 +29,7 @@ def test_every_config_that_is_shipped_parses_and_plans_all_its_jobs(path: Path) 
         job = training_job(config, model)
         # A pretrained model may be the seed LM as it is, where the budget has no share for it.
         assert (job.steps > 0) == (model != "seed" or config.budget.seed_share > 0)
-        assert job.accumulation * job.micro_batch * job.group.data == job.sequences
+        assert job.accumulation * job.micro_batch * job.layout.data == job.sequences
 
 
 def test_only_domains_must_be_given(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_every_problem_is_told_at_once_with_its_path(tmp_path: Path) -> None:
         "budget": {"batch_tokens": 1000},
         "optimizer": {"lr": -1},
         "modle": {},
-        "group": {"zero": 7},
+        "layout": {"zero": 7},
     }
     with pytest.raises(ConfigError) as raised:
         load(tmp_path, values)
@@ -69,10 +69,10 @@ def test_every_problem_is_told_at_once_with_its_path(tmp_path: Path) -> None:
 
 
 def test_an_experts_own_layout_is_checked_like_the_groups(tmp_path: Path) -> None:
-    experts = {"math": {"group": {"tensr": 2}}, "maths": {}}
+    experts = {"math": {"layout": {"tensr": 2}}, "maths": {}}
     with pytest.raises(ConfigError) as raised:
         load(tmp_path, {"domains": DOMAINS, "experts": experts})
-    assert "experts.math.group.tensr: no such key; did you mean 'tensor'?" in str(raised.value)
+    assert "experts.math.layout.tensr: no such key; did you mean 'tensor'?" in str(raised.value)
     assert "experts.maths: no domain has this name" in str(raised.value)
 
 
@@ -157,7 +157,7 @@ def test_paths_are_relative_to_the_yaml_but_to_the_working_folder_in_an_override
 
 
 def test_the_resolved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
-    config = load(tmp_path, {"domains": DOMAINS, "experts": {"math": {"group": {"tensor": 2}, "tokens": 1000}}})
+    config = load(tmp_path, {"domains": DOMAINS, "experts": {"math": {"layout": {"tensor": 2}, "tokens": 1000}}})
     config.save(tmp_path / "saved" / "run.yaml")
     assert RunConfig.load(tmp_path / "saved" / "run.yaml") == config
 
@@ -238,7 +238,7 @@ def test_impossible_parents_are_refused(tmp_path: Path, parents: dict[str, float
 
 
 def test_an_expert_of_its_own_size_starts_afresh_with_a_schedule_of_its_own(tmp_path: Path) -> None:
-    experts: dict[str, Any] = {"math": {"model": {"preset": "llama-1m"}, "group": {"micro_batch": 2}}}
+    experts: dict[str, Any] = {"math": {"model": {"preset": "llama-1m"}, "layout": {"micro_batch": 2}}}
     config = load(tmp_path, {"domains": DOMAINS, "experts": experts})
     job = training_job(config, "math")
     assert (job.branch, job.progress) == (None, (0.0, 1.0))

@@ -12,7 +12,7 @@ import yaml
 
 from btm_scale.config.run import RunConfig
 
-TINY_MODEL = {"family": "llama", "layers": 2, "hidden": 64, "heads": 4, "groups": 2, "ffn": 96}
+TINY_MODEL = {"family": "llama", "layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2, "ffn": 96}
 
 
 def tiny_values(text: Path, **changes: Any) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def tiny_values(text: Path, **changes: Any) -> dict[str, Any]:
         "data": {"dev": 0.1, "test": 0.1},
         "budget": {"tokens": 24 * 1024, "seed_share": 0.5, "sequence_length": 64, "batch_tokens": 1024},
         "optimizer": {"lr": 1e-2},
-        "group": {"micro_batch": 4},
+        "layout": {"micro_batch": 4},
         "checkpoint": {"every": 5},
         "baselines": {"random_split": True},
         "evaluate": {

@@ -51,9 +51,9 @@ def convert(
                 merge(partial, [(source, 1.0)], dtype=dtype)
             else:
                 shape = find_shape(source)
-                if not fits(shape, tensor):
+                if tensor not in shape.tensor_degrees():
                     raise CheckpointError(
-                        f"{source} has {shape.heads} heads, {shape.groups} key-value heads and {shape.ffn} inner "
+                        f"{source} has {shape.heads} heads, {shape.kv_heads} key-value heads and {shape.ffn} inner "
                         f"features; tensor {tensor} must divide all three. Choose another degree."
                     )
                 with with_head_names(open_model(source)) as model:
@@ -95,11 +95,6 @@ def _require_described(model: ModelReader, shape: ModelShape) -> None:
             raise CheckpointError(
                 f"{model.path}: {told} does not fit config.json. Use the config.json that belongs to these weights."
             )
-
-
-def fits(shape: ModelShape, tensor: int) -> bool:
-    """Whether a model can be cut for that many tensor parallel ranks."""
-    return not (shape.heads % tensor or shape.groups % tensor or shape.ffn % tensor)
 
 
 def verify_equal(source: Path, copy: Path, dtype: torch.dtype | None) -> None:

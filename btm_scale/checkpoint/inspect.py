@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from btm_scale.checkpoint.convert import WRITERS, fits
+from btm_scale.checkpoint.convert import WRITERS
 from btm_scale.checkpoint.formats.deepspeed import checkpoint_folder, training_step
 from btm_scale.checkpoint.formats.locate import described_in, iteration_folder, read_json
 from btm_scale.checkpoint.formats.open import format_of, open_model
@@ -75,7 +75,7 @@ def inspect(path: Path) -> Inspection:
         files={str(file.relative_to(folder.parent)): file.stat().st_size for file in files},
         step=_STEPS[kind](path) if kind in _STEPS else None,
         converts_to=("huggingface", *(WRITERS if shape else ())),
-        tensor_degrees=tuple(n for n in range(1, _MOST_TENSOR_RANKS + 1) if fits(shape, n)) if shape else (),
+        tensor_degrees=tuple(n for n in shape.tensor_degrees() if n <= _MOST_TENSOR_RANKS) if shape else (),
     )
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from btm_scale.config.section import Section
 from btm_scale.model.shape import ModelShape
 
 
-class Layout(BaseModel):
-    """tensor x data ranks, the ZeRO stage, and what is kept where. It checks itself when it is made."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+class Layout(Section):
+    """How a model is spread over an expert group: parallel degrees, ZeRO stage, precision, micro-batch."""
 
     tensor: int = Field(default=1, gt=0, description="ranks that share every weight matrix")
     data: int = Field(default=1, gt=0, description="ranks that share every batch")
@@ -30,6 +30,14 @@ class Layout(BaseModel):
     precision: Literal["bf16", "fp16", "fp32"] = Field(
         default="bf16", description="of weights and activations; master weights are float32"
     )
+    micro_batch: int = Field(default=8, gt=0, description="sequences a rank takes at once, at the most")
+    sync_every: int = Field(
+        default=1,
+        gt=0,
+        description="steps that data ranks take alone between outer steps; 1 is data parallelism",
+    )
+    outer_lr: float = Field(default=0.7, gt=0, description="of the outer steps")
+    outer_momentum: float = Field(default=0.9, ge=0, lt=1, description="of the outer steps")
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Layout:
@@ -40,26 +48,54 @@ class Layout(BaseModel):
             problems.append("offload: optimizer needs ZeRO; set zero to 1, 2 or 3")
         if self.offload == "all" and self.zero != 3:
             problems.append(f"offload: all moves weights, which zero {self.zero} does not share; set zero to 3")
+        if self.sync_every > 1 and self.data == 1:
+            problems.append(
+                f"sync_every {self.sync_every} is for data ranks that step alone; set data above 1, or leave it"
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self
 
     @property
+    def grid(self) -> dict[str, int]:
+        """Parallel degrees by axis, the one whose neighbours have neighbouring ranks first."""
+        return {"tensor": self.tensor, "data": self.data}
+
+    @property
     def ranks(self) -> int:
         """Processes of the group."""
-        return self.tensor * self.data
+        return math.prod(self.grid.values())
+
+    @property
+    def colocated(self) -> int:
+        """Consecutive ranks that must share a host."""
+        return self.tensor
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """The place of a rank on every axis of the grid."""
+        places = {}
+        for axis, degree in self.grid.items():
+            rank, places[axis] = divmod(rank, degree)
+        return places
+
+    def peers(self, axis: str) -> list[tuple[int, ...]]:
+        """The process groups along an axis: ranks that differ in their place on this axis only."""
+        lines: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.ranks):
+            others = tuple(place for name, place in self.coordinates(rank).items() if name != axis)
+            lines.setdefault(others, []).append(rank)
+        return [tuple(line) for line in lines.values()]
 
     def problems(self, shape: ModelShape, sequence_length: int) -> list[str]:
         """Why a model of this shape cannot be shared so, one sentence each; empty if it can.
 
         The vocabulary always fits: its rows are padded to a multiple of `tensor`.
         """
-        sizes = {"heads": shape.heads, "groups": shape.groups, "ffn": shape.ffn}
-        odd = [f"{name} {size}" for name, size in sizes.items() if size % self.tensor]
         found = []
-        if odd:
-            fitting = [n for n in range(1, shape.groups + 1) if not any(size % n for size in sizes.values())]
-            found.append(f"tensor {self.tensor} does not divide {' and '.join(odd)}; {_choices('tensor', fitting)}")
+        if self.tensor not in (degrees := shape.tensor_degrees()):
+            sizes = {"heads": shape.heads, "kv_heads": shape.kv_heads, "ffn": shape.ffn}
+            odd = [f"{name} {size}" for name, size in sizes.items() if size % self.tensor]
+            found.append(f"tensor {self.tensor} does not divide {' and '.join(odd)}; {_choices('tensor', degrees)}")
         if self.sequence_parallel and sequence_length % self.tensor:
             longer = -(-sequence_length // self.tensor) * self.tensor
             found.append(
@@ -87,24 +123,3 @@ def _choices(name: str, values: list[int]) -> str:
     if len(values) == 1:
         return f"{name} must be {values[0]}"
     return f"{name} may be {', '.join(map(str, values[:-1]))} or {values[-1]}"
-
-
-class GroupConfig(Layout):
-    """The layout of an expert group, and how it goes through a batch."""
-
-    micro_batch: int = Field(default=8, gt=0, description="sequences a rank takes at once, at the most")
-    sync_every: int = Field(
-        default=1,
-        gt=0,
-        description="steps that data ranks take alone between outer steps; 1 is data parallelism",
-    )
-    outer_lr: float = Field(default=0.7, gt=0, description="of the outer steps")
-    outer_momentum: float = Field(default=0.9, ge=0, lt=1, description="of the outer steps")
-
-    @model_validator(mode="after")
-    def _someone_to_sync_with(self) -> GroupConfig:
-        if self.sync_every > 1 and self.data == 1:
-            raise ValueError(
-                f"sync_every {self.sync_every} is for data ranks that step alone; set data above 1, or leave it"
-            )
-        return self

@@ -24,7 +24,7 @@ class ModelConfig(Section):
     layers: int | None = Field(default=None, gt=0)
     hidden: int | None = Field(default=None, gt=0)
     heads: int | None = Field(default=None, gt=0)
-    groups: int | None = Field(default=None, gt=0)
+    kv_heads: int | None = Field(default=None, gt=0)
     ffn: int | None = Field(default=None, gt=0)
     tied: bool | None = None
     norm_epsilon: float | None = Field(default=None, gt=0)
@@ -54,7 +54,7 @@ class ModelConfig(Section):
         missing = [name for name in ("layers", "hidden", "heads", "ffn") if name not in sizes]
         if missing:
             raise ValueError(f"without a preset, {', '.join(missing)} must be given too")
-        if self.heads is not None and self.groups is None:
-            sizes["groups"] = self.heads
-        sizes.setdefault("groups", sizes["heads"])
+        if self.heads is not None and self.kv_heads is None:
+            sizes["kv_heads"] = self.heads
+        sizes.setdefault("kv_heads", sizes["heads"])
         return ModelShape(**sizes, vocabulary=vocabulary, positions=positions)

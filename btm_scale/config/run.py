@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from btm_scale.config.data import DataConfig, DomainConfig, TokenizerConfig
 from btm_scale.config.evaluation import BaselinesConfig, EvaluateConfig
 from btm_scale.config.launch import LaunchConfig
-from btm_scale.config.layout import GroupConfig
+from btm_scale.config.layout import Layout
 from btm_scale.config.model import ModelConfig
 from btm_scale.config.section import Section, explain
 from btm_scale.config.training import (
@@ -64,7 +64,7 @@ class ExpertConfig(Section):
         default=None,
         description="a size of its own; such an expert has no seed to branch from and starts afresh",
     )
-    group: dict[str, Any] = Field(default_factory=dict)
+    layout: dict[str, Any] = Field(default_factory=dict)
     tokens: int | None = Field(default=None, gt=0)
     batch_tokens: int | None = Field(default=None, gt=0)
 
@@ -100,8 +100,8 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     budget: BudgetConfig = BudgetConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    group: GroupConfig = GroupConfig()
-    seed_group: dict[str, Any] = Field(
+    layout: Layout = Layout()
+    seed_layout: dict[str, Any] = Field(
         default_factory=dict,
         description="what differs in the groups of seed and dense, which train on all domains",
     )
@@ -142,23 +142,23 @@ class RunConfig(Section):
         problems += self._parents_come_first()
         shape = self.model.shape(vocabulary=1, positions=self.budget.sequence_length)
         length = self.budget.sequence_length
-        problems += [f"group: {problem}" for problem in self.group.problems(shape, length)]
+        problems += [f"layout: {problem}" for problem in self.layout.problems(shape, length)]
         problems += [
             f"experts.{name}: with a `model` of its own it has no parents to branch from; leave out one of the two"
             for name, expert in self.experts.items()
             if expert.model is not None and expert.branch != BranchConfig()
         ]
-        own = {"seed_group": self.seed_group} | {
-            f"experts.{name}.group": expert.group for name, expert in self.experts.items()
+        own = {"seed_layout": self.seed_layout} | {
+            f"experts.{name}.layout": expert.layout for name, expert in self.experts.items()
         }
         for place, changes in own.items():
             try:
-                model = self.expert_model(place.removeprefix("experts.").removesuffix(".group"))
+                model = self.expert_model(place.removeprefix("experts.").removesuffix(".layout"))
                 shape = model.shape(vocabulary=1, positions=length)
-                found = GroupConfig.model_validate(self.group.model_dump() | changes).problems(shape, length)
+                found = Layout.model_validate(self.layout.model_dump() | changes).problems(shape, length)
                 problems += [f"{place}: {problem}" for problem in found]
             except ValidationError as error:
-                problems.append(explain(error, GroupConfig, prefix=place))
+                problems.append(explain(error, Layout, prefix=place))
         if self.budget.seed_share == 0 and self.model.pretrained is None:
             problems.append("budget.seed_share 0 leaves the seed LM untrained; raise it, or set model.pretrained")
         positions = self.model.shape(vocabulary=1, positions=length).positions
@@ -216,14 +216,14 @@ class RunConfig(Section):
         return [f"{RANDOM_SPLIT}{i}" for i in range(len(self.domains))] if self.baselines.random_split else []
 
     @property
-    def whole_group(self) -> GroupConfig:
+    def shared_layout(self) -> Layout:
         """The layout of the models that train on all domains: seed and dense."""
-        return GroupConfig.model_validate(self.group.model_dump() | self.seed_group)
+        return Layout.model_validate(self.layout.model_dump() | self.seed_layout)
 
-    def expert_group(self, name: str) -> GroupConfig:
+    def expert_layout(self, name: str) -> Layout:
         """The layout of one expert's group."""
-        own = self.experts[name].group if name in self.experts else {}
-        return GroupConfig.model_validate(self.group.model_dump() | own)
+        own = self.experts[name].layout if name in self.experts else {}
+        return Layout.model_validate(self.layout.model_dump() | own)
 
     @classmethod
     def load(cls, path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:

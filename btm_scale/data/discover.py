@@ -113,7 +113,7 @@ def _share_out(documents: Iterable[Document], clustering: Clustering, paths: Seq
             places = clustering.assign([document.text for document in batch])
             for document, place in zip(batch, places.tolist(), strict=True):
                 # Documents of one group are of one source, which keeps them in one split of the new domain too.
-                row = {"text": document.text, "source": document.group or document.origin}
+                row = {"text": document.text, "source": document.split_key or document.origin}
                 files[place].write(json.dumps(row, ensure_ascii=False) + "\n")
                 held[place]["documents"] += 1
                 held[place]["bytes"] += len(document.text.encode())

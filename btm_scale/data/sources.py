@@ -26,10 +26,10 @@ _BROKEN_STREAM = (EOFError, OSError, gzip.BadGzipFile, zlib.error, zstandard.Zst
 
 @dataclass(frozen=True)
 class Document:
-    """A text; `group` keeps it in one split with others, `origin` says where it came from."""
+    """A text; documents of one `split_key` stay in one split, `origin` says where it came from."""
 
     text: str
-    group: str | None
+    split_key: str | None
     origin: str
 
 
@@ -82,9 +82,9 @@ def read_file(file: SourceFile, config: DomainConfig, on_bad_line: BadLines) -> 
         documents = _plain_text(file, bad)
     by_file = config.split_by == "file"
     try:
-        for line, text, group in documents:
+        for line, text, split_key in documents:
             if text and not text.isspace():
-                yield Document(text, file.name if by_file else group, f"{file.name}:{line}")
+                yield Document(text, file.name if by_file else split_key, f"{file.name}:{line}")
     except _BROKEN_STREAM as error:
         # What follows a broken place can't be read: the file ends there.
         bad(line + 1, f"the file is damaged after this place ({type(error).__name__}: {error})")
@@ -142,8 +142,8 @@ def _group(row: dict[str, Any], split_by: str | SplitUnit) -> str | None:
     value = row.get(split_by.field)
     if value is None:
         raise ValueError(f"no field '{split_by.field}', which split_by names")
-    group = str(value)
-    return group.partition(split_by.until)[0] if split_by.until else group
+    key = str(value)
+    return key.partition(split_by.until)[0] if split_by.until else key
 
 
 def _parquet_rows(file: SourceFile, config: DomainConfig, bad: Report) -> Iterator[Row]:

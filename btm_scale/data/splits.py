@@ -24,15 +24,15 @@ class Identity:
 
 
 def identify(document: Document, *, dev: float, test: float) -> Identity:
-    """Place a document by the hash of its group, or of its text if it has none.
+    """Place a document by the hash of its split key, or of its text if it has none.
 
     `dev` and `test` are shares of the hash range. Equal texts (or groups) fall into the same split in every
     domain and every run.
     """
     text = document.text.encode()
     digest = decisive = hashlib.blake2b(text, digest_size=16).digest()
-    if document.group is not None:
-        decisive = hashlib.blake2b(document.group.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    if document.split_key is not None:
+        decisive = hashlib.blake2b(document.split_key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     place = int.from_bytes(decisive[:8], "little") / 2.0**64
     split = "test" if place < test else "dev" if place < test + dev else "train"
     return Identity(split, digest, len(text))
@@ -46,7 +46,7 @@ class TextDigest:
 
     def add(self, identity: Identity, document: Document) -> None:
         """Take in the next document."""
-        self._total.update(identity.digest + repr(document.group).encode())
+        self._total.update(identity.digest + repr(document.split_key).encode())
 
     def hexdigest(self) -> str:
         """The digest of what was taken in."""

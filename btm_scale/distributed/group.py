@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from btm_scale.config.run import GroupConfig
+from btm_scale.config.run import Layout
 from btm_scale.distributed.cpu import _leave_out_shared_memory_op, _stand_in_for_cuda
 from btm_scale.errors import LaunchError
 from btm_scale.util.imports import import_uncompiled
@@ -28,22 +28,22 @@ import_uncompiled("megatron.core")  # before other modules do
 class ExpertGroup:
     """One world. Make it with `ExpertGroup.join`; a process is in one at a time."""
 
-    config: GroupConfig
+    layout: Layout
     rank: int
     size: int
     device: torch.device
 
     @classmethod
-    def join(cls, config: GroupConfig) -> ExpertGroup:
+    def join(cls, layout: Layout) -> ExpertGroup:
         """Meet the group's other ranks at the rendezvous that the launcher put into the environment.
 
         Raises LaunchError if the number of ranks isn't the layout's.
         """
         size = int(os.environ.get("WORLD_SIZE", "1"))
-        if size != config.ranks:
+        if size != layout.ranks:
             raise LaunchError(
-                f"this group has {size} ranks, but its layout needs tensor {config.tensor} x data {config.data} = "
-                f"{config.ranks}; start {config.ranks} ranks or change `group`"
+                f"this group has {size} ranks, but its layout needs tensor {layout.tensor} x data {layout.data} = "
+                f"{layout.ranks}; start {layout.ranks} ranks or change `layout`"
             )
         has_gpu = torch.cuda.is_available()
         if not has_gpu:
@@ -64,20 +64,20 @@ class ExpertGroup:
             if not has_gpu:
                 _leave_out_shared_memory_op()
             deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", verbose=False)
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=config.tensor)
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=layout.tensor)
         # What the imports made is no garbage: DeepSpeed's start looks through it six times otherwise.
         gc.freeze()
-        return cls(config, dist.get_rank(), size, device)
+        return cls(layout, dist.get_rank(), size, device)
 
     @property
     def tensor_rank(self) -> int:
         """This rank's place among those that share every weight matrix."""
-        return self.rank % self.config.tensor
+        return self.layout.coordinates(self.rank)["tensor"]
 
     @property
     def data_rank(self) -> int:
         """This rank's place among those that share every batch."""
-        return self.rank // self.config.tensor
+        return self.layout.coordinates(self.rank)["data"]
 
     @property
     def is_first(self) -> bool:
@@ -87,14 +87,14 @@ class ExpertGroup:
     @property
     def dtype(self) -> torch.dtype:
         """The type of weights and activations."""
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.config.precision]
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.layout.precision]
 
     @property
     def tensor_group(self) -> dist.ProcessGroup | None:
         """The ranks that share this rank's weight matrices; None where there is only this one."""
         from megatron.core import parallel_state
 
-        return parallel_state.get_tensor_model_parallel_group() if self.config.tensor > 1 else None
+        return parallel_state.get_tensor_model_parallel_group() if self.layout.tensor > 1 else None
 
     @property
     def mpu(self) -> Any:
@@ -118,12 +118,12 @@ class ExpertGroup:
         np.random.seed(random_seed)
         torch.manual_seed(random_seed)
 
-    def rejoin(self, config: GroupConfig) -> ExpertGroup:
+    def rejoin(self, layout: Layout) -> ExpertGroup:
         """The same ranks in another layout of as many; this group is over."""
         from megatron.core import parallel_state
 
         parallel_state.destroy_model_parallel()
-        return ExpertGroup.join(config)
+        return ExpertGroup.join(layout)
 
     def leave(self) -> None:
         """End the world."""

@@ -58,9 +58,9 @@ def load_model(group: ExpertGroup, directory: Path) -> ExpertModel:
     """A Hugging Face directory as a model that the group's tensor parallel ranks share."""
     path = directory / "config.json"
     shape = shape_from_config(json.loads(path.read_text()), path)
-    network = build_model(shape, tensor=group.config.tensor, dtype=group.dtype, on_cpu=group.device.type == "cpu")
+    network = build_model(shape, tensor=group.layout.tensor, dtype=group.dtype, on_cpu=group.device.type == "cpu")
     with SafetensorsModel(directory) as tensors:
-        load_weights(network, tensors.read, group.tensor_rank, group.config.tensor)
+        load_weights(network, tensors.read, group.tensor_rank, group.layout.tensor)
     return network.eval()
 
 
@@ -81,14 +81,14 @@ def text_log_probs(group: ExpertGroup, network: ExpertModel, text: EvaluationTex
     if len(whole) < len(starts):
         batches.append([starts[-1]])
     for number, batch in enumerate(batches):
-        if number % group.config.data != group.data_rank:
+        if number % group.layout.data != group.data_rank:
             continue
         size = min(length, len(tokens) - 1 - batch[0])
         rows = torch.stack([tokens[start : start + size + 1] for start in batch]).to(group.device)
         scored = _log_probs(group, network, rows[:, :-1], rows[:, 1:]).cpu()
         for start, row in zip(batch, scored, strict=True):
             result[start : start + size] = row
-    if group.config.data > 1:
+    if group.layout.data > 1:
         result = result.to(group.device)
         dist.all_reduce(result, group=group.mpu.get_data_parallel_group())
     return result.cpu().numpy()
@@ -106,6 +106,6 @@ def _log_probs(group: ExpertGroup, network: ExpertModel, inputs: Tensor, targets
     if group.tensor_group is None:
         return combine_partials([partials]).view_as(targets)
     stacked = torch.stack(list(partials))
-    shards = [torch.empty_like(stacked) for _ in range(group.config.tensor)]
+    shards = [torch.empty_like(stacked) for _ in range(group.layout.tensor)]
     dist.all_gather(shards, stacked, group=group.tensor_group)
     return combine_partials([tuple(shard) for shard in shards]).view_as(targets)

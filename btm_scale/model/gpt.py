@@ -100,7 +100,7 @@ def build_model(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
         num_attention_heads=shape.heads,
-        num_query_groups=shape.groups,
+        num_query_groups=shape.kv_heads,
         kv_channels=shape.head_size,
         ffn_hidden_size=shape.ffn,
         tensor_model_parallel_size=tensor,

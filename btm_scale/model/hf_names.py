@@ -90,7 +90,7 @@ def to_huggingface(entry: Entry, full: Tensor, shape: ModelShape) -> dict[str, T
         parts = list(full.chunk(2))
     else:
         # Rows are grouped by key-value head: its queries, then its key, then its value.
-        grouped = full.view(shape.groups, shape.heads // shape.groups + 2, shape.head_size, *full.shape[1:])
+        grouped = full.view(shape.kv_heads, shape.heads // shape.kv_heads + 2, shape.head_size, *full.shape[1:])
         parts = [part.reshape(-1, *full.shape[1:]) for part in (grouped[:, :-2], grouped[:, -2], grouped[:, -1])]
         if entry.form == "query_key_value_fused":
             parts = [torch.cat(parts).t() if full.dim() == 2 else torch.cat(parts)]
@@ -113,7 +113,7 @@ def from_huggingface(entry: Entry, read: Callable[[str], Tensor], shape: ModelSh
         fused = parts[0].t() if parts[0].dim() == 2 else parts[0]
         parts = list(fused.chunk(3))
     tail = parts[0].shape[1:]
-    query, key, value = (part.reshape(shape.groups, -1, shape.head_size, *tail) for part in parts)
+    query, key, value = (part.reshape(shape.kv_heads, -1, shape.head_size, *tail) for part in parts)
     return torch.cat([query, key, value], dim=1).reshape(-1, *tail)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -48,7 +49,7 @@ class ModelShape(BaseModel):
     layers: int = Field(gt=0)
     hidden: int = Field(gt=0)
     heads: int = Field(gt=0)
-    groups: int = Field(gt=0, description="key-value heads; equal to `heads` without grouping")
+    kv_heads: int = Field(gt=0, description="key-value heads; equal to `heads` without grouping")
     head_size: int = Field(
         default_factory=lambda sizes: sizes["hidden"] // sizes["heads"],
         gt=0,
@@ -67,16 +68,16 @@ class ModelShape(BaseModel):
     def _sizes_fit(self) -> ModelShape:
         if self.hidden % self.heads and self.head_size == self.hidden // self.heads:
             raise ValueError(f"hidden {self.hidden} is not a multiple of heads {self.heads}; change either")
-        if self.heads % self.groups:
-            raise ValueError(f"heads {self.heads} is not a multiple of groups {self.groups}; change either")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}; change either")
         if self.rotary and self.head_size % 2:
             raise ValueError(f"rotary positions need an even head size, not {self.head_size}; change heads")
         if self.window is not None and self.family != "mistral":
             raise ValueError(f"the {self.family} family has no window; leave it out, or use the mistral family")
         if self.family == "gpt2" and self.head_size * self.heads != self.hidden:
             raise ValueError("the gpt2 family has heads of size hidden / heads; leave head_size out")
-        if self.family == "gpt2" and self.groups != self.heads:
-            raise ValueError("the gpt2 family has no grouped heads; set groups to heads")
+        if self.family == "gpt2" and self.kv_heads != self.heads:
+            raise ValueError("the gpt2 family has no grouped heads; set kv_heads to heads")
         if self.family == "gpt2" and not self.tied:
             raise ValueError("the gpt2 family ties its embeddings; set tied to true")
         return self
@@ -104,7 +105,7 @@ class ModelShape(BaseModel):
     @property
     def query_key_value_width(self) -> int:
         """Numbers in all queries, keys and values of a token."""
-        return (self.heads + 2 * self.groups) * self.head_size
+        return (self.heads + 2 * self.kv_heads) * self.head_size
 
     @property
     def parameters(self) -> int:
@@ -118,6 +119,11 @@ class ModelShape(BaseModel):
             return embedding + self.layers * layer + self.hidden
         layer += 2 * self.hidden * self.ffn + self.ffn + 6 * self.hidden
         return embedding + self.positions * self.hidden + self.layers * layer + 2 * self.hidden
+
+    def tensor_degrees(self) -> list[int]:
+        """The tensor parallel degrees that divide heads, KV heads and the MLP."""
+        common = math.gcd(self.heads, self.kv_heads, self.ffn)
+        return [degree for degree in range(1, common + 1) if common % degree == 0]
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Floating-point operations of forward and backward for one token: 6 for every weight that is
@@ -133,14 +139,14 @@ class ModelShape(BaseModel):
 _LLAMA = {"family": "llama"}
 _PAPER = {"family": "gpt2", "norm_epsilon": 1e-5}
 PRESETS: dict[str, dict[str, object]] = {
-    "llama-1m": _LLAMA | {"layers": 4, "hidden": 128, "heads": 4, "groups": 4, "ffn": 352},
-    "llama-4m": _LLAMA | {"layers": 4, "hidden": 256, "heads": 4, "groups": 4, "ffn": 688},
-    "llama-30m": _LLAMA | {"layers": 8, "hidden": 512, "heads": 8, "groups": 4, "ffn": 1376},
-    "llama-1.3b": _LLAMA | {"layers": 24, "hidden": 2048, "heads": 16, "groups": 16, "ffn": 5504},
-    "gpt2-1m": _PAPER | {"layers": 4, "hidden": 128, "heads": 4, "groups": 4, "ffn": 512},
+    "llama-1m": _LLAMA | {"layers": 4, "hidden": 128, "heads": 4, "kv_heads": 4, "ffn": 352},
+    "llama-4m": _LLAMA | {"layers": 4, "hidden": 256, "heads": 4, "kv_heads": 4, "ffn": 688},
+    "llama-30m": _LLAMA | {"layers": 8, "hidden": 512, "heads": 8, "kv_heads": 4, "ffn": 1376},
+    "llama-1.3b": _LLAMA | {"layers": 24, "hidden": 2048, "heads": 16, "kv_heads": 16, "ffn": 5504},
+    "gpt2-1m": _PAPER | {"layers": 4, "hidden": 128, "heads": 4, "kv_heads": 4, "ffn": 512},
     # The sizes of arXiv 2208.03306, section 4.
-    "gpt2-125m": _PAPER | {"layers": 12, "hidden": 768, "heads": 12, "groups": 12, "ffn": 3072},
-    "gpt2-350m": _PAPER | {"layers": 24, "hidden": 1024, "heads": 16, "groups": 16, "ffn": 4096},
-    "gpt2-750m": _PAPER | {"layers": 24, "hidden": 1536, "heads": 16, "groups": 16, "ffn": 6144},
-    "gpt2-1.3b": _PAPER | {"layers": 24, "hidden": 2048, "heads": 32, "groups": 32, "ffn": 8192},
+    "gpt2-125m": _PAPER | {"layers": 12, "hidden": 768, "heads": 12, "kv_heads": 12, "ffn": 3072},
+    "gpt2-350m": _PAPER | {"layers": 24, "hidden": 1024, "heads": 16, "kv_heads": 16, "ffn": 4096},
+    "gpt2-750m": _PAPER | {"layers": 24, "hidden": 1536, "heads": 16, "kv_heads": 16, "ffn": 6144},
+    "gpt2-1.3b": _PAPER | {"layers": 24, "hidden": 2048, "heads": 32, "kv_heads": 32, "ffn": 8192},
 }

@@ -36,7 +36,7 @@ class Placement:
 def placement(config: RunConfig, models: Sequence[str]) -> Placement:
     """How the groups of one stage share the machine's cores and GPUs."""
     cores = len(os.sched_getaffinity(0))
-    ranks = max(training_job(config, model).group.ranks for model in models)
+    ranks = max(training_job(config, model).layout.ranks for model in models)
     slots = config.launch.local.slots or max(1, (len(visible_gpus()) or cores) // ranks)
     slots = min(slots, len(models))
     return Placement(slots, max(1, cores // (slots * ranks)))

@@ -71,8 +71,10 @@ def score_averages(config: RunConfig, run: RunDir, launcher: RunGroups | None = 
 
 def _run_scoring(config: RunConfig, run: RunDir, arguments: tuple[str, ...], launcher: RunGroups | None) -> None:
     """One group that runs `btm-scale score` on the run."""
-    group = config.group
-    command = GroupCommand("score", group.ranks, ("score", str(run.root), *arguments), run.log("score"), group.tensor)
+    layout = config.layout
+    command = GroupCommand(
+        "score", layout.ranks, ("score", str(run.root), *arguments), run.log("score"), layout.colocated
+    )
     launcher = launcher or here(placement(config, [SEED]))
     launcher([command], lambda states: None)
 
@@ -85,12 +87,12 @@ def dry_run(config: RunConfig, run: RunDir) -> dict[str, Any]:
         place = placement(config, stage)
         for model in stage:
             job = training_job(config, model)
-            group = job.group
+            layout = job.layout
             jobs[model] = {
                 "parents": job.branch.parents if job.branch is not None else None,
                 "steps": job.steps,
                 "batch": f"{job.sequences} x {config.budget.sequence_length} tokens",
-                "layout": f"tensor {group.tensor} x data {group.data}, ZeRO {group.zero}, {group.precision}",
+                "layout": f"tensor {layout.tensor} x data {layout.data}, ZeRO {layout.zero}, {layout.precision}",
                 "at_a_time": place.slots,
                 "done": is_finished(run.model(model)),
             }

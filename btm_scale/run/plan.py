@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from btm_scale.config.layout import Layout
-from btm_scale.config.run import GroupConfig, RunConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.launch.plan import (
     Cluster,
     GroupPlan,
@@ -38,7 +38,7 @@ def make_plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
         groups = [_group(vocabulary, config, jobs[name], cluster) for name in names if jobs[name].steps]
         if groups:
             stages.append(plan_stage(groups, cluster))
-    width = 4 if config.group.precision == "fp32" else 2
+    width = 4 if config.layout.precision == "fp32" else 2
     branch_steps = config.budget.branch_steps
     saved = data_parallel_bytes(shape, len(config.domains), branch_steps, width)
     return {
@@ -59,19 +59,19 @@ def make_plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
 def with_proposals(config: RunConfig, shape: ModelShape, cluster: Cluster) -> tuple[RunConfig, dict[str, Any]]:
     """The config with layouts where it gives none, and what would have to stand in the YAML for that."""
     proposed: dict[str, Any] = {}
-    if "group" in config.model_fields_set:
+    if "layout" in config.model_fields_set:
         return config, proposed
     # With one sequence as the layout's least share of a batch, every job can be described before it has a layout.
-    smallest = config.group.model_copy(update={"tensor": 1, "data": 1})
-    bare = config.model_copy(update={"group": smallest, "seed_group": {}})
-    layout, micro = propose(shape, _trainings(bare, _branches(bare)), cluster, config.group)
-    proposed["group"] = _settings(layout, Layout()) | {"micro_batch": micro}
-    chosen = config.model_copy(update={"group": GroupConfig.model_validate(proposed["group"])})
-    if "seed_group" not in config.model_fields_set:
-        whole, micro = propose(shape, _trainings(bare, [SEED]), cluster, config.group)
-        # It is laid over `group`, whose own settings would stand where nothing else is said.
-        proposed["seed_group"] = _settings(whole, layout) | {"micro_batch": micro}
-        chosen = chosen.model_copy(update={"seed_group": proposed["seed_group"]})
+    smallest = config.layout.model_copy(update={"tensor": 1, "data": 1})
+    bare = config.model_copy(update={"layout": smallest, "seed_layout": {}})
+    layout, micro = propose(shape, _trainings(bare, _branches(bare)), cluster, config.layout)
+    proposed["layout"] = _settings(layout, Layout()) | {"micro_batch": micro}
+    chosen = config.model_copy(update={"layout": Layout.model_validate(proposed["layout"])})
+    if "seed_layout" not in config.model_fields_set:
+        whole, micro = propose(shape, _trainings(bare, [SEED]), cluster, config.layout)
+        # It is laid over `layout`, whose own settings would stand where nothing else is said.
+        proposed["seed_layout"] = _settings(whole, layout) | {"micro_batch": micro}
+        chosen = chosen.model_copy(update={"seed_layout": proposed["seed_layout"]})
     return chosen, proposed
 
 
@@ -95,7 +95,7 @@ def _group(vocabulary: int, config: RunConfig, job: TrainingJob, cluster: Cluste
     length = config.budget.sequence_length
     shape = config.expert_model(job.model).shape(vocabulary, length)
     training = Training(job.model, job.steps, job.sequences, length)
-    return plan_group(shape, training, job.group, job.group.micro_batch, cluster)
+    return plan_group(shape, training, job.layout, job.layout.micro_batch, cluster)
 
 
 def _trainings(config: RunConfig, names: Sequence[str]) -> list[Training]:

@@ -30,16 +30,16 @@ def jobs(config: RunConfig) -> list[slurm.Job]:
         shapes: dict[tuple[int, int], list[str]] = {}
         for model in stage:
             if model != DENSE:
-                group = training_job(config, model).group
-                shapes.setdefault((group.ranks, group.tensor), []).append(model)
+                layout = training_job(config, model).layout
+                shapes.setdefault((layout.ranks, layout.colocated), []).append(model)
         for models in shapes.values():
             place = [str(number)] * (len(later) > 1) + [f"{len(own)}"] * (len(shapes) > 1)
             own.append(_training(config, "-".join([EXPERTS, *place]), tuple(models), before, is_array=True))
         made += own
         before = tuple(job.name for job in own)
     after = tuple(job.name for job in made if job.models)
-    group = config.group
-    made.append(slurm.Job(EVALUATE, "evaluate", ranks=group.ranks, tensor=group.tensor, after=after))
+    layout = config.layout
+    made.append(slurm.Job(EVALUATE, "evaluate", ranks=layout.ranks, colocated=layout.colocated, after=after))
     return made
 
 
@@ -105,8 +105,8 @@ def queue_notes(run: RunDir) -> dict[str, tuple[bool, str]]:
 def _training(
     config: RunConfig, name: str, models: tuple[str, ...], after: tuple[str, ...], *, is_array: bool = False
 ) -> slurm.Job:
-    group = training_job(config, models[0]).group
-    return slurm.Job(name, "train", models, group.ranks, group.tensor, after, is_array)
+    layout = training_job(config, models[0]).layout
+    return slurm.Job(name, "train", models, layout.ranks, layout.colocated, after, is_array)
 
 
 def _missing(

@@ -79,8 +79,8 @@ def training_commands(config: RunConfig, run: RunDir, models: Sequence[str]) -> 
             job = training_job(config, model)
             arguments = ("train", str(run.config), "--model", model, "--out", str(run.root))
             work = float(job.steps * job.sequences)
-            group = job.group
-            commands.append(GroupCommand(model, group.ranks, arguments, run.log(model), group.tensor, work))
+            layout = job.layout
+            commands.append(GroupCommand(model, layout.ranks, arguments, run.log(model), layout.colocated, work))
     return commands
 
 

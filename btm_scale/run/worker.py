@@ -34,7 +34,7 @@ def train_as_rank(config: RunConfig, run: RunDir, model: str) -> None:
     job = training_job(config, model)
     with (
         rank_log(run.log(model)),
-        _joined(job.group) as group,
+        _joined(job.layout) as group,
         ModelLock(run.train(model)) if group.is_first else contextlib.nullcontext(),
     ):
         if not is_finished(run.model(model)):
@@ -46,7 +46,7 @@ def train_as_rank(config: RunConfig, run: RunDir, model: str) -> None:
 def score_as_rank(config: RunConfig, run: RunDir, models: Sequence[str], *, averages: bool = False) -> None:
     """Score finished models on the texts that each is for; with `averages`, those too, made first where needed."""
     texts = average_texts(config)
-    with rank_log(run.log("score")), _joined(config.group) as group:
+    with rank_log(run.log("score")), _joined(config.layout) as group:
         if averages:
             models = [*models, *_made_averages(group, config, run)]
         for model in models:

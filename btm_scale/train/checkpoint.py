@@ -151,7 +151,7 @@ def load_state(engine: Engine, path: Path) -> Position:
             state = {}
             for kind in engine.kinds if outer else KINDS:
                 read = partial(_read_kind, tensors, kind)
-                part = local_part(entry, read, shape, group.tensor_rank, group.config.tensor)
+                part = local_part(entry, read, shape, group.tensor_rank, group.layout.tensor)
                 state[kind] = part.to(group.device)
             engine.restore(parameters[entry.megatron], state)
     return position

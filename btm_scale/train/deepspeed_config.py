@@ -13,7 +13,7 @@ from btm_scale.train.jobs import TrainingJob
 
 def deepspeed_config(job: TrainingJob, optimizer: OptimizerConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """What the job asks for, and the run's own `deepspeed` section merged over it."""
-    layout = job.group
+    layout = job.layout
     zero: dict[str, Any] = {"stage": layout.zero}
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if layout.offload != "none":

@@ -71,12 +71,12 @@ class Engine:
             model=model,
             optimizer=adam,
             config=deepspeed_config(job, optimizer, overrides),
-            mpu=group.alone() if job.group.sync_every > 1 else group.mpu,
+            mpu=group.alone() if job.layout.sync_every > 1 else group.mpu,
             dist_init_required=False,
         )
         self.model: ExpertModel = self._engine.module
         self._masters = self._replicated_masters()
-        if self._masters is not None and group.config.precision != "fp32" and job.accumulation > 1:
+        if self._masters is not None and group.layout.precision != "fp32" and job.accumulation > 1:
             Float32Sums(self.model, self._engine.is_gradient_accumulation_boundary)
         self._make_moments()
         self._outer = self._outer_step()
@@ -101,11 +101,11 @@ class Engine:
             total += loss.detach()
         total /= self.job.accumulation
         norm = float(self._engine.get_global_grad_norm() or 0.0)
-        if self.group.config.data > 1:
+        if self.group.layout.data > 1:
             # Norms differ only where data ranks step alone; a mean lets all of them judge alike.
             both = torch.stack([total, total.new_tensor(norm)])
             dist.all_reduce(both, group=self.group.mpu.get_data_parallel_group())
-            both /= self.group.config.data
+            both /= self.group.layout.data
             total = both[0]
             norm = norm if self._outer is None else float(both[1])
         if self._masters is not None:
@@ -120,7 +120,7 @@ class Engine:
 
     def is_whole_after(self, step: int) -> bool:
         """Whether all data ranks stand alike after this step, so that a state can be saved."""
-        return self._outer is None or step % self.job.group.sync_every == 0 or step == self.job.steps
+        return self._outer is None or step % self.job.layout.sync_every == 0 or step == self.job.steps
 
     def outer_step(self) -> None:
         """Bring the data ranks together, where they have stepped alone."""
@@ -239,7 +239,7 @@ class Engine:
     @property
     def _scaler(self) -> Any:
         """What holds the loss scale; None where the loss isn't scaled."""
-        if self.group.config.precision != "fp16":
+        if self.group.layout.precision != "fp16":
             return None
         optimizer = self._engine.optimizer
         return optimizer.loss_scale_config if self._masters is not None else optimizer.loss_scaler
@@ -250,7 +250,7 @@ class Engine:
 
     def _replicated_masters(self) -> dict[torch.nn.Parameter, Tensor] | None:
         """Without ZeRO, each parameter's float32 weights: itself, or DeepSpeed's copy. None with ZeRO."""
-        if self.group.config.zero > 0:
+        if self.group.layout.zero > 0:
             return None
         optimizer = self._engine.optimizer
         if self._base is optimizer:
@@ -259,7 +259,7 @@ class Engine:
         return {parameter: master for group in pairs for parameter, master in zip(*group, strict=True)}
 
     def _outer_step(self) -> OuterStep | None:
-        layout = self.job.group
+        layout = self.job.layout
         if layout.sync_every == 1:
             return None
         data = self.group.mpu.get_data_parallel_group()

@@ -57,7 +57,7 @@ def _card(config: RunConfig, run: RunDir, job: TrainingJob, begun: Beginning, di
         parents=begun.parents,
         tokens=job.steps * job.sequences * config.budget.sequence_length,
         steps=job.steps,
-        layout=job.group.model_dump(include=set(Layout.model_fields)),
+        layout=job.layout.model_dump(include=set(Layout.model_fields)),
         data_fingerprint={domain: Fingerprint.load(run, domain).text for domain in begun.domains},
         content_hash=content_hash(directory),
     )

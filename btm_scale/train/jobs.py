@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from btm_scale.config.run import BranchConfig, GroupConfig, RunConfig
+from btm_scale.config.layout import Layout
+from btm_scale.config.run import RunConfig
+from btm_scale.config.training import BranchConfig
 from btm_scale.errors import ConfigError
 from btm_scale.run_dir import DENSE, RANDOM_SPLIT, SEED
 
@@ -24,7 +26,7 @@ class TrainingJob:
     first_sample: int  # where in the data's fixed order the first batch begins
     samples: int  # length of that order
     progress: tuple[float, float]  # of the schedule, before the first step and after the last
-    group: GroupConfig
+    layout: Layout
 
     def progress_at(self, step: int) -> float:
         """Share of the schedule that is done after `step` steps of this job."""
@@ -34,13 +36,13 @@ class TrainingJob:
     @property
     def micro_batch(self) -> int:
         """Sequences that one rank takes at once: the most that divide its share evenly."""
-        share = self.sequences // self.group.data
-        return next(size for size in range(min(self.group.micro_batch, share), 0, -1) if share % size == 0)
+        share = self.sequences // self.layout.data
+        return next(size for size in range(min(self.layout.micro_batch, share), 0, -1) if share % size == 0)
 
     @property
     def accumulation(self) -> int:
         """Micro-batches that one rank takes in a step."""
-        return self.sequences // (self.group.data * self.micro_batch)
+        return self.sequences // (self.layout.data * self.micro_batch)
 
 
 def model_names(config: RunConfig) -> list[str]:
@@ -73,7 +75,7 @@ def training_job(config: RunConfig, model: str) -> TrainingJob:
             # Seed and dense read one order, so that dense is the model that the seed would have become.
             samples=seed_samples + budget.branch_steps * batch,
             progress=(0.0, seed_end) if is_seed else (seed_end, 1.0),
-            group=config.whole_group,
+            layout=config.shared_layout,
         )
     elif model in config.longer_dense_models:
         # It leaves the seed for a longer way, along which its rate falls more slowly, in an order of its own.
@@ -90,14 +92,14 @@ def training_job(config: RunConfig, model: str) -> TrainingJob:
             first_sample=0,
             samples=steps * batch,
             progress=(seed_end, 1.0),
-            group=config.whole_group,
+            layout=config.shared_layout,
         )
     else:
         job = _branch(config, model, batch, weights, seed_end)
-    if job.sequences % job.group.data:
+    if job.sequences % job.layout.data:
         raise ConfigError(
-            f"{model}: a batch of {job.sequences} sequences cannot be shared evenly by {job.group.data} data ranks; "
-            f"change batch_tokens or group.data"
+            f"{model}: a batch of {job.sequences} sequences cannot be shared evenly by {job.layout.data} data ranks; "
+            f"change batch_tokens or layout.data"
         )
     return job
 
@@ -105,7 +107,7 @@ def training_job(config: RunConfig, model: str) -> TrainingJob:
 def _branch(config: RunConfig, model: str, batch: int, weights: Mapping[str, float], seed_end: float) -> TrainingJob:
     budget, number = config.budget, len(config.domains)
     own = config.experts.get(model)
-    group = config.expert_group(model)
+    layout = config.expert_layout(model)
     branch = config.branch(model)
     part = None
     if model in config.random_split_models:
@@ -115,7 +117,7 @@ def _branch(config: RunConfig, model: str, batch: int, weights: Mapping[str, flo
     else:
         raise ConfigError(f"no model is called '{model}'; this run trains {', '.join(model_names(config))}")
     # As many steps as dense takes after the seed, with an equal share of its batch.
-    sequences = max(group.data, batch // number // group.data * group.data)
+    sequences = max(layout.data, batch // number // layout.data * layout.data)
     if own is not None and own.batch_tokens is not None:
         sequences = max(1, own.batch_tokens // budget.sequence_length)
     tokens = budget.branch_steps * budget.batch_tokens / number
@@ -133,7 +135,7 @@ def _branch(config: RunConfig, model: str, batch: int, weights: Mapping[str, flo
         first_sample=0,
         samples=steps * sequences,
         progress=(seed_end if branch is not None and branch.schedule == "carried" else 0.0, 1.0),
-        group=group,
+        layout=layout,
     )
 
 

@@ -40,7 +40,7 @@ class Metrics:
         self._job = job
         self._step_tokens = job.sequences * length
         self._token_flops = shape.flops_per_token(length)
-        peak = peak_flops(group.device, job.group.precision)
+        peak = peak_flops(group.device, job.layout.precision)
         self._peak = None if peak is None else peak * group.size
         self._first_step = first_step
         self._file: TextIO | None = None

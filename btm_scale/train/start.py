@@ -149,4 +149,4 @@ def load_pretrained(group: ExpertGroup, model: ExpertModel, directory: Path, tok
             "pretrained model keeps its own tokenizer: leave `tokenizer` out"
         )
     with with_head_names(open_model(directory)) as weights:
-        load_weights(model, weights.read, group.tensor_rank, group.config.tensor)
+        load_weights(model, weights.read, group.tensor_rank, group.layout.tensor)

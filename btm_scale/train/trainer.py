@@ -31,7 +31,7 @@ def train_and_export(group: ExpertGroup, config: RunConfig, run: RunDir, job: Tr
 
     def first_model() -> ExpertModel:
         group.seed(config.random_seed)
-        layout, on_cpu = job.group, group.device.type == "cpu"
+        layout, on_cpu = job.layout, group.device.type == "cpu"
         model = build_model(
             shape,
             tensor=layout.tensor,
@@ -70,7 +70,7 @@ def train(engine: Engine, text: TrainingText, config: RunConfig, run: RunDir, be
     A bad batch is left out, after going back to where `begin` puts the engine then.
     """
     job, group = engine.job, engine.group
-    share = job.sequences // group.config.data
+    share = job.sequences // group.layout.data
     length = config.budget.sequence_length
     folder = run.checkpoints(job.model)
     step = begin()

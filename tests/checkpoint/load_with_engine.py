@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from worlds import fork_world, read_spec
 
-from btm_scale.config.run import GroupConfig
+from btm_scale.config.run import Layout
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.gpt import build_model
 from btm_scale.model.shape import ModelShape
@@ -21,7 +21,7 @@ def load(group: ExpertGroup, folder: str, shape: ModelShape) -> None:
     import deepspeed
 
     group.seed(99)
-    model = build_model(shape, tensor=group.config.tensor, dtype=torch.bfloat16, on_cpu=True)
+    model = build_model(shape, tensor=group.layout.tensor, dtype=torch.bfloat16, on_cpu=True)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": True},
@@ -42,7 +42,7 @@ def load(group: ExpertGroup, folder: str, shape: ModelShape) -> None:
 
 
 def rank(tensor: int, jobs: list[dict[str, Any]]) -> None:
-    group = ExpertGroup.join(GroupConfig(tensor=tensor, data=1))
+    group = ExpertGroup.join(Layout(tensor=tensor, data=1))
     for job in jobs:
         load(group, job["folder"], ModelShape(**job["shape"]))
     group.leave()

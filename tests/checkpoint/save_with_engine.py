@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from worlds import fork_world, read_spec
 
-from btm_scale.config.run import GroupConfig
+from btm_scale.config.run import Layout
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.gpt import build_model
 from btm_scale.model.shape import ModelShape
@@ -26,7 +26,7 @@ def save(group: ExpertGroup, folder: Path, shape: ModelShape, stage: int) -> Non
     from deepspeed.utils import safe_get_full_fp32_param
 
     group.seed(3)
-    tensor = group.config.tensor
+    tensor = group.layout.tensor
     model = build_model(shape, tensor=tensor, dtype=torch.bfloat16, on_cpu=True)
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -44,7 +44,7 @@ def save(group: ExpertGroup, folder: Path, shape: ModelShape, stage: int) -> Non
         dist_init_required=False,
     )
     draw = torch.Generator().manual_seed(11)
-    tokens = torch.randint(0, shape.vocabulary, (group.config.data, 9), generator=draw)
+    tokens = torch.randint(0, shape.vocabulary, (group.layout.data, 9), generator=draw)
     mine = tokens[group.data_rank : group.data_rank + 1]
     for _ in range(2):
         engine.backward(engine(mine[:, :-1], mine[:, 1:]))
@@ -70,7 +70,7 @@ def save(group: ExpertGroup, folder: Path, shape: ModelShape, stage: int) -> Non
 
 
 def rank(tensor: int, data: int, variants: list[dict[str, Any]]) -> None:
-    group = ExpertGroup.join(GroupConfig(tensor=tensor, data=data))
+    group = ExpertGroup.join(Layout(tensor=tensor, data=data))
     for variant in variants:
         save(group, Path(variant["folder"]), ModelShape(**variant["shape"]), variant["stage"])
     group.leave()

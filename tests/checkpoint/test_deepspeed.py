@@ -28,14 +28,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     f"{tied}-{grouped}-{even}": SIZES
     | {
         "tied": tied == "tied",
-        "groups": 2 if grouped == "grouped" else 4,
+        "kv_heads": 2 if grouped == "grouped" else 4,
         "vocabulary": 64 if even == "even" else 65,
     }
     for tied, grouped, even in itertools.product(("tied", "untied"), ("grouped", "plain"), ("even", "odd"))
 }
 EVERY = list(itertools.product(SHAPES, (1, 2, 3)))
 FAMILIES = {"gpt2": "gpt2", "biases": "qwen2", "head-norms": "qwen3"}
-SHAPES |= {name: SIZES | {"family": family, "groups": 4, "vocabulary": 65} for name, family in FAMILIES.items()}
+SHAPES |= {name: SIZES | {"family": family, "kv_heads": 4, "vocabulary": 65} for name, family in FAMILIES.items()}
 VARIANTS = [*EVERY, ("tied-grouped-odd", 0), ("gpt2", 1), ("biases", 2), ("head-norms", 3)]
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 

@@ -20,11 +20,11 @@ from btm_scale.model.hf_names import cut, from_huggingface, join, table, to_hugg
 from btm_scale.model.shape import ModelShape
 
 SCRIPT = Path(__file__).with_name("torch_dist_with_megatron.py")
-SIZES = {"layers": 2, "hidden": 32, "heads": 4, "groups": 2, "ffn": 40, "positions": 16, "vocabulary": 65}
+SIZES = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 40, "positions": 16, "vocabulary": 65}
 SHAPES: dict[str, dict[str, Any]] = {
     "untied": SIZES | {"tied": False},
-    "tied": SIZES | {"groups": 4, "vocabulary": 64},
-    "gpt2": SIZES | {"groups": 4, "family": "gpt2"},
+    "tied": SIZES | {"kv_heads": 4, "vocabulary": 64},
+    "gpt2": SIZES | {"kv_heads": 4, "family": "gpt2"},
     "biases": SIZES | {"family": "qwen2"},
     "head-norms": SIZES | {"family": "qwen3", "head_size": 12},
 }

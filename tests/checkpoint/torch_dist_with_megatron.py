@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from worlds import fork_world, read_spec
 
-from btm_scale.config.run import GroupConfig
+from btm_scale.config.run import Layout
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.gpt import build_model
 from btm_scale.model.shape import ModelShape
@@ -23,7 +23,7 @@ def run(group: ExpertGroup, job: dict[str, Any]) -> None:
 
     group.seed(int(job["seed"]))
     shape = ModelShape(**job["shape"])
-    model = build_model(shape, tensor=group.config.tensor, dtype=torch.bfloat16, on_cpu=True)
+    model = build_model(shape, tensor=group.layout.tensor, dtype=torch.bfloat16, on_cpu=True)
     if job["verb"] == "save":
         dist_checkpointing.save(model.sharded_state_dict(prefix=""), job["folder"])
     else:
@@ -34,7 +34,7 @@ def run(group: ExpertGroup, job: dict[str, Any]) -> None:
 
 
 def rank(tensor: int, jobs: list[dict[str, Any]]) -> None:
-    group = ExpertGroup.join(GroupConfig(tensor=tensor, data=1))
+    group = ExpertGroup.join(Layout(tensor=tensor, data=1))
     for job in jobs:
         run(group, job)
     group.leave()

@@ -181,10 +181,12 @@ def test_parquet_tells_a_missing_column_a_null_and_a_file_of_another_kind(tmp_pa
 def test_groups_come_from_a_field_up_to_a_mark_or_from_the_file(tmp_path: Path) -> None:
     rows = [{"text": "a", "source": "book#1"}, {"text": "b", "source": "book#2"}, {"text": "c"}]
     (tmp_path / "a.jsonl").write_bytes(jsonl(rows[:2]))
-    groups = [document.group for document in read(tmp_path, text="a.jsonl", split_by={"field": "source", "until": "#"})]
+    groups = [
+        document.split_key for document in read(tmp_path, text="a.jsonl", split_by={"field": "source", "until": "#"})
+    ]
     assert groups == ["book", "book"]
-    assert [document.group for document in read(tmp_path, text="a.jsonl", split_by="file")] == ["a.jsonl"] * 2
-    assert [document.group for document in read(tmp_path, text="a.jsonl")] == [None, None]
+    assert [document.split_key for document in read(tmp_path, text="a.jsonl", split_by="file")] == ["a.jsonl"] * 2
+    assert [document.split_key for document in read(tmp_path, text="a.jsonl")] == [None, None]
     (tmp_path / "b.jsonl").write_bytes(jsonl(rows))
     with pytest.raises(DataError, match=r"line 3: no field 'source', which split_by names"):
         read(tmp_path, text="b.jsonl", split_by={"field": "source"})

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from btm_scale.config.run import GroupConfig, OptimizerConfig
+from btm_scale.config.run import Layout, OptimizerConfig
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.gpt import build_model
 from btm_scale.model.shape import ModelShape
@@ -36,7 +36,7 @@ def living_bytes() -> int:
 
 def measure(group: ExpertGroup, shape: ModelShape, accumulate: int) -> int:
     before = living_bytes()
-    layout = group.config
+    layout = group.layout
     sequences = layout.data * accumulate
     job = TrainingJob(
         model="tiny",
@@ -49,7 +49,7 @@ def measure(group: ExpertGroup, shape: ModelShape, accumulate: int) -> int:
         first_sample=0,
         samples=sequences,
         progress=(0.0, 1.0),
-        group=layout,
+        layout=layout,
     )
     model = build_model(
         shape,
@@ -74,7 +74,7 @@ def main() -> None:
     result = {}
     for name, values in spec["layouts"].items():
         accumulate = values.pop("accumulate", 1)
-        config = GroupConfig.model_validate({"micro_batch": 1, **values})
+        config = Layout.model_validate({"micro_batch": 1, **values})
         group = ExpertGroup.join(config) if group is None else group.rejoin(config)
         result[name] = measure(group, shape, accumulate)
         gc.collect()

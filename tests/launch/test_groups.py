@@ -11,8 +11,8 @@ from btm_scale.errors import LaunchError
 from btm_scale.launch.placement import Placed, Work, lower_bound, place, share_out
 
 
-def works(*sizes: tuple[int, float], tensor: int = 1) -> list[Work]:
-    return [Work(f"w{i}", ranks, tensor, seconds) for i, (ranks, seconds) in enumerate(sizes)]
+def works(*sizes: tuple[int, float], colocated: int = 1) -> list[Work]:
+    return [Work(f"w{i}", ranks, colocated, seconds) for i, (ranks, seconds) in enumerate(sizes)]
 
 
 def end(placed: list[Placed]) -> float:
@@ -61,10 +61,10 @@ def test_a_long_group_starts_first_and_short_ones_fill_in_beside_it() -> None:
 def test_what_can_never_fit_is_told() -> None:
     with pytest.raises(LaunchError, match="w0 needs 32 ranks, and 2 nodes of 8 have 16"):
         place(works((32, 1)), nodes=2, ranks_per_node=8)
-    with pytest.raises(LaunchError, match="tensor 3 does not fit nodes of 8"):
-        place(works((12, 1), tensor=3), nodes=2, ranks_per_node=8)
-    with pytest.raises(LaunchError, match="tensor 16"):
-        place(works((16, 1), tensor=16), nodes=2, ranks_per_node=8)
+    with pytest.raises(LaunchError, match="3 ranks that share a node do not fit nodes of 8"):
+        place(works((12, 1), colocated=3), nodes=2, ranks_per_node=8)
+    with pytest.raises(LaunchError, match="16 ranks that share a node"):
+        place(works((16, 1), colocated=16), nodes=2, ranks_per_node=8)
 
 
 def test_work_is_shared_out_evenly_by_fixed_groups() -> None:

@@ -58,7 +58,7 @@ def test_a_group_stays_on_the_host_that_it_fills_best() -> None:
 def test_a_tensor_group_never_spans_two_hosts() -> None:
     room = HostRoom({"a": 3, "b": 3})
     assert room.take("wide", 4, 2) == (Share("a", (0, 1)), Share("b", (0, 1)))
-    with pytest.raises(LaunchError, match="wide needs 6 slots, 2 of each tensor group on one host"):
+    with pytest.raises(LaunchError, match="wide needs 6 slots, 2 at a time on one host"):
         HostRoom({"a": 3, "b": 3}).take("wide", 6, 2)
 
 

@@ -11,7 +11,7 @@ import yaml
 from launcher import launched
 from tiny_run import btm_scale
 
-from btm_scale.config.run import GroupConfig, RunConfig
+from btm_scale.config.run import Layout, RunConfig
 from btm_scale.errors import LaunchError
 from btm_scale.launch.gpus import GPUS
 from btm_scale.launch.memory import rank_memory
@@ -26,7 +26,7 @@ PAPER_64 = {
     "budget": {"tokens": 64 * 2**31, "seed_share": 0.5, "sequence_length": 1024, "batch_tokens": 2**21},
 }
 EIGHT_8B = {
-    "model": {"family": "llama", "layers": 32, "hidden": 4096, "heads": 32, "groups": 8, "ffn": 14336, "tied": False},
+    "model": {"family": "llama", "layers": 32, "hidden": 4096, "heads": 32, "kv_heads": 8, "ffn": 14336, "tied": False},
     "tokenizer": {"vocab_size": 128256},
     "baselines": {"dense": False},
     "budget": {"tokens": 2**35, "seed_share": 0.01, "sequence_length": 8192, "batch_tokens": 2**22},
@@ -73,11 +73,11 @@ def test_eight_experts_of_8b_on_64_h100(tmp_path: Path) -> None:
 
 def test_a_layout_that_is_given_is_kept_and_one_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     cluster = Cluster(GPUS["h100"], 8, 8)
-    given = config_of(tmp_path, EIGHT_8B | {"group": {"tensor": 8, "recompute": "full", "micro_batch": 2}}, 8)
+    given = config_of(tmp_path, EIGHT_8B | {"layout": {"tensor": 8, "recompute": "full", "micro_batch": 2}}, 8)
     plan = make_plan(given, cluster)
     assert plan["proposed"] == {}
     assert {row["layout"] for row in rows(plan)} == {"tensor 8 x data 1, ZeRO 1, bf16, full recomputation"}
-    alone = config_of(tmp_path, EIGHT_8B | {"group": {"micro_batch": 1}}, 8)
+    alone = config_of(tmp_path, EIGHT_8B | {"layout": {"micro_batch": 1}}, 8)
     with pytest.raises(LaunchError, match=r"a rank needs 20\d\.\d GB, and of a h100's 80 GB 90% can be used; raise"):
         make_plan(alone, cluster)
 
@@ -92,14 +92,14 @@ def test_what_is_proposed_can_be_put_into_the_yaml(tmp_path: Path) -> None:
 def test_the_seeds_proposal_says_whatever_differs_from_the_experts(tmp_path: Path) -> None:
     first = make_plan(config_of(tmp_path, EIGHT_8B, 8), Cluster(GPUS["h200"], 1, 8))
     # What is a default is said too: left out, `group` would give the seed the experts' ZeRO 2.
-    assert (first["proposed"]["group"]["zero"], first["proposed"]["seed_group"]["zero"]) == (2, 1)
+    assert (first["proposed"]["layout"]["zero"], first["proposed"]["seed_layout"]["zero"]) == (2, 1)
     assert [row["layout"] for row in first["stages"][0]["groups"]] == ["tensor 1 x data 8, ZeRO 1, bf16"]
     again = make_plan(config_of(tmp_path, EIGHT_8B | first["proposed"], 8), Cluster(GPUS["h200"], 1, 8))
     assert again["stages"] == first["stages"]
 
 
 def test_an_expert_of_a_size_of_its_own_is_planned_as_that(tmp_path: Path) -> None:
-    values = PAPER_64 | {"group": {"data": 2}, "experts": {"d1": {"model": {"preset": "gpt2-1.3b"}}}}
+    values = PAPER_64 | {"layout": {"data": 2}, "experts": {"d1": {"model": {"preset": "gpt2-1.3b"}}}}
     plan = make_plan(config_of(tmp_path, values, 4), Cluster(GPUS["h100"], 1, 8))
     row_of = {name: row for row in rows(plan) for name in row["models"]}
     assert row_of["d0"]["memory_bytes"]["weights"] == 2 * plan["parameters"]
@@ -110,7 +110,7 @@ def test_an_expert_of_a_size_of_its_own_is_planned_as_that(tmp_path: Path) -> No
 def test_zero_2_scatters_the_gradients_of_every_micro_batch(tmp_path: Path) -> None:
     seconds = {}
     for zero in (1, 2):
-        values = PAPER_64 | {"group": {"data": 2, "zero": zero}}
+        values = PAPER_64 | {"layout": {"data": 2, "zero": zero}}
         [row] = make_plan(config_of(tmp_path, values, 4), Cluster(GPUS["h100"], 1, 8))["stages"][1]["groups"]
         seconds[zero] = row["step_seconds"]["data"]
     assert seconds[2] == pytest.approx(seconds[1] * (row["accumulation"] + 1) / 2)
@@ -148,7 +148,7 @@ SHAPE = {
     "layers": 4,
     "hidden": 256,
     "heads": 4,
-    "groups": 2,
+    "kv_heads": 2,
     "ffn": 688,
     "positions": 32,
     "vocabulary": 2048,
@@ -182,6 +182,6 @@ def test_the_memory_of_a_rank_is_what_deepspeed_allocates(name: str, measured: d
     values = dict(LAYOUTS[name])
     count = values.pop("accumulate", 1)
     shape = ModelShape.model_validate(SHAPE)
-    planned = rank_memory(shape, GroupConfig.model_validate(values), micro_batch=1, length=32, accumulation=count)
+    planned = rank_memory(shape, Layout.model_validate(values), micro_batch=1, length=32, accumulation=count)
     # Beside ZeRO 3's bucket of a fixed size, so small a model would not be seen.
     assert planned.states - planned.buffers == pytest.approx(measured[name] - planned.buffers, rel=0.10)

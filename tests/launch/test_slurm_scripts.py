@@ -38,7 +38,7 @@ FULL = {
 
 
 def config_with(folder: Path, slurm: dict[str, Any], **changes: Any) -> RunConfig:
-    values = tiny_values(folder, group={"data": 4, "tensor": 2, "micro_batch": 1}, launch={"slurm": slurm}, **changes)
+    values = tiny_values(folder, layout={"data": 4, "tensor": 2, "micro_batch": 1}, launch={"slurm": slurm}, **changes)
     return write_config(folder / "run.yaml", values)
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from worlds import fork_world, read_spec
 
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
-from btm_scale.config.run import GroupConfig
+from btm_scale.config.run import Layout
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.gpt import build_model
 from btm_scale.model.hf_config import shape_from_config
@@ -25,7 +25,7 @@ from btm_scale.model.hf_weights import huggingface_tensors, load_weights
 
 def compute(group: ExpertGroup, folder: Path) -> None:
     shape = shape_from_config(json.loads((folder / "config.json").read_text()), folder)
-    tensor = group.config.tensor
+    tensor = group.layout.tensor
     model = build_model(shape, tensor=tensor, dtype=torch.float32, on_cpu=True)
     with SafetensorsModel(folder) as weights:
         load_weights(model, weights.read, group.tensor_rank, tensor)
@@ -47,7 +47,7 @@ def compute(group: ExpertGroup, folder: Path) -> None:
 
 
 def rank(tensor: int, folders: list[str]) -> None:
-    group = ExpertGroup.join(GroupConfig(tensor=tensor, precision="fp32"))
+    group = ExpertGroup.join(Layout(tensor=tensor, precision="fp32"))
     dist.barrier()
     named = list(Path("/dev/shm").glob(f"*_{os.environ['MASTER_PORT']}_*"))
     assert not named, f"{named} would outlive the group"

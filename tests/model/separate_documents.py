@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from worlds import fork_world, read_spec
 
-from btm_scale.config.run import GroupConfig
+from btm_scale.config.run import Layout
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.gpt import build_model
 from btm_scale.model.shape import ModelShape
@@ -17,7 +17,7 @@ END = 2
 
 
 def rank(shape: ModelShape, recompute: str, file: str) -> None:
-    group = ExpertGroup.join(GroupConfig(precision="fp32"))
+    group = ExpertGroup.join(Layout(precision="fp32"))
     group.seed(1)
     model = build_model(shape, tensor=1, dtype=torch.float32, on_cpu=True, recompute=recompute)  # type: ignore[arg-type]
     tokens = torch.randint(3, shape.vocabulary, (2, 12))

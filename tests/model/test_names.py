@@ -8,34 +8,34 @@ from btm_scale.model.hf_weights import huggingface_shapes
 from btm_scale.model.shape import ModelShape
 
 SHAPES = {
-    "llama": ModelShape(layers=2, hidden=32, heads=4, groups=4, ffn=24, positions=16, vocabulary=50, tied=False),
-    "llama grouped, tied": ModelShape(layers=1, hidden=32, heads=4, groups=2, ffn=24, positions=16, vocabulary=50),
+    "llama": ModelShape(layers=2, hidden=32, heads=4, kv_heads=4, ffn=24, positions=16, vocabulary=50, tied=False),
+    "llama grouped, tied": ModelShape(layers=1, hidden=32, heads=4, kv_heads=2, ffn=24, positions=16, vocabulary=50),
     "mistral, wide heads": ModelShape(
         family="mistral",
         layers=1,
         hidden=32,
         heads=4,
-        groups=2,
+        kv_heads=2,
         head_size=12,
         ffn=24,
         positions=16,
         vocabulary=50,
         window=8,
     ),
-    "qwen2": ModelShape(family="qwen2", layers=2, hidden=32, heads=4, groups=2, ffn=24, positions=16, vocabulary=51),
+    "qwen2": ModelShape(family="qwen2", layers=2, hidden=32, heads=4, kv_heads=2, ffn=24, positions=16, vocabulary=51),
     "qwen3": ModelShape(
         family="qwen3",
         layers=2,
         hidden=36,
         heads=4,
-        groups=2,
+        kv_heads=2,
         head_size=16,
         ffn=24,
         positions=16,
         vocabulary=51,
         tied=False,
     ),
-    "gpt2": ModelShape(family="gpt2", layers=2, hidden=32, heads=4, groups=4, ffn=64, positions=16, vocabulary=51),
+    "gpt2": ModelShape(family="gpt2", layers=2, hidden=32, heads=4, kv_heads=4, ffn=64, positions=16, vocabulary=51),
 }
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 

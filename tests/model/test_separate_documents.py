@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from worlds import run_script
 
-SHAPE = {"layers": 2, "hidden": 32, "heads": 4, "groups": 2, "ffn": 48, "positions": 16, "vocabulary": 65}
+SHAPE = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 48, "positions": 16, "vocabulary": 65}
 
 
 def test_a_document_is_read_as_if_it_stood_alone(tmp_path: Path) -> None:

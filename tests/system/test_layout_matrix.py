@@ -24,9 +24,9 @@ from btm_scale.config.layout import Layout
 pytestmark = pytest.mark.slow
 
 # A vocabulary that no tensor degree divides, and grouped heads.
-SHAPE = {"layers": 2, "hidden": 32, "heads": 4, "groups": 2, "ffn": 48, "positions": 16, "vocabulary": 65}
+SHAPE = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 48, "positions": 16, "vocabulary": 65}
 LLAMA = {"family": "llama", **SHAPE}
-GPT2 = {"family": "gpt2", **SHAPE, "groups": 4}
+GPT2 = {"family": "gpt2", **SHAPE, "kv_heads": 4}
 STEPS = 20
 AT_A_LAUNCH = 12  # layouts: the threads of each one's gloo groups stay until the process ends
 SETTINGS = {

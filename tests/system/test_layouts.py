@@ -79,7 +79,7 @@ def test_an_expert_branches_into_another_layout_than_its_seeds(
     found = {}
     for name, own in {"one": {}, "four": {"tensor": 2, "data": 2}}.items():
         folder = tmp_path / name
-        write_config(folder / "tiny.yaml", values(real_text, {}) | {"experts": {"python": {"group": own}}})
+        write_config(folder / "tiny.yaml", values(real_text, {}) | {"experts": {"python": {"layout": own}}})
         run = RunDir(folder / "run")
         run.train("seed").parent.mkdir(parents=True)
         for ours, theirs in (

@@ -17,7 +17,7 @@ SHAPE = {
     "layers": 2,
     "hidden": 32,
     "heads": 4,
-    "groups": 2,
+    "kv_heads": 2,
     "ffn": 48,
     "positions": 16,
     "vocabulary": 65,

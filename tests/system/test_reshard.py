@@ -13,7 +13,7 @@ from worlds import run_script
 
 pytestmark = pytest.mark.slow
 
-SHAPE = {"layers": 2, "hidden": 32, "heads": 4, "groups": 2, "ffn": 48, "positions": 16, "vocabulary": 65}
+SHAPE = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 48, "positions": 16, "vocabulary": 65}
 SAVED, STEPS = 10, 30
 
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -264,7 +264,7 @@ def _has_ranks(run: RunDir) -> bool:
 
 
 def test_a_failing_group_stops_no_other_and_is_told_with_the_end_of_its_log(real_text: Path, tmp_path: Path) -> None:
-    values = tiny_values(real_text, experts={"python": {"group": {"micro_batch": 1}}}, baselines={"dense": False})
+    values = tiny_values(real_text, experts={"python": {"layout": {"micro_batch": 1}}}, baselines={"dense": False})
     write_config(tmp_path / "tiny.yaml", values)
     run = RunDir(tmp_path / "run")
     btm_scale("train", tmp_path / "tiny.yaml", "--model", "seed", "--out", run.root, check=False)

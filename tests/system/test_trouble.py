@@ -35,14 +35,14 @@ def write_run(folder: Path, text: Path) -> RunDir:
     values = tiny_values(
         text,
         novel_domains={},
-        model={"family": "llama", "layers": 2, "hidden": 32, "heads": 4, "groups": 2, "ffn": 48},
+        model={"family": "llama", "layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 48},
         budget={
             "tokens": STEPS * 512 + 512,
             "seed_share": STEPS / (STEPS + 1),
             "sequence_length": 32,
             "batch_tokens": 512,
         },
-        group={"data": RANKS, "zero": 1, "micro_batch": 4},
+        layout={"data": RANKS, "zero": 1, "micro_batch": 4},
         checkpoint={"every": EVERY},
         evaluate={"tokens_per_domain": 500, "dev_blocks": 5},
     )

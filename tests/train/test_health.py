@@ -87,7 +87,7 @@ def test_every_rank_leaves_out_what_the_first_one_has_read(tmp_path: Path, monke
     assert late.leaves_out(7)
 
 
-SHAPE = ModelShape(layers=2, hidden=48, heads=6, groups=2, ffn=96, positions=64, vocabulary=65)
+SHAPE = ModelShape(layers=2, hidden=48, heads=6, kv_heads=2, ffn=96, positions=64, vocabulary=65)
 
 
 def test_a_layout_says_what_would_fit() -> None:

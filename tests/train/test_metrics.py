@@ -16,12 +16,12 @@ import pytest
 from btm_scale.model.shape import ModelShape
 from btm_scale.train.metrics import Metrics, read_metrics
 
-SHAPE = ModelShape(layers=1, hidden=8, heads=2, groups=2, ffn=16, positions=8, vocabulary=16)
+SHAPE = ModelShape(layers=1, hidden=8, heads=2, kv_heads=2, ffn=16, positions=8, vocabulary=16)
 
 
 def metrics(path: Path, first_step: int) -> Metrics:
     group: Any = SimpleNamespace(is_first=True, size=1, device=SimpleNamespace(type="cpu"))
-    job: Any = SimpleNamespace(sequences=1, group=SimpleNamespace(precision="fp32"))
+    job: Any = SimpleNamespace(sequences=1, layout=SimpleNamespace(precision="fp32"))
     return Metrics(group, path, job, SHAPE, 8, first_step)
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from worlds import fork_world, read_spec
 
-from btm_scale.config.run import GroupConfig, OptimizerConfig
+from btm_scale.config.run import Layout, OptimizerConfig
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.gpt import build_model
 from btm_scale.model.hf_weights import huggingface_tensors
@@ -31,7 +31,7 @@ from btm_scale.train.jobs import TrainingJob
 
 def make_engine(group: ExpertGroup, spec: dict[str, Any]) -> Engine:
     shape = ModelShape.model_validate(spec["shape"])
-    layout = group.config
+    layout = group.layout
     assert not layout.problems(shape, shape.positions)
     job = TrainingJob(
         model="tiny",
@@ -44,7 +44,7 @@ def make_engine(group: ExpertGroup, spec: dict[str, Any]) -> Engine:
         first_sample=0,
         samples=spec["sequences"],
         progress=(0.0, 1.0),
-        group=layout,
+        layout=layout,
     )
     group.seed(1)
     model = build_model(
@@ -65,7 +65,7 @@ def batch(group: ExpertGroup, engine: Engine, step: int) -> torch.Tensor:
     starts = torch.randint(0, shape.vocabulary, (engine.job.sequences, 1), generator=generator)
     strides = torch.randint(1, 4, (engine.job.sequences, 1), generator=generator)
     sequences = (starts + strides * torch.arange(shape.positions + 1)) % shape.vocabulary
-    return sequences.chunk(group.config.data)[group.data_rank]
+    return sequences.chunk(group.layout.data)[group.data_rank]
 
 
 def train(engine: Engine, first: int, last: int) -> list[float]:
@@ -110,7 +110,7 @@ def train_all(spec: dict[str, Any]) -> None:
     group: ExpertGroup | None = None
     sent = count_bytes()
     for name, values in spec["layouts"].items():
-        config = GroupConfig.model_validate(values)
+        config = Layout.model_validate(values)
         group = ExpertGroup.join(config) if group is None else group.rejoin(config)
         engine = make_engine(group, spec)
         folder, first, last = Path(spec["folder"]), 1, spec["steps"]
