@@ -18,7 +18,7 @@ demo: install
 	$(BIN)/btm-scale demo
 
 # The longest tests first, so that both processes end at about the same time. No folder twice: pytest would order them.
-TESTS ?= tests/system $(filter-out tests/system/,$(wildcard tests/*/)) $(wildcard tests/test_*.py)
+TESTS ?= tests/system $(filter-out tests/system/ tests/helpers/,$(wildcard tests/*/))
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)

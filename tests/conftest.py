@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
-from shared_folder import shared_folder
-from tiny_run import btm_scale, tiny_values, write_config
+from helpers.shared_folder import shared_folder
+from helpers.tiny_run import btm_scale, tiny_values, write_config
 
 from btm_scale.config.run import RunConfig
 from btm_scale.run_dir import RunDir
@@ -45,6 +45,6 @@ def finished_run(real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> t
 @pytest.fixture(scope="session")
 def handmade(real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, RunDir]:
     """Four experts of one seed with their scores of dev text, trained in this process in seconds."""
-    from handmade_run import handmade_run
+    from helpers.handmade_run import handmade_run
 
     return handmade_run(real_text, tmp_path_factory.mktemp("handmade"))

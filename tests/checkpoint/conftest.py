@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from small_models import Save, Weights, random_weights
+from helpers.small_models import Save, Weights, random_weights
 
 from btm_scale.checkpoint.formats.safetensors import ShardedWriter
 from btm_scale.checkpoint.formats.tensors import TensorSpec

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from helpers.worlds import fork_world, read_spec
 from safetensors.torch import save_file
-from worlds import fork_world, read_spec
 
 from btm_scale.config.run import Layout
 from btm_scale.distributed.group import ExpertGroup

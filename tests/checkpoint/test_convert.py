@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.worlds import run_script
 from safetensors.torch import load_file, save_file
-from worlds import run_script
 
 from btm_scale.checkpoint.convert import convert, verify_equal
 from btm_scale.checkpoint.formats.megatron import find_shape

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.worlds import run_script
 from safetensors.torch import load_file
-from worlds import run_script
 
 from btm_scale.checkpoint.formats.deepspeed import open_deepspeed, training_step
 from btm_scale.checkpoint.formats.open import open_model

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import WEIGHTS, Save, random_weights
+from helpers.small_models import WEIGHTS, Save, random_weights
 
 from btm_scale.checkpoint.convert import convert
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel

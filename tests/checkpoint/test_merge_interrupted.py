@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import Save, random_weights
+from helpers.small_models import Save, random_weights
 
 from btm_scale.checkpoint.formats.safetensors import ShardedWriter
 from btm_scale.checkpoint.hashing import content_hash

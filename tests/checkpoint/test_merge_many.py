@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import WEIGHTS, Save
+from helpers.small_models import WEIGHTS, Save
 
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.merge import journal, mean_runner, workers

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_models import Save, random_weights
+from helpers.small_models import Save, random_weights
 
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.merge.merge import merge

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import random_weights
+from helpers.small_models import random_weights
 
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.pickles import Inert, load_pickle, load_plain_pickle

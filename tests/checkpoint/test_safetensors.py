@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.small_models import Save, random_weights
 from safetensors.torch import load_file, save_file
-from small_models import Save, random_weights
 
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.safetensors import INDEX, SafetensorsModel, ShardedWriter

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.worlds import run_script
 from safetensors.torch import load_file
-from worlds import run_script
 
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.torch_dist_writer import write_torch_dist

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from text_samples import CODE, PROSE, MakeConfig, prose_texts, python_texts, write_jsonl
+from helpers.text_samples import CODE, PROSE, MakeConfig, prose_texts, python_texts, write_jsonl
 
 from btm_scale.config.run import RunConfig
 from btm_scale.data.prepare import prepare

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_run import btm_scale, tiny_values, write_config
+from helpers.tiny_run import btm_scale, tiny_values, write_config
 
 from btm_scale.config.run import DomainConfig, RunConfig
 from btm_scale.data.clustering import Clustering, balanced_kmeans, squared_distances

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.text_samples import CODE, PROSE, MakeConfig, prose_texts, python_texts, write_jsonl
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from text_samples import CODE, PROSE, MakeConfig, prose_texts, python_texts, write_jsonl
 
 from btm_scale.config.run import RunConfig
 from btm_scale.data.dataset import TrainingBatches

@@ -10,9 +10,9 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from helpers.text_samples import prose_texts, python_texts
 from hypothesis import given
 from hypothesis import strategies as st
-from text_samples import prose_texts, python_texts
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE

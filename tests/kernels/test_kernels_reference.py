@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_oracle import exact_mixture, exact_token_logprobs, mixing_case, scoring_case
+from helpers.kernel_oracle import exact_mixture, exact_token_logprobs, mixing_case, scoring_case
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from btm_scale.kernels import combine_partials, reference, token_logprob_partials

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
-from launcher import launched
-from tiny_run import btm_scale
+from helpers.launcher import launched
+from helpers.tiny_run import btm_scale
 
 from btm_scale.config.run import Layout, RunConfig
 from btm_scale.errors import LaunchError

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import tiny_values, write_config
+from helpers.tiny_run import tiny_values, write_config
 
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ConfigError, LaunchError

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from helpers.worlds import fork_world, read_spec
 from safetensors.torch import load_file, save_file
-from worlds import fork_world, read_spec
 
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.config.run import Layout

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.worlds import run_script
 from safetensors.torch import load_file, save_file
-from worlds import run_script
 
 from btm_scale.errors import CheckpointError
 from btm_scale.model.hf_config import config_json, shape_from_config

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from launcher import TESTS
-from tiny_run import btm_scale, tiny_values, write_config
-from worlds import run_script
+from helpers.launcher import TESTS
+from helpers.tiny_run import btm_scale, tiny_values, write_config
+from helpers.worlds import run_script
 
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.run_dir import RunDir

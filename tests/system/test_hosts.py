@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster_run import cluster_values
-from tiny_run import btm_scale, write_config
+from helpers.cluster_run import cluster_values
+from helpers.tiny_run import btm_scale, write_config
 
 from btm_scale.forest.expert import read_expert
 from btm_scale.run_dir import RunDir

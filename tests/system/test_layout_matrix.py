@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from launcher import TESTS, launched
+from helpers.launcher import TESTS, launched
+from helpers.worlds import run_script
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from worlds import run_script
 
 from btm_scale.config.layout import Layout
 

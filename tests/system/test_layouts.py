@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import btm_scale, tiny_values, write_config
+from helpers.tiny_run import btm_scale, tiny_values, write_config
 
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.run_dir import RunDir

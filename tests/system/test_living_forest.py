@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_run import btm_scale
+from helpers.tiny_run import btm_scale
 
 from btm_scale.config.run import RunConfig
 from btm_scale.forest.expert import read_expert

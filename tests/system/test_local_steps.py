@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from launcher import TESTS
+from helpers.launcher import TESTS
+from helpers.worlds import run_script
 from safetensors.torch import load_file
-from worlds import run_script
 
 from btm_scale.train import diloco
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from cluster_run import EXPERTS, cluster_values
-from tiny_run import btm_scale, write_config
+from helpers.cluster_run import EXPERTS, cluster_values
+from helpers.tiny_run import btm_scale, write_config
 
 from btm_scale.forest.expert import is_finished, read_expert
 from btm_scale.run_dir import RunDir

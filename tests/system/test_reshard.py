@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from launcher import TESTS
+from helpers.launcher import TESTS
+from helpers.worlds import run_script
 from safetensors.torch import load_file
-from worlds import run_script
 
 pytestmark = pytest.mark.slow
 

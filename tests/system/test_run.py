@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from tiny_run import btm_scale, tiny_values, write_config
+from helpers.tiny_run import btm_scale, tiny_values, write_config
 
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.config.run import RunConfig

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_run import EXPERTS, cluster_values
-from slurm_cluster import SlurmCluster
-from tiny_run import write_config
+from helpers.cluster_run import EXPERTS, cluster_values
+from helpers.slurm_cluster import SlurmCluster
+from helpers.tiny_run import write_config
 
 from btm_scale.forest.expert import read_expert
 from btm_scale.run_dir import RunDir

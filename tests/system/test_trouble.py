@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tiny_run import btm_scale, tiny_values, write_config
+from helpers.tiny_run import btm_scale, tiny_values, write_config
 
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.run_dir import RunDir

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import torch.distributed as dist
-from worlds import fork_world, read_spec
+from helpers.worlds import fork_world, read_spec
 
 from btm_scale.train.checkpoint import common_state
 

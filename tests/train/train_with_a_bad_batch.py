@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from worlds import fork_world, read_spec
+from helpers.worlds import fork_world, read_spec
 
 from btm_scale.config.run import RunConfig
 from btm_scale.run.worker import train_as_rank

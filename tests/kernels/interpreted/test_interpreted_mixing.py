@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_oracle import exact_mixture, mixing_case, sparse_tensor
+from helpers.kernel_oracle import exact_mixture, mixing_case, sparse_tensor
 
 from btm_scale.kernels import mix_logits, mix_sample, triton_launch
 from btm_scale.kernels.tuning_table import MixConfig

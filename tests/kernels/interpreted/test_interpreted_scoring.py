@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_oracle import exact_token_logprobs, scoring_case, sparse_tensor
+from helpers.kernel_oracle import exact_token_logprobs, scoring_case, sparse_tensor
 
 from btm_scale.kernels import combine_partials, token_logprob_partials, token_logprobs, triton_launch, tuning
 from btm_scale.kernels.tuning_table import ScoreConfig

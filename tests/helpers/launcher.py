@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 def launched(script: Path, ranks: int, spec: Any, folder: Path) -> subprocess.CompletedProcess[str]:

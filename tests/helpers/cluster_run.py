@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tiny_run import tiny_values
+from helpers.tiny_run import tiny_values
 
 EXPERTS = ("python", "licences", "docs")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from handmade_run import DOMAINS, train
+from helpers.handmade_run import DOMAINS, train
 from transformers import AutoModelForCausalLM
 
 from btm_scale.cli.app import main

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_run import tiny_values, write_config
+from helpers.tiny_run import tiny_values, write_config
 
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ConfigError

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from worlds import run_script
+from helpers.worlds import run_script
 
 from btm_scale.train import checkpoint
 from btm_scale.train.checkpoint import newest_state, save_state, state_path

@@ -21,7 +21,7 @@ def run_script(script: Path, spec: Any, folder: Path) -> None:
     file = folder / f"{script.stem}.json"
     file.write_text(json.dumps(spec))
     surroundings = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    surroundings["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    surroundings["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     done = subprocess.run(
         [sys.executable, str(script), str(file)],
         env={**os.environ, **surroundings},

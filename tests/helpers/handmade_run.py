@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from tiny_run import tiny_values, write_config
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from btm_scale.checkpoint.hashing import content_hash
@@ -23,6 +22,7 @@ from btm_scale.forest.scores import Scores, evaluation_text
 from btm_scale.model.hf_config import config_json
 from btm_scale.model.hf_decoder import Decoder
 from btm_scale.run_dir import SEED, RunDir
+from helpers.tiny_run import tiny_values, write_config
 
 DOMAINS = ("python", "cpp", "licences", "docs")
 _BATCH = 8

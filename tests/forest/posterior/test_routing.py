@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from handmade_run import DOMAINS
-from tiny_forest import LETTERS, Letters, write_experts
+from helpers.handmade_run import DOMAINS
+from helpers.tiny_forest import LETTERS, Letters, write_experts
 
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ForestError

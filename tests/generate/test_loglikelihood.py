@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_forest import POSITIONS, Letters, Oracle, write_experts
+from helpers.tiny_forest import POSITIONS, Letters, Oracle, write_experts
 
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ForestError, UserError

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_forest import POSITIONS, Letters, Oracle, write_experts
-from tiny_run import btm_scale
+from helpers.tiny_forest import POSITIONS, Letters, Oracle, write_experts
+from helpers.tiny_run import btm_scale
 from transformers import AutoModelForCausalLM
 
 from btm_scale.cli.app import main

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tiny_run import btm_scale, tiny_values, write_config
+from helpers.tiny_run import btm_scale, tiny_values, write_config
 
 from btm_scale.config.run import RunConfig
 from btm_scale.forest.expert import Expert
