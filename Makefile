@@ -9,6 +9,9 @@ install: $(VENV)/installed
 
 # torch first: deepspeed's build looks for it.
 $(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
+	  echo "$(PYTHON) is $$($(PYTHON) --version 2>&1). The pinned packages need Python 3.11, 3.12 or 3.13:" \
+	    "install one and run make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt pip setuptools torch
 	$(BIN)/pip install --quiet -c constraints.txt --editable '.[dev]'

@@ -78,7 +78,7 @@ def save(folder: Path, shape: ModelShape) -> None:
     from btm_scale.distributed.group import ExpertGroup
     from btm_scale.model.gpt import build_model
 
-    group = ExpertGroup.join(Layout())
+    group = ExpertGroup.join(Layout(precision="bf16"))
     import deepspeed
 
     model = build_model(shape, tensor=1, dtype=torch.bfloat16, on_cpu=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from btm_scale.errors import LaunchError
 
@@ -25,13 +25,14 @@ class Gpu:
     # Shares of the stated figures that large matrix products, copies and rings reach.
     compute_share: float = 0.55
     transfer_share: float = 0.8
+    half: Literal["bf16", "fp16"] = "bf16"  # the 16-bit precision that it computes in natively
 
 
 _GB = 1e9
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("v100", 125e12, 32 * _GB, 900 * _GB, 150 * _GB, 12.5 * _GB),
+        Gpu("v100", 125e12, 32 * _GB, 900 * _GB, 150 * _GB, 12.5 * _GB, half="fp16"),
         Gpu("a100", 312e12, 80 * _GB, 2039 * _GB, 300 * _GB, 25 * _GB),
         Gpu("l40s", 362e12, 48 * _GB, 864 * _GB, 32 * _GB, 25 * _GB),
         Gpu("h100", 989e12, 80 * _GB, 3350 * _GB, 450 * _GB, 50 * _GB),

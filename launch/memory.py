@@ -37,7 +37,7 @@ def rank_memory(shape: ModelShape, layout: Layout, *, micro_batch: int, length: 
     """Of one rank of a group: `micro_batch` sequences of `length` tokens at once, `accumulation` times a step."""
     own = rank_parameters(shape, layout.tensor)
     share = own / layout.data  # what ZeRO leaves of something that it shares
-    width = 4 if layout.precision == "fp32" else 2
+    width = layout.bytes_per_weight
     weights = width * (share if layout.zero == 3 else own)
     kept = own if layout.zero == 0 else share
     # Without ZeRO, float32 weights are their own masters.
@@ -83,7 +83,7 @@ def activation_bytes(shape: ModelShape, layout: Layout, *, micro_batch: int, len
     The logits are made in chunks and are not counted.
     """
     tokens = micro_batch * length
-    width = 4 if layout.precision == "fp32" else 2
+    width = layout.bytes_per_weight
     norms: float = 4 * shape.hidden  # two norms' inputs and outputs
     if layout.sequence_parallel:
         norms = norms / layout.tensor

@@ -38,7 +38,7 @@ def step_time(
     """Of `sequences` sequences of `length` tokens, in `accumulation` micro-batches a rank."""
     tokens = sequences * length
     own = rank_parameters(shape, layout.tensor)
-    width = 4 if layout.precision == "fp32" else 2
+    width = layout.bytes_per_weight
     flops = shape.flops_per_token(length) * tokens / layout.ranks
     if layout.recompute == "full":
         flops *= 4 / 3  # the forward pass is a third of it, and is made twice

@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> Answer:
     if options.dry_run:
         from btm_scale.run.pipeline import dry_run
 
-        return shown(options, dry_run(config, run_dir))
+        return shown(options, dry_run(config, run_dir, trains_here=options.launcher == "local"))
     return _run(options, config, run_dir)
 
 
@@ -58,7 +58,7 @@ def train(options: argparse.Namespace) -> Answer:
     else:
         from btm_scale.run.state import next_models, open_run
 
-        open_run(config, run_dir)
+        config = open_run(config, run_dir, trains_here=options.launcher == "local")
         options.model = options.model or next_models(config, run_dir)
         _train(options, config, run_dir)
     return {"models": {model: str(run_dir.model(model)) for model in options.model}}

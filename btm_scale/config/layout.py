@@ -27,8 +27,9 @@ class Layout(Section):
     offload: Literal["none", "optimizer", "all"] = Field(
         default="none", description="kept in the host's memory: the optimizer's state, or the weights too"
     )
-    precision: Literal["bf16", "fp16", "fp32"] = Field(
-        default="bf16", description="of weights and activations; master weights are float32"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        default="auto",
+        description="of weights and activations; master weights are float32; `auto`: what the device does fast",
     )
     micro_batch: int = Field(default=8, gt=0, description="sequences a rank takes at once, at the most")
     sync_every: int = Field(
@@ -85,6 +86,11 @@ class Layout(Section):
             others = tuple(place for name, place in self.coordinates(rank).items() if name != axis)
             lines.setdefault(others, []).append(rank)
         return [tuple(line) for line in lines.values()]
+
+    @property
+    def bytes_per_weight(self) -> int:
+        """Bytes of one weight or activation. The precision must be resolved: `auto` has no size."""
+        return {"bf16": 2, "fp16": 2, "fp32": 4}[self.precision]
 
     def problems(self, shape: ModelShape, sequence_length: int) -> list[str]:
         """Why a model of this shape cannot be shared so, one sentence each; empty if it can.

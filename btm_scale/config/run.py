@@ -225,6 +225,38 @@ class RunConfig(Section):
         own = self.experts[name].layout if name in self.experts else {}
         return Layout.model_validate(self.layout.model_dump() | own)
 
+    @property
+    def precisions(self) -> set[str]:
+        """The precisions of all of the run's groups; `auto` is one until the run's device resolves it."""
+        experts = {self.expert_layout(name).precision for name in self.experts}
+        return {self.layout.precision, self.shared_layout.precision} | experts
+
+    def with_precision(self, precision: str) -> RunConfig:
+        """This config with `precision` instead of each `auto`."""
+        return self._with_precisions(precision, precision, dict.fromkeys(self.experts, precision))
+
+    def with_precisions_of(self, other: RunConfig) -> RunConfig:
+        """This config with the precisions that `other`, a config of the same run, has instead of each `auto`."""
+        experts = {
+            name: str(expert.layout["precision"])
+            for name, expert in other.experts.items()
+            if "precision" in expert.layout
+        }
+        return self._with_precisions(other.layout.precision, other.shared_layout.precision, experts)
+
+    def _with_precisions(self, layout: str, seed_layout: str, experts: dict[str, str]) -> RunConfig:
+        def resolved(settings: dict[str, Any], precision: str) -> dict[str, Any]:
+            return settings | {"precision": precision} if settings.get("precision") == "auto" else settings
+
+        own = {
+            name: expert.model_copy(update={"layout": resolved(expert.layout, experts.get(name, "auto"))})
+            for name, expert in self.experts.items()
+        }
+        update: dict[str, Any] = {"seed_layout": resolved(self.seed_layout, seed_layout), "experts": own}
+        if self.layout.precision == "auto":
+            update["layout"] = self.layout.model_copy(update={"precision": layout})
+        return self.model_copy(update=update)
+
     @classmethod
     def load(cls, path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
         """Read a YAML, apply `key.path=value` overrides, and resolve paths.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from btm_scale.config.run import Layout
 from btm_scale.distributed.cpu import _leave_out_shared_memory_op, _stand_in_for_cuda
+from btm_scale.distributed.precision import Precision, require_possible
 from btm_scale.errors import LaunchError
 from btm_scale.util.imports import import_uncompiled
 
@@ -37,7 +38,7 @@ class ExpertGroup:
     def join(cls, layout: Layout) -> ExpertGroup:
         """Meet the group's other ranks at the rendezvous that the launcher put into the environment.
 
-        Raises LaunchError if the number of ranks isn't the layout's.
+        Raises LaunchError if the number of ranks isn't the layout's, or the device can't train in its precision.
         """
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size != layout.ranks:
@@ -60,6 +61,7 @@ class ExpertGroup:
         if has_gpu:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
+        require_possible(layout.precision)
         if not dist.is_initialized():
             if not has_gpu:
                 _leave_out_shared_memory_op()
@@ -86,7 +88,7 @@ class ExpertGroup:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of weights and activations."""
+        """The type of weights and activations. The layout's precision must be resolved."""
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.layout.precision]
 
     @property
@@ -117,6 +119,11 @@ class ExpertGroup:
         random.seed(random_seed)
         np.random.seed(random_seed)
         torch.manual_seed(random_seed)
+
+    def in_precision(self, precision: Precision) -> ExpertGroup:
+        """The same world, with a layout of this precision. Raises LaunchError if the device can't train in it."""
+        require_possible(precision)
+        return replace(self, layout=self.layout.model_copy(update={"precision": precision}))
 
     def rejoin(self, layout: Layout) -> ExpertGroup:
         """The same ranks in another layout of as many; this group is over."""

@@ -45,7 +45,7 @@ def branch_expert(
     if parents not in ("nearest", "posterior"):
         # What can be wrong with named parents is told before any text is read.
         parents_of(run, name, job.branch)
-    open_run(grown, run)
+    grown = open_run(grown, run)
     try:
         prepare(grown, run)
         forest = list(experts(run))

@@ -16,7 +16,7 @@ from btm_scale.forest.methods import average_texts
 from btm_scale.forest.scores import all_texts, missing_scores
 from btm_scale.launch.supervise import GroupCommand, RunGroups
 from btm_scale.run.launchers import Progress, here, placement, run_training
-from btm_scale.run.state import is_done, open_run
+from btm_scale.run.state import is_done, on_this_device, open_run
 from btm_scale.run_dir import SEED, RunDir
 from btm_scale.train.jobs import model_names, training_job, training_stages
 
@@ -27,7 +27,7 @@ def run_all(
     config: RunConfig, run: RunDir, *, on_progress: Progress, say: Say, launcher: RunGroups | None = None
 ) -> dict[str, Any]:
     """Every stage that isn't done, from text to page; returns the results. Groups run on this machine by default."""
-    open_run(config, run)
+    config = open_run(config, run, trains_here=launcher is None)
     say("text -> token files")
     prepare(config, run)
     # A domain that was added since is new to every model that is finished already.
@@ -40,6 +40,7 @@ def run_all(
         if todo:
             say(f"training {', '.join(todo)}")
         run_training(config, run, stage, on_progress=on_progress, launcher=launcher)
+    config = config.with_precisions_of(RunConfig.load(run.config))  # where the first group has resolved it
     say("averaging and scoring")
     score_averages(config, run, launcher)
     return evaluate(config, run)
@@ -79,9 +80,16 @@ def _run_scoring(config: RunConfig, run: RunDir, arguments: tuple[str, ...], lau
     launcher([command], lambda states: None)
 
 
-def dry_run(config: RunConfig, run: RunDir) -> dict[str, Any]:
-    """What a run would do: its models, their steps, batches and layouts. Checks every text path; writes nothing."""
+def dry_run(config: RunConfig, run: RunDir, *, trains_here: bool = True) -> dict[str, Any]:
+    """What a run would do: its models, their steps, batches and layouts. Writes nothing.
+
+    Checks every text path and, if the run's groups run on this machine (`trains_here`), their precisions.
+    """
     files = require_text(config)
+    if run.config.is_file():
+        config = config.with_precisions_of(RunConfig.load(run.config))
+    if trains_here:
+        config = on_this_device(config, run)
     jobs = {}
     for stage in training_stages(config):
         place = placement(config, stage)

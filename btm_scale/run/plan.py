@@ -23,7 +23,7 @@ from btm_scale.model.shape import ModelShape
 from btm_scale.run_dir import SEED
 from btm_scale.train.jobs import TrainingJob, model_names, training_job, training_stages
 
-_LAYOUT = ("tensor", "data", "zero", "sequence_parallel", "recompute", "precision")
+_LAYOUT = ("tensor", "data", "zero", "sequence_parallel", "recompute")
 
 
 def make_plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
@@ -31,6 +31,7 @@ def make_plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
     vocabulary = vocabulary_of(config)
     shape = config.model.shape(vocabulary, config.budget.sequence_length)
     config, proposed = with_proposals(config, shape, cluster)
+    config = config.with_precision(cluster.gpu.half)
     jobs = {name: training_job(config, name) for name in model_names(config)}
     stages = []
     for names in training_stages(config):
@@ -38,9 +39,8 @@ def make_plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
         groups = [_group(vocabulary, config, jobs[name], cluster) for name in names if jobs[name].steps]
         if groups:
             stages.append(plan_stage(groups, cluster))
-    width = 4 if config.layout.precision == "fp32" else 2
     branch_steps = config.budget.branch_steps
-    saved = data_parallel_bytes(shape, len(config.domains), branch_steps, width)
+    saved = data_parallel_bytes(shape, len(config.domains), branch_steps, config.layout.bytes_per_weight)
     return {
         "parameters": shape.parameters,
         "cluster": {"gpus": cluster.ranks, "nodes": cluster.nodes, "gpus_per_node": cluster.ranks_per_node}
@@ -61,14 +61,15 @@ def with_proposals(config: RunConfig, shape: ModelShape, cluster: Cluster) -> tu
     proposed: dict[str, Any] = {}
     if "layout" in config.model_fields_set:
         return config, proposed
+    base = config.layout.model_copy(update={"precision": cluster.gpu.half})
     # With one sequence as the layout's least share of a batch, every job can be described before it has a layout.
     smallest = config.layout.model_copy(update={"tensor": 1, "data": 1})
     bare = config.model_copy(update={"layout": smallest, "seed_layout": {}})
-    layout, micro = propose(shape, _trainings(bare, _branches(bare)), cluster, config.layout)
+    layout, micro = propose(shape, _trainings(bare, _branches(bare)), cluster, base)
     proposed["layout"] = _settings(layout, Layout()) | {"micro_batch": micro}
     chosen = config.model_copy(update={"layout": Layout.model_validate(proposed["layout"])})
     if "seed_layout" not in config.model_fields_set:
-        whole, micro = propose(shape, _trainings(bare, [SEED]), cluster, config.layout)
+        whole, micro = propose(shape, _trainings(bare, [SEED]), cluster, base)
         # It is laid over `layout`, whose own settings would stand where nothing else is said.
         proposed["seed_layout"] = _settings(whole, layout) | {"micro_batch": micro}
         chosen = chosen.model_copy(update={"seed_layout": proposed["seed_layout"]})

@@ -59,7 +59,7 @@ def write_scripts(config: RunConfig, run: RunDir) -> dict[str, Path]:
 def submit_run(config: RunConfig, run: RunDir, *, dry_run: bool, say: Say) -> dict[str, Any]:
     """Submit what is missing; returns the ids of the new jobs. A dry run writes the scripts and submits none."""
     require_text(config)
-    open_run(config, run)
+    config = open_run(config, run)
     scripts = write_scripts(config, run)
     if dry_run:
         return {"scripts": {name: str(path) for name, path in scripts.items()}, "submitted": {}}

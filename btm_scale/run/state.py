@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from btm_scale.config.run import RunConfig
+from btm_scale.distributed.precision import ask_device
 from btm_scale.errors import ConfigError
 from btm_scale.forest.expert import is_finished
 from btm_scale.forest.scores import all_texts, missing_scores
+from btm_scale.launch.local import visible_gpus
 from btm_scale.launch.supervise import GroupCommand
 from btm_scale.run_dir import RunDir
 from btm_scale.train.jobs import model_names, training_job, training_stages
@@ -35,13 +37,18 @@ _FREE = (
 )
 
 
-def open_run(config: RunConfig, run: RunDir) -> None:
-    """Make the run's folder, or check that it is this config's, and save the config in it.
+def open_run(config: RunConfig, run: RunDir, *, trains_here: bool = False) -> RunConfig:
+    """Make the run's folder, or check that it is this config's; save the config in it, and return what was saved.
 
-    Raises ConfigError if the folder holds another run: its models would not be what the config says.
+    `precision: auto` becomes the precision that the run has recorded. Where it has none and its groups run on this
+    machine (`trains_here`), it becomes what the device does fast; elsewhere the first group resolves it.
+    Raises ConfigError if the folder holds another run: its models would not be what the config says. Raises LaunchError
+    if the run's groups run here and this device cannot train in a precision of theirs.
     """
     if run.config.is_file():
         existing = RunConfig.load(run.config)
+        config = config.with_precisions_of(existing)
+        existing = existing.with_precisions_of(config)
         free = (*_FREE, *_additions(existing, config))
         differing = [
             line
@@ -54,7 +61,28 @@ def open_run(config: RunConfig, run: RunDir) -> None:
                 + "\n".join(f"  {line}" for line in differing)
                 + "\nUse another --out, or delete that folder."
             )
+    if trains_here:
+        config = on_this_device(config, run)
     config.save(run.config)
+    return config
+
+
+def on_this_device(config: RunConfig, run: RunDir) -> RunConfig:
+    """The config with this machine's fast precision instead of each `auto`.
+
+    Raises LaunchError if this device cannot train in a precision of a model that isn't done.
+    """
+    if "auto" in config.precisions:
+        config = config.with_precision(ask_device().fast)
+    needed = {
+        training_job(config, model).layout.precision for model in model_names(config) if not is_done(config, run, model)
+    }
+    if needed:
+        needed.add(config.layout.precision)  # what averages are scored in
+    # Every device computes in fp32, and a CPU in bf16 too, if only by emulation.
+    if needed - ({"fp32"} if visible_gpus() else {"fp32", "bf16"}):
+        ask_device().require(needed)
+    return config
 
 
 def is_done(config: RunConfig, run: RunDir, model: str) -> bool:

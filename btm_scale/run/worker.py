@@ -6,13 +6,14 @@ import contextlib
 import ctypes
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
 
-from btm_scale.config.run import RunConfig
+from btm_scale.config.run import Layout, RunConfig
 from btm_scale.distributed.group import ExpertGroup
+from btm_scale.distributed.precision import fast_precision
 from btm_scale.evaluate.averages import planned_averages, write_averages
 from btm_scale.evaluate.score import score_model
 from btm_scale.evaluate.soups import choose_soups, soups
@@ -31,12 +32,12 @@ from btm_scale.util.rank_log import rank_log
 
 def train_as_rank(config: RunConfig, run: RunDir, model: str) -> None:
     """Train, export and score one model; each part that is done already is not done again."""
-    job = training_job(config, model)
     with (
         rank_log(run.log(model)),
-        _joined(job.layout) as group,
+        _joined(config, run, lambda config: training_job(config, model).layout) as (group, config),
         ModelLock(run.train(model)) if group.is_first else contextlib.nullcontext(),
     ):
+        job = training_job(config, model)
         if not is_finished(run.model(model)):
             train_and_export(group, config, run, job)
         with leaving_at_once(run.train(model)):
@@ -46,7 +47,7 @@ def train_as_rank(config: RunConfig, run: RunDir, model: str) -> None:
 def score_as_rank(config: RunConfig, run: RunDir, models: Sequence[str], *, averages: bool = False) -> None:
     """Score finished models on the texts that each is for; with `averages`, those too, made first where needed."""
     texts = average_texts(config)
-    with rank_log(run.log("score")), _joined(config.layout) as group:
+    with rank_log(run.log("score")), _joined(config, run, lambda config: config.layout) as (group, config):
         if averages:
             models = [*models, *_made_averages(group, config, run)]
         for model in models:
@@ -73,16 +74,38 @@ def _made_averages(group: ExpertGroup, config: RunConfig, run: RunDir) -> list[s
 
 
 @contextlib.contextmanager
-def _joined(layout: object) -> Iterator[ExpertGroup]:
+def _joined(
+    config: RunConfig, run: RunDir, layout_of: Callable[[RunConfig], Layout]
+) -> Iterator[tuple[ExpertGroup, RunConfig]]:
+    """The group, and the config with its precisions resolved."""
     end_with_supervisor()
     keep_freed_memory()
-    group = ExpertGroup.join(layout)  # type: ignore[arg-type]
+    group = ExpertGroup.join(layout_of(config))
+    # Another rank might have read run.yaml before or after a precision was recorded in it.
+    resolved = [_resolved(config, run) if group.is_first else config]
+    dist.broadcast_object_list(resolved, src=0)
+    [config] = resolved
+    group = group.in_precision(layout_of(config).precision)  # type: ignore[arg-type]
     with PeerWatch(group):
-        yield group
+        yield group, config
     # No rank may go before all have ceased to watch.
     dist.barrier()
     # Not after an error: other ranks may be waiting in a collective, and only the launcher can end them.
     group.leave()
+
+
+def _resolved(config: RunConfig, run: RunDir) -> RunConfig:
+    """The config with the precision that run.yaml has recorded instead of each `auto`.
+
+    The run's first group, which is the seed's, finds none there: it asks its device, and records the answer.
+    """
+    if "auto" not in config.precisions:
+        return config
+    recorded = RunConfig.load(run.config) if run.config.is_file() else config
+    if "auto" in recorded.precisions:
+        recorded = recorded.with_precision(fast_precision())
+        recorded.save(run.config)
+    return config.with_precisions_of(recorded)
 
 
 def keep_freed_memory() -> None:

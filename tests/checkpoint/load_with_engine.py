@@ -42,7 +42,7 @@ def load(group: ExpertGroup, folder: str, shape: ModelShape) -> None:
 
 
 def rank(tensor: int, jobs: list[dict[str, Any]]) -> None:
-    group = ExpertGroup.join(Layout(tensor=tensor, data=1))
+    group = ExpertGroup.join(Layout(tensor=tensor, data=1, precision="bf16"))
     for job in jobs:
         load(group, job["folder"], ModelShape(**job["shape"]))
     group.leave()

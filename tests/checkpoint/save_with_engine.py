@@ -70,7 +70,7 @@ def save(group: ExpertGroup, folder: Path, shape: ModelShape, stage: int) -> Non
 
 
 def rank(tensor: int, data: int, variants: list[dict[str, Any]]) -> None:
-    group = ExpertGroup.join(Layout(tensor=tensor, data=data))
+    group = ExpertGroup.join(Layout(tensor=tensor, data=data, precision="bf16"))
     for variant in variants:
         save(group, Path(variant["folder"]), ModelShape(**variant["shape"]), variant["stage"])
     group.leave()

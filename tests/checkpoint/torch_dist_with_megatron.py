@@ -34,7 +34,7 @@ def run(group: ExpertGroup, job: dict[str, Any]) -> None:
 
 
 def rank(tensor: int, jobs: list[dict[str, Any]]) -> None:
-    group = ExpertGroup.join(Layout(tensor=tensor, data=1))
+    group = ExpertGroup.join(Layout(tensor=tensor, data=1, precision="bf16"))
     for job in jobs:
         run(group, job)
     group.leave()

@@ -11,13 +11,14 @@ from typing import Any
 import yaml
 
 from btm_scale.config.run import RunConfig
+from btm_scale.distributed.precision import ask_device
 
 TINY_MODEL = {"family": "llama", "layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2, "ffn": 96}
 
 
 def tiny_values(text: Path, **changes: Any) -> dict[str, Any]:
     """A config that trains in seconds: two experts, a novel domain, 12 steps for the seed and 12 for each branch."""
-    return {
+    values = {
         "name": "tiny",
         "random_seed": 3,
         "model": TINY_MODEL,
@@ -38,6 +39,9 @@ def tiny_values(text: Path, **changes: Any) -> dict[str, Any]:
         },
         **changes,
     }
+    # What `auto` stands for on this machine, asked once: not by each of hundreds of calls.
+    values["layout"] = {"precision": ask_device().fast, **values["layout"]}
+    return values
 
 
 def write_config(path: Path, values: dict[str, Any]) -> RunConfig:

