@@ -127,23 +127,6 @@ def _write_text(folder: Path) -> None:
     folder.mkdir()
     draw = random.Random(11)
     words = ("river", "stone", "light", "winter", "song", "evening", "bird", "field", "snow", "road", "wind", "star")
-        "river",
-        "stone",
-        "light",
-        "winter",
-        "song",
-        "grey",
-        "evening",
-        "bird",
-        "field",
-        "silent",
-        "snow",
-        "road",
-        "home",
-        "wind",
-        "sea",
-        "star",
-    ]
 
     def arithmetic() -> str:
         sums = [(draw.randrange(100), draw.randrange(100)) for _ in range(12)]

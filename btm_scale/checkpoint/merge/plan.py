@@ -125,7 +125,7 @@ def make_plan(
 
 
 def plan_means(
-    outputs: Sequence[Sequence[tuple[Path, float]]], *, dtype: str | None, max_shard_bytes: float
+    outputs: Sequence[Sequence[tuple[Path, float]]], *, dtype: str | None = None, max_shard_bytes: float
 ) -> list[MergePlan]:
     """Plans of method `linear` for several outputs; every model is looked at once. Raises as `make_plan` does."""
     linear = find_method("linear")
