@@ -90,7 +90,7 @@ def main(old: str, archive: str) -> None:
             config.write_text(config.read_text().replace(str(folder / "text"), _OLD_ROOT))
         with tarfile.open(archive, "w:xz", preset=9) as made:
             for name in ("text", "finished", "killed", "resumed"):
-                made.add(folder / name, arcname=name, filter=_anonymous)
+                made.add(folder / name, arcname=name, filter=_portable)
 
 
 def _kill_in_second_expert(command: list[str], run: Path) -> None:
@@ -113,8 +113,9 @@ def _descendants(pid: int) -> list[int]:
     return [child.pid for child in psutil.Process(pid).children(recursive=True)]
 
 
-def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    if "slurm" in member.name or member.name.endswith((".partial", ".lock")) or "/log" in member.name:
+def _portable(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    # Logs name the machine, and the index cache goes by absolute paths.
+    if "/.index" in member.name or "/log" in member.name or member.name.endswith((".partial", ".lock")):
         return None
     member.uid = member.gid = 0
     member.uname = member.gname = ""
