@@ -64,12 +64,6 @@ def test_a_killed_run_is_resumed_by_a_job_that_was_queued_then_and_finished_by_r
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}
-        "SLURM_PROCID": "0",
-        "SLURM_NTASKS": "1",
-        "SLURM_LOCALID": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29871",
-    }
     done = subprocess.run(
         [sys.executable, "-m", "btm_scale.cli", *map(str, command)],
         env=os.environ | slurm | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
