@@ -6,6 +6,7 @@ upgraded when it is read. A user's YAML is not: its old keys are reported with t
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,11 @@ def upgraded(values: dict[str, Any], path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} has schema {schema}. This version of btm-scale reads schemas 1 and {SCHEMA}. Update btm-scale."
         )
-    if schema == 1 or (schema is None and path.name == "run.yaml" and values.keys() >= _ALWAYS_WRITTEN):
-        return _with_rounded_batches(with_current_names(values)[0])
+    if schema != SCHEMA and path.name == "run.yaml" and values.keys() >= _ALWAYS_WRITTEN:
+        values = with_current_names(values)[0]
+        # What somebody has edited since may be incomplete or wrong. Validation reports that.
+        with contextlib.suppress(LookupError, TypeError, AttributeError, ArithmeticError):
+            values = _with_rounded_batches(values)
     return values
 
 
@@ -74,16 +78,16 @@ def _with_rounded_batches(values: dict[str, Any]) -> dict[str, Any]:
     """Schema 1 rounded an expert's batch to a multiple of its data ranks; write that batch down where it differs."""
     budget, layout, experts = values["budget"], values["layout"], dict(values["experts"])
     share = budget["batch_tokens"] // budget["sequence_length"] // len(values["domains"])
-    batch = max(1, share)
+    batch, everyone = max(1, share), layout.get("data", 1)
     for name in (*values["domains"], *values["added_domains"]):
         own = experts.get(name) or {}
-        data = (own.get("layout") or {}).get("data", layout["data"])
+        data = (own.get("layout") or {}).get("data", everyone)
         if batch % data and own.get("batch_tokens") is None:
             rounded = max(data, share // data * data)
             # `data` too, since `layout` may get another below.
             own_layout = {**(own.get("layout") or {}), "data": data}
             experts[name] = {**own, "layout": own_layout, "batch_tokens": rounded * budget["sequence_length"]}
-    if batch % layout["data"]:
+    if batch % everyone:
         # Only the random split's models are still trained in it, and no key sets their batch.
-        layout = {**layout, "data": math.gcd(batch, layout["data"])}
+        layout = {**layout, "data": math.gcd(batch, everyone)}
     return {**values, "experts": experts, "layout": layout}

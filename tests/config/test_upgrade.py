@@ -72,6 +72,11 @@ def test_a_run_folders_config_of_an_earlier_version_is_upgraded_when_it_is_read(
     assert RunConfig.load(tmp_path / "saved" / "run.yaml") == config
 
 
+def test_a_damaged_config_of_an_earlier_version_is_explained_as_any_other(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"budget\.batch_tokens: 'many': must be a valid integer"):
+        RunConfig.load(written_by_0_1_0(tmp_path, budget=BUDGET | {"batch_tokens": "many"}))
+
+
 def test_a_config_of_a_later_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"schema": 3, "domains": DOMAINS}))
     with pytest.raises(ConfigError, match=r"has schema 3\. This version of btm-scale reads schemas 1 and 2"):
