@@ -15,17 +15,17 @@ from btm_scale.model.shape import ModelShape
 def _local_steps(before: Layout, after: Layout) -> str:
     if before.sync_every == after.sync_every == 1:
         return ""
-    return "data ranks that take local steps each see other text, so their number is part of the model"
+    return "data ranks that take local steps each train on their own text; their number decides the model"
 
 
 def _fp16(before: Layout, after: Layout) -> str:
     if "fp16" not in (before.precision, after.precision):
         return ""
-    return "fp16 trains with a loss scale, which the checkpoints of bf16 and fp32 do not have"
+    return "fp16 scales the loss and skips the steps that overflow; the other precisions do neither"
 
 
 def _outer_steps(before: Layout, after: Layout) -> str:
-    return "local and outer steps are not those of data parallelism: they train a different model"
+    return "local and outer steps train a different model than data parallelism"
 
 
 class Layout(Section):

@@ -66,12 +66,12 @@ LOCAL = {"data": 2, "sync_every": 4}
         (
             {"layout": {"precision": "fp16"}},
             {"layout": {}},
-            "layout.precision: fp16 there, bf16 here (fp16 trains",
+            "layout.precision: fp16 there, bf16 here (fp16 scales",
         ),
         (
             {"layout": {}},
             {"layout": {"precision": "fp16"}},
-            "layout.precision: bf16 there, fp16 here (fp16 trains",
+            "layout.precision: bf16 there, fp16 here (fp16 scales",
         ),
         ({"layout": {"data": 2}}, {"layout": LOCAL}, "layout.sync_every: 1 there, 4 here (local and outer steps"),
         ({"layout": LOCAL}, {"layout": LOCAL | {"outer_lr": 0.5}}, "layout.outer_lr: 0.7 there, 0.5 here (local and"),
