@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 
 from btm_scale.config.layout import Layout
@@ -83,19 +83,11 @@ class StagePlan:
         return max(one.end for one in self.placed)
 
 
-def plan_group(shape: ModelShape, training: Training, layout: Layout, micro_batch: int, cluster: Cluster) -> GroupPlan:
-    """One group in a layout that is given. `micro_batch` is lowered to what divides a rank's share of the batch.
-
-    Raises LaunchError if the batch cannot be shared evenly.
-    """
-    share, odd = divmod(training.sequences, layout.data)
-    if odd or not share:
-        raise LaunchError(
-            f"{training.name}: a batch of {training.sequences} sequences cannot be shared evenly by {layout.data} data "
-            "ranks; change batch_tokens or the layout"
-        )
-    micro = next(size for size in range(min(micro_batch, share), 0, -1) if share % size == 0)
-    count = share // micro
+def plan_group(shape: ModelShape, training: Training, layout: Layout, cluster: Cluster) -> GroupPlan:
+    """One group in a layout that is given. Raises LaunchError if its data ranks cannot share the batch evenly."""
+    for problem in layout.batch_problems(training.sequences):
+        raise LaunchError(f"{training.name}: {problem}")
+    micro, count = layout.micro_batches(training.sequences)
     memory = rank_memory(shape, layout, micro_batch=micro, length=training.length, accumulation=count)
     step = step_time(
         shape,
@@ -124,13 +116,12 @@ def propose(shape: ModelShape, trainings: Sequence[Training], cluster: Cluster, 
     It keeps the base's precision. Raises LaunchError if no layout fits the GPU's memory.
     """
     longest = max(trainings, key=lambda training: training.steps * training.sequences)
+    batches = {training.sequences for training in trainings}
     # Groups as large as leave one for each training are enough; among those, the layouts of each size that do best.
     best: tuple[float, int, Layout, int] | None = None
     for ranks in _sizes(cluster):
-        choice = _best_layout(shape, longest, ranks, cluster, base)
+        choice = _best_layout(shape, longest, ranks, cluster, base, batches)
         if choice is None:
-            continue
-        if any(training.sequences % choice.layout.data for training in trainings):
             continue
         end = _estimated_end(choice, trainings, cluster)
         if best is None or end < best[0] * 0.98:
@@ -161,11 +152,15 @@ def _sizes(cluster: Cluster) -> Iterator[int]:
         size *= 2
 
 
-def _best_layout(shape: ModelShape, training: Training, ranks: int, cluster: Cluster, base: Layout) -> GroupPlan | None:
+def _best_layout(
+    shape: ModelShape, training: Training, ranks: int, cluster: Cluster, base: Layout, batches: Set[int]
+) -> GroupPlan | None:
+    """The fastest group of a size whose data ranks can share all these batches, the training's own among them."""
     fitting = [
         group
         for layout in _layouts(ranks, cluster, base)
-        if not layout.problems(shape, training.length) and training.sequences % layout.data == 0
+        if not layout.problems(shape, training.length)
+        and not any(layout.batch_problems(sequences) for sequences in batches)
         for group in _largest_micro_batch(shape, training, layout, cluster)
     ]
     return min(fitting, key=lambda group: (group.step.total, group.memory.total), default=None)
@@ -194,7 +189,7 @@ def _largest_micro_batch(
     """The group with the largest micro-batch that fits the memory, if any does."""
     share = training.sequences // layout.data
     for micro in sorted({min(size, share) for size in _MICRO_BATCHES}, reverse=True):
-        group = plan_group(shape, training, layout, micro, cluster)
+        group = plan_group(shape, training, layout.model_copy(update={"micro_batch": micro}), cluster)
         if _fits(group, cluster):
             yield group
             return

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from btm_scale.config.changes import MayChange
 from btm_scale.config.section import Section
 
 
@@ -51,4 +52,4 @@ class DataConfig(Section):
     separate_documents: bool = Field(
         default=False, description="in training, a token sees only those of its own document"
     )
-    workers: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), gt=0)
+    workers: MayChange[int] = Field(default_factory=lambda: len(os.sched_getaffinity(0)), gt=0)

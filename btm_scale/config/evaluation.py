@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from btm_scale.config.changes import MayChange
 from btm_scale.config.section import Section
 
 
@@ -30,22 +31,22 @@ class TemperingConfig(Section):
 class EvaluateConfig(Section):
     """What is scored, and how the experts are weighed."""
 
-    posterior: Literal["prefix", "token", "tempered"] = "prefix"
-    tempering: TemperingConfig | None = Field(
+    posterior: MayChange[Literal["prefix", "token", "tempered"]] = "prefix"
+    tempering: MayChange[TemperingConfig | None] = Field(
         default=None, description="of the tempered posterior; default: fitted to each domain's dev text"
     )
-    prior: Literal["cached", "uniform", "updating"] = "cached"
-    averages: tuple[Literal["uniform", "argmax", "posterior", "tempered", "greedy"], ...] = (
+    prior: MayChange[Literal["cached", "uniform", "updating"]] = "cached"
+    averages: MayChange[tuple[Literal["uniform", "argmax", "posterior", "tempered", "greedy"], ...]] = (
         "uniform",
         "argmax",
         "posterior",
     )
-    blocks: Literal["restart", "carry"] = Field(
+    blocks: MayChange[Literal["restart", "carry"]] = Field(
         default="restart",
         description="whether each block's posterior starts from the prior, or from the block before",
     )
-    top_k: tuple[Annotated[int, Field(gt=0)], ...] = (1, 2, 4)
-    top_k_per_token: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+    top_k: MayChange[tuple[Annotated[int, Field(gt=0)], ...]] = (1, 2, 4)
+    top_k_per_token: MayChange[tuple[Annotated[int, Field(gt=0)], ...]] = Field(
         default=(), description="as top_k, of the weights before each token instead of the prior"
     )
     split: Literal["dev", "test"] = "test"

@@ -3,42 +3,67 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from btm_scale.config.changes import Changes, MayChange
 from btm_scale.config.section import Section
 from btm_scale.model.shape import ModelShape
+
+
+def _local_steps(before: Layout, after: Layout) -> str:
+    if before.sync_every == after.sync_every == 1:
+        return ""
+    return "data ranks that take local steps each train on their own text; their number decides the model"
+
+
+def _fp16(before: Layout, after: Layout) -> str:
+    if "fp16" not in (before.precision, after.precision):
+        return ""
+    return "fp16 scales the loss and skips the steps that overflow; the other precisions do neither"
+
+
+def _outer_steps(before: Layout, after: Layout) -> str:
+    return "local and outer steps train a different model than data parallelism"
 
 
 class Layout(Section):
     """How a model is spread over an expert group: parallel degrees, ZeRO stage, precision, micro-batch."""
 
-    tensor: int = Field(default=1, gt=0, description="ranks that share every weight matrix")
-    data: int = Field(default=1, gt=0, description="ranks that share every batch")
-    zero: Literal[0, 1, 2, 3] = Field(
+    tensor: MayChange[int] = Field(default=1, gt=0, description="ranks that share every weight matrix")
+    data: Annotated[int, Changes(unless=_local_steps)] = Field(
+        default=1, gt=0, description="ranks that share every batch"
+    )
+    zero: MayChange[Literal[0, 1, 2, 3]] = Field(
         default=1, description="what data ranks share: 1 optimizer, 2 gradients too, 3 weights too"
     )
-    sequence_parallel: bool = Field(default=False, description="tensor ranks share the sequence between their matrices")
-    recompute: Literal["none", "selective", "full"] = Field(
+    sequence_parallel: MayChange[bool] = Field(
+        default=False, description="tensor ranks share the sequence between their matrices"
+    )
+    recompute: MayChange[Literal["none", "selective", "full"]] = Field(
         default="none",
         description="activations made again in the backward pass: attention's, or whole layers'",
     )
-    offload: Literal["none", "optimizer", "all"] = Field(
+    offload: MayChange[Literal["none", "optimizer", "all"]] = Field(
         default="none", description="kept in the host's memory: the optimizer's state, or the weights too"
     )
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+    precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], Changes(unless=_fp16)] = Field(
         default="auto",
         description="of weights and activations; master weights are float32; `auto`: what the device does fast",
     )
-    micro_batch: int = Field(default=8, gt=0, description="sequences a rank takes at once, at the most")
-    sync_every: int = Field(
+    micro_batch: MayChange[int] = Field(default=8, gt=0, description="sequences a rank takes at once, at the most")
+    sync_every: Annotated[int, Changes(unless=_outer_steps)] = Field(
         default=1,
         gt=0,
         description="steps that data ranks take alone between outer steps; 1 is data parallelism",
     )
-    outer_lr: float = Field(default=0.7, gt=0, description="of the outer steps")
-    outer_momentum: float = Field(default=0.9, ge=0, lt=1, description="of the outer steps")
+    outer_lr: Annotated[float, Changes(unless=_outer_steps)] = Field(
+        default=0.7, gt=0, description="of the outer steps"
+    )
+    outer_momentum: Annotated[float, Changes(unless=_outer_steps)] = Field(
+        default=0.9, ge=0, lt=1, description="of the outer steps"
+    )
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Layout:
@@ -110,6 +135,26 @@ class Layout(Section):
             )
         return found
 
+    def batch_problems(self, sequences: int) -> list[str]:
+        """Why the data ranks cannot share a batch of this many sequences evenly; empty if they can."""
+        if sequences % self.data == 0:
+            return []
+        degrees = [degree for degree in range(1, sequences + 1) if sequences % degree == 0]
+        count = f"{sequences} sequence" if sequences == 1 else f"{sequences} sequences"
+        return [
+            f"Cannot share a batch of {count} among data={self.data} ranks. "
+            f"data must divide the batch: use {_either(degrees)}."
+        ]
+
+    def micro_batches(self, sequences: int) -> tuple[int, int]:
+        """How a rank takes its share of a batch of `sequences`: (sequences of a micro-batch, number of micro-batches).
+
+        A micro-batch is the largest, up to `micro_batch`, that divides the share.
+        """
+        share = sequences // self.data
+        size = next(size for size in range(min(self.micro_batch, share), 0, -1) if share % size == 0)
+        return size, share // size
+
     def __str__(self) -> str:
         extras = [
             "sequence parallel" if self.sequence_parallel else "",
@@ -128,4 +173,9 @@ class Layout(Section):
 def _choices(name: str, values: list[int]) -> str:
     if len(values) == 1:
         return f"{name} must be {values[0]}"
-    return f"{name} may be {', '.join(map(str, values[:-1]))} or {values[-1]}"
+    return f"{name} may be {_either(values)}"
+
+
+def _either(values: list[int]) -> str:
+    *first, last = map(str, values)
+    return f"{', '.join(first)} or {last}" if first else last

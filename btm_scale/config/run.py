@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from btm_scale.config.changes import MayChange
 from btm_scale.config.data import DataConfig, DomainConfig, TokenizerConfig
 from btm_scale.config.evaluation import BaselinesConfig, EvaluateConfig
 from btm_scale.config.launch import LaunchConfig
@@ -22,6 +24,7 @@ from btm_scale.config.training import (
     OptimizerConfig,
     ProfileConfig,
 )
+from btm_scale.config.upgrade import SCHEMA, upgraded, with_current_names
 from btm_scale.config.yaml import apply_overrides, dump_yaml, load_yaml
 from btm_scale.errors import ConfigError
 from btm_scale.run_dir import DENSE, LONGER_DENSE, RANDOM_SPLIT, SEED
@@ -106,13 +109,13 @@ class RunConfig(Section):
         description="what differs in the groups of seed and dense, which train on all domains",
     )
     experts: dict[str, ExpertConfig] = Field(default_factory=dict)
-    baselines: BaselinesConfig = BaselinesConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    health: HealthConfig = HealthConfig()
-    profile: ProfileConfig = ProfileConfig()
+    baselines: MayChange[BaselinesConfig] = BaselinesConfig()
+    checkpoint: MayChange[CheckpointConfig] = CheckpointConfig()
+    health: MayChange[HealthConfig] = HealthConfig()
+    profile: MayChange[ProfileConfig] = ProfileConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     deepspeed: dict[str, Any] = Field(default_factory=dict)
-    launch: LaunchConfig = LaunchConfig()
+    launch: MayChange[LaunchConfig] = LaunchConfig()
 
     @model_validator(mode="after")
     def _parts_fit(self) -> RunConfig:
@@ -151,14 +154,21 @@ class RunConfig(Section):
         own = {"seed_layout": self.seed_layout} | {
             f"experts.{name}.layout": expert.layout for name, expert in self.experts.items()
         }
+        layouts = {"layout": self.layout}
         for place, changes in own.items():
             try:
                 model = self.expert_model(place.removeprefix("experts.").removesuffix(".layout"))
                 shape = model.shape(vocabulary=1, positions=length)
-                found = Layout.model_validate(self.layout.model_dump() | changes).problems(shape, length)
-                problems += [f"{place}: {problem}" for problem in found]
+                layouts[place] = Layout.model_validate(self.layout.model_dump() | changes)
+                problems += [f"{place}: {problem}" for problem in layouts[place].problems(shape, length)]
             except ValidationError as error:
                 problems.append(explain(error, Layout, prefix=place))
+        problems += [
+            f"{place}: {problem}"
+            for place, sequences in self._batches()
+            if place in layouts
+            for problem in layouts[place].batch_problems(sequences)
+        ]
         if self.budget.seed_share == 0 and self.model.pretrained is None:
             problems.append("budget.seed_share 0 leaves the seed LM untrained; raise it, or set model.pretrained")
         positions = self.model.shape(vocabulary=1, positions=length).positions
@@ -172,6 +182,16 @@ class RunConfig(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _batches(self) -> Iterable[tuple[str, int]]:
+        """(the key in the YAML, sequences) of every layout and a batch that is trained in it, each once."""
+        found = [("seed_layout", self.budget.sequences)]
+        for name in self.expert_domains:
+            own = self.experts.get(name)
+            is_own = own is not None and (own.layout or own.batch_tokens is not None)
+            found.append((f"experts.{name}.layout" if is_own else "layout", self.expert_sequences(name)))
+        found += [("layout", self.expert_sequences(name)) for name in self.random_split_models]
+        return dict.fromkeys(found)
 
     def _parents_come_first(self) -> list[str]:
         order = list(self.expert_domains)
@@ -204,6 +224,13 @@ class RunConfig(Section):
     def expert_model(self, name: str) -> ModelConfig:
         """The size of any of the run's models."""
         return (self.experts[name].model if name in self.experts else None) or self.model
+
+    def expert_sequences(self, name: str) -> int:
+        """Sequences in a batch of one expert, or of a random split's model: an equal share of dense's, or its own."""
+        own = self.experts[name].batch_tokens if name in self.experts else None
+        if own is not None:
+            return max(1, own // self.budget.sequence_length)
+        return max(1, self.budget.sequences // len(self.domains))
 
     @property
     def longer_dense_models(self) -> dict[str, float]:
@@ -262,19 +289,23 @@ class RunConfig(Section):
         """Read a YAML, apply `key.path=value` overrides, and resolve paths.
 
         Paths in the YAML are relative to its folder; paths in an override are relative to the working folder.
-        Raises ConfigError that lists every problem.
+        A run.yaml of an earlier version is brought up to date. Raises ConfigError that lists every problem.
         """
-        values = load_yaml(path)
+        values = upgraded(load_yaml(path), path)
         values = apply_overrides(
             values,
             overrides,
             paths=("text_root", "tokenizer.path", "model.pretrained", "launch.deepspeed.hostfile"),
         )
+        values, renamed = with_current_names(values)
+        problems = [f"  {problem}" for problem in renamed]
         values = _with_pretrained(values, path.resolve().parent)
         try:
             config = cls.model_validate(values)
         except ValidationError as error:
-            raise ConfigError(f"{path}:\n{explain(error, cls)}") from None
+            problems.append(explain(error, cls))
+        if problems:
+            raise ConfigError("\n".join([f"{path}:", *problems]))
         return config._with_absolute_paths(path.resolve().parent)
 
     def _with_absolute_paths(self, folder: Path) -> RunConfig:
@@ -289,4 +320,4 @@ class RunConfig(Section):
 
     def save(self, path: Path) -> None:
         """Write the resolved config; what is written loads to an equal config."""
-        dump_yaml(self.model_dump(mode="json"), path)
+        dump_yaml({"schema": SCHEMA} | self.model_dump(mode="json"), path)

@@ -48,6 +48,11 @@ class BudgetConfig(Section):
         return self
 
     @property
+    def sequences(self) -> int:
+        """Sequences in a batch of the seed LM and the dense baseline."""
+        return self.batch_tokens // self.sequence_length
+
+    @property
     def seed_steps(self) -> int:
         """Optimizer steps of the seed LM."""
         return round(self.tokens * self.seed_share / self.batch_tokens)

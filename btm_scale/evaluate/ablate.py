@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from btm_scale.checkpoint.merge.compatibility import promoted_dtype
 from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.config.run import RunConfig
 from btm_scale.data.tokenizer import Tokenizer
@@ -146,7 +147,8 @@ def _average_perplexity(
         directory = run.model(subset[0])
         if len(subset) > 1:
             directory = Path(folder) / "average"
-            merge(directory, [(run.model(name), 1.0) for name in subset])
+            models = [run.model(name) for name in subset]
+            merge(directory, [(model, 1.0) for model in models], dtype=promoted_dtype(models))
         decoder = Decoder.load(directory, vocabulary=vocabulary, device=device)
         scores = {name: block_log_probs(decoder, text.tokens, text.block_starts) for name, text in texts.items()}
     return {name: math.exp(-float(np.mean(values, dtype=np.float64))) for name, values in scores.items()}

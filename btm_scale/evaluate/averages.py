@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from btm_scale.checkpoint.merge.compatibility import promoted_dtype
 from btm_scale.checkpoint.merge.merge import merge_many
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ForestError
@@ -74,7 +75,9 @@ def write_averages(run: RunDir, cards: Sequence[Expert]) -> list[str]:
         directory: [(run.model(parent.name), parent.weight) for parent in card.parents]
         for directory, card in missing.items()
     }
-    for report in merge_many(parents):
+    # Experts that were trained in different precisions are averaged in the wider one.
+    dtype = promoted_dtype({path for used in parents.values() for path, _ in used})
+    for report in merge_many(parents, dtype=dtype):
         replace(missing[report.output], content_hash=report.content_hash).save(report.output)
     return [card.name for card in missing.values()]
 

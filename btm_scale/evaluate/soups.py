@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
+from btm_scale.checkpoint.merge.compatibility import promoted_dtype
 from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.config.run import RunConfig
 from btm_scale.distributed.group import ExpertGroup
@@ -76,7 +77,8 @@ def _loss(group: ExpertGroup, config: RunConfig, run: RunDir, names: tuple[str, 
     directory = run.model(f"{AVERAGE}.soup")
     if group.is_first:
         shutil.rmtree(directory, ignore_errors=True)
-        merge(directory, [(run.model(name), 1.0) for name in names])
+        models = [run.model(name) for name in names]
+        merge(directory, [(model, 1.0) for model in models], dtype=promoted_dtype(models))
     dist.barrier()
     network = load_model(group, directory)
     log_probs = text_log_probs(group, network, evaluation_text(config, run, domain, "dev"))

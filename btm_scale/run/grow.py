@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from btm_scale.checkpoint.merge.compatibility import promoted_dtype
 from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.config.run import RunConfig
 from btm_scale.config.section import explain
@@ -97,6 +98,7 @@ def _write_first_weights(run: RunDir, name: str, begun: Beginning) -> None:
     directory = run.first_weights(name)
     if is_finished(directory):
         return
-    report = merge(directory, [(run.model(parent.name), parent.weight) for parent in begun.parents])
+    models = [(run.model(parent.name), parent.weight) for parent in begun.parents]
+    report = merge(directory, models, dtype=promoted_dtype(path for path, _ in models))
     hashes = {parent.name: read_expert(run.model(parent.name)).content_hash for parent in begun.parents}
     Expert(name, {}, begun.parents, 0, 0, {}, hashes, report.content_hash).save(directory)

@@ -96,7 +96,7 @@ def _group(vocabulary: int, config: RunConfig, job: TrainingJob, cluster: Cluste
     length = config.budget.sequence_length
     shape = config.expert_model(job.model).shape(vocabulary, length)
     training = Training(job.model, job.steps, job.sequences, length)
-    return plan_group(shape, training, job.layout, job.layout.micro_batch, cluster)
+    return plan_group(shape, training, job.layout, cluster)
 
 
 def _trainings(config: RunConfig, names: Sequence[str]) -> list[Training]:

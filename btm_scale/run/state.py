@@ -5,10 +5,11 @@ A stage is done when its files say so; nothing else remembers it, so a killed ru
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
-from btm_scale.config.run import RunConfig
+from btm_scale.config.changes import Difference, fixed_differences
+from btm_scale.config.run import ExpertConfig, RunConfig
 from btm_scale.distributed.precision import ask_device
 from btm_scale.errors import ConfigError
 from btm_scale.forest.expert import is_finished
@@ -19,46 +20,27 @@ from btm_scale.run_dir import RunDir
 from btm_scale.train.jobs import model_names, training_job, training_stages
 from btm_scale.train.progress import ModelProgress, read_progress
 
-# What may change between two calls on one folder: it decides how a run goes on, not what its models are.
-_FREE = (
-    "launch",
-    "checkpoint",
-    "health",
-    "profile",
-    "baselines",
-    "data.workers",
-    "evaluate.averages",
-    "evaluate.blocks",
-    "evaluate.prior",
-    "evaluate.posterior",
-    "evaluate.tempering",
-    "evaluate.top_k",
-    "evaluate.top_k_per_token",
-)
-
 
 def open_run(config: RunConfig, run: RunDir, *, trains_here: bool = False) -> RunConfig:
     """Make the run's folder, or check that it is this config's; save the config in it, and return what was saved.
 
-    `precision: auto` becomes the precision that the run has recorded. Where it has none and its groups run on this
-    machine (`trains_here`), it becomes what the device does fast; elsewhere the first group resolves it.
-    Raises ConfigError if the folder holds another run: its models would not be what the config says. Raises LaunchError
-    if the run's groups run here and this device cannot train in a precision of theirs.
+    Settings that decide how a model is trained, scored or started, and not what it becomes, may differ: their fields
+    are marked with `Changes`. `precision: auto` becomes the precision that the run has recorded. Where it has none and
+    its groups run on this machine (`trains_here`), it becomes what the device does fast; elsewhere the first group
+    resolves it.
+
+    Raises ConfigError if anything else differs: the models would not be the config's. Raises LaunchError if the run's
+    groups run here and this device cannot train in a precision of theirs.
     """
     if run.config.is_file():
         existing = RunConfig.load(run.config)
         config = config.with_precisions_of(existing)
         existing = existing.with_precisions_of(config)
-        free = (*_FREE, *_additions(existing, config))
-        differing = [
-            line
-            for path, line in _differences(existing.model_dump(mode="json"), config.model_dump(mode="json"))
-            if not any(path == part or path.startswith(f"{part}.") for part in free)
-        ]
+        differing = _fixed_differences(existing, config)
         if differing:
             raise ConfigError(
                 f"{run.root} holds a run of another config; it differs in:\n"
-                + "\n".join(f"  {line}" for line in differing)
+                + "\n".join(f"  {difference}" for difference in differing)
                 + "\nUse another --out, or delete that folder."
             )
     if trains_here:
@@ -121,19 +103,32 @@ def progress(config: RunConfig, run: RunDir, states: dict[str, str]) -> list[Mod
     ]
 
 
-def _additions(existing: RunConfig, config: RunConfig) -> list[str]:
+def _fixed_differences(existing: RunConfig, config: RunConfig) -> list[Difference]:
+    """What differs and may not change. Layouts are compared as the models have them, whichever keys set them."""
+    names = [*existing.experts, *config.experts]
+    free = _additions(existing, config)
+    found = [
+        difference
+        for difference in fixed_differences(_with_layouts(existing, names), _with_layouts(config, names))
+        if difference.path[:2] not in free
+    ]
+    # A change of `layout` is also one of every layout that takes this value from it. It is reported once.
+    of_all = [replace(one, path=one.path[1:]) for one in found if one.path[0] == "layout"]
+    overrides = ("seed_layout", "experts")
+    return [one for one in found if one.path[0] not in overrides or replace(one, path=one.path[-1:]) not in of_all]
+
+
+def _with_layouts(config: RunConfig, experts: Iterable[str]) -> RunConfig:
+    """The config with the layout that results from each of its overrides instead of the override."""
+    own = {name: config.experts.get(name, ExpertConfig()) for name in experts}
+    resolved = {name: one.model_copy(update={"layout": config.expert_layout(name)}) for name, one in own.items()}
+    return config.model_copy(update={"seed_layout": config.shared_layout, "experts": resolved})
+
+
+def _additions(existing: RunConfig, config: RunConfig) -> set[tuple[str, ...]]:
     """Paths in the YAML of domains that only one of two configs has and that nothing trained before depends on."""
     added = existing.added_domains.keys() ^ config.added_domains.keys()
     novel = existing.novel_domains.keys() ^ config.novel_domains.keys()
-    paths = [f"{section}.{name}" for name in sorted(added) for section in ("added_domains", "experts")]
-    return paths + [f"novel_domains.{name}" for name in sorted(novel)]
-
-
-def _differences(one: Any, other: Any, path: str = "") -> list[tuple[str, str]]:
-    """(path, sentence) of every value in which two configs differ."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        found = []
-        for key in dict.fromkeys([*one, *other]):
-            found += _differences(one.get(key), other.get(key), f"{path}.{key}" if path else str(key))
-        return found
-    return [] if one == other else [(path, f"{path}: {one} there, {other} here")]
+    return {(section, name) for name in added for section in ("added_domains", "experts")} | {
+        ("novel_domains", name) for name in novel
+    }

@@ -35,14 +35,13 @@ class TrainingJob:
 
     @property
     def micro_batch(self) -> int:
-        """Sequences that one rank takes at once: the most that divide its share evenly."""
-        share = self.sequences // self.layout.data
-        return next(size for size in range(min(self.layout.micro_batch, share), 0, -1) if share % size == 0)
+        """Sequences that one rank takes at once."""
+        return self.layout.micro_batches(self.sequences)[0]
 
     @property
     def accumulation(self) -> int:
         """Micro-batches that one rank takes in a step."""
-        return self.sequences // (self.layout.data * self.micro_batch)
+        return self.layout.micro_batches(self.sequences)[1]
 
 
 def model_names(config: RunConfig) -> list[str]:
@@ -57,7 +56,7 @@ def model_names(config: RunConfig) -> list[str]:
 def training_job(config: RunConfig, model: str) -> TrainingJob:
     """The job of one of `model_names`. Raises ConfigError for any other name, or a layout that can't take the batch."""
     budget = config.budget
-    batch = budget.batch_tokens // budget.sequence_length
+    batch = budget.sequences
     weights = {name: domain.weight for name, domain in config.domains.items()}
     seed_end = budget.seed_steps / (budget.seed_steps + budget.branch_steps)
     if model in (SEED, DENSE):
@@ -96,18 +95,14 @@ def training_job(config: RunConfig, model: str) -> TrainingJob:
         )
     else:
         job = _branch(config, model, batch, weights, seed_end)
-    if job.sequences % job.layout.data:
-        raise ConfigError(
-            f"{model}: a batch of {job.sequences} sequences cannot be shared evenly by {job.layout.data} data ranks; "
-            f"change batch_tokens or layout.data"
-        )
+    for problem in job.layout.batch_problems(job.sequences):
+        raise ConfigError(f"{model}: {problem}")
     return job
 
 
 def _branch(config: RunConfig, model: str, batch: int, weights: Mapping[str, float], seed_end: float) -> TrainingJob:
     budget, number = config.budget, len(config.domains)
     own = config.experts.get(model)
-    layout = config.expert_layout(model)
     branch = config.branch(model)
     part = None
     if model in config.random_split_models:
@@ -117,9 +112,7 @@ def _branch(config: RunConfig, model: str, batch: int, weights: Mapping[str, flo
     else:
         raise ConfigError(f"no model is called '{model}'; this run trains {', '.join(model_names(config))}")
     # As many steps as dense takes after the seed, with an equal share of its batch.
-    sequences = max(layout.data, batch // number // layout.data * layout.data)
-    if own is not None and own.batch_tokens is not None:
-        sequences = max(1, own.batch_tokens // budget.sequence_length)
+    sequences = config.expert_sequences(model)
     tokens = budget.branch_steps * budget.batch_tokens / number
     if own is not None and own.tokens is not None:
         tokens = own.tokens
@@ -135,7 +128,7 @@ def _branch(config: RunConfig, model: str, batch: int, weights: Mapping[str, flo
         first_sample=0,
         samples=steps * sequences,
         progress=(seed_end if branch is not None and branch.schedule == "carried" else 0.0, 1.0),
-        layout=layout,
+        layout=config.expert_layout(model),
     )
 
 

@@ -63,7 +63,7 @@ def test_every_problem_is_told_at_once_with_its_path(tmp_path: Path) -> None:
         "use 1024",
         "optimizer.lr: -1",
         "modle: no such key; did you mean 'model'?",
-        "group.zero",
+        "layout.zero",
     ):
         assert part in text
 
@@ -193,6 +193,46 @@ def test_an_experts_own_tokens_and_batch_replace_its_share(tmp_path: Path) -> No
     config = load(tmp_path, {"domains": DOMAINS, "experts": {"math": {"tokens": 512_000, "batch_tokens": 1024}}})
     job = training_job(config, "math")
     assert (job.sequences, job.steps) == (4, 500)
+
+
+def test_batches_and_steps_do_not_depend_on_the_layout(tmp_path: Path) -> None:
+    values = {"domains": {name: {"text": name} for name in "abcdefgh"}, "baselines": {"random_split": True}}
+    budget = {"tokens": 6_000_000, "sequence_length": 256, "batch_tokens": 16_384}
+    jobs = {}
+    for data in (1, 2, 8):
+        config = load(tmp_path, values | {"budget": budget, "layout": {"data": data}})
+        jobs[data] = {name: training_job(config, name) for name in model_names(config)}
+    for name, job in jobs[1].items():
+        for data in (2, 8):
+            other = jobs[data][name]
+            assert (other.steps, other.sequences, other.samples) == (job.steps, job.sequences, job.samples)
+            assert other.accumulation * other.micro_batch * data == other.sequences
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"layout": {"data": 3}}, ["layout: Cannot share a batch of 8 sequences among data=3 ranks. data must divide"]),
+        (
+            {"layout": {"data": 3}},
+            ["the batch: use 1, 2, 4 or 8.", "seed_layout: Cannot share a batch of 16"],
+        ),
+        ({"seed_layout": {"data": 5}}, ["seed_layout: Cannot share", "use 1, 2, 4, 8 or 16."]),
+        ({"experts": {"math": {"layout": {"data": 16}}}}, ["experts.math.layout: Cannot share a batch of 8"]),
+        (
+            {"experts": {"math": {"batch_tokens": 256}}, "layout": {"data": 2}},
+            ["experts.math.layout: Cannot share a batch of 1 sequence among data=2 ranks", "use 1."],
+        ),
+    ],
+)
+def test_data_ranks_that_do_not_divide_a_batch_are_refused_with_those_that_do(
+    changes: dict[str, Any], told: list[str], tmp_path: Path
+) -> None:
+    budget = {"sequence_length": 256, "batch_tokens": 4096}
+    with pytest.raises(ConfigError) as raised:
+        load(tmp_path, {"domains": DOMAINS, "budget": budget, **changes})
+    for part in told:
+        assert part in str(raised.value)
 
 
 def test_a_dense_baseline_of_more_compute_leaves_the_seed_for_a_longer_way(tmp_path: Path) -> None:

@@ -98,6 +98,15 @@ def test_the_seeds_proposal_says_whatever_differs_from_the_experts(tmp_path: Pat
     assert again["stages"] == first["stages"]
 
 
+def test_a_proposed_data_degree_divides_every_experts_batch(tmp_path: Path) -> None:
+    # The model needs several GPUs, and one expert has a batch of a single sequence.
+    values = EIGHT_8B | {"experts": {"d1": {"batch_tokens": 8192}}}
+    plan = make_plan(config_of(tmp_path, values, 8), Cluster(GPUS["h100"], 8, 8))
+    assert plan["proposed"]["layout"].get("data", 1) == 1
+    assert plan["proposed"]["layout"]["tensor"] > 1
+    config_of(tmp_path, values | plan["proposed"], 8)
+
+
 def test_an_expert_of_a_size_of_its_own_is_planned_as_that(tmp_path: Path) -> None:
     values = PAPER_64 | {"layout": {"data": 2}, "experts": {"d1": {"model": {"preset": "gpt2-1.3b"}}}}
     plan = make_plan(config_of(tmp_path, values, 4), Cluster(GPUS["h100"], 1, 8))

@@ -17,12 +17,17 @@ from btm_scale.run_dir import RunDir
         {"evaluate": {"averages": ["uniform"], "blocks": "carry", "prior": "uniform"}},
         {"baselines": {"dense": False}},
         {"novel_domains": {"docs": {"text": "docs.jsonl"}, "law": {"text": "law.jsonl"}}},
+        {"layout": {"tensor": 2, "data": 4, "zero": 3, "sequence_parallel": True, "offload": "all"}},
+        {"layout": {"micro_batch": 1, "recompute": "full", "precision": "fp32"}},
+        {"seed_layout": {"tensor": 2}},
+        {"experts": {"python": {"layout": {"zero": 0, "data": 2}}}},
+        {"data": {"workers": 1}},
     ],
 )
 def test_what_decides_no_model_may_change_between_two_calls(tmp_path: Path, change: dict[str, object]) -> None:
     values, run = tiny_values(tmp_path), RunDir(tmp_path / "run")
     open_run(write_config(tmp_path / "a.yaml", values), run)
-    kept = {key: values[key] | part for key, part in change.items()}  # type: ignore[operator]
+    kept = {key: values.get(key, {}) | part for key, part in change.items()}  # type: ignore[operator]
     other = write_config(tmp_path / "b.yaml", values | kept)
     open_run(other, run)
     assert RunConfig.load(run.config).model_dump() == other.model_dump()
@@ -47,6 +52,67 @@ def test_a_domain_that_joins_lets_none_change_whose_name_begins_like_its_own(tmp
     open_run(write_config(tmp_path / "a.yaml", values | {"added_domains": added}), run)
     joined = values | {"added_domains": added | {"law": {"text": "law.jsonl"}}}
     changed = joined | {"experts": {"law2": {"tokens": 5000}}}
-    with pytest.raises(ConfigError, match=r"it differs in:\n  experts\.law2: "):
+    with pytest.raises(ConfigError, match=r"it differs in:\n  experts\.law2\.tokens: None there, 5000 here"):
         open_run(write_config(tmp_path / "b.yaml", changed), run)
     open_run(write_config(tmp_path / "c.yaml", joined), run)
+
+
+LOCAL = {"data": 2, "sync_every": 4}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        (
+            {"layout": {"precision": "fp16"}},
+            {"layout": {}},
+            "layout.precision: fp16 there, bf16 here (fp16 scales",
+        ),
+        (
+            {"layout": {}},
+            {"layout": {"precision": "fp16"}},
+            "layout.precision: bf16 there, fp16 here (fp16 scales",
+        ),
+        ({"layout": {"data": 2}}, {"layout": LOCAL}, "layout.sync_every: 1 there, 4 here (local and outer steps"),
+        ({"layout": LOCAL}, {"layout": LOCAL | {"outer_lr": 0.5}}, "layout.outer_lr: 0.7 there, 0.5 here (local and"),
+        (
+            {"layout": LOCAL},
+            {"layout": LOCAL | {"data": 4}},
+            "layout.data: 2 there, 4 here (data ranks that take",
+        ),
+        ({"seed_layout": LOCAL}, {"seed_layout": LOCAL | {"data": 4}}, "seed_layout.data: 2 there, 4 here (data ranks"),
+        (
+            {"experts": {"python": {"layout": LOCAL}}},
+            {"experts": {}},
+            "experts.python.layout.sync_every: 4 there, 1 here (local and outer steps",
+        ),
+    ],
+)
+def test_a_layout_that_trains_another_model_is_refused_with_the_reason(
+    before: dict[str, object], after: dict[str, object], told: str, tmp_path: Path
+) -> None:
+    values, run = tiny_values(tmp_path), RunDir(tmp_path / "run")
+    open_run(write_config(tmp_path / "a.yaml", values | before), run)
+    with pytest.raises(ConfigError) as raised:
+        open_run(write_config(tmp_path / "b.yaml", values | after), run)
+    assert f"\n  {told}" in str(raised.value)
+
+
+def test_every_difference_is_listed_once_and_what_may_change_is_not(tmp_path: Path) -> None:
+    values, run = tiny_values(tmp_path), RunDir(tmp_path / "run")
+    layout = {"data": 2, "sync_every": 2}
+    first = values | {"layout": layout, "seed_layout": {"zero": 0}, "experts": {"python": {"layout": {"zero": 2}}}}
+    open_run(write_config(tmp_path / "a.yaml", first), run)
+    second = first | {"layout": layout | {"sync_every": 4, "zero": 3}, "random_seed": 8, "checkpoint": {"every": 1}}
+    second["optimizer"] = {"lr": 2e-2}
+    with pytest.raises(ConfigError) as raised:
+        open_run(write_config(tmp_path / "b.yaml", second), run)
+    lines = [line.strip().split(":")[0] for line in str(raised.value).splitlines() if " there, " in line]
+    assert lines == ["random_seed", "optimizer.lr", "layout.sync_every"]
+
+
+def test_a_key_that_only_repeats_what_its_models_have_is_no_change(tmp_path: Path) -> None:
+    values, run = tiny_values(tmp_path), RunDir(tmp_path / "run")
+    first = values | {"layout": LOCAL, "seed_layout": {"sync_every": 4}}
+    open_run(write_config(tmp_path / "a.yaml", first), run)
+    open_run(write_config(tmp_path / "b.yaml", values | {"layout": LOCAL}), run)

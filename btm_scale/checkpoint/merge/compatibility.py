@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
 from btm_scale.checkpoint.formats.locate import TOKENIZER_FILES, described_in, read_json
-from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec
+from btm_scale.checkpoint.formats.open import open_model
+from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, dtype_name
 
 # In files of older transformers.
 _CAUSAL_MASK = re.compile(r"(?:transformer\.)?h\.\d+\.attn\.(?:bias|masked_bias)")
@@ -64,6 +66,15 @@ def common_specs(readers: Sequence[ModelReader], dtype: torch.dtype | None) -> t
             for name, spec in specs.items()
         }
     return specs, sorted(problems)
+
+
+def promoted_dtype(directories: Iterable[Path]) -> str | None:
+    """The name of the type that the models' floating-point types promote to; None if they have one type."""
+    dtypes: set[torch.dtype] = set()
+    for directory in directories:
+        with open_model(directory) as model:
+            dtypes |= {spec.dtype for spec in model.specs().values() if spec.dtype.is_floating_point}
+    return dtype_name(functools.reduce(torch.promote_types, dtypes)) if len(dtypes) > 1 else None
 
 
 def _both_float(one: TensorSpec, other: TensorSpec) -> bool:

@@ -97,7 +97,7 @@ def merge(
 
 
 def merge_many(
-    outputs: Mapping[Path, Sequence[tuple[Path, float]]], *, max_shard_bytes: float = 5e9
+    outputs: Mapping[Path, Sequence[tuple[Path, float]]], *, dtype: str | None = None, max_shard_bytes: float = 5e9
 ) -> list[MergeReport]:
     """Merge models into several directories by method `linear`, to the bytes that `merge` gives one by one.
 
@@ -109,7 +109,7 @@ def merge_many(
     for output in outputs:
         if os.path.lexists(output):
             raise CheckpointError(f"{output} exists already. Choose another output, or remove it first.")
-    plans = plan_means(list(outputs.values()), max_shard_bytes=max_shard_bytes)
+    plans = plan_means(list(outputs.values()), dtype=dtype, max_shard_bytes=max_shard_bytes)
     works = [_Work(plan, output, tuple(inputs)) for plan, (output, inputs) in zip(plans, outputs.items(), strict=True)]
     reports: list[MergeReport] = []
     for some in _passes(works):

@@ -124,12 +124,15 @@ def make_plan(
     return models.plan(used, origin, method, settings, max_shard_bytes, seed)
 
 
-def plan_means(outputs: Sequence[Sequence[tuple[Path, float]]], *, max_shard_bytes: float) -> list[MergePlan]:
+def plan_means(
+    outputs: Sequence[Sequence[tuple[Path, float]]], *, dtype: str | None = None, max_shard_bytes: float
+) -> list[MergePlan]:
     """Plans of method `linear` for several outputs; every model is looked at once. Raises as `make_plan` does."""
     linear = find_method("linear")
     each = [_taking_part(linear, inputs) for inputs in outputs]
     problems = [problem for used in each for problem in _weight_problems(linear, used)]
-    models = _checked(list(dict.fromkeys(path for used in each for path, _ in used)), None, problems)
+    paths = list(dict.fromkeys(path for used in each for path, _ in used))
+    models = _checked(paths, parse_dtype(dtype) if dtype else None, problems)
     return [models.plan(used, None, "linear", {}, max_shard_bytes, 0) for used in each]
 
 

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from helpers.tiny_forest import write_experts
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from btm_scale.evaluate.averages import write_averages
+from btm_scale.forest.expert import Expert, Parent
+from btm_scale.run_dir import RunDir
+
+
+def test_experts_that_were_trained_in_different_precisions_are_averaged_in_the_wider_one(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    write_experts(run.experts)
+    narrow = run.experts / "llama0"
+    AutoModelForCausalLM.from_pretrained(narrow).to(torch.bfloat16).save_pretrained(narrow)
+    parents = (Parent("llama0", 0.25), Parent("llama1", 0.75))
+    [name] = write_averages(run, [Expert("average/uniform", {}, parents, 0, 0, {}, {}, "")])
+    one, other, mean = (load_file(run.model(model) / "model.safetensors") for model in ("llama0", "llama1", name))
+    assert {tensor.dtype for tensor in one.values()} == {torch.bfloat16}
+    for key, tensor in mean.items():
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor, 0.25 * one[key].float() + 0.75 * other[key], rtol=1e-6, atol=1e-7)

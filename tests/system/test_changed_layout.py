@@ -1,0 +1,131 @@
+"""A run that was killed is called again with another layout: the losses that are left are the old layout's."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from helpers.tiny_run import btm_scale, tiny_values, write_config
+
+from btm_scale.forest.expert import read_expert
+from btm_scale.run_dir import RunDir
+
+pytestmark = pytest.mark.slow
+
+STEPS, EVERY = 40, 4
+
+
+def values(text: Path, **changes: Any) -> dict[str, Any]:
+    """A run of one expert, whose batches are shared by two data ranks in two micro-batches each."""
+    sizes = {"family": "llama", "layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 48}
+    return tiny_values(
+        text,
+        model=sizes,
+        domains={"python": {"text": "python.jsonl"}},
+        novel_domains={},
+        budget={
+            "tokens": (STEPS + 2) * 256,
+            "seed_share": 2 / (STEPS + 2),
+            "sequence_length": 32,
+            "batch_tokens": 256,
+        },
+        optimizer={"lr": 3e-3},
+        layout={"data": 2, "zero": 1, "micro_batch": 2, "precision": "fp32"},
+        checkpoint={"every": EVERY, "keep": 2},
+        baselines={"dense": False},
+        evaluate={"tokens_per_domain": 500, "dev_blocks": 5, "averages": []},
+        **changes,
+    )
+
+
+def losses(run: RunDir) -> list[float]:
+    rows = [json.loads(line) for line in run.metrics("python").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["loss"] for row in rows]
+
+
+def steps_taken(run: RunDir) -> int:
+    return run.metrics("python").read_text().count("\n") if run.metrics("python").is_file() else 0
+
+
+def kill_after(run: RunDir, step: int) -> None:
+    """Start the run and kill all of its processes once its expert has taken the step."""
+    command = [sys.executable, "-m", "btm_scale.cli", "run", str(run.root.parent / "tiny.yaml"), "--out", str(run.root)]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 600
+    while steps_taken(run) < step:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    everyone = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for one in everyone:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.send_signal(signal.SIGKILL)
+    process.wait(60)
+    psutil.wait_procs(everyone, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    run = RunDir(tmp_path_factory.mktemp("uninterrupted") / "run")
+    write_config(run.root.parent / "tiny.yaml", values(real_text))
+    btm_scale("run", run.root.parent / "tiny.yaml", "--out", run.root)
+    return run
+
+
+@pytest.fixture(scope="module")
+def killed(uninterrupted: RunDir, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run with the same seed LM, killed between two checkpoints of its expert."""
+    run = RunDir(tmp_path_factory.mktemp("killed") / "run")
+    shutil.copytree(uninterrupted.root, run.root)
+    shutil.copyfile(uninterrupted.root.parent / "tiny.yaml", run.root.parent / "tiny.yaml")
+    for folder in (run.train("python"), run.model("python"), run.model_scores("python"), run.results.parent):
+        shutil.rmtree(folder)
+    kill_after(run, 2 * EVERY + 2)
+    assert steps_taken(run) < STEPS
+    assert not run.model("python").exists()
+    return run
+
+
+@pytest.mark.parametrize(
+    ("edited", "settings", "last"),
+    [
+        ({"tensor": 2, "data": 1}, [], {"tensor": 2, "data": 1}),
+        ({}, ["layout.micro_batch=1"], {"data": 2, "micro_batch": 1}),
+        ({}, ["layout.recompute=full", "seed_layout.zero=0"], {"data": 2, "recompute": "full", "zero": 1}),
+    ],
+    ids=["two tensor ranks by the YAML", "half the micro-batch by --set", "full recomputation by --set"],
+)
+def test_a_killed_run_resumes_in_another_layout_with_the_losses_of_the_first(
+    edited: dict[str, int],
+    settings: list[str],
+    last: dict[str, Any],
+    killed: RunDir,
+    uninterrupted: RunDir,
+    real_text: Path,
+    tmp_path: Path,
+) -> None:
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(killed.root, run.root)
+    changed = values(real_text)
+    changed["layout"] |= edited
+    write_config(tmp_path / "tiny.yaml", changed)
+    options = [word for setting in settings for word in ("--set", setting)]
+    btm_scale("run", tmp_path / "tiny.yaml", "--out", run.root, *options)
+
+    expected = losses(uninterrupted)
+    assert len(expected) == STEPS
+    assert losses(run) == pytest.approx(expected, abs=1e-5, rel=0)
+    layout = read_expert(run.model("python")).layout
+    assert {name: layout[name] for name in last} == last
