@@ -11,6 +11,7 @@ from typing import Any
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ConfigError
 from btm_scale.forest.expert import is_finished
+from btm_scale.forest.methods import check_names
 from btm_scale.forest.scores import all_texts, missing_scores
 from btm_scale.launch.supervise import GroupCommand
 from btm_scale.run_dir import RunDir
@@ -38,10 +39,12 @@ _FREE = (
 def open_run(config: RunConfig, run: RunDir) -> None:
     """Make the run's folder, or check that it is this config's, and save the config in it.
 
-    Raises ConfigError if the folder holds another run: its models would not be what the config says.
+    Raises ConfigError if the folder holds another run, whose models would not be what the config says, and for names
+    that `check_names` refuses.
     """
-    if run.config.is_file():
-        existing = RunConfig.load(run.config)
+    existing = RunConfig.load(run.config) if run.config.is_file() else None
+    check_names(config, known=existing.all_domains if existing is not None else ())
+    if existing is not None:
         free = (*_FREE, *_additions(existing, config))
         differing = [
             line
