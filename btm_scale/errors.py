@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """A mistake of the user's: the command line prints its message and exits with code 2."""
@@ -33,3 +36,11 @@ class WorkerLost(Exception):  # noqa: N818 (it tells of an event)
 
 class GroupFailed(Exception):  # noqa: N818 (it tells of an event)
     """A group started and ended with an error of its own; the message holds the end of its log."""
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
+    """The message for a name that is not one of `known`, with the nearest that is, if any is near."""
+    choices = list(known)
+    near = difflib.get_close_matches(name, choices, n=1)
+    remedy = f"did you mean '{near[0]}'? Choose" if near else "choose"
+    return f"no {what} is called '{name}'; {remedy} {', '.join(choices)}"

@@ -11,6 +11,8 @@ DENSE = "dense"
 AVERAGE = "average/"
 RANDOM_SPLIT = "random/"
 LONGER_DENSE = "dense-"
+# Names under which a run keeps models and logs beside its experts'.
+OWN_NAMES = frozenset({SEED, DENSE, AVERAGE.rstrip("/"), RANDOM_SPLIT.rstrip("/"), "score"})
 
 
 @dataclass(frozen=True)

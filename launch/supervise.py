@@ -5,6 +5,7 @@ What differs between launchers is a `Pool`: where there is room for a group, and
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -110,6 +111,11 @@ def run_groups_in(pool: Pool, commands: Sequence[GroupCommand], on_poll: OnPoll 
     failed = [command for command in commands if states[command.name] == "failed"]
     if failed:
         raise GroupFailed("\n".join(failure_text(command) for command in failed))
+
+
+def groups_in(pool: Pool) -> RunGroups:
+    """What runs groups in a pool; see `run_groups_in`."""
+    return functools.partial(run_groups_in, pool)
 
 
 def failure_text(command: GroupCommand) -> str:

@@ -7,6 +7,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from btm_scale.run.launcher_table import LAUNCHERS
+
 if TYPE_CHECKING:
     from btm_scale.config.run import RunConfig
     from btm_scale.run_dir import RunDir
@@ -16,22 +18,16 @@ Answer = dict[str, Any]
 
 def opened(options: argparse.Namespace) -> tuple[RunConfig, RunDir]:
     """The run in the folder that was given. Raises ConfigError if there is none."""
-    from btm_scale.config.run import RunConfig
-    from btm_scale.errors import ConfigError
-    from btm_scale.run_dir import RunDir
+    from btm_scale.forest.open import open_folder
 
-    run_dir = RunDir(options.run.resolve())
-    if not run_dir.config.is_file():
-        raise ConfigError(f"{options.run} is no run: it has no run.yaml; give the folder that `btm-scale run` made")
-    return RunConfig.load(run_dir.config), run_dir
+    return open_folder(options.run)
 
 
 def is_rank(options: argparse.Namespace) -> bool:
     """Whether this process is a rank of a group that a launcher started."""
-    if options.launcher == "slurm":
-        from btm_scale.launch.ranks import become_slurm_rank
-
-        become_slurm_rank(os.environ)
+    become_rank = LAUNCHERS[options.launcher].become_rank
+    if become_rank is not None:
+        become_rank(os.environ)
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 

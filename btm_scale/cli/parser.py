@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from btm_scale import __version__
+from btm_scale.run.launcher_table import LAUNCHERS, LOCAL
 
 Verb = Callable[[argparse.Namespace], dict[str, Any] | None]
 
@@ -79,8 +80,12 @@ def _takes_overrides(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return made
 
 
-def _takes_launcher(made: argparse.ArgumentParser, choices: list[str], text: str) -> None:
-    made.add_argument("--launcher", choices=choices, default="local", help=text)
+def _takes_launcher(made: argparse.ArgumentParser, text: str = "", *, of_ranks: bool = False) -> None:
+    """`of_ranks`: only the launchers whose ranks find their place in the environment of this process."""
+    choices = [name for name, launcher in LAUNCHERS.items() if not of_ranks or name == LOCAL or launcher.become_rank]
+    places = ", ".join(f"{name} ({LAUNCHERS[name].help})" for name in choices)
+    told = f"where groups run: {places}" + (f"; {text}" if text else "")
+    made.add_argument("--launcher", choices=choices, default=LOCAL, help=told)
 
 
 def _takes_run(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -90,9 +95,9 @@ def _takes_run(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def _pipeline_verbs(verbs: _Verbs) -> None:
     made = _takes_overrides(verbs.add("demo", "the whole pipeline on text that every installation has"))
-    made.set_defaults(launcher="local")
+    made.set_defaults(launcher=LOCAL)
     made = _takes_config(verbs.add("run", "every stage of a config that isn't done, from text to page"))
-    _takes_launcher(made, ["local", "deepspeed", "slurm", "mpi"], "how groups are started")
+    _takes_launcher(made)
     made.add_argument(
         "--dry-run",
         action="store_true",
@@ -107,8 +112,7 @@ def _pipeline_verbs(verbs: _Verbs) -> None:
         metavar="seed|dense|EXPERT",
         help="which model; may be given often; default: all that can be trained next",
     )
-    text = "slurm: this process is a rank that srun has started; mpi: one that mpirun has started"
-    _takes_launcher(made, ["local", "deepspeed", "slurm", "mpi"], text)
+    _takes_launcher(made, "with slurm or mpi this process is a rank that srun or mpirun has started")
     made = _takes_config(verbs.add("plan", "memory, time and place of every group, with no cluster"))
     made.add_argument("--nodes", type=_positive, required=True, help="nodes of the cluster")
     made.add_argument("--gpus-per-node", type=_positive, default=8, help="default: 8")
@@ -159,13 +163,11 @@ def _forest_verbs(verbs: _Verbs) -> None:
     made.add_argument("--schedule", choices=["carried", "restarted"], default="restarted", help="its learning rate")
     made = _takes_run(verbs.add("score", "per-token log-probabilities of every model that lacks them"))
     made.add_argument("--model", action="append", default=[], help="only this model; may be given often")
-    _takes_launcher(made, ["local", "slurm"], "slurm: this process is a rank that srun has started")
+    _takes_launcher(made, "with slurm this process is a rank that srun has started", of_ranks=True)
     # For the ranks that `evaluate` starts.
     made.add_argument("--averages", action="store_true", help=argparse.SUPPRESS)
     made = _takes_run(verbs.add("evaluate", "every method's perplexity, from the scores"))
-    _takes_launcher(
-        made, ["local", "deepspeed", "slurm", "mpi"], "how averages are scored; slurm: by srun, in this job"
-    )
+    _takes_launcher(made, "slurm: by srun within this job")
     _takes_run(verbs.add("report", "tables, plots, one HTML page"))
     _ablate(verbs)
     _generate(verbs)

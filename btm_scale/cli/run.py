@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from btm_scale.cli.common import Answer, is_rank, opened, say, show_results, shown
+from btm_scale.run.launcher_table import LAUNCHERS
 
 if TYPE_CHECKING:
     from btm_scale.config.run import RunConfig
@@ -24,10 +24,9 @@ def demo(options: argparse.Namespace) -> Answer:
 def run(options: argparse.Namespace) -> Answer:
     """Run every stage of a config that isn't done."""
     config, run_dir = _config_and_run(options)
-    if options.launcher == "slurm":
-        from btm_scale.run.slurm import submit_run
-
-        return shown(options, submit_run(config, run_dir, dry_run=options.dry_run, say=say))
+    submit = LAUNCHERS[options.launcher].submit
+    if submit is not None:
+        return shown(options, submit(config, run_dir, dry_run=options.dry_run, say=say))
     if options.dry_run:
         from btm_scale.run.pipeline import dry_run
 
@@ -66,12 +65,11 @@ def train(options: argparse.Namespace) -> Answer:
 
 def plan(options: argparse.Namespace) -> Answer:
     """Layout, memory, time and place of every group on a cluster that need not be there."""
-    from btm_scale.config.run import RunConfig
     from btm_scale.launch.gpus import gpu_named
     from btm_scale.launch.plan import Cluster
     from btm_scale.run.plan import make_plan
 
-    config = RunConfig.load(options.config, tuple(options.set))
+    config, _ = _config_and_run(options)
     made = make_plan(config, Cluster(gpu_named(options.gpu), options.nodes, options.gpus_per_node))
     if not options.json:
         from rich.console import Console
@@ -118,13 +116,12 @@ def _run(options: argparse.Namespace, config: RunConfig, run_dir: RunDir) -> Ans
 
 
 def _train(options: argparse.Namespace, config: RunConfig, run_dir: RunDir) -> None:
-    from btm_scale.run.launchers import launcher_named, train_under_mpi
-
-    if options.launcher == "mpi":
-        train_under_mpi(config, run_dir, options.model)
+    train_here = LAUNCHERS[options.launcher].train
+    if train_here is not None:
+        train_here(config, run_dir, options.model)
         return
     from btm_scale.report.progress_table import live_table
-    from btm_scale.run.launchers import run_training
+    from btm_scale.run.launchers import launcher_named, run_training
 
     with live_table(quiet=options.json) as show:
         launcher = launcher_named(options.launcher, config)
@@ -132,8 +129,6 @@ def _train(options: argparse.Namespace, config: RunConfig, run_dir: RunDir) -> N
 
 
 def _config_and_run(options: argparse.Namespace) -> tuple[RunConfig, RunDir]:
-    from btm_scale.config.run import RunConfig
-    from btm_scale.run_dir import RunDir
+    from btm_scale.forest.open import open_config
 
-    config = RunConfig.load(options.config, tuple(options.set))
-    return config, RunDir((options.out or Path("runs") / config.name).resolve())
+    return open_config(options.config, options.set, options.out)

@@ -36,10 +36,8 @@ class EvaluateConfig(Section):
         default=None, description="of the tempered posterior; default: fitted to each domain's dev text"
     )
     prior: MayChange[Literal["cached", "uniform", "updating"]] = "cached"
-    averages: MayChange[tuple[Literal["uniform", "argmax", "posterior", "tempered", "greedy"], ...]] = (
-        "uniform",
-        "argmax",
-        "posterior",
+    averages: MayChange[tuple[str, ...]] = Field(
+        default=("uniform", "argmax", "posterior"), description="names from the table in forest/methods.py"
     )
     blocks: MayChange[Literal["restart", "carry"]] = Field(
         default="restart",

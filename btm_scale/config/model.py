@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from btm_scale.config.section import Section
 from btm_scale.model.hf_config import read_shape
-from btm_scale.model.shape import PRESETS, Family, ModelShape
+from btm_scale.model.shape import PRESETS, FamilyName, ModelShape
 
 
 class ModelConfig(Section):
@@ -20,7 +20,7 @@ class ModelConfig(Section):
         description="a Hugging Face directory: the seed LM begins with its weights and has its tokenizer",
     )
     preset: str | None = None
-    family: Family | None = None
+    family: FamilyName | None = None
     layers: int | None = Field(default=None, gt=0)
     hidden: int | None = Field(default=None, gt=0)
     heads: int | None = Field(default=None, gt=0)

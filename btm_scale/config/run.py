@@ -27,27 +27,13 @@ from btm_scale.config.training import (
 from btm_scale.config.upgrade import SCHEMA, upgraded, with_current_names
 from btm_scale.config.yaml import apply_overrides, dump_yaml, load_yaml
 from btm_scale.errors import ConfigError
-from btm_scale.run_dir import DENSE, LONGER_DENSE, RANDOM_SPLIT, SEED
-
-# What a run keeps under names of its own, beside what it keeps under the names of its experts.
-_OWN_NAMES = (
-    SEED,
-    DENSE,
-    "uniform",
-    "argmax",
-    "posterior",
-    "tempered",
-    "greedy",
-    "average",
-    "random",
-    "score",
-)
+from btm_scale.run_dir import LONGER_DENSE, OWN_NAMES, RANDOM_SPLIT
 
 
 def require_name(name: str, what: str = "a domain") -> str:
     """The name of a domain or an expert as it is. Raises ValueError for one that can't be a folder and a job."""
-    if name in _OWN_NAMES or name.startswith(LONGER_DENSE):
-        raise ValueError(f"'{name}' is a name that the run needs for itself; choose another")
+    if name in OWN_NAMES or name.startswith(LONGER_DENSE):
+        raise ValueError(f"'{name}' is a reserved name: the run keeps a model or a log under it; choose another")
     allowed = name.replace("-", "").replace("_", "").replace(".", "")
     if not (allowed.isascii() and allowed.isalnum() and name[0].isalnum() and len(name) <= 64):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Averages of the forest's parameters: uniform, or for a domain by its prior (arXiv 2208.03306, 4.3), or otherwise."""
+"""Averages of the forest's parameters: which are missing, and their merging (arXiv 2208.03306, section 4.3)."""
 
 from __future__ import annotations
 
@@ -13,35 +13,15 @@ from btm_scale.checkpoint.merge.compatibility import promoted_dtype
 from btm_scale.checkpoint.merge.merge import merge_many
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ForestError
+from btm_scale.evaluate.average_weights import average_weights
 from btm_scale.evaluate.soups import soups
+from btm_scale.forest.average_models import average_texts, made_averages_of, made_model
 from btm_scale.forest.expert import Expert, Parent, is_finished, read_expert
 from btm_scale.forest.forest import experts
-from btm_scale.forest.methods import ARGMAX, GREEDY, POSTERIOR, TEMPERED, UNIFORM, _merged, average_texts, averages_of
-from btm_scale.forest.posterior.mixture import mean_tempered_weights
-from btm_scale.forest.posterior.prior import cached_prior
-from btm_scale.forest.priors import tempering_of
-from btm_scale.forest.scores import Stack, missing_scores
+from btm_scale.forest.methods import GREEDY
+from btm_scale.forest.scores import missing_scores
 from btm_scale.run_dir import RunDir
 from btm_scale.util.pools import in_processes
-
-
-def average_weights(
-    config: RunConfig, run: RunDir, names: Sequence[str], kinds: Sequence[str], domain: str
-) -> dict[str, np.ndarray]:
-    """For each kind of average of a domain the experts' weights [experts], which sum to 1.
-
-    Of kind greedy they are those of the members that were chosen. Raises ForestError for missing scores.
-    """
-    dev = Stack.load(run, names, domain, "dev")
-    prior = cached_prior(dev.log_probs, dev.block_starts)
-    weights = {UNIFORM: np.full(len(names), 1.0 / len(names)), POSTERIOR: np.exp(prior) / np.exp(prior).sum()}
-    if TEMPERED in kinds:
-        tempering = tempering_of(config.evaluate, lambda: dev, prior)
-        weights[TEMPERED] = mean_tempered_weights(dev.log_probs, dev.block_starts, tempering, log_prior=prior)
-    if GREEDY in kinds and (members := soups(config, run)) is not None:
-        chosen = np.array([float(name in members[domain]) for name in names])
-        weights[GREEDY] = chosen / chosen.sum()
-    return {kind: weights[kind] for kind in kinds}
 
 
 def are_finished(config: RunConfig, run: RunDir) -> bool:
@@ -85,7 +65,7 @@ def write_averages(run: RunDir, cards: Sequence[Expert]) -> list[str]:
 def _planned(config: RunConfig, run: RunDir) -> dict[str, Expert] | None:
     """Every average's card, without its hash; None while a greedy one's members are not chosen."""
     forest = experts(run)
-    kinds = [kind for kind in averages_of(config, run) if kind != ARGMAX]
+    kinds = made_averages_of(config, run)
     if not kinds:
         return {}
     if GREEDY in kinds and soups(config, run) is None:
@@ -95,7 +75,7 @@ def _planned(config: RunConfig, run: RunDir) -> dict[str, Expert] | None:
     cards: dict[str, Expert] = {}
     for domain, weights in zip(domains, in_processes(weigh, domains), strict=True):
         for kind in kinds:
-            name = _merged(kind, domain)
+            name = made_model(kind, domain)
             if name not in cards:
                 cards[name] = _card(name, forest, weights[kind])
     return cards

@@ -1,4 +1,4 @@
-"""The ensemble's variants by name: which posterior, which prior, how many experts."""
+"""The ensembles of the table in `forest/methods.py`: which posterior, which prior, how many experts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from btm_scale.config.run import EvaluateConfig, RunConfig
 from btm_scale.data.clustering import TENSORS, Clustering
 from btm_scale.data.discover import cluster_name
 from btm_scale.data.tokenizer import Tokenizer
+from btm_scale.forest.methods import ENSEMBLE, METHODS, ROUTED, ROUTED_TOP_K, TOP_K, TOP_K_PER_TOKEN, Ensemble
 from btm_scale.forest.posterior.evidence import Mode, Tempering
 from btm_scale.forest.posterior.mixture import mixture_log_probs
 from btm_scale.forest.posterior.prior import updating_mixture_log_probs
@@ -24,7 +25,7 @@ def ensemble_methods(
 ) -> dict[str, np.ndarray]:
     """Log-probabilities [tokens] of every variant, from the experts' [experts, tokens].
 
-    `ensemble` has the config's posterior and prior; every other name says what it changes.
+    `ensemble` has the config's posterior and prior; the others have those of the table.
     `cached`: log prior [experts] of dev text; `tempering`: for the tempered posterior.
     """
 
@@ -56,19 +57,16 @@ def ensemble_methods(
         )
     else:
         main = mixture(cached if settings.prior == "cached" else None, mode=settings.posterior)
-    methods = {
-        "ensemble": main,
-        "ensemble:tempered": mixture(mode="tempered"),
-        "ensemble:uniform-prior": mixture(None),
-        "ensemble:token": mixture(mode="token"),
-        "ensemble:equal": mixture(None, mode="fixed"),
-    }
+    methods = {ENSEMBLE: main}
+    for row in METHODS:
+        if isinstance(row, Ensemble) and row.mode is not None and row.in_results:
+            methods[row.name] = mixture(cached if row.prior == "cached" else None, mode=row.mode)
     for k in settings.top_k:
         if k <= len(forest.log_probs):
-            methods[f"ensemble:top{k}"] = mixture(top_k=k)
+            methods[TOP_K.of(k)] = mixture(top_k=k)
     for k in settings.top_k_per_token:
         if k <= len(forest.log_probs):
-            methods[f"ensemble:top{k}-per-token"] = mixture(top_k_per_token=k)
+            methods[TOP_K_PER_TOKEN.of(k)] = mixture(top_k_per_token=k)
     return methods
 
 
@@ -89,9 +87,7 @@ def routed_methods(
     log_probs = forest.log_probs[[list(names).index(cluster) for cluster in clusters]]
     tokens = evaluation_text(config, run, domain, split).tokens
     decode = Tokenizer.load(run.tokenizer).decode
-    widths = {"ensemble:routed": None} | {
-        f"ensemble:routed:top{k}": k for k in config.evaluate.top_k if k < len(clusters)
-    }
+    widths = {ROUTED.name: None} | {ROUTED_TOP_K.of(k): k for k in config.evaluate.top_k if k < len(clusters)}
     return {
         method: routed_mixture_log_probs(log_probs, tokens, forest.block_starts, clustering, decode, top_k=k)
         for method, k in widths.items()

@@ -16,9 +16,9 @@ from btm_scale.config.run import RunConfig
 from btm_scale.data.eval_text import EvaluationText
 from btm_scale.errors import ForestError
 from btm_scale.evaluate.ensemble import ensemble_methods, routed_methods
+from btm_scale.forest.average_models import average_model, averages_of
 from btm_scale.forest.expert import read_expert
 from btm_scale.forest.forest import ancestors, experts, lineage
-from btm_scale.forest.methods import average_model, averages_of
 from btm_scale.forest.posterior.evidence import Tempering
 from btm_scale.forest.posterior.mixture import mixture_log_probs
 from btm_scale.forest.posterior.prior import cached_prior

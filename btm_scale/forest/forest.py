@@ -10,10 +10,11 @@ from pathlib import Path
 
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.hashing import content_hash
-from btm_scale.config.run import RunConfig, require_name
+from btm_scale.config.run import RunConfig
 from btm_scale.data.tokenizer import Tokenizer, same_ids
 from btm_scale.errors import CheckpointError, ForestError
 from btm_scale.forest.expert import CARD, Expert, is_finished, read_expert
+from btm_scale.forest.methods import require_free_name
 from btm_scale.run_dir import RunDir
 from btm_scale.util.files import publish_directory, require_space
 
@@ -33,7 +34,7 @@ def add_expert(config: RunConfig, run: RunDir, source: Path, name: str) -> Exper
     add experts at once. Raises ForestError with the reason why it can't be an expert of this run.
     """
     try:
-        require_name(name, "an expert")
+        require_free_name(name, "an expert")
     except ValueError as error:
         raise ForestError(f"{error} (--name)") from None
     final = run.model(name)

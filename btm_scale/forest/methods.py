@@ -1,140 +1,239 @@
-"""Every method of a run: its name, label, meaning and kind."""
+"""Every method of a run in one table, and the names that no domain may have.
+
+The numbers behind a method are computed elsewhere: an average's weights in `evaluate/average_weights.py`, an ensemble
+that is more than a posterior and a prior in `evaluate/ensemble.py`. Report, evaluation and lm-eval read this table.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
+from btm_scale.config.run import RunConfig, require_name
+from btm_scale.errors import ConfigError, unknown_name
+from btm_scale.run_dir import DENSE, LONGER_DENSE, SEED
 
-from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
-from btm_scale.config.run import RunConfig
-from btm_scale.forest.forest import experts
-from btm_scale.run_dir import AVERAGE, DENSE, LONGER_DENSE, SEED, RunDir
-
-UNIFORM, ARGMAX, POSTERIOR, TEMPERED, GREEDY = "uniform", "argmax", "posterior", "tempered", "greedy"
-
-
-def average_model(kind: str, domain: str, names: Sequence[str], log_prior: np.ndarray) -> str:
-    """The model that serves a domain as its average of a kind; of kind argmax it is the likeliest expert itself.
-
-    `log_prior` [experts] is the domain's, nats, over the experts `names`.
-    """
-    return names[int(np.argmax(log_prior))] if kind == ARGMAX else _merged(kind, domain)
-
-
-def _merged(kind: str, domain: str) -> str:
-    return f"{AVERAGE}{UNIFORM}" if kind == UNIFORM else f"{AVERAGE}{kind}/{domain}"
-
-
-def averages_of(config: RunConfig, run: RunDir) -> tuple[str, ...]:
-    """The kinds of averages that are made of the forest: none, if its experts are of different shapes."""
-    return config.evaluate.averages if len({_shapes(run, name) for name in experts(run)}) <= 1 else ()
-
-
-def average_texts(config: RunConfig) -> dict[str, list[tuple[str, str]]]:
-    """Every average that is a model of its own, and the (domain, split) that each is scored on."""
-    texts: dict[str, list[tuple[str, str]]] = {}
-    for domain in config.all_domains:
-        for kind in config.evaluate.averages:
-            if kind != ARGMAX:
-                texts.setdefault(_merged(kind, domain), []).append((domain, config.evaluate.split))
-    return texts
-
-
-def _shapes(run: RunDir, name: str) -> frozenset[tuple[str, tuple[int, ...]]]:
-    with SafetensorsModel(run.model(name)) as model:
-        return frozenset((tensor, spec.shape) for tensor, spec in model.specs().items())
-
-
-ENSEMBLE = "ensemble"
-
-
-POSTERIOR_AVERAGE = "average:posterior"
-
-
-EXPERT = "expert:"
-
+if TYPE_CHECKING:
+    from btm_scale.forest.posterior.evidence import Mode
 
 # Reading order of the kinds of method, and their headings.
 KINDS = {
     "baseline": "Baselines",
     "ensemble": "Ensembles of all experts",
     "average": "One model made of the experts",
+    "moe": "One mixture-of-experts model",
     "other": "Other methods",
     "expert": "Each expert alone",
 }
 
 
-_BASELINES = (SEED, DENSE, "random-split")
+@dataclass(frozen=True)
+class Method:
+    """A method; its name may have one field, such as `{k}`, and then is a pattern for many methods."""
+
+    name: str
+    label: str  # for people; has the name's field
+    meaning: str  # one sentence
+    kind: str  # a key of KINDS
+
+    def of(self, value: object) -> str:
+        """The method's name for a value of its field."""
+        return _filled(self.name, str(value))
+
+    def matches(self, method: str) -> str | None:
+        """The value of the field in a method's name, empty without a field; None if the name is another method's."""
+        pattern = re.escape(self.name).replace(r"\{k\}", r"(\d+)")
+        found = re.fullmatch(re.sub(r"\\\{\w+\\\}", "(.+)", pattern), method)
+        return None if found is None else "".join(found.groups())
 
 
-_LABELS = {
-    SEED: "Seed LM",
-    DENSE: "Dense baseline",
-    "random-split": "Random split",
-    ENSEMBLE: "Ensemble",
-    "ensemble:tempered": "Tempered posterior",
-    "ensemble:uniform-prior": "Uniform prior",
-    "ensemble:token": "One-token posterior",
-    "ensemble:routed": "Routed by cluster",
-    "ensemble:equal": "Equal weights",
-    "average:uniform": "Uniform average",
-    "average:argmax": "Argmax average",
-    "average:tempered": "Tempered average",
-    "average:greedy": "Greedy soup",
-    POSTERIOR_AVERAGE: "Posterior average",
-}
+@dataclass(frozen=True)
+class Ensemble(Method):
+    """A mixture of the experts' probabilities; with a `mode` it is that posterior, from that prior."""
+
+    kind: str = "ensemble"
+    mode: Mode | None = None
+    prior: Literal["cached", "uniform"] = "cached"
+    in_results: bool = True
 
 
-_MEANINGS = {
-    SEED: "The model that every expert branched from, before any branching.",
-    DENSE: "One model that goes on from the seed LM on all domains together.",
-    "random-split": "The control: as many experts, each trained on a random part of all text.",
-    ENSEMBLE: "The experts' probabilities, weighed by how well each predicted the text so far.",
-    "ensemble:tempered": "The ensemble with weakened evidence that is forgotten; its numbers are fitted to dev text.",
-    "ensemble:uniform-prior": "The ensemble without knowledge of the domain before the first token.",
-    "ensemble:routed": "The experts of found domains, weighed by the nearness of the text so far to their clusters.",
-    "ensemble:token": "The ensemble weighed by the one previous token only.",
-    "ensemble:equal": "The experts' probabilities mixed in equal parts, whatever the text.",
-    "average:uniform": "The plain mean of the experts' parameters.",
-    "average:tempered": "For each domain the mean of the experts' parameters, weighed by the tempered posterior.",
-    "average:greedy": "For each domain the mean of those experts whose mean predicts its dev text best.",
-    "average:argmax": "For each domain the parameters of its likeliest expert.",
-    POSTERIOR_AVERAGE: "For each domain the mean of the experts' parameters, weighed by that domain's prior.",
-}
+@dataclass(frozen=True)
+class Average(Method):
+    """A weighted mean of the experts' parameters."""
+
+    kind: str = "average"
+    per_domain: bool = True  # one model for each domain; otherwise one for all
+    is_expert: bool = False  # no model is made: it is one of the experts
+
+    @property
+    def key(self) -> str:
+        """What `evaluate.averages` calls it."""
+        return self.name.removeprefix("average:")
+
+
+ENSEMBLE, EXPERT, POSTERIOR_AVERAGE, GREEDY = "ensemble", "expert:", "average:posterior", "greedy"
+TOP_K = Ensemble(
+    "ensemble:top{k}", "Top {k} experts", "The ensemble of the k experts with the largest prior in the domain."
+)
+TOP_K_PER_TOKEN = Ensemble(
+    "ensemble:top{k}-per-token",
+    "Top {k} at each token",
+    "The ensemble of the k experts with the largest weight before each token.",
+)
+ROUTED = Ensemble(
+    "ensemble:routed",
+    "Routed by cluster",
+    "The experts of discovered domains, weighed by the distance of the text so far to their clusters.",
+)
+ROUTED_TOP_K = Ensemble(
+    "ensemble:routed:top{k}",
+    "Routed, top {k}",
+    "The routed ensemble of the k experts whose clusters are nearest to the text so far.",
+)
+
+METHODS: tuple[Method, ...] = (
+    Method(SEED, "Seed LM", "The model that every expert branched from, before any branching.", "baseline"),
+    Method(DENSE, "Dense baseline", "One model trained from the seed LM on all domains together.", "baseline"),
+    Method(f"{LONGER_DENSE}{{n}}x", "Dense, {n}x compute", "Dense, with n times the forest's compute.", "baseline"),
+    Method(
+        "random-split",
+        "Random split",
+        "The control: as many experts, each trained on a random part of all text.",
+        "baseline",
+    ),
+    Ensemble(ENSEMBLE, "Ensemble", "The experts' probabilities, weighed by how well each predicted the text so far."),
+    Ensemble(
+        "ensemble:prefix",
+        "Prefix posterior",
+        "The ensemble with the paper's posterior, whatever the config's is.",
+        mode="prefix",
+        in_results=False,
+    ),
+    Ensemble(
+        "ensemble:tempered",
+        "Tempered posterior",
+        "The ensemble with weakened evidence that is forgotten; its numbers are fitted to dev text.",
+        mode="tempered",
+    ),
+    Ensemble(
+        "ensemble:uniform-prior",
+        "Uniform prior",
+        "The ensemble without knowledge of the domain before the first token.",
+        mode="prefix",
+        prior="uniform",
+    ),
+    Ensemble(
+        "ensemble:token", "One-token posterior", "The ensemble weighed by the one previous token only.", mode="token"
+    ),
+    Ensemble(
+        "ensemble:equal",
+        "Equal weights",
+        "The experts' probabilities mixed in equal parts, whatever the text.",
+        mode="fixed",
+        prior="uniform",
+    ),
+    TOP_K,
+    TOP_K_PER_TOKEN,
+    ROUTED,
+    ROUTED_TOP_K,
+    Average("average:uniform", "Uniform average", "The plain mean of the experts' parameters.", per_domain=False),
+    Average(
+        "average:argmax", "Argmax average", "For each domain the parameters of its most likely expert.", is_expert=True
+    ),
+    Average(
+        POSTERIOR_AVERAGE,
+        "Posterior average",
+        "For each domain the mean of the experts' parameters, weighed by that domain's prior.",
+    ),
+    Average(
+        "average:tempered",
+        "Tempered average",
+        "For each domain the mean of the experts' parameters, weighed by the tempered posterior.",
+    ),
+    Average(
+        "average:greedy",
+        "Greedy soup",
+        "For each domain the mean of those experts whose mean predicts its dev text best.",
+    ),
+    Method("moe", "Mixture of experts", "One model whose MLPs are the experts'.", "moe"),
+    Method(EXPERT + "{name}", "{name}", "One expert alone.", "expert"),
+)
+AVERAGES = {row.key: row for row in METHODS if isinstance(row, Average)}
+# The methods without a prefix, the averages, and what commands and servers call the experts together.
+RESERVED = frozenset({row.name for row in METHODS if not {":", "{"} & set(row.name)} | {*AVERAGES, "forest", "mixture"})
+
+
+@functools.cache
+def find(method: str) -> tuple[Method | None, str]:
+    """A method's row and the value of its field; no row for a name that is not in the table."""
+    matches = ((row, row.matches(method)) for row in METHODS)
+    return next(((row, value) for row, value in matches if value is not None), (None, ""))
 
 
 def kind(method: str) -> str:
     """The key in `KINDS` of a method."""
-    if method in _BASELINES or method.startswith(LONGER_DENSE):
-        return "baseline"
+    row, _ = find(method)
     head = method.partition(":")[0]
-    return head if head in KINDS else "other"
+    return row.kind if row is not None else head if head in KINDS else "other"
 
 
 def label(method: str) -> str:
     """A method's name for people."""
-    if method.startswith(EXPERT):
-        return method.removeprefix(EXPERT)
-    routed = method.removeprefix("ensemble:routed:top")
-    if routed != method and routed.isdecimal():
-        return f"Routed, top {routed}"
-    top = method.removeprefix("ensemble:top")
-    if top.endswith("-per-token"):
-        return f"Top {top.removesuffix('-per-token')} at each token"
-    if top != method and top.isdecimal():
-        return f"Top {top} expert{'s' if top != '1' else ''}"
-    if method.startswith(LONGER_DENSE):
-        return f"Dense, {method.removeprefix(LONGER_DENSE).removesuffix('x')}x compute"
-    return _LABELS.get(method, method)
+    row, value = find(method)
+    return method if row is None else _filled(row.label, value).replace(" 1 experts", " 1 expert")
+
+
+def general_label(method: str) -> str:
+    """The name for people of all methods of a row: `Top k experts`."""
+    row, _ = find(method)
+    return method if row is None else row.label.replace("{", "").replace("}", "")
 
 
 def meaning(method: str) -> str:
-    """One sentence on what a method is; empty if it isn't one of ours."""
-    if method.endswith("-per-token"):
-        return "The ensemble with only so many experts before each token, those of the largest weight then."
-    if method.startswith("ensemble:top"):
-        return "The ensemble with only so many experts, the likeliest by the domain's prior."
-    if method.startswith(LONGER_DENSE):
-        return "The dense baseline, trained for so many times the forest's compute."
-    return _MEANINGS.get(method, "")
+    """One sentence on what a method is; empty for a single expert and for a name that is not in the table."""
+    row, _ = find(method)
+    return "" if row is None or row.kind == "expert" else row.meaning
+
+
+def place(method: str) -> tuple[int, int]:
+    """Sorts methods by kind, the baselines in the table's order, the plain ensemble before the others."""
+    row, _ = find(method)
+    first = METHODS.index(row) if row is not None and row.kind == "baseline" else int(method != ENSEMBLE)
+    return list(KINDS).index(kind(method)), first
+
+
+def require_free_name(name: str, what: str = "a domain") -> str:
+    """The name of a new domain or expert as it is. Raises ValueError for one that cannot be used or is reserved."""
+    if name in RESERVED:
+        raise ValueError(_reserved(name))
+    return require_name(name, what)
+
+
+def check_names(config: RunConfig, known: Collection[str] = ()) -> None:
+    """Check a config's names of averages and domains.
+
+    `known`: domains that the run has already. They keep a name that was reserved only after the run began.
+    Raises ConfigError with every problem.
+    """
+    problems = [
+        f"evaluate.averages: {unknown_name('average', average, AVERAGES)}"
+        for average in config.evaluate.averages
+        if average not in AVERAGES
+    ]
+    for section in ("domains", "added_domains", "novel_domains"):
+        for name in getattr(config, section):
+            if name in RESERVED and name not in known:
+                problems.append(f"{section}: {_reserved(name)}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _reserved(name: str) -> str:
+    return f"'{name}' is a reserved name: a method or all experts together are called so; choose another"
+
+
+def _filled(text: str, value: str) -> str:
+    return re.sub(r"\{\w+\}", lambda _: value, text)

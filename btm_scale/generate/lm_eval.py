@@ -11,12 +11,11 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from btm_scale.config.run import RunConfig
 from btm_scale.config.section import bytes_from_text
-from btm_scale.errors import ConfigError, UserError
+from btm_scale.errors import UserError
+from btm_scale.forest.open import open_folder
 from btm_scale.generate.loglikelihood import generator_of_method, score_continuations, score_windows
 from btm_scale.generate.sampling import Sampling
-from btm_scale.run_dir import RunDir
 
 _MAX_TOKENS = 256
 
@@ -37,15 +36,11 @@ class ForestLM(TemplateLM):
     ) -> None:
         """`method`: as in results.json. Raises UserError for a run or method that isn't there."""
         super().__init__()
-        directory = RunDir(Path(run).resolve())
-        if not directory.config.is_file():
-            raise ConfigError(
-                f"{run} is no run: it has no run.yaml; give run=DIR, the folder that `btm-scale run` made"
-            )
+        config, directory = open_folder(Path(run))
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise UserError(f"batch_size '{batch_size}' must be a number of texts; 'auto' is not known here")
         self.generator = generator_of_method(
-            RunConfig.load(directory.config),
+            config,
             directory,
             method,
             domain=domain,

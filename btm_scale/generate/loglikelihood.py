@@ -9,23 +9,17 @@ import numpy as np
 import torch
 
 from btm_scale.config.run import RunConfig
-from btm_scale.errors import UserError
-from btm_scale.forest.methods import average_model
+from btm_scale.errors import UserError, unknown_name
+from btm_scale.forest.average_models import average_model, made_model
+from btm_scale.forest.methods import ENSEMBLE, METHODS, Average, Ensemble, find
 from btm_scale.forest.posterior.evidence import logsumexp
 from btm_scale.forest.posterior.mixture import mixture_log_probs
 from btm_scale.forest.priors import log_prior_of, models_of
 from btm_scale.generate.generator import Generator
 from btm_scale.kernels import mix_sample
-from btm_scale.run_dir import AVERAGE, DENSE, SEED, RunDir
+from btm_scale.run_dir import DENSE, SEED, RunDir
 
 Tokens = Sequence[int]
-_ENSEMBLES: dict[str, dict[str, str]] = {
-    "ensemble:prefix": {"posterior": "prefix"},
-    "ensemble:token": {"posterior": "token"},
-    "ensemble:tempered": {"posterior": "tempered"},
-    "ensemble:uniform-prior": {"posterior": "prefix", "prior": "uniform"},
-    "ensemble:equal": {"posterior": "fixed", "prior": "uniform"},
-}
 
 
 def generator_of_method(
@@ -33,33 +27,37 @@ def generator_of_method(
 ) -> Generator:
     """A method of results.json as something that reads and writes text: an ensemble, or one model.
 
-    `ensemble` has the config's posterior; an average other than the uniform one is of a `domain`. Raises UserError for
-    a method that there isn't.
+    `ensemble` has the config's posterior; an average that differs between domains needs a `domain`. Raises
+    UserError for an unknown method.
     """
-    kind, _, name = method.partition(":")
-    if method == "ensemble":
+    row, value = find(method)
+    if method == ENSEMBLE:
         prior = "uniform" if config.evaluate.prior == "uniform" and domain is None else "cached"
         chosen: dict[str, Any] = {"posterior": config.evaluate.posterior, "prior": prior, "domain": domain}
-    elif method in _ENSEMBLES:
-        chosen = {"domain": domain} | _ENSEMBLES[method]
+    elif isinstance(row, Ensemble) and row.mode is not None:
+        chosen = {"posterior": row.mode, "prior": row.prior, "domain": domain}
     elif method in (SEED, DENSE):
         chosen = {"models": [method]}
-    elif kind == "expert" and name:
-        chosen = {"models": [name]}
-    elif method == "average:uniform":
-        chosen = {"models": [f"{AVERAGE}{name}"]}
-    elif method == "average:argmax" and domain is not None:
+    elif row is not None and row.kind == "expert":
+        chosen = {"models": [value]}
+    elif isinstance(row, Average) and row.is_expert and domain is not None:
         names = models_of(run, ())
         log_prior = log_prior_of(config, run, names, "cached", domain)
-        chosen = {"models": [average_model(name, domain, names, log_prior)]}
-    elif kind == "average" and name and domain is not None:
-        chosen = {"models": [f"{AVERAGE}{name}/{domain}"]}
+        chosen = {"models": [average_model(row.key, domain, names, log_prior)]}
+    elif isinstance(row, Average) and (domain is not None or not row.per_domain):
+        chosen = {"models": [made_model(row.key, domain or "")]}
+    elif isinstance(row, Average):
+        raise UserError(f"'{method}' is a different model for each domain; add domain=NAME")
     else:
-        raise UserError(
-            f"no method is called '{method}'{' without a domain' if kind == 'average' else ''}; choose ensemble, "
-            f"{', '.join(_ENSEMBLES)}, seed, dense, expert:NAME, average:uniform, or average:KIND with domain=NAME"
-        )
+        raise UserError(unknown_name("method", method, _readable()))
     return Generator.of_run(config, run, method="mixture", **chosen, **settings)
+
+
+def _readable() -> list[str]:
+    """The names of the methods that read and write text."""
+    ensembles = [row.name for row in METHODS if isinstance(row, Ensemble) and row.mode is not None]
+    averages = [row.name for row in METHODS if isinstance(row, Average)]
+    return [ENSEMBLE, *ensembles, SEED, DENSE, *averages, "expert:NAME"]
 
 
 def score_continuations(generator: Generator, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[tuple[float, bool]]:

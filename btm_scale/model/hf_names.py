@@ -1,83 +1,25 @@
-"""Megatron-core's tensors and Hugging Face's: their names, and how the one is made of the other.
+"""Megatron-core's tensors and Hugging Face's: how the one is made of the other.
 
-One table for GPT-2, and one for Llama and its kin. Every change is a permutation or a cut of numbers, so optimizer
+Their names are the families'. Every change is a permutation or a cut of numbers, so optimizer
 moments go through the same table as the weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from btm_scale.model.families.family import Entry
 from btm_scale.model.shape import ModelShape
 
-Form = Literal["plain", "transposed", "query_key_value", "query_key_value_fused", "gate_up", "vocabulary"]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One Megatron-core tensor and the Hugging Face tensors that hold the same numbers."""
-
-    megatron: str
-    huggingface: tuple[str, ...]
-    form: Form = "plain"
-    cut: int | None = None  # the dimension that tensor parallel ranks share, if any
+__all__ = ["Entry", "cut", "from_huggingface", "join", "table", "to_huggingface"]
 
 
 def table(shape: ModelShape) -> list[Entry]:
     """Every tensor of a model, in the order of its layers."""
-    return list(_rotary(shape) if shape.rotary else _gpt2(shape))
-
-
-def _rotary(shape: ModelShape) -> Iterator[Entry]:
-    yield Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocabulary", 0)
-    for i in range(shape.layers):
-        ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
-        attention, mlp = theirs + "self_attn.", theirs + "mlp."
-        yield Entry(ours + "input_layernorm.weight", (theirs + "input_layernorm.weight",))
-        heads = tuple(f"{attention}{part}_proj.weight" for part in "qkv")
-        yield Entry(ours + "self_attention.linear_qkv.weight", heads, "query_key_value", 0)
-        if shape.query_key_value_bias:
-            biases = tuple(f"{attention}{part}_proj.bias" for part in "qkv")
-            yield Entry(ours + "self_attention.linear_qkv.bias", biases, "query_key_value", 0)
-        for part in "qk" if shape.head_norms else "":
-            norm = f"{ours}self_attention.{part}_layernorm.weight"
-            yield Entry(norm, (f"{attention}{part}_norm.weight",))
-        yield Entry(ours + "self_attention.linear_proj.weight", (attention + "o_proj.weight",), cut=1)
-        yield Entry(ours + "pre_mlp_layernorm.weight", (theirs + "post_attention_layernorm.weight",))
-        halves = (mlp + "gate_proj.weight", mlp + "up_proj.weight")
-        yield Entry(ours + "mlp.linear_fc1.weight", halves, "gate_up", 0)
-        yield Entry(ours + "mlp.linear_fc2.weight", (mlp + "down_proj.weight",), cut=1)
-    yield Entry("decoder.final_layernorm.weight", ("model.norm.weight",))
-    if not shape.tied:
-        yield Entry("output_layer.weight", ("lm_head.weight",), "vocabulary", 0)
-
-
-def _gpt2(shape: ModelShape) -> Iterator[Entry]:
-    # Hugging Face's GPT-2 keeps its matrices as [in, out].
-    yield Entry("embedding.word_embeddings.weight", ("transformer.wte.weight",), "vocabulary", 0)
-    yield Entry("embedding.position_embeddings.weight", ("transformer.wpe.weight",))
-    for i in range(shape.layers):
-        ours, theirs = f"decoder.layers.{i}.", f"transformer.h.{i}."
-        for norm, name in (("input_layernorm", "ln_1"), ("pre_mlp_layernorm", "ln_2")):
-            for part in ("weight", "bias"):
-                yield Entry(f"{ours}{norm}.{part}", (f"{theirs}{name}.{part}",))
-        fused = ours + "self_attention.linear_qkv."
-        yield Entry(fused + "weight", (theirs + "attn.c_attn.weight",), "query_key_value_fused", 0)
-        yield Entry(fused + "bias", (theirs + "attn.c_attn.bias",), "query_key_value_fused", 0)
-        out = ours + "self_attention.linear_proj."
-        yield Entry(out + "weight", (theirs + "attn.c_proj.weight",), "transposed", 1)
-        yield Entry(out + "bias", (theirs + "attn.c_proj.bias",))
-        yield Entry(ours + "mlp.linear_fc1.weight", (theirs + "mlp.c_fc.weight",), "transposed", 0)
-        yield Entry(ours + "mlp.linear_fc1.bias", (theirs + "mlp.c_fc.bias",), cut=0)
-        yield Entry(ours + "mlp.linear_fc2.weight", (theirs + "mlp.c_proj.weight",), "transposed", 1)
-        yield Entry(ours + "mlp.linear_fc2.bias", (theirs + "mlp.c_proj.bias",))
-    for part in ("weight", "bias"):
-        yield Entry(f"decoder.final_layernorm.{part}", (f"transformer.ln_f.{part}",))
+    return list(shape.traits.tensors(shape))
 
 
 def to_huggingface(entry: Entry, full: Tensor, shape: ModelShape) -> dict[str, Tensor]:

@@ -61,8 +61,8 @@ def huggingface_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
         "q_layernorm.weight": (shape.head_size,),
         "k_layernorm.weight": (shape.head_size,),
         "linear_proj.weight": (shape.hidden, shape.query_width),
-        "linear_fc1.weight": (shape.ffn * (2 if shape.rotary else 1), shape.hidden),
-        "linear_fc1.bias": (shape.ffn,),
+        "linear_fc1.weight": (shape.up_width, shape.hidden),
+        "linear_fc1.bias": (shape.up_width,),
         "linear_fc2.weight": (shape.hidden, shape.ffn),
     }
     result: dict[str, tuple[int, ...]] = {}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "gpt2"]
+from btm_scale.model.families import FAMILIES, find_family
+from btm_scale.model.families.family import Family
+
+FamilyName = Annotated[str, AfterValidator(lambda name: find_family(name).name)]
 
 
 class RopeScaling(BaseModel):
@@ -34,18 +37,11 @@ class RopeScaling(BaseModel):
 
 
 class ModelShape(BaseModel):
-    """Sizes of a decoder-only transformer.
-
-    `llama`: RMS norm, rotary positions, gated SiLU, no biases (arXiv 2302.13971).
-    `mistral`: the same, and each token may see a `window` of tokens only (arXiv 2310.06825).
-    `qwen2`: llama with biases on query, key and value (arXiv 2407.10671).
-    `qwen3`: llama with a norm on every head's query and key (arXiv 2505.09388).
-    `gpt2`: layer norm, learned positions, GELU, biases everywhere; the paper's family.
-    """
+    """Family and sizes of a decoder-only transformer."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    family: Family = "llama"
+    family: FamilyName = "llama"
     layers: int = Field(gt=0)
     hidden: int = Field(gt=0)
     heads: int = Field(gt=0)
@@ -72,30 +68,41 @@ class ModelShape(BaseModel):
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}; change either")
         if self.rotary and self.head_size % 2:
             raise ValueError(f"rotary positions need an even head size, not {self.head_size}; change heads")
-        if self.window is not None and self.family != "mistral":
-            raise ValueError(f"the {self.family} family has no window; leave it out, or use the mistral family")
-        if self.family == "gpt2" and self.head_size * self.heads != self.hidden:
-            raise ValueError("the gpt2 family has heads of size hidden / heads; leave head_size out")
-        if self.family == "gpt2" and self.kv_heads != self.heads:
-            raise ValueError("the gpt2 family has no grouped heads; set kv_heads to heads")
-        if self.family == "gpt2" and not self.tied:
-            raise ValueError("the gpt2 family ties its embeddings; set tied to true")
+        if self.window is not None and not self.traits.windowed:
+            others = " or ".join(family.name for family in FAMILIES.values() if family.windowed)
+            raise ValueError(f"the {self.family} family has no window; leave it out, or use the {others} family")
+        if not self.traits.grouped and self.head_size * self.heads != self.hidden:
+            raise ValueError(f"the {self.family} family has heads of size hidden / heads; leave head_size out")
+        if not self.traits.grouped and self.kv_heads != self.heads:
+            raise ValueError(f"the {self.family} family has no grouped heads; set kv_heads to heads")
+        if self.traits.always_tied and not self.tied:
+            raise ValueError(f"the {self.family} family ties its embeddings; set tied to true")
         return self
 
     @property
+    def traits(self) -> Family:
+        """What its family declares."""
+        return FAMILIES[self.family]
+
+    @property
     def rotary(self) -> bool:
-        """Rotary positions, RMS norm and a gated MLP without biases: every family but gpt2."""
-        return self.family != "gpt2"
+        """Whether positions are rotary; otherwise they are learned."""
+        return self.traits.rotary
 
     @property
     def query_key_value_bias(self) -> bool:
         """Whether query, key and value have biases."""
-        return self.family in ("qwen2", "gpt2")
+        return self.traits.query_key_value_bias
 
     @property
     def head_norms(self) -> bool:
         """Whether every head's query and key are normed."""
-        return self.family == "qwen3"
+        return self.traits.head_norms
+
+    @property
+    def up_width(self) -> int:
+        """Rows of the MLP's first matrix: of the gate too, where there is one."""
+        return self.ffn * (2 if self.traits.gated else 1)
 
     @property
     def query_width(self) -> int:
@@ -110,15 +117,14 @@ class ModelShape(BaseModel):
     @property
     def parameters(self) -> int:
         """Number of parameters, biases and embeddings counted."""
-        layer = self.hidden * (self.query_key_value_width + self.query_width)
+        norm = self.hidden * (1 if self.traits.rms_norm else 2)
+        layer = self.hidden * (self.query_key_value_width + self.query_width + self.up_width + self.ffn) + 2 * norm
         layer += self.query_key_value_width if self.query_key_value_bias else 0
+        layer += self.up_width + 2 * self.hidden if self.traits.linear_bias else 0
         layer += 2 * self.head_size if self.head_norms else 0
         embedding = self.vocabulary * self.hidden * (1 if self.tied else 2)
-        if self.rotary:
-            layer += 3 * self.hidden * self.ffn + 2 * self.hidden
-            return embedding + self.layers * layer + self.hidden
-        layer += 2 * self.hidden * self.ffn + self.ffn + 6 * self.hidden
-        return embedding + self.positions * self.hidden + self.layers * layer + 2 * self.hidden
+        embedding += 0 if self.rotary else self.positions * self.hidden
+        return embedding + self.layers * layer + norm
 
     def tensor_degrees(self) -> list[int]:
         """The tensor parallel degrees that divide heads, KV heads and the MLP."""
@@ -130,7 +136,7 @@ class ModelShape(BaseModel):
         multiplied, and the attention's two products (12 x layers x queries x length, halved by the causal mask;
         appendix B of arXiv 2204.02311)."""
         multiplied = self.parameters - (0 if self.tied else self.vocabulary * self.hidden)
-        if self.family == "gpt2":
+        if not self.rotary:
             multiplied -= self.positions * self.hidden
         return 6.0 * multiplied + 6.0 * self.layers * self.query_width * sequence_length
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from btm_scale.config.run import RunConfig
-from btm_scale.forest.methods import ENSEMBLE, EXPERT, POSTERIOR_AVERAGE, kind, label
+from btm_scale.forest.methods import ENSEMBLE, EXPERT, KINDS, POSTERIOR_AVERAGE, kind, label
 from btm_scale.report.line_chart import Curve
 from btm_scale.report.plots import Bar, RatioRow
 from btm_scale.report.summary import Results, mean, novel_domains, ordered_methods, perplexity, ratio, training_domains
@@ -98,8 +98,8 @@ def compute_bars(results: Results) -> list[Bar]:
     compute = results["compute"]
     seed = compute.get(SEED, {}).get("flops", 0.0)
     groups: dict[tuple[str, float, float], list[str]] = {}
-    order = {"baseline": 0, "ensemble": 1, "average": 2, "other": 3, "expert": 4}
-    for method in sorted(compute, key=lambda m: (order[kind(m)], m != SEED)):
+    order = list(KINDS)
+    for method in sorted(compute, key=lambda m: (order.index(kind(m)), m != SEED)):
         spent = compute[method]
         own = kind(method) if kind(method) in ("expert", "average") else method
         groups.setdefault((own, spent["tokens"], spent["flops"]), []).append(method)

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from btm_scale.config.run import RunConfig
-from btm_scale.forest.methods import ENSEMBLE, EXPERT, label, meaning
+from btm_scale.forest.methods import ENSEMBLE, EXPERT, general_label, label, meaning
 from btm_scale.report.chart_data import (
     FARTHEST,
     MARKS,
@@ -92,9 +92,7 @@ def results_section(results: Results) -> str:
     more = element(
         "details", element("summary", "The same in bits per byte, which do not depend on the tokenizer"), bits
     )
-    meanings = {
-        meaning(m): "Top k experts" if m.startswith("ensemble:top") else label(m) for m in ordered_methods(results)
-    }
+    meanings = {meaning(m): general_label(m) for m in ordered_methods(results)}
     glossary = "".join(
         element("div", element("dt", escape(name)), element("dd", escape(words)))
         for words, name in meanings.items()

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from btm_scale.forest.methods import _BASELINES, ENSEMBLE, KINDS, kind, label
-from btm_scale.run_dir import DENSE, LONGER_DENSE, SEED
+from btm_scale.forest.methods import ENSEMBLE, label, place
+from btm_scale.run_dir import DENSE, SEED
 
 Results = Mapping[str, Any]
 Measure = Literal["perplexity", "bits_per_byte"]
@@ -36,14 +36,6 @@ def novel_domains(results: Results) -> list[str]:
 
 def ordered_methods(results: Results) -> list[str]:
     """Every method, by kind, each kind in the results' order; the baselines and the plain ensemble first."""
-    kinds = list(KINDS)
-
-    def place(method: str) -> tuple[int, int]:
-        first = _BASELINES.index(method) if method in _BASELINES else int(method != ENSEMBLE)
-        if method.startswith(LONGER_DENSE):
-            first = _BASELINES.index(DENSE)
-        return kinds.index(kind(method)), first
-
     return sorted(results["methods"], key=place)
 
 

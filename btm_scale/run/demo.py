@@ -7,6 +7,7 @@ from pathlib import Path
 from btm_scale.config.run import RunConfig
 from btm_scale.configs import FOLDER
 from btm_scale.data.demo_text import write_installed_text
+from btm_scale.forest.open import open_config
 from btm_scale.run_dir import RunDir
 
 _BYTES_PER_DOMAIN = 3_000_000
@@ -20,4 +21,4 @@ def demo_config(out: Path | None, overrides: list[str]) -> tuple[RunConfig, RunD
         partial = run.root / ".text.partial"
         write_installed_text(partial, bytes_per_domain=_BYTES_PER_DOMAIN)
         partial.rename(text)
-    return RunConfig.load(FOLDER / "demo.yaml", (f"text_root={text}", *overrides)), run
+    return open_config(FOLDER / "demo.yaml", (f"text_root={text}", *overrides), run.root)

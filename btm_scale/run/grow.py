@@ -16,6 +16,7 @@ from btm_scale.errors import ConfigError, ForestError
 from btm_scale.forest.branch import parents_of
 from btm_scale.forest.expert import Expert, is_finished, read_expert
 from btm_scale.forest.forest import experts, remove_expert
+from btm_scale.forest.methods import check_names
 from btm_scale.run.pipeline import score_models
 from btm_scale.run.state import open_run
 from btm_scale.run_dir import RunDir
@@ -89,9 +90,11 @@ def _with_branch(
     own = values["experts"].setdefault(name, {})
     own["branch"] = {"parents": parents, **settings}
     try:
-        return RunConfig.model_validate(values)
+        grown = RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(explain(error, RunConfig)) from None
+    check_names(grown, known=config.all_domains)
+    return grown
 
 
 def _write_first_weights(run: RunDir, name: str, begun: Beginning) -> None:

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import LaunchError
-from btm_scale.launch.deepspeed import HostPool
 from btm_scale.launch.local import LocalPool, visible_gpus
-from btm_scale.launch.mpi import MpiLauncher, run_under_mpi, started_by_mpirun
-from btm_scale.launch.slurm import SrunPool
-from btm_scale.launch.supervise import GroupCommand, OnPoll, Pool, RunGroups, run_groups_in
+from btm_scale.launch.mpi import run_under_mpi, started_by_mpirun
+from btm_scale.launch.supervise import RunGroups, groups_in
+from btm_scale.run.launcher_table import LAUNCHERS
 from btm_scale.run.state import is_done, progress, training_commands
 from btm_scale.run_dir import RunDir
 from btm_scale.train.jobs import training_job
@@ -69,29 +68,13 @@ def run_training(
 
 def here(place: Placement) -> RunGroups:
     """Groups on this machine, placed so."""
-
-    def run_here(commands: Sequence[GroupCommand], on_poll: OnPoll) -> None:
-        run_groups_in(LocalPool(place.slots, place.threads), commands, on_poll)
-
-    return run_here
+    return groups_in(LocalPool(place.slots, place.threads))
 
 
 def launcher_named(name: str, config: RunConfig) -> RunGroups | None:
     """How this process starts groups; None for this machine, whose room depends on what is started."""
-    if name == "slurm":
-        return _in(SrunPool(config.launch.slurm))
-    if name == "deepspeed":
-        return _in(HostPool(config.launch.deepspeed))
-    if name == "mpi":
-        return MpiLauncher(config.launch.mpi)
-    return None
-
-
-def _in(pool: Pool) -> RunGroups:
-    def run(commands: Sequence[GroupCommand], on_poll: OnPoll) -> None:
-        run_groups_in(pool, commands, on_poll)
-
-    return run
+    groups = LAUNCHERS[name].groups
+    return None if groups is None else groups(config.launch)
 
 
 def train_under_mpi(config: RunConfig, run: RunDir, models: Sequence[str]) -> None:

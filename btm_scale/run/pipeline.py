@@ -10,9 +10,9 @@ from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.data.prepare import prepare, require_text
 from btm_scale.evaluate.averages import are_finished
 from btm_scale.evaluate.results import evaluate
+from btm_scale.forest.average_models import average_texts
 from btm_scale.forest.expert import is_finished, read_expert
 from btm_scale.forest.forest import experts
-from btm_scale.forest.methods import average_texts
 from btm_scale.forest.scores import all_texts, missing_scores
 from btm_scale.launch.supervise import GroupCommand, RunGroups
 from btm_scale.run.launchers import Progress, here, placement, run_training

@@ -13,6 +13,7 @@ from btm_scale.config.run import ExpertConfig, RunConfig
 from btm_scale.distributed.precision import ask_device
 from btm_scale.errors import ConfigError
 from btm_scale.forest.expert import is_finished
+from btm_scale.forest.methods import check_names
 from btm_scale.forest.scores import all_texts, missing_scores
 from btm_scale.launch.local import visible_gpus
 from btm_scale.launch.supervise import GroupCommand
@@ -29,11 +30,12 @@ def open_run(config: RunConfig, run: RunDir, *, trains_here: bool = False) -> Ru
     its groups run on this machine (`trains_here`), it becomes what the device does fast; elsewhere the first group
     resolves it.
 
-    Raises ConfigError if anything else differs: the models would not be the config's. Raises LaunchError if the run's
-    groups run here and this device cannot train in a precision of theirs.
+    Raises ConfigError if anything else differs: the models would not be the config's; and for names that `check_names`
+    refuses. Raises LaunchError if the run's groups run here and this device cannot train in a precision of theirs.
     """
-    if run.config.is_file():
-        existing = RunConfig.load(run.config)
+    existing = RunConfig.load(run.config) if run.config.is_file() else None
+    check_names(config, known=existing.all_domains if existing is not None else ())
+    if existing is not None:
         config = config.with_precisions_of(existing)
         existing = existing.with_precisions_of(config)
         differing = _fixed_differences(existing, config)

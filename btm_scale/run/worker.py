@@ -17,8 +17,9 @@ from btm_scale.distributed.precision import fast_precision
 from btm_scale.evaluate.averages import planned_averages, write_averages
 from btm_scale.evaluate.score import score_model
 from btm_scale.evaluate.soups import choose_soups, soups
+from btm_scale.forest.average_models import average_texts, averages_of
 from btm_scale.forest.expert import is_finished
-from btm_scale.forest.methods import GREEDY, average_texts, averages_of
+from btm_scale.forest.methods import GREEDY
 from btm_scale.forest.scores import all_texts
 from btm_scale.run_dir import RunDir
 from btm_scale.train.jobs import training_job

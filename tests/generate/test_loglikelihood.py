@@ -79,7 +79,7 @@ def test_methods_go_by_their_names_in_the_results(handmade: tuple[RunConfig, Run
         generator_of_method(config, run, "average:argmax", domain="law")
     with pytest.raises(UserError, match="no method is called 'blend'; choose ensemble, "):
         generator_of_method(config, run, "blend")
-    with pytest.raises(UserError, match="'average:posterior' without a domain"):
+    with pytest.raises(UserError, match="'average:posterior' is a different model for each domain"):
         generator_of_method(config, run, "average:posterior")
     with pytest.raises(ForestError, match="no finished expert"):
         generator_of_method(config, run, "expert:law")

@@ -128,7 +128,7 @@ def test_rotary_settings_from_before_transformers_5_are_understood() -> None:
         ({"attention_bias": True}, "llama model with attention_bias"),
         ({"hidden_act": "gelu"}, "activation gelu"),
         ({"model_type": "qwen2", "use_sliding_window": True}, "windows in some layers"),
-        ({"num_key_value_heads": 3}, "heads 4 is not a multiple of groups 3"),
+        ({"num_key_value_heads": 3}, "heads 4 is not a multiple of kv_heads 3"),
     ],
 )
 def test_what_we_cannot_build_is_told(changes: dict[str, Any], message: str) -> None:

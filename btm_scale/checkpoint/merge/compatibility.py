@@ -12,6 +12,7 @@ import torch
 from btm_scale.checkpoint.formats.locate import TOKENIZER_FILES, described_in, read_json
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, dtype_name
+from btm_scale.model.families import FAMILIES, GPT2
 
 # In files of older transformers.
 _CAUSAL_MASK = re.compile(r"(?:transformer\.)?h\.\d+\.attn\.(?:bias|masked_bias)")
@@ -89,8 +90,10 @@ def is_derived(name: str, directory: Path) -> bool:
     if name != "lm_head.weight" and not causal_mask:
         return False
     config = read_json(described_in(directory) / "config.json")
-    gpt2 = config.get("model_type") == "gpt2"  # its head is tied where the config says nothing of it
-    return gpt2 if causal_mask else bool(config.get("tie_word_embeddings", gpt2))
+    family = FAMILIES.get(config.get("model_type", ""))
+    if causal_mask:
+        return family is GPT2
+    return bool(config.get("tie_word_embeddings", family is not None and family.tied_by_default))
 
 
 def config_problems(paths: Sequence[Path]) -> list[str]:

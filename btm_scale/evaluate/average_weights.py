@@ -1,0 +1,81 @@
+"""The experts' weights in each average: one function for each name of the table in `forest/methods.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from btm_scale.config.run import RunConfig
+from btm_scale.errors import ForestError
+from btm_scale.evaluate.soups import soups
+from btm_scale.forest.posterior.mixture import mean_tempered_weights
+from btm_scale.forest.posterior.prior import cached_prior
+from btm_scale.forest.priors import tempering_of
+from btm_scale.forest.scores import Stack
+from btm_scale.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class DevText:
+    """What is known of the experts on a domain's dev text."""
+
+    config: RunConfig
+    run: RunDir
+    domain: str
+    names: Sequence[str]  # of the experts
+    scores: Stack  # their log-probabilities, nats [experts, tokens]
+    log_prior: np.ndarray  # the domain's cached prior, nats [experts]
+
+
+Weigh = Callable[[DevText], np.ndarray]
+WEIGHTS: dict[str, Weigh] = {}
+
+
+def average_weights(
+    config: RunConfig, run: RunDir, names: Sequence[str], averages: Sequence[str], domain: str
+) -> dict[str, np.ndarray]:
+    """The experts' weights [experts] in each of a domain's averages; they sum to 1.
+
+    Raises ForestError for missing scores, or while the members of a greedy soup are not chosen.
+    """
+    scores = Stack.load(run, names, domain, "dev")
+    dev = DevText(config, run, domain, names, scores, cached_prior(scores.log_probs, scores.block_starts))
+    return {average: WEIGHTS[average](dev) for average in averages}
+
+
+def average(weigh: Weigh) -> Weigh:
+    """Register a function under its name. It returns weights [experts] that are not negative and sum to 1."""
+    WEIGHTS[weigh.__name__] = weigh
+    return weigh
+
+
+@average
+def uniform(dev: DevText) -> np.ndarray:
+    """The same for every expert."""
+    return np.full(len(dev.names), 1.0 / len(dev.names))
+
+
+@average
+def posterior(dev: DevText) -> np.ndarray:
+    """The domain's prior (arXiv 2208.03306, section 4.3)."""
+    prior: np.ndarray = np.exp(dev.log_prior)
+    return prior / prior.sum()
+
+
+@average
+def tempered(dev: DevText) -> np.ndarray:
+    """The mean of the tempered posterior over the dev text."""
+    tempering = tempering_of(dev.config.evaluate, lambda: dev.scores, dev.log_prior)
+    return mean_tempered_weights(dev.scores.log_probs, dev.scores.block_starts, tempering, log_prior=dev.log_prior)
+
+
+@average
+def greedy(dev: DevText) -> np.ndarray:
+    """The same for every member of the greedy soup (arXiv 2203.05482)."""
+    members = soups(dev.config, dev.run)
+    if members is None:
+        raise ForestError(f"the members of the greedy soups are not chosen: evaluate the run in {dev.run.root}")
+    chosen = np.array([float(name in members[dev.domain]) for name in dev.names])
+    return chosen / chosen.sum()
