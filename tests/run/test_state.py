@@ -65,11 +65,11 @@ LOCAL = {"data": 2, "sync_every": 4}
     [
         (
             {"layout": {"precision": "fp16"}},
-            {"layout": {}},
+            {"layout": {"precision": "bf16"}},
             "layout.precision: fp16 there, bf16 here (fp16 scales",
         ),
         (
-            {"layout": {}},
+            {"layout": {"precision": "bf16"}},
             {"layout": {"precision": "fp16"}},
             "layout.precision: bf16 there, fp16 here (fp16 scales",
         ),
