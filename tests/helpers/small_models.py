@@ -10,6 +10,8 @@ import torch
 Weights = Mapping[str, torch.Tensor]
 Save = Callable[..., Path]
 
+# What a layout may have trouble with: a vocabulary that no tensor degree divides, and fewer KV heads than heads.
+TINY_SHAPE = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 48, "positions": 16, "vocabulary": 65}
 WEIGHTS = [0.3, 1.0, 0.7, 2.0]  # of the four `models`
 
 

