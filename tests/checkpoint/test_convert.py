@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.cuts import full
+from helpers.small_models import HUGGINGFACE_SIZES
 from helpers.worlds import run_script
 from safetensors.torch import load_file, save_file
 
@@ -24,16 +25,7 @@ from btm_scale.model.hf_names import cut, from_huggingface, table
 from btm_scale.run_dir import RunDir
 from btm_scale.util.files import partial_path
 
-LLAMA = {
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 65,
-    "max_position_embeddings": 16,
-    "rms_norm_eps": 1e-5,
-}
+LLAMA = HUGGINGFACE_SIZES | {"max_position_embeddings": 16, "rms_norm_eps": 1e-5}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 40, "n_positions": 16, "vocab_size": 65}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama-tied": LLAMA | {"model_type": "llama", "tie_word_embeddings": True},
