@@ -1,9 +1,10 @@
-# make demo: the main job on this machine. make test: everything that needs no GPU. Both start from a bare clone.
+# make demo: the main job on this machine. make test: every path once. make test-full: matrices, fuzzing and storms.
+# None needs a GPU, and each starts from a bare clone.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test test-full lint clean
 
 install: $(VENV)/installed
 
@@ -21,10 +22,15 @@ demo: install
 	$(BIN)/btm-scale demo
 
 # The longest tests first, so that both processes end at about the same time. No folder twice: pytest would order them.
-TESTS ?= tests/system $(filter-out tests/system/ tests/helpers/,$(wildcard tests/*/))
+TESTS ?= tests/system $(filter-out tests/system/ tests/helpers/ tests/gpu/,$(wildcard tests/*/))
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+	$(PYTEST) -m 'not full' $(TESTS)
+
+# What `make test` leaves out, and its property-based tests again with many more examples.
+test-full: install
+	$(PYTEST) -m 'full or hypothesis' --hypothesis-profile full $(TESTS)
 
 lint: install
 	$(BIN)/ruff check .

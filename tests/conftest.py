@@ -9,12 +9,25 @@ from pathlib import Path
 import pytest
 from helpers.shared_folder import shared_folder
 from helpers.tiny_run import btm_scale, tiny_values, write_config
+from hypothesis import settings
 
 from btm_scale.config.run import RunConfig
 from btm_scale.run_dir import RunDir
 
 # Tests run side by side: a thread that waits for another must not spin on the core that the other needs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs of a machine that has some from all tests but those in tests/gpu."""
+    if not any("gpu" in Path(argument).parts for argument in config.args):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+# Few examples, the same every time, for `make test`; many new ones for `make test-full`.
+settings.register_profile("quick", max_examples=50, deadline=None, derandomize=True)
+settings.register_profile("full", max_examples=2_000, deadline=None, print_blob=True)
+settings.load_profile("quick")
 
 
 @pytest.fixture(scope="session")

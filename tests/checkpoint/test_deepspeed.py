@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from helpers.cuts import all_pairs, cut
 from helpers.worlds import run_script
 from safetensors.torch import load_file
 
@@ -24,69 +25,90 @@ from btm_scale.model.shape import ModelShape
 
 SAVER = Path(__file__).with_name("save_with_engine.py")
 SIZES = {"layers": 2, "hidden": 32, "heads": 4, "ffn": 40, "positions": 16}
-SHAPES: dict[str, dict[str, Any]] = {
-    f"{tied}-{grouped}-{even}": SIZES
-    | {
-        "tied": tied == "tied",
-        "kv_heads": 2 if grouped == "grouped" else 4,
-        "vocabulary": 64 if even == "even" else 65,
-    }
-    for tied, grouped, even in itertools.product(("tied", "untied"), ("grouped", "plain"), ("even", "odd"))
+AXES: dict[str, tuple[Any, ...]] = {
+    "tensor": (1, 2),
+    "data": (1, 2),
+    "stage": (1, 2, 3),
+    "head": ("tied", "untied"),
+    "attention": ("grouped", "plain"),
+    "vocabulary": ("even", "odd"),
 }
-EVERY = list(itertools.product(SHAPES, (1, 2, 3)))
+SHAPES: dict[str, dict[str, Any]] = {
+    f"{head}-{attention}-{vocabulary}": SIZES
+    | {
+        "tied": head == "tied",
+        "kv_heads": 2 if attention == "grouped" else 4,
+        "vocabulary": 64 if vocabulary == "even" else 65,
+    }
+    for head, attention, vocabulary in itertools.product(AXES["head"], AXES["attention"], AXES["vocabulary"])
+}
 FAMILIES = {"gpt2": "gpt2", "biases": "qwen2", "head-norms": "qwen3"}
 SHAPES |= {name: SIZES | {"family": family, "kv_heads": 4, "vocabulary": 65} for name, family in FAMILIES.items()}
-VARIANTS = [*EVERY, ("tied-grouped-odd", 0), ("gpt2", 1), ("biases", 2), ("head-norms", 3)]
-LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 
 
-@dataclass(frozen=True)
-class Saved:
-    """What one layout's engine left."""
+class Case(NamedTuple):
+    """A checkpoint: the layout and the ZeRO stage of the engine that saved it, and the name of its shape."""
 
-    root: Path
     tensor: int
+    data: int
+    shape: str
+    stage: int
 
-    def folder(self, name: str, stage: int) -> Path:
-        return self.root / f"{name}-{stage}"
-
-
-@pytest.fixture(scope="module")
-def every_layout(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Saved]:
-    """Checkpoints of every variant by every layout, from one script that imports the engine once."""
-    found, worlds = {}, []
-    for tensor, data in LAYOUTS:
-        found[tensor, data] = saved = Saved(tmp_path_factory.mktemp("engine"), tensor)
-        variants = []
-        for name, stage in VARIANTS:
-            folder = saved.folder(name, stage)
-            folder.mkdir()
-            config = config_json(ModelShape(**SHAPES[name]), dtype="float32", end_of_text=None)
-            (folder / "config.json").write_text(json.dumps(config))
-            variants.append({"folder": str(folder), "shape": SHAPES[name], "stage": stage})
-        worlds.append({"tensor": tensor, "data": data, "variants": variants})
-    run_script(SAVER, worlds, tmp_path_factory.mktemp("spec"))
-    return found
+    @classmethod
+    def of(cls, tensor: int, data: int, stage: int, head: str, attention: str, vocabulary: str) -> Case:
+        return cls(tensor, data, f"{head}-{attention}-{vocabulary}", stage)
 
 
-@pytest.fixture(params=LAYOUTS, ids=lambda layout: f"tensor{layout[0]}-data{layout[1]}")
-def saved(request: pytest.FixtureRequest, every_layout: dict[tuple[int, int], Saved]) -> Saved:
-    return every_layout[request.param]
-
-
-@pytest.fixture(scope="module")
-def one_rank(every_layout: dict[tuple[int, int], Saved]) -> Saved:
-    return every_layout[1, 1]
+GRID = [dict(zip(AXES, values, strict=True)) for values in itertools.product(*AXES.values())]
+OTHERS = [("tied-grouped-odd", 0), ("gpt2", 1), ("biases", 2), ("head-norms", 3)]
+EVERY = [
+    *(Case.of(**values) for values in GRID),
+    *(Case(tensor, data, *other) for tensor in (1, 2) for data in (1, 2) for other in OTHERS),
+]
+# The checkpoints that single tests look at, every two settings together, and what one layout saves of the others.
+QUICK = {
+    *(Case.of(**values) for values in all_pairs(GRID)),
+    *(Case(2, 2, *other) for other in OTHERS),
+    *(Case(1, data, "untied-plain-odd", stage) for data in (1, 2) for stage in (2, 3)),
+    Case(1, 1, "tied-grouped-odd", 1),
+    Case(2, 2, "tied-grouped-odd", 2),
+    Case(2, 2, "tied-grouped-odd", 3),
+}
+CASES = cut(EVERY, QUICK.__contains__, name=lambda case: "-".join(map(str, case)))
+Saved = Callable[[Case], Path]
 
 
 @pytest.fixture(scope="module")
-def four_ranks(every_layout: dict[tuple[int, int], Saved]) -> Saved:
-    return every_layout[2, 2]
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """The folder of a case. One script, which imports the engine once, saves all cases of a cut."""
+    folders: dict[Case, Path] = {}
+
+    def folder_of(case: Case) -> Path:
+        if case not in folders:
+            same_cut = [other for other in EVERY if (other in QUICK) == (case in QUICK)]
+            folders.update(saved_by_the_engine(same_cut, tmp_path_factory.mktemp("engine")))
+        return folders[case]
+
+    return folder_of
 
 
-def engine_weights(saved: Saved, folder: Path, shape: ModelShape) -> dict[str, torch.Tensor]:
+def saved_by_the_engine(cases: Sequence[Case], root: Path) -> dict[Case, Path]:
+    folders = {case: root / "-".join(map(str, case)) for case in cases}
+    worlds: dict[tuple[int, int], dict[str, Any]] = {}
+    for case, folder in folders.items():
+        shape = SHAPES[case.shape]
+        folder.mkdir()
+        config = config_json(ModelShape(**shape), dtype="float32", end_of_text=None)
+        (folder / "config.json").write_text(json.dumps(config))
+        world = worlds.setdefault((case.tensor, case.data), {"tensor": case.tensor, "data": case.data, "variants": []})
+        world["variants"].append({"folder": str(folder), "shape": shape, "stage": case.stage})
+    run_script(SAVER, list(worlds.values()), root)
+    return folders
+
+
+def engine_weights(case: Case, folder: Path, shape: ModelShape) -> dict[str, torch.Tensor]:
     """The engine's own full weights under Hugging Face names."""
-    parts = [load_file(folder / f"engine-{rank}.safetensors") for rank in range(saved.tensor)]
+    parts = [load_file(folder / f"engine-{rank}.safetensors") for rank in range(case.tensor)]
     whole: dict[str, torch.Tensor] = {}
     for entry in table(shape):
         whole |= to_huggingface(entry, join(entry, [part[entry.megatron] for part in parts]), shape)
@@ -94,14 +116,14 @@ def engine_weights(saved: Saved, folder: Path, shape: ModelShape) -> dict[str, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "stage"), VARIANTS)
-def test_what_is_read_is_what_the_engine_holds(saved: Saved, name: str, stage: int) -> None:
-    folder, shape = saved.folder(name, stage), ModelShape(**SHAPES[name])
-    expected = engine_weights(saved, folder, shape)
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_read_is_what_the_engine_holds(saved: Saved, case: Case) -> None:
+    folder, shape = saved(case), ModelShape(**SHAPES[case.shape])
+    expected = engine_weights(case, folder, shape)
     with open_deepspeed(folder) as model:
         assert set(model.names) == set(expected)
         for tensor in model.names:
-            assert model.read(tensor).dtype == (torch.float32 if stage else torch.bfloat16)
+            assert model.read(tensor).dtype == (torch.float32 if case.stage else torch.bfloat16)
             assert model.read(tensor).equal(expected[tensor]), tensor
             middle = max(5, expected[tensor].numel() // 2)
             assert model.read_range(tensor, 5, middle).equal(expected[tensor].reshape(-1)[5:middle])
@@ -109,13 +131,11 @@ def test_what_is_read_is_what_the_engine_holds(saved: Saved, name: str, stage: i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "stage"), VARIANTS)
-def test_what_is_read_computes_in_transformers_what_the_engines_weights_compute(
-    saved: Saved, name: str, stage: int
-) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_read_computes_in_transformers_what_the_engines_weights_compute(saved: Saved, case: Case) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = saved.folder(name, stage)
+    folder = saved(case)
     settings = json.loads((folder / "config.json").read_text())
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
     with open_deepspeed(folder) as reader:
@@ -132,16 +152,14 @@ def test_what_is_read_computes_in_transformers_what_the_engines_weights_compute(
 @pytest.mark.slow
 @pytest.mark.parametrize("data", [1, 2])
 @pytest.mark.parametrize("stage", [2, 3])
-def test_it_agrees_with_deepspeeds_own_converter_where_that_can_read_it(
-    every_layout: dict[tuple[int, int], Saved], stage: int, data: int
-) -> None:
+def test_it_agrees_with_deepspeeds_own_converter_where_that_can_read_it(saved: Saved, stage: int, data: int) -> None:
     """That one knows no tensor parallel checkpoints."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    name = "untied-plain-odd"
-    folder = every_layout[1, data].folder(name, stage)
+    case = Case(1, data, "untied-plain-odd", stage)
+    folder = saved(case)
     theirs = get_fp32_state_dict_from_zero_checkpoint(str(folder))
-    shape = ModelShape(**SHAPES[name])
+    shape = ModelShape(**SHAPES[case.shape])
     with open_deepspeed(folder) as ours:
         for entry in table(shape):
             for tensor, value in to_huggingface(entry, theirs[entry.megatron], shape).items():
@@ -149,18 +167,18 @@ def test_it_agrees_with_deepspeeds_own_converter_where_that_can_read_it(
 
 
 @pytest.mark.slow
-def test_sixteen_bit_weights_are_read_where_they_are_and_told_where_not(four_ranks: Saved) -> None:
-    masters = open_deepspeed(four_ranks.folder("tied-grouped-odd", 2))
-    halves = open_deepspeed(four_ranks.folder("tied-grouped-odd", 2), master=False)
+def test_sixteen_bit_weights_are_read_where_they_are_and_told_where_not(saved: Saved) -> None:
+    masters = open_deepspeed(saved(Case(2, 2, "tied-grouped-odd", 2)))
+    halves = open_deepspeed(saved(Case(2, 2, "tied-grouped-odd", 2)), master=False)
     for name in masters.names:
         assert halves.read(name).equal(masters.read(name).bfloat16())
     with pytest.raises(CheckpointError, match="ZeRO 3, which leaves out"):
-        open_deepspeed(four_ranks.folder("tied-grouped-odd", 3), master=False)
+        open_deepspeed(saved(Case(2, 2, "tied-grouped-odd", 3)), master=False)
 
 
 @pytest.mark.slow
-def test_inputs_of_different_formats_merge(one_rank: Saved, four_ranks: Saved, tmp_path: Path) -> None:
-    first, second = one_rank.folder("tied-grouped-odd", 1), four_ranks.folder("tied-grouped-odd", 3)
+def test_inputs_of_different_formats_merge(saved: Saved, tmp_path: Path) -> None:
+    first, second = saved(Case(1, 1, "tied-grouped-odd", 1)), saved(Case(2, 2, "tied-grouped-odd", 3))
     merge(tmp_path / "converted", [(second, 1.0)])
     mixed = merge(tmp_path / "mixed", [(first, 1.0), (tmp_path / "converted", 2.0)])
     same = merge(tmp_path / "same", [(first, 1.0), (second, 2.0)])
@@ -168,11 +186,11 @@ def test_inputs_of_different_formats_merge(one_rank: Saved, four_ranks: Saved, t
 
 
 @pytest.mark.slow
-def test_missing_files_and_configs_are_told(four_ranks: Saved, tmp_path: Path) -> None:
+def test_missing_files_and_configs_are_told(saved: Saved, tmp_path: Path) -> None:
     import shutil
 
     folder = tmp_path / "copy"
-    shutil.copytree(four_ranks.folder("tied-plain-even", 2), folder)
+    shutil.copytree(saved(Case(2, 2, "tied-grouped-odd", 2)), folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(CheckpointError, match="lacks the tensor"):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.cuts import full
 from helpers.small_models import Save, random_weights
 
 from btm_scale.checkpoint.formats.safetensors import ShardedWriter
@@ -147,13 +148,14 @@ merge(Path(sys.argv[1]), [(Path(path), 1.0) for path in sys.argv[2:]], chunk_byt
 
 
 @pytest.mark.slow
-def test_killed_at_ten_random_points_and_run_again_gives_the_same_hash(save: Save, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [4, full(20)])
+def test_killed_at_random_points_and_run_again_gives_the_same_hash(kills: int, save: Save, tmp_path: Path) -> None:
     models = [
         save(
             f"m{i}",
             {
                 f"{layer:02d}.{name}": tensor
-                for layer in range(16)
+                for layer in range(3 * kills)
                 for name, tensor in random_weights(100 * i + layer).items()
             },
             shard=9000,
@@ -163,7 +165,7 @@ def test_killed_at_ten_random_points_and_run_again_gives_the_same_hash(save: Sav
     expected = merge(tmp_path / "whole", [(model, 1.0) for model in models], max_shard_bytes=5e9).content_hash
     command = [sys.executable, "-c", KILLED, str(tmp_path / "out"), *map(str, models)]
     progress = []
-    delays = torch.rand(10, generator=torch.Generator().manual_seed(7)).mul(0.1).tolist()
+    delays = torch.rand(kills, generator=torch.Generator().manual_seed(7)).mul(0.1).tolist()
     for kill, delay in enumerate(delays):
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None

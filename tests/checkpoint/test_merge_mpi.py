@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers.mpirun import AS_ROOT, mpirun
 from helpers.small_models import Save, random_weights
 
 from btm_scale.checkpoint.hashing import content_hash
@@ -18,11 +17,8 @@ from btm_scale.checkpoint.merge.merge import merge
 
 
 def mpirun_merge(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    found = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if found is None or importlib.util.find_spec("mpi4py") is None:
-        pytest.skip("needs mpirun and mpi4py, for example from `pip install mpich mpi4py`")
-    rooted = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
-    command = [found, "-n", str(ranks), sys.executable, "-m", "btm_scale.cli", "merge", *map(str, arguments)]
+    rooted = AS_ROOT | {"OMP_NUM_THREADS": "1"}
+    command = [mpirun(), "-n", str(ranks), sys.executable, "-m", "btm_scale.cli", "merge", *map(str, arguments)]
     return subprocess.run(command, env=os.environ | rooted, capture_output=True, text=True, timeout=300, check=False)
 
 

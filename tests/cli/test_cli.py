@@ -113,7 +113,8 @@ def test_a_disk_that_refuses_is_told_in_a_line(tmp_path: Path) -> None:
 
 
 def test_a_killed_prepare_leaves_no_process_and_the_next_one_finishes(tmp_path: Path, real_text: Path) -> None:
-    write_config(tmp_path / "run.yaml", tiny_values(real_text))
+    # As on a machine of two cores at least: with one worker there is no other process.
+    write_config(tmp_path / "run.yaml", tiny_values(real_text, data={"dev": 0.1, "test": 0.1, "workers": 2}))
     made = tmp_path / "made"
     command = [
         sys.executable,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from btm_scale.config.run import OptimizerConfig, RunConfig
 from btm_scale.configs import FOLDER
 from btm_scale.errors import ConfigError
 from btm_scale.model.shape import PRESETS
-from btm_scale.run.pipeline import training_stages
+from btm_scale.run.pipeline import dry_run, training_stages
+from btm_scale.run_dir import RunDir
 from btm_scale.train.jobs import model_names, training_job
 
 DOMAINS = {"math": {"text": "math.jsonl"}, "code": {"text": ["src/**/*.py"]}}
@@ -30,6 +32,20 @@ def test_every_config_that_is_shipped_parses_and_plans_all_its_jobs(path: Path) 
         # A pretrained model may be the seed LM as it is, where the budget has no share for it.
         assert (job.steps > 0) == (model != "seed" or config.budget.seed_share > 0)
         assert job.accumulation * job.micro_batch * job.layout.data == job.sequences
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_config_that_is_shipped_dry_runs_where_its_text_is(path: Path, tmp_path: Path) -> None:
+    config = RunConfig.load(path, [f"text_root={tmp_path}"])
+    for pattern in (pattern for domain in config.all_domains.values() for pattern in domain.text):
+        file = tmp_path / pattern.replace("*", "part-0")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(gzip.compress(b'{"text": "one"}\n') if file.suffix == ".gz" else b'{"text": "one"}\n')
+    run = RunDir(tmp_path / "run")
+    planned = dry_run(config, run)
+    assert set(planned["models"]) == set(model_names(config))
+    assert set(planned["text"]) == set(config.all_domains)
+    assert not run.root.exists()
 
 
 def test_only_domains_must_be_given(tmp_path: Path) -> None:

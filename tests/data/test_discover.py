@@ -14,8 +14,6 @@ from btm_scale.data.clustering import Clustering, balanced_kmeans, squared_dista
 from btm_scale.data.discover import DOMAINS, discover, random_sample
 from btm_scale.errors import DataError
 
-pytest.importorskip("sklearn", reason="finding domains needs scikit-learn")
-
 KINDS = ("python", "cpp", "licences", "docs")
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from btm_scale.launch.local import free_port
 
 TESTS = Path(__file__).parents[1]
 
@@ -17,9 +18,7 @@ def launched(script: Path, ranks: int, spec: Any, folder: Path) -> subprocess.Co
     """Run `script SPEC.json` in so many ranks on CPU, as local groups are started; fails with the end of the log."""
     file = folder / f"{script.stem}-{ranks}.json"
     file.write_text(json.dumps(spec))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [
         sys.executable,
         "-m",

@@ -10,6 +10,17 @@ import torch
 Weights = Mapping[str, torch.Tensor]
 Save = Callable[..., Path]
 
+# What a layout may have trouble with: a vocabulary that no tensor degree divides, and fewer KV heads than heads.
+TINY_SHAPE = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 48, "positions": 16, "vocabulary": 65}
+# The same in the words of a Hugging Face config.
+HUGGINGFACE_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 65,
+}
 WEIGHTS = [0.3, 1.0, 0.7, 2.0]  # of the four `models`
 
 

@@ -12,6 +12,7 @@ import yaml
 
 from btm_scale.config.run import RunConfig
 from btm_scale.distributed.precision import ask_device
+from btm_scale.run_dir import RunDir
 
 TINY_MODEL = {"family": "llama", "layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2, "ffn": 96}
 
@@ -51,11 +52,28 @@ def write_config(path: Path, values: dict[str, Any]) -> RunConfig:
     return RunConfig.load(path)
 
 
+def share_text(run: RunDir, prepared: RunDir) -> None:
+    """Give a run that has not begun the tokenizer and the token files of another."""
+    run.root.mkdir(parents=True, exist_ok=True)
+    for name in ("data", "tokenizer"):
+        (run.root / name).symlink_to(prepared.root / name)
+
+
+def start_btm_scale(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+    """Start the command line as a user does, and keep what it says on stderr."""
+    command = [sys.executable, "-m", "btm_scale.cli", *map(str, arguments)]
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen(command, text=True, env=_as_no_rank(), **options)
+
+
 def btm_scale(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user does."""
     command = [sys.executable, "-m", "btm_scale.cli", *map(str, arguments)]
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    done = subprocess.run(command, capture_output=True, text=True, env=_as_no_rank(), timeout=900)
     if check and done.returncode != 0:
         raise AssertionError(f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
     return done
+
+
+def _as_no_rank() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}

@@ -7,13 +7,14 @@ import importlib
 import json
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
+
+from btm_scale.launch.local import free_port
 
 
 def run_script(script: Path, spec: Any, folder: Path) -> None:
@@ -45,9 +46,7 @@ def fork_world(count: int, job: Callable[..., None], *arguments: Any) -> None:
     gc.collect()
     gc.freeze()  # the ranks collect garbage often, and what was imported is none
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     os.environ.update(
         {"WORLD_SIZE": str(count), "LOCAL_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     )

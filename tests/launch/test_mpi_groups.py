@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.mpirun import mpirun
 
 from btm_scale.config.launch import MpiConfig
 from btm_scale.errors import GroupFailed, LaunchError
@@ -22,15 +21,10 @@ from btm_scale.launch.mpi import MpiLauncher
 from btm_scale.launch.supervise import GroupCommand
 from btm_scale.util.processes import REQUEUE
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("mpi4py") is None
-    or not (shutil.which("mpirun") or (Path(sys.executable).parent / "mpirun").exists()),
-    reason="needs mpirun and mpi4py, for example from `pip install mpich mpi4py`",
-)
-
 
 def run(folder: Path, ranks: int, **groups: tuple[str, ...]) -> str:
     """Run groups of two ranks; returns what mpirun printed."""
+    mpirun()
     commands = [GroupCommand(name, 2, arguments, folder / "train" / name / "log") for name, arguments in groups.items()]
     try:
         MpiLauncher(MpiConfig(ranks=ranks))(commands, lambda states: None)
@@ -61,6 +55,7 @@ def test_the_failure_of_an_earlier_try_is_not_told_again(tmp_path: Path) -> None
     log.parent.mkdir(parents=True)
     record = {"rank": 0, "ranks": 2, "host": "node7", "time": 1.0, "error": "RuntimeError: of yesterday"}
     log.with_name("log.failed-0.json").write_text(json.dumps(record))
+    mpirun()
     with pytest.raises(GroupFailed, match="a group needs 2 ranks"):
         MpiLauncher(MpiConfig(ranks=1))([GroupCommand("a", 2, (), log)], lambda states: None)
 

@@ -8,21 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.small_models import HUGGINGFACE_SIZES
 from helpers.worlds import run_script
 from safetensors.torch import load_file, save_file
 
 from btm_scale.errors import CheckpointError
 from btm_scale.model.hf_config import config_json, shape_from_config
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 65,
-    "max_position_embeddings": 32,
-}
+SIZES: dict[str, Any] = HUGGINGFACE_SIZES | {"max_position_embeddings": 32}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "rms_norm_eps": 1e-5},

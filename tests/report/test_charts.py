@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from btm_scale.report.chart_data import compute_bars, nearness, training_curves
@@ -13,7 +13,6 @@ from btm_scale.report.line_chart import smoothed
 from btm_scale.report.plots import RatioRow, ratio_chart
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(-50, 350), min_size=1, max_size=40))
 def test_labels_keep_apart_and_inside_as_far_as_there_is_room(positions):
     placed = spread(positions, 16.0, 0.0, 300.0)
@@ -23,7 +22,6 @@ def test_labels_keep_apart_and_inside_as_far_as_there_is_room(positions):
     assert all(b - a >= gap - 1e-6 for a, b in zip(sorted(placed), sorted(placed)[1:], strict=False))
 
 
-@settings(deadline=None)
 @given(st.text(max_size=80), st.floats(20, 200))
 def test_a_fitted_label_is_no_wider_than_its_room(words, room):
     assert text_width(fit(words, room)) <= max(room, text_width("\u2026"))

@@ -1,20 +1,21 @@
 """Every layout trains the same model: a matrix of them through the real launcher, against one rank.
 
-The whole matrix (144 layouts) takes long; by default a part of it is run in which every two settings meet that may.
-`BTM_SCALE_FULL_MATRIX=1` runs all of it.
+`make test` runs layouts that combine every two settings that may be combined, `make test-full` all of the matrix.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.cuts import all_pairs, full
 from helpers.launcher import TESTS, launched
+from helpers.small_models import TINY_SHAPE
 from helpers.worlds import run_script
 from pydantic import ValidationError
 from safetensors.torch import load_file
@@ -24,10 +25,8 @@ from btm_scale.distributed.precision import ask_device
 
 pytestmark = pytest.mark.slow
 
-# A vocabulary that no tensor degree divides, and grouped heads.
-SHAPE = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 48, "positions": 16, "vocabulary": 65}
-LLAMA = {"family": "llama", **SHAPE}
-GPT2 = {"family": "gpt2", **SHAPE, "kv_heads": 4}
+LLAMA = {"family": "llama", **TINY_SHAPE}
+GPT2 = {"family": "gpt2", **TINY_SHAPE, "kv_heads": 4}
 STEPS = 20
 AT_A_LAUNCH = 12  # layouts: the threads of each one's gloo groups stay until the process ends
 SETTINGS = {
@@ -52,29 +51,28 @@ def allowed_layouts() -> list[dict[str, Any]]:
     return found
 
 
-def in_which_all_pairs_meet(layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Some of the layouts, in which every two settings that go together anywhere do so."""
-    pairs = [set(itertools.combinations(layout.items(), 2)) for layout in layouts]
-    missing, chosen = set().union(*pairs), []
-    while missing:
-        best = max(range(len(layouts)), key=lambda i: len(pairs[i] & missing))
-        missing -= pairs[best]
-        chosen.append(layouts[best])
-    return chosen
-
-
 MATRIX = allowed_layouts()
-if not os.environ.get("BTM_SCALE_FULL_MATRIX"):
-    MATRIX = in_which_all_pairs_meet(MATRIX)
 
 
-def float32_layouts(ranks: int) -> Layouts:
-    """The matrix's layouts of so many ranks."""
+def float32_layouts(matrix: Sequence[Mapping[str, Any]], ranks: int) -> Layouts:
+    """The layouts of the matrix that have this number of ranks."""
     return {
-        "-".join(map(str, layout.values())): layout | {"precision": "fp32", "micro_batch": 2}
-        for layout in MATRIX
+        "-".join(map(str, layout.values())): dict(layout) | {"precision": "fp32", "micro_batch": 2}
+        for layout in matrix
         if layout["tensor"] * layout["data"] == ranks
     }
+
+
+def launches() -> list[Any]:
+    """Layouts of one number of ranks, and no more than a launch takes."""
+    cases = [pytest.param(float32_layouts(all_pairs(MATRIX), ranks), id=f"pairs-{ranks}") for ranks in (1, 2, 4)]
+    for ranks in (1, 2, 4):
+        layouts = float32_layouts(MATRIX, ranks)
+        names = list(layouts)
+        for start in range(0, len(names), AT_A_LAUNCH):
+            part = {name: layouts[name] for name in names[start : start + AT_A_LAUNCH]}
+            cases.append(full(part, id=f"{ranks}-from-{start}"))
+    return cases
 
 
 def half_precision_layouts(precision: str, tensor: int, data: int) -> Layouts:
@@ -147,18 +145,18 @@ def assert_same(
             assert float(error) < weights, name
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("layouts", launches())
 def test_every_layout_gives_one_ranks_losses_and_weights(
-    ranks: int, one_rank: dict[str, torch.Tensor], tmp_path: Path
+    layouts: Layouts, one_rank: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    for name, found in trained(tmp_path, float32_layouts(ranks), launch=True).items():
+    for name, found in trained(tmp_path, layouts, launch=True).items():
         try:
             assert_same(found, one_rank, losses=1e-5, weights=1e-4)
         except AssertionError as error:
             raise AssertionError(f"{'-'.join(SETTINGS)} {name}: {error}") from None
 
 
-@pytest.mark.parametrize(("tensor", "data"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize(("tensor", "data"), [full(1, 1), (2, 2)])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_follows_float32_or_is_refused(
     precision: str,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_run import btm_scale, tiny_values, write_config
+from helpers.tiny_run import btm_scale, share_text, tiny_values, write_config
 
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.run_dir import RunDir
@@ -18,27 +18,25 @@ pytestmark = pytest.mark.slow
 STEPS = 20
 
 
-def values(text: Path, group: dict[str, Any]) -> dict[str, Any]:
+def values(text: Path, layout: dict[str, Any]) -> dict[str, Any]:
     budget = {"tokens": 2 * STEPS * 1024, "seed_share": 0.5, "sequence_length": 64, "batch_tokens": 1024}
-    group = {"precision": "fp32", "micro_batch": 4, **group}
+    layout = {"precision": "fp32", "micro_batch": 4, **layout}
     # A rate that people train with: at tiny_values' the rounding of different layouts' sums grows chaotically.
     optimizer = {"lr": 1e-3}
     return tiny_values(
         text,
         budget=budget,
-        group=group,
+        layout=layout,
         optimizer=optimizer,
         evaluate={"tokens_per_domain": 500, "dev_blocks": 5},
     )
 
 
-def train_seed(folder: Path, text: Path, data: Path, group: dict[str, Any]) -> RunDir:
+def train_seed(folder: Path, text: Path, prepared: RunDir, layout: dict[str, Any]) -> RunDir:
     """Train the seed from token files that are there already."""
-    write_config(folder / "tiny.yaml", values(text, group))
+    write_config(folder / "tiny.yaml", values(text, layout))
     run = RunDir(folder / "run")
-    run.root.mkdir(parents=True)
-    for name in ("data", "tokenizer"):
-        (run.root / name).symlink_to(data / name)
+    share_text(run, prepared)
     btm_scale("train", folder / "tiny.yaml", "--model", "seed", "--out", run.root)
     return run
 
@@ -52,7 +50,7 @@ def one_rank(real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDi
     folder = tmp_path_factory.mktemp("one")
     write_config(folder / "tiny.yaml", values(real_text, {}))
     btm_scale("prepare", folder / "tiny.yaml", "--out", folder / "prepared")
-    return train_seed(folder, real_text, folder / "prepared", {})
+    return train_seed(folder, real_text, RunDir(folder / "prepared"), {})
 
 
 def test_a_group_of_four_ranks_gives_one_ranks_losses_and_weights(
@@ -60,8 +58,8 @@ def test_a_group_of_four_ranks_gives_one_ranks_losses_and_weights(
 ) -> None:
     """As a user trains, on real text; test_layout_matrix.py holds the other layouts."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    group = {"tensor": 2, "data": 2, "zero": 1}
-    run = train_seed(tmp_path, real_text, one_rank.tokenizer.resolve().parent, group)
+    layout = {"tensor": 2, "data": 2, "zero": 1}
+    run = train_seed(tmp_path, real_text, one_rank, layout)
     expected, found = losses(one_rank), losses(run)
     assert len(expected) == STEPS
     assert found == pytest.approx(expected, abs=1e-5)

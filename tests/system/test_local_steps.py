@@ -7,21 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.launcher import TESTS
+from helpers.small_models import TINY_SHAPE
 from helpers.worlds import run_script
 from safetensors.torch import load_file
 
 from btm_scale.train import diloco
 
-SHAPE = {
-    "family": "llama",
-    "layers": 2,
-    "hidden": 32,
-    "heads": 4,
-    "kv_heads": 2,
-    "ffn": 48,
-    "positions": 16,
-    "vocabulary": 65,
-}
 STEPS, EVERY = 20, 10
 
 
@@ -63,7 +54,7 @@ def test_ranks_that_step_alone_learn_as_well_with_a_fraction_of_the_traffic(tmp_
         "local": group | {"sync_every": EVERY},
         "local-tensor": group | {"tensor": 2, "data": 2, "sync_every": EVERY},
     }
-    spec = {"shape": SHAPE, "steps": STEPS, "sequences": 8, "folder": str(tmp_path)}
+    spec = {"shape": {"family": "llama", **TINY_SHAPE}, "steps": STEPS, "sequences": 8, "folder": str(tmp_path)}
     four = {"local-tensor": layouts["local-tensor"]}
     two = {name: layout for name, layout in layouts.items() if name not in four}
     specs = [spec | {"layouts": layouts} for layouts in (two, four)]

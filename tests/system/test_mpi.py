@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from helpers.cluster_run import EXPERTS, cluster_values
+from helpers.mpirun import AS_ROOT, mpirun
 from helpers.tiny_run import btm_scale, write_config
 
 from btm_scale.forest.expert import is_finished, read_expert
@@ -77,8 +77,7 @@ def connections(owners: dict[int, str]) -> Iterator[tuple[str, str]]:
 @pytest.fixture(scope="module")
 def run(real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """Prepared, and its seed trained: the first two of six ranks do that, the others have nothing to do."""
-    if importlib.util.find_spec("mpi4py") is None or _mpirun() is None:
-        pytest.skip("needs mpirun and mpi4py, for example from `pip install mpich mpi4py`")
+    mpirun()  # or skip, before anything is prepared
     folder = tmp_path_factory.mktemp("mpi")
     write_config(folder / "run.yaml", cluster_values(real_text, steps=STEPS))
     made = RunDir(folder / "run")
@@ -118,7 +117,7 @@ def seen(run: RunDir) -> Seen:
 
 def _start(run: RunDir) -> subprocess.Popen[str]:
     command = [
-        _mpirun(),
+        mpirun(),
         "-n",
         "6",
         sys.executable,
@@ -131,18 +130,13 @@ def _start(run: RunDir) -> subprocess.Popen[str]:
         "--launcher",
         "mpi",
     ]
-    rooted = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return subprocess.Popen(
         [str(word) for word in command],
-        env={name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | rooted,
+        env={name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | AS_ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def _mpirun() -> str | None:
-    return shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
 
 def _sample(run: RunDir, found: Seen) -> bool:

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from helpers.launcher import TESTS
+from helpers.small_models import TINY_SHAPE
 from helpers.worlds import run_script
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 
-SHAPE = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 48, "positions": 16, "vocabulary": 65}
 SAVED, STEPS = 10, 30
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -60,7 +60,7 @@ def by_ranks() -> dict[int, dict[str, dict[str, Any]]]:
 def test_the_next_twenty_losses_are_those_of_a_run_that_kept_its_layout(tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     whole.mkdir()
-    common = {"shape": {"family": "llama", **SHAPE}, "steps": STEPS, "sequences": 8}
+    common = {"shape": {"family": "llama", **TINY_SHAPE}, "steps": STEPS, "sequences": 8}
     specs = []
     for name in ("one", "data2-local"):
         kept = {name: LAYOUTS[name] | {"precision": "fp32", "micro_batch": 2}}

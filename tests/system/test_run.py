@@ -7,7 +7,6 @@ import json
 import math
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from helpers.tiny_run import btm_scale, tiny_values, write_config
+from helpers.cuts import full
+from helpers.tiny_run import btm_scale, start_btm_scale, tiny_values, write_config
 
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.config.run import RunConfig
@@ -194,19 +194,20 @@ def test_the_page_shows_what_the_results_say(finished_run: Run) -> None:
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
-def test_killed_at_three_stages_a_run_ends_in_the_same_results(
-    finished_run: Run, real_text: Path, tmp_path: Path
+@pytest.mark.parametrize("stages", [("branch",), full(("seed", "branch", "averages"))], ids=" and ".join)
+def test_killed_in_any_stage_a_run_ends_in_the_same_results(
+    stages: tuple[str, ...], finished_run: Run, real_text: Path, tmp_path: Path
 ) -> None:
     _, finished = finished_run
     write_config(tmp_path / "tiny.yaml", tiny_values(real_text))
     run = RunDir(tmp_path / "run")
-    moments = [
-        lambda: any(run.checkpoints("seed").glob("step-*")),
-        lambda: any(run.checkpoints("python").glob("step-*")) or any(run.checkpoints("licences").glob("step-*")),
-        lambda: run.model("average/uniform").is_dir(),
-    ]
-    for moment in moments:
-        _kill_when(moment, tmp_path, run)
+    moments = {
+        "seed": lambda: any(run.checkpoints("seed").glob("step-*")),
+        "branch": lambda: any(any(run.checkpoints(name).glob("step-*")) for name in ("python", "licences")),
+        "averages": lambda: run.model("average/uniform").is_dir(),
+    }
+    for stage in stages:
+        _kill_when(moments[stage], tmp_path, run)
     btm_scale("run", tmp_path / "tiny.yaml", "--out", run.root)
     assert json.loads(run.results.read_text()) == json.loads(finished.results.read_text())
     for name in ("seed", "dense", "python", "licences"):
@@ -240,16 +241,7 @@ def _kill_when(moment: Callable[[], bool], folder: Path, run: RunDir) -> None:
 
 
 def _started_until(moment: Callable[[], bool], folder: Path, run: RunDir) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "btm_scale.cli",
-        "run",
-        str(folder / "tiny.yaml"),
-        "--out",
-        str(run.root),
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = start_btm_scale("run", folder / "tiny.yaml", "--out", run.root)
     deadline = time.monotonic() + 300
     while not moment():
         assert process.poll() is None, "the run ended before its moment"

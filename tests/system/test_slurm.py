@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from helpers.cluster_run import EXPERTS, cluster_values
 from helpers.slurm_cluster import SlurmCluster
-from helpers.tiny_run import write_config
+from helpers.tiny_run import share_text, write_config
 
 from btm_scale.forest.expert import read_expert
+from btm_scale.launch.local import free_port
 from btm_scale.run_dir import RunDir
 
 pytestmark = pytest.mark.slow
@@ -154,9 +155,7 @@ def test_a_stop_and_a_lost_node_change_no_bit(disturbed: tuple[Submitter, dict[s
     assert 0 < seen["stopped"] < STEPS
     assert seen["killed at"] < f"step-{STEPS:08d}"
     calm = RunDir(tmp_path / "calm")
-    calm.root.mkdir()
-    for name in ("data", "tokenizer"):
-        (calm.root / name).symlink_to(user.run.root / name)
+    share_text(calm, user.run)
     for model in ("seed", "python"):
         train_in_peace(user.config, calm, model)
         assert read_expert(calm.model(model)).content_hash == read_expert(user.run.model(model)).content_hash
@@ -166,8 +165,7 @@ def test_a_stop_and_a_lost_node_change_no_bit(disturbed: tuple[Submitter, dict[s
 
 def train_in_peace(config: Path, run: RunDir, model: str) -> None:
     arguments = ["train", str(config), "--model", model, "--out", str(run.root)]
-    port = str(20_000 + os.getpid() % 10_000)
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "btm_scale.cli", *arguments],

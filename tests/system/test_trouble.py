@@ -9,14 +9,14 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from helpers.tiny_run import btm_scale, tiny_values, write_config
+from helpers.cuts import full
+from helpers.tiny_run import btm_scale, share_text, start_btm_scale, tiny_values, write_config
 
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.run_dir import RunDir
@@ -26,8 +26,6 @@ from btm_scale.util.processes import REQUEUE
 pytestmark = pytest.mark.slow
 
 STEPS, EVERY, RANKS = 48, 4, 2
-# Twenty for the record; each is a start of the whole group.
-KILLS = int(os.environ.get("BTM_SCALE_KILLS", "3"))
 
 
 def write_run(folder: Path, text: Path) -> RunDir:
@@ -63,29 +61,15 @@ def uninterrupted(real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def run(uninterrupted: RunDir, real_text: Path, tmp_path: Path) -> Iterator[RunDir]:
     """A run of the same text and config that hasn't begun."""
     run = write_run(tmp_path, real_text)
-    run.root.mkdir()
-    for name in ("data", "tokenizer"):
-        (run.root / name).symlink_to(uninterrupted.root / name)
+    share_text(run, uninterrupted)
     yield run
     for process in processes_of(run):
         process.kill()
 
 
 def start(run: RunDir, *settings: str) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "btm_scale.cli",
-        "train",
-        str(run.root.parent / "tiny.yaml"),
-        "--model",
-        "seed",
-        "--out",
-        str(run.root),
-        *settings,
-    ]
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+    config = run.root.parent / "tiny.yaml"
+    return start_btm_scale("train", config, "--model", "seed", "--out", run.root, *settings)
 
 
 def processes_of(run: RunDir) -> list[psutil.Process]:
@@ -161,14 +145,15 @@ def delete_half(state: Path) -> None:
     (state / "model.safetensors").unlink()
 
 
+@pytest.mark.parametrize("kills", [3, full(20)])
 def test_a_run_that_is_killed_and_damaged_again_and_again_ends_in_the_same_weights(
-    run: RunDir, uninterrupted: RunDir
+    kills: int, run: RunDir, uninterrupted: RunDir
 ) -> None:
     chance = random.Random(1)
     damages = [cut_short, flip_a_byte, delete_half]
-    for number in range(KILLS):
+    for number in range(kills):
         # Not far on from where it stood, so that enough is left for the next kill.
-        process = start_and_wait_for_step(run, 8 + (STEPS - 20) * number // KILLS + chance.randrange(EVERY))
+        process = start_and_wait_for_step(run, 8 + (STEPS - 20) * number // kills + chance.randrange(EVERY))
         time.sleep(chance.random() * 0.2)
         ranks_of(run)[chance.randrange(RANKS)].kill()
         wait_for(lambda: not ranks_of(run), 30)  # a group follows its dead rank

@@ -14,7 +14,7 @@ from btm_scale.util.processes import REQUEUE
 SCORING = """
 import os, signal, sys, time
 from pathlib import Path
-from btm_scale.train.stop import leaving_at_once
+from btm_scale.train.preemption import leaving_at_once
 with leaving_at_once(Path(sys.argv[1])):
     os.kill(os.getpid(), int(sys.argv[2]))
     time.sleep(60)

@@ -8,10 +8,10 @@ import textwrap
 
 BEFORE = """
 import os, signal, threading, time
-from btm_scale import parallel
 from btm_scale.errors import WorkerLost
-from btm_scale.parallel import in_processes, in_threads
-parallel.CORES = 2
+from btm_scale.util import pools
+from btm_scale.util.pools import in_processes, in_threads
+pools.CORES = 2
 
 def slower_first(item):
     time.sleep(0.05 / (1 + item))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from btm_scale.forest.posterior import mixture
@@ -23,7 +23,6 @@ def by_the_formula(log_probs: np.ndarray, starts: list[int], prior: np.ndarray) 
     return np.concatenate(result)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     experts=st.integers(1, 6),
     tokens=st.integers(1, 40),
@@ -136,7 +135,6 @@ def tempered_token_by_token(
     return np.array(result), np.array(before)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     experts=st.integers(1, 6),
     seed=st.integers(0, 10_000),

@@ -11,15 +11,13 @@ from helpers.handmade_run import DOMAINS
 from helpers.tiny_forest import LETTERS, Letters, write_experts
 
 from btm_scale.config.run import RunConfig
+from btm_scale.data.clustering import Clustering
 from btm_scale.errors import ForestError
 from btm_scale.evaluate.ensemble import routed_methods
 from btm_scale.forest.posterior.routing import routed_mixture_log_probs, router
 from btm_scale.forest.scores import Stack
 from btm_scale.generate.generator import Generator
 from btm_scale.run_dir import RunDir
-
-pytest.importorskip("sklearn", reason="routing needs scikit-learn")
-from btm_scale.data.clustering import Clustering
 
 WORDS = ["", "def return", "licence software", "import yield", "warranty provided"]
 
