@@ -29,7 +29,7 @@ def opened(options: argparse.Namespace) -> tuple[RunConfig, RunDir]:
 def is_rank(options: argparse.Namespace) -> bool:
     """Whether this process is a rank of a group that a launcher started."""
     if options.launcher == "slurm":
-        from btm_scale.launch.ranks import become_slurm_rank
+        from btm_scale.launch.slurm import become_slurm_rank
 
         become_slurm_rank(os.environ)
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ

@@ -44,7 +44,7 @@ def make_plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
     return {
         "parameters": shape.parameters,
         "cluster": {"gpus": cluster.ranks, "nodes": cluster.nodes, "gpus_per_node": cluster.ranks_per_node}
-        | asdict(cluster.gpu),
+        | {name: figure for name, figure in asdict(cluster.gpu).items() if name != "devices"},
         "proposed": proposed,
         "stages": [_stage_rows(stage) for stage in stages],
         "days": sum(stage.seconds for stage in stages) / 86_400,
@@ -62,13 +62,14 @@ def with_proposals(config: RunConfig, shape: ModelShape, cluster: Cluster) -> tu
     if "layout" in config.model_fields_set:
         return config, proposed
     # With one sequence as the layout's least share of a batch, every job can be described before it has a layout.
-    smallest = config.layout.model_copy(update={"tensor": 1, "data": 1})
+    base = config.layout if cluster.gpu.bf16 else config.layout.model_copy(update={"precision": "fp16"})
+    smallest = base.model_copy(update={"tensor": 1, "data": 1})
     bare = config.model_copy(update={"layout": smallest, "seed_layout": {}})
-    layout, micro = propose(shape, _trainings(bare, _branches(bare)), cluster, config.layout)
+    layout, micro = propose(shape, _trainings(bare, _branches(bare)), cluster, base)
     proposed["layout"] = _settings(layout, Layout()) | {"micro_batch": micro}
     chosen = config.model_copy(update={"layout": Layout.model_validate(proposed["layout"])})
     if "seed_layout" not in config.model_fields_set:
-        whole, micro = propose(shape, _trainings(bare, [SEED]), cluster, config.layout)
+        whole, micro = propose(shape, _trainings(bare, [SEED]), cluster, base)
         # It is laid over `layout`, whose own settings would stand where nothing else is said.
         proposed["seed_layout"] = _settings(whole, layout) | {"micro_batch": micro}
         chosen = chosen.model_copy(update={"seed_layout": proposed["seed_layout"]})

@@ -19,13 +19,13 @@ from btm_scale.evaluate.soups import choose_soups, soups
 from btm_scale.forest.expert import is_finished
 from btm_scale.forest.methods import GREEDY, average_texts, averages_of
 from btm_scale.forest.scores import all_texts
+from btm_scale.launch.shutdown import end_with_supervisor
 from btm_scale.run_dir import RunDir
 from btm_scale.train.jobs import training_job
 from btm_scale.train.preemption import leaving_at_once
 from btm_scale.train.trainer import train_and_export
 from btm_scale.train.watchdog import PeerWatch
 from btm_scale.util.locks import ModelLock
-from btm_scale.util.processes import end_with_supervisor
 from btm_scale.util.rank_log import rank_log
 
 

@@ -14,8 +14,7 @@ from helpers.tiny_run import tiny_values, write_config
 
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ConfigError, LaunchError
-from btm_scale.launch.ranks import become_slurm_rank
-from btm_scale.launch.slurm import render
+from btm_scale.launch.slurm import become_slurm_rank, render
 from btm_scale.run.slurm import jobs, write_scripts
 from btm_scale.run_dir import RunDir
 
@@ -143,7 +142,7 @@ python=$(printf '%s\\n' "$@" | grep -m1 -F /python)
 "$python" - <<'END'
 from pathlib import Path
 from btm_scale.errors import LaunchError
-from btm_scale.rank_log import rank_log
+from btm_scale.util.rank_log import rank_log
 with rank_log(Path("made/train/seed/log")):
     raise {error}("so it is")
 END

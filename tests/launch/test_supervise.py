@@ -14,14 +14,14 @@ import psutil
 import pytest
 
 from btm_scale.errors import GroupFailed, LaunchError
+from btm_scale.launch.shutdown import REQUEUE
 from btm_scale.launch.supervise import GroupCommand, Start, run_groups_in
-from btm_scale.util.processes import REQUEUE
 from btm_scale.util.rank_log import read_failure
 
 RANK = """
 import sys, time
 from pathlib import Path
-from btm_scale.rank_log import rank_log
+from btm_scale.util.rank_log import rank_log
 log, seconds, error = sys.argv[1:]
 with rank_log(Path(log)):
     print("this is a rank's own line", flush=True)
