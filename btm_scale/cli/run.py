@@ -12,13 +12,24 @@ if TYPE_CHECKING:
     from btm_scale.config.run import RunConfig
     from btm_scale.run_dir import RunDir
 
+_DEMO_BYTES = 3_000_000  # of text per domain
+
 
 def demo(options: argparse.Namespace) -> Answer:
     """Run Branch-Train-Merge on text of this installation."""
-    from btm_scale.run.demo import demo_config
+    from btm_scale.config.run import RunConfig
+    from btm_scale.configs import FOLDER
+    from btm_scale.data.demo_text import write_installed_text
+    from btm_scale.run_dir import RunDir
 
-    config, run = demo_config(options.out, options.set)
-    return _run(options, config, run)
+    run_dir = RunDir((options.out or Path("runs") / "demo").resolve())
+    text = run_dir.root / "text"
+    if not text.is_dir():
+        partial = run_dir.root / ".text.partial"
+        write_installed_text(partial, bytes_per_domain=_DEMO_BYTES)
+        partial.rename(text)
+    config = RunConfig.load(FOLDER / "demo.yaml", (f"text_root={text}", *options.set))
+    return _run(options, config, run_dir)
 
 
 def run(options: argparse.Namespace) -> Answer:
@@ -29,7 +40,7 @@ def run(options: argparse.Namespace) -> Answer:
 
         return shown(options, submit_run(config, run_dir, dry_run=options.dry_run, say=say))
     if options.dry_run:
-        from btm_scale.run.pipeline import dry_run
+        from btm_scale.run.dry_run import dry_run
 
         return shown(options, dry_run(config, run_dir))
     return _run(options, config, run_dir)
@@ -38,8 +49,8 @@ def run(options: argparse.Namespace) -> Answer:
 def prepare(options: argparse.Namespace) -> Answer:
     """Train the tokenizer and write the token files."""
     from btm_scale.data.prepare import prepare as prepare_data
-    from btm_scale.run.pipeline import data_summary
     from btm_scale.run.state import open_run
+    from btm_scale.run.status import data_summary
 
     config, run_dir = _config_and_run(options)
     open_run(config, run_dir)

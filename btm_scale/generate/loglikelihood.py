@@ -11,7 +11,7 @@ import torch
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import UserError
 from btm_scale.forest.methods import average_model
-from btm_scale.forest.posterior.evidence import logsumexp
+from btm_scale.forest.posterior.log_weights import logsumexp
 from btm_scale.forest.posterior.mixture import mixture_log_probs
 from btm_scale.forest.priors import log_prior_of, models_of
 from btm_scale.generate.generator import Generator

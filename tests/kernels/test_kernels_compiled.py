@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from btm_scale.kernels import mixing, scoring  # noqa: E402
-from btm_scale.kernels.tuning_table import MIX_RULES, SCORE_RULES, ScoreRule  # noqa: E402
+from btm_scale.kernels.tuning import MIX_RULES, SCORE_RULES, ScoreRule  # noqa: E402
 
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}

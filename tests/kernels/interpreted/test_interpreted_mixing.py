@@ -7,7 +7,7 @@ import torch
 from helpers.kernel_oracle import exact_mixture, mixing_case, sparse_tensor
 
 from btm_scale.kernels import mix_logits, mix_sample, triton_launch
-from btm_scale.kernels.tuning_table import MixConfig
+from btm_scale.kernels.tuning import MixConfig
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 NARROW = MixConfig(block=64, split=160, warps=4, cache_bytes=1)

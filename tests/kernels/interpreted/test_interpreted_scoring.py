@@ -7,7 +7,7 @@ import torch
 from helpers.kernel_oracle import exact_token_logprobs, scoring_case, sparse_tensor
 
 from btm_scale.kernels import combine_partials, token_logprob_partials, token_logprobs, triton_launch, tuning
-from btm_scale.kernels.tuning_table import ScoreConfig
+from btm_scale.kernels.tuning import ScoreConfig
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-4, torch.float16: 1e-4}
