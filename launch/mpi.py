@@ -141,8 +141,8 @@ def _split(works: Sequence[Work], size: int, folder: Path) -> tuple[_Place | Non
     """This rank's place, and every group's work; None for a rank that is left over. MPI is over afterwards."""
     try:
         from mpi4py import MPI
-    except ImportError as error:
-        raise LaunchError(f"--launcher mpi needs mpi4py ({error}); pip install 'btm-scale[mpi]'") from None
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is installed and finds no libmpi
+        raise LaunchError(f"--launcher mpi needs mpi4py and an MPI ({error}); pip install 'btm-scale[mpi]'") from None
     world: Any = MPI.COMM_WORLD
     groups = world.size // size
     if groups == 0:

@@ -1,4 +1,4 @@
-"""Log weights of experts, which are the first dimension: normalised, cut to the largest, as a prior."""
+"""Log-probabilities and log weights of experts, which are the first dimension: checked, summed, normalised, cut."""
 
 from __future__ import annotations
 
@@ -15,6 +15,15 @@ def logsumexp(values: Array) -> Array:
     np.exp(shifted, out=shifted)
     with np.errstate(divide="ignore"):
         return safe + np.log(shifted.sum(axis=0))
+
+
+def checked(log_probs: Array) -> Array:
+    """Log-probabilities as float64. Raises ValueError for one above 0 or NaN."""
+    values = np.asarray(log_probs, dtype=np.float64)
+    # NaN fails every comparison, so this catches it too.
+    if values.size and not values.max() <= 0:
+        raise ValueError("log-probabilities must be at most 0 and never NaN; score the experts again")
+    return values
 
 
 def log_of(probabilities: Array) -> Array:

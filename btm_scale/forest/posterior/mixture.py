@@ -13,7 +13,7 @@ import numpy as np
 
 from btm_scale.config.evaluation import Tempering
 from btm_scale.forest.posterior.evidence import Evidence, Mode, checked_tempering
-from btm_scale.forest.posterior.log_weights import keep_largest, logsumexp, normalised_prior
+from btm_scale.forest.posterior.log_weights import checked, keep_largest, logsumexp, normalised_prior
 from btm_scale.util.pools import in_threads
 
 Array = np.ndarray
@@ -156,15 +156,6 @@ def blocks_of(starts: Array, tokens: int) -> list[tuple[int, int]]:
     if bounds[0] != 0 or any(end <= begin for begin, end in pairwise(bounds)):
         raise ValueError(f"block starts must ascend from 0 below {tokens}, not {list(starts[:3])}...")
     return list(pairwise(bounds))
-
-
-def checked(log_probs: Array) -> Array:
-    """Log-probabilities as float64. Raises ValueError for one above 0 or NaN."""
-    values = np.asarray(log_probs, dtype=np.float64)
-    # NaN fails every comparison, so this catches it too.
-    if values.size and not values.max() <= 0:
-        raise ValueError("log-probabilities must be at most 0 and never NaN; score the experts again")
-    return values
 
 
 def _equal_blocks(starts: Array, tokens: int, experts: int) -> Iterator[tuple[int, int, int]]:

@@ -6,8 +6,8 @@ import numpy as np
 
 from btm_scale.config.evaluation import Tempering
 from btm_scale.forest.posterior.evidence import Mode
-from btm_scale.forest.posterior.log_weights import log_of
-from btm_scale.forest.posterior.mixture import block_posterior, blocks_of, checked, mixture_log_probs
+from btm_scale.forest.posterior.log_weights import checked, log_of
+from btm_scale.forest.posterior.mixture import block_posterior, blocks_of, mixture_log_probs
 
 Array = np.ndarray
 

@@ -9,8 +9,8 @@ import numpy as np
 from btm_scale.data.clustering import Clustering, squared_distances
 from btm_scale.data.discover import cluster_name
 from btm_scale.errors import ForestError
-from btm_scale.forest.posterior.log_weights import keep_largest, logsumexp
-from btm_scale.forest.posterior.mixture import blocks_of, checked
+from btm_scale.forest.posterior.log_weights import checked, keep_largest, logsumexp
+from btm_scale.forest.posterior.mixture import blocks_of
 
 ROUTING_TEMPERATURE = 0.1
 _AT_ONCE = 1024  # texts placed at a time
