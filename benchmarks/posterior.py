@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from environment import describe
 
-from btm_scale.forest.posterior.evidence import Tempering
+from btm_scale.config.evaluation import Tempering
 from btm_scale.forest.posterior.mixture import mixture_log_probs
 
 RESULT = Path(__file__).parent / "results" / "posterior.json"
@@ -39,7 +39,7 @@ def main() -> None:
         (
             "tempered, blocks of 1024",
             restarting,
-            {"mode": "tempered", "tempering": Tempering(0.2, 0.95, 0.1)},
+            {"mode": "tempered", "tempering": Tempering(power=0.2, forgetting=0.95, share=0.1)},
         ),
     ):
         begin = time.perf_counter()

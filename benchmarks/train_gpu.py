@@ -21,7 +21,7 @@ import torch
 from environment import describe
 from training_peers import Case, in_ranks, ours, plain, seconds_a_step
 
-from btm_scale.launch.gpus import peak_flops
+from btm_scale.train.metrics import peak_flops
 
 RESULT = Path(__file__).parent / "results" / "train_gpu.json"
 OURS, PLAIN, COMPILED = "ours", "plain", "plain, compiled"

@@ -51,9 +51,9 @@ class Case:
 
 def ours(case: Case) -> Step:
     """The DeepSpeed engine around the Megatron-core model, as a group trains it."""
+    from btm_scale.distributed.cpu import keep_freed_memory
     from btm_scale.distributed.group import ExpertGroup
     from btm_scale.model.gpt import build_model
-    from btm_scale.run.worker import keep_freed_memory
     from btm_scale.train.engine import Engine
 
     keep_freed_memory()
@@ -88,7 +88,7 @@ def plain(case: Case, *, keep_memory: bool = False, compiled: bool = False) -> S
     """The same in plain PyTorch; several ranks by DistributedDataParallel."""
     from plain_pytorch import PlainLoop
 
-    from btm_scale.run.worker import keep_freed_memory
+    from btm_scale.distributed.cpu import keep_freed_memory
 
     if keep_memory:
         keep_freed_memory()

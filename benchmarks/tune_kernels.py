@@ -1,4 +1,4 @@
-"""Times block shapes on the GPU that is there and puts the best into kernels/tuning_table.py.
+"""Times block shapes on the GPU that is there and puts the best into kernels/tuning.py.
 
 python benchmarks/tune_kernels.py            # prints the best rows
 python benchmarks/tune_kernels.py --write    # and replaces the table's rows of this GPU
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from btm_scale.kernels.tuning_table import MixConfig, ScoreConfig, ScoreRule
+    from btm_scale.kernels.tuning import MixConfig, ScoreConfig, ScoreRule
 
-TABLE = Path(__file__).parent.parent / "kernels" / "tuning_table.py"
+TABLE = Path(__file__).parent.parent / "kernels" / "tuning.py"
 # (least tokens, least hidden size) of a rule, and the problem that stands for it: tokens, hidden, vocabulary.
 SCORE_CLASSES = {(0, 0): (32, 2048, 32_000), (65, 0): (8192, 1024, 50_304), (65, 3072): (8192, 4096, 128_256)}
 
@@ -34,8 +34,7 @@ def main() -> None:
 
     import torch
 
-    from btm_scale.kernels.tuning import architecture, score_config
-    from btm_scale.kernels.tuning_table import MixConfig, ScoreConfig, ScoreRule
+    from btm_scale.kernels.tuning import MixConfig, ScoreConfig, ScoreRule, architecture, score_config
 
     device = "cpu" if options.small else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
@@ -61,7 +60,7 @@ def main() -> None:
 
 def score_candidates() -> list[ScoreConfig]:
     """Block shapes worth timing; those that do not fit a GPU fail to launch and are passed over."""
-    from btm_scale.kernels.tuning_table import ScoreConfig
+    from btm_scale.kernels.tuning import ScoreConfig
 
     blocks = [(32, 128), (64, 128), (64, 256), (128, 128), (128, 256), (256, 128)]
     return [
@@ -74,7 +73,7 @@ def score_candidates() -> list[ScoreConfig]:
 
 def mix_candidates() -> list[MixConfig]:
     """Block shapes and cache shares worth timing."""
-    from btm_scale.kernels.tuning_table import MixConfig
+    from btm_scale.kernels.tuning import MixConfig
 
     return [
         MixConfig(block, split, warps, megabytes << 20)

@@ -13,17 +13,15 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from types import ModuleType
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from btm_scale.kernels import reference
-from btm_scale.kernels.partials import Partials, finish, merge
+from btm_scale.kernels.checks import check_heads, check_mixture, check_projection, check_sampling, refuse_target
+from btm_scale.kernels.partials import Partials, combine_partials, refuse_nan
 
 __all__ = ["combine_partials", "mix_logits", "mix_sample", "token_logprob_partials", "token_logprobs"]
-
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def token_logprobs(
@@ -55,15 +53,7 @@ def token_logprobs(
         ValueError: the shapes, types or devices do not belong together, or a target is out of range.
         FloatingPointError: a log-probability is NaN, because an input holds NaN or infinity.
     """
-    if hidden.ndim != 3 or len(heads) != hidden.shape[0]:
-        raise ValueError(
-            f"hidden is {list(hidden.shape)} with {len(heads)} heads; "
-            "it must be [experts, tokens, hidden] with one head for each expert."
-        )
-    for head in heads:
-        _check_projection(hidden[0], head, targets)
-    if any(head.shape != heads[0].shape or head.dtype != heads[0].dtype for head in heads):
-        raise ValueError("the heads differ in shape or type; score experts of different sizes one at a time.")
+    check_heads(hidden, heads, targets)
     rows = heads[0].shape[0] if vocab_size is None else min(vocab_size, heads[0].shape[0])
     outside = ((targets < 0) | (targets >= rows)) & (targets != ignore_index)
     log_probs = _backend(hidden).token_logprobs(
@@ -72,12 +62,9 @@ def token_logprobs(
     # One look at the device for both questions, after the launch, so that checking costs one synchronisation.
     any_outside, any_nan = torch.stack([outside.any(), log_probs.isnan().any()]).tolist()
     if any_outside:
-        wrong = int(targets[outside][0])
-        raise ValueError(
-            f"target {wrong} is not in the vocabulary; targets are 0 to {rows - 1}, or {ignore_index} to be ignored."
-        )
+        refuse_target(int(targets[outside][0]), rows, ignore_index)
     if any_nan:
-        raise FloatingPointError(_nan_message(log_probs))
+        refuse_nan(log_probs)
     return log_probs
 
 
@@ -112,7 +99,7 @@ def token_logprob_partials(
     Raises:
         ValueError: the shapes, types or devices do not belong together.
     """
-    _check_projection(hidden, head, targets)
+    check_projection(hidden, head, targets)
     return _backend(hidden).token_logprob_partials(
         hidden,
         head,
@@ -122,33 +109,6 @@ def token_logprob_partials(
         ignore_index=ignore_index,
         soft_cap=soft_cap,
     )
-
-
-def combine_partials(partials: Sequence[Partials] | Partials) -> Tensor:
-    """Log-probabilities (nats) from the partials of every vocabulary shard.
-
-    Args:
-        partials: one (maximum, sum_exp, target_logit) a shard in the order of the shards, each [tokens];
-            or one such triple of stacked tensors [shards, tokens].
-
-    Returns:
-        float32 [tokens], never above 0, and 0 for ignored tokens. The shards are added first to last, so
-        every rank gets the same bits. A target that no shard holds has log-probability -inf.
-
-    Raises:
-        FloatingPointError: a log-probability is NaN.
-    """
-    shards = cast(
-        Sequence[Partials],
-        list(zip(*partials, strict=True)) if isinstance(partials[0], Tensor) else partials,
-    )
-    total = shards[0]
-    for shard in shards[1:]:
-        total = merge(total, shard)
-    log_probs = finish(*total)
-    if log_probs.isnan().any():
-        raise FloatingPointError(_nan_message(log_probs))
-    return log_probs
 
 
 def mix_logits(logits: Tensor, log_weights: Tensor) -> Tensor:
@@ -165,7 +125,7 @@ def mix_logits(logits: Tensor, log_weights: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes, types or devices do not belong together.
     """
-    _check_mixture(logits, log_weights)
+    check_mixture(logits, log_weights)
     return _backend(logits).mix_logits(logits, log_weights)
 
 
@@ -199,13 +159,8 @@ def mix_sample(
     Raises:
         ValueError: the shapes, types or devices do not belong together, or the temperature is negative.
     """
-    _check_mixture(logits, log_weights)
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature {temperature} is not a number of at least 0; 0 takes the likeliest token.")
-    if log_likelihood is not None and log_likelihood.shape != log_weights.shape:
-        raise ValueError(
-            f"log_likelihood is {list(log_likelihood.shape)}; it must be [batch, experts] = {list(log_weights.shape)}."
-        )
+    check_mixture(logits, log_weights)
+    check_sampling(log_weights, temperature, log_likelihood)
     return _backend(logits).mix_sample(
         logits, log_weights, temperature=temperature, generator=generator, log_likelihood=log_likelihood
     )
@@ -217,35 +172,3 @@ def _backend(tensor: Tensor) -> ModuleType:
     if not (tensor.is_cuda or interpreted) or importlib.util.find_spec("triton") is None:
         return reference
     return importlib.import_module(".triton_launch", __name__)
-
-
-def _check_projection(hidden: Tensor, head: Tensor, targets: Tensor) -> None:
-    if hidden.ndim != 2 or head.ndim != 2 or targets.ndim != 1:
-        raise ValueError("hidden and heads must be matrices for each expert, and targets a vector.")
-    if hidden.shape[1] != head.shape[1] or hidden.shape[0] != targets.shape[0]:
-        raise ValueError(
-            f"{hidden.shape[0]} tokens of size {hidden.shape[1]}, a head of size {head.shape[1]} and "
-            f"{targets.shape[0]} targets do not fit: sizes and numbers of tokens must agree."
-        )
-    if hidden.dtype not in _FLOATS or head.dtype not in _FLOATS:
-        raise ValueError(f"hidden is {hidden.dtype} and head {head.dtype}; use bfloat16, float16 or float32.")
-    if not hidden.device == head.device == targets.device:
-        raise ValueError(f"hidden, heads and targets must be on one device; hidden is on {hidden.device}.")
-
-
-def _check_mixture(logits: Tensor, log_weights: Tensor) -> None:
-    if logits.ndim != 3 or log_weights.shape != (logits.shape[1], logits.shape[0]):
-        raise ValueError(
-            f"logits are {list(logits.shape)} and log_weights {list(log_weights.shape)}; "
-            "they must be [experts, batch, vocab] and [batch, experts]."
-        )
-    if logits.dtype not in _FLOATS or logits.device != log_weights.device:
-        raise ValueError("logits must be bfloat16, float16 or float32, on the device of log_weights.")
-
-
-def _nan_message(log_probs: Tensor) -> str:
-    where = log_probs.isnan().nonzero()[0].tolist()
-    return (
-        f"the log-probability at index {where} is NaN: hidden states or head hold NaN or infinity there. "
-        "Look for a diverged or damaged expert."
-    )

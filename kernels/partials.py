@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NoReturn, cast
+
 import torch
 from torch import Tensor
 
@@ -27,6 +30,42 @@ def merge(parts: Partials, more: Partials) -> Partials:
     shift = maximum.masked_fill(maximum == -float("inf"), 0.0)
     sum_exp = parts[1] * (parts[0] - shift).exp() + more[1] * (more[0] - shift).exp()
     return maximum, sum_exp, torch.maximum(parts[2], more[2])
+
+
+def combine_partials(partials: Sequence[Partials] | Partials) -> Tensor:
+    """Log-probabilities (nats) from the partials of every vocabulary shard.
+
+    Args:
+        partials: one (maximum, sum_exp, target_logit) a shard in the order of the shards, each [tokens];
+            or one such triple of stacked tensors [shards, tokens].
+
+    Returns:
+        float32 [tokens], never above 0, and 0 for ignored tokens. The shards are added first to last, so
+        every rank gets the same bits. A target that no shard holds has log-probability -inf.
+
+    Raises:
+        FloatingPointError: a log-probability is NaN.
+    """
+    shards = cast(
+        Sequence[Partials],
+        list(zip(*partials, strict=True)) if isinstance(partials[0], Tensor) else partials,
+    )
+    total = shards[0]
+    for shard in shards[1:]:
+        total = merge(total, shard)
+    log_probs = finish(*total)
+    if log_probs.isnan().any():
+        refuse_nan(log_probs)
+    return log_probs
+
+
+def refuse_nan(log_probs: Tensor) -> NoReturn:
+    """Raise FloatingPointError with the place of the first NaN."""
+    where = log_probs.isnan().nonzero()[0].tolist()
+    raise FloatingPointError(
+        f"the log-probability at index {where} is NaN: hidden states or head hold NaN or infinity there. "
+        "Look for a diverged or damaged expert."
+    )
 
 
 def normalized(log_weights: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from btm_scale.kernels import tuning
 from btm_scale.kernels.mixing import draw_kernel, mix_kernel, normalizer_kernel, pick_kernel
 from btm_scale.kernels.partials import Partials, finish
 from btm_scale.kernels.scoring import combine_kernel, score_kernel
-from btm_scale.kernels.tuning_table import MixConfig, ScoreConfig
+from btm_scale.kernels.tuning import MixConfig, ScoreConfig
 
 PARTIAL_BYTES = 16 << 20  # memory for partials that a launch may use; more experts or tokens take more launches
 _COMBINE_BLOCK = 1024

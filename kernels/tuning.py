@@ -1,14 +1,77 @@
-"""Which block shapes a launch uses: the rules of `tuning_table`, looked up by GPU and problem."""
+"""Which block shapes a launch uses, by GPU and problem.
+
+`benchmarks/tune_kernels.py --write` replaces the rows of the GPU that it times. The rows here are defaults, not
+timings: the largest blocks that compile for each generation without a spilled register, which a test checks for every
+row.
+"""
 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 
-from btm_scale.kernels.tuning_table import MIX_RULES, SCORE_RULES, MixConfig, ScoreConfig
-
 INTERPRETER = "interpreter"
+
+
+class ScoreConfig(NamedTuple):
+    """Blocks of tokens, vocabulary and hidden size; vocabulary rows a split; token blocks a group."""
+
+    block_t: int
+    block_v: int
+    block_k: int
+    split: int
+    group: int
+    warps: int
+    stages: int
+
+
+class MixConfig(NamedTuple):
+    """Vocabulary columns a block, columns a split of the first pass, warps, and bytes of logits a launch."""
+
+    block: int
+    split: int
+    warps: int
+    cache_bytes: int
+
+
+class ScoreRule(NamedTuple):
+    """Where a `ScoreConfig` applies; `aligned`: only where every row starts on a multiple of 16 bytes."""
+
+    arch: str
+    bits: int
+    min_tokens: int
+    min_hidden: int
+    aligned: bool
+    config: ScoreConfig
+
+
+SCORE_RULES = [
+    ScoreRule("sm_80", 16, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 4, 2)),
+    ScoreRule("sm_80", 16, 0, 0, True, ScoreConfig(32, 128, 64, 2048, 16, 4, 3)),
+    ScoreRule("sm_80", 16, 65, 0, True, ScoreConfig(128, 128, 32, 8192, 16, 8, 4)),
+    ScoreRule("sm_80", 32, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 4, 2)),
+    ScoreRule("sm_90", 16, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 4, 2)),
+    ScoreRule("sm_90", 16, 0, 0, True, ScoreConfig(32, 128, 64, 2048, 16, 4, 3)),
+    ScoreRule("sm_90", 16, 65, 0, True, ScoreConfig(128, 256, 64, 8192, 16, 8, 3)),
+    ScoreRule("sm_90", 32, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 4, 2)),
+    ScoreRule("sm_100", 16, 0, 0, False, ScoreConfig(32, 32, 32, 4096, 16, 4, 2)),
+    ScoreRule("sm_100", 16, 0, 0, True, ScoreConfig(64, 128, 64, 2048, 16, 4, 3)),
+    ScoreRule("sm_100", 16, 65, 0, True, ScoreConfig(256, 128, 64, 8192, 16, 8, 3)),
+    ScoreRule("sm_100", 32, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 4, 2)),
+    ScoreRule("interpreter", 16, 0, 0, False, ScoreConfig(32, 2048, 64, 4096, 2, 4, 1)),
+    ScoreRule("interpreter", 16, 65, 0, False, ScoreConfig(128, 1024, 64, 2048, 2, 4, 1)),
+    ScoreRule("interpreter", 32, 0, 0, False, ScoreConfig(32, 2048, 64, 4096, 2, 4, 1)),
+    ScoreRule("interpreter", 32, 65, 0, False, ScoreConfig(128, 1024, 64, 2048, 2, 4, 1)),
+]
+
+MIX_RULES = {
+    "sm_80": MixConfig(2048, 16384, 4, 20 << 20),
+    "sm_90": MixConfig(2048, 16384, 4, 32 << 20),
+    "sm_100": MixConfig(2048, 16384, 4, 64 << 20),
+    "interpreter": MixConfig(4096, 8192, 4, 1 << 20),
+}
 
 
 @functools.cache
@@ -21,7 +84,7 @@ def architecture(device: torch.device) -> str:
 
 
 def score_config(arch: str, bits: int, tokens: int, hidden: int, *, aligned: bool = True) -> ScoreConfig:
-    """The last rule for these bits of an element whose least tokens and hidden size are reached.
+    """Return the last rule for this element width whose min_tokens and min_hidden are met.
 
     Rows that do not start on 16 bytes load in small pieces, which only small blocks have the registers for.
     """

@@ -13,11 +13,12 @@ from pathlib import Path
 
 from btm_scale.config.launch import DeepSpeedConfig
 from btm_scale.errors import LaunchError
-from btm_scale.launch.hostfile import HostRoom, Share, read_hostfile
 from btm_scale.launch.local import accelerator
+from btm_scale.launch.room import Room, Share
+from btm_scale.launch.shutdown import SUPERVISOR
 from btm_scale.launch.supervise import GroupCommand, Start
-from btm_scale.util.processes import SUPERVISOR
 
+_HOST = re.compile(r"(\S+)\s+slots\s*=\s*(\d+)")
 _SAFE = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
 _SAFE_VALUE = re.compile(r"[\w@%+=:,./^-]*", re.ASCII)  # NCCL takes ^docker0 for all but docker0
 
@@ -28,9 +29,9 @@ class HostPool:
     def __init__(self, config: DeepSpeedConfig) -> None:
         self._config = config
         self._slots = read_hostfile(config.hostfile)
-        self._room = HostRoom(self._slots)
+        self._room = Room({host: range(number) for host, number in self._slots.items()})
         self._ports = list(range(config.ports[0], config.ports[1] + 1))
-        self._taken: dict[str, tuple[tuple[Share, ...], int]] = {}
+        self._taken: dict[str, tuple[tuple[Share[str, int], ...], int]] = {}
 
     def take(self, command: GroupCommand) -> Start | None:
         """The launchers of a group, if there are slots and a port for it."""
@@ -46,9 +47,15 @@ class HostPool:
                     f"launch.deepspeed.environment.{name}: '{value}' would pass through a shell on every host; it may "
                     "have letters, digits and @%+=:,./^- only"
                 )
+        if not self._room.could_take(command.ranks, command.colocated):
+            raise LaunchError(
+                f"{command.name} needs {command.ranks} slots, {command.colocated} at a time on one host; the hostfile "
+                f"has {', '.join(f'{host} with {number}' for host, number in self._slots.items())}; "
+                "add hosts, or choose a smaller layout"
+            )
         if not self._ports:
             return None
-        shares = self._room.take(command.name, command.ranks, command.colocated)
+        shares = self._room.take(command.ranks, command.colocated)
         if shares is None:
             return None
         port = self._ports.pop(0)
@@ -87,7 +94,9 @@ class HostPool:
         self._room.give_back(shares)
         self._ports.append(port)  # the last to be used again: its old connections have gone by then
 
-    def _launcher(self, command: GroupCommand, shares: tuple[Share, ...], hostfile: Path, port: int) -> tuple[str, ...]:
+    def _launcher(
+        self, command: GroupCommand, shares: tuple[Share[str, int], ...], hostfile: Path, port: int
+    ) -> tuple[str, ...]:
         include = "@".join(f"{share.host}:{','.join(map(str, share.slots))}" for share in shares)
         return (
             *(sys.executable, "-m", "deepspeed.launcher.runner"),
@@ -107,3 +116,36 @@ def _environment_file(path: Path, variables: dict[str, str]) -> Path:
     lines += [f"{name}={value}" for name, value in variables.items()]
     path.write_text("".join(f"{line}\n" for line in lines))
     return path
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Slots by host, in the file's order: lines of `HOST slots=N`, with # for comments.
+
+    Raises LaunchError for a file that is missing or empty, a line of another kind, a name that DeepSpeed would take
+    apart, or a host that stands twice.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise LaunchError(
+            f"no hostfile at {path} ({error.strerror}); set launch.deepspeed.hostfile, or use --launcher local"
+        ) from None
+    slots: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        found = _HOST.fullmatch(text)
+        if found is None or int(found[2]) == 0:
+            raise LaunchError(f"{path}, line {number}: '{text}' is not of the form `HOST slots=N`")
+        if not {":", "@"}.isdisjoint(found[1]):
+            raise LaunchError(
+                f"{path}, line {number}: DeepSpeed's launcher takes ':' and '@' for separators, so '{found[1]}' cannot "
+                "name a host; give it a name in /etc/hosts, or one with its user in ssh's config"
+            )
+        if found[1] in slots:
+            raise LaunchError(f"{path}, line {number}: host '{found[1]}' stands twice; give all its slots in one line")
+        slots[found[1]] = int(found[2])
+    if not slots:
+        raise LaunchError(f"{path} names no host; write a line `HOST slots=N` for each")
+    return slots

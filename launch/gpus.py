@@ -1,81 +1,111 @@
-"""Figures of accelerators, as their makers state them, and what of them a training reaches."""
+"""What GPU vendors state of each GPU: the one table behind the planner's estimates and the trainer's utilisation."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from btm_scale.errors import LaunchError
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Dense 16-bit matrix products in FLOP/s; memory in bytes and bytes/s; links in bytes/s one way, of one GPU."""
+    """Peak of dense matrix products in FLOP/s per precision; memory in bytes; bandwidths in bytes/s of one GPU."""
 
     name: str
-    flops: float
+    devices: tuple[str, ...]  # each the words by which a driver's device name is recognised
+    bf16: float | None  # None: the GPU has no units for it
+    fp16: float
+    fp32: float  # without TF32, which training does not use
     memory: float
     bandwidth: float
-    link: float  # to the others of its node
-    network: float  # to other nodes
+    link: float  # one way, to the other GPUs of its node
+    network: float  # one way, to other nodes
 
-    # Shares of the stated figures that large matrix products, copies and rings reach.
+    # Fractions of the stated figures that large matrix products, copies and rings reach.
     compute_share: float = 0.55
     transfer_share: float = 0.8
-    half: Literal["bf16", "fp16"] = "bf16"  # the 16-bit precision that it computes in natively
+
+    @property
+    def half(self) -> Literal["bf16", "fp16"]:
+        """The 16-bit precision that it computes in natively."""
+        return "fp16" if self.bf16 is None else "bf16"
+
+    def peak(self, precision: str) -> float:
+        """FLOP/s in a precision. A GPU without bfloat16 units computes it in float32."""
+        return {"bf16": self.bf16, "fp16": self.fp16, "fp32": None}[precision] or self.fp32
 
 
-_GB = 1e9
+def _gpu(
+    name: str,
+    *devices: str,
+    half: float,
+    fp32: float,
+    memory: float,
+    bandwidth: float,
+    link: float,
+    network: float,
+    bf16: bool = True,
+) -> Gpu:
+    """A row in TFLOP/s, GB and GB/s; `half` is the peak in both 16-bit formats, or of fp16 alone."""
+    half, giga = half * 1e12, 1e9
+    return Gpu(
+        name,
+        devices,
+        bf16=half if bf16 else None,
+        fp16=half,
+        fp32=fp32 * 1e12,
+        memory=memory * giga,
+        bandwidth=bandwidth * giga,
+        link=link * giga,
+        network=network * giga,
+    )
+
+
+# From the vendors' data sheets, without sparsity. Links are NVLink, Infinity Fabric or PCIe; bridges that join pairs of
+# PCIe cards do not count, because a group may span more than a pair. Networks are those of common servers.
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("v100", 125e12, 32 * _GB, 900 * _GB, 150 * _GB, 12.5 * _GB, half="fp16"),
-        Gpu("a100", 312e12, 80 * _GB, 2039 * _GB, 300 * _GB, 25 * _GB),
-        Gpu("l40s", 362e12, 48 * _GB, 864 * _GB, 32 * _GB, 25 * _GB),
-        Gpu("h100", 989e12, 80 * _GB, 3350 * _GB, 450 * _GB, 50 * _GB),
-        Gpu("h200", 989e12, 141 * _GB, 4800 * _GB, 450 * _GB, 50 * _GB),
-        Gpu("b200", 2250e12, 180 * _GB, 8000 * _GB, 900 * _GB, 50 * _GB),
-        Gpu("mi300x", 1307e12, 192 * _GB, 5300 * _GB, 448 * _GB, 50 * _GB),
+        _gpu("v100", "V100", half=125, fp32=15.7, memory=32, bandwidth=900, link=150, network=12.5, bf16=False),
+        _gpu("t4", "T4", half=65, fp32=8.1, memory=16, bandwidth=320, link=16, network=6.25, bf16=False),
+        _gpu("a10", "A10", half=125, fp32=31.2, memory=24, bandwidth=600, link=32, network=12.5),
+        _gpu("a40", "A40", half=150, fp32=37.4, memory=48, bandwidth=696, link=32, network=25),
+        _gpu("a100-40gb", "A100 40GB", half=312, fp32=19.5, memory=40, bandwidth=1555, link=300, network=25),
+        _gpu("a100", "A100", half=312, fp32=19.5, memory=80, bandwidth=2039, link=300, network=25),
+        _gpu("a800", "A800", half=312, fp32=19.5, memory=80, bandwidth=2039, link=200, network=25),
+        _gpu("l4", "L4", half=121, fp32=30.3, memory=24, bandwidth=300, link=32, network=12.5),
+        _gpu("l40", "L40", half=181, fp32=90.5, memory=48, bandwidth=864, link=32, network=25),
+        _gpu("l40s", "L40S", half=362, fp32=91.6, memory=48, bandwidth=864, link=32, network=25),
+        _gpu("h100", "H100", half=989, fp32=67, memory=80, bandwidth=3350, link=450, network=50),
+        _gpu("h100-pcie", "H100 PCIe", half=756, fp32=51, memory=80, bandwidth=2000, link=64, network=50),
+        _gpu("h100-nvl", "H100 NVL", half=835, fp32=60, memory=94, bandwidth=3900, link=64, network=50),
+        _gpu("h200", "H200", half=989, fp32=67, memory=141, bandwidth=4800, link=450, network=50),
+        _gpu("gh200", "GH200", half=989, fp32=67, memory=96, bandwidth=4000, link=450, network=50),
+        _gpu("b200", "B200", half=2250, fp32=75, memory=180, bandwidth=8000, link=900, network=50),
+        _gpu("gb200", "GB200", half=2500, fp32=80, memory=186, bandwidth=8000, link=900, network=50),
+        _gpu("mi300x", "MI300X", half=1307, fp32=163.4, memory=192, bandwidth=5300, link=448, network=50),
     )
 }
 
 
 def gpu_named(name: str) -> Gpu:
-    """Raises LaunchError for a name that is not in the table."""
+    """Return the GPU with a name of the table. Raises LaunchError for any other name."""
     if name not in GPUS:
         raise LaunchError(f"no figures of a GPU called '{name}'; choose one of {', '.join(GPUS)}")
     return GPUS[name]
 
 
-# Dense matrix products in bf16 or fp16, in operations a second (NVIDIA's data sheets, without sparsity); the first
-# name that a device's own contains.
-_HALF_PRECISION = {
-    "GB200": 2.5e15,
-    "B200": 2.25e15,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "A40": 150e12,
-    "A10": 125e12,
-    "L4": 121e12,
-    "V100": 125e12,
-    "T4": 65e12,
-}
+def gpu_of_device(device: str) -> Gpu | None:
+    """Return the GPU that a driver reports as `device`, such as "NVIDIA A100-SXM4-80GB"; None for an unknown one.
+
+    Of all rows whose words the device's name has, the one with the most words: an H100 PCIe is not an H100 (SXM).
+    """
+    words = _words(device)
+    known = [(len(_words(name)), gpu) for gpu in GPUS.values() for name in gpu.devices if _words(name) <= words]
+    return max(known, key=lambda match: match[0])[1] if known else None
 
 
-def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Operations a second that one device can do at the most in this precision; None where nobody has said."""
-    if device.type != "cuda" or precision == "fp32":
-        return None
-    import torch
-
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in _HALF_PRECISION.items() if known in name), None)
+def _words(device: str) -> set[str]:
+    return set(re.split(r"[^a-z0-9]+", device.lower()))

@@ -13,12 +13,13 @@ import os
 import random
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from btm_scale.errors import LaunchError
+from btm_scale.launch.room import Room, Share
+from btm_scale.launch.shutdown import SUPERVISOR
 from btm_scale.launch.supervise import GroupCommand, OnPoll, Start, run_groups_in
-from btm_scale.util.processes import SUPERVISOR
 
 _FIRST_PORT = 10_000  # below are those of services
 
@@ -32,27 +33,29 @@ class LocalPool:
         self._slots = slots
         self._threads = threads
         self._gpus = visible_gpus()
-        self._free = list(self._gpus)
-        self._running: dict[str, list[str]] = {}  # and the GPUs of each
+        self._room = Room({"localhost": self._gpus})
+        self._running: dict[str, tuple[Share[str, str], ...]] = {}  # and the GPUs of each
 
     def take(self, command: GroupCommand) -> Start | None:
         """A launcher, if fewer than `slots` groups run and enough GPUs are free."""
-        if self._gpus and command.ranks > len(self._gpus):
+        if self._gpus and not self._room.could_take(command.ranks):
             raise LaunchError(
                 f"'{command.name}' has {command.ranks} ranks, and this machine shows {len(self._gpus)} GPUs; choose "
                 "another layout for its group, or hosts with --launcher deepspeed"
             )
-        if len(self._running) >= self._slots or (self._gpus and command.ranks > len(self._free)):
+        if len(self._running) >= self._slots:
             return None
-        taken, self._free = self._free[: command.ranks], self._free[command.ranks :]
-        self._running[command.name] = taken
+        shares = self._room.take(command.ranks) if self._gpus else ()
+        if shares is None:
+            return None
+        self._running[command.name] = shares
         environment = {"OMP_NUM_THREADS": str(self._threads), SUPERVISOR: str(os.getpid())}
-        places = taken or [str(rank) for rank in range(command.ranks)]
+        places = shares[0].slots if shares else [str(rank) for rank in range(command.ranks)]
         return Start((_launcher(command, places, free_port()),), environment | accelerator())
 
     def give_back(self, name: str) -> None:
         """The group of this name has ended."""
-        self._free += self._running.pop(name, [])
+        self._room.give_back(self._running.pop(name, ()))
 
 
 def run_groups(
@@ -79,6 +82,12 @@ def visible_gpus() -> list[str]:
         return [name.strip() for name in told.split(",") if name.strip() not in ("", "-1")]
     numbers = (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia*"))
     return sorted((number for number in numbers if number.isdecimal()), key=int)
+
+
+def local_rank(environment: Mapping[str, str], place: str) -> str:
+    """LOCAL_RANK of a task at this place of its node. One that is bound to a single GPU sees it as its first."""
+    bound = "CUDA_VISIBLE_DEVICES" in environment and "," not in environment["CUDA_VISIBLE_DEVICES"]
+    return "0" if bound else place
 
 
 def free_port() -> int:

@@ -23,14 +23,13 @@ from typing import Any
 
 from btm_scale.config.launch import MpiConfig
 from btm_scale.errors import GroupFailed, LaunchError
-from btm_scale.launch.local import accelerator, free_port
+from btm_scale.launch.local import accelerator, free_port, local_rank
 from btm_scale.launch.placement import Work, share_out
-from btm_scale.launch.ranks import local_rank
+from btm_scale.launch.shutdown import REQUEUE, SUPERVISOR
 from btm_scale.launch.supervise import GroupCommand, OnPoll, Start, failure_text, run_groups_in
-from btm_scale.util.processes import REQUEUE, SUPERVISOR
+from btm_scale.util.mpi import without_mpi
 from btm_scale.util.rank_log import forget_failure
 
-_OF_MPI = ("PMI", "OMPI_", "MPI_", "MPIR_", "MPIEXEC_", "HYD", "PRTE_", "I_MPI_")
 _POLL_SECONDS = 0.5
 
 
@@ -77,11 +76,6 @@ def run_under_mpi(commands: Sequence[GroupCommand], threads: int) -> None:
         if place.rank > 0:
             sys.exit(1)  # the group's first rank tells why
         raise GroupFailed("\n".join(failure_text(command) for command in failed))
-
-
-def started_by_mpirun() -> bool:
-    """Whether this process is a rank of MPI."""
-    return any(name in os.environ for name in ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK"))
 
 
 class MpiLauncher:
@@ -147,8 +141,8 @@ def _split(works: Sequence[Work], size: int, folder: Path) -> tuple[_Place | Non
     """This rank's place, and every group's work; None for a rank that is left over. MPI is over afterwards."""
     try:
         from mpi4py import MPI
-    except ImportError as error:
-        raise LaunchError(f"--launcher mpi needs mpi4py ({error}); pip install 'btm-scale[mpi]'") from None
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is installed and finds no libmpi
+        raise LaunchError(f"--launcher mpi needs mpi4py and an MPI ({error}); pip install 'btm-scale[mpi]'") from None
     world: Any = MPI.COMM_WORLD
     groups = world.size // size
     if groups == 0:
@@ -175,8 +169,7 @@ def _split(works: Sequence[Work], size: int, folder: Path) -> tuple[_Place | Non
 def _run_rank(command: GroupCommand, place: _Place, port: int, threads: int) -> int:
     if place.rank == 0:
         forget_failure(command.log)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(_OF_MPI)}
-    environment |= {
+    environment = without_mpi(os.environ) | {
         "RANK": str(place.rank),
         "WORLD_SIZE": str(command.ranks),
         "LOCAL_RANK": local_rank(os.environ, str(place.local_rank)),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import heapq
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from btm_scale.errors import LaunchError
+from btm_scale.launch.room import Room, Share
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,21 @@ def place(works: Sequence[Work], *, nodes: int, ranks_per_node: int) -> list[Pla
     """
     for work in works:
         _check(work, nodes, ranks_per_node)
-    room = _Room(nodes, ranks_per_node)
+    room = Room({node: range(ranks_per_node) for node in range(nodes)})
     waiting = sorted(works, key=lambda work: (-work.seconds, -work.ranks, work.name))
-    ends: list[tuple[float, int, tuple[tuple[int, int], ...]]] = []
+    ends: list[tuple[float, int, tuple[Share[int, int], ...]]] = []
     placed: list[Placed] = []
     now = 0.0
     while waiting:
         left = []
         smallest_refused = float("inf")
         for work in waiting:
-            found = room.take(work.ranks) if work.ranks < smallest_refused else None
+            found = room.take(work.ranks, whole_hosts=True) if work.ranks < smallest_refused else None
             if found is None:
                 smallest_refused = min(smallest_refused, work.ranks)
                 left.append(work)
                 continue
-            placed.append(Placed(work, found, now))
+            placed.append(Placed(work, tuple((share.host, len(share.slots)) for share in found), now))
             heapq.heappush(ends, (now + work.seconds, len(placed), found))
         waiting = left
         if waiting:
@@ -80,44 +80,6 @@ def share_out(works: Sequence[Work], groups: int) -> list[list[Work]]:
         lists[number].append(work)
         heapq.heappush(loads, (load + work.seconds, number))
     return lists
-
-
-class _Room:
-    """Free ranks of every node, by how many are free."""
-
-    def __init__(self, nodes: int, ranks_per_node: int) -> None:
-        self._per_node = ranks_per_node
-        self._free = dict.fromkeys(range(nodes), ranks_per_node)
-        self._with: dict[int, dict[int, None]] = defaultdict(dict)  # ordered sets of nodes
-        self._with[ranks_per_node] = dict.fromkeys(range(nodes))
-
-    def take(self, ranks: int) -> tuple[tuple[int, int], ...] | None:
-        if ranks <= self._per_node:
-            # The node that it fills best.
-            for free in range(ranks, self._per_node + 1):
-                if self._with[free]:
-                    return self._use([(next(iter(self._with[free])), ranks)])
-            return None
-        whole, rest = divmod(ranks, self._per_node)
-        empty = self._with[self._per_node]
-        if len(empty) < whole + bool(rest):
-            return None
-        chosen = [node for node, _ in zip(empty, range(whole + bool(rest)), strict=False)]
-        return self._use([(node, min(self._per_node, ranks - i * self._per_node)) for i, node in enumerate(chosen)])
-
-    def give_back(self, used: tuple[tuple[int, int], ...]) -> None:
-        for node, ranks in used:
-            self._set(node, self._free[node] + ranks)
-
-    def _use(self, chosen: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-        for node, ranks in chosen:
-            self._set(node, self._free[node] - ranks)
-        return tuple(chosen)
-
-    def _set(self, node: int, free: int) -> None:
-        del self._with[self._free[node]][node]
-        self._free[node] = free
-        self._with[free][node] = None
 
 
 def _check(work: Work, nodes: int, ranks_per_node: int) -> None:

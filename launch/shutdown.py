@@ -1,14 +1,24 @@
-"""Ending groups: the ranks that launchers have started here are asked to save, or ended with their launchers."""
+"""Ending groups: the ranks that launchers have started here are asked to save, or ended with their launchers, and every
+rank ends with the process that supervises it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import NoReturn
+
+# The exit code of ranks that were asked to stop and have saved their state: started again, they resume.
+REQUEUE = 85
+
+# The environment variable that names the supervisor's process to every rank of a local group.
+SUPERVISOR = "BTM_SCALE_SUPERVISOR"
 
 _POLL_SECONDS = 0.05
 _TERM_SECONDS = 10.0
@@ -85,3 +95,29 @@ def _signal_session(process: subprocess.Popen[bytes], number: signal.Signals) ->
         os.killpg(process.pid, number)
     except ProcessLookupError:
         return
+
+
+def end_with_supervisor() -> None:
+    """Watch the supervisor, if there is one, and kill this process's whole group when it is gone.
+
+    A run that was killed leaves no rank behind that would write beside those of the next one.
+    """
+    pid = os.environ.get(SUPERVISOR)
+    if pid is None:
+        return
+    try:
+        descriptor = os.pidfd_open(int(pid))
+    except ProcessLookupError:
+        _end_own_group()
+    threading.Thread(target=_watch, args=(descriptor,), daemon=True, name="supervisor-watch").start()
+
+
+def _watch(descriptor: int) -> None:
+    select.select([descriptor], [], [])
+    _end_own_group()
+
+
+def _end_own_group() -> NoReturn:
+    print("the process that started this group is gone; ending the group", flush=True)
+    os.killpg(0, signal.SIGKILL)
+    raise AssertionError

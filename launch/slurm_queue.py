@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from btm_scale.errors import LaunchError
+from btm_scale.util.locks import alone
 
 # The reason of a job that waits for one that has failed: SLURM takes it out of the queue, but may need a minute.
 _NEVER = "DependencyNeverSatisfied"
@@ -50,13 +50,9 @@ class Submissions:
         self._folder = folder
         self._path = folder / "jobs.json"
 
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self) -> AbstractContextManager[None]:
         """Keep a second submission of this run out until this one has been noted."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        return alone(self._folder / "lock")
 
     def read(self) -> list[Submitted]:
         """All submissions, oldest first."""

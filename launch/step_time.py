@@ -42,7 +42,7 @@ def step_time(
     flops = shape.flops_per_token(length) * tokens / layout.ranks
     if layout.recompute == "full":
         flops *= 4 / 3  # the forward pass is a third of it, and is made twice
-    peak = gpu.flops * gpu.compute_share / (2 if width == 4 else 1)
+    peak = gpu.peak(layout.precision) * gpu.compute_share
     # Weights are read forward, backward and for their gradient; the optimizer reads and writes master and moments.
     traffic = 3 * width * own * accumulation + 2 * 12 * own / (layout.data if layout.zero else 1)
     return StepTime(

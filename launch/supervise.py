@@ -19,8 +19,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from btm_scale.errors import GroupFailed, LaunchError
-from btm_scale.launch.shutdown import end_all, let_save
-from btm_scale.util.processes import REQUEUE
+from btm_scale.launch.shutdown import REQUEUE, end_all, let_save
 from btm_scale.util.rank_log import forget_failure, note_silent_failure, read_failure, tail
 
 _POLL_SECONDS = 0.2

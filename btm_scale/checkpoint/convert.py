@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 
 from btm_scale.checkpoint.formats.deepspeed_writer import write_model_states
-from btm_scale.checkpoint.formats.gpt2_names import with_head_names
 from btm_scale.checkpoint.formats.megatron import find_shape
-from btm_scale.checkpoint.formats.open import open_model
+from btm_scale.checkpoint.formats.open import open_model, with_head_names
 from btm_scale.checkpoint.formats.tensors import ModelReader, parse_dtype
 from btm_scale.checkpoint.formats.torch_dist_writer import write_torch_dist
 from btm_scale.checkpoint.merge.compatibility import is_derived

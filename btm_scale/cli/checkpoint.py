@@ -12,9 +12,10 @@ from btm_scale.errors import UserError
 def merge(options: argparse.Namespace) -> Answer | None:
     """Merge models into one; under mpirun the first rank alone has an answer."""
     from btm_scale.checkpoint.merge.merge import merge as merge_models
-    from btm_scale.checkpoint.merge.mpi import follows, started_by_mpi
     from btm_scale.config.section import bytes_from_text
+    from btm_scale.util.mpi import mpi_rank
 
+    started = mpi_rank()
     done = merge_models(
         options.output,
         [_weighted_path(text) for text in options.inputs],
@@ -25,9 +26,9 @@ def merge(options: argparse.Namespace) -> Answer | None:
         jobs=options.jobs,
         max_shard_bytes=bytes_from_text(options.max_shard_size),
         seed=options.seed,
-        mpi=started_by_mpi(),
+        mpi=started is not None and started.is_one_of_several,
     )
-    if follows():
+    if started is not None and started.rank > 0:
         return None
     return shown(
         options,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from btm_scale.cli.common import Answer, is_rank, opened, say, show_results, shown
@@ -173,7 +174,6 @@ def generate(options: argparse.Namespace) -> Answer:
 
     from btm_scale.config.section import bytes_from_text
     from btm_scale.generate.generator import Generator
-    from btm_scale.generate.request import prompts_of
     from btm_scale.generate.sampling import Sampling
 
     config, run_dir = opened(options)
@@ -204,6 +204,26 @@ def generate(options: argparse.Namespace) -> Answer:
         if not options.json:
             _show_piece(prompts, piece)
     return {"method": generator.method, "generations": [made[number] for number in range(len(prompts))]}
+
+
+def prompts_of(given: Sequence[str], file: Path | None) -> list[str]:
+    """The prompts given one by one and those of a file, one a line. Raises UserError if there are none."""
+    from btm_scale.data.files import is_utf8
+
+    prompts = list(given)
+    if file is not None:
+        try:
+            prompts += file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"no prompts can be read from {file}: {error}; give a UTF-8 text, one prompt a line"
+            ) from None
+    if not prompts:
+        raise UserError("nothing to continue; give --prompt TEXT or --prompts FILE")
+    for prompt in prompts:
+        if not is_utf8(prompt):
+            raise UserError(f"the prompt {prompt!r} is not UTF-8; a tokenizer reads UTF-8 text")
+    return prompts
 
 
 def _parents(text: str) -> str | dict[str, float]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from btm_scale import __version__
+from btm_scale.launch.gpus import GPUS
 from btm_scale.run.launcher_table import LAUNCHERS, LOCAL
 
 Verb = Callable[[argparse.Namespace], dict[str, Any] | None]
@@ -116,7 +117,7 @@ def _pipeline_verbs(verbs: _Verbs) -> None:
     made = _takes_config(verbs.add("plan", "memory, time and place of every group, with no cluster"))
     made.add_argument("--nodes", type=_positive, required=True, help="nodes of the cluster")
     made.add_argument("--gpus-per-node", type=_positive, default=8, help="default: 8")
-    made.add_argument("--gpu", default="h100", help="v100, a100, l40s, h100, h200, b200 or mi300x; default: h100")
+    made.add_argument("--gpu", default="h100", help=f"{', '.join(GPUS)}; default: h100")
     made = _takes_run(verbs.add("status", "how far every model of a run is"))
     made.add_argument("--watch", action="store_true", help="show it until nothing runs any more")
 

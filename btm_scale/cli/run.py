@@ -12,13 +12,26 @@ if TYPE_CHECKING:
     from btm_scale.config.run import RunConfig
     from btm_scale.run_dir import RunDir
 
+_DEMO_BYTES = 3_000_000  # of text per domain
+
 
 def demo(options: argparse.Namespace) -> Answer:
     """Run Branch-Train-Merge on text of this installation."""
-    from btm_scale.run.demo import demo_config
+    from pathlib import Path
 
-    config, run = demo_config(options.out, options.set)
-    return _run(options, config, run)
+    from btm_scale.configs import FOLDER
+    from btm_scale.data.demo_text import write_installed_text
+    from btm_scale.forest.open import open_config
+    from btm_scale.run_dir import RunDir
+
+    run_dir = RunDir((options.out or Path("runs") / "demo").resolve())
+    text = run_dir.root / "text"
+    if not text.is_dir():
+        partial = run_dir.root / ".text.partial"
+        write_installed_text(partial, bytes_per_domain=_DEMO_BYTES)
+        partial.rename(text)
+    config, run_dir = open_config(FOLDER / "demo.yaml", (f"text_root={text}", *options.set), run_dir.root)
+    return _run(options, config, run_dir)
 
 
 def run(options: argparse.Namespace) -> Answer:
@@ -28,7 +41,7 @@ def run(options: argparse.Namespace) -> Answer:
     if submit is not None:
         return shown(options, submit(config, run_dir, dry_run=options.dry_run, say=say))
     if options.dry_run:
-        from btm_scale.run.pipeline import dry_run
+        from btm_scale.run.dry_run import dry_run
 
         return shown(options, dry_run(config, run_dir, trains_here=options.launcher == "local"))
     return _run(options, config, run_dir)
@@ -37,8 +50,8 @@ def run(options: argparse.Namespace) -> Answer:
 def prepare(options: argparse.Namespace) -> Answer:
     """Train the tokenizer and write the token files."""
     from btm_scale.data.prepare import prepare as prepare_data
-    from btm_scale.run.pipeline import data_summary
     from btm_scale.run.state import open_run
+    from btm_scale.run.status import data_summary
 
     config, run_dir = _config_and_run(options)
     open_run(config, run_dir)

@@ -20,8 +20,13 @@ class BaselinesConfig(Section):
     random_split: bool = False
 
 
-class TemperingConfig(Section):
-    """How evidence moves the tempered posterior: log w <- forgetting x log w + power x log p, mixed with the prior."""
+class Tempering(Section):
+    """How evidence moves the weights of the tempered posterior.
+
+    After each token log w <- forgetting x log w + power x log p, normalised; then a share of the prior is mixed in.
+    Power and forgetting 1 with share 0 are the prefix posterior. A complete prefix is over-confident evidence: the
+    experts' errors on neighbouring tokens are not independent.
+    """
 
     power: float = Field(gt=0)
     forgetting: float = Field(default=1.0, gt=0, le=1)
@@ -32,7 +37,7 @@ class EvaluateConfig(Section):
     """What is scored, and how the experts are weighed."""
 
     posterior: MayChange[Literal["prefix", "token", "tempered"]] = "prefix"
-    tempering: MayChange[TemperingConfig | None] = Field(
+    tempering: MayChange[Tempering | None] = Field(
         default=None, description="of the tempered posterior; default: fitted to each domain's dev text"
     )
     prior: MayChange[Literal["cached", "uniform", "updating"]] = "cached"

@@ -19,7 +19,6 @@ from safetensors.numpy import load_file, save
 from btm_scale.errors import DataError
 
 TENSORS, VOCABULARY = "clustering.safetensors", "vocabulary.json"
-ROUTING_TEMPERATURE = 0.1
 # Characters of a text that place it: more would tell little, and cost memory.
 PLACING_CHARACTERS = 20_000
 _TERMS = 50_000
@@ -88,21 +87,6 @@ class Clustering:
     def assign(self, texts: Sequence[str]) -> Array:
         """The cluster of each text, int64 [texts], at prices that keep clusters balanced."""
         return np.argmin(squared_distances(self.place(texts), self.centres) - self.prices, axis=1)
-
-    def log_weights(
-        self, texts: Sequence[str], *, temperature: float = ROUTING_TEMPERATURE, top_k: int | None = None
-    ) -> Array:
-        """How c-BTM routes: log softmax(-distance^2 / temperature) over clusters, nats [texts, clusters].
-
-        With `top_k` only so many of the nearest keep weight (ties go to the first).
-        """
-        scores = -squared_distances(self.place(texts), self.centres) / temperature
-        if top_k is not None and top_k < scores.shape[1]:
-            outside = np.argsort(-scores, axis=1, kind="stable")[:, top_k:]
-            np.put_along_axis(scores, outside, -np.inf, axis=1)
-        peak = scores.max(axis=1, keepdims=True)
-        weights: Array = scores - peak - np.log(np.exp(scores - peak).sum(axis=1, keepdims=True))
-        return weights
 
     def typical_terms(self, count: int = 8) -> list[list[str]]:
         """The words that stand out in each cluster, compared with the mean of all."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from btm_scale.data.tokenizer import Tokenizer
-from btm_scale.util.processes import end_with_parent
+from btm_scale.util.pools import lost_workers_told, process_pool
 
 Tag = TypeVar("Tag")
 
@@ -28,7 +27,6 @@ _tokenizer: Tokenizer | None = None
 
 def _start_worker(directory: Path) -> None:
     global _tokenizer
-    end_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _tokenizer = Tokenizer.load(directory)
 
@@ -101,20 +99,21 @@ class Encoder:
             waiting.append((tags, self._start().submit(_encode_in_worker, documents)))
             if len(waiting) > 2 * self._workers:
                 tags, result = waiting.popleft()
-                yield tags, *result.result()
+                yield tags, *_encoded(result)
         for tags, result in waiting:
-            yield tags, *result.result()
+            yield tags, *_encoded(result)
 
     def _start(self) -> ProcessPoolExecutor:
         if self._pool is None:
-            # Not forked: this process may hold threads and locks of torch.
-            self._pool = ProcessPoolExecutor(
-                self._workers,
-                mp_context=multiprocessing.get_context("spawn"),
-                initializer=_start_worker,
-                initargs=(self._directory,),
+            self._pool = process_pool(
+                self._workers, forks=False, initializer=_start_worker, initargs=(self._directory,)
             )
         return self._pool
+
+
+def _encoded(result: Future[tuple[np.ndarray[Any, Any], list[int]]]) -> tuple[np.ndarray[Any, Any], list[int]]:
+    with lost_workers_told():
+        return result.result()
 
 
 def _batches(texts: Iterable[tuple[str, Tag]]) -> Iterator[list[tuple[str, Tag]]]:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import functools
+import json
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import timedelta
 
 import numpy as np
+import torch.distributed as dist
 
 from btm_scale.checkpoint.merge.compatibility import promoted_dtype
 from btm_scale.checkpoint.merge.merge import merge_many
 from btm_scale.config.run import RunConfig
+from btm_scale.distributed.group import ExpertGroup
 from btm_scale.errors import ForestError
 from btm_scale.evaluate.average_weights import average_weights
-from btm_scale.evaluate.soups import soups
-from btm_scale.forest.average_models import average_texts, made_averages_of, made_model
+from btm_scale.evaluate.soups import choose_soups, soups
+from btm_scale.forest.average_models import average_texts, averages_of, made_averages_of, made_model
 from btm_scale.forest.expert import Expert, Parent, is_finished, read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.methods import GREEDY
@@ -60,6 +65,25 @@ def write_averages(run: RunDir, cards: Sequence[Expert]) -> list[str]:
     for report in merge_many(parents, dtype=dtype):
         replace(missing[report.output], content_hash=report.content_hash).save(report.output)
     return [card.name for card in missing.values()]
+
+
+def make_averages(group: ExpertGroup, config: RunConfig, run: RunDir) -> list[str]:
+    """Merge the averages that are missing; returns all their names, on every rank. All ranks call this together."""
+    # Large models take longer to merge, and many weights longer to find, than any collective of training may wait.
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    # Asked by one rank: another might see what the first has done about it.
+    undecided = [GREEDY in averages_of(config, run) and soups(config, run) is None]
+    dist.broadcast_object_list(undecided, src=0)
+    if undecided[0]:
+        choose_soups(group, config, run)
+    cards = [planned_averages(config, run) if group.is_first else []]
+    dist.broadcast_object_list(cards, src=0, group=patient)
+    if group.is_first:
+        begin = time.perf_counter()
+        merged = write_averages(run, cards[0])
+        print(json.dumps({"merged": merged, "seconds": round(time.perf_counter() - begin, 3)}), flush=True)
+    dist.barrier(patient)
+    return [card.name for card in cards[0]]
 
 
 def _planned(config: RunConfig, run: RunDir) -> dict[str, Expert] | None:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from btm_scale.config.run import EvaluateConfig, RunConfig
+from btm_scale.config.evaluation import EvaluateConfig, Tempering
+from btm_scale.config.run import RunConfig
 from btm_scale.data.clustering import TENSORS, Clustering
 from btm_scale.data.discover import cluster_name
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.forest.methods import ENSEMBLE, METHODS, ROUTED, ROUTED_TOP_K, TOP_K, TOP_K_PER_TOKEN, Ensemble
-from btm_scale.forest.posterior.evidence import Mode, Tempering
+from btm_scale.forest.posterior.evidence import Mode
 from btm_scale.forest.posterior.mixture import mixture_log_probs
 from btm_scale.forest.posterior.prior import updating_mixture_log_probs
 from btm_scale.forest.posterior.routing import routed_mixture_log_probs

@@ -6,12 +6,13 @@ import functools
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from btm_scale.checkpoint.formats.locate import read_json
+from btm_scale.config.evaluation import Tempering
 from btm_scale.config.run import RunConfig
 from btm_scale.data.eval_text import EvaluationText
 from btm_scale.errors import ForestError
@@ -19,7 +20,6 @@ from btm_scale.evaluate.ensemble import ensemble_methods, routed_methods
 from btm_scale.forest.average_models import average_model, averages_of
 from btm_scale.forest.expert import read_expert
 from btm_scale.forest.forest import ancestors, experts, lineage
-from btm_scale.forest.posterior.evidence import Tempering
 from btm_scale.forest.posterior.mixture import mixture_log_probs
 from btm_scale.forest.posterior.prior import cached_prior
 from btm_scale.forest.priors import tempering_of
@@ -83,7 +83,7 @@ def evaluate(config: RunConfig, run: RunDir) -> dict[str, Any]:
             "bytes": found.measure.bytes,
         }
         results["priors"][domain] = dict(zip(names, np.exp(found.prior).tolist(), strict=True))
-        results["tempering"][domain] = asdict(found.tempering)
+        results["tempering"][domain] = found.tempering.model_dump()
         for method, nats in found.nats.items():
             perplexity, bits = found.measure.of(nats)
             entry = results["methods"].setdefault(method, {"perplexity": {}, "bits_per_byte": {}})

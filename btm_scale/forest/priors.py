@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from btm_scale.config.run import EvaluateConfig, RunConfig
+from btm_scale.config.evaluation import EvaluateConfig, Tempering
+from btm_scale.config.run import RunConfig
 from btm_scale.data.clustering import Clustering
 from btm_scale.errors import ForestError, UserError
 from btm_scale.forest.expert import read_expert
 from btm_scale.forest.forest import experts
-from btm_scale.forest.posterior.evidence import Tempering
 from btm_scale.forest.posterior.routing import router
 from btm_scale.forest.posterior.tempering import fitted_tempering
 from btm_scale.forest.scores import Stack, dev_prior
@@ -85,8 +85,7 @@ def _domains(config: RunConfig, domain: str | None) -> list[str]:
 
 def tempering_of(settings: EvaluateConfig, dev: Callable[[], Stack], log_prior: np.ndarray) -> Tempering:
     """The tempering that is given, or that which fits dev text (asked for only then); `log_prior` [experts] nats."""
-    given = settings.tempering
-    if given is not None:
-        return Tempering(given.power, given.forgetting, given.share)
+    if settings.tempering is not None:
+        return settings.tempering
     text = dev()
     return fitted_tempering(text.log_probs, text.block_starts, log_prior)

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from btm_scale.config.evaluation import Tempering
 from btm_scale.config.run import RunConfig
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import UserError
-from btm_scale.forest.posterior.evidence import Mode, Tempering
-from btm_scale.forest.posterior.streaming import RunningPosterior
+from btm_scale.forest.posterior.evidence import Mode, RunningPosterior
 from btm_scale.generate.detokenizer import Transcript
-from btm_scale.generate.model_cache import Shelf
-from btm_scale.generate.request import Batch, Finished, Generation, Piece, check_settings, shared_context
+from btm_scale.generate.model_cache import Shelf, shared_context
+from btm_scale.generate.request import Batch, Finished, Generation, Piece, check_settings
 from btm_scale.generate.sampling import Sampling, Step, decode, from_drawn_expert, from_mixture
 from btm_scale.model.hf_decoder import Reading, usable_device
 from btm_scale.run_dir import RunDir

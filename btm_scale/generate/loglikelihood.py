@@ -12,7 +12,7 @@ from btm_scale.config.run import RunConfig
 from btm_scale.errors import UserError, unknown_name
 from btm_scale.forest.average_models import average_model, made_model
 from btm_scale.forest.methods import ENSEMBLE, METHODS, Average, Ensemble, find
-from btm_scale.forest.posterior.evidence import logsumexp
+from btm_scale.forest.posterior.log_weights import logsumexp
 from btm_scale.forest.posterior.mixture import mixture_log_probs
 from btm_scale.forest.priors import log_prior_of, models_of
 from btm_scale.generate.generator import Generator

@@ -1,12 +1,32 @@
-"""The models of a forest as they are needed: all in memory, or as many as a limit lets in."""
+"""The models of a forest as they are needed: what all can read, and as many in memory as a limit lets in."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from btm_scale.errors import CheckpointError, UserError
-from btm_scale.model.hf_decoder import Decoder
+from btm_scale.data.tokenizer import Tokenizer
+from btm_scale.errors import CheckpointError, ForestError, UserError
+from btm_scale.model.hf_decoder import Decoder, limits_of
+
+
+def shared_context(models: Mapping[str, Path], tokenizer: Tokenizer) -> int:
+    """The longest text in tokens that every model can read.
+
+    Raises ForestError if there is no model, or one of another vocabulary than the tokenizer's.
+    """
+    if not models:
+        raise ForestError("no model to generate from; train experts first: btm-scale run CONFIG")
+    contexts = []
+    for name, directory in models.items():
+        positions, rows = limits_of(directory)
+        if rows < tokenizer.vocab_size:
+            raise ForestError(
+                f"'{name}' has a vocabulary of {rows} tokens, and the run's tokenizer has {tokenizer.vocab_size}; "
+                "it was made with another tokenizer: leave it out"
+            )
+        contexts.append(positions)
+    return min(contexts)
 
 
 class Shelf:

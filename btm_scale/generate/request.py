@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from btm_scale.data.files import is_utf8
-from btm_scale.data.tokenizer import Tokenizer
-from btm_scale.errors import ForestError, UserError
+from btm_scale.errors import UserError
 from btm_scale.generate.sampling import Sampling
-from btm_scale.model.hf_decoder import limits_of
 
 METHODS = {
     "expert": "one expert, drawn by the posterior of the prompt, writes the text alone",
@@ -59,24 +55,6 @@ class Batch:
         self.finished = np.zeros(len(self.prompts), dtype=bool)
 
 
-def prompts_of(given: Sequence[str], file: Path | None) -> list[str]:
-    """The prompts given one by one and those of a file, one a line. Raises UserError if there are none."""
-    prompts = list(given)
-    if file is not None:
-        try:
-            prompts += file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"no prompts can be read from {file}: {error}; give a UTF-8 text, one prompt a line"
-            ) from None
-    if not prompts:
-        raise UserError("nothing to continue; give --prompt TEXT or --prompts FILE")
-    for prompt in prompts:
-        if not is_utf8(prompt):
-            raise UserError(f"the prompt {prompt!r} is not UTF-8; a tokenizer reads UTF-8 text")
-    return prompts
-
-
 def check_settings(method: str, posterior: str, sampling: Sampling) -> None:
     """Raise UserError for a method or posterior that there isn't, or that doesn't go with the rest."""
     if method not in METHODS:
@@ -94,22 +72,3 @@ def check_settings(method: str, posterior: str, sampling: Sampling) -> None:
             f"the method '{method}' draws from the mixture as it is: temperature 1, no top-k, no top-p; use "
             "'mixture' for these"
         )
-
-
-def shared_context(models: Mapping[str, Path], tokenizer: Tokenizer) -> int:
-    """The longest text in tokens that every model can read.
-
-    Raises ForestError if there is no model, or one of another vocabulary than the tokenizer's.
-    """
-    if not models:
-        raise ForestError("no model to generate from; train experts first: btm-scale run CONFIG")
-    contexts = []
-    for name, directory in models.items():
-        positions, rows = limits_of(directory)
-        if rows < tokenizer.vocab_size:
-            raise ForestError(
-                f"'{name}' has a vocabulary of {rows} tokens, and the run's tokenizer has {tokenizer.vocab_size}; "
-                "it was made with another tokenizer: leave it out"
-            )
-        contexts.append(positions)
-    return min(contexts)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from btm_scale.errors import UserError
-from btm_scale.forest.posterior.streaming import RunningPosterior
+from btm_scale.forest.posterior.evidence import RunningPosterior
 from btm_scale.kernels import mix_logits, mix_sample
 from btm_scale.model.hf_decoder import Reading
 

@@ -29,7 +29,8 @@ def print_plan(plan: Mapping[str, Any], console: Console) -> None:
     )
     reached = f"{cluster['compute_share']:.0%} of operations, {cluster['transfer_share']:.0%} of bytes a second"
     say(
-        f"a GPU: {cluster['flops'] / 1e12:,.0f} TFLOP/s, {cluster['memory'] / 1e9:,.0f} GB, "
+        f"a GPU: {cluster['fp16'] / 1e12:,.0f} TFLOP/s in 16 bits, {cluster['fp32'] / 1e12:,.0f} in fp32, "
+        f"{cluster['memory'] / 1e9:,.0f} GB, "
         f"{cluster['bandwidth'] / 1e12:.2f} TB/s, {cluster['link'] / 1e9:,.0f} GB/s in a node, "
         f"{cluster['network'] / 1e9:,.1f} GB/s between nodes; taken as reached: {reached}",
         style="dim",

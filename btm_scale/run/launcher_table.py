@@ -55,7 +55,7 @@ def _submit_to_slurm(config: RunConfig, run: RunDir, *, dry_run: bool, say: Call
 
 
 def _become_slurm_rank(environment: MutableMapping[str, str]) -> None:
-    from btm_scale.launch.ranks import become_slurm_rank
+    from btm_scale.launch.slurm import become_slurm_rank
 
     become_slurm_rank(environment)
 

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import LaunchError
 from btm_scale.launch.local import LocalPool, visible_gpus
-from btm_scale.launch.mpi import run_under_mpi, started_by_mpirun
+from btm_scale.launch.mpi import run_under_mpi
 from btm_scale.launch.supervise import RunGroups, groups_in
 from btm_scale.run.launcher_table import LAUNCHERS
 from btm_scale.run.state import is_done, progress, training_commands
 from btm_scale.run_dir import RunDir
 from btm_scale.train.jobs import training_job
 from btm_scale.train.progress import ModelProgress
+from btm_scale.util.mpi import mpi_rank
 
 Progress = Callable[[Sequence[ModelProgress]], None]
 
@@ -79,7 +80,7 @@ def launcher_named(name: str, config: RunConfig) -> RunGroups | None:
 
 def train_under_mpi(config: RunConfig, run: RunDir, models: Sequence[str]) -> None:
     """Train the models as one of the ranks that mpirun has started; all of them call this together."""
-    if not started_by_mpirun():
+    if mpi_rank() is None:
         raise LaunchError(
             "train --launcher mpi is for the ranks of mpirun: mpirun -n RANKS btm-scale train CONFIG --launcher mpi; "
             "`btm-scale run CONFIG --launcher mpi` calls mpirun itself"

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from btm_scale.config.run import RunConfig
-from btm_scale.data.fingerprint import Fingerprint
-from btm_scale.data.prepare import prepare, require_text
+from btm_scale.data.prepare import prepare
 from btm_scale.evaluate.averages import are_finished
 from btm_scale.evaluate.results import evaluate
 from btm_scale.forest.average_models import average_texts
@@ -16,9 +15,9 @@ from btm_scale.forest.forest import experts
 from btm_scale.forest.scores import all_texts, missing_scores
 from btm_scale.launch.supervise import GroupCommand, RunGroups
 from btm_scale.run.launchers import Progress, here, placement, run_training
-from btm_scale.run.state import is_done, on_this_device, open_run
+from btm_scale.run.state import is_done, open_run
 from btm_scale.run_dir import SEED, RunDir
-from btm_scale.train.jobs import model_names, training_job, training_stages
+from btm_scale.train.jobs import model_names, training_stages
 
 Say = Callable[[str], None]
 
@@ -78,52 +77,3 @@ def _run_scoring(config: RunConfig, run: RunDir, arguments: tuple[str, ...], lau
     )
     launcher = launcher or here(placement(config, [SEED]))
     launcher([command], lambda states: None)
-
-
-def dry_run(config: RunConfig, run: RunDir, *, trains_here: bool = True) -> dict[str, Any]:
-    """What a run would do: its models, their steps, batches and layouts. Writes nothing.
-
-    Checks every text path and, if the run's groups run on this machine (`trains_here`), their precisions.
-    """
-    files = require_text(config)
-    if run.config.is_file():
-        config = config.with_precisions_of(RunConfig.load(run.config))
-    if trains_here:
-        config = on_this_device(config, run)
-    jobs = {}
-    for stage in training_stages(config):
-        place = placement(config, stage)
-        for model in stage:
-            job = training_job(config, model)
-            layout = job.layout
-            jobs[model] = {
-                "parents": job.branch.parents if job.branch is not None else None,
-                "steps": job.steps,
-                "batch": f"{job.sequences} x {config.budget.sequence_length} tokens",
-                "layout": f"tensor {layout.tensor} x data {layout.data}, ZeRO {layout.zero}, {layout.precision}",
-                "at_a_time": place.slots,
-                "done": is_finished(run.model(model)),
-            }
-    rows = config.tokenizer.vocab_size if config.tokenizer.path is None else None
-    shape = config.model.shape(rows or 1, config.budget.sequence_length)
-    return {
-        "run": str(run.root),
-        "parameters": shape.parameters if rows else "known with the tokenizer",
-        "text": {
-            name: {"files": len(found), "bytes": sum(file.path.stat().st_size for file in found)}
-            for name, found in files.items()
-        },
-        "models": jobs,
-    }
-
-
-def data_summary(config: RunConfig, run: RunDir) -> dict[str, Any]:
-    """Documents, tokens and bytes of every domain's splits, with what was skipped."""
-    summary = {}
-    for name in config.all_domains:
-        made = Fingerprint.load(run, name)
-        summary[name] = {split: counts.model_dump() for split, counts in made.splits.items()} | {
-            "skipped_lines": made.skipped_lines,
-            "duplicates": made.duplicates,
-        }
-    return {"data": str(run.data), "domains": summary}

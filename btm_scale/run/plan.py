@@ -44,7 +44,7 @@ def make_plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
     return {
         "parameters": shape.parameters,
         "cluster": {"gpus": cluster.ranks, "nodes": cluster.nodes, "gpus_per_node": cluster.ranks_per_node}
-        | asdict(cluster.gpu),
+        | {name: figure for name, figure in asdict(cluster.gpu).items() if name != "devices"},
         "proposed": proposed,
         "stages": [_stage_rows(stage) for stage in stages],
         "days": sum(stage.seconds for stage in stages) / 86_400,
@@ -63,7 +63,8 @@ def with_proposals(config: RunConfig, shape: ModelShape, cluster: Cluster) -> tu
         return config, proposed
     base = config.layout.model_copy(update={"precision": cluster.gpu.half})
     # With one sequence as the layout's least share of a batch, every job can be described before it has a layout.
-    smallest = config.layout.model_copy(update={"tensor": 1, "data": 1})
+    base = config.layout if cluster.gpu.bf16 else config.layout.model_copy(update={"precision": "fp16"})
+    smallest = base.model_copy(update={"tensor": 1, "data": 1})
     bare = config.model_copy(update={"layout": smallest, "seed_layout": {}})
     layout, micro = propose(shape, _trainings(bare, _branches(bare)), cluster, base)
     proposed["layout"] = _settings(layout, Layout()) | {"micro_batch": micro}

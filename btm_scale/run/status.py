@@ -1,12 +1,14 @@
-"""How far every model of a run is: what its files say, what SLURM says, and why a group has failed."""
+"""What is there of a run: its text, how far every model is by its files and by SLURM, and why a group has failed."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from btm_scale.config.run import RunConfig
+from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.run.slurm import queue_notes
 from btm_scale.run.state import is_done, progress
 from btm_scale.run_dir import RunDir
@@ -53,3 +55,15 @@ def failures(rows: list[ModelProgress], run: RunDir) -> dict[str, Failure]:
     """Why the models that have failed did."""
     found = {row.model: read_failure(run.log(row.model)) for row in rows if row.state == "failed"}
     return {model: failure for model, failure in found.items() if failure is not None}
+
+
+def data_summary(config: RunConfig, run: RunDir) -> dict[str, Any]:
+    """Documents, tokens and bytes of every domain's splits, with what was skipped."""
+    summary = {}
+    for name in config.all_domains:
+        made = Fingerprint.load(run, name)
+        summary[name] = {split: counts.model_dump() for split, counts in made.splits.items()} | {
+            "skipped_lines": made.skipped_lines,
+            "duplicates": made.duplicates,
+        }
+    return {"data": str(run.data), "domains": summary}

@@ -8,10 +8,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from btm_scale.launch.gpus import peak_flops
+from btm_scale.launch.gpus import gpu_of_device
 from btm_scale.util.files import write_file
 
 if TYPE_CHECKING:  # reading metrics needs no engine
+    import torch
+
     from btm_scale.distributed.group import ExpertGroup
     from btm_scale.model.shape import ModelShape
     from btm_scale.train.engine import StepResult
@@ -97,6 +99,16 @@ class Metrics:
     ) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """FLOP/s that the vendor states of a device in this precision; None on a CPU and for a GPU without a data sheet."""
+    if device.type != "cuda":
+        return None
+    import torch
+
+    gpu = gpu_of_device(torch.cuda.get_device_name(device))
+    return None if gpu is None else gpu.peak(precision)
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from btm_scale.distributed.group import ExpertGroup
-from btm_scale.util.processes import REQUEUE
+from btm_scale.launch.shutdown import REQUEUE
 
 _MARKER = "stopped"
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from btm_scale.checkpoint.formats.gpt2_names import with_head_names
-from btm_scale.checkpoint.formats.open import open_model
+from btm_scale.checkpoint.formats.open import open_model, with_head_names
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.config.run import RunConfig
 from btm_scale.data.tokenizer import Tokenizer

@@ -1,8 +1,10 @@
-"""Importing libraries without torch's compiler, where it would compile nothing."""
+"""Importing large libraries: without torch's compiler where it would compile nothing, and without their warnings."""
 
 from __future__ import annotations
 
 import importlib
+import os
+import warnings
 from typing import Any
 
 
@@ -26,3 +28,13 @@ def import_uncompiled(module: str) -> None:
 
 def _as_it_is(function: Any = None, **options: Any) -> Any:
     return _as_it_is if function is None else function
+
+
+def silence_megatron() -> None:
+    """Ignore what Megatron-core warns of at every import: which optional packages it works without."""
+    for message in ("Transformer Engine and Apex", "Apex is not installed"):
+        warnings.filterwarnings("ignore", message)
+        # And in the processes that this one starts.
+        others = os.environ.get("PYTHONWARNINGS")
+        if message not in (others or ""):
+            os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [others, f"ignore:{message}"]))

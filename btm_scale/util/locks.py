@@ -33,6 +33,15 @@ def held(lock: Path) -> Iterator[bool]:
             return
 
 
+@contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Hold a lock file, once every other process that holds it has let go of it."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _is_named(file: TextIO, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())

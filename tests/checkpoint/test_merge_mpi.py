@@ -14,6 +14,7 @@ from helpers.small_models import Save, random_weights
 
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.merge.merge import merge
+from btm_scale.util.mpi import without_mpi
 
 
 def mpirun_merge(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -45,3 +46,17 @@ def test_all_ranks_end_when_the_plan_has_a_problem(save: Save, tmp_path: Path) -
     assert ran.returncode != 0
     assert "these models cannot be merged" in ran.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_ranks_of_srun_with_pmix_never_merge_alone(save: Save, tmp_path: Path) -> None:
+    """No PMIx server answers here, so that MPI cannot start; without MPI, four merges would write one output."""
+    model = save("model", random_weights(0))
+    command = [sys.executable, "-m", "btm_scale.cli", "merge", tmp_path / "out", model, model]
+    outside = without_mpi(os.environ)
+    several = {"PMIX_RANK": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}
+    done = subprocess.run(command, env=outside | several, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert not (tmp_path / "out").exists()
+    one = {"PMIX_RANK": "0", "SLURM_STEP_NUM_TASKS": "1"}
+    subprocess.run(command, env=outside | one, capture_output=True, check=True)
+    assert (tmp_path / "out").is_dir()

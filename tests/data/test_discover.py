@@ -63,20 +63,11 @@ def test_what_is_found_is_a_config_as_it_stands(found: Path) -> None:
     assert all((config.text_root / domain.text[0]).is_file() for domain in config.domains.values())
 
 
-def test_a_saved_clustering_places_and_routes_as_before(mixed: Path, found: Path) -> None:
+def test_a_saved_clustering_places_texts_as_before(mixed: Path, found: Path) -> None:
     clustering = Clustering.load(found)
     texts = [json.loads(line)["text"] for line in (mixed / "all.jsonl").read_text().splitlines()][::7]
     written = {row["text"]: number for number in range(2) for row in rows(found / f"cluster{number}.jsonl.gz")}
     assert clustering.assign(texts).tolist() == [written[text] for text in texts]
-    weights = np.exp(clustering.log_weights(texts))
-    assert weights.sum(axis=1) == pytest.approx(1)
-    distances = squared_distances(clustering.place(texts), clustering.centres)
-    expected = np.exp(-distances / 0.1)
-    assert weights == pytest.approx(expected / expected.sum(axis=1, keepdims=True), rel=1e-4)
-    nearest = clustering.log_weights(texts, top_k=1)
-    assert (np.isfinite(nearest).sum(axis=1) == 1).all()
-    assert (nearest.argmax(axis=1) == distances.argmin(axis=1)).all()
-    assert np.isfinite(clustering.log_weights(["", "0 1 2 3"])).all()
 
 
 def test_clusters_of_unequal_blobs_hold_equal_mass() -> None:

@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from btm_scale.config.evaluation import Tempering
 from btm_scale.config.run import EvaluateConfig
 from btm_scale.evaluate.ensemble import ensemble_methods
-from btm_scale.forest.posterior.evidence import Tempering
 from btm_scale.forest.posterior.mixture import mixture_log_probs
 from btm_scale.forest.posterior.prior import updating_mixture_log_probs
 from btm_scale.forest.scores import Stack
 
-TEMPERING = Tempering(0.3, 0.9, 0.01)
+TEMPERING = Tempering(power=0.3, forgetting=0.9, share=0.01)
 PRIOR = np.log([0.2, 0.5, 0.3])
 
 

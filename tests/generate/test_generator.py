@@ -16,11 +16,12 @@ from helpers.tiny_run import btm_scale
 from transformers import AutoModelForCausalLM
 
 from btm_scale.cli.app import main
+from btm_scale.cli.forest import prompts_of
+from btm_scale.config.evaluation import Tempering
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import CheckpointError, UserError
-from btm_scale.forest.posterior.evidence import Tempering
 from btm_scale.generate.generator import Generator
-from btm_scale.generate.request import Batch, prompts_of
+from btm_scale.generate.request import Batch
 from btm_scale.generate.sampling import Sampling, cut
 from btm_scale.model import hf_decoder
 from btm_scale.run_dir import RunDir

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from helpers.tiny_forest import POSITIONS, Letters, Oracle, write_experts
 
+from btm_scale.config.evaluation import Tempering
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ForestError, UserError
-from btm_scale.forest.posterior.evidence import Tempering
 from btm_scale.generate.generator import Generator
 from btm_scale.generate.loglikelihood import generator_of_method, score_continuations, score_windows
 from btm_scale.run_dir import RunDir

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from btm_scale.kernels import mixing, scoring
-from btm_scale.kernels.tuning_table import MIX_RULES, SCORE_RULES, ScoreRule
+from btm_scale.kernels.tuning import MIX_RULES, SCORE_RULES, ScoreRule
 
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from btm_scale.kernels import tuning_table
-from btm_scale.kernels.tuning import score_config
-from btm_scale.kernels.tuning_table import MIX_RULES, SCORE_RULES, MixConfig, ScoreConfig, ScoreRule
+from btm_scale.kernels import tuning
+from btm_scale.kernels.tuning import MIX_RULES, SCORE_RULES, MixConfig, ScoreConfig, ScoreRule, score_config
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "tune_kernels.py"
 
@@ -39,7 +38,7 @@ def test_renewing_a_gpus_rows_leaves_the_others(tmp_path):
     rule = ScoreRule("sm_90", 16, 0, 0, True, ScoreConfig(1, 2, 3, 4, 5, 6, 7))
     mix = MixConfig(8, 9, 10, 11)
     table = tmp_path / "table.py"
-    table.write_text(script.rewritten(Path(tuning_table.__file__).read_text(), "sm_90", [rule], mix))
+    table.write_text(script.rewritten(Path(tuning.__file__).read_text(), "sm_90", [rule], mix))
     renewed = runpy.run_path(str(table))
     assert [tuple(row) for row in renewed["SCORE_RULES"] if row.arch == "sm_90"] == [tuple(rule)]
     others = [tuple(row) for row in SCORE_RULES if row.arch != "sm_90"]

@@ -9,8 +9,7 @@ from pydantic import ValidationError
 
 from btm_scale.config.launch import DeepSpeedConfig
 from btm_scale.errors import LaunchError
-from btm_scale.launch.deepspeed import HostPool
-from btm_scale.launch.hostfile import HostRoom, Share, read_hostfile
+from btm_scale.launch.deepspeed import HostPool, read_hostfile
 from btm_scale.launch.supervise import GroupCommand
 
 
@@ -46,22 +45,6 @@ def test_a_missing_hostfile_is_told(tmp_path: Path) -> None:
         read_hostfile(tmp_path / "absent")
 
 
-def test_a_group_stays_on_the_host_that_it_fills_best() -> None:
-    room = HostRoom({"big": 8, "small": 2})
-    assert room.take("a", 2, 1) == (Share("small", (0, 1)),)
-    assert room.take("b", 6, 2) == (Share("big", (0, 1, 2, 3, 4, 5)),)
-    assert room.take("c", 4, 1) is None
-    room.give_back((Share("big", (0, 1, 2, 3, 4, 5)),))
-    assert room.take("c", 4, 1) == (Share("big", (0, 1, 2, 3)),)
-
-
-def test_a_tensor_group_never_spans_two_hosts() -> None:
-    room = HostRoom({"a": 3, "b": 3})
-    assert room.take("wide", 4, 2) == (Share("a", (0, 1)), Share("b", (0, 1)))
-    with pytest.raises(LaunchError, match="wide needs 6 slots, 2 at a time on one host"):
-        HostRoom({"a": 3, "b": 3}).take("wide", 6, 2)
-
-
 def test_groups_that_run_side_by_side_share_no_slot_and_no_port(tmp_path: Path) -> None:
     hosts = written(tmp_path, "n1 slots=4\nn2 slots=4\n")
     config = DeepSpeedConfig(hostfile=hosts, connect=("ssh", "-tt", "{host}"), ports=(30000, 30010))
@@ -81,6 +64,12 @@ def test_groups_that_run_side_by_side_share_no_slot_and_no_port(tmp_path: Path) 
     assert pool.take(GroupCommand("more", 1, ("train",), tmp_path / "more" / "log")) is None
     pool.give_back("code")
     assert pool.take(GroupCommand("more", 1, ("train",), tmp_path / "more" / "log")) is not None
+
+
+def test_a_group_that_no_hosts_can_ever_hold_is_refused(tmp_path: Path) -> None:
+    pool = HostPool(DeepSpeedConfig(hostfile=written(tmp_path, "a slots=3\nb slots=3\n")))
+    with pytest.raises(LaunchError, match=r"wide needs 6 slots, 2 at a time on one host; .* a with 3, b with 3"):
+        pool.take(GroupCommand("wide", 6, ("train",), tmp_path / "wide" / "log", colocated=2))
 
 
 def test_by_default_one_launcher_reaches_all_hosts_of_its_group_by_pdsh(tmp_path: Path) -> None:

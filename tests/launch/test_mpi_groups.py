@@ -18,8 +18,8 @@ from btm_scale.config.launch import MpiConfig
 from btm_scale.errors import GroupFailed, LaunchError
 from btm_scale.launch import mpi
 from btm_scale.launch.mpi import MpiLauncher
+from btm_scale.launch.shutdown import REQUEUE
 from btm_scale.launch.supervise import GroupCommand
-from btm_scale.util.processes import REQUEUE
 
 
 def run(folder: Path, ranks: int, **groups: tuple[str, ...]) -> str:

@@ -14,8 +14,7 @@ from helpers.tiny_run import tiny_values, write_config
 
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ConfigError, LaunchError
-from btm_scale.launch.ranks import become_slurm_rank
-from btm_scale.launch.slurm import render
+from btm_scale.launch.slurm import become_slurm_rank, render
 from btm_scale.run.slurm import jobs, write_scripts
 from btm_scale.run_dir import RunDir
 

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from btm_scale.errors import GroupFailed, LaunchError
+from btm_scale.launch.shutdown import REQUEUE
 from btm_scale.launch.supervise import GroupCommand, Start, run_groups_in
-from btm_scale.util.processes import REQUEUE
 from btm_scale.util.rank_log import read_failure
 
 RANK = """

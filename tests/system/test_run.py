@@ -22,8 +22,8 @@ from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.config.run import RunConfig
 from btm_scale.forest.expert import read_expert
 from btm_scale.forest.scores import Scores, evaluation_text
+from btm_scale.launch.shutdown import REQUEUE
 from btm_scale.run_dir import RunDir
-from btm_scale.util.processes import REQUEUE
 
 pytestmark = pytest.mark.slow
 

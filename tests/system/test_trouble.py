@@ -19,9 +19,9 @@ from helpers.cuts import full
 from helpers.tiny_run import btm_scale, share_text, start_btm_scale, tiny_values, write_config
 
 from btm_scale.checkpoint.hashing import content_hash
+from btm_scale.launch.shutdown import REQUEUE
 from btm_scale.run_dir import RunDir
 from btm_scale.train.checkpoint import newest_state
-from btm_scale.util.processes import REQUEUE
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from btm_scale.util.processes import REQUEUE
+from btm_scale.launch.shutdown import REQUEUE
 
 SCORING = """
 import os, signal, sys, time

@@ -1,4 +1,4 @@
-"""The lock of a model's training."""
+"""Locks between processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from btm_scale.errors import GroupFailed
-from btm_scale.util.locks import ModelLock
+from btm_scale.util.locks import ModelLock, alone
 
 
 def test_a_look_at_the_lock_keeps_no_group_from_starting(tmp_path: Path) -> None:
@@ -47,3 +47,19 @@ def test_a_lock_is_seen_by_who_may_only_read(tmp_path: Path, monkeypatch: pytest
             patch.setattr(Path, "open", only_read)
             assert ModelLock.is_held(tmp_path)
     assert not ModelLock.is_held(tmp_path)
+
+
+def test_a_second_holder_waits_for_the_first(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    def second() -> None:
+        with alone(tmp_path / "slurm" / "lock"):
+            order.append("second")
+
+    with alone(tmp_path / "slurm" / "lock"):
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        waiting.join(0.2)
+        order.append("first")
+    waiting.join()
+    assert order == ["first", "second"]

@@ -5,12 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+import time
+from pathlib import Path
+
+import pytest
 
 BEFORE = """
 import os, signal, threading, time
 from btm_scale.errors import WorkerLost
 from btm_scale.util import pools
-from btm_scale.util.pools import in_processes, in_threads
+from btm_scale.util.pools import in_processes, in_threads, lost_workers_told, process_pool
 pools.CORES = 2
 
 def slower_first(item):
@@ -79,3 +83,33 @@ def test_a_worker_that_is_killed_is_told() -> None:
     run("""
         assert "a worker process of this command was killed" in told(in_processes, killed_at_three, range(6))
     """)
+
+
+def test_a_spawned_worker_starts_with_its_initializer_and_tells_when_it_is_killed() -> None:
+    run("""
+        with process_pool(1, forks=False, initializer=os.chdir, initargs=("/",)) as pool:
+            assert pool.submit(os.getcwd).result() == "/" != os.getcwd()
+            try:
+                with lost_workers_told():
+                    pool.submit(os._exit, 1).result()
+            except WorkerLost as error:
+                assert "a worker process of this command was killed" in str(error)
+            else:
+                raise AssertionError("no error")
+    """)
+
+
+@pytest.mark.parametrize("forks", [True, False], ids=["forked", "spawned"])
+def test_workers_end_with_the_process_that_was_killed(forks: bool) -> None:
+    script = f"""
+        pool = process_pool(1, forks={forks})
+        print(pool.submit(os.getpid).result(), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    words = [sys.executable, "-c", BEFORE + textwrap.dedent(script)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    worker = int(done.stdout)
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{worker}").exists() and "zombie" not in Path(f"/proc/{worker}/status").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from btm_scale.checkpoint.formats.deepspeed import checkpoint_folder, open_deepspeed
 from btm_scale.checkpoint.formats.locate import iteration_folder
 from btm_scale.checkpoint.formats.pytorch_bin import BIN, BIN_INDEX, open_bin
 from btm_scale.checkpoint.formats.safetensors import INDEX, SINGLE, SafetensorsModel
-from btm_scale.checkpoint.formats.tensors import ModelReader
+from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec
 from btm_scale.checkpoint.formats.torch_dist import open_torch_dist
 from btm_scale.checkpoint.formats.training import TrainingState, is_training_state
 from btm_scale.errors import CheckpointError
 
+_GPT2_PREFIX = "transformer."
 _OPENERS: dict[str, Callable[[Path], ModelReader]] = {
     "safetensors": SafetensorsModel,
     "bin": open_bin,
@@ -42,3 +45,32 @@ def open_model(path: Path) -> ModelReader:
     """A model of any known format, under Hugging Face names; raises `CheckpointError` for others."""
     path = Path(path)
     return _OPENERS[format_of(path)](path)
+
+
+def with_head_names(model: ModelReader) -> ModelReader:
+    """A model under the names that transformers' language model has for its tensors; closing it closes the model.
+
+    GPT-2's own files name their tensors as those of the bare transformer, without the prefix that its head adds.
+    """
+    return _Prefixed(model) if "wte.weight" in model.names else model
+
+
+class _Prefixed(ModelReader):
+    def __init__(self, model: ModelReader) -> None:
+        self.path = model.path
+        self._model = model
+        self._own = {name if name.startswith("lm_head.") else f"{_GPT2_PREFIX}{name}": name for name in model.names}
+        self._names = tuple(sorted(self._own))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self._names
+
+    def spec(self, name: str) -> TensorSpec:
+        return self._model.spec(self._own.get(name, name))
+
+    def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
+        self._model.read_into(self._own.get(name, name), start, out)
+
+    def close(self) -> None:
+        self._model.close()

@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from btm_scale.checkpoint.merge.workers import Output, merge_share
 from btm_scale.errors import CheckpointError
+from btm_scale.util.mpi import mpi_rank
 
 Report = TypeVar("Report")
-_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of Open MPI and of MPICH
-_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
-
-
-def started_by_mpi() -> bool:
-    """Whether `mpirun` started this process as one of several."""
-    return any(int(os.environ.get(name, "1")) > 1 for name in _SIZES)
-
-
-def follows() -> bool:
-    """Whether this process is one of `mpirun`'s, and not the first."""
-    return any(int(os.environ.get(name, "0")) > 0 for name in _RANKS)
 
 
 def world() -> Any:
-    """All ranks; raises `CheckpointError` without mpi4py."""
+    """Return all ranks. Raises `CheckpointError` without mpi4py, or with one that was built for another MPI."""
     try:
         from mpi4py import MPI
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is installed and finds no libmpi
         raise CheckpointError(
-            "mpirun needs mpi4py, which is not installed. Install btm-scale[mpi], or use --jobs on one host."
+            f"A merge by several MPI ranks needs mpi4py and an MPI ({str(error).splitlines()[0]}). Install "
+            "btm-scale[mpi], or use --jobs on one host."
         ) from error
-    return MPI.COMM_WORLD
+    ranks = MPI.COMM_WORLD
+    started = mpi_rank()
+    if started is not None and started.size not in (None, ranks.size):
+        raise CheckpointError(
+            f"The launcher started {started.size} ranks, and mpi4py sees {ranks.size}. Each of them would merge alone. "
+            "Start them with the mpirun of the MPI that mpi4py was built for, or use --jobs on one host."
+        )
+    return ranks
 
 
 class Leader:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -18,8 +17,7 @@ from btm_scale.checkpoint.merge import journal
 from btm_scale.checkpoint.merge.mean_runner import MeansRunner
 from btm_scale.checkpoint.merge.plan import MergePlan, Unit
 from btm_scale.checkpoint.merge.runner import Target, UnitRunner
-from btm_scale.util.pools import MOST, in_threads, lost_workers_told, may_fork
-from btm_scale.util.processes import end_with_parent
+from btm_scale.util.pools import MOST, in_threads, lost_workers_told, may_fork, process_pool
 
 # Bytes of output between two notes of what is done. Each waits for the disk while the threads go on, so that little
 # is left to wait for at the end.
@@ -82,8 +80,7 @@ def merge_share(outputs: Sequence[Output], rank: int, size: int, *, chunk_bytes:
 
 def merge_in_processes(outputs: Sequence[Output], jobs: int | None, *, chunk_bytes: int) -> None:
     """All shares on this host, in this process and `jobs` - 1 others."""
-    # Threads wait for one another between the short steps of a piece, so processes are twice as fast. One that is
-    # forked begins at once, but where threads run they may hold locks that no one would ever open in it.
+    # Threads wait for one another between the short steps of a piece, so processes are twice as fast.
     forks = may_fork()
     if jobs is None:
         large = any(plan.is_large for plan, _ in outputs)
@@ -91,11 +88,7 @@ def merge_in_processes(outputs: Sequence[Output], jobs: int | None, *, chunk_byt
     share = functools.partial(merge_share, outputs, size=jobs, chunk_bytes=chunk_bytes)
     if jobs == 1:
         return share(0)
-    context = get_context("fork" if forks else "spawn")
-    with (
-        lost_workers_told(),
-        ProcessPoolExecutor(jobs - 1, mp_context=context, initializer=end_with_parent) as pool,
-    ):
+    with lost_workers_told(), process_pool(jobs - 1, forks=forks) as pool:
         others = [pool.submit(share, rank) for rank in range(1, jobs)]
         share(0)
         for other in others:

@@ -1,42 +1,35 @@
-"""How what the experts said of earlier tokens moves their weights: one recursion over a text for each mode."""
+"""How the experts' log-probabilities of earlier tokens move their weights: one recursion for each mode.
+
+`Evidence` takes it through texts that exist, many tokens at once; `RunningPosterior` through texts that are still being
+written, where the weights are needed before the token is known.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+
+from btm_scale.config.evaluation import Tempering
+from btm_scale.forest.posterior.log_weights import centred, logsumexp, normalise
 
 Mode = Literal["prefix", "token", "tempered", "fixed"]
 Array = np.ndarray
 
 _SMALLEST, _LARGEST = float(np.finfo(np.float64).tiny), float(np.finfo(np.float64).max)
-
-
-@dataclass(frozen=True)
-class Tempering:
-    """How evidence moves the weights in mode `tempered`.
-
-    After each token log w <- forgetting x log w + power x log p, normalised; then a share of the prior is mixed in.
-    Power and forgetting 1 with share 0 are the prefix posterior. A whole prefix is over-confident evidence: the
-    experts' errors on neighbouring tokens are not independent.
-    """
-
-    power: float = 1.0
-    forgetting: float = 1.0
-    share: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not (self.power > 0 and 0 < self.forgetting <= 1 and 0 <= self.share < 1):
-            raise ValueError(f"need power > 0, 0 < forgetting <= 1 and 0 <= share < 1, not {self}")
+UNTEMPERED = Tempering(power=1.0)  # the prefix posterior
 
 
 class Evidence:
-    """The running log weights of `count` blocks under each tempering, side by side: [experts, temperings x count]."""
+    """The running log weights of `count` texts under each tempering, side by side: [experts, temperings x count].
+
+    `prior` [experts], or [experts, count] if it differs between texts, in nats and normalised.
+    """
 
     def __init__(self, prior: Array, count: int, mode: Mode, temperings: Sequence[Tempering]) -> None:
-        self._prior = np.repeat(prior[:, None], len(temperings) * count, axis=1)
+        priors = np.broadcast_to(prior if prior.ndim == 2 else prior[:, None], (len(prior), count))
+        self._prior = np.tile(priors, (1, len(temperings)))
         self._state = self._prior
         self._mode = mode
         # As large as what they are multiplied with, where every token asks for it: rows are short.
@@ -44,39 +37,48 @@ class Evidence:
             np.tile(np.repeat([getattr(tempering, name) for tempering in temperings], count), (len(prior), 1))
             for name in ("power", "forgetting", "share")
         )
-        self._mixes = bool(shares[0, 0] > 0)
+        self._mixes = mode == "tempered" and bool(shares[0, 0] > 0)
         # No share is so small that it rounds to nothing: the expert would be out for good.
-        self._kept, self._mixed_in = 1 - shares[0], np.maximum(shares * np.exp(self._prior), _SMALLEST)
+        mixed_in = np.maximum(shares * np.exp(self._prior), _SMALLEST)
+        self._kept, self._mixed_in = 1 - shares[0], np.where(np.isneginf(self._prior), 0.0, mixed_in)
+
+    def weights(self) -> Array:
+        """Normalised log weights before the next token [experts, temperings x count]."""
+        return normalise(self._state.copy(), self._prior)
+
+    def observe(self, log_probs: Array, seen: Array | None = None) -> None:
+        """Take in each text's next token, log-probabilities [experts, temperings x count]; of the texts `seen` only."""
+        before = self._state
+        if self._mode == "token":
+            self._state = self._prior + log_probs
+        elif self._mode == "prefix":
+            self._state = centred(before + log_probs)
+        elif self._mode == "tempered":
+            state = before.copy()
+            self._temper(state, log_probs, np.empty_like(state))
+            self._state = state if self._mixes else centred(state)
+        if seen is not None:
+            self._state = np.where(seen, self._state, before)
 
     def weights_before(self, piece: Array) -> Array:
-        """Normalised log weights before each token of the blocks' next piece [experts, blocks, tokens]."""
+        """Normalised log weights before each token of the texts' next piece [experts, texts, tokens]; takes it in."""
         if self._mode == "tempered":
             joint = self._tempered(piece)
-            if self._mixes:
-                return joint
-        else:
-            joint = np.empty_like(piece)
+            return joint if self._mixes else normalise(joint, self._prior)
+        joint = np.empty_like(piece)
         if self._mode == "fixed":
             joint[:] = self._prior[:, :, None]
         elif self._mode == "token":
             joint[:, :, 0] = self._state
             joint[:, :, 1:] = self._prior[:, :, None] + piece[:, :, :-1]
-            self._state = self._prior + piece[:, :, -1]
+            self.observe(piece[:, :, -1])
         elif self._mode == "prefix":
             joint[:, :, 0] = self._state
             np.cumsum(piece[:, :, :-1], axis=2, out=joint[:, :, 1:])
             joint[:, :, 1:] += self._state[:, :, None]
-            # Only differences count, so the state is kept small: a long stream loses no digits.
-            self._state = _centred(joint[:, :, -1] + piece[:, :, -1])
-        total = logsumexp(joint)
-        lost = np.isneginf(total)
-        if lost.any():
-            # Where every expert has ruled the text out there is nothing to weigh by but the prior.
-            blocks, tokens = np.nonzero(lost)
-            joint[:, blocks, tokens] = self._prior[:, blocks]
-            total[lost] = 0.0
-        joint -= total
-        return joint
+            self._state = joint[:, :, -1]
+            self.observe(piece[:, :, -1])
+        return normalise(joint, self._prior)
 
     def _tempered(self, piece: Array) -> Array:
         """Log weights before each token; where a share of the prior is mixed in, they are normalised."""
@@ -84,12 +86,16 @@ class Evidence:
         before, news, state = np.empty_like(text), np.empty_like(self._state), self._state.copy()
         for token, log_probs in enumerate(text):
             before[token] = state
-            state *= self._forgetting
-            state += np.multiply(self._power, log_probs, out=news)
-            if self._mixes:
-                self._mix_in_prior(state)
-        self._state = state if self._mixes else _centred(state)
+            self._temper(state, log_probs, news)
+        self._state = state if self._mixes else centred(state)
         return np.moveaxis(before, 0, 2)
+
+    def _temper(self, state: Array, log_probs: Array, news: Array) -> None:
+        """In place: the state after one more token; `news` is room to work in."""
+        state *= self._forgetting
+        state += np.multiply(self._power, log_probs, out=news)
+        if self._mixes:
+            self._mix_in_prior(state)
 
     def _mix_in_prior(self, state: Array) -> None:
         """In place; the weights then sum to 1. Beside a share of the prior, what underflows is nothing."""
@@ -103,19 +109,34 @@ class Evidence:
             total[lost] = 1.0
         state *= self._kept / total
         state += self._mixed_in
-        np.log(state, out=state)
+        with np.errstate(divide="ignore"):  # of experts that the prior rules out
+            np.log(state, out=state)
 
 
-def logsumexp(values: Array) -> Array:
-    """Over the first dimension; -inf where all are -inf."""
-    peak = values.max(axis=0)
-    safe = np.where(np.isfinite(peak), peak, 0.0)
-    shifted = values - safe
-    np.exp(shifted, out=shifted)
-    with np.errstate(divide="ignore"):
-        return safe + np.log(shifted.sum(axis=0))
+class RunningPosterior:
+    """log p(D=j | text so far), nats [texts, experts], token by token; all modes of `mixture_log_probs`."""
+
+    def __init__(
+        self, log_prior: Array, texts: int, *, mode: Mode = "prefix", tempering: Tempering | None = None
+    ) -> None:
+        """`log_prior` [experts] or [texts, experts] nats, normalised here; `tempering` is for the mode `tempered`."""
+        prior = np.asarray(log_prior, dtype=np.float64).T
+        self._evidence = Evidence(prior - logsumexp(prior), texts, mode, [checked_tempering(mode, tempering)])
+
+    def log_weights(self) -> Array:
+        """Normalised, float64 [texts, experts]; the prior where every expert has ruled the text out."""
+        return np.ascontiguousarray(self._evidence.weights().T)
+
+    def observe(self, log_probs: Array, seen: Array | None = None) -> None:
+        """Take in the experts' log-probabilities [texts, experts] of each text's next token.
+
+        `seen` bool [texts]: only these texts have one.
+        """
+        self._evidence.observe(np.asarray(log_probs, dtype=np.float64).T, seen)
 
 
-def _centred(state: Array) -> Array:
-    peak = state.max(axis=0)
-    return state - np.where(np.isfinite(peak), peak, 0.0)
+def checked_tempering(mode: Mode, tempering: Tempering | None) -> Tempering:
+    """The tempering of a mode. Raises ValueError if `tempered` has none, or another mode has one."""
+    if (tempering is not None) != (mode == "tempered"):
+        raise ValueError("the mode 'tempered' takes a tempering, and no other mode does")
+    return tempering or UNTEMPERED

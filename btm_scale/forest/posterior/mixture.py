@@ -11,7 +11,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from btm_scale.forest.posterior.evidence import Evidence, Mode, Tempering, logsumexp
+from btm_scale.config.evaluation import Tempering
+from btm_scale.forest.posterior.evidence import Evidence, Mode, checked_tempering
+from btm_scale.forest.posterior.log_weights import checked, keep_largest, logsumexp, normalised_prior
 from btm_scale.util.pools import in_threads
 
 Array = np.ndarray
@@ -49,9 +51,8 @@ def mixture_log_probs(
     Memory does not grow with experts x tokens. Raises ValueError for a log-probability above 0 or NaN, or a prior that
     weighs nobody.
     """
-    if (tempering is not None) != (mode == "tempered"):
-        raise ValueError("the mode 'tempered' takes a tempering, and no other mode does")
-    return _mixtures(log_probs, block_starts, [tempering or Tempering()], log_prior, mode, top_k, top_k_per_token)[0]
+    temperings = [checked_tempering(mode, tempering)]
+    return _mixtures(log_probs, block_starts, temperings, log_prior, mode, top_k, top_k_per_token)[0]
 
 
 def tempered_mixtures(
@@ -78,7 +79,7 @@ def mean_tempered_weights(log_probs: Array, block_starts: Array, tempering: Temp
     Arguments are `mixture_log_probs`'s. The prior of a text is nearly one expert's alone; this is who in fact speaks.
     """
     log_probs = np.asarray(log_probs)
-    prior = _normalised_prior(log_prior, len(log_probs), None)
+    prior = normalised_prior(log_prior, len(log_probs))
     active = np.flatnonzero(np.isfinite(prior))
     total = np.zeros(len(log_probs))
     for begin, count, length in _equal_blocks(block_starts, log_probs.shape[1], len(active)):
@@ -102,7 +103,7 @@ def _mixtures(
     All temperings have a share of the prior, or none has.
     """
     log_probs = np.asarray(log_probs)
-    prior = _normalised_prior(log_prior, len(log_probs), top_k)
+    prior = normalised_prior(log_prior, len(log_probs), top_k)
     active = np.flatnonzero(np.isfinite(prior))
     prior = prior[active]
     result = np.empty((len(temperings), log_probs.shape[1]))
@@ -113,7 +114,8 @@ def _mixtures(
         where = result[:, columns].reshape(len(temperings) * count, length)
         for first, piece, weights in _weighed(text, active, prior, mode, temperings):
             if top_k_per_token is not None and top_k_per_token < len(active):
-                _keep_largest(weights, top_k_per_token)
+                keep_largest(weights, top_k_per_token)
+                weights -= logsumexp(weights)
             weights += piece
             where[:, first : first + piece.shape[2]] = logsumexp(weights)
         result[:, columns] = where.reshape(len(temperings), -1)
@@ -156,15 +158,6 @@ def blocks_of(starts: Array, tokens: int) -> list[tuple[int, int]]:
     return list(pairwise(bounds))
 
 
-def checked(log_probs: Array) -> Array:
-    """Log-probabilities as float64. Raises ValueError for one above 0 or NaN."""
-    values = np.asarray(log_probs, dtype=np.float64)
-    # NaN fails every comparison, so this catches it too.
-    if values.size and not values.max() <= 0:
-        raise ValueError("log-probabilities must be at most 0 and never NaN; score the experts again")
-    return values
-
-
 def _equal_blocks(starts: Array, tokens: int, experts: int) -> Iterator[tuple[int, int, int]]:
     """(begin, count, length) of neighbouring blocks of one length, as many as are worked on at once."""
     begin, count, length = 0, 0, 0
@@ -174,20 +167,3 @@ def _equal_blocks(starts: Array, tokens: int, experts: int) -> Iterator[tuple[in
             begin, count = first, 0
         count, length = count + 1, end - first
     yield begin, count, length
-
-
-def _normalised_prior(log_prior: Array | None, experts: int, top_k: int | None) -> Array:
-    prior = np.zeros(experts) if log_prior is None else np.array(log_prior, dtype=np.float64)
-    if prior.shape != (experts,) or np.isnan(prior).any() or not np.isfinite(prior).any():
-        raise ValueError(f"a prior over {experts} experts must be {experts} log-probabilities, not {log_prior}")
-    if top_k is not None and top_k < experts:
-        outside = np.argsort(-prior, kind="stable")[top_k:]
-        prior[outside] = -np.inf
-    return prior - logsumexp(prior)
-
-
-def _keep_largest(weights: Array, count: int) -> None:
-    """Of log weights [experts, ...], leave the `count` largest of each column, and normalise them again."""
-    outside = np.argsort(-weights, axis=0, kind="stable")[count:]
-    np.put_along_axis(weights, outside, -np.inf, axis=0)
-    weights -= logsumexp(weights)

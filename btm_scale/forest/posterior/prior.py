@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from btm_scale.forest.posterior.evidence import Mode, Tempering
-from btm_scale.forest.posterior.mixture import block_posterior, blocks_of, checked, mixture_log_probs
+from btm_scale.config.evaluation import Tempering
+from btm_scale.forest.posterior.evidence import Mode
+from btm_scale.forest.posterior.log_weights import checked, log_of
+from btm_scale.forest.posterior.mixture import block_posterior, blocks_of, mixture_log_probs
 
 Array = np.ndarray
 
@@ -21,12 +23,12 @@ def cached_prior(log_probs: Array, block_starts: Array) -> Array:
     prior = np.full(len(log_probs), 1.0 / len(log_probs))
     for begin, end in blocks_of(block_starts, log_probs.shape[1]):
         prior = updated_prior(prior, checked(log_probs[:, begin:end]))
-    return _log(prior)
+    return log_of(prior)
 
 
 def updated_prior(prior: Array, block: Array) -> Array:
     """The prior [experts] (probabilities) after one more block [experts, tokens]."""
-    posterior = np.exp(block_posterior(block, _log(prior)))
+    posterior = np.exp(block_posterior(block, log_of(prior)))
     return (1.0 - PRIOR_DECAY) * prior + PRIOR_DECAY * posterior
 
 
@@ -44,12 +46,7 @@ def updating_mixture_log_probs(
     for begin, end in blocks_of(block_starts, log_probs.shape[1]):
         block = checked(log_probs[:, begin:end])
         result[begin:end] = mixture_log_probs(
-            block, np.zeros(1, np.int64), log_prior=_log(prior), mode=mode, tempering=tempering
+            block, np.zeros(1, np.int64), log_prior=log_of(prior), mode=mode, tempering=tempering
         )
         prior = updated_prior(prior, block)
     return result
-
-
-def _log(probabilities: Array) -> Array:
-    with np.errstate(divide="ignore"):
-        return np.log(probabilities)

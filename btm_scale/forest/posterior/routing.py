@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from btm_scale.data.clustering import ROUTING_TEMPERATURE, Clustering
+from btm_scale.data.clustering import Clustering, squared_distances
 from btm_scale.data.discover import cluster_name
 from btm_scale.errors import ForestError
-from btm_scale.forest.posterior.evidence import logsumexp
-from btm_scale.forest.posterior.mixture import blocks_of, checked
+from btm_scale.forest.posterior.log_weights import checked, keep_largest, logsumexp
+from btm_scale.forest.posterior.mixture import blocks_of
 
+ROUTING_TEMPERATURE = 0.1
 _AT_ONCE = 1024  # texts placed at a time
 
 
@@ -44,10 +45,23 @@ def routed_mixture_log_probs(
     for start in range(0, len(places), _AT_ONCE):
         batch = places[start : start + _AT_ONCE]
         texts = [decode(tokens[begin : first + 1].tolist()) for begin, first, _ in batch]
-        weights = clustering.log_weights(texts, temperature=temperature, top_k=top_k).astype(np.float64)
+        weights = log_weights(clustering, texts, temperature=temperature, top_k=top_k).astype(np.float64)
         for (_, first, last), row in zip(batch, weights, strict=True):
             result[first:last] = logsumexp(row[:, None] + checked(log_probs[:, first:last]))
     return np.minimum(result, 0.0)
+
+
+def log_weights(
+    clustering: Clustering, texts: Sequence[str], *, temperature: float = ROUTING_TEMPERATURE, top_k: int | None = None
+) -> np.ndarray:
+    """How c-BTM routes: log softmax(-distance^2 / temperature) over clusters, nats, float32 [texts, clusters].
+
+    With `top_k` only this many of the nearest keep weight (ties go to the first).
+    """
+    scores: np.ndarray = -squared_distances(clustering.place(texts), clustering.centres) / temperature
+    keep_largest(scores.T, top_k)
+    scores = scores - scores.max(axis=1, keepdims=True)
+    return scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
 
 
 def router(
@@ -66,10 +80,8 @@ def router(
     columns = [clusters.index(name) for name in names]
 
     def log_prior(texts: Sequence[str]) -> np.ndarray:
-        weights = clustering.log_weights(texts).astype(np.float64)[:, columns]
-        if top_k is not None and top_k < len(columns):
-            outside = np.argsort(-weights, axis=1, kind="stable")[:, top_k:]
-            np.put_along_axis(weights, outside, -np.inf, axis=1)
-        return weights - logsumexp(weights.T)[:, None]
+        weights = log_weights(clustering, texts).astype(np.float64)[:, columns].T
+        keep_largest(weights, top_k)
+        return (weights - logsumexp(weights)).T
 
     return log_prior

@@ -7,7 +7,7 @@ from itertools import product
 
 import numpy as np
 
-from btm_scale.forest.posterior.evidence import Tempering
+from btm_scale.config.evaluation import Tempering
 from btm_scale.forest.posterior.mixture import tempered_mixtures
 
 # The grid that is searched. What a power does hangs on the forgetting beside it, so that the two move together too.
@@ -38,7 +38,7 @@ def fitted_tempering(log_probs: np.ndarray, block_starts: np.ndarray, log_prior:
 
 
 def _at(point: _Point) -> Tempering:
-    return Tempering(_POWERS[point[0]], _FORGETTINGS[point[1]], _SHARES[point[2]])
+    return Tempering(power=_POWERS[point[0]], forgetting=_FORGETTINGS[point[1]], share=_SHARES[point[2]])
 
 
 def _neighbours(point: _Point) -> Iterator[_Point]:

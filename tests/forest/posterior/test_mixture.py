@@ -5,11 +5,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from btm_scale.config.evaluation import Tempering
 from btm_scale.forest.posterior import mixture
-from btm_scale.forest.posterior.evidence import Mode, Tempering
+from btm_scale.forest.posterior.evidence import Mode
 from btm_scale.forest.posterior.mixture import mean_tempered_weights, mixture_log_probs, tempered_mixtures
 from btm_scale.forest.posterior.prior import cached_prior, updating_mixture_log_probs
 from btm_scale.forest.posterior.tempering import fitted_tempering
+
+
+def tempered(power: float, forgetting: float = 1.0, share: float = 0.0) -> Tempering:
+    return Tempering(power=power, forgetting=forgetting, share=share)
 
 
 def by_the_formula(log_probs: np.ndarray, starts: list[int], prior: np.ndarray) -> np.ndarray:
@@ -146,7 +151,7 @@ def test_tempering_is_what_it_says(experts: int, seed: int, power: float, forget
     random = np.random.default_rng(seed)
     log_probs = -random.gamma(1.0, 2.0, (experts, 40))
     prior = random.dirichlet(np.ones(experts))
-    tempering, starts = Tempering(power, forgetting, share), [0, 10, 20, 33]
+    tempering, starts = tempered(power, forgetting, share), [0, 10, 20, 33]
     found = mixture_log_probs(
         log_probs, np.array(starts), log_prior=np.log(prior), mode="tempered", tempering=tempering
     )
@@ -160,9 +165,9 @@ def test_an_expert_that_the_prior_rules_out_has_no_part_in_the_tempered_weights(
     log_probs = -np.random.default_rng(5).gamma(1.0, 2.0, (3, 20))
     with np.errstate(divide="ignore"):
         prior = np.log(np.array([0.7, 0.0, 0.3]))
-    mean = mean_tempered_weights(log_probs, np.array([0, 12]), Tempering(0.2, 0.9, 0.1), log_prior=prior)
+    mean = mean_tempered_weights(log_probs, np.array([0, 12]), tempered(0.2, 0.9, 0.1), log_prior=prior)
     assert mean[1] == 0
-    two = mean_tempered_weights(log_probs[[0, 2]], np.array([0, 12]), Tempering(0.2, 0.9, 0.1), log_prior=prior[[0, 2]])
+    two = mean_tempered_weights(log_probs[[0, 2]], np.array([0, 12]), tempered(0.2, 0.9, 0.1), log_prior=prior[[0, 2]])
     np.testing.assert_allclose(mean[[0, 2]], two)
 
 
@@ -171,7 +176,12 @@ def test_temperings_side_by_side_are_what_each_is_alone() -> None:
     log_probs = -random.gamma(1.0, 2.0, (4, 70))
     log_probs[1, 25], log_probs[:, 40] = -np.inf, -np.inf
     starts, prior = np.array([0, 20, 40, 60]), np.log(random.dirichlet(np.ones(4)))
-    temperings = [Tempering(0.2, 0.9, 0.0), Tempering(1.0, 1.0, 0.1), Tempering(), Tempering(0.5, 0.8, 0.003)]
+    temperings = [
+        tempered(0.2, 0.9, 0.0),
+        tempered(1.0, 1.0, 0.1),
+        tempered(1.0),
+        tempered(0.5, 0.8, 0.003),
+    ]
     together = tempered_mixtures(log_probs, starts, temperings, log_prior=prior)
     for mixed, tempering in zip(together, temperings, strict=True):
         alone = mixture_log_probs(log_probs, starts, log_prior=prior, mode="tempered", tempering=tempering)
@@ -183,7 +193,7 @@ def test_tempering_with_full_power_and_memory_is_the_prefix_posterior() -> None:
     starts = np.array([0, 30])
     prefix = mixture_log_probs(log_probs, starts)
     np.testing.assert_allclose(
-        mixture_log_probs(log_probs, starts, mode="tempered", tempering=Tempering()), prefix, atol=1e-9
+        mixture_log_probs(log_probs, starts, mode="tempered", tempering=tempered(1.0)), prefix, atol=1e-9
     )
 
 
@@ -192,7 +202,7 @@ def test_working_in_small_pieces_changes_nothing(mode: Mode, monkeypatch: pytest
     log_probs = -np.random.default_rng(2).gamma(1.0, 2.0, (3, 100))
     log_probs[1, 40] = -np.inf
     starts = np.array([0, 20, 40, 60, 93])
-    tempering = Tempering(0.3, 0.9, 0.01) if mode == "tempered" else None
+    tempering = tempered(0.3, 0.9, 0.01) if mode == "tempered" else None
     whole = mixture_log_probs(log_probs, starts, mode=mode, tempering=tempering)
     monkeypatch.setattr(mixture, "_AT_ONCE", 21)
     pieces = mixture_log_probs(log_probs, starts, mode=mode, tempering=tempering)
@@ -202,7 +212,7 @@ def test_working_in_small_pieces_changes_nothing(mode: Mode, monkeypatch: pytest
 def test_the_share_of_the_prior_brings_a_ruled_out_expert_back() -> None:
     log_probs = np.log(np.array([[0.5, 0.5, 0.5], [0.9, 0.9, 0.9]]))
     log_probs[1, 0] = -np.inf
-    with_share = mixture_log_probs(log_probs, np.array([0]), mode="tempered", tempering=Tempering(1.0, 1.0, 0.1))
+    with_share = mixture_log_probs(log_probs, np.array([0]), mode="tempered", tempering=tempered(1.0, 1.0, 0.1))
     np.testing.assert_allclose(np.exp(with_share[:2]), [0.25, 0.95 * 0.5 + 0.05 * 0.9])
 
 
@@ -214,7 +224,7 @@ def test_a_share_of_a_prior_that_is_next_to_nothing_is_still_something() -> None
             np.array([0]),
             log_prior=np.array([0.0, -800.0]),
             mode="tempered",
-            tempering=Tempering(1.0, 1.0, 0.1),
+            tempering=tempered(1.0, 1.0, 0.1),
         )
     assert found[3] > np.log(0.5), "one that is a thousand times as good must be heard in the end"
 
@@ -228,8 +238,9 @@ def test_top_k_per_token_keeps_the_largest_weights_of_the_moment() -> None:
 
 @pytest.mark.parametrize("numbers", [(0.0, 1.0, 0.0), (1.0, 0.0, 0.0), (1.0, 1.1, 0.0), (1.0, 1.0, 1.0)])
 def test_an_impossible_tempering_is_refused(numbers: tuple[float, float, float]) -> None:
-    with pytest.raises(ValueError, match="need power > 0"):
-        Tempering(*numbers)
+    power, forgetting, share = numbers
+    with pytest.raises(ValueError, match=r"should be (greater|less) than"):
+        tempered(power, forgetting, share)
 
 
 def test_fitting_finds_a_likelier_tempering_than_the_prefix_posterior_where_experts_take_turns() -> None:

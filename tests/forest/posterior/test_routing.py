@@ -11,10 +11,10 @@ from helpers.handmade_run import DOMAINS
 from helpers.tiny_forest import LETTERS, Letters, write_experts
 
 from btm_scale.config.run import RunConfig
-from btm_scale.data.clustering import Clustering
+from btm_scale.data.clustering import Clustering, squared_distances
 from btm_scale.errors import ForestError
 from btm_scale.evaluate.ensemble import routed_methods
-from btm_scale.forest.posterior.routing import routed_mixture_log_probs, router
+from btm_scale.forest.posterior.routing import log_weights, routed_mixture_log_probs, router
 from btm_scale.forest.scores import Stack
 from btm_scale.generate.generator import Generator
 from btm_scale.run_dir import RunDir
@@ -38,6 +38,17 @@ class Words(Letters):
         return as_words(ids)
 
 
+def test_texts_weigh_clusters_by_their_distance(clustering: Clustering) -> None:
+    texts = ["def return import", "licence warranty", "class licence", ""]
+    distances = squared_distances(clustering.place(texts), clustering.centres)
+    expected = np.exp(-distances / 0.1)
+    weights = np.exp(log_weights(clustering, texts))
+    assert weights == pytest.approx(expected / expected.sum(axis=1, keepdims=True), rel=1e-4)
+    nearest = log_weights(clustering, texts, top_k=1)
+    assert (np.isfinite(nearest).sum(axis=1) == 1).all()
+    assert (nearest.argmax(axis=1) == distances.argmin(axis=1)).all()
+
+
 def test_scores_are_mixed_by_where_the_text_so_far_lies(clustering: Clustering) -> None:
     random = np.random.default_rng(0)
     tokens = random.integers(1, len(LETTERS), 24)
@@ -50,7 +61,7 @@ def test_scores_are_mixed_by_where_the_text_so_far_lies(clustering: Clustering) 
         for target in range(23):
             begin = 13 if target >= 13 else 0
             seen = tokens[begin : begin + (target - begin) // every * every + 1]
-            weights = np.exp(clustering.log_weights([as_words(seen)], top_k=given.get("top_k"))[0])
+            weights = np.exp(log_weights(clustering, [as_words(seen)], top_k=given.get("top_k"))[0])
             assert mixed[target] == pytest.approx(np.log(weights @ np.exp(log_probs[:, target])), abs=1e-5)
     with pytest.raises(ForestError, match="3 experts cannot be routed by 2 clusters"):
         routed_mixture_log_probs(np.zeros((3, 23)), tokens, starts, clustering, as_words)
@@ -58,7 +69,7 @@ def test_scores_are_mixed_by_where_the_text_so_far_lies(clustering: Clustering) 
 
 def test_a_prompt_is_written_by_the_expert_that_it_is_routed_to(clustering: Clustering, tmp_path: Path) -> None:
     models = dict(zip(("cluster0", "cluster1"), write_experts(tmp_path).values(), strict=True))
-    code, licence = clustering.log_weights(["def return import", "licence warranty"]).argmax(axis=1).tolist()
+    code, licence = log_weights(clustering, ["def return import", "licence warranty"]).argmax(axis=1).tolist()
     assert {code, licence} == {0, 1}
     generator = Generator(
         models,

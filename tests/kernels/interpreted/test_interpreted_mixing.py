@@ -11,7 +11,7 @@ from helpers.cuts import cut
 from helpers.kernel_oracle import exact_mixture, mixing_case, sparse_tensor
 
 from btm_scale.kernels import mix_logits, mix_sample, triton_launch
-from btm_scale.kernels.tuning_table import MixConfig
+from btm_scale.kernels.tuning import MixConfig
 
 
 class Shape(NamedTuple):

@@ -11,7 +11,7 @@ from helpers.cuts import cut
 from helpers.kernel_oracle import exact_token_logprobs, scoring_case, sparse_tensor
 
 from btm_scale.kernels import combine_partials, token_logprob_partials, token_logprobs, triton_launch, tuning
-from btm_scale.kernels.tuning_table import ScoreConfig
+from btm_scale.kernels.tuning import ScoreConfig
 
 
 class Shape(NamedTuple):

@@ -5,17 +5,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from btm_scale.forest.posterior.evidence import Tempering, logsumexp
+from btm_scale.config.evaluation import Tempering
+from btm_scale.forest.posterior.evidence import RunningPosterior
+from btm_scale.forest.posterior.log_weights import logsumexp
 from btm_scale.forest.posterior.mixture import mixture_log_probs
-from btm_scale.forest.posterior.streaming import RunningPosterior
-from btm_scale.generate.detokenizer import Transcript
 
 MODES: list[dict[str, Any]] = [
     {"mode": "prefix"},
     {"mode": "token"},
     {"mode": "fixed"},
-    {"mode": "tempered", "tempering": Tempering(0.3, 0.95)},
-    {"mode": "tempered", "tempering": Tempering(0.3, 0.9, 0.1)},
+    {"mode": "tempered", "tempering": Tempering(power=0.3, forgetting=0.95)},
+    {"mode": "tempered", "tempering": Tempering(power=0.3, forgetting=0.9, share=0.1)},
 ]
 
 
@@ -38,31 +38,23 @@ def test_step_by_step_the_mixture_is_that_of_the_whole_text(settings: dict[str, 
 
 
 def test_a_text_that_sees_no_token_keeps_its_weights() -> None:
-    running = RunningPosterior(np.zeros(2), 2, mode="tempered", tempering=Tempering(0.3, 0.9, 0.1))
+    running = RunningPosterior(
+        np.zeros(2), 2, mode="tempered", tempering=Tempering(power=0.3, forgetting=0.9, share=0.1)
+    )
     running.observe(np.array([[-1.0, -3.0], [-1.0, -3.0]]), np.array([True, False]))
     assert running.log_weights()[1] == pytest.approx(np.log([0.5, 0.5]))
     assert running.log_weights()[0, 0] > np.log(0.5)
 
 
-def _utf8(ids: list[int]) -> str:
-    return bytes(ids).decode(errors="replace")
-
-
-def test_a_character_of_several_tokens_is_told_when_it_is_whole() -> None:
-    transcript = Transcript(_utf8, b"caf")
-    pieces = [transcript.add(byte) for byte in "é = ☕!".encode()]
-    assert "".join(pieces) == "é = ☕!"
-    assert pieces[:2] == ["", "é"]
-    assert "\ufffd" not in "".join(pieces)
-    cut_off = Transcript(_utf8, b"caf")
-    assert cut_off.add("é".encode()[0]) + cut_off.finish() == "\ufffd"
-
-
-def test_nothing_of_a_stop_string_is_told_though_it_comes_in_parts() -> None:
-    transcript = Transcript(_utf8, b"Q", stop=["\n\n", "Q:"])
-    told = [transcript.add(byte) for byte in b"one\ntwo\n\nthree"]
-    assert "".join(told) == transcript.text == "one\ntwo"
-    assert transcript.stopped
-    open_end = Transcript(_utf8, b"Q", stop=["Q:"])
-    assert "".join([open_end.add(byte) for byte in b"one Q"]) == "one "
-    assert open_end.finish() == "Q"
+def test_an_expert_that_the_prior_rules_out_never_gets_weight_and_a_lost_text_falls_back_to_the_prior() -> None:
+    """The share of the prior that is mixed in after every token is of the experts that have any."""
+    with np.errstate(divide="ignore"):
+        prior = np.log([[0.5, 0.0, 0.5], [0.0, 0.25, 0.75]])
+    for settings in MODES:
+        running = RunningPosterior(prior, 2, **settings)
+        for log_probs in ([-3.0, -0.1, -2.0], [-1.0, -0.1, -0.5], [-np.inf] * 3):
+            running.observe(np.array([log_probs, log_probs]))
+            weights = np.exp(running.log_weights())
+            assert weights.sum(axis=1) == pytest.approx(1)
+            assert weights[0, 1] == weights[1, 0] == 0
+        assert weights == pytest.approx(np.exp(prior))

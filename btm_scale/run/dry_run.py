@@ -1,0 +1,50 @@
+"""A dry run: what a run would do, with nothing written and no model made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from btm_scale.config.run import RunConfig
+from btm_scale.data.prepare import require_text
+from btm_scale.forest.expert import is_finished
+from btm_scale.run.launchers import placement
+from btm_scale.run.state import on_this_device
+from btm_scale.run_dir import RunDir
+from btm_scale.train.jobs import training_job, training_stages
+
+
+def dry_run(config: RunConfig, run: RunDir, *, trains_here: bool = True) -> dict[str, Any]:
+    """What a run would do: its models, their steps, batches and layouts. Writes nothing.
+
+    Checks every text path and, if the run's groups run on this machine (`trains_here`), their precisions.
+    """
+    files = require_text(config)
+    if run.config.is_file():
+        config = config.with_precisions_of(RunConfig.load(run.config))
+    if trains_here:
+        config = on_this_device(config, run)
+    jobs = {}
+    for stage in training_stages(config):
+        place = placement(config, stage)
+        for model in stage:
+            job = training_job(config, model)
+            layout = job.layout
+            jobs[model] = {
+                "parents": job.branch.parents if job.branch is not None else None,
+                "steps": job.steps,
+                "batch": f"{job.sequences} x {config.budget.sequence_length} tokens",
+                "layout": f"tensor {layout.tensor} x data {layout.data}, ZeRO {layout.zero}, {layout.precision}",
+                "at_a_time": place.slots,
+                "done": is_finished(run.model(model)),
+            }
+    rows = config.tokenizer.vocab_size if config.tokenizer.path is None else None
+    shape = config.model.shape(rows or 1, config.budget.sequence_length)
+    return {
+        "run": str(run.root),
+        "parameters": shape.parameters if rows else "known with the tokenizer",
+        "text": {
+            name: {"files": len(found), "bytes": sum(file.path.stat().st_size for file in found)}
+            for name, found in files.items()
+        },
+        "models": jobs,
+    }
