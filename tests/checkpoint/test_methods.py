@@ -289,7 +289,7 @@ def test_parallel_tensors_are_interpolated_on_a_line(save: Save, tmp_path: Path)
         ("ties", 2, {"density": 0}, "both must lie above 0"),
         ("della", 2, {"density": 0.99}, "both must lie above 0 and not above 1"),
         ("dare", 2, {"scale": math.nan}, "needs a finite number for 'scale', not nan. Leave it out for 1.0"),
-        ("tise", 2, {}, "'tise' is unknown. Use one of dare, della, linear"),
+        ("tise", 2, {}, "no merge method is called 'tise'; did you mean 'ties'. Choose dare, "),
     ],
 )
 def test_what_a_method_cannot_do_is_told(

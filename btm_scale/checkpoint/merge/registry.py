@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from btm_scale.errors import CheckpointError
+from btm_scale.errors import CheckpointError, unknown_name
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def method(
 
 
 def find_method(name: str) -> Method:
-    """The method of that name; raises `CheckpointError` with the names there are."""
+    """The method of that name. Raises CheckpointError, with the nearest name and all there are, for an unknown one."""
     if name not in METHODS:
-        raise CheckpointError(f"merge method '{name}' is unknown. Use one of {', '.join(sorted(METHODS))}.")
+        raise CheckpointError(f"{unknown_name('merge method', name, sorted(METHODS))}.")
     return METHODS[name]
