@@ -10,6 +10,7 @@ from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.data.prepare import prepare, require_text
 from btm_scale.evaluate.averages import are_finished
 from btm_scale.evaluate.results import evaluate
+from btm_scale.forest.branch import require_parents
 from btm_scale.forest.expert import is_finished, read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.methods import average_texts
@@ -80,8 +81,9 @@ def _run_scoring(config: RunConfig, run: RunDir, arguments: tuple[str, ...], lau
 
 
 def dry_run(config: RunConfig, run: RunDir) -> dict[str, Any]:
-    """What a run would do: its models, their steps, batches and layouts. Checks every text path; writes nothing."""
+    """What a run would do: models, steps, batches and layouts. Checks text paths and named parents; writes nothing."""
     files = require_text(config)
+    require_parents(config, run, model_names(config))
     jobs = {}
     for stage in training_stages(config):
         place = placement(config, stage)

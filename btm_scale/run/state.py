@@ -10,6 +10,7 @@ from typing import Any
 
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ConfigError
+from btm_scale.forest.branch import require_parents
 from btm_scale.forest.expert import is_finished
 from btm_scale.forest.scores import all_texts, missing_scores
 from btm_scale.launch.supervise import GroupCommand
@@ -38,7 +39,8 @@ _FREE = (
 def open_run(config: RunConfig, run: RunDir) -> None:
     """Make the run's folder, or check that it is this config's, and save the config in it.
 
-    Raises ConfigError if the folder holds another run: its models would not be what the config says.
+    Raises ConfigError if the folder holds another run: its models would not be what the config says. Raises
+    ForestError if an expert is to branch from a model that does not exist.
     """
     if run.config.is_file():
         existing = RunConfig.load(run.config)
@@ -54,6 +56,7 @@ def open_run(config: RunConfig, run: RunDir) -> None:
                 + "\n".join(f"  {line}" for line in differing)
                 + "\nUse another --out, or delete that folder."
             )
+    require_parents(config, run, model_names(config))
     config.save(run.config)
 
 

@@ -95,7 +95,7 @@ def training_job(config: RunConfig, model: str) -> TrainingJob:
             layout=config.shared_layout,
         )
     else:
-        job = _branch(config, model, batch, weights, seed_end)
+        job = _expert_job(config, model, seed_end)
     if job.sequences % job.layout.data:
         raise ConfigError(
             f"{model}: a batch of {job.sequences} sequences cannot be shared evenly by {job.layout.data} data ranks; "
@@ -104,18 +104,24 @@ def training_job(config: RunConfig, model: str) -> TrainingJob:
     return job
 
 
-def _branch(config: RunConfig, model: str, batch: int, weights: Mapping[str, float], seed_end: float) -> TrainingJob:
-    budget, number = config.budget, len(config.domains)
-    own = config.experts.get(model)
-    layout = config.expert_layout(model)
-    branch = config.branch(model)
+def _expert_job(config: RunConfig, model: str, seed_end: float) -> TrainingJob:
+    """The job of an expert, or of one of the random split's models, which train as experts of all domains do.
+
+    `seed_end`: where in the schedule, from 0 to 1, the seed LM ends.
+    """
     part = None
     if model in config.random_split_models:
-        part = (int(model.removeprefix(RANDOM_SPLIT)), number)
+        weights = {name: domain.weight for name, domain in config.domains.items()}
+        part = (int(model.removeprefix(RANDOM_SPLIT)), len(config.domains))
     elif model in config.expert_domains:
         weights = {model: 1.0}
     else:
         raise ConfigError(f"no model is called '{model}'; this run trains {', '.join(model_names(config))}")
+    budget, number = config.budget, len(config.domains)
+    batch = budget.batch_tokens // budget.sequence_length
+    own = config.experts.get(model)
+    layout = config.expert_layout(model)
+    branch = config.branch(model)
     # As many steps as dense takes after the seed, with an equal share of its batch.
     sequences = max(layout.data, batch // number // layout.data * layout.data)
     if own is not None and own.batch_tokens is not None:
