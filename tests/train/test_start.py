@@ -28,13 +28,16 @@ SHAPE = {
     "vocabulary": 61,
 }
 STEPS = {SEED: 3, "a": 4, "b": 6}
-MEAN = {"a": 0.3, "b": 0.7}
+MEAN = {"a": 0.25, "b": 0.75}
+DECIMAL = {"a": 0.3, "b": 0.7}
 BRANCHES: dict[str, dict[str, Any]] = {
     "alone": {"parents": {SEED: 1.0}, "optimizer": "carried"},
     "alone-fresh": {"parents": {SEED: 1.0}, "optimizer": "fresh"},
     "mean": {"parents": MEAN, "optimizer": "carried"},
     "mean-reversed": {"parents": dict(reversed(MEAN.items())), "optimizer": "carried"},
     "mean-fresh": {"parents": MEAN, "optimizer": "fresh"},
+    "decimal": {"parents": DECIMAL, "optimizer": "carried"},
+    "decimal-reversed": {"parents": dict(reversed(DECIMAL.items())), "optimizer": "carried"},
     "with-friend": {"parents": {"a": 0.25, "friend": 0.75}, "optimizer": "carried"},
     "friend-alone": {"parents": {"friend": 1.0}, "optimizer": "carried"},
     "wide-alone": {"parents": {"wide": 1.0}, "optimizer": "carried"},
@@ -119,6 +122,36 @@ def test_a_mean_of_two_parents_is_numpys_to_the_bit_moments_included(run: RunDir
     for key, value in found.items():
         assert_same_bits(value, numpy_mean(states, MEAN, key), key)
     assert any(np.any(value) for key, value in found.items() if key.startswith("exp_avg_sq/"))
+
+
+def test_a_means_last_bit_depends_on_no_order_of_the_parents(run: RunDir) -> None:
+    """Tenths of float32 numbers are often halfway between two, where the last bit of the float64 sum decides.
+
+    So there the order of the addends shows: parents are added in the order of their content, each by one fused
+    multiply-add, however they are listed.
+    """
+    found, other = begun(run, "decimal"), begun(run, "decimal-reversed")
+    states = {parent: checkpoint(run, parent) for parent in DECIMAL}
+    in_order, differing = {}, 0
+    for order in (("a", "b"), ("b", "a")):
+        sums = {key: fused_sum(states, order, key) for key in states["a"]}
+        in_order[order] = all(sums[key].tobytes() == found[key].tobytes() for key in sums)
+        differing += sum(int(np.sum(sums[key] != found[key])) for key in sums)
+    assert sorted(in_order.values()) == [False, True]
+    assert differing > 0
+    for key, state in states["a"].items():
+        assert_same_bits(found[key], other[key], key)
+        numpys = numpy_mean(states, DECIMAL, key)
+        np.testing.assert_array_max_ulp(found[key], numpys, maxulp=1)
+        assert found[key].shape == state.shape
+
+
+def fused_sum(states: dict[str, State], order: tuple[str, ...], key: str) -> np.ndarray:
+    """A mean as torch accumulates it in float64, a parent after the other."""
+    total = torch.zeros(states["a"][key].shape, dtype=torch.float64)
+    for name in order:
+        total.add_(torch.from_numpy(states[name][key]).double(), alpha=DECIMAL[name])
+    return total.float().numpy()
 
 
 def test_a_mean_with_a_fresh_optimizer_has_the_mean_weights_and_no_moments(run: RunDir) -> None:
