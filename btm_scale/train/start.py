@@ -43,11 +43,15 @@ def load_pretrained(group: ExpertGroup, model: ExpertModel, directory: Path, tok
 
 
 def settled_branch(config: RunConfig, run: RunDir, job: TrainingJob) -> Branch:
-    """Return a job's parents and training text. The group's first rank records them; all ranks call this together."""
-    if dist.get_rank() == 0:
-        settle(config, run, job.model, job.branch, job.weights)
-    dist.barrier()
-    return settle(config, run, job.model, job.branch, job.weights)
+    """Return a job's parents and training text, which the group's first rank records; all ranks call this together.
+
+    It is broadcast: to another host, a file that was written a moment ago may show late.
+    """
+    settled = [settle(config, run, job.model, job.branch, job.weights) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(settled, src=0)
+    (branch,) = settled
+    assert branch is not None
+    return branch
 
 
 def begin_branch(engine: Engine, run: RunDir, job: TrainingJob, parents: Sequence[Parent]) -> None:
