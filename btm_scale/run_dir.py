@@ -61,6 +61,10 @@ class RunDir:
         """Training states, one folder a step."""
         return self.train(model) / "checkpoints"
 
+    def branch(self, model: str) -> Path:
+        """The record of the parents and text that a model's training begins with."""
+        return self.train(model) / "branch.json"
+
     def metrics(self, model: str) -> Path:
         """One JSON object a step."""
         return self.train(model) / "metrics.jsonl"
@@ -87,10 +91,6 @@ class RunDir:
         if name.startswith(RANDOM_SPLIT):
             return self.root / "random-split" / name.removeprefix(RANDOM_SPLIT)
         return self.experts / name
-
-    def first_weights(self, expert: str) -> Path:
-        """The Hugging Face directory of what an expert begins with, where `branch` was asked to make it."""
-        return self.root / "branches" / expert
 
     def model_scores(self, model: str) -> Path:
         """The folder of one model's scores."""

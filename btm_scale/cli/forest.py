@@ -65,7 +65,7 @@ def forest_add(options: argparse.Namespace) -> Answer:
 
 
 def forest_remove(options: argparse.Namespace) -> Answer:
-    """Take an expert out of the forest, with its scores and training states."""
+    """Take an expert out of the forest, with its scores and training states, or a branch that is not trained yet."""
     from btm_scale.run.grow import remove_from_forest
 
     config, run_dir = opened(options)
@@ -74,21 +74,28 @@ def forest_remove(options: argparse.Namespace) -> Answer:
 
 
 def branch(options: argparse.Namespace) -> Answer:
-    """Make the first weights of a new expert, and put it into the run's config for the next `run` to train."""
+    """Decide and record the parents of a new expert, and add it to the run's config for the next `run` to train.
+
+    The parents are settled once: an expert that joins or leaves the forest later does not change them. Until the new
+    expert has begun to train, other arguments replace its parents.
+    """
     from btm_scale.run.grow import branch_expert
 
     config, run_dir = opened(options)
     settings = {"replay": options.replay, "optimizer": options.optimizer, "schedule": options.schedule}
-    begun = branch_expert(
+    settled, former = branch_expert(
         config, run_dir, options.name, _parents(options.parents), text=options.text, settings=settings
     )
+    if former is not None:
+        say(f"{options.name} had other parents or settings, which these replace")
     return shown(
         options,
         {
             "expert": options.name,
-            "parents": {parent.name: parent.weight for parent in begun.parents},
-            "text": begun.domains,
-            "first_weights": str(run_dir.first_weights(options.name)),
+            "parents": {parent.name: parent.weight for parent in settled.parents},
+            "text": settled.domains,
+            "replaced": {parent.name: parent.weight for parent in former.parents} if former is not None else None,
+            "record": str(run_dir.branch(options.name)),
             "next": f"btm-scale run {run_dir.config} --out {run_dir.root}",
         },
     )
@@ -229,11 +236,17 @@ def prompts_of(given: Sequence[str], file: Path | None) -> list[str]:
 def _parents(text: str) -> str | dict[str, float]:
     if "=" not in text:
         return text if text in ("seed", "nearest", "posterior") else {text: 1.0}
-    pairs = [part.partition("=") for part in text.split(",")]
-    try:
-        return {name: float(weight) for name, _, weight in pairs}
-    except ValueError:
-        raise UserError(f"--from {text}: expected seed, nearest, posterior, or weights such as A=0.3,B=0.7") from None
+    parents: dict[str, float] = {}
+    for name, _, weight in (part.partition("=") for part in text.split(",")):
+        if name in parents:
+            raise UserError(f"--from {text} names '{name}' twice. Give each parent one weight.")
+        try:
+            parents[name] = float(weight)
+        except ValueError:
+            raise UserError(
+                f"--from {text}: expected seed, nearest, posterior, or weights such as A=0.3,B=0.7"
+            ) from None
+    return parents
 
 
 def _show_piece(prompts: Sequence[str], piece: Piece) -> None:

@@ -149,19 +149,32 @@ def _forest_verbs(verbs: _Verbs) -> None:
     made = _takes_run(verbs.add("forest remove", "take an expert out; nothing else is touched"))
     made.add_argument("name", help="the expert")
     _takes_run(verbs.add("forest lineage", "who came from whom, with weights"))
-    made = _takes_run(verbs.add("branch", "first weights of a new expert"))
+    made = _takes_run(verbs.add("branch", "parents of a new expert, and its place in the run"))
     made.add_argument("--name", required=True, help="the expert's name, and its domain's")
     made.add_argument(
         "--from",
         dest="parents",
         default="seed",
         metavar="seed|nearest|posterior|A=0.3,B=0.7",
-        help="what it begins with (default: seed)",
+        help="its parents: the seed LM, the expert that predicts the domain's dev text best, all experts by the "
+        "posterior of that text, or named models with weights (default: seed)",
     )
-    made.add_argument("--text", type=Path, nargs="+", default=[], help="text of a domain that the run doesn't know")
-    made.add_argument("--replay", type=float, default=0.0, help="share of text from the parents' domains")
-    made.add_argument("--optimizer", choices=["carried", "fresh"], default="carried", help="its moments")
-    made.add_argument("--schedule", choices=["carried", "restarted"], default="restarted", help="its learning rate")
+    made.add_argument("--text", type=Path, nargs="+", default=[], help="text of a domain that is new to the run")
+    made.add_argument(
+        "--replay", type=float, default=0.0, help="fraction of text from the parents' domains (default: 0)"
+    )
+    made.add_argument(
+        "--optimizer",
+        choices=["carried", "fresh"],
+        default="carried",
+        help="start from the parents' moments, or from zero (default: carried)",
+    )
+    made.add_argument(
+        "--schedule",
+        choices=["carried", "restarted"],
+        default="restarted",
+        help="continue the seed's learning-rate schedule, or warm up and decay again (default: restarted)",
+    )
     made = _takes_run(verbs.add("score", "per-token log-probabilities of every model that lacks them"))
     made.add_argument("--model", action="append", default=[], help="only this model; may be given often")
     _takes_launcher(made, "with slurm this process is a rank that srun has started", of_ranks=True)

@@ -1,27 +1,82 @@
-"""Branching: which models a new expert begins with, and with how much of each (arXiv 2208.03306, section 3.1)."""
+"""Branching: an expert's parents and training text, decided once and recorded (arXiv 2208.03306, section 3.1)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 
-from btm_scale.config.run import BranchConfig
+from btm_scale.config.run import BranchConfig, RunConfig
+from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import ForestError
-from btm_scale.forest.expert import Parent, is_finished
+from btm_scale.forest.expert import Parent, is_finished, read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.scores import dev_prior
+from btm_scale.model.hf_config import read_shape
+from btm_scale.model.shape import ModelShape
 from btm_scale.run_dir import SEED, RunDir
+from btm_scale.util.records import Record
 
-# A parent of less weight than this is left out: it would cost a model's reading and move nothing.
+# A parent with less weight than this is left out: it would cost reading a model and change nothing.
 _LEAST_WEIGHT = 1e-3
+
+
+class Branch(Record):
+    """What a model's training begins with: `branch.json`. A forest that changes later does not change it."""
+
+    error: ClassVar = ForestError
+    remedy: ClassVar = "Delete {path}, and the parents are decided again."
+
+    parents: tuple[Parent, ...]  # their weights sum to 1; none for the seed LM
+    domains: dict[str, float]  # shares of the training text, replayed text included
+
+
+def settle(
+    config: RunConfig, run: RunDir, model: str, branch: BranchConfig | None, weights: Mapping[str, float]
+) -> Branch:
+    """Return the recorded branch of a model, after deciding and recording it if there is no record.
+
+    Args: `branch`, None for a model without parents; `weights`, the shares of its own training text by domain.
+    Raises ForestError as `decide` does.
+    """
+    path = run.branch(model)
+    recorded = Branch.find(path)
+    if recorded is not None:
+        return recorded
+    decided = decide(config, run, model, branch, weights)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    decided.save(path)
+    return decided
+
+
+def decide(
+    config: RunConfig, run: RunDir, model: str, branch: BranchConfig | None, weights: Mapping[str, float]
+) -> Branch:
+    """Return a model's parents and training text as the forest is now.
+
+    Raises ForestError if a parent is missing or of another shape, or if its text cannot be replayed.
+    """
+    total = sum(weights.values())
+    domains = {domain: weight / total for domain, weight in weights.items()}
+    if branch is None:
+        return Branch(parents=(), domains=domains)
+    parents = parents_of(run, model, branch)
+    if branch.parents != "seed":
+        require_one_shape(config, run, model, parents)
+    if branch.replay > 0:
+        domains = {domain: share * (1.0 - branch.replay) for domain, share in domains.items()}
+        for parent in parents:
+            for domain, share in _text_of(config, run, parent.name).items():
+                domains[domain] = domains.get(domain, 0.0) + branch.replay * parent.weight * share
+    return Branch(parents=parents, domains=domains)
 
 
 def parents_of(run: RunDir, name: str, branch: BranchConfig) -> tuple[Parent, ...]:
     """The models that an expert for domain `name` begins with; their weights sum to 1.
 
     `nearest` and `posterior` go by the scores of the forest's experts on the domain's dev text. Raises ForestError
-    if a named parent is no finished model of this run, or those scores are missing.
+    if a named parent is not a finished model of this run, or those scores are missing.
     """
     if branch.parents == "seed":
         return (Parent(SEED, 1.0),)
@@ -39,16 +94,79 @@ def parents_of(run: RunDir, name: str, branch: BranchConfig) -> tuple[Parent, ..
     return _normalised(kept)
 
 
+def require_one_shape(config: RunConfig, run: RunDir, name: str, parents: Sequence[Parent]) -> None:
+    """Raise ForestError unless every parent computes the same function of its weights as the new expert will."""
+    rows = Tokenizer.load(run.tokenizer).vocab_size
+    ours = _comparable(config.expert_model(name).shape(rows, config.budget.sequence_length))
+    for parent in parents:
+        theirs = _comparable(read_shape(run.model(parent.name)))
+        differences = [f"{key} is {theirs[key]} there and {ours[key]} here" for key in ours if theirs[key] != ours[key]]
+        if differences:
+            raise ForestError(
+                f"{name} cannot branch from '{parent.name}': {', '.join(differences)}. Parents must have the shape of "
+                f"the run's own models. Name others: --from A=0.3,B=0.7, or experts.{name}.branch.parents in the YAML."
+            )
+
+
+def require_parents(config: RunConfig, run: RunDir, models: Sequence[str]) -> None:
+    """Raise ForestError unless every named parent of an expert that has yet to train exists or is trained before it.
+
+    Args: `models`, all that the run trains, parents before children.
+    """
+    problems = []
+    for name, expert in config.experts.items():
+        parents = expert.branch.parents
+        if not isinstance(parents, dict) or has_begun(run, name) or is_finished(run.model(name)):
+            continue
+        earlier = models[: models.index(name)]
+        problems += [
+            f"experts.{name}.branch.parents: '{parent}' is not a model of {run.root}. {_choices(run, earlier)}"
+            for parent in parents
+            if parent not in earlier and not is_finished(run.model(parent))
+        ]
+    if problems:
+        raise ForestError("\n".join(problems))
+
+
+def has_begun(run: RunDir, model: str) -> bool:
+    """Whether a model has a training checkpoint, so that its parents are no longer read."""
+    return any(run.checkpoints(model).glob("step-*"))
+
+
+def _comparable(shape: ModelShape) -> dict[str, object]:
+    sizes = shape.model_dump()
+    if shape.rotary:
+        del sizes["positions"]  # a limit on the input; no weight depends on it
+    return sizes
+
+
 def _named(run: RunDir, name: str, parents: Mapping[str, float]) -> tuple[Parent, ...]:
     for parent in parents:
         if not is_finished(run.model(parent)):
-            known = ", ".join([SEED, *experts(run)])
             raise ForestError(
-                f"{name} branches from '{parent}', which is no finished model of {run.root}; it has {known}"
+                f"{name} cannot branch from '{parent}', which is not a finished model of {run.root}. {_choices(run)}"
             )
     return _normalised(parents)
+
+
+def _choices(run: RunDir, others: Sequence[str] = ()) -> str:
+    """The remedy for a parent that does not exist."""
+    return f"Use one of {', '.join(dict.fromkeys([SEED, *others, *experts(run)]))}."
 
 
 def _normalised(weights: Mapping[str, float]) -> tuple[Parent, ...]:
     total = sum(weights.values())
     return tuple(Parent(parent, weight / total) for parent, weight in weights.items() if weight > 0)
+
+
+def _text_of(config: RunConfig, run: RunDir, parent: str) -> dict[str, float]:
+    """The domains that a parent was trained on, of those that this run has text of, with shares that sum to 1."""
+    shares = read_expert(run.model(parent)).domains
+    known = {domain: share for domain, share in shares.items() if domain in config.expert_domains}
+    if not known:
+        raise ForestError(
+            f"no text of '{parent}' can be replayed: it was trained on {', '.join(shares) or 'unknown text'}. Only "
+            "text of this run's domains can be replayed. Set branch.replay to 0, or choose another parent."
+        )
+    total = sum(known.values())
+    return {domain: share / total for domain, share in known.items()}

@@ -6,11 +6,12 @@ from typing import Any
 
 from btm_scale.config.run import RunConfig
 from btm_scale.data.prepare import require_text
+from btm_scale.forest.branch import require_parents
 from btm_scale.forest.expert import is_finished
 from btm_scale.run.launchers import placement
 from btm_scale.run.state import on_this_device
 from btm_scale.run_dir import RunDir
-from btm_scale.train.jobs import training_job, training_stages
+from btm_scale.train.jobs import model_names, training_job, training_stages
 
 
 def dry_run(config: RunConfig, run: RunDir, *, trains_here: bool = True) -> dict[str, Any]:
@@ -19,6 +20,7 @@ def dry_run(config: RunConfig, run: RunDir, *, trains_here: bool = True) -> dict
     Checks every text path and, if the run's groups run on this machine (`trains_here`), their precisions.
     """
     files = require_text(config)
+    require_parents(config, run, model_names(config))
     if run.config.is_file():
         config = config.with_precisions_of(RunConfig.load(run.config))
     if trains_here:

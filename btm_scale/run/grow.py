@@ -1,27 +1,25 @@
-"""A run that grows: a domain and its expert are added to a forest that stands."""
+"""The experts that join or leave a run: its run.yaml, edited."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from shutil import rmtree
 
 from pydantic import ValidationError
 
-from btm_scale.checkpoint.merge.compatibility import promoted_dtype
-from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.config.run import RunConfig
 from btm_scale.config.section import explain
 from btm_scale.data.prepare import prepare
 from btm_scale.errors import ConfigError, ForestError
-from btm_scale.forest.branch import parents_of
-from btm_scale.forest.expert import Expert, is_finished, read_expert
+from btm_scale.forest.branch import Branch, decide, has_begun, parents_of, require_one_shape
+from btm_scale.forest.expert import is_finished
 from btm_scale.forest.forest import experts, remove_expert
 from btm_scale.forest.methods import check_names
 from btm_scale.run.pipeline import score_models
-from btm_scale.run.state import open_run
 from btm_scale.run_dir import RunDir
 from btm_scale.train.jobs import training_job
-from btm_scale.train.start import Beginning, settle
+from btm_scale.util.locks import ModelLock
 
 
 def branch_expert(
@@ -32,42 +30,74 @@ def branch_expert(
     *,
     text: Sequence[Path] = (),
     settings: dict[str, object] | None = None,
-) -> Beginning:
-    """Make a new expert's first weights, and put it into the run's config, so that the next `run` trains it.
+) -> tuple[Branch, Branch | None]:
+    """Settle a new expert's parents, and add the expert to the run's config, so that the next `run` trains it.
 
-    `text`: of a domain that the run doesn't know yet; `settings` of the branch, as in the YAML. Nothing that stands
-    is changed. Raises ConfigError or ForestError.
+    Args: `text` of a domain that is new to the run; `settings` of the branch, as in the YAML. Returns the branch, and
+    the one that it replaces: until the expert begins to train, a call with other arguments settles its parents anew,
+    and a call with the same arguments changes nothing. Raises ConfigError or ForestError, and then leaves the run's
+    config and records as they were.
     """
-    if is_finished(run.model(name)):
-        raise ForestError(f"'{name}' is an expert of {run.root} already; choose another --name")
+    _require_untrained(run, name)
     grown = _with_branch(config, name, parents, text, settings or {})
     job = training_job(grown, name)
     if job.branch is None:
         raise ConfigError(f"'{name}' has a model of its own size, which nothing can be branched into")
-    if parents not in ("nearest", "posterior"):
-        # What can be wrong with named parents is told before any text is read.
-        parents_of(run, name, job.branch)
-    grown = open_run(grown, run)
+    former = Branch.find(run.branch(name))
+    if former is not None and grown == config and all(is_finished(run.model(one.name)) for one in former.parents):
+        return former, None
+    chosen_by_score = isinstance(parents, str) and parents != "seed"
+    if isinstance(parents, dict):
+        # Problems with named parents are reported before any text is read.
+        require_one_shape(grown, run, name, parents_of(run, name, job.branch))
+    # The former record goes before the config changes: a branch is never settled by the one and trained by the other.
+    run.branch(name).unlink(missing_ok=True)
     try:
+        grown.save(run.config)
         prepare(grown, run)
         forest = list(experts(run))
-        if parents in ("nearest", "posterior") and forest:
+        if chosen_by_score and forest:
             score_models(grown, run, forest)
-        begun = settle(grown, run, job)
-        _write_first_weights(run, name, begun)
+        settled = decide(grown, run, name, job.branch, job.weights)
     except BaseException:
         config.save(run.config)
+        if former is not None:
+            former.save(run.branch(name))
         raise
-    return begun
+    run.train(name).mkdir(parents=True, exist_ok=True)
+    settled.save(run.branch(name))
+    return settled, former
 
 
 def remove_from_forest(config: RunConfig, run: RunDir, name: str) -> None:
-    """Take an expert out of the forest; a domain that was added for it goes from the run's config too."""
-    remove_expert(run, name)
+    """Take an expert out of the forest, or undo the branch of one that is not trained; nothing else changes.
+
+    A domain that was added for it goes from the run's config too. Raises ForestError if there is no such expert, or if
+    it is being trained.
+    """
+    if ModelLock.is_held(run.train(name)):
+        raise ForestError(f"'{name}' is being trained in {run.root}. Stop its training before you remove it.")
+    if name in config.added_domains and not is_finished(run.model(name)):
+        rmtree(run.train(name), ignore_errors=True)
+    else:
+        remove_expert(run, name)
     if name in config.added_domains:
         others = {other: domain for other, domain in config.added_domains.items() if other != name}
         own = {other: expert for other, expert in config.experts.items() if other != name}
         config.model_copy(update={"added_domains": others, "experts": own}).save(run.config)
+
+
+def _require_untrained(run: RunDir, name: str) -> None:
+    if is_finished(run.model(name)):
+        raise ForestError(
+            f"'{name}' is an expert of {run.root} already. A trained expert keeps its parents. Choose another --name, "
+            f"or remove it first: btm-scale forest remove {run.root} {name}"
+        )
+    if ModelLock.is_held(run.train(name)) or has_begun(run, name):
+        raise ForestError(
+            f"'{name}' has begun to train in {run.root}. Its parents cannot change any more. Choose another --name, or "
+            f"finish its training: btm-scale run {run.config} --out {run.root}"
+        )
 
 
 def _with_branch(
@@ -77,16 +107,21 @@ def _with_branch(
     text: Sequence[Path],
     settings: dict[str, object],
 ) -> RunConfig:
-    known = name in config.expert_domains
-    if known and text:
-        raise ConfigError(f"domain '{name}' has its text already; leave --text out, or choose another --name")
-    if not known and not text:
+    """The config with the expert's branch in it, and with its domain if that is new."""
+    paths = tuple(str(path.absolute()) for path in text)
+    domain = config.expert_domains.get(name)
+    if domain is None and not paths:
         raise ConfigError(
             f"the run has no domain '{name}': give its text with --text, or one of {', '.join(config.expert_domains)}"
         )
+    if domain is not None and paths and paths != domain.text:
+        raise ConfigError(
+            f"domain '{name}' has its text already: {', '.join(domain.text)}. A domain keeps its text. Leave --text "
+            "out, or choose another --name."
+        )
     values = config.model_dump(mode="json")
-    if not known:
-        values["added_domains"][name] = {"text": [str(path.absolute()) for path in text]}
+    if domain is None:
+        values["added_domains"][name] = {"text": list(paths)}
     own = values["experts"].setdefault(name, {})
     own["branch"] = {"parents": parents, **settings}
     try:
@@ -95,13 +130,3 @@ def _with_branch(
         raise ConfigError(explain(error, RunConfig)) from None
     check_names(grown, known=config.all_domains)
     return grown
-
-
-def _write_first_weights(run: RunDir, name: str, begun: Beginning) -> None:
-    directory = run.first_weights(name)
-    if is_finished(directory):
-        return
-    models = [(run.model(parent.name), parent.weight) for parent in begun.parents]
-    report = merge(directory, models, dtype=promoted_dtype(path for path, _ in models))
-    hashes = {parent.name: read_expert(run.model(parent.name)).content_hash for parent in begun.parents}
-    Expert(name, {}, begun.parents, 0, 0, {}, hashes, report.content_hash).save(directory)

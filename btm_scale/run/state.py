@@ -12,6 +12,7 @@ from btm_scale.config.changes import Difference, fixed_differences
 from btm_scale.config.run import ExpertConfig, RunConfig
 from btm_scale.distributed.precision import ask_device
 from btm_scale.errors import ConfigError
+from btm_scale.forest.branch import require_parents
 from btm_scale.forest.expert import is_finished
 from btm_scale.forest.methods import check_names
 from btm_scale.forest.scores import all_texts, missing_scores
@@ -31,7 +32,8 @@ def open_run(config: RunConfig, run: RunDir, *, trains_here: bool = False) -> Ru
     resolves it.
 
     Raises ConfigError if anything else differs: the models would not be the config's; and for names that `check_names`
-    refuses. Raises LaunchError if the run's groups run here and this device cannot train in a precision of theirs.
+    refuses. Raises ForestError if an expert is to branch from a model that does not exist, and LaunchError if the run's
+    groups run here and this device cannot train in a precision of theirs.
     """
     existing = RunConfig.load(run.config) if run.config.is_file() else None
     check_names(config, known=existing.all_domains if existing is not None else ())
@@ -45,6 +47,7 @@ def open_run(config: RunConfig, run: RunDir, *, trains_here: bool = False) -> Ru
                 + "\n".join(f"  {difference}" for difference in differing)
                 + "\nUse another --out, or delete that folder."
             )
+    require_parents(config, run, model_names(config))
     if trains_here:
         config = on_this_device(config, run)
     config.save(run.config)

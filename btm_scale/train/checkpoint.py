@@ -12,7 +12,7 @@ import collections
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from btm_scale.checkpoint.formats.tensors import TensorSpec
 from btm_scale.errors import CheckpointError
 from btm_scale.model.hf_names import table, to_huggingface
 from btm_scale.model.hf_weights import gather_whole, huggingface_shapes, local_part
-from btm_scale.train.engine import KINDS, OUTER, Engine
+from btm_scale.train.engine import KINDS, MASTER, OUTER, Engine
 from btm_scale.util.files import partial_path, publish_directory, require_space, write_file
 
 _MARKER = "state.json"
@@ -133,9 +133,9 @@ def common_state(folder: Path) -> Path | None:
 def load_state(engine: Engine, path: Path) -> Position:
     """Put a state into an engine of any layout. Raises CheckpointError if the state is of another shape."""
     position = read_position(path)
-    group, shape, parameters = engine.group, engine.model.shape, engine.parameters
     with SafetensorsModel(path) as tensors:
-        expected = {f"{kind}/{name}": size for kind in KINDS for name, size in huggingface_shapes(shape).items()}
+        sizes = huggingface_shapes(engine.model.shape)
+        expected = {f"{kind}/{name}": size for kind in KINDS for name, size in sizes.items()}
         found = {name: spec.shape for name, spec in tensors.specs().items()}
         outer = {name: size for name, size in found.items() if name.startswith(f"{OUTER}/")}
         found = {name: size for name, size in found.items() if name not in outer}
@@ -147,24 +147,30 @@ def load_state(engine: Engine, path: Path) -> Position:
             )
         engine.adam_steps = position.adam_steps
         engine.loss_scale = position.loss_scale
-        for entry in table(shape):
-            state = {}
-            for kind in engine.kinds if outer else KINDS:
-                read = partial(_read_kind, tensors, kind)
-                part = local_part(entry, read, shape, group.tensor_rank, group.layout.tensor)
-                state[kind] = part.to(group.device)
-            engine.restore(parameters[entry.megatron], state)
+        restore(engine, lambda kind, name: tensors.read(f"{kind}/{name}"), engine.kinds if outer else KINDS)
     return position
+
+
+def restore(engine: Engine, read: Callable[[str, str], torch.Tensor], kinds: Sequence[str]) -> None:
+    """Set every parameter of an engine of any layout from complete tensors.
+
+    `read(kind, name)` returns a tensor by its Hugging Face name, of any float type. Moments not in `kinds` become zero.
+    """
+    group, shape, parameters = engine.group, engine.model.shape, engine.parameters
+    for entry in table(shape):
+        state = {}
+        for kind in kinds:
+            part = local_part(entry, partial(read, kind), shape, group.tensor_rank, group.layout.tensor)
+            state[kind] = part.to(group.device, torch.float32)
+        for kind in KINDS:
+            state.setdefault(kind, torch.zeros_like(state[MASTER]))
+        engine.restore(parameters[entry.megatron], state)
 
 
 def restore_random_state(position: Position) -> None:
     """Go on with the random numbers that would have come next."""
     data = bytearray(base64.b64decode(position.random_state))
     torch.set_rng_state(torch.frombuffer(data, dtype=torch.uint8))
-
-
-def _read_kind(tensors: SafetensorsModel, kind: str, name: str) -> torch.Tensor:
-    return tensors.read(f"{kind}/{name}")
 
 
 def _problem(path: Path) -> str | None:

@@ -14,17 +14,17 @@ from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.config.layout import Layout
 from btm_scale.config.run import RunConfig
 from btm_scale.data.fingerprint import Fingerprint
+from btm_scale.forest.branch import Branch
 from btm_scale.forest.expert import Expert
 from btm_scale.model.hf_config import config_json
 from btm_scale.model.hf_weights import huggingface_shapes, huggingface_tensors
 from btm_scale.run_dir import RunDir
 from btm_scale.train.engine import Engine
 from btm_scale.train.jobs import TrainingJob
-from btm_scale.train.start import Beginning
 from btm_scale.util.files import partial_path, publish_directory
 
 
-def export_expert(engine: Engine, config: RunConfig, run: RunDir, begun: Beginning, end_of_text: int) -> None:
+def export_expert(engine: Engine, config: RunConfig, run: RunDir, begun: Branch, end_of_text: int) -> None:
     """Write the trained model, in the type it computes in, under the run's name for it. All ranks take part."""
     group, shape, job = engine.group, engine.model.shape, engine.job
     final = run.model(job.model)
@@ -50,7 +50,7 @@ def export_expert(engine: Engine, config: RunConfig, run: RunDir, begun: Beginni
     dist.barrier()
 
 
-def _card(config: RunConfig, run: RunDir, job: TrainingJob, begun: Beginning, directory: Path) -> Expert:
+def _card(config: RunConfig, run: RunDir, job: TrainingJob, begun: Branch, directory: Path) -> Expert:
     return Expert(
         name=job.model,
         domains=begun.domains,

@@ -94,23 +94,29 @@ def training_job(config: RunConfig, model: str) -> TrainingJob:
             layout=config.shared_layout,
         )
     else:
-        job = _branch(config, model, batch, weights, seed_end)
+        job = _expert_job(config, model, seed_end)
     for problem in job.layout.batch_problems(job.sequences):
         raise ConfigError(f"{model}: {problem}")
     return job
 
 
-def _branch(config: RunConfig, model: str, batch: int, weights: Mapping[str, float], seed_end: float) -> TrainingJob:
-    budget, number = config.budget, len(config.domains)
-    own = config.experts.get(model)
-    branch = config.branch(model)
+def _expert_job(config: RunConfig, model: str, seed_end: float) -> TrainingJob:
+    """The job of an expert, or of one of the random split's models, which train as experts of all domains do.
+
+    `seed_end`: where in the schedule, from 0 to 1, the seed LM ends.
+    """
     part = None
     if model in config.random_split_models:
-        part = (int(model.removeprefix(RANDOM_SPLIT)), number)
+        weights = {name: domain.weight for name, domain in config.domains.items()}
+        part = (int(model.removeprefix(RANDOM_SPLIT)), len(config.domains))
     elif model in config.expert_domains:
         weights = {model: 1.0}
     else:
         raise ConfigError(f"no model is called '{model}'; this run trains {', '.join(model_names(config))}")
+    budget, number = config.budget, len(config.domains)
+    batch = budget.batch_tokens // budget.sequence_length
+    own = config.experts.get(model)
+    branch = config.branch(model)
     # As many steps as dense takes after the seed, with an equal share of its batch.
     sequences = config.expert_sequences(model)
     tokens = budget.branch_steps * budget.batch_tokens / number

@@ -18,7 +18,7 @@ from btm_scale.train.metrics import Metrics
 from btm_scale.train.mixture import TrainingText
 from btm_scale.train.preemption import StopRequest
 from btm_scale.train.profiler import Profile
-from btm_scale.train.start import begin_branch, beginning, load_pretrained
+from btm_scale.train.start import begin_branch, load_pretrained, settled_branch
 from btm_scale.train.watchdog import HangWatch
 
 
@@ -27,7 +27,7 @@ def train_and_export(group: ExpertGroup, config: RunConfig, run: RunDir, job: Tr
     tokenizer = Tokenizer.load(run.tokenizer)
     sizes = config.expert_model(job.model)
     shape = sizes.shape(tokenizer.vocab_size, config.budget.sequence_length)
-    begun = beginning(config, run, job)
+    begun = settled_branch(config, run, job)
 
     def first_model() -> ExpertModel:
         group.seed(config.random_seed)

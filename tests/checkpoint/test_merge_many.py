@@ -13,7 +13,7 @@ from helpers.small_models import WEIGHTS, Save
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.merge import journal, mean_runner, workers
 from btm_scale.checkpoint.merge import merge as merging
-from btm_scale.checkpoint.merge.merge import merge, merge_many
+from btm_scale.checkpoint.merge.merge import merge, merge_many, merge_tensors
 from btm_scale.checkpoint.merge.plan import plan_means
 from btm_scale.errors import CheckpointError
 from btm_scale.util.files import partial_path
@@ -126,3 +126,25 @@ def test_a_plan_is_sent_to_workers_without_what_is_being_found_from_it(models: l
     assert plan.units
     assert pickle.dumps(plan) == before
     assert pickle.loads(before).units == plan.units
+
+
+def test_the_mean_of_some_tensors_is_theirs_in_the_mean_of_all_and_comes_alone(
+    models: list[Path], tmp_path: Path
+) -> None:
+    inputs = list(zip(models, WEIGHTS, strict=True))
+    (models[1] / "tokenizer.json").write_text("{}")
+    (models[2] / "tokenizer.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json differs"):
+        merge(tmp_path / "all", inputs, dtype="float32")
+    some = ["model.embed_tokens.weight", "model.norm.weight"]
+    merge_tensors(tmp_path / "some", inputs, some, dtype="float32")
+    assert [path.name for path in (tmp_path / "some").iterdir()] == ["model.safetensors"]
+    (models[2] / "tokenizer.json").unlink()
+    merge(tmp_path / "all", inputs, dtype="float32")
+    with SafetensorsModel(tmp_path / "some") as found, SafetensorsModel(tmp_path / "all") as expected:
+        assert found.names == tuple(some)
+        for name in some:
+            assert torch.equal(found.read(name), expected.read(name))
+    with pytest.raises(CheckpointError, match=r"has no tensor 'model\.head'"):
+        merge_tensors(tmp_path / "none", inputs, [*some, "model.head"])
+    assert not list(tmp_path.glob(".*"))

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from btm_scale.config.run import BranchConfig
+from btm_scale.config.run import BranchConfig, RunConfig
 from btm_scale.errors import ForestError
-from btm_scale.forest.branch import parents_of
-from btm_scale.forest.expert import Expert
+from btm_scale.forest.branch import Branch, parents_of, settle
+from btm_scale.forest.expert import Expert, Parent
 from btm_scale.forest.scores import Scores
 from btm_scale.run_dir import SEED, RunDir
 
@@ -49,7 +50,9 @@ def test_the_posterior_weighs_parents_by_dev_text_and_leaves_out_the_hopeless(ru
 
 def test_a_removed_parent_is_named_with_what_is_there(run: RunDir) -> None:
     (run.model("a") / "expert.json").unlink()
-    with pytest.raises(ForestError, match=r"branches from 'a', which is no finished model .* it has seed, b, c"):
+    with pytest.raises(
+        ForestError, match=r"cannot branch from 'a', which is not a finished .* Use one of seed, b, c\."
+    ):
         parents(run, {"a": 1.0})
 
 
@@ -57,6 +60,34 @@ def test_a_parent_without_scores_is_named_with_the_remedy(run: RunDir) -> None:
     run.scores("c", "new", "dev").unlink()
     with pytest.raises(ForestError, match="score this model first"):
         parents(run, "nearest")
+
+
+def test_parents_are_settled_once_whatever_happens_to_the_forest_later(run: RunDir) -> None:
+    config = RunConfig.model_validate({"domains": {name: {"text": name} for name in ("a", "b", "new")}})
+    first = settle(config, run, "new", BranchConfig(), {"new": 2.0})
+    assert first == Branch(parents=(Parent(SEED, 1.0),), domains={"new": 1.0})
+    assert settle(config, run, "new", BranchConfig(parents={"a": 1.0}), {"new": 1.0}) == first
+    assert json.loads(run.branch("new").read_text())["schema"] == 1
+
+
+def test_replayed_text_is_the_parents_by_their_weights(run: RunDir) -> None:
+    config = RunConfig.model_validate({"domains": {name: {"text": name} for name in ("a", "b", "new")}})
+    found = settle(config, run, "new", BranchConfig(replay=0.2), {"new": 1.0})
+    assert found.domains == pytest.approx({"new": 0.8, "a": 0.2})
+
+
+def test_a_record_from_before_schema_numbers_is_read(run: RunDir) -> None:
+    run.train("new").mkdir(parents=True)
+    old = {"parents": [{"name": "a", "weight": 0.25}, {"name": "seed", "weight": 0.75}], "domains": {"new": 1.0}}
+    run.branch("new").write_text(json.dumps(old, indent=2) + "\n")
+    assert Branch.load(run.branch("new")).parents == (Parent("a", 0.25), Parent("seed", 0.75))
+
+
+def test_a_damaged_record_is_named_with_the_remedy(run: RunDir) -> None:
+    run.train("new").mkdir(parents=True)
+    run.branch("new").write_text('{"parents": [], "domains": {"new": "all"}}')
+    with pytest.raises(ForestError, match=r"branch\.json .*'domains\.new' .* Delete .*decided again"):
+        Branch.load(run.branch("new"))
 
 
 def test_an_empty_forest_has_no_nearest(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ import pytest
 from helpers.tiny_run import tiny_values, write_config
 
 from btm_scale.config.run import RunConfig
-from btm_scale.errors import ConfigError
+from btm_scale.errors import ConfigError, ForestError
+from btm_scale.forest.expert import Expert
+from btm_scale.run.dry_run import dry_run
 from btm_scale.run.state import open_run
 from btm_scale.run_dir import RunDir
 
@@ -116,3 +118,26 @@ def test_a_key_that_only_repeats_what_its_models_have_is_no_change(tmp_path: Pat
     first = values | {"layout": LOCAL, "seed_layout": {"sync_every": 4}}
     open_run(write_config(tmp_path / "a.yaml", first), run)
     open_run(write_config(tmp_path / "b.yaml", values | {"layout": LOCAL}), run)
+
+
+def test_a_named_parent_that_does_not_exist_is_reported_before_anything_is_written(
+    real_text: Path, tmp_path: Path
+) -> None:
+    experts = {"licences": {"branch": {"parents": {"python": 0.5, "law": 0.5}}}}
+    config, run = write_config(tmp_path / "a.yaml", tiny_values(real_text, experts=experts)), RunDir(tmp_path / "run")
+    for begin in (open_run, dry_run):
+        with pytest.raises(ForestError, match=r"'law' is not a model of .* Use one of seed, dense, python\."):
+            begin(config, run)
+    assert not run.root.exists()
+    run.model("law").mkdir(parents=True)
+    Expert("law", {}, (), 0, 0, {}, {}, "").save(run.model("law"))
+    open_run(config, run)
+    assert dry_run(config, run)["models"]["licences"]["parents"] == {"python": 0.5, "law": 0.5}
+
+
+def test_a_parent_that_has_left_the_forest_holds_up_no_expert_that_has_begun(tmp_path: Path) -> None:
+    experts = {"licences": {"branch": {"parents": {"law": 1.0}}}}
+    config, run = write_config(tmp_path / "a.yaml", tiny_values(tmp_path, experts=experts)), RunDir(tmp_path / "run")
+    (run.checkpoints("licences") / "step-00000005").mkdir(parents=True)
+    open_run(config, run)
+    assert run.config.is_file()

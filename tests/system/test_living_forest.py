@@ -10,6 +10,7 @@ import pytest
 from helpers.tiny_run import btm_scale
 
 from btm_scale.config.run import RunConfig
+from btm_scale.forest.branch import Branch
 from btm_scale.forest.expert import read_expert
 from btm_scale.run_dir import RunDir
 
@@ -28,7 +29,10 @@ def grown(finished_run: Run, real_text: Path, tmp_path_factory: pytest.TempPathF
     before = run.results.read_bytes()
     text = real_text / "cpp.jsonl"
     options = ("--from", "posterior", "--replay", "0.25", "--text", text)
-    btm_scale("branch", run.root, "--name", "cpp", *options)
+    settled = json.loads(btm_scale("branch", run.root, "--name", "cpp", *options, "--json").stdout)
+    again = json.loads(btm_scale("branch", run.root, "--name", "cpp", *options, "--json").stdout)
+    assert again == settled
+    assert not (run.root / "branches").exists()
     btm_scale("run", run.config, "--out", run.root)
     return run, before
 
@@ -40,8 +44,7 @@ def test_an_added_expert_begins_with_what_its_branch_says(grown: tuple[RunDir, b
     assert sum(parent.weight for parent in card.parents) == pytest.approx(1.0)
     assert card.domains["cpp"] == pytest.approx(0.75)
     assert sum(card.domains.values()) == pytest.approx(1.0)
-    first = read_expert(run.first_weights("cpp"))
-    assert first.parents == card.parents
+    assert Branch.load(run.branch("cpp")) == Branch(parents=card.parents, domains=card.domains)
     metrics = [json.loads(line) for line in run.metrics("cpp").read_text().splitlines()]
     # A mean of trained experts starts far below a fresh model's ln(512) = 6.2 nats.
     assert metrics[0]["loss"] < 5.5
@@ -96,7 +99,8 @@ def test_a_branch_that_cannot_be_is_told(finished_run: Run, tmp_path: Path) -> N
     for arguments, told in (
         (("--name", "cpp"), "the run has no domain 'cpp': give its text with --text"),
         (("--name", "python"), "'python' is an expert of"),
-        (("--name", "cpp", "--from", "law", "--text", __file__), "'law', which is no finished model of"),
+        (("--name", "cpp", "--from", "law", "--text", __file__), "'law', which is not a finished model of"),
+        (("--name", "cpp", "--from", "python=1,python=2", "--text", __file__), "names 'python' twice"),
         (("--name", "cpp", "--from", "python=x", "--text", __file__), "or weights such as A=0.3,B=0.7"),
     ):
         done = btm_scale("branch", run.root, *arguments, check=False)

@@ -41,12 +41,15 @@ _CONFIG_KEYS = (
 )
 
 
-def common_specs(readers: Sequence[ModelReader], dtype: torch.dtype | None) -> tuple[dict[str, TensorSpec], list[str]]:
-    """The output's specs and every way in which the models differ."""
-    first, problems = readers[0], []
-    specs = {name: spec for name, spec in first.specs().items() if not is_derived(name, first.path)}
-    for other in readers[1:]:
-        theirs = {name: spec for name, spec in other.specs().items() if not is_derived(name, other.path)}
+def common_specs(
+    readers: Sequence[ModelReader], dtype: torch.dtype | None, tensors: Sequence[str] | None = None
+) -> tuple[dict[str, TensorSpec], list[str]]:
+    """The output's specs and every way in which the models differ; of `tensors` alone, if they are named."""
+    first = readers[0]
+    specs, *others = (_compared_specs(reader, tensors) for reader in readers)
+    absent = [name for name in tensors or () if not any(name in some for some in (specs, *others))]
+    problems = [f"{first.path} has no tensor '{name}'." for name in absent]
+    for other, theirs in zip(readers[1:], others, strict=True):
         problems += [f"{other.path} has no tensor '{name}', {first.path} has." for name in specs.keys() - theirs]
         problems += [f"{first.path} has no tensor '{name}', {other.path} has." for name in theirs.keys() - specs]
         for name in sorted(specs.keys() & theirs):
@@ -76,6 +79,13 @@ def promoted_dtype(directories: Iterable[Path]) -> str | None:
         with open_model(directory) as model:
             dtypes |= {spec.dtype for spec in model.specs().values() if spec.dtype.is_floating_point}
     return dtype_name(functools.reduce(torch.promote_types, dtypes)) if len(dtypes) > 1 else None
+
+
+def _compared_specs(reader: ModelReader, tensors: Sequence[str] | None) -> dict[str, TensorSpec]:
+    if tensors is not None:
+        wanted = set(tensors)
+        return {name: spec for name, spec in reader.specs().items() if name in wanted}
+    return {name: spec for name, spec in reader.specs().items() if not is_derived(name, reader.path)}
 
 
 def _both_float(one: TensorSpec, other: TensorSpec) -> bool:

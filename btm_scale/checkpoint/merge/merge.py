@@ -96,6 +96,30 @@ def merge(
             leader.finish(done)
 
 
+def merge_tensors(
+    output: Path, inputs: Sequence[tuple[Path, float]], tensors: Sequence[str], *, dtype: str | None = None
+) -> None:
+    """Write the weighted mean of some tensors to `output/model.safetensors`, and no other file.
+
+    As `merge` with method `linear`, but configs and tokenizers are neither compared nor copied: that the models
+    compute alike is for the caller to check.
+    """
+    if os.path.lexists(output):
+        raise CheckpointError(f"{output} exists already. Choose another output, or remove it first.")
+    plan = make_plan(
+        inputs,
+        method="linear",
+        parameters=None,
+        base=None,
+        dtype=dtype,
+        max_shard_bytes=float("inf"),
+        seed=0,
+        tensors=tensors,
+    )
+    work = _Work(plan, output, tuple(inputs), with_sidecars=False)
+    _carry_out([work], functools.partial(merge_in_processes, jobs=None, chunk_bytes=CHUNK_BYTES))
+
+
 def merge_many(
     outputs: Mapping[Path, Sequence[tuple[Path, float]]], *, dtype: str | None = None, max_shard_bytes: float = 5e9
 ) -> list[MergeReport]:
@@ -130,6 +154,7 @@ class _Work:
     plan: MergePlan
     output: Path
     inputs: tuple[tuple[Path, float], ...]
+    with_sidecars: bool = True  # config, tokenizer and model card
 
     @property
     def partial(self) -> Path:
@@ -201,16 +226,21 @@ def _lay_out(work: _Work) -> None:
 
 
 def _publish(work: _Work) -> str:
-    """Give a merged model its card and its name; returns the content hash."""
+    """Give a merged model its sidecars and its name; returns the content hash."""
     content = _complete(work.plan, work.partial)
+    if work.with_sidecars:
+        _add_sidecars(work, content)
+    publish_directory(work.partial, work.output)
+    return content
+
+
+def _add_sidecars(work: _Work, content: str) -> None:
     dtypes = {spec.dtype for spec in work.plan.specs.values() if spec.dtype.is_floating_point}
     # A model that is left out, of weight 0, was neither read nor compared: its config may be of another family.
     read = {source.path for source in work.plan.sources}
     first = next(path for path, _ in work.inputs if path in read)
     carry_sidecars(first, work.partial, dtypes.pop() if len(dtypes) == 1 else None)
     write_file(work.partial / "README.md", model_card(work.plan, work.inputs, content))
-    publish_directory(work.partial, work.output)
-    return content
 
 
 def _complete(plan: MergePlan, partial: Path) -> str:

@@ -110,15 +110,20 @@ def make_plan(
     dtype: str | None,
     max_shard_bytes: float,
     seed: int,
+    tensors: Sequence[str] | None = None,
 ) -> MergePlan:
-    """Check everything about a merge; raises one `CheckpointError` that tells every problem found."""
+    """Check everything about a merge; raises one `CheckpointError` that tells every problem found.
+
+    With `tensors` these alone are merged, and the models' configs and tokenizers are not compared.
+    """
     chosen = find_method(method)
     used = _taking_part(chosen, inputs)
     problems = _weight_problems(chosen, used) + _parameter_problems(chosen, parameters or {})
     if chosen.needs_base and base is None:
         problems.append(f"'{method}' needs the model that all inputs were trained from. Name it as base.")
     basis = [Path(base)] if base is not None and chosen.needs_base else []
-    models = _checked([*(path for path, _ in used), *basis], parse_dtype(dtype) if dtype else None, problems)
+    paths = [*(path for path, _ in used), *basis]
+    models = _checked(paths, parse_dtype(dtype) if dtype else None, problems, tensors)
     settings = {**chosen.parameters, **(parameters or {})}
     origin = models.source(basis[0], 0.0) if basis else None
     return models.plan(used, origin, method, settings, max_shard_bytes, seed)
@@ -168,7 +173,9 @@ def _taking_part(method: Method, inputs: Sequence[tuple[Path, float]]) -> list[t
     return [(Path(path), float(weight)) for path, weight in inputs if weight or method.name != "linear"]
 
 
-def _checked(paths: Sequence[Path], dtype: torch.dtype | None, problems: list[str]) -> _Models:
+def _checked(
+    paths: Sequence[Path], dtype: torch.dtype | None, problems: list[str], tensors: Sequence[str] | None = None
+) -> _Models:
     """Open every model and compare them; raises one `CheckpointError` with `problems` and all that are found here."""
     problems = list(problems)
     with ExitStack() as stack:
@@ -185,8 +192,10 @@ def _checked(paths: Sequence[Path], dtype: torch.dtype | None, problems: list[st
         ]
         specs: dict[str, TensorSpec] = {}
         if len(readers) == len(paths) and readers:
-            specs, found = common_specs(readers, dtype)
-            problems += found + config_problems(paths) + tokenizer_problems(paths)
+            specs, found = common_specs(readers, dtype, tensors)
+            problems += found
+            if tensors is None:
+                problems += config_problems(paths) + tokenizer_problems(paths)
         if problems:
             listing = "\n".join(f"  - {problem}" for problem in problems)
             raise CheckpointError(f"these models cannot be merged, and nothing was written:\n{listing}")

@@ -1,0 +1,144 @@
+"""Experts that join and leave a run, before any of them is trained."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from btm_scale.config.run import RunConfig
+from btm_scale.errors import ConfigError, DataError, ForestError
+from btm_scale.forest.branch import Branch
+from btm_scale.forest.forest import experts, remove_expert
+from btm_scale.run.grow import branch_expert, remove_from_forest
+from btm_scale.run_dir import RunDir
+from btm_scale.util.locks import ModelLock
+
+
+@pytest.fixture
+def run(handmade: tuple[RunConfig, RunDir], tmp_path: Path) -> RunDir:
+    """A copy of a run with four experts."""
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(handmade[1].root, run.root)
+    return run
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """Text of a domain that the run does not know."""
+    path = tmp_path / "recipes.jsonl"
+    lines = (json.dumps({"text": f"recipe {number}: take {number} eggs and stir. " * 40}) for number in range(100))
+    path.write_text("\n".join(lines))
+    return path
+
+
+def branch(run: RunDir, name: str, parents: str | dict[str, float], *text: Path) -> tuple[Branch, Branch | None]:
+    return branch_expert(RunConfig.load(run.config), run, name, parents, text=text)
+
+
+def files(run: RunDir) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(run.root.rglob("*")) if path.is_file()}
+
+
+def weights(found: Branch) -> dict[str, float]:
+    return {parent.name: parent.weight for parent in found.parents}
+
+
+def test_branching_records_the_parents_and_writes_no_weights(run: RunDir, text: Path) -> None:
+    before = files(run)
+    settled, former = branch(run, "recipes", {"python": 1, "docs": 3}, text)
+    assert former is None
+    assert weights(settled) == {"python": 0.25, "docs": 0.75}
+    assert Branch.load(run.branch("recipes")) == settled
+    config = RunConfig.load(run.config)
+    assert list(config.added_domains) == ["recipes"]
+    assert config.experts["recipes"].branch.parents == {"python": 1, "docs": 3}
+    added = {path.relative_to(run.root).parts[0] for path in files(run).keys() - before.keys()}
+    assert added == {"data", "train"}
+    assert not list(run.train("recipes").rglob("*.safetensors"))
+
+
+def test_the_same_branch_again_changes_nothing(run: RunDir, text: Path) -> None:
+    first = branch(run, "recipes", {"python": 1, "docs": 3}, text)
+    before = files(run)
+    assert branch(run, "recipes", {"python": 1, "docs": 3}, text) == first
+    assert branch(run, "recipes", {"python": 1, "docs": 3}) == first
+    assert files(run) == before
+
+
+def test_other_parents_replace_those_of_an_expert_that_is_not_trained(run: RunDir, text: Path) -> None:
+    first, _ = branch(run, "recipes", "seed", text)
+    second, former = branch(run, "recipes", {"cpp": 1.0})
+    assert former == first
+    assert weights(second) == {"cpp": 1.0}
+    assert Branch.load(run.branch("recipes")) == second
+    assert RunConfig.load(run.config).experts["recipes"].branch.parents == {"cpp": 1.0}
+
+
+def test_parents_that_have_left_the_forest_are_settled_anew(run: RunDir, text: Path) -> None:
+    branch(run, "recipes", {"cpp": 1.0}, text)
+    remove_expert(run, "cpp")
+    with pytest.raises(ForestError, match="cannot branch from 'cpp'"):
+        branch(run, "recipes", {"cpp": 1.0})
+    settled, former = branch(run, "recipes", "seed")
+    assert former is not None
+    assert weights(settled) == {"seed": 1.0}
+
+
+def test_an_expert_of_the_first_domains_can_be_branched_before_it_is_trained(run: RunDir) -> None:
+    remove_expert(run, "cpp")
+    settled, _ = branch(run, "cpp", {"python": 1.0})
+    assert weights(settled) == {"python": 1.0}
+    config = RunConfig.load(run.config)
+    assert not config.added_domains
+    assert config.experts["cpp"].branch.parents == {"python": 1.0}
+
+
+def test_an_expert_that_is_trained_or_in_training_keeps_its_parents(run: RunDir, text: Path) -> None:
+    with pytest.raises(ForestError, match=r"'cpp' is an expert of .* already"):
+        branch(run, "cpp", {"python": 1.0})
+    branch(run, "recipes", "seed", text)
+    before = files(run)
+    with ModelLock(run.train("recipes")):
+        with pytest.raises(ForestError, match="'recipes' has begun to train"):
+            branch(run, "recipes", {"python": 1.0})
+        with pytest.raises(ForestError, match="'recipes' is being trained"):
+            remove_from_forest(RunConfig.load(run.config), run, "recipes")
+    (run.train("recipes") / "lock").unlink()
+    (run.checkpoints("recipes") / "step-00000005").mkdir(parents=True)
+    for parents in ("seed", {"python": 1.0}):
+        with pytest.raises(ForestError, match="'recipes' has begun to train"):
+            branch(run, "recipes", parents)
+    assert files(run) == before
+
+
+def test_what_cannot_be_branched_leaves_the_run_as_it_was(run: RunDir, text: Path, tmp_path: Path) -> None:
+    branch(run, "recipes", "seed", text)
+    short = tmp_path / "short.jsonl"
+    short.write_text(json.dumps({"text": "one"}))
+    wide = json.loads((run.model("docs") / "config.json").read_text()) | {"intermediate_size": 48}
+    (run.model("docs") / "config.json").write_text(json.dumps(wide))
+    before = files(run)
+    with pytest.raises(ForestError, match=r"'law', which is not a finished model .* Use one of seed, cpp, docs"):
+        branch(run, "recipes", {"law": 1.0})
+    with pytest.raises(ForestError, match="recipes cannot branch from 'docs': ffn is 48 there and 96 here"):
+        branch(run, "recipes", {"python": 0.5, "docs": 0.5})
+    with pytest.raises(ConfigError, match=r"domain 'recipes' has its text already: .*recipes\.jsonl"):
+        branch(run, "recipes", "seed", short)
+    with pytest.raises(DataError):
+        branch(run, "short", "seed", short)
+    text.unlink()
+    with pytest.raises(DataError):
+        branch(run, "recipes", {"python": 1.0})
+    assert files(run) == before
+
+
+def test_removing_a_branch_that_is_not_trained_takes_it_out_of_the_config(run: RunDir, text: Path) -> None:
+    before = run.config.read_bytes()
+    branch(run, "recipes", "seed", text)
+    remove_from_forest(RunConfig.load(run.config), run, "recipes")
+    assert run.config.read_bytes() == before
+    assert not run.train("recipes").exists()
+    assert list(experts(run)) == ["cpp", "docs", "licences", "python"]
