@@ -1,0 +1,131 @@
+"""Records: the JSON files that btm-scale writes and reads, each a pydantic model with a schema number.
+
+A record's JSON object has the key `schema` and one key per field. A file from before a record had a schema number
+counts as schema 1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from btm_scale.errors import UserError
+from btm_scale.util.files import write_file
+
+_PROBLEMS = 3  # that a message names
+_SHOWN = 60  # characters of a wrong value
+
+
+class Part(BaseModel):
+    """An object inside of a record: strict, and never changed once it is made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Record(Part):
+    """A JSON file with a schema number.
+
+    A subclass sets `error`, what `load` raises, and completes its messages: `absent` if there is no file, and `remedy`
+    if it is damaged. Both may name `{path}` and `{folder}`.
+    """
+
+    SCHEMA: ClassVar[int] = 1
+    error: ClassVar[type[UserError]] = UserError
+    absent: ClassVar[str] = "{path} does not exist. Give the path of an existing file."
+    remedy: ClassVar[str] = "Restore {path} from a copy, or delete it."
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a record. Raises `error`, with the file and the field, if it is missing, damaged or of another schema.
+
+        Types are checked strictly: a number in quotes is not a number.
+        """
+        values = read_object(path, cls.error, absent=cls.absent, remedy=cls.remedy, upgrade=cls.upgraded)
+        schema = values.pop("schema", 1)
+        if type(schema) is not int or schema != cls.SCHEMA:
+            raise cls.error(
+                f"{path} has schema {schema!r}, and this version reads schema {cls.SCHEMA}. Update btm-scale."
+            )
+        try:
+            # Strict validation knows from JSON alone that an array may become a tuple.
+            text = json.dumps(values, ensure_ascii=False).encode("utf-8", "replace")
+            return cls.model_validate_json(text, strict=True)
+        except ValidationError as error:
+            raise cls.error(_damaged(path, _sentence(error), cls.remedy)) from None
+
+    @classmethod
+    def find(cls, path: Path) -> Self | None:
+        """The record at `path`, or None if there is no such file. Raises as `load` does."""
+        return cls.load(path) if path.is_file() else None
+
+    @classmethod
+    def upgraded(cls, content: Any) -> Any:
+        """The file's JSON value as the object that this version writes; for shapes of earlier versions."""
+        return content
+
+    def save(self, path: Path) -> None:
+        """Write the record, complete or not at all. Its folder must exist."""
+        write_file(path, json.dumps(self.document(), indent=2) + "\n")
+
+    def document(self) -> dict[str, Any]:
+        """The JSON object: the schema number first, then the fields in their order."""
+        return {"schema": self.SCHEMA, **self.model_dump()}
+
+
+def read_object(
+    path: Path,
+    error: type[UserError],
+    *,
+    absent: str = Record.absent,
+    remedy: str = Record.remedy,
+    upgrade: Callable[[Any], Any] = lambda content: content,
+) -> dict[str, Any]:
+    """Read a file that holds one JSON object. Raises `error` with the reason if it does not.
+
+    `upgrade` turns the JSON value into the object that is expected.
+    """
+    try:
+        # RecursionError: JSON may be nested more deeply than the interpreter's stack.
+        content = upgrade(json.loads(path.read_bytes().decode("utf-8")))
+    except FileNotFoundError:
+        raise error(absent.format(path=path, folder=path.parent)) from None
+    except OSError as problem:
+        raise error(
+            f"{path} cannot be read: {problem.strerror or problem}. Give this user the right to read it."
+        ) from None
+    except UnicodeDecodeError as problem:
+        raise error(_damaged(path, f"not UTF-8 text ({problem.reason} at byte {problem.start})", remedy)) from None
+    except RecursionError:
+        raise error(_damaged(path, "nested too deeply for a JSON file of btm-scale", remedy)) from None
+    except ValueError as problem:
+        raise error(_damaged(path, f"not valid JSON ({problem})", remedy)) from None
+    if not isinstance(content, dict):
+        raise error(_damaged(path, f"a JSON {type(content).__name__}, and must be an object", remedy))
+    return content
+
+
+def _damaged(path: Path, problem: str, remedy: str) -> str:
+    return f"{path} is {problem}. {remedy.format(path=path, folder=path.parent)}"
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first problems of a record, each with its field."""
+    problems = error.errors(include_url=False)
+    words = []
+    for problem in problems[:_PROBLEMS]:
+        field = ".".join(map(str, problem["loc"]))
+        if problem["type"] == "missing":
+            words.append(f"field '{field}' is missing")
+        elif problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            words.append(f"field '{field}' is unknown to this version")
+        else:
+            shown = repr(problem["input"])
+            shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+            rule = problem["msg"].replace("Input should be", "must be")
+            words.append(f"field '{field}' {rule[0].lower()}{rule[1:]} and is {shown}")
+    more = f" and {len(problems) - _PROBLEMS} more" if len(problems) > _PROBLEMS else ""
+    return f"not as this version writes it: {'; '.join(words)}{more}"
