@@ -124,7 +124,7 @@ def evaluate(options: argparse.Namespace) -> Answer:
     score_averages(config, run_dir, launcher_named(options.launcher, config))
     results = evaluate_run(config, run_dir)
     show_results(options, results)
-    return results
+    return results.document()
 
 
 def report(options: argparse.Namespace) -> Answer:

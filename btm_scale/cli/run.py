@@ -114,7 +114,7 @@ def _run(options: argparse.Namespace, config: RunConfig, run_dir: RunDir) -> Ans
     write_report(config, run_dir, results)
     show_results(options, results)
     say(f"The page is {run_dir.report}")
-    return results
+    return results.document()
 
 
 def _train(options: argparse.Namespace, config: RunConfig, run_dir: RunDir) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from btm_scale.checkpoint.merge.merge import merge_many
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ForestError
 from btm_scale.evaluate.soups import soups
-from btm_scale.forest.expert import Expert, Parent, is_finished, read_expert
+from btm_scale.forest.expert import CARD, Expert, Parent, is_finished, read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.methods import ARGMAX, GREEDY, POSTERIOR, TEMPERED, UNIFORM, _merged, average_texts, averages_of
 from btm_scale.forest.posterior.mixture import mean_tempered_weights
@@ -75,7 +74,8 @@ def write_averages(run: RunDir, cards: Sequence[Expert]) -> list[str]:
         for directory, card in missing.items()
     }
     for report in merge_many(parents):
-        replace(missing[report.output], content_hash=report.content_hash).save(report.output)
+        card = missing[report.output].model_copy(update={"content_hash": report.content_hash})
+        card.save(report.output / CARD)
     return [card.name for card in missing.values()]
 
 

@@ -8,6 +8,7 @@ from btm_scale.config.run import RunConfig
 from btm_scale.configs import FOLDER
 from btm_scale.data.demo_text import write_installed_text
 from btm_scale.run_dir import RunDir
+from btm_scale.util.files import new_directory
 
 _BYTES_PER_DOMAIN = 3_000_000
 
@@ -17,7 +18,6 @@ def demo_config(out: Path | None, overrides: list[str]) -> tuple[RunConfig, RunD
     run = RunDir((out or Path("runs") / "demo").resolve())
     text = run.root / "text"
     if not text.is_dir():
-        partial = run.root / ".text.partial"
-        write_installed_text(partial, bytes_per_domain=_BYTES_PER_DOMAIN)
-        partial.rename(text)
+        with new_directory(text) as directory:
+            write_installed_text(directory, bytes_per_domain=_BYTES_PER_DOMAIN)
     return RunConfig.load(FOLDER / "demo.yaml", (f"text_root={text}", *overrides)), run

@@ -13,7 +13,7 @@ from btm_scale.config.section import explain
 from btm_scale.data.prepare import prepare
 from btm_scale.errors import ConfigError, ForestError
 from btm_scale.forest.branch import parents_of
-from btm_scale.forest.expert import Expert, is_finished, read_expert
+from btm_scale.forest.expert import CARD, Expert, is_finished, read_expert
 from btm_scale.forest.forest import experts, remove_expert
 from btm_scale.run.pipeline import score_models
 from btm_scale.run.state import open_run
@@ -99,4 +99,14 @@ def _write_first_weights(run: RunDir, name: str, begun: Beginning) -> None:
         return
     report = merge(directory, [(run.model(parent.name), parent.weight) for parent in begun.parents])
     hashes = {parent.name: read_expert(run.model(parent.name)).content_hash for parent in begun.parents}
-    Expert(name, {}, begun.parents, 0, 0, {}, hashes, report.content_hash).save(directory)
+    card = Expert(
+        name=name,
+        domains={},
+        parents=begun.parents,
+        tokens=0,
+        steps=0,
+        layout={},
+        data_fingerprint=hashes,
+        content_hash=report.content_hash,
+    )
+    card.save(directory / CARD)

@@ -9,7 +9,7 @@ from btm_scale.config.run import RunConfig
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.data.prepare import prepare, require_text
 from btm_scale.evaluate.averages import are_finished
-from btm_scale.evaluate.results import evaluate
+from btm_scale.evaluate.results import Results, evaluate
 from btm_scale.forest.expert import is_finished, read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.methods import average_texts
@@ -25,7 +25,7 @@ Say = Callable[[str], None]
 
 def run_all(
     config: RunConfig, run: RunDir, *, on_progress: Progress, say: Say, launcher: RunGroups | None = None
-) -> dict[str, Any]:
+) -> Results:
     """Every stage that isn't done, from text to page; returns the results. Groups run on this machine by default."""
     open_run(config, run)
     say("text -> token files")
@@ -113,7 +113,7 @@ def data_summary(config: RunConfig, run: RunDir) -> dict[str, Any]:
     """Documents, tokens and bytes of every domain's splits, with what was skipped."""
     summary = {}
     for name in config.all_domains:
-        made = Fingerprint.load(run, name)
+        made = Fingerprint.of_domain(run, name)
         summary[name] = {split: counts.model_dump() for split, counts in made.splits.items()} | {
             "skipped_lines": made.skipped_lines,
             "duplicates": made.duplicates,

@@ -85,16 +85,18 @@ def new_directory(final: Path, *, shared: bool = False) -> Iterator[Path]:
         raise
 
 
-def publish_directory(temporary: Path, final: Path, *, replace: bool = False) -> None:
+def publish_directory(temporary: Path, final: Path, *, replace: bool = False, synced: bool = False) -> None:
     """Sync everything in a finished directory and give it its name; with `replace`, the old one is removed after that.
 
-    Raises `CheckpointError` if `final` exists, has content, and `replace` is false.
+    `synced`: its content is on the disk already, because it was published under its temporary name. Raises
+    `CheckpointError` if `final` exists, has content, and `replace` is false.
     """
     outgoing = final.with_name(f".{final.name}.replaced.{os.getpid()}")
     exists = final.exists() and (not final.is_dir() or any(final.iterdir()))
     if exists and not replace:
         raise CheckpointError(f"{final} exists already. Choose another output, or remove it first.")
-    in_threads(_sync, _everything_in(temporary), at_once=_SYNCS_AT_ONCE)
+    if not synced:
+        in_threads(_sync, _everything_in(temporary), at_once=_SYNCS_AT_ONCE)
     if exists:
         final.rename(outgoing)
     try:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
@@ -17,9 +17,9 @@ class Leaf(Part):
 
 
 class Tree(Record):
-    error = ForestError
-    absent: ClassVar[str] = "no tree in {folder}. Plant one first."
-    remedy: ClassVar[str] = "Delete {path} and plant it again."
+    ERROR = ForestError
+    ABSENT = "no tree in {folder}. Plant one first."
+    REMEDY = "Delete {path} and plant it again."
 
     name: str
     age: int

@@ -10,7 +10,7 @@ import torch
 from btm_scale.checkpoint.formats.tensors import ModelReader
 from btm_scale.model.hf_names import cut, from_huggingface, table
 from btm_scale.model.shape import ModelShape
-from btm_scale.util.files import require_space, write_file
+from btm_scale.util.files import require_space
 
 TAG = "global_step0"
 
@@ -66,4 +66,4 @@ def write_model_states(
         module.clear()
         for file in folder.glob(f"{scratch.name}-*"):
             file.unlink()
-    write_file(directory / "latest", TAG)
+    (directory / "latest").write_text(TAG)
