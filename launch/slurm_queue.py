@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ConfigDict
 
 from btm_scale.errors import LaunchError
+from btm_scale.util.files import make_directory
 from btm_scale.util.records import Record
 
 # The reason of a job that waits for one that has failed: SLURM takes it out of the queue, but may need a minute.
@@ -72,7 +73,7 @@ class Submissions:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Keep a second submission of this run out until this one has been noted."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_directory(self._folder)
         with (self._folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from btm_scale.errors import UserError
+from btm_scale.util.files import make_directory
 from btm_scale.util.records import Record
 
 _LINES = 25
@@ -77,7 +78,7 @@ def log_of_rank(log: Path, rank: int) -> Path:
 def rank_log(log: Path) -> Iterator[None]:
     """Send what this rank prints to its own log; if the block fails, leave a record of it before it goes on failing."""
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    log.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(log.parent)
     _note_path(log, rank).unlink(missing_ok=True)
     _print_to(log_of_rank(log, rank))
     try:

@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 
 from btm_scale.checkpoint.formats.tensors import CODE_BY_DTYPE, TensorSpec, as_bytes
-from btm_scale.util.files import partial_path, require_space
+from btm_scale.util.files import make_directory, partial_path, require_space
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -49,7 +49,8 @@ class ShardedWriter:
         total = sum(spec.nbytes for spec in self.specs.values()) + sum(map(len, headers))
         if not attach:
             require_space(self.directory, total)
-            self.directory.mkdir(parents=True, exist_ok=True)
+            make_directory(self.directory.parent)
+            self.directory.mkdir(exist_ok=True)
         for i, (group, header) in enumerate(zip(groups, headers, strict=True)):
             name = SINGLE if len(groups) == 1 else f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
             position = len(header)

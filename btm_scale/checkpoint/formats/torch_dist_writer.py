@@ -23,7 +23,7 @@ from btm_scale.checkpoint.formats.tensors import ModelReader
 from btm_scale.checkpoint.formats.torch_dist import LAYER, NORMS
 from btm_scale.model.hf_names import from_huggingface, table
 from btm_scale.model.shape import ModelShape
-from btm_scale.util.files import require_space
+from btm_scale.util.files import make_directory, require_space
 
 _MAX_FILE_BYTES = 5e9
 # Modules for which Megatron-core looks for a state beside their weights, here an empty one.
@@ -51,7 +51,8 @@ def write_torch_dist(
     """
     directory = Path(directory)
     require_space(directory, model.nbytes_as(dtype))
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory.parent)
+    directory.mkdir(exist_ok=True)
     rows = -(-shape.vocabulary // tensor) * tensor
     files = _Files(directory)
     metadata = Metadata({}, storage_data={})
