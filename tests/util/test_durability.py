@@ -39,7 +39,7 @@ from btm_scale.run.slurm import write_scripts
 from btm_scale.run_dir import RunDir
 from btm_scale.train.bad_batches import SkippedBatches
 from btm_scale.train.checkpoint import Position, newest_state, write_state
-from btm_scale.util.files import new_file, write_file
+from btm_scale.util.files import make_directory, new_file, write_file
 from btm_scale.util.rank_log import note_silent_failure
 
 SHAPE = ModelShape(
@@ -91,6 +91,7 @@ def _scores(run: RunDir, models: list[Path]) -> None:
 
 
 def _soups(run: RunDir, models: list[Path]) -> None:
+    make_directory(run.model("math"))
     save_card(run.model("math"), "math")
     save_soups(run, {"prose": ("math",)})
 
