@@ -116,7 +116,7 @@ def score(options: argparse.Namespace) -> Answer:
 
 def evaluate(options: argparse.Namespace) -> Answer:
     """Average, score the averages, and work out every method's perplexity."""
-    from btm_scale.evaluate.results import evaluate as evaluate_run
+    from btm_scale.evaluate.evaluate import evaluate as evaluate_run
     from btm_scale.run.launchers import launcher_named
     from btm_scale.run.pipeline import score_averages
 

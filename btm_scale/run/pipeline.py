@@ -9,7 +9,8 @@ from btm_scale.config.run import RunConfig
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.data.prepare import prepare, require_text
 from btm_scale.evaluate.averages import are_finished
-from btm_scale.evaluate.results import Results, evaluate
+from btm_scale.evaluate.evaluate import evaluate
+from btm_scale.evaluate.results import Results
 from btm_scale.forest.expert import is_finished, read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.methods import average_texts
