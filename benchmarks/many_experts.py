@@ -117,7 +117,7 @@ def measure(folder: Path, number: int, options: argparse.Namespace) -> dict[str,
     texts = len(all_texts(config))
     return {
         "experts": number,
-        "methods": len(results["methods"]),
+        "methods": len(results.methods),
         "seconds": total,
         "core_seconds_training_an_expert": stage[1] * cores / number - a_text * texts,
         "core_seconds_scoring_a_text": a_text,

@@ -33,7 +33,7 @@ def main() -> None:
 def recorded(run: RunDir) -> dict[str, Any]:
     """A run's results, and the seconds from its config to its page."""
     seconds = run.report.stat().st_mtime - (run.root / "run.yaml").stat().st_mtime
-    return {"results": load_results(run), "seconds": round(seconds)}
+    return {"results": load_results(run).document(), "seconds": round(seconds)}
 
 
 if __name__ == "__main__":

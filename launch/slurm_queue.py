@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict
 
 from btm_scale.errors import LaunchError
 from btm_scale.util.locks import alone
+from btm_scale.util.records import Record
 
 # The reason of a job that waits for one that has failed: SLURM takes it out of the queue, but may need a minute.
 _NEVER = "DependencyNeverSatisfied"
@@ -37,10 +40,26 @@ class QueueEntry:
 class Submitted:
     """One submission: the job's name in the run, SLURM's id of it, and the models by their place in the array."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     job: str
     id: str  # empty until SLURM has answered
     models: Mapping[str, str]
     slurm_name: str
+
+
+class _Jobs(Record):
+    """jobs.json: all submissions of a run, oldest first."""
+
+    ERROR = LaunchError
+    REMEDY = "Delete it once no job of this run is in the queue: squeue --me"
+
+    submissions: tuple[Submitted, ...] = ()
+
+    @classmethod
+    def upgraded(cls, content: Any) -> Any:
+        """The submissions were all of the file at first."""
+        return {"submissions": content} if isinstance(content, list) else content
 
 
 class Submissions:
@@ -56,16 +75,12 @@ class Submissions:
 
     def read(self) -> list[Submitted]:
         """All submissions, oldest first."""
-        if not self._path.is_file():
-            return []
-        return [Submitted(**values) for values in json.loads(self._path.read_text())]
+        return list((_Jobs.find(self._path) or _Jobs()).submissions)
 
     def note(self, made: Submitted) -> None:
         """Note a submission: once without an id, before SLURM hears of it, and again with the one that it answers."""
         answered = [one for one in self.read() if one.id]
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps([asdict(one) for one in [*answered, made]], indent=1) + "\n")
-        partial.replace(self._path)
+        _Jobs(submissions=(*answered, made)).save(self._path)
 
     def settle(self, queue: Mapping[str, tuple[str, QueueEntry]]) -> None:
         """Find the job of a submission whose answer was lost: sbatch may time out after SLURM has taken the job."""

@@ -62,7 +62,7 @@ def convert(
                 carry_sidecars(source, partial, dtypes.pop() if len(dtypes) == 1 else None)
             if verify:
                 verify_equal(source, partial, wanted)
-            publish_directory(partial, target)
+            publish_directory(partial, target, synced=to == "huggingface")
         except Exception:
             shutil.rmtree(partial, ignore_errors=True)
             raise

@@ -10,12 +10,12 @@ from pathlib import Path
 from btm_scale.checkpoint.convert import WRITERS
 from btm_scale.checkpoint.formats.deepspeed import checkpoint_folder, training_step
 from btm_scale.checkpoint.formats.locate import described_in, iteration_folder, read_json
+from btm_scale.checkpoint.formats.megatron import find_shape
 from btm_scale.checkpoint.formats.open import format_of, open_model
 from btm_scale.checkpoint.formats.tensors import dtype_name
 from btm_scale.checkpoint.formats.torch_dist import saved_iteration
 from btm_scale.checkpoint.formats.training import saved_step
 from btm_scale.errors import CheckpointError
-from btm_scale.model.hf_config import shape_from_config
 from btm_scale.model.shape import ModelShape
 
 _SUFFIXES = {
@@ -61,7 +61,7 @@ def inspect(path: Path) -> Inspection:
     config = read_json(described_in(path) / "config.json")
     with open_model(path) as model:
         specs = model.specs().values()
-    shape = _known_shape(config, path)
+    shape = _known_shape(path)
     dtypes: Counter[str] = Counter()
     for spec in specs:
         dtypes[dtype_name(spec.dtype)] += spec.elements
@@ -79,9 +79,9 @@ def inspect(path: Path) -> Inspection:
     )
 
 
-def _known_shape(config: dict[str, object], path: Path) -> ModelShape | None:
+def _known_shape(path: Path) -> ModelShape | None:
     """The model's shape, if the names of its tensors are known on both sides."""
     try:
-        return shape_from_config(config, path)
+        return find_shape(path)
     except CheckpointError:
         return None

@@ -11,6 +11,7 @@ from btm_scale.run.launcher_table import LAUNCHERS
 
 if TYPE_CHECKING:
     from btm_scale.config.run import RunConfig
+    from btm_scale.evaluate.results import Results
     from btm_scale.run_dir import RunDir
 
 Answer = dict[str, Any]
@@ -45,7 +46,7 @@ def shown(options: argparse.Namespace, answer: Answer) -> Answer:
     return answer
 
 
-def show_results(options: argparse.Namespace, results: Answer) -> None:
+def show_results(options: argparse.Namespace, results: Results) -> None:
     """Print a run's results as a table, unless they are printed as JSON later."""
     if not options.json:
         from rich.console import Console

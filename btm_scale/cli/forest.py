@@ -125,14 +125,14 @@ def score(options: argparse.Namespace) -> Answer:
 def evaluate(options: argparse.Namespace) -> Answer:
     """Average, score the averages, and work out every method's perplexity."""
     config, run_dir = opened(options)
-    from btm_scale.evaluate.results import evaluate as evaluate_run
+    from btm_scale.evaluate.evaluate import evaluate as evaluate_run
     from btm_scale.run.launchers import launcher_named
     from btm_scale.run.pipeline import score_averages
 
     score_averages(config, run_dir, launcher_named(options.launcher, config))
     results = evaluate_run(config, run_dir)
     show_results(options, results)
-    return results
+    return results.document()
 
 
 def report(options: argparse.Namespace) -> Answer:

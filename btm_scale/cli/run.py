@@ -23,13 +23,13 @@ def demo(options: argparse.Namespace) -> Answer:
     from btm_scale.data.demo_text import write_installed_text
     from btm_scale.forest.open import open_config
     from btm_scale.run_dir import RunDir
+    from btm_scale.util.files import new_directory
 
     run_dir = RunDir((options.out or Path("runs") / "demo").resolve())
     text = run_dir.root / "text"
     if not text.is_dir():
-        partial = run_dir.root / ".text.partial"
-        write_installed_text(partial, bytes_per_domain=_DEMO_BYTES)
-        partial.rename(text)
+        with new_directory(text) as directory:
+            write_installed_text(directory, bytes_per_domain=_DEMO_BYTES)
     config, run_dir = open_config(FOLDER / "demo.yaml", (f"text_root={text}", *options.set), run_dir.root)
     return _run(options, config, run_dir)
 
@@ -125,7 +125,7 @@ def _run(options: argparse.Namespace, config: RunConfig, run_dir: RunDir) -> Ans
     write_report(config, run_dir, results)
     show_results(options, results)
     say(f"The page is {run_dir.report}")
-    return results
+    return results.document()
 
 
 def _train(options: argparse.Namespace, config: RunConfig, run_dir: RunDir) -> None:

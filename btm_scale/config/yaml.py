@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from btm_scale.errors import ConfigError
+from btm_scale.util.files import make_directory, write_file
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -114,9 +114,6 @@ def apply_overrides(values: dict[str, Any], overrides: tuple[str, ...], paths: t
 
 
 def dump_yaml(values: dict[str, Any], path: Path) -> None:
-    """Write a mapping, aside and then by name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    with partial.open("x", encoding="utf-8") as file:
-        yaml.safe_dump(values, file, sort_keys=False, allow_unicode=True)
-    partial.replace(path)
+    """Write a mapping, complete or not at all."""
+    make_directory(path.parent)
+    write_file(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import secrets
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +19,9 @@ from megatron.core.datasets.utils import Split
 
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.data.tokenizer import Tokenizer
-from btm_scale.errors import DataError
+from btm_scale.errors import CheckpointError, DataError
 from btm_scale.run_dir import RunDir
+from btm_scale.util.files import new_directory
 
 # It warns that an index is not cached, which is cached here.
 logging.getLogger("megatron.core.datasets.blended_dataset").setLevel(logging.ERROR)
@@ -100,7 +99,7 @@ class TrainingBatches:
 
     def _key(self, tokenizer: str) -> str:
         """A digest of everything that the order depends on."""
-        made = {name: Fingerprint.load(self._run, name) for name in self._weights}
+        made = {name: Fingerprint.of_domain(self._run, name) for name in self._weights}
         for fingerprint in made.values():
             fingerprint.require_tokenizer(tokenizer, self._run)
             fingerprint.require_whole(self._run)
@@ -113,26 +112,24 @@ class TrainingBatches:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     def _write_index(self, cache: Path) -> None:
-        """Build every index beside the cache and give it its name when it is whole."""
-        partial = cache.with_name(f".{cache.name}.{secrets.token_hex(4)}.partial")
-        partial.mkdir(parents=True)
+        """Build every index beside the cache, and publish it as the cache."""
         try:
-            domains = self._open(partial)
-            if len(domains) > 1:
-                # Without a cache: with one, BlendedDataset asks for a process group.
-                blend = BlendedDataset(domains, list(self._weights.values()), self.samples, self._megatron_config(None))
-                domain_of, sample_of = blend.dataset_index, blend.dataset_sample_index
-            else:
-                domain_of, sample_of = np.zeros(self.samples, np.int16), np.arange(self.samples)
-            np.save(partial / "domain.npy", domain_of)
-            np.save(partial / "sample.npy", sample_of)
-            try:
-                partial.rename(cache)
-            except OSError:
-                if not cache.is_dir():  # else another group was faster with the same index
-                    raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            with new_directory(cache, shared=True) as directory:
+                self._write_index_files(directory)
+        except CheckpointError:
+            if not cache.is_dir():  # else another group was faster with the same index
+                raise
+
+    def _write_index_files(self, directory: Path) -> None:
+        domains = self._open(directory)
+        if len(domains) > 1:
+            # Without a cache: with one, BlendedDataset asks for a process group.
+            blend = BlendedDataset(domains, list(self._weights.values()), self.samples, self._megatron_config(None))
+            domain_of, sample_of = blend.dataset_index, blend.dataset_sample_index
+        else:
+            domain_of, sample_of = np.zeros(self.samples, np.int16), np.arange(self.samples)
+        np.save(directory / "domain.npy", domain_of)
+        np.save(directory / "sample.npy", sample_of)
 
     def _open(self, cache: Path) -> list[GPTDataset]:
         return [self._open_domain(name, weight, cache) for name, weight in self._weights.items()]

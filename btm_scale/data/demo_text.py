@@ -63,14 +63,12 @@ def _packages() -> tuple[Path, Path]:
 
 def _write(path: Path, texts: Iterator[Text], limit: int) -> None:
     size = 0
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with path.open("wb") as file:
         for source, text in texts:
             size += len(text.encode())
             if size > limit:
                 break
-            file.write(json.dumps({"text": text, "source": source}, ensure_ascii=False) + "\n")
-    partial.replace(path)
+            file.write(json.dumps({"text": text, "source": source}, ensure_ascii=False).encode() + b"\n")
 
 
 def _cut(texts: Iterator[Text], longest: int) -> Iterator[Text]:

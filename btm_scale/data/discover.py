@@ -10,7 +10,6 @@ import gzip
 import io
 import json
 import random
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -22,6 +21,7 @@ from btm_scale.config.run import DomainConfig, RunConfig
 from btm_scale.data.clustering import PLACING_CHARACTERS, Clustering
 from btm_scale.data.sources import BadLines, Document, read_documents
 from btm_scale.errors import DataError
+from btm_scale.util.files import new_directory
 
 DOMAINS = "domains.yaml"
 _AT_ONCE = 512  # documents
@@ -67,10 +67,7 @@ def discover(
     texts, sizes = zip(*chosen, strict=True)
     clustering = Clustering.fit(texts, clusters, sizes=sizes, dimensions=dimensions, random_seed=random_seed)
     del chosen, texts
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_directory(output) as partial:
         names = [cluster_name(number) for number in range(clusters)]
         held = _share_out(documents(), clustering, [partial / f"{name}.jsonl.gz" for name in names])
         found = {
@@ -79,10 +76,6 @@ def discover(
         }
         clustering.save(partial)
         (partial / DOMAINS).write_text(_domains_yaml(found))
-        partial.replace(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return {"output": str(output), "clusters": found}
 
 

@@ -62,7 +62,7 @@ class EvaluationText:
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
         tokenizer = directory_digest(run.tokenizer)
-        made = Fingerprint.load(run, domain)
+        made = Fingerprint.of_domain(run, domain)
         made.require_tokenizer(tokenizer, run)
         made.require_whole(run)
         text = _sample(IndexedDataset(str(run.tokens(domain, split))), tokens + 1)

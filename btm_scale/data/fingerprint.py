@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ConfigDict
 
 from btm_scale.config.run import DataConfig, DomainConfig
 from btm_scale.data.files import SourceFile
 from btm_scale.errors import DataError
 from btm_scale.run_dir import RunDir
+from btm_scale.util.records import Part, Record
 
 
-class Source(BaseModel):
+class Source(Part):
     """A file of text as it was when it was read."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     bytes: int
@@ -31,18 +28,23 @@ class Source(BaseModel):
         return cls(name=file.name, bytes=status.st_size, modified_ns=status.st_mtime_ns)
 
 
-class SplitCounts(BaseModel):
+class SplitCounts(Part):
     """The size of one split; `bytes` are of UTF-8 text, `tokens` count every document's end."""
+
+    model_config = ConfigDict(frozen=False)  # counted up
 
     documents: int = 0
     tokens: int = 0
     bytes: int = 0
 
 
-class Fingerprint(BaseModel):
+class Fingerprint(Record):
     """Everything that decides a domain's token files, and what came of it. Digests are hex."""
 
-    schema_version: int = 1
+    ERROR = DataError
+    ABSENT = "{folder} has no token files. Prepare the run first."
+    REMEDY = "Delete {folder} and prepare the run again."
+
     domain: str
     sources: list[Source]
     settings: dict[str, Any]
@@ -54,25 +56,16 @@ class Fingerprint(BaseModel):
     duplicates: int
 
     @classmethod
-    def load(cls, run: RunDir, domain: str) -> Fingerprint:
-        """The fingerprint of finished token files. Raises DataError if there are none."""
-        path = run.fingerprint(domain)
-        try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise DataError(
-                f"domain '{domain}' has no token files in {run.domain(domain)}; prepare the run first"
-            ) from None
-        except (OSError, ValidationError) as error:
-            raise DataError(
-                f"{path} cannot be read: {error}. Delete {run.domain(domain)} and prepare the run again."
-            ) from None
+    def of_domain(cls, run: RunDir, domain: str) -> Self:
+        """The fingerprint of a domain's finished token files. Raises DataError if there are none."""
+        return cls.load(run.fingerprint(domain))
 
-    def save(self, folder: Path) -> None:
-        """Write fingerprint.json, whole or not at all."""
-        partial = folder / ".fingerprint.json"
-        partial.write_text(json.dumps(self.model_dump(), indent=1) + "\n", encoding="utf-8")
-        partial.replace(folder / "fingerprint.json")
+    @classmethod
+    def upgraded(cls, content: Any) -> Any:
+        """The schema number had another key at first."""
+        if isinstance(content, dict) and "schema_version" in content:
+            return {"schema": content.pop("schema_version"), **content}
+        return content
 
     def require_tokenizer(self, digest: str, run: RunDir) -> None:
         """Raise DataError unless the token files were made with the tokenizer that has this digest."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from btm_scale.config.run import RunConfig
@@ -15,6 +15,7 @@ from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.data.train_tokenizer import adopt_tokenizer, balanced_sample, train_tokenizer
 from btm_scale.errors import DataError, GroupFailed
 from btm_scale.run_dir import RunDir
+from btm_scale.util.files import new_directory, partial_path
 from btm_scale.util.locks import held
 
 
@@ -47,12 +48,8 @@ def _silent(domain: str, encoded_bytes: int, documents: int) -> None:
     pass
 
 
-def _partial(final: Path) -> Path:
-    return final.with_name(f".{final.name}.partial")
-
-
 def _remove_leftovers(run: RunDir) -> None:
-    for leftover in (_partial(run.tokenizer), *run.data.glob(".*.partial")):
+    for leftover in (partial_path(run.tokenizer), *run.data.glob(".*.partial")):
         if leftover.is_dir():
             shutil.rmtree(leftover)
 
@@ -68,20 +65,17 @@ def _ensure_tokenizer(config: RunConfig, run: RunDir) -> None:
                 run, f"{size} tokens, and tokenizer.vocab_size asks for {config.tokenizer.vocab_size}"
             )
         return
-    partial = _partial(run.tokenizer)
-    partial.mkdir(parents=True)
-    try:
-        if source is not None:
-            adopt_tokenizer(partial, source)
-        else:
-            train_tokenizer(partial, balanced_sample(config), vocab_size=config.tokenizer.vocab_size)
-        if run.tokenizer.is_dir():
-            if Tokenizer.load(partial).digest != Tokenizer.load(run.tokenizer).digest:
+    if source is not None and run.tokenizer.is_dir():
+        with tempfile.TemporaryDirectory() as adopted:
+            adopt_tokenizer(Path(adopted), source)
+            if Tokenizer.load(Path(adopted)).digest != Tokenizer.load(run.tokenizer).digest:
                 raise _other_tokenizer(run, f"other files than tokenizer.path {source}")
+        return
+    with new_directory(run.tokenizer) as directory:
+        if source is not None:
+            adopt_tokenizer(directory, source)
         else:
-            partial.rename(run.tokenizer)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            train_tokenizer(directory, balanced_sample(config), vocab_size=config.tokenizer.vocab_size)
 
 
 def _other_tokenizer(run: RunDir, difference: str) -> DataError:
@@ -95,7 +89,7 @@ def _is_done(name: str, files: list[SourceFile], config: RunConfig, run: RunDir,
     """Whether a domain's token files are there. Raises DataError if they were made from something else."""
     if not run.fingerprint(name).exists():
         return False
-    made = Fingerprint.load(run, name)
+    made = Fingerprint.of_domain(run, name)
     made.require_tokenizer(tokenizer, run)
     made.require_whole(run)
     require_enough(name, config, made.splits)
@@ -110,7 +104,7 @@ def _is_done(name: str, files: list[SourceFile], config: RunConfig, run: RunDir,
         # A copied file has a new time; only another text is another domain.
         same_names = [source.name for source in made.sources] == [source.name for source in sources]
         if same_names and made.text == digest_of_text(name, config):
-            made.model_copy(update={"sources": sources}).save(run.domain(name))
+            made.model_copy(update={"sources": sources}).save(run.fingerprint(name))
             return True
         differences = _changed(made.sources, sources)
     if differences:
@@ -130,21 +124,8 @@ def _changed(old: list[Source], new: list[Source]) -> list[str]:
 
 
 def _encode(name: str, config: RunConfig, run: RunDir, encoder: Encoder, on_progress: Progress) -> None:
-    partial = _partial(run.domain(name))
-    partial.mkdir(parents=True)
-    try:
+    with new_directory(run.domain(name)) as directory:
         elsewhere = keys_elsewhere(name, config, run)
-        write_domain(name, config, encoder, partial, elsewhere, on_progress)
+        write_domain(name, config, encoder, directory, elsewhere, on_progress)
         if run.domain(name).exists():  # without its fingerprint, so it is nothing
             shutil.rmtree(run.domain(name))
-        _sync(partial)
-        partial.rename(run.domain(name))
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    """Put a folder's files on the disk, so that a name never stands for less than it says."""
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())

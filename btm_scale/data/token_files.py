@@ -81,7 +81,7 @@ def write_domain(
         splits=counts,
         skipped_lines=bad_lines.skipped,
         duplicates=deduplicator.dropped,
-    ).save(folder)
+    ).write(folder / "fingerprint.json")
 
 
 def digest_of_text(name: str, config: RunConfig) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import sentencepiece
 
 from btm_scale.errors import DataError
+from btm_scale.util.records import read_object
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 # What fixes the ids of a text; other files of a tokenizer's directory are the same tokenizer's clothes.
@@ -154,7 +154,7 @@ def _added_ids(directory: Path) -> list[int]:
     """Ids that Hugging Face files add to a sentencepiece vocabulary."""
     ids: list[int] = []
     if (path := directory / "added_tokens.json").is_file():
-        ids += json.loads(path.read_text(encoding="utf-8")).values()
+        ids += read_object(path, DataError).values()
     if (path := directory / "tokenizer_config.json").is_file():
-        ids += map(int, json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder", {}))
+        ids += map(int, read_object(path, DataError).get("added_tokens_decoder", {}))
     return ids

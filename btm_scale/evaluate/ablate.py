@@ -29,9 +29,9 @@ from btm_scale.forest.expert import read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.model.hf_decoder import Decoder
 from btm_scale.run_dir import RunDir
-from btm_scale.util.files import write_file
+from btm_scale.util.files import make_directory
+from btm_scale.util.records import Part, Record
 
-SCHEMA = 1
 Subset = tuple[str, ...]
 
 
@@ -42,6 +42,24 @@ class Text:
     tokens: np.ndarray
     block_starts: np.ndarray
     fingerprint: str
+
+
+class Measured(Part):
+    """The average of a subset of experts, measured on some texts."""
+
+    key: str  # digest of the experts' and the texts' contents
+    experts: tuple[str, ...]
+    mean: float
+    perplexity: dict[str, float]  # by text
+
+
+class Ablation(Record):
+    """ablation.json: every subset that was measured."""
+
+    ERROR = ForestError
+    REMEDY = "Delete it, and its subsets are measured again."
+
+    measured: tuple[Measured, ...] = ()
 
 
 def ablate(
@@ -60,7 +78,7 @@ def ablate(
     """
     path = run.results.with_name("ablation.json")
     hashes = {name: read_expert(run.model(name)).content_hash for subset in subsets for name in subset}
-    known = _measured(path)
+    known = {one.key: one for one in (Ablation.find(path) or Ablation()).measured}
     rows = []
     vocabulary = Tokenizer.load(run.tokenizer).vocab_size
     for subset in subsets:
@@ -68,20 +86,20 @@ def ablate(
         if key not in known:
             perplexity = _average_perplexity(run, subset, texts, vocabulary, device)
             mean = sum(perplexity.values()) / len(perplexity)
-            known[key] = {"key": key, "experts": list(subset), "mean": mean, "perplexity": perplexity}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, json.dumps({"schema": SCHEMA, "measured": list(known.values())}, indent=2) + "\n")
+            known[key] = Measured(key=key, experts=subset, mean=mean, perplexity=perplexity)
+            make_directory(path.parent)
+            Ablation(measured=tuple(known.values())).save(path)
         rows.append(known[key])
-        on_subset(subset, known[key]["mean"])
-    rows.sort(key=lambda row: row["mean"])
+        on_subset(subset, known[key].mean)
+    rows.sort(key=lambda row: row.mean)
     return {
         "texts": {name: {"tokens": len(text.tokens) - 1} for name, text in texts.items()},
         "ranking": [
             {
                 "rank": rank,
-                "experts": row["experts"],
-                "mean": row["mean"],
-                "perplexity": dict(zip(texts, row["perplexity"].values(), strict=True)),
+                "experts": list(row.experts),
+                "mean": row.mean,
+                "perplexity": dict(zip(texts, row.perplexity.values(), strict=True)),
             }
             for rank, row in enumerate(rows, 1)
         ],
@@ -162,15 +180,6 @@ def _random_subsets(names: Sequence[str], count: int, seen: set[Subset], random_
             seen.add(subset)
             count -= 1
             yield subset
-
-
-def _measured(path: Path) -> dict[str, dict[str, Any]]:
-    """What was measured before, by key; nothing, if the file is of another make."""
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return {row["key"]: row for row in values["measured"]} if values.get("schema") == SCHEMA else {}
 
 
 def _key(experts: Sequence[str], texts: Sequence[str]) -> str:

@@ -7,7 +7,6 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import timedelta
 
 import numpy as np
@@ -21,7 +20,7 @@ from btm_scale.errors import ForestError
 from btm_scale.evaluate.average_weights import average_weights
 from btm_scale.evaluate.soups import choose_soups, soups
 from btm_scale.forest.average_models import average_texts, averages_of, made_averages_of, made_model
-from btm_scale.forest.expert import Expert, Parent, is_finished, read_expert
+from btm_scale.forest.expert import CARD, Expert, Parent, is_finished, read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.methods import GREEDY
 from btm_scale.forest.scores import missing_scores
@@ -63,7 +62,8 @@ def write_averages(run: RunDir, cards: Sequence[Expert]) -> list[str]:
     # Experts that were trained in different precisions are averaged in the wider one.
     dtype = promoted_dtype({path for used in parents.values() for path, _ in used})
     for report in merge_many(parents, dtype=dtype):
-        replace(missing[report.output], content_hash=report.content_hash).save(report.output)
+        card = missing[report.output].model_copy(update={"content_hash": report.content_hash})
+        card.save(report.output / CARD)
     return [card.name for card in missing.values()]
 
 

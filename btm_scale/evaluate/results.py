@@ -1,183 +1,61 @@
-"""results.json: every method's perplexity, made from scores alone."""
+"""results.json: every method's perplexity, and what explains it. Reading it needs no engine."""
 
 from __future__ import annotations
 
-import functools
-import json
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
-import numpy as np
-
-from btm_scale.checkpoint.formats.locate import read_json
 from btm_scale.config.evaluation import Tempering
-from btm_scale.config.run import RunConfig
-from btm_scale.data.eval_text import EvaluationText
 from btm_scale.errors import ForestError
-from btm_scale.evaluate.ensemble import ensemble_methods, routed_methods
-from btm_scale.forest.average_models import average_model, averages_of
-from btm_scale.forest.expert import read_expert
-from btm_scale.forest.forest import ancestors, experts, lineage
-from btm_scale.forest.posterior.mixture import mixture_log_probs
-from btm_scale.forest.posterior.prior import cached_prior
-from btm_scale.forest.priors import tempering_of
-from btm_scale.forest.scores import Scores, Stack, dev_prior, evaluation_text
-from btm_scale.model.hf_config import shape_from_config
-from btm_scale.run_dir import DENSE, SEED, RunDir
-from btm_scale.util.files import write_file
-from btm_scale.util.pools import in_processes
+from btm_scale.run_dir import RunDir
+from btm_scale.util.records import Part, Record
 
-SCHEMA = 1
+Measure = Literal["perplexity", "bits_per_byte"]
 
 
-@dataclass(frozen=True)
-class _Measure:
-    """Perplexity and bits a byte from a text's total log-probability."""
+class EvaluatedDomain(Part):
+    """The text of a domain that every method was evaluated on."""
 
+    novel: bool  # whether no model was trained on the domain
     tokens: int
     bytes: int
 
-    def of(self, nats: float) -> tuple[float, float]:
-        return math.exp(-nats / self.tokens), -nats / math.log(2.0) / self.bytes
+
+class MethodResult(Part):
+    """One method's measures, each by domain; a domain that it was not evaluated on is absent."""
+
+    perplexity: dict[str, float]
+    bits_per_byte: dict[str, float]
+
+    def of(self, measure: Measure) -> dict[str, float]:
+        """A measure by domain."""
+        return self.perplexity if measure == "perplexity" else self.bits_per_byte
 
 
-@dataclass(frozen=True)
-class _Judged:
-    """One domain's part of the results."""
+class Compute(Part):
+    """What was spent on the training of a method's models and their ancestors, each counted once."""
 
-    measure: _Measure
-    prior: np.ndarray  # log [experts], nats
-    tempering: Tempering
-    nats: dict[str, float]  # by method: the text's log-probability
+    tokens: int
+    flops: float
 
 
-def evaluate(config: RunConfig, run: RunDir) -> dict[str, Any]:
-    """Work out every method on every domain and write results.json; runs no model."""
-    names = list(experts(run))
-    if not names:
-        raise ForestError(f"no expert in {run.experts}; train some first: btm-scale run CONFIG")
-    averages = averages_of(config, run)
-    results: dict[str, Any] = {
-        "schema": SCHEMA,
-        "name": config.name,
-        "random_seed": config.random_seed,
-        "domains": {},
-        "methods": {},
-        "compute": _compute_by_method(config, run, names, averages),
-        "priors": {},
-        "tempering": {},
-        "lineage": lineage(run),
-        "notes": [],
-    }
-    if not averages:
-        results["notes"].append("No averages: the experts are of different shapes, and only like can be averaged.")
-    domains = list(config.all_domains)
-    texts = [evaluation_text(config, run, domain, config.evaluate.split) for domain in domains]
-    judged = in_processes(functools.partial(_judge, config, run, names, averages), texts)
-    for domain, found in zip(domains, judged, strict=True):
-        results["domains"][domain] = {
-            "novel": domain in config.novel_domains,
-            "tokens": found.measure.tokens,
-            "bytes": found.measure.bytes,
-        }
-        results["priors"][domain] = dict(zip(names, np.exp(found.prior).tolist(), strict=True))
-        results["tempering"][domain] = found.tempering.model_dump()
-        for method, nats in found.nats.items():
-            perplexity, bits = found.measure.of(nats)
-            entry = results["methods"].setdefault(method, {"perplexity": {}, "bits_per_byte": {}})
-            entry["perplexity"][domain] = perplexity
-            entry["bits_per_byte"][domain] = bits
-    run.results.parent.mkdir(parents=True, exist_ok=True)
-    write_file(run.results, json.dumps(results, indent=2) + "\n")
-    return results
+class Results(Record):
+    """results.json: every method's perplexity and bits per byte on every domain, and what explains them."""
+
+    ERROR = ForestError
+    ABSENT = "There are no results at {path}. Make them first: btm-scale evaluate RUN"
+    REMEDY = "Run btm-scale evaluate again."
+
+    name: str
+    random_seed: int
+    domains: dict[str, EvaluatedDomain]
+    methods: dict[str, MethodResult]
+    compute: dict[str, Compute] = {}  # by method
+    priors: dict[str, dict[str, float]] = {}  # by domain: each expert's weight, which sum to 1
+    tempering: dict[str, Tempering] = {}  # by domain
+    lineage: dict[str, dict[str, float]] = {}  # by expert: the weight of each parent
+    notes: tuple[str, ...] = ()
 
 
-def load_results(run: RunDir) -> dict[str, Any]:
-    """Read results.json. Raises ForestError if it isn't there or is of another make."""
-    try:
-        results = json.loads(run.results.read_text())
-        if not isinstance(results, dict):
-            raise ValueError(f"it holds a {type(results).__name__}, not an object")
-    except FileNotFoundError:
-        raise ForestError(f"no results at {run.results}; make them first: btm-scale evaluate RUN") from None
-    except ValueError as error:
-        raise ForestError(f"{run.results} is not valid JSON ({error}); run btm-scale evaluate again") from None
-    if results.get("schema") != SCHEMA:
-        raise ForestError(f"{run.results} has schema {results.get('schema')}, this version reads {SCHEMA}")
-    if missing := [part for part in ("domains", "methods") if not isinstance(results.get(part), dict)]:
-        raise ForestError(f"{run.results} lacks {' and '.join(missing)}; run btm-scale evaluate again")
-    return results
-
-
-def _judge(config: RunConfig, run: RunDir, names: list[str], averages: Sequence[str], text: EvaluationText) -> _Judged:
-    domain = text.domain
-    dev = Stack.load(run, names, domain, "dev")
-    prior = cached_prior(dev.log_probs, dev.block_starts)
-    tempering = tempering_of(config.evaluate, lambda: dev, prior)
-    methods = {
-        method: Scores.load(run.scores(model, domain, config.evaluate.split)).log_probs
-        for method, model in _single_models(config, names, averages, domain, prior).items()
-    }
-    methods |= _mixtures(config, run, domain, names, prior, tempering)
-    nats = {method: float(np.sum(log_probs, dtype=np.float64)) for method, log_probs in methods.items()}
-    return _Judged(_Measure(len(text.targets), text.bytes), prior, tempering, nats)
-
-
-def _single_models(
-    config: RunConfig, names: Sequence[str], averages: Sequence[str], domain: str, prior: np.ndarray
-) -> dict[str, str]:
-    """The model behind each method that is one model."""
-    models = {SEED: SEED} | {model: model for model in _dense_models(config)}
-    models |= {f"expert:{name}": name for name in names}
-    return models | {f"average:{kind}": average_model(kind, domain, names, prior) for kind in averages}
-
-
-def _mixtures(
-    config: RunConfig, run: RunDir, domain: str, names: list[str], prior: np.ndarray, tempering: Tempering
-) -> dict[str, np.ndarray]:
-    """Log-probabilities [tokens] of every method that mixes models."""
-    split = config.evaluate.split
-    forest = Stack.load(run, names, domain, split)
-    methods = ensemble_methods(forest, prior, tempering, config.evaluate)
-    methods |= routed_methods(config, run, names, forest, domain, split)
-    if config.random_split_models:
-        control = Stack.load(run, config.random_split_models, domain, split)
-        control_prior = dev_prior(run, config.random_split_models, domain)
-        methods["random-split"] = mixture_log_probs(control.log_probs, control.block_starts, log_prior=control_prior)
-    return methods
-
-
-def _compute_by_method(
-    config: RunConfig, run: RunDir, names: list[str], averages: Sequence[str]
-) -> dict[str, dict[str, float]]:
-    """Training tokens and floating-point operations behind each method: of all its ancestors, each counted once."""
-    behind: dict[str, list[str]] = {SEED: []} | {f"expert:{name}": [name] for name in names}
-    behind |= dict.fromkeys(("ensemble", *(f"average:{kind}" for kind in averages)), names)
-    behind |= {model: [model] for model in _dense_models(config)}
-    if config.random_split_models:
-        behind["random-split"] = config.random_split_models
-    ways = {method: _all_ancestors(run, (SEED, *models)) for method, models in behind.items()}
-    tokens = {model: read_expert(run.model(model)).tokens for model in set().union(*ways.values())}
-    flops = {model: count * _flops_per_token(config, run, model) for model, count in tokens.items()}
-    return {
-        method: {
-            "tokens": sum(tokens[model] for model in models),
-            "flops": sum(flops[model] for model in models),
-        }
-        for method, models in ways.items()
-    }
-
-
-def _flops_per_token(config: RunConfig, run: RunDir, model: str) -> float:
-    path = run.model(model) / "config.json"
-    return shape_from_config(read_json(path), path).flops_per_token(config.budget.sequence_length)
-
-
-def _dense_models(config: RunConfig) -> list[str]:
-    return [*([DENSE] if config.baselines.dense else []), *config.longer_dense_models]
-
-
-def _all_ancestors(run: RunDir, models: Iterable[str]) -> set[str]:
-    return set().union(*(ancestors(run, model) for model in models))
+def load_results(run: RunDir) -> Results:
+    """Read results.json. Raises ForestError if it is missing, damaged or of another schema."""
+    return Results.load(run.results)

@@ -5,7 +5,6 @@ All that evaluation needs of a model are these numbers; posterior, prior and eve
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from btm_scale.forest.expert import read_expert
 from btm_scale.forest.scores import Scores, evaluation_text, missing_scores
 from btm_scale.kernels import combine_partials, token_logprob_partials
 from btm_scale.model.gpt import ExpertModel, build_model
-from btm_scale.model.hf_config import shape_from_config
+from btm_scale.model.hf_config import read_shape
 from btm_scale.model.hf_weights import load_weights
 from btm_scale.run_dir import RunDir
 
@@ -56,9 +55,9 @@ def score_model(
 
 def load_model(group: ExpertGroup, directory: Path) -> ExpertModel:
     """A Hugging Face directory as a model that the group's tensor parallel ranks share."""
-    path = directory / "config.json"
-    shape = shape_from_config(json.loads(path.read_text()), path)
-    network = build_model(shape, tensor=group.layout.tensor, dtype=group.dtype, on_cpu=group.device.type == "cpu")
+    network = build_model(
+        read_shape(directory), tensor=group.layout.tensor, dtype=group.dtype, on_cpu=group.device.type == "cpu"
+    )
     with SafetensorsModel(directory) as tensors:
         load_weights(network, tensors.read, group.tensor_rank, group.layout.tensor)
     return network.eval()

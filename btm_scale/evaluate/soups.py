@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 
@@ -12,11 +11,23 @@ from btm_scale.checkpoint.merge.compatibility import promoted_dtype
 from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.config.run import RunConfig
 from btm_scale.distributed.group import ExpertGroup
+from btm_scale.errors import ForestError
 from btm_scale.evaluate.score import load_model, text_log_probs
 from btm_scale.forest.forest import experts
 from btm_scale.forest.scores import Scores, evaluation_text
 from btm_scale.run_dir import AVERAGE, RunDir
-from btm_scale.util.files import write_file
+from btm_scale.util.files import make_directory
+from btm_scale.util.records import Record
+
+
+class Soups(Record):
+    """soups.json: the members of every domain's soup, and the forest that they were chosen from."""
+
+    ERROR = ForestError
+    REMEDY = "Delete it, and run btm-scale evaluate again."
+
+    forest: dict[str, str]  # content hash of each expert
+    members: dict[str, tuple[str, ...]]  # by domain
 
 
 def greedy_members(candidates: Sequence[str], loss: Callable[[tuple[str, ...]], float]) -> tuple[str, ...]:
@@ -35,18 +46,16 @@ def greedy_members(candidates: Sequence[str], loss: Callable[[tuple[str, ...]], 
 
 def soups(config: RunConfig, run: RunDir) -> dict[str, tuple[str, ...]] | None:
     """The members of every domain's soup, or None if they were chosen from another forest or not at all."""
-    try:
-        found = json.loads(run.soups.read_text())
-    except FileNotFoundError:
+    found = Soups.find(run.soups)
+    if found is None or found.forest != _hashes(run) or not set(config.all_domains) <= set(found.members):
         return None
-    members = {domain: tuple(names) for domain, names in found["members"].items()}
-    return members if found["forest"] == _hashes(run) and set(config.all_domains) <= set(members) else None
+    return found.members
 
 
 def save_soups(run: RunDir, members: dict[str, tuple[str, ...]]) -> None:
     """Keep the members of every domain's soup, chosen from the forest as it stands."""
-    run.soups.parent.mkdir(parents=True, exist_ok=True)
-    write_file(run.soups, json.dumps({"forest": _hashes(run), "members": members}, indent=2) + "\n")
+    make_directory(run.soups.parent)
+    Soups(forest=_hashes(run), members=members).save(run.soups)
 
 
 def _hashes(run: RunDir) -> dict[str, str]:

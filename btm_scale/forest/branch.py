@@ -25,8 +25,8 @@ _LEAST_WEIGHT = 1e-3
 class Branch(Record):
     """What a model's training begins with: `branch.json`. A forest that changes later does not change it."""
 
-    error: ClassVar = ForestError
-    remedy: ClassVar = "Delete {path}, and the parents are decided again."
+    ERROR: ClassVar = ForestError
+    REMEDY: ClassVar = "Delete {path}, and the parents are decided again."
 
     parents: tuple[Parent, ...]  # their weights sum to 1; none for the seed LM
     domains: dict[str, float]  # shares of the training text, replayed text included

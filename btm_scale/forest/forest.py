@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
@@ -16,7 +13,8 @@ from btm_scale.errors import CheckpointError, ForestError
 from btm_scale.forest.expert import CARD, Expert, is_finished, read_expert
 from btm_scale.forest.methods import require_free_name
 from btm_scale.run_dir import RunDir
-from btm_scale.util.files import publish_directory, require_space
+from btm_scale.util.files import new_directory, require_space
+from btm_scale.util.records import read_object
 
 
 def experts(run: RunDir) -> dict[str, Expert]:
@@ -42,22 +40,17 @@ def add_expert(config: RunConfig, run: RunDir, source: Path, name: str) -> Exper
         raise ForestError(f"the forest of {run.root} has an expert '{name}' already; choose another --name")
     _require_fit(run, source)
     require_space(run.root, sum(file.stat().st_size for file in source.iterdir() if file.is_file()))
-    partial = final.with_name(f".{name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        for file in sorted(source.iterdir()):
-            if file.is_file() and file.name != CARD:
-                shutil.copyfile(file, partial / file.name)
-        card = _card(source, partial, name)
-        card.save(partial)
-        publish_directory(partial, final)
+        with new_directory(final, shared=True) as directory:
+            for file in sorted(source.iterdir()):
+                if file.is_file() and file.name != CARD:
+                    shutil.copyfile(file, directory / file.name)
+            card = _card(source, directory, name)
+            card.write(directory / CARD)
     except CheckpointError:
         raise ForestError(
             f"the forest of {run.root} was given an expert '{name}' at the same time; choose another --name"
         ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return card
 
 
@@ -119,7 +112,7 @@ def _require_fit(run: RunDir, source: Path) -> None:
             f"{source} has another tokenizer than {run.root}: probabilities of different tokens cannot be mixed; "
             "train an expert with the run's own tokenizer"
         )
-    rows = json.loads((source / "config.json").read_text())["vocab_size"]
+    rows = read_object(source / "config.json", ForestError).get("vocab_size", 0)
     ours = Tokenizer.load(run.tokenizer).vocab_size
     if rows < ours:
         raise ForestError(
@@ -131,5 +124,7 @@ def _card(source: Path, copy: Path, name: str) -> Expert:
     digest = content_hash(copy)
     if is_finished(source):
         # Its parents are another run's models; their names mean nothing here.
-        return replace(read_expert(source), name=name, parents=(), content_hash=digest)
-    return Expert(name, {}, (), 0, 0, {}, {}, digest)
+        return read_expert(source).model_copy(update={"name": name, "parents": (), "content_hash": digest})
+    return Expert(
+        name=name, domains={}, parents=(), tokens=0, steps=0, layout={}, data_fingerprint={}, content_hash=digest
+    )

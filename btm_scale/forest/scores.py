@@ -16,6 +16,7 @@ from btm_scale.errors import ForestError
 from btm_scale.forest.expert import read_expert
 from btm_scale.forest.posterior.prior import cached_prior
 from btm_scale.run_dir import RunDir
+from btm_scale.util.files import make_directory, write_file
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,11 @@ class Scores:
     fingerprint: str  # of the text's tokens
 
     def save(self, path: Path) -> None:
-        """Write aside, then name."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
+        """Write the scores, complete or not at all."""
+        make_directory(path.parent)
         metadata = {"model": self.model, "data_fingerprint": self.fingerprint}
         tensors = {"log_probs": self.log_probs, "block_starts": self.block_starts}
-        partial.write_bytes(save(tensors, metadata))  # save_file would let nobody else read it
-        partial.replace(path)
+        write_file(path, save(tensors, metadata))
 
     @classmethod
     def load(cls, path: Path) -> Scores:

@@ -31,9 +31,11 @@ def read_shape(directory: Path) -> ModelShape:
     """The shape of the model in a Hugging Face directory. Raises CheckpointError if it says none that can be built."""
     path = directory / "config.json"
     try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{directory} is no Hugging Face model: {path} cannot be read ({error})") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is a JSON {type(config).__name__}, and must be an object. Copy it again.")
     return shape_from_config(config, path)
 
 

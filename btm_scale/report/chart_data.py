@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from btm_scale.config.run import RunConfig
+from btm_scale.evaluate.results import Results
 from btm_scale.forest.methods import ENSEMBLE, EXPERT, KINDS, POSTERIOR_AVERAGE, kind, label
 from btm_scale.report.line_chart import Curve
 from btm_scale.report.plots import Bar, RatioRow
-from btm_scale.report.summary import Results, mean, novel_domains, ordered_methods, perplexity, ratio, training_domains
+from btm_scale.report.summary import mean, novel_domains, ordered_methods, perplexity, ratio, training_domains
 from btm_scale.run_dir import DENSE, SEED
 
 Curves = Mapping[str, Sequence[Mapping[str, float]]]
@@ -95,14 +96,14 @@ def expert_styles(results: Results) -> dict[str, str]:
 
 def compute_bars(results: Results) -> list[Bar]:
     """A bar a method; methods of one kind with the same compute share a bar."""
-    compute = results["compute"]
-    seed = compute.get(SEED, {}).get("flops", 0.0)
-    groups: dict[tuple[str, float, float], list[str]] = {}
+    compute = results.compute
+    seed = compute[SEED].flops if SEED in compute else 0.0
+    groups: dict[tuple[str, int, float], list[str]] = {}
     order = list(KINDS)
     for method in sorted(compute, key=lambda m: (order.index(kind(m)), m != SEED)):
         spent = compute[method]
         own = kind(method) if kind(method) in ("expert", "average") else method
-        groups.setdefault((own, spent["tokens"], spent["flops"]), []).append(method)
+        groups.setdefault((own, spent.tokens, spent.flops), []).append(method)
     bars = []
     for (own, tokens, flops), methods in groups.items():
         name = label(methods[0]) if own != "expert" else f"Expert {label(methods[0])}"

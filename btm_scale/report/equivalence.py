@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-from btm_scale.report.summary import Results, mean, training_domains
+from btm_scale.evaluate.results import Results
+from btm_scale.report.summary import mean, training_domains
 from btm_scale.run_dir import DENSE, LONGER_DENSE
 
 # arXiv 2208.03306, section 5: 64 domains, 350M parameters.
@@ -22,11 +23,11 @@ def dense_equivalent(results: Results, method: str) -> tuple[float, str] | None:
     ours = mean(results, method, domains)
     found = [
         (name, mean(results, name, domains))
-        for name in results["methods"]
-        if name == DENSE or name.startswith(LONGER_DENSE)
+        for name in results.methods
+        if name in results.compute and (name == DENSE or name.startswith(LONGER_DENSE))
     ]
-    points = sorted((results["compute"][name]["flops"], one.value) for name, one in found if one is not None)
-    base = results.get("compute", {}).get(DENSE, {}).get("flops")
+    points = sorted((results.compute[name].flops, one.value) for name, one in found if one is not None)
+    base = results.compute[DENSE].flops if DENSE in results.compute else None
     if ours is None or ours.partial or len(points) < 2 or not base:
         return None
     if ours.value > points[0][1]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from btm_scale.evaluate.results import Measure, Results
 from btm_scale.forest.methods import KINDS, kind, label, meaning
 from btm_scale.report.charts import element, escape, shorten
 from btm_scale.report.plots import ratio_bar
 from btm_scale.report.summary import (
     NOTHING,
     Mean,
-    Measure,
-    Results,
     lowest,
     lowest_means,
     mean,
@@ -30,7 +29,7 @@ def method_table(results: Results, measure: Measure, caption: str) -> str:
     """Means, the ratio to the reference and every domain's figure; the best of each column is bold."""
     training, novel = training_domains(results), novel_domains(results)
     rows, previous = [], None
-    best = {d: lowest({m: value(results, m, d, measure) for m in results["methods"]}) for d in [*training, *novel]}
+    best = {d: lowest({m: value(results, m, d, measure) for m in results.methods}) for d in [*training, *novel]}
     best_mean = {
         "training": lowest_means(results, training, measure),
         "novel": lowest_means(results, novel, measure),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Any
 
 from btm_scale import __version__
 from btm_scale.config.run import RunConfig
+from btm_scale.evaluate.results import Results
 from btm_scale.forest.methods import EXPERT
 from btm_scale.report.chart_data import Curves, tokens_text
 from btm_scale.report.charts import element, escape, shorten
@@ -21,24 +20,23 @@ from btm_scale.report.sections import (
     results_section,
     tree_figure,
 )
-from btm_scale.report.summary import Results, count, headline, novel_domains, training_domains
+from btm_scale.report.summary import count, headline, novel_domains, training_domains
 from btm_scale.run_dir import RunDir
 from btm_scale.train.jobs import model_names
 from btm_scale.train.metrics import read_metrics
+from btm_scale.util.files import make_directory, write_file
 
 
 def write_page(config: RunConfig, results: Results, curves: Curves, path: Path) -> None:
-    """Write the page, aside and then renamed. `curves`: each model's lines of metrics.jsonl."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """Write the page, complete or not at all. `curves`: each model's lines of metrics.jsonl."""
+    make_directory(path.parent)
     # Text from a broken encoding may hold lone surrogates, which UTF-8 cannot.
-    temporary.write_text(render_page(config, results, curves), encoding="utf-8", errors="replace")
-    temporary.replace(path)
+    write_file(path, render_page(config, results, curves).encode("utf-8", "replace"))
 
 
 def render_page(config: RunConfig, results: Results, curves: Curves) -> str:
     """The page as HTML."""
-    name = str(results.get("name") or config.name)
+    name = results.name or config.name
     head = element(
         "head",
         '<meta charset="utf-8">',
@@ -72,12 +70,12 @@ def facts(config: RunConfig, results: Results) -> dict[str, str]:
     """What was run, in words."""
     budget, training, novel = config.budget, training_domains(results), novel_domains(results)
     training, novel = ([shorten(name, 40) for name in names] for names in (training, novel))
-    experts = sum(method.startswith(EXPERT) for method in results["methods"])
+    experts = sum(method.startswith(EXPERT) for method in results.methods)
     steps = (
         f"The seed LM took {tokens_text(budget.seed_steps * budget.batch_tokens)} of these tokens "
         f"in {count(budget.seed_steps, 'step')}"
     )
-    sizes = {domain["tokens"] for domain in results["domains"].values()}
+    sizes = {domain.tokens for domain in results.domains.values()}
     each = f"{min(sizes):,}" if len(sizes) == 1 else f"{min(sizes, default=0):,} to {max(sizes, default=0):,}"
     found = {
         "Model": _model_words(config),
@@ -92,11 +90,9 @@ def facts(config: RunConfig, results: Results) -> dict[str, str]:
         f"{each} tokens of {config.evaluate.split} text a domain, the same for every method; "
         f"posterior over blocks of {budget.sequence_length:,} tokens, {config.evaluate.prior} prior."
     )
-    found["Random seed"] = (
-        f"{results.get('random_seed', config.random_seed)}, a single run: differences of a percent may be chance."
-    )
-    if results.get("notes"):
-        found["Notes"] = " ".join(results["notes"])
+    found["Random seed"] = f"{results.random_seed}, a single run: differences of a percent may be chance."
+    if results.notes:
+        found["Notes"] = " ".join(results.notes)
     return found
 
 
@@ -122,7 +118,7 @@ def _fact(term: str, words: str) -> str:
     return element("div", element("dt", escape(term)), element("dd", escape(words)))
 
 
-def report(config: RunConfig, run: RunDir, results: dict[str, Any]) -> None:
+def report(config: RunConfig, run: RunDir, results: Results) -> None:
     """Draw the page."""
     curves = {model: read_metrics(run.metrics(model)) for model in model_names(config)}
     write_page(config, results, {model: curve for model, curve in curves.items() if curve}, run.report)

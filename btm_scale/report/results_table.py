@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from btm_scale.evaluate.results import Results
 from btm_scale.forest.methods import EXPERT, kind, label
 from btm_scale.report.charts import shorten
 from btm_scale.report.summary import (
     NOTHING,
     Mean,
-    Results,
     headline,
     lowest,
     lowest_means,
@@ -39,7 +39,7 @@ def results_table(results: Results, domains: Sequence[str] | None = None) -> Tab
     `domains`: the domains to give a column; all by default. The means are always over all.
     """
     training, novel = training_domains(results), novel_domains(results)
-    shown = list(results["domains"]) if domains is None else list(domains)
+    shown = list(results.domains) if domains is None else list(domains)
     to = reference(results)
     table = Table(title="Perplexity (lower is better)", title_justify="left", box=None, pad_edge=False)
     table.add_column("method", no_wrap=True)
@@ -52,7 +52,7 @@ def results_table(results: Results, domains: Sequence[str] | None = None) -> Tab
         name = shorten(domain, _LONGEST_NAME) + (" (novel)" if domain in novel else "")
         table.add_column(Text(name), justify="right", no_wrap=True)
 
-    best = {domain: lowest({m: value(results, m, domain) for m in results["methods"]}) for domain in shown}
+    best = {domain: lowest({m: value(results, m, domain) for m in results.methods}) for domain in shown}
     best_mean, best_novel = lowest_means(results, training), lowest_means(results, novel)
     previous = None
     for method in ordered_methods(results):
@@ -78,7 +78,7 @@ def print_results(results: Results, console: Console) -> None:
         console.print()
     if _has_partial_mean(results):
         console.print("* over those domains only that the method has", style="dim")
-    for note in results.get("notes", []):
+    for note in results.notes:
         console.print(note, markup=False, highlight=False)
     console.print(headline(results), markup=False, highlight=False)
 
@@ -94,7 +94,7 @@ def _that_fit(results: Results, console: Console) -> list[list[str]]:
     frame = width([])
     groups: list[list[str]] = [[]]
     used = frame
-    for domain in results["domains"]:
+    for domain in results.domains:
         more = width([domain]) - frame
         if groups[-1] and used + more > console.width:
             groups.append([])
@@ -107,7 +107,7 @@ def _that_fit(results: Results, console: Console) -> list[list[str]]:
 def _has_partial_mean(results: Results) -> bool:
     means = [
         mean(results, method, domains)
-        for method in results["methods"]
+        for method in results.methods
         for domains in (training_domains(results), novel_domains(results))
     ]
     return any(found is not None and found.partial for found in means)

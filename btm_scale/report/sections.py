@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 
 from btm_scale.config.run import RunConfig
+from btm_scale.evaluate.results import Results
 from btm_scale.forest.methods import ENSEMBLE, EXPERT, general_label, label, meaning
 from btm_scale.report.chart_data import (
     FARTHEST,
@@ -29,7 +30,6 @@ from btm_scale.report.line_chart import line_chart
 from btm_scale.report.plots import bar_chart, mark, ratio_chart
 from btm_scale.report.summary import (
     NOTHING,
-    Results,
     count,
     lowest,
     mean,
@@ -79,7 +79,7 @@ def results_section(results: Results) -> str:
         chart = _figure(title, _legend(series) + pictures, words) if rows else ""
     some_partial = any(
         (found := mean(results, method, domains)) is not None and found.partial
-        for method in results["methods"]
+        for method in results.methods
         for domains in (training_domains(results), novel_domains(results))
     )
     notes = "Lower is better; the best of each column is bold. Means are arithmetic, over the training domains. "
@@ -103,7 +103,7 @@ def results_section(results: Results) -> str:
 
 def experts_section(results: Results) -> str:
     """The expert x domain matrix."""
-    models = [m for m in (SEED, DENSE) if m in results["methods"]]
+    models = [m for m in (SEED, DENSE) if m in results.methods]
     first_expert = len(models)
     models += [m for m in ordered_methods(results) if m.startswith(EXPERT)]
     if len(models) == first_expert:
@@ -172,8 +172,8 @@ def curves_section(config: RunConfig, results: Results, curves: Curves) -> str:
 
 def priors_section(config: RunConfig, results: Results) -> str:
     """The cached prior of every domain, as a matrix."""
-    priors = results.get("priors") or {}
-    domains = [d for d in results["domains"] if d in priors]
+    priors = results.priors
+    domains = [d for d in results.domains if d in priors]
     names = list(dict.fromkeys(name for d in domains for name in priors[d]))
     if not names:
         return ""
@@ -204,7 +204,7 @@ def priors_section(config: RunConfig, results: Results) -> str:
 
 def lineage_section(results: Results) -> str:
     """Who came from whom; empty where every expert branched from the seed LM."""
-    lineage = results.get("lineage") or {}
+    lineage = results.lineage
     if not is_worth_drawing(lineage):
         return ""
     styles = expert_styles(results)
@@ -215,8 +215,7 @@ def lineage_section(results: Results) -> str:
 
 def compute_section(results: Results) -> str:
     """Training compute, equal methods drawn as one bar."""
-    compute = results.get("compute") or {}
-    if not compute:
+    if not results.compute:
         return ""
     bars = compute_bars(results)
     title = "Training compute by method"

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
+from btm_scale.evaluate.results import Measure, Results
 from btm_scale.forest.methods import ENSEMBLE, label, place
 from btm_scale.run_dir import DENSE, SEED
 
-Results = Mapping[str, Any]
-Measure = Literal["perplexity", "bits_per_byte"]
 NOTHING = "\u2013"  # written where there is no number
 
 
@@ -26,23 +24,23 @@ class Mean:
 
 def training_domains(results: Results) -> list[str]:
     """Domains that experts were trained on, in the results' order."""
-    return [name for name, domain in results["domains"].items() if not domain["novel"]]
+    return [name for name, domain in results.domains.items() if not domain.novel]
 
 
 def novel_domains(results: Results) -> list[str]:
     """Domains that no expert was trained on, in the results' order."""
-    return [name for name, domain in results["domains"].items() if domain["novel"]]
+    return [name for name, domain in results.domains.items() if domain.novel]
 
 
 def ordered_methods(results: Results) -> list[str]:
     """Every method, by kind, each kind in the results' order; the baselines and the plain ensemble first."""
-    return sorted(results["methods"], key=place)
+    return sorted(results.methods, key=place)
 
 
 def value(results: Results, method: str, domain: str, measure: Measure = "perplexity") -> float | None:
     """A method's measure on a domain, or None where it was not taken."""
-    number = results["methods"].get(method, {}).get(measure, {}).get(domain)
-    return None if number is None else float(number)
+    found = results.methods.get(method)
+    return None if found is None else found.of(measure).get(domain)
 
 
 def mean(results: Results, method: str, domains: Sequence[str], measure: Measure = "perplexity") -> Mean | None:
@@ -55,7 +53,7 @@ def mean(results: Results, method: str, domains: Sequence[str], measure: Measure
 
 def reference(results: Results) -> str | None:
     """What the others are measured against: dense, without it the seed, without either nothing."""
-    return next((method for method in (DENSE, SEED) if method in results["methods"]), None)
+    return next((method for method in (DENSE, SEED) if method in results.methods), None)
 
 
 def ratio(
@@ -77,7 +75,7 @@ def lowest(values: Mapping[str, float | None]) -> set[str]:
 
 def lowest_means(results: Results, domains: Sequence[str], measure: Measure = "perplexity") -> set[str]:
     """The methods with the smallest mean, among those that have every one of `domains`."""
-    means = {method: mean(results, method, domains, measure) for method in results["methods"]}
+    means = {method: mean(results, method, domains, measure) for method in results.methods}
     return lowest({method: m.value for method, m in means.items() if m is not None and not m.partial})
 
 
@@ -125,10 +123,10 @@ def _headline_on_novel(results: Results) -> str:
 
 
 def _at_what_compute(results: Results) -> str:
-    compute = results.get("compute", {})
-    if ENSEMBLE not in compute or not compute.get(DENSE, {}).get("flops"):
+    ours, dense = results.compute.get(ENSEMBLE), results.compute.get(DENSE)
+    if ours is None or dense is None or not dense.flops:
         return ""
-    share = compute[ENSEMBLE]["flops"] / compute[DENSE]["flops"]
+    share = ours.flops / dense.flops
     return " at equal training compute" if 0.98 < share < 1.02 else f" with {_times(share)} its training compute"
 
 

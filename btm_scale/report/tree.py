@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from btm_scale.evaluate.results import Results
 from btm_scale.forest.methods import ENSEMBLE, EXPERT
 from btm_scale.report.charts import drawing, element, fit, text, tooltip
-from btm_scale.report.summary import Results, mean, ordered_methods, perplexity, training_domains
+from btm_scale.report.summary import mean, ordered_methods, perplexity, training_domains
 from btm_scale.run_dir import DENSE, SEED
 
 _TRUNK = 7.0
@@ -22,7 +23,7 @@ def run_tree(results: Results, styles: Mapping[str, str], *, width: int) -> str:
         return ""
     narrow = width < 600
     pitch = 24.0 if len(experts) <= 10 else 17.0
-    has_dense = DENSE in results["methods"]
+    has_dense = DENSE in results.methods
     height = 24 + len(experts) * pitch + (46 if has_dense else 0)
     middle = 12 + len(experts) * pitch / 2
     fork, join = width * (0.24 if narrow else 0.22), width * (0.78 if narrow else 0.80)

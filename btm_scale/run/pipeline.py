@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from btm_scale.config.run import RunConfig
 from btm_scale.data.prepare import prepare
 from btm_scale.evaluate.averages import are_finished
-from btm_scale.evaluate.results import evaluate
+from btm_scale.evaluate.evaluate import evaluate
+from btm_scale.evaluate.results import Results
 from btm_scale.forest.average_models import average_texts
 from btm_scale.forest.expert import is_finished, read_expert
 from btm_scale.forest.forest import experts
@@ -24,7 +24,7 @@ Say = Callable[[str], None]
 
 def run_all(
     config: RunConfig, run: RunDir, *, on_progress: Progress, say: Say, launcher: RunGroups | None = None
-) -> dict[str, Any]:
+) -> Results:
     """Every stage that isn't done, from text to page; returns the results. Groups run on this machine by default."""
     config = open_run(config, run, trains_here=launcher is None)
     say("text -> token files")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from btm_scale.config.layout import Layout
 from btm_scale.config.run import RunConfig
+from btm_scale.errors import ConfigError
 from btm_scale.launch.plan import (
     Cluster,
     GroupPlan,
@@ -22,6 +22,7 @@ from btm_scale.launch.plan import (
 from btm_scale.model.shape import ModelShape
 from btm_scale.run_dir import SEED
 from btm_scale.train.jobs import TrainingJob, model_names, training_job, training_stages
+from btm_scale.util.records import read_object
 
 _LAYOUT = ("tensor", "data", "zero", "sequence_parallel", "recompute")
 
@@ -82,7 +83,7 @@ def vocabulary_of(config: RunConfig) -> int:
     if config.tokenizer.path is None:
         return config.tokenizer.vocab_size
     listed = config.tokenizer.path / "config.json"
-    if listed.is_file() and "vocab_size" in (values := json.loads(listed.read_text())):
+    if listed.is_file() and "vocab_size" in (values := read_object(listed, ConfigError)):
         return int(values["vocab_size"])
     from btm_scale.data.tokenizer import Tokenizer
 

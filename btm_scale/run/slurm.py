@@ -15,6 +15,7 @@ from btm_scale.launch import slurm, slurm_queue
 from btm_scale.run.state import is_done, open_run
 from btm_scale.run_dir import DENSE, RunDir
 from btm_scale.train.jobs import model_names, training_job, training_stages
+from btm_scale.util.files import make_directory, write_file
 
 Say = Callable[[str], None]
 PREPARE, EXPERTS, EVALUATE = "prepare", "experts", "evaluate"
@@ -47,11 +48,11 @@ def write_scripts(config: RunConfig, run: RunDir) -> dict[str, Path]:
     """Write every job's script into the run's folder; returns their paths by job."""
     texts = {job.name: slurm.render(job, config.name, run, config.launch.slurm) for job in jobs(config)}
     folder = run.root / "slurm"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_directory(folder)
     paths = {}
     for name, text in texts.items():
         paths[name] = folder / f"{name}.sh"
-        paths[name].write_text(text)
+        write_file(paths[name], text)
         paths[name].chmod(0o755)
     return paths
 

@@ -61,7 +61,7 @@ def data_summary(config: RunConfig, run: RunDir) -> dict[str, Any]:
     """Documents, tokens and bytes of every domain's splits, with what was skipped."""
     summary = {}
     for name in config.all_domains:
-        made = Fingerprint.load(run, name)
+        made = Fingerprint.of_domain(run, name)
         summary[name] = {split: counts.model_dump() for split, counts in made.splits.items()} | {
             "skipped_lines": made.skipped_lines,
             "duplicates": made.duplicates,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +11,26 @@ import torch.distributed as dist
 
 from btm_scale.config.training import HealthConfig
 from btm_scale.distributed.group import ExpertGroup
-from btm_scale.errors import GroupFailed
+from btm_scale.errors import CheckpointError, GroupFailed
 from btm_scale.train.metrics import read_metrics
-from btm_scale.util.files import write_file
+from btm_scale.util.records import Record
 
 if TYPE_CHECKING:  # judging needs no engine
     from btm_scale.train.engine import StepResult
+
+
+class SkippedBatches(Record):
+    """skipped.json: the batches that were left out of a model's training."""
+
+    ERROR = CheckpointError
+    REMEDY = "Restore it from a copy, or delete {folder} and train the model again."
+
+    batches: dict[int, str] = {}  # by step: what was wrong
+
+    @classmethod
+    def upgraded(cls, content: Any) -> Any:
+        """The problems by step were all of the file at first."""
+        return content if not isinstance(content, dict) or "batches" in content else {"batches": content}
 
 
 class Health:
@@ -37,7 +49,7 @@ class Health:
         if group.is_first:
             rows = read_metrics(metrics)
             norms = {row["step"]: row["gradient_norm"] for row in rows if not row.get("overflowed")}
-            known = [(norms, _read(self._path))]
+            known = [(norms, (SkippedBatches.find(self._path) or SkippedBatches()).batches)]
         dist.broadcast_object_list(known, src=0)
         self._norms: dict[int, float] = known[0][0]
         self._skipped: dict[int, str] = known[0][1]
@@ -73,7 +85,7 @@ class Health:
                 f"step {step}: {problem}; going back to the state before, to go on without this batch",
                 flush=True,
             )
-            write_file(self._path, json.dumps(self._skipped, indent=1) + "\n")
+            SkippedBatches(batches=self._skipped).save(self._path)
         if len(self._skipped) > self._config.skips:
             raise GroupFailed(
                 f"{len(self._skipped)} batches were bad, the last one (step {step}) because {problem}; health.skips "
@@ -84,10 +96,3 @@ class Health:
     def _median(self, step: int) -> float | None:
         recent = [self._norms[i] for i in range(step - self._config.window, step) if i in self._norms]
         return statistics.median(recent) if len(recent) >= self._config.window // 2 else None
-
-
-def _read(path: Path) -> dict[int, str]:
-    if not path.is_file():
-        return {}
-    skipped: Mapping[str, str] = json.loads(path.read_text())
-    return {int(step): problem for step, problem in skipped.items()}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import collections
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,7 +26,8 @@ from btm_scale.errors import CheckpointError
 from btm_scale.model.hf_names import table, to_huggingface
 from btm_scale.model.hf_weights import gather_whole, huggingface_shapes, local_part
 from btm_scale.train.engine import KINDS, MASTER, OUTER, Engine
-from btm_scale.util.files import partial_path, publish_directory, require_space, write_file
+from btm_scale.util.files import make_directory, partial_path, publish_directory, require_space
+from btm_scale.util.records import Record
 
 _MARKER = "state.json"
 _TENSORS = "model.safetensors"
@@ -41,6 +41,24 @@ class Position:
     adam_steps: int
     random_state: str  # torch's CPU generator, base64
     loss_scale: dict[str, float] = field(default_factory=dict)  # of fp16
+
+
+class _Marker(Record):
+    """state.json: the position, and the digest of the tensors."""
+
+    ERROR = CheckpointError
+    ABSENT = "{folder} is not a complete checkpoint: it has no state.json. Use another one."
+    REMEDY = "Delete {folder}, and training resumes from the checkpoint before it."
+
+    step: int
+    adam_steps: int
+    random_state: str
+    loss_scale: dict[str, int | float] = {}
+    sha256: str
+
+    @property
+    def position(self) -> Position:
+        return Position(self.step, self.adam_steps, self.random_state, self.loss_scale)
 
 
 def state_path(folder: Path, step: int) -> Path:
@@ -84,6 +102,7 @@ def write_state(
     final = state_path(folder, position.step)
     aside = partial_path(final)
     shutil.rmtree(aside, ignore_errors=True)
+    make_directory(folder)
     specs = {
         f"{kind}/{name}": TensorSpec(torch.float32, size)
         for kind in kinds
@@ -96,7 +115,7 @@ def write_state(
             writer.write(name, tensor)
         writer.close()
         digest = _digest(aside / _TENSORS)
-        write_file(aside / _MARKER, json.dumps(asdict(position) | {"sha256": digest}, indent=1))
+        _Marker(**asdict(position), sha256=digest).write(aside / _MARKER)
     except OSError:
         # On a disk that is full after all, what there is of it would keep the next try from succeeding.
         shutil.rmtree(aside, ignore_errors=True)
@@ -106,8 +125,7 @@ def write_state(
 
 def read_position(path: Path) -> Position:
     """How far a state's job had come."""
-    values = json.loads((path / _MARKER).read_text())
-    return Position(**{key: values[key] for key in Position.__dataclass_fields__ if key in values})
+    return _Marker.load(path / _MARKER).position
 
 
 def newest_state(folder: Path) -> Path | None:
@@ -175,9 +193,9 @@ def restore_random_state(position: Position) -> None:
 
 def _problem(path: Path) -> str | None:
     try:
-        recorded = json.loads((path / _MARKER).read_text())["sha256"]
+        recorded = _Marker.load(path / _MARKER).sha256
         found = _digest(path / _TENSORS)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, CheckpointError) as error:
         return f"{type(error).__name__}: {error}"
     return None if found == recorded else f"{_TENSORS} differs from its checksum"
 

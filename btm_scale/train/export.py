@@ -15,7 +15,7 @@ from btm_scale.config.layout import Layout
 from btm_scale.config.run import RunConfig
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.forest.branch import Branch
-from btm_scale.forest.expert import Expert
+from btm_scale.forest.expert import CARD, Expert
 from btm_scale.model.hf_config import config_json
 from btm_scale.model.hf_weights import huggingface_shapes, huggingface_tensors
 from btm_scale.run_dir import RunDir
@@ -45,7 +45,7 @@ def export_expert(engine: Engine, config: RunConfig, run: RunDir, begun: Branch,
         (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         for file in sorted(run.tokenizer.iterdir()):
             shutil.copyfile(file, partial / file.name)
-        _card(config, run, job, begun, partial).save(partial)
+        _card(config, run, job, begun, partial).write(partial / CARD)
         publish_directory(partial, final)
     dist.barrier()
 
@@ -58,6 +58,6 @@ def _card(config: RunConfig, run: RunDir, job: TrainingJob, begun: Branch, direc
         tokens=job.steps * job.sequences * config.budget.sequence_length,
         steps=job.steps,
         layout=job.layout.model_dump(include=set(Layout.model_fields)),
-        data_fingerprint={domain: Fingerprint.load(run, domain).text for domain in begun.domains},
+        data_fingerprint={domain: Fingerprint.of_domain(run, domain).text for domain in begun.domains},
         content_hash=content_hash(directory),
     )

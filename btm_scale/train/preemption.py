@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.launch.shutdown import REQUEUE
+from btm_scale.util.files import write_file
 
 _MARKER = "stopped"
 
@@ -70,7 +71,7 @@ class StopRequest:
     def leave(self, step: int) -> None:
         """End this process with the code that asks to be started again; the state after `step` steps has been saved."""
         if self._group.is_first:
-            self._marker.write_text(f"{step}\n")
+            write_file(self._marker, f"{step}\n")
             print(f"asked to stop: saved the state after step {step}", flush=True)
         dist.barrier()
         raise SystemExit(REQUEUE)

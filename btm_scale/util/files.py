@@ -1,13 +1,25 @@
-"""Files and directories are written under a name that nobody looks for, and named when they are whole."""
+"""The one place that gives a file or a directory its final name: written aside, synced, renamed, folder synced.
+
+After a power cut, what has its final name is complete. What is written inside a directory that has no final name yet
+needs no sync: `publish_directory` syncs all of it once.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from btm_scale.errors import CheckpointError
+from btm_scale.util.pools import in_threads
+
+# A sync waits for the disk, which takes several at a time.
+_SYNCS_AT_ONCE = 16
 
 
 def partial_path(final: Path) -> Path:
@@ -17,47 +29,110 @@ def partial_path(final: Path) -> Path:
 
 def sync_directory(directory: Path) -> None:
     """Make the names in a directory outlive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _sync(directory)
+
+
+def make_directory(directory: Path) -> None:
+    """Make a directory and its parents, unless they exist, so that their names outlive a power cut."""
+    new = [place for place in (directory, *directory.parents) if not place.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    for place in reversed(new):
+        _sync(place.parent)
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a small file so that it is whole or absent: aside, synced, renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    data = content.encode() if isinstance(content, str) else content
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_directory(path.parent)
+    """Write a small file so that it is complete or absent; text is written as UTF-8."""
+    with new_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
-def publish_directory(temporary: Path, final: Path, *, replace: bool = False) -> None:
-    """Give a finished directory its name; with `replace`, what had the name goes only after that.
+@contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that gets its name when the block ends, and is removed if the block raises.
 
-    Raises `CheckpointError` if `final` exists, holds anything, and `replace` is false.
+    Its folder must exist. Any number of processes may write one path: the last to finish decides its content.
+    """
+    # Not tempfile: its files can be read by their owner alone, and a run may be shared.
+    temporary = _random_partial(path)
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+@contextmanager
+def new_directory(final: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Make a directory that is published as `final` when the block ends, and is removed if the block raises.
+
+    Several processes may make a `shared` one at once, and the first of them succeeds. Otherwise what an interrupted
+    process left at `partial_path(final)` is removed first. Raises `CheckpointError` if `final` exists with content.
+    """
+    temporary = _random_partial(final) if shared else partial_path(final)
+    shutil.rmtree(temporary, ignore_errors=True)
+    make_directory(final.parent)
+    temporary.mkdir()
+    try:
+        yield temporary
+        publish_directory(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def publish_directory(temporary: Path, final: Path, *, replace: bool = False, synced: bool = False) -> None:
+    """Sync everything in a finished directory and give it its name; with `replace`, the old one is removed after that.
+
+    `synced`: its content is on the disk already, because it was published under its temporary name. Raises
+    `CheckpointError` if `final` exists, has content, and `replace` is false.
     """
     outgoing = final.with_name(f".{final.name}.replaced.{os.getpid()}")
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        if not replace:
-            raise CheckpointError(f"{final} exists already. Choose another output, or remove it first.")
+    exists = final.exists() and (not final.is_dir() or any(final.iterdir()))
+    if exists and not replace:
+        raise CheckpointError(f"{final} exists already. Choose another output, or remove it first.")
+    if not synced:
+        in_threads(_sync, _everything_in(temporary), at_once=_SYNCS_AT_ONCE)
+    if exists:
         final.rename(outgoing)
-    sync_directory(temporary)
     try:
         temporary.rename(final)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         raise CheckpointError(f"{final} was made by another process at the same time. Choose another output.") from None
-    sync_directory(final.parent)
+    _sync(final.parent)
     if outgoing.is_dir():
         shutil.rmtree(outgoing)
     else:
         outgoing.unlink(missing_ok=True)
+
+
+def _random_partial(final: Path) -> Path:
+    return final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
+
+
+def _everything_in(directory: Path) -> list[Path]:
+    """The files of a directory, then its folders from the innermost to itself."""
+    files: list[Path] = []
+    folders: list[Path] = []
+    for folder, _, names in os.walk(directory, topdown=False):
+        folders.append(Path(folder))
+        files += [path for name in names if (path := Path(folder, name)).is_file() and not path.is_symlink()]
+    return files + folders
+
+
+def _sync(path: Path) -> None:
+    """Put what was written to a file, or the names in a folder, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def existing_parent(path: Path) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Self, TextIO
 
 from btm_scale.errors import GroupFailed
+from btm_scale.util.files import make_directory
 
 _LOCK_SECONDS = 2.0
 
@@ -18,7 +19,7 @@ _LOCK_SECONDS = 2.0
 @contextmanager
 def held(lock: Path) -> Iterator[bool]:
     """Hold a lock file, which goes when its holder does; gives False where another process has it."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(lock.parent)
     while True:
         with lock.open("w") as file:
             if not _locked(file):
@@ -57,7 +58,7 @@ class ModelLock:
         self._file: TextIO | None = None
 
     def __enter__(self) -> Self:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(self._path.parent)
         self._file = self._path.open("w")
         # Whoever asks whether it is held holds it for that moment.
         deadline = time.monotonic() + _LOCK_SECONDS

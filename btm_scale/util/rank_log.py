@@ -7,17 +7,18 @@ records have times, so the rank to ask is found whatever started the group.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import sys
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from btm_scale.errors import UserError
+from btm_scale.util.files import make_directory
+from btm_scale.util.records import Record
 
 _LINES = 25
 _TAIL_BYTES = 32_768
@@ -52,8 +53,9 @@ class Failure:
         return f"{where}: {self.error}\nthe end of {self.log}:\n{tail}"
 
 
-@dataclass(frozen=True)
-class _Record:
+class FailureNote(Record):
+    """`log.failed-R.json`: what one rank left behind when it failed."""
+
     rank: int
     ranks: int
     host: str
@@ -63,6 +65,7 @@ class _Record:
 
     @property
     def tells_of_another(self) -> bool:
+        """Whether the error is the loss of another rank."""
         return any(sign in self.error for sign in _PEER_LOST)
 
 
@@ -75,8 +78,8 @@ def log_of_rank(log: Path, rank: int) -> Path:
 def rank_log(log: Path) -> Iterator[None]:
     """Send what this rank prints to its own log; if the block fails, leave a record of it before it goes on failing."""
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    log.parent.mkdir(parents=True, exist_ok=True)
-    _record_path(log, rank).unlink(missing_ok=True)
+    make_directory(log.parent)
+    _note_path(log, rank).unlink(missing_ok=True)
     _print_to(log_of_rank(log, rank))
     try:
         yield
@@ -84,21 +87,18 @@ def rank_log(log: Path) -> Iterator[None]:
         traceback.print_exc()
         told = "".join(traceback.format_exception_only(error)).strip()
         mistake = isinstance(error, UserError)
-        _note(log, _Record(rank, ranks, socket.gethostname(), time.time(), told, mistake))
+        note = FailureNote(
+            rank=rank, ranks=ranks, host=socket.gethostname(), time=time.time(), error=told, mistake=mistake
+        )
+        note.save(_note_path(log, rank))
         raise
 
 
 def note_silent_failure(log: Path, ranks: int) -> None:
     """Leave a record of a group that has failed, if none of its ranks did: `status` would take it for one to come."""
     if read_failure(log) is None:
-        _note(log, _Record(0, ranks, "its host", time.time(), _UNTOLD))
-
-
-def _note(log: Path, record: _Record) -> None:
-    path = _record_path(log, record.rank)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(record)))
-    partial.replace(path)
+        note = FailureNote(rank=0, ranks=ranks, host="its host", time=time.time(), error=_UNTOLD)
+        note.save(_note_path(log, 0))
 
 
 def _print_to(path: Path) -> None:
@@ -121,8 +121,8 @@ def read_failure(log: Path) -> Failure | None:
     """Why the group with this log failed last, or None if no rank has told of a failure."""
     records = []
     for path in log.parent.glob(f"{log.name}.failed-*.json"):
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            records.append(_Record(**json.loads(path.read_text())))
+        with contextlib.suppress(UserError):
+            records.append(FailureNote.load(path))
     if not records:
         return None
     first = min(records, key=lambda record: (record.tells_of_another, record.time))
@@ -134,7 +134,7 @@ def read_failure(log: Path) -> Failure | None:
     return _failure(log, first, silent[0], "its host", word)
 
 
-def _failure(log: Path, record: _Record, rank: int, host: str, error: str) -> Failure:
+def _failure(log: Path, record: FailureNote, rank: int, host: str, error: str) -> Failure:
     return Failure(rank, record.ranks, host, error, tail(log, rank), log_of_rank(log, rank))
 
 
@@ -148,7 +148,7 @@ def tail(log: Path, rank: int = 0) -> tuple[str, ...]:
         return ()
 
 
-def _record_path(log: Path, rank: int) -> Path:
+def _note_path(log: Path, rank: int) -> Path:
     return log.with_name(f"{log.name}.failed-{rank}.json")
 
 

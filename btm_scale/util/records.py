@@ -29,25 +29,25 @@ class Part(BaseModel):
 class Record(Part):
     """A JSON file with a schema number.
 
-    A subclass sets `error`, what `load` raises, and completes its messages: `absent` if there is no file, and `remedy`
+    A subclass sets `ERROR`, what `load` raises, and completes its messages: `ABSENT` if there is no file, and `REMEDY`
     if it is damaged. Both may name `{path}` and `{folder}`.
     """
 
     SCHEMA: ClassVar[int] = 1
-    error: ClassVar[type[UserError]] = UserError
-    absent: ClassVar[str] = "{path} does not exist. Give the path of an existing file."
-    remedy: ClassVar[str] = "Restore {path} from a copy, or delete it."
+    ERROR: ClassVar[type[UserError]] = UserError
+    ABSENT: ClassVar[str] = "{path} does not exist. Give the path of an existing file."
+    REMEDY: ClassVar[str] = "Restore {path} from a copy, or delete it."
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a record. Raises `error`, with the file and the field, if it is missing, damaged or of another schema.
+        """Read a record. Raises `ERROR`, with the file and the field, if it is missing, damaged or of another schema.
 
         Types are checked strictly: a number in quotes is not a number.
         """
-        values = read_object(path, cls.error, absent=cls.absent, remedy=cls.remedy, upgrade=cls.upgraded)
+        values = read_object(path, cls.ERROR, absent=cls.ABSENT, remedy=cls.REMEDY, upgrade=cls.upgraded)
         schema = values.pop("schema", 1)
         if type(schema) is not int or schema != cls.SCHEMA:
-            raise cls.error(
+            raise cls.ERROR(
                 f"{path} has schema {schema!r}, and this version reads schema {cls.SCHEMA}. Update btm-scale."
             )
         try:
@@ -55,7 +55,7 @@ class Record(Part):
             text = json.dumps(values, ensure_ascii=False).encode("utf-8", "replace")
             return cls.model_validate_json(text, strict=True)
         except ValidationError as error:
-            raise cls.error(_damaged(path, _sentence(error), cls.remedy)) from None
+            raise cls.ERROR(_damaged(path, _sentence(error), cls.REMEDY)) from None
 
     @classmethod
     def find(cls, path: Path) -> Self | None:
@@ -69,19 +69,26 @@ class Record(Part):
 
     def save(self, path: Path) -> None:
         """Write the record, complete or not at all. Its folder must exist."""
-        write_file(path, json.dumps(self.document(), indent=2) + "\n")
+        write_file(path, self._text())
+
+    def write(self, path: Path) -> None:
+        """Write the record into a directory that `files.publish_directory` will sync and name."""
+        path.write_text(self._text(), encoding="utf-8")
 
     def document(self) -> dict[str, Any]:
         """The JSON object: the schema number first, then the fields in their order."""
         return {"schema": self.SCHEMA, **self.model_dump()}
+
+    def _text(self) -> str:
+        return json.dumps(self.document(), indent=2) + "\n"
 
 
 def read_object(
     path: Path,
     error: type[UserError],
     *,
-    absent: str = Record.absent,
-    remedy: str = Record.remedy,
+    absent: str = Record.ABSENT,
+    remedy: str = Record.REMEDY,
     upgrade: Callable[[Any], Any] = lambda content: content,
 ) -> dict[str, Any]:
     """Read a file that holds one JSON object. Raises `error` with the reason if it does not.

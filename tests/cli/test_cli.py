@@ -8,10 +8,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers.tiny_run import btm_scale, tiny_values, write_config
+from helpers.tiny_run import btm_scale, save_card, tiny_values, write_config
 
 from btm_scale.config.run import RunConfig
-from btm_scale.forest.expert import Expert
 from btm_scale.run_dir import RunDir
 
 
@@ -81,8 +80,7 @@ def test_status_and_forest_say_what_a_finished_run_holds(finished_run: tuple[Run
 def test_json_is_alone_on_stdout_whatever_a_library_prints_there(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     write_config(run.config, tiny_values(tmp_path))
-    run.model("friend").mkdir(parents=True)
-    Expert("friend", {}, (), 0, 0, {}, {}, "").save(run.model("friend"))
+    save_card(run.model("friend"), "friend")
     # This verb imports DeepSpeed, which says on stdout which accelerator it has found.
     done = btm_scale("forest", "remove", run.root, "friend", "--json")
     assert json.loads(done.stdout) == {"removed": "friend"}

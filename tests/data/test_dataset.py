@@ -53,7 +53,7 @@ def test_the_order_is_the_seeds_and_survives_the_loss_of_the_index(run: RunDir) 
 
 
 def test_one_epoch_holds_every_token_once(run: RunDir) -> None:
-    made = Fingerprint.load(run, "prose").splits["train"]
+    made = Fingerprint.of_domain(run, "prose").splits["train"]
     samples = (made.tokens - 1) // LENGTH
     read = batches(run, samples, weights={"prose": 1.0}).read(0, samples)
     documents = IndexedDataset(str(run.tokens("prose", "train")))
@@ -65,7 +65,7 @@ def test_one_epoch_holds_every_token_once(run: RunDir) -> None:
 
 
 def test_more_samples_than_text_go_over_it_again(run: RunDir) -> None:
-    made = Fingerprint.load(run, "prose").splits["train"]
+    made = Fingerprint.of_domain(run, "prose").splits["train"]
     samples = 3 * made.tokens // LENGTH
     read = batches(run, samples, weights={"prose": 1.0}).read(0, samples)
     assert len(read) == samples
@@ -106,7 +106,7 @@ def test_other_text_under_the_same_name_gets_another_index(run: RunDir) -> None:
 
 
 def test_a_domain_that_is_not_prepared_is_told(run: RunDir) -> None:
-    with pytest.raises(DataError, match=r"domain 'law' has no token files in .*; prepare the run first"):
+    with pytest.raises(DataError, match=r"data/law has no token files. Prepare the run first"):
         batches(run, weights={"law": 1.0})
     with pytest.raises(DataError, match="no domain has a weight above 0"):
         batches(run, weights={"code": 0})

@@ -32,7 +32,7 @@ def test_blocks_cover_every_target_once(prepared: tuple[RunConfig, RunDir]) -> N
 def test_bytes_are_those_of_the_targets_text(prepared: tuple[RunConfig, RunDir]) -> None:
     tokenizer = Tokenizer.load(prepared[1].tokenizer)
     text = load(prepared, tokens=10**9)
-    counts = Fingerprint.load(prepared[1], "prose").splits["test"]
+    counts = Fingerprint.of_domain(prepared[1], "prose").splits["test"]
     assert len(text.tokens) == counts.tokens
     first = len(tokenizer.decode(text.tokens[:1].tolist()).encode())
     assert text.bytes == counts.bytes - first

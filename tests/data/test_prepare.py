@@ -45,7 +45,7 @@ def test_every_document_stands_in_one_split_and_reads_back(prepared: tuple[RunCo
         assert sorted(text for texts in splits.values() for text in texts) == sorted(given)
         # Within a split documents keep the order of the files.
         assert [text for text in given if text in set(splits["train"])] == splits["train"]
-        made = Fingerprint.load(run, domain)
+        made = Fingerprint.of_domain(run, domain)
         for split, texts in splits.items():
             assert made.splits[split].documents == len(texts)
             assert made.splits[split].bytes == sum(len(text.encode()) for text in texts)
@@ -106,8 +106,8 @@ def test_a_copy_is_dropped_and_no_text_stands_on_two_sides_of_a_split(make_confi
     assert not held["train"] & held["test"]
     assert not held["dev"] & held["test"]
     assert set.union(*(parts[0] for parts in found.values())) == set(texts)
-    assert Fingerprint.load(run, "a").duplicates == 240
-    assert Fingerprint.load(run, "b").duplicates > 0
+    assert Fingerprint.of_domain(run, "a").duplicates == 240
+    assert Fingerprint.of_domain(run, "b").duplicates > 0
 
 
 def test_a_second_call_changes_nothing_and_a_new_domain_is_added(
@@ -116,7 +116,7 @@ def test_a_second_call_changes_nothing_and_a_new_domain_is_added(
     run = RunDir(tmp_path)
     heard: list[tuple[str, int, int]] = []
     prepare(make_config(text_root, {"prose": PROSE}), run, lambda *progress: heard.append(progress))
-    made = Fingerprint.load(run, "prose")
+    made = Fingerprint.of_domain(run, "prose")
     assert heard[-1] == (
         "prose",
         sum(split.bytes for split in made.splits.values()),
@@ -146,7 +146,7 @@ def test_a_copied_text_is_the_same_text_and_a_changed_one_is_told(
     prepare(config, run)
     os.utime(root / "prose.jsonl", (1, 1))
     prepare(config, run)
-    assert Fingerprint.load(run, "prose").sources[0].modified_ns == 10**9
+    assert Fingerprint.of_domain(run, "prose").sources[0].modified_ns == 10**9
     before = contents(run.root)
     write_jsonl(root / "prose.jsonl", prose_texts(299))
     (root / "more.jsonl").write_text('{"text": "new"}\n')
@@ -268,11 +268,11 @@ def test_a_bad_domain_is_told_and_leaves_nothing_half_written(
     names = {path.name for path in run.root.rglob("*") if path.is_dir()}
     assert names <= {"tokenizer", "data", "good"}
     for domain in run.data.glob("*"):
-        Fingerprint.load(run, domain.name)
+        Fingerprint.of_domain(run, domain.name)
     # With good text in its place the same run goes on.
     write_jsonl(tmp_path / "bad.jsonl", python_texts(150))
     prepare(config, run)
-    assert Fingerprint.load(run, "bad").splits["test"].documents
+    assert Fingerprint.of_domain(run, "bad").splits["test"].documents
 
 
 def test_skipped_lines_are_counted(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_skipped_lines_are_counted(make_config: MakeConfig, tmp_path: Path) -> N
     path.write_bytes(b"not json\n" + path.read_bytes() + b'{"text": "\xff"}\n')
     run = RunDir(tmp_path / "run")
     prepare(make_config(tmp_path, {"a": {"text": "a.jsonl"}}, data={"on_bad_line": "skip"}), run)
-    made = Fingerprint.load(run, "a")
+    made = Fingerprint.of_domain(run, "a")
     assert made.skipped_lines == 2
     assert sum(split.documents for split in made.splits.values()) == 300
 

@@ -14,14 +14,14 @@ from btm_scale.run_dir import RunDir
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("[]", "it holds a list, not an object"),
+        ("[]", "is a JSON list, and must be an object"),
         ('{"schema": 1, "domains": {', "is not valid JSON"),
-        ('{"schema": 1, "domains": {}}', "lacks methods"),
+        ('{"schema": 1, "name": "", "random_seed": 0, "domains": {}}', "field 'methods' is missing"),
     ],
 )
 def test_damaged_results_are_told_with_what_makes_them_anew(tmp_path: Path, text: str, told: str) -> None:
     run = RunDir(tmp_path)
     run.results.parent.mkdir()
     run.results.write_text(text)
-    with pytest.raises(ForestError, match=f"{told}.*; run btm-scale evaluate again"):
+    with pytest.raises(ForestError, match=rf"{told}.*\. Run btm-scale evaluate again\."):
         load_results(run)

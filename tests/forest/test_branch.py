@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.tiny_run import save_card
 
 from btm_scale.config.run import BranchConfig, RunConfig
 from btm_scale.errors import ForestError
 from btm_scale.forest.branch import Branch, parents_of, settle
-from btm_scale.forest.expert import Expert, Parent
+from btm_scale.forest.expert import Parent
 from btm_scale.forest.scores import Scores
 from btm_scale.run_dir import SEED, RunDir
 
@@ -21,12 +22,10 @@ def run(tmp_path: Path) -> RunDir:
     random = np.random.default_rng(0)
     text = -random.gamma(1.0, 1.0, 400)
     for name, dislike in {"a": 0.02, "b": 0.0, "c": 3.0}.items():
-        run.model(name).mkdir(parents=True)
-        Expert(name, {name: 1.0}, (), 1, 1, {}, {}, name).save(run.model(name))
+        save_card(run.model(name), name, content_hash=name)
         scores = Scores((text - dislike).astype(np.float32), np.arange(0, 400, 4), name, "text")
         scores.save(run.scores(name, "new", "dev"))
-    run.model(SEED).mkdir()
-    Expert(SEED, {"a": 1.0}, (), 1, 1, {}, {}, SEED).save(run.model(SEED))
+    save_card(run.model(SEED), SEED)
     return run
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny_run import save_card
 from safetensors.torch import save_file
 
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import CheckpointError, ForestError
-from btm_scale.forest.expert import Expert, Parent
+from btm_scale.forest.expert import Parent
 from btm_scale.forest.forest import add_expert, ancestors, experts, lineage, remove_expert
 from btm_scale.run_dir import SEED, RunDir
 
@@ -44,7 +45,7 @@ def config() -> RunConfig:
 
 def test_an_added_model_is_an_expert_with_a_card_of_its_own(run: RunDir, config: RunConfig, tmp_path: Path) -> None:
     source = model(tmp_path / "friend")
-    Expert("theirs", {"law": 1.0}, (Parent("seed", 1.0),), 5, 1, {}, {}, "old").save(source)
+    save_card(source, "theirs", domains={"law": 1.0}, parents=(Parent("seed", 1.0),), tokens=5)
     card = add_expert(config, run, source, "friend")
     assert experts(run) == {"friend": card}
     # Its parents were another run's.
@@ -131,9 +132,7 @@ def test_removing_takes_scores_and_states_along_and_only_its_own(
 
 def test_lineage_goes_up_to_the_seed_and_names_parents_that_are_gone(run: RunDir) -> None:
     for name, parents in {SEED: (), "a": ((SEED, 1.0),), "b": (("a", 0.5), ("gone", 0.5))}.items():
-        run.model(name).mkdir(parents=True)
-        card = Expert(name, {}, tuple(Parent(*parent) for parent in parents), 1, 1, {}, {}, "")
-        card.save(run.model(name))
+        save_card(run.model(name), name, parents=tuple(Parent(*parent) for parent in parents))
     family = lineage(run)
     assert list(family) == [SEED, "a", "gone", "b"]
     assert family["b"] == {"a": 0.5, "gone": 0.5}
@@ -143,5 +142,5 @@ def test_lineage_goes_up_to_the_seed_and_names_parents_that_are_gone(run: RunDir
 def test_a_card_that_is_no_object_is_told(run: RunDir) -> None:
     run.model("a").mkdir(parents=True)
     (run.model("a") / "expert.json").write_text("[]")
-    with pytest.raises(ForestError, match=r"expert\.json .*it holds a list, not an object"):
+    with pytest.raises(ForestError, match=r"expert\.json is a JSON list, and must be an object"):
         experts(run)

@@ -282,7 +282,7 @@ def test_one_prompt_is_streamed_as_it_is_written(
         (["--prior", "known"], "no prior is called 'known'"),
         (["--domain", "law"], "the run has no domain 'law'"),
         (["--domain", "python", "--prior", "uniform"], "is of no domain"),
-        (["--model", "absent"], "no finished expert"),
+        (["--model", "absent"], "not a finished expert"),
         (["--prompt", "word " * 100], "shorten it"),
         (["--prompts", "/absent.txt"], "no prompts can be read"),
         (["--max-memory", "much"], "no size; write"),

@@ -17,7 +17,7 @@ from btm_scale.config.run import RunConfig
 from btm_scale.data.prepare import prepare
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.evaluate.hf_score import block_log_probs
-from btm_scale.forest.expert import Expert, Parent, read_expert
+from btm_scale.forest.expert import CARD, Expert, Parent, read_expert
 from btm_scale.forest.scores import Scores, evaluation_text
 from btm_scale.model.hf_config import config_json
 from btm_scale.model.hf_decoder import Decoder
@@ -117,4 +117,4 @@ def _publish(run: RunDir, name: str, domains: Sequence[str], parent: str | None,
         layout={},
         data_fingerprint={},
         content_hash=content_hash(directory),
-    ).save(directory)
+    ).save(directory / CARD)

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
 
 from btm_scale.config.run import RunConfig
+from btm_scale.evaluate.results import Results
 
-MakeResults = Callable[..., dict[str, Any]]
+MakeResults = Callable[..., Results]
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def make_results() -> MakeResults:
         novel: Sequence[str] = ("poems",),
         shares: dict[str, float] | None = None,
         dense: bool = True,
-    ) -> dict[str, Any]:
+    ) -> Results:
         shares = {"seed": 1.2, "dense": 1.0, "ensemble": 0.9} if shares is None else dict(shares)
         if not dense:
             shares.pop("dense", None)
@@ -37,9 +37,8 @@ def make_results() -> MakeResults:
                 "perplexity": {d: base[d] * (0.92 if d == name else 1.7) for d in domains},
                 "bits_per_byte": {d: base[d] / 16 for d in domains},
             }
-        tokens = {"seed": 500.0, "ensemble": 1000.0} | ({"dense": 1000.0} if dense else {})
-        return {
-            "schema": 1,
+        tokens = {"seed": 500, "ensemble": 1000} | ({"dense": 1000} if dense else {})
+        values = {
             "name": "a run",
             "random_seed": 3,
             "domains": {d: {"novel": d in novel, "tokens": 4096, "bytes": 16000} for d in domains},
@@ -47,6 +46,7 @@ def make_results() -> MakeResults:
             "compute": {method: {"tokens": n, "flops": 6e9 * n} for method, n in tokens.items()},
             "priors": {d: {name: 1 / len(training) for name in training} for d in domains},
         }
+        return Results.model_validate(values)
 
     return make
 

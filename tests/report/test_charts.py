@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from btm_scale.evaluate.results import Compute
 from btm_scale.report.chart_data import compute_bars, nearness, training_curves
 from btm_scale.report.charts import fit, round_ticks, spread, text_width
 from btm_scale.report.line_chart import smoothed
@@ -80,9 +81,9 @@ def test_branches_begin_where_the_seed_ends(config):
 
 def test_methods_of_one_kind_with_equal_compute_share_a_bar(make_results):
     results = make_results()
-    results["compute"] |= {f"expert:{name}": {"tokens": 750, "flops": 4.5e12} for name in ("math", "code")}
-    results["compute"]["average:uniform"] = results["compute"]["ensemble"]
+    results.compute.update({f"expert:{name}": Compute(tokens=750, flops=4.5e12) for name in ("math", "code")})
+    results.compute["average:uniform"] = results.compute["ensemble"]
     bars = {bar.name: bar for bar in compute_bars(results)}
     assert list(bars) == ["Seed LM", "Dense baseline", "Ensemble", "Uniform average", "Each of 2 experts"]
     assert bars["Each of 2 experts"].length == 4.5e12
-    assert bars["Ensemble"].before == results["compute"]["seed"]["flops"]
+    assert bars["Ensemble"].before == results.compute["seed"].flops

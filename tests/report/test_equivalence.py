@@ -2,17 +2,26 @@ from __future__ import annotations
 
 import pytest
 
+from btm_scale.evaluate.results import Compute, EvaluatedDomain, MethodResult, Results
 from btm_scale.report.equivalence import dense_equivalent, equivalence_sentence
 
 
-def results(**perplexity: float) -> dict[str, object]:
+def results(**perplexity: float) -> Results:
     """One domain; dense at 1x and 4x of compute, and whatever else is given."""
     values = {"dense": 40.0, "dense-4x": 20.0} | perplexity
-    return {
-        "domains": {"math": {"novel": False}, "law": {"novel": True}},
-        "methods": {name: {"perplexity": {"math": value, "law": 1.0}} for name, value in values.items()},
-        "compute": {"dense": {"flops": 1e12}, "dense-4x": {"flops": 4e12}},
-    }
+    return Results(
+        name="",
+        random_seed=0,
+        domains={
+            name: EvaluatedDomain(novel=novel, tokens=1, bytes=1)
+            for name, novel in {"math": False, "law": True}.items()
+        },
+        methods={
+            name: MethodResult(perplexity={"math": value, "law": 1.0}, bits_per_byte={})
+            for name, value in values.items()
+        },
+        compute={"dense": Compute(tokens=1, flops=1e12), "dense-4x": Compute(tokens=4, flops=4e12)},
+    )
 
 
 def test_between_two_baselines_it_lies_on_the_line_of_logarithms() -> None:
@@ -29,7 +38,7 @@ def test_beyond_the_baselines_only_a_bound_is_told(perplexity: float, expected: 
 def test_one_baseline_or_no_ensemble_tells_nothing() -> None:
     assert dense_equivalent(results(), "ensemble") is None
     single = results(ensemble=30.0)
-    del single["methods"]["dense-4x"]  # type: ignore[attr-defined]
+    del single.methods["dense-4x"]
     assert equivalence_sentence(single, "ensemble", "Ensemble") == ""
 
 

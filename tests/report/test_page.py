@@ -50,13 +50,13 @@ def _curves(*models: str, steps: int = 30) -> dict[str, list[dict[str, float]]]:
 def test_every_number_of_the_table_is_that_of_the_results(config, make_results):
     results = make_results()
     page = Page(render_page(config, results, _curves("seed", "dense", "math", "code")))
-    rows = page.numbers[: len(results["methods"])]
+    rows = page.numbers[: len(results.methods)]
     assert [method for method, _ in rows] == [*("seed", "dense", "ensemble"), "expert:math", "expert:code"]
     for method, numbers in rows:
-        math_, code, poems = (results["methods"][method]["perplexity"][d] for d in ("math", "code", "poems"))
+        math_, code, poems = (results.methods[method].perplexity[d] for d in ("math", "code", "poems"))
         assert numbers == pytest.approx([(math_ + code) / 2, (math_ + code) / 30, math_, code, poems, poems], rel=1e-12)
-    bits = page.numbers[len(results["methods"]) :]
-    assert bits[0][1][2] == results["methods"]["seed"]["bits_per_byte"]["math"]
+    bits = page.numbers[len(results.methods) :]
+    assert bits[0][1][2] == results.methods["seed"].bits_per_byte["math"]
 
 
 def test_the_page_fetches_nothing_and_runs_nothing(config, make_results):
@@ -83,8 +83,8 @@ def test_drawings_have_titles_and_no_id_occurs(config, make_results):
     ["<script>alert(1)</script>", '"><b onload=x>', "a & b", "\x00nul\x1b", "\ud800", "日本語" * 30, "'"],
 )
 def test_names_from_the_user_are_text(config, make_results, name):
-    results = make_results(training=(name, "code")) | {"name": name}
-    results["methods"][name] = results["methods"]["dense"]
+    results = make_results(training=(name, "code")).model_copy(update={"name": name})
+    results.methods[name] = results.methods["dense"]
     page = Page(render_page(config, results, _curves("seed", name)))
     assert "script" not in page.tags
     assert not [a for a in page.attributes if a[1].startswith("on")]
@@ -115,13 +115,13 @@ def test_names_from_the_user_are_text(config, make_results, name):
 def test_unusual_runs_have_a_page_too(config, make_results, case):
     results = make_results(**case)
     page = Page(render_page(config, results, _curves("seed", *case.get("training", ()))))
-    assert {method for method, _ in page.numbers} == set(results["methods"])
+    assert {method for method, _ in page.numbers} == set(results.methods)
 
 
 def test_values_that_are_no_finite_numbers_are_shown_as_such(config, make_results):
     results = make_results()
-    results["methods"]["ensemble"]["perplexity"]["math"] = math.nan
-    results["methods"]["seed"]["perplexity"]["code"] = math.inf
+    results.methods["ensemble"].perplexity["math"] = math.nan
+    results.methods["seed"].perplexity["code"] = math.inf
     curves = _curves("seed", "dense")
     curves["seed"][4]["loss"] = math.nan
     page = Page(render_page(config, results, curves))
@@ -142,7 +142,8 @@ def test_no_number_is_missing_from_the_heat_map(config, make_results):
 
 def test_results_without_curves_compute_or_priors_leave_those_sections_out(config, make_results):
     results = make_results()
-    del results["compute"], results["priors"]
+    results.compute.clear()
+    results.priors.clear()
     page = Page(render_page(config, results, {}))
     assert not {"Training", "Compute", "Who speaks for a domain"} & set(page.words)
     assert {"Perplexity", "Experts and domains"} <= set(page.words)

@@ -36,7 +36,7 @@ def test_the_best_of_a_column_is_bold(make_results):
 
 def test_missing_values_are_dashes_and_partial_means_are_marked(make_results):
     results = make_results()
-    del results["methods"]["ensemble"]["perplexity"]["code"]
+    del results.methods["ensemble"].perplexity["code"]
     text = _printed(results)
     line = next(line for line in text.splitlines() if line.startswith("ensemble"))
     assert line.split() == ["ensemble", "9.000*", "0.900*", "27.00", "9.000", "\u2013", "27.00"]

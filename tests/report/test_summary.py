@@ -15,7 +15,7 @@ def test_a_mean_is_arithmetic_and_leaves_novel_domains_out(make_results):
 
 def test_a_method_that_lacks_a_domain_is_compared_on_the_shared_ones_and_marked(make_results):
     results = make_results()
-    del results["methods"]["ensemble"]["perplexity"]["code"]
+    del results.methods["ensemble"].perplexity["code"]
     against = ratio(results, "ensemble", "dense", ["math", "code"])
     assert against.value == pytest.approx(0.9)
     assert against.partial
@@ -39,15 +39,16 @@ def test_the_headline_says_better_worse_or_the_same(make_results, share, said):
 
 def test_the_headline_claims_equal_compute_only_where_it_was_equal(make_results):
     results = make_results(novel=())
-    results["compute"]["ensemble"]["flops"] *= 2
+    doubled = results.compute["ensemble"].model_copy(update={"flops": 2 * results.compute["ensemble"].flops})
+    results.compute["ensemble"] = doubled
     assert "with 2.000 times its training compute" in headline(results)
-    results["compute"] = {}
+    results.compute.clear()
     assert "compute" not in headline(results)
 
 
 def test_the_headline_tells_of_novel_domains_even_when_they_went_badly(make_results):
     results = make_results()
-    results["methods"]["ensemble"]["perplexity"]["poems"] = 33.0
+    results.methods["ensemble"].perplexity["poems"] = 33.0
     assert headline(results).endswith("On 1 novel domain, never trained on, it is 33.00, 1.100 times dense's.")
 
 
@@ -65,5 +66,5 @@ def test_nan_is_never_the_lowest():
 def test_every_method_is_listed_once_unknown_ones_too(make_results):
     results = make_results(shares={"ensemble:token": 1.1, "my-own": 1.0, "ensemble": 0.9, "dense": 1.0, "seed": 1.2})
     order = ordered_methods(results)
-    assert sorted(order) == sorted(results["methods"])
+    assert sorted(order) == sorted(results.methods)
     assert order[:4] == ["seed", "dense", "ensemble", "ensemble:token"]

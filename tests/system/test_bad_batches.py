@@ -12,6 +12,7 @@ from helpers.worlds import run_script
 
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.run_dir import RunDir
+from btm_scale.train.bad_batches import SkippedBatches
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +36,7 @@ def test_a_bad_batch_is_undone_and_left_out(bad: int, real_text: Path, tmp_path:
             skipped.write_text(json.dumps({bad: "known to be bad"}))
         spec = {"run": str(run.root), "step": bad if name == "spoiled" else 0}
         run_script(TESTS / "train" / "train_with_a_bad_batch.py", spec, tmp_path)
-        assert list(json.loads(skipped.read_text())) == [str(bad)]
+        assert list(SkippedBatches.load(skipped).batches) == [bad]
         steps = [json.loads(line)["step"] for line in run.metrics("seed").read_text().splitlines()]
         assert steps == [step for step in range(1, 13) if step != bad]
         hashes.append(content_hash(run.model("seed")))

@@ -20,7 +20,8 @@ def write_state(folder: Path, step: int) -> Path:
     path = state_path(folder, step)
     path.mkdir(parents=True)
     (path / "model.safetensors").write_bytes(b"tensors")
-    (path / "state.json").write_text(json.dumps({"sha256": hashlib.sha256(b"tensors").hexdigest()}))
+    digest = hashlib.sha256(b"tensors").hexdigest()
+    (path / "state.json").write_text(json.dumps({"step": step, "adam_steps": 0, "random_state": "", "sha256": digest}))
     return path
 
 

@@ -10,7 +10,7 @@ import torch
 from btm_scale.checkpoint.formats.tensors import ModelReader
 from btm_scale.model.hf_names import cut, from_huggingface, table
 from btm_scale.model.shape import ModelShape
-from btm_scale.util.files import require_space, write_file
+from btm_scale.util.files import make_directory, require_space
 
 TAG = "global_step0"
 
@@ -31,6 +31,7 @@ def write_model_states(
     folder = directory / TAG
     size = model.nbytes_as(dtype)
     require_space(directory, size + 2 * size // tensor)
+    make_directory(directory.parent)
     folder.mkdir(parents=True)
     rows = -(-shape.vocabulary // tensor) * tensor
     for rank in range(tensor):
@@ -66,4 +67,4 @@ def write_model_states(
         module.clear()
         for file in folder.glob(f"{scratch.name}-*"):
             file.unlink()
-    write_file(directory / "latest", TAG)
+    (directory / "latest").write_text(TAG)

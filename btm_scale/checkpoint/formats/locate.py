@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from btm_scale.errors import CheckpointError
 from btm_scale.run_dir import SEED, RunDir
+from btm_scale.util.records import read_object
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -58,10 +58,4 @@ def _models_of_the_run(state: Path) -> list[Path]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or an empty one if there is no such file; raises `CheckpointError`."""
-    try:
-        content = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object.")
-    return content
+    return read_object(path, CheckpointError, remedy="Copy it again.") if path.is_file() else {}

@@ -8,10 +8,10 @@ from threading import local
 
 import torch
 
-from btm_scale.checkpoint.formats.locate import described_in, read_json
+from btm_scale.checkpoint.formats.locate import described_in
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, unknown_tensor
 from btm_scale.errors import CheckpointError
-from btm_scale.model.hf_config import shape_from_config
+from btm_scale.model.hf_config import read_shape
 from btm_scale.model.hf_names import Entry, join, table, to_huggingface
 from btm_scale.model.shape import ModelShape
 
@@ -23,7 +23,7 @@ def find_shape(path: Path) -> ModelShape:
         raise CheckpointError(
             f"{path} says nothing of heads or vocabulary. Put the config.json of the Hugging Face model beside it."
         )
-    return shape_from_config(read_json(file), file)
+    return read_shape(file.parent)
 
 
 def is_megatron(names: Sequence[str]) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 
 from btm_scale.checkpoint.formats.tensors import CODE_BY_DTYPE, TensorSpec, as_bytes
-from btm_scale.util.files import require_space, sync_directory, write_file
+from btm_scale.util.files import make_directory, partial_path, require_space
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -22,8 +22,9 @@ INDEX = "model.safetensors.index.json"
 class ShardedWriter:
     """Safetensors shards that take their tensors in any order and in pieces.
 
-    The shards have temporary names until `close`, which checks that everything came, syncs, renames and
-    writes the index last. Leaving a `with` block by an exception, or `abort`, removes what was written.
+    The shards have temporary names until `close`, which checks that everything came, renames and writes the index
+    last. Publishing the directory syncs them. Leaving a `with` block by an exception, or `abort`, removes what was
+    written.
     `attach=True` opens the shards that another process, or an earlier try, laid out with the same arguments:
     several processes may then write, and the one that laid them out closes.
     """
@@ -48,7 +49,8 @@ class ShardedWriter:
         total = sum(spec.nbytes for spec in self.specs.values()) + sum(map(len, headers))
         if not attach:
             require_space(self.directory, total)
-            self.directory.mkdir(parents=True, exist_ok=True)
+            make_directory(self.directory.parent)
+            self.directory.mkdir(exist_ok=True)
         for i, (group, header) in enumerate(zip(groups, headers, strict=True)):
             name = SINGLE if len(groups) == 1 else f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
             position = len(header)
@@ -56,7 +58,7 @@ class ShardedWriter:
                 self._where[tensor] = (i, position)
                 position += self.specs[tensor].nbytes
             flags = os.O_RDWR | (0 if attach else os.O_CREAT | os.O_TRUNC)
-            descriptor = os.open(self._temporary(name), flags, 0o666)
+            descriptor = os.open(partial_path(self.directory / name), flags, 0o666)
             self._shards.append((name, descriptor))
             if not attach:
                 os.ftruncate(descriptor, position)
@@ -112,27 +114,22 @@ class ShardedWriter:
         if missing:
             self.abort()
             raise RuntimeError(f"{len(missing)} tensors were not written whole, the first is '{missing[0]}'")
-        self.sync()
         names = [name for name, _ in self._shards]
         self.detach()
         for name in names:
-            self._temporary(name).replace(self.directory / name)
-        sync_directory(self.directory)
+            partial_path(self.directory / name).rename(self.directory / name)
         if len(names) > 1:
             weight_map = {tensor: names[shard] for tensor, (shard, _) in sorted(self._where.items())}
             total = sum(spec.nbytes for spec in self.specs.values())
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            write_file(self.directory / INDEX, json.dumps(index, indent=2) + "\n")
+            (self.directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def abort(self) -> None:
         """Remove what was written; nothing had its final name yet."""
         names = [name for name, _ in self._shards]
         self.detach()
         for name in names:
-            self._temporary(name).unlink(missing_ok=True)
-
-    def _temporary(self, name: str) -> Path:
-        return self.directory / f".{name}.partial"
+            partial_path(self.directory / name).unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 from pathlib import Path
 from typing import IO, Any
@@ -24,7 +23,7 @@ from btm_scale.checkpoint.formats.tensors import ModelReader
 from btm_scale.checkpoint.formats.torch_dist import LAYER, NORMS
 from btm_scale.model.hf_names import from_huggingface, table
 from btm_scale.model.shape import ModelShape
-from btm_scale.util.files import require_space, write_file
+from btm_scale.util.files import make_directory, require_space
 
 _MAX_FILE_BYTES = 5e9
 # Modules for which Megatron-core looks for a state beside their weights, here an empty one.
@@ -47,12 +46,13 @@ def write_torch_dist(
 ) -> None:
     """Write a Hugging Face model for Megatron-core at the tensor degrees that divide `tensor`.
 
-    Holds one tensor at a time. The marker, `metadata.json`, is written last. Raises `CheckpointError` when
-    the disk is too small.
+    Holds one tensor at a time. The marker, `metadata.json`, is written last; publishing the directory syncs it. Raises
+    `CheckpointError` when the disk is too small.
     """
     directory = Path(directory)
     require_space(directory, model.nbytes_as(dtype))
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory.parent)
+    directory.mkdir(exist_ok=True)
     rows = -(-shape.vocabulary // tensor) * tensor
     files = _Files(directory)
     metadata = Metadata({}, storage_data={})
@@ -78,8 +78,8 @@ def write_torch_dist(
             metadata.storage_data[MetadataIndex(name)] = files.add([None])
     files.close()
     torch.save({}, directory / "common.pt")
-    write_file(directory / ".metadata", pickle.dumps(metadata))
-    write_file(directory / "metadata.json", json.dumps(_FORMAT))
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+    (directory / "metadata.json").write_text(json.dumps(_FORMAT))
 
 
 def _stacked(rest: str) -> str:
@@ -113,8 +113,6 @@ class _Files:
         return _StorageInfo(self.name, start, self.file.tell() - start)
 
     def close(self) -> None:
-        """Bring the file at hand to the disk."""
+        """Close the current file."""
         if self.file is not None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
             self.file.close()

@@ -10,7 +10,7 @@ from btm_scale.checkpoint.formats.locate import STATE_MARKER, described_in, read
 from btm_scale.checkpoint.formats.safetensors import SINGLE, SafetensorsModel
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, unknown_tensor
 from btm_scale.errors import CheckpointError
-from btm_scale.model.hf_config import shape_from_config
+from btm_scale.model.hf_config import read_shape
 from btm_scale.model.hf_names import table
 
 _MASTER = "master/"
@@ -41,7 +41,7 @@ class TrainingState(ModelReader):
         self._names = tuple(name.removeprefix(_MASTER) for name in stored)
         file = described_in(path) / "config.json"
         if file.is_file():
-            shape = shape_from_config(read_json(file), file)
+            shape = read_shape(file.parent)
             first = table(shape)[0].huggingface[0]
             expected = {name for entry in table(shape) for name in entry.huggingface}
             if set(self._names) != expected or self.spec(first).shape != (shape.vocabulary, shape.hidden):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from btm_scale.checkpoint.merge.plan import Unit
 from btm_scale.errors import CheckpointError
-from btm_scale.util.files import write_file
+from btm_scale.util.files import sync_directory, write_file
 from btm_scale.util.locks import held
 
 _PLAN = "plan.fingerprint"
@@ -68,3 +68,4 @@ def clear(partial: Path) -> None:
     """Remove the notes from a directory that is about to be published."""
     for file in [partial / _PLAN, *partial.glob("done-*.jsonl")]:
         file.unlink()
+    sync_directory(partial)

@@ -18,7 +18,7 @@ from btm_scale.checkpoint.merge.plan import MergePlan, make_plan, plan_means
 from btm_scale.checkpoint.merge.sidecars import carry_sidecars, model_card
 from btm_scale.checkpoint.merge.workers import merge_in_processes, open_writer
 from btm_scale.errors import CheckpointError, WorkerLost
-from btm_scale.util.files import allocated, partial_path, publish_directory, require_space, write_file
+from btm_scale.util.files import allocated, partial_path, publish_directory, require_space
 from btm_scale.util.pools import MOST, in_threads
 
 CHUNK_BYTES = 256 << 10  # of output: what is at work then stays in a core's cache
@@ -221,7 +221,10 @@ def _lay_out(work: _Work) -> None:
     """Make the output's shards at their full size, unless an interrupted merge left them."""
     fingerprint = work.plan.fingerprint()
     if not journal.can_resume(work.partial, fingerprint):
-        open_writer(work.plan, work.partial, attach=False).detach()
+        writer = open_writer(work.plan, work.partial, attach=False)
+        # The note says that the headers are there, which no later try writes again.
+        writer.sync()
+        writer.detach()
         journal.begin(work.partial, fingerprint)
 
 
@@ -240,7 +243,7 @@ def _add_sidecars(work: _Work, content: str) -> None:
     read = {source.path for source in work.plan.sources}
     first = next(path for path, _ in work.inputs if path in read)
     carry_sidecars(first, work.partial, dtypes.pop() if len(dtypes) == 1 else None)
-    write_file(work.partial / "README.md", model_card(work.plan, work.inputs, content))
+    (work.partial / "README.md").write_text(model_card(work.plan, work.inputs, content), encoding="utf-8")
 
 
 def _complete(plan: MergePlan, partial: Path) -> str:
@@ -254,7 +257,6 @@ def _complete(plan: MergePlan, partial: Path) -> str:
     for name, spec in plan.specs.items():
         if spec.elements == 0:
             writer.mark_written(name)
-    writer.sync()
     # The notes go first: a kill in between then costs the work, and never leaves notes of shards under other names.
     journal.clear(partial)
     writer.close()

@@ -12,7 +12,6 @@ import torch
 from btm_scale.checkpoint.formats.locate import TOKENIZER_FILES, described_in, read_json
 from btm_scale.checkpoint.formats.tensors import dtype_name
 from btm_scale.checkpoint.merge.plan import MergePlan
-from btm_scale.util.files import write_file
 
 _CARRIED = (
     *TOKENIZER_FILES,
@@ -32,7 +31,7 @@ def carry_sidecars(source: Path, target: Path, dtype: torch.dtype | None) -> Non
     if config := read_json(folder / "config.json"):
         if dtype is not None:
             config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype_name(dtype)
-        write_file(target / "config.json", json.dumps(config, indent=2) + "\n")
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def recorded_hash(directory: Path) -> str | None:

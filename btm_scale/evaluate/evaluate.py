@@ -1,0 +1,158 @@
+"""Evaluate every method on every domain, from scores alone."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from btm_scale.config.evaluation import Tempering
+from btm_scale.config.run import RunConfig
+from btm_scale.data.eval_text import EvaluationText
+from btm_scale.errors import ForestError
+from btm_scale.evaluate.ensemble import ensemble_methods, routed_methods
+from btm_scale.evaluate.results import Compute, EvaluatedDomain, MethodResult, Results
+from btm_scale.forest.average_models import average_model, averages_of
+from btm_scale.forest.expert import read_expert
+from btm_scale.forest.forest import ancestors, experts, lineage
+from btm_scale.forest.posterior.mixture import mixture_log_probs
+from btm_scale.forest.posterior.prior import cached_prior
+from btm_scale.forest.priors import tempering_of
+from btm_scale.forest.scores import Scores, Stack, dev_prior, evaluation_text
+from btm_scale.model.hf_config import read_shape
+from btm_scale.run_dir import DENSE, SEED, RunDir
+from btm_scale.util.files import make_directory
+from btm_scale.util.pools import in_processes
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """Perplexity and bits a byte from a text's total log-probability."""
+
+    tokens: int
+    bytes: int
+
+    def of(self, nats: float) -> tuple[float, float]:
+        return math.exp(-nats / self.tokens), -nats / math.log(2.0) / self.bytes
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """One domain's part of the results."""
+
+    measure: _Measure
+    prior: np.ndarray  # log [experts], nats
+    tempering: Tempering
+    nats: dict[str, float]  # by method: the text's log-probability
+
+
+def evaluate(config: RunConfig, run: RunDir) -> Results:
+    """Work out every method on every domain and write results.json; runs no model."""
+    names = list(experts(run))
+    if not names:
+        raise ForestError(f"no expert in {run.experts}; train some first: btm-scale run CONFIG")
+    averages = averages_of(config, run)
+    notes = [] if averages else ["No averages: the experts are of different shapes, and only like can be averaged."]
+    domains = list(config.all_domains)
+    texts = [evaluation_text(config, run, domain, config.evaluate.split) for domain in domains]
+    judged = in_processes(functools.partial(_judge, config, run, names, averages), texts)
+    by_domain = dict(zip(domains, judged, strict=True))
+    results = Results(
+        name=config.name,
+        random_seed=config.random_seed,
+        domains={
+            domain: EvaluatedDomain(
+                novel=domain in config.novel_domains, tokens=found.measure.tokens, bytes=found.measure.bytes
+            )
+            for domain, found in by_domain.items()
+        },
+        methods=_results_by_method(by_domain),
+        compute=_compute_by_method(config, run, names, averages),
+        priors={
+            domain: dict(zip(names, np.exp(found.prior).tolist(), strict=True)) for domain, found in by_domain.items()
+        },
+        tempering={domain: found.tempering for domain, found in by_domain.items()},
+        lineage=lineage(run),
+        notes=tuple(notes),
+    )
+    make_directory(run.results.parent)
+    results.save(run.results)
+    return results
+
+
+def _results_by_method(by_domain: Mapping[str, _Judged]) -> dict[str, MethodResult]:
+    found: dict[str, MethodResult] = {}
+    for domain, judged in by_domain.items():
+        for method, nats in judged.nats.items():
+            entry = found.setdefault(method, MethodResult(perplexity={}, bits_per_byte={}))
+            entry.perplexity[domain], entry.bits_per_byte[domain] = judged.measure.of(nats)
+    return found
+
+
+def _judge(config: RunConfig, run: RunDir, names: list[str], averages: Sequence[str], text: EvaluationText) -> _Judged:
+    domain = text.domain
+    dev = Stack.load(run, names, domain, "dev")
+    prior = cached_prior(dev.log_probs, dev.block_starts)
+    tempering = tempering_of(config.evaluate, lambda: dev, prior)
+    methods = {
+        method: Scores.load(run.scores(model, domain, config.evaluate.split)).log_probs
+        for method, model in _single_models(config, names, averages, domain, prior).items()
+    }
+    methods |= _mixtures(config, run, domain, names, prior, tempering)
+    nats = {method: float(np.sum(log_probs, dtype=np.float64)) for method, log_probs in methods.items()}
+    return _Judged(_Measure(len(text.targets), text.bytes), prior, tempering, nats)
+
+
+def _single_models(
+    config: RunConfig, names: Sequence[str], averages: Sequence[str], domain: str, prior: np.ndarray
+) -> dict[str, str]:
+    """The model behind each method that is one model."""
+    models = {SEED: SEED} | {model: model for model in _dense_models(config)}
+    models |= {f"expert:{name}": name for name in names}
+    return models | {f"average:{kind}": average_model(kind, domain, names, prior) for kind in averages}
+
+
+def _mixtures(
+    config: RunConfig, run: RunDir, domain: str, names: list[str], prior: np.ndarray, tempering: Tempering
+) -> dict[str, np.ndarray]:
+    """Log-probabilities [tokens] of every method that mixes models."""
+    split = config.evaluate.split
+    forest = Stack.load(run, names, domain, split)
+    methods = ensemble_methods(forest, prior, tempering, config.evaluate)
+    methods |= routed_methods(config, run, names, forest, domain, split)
+    if config.random_split_models:
+        control = Stack.load(run, config.random_split_models, domain, split)
+        control_prior = dev_prior(run, config.random_split_models, domain)
+        methods["random-split"] = mixture_log_probs(control.log_probs, control.block_starts, log_prior=control_prior)
+    return methods
+
+
+def _compute_by_method(config: RunConfig, run: RunDir, names: list[str], averages: Sequence[str]) -> dict[str, Compute]:
+    """Training tokens and floating-point operations behind each method: of all its ancestors, each counted once."""
+    behind: dict[str, list[str]] = {SEED: []} | {f"expert:{name}": [name] for name in names}
+    behind |= dict.fromkeys(("ensemble", *(f"average:{kind}" for kind in averages)), names)
+    behind |= {model: [model] for model in _dense_models(config)}
+    if config.random_split_models:
+        behind["random-split"] = config.random_split_models
+    ways = {method: _all_ancestors(run, (SEED, *models)) for method, models in behind.items()}
+    tokens = {model: read_expert(run.model(model)).tokens for model in set().union(*ways.values())}
+    flops = {model: count * _flops_per_token(config, run, model) for model, count in tokens.items()}
+    return {
+        method: Compute(tokens=sum(tokens[model] for model in models), flops=sum(flops[model] for model in models))
+        for method, models in ways.items()
+    }
+
+
+def _flops_per_token(config: RunConfig, run: RunDir, model: str) -> float:
+    return read_shape(run.model(model)).flops_per_token(config.budget.sequence_length)
+
+
+def _dense_models(config: RunConfig) -> list[str]:
+    return [*([DENSE] if config.baselines.dense else []), *config.longer_dense_models]
+
+
+def _all_ancestors(run: RunDir, models: Iterable[str]) -> set[str]:
+    return set().union(*(ancestors(run, model) for model in models))
