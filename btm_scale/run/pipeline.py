@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from btm_scale.config.run import RunConfig
 from btm_scale.data.fingerprint import Fingerprint
-from btm_scale.data.prepare import prepare, require_text
+from btm_scale.data.prepare import prepare
+from btm_scale.data.sources import resolve_sources
 from btm_scale.evaluate.averages import are_finished
 from btm_scale.evaluate.results import evaluate
 from btm_scale.forest.expert import is_finished, read_expert
@@ -81,7 +82,7 @@ def _run_scoring(config: RunConfig, run: RunDir, arguments: tuple[str, ...], lau
 
 def dry_run(config: RunConfig, run: RunDir) -> dict[str, Any]:
     """What a run would do: its models, their steps, batches and layouts. Checks every text path; writes nothing."""
-    files = require_text(config)
+    sources = resolve_sources(config.all_domains, config.text_root)
     jobs = {}
     for stage in training_stages(config):
         place = placement(config, stage)
@@ -101,19 +102,15 @@ def dry_run(config: RunConfig, run: RunDir) -> dict[str, Any]:
     return {
         "run": str(run.root),
         "parameters": shape.parameters if rows else "known with the tokenizer",
-        "text": {
-            name: {"files": len(found), "bytes": sum(file.path.stat().st_size for file in found)}
-            for name, found in files.items()
-        },
+        "text": {source.name: {"files": len(source.files), "bytes": source.bytes} for source in sources},
         "models": jobs,
     }
 
 
-def data_summary(config: RunConfig, run: RunDir) -> dict[str, Any]:
+def data_summary(run: RunDir, fingerprints: Mapping[str, Fingerprint]) -> dict[str, Any]:
     """Documents, tokens and bytes of every domain's splits, with what was skipped."""
     summary = {}
-    for name in config.all_domains:
-        made = Fingerprint.load(run, name)
+    for name, made in fingerprints.items():
         summary[name] = {split: counts.model_dump() for split, counts in made.splits.items()} | {
             "skipped_lines": made.skipped_lines,
             "duplicates": made.duplicates,
