@@ -31,6 +31,7 @@ from btm_scale.config.run import RunConfig
 from btm_scale.data.demo_text import write_installed_text
 from btm_scale.data.encode import Encoder
 from btm_scale.data.prepare import prepare
+from btm_scale.data.sources import resolve_sources
 from btm_scale.data.token_files import write_domain
 from btm_scale.run_dir import RunDir
 
@@ -97,12 +98,13 @@ def rates(texts: list[str], scratch: Path, workers: int) -> dict[str, Any]:
     prepare(config, run)
     model = sentencepiece.SentencePieceProcessor(model_file=str(run.tokenizer / "tokenizer.model"))
     ours, theirs = [], []
+    [source] = resolve_sources(config.domains, config.text_root)
     with Encoder(run.tokenizer, workers) as encoder:
         list(encoder.encode((text, None) for text in texts[:500]))  # the workers are up
         for turn in range(ROUNDS):
             folder = scratch / f"turn{turn}"
             folder.mkdir()
-            ours.append(timed(partial(write_domain, "text", config, encoder, folder, {}, lambda *_: None)))
+            ours.append(timed(partial(write_domain, source, config, encoder, folder, {}, lambda *_: None)))
             theirs.append(timed(partial(model.encode, texts, num_threads=workers)))
     ratios = {
         kind: [other[kind] / own[kind] for own, other in zip(ours, theirs, strict=True)]

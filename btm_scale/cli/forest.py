@@ -19,12 +19,10 @@ def discover(options: argparse.Namespace) -> Answer:
     from btm_scale.data.discover import collection_of
     from btm_scale.data.discover import discover as find_domains
 
-    collection, text_root = collection_of(options.collection, options.field)
     return shown(
         options,
         find_domains(
-            collection,
-            text_root,
+            collection_of(options.collection, options.field),
             options.out.resolve(),
             clusters=options.clusters,
             sample=options.sample,

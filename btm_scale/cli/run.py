@@ -55,8 +55,7 @@ def prepare(options: argparse.Namespace) -> Answer:
 
     config, run_dir = _config_and_run(options)
     open_run(config, run_dir)
-    prepare_data(config, run_dir)
-    return shown(options, data_summary(config, run_dir))
+    return shown(options, data_summary(run_dir, prepare_data(config, run_dir)))
 
 
 def train(options: argparse.Namespace) -> Answer:

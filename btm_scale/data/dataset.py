@@ -1,4 +1,4 @@
-"""Training samples in one fixed order, addressed by their number, so that any rank can go on anywhere."""
+"""Training samples in one fixed order, addressed by number, so that any rank can resume anywhere."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from btm_scale.errors import CheckpointError, DataError
 from btm_scale.run_dir import RunDir
 from btm_scale.util.files import new_directory
 
-# It warns that an index is not cached, which is cached here.
+# It warns that an index is not cached, although it is cached here.
 logging.getLogger("megatron.core.datasets.blended_dataset").setLevel(logging.ERROR)
 
-# Megatron-core draws this much more from a domain than its share, against rounding in the blend.
+# Megatron-core draws this much more than its share from a domain, to absorb rounding in the blend.
 _SURPLUS = 0.005
 
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """As much of a tokenizer as GPTDataset asks for."""
+    """The part of a tokenizer that GPTDataset needs."""
 
     vocab_size: int
     eod: int
@@ -42,22 +42,23 @@ class _Vocabulary:
         return {"vocab_size": self.vocab_size, "eod": self.eod}
 
 
-class TrainingBatches:
+class TrainingSamples:
     """`samples` sequences of the train splits of `weights`' domains, packed and shuffled by `seed`.
 
-    The order depends on the token files, the weights, `sequence_length`, `samples` (the run's total), `seed`
-    and `part`, and on nothing else; it goes over the text as often as `samples` asks. `part=(i, n)` keeps the
-    documents in the i-th of n random parts, the same parts for every seed.
+    The order depends only on the token files, the weights, `sequence_length`, `samples` (the run's total), `seed` and
+    `part`; the text is repeated as often as `samples` requires. `part=(i, n)` keeps the documents in the i-th of n
+    random parts, the same parts for every seed.
 
-    In a torch.distributed world all ranks make this object together: the first writes the index, if it isn't
-    in the run's cache yet, and the others wait. Groups that do so at once don't disturb each other. Raises
-    DataError if a domain isn't prepared, was with another tokenizer, or has too little text.
+    In a torch.distributed world all ranks make this object together: the first writes the index if the run's cache
+    doesn't have it yet, and the others wait. Several groups can do so at once. Raises DataError if a domain isn't
+    prepared, was prepared with another tokenizer than `tokenizer`, the run's, or has too little text.
     """
 
     def __init__(
         self,
         run: RunDir,
         weights: Mapping[str, float],
+        tokenizer: Tokenizer,
         *,
         sequence_length: int,
         samples: int,
@@ -68,7 +69,6 @@ class TrainingBatches:
         self._run = run
         self._weights = _normalised(weights)
         self._part = part
-        tokenizer = Tokenizer.load(run.tokenizer)
         self._config: dict[str, Any] = {
             "random_seed": seed,
             "sequence_length": sequence_length,
@@ -85,7 +85,7 @@ class TrainingBatches:
         self._sample_of = np.load(cache / "sample.npy", mmap_mode="r")
 
     def read(self, first: int, count: int) -> torch.Tensor:
-        """`count` samples from number `first` on, int64 [count, sequence_length + 1].
+        """Return samples `first` to `first + count - 1`, int64 [count, sequence_length + 1].
 
         Inputs are [:, :-1] and labels [:, 1:].
         """

@@ -1,6 +1,6 @@
-"""Domains found, not given: a text collection in, one file a cluster and their YAML out (c-BTM, arXiv 2303.14177).
+"""Discover domains: cluster a text collection into one file per cluster and their YAML (c-BTM, arXiv 2303.14177).
 
-The collection is read twice as a stream: a random sample of it is clustered, then every document is assigned.
+The collection is streamed twice: first to cluster a random sample, then to assign every document to its cluster.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import yaml
 
 from btm_scale.config.run import DomainConfig, RunConfig
 from btm_scale.data.clustering import PLACING_CHARACTERS, Clustering
-from btm_scale.data.sources import BadLines, Document, read_documents
+from btm_scale.data.documents import BadLines, Document, read_documents
+from btm_scale.data.sources import DomainSource, resolve_sources
 from btm_scale.errors import DataError
 from btm_scale.util.files import new_directory
 
@@ -28,19 +29,18 @@ _AT_ONCE = 512  # documents
 _Item = TypeVar("_Item")
 
 
-def collection_of(paths: Sequence[Path], field: str) -> tuple[dict[str, DomainConfig], Path]:
-    """What is to be clustered: the training domains of a run's YAML, or files and globs given themselves; and the
-    folder that their paths are relative to."""
+def collection_of(paths: Sequence[Path], field: str) -> list[DomainSource]:
+    """The text to cluster: the training domains of a run's YAML, or files and globs. Raises DataError if any path
+    matches no file."""
     if len(paths) == 1 and paths[0].suffix in (".yaml", ".yml"):
         config = RunConfig.load(paths[0])
-        return dict(config.domains), config.text_root
+        return resolve_sources(config.domains, config.text_root)
     text = tuple(str(path) for path in paths)
-    return {"collection": DomainConfig.model_validate({"text": text, "field": field})}, Path.cwd()
+    return resolve_sources({"collection": DomainConfig(text=text, field=field)}, Path.cwd())
 
 
 def discover(
-    collection: Mapping[str, DomainConfig],
-    text_root: Path,
+    collection: Sequence[DomainSource],
     output: Path,
     *,
     clusters: int,
@@ -50,20 +50,22 @@ def discover(
 ) -> dict[str, Any]:
     """Cluster a collection into `output`: `<cluster>.jsonl.gz` each, the clustering, and domains.yaml.
 
-    Memory holds `sample` documents' beginnings and never the collection. Returns what each cluster holds. Raises
-    DataError if there is no text, too little, or `output` holds something.
+    Memory holds the beginnings of `sample` documents, never the collection. Returns what each cluster contains. Raises
+    DataError if there is no text, too little, or `output` is not empty.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(f"{output} exists already; choose another output, or remove it first")
 
     def documents() -> Iterator[Document]:
-        for name, domain in collection.items():
-            yield from read_documents(name, domain, text_root, on_bad_line=BadLines("error"))
+        for source in collection:
+            yield from read_documents(source, BadLines("error"))
 
     beginnings = ((document.text[:PLACING_CHARACTERS], len(document.text.encode())) for document in documents())
     chosen = random_sample(beginnings, sample, random_seed)
     if not chosen:
-        raise DataError(f"no document in {', '.join(collection)}; give files with text in them")
+        raise DataError(
+            f"no document in {', '.join(source.name for source in collection)}; give files with text in them"
+        )
     texts, sizes = zip(*chosen, strict=True)
     clustering = Clustering.fit(texts, clusters, sizes=sizes, dimensions=dimensions, random_seed=random_seed)
     del chosen, texts

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+import hashlib
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from pydantic import ConfigDict
 
-from btm_scale.config.run import DataConfig, DomainConfig
+from btm_scale.config.data import DataConfig
 from btm_scale.data.files import SourceFile
+from btm_scale.data.sources import DomainSource
 from btm_scale.errors import DataError
 from btm_scale.run_dir import RunDir
 from btm_scale.util.records import Part, Record
+
+if TYPE_CHECKING:
+    from btm_scale.data.splits import Identity
 
 
 class Source(Part):
@@ -24,7 +29,7 @@ class Source(Part):
     @classmethod
     def of(cls, file: SourceFile) -> Source:
         """The file as it is now."""
-        status = file.path.stat()
+        status = file.stat()
         return cls(name=file.name, bytes=status.st_size, modified_ns=status.st_mtime_ns)
 
 
@@ -89,7 +94,22 @@ class Fingerprint(Record):
                 )
 
 
-def settings_of(domain: DomainConfig, data: DataConfig) -> dict[str, Any]:
-    """The settings that decide which documents stand in which split."""
-    own = domain.model_dump(mode="json", include={"field", "split_by"})
+class TextDigest:
+    """One digest of a stream of documents: their texts, their split keys and their order."""
+
+    def __init__(self) -> None:
+        self._total = hashlib.sha256()
+
+    def add(self, identity: Identity) -> None:
+        """Add the next document."""
+        self._total.update(identity.digest + repr(identity.split_key).encode())
+
+    def hexdigest(self) -> str:
+        """The digest of all documents added so far."""
+        return self._total.hexdigest()
+
+
+def settings_of(source: DomainSource, data: DataConfig) -> dict[str, Any]:
+    """The settings that decide which documents are in which split."""
+    own = source.settings.model_dump(mode="json", include={"field", "split_by"})
     return own | data.model_dump(mode="json", include={"dev", "test", "on_bad_line"})

@@ -1,17 +1,19 @@
-"""Everything between a config and training: the tokenizer and each domain's token files."""
+"""Prepare a run for training: resolve its text once, make the tokenizer, and write each domain's token files."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from btm_scale.config.run import RunConfig
+from btm_scale.data.dedup import keys_elsewhere
 from btm_scale.data.encode import Encoder
-from btm_scale.data.files import SourceFile, require_text
 from btm_scale.data.fingerprint import Fingerprint, Source, settings_of
-from btm_scale.data.token_files import Progress, digest_of_text, keys_elsewhere, require_enough, write_domain
-from btm_scale.data.tokenizer import Tokenizer
+from btm_scale.data.sources import DomainSource, resolve_sources
+from btm_scale.data.token_files import Progress, digest_of_text, require_enough, write_domain
+from btm_scale.data.tokenizer import Tokenizer, directory_digest
 from btm_scale.data.train_tokenizer import adopt_tokenizer, balanced_sample, train_tokenizer
 from btm_scale.errors import DataError, GroupFailed
 from btm_scale.run_dir import RunDir
@@ -19,29 +21,33 @@ from btm_scale.util.files import new_directory, partial_path
 from btm_scale.util.locks import held
 
 
-def prepare(config: RunConfig, run: RunDir, on_progress: Progress | None = None) -> None:
-    """Make the tokenizer and token files that are not there yet; what is there is checked, not made again.
+def prepare(config: RunConfig, run: RunDir, on_progress: Progress | None = None) -> dict[str, Fingerprint]:
+    """Make the tokenizer and token files that don't exist yet; existing ones are checked, not made again.
 
-    `on_progress(domain, bytes, documents)` hears how much text has been encoded. Raises DataError; nothing half-written
-    is left then. Raises GroupFailed while another process prepares the run, whose files would pass for leftovers.
+    `on_progress(domain, bytes, documents)` is called with how much text has been encoded. Returns the fingerprint of
+    every domain's token files, in the config's order. Raises DataError, and leaves nothing half-written then. Raises
+    GroupFailed while another process prepares the run, whose files would be taken for leftovers.
     """
-    files = require_text(config)
+    sources = resolve_sources(config.all_domains, config.text_root)
     with held(run.root / ".prepare.lock") as is_ours:
         if not is_ours:
             raise GroupFailed(f"another process prepares the run in {run.root}; wait until it ends, or end it")
-        _prepare(files, config, run, on_progress or _silent)
+        return _prepare(sources, config, run, on_progress or _silent)
 
 
-def _prepare(files: dict[str, list[SourceFile]], config: RunConfig, run: RunDir, on_progress: Progress) -> None:
+def _prepare(
+    sources: Sequence[DomainSource], config: RunConfig, run: RunDir, on_progress: Progress
+) -> dict[str, Fingerprint]:
     _remove_leftovers(run)
-    _ensure_tokenizer(config, run)
-    digest = Tokenizer.load(run.tokenizer).digest
-    waiting = [name for name in config.all_domains if not _is_done(name, files[name], config, run, digest)]
-    if not waiting:
-        return
-    with Encoder(run.tokenizer, config.data.workers) as encoder:
-        for name in waiting:
-            _encode(name, config, run, encoder, on_progress)
+    _ensure_tokenizer(sources, config, run)
+    digest = directory_digest(run.tokenizer)
+    made = {source.name: found for source in sources if (found := _finished(source, config, run, digest))}
+    waiting = [source for source in sources if source.name not in made]
+    if waiting:
+        with Encoder(run.tokenizer, config.data.workers) as encoder:
+            for source in waiting:
+                made[source.name] = _encode(source, sources, config, run, encoder, on_progress)
+    return {source.name: made[source.name] for source in sources}
 
 
 def _silent(domain: str, encoded_bytes: int, documents: int) -> None:
@@ -54,10 +60,10 @@ def _remove_leftovers(run: RunDir) -> None:
             shutil.rmtree(leftover)
 
 
-def _ensure_tokenizer(config: RunConfig, run: RunDir) -> None:
-    source = config.tokenizer.path
-    if source is not None and run.tokenizer.is_dir():
-        if Tokenizer.load(source).digest == Tokenizer.load(run.tokenizer).digest:
+def _ensure_tokenizer(sources: Sequence[DomainSource], config: RunConfig, run: RunDir) -> None:
+    existing = config.tokenizer.path
+    if existing is not None and run.tokenizer.is_dir():
+        if directory_digest(existing) == directory_digest(run.tokenizer):
             return
     elif run.tokenizer.is_dir():
         if (size := Tokenizer.load(run.tokenizer).vocab_size) != config.tokenizer.vocab_size:
@@ -65,17 +71,19 @@ def _ensure_tokenizer(config: RunConfig, run: RunDir) -> None:
                 run, f"{size} tokens, and tokenizer.vocab_size asks for {config.tokenizer.vocab_size}"
             )
         return
-    if source is not None and run.tokenizer.is_dir():
+    if existing is not None and run.tokenizer.is_dir():
         with tempfile.TemporaryDirectory() as adopted:
-            adopt_tokenizer(Path(adopted), source)
-            if Tokenizer.load(Path(adopted)).digest != Tokenizer.load(run.tokenizer).digest:
-                raise _other_tokenizer(run, f"other files than tokenizer.path {source}")
+            adopt_tokenizer(Path(adopted), existing)
+            if directory_digest(Path(adopted)) != directory_digest(run.tokenizer):
+                raise _other_tokenizer(run, f"other files than tokenizer.path {existing}")
         return
     with new_directory(run.tokenizer) as directory:
-        if source is not None:
-            adopt_tokenizer(directory, source)
+        if existing is not None:
+            adopt_tokenizer(directory, existing)
         else:
-            train_tokenizer(directory, balanced_sample(config), vocab_size=config.tokenizer.vocab_size)
+            trained_on = [source for source in sources if source.name in config.domains]
+            sample = balanced_sample(trained_on, config.tokenizer.sample_bytes, config.data)
+            train_tokenizer(directory, sample, vocab_size=config.tokenizer.vocab_size)
 
 
 def _other_tokenizer(run: RunDir, difference: str) -> DataError:
@@ -85,47 +93,59 @@ def _other_tokenizer(run: RunDir, difference: str) -> DataError:
     )
 
 
-def _is_done(name: str, files: list[SourceFile], config: RunConfig, run: RunDir, tokenizer: str) -> bool:
-    """Whether a domain's token files are there. Raises DataError if they were made from something else."""
+def _finished(source: DomainSource, config: RunConfig, run: RunDir, tokenizer: str) -> Fingerprint | None:
+    """The fingerprint of a domain's token files, or None if there are none yet.
+
+    Raises DataError if they were made from something else.
+    """
+    name = source.name
     if not run.fingerprint(name).exists():
-        return False
+        return None
     made = Fingerprint.of_domain(run, name)
     made.require_tokenizer(tokenizer, run)
     made.require_whole(run)
-    require_enough(name, config, made.splits)
-    domain = config.all_domains[name]
-    settings, sources = settings_of(domain, config.data), [Source.of(file) for file in files]
+    require_enough(source, config, made.splits)
+    settings, files = settings_of(source, config.data), [Source.of(file) for file in source.files]
     differences = [
         f"{key} was {made.settings.get(key)!r} and is {value!r}"
         for key, value in settings.items()
         if made.settings.get(key) != value
     ]
-    if not differences and made.sources != sources:
+    if not differences and made.sources != files:
         # A copied file has a new time; only another text is another domain.
-        same_names = [source.name for source in made.sources] == [source.name for source in sources]
-        if same_names and made.text == digest_of_text(name, config):
-            made.model_copy(update={"sources": sources}).save(run.fingerprint(name))
-            return True
-        differences = _changed(made.sources, sources)
+        same_names = [file.name for file in made.sources] == [file.name for file in files]
+        if same_names and made.text == digest_of_text(source, config.data):
+            made = made.model_copy(update={"sources": files})
+            made.save(run.fingerprint(name))
+            return made
+        differences = _changed(made.sources, files)
     if differences:
         raise DataError(
             f"the token files of domain '{name}' in {run.domain(name)} were made from something else: "
             f"{'; '.join(differences)}. Choose another --out, or delete that folder to encode it again."
         )
-    return True
+    return made
 
 
 def _changed(old: list[Source], new: list[Source]) -> list[str]:
-    before, after = {source.name: source for source in old}, {source.name: source for source in new}
+    before, after = {file.name: file for file in old}, {file.name: file for file in new}
     changes = [f"{name} is new" for name in after if name not in before]
     changes += [f"{name} is gone" for name in before if name not in after]
     changes += [f"{name} has changed" for name in after if name in before and before[name] != after[name]]
     return changes[:5] + ([f"and {len(changes) - 5} more files"] if len(changes) > 5 else [])
 
 
-def _encode(name: str, config: RunConfig, run: RunDir, encoder: Encoder, on_progress: Progress) -> None:
-    with new_directory(run.domain(name)) as directory:
-        elsewhere = keys_elsewhere(name, config, run)
-        write_domain(name, config, encoder, directory, elsewhere, on_progress)
-        if run.domain(name).exists():  # without its fingerprint, so it is nothing
-            shutil.rmtree(run.domain(name))
+def _encode(
+    source: DomainSource,
+    sources: Sequence[DomainSource],
+    config: RunConfig,
+    run: RunDir,
+    encoder: Encoder,
+    on_progress: Progress,
+) -> Fingerprint:
+    with new_directory(run.domain(source.name)) as directory:
+        elsewhere = keys_elsewhere(source, sources, run)
+        made = write_domain(source, config, encoder, directory, elsewhere, on_progress)
+        if run.domain(source.name).exists():  # without a fingerprint, so it is unfinished
+            shutil.rmtree(run.domain(source.name))
+    return made

@@ -1,210 +1,85 @@
-"""Documents out of files: plain text, JSON lines and Parquet, in memory that does not grow with the file."""
+"""The files that each domain's text comes from: paths and globs are resolved once, and every later step reads the same
+files."""
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
-from collections.abc import Callable, Iterator
+import glob
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-import zstandard
-
-from btm_scale.config.data import DomainConfig, SplitUnit
-from btm_scale.data.files import SourceFile, is_utf8, resolve
+from btm_scale.config.data import DomainConfig
+from btm_scale.data.files import SourceFile, is_utf8
 from btm_scale.errors import DataError
-
-PLAIN_DOCUMENT_BYTES = 4 << 20
-LONGEST_LINE_BYTES = 256 << 20
-_PARQUET_ROWS = 256
-_BROKEN_STREAM = (EOFError, OSError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError, pa.ArrowException)
 
 
 @dataclass(frozen=True)
-class Document:
-    """A text; documents of one `split_key` stay in one split, `origin` says where it came from."""
+class DomainSource:
+    """A domain's text: its files, sorted by name, and how they are read and split."""
 
-    text: str
-    split_key: str | None
-    origin: str
+    name: str
+    files: tuple[SourceFile, ...]
+    settings: DomainConfig
 
+    @property
+    def is_grouped(self) -> bool:
+        """Whether documents are placed in splits by their file or a field, not each by its own text."""
+        return self.settings.split_by != "document"
 
-class BadLines:
-    """What happens to lines that hold no text: the first is an error, or they are counted and left out."""
-
-    def __init__(self, policy: Literal["error", "skip"] = "error") -> None:
-        self.policy = policy
-        self.skipped = 0
-
-    def __call__(self, file: SourceFile, line: int, why: str) -> None:
-        """Report line `line` (from 1; of a Parquet file, the row)."""
-        if self.policy == "error":
-            raise DataError(
-                f"{file.path}, line {line}: {why}. Mend the line, or set data.on_bad_line to skip, which "
-                "leaves such lines out and counts them."
-            )
-        self.skipped += 1
+    @property
+    def bytes(self) -> int:
+        """The size of the files on disk, compressed as they are."""
+        return sum(file.stat().st_size for file in self.files)
 
 
-Report = Callable[[int, str], None]
+def resolve_sources(domains: Mapping[str, DomainConfig], text_root: Path) -> list[DomainSource]:
+    """The source of every domain, in the order given. Raises one DataError with the problems of all domains."""
+    sources, problems = [], []
+    for name, settings in domains.items():
+        try:
+            sources.append(resolve_domain(name, settings, text_root))
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+    return sources
 
 
-def empty_domain(domain: str, files: int, skipped: int) -> DataError:
-    """The error for a domain without a document."""
-    lines = f" ({skipped} bad lines were skipped)" if skipped else ""
-    return DataError(
-        f"domain '{domain}' is empty: its {files} files hold no document{lines}. Give it text, or leave it out."
-    )
+def resolve_domain(name: str, settings: DomainConfig, text_root: Path) -> DomainSource:
+    """The source of one domain; a file that several patterns match is in it once.
+
+    Raises DataError that lists every path or glob without a readable file.
+    """
+    files: dict[str, SourceFile] = {}
+    problems = []
+    for pattern in settings.text:
+        matches = _matches(text_root / pattern)
+        paths = [path for path in matches if path.is_file()]
+        if not paths:
+            problems.append(_no_match(name, pattern, text_root, matches))
+        for path in paths:
+            if not os.access(path, os.R_OK):
+                problems.append(f"domain '{name}': {path} cannot be read; give yourself permission or leave it out")
+            file_name = path.relative_to(text_root).as_posix() if path.is_relative_to(text_root) else str(path)
+            if not is_utf8(file_name):
+                problems.append(f"domain '{name}': the file name {file_name!r} is not UTF-8; rename the file")
+            files[file_name] = SourceFile(path, file_name)
+    if problems:
+        raise DataError("\n".join(problems))
+    return DomainSource(name, tuple(files[file_name] for file_name in sorted(files)), settings)
 
 
-def read_documents(domain: str, config: DomainConfig, text_root: Path, *, on_bad_line: BadLines) -> Iterator[Document]:
-    """Every document of a domain, files in the order of their names. Raises DataError."""
-    for file in resolve(domain, config, text_root):
-        yield from read_file(file, config, on_bad_line)
+def _matches(pattern: Path) -> list[Path]:
+    # A file whose name contains a bracket or a star is meant literally if it exists.
+    if pattern.exists() or not glob.has_magic(str(pattern)):
+        return [pattern] if pattern.exists() else []
+    # glob, unlike Path.glob, takes absolute patterns.
+    return [Path(path) for path in glob.iglob(str(pattern), recursive=True)]  # noqa: PTH207
 
 
-def read_file(file: SourceFile, config: DomainConfig, on_bad_line: BadLines) -> Iterator[Document]:
-    """The documents of one file that hold more than white space."""
-    line = 0
-
-    def bad(number: int, why: str) -> None:
-        on_bad_line(file, number, why)
-
-    if file.format == ".parquet":
-        documents = _parquet_rows(file, config, bad)
-    elif file.format in (".jsonl", ".ndjson"):
-        documents = _json_rows(file, config, bad)
-    else:
-        documents = _plain_text(file, bad)
-    by_file = config.split_by == "file"
-    try:
-        for line, text, split_key in documents:
-            if text and not text.isspace():
-                yield Document(text, file.name if by_file else split_key, f"{file.name}:{line}")
-    except _BROKEN_STREAM as error:
-        # What follows a broken place can't be read: the file ends there.
-        bad(line + 1, f"the file is damaged after this place ({type(error).__name__}: {error})")
-
-
-Row = tuple[int, str, str | None]
-
-
-def _lines(stream: BinaryIO, bad: Report) -> Iterator[tuple[int, bytes]]:
-    number = 0
-    while piece := stream.readline(LONGEST_LINE_BYTES):
-        number += 1
-        if len(piece) < LONGEST_LINE_BYTES or piece.endswith(b"\n"):
-            yield number, piece
-            continue
-        bad(number, f"the line is longer than {LONGEST_LINE_BYTES >> 20} MiB")
-        while piece and not piece.endswith(b"\n"):
-            piece = stream.readline(1 << 20)
-
-
-def _json_rows(file: SourceFile, config: DomainConfig, bad: Report) -> Iterator[Row]:
-    with file.open() as stream:
-        for number, line in _lines(stream, bad):
-            if line.isspace():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                if not isinstance(row, dict):
-                    raise ValueError(f"expected a JSON object, found {type(row).__name__}")
-                yield (number, _text(row, config.field), _group(row, config.split_by))
-            except UnicodeDecodeError as error:
-                bad(number, f"not UTF-8 at byte {error.start} of the line")
-            except json.JSONDecodeError as error:
-                bad(number, f"not JSON: {error.msg} at column {error.colno}")
-            except RecursionError:
-                bad(number, "not JSON that can be read: nested too deeply")
-            except ValueError as error:
-                bad(number, str(error))
-
-
-def _text(row: dict[str, Any], field: str) -> str:
-    if field not in row:
-        raise ValueError(f"no field '{field}'; fields are {', '.join(map(repr, row)) or 'none'}")
-    text = row[field]
-    if not isinstance(text, str):
-        raise ValueError(f"field '{field}' holds {type(text).__name__}, not text")
-    if not is_utf8(text):
-        raise ValueError(f"field '{field}' holds half a surrogate pair, which is no text")
-    return text
-
-
-def _group(row: dict[str, Any], split_by: str | SplitUnit) -> str | None:
-    if not isinstance(split_by, SplitUnit):
-        return None
-    value = row.get(split_by.field)
-    if value is None:
-        raise ValueError(f"no field '{split_by.field}', which split_by names")
-    key = str(value)
-    return key.partition(split_by.until)[0] if split_by.until else key
-
-
-def _parquet_rows(file: SourceFile, config: DomainConfig, bad: Report) -> Iterator[Row]:
-    columns = [config.field]
-    if isinstance(config.split_by, SplitUnit):
-        columns.append(config.split_by.field)
-    with file.open_seekable() as stream, pq.ParquetFile(stream) as table:
-        missing = [name for name in columns if name not in table.schema_arrow.names]
-        if missing:
-            known = ", ".join(table.schema_arrow.names)
-            raise DataError(
-                f"{file.path} has no column '{missing[0]}', only {known}; set the domain's field or split_by"
-            )
-        number = 0
-        for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=list(dict.fromkeys(columns))):
-            for row in range(batch.num_rows):
-                number += 1
-                try:
-                    values = {name: batch.column(name)[row].as_py() for name in batch.schema.names}
-                    yield number, _text(values, config.field), _group(values, config.split_by)
-                except UnicodeDecodeError as error:
-                    bad(number, f"not UTF-8 at byte {error.start} of the text")
-                except ValueError as error:
-                    bad(number, str(error))
-
-
-def _plain_text(file: SourceFile, bad: Report) -> Iterator[Row]:
-    """A file is a document; a long one is cut at a blank line, or at a line's end if there is none near."""
-    parts: list[str] = []
-    size, first = 0, 1
-    with file.open() as stream:
-        for number, line in _line_pieces(stream):
-            if not parts:
-                first = number
-            if first == number == 1 and b"\0" in line:
-                bad(1, "a NUL byte: the file is binary, not text")
-                return
-            try:
-                parts.append(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                bad(number, f"not UTF-8 at byte {error.start} of the line")
-                continue
-            size += len(line)
-            if size >= 2 * PLAIN_DOCUMENT_BYTES or (size >= PLAIN_DOCUMENT_BYTES and line.isspace()):
-                yield first, "".join(parts), None
-                parts, size = [], 0
-    if parts:
-        yield first, "".join(parts), None
-
-
-def _line_pieces(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Lines with their numbers; one too long to hold comes in pieces, cut between characters."""
-    number, rest = 1, b""
-    while piece := stream.readline(PLAIN_DOCUMENT_BYTES):
-        piece = rest + piece
-        cut = len(piece)
-        if not piece.endswith(b"\n") and cut >= PLAIN_DOCUMENT_BYTES:
-            # The last character may go on in the next piece: at most 3 bytes 10xxxxxx follow its first.
-            cut -= next((back for back in range(1, 5) if piece[-back] & 0xC0 != 0x80), 0)
-        rest = piece[cut:]
-        yield number, piece[:cut]
-        number += piece.endswith(b"\n")
-    if rest:
-        yield number, rest
+def _no_match(name: str, pattern: str, text_root: Path, matches: list[Path]) -> str:
+    start = f"domain '{name}': '{pattern}' matches no file below {text_root}"
+    if matches:
+        return f"{start}, only folders; name files in them, such as '{pattern.rstrip('/')}/**/*.txt'"
+    return f"{start}; correct the path, or set text_root to the folder that it is relative to"

@@ -1,19 +1,20 @@
-"""Which split a document falls in, and whether its text was seen before: both by hash, so that adding files
-moves nothing."""
+"""Which split a document falls in: decided by a hash, so that adding files moves no document."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
 
-from btm_scale.data.sources import Document
+from btm_scale.data.documents import Document
 
 
 @dataclass(frozen=True)
 class Identity:
-    """A document's split, and its text's digest [16 bytes] and size in UTF-8 bytes."""
+    """What is kept of a document while its text is encoded: its split and split key, its text's digest [16 bytes]
+    and the text's size in UTF-8 bytes."""
 
     split: str
+    split_key: str | None
     digest: bytes
     bytes: int
 
@@ -26,7 +27,7 @@ class Identity:
 def identify(document: Document, *, dev: float, test: float) -> Identity:
     """Place a document by the hash of its split key, or of its text if it has none.
 
-    `dev` and `test` are shares of the hash range. Equal texts (or groups) fall into the same split in every
+    `dev` and `test` are fractions of the hash range. Equal texts (or split keys) fall into the same split in every
     domain and every run.
     """
     text = document.text.encode()
@@ -35,19 +36,4 @@ def identify(document: Document, *, dev: float, test: float) -> Identity:
         decisive = hashlib.blake2b(document.split_key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     place = int.from_bytes(decisive[:8], "little") / 2.0**64
     split = "test" if place < test else "dev" if place < test + dev else "train"
-    return Identity(split, digest, len(text))
-
-
-class TextDigest:
-    """One digest of a stream of documents, their order and groups."""
-
-    def __init__(self) -> None:
-        self._total = hashlib.sha256()
-
-    def add(self, identity: Identity, document: Document) -> None:
-        """Take in the next document."""
-        self._total.update(identity.digest + repr(document.split_key).encode())
-
-    def hexdigest(self) -> str:
-        """The digest of what was taken in."""
-        return self._total.hexdigest()
+    return Identity(split, document.split_key, digest, len(text))

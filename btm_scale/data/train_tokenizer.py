@@ -1,11 +1,11 @@
-"""Give a run its tokenizer: train one on a balanced sample of the domains, or take over an existing one."""
+"""Make a run's tokenizer: train one on a balanced sample of the domains, or copy an existing one."""
 
 from __future__ import annotations
 
 import io
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from tokenizers import AddedToken, decoders, normalizers
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE
 
-from btm_scale.config.run import RunConfig
-from btm_scale.data.files import SourceFile, resolve
-from btm_scale.data.sources import BadLines, empty_domain, read_file
+from btm_scale.config.data import DataConfig
+from btm_scale.data.documents import BadLines, empty_domain, read_file
+from btm_scale.data.files import SourceFile
+from btm_scale.data.sources import DomainSource
 from btm_scale.data.splits import identify
 from btm_scale.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer, TransformersTokenizer, first_line
 from btm_scale.errors import DataError
@@ -41,8 +42,8 @@ _PROBES = (
 def train_tokenizer(directory: Path, texts: Iterable[str], *, vocab_size: int) -> None:
     """Train a sentencepiece BPE tokenizer and write it as a Hugging Face directory.
 
-    Every text can be encoded (bytes are the last resort) and comes back as it was: nothing is normalised and
-    a newline is a token of its own. Raises DataError if the texts hold too little for `vocab_size` tokens.
+    Every text can be encoded (unknown characters as bytes) and decodes to itself: nothing is normalised, and a newline
+    is its own token. Raises DataError if the texts are too short for `vocab_size` tokens.
     """
     model = io.BytesIO()
     lines = _Lines(texts)
@@ -71,8 +72,7 @@ def train_tokenizer(directory: Path, texts: Iterable[str], *, vocab_size: int) -
             raise lines.error from None
         raise DataError(
             f"no tokenizer of {vocab_size} tokens can be trained on this text ({first_line(error)}). "
-            "Set tokenizer.vocab_size to what the text carries, give more text, or name an existing "
-            "tokenizer in tokenizer.path."
+            "Lower tokenizer.vocab_size, give more text, or name an existing tokenizer in tokenizer.path."
         ) from None
     (directory / SENTENCEPIECE_FILE).write_bytes(model.getvalue())
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
@@ -89,7 +89,7 @@ def train_tokenizer(directory: Path, texts: Iterable[str], *, vocab_size: int) -
 
 
 class _Lines:
-    """The lines of texts, once. sentencepiece makes a RuntimeError of its own of any other, so `error` keeps it."""
+    """The lines of texts, once. sentencepiece turns every exception into a RuntimeError; `error` keeps the original."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self._texts = texts
@@ -104,7 +104,7 @@ class _Lines:
 
 
 def _training_lines(texts: Iterable[str]) -> Iterator[str]:
-    # A newline never joins another character, so lines are all that merges can be learned from.
+    # A newline never merges with another character, so lines are enough to learn merges from.
     for text in texts:
         for line in text.split("\n"):
             for start in range(0, len(line), _LINE_CHARACTERS):
@@ -114,7 +114,7 @@ def _training_lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _fast_tokenizer(model: Any) -> FastTokenizer:
-    """The same BPE for the `tokenizers` library: every way to make a piece of two is a merge, best first."""
+    """The same BPE for the `tokenizers` library: every pair of pieces that forms a piece is a merge, best first."""
     pieces = [model.id_to_piece(token) for token in range(model.get_piece_size())]
     ids = {piece: token for token, piece in enumerate(pieces)}
     learned = [
@@ -148,48 +148,45 @@ def adopt_tokenizer(directory: Path, source: Path) -> None:
     """Copy an existing tokenizer. Raises DataError if it can't be loaded here or by transformers."""
     own = Tokenizer.load(source)
     try:
-        reference = TransformersTokenizer(source)
+        reference = own if isinstance(own, TransformersTokenizer) else TransformersTokenizer(source)
     except (OSError, RuntimeError, ValueError, ImportError, KeyError) as error:
         raise DataError(
-            f"transformers.AutoTokenizer cannot load {source}: {first_line(error)}. Finished experts "
-            "carry their tokenizer in that form; add tokenizer.json and tokenizer_config.json."
+            f"transformers.AutoTokenizer cannot load {source}: {first_line(error)}. Experts are published with a "
+            "tokenizer in that form; add tokenizer.json and tokenizer_config.json."
         ) from None
-    is_sentencepiece = not isinstance(own, TransformersTokenizer)
-    if is_sentencepiece and all(own.encode(probe) == reference.encode(probe) for probe in _PROBES):
+    if own is not reference and all(own.encode(probe) == reference.encode(probe) for probe in _PROBES):
         for name in _TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, directory / name)
         return
-    # Written anew, for what AutoTokenizer loads may hang on a config.json that belongs to a model.
+    # Saved again, because what AutoTokenizer loads may depend on a config.json that belongs to a model.
     reference.save(directory)
 
 
-def balanced_sample(config: RunConfig) -> Iterator[str]:
-    """About `tokenizer.sample_bytes` of training text, the same share from every training domain.
+def balanced_sample(sources: Sequence[DomainSource], sample_bytes: int, data: DataConfig) -> Iterator[str]:
+    """About `sample_bytes` of training text, the same amount from every domain.
 
     Raises DataError if a domain is empty.
     """
-    for name in config.domains:
-        yield from _domain_sample(name, config, config.tokenizer.sample_bytes / len(config.domains))
+    for source in sources:
+        yield from _domain_sample(source, sample_bytes / len(sources), data)
 
 
-def _domain_sample(name: str, config: RunConfig, share: float) -> Iterator[str]:
+def _domain_sample(source: DomainSource, share: float, data: DataConfig) -> Iterator[str]:
     """`share` bytes, spread over the domain's files by their size."""
-    domain = config.domains[name]
-    bad_lines = BadLines(config.data.on_bad_line)
-    files = resolve(name, domain, config.text_root)
-    sizes = [_expected_bytes(file) for file in files]
+    bad_lines = BadLines(data.on_bad_line)
+    sizes = [_expected_bytes(file) for file in source.files]
     unread = sum(sizes)
     documents = 0
-    for file, size in zip(files, sizes, strict=True):
+    for file, size in zip(source.files, sizes, strict=True):
         allowance = share * size / unread
         unread -= size
-        # Thinning spreads the sample over a file of many documents; a tenth bounds what is read to find it.
+        # Thinning spreads the sample over a file of many documents; at least a tenth is kept, to bound what is read.
         keep = 2.0**64 * (max(0.1, 2 * allowance / size) if file.holds_rows else 1.0)
         taken = 0
-        for document in read_file(file, domain, bad_lines):
+        for document in read_file(file, source.settings, bad_lines):
             documents += 1
-            identity = identify(document, dev=config.data.dev, test=config.data.test)
+            identity = identify(document, dev=data.dev, test=data.test)
             if identity.split == "train" and identity.key < keep:
                 text = document.text[: int(allowance - taken) + 1]
                 taken += len(text.encode())
@@ -198,9 +195,9 @@ def _domain_sample(name: str, config: RunConfig, share: float) -> Iterator[str]:
                     break
         share -= taken
     if not documents:
-        raise empty_domain(name, len(files), bad_lines.skipped)
+        raise empty_domain(source, bad_lines.skipped)
 
 
 def _expected_bytes(file: SourceFile) -> int:
     packed = file.compressed or file.format == ".parquet"
-    return max(1, file.path.stat().st_size * (3 if packed else 1))
+    return max(1, file.stat().st_size * (3 if packed else 1))

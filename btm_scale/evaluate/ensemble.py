@@ -11,13 +11,14 @@ from btm_scale.config.evaluation import EvaluateConfig, Tempering
 from btm_scale.config.run import RunConfig
 from btm_scale.data.clustering import TENSORS, Clustering
 from btm_scale.data.discover import cluster_name
+from btm_scale.data.eval_text import EvaluationText
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.forest.methods import ENSEMBLE, METHODS, ROUTED, ROUTED_TOP_K, TOP_K, TOP_K_PER_TOKEN, Ensemble
 from btm_scale.forest.posterior.evidence import Mode
 from btm_scale.forest.posterior.mixture import mixture_log_probs
 from btm_scale.forest.posterior.prior import updating_mixture_log_probs
 from btm_scale.forest.posterior.routing import routed_mixture_log_probs
-from btm_scale.forest.scores import Stack, evaluation_text
+from btm_scale.forest.scores import Stack
 from btm_scale.run_dir import RunDir
 
 
@@ -72,9 +73,9 @@ def ensemble_methods(
 
 
 def routed_methods(
-    config: RunConfig, run: RunDir, names: Sequence[str], forest: Stack, domain: str, split: str
+    config: RunConfig, run: RunDir, names: Sequence[str], forest: Stack, text: EvaluationText
 ) -> dict[str, np.ndarray]:
-    """`ensemble:routed`, and `ensemble:routed:top<k>` for the config's k: log-probabilities [targets] of a text.
+    """`ensemble:routed`, and `ensemble:routed:top<k>` for the config's k: log-probabilities [targets] of `text`.
 
     Nothing, unless the experts `names` are those of the clustering that lies beside the run's text, and scikit-learn,
     which an evaluation can do without, is there to place text in it.
@@ -86,10 +87,9 @@ def routed_methods(
     if sorted(clusters) != sorted(names):
         return {}
     log_probs = forest.log_probs[[list(names).index(cluster) for cluster in clusters]]
-    tokens = evaluation_text(config, run, domain, split).tokens
     decode = Tokenizer.load(run.tokenizer).decode
     widths = {ROUTED.name: None} | {ROUTED_TOP_K.of(k): k for k in config.evaluate.top_k if k < len(clusters)}
     return {
-        method: routed_mixture_log_probs(log_probs, tokens, forest.block_starts, clustering, decode, top_k=k)
+        method: routed_mixture_log_probs(log_probs, text.tokens, forest.block_starts, clustering, decode, top_k=k)
         for method, k in widths.items()
     }

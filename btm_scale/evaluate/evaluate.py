@@ -101,7 +101,7 @@ def _judge(config: RunConfig, run: RunDir, names: list[str], averages: Sequence[
         method: Scores.load(run.scores(model, domain, config.evaluate.split)).log_probs
         for method, model in _single_models(config, names, averages, domain, prior).items()
     }
-    methods |= _mixtures(config, run, domain, names, prior, tempering)
+    methods |= _mixtures(config, run, text, names, prior, tempering)
     nats = {method: float(np.sum(log_probs, dtype=np.float64)) for method, log_probs in methods.items()}
     return _Judged(_Measure(len(text.targets), text.bytes), prior, tempering, nats)
 
@@ -116,13 +116,13 @@ def _single_models(
 
 
 def _mixtures(
-    config: RunConfig, run: RunDir, domain: str, names: list[str], prior: np.ndarray, tempering: Tempering
+    config: RunConfig, run: RunDir, text: EvaluationText, names: list[str], prior: np.ndarray, tempering: Tempering
 ) -> dict[str, np.ndarray]:
     """Log-probabilities [tokens] of every method that mixes models."""
-    split = config.evaluate.split
+    domain, split = text.domain, text.split
     forest = Stack.load(run, names, domain, split)
     methods = ensemble_methods(forest, prior, tempering, config.evaluate)
-    methods |= routed_methods(config, run, names, forest, domain, split)
+    methods |= routed_methods(config, run, names, forest, text)
     if config.random_split_models:
         control = Stack.load(run, config.random_split_models, domain, split)
         control_prior = dev_prior(run, config.random_split_models, domain)

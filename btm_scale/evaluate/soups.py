@@ -10,6 +10,7 @@ import torch.distributed as dist
 from btm_scale.checkpoint.merge.compatibility import promoted_dtype
 from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.config.run import RunConfig
+from btm_scale.data.eval_text import EvaluationText
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.errors import ForestError
 from btm_scale.evaluate.score import load_model, text_log_probs
@@ -67,12 +68,13 @@ def choose_soups(group: ExpertGroup, config: RunConfig, run: RunDir) -> None:
     known: dict[tuple[str, tuple[str, ...]], float] = {}
     members = {}
     for domain in config.all_domains:
+        text = evaluation_text(config, run, domain, "dev")
         alone = {name: -float(Scores.load(run.scores(name, domain, "dev")).log_probs.mean()) for name in experts(run)}
 
-        def loss(names: tuple[str, ...], domain: str = domain, alone: dict[str, float] = alone) -> float:
-            key = domain, tuple(sorted(names))
+        def loss(names: tuple[str, ...], text: EvaluationText = text, alone: dict[str, float] = alone) -> float:
+            key = text.domain, tuple(sorted(names))
             if key not in known:
-                known[key] = alone[names[0]] if len(names) == 1 else _loss(group, config, run, key[1], domain)
+                known[key] = alone[names[0]] if len(names) == 1 else _loss(group, run, key[1], text)
             return known[key]
 
         members[domain] = greedy_members(sorted(alone, key=lambda name: (alone[name], name)), loss)
@@ -81,8 +83,8 @@ def choose_soups(group: ExpertGroup, config: RunConfig, run: RunDir) -> None:
     dist.barrier()
 
 
-def _loss(group: ExpertGroup, config: RunConfig, run: RunDir, names: tuple[str, ...], domain: str) -> float:
-    """Nats a token of the average on the domain's dev text, the same on every rank."""
+def _loss(group: ExpertGroup, run: RunDir, names: tuple[str, ...], text: EvaluationText) -> float:
+    """Nats per token of the average on `text`, the same on every rank."""
     directory = run.model(f"{AVERAGE}.soup")
     if group.is_first:
         shutil.rmtree(directory, ignore_errors=True)
@@ -90,7 +92,7 @@ def _loss(group: ExpertGroup, config: RunConfig, run: RunDir, names: tuple[str, 
         merge(directory, [(model, 1.0) for model in models], dtype=promoted_dtype(models))
     dist.barrier()
     network = load_model(group, directory)
-    log_probs = text_log_probs(group, network, evaluation_text(config, run, domain, "dev"))
+    log_probs = text_log_probs(group, network, text)
     found = [-float(log_probs.mean())]
     dist.broadcast_object_list(found, src=0)
     dist.barrier()

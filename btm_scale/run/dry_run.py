@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from btm_scale.config.run import RunConfig
-from btm_scale.data.prepare import require_text
+from btm_scale.data.sources import resolve_sources
 from btm_scale.forest.branch import require_parents
 from btm_scale.forest.expert import is_finished
 from btm_scale.run.launchers import placement
@@ -19,7 +19,7 @@ def dry_run(config: RunConfig, run: RunDir, *, trains_here: bool = True) -> dict
 
     Checks every text path and, if the run's groups run on this machine (`trains_here`), their precisions.
     """
-    files = require_text(config)
+    sources = resolve_sources(config.all_domains, config.text_root)
     require_parents(config, run, model_names(config))
     if run.config.is_file():
         config = config.with_precisions_of(RunConfig.load(run.config))
@@ -44,9 +44,6 @@ def dry_run(config: RunConfig, run: RunDir, *, trains_here: bool = True) -> dict
     return {
         "run": str(run.root),
         "parameters": shape.parameters if rows else "known with the tokenizer",
-        "text": {
-            name: {"files": len(found), "bytes": sum(file.path.stat().st_size for file in found)}
-            for name, found in files.items()
-        },
+        "text": {source.name: {"files": len(source.files), "bytes": source.bytes} for source in sources},
         "models": jobs,
     }

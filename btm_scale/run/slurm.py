@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from btm_scale.config.run import RunConfig
-from btm_scale.data.files import require_text
+from btm_scale.data.sources import resolve_sources
 from btm_scale.errors import LaunchError
 from btm_scale.launch import slurm, slurm_queue
 from btm_scale.run.state import is_done, open_run
@@ -59,7 +59,7 @@ def write_scripts(config: RunConfig, run: RunDir) -> dict[str, Path]:
 
 def submit_run(config: RunConfig, run: RunDir, *, dry_run: bool, say: Say) -> dict[str, Any]:
     """Submit what is missing; returns the ids of the new jobs. A dry run writes the scripts and submits none."""
-    require_text(config)
+    resolve_sources(config.all_domains, config.text_root)  # missing text is reported before anything is submitted
     config = open_run(config, run)
     scripts = write_scripts(config, run)
     if dry_run:

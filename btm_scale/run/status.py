@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -57,11 +57,10 @@ def failures(rows: list[ModelProgress], run: RunDir) -> dict[str, Failure]:
     return {model: failure for model, failure in found.items() if failure is not None}
 
 
-def data_summary(config: RunConfig, run: RunDir) -> dict[str, Any]:
+def data_summary(run: RunDir, fingerprints: Mapping[str, Fingerprint]) -> dict[str, Any]:
     """Documents, tokens and bytes of every domain's splits, with what was skipped."""
     summary = {}
-    for name in config.all_domains:
-        made = Fingerprint.of_domain(run, name)
+    for name, made in fingerprints.items():
         summary[name] = {split: counts.model_dump() for split, counts in made.splits.items()} | {
             "skipped_lines": made.skipped_lines,
             "duplicates": made.duplicates,

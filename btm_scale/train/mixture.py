@@ -1,41 +1,47 @@
-"""A job's training text: its domains at their shares, and in the last part of the schedule at others."""
+"""The mixture that a job trains on: its domains at their weights, and at other weights in the last part of training."""
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Mapping
 
 import torch
 
 from btm_scale.config.run import RunConfig
-from btm_scale.data.dataset import TrainingBatches
+from btm_scale.data.dataset import TrainingSamples
+from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.run_dir import DENSE, SEED, RunDir
 from btm_scale.train.jobs import TrainingJob
 
 
-class TrainingText:
-    """The sequences of a job by number; in a torch.distributed world all ranks make this object together."""
+class DomainMixture:
+    """A job's training samples by number. In a torch.distributed world all ranks make this object together."""
 
-    def __init__(self, config: RunConfig, run: RunDir, job: TrainingJob, domains: Mapping[str, float]) -> None:
-        length, seed, last = config.budget.sequence_length, _seed(config, job), config.budget.last
-        self._main = TrainingBatches(
-            run, domains, sequence_length=length, samples=job.samples, seed=seed, part=job.part
+    def __init__(
+        self, config: RunConfig, run: RunDir, job: TrainingJob, domains: Mapping[str, float], tokenizer: Tokenizer
+    ) -> None:
+        seed, last = _seed(config, job), config.budget.last
+        samples_of = functools.partial(
+            TrainingSamples,
+            run,
+            tokenizer=tokenizer,
+            sequence_length=config.budget.sequence_length,
+            part=job.part,
         )
+        self._main = samples_of(domains, samples=job.samples, seed=seed)
         self._last, self._boundary = None, job.samples
         if last is None or not domains.keys() & last.weights.keys():
             return
-        # Steps whose end lies in the last part of the schedule.
+        # Steps that end before the last part of the schedule.
         early = sum(job.progress_at(step) <= 1.0 - last.share for step in range(1, job.steps + 1))
         self._boundary = job.first_sample + early * job.sequences
         if self._boundary < job.samples:
             raised = {name: share * last.weights.get(name, 1.0) for name, share in domains.items()}
-            left = job.samples - self._boundary
-            self._last = TrainingBatches(
-                run, raised, sequence_length=length, samples=left, seed=seed + 1, part=job.part
-            )
+            self._last = samples_of(raised, samples=job.samples - self._boundary, seed=seed + 1)
 
     def read(self, first: int, count: int) -> torch.Tensor:
-        """`count` sequences from number `first` on, int64 [count, sequence_length + 1]; one step's at the most."""
+        """Return `count` samples from number `first`, int64 [count, sequence_length + 1]; at most one step's."""
         if self._last is not None and first >= self._boundary:
             return self._last.read(first - self._boundary, count)
         return self._main.read(first, count)

@@ -15,7 +15,7 @@ from btm_scale.train.engine import Engine
 from btm_scale.train.export import export_expert
 from btm_scale.train.jobs import TrainingJob
 from btm_scale.train.metrics import Metrics
-from btm_scale.train.mixture import TrainingText
+from btm_scale.train.mixture import DomainMixture
 from btm_scale.train.preemption import StopRequest
 from btm_scale.train.profiler import Profile
 from btm_scale.train.start import begin_branch, load_pretrained, settled_branch
@@ -60,11 +60,12 @@ def train_and_export(group: ExpertGroup, config: RunConfig, run: RunDir, job: Tr
             engine.reset(first_model())
         return 0
 
-    train(engine, TrainingText(config, run, job, begun.domains), config, run, begin)
+    mixture = DomainMixture(config, run, job, begun.domains, tokenizer)
+    train(engine, mixture, config, run, begin)
     export_expert(engine, config, run, begun, tokenizer.eos)
 
 
-def train(engine: Engine, text: TrainingText, config: RunConfig, run: RunDir, begin: Callable[[], int]) -> None:
+def train(engine: Engine, mixture: DomainMixture, config: RunConfig, run: RunDir, begin: Callable[[], int]) -> None:
     """Take the steps that are left after `begin`; save every so often, and after the last.
 
     A bad batch is left out, after going back to where `begin` puts the engine then.
@@ -88,7 +89,7 @@ def train(engine: Engine, text: TrainingText, config: RunConfig, run: RunDir, be
                 first = job.first_sample + (step - 1) * job.sequences + group.data_rank * share
                 rate = config.optimizer.rate(job.progress_at(step))
                 with watch.step():
-                    result = engine.step(text.read(first, share), rate)
+                    result = engine.step(mixture.read(first, share), rate)
                 problem = health.problem(step, result)
                 if problem is not None:
                     health.leave_out(step, problem)

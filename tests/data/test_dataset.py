@@ -13,8 +13,9 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from btm_scale.config.run import RunConfig
-from btm_scale.data.dataset import TrainingBatches
+from btm_scale.data.dataset import TrainingSamples
 from btm_scale.data.fingerprint import Fingerprint
+from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import DataError
 from btm_scale.run_dir import RunDir
 
@@ -29,16 +30,17 @@ def run(prepared: tuple[RunConfig, RunDir], tmp_path: Path) -> RunDir:
     return copy
 
 
-def batches(run: RunDir, samples: int = 300, seed: int = 1, **changes: object) -> TrainingBatches:
+def samples_of(run: RunDir, samples: int = 300, seed: int = 1, **changes: object) -> TrainingSamples:
     arguments = {"weights": {"code": 1.0, "prose": 1.0}, "sequence_length": LENGTH} | changes
-    return TrainingBatches(run, samples=samples, seed=seed, **arguments)  # type: ignore[arg-type]
+    tokenizer = Tokenizer.load(run.tokenizer)
+    return TrainingSamples(run, tokenizer=tokenizer, samples=samples, seed=seed, **arguments)  # type: ignore[arg-type]
 
 
 def test_any_stretch_reads_the_same_from_anywhere(run: RunDir) -> None:
-    whole = batches(run).read(0, 300)
+    whole = samples_of(run).read(0, 300)
     assert whole.shape == (300, LENGTH + 1)
     assert whole.dtype == torch.int64
-    again = batches(run)
+    again = samples_of(run)
     for first, count in ((250, 50), (0, 1), (37, 64), (299, 1)):
         assert torch.equal(again.read(first, count), whole[first : first + count])
     with pytest.raises(IndexError):
@@ -46,16 +48,16 @@ def test_any_stretch_reads_the_same_from_anywhere(run: RunDir) -> None:
 
 
 def test_the_order_is_the_seeds_and_survives_the_loss_of_the_index(run: RunDir) -> None:
-    whole = batches(run).read(0, 300)
+    whole = samples_of(run).read(0, 300)
     shutil.rmtree(run.index_cache)
-    assert torch.equal(batches(run).read(0, 300), whole)
-    assert not torch.equal(batches(run, seed=2).read(0, 300), whole)
+    assert torch.equal(samples_of(run).read(0, 300), whole)
+    assert not torch.equal(samples_of(run, seed=2).read(0, 300), whole)
 
 
 def test_one_epoch_holds_every_token_once(run: RunDir) -> None:
     made = Fingerprint.of_domain(run, "prose").splits["train"]
     samples = (made.tokens - 1) // LENGTH
-    read = batches(run, samples, weights={"prose": 1.0}).read(0, samples)
+    read = samples_of(run, samples, weights={"prose": 1.0}).read(0, samples)
     documents = IndexedDataset(str(run.tokens("prose", "train")))
     expected = np.bincount(np.concatenate([documents[i] for i in range(len(documents))]), minlength=512)
     found = np.bincount(read[:, 1:].flatten().numpy(), minlength=512)
@@ -67,16 +69,16 @@ def test_one_epoch_holds_every_token_once(run: RunDir) -> None:
 def test_more_samples_than_text_go_over_it_again(run: RunDir) -> None:
     made = Fingerprint.of_domain(run, "prose").splits["train"]
     samples = 3 * made.tokens // LENGTH
-    read = batches(run, samples, weights={"prose": 1.0}).read(0, samples)
+    read = samples_of(run, samples, weights={"prose": 1.0}).read(0, samples)
     assert len(read) == samples
     counts = np.bincount(read[:, 1:].flatten().numpy(), minlength=512)
-    once = np.bincount(batches(run, samples // 3, weights={"prose": 1.0}).read(0, samples // 3).flatten().numpy())
+    once = np.bincount(samples_of(run, samples // 3, weights={"prose": 1.0}).read(0, samples // 3).flatten().numpy())
     common = once.argmax()
     assert abs(counts[common] / once[common] - 3) < 0.2
 
 
 def test_weights_are_shares_of_the_samples_all_along(run: RunDir) -> None:
-    blend = batches(run, 400, weights={"code": 6, "prose": 2, "absent": 0})
+    blend = samples_of(run, 400, weights={"code": 6, "prose": 2, "absent": 0})
     assert np.bincount(blend._domain_of[:100]).tolist() == [75, 25]
     assert np.bincount(blend._domain_of).tolist() == [300, 100]
     assert blend.read(0, 400).shape == (400, LENGTH + 1)
@@ -86,36 +88,36 @@ def test_parts_share_no_document_and_leave_none_out(run: RunDir) -> None:
     documents = IndexedDataset(str(run.tokens("prose", "train")))
     seen = []
     for which in range(3):
-        part = batches(run, 50, seed=which, weights={"prose": 1.0}, part=(which, 3))
+        part = samples_of(run, 50, seed=which, weights={"prose": 1.0}, part=(which, 3))
         assert part.read(0, 50).shape == (50, LENGTH + 1)
         seen.append(set(part._domains[0].indices.tolist()))
     assert set.union(*seen) == set(range(len(documents)))
     assert sum(map(len, seen)) == len(documents)
     with pytest.raises(DataError, match=r"part 1 of 5000 of domain 'prose' has \d+ documents, too few"):
-        batches(run, 50, weights={"prose": 1.0}, part=(0, 5_000))
+        samples_of(run, 50, weights={"prose": 1.0}, part=(0, 5_000))
 
 
 def test_other_text_under_the_same_name_gets_another_index(run: RunDir) -> None:
-    before = batches(run, weights={"code": 1.0}).read(0, 300)
+    before = samples_of(run, weights={"code": 1.0}).read(0, 300)
     # The other domain's token files take the place of code's.
     shutil.rmtree(run.domain("code"))
     shutil.copytree(run.domain("prose"), run.domain("code"))
-    after = batches(run, weights={"code": 1.0}).read(0, 300)
+    after = samples_of(run, weights={"code": 1.0}).read(0, 300)
     assert not torch.equal(before, after)
-    assert torch.equal(after, batches(run, weights={"prose": 1.0}).read(0, 300))
+    assert torch.equal(after, samples_of(run, weights={"prose": 1.0}).read(0, 300))
 
 
 def test_a_domain_that_is_not_prepared_is_told(run: RunDir) -> None:
     with pytest.raises(DataError, match=r"data/law has no token files. Prepare the run first"):
-        batches(run, weights={"law": 1.0})
+        samples_of(run, weights={"law": 1.0})
     with pytest.raises(DataError, match="no domain has a weight above 0"):
-        batches(run, weights={"code": 0})
+        samples_of(run, weights={"code": 0})
 
 
 def _read_in_group(root: Path, store: Path, rank: int, ranks: int) -> torch.Tensor:
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     try:
-        return batches(RunDir(root)).read(100, 20)
+        return samples_of(RunDir(root)).read(100, 20)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -123,7 +125,7 @@ def _read_in_group(root: Path, store: Path, rank: int, ranks: int) -> torch.Tens
 def test_two_groups_and_all_their_ranks_read_the_same_at_once(run: RunDir, tmp_path: Path) -> None:
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         waiting = [pool.submit(_read_in_group, run.root, tmp_path / "store", rank, 2) for rank in range(2)]
-        expected = batches(run).read(100, 20)
+        expected = samples_of(run).read(100, 20)
         results = [future.result() for future in waiting]
     assert all(torch.equal(result, expected) for result in results)
     assert [path.name.startswith(".") for path in run.index_cache.iterdir()] == [False]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from btm_scale.config.run import DomainConfig
 from btm_scale.data.demo_text import write_installed_text
-from btm_scale.data.sources import BadLines, read_documents
+from btm_scale.data.documents import BadLines, read_documents
+from btm_scale.data.sources import resolve_domain
 
 
 def test_every_installation_has_four_domains_of_text(tmp_path: Path) -> None:
@@ -17,7 +18,7 @@ def test_every_installation_has_four_domains_of_text(tmp_path: Path) -> None:
     texts = {}
     for name, values in domains.items():
         config = DomainConfig.model_validate(values)
-        documents = list(read_documents(name, config, tmp_path / "one", on_bad_line=BadLines()))
+        documents = list(read_documents(resolve_domain(name, config, tmp_path / "one"), BadLines()))
         texts[name] = [document.text for document in documents]
         size = sum(len(text.encode()) for text in texts[name])
         assert 100_000 < size <= 150_000

@@ -12,6 +12,7 @@ from helpers.tiny_run import btm_scale, tiny_values, write_config
 from btm_scale.config.run import DomainConfig, RunConfig
 from btm_scale.data.clustering import Clustering, balanced_kmeans, squared_distances
 from btm_scale.data.discover import DOMAINS, discover, random_sample
+from btm_scale.data.sources import resolve_domain, resolve_sources
 from btm_scale.errors import DataError
 
 KINDS = ("python", "cpp", "licences", "docs")
@@ -89,11 +90,12 @@ def test_a_sample_of_a_stream_is_uniform() -> None:
 
 def test_a_runs_own_domains_can_be_found_anew(real_text: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", tiny_values(real_text))
-    answer = discover(config.domains, config.text_root, tmp_path / "out", clusters=2, sample=100)
+    collection = resolve_sources(config.domains, config.text_root)
+    answer = discover(collection, tmp_path / "out", clusters=2, sample=100)
     held = answer["clusters"].values()
     assert sum(cluster["documents"] for cluster in held) > 50
     assert all(cluster["terms"] for cluster in held)
-    again = discover(config.domains, config.text_root, tmp_path / "again", clusters=2, sample=100)
+    again = discover(collection, tmp_path / "again", clusters=2, sample=100)
     assert again["clusters"] == answer["clusters"]
     for name in ("cluster0", "cluster1"):
         assert (tmp_path / "out" / f"{name}.jsonl.gz").read_bytes() == (
@@ -103,11 +105,11 @@ def test_a_runs_own_domains_can_be_found_anew(real_text: Path, tmp_path: Path) -
 
 def test_too_little_text_or_an_output_that_holds_something_is_refused(tmp_path: Path) -> None:
     (tmp_path / "few.jsonl").write_text('{"text": "one word"}\n{"text": "another word"}\n')
-    collection = {"few": DomainConfig(text=("few.jsonl",))}
+    collection = [resolve_domain("few", DomainConfig(text=("few.jsonl",)), tmp_path)]
     with pytest.raises(DataError, match="4 documents for each"):
-        discover(collection, tmp_path, tmp_path / "out", clusters=2)
+        discover(collection, tmp_path / "out", clusters=2)
     assert list(tmp_path.iterdir()) == [tmp_path / "few.jsonl"]
     with pytest.raises(DataError, match="exists already"):
-        discover(collection, tmp_path, tmp_path, clusters=2)
+        discover(collection, tmp_path, clusters=2)
     with pytest.raises(DataError, match="no clustering in"):
         Clustering.load(tmp_path)

@@ -13,7 +13,7 @@ from helpers.text_samples import CODE, PROSE, MakeConfig, prose_texts, python_te
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from btm_scale.config.run import RunConfig
-from btm_scale.data.dataset import TrainingBatches
+from btm_scale.data.dataset import TrainingSamples
 from btm_scale.data.eval_text import EvaluationText
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.data.prepare import prepare
@@ -196,7 +196,7 @@ def require_refused(config: RunConfig, run: RunDir, domain: str, match: str) -> 
     with pytest.raises(DataError, match=match):
         prepare(config, run)
     with pytest.raises(DataError, match=match):
-        TrainingBatches(run, {domain: 1}, sequence_length=64, samples=10, seed=1)
+        TrainingSamples(run, {domain: 1}, Tokenizer.load(run.tokenizer), sequence_length=64, samples=10, seed=1)
     with pytest.raises(DataError, match=match):
         EvaluationText.load(run, domain, "test", tokens=100, sequence_length=64)
 

@@ -1,198 +1,175 @@
-"""Documents out of every format, and a message for every line that holds none."""
+"""Which files a domain's text comes from: resolved once, and the same for every step that reads them."""
 
 from __future__ import annotations
 
-import gzip
-import json
+import glob
 import os
-import tracemalloc
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import zstandard
+from helpers.text_samples import MakeConfig, prose_texts, python_texts, write_jsonl
 
-from btm_scale.config.run import DomainConfig
-from btm_scale.data import sources
-from btm_scale.data.files import resolve
-from btm_scale.data.sources import BadLines, Document, read_documents
+from btm_scale.config.run import DomainConfig, RunConfig
+from btm_scale.data.discover import collection_of, discover
+from btm_scale.data.documents import BadLines, read_documents
+from btm_scale.data.encode import Encoder
+from btm_scale.data.fingerprint import Fingerprint
+from btm_scale.data.prepare import prepare
+from btm_scale.data.sources import DomainSource, resolve_domain, resolve_sources
+from btm_scale.data.token_files import digest_of_text, write_domain
+from btm_scale.data.train_tokenizer import balanced_sample
 from btm_scale.errors import DataError
+from btm_scale.run.dry_run import dry_run
+from btm_scale.run.slurm import submit_run
+from btm_scale.run_dir import RunDir
 
-TEXTS = ["first\n  text\twith tabs", "zweiter — mit Umlaut ü", "最後 🎉"]
-
-
-def read(root: Path, bad_lines: BadLines | None = None, **domain: Any) -> list[Document]:
-    config = DomainConfig.model_validate(domain)
-    return list(read_documents("d", config, root, on_bad_line=bad_lines or BadLines()))
-
-
-def texts(root: Path, **domain: Any) -> list[str]:
-    return [document.text for document in read(root, **domain)]
-
-
-def jsonl(rows: list[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-COMPRESS: dict[str, Callable[[bytes], bytes]] = {
-    "": bytes,
-    ".gz": gzip.compress,
-    ".zst": zstandard.ZstdCompressor().compress,
+DOMAINS = {
+    "code": {"text": "code/**/*.jsonl", "split_by": {"field": "file"}},
+    "prose": {"text": ["prose/*.jsonl"]},
 }
 
 
-@pytest.mark.parametrize("suffix", COMPRESS)
-def test_the_same_documents_come_from_every_format(tmp_path: Path, suffix: str) -> None:
-    rows = [{"body": text, "n": i} for i, text in enumerate(TEXTS)]
-    table = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows), table, row_group_size=2)
-    contents = {"rows.jsonl": jsonl(rows), "rows.parquet": table.getvalue().to_pybytes()}
-    for name, content in contents.items():
-        (tmp_path / (name + suffix)).write_bytes(COMPRESS[suffix](content))
-        assert texts(tmp_path, text=name + suffix, field="body") == TEXTS
-    for number, text in enumerate(TEXTS):
-        (tmp_path / f"{number}.md{suffix}").write_bytes(COMPRESS[suffix](text.encode()))
-    assert texts(tmp_path, text=f"*.md{suffix}") == TEXTS
-
-
-def test_several_compressed_streams_in_one_file_are_read_to_the_end(tmp_path: Path) -> None:
-    for suffix in (".gz", ".zst"):
-        parts = [COMPRESS[suffix](jsonl([{"text": text}])) for text in TEXTS]
-        (tmp_path / f"a.jsonl{suffix}").write_bytes(b"".join(parts))
-        assert texts(tmp_path, text=f"a.jsonl{suffix}") == TEXTS
+def names(root: Path, *text: str) -> list[str]:
+    return [file.name for file in resolve_domain("d", DomainConfig(text=text), root).files]
 
 
 def test_globs_and_lists_give_each_file_once_in_the_order_of_names(tmp_path: Path) -> None:
     for name in ("b/x.py", "a/deep/y.py", "a/z[1].py", "a/skip.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    assert texts(tmp_path, text=["b/x.py", "**/*.py"]) == ["a/deep/y.py", "a/z[1].py", "b/x.py"]
-    assert texts(tmp_path, text="a/z[1].py") == ["a/z[1].py"]
-    assert texts(tmp_path / "b", text=str(tmp_path / "a" / "*.txt")) == ["a/skip.txt"]
+    assert names(tmp_path, "b/x.py", "**/*.py") == ["a/deep/y.py", "a/z[1].py", "b/x.py"]
+    assert names(tmp_path, "a/z[1].py") == ["a/z[1].py"]
+    outside = str(tmp_path / "a" / "skip.txt")
+    assert names(tmp_path / "b", str(tmp_path / "a" / "*.txt")) == [outside]
 
 
-def test_a_file_name_that_is_no_text_is_told(tmp_path: Path) -> None:
+def test_a_file_name_that_is_not_text_is_an_error(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"\xff.txt")).write_text("some text")
-    with pytest.raises(DataError, match=r"'\\udcff.txt' is not UTF-8; give the file another"):
-        resolve("a", DomainConfig(text="*.txt"), tmp_path)
+    with pytest.raises(DataError, match=r"the file name '\\udcff.txt' is not UTF-8; rename the file"):
+        names(tmp_path, "*.txt")
 
 
-def test_a_path_that_matches_nothing_names_domain_path_and_root(tmp_path: Path) -> None:
+def test_every_path_that_matches_nothing_is_reported_at_once_with_its_domain_and_root(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
+    domains = {"d": DomainConfig(text=("gone/*.txt", "folder")), "e": DomainConfig(text=("law.jsonl",))}
     with pytest.raises(DataError) as caught:
-        read(tmp_path, text=["gone/*.txt", "folder"])
-    message = str(caught.value)
-    assert "domain 'd': 'gone/*.txt' matches no file" in message
-    assert str(tmp_path) in message
-    assert "only folders; name files in them, such as 'folder/**/*.txt'" in message
+        resolve_sources(domains, tmp_path)
+    gone, folder, law = str(caught.value).splitlines()
+    assert gone.startswith(f"domain 'd': 'gone/*.txt' matches no file below {tmp_path}")
+    assert "only folders; name files in them, such as 'folder/**/*.txt'" in folder
+    assert law.startswith("domain 'e': 'law.jsonl' matches no file")
 
 
-def test_a_long_plain_file_is_cut_at_blank_lines_and_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sources, "PLAIN_DOCUMENT_BYTES", 1000)
-    paragraph = "line of text ü\n" * 5 + "\n"
-    content = paragraph * 60 + "ü" * 5000 + "\n" + "without blank lines\n" * 300
-    (tmp_path / "long.txt").write_text(content, encoding="utf-8")
-    documents = read(tmp_path, text="long.txt")
-    assert "".join(document.text for document in documents) == content
-    assert max(len(document.text.encode()) for document in documents) < 3100
-    assert documents[0].text.endswith("\n\n")
+@pytest.fixture
+def globbed(tmp_path: Path, make_config: MakeConfig) -> RunConfig:
+    """A run whose domains are globs, one of them split by a field."""
+    for folder in ("code/deep", "prose"):
+        (tmp_path / "text" / folder).mkdir(parents=True)
+    write_jsonl(tmp_path / "text" / "code" / "deep" / "a.jsonl", python_texts(200), file=lambda i: i // 4)
+    write_jsonl(tmp_path / "text" / "prose" / "a.jsonl", prose_texts(300))
+    return make_config(tmp_path / "text", DOMAINS)
 
 
-def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
-    def peak(lines: int) -> int:
-        line = jsonl([{"text": "x" * 5_000}])
-        with gzip.open(tmp_path / "big.jsonl.gz", "wb", compresslevel=1) as file:
-            for _ in range(lines):
-                file.write(line)
-        config = DomainConfig(text=("big.jsonl.gz",))
-        tracemalloc.start()
-        for _ in read_documents("d", config, tmp_path, on_bad_line=BadLines()):
-            pass
-        highest = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        return highest
+@pytest.fixture
+def patterns(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each pattern was looked up since it was last cleared."""
+    counts: Counter[str] = Counter()
+    lookup = glob.iglob
 
-    assert peak(4_000) < peak(400) + 200_000  # 20 MB against 2 MB
+    def counted(pattern: str, **options: Any) -> Iterator[str]:
+        counts[pattern] += 1
+        return lookup(pattern, **options)
+
+    monkeypatch.setattr("btm_scale.data.sources.glob.iglob", counted)
+    return counts
 
 
-BAD_LINES = {
-    b'{"text": "\xff"}\n': "not UTF-8 at byte 10 of the line",
-    b'{"text": "a"\n': "not JSON: Expecting ',' delimiter",
-    b"[1]\n": "expected a JSON object, found list",
-    b'{"body": "a"}\n': "no field 'text'; fields are 'body'",
-    b'{"text": 3}\n': "field 'text' holds int, not text",
-    b'{"text": "\\ud800"}\n': "field 'text' holds half a surrogate pair",
-    b'{"text": ' + b"[" * 100_000 + b"\n": "not JSON that can be read: nested too deeply",
-}
-
-
-@pytest.mark.parametrize("bad", BAD_LINES)
-def test_a_malformed_line_is_named_or_skipped_and_counted(tmp_path: Path, bad: bytes) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n\n' + bad + b'{"text": "also good"}\n')
-    with pytest.raises(DataError) as caught:
-        read(tmp_path, text="a.jsonl")
-    assert f"{tmp_path / 'a.jsonl'}, line 3: {BAD_LINES[bad]}" in str(caught.value)
-    assert "data.on_bad_line" in str(caught.value)
-    bad_lines = BadLines("skip")
-    assert [document.text for document in read(tmp_path, bad_lines, text="a.jsonl")] == ["good", "also good"]
-    assert bad_lines.skipped == 1
-
-
-def test_an_undecodable_line_of_plain_text_and_a_binary_file_are_told(tmp_path: Path) -> None:
-    (tmp_path / "latin.txt").write_bytes("one\ncaf\xe9\nthree\n".encode("latin-1"))
-    (tmp_path / "image.txt").write_bytes(b"\x89PNG\0\0\n" * 10)
-    with pytest.raises(DataError, match=r"latin.txt, line 2: not UTF-8 at byte 3 of the line"):
-        read(tmp_path, text="latin.txt")
-    with pytest.raises(DataError, match=r"image.txt, line 1: a NUL byte: the file is binary"):
-        read(tmp_path, text="image.txt")
-    bad_lines = BadLines("skip")
-    assert [document.text for document in read(tmp_path, bad_lines, text="*.txt")] == ["one\nthree\n"]
-    assert bad_lines.skipped == 2
-
-
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_a_damaged_file_is_told_with_the_place_where_it_ends(tmp_path: Path, suffix: str) -> None:
-    content = jsonl([{"text": f"{i} " + "".join(chr(97 + i * j % 26) for j in range(3000))} for i in range(500)])
-    packed = COMPRESS[suffix](content)
-    (tmp_path / f"a.jsonl{suffix}").write_bytes(packed[: len(packed) // 2])
-    with pytest.raises(DataError, match=r"a.jsonl.*, line \d+: "):
-        read(tmp_path, text=f"a.jsonl{suffix}")
-    (tmp_path / f"b.jsonl{suffix}").write_bytes(b"this is not compressed at all")
-    with pytest.raises(DataError, match=r"line 1: the file is damaged after this place"):
-        read(tmp_path, text=f"b.jsonl{suffix}")
-
-
-def test_parquet_tells_a_missing_column_a_null_and_a_file_of_another_kind(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"text": ["a", None, "c"]}), tmp_path / "a.parquet")
-    (tmp_path / "b.parquet").write_bytes(b"no parquet")
-    with pytest.raises(DataError, match=r"a.parquet, line 2: field 'text' holds NoneType, not text"):
-        read(tmp_path, text="a.parquet")
-    with pytest.raises(DataError, match=r"a.parquet has no column 'body', only text; set the domain's field"):
-        read(tmp_path, text="a.parquet", field="body")
-    with pytest.raises(DataError, match=r"b.parquet, line 1: the file is damaged"):
-        read(tmp_path, text="b.parquet")
-
-
-def test_groups_come_from_a_field_up_to_a_mark_or_from_the_file(tmp_path: Path) -> None:
-    rows = [{"text": "a", "source": "book#1"}, {"text": "b", "source": "book#2"}, {"text": "c"}]
-    (tmp_path / "a.jsonl").write_bytes(jsonl(rows[:2]))
-    groups = [
-        document.split_key for document in read(tmp_path, text="a.jsonl", split_by={"field": "source", "until": "#"})
+def test_every_command_looks_each_glob_up_once(globbed: RunConfig, patterns: Counter[str], tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    once = {str(globbed.text_root / path): 1 for domain in globbed.all_domains.values() for path in domain.text}
+    commands: list[Callable[[], object]] = [
+        lambda: dry_run(globbed, run),
+        lambda: submit_run(globbed, run, dry_run=True, say=print),
+        lambda: prepare(globbed, run),  # the tokenizer, a split by a field, and token files
+        lambda: prepare(globbed, run),  # only checks them
     ]
-    assert groups == ["book", "book"]
-    assert [document.split_key for document in read(tmp_path, text="a.jsonl", split_by="file")] == ["a.jsonl"] * 2
-    assert [document.split_key for document in read(tmp_path, text="a.jsonl")] == [None, None]
-    (tmp_path / "b.jsonl").write_bytes(jsonl(rows))
-    with pytest.raises(DataError, match=r"line 3: no field 'source', which split_by names"):
-        read(tmp_path, text="b.jsonl", split_by={"field": "source"})
+    for command in commands:
+        patterns.clear()
+        command()
+        assert patterns == once
 
 
-def test_white_space_is_no_document_and_a_byte_order_mark_no_text(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl([{"text": "a"}, {"text": " \n"}, {"text": ""}]))
-    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfb\r\n")
-    assert texts(tmp_path, text=["a.jsonl", "b.txt"]) == ["a", "b\r\n"]
+def test_discover_reads_its_collection_twice_from_one_lookup(
+    globbed: RunConfig, patterns: Counter[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("sklearn", reason="finding domains needs scikit-learn")
+    collection = collection_of([globbed.text_root / "**" / "*.jsonl*"], "text")
+    found = discover(collection, tmp_path / "found", clusters=2, sample=100)
+    assert sum(cluster["documents"] for cluster in found["clusters"].values()) == 500
+    assert list(patterns.values()) == [1]
+
+
+def test_a_file_that_appears_while_a_run_is_prepared_is_left_out_of_it_altogether(
+    globbed: RunConfig, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    undisturbed, run = RunDir(tmp_path / "undisturbed"), RunDir(tmp_path / "run")
+    prepare(globbed, undisturbed)
+
+    def add_files(domain: str, size: int, documents: int) -> None:
+        for folder in ("code", "prose"):
+            late = [f"late {text}" for text in prose_texts(50)]
+            write_jsonl(globbed.text_root / folder / "late.jsonl", late, file=lambda i: i)
+
+    made = prepare(globbed, run, add_files)
+    for domain in ("code", "prose"):
+        assert [Path(file.name).name for file in made[domain].sources] == ["a.jsonl"]
+        for path in undisturbed.domain(domain).iterdir():
+            assert path.read_bytes() == (run.domain(domain) / path.name).read_bytes()
+    with pytest.raises(DataError, match=r"made from something else: code/late.jsonl is new"):
+        prepare(globbed, run)
+
+
+@pytest.mark.parametrize("on_bad_line", ["error", "skip"])
+def test_a_file_that_disappears_while_a_run_is_prepared_is_an_error(
+    globbed: RunConfig, tmp_path: Path, on_bad_line: str
+) -> None:
+    config = globbed.model_copy(update={"data": globbed.data.model_copy(update={"on_bad_line": on_bad_line})})
+    run, file = RunDir(tmp_path / "run"), globbed.text_root / "prose" / "a.jsonl"
+    with pytest.raises(DataError, match=rf"{file} cannot be read any more \(No such file or directory\)"):
+        prepare(config, run, lambda domain, size, documents: file.unlink(missing_ok=True))
+    assert run.fingerprint("code").exists()
+    assert not run.domain("prose").exists()
+
+
+def test_every_step_reads_the_files_of_a_source_and_none_looks_at_its_patterns(
+    globbed: RunConfig, tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path / "run")
+    made = prepare(globbed, run)
+    pattern_matches_nothing = DomainConfig(text=("nowhere/*.jsonl",), split_by=globbed.domains["code"].split_by)
+    [code, prose] = resolve_sources(globbed.all_domains, globbed.text_root)
+    source = DomainSource("code", code.files, pattern_matches_nothing)
+    assert len(list(read_documents(source, BadLines()))) == 200
+    assert "".join(balanced_sample([source, prose], 10_000, globbed.data)) == "".join(
+        balanced_sample([code, prose], 10_000, globbed.data)
+    )
+    assert digest_of_text(source, globbed.data) == made["code"].text
+    folder = tmp_path / "code"
+    folder.mkdir()
+    with Encoder(run.tokenizer, 1) as encoder:
+        assert write_domain(source, globbed, encoder, folder, {}, lambda *_: None) == made["code"]
+    assert (folder / "train.bin").read_bytes() == run.tokens("code", "train").with_suffix(".bin").read_bytes()
+
+
+def test_preparing_returns_every_domains_fingerprint_in_the_configs_order(
+    globbed: RunConfig, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path / "run")
+    prepare(make_config(globbed.text_root, {"prose": DOMAINS["prose"]}), run)
+    config = make_config(globbed.text_root, {"code": DOMAINS["code"], "prose": DOMAINS["prose"]})
+    made = prepare(config, run)  # code is encoded now, prose was before
+    assert list(made) == ["code", "prose"]
+    assert made == {name: Fingerprint.load(run, name) for name in made}

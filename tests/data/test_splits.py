@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from btm_scale.data.dedup import Deduplicator, KeySet
-from btm_scale.data.sources import Document
+from btm_scale.data.documents import Document
 from btm_scale.data.splits import Identity, identify
 
 SHARES = {"dev": 0.05, "test": 0.1}
@@ -50,7 +50,7 @@ def test_a_key_set_grows() -> None:
 
 
 def identity(split: str, key: int) -> Identity:
-    return Identity(split, bytes(8) + key.to_bytes(8, "little"), 1)
+    return Identity(split, None, bytes(8) + key.to_bytes(8, "little"), 1)
 
 
 def test_a_text_stays_once_and_on_one_side_of_every_split() -> None:

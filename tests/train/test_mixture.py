@@ -4,11 +4,11 @@ import torch
 
 from btm_scale.config.run import RunConfig
 from btm_scale.config.training import BudgetConfig, LastPartConfig
-from btm_scale.data.dataset import TrainingBatches
+from btm_scale.data.dataset import TrainingSamples
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.run_dir import RunDir
 from btm_scale.train.jobs import training_job
-from btm_scale.train.mixture import TrainingText
+from btm_scale.train.mixture import DomainMixture
 
 Prepared = tuple[RunConfig, RunDir]
 
@@ -22,10 +22,12 @@ def test_the_last_part_of_the_schedule_reads_at_other_shares(prepared: Prepared)
     config, run = prepared
     config = with_last_part(config, 0.25, code=1e6)
     job = training_job(config, "dense")
-    text = TrainingText(config, run, job, job.weights)
-    plain = TrainingBatches(
+    tokenizer = Tokenizer.load(run.tokenizer)
+    mixture = DomainMixture(config, run, job, job.weights, tokenizer)
+    plain = TrainingSamples(
         run,
         job.weights,
+        tokenizer,
         sequence_length=config.budget.sequence_length,
         samples=job.samples,
         seed=config.random_seed,
@@ -33,17 +35,16 @@ def test_the_last_part_of_the_schedule_reads_at_other_shares(prepared: Prepared)
     early, late = [], []
     for step in range(1, job.steps + 1):
         first = job.first_sample + (step - 1) * job.sequences
-        rows = text.read(first, job.sequences)
+        rows = mixture.read(first, job.sequences)
         if job.progress_at(step) <= 0.75:
             assert torch.equal(rows, plain.read(first, job.sequences))
             early.append(rows)
         else:
             late.append(rows)
-    decode = Tokenizer.load(run.tokenizer).decode
 
     def share_of_code(batches: list[torch.Tensor]) -> float:
         rows = torch.cat(batches).tolist()
-        return sum("self" in decode(row) or "def " in decode(row) for row in rows) / len(rows)
+        return sum("self" in tokenizer.decode(row) or "def " in tokenizer.decode(row) for row in rows) / len(rows)
 
     assert len(late) * 2 in range(job.steps - 2, job.steps + 3)
     assert share_of_code(late) > 1.5 * share_of_code(early)
@@ -53,11 +54,13 @@ def test_a_model_without_the_domain_reads_on_as_before(prepared: Prepared) -> No
     config, run = prepared
     config = with_last_part(config, 0.5, code=3.0)
     job = training_job(config, "prose")
-    text = TrainingText(config, run, job, job.weights)
-    plain = TrainingText(
+    tokenizer = Tokenizer.load(run.tokenizer)
+    mixture = DomainMixture(config, run, job, job.weights, tokenizer)
+    plain = DomainMixture(
         config.model_copy(update={"budget": config.budget.model_copy(update={"last": None})}),
         run,
         job,
         job.weights,
+        tokenizer,
     )
-    assert torch.equal(text.read(job.samples - 2, 2), plain.read(job.samples - 2, 2))
+    assert torch.equal(mixture.read(job.samples - 2, 2), plain.read(job.samples - 2, 2))

@@ -22,7 +22,7 @@ from btm_scale.checkpoint.formats.tensors import TensorSpec
 from btm_scale.checkpoint.merge import journal
 from btm_scale.checkpoint.merge import merge as merging
 from btm_scale.config.run import RunConfig
-from btm_scale.data.dataset import TrainingBatches
+from btm_scale.data.dataset import TrainingSamples
 from btm_scale.data.prepare import prepare
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.evaluate.ablate import Ablation, Measured
@@ -179,7 +179,7 @@ def test_the_tokenizer_the_token_files_and_the_training_index_outlive_a_power_cu
     written = disk.written()
     assert {"data/prose/train.bin", "data/prose/train.idx", "data/prose/fingerprint.json"} <= set(written)
     assert Tokenizer.load(run.tokenizer).vocab_size == 512
-    TrainingBatches(run, {"prose": 1.0}, sequence_length=64, samples=20, seed=0)
+    TrainingSamples(run, {"prose": 1.0}, sequence_length=64, samples=20, seed=0)
     assert not disk.torn
 
 

@@ -15,7 +15,7 @@ from btm_scale.data.clustering import Clustering, squared_distances
 from btm_scale.errors import ForestError
 from btm_scale.evaluate.ensemble import routed_methods
 from btm_scale.forest.posterior.routing import log_weights, routed_mixture_log_probs, router
-from btm_scale.forest.scores import Stack
+from btm_scale.forest.scores import Stack, evaluation_text
 from btm_scale.generate.generator import Generator
 from btm_scale.run_dir import RunDir
 
@@ -91,17 +91,18 @@ def test_a_prompt_is_written_by_the_expert_that_it_is_routed_to(clustering: Clus
 def test_a_run_of_found_domains_has_routed_methods(handmade: tuple[RunConfig, RunDir], tmp_path: Path) -> None:
     config, run = handmade
     forest = Stack.load(run, ["python", "cpp", "licences", "docs"], "python", "dev")
+    text = evaluation_text(config, run, "python", "dev")
     clusters = ["cluster0", "cluster1", "cluster2", "cluster3"]
-    assert routed_methods(config, run, clusters, forest, "python", "dev") == {}
+    assert routed_methods(config, run, clusters, forest, text) == {}
     texts = [json.loads(line)["text"] for name in DOMAINS for line in (config.text_root / f"{name}.jsonl").open()]
     Clustering.fit(texts[::2], 4, dimensions=8).save(tmp_path)
     moved = config.model_copy(update={"text_root": tmp_path})
-    assert routed_methods(moved, run, ["python", *clusters[1:]], forest, "python", "dev") == {}
-    found = routed_methods(moved, run, clusters, forest, "python", "dev")
+    assert routed_methods(moved, run, ["python", *clusters[1:]], forest, text) == {}
+    found = routed_methods(moved, run, clusters, forest, text)
     assert set(found) == {"ensemble:routed", "ensemble:routed:top1", "ensemble:routed:top2"}
     # In another order of the experts the rows are the same experts' still.
     turned = Stack(forest.log_probs[::-1], forest.block_starts)
-    again = routed_methods(moved, run, clusters[::-1], turned, "python", "dev")
+    again = routed_methods(moved, run, clusters[::-1], turned, text)
     for method, log_probs in found.items():
         assert np.array_equal(log_probs, again[method])
         assert (log_probs <= forest.log_probs.max(axis=0) + 1e-6).all()

@@ -1,0 +1,212 @@
+"""Read documents from plain text, JSON lines and Parquet, in memory that does not grow with the file."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zstandard
+
+from btm_scale.config.data import DomainConfig, SplitUnit
+from btm_scale.data.files import SourceFile, is_utf8
+from btm_scale.data.sources import DomainSource
+from btm_scale.errors import DataError
+
+PLAIN_DOCUMENT_BYTES = 4 << 20
+LONGEST_LINE_BYTES = 256 << 20
+_PARQUET_ROWS = 256
+_BROKEN_STREAM = (EOFError, OSError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError, pa.ArrowException)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text. Documents with the same `split_key` stay in one split; `origin` is its file and line."""
+
+    text: str
+    split_key: str | None
+    origin: str
+
+
+class BadLines:
+    """What happens to lines without a valid text: the first raises an error, or all are skipped and counted."""
+
+    def __init__(self, policy: Literal["error", "skip"] = "error") -> None:
+        self.policy = policy
+        self.skipped = 0
+
+    def __call__(self, file: SourceFile, line: int, why: str) -> None:
+        """Report line `line` (from 1; in a Parquet file, the row)."""
+        if self.policy == "error":
+            raise DataError(
+                f"{file.path}, line {line}: {why}. Fix the line, or set data.on_bad_line to skip, which "
+                "leaves such lines out and counts them."
+            )
+        self.skipped += 1
+
+
+Report = Callable[[int, str], None]
+
+
+def empty_domain(source: DomainSource, skipped: int) -> DataError:
+    """The error for a domain without a document."""
+    lines = f" ({skipped} bad lines were skipped)" if skipped else ""
+    return DataError(
+        f"domain '{source.name}' is empty: its {len(source.files)} files hold no document{lines}. Give it text, or "
+        "leave it out."
+    )
+
+
+def read_documents(source: DomainSource, on_bad_line: BadLines) -> Iterator[Document]:
+    """Every document of a domain, files in the order of their names. Raises DataError."""
+    for file in source.files:
+        yield from read_file(file, source.settings, on_bad_line)
+
+
+def read_file(file: SourceFile, settings: DomainConfig, on_bad_line: BadLines) -> Iterator[Document]:
+    """The documents of one file that contain more than white space."""
+    file.stat()  # a file that is gone is an error of its own, not a bad line
+    line = 0
+
+    def bad(number: int, why: str) -> None:
+        on_bad_line(file, number, why)
+
+    if file.format == ".parquet":
+        documents = _parquet_rows(file, settings, bad)
+    elif file.format in (".jsonl", ".ndjson"):
+        documents = _json_rows(file, settings, bad)
+    else:
+        documents = _plain_text(file, bad)
+    by_file = settings.split_by == "file"
+    try:
+        for line, text, split_key in documents:
+            if text and not text.isspace():
+                yield Document(text, file.name if by_file else split_key, f"{file.name}:{line}")
+    except _BROKEN_STREAM as error:
+        # Nothing after the damage can be read.
+        bad(line + 1, f"the file is damaged after this place ({type(error).__name__}: {error})")
+
+
+Row = tuple[int, str, str | None]
+
+
+def _lines(stream: BinaryIO, bad: Report) -> Iterator[tuple[int, bytes]]:
+    number = 0
+    while piece := stream.readline(LONGEST_LINE_BYTES):
+        number += 1
+        if len(piece) < LONGEST_LINE_BYTES or piece.endswith(b"\n"):
+            yield number, piece
+            continue
+        bad(number, f"the line is longer than {LONGEST_LINE_BYTES >> 20} MiB")
+        while piece and not piece.endswith(b"\n"):
+            piece = stream.readline(1 << 20)
+
+
+def _json_rows(file: SourceFile, settings: DomainConfig, bad: Report) -> Iterator[Row]:
+    with file.open() as stream:
+        for number, line in _lines(stream, bad):
+            if line.isspace():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                if not isinstance(row, dict):
+                    raise ValueError(f"expected a JSON object, found {type(row).__name__}")
+                yield (number, _text(row, settings.field), _split_key(row, settings.split_by))
+            except UnicodeDecodeError as error:
+                bad(number, f"not UTF-8 at byte {error.start} of the line")
+            except json.JSONDecodeError as error:
+                bad(number, f"not JSON: {error.msg} at column {error.colno}")
+            except RecursionError:
+                bad(number, "not JSON that can be read: nested too deeply")
+            except ValueError as error:
+                bad(number, str(error))
+
+
+def _text(row: dict[str, Any], field: str) -> str:
+    if field not in row:
+        raise ValueError(f"no field '{field}'; fields are {', '.join(map(repr, row)) or 'none'}")
+    text = row[field]
+    if not isinstance(text, str):
+        raise ValueError(f"field '{field}' holds {type(text).__name__}, not text")
+    if not is_utf8(text):
+        raise ValueError(f"field '{field}' holds half a surrogate pair, which is not valid text")
+    return text
+
+
+def _split_key(row: dict[str, Any], split_by: str | SplitUnit) -> str | None:
+    if not isinstance(split_by, SplitUnit):
+        return None
+    value = row.get(split_by.field)
+    if value is None:
+        raise ValueError(f"no field '{split_by.field}', which split_by names")
+    key = str(value)
+    return key.partition(split_by.until)[0] if split_by.until else key
+
+
+def _parquet_rows(file: SourceFile, settings: DomainConfig, bad: Report) -> Iterator[Row]:
+    columns = [settings.field]
+    if isinstance(settings.split_by, SplitUnit):
+        columns.append(settings.split_by.field)
+    with file.open_seekable() as stream, pq.ParquetFile(stream) as table:
+        missing = [name for name in columns if name not in table.schema_arrow.names]
+        if missing:
+            known = ", ".join(table.schema_arrow.names)
+            raise DataError(
+                f"{file.path} has no column '{missing[0]}', only {known}; set the domain's field or split_by"
+            )
+        number = 0
+        for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=list(dict.fromkeys(columns))):
+            for row in range(batch.num_rows):
+                number += 1
+                try:
+                    values = {name: batch.column(name)[row].as_py() for name in batch.schema.names}
+                    yield number, _text(values, settings.field), _split_key(values, settings.split_by)
+                except UnicodeDecodeError as error:
+                    bad(number, f"not UTF-8 at byte {error.start} of the text")
+                except ValueError as error:
+                    bad(number, str(error))
+
+
+def _plain_text(file: SourceFile, bad: Report) -> Iterator[Row]:
+    """A file is a document. A long one is cut at a blank line, or at the end of a line if none is near."""
+    parts: list[str] = []
+    size, first = 0, 1
+    with file.open() as stream:
+        for number, line in _line_pieces(stream):
+            if not parts:
+                first = number
+            if first == number == 1 and b"\0" in line:
+                bad(1, "a NUL byte: the file is binary, not text")
+                return
+            try:
+                parts.append(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                bad(number, f"not UTF-8 at byte {error.start} of the line")
+                continue
+            size += len(line)
+            if size >= 2 * PLAIN_DOCUMENT_BYTES or (size >= PLAIN_DOCUMENT_BYTES and line.isspace()):
+                yield first, "".join(parts), None
+                parts, size = [], 0
+    if parts:
+        yield first, "".join(parts), None
+
+
+def _line_pieces(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Lines with their numbers; a line too long for memory comes in pieces, cut between characters."""
+    number, rest = 1, b""
+    while piece := stream.readline(PLAIN_DOCUMENT_BYTES):
+        piece = rest + piece
+        cut = len(piece)
+        if not piece.endswith(b"\n") and cut >= PLAIN_DOCUMENT_BYTES:
+            # The last character may continue in the next piece: at most 3 bytes 10xxxxxx follow its first.
+            cut -= next((back for back in range(1, 5) if piece[-back] & 0xC0 != 0x80), 0)
+        rest = piece[cut:]
+        yield number, piece[:cut]
+        number += piece.endswith(b"\n")
+    if rest:
+        yield number, rest
