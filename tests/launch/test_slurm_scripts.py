@@ -143,7 +143,7 @@ python=$(printf '%s\\n' "$@" | grep -m1 -F /python)
 "$python" - <<'END'
 from pathlib import Path
 from btm_scale.errors import LaunchError
-from btm_scale.rank_log import rank_log
+from btm_scale.util.rank_log import rank_log
 with rank_log(Path("made/train/seed/log")):
     raise {error}("so it is")
 END

@@ -21,7 +21,7 @@ from btm_scale.util.rank_log import read_failure
 RANK = """
 import sys, time
 from pathlib import Path
-from btm_scale.rank_log import rank_log
+from btm_scale.util.rank_log import rank_log
 log, seconds, error = sys.argv[1:]
 with rank_log(Path(log)):
     print("this is a rank's own line", flush=True)
