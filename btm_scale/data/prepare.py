@@ -155,7 +155,7 @@ def _encode(
     try:
         elsewhere = keys_elsewhere(source, sources, run)
         made = write_domain(source, config, encoder, partial, elsewhere, on_progress)
-        if folder.exists():  # without its fingerprint, so it is unfinished
+        if folder.exists():  # without a fingerprint, so it is unfinished
             shutil.rmtree(folder)
         _sync(partial)
         partial.rename(folder)
