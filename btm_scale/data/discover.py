@@ -127,7 +127,7 @@ def _compressed(path: Path) -> Iterator[TextIO]:
 
 
 def _domains_yaml(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """The `domains` of a run's YAML, ready to be trained on as it stands."""
+    """The `domains` of a run's YAML, ready to train on."""
     lines = [
         "# Found by btm-scale discover; add a model and a budget, and run it: btm-scale run domains.yaml",
         "domains:",
