@@ -172,4 +172,4 @@ def test_preparing_returns_every_domains_fingerprint_in_the_configs_order(
     config = make_config(globbed.text_root, {"code": DOMAINS["code"], "prose": DOMAINS["prose"]})
     made = prepare(config, run)  # code is encoded now, prose was before
     assert list(made) == ["code", "prose"]
-    assert made == {name: Fingerprint.load(run, name) for name in made}
+    assert made == {name: Fingerprint.of_domain(run, name) for name in made}

@@ -18,7 +18,17 @@ def test_experts_that_were_trained_in_different_precisions_are_averaged_in_the_w
     narrow = run.experts / "llama0"
     AutoModelForCausalLM.from_pretrained(narrow).to(torch.bfloat16).save_pretrained(narrow)
     parents = (Parent("llama0", 0.25), Parent("llama1", 0.75))
-    [name] = write_averages(run, [Expert("average/uniform", {}, parents, 0, 0, {}, {}, "")])
+    card = Expert(
+        name="average/uniform",
+        domains={},
+        parents=parents,
+        tokens=0,
+        steps=0,
+        layout={},
+        data_fingerprint={},
+        content_hash="",
+    )
+    [name] = write_averages(run, [card])
     one, other, mean = (load_file(run.model(model) / "model.safetensors") for model in ("llama0", "llama1", name))
     assert {tensor.dtype for tensor in one.values()} == {torch.bfloat16}
     for key, tensor in mean.items():

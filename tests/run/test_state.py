@@ -3,11 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers.tiny_run import tiny_values, write_config
+from helpers.tiny_run import save_card, tiny_values, write_config
 
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ConfigError, ForestError
-from btm_scale.forest.expert import Expert
 from btm_scale.run.dry_run import dry_run
 from btm_scale.run.state import open_run
 from btm_scale.run_dir import RunDir
@@ -129,8 +128,7 @@ def test_a_named_parent_that_does_not_exist_is_reported_before_anything_is_writt
         with pytest.raises(ForestError, match=r"'law' is not a model of .* Use one of seed, dense, python\."):
             begin(config, run)
     assert not run.root.exists()
-    run.model("law").mkdir(parents=True)
-    Expert("law", {}, (), 0, 0, {}, {}, "").save(run.model("law"))
+    save_card(run.model("law"), "law")
     open_run(config, run)
     assert dry_run(config, run)["models"]["licences"]["parents"] == {"python": 0.5, "law": 0.5}
 

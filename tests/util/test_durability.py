@@ -179,7 +179,7 @@ def test_the_tokenizer_the_token_files_and_the_training_index_outlive_a_power_cu
     written = disk.written()
     assert {"data/prose/train.bin", "data/prose/train.idx", "data/prose/fingerprint.json"} <= set(written)
     assert Tokenizer.load(run.tokenizer).vocab_size == 512
-    TrainingSamples(run, {"prose": 1.0}, sequence_length=64, samples=20, seed=0)
+    TrainingSamples(run, {"prose": 1.0}, Tokenizer.load(run.tokenizer), sequence_length=64, samples=20, seed=0)
     assert not disk.torn
 
 
