@@ -52,7 +52,7 @@ def forest_list(options: argparse.Namespace) -> Answer:
 
 def forest_add(options: argparse.Namespace) -> Answer:
     """Copy a Hugging Face directory into the forest, and score it on every domain."""
-    from btm_scale.forest.forest import add_expert
+    from btm_scale.forest.membership import add_expert
     from btm_scale.run.pipeline import score_models
 
     config, run_dir = opened(options)

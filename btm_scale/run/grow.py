@@ -14,7 +14,8 @@ from btm_scale.data.prepare import prepare
 from btm_scale.errors import ConfigError, ForestError
 from btm_scale.forest.branch import Branch, decide, has_begun, parents_of, require_one_shape
 from btm_scale.forest.expert import is_finished
-from btm_scale.forest.forest import experts, remove_expert
+from btm_scale.forest.forest import experts
+from btm_scale.forest.membership import remove_expert
 from btm_scale.forest.methods import check_names
 from btm_scale.run.pipeline import score_models
 from btm_scale.run_dir import RunDir

@@ -22,10 +22,10 @@ def run(tmp_path: Path) -> RunDir:
     random = np.random.default_rng(0)
     text = -random.gamma(1.0, 1.0, 400)
     for name, dislike in {"a": 0.02, "b": 0.0, "c": 3.0}.items():
-        save_card(run.model(name), name, content_hash=name)
+        save_card(run.model(name), name, domains={name: 1.0}, content_hash=name)
         scores = Scores((text - dislike).astype(np.float32), np.arange(0, 400, 4), name, "text")
         scores.save(run.scores(name, "new", "dev"))
-    save_card(run.model(SEED), SEED)
+    save_card(run.model(SEED), SEED, domains={"a": 1.0})
     return run
 
 

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import CheckpointError, ForestError
 from btm_scale.forest.expert import Parent
-from btm_scale.forest.forest import add_expert, ancestors, experts, lineage, remove_expert
+from btm_scale.forest.forest import ancestors, experts, lineage
+from btm_scale.forest.membership import add_expert, remove_expert
 from btm_scale.run_dir import SEED, RunDir
 
 

@@ -9,7 +9,7 @@ from helpers.tiny_run import btm_scale, tiny_values, write_config
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ConfigError, ForestError
 from btm_scale.evaluate.average_weights import WEIGHTS
-from btm_scale.forest.forest import add_expert
+from btm_scale.forest.membership import add_expert
 from btm_scale.forest.methods import AVERAGES, KINDS, METHODS, RESERVED, kind, label, meaning
 from btm_scale.forest.open import open_config, open_folder
 from btm_scale.run.state import open_run

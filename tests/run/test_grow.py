@@ -11,7 +11,8 @@ import pytest
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ConfigError, DataError, ForestError
 from btm_scale.forest.branch import Branch
-from btm_scale.forest.forest import experts, remove_expert
+from btm_scale.forest.forest import experts
+from btm_scale.forest.membership import remove_expert
 from btm_scale.run.grow import branch_expert, remove_from_forest
 from btm_scale.run_dir import RunDir
 from btm_scale.util.locks import ModelLock

@@ -28,7 +28,7 @@ from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.evaluate.ablate import Ablation, Measured
 from btm_scale.evaluate.results import EvaluatedDomain, MethodResult, Results
 from btm_scale.evaluate.soups import save_soups
-from btm_scale.forest.forest import add_expert
+from btm_scale.forest.membership import add_expert
 from btm_scale.forest.scores import Scores
 from btm_scale.launch.slurm_queue import Submissions, Submitted
 from btm_scale.model.hf_config import config_json

@@ -1,0 +1,91 @@
+"""Experts that join the forest from elsewhere, or leave it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
+from btm_scale.checkpoint.hashing import content_hash
+from btm_scale.config.run import RunConfig
+from btm_scale.data.tokenizer import Tokenizer, same_ids
+from btm_scale.errors import CheckpointError, ForestError
+from btm_scale.forest.expert import CARD, Expert, is_finished, read_expert
+from btm_scale.forest.forest import experts
+from btm_scale.forest.methods import require_free_name
+from btm_scale.run_dir import RunDir
+from btm_scale.util.files import new_directory, require_space
+from btm_scale.util.records import read_object
+
+
+def add_expert(config: RunConfig, run: RunDir, source: Path, name: str) -> Expert:
+    """Copy a Hugging Face directory into the forest, under a name of its own.
+
+    It needs the run's tokenizer and vocabulary; its size and family are its own affair. Any number of processes may
+    add experts at once. Raises ForestError with the reason why it can't be an expert of this run.
+    """
+    try:
+        require_free_name(name, "an expert")
+    except ValueError as error:
+        raise ForestError(f"{error} (--name)") from None
+    final = run.model(name)
+    if is_finished(final) or name in config.expert_domains:
+        raise ForestError(f"the forest of {run.root} has an expert '{name}' already; choose another --name")
+    _require_fit(run, source)
+    require_space(run.root, sum(file.stat().st_size for file in source.iterdir() if file.is_file()))
+    try:
+        with new_directory(final, shared=True) as directory:
+            for file in sorted(source.iterdir()):
+                if file.is_file() and file.name != CARD:
+                    shutil.copyfile(file, directory / file.name)
+            card = _card(source, directory, name)
+            card.write(directory / CARD)
+    except CheckpointError:
+        raise ForestError(
+            f"the forest of {run.root} was given an expert '{name}' at the same time; choose another --name"
+        ) from None
+    return card
+
+
+def remove_expert(run: RunDir, name: str) -> None:
+    """Take an expert out of the forest, with its scores and training states; nothing else changes.
+
+    Raises ForestError if there is none of this name.
+    """
+    if name not in experts(run):
+        raise ForestError(f"no expert '{name}' in {run.experts}; it has {', '.join(experts(run)) or 'none'}")
+    # The card goes first: without it the directory is no expert, whenever this is interrupted.
+    (run.model(name) / CARD).unlink()
+    for folder in (run.model(name), run.model_scores(name), run.train(name)):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _require_fit(run: RunDir, source: Path) -> None:
+    if not (source / "config.json").is_file():
+        raise ForestError(
+            f"{source} is no Hugging Face model directory: it has no config.json; convert it first: "
+            "btm-scale convert SRC DST --to huggingface"
+        )
+    with SafetensorsModel(source):
+        pass
+    if not same_ids(source, run.tokenizer):
+        raise ForestError(
+            f"{source} has another tokenizer than {run.root}: probabilities of different tokens cannot be mixed; "
+            "train an expert with the run's own tokenizer"
+        )
+    rows = read_object(source / "config.json", ForestError).get("vocab_size", 0)
+    ours = Tokenizer.load(run.tokenizer).vocab_size
+    if rows < ours:
+        raise ForestError(
+            f"{source} has a vocabulary of {rows}, the run's tokenizer needs {ours}; train with the run's tokenizer"
+        )
+
+
+def _card(source: Path, copy: Path, name: str) -> Expert:
+    digest = content_hash(copy)
+    if is_finished(source):
+        # Its parents are another run's models; their names mean nothing here.
+        return read_expert(source).model_copy(update={"name": name, "parents": (), "content_hash": digest})
+    return Expert(
+        name=name, domains={}, parents=(), tokens=0, steps=0, layout={}, data_fingerprint={}, content_hash=digest
+    )
