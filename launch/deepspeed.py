@@ -67,7 +67,7 @@ class HostPool:
         ranks |= self._config.environment
         # These reach only what runs on this machine; other hosts may have the GPUs that this one lacks.
         own = ranks | accelerator() | {SUPERVISOR: str(os.getpid())}
-        words = self._launcher(command, shares, hostfile, port)
+        words = _launcher(shares, hostfile, port)
         if not self._config.connect:
             own["DS_ENV_FILE"] = str(_environment_file(hostfile.with_name("deepspeed_env"), ranks))
             return Start(((*words, "--force_multi", *_module(command)),), own)
@@ -94,15 +94,14 @@ class HostPool:
         self._room.give_back(shares)
         self._ports.append(port)  # the last to be used again: its old connections have gone by then
 
-    def _launcher(
-        self, command: GroupCommand, shares: tuple[Share[str, int], ...], hostfile: Path, port: int
-    ) -> tuple[str, ...]:
-        include = "@".join(f"{share.host}:{','.join(map(str, share.slots))}" for share in shares)
-        return (
-            *(sys.executable, "-m", "deepspeed.launcher.runner"),
-            *("--hostfile", str(hostfile), "--include", include),
-            *("--master_addr", shares[0].host, "--master_port", str(port)),
-        )
+
+def _launcher(shares: tuple[Share[str, int], ...], hostfile: Path, port: int) -> tuple[str, ...]:
+    include = "@".join(f"{share.host}:{','.join(map(str, share.slots))}" for share in shares)
+    return (
+        *(sys.executable, "-m", "deepspeed.launcher.runner"),
+        *("--hostfile", str(hostfile), "--include", include),
+        *("--master_addr", shares[0].host, "--master_port", str(port)),
+    )
 
 
 def _module(command: GroupCommand) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What the btm-scale command takes: its verbs and their arguments. What a verb does is in cli.py."""
+"""The arguments of the btm-scale command, verb by verb. The other files of this folder do what a verb asks."""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from btm_scale.config.run import BranchConfig, RunConfig
+from btm_scale.config.run import RunConfig
+from btm_scale.config.training import BranchConfig
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import ForestError
 from btm_scale.forest.expert import Parent, is_finished, read_expert

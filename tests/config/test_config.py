@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import yaml
 
-from btm_scale.config.run import OptimizerConfig, RunConfig
+from btm_scale.config.run import RunConfig
+from btm_scale.config.training import OptimizerConfig
 from btm_scale.configs import FOLDER
 from btm_scale.errors import ConfigError
 from btm_scale.model.shape import PRESETS
-from btm_scale.run.dry_run import dry_run, training_stages
+from btm_scale.run.dry_run import dry_run
 from btm_scale.run_dir import RunDir
-from btm_scale.train.jobs import model_names, training_job
+from btm_scale.train.jobs import model_names, training_job, training_stages
 
 DOMAINS = {"math": {"text": "math.jsonl"}, "code": {"text": ["src/**/*.py"]}}
 
