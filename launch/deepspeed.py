@@ -17,6 +17,7 @@ from btm_scale.launch.local import accelerator
 from btm_scale.launch.room import Room, Share
 from btm_scale.launch.shutdown import SUPERVISOR
 from btm_scale.launch.supervise import GroupCommand, Start
+from btm_scale.util.files import make_directory, write_file
 
 _HOST = re.compile(r"(\S+)\s+slots\s*=\s*(\d+)")
 _SAFE = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
@@ -61,8 +62,8 @@ class HostPool:
         port = self._ports.pop(0)
         self._taken[command.name] = (shares, port)
         hostfile = command.log.with_name("hostfile")
-        hostfile.parent.mkdir(parents=True, exist_ok=True)
-        hostfile.write_text("".join(f"{share.host} slots={self._slots[share.host]}\n" for share in shares))
+        make_directory(hostfile.parent)
+        write_file(hostfile, "".join(f"{share.host} slots={self._slots[share.host]}\n" for share in shares))
         ranks = {"OMP_NUM_THREADS": str(self._config.threads), "TOKENIZERS_PARALLELISM": "false"}
         ranks |= self._config.environment
         # These reach only what runs on this machine; other hosts may have the GPUs that this one lacks.
@@ -113,7 +114,7 @@ def _environment_file(path: Path, variables: dict[str, str]) -> Path:
     usual = Path.home() / os.environ.get("DS_ENV_FILE", ".deepspeed_env")
     lines = [line for line in usual.read_text().splitlines() if "=" in line] if usual.is_file() else []
     lines += [f"{name}={value}" for name, value in variables.items()]
-    path.write_text("".join(f"{line}\n" for line in lines))
+    write_file(path, "".join(f"{line}\n" for line in lines))
     return path
 
 

@@ -11,12 +11,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from btm_scale.config.training import ProfileConfig
 from btm_scale.distributed.group import ExpertGroup
+from btm_scale.util.files import make_directory, write_file
 
 
 class Profile:
     """Records `steps` steps after the first `after`; does nothing where `steps` is 0.
 
-    Leaves `rank-<n>.json`, which chrome://tracing and Perfetto open, and `rank-<n>.txt`, the dearest operations.
+    Leaves `rank-<n>.json`, which chrome://tracing and Perfetto open, and `rank-<n>.txt`, the most expensive operations.
     """
 
     def __init__(self, group: ExpertGroup, config: ProfileConfig, folder: Path) -> None:
@@ -54,8 +55,8 @@ class Profile:
         if self._profiler is None:
             return
         self._profiler.__exit__(None, None, None)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(self._path.parent)
         self._profiler.export_chrome_trace(str(self._path))
         table = self._profiler.key_averages().table(sort_by=self._sort, row_limit=40)
-        self._path.with_suffix(".txt").write_text(table + "\n")
+        write_file(self._path.with_suffix(".txt"), table + "\n")
         self._profiler = None

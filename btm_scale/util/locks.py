@@ -37,7 +37,7 @@ def held(lock: Path) -> Iterator[bool]:
 @contextmanager
 def alone(lock: Path) -> Iterator[None]:
     """Hold a lock file, once every other process that holds it has let go of it."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(lock.parent)
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
