@@ -26,14 +26,26 @@ from btm_scale.train.progress import ModelProgress, read_progress
 def open_run(config: RunConfig, run: RunDir, *, trains_here: bool = False) -> RunConfig:
     """Make the run's folder, or check that it is this config's; save the config in it, and return what was saved.
 
-    Settings that decide how a model is trained, scored or started, and not what it becomes, may differ: their fields
-    are marked with `Changes`. `precision: auto` becomes the precision that the run has recorded. Where it has none and
-    its groups run on this machine (`trains_here`), it becomes what the device does fast; elsewhere the first group
-    resolves it.
+    `precision: auto` becomes the precision that the run has recorded. Where it has none and its groups run on this
+    machine (`trains_here`), it becomes what the device does fast; elsewhere the first group resolves it.
 
-    Raises ConfigError if anything else differs: the models would not be the config's; and for names that `check_names`
-    refuses. Raises ForestError if an expert is to branch from a model that does not exist, and LaunchError if the run's
-    groups run here and this device cannot train in a precision of theirs.
+    Raises as `continued` does, and LaunchError if the run's groups run here and this device cannot train in a precision
+    of theirs. Writes nothing then.
+    """
+    config = continued(config, run)
+    if trains_here:
+        config = on_this_device(config, run)
+    config.save(run.config)
+    return config
+
+
+def continued(config: RunConfig, run: RunDir) -> RunConfig:
+    """The config with the precisions that the run in this folder has recorded instead of each `auto`.
+
+    Settings that decide how a model is trained, scored or started, and not what it becomes, may differ from the run's:
+    their fields are marked with `Changes`. Raises ConfigError if anything else differs, because the models would not be
+    the config's, and for names that `check_names` refuses. Raises ForestError if an expert is to branch from a model
+    that does not exist.
     """
     existing = RunConfig.load(run.config) if run.config.is_file() else None
     check_names(config, known=existing.all_domains if existing is not None else ())
@@ -48,9 +60,6 @@ def open_run(config: RunConfig, run: RunDir, *, trains_here: bool = False) -> Ru
                 + "\nUse another --out, or delete that folder."
             )
     require_parents(config, run, model_names(config))
-    if trains_here:
-        config = on_this_device(config, run)
-    config.save(run.config)
     return config
 
 

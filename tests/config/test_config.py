@@ -85,6 +85,20 @@ def test_every_problem_is_told_at_once_with_its_path(tmp_path: Path) -> None:
         assert part in text
 
 
+def test_the_seeds_layout_is_checked_against_the_seed_even_where_an_expert_has_its_name(tmp_path: Path) -> None:
+    small = {"family": "llama", "layers": 1, "hidden": 64, "heads": 1, "ffn": 64}
+    config = load(
+        tmp_path,
+        {
+            "domains": {"seed_layout": {"text": "a.txt"}},
+            "model": {"preset": "llama-1m"},
+            "seed_layout": {"tensor": 2},
+            "experts": {"seed_layout": {"model": small}},
+        },
+    )
+    assert config.shared_layout.tensor == 2
+
+
 def test_an_experts_own_layout_is_checked_like_the_groups(tmp_path: Path) -> None:
     experts = {"math": {"layout": {"tensr": 2}}, "maths": {}}
     with pytest.raises(ConfigError) as raised:
