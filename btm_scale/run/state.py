@@ -83,7 +83,7 @@ def on_this_device(config: RunConfig, run: RunDir) -> RunConfig:
 
 def is_done(config: RunConfig, run: RunDir, model: str) -> bool:
     """Whether a model is trained, exported and scored."""
-    return is_finished(run.model(model)) and not missing_scores(config, run, model, all_texts(config))
+    return is_finished(run.model(model)) and not missing_scores(run, model, all_texts(config))
 
 
 def next_models(config: RunConfig, run: RunDir) -> list[str]:
