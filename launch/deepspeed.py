@@ -1,7 +1,7 @@
-"""Groups on the hosts of a hostfile: it is cut into one hostfile and one port a group, for a `deepspeed` launcher each.
+"""Groups on the hosts of a hostfile: each group gets its own hostfile, port and `deepspeed` launcher.
 
-The launcher reaches other hosts by pdsh over ssh, as it always does; or, where `launch.deepspeed.connect` says how a
-command is run on a host, one launcher is started on each host of the group, and none needs ssh.
+The launcher reaches other hosts by pdsh over ssh. If `launch.deepspeed.connect` says how to run a command on a host,
+one launcher is started on each host of the group instead, and ssh is not needed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Training on a CPU: what replaces CUDA, what is left out, and how memory is kept."""
+"""Training on a CPU: replacements for CUDA calls, an operator that is not compiled, and memory that is reused."""
 
 from __future__ import annotations
 

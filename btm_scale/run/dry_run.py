@@ -1,4 +1,4 @@
-"""A dry run: what a run would do, with nothing written and no model made."""
+"""A dry run: what a run would do, without writing anything or building a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from btm_scale.train.jobs import training_job, training_stages
 
 
 def dry_run(config: RunConfig, run: RunDir, *, trains_here: bool = True) -> dict[str, Any]:
-    """What a run would do: its models, their steps, batches and layouts. Writes nothing.
+    """Return what a run would do: its models, their steps, batches and layouts. Writes nothing.
 
     Checks every text path, what the run in the folder allows to change and, if the run's groups run on this machine
     (`trains_here`), their precisions. Raises as `run` would.

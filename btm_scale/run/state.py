@@ -1,6 +1,6 @@
-"""What of a run is done and what can be done next, from its files alone; needs no engine.
+"""Which stages of a run are completed and which can run next, from its files alone; needs no engine.
 
-A stage is done when its files say so; nothing else remembers it, so a killed run goes on where its files end.
+Nothing else records progress, so a run that was killed resumes from its files.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def is_done(config: RunConfig, run: RunDir, model: str) -> bool:
 
 
 def next_models(config: RunConfig, run: RunDir) -> list[str]:
-    """The models that can be trained now: the first stage that isn't done, without those of it that are."""
+    """Return the models that can be trained now: those of the first incomplete stage that are not done."""
     for stage in training_stages(config):
         todo = [model for model in stage if not is_done(config, run, model)]
         if todo:
@@ -96,7 +96,7 @@ def next_models(config: RunConfig, run: RunDir) -> list[str]:
 
 
 def training_commands(config: RunConfig, run: RunDir, models: Sequence[str]) -> list[GroupCommand]:
-    """A group for each of the models that lack anything of it, in the order given."""
+    """Return a group for each of the models that is not trained, exported and scored yet, in the order given."""
     commands = []
     for model in models:
         if not is_done(config, run, model):
@@ -109,7 +109,7 @@ def training_commands(config: RunConfig, run: RunDir, models: Sequence[str]) -> 
 
 
 def progress(config: RunConfig, run: RunDir, states: dict[str, str]) -> list[ModelProgress]:
-    """How far each model is, in the run's order."""
+    """Return the training progress of each model in `states`, in the run's order."""
     return [
         read_progress(run, model, training_job(config, model).steps, state=states[model])  # type: ignore[arg-type]
         for model in model_names(config)

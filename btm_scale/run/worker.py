@@ -1,4 +1,4 @@
-"""What one rank of a group runs, once the launcher has started it."""
+"""What each rank of a group runs after its launcher has started it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from btm_scale.util.rank_log import rank_log
 
 
 def train_as_rank(config: RunConfig, run: RunDir, model: str) -> None:
-    """Train, export and score one model; each part that is done already is not done again."""
+    """Train, export and score one model; completed parts are skipped."""
     with (
         rank_log(run.log(model)),
         _joined(config, run, lambda config: training_job(config, model).layout, records=True) as (group, config),
@@ -43,7 +43,7 @@ def train_as_rank(config: RunConfig, run: RunDir, model: str) -> None:
 
 
 def score_as_rank(config: RunConfig, run: RunDir, models: Sequence[str], *, averages: bool = False) -> None:
-    """Score finished models on the texts that each is for; with `averages`, those too, made first where needed."""
+    """Score finished models, each on its own texts; with `averages`, merge those that are missing and score all."""
     texts = average_texts(config)
     with rank_log(run.log("score")), _joined(config, run, lambda config: config.layout) as (group, config):
         if averages:

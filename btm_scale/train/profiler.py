@@ -1,4 +1,4 @@
-"""A look at where a step's time goes: PyTorch's profiler over a few steps, one trace a rank."""
+"""PyTorch's profiler over a few steps: one trace per rank."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from btm_scale.util.files import make_directory, write_file
 
 
 class Profile:
-    """Records `steps` steps after the first `after`; does nothing where `steps` is 0.
+    """Records `steps` steps after the first `after`; does nothing if `steps` is 0.
 
     Leaves `rank-<n>.json`, which chrome://tracing and Perfetto open, and `rank-<n>.txt`, the most expensive operations.
     """
@@ -37,7 +37,7 @@ class Profile:
         self._save()
 
     def step(self) -> None:
-        """A step has been taken."""
+        """Count a step that has been taken; starts or ends the recording."""
         self._taken += 1
         self._turn()
 
