@@ -160,8 +160,8 @@ WRITERS: dict[str, Callable[[RunDir, list[Path]], None]] = {
 def test_what_has_its_final_name_outlives_a_power_cut(
     write: Callable[[RunDir, list[Path]], None], disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("btm_scale.forest.forest.same_ids", lambda one, other: True)
-    monkeypatch.setattr("btm_scale.forest.forest.Tokenizer.load", lambda path: SimpleNamespace(vocab_size=40))
+    monkeypatch.setattr("btm_scale.forest.membership.same_ids", lambda one, other: True)
+    monkeypatch.setattr("btm_scale.forest.membership.Tokenizer.load", lambda path: SimpleNamespace(vocab_size=40))
     write(RunDir(disk.root), sorted((tmp_path / "models").iterdir()))
     _require_durable(disk)
 
