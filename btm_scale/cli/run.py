@@ -112,6 +112,20 @@ def status(options: argparse.Namespace) -> Answer:
     return progress_as_json(rows) | {"failures": {model: str(failure) for model, failure in failed.items()}}
 
 
+def doctor(options: argparse.Namespace) -> Answer:
+    """Show what this machine has, what is missing, and what works; exit code 1 if it can neither train nor merge."""
+    from pathlib import Path
+
+    from btm_scale.report.doctor_table import print_doctor
+    from btm_scale.run.doctor import examine
+
+    answer = examine(Path())
+    if not options.json:
+        print_doctor(answer)
+    options.exit_code = 0 if answer["works"] else 1
+    return answer
+
+
 def _run(options: argparse.Namespace, config: RunConfig, run_dir: RunDir) -> Answer:
     from btm_scale.report.page import report as write_report
     from btm_scale.report.progress_table import live_table
