@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from environment import describe
 from btm_scale.config.run import RunConfig
 from btm_scale.data.prepare import prepare
 from btm_scale.forest.scores import Scores
-from btm_scale.launch.local import run_groups
-from btm_scale.launch.supervise import GroupCommand
+from btm_scale.launch.local import LocalPool
+from btm_scale.launch.supervise import GroupCommand, run_groups_in
 from btm_scale.run.state import open_run
 from btm_scale.run_dir import DENSE, SEED, RunDir
 from btm_scale.train.jobs import training_job
@@ -44,10 +44,10 @@ def main() -> None:
     options = parser.parse_args()
     points = [tuple(point.split(":")) for point in options.points]
     runs = {(batch, rate, beta2): _open(options, batch, rate, beta2) for batch, rate, beta2 in points}
-    run_groups([_command(*runs[point], SEED) for point in points], slots=2, threads=1)
+    _run_by_twos([_command(*runs[point], SEED) for point in points])
     points.sort(key=lambda point: _mean(_perplexity(*runs[point], SEED)))
     finalists = points[: options.finalists]
-    run_groups([_command(*runs[point], DENSE) for point in finalists], slots=2, threads=1)
+    _run_by_twos([_command(*runs[point], DENSE) for point in finalists])
     table = [_row(*runs[point], finished=point in finalists) for point in points]
     if options.result.is_file():
         measured = {_point(row) for row in table}
@@ -80,6 +80,10 @@ def _open(options: argparse.Namespace, batch: str, rate: str, beta2: str) -> tup
             ours.symlink_to(theirs)
     open_run(config, run)
     return config, run
+
+
+def _run_by_twos(commands: Sequence[GroupCommand]) -> None:
+    run_groups_in(LocalPool(slots=2, threads=1), commands, lambda states: None)
 
 
 def _command(config: RunConfig, run: RunDir, model: str) -> GroupCommand:

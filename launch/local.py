@@ -19,7 +19,7 @@ from pathlib import Path
 from btm_scale.errors import LaunchError
 from btm_scale.launch.room import Room, Share
 from btm_scale.launch.shutdown import SUPERVISOR
-from btm_scale.launch.supervise import GroupCommand, OnPoll, Start, run_groups_in
+from btm_scale.launch.supervise import GroupCommand, Start
 
 _FIRST_PORT = 10_000  # below are those of services
 
@@ -54,17 +54,6 @@ class LocalPool:
     def give_back(self, name: str) -> None:
         """The group of this name has ended."""
         self._room.give_back(self._running.pop(name, ()))
-
-
-def run_groups(
-    commands: Sequence[GroupCommand],
-    *,
-    slots: int,
-    threads: int,
-    on_poll: OnPoll = lambda states: None,
-) -> None:
-    """Run every group on this machine; see `run_groups_in`."""
-    run_groups_in(LocalPool(slots, threads), commands, on_poll)
 
 
 def accelerator() -> dict[str, str]:

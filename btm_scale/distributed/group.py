@@ -67,6 +67,7 @@ class ExpertGroup:
                 leave_out_shared_memory_op()
             deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", verbose=False)
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=layout.tensor)
+        _require_grid(layout, parallel_state)
         # What the imports made is no garbage: DeepSpeed's start looks through it six times otherwise.
         gc.freeze()
         return cls(layout, dist.get_rank(), size, device)
@@ -125,13 +126,6 @@ class ExpertGroup:
         require_possible(precision)
         return replace(self, layout=self.layout.model_copy(update={"precision": precision}))
 
-    def rejoin(self, layout: Layout) -> ExpertGroup:
-        """The same ranks in another layout of as many; this group is over."""
-        from megatron.core import parallel_state
-
-        parallel_state.destroy_model_parallel()
-        return ExpertGroup.join(layout)
-
     def leave(self) -> None:
         """End the world."""
         from megatron.core import parallel_state
@@ -153,3 +147,11 @@ class _ModelParallelUnit:
         self.get_data_parallel_rank = state.get_data_parallel_rank
         self.get_data_parallel_world_size = state.get_data_parallel_world_size
         self.get_data_parallel_group = state.get_data_parallel_group
+
+
+def _require_grid(layout: Layout, state: Any) -> None:
+    """Megatron-core makes the process groups of its layers itself; they must be those of the layout's grid."""
+    groups = {"tensor": state.get_tensor_model_parallel_group(), "data": state.get_data_parallel_group()}
+    for axis, group in groups.items():
+        peers = next(ranks for ranks in layout.peers(axis) if dist.get_rank() in ranks)
+        assert tuple(dist.get_process_group_ranks(group)) == peers, f"{axis}: {group} is not {peers}"

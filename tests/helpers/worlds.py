@@ -34,6 +34,17 @@ def run_script(script: Path, spec: Any, folder: Path) -> None:
     assert done.returncode == 0, done.stdout[-5000:]
 
 
+def joined_anew(group: Any, layout: Any) -> Any:
+    """In a script: the same ranks as a group of another layout; `group`, None at first, is over."""
+    from megatron.core import parallel_state
+
+    from btm_scale.distributed.group import ExpertGroup
+
+    if group is not None:
+        parallel_state.destroy_model_parallel()
+    return ExpertGroup.join(layout)
+
+
 def read_spec() -> Any:
     """In a script: what `run_script` was given."""
     return json.loads(Path(sys.argv[1]).read_text())

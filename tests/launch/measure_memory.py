@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from helpers.worlds import joined_anew
 
 from btm_scale.config.layout import Layout
 from btm_scale.config.training import OptimizerConfig
@@ -76,7 +77,7 @@ def main() -> None:
     for name, values in spec["layouts"].items():
         accumulate = values.pop("accumulate", 1)
         config = Layout.model_validate({"micro_batch": 1, **values})
-        group = ExpertGroup.join(config) if group is None else group.rejoin(config)
+        group = joined_anew(group, config)
         result[name] = measure(group, shape, accumulate)
         gc.collect()
     assert group is not None

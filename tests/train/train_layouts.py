@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from helpers.worlds import fork_world, read_spec
+from helpers.worlds import fork_world, joined_anew, read_spec
 from safetensors.torch import save_file
 
 from btm_scale.config.layout import Layout
@@ -112,7 +112,7 @@ def train_all(spec: dict[str, Any]) -> None:
     sent = count_bytes()
     for name, values in spec["layouts"].items():
         config = Layout.model_validate(values)
-        group = ExpertGroup.join(config) if group is None else group.rejoin(config)
+        group = joined_anew(group, config)
         engine = make_engine(group, spec)
         folder, first, last = Path(spec["folder"]), 1, spec["steps"]
         if name in spec.get("begin", {}):
