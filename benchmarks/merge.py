@@ -32,7 +32,8 @@ from typing import Any
 import torch
 from environment import describe
 
-from btm_scale.checkpoint.formats.safetensors import SafetensorsModel, ShardedWriter
+from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
+from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
 from btm_scale.checkpoint.formats.tensors import TensorSpec
 
 MODELS = 8

@@ -22,7 +22,8 @@ import torch
 from environment import describe
 from merge import MERGEKIT, mergekit_in
 
-from btm_scale.checkpoint.formats.safetensors import SafetensorsModel, ShardedWriter
+from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
+from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
 from btm_scale.checkpoint.formats.tensors import TensorSpec
 from btm_scale.checkpoint.merge.merge import merge
 

@@ -23,7 +23,8 @@ from environment import describe
 from btm_scale.config.run import RunConfig
 from btm_scale.data.prepare import prepare
 from btm_scale.forest.scores import Scores
-from btm_scale.launch.local import GroupCommand, run_groups
+from btm_scale.launch.local import run_groups
+from btm_scale.launch.supervise import GroupCommand
 from btm_scale.run.state import open_run
 from btm_scale.run_dir import DENSE, SEED, RunDir
 from btm_scale.train.jobs import training_job

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from btm_scale.config.layout import Layout
 from btm_scale.config.model import ModelConfig
-from btm_scale.config.run import Layout, OptimizerConfig
+from btm_scale.config.training import OptimizerConfig
 from btm_scale.model.shape import ModelShape
 from btm_scale.train.jobs import TrainingJob
 

@@ -74,7 +74,7 @@ def save(folder: Path, shape: ModelShape) -> None:
     """Save a checkpoint by the real engine, with the config.json that ours needs beside it."""
     import torch
 
-    from btm_scale.config.run import Layout
+    from btm_scale.config.layout import Layout
     from btm_scale.distributed.group import ExpertGroup
     from btm_scale.model.gpt import build_model
 

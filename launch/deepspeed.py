@@ -1,7 +1,7 @@
-"""Groups on the hosts of a hostfile: it is cut into one hostfile and one port a group, for a `deepspeed` launcher each.
+"""Groups on the hosts of a hostfile: each group gets its own hostfile, port and `deepspeed` launcher.
 
-The launcher reaches other hosts by pdsh over ssh, as it always does; or, where `launch.deepspeed.connect` says how a
-command is run on a host, one launcher is started on each host of the group, and none needs ssh.
+The launcher reaches other hosts by pdsh over ssh. If `launch.deepspeed.connect` says how to run a command on a host,
+one launcher is started on each host of the group instead, and ssh is not needed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from btm_scale.launch.local import accelerator
 from btm_scale.launch.room import Room, Share
 from btm_scale.launch.shutdown import SUPERVISOR
 from btm_scale.launch.supervise import GroupCommand, Start
+from btm_scale.util.files import make_directory, write_file
 
 _HOST = re.compile(r"(\S+)\s+slots\s*=\s*(\d+)")
 _SAFE = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
@@ -61,13 +62,13 @@ class HostPool:
         port = self._ports.pop(0)
         self._taken[command.name] = (shares, port)
         hostfile = command.log.with_name("hostfile")
-        hostfile.parent.mkdir(parents=True, exist_ok=True)
-        hostfile.write_text("".join(f"{share.host} slots={self._slots[share.host]}\n" for share in shares))
+        make_directory(hostfile.parent)
+        write_file(hostfile, "".join(f"{share.host} slots={self._slots[share.host]}\n" for share in shares))
         ranks = {"OMP_NUM_THREADS": str(self._config.threads), "TOKENIZERS_PARALLELISM": "false"}
         ranks |= self._config.environment
         # These reach only what runs on this machine; other hosts may have the GPUs that this one lacks.
         own = ranks | accelerator() | {SUPERVISOR: str(os.getpid())}
-        words = self._launcher(command, shares, hostfile, port)
+        words = _launcher(shares, hostfile, port)
         if not self._config.connect:
             own["DS_ENV_FILE"] = str(_environment_file(hostfile.with_name("deepspeed_env"), ranks))
             return Start(((*words, "--force_multi", *_module(command)),), own)
@@ -94,15 +95,14 @@ class HostPool:
         self._room.give_back(shares)
         self._ports.append(port)  # the last to be used again: its old connections have gone by then
 
-    def _launcher(
-        self, command: GroupCommand, shares: tuple[Share[str, int], ...], hostfile: Path, port: int
-    ) -> tuple[str, ...]:
-        include = "@".join(f"{share.host}:{','.join(map(str, share.slots))}" for share in shares)
-        return (
-            *(sys.executable, "-m", "deepspeed.launcher.runner"),
-            *("--hostfile", str(hostfile), "--include", include),
-            *("--master_addr", shares[0].host, "--master_port", str(port)),
-        )
+
+def _launcher(shares: tuple[Share[str, int], ...], hostfile: Path, port: int) -> tuple[str, ...]:
+    include = "@".join(f"{share.host}:{','.join(map(str, share.slots))}" for share in shares)
+    return (
+        *(sys.executable, "-m", "deepspeed.launcher.runner"),
+        *("--hostfile", str(hostfile), "--include", include),
+        *("--master_addr", shares[0].host, "--master_port", str(port)),
+    )
 
 
 def _module(command: GroupCommand) -> tuple[str, ...]:
@@ -114,7 +114,7 @@ def _environment_file(path: Path, variables: dict[str, str]) -> Path:
     usual = Path.home() / os.environ.get("DS_ENV_FILE", ".deepspeed_env")
     lines = [line for line in usual.read_text().splitlines() if "=" in line] if usual.is_file() else []
     lines += [f"{name}={value}" for name, value in variables.items()]
-    path.write_text("".join(f"{line}\n" for line in lines))
+    write_file(path, "".join(f"{line}\n" for line in lines))
     return path
 
 

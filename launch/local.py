@@ -23,8 +23,6 @@ from btm_scale.launch.supervise import GroupCommand, OnPoll, Start, run_groups_i
 
 _FIRST_PORT = 10_000  # below are those of services
 
-__all__ = ["GroupCommand", "LocalPool", "free_port", "run_groups"]
-
 
 class LocalPool:
     """This machine: `slots` groups at a time, with `threads` threads a rank, and a GPU a rank where there are any."""

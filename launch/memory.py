@@ -56,11 +56,14 @@ def rank_memory(shape: ModelShape, layout: Layout, *, micro_batch: int, length: 
 
 
 def rank_parameters(shape: ModelShape, tensor: int) -> float:
-    """Parameters of one tensor rank: its part of every matrix, all of every norm."""
-    norms = shape.layers * 2 * shape.hidden + shape.hidden
-    if shape.family == "gpt2":
-        norms = 2 * norms + shape.positions * shape.hidden + shape.layers * 2 * shape.hidden
-    return norms + (shape.parameters - norms) / tensor
+    """Parameters of one tensor rank: its part of every matrix, and all of every norm and of learned positions."""
+    norms = (2 * shape.layers + 1) * shape.hidden * (1 if shape.traits.rms_norm else 2)
+    whole = norms + (0 if shape.rotary else shape.positions * shape.hidden)
+    if shape.traits.linear_bias:
+        whole += shape.layers * 2 * shape.hidden  # of the matrices that are cut by their inputs
+    if shape.head_norms:
+        whole += shape.layers * 2 * shape.head_size
+    return whole + (shape.parameters - whole) / tensor
 
 
 def _gradients(own: float, share: float, layout: Layout, width: int, accumulation: int) -> float:

@@ -27,6 +27,7 @@ from btm_scale.launch.local import accelerator, free_port, local_rank
 from btm_scale.launch.placement import Work, share_out
 from btm_scale.launch.shutdown import REQUEUE, SUPERVISOR
 from btm_scale.launch.supervise import GroupCommand, OnPoll, Start, failure_text, run_groups_in
+from btm_scale.util.files import make_directory
 from btm_scale.util.mpi import without_mpi
 from btm_scale.util.rank_log import forget_failure
 
@@ -97,7 +98,8 @@ class MpiLauncher:
         log = commands[0].log.parent.parent / "mpirun.log"
         for command in commands:
             forget_failure(command.log)  # where mpirun itself fails, an earlier try's would be told
-        with tempfile.NamedTemporaryFile("w", suffix=".json", dir=_made(log.parent), delete=False) as file:
+        make_directory(log.parent)
+        with tempfile.NamedTemporaryFile("w", suffix=".json", dir=log.parent, delete=False) as file:
             json.dump([asdict(command) | {"log": str(command.log)} for command in commands], file)
         words = (
             mpirun,
@@ -152,7 +154,7 @@ def _split(works: Sequence[Work], size: int, folder: Path) -> tuple[_Place | Non
     member = number < len(lists)
     ended = folder / f".mpi-{secrets.token_hex(4)}"
     if world.rank == 0:
-        ended.mkdir(parents=True)
+        make_directory(ended)
     ended = world.bcast(ended)
     local_rank = world.Split_type(MPI.COMM_TYPE_SHARED).rank
     group = world.Split(number if member else MPI.UNDEFINED, world.rank)
@@ -210,11 +212,6 @@ def _end(place: _Place, failed: bool) -> None:
 
 def _has_failed(command: GroupCommand) -> bool:
     return any(command.log.parent.glob(f"{command.log.name}.failed-*.json"))
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _main(arguments: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from btm_scale.errors import GroupFailed, LaunchError
 from btm_scale.launch.shutdown import REQUEUE, end_all, let_save
+from btm_scale.util.files import make_directory
 from btm_scale.util.rank_log import forget_failure, note_silent_failure, read_failure, tail
 
 _POLL_SECONDS = 0.2
@@ -127,7 +128,7 @@ def failure_text(command: GroupCommand) -> str:
 
 
 def _start(command: GroupCommand, start: Start) -> list[subprocess.Popen[bytes]]:
-    command.log.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(command.log.parent)
     forget_failure(command.log)
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", **start.environment}
     processes: list[subprocess.Popen[bytes]] = []

@@ -19,6 +19,7 @@ _VERBS = {
     "train": run.train,
     "plan": run.plan,
     "status": run.status,
+    "doctor": run.doctor,
     "discover": forest.discover,
     "forest list": forest.forest_list,
     "forest add": forest.forest_add,
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.json and answer is not None:
             print(json.dumps(answer, indent=2))
         print(end="", flush=True)
+    if options.exit_code:  # of a verb whose answer is a complaint
+        sys.exit(options.exit_code)
 
 
 if __name__ == "__main__":

@@ -157,7 +157,6 @@ def ablate(options: argparse.Namespace) -> Answer:
     if options.domain or not texts:
         texts |= run_texts(config, run_dir, options.domain, options.split)
     answer = measure(
-        config,
         run_dir,
         texts,
         subsets,

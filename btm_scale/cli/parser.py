@@ -1,4 +1,4 @@
-"""What the btm-scale command takes: its verbs and their arguments. What a verb does is in cli.py."""
+"""The arguments of the btm-scale command, verb by verb. The other files of this folder do what a verb asks."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def build_parser(functions: Mapping[str, Verb]) -> argparse.ArgumentParser:
         description="Branch-Train-Merge: train, ensemble and merge domain-expert language models.",
     )
     parser.add_argument("--version", action="version", version=f"btm-scale {__version__}")
+    parser.set_defaults(exit_code=0)
     verbs = _Verbs(parser, functions)
     _pipeline_verbs(verbs)
     _forest_verbs(verbs)
@@ -120,6 +121,7 @@ def _pipeline_verbs(verbs: _Verbs) -> None:
     made.add_argument("--gpu", default="h100", help=f"{', '.join(GPUS)}; default: h100")
     made = _takes_run(verbs.add("status", "how far every model of a run is"))
     made.add_argument("--watch", action="store_true", help="show it until nothing runs any more")
+    verbs.add("doctor", "what this machine has, what is missing, and what works here")
 
 
 def _discover(verbs: _Verbs) -> None:

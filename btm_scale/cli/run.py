@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from btm_scale.cli.common import Answer, is_rank, opened, say, show_results, shown
-from btm_scale.run.launcher_table import LAUNCHERS
+from btm_scale.run.launcher_table import LAUNCHERS, LOCAL
 
 if TYPE_CHECKING:
     from btm_scale.config.run import RunConfig
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> Answer:
     if options.dry_run:
         from btm_scale.run.dry_run import dry_run
 
-        return shown(options, dry_run(config, run_dir, trains_here=options.launcher == "local"))
+        return shown(options, dry_run(config, run_dir, trains_here=options.launcher == LOCAL))
     return _run(options, config, run_dir)
 
 
@@ -54,7 +54,7 @@ def prepare(options: argparse.Namespace) -> Answer:
     from btm_scale.run.status import data_summary
 
     config, run_dir = _config_and_run(options)
-    open_run(config, run_dir)
+    config = open_run(config, run_dir)
     return shown(options, data_summary(run_dir, prepare_data(config, run_dir)))
 
 
@@ -69,7 +69,7 @@ def train(options: argparse.Namespace) -> Answer:
     else:
         from btm_scale.run.state import next_models, open_run
 
-        config = open_run(config, run_dir, trains_here=options.launcher == "local")
+        config = open_run(config, run_dir, trains_here=options.launcher == LOCAL)
         options.model = options.model or next_models(config, run_dir)
         _train(options, config, run_dir)
     return {"models": {model: str(run_dir.model(model)) for model in options.model}}
@@ -110,6 +110,20 @@ def status(options: argparse.Namespace) -> Answer:
         for model, failure in failed.items():
             print(f"\n{model} failed: {failure}")
     return progress_as_json(rows) | {"failures": {model: str(failure) for model, failure in failed.items()}}
+
+
+def doctor(options: argparse.Namespace) -> Answer:
+    """Show what this machine has, what is missing, and what works; exit code 1 if it can neither train nor merge."""
+    from pathlib import Path
+
+    from btm_scale.report.doctor_table import print_doctor
+    from btm_scale.run.doctor import examine
+
+    answer = examine(Path())
+    if not options.json:
+        print_doctor(answer)
+    options.exit_code = 0 if answer["works"] else 1
+    return answer
 
 
 def _run(options: argparse.Namespace, config: RunConfig, run_dir: RunDir) -> Answer:

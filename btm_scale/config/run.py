@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
@@ -137,13 +137,12 @@ class RunConfig(Section):
             for name, expert in self.experts.items()
             if expert.model is not None and expert.branch != BranchConfig()
         ]
-        own = {"seed_layout": self.seed_layout} | {
-            f"experts.{name}.layout": expert.layout for name, expert in self.experts.items()
+        own = {"seed_layout": (self.model, self.seed_layout)} | {
+            f"experts.{name}.layout": (self.expert_model(name), expert.layout) for name, expert in self.experts.items()
         }
         layouts = {"layout": self.layout}
-        for place, changes in own.items():
+        for place, (model, changes) in own.items():
             try:
-                model = self.expert_model(place.removeprefix("experts.").removesuffix(".layout"))
                 shape = model.shape(vocabulary=1, positions=length)
                 layouts[place] = Layout.model_validate(self.layout.model_dump() | changes)
                 problems += [f"{place}: {problem}" for problem in layouts[place].problems(shape, length)]
@@ -250,19 +249,15 @@ class RunConfig(Section):
 
     def with_precisions_of(self, other: RunConfig) -> RunConfig:
         """This config with the precisions that `other`, a config of the same run, has instead of each `auto`."""
-        experts = {
-            name: str(expert.layout["precision"])
-            for name, expert in other.experts.items()
-            if "precision" in expert.layout
-        }
+        experts = {name: other.expert_layout(name).precision for name in self.experts}
         return self._with_precisions(other.layout.precision, other.shared_layout.precision, experts)
 
-    def _with_precisions(self, layout: str, seed_layout: str, experts: dict[str, str]) -> RunConfig:
+    def _with_precisions(self, layout: str, seed_layout: str, experts: Mapping[str, str]) -> RunConfig:
         def resolved(settings: dict[str, Any], precision: str) -> dict[str, Any]:
             return settings | {"precision": precision} if settings.get("precision") == "auto" else settings
 
         own = {
-            name: expert.model_copy(update={"layout": resolved(expert.layout, experts.get(name, "auto"))})
+            name: expert.model_copy(update={"layout": resolved(expert.layout, experts[name])})
             for name, expert in self.experts.items()
         }
         update: dict[str, Any] = {"seed_layout": resolved(self.seed_layout, seed_layout), "experts": own}

@@ -1,4 +1,4 @@
-"""The sections of a run's YAML that say how long, how fast and in what layout models are trained."""
+"""The sections of a run's YAML on training: budget, optimizer, branches, checkpoints, health and profile."""
 
 from __future__ import annotations
 

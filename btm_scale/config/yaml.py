@@ -1,4 +1,4 @@
-"""Strict YAML in and out, and pydantic's complaints in the words of this project."""
+"""Strict YAML in and out, and overrides of single keys."""
 
 from __future__ import annotations
 

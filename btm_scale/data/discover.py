@@ -17,7 +17,8 @@ from typing import Any, TextIO, TypeVar
 
 import yaml
 
-from btm_scale.config.run import DomainConfig, RunConfig
+from btm_scale.config.data import DomainConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.data.clustering import PLACING_CHARACTERS, Clustering
 from btm_scale.data.documents import BadLines, Document, read_documents
 from btm_scale.data.sources import DomainSource, resolve_sources

@@ -1,4 +1,4 @@
-"""Training on a CPU: what replaces CUDA, what is left out, and how memory is kept."""
+"""Training on a CPU: replacements for CUDA calls, an operator that is not compiled, and memory that is reused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import torch
 
 
-def _leave_out_shared_memory_op() -> None:
+def leave_out_shared_memory_op() -> None:
     """Keep DeepSpeed from compiling an operator, and holding 69 MB of shared memory a rank, on machines without a GPU.
 
     Its backend for gloo loads the operator whenever it can, for `inference_all_reduce`, which training never calls.
@@ -20,7 +20,7 @@ def _leave_out_shared_memory_op() -> None:
     deepspeed.ops.__compatible_ops__[builder.NAME] = False
 
 
-def _stand_in_for_cuda() -> None:
+def replace_cuda() -> None:
     """Let Megatron-core, which asks CUDA for its device in places, run where there is no GPU."""
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *_: None

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from btm_scale.config.run import Layout
-from btm_scale.distributed.cpu import _leave_out_shared_memory_op, _stand_in_for_cuda
+from btm_scale.config.layout import Layout
+from btm_scale.distributed.cpu import leave_out_shared_memory_op, replace_cuda
 from btm_scale.distributed.precision import Precision, require_possible
 from btm_scale.errors import LaunchError
 from btm_scale.util.imports import import_uncompiled
@@ -48,7 +48,7 @@ class ExpertGroup:
             )
         has_gpu = torch.cuda.is_available()
         if not has_gpu:
-            _stand_in_for_cuda()
+            replace_cuda()
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
         os.environ.setdefault("RANK", "0")
@@ -64,7 +64,7 @@ class ExpertGroup:
         require_possible(layout.precision)
         if not dist.is_initialized():
             if not has_gpu:
-                _leave_out_shared_memory_op()
+                leave_out_shared_memory_op()
             deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", verbose=False)
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=layout.tensor)
         # What the imports made is no garbage: DeepSpeed's start looks through it six times otherwise.

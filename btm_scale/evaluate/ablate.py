@@ -63,7 +63,6 @@ class Ablation(Record):
 
 
 def ablate(
-    config: RunConfig,
     run: RunDir,
     texts: Mapping[str, Text],
     subsets: Sequence[Subset],

@@ -34,9 +34,7 @@ def are_finished(config: RunConfig, run: RunDir) -> bool:
     if cards is None:
         return False
     texts = average_texts(config)
-    return all(
-        _is_made(run, card) and not missing_scores(config, run, name, texts[name]) for name, card in cards.items()
-    )
+    return all(_is_made(run, card) and not missing_scores(run, name, texts[name]) for name, card in cards.items())
 
 
 def planned_averages(config: RunConfig, run: RunDir) -> list[Expert]:
@@ -59,8 +57,8 @@ def write_averages(run: RunDir, cards: Sequence[Expert]) -> list[str]:
         directory: [(run.model(parent.name), parent.weight) for parent in card.parents]
         for directory, card in missing.items()
     }
-    # Experts that were trained in different precisions are averaged in the wider one.
-    dtype = promoted_dtype({path for used in parents.values() for path, _ in used})
+    # Experts that were trained in different precisions are averaged in the wider one, whichever averages are missing.
+    dtype = promoted_dtype({run.model(parent.name) for card in cards for parent in card.parents}) if missing else None
     for report in merge_many(parents, dtype=dtype):
         card = missing[report.output].model_copy(update={"content_hash": report.content_hash})
         card.save(report.output / CARD)

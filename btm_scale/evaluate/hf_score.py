@@ -1,6 +1,6 @@
-"""A text's log-probabilities under a model in this process: for a passing look at a model, with no group started.
+"""A text's log-probabilities under a model in this process, for `ablate`: no group is started and nothing is kept.
 
-What a run keeps is scored by `scoring`, in a group, with the model that was trained.
+The scores that a run keeps come from `evaluate/score.py`, which runs the trained model in a group.
 """
 
 from __future__ import annotations

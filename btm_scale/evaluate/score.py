@@ -38,7 +38,7 @@ def score_model(
     on_text: Callable[[str, str], None] = lambda domain, split: None,
 ) -> None:
     """Score a finished model on each (domain, split) that lacks its scores; all ranks of the group take part."""
-    todo = missing_scores(config, run, model, texts)
+    todo = missing_scores(run, model, texts)
     if not todo:
         return
     directory = run.model(model)

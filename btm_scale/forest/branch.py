@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from btm_scale.config.run import BranchConfig, RunConfig
+from btm_scale.config.run import RunConfig
+from btm_scale.config.training import BranchConfig
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import ForestError
 from btm_scale.forest.expert import Parent, is_finished, read_expert
@@ -16,6 +17,7 @@ from btm_scale.forest.scores import dev_prior
 from btm_scale.model.hf_config import read_shape
 from btm_scale.model.shape import ModelShape
 from btm_scale.run_dir import SEED, RunDir
+from btm_scale.util.files import make_directory
 from btm_scale.util.records import Record
 
 # A parent with less weight than this is left out: it would cost reading a model and change nothing.
@@ -45,7 +47,7 @@ def settle(
     if recorded is not None:
         return recorded
     decided = decide(config, run, model, branch, weights)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     decided.save(path)
     return decided
 

@@ -82,9 +82,7 @@ def evaluation_text(config: RunConfig, run: RunDir, domain: str, split: str) -> 
     return EvaluationText.load(run, domain, split, tokens=tokens, sequence_length=length)
 
 
-def missing_scores(
-    config: RunConfig, run: RunDir, model: str, texts: Iterable[tuple[str, str]]
-) -> list[tuple[str, str]]:
+def missing_scores(run: RunDir, model: str, texts: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """Those of `texts` that the model as it stands now has no scores for."""
     content_hash = read_expert(run.model(model)).content_hash
     return [text for text in texts if scored_model(run.scores(model, *text)) != content_hash]

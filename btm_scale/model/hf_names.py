@@ -14,8 +14,6 @@ from torch import Tensor
 from btm_scale.model.families.family import Entry
 from btm_scale.model.shape import ModelShape
 
-__all__ = ["Entry", "cut", "from_huggingface", "join", "table", "to_huggingface"]
-
 
 def table(shape: ModelShape) -> list[Entry]:
     """Every tensor of a model, in the order of its layers."""

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from btm_scale.model.families.family import Entry
 from btm_scale.model.gpt import ExpertModel, padded_vocabulary
-from btm_scale.model.hf_names import Entry, cut, from_huggingface, join, table, to_huggingface
+from btm_scale.model.hf_names import cut, from_huggingface, join, table, to_huggingface
 from btm_scale.model.shape import ModelShape
 
 

@@ -62,7 +62,7 @@ def render_page(config: RunConfig, results: Results, curves: Curves) -> str:
         priors_section(config, results),
         compute_section(results),
     )
-    footer = element("footer", escape(_provenance(config, results)))
+    footer = element("footer", escape(_provenance()))
     return f"<!doctype html>\n{element('html', head, element('body', header, main, footer), lang='en')}\n"
 
 
@@ -107,10 +107,10 @@ def _model_words(config: RunConfig) -> str:
     return words + "."
 
 
-def _provenance(config: RunConfig, results: Results) -> str:
+def _provenance() -> str:
     return (
         f"Made by btm-scale {__version__} from the run's evaluation/results.json and train/*/metrics.jsonl. "
-        f"Method: Li et al., Branch-Train-Merge, arXiv 2208.03306."
+        "Method: Li et al., Branch-Train-Merge, arXiv 2208.03306."
     )
 
 

@@ -1,4 +1,4 @@
-"""How far each model's training is, from the end of its metrics.jsonl, as a table or as lines."""
+"""The training progress of every model, as a table, as lines of a log or as JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from rich.text import Text
 from btm_scale.report.summary import NOTHING
 from btm_scale.train.progress import ModelProgress, State
 
+_LINE_SECONDS = 10.0
 _STYLES: dict[State, str] = {"waiting": "dim", "running": "cyan", "done": "green", "failed": "bold red"}
+
+Show = Callable[[Sequence[ModelProgress]], None]
 
 
 def progress_table(rows: Sequence[ModelProgress]) -> Table:
@@ -83,12 +86,6 @@ def _loss(row: ModelProgress) -> str:
 
 def _speed(row: ModelProgress) -> str:
     return NOTHING if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
-
-
-_LINE_SECONDS = 10.0
-
-
-Show = Callable[[Sequence[ModelProgress]], None]
 
 
 @contextlib.contextmanager

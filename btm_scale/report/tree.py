@@ -10,7 +10,10 @@ from btm_scale.report.charts import drawing, element, fit, text, tooltip
 from btm_scale.report.summary import mean, ordered_methods, perplexity, training_domains
 from btm_scale.run_dir import DENSE, SEED
 
+Lineage = Mapping[str, Mapping[str, float]]
+
 _TRUNK = 7.0
+_PITCH, _THICKEST = 30.0, 6.0
 
 
 def run_tree(results: Results, styles: Mapping[str, str], *, width: int) -> str:
@@ -74,12 +77,6 @@ def _named(x: float, y: float, name: str, room: float, css: str = "") -> str:
     # The paper behind the words interrupts the line, so that it runs into its name and out of it.
     shown = fit(name, room, 12.5)
     return text(x, y + 4.2, shown, class_=f"on-line {css}".strip(), text_anchor="middle")
-
-
-Lineage = Mapping[str, Mapping[str, float]]
-
-
-_PITCH, _THICKEST = 30.0, 6.0
 
 
 def is_worth_drawing(lineage: Lineage) -> bool:

@@ -1,4 +1,4 @@
-"""A dry run: what a run would do, with nothing written and no model made."""
+"""A dry run: what a run would do, without writing anything or building a model."""
 
 from __future__ import annotations
 
@@ -6,23 +6,21 @@ from typing import Any
 
 from btm_scale.config.run import RunConfig
 from btm_scale.data.sources import resolve_sources
-from btm_scale.forest.branch import require_parents
 from btm_scale.forest.expert import is_finished
 from btm_scale.run.launchers import placement
-from btm_scale.run.state import on_this_device
+from btm_scale.run.state import continued, on_this_device
 from btm_scale.run_dir import RunDir
-from btm_scale.train.jobs import model_names, training_job, training_stages
+from btm_scale.train.jobs import training_job, training_stages
 
 
 def dry_run(config: RunConfig, run: RunDir, *, trains_here: bool = True) -> dict[str, Any]:
-    """What a run would do: its models, their steps, batches and layouts. Writes nothing.
+    """Return what a run would do: its models, their steps, batches and layouts. Writes nothing.
 
-    Checks every text path and, if the run's groups run on this machine (`trains_here`), their precisions.
+    Checks every text path, what the run in the folder allows to change and, if the run's groups run on this machine
+    (`trains_here`), their precisions. Raises as `run` would.
     """
     sources = resolve_sources(config.all_domains, config.text_root)
-    require_parents(config, run, model_names(config))
-    if run.config.is_file():
-        config = config.with_precisions_of(RunConfig.load(run.config))
+    config = continued(config, run)
     if trains_here:
         config = on_this_device(config, run)
     jobs = {}
@@ -30,12 +28,11 @@ def dry_run(config: RunConfig, run: RunDir, *, trains_here: bool = True) -> dict
         place = placement(config, stage)
         for model in stage:
             job = training_job(config, model)
-            layout = job.layout
             jobs[model] = {
                 "parents": job.branch.parents if job.branch is not None else None,
                 "steps": job.steps,
                 "batch": f"{job.sequences} x {config.budget.sequence_length} tokens",
-                "layout": f"tensor {layout.tensor} x data {layout.data}, ZeRO {layout.zero}, {layout.precision}",
+                "layout": str(job.layout),
                 "at_a_time": place.slots,
                 "done": is_finished(run.model(model)),
             }

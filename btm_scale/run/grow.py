@@ -20,6 +20,7 @@ from btm_scale.forest.methods import check_names
 from btm_scale.run.pipeline import score_models
 from btm_scale.run_dir import RunDir
 from btm_scale.train.jobs import training_job
+from btm_scale.util.files import make_directory
 from btm_scale.util.locks import ModelLock
 
 
@@ -65,7 +66,7 @@ def branch_expert(
         if former is not None:
             former.save(run.branch(name))
         raise
-    run.train(name).mkdir(parents=True, exist_ok=True)
+    make_directory(run.train(name))
     settled.save(run.branch(name))
     return settled, former
 

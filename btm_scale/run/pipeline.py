@@ -52,7 +52,7 @@ def score_models(config: RunConfig, run: RunDir, models: Sequence[str], launcher
     averages = average_texts(config)
     known = [*model_names(config), *added_experts(config, run), *averages]
     names = models or [name for name in known if is_finished(run.model(name))]
-    todo = [name for name in names if missing_scores(config, run, name, averages.get(name) or all_texts(config))]
+    todo = [name for name in names if missing_scores(run, name, averages.get(name) or all_texts(config))]
     if todo:
         _run_scoring(config, run, tuple(part for name in todo for part in ("--model", name)), launcher)
     return todo

@@ -64,7 +64,6 @@ def with_proposals(config: RunConfig, shape: ModelShape, cluster: Cluster) -> tu
         return config, proposed
     base = config.layout.model_copy(update={"precision": cluster.gpu.half})
     # With one sequence as the layout's least share of a batch, every job can be described before it has a layout.
-    base = config.layout if cluster.gpu.bf16 else config.layout.model_copy(update={"precision": "fp16"})
     smallest = base.model_copy(update={"tensor": 1, "data": 1})
     bare = config.model_copy(update={"layout": smallest, "seed_layout": {}})
     layout, micro = propose(shape, _trainings(bare, _branches(bare)), cluster, base)

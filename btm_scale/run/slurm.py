@@ -137,6 +137,7 @@ def _submit(
     submissions: slurm_queue.Submissions,
 ) -> slurm_queue.Submitted:
     for place in tasks:
+        make_directory(run.train(job.models[place]))
         (run.train(job.models[place]) / "lost").unlink(missing_ok=True)
     limit = config.launch.slurm.at_a_time
     models = {str(place) if job.is_array else "": job.models[place] for place in tasks}

@@ -1,6 +1,6 @@
-"""What of a run is done and what can be done next, from its files alone; needs no engine.
+"""Which stages of a run are completed and which can run next, from its files alone; needs no engine.
 
-A stage is done when its files say so; nothing else remembers it, so a killed run goes on where its files end.
+Nothing else records progress, so a run that was killed resumes from its files.
 """
 
 from __future__ import annotations
@@ -26,14 +26,26 @@ from btm_scale.train.progress import ModelProgress, read_progress
 def open_run(config: RunConfig, run: RunDir, *, trains_here: bool = False) -> RunConfig:
     """Make the run's folder, or check that it is this config's; save the config in it, and return what was saved.
 
-    Settings that decide how a model is trained, scored or started, and not what it becomes, may differ: their fields
-    are marked with `Changes`. `precision: auto` becomes the precision that the run has recorded. Where it has none and
-    its groups run on this machine (`trains_here`), it becomes what the device does fast; elsewhere the first group
-    resolves it.
+    `precision: auto` becomes the precision that the run has recorded. Where it has none and its groups run on this
+    machine (`trains_here`), it becomes what the device does fast; elsewhere the first group resolves it.
 
-    Raises ConfigError if anything else differs: the models would not be the config's; and for names that `check_names`
-    refuses. Raises ForestError if an expert is to branch from a model that does not exist, and LaunchError if the run's
-    groups run here and this device cannot train in a precision of theirs.
+    Raises as `continued` does, and LaunchError if the run's groups run here and this device cannot train in a precision
+    of theirs. Writes nothing then.
+    """
+    config = continued(config, run)
+    if trains_here:
+        config = on_this_device(config, run)
+    config.save(run.config)
+    return config
+
+
+def continued(config: RunConfig, run: RunDir) -> RunConfig:
+    """The config with the precisions that the run in this folder has recorded instead of each `auto`.
+
+    Settings that decide how a model is trained, scored or started, and not what it becomes, may differ from the run's:
+    their fields are marked with `Changes`. Raises ConfigError if anything else differs, because the models would not be
+    the config's, and for names that `check_names` refuses. Raises ForestError if an expert is to branch from a model
+    that does not exist.
     """
     existing = RunConfig.load(run.config) if run.config.is_file() else None
     check_names(config, known=existing.all_domains if existing is not None else ())
@@ -48,9 +60,6 @@ def open_run(config: RunConfig, run: RunDir, *, trains_here: bool = False) -> Ru
                 + "\nUse another --out, or delete that folder."
             )
     require_parents(config, run, model_names(config))
-    if trains_here:
-        config = on_this_device(config, run)
-    config.save(run.config)
     return config
 
 
@@ -74,11 +83,11 @@ def on_this_device(config: RunConfig, run: RunDir) -> RunConfig:
 
 def is_done(config: RunConfig, run: RunDir, model: str) -> bool:
     """Whether a model is trained, exported and scored."""
-    return is_finished(run.model(model)) and not missing_scores(config, run, model, all_texts(config))
+    return is_finished(run.model(model)) and not missing_scores(run, model, all_texts(config))
 
 
 def next_models(config: RunConfig, run: RunDir) -> list[str]:
-    """The models that can be trained now: the first stage that isn't done, without those of it that are."""
+    """Return the models that can be trained now: those of the first incomplete stage that are not done."""
     for stage in training_stages(config):
         todo = [model for model in stage if not is_done(config, run, model)]
         if todo:
@@ -87,7 +96,7 @@ def next_models(config: RunConfig, run: RunDir) -> list[str]:
 
 
 def training_commands(config: RunConfig, run: RunDir, models: Sequence[str]) -> list[GroupCommand]:
-    """A group for each of the models that lack anything of it, in the order given."""
+    """Return a group for each of the models that is not trained, exported and scored yet, in the order given."""
     commands = []
     for model in models:
         if not is_done(config, run, model):
@@ -100,7 +109,7 @@ def training_commands(config: RunConfig, run: RunDir, models: Sequence[str]) -> 
 
 
 def progress(config: RunConfig, run: RunDir, states: dict[str, str]) -> list[ModelProgress]:
-    """How far each model is, in the run's order."""
+    """Return the training progress of each model in `states`, in the run's order."""
     return [
         read_progress(run, model, training_job(config, model).steps, state=states[model])  # type: ignore[arg-type]
         for model in model_names(config)

@@ -1,4 +1,4 @@
-"""What one rank of a group runs, once the launcher has started it."""
+"""What each rank of a group runs after its launcher has started it."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from btm_scale.util.rank_log import rank_log
 
 
 def train_as_rank(config: RunConfig, run: RunDir, model: str) -> None:
-    """Train, export and score one model; each part that is done already is not done again."""
+    """Train, export and score one model; completed parts are skipped."""
     with (
         rank_log(run.log(model)),
-        _joined(config, run, lambda config: training_job(config, model).layout) as (group, config),
+        _joined(config, run, lambda config: training_job(config, model).layout, records=True) as (group, config),
         ModelLock(run.train(model)) if group.is_first else contextlib.nullcontext(),
     ):
         job = training_job(config, model)
@@ -43,7 +43,7 @@ def train_as_rank(config: RunConfig, run: RunDir, model: str) -> None:
 
 
 def score_as_rank(config: RunConfig, run: RunDir, models: Sequence[str], *, averages: bool = False) -> None:
-    """Score finished models on the texts that each is for; with `averages`, those too, made first where needed."""
+    """Score finished models, each on its own texts; with `averages`, merge those that are missing and score all."""
     texts = average_texts(config)
     with rank_log(run.log("score")), _joined(config, run, lambda config: config.layout) as (group, config):
         if averages:
@@ -54,14 +54,14 @@ def score_as_rank(config: RunConfig, run: RunDir, models: Sequence[str], *, aver
 
 @contextlib.contextmanager
 def _joined(
-    config: RunConfig, run: RunDir, layout_of: Callable[[RunConfig], Layout]
+    config: RunConfig, run: RunDir, layout_of: Callable[[RunConfig], Layout], *, records: bool = False
 ) -> Iterator[tuple[ExpertGroup, RunConfig]]:
-    """The group, and the config with its precisions resolved."""
+    """The group, and the config with its precisions resolved; `records` is `_resolved`'s."""
     end_with_supervisor()
     keep_freed_memory()
     group = ExpertGroup.join(layout_of(config))
     # Another rank might have read run.yaml before or after a precision was recorded in it.
-    resolved = [_resolved(config, run) if group.is_first else config]
+    resolved = [_resolved(config, run, records) if group.is_first else config]
     dist.broadcast_object_list(resolved, src=0)
     [config] = resolved
     group = group.in_precision(layout_of(config).precision)  # type: ignore[arg-type]
@@ -73,17 +73,19 @@ def _joined(
     group.leave()
 
 
-def _resolved(config: RunConfig, run: RunDir) -> RunConfig:
+def _resolved(config: RunConfig, run: RunDir, records: bool) -> RunConfig:
     """The config with the precision that run.yaml has recorded instead of each `auto`.
 
-    The run's first group, which is the seed's, finds none there: it asks its device, and records the answer.
+    The run's first group, which is the seed's, finds none there: it asks its device, and records the answer. A group
+    that only scores asks too, but without `records`: it may run on a login node, and does not decide for the cluster.
     """
     if "auto" not in config.precisions:
         return config
     recorded = RunConfig.load(run.config) if run.config.is_file() else config
     if "auto" in recorded.precisions:
         recorded = recorded.with_precision(fast_precision())
-        recorded.save(run.config)
+        if records:
+            recorded.save(run.config)
     return config.with_precisions_of(recorded)
 
 

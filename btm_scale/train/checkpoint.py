@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from btm_scale.checkpoint.formats.locate import STATE_MARKER
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
-from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
+from btm_scale.checkpoint.formats.safetensors_writer import SINGLE, ShardedWriter
 from btm_scale.checkpoint.formats.tensors import TensorSpec
 from btm_scale.errors import CheckpointError
 from btm_scale.model.hf_names import table, to_huggingface
@@ -28,9 +29,6 @@ from btm_scale.model.hf_weights import gather_whole, huggingface_shapes, local_p
 from btm_scale.train.engine import KINDS, MASTER, OUTER, Engine
 from btm_scale.util.files import make_directory, partial_path, publish_directory, require_space
 from btm_scale.util.records import Record
-
-_MARKER = "state.json"
-_TENSORS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -114,8 +112,8 @@ def write_state(
         for name, tensor in tensors:
             writer.write(name, tensor)
         writer.close()
-        digest = _digest(aside / _TENSORS)
-        _Marker(**asdict(position), sha256=digest).write(aside / _MARKER)
+        digest = _digest(aside / SINGLE)
+        _Marker(**asdict(position), sha256=digest).write(aside / STATE_MARKER)
     except OSError:
         # On a disk that is full after all, what there is of it would keep the next try from succeeding.
         shutil.rmtree(aside, ignore_errors=True)
@@ -125,7 +123,7 @@ def write_state(
 
 def read_position(path: Path) -> Position:
     """How far a state's job had come."""
-    return _Marker.load(path / _MARKER).position
+    return _Marker.load(path / STATE_MARKER).position
 
 
 def newest_state(folder: Path) -> Path | None:
@@ -193,11 +191,11 @@ def restore_random_state(position: Position) -> None:
 
 def _problem(path: Path) -> str | None:
     try:
-        recorded = _Marker.load(path / _MARKER).sha256
-        found = _digest(path / _TENSORS)
+        recorded = _Marker.load(path / STATE_MARKER).sha256
+        found = _digest(path / SINGLE)
     except (OSError, CheckpointError) as error:
         return f"{type(error).__name__}: {error}"
-    return None if found == recorded else f"{_TENSORS} differs from its checksum"
+    return None if found == recorded else f"{SINGLE} differs from its checksum"
 
 
 def _digest(path: Path) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from btm_scale.config.run import OptimizerConfig
+from btm_scale.config.training import OptimizerConfig
 from btm_scale.train.jobs import TrainingJob
 
 

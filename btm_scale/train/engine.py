@@ -18,7 +18,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor
 
-from btm_scale.config.run import OptimizerConfig
+from btm_scale.config.training import OptimizerConfig
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.gpt import ExpertModel
 from btm_scale.train.deepspeed_config import deepspeed_config

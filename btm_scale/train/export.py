@@ -11,7 +11,6 @@ import torch.distributed as dist
 from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
 from btm_scale.checkpoint.formats.tensors import TensorSpec, dtype_name
 from btm_scale.checkpoint.hashing import content_hash
-from btm_scale.config.layout import Layout
 from btm_scale.config.run import RunConfig
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.forest.branch import Branch
@@ -57,7 +56,7 @@ def _card(config: RunConfig, run: RunDir, job: TrainingJob, begun: Branch, direc
         parents=begun.parents,
         tokens=job.steps * job.sequences * config.budget.sequence_length,
         steps=job.steps,
-        layout=job.layout.model_dump(include=set(Layout.model_fields)),
+        layout=job.layout.model_dump(),
         data_fingerprint={domain: Fingerprint.of_domain(run, domain).text for domain in begun.domains},
         content_hash=content_hash(directory),
     )

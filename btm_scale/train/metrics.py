@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from btm_scale.launch.gpus import gpu_of_device
-from btm_scale.util.files import write_file
+from btm_scale.util.files import make_directory, write_file
 
 if TYPE_CHECKING:  # reading metrics needs no engine
     import torch
@@ -51,7 +51,7 @@ class Metrics:
 
     def __enter__(self) -> Self:
         if self._writes:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(self._path.parent)
             kept = [line for line in _whole_lines(self._path) if json.loads(line)["step"] <= self._first_step]
             write_file(self._path, "".join(kept))
             self._file = self._path.open("a", buffering=1)

@@ -1,4 +1,4 @@
-"""A look at where a step's time goes: PyTorch's profiler over a few steps, one trace a rank."""
+"""PyTorch's profiler over a few steps: one trace per rank."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from btm_scale.config.training import ProfileConfig
 from btm_scale.distributed.group import ExpertGroup
+from btm_scale.util.files import make_directory, write_file
 
 
 class Profile:
-    """Records `steps` steps after the first `after`; does nothing where `steps` is 0.
+    """Records `steps` steps after the first `after`; does nothing if `steps` is 0.
 
-    Leaves `rank-<n>.json`, which chrome://tracing and Perfetto open, and `rank-<n>.txt`, the dearest operations.
+    Leaves `rank-<n>.json`, which chrome://tracing and Perfetto open, and `rank-<n>.txt`, the most expensive operations.
     """
 
     def __init__(self, group: ExpertGroup, config: ProfileConfig, folder: Path) -> None:
@@ -36,7 +37,7 @@ class Profile:
         self._save()
 
     def step(self) -> None:
-        """A step has been taken."""
+        """Count a step that has been taken; starts or ends the recording."""
         self._taken += 1
         self._turn()
 
@@ -54,8 +55,8 @@ class Profile:
         if self._profiler is None:
             return
         self._profiler.__exit__(None, None, None)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(self._path.parent)
         self._profiler.export_chrome_trace(str(self._path))
         table = self._profiler.key_averages().table(sort_by=self._sort, row_limit=40)
-        self._path.with_suffix(".txt").write_text(table + "\n")
+        write_file(self._path.with_suffix(".txt"), table + "\n")
         self._profiler = None

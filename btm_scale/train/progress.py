@@ -14,10 +14,7 @@ from btm_scale.run_dir import RunDir
 
 State = Literal["waiting", "running", "done", "failed"]
 
-
 _TAIL_BYTES = 8192
-
-
 _RECENT_STEPS = 20
 
 

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from btm_scale.checkpoint.formats.open import open_model, with_head_names
-from btm_scale.checkpoint.formats.safetensors import SINGLE, SafetensorsModel
+from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
+from btm_scale.checkpoint.formats.safetensors_writer import SINGLE
 from btm_scale.checkpoint.merge.merge import merge_tensors
 from btm_scale.config.run import RunConfig
 from btm_scale.data.tokenizer import Tokenizer

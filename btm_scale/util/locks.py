@@ -18,7 +18,7 @@ _LOCK_SECONDS = 2.0
 
 @contextmanager
 def held(lock: Path) -> Iterator[bool]:
-    """Hold a lock file, which goes when its holder does; gives False where another process has it."""
+    """Hold a lock file, which is removed afterwards; yields False if another process holds it."""
     make_directory(lock.parent)
     while True:
         with lock.open("w") as file:
@@ -36,8 +36,8 @@ def held(lock: Path) -> Iterator[bool]:
 
 @contextmanager
 def alone(lock: Path) -> Iterator[None]:
-    """Hold a lock file, once every other process that holds it has let go of it."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
+    """Wait until no other process holds a lock file, and hold it."""
+    make_directory(lock.parent)
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -51,7 +51,7 @@ def _is_named(file: TextIO, path: Path) -> bool:
 
 
 class ModelLock:
-    """Held by the first rank of the group that trains a model; the kernel lets go of it when the process ends."""
+    """Held by the first rank of the group that trains a model; the kernel releases it when the process ends."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "lock"

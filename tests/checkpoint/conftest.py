@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers.small_models import Save, Weights, random_weights
 
-from btm_scale.checkpoint.formats.safetensors import ShardedWriter
+from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
 from btm_scale.checkpoint.formats.tensors import TensorSpec
 
 

@@ -16,7 +16,7 @@ import torch
 from helpers.cuts import full
 from helpers.small_models import Save, random_weights
 
-from btm_scale.checkpoint.formats.safetensors import ShardedWriter
+from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.merge import journal, runner, workers
 from btm_scale.checkpoint.merge.merge import merge

@@ -14,11 +14,10 @@ from helpers.small_models import Save, random_weights
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.merge import runner
-from btm_scale.checkpoint.merge.elementwise import METHODS, Piece, find_method
 from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.checkpoint.merge.noise import uniform
 from btm_scale.checkpoint.merge.plan import Unit
-from btm_scale.checkpoint.merge.registry import Whole
+from btm_scale.checkpoint.merge.registry import METHODS, Piece, Whole, find_method
 from btm_scale.checkpoint.merge.statistics import least_of_largest
 from btm_scale.errors import CheckpointError
 

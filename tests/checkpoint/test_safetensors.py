@@ -9,7 +9,8 @@ from helpers.small_models import Save, random_weights
 from safetensors.torch import load_file, save_file
 
 from btm_scale.checkpoint.formats.open import open_model
-from btm_scale.checkpoint.formats.safetensors import INDEX, SafetensorsModel, ShardedWriter
+from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
+from btm_scale.checkpoint.formats.safetensors_writer import INDEX, ShardedWriter
 from btm_scale.checkpoint.formats.tensors import DTYPE_BY_CODE, TensorSpec
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.errors import CheckpointError

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import yaml
 
-from btm_scale.config.run import OptimizerConfig, RunConfig
+from btm_scale.config.run import RunConfig
+from btm_scale.config.training import OptimizerConfig
 from btm_scale.configs import FOLDER
 from btm_scale.errors import ConfigError
 from btm_scale.model.shape import PRESETS
-from btm_scale.run.dry_run import dry_run, training_stages
+from btm_scale.run.dry_run import dry_run
 from btm_scale.run_dir import RunDir
-from btm_scale.train.jobs import model_names, training_job
+from btm_scale.train.jobs import model_names, training_job, training_stages
 
 DOMAINS = {"math": {"text": "math.jsonl"}, "code": {"text": ["src/**/*.py"]}}
 
@@ -82,6 +83,20 @@ def test_every_problem_is_told_at_once_with_its_path(tmp_path: Path) -> None:
         "layout.zero",
     ):
         assert part in text
+
+
+def test_the_seeds_layout_is_checked_against_the_seed_even_where_an_expert_has_its_name(tmp_path: Path) -> None:
+    small = {"family": "llama", "layers": 1, "hidden": 64, "heads": 1, "ffn": 64}
+    config = load(
+        tmp_path,
+        {
+            "domains": {"seed_layout": {"text": "a.txt"}},
+            "model": {"preset": "llama-1m"},
+            "seed_layout": {"tensor": 2},
+            "experts": {"seed_layout": {"model": small}},
+        },
+    )
+    assert config.shared_layout.tensor == 2
 
 
 def test_an_experts_own_layout_is_checked_like_the_groups(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-from btm_scale.config.run import DomainConfig
+from btm_scale.config.data import DomainConfig
 from btm_scale.data.demo_text import write_installed_text
 from btm_scale.data.documents import BadLines, read_documents
 from btm_scale.data.sources import resolve_domain

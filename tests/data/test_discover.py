@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from helpers.tiny_run import btm_scale, tiny_values, write_config
 
-from btm_scale.config.run import DomainConfig, RunConfig
+from btm_scale.config.data import DomainConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.data.clustering import Clustering, balanced_kmeans, squared_distances
 from btm_scale.data.discover import DOMAINS, discover, random_sample
 from btm_scale.data.sources import resolve_domain, resolve_sources

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from btm_scale.config.run import DomainConfig
+from btm_scale.config.data import DomainConfig
 from btm_scale.data import documents
 from btm_scale.data.documents import BadLines, Document, read_documents
 from btm_scale.data.sources import resolve_domain

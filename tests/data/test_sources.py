@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from helpers.text_samples import MakeConfig, prose_texts, python_texts, write_jsonl
 
-from btm_scale.config.run import DomainConfig, RunConfig
+from btm_scale.config.data import DomainConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.data.discover import collection_of, discover
 from btm_scale.data.documents import BadLines, read_documents
 from btm_scale.data.encode import Encoder

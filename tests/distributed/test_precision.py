@@ -16,6 +16,7 @@ from btm_scale.distributed import precision as precision_module
 from btm_scale.distributed.precision import DevicePrecisions, ask_device
 from btm_scale.errors import ConfigError, LaunchError
 from btm_scale.run import state as run_state
+from btm_scale.run import worker
 from btm_scale.run.state import open_run
 from btm_scale.run_dir import RunDir
 
@@ -122,6 +123,13 @@ def test_a_recorded_precision_is_kept_on_another_device(tmp_path: Path) -> None:
         open_run(write_config(tmp_path / "c.yaml", other), run)
 
 
+def test_auto_of_an_expert_is_what_the_run_has_recorded_for_all(tmp_path: Path) -> None:
+    run, experts = RunDir(tmp_path / "run"), {"python": {"layout": {"precision": "auto"}}}
+    open_run(write_config(tmp_path / "a.yaml", tiny_values(tmp_path, layout={"precision": "bf16"})), run)
+    later = write_config(tmp_path / "b.yaml", tiny_values(tmp_path, layout={"precision": "auto"}, experts=experts))
+    assert open_run(later, run).precisions == {"bf16"}
+
+
 @pytest.mark.usefixtures("device")
 def test_a_run_whose_groups_are_elsewhere_leaves_auto_to_the_first_of_them(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
@@ -132,6 +140,18 @@ def test_a_run_whose_groups_are_elsewhere_leaves_auto_to_the_first_of_them(tmp_p
     assert open_run(chosen, run).layout.precision == "fp16", "nothing has been trained in another one"
     with pytest.raises(LaunchError, match="set it to bf16, fp32 or auto"):
         open_run(chosen, run, trains_here=True)
+
+
+def test_a_group_that_only_scores_does_not_decide_what_the_run_trains_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(tmp_path / "run")
+    config = open_run(write_config(tmp_path / "a.yaml", auto_values(tmp_path)), run)
+    monkeypatch.setattr(worker, "fast_precision", lambda: "fp32")
+    assert worker._resolved(config, run, records=False).layout.precision == "fp32"
+    assert RunConfig.load(run.config).layout.precision == "auto"
+    assert worker._resolved(config, run, records=True).layout.precision == "fp32"
+    assert RunConfig.load(run.config).layout.precision == "fp32"
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ def test_a_subset_is_judged_by_the_mean_of_its_experts_parameters(
     config, run = handmade
     (tmp_path / "sample.txt").write_text("def merge(one, other):\n    return one + other\n" * 9)
     text = file_text(config, run, tmp_path / "sample.txt")
-    answer = ablate(config, run, {"sample": text}, [("python",), ("cpp", "python")])
+    answer = ablate(run, {"sample": text}, [("python",), ("cpp", "python")])
     found = {tuple(row["experts"]): row["mean"] for row in answer["ranking"]}
     one, other = (AutoModelForCausalLM.from_pretrained(run.model(name)) for name in ("cpp", "python"))
     for subset, models in {("python",): [other], ("cpp", "python"): [one, other]}.items():
@@ -54,11 +54,11 @@ def test_what_was_measured_is_not_measured_again(
     (tmp_path / "a.txt").write_text("one text")
     (tmp_path / "b.txt").write_text("another text")
     texts = {name: file_text(config, run, tmp_path / f"{name}.txt") for name in "ab"}
-    first = ablate(config, run, texts, [("cpp",)])
+    first = ablate(run, texts, [("cpp",)])
     monkeypatch.setattr("btm_scale.evaluate.ablate._average_perplexity", None)
-    assert ablate(config, run, texts, [("cpp",)]) == first
+    assert ablate(run, texts, [("cpp",)]) == first
     with pytest.raises(TypeError):
-        ablate(config, run, {"b": texts["b"]}, [("cpp",)])
+        ablate(run, {"b": texts["b"]}, [("cpp",)])
 
 
 def test_sampled_subsets_are_distinct_and_hold_each_expert_alone_and_all(
@@ -111,7 +111,7 @@ def test_the_ranking_of_averages_is_that_of_models_trained_on_the_mixtures(
     config, run = handmade
     texts = run_texts(config, run, (), "dev")
     mixtures: list[Subset] = [subset for size in (2, 3, 4) for subset in combinations(sorted(DOMAINS), size)]
-    averaged = {tuple(row["experts"]): row["perplexity"] for row in ablate(config, run, texts, mixtures)["ranking"]}
+    averaged = {tuple(row["experts"]): row["perplexity"] for row in ablate(run, texts, mixtures)["ranking"]}
     trained = {}
     for mixture in mixtures:
         name = "-".join(mixture)

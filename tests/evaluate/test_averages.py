@@ -29,6 +29,12 @@ def test_experts_that_were_trained_in_different_precisions_are_averaged_in_the_w
         content_hash="",
     )
     [name] = write_averages(run, [card])
+    # Of narrow experts alone, and all that is missing; still it is in the forest's type.
+    alone = card.model_copy(update={"name": "average/posterior/law", "parents": (Parent("llama0", 1.0),)})
+    assert write_averages(run, [card, alone]) == [alone.name]
+    assert {tensor.dtype for tensor in load_file(run.model(alone.name) / "model.safetensors").values()} == {
+        torch.float32
+    }
     one, other, mean = (load_file(run.model(model) / "model.safetensors") for model in ("llama0", "llama1", name))
     assert {tensor.dtype for tensor in one.values()} == {torch.bfloat16}
     for key, tensor in mean.items():

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from btm_scale.config.evaluation import Tempering
-from btm_scale.config.run import EvaluateConfig
+from btm_scale.config.evaluation import EvaluateConfig, Tempering
 from btm_scale.evaluate.ensemble import ensemble_methods
 from btm_scale.forest.posterior.mixture import mixture_log_probs
 from btm_scale.forest.posterior.prior import updating_mixture_log_probs

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from helpers.tiny_run import save_card
 
-from btm_scale.config.run import BranchConfig, RunConfig
+from btm_scale.config.run import RunConfig
+from btm_scale.config.training import BranchConfig
 from btm_scale.errors import ForestError
 from btm_scale.forest.branch import Branch, parents_of, settle
 from btm_scale.forest.expert import Parent

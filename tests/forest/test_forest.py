@@ -35,7 +35,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     class Ids:
         vocab_size = 300
 
-    monkeypatch.setattr("btm_scale.forest.forest.Tokenizer.load", lambda directory: Ids())
+    monkeypatch.setattr("btm_scale.forest.membership.Tokenizer.load", lambda directory: Ids())
     return run
 
 

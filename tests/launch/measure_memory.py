@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from btm_scale.config.run import Layout, OptimizerConfig
+from btm_scale.config.layout import Layout
+from btm_scale.config.training import OptimizerConfig
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.gpt import build_model
 from btm_scale.model.shape import ModelShape

@@ -11,7 +11,8 @@ import yaml
 from helpers.launcher import launched
 from helpers.tiny_run import btm_scale
 
-from btm_scale.config.run import Layout, RunConfig
+from btm_scale.config.layout import Layout
+from btm_scale.config.run import RunConfig
 from btm_scale.errors import LaunchError
 from btm_scale.launch.gpus import GPUS
 from btm_scale.launch.memory import rank_memory
@@ -47,8 +48,9 @@ def test_the_papers_64_experts_of_350m_on_128_gpus(tmp_path: Path) -> None:
     plan = make_plan(config_of(tmp_path, PAPER_64, 64), Cluster(GPUS["v100"], 16, 8))
     assert plan["parameters"] == pytest.approx(355e6, rel=0.01)
     experts = plan["stages"][1]
-    # These GPUs have no units for bfloat16, which is the default.
-    assert plan["proposed"]["layout"]["precision"] == "fp16"
+    # These GPUs have no units for bfloat16; `precision: auto`, which needs no proposal, is fp16 on them.
+    assert "precision" not in plan["proposed"]["layout"]
+    assert all(", fp16" in row["layout"] for row in rows(plan))
     # As in the paper, every expert has two GPUs, and all train at once.
     assert [(row["ranks"], len(row["models"])) for row in experts["groups"]] == [(2, 64)]
     assert experts["waves"] == 1
@@ -93,7 +95,7 @@ def test_what_is_proposed_can_be_put_into_the_yaml(tmp_path: Path) -> None:
 
 def test_the_seeds_proposal_says_whatever_differs_from_the_experts(tmp_path: Path) -> None:
     first = make_plan(config_of(tmp_path, EIGHT_8B, 8), Cluster(GPUS["h200"], 1, 8))
-    # What is a default is said too: left out, `group` would give the seed the experts' ZeRO 2.
+    # What is a default is said too: left out, `layout` would give the seed the experts' ZeRO 2.
     assert (first["proposed"]["layout"]["zero"], first["proposed"]["seed_layout"]["zero"]) == (2, 1)
     assert [row["layout"] for row in first["stages"][0]["groups"]] == ["tensor 1 x data 8, ZeRO 1, bf16"]
     again = make_plan(config_of(tmp_path, EIGHT_8B | first["proposed"], 8), Cluster(GPUS["h200"], 1, 8))

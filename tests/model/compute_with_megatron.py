@@ -16,7 +16,7 @@ from helpers.worlds import fork_world, read_spec
 from safetensors.torch import load_file, save_file
 
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
-from btm_scale.config.run import Layout
+from btm_scale.config.layout import Layout
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.gpt import build_model
 from btm_scale.model.hf_config import shape_from_config

@@ -8,7 +8,7 @@ import torch
 from helpers.worlds import fork_world, read_spec
 from safetensors.torch import save_file
 
-from btm_scale.config.run import Layout
+from btm_scale.config.layout import Layout
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.gpt import build_model
 from btm_scale.model.shape import ModelShape

@@ -47,6 +47,14 @@ def test_what_decides_a_model_or_its_scores_may_not(tmp_path: Path, change: dict
     assert run.config.read_bytes() == before
 
 
+def test_a_dry_run_refuses_the_changes_that_the_run_would_refuse(real_text: Path, tmp_path: Path) -> None:
+    values, run = tiny_values(real_text), RunDir(tmp_path / "run")
+    open_run(write_config(tmp_path / "a.yaml", values), run)
+    changed = write_config(tmp_path / "b.yaml", values | {"random_seed": 4})
+    with pytest.raises(ConfigError, match=r"it differs in:\n  random_seed: \d+ there, 4 here"):
+        dry_run(changed, run)
+
+
 def test_a_domain_that_joins_lets_none_change_whose_name_begins_like_its_own(tmp_path: Path) -> None:
     values, run = tiny_values(tmp_path), RunDir(tmp_path / "run")
     added = {"law2": {"text": "law2.jsonl"}}

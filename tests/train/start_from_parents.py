@@ -16,7 +16,8 @@ from helpers.worlds import fork_world, read_spec
 from safetensors.torch import save_file
 from train_layouts import make_engine, train
 
-from btm_scale.config.run import BranchConfig, Layout
+from btm_scale.config.layout import Layout
+from btm_scale.config.training import BranchConfig
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.errors import UserError
 from btm_scale.forest.expert import Parent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from btm_scale.evaluate.soups import save_soups
 from btm_scale.forest.membership import add_expert
 from btm_scale.forest.scores import Scores
 from btm_scale.launch.slurm_queue import Submissions, Submitted
+from btm_scale.launch.supervise import GroupCommand, Start, run_groups_in
 from btm_scale.model.hf_config import config_json
 from btm_scale.model.hf_weights import huggingface_shapes
 from btm_scale.model.shape import ModelShape
@@ -158,8 +160,8 @@ WRITERS: dict[str, Callable[[RunDir, list[Path]], None]] = {
 def test_what_has_its_final_name_outlives_a_power_cut(
     write: Callable[[RunDir, list[Path]], None], disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("btm_scale.forest.forest.same_ids", lambda one, other: True)
-    monkeypatch.setattr("btm_scale.forest.forest.Tokenizer.load", lambda path: SimpleNamespace(vocab_size=40))
+    monkeypatch.setattr("btm_scale.forest.membership.same_ids", lambda one, other: True)
+    monkeypatch.setattr("btm_scale.forest.membership.Tokenizer.load", lambda path: SimpleNamespace(vocab_size=40))
     write(RunDir(disk.root), sorted((tmp_path / "models").iterdir()))
     _require_durable(disk)
 
@@ -215,6 +217,21 @@ def test_a_directory_is_synced_once(disk: Disk) -> None:
     _state(run, [])
     tensors, marker, itself, parent, new_folders = 1, 1, 1, 1, 3
     assert disk.syncs == 3 * (tensors + marker + itself + parent) + new_folders
+
+
+def test_what_a_rank_writes_into_the_folder_that_its_launcher_made_outlives_a_power_cut(disk: Disk) -> None:
+    class Room:
+        def take(self, command: GroupCommand) -> Start:
+            return Start(((sys.executable, "-c", ""),))
+
+        def give_back(self, name: str) -> None:
+            pass
+
+    log = disk.root / "train" / "law" / "log"
+    run_groups_in(Room(), [GroupCommand("law", 1, ("train",), log)])
+    make_directory(log.parent / "checkpoints")
+    write_file(log.parent / "checkpoints" / "state.json", "{}")
+    assert disk.durable()["train/law/checkpoints/state.json"] == b"{}"
 
 
 def test_a_file_that_fails_half_way_leaves_the_old_one_and_nothing_else(disk: Disk) -> None:

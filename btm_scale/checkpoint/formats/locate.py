@@ -18,11 +18,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "spiece.model",
 )
-
-
 STATE_MARKER = "state.json"  # of a training state
-
-
 _SEARCHED_PARENTS = 3
 
 

@@ -11,8 +11,9 @@ import torch
 from btm_scale.checkpoint.formats.locate import described_in
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, unknown_tensor
 from btm_scale.errors import CheckpointError
+from btm_scale.model.families.family import Entry
 from btm_scale.model.hf_config import read_shape
-from btm_scale.model.hf_names import Entry, join, table, to_huggingface
+from btm_scale.model.hf_names import join, table, to_huggingface
 from btm_scale.model.shape import ModelShape
 
 

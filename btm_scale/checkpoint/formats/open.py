@@ -10,7 +10,8 @@ import torch
 from btm_scale.checkpoint.formats.deepspeed import checkpoint_folder, open_deepspeed
 from btm_scale.checkpoint.formats.locate import iteration_folder
 from btm_scale.checkpoint.formats.pytorch_bin import BIN, BIN_INDEX, open_bin
-from btm_scale.checkpoint.formats.safetensors import INDEX, SINGLE, SafetensorsModel
+from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
+from btm_scale.checkpoint.formats.safetensors_writer import INDEX, SINGLE
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec
 from btm_scale.checkpoint.formats.torch_dist import open_torch_dist
 from btm_scale.checkpoint.formats.training import TrainingState, is_training_state

@@ -12,20 +12,9 @@ from typing import Any
 import torch
 
 from btm_scale.checkpoint.formats.locate import read_json
-from btm_scale.checkpoint.formats.safetensors_writer import INDEX, SINGLE, ShardedWriter
+from btm_scale.checkpoint.formats.safetensors_writer import INDEX, SINGLE
 from btm_scale.checkpoint.formats.tensors import DTYPE_BY_CODE, ModelReader, TensorSpec, as_bytes, unknown_tensor
 from btm_scale.errors import CheckpointError
-
-__all__ = [
-    "INDEX",
-    "SINGLE",
-    "SafetensorsModel",
-    "ShardedWriter",
-    "TensorSpec",
-    "pread_into",
-    "read_header",
-    "weight_map",
-]
 
 _MAX_HEADER = 100_000_000  # the reference implementation refuses more
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from btm_scale.checkpoint.formats.locate import STATE_MARKER, described_in, read_json
-from btm_scale.checkpoint.formats.safetensors import SINGLE, SafetensorsModel
+from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
+from btm_scale.checkpoint.formats.safetensors_writer import SINGLE
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, unknown_tensor
 from btm_scale.errors import CheckpointError
 from btm_scale.model.hf_config import read_shape

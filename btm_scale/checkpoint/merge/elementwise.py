@@ -4,20 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from btm_scale.checkpoint.merge import whole_tensor  # registers its methods too
-from btm_scale.checkpoint.merge.registry import METHODS, Method, Piece, find_method, method
-
-__all__ = [
-    "METHODS",
-    "Method",
-    "Piece",
-    "add_weighted",
-    "dare",
-    "find_method",
-    "linear",
-    "task_arithmetic",
-    "whole_tensor",
-]
+from btm_scale.checkpoint.merge.registry import Piece, method
 
 
 def add_weighted(totals: torch.Tensor, weights: torch.Tensor, tensor: torch.Tensor) -> None:

@@ -16,8 +16,9 @@ import torch
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, parse_dtype
 from btm_scale.checkpoint.hashing import BLOCK_BYTES, sample_hash
+from btm_scale.checkpoint.merge import elementwise, whole_tensor  # noqa: F401 (they register their methods)
 from btm_scale.checkpoint.merge.compatibility import common_specs, config_problems, tokenizer_problems
-from btm_scale.checkpoint.merge.elementwise import Method, find_method
+from btm_scale.checkpoint.merge.registry import Method, find_method
 from btm_scale.errors import CheckpointError
 
 

@@ -1,0 +1,87 @@
+"""GPUs with their memory and compute capability, NCCL, and the precisions that models train in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from btm_scale.run.doctor.ask import Reply
+from btm_scale.run.doctor.finding import Finding, size
+
+_PART = "devices"
+_NEEDED = "training, scoring and generating on a GPU"
+
+
+def device_findings(replies: Mapping[str, Reply], of_driver: Sequence[str], visible: str | None) -> list[Finding]:
+    """What torch can compute on.
+
+    Args:
+        replies: what the child process answered.
+        of_driver: the GPUs that the driver names, which torch may not see.
+        visible: CUDA_VISIBLE_DEVICES, if it is set.
+    """
+    return [*_gpus(replies, of_driver, visible), *_nccl(replies), *_precision(replies)]
+
+
+def triton_finding(replies: Mapping[str, Reply]) -> list[Finding]:
+    """Whether Triton has its assembler; none if there is no Triton, or it is broken."""
+    answer = replies.get("triton", Reply(error="not asked")).answer
+    build = replies.get("torch", Reply()).answer.get("build", "")
+    if not answer or str(build).startswith("ROCm"):  # which comes with an assembler of its own
+        return []
+    place, needed = answer["assembler"], "Triton kernels on an NVIDIA GPU"
+    if answer["has_assembler"]:
+        return [Finding("programs", "ptxas", "ok", place, needed)]
+    remedy = "reinstall triton, or set TRITON_PTXAS_PATH to the CUDA toolkit's ptxas"
+    return [Finding("programs", "ptxas", "missing", f"no program at {place}", needed, remedy)]
+
+
+def _gpus(replies: Mapping[str, Reply], of_driver: Sequence[str], visible: str | None) -> list[Finding]:
+    reply = replies.get("gpus", Reply(error="torch is not installed"))
+    found = []
+    for index, gpu in enumerate(reply.answer.get("gpus", ())):
+        text = f"{gpu['name']}, {size(gpu['memory'])}, compute capability {gpu['capability']}"
+        if gpu["error"]:
+            remedy = "see nvidia-smi or rocm-smi: is it busy, failing, or too new or old for this build of torch?"
+            found.append(Finding(_PART, f"GPU {index}", "broken", f"{text}: {gpu['error']}", _NEEDED, remedy))
+        else:
+            found.append(Finding(_PART, f"GPU {index}", "ok", text))
+    if found:
+        return found
+    if reply.error:
+        return [Finding(_PART, "GPU", "broken", reply.error, _NEEDED)]
+    build = replies["torch"].answer.get("build", "") if "torch" in replies else ""
+    there = "; ".join(of_driver)
+    if visible is not None and visible.strip() in ("", "-1"):
+        text = f"hidden by CUDA_VISIBLE_DEVICES='{visible}'" + (f": {there}" if there else "")
+        return [Finding(_PART, "GPU", "missing", text, _NEEDED, "unset CUDA_VISIBLE_DEVICES" if there else "")]
+    if there and build == "CPU":
+        remedy = "install a CUDA build of torch: see https://pytorch.org/get-started/locally"
+        return [Finding(_PART, "GPU", "broken", f"{there}: unused, this torch is a CPU build", _NEEDED, remedy)]
+    if there:
+        text = f"{there}: torch ({build}) finds none" + (
+            f": {reply.answer['reason']}" if reply.answer["reason"] else ""
+        )
+        remedy = (
+            f"install a torch that was built for this driver's CUDA, or a newer driver (CUDA_VISIBLE_DEVICES={visible})"
+        )
+        return [Finding(_PART, "GPU", "broken", text, _NEEDED, remedy)]
+    return [Finding(_PART, "GPU", "missing", reply.answer.get("reason", ""), _NEEDED)]
+
+
+def _nccl(replies: Mapping[str, Reply]) -> list[Finding]:
+    """Builds of torch for CUDA and ROCm have it; on a CPU ranks use gloo."""
+    answer, needed = replies.get("torch", Reply()).answer, "groups of more than one GPU"
+    if answer.get("build", "CPU") == "CPU":
+        return []
+    if not answer["nccl"]:
+        return [Finding(_PART, "NCCL", "missing", "", needed, "install a build of torch that has NCCL")]
+    return [Finding(_PART, "NCCL", "ok", answer["nccl"], needed)]
+
+
+def _precision(replies: Mapping[str, Reply]) -> list[Finding]:
+    reply = replies.get("precision", Reply(error="DeepSpeed or torch is not installed"))
+    if reply.error:
+        return [Finding(_PART, "precision", "broken", reply.error, "training")]
+    answer = reply.answer
+    text = f"{', '.join(answer['possible'])} on {answer['device']}; layout.precision: auto is {answer['fast']}"
+    return [Finding(_PART, "precision", "ok", text)]
