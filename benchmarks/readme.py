@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from btm_scale.evaluate.results import Results
 from btm_scale.report.equivalence import dense_equivalent
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,7 +165,8 @@ def _worth(runs: Sequence[dict[str, Any]]) -> str:
     signs = {"=": "as good as", "<": "worth less than", ">": "better than"}
     sentence = ""
     for run in runs:
-        found = [dense_equivalent(run, method) for method in ("ensemble", "ensemble:tempered")]
+        results = Results.model_validate({key: value for key, value in run.items() if key != "schema"})
+        found = [dense_equivalent(results, method) for method in ("ensemble", "ensemble:tempered")]
         if all(found):
             plain, tempered = (f"{signs[sign]} {times:.2f} times" for times, sign in filter(None, found))
             longer = [name for name in run["methods"] if name.startswith("dense-")]

@@ -93,7 +93,7 @@ GPUS = {
 def gpu_named(name: str) -> Gpu:
     """Return the GPU with a name of the table. Raises LaunchError for any other name."""
     if name not in GPUS:
-        raise LaunchError(f"no figures of a GPU called '{name}'; choose one of {', '.join(GPUS)}")
+        raise LaunchError(f"no GPU is called '{name}'; choose one of {', '.join(GPUS)}")
     return GPUS[name]
 
 

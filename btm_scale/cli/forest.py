@@ -63,7 +63,7 @@ def forest_add(options: argparse.Namespace) -> Answer:
 
 
 def forest_remove(options: argparse.Namespace) -> Answer:
-    """Take an expert out of the forest, with its scores and training states, or a branch that is not trained yet."""
+    """Take an expert out of the forest, with its scores and checkpoints, or a branch that is not trained yet."""
     from btm_scale.run.grow import remove_from_forest
 
     config, run_dir = opened(options)

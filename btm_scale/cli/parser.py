@@ -77,7 +77,7 @@ def _takes_config(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def _takes_overrides(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, help="the run's folder (default: runs/NAME)")
-    text = "change one value of the YAML, such as budget.tokens=1e6; may be given often"
+    text = "change one value of the YAML, such as budget.tokens=1e6; may be repeated"
     made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
     return made
 
@@ -112,7 +112,7 @@ def _pipeline_verbs(verbs: _Verbs) -> None:
         action="append",
         default=[],
         metavar="seed|dense|EXPERT",
-        help="which model; may be given often; default: all that can be trained next",
+        help="which model; may be repeated; default: all that can be trained next",
     )
     _takes_launcher(made, "with slurm or mpi this process is a rank that srun or mpirun has started")
     made = _takes_config(verbs.add("plan", "memory, time and place of every group, with no cluster"))
@@ -178,7 +178,7 @@ def _forest_verbs(verbs: _Verbs) -> None:
         help="continue the seed's learning-rate schedule, or warm up and decay again (default: restarted)",
     )
     made = _takes_run(verbs.add("score", "per-token log-probabilities of every model that lacks them"))
-    made.add_argument("--model", action="append", default=[], help="only this model; may be given often")
+    made.add_argument("--model", action="append", default=[], help="only this model; may be repeated")
     _takes_launcher(made, "with slurm this process is a rank that srun has started", of_ranks=True)
     # For the ranks that `evaluate` starts.
     made.add_argument("--averages", action="store_true", help=argparse.SUPPRESS)
@@ -191,7 +191,7 @@ def _forest_verbs(verbs: _Verbs) -> None:
 
 def _ablate(verbs: _Verbs) -> None:
     made = _takes_run(verbs.add("ablate", "which mixture: perplexity of the average of every subset of experts"))
-    made.add_argument("--expert", action="append", default=[], help="only these; may be given often")
+    made.add_argument("--expert", action="append", default=[], help="only these; may be repeated")
     made.add_argument("--domain", action="append", default=[], help="judge on its text (default: all domains)")
     made.add_argument("--text", action="append", default=[], type=Path, metavar="FILE", help="judge on a file")
     made.add_argument("--split", choices=["dev", "test"], help="of the domains (default: evaluate.split)")
@@ -202,7 +202,7 @@ def _ablate(verbs: _Verbs) -> None:
 
 def _generate(verbs: _Verbs) -> None:
     made = _takes_run(verbs.add("generate", "text from the forest: one drawn expert, or the experts' mixture"))
-    made.add_argument("--prompt", action="append", default=[], help="what to continue; may be given often")
+    made.add_argument("--prompt", action="append", default=[], help="what to continue; may be repeated")
     made.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line")
     made.add_argument(
         "--method",
@@ -225,13 +225,18 @@ def _generate(verbs: _Verbs) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="only these: experts, seed, dense, average/uniform; may be given often",
+        help="only these: experts, seed, dense, average/uniform; may be repeated",
     )
     made.add_argument("--max-tokens", type=int, default=128, help="of each continuation")
     made.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
     made.add_argument("--temperature", type=float, default=1.0, help="of the mixture; 0 is greedy")
-    made.add_argument("--top-k", type=int, help="of the mixture: only so many of the likeliest tokens")
-    made.add_argument("--top-p", type=float, help="of the mixture: only the likeliest, up to this probability")
+    made.add_argument("--top-k", type=int, metavar="K", help="of the mixture: sample from the K most likely tokens")
+    made.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="of the mixture: sample from the most likely tokens that have this probability together",
+    )
     made.add_argument("--random-seed", type=_random_seed, default=0)
     made.add_argument("--batch", type=int, default=32, help="prompts that are continued side by side")
     made.add_argument("--max-memory", metavar="8GB", help="of experts' weights in memory at once (default: all)")
@@ -263,4 +268,4 @@ def _checkpoint_verbs(verbs: _Verbs) -> None:
     made.add_argument("--dtype", help="type of the weights (default: as they are)")
     made.add_argument("--verify", action="store_true", help="read everything back and compare")
     made = verbs.add("inspect", "format, family, parameters and types of a checkpoint")
-    made.add_argument("path", type=Path)
+    made.add_argument("path", type=Path, help="the checkpoint")

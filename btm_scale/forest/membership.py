@@ -63,7 +63,7 @@ def remove_expert(run: RunDir, name: str) -> None:
 def _require_fit(run: RunDir, source: Path) -> None:
     if not (source / "config.json").is_file():
         raise ForestError(
-            f"{source} is no Hugging Face model directory: it has no config.json; convert it first: "
+            f"{source} is not a Hugging Face model directory: it has no config.json. Convert it first: "
             "btm-scale convert SRC DST --to huggingface"
         )
     with SafetensorsModel(source):

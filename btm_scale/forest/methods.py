@@ -232,7 +232,7 @@ def check_names(config: RunConfig, known: Collection[str] = ()) -> None:
 
 
 def _reserved(name: str) -> str:
-    return f"'{name}' is a reserved name: a method or all experts together are called so; choose another"
+    return f"'{name}' is a reserved name: methods and commands use it. Choose another name."
 
 
 def _filled(text: str, value: str) -> str:

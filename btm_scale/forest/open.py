@@ -29,7 +29,9 @@ def open_folder(folder: Path) -> tuple[RunConfig, RunDir]:
     """The run in a folder. Raises ConfigError if there is none, or its config has an unknown average."""
     run = RunDir(folder.resolve())
     if not run.config.is_file():
-        raise ConfigError(f"{folder} is no run: it has no run.yaml; give the folder that `btm-scale run` made")
+        raise ConfigError(
+            f"{folder} is not a run folder: it has no run.yaml. Give a folder that `btm-scale run` has made."
+        )
     config = RunConfig.load(run.config)
     check_names(config, known=config.all_domains)
     return config, run

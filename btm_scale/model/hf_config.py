@@ -33,7 +33,7 @@ def read_shape(directory: Path) -> ModelShape:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{directory} is no Hugging Face model: {path} cannot be read ({error})") from None
+        raise CheckpointError(f"{directory} is not a Hugging Face model: {path} cannot be read ({error})") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is a JSON {type(config).__name__}, and must be an object. Copy it again.")
     return shape_from_config(config, path)

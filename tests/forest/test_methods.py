@@ -74,7 +74,7 @@ def test_an_unknown_average_is_refused_with_the_nearest_one_and_all_choices(tmp_
     with pytest.raises(ConfigError) as raised:
         open_config(path)
     problems = str(raised.value).splitlines()
-    choices = "uniform, argmax, posterior, tempered, greedy"
+    choices = ", ".join(AVERAGES)
     assert problems == [
         f"evaluate.averages: no average is called 'unifrom'; did you mean 'uniform'? Choose {choices}",
         f"evaluate.averages: no average is called 'zzz'; choose {choices}",

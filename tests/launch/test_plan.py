@@ -153,7 +153,7 @@ def test_the_command_line_prints_a_plan_and_imports_no_torch(tmp_path: Path) -> 
     assert "354.8M parameters on 128 v100 (16 nodes of 8)" in printed
     assert "d0 ... d63 (64)" in printed
     assert json.loads(btm_scale(*asked, "--json").stdout)["stages"]
-    assert "no figures of a GPU called 'tpu'" in btm_scale(*asked[:-1], "tpu", check=False).stderr
+    assert "no GPU is called 'tpu'" in btm_scale(*asked[:-1], "tpu", check=False).stderr
 
 
 SHAPE = {

@@ -39,7 +39,9 @@ def format_of(path: Path) -> str:
         return "torch_dist"
     if path.is_dir() and checkpoint_folder(path) is not None:
         return "deepspeed"
-    raise CheckpointError(f"{path} holds no model: neither {SINGLE}, {INDEX} nor {BIN}, and it is no other checkpoint.")
+    raise CheckpointError(
+        f"{path} is not a model: it has no {SINGLE}, {INDEX} or {BIN}, and is not another kind of checkpoint."
+    )
 
 
 def open_model(path: Path) -> ModelReader:
