@@ -16,7 +16,7 @@ from btm_scale.run_dir import RunDir
 
 
 def test_help_imports_no_torch() -> None:
-    code = "import sys\nfrom btm_scale.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+    code = "import sys\nfrom btm_scale.cli.app import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
     code += "sys.exit(any(name in sys.modules for name in ('torch', 'deepspeed', 'megatron', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 

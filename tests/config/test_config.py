@@ -63,7 +63,7 @@ def test_every_problem_is_told_at_once_with_its_path(tmp_path: Path) -> None:
         "use 1024",
         "optimizer.lr: -1",
         "modle: no such key; did you mean 'model'?",
-        "group.zero",
+        "layout.zero",
     ):
         assert part in text
 
