@@ -52,8 +52,8 @@ class Metrics:
     def __enter__(self) -> Self:
         if self._writes:
             make_directory(self._path.parent)
-            kept = [line for line in _whole_lines(self._path) if json.loads(line)["step"] <= self._first_step]
-            write_file(self._path, "".join(kept))
+            kept = [row for row in read_metrics(self._path) if row["step"] <= self._first_step]
+            write_file(self._path, "".join(f"{json.dumps(row)}\n" for row in kept))
             self._file = self._path.open("a", buffering=1)
         self._last = time.perf_counter()
         return self
@@ -111,13 +111,18 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     return None if gpu is None else gpu.peak(precision)
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """The lines of a file, without a last one that was torn."""
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Every step's numbers; none if the training hasn't begun. Torn and damaged lines are skipped."""
     if not path.is_file():
         return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    rows = (metrics_row(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n"))
+    return [row for row in rows if row is not None]
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every step's numbers; none if the training hasn't begun."""
-    return [json.loads(line) for line in _whole_lines(path)]
+def metrics_row(line: bytes) -> dict[str, Any] | None:
+    """The numbers of one line, or None if it is not the JSON object of a step."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

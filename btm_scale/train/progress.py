@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from btm_scale.run_dir import RunDir
+from btm_scale.train.metrics import metrics_row
 
 State = Literal["waiting", "running", "done", "failed"]
 
@@ -71,12 +71,4 @@ def _last_rows(path: Path) -> list[dict[str, Any]]:
         return []
     # Without the last piece, which is empty or unfinished, and the first, which the cut may have torn.
     whole = lines[:-1] if size <= _TAIL_BYTES else lines[1:-1]
-    rows = []
-    for line in whole[-_RECENT_STEPS:]:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
+    return [row for line in whole[-_RECENT_STEPS:] if (row := metrics_row(line)) is not None]

@@ -45,6 +45,15 @@ def test_steps_that_are_taken_again_and_a_torn_line_are_dropped(tmp_path: Path) 
         assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("damage", [b"\xff\xfe\n", b"{]\n", b"[3]\n", b'{"loss": 1.0}\n', b"[" * 100_000 + b"\n"])
+def test_a_damaged_line_is_skipped_by_report_and_resume(damage: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damage + b'{"step": 2}\n')
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+    with metrics(path, 2):
+        assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
 def test_a_restart_that_fails_costs_no_step_that_was_noted(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 6)))
