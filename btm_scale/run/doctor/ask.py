@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from btm_scale.run.doctor.finding import State
 from btm_scale.util.mpi import without_mpi
 
 SECONDS = 90.0  # for all checks together: libraries on a cold network file system take a minute to import
@@ -34,6 +35,12 @@ class Reply:
 
     answer: dict[str, Any] = field(default_factory=dict)
     error: str = ""
+    is_asked: bool = True
+
+    @property
+    def state(self) -> State:
+        """The state of a finding from this reply."""
+        return "ok" if not self.error else "broken" if self.is_asked else "unchecked"
 
 
 def ask(names: Sequence[str], seconds: float = SECONDS) -> dict[str, Reply]:
@@ -45,12 +52,12 @@ def ask(names: Sequence[str], seconds: float = SECONDS) -> dict[str, Reply]:
             for name in names:
                 needed = _NEEDS.get(name, "")
                 if name not in replies and needed in replies and replies[needed].error:
-                    replies[name] = Reply(error=f"not checked, because {needed} does not work")
+                    replies[name] = Reply(error=f"{needed} does not work", is_asked=False)
             left = [name for name in names if name not in replies]
             if not left:
                 return replies
             if time.monotonic() >= deadline:
-                return replies | dict.fromkeys(left, Reply(error=f"not checked: {seconds:.0f} s are over"))
+                return replies | dict.fromkeys(left, Reply(error=f"{seconds:.0f} s are over", is_asked=False))
             replies |= _ask_once(left, Path(folder), deadline)
 
 

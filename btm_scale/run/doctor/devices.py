@@ -36,7 +36,7 @@ def triton_finding(replies: Mapping[str, Reply]) -> list[Finding]:
 
 
 def _gpus(replies: Mapping[str, Reply], of_driver: Sequence[str], visible: str | None) -> list[Finding]:
-    reply = replies.get("gpus", Reply(error="torch is not installed"))
+    reply = replies.get("gpus", Reply(error="torch is not installed", is_asked=False))
     found = []
     for index, gpu in enumerate(reply.answer.get("gpus", ())):
         text = f"{gpu['name']}, {size(gpu['memory'])}, compute capability {gpu['capability']}"
@@ -48,7 +48,7 @@ def _gpus(replies: Mapping[str, Reply], of_driver: Sequence[str], visible: str |
     if found:
         return found
     if reply.error:
-        return [Finding(_PART, "GPU", "broken", reply.error, _NEEDED)]
+        return [Finding(_PART, "GPU", reply.state, reply.error, _NEEDED)]
     build = replies["torch"].answer.get("build", "") if "torch" in replies else ""
     there = "; ".join(of_driver)
     if visible is not None and visible.strip() in ("", "-1"):
@@ -79,9 +79,9 @@ def _nccl(replies: Mapping[str, Reply]) -> list[Finding]:
 
 
 def _precision(replies: Mapping[str, Reply]) -> list[Finding]:
-    reply = replies.get("precision", Reply(error="DeepSpeed or torch is not installed"))
+    reply = replies.get("precision", Reply(error="DeepSpeed or torch is not installed", is_asked=False))
     if reply.error:
-        return [Finding(_PART, "precision", "broken", reply.error, "training")]
+        return [Finding(_PART, "precision", reply.state, reply.error, "training")]
     answer = reply.answer
     text = f"{', '.join(answer['possible'])} on {answer['device']}; layout.precision: auto is {answer['fast']}"
     return [Finding(_PART, "precision", "ok", text)]

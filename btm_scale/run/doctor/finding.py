@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-State = Literal["ok", "low", "old", "missing", "broken"]
+State = Literal["ok", "low", "old", "missing", "broken", "unchecked"]
 
 _SECONDS = 5.0  # that a program may take to answer
 
@@ -20,7 +20,7 @@ _SECONDS = 5.0  # that a program may take to answer
 class Finding:
     """One line of the report: what is there, or what is missing and what it is needed for.
 
-    `low` works within limits; `old`, `missing` and `broken` do not work.
+    `low` works within limits. The others do not work; `unchecked` is what another failure kept from being checked.
     """
 
     part: str

@@ -83,6 +83,8 @@ def _finding(library: Library, required: Mapping[str, str], replies: Mapping[str
     except importlib.metadata.PackageNotFoundError:
         version = ""  # a module without an installed package, such as one on PYTHONPATH
     reply = replies.get(library.module, Reply())
+    if not reply.is_asked:
+        return made(reply.state, ": ".join(filter(None, [version, reply.error])))
     if reply.error:
         remedy = f"repair or reinstall {_origin(library) or library.name}"
         if library.name == "mpi4py":

@@ -66,8 +66,8 @@ def core_works(made: Sequence[Verdict]) -> bool:
 
 def _verdict(name: str, needs: Sequence[str], found: dict[str, Finding]) -> Verdict:
     lacking = [found[need] for need in needs if need in found and not found[need].is_usable]
-    # "torch is broken" explains what else is not checked because of it.
-    reasons = [one for one in lacking if not one.found.startswith("not checked, because")] or lacking
+    # "torch is broken" explains what was not checked because of it.
+    reasons = [one for one in lacking if one.state != "unchecked"] or lacking
     return Verdict(name, not lacking, ", ".join(_reason(one) for one in reasons))
 
 
