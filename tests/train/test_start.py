@@ -124,7 +124,7 @@ def test_a_mean_of_two_parents_is_numpys_to_the_bit_moments_included(run: RunDir
     assert any(np.any(value) for key, value in found.items() if key.startswith("exp_avg_sq/"))
 
 
-def test_a_means_last_bit_depends_on_no_order_of_the_parents(run: RunDir) -> None:
+def test_the_order_of_the_parents_changes_no_bit_of_their_mean(run: RunDir) -> None:
     """Tenths of float32 numbers are often halfway between two, where the last bit of the float64 sum decides.
 
     So there the order of the addends shows: parents are added in the order of their content, each by one fused
@@ -150,7 +150,7 @@ def fused_sum(states: dict[str, State], order: tuple[str, ...], key: str) -> np.
     """A mean as torch accumulates it in float64, a parent after the other."""
     total = torch.zeros(states["a"][key].shape, dtype=torch.float64)
     for name in order:
-        total.add_(torch.from_numpy(states[name][key]).double(), alpha=DECIMAL[name])
+        total.add_(torch.from_numpy(states[name][key].astype(np.float64)), alpha=DECIMAL[name])
     return total.float().numpy()
 
 
