@@ -136,11 +136,13 @@ class HealthConfig(Section):
     spike: float | None = Field(
         default=None,
         gt=1,
-        description="a gradient norm so many times the median of recent ones is a bad batch's",
+        description="skip a batch whose gradient norm exceeds this many times the running median",
     )
-    window: int = Field(default=50, ge=5, description="steps that are recent; before so many, nothing is a spike")
+    window: int = Field(
+        default=50, ge=5, description="steps of that median; until half as many are known, no norm counts as a spike"
+    )
     skips: int = Field(default=10, ge=0, description="bad batches to leave out before training is given up")
-    hang: float = Field(default=20.0, gt=1, description="a step that takes so many times the median hangs")
+    hang: float = Field(default=20.0, gt=1, description="a step that takes this many times the median is a hang")
     patience: float = Field(default=300.0, gt=0, description="seconds that any step may take")
 
 

@@ -27,7 +27,7 @@ _ROUNDS = 5
 
 @dataclass(frozen=True)
 class DevicePrecisions:
-    """What a device answers: its name, the precisions it can train in, and the one that `auto` stands for."""
+    """What a device answers: its name, the precisions it can train in, and what `auto` resolves to."""
 
     device: str
     possible: tuple[Precision, ...]
