@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from btm_scale.checkpoint.merge.sidecars import carry_sidecars
 from btm_scale.errors import CheckpointError
 from btm_scale.model.hf_names import from_huggingface, table, to_huggingface
 from btm_scale.model.shape import ModelShape
-from btm_scale.util.files import partial_path, publish_directory
+from btm_scale.util.files import make_partial, partial_path, publish_directory, remove_partial
 
 WRITERS: dict[str, Callable[..., None]] = {"megatron": write_torch_dist, "deepspeed": write_model_states}
 _CHUNK_BYTES = 4 << 20
@@ -44,7 +43,7 @@ def convert(
     wanted = parse_dtype(dtype) if dtype else None
     partial = partial_path(target)
     with only_merge_into(partial):
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_partial(partial)
         try:
             if to == "huggingface":
                 merge(partial, [(source, 1.0)], dtype=dtype)
@@ -57,6 +56,7 @@ def convert(
                     )
                 with with_head_names(open_model(source)) as model:
                     _require_described(model, shape)
+                    make_partial(partial)
                     WRITERS[to](partial, model, shape, tensor=tensor, dtype=wanted)
                     dtypes = {spec.dtype for spec in model.specs().values()} if wanted is None else {wanted}
                 carry_sidecars(source, partial, dtypes.pop() if len(dtypes) == 1 else None)
@@ -64,7 +64,7 @@ def convert(
                 verify_equal(source, partial, wanted)
             publish_directory(partial, target, synced=to == "huggingface")
         except Exception:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove_partial(partial)
             raise
     return target
 

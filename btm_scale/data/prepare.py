@@ -17,7 +17,7 @@ from btm_scale.data.tokenizer import Tokenizer, directory_digest
 from btm_scale.data.train_tokenizer import adopt_tokenizer, balanced_sample, train_tokenizer
 from btm_scale.errors import DataError, GroupFailed
 from btm_scale.run_dir import RunDir
-from btm_scale.util.files import new_directory, partial_path
+from btm_scale.util.files import new_directory, partial_path, remove_partial
 from btm_scale.util.locks import held
 
 
@@ -56,8 +56,7 @@ def _silent(domain: str, encoded_bytes: int, documents: int) -> None:
 
 def _remove_leftovers(run: RunDir) -> None:
     for leftover in (partial_path(run.tokenizer), *run.data.glob(".*.partial")):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
+        remove_partial(leftover)
 
 
 def _ensure_tokenizer(sources: Sequence[DomainSource], config: RunConfig, run: RunDir) -> None:

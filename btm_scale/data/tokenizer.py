@@ -12,6 +12,7 @@ import numpy as np
 import sentencepiece
 
 from btm_scale.errors import DataError
+from btm_scale.model.hf_load import load_tokenizer
 from btm_scale.util.records import read_object
 
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -90,9 +91,7 @@ class TransformersTokenizer(Tokenizer):
     """Whatever `transformers.AutoTokenizer` loads."""
 
     def __init__(self, directory: Path) -> None:
-        from transformers import AutoTokenizer
-
-        self._tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        self._tokenizer = load_tokenizer(directory)
         self.digest = directory_digest(directory)
         self.vocab_size = max(len(self._tokenizer), max(self._tokenizer.get_vocab().values()) + 1)
         if self._tokenizer.eos_token_id is None:

@@ -5,16 +5,15 @@ transformers serves here and Megatron-core elsewhere because its caches know eve
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from btm_scale.errors import CheckpointError, UserError
+from btm_scale.model.hf_load import load_causal_lm, load_config
 
 # Logits that are in memory at once while a prompt is read (256 MB of float32).
 _LOGITS_AT_ONCE = 2**26
@@ -25,15 +24,11 @@ def limits_of(directory: Path) -> tuple[int, int]:
 
     Raises CheckpointError if its config can't be read.
     """
-    from transformers import AutoConfig
-
-    if not (directory / "config.json").is_file():
-        raise CheckpointError(f"no model in {directory}: it has no config.json; train it, or name another")
+    config = load_config(directory)
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
         return int(config.max_position_embeddings), int(config.vocab_size)
-    except (OSError, ValueError, AttributeError) as error:
-        raise _unreadable(directory, error) from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{directory / 'config.json'} does not describe a causal LM: {error}.") from None
 
 
 class Decoder:
@@ -50,14 +45,7 @@ class Decoder:
     @classmethod
     def load(cls, directory: Path, *, vocabulary: int | None = None, device: str = "cpu") -> Decoder:
         """A Hugging Face directory, in the type of its weights. Raises CheckpointError for one that can't be read."""
-        from transformers import AutoModelForCausalLM
-
-        try:
-            with _no_progress_bar():
-                model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype="auto")
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise _unreadable(directory, error) from None
-        return cls(model.to(device), vocabulary=vocabulary)
+        return cls(load_causal_lm(directory).to(device), vocabulary=vocabulary)
 
     @property
     def positions(self) -> int:
@@ -150,25 +138,6 @@ def usable_device(asked: str | None) -> str:
         told = str(error).partition("\n")[0]
         raise UserError(f"the device '{asked}' cannot be used: {told}; leave --device out, or name another") from None
     return asked
-
-
-@contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Models may be loaded once for each expert and batch; transformers would draw a bar each time."""
-    from transformers.utils import logging
-
-    before = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if before:
-            logging.enable_progress_bar()
-
-
-def _unreadable(directory: Path, error: Exception) -> CheckpointError:
-    told = str(error).strip().partition("\n")[0]
-    return CheckpointError(f"transformers cannot load {directory}: {told}; copy it or train it again")
 
 
 class _Float32Head(nn.Module):

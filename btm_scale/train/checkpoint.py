@@ -27,7 +27,7 @@ from btm_scale.errors import CheckpointError
 from btm_scale.model.hf_names import table, to_huggingface
 from btm_scale.model.hf_weights import gather_whole, huggingface_shapes, local_part
 from btm_scale.train.engine import KINDS, MASTER, OUTER, Engine
-from btm_scale.util.files import make_directory, partial_path, publish_directory, require_space
+from btm_scale.util.files import make_partial, partial_path, publish_directory, remove_partial, require_space
 from btm_scale.util.records import Record
 
 
@@ -99,14 +99,13 @@ def write_state(
     """Write a state of the engine's shape from `kind/name` and float32 tensors, on one rank alone."""
     final = state_path(folder, position.step)
     aside = partial_path(final)
-    shutil.rmtree(aside, ignore_errors=True)
-    make_directory(folder)
     specs = {
         f"{kind}/{name}": TensorSpec(torch.float32, size)
         for kind in kinds
         for name, size in huggingface_shapes(engine.model.shape).items()
     }
     require_space(folder, sum(spec.nbytes for spec in specs.values()))
+    make_partial(aside)
     try:
         writer = ShardedWriter(aside, specs, max_shard_bytes=float("inf"))
         for name, tensor in tensors:
@@ -116,7 +115,7 @@ def write_state(
         _Marker(**asdict(position), sha256=digest).write(aside / STATE_MARKER)
     except OSError:
         # On a disk that is full after all, what there is of it would keep the next try from succeeding.
-        shutil.rmtree(aside, ignore_errors=True)
+        remove_partial(aside)
         raise
     publish_directory(aside, final, replace=True)
 

@@ -20,7 +20,7 @@ from btm_scale.model.hf_weights import huggingface_shapes, huggingface_tensors
 from btm_scale.run_dir import RunDir
 from btm_scale.train.engine import Engine
 from btm_scale.train.jobs import TrainingJob
-from btm_scale.util.files import partial_path, publish_directory
+from btm_scale.util.files import make_partial, partial_path, publish_directory
 
 
 def export_expert(engine: Engine, config: RunConfig, run: RunDir, begun: Branch, end_of_text: int) -> None:
@@ -30,7 +30,7 @@ def export_expert(engine: Engine, config: RunConfig, run: RunDir, begun: Branch,
     partial = partial_path(final)
     writer = None
     if group.is_first:
-        shutil.rmtree(partial, ignore_errors=True)
+        make_partial(partial)
         specs = {name: TensorSpec(group.dtype, size) for name, size in huggingface_shapes(shape).items()}
         writer = ShardedWriter(partial, specs)
     parameters = engine.parameters

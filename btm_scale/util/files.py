@@ -6,10 +6,12 @@ needs no sync: `publish_directory` syncs all of it once.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,8 @@ from btm_scale.util.pools import in_threads
 
 # A sync waits for the disk, which takes several at a time.
 _SYNCS_AT_ONCE = 16
+
+os.umask(_UMASK := os.umask(0o077))  # the process's own, which can only be read by setting it
 
 
 def partial_path(final: Path) -> Path:
@@ -44,6 +48,42 @@ def write_file(path: Path, content: str | bytes) -> None:
     """Write a small file so that it is complete or absent; text is written as UTF-8."""
     with new_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def make_partial(partial: Path) -> None:
+    """Make the directory in which an output is written, readable by this user alone until it is published.
+
+    What an interrupted process left there is removed first. Raises `CheckpointError` if another user's stays.
+    """
+    remove_partial(partial)
+    make_directory(partial.parent)
+    try:
+        partial.mkdir(mode=0o700)
+    except FileExistsError:
+        raise CheckpointError(
+            f"Cannot write {partial}: it exists and cannot be removed. "
+            "A partial output of another user is never used. Remove it, or choose another output."
+        ) from None
+
+
+def remove_partial(partial: Path) -> None:
+    """Remove an unpublished directory, a link of that name or, if it belongs to another user, its name."""
+    if partial.is_symlink() or not partial.is_dir():
+        partial.unlink(missing_ok=True)
+        return
+    shutil.rmtree(partial, ignore_errors=True)
+    if partial.exists():
+        with contextlib.suppress(OSError):  # a folder that a group shares lets its name be taken, not its content
+            partial.rename(partial.with_name(f"{partial.name}.{secrets.token_hex(4)}.foreign"))
+
+
+def is_private(path: Path) -> bool:
+    """Whether a directory is no link, belongs to this user, and nobody else can write to it."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
 
 
 @contextmanager
@@ -74,9 +114,7 @@ def new_directory(final: Path, *, shared: bool = False) -> Iterator[Path]:
     process left at `partial_path(final)` is removed first. Raises `CheckpointError` if `final` exists with content.
     """
     temporary = _random_partial(final) if shared else partial_path(final)
-    shutil.rmtree(temporary, ignore_errors=True)
-    make_directory(final.parent)
-    temporary.mkdir()
+    make_partial(temporary)
     try:
         yield temporary
         publish_directory(temporary, final)
@@ -95,6 +133,8 @@ def publish_directory(temporary: Path, final: Path, *, replace: bool = False, sy
     exists = final.exists() and (not final.is_dir() or any(final.iterdir()))
     if exists and not replace:
         raise CheckpointError(f"{final} exists already. Choose another output, or remove it first.")
+    # Until now this user's alone. What mkdir would have given it, with the group that it inherits from its parent.
+    temporary.chmod(0o777 & ~_UMASK | temporary.stat().st_mode & stat.S_ISGID)
     if not synced:
         in_threads(_sync, _everything_in(temporary), at_once=_SYNCS_AT_ONCE)
     if exists:

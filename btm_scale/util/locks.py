@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self, TextIO
+from typing import IO, Self
 
-from btm_scale.errors import GroupFailed
+from btm_scale.errors import GroupFailed, UserError
 from btm_scale.util.files import make_directory
 
 _LOCK_SECONDS = 2.0
@@ -21,7 +23,7 @@ def held(lock: Path) -> Iterator[bool]:
     """Hold a lock file, which is removed afterwards; yields False if another process holds it."""
     make_directory(lock.parent)
     while True:
-        with lock.open("w") as file:
+        with _opened(lock) as file:
             if not _locked(file):
                 yield False
                 return
@@ -38,14 +40,39 @@ def held(lock: Path) -> Iterator[bool]:
 def alone(lock: Path) -> Iterator[None]:
     """Wait until no other process holds a lock file, and hold it."""
     make_directory(lock.parent)
-    with lock.open("w") as file:
+    with _opened(lock) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _is_named(file: TextIO, path: Path) -> bool:
+def _opened(path: Path) -> IO[bytes]:
+    """Open a lock file, and never what a link of that name leads to. Its content is left as it is.
+
+    Raises UserError for a link, or for anything else that is not a file.
+    """
+    flags = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+        except PermissionError:  # another user's, which can be locked all the same
+            descriptor = os.open(path, os.O_RDONLY | flags)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        raise _not_a_lock(path) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _not_a_lock(path)
+    return os.fdopen(descriptor, "rb")
+
+
+def _not_a_lock(path: Path) -> UserError:
+    return UserError(f"Cannot lock {path}: it is a link or not a file. A lock is a file made by btm-scale. Remove it.")
+
+
+def _is_named(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.lstat())
     except FileNotFoundError:
         return False
 
@@ -55,11 +82,11 @@ class ModelLock:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "lock"
-        self._file: TextIO | None = None
+        self._file: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
         make_directory(self._path.parent)
-        self._file = self._path.open("w")
+        self._file = _opened(self._path)
         # Whoever asks whether it is held holds it for that moment.
         deadline = time.monotonic() + _LOCK_SECONDS
         while not _locked(self._file):
@@ -79,13 +106,14 @@ class ModelLock:
         """Whether some process holds the lock now."""
         # A shared lock takes no more than leave to read, so that others may look at a run.
         try:
-            with (folder / "lock").open() as file:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+            with os.fdopen(os.open(folder / "lock", flags), "rb") as file:
                 return not _locked(file, fcntl.LOCK_SH)
         except FileNotFoundError:
             return False
 
 
-def _locked(file: TextIO, kind: int = fcntl.LOCK_EX) -> bool:
+def _locked(file: IO[bytes], kind: int = fcntl.LOCK_EX) -> bool:
     """Lock a file until it is closed, unless another process has it."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)

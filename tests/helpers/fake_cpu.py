@@ -12,7 +12,9 @@ def fake_fp16(monkeypatch: pytest.MonkeyPatch, folder: Path, *, is_supported: bo
     """Let children find a CPU that can, or cannot, compute in fp16."""
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(
-        f"import os, torch\ntorch.ops.mkldnn._is_mkldnn_fp16_supported = lambda: {is_supported}\n"
+        f"import torch\n\n\ndef answer():\n    return {is_supported}\n\n\n"
+        # torch.export looks at every operator's default overload.
+        "answer.default = answer\ntorch.ops.mkldnn._is_mkldnn_fp16_supported = answer\n"
     )
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     monkeypatch.setenv("PYTHONPATH", path)

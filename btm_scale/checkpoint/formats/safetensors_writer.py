@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -17,6 +17,7 @@ from btm_scale.util.files import make_directory, partial_path, require_space
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_PIECE_BYTES = 8 << 20
 
 
 class ShardedWriter:
@@ -46,6 +47,7 @@ class ShardedWriter:
         self._shards: list[tuple[str, int]] = []
         groups = _shard_groups(self.specs, max_shard_bytes)
         headers = [_header({name: self.specs[name] for name in group}, metadata) for group in groups]
+        self._headers = headers
         total = sum(spec.nbytes for spec in self.specs.values()) + sum(map(len, headers))
         if not attach:
             require_space(self.directory, total)
@@ -57,7 +59,7 @@ class ShardedWriter:
             for tensor in group:
                 self._where[tensor] = (i, position)
                 position += self.specs[tensor].nbytes
-            flags = os.O_RDWR | (0 if attach else os.O_CREAT | os.O_TRUNC)
+            flags = os.O_RDWR | os.O_NOFOLLOW | (0 if attach else os.O_CREAT | os.O_TRUNC)
             descriptor = os.open(partial_path(self.directory / name), flags, 0o666)
             self._shards.append((name, descriptor))
             if not attach:
@@ -80,6 +82,22 @@ class ShardedWriter:
             data = as_bytes(tensor.cpu().contiguous())
             _pwrite(self._shards[shard][1], data, offset + start * spec.dtype.itemsize)
         self.mark_written(name, start, stop)
+
+    def pieces(self, name: str, start: int, stop: int) -> Iterator[torch.Tensor]:
+        """The bytes of elements [start, stop) as they are in the file, in uint8 pieces; fewer if the file is short."""
+        shard, offset = self._where[name]
+        size = self.specs[name].dtype.itemsize
+        position, end = offset + start * size, offset + stop * size
+        while position < end and (
+            data := os.pread(self._shards[shard][1], min(_PIECE_BYTES, end - position), position)
+        ):
+            yield torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            position += len(data)
+
+    def has_its_headers(self) -> bool:
+        """Whether every shard begins with the header that its tensors have."""
+        shards = zip(self._shards, self._headers, strict=True)
+        return all(os.pread(descriptor, len(header), 0) == header for (_, descriptor), header in shards)
 
     def mark_written(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Count a range as there: written by an attached writer, or before an interruption."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from btm_scale.checkpoint.merge.plan import Unit
 from btm_scale.errors import CheckpointError
-from btm_scale.util.files import sync_directory, write_file
+from btm_scale.util.files import is_private, sync_directory, write_file
 from btm_scale.util.locks import held
 
 _PLAN = "plan.fingerprint"
@@ -31,12 +30,9 @@ def only_merge_into(partial: Path) -> Iterator[None]:
 
 
 def can_resume(partial: Path, fingerprint: str) -> bool:
-    """Whether `partial` holds the beginning of this very merge; anything else there is removed."""
+    """Whether `partial` holds the beginning of this very merge, written by this user alone."""
     note = partial / _PLAN
-    if note.is_file() and note.read_text() == fingerprint:
-        return True
-    shutil.rmtree(partial, ignore_errors=True)
-    return False
+    return is_private(partial) and note.is_file() and note.read_text() == fingerprint
 
 
 def begin(partial: Path, fingerprint: str) -> None:

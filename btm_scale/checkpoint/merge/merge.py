@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from btm_scale.checkpoint.hashing import combined_hash
+from btm_scale.checkpoint.hashing import BlockHashes, combined_hash
 from btm_scale.checkpoint.merge import journal
 from btm_scale.checkpoint.merge.mpi import Leader, follow, world
-from btm_scale.checkpoint.merge.plan import MergePlan, make_plan, plan_means
+from btm_scale.checkpoint.merge.plan import MergePlan, Unit, make_plan, plan_means
 from btm_scale.checkpoint.merge.sidecars import carry_sidecars, model_card
 from btm_scale.checkpoint.merge.workers import merge_in_processes, open_writer
 from btm_scale.errors import CheckpointError, WorkerLost
-from btm_scale.util.files import allocated, partial_path, publish_directory, require_space
+from btm_scale.util.files import (
+    allocated,
+    make_partial,
+    partial_path,
+    publish_directory,
+    remove_partial,
+    require_space,
+)
 from btm_scale.util.pools import MOST, in_threads
 
 CHUNK_BYTES = 256 << 10  # of output: what is at work then stays in a core's cache
@@ -213,19 +219,43 @@ def _carry_out(works: Sequence[_Work], share_out: Callable[..., None]) -> list[s
             raise
         except Exception:
             for work in works:
-                shutil.rmtree(work.partial, ignore_errors=True)
+                remove_partial(work.partial)
             raise
 
 
 def _lay_out(work: _Work) -> None:
-    """Make the output's shards at their full size, unless an interrupted merge left them."""
+    """Make the output's shards at their full size, unless an interrupted merge left them and they are intact."""
     fingerprint = work.plan.fingerprint()
-    if not journal.can_resume(work.partial, fingerprint):
+    if not (journal.can_resume(work.partial, fingerprint) and _is_intact(work)):
+        make_partial(work.partial)
         writer = open_writer(work.plan, work.partial, attach=False)
         # The note says that the headers are there, which no later try writes again.
         writer.sync()
         writer.detach()
         journal.begin(work.partial, fingerprint)
+
+
+def _is_intact(work: _Work) -> bool:
+    """Whether the bytes of every finished unit have the hashes that were noted when they were written."""
+    specs = work.plan.specs
+    done = journal.finished(work.partial)
+    if any(unit.name not in specs or unit.stop > specs[unit.name].elements for unit in done):
+        return False
+    try:
+        writer = open_writer(work.plan, work.partial, attach=True)
+    except OSError:
+        return False
+
+    def has_its_hashes(unit: Unit) -> bool:
+        hashes = BlockHashes()
+        for piece in writer.pieces(unit.name, unit.start, unit.stop):
+            hashes.update(piece)
+        return hashes.finished() == done[unit]
+
+    try:
+        return writer.has_its_headers() and all(in_threads(has_its_hashes, list(done), at_once=MOST))
+    finally:
+        writer.detach()
 
 
 def _publish(work: _Work) -> str:

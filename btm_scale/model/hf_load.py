@@ -1,0 +1,116 @@
+"""The only door to transformers' loaders: model directories come from strangers, and no code in them ever runs.
+
+A directory can name Python files (`auto_map`), attention kernels to fetch, quantizers to import and a base model
+elsewhere. The settings that do so are dropped or refused here, whatever the defaults of the installed transformers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from btm_scale.errors import CheckpointError
+from btm_scale.util.records import read_object
+
+# Settings of config.json that make transformers run, import or fetch something else than the model's own class.
+_ACTIVE_SETTINGS = (
+    "auto_map",
+    "custom_pipelines",
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "experts_implementation",
+    "_experts_implementation",
+    "_experts_implementation_internal",
+)
+_SAFE = {"local_files_only": True, "trust_remote_code": False}
+
+
+def load_config(directory: Path) -> Any:
+    """Return the transformers config of a Hugging Face directory, without any setting that would run its code.
+
+    Raises CheckpointError if config.json is absent or damaged, or if transformers has no class for its model type.
+    """
+    from transformers import CONFIG_MAPPING
+
+    settings = read_object(
+        directory / "config.json",
+        CheckpointError,
+        absent="{folder} is not a model: it has no config.json. Train it first, or give another directory.",
+        remedy="Restore {path} from a copy.",
+    )
+    family = settings.get("model_type")
+    if not isinstance(family, str) or family not in CONFIG_MAPPING:
+        code = " Its own Python code (`auto_map`) is never run." if "auto_map" in settings else ""
+        raise CheckpointError(
+            f"transformers has no model type {family!r}, which {directory / 'config.json'} names.{code} "
+            "Convert the model to a type that transformers includes."
+        )
+    if "quantization_config" in settings:
+        raise CheckpointError(f"The weights in {directory} are quantized. Write them in bf16, fp16 or fp32 first.")
+    clean = {name: value for name, value in settings.items() if name not in _ACTIVE_SETTINGS}
+    with _readable(directory):
+        return CONFIG_MAPPING[family].from_dict(clean)
+
+
+def load_causal_lm(directory: Path) -> Any:
+    """Return the model of a Hugging Face directory, in the dtype of its weights. Raises CheckpointError."""
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(directory)
+    if (directory / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{directory} holds an adapter, whose base model may be anywhere. Merge the adapter into its base first."
+        )
+    with _readable(directory), _no_progress_bar():
+        return AutoModelForCausalLM.from_pretrained(directory, config=config, dtype="auto", weights_only=True, **_SAFE)
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """Return what `transformers.AutoTokenizer` loads from a directory.
+
+    Raises ValueError, with the library's reason, if it can't be loaded; a panic in its Rust code is such a reason.
+    """
+    from transformers import AutoTokenizer
+
+    with library_panics(directory):
+        return AutoTokenizer.from_pretrained(str(directory), **_SAFE)
+
+
+@contextlib.contextmanager
+def library_panics(directory: Path) -> Iterator[None]:
+    """Turn a panic of a Rust library, which is no Exception in Python, into a ValueError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"its Rust library panicked: {error}") from None
+
+
+@contextlib.contextmanager
+def _readable(directory: Path) -> Iterator[None]:
+    try:
+        with library_panics(directory):
+            yield
+    except (OSError, ValueError, RuntimeError, AttributeError, TypeError, KeyError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+        raise CheckpointError(f"transformers cannot load {directory}: {reason}. Copy or train it again.") from None
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Models may be loaded once per expert and batch; transformers would draw a bar each time."""
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()
