@@ -46,7 +46,7 @@ class Tokenizer(ABC):
             if (directory / SENTENCEPIECE_FILE).is_file():
                 return SentencePieceTokenizer(directory)
             return TransformersTokenizer(directory)
-        except (OSError, RuntimeError, ValueError, ImportError, KeyError) as error:
+        except Exception as error:  # a damaged file can end in any error of transformers, tokenizers or sentencepiece
             raise DataError(
                 f"the tokenizer in {directory} cannot be loaded: {first_line(error)}. Give a directory with "
                 "tokenizer.model (sentencepiece) or one that transformers.AutoTokenizer loads."

@@ -149,7 +149,7 @@ def adopt_tokenizer(directory: Path, source: Path) -> None:
     own = Tokenizer.load(source)
     try:
         reference = own if isinstance(own, TransformersTokenizer) else TransformersTokenizer(source)
-    except (OSError, RuntimeError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:  # see Tokenizer.load
         raise DataError(
             f"transformers.AutoTokenizer cannot load {source}: {first_line(error)}. Experts are published with a "
             "tokenizer in that form; add tokenizer.json and tokenizer_config.json."

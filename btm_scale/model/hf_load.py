@@ -11,9 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from btm_scale.errors import CheckpointError
+from btm_scale.errors import CheckpointError, UserError
 from btm_scale.util.records import read_object
 
 # Settings of config.json that make transformers run, import or fetch something else than the model's own class.
@@ -97,7 +95,9 @@ def _readable(directory: Path) -> Iterator[None]:
     try:
         with library_panics(directory):
             yield
-    except (OSError, ValueError, RuntimeError, AttributeError, TypeError, KeyError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can end in any error of transformers, safetensors or huggingface_hub
         reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
         raise CheckpointError(f"transformers cannot load {directory}: {reason}. Copy or train it again.") from None
 

@@ -99,11 +99,12 @@ def test_a_link_named_like_the_lock_does_not_empty_what_it_leads_to(
     notes = tmp_path / "notes.txt"
     notes.write_text("precious")
     (tmp_path / ".out.partial.lock").symlink_to(notes)
+    start = {
+        "merge": lambda: merge(tmp_path / "out", pairs),
+        "convert": lambda: convert(pairs[0][0], tmp_path / "out", to="huggingface"),
+    }[verb]
     with pytest.raises(UserError, match="is a link"):
-        if verb == "merge":
-            merge(tmp_path / "out", pairs)
-        else:
-            convert(pairs[0][0], tmp_path / "out", to="huggingface")
+        start()
     assert notes.read_text() == "precious"
 
 

@@ -1,0 +1,165 @@
+"""Code that comes with a model never runs: canaries in every file that a library could take code from."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.tiny_run import tiny_values, write_config
+
+from btm_scale.cli.app import main
+from btm_scale.config.run import RunConfig
+from btm_scale.data.tokenizer import Tokenizer
+from btm_scale.errors import DataError
+from btm_scale.generate.loglikelihood import generator_of_method
+from btm_scale.run_dir import RunDir
+
+AUTO_MAP = {
+    "AutoConfig": "canary.Config",
+    "AutoModel": "canary.Model",
+    "AutoModelForCausalLM": "canary.Model",
+    "AutoTokenizer": ["canary.Tokenizer", "canary.Tokenizer"],
+}
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def plant(directory: Path, song: Path, *, known_type: bool) -> None:
+    """Make a model directory hostile; with `known_type`, transformers has classes for all that it names."""
+    code = f"open({str(song)!r}, 'a').write('sung')\n"
+    classes = "from transformers import LlamaConfig as Config, LlamaForCausalLM as Model, LlamaTokenizer as Tokenizer\n"
+    for name in ("canary.py", "custom_generate/generate.py", "configuration_canary.py", "handler.py", "setup.py"):
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text(code + classes)
+    (directory / "chat_template.jinja").write_text(
+        "{{ cycler.__init__.__globals__.os.system('touch " + str(song) + "') }}"
+    )
+    changes: dict[str, Any] = {"auto_map": AUTO_MAP, "trust_remote_code": True}
+    edit(
+        directory / "config.json",
+        **changes,
+        attn_implementation="stranger/kernel",
+        custom_pipelines={"text-generation": {"impl": "canary.Pipeline", "pt": ["AutoModelForCausalLM"]}},
+        **({} if known_type else {"model_type": "yellowbird"}),
+    )
+    edit(
+        directory / "tokenizer_config.json",
+        **changes,
+        **({} if known_type else {"tokenizer_class": "YellowbirdTokenizer"}),
+    )
+
+
+Door = Callable[[RunConfig, RunDir, Path, Path], list[str]]
+
+
+def values_of(config: RunConfig, **changes: Any) -> dict[str, Any]:
+    return tiny_values(config.text_root, domains={"docs": {"text": "docs.jsonl"}}, **changes)
+
+
+def generate(config: RunConfig, run: RunDir, model: Path, out: Path) -> list[str]:
+    shutil.rmtree(run.model("docs"))
+    shutil.copytree(model, run.model("docs"))
+    return ["generate", str(run.root), "--prompt", "The", "--max-tokens", "2", "--model", "docs", "--device", "cpu"]
+
+
+def forest_add(config: RunConfig, run: RunDir, model: Path, out: Path) -> list[str]:
+    return ["forest", "add", str(run.root), str(model), "--name", "newcomer"]
+
+
+def existing_tokenizer(config: RunConfig, run: RunDir, model: Path, out: Path) -> list[str]:
+    write_config(out / "own.yaml", values_of(config, tokenizer={"path": str(model)}))
+    return ["prepare", str(out / "own.yaml"), "--out", str(out / "run")]
+
+
+def pretrained(config: RunConfig, run: RunDir, model: Path, out: Path) -> list[str]:
+    changes = {"model": {"pretrained": str(model)}, "tokenizer": {"path": str(model)}}
+    write_config(out / "own.yaml", values_of(config, **changes))
+    return ["run", str(out / "own.yaml"), "--out", str(out / "run"), "--dry-run"]
+
+
+DOORS: dict[str, Door] = {
+    "generate": generate,
+    "forest add": forest_add,
+    "prepare": existing_tokenizer,
+    "pretrained": pretrained,
+    "merge": lambda config, run, model, out: ["merge", str(out / "out"), str(model), str(run.model("cpp"))],
+    "convert": lambda config, run, model, out: ["convert", str(model), str(out / "out"), "--to", "megatron"],
+    "inspect": lambda config, run, model, out: ["inspect", str(model)],
+    "ablate": lambda config, run, model, out: [
+        *("ablate", str(run.root), "--expert", "docs", "--expert", "cpp", "--text", __file__, "--device", "cpu"),
+    ],
+}
+
+
+@pytest.fixture
+def hostile(
+    handmade: tuple[RunConfig, RunDir], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[RunConfig, RunDir, Path]:
+    """A copy of a run whose tokenizer and expert `docs` are yet to be planted, and where the canaries would sing."""
+    config, original = handmade
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(original.root, run.root)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 1000))
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    return config, run, tmp_path / "song"
+
+
+def ended_with(arguments: list[str]) -> int:
+    try:
+        main(arguments)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("known_type", [True, False], ids=["known type", "unknown type"])
+@pytest.mark.parametrize("door", DOORS)
+def test_no_code_of_a_model_directory_runs(
+    door: str,
+    known_type: bool,
+    hostile: tuple[RunConfig, RunDir, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config, run, song = hostile
+    model = tmp_path / "stranger"
+    shutil.copytree(run.model("docs"), model)
+    plant(model, song, known_type=known_type)
+    if door == "ablate":
+        plant(run.model("docs"), song, known_type=known_type)
+    out = tmp_path / "out"
+    out.mkdir()
+    code = ended_with(DOORS[door](config, run, model, out))
+    shown = capsys.readouterr()
+    assert not song.exists(), f"{door}: {song.read_text()}"
+    assert "Traceback" not in shown.err
+    assert code == (0 if known_type else code)
+    if not known_type and door in ("generate", "ablate", "pretrained", "convert"):
+        assert code == 2
+        assert "yellowbird" in shown.err
+
+
+@pytest.mark.slow
+def test_no_code_of_a_runs_own_tokenizer_or_of_an_evaluated_expert_runs(
+    hostile: tuple[RunConfig, RunDir, Path],
+) -> None:
+    config, run, song = hostile
+    plant(run.model("docs"), song, known_type=True)
+    changes = {"auto_map": AUTO_MAP, "tokenizer_class": "YellowbirdTokenizer"}
+    (run.tokenizer / "canary.py").write_text(f"open({str(song)!r}, 'a').write('sung')\n")
+    edit(run.tokenizer / "tokenizer_config.json", **changes)
+    (run.tokenizer / "tokenizer.model").unlink(missing_ok=True)  # without it transformers loads the tokenizer
+    with pytest.raises(DataError, match="cannot be loaded"):
+        Tokenizer.load(run.tokenizer)
+    edit(run.tokenizer / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+    generator_of_method(config, run, "ensemble", device="cpu")
+    assert not song.exists()
