@@ -194,7 +194,7 @@ def draw_kernel(
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The argmax of a block by log p / temperature + Gumbel noise: score, token, log p, each [batch, blocks].
+    """Compute the argmax of log p / temperature + Gumbel noise in a block: score, token, log p, each [batch, blocks].
 
     The argmax over the vocabulary is an exact sample from p ** (1 / temperature). A token's noise depends only on the
     seed, its row (`first_row` + row) and its index, not on how the work is divided.
@@ -262,7 +262,7 @@ def pick_kernel(
     SPLITS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """The argmax over a row's blocks; log_likelihood[row, e] += log softmax(l_e)[token] for every e with weight."""
+    """Pick the best of a row's blocks; log_likelihood[row, e] += log softmax(l_e)[token] for every e with weight."""
     row = tl.program_id(0)
     block = tl.arange(0, BLOCKS)
     scores = tl.load(score_ptr + row * blocks + block, mask=block < blocks, other=-float("inf"))

@@ -48,7 +48,7 @@ def test_an_interrupted_merge_resumes_with_the_remaining_units(
     models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pairs = [(model, 1.0) for model in models]
-    expected = merge(tmp_path / "whole", pairs).content_hash
+    expected = merge(tmp_path / "uninterrupted", pairs).content_hash
     monkeypatch.setattr(workers, "_NOTE_EVERY", 1)
     monkeypatch.setattr(workers, "MOST", 1)
     run, ran = runner.UnitRunner.__call__, []
@@ -162,7 +162,7 @@ def test_a_merge_killed_at_random_points_resumes_to_the_same_hash(kills: int, sa
         )
         for i in range(3)
     ]
-    expected = merge(tmp_path / "whole", [(model, 1.0) for model in models], max_shard_bytes=5e9).content_hash
+    expected = merge(tmp_path / "uninterrupted", [(model, 1.0) for model in models], max_shard_bytes=5e9).content_hash
     command = [sys.executable, "-c", KILLED, str(tmp_path / "out"), *map(str, models)]
     progress = []
     delays = torch.rand(kills, generator=torch.Generator().manual_seed(7)).mul(0.1).tolist()

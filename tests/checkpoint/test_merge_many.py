@@ -20,13 +20,13 @@ from btm_scale.util.files import partial_path
 
 
 def test_merge_many_writes_the_same_bytes_as_separate_merges(models: list[Path], tmp_path: Path) -> None:
-    wanted = {
+    outputs = {
         "all": list(zip(models, WEIGHTS, strict=True)),
         "others": [(models[2], 0.5), (models[0], 0.25)],
         "one": [(models[1], 3.0)],
     }
-    reports = merge_many({tmp_path / "many" / name: inputs for name, inputs in wanted.items()})
-    for report, (name, inputs) in zip(reports, wanted.items(), strict=True):
+    reports = merge_many({tmp_path / "many" / name: inputs for name, inputs in outputs.items()})
+    for report, (name, inputs) in zip(reports, outputs.items(), strict=True):
         alone = merge(tmp_path / "alone" / name, inputs)
         assert report.content_hash == alone.content_hash
         for file in (tmp_path / "alone" / name).iterdir():
@@ -58,11 +58,11 @@ def test_merge_many_reads_every_model_once_for_any_number_of_outputs(
 def test_merge_many_gives_the_same_result_in_several_passes(
     models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = [[(model, float(i + k)) for i, model in enumerate(models, start=1)] for k in range(4)]
-    whole = merge_many({tmp_path / f"whole-{k}": inputs for k, inputs in enumerate(wanted)})
+    outputs = [[(model, float(i + k)) for i, model in enumerate(models, start=1)] for k in range(4)]
+    one_pass = merge_many({tmp_path / f"one-{k}": inputs for k, inputs in enumerate(outputs)})
     monkeypatch.setattr(merging, "_SHARDS_AT_ONCE", 2)
-    passes = merge_many({tmp_path / f"pass-{k}": inputs for k, inputs in enumerate(wanted)})
-    assert [report.content_hash for report in passes] == [report.content_hash for report in whole]
+    passes = merge_many({tmp_path / f"pass-{k}": inputs for k, inputs in enumerate(outputs)})
+    assert [report.content_hash for report in passes] == [report.content_hash for report in one_pass]
 
 
 def test_merge_many_rejects_incompatible_models_before_writing(models: list[Path], save: Save, tmp_path: Path) -> None:
@@ -79,9 +79,9 @@ def test_merge_many_checks_the_free_space_for_all_outputs(
     size = merge(tmp_path / "one", [(model, 1.0) for model in models]).bytes_written
     usage = shutil.disk_usage(tmp_path)._replace(free=3 * size)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    wanted = {tmp_path / f"out-{k}": [(model, 1.0 + k) for model in models] for k in range(4)}
+    outputs = {tmp_path / f"out-{k}": [(model, 1.0 + k) for model in models] for k in range(4)}
     with pytest.raises(CheckpointError, match="GB free"):
-        merge_many(wanted)
+        merge_many(outputs)
     assert not list(tmp_path.glob(".out*"))
     assert merge_many({}) == []
 
@@ -89,8 +89,8 @@ def test_merge_many_checks_the_free_space_for_all_outputs(
 def test_an_interrupted_merge_many_resumes_with_the_remaining_units(
     models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = {tmp_path / f"out-{k}": [(model, 1.0 + k) for model in models] for k in range(3)}
-    expected = [merge(tmp_path / f"whole-{k}", inputs).content_hash for k, inputs in enumerate(wanted.values())]
+    outputs = {tmp_path / f"out-{k}": [(model, 1.0 + k) for model in models] for k in range(3)}
+    expected = [merge(tmp_path / f"alone-{k}", inputs).content_hash for k, inputs in enumerate(outputs.values())]
     monkeypatch.setattr(workers, "_NOTE_EVERY", 1)
     monkeypatch.setattr(workers, "MOST", 1)
     run, ran = mean_runner.MeansRunner.__call__, []
@@ -106,13 +106,13 @@ def test_an_interrupted_merge_many_resumes_with_the_remaining_units(
 
     stops_after(2)
     with pytest.raises(KeyboardInterrupt):
-        merge_many(wanted)
-    noted = [set(journal.finished(partial_path(output))) for output in wanted]
+        merge_many(outputs)
+    noted = [set(journal.finished(partial_path(output))) for output in outputs]
     assert noted[0]
     assert noted[0] == noted[1] == noted[2]
     ran.clear()
     stops_after(100)
-    assert [report.content_hash for report in merge_many(wanted)] == expected
+    assert [report.content_hash for report in merge_many(outputs)] == expected
     assert len(noted[0]) + len(ran) == 5
     assert not noted[0] & set(ran)
 

@@ -41,7 +41,7 @@ def matrix(values: Sequence[float]) -> torch.Tensor:
 
 
 def piece(count: int, weights: Sequence[float], rows: slice) -> Piece:
-    """The same rows of every model."""
+    """Return the same rows of every model."""
     return Piece(
         tensors=iter([matrix(model)[rows] for model in MODELS[:count]]),
         weights=weights,
@@ -174,7 +174,7 @@ def test_widen_weights_columns_by_norm_and_direction() -> None:
         ranks([abs(math.hypot(*m) - math.hypot(*b)) for m, b in zip(columns(model), base, strict=True)])
         for model in MODELS
     ]
-    turns = [ranks([1 - cosine(m, b) for m, b in zip(columns(model), base, strict=True)]) for model in MODELS]
+    directions = [ranks([1 - cosine(m, b) for m, b in zip(columns(model), base, strict=True)]) for model in MODELS]
 
     def score(rank: list[Vector], i: int, c: int) -> float:
         if rank[i][c] > math.fsum(rank[i]) / COLUMNS * 1.2:
@@ -182,7 +182,7 @@ def test_widen_weights_columns_by_norm_and_direction() -> None:
         return math.exp(rank[i][c]) / math.fsum(math.exp(rank[j][c]) for j in range(3))
 
     def weight(i: int, c: int) -> float:
-        return (score(lengths, i, c) + score(turns, i, c)) / 2
+        return (score(lengths, i, c) + score(directions, i, c)) / 2
 
     expected = [b + math.fsum(DELTAS[i][e] * weight(i, e % COLUMNS) for i in range(3)) for e, b in enumerate(BASE)]
     assert run("widen", [1, 1, 1], threshold=1.2, calibration=0.9) == pytest.approx(expected, rel=1e-12)

@@ -47,7 +47,7 @@ def test_every_dtype_that_the_safetensors_library_writes_is_read(tmp_path: Path,
 
 def test_pieces_in_any_order_give_the_same_file_as_complete_tensors(tmp_path: Path) -> None:
     weights = random_weights(1)
-    with ShardedWriter(tmp_path / "whole", specs_of(weights)) as writer:
+    with ShardedWriter(tmp_path / "complete", specs_of(weights)) as writer:
         for name, tensor in weights.items():
             writer.write(name, tensor)
     with ShardedWriter(tmp_path / "pieces", specs_of(weights)) as writer:
@@ -55,7 +55,7 @@ def test_pieces_in_any_order_give_the_same_file_as_complete_tensors(tmp_path: Pa
             flat = tensor.reshape(-1)
             for start in reversed(range(0, flat.numel(), 7)):
                 writer.write_range(name, start, flat[start : start + 7])
-    files = [tmp_path / name / "model.safetensors" for name in ("whole", "pieces")]
+    files = [tmp_path / name / "model.safetensors" for name in ("complete", "pieces")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 

@@ -50,7 +50,10 @@ class Leader:
 
 
 def follow(ranks: Any) -> Any:
-    """The other ranks' side: merge their units and return rank 0's report."""
+    """Merge this rank's units and return rank 0's report; the counterpart of `Leader` on the other ranks.
+
+    Raises `CheckpointError` if the merge failed.
+    """
     work = ranks.bcast(None)
     if work is not None:
         ranks.gather(_own_share(ranks, *work))
