@@ -51,8 +51,7 @@ def check_mixture(logits: Tensor, log_weights: Tensor) -> None:
     if logits.dtype not in _FLOATS or logits.device != log_weights.device:
         raise ValueError(
             f"logits are {logits.dtype} on {logits.device}. They must be bfloat16, float16 or float32, on the device "
-            "of "
-            "log_weights."
+            "of log_weights."
         )
 
 

@@ -23,8 +23,7 @@ def shared_context(models: Mapping[str, Path], tokenizer: Tokenizer) -> int:
         if rows < tokenizer.vocab_size:
             raise ForestError(
                 f"'{name}' has a vocabulary of {rows} tokens, but the run's tokenizer has {tokenizer.vocab_size}. It "
-                "was "
-                "trained with a different tokenizer: leave it out."
+                "was trained with a different tokenizer: leave it out."
             )
         contexts.append(positions)
     return min(contexts)

@@ -97,8 +97,8 @@ def _from_masters(folder: Path, state: Mapping[str, Any], files: Mapping[int, Pa
     world = max(count) if isinstance(count, (list, tuple)) else int(count)
     if sorted(files) != list(range(world)):
         raise CheckpointError(
-            f"{folder} was saved by {world} data ranks but has optimizer states only of ranks {sorted(files)}. "
-            "Copy the missing files here."
+            f"{folder} was saved by {world} data ranks but has optimizer states only of ranks {sorted(files)}. Copy "
+            "the missing files here."
         )
     stage = _enum_value(states[0].get("zero_stage", 1))
     shapes = [{name: tuple(size) for name, size in group.items()} for group in state["param_shapes"]]

@@ -30,8 +30,7 @@ def open_bin(directory: Path) -> StoredModel:
         if unsupported := sorted(str(name) for name, value in content.items() if _is_unsupported(value)):
             raise CheckpointError(
                 f"{shard}: {len(unsupported)} tensors, the first '{unsupported[0]}', have a dtype or layout that is "
-                "not supported "
-                "in .bin files. Save the model as safetensors."
+                "not supported in .bin files. Save the model as safetensors."
             )
         tensors |= {name: value for name, value in content.items() if isinstance(value, StoredTensor)}
     return StoredModel(directory, tensors)
