@@ -226,7 +226,7 @@ def test_truncated_weights_raise(experts: dict[str, Path], tmp_path: Path) -> No
 
 
 def test_a_prompt_longer_than_the_context_is_rejected(experts: dict[str, Path]) -> None:
-    with pytest.raises(UserError, match=f"Prompt 2 has {POSITIONS + 1} tokens .* at most {POSITIONS}"):
+    with pytest.raises(UserError, match=f"Prompt 2 has {POSITIONS + 1} tokens, .* at most {POSITIONS}"):
         Generator(experts, Letters()).generate(["a", "a" * POSITIONS])
 
 
