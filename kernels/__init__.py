@@ -1,9 +1,9 @@
-"""Scoring and mixing for forests of language models, without the logits in memory.
+"""Score and mix many language models without materializing their logits.
 
-Two jobs: `token_logprobs` scores text under many experts from hidden states, and `mix_logits` / `mix_sample`
-decode from the mixture of the experts. Tensors on a CUDA device go through Triton, others through the PyTorch
-reference; with TRITON_INTERPRET=1 set before Triton is imported, CPU tensors run the Triton kernels too.
-This package imports nothing else of btm_scale, and Triton only when a kernel is launched.
+`token_logprobs` scores text under many experts from their hidden states; `mix_logits` and `mix_sample` decode from
+their mixture. CUDA tensors use Triton, others the PyTorch reference; if TRITON_INTERPRET=1 is set before Triton is
+imported, CPU tensors run the Triton kernels as well. The package imports nothing else of btm_scale, and Triton only to
+launch a kernel.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ def token_logprobs(
     ignore_index: int = -100,
     soft_cap: float | None = None,
 ) -> Tensor:
-    """Log-probability (nats) that each expert gives to each target token.
+    """Return the log-probability in nats of each target token under each expert.
 
-    log p_e(t) = logit_e[t, target_t] - log sum_v exp(logit_e[t, v]), with logit_e = hidden_e @ head_e.T in
-    float32, or soft_cap * tanh(logit_e / soft_cap) where a soft cap is given.
+    log p_e(t) = logit_e[t, target_t] - log sum_v exp(logit_e[t, v]), with logit_e = hidden_e @ head_e.T in float32, or
+    soft_cap * tanh(logit_e / soft_cap) with a soft cap.
 
     Args:
         hidden: [experts, tokens, hidden], bfloat16, float16 or float32.
-        heads: one [vocab, hidden] tensor an expert; they may lie anywhere on the device of `hidden`.
+        heads: one [vocab, hidden] tensor per expert, anywhere on the device of `hidden`.
         targets: int64 [tokens], each in [0, vocab_size) or equal to `ignore_index`.
-        vocab_size: number of real vocabulary rows; rows from there on are padding. Default: all rows.
+        vocab_size: number of real vocabulary rows; later rows are padding. Default: all rows.
         ignore_index: targets with this value get exactly 0.
         soft_cap: bound of the logits, as in Gemma 2.
 
@@ -50,8 +50,8 @@ def token_logprobs(
         float32 [experts, tokens], never above 0.
 
     Raises:
-        ValueError: the shapes, types or devices do not belong together, or a target is out of range.
-        FloatingPointError: a log-probability is NaN, because an input holds NaN or infinity.
+        ValueError: shapes, dtypes or devices do not match, or a target is out of range.
+        FloatingPointError: a log-probability is NaN, because an input contains NaN or infinity.
     """
     check_heads(hidden, heads, targets)
     rows = heads[0].shape[0] if vocab_size is None else min(vocab_size, heads[0].shape[0])
@@ -59,7 +59,7 @@ def token_logprobs(
     log_probs = _backend(hidden).token_logprobs(
         hidden, heads, targets, vocab_size=vocab_size, ignore_index=ignore_index, soft_cap=soft_cap
     )
-    # One look at the device for both questions, after the launch, so that checking costs one synchronisation.
+    # Both checks after the launch and in one transfer, so that they cost one synchronization.
     any_outside, any_nan = torch.stack([outside.any(), log_probs.isnan().any()]).tolist()
     if any_outside:
         refuse_target(int(targets[outside][0]), rows, ignore_index)
@@ -78,26 +78,26 @@ def token_logprob_partials(
     ignore_index: int = -100,
     soft_cap: float | None = None,
 ) -> Partials:
-    """What one vocabulary shard of one expert knows about the targets' log-probabilities.
+    """Return one vocabulary shard's partial results for the targets' log-probabilities under one expert.
 
-    Under tensor parallelism every rank calls this with its rows of the head, the ranks gather the three small
-    results, and `combine_partials` joins them.
+    Under tensor parallelism every rank calls this with its rows of the head, the ranks gather the three small results,
+    and `combine_partials` joins them.
 
     Args:
         hidden: [tokens, hidden], bfloat16, float16 or float32.
         head: [local rows, hidden], rows `vocab_start` to `vocab_start + local rows` of the vocabulary.
-        targets: int64 [tokens], indices into the whole vocabulary, or `ignore_index`.
+        targets: int64 [tokens], indices into the full vocabulary, or `ignore_index`.
         vocab_start: vocabulary index of the first row of `head`.
-        vocab_size: number of real rows of the whole vocabulary; later rows are padding and count as -inf.
+        vocab_size: number of real rows of the full vocabulary; later rows are padding and count as -inf.
         ignore_index: targets with this value combine to exactly 0.
-        soft_cap: bound of the logits.
+        soft_cap: bound of the logits, as in Gemma 2.
 
     Returns:
-        float32 [tokens] each: the largest logit (-inf for a shard of padding), the sum of
-        exp(logit - largest), and the target's logit (-inf where another shard holds it, +inf where ignored).
+        float32 [tokens] each: the maximum logit (-inf for a shard of padding), the sum of exp(logit - maximum), and
+        the target's logit (-inf if another shard has it, +inf if ignored).
 
     Raises:
-        ValueError: the shapes, types or devices do not belong together.
+        ValueError: shapes, dtypes or devices do not match.
     """
     check_projection(hidden, head, targets)
     return _backend(hidden).token_logprob_partials(
@@ -112,18 +112,18 @@ def token_logprob_partials(
 
 
 def mix_logits(logits: Tensor, log_weights: Tensor) -> Tensor:
-    """Log-probabilities (nats) of the mixture: log sum_e w_e softmax(logits_e).
+    """Return the log-probabilities in nats of the mixture: log sum_e w_e softmax(logits_e).
 
     Args:
-        logits: [experts, batch, vocab], bfloat16, float16 or float32; -inf rules a token out.
-        log_weights: [batch, experts]; the weights are normalised here. An expert of weight -inf is not read.
+        logits: [experts, batch, vocab], bfloat16, float16 or float32; -inf excludes a token.
+        log_weights: [batch, experts], normalized here. An expert with log weight -inf is not read.
 
     Returns:
-        float32 [batch, vocab], never above 0. A row in which no expert has both weight and a possible token
-        is all -inf; a row in which an expert with weight has a logit of NaN or +inf is all NaN.
+        float32 [batch, vocab], never above 0. A row in which no expert has both weight and a possible token is all
+        -inf; a row in which an expert with weight has a logit of NaN or +inf is all NaN.
 
     Raises:
-        ValueError: the shapes, types or devices do not belong together.
+        ValueError: shapes, dtypes or devices do not match.
     """
     check_mixture(logits, log_weights)
     return _backend(logits).mix_logits(logits, log_weights)
@@ -137,27 +137,26 @@ def mix_sample(
     generator: torch.Generator | None = None,
     log_likelihood: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draw one token a row from the mixture, with no vocabulary-sized result in memory.
+    """Sample one token per row from the mixture, without a vocabulary-sized result in memory.
 
     Args:
         logits: [experts, batch, vocab], as in `mix_logits`.
         log_weights: [batch, experts], as in `mix_logits`.
-        temperature: draws from the mixture's probabilities to the power 1 / temperature; 0 takes the
-            likeliest token.
-        generator: source of randomness on the device of `logits`; the same state draws the same tokens on
-            the same backend. Default: the global generator.
-        log_likelihood: [batch, experts], float64 advised because float32 loses small gains in a long sum.
-            Each expert's log-probability of the drawn token is added in place, in the launch that picks the
-            token: the running posterior costs no pass of its own. Experts of zero weight are not read, and
-            they and rows without a token are left as they are.
+        temperature: samples from the mixture's probabilities to the power 1 / temperature; 0 takes the most likely
+            token.
+        generator: RNG on the device of `logits`; the same state gives the same tokens on the same backend. Default:
+            the global generator.
+        log_likelihood: [batch, experts], preferably float64, since float32 loses small terms of a long sum. Each
+            expert's log-probability of the sampled token is added in place, in the launch that picks the token, so the
+            running posterior needs no extra pass. Experts of zero weight and rows without a token are not changed.
 
     Returns:
-        tokens int64 [batch] and log_probs float32 [batch], the drawn token's log-probability (nats) under
-        the mixture itself, at temperature 1. A row without any possible token gives (-1, -inf), and one that
-        `mix_logits` would fill with NaN gives (-1, NaN).
+        tokens int64 [batch] and log_probs float32 [batch], the sampled token's log-probability in nats under the
+        mixture at temperature 1. A row without a possible token gives (-1, -inf); one that `mix_logits` would fill
+        with NaN gives (-1, NaN).
 
     Raises:
-        ValueError: the shapes, types or devices do not belong together, or the temperature is negative.
+        ValueError: shapes, dtypes or devices do not match, or the temperature is negative or not finite.
     """
     check_mixture(logits, log_weights)
     check_sampling(log_weights, temperature, log_likelihood)
@@ -167,7 +166,7 @@ def mix_sample(
 
 
 def _backend(tensor: Tensor) -> ModuleType:
-    """The module whose functions compute for this tensor's device: the one place where that is decided."""
+    """Return the module that implements the functions for this tensor's device."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not (tensor.is_cuda or interpreted) or importlib.util.find_spec("triton") is None:
         return reference

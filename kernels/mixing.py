@@ -1,11 +1,11 @@
-"""Triton: the mixture of the experts' next-token distributions, and draws from it.
+"""Triton kernels: the mixture of the experts' next-token distributions, and sampling from it.
 
-Two passes over the logits of a few rows at a time, the second out of the cache: `normalizer_kernel` finds
-each expert's maximum and sum of exponentials, then `mix_kernel` or `draw_kernel` forms the mixture block by
-block. An expert of zero weight is read by neither.
+Two passes over the logits of a few rows at a time, the second from the cache: `normalizer_kernel` computes each
+expert's maximum and sum of exponentials, then `mix_kernel` or `draw_kernel` forms the mixture block by block. Neither
+reads an expert of zero weight.
 """
 
-# ruff: noqa: N803 - capitals are how Triton code marks what is fixed at compile time
+# ruff: noqa: N803 - Triton code capitalizes compile-time constants
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def normalizer_kernel(
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """For one row of one expert and one vocabulary split: m = max_v l_v and sum_v exp(l_v - m).
+    """m = max_v l_v and sum_v exp(l_v - m) for one row of one expert and one vocabulary split.
 
     logits [experts, batch, vocabulary]; partials [experts, batch, splits]. An empty split gives (FLOOR, 0).
     """
@@ -56,14 +56,14 @@ def normalizer_kernel(
         maximum = tl.maximum(maximum, logits)
     top = tl.max(maximum, 0)
     total = tl.sum(sum_exp * tl.exp(maximum - top), 0)
-    total = tl.where(top == float("inf"), float("nan"), total)  # else only the infinite token would be NaN
+    total = tl.where(top == float("inf"), float("nan"), total)  # otherwise only the infinite token would be NaN
     tl.store(maximum_ptr + program, top)
     tl.store(sum_exp_ptr + program, total)
 
 
 @triton.jit
 def _normalizer(maximum_ptr, sum_exp_ptr, expert, row, batch, splits, SPLITS: tl.constexpr):
-    """(maximum, log of the sum) of one expert's row, folded from its splits in a fixed order."""
+    """Return (maximum, log of the sum) of one expert's row, reduced over its splits in a fixed order."""
     split = tl.arange(0, SPLITS)
     at = (expert * batch + row) * splits + split
     maxima = tl.load(maximum_ptr + at, mask=split < splits, other=FLOOR)
@@ -74,7 +74,7 @@ def _normalizer(maximum_ptr, sum_exp_ptr, expert, row, batch, splits, SPLITS: tl
 
 @triton.jit
 def _weights(log_weights_ptr, row, experts, weight_stride, EXPERTS: tl.constexpr):
-    """A row's largest log weight (0 if all are -inf), and the log of the sum of weights relative to it."""
+    """Return a row's largest log weight (0 if all are -inf), and the log of the sum of weights relative to it."""
     expert = tl.arange(0, EXPERTS)
     at = log_weights_ptr + row.to(tl.int64) * weight_stride + expert
     log_weights = tl.load(at, mask=expert < experts, other=-float("inf"))
@@ -102,7 +102,7 @@ def _mixture(
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """log sum_e w_e softmax(l_e) at `offsets` of one row, with one exponential for each logit."""
+    """Return log sum_e w_e softmax(l_e) at `offsets` of one row, with one exponential per logit."""
     top_weight, log_total = _weights(log_weights_ptr, row, experts, weight_stride, EXPERTS)
     logits_ptr += row.to(tl.int64) * row_stride
     maximum = tl.full((BLOCK,), FLOOR, tl.float32)
@@ -110,7 +110,7 @@ def _mixture(
     for expert in range(experts):
         log_weight = tl.load(log_weights_ptr + row.to(tl.int64) * weight_stride + expert)
         top, log_sum = _normalizer(maximum_ptr, sum_exp_ptr, expert, row, batch, splits, SPLITS)
-        # No weight, or no possible token: both leave the sum as it is, and neither is read.
+        # Experts without weight or without a possible token add nothing and are not read.
         silent = (log_weight == -float("inf")) | (log_sum == -float("inf"))
         at = logits_ptr + tl.cast(expert, tl.int64) * expert_stride + offsets
         logits = tl.load(at, mask=(offsets < vocabulary) & (silent == 0), other=-float("inf")).to(tl.float32)
@@ -194,10 +194,10 @@ def draw_kernel(
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The best of a block by log p / temperature + Gumbel noise: score, token, log p, each [batch, blocks].
+    """Compute the argmax of log p / temperature + Gumbel noise in a block: score, token, log p, each [batch, blocks].
 
-    The argmax over the vocabulary is an exact draw from p ** (1 / temperature). The noise of a token depends
-    on the seed, its row (`first_row` + row) and its index only, not on how the work is divided.
+    The argmax over the vocabulary is an exact sample from p ** (1 / temperature). A token's noise depends only on the
+    seed, its row (`first_row` + row) and its index, not on how the work is divided.
     """
     blocks = tl.cdiv(vocabulary, BLOCK)
     row = tl.program_id(0) // blocks
@@ -225,7 +225,7 @@ def draw_kernel(
         zeros = tl.zeros((BLOCK,), tl.int32)
         bits, _, _, _ = tl.philox(tl.load(seed_ptr), offsets, zeros + (first_row + row), zeros, zeros)
         uniform = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 1.0 - 2.0**-24)
-        # -log(1 - u): by its series where 1 - u would round, since the smallest u make the largest noise.
+        # -log(1 - u), as a series where 1 - u would round: the smallest u give the largest noise.
         series = uniform * (1.0 + uniform * (1.0 / 2 + uniform * (1.0 / 3 + uniform * (1.0 / 4))))
         exponential = tl.where(uniform < 0.015625, series, -tl.log(1.0 - uniform))
         score = log_probs / temperature - tl.log(exponential)
@@ -262,7 +262,7 @@ def pick_kernel(
     SPLITS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """The best of a row's blocks; log_likelihood[row, e] += log softmax(l_e)[token] where e has weight."""
+    """Pick the best of a row's blocks; log_likelihood[row, e] += log softmax(l_e)[token] for every e with weight."""
     row = tl.program_id(0)
     block = tl.arange(0, BLOCKS)
     scores = tl.load(score_ptr + row * blocks + block, mask=block < blocks, other=-float("inf"))

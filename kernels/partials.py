@@ -1,4 +1,4 @@
-"""What the Triton path and the reference share: partials to log-probabilities, and normalised weights."""
+"""Shared by Triton and the reference: combine partial results to log-probabilities, normalize weights."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ NO_TOKEN = -1
 
 
 def finish(maximum: Tensor, sum_exp: Tensor, target_logit: Tensor) -> Tensor:
-    """Log-probabilities of the targets: (target - maximum) - log(sum), never above 0.
+    """Return the log-probabilities of the targets in nats: (target - maximum) - log(sum), never above 0.
 
-    A target logit of +inf marks an ignored token and becomes 0; -inf stays -inf. NaN in, NaN out.
+    A target logit of +inf marks an ignored token and gives 0; -inf stays -inf, and NaN stays NaN.
     """
     shift = maximum.masked_fill(maximum == -float("inf"), 0.0)
     log_probs = (target_logit - shift) - sum_exp.log()
@@ -25,7 +25,7 @@ def finish(maximum: Tensor, sum_exp: Tensor, target_logit: Tensor) -> Tensor:
 
 
 def merge(parts: Partials, more: Partials) -> Partials:
-    """The partials of two disjoint sets of vocabulary rows as one."""
+    """Combine the partials of two disjoint sets of vocabulary rows."""
     maximum = torch.maximum(parts[0], more[0])
     shift = maximum.masked_fill(maximum == -float("inf"), 0.0)
     sum_exp = parts[1] * (parts[0] - shift).exp() + more[1] * (more[0] - shift).exp()
@@ -33,15 +33,15 @@ def merge(parts: Partials, more: Partials) -> Partials:
 
 
 def combine_partials(partials: Sequence[Partials] | Partials) -> Tensor:
-    """Log-probabilities (nats) from the partials of every vocabulary shard.
+    """Return the log-probabilities in nats, given the partials of every vocabulary shard.
 
     Args:
-        partials: one (maximum, sum_exp, target_logit) a shard in the order of the shards, each [tokens];
-            or one such triple of stacked tensors [shards, tokens].
+        partials: one (maximum, sum_exp, target_logit) per shard in shard order, each [tokens]; or one such triple of
+            stacked tensors [shards, tokens].
 
     Returns:
-        float32 [tokens], never above 0, and 0 for ignored tokens. The shards are added first to last, so
-        every rank gets the same bits. A target that no shard holds has log-probability -inf.
+        float32 [tokens], never above 0, and 0 for ignored tokens. Shards are added in order, so every rank gets the
+        same bits. A target that is in no shard has log-probability -inf.
 
     Raises:
         FloatingPointError: a log-probability is NaN.
@@ -60,16 +60,16 @@ def combine_partials(partials: Sequence[Partials] | Partials) -> Tensor:
 
 
 def refuse_nan(log_probs: Tensor) -> NoReturn:
-    """Raise FloatingPointError with the place of the first NaN."""
+    """Raise FloatingPointError with the index of the first NaN."""
     where = log_probs.isnan().nonzero()[0].tolist()
     raise FloatingPointError(
-        f"the log-probability at index {where} is NaN: hidden states or head hold NaN or infinity there. "
-        "Look for a diverged or damaged expert."
+        f"The log-probability at index {where} is NaN. Its hidden states or head contain NaN or infinity: check for a "
+        "diverged or damaged expert."
     )
 
 
 def normalized(log_weights: Tensor) -> Tensor:
-    """Float32 log weights [batch, experts] that sum to 1 a row; a row of zero weights stays all -inf."""
+    """Return float32 log weights [batch, experts] normalized per row; a row of zero weights stays all -inf."""
     log_weights = log_weights.double()
     total = log_weights.logsumexp(1, keepdim=True)
     return (log_weights - total.masked_fill(total == -float("inf"), 0.0)).float()

@@ -1,7 +1,7 @@
-"""The kernels' mathematics in PyTorch, for machines without a GPU, for tests and for benchmarks.
+"""PyTorch reference of the kernels, for machines without a GPU, tests and benchmarks.
 
-Logits are float32 from the product on and live only one block at a time, so that memory never grows with
-tokens x vocabulary x experts, and a block is still in the cache when its exponentials are summed.
+Logits are float32 and exist for one block at a time, so memory does not grow with tokens x vocabulary x experts, and a
+block is still in the cache when its exponentials are summed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def token_logprobs(
     ignore_index: int = -100,
     soft_cap: float | None = None,
 ) -> Tensor:
-    """See `btm_scale.kernels.token_logprobs`; NaN is returned here, and refused there."""
+    """See `btm_scale.kernels.token_logprobs`, except that NaN is returned instead of raised."""
     return torch.stack(
         [
             finish(
@@ -76,8 +76,8 @@ def token_logprob_partials(
 
                 column = local_targets[block] - first
                 here = (column >= 0) & (column < width) & (targets[block] != ignore_index)
-                found = logits.gather(1, column.clamp(0, width - 1).unsqueeze(1)).squeeze(1)
-                target_logit[block] = torch.where(here, found, target_logit[block])
+                at_target = logits.gather(1, column.clamp(0, width - 1).unsqueeze(1)).squeeze(1)
+                target_logit[block] = torch.where(here, at_target, target_logit[block])
 
                 new_maximum = torch.maximum(maximum[block], logits.amax(1))
                 shift = new_maximum.masked_fill(new_maximum == -_INF, 0.0)  # (-inf) - (-inf) would be NaN
@@ -120,7 +120,7 @@ def mix_sample(
         mixture = _mixture_block(logits[:, :, first : first + VOCAB_BLOCK], log_weights, maximum, log_sum)
         score = mixture
         if temperature > 0:
-            # Gumbel-max: the argmax of log p / temperature + noise is a draw from p ** (1 / temperature).
+            # Gumbel-max: the argmax of log p / temperature + noise is a sample from p ** (1 / temperature).
             noise = torch.empty_like(mixture).exponential_(generator=generator).log_().neg_()
             score = mixture / temperature + noise
         block_best, column = score.max(1)
@@ -141,10 +141,10 @@ def mix_sample(
 
 
 def _normalizers(logits: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Each expert's maximum logit and log of its sum of exp(logit - maximum), both float32 [experts, batch].
+    """Return each expert's maximum logit and log sum exp(logit - maximum), both float32 [experts, batch].
 
-    They stay apart because their sum would lose the small part: at logits of 1e4 float32 resolves 1e-3 nats.
-    An expert of zero weight gets (0, +inf): it is not read, and whatever it holds cannot spoil the mixture.
+    They are kept apart because their sum would round: at logits of 1e4 float32 resolves 1e-3 nats. An expert of zero
+    weight gets (0, +inf), so its logits, even NaN, cannot affect the mixture.
     """
     experts, batch, vocabulary = logits.shape
     maximum = torch.full((experts, batch), -_INF, device=logits.device)
@@ -160,7 +160,7 @@ def _normalizers(logits: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mixture_block(logits: Tensor, log_weights: Tensor, maximum: Tensor, log_sum: Tensor) -> Tensor:
-    """log sum_e w_e softmax(logits_e) for one block of the vocabulary, float32 [batch, columns]."""
+    """Return log sum_e w_e softmax(logits_e) for one block of the vocabulary, float32 [batch, columns]."""
     silent = (log_sum == _INF).unsqueeze(2)
     terms = (logits.float() - maximum.unsqueeze(2)) + (log_weights.T - log_sum).unsqueeze(2)
     return terms.masked_fill(silent, -_INF).logsumexp(0).clamp_(max=0.0)
@@ -168,11 +168,11 @@ def _mixture_block(logits: Tensor, log_weights: Tensor, maximum: Tensor, log_sum
 
 @contextlib.contextmanager
 def _exact_products(hidden: Tensor, head: Tensor) -> Iterator[None]:
-    """Hold the float32 product to float32, whatever precision the process allows elsewhere.
+    """Compute float32 products in full float32, whatever precision the process has set.
 
-    Float32 copies of bfloat16 tensors may go to the CPU's bfloat16 units, several times as fast: the inputs
-    are representable, the products exact and the sums float32, so nothing is rounded. A PyTorch without the
-    switch does the same sum in plain float32.
+    float32 copies of bfloat16 tensors may use the CPU's bfloat16 units, which are several times faster: inputs are
+    representable, products exact and sums float32, so nothing is rounded. PyTorch versions without the setting use
+    plain float32.
     """
     backends: Any = torch.backends.cuda if hidden.is_cuda else torch.backends.mkldnn
     matmul = getattr(backends, "matmul", None)

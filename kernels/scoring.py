@@ -1,6 +1,6 @@
-"""Triton: log-probability partials of many experts' tokens, from hidden states, with no logits in memory."""
+"""Triton kernels: log-probability partials of many experts' tokens from hidden states, with no logits in memory."""
 
-# ruff: noqa: N803 - capitals are how Triton code marks what is fixed at compile time
+# ruff: noqa: N803 - Triton code capitalizes compile-time constants
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Below every float32 that can occur, and finite, so that differences of maxima never are (-inf) - (-inf).
+# The lowest finite float32, so that the difference of two maxima is never (-inf) - (-inf).
 FLOOR = tl.constexpr(-3.4028234663852886e38)
 
 
@@ -41,15 +41,15 @@ def score_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """For a block of tokens of one expert and one vocabulary split: m = max l, sum exp(l - m), and l[target].
+    """m = max l, sum exp(l - m), and l[target] for a block of tokens of one expert and one vocabulary split.
 
-    l = hidden @ head.T in float32, computed block by block and folded in at once (online softmax). Each
-    program writes its own place in [splits, experts, tokens], so no order of arrival can change a bit.
+    l = hidden @ head.T in float32, computed block by block and reduced immediately (online softmax). Each program
+    writes its own elements of [splits, experts, tokens], so the result does not depend on scheduling.
 
-    hidden [experts, tokens, inner]; heads_ptr int64 [experts, 2], the address and the row stride of each head
-    [columns, inner]; ALIGN, bytes that divide every row address.
+    hidden [experts, tokens, inner]; heads_ptr int64 [experts, 2], the address and row stride of each head
+    [columns, inner]; ALIGN, a number of bytes that divides every row address.
     """
-    # GROUP blocks of tokens share each split while its rows of the head are in the L2 cache.
+    # GROUP blocks of tokens process each split while its rows of the head are in the L2 cache.
     program = tl.program_id(0)
     token_blocks = tl.cdiv(tokens, BLOCK_T)
     expert = program // (token_blocks * splits)
@@ -83,7 +83,7 @@ def score_kernel(
     last = min(first + SPLIT, columns)
     for start in range(first, last, BLOCK_V):
         offsets = start + tl.arange(0, BLOCK_V)
-        # Columns past the end read the last row again, so no address is ever outside; they become -inf below.
+        # Columns past the end read the last row, so that every address is valid; they become -inf below.
         head_rows = tl.minimum(offsets, columns - 1).to(tl.int64)
         head_ptrs = head_ptr + head_rows[None, :] * head_stride + k[:, None]
         logits = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
@@ -98,7 +98,7 @@ def score_kernel(
                 right = tl.load(head_at, mask=k[:, None] < inner - step, other=0.0)
             logits = tl.dot(left.to(DOT_DTYPE), right.to(DOT_DTYPE), logits, input_precision="ieee")
         if SOFT_CAP:
-            # tanh from one exponential that cannot overflow.
+            # tanh from a single exponential that cannot overflow.
             decay = tl.exp(-2.0 * tl.abs(logits / soft_cap))
             bounded = soft_cap * (1.0 - decay) / (1.0 + decay)
             logits = tl.where(logits < 0, -bounded, bounded)
@@ -131,7 +131,7 @@ def combine_kernel(
     splits,
     BLOCK: tl.constexpr,
 ):
-    """Fold the partials [splits, rows] to [rows], first split to last: a fixed order repeats to the bit."""
+    """Reduce the partials [splits, rows] to [rows] in split order, so that results are bit-reproducible."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = offsets < rows
     maximum = tl.full((BLOCK,), FLOOR, tl.float32)

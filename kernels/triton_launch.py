@@ -1,4 +1,4 @@
-"""Plain functions that launch the Triton kernels, with the signatures of `reference`."""
+"""Launch the Triton kernels, with the signatures of `reference`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from btm_scale.kernels.partials import Partials, finish
 from btm_scale.kernels.scoring import combine_kernel, score_kernel
 from btm_scale.kernels.tuning import MixConfig, ScoreConfig
 
-PARTIAL_BYTES = 16 << 20  # memory for partials that a launch may use; more experts or tokens take more launches
+PARTIAL_BYTES = 16 << 20  # memory for partials per launch; more experts or tokens take more launches
 _COMBINE_BLOCK = 1024
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -31,7 +31,7 @@ def token_logprobs(
     soft_cap: float | None = None,
     config: ScoreConfig | None = None,
 ) -> Tensor:
-    """See `btm_scale.kernels.token_logprobs`; NaN is returned here, and refused there."""
+    """See `btm_scale.kernels.token_logprobs`, except that NaN is returned instead of raised."""
     return finish(*_partials(hidden, heads, targets, 0, vocab_size, ignore_index, soft_cap, config))
 
 
@@ -74,7 +74,7 @@ def mix_sample(
     """See `btm_scale.kernels.mix_sample`."""
     _, batch, vocabulary = logits.shape
     device = logits.device
-    # The seed stays on the device: reading it back would make every decoding step wait.
+    # The seed stays on the device: reading it back would synchronize every decoding step.
     seed = torch.randint(2**63 - 1, (1,), generator=generator, device=device)
     tokens = torch.empty(batch, dtype=torch.int64, device=device)
     log_probs = torch.empty(batch, device=device)
@@ -85,14 +85,14 @@ def mix_sample(
         score = torch.empty(count, blocks, device=device)
         token = torch.empty(count, blocks, dtype=torch.int32, device=device)
         log_prob = torch.empty_like(score)
-        found = {"score_ptr": score, "token_ptr": token, "log_prob_ptr": log_prob}
+        block_results = {"score_ptr": score, "token_ptr": token, "log_prob_ptr": log_prob}
         draw_kernel[(blocks * count,)](
             seed_ptr=seed,
             first_row=rows.start,
             temperature=float(temperature) or 1.0,
             vocabulary=vocabulary,
             GREEDY=temperature == 0,
-            **found,
+            **block_results,
             **arguments,
             **constants,
         )
@@ -106,7 +106,7 @@ def mix_sample(
             likelihood_stride=running.stride(0),
             UPDATE=log_likelihood is not None,
             BLOCKS=triton.next_power_of_2(blocks),
-            **found,
+            **block_results,
             **arguments,
             **constants,
         )
@@ -114,7 +114,7 @@ def mix_sample(
 
 
 class _Mixing:
-    """A mixture's rows in pieces that stay in the cache between the passes, and what each kernel is given."""
+    """Splits a mixture's rows into chunks that stay in the cache between the passes, and prepares the arguments."""
 
     def __init__(self, logits: Tensor, log_weights: Tensor, config: MixConfig | None) -> None:
         self.logits = logits if logits.stride(2) == 1 else logits.contiguous()
@@ -130,7 +130,7 @@ class _Mixing:
         return [slice(start, min(start + rows, batch)) for start in range(0, batch, rows)]
 
     def normalize(self, rows: slice) -> tuple[int, dict[str, Any], dict[str, Any]]:
-        """Launch the first pass; returns the number of vocabulary blocks and the next kernels' arguments."""
+        """Launch the first pass; return the number of vocabulary blocks and the next kernels' arguments."""
         logits, log_weights = self.logits[:, rows], self.log_weights[rows]
         experts, batch, vocabulary = logits.shape
         splits = triton.cdiv(vocabulary, self.config.split)
@@ -165,19 +165,19 @@ def _partials(
     soft_cap: float | None,
     config: ScoreConfig | None,
 ) -> Partials:
-    """(maximum, sum_exp, target_logit), each [experts, tokens], in launches of bounded extra memory."""
+    """Return (maximum, sum_exp, target_logit), each [experts, tokens], in launches of bounded extra memory."""
     experts, tokens, inner = hidden.shape
     columns = heads[0].shape[0]
     if vocab_size is not None:
         columns = max(0, min(columns, vocab_size - vocab_start))
     hidden = hidden if hidden.stride(2) == 1 else hidden.contiguous()
     heads = [head if head.stride(1) == 1 else head.contiguous() for head in heads]
-    same = all(head.dtype == hidden.dtype for head in heads)
-    # The interpreter multiplies bfloat16 wrongly without a word, so there everything is float32.
-    widened = not same or not hidden.is_cuda
+    same_dtype = all(head.dtype == hidden.dtype for head in heads)
+    # The interpreter multiplies bfloat16 incorrectly, without an error, so it always uses float32.
+    widened = not same_dtype or not hidden.is_cuda
     align = min(_alignment(tensor) for tensor in [hidden, *heads])
     if config is None:
-        bits = 32 if not same else 8 * hidden.element_size()
+        bits = 32 if not same_dtype else 8 * hidden.element_size()
         arch = tuning.architecture(hidden.device)
         config = tuning.score_config(arch, bits, tokens, inner, aligned=align == 16)
     splits = max(1, triton.cdiv(columns, config.split))
@@ -188,13 +188,13 @@ def _partials(
     expert_step = max(1, PARTIAL_BYTES // (12 * splits * max(1, token_step)))
     for first in range(0, experts, expert_step):
         for start in range(0, tokens, token_step):
-            some = slice(first, min(first + expert_step, experts))
-            piece = hidden[some, start : start + token_step]
+            some_experts = slice(first, min(first + expert_step, experts))
+            piece = hidden[some_experts, start : start + token_step]
             count, length = piece.shape[:2]
             parts = [torch.empty(splits, count, length, device=hidden.device) for _ in range(3)]
             score_kernel[(count * splits * triton.cdiv(length, config.block_t),)](
                 piece,
-                table[some],
+                table[some_experts],
                 targets[start : start + token_step].contiguous(),
                 *parts,
                 count,
@@ -224,13 +224,13 @@ def _partials(
             combine_kernel[(triton.cdiv(count * length, _COMBINE_BLOCK),)](
                 *parts, *folded, count * length, splits, BLOCK=_COMBINE_BLOCK
             )
-            for whole, part in zip(out, folded, strict=True):
-                whole[some, start : start + token_step] = part
+            for total, part in zip(out, folded, strict=True):
+                total[some_experts, start : start + token_step] = part
     return out[0], out[1], out[2]
 
 
 def _alignment(tensor: Tensor) -> int:
-    """16 if every row starts on a multiple of 16 bytes, else the size of an element."""
+    """Return 16 if every row starts at a multiple of 16 bytes, otherwise the size of an element."""
     size = tensor.element_size()
     strides = [stride * size for stride in tensor.stride()[:-1]]
     return 16 if all(value % 16 == 0 for value in (tensor.data_ptr(), *strides)) else size

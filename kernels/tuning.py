@@ -1,8 +1,7 @@
-"""Which block shapes a launch uses, by GPU and problem.
+"""Block shapes of the kernel launches, by GPU and problem size.
 
-`benchmarks/tune_kernels.py --write` replaces the rows of the GPU that it times. The rows here are defaults, not
-timings: the largest blocks that compile for each generation without a spilled register, which a test checks for every
-row.
+`benchmarks/tune_kernels.py --write` replaces the rows of the GPU that it times. The rows here are not timed: they are
+the largest blocks that compile for each generation without spilling registers, which a test checks for every row.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ INTERPRETER = "interpreter"
 
 
 class ScoreConfig(NamedTuple):
-    """Blocks of tokens, vocabulary and hidden size; vocabulary rows a split; token blocks a group."""
+    """Block sizes over tokens, vocabulary and hidden size; vocabulary rows per split; token blocks per group."""
 
     block_t: int
     block_v: int
@@ -28,7 +27,7 @@ class ScoreConfig(NamedTuple):
 
 
 class MixConfig(NamedTuple):
-    """Vocabulary columns a block, columns a split of the first pass, warps, and bytes of logits a launch."""
+    """Vocabulary columns per block and per split of the first pass, warps, and bytes of logits per launch."""
 
     block: int
     split: int
@@ -37,7 +36,7 @@ class MixConfig(NamedTuple):
 
 
 class ScoreRule(NamedTuple):
-    """Where a `ScoreConfig` applies; `aligned`: only where every row starts on a multiple of 16 bytes."""
+    """Where a `ScoreConfig` applies; `aligned` requires that every row starts at a multiple of 16 bytes."""
 
     arch: str
     bits: int
@@ -76,7 +75,7 @@ MIX_RULES = {
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """The table's name for a device: its generation, or an older one whose blocks surely fit."""
+    """Return the table's name for a device: its generation, or an older one whose blocks fit."""
     if device.type != "cuda":
         return INTERPRETER
     major = torch.cuda.get_device_capability(device)[0]
@@ -86,7 +85,8 @@ def architecture(device: torch.device) -> str:
 def score_config(arch: str, bits: int, tokens: int, hidden: int, *, aligned: bool = True) -> ScoreConfig:
     """Return the last rule for this element width whose min_tokens and min_hidden are met.
 
-    Rows that do not start on 16 bytes load in small pieces, which only small blocks have the registers for.
+    Rows that do not start at a multiple of 16 bytes use narrow loads, for which only small blocks have enough
+    registers.
     """
     fitting = [
         rule.config
@@ -101,5 +101,5 @@ def score_config(arch: str, bits: int, tokens: int, hidden: int, *, aligned: boo
 
 
 def mix_config(arch: str) -> MixConfig:
-    """The block shapes of the mixing kernels."""
+    """Return the block shapes of the mixing kernels."""
     return MIX_RULES[arch]

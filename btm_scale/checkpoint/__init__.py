@@ -1,1 +1,1 @@
-"""Weights on disk: read, written, merged and converted where they lie, with no engine and flat memory."""
+"""Weights on disk: read, written, merged and converted in place, without an engine, in bounded memory."""

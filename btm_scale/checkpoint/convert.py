@@ -1,4 +1,4 @@
-"""Any readable checkpoint into another format: Hugging Face, Megatron-core or DeepSpeed."""
+"""Convert any readable checkpoint to Hugging Face, Megatron-core or DeepSpeed format."""
 
 from __future__ import annotations
 
@@ -31,15 +31,17 @@ def convert(
 ) -> Path:
     """Write the model in `source` as the directory `target`, with its config and tokenizer.
 
-    `to` is `huggingface`, `megatron` (torch_dist) or `deepspeed` (model states); `tensor` is the degree that
-    the latter two are for. With `verify` every tensor is read back and compared, and `target` appears only if
-    all are equal. Raises `CheckpointError`.
+    `to` is `huggingface`, `megatron` (torch_dist) or `deepspeed` (model states); the latter two are written for
+    tensor parallel degree `tensor`. With `verify` every tensor is read back and compared, and `target` appears only
+    if all are equal. Raises `CheckpointError`.
     """
     source, target = Path(source), Path(target)
     if os.path.lexists(target):
-        raise CheckpointError(f"{target} exists already. Choose another target, or remove it first.")
+        raise CheckpointError(
+            f"{target} already exists. convert does not overwrite: choose another target, or remove it first."
+        )
     if to not in ("huggingface", *WRITERS):
-        raise CheckpointError(f"'{to}' is no format to write. Use huggingface, megatron or deepspeed.")
+        raise CheckpointError(f"'{to}' is not an output format. Use huggingface, megatron or deepspeed.")
     wanted = parse_dtype(dtype) if dtype else None
     partial = partial_path(target)
     with only_merge_into(partial):
@@ -51,8 +53,9 @@ def convert(
                 shape = find_shape(source)
                 if tensor not in shape.tensor_degrees():
                     raise CheckpointError(
-                        f"{source} has {shape.heads} heads, {shape.kv_heads} key-value heads and {shape.ffn} inner "
-                        f"features; tensor {tensor} must divide all three. Choose another degree."
+                        f"Cannot shard {source} over tensor={tensor}. tensor must divide the attention heads "
+                        f"({shape.heads}), KV heads ({shape.kv_heads}) and MLP width ({shape.ffn}): use one of "
+                        f"{', '.join(map(str, shape.tensor_degrees()))}."
                     )
                 with with_head_names(open_model(source)) as model:
                     _require_described(model, shape)
@@ -70,14 +73,14 @@ def convert(
 
 
 def _require_described(model: ModelReader, shape: ModelShape) -> None:
-    """Raise `CheckpointError` unless a model has the tensors of its config.json, in their shapes, and no other."""
+    """Raise `CheckpointError` unless a model has exactly the tensors and shapes that its config.json describes."""
     specs = {name: spec for name, spec in model.specs().items() if not is_derived(name, model.path)}
     entries = table(shape)
     if odd := sorted(specs.keys() ^ {name for entry in entries for name in entry.huggingface}):
-        whose = "holds an unknown" if odd[0] in specs else "lacks the"
+        verb = "has an unexpected" if odd[0] in specs else "lacks the"
         raise CheckpointError(
-            f"{model.path} {whose} tensor '{odd[0]}' for the model that config.json describes; {len(odd)} tensors "
-            "differ. Use the config.json that belongs to these weights."
+            f"{model.path} {verb} tensor '{odd[0]}' for the model in config.json; {len(odd)} tensors differ. Use the "
+            "config.json that belongs to these weights."
         )
 
     def blank(name: str) -> torch.Tensor:
@@ -85,32 +88,35 @@ def _require_described(model: ModelReader, shape: ModelShape) -> None:
 
     for entry in entries:
         try:
-            there = from_huggingface(entry, blank, shape, shape.vocabulary)
-            back = to_huggingface(entry, there, shape)
+            converted = from_huggingface(entry, blank, shape, shape.vocabulary)
+            back = to_huggingface(entry, converted, shape)
         except (RuntimeError, ValueError):
             back = {}
         if any(name not in back or back[name].shape != specs[name].shape for name in entry.huggingface):
-            told = ", ".join(f"'{name}' {list(specs[name].shape)}" for name in entry.huggingface)
+            tensors = ", ".join(f"'{name}' {list(specs[name].shape)}" for name in entry.huggingface)
             raise CheckpointError(
-                f"{model.path}: {told} does not fit config.json. Use the config.json that belongs to these weights."
+                f"{model.path}: {tensors} does not fit config.json. Use the config.json that belongs to these weights."
             )
 
 
 def verify_equal(source: Path, copy: Path, dtype: torch.dtype | None) -> None:
-    """Raise `CheckpointError` unless two models are the same, bit for bit, after rounding to `dtype`."""
+    """Raise `CheckpointError` unless two models are bit-identical after rounding `source` to `dtype`."""
     with with_head_names(open_model(source)) as ours, with_head_names(open_model(copy)) as theirs:
         names = {name for name in ours.names if not is_derived(name, source)}
         if odd := sorted(names ^ set(theirs.names)):
-            raise CheckpointError(f"{copy} and {source} do not both have '{odd[0]}'. The conversion failed.")
+            raise CheckpointError(
+                f"Only one of {copy} and {source} has '{odd[0]}'. The conversion failed: run it again."
+            )
         for name in theirs.names:
             elements = ours.spec(name).elements
             step = max(1, _CHUNK_BYTES // ours.spec(name).dtype.itemsize)
             for start in range(0, elements, step):
                 stop = min(start + step, elements)
-                expected, got = ours.read_range(name, start, stop), theirs.read_range(name, start, stop)
+                expected, actual = ours.read_range(name, start, stop), theirs.read_range(name, start, stop)
                 if dtype is not None and expected.dtype.is_floating_point:
                     expected = expected.to(dtype)
-                if not expected.view(torch.uint8).equal(got.view(torch.uint8)):
+                if not expected.view(torch.uint8).equal(actual.view(torch.uint8)):
                     raise CheckpointError(
-                        f"'{name}' of {copy} differs from {source} after element {start}. Is the disk sound?"
+                        f"'{name}' in {copy} differs from {source} between elements {start} and {stop}. The conversion "
+                        "failed: check the disk, and run it again."
                     )

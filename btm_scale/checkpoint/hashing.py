@@ -1,4 +1,4 @@
-"""Hashes of a model's content: of names, dtypes, shapes and bytes, whatever its format or sharding."""
+"""Content hashes of models: over names, dtypes, shapes and bytes, independent of format and sharding."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import torch
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.formats.tensors import CODE_BY_DTYPE, ModelReader, TensorSpec, as_bytes
 
-# Part of the definition: a tensor's hash is of its blocks' hashes, so that blocks may be hashed apart.
+# Part of the definition: a tensor's hash combines its blocks' hashes, so that blocks can be hashed independently.
 BLOCK_BYTES = 64 << 20
 _SAMPLE_ELEMENTS = 512
 
 
 def content_hash(directory: Path) -> str:
-    """SHA-256 of a Hugging Face model's weights as 64 hex digits, the same for any sharding."""
+    """Return the SHA-256 of a Hugging Face model's weights as 64 hex digits, the same for any sharding."""
     with SafetensorsModel(directory) as model:
         return reader_hash(model)
 
 
 def reader_hash(model: ModelReader) -> str:
-    """`content_hash` of any reader; reads every byte once."""
+    """Return the content hash of an open model; every byte is read once."""
     specs = model.specs()
     blocks = {name: [block_hash([block]) for block in model.chunks(name, BLOCK_BYTES)] for name in specs}
     return combined_hash(specs, blocks)
 
 
 def block_hash(pieces: Iterable[torch.Tensor]) -> str:
-    """SHA-256 of the bytes of consecutive pieces, which together are one block of a tensor."""
+    """Return the SHA-256 of consecutive pieces that together form one block of a tensor."""
     digest = hashlib.sha256()
     for piece in pieces:
         digest.update(as_bytes(piece))
@@ -38,7 +38,7 @@ def block_hash(pieces: Iterable[torch.Tensor]) -> str:
 
 
 class BlockHashes:
-    """The hashes of the blocks of a tensor, or of some of them, whose bytes come in pieces of any size."""
+    """Incremental block hashes of consecutive bytes of a tensor, fed in pieces of any size."""
 
     def __init__(self) -> None:
         self._done: list[str] = []
@@ -46,7 +46,7 @@ class BlockHashes:
         self._room = BLOCK_BYTES
 
     def update(self, piece: torch.Tensor) -> None:
-        """Take in the next bytes."""
+        """Hash the next bytes."""
         data = as_bytes(piece)
         while data:
             part, data = data[: self._room], data[self._room :]
@@ -56,7 +56,7 @@ class BlockHashes:
                 self._finish()
 
     def finished(self) -> list[str]:
-        """One hash a block, the last of which may be shorter."""
+        """Return one hash per block; the last block may be short."""
         if self._room < BLOCK_BYTES:
             self._finish()
         return self._done
@@ -67,7 +67,7 @@ class BlockHashes:
 
 
 def combined_hash(specs: Mapping[str, TensorSpec], block_hashes: Mapping[str, Sequence[str]]) -> str:
-    """The content hash, from the hashes of every tensor's blocks in order."""
+    """Return the content hash, given every tensor's block hashes in order."""
     digest = hashlib.sha256()
     for name in sorted(specs):
         spec = specs[name]
@@ -77,11 +77,11 @@ def combined_hash(specs: Mapping[str, TensorSpec], block_hashes: Mapping[str, Se
 
 
 def sample_hash(model: ModelReader) -> str:
-    """A hash of the first few hundred elements of every tensor: enough to tell two trained models apart."""
+    """Return a hash of the first 512 elements of every tensor, enough to distinguish two trained models."""
     specs = model.specs()
-    heads = {
+    sampled = {
         name: [block_hash([model.read_range(name, 0, min(_SAMPLE_ELEMENTS, spec.elements))])]
         for name, spec in specs.items()
         if spec.elements
     }
-    return combined_hash({name: specs[name] for name in heads}, heads)
+    return combined_hash({name: specs[name] for name in sampled}, sampled)

@@ -1,4 +1,4 @@
-"""What a checkpoint is, from its headers alone."""
+"""Describe a checkpoint from its headers alone."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _STEPS: dict[str, Callable[[Path], int | None]] = {
     "torch_dist": saved_iteration,
     "training state": saved_step,
 }
-_MOST_TENSOR_RANKS = 64
+_MAX_TENSOR_DEGREE = 64
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint's description; `parameters` counts elements and `dtypes` gives them by dtype.
+    """Description of a checkpoint; `parameters` counts elements and `dtypes` counts them by dtype.
 
-    `converts_to` are the formats that it can be turned into, `tensor_degrees` the tensor parallel degrees of those.
+    `converts_to` lists the formats it can be converted to, `tensor_degrees` the tensor parallel degrees available.
     """
 
     path: Path
@@ -46,14 +46,14 @@ class Inspection:
     tensors: int
     parameters: int
     dtypes: dict[str, int]
-    files: dict[str, int]  # sizes in bytes by name
+    files: dict[str, int]  # bytes by name
     step: int | None
     converts_to: tuple[str, ...]
     tensor_degrees: tuple[int, ...]
 
 
 def inspect(path: Path) -> Inspection:
-    """Describe a checkpoint of any readable format; raises `CheckpointError` for others and for torn ones."""
+    """Describe a checkpoint of any readable format. Raises `CheckpointError` for other formats and damaged files."""
     path = Path(path)
     kind = format_of(path)
     folder = (checkpoint_folder(path) if kind == "deepspeed" else iteration_folder(path)) or path
@@ -61,7 +61,7 @@ def inspect(path: Path) -> Inspection:
     config = read_json(described_in(path) / "config.json")
     with open_model(path) as model:
         specs = model.specs().values()
-    shape = _known_shape(path)
+    shape = _shape_or_none(path)
     dtypes: Counter[str] = Counter()
     for spec in specs:
         dtypes[dtype_name(spec.dtype)] += spec.elements
@@ -75,12 +75,12 @@ def inspect(path: Path) -> Inspection:
         files={str(file.relative_to(folder.parent)): file.stat().st_size for file in files},
         step=_STEPS[kind](path) if kind in _STEPS else None,
         converts_to=("huggingface", *(WRITERS if shape else ())),
-        tensor_degrees=tuple(n for n in shape.tensor_degrees() if n <= _MOST_TENSOR_RANKS) if shape else (),
+        tensor_degrees=tuple(n for n in shape.tensor_degrees() if n <= _MAX_TENSOR_DEGREE) if shape else (),
     )
 
 
-def _known_shape(path: Path) -> ModelShape | None:
-    """The model's shape, if the names of its tensors are known on both sides."""
+def _shape_or_none(path: Path) -> ModelShape | None:
+    """Return the model's shape, or None if no config.json describes a supported family."""
     try:
         return find_shape(path)
     except CheckpointError:

@@ -1,1 +1,1 @@
-"""Text from the forest: prompts in, continuations out."""
+"""Generate text from a forest."""

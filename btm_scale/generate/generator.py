@@ -1,7 +1,7 @@
-"""Text from a forest: one expert drawn by the posterior of the prompt, or the experts' mixture token by token.
+"""Generate text from a forest: by one expert sampled from the prompt's posterior, or from the mixture token by token.
 
-At temperature 1, with nothing cut off, the mixture under the paper's posterior is sampled exactly by drawing one expert
-from p(D=j | prompt) and letting it write alone: p(text | prompt) = sum_j p(D=j | prompt) p(text | prompt, D=j).
+At temperature 1, without top-k and top-p, the mixture under the paper's posterior is sampled exactly by sampling one
+expert from p(D=j | prompt) for the complete text: p(text | prompt) = sum_j p(D=j | prompt) p(text | prompt, D=j).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Router = Callable[[Sequence[str]], np.ndarray]
 
 
 class Generator:
-    """Writes text from experts on disk. `Generator.of_run` takes them, their prior and tokenizer from a run."""
+    """Generates text from experts on disk. `Generator.of_run` takes experts, prior and tokenizer from a run."""
 
     def __init__(
         self,
@@ -45,13 +45,19 @@ class Generator:
         max_bytes: float | None = None,
         device: str | None = None,
     ) -> None:
-        """Check the settings, and load the models where the method needs all at once.
+        """Check the settings, and load all models if the method needs them at once.
 
-        `models`: Hugging Face directories by name; `log_prior` [models] nats (default: uniform); `router`: gives each
-        prompt a prior of its own instead, [prompts, models]; `method`: one of METHODS; `posterior`: one of POSTERIORS;
-        `max_bytes`: of weights in memory at once (default: no limit).
+        Args:
+            models: Hugging Face directories by name.
+            log_prior: [models] in nats. Default: uniform.
+            router: returns a prior for each prompt instead, [prompts, models].
+            method: one of METHODS.
+            posterior: one of POSTERIORS.
+            max_bytes: of weights in memory at a time. Default: no limit.
 
-        Raises UserError for settings that don't go together, ForestError or CheckpointError for models that don't.
+        Raises:
+            UserError: the settings are incompatible.
+            ForestError, CheckpointError: the models are incompatible or cannot be read.
         """
         self.sampling = sampling or Sampling()
         check_settings(method, posterior, self.sampling)
@@ -66,7 +72,7 @@ class Generator:
         self.mode: Mode = posterior  # type: ignore[assignment]
         self.tempering = tempering if posterior == "tempered" else None
         if method != "expert":
-            self.shelf.take_all(self.names, f"the method '{method}'")
+            self.shelf.take_all(self.names, f"Method '{method}'")
 
     @classmethod
     def of_run(
@@ -81,11 +87,10 @@ class Generator:
         route_top_k: int | None = None,
         **settings: Any,
     ) -> Generator:
-        """A run's forest, or those of its `models` (experts, seed, dense, average/uniform, ...).
+        """Return a generator for a run's experts, or for `models` (experts, seed, dense, average/uniform, ...).
 
-        `prior`: `cached` from the dev text of `domain`, or pooled over all training domains; `uniform`; or `routed`,
-        where each prompt has that of its place in the clustering that the run's domains were found by (of the
-        `route_top_k` nearest clusters only).
+        `prior`: `cached` on the dev text of `domain`, or pooled over all training domains; `uniform`; or `routed`:
+        each prompt is routed to its `route_top_k` nearest clusters of the clustering that discovered the domains.
         """
         from btm_scale.forest.priors import generation_tempering, log_prior_of, models_of, router_of
 
@@ -102,9 +107,9 @@ class Generator:
         )
 
     def generate(self, prompts: Sequence[str], **settings: Any) -> list[Generation]:
-        """Continue each prompt; takes what `stream` takes."""
-        wholes = {piece.prompt: piece.whole for piece in self.stream(prompts, **settings) if piece.whole}
-        return [wholes[number] for number in range(len(prompts))]
+        """Return the continuation of each prompt; takes the arguments of `stream`."""
+        generations = {piece.prompt: piece.whole for piece in self.stream(prompts, **settings) if piece.whole}
+        return [generations[number] for number in range(len(prompts))]
 
     def stream(
         self,
@@ -115,13 +120,13 @@ class Generator:
         random_seed: int = 0,
         batch: int = 32,
     ) -> Iterator[Piece]:
-        """Continue prompts, `batch` of them side by side, and tell every piece of text as soon as it is certain.
+        """Continue prompts in batches of `batch`, and yield every piece of text as soon as it is final.
 
         A prompt is the beginning of a document. A continuation ends with the document, before a `stop` string, after
-        `max_tokens`, or where the experts' context is full. Raises UserError for a prompt that is longer than that.
+        `max_tokens`, or when the experts' context is full. Raises `UserError` for a prompt longer than the context.
         """
         if max_tokens < 0 or batch < 1:
-            raise UserError(f"max-tokens {max_tokens} and batch {batch}: give at least 0 tokens and 1 prompt")
+            raise UserError(f"max-tokens is {max_tokens} and batch is {batch}. Use at least 0 tokens and 1 prompt.")
         ids = [[self.tokenizer.eos, *encoded.tolist()] for encoded in self.tokenizer.encode_batch(prompts)]
         rooms = [self._room(number, len(tokens)) for number, tokens in enumerate(ids)]
         random = torch.Generator(self.device).manual_seed(random_seed)
@@ -131,7 +136,7 @@ class Generator:
             yield from self._write(Batch(ids[part], limits), prompts, first, max_tokens, stop, random)
 
     def steps(self, batch: Batch, random: torch.Generator) -> Iterator[Step]:
-        """The tokens of a batch, step by step."""
+        """Yield the tokens of a batch, step by step."""
         return self._by_one_expert(batch, random) if self.method == "expert" else self._by_all(batch, random)
 
     def _by_one_expert(self, batch: Batch, random: torch.Generator) -> Iterator[Step]:
@@ -142,7 +147,7 @@ class Generator:
         batch.posterior = np.exp(running.log_weights())
         weights = torch.as_tensor(batch.posterior, device=self.device)
         batch.drawn = torch.multinomial(weights, 1, generator=random).squeeze(1).cpu().numpy()
-        # Last to first: the experts that were read last are still in memory.
+        # In reverse: the experts that read the prompts last are still in memory.
         for expert in np.unique(batch.drawn)[::-1]:
             texts = np.flatnonzero(batch.drawn == expert)
             reading = self.shelf.take(self.names[expert]).read(
@@ -178,8 +183,8 @@ class Generator:
         )
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> tuple[list[Reading], RunningPosterior]:
-        """Have all models read prompts, tokens of at least one each: what each says comes next, and their weights."""
-        readings = [decoder.read(prompts) for decoder in self.shelf.take_all(self.names, "a mixture")]
+        """Read prompts of at least one token with all models; return their readings and the running posterior."""
+        readings = [decoder.read(prompts) for decoder in self.shelf.take_all(self.names, "A mixture")]
         running = RunningPosterior(self._prior_of(prompts), len(prompts), mode=self.mode, tempering=self.tempering)
         _observe_prompts(running, [reading.log_probs for reading in readings], prompts)
         return readings, running
@@ -199,13 +204,13 @@ class Generator:
         random: torch.Generator,
     ) -> Iterator[Piece]:
         transcripts = [Transcript(self.tokenizer.decode, tokens, stop) for tokens in batch.prompts]
-        told: set[int] = set()
+        done: set[int] = set()
         steps = self.steps(batch, random)
         while True:
             step = next(steps, None)
             for text, token in zip(step.texts.tolist(), step.tokens.tolist(), strict=True) if step else ():
                 transcript, ended = transcripts[text], token == self.tokenizer.eos
-                certain = "" if ended else transcript.add(token)
+                emitted = "" if ended else transcript.add(token)
                 reason: Finished | None = None
                 if ended:
                     reason = "end"
@@ -214,19 +219,19 @@ class Generator:
                 elif len(transcript.tokens) == batch.limits[text]:
                     reason = "length" if batch.limits[text] == max_tokens else "context"
                 if reason is None:
-                    if certain:
-                        yield Piece(first + text, certain)
+                    if emitted:
+                        yield Piece(first + text, emitted)
                     continue
                 batch.finished[text] = True
-                told.add(text)
-                certain += transcript.finish()
-                yield Piece(first + text, certain, self._whole(batch, text, prompts[first + text], transcript, reason))
+                done.add(text)
+                emitted += transcript.finish()
+                yield Piece(first + text, emitted, self._result(batch, text, prompts[first + text], transcript, reason))
             if step is None:
                 break
-        for text in sorted(set(range(len(transcripts))) - told):  # nothing was asked of these: max_tokens is 0
-            yield Piece(first + text, "", self._whole(batch, text, prompts[first + text], transcripts[text], "length"))
+        for text in sorted(set(range(len(transcripts))) - done):  # max_tokens is 0
+            yield Piece(first + text, "", self._result(batch, text, prompts[first + text], transcripts[text], "length"))
 
-    def _whole(self, batch: Batch, text: int, prompt: str, transcript: Transcript, reason: Finished) -> Generation:
+    def _result(self, batch: Batch, text: int, prompt: str, transcript: Transcript, reason: Finished) -> Generation:
         weights = dict(zip(self.names, batch.posterior[text].tolist(), strict=True))
         expert = None if batch.drawn is None else self.names[batch.drawn[text]]
         return Generation(prompt, transcript.text, transcript.tokens, reason, weights, expert)
@@ -234,8 +239,8 @@ class Generator:
     def _room(self, number: int, tokens: int) -> int:
         if tokens > self.context:
             raise UserError(
-                f"prompt {number + 1} has {tokens} tokens with the start of the document, and these experts read at "
-                f"most {self.context}; shorten it, or use experts of a longer budget.sequence_length"
+                f"Prompt {number + 1} has {tokens} tokens, including the start of the document. These experts read at "
+                f"most {self.context}: shorten it, or train experts with a longer budget.sequence_length."
             )
         return self.context - tokens + 1
 
@@ -244,5 +249,5 @@ def _observe_prompts(running: RunningPosterior, scores: Sequence[Any], prompts: 
     log_probs = torch.stack(list(scores), dim=2).double().cpu().numpy()
     longest = log_probs.shape[1] + 1
     begins = np.array([longest - len(prompt) for prompt in prompts])
-    for place in range(longest - 1):
-        running.observe(log_probs[:, place], begins <= place)
+    for position in range(longest - 1):
+        running.observe(log_probs[:, position], begins <= position)

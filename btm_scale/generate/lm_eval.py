@@ -1,4 +1,4 @@
-"""A run's method as a model of lm-evaluation-harness; needs the package lm_eval (the extra `lm-eval`)."""
+"""A run's method as an lm-evaluation-harness model; needs the package lm_eval (extra `lm-eval`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MAX_TOKENS = 256
 
 @register_model("btm-scale")
 class ForestLM(TemplateLM):
-    """`--model_args run=DIR,method=ensemble`; also domain=NAME, max_memory=8GB. `--device` is the harness's own."""
+    """`--model_args run=DIR,method=ensemble`, optionally domain=NAME and max_memory=8GB. Set `--device` as usual."""
 
     def __init__(
         self,
@@ -34,11 +34,11 @@ class ForestLM(TemplateLM):
         device: str | None = None,
         max_batch_size: int | None = None,
     ) -> None:
-        """`method`: as in results.json. Raises UserError for a run or method that isn't there."""
+        """Load a method by its name in results.json. Raises `UserError` for an unknown run or method."""
         super().__init__()
         config, directory = open_folder(Path(run))
         if not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise UserError(f"batch_size '{batch_size}' must be a number of texts; 'auto' is not known here")
+            raise UserError(f"batch_size is '{batch_size}'. It must be a positive integer; 'auto' is not supported.")
         self.generator = generator_of_method(
             config,
             directory,
@@ -51,37 +51,37 @@ class ForestLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The end of a document, which also begins one."""
+        """The end-of-document token, which also begins a document."""
         return self.generator.tokenizer.eos
 
     @property
     def tokenizer_name(self) -> str:
-        """Names the tokenizer by its content, for the harness's caches."""
+        """A hash of the tokenizer, for the harness's caches."""
         return self.generator.tokenizer.digest
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """The ids of a text; none are added."""
+        """Return the ids of a text, without special tokens."""
         return self.generator.tokenizer.encode(string)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        # Experts know a document by the end of the one before it.
+        # The experts' documents begin with the end-of-document token.
         before, after = super()._encode_pair(context, continuation)
         return [self.prefix_token_id, *before], after
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        found: list[tuple[float, bool]] = []
+        results: list[tuple[float, bool]] = []
         for batch in self._batches(requests, disable_tqdm):
             scored = score_continuations(self.generator, [(context, text) for _, context, text in batch])
             for (request, _, _), answer in zip(batch, scored, strict=True):
                 if request is not None:
                     self.cache_hook.add_partial("loglikelihood", request, answer)
-            found += scored
-        return found
+            results += scored
+        return results
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-probability of whole texts in nats, in windows that don't overlap."""
+        """Return the log-probabilities of complete texts in nats, in windows that do not overlap."""
         windows: list[tuple[list[int], int]] = []
         owners: list[int] = []
         for number, (text,) in enumerate(request.args for request in requests):
@@ -92,36 +92,36 @@ class ForestLM(TemplateLM):
                 windows.append(([*before, *after], len(after)))
                 owners.append(number)
         totals = [0.0] * len(requests)
-        place = 0
+        window = 0
         for batch in self._batches(windows, disable_tqdm):
             for total in score_windows(self.generator, batch):
-                totals[owners[place]] += total
-                place += 1
+                totals[owners[window]] += total
+                window += 1
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continue each context up to a stop string: greedily, unless `do_sample` or a temperature asks otherwise."""
+        """Continue each context up to a stop string, greedily unless `do_sample` or a temperature is set."""
         texts = []
-        for context, asked in tqdm([request.args for request in requests], disable=disable_tqdm):
-            until = asked.get("until") or []
-            wanted = int(asked.get("max_gen_toks", _MAX_TOKENS))
-            self.generator.sampling = _sampling(asked)
-            (made,) = self.generator.generate(
-                [self._last_part(context, wanted)],
-                max_tokens=wanted,
+        for context, arguments in tqdm([request.args for request in requests], disable=disable_tqdm):
+            until = arguments.get("until") or []
+            max_tokens = int(arguments.get("max_gen_toks", _MAX_TOKENS))
+            self.generator.sampling = _sampling(arguments)
+            (generation,) = self.generator.generate(
+                [self._last_part(context, max_tokens)],
+                max_tokens=max_tokens,
                 stop=[until] if isinstance(until, str) else until,
             )
-            self.cache_hook.add_partial("generate_until", (context, asked), made.text)
-            texts.append(made.text)
+            self.cache_hook.add_partial("generate_until", (context, arguments), generation.text)
+            texts.append(generation.text)
         return texts
 
-    def _last_part(self, context: str, wanted: int) -> str:
-        """As much of a context's end as leaves room for what is wanted, and half of the room at least."""
-        room = max(self.generator.context - wanted, self.generator.context // 2)
+    def _last_part(self, context: str, max_tokens: int) -> str:
+        """Return the end of a context that leaves room for `max_tokens`, but at least half of the model's context."""
+        room = max(self.generator.context - max_tokens, self.generator.context // 2)
         while len(ids := self.tok_encode(context)) > room:
-            # Ids of a part can be more than the part of the ids: cut again until it fits.
+            # Encoding the decoded part again can give more ids, so truncate until it fits.
             context = self.generator.tokenizer.decode(ids[-room:])[1:]
         return context
 
@@ -133,8 +133,8 @@ class ForestLM(TemplateLM):
                 bar.update(len(batch))
 
 
-def _sampling(asked: dict[str, Any]) -> Sampling:
-    if not asked.get("do_sample", float(asked.get("temperature", 0) or 0) > 0):
+def _sampling(arguments: dict[str, Any]) -> Sampling:
+    if not arguments.get("do_sample", float(arguments.get("temperature", 0) or 0) > 0):
         return Sampling(temperature=0)
-    top_k, top_p = asked.get("top_k"), asked.get("top_p")
-    return Sampling(float(asked.get("temperature", 1.0)), top_k and int(top_k), top_p and float(top_p))
+    top_k, top_p = arguments.get("top_k"), arguments.get("top_p")
+    return Sampling(float(arguments.get("temperature", 1.0)), top_k and int(top_k), top_p and float(top_p))

@@ -1,4 +1,4 @@
-"""The models of a forest as they are needed: what all can read, and as many in memory as a limit lets in."""
+"""An LRU cache of a forest's models under a memory limit, and the context length that they share."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from btm_scale.model.hf_decoder import Decoder, limits_of
 
 
 def shared_context(models: Mapping[str, Path], tokenizer: Tokenizer) -> int:
-    """The longest text in tokens that every model can read.
+    """Return the longest sequence in tokens that every model can read.
 
-    Raises ForestError if there is no model, or one of another vocabulary than the tokenizer's.
+    Raises `ForestError` if there is no model, or if a model's vocabulary is smaller than the tokenizer's.
     """
     if not models:
-        raise ForestError("no model to generate from; train experts first: btm-scale run CONFIG")
+        raise ForestError("There is no model to generate from. Train experts first: btm-scale run CONFIG.")
     contexts = []
     for name, directory in models.items():
         positions, rows = limits_of(directory)
         if rows < tokenizer.vocab_size:
             raise ForestError(
-                f"'{name}' has a vocabulary of {rows} tokens, and the run's tokenizer has {tokenizer.vocab_size}; "
-                "it was made with another tokenizer: leave it out"
+                f"'{name}' has a vocabulary of {rows} tokens, but the run's tokenizer has {tokenizer.vocab_size}. It "
+                "was trained with a different tokenizer: leave it out."
             )
         contexts.append(positions)
     return min(contexts)
 
 
 class Shelf:
-    """Models by name; those that were used longest ago make room for others."""
+    """An LRU cache of loaded models by name."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Shelf:
         max_bytes: float | None = None,
         device: str = "cpu",
     ) -> None:
-        """`max_bytes`: of weights in memory at once; caches come on top. Raises UserError if a model has more."""
+        """Limit the weights in memory, without KV caches, to `max_bytes`. Raises `UserError` if a model is larger."""
         self._directories = dict(directories)
         self._sizes = {name: weight_bytes(directory) for name, directory in directories.items()}
         self._max_bytes = max_bytes
@@ -50,12 +50,12 @@ class Shelf:
         largest = max(self._sizes, key=self._sizes.__getitem__)
         if max_bytes is not None and self._sizes[largest] > max_bytes:
             raise UserError(
-                f"'{largest}' has {_gigabytes(self._sizes[largest])} of weights, and at most {_gigabytes(max_bytes)} "
-                "may be in memory; raise --max-memory"
+                f"'{largest}' has {_gigabytes(self._sizes[largest])} of weights, but --max-memory is "
+                f"{_gigabytes(max_bytes)}. Increase --max-memory."
             )
 
     def take(self, name: str) -> Decoder:
-        """One model, loaded if it isn't there."""
+        """Return a model, loading it if needed."""
         decoder = self._loaded.pop(name, None)
         if decoder is None:
             self._make_room(self._sizes[name])
@@ -64,19 +64,19 @@ class Shelf:
         return decoder
 
     def take_all(self, names: Sequence[str], why: str) -> list[Decoder]:
-        """Several models at once. Raises UserError, with `why` they are needed, if the limit doesn't let them in."""
+        """Return several models at once. Raises `UserError`, naming `why`, if they exceed the limit."""
         needed = sum(self._sizes[name] for name in names)
         if self._max_bytes is not None and needed > self._max_bytes:
             raise UserError(
-                f"{why} needs all {len(names)} experts in memory, {_gigabytes(needed)} of weights, and at most "
-                f"{_gigabytes(self._max_bytes)} may be; use the method 'expert', which holds one at a time, fewer "
-                "experts, or raise --max-memory"
+                f"{why} needs all {len(names)} experts in memory, {_gigabytes(needed)} of weights, but --max-memory is "
+                f"{_gigabytes(self._max_bytes)}. Increase --max-memory, use fewer experts, or use method 'expert', "
+                "which holds one at a time."
             )
         return [self.take(name) for name in names]
 
     @property
     def loaded(self) -> list[str]:
-        """The names of the models in memory, the one that was used longest ago first."""
+        """Names of the models in memory, least recently used first."""
         return list(self._loaded)
 
     def _make_room(self, size: int) -> None:
@@ -87,10 +87,10 @@ class Shelf:
 
 
 def weight_bytes(directory: Path) -> int:
-    """Bytes of a Hugging Face directory's weights. Raises CheckpointError if it has none."""
+    """Return the size in bytes of a Hugging Face directory's weights. Raises `CheckpointError` if it has none."""
     size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     if size == 0:
-        raise CheckpointError(f"no model in {directory}: it has no .safetensors; train it, or name another")
+        raise CheckpointError(f"{directory} is not a model: it has no .safetensors. Train it, or choose another model.")
     return size
 
 

@@ -1,4 +1,4 @@
-"""What may be asked of a generation, what it gives, and which settings go together."""
+"""Requests and results of generation, and the check of its settings."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from btm_scale.errors import UserError
 from btm_scale.generate.sampling import Sampling
 
 METHODS = {
-    "expert": "one expert, drawn by the posterior of the prompt, writes the text alone",
-    "per-token": "an expert is drawn for each token",
-    "mixture": "tokens come from the experts' mixture: greedy, temperature, top-k, top-p",
+    "expert": "one expert, sampled from the prompt's posterior, generates the complete text",
+    "per-token": "an expert is sampled for each token",
+    "mixture": "tokens are sampled from the experts' mixture, with temperature, top-k and top-p",
 }
 POSTERIORS = ("prefix", "token", "tempered", "fixed")
 Finished = Literal["end", "stop", "length", "context"]
@@ -22,19 +22,19 @@ Finished = Literal["end", "stop", "length", "context"]
 
 @dataclass(frozen=True)
 class Generation:
-    """A continuation, and where it came from."""
+    """A continuation and its provenance."""
 
     prompt: str
     text: str
     tokens: list[int]
-    finished: Finished  # by the end of the document, a stop string, max_tokens, or the experts' longest text
-    posterior: dict[str, float]  # of the prompt: each expert's weight before the first token
-    expert: str | None  # that wrote it, where one did
+    finished: Finished  # by the end of the document, a stop string, max_tokens, or a full context
+    posterior: dict[str, float]  # each expert's weight after the prompt
+    expert: str | None  # with method `expert`, the one that generated the text
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What was just added to the continuation of prompt number `prompt`; the last piece brings the whole."""
+    """Text added to the continuation of prompt number `prompt`; the last piece has the complete generation."""
 
     prompt: int
     text: str
@@ -43,32 +43,31 @@ class Piece:
 
 @dataclass
 class Batch:
-    """Texts that are written side by side."""
+    """Texts that are generated together."""
 
     prompts: Sequence[Sequence[int]]
-    limits: np.ndarray  # int64 [texts]: tokens to write at the most
-    finished: np.ndarray = field(init=False)  # bool [texts]; whoever takes the steps may finish a text
-    posterior: np.ndarray = field(init=False)  # [texts, experts], of the prompts; known at the first step
-    drawn: np.ndarray | None = None  # int64 [texts]: the expert that writes each
+    limits: np.ndarray  # int64 [texts], maximum number of tokens
+    finished: np.ndarray = field(init=False)  # bool [texts]; the caller may finish a text between steps
+    posterior: np.ndarray = field(init=False)  # [texts, experts], after the prompts; set at the first step
+    drawn: np.ndarray | None = None  # int64 [texts], the expert that generates each text
 
     def __post_init__(self) -> None:
         self.finished = np.zeros(len(self.prompts), dtype=bool)
 
 
 def check_settings(method: str, posterior: str, sampling: Sampling) -> None:
-    """Raise UserError for a method or posterior that there isn't, or that doesn't go with the rest."""
+    """Raise `UserError` for an unknown method or posterior, or for incompatible settings."""
     if method not in METHODS:
-        told = "; ".join(f"'{name}': {what}" for name, what in METHODS.items())
-        raise UserError(f"no generation method is called '{method}'. Choose one of: {told}")
+        choices = "; ".join(f"'{name}': {meaning}" for name, meaning in METHODS.items())
+        raise UserError(f"'{method}' is not a generation method. Choose one of: {choices}.")
     if posterior not in POSTERIORS:
-        raise UserError(f"no posterior is called '{posterior}'; choose one of {', '.join(POSTERIORS)}")
+        raise UserError(f"'{posterior}' is not a posterior. Choose one of {', '.join(POSTERIORS)}.")
     if method == "expert" and posterior != "prefix":
         raise UserError(
-            f"the method 'expert' samples the prefix posterior's mixture, not '{posterior}'; use 'per-token', which "
-            "draws an expert for each token, or 'mixture'"
+            f"Method 'expert' does not support posterior '{posterior}'. It samples the prefix posterior's mixture: use "
+            "'per-token', which samples an expert for each token, or 'mixture'."
         )
     if method != "mixture" and not sampling.is_exact:
         raise UserError(
-            f"the method '{method}' draws from the mixture as it is: temperature 1, no top-k, no top-p; use "
-            "'mixture' for these"
+            f"Method '{method}' supports only temperature 1, without top-k and top-p. Use 'mixture' to set them."
         )

@@ -1,1 +1,1 @@
-"""The model: its shape, its Megatron-core form, and its names elsewhere."""
+"""The model: its shape, its Megatron-core implementation and its Hugging Face names."""

@@ -1,7 +1,7 @@
-"""Causal self-attention through PyTorch's scaled_dot_product_attention, in the place of Megatron-core's own.
+"""Causal self-attention with PyTorch's scaled_dot_product_attention, instead of Megatron-core's.
 
-Megatron-core's local attention materialises the scores and wants the CUDA random tracker; its other ones need
-Transformer Engine. This one runs PyTorch's flash kernels on GPU and CPU alike.
+Megatron-core's local attention materializes the scores and needs the CUDA RNG tracker; its other implementations need
+Transformer Engine. PyTorch's flash kernels run on GPU and CPU alike.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from btm_scale.model.rotary import Rotary
 
 
 class CausalAttention(torch.nn.Module):
-    """softmax(q k^T / sqrt(d) + causal mask) v, built by Megatron-core's SelfAttention as its core attention.
+    """softmax(q k^T / sqrt(d) + causal mask) v, the core attention of Megatron-core's SelfAttention.
 
-    With `rotary`, query and key are turned by their positions first: Megatron-core would work out cosines and sines
-    anew in every layer. With a window a token sees itself and the tokens before it, as many as the window in all.
+    `rotary` rotates query and key first; Megatron-core would recompute cosines and sines in every layer. With a window
+    of n, a token attends to itself and the n - 1 tokens before it.
     """
 
     def __init__(self, config: TransformerConfig, rotary: Rotary | None = None, **_: Any) -> None:
@@ -33,15 +33,15 @@ class CausalAttention(torch.nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *_: Any, **__: Any
     ) -> Tensor:
-        """Query [length, batch, heads, d], key and value [length, batch, groups, d] -> [length, batch, heads * d].
+        """Query [length, batch, heads, d], key and value [length, batch, KV heads, d] -> [length, batch, heads * d].
 
-        `mask` [batch, 1, length, length] is true where a token may see another; without one it sees all before it.
+        `mask` [batch, 1, length, length] is True where a token may attend to another; None means causal attention.
         """
         if self.rotary is not None:
             query, key = self.rotary(query), self.rotary(key)
         if self.window is not None and self.window < query.shape[0]:
-            seen = torch.ones(query.shape[0], query.shape[0], dtype=torch.bool, device=query.device)
-            window = seen.tril().triu(1 - self.window)
+            ones = torch.ones(query.shape[0], query.shape[0], dtype=torch.bool, device=query.device)
+            window = ones.tril().triu(1 - self.window)
             mask = window if mask is None else mask & window
         attended = functional.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
@@ -55,9 +55,9 @@ class CausalAttention(torch.nn.Module):
 
 
 class HeadNorm(torch.nn.RMSNorm):
-    """The RMS norm of every head's query or key, with one weight for all heads.
+    """RMS norm of every head's query or key, with one weight for all heads.
 
-    Each tensor parallel rank has some of the heads only, so the weight's gradient is summed over the ranks.
+    A tensor parallel rank has only some of the heads, so the weight's gradient is summed over the ranks.
     """
 
     def __init__(self, *, hidden_size: int, config: TransformerConfig, eps: float) -> None:
@@ -65,17 +65,17 @@ class HeadNorm(torch.nn.RMSNorm):
         self.shared = config.tensor_model_parallel_size > 1
 
     def forward(self, heads: Tensor) -> Tensor:
-        """Heads [length, batch, heads, d], normed over d."""
+        """Normalize heads [length, batch, heads, d] over d."""
         weight = copy_to_tensor_model_parallel_region(self.weight) if self.shared else self.weight
         return functional.rms_norm(heads, self.normalized_shape, weight, self.eps)
 
 
 def within_documents(tokens: Tensor, end_of_text: int) -> Tensor:
-    """Which tokens see which, where a sequence [batch, length] is packed with documents that don't see each other.
+    """Return the causal mask [batch, 1, length, length] of packed documents that do not attend to each other.
 
-    Each document ends with `end_of_text`, which is its own last token. Returns a mask [batch, 1, length, length].
+    `tokens` [batch, length]; each document ends with `end_of_text`, which belongs to it.
     """
     ends = tokens == end_of_text
     document = ends.cumsum(1) - ends.long()
-    together = document[:, None, :, None] == document[:, None, None, :]
-    return together.tril()
+    same_document = document[:, None, :, None] == document[:, None, None, :]
+    return same_document.tril()

@@ -1,4 +1,4 @@
-"""The Megatron-core GPT of a ModelShape, with this project's attention and loss."""
+"""Build the Megatron-core GPT of a ModelShape, with btm-scale's attention and loss."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from btm_scale.model.shape import ModelShape
 
 
 def padded_vocabulary(vocabulary: int, tensor: int) -> int:
-    """Rows of the embedding: the vocabulary, rounded up to a multiple of the tensor parallel size."""
+    """Return the rows of the embedding: the vocabulary rounded up to a multiple of the tensor parallel degree."""
     return -(-vocabulary // tensor) * tensor
 
 
 class ExpertModel(GPTModel):
-    """A GPTModel that gives its loss or its last hidden states; logits of a whole batch are never made."""
+    """A GPTModel that returns its loss or last hidden states; the logits of a full batch are never materialized."""
 
     def __init__(self, shape: ModelShape, config: TransformerConfig, layers: TransformerBlockSubmodules) -> None:
         super().__init__(
@@ -40,33 +40,33 @@ class ExpertModel(GPTModel):
             vocab_size=padded_vocabulary(shape.vocabulary, config.tensor_model_parallel_size),
             max_sequence_length=shape.positions,
             share_embeddings_and_output_weights=shape.tied,
-            # The attention turns queries and keys itself.
+            # CausalAttention rotates queries and keys.
             position_embedding_type="none" if shape.rotary else "learned_absolute",
         )
         self.shape = shape
-        # With it, tokens see those of their own document only; PyTorch's fastest attention then has to stand back.
+        # If set, tokens attend only within their document; the mask rules out PyTorch's fastest attention kernel.
         self.end_of_text: int | None = None
         self.tensor_group = self.pg_collection.tp if config.tensor_model_parallel_size > 1 else None
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Mean loss in nats for `targets` [batch, length]; without them, hidden states [batch, length, hidden]."""
+        """Return the mean loss in nats of `targets` [batch, length]; without them, hidden [batch, length, hidden]."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         mask = None if self.end_of_text is None else within_documents(tokens, self.end_of_text)
         return super().forward(tokens, positions, attention_mask=mask, labels=targets)
 
     @property
     def head(self) -> Tensor:
-        """This rank's rows of the LM head, [rows, hidden]."""
+        """This rank's rows of the LM head: [rows, hidden]."""
         return self.shared_embedding_or_output_weight() if self.shape.tied else self.output_layer.weight
 
     @property
     def first_token(self) -> int:
-        """The token that this rank's first row of the LM head stands for."""
+        """Token id of this rank's first row of the LM head."""
         return 0 if self.tensor_group is None else dist.get_rank(self.tensor_group) * len(self.head)
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **_: Any) -> Tensor:
         if self.config.sequence_parallel:
-            # The loss gives every rank the whole gradient already, of which each keeps its part of the sequence.
+            # The loss already gives every rank the full gradient; each keeps its part of the sequence.
             hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
         hidden = hidden_states.transpose(0, 1)
         if labels is None:
@@ -90,11 +90,11 @@ def build_model(
     sequence_parallel: bool = False,
     recompute: Literal["none", "selective", "full"] = "none",
 ) -> ExpertModel:
-    """A model with random weights, on this rank; the group's process groups must stand.
+    """Return this rank's part of a randomly initialized model; the process groups must be initialized.
 
-    Weights are drawn from this process's CPU random state and are the same at any tensor parallel size. With
-    `sequence_parallel`, sequences must be multiples of `tensor` tokens. `recompute` saves memory in training: the
-    attention's activations, or whole layers', are made again in the backward pass.
+    Weights are drawn from the process's CPU RNG and are the same at any tensor parallel degree. With
+    `sequence_parallel`, sequence lengths must be multiples of `tensor`. `recompute` saves memory in training: the
+    activations of attention (selective) or of complete layers (full) are recomputed in the backward pass.
     """
     config = TransformerConfig(
         num_layers=shape.layers,
@@ -141,7 +141,7 @@ def build_model(
         spec.module = RecomputedLayer
     layers = TransformerBlockSubmodules(layer_specs=[spec] * shape.layers, layer_norm=norm)
     if sequence_parallel:
-        # It keeps the ranks' random states apart for dropout; there is none here, and no CUDA state on a CPU.
+        # The tracker separates the ranks' RNG states for dropout, which is unused here; a CPU has no CUDA state.
         initialize_rng_tracker(inference_rng_tracker=True)
     model = ExpertModel(shape, config, layers).to(dtype)
     model = model if on_cpu else model.cuda()
@@ -151,7 +151,7 @@ def build_model(
 
 
 def _draw(weight: Tensor, *, rows: int, vocabulary: int) -> None:
-    """Draw a weight as Megatron-core does, but of `rows` rows the padding last and from other random numbers."""
+    """Initialize a weight like Megatron-core, but draw the padding of `rows` rows from a forked RNG."""
     std = 0.02
     if len(weight) != rows:
         vocabulary = len(weight)
@@ -162,7 +162,7 @@ def _draw(weight: Tensor, *, rows: int, vocabulary: int) -> None:
 
 
 def _sum_partial_gradients(model: torch.nn.Module, group: dist.ProcessGroup) -> None:
-    """Sum the gradients of norms and biases that each tensor rank has applied to its part of the sequence only."""
+    """All-reduce the gradients of norms and biases, which each tensor rank applied only to its part of the sequence."""
 
     def summed(gradient: Tensor) -> Tensor:
         total = gradient.clone()

@@ -1,4 +1,4 @@
-"""The config.json of a model: what Hugging Face, vLLM and others need to build it."""
+"""Read and write config.json, from which Hugging Face, vLLM and others build a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from btm_scale.model.shape import ModelShape
 
 
 def config_json(shape: ModelShape, *, dtype: str, end_of_text: int | None) -> dict[str, Any]:
-    """The config of a shape; `dtype` is `bfloat16` or `float32`."""
+    """Return the config.json of a shape; `dtype` is `bfloat16` or `float32`."""
     return {
         "architectures": [shape.traits.architecture],
         "model_type": shape.family,
@@ -28,34 +28,34 @@ def config_json(shape: ModelShape, *, dtype: str, end_of_text: int | None) -> di
 
 
 def read_shape(directory: Path) -> ModelShape:
-    """The shape of the model in a Hugging Face directory. Raises CheckpointError if it says none that can be built."""
+    """Return the shape of the model in a Hugging Face directory. Raises `CheckpointError` if it is not supported."""
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{directory} is not a Hugging Face model: {path} cannot be read ({error})") from None
+        raise CheckpointError(
+            f"{directory} is not a Hugging Face model: {path} cannot be read ({error}). Copy it again."
+        ) from None
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is a JSON {type(config).__name__}, and must be an object. Copy it again.")
+        raise CheckpointError(f"{path} is a JSON {type(config).__name__}, but must be an object. Copy it again.")
     return shape_from_config(config, path)
 
 
 def shape_from_config(config: dict[str, Any], path: object) -> ModelShape:
-    """The shape that a config.json describes. Raises CheckpointError for what this project can't build."""
+    """Return the shape that a config.json describes. Raises `CheckpointError` if it is not supported."""
     family = FAMILIES.get(config.get("model_type", ""))
     if family is None:
-        known = ", ".join(FAMILIES)
+        families = ", ".join(FAMILIES)
         raise CheckpointError(
-            f"{path}: model_type '{config.get('model_type')}' is not supported; it must be one of {known}"
+            f"{path}: model_type '{config.get('model_type')}' is not supported. Use a model of {families}."
         )
     problems = family.unsupported(config) | {"cross attention": config.get("add_cross_attention", False)}
-    if found := next((setting for setting, applies in problems.items() if applies), None):
-        raise CheckpointError(f"{path}: a {family.name} model with {found} is not supported; use a model without")
+    if problem := next((setting for setting, applies in problems.items() if applies), None):
+        raise CheckpointError(f"{path}: {family.name} with {problem} is not supported. Use a model without it.")
     try:
         return ModelShape(family=family.name, **family.from_config(config))
     except KeyError as error:
-        raise CheckpointError(
-            f"{path} does not say {error}, which a {family.name} model needs; copy it again"
-        ) from error
+        raise CheckpointError(f"{path} lacks {error}, which a {family.name} model needs. Copy it again.") from error
     except ValidationError as error:
-        told = "; ".join(problem["msg"] for problem in error.errors())
-        raise CheckpointError(f"{path} describes no {family.name} model: {told}") from error
+        reasons = "; ".join(problem["msg"] for problem in error.errors())
+        raise CheckpointError(f"{path} is not a valid {family.name} config: {reasons}") from error

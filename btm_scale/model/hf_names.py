@@ -1,7 +1,7 @@
-"""Megatron-core's tensors and Hugging Face's: how the one is made of the other.
+"""Convert between Megatron-core and Hugging Face tensors.
 
-Their names are the families'. Every change is a permutation or a cut of numbers, so optimizer
-moments go through the same table as the weights.
+Each family gives the names. Every conversion only permutes or splits elements, so optimizer moments are converted like
+weights.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from btm_scale.model.shape import ModelShape
 
 
 def table(shape: ModelShape) -> list[Entry]:
-    """Every tensor of a model, in the order of its layers."""
+    """Return every tensor of a model, in layer order."""
     return list(shape.traits.tensors(shape))
 
 
 def to_huggingface(entry: Entry, full: Tensor, shape: ModelShape) -> dict[str, Tensor]:
-    """The Hugging Face tensors of a whole Megatron-core tensor; vocabulary padding is left out."""
+    """Return the Hugging Face tensors of a full Megatron-core tensor, without vocabulary padding."""
     if entry.form in ("plain", "transposed"):
         parts = [full.t() if entry.form == "transposed" else full]
     elif entry.form == "vocabulary":
@@ -29,7 +29,7 @@ def to_huggingface(entry: Entry, full: Tensor, shape: ModelShape) -> dict[str, T
     elif entry.form == "gate_up":
         parts = list(full.chunk(2))
     else:
-        # Rows are grouped by key-value head: its queries, then its key, then its value.
+        # Rows are grouped by KV head: its queries, then its key, then its value.
         grouped = full.view(shape.kv_heads, shape.heads // shape.kv_heads + 2, shape.head_size, *full.shape[1:])
         parts = [part.reshape(-1, *full.shape[1:]) for part in (grouped[:, :-2], grouped[:, -2], grouped[:, -1])]
         if entry.form == "query_key_value_fused":
@@ -38,7 +38,7 @@ def to_huggingface(entry: Entry, full: Tensor, shape: ModelShape) -> dict[str, T
 
 
 def from_huggingface(entry: Entry, read: Callable[[str], Tensor], shape: ModelShape, rows: int) -> Tensor:
-    """The whole Megatron-core tensor; `rows` is the vocabulary with its padding, which is zero."""
+    """Return the full Megatron-core tensor; `rows` is the vocabulary size with padding, which is zero."""
     parts = [read(name) for name in entry.huggingface]
     if entry.form == "plain":
         return parts[0]
@@ -58,7 +58,7 @@ def from_huggingface(entry: Entry, read: Callable[[str], Tensor], shape: ModelSh
 
 
 def cut(entry: Entry, full: Tensor, tensor: int) -> list[Tensor]:
-    """The tensor parallel ranks' parts of a whole Megatron-core tensor, in the order of the ranks."""
+    """Split a full Megatron-core tensor into its tensor parallel shards, in rank order."""
     if tensor == 1 or entry.cut is None:
         return [full] * tensor
     if entry.form == "gate_up":
@@ -68,7 +68,7 @@ def cut(entry: Entry, full: Tensor, tensor: int) -> list[Tensor]:
 
 
 def join(entry: Entry, parts: list[Tensor]) -> Tensor:
-    """The whole Megatron-core tensor from its tensor parallel ranks' parts."""
+    """Join tensor parallel shards, in rank order, into the full Megatron-core tensor."""
     if len(parts) == 1 or entry.cut is None:
         return parts[0]
     if entry.form == "gate_up":

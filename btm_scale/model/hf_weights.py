@@ -1,4 +1,4 @@
-"""Weights into and out of a model that tensor parallel ranks share, under Hugging Face names."""
+"""Load and gather the weights of a tensor parallel model under Hugging Face names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from btm_scale.model.shape import ModelShape
 
 
 def gather_whole(entry: Entry, part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The whole Megatron-core tensor, on every tensor parallel rank, of which `part` is this rank's."""
+    """Return the full Megatron-core tensor on every tensor parallel rank; `part` is this rank's shard."""
     if group is None or entry.cut is None:
         return part
     parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
@@ -24,13 +24,13 @@ def gather_whole(entry: Entry, part: Tensor, group: dist.ProcessGroup | None) ->
 
 
 def local_part(entry: Entry, read: Callable[[str], Tensor], shape: ModelShape, tensor_rank: int, tensor: int) -> Tensor:
-    """This rank's part of a Megatron-core tensor, from the Hugging Face tensors that `read` gives by name."""
-    whole = from_huggingface(entry, read, shape, padded_vocabulary(shape.vocabulary, tensor))
-    return cut(entry, whole, tensor)[tensor_rank]
+    """Return this rank's shard of a Megatron-core tensor; `read` returns Hugging Face tensors by name."""
+    full = from_huggingface(entry, read, shape, padded_vocabulary(shape.vocabulary, tensor))
+    return cut(entry, full, tensor)[tensor_rank]
 
 
 def load_weights(model: ExpertModel, read: Callable[[str], Tensor], tensor_rank: int, tensor: int) -> None:
-    """Set every parameter of a model that no engine has wrapped yet."""
+    """Set every parameter of a model that is not yet wrapped by an engine."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for entry in table(model.shape):
@@ -41,19 +41,19 @@ def load_weights(model: ExpertModel, read: Callable[[str], Tensor], tensor_rank:
 def huggingface_tensors(
     shape: ModelShape, part: Callable[[Entry], Tensor], group: dist.ProcessGroup | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every Hugging Face tensor, from `part`, which gives this rank's part of each Megatron-core tensor.
+    """Yield every Hugging Face tensor; `part` returns this rank's shard of a Megatron-core tensor.
 
-    Every tensor parallel rank must go through the whole iterator.
+    Collective: every tensor parallel rank must exhaust the iterator.
     """
     for entry in table(shape):
-        whole = gather_whole(entry, part(entry), group)
-        yield from to_huggingface(entry, whole, shape).items()
+        full = gather_whole(entry, part(entry), group)
+        yield from to_huggingface(entry, full, shape).items()
 
 
 def huggingface_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """The Hugging Face tensors' shapes by name, worked out without making any."""
+    """Return the shapes of all Hugging Face tensors by name, without allocating them."""
     rows = shape.vocabulary
-    whole: dict[str, tuple[int, ...]] = {
+    sizes: dict[str, tuple[int, ...]] = {
         "word_embeddings.weight": (rows, shape.hidden),
         "output_layer.weight": (rows, shape.hidden),
         "position_embeddings.weight": (shape.positions, shape.hidden),
@@ -68,7 +68,7 @@ def huggingface_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     }
     result: dict[str, tuple[int, ...]] = {}
     for entry in table(shape):
-        size = whole.get(".".join(entry.megatron.split(".")[-2:]), (shape.hidden,))
+        size = sizes.get(".".join(entry.megatron.split(".")[-2:]), (shape.hidden,))
         blank = torch.empty(size, device="meta")
         result |= {name: tuple(tensor.shape) for name, tensor in to_huggingface(entry, blank, shape).items()}
     return result

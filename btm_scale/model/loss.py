@@ -1,7 +1,7 @@
-"""The LM head and its cross entropy as one: logits exist for one chunk of tokens at a time.
+"""Fused LM head and cross entropy: logits are materialized for one chunk of tokens at a time.
 
-Forward keeps the gradients of hidden states and weight instead of the logits, so that a step never holds
-[tokens, vocabulary] numbers, whatever the vocabulary, and nothing is computed twice.
+The forward pass saves the gradients of hidden states and weight instead of logits, so a step never holds a tensor
+[tokens, vocabulary] and computes nothing twice.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Numbers in one chunk of logits: 8 MiB of float32 stay in a core's cache and fill a GPU's multiprocessors.
-_CHUNK_NUMBERS = 2 << 20
+# Elements in one chunk of logits: 8 MiB of float32 fit a core's cache and fill a GPU's multiprocessors.
+_CHUNK_ELEMENTS = 2 << 20
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -29,7 +29,7 @@ class _HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         tokens, rows = len(targets), len(weight)
         needs_grad = hidden.requires_grad or weight.requires_grad
-        chunk = max(16, _CHUNK_NUMBERS // rows)
+        chunk = max(16, _CHUNK_ELEMENTS // rows)
         losses = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad else None
@@ -82,11 +82,10 @@ def head_loss(
     vocabulary: int,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Mean cross entropy in nats of the softmax over the vocabulary, float32.
+    """Return the mean cross entropy in nats over `targets` [tokens], float32.
 
-    `hidden` [tokens, hidden], `weight` [rows, hidden]: this rank's rows of the LM head, the first of which stands for
-    `first_token`; rows at or beyond `vocabulary` are padding. `group`: the tensor parallel ranks, each of which
-    gets the same loss and the same gradient of `hidden`. A chunk's logits are rounded to the weight's type, as the
-    LM head's own output would be.
+    `hidden` is [tokens, hidden]; `weight` [rows, hidden] is this rank's part of the LM head, beginning with the row of
+    `first_token`. Rows of tokens from `vocabulary` on are padding. All tensor parallel ranks of `group` get the same
+    loss and the same gradient of `hidden`. Logits are rounded to the weight's dtype, like the output of a linear head.
     """
     return _HeadLoss.apply(hidden, weight, targets, first_token, vocabulary, group)

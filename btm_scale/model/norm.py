@@ -1,6 +1,6 @@
-"""RMS and layer norm for Megatron-core's layers, which tensor parallel ranks may compute on parts of a sequence.
+"""RMS norm and layer norm for Megatron-core's layers, with sequence parallelism.
 
-Megatron-core's own wrapper around PyTorch's norms refuses sequence parallelism.
+Megatron-core's wrapper around PyTorch's norms does not support sequence parallelism.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """PyTorch's RMS norm, built as Megatron-core builds its norms."""
+    """PyTorch's RMS norm with the constructor that Megatron-core expects."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps)
@@ -20,7 +20,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class LayerNorm(torch.nn.LayerNorm):
-    """PyTorch's layer norm, built as Megatron-core builds its norms."""
+    """PyTorch's layer norm with the constructor that Megatron-core expects."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps)
@@ -28,6 +28,6 @@ class LayerNorm(torch.nn.LayerNorm):
 
 
 def mark_shared(module: torch.nn.Module, config: TransformerConfig) -> None:
-    """Say, as Megatron-core does, that each tensor rank's gradient is of its part of the sequence only."""
+    """Mark parameters, as Megatron-core does, whose gradient on a tensor rank covers only its part of the sequence."""
     for parameter in module.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

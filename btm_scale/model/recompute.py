@@ -1,7 +1,6 @@
-"""Activations that are made again in the backward pass instead of being kept, by PyTorch's checkpointing.
+"""Activation recomputation in the backward pass, with PyTorch's checkpointing.
 
-Megatron-core's own recomputation wants the CUDA random tracker. Nothing in a layer is random, so no random state is
-kept.
+Megatron-core's recomputation needs the CUDA RNG tracker. Layers are deterministic, so no RNG state is saved.
 """
 
 from __future__ import annotations
@@ -17,26 +16,26 @@ from btm_scale.model.attention import CausalAttention
 
 
 class RecomputedAttention(CausalAttention):
-    """Attention of which only query, key and value are kept."""
+    """Attention that saves only query, key and value for the backward pass."""
 
     def forward(self, *args: Any, **named: Any) -> Tensor:
-        """As CausalAttention's."""
+        """See `CausalAttention.forward`."""
         if not torch.is_grad_enabled():
             return super().forward(*args, **named)
         return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=False, **named)
 
 
 class RecomputedLayer(TransformerLayer):
-    """A layer of which only the input is kept."""
+    """A layer that saves only its input for the backward pass."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **named: Any) -> Any:
-        """As TransformerLayer's."""
+        """See `TransformerLayer.forward`."""
         if not torch.is_grad_enabled():
             return super().forward(hidden_states, *args, **named)
 
-        def again(hidden: Tensor) -> Any:
+        def recomputed(hidden: Tensor) -> Any:
             return super(RecomputedLayer, self).forward(hidden, *args, **named)
 
-        # Reentrant, so that ZeRO 3 gathers a weight for the graph that the backward pass goes through: otherwise
-        # making the layer again lets go of weights that its backward pass is about to use.
-        return checkpoint(again, hidden_states, use_reentrant=True, preserve_rng_state=False)
+        # Reentrant, so that ZeRO 3 gathers weights for the graph of the backward pass: otherwise recomputing the layer
+        # releases weights that its backward pass still needs.
+        return checkpoint(recomputed, hidden_states, use_reentrant=True, preserve_rng_state=False)

@@ -1,4 +1,4 @@
-"""The shape of a model: everything that fixes its tensors, free of torch."""
+"""The shape of a model: everything that determines its tensors. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ FamilyName = Annotated[str, AfterValidator(lambda name: find_family(name).name)]
 
 
 class RopeScaling(BaseModel):
-    """How rotary positions are stretched beyond the length that they were first trained for.
+    """Scaling of rotary positions beyond the original context length.
 
-    `linear` divides every frequency by `factor` (arXiv 2306.15595). `llama3` divides those that turn fewer than
-    `low` times within `original` positions, leaves those that turn more than `high` times, and goes from the one to
-    the other between.
+    `linear` divides every frequency by `factor` (arXiv 2306.15595). `llama3` divides frequencies with fewer than `low`
+    rotations within `original` positions, keeps those with more than `high`, and interpolates in between.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -32,7 +31,9 @@ class RopeScaling(BaseModel):
     @model_validator(mode="after")
     def _ordered(self) -> RopeScaling:
         if self.low >= self.high:
-            raise ValueError(f"rope_scaling: low {self.low:g} must be less than high {self.high:g}")
+            raise ValueError(
+                f"rope_scaling has low={self.low:g} and high={self.high:g}. low must be below high: change either."
+            )
         return self
 
 
@@ -45,11 +46,11 @@ class ModelShape(BaseModel):
     layers: int = Field(gt=0)
     hidden: int = Field(gt=0)
     heads: int = Field(gt=0)
-    kv_heads: int = Field(gt=0, description="key-value heads; equal to `heads` without grouping")
+    kv_heads: int = Field(gt=0, description="KV heads; equal to `heads` without grouped-query attention")
     head_size: int = Field(
         default_factory=lambda sizes: sizes["hidden"] // sizes["heads"],
         gt=0,
-        description="numbers in a head's query",
+        description="dimension of a head",
     )
     ffn: int = Field(gt=0)
     positions: int = Field(gt=0, description="longest sequence in tokens")
@@ -58,35 +59,35 @@ class ModelShape(BaseModel):
     norm_epsilon: float = Field(default=1e-5, gt=0)
     rope_theta: float = Field(default=10_000.0, gt=0)
     rope_scaling: RopeScaling | None = None
-    window: int | None = Field(default=None, gt=0, description="tokens that a token sees, itself included")
+    window: int | None = Field(default=None, gt=0, description="sliding window in tokens, including the current one")
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> ModelShape:
         if self.hidden % self.heads and self.head_size == self.hidden // self.heads:
-            raise ValueError(f"hidden {self.hidden} is not a multiple of heads {self.heads}; change either")
+            raise ValueError(f"hidden={self.hidden} is not a multiple of heads={self.heads}. Change either.")
         if self.heads % self.kv_heads:
-            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}; change either")
+            raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}. Change either.")
         if self.rotary and self.head_size % 2:
-            raise ValueError(f"rotary positions need an even head size, not {self.head_size}; change heads")
+            raise ValueError(f"The head size is {self.head_size}. Rotary positions need an even one: change heads.")
         if self.window is not None and not self.traits.windowed:
             others = " or ".join(family.name for family in FAMILIES.values() if family.windowed)
-            raise ValueError(f"the {self.family} family has no window; leave it out, or use the {others} family")
+            raise ValueError(f"The {self.family} family has no window. Leave window out, or use the {others} family.")
         if not self.traits.grouped and self.head_size * self.heads != self.hidden:
-            raise ValueError(f"the {self.family} family has heads of size hidden / heads; leave head_size out")
+            raise ValueError(f"The {self.family} family has heads of size hidden / heads. Leave head_size out.")
         if not self.traits.grouped and self.kv_heads != self.heads:
-            raise ValueError(f"the {self.family} family has no grouped heads; set kv_heads to heads")
+            raise ValueError(f"The {self.family} family has no grouped-query attention. Set kv_heads to heads.")
         if self.traits.always_tied and not self.tied:
-            raise ValueError(f"the {self.family} family ties its embeddings; set tied to true")
+            raise ValueError(f"The {self.family} family ties its embeddings. Set tied to true.")
         return self
 
     @property
     def traits(self) -> Family:
-        """What its family declares."""
+        """Traits of the family."""
         return FAMILIES[self.family]
 
     @property
     def rotary(self) -> bool:
-        """Whether positions are rotary; otherwise they are learned."""
+        """Whether positions are rotary rather than learned."""
         return self.traits.rotary
 
     @property
@@ -96,27 +97,27 @@ class ModelShape(BaseModel):
 
     @property
     def head_norms(self) -> bool:
-        """Whether every head's query and key are normed."""
+        """Whether every head's query and key are normalized."""
         return self.traits.head_norms
 
     @property
     def up_width(self) -> int:
-        """Rows of the MLP's first matrix: of the gate too, where there is one."""
+        """Rows of the MLP's first matrix, including the gate if there is one."""
         return self.ffn * (2 if self.traits.gated else 1)
 
     @property
     def query_width(self) -> int:
-        """Numbers in all heads' queries of a token."""
+        """Dimensions of all queries of a token."""
         return self.heads * self.head_size
 
     @property
     def query_key_value_width(self) -> int:
-        """Numbers in all queries, keys and values of a token."""
+        """Dimensions of all queries, keys and values of a token."""
         return (self.heads + 2 * self.kv_heads) * self.head_size
 
     @property
     def parameters(self) -> int:
-        """Number of parameters, biases and embeddings counted."""
+        """Number of parameters, including biases and embeddings."""
         norm = self.hidden * (1 if self.traits.rms_norm else 2)
         layer = self.hidden * (self.query_key_value_width + self.query_width + self.up_width + self.ffn) + 2 * norm
         layer += self.query_key_value_width if self.query_key_value_bias else 0
@@ -127,21 +128,23 @@ class ModelShape(BaseModel):
         return embedding + self.layers * layer + norm
 
     def tensor_degrees(self) -> list[int]:
-        """The tensor parallel degrees that divide heads, KV heads and the MLP."""
+        """Return the tensor parallel degrees that divide heads, KV heads and MLP width."""
         common = math.gcd(self.heads, self.kv_heads, self.ffn)
         return [degree for degree in range(1, common + 1) if common % degree == 0]
 
     def flops_per_token(self, sequence_length: int) -> float:
-        """Floating-point operations of forward and backward for one token: 6 for every weight that is
-        multiplied, and the attention's two products (12 x layers x queries x length, halved by the causal mask;
-        appendix B of arXiv 2204.02311)."""
+        """Return the floating-point operations of forward and backward for one token.
+
+        6 per weight in a matrix product, plus the two products of attention: 12 x layers x query width x length,
+        halved by the causal mask (appendix B of arXiv 2204.02311).
+        """
         multiplied = self.parameters - (0 if self.tied else self.vocabulary * self.hidden)
         if not self.rotary:
             multiplied -= self.positions * self.hidden
         return 6.0 * multiplied + 6.0 * self.layers * self.query_width * sequence_length
 
 
-# Sizes of a preset; vocabulary and positions come from the run.
+# Sizes of the presets; vocabulary and positions come from the run.
 _LLAMA = {"family": "llama"}
 _PAPER = {"family": "gpt2", "norm_epsilon": 1e-5}
 PRESETS: dict[str, dict[str, object]] = {

@@ -41,5 +41,5 @@ def save(tmp_path: Path) -> Save:
 
 @pytest.fixture
 def models(save: Save) -> list[Path]:
-    """Four unlike models, two of them in many shards."""
+    """Four different models, two of them in many shards."""
     return [save(f"m{i}", random_weights(i), shard=5e9 if i % 2 else 1500) for i in range(4)]

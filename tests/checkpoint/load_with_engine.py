@@ -1,6 +1,6 @@
-"""Loads model states into the real DeepSpeed engine: `python load_with_engine.py SPEC.json`.
+"""Load model states into the real DeepSpeed engine: `python load_with_engine.py SPEC.json`.
 
-The spec lists folders, each with a model shape and its tensor degree; every rank leaves what it loaded beside them.
+The spec lists folders, each with a model shape and a tensor parallel degree; every rank saves its loaded weights there.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Saves checkpoints with the real DeepSpeed engine: `python save_with_engine.py SPEC.json`.
+"""Save checkpoints with the real DeepSpeed engine: `python save_with_engine.py SPEC.json`.
 
 The spec lists worlds, each with a layout and variants: a folder, a model shape and a ZeRO stage. Beside every
-checkpoint the ranks of the first replica leave the engine's own full weights, and what Megatron-core computes
-from them in float32.
+checkpoint the ranks of the first replica save the engine's full weights and Megatron-core's float32 logits for them.
 """
 
 from __future__ import annotations
@@ -52,9 +51,9 @@ def save(group: ExpertGroup, folder: Path, shape: ModelShape, stage: int) -> Non
     engine.save_checkpoint(str(folder))
     weights: dict[str, torch.Tensor] = {}
     for name, parameter in engine.module.named_parameters():
-        whole = safe_get_full_fp32_param(parameter) if stage else parameter
-        assert whole is not None
-        weights[name] = whole.detach().clone()
+        full = safe_get_full_fp32_param(parameter) if stage else parameter
+        assert full is not None
+        weights[name] = full.detach().clone()
     if group.data_rank == 0:
         save_file(weights, folder / f"engine-{group.tensor_rank}.safetensors")
     engine.destroy()

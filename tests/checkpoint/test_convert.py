@@ -39,18 +39,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Models that transformers made and saved."""
+    """Models that transformers initialized and saved."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folders = {}
     for family, settings in FAMILIES.items():
         torch.manual_seed(5)
-        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.bfloat16)
+        original = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.bfloat16)
         with torch.no_grad():
-            for parameter in made.parameters():  # else biases are zeros and norms ones
+            for parameter in original.parameters():  # otherwise biases are 0 and norm weights 1
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
         folders[family] = folder = tmp_path_factory.mktemp(family)
-        made.save_pretrained(folder)
+        original.save_pretrained(folder)
         (folder / "tokenizer.json").write_text("{}")
     return folders
 
@@ -62,7 +62,7 @@ def model(request: pytest.FixtureRequest, models: dict[str, Path]) -> Path:
 
 @pytest.mark.parametrize("to", ["megatron", "deepspeed"])
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_there_and_back_gives_the_same_model(model: Path, tmp_path: Path, to: str, tensor: int) -> None:
+def test_a_round_trip_restores_the_same_model(model: Path, tmp_path: Path, to: str, tensor: int) -> None:
     convert(model, tmp_path / "there", to=to, tensor=tensor, verify=True)
     convert(tmp_path / "there", tmp_path / "back", to="huggingface", verify=True)
     assert content_hash(tmp_path / "back") == content_hash(model)
@@ -74,7 +74,7 @@ def test_there_and_back_gives_the_same_model(model: Path, tmp_path: Path, to: st
     assert described.tensor_degrees == ((1, 2) if described.family != "gpt2" else (1, 2, 4))
 
 
-def test_what_comes_back_gives_the_same_logits_in_transformers(model: Path, tmp_path: Path) -> None:
+def test_a_round_trip_gives_the_same_logits_in_transformers(model: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     convert(model, tmp_path / "there", to="megatron", tensor=2)
@@ -88,7 +88,7 @@ def test_what_comes_back_gives_the_same_logits_in_transformers(model: Path, tmp_
     assert json.loads((tmp_path / "back/config.json").read_text()).get("dtype") == "float32"
 
 
-def test_verification_sees_one_wrong_bit(model: Path, tmp_path: Path) -> None:
+def test_verification_detects_one_flipped_bit(model: Path, tmp_path: Path) -> None:
     convert(model, tmp_path / "copy", to="huggingface")
     verify_equal(model, tmp_path / "copy", None)
     file = tmp_path / "copy/model.safetensors"
@@ -99,18 +99,18 @@ def test_verification_sees_one_wrong_bit(model: Path, tmp_path: Path) -> None:
         verify_equal(model, tmp_path / "copy", None)
 
 
-def test_what_cannot_be_converted_is_told_and_leaves_nothing(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="tensor 3 must divide"):
+def test_an_impossible_conversion_raises_and_leaves_no_files(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"over tensor=3\. tensor must divide .* use one of 1, 2"):
         convert(model, tmp_path / "out", to="megatron", tensor=3)
-    with pytest.raises(CheckpointError, match="'gguf' is no format"):
+    with pytest.raises(CheckpointError, match="'gguf' is not an output format"):
         convert(model, tmp_path / "out", to="gguf")
-    with pytest.raises(CheckpointError, match="exists already"):
+    with pytest.raises(CheckpointError, match="already exists"):
         convert(model, model, to="huggingface")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("to", ["huggingface", "megatron", "deepspeed"])
-def test_space_is_asked_for_in_the_type_that_is_written(
+def test_free_space_is_checked_for_the_output_dtype(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:
     size = sum(spec.nbytes for spec in SafetensorsModel(models["mistral"]).specs().values())
@@ -125,7 +125,7 @@ def test_two_conversions_into_one_target_do_not_mix(models: dict[str, Path], tmp
     partial = partial_path(tmp_path / "out")
     partial.mkdir()
     (partial / "begun").touch()
-    with only_merge_into(partial), pytest.raises(CheckpointError, match="another process is writing"):
+    with only_merge_into(partial), pytest.raises(CheckpointError, match="Another process is writing"):
         convert(models["mistral"], tmp_path / "out", to=to)
     assert (partial / "begun").exists()
     convert(models["mistral"], tmp_path / "out", to=to)
@@ -135,7 +135,7 @@ def test_two_conversions_into_one_target_do_not_mix(models: dict[str, Path], tmp
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_hidden_layers": 1}, "holds an unknown tensor 'model.layers.1.input_layernorm.weight'"),
+        ({"num_hidden_layers": 1}, "has an unexpected tensor 'model.layers.1.input_layernorm.weight'"),
         ({"num_hidden_layers": 3}, "lacks the tensor 'model.layers.2.input_layernorm.weight'"),
         ({"tie_word_embeddings": True, "model_type": "qwen2"}, "lacks the tensor '.*k_proj.bias'"),
         ({"vocab_size": 60}, r"embed_tokens.weight' \[65, 32\] does not fit config.json"),
@@ -143,7 +143,7 @@ def test_two_conversions_into_one_target_do_not_mix(models: dict[str, Path], tmp
         ({"num_attention_heads": 8}, "k_proj.weight' .* does not fit config.json"),
     ],
 )
-def test_a_config_of_another_model_is_told_before_anything_is_written(
+def test_a_config_of_a_different_model_raises_before_anything_is_written(
     models: dict[str, Path], tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     shutil.copytree(models["llama-untied"], tmp_path / "model")
@@ -154,7 +154,7 @@ def test_a_config_of_another_model_is_told_before_anything_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_what_older_files_of_gpt2_hold_besides_weights_is_left_out(models: dict[str, Path], tmp_path: Path) -> None:
+def test_causal_masks_and_tied_heads_in_old_gpt2_files_are_left_out(models: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(models["gpt2"], tmp_path / "model")
     weights = load_file(tmp_path / "model/model.safetensors")
     weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()
@@ -168,7 +168,7 @@ def test_what_older_files_of_gpt2_hold_besides_weights_is_left_out(models: dict[
     assert content_hash(tmp_path / "back") == content_hash(models["gpt2"])
 
 
-def test_gpt2s_own_files_which_lack_the_prefix_are_converted(models: dict[str, Path], tmp_path: Path) -> None:
+def test_published_gpt2_files_without_the_prefix_are_converted(models: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(models["gpt2"], tmp_path / "model")
     weights = load_file(models["gpt2"] / "model.safetensors")
     bare = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
@@ -179,7 +179,7 @@ def test_gpt2s_own_files_which_lack_the_prefix_are_converted(models: dict[str, P
         assert content_hash(tmp_path / f"back-from-{to}") == content_hash(models["gpt2"])
 
 
-def test_a_model_is_described_from_its_headers(model: Path) -> None:
+def test_inspect_describes_a_model_from_its_headers(model: Path) -> None:
     described = inspect(model)
     assert described.format == "safetensors"
     assert described.family == json.loads((model / "config.json").read_text())["model_type"]
@@ -190,7 +190,7 @@ def test_a_model_is_described_from_its_headers(model: Path) -> None:
     assert list(described.files.values()) == [(model / "model.safetensors").stat().st_size]
 
 
-def test_a_megatron_folder_of_several_iterations_is_its_latest(models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_megatron_folder_with_several_iterations_opens_the_latest(models: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "megatron/iter_0000012"
     folder.parent.mkdir()
     convert(models["qwen3"], folder, to="megatron")
@@ -201,7 +201,7 @@ def test_a_megatron_folder_of_several_iterations_is_its_latest(models: dict[str,
     assert (tmp_path / "back/config.json").is_file()
 
 
-def test_a_training_state_is_a_model_of_its_master_weights(models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_training_checkpoint_reads_as_a_model_of_its_master_weights(models: dict[str, Path], tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     shutil.copytree(models["qwen2"], run.model("math"))
     with SafetensorsModel(models["qwen2"]) as model:
@@ -221,13 +221,13 @@ def test_a_training_state_is_a_model_of_its_master_weights(models: dict[str, Pat
     assert all(merged.read(name).equal(tensor) for name, tensor in masters.items())
     assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == "float32"
     shutil.copy(models["qwen3"] / "config.json", state)
-    with pytest.raises(CheckpointError, match="describes another model"):
+    with pytest.raises(CheckpointError, match="does not describe the model"):
         open_model(state)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tensor", [full(1), 2])
-def test_the_engine_loads_the_model_states_that_we_write(models: dict[str, Path], tmp_path: Path, tensor: int) -> None:
+def test_the_engine_loads_converted_model_states(models: dict[str, Path], tmp_path: Path, tensor: int) -> None:
     spec = []
     for family, folder in models.items():
         convert(folder, tmp_path / family, to="deepspeed", tensor=tensor)

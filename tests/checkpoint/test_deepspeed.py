@@ -1,4 +1,4 @@
-"""Checkpoints that the real DeepSpeed engine saved, read without it."""
+"""Checkpoints saved by the real DeepSpeed engine, read without it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SHAPES |= {name: SIZES | {"family": family, "kv_heads": 4, "vocabulary": 65} for
 
 
 class Case(NamedTuple):
-    """A checkpoint: the layout and the ZeRO stage of the engine that saved it, and the name of its shape."""
+    """A checkpoint: the layout and ZeRO stage of the engine that saved it, and the name of its model shape."""
 
     tensor: int
     data: int
@@ -65,7 +65,7 @@ EVERY = [
     *(Case.of(**values) for values in GRID),
     *(Case(tensor, data, *other) for tensor in (1, 2) for data in (1, 2) for other in OTHERS),
 ]
-# The checkpoints that single tests look at, every two settings together, and what one layout saves of the others.
+# The checkpoints of single tests, every pair of settings, and one layout of the other families.
 QUICK = {
     *(Case.of(**values) for values in all_pairs(GRID)),
     *(Case(2, 2, *other) for other in OTHERS),
@@ -80,7 +80,7 @@ Saved = Callable[[Case], Path]
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """The folder of a case. One script, which imports the engine once, saves all cases of a cut."""
+    """Return the folder of a case. One script, which imports the engine once, saves all cases of a cut."""
     folders: dict[Case, Path] = {}
 
     def folder_of(case: Case) -> Path:
@@ -107,17 +107,17 @@ def saved_by_the_engine(cases: Sequence[Case], root: Path) -> dict[Case, Path]:
 
 
 def engine_weights(case: Case, folder: Path, shape: ModelShape) -> dict[str, torch.Tensor]:
-    """The engine's own full weights under Hugging Face names."""
+    """Return the engine's full weights under Hugging Face names."""
     parts = [load_file(folder / f"engine-{rank}.safetensors") for rank in range(case.tensor)]
-    whole: dict[str, torch.Tensor] = {}
+    weights: dict[str, torch.Tensor] = {}
     for entry in table(shape):
-        whole |= to_huggingface(entry, join(entry, [part[entry.megatron] for part in parts]), shape)
-    return whole
+        weights |= to_huggingface(entry, join(entry, [part[entry.megatron] for part in parts]), shape)
+    return weights
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_read_is_what_the_engine_holds(saved: Saved, case: Case) -> None:
+def test_the_weights_read_are_the_engines_weights(saved: Saved, case: Case) -> None:
     folder, shape = saved(case), ModelShape(**SHAPES[case.shape])
     expected = engine_weights(case, folder, shape)
     with open_deepspeed(folder) as model:
@@ -132,7 +132,7 @@ def test_what_is_read_is_what_the_engine_holds(saved: Saved, case: Case) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_read_computes_in_transformers_what_the_engines_weights_compute(saved: Saved, case: Case) -> None:
+def test_the_weights_read_give_megatrons_logits_in_transformers(saved: Saved, case: Case) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = saved(case)
@@ -142,18 +142,18 @@ def test_what_is_read_computes_in_transformers_what_the_engines_weights_compute(
         unmatched = model.load_state_dict({key: reader.read(key) for key in reader.names}, strict=False)
     assert unmatched.unexpected_keys == []
     assert unmatched.missing_keys == (["lm_head.weight"] if settings["tie_word_embeddings"] else [])
-    seen = load_file(folder / "logits.safetensors")
+    expected = load_file(folder / "logits.safetensors")
     with torch.no_grad():
-        logits = model(seen["tokens"]).logits
-    torch.testing.assert_close(logits, seen["logits"], atol=1e-5, rtol=1e-4)
+        logits = model(expected["tokens"]).logits
+    torch.testing.assert_close(logits, expected["logits"], atol=1e-5, rtol=1e-4)
     assert float(logits.abs().max()) > 0.1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("data", [1, 2])
 @pytest.mark.parametrize("stage", [2, 3])
-def test_it_agrees_with_deepspeeds_own_converter_where_that_can_read_it(saved: Saved, stage: int, data: int) -> None:
-    """That one knows no tensor parallel checkpoints."""
+def test_the_weights_read_equal_those_of_deepspeeds_own_converter(saved: Saved, stage: int, data: int) -> None:
+    """DeepSpeed's converter does not support tensor parallel checkpoints."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     case = Case(1, data, "untied-plain-odd", stage)
@@ -167,7 +167,7 @@ def test_it_agrees_with_deepspeeds_own_converter_where_that_can_read_it(saved: S
 
 
 @pytest.mark.slow
-def test_sixteen_bit_weights_are_read_where_they_are_and_told_where_not(saved: Saved) -> None:
+def test_16_bit_weights_are_read_if_saved_and_raise_otherwise(saved: Saved) -> None:
     masters = open_deepspeed(saved(Case(2, 2, "tied-grouped-odd", 2)))
     halves = open_deepspeed(saved(Case(2, 2, "tied-grouped-odd", 2)), master=False)
     for name in masters.names:
@@ -177,7 +177,7 @@ def test_sixteen_bit_weights_are_read_where_they_are_and_told_where_not(saved: S
 
 
 @pytest.mark.slow
-def test_inputs_of_different_formats_merge(saved: Saved, tmp_path: Path) -> None:
+def test_models_of_different_formats_merge(saved: Saved, tmp_path: Path) -> None:
     first, second = saved(Case(1, 1, "tied-grouped-odd", 1)), saved(Case(2, 2, "tied-grouped-odd", 3))
     merge(tmp_path / "converted", [(second, 1.0)])
     mixed = merge(tmp_path / "mixed", [(first, 1.0), (tmp_path / "converted", 2.0)])
@@ -186,7 +186,7 @@ def test_inputs_of_different_formats_merge(saved: Saved, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_missing_files_and_configs_are_told(saved: Saved, tmp_path: Path) -> None:
+def test_damaged_files_and_wrong_or_missing_configs_raise(saved: Saved, tmp_path: Path) -> None:
     import shutil
 
     folder = tmp_path / "copy"

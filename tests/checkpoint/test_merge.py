@@ -17,7 +17,7 @@ from btm_scale.errors import CheckpointError
 from btm_scale.util.files import partial_path
 
 
-def test_the_mean_is_the_exact_one_rounded_once(models: list[Path], tmp_path: Path) -> None:
+def test_the_mean_is_exact_and_rounded_once(models: list[Path], tmp_path: Path) -> None:
     merge(tmp_path / "out", list(zip(models, WEIGHTS, strict=True)))
     name = "model.layers.0.mlp.up_proj.weight"
     parts = [random_weights(i)[name].double().reshape(-1).tolist() for i in range(4)]
@@ -31,7 +31,7 @@ def test_the_mean_is_the_exact_one_rounded_once(models: list[Path], tmp_path: Pa
     assert merged.equal(nearest)
 
 
-def test_neither_order_nor_chunks_nor_processes_nor_sharding_change_a_byte(
+def test_input_order_chunk_size_processes_and_sharding_do_not_change_a_byte(
     models: list[Path], save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pairs = list(zip(models, WEIGHTS, strict=True))
@@ -47,7 +47,7 @@ def test_neither_order_nor_chunks_nor_processes_nor_sharding_change_a_byte(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_one_model_merged_is_that_model_bit_for_bit(save: Save, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_merging_a_single_model_copies_it_bit_for_bit(save: Save, tmp_path: Path, dtype: torch.dtype) -> None:
     weights = random_weights(1, dtype)
     weights["model.norm.weight"][:3] = torch.tensor([float("nan"), -0.0, float("inf")]).to(dtype)
     model, other = save("m", weights), save("other", random_weights(2, dtype))
@@ -63,13 +63,13 @@ def test_float32_models_are_summed_in_float64(save: Save, tmp_path: Path) -> Non
     assert SafetensorsModel(tmp_path / "out").read(name).equal(exact.float())
 
 
-def test_a_dtype_can_be_asked_for_and_the_config_says_it(save: Save, tmp_path: Path) -> None:
+def test_dtype_sets_the_dtype_of_the_weights_and_the_config(save: Save, tmp_path: Path) -> None:
     config = {"model_type": "llama", "torch_dtype": "bfloat16"}
     mixed = [
         save("a", random_weights(0), config=config),
         save("b", random_weights(1, torch.float32), config=config),
     ]
-    with pytest.raises(CheckpointError, match="Say the output's dtype"):
+    with pytest.raises(CheckpointError, match="Set the output's dtype"):
         merge(tmp_path / "out", [(model, 1.0) for model in mixed])
     merge(tmp_path / "out", [(model, 1.0) for model in mixed], dtype="float32")
     assert SafetensorsModel(tmp_path / "out").spec("model.norm.weight").dtype == torch.float32
@@ -77,19 +77,19 @@ def test_a_dtype_can_be_asked_for_and_the_config_says_it(save: Save, tmp_path: P
 
 
 @pytest.mark.parametrize("dtype", ["int8", "bool", "complex64", "load"])
-def test_a_dtype_that_weights_cannot_have_is_refused(models: list[Path], tmp_path: Path, dtype: str) -> None:
-    with pytest.raises(CheckpointError, match=f"dtype '{dtype}' is no float"):
+def test_a_dtype_that_is_not_floating_point_is_rejected(models: list[Path], tmp_path: Path, dtype: str) -> None:
+    with pytest.raises(CheckpointError, match=f"'{dtype}' is not a floating-point dtype"):
         merge(tmp_path / "out", [(models[0], 1)], dtype=dtype)
     assert not (tmp_path / "out").exists()
 
 
-def test_every_problem_is_told_at_once_and_nothing_is_written(save: Save, tmp_path: Path) -> None:
+def test_all_problems_are_reported_together_and_nothing_is_written(save: Save, tmp_path: Path) -> None:
     weights = random_weights(0)
     odd = random_weights(1) | {"model.norm.weight": torch.zeros(15, dtype=torch.bfloat16)}
     odd["model.extra"] = odd.pop("model.embed_tokens.weight")
     good = save("good", weights, files={"tokenizer.json": "{}"})
     bad = save("bad", odd, config={"model_type": "gpt2"}, files={"tokenizer.json": "{ }"})
-    with pytest.raises(CheckpointError) as told:
+    with pytest.raises(CheckpointError) as raised:
         merge(tmp_path / "out", [(good, 1), (bad, float("nan"))], parameters={"density": 1}, dtype="bf16")
     for part in (
         "'model.norm.weight' is [16]",
@@ -100,11 +100,11 @@ def test_every_problem_is_told_at_once_and_nothing_is_written(save: Save, tmp_pa
         "no parameter 'density'",
         "finite",
     ):
-        assert part in str(told.value)
+        assert part in str(raised.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "good"]
 
 
-def test_only_the_weights_ratio_counts(save: Save, tmp_path: Path) -> None:
+def test_only_the_ratio_of_the_weights_matters(save: Save, tmp_path: Path) -> None:
     models = [save(f"m{i}", random_weights(i)) for i in range(2)]
     same = [
         merge(tmp_path / f"out{power}", [(models[0], 2.0**power), (models[1], 3 * 2.0**power)]).content_hash
@@ -114,22 +114,22 @@ def test_only_the_weights_ratio_counts(save: Save, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("weights", [[1, -1], [1e6, 1e-9 - 1e6], [0, 0], []])
-def test_weights_that_divide_by_nothing_are_refused(models: list[Path], tmp_path: Path, weights: list[float]) -> None:
-    with pytest.raises(CheckpointError, match=r"sum to 0|other than 0"):
+def test_weights_that_sum_to_zero_are_rejected(models: list[Path], tmp_path: Path, weights: list[float]) -> None:
+    with pytest.raises(CheckpointError, match=r"sum to 0|nonzero weight"):
         merge(tmp_path / "out", list(zip(models, weights, strict=False)))
 
 
-def test_weights_whose_sum_is_too_large_for_a_number_are_refused(models: list[Path], tmp_path: Path) -> None:
+def test_weights_with_an_infinite_sum_are_rejected(models: list[Path], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="their sum must be finite"):
         merge(tmp_path / "out", [(models[0], 1e308), (models[1], 1e308)])
 
 
-def test_a_model_without_a_tensor_is_refused(save: Save, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="empty holds no tensor under a name"):
+def test_a_model_without_tensors_is_rejected(save: Save, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="empty has no named tensors"):
         merge(tmp_path / "out", [(save("empty", {}), 1)])
 
 
-def test_a_shard_cut_short_stops_the_merge_without_output(models: list[Path], tmp_path: Path) -> None:
+def test_a_truncated_shard_stops_the_merge_without_output(models: list[Path], tmp_path: Path) -> None:
     shard = next(iter(models[2].glob("model-00002*")))
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=shard.name):
@@ -138,7 +138,7 @@ def test_a_shard_cut_short_stops_the_merge_without_output(models: list[Path], tm
     assert not partial_path(tmp_path / "out").exists()
 
 
-def test_tied_heads_and_rotary_buffers_that_some_files_hold_are_left_out(save: Save, tmp_path: Path) -> None:
+def test_tied_heads_and_rotary_buffers_are_left_out(save: Save, tmp_path: Path) -> None:
     weights = random_weights(0)
     extra = {
         "lm_head.weight": weights["model.embed_tokens.weight"],
@@ -152,7 +152,7 @@ def test_tied_heads_and_rotary_buffers_that_some_files_hold_are_left_out(save: S
     assert SafetensorsModel(tmp_path / "out").names == tuple(sorted(weights))
 
 
-def test_config_and_tokenizer_are_of_the_first_model_that_takes_part(save: Save, tmp_path: Path) -> None:
+def test_config_and_tokenizer_come_from_the_first_model_of_nonzero_weight(save: Save, tmp_path: Path) -> None:
     left_out = save("gpt2", random_weights(0), config={"model_type": "gpt2"}, files={"tokenizer.json": "[]"})
     model = save("llama", random_weights(1), files={"tokenizer.json": "{}"})
     merge(tmp_path / "out", [(left_out, 0), (tmp_path / "nowhere", 0), (model, 1)])
@@ -160,7 +160,7 @@ def test_config_and_tokenizer_are_of_the_first_model_that_takes_part(save: Save,
     assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
 
 
-def test_the_card_names_parents_weights_and_hashes(models: list[Path], tmp_path: Path) -> None:
+def test_the_model_card_lists_parents_weights_and_hashes(models: list[Path], tmp_path: Path) -> None:
     recorded = content_hash(models[0])
     (models[0] / "expert.json").write_text(json.dumps({"content_hash": recorded}))
     report = merge(tmp_path / "out", [(models[0], 0.25), (models[1], 0.75)])
@@ -174,23 +174,23 @@ def test_the_card_names_parents_weights_and_hashes(models: list[Path], tmp_path:
     ]
 
 
-def test_an_output_that_exists_is_kept(models: list[Path], tmp_path: Path) -> None:
+def test_an_existing_output_is_kept(models: list[Path], tmp_path: Path) -> None:
     before = content_hash(models[1])
-    with pytest.raises(CheckpointError, match="exists already"):
+    with pytest.raises(CheckpointError, match="already exists"):
         merge(models[1], [(models[0], 1)])
     assert content_hash(models[1]) == before
 
 
-def test_an_output_in_a_place_that_cannot_be_written_to_is_told(models: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"config.json cannot be written to: .* Choose another output"):
+def test_an_output_in_an_unwritable_location_raises(models: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"Cannot write to .*config.json: .* Choose another output"):
         merge(models[0] / "config.json/out", [(models[0], 1)])
 
 
 @pytest.mark.parametrize("leads_to", ["nowhere", "empty"])
-def test_an_output_that_is_a_link_is_told_before_the_work(models: list[Path], tmp_path: Path, leads_to: str) -> None:
+def test_an_output_that_is_a_symlink_raises_before_any_work(models: list[Path], tmp_path: Path, leads_to: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "out").symlink_to(leads_to)
-    with pytest.raises(CheckpointError, match="exists already"):
+    with pytest.raises(CheckpointError, match="already exists"):
         merge(tmp_path / "out", [(models[0], 1)])
-    with pytest.raises(CheckpointError, match="exists already"):
+    with pytest.raises(CheckpointError, match="already exists"):
         convert(models[0], tmp_path / "out", to="huggingface")

@@ -1,4 +1,4 @@
-"""Merges that end before their time, and what the next try makes of it."""
+"""Interrupted merges, and how the next attempt resumes them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from btm_scale.util.files import partial_path
 from btm_scale.util.pools import lost_workers_told
 
 
-def test_a_models_folder_may_hold_a_link_to_nowhere_and_the_output(
+def test_a_model_folder_may_contain_a_dangling_link_and_the_output(
     models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (models[0] / ".#config.json").symlink_to("nowhere")
@@ -44,11 +44,11 @@ def interrupted(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_an_interrupted_merge_does_only_what_is_left(
+def test_an_interrupted_merge_resumes_with_the_remaining_units(
     models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pairs = [(model, 1.0) for model in models]
-    expected = merge(tmp_path / "whole", pairs).content_hash
+    expected = merge(tmp_path / "uninterrupted", pairs).content_hash
     monkeypatch.setattr(workers, "_NOTE_EVERY", 1)
     monkeypatch.setattr(workers, "MOST", 1)
     run, ran = runner.UnitRunner.__call__, []
@@ -78,7 +78,7 @@ def test_an_interrupted_merge_does_only_what_is_left(
     assert len(noted) + len(rest) == 5
 
 
-def test_a_killed_worker_leaves_what_was_noted(
+def test_a_killed_worker_leaves_the_recorded_units(
     models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pairs = [(model, 1.0) for model in models]
@@ -97,14 +97,14 @@ def test_a_killed_worker_leaves_what_was_noted(
     assert merge(tmp_path / "out", pairs).content_hash == content_hash(tmp_path / "out")
 
 
-def test_a_kill_while_shards_are_given_their_names_does_not_stop_the_next_try(
+def test_a_kill_while_shards_are_renamed_does_not_block_the_next_attempt(
     models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     close = ShardedWriter.close
 
     def killed_after(self: ShardedWriter) -> None:
         close(self)
-        raise KeyboardInterrupt  # what no handler cleans up after
+        raise KeyboardInterrupt  # not an Exception: no handler cleans up
 
     with monkeypatch.context() as patch:
         patch.setattr(ShardedWriter, "close", killed_after)
@@ -114,10 +114,10 @@ def test_a_kill_while_shards_are_given_their_names_does_not_stop_the_next_try(
     assert (tmp_path / "out/model.safetensors").is_file()
 
 
-def test_what_another_merge_left_is_not_taken_over(models: list[Path], tmp_path: Path) -> None:
+def test_the_leftovers_of_a_different_merge_are_removed(models: list[Path], tmp_path: Path) -> None:
     partial = partial_path(tmp_path / "out")
     partial.mkdir()
-    journal.begin(partial, "of another merge")
+    journal.begin(partial, "of a different merge")
     (partial / "stray").touch()
     merge(tmp_path / "out", [(models[0], 1), (models[1], 1)])
     assert not (tmp_path / "out/stray").exists()
@@ -126,7 +126,7 @@ def test_what_another_merge_left_is_not_taken_over(models: list[Path], tmp_path:
 def test_two_merges_into_one_output_do_not_mix(models: list[Path], tmp_path: Path) -> None:
     with (
         journal.only_merge_into(partial_path(tmp_path / "out")),
-        pytest.raises(CheckpointError, match="another process"),
+        pytest.raises(CheckpointError, match="Another process"),
     ):
         merge(tmp_path / "out", [(models[0], 1)])
 
@@ -149,7 +149,7 @@ merge(Path(sys.argv[1]), [(Path(path), 1.0) for path in sys.argv[2:]], chunk_byt
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [4, full(20)])
-def test_killed_at_random_points_and_run_again_gives_the_same_hash(kills: int, save: Save, tmp_path: Path) -> None:
+def test_a_merge_killed_at_random_points_resumes_to_the_same_hash(kills: int, save: Save, tmp_path: Path) -> None:
     models = [
         save(
             f"m{i}",
@@ -162,7 +162,7 @@ def test_killed_at_random_points_and_run_again_gives_the_same_hash(kills: int, s
         )
         for i in range(3)
     ]
-    expected = merge(tmp_path / "whole", [(model, 1.0) for model in models], max_shard_bytes=5e9).content_hash
+    expected = merge(tmp_path / "uninterrupted", [(model, 1.0) for model in models], max_shard_bytes=5e9).content_hash
     command = [sys.executable, "-c", KILLED, str(tmp_path / "out"), *map(str, models)]
     progress = []
     delays = torch.rand(kills, generator=torch.Generator().manual_seed(7)).mul(0.1).tolist()
@@ -170,7 +170,7 @@ def test_killed_at_random_points_and_run_again_gives_the_same_hash(kills: int, s
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             process.stdout.readline()
-            # Half of the kills come after something new is noted, however slow the machine is.
+            # Half of the kills come after a new unit was recorded, however slow the machine is.
             while kill % 2 and len(journal.finished(partial_path(tmp_path / "out"))) <= progress[-1]:
                 assert process.poll() is None
                 time.sleep(0.001)

@@ -1,4 +1,4 @@
-"""Many means of the same models in one pass: the bytes of each alone, and nothing lost on the way."""
+"""Many means of the same models in one pass: the same bytes as separate merges, and resumable."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from btm_scale.errors import CheckpointError
 from btm_scale.util.files import partial_path
 
 
-def test_many_means_of_the_same_models_are_the_bytes_of_each_alone(models: list[Path], tmp_path: Path) -> None:
-    wanted = {
+def test_merge_many_writes_the_same_bytes_as_separate_merges(models: list[Path], tmp_path: Path) -> None:
+    outputs = {
         "all": list(zip(models, WEIGHTS, strict=True)),
         "others": [(models[2], 0.5), (models[0], 0.25)],
         "one": [(models[1], 3.0)],
     }
-    reports = merge_many({tmp_path / "many" / name: inputs for name, inputs in wanted.items()})
-    for report, (name, inputs) in zip(reports, wanted.items(), strict=True):
+    reports = merge_many({tmp_path / "many" / name: inputs for name, inputs in outputs.items()})
+    for report, (name, inputs) in zip(reports, outputs.items(), strict=True):
         alone = merge(tmp_path / "alone" / name, inputs)
         assert report.content_hash == alone.content_hash
         for file in (tmp_path / "alone" / name).iterdir():
@@ -34,7 +34,7 @@ def test_many_means_of_the_same_models_are_the_bytes_of_each_alone(models: list[
     assert not list((tmp_path / "many").glob(".*"))
 
 
-def test_many_means_read_every_model_once_however_many_there_are(
+def test_merge_many_reads_every_model_once_for_any_number_of_outputs(
     models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, bytes_read = SafetensorsModel.read_into, []
@@ -55,19 +55,17 @@ def test_many_means_read_every_model_once_however_many_there_are(
     assert bytes_for(6) == bytes_for(2)
 
 
-def test_many_means_in_several_passes_are_the_same(
+def test_merge_many_gives_the_same_result_in_several_passes(
     models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = [[(model, float(i + k)) for i, model in enumerate(models, start=1)] for k in range(4)]
-    whole = merge_many({tmp_path / f"whole-{k}": inputs for k, inputs in enumerate(wanted)})
+    outputs = [[(model, float(i + k)) for i, model in enumerate(models, start=1)] for k in range(4)]
+    one_pass = merge_many({tmp_path / f"one-{k}": inputs for k, inputs in enumerate(outputs)})
     monkeypatch.setattr(merging, "_SHARDS_AT_ONCE", 2)
-    passes = merge_many({tmp_path / f"pass-{k}": inputs for k, inputs in enumerate(wanted)})
-    assert [report.content_hash for report in passes] == [report.content_hash for report in whole]
+    passes = merge_many({tmp_path / f"pass-{k}": inputs for k, inputs in enumerate(outputs)})
+    assert [report.content_hash for report in passes] == [report.content_hash for report in one_pass]
 
 
-def test_many_means_of_unlike_models_are_refused_before_any_write(
-    models: list[Path], save: Save, tmp_path: Path
-) -> None:
+def test_merge_many_rejects_incompatible_models_before_writing(models: list[Path], save: Save, tmp_path: Path) -> None:
     unlike = save("unlike", {"other": torch.zeros(3)})
     with pytest.raises(CheckpointError, match="has no tensor 'other'"):
         merge_many({tmp_path / "a": [(models[0], 1.0)], tmp_path / "b": [(models[1], 1.0), (unlike, 1.0)]})
@@ -75,24 +73,24 @@ def test_many_means_of_unlike_models_are_refused_before_any_write(
     assert not list(tmp_path.glob(".*"))
 
 
-def test_many_means_are_refused_where_only_some_have_room(
+def test_merge_many_checks_the_free_space_for_all_outputs(
     models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = merge(tmp_path / "one", [(model, 1.0) for model in models]).bytes_written
     usage = shutil.disk_usage(tmp_path)._replace(free=3 * size)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    wanted = {tmp_path / f"out-{k}": [(model, 1.0 + k) for model in models] for k in range(4)}
+    outputs = {tmp_path / f"out-{k}": [(model, 1.0 + k) for model in models] for k in range(4)}
     with pytest.raises(CheckpointError, match="GB free"):
-        merge_many(wanted)
+        merge_many(outputs)
     assert not list(tmp_path.glob(".out*"))
     assert merge_many({}) == []
 
 
-def test_an_interrupted_pass_of_many_does_only_what_is_left(
+def test_an_interrupted_merge_many_resumes_with_the_remaining_units(
     models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = {tmp_path / f"out-{k}": [(model, 1.0 + k) for model in models] for k in range(3)}
-    expected = [merge(tmp_path / f"whole-{k}", inputs).content_hash for k, inputs in enumerate(wanted.values())]
+    outputs = {tmp_path / f"out-{k}": [(model, 1.0 + k) for model in models] for k in range(3)}
+    expected = [merge(tmp_path / f"alone-{k}", inputs).content_hash for k, inputs in enumerate(outputs.values())]
     monkeypatch.setattr(workers, "_NOTE_EVERY", 1)
     monkeypatch.setattr(workers, "MOST", 1)
     run, ran = mean_runner.MeansRunner.__call__, []
@@ -108,19 +106,19 @@ def test_an_interrupted_pass_of_many_does_only_what_is_left(
 
     stops_after(2)
     with pytest.raises(KeyboardInterrupt):
-        merge_many(wanted)
-    noted = [set(journal.finished(partial_path(output))) for output in wanted]
+        merge_many(outputs)
+    noted = [set(journal.finished(partial_path(output))) for output in outputs]
     assert noted[0]
     assert noted[0] == noted[1] == noted[2]
     ran.clear()
     stops_after(100)
-    assert [report.content_hash for report in merge_many(wanted)] == expected
+    assert [report.content_hash for report in merge_many(outputs)] == expected
     assert len(noted[0]) + len(ran) == 5
     assert not noted[0] & set(ran)
 
 
-def test_a_plan_is_sent_to_workers_without_what_is_being_found_from_it(models: list[Path]) -> None:
-    """Else a pool's own thread would pickle a dictionary that changes."""
+def test_a_plan_is_pickled_without_its_cached_units(models: list[Path]) -> None:
+    """Otherwise a pool's thread would pickle a dictionary while it changes."""
     (plan,) = plan_means([[(model, 1.0) for model in models]], max_shard_bytes=5e9)
     before = pickle.dumps(plan)
     assert plan.units
@@ -128,23 +126,21 @@ def test_a_plan_is_sent_to_workers_without_what_is_being_found_from_it(models: l
     assert pickle.loads(before).units == plan.units
 
 
-def test_the_mean_of_some_tensors_is_theirs_in_the_mean_of_all_and_comes_alone(
-    models: list[Path], tmp_path: Path
-) -> None:
+def test_merge_tensors_writes_only_the_given_tensors_with_the_same_values(models: list[Path], tmp_path: Path) -> None:
     inputs = list(zip(models, WEIGHTS, strict=True))
     (models[1] / "tokenizer.json").write_text("{}")
     (models[2] / "tokenizer.json").write_text("[]")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json differs"):
         merge(tmp_path / "all", inputs, dtype="float32")
-    some = ["model.embed_tokens.weight", "model.norm.weight"]
-    merge_tensors(tmp_path / "some", inputs, some, dtype="float32")
-    assert [path.name for path in (tmp_path / "some").iterdir()] == ["model.safetensors"]
+    subset = ["model.embed_tokens.weight", "model.norm.weight"]
+    merge_tensors(tmp_path / "subset", inputs, subset, dtype="float32")
+    assert [path.name for path in (tmp_path / "subset").iterdir()] == ["model.safetensors"]
     (models[2] / "tokenizer.json").unlink()
     merge(tmp_path / "all", inputs, dtype="float32")
-    with SafetensorsModel(tmp_path / "some") as found, SafetensorsModel(tmp_path / "all") as expected:
-        assert found.names == tuple(some)
-        for name in some:
-            assert torch.equal(found.read(name), expected.read(name))
+    with SafetensorsModel(tmp_path / "subset") as actual, SafetensorsModel(tmp_path / "all") as expected:
+        assert actual.names == tuple(subset)
+        for name in subset:
+            assert torch.equal(actual.read(name), expected.read(name))
     with pytest.raises(CheckpointError, match=r"has no tensor 'model\.head'"):
-        merge_tensors(tmp_path / "none", inputs, [*some, "model.head"])
+        merge_tensors(tmp_path / "none", inputs, [*subset, "model.head"])
     assert not list(tmp_path.glob(".*"))

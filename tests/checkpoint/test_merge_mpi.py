@@ -1,4 +1,4 @@
-"""A merge by the ranks of a real mpirun."""
+"""Merging with the ranks of a real mpirun."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def mpirun_merge(ranks: int, *arguments: object) -> subprocess.CompletedProcess[
 
 
 @pytest.mark.slow
-def test_three_ranks_write_what_one_process_writes(save: Save, tmp_path: Path) -> None:
+def test_three_ranks_write_the_same_files_as_one_process(save: Save, tmp_path: Path) -> None:
     models = [save(f"m{i}", random_weights(i)) for i in range(3)]
     alone = merge(tmp_path / "alone", [(model, 1.0) for model in models], max_shard_bytes=1500)
     ran = mpirun_merge(3, tmp_path / "together", *models, "--max-shard-size", 1500, "--json")
     assert ran.returncode == 0, ran.stderr
-    # One document: the other ranks say nothing.
+    # One JSON document: the other ranks print nothing.
     assert json.loads(ran.stdout)["content_hash"] == alone.content_hash
     assert content_hash(tmp_path / "together") == alone.content_hash
-    # Several files, so that every rank had some to write.
+    # Several files, so that every rank wrote at least one.
     files = sorted(file.name for file in (tmp_path / "alone").iterdir())
     assert sum(file.endswith(".safetensors") for file in files) >= 3
     assert files == sorted(file.name for file in (tmp_path / "together").iterdir())
@@ -41,15 +41,15 @@ def test_three_ranks_write_what_one_process_writes(save: Save, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_all_ranks_end_when_the_plan_has_a_problem(save: Save, tmp_path: Path) -> None:
+def test_all_ranks_exit_if_the_plan_has_a_problem(save: Save, tmp_path: Path) -> None:
     ran = mpirun_merge(2, tmp_path / "out", save("m", random_weights(0)), tmp_path / "missing")
     assert ran.returncode != 0
-    assert "these models cannot be merged" in ran.stderr
+    assert "Cannot merge these models" in ran.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_ranks_of_srun_with_pmix_never_merge_alone(save: Save, tmp_path: Path) -> None:
-    """No PMIx server answers here, so that MPI cannot start; without MPI, four merges would write one output."""
+def test_ranks_of_srun_with_pmix_never_merge_separately(save: Save, tmp_path: Path) -> None:
+    """No PMIx server runs here, so MPI cannot start; without MPI, four merges would write one output."""
     model = save("model", random_weights(0))
     command = [sys.executable, "-m", "btm_scale.cli", "merge", tmp_path / "out", model, model]
     outside = without_mpi(os.environ)

@@ -1,4 +1,4 @@
-"""Each method against its formula, written out in plain Python floats."""
+"""Every merge method against its formula in plain Python floats."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from btm_scale.checkpoint.merge import runner
 from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.checkpoint.merge.noise import uniform
 from btm_scale.checkpoint.merge.plan import Unit
-from btm_scale.checkpoint.merge.registry import METHODS, Piece, Whole, find_method
+from btm_scale.checkpoint.merge.registry import METHODS, Piece, TensorPieces, find_method
 from btm_scale.checkpoint.merge.statistics import least_of_largest
 from btm_scale.errors import CheckpointError
 
@@ -41,7 +41,7 @@ def matrix(values: Sequence[float]) -> torch.Tensor:
 
 
 def piece(count: int, weights: Sequence[float], rows: slice) -> Piece:
-    """The same rows of every model."""
+    """Return the same rows of every model."""
     return Piece(
         tensors=iter([matrix(model)[rows] for model in MODELS[:count]]),
         weights=weights,
@@ -52,7 +52,7 @@ def piece(count: int, weights: Sequence[float], rows: slice) -> Piece:
 
 
 def run(name: str, weights: Sequence[float] = WEIGHTS, **parameters: float) -> Vector:
-    """A method on matrices, which must not depend on the pieces that they come in."""
+    """Run a method on matrices; the result must not depend on how they are split into pieces."""
     results = []
     for rows in (ROWS, 3, 1):
         parts = [slice(start, start + rows) for start in range(0, ROWS, rows)]
@@ -60,7 +60,7 @@ def run(name: str, weights: Sequence[float] = WEIGHTS, **parameters: float) -> V
         def pieces(parts: Sequence[slice] = parts) -> Iterator[Piece]:
             return (piece(len(weights), weights, part) for part in parts)
 
-        merge = find_method(name).prepare(Whole((ROWS, COLUMNS), pieces), parameters)
+        merge = find_method(name).prepare(TensorPieces((ROWS, COLUMNS), pieces), parameters)
         results.append(torch.cat([merge(part) for part in pieces()]).reshape(-1).tolist())
     assert results[1] == pytest.approx(results[0], rel=1e-12)
     assert results[2] == pytest.approx(results[0], rel=1e-12)
@@ -68,24 +68,24 @@ def run(name: str, weights: Sequence[float] = WEIGHTS, **parameters: float) -> V
 
 
 def elected(columns: Sequence[Sequence[float]], weights: Sequence[float]) -> Vector:
-    """The weighted mean of the entries of each column that have the sign of its weighted sum."""
+    """Return, per column, the weighted mean of the entries that have the sign of the column's weighted sum."""
     result = []
     for column in columns:
         sign = 1 if math.fsum(w * d for w, d in zip(weights, column, strict=True)) >= 0 else -1
         agreeing = [(w, d) for w, d in zip(weights, column, strict=True) if d * sign > 0]
-        share = math.fsum(w for w, _ in agreeing)
-        result.append(math.fsum(w * d for w, d in agreeing) / share if share else 0.0)
+        weight_sum = math.fsum(w for w, _ in agreeing)
+        result.append(math.fsum(w * d for w, d in agreeing) / weight_sum if weight_sum else 0.0)
     return result
 
 
-def test_linear() -> None:
+def test_linear_is_the_weighted_mean() -> None:
     expected = [
         math.fsum(w * x for w, x in zip(WEIGHTS, column, strict=True)) / 3.5 for column in zip(*MODELS, strict=True)
     ]
     assert run("linear") == pytest.approx(expected, rel=1e-14)
 
 
-def test_task_arithmetic() -> None:
+def test_task_arithmetic_adds_the_scaled_differences() -> None:
     expected = [
         b + 0.7 * math.fsum(w * d for w, d in zip(WEIGHTS, column, strict=True))
         for b, column in zip(BASE, zip(*DELTAS, strict=True), strict=True)
@@ -93,7 +93,7 @@ def test_task_arithmetic() -> None:
     assert run("task_arithmetic", scale=0.7) == pytest.approx(expected, rel=1e-13)
 
 
-def test_dare() -> None:
+def test_dare_rescales_randomly_kept_differences() -> None:
     expected = [
         BASE[e] + math.fsum(w * DELTAS[i][e] / 0.4 for i, w in enumerate(WEIGHTS) if NOISE[i][e] < 0.4)
         for e in range(ROWS * COLUMNS)
@@ -101,7 +101,7 @@ def test_dare() -> None:
     assert run("dare", density=0.4) == pytest.approx(expected, rel=1e-13)
 
 
-def test_ties() -> None:
+def test_ties_averages_the_largest_differences_of_the_elected_sign() -> None:
     trimmed = []
     for delta in DELTAS:
         kept = sorted(range(len(delta)), key=lambda e: -abs(delta[e]))[: int(0.3 * len(delta))]
@@ -111,7 +111,7 @@ def test_ties() -> None:
     assert run("ties", density=0.3, scale=1.5) == pytest.approx(expected, rel=1e-13)
 
 
-def test_della() -> None:
+def test_della_drops_small_differences_more_often() -> None:
     pruned = []
     for delta, noise in zip(DELTAS, NOISE, strict=True):
         row_pruned: Vector = []
@@ -127,7 +127,7 @@ def test_della() -> None:
     assert run("della", density=0.5, window=0.1) == pytest.approx(expected, rel=1e-13)
 
 
-def test_sce() -> None:
+def test_sce_weights_the_most_variable_elements_by_energy() -> None:
     columns = list(zip(*DELTAS, strict=True))
     variance = [math.fsum((d - math.fsum(c) / 3) ** 2 for d in c) / 3 for c in columns]
     kept = sorted(range(len(columns)), key=lambda e: -variance[e])[: len(columns) // 2]
@@ -138,8 +138,8 @@ def test_sce() -> None:
     for b, column in zip(BASE, columns, strict=True):
         sign = 1 if math.fsum(column) >= 0 else -1
         agreeing = [(s, d) for s, d in zip(shares, column, strict=True) if d * sign > 0]
-        share = math.fsum(s for s, _ in agreeing)
-        expected.append(b + (math.fsum(s * d for s, d in agreeing) / share if share else 0.0))
+        weight_sum = math.fsum(s for s, _ in agreeing)
+        expected.append(b + (math.fsum(s * d for s, d in agreeing) / weight_sum if weight_sum else 0.0))
     assert run("sce", [1, 1, 1], density=0.5) == pytest.approx(expected, rel=1e-12)
 
 
@@ -148,21 +148,21 @@ def cosine(one: Vector, other: Vector) -> float:
     return product / math.hypot(*one) / math.hypot(*other)
 
 
-def test_slerp() -> None:
+def test_slerp_interpolates_on_the_arc() -> None:
     angle = math.acos(cosine(MODELS[0], MODELS[1]))
     shares = [math.sin(w / 1.5 * angle) / math.sin(angle) for w in (0.5, 1.0)]
     expected = [shares[0] * a + shares[1] * b for a, b in zip(MODELS[0], MODELS[1], strict=True)]
     assert run("slerp", WEIGHTS[:2]) == pytest.approx(expected, rel=1e-12)
 
 
-def test_model_stock() -> None:
+def test_model_stock_interpolates_by_the_mean_cosine() -> None:
     mean_cosine = math.fsum(cosine(DELTAS[i], DELTAS[j]) for i, j in ((0, 1), (0, 2), (1, 2))) / 3
     t = 3 * mean_cosine / (1 + 2 * mean_cosine)
     expected = [t * math.fsum(c) / 3 + (1 - t) * b for b, c in zip(BASE, zip(*MODELS, strict=True), strict=True)]
     assert run("model_stock", [1, 1, 1]) == pytest.approx(expected, rel=1e-12)
 
 
-def test_widen() -> None:
+def test_widen_weights_columns_by_norm_and_direction() -> None:
     def columns(values: Vector) -> list[Vector]:
         return [values[c::COLUMNS] for c in range(COLUMNS)]
 
@@ -174,7 +174,7 @@ def test_widen() -> None:
         ranks([abs(math.hypot(*m) - math.hypot(*b)) for m, b in zip(columns(model), base, strict=True)])
         for model in MODELS
     ]
-    turns = [ranks([1 - cosine(m, b) for m, b in zip(columns(model), base, strict=True)]) for model in MODELS]
+    directions = [ranks([1 - cosine(m, b) for m, b in zip(columns(model), base, strict=True)]) for model in MODELS]
 
     def score(rank: list[Vector], i: int, c: int) -> float:
         if rank[i][c] > math.fsum(rank[i]) / COLUMNS * 1.2:
@@ -182,15 +182,15 @@ def test_widen() -> None:
         return math.exp(rank[i][c]) / math.fsum(math.exp(rank[j][c]) for j in range(3))
 
     def weight(i: int, c: int) -> float:
-        return (score(lengths, i, c) + score(turns, i, c)) / 2
+        return (score(lengths, i, c) + score(directions, i, c)) / 2
 
     expected = [b + math.fsum(DELTAS[i][e] * weight(i, e % COLUMNS) for i in range(3)) for e, b in enumerate(BASE)]
     assert run("widen", [1, 1, 1], threshold=1.2, calibration=0.9) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 500, 999, 1000])
-def test_the_largest_elements_are_found_without_sorting(count: int) -> None:
-    """Among them equal ones, zeros, and numbers so close that only the last bits of a float32 differ."""
+def test_the_top_k_threshold_equals_that_of_a_sort(count: int) -> None:
+    """With ties, zeros, and numbers that differ only in the last bits of a float32."""
     draw = torch.Generator().manual_seed(count)
     values = torch.randn(1000, generator=draw).abs()
     values[::3] = torch.tensor([0.0, 1.0, 1.0 + 2**-23])[torch.randint(0, 3, (334,), generator=draw)]
@@ -198,21 +198,21 @@ def test_the_largest_elements_are_found_without_sorting(count: int) -> None:
     def pieces() -> Iterator[Piece]:
         return (Piece(tensors=[part], weights=[1.0], zeros=part) for part in values.double().split(77))
 
-    found = least_of_largest(Whole((1000,), pieces), Piece.copies, count)
-    assert found == [float(values.sort(descending=True).values[count - 1]) if count else math.inf]
+    least = least_of_largest(TensorPieces((1000,), pieces), Piece.copies, count)
+    assert least == [float(values.sort(descending=True).values[count - 1]) if count else math.inf]
 
 
-def test_noise_is_uniform_and_belongs_to_its_place() -> None:
-    whole = uniform("key", 0, 100_000)
-    assert uniform("key", 777, 888).equal(whole[777:888])
-    assert not uniform("other", 777, 888).equal(whole[777:888])
-    assert 0 <= float(whole.min()) <= float(whole.max()) < 1
-    assert torch.histc(whole, 10, 0, 1).sub(10_000).abs().max() < 500
-    assert abs(float(torch.corrcoef(torch.stack([whole[:-1], whole[1:]]))[0, 1])) < 0.02
+def test_noise_is_uniform_and_depends_only_on_key_and_position() -> None:
+    noise = uniform("key", 0, 100_000)
+    assert uniform("key", 777, 888).equal(noise[777:888])
+    assert not uniform("other", 777, 888).equal(noise[777:888])
+    assert 0 <= float(noise.min()) <= float(noise.max()) < 1
+    assert torch.histc(noise, 10, 0, 1).sub(10_000).abs().max() < 500
+    assert abs(float(torch.corrcoef(torch.stack([noise[:-1], noise[1:]]))[0, 1])) < 0.02
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_every_method_gives_the_same_bytes_for_any_order_chunk_and_process(
+def test_every_method_gives_the_same_bytes_for_any_input_order_and_chunk_size(
     name: str, save: Save, tmp_path: Path
 ) -> None:
     base = save("base", random_weights(9))
@@ -224,9 +224,7 @@ def test_every_method_gives_the_same_bytes_for_any_order_chunk_and_process(
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_no_method_is_given_a_whole_matrix(
-    name: str, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_method_holds_a_full_matrix(name: str, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     piece, sizes = runner.UnitRunner._piece, []
 
     def recorded(self: runner.UnitRunner, part: Unit, *shape: tuple[int, ...]) -> Piece:
@@ -241,13 +239,13 @@ def test_no_method_is_given_a_whole_matrix(
 
 
 @pytest.mark.parametrize("name", ["task_arithmetic", "ties", "della", "dare", "sce", "model_stock", "widen"])
-def test_models_that_never_left_the_base_merge_to_the_base(name: str, save: Save, tmp_path: Path) -> None:
+def test_copies_of_the_base_merge_to_the_base(name: str, save: Save, tmp_path: Path) -> None:
     base = save("base", random_weights(9))
     report = merge(tmp_path / "out", [(base, 1), (base, 1)], method=name, base=base)
     assert report.content_hash == content_hash(base)
 
 
-def test_models_that_moved_by_opposite_steps_stock_to_the_base(save: Save, tmp_path: Path) -> None:
+def test_model_stock_of_opposite_differences_is_the_base(save: Save, tmp_path: Path) -> None:
     base = {name: tensor for name, tensor in random_weights(0).items() if tensor.is_floating_point()}
     models = [save(f"m{step}", {n: (t.float() + step).bfloat16() for n, t in base.items()}) for step in (-64, 64)]
     merge(
@@ -261,7 +259,7 @@ def test_models_that_moved_by_opposite_steps_stock_to_the_base(save: Save, tmp_p
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_a_model_that_broke_down_is_merged_to_no_number(name: str, save: Save, tmp_path: Path) -> None:
+def test_inf_and_nan_never_merge_to_a_finite_number(name: str, save: Save, tmp_path: Path) -> None:
     weights = random_weights(1, torch.float32)
     for value in (math.inf, -math.inf, math.nan):
         weights["model.norm.weight"][3:5] = torch.tensor([value, -value])
@@ -274,7 +272,7 @@ def test_a_model_that_broke_down_is_merged_to_no_number(name: str, save: Save, t
         assert not out.read("model.norm.weight")[3:5].isfinite().any()
 
 
-def test_parallel_tensors_are_interpolated_on_a_line(save: Save, tmp_path: Path) -> None:
+def test_slerp_interpolates_parallel_tensors_linearly(save: Save, tmp_path: Path) -> None:
     model = save("m", random_weights(1))
     report = merge(tmp_path / "out", [(model, 1), (model, 3)], method="slerp")
     assert report.content_hash == content_hash(model)
@@ -283,15 +281,20 @@ def test_parallel_tensors_are_interpolated_on_a_line(save: Save, tmp_path: Path)
 @pytest.mark.parametrize(
     ("method", "count", "settings", "message"),
     [
-        ("ties", 2, {}, "needs the model that all inputs were trained from"),
-        ("slerp", 3, {}, "exactly 2 models and 3"),
-        ("ties", 2, {"density": 0}, "both must lie above 0"),
-        ("della", 2, {"density": 0.99}, "both must lie above 0 and not above 1"),
-        ("dare", 2, {"scale": math.nan}, "needs a finite number for 'scale', not nan. Leave it out for 1.0"),
+        ("ties", 2, {}, "needs a base: the model from which all inputs were trained"),
+        ("slerp", 3, {}, "exactly 2 models, but 3"),
+        ("ties", 2, {"density": 0}, "Both must be above 0"),
+        ("della", 2, {"density": 0.99}, "Both must be above 0 and at most 1"),
+        (
+            "dare",
+            2,
+            {"scale": math.nan},
+            "'scale' of 'dare' is nan. It must be finite: leave it out",
+        ),
         ("tise", 2, {}, "no merge method is called 'tise'; did you mean 'ties'. Choose dare, "),
     ],
 )
-def test_what_a_method_cannot_do_is_told(
+def test_invalid_inputs_and_parameters_of_a_method_are_rejected(
     save: Save, tmp_path: Path, method: str, count: int, settings: dict[str, float], message: str
 ) -> None:
     models = [(save(f"m{i}", random_weights(i)), 1.0) for i in range(count)]
@@ -299,7 +302,7 @@ def test_what_a_method_cannot_do_is_told(
         merge(tmp_path / "out", models, method=method, parameters=settings)
 
 
-def test_weights_are_refused_where_a_method_finds_its_own(save: Save, tmp_path: Path) -> None:
+def test_weights_are_rejected_for_a_method_that_computes_its_own(save: Save, tmp_path: Path) -> None:
     models = [(save(f"m{i}", random_weights(i)), float(i + 1)) for i in range(2)]
-    with pytest.raises(CheckpointError, match="finds its weights itself"):
+    with pytest.raises(CheckpointError, match="computes its own weights"):
         merge(tmp_path / "out", models, method="sce", base=models[0][0])

@@ -1,4 +1,4 @@
-"""torch_dist checkpoints, to and from Megatron-core itself at tensor 1 and 2."""
+"""torch_dist checkpoints to and from Megatron-core itself, at tensor parallel degrees 1 and 2."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def megatron(root: Path, verb: str, folders: dict[int, dict[str, str]], seed: int) -> None:
-    """Let Megatron-core save or load a folder for every tensor degree and shape, and leave its weights beside it."""
+    """Save or load a folder per tensor degree and shape with Megatron-core, and save its weights beside it."""
     spec: dict[int, list[dict[str, Any]]] = {}
     for tensor, names in folders.items():
         spec[tensor] = []
@@ -44,7 +44,7 @@ def megatron(root: Path, verb: str, folders: dict[int, dict[str, str]], seed: in
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`NAME-saved-T` by Megatron-core at tensor T, `NAME-merged-T` read from it, `NAME-written` by us."""
+    """`NAME-saved-T` by Megatron-core at tensor T, `NAME-merged-T` read from it, `NAME-written` by btm-scale."""
     root = tmp_path_factory.mktemp("torch_dist")
     degrees = (1, 2)
     saved = {tensor: {name: f"{name}-saved-{tensor}" for name in SHAPES} for tensor in degrees}
@@ -63,23 +63,23 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("name", SHAPES)
-def test_what_megatron_saved_is_read_bit_for_bit(root: Path, name: str, tensor: int) -> None:
+def test_checkpoints_saved_by_megatron_are_read_bit_for_bit(root: Path, name: str, tensor: int) -> None:
     shape = ModelShape(**SHAPES[name])
     parts = [load_file(root / f"{name}-saved-{tensor}-save-{tensor}-{rank}.safetensors") for rank in range(tensor)]
-    seen = 0
+    compared = 0
     with open_model(root / f"{name}-merged-{tensor}") as model:
         for entry in table(shape):
-            whole = join(entry, [part[entry.megatron] for part in parts])
-            for tensor_name, expected in to_huggingface(entry, whole, shape).items():
+            joined = join(entry, [part[entry.megatron] for part in parts])
+            for tensor_name, expected in to_huggingface(entry, joined, shape).items():
                 assert model.read(tensor_name).equal(expected), tensor_name
-                seen += 1
-        assert seen == len(model.names)
+                compared += 1
+        assert compared == len(model.names)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("name", SHAPES)
-def test_what_we_write_megatron_loads_bit_for_bit(root: Path, name: str, tensor: int) -> None:
+def test_megatron_loads_written_checkpoints_bit_for_bit(root: Path, name: str, tensor: int) -> None:
     shape = ModelShape(**SHAPES[name])
     rows = -(-shape.vocabulary // tensor) * tensor
     with open_model(root / f"{name}-merged-1") as model:
@@ -91,7 +91,7 @@ def test_what_we_write_megatron_loads_bit_for_bit(root: Path, name: str, tensor:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_several_chunks_merges_with_one_of_few(root: Path, tmp_path: Path) -> None:
+def test_checkpoints_with_different_chunking_merge(root: Path, tmp_path: Path) -> None:
     config = (root / "untied-saved-2/config.json").read_text()
     (root / "untied-written/config.json").write_text(config)
     assert merge(tmp_path / "out", [(root / "untied-written", 1.0)]).content_hash == content_hash(
@@ -103,10 +103,10 @@ def test_a_checkpoint_of_several_chunks_merges_with_one_of_few(root: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_a_torn_data_file_is_told(root: Path) -> None:
+def test_a_truncated_data_file_raises(root: Path) -> None:
     file = next((root / "gpt2-saved-2").glob("*.distcp"))
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match="Copy it again"):
         open_model(root / "gpt2-saved-2")
-    file.write_bytes(whole)
+    file.write_bytes(content)

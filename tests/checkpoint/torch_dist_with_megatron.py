@@ -1,7 +1,7 @@
-"""Saves or loads torch_dist checkpoints with Megatron-core: `python torch_dist_with_megatron.py SPEC.json`.
+"""Save or load torch_dist checkpoints with Megatron-core: `python torch_dist_with_megatron.py SPEC.json`.
 
-The spec has, by tensor degree, a list of `save` and `load` jobs with a folder and a model shape; after each, every
-rank leaves its own weights in `OUT-RANK.safetensors`.
+The spec has, by tensor degree, a list of `save` and `load` jobs with a folder and a model shape; after each job every
+rank saves its weights to `OUT-RANK.safetensors`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Text as it is told while tokens arrive."""
+"""Text that is emitted while tokens arrive."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def _utf8(ids: list[int]) -> str:
     return bytes(ids).decode(errors="replace")
 
 
-def test_a_character_of_several_tokens_is_told_when_it_is_whole() -> None:
+def test_a_character_of_several_tokens_is_emitted_when_complete() -> None:
     transcript = Transcript(_utf8, b"caf")
     pieces = [transcript.add(byte) for byte in "é = ☕!".encode()]
     assert "".join(pieces) == "é = ☕!"
@@ -19,10 +19,10 @@ def test_a_character_of_several_tokens_is_told_when_it_is_whole() -> None:
     assert cut_off.add("é".encode()[0]) + cut_off.finish() == "\ufffd"
 
 
-def test_nothing_of_a_stop_string_is_told_though_it_comes_in_parts() -> None:
+def test_no_part_of_a_stop_string_is_emitted() -> None:
     transcript = Transcript(_utf8, b"Q", stop=["\n\n", "Q:"])
-    told = [transcript.add(byte) for byte in b"one\ntwo\n\nthree"]
-    assert "".join(told) == transcript.text == "one\ntwo"
+    emitted = [transcript.add(byte) for byte in b"one\ntwo\n\nthree"]
+    assert "".join(emitted) == transcript.text == "one\ntwo"
     assert transcript.stopped
     open_end = Transcript(_utf8, b"Q", stop=["Q:"])
     assert "".join([open_end.add(byte) for byte in b"one Q"]) == "one "

@@ -104,10 +104,10 @@ def test_the_harness_evaluates_an_ensemble_on_local_tasks(handmade: tuple[RunCon
 @pytest.mark.parametrize(
     ("arguments", "message"), [("run=/nowhere", "is not a run folder"), ("method=blend", "no method is called 'blend'")]
 )
-def test_a_users_mistake_exits_with_2(
+def test_user_errors_exit_with_2(
     arguments: str, message: str, handmade: tuple[RunConfig, RunDir], tmp_path: Path
 ) -> None:
-    given = arguments if "run=" in arguments else f"run={handmade[1].root},{arguments}"
+    model_args = arguments if "run=" in arguments else f"run={handmade[1].root},{arguments}"
     (tmp_path / "data.jsonl").write_text(json.dumps(DOCUMENTS[0]) + "\n")
     source = {
         "dataset_path": "json",
@@ -121,7 +121,7 @@ def test_a_users_mistake_exits_with_2(
         "--model",
         "btm-scale",
         "--model_args",
-        given,
+        model_args,
         "--tasks",
         "btm_choice",
         "--include_path",

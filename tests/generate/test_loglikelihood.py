@@ -27,30 +27,30 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode["posterior"])
-def test_continuations_and_windows_are_as_likely_as_the_mixture_says(
+def test_continuations_and_windows_have_the_mixtures_log_probability(
     mode: dict[str, Any], experts: dict[str, Path]
 ) -> None:
     oracle = Oracle(experts)
     settings = {"log_prior": PRIOR, "mode": mode["posterior"], "tempering": mode.get("tempering")}
     pairs = [([0, 1, 2], [3, 4]), ([0], [1]), ([0, 4, 4, 4, 1, 1], [2, 2, 3])]
-    # One that is the mixture's own choice all along.
+    # The greedy continuation of the mixture.
     best: list[int] = []
     for _ in range(3):
         best.append(int(np.argmax(oracle.mixture_after([0, 3, *best], **settings))))
     pairs.append(([0, 3], best))
     generator = Generator(experts, Letters(), log_prior=PRIOR, method="mixture", **mode)
-    found = score_continuations(generator, pairs)
+    scores = score_continuations(generator, pairs)
     windows = score_windows(generator, [([*context, *text], len(text)) for context, text in pairs])
-    for (context, text), (nats, is_greedy), window in zip(pairs, found, windows, strict=True):
+    for (context, text), (nats, is_greedy), window in zip(pairs, scores, windows, strict=True):
         steps = [oracle.mixture_after([*context, *text[:place]], **settings) for place in range(len(text))]
-        wanted = sum(step[token] for step, token in zip(steps, text, strict=True))
-        assert nats == pytest.approx(wanted, abs=1e-4)
-        assert window == pytest.approx(wanted, abs=1e-4)
+        expected = sum(step[token] for step, token in zip(steps, text, strict=True))
+        assert nats == pytest.approx(expected, abs=1e-4)
+        assert window == pytest.approx(expected, abs=1e-4)
         assert is_greedy == all(np.argmax(step) == token for step, token in zip(steps, text, strict=True))
-    assert found[-1][1]
+    assert scores[-1][1]
 
 
-def test_a_long_context_loses_its_beginning_and_a_long_continuation_is_refused(
+def test_a_long_context_is_truncated_from_the_left_and_a_long_continuation_is_rejected(
     experts: dict[str, Path],
 ) -> None:
     generator = Generator(experts, Letters(), method="mixture")
@@ -62,7 +62,7 @@ def test_a_long_context_loses_its_beginning_and_a_long_continuation_is_refused(
         score_continuations(generator, [([0], [1] * (POSITIONS + 1))])
 
 
-def test_methods_go_by_their_names_in_the_results(handmade: tuple[RunConfig, RunDir]) -> None:
+def test_methods_have_their_names_in_results_json(handmade: tuple[RunConfig, RunDir]) -> None:
     config, run = handmade
     assert generator_of_method(config, run, "expert:python").names == ["python"]
     assert generator_of_method(config, run, "seed").names == ["seed"]

@@ -1,4 +1,4 @@
-"""A run of three small experts, each a group of two ranks: for tests of what starts groups."""
+"""A run of three small experts in groups of two ranks, for tests of launchers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ EXPERTS = ("python", "licences", "docs")
 
 
 def cluster_values(text: Path, *, steps: int, experts: tuple[str, ...] = EXPERTS, **changes: Any) -> dict[str, Any]:
-    """`steps` steps for the seed, and as many for each expert, in groups of two data ranks."""
+    """Return a config with `steps` steps for the seed and for each expert, in groups of two data ranks."""
     batch = 128 * len(experts)
     return tiny_values(
         text,

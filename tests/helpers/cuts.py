@@ -1,4 +1,4 @@
-"""The two cuts of a matrix: what `make test` runs of it, and what only `make test-full` runs."""
+"""Split a test matrix: cases that `make test` runs, and cases that only `make test-full` runs."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ Settings = Mapping[str, Any]
 
 
 def full(*values: Any, id: str | None = None) -> Any:
-    """A case that only `make test-full` runs."""
+    """Return a case that only `make test-full` runs."""
     return pytest.param(*values, id=id, marks=pytest.mark.full)
 
 
 def cut(cases: Iterable[Case], quick: Callable[[Case], bool], name: Callable[[Case], str] = str) -> list[Any]:
-    """One parameter per case. `make test` runs the cases that `quick` chooses, `make test-full` the others."""
+    """Return one parameter per case. `make test` runs the cases that `quick` selects, `make test-full` the others."""
     return [pytest.param(case, id=name(case)) if quick(case) else full(case, id=name(case)) for case in cases]
 
 
 def all_pairs(cases: Sequence[Settings]) -> list[Settings]:
-    """Return a few of the cases, in which every two values that any case combines are still combined."""
+    """Return a few of the cases that together cover every pair of values in `cases`."""
     pairs = [set(itertools.combinations(case.items(), 2)) for case in cases]
-    missing, chosen = set().union(*pairs), []
+    missing, selected = set().union(*pairs), []
     while missing:
         best = max(range(len(cases)), key=lambda i: len(pairs[i] & missing))
         missing -= pairs[best]
-        chosen.append(cases[best])
-    return chosen
+        selected.append(cases[best])
+    return selected

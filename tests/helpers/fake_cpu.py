@@ -1,4 +1,4 @@
-"""A CPU with, or without, fp16 instructions, as DeepSpeed sees it in every child process."""
+"""Simulate a CPU with or without fp16 instructions for DeepSpeed in child processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def fake_fp16(monkeypatch: pytest.MonkeyPatch, folder: Path, *, is_supported: bool) -> None:
-    """Let children find a CPU that can, or cannot, compute in fp16."""
+    """Make child processes detect a CPU with or without fp16 support."""
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(
         f"import torch\n\n\ndef answer():\n    return {is_supported}\n\n\n"

@@ -1,4 +1,4 @@
-"""A run whose models were trained by a loop of a few lines, with no engine and no launcher: real text, real files."""
+"""A run with real text and files, whose models are trained by a short loop without engine or launcher."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _BATCH = 8
 
 
 def handmade_run(text: Path, folder: Path) -> tuple[RunConfig, RunDir]:
-    """A seed and four experts that branched from it, scored on the dev text of every domain."""
+    """Return a run of a seed and four experts branched from it, scored on the dev text of every domain."""
     values = tiny_values(
         text,
         domains={name: {"text": f"{name}.jsonl"} for name in DOMAINS},
@@ -50,11 +50,11 @@ def handmade_run(text: Path, folder: Path) -> tuple[RunConfig, RunDir]:
 
 
 def _score(config: RunConfig, run: RunDir, name: str) -> None:
-    decoder, hashed = Decoder.load(run.model(name)), read_expert(run.model(name)).content_hash
+    decoder, model_hash = Decoder.load(run.model(name)), read_expert(run.model(name)).content_hash
     for domain in DOMAINS:
         dev = evaluation_text(config, run, domain, "dev")
         log_probs = block_log_probs(decoder, dev.tokens, dev.block_starts)
-        Scores(log_probs, dev.block_starts, hashed, dev.fingerprint).save(run.scores(name, domain, "dev"))
+        Scores(log_probs, dev.block_starts, model_hash, dev.fingerprint).save(run.scores(name, domain, "dev"))
 
 
 def train(
@@ -67,7 +67,7 @@ def train(
     steps: int,
     random_seed: int = 0,
 ) -> None:
-    """Train a model of the run on domains mixed evenly, and make an expert of it."""
+    """Train a model of the run on an even mixture of domains, and publish it as an expert."""
     torch.manual_seed(random_seed)
     model = _network(config, run, parent)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3 if parent is None else 2e-3)
@@ -95,12 +95,14 @@ def _windows(config: RunConfig, run: RunDir, domains: Sequence[str], random_seed
     texts = []
     for domain in domains:
         documents = IndexedDataset(str(run.tokens(domain, "train")))
-        texts.append(np.concatenate([documents[place] for place in range(len(documents))]).astype(np.int64))
+        texts.append(np.concatenate([documents[i] for i in range(len(documents))]).astype(np.int64))
     length = config.budget.sequence_length
     while True:
-        chosen = [texts[random.integers(len(texts))] for _ in range(_BATCH)]
-        begins = [random.integers(len(text) - length) for text in chosen]
-        yield torch.tensor(np.stack([text[begin : begin + length] for text, begin in zip(chosen, begins, strict=True)]))
+        sampled = [texts[random.integers(len(texts))] for _ in range(_BATCH)]
+        starts = [random.integers(len(text) - length) for text in sampled]
+        yield torch.tensor(
+            np.stack([text[start : start + length] for text, start in zip(sampled, starts, strict=True)])
+        )
 
 
 def _publish(run: RunDir, name: str, domains: Sequence[str], parent: str | None, model: Any) -> None:

@@ -1,4 +1,4 @@
-"""The formulas once more, in float64 and all at once: what every implementation is held to."""
+"""The kernels' formulas in float64, as the reference for every implementation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def exact_token_logprobs(hidden: Tensor, heads: list[Tensor], targets: Tensor, soft_cap: float = 0.0) -> Tensor:
-    """float64 [experts, tokens] by one product over the whole vocabulary."""
+    """Return float64 [experts, tokens], from one product over the full vocabulary."""
     rows = []
     for states, head in zip(hidden, heads, strict=True):
         logits = states.double() @ head.double().T
@@ -21,7 +21,7 @@ def exact_token_logprobs(hidden: Tensor, heads: list[Tensor], targets: Tensor, s
 
 
 def exact_mixture(logits: Tensor, log_weights: Tensor) -> Tensor:
-    """float64 [batch, vocab]; an expert of zero weight or without a possible token adds nothing."""
+    """Return float64 [batch, vocab]; an expert of zero weight or without a possible token adds nothing."""
     weights = log_weights.double().softmax(1).nan_to_num(0.0)
     probabilities = logits.double().softmax(2).nan_to_num(0.0)
     return torch.einsum("be,ebv->bv", weights, probabilities).log()
@@ -30,7 +30,7 @@ def exact_mixture(logits: Tensor, log_weights: Tensor) -> Tensor:
 def scoring_case(
     experts: int, tokens: int, hidden: int, vocab: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Hidden states, heads and targets whose logits have the spread of a trained model's."""
+    """Return hidden states, heads and targets whose logits have a standard deviation like a trained model's."""
     generator = torch.Generator().manual_seed(experts * 1009 + tokens * 31 + vocab)
     states = torch.randn(experts, tokens, hidden, generator=generator).to(dtype)
     heads = [(torch.randn(vocab, hidden, generator=generator) * 3 / hidden**0.5).to(dtype) for _ in range(experts)]
@@ -38,7 +38,7 @@ def scoring_case(
 
 
 def mixing_case(experts: int, batch: int, vocab: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Logits and log weights; one logit in a hundred is -inf."""
+    """Return logits, one in a hundred of which is -inf, and log weights."""
     generator = torch.Generator().manual_seed(experts * 1009 + batch * 31 + vocab)
     logits = (torch.randn(experts, batch, vocab, generator=generator) * 3).to(dtype)
     logits[torch.rand(logits.shape, generator=generator) < 0.01] = -float("inf")
@@ -46,7 +46,7 @@ def mixing_case(experts: int, batch: int, vocab: int, dtype: torch.dtype = torch
 
 
 def sparse_tensor(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor whose elements lie gigabytes apart in memory that is promised and never used."""
+    """Return a tensor whose elements are gigabytes apart, in memory that is reserved but never touched."""
     elements = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     no_reserve = 0x4000  # MAP_NORESERVE
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve

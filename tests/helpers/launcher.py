@@ -1,4 +1,4 @@
-"""A script in ranks that the real `deepspeed` launcher starts."""
+"""Run a script in ranks started by the real `deepspeed` launcher."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TESTS = Path(__file__).parents[1]
 
 
 def launched(script: Path, ranks: int, spec: Any, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run `script SPEC.json` in so many ranks on CPU, as local groups are started; fails with the end of the log."""
+    """Run `script SPEC.json` in `ranks` CPU ranks, like local groups; fail with the end of the log."""
     file = folder / f"{script.stem}-{ranks}.json"
     file.write_text(json.dumps(spec))
     port = free_port()
@@ -35,10 +35,10 @@ def launched(script: Path, ranks: int, spec: Any, folder: Path) -> subprocess.Co
         str(script),
         str(file),
     ]
-    surroundings = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    surroundings["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS / "train"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS / "train"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=surroundings, timeout=900
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, timeout=900
     )
     assert done.returncode == 0, done.stdout[-5000:]
     return done

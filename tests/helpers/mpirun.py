@@ -1,4 +1,4 @@
-"""The `mpirun` that tests start ranks with."""
+"""The `mpirun` with which tests start ranks."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-# Root may start ranks, as in a container: Open MPI wants that said twice.
+# Open MPI needs both to let root start ranks, as in a container.
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 
 def mpirun() -> str:
-    """Return the path of mpirun, beside this Python or on the PATH; skip the test where there is none, or no mpi4py."""
-    found = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if found is None or importlib.util.find_spec("mpi4py") is None:
+    """Return the path of mpirun, beside this Python or on the PATH; skip the test if it or mpi4py is missing."""
+    program = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if program is None or importlib.util.find_spec("mpi4py") is None:
         pytest.skip("needs mpirun and mpi4py, for example from `pip install mpich mpi4py`")
-    return found
+    return program

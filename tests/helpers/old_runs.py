@@ -1,13 +1,13 @@
-"""Run folders that version 0.1.0 made: one is finished, one was killed in the middle of its second expert.
+"""Run folders of version 0.1.0: one complete, one killed while it trained its second expert.
 
-`tests/run/old_runs.tar.xz` holds them. Its members:
+They are in `tests/run/old_runs.tar.xz`. Its members:
 
     text/                the text of two domains and a novel one
-    finished/            `btm-scale run`, to the page
+    finished/            a complete `btm-scale run`
     killed/              the same run, killed with SIGKILL while it trained its second expert
-    resumed/metrics/     metrics.jsonl of the killed run's models after version 0.1.0 had resumed it
+    resumed/metrics/     metrics.jsonl of the killed run's models after version 0.1.0 resumed it
 
-To make it again, with version 0.1.0 installed in a virtual environment OLD:
+To create it again, with version 0.1.0 installed in a virtual environment OLD:
 
     python tests/helpers/old_runs.py OLD/bin/btm-scale tests/run/old_runs.tar.xz
 """
@@ -31,10 +31,10 @@ import yaml
 
 ARCHIVE = Path(__file__).parents[1] / "run" / "old_runs.tar.xz"
 DOMAINS, NOVEL = ("arithmetic", "poems"), "lists"
-# Where the archive's runs looked for their text; `unpack` replaces it.
+# The text folder in the archived configs; `unpack` replaces it.
 _OLD_ROOT = "/nowhere/text"
 
-# Keys as version 0.1.0 named them, each of those that are called otherwise since.
+# Keys of version 0.1.0, including every key that has been renamed since.
 VALUES: dict[str, Any] = {
     "name": "old",
     "random_seed": 5,
@@ -55,7 +55,7 @@ VALUES: dict[str, Any] = {
 
 
 def unpack(folder: Path) -> Path:
-    """Unpack the archive, and let its runs find their text there; returns `folder`."""
+    """Unpack the archive, point its runs to their text, and return `folder`."""
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(folder, filter="data")
     for name in ("finished", "killed"):
@@ -65,13 +65,13 @@ def unpack(folder: Path) -> Path:
 
 
 def losses(metrics: Path) -> dict[int, float]:
-    """The loss of every step in a metrics.jsonl."""
+    """Return the loss of every step in a metrics.jsonl."""
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     return {row["step"]: row["loss"] for row in rows}
 
 
 def main(old: str, archive: str) -> None:
-    """Make the archive with the command `btm-scale` of version 0.1.0."""
+    """Create the archive with the command `btm-scale` of version 0.1.0."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         _write_text(folder / "text")
@@ -82,15 +82,15 @@ def main(old: str, archive: str) -> None:
         shutil.copytree(folder / "killed", folder / "again")
         subprocess.run([*command, str(folder / "again")], check=True)
         for metrics in sorted((folder / "again" / "train").glob("*/metrics.jsonl")):
-            kept = folder / "resumed" / "metrics" / f"{metrics.parent.name}.jsonl"
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(metrics, kept)
+            copy = folder / "resumed" / "metrics" / f"{metrics.parent.name}.jsonl"
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(metrics, copy)
         for name in ("finished", "killed"):
             config = folder / name / "run.yaml"
             config.write_text(config.read_text().replace(str(folder / "text"), _OLD_ROOT))
-        with tarfile.open(archive, "w:xz", preset=9) as made:
+        with tarfile.open(archive, "w:xz", preset=9) as output:
             for name in ("text", "finished", "killed", "resumed"):
-                made.add(folder / name, arcname=name, filter=_portable)
+                output.add(folder / name, arcname=name, filter=_portable)
 
 
 def _kill_in_second_expert(command: list[str], run: Path) -> None:
@@ -114,7 +114,7 @@ def _descendants(pid: int) -> list[int]:
 
 
 def _portable(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    # Logs name the machine, and the index cache goes by absolute paths.
+    # Logs contain the host name, and the index cache absolute paths.
     if "/.index" in member.name or "/log" in member.name or member.name.endswith((".partial", ".lock")):
         return None
     member.uid = member.gid = 0
@@ -124,7 +124,7 @@ def _portable(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
 
 
 def _write_text(folder: Path) -> None:
-    """Sixty short documents for each domain, every one different, with modification times in whole seconds."""
+    """Write 60 distinct short documents per domain, with a fixed modification time."""
     folder.mkdir()
     draw = random.Random(11)
     words = ("river", "stone", "light", "winter", "song", "evening", "bird", "field", "snow", "road", "wind", "star")

@@ -1,4 +1,4 @@
-"""A disk that loses what was not synced: which files would be complete after a power cut."""
+"""A disk that loses everything not fsynced: which files would be complete after a power cut."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import pytest
 
 
 class Disk:
-    """Follows the syncs and renames of this process below `root`, whose present content is taken as durable.
+    """Tracks this process's fsyncs and renames below `root`, whose current content counts as durable.
 
-    It is stricter than most file systems: a file's bytes are durable once the file is synced, and a name once the
-    folder that holds it is. Names that begin with a dot are temporary.
+    Stricter than most file systems: a file's bytes are durable once the file is fsynced, and its name once its folder
+    is. Names that begin with a dot are temporary.
     """
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.root = root
         self.syncs = 0
-        self.torn: list[str] = []  # what was given a final name before it was durable
+        self.torn: list[str] = []  # renamed to a final name before it was durable
         self._bytes: dict[int, bytes] = {}
         self._names: dict[int, dict[str, int]] = {}
         self._open: list[int] = []
@@ -35,16 +35,16 @@ class Disk:
             monkeypatch.setattr(os, name, self._checked(getattr(os, name)))
 
     def written(self) -> dict[str, bytes]:
-        """Every file with a final name, by its path below the root."""
+        """Return the content of every file with a final name, by its path below the root."""
         files = (path for path in self.root.rglob("*") if path.is_file() and not self._is_temporary(path))
         return {str(path.relative_to(self.root)): path.read_bytes() for path in files}
 
     def durable(self) -> dict[str, bytes]:
-        """What `written` would be after a power cut."""
+        """Return what `written` would return after a power cut."""
         return dict(self._survivors(self.root.stat().st_ino, ""))
 
     def close(self) -> None:
-        """Close what was kept open."""
+        """Close the files that are kept open."""
         for descriptor in self._open:
             os.close(descriptor)
 
@@ -53,7 +53,7 @@ class Disk:
         self._keep(os.dup(descriptor))
 
     def _keep(self, descriptor: int) -> None:
-        # It stays open, so that no other file is given its inode.
+        # Kept open, so that its inode is not reused.
         status = os.fstat(descriptor)
         with self._lock:
             self._open.append(descriptor)
@@ -82,7 +82,7 @@ class Disk:
         return checked
 
     def is_durable(self, path: Path) -> bool:
-        """Whether a file's bytes, or a folder's names, are synced as they are now."""
+        """Whether a file's current bytes, or a folder's current names, are fsynced."""
         inode = path.stat().st_ino
         if path.is_dir():
             return set(self._names.get(inode, {})) == {child.name for child in path.iterdir()}

@@ -1,4 +1,4 @@
-"""Folders that are made once for all processes of a test session."""
+"""Folders that are created once per test session, across processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 
 def shared_folder(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that `make` fills, once in a session however many processes pytest runs in."""
+    """Return a folder that `make` fills, once per session for any number of pytest processes."""
     root = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent

@@ -1,4 +1,4 @@
-"""A real SLURM cluster of virtual nodes on this machine: munged, slurmctld and one slurmd a node, all on loopback."""
+"""A real SLURM cluster of virtual nodes on this machine: munged, slurmctld and one slurmd per node, on loopback."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sque
 
 
 class SlurmCluster:
-    """Four nodes, n1 to n4, of one task each. `environment` makes SLURM's commands speak to this cluster."""
+    """Four nodes, n1 to n4, with one task each. SLURM commands with `environment` use this cluster."""
 
     nodes = ("n1", "n2", "n3", "n4")
 
@@ -28,7 +28,7 @@ class SlurmCluster:
         missing = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
         if missing:
             pytest.skip(f"needs {', '.join(missing)}: apt-get install slurm-wlm munge")
-        # Short, because the path of munge's socket may have 107 bytes.
+        # Short: the path of munge's socket is limited to 107 bytes.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
         self.folder.chmod(0o755)
         self.environment = os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": _path()}
@@ -66,20 +66,20 @@ class SlurmCluster:
         self._start("slurmd", "-D", "-N", node)
 
     def kill_node(self, node: str) -> None:
-        """End a node as a power cut does: its slurmd and all that ran on it, without a last word."""
+        """Kill a node like a power cut: its slurmd and all of its tasks."""
         slurmd = self._daemons.pop(f"slurmd -D -N {node}")
         slurmd.kill()
         self._kill_tasks(node)
         slurmd.wait()
 
     def freeze_tasks(self) -> None:
-        """Hold still what runs on the nodes: a moment that a test looks at does not pass while it looks."""
+        """Suspend all tasks on the nodes, so that their state does not change while a test checks it."""
         for task in self._tasks(*self.nodes):
             with contextlib.suppress(psutil.Error):
                 task.suspend()
 
     def thaw_tasks(self) -> None:
-        """Let it run on."""
+        """Resume suspended tasks."""
         for task in self._tasks(*self.nodes):
             with contextlib.suppress(psutil.Error):
                 task.resume()
@@ -92,17 +92,17 @@ class SlurmCluster:
                     victim.kill()
 
     def _tasks(self, *nodes: str) -> list[psutil.Process]:
-        found = []
+        tasks = []
         for process in psutil.process_iter(["pid"]):
             with contextlib.suppress(psutil.Error):
-                own = process.environ()
-                is_task = own.get("SLURM_CONF") == self.environment["SLURM_CONF"]
-                if is_task and own.get("SLURMD_NODENAME") in nodes:
-                    found.append(process)
-        return found
+                environment = process.environ()
+                is_task = environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]
+                if is_task and environment.get("SLURMD_NODENAME") in nodes:
+                    tasks.append(process)
+        return tasks
 
     def stop(self) -> None:
-        """End all jobs and daemons."""
+        """Stop all jobs and daemons."""
         if "slurmctld -D" in self._daemons:
             self.run("scancel", "--user", getpass.getuser(), "--full", "--signal=KILL")
             self.run("scancel", "--user", getpass.getuser())
@@ -114,7 +114,7 @@ class SlurmCluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        self._kill_tasks(*self.nodes)  # what was being cancelled when its slurmd ended
+        self._kill_tasks(*self.nodes)  # tasks that were being cancelled when their slurmd exited
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def run(self, *command: object, timeout: float = 60) -> subprocess.CompletedProcess[str]:
@@ -129,17 +129,17 @@ class SlurmCluster:
         )
 
     def queue(self) -> dict[str, str]:
-        """State of every job that is not over, by its id (`12_3` for a task of an array)."""
+        """Return the state of every unfinished job by id (`12_3` for a task of an array)."""
         lines = self.run("squeue", "-h", "-r", "-o", "%i %T").stdout.splitlines()
         return dict(line.split() for line in lines)
 
-    def wait_for(self, moment: object, seconds: float = 60) -> None:
-        """Wait until `moment()` holds."""
+    def wait_for(self, condition: object, seconds: float = 60) -> None:
+        """Wait until `condition()` is true."""
         deadline = time.monotonic() + seconds
-        while not moment():  # type: ignore[operator]
+        while not condition():  # type: ignore[operator]
             if time.monotonic() > deadline:
                 logs = "\n".join(f"{path}:\n{path.read_text()[-2000:]}" for path in self.folder.glob("*.log"))
-                raise AssertionError(f"it took more than {seconds} s; {self.queue()}\n{logs}")
+                raise AssertionError(f"not reached in {seconds} s; {self.queue()}\n{logs}")
             time.sleep(0.1)
 
     def _start(self, *command: str) -> None:
@@ -192,12 +192,12 @@ def _path() -> str:
 
 
 def _free_ports(number: int) -> list[int]:
-    """Ports below those of outgoing connections, one of which could take a port before its daemon does."""
-    found: list[int] = []
+    """Return free ports below the ephemeral range, so that no outgoing connection takes one first."""
+    ports: list[int] = []
     candidates = iter(random.SystemRandom().sample(range(15_000, 32_000), 1000))
-    while len(found) < number:
+    while len(ports) < number:
         with socket.socket() as probe, contextlib.suppress(OSError):
             port = next(candidates)
             probe.bind(("", port))
-            found.append(port)
-    return found
+            ports.append(port)
+    return ports

@@ -1,4 +1,4 @@
-"""Random weights, small and awkward."""
+"""Small random weights of awkward shapes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 Weights = Mapping[str, torch.Tensor]
 Save = Callable[..., Path]
 
-# What a layout may have trouble with: a vocabulary that no tensor degree divides, and fewer KV heads than heads.
+# Hard for a layout: a vocabulary that no tensor parallel degree divides, and fewer KV heads than heads.
 TINY_SHAPE = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 48, "positions": 16, "vocabulary": 65}
-# The same in the words of a Hugging Face config.
+# Similar sizes, in the keys of a Hugging Face config.
 HUGGINGFACE_SIZES = {
     "hidden_size": 32,
     "intermediate_size": 40,
@@ -25,7 +25,7 @@ WEIGHTS = [0.3, 1.0, 0.7, 2.0]  # of the four `models`
 
 
 def random_weights(seed: int, dtype: torch.dtype = torch.bfloat16, hidden: int = 16) -> dict[str, torch.Tensor]:
-    """A few tensors of different ranks, one of them no float, with a number of elements never round."""
+    """Return a few tensors of different ranks and odd sizes, one of them boolean."""
     draw = torch.Generator().manual_seed(seed)
     shapes = {
         "model.embed_tokens.weight": (37, hidden),

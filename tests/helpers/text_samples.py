@@ -1,4 +1,4 @@
-"""Real text that every Python has."""
+"""Real text that comes with every Python."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROSE = {"text": "prose.jsonl"}
 
 
 def python_texts(count: int, longest: int = 3_000) -> list[str]:
-    """Parts of the standard library's modules, each different from the others."""
+    """Return distinct parts of the standard library's modules."""
     library = Path(sysconfig.get_paths()["stdlib"])
     texts: list[str] = []
     for path in sorted(library.glob("*.py")):
@@ -29,7 +29,7 @@ def python_texts(count: int, longest: int = 3_000) -> list[str]:
 
 
 def prose_texts(count: int) -> list[str]:
-    """Sections of Python's reference."""
+    """Return paragraphs of Python's reference."""
     from pydoc_data.topics import topics
 
     paragraphs = [part for name in sorted(topics) for part in topics[name].split("\n\n") if len(part) > 150]
@@ -37,7 +37,7 @@ def prose_texts(count: int) -> list[str]:
 
 
 def write_jsonl(path: Path, texts: Iterable[str], **fields: Callable[[int], Any]) -> Path:
-    """One object a line, with `text` and what `fields` make of the line's number."""
+    """Write one object per line, with `text` and the `fields`, which are functions of the line number."""
     rows = [{"text": text} | {name: make(i) for name, make in fields.items()} for i, text in enumerate(texts)]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path

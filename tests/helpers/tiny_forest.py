@@ -1,4 +1,4 @@
-"""Experts of a handful of tokens, small enough for every text to be enumerated."""
+"""Experts with a vocabulary of five tokens, small enough to enumerate every text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ POSITIONS = 24
 
 
 class Letters(Tokenizer):
-    """One token a letter."""
+    """One token per letter."""
 
     digest = "letters"
     vocab_size = len(LETTERS)
@@ -32,7 +32,7 @@ class Letters(Tokenizer):
 
 
 def write_experts(folder: Path, count: int = 2, family: str = "llama") -> dict[str, Path]:
-    """Models of random weights, large enough that each has opinions of its own; `unlike`: of several families."""
+    """Write random models whose weights are large enough for distinct predictions; `unlike` mixes families."""
     experts = {}
     for number in range(count):
         torch.manual_seed(number)
@@ -66,34 +66,34 @@ def _model(family: str) -> Any:
 
 
 class Oracle:
-    """The same experts in float64, every text from its beginning, with no cache: what must come out."""
+    """The expected results: the same experts in float64, without a cache."""
 
     def __init__(self, experts: dict[str, Path]) -> None:
         self._models = [AutoModelForCausalLM.from_pretrained(path).double().eval() for path in experts.values()]
 
     @torch.no_grad()
     def log_probs(self, ids: Sequence[int]) -> np.ndarray:
-        """[experts, tokens, vocabulary] nats of what follows each token."""
+        """Return the log-probabilities of each next token in nats: [experts, tokens, vocabulary]."""
         inputs = torch.tensor([list(ids)])
         return np.stack([model(inputs).logits[0].log_softmax(-1).numpy() for model in self._models])
 
     def mixture_after(self, ids: Sequence[int], **settings: Any) -> np.ndarray:
-        """[vocabulary] nats of the mixture's next token after a text."""
+        """Return the mixture's log-probabilities of the next token after a text in nats: [vocabulary]."""
         scores = self.log_probs(ids)
         past = np.stack([expert[np.arange(len(ids) - 1), ids[1:]] for expert in scores])
         rows = [np.concatenate([past, scores[:, -1, token : token + 1]], axis=1) for token in range(scores.shape[2])]
         return np.array([mixture_log_probs(row, np.zeros(1, np.int64), **settings)[-1] for row in rows])
 
     def continuations(self, ids: Sequence[int], length: int, **settings: Any) -> dict[tuple[int, ...], float]:
-        """The probability of every continuation of `length` tokens, or fewer that end the document."""
-        found = {(): 1.0}
+        """Return the probability of every continuation of `length` tokens, or fewer if it ends the document."""
+        texts = {(): 1.0}
         for _ in range(length):
             longer = {}
-            for text, probability in found.items():
+            for text, probability in texts.items():
                 if text[-1:] == (0,):
                     longer[text] = probability
                     continue
                 following = np.exp(self.mixture_after([*ids, *text], **settings))
                 longer |= {(*text, token): probability * following[token] for token in range(len(following))}
-            found = longer
-        return found
+            texts = longer
+        return texts

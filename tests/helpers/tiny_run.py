@@ -1,4 +1,4 @@
-"""A run that takes seconds, and the command line as a user calls it."""
+"""A run that takes seconds, and the command line as users call it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TINY_MODEL = {"family": "llama", "layers": 2, "hidden": 64, "heads": 4, "kv_head
 
 
 def tiny_values(text: Path, **changes: Any) -> dict[str, Any]:
-    """A config that trains in seconds: two experts, a novel domain, 12 steps for the seed and 12 for each branch."""
+    """Return a config that trains in seconds: two experts, a novel domain, 12 steps for the seed and each expert."""
     values = {
         "name": "tiny",
         "random_seed": 3,
@@ -41,27 +41,27 @@ def tiny_values(text: Path, **changes: Any) -> dict[str, Any]:
         },
         **changes,
     }
-    # What `auto` stands for on this machine, asked once: not by each of hundreds of calls.
+    # What `auto` means on this machine, queried once rather than in each of hundreds of calls.
     values["layout"] = {"precision": ask_device().fast, **values["layout"]}
     return values
 
 
 def write_config(path: Path, values: dict[str, Any]) -> RunConfig:
-    """Write a YAML and read it as a user's."""
+    """Write a YAML file and load it like a user's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     return RunConfig.load(path)
 
 
 def share_text(run: RunDir, prepared: RunDir) -> None:
-    """Give a run that has not begun the tokenizer and the token files of another."""
+    """Link the tokenizer and token files of a prepared run into a new one."""
     run.root.mkdir(parents=True, exist_ok=True)
     for name in ("data", "tokenizer"):
         (run.root / name).symlink_to(prepared.root / name)
 
 
 def start_btm_scale(*arguments: object, **options: Any) -> subprocess.Popen[str]:
-    """Start the command line as a user does, and keep what it says on stderr."""
+    """Start the command line as a user does, capturing stderr."""
     command = [sys.executable, "-m", "btm_scale.cli", *map(str, arguments)]
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE} | options
     return subprocess.Popen(command, text=True, env=_as_no_rank(), **options)
@@ -72,7 +72,7 @@ def btm_scale(*arguments: object, check: bool = True) -> subprocess.CompletedPro
     command = [sys.executable, "-m", "btm_scale.cli", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=_as_no_rank(), timeout=900)
     if check and done.returncode != 0:
-        raise AssertionError(f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+        raise AssertionError(f"{command} exited with {done.returncode}:\n{done.stdout}\n{done.stderr}")
     return done
 
 
@@ -81,7 +81,7 @@ def _as_no_rank() -> dict[str, str]:
 
 
 def save_card(directory: Path, name: str, **fields: Any) -> None:
-    """Make a directory an expert by a card that says nothing but its name and `fields`."""
+    """Write an expert.json with only a name and `fields`."""
     empty: dict[str, Any] = {"domains": {}, "parents": (), "layout": {}, "data_fingerprint": {}, "content_hash": ""}
     directory.mkdir(parents=True, exist_ok=True)
     Expert(**({"name": name, "tokens": 1, "steps": 1} | empty | fields)).save(directory / CARD)

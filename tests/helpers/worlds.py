@@ -1,4 +1,4 @@
-"""Worlds of ranks on this machine. A script imports the engines once, and every rank is a fork of it."""
+"""Worlds of ranks on this machine. A script imports the engines once and forks every rank."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from btm_scale.launch.local import free_port
 
 
 def run_script(script: Path, spec: Any, folder: Path) -> None:
-    """Run `script SPEC.json` in a process of its own, on CPU; fails with the end of what it said."""
+    """Run `script SPEC.json` in its own process on CPU; fail with the end of its output."""
     file = folder / f"{script.stem}.json"
     file.write_text(json.dumps(spec))
-    surroundings = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    surroundings["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     done = subprocess.run(
         [sys.executable, str(script), str(file)],
-        env={**os.environ, **surroundings},
+        env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -35,7 +35,7 @@ def run_script(script: Path, spec: Any, folder: Path) -> None:
 
 
 def joined_anew(group: Any, layout: Any) -> Any:
-    """In a script: the same ranks as a group of another layout; `group`, None at first, is over."""
+    """In a script: leave `group`, unless None, and return the same ranks as a group of a different layout."""
     from megatron.core import parallel_state
 
     from btm_scale.distributed.group import ExpertGroup
@@ -46,16 +46,16 @@ def joined_anew(group: Any, layout: Any) -> Any:
 
 
 def read_spec() -> Any:
-    """In a script: what `run_script` was given."""
+    """In a script: return the spec that `run_script` was given."""
     return json.loads(Path(sys.argv[1]).read_text())
 
 
 def fork_world(count: int, job: Callable[..., None], *arguments: Any) -> None:
-    """In a script: run `job` in `count` ranks that find each other; ends the script when one of them fails."""
+    """In a script: run `job` in a world of `count` ranks; exit with 1 if one of them fails."""
     for module in ("deepspeed.runtime.zero.muon.muon_optimizer", "megatron.core.models.gpt"):
         importlib.import_module(module)
     gc.collect()
-    gc.freeze()  # the ranks collect garbage often, and what was imported is none
+    gc.freeze()  # the ranks collect garbage often; exempt the imported modules
 
     port = str(free_port())
     os.environ.update(
@@ -69,7 +69,7 @@ def fork_world(count: int, job: Callable[..., None], *arguments: Any) -> None:
     while waiting:
         for sentinel in wait(list(waiting)):
             ended = waiting.pop(sentinel)  # type: ignore[call-overload]
-            ended.join()  # its exit code comes after its sentinel
+            ended.join()  # the exit code is set after the sentinel
             if ended.exitcode:
                 for rank in ranks:
                     rank.kill()

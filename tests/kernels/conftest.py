@@ -1,4 +1,4 @@
-"""Triton decides at its import whether it interprets or compiles: `interpreted/` runs in its own process."""
+"""Triton chooses between interpreting and compiling when imported, so `interpreted/` runs in its own process."""
 
 import os
 

@@ -1,6 +1,6 @@
-"""Compiles the kernels for GPUs that need not be there, and reads what they use of the machine.
+"""Compile the kernels for GPUs that need not be present, and check their resource usage.
 
-A spilled register shows as stack: the kernel still runs, several times slower.
+A spilled register appears as stack: the kernel still runs, but several times slower.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ POINTERS = {
 def compile_kernel(
     kernel: Any, arch: str, element: str, constants: dict[str, Any], *, ones: bool = False, **options: int
 ) -> Any:
-    """The kernel as a launch compiles it; with `ones`, sizes of 1 are folded in and weights are float32."""
+    """Compile a kernel as a launch does; with `ones`, sizes are constants of 1 and weights are float32."""
     types, constexprs, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants or (ones and name in SIZES):
@@ -88,12 +88,12 @@ def score_constants(rule: ScoreRule, element: Any, **changes: Any) -> dict[str, 
     "rule",
     cut(
         [rule for rule in SCORE_RULES if rule.arch in ARCHITECTURES],
-        # Of the other architectures one rule each.
+        # One rule for each of the other architectures.
         lambda rule: rule.arch == "sm_90" or (rule.bits == 16 and not rule.aligned),
         name=lambda rule: f"{rule.arch}-{rule.bits}-bit-{rule.config.block_t}x{rule.config.block_v}",
     ),
 )
-def test_no_block_shape_of_the_tuning_table_spills(rule, tmp_path):
+def test_no_block_shape_in_the_tuning_table_spills_registers(rule, tmp_path):
     pointer, element = ("*bf16", tl.bfloat16) if rule.bits == 16 else ("*fp32", tl.float32)
     variants: list[dict[str, Any]] = [{}, {"EVEN_K": False}, {"SOFT_CAP": True}]
     if not rule.aligned:
@@ -111,7 +111,7 @@ def test_no_block_shape_of_the_tuning_table_spills(rule, tmp_path):
 
 
 @pytest.mark.parametrize(("arch", "instruction"), [("sm_90", "wgmma.mma_async"), ("sm_100", "tcgen05.mma")])
-def test_many_tokens_use_the_matrix_units_and_copies_of_sixteen_bytes(arch, instruction):
+def test_launches_with_many_tokens_use_tensor_cores_and_16_byte_copies(arch, instruction):
     rule = next(rule for rule in SCORE_RULES if rule.arch == arch and rule.min_tokens > 0)
     options = {"num_warps": rule.config.warps, "num_stages": rule.config.stages}
     constants = score_constants(rule, tl.bfloat16)
@@ -125,7 +125,7 @@ def test_many_tokens_use_the_matrix_units_and_copies_of_sixteen_bytes(arch, inst
     ("arch", "ones"),
     [("sm_90", False), ("sm_90", True), ("sm_80", True), ("sm_100", True), full("sm_80", False), full("sm_100", False)],
 )
-def test_mixing_and_combining_compile_without_spills(arch, ones, tmp_path):
+def test_mixing_and_combining_kernels_compile_without_spills(arch, ones, tmp_path):
     config = MIX_RULES[arch]
     blocks = {"EXPERTS": 8, "SPLITS": 8, "BLOCK": config.block}
     kernels = [
@@ -141,7 +141,7 @@ def test_mixing_and_combining_compile_without_spills(arch, ones, tmp_path):
         assert_no_spills(compiled, arch, tmp_path)
 
 
-def test_a_single_token_of_a_single_expert_compiles(tmp_path):
+def test_scoring_a_single_token_of_a_single_expert_compiles_without_spills(tmp_path):
     rule = next(rule for rule in SCORE_RULES if rule.arch == "sm_90")
     constants = score_constants(rule, tl.bfloat16)
     compiled = compile_kernel(scoring.score_kernel, "sm_90", "*bf16", constants, ones=True, num_warps=rule.config.warps)

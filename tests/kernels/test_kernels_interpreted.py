@@ -1,4 +1,4 @@
-"""Runs the cases of `interpreted/` where Triton's interpreter is on from the first import."""
+"""Run the tests in `interpreted/` in a process whose Triton is imported with the interpreter enabled."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ INF = float("inf")
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """The public functions on the reference, whatever the environment asks for."""
+    """The public functions with the reference backend, whatever the environment."""
     from btm_scale import kernels
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -32,7 +32,7 @@ def kernels(monkeypatch):
     ("experts", "tokens", "hidden", "vocab"),
     [(1, 1, 32, 111), (3, 17, 72, 32_000), (8, 257, 40, 111), (1, 257, 64, 50_257), (3, 600, 33, 5000)],
 )
-def test_scores_are_exact_for_every_type_and_odd_shape(kernels, dtype, experts, tokens, hidden, vocab):
+def test_scores_are_exact_for_every_dtype_and_odd_shape(kernels, dtype, experts, tokens, hidden, vocab):
     states, heads, targets = scoring_case(experts, tokens, hidden, vocab, dtype)
     log_probs = kernels.token_logprobs(states, heads, targets)
     assert log_probs.dtype == torch.float32
@@ -40,7 +40,7 @@ def test_scores_are_exact_for_every_type_and_odd_shape(kernels, dtype, experts, 
     assert (log_probs - exact_token_logprobs(states, heads, targets)).abs().max() <= 1e-5
 
 
-def test_float32_stays_float32_when_the_process_allows_less(kernels):
+def test_float32_products_ignore_a_lower_matmul_precision(kernels):
     states, heads, targets = scoring_case(1, 64, 256, 4096, torch.float32)
     exact = exact_token_logprobs(states, heads, targets)
     before = torch.get_float32_matmul_precision()
@@ -54,7 +54,7 @@ def test_float32_stays_float32_when_the_process_allows_less(kernels):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_tensor_grows_with_tokens_times_vocabulary(kernels, dtype):
+def test_no_tensor_grows_with_tokens_times_vocabulary_size(kernels, dtype):
     class LargestTensor(TorchDispatchMode):
         elements = 0
 
@@ -72,7 +72,7 @@ def test_no_tensor_grows_with_tokens_times_vocabulary(kernels, dtype):
     assert largest.elements <= max(block, largest_input) < 2048 * 16_384
 
 
-def test_log_odds_drift_less_than_a_hundredth_of_a_nat_over_2048_tokens(kernels, record_property):
+def test_log_odds_drift_less_than_0_01_nats_over_2048_tokens(kernels, record_property):
     states, heads, targets = scoring_case(2, 2048, 256, 4096, torch.bfloat16)
     exact = exact_token_logprobs(states, heads, targets)
 
@@ -94,7 +94,7 @@ def test_log_odds_drift_less_than_a_hundredth_of_a_nat_over_2048_tokens(kernels,
 
 
 @pytest.mark.parametrize("cuts", [(0, 300), (0, 100, 200, 300), (0, 1, 299, 300)])
-def test_shards_of_the_vocabulary_combine_to_the_whole(kernels, cuts):
+def test_vocabulary_shards_combine_to_the_full_vocabularys_scores(kernels, cuts):
     states, heads, targets = scoring_case(1, 37, 32, 300)
     targets %= 250
     targets[0] = -100
@@ -108,7 +108,7 @@ def test_shards_of_the_vocabulary_combine_to_the_whole(kernels, cuts):
     assert (log_probs - exact).abs().max() <= 1e-5
 
 
-def test_a_shard_of_padding_only_says_nothing(kernels):
+def test_a_shard_of_padding_gives_log_probability_minus_infinity(kernels):
     states, heads, targets = scoring_case(1, 5, 32, 300)
     maximum, sum_exp, target = token_logprob_partials(states[0], heads[0], targets, vocab_start=300, vocab_size=300)
     assert (maximum == -INF).all()
@@ -117,14 +117,14 @@ def test_a_shard_of_padding_only_says_nothing(kernels):
     assert (combine_partials([(maximum, sum_exp, target)]) == -INF).all()
 
 
-def test_a_certain_token_has_log_probability_zero_and_never_more(kernels):
+def test_a_certain_token_has_log_probability_exactly_zero(kernels):
     states, heads, targets = torch.ones(1, 64, 8), [torch.randn(50, 8)], torch.zeros(64, dtype=torch.int64)
     heads[0][0] = 1000.0
     assert (kernels.token_logprobs(states, heads, targets) == 0).all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), INF])
-def test_nan_is_refused_and_its_place_named(kernels, bad):
+def test_nan_raises_with_its_index(kernels, bad):
     states, heads, targets = scoring_case(2, 17, 32, 111)
     states[1, 4, 3] = bad
     with pytest.raises(FloatingPointError, match=r"\[1, 4\].*diverged"):
@@ -133,28 +133,28 @@ def test_nan_is_refused_and_its_place_named(kernels, bad):
         combine_partials([token_logprob_partials(states[1], heads[1], targets)])
 
 
-def test_mistakes_are_named(kernels):
+def test_invalid_arguments_raise(kernels):
     states, heads, targets = scoring_case(2, 17, 32, 111)
-    with pytest.raises(ValueError, match="one head for each expert"):
+    with pytest.raises(ValueError, match="one head per expert"):
         kernels.token_logprobs(states, heads[:1], targets)
     with pytest.raises(ValueError, match="must agree"):
         kernels.token_logprobs(states, heads, targets[:3])
     with pytest.raises(ValueError, match="one at a time"):
         kernels.token_logprobs(states, [heads[0], heads[1][:100]], targets)
-    with pytest.raises(ValueError, match="target 111 is not in the vocabulary"):
+    with pytest.raises(ValueError, match="Target 111 is not in the vocabulary"):
         kernels.token_logprobs(states, heads, targets.clone().fill_(111))
-    with pytest.raises(ValueError, match=r"use bfloat16, float16 or float32"):
+    with pytest.raises(ValueError, match=r"Use bfloat16, float16 or float32"):
         kernels.token_logprobs(states.double(), heads, targets)
     logits, log_weights = mixing_case(2, 3, 111)
     with pytest.raises(ValueError, match=r"\[batch, experts\]"):
         kernels.mix_logits(logits, log_weights.T)
-    with pytest.raises(ValueError, match="temperature -1"):
+    with pytest.raises(ValueError, match="temperature is -1"):
         kernels.mix_sample(logits, log_weights, temperature=-1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("experts", "batch", "vocab"), [(1, 1, 111), (3, 17, 5000), (8, 2, 50_257)])
-def test_mixtures_are_exact(dtype, experts, batch, vocab):
+def test_mixtures_are_exact_for_every_dtype_and_odd_shape(dtype, experts, batch, vocab):
     logits, log_weights = mixing_case(experts, batch, vocab, dtype)
     logits[0] += 1e4 if dtype == torch.float32 else 0
     if experts > 1:
@@ -165,7 +165,7 @@ def test_mixtures_are_exact(dtype, experts, batch, vocab):
     assert mixture.max() <= 0
 
 
-def test_rows_without_weight_are_impossible_and_silent_experts_are_not_read():
+def test_rows_without_weight_are_minus_infinity_and_experts_without_weight_are_not_read():
     logits, log_weights = mixing_case(3, 4, 1000)
     log_weights[0, 1] = -INF
     log_weights[2] = -INF
@@ -182,7 +182,7 @@ def test_rows_without_weight_are_impossible_and_silent_experts_are_not_read():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
-def test_tokens_are_drawn_with_the_mixtures_probabilities(temperature):
+def test_tokens_are_sampled_with_the_mixtures_probabilities(temperature):
     vocab, draws = 40, 20_000
     logits, log_weights = mixing_case(2, 1, vocab)
     exact = exact_mixture(logits, log_weights)[0]
@@ -204,7 +204,7 @@ def test_tokens_are_drawn_with_the_mixtures_probabilities(temperature):
     assert torch.allclose(running, gain, rtol=0, atol=1e-5)
 
 
-def test_temperature_zero_takes_the_likeliest_token():
+def test_temperature_zero_takes_the_most_likely_token():
     logits, log_weights = mixing_case(3, 17, 5000)
     tokens, log_probs = mix_sample(logits, log_weights, temperature=0)
     best = mix_logits(logits, log_weights).max(1)
@@ -212,7 +212,7 @@ def test_temperature_zero_takes_the_likeliest_token():
     assert torch.equal(log_probs, best.values)
 
 
-def test_importing_and_using_the_package_on_a_cpu_needs_no_triton():
+def test_the_package_runs_on_a_cpu_without_triton():
     program = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch; from btm_scale import kernels\n"

@@ -1,4 +1,4 @@
-"""The tuning table is complete, and the script that renews it changes only the rows of its GPU."""
+"""The tuning table is complete, and the tuning script replaces only the rows of its GPU."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "tune_kernels.py"
 @pytest.mark.parametrize("bits", [16, 32])
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("tokens", [1, 64, 8192])
-def test_every_problem_finds_a_rule(arch, bits, aligned, tokens):
+def test_every_problem_size_has_a_rule(arch, bits, aligned, tokens):
     config = score_config(arch, bits, tokens, 2048, aligned=aligned)
     assert config.split % config.block_v == 0
 
 
-def test_unaligned_rows_never_get_a_block_meant_for_wide_loads():
+def test_unaligned_rows_never_use_blocks_for_wide_loads():
     aligned_only = [rule.config for rule in SCORE_RULES if rule.aligned]
     assert score_config("sm_90", 16, 8192, 2048) in aligned_only
     assert score_config("sm_90", 16, 8192, 2048, aligned=False) not in aligned_only
 
 
-def test_renewing_a_gpus_rows_leaves_the_others(tmp_path):
+def test_replacing_the_rows_of_a_gpu_keeps_the_others(tmp_path):
     spec = importlib.util.spec_from_file_location("tune_kernels", SCRIPT)
     assert spec is not None
     assert spec.loader is not None

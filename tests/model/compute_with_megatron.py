@@ -1,7 +1,7 @@
-"""Computes with Hugging Face models in Megatron-core: `python compute_with_megatron.py SPEC.json`.
+"""Run Hugging Face models in Megatron-core: `python compute_with_megatron.py SPEC.json`.
 
-The spec has `folders` and tensor degrees. For each, the first rank leaves logits, loss, weights and gradients, whole
-and under Hugging Face names, in `FOLDER/ours-TENSOR.safetensors`.
+The spec has `folders` and tensor parallel degrees. For each, the first rank saves logits, loss, and full weights and
+gradients under Hugging Face names to `FOLDER/ours-TENSOR.safetensors`.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ def compute(group: ExpertGroup, folder: Path) -> None:
     part = (model(tokens) @ model.head.T).detach().contiguous()
     parts = [torch.empty_like(part) for _ in range(tensor)]
     dist.all_gather(parts, part)
-    found = {"logits": torch.cat(parts, dim=-1)[..., : shape.vocabulary].contiguous(), "loss": loss.detach()}
-    own = dict(model.named_parameters())
+    results = {"logits": torch.cat(parts, dim=-1)[..., : shape.vocabulary].contiguous(), "loss": loss.detach()}
+    parameters = dict(model.named_parameters())
     group_of_ranks = group.tensor_group
-    for name, value in huggingface_tensors(shape, lambda entry: own[entry.megatron].detach(), group_of_ranks):
-        found[f"weight/{name}"] = value
-    for name, value in huggingface_tensors(shape, lambda entry: own[entry.megatron].grad, group_of_ranks):  # type: ignore[arg-type,return-value]
-        found[f"gradient/{name}"] = value
+    for name, value in huggingface_tensors(shape, lambda entry: parameters[entry.megatron].detach(), group_of_ranks):
+        results[f"weight/{name}"] = value
+    for name, value in huggingface_tensors(shape, lambda entry: parameters[entry.megatron].grad, group_of_ranks):  # type: ignore[arg-type,return-value]
+        results[f"gradient/{name}"] = value
     if group.is_first:
-        save_file({name: value.clone() for name, value in found.items()}, folder / f"ours-{tensor}.safetensors")
+        save_file({name: value.clone() for name, value in results.items()}, folder / f"ours-{tensor}.safetensors")
 
 
 def rank(tensor: int, folders: list[str]) -> None:
     group = ExpertGroup.join(Layout(tensor=tensor, precision="fp32"))
     dist.barrier()
-    named = list(Path("/dev/shm").glob(f"*_{os.environ['MASTER_PORT']}_*"))
-    assert not named, f"{named} would outlive the group"
+    segments = list(Path("/dev/shm").glob(f"*_{os.environ['MASTER_PORT']}_*"))
+    assert not segments, f"{segments} would outlive the group"
     for folder in folders:
         compute(group, Path(folder))
     group.leave()

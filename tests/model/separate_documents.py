@@ -1,4 +1,4 @@
-"""Losses of documents packed into one sequence, and of each on its own: `separate_documents.py SPEC.json`."""
+"""Run documents packed into one sequence, and each separately: `python separate_documents.py SPEC.json`."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def rank(shape: ModelShape, recompute: str, file: str) -> None:
     model = build_model(shape, tensor=1, dtype=torch.float32, on_cpu=True, recompute=recompute)  # type: ignore[arg-type]
     tokens = torch.randint(3, shape.vocabulary, (2, 12))
     tokens[0, 4] = tokens[1, 7] = END
-    found = {"attended": model(tokens)}
+    outputs = {"attended": model(tokens)}
     model.end_of_text = END
-    found["packed"] = model(tokens)
+    outputs["packed"] = model(tokens)
     model.end_of_text = None
     alone = [
         torch.cat([model(row[None, :cut]), model(row[None, cut:])], dim=1)
         for row, cut in zip(tokens, (5, 8), strict=True)
     ]
-    found["alone"] = torch.cat(alone)
-    save_file({name: value.detach().contiguous() for name, value in found.items()}, Path(file))
+    outputs["alone"] = torch.cat(alone)
+    save_file({name: value.detach().contiguous() for name, value in outputs.items()}, Path(file))
     group.leave()
 
 

@@ -1,4 +1,4 @@
-"""Every family that transformers has and that we build: the same numbers from the same weights."""
+"""Every supported family gives the same numbers in Megatron-core as in transformers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ SIZES: dict[str, Any] = HUGGINGFACE_SIZES | {"max_position_embeddings": 32}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "rms_norm_eps": 1e-5},
-    "llama of longer text": {
+    "llama with llama3 scaling": {
         "model_type": "llama",
         "rope_parameters": LLAMA3 | {"rope_theta": 500.0, "original_max_position_embeddings": 16},
     },
-    "llama stretched": {
+    "llama with linear scaling": {
         "model_type": "llama",
         "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
@@ -47,7 +47,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def computed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Random models that transformers made, each with what it and what Megatron-core compute."""
+    """Random models saved by transformers, each with the results of transformers and of Megatron-core."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folders = {}
@@ -58,19 +58,19 @@ def computed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         config = AutoConfig.for_model(**sizes | settings)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.no_grad():
-            for parameter in model.parameters():  # else biases are zeros and norms ones, which hides mistakes
+            for parameter in model.parameters():  # otherwise biases are 0 and norm weights 1, which hides bugs
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
         model.save_pretrained(folder)
         tokens = torch.randint(0, 65, (2, 24))
         logits = model(tokens).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
-        found = {"tokens": tokens, "logits": logits.detach(), "loss": loss.detach()}
+        results = {"tokens": tokens, "logits": logits.detach(), "loss": loss.detach()}
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None
-            found |= {f"weight/{name}": parameter.detach(), f"gradient/{name}": parameter.grad}
+            results |= {f"weight/{name}": parameter.detach(), f"gradient/{name}": parameter.grad}
         (folder / "theirs").mkdir()
-        save_file(found, folder / "theirs/computed.safetensors")
+        save_file(results, folder / "theirs/computed.safetensors")
     script = Path(__file__).with_name("compute_with_megatron.py")
     spec = {"tensor": [1, 2], "folders": [str(folder) for folder in folders.values()]}
     run_script(script, spec, tmp_path_factory.mktemp("spec"))
@@ -80,32 +80,32 @@ def computed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.slow
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_megatron_computes_what_transformers_does_and_gives_the_weights_back(
+def test_megatron_gives_the_same_results_as_transformers_and_returns_the_weights(
     computed: dict[str, Path], family: str, tensor: int
 ) -> None:
     theirs = load_file(computed[family] / "theirs/computed.safetensors")
     ours = load_file(computed[family] / f"ours-{tensor}.safetensors")
-    assert ours.keys() == theirs.keys() - {"tokens"}, "a tensor is dropped, doubled or unknown"
-    for name, found in ours.items():
+    assert ours.keys() == theirs.keys() - {"tokens"}, "a tensor is missing, duplicated or unknown"
+    for name, value in ours.items():
         if name.startswith("weight/"):
-            assert found.equal(theirs[name]), name
+            assert value.equal(theirs[name]), name
         else:
-            torch.testing.assert_close(found, theirs[name], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(value, theirs[name], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_shape_survives_its_config(family: str) -> None:
+def test_a_shape_round_trips_through_config_json(family: str) -> None:
     from transformers import AutoConfig
 
-    given = (SIZES if family != "gpt2" else {"vocab_size": 65}) | FAMILIES[family]
-    shape = shape_from_config(AutoConfig.for_model(**given).to_dict(), family)
+    settings = (SIZES if family != "gpt2" else {"vocab_size": 65}) | FAMILIES[family]
+    shape = shape_from_config(AutoConfig.for_model(**settings).to_dict(), family)
     written = config_json(shape, dtype="float32", end_of_text=2)
     assert shape_from_config(written, family) == shape
     read = AutoConfig.for_model(**json.loads(json.dumps(written))).to_dict()
     assert shape_from_config(read, family) == shape
 
 
-def test_rotary_settings_from_before_transformers_5_are_understood() -> None:
+def test_rotary_settings_from_before_transformers_5_are_read() -> None:
     old = {"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 8192}}
     shape = shape_from_config(SIZES | {"model_type": "llama"} | old, "config.json")
     assert shape.rope_theta == 5e5
@@ -116,19 +116,19 @@ def test_rotary_settings_from_before_transformers_5_are_understood() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mamba"}, "'mamba' is not supported; it must be one of llama, mistral"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "llama model with yarn rotary positions"),
-        ({"attention_bias": True}, "llama model with attention_bias"),
+        ({"model_type": "mamba"}, "'mamba' is not supported. Use a model of llama, mistral"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "llama with yarn rotary positions"),
+        ({"attention_bias": True}, "llama with attention_bias"),
         ({"hidden_act": "gelu"}, "activation gelu"),
-        ({"model_type": "qwen2", "use_sliding_window": True}, "windows in some layers"),
-        ({"num_key_value_heads": 3}, "heads 4 is not a multiple of kv_heads 3"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "qwen2 with use_sliding_window"),
+        ({"num_key_value_heads": 3}, "heads=4 is not a multiple of kv_heads=3"),
     ],
 )
-def test_what_we_cannot_build_is_told(changes: dict[str, Any], message: str) -> None:
+def test_unsupported_configs_are_rejected(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         shape_from_config(SIZES | {"model_type": "llama"} | changes, "config.json")
 
 
-def test_a_config_that_lacks_a_size_is_told() -> None:
-    with pytest.raises(CheckpointError, match="does not say 'hidden_size'"):
+def test_a_config_without_a_required_size_is_rejected() -> None:
+    with pytest.raises(CheckpointError, match="lacks 'hidden_size'"):
         shape_from_config({"model_type": "qwen3", "num_attention_heads": 4}, "config.json")

@@ -46,7 +46,7 @@ def random_huggingface(shape: ModelShape) -> dict[str, torch.Tensor]:
 
 @shapes
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_there_and_back_through_every_tensor_rank_changes_no_bit(shape: ModelShape, tensor: int) -> None:
+def test_a_round_trip_through_all_tensor_ranks_is_bit_exact(shape: ModelShape, tensor: int) -> None:
     weights = random_huggingface(shape)
     rows = -(-shape.vocabulary // tensor) * tensor
     back = {}
@@ -59,7 +59,7 @@ def test_there_and_back_through_every_tensor_rank_changes_no_bit(shape: ModelSha
 
 
 @shapes
-def test_the_table_holds_every_tensor_of_transformers_own_model_once(shape: ModelShape) -> None:
+def test_the_table_has_every_tensor_of_the_transformers_model_once(shape: ModelShape) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from btm_scale.model.hf_config import config_json

@@ -10,24 +10,24 @@ from btm_scale.model.loss import head_loss
 
 @pytest.mark.parametrize("chunk", [64, 2 << 20], ids=["many chunks", "one chunk"])
 @pytest.mark.parametrize("rows", [37, 40], ids=["no padding", "padded"])
-def test_loss_and_gradients_are_those_of_cross_entropy(rows: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "_CHUNK_NUMBERS", chunk)
+def test_loss_and_gradients_equal_cross_entropys(rows: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", chunk)
     torch.manual_seed(0)
     hidden = torch.randn(50, 16, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(rows, 16, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 37, (50,))
     expected = functional.cross_entropy(functional.linear(hidden, weight[:37]), targets)
-    wanted = torch.autograd.grad(3.0 * expected, (hidden, weight))
+    gradients = torch.autograd.grad(3.0 * expected, (hidden, weight))
     ours = [value.detach().float().requires_grad_() for value in (hidden, weight)]
-    found = head_loss(*ours, targets, vocabulary=37)
-    (3.0 * found).backward()
-    assert found.item() == pytest.approx(expected.item(), abs=1e-5)
-    for value, gradient in zip(ours, wanted, strict=True):
+    mean_loss = head_loss(*ours, targets, vocabulary=37)
+    (3.0 * mean_loss).backward()
+    assert mean_loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    for value, gradient in zip(ours, gradients, strict=True):
         assert value.grad is not None
         torch.testing.assert_close(value.grad.double(), gradient, atol=1e-6, rtol=1e-4)
 
 
-def test_no_gradient_is_kept_where_none_is_wanted() -> None:
+def test_inputs_without_gradients_give_a_loss_without_gradient() -> None:
     hidden, weight = torch.randn(4, 8), torch.randn(9, 8)
     value = head_loss(hidden, weight, torch.arange(4), vocabulary=9)
     assert not value.requires_grad

@@ -1,1 +1,1 @@
-"""Readers and writers of checkpoint formats; all read tensors in place."""
+"""Readers and writers of checkpoint formats; every reader reads tensors in place."""

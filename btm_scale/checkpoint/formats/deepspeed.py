@@ -1,4 +1,4 @@
-"""DeepSpeed's checkpoints: ZeRO 0 to 3, tensor parallel or not, universal or not, read where they lie."""
+"""Read DeepSpeed checkpoints in place: ZeRO 0 to 3 or universal, with or without tensor parallelism."""
 
 from __future__ import annotations
 
@@ -20,38 +20,43 @@ Files = dict[tuple[int, int], Path]  # by (tensor rank, data rank)
 
 
 def checkpoint_folder(path: Path) -> Path | None:
-    """The folder of a DeepSpeed checkpoint's files: `path`, or the one that its `latest` names; or None."""
+    """Return the folder that holds a DeepSpeed checkpoint's files: `path`, the one `latest` names, or None."""
     latest = path / "latest"
     folder = path / latest.read_text().strip() if latest.is_file() else path
     return folder if _files(folder, _MODEL_FILE) or (folder / "zero").is_dir() else None
 
 
 def open_deepspeed(path: Path, *, master: bool = True) -> ModelReader:
-    """A DeepSpeed checkpoint under Hugging Face names if it is a Megatron-core model, else under its own.
+    """Open a DeepSpeed checkpoint, a Megatron-core model under Hugging Face names, any other under its own names.
 
-    With `master` the float32 weights that the optimizer of ZeRO 1 to 3 keeps; without, or at ZeRO 0, those
-    that the forward pass uses, which ZeRO 3 does not save whole. Raises `CheckpointError` for missing files.
+    `master=True` reads the float32 weights that the ZeRO 1-3 optimizer keeps. `master=False`, like ZeRO 0, reads the
+    weights of the forward pass, which ZeRO 3 does not save. Raises `CheckpointError` for missing files.
     """
     folder = checkpoint_folder(path)
     if folder is None:
-        raise CheckpointError(f"{path} is no DeepSpeed checkpoint.")
+        raise CheckpointError(
+            f"{path} is not a DeepSpeed checkpoint. Give the folder that has `latest` or *_model_states.pt."
+        )
     if (folder / "zero").is_dir():
         parts: list[StoredModel] = [_universal(folder)]
     else:
         models, optimizers = _files(folder, _MODEL_FILE), _files(folder, _OPTIMIZER_FILE)
         ranks = sorted({tensor_rank for tensor_rank, _ in models})
         if ranks != list(range(len(ranks))):
-            raise CheckpointError(f"{folder} has tensor ranks {ranks} only. Copy the others' files.")
+            raise CheckpointError(f"{folder} has only tensor ranks {ranks}. Copy the other ranks' files here.")
         parts = [_part(folder, rank, models, optimizers if master else {}) for rank in ranks]
     if is_megatron(parts[0].names):
         return MegatronModel(path, parts, find_shape(folder))
     if len(parts) > 1:
-        raise CheckpointError(f"{path} is cut over {len(parts)} tensor ranks and is no Megatron-core model.")
+        raise CheckpointError(
+            f"{path} is sharded over {len(parts)} tensor ranks and is not a Megatron-core model. Only Megatron-core "
+            "shards can be joined: save it without tensor parallelism."
+        )
     return parts[0]
 
 
 def training_step(path: Path) -> int | None:
-    """The number of optimizer steps that a checkpoint was saved after, if it says so."""
+    """Return the number of optimizer steps before the checkpoint, or None if it is not recorded."""
     folder = checkpoint_folder(path)
     files = _files(folder, _MODEL_FILE) if folder else {}
     step = load_pickle(min(files.values())).get("global_steps") if files else None
@@ -61,37 +66,39 @@ def training_step(path: Path) -> int | None:
 def _files(folder: Path, pattern: re.Pattern[str]) -> Files:
     if not folder.is_dir():
         return {}
-    found = ((pattern.fullmatch(file.name), file) for file in folder.iterdir())
-    return {(int(match[2]), int(match[1] or 0)): file for match, file in found if match}
+    matches = ((pattern.fullmatch(file.name), file) for file in folder.iterdir())
+    return {(int(match[2]), int(match[1] or 0)): file for match, file in matches if match}
 
 
 def _part(folder: Path, tensor_rank: int, models: Files, optimizers: Files) -> StoredModel:
-    """One tensor rank's tensors."""
+    """Return the tensors of one tensor rank."""
     state = load_pickle(models[tensor_rank, 0])
     mine = {data: file for (tensor, data), file in optimizers.items() if tensor == tensor_rank}
     if mine and state.get("param_shapes"):
         return StoredModel(folder, _from_masters(folder, state, mine))
     module = state.get("module")
     if not isinstance(module, Mapping):
-        raise CheckpointError(f"{models[tensor_rank, 0]} holds no module. Was it written by DeepSpeed?")
+        raise CheckpointError(
+            f"{models[tensor_rank, 0]} has no `module`. It was not saved by DeepSpeed: copy it again."
+        )
     tensors = {name: value for name, value in module.items() if isinstance(value, StoredTensor)}
     if models[tensor_rank, 0].name.startswith("zero_pp_rank_"):
         raise CheckpointError(
-            f"{folder} was saved by ZeRO 3, which leaves out the 16-bit weights. Read the float32 ones, or "
+            f"{folder} was saved by ZeRO 3, which leaves out the 16-bit weights. Read the float32 master weights, or "
             "save with stage3_gather_16bit_weights_on_model_save."
         )
     return StoredModel(folder, tensors)
 
 
 def _from_masters(folder: Path, state: Mapping[str, Any], files: Mapping[int, Path]) -> dict[str, StoredTensor]:
-    """float32 weights of the trained parameters, and what else the model states hold."""
+    """Return the float32 weights of the trained parameters, with the buffers and frozen parameters."""
     states = [load_pickle(files[data])["optimizer_state_dict"] for data in sorted(files)]
     count = states[0]["partition_count"]
     world = max(count) if isinstance(count, (list, tuple)) else int(count)
     if sorted(files) != list(range(world)):
         raise CheckpointError(
-            f"{folder} was saved by {world} data ranks and has the optimizer states of {sorted(files)}. "
-            "Copy the missing files."
+            f"{folder} was saved by {world} data ranks but has optimizer states only of ranks {sorted(files)}. Copy "
+            "the missing files here."
         )
     stage = _enum_value(states[0].get("zero_stage", 1))
     shapes = [{name: tuple(size) for name, size in group.items()} for group in state["param_shapes"]]
@@ -106,19 +113,21 @@ def _from_masters(folder: Path, state: Mapping[str, Any], files: Mapping[int, Pa
             tensors[name] = module[name]
     if frozen := state.get("frozen_param_shapes"):
         if stage == 3:
-            raise CheckpointError(f"{folder} has frozen parameters under ZeRO 3, which are not read yet.")
+            raise CheckpointError(
+                f"{folder} has frozen parameters under ZeRO 3. This is not supported: save with ZeRO 2."
+            )
         tensors |= {name: state["frozen_param_fragments"][name] for name in frozen}
     tensors |= {alias: tensors[name] for alias, name in (state.get("shared_params") or {}).items()}
     return tensors
 
 
 def _enum_value(value: Any) -> int:
-    """A number, or a member of an enumeration whose class was not loaded."""
+    """Return the value of a number, or of an enum member whose class was not loaded."""
     return int(value.arguments[0]) if isinstance(value, Inert) else int(value)
 
 
 def _flat(partitions: Sequence[StoredTensor]) -> StoredTensor:
-    """Flat arrays, one after the other."""
+    """Return the concatenation of flat arrays."""
     segments = tuple(segment for partition in partitions for segment in partition.segments)
     return StoredTensor(
         TensorSpec(partitions[0].spec.dtype, (sum(partition.spec.elements for partition in partitions),)),
@@ -129,7 +138,7 @@ def _flat(partitions: Sequence[StoredTensor]) -> StoredTensor:
 def _stage_2(
     shapes: Sequence[Mapping[str, tuple[int, ...]]], ranks: Sequence[Sequence[StoredTensor]], paddings: Any
 ) -> dict[str, StoredTensor]:
-    """ZeRO 1 and 2: each group's parameters in a row, and the row cut evenly over the ranks."""
+    """ZeRO 1 and 2: each parameter group is one flat array, split evenly over the ranks."""
     tensors = {}
     for i, group in enumerate(shapes):
         row = _flat([rank[i] for rank in ranks])
@@ -144,37 +153,37 @@ def _stage_2(
 def _stage_3(
     shapes: Sequence[Mapping[str, tuple[int, ...]]], ranks: Sequence[Sequence[StoredTensor]]
 ) -> dict[str, StoredTensor]:
-    """ZeRO 3: each parameter cut evenly over the ranks, and each rank's pieces in a row."""
+    """ZeRO 3: each parameter is split evenly over the ranks; a rank stores its pieces as one flat array."""
     rows = [_flat(groups) for groups in ranks]
     length = rows[0].spec.elements
-    everything = _flat(rows)
+    all_ranks = _flat(rows)
     tensors, position = {}, 0
     for name, shape in ((name, shape) for group in shapes for name, shape in group.items()):
         elements = math.prod(shape)
-        share = -(-elements // len(rows))
+        per_rank = -(-elements // len(rows))
         pieces = [
-            (length * i + position, length * i + position + max(0, min(share, elements - share * i)))
+            (length * i + position, length * i + position + max(0, min(per_rank, elements - per_rank * i)))
             for i in range(len(rows))
         ]
-        tensors[name] = _cut(name, everything, shape, pieces)
-        position += share
+        tensors[name] = _cut(name, all_ranks, shape, pieces)
+        position += per_rank
     return tensors
 
 
 def _cut(name: str, row: StoredTensor, shape: tuple[int, ...], pieces: Sequence[tuple[int, int]]) -> StoredTensor:
     segments: tuple[Segment, ...] = sum((row.part(start, stop) for start, stop in pieces), ())
     if sum(segment.elements for segment in segments) != math.prod(shape):
-        raise CheckpointError(f"the optimizer states end inside '{name}'. Copy the checkpoint again.")
+        raise CheckpointError(f"The optimizer states end inside '{name}'. Copy the checkpoint again.")
     return StoredTensor(TensorSpec(row.spec.dtype, shape), segments)
 
 
 def _universal(folder: Path) -> StoredModel:
-    """A universal checkpoint: a folder a parameter, its float32 weights whole."""
+    """Open a universal checkpoint: one folder per parameter, with its full float32 weights."""
     tensors = {}
     for file in sorted((folder / "zero").glob("*/fp32.pt")):
         content = load_pickle(file)
         value = content["param"] if isinstance(content, Mapping) else content
         tensors[file.parent.name] = value
     if not tensors:
-        raise CheckpointError(f"{folder / 'zero'} has no fp32.pt. Make the universal checkpoint again.")
+        raise CheckpointError(f"{folder / 'zero'} has no fp32.pt. Convert to a universal checkpoint again.")
     return StoredModel(folder, tensors)

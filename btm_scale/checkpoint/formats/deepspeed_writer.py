@@ -1,4 +1,4 @@
-"""DeepSpeed model states: weights that `engine.load_checkpoint(..., load_module_only=True)` loads."""
+"""Write DeepSpeed model states, which `engine.load_checkpoint(..., load_module_only=True)` loads."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def write_model_states(
     tensor: int = 1,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a Hugging Face model as `mp_rank_XX_model_states.pt`, one for each of `tensor` ranks.
+    """Write a Hugging Face model as `mp_rank_XX_model_states.pt`, one file per tensor rank.
 
-    The parts go through scratch files that are mapped into memory, so that one tensor is held at a time.
-    Raises `CheckpointError` when the disk is too small.
+    Shards are staged in memory-mapped scratch files, so only one tensor is in memory at a time. Raises
+    `CheckpointError` if the disk has too little space.
     """
     folder = directory / TAG
     size = model.nbytes_as(dtype)

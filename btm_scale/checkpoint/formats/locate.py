@@ -1,4 +1,4 @@
-"""Where a model is in a directory: its config.json, its tokenizer's files, the newest iteration."""
+"""Locate the parts of a model directory: config.json, tokenizer files, the latest iteration."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "spiece.model",
 )
-STATE_MARKER = "state.json"  # of a training state
+STATE_MARKER = "state.json"  # of a btm-scale training checkpoint
 _SEARCHED_PARENTS = 3
 
 
 def described_in(path: Path) -> Path:
-    """The folder that holds a model's config.json: its own, or for training checkpoints one not far above.
+    """Return the folder with a model's config.json: `path`, or for training checkpoints one of its nearest parents.
 
-    A training state of ours is described by what its run has made of it, or else by the run's seed.
+    A btm-scale training checkpoint uses the config of the run's exported model, or else of its seed. Without any
+    config.json, `path` itself is returned.
     """
     here = iteration_folder(path.absolute())
     nearby = [here] if list(here.glob("*.safetensors")) else [here, *here.parents[:_SEARCHED_PARENTS]]
@@ -35,16 +36,16 @@ def described_in(path: Path) -> Path:
 
 
 def iteration_folder(path: Path) -> Path:
-    """The checkpoint itself: `path`, or the one in it that Megatron noted as its latest."""
+    """Return the checkpoint's folder: `path`, or the latest iteration in it that Megatron recorded."""
     latest = path / "latest_checkpointed_iteration.txt"
     if not latest.is_file():
         return path
-    named = latest.read_text().strip()
-    return path / (f"iter_{int(named):07d}" if named.isdecimal() else named)
+    iteration = latest.read_text().strip()
+    return path / (f"iter_{int(iteration):07d}" if iteration.isdecimal() else iteration)
 
 
 def _models_of_the_run(state: Path) -> list[Path]:
-    """The finished model of a state in RUN/train/NAME/checkpoints, and the run's seed."""
+    """Return the folders of the exported model of RUN/train/NAME/checkpoints, and of the run's seed."""
     train = next((folder for folder in state.parents if folder.name == "train"), None)
     if train is None:
         return []
@@ -53,5 +54,5 @@ def _models_of_the_run(state: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or an empty one if there is no such file; raises `CheckpointError`."""
+    """Read a JSON object; a missing file gives an empty one. Raises `CheckpointError` for invalid JSON."""
     return read_object(path, CheckpointError, remedy="Copy it again.") if path.is_file() else {}

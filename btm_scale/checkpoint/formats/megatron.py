@@ -1,4 +1,4 @@
-"""Megatron-core's tensors, whole or in tensor parallel parts, read under their Hugging Face names."""
+"""Read Megatron-core tensors, tensor parallel shards included, under their Hugging Face names."""
 
 from __future__ import annotations
 
@@ -18,24 +18,26 @@ from btm_scale.model.shape import ModelShape
 
 
 def find_shape(path: Path) -> ModelShape:
-    """The shape that a config.json in `path`, or not far above it, describes."""
+    """Return the shape in the config.json of `path` or of a near parent. Raises `CheckpointError` without one."""
     file = described_in(path) / "config.json"
     if not file.is_file():
         raise CheckpointError(
-            f"{path} says nothing of heads or vocabulary. Put the config.json of the Hugging Face model beside it."
+            f"{path} has no config.json, which gives the number of heads and the vocabulary size. Put the config.json "
+            "of the Hugging Face model beside it."
         )
     return read_shape(file.parent)
 
 
 def is_megatron(names: Sequence[str]) -> bool:
-    """Whether tensors are named as Megatron-core names them."""
+    """Whether these are Megatron-core tensor names."""
     return any(name.startswith(("embedding.word_embeddings", "decoder.layers")) for name in names)
 
 
 class MegatronModel(ModelReader):
-    """Tensor parallel parts as one Hugging Face model; `parts` are readers of one rank's tensors each.
+    """Tensor parallel shards as one Hugging Face model; each of `parts` reads one rank's tensors.
 
-    Matrices that only need their rows joined are read by ranges; of the others each thread holds the last.
+    Tensors whose shards are joined along rows are read by ranges. Others are converted in full, and each thread
+    caches the last.
     """
 
     def __init__(self, path: Path, parts: Sequence[ModelReader], shape: ModelShape) -> None:
@@ -43,12 +45,12 @@ class MegatronModel(ModelReader):
         self._local = local()
         entries = {entry.megatron: entry for entry in table(shape)}
         for part in self.parts:
-            have = {name for name in part.names if not name.endswith("_extra_state")}
-            if odd := sorted(have ^ entries.keys()):
-                whose = "holds an unknown" if odd[0] in have else "lacks the"
+            names = {name for name in part.names if not name.endswith("_extra_state")}
+            if odd := sorted(names ^ entries.keys()):
+                verb = "has an unexpected" if odd[0] in names else "lacks the"
                 raise CheckpointError(
-                    f"{part.path} {whose} tensor '{odd[0]}' for the model that config.json describes; "
-                    f"{len(odd)} tensors differ. Use the config.json that belongs to this checkpoint."
+                    f"{part.path} {verb} tensor '{odd[0]}' for the model in config.json; {len(odd)} tensors differ. "
+                    "Use the config.json that belongs to this checkpoint."
                 )
         self._specs: dict[str, TensorSpec] = {}
         self._entries: dict[str, Entry] = {}
@@ -60,23 +62,23 @@ class MegatronModel(ModelReader):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every Hugging Face name, sorted."""
+        """Hugging Face names of all tensors, sorted."""
         return tuple(sorted(self._specs))
 
     def spec(self, name: str) -> TensorSpec:
-        """Dtype and shape of a tensor."""
+        """Return a tensor's dtype and shape."""
         if name not in self._specs:
             raise unknown_tensor(self.path, name)
         return self._specs[name]
 
     def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
-        """Fill `out` with the row-major elements from `start`."""
+        """Fill `out` with row-major elements from `start`."""
         self.spec(name)
         entry = self._entries[name]
         if entry.form in ("plain", "vocabulary") and entry.cut in (None, 0):
             self._read_rows(entry, start, out)
         else:
-            out.copy_(self._whole(entry)[name].reshape(-1)[start : start + out.numel()])
+            out.copy_(self._joined(entry)[name].reshape(-1)[start : start + out.numel()])
 
     def close(self) -> None:
         """Close the parts."""
@@ -88,8 +90,8 @@ class MegatronModel(ModelReader):
             return to_huggingface(entry, join(entry, parts), self.shape)
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(
-                f"{self.path}: '{entry.megatron}', {len(parts)} times {list(parts[0].shape)}, does not fit "
-                "config.json. Use the config.json that belongs to this checkpoint."
+                f"{self.path}: '{entry.megatron}', {len(parts)} x {list(parts[0].shape)}, does not fit config.json. "
+                "Use the config.json that belongs to this checkpoint."
             ) from error
 
     def _read_rows(self, entry: Entry, start: int, out: torch.Tensor) -> None:
@@ -102,9 +104,9 @@ class MegatronModel(ModelReader):
                 part.read_into(entry.megatron, skip, out[filled : filled + take])
             start, filled = start - skip, filled + take
 
-    def _whole(self, entry: Entry) -> dict[str, torch.Tensor]:
-        held: tuple[str, dict[str, torch.Tensor]] | None = getattr(self._local, "held", None)
-        if held is None or held[0] != entry.megatron:
-            held = entry.megatron, self._converted(entry, [part.read(entry.megatron) for part in self.parts])
-            self._local.held = held
-        return held[1]
+    def _joined(self, entry: Entry) -> dict[str, torch.Tensor]:
+        cached: tuple[str, dict[str, torch.Tensor]] | None = getattr(self._local, "cached", None)
+        if cached is None or cached[0] != entry.megatron:
+            cached = entry.megatron, self._converted(entry, [part.read(entry.megatron) for part in self.parts])
+            self._local.cached = cached
+        return cached[1]

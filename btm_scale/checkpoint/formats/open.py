@@ -1,4 +1,4 @@
-"""One door to every format of weights."""
+"""Open a model of any supported checkpoint format."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ _OPENERS: dict[str, Callable[[Path], ModelReader]] = {
 
 
 def format_of(path: Path) -> str:
-    """`safetensors`, `bin`, `deepspeed`, `torch_dist` or `training state`; raises `CheckpointError` for none."""
+    """Return `safetensors`, `bin`, `deepspeed`, `torch_dist` or `training state`.
+
+    Raises `CheckpointError` if `path` is none of them.
+    """
     if is_training_state(path):
         return "training state"
     if path.suffix == ".safetensors" or any((path / name).is_file() for name in (SINGLE, INDEX)):
@@ -40,20 +43,21 @@ def format_of(path: Path) -> str:
     if path.is_dir() and checkpoint_folder(path) is not None:
         return "deepspeed"
     raise CheckpointError(
-        f"{path} is not a model: it has no {SINGLE}, {INDEX} or {BIN}, and is not another kind of checkpoint."
+        f"{path} is not a model: it has no {SINGLE}, {INDEX} or {BIN}, and is not a DeepSpeed, torch_dist or training "
+        "checkpoint. Give the path of a model directory or checkpoint."
     )
 
 
 def open_model(path: Path) -> ModelReader:
-    """A model of any known format, under Hugging Face names; raises `CheckpointError` for others."""
+    """Open a model under Hugging Face names. Raises `CheckpointError` for an unknown format or damaged files."""
     path = Path(path)
     return _OPENERS[format_of(path)](path)
 
 
 def with_head_names(model: ModelReader) -> ModelReader:
-    """A model under the names that transformers' language model has for its tensors; closing it closes the model.
+    """Return the model under the tensor names of transformers' causal LM class; closing it closes `model`.
 
-    GPT-2's own files name their tensors as those of the bare transformer, without the prefix that its head adds.
+    The published GPT-2 files use the names of the base model, without the prefix `transformer.`.
     """
     return _Prefixed(model) if "wte.weight" in model.names else model
 

@@ -1,4 +1,4 @@
-"""PyTorch's files read without running their pickles: tensors become places, the rest plain data."""
+"""Read PyTorch files without executing their pickles: tensors become file locations, the rest plain data."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from btm_scale.errors import CheckpointError
 
 
 class Inert:
-    """Stands for an object of a class that is not ours to make: it keeps what it is given."""
+    """Placeholder for an object of a class that is not loaded; it records its arguments and state."""
 
     kind = ""
     arguments: tuple[Any, ...]
 
     def __new__(cls, *arguments: Any, **_: Any) -> Inert:
-        """Keep the arguments."""
-        made = super().__new__(cls)
-        made.__dict__["arguments"] = arguments
-        return made
+        """Record the arguments."""
+        inert = super().__new__(cls)
+        inert.__dict__["arguments"] = arguments
+        return inert
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -41,19 +41,19 @@ class Inert:
         self.__dict__.setdefault("items", {})[key] = value
 
     def append(self, value: Any) -> None:
-        """What a pickle calls to fill a list of a class of its own."""
+        """Record an item; a pickle calls this on subclasses of list."""
         self.__dict__.setdefault("values", []).append(value)
 
     def extend(self, values: Any) -> None:
-        """As `append`, for several."""
+        """Record several items."""
         self.__dict__.setdefault("values", []).extend(values)
 
     def add(self, value: Any) -> None:
-        """As `append`, for a set."""
+        """Record an item; a pickle calls this on subclasses of set."""
         self.append(value)
 
     def __call__(self, *_: Any, **__: Any) -> Inert:
-        """What a pickle calls when the object is a function."""
+        """Return self; a pickle calls this if the object is a function."""
         return self
 
     def __repr__(self) -> str:
@@ -72,7 +72,7 @@ _PLAIN = {
     ("torch", "Size"): torch.Size,
     ("torch", "device"): lambda *_: "device",
 }
-# Parts of the standard library whose objects turn up in honest checkpoints; the rest never does.
+# Standard library modules whose objects occur in benign checkpoints; no others do.
 _HARMLESS_MODULES = {
     "argparse",
     "collections",
@@ -86,14 +86,14 @@ _HARMLESS_MODULES = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes plain containers and stored tensors, and `Inert` of everything else; it imports nothing."""
+    """Builds plain containers and `StoredTensor`s, and `Inert` for everything else; it imports nothing."""
 
     def __init__(self, file: Any, archive: _Archive) -> None:
         super().__init__(file, encoding="utf-8")
         self.archive = archive
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands for a class or function of that name; raises `CheckpointError` for system calls."""
+        """Return the substitute for a class or function. Raises `CheckpointError` for one that could run code."""
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         if (module, name) in _PLAIN:
             return _PLAIN[module, name]
@@ -110,13 +110,13 @@ class _Unpickler(pickle.Unpickler):
         root = module.partition(".")[0]
         if root in sys.stdlib_module_names and root not in _HARMLESS_MODULES:
             raise CheckpointError(
-                f"{self.archive.path} holds a pickle that calls {module}.{name}, as no checkpoint does. "
-                "Nothing of it was run. Do not trust this file; get the model as safetensors."
+                f"{self.archive.path} contains a pickle that calls {module}.{name}; no checkpoint needs that, and "
+                "nothing was executed. Do not trust this file: get the model as safetensors."
             )
         return type("Inert", (Inert,), {"kind": f"{module}.{name}"})
 
     def persistent_load(self, reference: Any) -> _Storage:
-        """The place of a storage's bytes."""
+        """Return where a storage's bytes are."""
         _, dtype, key, _, elements = reference
         return _Storage(self.archive.path, self.archive.offset(f"data/{key}"), dtype, int(elements))
 
@@ -153,14 +153,14 @@ def _rebuild_tensor(storage: _Storage, start: int, shape: Any, stride: Any, *_: 
     contiguous = torch.empty(0, dtype=storage.dtype, device="meta").new_empty(spec.shape).stride() == tuple(stride)
     extent = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if spec.elements else 0
     if start + extent > storage.elements:
-        raise CheckpointError(f"{storage.file} has a tensor that reaches beyond its storage. Save it again.")
+        raise CheckpointError(f"{storage.file} has a tensor that extends past its storage. Save it again.")
     stored = spec.elements if contiguous else extent
     segment = Segment(storage.file, storage.offset + start * storage.dtype.itemsize, stored)
     return StoredTensor(spec, (segment,), None if contiguous else tuple(stride))
 
 
 class _Archive:
-    """The zip file that `torch.save` writes, at `start` within a file and open for reading."""
+    """The zip archive that `torch.save` writes, starting at byte `start` of an open file."""
 
     def __init__(self, path: Path, file: Any, start: int = 0) -> None:
         self.path, self.file, self.start = path, file, start
@@ -168,39 +168,41 @@ class _Archive:
         self.entries = {info.filename.partition("/")[2]: info for info in self.zip.infolist()}
 
     def offset(self, name: str) -> int:
-        """Where an entry's bytes start in the file; raises `CheckpointError` if they are not plain."""
+        """Return the byte offset of an entry in the file. Raises `CheckpointError` if it is compressed or missing."""
         info = self.entries.get(name)
         if info is None or info.compress_type != zipfile.ZIP_STORED:
-            raise CheckpointError(f"{self.path} has no plain entry '{name}'. It was not written by torch.save.")
+            raise CheckpointError(
+                f"{self.path} has no uncompressed entry '{name}'. It was not written by torch.save: save it again."
+            )
         self.file.seek(info.header_offset)
         local = self.file.read(30)
         lengths = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
         return self.start + info.header_offset + 30 + lengths
 
     def load(self) -> Any:
-        """The pickled object, with tensors as `StoredTensor`."""
+        """Return the pickled object, with tensors as `StoredTensor`."""
         with self.zip.open(self.entries["data.pkl"]) as data:
             return _Unpickler(data, self).load()
 
 
 def load_pickle(path: Path) -> Any:
-    """What `torch.save` wrote to `path`, with tensors as `StoredTensor` and other classes as `Inert`.
+    """Return what `torch.save` wrote to `path`, with tensors as `StoredTensor` and other classes as `Inert`.
 
-    Raises `CheckpointError` for files that are cut short, older than PyTorch 1.6, or would run code.
+    Raises `CheckpointError` for files that are truncated, older than PyTorch 1.6, or would run code.
     """
     try:
         with path.open("rb") as file:
             return _Archive(path, file).load()
     except CheckpointError:
         raise
-    except Exception as error:  # a torn or hostile pickle can fail in any way
+    except Exception as error:  # a truncated or hostile pickle can fail in any way
         raise CheckpointError(
-            f"{path} cannot be read as a file of torch.save ({error}). Copy it again, or save it anew."
+            f"{path} cannot be read as a torch.save file ({error}). Copy it again, or save it again."
         ) from error
 
 
 def load_embedded(path: Path, start: int, length: int) -> Any:
-    """As `load_pickle`, of the `length` bytes from `start`."""
+    """Like `load_pickle`, from the `length` bytes at `start`."""
     try:
         with path.open("rb") as file:
             return _Archive(path, _Window(file, start, length), start).load()
@@ -211,7 +213,7 @@ def load_embedded(path: Path, start: int, length: int) -> Any:
 
 
 class _Window(io.RawIOBase):
-    """A part of an open file as a file of its own."""
+    """A byte range of an open file, presented as a file."""
 
     def __init__(self, file: IO[bytes], start: int, length: int) -> None:
         self.file, self.start, self.length, self.position = file, start, length, 0
@@ -230,15 +232,18 @@ class _Window(io.RawIOBase):
         return self.position
 
     def read(self, size: int = -1, /) -> bytes:
-        left = max(0, self.length - self.position)
+        remaining = max(0, self.length - self.position)
         self.file.seek(self.start + self.position)
-        content = self.file.read(left if size < 0 else min(size, left))
+        content = self.file.read(remaining if size < 0 else min(size, remaining))
         self.position += len(content)
         return content
 
 
 def load_plain_pickle(path: Path) -> Any:
-    """A pickle without tensors, such as the `.metadata` of a distributed checkpoint."""
+    """Load a pickle without tensors, such as the `.metadata` of a distributed checkpoint.
+
+    Raises `CheckpointError` like `load_pickle`.
+    """
 
     class NoTensors(_Archive):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The `.bin` files that Hugging Face models had before safetensors."""
+"""Read the `.bin` files that Hugging Face models used before safetensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BIN_INDEX = "pytorch_model.bin.index.json"
 
 
 def open_bin(directory: Path) -> StoredModel:
-    """A `pytorch_model.bin`, or its shards; raises `CheckpointError` for missing, torn or hostile files."""
+    """Open a `pytorch_model.bin` or its shards. Raises `CheckpointError` for missing, damaged or hostile files."""
     index = directory / BIN_INDEX
     shards = [directory / BIN]
     if index.is_file():
@@ -23,21 +23,21 @@ def open_bin(directory: Path) -> StoredModel:
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         if not shard.is_file():
-            raise CheckpointError(f"{index} names the shard {shard.name}, which is missing. Copy it here.")
+            raise CheckpointError(f"{index} lists the shard {shard.name}, which is missing. Copy it here.")
         content = load_pickle(shard)
         if not isinstance(content, dict):
-            raise CheckpointError(f"{shard} holds no state dict.")
-        if unread := sorted(str(name) for name, value in content.items() if _is_unread_tensor(value)):
+            raise CheckpointError(f"{shard} does not contain a state dict. Save `model.state_dict()`.")
+        if unsupported := sorted(str(name) for name, value in content.items() if _is_unsupported(value)):
             raise CheckpointError(
-                f"{shard}: {len(unread)} tensors, the first '{unread[0]}', are of a type or layout that is not read "
-                "from .bin files. Save the model as safetensors."
+                f"{shard}: {len(unsupported)} tensors, the first '{unsupported[0]}', have a dtype or layout that is "
+                "not supported in .bin files. Save the model as safetensors."
             )
         tensors |= {name: value for name, value in content.items() if isinstance(value, StoredTensor)}
     return StoredModel(directory, tensors)
 
 
-def _is_unread_tensor(value: object) -> bool:
-    """Whether a value is a tensor that would be left out of the model: sparse, quantised or of a rare dtype."""
+def _is_unsupported(value: object) -> bool:
+    """Whether a value is a tensor that cannot be read: sparse, quantized or of an unsupported dtype."""
     if isinstance(value, StoredTensor):
         return value.spec.dtype not in CODE_BY_DTYPE
     return isinstance(value, Inert) and value.kind.startswith("torch._utils._rebuild_")

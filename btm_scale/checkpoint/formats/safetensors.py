@@ -1,4 +1,4 @@
-"""Hugging Face safetensors, single or sharded, proven whole when opened and read by ranges."""
+"""Read Hugging Face safetensors, single or sharded: validated when opened, read by ranges."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from btm_scale.checkpoint.formats.safetensors_writer import INDEX, SINGLE
 from btm_scale.checkpoint.formats.tensors import DTYPE_BY_CODE, ModelReader, TensorSpec, as_bytes, unknown_tensor
 from btm_scale.errors import CheckpointError
 
-_MAX_HEADER = 100_000_000  # the reference implementation refuses more
+_MAX_HEADER = 100_000_000  # bytes, as in the reference implementation
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor's bytes lie."""
+    """Where a tensor's bytes are."""
 
     file: Path
     offset: int
@@ -29,7 +29,7 @@ class _Place:
 
 
 def pread_into(descriptor: int, tensor: torch.Tensor, offset: int, path: Path) -> None:
-    """Fill a contiguous tensor from a file; raises `CheckpointError` when the file ends first."""
+    """Fill a contiguous tensor from a file. Raises `CheckpointError` if the file ends first."""
     target = as_bytes(tensor) if tensor.numel() else memoryview(b"")
     while target:
         count = os.preadv(descriptor, [target], offset)
@@ -39,33 +39,33 @@ def pread_into(descriptor: int, tensor: torch.Tensor, offset: int, path: Path) -
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The JSON header of a safetensors file and the offset of its data; raises `CheckpointError`."""
+    """Return the JSON header of a safetensors file and the byte offset of its data. Raises `CheckpointError`."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER):
                 raise CheckpointError(
-                    f"{path} has {size} bytes, too few for its header. It is cut short or no "
-                    "safetensors file; copy it again."
+                    f"{path} has {size} bytes, too few for its header. It is truncated or not a safetensors file: copy "
+                    "it again."
                 )
             header = json.loads(file.read(length))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}. Copy it again.") from error
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path} has a header that is no JSON object; it is no safetensors file.")
+        raise CheckpointError(f"{path} is not a safetensors file: its header is not a JSON object. Copy it again.")
     return header, 8 + length
 
 
 def _natural(value: object) -> int:
-    """A JSON value that must be a whole number and not negative; raises `ValueError` for another."""
+    """Return a JSON value that must be a non-negative integer; raises `ValueError` otherwise."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ValueError
     return value
 
 
 def _places(path: Path) -> dict[str, _Place]:
-    """Every tensor of one file, after proof that they fill its data exactly, with no hole and no overlap."""
+    """Return every tensor of one file, after checking that they fill its data without gaps or overlaps."""
     header, data = read_header(path)
     header.pop("__metadata__", None)
     places, spans = {}, []
@@ -74,30 +74,34 @@ def _places(path: Path) -> dict[str, _Place]:
             begin, end = map(_natural, entry["data_offsets"])
             spec = TensorSpec(DTYPE_BY_CODE[entry["dtype"]], tuple(map(_natural, entry["shape"])))
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: the header entry of '{name}' is not understood: {entry}") from error
+            raise CheckpointError(
+                f"{path} has an invalid header entry for '{name}': {entry}. Export it again."
+            ) from error
         if end - begin != spec.nbytes:
-            raise CheckpointError(f"{path}: '{name}' is {spec} and so {spec.nbytes} bytes, not {end - begin}.")
+            raise CheckpointError(
+                f"{path}: '{name}' is {spec}, which takes {spec.nbytes} bytes, not {end - begin}. Export it again."
+            )
         places[name] = _Place(path, data + begin, spec)
         spans.append((begin, end, name))
     position = 0
     for begin, end, name in sorted(spans):
         if begin != position:
-            what = "overlaps the tensor before it" if begin < position else "leaves a hole before it"
-            raise CheckpointError(f"{path}: '{name}' starts at data byte {begin} and {what}. Export it again.")
+            fault = "overlaps the previous tensor" if begin < position else "leaves a gap before it"
+            raise CheckpointError(f"{path}: '{name}' starts at data byte {begin} and {fault}. Export it again.")
         position = end
     size = path.stat().st_size - data
     if size != position:
-        raise CheckpointError(f"{path} holds {size} data bytes and its header says {position}. Copy it again.")
+        raise CheckpointError(f"{path} has {size} bytes of data, but its header says {position}. Copy it again.")
     return places
 
 
 class SafetensorsModel(ModelReader):
-    """A directory (or one file) of safetensors, checked when opened, its weights read when asked."""
+    """A directory or file of safetensors, validated when opened; weights are read on demand."""
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self._descriptors: dict[Path, int] = {}
-        self._opening = Lock()  # reading is safe from several threads
+        self._opening = Lock()  # reads are thread-safe
         if self.path.is_file():
             self._tensors = _places(self.path)
         elif (index := self.path / INDEX).is_file():
@@ -105,12 +109,12 @@ class SafetensorsModel(ModelReader):
         elif (single := self.path / SINGLE).is_file():
             self._tensors = _places(single)
         else:
-            raise CheckpointError(f"{self.path} holds neither {SINGLE} nor {INDEX}.")
+            raise CheckpointError(f"{self.path} has neither {SINGLE} nor {INDEX}. Give the path of a model directory.")
         self._names = tuple(sorted(self._tensors))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every tensor's name, sorted."""
+        """Names of all tensors, sorted."""
         return self._names
 
     @property
@@ -119,14 +123,14 @@ class SafetensorsModel(ModelReader):
         return tuple(sorted({place.file for place in self._tensors.values()}))
 
     def spec(self, name: str) -> TensorSpec:
-        """Dtype and shape of a tensor."""
+        """Return a tensor's dtype and shape."""
         return self._place(name).spec
 
     def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
-        """Fill `out` with the row-major elements from `start`."""
+        """Fill `out` with row-major elements from `start`."""
         place = self._place(name)
         if not 0 <= start <= start + out.numel() <= place.spec.elements or out.dtype != place.spec.dtype:
-            raise IndexError(f"{out.numel()} {out.dtype} from {start} are no part of '{name}', {place.spec}")
+            raise IndexError(f"{out.numel()} {out.dtype} elements from {start} are outside of '{name}', {place.spec}")
         offset = place.offset + start * place.spec.dtype.itemsize
         pread_into(self._descriptor(place.file), out, offset, place.file)
 
@@ -149,25 +153,28 @@ class SafetensorsModel(ModelReader):
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """The shard of every tensor that an index lists; raises `CheckpointError`."""
+    """Return the shard of every tensor in an index. Raises `CheckpointError` if it is not a valid index."""
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()):
-        raise CheckpointError(f"{index} is no index of shards: it has no weight_map of names. Download it again.")
+        raise CheckpointError(f"{index} is not a shard index: it has no weight_map of file names. Download it again.")
     return listed
 
 
 def _indexed_places(index: Path) -> dict[str, _Place]:
-    """Every tensor that an index lists, after proof that index and shards say the same."""
+    """Return every tensor in an index, after checking that the index and the shards agree."""
     listed = weight_map(index)
-    found: dict[str, _Place] = {}
+    places: dict[str, _Place] = {}
     for shard in sorted(set(listed.values())):
         file = index.parent / shard
         if not file.is_file():
-            raise CheckpointError(f"{index} names the shard {shard}, which is missing. Copy it here.")
-        inside = _places(file)
+            raise CheckpointError(f"{index} lists the shard {shard}, which is missing. Copy it here.")
+        in_shard = _places(file)
         expected = {name for name, where in listed.items() if where == shard}
-        if wrong := sorted(inside.keys() ^ expected):
-            whose = "the index alone" if wrong[0] in expected else "the shard alone"
-            raise CheckpointError(f"{index} and {shard} disagree on {len(wrong)} tensors; {whose} has '{wrong[0]}'.")
-        found |= inside
-    return found
+        if odd := sorted(in_shard.keys() ^ expected):
+            holder = "index" if odd[0] in expected else "shard"
+            raise CheckpointError(
+                f"{index} and {shard} disagree on {len(odd)} tensors: only the {holder} has '{odd[0]}'. Copy both "
+                "again."
+            )
+        places |= in_shard
+    return places

@@ -1,4 +1,4 @@
-"""The streaming writer of safetensors: every byte's place is known before the first is written."""
+"""Write safetensors in a stream: every tensor's offset is fixed before the first byte is written."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ _PIECE_BYTES = 8 << 20
 
 
 class ShardedWriter:
-    """Safetensors shards that take their tensors in any order and in pieces.
+    """Writes safetensors shards, taking tensors in any order and in pieces.
 
-    The shards have temporary names until `close`, which checks that everything came, renames and writes the index
-    last. Publishing the directory syncs them. Leaving a `with` block by an exception, or `abort`, removes what was
-    written.
-    `attach=True` opens the shards that another process, or an earlier try, laid out with the same arguments:
-    several processes may then write, and the one that laid them out closes.
+    Shards have temporary names until `close`, which checks that they are complete, renames them and writes the index
+    last; publishing the directory fsyncs them. An exception in a `with` block, or `abort`, removes them.
+    `attach=True` opens shards that another process or an earlier attempt created with the same arguments, so that
+    several processes can write; the process that created them calls `close`.
     """
 
     def __init__(
@@ -42,7 +41,7 @@ class ShardedWriter:
         self.directory = Path(directory)
         self.specs = dict(specs)
         self._written: dict[str, list[tuple[int, int]]] = {name: [] for name in specs}
-        self._marking = Lock()  # writing is safe from several threads
+        self._marking = Lock()  # writes are thread-safe
         self._where: dict[str, tuple[int, int]] = {}
         self._shards: list[tuple[str, int]] = []
         groups = _shard_groups(self.specs, max_shard_bytes)
@@ -67,16 +66,16 @@ class ShardedWriter:
                 _pwrite(descriptor, memoryview(header), 0)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write a whole tensor; its dtype and shape must be those that were announced."""
-        if (given := TensorSpec.of(tensor)) != self.specs[name]:
-            raise ValueError(f"'{name}' was announced as {self.specs[name]} and is {given}")
+        """Write a complete tensor. Raises `ValueError` if its dtype or shape differs from its spec."""
+        if (actual := TensorSpec.of(tensor)) != self.specs[name]:
+            raise ValueError(f"'{name}' is {actual}, but its spec says {self.specs[name]}")
         self.write_range(name, 0, tensor)
 
     def write_range(self, name: str, start: int, tensor: torch.Tensor) -> None:
-        """Write the elements from `start` of the row-major tensor."""
+        """Write row-major elements from `start`. Raises `ValueError` if they do not fit the spec."""
         spec, stop = self.specs[name], start + tensor.numel()
         if tensor.dtype != spec.dtype or not 0 <= start <= stop <= spec.elements:
-            raise ValueError(f"{tensor.dtype} [{start}, {stop}) is no part of '{name}', {spec}")
+            raise ValueError(f"{tensor.dtype} elements [{start}, {stop}) are outside of '{name}', {spec}")
         shard, offset = self._where[name]
         if stop > start:
             data = as_bytes(tensor.cpu().contiguous())
@@ -100,7 +99,7 @@ class ShardedWriter:
         return all(os.pread(descriptor, len(header), 0) == header for (_, descriptor), header in shards)
 
     def mark_written(self, name: str, start: int = 0, stop: int | None = None) -> None:
-        """Count a range as there: written by an attached writer, or before an interruption."""
+        """Mark a range as written, by an attached writer or before an interruption."""
         stop = self.specs[name].elements if stop is None else stop
         with self._marking:
             spans = sorted([*self._written[name], (start, stop)])
@@ -113,25 +112,25 @@ class ShardedWriter:
             self._written[name] = joined
 
     def shard_of(self, name: str) -> int:
-        """The number, from 0, of the shard that a tensor goes to."""
+        """Return the index, from 0, of a tensor's shard."""
         return self._where[name][0]
 
     def sync(self) -> None:
-        """Bring what was written so far to the disk."""
+        """Flush everything written so far to disk."""
         for _, descriptor in self._shards:
             os.fdatasync(descriptor)
 
     def detach(self) -> None:
-        """Close the files and leave them as they are, unpublished."""
+        """Close the files without publishing them."""
         while self._shards:
             os.close(self._shards.pop()[1])
 
     def close(self) -> None:
-        """Publish: raises `RuntimeError` if anything was not written, and then leaves nothing behind."""
+        """Publish the shards. Raises `RuntimeError`, and removes them, if any tensor is incomplete."""
         missing = [name for name, spec in self.specs.items() if self._written[name] != [(0, spec.elements)]]
         if missing:
             self.abort()
-            raise RuntimeError(f"{len(missing)} tensors were not written whole, the first is '{missing[0]}'")
+            raise RuntimeError(f"{len(missing)} tensors are incomplete, the first is '{missing[0]}'")
         names = [name for name, _ in self._shards]
         self.detach()
         for name in names:
@@ -143,7 +142,7 @@ class ShardedWriter:
             (self.directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def abort(self) -> None:
-        """Remove what was written; nothing had its final name yet."""
+        """Remove the unpublished shards."""
         names = [name for name, _ in self._shards]
         self.detach()
         for name in names:
@@ -162,7 +161,7 @@ class ShardedWriter:
 
 
 def _shard_groups(specs: Mapping[str, TensorSpec], max_shard_bytes: float) -> list[list[str]]:
-    """Names by shard, in the order given; within a shard wide elements come first, which aligns them all."""
+    """Return tensor names by shard, in the given order; within a shard wide dtypes come first, for alignment."""
     groups: list[list[str]] = [[]]
     size = 0
     for name, spec in specs.items():
@@ -175,7 +174,7 @@ def _shard_groups(specs: Mapping[str, TensorSpec], max_shard_bytes: float) -> li
 
 
 def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None) -> bytes:
-    """A file's first bytes: length, then JSON padded so that the data starts at a multiple of eight."""
+    """Return a file's header: its length, then JSON padded so that the data starts at a multiple of 8 bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for name, spec in specs.items():

@@ -1,4 +1,4 @@
-"""Tensors as places in files: what every reader but that of safetensors is made of."""
+"""Tensors as locations in files: the basis of every reader except safetensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, unknow
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive elements in a file."""
+    """Consecutive elements in a file, from byte `offset`."""
 
     file: Path
     offset: int
@@ -24,20 +24,20 @@ class Segment:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that lies in one or several segments, in row-major order unless `stride` says otherwise."""
+    """A tensor stored in one or more segments, row-major unless `stride` is given."""
 
     spec: TensorSpec
     segments: tuple[Segment, ...]
     stride: tuple[int, ...] | None = None
 
     def read_into(self, start: int, out: torch.Tensor) -> None:
-        """Fill `out` with the row-major elements from `start`; a strided tensor is read whole."""
+        """Fill `out` with row-major elements from `start`; a strided tensor is read in full."""
         if self.stride is not None:
             (segment,) = self.segments
             stored = torch.empty(segment.elements, dtype=self.spec.dtype)
             _read(segment, 0, stored)
-            whole = stored.as_strided(self.spec.shape, self.stride).reshape(-1)
-            out.copy_(whole[start : start + out.numel()])
+            flat = stored.as_strided(self.spec.shape, self.stride).reshape(-1)
+            out.copy_(flat[start : start + out.numel()])
             return
         filled = 0
         for segment in self.segments:
@@ -46,16 +46,16 @@ class StoredTensor:
             _read(segment, skip, out[filled : filled + take])
             start, filled = start - skip, filled + take
         if filled < out.numel():
-            raise IndexError(f"{out.numel()} elements reach {out.numel() - filled} beyond the tensor's end")
+            raise IndexError(f"{out.numel()} elements extend {out.numel() - filled} past the end of the tensor")
 
     def read(self) -> torch.Tensor:
-        """The whole tensor."""
+        """Return the full tensor."""
         out = torch.empty(self.spec.elements, dtype=self.spec.dtype)
         self.read_into(0, out)
         return out.reshape(self.spec.shape)
 
     def part(self, start: int, stop: int) -> tuple[Segment, ...]:
-        """Where the elements `[start, stop)` of a row-major tensor lie."""
+        """Return the segments of elements `[start, stop)` of a row-major tensor."""
         result, size = [], self.spec.dtype.itemsize
         for segment in self.segments:
             begin, end = max(start, 0), min(stop, segment.elements)
@@ -76,7 +76,7 @@ def _read(segment: Segment, skip: int, out: torch.Tensor) -> None:
 
 
 class StoredModel(ModelReader):
-    """Stored tensors by name."""
+    """A model of stored tensors."""
 
     def __init__(self, path: Path, tensors: Mapping[str, StoredTensor]) -> None:
         self.path = path
@@ -84,16 +84,16 @@ class StoredModel(ModelReader):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every tensor's name, sorted."""
+        """Names of all tensors, sorted."""
         return tuple(self._tensors)
 
     def spec(self, name: str) -> TensorSpec:
-        """Dtype and shape of a tensor."""
+        """Return a tensor's dtype and shape."""
         if name not in self._tensors:
             raise unknown_tensor(self.path, name)
         return self._tensors[name].spec
 
     def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
-        """Fill `out` with the row-major elements from `start`."""
+        """Fill `out` with row-major elements from `start`."""
         self.spec(name)
         self._tensors[name].read_into(start, out)

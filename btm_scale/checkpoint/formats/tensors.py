@@ -1,4 +1,4 @@
-"""What every reader and writer of weights agrees on: named tensors, read by flat ranges."""
+"""The common interface of readers and writers of weights: named tensors, read by flat ranges."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from btm_scale.errors import CheckpointError
 
-# The names that safetensors headers use for the element types that torch knows.
+# Safetensors dtype codes.
 DTYPE_BY_CODE: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -37,40 +37,43 @@ _SHORT_NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.flo
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """The float dtype that `name` (`bfloat16`, `bf16`, `float32`, ...) means; raises `CheckpointError`."""
+    """Return the floating-point dtype called `name` (`bfloat16`, `bf16`, `float32`, ...).
+
+    Raises `CheckpointError` for any other name.
+    """
     dtype = _SHORT_NAMES.get(name) or getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype) or dtype not in CODE_BY_DTYPE or not dtype.is_floating_point:
         raise CheckpointError(
-            f"dtype '{name}' is no float that weights can have. Use bfloat16, float16, float32 or float64."
+            f"'{name}' is not a floating-point dtype of weights. Use bfloat16, float16, float32 or float64."
         )
     return dtype
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`bfloat16` for `torch.bfloat16`: how Hugging Face configs and our messages write it."""
+    """Return `bfloat16` for `torch.bfloat16`, as in Hugging Face configs."""
     return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """All of a tensor but its values."""
+    """Dtype and shape of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Self:
-        """The spec of a tensor that exists."""
+        """Return the spec of a tensor."""
         return cls(tensor.dtype, tuple(tensor.shape))
 
     @property
     def elements(self) -> int:
-        """How many numbers it holds."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Its size in bytes."""
+        """Size in bytes."""
         return self.elements * self.dtype.itemsize
 
     def __str__(self) -> str:
@@ -78,7 +81,7 @@ class TensorSpec:
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, writable and without a copy."""
+    """Return a writable view of a contiguous CPU tensor's memory, without a copy."""
     flat = tensor.detach() if tensor.requires_grad else tensor
     array: Any = (flat if flat.dim() == 1 else flat.reshape(-1)).view(torch.uint8).numpy()
     view: memoryview = array.data
@@ -86,9 +89,9 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 class ModelReader(ABC):
-    """Named tensors on disk, of which any flat range can be read without reading the rest.
+    """Named tensors on disk; any flat range can be read without reading the rest.
 
-    `names` is sorted, so it does not depend on format or sharding. A context manager; closing is idempotent.
+    `names` is sorted, so it does not depend on format or sharding. A context manager; `close` is idempotent.
     """
 
     path: Path
@@ -96,45 +99,45 @@ class ModelReader(ABC):
     @property
     @abstractmethod
     def names(self) -> tuple[str, ...]:
-        """Every tensor's name, sorted."""
+        """Names of all tensors, sorted."""
 
     @abstractmethod
     def spec(self, name: str) -> TensorSpec:
-        """Dtype and shape of a tensor; raises `CheckpointError` for a name that is not there."""
+        """Return a tensor's dtype and shape. Raises `CheckpointError` for an unknown name."""
 
     @abstractmethod
     def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
-        """Fill `out` (1-D, contiguous, of the tensor's dtype) with the row-major elements from `start`."""
+        """Fill `out` (1-D, contiguous, of the tensor's dtype) with row-major elements from `start`."""
 
     def read_range(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements `[start, stop)` of the row-major tensor, as a new 1-D tensor."""
+        """Return row-major elements `[start, stop)` as a new 1-D tensor."""
         out = torch.empty(stop - start, dtype=self.spec(name).dtype)
         self.read_into(name, start, out)
         return out
 
     def read(self, name: str) -> torch.Tensor:
-        """The whole tensor."""
+        """Return the full tensor."""
         spec = self.spec(name)
         return self.read_range(name, 0, spec.elements).reshape(spec.shape)
 
     def specs(self) -> dict[str, TensorSpec]:
-        """Every tensor's spec, by sorted name."""
+        """Return every tensor's spec by name, sorted."""
         return {name: self.spec(name) for name in self.names}
 
     def nbytes_as(self, dtype: torch.dtype | None) -> int:
-        """The size in bytes of all tensors once they are of this type; of their own, if None."""
+        """Return the size in bytes of all tensors in `dtype`, or in their own dtypes if None."""
         specs = self.specs().values()
         return sum(spec.elements * (dtype or spec.dtype).itemsize for spec in specs)
 
     def chunks(self, name: str, chunk_bytes: int) -> Iterator[torch.Tensor]:
-        """The tensor as consecutive flat pieces of at most `chunk_bytes`."""
+        """Yield the tensor as consecutive flat pieces of at most `chunk_bytes`."""
         spec = self.spec(name)
         step = max(1, chunk_bytes // spec.dtype.itemsize)
         for start in range(0, spec.elements, step):
             yield self.read_range(name, start, min(start + step, spec.elements))
 
     def close(self) -> None:
-        """Let go of open files."""
+        """Close open files."""
         return None
 
     def __enter__(self) -> Self:
@@ -147,5 +150,5 @@ class ModelReader(ABC):
 
 
 def unknown_tensor(path: Path, name: str) -> CheckpointError:
-    """The error for a name that a checkpoint does not hold."""
+    """Return the error for a name that a checkpoint does not contain."""
     return CheckpointError(f"{path} has no tensor '{name}'.")

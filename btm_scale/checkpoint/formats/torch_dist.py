@@ -1,7 +1,7 @@
-"""Megatron-core's distributed checkpoints (`torch_dist`), read without Megatron-core.
+"""Read Megatron-core's distributed checkpoints (`torch_dist`) without Megatron-core.
 
-A tensor is global: layers are stacked in a first dimension, tensor parallel parts are chunks of it, so that a
-checkpoint has no tensor degree but that its vocabulary is padded for one.
+Tensors are global: layers are stacked in the first dimension, and tensor parallel shards are chunks. A checkpoint
+therefore depends on a tensor parallel degree only by the padding of its vocabulary.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, unknow
 from btm_scale.errors import CheckpointError
 
 LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.*)")
-# Norms are kept under the names of the fused modules that some builds of Megatron-core have.
+# Norms are saved under the names of the fused modules that some Megatron-core builds use.
 NORMS = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
@@ -31,14 +31,14 @@ _ITERATION = re.compile(r"iter_(\d+)")
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A block of a tensor, at `offsets`."""
+    """A block of a global tensor, at `offsets`."""
 
     offsets: tuple[int, ...]
     stored: StoredTensor
 
 
 class _GlobalTensors(ModelReader):
-    """A checkpoint's tensors, layer by layer, whole and under Megatron-core's names."""
+    """The full tensors of a checkpoint, one per layer, under Megatron-core names."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -53,49 +53,49 @@ class _GlobalTensors(ModelReader):
             size = tuple(metadata.state_dict_metadata[name].size)
             for flat_name, spec, own in _layers(name, size, parts):
                 if sum(chunk.stored.spec.elements for chunk in own) != spec.elements:
-                    raise CheckpointError(f"{path}: '{flat_name}' is not whole. Save it again.")
+                    raise CheckpointError(f"{path}: '{flat_name}' is incomplete. Save the checkpoint again.")
                 self._tensors[flat_name] = spec, own
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every tensor's name, sorted."""
+        """Names of all tensors, sorted."""
         return tuple(sorted(self._tensors))
 
     def spec(self, name: str) -> TensorSpec:
-        """Dtype and shape of a tensor."""
+        """Return a tensor's dtype and shape."""
         if name not in self._tensors:
             raise unknown_tensor(self.path, name)
         return self._tensors[name][0]
 
     def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
-        """Fill `out` with the row-major elements from `start`; a tensor cut across its rows is read whole."""
+        """Fill `out` with row-major elements from `start`; a tensor sharded within rows is read in full."""
         spec, chunks = self._tensors[name]
         if all(chunk.stored.spec.shape[1:] == spec.shape[1:] for chunk in chunks):
             segments = tuple(segment for chunk in chunks for segment in chunk.stored.segments)
             StoredTensor(spec, segments).read_into(start, out)
             return
-        whole = torch.empty(spec.shape, dtype=spec.dtype)
+        tensor = torch.empty(spec.shape, dtype=spec.dtype)
         for chunk in chunks:
-            places = zip(chunk.offsets, chunk.stored.spec.shape, strict=True)
-            whole[tuple(slice(offset, offset + size) for offset, size in places)] = chunk.stored.read()
-        out.copy_(whole.reshape(-1)[start : start + out.numel()])
+            spans = zip(chunk.offsets, chunk.stored.spec.shape, strict=True)
+            tensor[tuple(slice(offset, offset + size) for offset, size in spans)] = chunk.stored.read()
+        out.copy_(tensor.reshape(-1)[start : start + out.numel()])
 
 
 def open_torch_dist(path: Path) -> ModelReader:
-    """A `torch_dist` checkpoint under Hugging Face names; raises `CheckpointError` without a config.json."""
+    """Open a `torch_dist` checkpoint under Hugging Face names. Raises `CheckpointError` without a config.json."""
     return MegatronModel(path, [_GlobalTensors(iteration_folder(path))], find_shape(path))
 
 
 def saved_iteration(path: Path) -> int | None:
-    """The training step that Megatron wrote beside the weights, or into the name of their folder."""
+    """Return the training step in `common.pt` or in the folder's name, or None."""
     path = iteration_folder(path)
     common = path / "common.pt"
     content = load_pickle(common) if common.is_file() else None
-    found = content.get("iteration") if isinstance(content, dict) else None
-    if isinstance(found, int):
-        return found
-    named = _ITERATION.fullmatch(path.absolute().name)
-    return int(named[1]) if named else None
+    iteration = content.get("iteration") if isinstance(content, dict) else None
+    if isinstance(iteration, int):
+        return iteration
+    match = _ITERATION.fullmatch(path.absolute().name)
+    return int(match[1]) if match else None
 
 
 def _is_model(name: str) -> bool:
@@ -103,7 +103,7 @@ def _is_model(name: str) -> bool:
 
 
 def _layers(name: str, size: tuple[int, ...], chunks: list[_Chunk]) -> Iterator[tuple[str, TensorSpec, list[_Chunk]]]:
-    """A stacked tensor's layers, each with its chunks in row-major order; others as they are."""
+    """Yield the layers of a stacked tensor, each with its chunks in row-major order; other tensors unchanged."""
     chunks = sorted(chunks, key=lambda chunk: chunk.offsets)
     dtype = chunks[0].stored.spec.dtype
     match = LAYER.fullmatch(name)

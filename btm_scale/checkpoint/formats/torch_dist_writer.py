@@ -1,4 +1,4 @@
-"""Megatron-core's distributed checkpoints (`torch_dist`), written without Megatron-core."""
+"""Write Megatron-core's distributed checkpoints (`torch_dist`) without Megatron-core."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from btm_scale.model.shape import ModelShape
 from btm_scale.util.files import make_directory, require_space
 
 _MAX_FILE_BYTES = 5e9
-# Modules for which Megatron-core looks for a state beside their weights, here an empty one.
+# Modules whose `_extra_state` Megatron-core loads; ours is empty.
 _STATEFUL = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
 _FORMAT = {
     "sharded_backend": "torch_dist",
@@ -44,10 +44,10 @@ def write_torch_dist(
     tensor: int = 1,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a Hugging Face model for Megatron-core at the tensor degrees that divide `tensor`.
+    """Write a Hugging Face model for Megatron-core at any tensor parallel degree that divides `tensor`.
 
-    Holds one tensor at a time. The marker, `metadata.json`, is written last; publishing the directory syncs it. Raises
-    `CheckpointError` when the disk is too small.
+    One tensor is in memory at a time. The marker, `metadata.json`, is written last; publishing the directory fsyncs
+    it. Raises `CheckpointError` if the disk has too little space.
     """
     directory = Path(directory)
     require_space(directory, model.nbytes_as(dtype))
@@ -57,20 +57,20 @@ def write_torch_dist(
     files = _Files(directory)
     metadata = Metadata({}, storage_data={})
     for entry in table(shape):
-        whole = from_huggingface(entry, model.read, shape, rows)
-        whole = whole if dtype is None else whole.to(dtype)
+        weight = from_huggingface(entry, model.read, shape, rows)
+        weight = weight if dtype is None else weight.to(dtype)
         match = LAYER.fullmatch(entry.megatron)
-        name, offsets, size = entry.megatron, [0] * whole.dim(), list(whole.shape)
+        name, offsets, size = entry.megatron, [0] * weight.dim(), list(weight.shape)
         if match is not None:
             name, offsets, size = _stacked(match[2]), [int(match[1]), *offsets], [shape.layers, *size]
-            whole = whole[None]
-        chunk = ChunkStorageMetadata(torch.Size(offsets), whole.shape)
-        known = metadata.state_dict_metadata.setdefault(
-            name, TensorStorageMetadata(TensorProperties(whole.dtype), torch.Size(size), [])
+            weight = weight[None]
+        chunk = ChunkStorageMetadata(torch.Size(offsets), weight.shape)
+        stored = metadata.state_dict_metadata.setdefault(
+            name, TensorStorageMetadata(TensorProperties(weight.dtype), torch.Size(size), [])
         )
-        assert isinstance(known, TensorStorageMetadata)
-        known.chunks.append(chunk)
-        metadata.storage_data[MetadataIndex(name, offsets)] = files.add(whole.contiguous().clone())
+        assert isinstance(stored, TensorStorageMetadata)
+        stored.chunks.append(chunk)
+        metadata.storage_data[MetadataIndex(name, offsets)] = files.add(weight.contiguous().clone())
     for layer in range(shape.layers):
         for module in _STATEFUL:
             name = f"decoder.layers.{module}._extra_state/shard_{layer}_{shape.layers}"
@@ -89,7 +89,7 @@ def _stacked(rest: str) -> str:
 
 
 class _Files:
-    """The data files, filled one after the other."""
+    """The data files, filled one after another."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -97,7 +97,7 @@ class _Files:
         self.file: IO[bytes] | None = None
 
     def add(self, content: Any) -> _StorageInfo:
-        """Append one object; returns where it lies."""
+        """Append one object and return its location."""
         if self.file is None or self.file.tell() > _MAX_FILE_BYTES:
             self.close()
             self.name = f"__0_{self.count}.distcp"

@@ -1,4 +1,4 @@
-"""The states that our own training leaves, `step-<n>`, as models: their float32 master weights."""
+"""Read btm-scale's own training checkpoints, `step-<n>`, as models of their float32 master weights."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _MASTER = "master/"
 
 
 def is_training_state(path: Path) -> bool:
-    """Whether a folder is a training state rather than a Hugging Face directory."""
+    """Whether a folder is a training checkpoint rather than a Hugging Face directory."""
     return (path / STATE_MARKER).is_file() and (path / SINGLE).is_file()
 
 
 def saved_step(path: Path) -> int | None:
-    """The step that a training state was saved after."""
+    """Return the step after which a training checkpoint was saved, or None if it is not recorded."""
     step = read_json(path / STATE_MARKER).get("step")
     return step if isinstance(step, int) else None
 
 
 class TrainingState(ModelReader):
-    """The master weights under their Hugging Face names; Adam's moments are left out.
+    """The master weights under their Hugging Face names, without Adam's moments.
 
-    Config and tokenizer are those of the run's model of that name, or of its seed. Raises `CheckpointError` if they
-    are of another shape.
+    Config and tokenizer come from the run's model of that name, or from its seed. Raises `CheckpointError` if the
+    config does not fit the weights.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,22 +47,22 @@ class TrainingState(ModelReader):
             expected = {name for entry in table(shape) for name in entry.huggingface}
             if set(self._names) != expected or self.spec(first).shape != (shape.vocabulary, shape.hidden):
                 raise CheckpointError(
-                    f"{file} describes another model than {path} holds. Put the config.json of that model into {path}."
+                    f"{file} does not describe the model in {path}. Put the config.json of that model into {path}."
                 )
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every Hugging Face name, sorted."""
+        """Hugging Face names of all tensors, sorted."""
         return self._names
 
     def spec(self, name: str) -> TensorSpec:
-        """Dtype and shape of a tensor."""
+        """Return a tensor's dtype and shape."""
         if name not in self._names:
             raise unknown_tensor(self.path, name)
         return self._state.spec(_MASTER + name)
 
     def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
-        """Fill `out` with the row-major elements from `start`."""
+        """Fill `out` with row-major elements from `start`."""
         self._state.read_into(_MASTER + name, start, out)
 
     def close(self) -> None:

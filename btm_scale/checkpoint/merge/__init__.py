@@ -1,1 +1,1 @@
-"""Merging: methods, planning, workers and the journal that makes a merge resumable."""
+"""Merging: methods, planning, workers, and the journal from which a merge resumes."""

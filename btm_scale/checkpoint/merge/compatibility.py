@@ -1,4 +1,4 @@
-"""Whether models may be merged: the same tensors, a config that means the same, one tokenizer."""
+"""Check that models can be merged: the same tensors, equivalent configs, one tokenizer."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, dtype_name
 from btm_scale.model.families import FAMILIES, GPT2
 
-# In files of older transformers.
+# In checkpoints of older transformers versions.
 _CAUSAL_MASK = re.compile(r"(?:transformer\.)?h\.\d+\.attn\.(?:bias|masked_bias)")
-# What must agree in two configs for the mean of their weights to be a model.
+# Settings that must agree for the mean of two models' weights to be a model.
 _CONFIG_KEYS = (
     "model_type",
     "architectures",
@@ -44,26 +44,28 @@ _CONFIG_KEYS = (
 def common_specs(
     readers: Sequence[ModelReader], dtype: torch.dtype | None, tensors: Sequence[str] | None = None
 ) -> tuple[dict[str, TensorSpec], list[str]]:
-    """The output's specs and every way in which the models differ; of `tensors` alone, if they are named."""
+    """Return the output's specs and every difference between the models, restricted to `tensors` if given."""
     first = readers[0]
     specs, *others = (_compared_specs(reader, tensors) for reader in readers)
-    absent = [name for name in tensors or () if not any(name in some for some in (specs, *others))]
+    absent = [name for name in tensors or () if not any(name in each for each in (specs, *others))]
     problems = [f"{first.path} has no tensor '{name}'." for name in absent]
     for other, theirs in zip(readers[1:], others, strict=True):
-        problems += [f"{other.path} has no tensor '{name}', {first.path} has." for name in specs.keys() - theirs]
-        problems += [f"{first.path} has no tensor '{name}', {other.path} has." for name in theirs.keys() - specs]
+        problems += [f"{other.path} has no tensor '{name}', but {first.path} has." for name in specs.keys() - theirs]
+        problems += [f"{first.path} has no tensor '{name}', but {other.path} has." for name in theirs.keys() - specs]
         for name in sorted(specs.keys() & theirs):
             ours, its = specs[name], theirs[name]
             if ours.shape != its.shape:
                 problems.append(
-                    f"'{name}' is {list(ours.shape)} in {first.path} and {list(its.shape)} in {other.path}."
+                    f"'{name}' is {list(ours.shape)} in {first.path}, but {list(its.shape)} in {other.path}."
                 )
             elif ours.dtype != its.dtype and (dtype is None or not _both_float(ours, its)):
                 problems.append(
-                    f"'{name}' is {ours} in {first.path} and {its} in {other.path}. Say the output's dtype."
+                    f"'{name}' is {ours} in {first.path}, but {its} in {other.path}. Set the output's dtype."
                 )
             elif not ours.dtype.is_floating_point and not torch.equal(first.read(name), other.read(name)):
-                problems.append(f"'{name}', {ours}, is no float and differs in {first.path} and {other.path}.")
+                problems.append(
+                    f"'{name}', {ours}, is not floating-point and differs between {first.path} and {other.path}."
+                )
     if dtype is not None:
         specs = {
             name: TensorSpec(dtype, spec.shape) if spec.dtype.is_floating_point else spec
@@ -73,7 +75,7 @@ def common_specs(
 
 
 def promoted_dtype(directories: Iterable[Path]) -> str | None:
-    """The name of the type that the models' floating-point types promote to; None if they have one type."""
+    """Return the name of the dtype to which the models' floating-point dtypes promote, or None if all are equal."""
     dtypes: set[torch.dtype] = set()
     for directory in directories:
         with open_model(directory) as model:
@@ -93,7 +95,7 @@ def _both_float(one: TensorSpec, other: TensorSpec) -> bool:
 
 
 def is_derived(name: str, directory: Path) -> bool:
-    """Whether a tensor is made from others or from the config when the model is loaded."""
+    """Whether a tensor is derived from others, or from the config, when the model is loaded."""
     if name.endswith("rotary_emb.inv_freq"):
         return True
     causal_mask = _CAUSAL_MASK.fullmatch(name)
@@ -107,13 +109,13 @@ def is_derived(name: str, directory: Path) -> bool:
 
 
 def config_problems(paths: Sequence[Path]) -> list[str]:
-    """Every setting in which the configs differ, among those that decide what the weights mean."""
+    """Return every difference between the configs in a setting that changes what the weights compute."""
     configs = {path: config for path in paths if (config := read_json(described_in(path) / "config.json"))}
     if not configs:
         return []
     (first, ours), *others = configs.items()
     return [
-        f"config.json: {key} is {ours.get(key)} in {first} and {theirs.get(key)} in {path}."
+        f"config.json: {key} is {ours.get(key)} in {first}, but {theirs.get(key)} in {path}."
         for path, theirs in others
         for key in _CONFIG_KEYS
         if ours.get(key) != theirs.get(key)
@@ -121,7 +123,7 @@ def config_problems(paths: Sequence[Path]) -> list[str]:
 
 
 def tokenizer_problems(paths: Sequence[Path]) -> list[str]:
-    """Every tokenizer file that differs."""
+    """Return a problem for every tokenizer file that differs."""
     problems = []
     folders = [described_in(path) for path in paths]
     for file in TOKENIZER_FILES:
@@ -129,7 +131,7 @@ def tokenizer_problems(paths: Sequence[Path]) -> list[str]:
         for other in holders[1:]:
             if (holders[0] / file).read_bytes() != (other / file).read_bytes():
                 problems.append(
-                    f"{file} differs in {holders[0]} and {other}: their tokens mean different things, and so "
-                    "do their embeddings. Merge models of one tokenizer."
+                    f"{file} differs between {holders[0]} and {other}. Embeddings can be merged only for the same "
+                    "tokens: merge models with one tokenizer."
                 )
     return problems

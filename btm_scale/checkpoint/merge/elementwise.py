@@ -1,4 +1,4 @@
-"""Merge methods that treat every element alone: they stream, with memory that does not grow with a tensor."""
+"""Elementwise merge methods: they stream, and their memory does not grow with the tensor."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from btm_scale.checkpoint.merge.registry import Piece, method
 
 
 def add_weighted(totals: torch.Tensor, weights: torch.Tensor, tensor: torch.Tensor) -> None:
-    """Add `weights` [outputs] times `tensor` [elements] to `totals` [outputs, elements], all of float64.
+    """Add the outer product of `weights` [outputs] and `tensor` [elements] to `totals` [outputs, elements].
 
-    Each element goes through the same operation however many outputs and elements there are.
+    All are float64. An element's result does not depend on the number of outputs and elements.
     """
     totals.addcmul_(weights[:, None], tensor)
 
@@ -21,7 +21,7 @@ def _add(total: torch.Tensor, weight: float, tensor: torch.Tensor) -> None:
 
 @method(elementwise=True)
 def linear(piece: Piece) -> torch.Tensor:
-    """The weighted mean `sum_i w_i x_i / sum_i w_i`, divided last."""
+    """Weighted mean `sum_i w_i x_i / sum_i w_i`, divided last."""
     total = piece.zeros
     for tensor, weight in zip(piece.tensors, piece.weights, strict=True):
         _add(total, weight, tensor)
@@ -40,7 +40,7 @@ def task_arithmetic(piece: Piece, *, scale: float = 1.0) -> torch.Tensor:
 
 @method(elementwise=True, needs_base=True)
 def dare(piece: Piece, *, density: float = 0.5, scale: float = 1.0) -> torch.Tensor:
-    """Task arithmetic on a random `density` of the differences, divided by it (arXiv 2311.03099)."""
+    """Task arithmetic on differences kept with probability `density` and rescaled by 1/density (arXiv 2311.03099)."""
     assert piece.noise is not None
     total = piece.zeros.copy_(piece.origin)
     for i, (tensor, weight) in enumerate(zip(piece.tensors, piece.weights, strict=True)):

@@ -1,4 +1,4 @@
-"""The arithmetic of many means of the same models: each model is read once, and added to all of them at a time."""
+"""Compute many means of the same models in one pass: each model is read once and added to all of them."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from btm_scale.checkpoint.merge.elementwise import add_weighted
 from btm_scale.checkpoint.merge.plan import Unit
 from btm_scale.checkpoint.merge.runner import Buffers, Target, parts_of
 
-_AT_ONCE_BYTES = 16 << 20  # of all models' parts, and of all outputs': what a thread holds
-_AT_WORK_BYTES = 1 << 20  # of sums: what a core's cache holds, beside the models' parts
+_THREAD_BYTES = 16 << 20  # of all models' parts, and of all outputs', in memory per thread
+_CACHED_BYTES = 1 << 20  # of sums, which stay in a core's cache beside the models' parts
 
 
 @dataclass(frozen=True)
 class _Group:
     """Targets that are means of the same models, in the same order."""
 
-    members: Sequence[int]  # of the targets
+    members: Sequence[int]  # indices of the targets
     models: Sequence[ModelReader]
     weights: torch.Tensor  # float64 [members, models]
-    sums: torch.Tensor  # float64 [members, 1], of each one's weights
+    sums: torch.Tensor  # float64 [members, 1], of each target's weights
 
 
 class MeansRunner:
-    """Merges, writes and hashes one unit of every target, all of method `linear`; safe to call from several threads.
+    """Merges, writes and hashes one unit of every target, all of method `linear`; thread-safe.
 
-    Every element goes through the operations that `linear` does on one target, in the same order.
+    Every element takes the same operations in the same order as in `linear` for one target.
     """
 
     def __init__(self, targets: Sequence[Target], chunk_bytes: int) -> None:
@@ -40,9 +40,9 @@ class MeansRunner:
         self._models = list(dict.fromkeys(model for target in targets for model in target.inputs))
 
     def __call__(self, unit: Unit) -> tuple[Unit, list[list[str]]]:
-        """The unit, and the hashes of its blocks for each target."""
+        """Return the unit and, per target, its block hashes."""
         hashes = [BlockHashes() for _ in self.targets]
-        chunk_bytes = min(self.chunk_bytes, _AT_ONCE_BYTES // max(len(self.targets), len(self._models)))
+        chunk_bytes = min(self.chunk_bytes, _THREAD_BYTES // max(len(self.targets), len(self._models)))
         step = chunk_bytes // self.targets[0].plan.specs[unit.name].dtype.itemsize
         for part in parts_of(unit, step):
             stored = {model: self._buffers.stored(model, part, model) for model in self._models}
@@ -50,17 +50,17 @@ class MeansRunner:
                 for i, row in zip(group.members, self._rows(group, part, stored), strict=True):
                     self.targets[i].writer.write_range(part.name, part.start, row)
                     hashes[i].update(row)
-        return unit, [own.finished() for own in hashes]
+        return unit, [each.finished() for each in hashes]
 
     def _rows(self, group: _Group, part: Unit, stored: dict[ModelReader, torch.Tensor]) -> Iterator[torch.Tensor]:
-        """A part of each of the group's targets, in the type in which it is written."""
+        """Yield a part of each of the group's targets, in the dtype in which it is written."""
         plan = self.targets[group.members[0]].plan
         if plan.copies(part.name):
             return iter([stored[group.models[0]]] * len(group.members))
         outputs, elements = len(group.members), part.stop - part.start
         dtype = plan.specs[part.name].dtype
         rows = self._buffers.array("output", outputs * elements, dtype).view(outputs, elements)
-        step = max(1, _AT_WORK_BYTES // (8 * outputs))
+        step = max(1, _CACHED_BYTES // (8 * outputs))
         for start in range(0, elements, step):
             stop = min(start + step, elements)
             totals = self._buffers.array("sums", outputs * (stop - start), torch.float64).view(outputs, -1)

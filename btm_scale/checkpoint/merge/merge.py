@@ -1,4 +1,4 @@
-"""Merge models into one: planned whole, done in chunks, published at once."""
+"""Merge models into one: planned completely, computed in chunks, published atomically."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from btm_scale.util.files import (
 )
 from btm_scale.util.pools import MOST, in_threads
 
-CHUNK_BYTES = 256 << 10  # of output: what is at work then stays in a core's cache
-_SHARDS_AT_ONCE = 256  # open files, of which a process may have 1,024
+CHUNK_BYTES = 256 << 10  # of output, so that the working set stays in a core's cache
+_SHARDS_AT_ONCE = 256  # open files; the usual limit of a process is 1,024
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge made."""
+    """Summary of a completed merge."""
 
     output: Path
     method: str
@@ -60,19 +60,19 @@ def merge(
     seed: int = 0,
     mpi: bool = False,
 ) -> MergeReport:
-    """Merge model directories into the directory `output`, which appears only when it is whole.
+    """Merge model directories into the directory `output`, which appears only when it is complete.
 
-    `inputs` are (directory, weight); `linear` divides by the weights' sum, so they need not sum to one, and
-    it leaves out models of weight 0. Sums are in float64, in an order that depends on the models' content:
-    neither the order of `inputs` nor `jobs`, `chunk_bytes` or the inputs' sharding changes a bit. `jobs` is of
-    processes; by default a process without threads takes as many as there are cores for a large merge. Configs
-    and tokenizer come from the first input that takes part. An interrupted merge goes on where it was when it is
-    asked for again. With `mpi` every rank of `mpirun` must make the same call, and each gets the report. Raises
-    `CheckpointError` with every problem, before any write.
+    `inputs` are (directory, weight). `linear` divides by the sum of the weights, so they need not sum to 1, and skips
+    models of weight 0. Sums are computed in float64, in an order that depends only on the models' content: the order
+    of `inputs`, `jobs`, `chunk_bytes` and sharding do not change a bit. `jobs` is the number of processes; by
+    default a large merge uses one per core, unless the calling process has threads. Config and tokenizer come from the
+    first input with a nonzero weight. Repeating the call resumes an interrupted merge. With `mpi` every rank of
+    `mpirun` must make the same call, and each gets the report. Raises `CheckpointError` listing every problem, before
+    anything is written.
     """
     started = time.perf_counter()
     output = Path(output)
-    given = tuple((Path(path), float(weight)) for path, weight in inputs)
+    pairs = tuple((Path(path), float(weight)) for path, weight in inputs)
     ranks = world() if mpi else None
     if ranks is not None and ranks.rank > 0:
         report: MergeReport = follow(ranks)
@@ -80,11 +80,13 @@ def merge(
     leader = Leader(ranks) if ranks is not None else None
     done: MergeReport | None = None
     try:
-        # A directory cannot take the name of a link, though it leads nowhere or to an empty directory.
+        # A directory cannot replace a link, not even a dangling one or one to an empty directory.
         if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
-            raise CheckpointError(f"{output} exists already. Choose another output, or remove it first.")
+            raise CheckpointError(
+                f"{output} already exists. merge does not overwrite: choose another output, or remove it first."
+            )
         plan = make_plan(
-            given,
+            pairs,
             method=method,
             parameters=parameters,
             base=base,
@@ -93,7 +95,7 @@ def merge(
             seed=seed,
         )
         spread = leader.share_out if leader else functools.partial(merge_in_processes, jobs=jobs)
-        work = _Work(plan, output, given)
+        work = _Work(plan, output, pairs)
         (content,) = _carry_out([work], functools.partial(spread, chunk_bytes=chunk_bytes))
         done = work.report(content, time.perf_counter() - started)
         return done
@@ -107,11 +109,13 @@ def merge_tensors(
 ) -> None:
     """Write the weighted mean of some tensors to `output/model.safetensors`, and no other file.
 
-    As `merge` with method `linear`, but configs and tokenizers are neither compared nor copied: that the models
-    compute alike is for the caller to check.
+    Like `merge` with method `linear`, but configs and tokenizers are neither compared nor copied: the caller checks
+    that the models are compatible.
     """
     if os.path.lexists(output):
-        raise CheckpointError(f"{output} exists already. Choose another output, or remove it first.")
+        raise CheckpointError(
+            f"{output} already exists. merge does not overwrite: choose another output, or remove it first."
+        )
     plan = make_plan(
         inputs,
         method="linear",
@@ -129,26 +133,28 @@ def merge_tensors(
 def merge_many(
     outputs: Mapping[Path, Sequence[tuple[Path, float]]], *, dtype: str | None = None, max_shard_bytes: float = 5e9
 ) -> list[MergeReport]:
-    """Merge models into several directories by method `linear`, to the bytes that `merge` gives one by one.
+    """Merge models into several directories by method `linear`, with the same bytes as one `merge` per output.
 
-    `outputs` are each one's (directory, weight) of models that must all fit together. Every model is checked once,
-    and read once for as many outputs as may be open at a time. The seconds of a report are those of its whole pass.
-    Raises `CheckpointError` as `merge` does; what was published before stays.
+    `outputs` maps each directory to its (directory, weight) inputs; all models must be compatible. Every model is
+    checked once, and read once per pass over as many outputs as may be open at a time. A report's seconds are those of
+    its pass. Raises `CheckpointError` like `merge`; outputs published before the error are kept.
     """
     started = time.perf_counter()
     for output in outputs:
         if os.path.lexists(output):
-            raise CheckpointError(f"{output} exists already. Choose another output, or remove it first.")
+            raise CheckpointError(
+                f"{output} already exists. merge does not overwrite: choose another output, or remove it first."
+            )
     plans = plan_means(list(outputs.values()), dtype=dtype, max_shard_bytes=max_shard_bytes)
     works = [_Work(plan, output, tuple(inputs)) for plan, (output, inputs) in zip(plans, outputs.items(), strict=True)]
     reports: list[MergeReport] = []
-    for some in _passes(works):
+    for batch in _passes(works):
         # Each output's own check sees the same free space.
-        needed = (max(0, work.bytes_written - allocated(work.partial)) for work in some)
-        require_space(some[0].output.parent, sum(needed))
-        contents = _carry_out(some, functools.partial(merge_in_processes, jobs=None, chunk_bytes=CHUNK_BYTES))
+        needed = (max(0, work.bytes_written - allocated(work.partial)) for work in batch)
+        require_space(batch[0].output.parent, sum(needed))
+        contents = _carry_out(batch, functools.partial(merge_in_processes, jobs=None, chunk_bytes=CHUNK_BYTES))
         seconds = time.perf_counter() - started
-        reports += [work.report(content, seconds) for work, content in zip(some, contents, strict=True)]
+        reports += [work.report(content, seconds) for work, content in zip(batch, contents, strict=True)]
         started = time.perf_counter()
     return reports
 
@@ -164,16 +170,16 @@ class _Work:
 
     @property
     def partial(self) -> Path:
-        """Where it is made."""
+        """The temporary directory in which the output is written."""
         return partial_path(self.output)
 
     @property
     def bytes_written(self) -> int:
-        """Of weights."""
+        """Bytes of weights."""
         return sum(spec.nbytes for spec in self.plan.specs.values())
 
     def report(self, content_hash: str, seconds: float) -> MergeReport:
-        """What was made."""
+        """Return the report of this output."""
         return MergeReport(
             output=self.output,
             method=self.plan.method_name,
@@ -188,31 +194,31 @@ class _Work:
 
 
 def _passes(works: Sequence[_Work]) -> Iterator[Sequence[_Work]]:
-    """Outputs that are made together: as many as have so many files open, and at least one."""
-    some: list[_Work] = []
+    """Yield batches of outputs to write together: at least one, and at most `_SHARDS_AT_ONCE` open files."""
+    batch: list[_Work] = []
     files = 0.0
     for work in works:
         shards = 1 + work.bytes_written // work.plan.max_shard_bytes
-        if some and files + shards > _SHARDS_AT_ONCE:
-            yield some
-            some, files = [], 0.0
-        some.append(work)
+        if batch and files + shards > _SHARDS_AT_ONCE:
+            yield batch
+            batch, files = [], 0.0
+        batch.append(work)
         files += shards
-    if some:
-        yield some
+    if batch:
+        yield batch
 
 
 def _carry_out(works: Sequence[_Work], share_out: Callable[..., None]) -> list[str]:
-    """Lay out, do the units, publish; returns the content hashes.
+    """Allocate the shards, merge all units, publish; return the content hashes.
 
-    Nothing is left behind by an error, but by a worker that was killed: the same merge goes on from there.
+    An error removes the partial outputs. After the kill of a worker they are kept, and the same merge resumes there.
     """
     with ExitStack() as stack:
         for work in works:
             stack.enter_context(journal.only_merge_into(work.partial))
         try:
-            # Much of this is to wait for the disk, which takes several at a time.
-            in_threads(_lay_out, works, at_once=MOST)
+            # Mostly I/O bound, so several outputs run at a time.
+            in_threads(_allocate, works, at_once=MOST)
             share_out([(work.plan, work.partial) for work in works])
             return in_threads(_publish, works, at_once=MOST)
         except WorkerLost:
@@ -223,13 +229,13 @@ def _carry_out(works: Sequence[_Work], share_out: Callable[..., None]) -> list[s
             raise
 
 
-def _lay_out(work: _Work) -> None:
-    """Make the output's shards at their full size, unless an interrupted merge left them and they are intact."""
+def _allocate(work: _Work) -> None:
+    """Create the output's shards at full size, unless an interrupted merge left them and they are intact."""
     fingerprint = work.plan.fingerprint()
     if not (journal.can_resume(work.partial, fingerprint) and _is_intact(work)):
         make_partial(work.partial)
         writer = open_writer(work.plan, work.partial, attach=False)
-        # The note says that the headers are there, which no later try writes again.
+        # The journal implies that the headers are on disk; a resumed merge does not write them again.
         writer.sync()
         writer.detach()
         journal.begin(work.partial, fingerprint)
@@ -259,7 +265,7 @@ def _is_intact(work: _Work) -> bool:
 
 
 def _publish(work: _Work) -> str:
-    """Give a merged model its sidecars and its name; returns the content hash."""
+    """Add the sidecars and publish a merged model; return its content hash."""
     content = _complete(work.plan, work.partial)
     if work.with_sidecars:
         _add_sidecars(work, content)
@@ -269,7 +275,7 @@ def _publish(work: _Work) -> str:
 
 def _add_sidecars(work: _Work, content: str) -> None:
     dtypes = {spec.dtype for spec in work.plan.specs.values() if spec.dtype.is_floating_point}
-    # A model that is left out, of weight 0, was neither read nor compared: its config may be of another family.
+    # A model of weight 0 was neither read nor compared; its config may be of a different family.
     read = {source.path for source in work.plan.sources}
     first = next(path for path, _ in work.inputs if path in read)
     carry_sidecars(first, work.partial, dtypes.pop() if len(dtypes) == 1 else None)
@@ -277,7 +283,7 @@ def _add_sidecars(work: _Work, content: str) -> None:
 
 
 def _complete(plan: MergePlan, partial: Path) -> str:
-    """Give the shards their names; returns the content hash."""
+    """Give the shards their final names; return the content hash."""
     done = journal.finished(partial)
     blocks: dict[str, list[str]] = {name: [] for name in plan.specs}
     writer = open_writer(plan, partial, attach=True)
@@ -287,7 +293,7 @@ def _complete(plan: MergePlan, partial: Path) -> str:
     for name, spec in plan.specs.items():
         if spec.elements == 0:
             writer.mark_written(name)
-    # The notes go first: a kill in between then costs the work, and never leaves notes of shards under other names.
+    # The journal is removed first: a kill in between loses work, but never leaves a journal of renamed shards.
     journal.clear(partial)
     writer.close()
     return combined_hash(plan.specs, blocks)

@@ -1,4 +1,4 @@
-"""A merge by the ranks of `mpirun`: the first plans and publishes, each writes shards of its own."""
+"""Merge across MPI ranks: rank 0 plans and publishes, and every rank writes its own shards."""
 
 from __future__ import annotations
 
@@ -13,55 +13,58 @@ Report = TypeVar("Report")
 
 
 def world() -> Any:
-    """Return all ranks. Raises `CheckpointError` without mpi4py, or with one that was built for another MPI."""
+    """Return `COMM_WORLD`. Raises `CheckpointError` without mpi4py, or if it was built for a different MPI."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is installed and finds no libmpi
         raise CheckpointError(
-            f"A merge by several MPI ranks needs mpi4py and an MPI ({str(error).splitlines()[0]}). Install "
+            f"Merging across MPI ranks needs mpi4py and an MPI library ({str(error).splitlines()[0]}). Install "
             "btm-scale[mpi], or use --jobs on one host."
         ) from error
     ranks = MPI.COMM_WORLD
     started = mpi_rank()
     if started is not None and started.size not in (None, ranks.size):
         raise CheckpointError(
-            f"The launcher started {started.size} ranks, and mpi4py sees {ranks.size}. Each of them would merge alone. "
-            "Start them with the mpirun of the MPI that mpi4py was built for, or use --jobs on one host."
+            f"The launcher started {started.size} ranks, but mpi4py sees {ranks.size}, so each would merge alone. Use "
+            "the mpirun of the MPI that mpi4py was built for, or --jobs on one host."
         )
     return ranks
 
 
 class Leader:
-    """The first rank's side. The others learn of the end by `finish`, whether it is a success or not."""
+    """Rank 0's side. `finish` must be called after success and failure alike: it releases the other ranks."""
 
     def __init__(self, ranks: Any) -> None:
         self.ranks = ranks
 
     def share_out(self, outputs: Sequence[Output], chunk_bytes: int) -> None:
-        """Do the units of plans together; raises the first error of any rank."""
+        """Merge all units together with the other ranks. Raises the first error of any rank."""
         self.ranks.bcast((outputs, chunk_bytes))
         errors = self.ranks.gather(_own_share(self.ranks, outputs, chunk_bytes))
-        if told := [error for error in errors if error]:
-            raise CheckpointError(told[0])
+        if failures := [error for error in errors if error]:
+            raise CheckpointError(failures[0])
 
     def finish(self, report: Report | None) -> None:
-        """Let the other ranks go, with the report or without one."""
+        """Release the other ranks, with the report or None after a failure."""
         self.ranks.bcast(report)
 
 
 def follow(ranks: Any) -> Any:
-    """The other ranks' side: returns the first rank's report."""
+    """Merge this rank's units and return rank 0's report; the counterpart of `Leader` on the other ranks.
+
+    Raises `CheckpointError` if the merge failed.
+    """
     work = ranks.bcast(None)
     if work is not None:
         ranks.gather(_own_share(ranks, *work))
         work = ranks.bcast(None)
     if work is None:
-        raise CheckpointError("the merge was stopped; its first process says why.")
+        raise CheckpointError("The merge failed on rank 0. See its error message.")
     return work
 
 
 def _own_share(ranks: Any, outputs: Sequence[Output], chunk_bytes: int) -> str | None:
-    """This rank's part; an error is returned, so that every rank reaches the end."""
+    """Merge this rank's units; an error is returned rather than raised, so that every rank reaches the end."""
     try:
         merge_share(outputs, ranks.rank, ranks.size, chunk_bytes=chunk_bytes, by_shard=True)
     except Exception as error:

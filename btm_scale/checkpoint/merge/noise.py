@@ -1,4 +1,4 @@
-"""Random numbers that belong to a place: the same for any order, chunk or process that asks for them."""
+"""Counter-based random numbers: an element's number does not depend on order, chunks or processes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 
 
 def uniform(key: str, start: int, stop: int) -> torch.Tensor:
-    """float64 in [0, 1) for the elements `[start, stop)` of the stream that `key` names.
+    """Return float64 numbers in [0, 1) for the elements `[start, stop)` of the stream called `key`.
 
-    A counter through the SplitMix64 finaliser (Steele, Lea and Flood 2014), in int64 that wraps around.
+    The SplitMix64 finalizer (Steele, Lea and Flood 2014) of a counter, in int64 arithmetic that wraps around.
     """
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little", signed=True)
     state = torch.arange(start, stop, dtype=torch.int64) * _signed(0x9E3779B97F4A7C15) + seed
@@ -21,7 +21,7 @@ def uniform(key: str, start: int, stop: int) -> torch.Tensor:
 
 
 def _shift_right(value: torch.Tensor, bits: int) -> torch.Tensor:
-    """The shift that fills with zeros, which torch's own does not for negative numbers."""
+    """Return the logical right shift; torch's is arithmetic for negative numbers."""
     return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 

@@ -1,4 +1,4 @@
-"""What a merge will do, with every problem told before the first byte is written."""
+"""Plan a merge: every problem is reported before the first byte is written."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from btm_scale.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Source:
-    """One model that goes into a merge.
+    """One input model of a merge.
 
-    `sample` tells its content apart from other models', `files` its files from what they were at another time.
+    `sample` is a hash that distinguishes models by content, `files` one that changes when the model's files change.
     """
 
     path: Path
@@ -37,7 +37,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Unit:
-    """Elements `[start, stop)` of one tensor: what is merged, hashed and noted as done in one go."""
+    """Elements `[start, stop)` of one tensor, merged, hashed and recorded as one step."""
 
     name: str
     start: int
@@ -46,9 +46,9 @@ class Unit:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Everything that decides the bytes of a merge; it can be sent to other processes.
+    """Everything that determines the bytes of a merge; it can be sent to other processes.
 
-    `sources` are in an order that depends on weights and content and not on how they were given.
+    The order of `sources` depends on their content and weights, not on the order of the arguments.
     """
 
     sources: tuple[Source, ...]
@@ -61,7 +61,7 @@ class MergePlan:
     bytes_read: int
 
     def __getstate__(self) -> dict[str, Any]:
-        """The fields alone: a pool pickles a plan in a thread of its own, while this one may be finding its units."""
+        """Return the fields only: a pool pickles a plan in another thread, while this one may be caching `units`."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
@@ -71,33 +71,33 @@ class MergePlan:
 
     @property
     def everyone(self) -> tuple[Source, ...]:
-        """All models that are read."""
+        """All models that are read, the base included."""
         return (*self.sources, *([self.base] if self.base else []))
 
     @cached_property
     def units(self) -> list[Unit]:
-        """The work, in the order of the output's tensors; every cut is at a block of the content hash."""
+        """All units, in the order of the output's tensors; units begin at block boundaries of the content hash."""
         return [unit for name in self.specs for unit in self._units_of(name)]
 
     @property
     def is_large(self) -> bool:
-        """Whether there is enough to do for several processes."""
+        """Whether the merge is worth several processes."""
         return self.bytes_read > 1 << 28
 
     def fingerprint(self) -> str:
-        """Changes with anything that could change a byte of the output, inputs' files included."""
+        """Return a hash that changes with anything that could change a byte of the output, input files included."""
         specs = {name: str(spec) for name, spec in self.specs.items()}
-        decides = [self.everyone, self.method_name, self.parameters, specs, self.max_shard_bytes, self.seed]
-        return hashlib.sha256(repr(decides).encode()).hexdigest()
+        settings = [self.everyone, self.method_name, self.parameters, specs, self.max_shard_bytes, self.seed]
+        return hashlib.sha256(repr(settings).encode()).hexdigest()
 
     def copies(self, name: str) -> bool:
-        """Whether a tensor is taken over as it is: it is no float, or there is one model only."""
+        """Whether a tensor is copied unchanged: it is not floating-point, or there is only one model."""
         return not self.specs[name].dtype.is_floating_point or (len(self.sources) == 1 and self.method_name == "linear")
 
     def _units_of(self, name: str) -> Iterator[Unit]:
         spec = self.specs[name]
-        whole = not self.method.elementwise and not self.copies(name)
-        step = spec.elements if whole else BLOCK_BYTES // spec.dtype.itemsize
+        undivided = not self.method.elementwise and not self.copies(name)
+        step = spec.elements if undivided else BLOCK_BYTES // spec.dtype.itemsize
         for start in range(0, spec.elements, max(step, 1)):
             yield Unit(name, start, min(start + step, spec.elements))
 
@@ -113,15 +113,15 @@ def make_plan(
     seed: int,
     tensors: Sequence[str] | None = None,
 ) -> MergePlan:
-    """Check everything about a merge; raises one `CheckpointError` that tells every problem found.
+    """Check a merge and return its plan. Raises one `CheckpointError` that lists every problem.
 
-    With `tensors` these alone are merged, and the models' configs and tokenizers are not compared.
+    With `tensors` only these are merged, and the models' configs and tokenizers are not compared.
     """
     chosen = find_method(method)
-    used = _taking_part(chosen, inputs)
+    used = _used_inputs(chosen, inputs)
     problems = _weight_problems(chosen, used) + _parameter_problems(chosen, parameters or {})
     if chosen.needs_base and base is None:
-        problems.append(f"'{method}' needs the model that all inputs were trained from. Name it as base.")
+        problems.append(f"'{method}' needs a base: the model from which all inputs were trained. Set base.")
     basis = [Path(base)] if base is not None and chosen.needs_base else []
     paths = [*(path for path, _ in used), *basis]
     models = _checked(paths, parse_dtype(dtype) if dtype else None, problems, tensors)
@@ -133,18 +133,18 @@ def make_plan(
 def plan_means(
     outputs: Sequence[Sequence[tuple[Path, float]]], *, dtype: str | None = None, max_shard_bytes: float
 ) -> list[MergePlan]:
-    """Plans of method `linear` for several outputs; every model is looked at once. Raises as `make_plan` does."""
+    """Return plans of method `linear` for several outputs, checking every model once. Raises like `make_plan`."""
     linear = find_method("linear")
-    each = [_taking_part(linear, inputs) for inputs in outputs]
-    problems = [problem for used in each for problem in _weight_problems(linear, used)]
-    paths = list(dict.fromkeys(path for used in each for path, _ in used))
+    per_output = [_used_inputs(linear, inputs) for inputs in outputs]
+    problems = [problem for used in per_output for problem in _weight_problems(linear, used)]
+    paths = list(dict.fromkeys(path for used in per_output for path, _ in used))
     models = _checked(paths, parse_dtype(dtype) if dtype else None, problems)
-    return [models.plan(used, None, "linear", {}, max_shard_bytes, 0) for used in each]
+    return [models.plan(used, None, "linear", {}, max_shard_bytes, 0) for used in per_output]
 
 
 @dataclass(frozen=True)
 class _Models:
-    """Models that may be merged with one another: what any plan of them needs to know."""
+    """Facts about compatible models that any plan of them needs."""
 
     specs: Mapping[str, TensorSpec]
     samples: Mapping[Path, str]
@@ -164,20 +164,20 @@ class _Models:
         seed: int,
     ) -> MergePlan:
         sources = [self.source(path, weight) for path, weight in inputs]
-        # Content first: then all means of the same models add them in one order, and can be made together.
+        # Content first: all means of the same models then add them in one order, and can be computed together.
         sources.sort(key=lambda source: (source.sample, source.weight, str(source.path.resolve())))
         read = sum(self.bytes_read[source.path] for source in [*sources, *([base] if base else [])])
         return MergePlan(tuple(sources), base, method, parameters, self.specs, max_shard_bytes, seed, read)
 
 
-def _taking_part(method: Method, inputs: Sequence[tuple[Path, float]]) -> list[tuple[Path, float]]:
+def _used_inputs(method: Method, inputs: Sequence[tuple[Path, float]]) -> list[tuple[Path, float]]:
     return [(Path(path), float(weight)) for path, weight in inputs if weight or method.name != "linear"]
 
 
 def _checked(
     paths: Sequence[Path], dtype: torch.dtype | None, problems: list[str], tensors: Sequence[str] | None = None
 ) -> _Models:
-    """Open every model and compare them; raises one `CheckpointError` with `problems` and all that are found here."""
+    """Open and compare all models. Raises one `CheckpointError` that lists `problems` and any found here."""
     problems = list(problems)
     with ExitStack() as stack:
         readers: list[ModelReader] = []
@@ -187,32 +187,32 @@ def _checked(
             except CheckpointError as error:
                 problems.append(str(error))
         problems += [
-            f"{reader.path} holds no tensor under a name. Save the model itself, not a dictionary that holds it."
+            f"{reader.path} has no named tensors. Save the model's state dict itself, not a dictionary around it."
             for reader in readers
             if not reader.names
         ]
         specs: dict[str, TensorSpec] = {}
         if len(readers) == len(paths) and readers:
-            specs, found = common_specs(readers, dtype, tensors)
-            problems += found
+            specs, differences = common_specs(readers, dtype, tensors)
+            problems += differences
             if tensors is None:
                 problems += config_problems(paths) + tokenizer_problems(paths)
         if problems:
             listing = "\n".join(f"  - {problem}" for problem in problems)
-            raise CheckpointError(f"these models cannot be merged, and nothing was written:\n{listing}")
-        named = dict(zip(paths, readers, strict=True))
+            raise CheckpointError(f"Cannot merge these models. Nothing was written:\n{listing}")
+        by_path = dict(zip(paths, readers, strict=True))
         return _Models(
             specs,
-            {path: sample_hash(reader) for path, reader in named.items()},
-            {path: _state_of_files(path) for path in named},
-            {path: sum(reader.spec(name).nbytes for name in specs) for path, reader in named.items()},
+            {path: sample_hash(reader) for path, reader in by_path.items()},
+            {path: _files_hash(path) for path in by_path},
+            {path: sum(reader.spec(name).nbytes for name in specs) for path, reader in by_path.items()},
         )
 
 
-def _state_of_files(path: Path) -> str:
-    """Changes with the name, size or time of any file of a model.
+def _files_hash(path: Path) -> str:
+    """Return a hash that changes with the name, size or modification time of any file of a model.
 
-    An editor's lock is a link to nowhere; an output may be made inside the folder of a model.
+    Dangling links (editor locks) and partial outputs inside the model's folder are ignored.
     """
     files = [
         (str(file), (stat := file.stat()).st_size, stat.st_mtime_ns)
@@ -226,34 +226,34 @@ def _weight_problems(method: Method, inputs: Sequence[tuple[Path, float]]) -> li
     weights = [weight for _, weight in inputs]
     problems = []
     if not inputs:
-        problems.append("no input has a weight other than 0. Give at least one model.")
+        problems.append("No input has a nonzero weight. Give at least one model.")
     elif not math.isfinite(sum(map(abs, weights))):
-        problems.append(f"weights and their sum must be finite numbers; they are {weights}.")
+        problems.append(f"The weights are {weights}. They and their sum must be finite.")
     elif method.name in ("linear", "slerp") and abs(sum(weights)) <= 1e-12 * sum(map(abs, weights)):
-        problems.append(f"weights must not sum to 0, since the result is divided by the sum; they are {weights}.")
+        problems.append(f"The weights {weights} sum to 0. '{method.name}' divides by their sum: change a weight.")
     if method.exactly is not None and len(inputs) != method.exactly:
-        problems.append(f"'{method.name}' merges exactly {method.exactly} models and {len(inputs)} were given.")
+        problems.append(f"'{method.name}' merges exactly {method.exactly} models, but {len(inputs)} were given.")
     if not method.weighted and len(set(weights)) > 1:
-        problems.append(f"'{method.name}' finds its weights itself: leave out {weights}, or use another method.")
+        problems.append(f"'{method.name}' computes its own weights. Leave out {weights}, or use another method.")
     return problems
 
 
 def _parameter_problems(method: Method, parameters: Mapping[str, float]) -> list[str]:
-    known = method.parameters
-    offered = ", ".join(f"{name} (default {value})" for name, value in known.items()) or "none"
+    defaults = method.parameters
+    choices = ", ".join(f"{name} (default {value})" for name, value in defaults.items()) or "none"
     problems = [
-        f"'{method.name}' has no parameter '{name}'. It has: {offered}." for name in parameters if name not in known
+        f"'{method.name}' has no parameter '{name}'. It has: {choices}." for name in parameters if name not in defaults
     ]
-    settings = {**known, **parameters}
+    settings = {**defaults, **parameters}
     problems += [
-        f"'{method.name}' needs a finite number for '{name}', not {value}. Leave it out for {known[name]}."
+        f"'{name}' of '{method.name}' is {value}. It must be finite: leave it out for the default, {defaults[name]}."
         for name, value in settings.items()
-        if name in known and not math.isfinite(value)
+        if name in defaults and not math.isfinite(value)
     ]
     density, half = settings.get("density", 1.0), settings.get("window", 0.0) / 2
     if not 0 < density - half <= density + half <= 1:
         problems.append(
-            f"'{method.name}' would keep {density - half:g} to {density + half:g} of the elements; both must "
-            "lie above 0 and not above 1. Change density or window."
+            f"'{method.name}' would keep a fraction of {density - half:g} to {density + half:g} of the elements. Both "
+            "must be above 0 and at most 1: change density or window."
         )
     return problems

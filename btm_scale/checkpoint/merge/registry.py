@@ -1,4 +1,4 @@
-"""What a merge method is given, what it declares, and where it is registered."""
+"""Merge methods: their inputs, their declarations and their registry."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from btm_scale.errors import CheckpointError, unknown_name
 class Piece:
     """The same part of one tensor from every model, in float64.
 
-    `tensors` can be walked once, and each is valid until the next is taken: then streaming methods hold one at a
-    time. `zeros` is an array of the part's shape for the result. An elementwise method gets flat ranges of any
-    length, another one whole rows in their shape, and of a vector all. `noise(i)` is uniform in [0, 1), and depends
-    on the model's content, the tensor's name, the seed and the element's position only.
+    `tensors` can be iterated once, and each tensor is valid until the next is taken, so that streaming methods hold
+    one at a time. `zeros` is an array of the part's shape for the result. An elementwise method gets flat ranges of
+    any length; other methods get complete rows in their shape, or a complete vector. `noise(i)` is uniform in [0, 1)
+    and depends only on the model's content, the tensor's name, the seed and the element's position.
     """
 
     tensors: Iterable[torch.Tensor]
@@ -32,22 +32,22 @@ class Piece:
 
     @property
     def origin(self) -> torch.Tensor:
-        """The base, for a method that declared that it needs one."""
+        """The base, for a method that declares `needs_base`."""
         assert self.base is not None
         return self.base
 
     def copies(self) -> list[torch.Tensor]:
-        """Every model's part, to keep."""
+        """Return copies of every model's part, valid after the iteration."""
         return [tensor.clone() for tensor in self.tensors]
 
     def deltas(self) -> list[torch.Tensor]:
-        """Every model's difference from the base, to keep."""
+        """Return every model's difference from the base."""
         return [tensor - self.origin for tensor in self.tensors]
 
 
 @dataclass(frozen=True)
-class Whole:
-    """One tensor of every model, walked piece by piece as often as a method needs, always in the same pieces."""
+class TensorPieces:
+    """One tensor of every model as an iterable of pieces; every iteration gives the same pieces."""
 
     shape: tuple[int, ...]
     pieces: Callable[[], Iterator[Piece]]
@@ -57,7 +57,7 @@ class Whole:
 
     @property
     def elements(self) -> int:
-        """How many numbers each model's tensor has."""
+        """Number of elements of the tensor."""
         return math.prod(self.shape)
 
 
@@ -66,10 +66,10 @@ Merge = Callable[[Piece], torch.Tensor]
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method: what it needs, and the function.
+    """A registered merge method and its requirements.
 
-    An elementwise one is a function of a piece. Another one is a function of the whole tensor: it measures, in passes
-    over the pieces, and returns how a piece is merged. So none holds a tensor.
+    An elementwise method is a function of a piece. Any other is a function of `TensorPieces`: it computes statistics in
+    passes over the pieces and returns a function that merges one piece. So no method holds a full tensor.
     """
 
     name: str
@@ -81,15 +81,15 @@ class Method:
 
     @property
     def parameters(self) -> dict[str, float]:
-        """Its parameters and their defaults, read from the signature."""
+        """Parameters and their defaults, from the function's signature."""
         signature = inspect.signature(self.function).parameters.values()
         return {one.name: one.default for one in signature if one.kind is one.KEYWORD_ONLY}
 
-    def prepare(self, whole: Whole, parameters: Mapping[str, float]) -> Merge:
-        """How the pieces of a tensor are merged."""
+    def prepare(self, pieces: TensorPieces, parameters: Mapping[str, float]) -> Merge:
+        """Return the function that merges one piece of a tensor."""
         if self.elementwise:
             return functools.partial(self.function, **parameters)
-        merge: Merge = self.function(whole, **parameters)
+        merge: Merge = self.function(pieces, **parameters)
         return merge
 
 
@@ -99,7 +99,7 @@ METHODS: dict[str, Method] = {}
 def method(
     *, elementwise: bool, needs_base: bool = False, weighted: bool = True, exactly: int | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function under its name."""
+    """Register a function as a merge method under its own name."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = function.__name__
@@ -110,7 +110,7 @@ def method(
 
 
 def find_method(name: str) -> Method:
-    """The method of that name. Raises CheckpointError, with the nearest name and all there are, for an unknown one."""
+    """Return the method called `name`. Raises `CheckpointError`, suggesting the nearest name, for an unknown one."""
     if name not in METHODS:
         raise CheckpointError(f"{unknown_name('merge method', name, sorted(METHODS))}.")
     return METHODS[name]

@@ -1,4 +1,4 @@
-"""The arithmetic of a merge into one output, a unit at a time."""
+"""Compute a merge into one output, unit by unit."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from btm_scale.checkpoint.formats.tensors import ModelReader
 from btm_scale.checkpoint.hashing import BlockHashes
 from btm_scale.checkpoint.merge.noise import uniform
 from btm_scale.checkpoint.merge.plan import MergePlan, Unit
-from btm_scale.checkpoint.merge.registry import Piece, Whole
+from btm_scale.checkpoint.merge.registry import Piece, TensorPieces
 
-_ROWS_ELEMENTS = 1 << 15  # in a piece of whole rows; torch sums so many in one order whatever the threads
+_ROWS_ELEMENTS = 1 << 15  # in a piece of rows; torch sums this many in one order for any number of threads
 
 
 @dataclass(frozen=True)
 class Target:
-    """One output: what it shall be, what it is made of, and where its bytes go."""
+    """One output: its plan, its open inputs and its writer."""
 
     plan: MergePlan
-    inputs: Sequence[ModelReader]  # of the plan's sources
+    inputs: Sequence[ModelReader]  # in the order of the plan's sources
     base: ModelReader | None
     writer: ShardedWriter
 
 
 class Buffers:
-    """Every thread's own arrays, reused: fresh memory for every piece costs more than sums."""
+    """Reusable arrays per thread: allocating memory for every piece costs more than the sums."""
 
     def __init__(self) -> None:
         self._local = local()
 
     def array(self, purpose: object, elements: int, dtype: torch.dtype) -> torch.Tensor:
-        """This thread's array [elements] for a purpose, with whatever is in it."""
+        """Return this thread's uninitialized array [elements] for a purpose."""
         arrays: dict[tuple[object, torch.dtype], torch.Tensor] = self._local.__dict__.setdefault("arrays", {})
         array = arrays.get((purpose, dtype))
         if array is None or array.numel() < elements:
@@ -45,31 +45,31 @@ class Buffers:
         return array if array.numel() == elements else array[:elements]
 
     def stored(self, model: ModelReader, part: Unit, purpose: object = "stored") -> torch.Tensor:
-        """A part of a model, in the type in which it is stored."""
+        """Return a part of a model in its stored dtype."""
         out = self.array(purpose, part.stop - part.start, model.spec(part.name).dtype)
         model.read_into(part.name, part.start, out)
         return out
 
     def widened(self, stored: torch.Tensor, purpose: object) -> torch.Tensor:
-        """In float64: converted apart from the arithmetic, which on mixed types is slower than both."""
+        """Return a float64 copy: converting first is faster than arithmetic on mixed dtypes."""
         return self.array(purpose, stored.numel(), torch.float64).copy_(stored)
 
 
 def parts_of(unit: Unit, step: int) -> list[Unit]:
-    """A unit in parts of `step` elements."""
+    """Split a unit into parts of `step` elements."""
     step = max(step, 1)
     return [Unit(unit.name, i, min(i + step, unit.stop)) for i in range(unit.start, unit.stop, step)]
 
 
 class UnitRunner:
-    """Merges, writes and hashes one unit of a target by its method; safe to call from several threads."""
+    """Merges, writes and hashes one unit of a target by its method; thread-safe."""
 
     def __init__(self, target: Target, chunk_bytes: int) -> None:
         self.targets, self.chunk_bytes = [target], chunk_bytes
         self._target, self._buffers = target, Buffers()
 
     def __call__(self, unit: Unit) -> tuple[Unit, list[list[str]]]:
-        """The unit, and the hashes of its blocks for each target."""
+        """Return the unit and, per target, its block hashes."""
         target, hashes = self._target, BlockHashes()
         position, dtype = unit.start, target.plan.specs[unit.name].dtype
         for merged in self._merged(unit):
@@ -80,7 +80,7 @@ class UnitRunner:
         return unit, [hashes.finished()]
 
     def _merged(self, unit: Unit) -> Iterator[torch.Tensor]:
-        """The unit's pieces in their order, each of which is valid until the next is taken."""
+        """Yield the unit's merged pieces in order, each valid until the next is taken."""
         target, plan = self._target, self._target.plan
         spec = plan.specs[unit.name]
         parts = parts_of(unit, self.chunk_bytes // spec.dtype.itemsize)
@@ -90,11 +90,11 @@ class UnitRunner:
             merge = functools.partial(plan.method.function, **plan.parameters)
             yield from (merge(self._piece(part)) for part in parts)
         else:
-            whole = Whole(spec.shape, lambda: self._pieces_of_rows(unit.name, spec.shape))
-            yield from map(plan.method.prepare(whole, plan.parameters), whole)
+            pieces = TensorPieces(spec.shape, lambda: self._pieces_of_rows(unit.name, spec.shape))
+            yield from map(plan.method.prepare(pieces, plan.parameters), pieces)
 
     def _pieces_of_rows(self, name: str, shape: tuple[int, ...]) -> Iterator[Piece]:
-        """A tensor in pieces of whole rows, which depend on its shape alone; a vector is one."""
+        """Yield a tensor in pieces of complete rows, which depend only on its shape; a vector is one piece."""
         row = math.prod(shape[1:])
         rows = max(1, _ROWS_ELEMENTS // max(row, 1)) if len(shape) > 1 else max(shape, default=1)
         for first in range(0, shape[0] if shape else 1, rows):
@@ -103,7 +103,7 @@ class UnitRunner:
             yield self._piece(part, (taken, *shape[1:]) if shape else ())
 
     def _piece(self, part: Unit, shape: tuple[int, ...] | None = None) -> Piece:
-        """Flat, or in a shape."""
+        """Return a part as a piece, flat unless `shape` is given."""
         target, plan = self._target, self._target.plan
 
         def shaped(flat: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What lies beside the weights: config, tokenizer, and a card that says where a merged model comes from."""
+"""Files beside the weights: config, tokenizer, and the model card of a merged model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from btm_scale.checkpoint.formats.locate import TOKENIZER_FILES, described_in, r
 from btm_scale.checkpoint.formats.tensors import dtype_name
 from btm_scale.checkpoint.merge.plan import MergePlan
 
-_CARRIED = (
+_SIDECARS = (
     *TOKENIZER_FILES,
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -23,9 +23,9 @@ _CARRIED = (
 
 
 def carry_sidecars(source: Path, target: Path, dtype: torch.dtype | None) -> None:
-    """Copy a model's tokenizer and configs; the config says `dtype`, if the weights have one dtype."""
+    """Copy a model's tokenizer and configs; `dtype`, unless None, replaces the dtype in config.json."""
     folder = described_in(source)
-    for name in _CARRIED:
+    for name in _SIDECARS:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, target / name)
     if config := read_json(folder / "config.json"):
@@ -35,19 +35,19 @@ def carry_sidecars(source: Path, target: Path, dtype: torch.dtype | None) -> Non
 
 
 def recorded_hash(directory: Path) -> str | None:
-    """The content hash that an expert's record holds."""
+    """Return the content hash in an expert's record, or None."""
     content = read_json(directory / "expert.json").get("content_hash")
     return str(content) if content else None
 
 
 def model_card(plan: MergePlan, inputs: Sequence[tuple[Path, float]], content_hash: str) -> str:
-    """The README.md of a merged model: parents, weights, hashes and how they were merged."""
+    """Return the README.md of a merged model: parents, weights, hashes, method and parameters."""
     samples: Mapping[Path, str] = {source.path: source.sample for source in plan.sources}
     rows = []
     for path, weight in inputs:
-        whole = recorded_hash(path)
-        known = f"content `{whole}`" if whole else f"sample `{samples[path]}`" if path in samples else "not read"
-        rows.append(f"| `{path.resolve().name}` | {weight:g} | {known} |")
+        content = recorded_hash(path)
+        digest = f"content `{content}`" if content else f"sample `{samples[path]}`" if path in samples else "not read"
+        rows.append(f"| `{path.resolve().name}` | {weight:g} | {digest} |")
     settings = ", ".join(f"{name} = {value:g}" for name, value in plan.parameters.items()) or "none"
     base = [f"Base: `{plan.base.path.resolve().name}`, sample `{plan.base.sample}`.", ""] if plan.base else []
     lines = [
@@ -66,7 +66,7 @@ def model_card(plan: MergePlan, inputs: Sequence[tuple[Path, float]], content_ha
         "",
         f"Content hash of these weights: `{content_hash}`.",
         "",
-        "*content* is the hash of all weights, recorded when the parent was made; *sample* is that of the",
-        "first elements of each of its tensors.",
+        "*content* is the hash of all weights, recorded when the parent was created; *sample* is the hash of the",
+        "first elements of each tensor.",
     ]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""What merge methods measure of whole tensors, in passes over their pieces: products, and the largest elements."""
+"""Statistics of tensors, computed in passes over their pieces: inner products and top-k thresholds."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from btm_scale.checkpoint.merge.registry import Piece, Whole
+from btm_scale.checkpoint.merge.registry import Piece, TensorPieces
 
 Scores = Callable[[Piece], Sequence[torch.Tensor]]
 
 
-def products(whole: Whole, vectors: Scores) -> list[list[float]]:
-    """All inner products of some vectors with each other, in float64."""
+def products(pieces: TensorPieces, vectors: Scores) -> list[list[float]]:
+    """Return the Gram matrix of vectors: all their inner products, in float64."""
     total: torch.Tensor | None = None
-    for piece in whole:
+    for piece in pieces:
         rows = torch.stack([vector.reshape(-1) for vector in vectors(piece)])
         gram = rows @ rows.T
         total = gram if total is None else total.add_(gram)
@@ -24,57 +24,57 @@ def products(whole: Whole, vectors: Scores) -> list[list[float]]:
 
 
 def cosine(gram: Sequence[Sequence[float]], one: int, other: int) -> float:
-    """The cosine of the angle between two of the vectors; 1 where one has no length."""
+    """Return the cosine similarity of two of the vectors; 1 if either is zero."""
     length = math.sqrt(gram[one][one] * gram[other][other])
     return gram[one][other] / length if length else 1.0
 
 
-def count_nonzero(whole: Whole, scores: Scores) -> int:
-    """How many elements of the first score are not 0, as float32."""
-    return sum(int(torch.count_nonzero(scores(piece)[0].float())) for piece in whole)
+def count_nonzero(pieces: TensorPieces, scores: Scores) -> int:
+    """Return the number of elements of the first score that are nonzero in float32."""
+    return sum(int(torch.count_nonzero(scores(piece)[0].float())) for piece in pieces)
 
 
-def least_of_largest(whole: Whole, scores: Scores, count: int) -> list[float]:
-    """For each of some scores, none negative, the least of its `count` largest elements; infinity for none.
+def least_of_largest(pieces: TensorPieces, scores: Scores, count: int) -> list[float]:
+    """Return, for each of the non-negative scores, the smallest of its `count` largest elements, or inf if count is 0.
 
-    Scores are ranked as float32. The bits of such numbers have the numbers' order, so two passes that count the
-    upper and then the lower halves of the bits find the element without sorting.
+    Scores are ranked as float32. The bit patterns of non-negative floats are ordered like the floats, so two counting
+    passes, over the upper and then the lower 16 bits, find the element without sorting.
     """
-    upper = _counted(whole, lambda piece: [_bits(score) >> 16 for score in scores(piece)])
+    upper = _counted(pieces, lambda piece: [_bits(score) >> 16 for score in scores(piece)])
     if count <= 0 or not upper:
         return [math.inf] * len(upper)
-    found = [_place(counts, count) for counts in upper]
+    places = [_place(counts, count) for counts in upper]
 
     def lower_bits(piece: Piece) -> list[torch.Tensor]:
         bits = [_bits(score) for score in scores(piece)]
-        return [own[own >> 16 == half] & 0xFFFF for own, (half, _) in zip(bits, found, strict=True)]
+        return [each[each >> 16 == half] & 0xFFFF for each, (half, _) in zip(bits, places, strict=True)]
 
-    lower = _counted(whole, lower_bits)
-    halves = [(half, _place(counts, left)[0]) for counts, (half, left) in zip(lower, found, strict=True)]
+    lower = _counted(pieces, lower_bits)
+    halves = [(half, _place(counts, rest)[0]) for counts, (half, rest) in zip(lower, places, strict=True)]
     values = torch.tensor([high << 16 | low for high, low in halves], dtype=torch.int32)
     return values.view(torch.float32).tolist()
 
 
 def at_least(score: torch.Tensor, least: float) -> torch.Tensor:
-    """A mask of the elements that are at least the one that `least_of_largest` found."""
+    """Return a mask of the elements that reach the threshold from `least_of_largest`."""
     return score.float() >= least
 
 
 def _bits(score: torch.Tensor) -> torch.Tensor:
-    return score.reshape(-1).float().abs().view(torch.int32)  # a NaN may have a sign
+    return score.reshape(-1).float().abs().view(torch.int32)  # abs: a NaN may have a sign bit
 
 
-def _counted(whole: Whole, halves: Scores) -> list[torch.Tensor]:
-    """How often each number of 16 bits turns up, for each score."""
+def _counted(pieces: TensorPieces, halves: Scores) -> list[torch.Tensor]:
+    """Return a histogram of 16-bit values for each score."""
     totals: list[torch.Tensor] = []
-    for piece in whole:
+    for piece in pieces:
         counts = [torch.bincount(half, minlength=1 << 16) for half in halves(piece)]
         totals = [one.add_(other) for one, other in zip(totals, counts, strict=True)] if totals else counts
     return totals
 
 
 def _place(counts: torch.Tensor, wanted: int) -> tuple[int, int]:
-    """The number that the `wanted` largest reach down to, and how many of it are wanted."""
+    """Return the value of the `wanted`-th largest entry of a histogram, and how many of that value are wanted."""
     reached = counts.flip(0).cumsum(0)
     steps = int(torch.searchsorted(reached, wanted))
     above = int(reached[steps - 1]) if steps else 0

@@ -1,4 +1,4 @@
-"""The work of merges shared out: to threads, to processes of one host, or to MPI ranks."""
+"""Distribute merges over threads, processes of one host, or MPI ranks."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from btm_scale.checkpoint.merge.plan import MergePlan, Unit
 from btm_scale.checkpoint.merge.runner import Target, UnitRunner
 from btm_scale.util.pools import MOST, in_threads, lost_workers_told, may_fork, process_pool
 
-# Bytes of output between two notes of what is done. Each waits for the disk while the threads go on, so that little
-# is left to wait for at the end.
+# Bytes of output between two journal entries. Each fsyncs while the threads continue, so that little is left to flush
+# at the end.
 _NOTE_EVERY = 128 << 20
 
 Output = tuple[MergePlan, Path]
-"""A plan, and the directory in which its shards are laid out."""
+"""A plan and the directory of its partial shards."""
 
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """Whole units run side by side, so each stays on one core; sums then have one order on any machine."""
+    """Use one intra-op thread: units run in parallel, and sums have the same order on any machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -39,14 +39,14 @@ def _one_torch_thread() -> Iterator[None]:
 
 
 def open_writer(plan: MergePlan, partial: Path, *, attach: bool) -> ShardedWriter:
-    """The output's shards in `partial`, laid out anew or found there."""
+    """Open a writer of the output's shards in `partial`, which exist already if `attach`."""
     return ShardedWriter(partial, plan.specs, max_shard_bytes=plan.max_shard_bytes, attach=attach)
 
 
 def merge_share(outputs: Sequence[Output], rank: int, size: int, *, chunk_bytes: int, by_shard: bool = False) -> None:
-    """Do one of `size` shares of the units that are not done, and note them; several outputs have the same units.
+    """Merge and record this rank's part, one of `size`, of the remaining units, which all outputs have in common.
 
-    `by_shard` gives every output file to one rank: on NFS two hosts must not write the same page of a file.
+    `by_shard` assigns every output file to one rank: on NFS two hosts must not write the same page of a file.
     """
     done = set.intersection(*(set(journal.finished(partial)) for _, partial in outputs))
     with ExitStack() as stack:
@@ -72,15 +72,15 @@ def merge_share(outputs: Sequence[Output], rank: int, size: int, *, chunk_bytes:
                 targets[i].writer.sync()
                 journal.record(outputs[i][1], rank, [(unit, hashes[i]) for unit, hashes in finished])
 
-            in_threads(note_one, range(len(targets)), at_once=MOST)  # mostly a wait for the disk
+            in_threads(note_one, range(len(targets)), at_once=MOST)  # I/O bound
 
         run = UnitRunner(first, chunk_bytes) if len(targets) == 1 else MeansRunner(targets, chunk_bytes)
         _run_all(mine, run, min(cores, MOST), note)
 
 
 def merge_in_processes(outputs: Sequence[Output], jobs: int | None, *, chunk_bytes: int) -> None:
-    """All shares on this host, in this process and `jobs` - 1 others."""
-    # Threads wait for one another between the short steps of a piece, so processes are twice as fast.
+    """Merge all units on this host, in this process and `jobs` - 1 others."""
+    # Threads wait for each other between the short steps of a piece, so processes are twice as fast.
     forks = may_fork()
     if jobs is None:
         large = any(plan.is_large for plan, _ in outputs)
@@ -102,7 +102,7 @@ def _run_all(
     threads: int,
     note: Callable[[Sequence[tuple[Unit, list[list[str]]]]], None],
 ) -> None:
-    """Run units in threads and note them every so often; the first error stops the rest."""
+    """Run units in threads, recording completed ones every `_NOTE_EVERY` bytes; the first error stops the rest."""
     done: list[tuple[Unit, list[list[str]]]] = []
     unnoted = 0
     with ThreadPoolExecutor(threads) as pool:

@@ -1,4 +1,4 @@
-"""The model families that can be trained and converted: one file for each, or for kin, and one row here."""
+"""The supported model families: one file per family, or per related families, and one entry here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GPT
 
 
 def find_family(name: str) -> Family:
-    """The family of a name. Raises ValueError, with the nearest name and all there are, for an unknown one."""
+    """Return the family called `name`. Raises `ValueError`, suggesting the nearest name, for an unknown one."""
     if name not in FAMILIES:
         raise ValueError(unknown_name("model family", name, FAMILIES))
     return FAMILIES[name]

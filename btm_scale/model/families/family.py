@@ -1,4 +1,4 @@
-"""What a model family declares: the parts that its models are built of, its config.json and its tensors' names."""
+"""The declaration of a model family: its architecture, its config.json and its tensor names."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ if TYPE_CHECKING:
     from btm_scale.model.shape import ModelShape
 
 Form = Literal["plain", "transposed", "query_key_value", "query_key_value_fused", "gate_up", "vocabulary"]
-Config = Mapping[str, Any]  # what a config.json holds
+Config = Mapping[str, Any]  # the content of a config.json
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One Megatron-core tensor and the Hugging Face tensors that hold the same numbers."""
+    """A Megatron-core tensor and the Hugging Face tensors with the same elements."""
 
     megatron: str
     huggingface: tuple[str, ...]
     form: Form = "plain"
-    cut: int | None = None  # the dimension that tensor parallel ranks share, if any
+    cut: int | None = None  # the dimension that is sharded over tensor parallel ranks, if any
 
 
 def no_problems(config: Config) -> dict[str, bool]:
-    """Nothing in a config.json that cannot be built."""
+    """Report no unsupported settings."""
     return {}
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family of decoder-only transformers; free of torch.
+    """A family of decoder-only transformers. Imports no torch.
 
-    `from_config` gives the fields of ModelShape, all but `family`, and raises KeyError for a size that is missing.
-    `to_config` gives what config.json has beside the keys that all families share. `tensors` gives every tensor, in
-    the order of the layers. `unsupported` gives, by name, whether a config.json has each setting that changes what
-    the weights mean and that our model doesn't have.
+    `from_config` returns the fields of ModelShape except `family`, and raises `KeyError` for a missing size.
+    `to_config` returns the keys of config.json that are not common to all families. `tensors` yields every tensor in
+    layer order. `unsupported` maps settings that change what the weights compute, and that are not implemented, to
+    whether a config.json uses them.
     """
 
     name: str  # model_type in config.json
@@ -45,13 +45,13 @@ class Family:
     tensors: Callable[[ModelShape], Iterator[Entry]]
     unsupported: Callable[[Config], dict[str, bool]] = no_problems
 
-    rotary: bool = True  # rotary positions; otherwise learned ones
-    rms_norm: bool = True  # otherwise a layer norm with biases
-    gated: bool = True  # an MLP gated by SiLU; otherwise one of two layers with GELU (tanh)
-    linear_bias: bool = False  # biases in the attention's output and the MLP
+    rotary: bool = True  # rotary positions, otherwise learned
+    rms_norm: bool = True  # otherwise layer norm with biases
+    gated: bool = True  # an MLP gated by SiLU, otherwise two layers with GELU (tanh)
+    linear_bias: bool = False  # biases in the attention output and the MLP
     query_key_value_bias: bool = False
-    head_norms: bool = False  # a norm of every head's query and key
-    windowed: bool = False  # a token may see a window of tokens only
-    grouped: bool = True  # KV heads may be fewer than heads, and heads of any size
+    head_norms: bool = False  # every head's query and key are normalized
+    windowed: bool = False  # sliding window attention
+    grouped: bool = True  # grouped-query attention, and heads of any size
     always_tied: bool = False  # the LM head is the embedding
-    tied_by_default: bool = False  # where config.json doesn't say
+    tied_by_default: bool = False  # if config.json does not say

@@ -1,4 +1,4 @@
-"""GPT-2, the family of the paper: layer norm, learned positions, GELU and biases everywhere."""
+"""GPT-2, the family of the BTM paper: layer norm, learned positions, GELU, and biases everywhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def from_config(config: Config) -> dict[str, Any]:
-    """The fields of a shape."""
+    """Return the fields of a shape."""
     return {
         "layers": config["n_layer"],
         "hidden": config["n_embd"],
@@ -27,7 +27,7 @@ def from_config(config: Config) -> dict[str, Any]:
 
 
 def to_config(shape: ModelShape) -> dict[str, Any]:
-    """What config.json says of sizes, and no dropout."""
+    """Return the sizes in config.json, and zero dropout."""
     return {
         "n_embd": shape.hidden,
         "n_layer": shape.layers,
@@ -43,7 +43,7 @@ def to_config(shape: ModelShape) -> dict[str, Any]:
 
 
 def unsupported(config: Config) -> dict[str, bool]:
-    """The settings that our model doesn't have."""
+    """Return the settings that are not implemented, and whether the config uses them."""
     activation = config.get("activation_function", "gelu_new")
     return {
         f"activation {activation}": activation not in ("gelu_new", "gelu_pytorch_tanh"),
@@ -53,8 +53,8 @@ def unsupported(config: Config) -> dict[str, bool]:
 
 
 def tensors(shape: ModelShape) -> Iterator[Entry]:
-    """Every tensor, in the order of the layers."""
-    # Hugging Face's GPT-2 keeps its matrices as [in, out].
+    """Yield every tensor, in layer order."""
+    # Hugging Face's GPT-2 stores matrices as [in, out].
     yield Entry("embedding.word_embeddings.weight", ("transformer.wte.weight",), "vocabulary", 0)
     yield Entry("embedding.position_embeddings.weight", ("transformer.wpe.weight",))
     for i in range(shape.layers):

@@ -1,4 +1,4 @@
-"""Llama and its kin: RMS norm, rotary positions, an MLP gated by SiLU, and tensors named as Llama's."""
+"""Llama and related families: RMS norm, rotary positions, an MLP gated by SiLU, and Llama's tensor names."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from btm_scale.model.families.family import Config, Entry, Family
 if TYPE_CHECKING:
     from btm_scale.model.shape import ModelShape
 
-# What transformers assumes for a config.json that doesn't say.
+# The defaults of transformers.
 _QWEN3_HEAD_SIZE = 128
 _MISTRAL_WINDOW = 4096
 
 
 def from_config(config: Config, head_size: int | None = None) -> dict[str, Any]:
-    """The fields of a shape; `head_size` is the family's default, otherwise hidden / heads."""
+    """Return the fields of a shape; `head_size` is the family's default, otherwise hidden / heads."""
     heads, hidden, rope = config["num_attention_heads"], config["hidden_size"], _rope(config)
     return {
         "layers": config["num_hidden_layers"],
@@ -35,7 +35,7 @@ def from_config(config: Config, head_size: int | None = None) -> dict[str, Any]:
 
 
 def to_config(shape: ModelShape) -> dict[str, Any]:
-    """What config.json says of sizes and rotary positions."""
+    """Return the sizes and rotary settings in config.json."""
     return {
         "hidden_size": shape.hidden,
         "intermediate_size": shape.ffn,
@@ -52,20 +52,20 @@ def to_config(shape: ModelShape) -> dict[str, Any]:
 
 
 def unsupported(config: Config) -> dict[str, bool]:
-    """The settings that our model doesn't have."""
+    """Return the settings that are not implemented, and whether the config uses them."""
     rope = _rope(config)
     return {
         f"{_rope_kind(rope)} rotary positions": _rope_kind(rope) not in ("default", "linear", "llama3"),
-        "partly rotary heads": rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1)) != 1,
+        "partial_rotary_factor": rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1)) != 1,
         "attention_bias": config.get("attention_bias", False),
         "mlp_bias": config.get("mlp_bias", False),
-        "windows in some layers": config.get("use_sliding_window", False),
+        "use_sliding_window": config.get("use_sliding_window", False),
         f"activation {config.get('hidden_act')}": config.get("hidden_act", "silu") not in ("silu", "swish"),
     }
 
 
 def tensors(shape: ModelShape) -> Iterator[Entry]:
-    """Every tensor, in the order of the layers."""
+    """Yield every tensor, in layer order."""
     yield Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocabulary", 0)
     for i in range(shape.layers):
         ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
@@ -90,7 +90,7 @@ def tensors(shape: ModelShape) -> Iterator[Entry]:
 
 
 def _rope(config: Config) -> dict[str, Any]:
-    """The rotary settings, in the form of today or of before transformers 5."""
+    """Return the rotary settings, also in the format before transformers 5."""
     return {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
 
 
@@ -99,7 +99,7 @@ def _rope_kind(rope: Config) -> str:
 
 
 def _rope_scaling(rope: Config) -> dict[str, Any] | None:
-    """The fields of RopeScaling."""
+    """Return the fields of RopeScaling."""
     kind = _rope_kind(rope)
     if kind == "linear":
         return {"kind": "linear", "factor": rope["factor"]}

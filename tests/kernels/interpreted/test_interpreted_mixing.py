@@ -44,7 +44,7 @@ def assert_close(log_probs: torch.Tensor, exact: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     "case", cut(itertools.product(FLOATS, SHAPES), lambda case: case[0] == torch.bfloat16 or case[1].vocab < 1000)
 )
-def test_every_type_and_odd_shape_is_as_exact_as_promised(case):
+def test_mixtures_are_exact_for_every_dtype_and_odd_shape(case):
     dtype, (experts, batch, vocab) = case
     logits, log_weights = mixing_case(experts, batch, vocab, dtype)
     assert_close(mix_logits(logits, log_weights), exact_mixture(logits, log_weights))
@@ -57,7 +57,7 @@ def test_a_large_offset_on_one_experts_logits_changes_nothing(offset):
     assert_close(mix_logits(logits, log_weights), exact_mixture(logits, log_weights))
 
 
-def test_log_weights_as_large_as_a_long_texts_log_likelihood_keep_their_differences():
+def test_large_log_weights_keep_their_differences():
     logits, log_weights = mixing_case(3, 4, 1000)
     log_weights = log_weights.double() - 3e6
     assert_close(mix_logits(logits, log_weights), exact_mixture(logits, log_weights))
@@ -74,12 +74,12 @@ def test_zero_weights_and_impossible_tokens_are_exact():
     mixture = mix_logits(logits, log_weights)
     assert (mixture[2] == -INF).all()
     exact = exact_mixture(logits, log_weights)
-    # A row without weight has no exact distribution, and expert 1 cannot say anything about row 3.
+    # A row without weight has no distribution, and expert 1 has no possible token in row 3.
     assert_close(mixture[[0, 1, 3]], exact[[0, 1, 3]])
     assert torch.equal(mixture[1], mix_logits(logits[2:], log_weights[:, 2:])[1])
 
 
-def test_nan_in_an_expert_of_no_weight_is_never_read_and_in_another_fills_its_row():
+def test_nan_is_ignored_in_an_expert_without_weight_and_fills_the_row_otherwise():
     logits, log_weights = mixing_case(3, 4, 1000)
     log_weights[0, 1] = -INF
     clean = mix_logits(logits, log_weights)
@@ -95,7 +95,7 @@ def test_nan_in_an_expert_of_no_weight_is_never_read_and_in_another_fills_its_ro
     assert (tokens[:2] >= 0).all()
 
 
-def test_mixing_repeats_to_the_bit_and_rows_do_not_touch_each_other():
+def test_mixing_is_bit_identical_for_any_split_into_launches():
     logits, log_weights = mixing_case(3, 6, 1000)
     together = triton_launch.mix_logits(logits, log_weights, config=NARROW._replace(cache_bytes=1 << 20))
     apart = triton_launch.mix_logits(logits, log_weights, config=NARROW)
@@ -103,7 +103,7 @@ def test_mixing_repeats_to_the_bit_and_rows_do_not_touch_each_other():
     assert_close(together, exact_mixture(logits, log_weights))
 
 
-def test_temperature_zero_takes_the_likeliest_token():
+def test_temperature_zero_takes_the_most_likely_token():
     logits, log_weights = mixing_case(3, 17, 1000)
     mixture = mix_logits(logits, log_weights)
     tokens, log_probs = mix_sample(logits, log_weights, temperature=0)
@@ -112,7 +112,7 @@ def test_temperature_zero_takes_the_likeliest_token():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_tokens_are_drawn_with_the_mixtures_probabilities(temperature):
+def test_tokens_are_sampled_with_the_mixtures_probabilities(temperature):
     vocab, draws = 6, 200
     logits, log_weights = mixing_case(2, 1, vocab)
     exact = exact_mixture(logits, log_weights)[0]
@@ -133,7 +133,7 @@ def test_tokens_are_drawn_with_the_mixtures_probabilities(temperature):
     assert (log_probs - exact[tokens]).abs().max() <= 1e-5
 
 
-def test_draws_follow_the_generator_and_not_the_cut_into_launches():
+def test_samples_depend_on_the_generator_and_not_on_the_split_into_launches():
     logits, log_weights = mixing_case(2, 6, 1000)
 
     def draw(seed: int, config: MixConfig | None = None) -> list[int]:
@@ -144,7 +144,7 @@ def test_draws_follow_the_generator_and_not_the_cut_into_launches():
     assert draw(1) != draw(2)
 
 
-def test_the_launch_that_picks_a_token_updates_the_posterior():
+def test_the_launch_that_picks_a_token_adds_its_log_likelihood():
     logits, log_weights = mixing_case(3, 4, 1000)
     log_weights[1, 2] = -INF
     log_weights[3] = -INF
@@ -157,7 +157,7 @@ def test_the_launch_that_picks_a_token_updates_the_posterior():
     assert torch.allclose(running, gain + 0.5, rtol=0, atol=1e-5)
 
 
-def test_offsets_beyond_two_to_the_31_reach_the_right_memory():
+def test_offsets_beyond_2_to_the_31_address_the_right_memory():
     near, log_weights = mixing_case(2, 3, 111)
     far = sparse_tensor((2, 3, 111), (2**32 + 64, 2**30 + 2**29, 1), torch.bfloat16)
     far.copy_(near)

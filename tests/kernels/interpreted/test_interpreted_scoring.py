@@ -42,7 +42,7 @@ def worst_error(log_probs: torch.Tensor, exact: torch.Tensor) -> float:
 @pytest.mark.parametrize(
     "case", cut(itertools.product(FLOATS, SHAPES), lambda case: case[0] == torch.bfloat16 or case[1].vocab < 5000)
 )
-def test_every_type_and_odd_shape_is_as_exact_as_promised(case):
+def test_scores_are_within_tolerance_for_every_dtype_and_odd_shape(case):
     dtype, (experts, tokens, hidden, vocab) = case
     states, heads, targets = scoring_case(experts, tokens, hidden, vocab, dtype)
     log_probs = token_logprobs(states, heads, targets)
@@ -57,7 +57,7 @@ def test_small_blocks_that_do_not_divide_the_splits_count_every_column_once():
     assert worst_error(log_probs, exact_token_logprobs(states, heads, targets)) <= 1e-5
 
 
-def test_padding_rows_and_a_soft_cap_change_what_they_should():
+def test_padding_rows_are_ignored_and_a_soft_cap_bounds_the_logits():
     states, heads, targets = scoring_case(2, 17, 32, 111)
     targets %= 100
     log_probs = token_logprobs(states, heads, targets, vocab_size=100, soft_cap=5.0)
@@ -67,9 +67,9 @@ def test_padding_rows_and_a_soft_cap_change_what_they_should():
 
 def test_ignored_targets_get_exactly_zero_even_if_all_are_ignored():
     states, heads, targets = scoring_case(2, 17, 32, 111)
-    some = targets.clone()
-    some[3] = -100
-    log_probs, unmasked = token_logprobs(states, heads, some), token_logprobs(states, heads, targets)
+    with_ignored = targets.clone()
+    with_ignored[3] = -100
+    log_probs, unmasked = token_logprobs(states, heads, with_ignored), token_logprobs(states, heads, targets)
     assert (log_probs[:, 3] == 0).all()
     assert torch.equal(log_probs[:, 4:], unmasked[:, 4:])
     assert (token_logprobs(states, heads, torch.full_like(targets, -100)) == 0).all()
@@ -78,7 +78,7 @@ def test_ignored_targets_get_exactly_zero_even_if_all_are_ignored():
 @pytest.mark.parametrize("offset", [1e4, -1e4])
 def test_a_large_offset_on_all_logits_changes_nothing(offset):
     states, heads, targets = scoring_case(2, 17, 32, 3000)
-    # Multiples of 1/16 make every partial sum exact in float32, so only the kernel's own arithmetic can err.
+    # Multiples of 1/16 make every partial sum exact in float32, so any error is the kernel's.
     states, heads = (states * 16).round() / 16, [(head * 16).round() / 16 for head in heads]
     states[:, :, 0] = 1.0
     for head in heads:
@@ -87,7 +87,7 @@ def test_a_large_offset_on_all_logits_changes_nothing(offset):
     assert worst_error(log_probs, exact_token_logprobs(states, heads, targets)) <= 1e-5
 
 
-def test_whole_blocks_of_impossible_tokens_do_not_make_nan():
+def test_blocks_of_impossible_tokens_do_not_give_nan():
     states, heads, targets = scoring_case(1, 17, 32, 9000)
     states = states.abs() + 0.1
     impossible = tuning.score_config("interpreter", 32, 17, 32).split + 100
@@ -101,7 +101,7 @@ def test_whole_blocks_of_impossible_tokens_do_not_make_nan():
     assert worst_error(log_probs[:, possible], exact[:, possible]) <= 1e-5
 
 
-def test_shards_combine_to_the_whole_in_fixed_order():
+def test_shards_combine_to_the_full_vocabularys_scores_in_fixed_order():
     states, heads, targets = scoring_case(1, 37, 32, 300)
     targets = targets % 250
     targets[0] = -100
@@ -120,14 +120,14 @@ def test_shards_combine_to_the_whole_in_fixed_order():
     assert torch.equal(combine_partials(stacked), log_probs)
 
 
-def test_nan_is_refused():
+def test_nan_raises_with_its_index():
     states, heads, targets = scoring_case(2, 17, 32, 111)
     states[1, 4, 3] = float("nan")
     with pytest.raises(FloatingPointError, match=r"\[1, 4\]"):
         token_logprobs(states, heads, targets)
 
 
-def test_results_repeat_to_the_bit_and_do_not_depend_on_how_launches_are_cut(monkeypatch):
+def test_scores_are_bit_identical_for_any_split_into_launches(monkeypatch):
     states, heads, targets = scoring_case(3, 150, 32, 5000)
     once = token_logprobs(states, heads, targets)
     assert torch.equal(token_logprobs(states, heads, targets), once)
@@ -137,7 +137,7 @@ def test_results_repeat_to_the_bit_and_do_not_depend_on_how_launches_are_cut(mon
     assert torch.equal(torch.stack(alone), once)
 
 
-def test_heads_of_any_stride_and_a_type_of_their_own_are_read_in_place():
+def test_heads_of_any_stride_and_dtype_are_read_in_place():
     states, heads, targets = scoring_case(2, 17, 32, 200)
     wide = torch.zeros(200, 50)
     wide[:, 7:39] = heads[1]
@@ -148,7 +148,7 @@ def test_heads_of_any_stride_and_a_type_of_their_own_are_read_in_place():
     assert worst_error(log_probs, exact_token_logprobs(states, mixed, targets)) <= 1e-5
 
 
-def test_offsets_beyond_two_to_the_31_reach_the_right_memory():
+def test_offsets_beyond_2_to_the_31_address_the_right_memory():
     near, heads, targets = scoring_case(2, 17, 32, 40)
     far = sparse_tensor((2, 17, 32), (2**31 + 64, 2**27 + 32, 1), torch.float32)
     far.copy_(near)
