@@ -279,9 +279,9 @@ def test_one_prompt_is_streamed_as_it_is_written(
     [
         (["--method", "beam"], "no generation method is called 'beam'"),
         (["--posterior", "suffix"], "no posterior is called 'suffix'"),
-        (["--prior", "known"], "no prior is called 'known'"),
-        (["--domain", "law"], "the run has no domain 'law'"),
-        (["--domain", "python", "--prior", "uniform"], "is of no domain"),
+        (["--prior", "known"], "No prior is called 'known'"),
+        (["--domain", "law"], "The run has no domain 'law'"),
+        (["--domain", "python", "--prior", "uniform"], "does not depend on a domain"),
         (["--model", "absent"], "not a finished expert"),
         (["--prompt", "word " * 100], "shorten it"),
         (["--prompts", "/absent.txt"], "no prompts can be read"),
