@@ -85,7 +85,7 @@ def test_every_file_of_a_run_is_readable_as_the_umask_allows(finished_run: Run) 
 
 
 def test_training_lowers_every_models_loss(finished_run: Run) -> None:
-    """The seed's loss falls from batch to batch; later gains are within the noise of batches, but show on held-out text."""
+    """The seed's loss falls from batch to batch; later gains are within batch noise, but show on held-out text."""
     _, run = finished_run
     for model in ("seed", "dense", "python", "licences"):
         steps = [json.loads(line) for line in run.metrics(model).read_text().splitlines()]
