@@ -87,8 +87,7 @@ def _buffered(reader: zstandard.ZstdDecompressionReader) -> BinaryIO:
 
 
 def is_utf8(text: str) -> bool:
-    """Return whether a string can be encoded as UTF-8; Python decodes invalid bytes of file names to lone "
-    "surrogates."""
+    """Return whether a string is valid UTF-8; Python decodes invalid bytes of file names to lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:

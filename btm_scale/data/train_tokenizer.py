@@ -114,8 +114,7 @@ def _training_lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _fast_tokenizer(model: Any) -> FastTokenizer:
-    """Return the same BPE for the `tokenizers` library: every pair of pieces that forms a piece is a merge, best "
-    "first."""
+    """Return the same BPE for the `tokenizers` library: pairs of pieces that form a piece are merges, best first."""
     pieces = [model.id_to_piece(token) for token in range(model.get_piece_size())]
     ids = {piece: token for token, piece in enumerate(pieces)}
     learned = [

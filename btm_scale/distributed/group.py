@@ -122,8 +122,7 @@ class ExpertGroup:
         torch.manual_seed(random_seed)
 
     def in_precision(self, precision: Precision) -> ExpertGroup:
-        """Return the same world with a layout of this precision. Raises LaunchError if the device cannot train in "
-        "it."""
+        """Return this group with the given precision. Raises LaunchError if the device cannot train in it."""
         require_possible(precision)
         return replace(self, layout=self.layout.model_copy(update={"precision": precision}))
 

@@ -156,7 +156,7 @@ METHODS: tuple[Method, ...] = (
     Average(
         "average:greedy",
         "Greedy soup",
-        "For each domain, the mean of a greedily chosen subset of experts with the lowest loss on its dev text.",
+        "For each domain, the mean of experts chosen greedily by the loss of their mean on dev text.",
     ),
     Method("moe", "Mixture of experts", "One model whose MLPs are the experts'.", "moe"),
     Method(EXPERT + "{name}", "{name}", "One expert alone.", "expert"),

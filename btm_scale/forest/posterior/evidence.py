@@ -47,8 +47,7 @@ class Evidence:
         return normalise(self._state.copy(), self._prior)
 
     def observe(self, log_probs: Array, seen: Array | None = None) -> None:
-        """Update with the log-probabilities [experts, temperings x count] of each text's next token, for texts "
-        "`seen`."""
+        """Update the texts `seen` with the log-probabilities [experts, temperings x count] of their next token."""
         before = self._state
         if self._mode == "token":
             self._state = self._prior + log_probs
@@ -62,8 +61,7 @@ class Evidence:
             self._state = np.where(seen, self._state, before)
 
     def weights_before(self, piece: Array) -> Array:
-        """Return normalised log weights before each token of the next piece [experts, texts, tokens], and update with "
-        "it."""
+        """Return normalised log weights before each token of the next piece [experts, texts, tokens]; consumes it."""
         if self._mode == "tempered":
             joint = self._tempered(piece)
             return joint if self._mixes else normalise(joint, self._prior)
@@ -100,8 +98,7 @@ class Evidence:
             self._mix_in_prior(state)
 
     def _mix_in_prior(self, state: Array) -> None:
-        """Mix the prior into `state` in place and normalise it. Weights that underflow are negligible beside the "
-        "prior."""
+        """Mix the prior into `state` in place and normalise. Weights that underflow are negligible by comparison."""
         state -= np.maximum(state.max(axis=0), -_LARGEST)
         np.exp(state, out=state)
         total = state.sum(axis=0)
@@ -122,14 +119,12 @@ class RunningPosterior:
     def __init__(
         self, log_prior: Array, texts: int, *, mode: Mode = "prefix", tempering: Tempering | None = None
     ) -> None:
-        """Start from `log_prior` [experts] or [texts, experts], nats, normalised here; `tempering` is for mode "
-        "`tempered`."""
+        """Args: `log_prior` [experts] or [texts, experts] in nats, normalised here; `tempering` for mode `tempered`."""
         prior = np.asarray(log_prior, dtype=np.float64).T
         self._evidence = Evidence(prior - logsumexp(prior), texts, mode, [checked_tempering(mode, tempering)])
 
     def log_weights(self) -> Array:
-        """Return normalised log weights, float64 [texts, experts]; the prior if every expert gives the text "
-        "probability 0."""
+        """Return normalised log weights, float64 [texts, experts]; the prior if no expert allows the text."""
         return np.ascontiguousarray(self._evidence.weights().T)
 
     def observe(self, log_probs: Array, seen: Array | None = None) -> None:

@@ -61,8 +61,10 @@ def keep_largest(log_weights: Array, count: int | None) -> None:
 
 
 def normalised_prior(log_prior: Array | None, experts: int, top_k: int | None = None) -> Array:
-    """Return a normalised log prior [experts], default uniform, over its `top_k` largest. Raises ValueError if "
-    "invalid."""
+    """Return a normalised log prior [experts], default uniform, over its `top_k` largest.
+
+    Raises ValueError if the prior has another shape, NaN or no weight.
+    """
     prior = np.zeros(experts) if log_prior is None else np.array(log_prior, dtype=np.float64)
     if prior.shape != (experts,) or np.isnan(prior).any() or not np.isfinite(prior).any():
         raise ValueError(f"a prior over {experts} experts must be {experts} log-probabilities, not {log_prior}")

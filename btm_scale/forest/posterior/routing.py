@@ -1,5 +1,4 @@
-"""Routing: experts weighted by the distance of a text to their clusters, not by likelihood (c-BTM, arXiv "
-"2303.14177)."""
+"""Weight experts by the distance of a text to their clusters, not by likelihood (c-BTM, arXiv 2303.14177)."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def _disk(folder: Path) -> Finding:
     if not os.access(folder, os.W_OK):
         return Finding(_PART, "disk", "low", f"{text}, not writable", "run folders", "use --out with another folder")
     if free < _MIN_DISK:
-        needed = "checkpoints: 12 bytes per parameter each"
+        needed = "checkpoints (12 bytes per parameter)"
         return Finding(_PART, "disk", "low", text, needed, "free some space, or use --out with another folder")
     return Finding(_PART, "disk", "ok", text)
 
