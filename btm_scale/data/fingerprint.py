@@ -67,7 +67,7 @@ class Fingerprint(Record):
 
     @classmethod
     def upgraded(cls, content: Any) -> Any:
-        """At first, the schema number had another key."""
+        """Convert a file of the first version, in which the schema number had another key."""
         if isinstance(content, dict) and "schema_version" in content:
             return {"schema": content.pop("schema_version"), **content}
         return content

@@ -29,8 +29,8 @@ class DevText:
     log_prior: np.ndarray  # the domain's cached prior, nats [experts]
 
 
-Weigh = Callable[[DevText], np.ndarray]
-WEIGHTS: dict[str, Weigh] = {}
+WeightFunction = Callable[[DevText], np.ndarray]
+WEIGHTS: dict[str, WeightFunction] = {}
 
 
 def average_weights(
@@ -45,10 +45,10 @@ def average_weights(
     return {average: WEIGHTS[average](dev) for average in averages}
 
 
-def average(weigh: Weigh) -> Weigh:
+def average(function: WeightFunction) -> WeightFunction:
     """Register a function under its name. It returns non-negative weights [experts] that sum to 1."""
-    WEIGHTS[weigh.__name__] = weigh
-    return weigh
+    WEIGHTS[function.__name__] = function
+    return function
 
 
 @average

@@ -95,9 +95,9 @@ def _planned(config: RunConfig, run: RunDir) -> dict[str, Expert] | None:
     if GREEDY in kinds and soups(config, run) is None:
         return None
     domains = list(config.all_domains)
-    weigh = functools.partial(average_weights, config, run, list(forest), kinds)
+    weights_of = functools.partial(average_weights, config, run, list(forest), kinds)
     cards: dict[str, Expert] = {}
-    for domain, weights in zip(domains, in_processes(weigh, domains), strict=True):
+    for domain, weights in zip(domains, in_processes(weights_of, domains), strict=True):
         for kind in kinds:
             name = made_model(kind, domain)
             if name not in cards:

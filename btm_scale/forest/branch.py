@@ -134,7 +134,7 @@ def require_parents(config: RunConfig, run: RunDir, models: Sequence[str]) -> No
 
 
 def has_begun(run: RunDir, model: str) -> bool:
-    """Whether a model has a training checkpoint, so that its parents are no longer read."""
+    """Return whether a model has a training checkpoint, so that its parents are no longer read."""
     return any(run.checkpoints(model).glob("step-*"))
 
 

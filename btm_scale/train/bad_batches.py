@@ -29,7 +29,7 @@ class SkippedBatches(Record):
 
     @classmethod
     def upgraded(cls, content: Any) -> Any:
-        """At first, the file held nothing but the problems by step."""
+        """Convert a file of the first version, which held only the problems by step."""
         return content if not isinstance(content, dict) or "batches" in content else {"batches": content}
 
 

@@ -91,7 +91,7 @@ class Evidence:
         return np.moveaxis(before, 0, 2)
 
     def _temper(self, state: Array, log_probs: Array, scratch: Array) -> None:
-        """Update `state` in place with one more token; `scratch` is a scratch buffer."""
+        """Update `state` in place with one more token; `scratch` is a work buffer."""
         state *= self._forgetting
         state += np.multiply(self._power, log_probs, out=scratch)
         if self._mixes:
