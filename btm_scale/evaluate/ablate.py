@@ -112,7 +112,7 @@ def choose_subsets(run: RunDir, names: Sequence[str], *, most: int, random_seed:
     """
     forest = list(experts(run))
     if unknown := [name for name in names if name not in forest]:
-        raise ForestError(f"No expert is called '{unknown[0]}'. The forest has {', '.join(forest) or 'none'}.")
+        raise ForestError(f"'{unknown[0]}' is not an expert of this run. The forest has {', '.join(forest) or 'none'}.")
     chosen = sorted(set(names)) or forest
     if not chosen:
         raise ForestError(f"There is no expert in {run.experts}. Train some first: btm-scale run CONFIG")

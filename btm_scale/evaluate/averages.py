@@ -70,19 +70,19 @@ def write_averages(run: RunDir, cards: Sequence[Expert]) -> list[str]:
 def make_averages(group: ExpertGroup, config: RunConfig, run: RunDir) -> list[str]:
     """Merge the missing averages; returns the names of all averages on every rank. All ranks call this together."""
     # Merging large models and computing many weights take longer than the timeout of training's collectives.
-    merge_group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     # Only one rank checks: another might already see what the first has written.
     undecided = [GREEDY in averages_of(config, run) and soups(config, run) is None]
     dist.broadcast_object_list(undecided, src=0)
     if undecided[0]:
         choose_soups(group, config, run)
     cards = [planned_averages(config, run) if group.is_first else []]
-    dist.broadcast_object_list(cards, src=0, group=merge_group)
+    dist.broadcast_object_list(cards, src=0, group=patient)
     if group.is_first:
         begin = time.perf_counter()
         merged = write_averages(run, cards[0])
         print(json.dumps({"merged": merged, "seconds": round(time.perf_counter() - begin, 3)}), flush=True)
-    dist.barrier(merge_group)
+    dist.barrier(patient)
     return [card.name for card in cards[0]]
 
 

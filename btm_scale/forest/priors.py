@@ -37,7 +37,7 @@ def log_prior_of(config: RunConfig, run: RunDir, names: Sequence[str], prior: st
     Raises UserError for an unknown prior or domain, ForestError for models without scores.
     """
     if prior not in PRIORS:
-        raise UserError(f"No prior is called '{prior}'. Choose one of {', '.join(PRIORS)}.")
+        raise UserError(f"'{prior}' is not a prior. Choose one of {', '.join(PRIORS)}.")
     if domain is not None and prior != "cached":
         raise UserError(
             f"The prior '{prior}' does not depend on a domain. Remove --domain {domain}, or use the cached prior."

@@ -25,7 +25,7 @@ Say = Callable[[str], None]
 def run_all(
     config: RunConfig, run: RunDir, *, on_progress: Progress, say: Say, launcher: RunGroups | None = None
 ) -> Results:
-    """Run every incomplete stage, from text to results, which are returned. Groups run on this machine by default."""
+    """Every stage that isn't done, from text to page; returns the results. Groups run on this machine by default."""
     config = open_run(config, run, trains_here=launcher is None)
     say("text -> token files")
     prepare(config, run)
@@ -39,7 +39,7 @@ def run_all(
         if todo:
             say(f"training {', '.join(todo)}")
         run_training(config, run, stage, on_progress=on_progress, launcher=launcher)
-    config = config.with_precisions_of(RunConfig.load(run.config))  # the first group has resolved `auto`
+    config = config.with_precisions_of(RunConfig.load(run.config))  # where the first group has resolved it
     say("averaging and scoring")
     score_averages(config, run, launcher)
     return evaluate(config, run)

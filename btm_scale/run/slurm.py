@@ -58,7 +58,7 @@ def write_scripts(config: RunConfig, run: RunDir) -> dict[str, Path]:
 
 
 def submit_run(config: RunConfig, run: RunDir, *, dry_run: bool, say: Say) -> dict[str, Any]:
-    """Submit the missing jobs; returns their ids. A dry run writes the scripts and submits nothing."""
+    """Submit what is missing; returns the ids of the new jobs. A dry run writes the scripts and submits none."""
     resolve_sources(config.all_domains, config.text_root)  # missing text is reported before anything is submitted
     config = open_run(config, run)
     scripts = write_scripts(config, run)

@@ -115,9 +115,7 @@ def _expert_job(config: RunConfig, model: str, seed_end: float) -> TrainingJob:
     elif model in config.expert_domains:
         weights = {model: 1.0}
     else:
-        raise ConfigError(
-            f"No model is called '{model}'. Choose one that this run trains: {', '.join(model_names(config))}."
-        )
+        raise ConfigError(f"'{model}' is not a model of this run. Choose one of {', '.join(model_names(config))}.")
     budget, number = config.budget, len(config.domains)
     batch = budget.batch_tokens // budget.sequence_length
     own = config.experts.get(model)

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from btm_scale.config.training import HealthConfig
 from btm_scale.distributed.group import ExpertGroup
 
-# Lets the launcher see a rank's own error before the other ranks exit.
+# Time for the launcher to learn of a rank's own error before the others end too.
 _GRACE_SECONDS = 5.0
 _POLL_SECONDS = 0.5
 _LEAST_STEPS = 5

@@ -279,7 +279,7 @@ def test_one_prompt_is_streamed_as_it_is_written(
     [
         (["--method", "beam"], "no generation method is called 'beam'"),
         (["--posterior", "suffix"], "no posterior is called 'suffix'"),
-        (["--prior", "known"], "No prior is called 'known'"),
+        (["--prior", "known"], "'known' is not a prior"),
         (["--domain", "law"], "The run has no domain 'law'"),
         (["--domain", "python", "--prior", "uniform"], "does not depend on a domain"),
         (["--model", "absent"], "not a finished expert"),
