@@ -1,4 +1,4 @@
-"""The exceptions that a user can cause, each with a message that says value, rule and remedy."""
+"""The exceptions that a user can cause. Each message states the fact, the rule and the remedy."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake of the user's: the command line prints its message and exits with code 2."""
+    """A user's mistake: the command line prints the message and exits with code 2."""
 
 
 class ConfigError(UserError):
-    """The YAML, or a `--set`, says something that no run can do."""
+    """The YAML or a `--set` override is invalid."""
 
 
 class DataError(UserError):
-    """Text, token files or a tokenizer are missing, broken or do not belong together."""
+    """Text, token files or a tokenizer are missing, damaged or inconsistent."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint or model directory is missing, torn, of another shape or of an unknown format."""
+    """A checkpoint or model directory is missing, incomplete, of another shape or of an unknown format."""
 
 
 class ForestError(UserError):
@@ -27,20 +27,20 @@ class ForestError(UserError):
 
 
 class LaunchError(UserError):
-    """A group cannot be started as asked."""
+    """A group cannot be started as requested."""
 
 
-class WorkerLost(Exception):  # noqa: N818 (it tells of an event)
-    """A process of a pool was killed; what it had done and noted is there."""
+class WorkerLost(Exception):  # noqa: N818 (it names an event)
+    """A worker process of a pool was killed; the work that it completed and recorded is kept."""
 
 
-class GroupFailed(Exception):  # noqa: N818 (it tells of an event)
-    """A group started and ended with an error of its own; the message holds the end of its log."""
+class GroupFailed(Exception):  # noqa: N818 (it names an event)
+    """A group started and then failed; the message holds the end of its log."""
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
-    """The message for a name that is not one of `known`, with the nearest that is, if any is near."""
+    """Return the message for a name that is not one of `known`, with the closest match if there is one."""
     choices = list(known)
-    near = difflib.get_close_matches(name, choices, n=1)
-    remedy = f"did you mean '{near[0]}'? Choose" if near else "choose"
+    matches = difflib.get_close_matches(name, choices, n=1)
+    remedy = f"did you mean '{matches[0]}'? Choose" if matches else "choose"
     return f"no {what} is called '{name}'; {remedy} {', '.join(choices)}"

@@ -1,4 +1,4 @@
-"""Every path inside a run's folder, in one place."""
+"""Every path in a run's folder."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ DENSE = "dense"
 AVERAGE = "average/"
 RANDOM_SPLIT = "random/"
 LONGER_DENSE = "dense-"
-# Names under which a run keeps models and logs beside its experts'.
+# Names that a run uses for models and logs other than its experts'.
 OWN_NAMES = frozenset({SEED, DENSE, AVERAGE.rstrip("/"), RANDOM_SPLIT.rstrip("/"), "score"})
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """The folder of one run. It names paths; it reads and writes nothing."""
+    """The paths of one run. It reads and writes nothing."""
 
     root: Path
 
@@ -45,12 +45,12 @@ class RunDir:
         return self.domain(domain) / split
 
     def fingerprint(self, domain: str) -> Path:
-        """What a domain's token files were made from; written last."""
+        """The record of what a domain's token files were made from; written last."""
         return self.domain(domain) / "fingerprint.json"
 
     @property
     def index_cache(self) -> Path:
-        """Sample indices that Megatron-core's datasets keep."""
+        """Sample indices cached by Megatron-core's datasets."""
         return self.data / ".index"
 
     def train(self, model: str) -> Path:
@@ -58,28 +58,28 @@ class RunDir:
         return self.root / "train" / model
 
     def checkpoints(self, model: str) -> Path:
-        """Training states, one folder a step."""
+        """Training checkpoints, one folder per step."""
         return self.train(model) / "checkpoints"
 
     def branch(self, model: str) -> Path:
-        """The record of the parents and text that a model's training begins with."""
+        """The record of a model's parents and training text."""
         return self.train(model) / "branch.json"
 
     def metrics(self, model: str) -> Path:
-        """One JSON object a step."""
+        """The metrics of a model's training, one JSON object per step."""
         return self.train(model) / "metrics.jsonl"
 
     def profile(self, model: str) -> Path:
-        """Traces of a few steps, one a rank."""
+        """Profiler traces of a few steps, one per rank."""
         return self.train(model) / "profile"
 
     def log(self, model: str) -> Path:
-        """What the model's group printed."""
+        """The output of the model's group."""
         return self.train(model) / "log"
 
     @property
     def experts(self) -> Path:
-        """The forest: one Hugging Face directory an expert."""
+        """The forest: one Hugging Face directory per expert."""
         return self.root / "experts"
 
     def model(self, name: str) -> Path:
@@ -97,7 +97,7 @@ class RunDir:
         return self.root / "scores" / model
 
     def scores(self, model: str, domain: str, split: str) -> Path:
-        """The log-probabilities that a model gives to a domain's tokens."""
+        """A model's log-probabilities of a domain's tokens."""
         return self.model_scores(model) / f"{domain}.{split}.safetensors"
 
     @property
@@ -112,5 +112,5 @@ class RunDir:
 
     @property
     def report(self) -> Path:
-        """The page."""
+        """The HTML report."""
         return self.root / "report.html"

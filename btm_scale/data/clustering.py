@@ -1,7 +1,7 @@
-"""Texts as points, and points as clusters of equal size (c-BTM, arXiv 2303.14177): TF-IDF, SVD, balanced k-means.
+"""Balanced clustering of texts (c-BTM, arXiv 2303.14177): TF-IDF, SVD and k-means with clusters of equal size.
 
-Balance is a matter of prices: each cluster asks the price at which exactly its share of the text prefers it (the dual
-of an optimal transport). The same prices go on serving for text that the clustering has never seen.
+Prices keep the clusters balanced: each cluster has the price at which exactly its fraction of the text prefers it (the
+dual of an optimal transport problem). The same prices apply to text that the clustering has not seen.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from safetensors.numpy import load_file, save
 from btm_scale.errors import DataError
 
 TENSORS, VOCABULARY = "clustering.safetensors", "vocabulary.json"
-# Characters of a text that place it: more would tell little, and cost memory.
+# Characters of a text that are embedded: more would add little and cost memory.
 PLACING_CHARACTERS = 20_000
 _TERMS = 50_000
-_WORD = r"(?u)\b[^\W\d_]\w+\b"  # as TfidfVectorizer's own, but no numbers
+_WORD = r"(?u)\b[^\W\d_]\w+\b"  # TfidfVectorizer's default, without numbers
 _ROUNDS = 10
-_TOLERANCE = 0.005  # of a cluster's share
-# In squared distance: at the last stage a text belongs to one cluster nearly wholly.
+_TOLERANCE = 0.005  # relative error of a cluster's mass
+# Softmax temperatures in squared distance: at the last stage, assignments are almost hard.
 _SOFTNESS = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 
 Array = np.ndarray
@@ -33,7 +33,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Clustering:
-    """Where clusters lie, and how texts are placed beside them."""
+    """Cluster centres, and the embedding that places texts among them."""
 
     terms: list[str]
     idf: Array  # float32 [terms]
@@ -51,24 +51,24 @@ class Clustering:
         dimensions: int = 100,
         random_seed: int = 0,
     ) -> Clustering:
-        """Cluster texts so that each cluster holds the same share of their sizes (default: bytes), up to single texts.
+        """Cluster texts so that the clusters have equal total `sizes` (default: bytes), up to single texts.
 
-        Raises DataError if there is too little text for so many clusters.
+        Raises DataError if there is too little text for this many clusters.
         """
         if clusters < 1 or len(texts) < max(2, 4 * clusters):
             raise DataError(
-                f"{len(texts)} documents cannot make {clusters} clusters; it takes at least 1 cluster, and 4 documents "
-                "for each: give more text, or ask for fewer"
+                f"Cannot form {clusters} clusters from {len(texts)} documents. Clustering needs at least 1 cluster and "
+                "4 documents for each. Add text, or lower --clusters."
             )
         decomposition = _module("sklearn.decomposition")
         vectorizer = _vectorizer(max_features=_TERMS, min_df=2)
         try:
             weighted = vectorizer.fit_transform(text[:PLACING_CHARACTERS] for text in texts)
         except ValueError as error:
-            raise DataError(f"these documents have no words to tell them apart by ({error}); give more text") from None
+            raise DataError(f"These documents have no words to cluster by ({error}). Add text.") from None
         size = min(dimensions, weighted.shape[1] - 1, len(texts) - 1)
         if size < 1:
-            raise DataError("these documents share no two words; give more text")
+            raise DataError("These documents share fewer than two words. Add text.")
         svd = decomposition.TruncatedSVD(size, random_state=random_seed).fit(weighted)
         terms = vectorizer.get_feature_names_out().tolist()
         components = np.ascontiguousarray(svd.components_, dtype=np.float32)
@@ -78,18 +78,18 @@ class Clustering:
         return cls(terms, vectorizer.idf_.astype(np.float32), components, centres, prices)
 
     def place(self, texts: Sequence[str]) -> Array:
-        """Unit vectors [texts, dimensions]; zeros for a text with no known word."""
+        """Return the embeddings of texts, unit vectors [texts, dimensions]; zeros for a text with no known word."""
         vectorizer = _vectorizer(vocabulary=self.terms)
         vectorizer.idf_ = self.idf
         weighted = vectorizer.transform([text[:PLACING_CHARACTERS] for text in texts])
         return _normalised(weighted @ self.components.T)
 
     def assign(self, texts: Sequence[str]) -> Array:
-        """The cluster of each text, int64 [texts], at prices that keep clusters balanced."""
+        """Return the cluster of each text, int64 [texts], at the prices that keep clusters balanced."""
         return np.argmin(squared_distances(self.place(texts), self.centres) - self.prices, axis=1)
 
     def typical_terms(self, count: int = 8) -> list[list[str]]:
-        """The words that stand out in each cluster, compared with the mean of all."""
+        """Return the most typical words of each cluster, relative to the mean of all clusters."""
         directions = (self.centres - self.centres.mean(axis=0)) @ self.components
         return [[self.terms[place] for place in np.argsort(-row, kind="stable")[:count]] for row in directions]
 
@@ -102,24 +102,25 @@ class Clustering:
             "centres": self.centres,
             "prices": self.prices,
         }
-        (directory / TENSORS).write_bytes(save(tensors))  # save_file would let nobody else read it
+        (directory / TENSORS).write_bytes(save(tensors))  # save_file creates files with mode 0600; a run may be shared
 
     @classmethod
     def load(cls, directory: Path) -> Clustering:
-        """Read a clustering. Raises DataError if there is none."""
+        """Load a clustering. Raises DataError if it is missing or damaged."""
         try:
             terms = json.loads((directory / VOCABULARY).read_text(encoding="utf-8"))
             return cls(terms, **load_file(directory / TENSORS))
         except (OSError, ValueError, TypeError) as error:
             raise DataError(
-                f"no clustering in {directory} ({error}); make one: btm-scale discover PATHS --out {directory}"
+                f"There is no clustering in {directory} ({error}). Create one: btm-scale discover PATHS --out "
+                f"{directory}"
             ) from None
 
 
 def balanced_kmeans(points: Array, masses: Array, clusters: int, random_seed: int) -> tuple[Array, Array]:
-    """Centres [clusters, dimensions] and prices [clusters] at which every cluster attracts an equal mass.
+    """Return centres [clusters, dimensions] and prices [clusters] at which all clusters attract equal mass.
 
-    `points` [texts, dimensions]; `masses` [texts], which sum to 1.
+    Args: `points` [texts, dimensions]; `masses` [texts], which sum to 1.
     """
     kmeans = _module("sklearn.cluster").KMeans(clusters, n_init=3, random_state=random_seed).fit(points, None, masses)
     centres = kmeans.cluster_centers_.astype(np.float32)
@@ -140,17 +141,17 @@ def balanced_kmeans(points: Array, masses: Array, clusters: int, random_seed: in
 
 
 def squared_distances(points: Array, centres: Array) -> Array:
-    """[points, centres]."""
+    """Return the squared Euclidean distances [points, centres]."""
     product = points @ centres.T
     squared: Array = (points**2).sum(axis=1)[:, None] - 2 * product + (centres**2).sum(axis=1)
     return np.maximum(squared, 0.0)
 
 
 def _fair_prices(costs: Array, masses: Array, prices: Array, stages: Sequence[float]) -> Array:
-    """What each cluster [clusters] adds to its attraction so that all attract equal mass.
+    """Return the prices [clusters] at which all clusters attract equal mass.
 
-    They minimise the dual of the transport of the texts' masses to the clusters at the least cost, made smooth: texts
-    choose by softmax, whose softness goes down in `stages`. `prices` is where to start.
+    They minimise the smoothed dual of the optimal transport of the texts' masses to the clusters: texts choose by a
+    softmax whose temperature decreases over `stages`. `prices` is the initial value.
     """
     clusters = costs.shape[1]
     minimize = _module("scipy.optimize").minimize
@@ -188,5 +189,5 @@ def _module(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         raise DataError(
-            "finding domains needs scikit-learn, which is not installed: pip install 'btm-scale[discover]'"
+            "Discovering domains needs scikit-learn, which is not installed. Run: pip install 'btm-scale[discover]'"
         ) from None

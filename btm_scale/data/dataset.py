@@ -1,4 +1,4 @@
-"""Training samples in one fixed order, addressed by number, so that any rank can resume anywhere."""
+"""Training samples in one fixed order, addressed by index, so that any rank can resume anywhere."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from btm_scale.errors import CheckpointError, DataError
 from btm_scale.run_dir import RunDir
 from btm_scale.util.files import new_directory
 
-# It warns that an index is not cached, although it is cached here.
+# It warns that an index is not cached, although TrainingSamples caches it.
 logging.getLogger("megatron.core.datasets.blended_dataset").setLevel(logging.ERROR)
 
-# Megatron-core draws this much more than its share from a domain, to absorb rounding in the blend.
+# Fraction of extra samples that are drawn from each domain, to absorb rounding in the blend.
 _SURPLUS = 0.005
 
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """The part of a tokenizer that GPTDataset needs."""
+    """The attributes of a tokenizer that GPTDataset reads."""
 
     vocab_size: int
     eod: int
@@ -49,9 +49,9 @@ class TrainingSamples:
     `part`; the text is repeated as often as `samples` requires. `part=(i, n)` keeps the documents in the i-th of n
     random parts, the same parts for every seed.
 
-    In a torch.distributed world all ranks make this object together: the first writes the index if the run's cache
-    doesn't have it yet, and the others wait. Several groups can do so at once. Raises DataError if a domain isn't
-    prepared, was prepared with another tokenizer than `tokenizer`, the run's, or has too little text.
+    In a torch.distributed world, all ranks construct this object together: the first writes the index if it is not in
+    the run's cache, and the others wait. Several groups can do so at once. Raises DataError if a domain is not
+    prepared, was prepared with a tokenizer other than the run's `tokenizer`, or has too little text.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class TrainingSamples:
         Inputs are [:, :-1] and labels [:, 1:].
         """
         if first < 0 or first + count > self.samples:
-            raise IndexError(f"samples {first} to {first + count} of an order of {self.samples}")
+            raise IndexError(f"samples [{first}, {first + count}) are out of range: there are {self.samples}")
         return torch.stack([self._sample(number) for number in range(first, first + count)])
 
     def _sample(self, number: int) -> torch.Tensor:
@@ -98,21 +98,21 @@ class TrainingSamples:
         return torch.cat([sample["tokens"], sample["labels"][-1:]])
 
     def _key(self, tokenizer: str) -> str:
-        """A digest of everything that the order depends on."""
-        made = {name: Fingerprint.of_domain(self._run, name) for name in self._weights}
-        for fingerprint in made.values():
+        """Return a digest of everything that the order depends on."""
+        fingerprints = {name: Fingerprint.of_domain(self._run, name) for name in self._weights}
+        for fingerprint in fingerprints.values():
             fingerprint.require_tokenizer(tokenizer, self._run)
             fingerprint.require_whole(self._run)
         contents = {
-            name: [made.text, made.tokenizer, made.settings, made.splits["train"].model_dump()]
-            for name, made in made.items()
+            name: [one.text, one.tokenizer, one.settings, one.splits["train"].model_dump()]
+            for name, one in fingerprints.items()
         }
         vocabulary = self._config["tokenizer"].unique_identifiers
         parts = [self._config | {"tokenizer": vocabulary}, self._weights, self.samples, self._part, contents]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     def _write_index(self, cache: Path) -> None:
-        """Build every index beside the cache, and publish it as the cache."""
+        """Build every index in a temporary folder, and publish that as the cache."""
         try:
             with new_directory(cache, shared=True) as directory:
                 self._write_index_files(directory)
@@ -123,7 +123,7 @@ class TrainingSamples:
     def _write_index_files(self, directory: Path) -> None:
         domains = self._open(directory)
         if len(domains) > 1:
-            # Without a cache: with one, BlendedDataset asks for a process group.
+            # Without a cache, because with one BlendedDataset needs a process group.
             blend = BlendedDataset(domains, list(self._weights.values()), self.samples, self._megatron_config(None))
             domain_of, sample_of = blend.dataset_index, blend.dataset_sample_index
         else:
@@ -139,12 +139,12 @@ class TrainingSamples:
         documents = np.arange(len(tokens), dtype=np.int32)
         if self._part is not None:
             which, parts = self._part
-            # RandomState's stream is frozen by NumPy's policy; the parts must never change.
+            # NumPy guarantees RandomState's stream; the parts must never change.
             documents = documents[np.random.RandomState(0).randint(parts, size=len(documents)) == which]
             if int(tokens.sequence_lengths[documents].sum()) <= self._config["sequence_length"]:
                 raise DataError(
-                    f"part {which + 1} of {parts} of domain '{name}' has {len(documents)} documents, too few "
-                    "for one sequence; give the domain more text, or use fewer parts"
+                    f"Part {which + 1} of {parts} of domain '{name}' has {len(documents)} documents, too few "
+                    "for one sequence. Add text to the domain, or use fewer parts."
                 )
         share = self.samples if len(self._weights) == 1 else int(np.ceil(self.samples * weight * (1 + _SURPLUS))) + 1
         return GPTDataset(tokens, f"{name}/train", documents, share, Split.train, self._megatron_config(cache))
@@ -163,7 +163,7 @@ class TrainingSamples:
 def _normalised(weights: Mapping[str, float]) -> dict[str, float]:
     used = {name: weights[name] for name in sorted(weights) if weights[name] > 0}
     if not used:
-        raise DataError("no domain has a weight above 0; give at least one to train on")
+        raise DataError("No domain has a weight above 0. Give at least one domain a positive weight.")
     total = sum(used.values())
     return {name: weight / total for name, weight in used.items()}
 

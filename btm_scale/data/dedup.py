@@ -1,4 +1,4 @@
-"""Deduplication: a text stays once in its domain, and on one side of a split in all domains."""
+"""Deduplication: a text is kept once per domain, and in only one split across all domains."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class KeySet:
         return self._slots[self._slot(key)] == key
 
     def add(self, key: int) -> bool:
-        """Add a key; returns False if it was there."""
+        """Add a key; returns False if it was in the set already."""
         key = key or 1  # 0 marks an empty slot
         slot = self._slot(key)
         if self._slots[slot] == key:
@@ -61,10 +61,10 @@ class KeySet:
 
 
 class Deduplicator:
-    """Drops a text that its domain already has, and one that another split has, here or elsewhere.
+    """Drops texts that are already in their domain, or in another split of any domain.
 
     `elsewhere`: keys by split in other domains' token files. `held_out`: keys by split of this domain's own dev and
-    test; where split keys place one text in two splits, it stays in the stricter one.
+    test; if split keys place a text in two splits, it is kept in the stricter one.
     """
 
     def __init__(self, elsewhere: Mapping[str, KeySet], held_out: Mapping[str, KeySet]) -> None:
@@ -74,7 +74,7 @@ class Deduplicator:
         self.dropped = 0
 
     def keep(self, identity: Identity) -> bool:
-        """Whether a document goes into its split; those that do not are counted in `dropped`."""
+        """Return whether to keep a document in its split; those that are not kept are counted in `dropped`."""
         key, split = identity.key, identity.split
         stricter = SPLITS[SPLITS.index(split) + 1 :]
         if (
@@ -88,7 +88,7 @@ class Deduplicator:
 
 
 def held_out_keys(identities: Iterable[Identity]) -> dict[str, KeySet]:
-    """The keys of a domain's documents in dev and test."""
+    """Return the keys of a domain's documents in dev and test."""
     held_out = {split: KeySet() for split in ("dev", "test")}
     for identity in identities:
         if identity.split in held_out:
@@ -97,19 +97,19 @@ def held_out_keys(identities: Iterable[Identity]) -> dict[str, KeySet]:
 
 
 def keys_elsewhere(source: DomainSource, sources: Sequence[DomainSource], run: RunDir) -> dict[str, KeySet]:
-    """Keys by split of the documents in the finished token files of the other `sources`.
+    """Return the keys by split of the documents in the finished token files of the other `sources`.
 
     Empty if every domain places documents by their text: equal texts then fall into the same split everywhere.
     """
     others = [other for other in sources if other.name != source.name and run.fingerprint(other.name).exists()]
     if not any(domain.is_grouped for domain in (source, *others)):
         return {}
-    found = {split: KeySet() for split in SPLITS}
+    keys = {split: KeySet() for split in SPLITS}
     for other in others:
         for split in SPLITS:
             for key in np.load(_keys_file(run.domain(other.name), split), mmap_mode="r"):
-                found[split].add(int(key))
-    return found
+                keys[split].add(int(key))
+    return keys
 
 
 def save_keys(folder: Path, keys: Mapping[str, array[int]]) -> None:

@@ -1,4 +1,4 @@
-"""Four domains of text that every installation of this project has, for the demo: nothing is downloaded."""
+"""The demo's four domains, from text that every installation of this project has: nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from btm_scale.errors import DataError
 _DOCUMENT_BYTES = 32_000
 _SECTION_BYTES = 4_000
 _LEAST_CHARACTERS = 200
-# A longer file is a table or was generated.
+# Longer files are tables or generated code.
 _LONGEST_FILE = 400_000
 _LICENCE = re.compile(r"licen[sc]e|notice|copying|third.?party", re.IGNORECASE)
 _TESTS = {"test", "tests", "testing", "idle_test", "__pycache__"}
@@ -28,10 +28,10 @@ Text = tuple[str, str]
 def write_installed_text(
     folder: Path, *, bytes_per_domain: int, longest: int = _DOCUMENT_BYTES
 ) -> dict[str, dict[str, Any]]:
-    """Write `python`, `cpp`, `licences` and `docs`, one .jsonl each with the fields text and source.
+    """Write `python`, `cpp`, `licences` and `docs`, each a .jsonl file with the fields text and source.
 
-    Returns the domains as a config has them, paths relative to `folder`. The choice is the same for the same
-    packages, and spread over them; a domain has at most `bytes_per_domain` bytes of text, a document at most `longest`.
+    Returns the `domains` of a config, with paths relative to `folder`. The selection depends only on the installed
+    packages and is spread over them. A domain has at most `bytes_per_domain` bytes of text, a document `longest` bytes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     site, torch = _packages()
@@ -45,7 +45,7 @@ def write_installed_text(
     for name, texts in domains.items():
         most = min(longest, _SECTION_BYTES) if name == "licences" else longest
         _write(folder / f"{name}.jsonl", _cut(texts, most), bytes_per_domain)
-    # Licences are few, and two of them hold half the text: only sections spread over the splits.
+    # There are few licences, and two hold half of the text, so their sections are split, not their sources.
     return {
         name: {"text": [f"{name}.jsonl"]} | ({} if name == "licences" else {"split_by": {"field": "source"}})
         for name in domains
@@ -53,10 +53,10 @@ def write_installed_text(
 
 
 def _packages() -> tuple[Path, Path]:
-    """The folder of installed packages, and torch's in it."""
+    """Return the folder of installed packages, and torch's folder in it."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
-        raise DataError("torch is not installed as a folder of files; install the project's dependencies with pip")
+        raise DataError("torch is not installed as a folder of files. Install the project's dependencies with pip.")
     torch = Path(next(iter(spec.submodule_search_locations)))
     return torch.parent, torch
 
@@ -72,7 +72,7 @@ def _write(path: Path, texts: Iterator[Text], limit: int) -> None:
 
 
 def _cut(texts: Iterator[Text], longest: int) -> Iterator[Text]:
-    """Every text in parts of at most `longest` bytes that end with a line; a part comes once."""
+    """Yield every text in parts of at most `longest` bytes that end with a line, without repeated parts."""
     seen = set()
     for source, text in texts:
         for part in _parts(text, longest):
@@ -95,7 +95,7 @@ def _parts(text: str, longest: int) -> Iterator[str]:
 
 
 def _texts(roots: dict[str, Path], patterns: tuple[str, ...], wanted: Any) -> Iterator[Text]:
-    """Files below `roots` by name, spread over the packages: one of each in turn, in the order of a hash."""
+    """Yield files below `roots` with their names, from one package after the other in turn, in the order of a hash."""
     packages: dict[str, list[tuple[str, Path]]] = {}
     for prefix, root in roots.items():
         for path in {path for pattern in patterns for path in root.rglob(pattern)}:
@@ -138,7 +138,7 @@ def _is_licence(place: Path) -> bool:
 
 
 def _without_near_copies(texts: Iterator[Text]) -> Iterator[Text]:
-    """Leave out a text if earlier ones have most of its lines: licences are copied with few changes."""
+    """Drop texts most of whose lines are in earlier ones: licences are copied with few changes."""
     seen: set[str] = set()
     for source, text in texts:
         lines = {"".join(line.lower().split()) for line in text.splitlines() if "copyright" not in line.lower()}
@@ -149,7 +149,7 @@ def _without_near_copies(texts: Iterator[Text]) -> Iterator[Text]:
 
 
 def _docs(site: Path) -> Iterator[Text]:
-    """Prose about software: descriptions of packages, their read-me files, and Python's own reference."""
+    """Yield prose about software: package descriptions, README files and Python's language reference."""
     from pydoc_data.topics import topics
 
     for path in sorted(site.glob("*.dist-info/METADATA")):

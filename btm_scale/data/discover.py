@@ -31,8 +31,10 @@ _Item = TypeVar("_Item")
 
 
 def collection_of(paths: Sequence[Path], field: str) -> list[DomainSource]:
-    """The text to cluster: the training domains of a run's YAML, or files and globs. Raises DataError if any path
-    matches no file."""
+    """Return the text to cluster: the training domains of a run's YAML, or files and globs.
+
+    Raises DataError if any path matches no file.
+    """
     if len(paths) == 1 and paths[0].suffix in (".yaml", ".yml"):
         config = RunConfig.load(paths[0])
         return resolve_sources(config.domains, config.text_root)
@@ -49,13 +51,15 @@ def discover(
     dimensions: int = 100,
     random_seed: int = 0,
 ) -> dict[str, Any]:
-    """Cluster a collection into `output`: `<cluster>.jsonl.gz` each, the clustering, and domains.yaml.
+    """Cluster a collection into `output`: one `<cluster>.jsonl.gz` each, the clustering, and domains.yaml.
 
-    Memory holds the beginnings of `sample` documents, never the collection. Returns what each cluster contains. Raises
-    DataError if there is no text, too little, or `output` is not empty.
+    Only the beginnings of `sample` documents are held in memory. Returns the contents of each cluster. Raises
+    DataError if there is too little text or `output` is not empty.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise DataError(f"{output} exists already; choose another output, or remove it first")
+        raise DataError(
+            f"{output} exists already. The output must be new or empty. Choose another --out, or delete it."
+        )
 
     def documents() -> Iterator[Document]:
         for source in collection:
@@ -65,30 +69,30 @@ def discover(
     chosen = random_sample(beginnings, sample, random_seed)
     if not chosen:
         raise DataError(
-            f"no document in {', '.join(source.name for source in collection)}; give files with text in them"
+            f"There is no document in {', '.join(source.name for source in collection)}. Give files that contain text."
         )
     texts, sizes = zip(*chosen, strict=True)
     clustering = Clustering.fit(texts, clusters, sizes=sizes, dimensions=dimensions, random_seed=random_seed)
     del chosen, texts
     with new_directory(output) as partial:
         names = [cluster_name(number) for number in range(clusters)]
-        held = _share_out(documents(), clustering, [partial / f"{name}.jsonl.gz" for name in names])
-        found = {
+        counts_by_cluster = _write(documents(), clustering, [partial / f"{name}.jsonl.gz" for name in names])
+        contents = {
             name: counts | {"terms": terms}
-            for name, counts, terms in zip(names, held, clustering.typical_terms(), strict=True)
+            for name, counts, terms in zip(names, counts_by_cluster, clustering.typical_terms(), strict=True)
         }
         clustering.save(partial)
-        (partial / DOMAINS).write_text(_domains_yaml(found))
-    return {"output": str(output), "clusters": found}
+        (partial / DOMAINS).write_text(_domains_yaml(contents))
+    return {"output": str(output), "clusters": contents}
 
 
 def cluster_name(number: int) -> str:
-    """The domain that a cluster becomes."""
+    """Return the name of a cluster's domain."""
     return f"cluster{number}"
 
 
 def random_sample(items: Iterable[_Item], size: int, random_seed: int) -> list[_Item]:
-    """A uniform sample of a stream, in memory for the sample alone."""
+    """Return a uniform sample of a stream, in memory for the sample only."""
     chooser = random.Random(random_seed)
     kept: list[_Item] = []
     for number, item in enumerate(items):
@@ -99,26 +103,26 @@ def random_sample(items: Iterable[_Item], size: int, random_seed: int) -> list[_
     return kept
 
 
-def _share_out(documents: Iterable[Document], clustering: Clustering, paths: Sequence[Path]) -> list[dict[str, int]]:
-    """Write every document to its cluster's file; returns what each holds."""
-    held = [{"documents": 0, "bytes": 0} for _ in paths]
+def _write(documents: Iterable[Document], clustering: Clustering, paths: Sequence[Path]) -> list[dict[str, int]]:
+    """Write every document to its cluster's file; returns the documents and bytes in each."""
+    counts = [{"documents": 0, "bytes": 0} for _ in paths]
     stream = iter(documents)
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(_compressed(path)) for path in paths]
         while batch := list(islice(stream, _AT_ONCE)):
             places = clustering.assign([document.text for document in batch])
             for document, place in zip(batch, places.tolist(), strict=True):
-                # Documents of one group are of one source, which keeps them in one split of the new domain too.
+                # Documents with one split key get one source, which keeps them in one split of the new domain too.
                 row = {"text": document.text, "source": document.split_key or document.origin}
                 files[place].write(json.dumps(row, ensure_ascii=False) + "\n")
-                held[place]["documents"] += 1
-                held[place]["bytes"] += len(document.text.encode())
-    return held
+                counts[place]["documents"] += 1
+                counts[place]["bytes"] += len(document.text.encode())
+    return counts
 
 
 @contextlib.contextmanager
 def _compressed(path: Path) -> Iterator[TextIO]:
-    # No time in the header: the same collection gives the same bytes.
+    # No time in the header, so that the same collection gives the same bytes.
     with (
         path.open("wb") as raw,
         gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed,
@@ -127,13 +131,13 @@ def _compressed(path: Path) -> Iterator[TextIO]:
         yield text
 
 
-def _domains_yaml(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """The `domains` of a run's YAML, ready to train on."""
+def _domains_yaml(clusters: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the `domains` section of a run's YAML."""
     lines = [
         "# Found by btm-scale discover; add a model and a budget, and run it: btm-scale run domains.yaml",
         "domains:",
     ]
-    for name, cluster in found.items():
+    for name, cluster in clusters.items():
         value = yaml.safe_dump(
             {"text": f"{name}.jsonl.gz", "split_by": {"field": "source"}},
             default_flow_style=True,

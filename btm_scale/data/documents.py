@@ -1,4 +1,4 @@
-"""Read documents from plain text, JSON lines and Parquet, in memory that does not grow with the file."""
+"""Read documents from plain text, JSON lines and Parquet in constant memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BROKEN_STREAM = (EOFError, OSError, gzip.BadGzipFile, zlib.error, zstandard.Zst
 
 @dataclass(frozen=True)
 class Document:
-    """A text. Documents with the same `split_key` stay in one split; `origin` is its file and line."""
+    """A text with its origin (file and line). Documents with the same `split_key` stay in one split."""
 
     text: str
     split_key: str | None
@@ -34,18 +34,18 @@ class Document:
 
 
 class BadLines:
-    """What happens to lines without a valid text: the first raises an error, or all are skipped and counted."""
+    """The policy for lines without a valid text: raise an error at the first, or skip and count them."""
 
     def __init__(self, policy: Literal["error", "skip"] = "error") -> None:
         self.policy = policy
         self.skipped = 0
 
     def __call__(self, file: SourceFile, line: int, why: str) -> None:
-        """Report line `line` (from 1; in a Parquet file, the row)."""
+        """Handle a bad line, numbered from 1 (in a Parquet file, the row)."""
         if self.policy == "error":
             raise DataError(
                 f"{file.path}, line {line}: {why}. Fix the line, or set data.on_bad_line to skip, which "
-                "leaves such lines out and counts them."
+                "drops and counts such lines."
             )
         self.skipped += 1
 
@@ -54,23 +54,23 @@ Report = Callable[[int, str], None]
 
 
 def empty_domain(source: DomainSource, skipped: int) -> DataError:
-    """The error for a domain without a document."""
+    """Return the error for a domain without documents."""
     lines = f" ({skipped} bad lines were skipped)" if skipped else ""
     return DataError(
-        f"domain '{source.name}' is empty: its {len(source.files)} files hold no document{lines}. Give it text, or "
-        "leave it out."
+        f"Domain '{source.name}' is empty: its {len(source.files)} files hold no document{lines}. Add text, or "
+        "remove the domain."
     )
 
 
 def read_documents(source: DomainSource, on_bad_line: BadLines) -> Iterator[Document]:
-    """Every document of a domain, files in the order of their names. Raises DataError."""
+    """Yield every document of a domain, in the order of the file names. Raises DataError for files it cannot read."""
     for file in source.files:
         yield from read_file(file, source.settings, on_bad_line)
 
 
 def read_file(file: SourceFile, settings: DomainConfig, on_bad_line: BadLines) -> Iterator[Document]:
-    """The documents of one file that contain more than white space."""
-    file.stat()  # a file that is gone is an error of its own, not a bad line
+    """Yield the documents of one file that contain more than whitespace."""
+    file.stat()  # a missing file is an error, not a bad line
     line = 0
 
     def bad(number: int, why: str) -> None:
@@ -88,8 +88,8 @@ def read_file(file: SourceFile, settings: DomainConfig, on_bad_line: BadLines) -
             if text and not text.isspace():
                 yield Document(text, file.name if by_file else split_key, f"{file.name}:{line}")
     except _BROKEN_STREAM as error:
-        # Nothing after the damage can be read.
-        bad(line + 1, f"the file is damaged after this place ({type(error).__name__}: {error})")
+        # Nothing after the damage is readable.
+        bad(line + 1, f"the file is damaged from here on ({type(error).__name__}: {error})")
 
 
 Row = tuple[int, str, str | None]
@@ -122,7 +122,7 @@ def _json_rows(file: SourceFile, settings: DomainConfig, bad: Report) -> Iterato
             except json.JSONDecodeError as error:
                 bad(number, f"not JSON: {error.msg} at column {error.colno}")
             except RecursionError:
-                bad(number, "not JSON that can be read: nested too deeply")
+                bad(number, "JSON nested too deeply")
             except ValueError as error:
                 bad(number, str(error))
 
@@ -155,9 +155,9 @@ def _parquet_rows(file: SourceFile, settings: DomainConfig, bad: Report) -> Iter
     with file.open_seekable() as stream, pq.ParquetFile(stream) as table:
         missing = [name for name in columns if name not in table.schema_arrow.names]
         if missing:
-            known = ", ".join(table.schema_arrow.names)
+            available = ", ".join(table.schema_arrow.names)
             raise DataError(
-                f"{file.path} has no column '{missing[0]}', only {known}; set the domain's field or split_by"
+                f"{file.path} has no column '{missing[0]}', only {available}. Set the domain's field or split_by."
             )
         number = 0
         for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=list(dict.fromkeys(columns))):
@@ -173,7 +173,7 @@ def _parquet_rows(file: SourceFile, settings: DomainConfig, bad: Report) -> Iter
 
 
 def _plain_text(file: SourceFile, bad: Report) -> Iterator[Row]:
-    """A file is a document. A long one is cut at a blank line, or at the end of a line if none is near."""
+    """Yield a file as one document; a long one is cut at blank lines, or at line ends if no blank line is near."""
     parts: list[str] = []
     size, first = 0, 1
     with file.open() as stream:
@@ -197,7 +197,7 @@ def _plain_text(file: SourceFile, bad: Report) -> Iterator[Row]:
 
 
 def _line_pieces(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Lines with their numbers; a line too long for memory comes in pieces, cut between characters."""
+    """Yield numbered lines; a line too long for memory comes in pieces, cut between characters."""
     number, rest = 1, b""
     while piece := stream.readline(PLAIN_DOCUMENT_BYTES):
         piece = rest + piece

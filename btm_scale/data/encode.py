@@ -1,4 +1,4 @@
-"""Text to token files: documents go out to worker processes in order, and their ids come back in order."""
+"""Tokenize documents in worker processes; ids are returned in the order of the documents."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from btm_scale.util.pools import lost_workers_told, process_pool
 
 Tag = TypeVar("Tag")
 
-# Enough text that handing it over costs nothing beside encoding it.
+# Enough text that sending it to a worker costs little compared with encoding it.
 _BATCH_CHARACTERS = 1 << 18
-# A longer text is encoded in pieces that end with a line; no token of a trained tokenizer spans a newline.
+# Longer texts are encoded in pieces that end with a line: no token of a trained tokenizer spans a newline.
 _PIECE_CHARACTERS = 1 << 20
 
 _tokenizer: Tokenizer | None = None
@@ -37,7 +37,7 @@ def _encode_in_worker(texts: list[str]) -> tuple[np.ndarray[Any, Any], list[int]
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray[Any, Any], list[int]]:
-    """The ids of all texts in a row, each ended by eos, and how many each has."""
+    """Return the concatenated ids of all texts, each followed by eos, and the number of ids of each text."""
     dtype = token_dtype(tokenizer.vocab_size)
     end = np.array([tokenizer.eos], dtype=dtype)
     pieces = [list(_pieces(text)) for text in texts]
@@ -63,12 +63,12 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def token_dtype(vocab_size: int) -> type[np.generic]:
-    """The smallest type of Megatron-core's indexed datasets that holds every id."""
+    """Return the smallest dtype of Megatron-core's indexed datasets that holds every id."""
     return np.uint16 if vocab_size <= 1 << 16 else np.int32
 
 
 class Encoder:
-    """A pool of processes with one tokenizer; the result does not depend on how many there are."""
+    """A pool of processes that share a tokenizer; the result does not depend on their number."""
 
     def __init__(self, tokenizer_directory: Path, workers: int) -> None:
         self.tokenizer = Tokenizer.load(tokenizer_directory)
@@ -86,9 +86,9 @@ class Encoder:
             self._pool.shutdown(cancel_futures=True)
 
     def encode(self, texts: Iterable[tuple[str, Tag]]) -> Iterator[tuple[list[Tag], np.ndarray[Any, Any], list[int]]]:
-        """Batches of consecutive documents: their tags, ids one after another, and numbers of ids.
+        """Yield batches of consecutive documents: their tags, their concatenated ids, and the number of ids of each.
 
-        Holds a bounded number of texts at a time, whatever the stream's length.
+        A bounded number of texts is in memory at a time, however long the stream.
         """
         waiting: deque[tuple[list[Tag], Future[tuple[np.ndarray[Any, Any], list[int]]]]] = deque()
         for batch in _batches(texts):

@@ -1,4 +1,4 @@
-"""The text that every method is judged on: the same tokens, in the same order, for all of them."""
+"""The evaluation text of a domain: every method is evaluated on the same tokens in the same order."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class EvaluationText:
-    """Documents of a split, one after another, cut into blocks that are predicted on their own.
+    """Concatenated documents of a split, cut into blocks that are predicted independently.
 
     Block b has the inputs `tokens[start : end]` and the targets `tokens[start + 1 : end + 1]`, where start is
     `block_starts[b]` and end the next block's start; the last block may be shorter.
@@ -37,34 +37,34 @@ class EvaluationText:
     block_starts: Array
     """int64 [blocks]: 0, sequence_length, 2 x sequence_length, ..."""
     fingerprint: str
-    """Hex digest of the tokens and where blocks start."""
+    """Hex digest of the tokens and the block starts."""
     tokenizer: Path
     """The directory of the tokenizer that made the tokens."""
 
     @property
     def targets(self) -> Array:
-        """int64 [targets]: what is predicted, in order."""
+        """The tokens that are predicted, int64 [targets]."""
         return self.tokens[1:]
 
     @cached_property
     def bytes(self) -> int:
-        """UTF-8 bytes of the targets' text; the end of a document has none."""
+        """UTF-8 bytes of the targets' text, without end-of-document tokens."""
         return _text_bytes(_tokenizer(self.tokenizer, directory_digest(self.tokenizer)), self.targets)
 
     @classmethod
     def load(cls, run: RunDir, domain: str, split: str, *, tokens: int, sequence_length: int) -> EvaluationText:
-        """At most `tokens` targets from a domain's split, documents in a fixed random order.
+        """Load at most `tokens` targets of a domain's split, with its documents in a fixed random order.
 
-        Raises DataError if the domain isn't prepared, was with another tokenizer than the run's, or is damaged.
+        Raises DataError if the domain is not prepared, was prepared with another tokenizer, or is damaged.
         """
-        # Megatron-core takes seconds to import, and who judges scores may need no text.
+        # Imported late: Megatron-core takes seconds, and evaluating scores may need no text.
         import_uncompiled("megatron.core")
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
         tokenizer = directory_digest(run.tokenizer)
-        made = Fingerprint.of_domain(run, domain)
-        made.require_tokenizer(tokenizer, run)
-        made.require_whole(run)
+        fingerprint = Fingerprint.of_domain(run, domain)
+        fingerprint.require_tokenizer(tokenizer, run)
+        fingerprint.require_whole(run)
         text = _sample(IndexedDataset(str(run.tokens(domain, split))), tokens + 1)
         starts = np.arange(0, len(text) - 1, sequence_length, dtype=np.int64)
         digest = hashlib.sha256(json.dumps([domain, split, sequence_length, tokenizer]).encode())
@@ -73,7 +73,7 @@ class EvaluationText:
 
 
 def _sample(documents: IndexedDataset, tokens: int) -> Array:
-    # RandomState's stream is frozen by NumPy's policy; another order would be another test.
+    # NumPy guarantees RandomState's stream; another order would be another test set.
     parts: list[Array] = []
     for document in np.random.RandomState(0).permutation(len(documents)):
         parts.append(documents[int(document)].astype(np.int64))
@@ -86,12 +86,12 @@ def _sample(documents: IndexedDataset, tokens: int) -> Array:
 
 @lru_cache(maxsize=1)
 def _tokenizer(directory: Path, digest: str) -> Tokenizer:
-    """Loaded once for all of a run's texts."""
+    """Load a tokenizer once for all texts of a run; `digest` is part of the cache key."""
     return Tokenizer.load(directory)
 
 
 def _text_bytes(tokenizer: Tokenizer, ids: Array) -> int:
-    """By document, for a decoder may treat the start of a text apart."""
+    """Decode document by document, because a decoder may treat the start of a text differently."""
     ends = np.flatnonzero(ids == tokenizer.eos)
     return sum(
         len(tokenizer.decode(document[document != tokenizer.eos].tolist()).encode()) for document in np.split(ids, ends)

@@ -1,4 +1,4 @@
-"""A file of text: its name, its format and its uncompressed bytes."""
+"""Text files: their names, formats and uncompressed contents."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SourceFile:
 
     @property
     def format(self) -> str:
-        """The suffix that decides how the file is read, without that of its compression."""
+        """The suffix that determines how the file is read, without the suffix of its compression."""
         suffixes = [suffix.lower() for suffix in self.path.suffixes]
         if suffixes and suffixes[-1] in _COMPRESSED:
             suffixes.pop()
@@ -42,22 +42,22 @@ class SourceFile:
 
     @property
     def holds_rows(self) -> bool:
-        """Whether each row is a document; otherwise the file is one."""
+        """Whether each row is a document; otherwise the whole file is."""
         return self.format in (".jsonl", ".ndjson", ".parquet")
 
     def stat(self) -> os.stat_result:
-        """The file's size and time. Raises DataError if it is gone."""
+        """Return the file's status. Raises DataError if the file is gone."""
         try:
             return self.path.stat()
         except OSError as error:
             raise DataError(
-                f"{self.path} cannot be read any more ({error.strerror}). The text of a run must stay until it is "
-                "encoded; restore the file, or rerun without it."
+                f"{self.path} cannot be read any more ({error.strerror}). The text of a run must exist until it is "
+                "encoded. Restore the file, or rerun without it."
             ) from None
 
     @contextlib.contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """The uncompressed bytes, as a stream."""
+        """Open the uncompressed contents as a stream."""
         suffix = self.path.suffix.lower()
         with self.path.open("rb") as raw:
             if suffix == ".gz":
@@ -71,7 +71,7 @@ class SourceFile:
 
     @contextlib.contextmanager
     def open_seekable(self) -> Iterator[BinaryIO]:
-        """The uncompressed bytes with random access, for which a compressed file is unpacked to disk."""
+        """Open the uncompressed contents with random access; a compressed file is first unpacked to disk."""
         with self.open() as stream:
             if not self.compressed:
                 yield stream
@@ -87,7 +87,7 @@ def _buffered(reader: zstandard.ZstdDecompressionReader) -> BinaryIO:
 
 
 def is_utf8(text: str) -> bool:
-    """Whether a string encodes as UTF-8; Python represents undecodable bytes of a file name as lone surrogates."""
+    """Return whether a string is valid UTF-8; Python decodes invalid bytes of file names to lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""What a domain's token files were made from, so that none is used for another text or tokenizer."""
+"""The record of what a domain's token files were made from, so that they are not used for other text or tokenizers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Source(Part):
-    """A file of text as it was when it was read."""
+    """A text file at the time when it was read."""
 
     name: str
     bytes: int
@@ -28,15 +28,15 @@ class Source(Part):
 
     @classmethod
     def of(cls, file: SourceFile) -> Source:
-        """The file as it is now."""
+        """Describe the file as it is now."""
         status = file.stat()
         return cls(name=file.name, bytes=status.st_size, modified_ns=status.st_mtime_ns)
 
 
 class SplitCounts(Part):
-    """The size of one split; `bytes` are of UTF-8 text, `tokens` count every document's end."""
+    """The size of one split: `bytes` of UTF-8 text, and `tokens` including one eos per document."""
 
-    model_config = ConfigDict(frozen=False)  # counted up
+    model_config = ConfigDict(frozen=False)  # incremented while encoding
 
     documents: int = 0
     tokens: int = 0
@@ -44,7 +44,7 @@ class SplitCounts(Part):
 
 
 class Fingerprint(Record):
-    """Everything that decides a domain's token files, and what came of it. Digests are hex."""
+    """Everything that determines a domain's token files, and their sizes. Digests are hex."""
 
     ERROR = DataError
     ABSENT = "{folder} has no token files. Prepare the run first."
@@ -62,12 +62,12 @@ class Fingerprint(Record):
 
     @classmethod
     def of_domain(cls, run: RunDir, domain: str) -> Self:
-        """The fingerprint of a domain's finished token files. Raises DataError if there are none."""
+        """Load the fingerprint of a domain's finished token files. Raises DataError if there are none."""
         return cls.load(run.fingerprint(domain))
 
     @classmethod
     def upgraded(cls, content: Any) -> Any:
-        """The schema number had another key at first."""
+        """Convert a file of the first version, in which the schema number had another key."""
         if isinstance(content, dict) and "schema_version" in content:
             return {"schema": content.pop("schema_version"), **content}
         return content
@@ -76,26 +76,26 @@ class Fingerprint(Record):
         """Raise DataError unless the token files were made with the tokenizer that has this digest."""
         if self.tokenizer != digest:
             raise DataError(
-                f"the token files of domain '{self.domain}' were made with another tokenizer (digest "
-                f"{self.tokenizer[:12]}) than the one in {run.tokenizer} (digest {digest[:12]}). Put the "
-                f"first one back, or delete {run.domain(self.domain)} and prepare the run again."
+                f"The token files of domain '{self.domain}' were made with another tokenizer (digest "
+                f"{self.tokenizer[:12]}) than the one in {run.tokenizer} (digest {digest[:12]}). Restore the "
+                f"former tokenizer, or delete {run.domain(self.domain)} and prepare the run again."
             )
 
     def require_whole(self, run: RunDir) -> None:
-        """Raise DataError unless every split has its tokens on the disk."""
+        """Raise DataError unless the token file of every split has the recorded size."""
         for split, counts in self.splits.items():
             path = run.tokens(self.domain, split).with_suffix(".bin")
             size = path.stat().st_size if path.is_file() else 0
             needed = counts.tokens * np.dtype(self.dtype).itemsize
             if size != needed:
                 raise DataError(
-                    f"{path} has {size} bytes, and its {counts.tokens} tokens take {needed}: it was damaged after it "
-                    f"was made. Copy it again, or delete {run.domain(self.domain)} and prepare the run again."
+                    f"{path} has {size} bytes, but its {counts.tokens} tokens need {needed}: it was damaged after it "
+                    f"was written. Copy it again, or delete {run.domain(self.domain)} and prepare the run again."
                 )
 
 
 class TextDigest:
-    """One digest of a stream of documents: their texts, their split keys and their order."""
+    """A digest of a stream of documents: their texts, split keys and order."""
 
     def __init__(self) -> None:
         self._total = hashlib.sha256()
@@ -105,11 +105,11 @@ class TextDigest:
         self._total.update(identity.digest + repr(identity.split_key).encode())
 
     def hexdigest(self) -> str:
-        """The digest of all documents added so far."""
+        """Return the digest of all documents added so far."""
         return self._total.hexdigest()
 
 
 def settings_of(source: DomainSource, data: DataConfig) -> dict[str, Any]:
-    """The settings that decide which documents are in which split."""
+    """Return the settings that determine which documents are in which split."""
     own = source.settings.model_dump(mode="json", include={"field", "split_by"})
     return own | data.model_dump(mode="json", include={"dev", "test", "on_bad_line"})

@@ -22,16 +22,16 @@ from btm_scale.util.locks import held
 
 
 def prepare(config: RunConfig, run: RunDir, on_progress: Progress | None = None) -> dict[str, Fingerprint]:
-    """Make the tokenizer and token files that don't exist yet; existing ones are checked, not made again.
+    """Create the tokenizer and token files that do not exist yet; existing ones are checked, not created again.
 
     `on_progress(domain, bytes, documents)` is called with how much text has been encoded. Returns the fingerprint of
-    every domain's token files, in the config's order. Raises DataError, and leaves nothing half-written then. Raises
-    GroupFailed while another process prepares the run, whose files would be taken for leftovers.
+    every domain's token files, in the config's order. Raises DataError and leaves nothing half-written. Raises
+    GroupFailed while another process prepares the run, because its files would look like leftovers.
     """
     sources = resolve_sources(config.all_domains, config.text_root)
     with held(run.root / ".prepare.lock") as is_ours:
         if not is_ours:
-            raise GroupFailed(f"another process prepares the run in {run.root}; wait until it ends, or end it")
+            raise GroupFailed(f"Another process is preparing the run in {run.root}. Wait until it ends, or stop it.")
         return _prepare(sources, config, run, on_progress or _silent)
 
 
@@ -41,13 +41,15 @@ def _prepare(
     _remove_leftovers(run)
     _ensure_tokenizer(sources, config, run)
     digest = directory_digest(run.tokenizer)
-    made = {source.name: found for source in sources if (found := _finished(source, config, run, digest))}
-    waiting = [source for source in sources if source.name not in made]
+    fingerprints = {
+        source.name: fingerprint for source in sources if (fingerprint := _finished(source, config, run, digest))
+    }
+    waiting = [source for source in sources if source.name not in fingerprints]
     if waiting:
         with Encoder(run.tokenizer, config.data.workers) as encoder:
             for source in waiting:
-                made[source.name] = _encode(source, sources, config, run, encoder, on_progress)
-    return {source.name: made[source.name] for source in sources}
+                fingerprints[source.name] = _encode(source, sources, config, run, encoder, on_progress)
+    return {source.name: fingerprints[source.name] for source in sources}
 
 
 def _silent(domain: str, encoded_bytes: int, documents: int) -> None:
@@ -87,43 +89,43 @@ def _ensure_tokenizer(sources: Sequence[DomainSource], config: RunConfig, run: R
 
 def _other_tokenizer(run: RunDir, difference: str) -> DataError:
     return DataError(
-        f"the tokenizer in {run.tokenizer} has {difference}. All data and models of a run share one: "
-        "choose another --out, or set the config back."
+        f"The tokenizer in {run.tokenizer} has {difference}. All data and models of a run share one tokenizer. "
+        "Choose another --out, or restore the former config."
     )
 
 
 def _finished(source: DomainSource, config: RunConfig, run: RunDir, tokenizer: str) -> Fingerprint | None:
-    """The fingerprint of a domain's token files, or None if there are none yet.
+    """Return the fingerprint of a domain's token files, or None if there are none yet.
 
     Raises DataError if they were made from something else.
     """
     name = source.name
     if not run.fingerprint(name).exists():
         return None
-    made = Fingerprint.of_domain(run, name)
-    made.require_tokenizer(tokenizer, run)
-    made.require_whole(run)
-    require_enough(source, config, made.splits)
+    fingerprint = Fingerprint.of_domain(run, name)
+    fingerprint.require_tokenizer(tokenizer, run)
+    fingerprint.require_whole(run)
+    require_enough(source, config, fingerprint.splits)
     settings, files = settings_of(source, config.data), [Source.of(file) for file in source.files]
     differences = [
-        f"{key} was {made.settings.get(key)!r} and is {value!r}"
+        f"{key} was {fingerprint.settings.get(key)!r} and is {value!r}"
         for key, value in settings.items()
-        if made.settings.get(key) != value
+        if fingerprint.settings.get(key) != value
     ]
-    if not differences and made.sources != files:
-        # A copied file has a new time; only another text is another domain.
-        same_names = [file.name for file in made.sources] == [file.name for file in files]
-        if same_names and made.text == digest_of_text(source, config.data):
-            made = made.model_copy(update={"sources": files})
-            made.save(run.fingerprint(name))
-            return made
-        differences = _changed(made.sources, files)
+    if not differences and fingerprint.sources != files:
+        # A copied file has a new time; only other text makes it another domain.
+        same_names = [file.name for file in fingerprint.sources] == [file.name for file in files]
+        if same_names and fingerprint.text == digest_of_text(source, config.data):
+            fingerprint = fingerprint.model_copy(update={"sources": files})
+            fingerprint.save(run.fingerprint(name))
+            return fingerprint
+        differences = _changed(fingerprint.sources, files)
     if differences:
         raise DataError(
-            f"the token files of domain '{name}' in {run.domain(name)} were made from something else: "
+            f"The token files of domain '{name}' in {run.domain(name)} were made from something else: "
             f"{'; '.join(differences)}. Choose another --out, or delete that folder to encode it again."
         )
-    return made
+    return fingerprint
 
 
 def _changed(old: list[Source], new: list[Source]) -> list[str]:
@@ -144,7 +146,7 @@ def _encode(
 ) -> Fingerprint:
     with new_directory(run.domain(source.name)) as directory:
         elsewhere = keys_elsewhere(source, sources, run)
-        made = write_domain(source, config, encoder, directory, elsewhere, on_progress)
-        if run.domain(source.name).exists():  # without a fingerprint, so it is unfinished
+        fingerprint = write_domain(source, config, encoder, directory, elsewhere, on_progress)
+        if run.domain(source.name).exists():  # it has no fingerprint, so it is incomplete
             shutil.rmtree(run.domain(source.name))
-    return made
+    return fingerprint

@@ -1,5 +1,4 @@
-"""The files that each domain's text comes from: paths and globs are resolved once, and every later step reads the same
-files."""
+"""The files of each domain's text. Paths and globs are resolved once, so that every later step reads the same files."""
 
 from __future__ import annotations
 
@@ -24,17 +23,17 @@ class DomainSource:
 
     @property
     def is_grouped(self) -> bool:
-        """Whether documents are placed in splits by their file or a field, not each by its own text."""
+        """Whether documents are placed in splits by their file or a field instead of their own text."""
         return self.settings.split_by != "document"
 
     @property
     def bytes(self) -> int:
-        """The size of the files on disk, compressed as they are."""
+        """The size of the (compressed) files on disk."""
         return sum(file.stat().st_size for file in self.files)
 
 
 def resolve_sources(domains: Mapping[str, DomainConfig], text_root: Path) -> list[DomainSource]:
-    """The source of every domain, in the order given. Raises one DataError with the problems of all domains."""
+    """Return the source of every domain, in the given order. Raises one DataError with the problems of all domains."""
     sources, problems = [], []
     for name, settings in domains.items():
         try:
@@ -47,9 +46,9 @@ def resolve_sources(domains: Mapping[str, DomainConfig], text_root: Path) -> lis
 
 
 def resolve_domain(name: str, settings: DomainConfig, text_root: Path) -> DomainSource:
-    """The source of one domain; a file that several patterns match is in it once.
+    """Return the source of one domain; a file that several patterns match is included once.
 
-    Raises DataError that lists every path or glob without a readable file.
+    Raises a DataError that lists every path or glob without a readable file.
     """
     files: dict[str, SourceFile] = {}
     problems = []
@@ -60,10 +59,10 @@ def resolve_domain(name: str, settings: DomainConfig, text_root: Path) -> Domain
             problems.append(_no_match(name, pattern, text_root, matches))
         for path in paths:
             if not os.access(path, os.R_OK):
-                problems.append(f"domain '{name}': {path} cannot be read; give yourself permission or leave it out")
+                problems.append(f"domain '{name}': {path} is not readable. Change its permissions, or remove it.")
             file_name = path.relative_to(text_root).as_posix() if path.is_relative_to(text_root) else str(path)
             if not is_utf8(file_name):
-                problems.append(f"domain '{name}': the file name {file_name!r} is not UTF-8; rename the file")
+                problems.append(f"domain '{name}': the file name {file_name!r} is not UTF-8. Rename the file.")
             files[file_name] = SourceFile(path, file_name)
     if problems:
         raise DataError("\n".join(problems))
@@ -71,15 +70,15 @@ def resolve_domain(name: str, settings: DomainConfig, text_root: Path) -> Domain
 
 
 def _matches(pattern: Path) -> list[Path]:
-    # A file whose name contains a bracket or a star is meant literally if it exists.
+    # A name with a bracket or a star is literal if such a file exists.
     if pattern.exists() or not glob.has_magic(str(pattern)):
         return [pattern] if pattern.exists() else []
-    # glob, unlike Path.glob, takes absolute patterns.
+    # Unlike Path.glob, glob accepts absolute patterns.
     return [Path(path) for path in glob.iglob(str(pattern), recursive=True)]  # noqa: PTH207
 
 
 def _no_match(name: str, pattern: str, text_root: Path, matches: list[Path]) -> str:
     start = f"domain '{name}': '{pattern}' matches no file below {text_root}"
     if matches:
-        return f"{start}, only folders; name files in them, such as '{pattern.rstrip('/')}/**/*.txt'"
-    return f"{start}; correct the path, or set text_root to the folder that it is relative to"
+        return f"{start}, only folders. Name files in them, such as '{pattern.rstrip('/')}/**/*.txt'."
+    return f"{start}. Correct the path, or set text_root to the folder that it is relative to."

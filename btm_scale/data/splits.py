@@ -1,4 +1,4 @@
-"""Which split a document falls in: decided by a hash, so that adding files moves no document."""
+"""Assignment of documents to splits by a hash, so that adding files moves no document."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from btm_scale.data.documents import Document
 
 @dataclass(frozen=True)
 class Identity:
-    """What is kept of a document while its text is encoded: its split and split key, its text's digest [16 bytes]
-    and the text's size in UTF-8 bytes."""
+    """What is known of a document without its text: its split, its split key, and the text's 16-byte digest and size in
+    UTF-8 bytes."""
 
     split: str
     split_key: str | None
@@ -27,8 +27,8 @@ class Identity:
 def identify(document: Document, *, dev: float, test: float) -> Identity:
     """Place a document by the hash of its split key, or of its text if it has none.
 
-    `dev` and `test` are fractions of the hash range. Equal texts (or split keys) fall into the same split in every
-    domain and every run.
+    `dev` and `test` are fractions of the hash range. Equal texts (or split keys) are in the same split in every domain
+    and every run.
     """
     text = document.text.encode()
     digest = decisive = hashlib.blake2b(text, digest_size=16).digest()

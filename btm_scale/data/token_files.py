@@ -32,10 +32,10 @@ def write_domain(
     elsewhere: dict[str, KeySet],
     on_progress: Progress,
 ) -> Fingerprint:
-    """Write train, dev and test .bin and .idx, the keys of their documents, and fingerprint.json last.
+    """Write .bin and .idx of train, dev and test, the keys of their documents, and fingerprint.json last.
 
     `elsewhere` holds the keys of other domains' documents by split. Returns the fingerprint. Raises DataError if the
-    domain is empty, or too small to split.
+    domain is empty or too small to split.
     """
     data = config.data
     files = [Source.of(file) for file in source.files]
@@ -87,7 +87,7 @@ def write_domain(
 
 
 def digest_of_text(source: DomainSource, data: DataConfig) -> str:
-    """The digest that a fingerprint of the domain's current text would have."""
+    """Return the text digest that a fingerprint of the domain would have now."""
     digest = TextDigest()
     for _, identity in _identified(source, data, BadLines(data.on_bad_line)):
         digest.add(identity)
@@ -100,27 +100,27 @@ def _identified(source: DomainSource, data: DataConfig, bad_lines: BadLines) -> 
 
 
 def _own_held_out(source: DomainSource, data: DataConfig) -> dict[str, KeySet]:
-    """Keys of dev and test where split keys decide, because one text may then fall into two splits."""
+    """Return the keys of dev and test if split keys place documents, because a text may then be in two splits."""
     if not source.is_grouped:
         return {}
     return held_out_keys(identity for _, identity in _identified(source, data, BadLines(data.on_bad_line)))
 
 
 def require_enough(source: DomainSource, config: RunConfig, counts: dict[str, SplitCounts]) -> None:
-    """Raise DataError unless every split that is used fills one sequence."""
+    """Raise DataError unless every split that is used fills at least one sequence."""
     needed = config.budget.sequence_length + 1
     # A novel domain is only scored.
     splits = SPLITS if source.name in config.expert_domains else ("dev", "test")
     if all(counts[split].tokens >= needed for split in splits):
         return
-    have = ", ".join(
+    sizes = ", ".join(
         f"{split} has {counts[split].documents} documents with {counts[split].tokens} tokens" for split in splits
     )
-    remedy = "Give it more text, raise data.dev or data.test, or lower budget.sequence_length."
+    remedy = "Add text, raise data.dev or data.test, or lower budget.sequence_length."
     if source.is_grouped:
-        remedy += " It is split by groups of documents; smaller groups, or split_by: document, spread more evenly."
+        remedy += " Its documents are split by file or field: smaller units, or split_by: document, are more even."
     raise DataError(
-        f"domain '{source.name}' is too small to split: {have}; each needs at least {needed} tokens "
+        f"Domain '{source.name}' is too small to split: {sizes}. Each needs at least {needed} tokens "
         f"(budget.sequence_length + 1). {remedy}"
     )
 
@@ -134,7 +134,7 @@ class TokenFileWriter:
 
         self._prefix = prefix
         self._builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=token_dtype(vocab_size))
-        # Its lists take 72 bytes a document, arrays 12.
+        # Its lists take 72 bytes per document, arrays 12.
         self._builder.sequence_lengths = array("i")
         self._builder.document_indices = array("q", [0])
 

@@ -1,4 +1,4 @@
-"""The tokenizer of a run: one interface over sentencepiece models and Hugging Face tokenizers."""
+"""The tokenizer of a run: one interface to sentencepiece models and Hugging Face tokenizers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from btm_scale.model.hf_load import load_tokenizer
 from btm_scale.util.records import read_object
 
 SENTENCEPIECE_FILE = "tokenizer.model"
-# What fixes the ids of a text; other files of a tokenizer's directory are the same tokenizer's clothes.
+# The files that determine the ids of a text; others in a tokenizer's directory do not affect them.
 _IDENTITY_FILES = (
     SENTENCEPIECE_FILE,
     "tokenizer.json",
@@ -28,19 +28,19 @@ _IDENTITY_FILES = (
 
 
 class Tokenizer(ABC):
-    """Text to ids and back, with no special tokens added: `decode(encode(text)) == text`.
+    """Encodes text without adding special tokens, and decodes it: `decode(encode(text)) == text`.
 
-    (sentencepiece writes a space as U+2581, so that this one character comes back as a space.)
+    The one exception: sentencepiece represents a space as U+2581, so this character is decoded to a space.
     """
 
     digest: str
     vocab_size: int
-    """Rows that a model's embedding needs: the largest id + 1."""
+    """The rows that a model's embedding needs: the largest id + 1."""
     eos: int
 
     @staticmethod
     def load(directory: Path) -> Tokenizer:
-        """The tokenizer in a directory. Raises DataError if there is none that can be read."""
+        """Load the tokenizer in a directory. Raises DataError if it is missing or cannot be loaded."""
         _require(directory)
         try:
             if (directory / SENTENCEPIECE_FILE).is_file():
@@ -48,26 +48,26 @@ class Tokenizer(ABC):
             return TransformersTokenizer(directory)
         except Exception as error:  # a damaged file can end in any error of transformers, tokenizers or sentencepiece
             raise DataError(
-                f"the tokenizer in {directory} cannot be loaded: {first_line(error)}. Give a directory with "
+                f"The tokenizer in {directory} cannot be loaded: {first_line(error)}. Give a directory with "
                 "tokenizer.model (sentencepiece) or one that transformers.AutoTokenizer loads."
             ) from None
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray[Any, Any]]:
-        """The ids of each text, int arrays [tokens]."""
+        """Return the ids of each text, int arrays [tokens]."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids."""
+        """Return the text of ids."""
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text."""
+        """Return the ids of a text."""
         ids: list[int] = self.encode_batch([text])[0].tolist()
         return ids
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece model, by its own library."""
+    """A sentencepiece model, loaded by the sentencepiece library."""
 
     def __init__(self, directory: Path) -> None:
         self._model = sentencepiece.SentencePieceProcessor(model_file=str(directory / SENTENCEPIECE_FILE))
@@ -88,7 +88,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class TransformersTokenizer(Tokenizer):
-    """Whatever `transformers.AutoTokenizer` loads."""
+    """Any tokenizer that `transformers.AutoTokenizer` loads."""
 
     def __init__(self, directory: Path) -> None:
         self._tokenizer = load_tokenizer(directory)
@@ -100,7 +100,7 @@ class TransformersTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray[Any, Any]]:
         """See Tokenizer."""
-        # Text is text: a document that quotes "</s>" must not end there.
+        # Special tokens in text are plain text: a document that quotes "</s>" must not end there.
         encoded = self._tokenizer(
             list(texts),
             add_special_tokens=False,
@@ -118,17 +118,20 @@ class TransformersTokenizer(Tokenizer):
         return text
 
     def save(self, directory: Path) -> None:
-        """Write the tokenizer so that AutoTokenizer needs nothing else."""
+        """Write a directory that AutoTokenizer loads without other files."""
         self._tokenizer.save_pretrained(str(directory))
 
 
 def first_line(error: Exception) -> str:
-    """What an error of a library says, without its page of advice."""
+    """Return the first line of a library's error, without the advice that follows."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
 
 
 def directory_digest(directory: Path) -> str:
-    """SHA-256 of the files that fix a tokenizer's ids, as 64 hex digits. Raises DataError if there is none."""
+    """Return the SHA-256 of the files that determine a tokenizer's ids, as 64 hex digits.
+
+    Raises DataError if there is no such directory.
+    """
     _require(directory)
     digest = hashlib.sha256()
     for name in _IDENTITY_FILES:
@@ -139,18 +142,18 @@ def directory_digest(directory: Path) -> str:
 
 
 def same_ids(one: Path, other: Path) -> bool:
-    """Whether two directories hold one tokenizer: every file that fixes ids and stands in both is the same there."""
+    """Return whether two directories hold one tokenizer: the files that determine ids and are in both are equal."""
     common = [name for name in _IDENTITY_FILES if (one / name).is_file() and (other / name).is_file()]
     return bool(common) and all((one / name).read_bytes() == (other / name).read_bytes() for name in common)
 
 
 def _require(directory: Path) -> None:
     if not directory.is_dir():
-        raise DataError(f"no tokenizer at {directory}; prepare the run first, or correct tokenizer.path")
+        raise DataError(f"There is no tokenizer in {directory}. Prepare the run first, or correct tokenizer.path.")
 
 
 def _added_ids(directory: Path) -> list[int]:
-    """Ids that Hugging Face files add to a sentencepiece vocabulary."""
+    """Return the ids that Hugging Face files add to a sentencepiece vocabulary."""
     ids: list[int] = []
     if (path := directory / "added_tokens.json").is_file():
         ids += read_object(path, DataError).values()

@@ -1,4 +1,4 @@
-"""Make a run's tokenizer: train one on a balanced sample of the domains, or copy an existing one."""
+"""Create a run's tokenizer: train one on a balanced sample of the domains, or copy an existing one."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ _PROBES = (
 def train_tokenizer(directory: Path, texts: Iterable[str], *, vocab_size: int) -> None:
     """Train a sentencepiece BPE tokenizer and write it as a Hugging Face directory.
 
-    Every text can be encoded (unknown characters as bytes) and decodes to itself: nothing is normalised, and a newline
-    is its own token. Raises DataError if the texts are too short for `vocab_size` tokens.
+    Every text can be encoded (unknown characters as bytes) and is decoded exactly: nothing is normalised, and a newline
+    is a separate token. Raises DataError if the texts are too short for `vocab_size` tokens.
     """
     model = io.BytesIO()
     lines = _Lines(texts)
@@ -71,8 +71,8 @@ def train_tokenizer(directory: Path, texts: Iterable[str], *, vocab_size: int) -
         if lines.error is not None:
             raise lines.error from None
         raise DataError(
-            f"no tokenizer of {vocab_size} tokens can be trained on this text ({first_line(error)}). "
-            "Lower tokenizer.vocab_size, give more text, or name an existing tokenizer in tokenizer.path."
+            f"Cannot train a tokenizer of {vocab_size} tokens on this text ({first_line(error)}). "
+            "Lower tokenizer.vocab_size, add text, or set tokenizer.path to an existing tokenizer."
         ) from None
     (directory / SENTENCEPIECE_FILE).write_bytes(model.getvalue())
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
@@ -89,7 +89,7 @@ def train_tokenizer(directory: Path, texts: Iterable[str], *, vocab_size: int) -
 
 
 class _Lines:
-    """The lines of texts, once. sentencepiece turns every exception into a RuntimeError; `error` keeps the original."""
+    """Iterates once over the lines of texts; `error` keeps an exception that sentencepiece turns into RuntimeError."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self._texts = texts
@@ -114,7 +114,7 @@ def _training_lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _fast_tokenizer(model: Any) -> FastTokenizer:
-    """The same BPE for the `tokenizers` library: every pair of pieces that forms a piece is a merge, best first."""
+    """Return the same BPE for the `tokenizers` library: pairs of pieces that form a piece are merges, best first."""
     pieces = [model.id_to_piece(token) for token in range(model.get_piece_size())]
     ids = {piece: token for token, piece in enumerate(pieces)}
     learned = [
@@ -145,26 +145,26 @@ def _fast_tokenizer(model: Any) -> FastTokenizer:
 
 
 def adopt_tokenizer(directory: Path, source: Path) -> None:
-    """Copy an existing tokenizer. Raises DataError if it can't be loaded here or by transformers."""
+    """Copy an existing tokenizer. Raises DataError if sentencepiece or transformers cannot load it."""
     own = Tokenizer.load(source)
     try:
         reference = own if isinstance(own, TransformersTokenizer) else TransformersTokenizer(source)
     except Exception as error:  # see Tokenizer.load
         raise DataError(
             f"transformers.AutoTokenizer cannot load {source}: {first_line(error)}. Experts are published with a "
-            "tokenizer in that form; add tokenizer.json and tokenizer_config.json."
+            "tokenizer in that form. Add tokenizer.json and tokenizer_config.json."
         ) from None
     if own is not reference and all(own.encode(probe) == reference.encode(probe) for probe in _PROBES):
         for name in _TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, directory / name)
         return
-    # Saved again, because what AutoTokenizer loads may depend on a config.json that belongs to a model.
+    # Saved anew, because what AutoTokenizer loads may depend on the config.json of a model.
     reference.save(directory)
 
 
 def balanced_sample(sources: Sequence[DomainSource], sample_bytes: int, data: DataConfig) -> Iterator[str]:
-    """About `sample_bytes` of training text, the same amount from every domain.
+    """Yield about `sample_bytes` of training text, the same amount from every domain.
 
     Raises DataError if a domain is empty.
     """
@@ -172,16 +172,16 @@ def balanced_sample(sources: Sequence[DomainSource], sample_bytes: int, data: Da
         yield from _domain_sample(source, sample_bytes / len(sources), data)
 
 
-def _domain_sample(source: DomainSource, share: float, data: DataConfig) -> Iterator[str]:
-    """`share` bytes, spread over the domain's files by their size."""
+def _domain_sample(source: DomainSource, sample_bytes: float, data: DataConfig) -> Iterator[str]:
+    """Yield about `sample_bytes` of a domain's training text, spread over its files in proportion to their sizes."""
     bad_lines = BadLines(data.on_bad_line)
     sizes = [_expected_bytes(file) for file in source.files]
     unread = sum(sizes)
     documents = 0
     for file, size in zip(source.files, sizes, strict=True):
-        allowance = share * size / unread
+        allowance = sample_bytes * size / unread
         unread -= size
-        # Thinning spreads the sample over a file of many documents; at least a tenth is kept, to bound what is read.
+        # Keeping a fraction spreads the sample over the file; at least a tenth is kept, to limit how much is read.
         keep = 2.0**64 * (max(0.1, 2 * allowance / size) if file.holds_rows else 1.0)
         taken = 0
         for document in read_file(file, source.settings, bad_lines):
@@ -193,7 +193,7 @@ def _domain_sample(source: DomainSource, share: float, data: DataConfig) -> Iter
                 yield text
                 if taken >= allowance:
                     break
-        share -= taken
+        sample_bytes -= taken
     if not documents:
         raise empty_domain(source, bad_lines.skipped)
 

@@ -1,4 +1,4 @@
-"""Training on a CPU: replacements for CUDA calls, an operator that is not compiled, and memory that is reused."""
+"""Training on a CPU: replace CUDA calls, do not compile an operator, and reuse freed memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def leave_out_shared_memory_op() -> None:
-    """Keep DeepSpeed from compiling an operator, and holding 69 MB of shared memory a rank, on machines without a GPU.
+    """Keep DeepSpeed from compiling an operator that holds 69 MB of shared memory per rank on machines without a GPU.
 
     Its backend for gloo loads the operator whenever it can, for `inference_all_reduce`, which training never calls.
     """
@@ -21,7 +21,7 @@ def leave_out_shared_memory_op() -> None:
 
 
 def replace_cuda() -> None:
-    """Let Megatron-core, which asks CUDA for its device in places, run where there is no GPU."""
+    """Let Megatron-core, which calls CUDA for its device in places, run without a GPU."""
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *_: None
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -30,7 +30,7 @@ def replace_cuda() -> None:
 def keep_freed_memory() -> None:
     """Tell glibc to reuse large buffers instead of returning them to the kernel and faulting them in again.
 
-    A step on CPU takes and frees the same activations over and over; this is worth a tenth of its time.
+    A step on a CPU allocates and frees the same activations again and again; this saves a tenth of its time.
     """
     mmap_threshold, trim_threshold = -3, -1
     with contextlib.suppress(AttributeError, OSError):

@@ -1,6 +1,6 @@
-"""ExpertGroup: the world of one expert, its tensor and data ranks, its random state.
+"""ExpertGroup: the torch.distributed world of one expert, with its tensor and data ranks and its random state.
 
-Everything that trains, scores or generates runs inside one; nothing in it reaches beyond it. This is the only file that
+All training, scoring and generation runs inside a group and never communicates beyond it. This is the only file that
 touches Megatron-core's global process groups.
 """
 
@@ -27,7 +27,7 @@ import_uncompiled("megatron.core")  # before other modules do
 
 @dataclass(frozen=True)
 class ExpertGroup:
-    """One world. Make it with `ExpertGroup.join`; a process is in one at a time."""
+    """The world of one expert. Create it with `ExpertGroup.join`; a process is in one group at a time."""
 
     layout: Layout
     rank: int
@@ -36,15 +36,15 @@ class ExpertGroup:
 
     @classmethod
     def join(cls, layout: Layout) -> ExpertGroup:
-        """Meet the group's other ranks at the rendezvous that the launcher put into the environment.
+        """Join the group's other ranks at the rendezvous that the launcher set in the environment.
 
-        Raises LaunchError if the number of ranks isn't the layout's, or the device can't train in its precision.
+        Raises LaunchError if the number of ranks is not the layout's, or if the device cannot train in its precision.
         """
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size != layout.ranks:
             raise LaunchError(
-                f"this group has {size} ranks, but its layout needs tensor {layout.tensor} x data {layout.data} = "
-                f"{layout.ranks}; start {layout.ranks} ranks or change `layout`"
+                f"This group has {size} ranks, but its layout needs tensor {layout.tensor} x data {layout.data} = "
+                f"{layout.ranks}. Start {layout.ranks} ranks, or change `layout`."
             )
         has_gpu = torch.cuda.is_available()
         if not has_gpu:
@@ -68,46 +68,46 @@ class ExpertGroup:
             deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", verbose=False)
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=layout.tensor)
         _require_grid(layout, parallel_state)
-        # What the imports made is no garbage: DeepSpeed's start looks through it six times otherwise.
+        # Imported objects are never garbage; otherwise DeepSpeed's start collects over them six times.
         gc.freeze()
         return cls(layout, dist.get_rank(), size, device)
 
     @property
     def tensor_rank(self) -> int:
-        """This rank's place among those that share every weight matrix."""
+        """This rank's index among the ranks that share every weight matrix."""
         return self.layout.coordinates(self.rank)["tensor"]
 
     @property
     def data_rank(self) -> int:
-        """This rank's place among those that share every batch."""
+        """This rank's index among the ranks that share every batch."""
         return self.layout.coordinates(self.rank)["data"]
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank writes what the group writes once."""
+        """Whether this is rank 0, which writes the group's files."""
         return self.rank == 0
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of weights and activations. The layout's precision must be resolved."""
+        """The dtype of weights and activations. The layout's precision must be resolved."""
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.layout.precision]
 
     @property
     def tensor_group(self) -> dist.ProcessGroup | None:
-        """The ranks that share this rank's weight matrices; None where there is only this one."""
+        """The ranks that share this rank's weight matrices; None if there is only this rank."""
         from megatron.core import parallel_state
 
         return parallel_state.get_tensor_model_parallel_group() if self.layout.tensor > 1 else None
 
     @property
     def mpu(self) -> Any:
-        """Megatron-core's process groups under the names that DeepSpeed asks for."""
+        """Megatron-core's process groups under the names that DeepSpeed expects."""
         from megatron.core import parallel_state
 
         return _ModelParallelUnit(parallel_state)
 
     def alone(self) -> Any:
-        """The same, but with no data rank beside this one. All ranks make it together."""
+        """Return `mpu` with this rank as the only data rank. All ranks call this together."""
         own = [dist.new_group([rank]) for rank in range(self.size)][self.rank]
         unit = self.mpu
         unit.get_data_parallel_rank = lambda: 0
@@ -116,18 +116,18 @@ class ExpertGroup:
         return unit
 
     def seed(self, random_seed: int) -> None:
-        """Start every random number generator of this process anew, alike on every rank."""
+        """Seed every random number generator of this process, equally on every rank."""
         random.seed(random_seed)
         np.random.seed(random_seed)
         torch.manual_seed(random_seed)
 
     def in_precision(self, precision: Precision) -> ExpertGroup:
-        """The same world, with a layout of this precision. Raises LaunchError if the device can't train in it."""
+        """Return this group with the given precision. Raises LaunchError if the device cannot train in it."""
         require_possible(precision)
         return replace(self, layout=self.layout.model_copy(update={"precision": precision}))
 
     def leave(self) -> None:
-        """End the world."""
+        """Destroy the process groups."""
         from megatron.core import parallel_state
 
         parallel_state.destroy_model_parallel()
@@ -135,7 +135,7 @@ class ExpertGroup:
 
 
 class _ModelParallelUnit:
-    """What DeepSpeed calls an mpu."""
+    """A model parallel unit, DeepSpeed's `mpu`."""
 
     def __init__(self, state: Any) -> None:
         self.get_model_parallel_rank = state.get_tensor_model_parallel_rank
@@ -150,7 +150,7 @@ class _ModelParallelUnit:
 
 
 def _require_grid(layout: Layout, state: Any) -> None:
-    """Megatron-core makes the process groups of its layers itself; they must be those of the layout's grid."""
+    """Check that the process groups, which Megatron-core creates for its layers, are those of the layout's grid."""
     groups = {"tensor": state.get_tensor_model_parallel_group(), "data": state.get_data_parallel_group()}
     for axis, group in groups.items():
         peers = next(ranks for ranks in layout.peers(axis) if dist.get_rank() in ranks)

@@ -27,7 +27,7 @@ _ROUNDS = 5
 
 @dataclass(frozen=True)
 class DevicePrecisions:
-    """What a device answers: its name, the precisions it can train in, and what `auto` resolves to."""
+    """A device: its name, the precisions that it can train in, and the one that `auto` resolves to."""
 
     device: str
     possible: tuple[Precision, ...]
@@ -40,22 +40,22 @@ class DevicePrecisions:
 
 @functools.cache
 def ask_device() -> DevicePrecisions:
-    """Ask the device of this machine. Raises LaunchError if it does not answer.
+    """Query this machine's device. Raises LaunchError if torch or DeepSpeed cannot be imported.
 
     It takes a few seconds: the child imports torch and DeepSpeed, and times a training step on a CPU.
     """
     done = subprocess.run([sys.executable, "-m", "btm_scale.distributed.precision"], capture_output=True, text=True)
     if done.returncode != 0:
         raise LaunchError(
-            "Cannot find out which precisions this machine can train in: importing torch and DeepSpeed failed. "
-            f"Fix the installation, or see what it printed:\n{done.stderr[-2000:]}"
+            "Cannot determine which precisions this machine can train in: importing torch and DeepSpeed failed. "
+            f"Fix the installation; it printed:\n{done.stderr[-2000:]}"
         )
     answer = json.loads(done.stdout.splitlines()[-1])
     return DevicePrecisions(answer["device"], tuple(answer["possible"]), answer["fast"])
 
 
 def possible_precisions() -> tuple[Precision, ...]:
-    """The precisions that DeepSpeed's engine accepts on this process's device."""
+    """Return the precisions that DeepSpeed's engine accepts on this process's device."""
     accelerator = _accelerator()
     supported: dict[Precision, bool] = {
         "bf16": bool(accelerator.is_bf16_supported()),
@@ -66,7 +66,7 @@ def possible_precisions() -> tuple[Precision, ...]:
 
 
 def fast_precision() -> Precision:
-    """The precision in which this process's device trains fast: queried on a GPU, measured on a CPU."""
+    """Return the precision in which this process's device trains fast: queried on a GPU, measured on a CPU."""
     import torch
 
     possible = possible_precisions()
@@ -85,7 +85,7 @@ def require_possible(precision: str) -> None:
 
 
 def device_name() -> str:
-    """`this CPU (x86_64)`, or the name of this process's GPU."""
+    """Return `this CPU (x86_64)`, or the name of this process's GPU."""
     import platform
 
     import torch
@@ -105,7 +105,7 @@ def _require(precisions: Iterable[str], possible: tuple[str, ...], device: str) 
 
 
 def _accelerator() -> Any:
-    """DeepSpeed's view of the device: its engine decides by it."""
+    """Return DeepSpeed's accelerator, which its engine queries."""
     import os
 
     import torch
@@ -118,11 +118,11 @@ def _accelerator() -> Any:
 
 
 def _bf16_speedup() -> float:
-    """How many times as fast as in fp32 a training step is in bf16 on this CPU.
+    """Return the speedup of a training step in bf16 over fp32 on this CPU.
 
     CPU flags do not answer this: ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY restrict what the libraries use, and a CPU
-    without bf16 instructions emulates them. One thread and the minimum of a few interleaved rounds keep other work on
-    the machine from deciding.
+    without bf16 instructions emulates them. One thread and the minimum of a few interleaved rounds limit the
+    influence of other work on the machine.
     """
     import torch
 
@@ -142,7 +142,7 @@ def _bf16_speedup() -> float:
 
 
 def _training_step(dtype: torch.dtype) -> Callable[[], None]:
-    """Forward and backward of one transformer layer and its loss, at the sizes of the preset llama-4m."""
+    """Return a function that runs forward and backward of one layer and its loss, at the sizes of preset llama-4m."""
     import torch
     from torch.nn import functional
 

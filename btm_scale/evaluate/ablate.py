@@ -1,7 +1,7 @@
-"""Which mixture of data? The average of experts' parameters stands in for a model trained on their domains together.
+"""Data ablation: the average of experts' parameters approximates a model trained on all of their domains.
 
-After arXiv 2410.15661: the perplexity of the average of models that were trained on parts predicts that of a model
-trained on the parts' union, so 2^E mixtures cost E trainings. One average is on disk and one model in memory at a time.
+After arXiv 2410.15661: the perplexity of the average of models trained on parts predicts the perplexity of a model
+trained on all parts, so 2^E mixtures cost E trainings. One average is on disk and one model in memory at a time.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Subset = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Text:
-    """What mixtures are judged on: tokens int64 [targets + 1], predicted in blocks."""
+    """A text to evaluate mixtures on: tokens int64 [targets + 1], predicted in blocks."""
 
     tokens: np.ndarray
     block_starts: np.ndarray
@@ -45,7 +45,7 @@ class Text:
 
 
 class Measured(Part):
-    """The average of a subset of experts, measured on some texts."""
+    """The perplexity of the average of a subset of experts."""
 
     key: str  # digest of the experts' and the texts' contents
     experts: tuple[str, ...]
@@ -54,10 +54,10 @@ class Measured(Part):
 
 
 class Ablation(Record):
-    """ablation.json: every subset that was measured."""
+    """ablation.json: every measured subset."""
 
     ERROR = ForestError
-    REMEDY = "Delete it, and its subsets are measured again."
+    REMEDY = "Delete it; its subsets are then measured again."
 
     measured: tuple[Measured, ...] = ()
 
@@ -70,26 +70,26 @@ def ablate(
     device: str = "cpu",
     on_subset: Callable[[Subset, float], None] = lambda subset, mean: None,
 ) -> dict[str, Any]:
-    """Perplexity of the uniform average of each subset of experts on each text, best mean first.
+    """Return the perplexity of the uniform average of each subset of experts on each text, lowest mean first.
 
-    Every subset is written to evaluation/ablation.json as it is measured; one that is there, of the same experts and
-    texts, is not measured again. Raises ForestError for an unknown expert, CheckpointError for unlike shapes.
+    Every result is written to evaluation/ablation.json at once; subsets with a result for the same experts and texts
+    are not measured again. Raises ForestError for an unknown expert, CheckpointError for experts of different shapes.
     """
     path = run.results.with_name("ablation.json")
     hashes = {name: read_expert(run.model(name)).content_hash for subset in subsets for name in subset}
-    known = {one.key: one for one in (Ablation.find(path) or Ablation()).measured}
+    measured = {one.key: one for one in (Ablation.find(path) or Ablation()).measured}
     rows = []
     vocabulary = Tokenizer.load(run.tokenizer).vocab_size
     for subset in subsets:
         key = _key([hashes[name] for name in subset], [text.fingerprint for text in texts.values()])
-        if key not in known:
+        if key not in measured:
             perplexity = _average_perplexity(run, subset, texts, vocabulary, device)
             mean = sum(perplexity.values()) / len(perplexity)
-            known[key] = Measured(key=key, experts=subset, mean=mean, perplexity=perplexity)
+            measured[key] = Measured(key=key, experts=subset, mean=mean, perplexity=perplexity)
             make_directory(path.parent)
-            Ablation(measured=tuple(known.values())).save(path)
-        rows.append(known[key])
-        on_subset(subset, known[key].mean)
+            Ablation(measured=tuple(measured.values())).save(path)
+        rows.append(measured[key])
+        on_subset(subset, measured[key].mean)
     rows.sort(key=lambda row: row.mean)
     return {
         "texts": {name: {"tokens": len(text.tokens) - 1} for name, text in texts.items()},
@@ -106,50 +106,49 @@ def ablate(
 
 
 def choose_subsets(run: RunDir, names: Sequence[str], *, most: int, random_seed: int = 0) -> list[Subset]:
-    """All subsets of the experts (default: the forest's), or a random sample of `most`, single experts and the
-    whole always among them.
+    """Return all subsets of the experts (default: the forest's), or `most`: each expert alone, all, and random ones.
 
-    Raises ForestError for an expert that isn't there, UserError if `most` is too few.
+    Raises ForestError for an unknown expert, UserError if `most` is too low.
     """
     forest = list(experts(run))
-    if absent := [name for name in names if name not in forest]:
-        raise ForestError(f"no expert is called '{absent[0]}'; the forest has {', '.join(forest) or 'none'}")
+    if unknown := [name for name in names if name not in forest]:
+        raise ForestError(f"'{unknown[0]}' is not an expert of this run. The forest has {', '.join(forest) or 'none'}.")
     chosen = sorted(set(names)) or forest
     if not chosen:
-        raise ForestError(f"no expert in {run.experts}; train some first: btm-scale run CONFIG")
+        raise ForestError(f"There is no expert in {run.experts}. Train some first: btm-scale run CONFIG")
     if 2 ** len(chosen) - 1 <= most:
         return [subset for size in range(1, len(chosen) + 1) for subset in combinations(chosen, size)]
-    sure: list[Subset] = [*((name,) for name in chosen), tuple(chosen)]
-    if most < len(sure):
+    required: list[Subset] = [*((name,) for name in chosen), tuple(chosen)]
+    if most < len(required):
         raise UserError(
-            f"{most} subsets are too few for {len(chosen)} experts: each alone and all together are "
-            f"{len(sure)}; raise --subsets, or name fewer experts"
+            f"{most} subsets are too few for {len(chosen)} experts: each expert alone and all together are "
+            f"{len(required)} subsets. Raise --subsets, or choose fewer experts."
         )
-    return sure + list(_random_subsets(chosen, most - len(sure), set(sure), random_seed))
+    return required + list(_random_subsets(chosen, most - len(required), set(required), random_seed))
 
 
 def run_texts(config: RunConfig, run: RunDir, domains: Sequence[str], split: str | None) -> dict[str, Text]:
-    """The run's evaluation text of each domain (default: all). Raises UserError for one it doesn't have."""
+    """Return the run's evaluation text of each domain (default: all). Raises UserError for an unknown domain."""
     from btm_scale.forest.scores import evaluation_text
 
-    found = {}
+    texts = {}
     for domain in domains or config.all_domains:
         if domain not in config.all_domains:
-            raise UserError(f"the run has no domain '{domain}'; it has {', '.join(config.all_domains)}")
+            raise UserError(f"The run has no domain '{domain}'. Choose one of {', '.join(config.all_domains)}.")
         text = evaluation_text(config, run, domain, split or config.evaluate.split)
-        found[domain] = Text(text.tokens, text.block_starts, text.fingerprint)
-    return found
+        texts[domain] = Text(text.tokens, text.block_starts, text.fingerprint)
+    return texts
 
 
 def file_text(config: RunConfig, run: RunDir, path: Path) -> Text:
-    """A file of plain text as one document. Raises UserError if it can't be read or is empty."""
+    """Return a plain text file as one document. Raises UserError if it cannot be read or is empty."""
     tokenizer = Tokenizer.load(run.tokenizer)
     try:
         ids = tokenizer.encode(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text: {error}; name a text file") from None
+        raise UserError(f"{path} cannot be read as UTF-8 text: {error}. Give a text file.") from None
     if not ids:
-        raise UserError(f"{path} is empty; name a file with text in it")
+        raise UserError(f"{path} is empty. Give a file that contains text.")
     tokens = np.array([tokenizer.eos, *ids], dtype=np.int64)
     length = config.budget.sequence_length
     starts = np.arange(0, len(ids), length, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The experts' weights in each average: one function for each name of the table in `forest/methods.py`."""
+"""The experts' weights in each average: one function per average in `forest/methods.py`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from btm_scale.run_dir import RunDir
 
 @dataclass(frozen=True)
 class DevText:
-    """What is known of the experts on a domain's dev text."""
+    """The experts' scores on a domain's dev text."""
 
     config: RunConfig
     run: RunDir
@@ -29,31 +29,31 @@ class DevText:
     log_prior: np.ndarray  # the domain's cached prior, nats [experts]
 
 
-Weigh = Callable[[DevText], np.ndarray]
-WEIGHTS: dict[str, Weigh] = {}
+WeightFunction = Callable[[DevText], np.ndarray]
+WEIGHTS: dict[str, WeightFunction] = {}
 
 
 def average_weights(
     config: RunConfig, run: RunDir, names: Sequence[str], averages: Sequence[str], domain: str
 ) -> dict[str, np.ndarray]:
-    """The experts' weights [experts] in each of a domain's averages; they sum to 1.
+    """Return the experts' weights [experts] in each of a domain's averages; they sum to 1.
 
-    Raises ForestError for missing scores, or while the members of a greedy soup are not chosen.
+    Raises ForestError for missing scores, or before the members of a greedy soup are chosen.
     """
     scores = Stack.load(run, names, domain, "dev")
     dev = DevText(config, run, domain, names, scores, cached_prior(scores.log_probs, scores.block_starts))
     return {average: WEIGHTS[average](dev) for average in averages}
 
 
-def average(weigh: Weigh) -> Weigh:
-    """Register a function under its name. It returns weights [experts] that are not negative and sum to 1."""
-    WEIGHTS[weigh.__name__] = weigh
-    return weigh
+def average(function: WeightFunction) -> WeightFunction:
+    """Register a function under its name. It returns non-negative weights [experts] that sum to 1."""
+    WEIGHTS[function.__name__] = function
+    return function
 
 
 @average
 def uniform(dev: DevText) -> np.ndarray:
-    """The same for every expert."""
+    """Equal weights for all experts."""
     return np.full(len(dev.names), 1.0 / len(dev.names))
 
 
@@ -73,9 +73,11 @@ def tempered(dev: DevText) -> np.ndarray:
 
 @average
 def greedy(dev: DevText) -> np.ndarray:
-    """The same for every member of the greedy soup (arXiv 2203.05482)."""
+    """Equal weights for all members of the greedy soup (arXiv 2203.05482)."""
     members = soups(dev.config, dev.run)
     if members is None:
-        raise ForestError(f"the members of the greedy soups are not chosen: evaluate the run in {dev.run.root}")
+        raise ForestError(
+            f"The members of the greedy soups are not chosen yet. Choose them first: btm-scale evaluate {dev.run.root}"
+        )
     chosen = np.array([float(name in members[dev.domain]) for name in dev.names])
     return chosen / chosen.sum()

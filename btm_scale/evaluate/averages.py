@@ -1,4 +1,4 @@
-"""Averages of the forest's parameters: which are missing, and their merging (arXiv 2208.03306, section 4.3)."""
+"""Averages of the experts' parameters: find the missing ones and merge them (arXiv 2208.03306, section 4.3)."""
 
 from __future__ import annotations
 
@@ -29,35 +29,37 @@ from btm_scale.util.pools import in_processes
 
 
 def are_finished(config: RunConfig, run: RunDir) -> bool:
-    """Whether every average is there, with its scores, for the forest and priors as they stand."""
+    """Return whether every average of the current forest and priors exists and is scored."""
     cards = _planned(config, run)
     if cards is None:
         return False
     texts = average_texts(config)
-    return all(_is_made(run, card) and not missing_scores(run, name, texts[name]) for name, card in cards.items())
+    return all(_is_merged(run, card) and not missing_scores(run, name, texts[name]) for name, card in cards.items())
 
 
 def planned_averages(config: RunConfig, run: RunDir) -> list[Expert]:
-    """The card, without its hash, of every average for the forest and priors as they stand.
+    """Return the card, without its hash, of every average of the current forest and priors.
 
-    Raises ForestError while the members of a greedy one are not chosen.
+    Raises ForestError before the members of greedy averages are chosen.
     """
     cards = _planned(config, run)
     if cards is None:
-        raise ForestError(f"the members of the greedy averages are not chosen: evaluate the run in {run.root}")
+        raise ForestError(
+            f"The members of the greedy averages are not chosen yet. Choose them first: btm-scale evaluate {run.root}"
+        )
     return list(cards.values())
 
 
 def write_averages(run: RunDir, cards: Sequence[Expert]) -> list[str]:
-    """Merge those of the planned averages that aren't there; returns their names."""
-    missing = {run.model(card.name): card for card in cards if not _is_made(run, card)}
+    """Merge the planned averages that do not exist yet; returns their names."""
+    missing = {run.model(card.name): card for card in cards if not _is_merged(run, card)}
     for directory in missing:
         shutil.rmtree(directory, ignore_errors=True)
     parents = {
         directory: [(run.model(parent.name), parent.weight) for parent in card.parents]
         for directory, card in missing.items()
     }
-    # Experts that were trained in different precisions are averaged in the wider one, whichever averages are missing.
+    # Experts trained in different precisions are averaged in the wider one, whichever averages are missing.
     dtype = promoted_dtype({run.model(parent.name) for card in cards for parent in card.parents}) if missing else None
     for report in merge_many(parents, dtype=dtype):
         card = missing[report.output].model_copy(update={"content_hash": report.content_hash})
@@ -66,10 +68,10 @@ def write_averages(run: RunDir, cards: Sequence[Expert]) -> list[str]:
 
 
 def make_averages(group: ExpertGroup, config: RunConfig, run: RunDir) -> list[str]:
-    """Merge the averages that are missing; returns all their names, on every rank. All ranks call this together."""
-    # Large models take longer to merge, and many weights longer to find, than any collective of training may wait.
+    """Merge the missing averages; returns the names of all averages on every rank. All ranks call this together."""
+    # Merging large models and computing many weights take longer than the timeout of training's collectives.
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-    # Asked by one rank: another might see what the first has done about it.
+    # Only one rank checks: another might already see what the first has written.
     undecided = [GREEDY in averages_of(config, run) and soups(config, run) is None]
     dist.broadcast_object_list(undecided, src=0)
     if undecided[0]:
@@ -85,7 +87,7 @@ def make_averages(group: ExpertGroup, config: RunConfig, run: RunDir) -> list[st
 
 
 def _planned(config: RunConfig, run: RunDir) -> dict[str, Expert] | None:
-    """Every average's card, without its hash; None while a greedy one's members are not chosen."""
+    """Return every average's card, without its hash; None before the members of greedy averages are chosen."""
     forest = experts(run)
     kinds = made_averages_of(config, run)
     if not kinds:
@@ -93,9 +95,9 @@ def _planned(config: RunConfig, run: RunDir) -> dict[str, Expert] | None:
     if GREEDY in kinds and soups(config, run) is None:
         return None
     domains = list(config.all_domains)
-    weigh = functools.partial(average_weights, config, run, list(forest), kinds)
+    weights_of = functools.partial(average_weights, config, run, list(forest), kinds)
     cards: dict[str, Expert] = {}
-    for domain, weights in zip(domains, in_processes(weigh, domains), strict=True):
+    for domain, weights in zip(domains, in_processes(weights_of, domains), strict=True):
         for kind in kinds:
             name = made_model(kind, domain)
             if name not in cards:
@@ -104,7 +106,7 @@ def _planned(config: RunConfig, run: RunDir) -> dict[str, Expert] | None:
 
 
 def _card(name: str, forest: dict[str, Expert], weights: np.ndarray) -> Expert:
-    # An expert of no weight takes no part; a weight below what float32 can add to 1 adds nothing either.
+    # Weights that vanish beside 1 in float32 are dropped.
     parents = {expert: float(weight) for expert, weight in zip(forest, weights, strict=True) if weight > 1e-9}
     return Expert(
         name=name,
@@ -118,10 +120,10 @@ def _card(name: str, forest: dict[str, Expert], weights: np.ndarray) -> Expert:
     )
 
 
-def _is_made(run: RunDir, card: Expert) -> bool:
-    """Whether the average is there, of the same parents with the same weights."""
+def _is_merged(run: RunDir, card: Expert) -> bool:
+    """Return whether the average exists, from the same parents with the same weights."""
     directory = run.model(card.name)
     if not is_finished(directory):
         return False
-    found = read_expert(directory)
-    return found.parents == card.parents and found.data_fingerprint == card.data_fingerprint
+    existing = read_expert(directory)
+    return existing.parents == card.parents and existing.data_fingerprint == card.data_fingerprint

@@ -1,4 +1,4 @@
-"""The ensembles of the table in `forest/methods.py`: which posterior, which prior, how many experts."""
+"""Compute the ensembles of `forest/methods.py`, which differ in posterior, prior and number of experts."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from btm_scale.run_dir import RunDir
 def ensemble_methods(
     forest: Stack, cached: np.ndarray, tempering: Tempering, settings: EvaluateConfig
 ) -> dict[str, np.ndarray]:
-    """Log-probabilities [tokens] of every variant, from the experts' [experts, tokens].
+    """Return every ensemble's log-probabilities [tokens] in nats, from the experts' [experts, tokens].
 
     `ensemble` has the config's posterior and prior; the others have those of the table.
-    `cached`: log prior [experts] of dev text; `tempering`: for the tempered posterior.
+    Args: `cached`, the log prior [experts] of dev text; `tempering`, for the tempered posterior.
     """
 
     starts = forest.block_starts if settings.blocks == "restart" else np.zeros(1, np.int64)
@@ -75,10 +75,10 @@ def ensemble_methods(
 def routed_methods(
     config: RunConfig, run: RunDir, names: Sequence[str], forest: Stack, text: EvaluationText
 ) -> dict[str, np.ndarray]:
-    """`ensemble:routed`, and `ensemble:routed:top<k>` for the config's k: log-probabilities [targets] of `text`.
+    """Return log-probabilities [targets] of `ensemble:routed` and, for the config's k, of `ensemble:routed:top<k>`.
 
-    Nothing, unless the experts `names` are those of the clustering that lies beside the run's text, and scikit-learn,
-    which an evaluation can do without, is there to place text in it.
+    Empty unless the experts `names` are those of a clustering in the run's text folder, and scikit-learn, which is
+    optional, is installed.
     """
     if not (config.text_root / TENSORS).is_file() or importlib.util.find_spec("sklearn") is None:
         return {}

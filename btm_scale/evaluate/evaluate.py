@@ -30,7 +30,7 @@ from btm_scale.util.pools import in_processes
 
 @dataclass(frozen=True)
 class _Measure:
-    """Perplexity and bits a byte from a text's total log-probability."""
+    """Converts a text's total log-probability to perplexity and bits per byte."""
 
     tokens: int
     bytes: int
@@ -40,8 +40,8 @@ class _Measure:
 
 
 @dataclass(frozen=True)
-class _Judged:
-    """One domain's part of the results."""
+class _DomainResult:
+    """The results of one domain."""
 
     measure: _Measure
     prior: np.ndarray  # log [experts], nats
@@ -50,31 +50,31 @@ class _Judged:
 
 
 def evaluate(config: RunConfig, run: RunDir) -> Results:
-    """Work out every method on every domain and write results.json; runs no model."""
+    """Evaluate every method on every domain from scores, and write results.json. Raises ForestError without experts."""
     names = list(experts(run))
     if not names:
-        raise ForestError(f"no expert in {run.experts}; train some first: btm-scale run CONFIG")
+        raise ForestError(f"There is no expert in {run.experts}. Train some first: btm-scale run CONFIG")
     averages = averages_of(config, run)
-    notes = [] if averages else ["No averages: the experts are of different shapes, and only like can be averaged."]
+    notes = [] if averages else ["No averages: only models of one shape can be averaged, and the experts differ."]
     domains = list(config.all_domains)
     texts = [evaluation_text(config, run, domain, config.evaluate.split) for domain in domains]
-    judged = in_processes(functools.partial(_judge, config, run, names, averages), texts)
-    by_domain = dict(zip(domains, judged, strict=True))
+    evaluated = in_processes(functools.partial(_evaluate_domain, config, run, names, averages), texts)
+    by_domain = dict(zip(domains, evaluated, strict=True))
     results = Results(
         name=config.name,
         random_seed=config.random_seed,
         domains={
             domain: EvaluatedDomain(
-                novel=domain in config.novel_domains, tokens=found.measure.tokens, bytes=found.measure.bytes
+                novel=domain in config.novel_domains, tokens=entry.measure.tokens, bytes=entry.measure.bytes
             )
-            for domain, found in by_domain.items()
+            for domain, entry in by_domain.items()
         },
         methods=_results_by_method(by_domain),
         compute=_compute_by_method(config, run, names, averages),
         priors={
-            domain: dict(zip(names, np.exp(found.prior).tolist(), strict=True)) for domain, found in by_domain.items()
+            domain: dict(zip(names, np.exp(entry.prior).tolist(), strict=True)) for domain, entry in by_domain.items()
         },
-        tempering={domain: found.tempering for domain, found in by_domain.items()},
+        tempering={domain: entry.tempering for domain, entry in by_domain.items()},
         lineage=lineage(run),
         notes=tuple(notes),
     )
@@ -83,16 +83,18 @@ def evaluate(config: RunConfig, run: RunDir) -> Results:
     return results
 
 
-def _results_by_method(by_domain: Mapping[str, _Judged]) -> dict[str, MethodResult]:
-    found: dict[str, MethodResult] = {}
-    for domain, judged in by_domain.items():
-        for method, nats in judged.nats.items():
-            entry = found.setdefault(method, MethodResult(perplexity={}, bits_per_byte={}))
-            entry.perplexity[domain], entry.bits_per_byte[domain] = judged.measure.of(nats)
-    return found
+def _results_by_method(by_domain: Mapping[str, _DomainResult]) -> dict[str, MethodResult]:
+    results: dict[str, MethodResult] = {}
+    for domain, evaluated in by_domain.items():
+        for method, nats in evaluated.nats.items():
+            entry = results.setdefault(method, MethodResult(perplexity={}, bits_per_byte={}))
+            entry.perplexity[domain], entry.bits_per_byte[domain] = evaluated.measure.of(nats)
+    return results
 
 
-def _judge(config: RunConfig, run: RunDir, names: list[str], averages: Sequence[str], text: EvaluationText) -> _Judged:
+def _evaluate_domain(
+    config: RunConfig, run: RunDir, names: list[str], averages: Sequence[str], text: EvaluationText
+) -> _DomainResult:
     domain = text.domain
     dev = Stack.load(run, names, domain, "dev")
     prior = cached_prior(dev.log_probs, dev.block_starts)
@@ -103,13 +105,13 @@ def _judge(config: RunConfig, run: RunDir, names: list[str], averages: Sequence[
     }
     methods |= _mixtures(config, run, text, names, prior, tempering)
     nats = {method: float(np.sum(log_probs, dtype=np.float64)) for method, log_probs in methods.items()}
-    return _Judged(_Measure(len(text.targets), text.bytes), prior, tempering, nats)
+    return _DomainResult(_Measure(len(text.targets), text.bytes), prior, tempering, nats)
 
 
 def _single_models(
     config: RunConfig, names: Sequence[str], averages: Sequence[str], domain: str, prior: np.ndarray
 ) -> dict[str, str]:
-    """The model behind each method that is one model."""
+    """Return the model behind each method that is a single model."""
     models = {SEED: SEED} | {model: model for model in _dense_models(config)}
     models |= {f"expert:{name}": name for name in names}
     return models | {f"average:{kind}": average_model(kind, domain, names, prior) for kind in averages}
@@ -118,7 +120,7 @@ def _single_models(
 def _mixtures(
     config: RunConfig, run: RunDir, text: EvaluationText, names: list[str], prior: np.ndarray, tempering: Tempering
 ) -> dict[str, np.ndarray]:
-    """Log-probabilities [tokens] of every method that mixes models."""
+    """Return the log-probabilities [tokens] of every method that mixes models."""
     domain, split = text.domain, text.split
     forest = Stack.load(run, names, domain, split)
     methods = ensemble_methods(forest, prior, tempering, config.evaluate)
@@ -131,18 +133,18 @@ def _mixtures(
 
 
 def _compute_by_method(config: RunConfig, run: RunDir, names: list[str], averages: Sequence[str]) -> dict[str, Compute]:
-    """Training tokens and floating-point operations behind each method: of all its ancestors, each counted once."""
+    """Return the training tokens and FLOPs behind each method: of its models and all ancestors, each counted once."""
     behind: dict[str, list[str]] = {SEED: []} | {f"expert:{name}": [name] for name in names}
     behind |= dict.fromkeys(("ensemble", *(f"average:{kind}" for kind in averages)), names)
     behind |= {model: [model] for model in _dense_models(config)}
     if config.random_split_models:
         behind["random-split"] = config.random_split_models
-    ways = {method: _all_ancestors(run, (SEED, *models)) for method, models in behind.items()}
-    tokens = {model: read_expert(run.model(model)).tokens for model in set().union(*ways.values())}
+    ancestors_of = {method: _all_ancestors(run, (SEED, *models)) for method, models in behind.items()}
+    tokens = {model: read_expert(run.model(model)).tokens for model in set().union(*ancestors_of.values())}
     flops = {model: count * _flops_per_token(config, run, model) for model, count in tokens.items()}
     return {
         method: Compute(tokens=sum(tokens[model] for model in models), flops=sum(flops[model] for model in models))
-        for method, models in ways.items()
+        for method, models in ancestors_of.items()
     }
 
 

@@ -1,6 +1,6 @@
-"""A text's log-probabilities under a model in this process, for `ablate`: no group is started and nothing is kept.
+"""Score a text with a Hugging Face model in this process, for `ablate`: starts no group and writes nothing.
 
-The scores that a run keeps come from `evaluate/score.py`, which runs the trained model in a group.
+The scores of a run come from `evaluate/score.py`, which runs the trained model in a group.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ _BATCH_TOKENS = 4096
 
 
 def block_log_probs(decoder: Decoder, tokens: np.ndarray, block_starts: np.ndarray) -> np.ndarray:
-    """Log-probability in nats of every target, float32 [targets], of tokens [targets + 1].
+    """Return the log-probability in nats of every target, float32 [targets], of tokens [targets + 1].
 
-    Each block starts with no context but its own first token; it may be as long as the model can read.
+    The context of a block starts with its own first token. Raises ValueError for a block longer than the model's
+    positions.
     """
     result = np.empty(len(tokens) - 1, dtype=np.float32)
     blocks = blocks_of(block_starts, len(result))
     longest = max(end - begin for begin, end in blocks)
     if longest > decoder.positions:
-        raise ValueError(f"a block of {longest} tokens is longer than the model can read, {decoder.positions}")
+        raise ValueError(f"a block of {longest} tokens exceeds the model's {decoder.positions} positions")
     at_once = max(1, _BATCH_TOKENS // longest)
     for first in range(0, len(blocks), at_once):
         batch = blocks[first : first + at_once]

@@ -1,4 +1,4 @@
-"""results.json: every method's perplexity, and what explains it. Reading it needs no engine."""
+"""results.json: every method's perplexity, with priors, compute and lineage. Reading it needs no engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Measure = Literal["perplexity", "bits_per_byte"]
 
 
 class EvaluatedDomain(Part):
-    """The text of a domain that every method was evaluated on."""
+    """The text of a domain on which every method was evaluated."""
 
     novel: bool  # whether no model was trained on the domain
     tokens: int
@@ -21,28 +21,28 @@ class EvaluatedDomain(Part):
 
 
 class MethodResult(Part):
-    """One method's measures, each by domain; a domain that it was not evaluated on is absent."""
+    """The measures of one method by domain; domains on which it was not evaluated are absent."""
 
     perplexity: dict[str, float]
     bits_per_byte: dict[str, float]
 
     def of(self, measure: Measure) -> dict[str, float]:
-        """A measure by domain."""
+        """Return a measure by domain."""
         return self.perplexity if measure == "perplexity" else self.bits_per_byte
 
 
 class Compute(Part):
-    """What was spent on the training of a method's models and their ancestors, each counted once."""
+    """The training compute of a method's models and their ancestors, each counted once."""
 
     tokens: int
     flops: float
 
 
 class Results(Record):
-    """results.json: every method's perplexity and bits per byte on every domain, and what explains them."""
+    """results.json: every method's perplexity and bits per byte on every domain, with priors, compute and lineage."""
 
     ERROR = ForestError
-    ABSENT = "There are no results at {path}. Make them first: btm-scale evaluate RUN"
+    ABSENT = "There are no results at {path}. Create them first: btm-scale evaluate RUN"
     REMEDY = "Run btm-scale evaluate again."
 
     name: str
@@ -57,5 +57,5 @@ class Results(Record):
 
 
 def load_results(run: RunDir) -> Results:
-    """Read results.json. Raises ForestError if it is missing, damaged or of another schema."""
+    """Load results.json. Raises ForestError if it is missing, damaged or of another schema."""
     return Results.load(run.results)

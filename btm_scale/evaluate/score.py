@@ -1,6 +1,6 @@
-"""Scoring: one log-probability for every target token, by one model, once.
+"""Scoring: compute each model's log-probability of every target token once.
 
-All that evaluation needs of a model are these numbers; posterior, prior and every way of mixing are arithmetic on them.
+Evaluation needs nothing else of a model: posteriors, priors and mixtures are arithmetic on these numbers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from btm_scale.model.hf_config import read_shape
 from btm_scale.model.hf_weights import load_weights
 from btm_scale.run_dir import RunDir
 
-# Tokens that one rank scores at once; hidden states of so many are small beside any model's weights.
+# Tokens that one rank scores at once; their hidden states are small compared with a model's weights.
 _BATCH_TOKENS = 8192
 
 
@@ -37,7 +37,7 @@ def score_model(
     texts: Iterable[tuple[str, str]],
     on_text: Callable[[str, str], None] = lambda domain, split: None,
 ) -> None:
-    """Score a finished model on each (domain, split) that lacks its scores; all ranks of the group take part."""
+    """Score a finished model on each (domain, split) without scores. All ranks call this together."""
     todo = missing_scores(run, model, texts)
     if not todo:
         return
@@ -54,7 +54,7 @@ def score_model(
 
 
 def load_model(group: ExpertGroup, directory: Path) -> ExpertModel:
-    """A Hugging Face directory as a model that the group's tensor parallel ranks share."""
+    """Load a Hugging Face directory as a model that is sharded over the group's tensor ranks."""
     network = build_model(
         read_shape(directory), tensor=group.layout.tensor, dtype=group.dtype, on_cpu=group.device.type == "cpu"
     )
@@ -65,19 +65,19 @@ def load_model(group: ExpertGroup, directory: Path) -> ExpertModel:
 
 @torch.no_grad()
 def text_log_probs(group: ExpertGroup, network: ExpertModel, text: EvaluationText) -> np.ndarray:
-    """Log-probability in nats of every target token, float32 [tokens], on the group's first rank (others: partial).
+    """Return the log-probability in nats of every target token, float32 [tokens]. All ranks call this together.
 
-    Data ranks share the blocks; each block starts with no context but its own first token.
+    Blocks are distributed over the data ranks; the context of a block starts with its own first token.
     """
     tokens = torch.as_tensor(text.tokens)
     starts = [int(start) for start in text.block_starts]
     ends = [*starts[1:], len(tokens) - 1]
     result = torch.zeros(len(tokens) - 1)
     length = ends[0] - starts[0]
-    whole = [start for start, end in zip(starts, ends, strict=True) if end - start == length]
+    full_blocks = [start for start, end in zip(starts, ends, strict=True) if end - start == length]
     at_once = max(1, _BATCH_TOKENS // length)
-    batches = [whole[i : i + at_once] for i in range(0, len(whole), at_once)]
-    if len(whole) < len(starts):
+    batches = [full_blocks[i : i + at_once] for i in range(0, len(full_blocks), at_once)]
+    if len(full_blocks) < len(starts):
         batches.append([starts[-1]])
     for number, batch in enumerate(batches):
         if number % group.layout.data != group.data_rank:

@@ -1,4 +1,4 @@
-"""Greedy soups: the experts whose uniform average predicts a domain's dev text best (arXiv 2203.05482, recipe 1)."""
+"""Greedy soups: experts whose uniform average has a low loss on a domain's dev text (arXiv 2203.05482, recipe 1)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from btm_scale.util.records import Record
 
 
 class Soups(Record):
-    """soups.json: the members of every domain's soup, and the forest that they were chosen from."""
+    """soups.json: the members of every domain's soup, and the forest from which they were chosen."""
 
     ERROR = ForestError
     REMEDY = "Delete it, and run btm-scale evaluate again."
@@ -32,29 +32,29 @@ class Soups(Record):
 
 
 def greedy_members(candidates: Sequence[str], loss: Callable[[tuple[str, ...]], float]) -> tuple[str, ...]:
-    """The members of a soup: from the best candidate on, each stays whose joining doesn't raise the loss.
+    """Return the members of a soup: starting with the best candidate, each that does not raise the loss is added.
 
-    `candidates` best first; `loss` of the uniform average of some of them.
+    Args: `candidates`, best first; `loss`, of the uniform average of a subset.
     """
     members: tuple[str, ...] = (candidates[0],)
     lowest = loss(members)
     for candidate in candidates[1:]:
-        found = loss((*members, candidate))
-        if found <= lowest:
-            members, lowest = (*members, candidate), found
+        candidate_loss = loss((*members, candidate))
+        if candidate_loss <= lowest:
+            members, lowest = (*members, candidate), candidate_loss
     return members
 
 
 def soups(config: RunConfig, run: RunDir) -> dict[str, tuple[str, ...]] | None:
-    """The members of every domain's soup, or None if they were chosen from another forest or not at all."""
-    found = Soups.find(run.soups)
-    if found is None or found.forest != _hashes(run) or not set(config.all_domains) <= set(found.members):
+    """Return the members of every domain's soup, or None if they are not chosen yet or from another forest."""
+    recorded = Soups.find(run.soups)
+    if recorded is None or recorded.forest != _hashes(run) or not set(config.all_domains) <= set(recorded.members):
         return None
-    return found.members
+    return recorded.members
 
 
 def save_soups(run: RunDir, members: dict[str, tuple[str, ...]]) -> None:
-    """Keep the members of every domain's soup, chosen from the forest as it stands."""
+    """Record the members of every domain's soup, chosen from the current forest."""
     make_directory(run.soups.parent)
     Soups(forest=_hashes(run), members=members).save(run.soups)
 
@@ -64,8 +64,8 @@ def _hashes(run: RunDir) -> dict[str, str]:
 
 
 def choose_soups(group: ExpertGroup, config: RunConfig, run: RunDir) -> None:
-    """Choose every domain's soup by averaging and scoring; all ranks of the group take part."""
-    known: dict[tuple[str, tuple[str, ...]], float] = {}
+    """Choose every domain's soup by averaging and scoring. All ranks call this together."""
+    losses: dict[tuple[str, tuple[str, ...]], float] = {}
     members = {}
     for domain in config.all_domains:
         text = evaluation_text(config, run, domain, "dev")
@@ -73,9 +73,9 @@ def choose_soups(group: ExpertGroup, config: RunConfig, run: RunDir) -> None:
 
         def loss(names: tuple[str, ...], text: EvaluationText = text, alone: dict[str, float] = alone) -> float:
             key = text.domain, tuple(sorted(names))
-            if key not in known:
-                known[key] = alone[names[0]] if len(names) == 1 else _loss(group, run, key[1], text)
-            return known[key]
+            if key not in losses:
+                losses[key] = alone[names[0]] if len(names) == 1 else _loss(group, run, key[1], text)
+            return losses[key]
 
         members[domain] = greedy_members(sorted(alone, key=lambda name: (alone[name], name)), loss)
     if group.is_first:
@@ -84,7 +84,7 @@ def choose_soups(group: ExpertGroup, config: RunConfig, run: RunDir) -> None:
 
 
 def _loss(group: ExpertGroup, run: RunDir, names: tuple[str, ...], text: EvaluationText) -> float:
-    """Nats per token of the average on `text`, the same on every rank."""
+    """Return the loss of the average on `text` in nats per token, the same on every rank."""
     directory = run.model(f"{AVERAGE}.soup")
     if group.is_first:
         shutil.rmtree(directory, ignore_errors=True)
@@ -93,9 +93,9 @@ def _loss(group: ExpertGroup, run: RunDir, names: tuple[str, ...], text: Evaluat
     dist.barrier()
     network = load_model(group, directory)
     log_probs = text_log_probs(group, network, text)
-    found = [-float(log_probs.mean())]
-    dist.broadcast_object_list(found, src=0)
+    losses = [-float(log_probs.mean())]
+    dist.broadcast_object_list(losses, src=0)
     dist.barrier()
     if group.is_first:
         shutil.rmtree(directory)
-    return found[0]
+    return losses[0]

@@ -1,1 +1,1 @@
-"""The expert set: its members, their scores, and what is made of them."""
+"""The expert set: its members, their scores, and the methods that combine them."""

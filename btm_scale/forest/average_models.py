@@ -1,4 +1,4 @@
-"""The models behind a run's averages: which there are, what each is called and what text each is scored on."""
+"""The models behind a run's averages: which exist, their names, and the text that each is scored on."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from btm_scale.run_dir import AVERAGE, RunDir
 
 
 def average_model(average: str, domain: str, names: Sequence[str], log_prior: np.ndarray) -> str:
-    """The model behind an average of a domain: the most likely expert, or a model made for it.
+    """Return the model behind an average of a domain: the most likely expert, or a merged model.
 
-    `log_prior` [experts] is the domain's, nats, over the experts `names`.
+    `log_prior` [experts] is the domain's prior over the experts `names`, in nats.
     """
     return names[int(np.argmax(log_prior))] if AVERAGES[average].is_expert else made_model(average, domain)
 
 
 def made_model(average: str, domain: str) -> str:
-    """The name of the model that is made for an average of a domain."""
+    """Return the name of the model that is merged for an average of a domain."""
     return f"{AVERAGE}{average}/{domain}" if AVERAGES[average].per_domain else f"{AVERAGE}{average}"
 
 
 def averages_of(config: RunConfig, run: RunDir) -> tuple[str, ...]:
-    """The averages of the forest: none, if its experts are of different shapes."""
+    """Return the averages of the forest: none if its experts have different shapes."""
     return config.evaluate.averages if len({_shapes(run, name) for name in experts(run)}) <= 1 else ()
 
 
 def made_averages_of(config: RunConfig, run: RunDir) -> list[str]:
-    """Those averages of the forest for which a model is made."""
+    """Return the averages of the forest for which a model is merged."""
     return [average for average in averages_of(config, run) if not AVERAGES[average].is_expert]
 
 
 def average_texts(config: RunConfig) -> dict[str, list[tuple[str, str]]]:
-    """Every model that is made for an average, and the (domain, split) that each is scored on."""
+    """Return every model that is merged for an average, with the (domain, split) pairs that it is scored on."""
     texts: dict[str, list[tuple[str, str]]] = {}
     for domain in config.all_domains:
         for average in config.evaluate.averages:

@@ -20,18 +20,18 @@ from btm_scale.run_dir import SEED, RunDir
 from btm_scale.util.files import make_directory
 from btm_scale.util.records import Record
 
-# A parent with less weight than this is left out: it would cost reading a model and change nothing.
+# Parents with less weight are dropped: reading them would cost time and change almost nothing.
 _LEAST_WEIGHT = 1e-3
 
 
 class Branch(Record):
-    """What a model's training begins with: `branch.json`. A forest that changes later does not change it."""
+    """branch.json: a model's parents and training text, which later changes of the forest do not affect."""
 
     ERROR: ClassVar = ForestError
     REMEDY: ClassVar = "Delete {path}, and the parents are decided again."
 
     parents: tuple[Parent, ...]  # their weights sum to 1; none for the seed LM
-    domains: dict[str, float]  # shares of the training text, replayed text included
+    domains: dict[str, float]  # fractions of the training text, replayed text included
 
 
 def settle(
@@ -39,7 +39,7 @@ def settle(
 ) -> Branch:
     """Return the recorded branch of a model, after deciding and recording it if there is no record.
 
-    Args: `branch`, None for a model without parents; `weights`, the shares of its own training text by domain.
+    Args: `branch`, None for a model without parents; `weights`, its relative amounts of training text by domain.
     Raises ForestError as `decide` does.
     """
     path = run.branch(model)
@@ -55,7 +55,7 @@ def settle(
 def decide(
     config: RunConfig, run: RunDir, model: str, branch: BranchConfig | None, weights: Mapping[str, float]
 ) -> Branch:
-    """Return a model's parents and training text as the forest is now.
+    """Return a model's parents and training text, from the forest as it is now.
 
     Raises ForestError if a parent is missing or of another shape, or if its text cannot be replayed.
     """
@@ -75,9 +75,9 @@ def decide(
 
 
 def parents_of(run: RunDir, name: str, branch: BranchConfig) -> tuple[Parent, ...]:
-    """The models that an expert for domain `name` begins with; their weights sum to 1.
+    """Return the parents of an expert for domain `name`; their weights sum to 1.
 
-    `nearest` and `posterior` go by the scores of the forest's experts on the domain's dev text. Raises ForestError
+    `nearest` and `posterior` depend on the scores of the forest's experts on the domain's dev text. Raises ForestError
     if a named parent is not a finished model of this run, or those scores are missing.
     """
     if branch.parents == "seed":
@@ -86,7 +86,10 @@ def parents_of(run: RunDir, name: str, branch: BranchConfig) -> tuple[Parent, ..
         return _named(run, name, branch.parents)
     candidates = [expert for expert in experts(run) if expert != name]
     if not candidates:
-        raise ForestError(f"{name} branches from the {branch.parents} expert, and {run.experts} holds none yet")
+        raise ForestError(
+            f"{name} cannot branch by {branch.parents}: there is no expert in {run.experts}. Train one first, or "
+            "branch from the seed LM."
+        )
     weights = np.exp(dev_prior(run, candidates, name))
     if branch.parents == "nearest":
         return (Parent(candidates[int(np.argmax(weights))], 1.0),)
@@ -131,7 +134,7 @@ def require_parents(config: RunConfig, run: RunDir, models: Sequence[str]) -> No
 
 
 def has_begun(run: RunDir, model: str) -> bool:
-    """Whether a model has a training checkpoint, so that its parents are no longer read."""
+    """Return whether a model has a training checkpoint, so that its parents are no longer read."""
     return any(run.checkpoints(model).glob("step-*"))
 
 
@@ -152,7 +155,7 @@ def _named(run: RunDir, name: str, parents: Mapping[str, float]) -> tuple[Parent
 
 
 def _choices(run: RunDir, others: Sequence[str] = ()) -> str:
-    """The remedy for a parent that does not exist."""
+    """Return the remedy for a parent that does not exist."""
     return f"Use one of {', '.join(dict.fromkeys([SEED, *others, *experts(run)]))}."
 
 
@@ -162,13 +165,13 @@ def _normalised(weights: Mapping[str, float]) -> tuple[Parent, ...]:
 
 
 def _text_of(config: RunConfig, run: RunDir, parent: str) -> dict[str, float]:
-    """The domains that a parent was trained on, of those that this run has text of, with shares that sum to 1."""
+    """Return the domains that a parent was trained on and this run has text of, with fractions that sum to 1."""
     shares = read_expert(run.model(parent)).domains
-    known = {domain: share for domain, share in shares.items() if domain in config.expert_domains}
-    if not known:
+    available = {domain: share for domain, share in shares.items() if domain in config.expert_domains}
+    if not available:
         raise ForestError(
-            f"no text of '{parent}' can be replayed: it was trained on {', '.join(shares) or 'unknown text'}. Only "
+            f"The text of '{parent}' cannot be replayed: it was trained on {', '.join(shares) or 'unknown text'}. Only "
             "text of this run's domains can be replayed. Set branch.replay to 0, or choose another parent."
         )
-    total = sum(known.values())
-    return {domain: share / total for domain, share in known.items()}
+    total = sum(available.values())
+    return {domain: share / total for domain, share in available.items()}

@@ -1,4 +1,4 @@
-"""An expert on disk: a Hugging Face model directory, and expert.json, which makes it one."""
+"""An expert on disk: a Hugging Face model directory with a complete expert.json."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CARD = "expert.json"
 
 @dataclass(frozen=True)
 class Parent:
-    """A model whose weights an expert began with, and its share of them."""
+    """A model that an expert branched from, and its weight among the parents."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -25,16 +25,16 @@ class Parent:
 
 
 class Expert(Record):
-    """What expert.json says."""
+    """expert.json: the card of an expert."""
 
     ERROR = ForestError
-    ABSENT = f"{{folder}} is not a finished expert: it has no {CARD}. Train it, or name another."
+    ABSENT = f"{{folder}} is not a finished expert: it has no {CARD}. Train it, or choose another."
     REMEDY = "Restore it, or train the expert again."
 
     name: str
-    domains: dict[str, float]  # the domains it was trained on, with their shares
+    domains: dict[str, float]  # the domains it was trained on, as fractions of its text
     parents: tuple[Parent, ...]
-    tokens: int  # trained on by this model itself, its parents' not counted
+    tokens: int  # trained on by this model itself, without its parents'
     steps: int
     layout: dict[str, Any]
     data_fingerprint: dict[str, str]  # by domain; of an average: the content hash of each parent
@@ -42,10 +42,10 @@ class Expert(Record):
 
 
 def read_expert(directory: Path) -> Expert:
-    """The card of a finished model. Raises ForestError if there is none, or it is damaged or of another schema."""
+    """Load the card of a finished model. Raises ForestError if it is missing, damaged or of another schema."""
     return Expert.load(directory / CARD)
 
 
 def is_finished(directory: Path) -> bool:
-    """Whether a model directory is complete."""
+    """Return whether a model directory is complete."""
     return (directory / CARD).is_file()

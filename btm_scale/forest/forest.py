@@ -7,7 +7,7 @@ from btm_scale.run_dir import RunDir
 
 
 def experts(run: RunDir) -> dict[str, Expert]:
-    """Every expert by name, sorted, so that no result depends on the file system's order."""
+    """Return every expert by name, sorted, so that no result depends on the file system's order."""
     if not run.experts.is_dir():
         return {}
     folders = sorted(path for path in run.experts.iterdir() if not path.name.startswith(".") and is_finished(path))
@@ -15,9 +15,9 @@ def experts(run: RunDir) -> dict[str, Expert]:
 
 
 def lineage(run: RunDir) -> dict[str, dict[str, float]]:
-    """Every expert's parents with their weights, and so on up to the seed LM; parents before children.
+    """Return the parents, with their weights, of every expert and its ancestors; parents before children.
 
-    A parent that is gone, or was another run's, is named all the same and has no parents here.
+    Parents that were removed or belong to another run are included, without parents.
     """
     family: dict[str, dict[str, float]] = {}
 
@@ -35,12 +35,12 @@ def lineage(run: RunDir) -> dict[str, dict[str, float]]:
 
 
 def ancestors(run: RunDir, name: str) -> set[str]:
-    """The models of this run that a model comes from, itself included."""
-    found: set[str] = set()
+    """Return the models of this run that a model descends from, including itself."""
+    models: set[str] = set()
     waiting = [name]
     while waiting:
         model = waiting.pop()
-        if model not in found and is_finished(run.model(model)):
-            found.add(model)
+        if model not in models and is_finished(run.model(model)):
+            models.add(model)
             waiting += [parent.name for parent in read_expert(run.model(model)).parents]
-    return found
+    return models

@@ -1,4 +1,4 @@
-"""Experts that join the forest from elsewhere, or leave it."""
+"""Add experts from elsewhere to the forest, and remove experts."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from btm_scale.errors import CheckpointError, ForestError
 from btm_scale.forest.expert import CARD, Expert, is_finished, read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.methods import require_free_name
+from btm_scale.model.hf_config import read_shape
 from btm_scale.run_dir import RunDir
 from btm_scale.util.files import new_directory, require_space
 from btm_scale.util.records import read_object
 
 
 def add_expert(config: RunConfig, run: RunDir, source: Path, name: str) -> Expert:
-    """Copy a Hugging Face directory into the forest, under a name of its own.
+    """Copy a Hugging Face directory into the forest under a new name; returns its card.
 
-    It needs the run's tokenizer and vocabulary; its size and family are its own affair. Any number of processes may
-    add experts at once. Raises ForestError with the reason why it can't be an expert of this run.
+    It must have the run's tokenizer and vocabulary; its size and family may differ. Any number of processes may add
+    experts at once. Raises ForestError with the reason if it cannot be an expert of this run.
     """
     try:
         require_free_name(name, "an expert")
@@ -30,7 +31,7 @@ def add_expert(config: RunConfig, run: RunDir, source: Path, name: str) -> Exper
         raise ForestError(f"{error} (--name)") from None
     final = run.model(name)
     if is_finished(final) or name in config.expert_domains:
-        raise ForestError(f"the forest of {run.root} has an expert '{name}' already; choose another --name")
+        raise ForestError(f"The forest of {run.root} already has an expert '{name}'. Choose another --name.")
     _require_fit(run, source)
     require_space(run.root, sum(file.stat().st_size for file in source.iterdir() if file.is_file()))
     try:
@@ -42,19 +43,21 @@ def add_expert(config: RunConfig, run: RunDir, source: Path, name: str) -> Exper
             card.write(directory / CARD)
     except CheckpointError:
         raise ForestError(
-            f"the forest of {run.root} was given an expert '{name}' at the same time; choose another --name"
+            f"Another process added an expert '{name}' to {run.root} at the same time. Choose another --name."
         ) from None
     return card
 
 
 def remove_expert(run: RunDir, name: str) -> None:
-    """Take an expert out of the forest, with its scores and training states; nothing else changes.
+    """Remove an expert from the forest, with its scores and training checkpoints; nothing else changes.
 
-    Raises ForestError if there is none of this name.
+    Raises ForestError if there is no such expert.
     """
     if name not in experts(run):
-        raise ForestError(f"no expert '{name}' in {run.experts}; it has {', '.join(experts(run)) or 'none'}")
-    # The card goes first: without it the directory is no expert, whenever this is interrupted.
+        raise ForestError(
+            f"There is no expert '{name}' in {run.experts}. Its experts: {', '.join(experts(run)) or 'none'}."
+        )
+    # The card is deleted first: without it, the directory is not an expert, even if this is interrupted.
     (run.model(name) / CARD).unlink()
     for folder in (run.model(name), run.model_scores(name), run.train(name)):
         shutil.rmtree(folder, ignore_errors=True)
@@ -66,25 +69,30 @@ def _require_fit(run: RunDir, source: Path) -> None:
             f"{source} is not a Hugging Face model directory: it has no config.json. Convert it first: "
             "btm-scale convert SRC DST --to huggingface"
         )
+    try:
+        read_shape(source)
+    except CheckpointError as error:
+        raise ForestError(f"Cannot add {source} to the forest. {error}") from None
     with SafetensorsModel(source):
         pass
     if not same_ids(source, run.tokenizer):
         raise ForestError(
-            f"{source} has another tokenizer than {run.root}: probabilities of different tokens cannot be mixed; "
-            "train an expert with the run's own tokenizer"
+            f"{source} has another tokenizer than {run.root}. Probabilities of different tokens cannot be mixed. "
+            "Train an expert with the run's own tokenizer."
         )
     rows = read_object(source / "config.json", ForestError).get("vocab_size", 0)
     ours = Tokenizer.load(run.tokenizer).vocab_size
     if rows < ours:
         raise ForestError(
-            f"{source} has a vocabulary of {rows}, the run's tokenizer needs {ours}; train with the run's tokenizer"
+            f"{source} has a vocabulary of {rows}, but the run's tokenizer needs {ours}. Train with the run's "
+            "tokenizer."
         )
 
 
 def _card(source: Path, copy: Path, name: str) -> Expert:
     digest = content_hash(copy)
     if is_finished(source):
-        # Its parents are another run's models; their names mean nothing here.
+        # Its parents are models of another run, so their names are dropped.
         return read_expert(source).model_copy(update={"name": name, "parents": (), "content_hash": digest})
     return Expert(
         name=name, domains={}, parents=(), tokens=0, steps=0, layout={}, data_fingerprint={}, content_hash=digest

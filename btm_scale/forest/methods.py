@@ -1,7 +1,7 @@
 """Every method of a run in one table, and the names that no domain may have.
 
-The numbers behind a method are computed elsewhere: an average's weights in `evaluate/average_weights.py`, an ensemble
-that is more than a posterior and a prior in `evaluate/ensemble.py`. Report, evaluation and lm-eval read this table.
+The methods are computed elsewhere: the weights of averages in `evaluate/average_weights.py`, ensembles that are more
+than a posterior and a prior in `evaluate/ensemble.py`. Report, evaluation and lm-eval read this table.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from btm_scale.run_dir import DENSE, LONGER_DENSE, SEED
 if TYPE_CHECKING:
     from btm_scale.forest.posterior.evidence import Mode
 
-# Reading order of the kinds of method, and their headings.
+# The kinds of methods in reading order, with their headings.
 KINDS = {
     "baseline": "Baselines",
     "ensemble": "Ensembles of all experts",
-    "average": "One model made of the experts",
+    "average": "One model merged from the experts",
     "moe": "One mixture-of-experts model",
     "other": "Other methods",
     "expert": "Each expert alone",
@@ -32,27 +32,27 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Method:
-    """A method; its name may have one field, such as `{k}`, and then is a pattern for many methods."""
+    """A method. A name with a field, such as `{k}`, is a pattern for several methods."""
 
     name: str
-    label: str  # for people; has the name's field
+    label: str  # human-readable; may contain the name's field
     meaning: str  # one sentence
     kind: str  # a key of KINDS
 
     def of(self, value: object) -> str:
-        """The method's name for a value of its field."""
+        """Return the method's name for a value of its field."""
         return _filled(self.name, str(value))
 
     def matches(self, method: str) -> str | None:
-        """The value of the field in a method's name, empty without a field; None if the name is another method's."""
+        """Return the value of the field in a method's name, '' without a field; None for another method's name."""
         pattern = re.escape(self.name).replace(r"\{k\}", r"(\d+)")
-        found = re.fullmatch(re.sub(r"\\\{\w+\\\}", "(.+)", pattern), method)
-        return None if found is None else "".join(found.groups())
+        match = re.fullmatch(re.sub(r"\\\{\w+\\\}", "(.+)", pattern), method)
+        return None if match is None else "".join(match.groups())
 
 
 @dataclass(frozen=True)
 class Ensemble(Method):
-    """A mixture of the experts' probabilities; with a `mode` it is that posterior, from that prior."""
+    """A mixture of the experts' probabilities: the posterior `mode` from `prior`, if `mode` is set."""
 
     kind: str = "ensemble"
     mode: Mode | None = None
@@ -66,11 +66,11 @@ class Average(Method):
 
     kind: str = "average"
     per_domain: bool = True  # one model for each domain; otherwise one for all
-    is_expert: bool = False  # no model is made: it is one of the experts
+    is_expert: bool = False  # an expert itself: no model is merged
 
     @property
     def key(self) -> str:
-        """What `evaluate.averages` calls it."""
+        """Its name in `evaluate.averages`."""
         return self.name.removeprefix("average:")
 
 
@@ -86,7 +86,7 @@ TOP_K_PER_TOKEN = Ensemble(
 ROUTED = Ensemble(
     "ensemble:routed",
     "Routed by cluster",
-    "The experts of discovered domains, weighed by the distance of the text so far to their clusters.",
+    "The experts of discovered domains, weighted by the distance of the text so far to their clusters.",
 )
 ROUTED_TOP_K = Ensemble(
     "ensemble:routed:top{k}",
@@ -101,37 +101,37 @@ METHODS: tuple[Method, ...] = (
     Method(
         "random-split",
         "Random split",
-        "The control: as many experts, each trained on a random part of all text.",
+        "Control: the same number of experts, each trained on a random part of all text.",
         "baseline",
     ),
-    Ensemble(ENSEMBLE, "Ensemble", "The experts' probabilities, weighed by how well each predicted the text so far."),
+    Ensemble(ENSEMBLE, "Ensemble", "The experts' probabilities, weighted by how well each predicted the text so far."),
     Ensemble(
         "ensemble:prefix",
         "Prefix posterior",
-        "The ensemble with the paper's posterior, whatever the config's is.",
+        "The ensemble with the paper's posterior, whatever the config says.",
         mode="prefix",
         in_results=False,
     ),
     Ensemble(
         "ensemble:tempered",
         "Tempered posterior",
-        "The ensemble with weakened evidence that is forgotten; its numbers are fitted to dev text.",
+        "The ensemble with weakened, decaying evidence; its parameters are fitted to dev text.",
         mode="tempered",
     ),
     Ensemble(
         "ensemble:uniform-prior",
         "Uniform prior",
-        "The ensemble without knowledge of the domain before the first token.",
+        "The ensemble with equal weights before the first token.",
         mode="prefix",
         prior="uniform",
     ),
     Ensemble(
-        "ensemble:token", "One-token posterior", "The ensemble weighed by the one previous token only.", mode="token"
+        "ensemble:token", "One-token posterior", "The ensemble weighted by the previous token only.", mode="token"
     ),
     Ensemble(
         "ensemble:equal",
         "Equal weights",
-        "The experts' probabilities mixed in equal parts, whatever the text.",
+        "The mean of the experts' probabilities, whatever the text.",
         mode="fixed",
         prior="uniform",
     ),
@@ -141,72 +141,72 @@ METHODS: tuple[Method, ...] = (
     ROUTED_TOP_K,
     Average("average:uniform", "Uniform average", "The plain mean of the experts' parameters.", per_domain=False),
     Average(
-        "average:argmax", "Argmax average", "For each domain the parameters of its most likely expert.", is_expert=True
+        "average:argmax", "Argmax average", "For each domain, the parameters of its most likely expert.", is_expert=True
     ),
     Average(
         POSTERIOR_AVERAGE,
         "Posterior average",
-        "For each domain the mean of the experts' parameters, weighed by that domain's prior.",
+        "For each domain, the mean of the experts' parameters, weighted by the domain's prior.",
     ),
     Average(
         "average:tempered",
         "Tempered average",
-        "For each domain the mean of the experts' parameters, weighed by the tempered posterior.",
+        "For each domain, the mean of the experts' parameters, weighted by the tempered posterior.",
     ),
     Average(
         "average:greedy",
         "Greedy soup",
-        "For each domain the mean of those experts whose mean predicts its dev text best.",
+        "For each domain, the mean of experts chosen greedily by the loss of their mean on dev text.",
     ),
     Method("moe", "Mixture of experts", "One model whose MLPs are the experts'.", "moe"),
     Method(EXPERT + "{name}", "{name}", "One expert alone.", "expert"),
 )
 AVERAGES = {row.key: row for row in METHODS if isinstance(row, Average)}
-# The methods without a prefix, the averages, and what commands and servers call the experts together.
+# The methods without a prefix, the averages, and the names that commands and servers give to the forest.
 RESERVED = frozenset({row.name for row in METHODS if not {":", "{"} & set(row.name)} | {*AVERAGES, "forest", "mixture"})
 
 
 @functools.cache
 def find(method: str) -> tuple[Method | None, str]:
-    """A method's row and the value of its field; no row for a name that is not in the table."""
+    """Return a method's row and the value of its field; (None, '') for a name that is not in the table."""
     matches = ((row, row.matches(method)) for row in METHODS)
     return next(((row, value) for row, value in matches if value is not None), (None, ""))
 
 
 def kind(method: str) -> str:
-    """The key in `KINDS` of a method."""
+    """Return the key in `KINDS` of a method."""
     row, _ = find(method)
     head = method.partition(":")[0]
     return row.kind if row is not None else head if head in KINDS else "other"
 
 
 def label(method: str) -> str:
-    """A method's name for people."""
+    """Return a method's human-readable name."""
     row, value = find(method)
     return method if row is None else _filled(row.label, value).replace(" 1 experts", " 1 expert")
 
 
 def general_label(method: str) -> str:
-    """The name for people of all methods of a row: `Top k experts`."""
+    """Return the human-readable name of all methods of a row: `Top k experts`."""
     row, _ = find(method)
     return method if row is None else row.label.replace("{", "").replace("}", "")
 
 
 def meaning(method: str) -> str:
-    """One sentence on what a method is; empty for a single expert and for a name that is not in the table."""
+    """Return a sentence that describes a method; '' for a single expert and for a name that is not in the table."""
     row, _ = find(method)
     return "" if row is None or row.kind == "expert" else row.meaning
 
 
 def place(method: str) -> tuple[int, int]:
-    """Sorts methods by kind, the baselines in the table's order, the plain ensemble before the others."""
+    """Return a sort key: by kind, baselines in the table's order, the plain ensemble before the others."""
     row, _ = find(method)
     first = METHODS.index(row) if row is not None and row.kind == "baseline" else int(method != ENSEMBLE)
     return list(KINDS).index(kind(method)), first
 
 
 def require_free_name(name: str, what: str = "a domain") -> str:
-    """The name of a new domain or expert as it is. Raises ValueError for one that cannot be used or is reserved."""
+    """Return the name of a new domain or expert. Raises ValueError if it is invalid or reserved."""
     if name in RESERVED:
         raise ValueError(_reserved(name))
     return require_name(name, what)
@@ -215,7 +215,7 @@ def require_free_name(name: str, what: str = "a domain") -> str:
 def check_names(config: RunConfig, known: Collection[str] = ()) -> None:
     """Check a config's names of averages and domains.
 
-    `known`: domains that the run has already. They keep a name that was reserved only after the run began.
+    `known`: domains that the run already has; they may keep a name that was reserved only later.
     Raises ConfigError with every problem.
     """
     problems = [

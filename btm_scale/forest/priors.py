@@ -1,4 +1,4 @@
-"""What a run knows of text that nobody has named a domain for: which of its models, and how likely each is."""
+"""Priors for text without a known domain: the models to mix, and the prior probability of each."""
 
 from __future__ import annotations
 
@@ -21,25 +21,27 @@ PRIORS = ("cached", "uniform", "routed")
 
 
 def models_of(run: RunDir, asked: Sequence[str]) -> list[str]:
-    """The models to use: those asked for, or the whole forest. Raises ForestError for one that isn't there."""
+    """Return the models to use: the requested ones, or the forest. Raises ForestError for a missing one."""
     names = list(dict.fromkeys(asked)) or list(experts(run))
     if not names:
-        raise ForestError(f"no expert in {run.experts}; train some first: btm-scale run CONFIG")
+        raise ForestError(f"There is no expert in {run.experts}. Train some first: btm-scale run CONFIG")
     for name in names:
         read_expert(run.model(name))
     return names
 
 
 def log_prior_of(config: RunConfig, run: RunDir, names: Sequence[str], prior: str, domain: str | None) -> np.ndarray:
-    """log p(D=j), nats [models]: of a domain's dev text, the mean over all training domains', or uniform (which also
-    stands for `routed`, where each text has a prior of its own).
+    """Return log p(D=j) [models] in nats: the prior of a domain's dev text, the mean over all training domains, or
+    uniform (also for `routed`, where each text has its own prior).
 
-    Raises UserError for a prior or domain that the run doesn't have, ForestError for models without scores.
+    Raises UserError for an unknown prior or domain, ForestError for models without scores.
     """
     if prior not in PRIORS:
-        raise UserError(f"no prior is called '{prior}'; choose one of {', '.join(PRIORS)}")
+        raise UserError(f"'{prior}' is not a prior. Choose one of {', '.join(PRIORS)}.")
     if domain is not None and prior != "cached":
-        raise UserError(f"the prior '{prior}' is of no domain; leave out --domain {domain}, or use the cached prior")
+        raise UserError(
+            f"The prior '{prior}' does not depend on a domain. Remove --domain {domain}, or use the cached prior."
+        )
     if prior != "cached" or len(names) == 1:
         return np.full(len(names), -np.log(len(names)))
     domains = _domains(config, domain)
@@ -50,23 +52,25 @@ def log_prior_of(config: RunConfig, run: RunDir, names: Sequence[str], prior: st
 def router_of(
     config: RunConfig, names: Sequence[str], prior: str, top_k: int | None
 ) -> Callable[[Sequence[str]], np.ndarray] | None:
-    """What gives each text its prior, for the prior `routed`: the clustering that lies beside the run's text.
+    """Return the function that gives each text its prior if `prior` is `routed`, from the clustering of the run's text.
 
     Raises UserError, DataError or ForestError if the run's domains are not those of a clustering.
     """
     if prior != "routed":
         if top_k is not None:
-            raise UserError(f"--route-top-k {top_k} is of the prior 'routed', and the prior is '{prior}'; leave it out")
+            raise UserError(
+                f"--route-top-k {top_k} needs the prior 'routed', not '{prior}'. Remove it, or set --prior routed."
+            )
         return None
     if top_k is not None and top_k < 1:
-        raise UserError(f"--route-top-k {top_k}: at least 1 expert must be left")
+        raise UserError(f"--route-top-k {top_k} is not a positive number. Keep at least 1 expert.")
     return router(Clustering.load(config.text_root), names, top_k)
 
 
 def generation_tempering(
     config: RunConfig, run: RunDir, names: Sequence[str], log_prior: np.ndarray, domain: str | None
 ) -> Tempering:
-    """The tempered posterior's numbers: the config's, or fitted to the dev text that the prior is of."""
+    """Return the tempering of the config, or one that is fitted to the dev text of the prior."""
     domains = _domains(config, domain)
     return tempering_of(
         config.evaluate,
@@ -79,12 +83,15 @@ def _domains(config: RunConfig, domain: str | None) -> list[str]:
     if domain is None:
         return list(config.domains)
     if domain not in config.all_domains:
-        raise UserError(f"the run has no domain '{domain}'; it has {', '.join(config.all_domains)}")
+        raise UserError(f"The run has no domain '{domain}'. Choose one of {', '.join(config.all_domains)}.")
     return [domain]
 
 
 def tempering_of(settings: EvaluateConfig, dev: Callable[[], Stack], log_prior: np.ndarray) -> Tempering:
-    """The tempering that is given, or that which fits dev text (asked for only then); `log_prior` [experts] nats."""
+    """Return the tempering in `settings`, or one fitted to `dev` text, which is loaded only then.
+
+    `log_prior` [experts] in nats.
+    """
     if settings.tempering is not None:
         return settings.tempering
     text = dev()

@@ -1,4 +1,4 @@
-"""Scores on disk: one log-probability for every target token. Looking at them needs no engine."""
+"""Scores on disk: one log-probability per target token. Reading them needs no engine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from btm_scale.util.files import make_directory, write_file
 
 @dataclass(frozen=True)
 class Scores:
-    """A model's log-probabilities of a text, in nats."""
+    """A model's log-probabilities of a text in nats."""
 
     log_probs: np.ndarray  # float32 [tokens]
     block_starts: np.ndarray  # int64 [blocks]
@@ -29,7 +29,7 @@ class Scores:
     fingerprint: str  # of the text's tokens
 
     def save(self, path: Path) -> None:
-        """Write the scores, complete or not at all."""
+        """Write the scores atomically."""
         make_directory(path.parent)
         metadata = {"model": self.model, "data_fingerprint": self.fingerprint}
         tensors = {"log_probs": self.log_probs, "block_starts": self.block_starts}
@@ -37,14 +37,14 @@ class Scores:
 
     @classmethod
     def load(cls, path: Path) -> Scores:
-        """Read scores. Raises ForestError if they aren't there, or damaged."""
+        """Load scores. Raises ForestError if they are missing or damaged."""
         if not path.is_file():
-            raise ForestError(f"no scores at {path}; score this model first: btm-scale score RUN")
+            raise ForestError(f"There are no scores at {path}. Score this model first: btm-scale score RUN")
         try:
             opened = safe_open(path, "numpy")
         except SafetensorError as error:
             raise ForestError(
-                f"the scores at {path} are damaged ({error}); make them again: btm-scale score RUN"
+                f"The scores at {path} are damaged ({error}). Score the model again: btm-scale score RUN"
             ) from None
         with opened as file:
             metadata = file.metadata()
@@ -57,7 +57,7 @@ class Scores:
 
 
 def scored_model(path: Path) -> str | None:
-    """The content hash of the model that scores are of, or None if they aren't there, or damaged."""
+    """Return the content hash of the scored model, or None if the scores are missing or damaged."""
     if not path.is_file():
         return None
     try:
@@ -68,13 +68,13 @@ def scored_model(path: Path) -> str | None:
 
 
 def all_texts(config: RunConfig) -> list[tuple[str, str]]:
-    """Every (domain, split) that an expert is scored on."""
+    """Return every (domain, split) that an expert is scored on."""
     splits = dict.fromkeys(["dev", config.evaluate.split])
     return [(domain, split) for domain in config.all_domains for split in splits]
 
 
 def evaluation_text(config: RunConfig, run: RunDir, domain: str, split: str) -> EvaluationText:
-    """The text that every model is scored on: the split's first documents in a fixed random order."""
+    """Return the text that every model is scored on: the split's first documents in a fixed random order."""
     length = config.budget.sequence_length
     tokens = config.evaluate.tokens_per_domain
     if split == "dev" and config.evaluate.split != "dev":
@@ -83,39 +83,39 @@ def evaluation_text(config: RunConfig, run: RunDir, domain: str, split: str) -> 
 
 
 def missing_scores(run: RunDir, model: str, texts: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Those of `texts` that the model as it stands now has no scores for."""
+    """Return those of `texts` for which the current model has no scores."""
     content_hash = read_expert(run.model(model)).content_hash
     return [text for text in texts if scored_model(run.scores(model, *text)) != content_hash]
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Log-probabilities [models, tokens] in nats, and where blocks start [blocks]."""
+    """Log-probabilities [models, tokens] in nats, and block starts [blocks]."""
 
     log_probs: np.ndarray
     block_starts: np.ndarray
 
     @classmethod
     def load(cls, run: RunDir, models: Sequence[str], domain: str, split: str) -> Stack:
-        """Read every model's scores. Raises ForestError if one is missing or is of another text."""
+        """Load every model's scores. Raises ForestError if any are missing or are of another text."""
         scores = [Scores.load(run.scores(model, domain, split)) for model in models]
         for model, other in zip(models, scores, strict=True):
             if other.fingerprint != scores[0].fingerprint:
                 raise ForestError(
-                    f"'{model}' and '{models[0]}' were scored on different texts of '{domain}'; "
-                    "delete both models' scores and score them again: btm-scale score RUN"
+                    f"'{model}' and '{models[0]}' were scored on different texts of '{domain}'. "
+                    "Delete both models' scores and score them again: btm-scale score RUN"
                 )
         return cls(np.stack([other.log_probs for other in scores]), scores[0].block_starts)
 
     @classmethod
     def joined(cls, stacks: Sequence[Stack]) -> Stack:
-        """Texts one after the other, under the same models."""
+        """Concatenate the texts of stacks with the same models."""
         offsets = np.cumsum([0, *(stack.log_probs.shape[1] for stack in stacks[:-1])])
         starts = [stack.block_starts + offset for stack, offset in zip(stacks, offsets, strict=True)]
         return cls(np.concatenate([stack.log_probs for stack in stacks], axis=1), np.concatenate(starts))
 
 
 def dev_prior(run: RunDir, models: Sequence[str], domain: str) -> np.ndarray:
-    """log p(D=j) of a domain, nats [models]: the cached prior of its dev text."""
+    """Return log p(D=j) [models] of a domain in nats: the cached prior of its dev text."""
     dev = Stack.load(run, models, domain, "dev")
     return cached_prior(dev.log_probs, dev.block_starts)

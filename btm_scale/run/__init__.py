@@ -1,1 +1,1 @@
-"""One run: its stages, its state on disk, and the launchers that start its groups."""
+"""A run: its stages, its state on disk, and the launchers that start its groups."""

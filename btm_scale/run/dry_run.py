@@ -1,4 +1,4 @@
-"""A dry run: what a run would do, without writing anything or building a model."""
+"""Dry run: report what a run would do, without writing files or building models."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from btm_scale.train.jobs import training_job, training_stages
 def dry_run(config: RunConfig, run: RunDir, *, trains_here: bool = True) -> dict[str, Any]:
     """Return what a run would do: its models, their steps, batches and layouts. Writes nothing.
 
-    Checks every text path, what the run in the folder allows to change and, if the run's groups run on this machine
-    (`trains_here`), their precisions. Raises as `run` would.
+    Checks every text path, changes to an existing run's config and, if the groups run on this machine (`trains_here`),
+    their precisions. Raises as `run` would.
     """
     sources = resolve_sources(config.all_domains, config.text_root)
     config = continued(config, run)

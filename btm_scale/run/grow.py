@@ -1,4 +1,4 @@
-"""The experts that join or leave a run: its run.yaml, edited."""
+"""Add experts to a run or remove them, by editing its run.yaml."""
 
 from __future__ import annotations
 
@@ -35,16 +35,19 @@ def branch_expert(
 ) -> tuple[Branch, Branch | None]:
     """Settle a new expert's parents, and add the expert to the run's config, so that the next `run` trains it.
 
-    Args: `text` of a domain that is new to the run; `settings` of the branch, as in the YAML. Returns the branch, and
-    the one that it replaces: until the expert begins to train, a call with other arguments settles its parents anew,
-    and a call with the same arguments changes nothing. Raises ConfigError or ForestError, and then leaves the run's
+    Args: `text` of a domain that is new to the run; `settings` of the branch, as in the YAML. Returns the branch and
+    the one that it replaces: until training begins, a call with other arguments settles the parents again, and a call
+    with the same arguments changes nothing. Raises ConfigError or ForestError, and then leaves the run's
     config and records as they were.
     """
     _require_untrained(run, name)
     grown = _with_branch(config, name, parents, text, settings or {})
     job = training_job(grown, name)
     if job.branch is None:
-        raise ConfigError(f"'{name}' has a model of its own size, which nothing can be branched into")
+        raise ConfigError(
+            f"'{name}' cannot branch, because its model has its own sizes. Only experts with the run's sizes branch. "
+            "Choose another --name."
+        )
     former = Branch.find(run.branch(name))
     if former is not None and grown == config and all(is_finished(run.model(one.name)) for one in former.parents):
         return former, None
@@ -52,7 +55,7 @@ def branch_expert(
     if isinstance(parents, dict):
         # Problems with named parents are reported before any text is read.
         require_one_shape(grown, run, name, parents_of(run, name, job.branch))
-    # The former record goes before the config changes: a branch is never settled by the one and trained by the other.
+    # Deleted before the config changes, so that the former parents are never used with the new config.
     run.branch(name).unlink(missing_ok=True)
     try:
         grown.save(run.config)
@@ -72,13 +75,13 @@ def branch_expert(
 
 
 def remove_from_forest(config: RunConfig, run: RunDir, name: str) -> None:
-    """Take an expert out of the forest, or undo the branch of one that is not trained; nothing else changes.
+    """Remove an expert from the forest, or undo the branch of an untrained one; nothing else changes.
 
-    A domain that was added for it goes from the run's config too. Raises ForestError if there is no such expert, or if
-    it is being trained.
+    A domain that was added for it is removed from the run's config too. Raises ForestError if there is no such expert,
+    or if it is being trained.
     """
     if ModelLock.is_held(run.train(name)):
-        raise ForestError(f"'{name}' is being trained in {run.root}. Stop its training before you remove it.")
+        raise ForestError(f"'{name}' is being trained in {run.root}. Stop its training before removing it.")
     if name in config.added_domains and not is_finished(run.model(name)):
         rmtree(run.train(name), ignore_errors=True)
     else:
@@ -92,12 +95,12 @@ def remove_from_forest(config: RunConfig, run: RunDir, name: str) -> None:
 def _require_untrained(run: RunDir, name: str) -> None:
     if is_finished(run.model(name)):
         raise ForestError(
-            f"'{name}' is an expert of {run.root} already. A trained expert keeps its parents. Choose another --name, "
+            f"'{name}' is already an expert of {run.root}. A trained expert keeps its parents. Choose another --name, "
             f"or remove it first: btm-scale forest remove {run.root} {name}"
         )
     if ModelLock.is_held(run.train(name)) or has_begun(run, name):
         raise ForestError(
-            f"'{name}' has begun to train in {run.root}. Its parents cannot change any more. Choose another --name, or "
+            f"'{name}' has begun to train in {run.root}. Its parents can no longer change. Choose another --name, or "
             f"finish its training: btm-scale run {run.config} --out {run.root}"
         )
 
@@ -109,17 +112,18 @@ def _with_branch(
     text: Sequence[Path],
     settings: dict[str, object],
 ) -> RunConfig:
-    """The config with the expert's branch in it, and with its domain if that is new."""
+    """Return the config with the expert's branch added, and its domain if that is new."""
     paths = tuple(str(path.absolute()) for path in text)
     domain = config.expert_domains.get(name)
     if domain is None and not paths:
         raise ConfigError(
-            f"the run has no domain '{name}': give its text with --text, or one of {', '.join(config.expert_domains)}"
+            f"The run has no domain '{name}'. Give its text with --text, or choose one of "
+            f"{', '.join(config.expert_domains)}."
         )
     if domain is not None and paths and paths != domain.text:
         raise ConfigError(
-            f"domain '{name}' has its text already: {', '.join(domain.text)}. A domain keeps its text. Leave --text "
-            "out, or choose another --name."
+            f"Domain '{name}' already has text: {', '.join(domain.text)}. A domain keeps its text. Remove --text, or "
+            "choose another --name."
         )
     values = config.model_dump(mode="json")
     if domain is None:

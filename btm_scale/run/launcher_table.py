@@ -1,6 +1,6 @@
-"""Every launcher in one table: its name, its help text and what it does.
+"""Every launcher in one table: its name, its help text and its functions.
 
-Parsing the command line reads this file, so it imports a launcher's module only when that launcher is used.
+Parsing the command line imports this file, so a launcher's module is imported only when that launcher is used.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ LOCAL = "local"
 class Launcher:
     """A way to start the groups of a stage.
 
-    `groups` gives what starts groups, from the section `launch`; without it they start on this machine. The others
-    are for launchers that differ from that: `submit` takes the place of all stages in `run`, `train` of the stage in
-    `train`, and `become_rank` puts RANK, WORLD_SIZE and LOCAL_RANK into the environment of a process that is a rank.
+    `groups` returns the function that starts groups, from the section `launch`; without it, they start on this machine.
+    The other fields override parts of a command: `submit` replaces all stages of `run`, `train` the stage of `train`,
+    and `become_rank` sets RANK, WORLD_SIZE and LOCAL_RANK in the environment of a rank.
     """
 
     help: str

@@ -1,6 +1,6 @@
-"""One stage of a run: its groups side by side, on this machine or as a launcher places them.
+"""Start the groups of a stage, in parallel on this machine or wherever a launcher places them.
 
-Whoever starts groups imports no torch: the groups do the work.
+The process that starts groups does not import torch; only the groups do.
 """
 
 from __future__ import annotations
@@ -26,15 +26,14 @@ Progress = Callable[[Sequence[ModelProgress]], None]
 
 @dataclass(frozen=True)
 class Placement:
-    """How groups share this machine. It follows from the config alone, so that a run that was interrupted goes on with
-    the same number of threads, and so with the same bits."""
+    """How groups share this machine. It is the same whenever a run resumes, because results depend on the threads."""
 
     slots: int
-    threads: int  # of one rank
+    threads: int  # per rank
 
 
 def placement(config: RunConfig, models: Sequence[str]) -> Placement:
-    """How the groups of one stage share the machine's cores and GPUs."""
+    """Return how the groups of a stage share this machine's cores and GPUs."""
     cores = len(os.sched_getaffinity(0))
     ranks = max(training_job(config, model).layout.ranks for model in models)
     slots = config.launch.local.slots or max(1, (len(visible_gpus()) or cores) // ranks)
@@ -50,7 +49,7 @@ def run_training(
     on_progress: Progress,
     launcher: RunGroups | None = None,
 ) -> None:
-    """Train, export and score the models that lack anything of it."""
+    """Train, export and score the models that are not completed yet."""
     launcher = launcher or here(placement(config, models))
     commands = training_commands(config, run, models)
     todo = [command.name for command in commands]
@@ -68,21 +67,21 @@ def run_training(
 
 
 def here(place: Placement) -> RunGroups:
-    """Groups on this machine, placed so."""
+    """Return a launcher that starts groups on this machine with this placement."""
     return groups_in(LocalPool(place.slots, place.threads))
 
 
 def launcher_named(name: str, config: RunConfig) -> RunGroups | None:
-    """How this process starts groups; None for this machine, whose room depends on what is started."""
+    """Return the named launcher; None for this machine, whose placement depends on the models that are started."""
     groups = LAUNCHERS[name].groups
     return None if groups is None else groups(config.launch)
 
 
 def train_under_mpi(config: RunConfig, run: RunDir, models: Sequence[str]) -> None:
-    """Train the models as one of the ranks that mpirun has started; all of them call this together."""
+    """Train the models as one of the ranks that mpirun started. All ranks call this together."""
     if mpi_rank() is None:
         raise LaunchError(
-            "train --launcher mpi is for the ranks of mpirun: mpirun -n RANKS btm-scale train CONFIG --launcher mpi; "
-            "`btm-scale run CONFIG --launcher mpi` calls mpirun itself"
+            "train --launcher mpi must be started by mpirun: mpirun -n RANKS btm-scale train CONFIG --launcher mpi. Or "
+            "use btm-scale run CONFIG --launcher mpi, which calls mpirun itself."
         )
     run_under_mpi(training_commands(config, run, models), config.launch.mpi.threads)

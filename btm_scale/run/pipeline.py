@@ -1,4 +1,4 @@
-"""The stages of a run, one after the other: each does what of it is not done yet."""
+"""The stages of a run in order; each skips what is already completed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run_all(
     config = open_run(config, run, trains_here=launcher is None)
     say("text -> token files")
     prepare(config, run)
-    # A domain that was added since is new to every model that is finished already.
+    # Finished models have no scores on domains that were added since.
     finished = [*model_names(config), *added_experts(config, run)]
     finished = [model for model in finished if is_finished(run.model(model))]
     if finished:
@@ -46,12 +46,12 @@ def run_all(
 
 
 def score_models(config: RunConfig, run: RunDir, models: Sequence[str], launcher: RunGroups | None = None) -> list[str]:
-    """Score those of the models (default: every finished one) that lack scores; returns their names."""
+    """Score the models (default: every finished one) that have missing scores; returns their names."""
     for model in models:
         read_expert(run.model(model))
     averages = average_texts(config)
-    known = [*model_names(config), *added_experts(config, run), *averages]
-    names = models or [name for name in known if is_finished(run.model(name))]
+    candidates = [*model_names(config), *added_experts(config, run), *averages]
+    names = models or [name for name in candidates if is_finished(run.model(name))]
     todo = [name for name in names if missing_scores(run, name, averages.get(name) or all_texts(config))]
     if todo:
         _run_scoring(config, run, tuple(part for name in todo for part in ("--model", name)), launcher)
@@ -59,18 +59,18 @@ def score_models(config: RunConfig, run: RunDir, models: Sequence[str], launcher
 
 
 def added_experts(config: RunConfig, run: RunDir) -> list[str]:
-    """The experts of the forest that this run's config doesn't train."""
+    """Return the experts of the forest that this run's config does not train."""
     return [name for name in experts(run) if name not in config.expert_domains]
 
 
 def score_averages(config: RunConfig, run: RunDir, launcher: RunGroups | None = None) -> None:
-    """Merge the averages, and score each on the domains that it serves: all in one group, if anything is missing."""
+    """Merge the averages and score each on its domains, in one group; does nothing if none is missing."""
     if not are_finished(config, run):
         _run_scoring(config, run, ("--averages",), launcher)
 
 
 def _run_scoring(config: RunConfig, run: RunDir, arguments: tuple[str, ...], launcher: RunGroups | None) -> None:
-    """One group that runs `btm-scale score` on the run."""
+    """Start one group that runs `btm-scale score` on the run."""
     layout = config.layout
     command = GroupCommand(
         "score", layout.ranks, ("score", str(run.root), *arguments), run.log("score"), layout.colocated

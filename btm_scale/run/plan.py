@@ -1,4 +1,4 @@
-"""`btm-scale plan`: what a run would take on a cluster, before there is one."""
+"""`btm-scale plan`: estimate memory, time and placement of a run on a given cluster."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LAYOUT = ("tensor", "data", "zero", "sequence_parallel", "recompute")
 
 
 def make_plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
-    """Memory, time and place of every group, stage by stage; layouts are proposed where the YAML gives none."""
+    """Return memory, time and placement of every group, stage by stage; layouts that the YAML omits are proposed."""
     vocabulary = vocabulary_of(config)
     shape = config.model.shape(vocabulary, config.budget.sequence_length)
     config, proposed = with_proposals(config, shape, cluster)
@@ -36,7 +36,7 @@ def make_plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
     jobs = {name: training_job(config, name) for name in model_names(config)}
     stages = []
     for names in training_stages(config):
-        # A pretrained model that is the seed LM as it is takes no step.
+        # A pretrained seed LM without training takes no step.
         groups = [_group(vocabulary, config, jobs[name], cluster) for name in names if jobs[name].steps]
         if groups:
             stages.append(plan_stage(groups, cluster))
@@ -58,27 +58,27 @@ def make_plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
 
 
 def with_proposals(config: RunConfig, shape: ModelShape, cluster: Cluster) -> tuple[RunConfig, dict[str, Any]]:
-    """The config with layouts where it gives none, and what would have to stand in the YAML for that."""
+    """Return the config with proposed layouts where it has none, and the proposals as YAML settings."""
     proposed: dict[str, Any] = {}
     if "layout" in config.model_fields_set:
         return config, proposed
     base = config.layout.model_copy(update={"precision": cluster.gpu.half})
-    # With one sequence as the layout's least share of a batch, every job can be described before it has a layout.
+    # A layout of one rank divides every batch, so that jobs can be described before their layout is chosen.
     smallest = base.model_copy(update={"tensor": 1, "data": 1})
     bare = config.model_copy(update={"layout": smallest, "seed_layout": {}})
     layout, micro = propose(shape, _trainings(bare, _branches(bare)), cluster, base)
     proposed["layout"] = _settings(layout, Layout()) | {"micro_batch": micro}
     chosen = config.model_copy(update={"layout": Layout.model_validate(proposed["layout"])})
     if "seed_layout" not in config.model_fields_set:
-        whole, micro = propose(shape, _trainings(bare, [SEED]), cluster, base)
-        # It is laid over `layout`, whose own settings would stand where nothing else is said.
-        proposed["seed_layout"] = _settings(whole, layout) | {"micro_batch": micro}
+        seed_layout, micro = propose(shape, _trainings(bare, [SEED]), cluster, base)
+        # It overrides `layout`, whose settings apply where `seed_layout` has none.
+        proposed["seed_layout"] = _settings(seed_layout, layout) | {"micro_batch": micro}
         chosen = chosen.model_copy(update={"seed_layout": proposed["seed_layout"]})
     return chosen, proposed
 
 
 def vocabulary_of(config: RunConfig) -> int:
-    """Tokens of the run's vocabulary; of an existing tokenizer without loading it where its files say so."""
+    """Return the size of the run's vocabulary, without loading an existing tokenizer if its config.json has it."""
     if config.tokenizer.path is None:
         return config.tokenizer.vocab_size
     listed = config.tokenizer.path / "config.json"
@@ -106,17 +106,17 @@ def _trainings(config: RunConfig, names: Sequence[str]) -> list[Training]:
 
 
 def _settings(layout: Layout, base: Layout) -> dict[str, Any]:
-    """What has to be said to make the one layout of the other."""
+    """Return the settings that turn `base` into `layout`."""
     return {name: value for name in _LAYOUT if (value := getattr(layout, name)) != getattr(base, name)}
 
 
 def _stage_rows(stage: StagePlan) -> dict[str, Any]:
-    """A stage with one row for all groups that are alike."""
+    """Return a stage with one row for all equal groups."""
     where = {one.work.name: one for one in stage.placed}
     rows: dict[tuple[object, ...], dict[str, Any]] = {}
     for group in stage.groups:
         training = group.training
-        # Models of unlike size differ in their step's time, if in nothing else.
+        # Models of different sizes differ at least in their step time.
         key = (str(group.layout), group.micro_batch, training.steps, training.sequences, group.step)
         row = rows.get(key)
         if row is None:

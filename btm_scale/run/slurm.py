@@ -1,4 +1,4 @@
-"""A run on a SLURM cluster: which jobs it takes, and submitting those whose work is neither done nor under way."""
+"""Run on a SLURM cluster: determine the jobs, and submit those that are neither done nor queued."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ PREPARE, EXPERTS, EVALUATE = "prepare", "experts", "evaluate"
 
 
 def jobs(config: RunConfig) -> list[slurm.Job]:
-    """Every job of a run, each after those that it needs. Experts whose groups are alike share one array."""
+    """Return every job of a run, after the jobs that it depends on. Experts with equal group sizes share an array."""
     first, *later = training_stages(config)
-    made = [slurm.Job(PREPARE, "prepare"), *(_training(config, name, (name,), (PREPARE,)) for name in first)]
+    result = [slurm.Job(PREPARE, "prepare"), *(_training(config, name, (name,), (PREPARE,)) for name in first)]
     before = tuple(first)
     for number, stage in enumerate(later, start=1):
         own = [_training(config, DENSE, (DENSE,), before)] if DENSE in stage else []
@@ -36,12 +36,12 @@ def jobs(config: RunConfig) -> list[slurm.Job]:
         for models in shapes.values():
             place = [str(number)] * (len(later) > 1) + [f"{len(own)}"] * (len(shapes) > 1)
             own.append(_training(config, "-".join([EXPERTS, *place]), tuple(models), before, is_array=True))
-        made += own
+        result += own
         before = tuple(job.name for job in own)
-    after = tuple(job.name for job in made if job.models)
+    after = tuple(job.name for job in result if job.models)
     layout = config.layout
-    made.append(slurm.Job(EVALUATE, "evaluate", ranks=layout.ranks, colocated=layout.colocated, after=after))
-    return made
+    result.append(slurm.Job(EVALUATE, "evaluate", ranks=layout.ranks, colocated=layout.colocated, after=after))
+    return result
 
 
 def write_scripts(config: RunConfig, run: RunDir) -> dict[str, Path]:
@@ -75,7 +75,7 @@ def submit_run(config: RunConfig, run: RunDir, *, dry_run: bool, say: Say) -> di
             under_way = {model: entry.id for (name, model), entry in live.items() if name == job.name}
             after = [number for name in job.after for number in ids[name]]
             if job.name == EVALUATE and None in under_way and submitted:
-                slurm_queue.cancel(under_way.pop(None))  # it waits for jobs that are not all any more
+                slurm_queue.cancel(under_way.pop(None))  # its dependencies no longer include every job
             ids[job.name] = list(under_way.values())
             tasks = _missing(config, run, job, under_way, is_first=not (live or submitted))
             if tasks is None:
@@ -91,11 +91,11 @@ def submit_run(config: RunConfig, run: RunDir, *, dry_run: bool, say: Say) -> di
 
 
 def queue_notes(run: RunDir) -> dict[str, tuple[bool, str]]:
-    """What SLURM says of each model that is in its queue: whether it runs now, and a few words. Empty without SLURM."""
+    """Return, for each model in SLURM's queue, whether it is running, and a note. Empty without SLURM."""
     submissions = slurm_queue.Submissions(run.root / "slurm")
     if not submissions.read() or not slurm_queue.is_here():
         return {}
-    with contextlib.suppress(LaunchError):  # a controller that is away for a while says nothing of the run's state
+    with contextlib.suppress(LaunchError):  # a controller that is temporarily down says nothing about the run
         live = submissions.live(slurm_queue.queue())
         return {
             model or job: (entry.state in ("RUNNING", "COMPLETING"), str(entry)) for (job, model), entry in live.items()
@@ -113,7 +113,7 @@ def _training(
 def _missing(
     config: RunConfig, run: RunDir, job: slurm.Job, under_way: dict[str | None, str], *, is_first: bool
 ) -> list[int] | None:
-    """The places of the models whose work is neither done nor under way; None if there is nothing to submit."""
+    """Return the array indices of models that are neither done nor queued; None if there is nothing to submit."""
     if job.models:
         places = [
             place
@@ -141,12 +141,12 @@ def _submit(
         (run.train(job.models[place]) / "lost").unlink(missing_ok=True)
     limit = config.launch.slurm.at_a_time
     models = {str(place) if job.is_array else "": job.models[place] for place in tasks}
-    made = slurm_queue.Submitted(job.name, "", models, slurm.job_name(config.name, job))
-    submissions.note(made)
+    entry = slurm_queue.Submitted(job.name, "", models, slurm.job_name(config.name, job))
+    submissions.note(entry)
     number = slurm_queue.submit(script, after=after, tasks=tasks if job.is_array else None, limit=limit)
-    made = replace(made, id=number)
-    submissions.note(made)
-    return made
+    entry = replace(entry, id=number)
+    submissions.note(entry)
+    return entry
 
 
 def _is_prepared(config: RunConfig, run: RunDir) -> bool:
@@ -154,7 +154,7 @@ def _is_prepared(config: RunConfig, run: RunDir) -> bool:
 
 
 def _is_evaluated(config: RunConfig, run: RunDir) -> bool:
-    """Whether the page is newer than every model that it tells of."""
+    """Return whether the report is newer than every model."""
     if not run.report.is_file():
         return False
     cards = [run.model(model) / "expert.json" for model in model_names(config)]

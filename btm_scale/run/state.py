@@ -1,4 +1,4 @@
-"""Which stages of a run are completed and which can run next, from its files alone; needs no engine.
+"""Determine which stages of a run are completed and which can run next, from its files alone; needs no engine.
 
 Nothing else records progress, so a run that was killed resumes from its files.
 """
@@ -24,13 +24,13 @@ from btm_scale.train.progress import ModelProgress, read_progress
 
 
 def open_run(config: RunConfig, run: RunDir, *, trains_here: bool = False) -> RunConfig:
-    """Make the run's folder, or check that it is this config's; save the config in it, and return what was saved.
+    """Create the run's folder, or check that its config fits; save the config in it and return it.
 
-    `precision: auto` becomes the precision that the run has recorded. Where it has none and its groups run on this
-    machine (`trains_here`), it becomes what the device does fast; elsewhere the first group resolves it.
+    `precision: auto` becomes the precision recorded in the run. If there is none and the groups run on this machine
+    (`trains_here`), it becomes the device's fast precision; otherwise the first group resolves it.
 
-    Raises as `continued` does, and LaunchError if the run's groups run here and this device cannot train in a precision
-    of theirs. Writes nothing then.
+    Raises as `continued` does, and LaunchError if the groups run here and this device cannot train in one of their
+    precisions; nothing is written then.
     """
     config = continued(config, run)
     if trains_here:
@@ -40,12 +40,12 @@ def open_run(config: RunConfig, run: RunDir, *, trains_here: bool = False) -> Ru
 
 
 def continued(config: RunConfig, run: RunDir) -> RunConfig:
-    """The config with the precisions that the run in this folder has recorded instead of each `auto`.
+    """Return the config with each `auto` replaced by the precision recorded in the run's folder.
 
-    Settings that decide how a model is trained, scored or started, and not what it becomes, may differ from the run's:
-    their fields are marked with `Changes`. Raises ConfigError if anything else differs, because the models would not be
-    the config's, and for names that `check_names` refuses. Raises ForestError if an expert is to branch from a model
-    that does not exist.
+    Settings that affect how a model is trained, scored or started, but not the resulting model, may differ from the
+    run's: their fields are marked with `Changes`. Raises ConfigError if anything else differs, because the models would
+    not match the config, and for names that `check_names` rejects. Raises ForestError if an expert branches from a
+    model that does not exist.
     """
     existing = RunConfig.load(run.config) if run.config.is_file() else None
     check_names(config, known=existing.all_domains if existing is not None else ())
@@ -64,9 +64,9 @@ def continued(config: RunConfig, run: RunDir) -> RunConfig:
 
 
 def on_this_device(config: RunConfig, run: RunDir) -> RunConfig:
-    """The config with this machine's fast precision instead of each `auto`.
+    """Return the config with each `auto` replaced by this machine's fast precision.
 
-    Raises LaunchError if this device cannot train in a precision of a model that isn't done.
+    Raises LaunchError if this device cannot train in the precision of a model that is not done.
     """
     if "auto" in config.precisions:
         config = config.with_precision(ask_device().fast)
@@ -74,15 +74,15 @@ def on_this_device(config: RunConfig, run: RunDir) -> RunConfig:
         training_job(config, model).layout.precision for model in model_names(config) if not is_done(config, run, model)
     }
     if needed:
-        needed.add(config.layout.precision)  # what averages are scored in
-    # Every device computes in fp32, and a CPU in bf16 too, if only by emulation.
+        needed.add(config.layout.precision)  # averages are scored in it
+    # Every device supports fp32, and every CPU bf16, at least by emulation.
     if needed - ({"fp32"} if visible_gpus() else {"fp32", "bf16"}):
         ask_device().require(needed)
     return config
 
 
 def is_done(config: RunConfig, run: RunDir, model: str) -> bool:
-    """Whether a model is trained, exported and scored."""
+    """Return whether a model is trained, exported and scored."""
     return is_finished(run.model(model)) and not missing_scores(run, model, all_texts(config))
 
 
@@ -96,7 +96,7 @@ def next_models(config: RunConfig, run: RunDir) -> list[str]:
 
 
 def training_commands(config: RunConfig, run: RunDir, models: Sequence[str]) -> list[GroupCommand]:
-    """Return a group for each of the models that is not trained, exported and scored yet, in the order given."""
+    """Return the command of a group for each model that is not trained, exported and scored yet, in the given order."""
     commands = []
     for model in models:
         if not is_done(config, run, model):
@@ -118,29 +118,29 @@ def progress(config: RunConfig, run: RunDir, states: dict[str, str]) -> list[Mod
 
 
 def _fixed_differences(existing: RunConfig, config: RunConfig) -> list[Difference]:
-    """What differs and may not change. Layouts are compared as the models have them, whichever keys set them."""
+    """Return the differences that are not allowed. Layouts are compared as resolved for each model."""
     names = [*existing.experts, *config.experts]
     free = _additions(existing, config)
-    found = [
+    changes = [
         difference
         for difference in fixed_differences(_with_layouts(existing, names), _with_layouts(config, names))
         if difference.path[:2] not in free
     ]
-    # A change of `layout` is also one of every layout that takes this value from it. It is reported once.
-    of_all = [replace(one, path=one.path[1:]) for one in found if one.path[0] == "layout"]
+    # A change of `layout` also changes every layout that inherits the value; it is reported once.
+    of_all = [replace(one, path=one.path[1:]) for one in changes if one.path[0] == "layout"]
     overrides = ("seed_layout", "experts")
-    return [one for one in found if one.path[0] not in overrides or replace(one, path=one.path[-1:]) not in of_all]
+    return [one for one in changes if one.path[0] not in overrides or replace(one, path=one.path[-1:]) not in of_all]
 
 
 def _with_layouts(config: RunConfig, experts: Iterable[str]) -> RunConfig:
-    """The config with the layout that results from each of its overrides instead of the override."""
+    """Return the config with every layout override replaced by the resulting layout."""
     own = {name: config.experts.get(name, ExpertConfig()) for name in experts}
     resolved = {name: one.model_copy(update={"layout": config.expert_layout(name)}) for name, one in own.items()}
     return config.model_copy(update={"seed_layout": config.shared_layout, "experts": resolved})
 
 
 def _additions(existing: RunConfig, config: RunConfig) -> set[tuple[str, ...]]:
-    """Paths in the YAML of domains that only one of two configs has and that nothing trained before depends on."""
+    """Return the YAML paths of domains that only one config has and on which no earlier training depends."""
     added = existing.added_domains.keys() ^ config.added_domains.keys()
     novel = existing.novel_domains.keys() ^ config.novel_domains.keys()
     return {(section, name) for name in added for section in ("added_domains", "experts")} | {

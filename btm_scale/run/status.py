@@ -1,4 +1,4 @@
-"""What is there of a run: its text, how far every model is by its files and by SLURM, and why a group has failed."""
+"""The status of a run: its text, the progress of every model by its files and SLURM, and why groups failed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from btm_scale.util.rank_log import Failure, read_failure
 
 
 def run_status(config: RunConfig, run: RunDir) -> list[ModelProgress]:
-    """One row a model, in the run's order."""
+    """Return one row per model, in the run's order."""
     queue = queue_notes(run)
     states, notes = {}, {}
     for model in model_names(config):
@@ -42,7 +42,7 @@ def run_status(config: RunConfig, run: RunDir) -> list[ModelProgress]:
 def watch(
     config: RunConfig, run: RunDir, show: Callable[[list[ModelProgress]], None], *, seconds: float = 2.0
 ) -> list[ModelProgress]:
-    """Show the rows again and again until no model runs or waits in a queue; returns the last."""
+    """Call `show` with the rows every `seconds` until no model is running or queued; returns the last rows."""
     while True:
         rows = run_status(config, run)
         show(rows)
@@ -52,17 +52,17 @@ def watch(
 
 
 def failures(rows: list[ModelProgress], run: RunDir) -> dict[str, Failure]:
-    """Why the models that have failed did."""
-    found = {row.model: read_failure(run.log(row.model)) for row in rows if row.state == "failed"}
-    return {model: failure for model, failure in found.items() if failure is not None}
+    """Return the failure of each failed model."""
+    recorded = {row.model: read_failure(run.log(row.model)) for row in rows if row.state == "failed"}
+    return {model: failure for model, failure in recorded.items() if failure is not None}
 
 
 def data_summary(run: RunDir, fingerprints: Mapping[str, Fingerprint]) -> dict[str, Any]:
-    """Documents, tokens and bytes of every domain's splits, with what was skipped."""
+    """Return documents, tokens and bytes of every domain's splits, with skipped lines and duplicates."""
     summary = {}
-    for name, made in fingerprints.items():
-        summary[name] = {split: counts.model_dump() for split, counts in made.splits.items()} | {
-            "skipped_lines": made.skipped_lines,
-            "duplicates": made.duplicates,
+    for name, fingerprint in fingerprints.items():
+        summary[name] = {split: counts.model_dump() for split, counts in fingerprint.splits.items()} | {
+            "skipped_lines": fingerprint.skipped_lines,
+            "duplicates": fingerprint.duplicates,
         }
     return {"data": str(run.data), "domains": summary}

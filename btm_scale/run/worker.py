@@ -1,4 +1,4 @@
-"""What each rank of a group runs after its launcher has started it."""
+"""The entry points of a group's ranks, called once the launcher has started them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from btm_scale.util.rank_log import rank_log
 
 
 def train_as_rank(config: RunConfig, run: RunDir, model: str) -> None:
-    """Train, export and score one model; completed parts are skipped."""
+    """Train, export and score one model, skipping completed parts."""
     with (
         rank_log(run.log(model)),
         _joined(config, run, lambda config: training_job(config, model).layout, records=True) as (group, config),
@@ -43,7 +43,7 @@ def train_as_rank(config: RunConfig, run: RunDir, model: str) -> None:
 
 
 def score_as_rank(config: RunConfig, run: RunDir, models: Sequence[str], *, averages: bool = False) -> None:
-    """Score finished models, each on its own texts; with `averages`, merge those that are missing and score all."""
+    """Score finished models, each on its texts; with `averages`, also merge the missing averages and score all."""
     texts = average_texts(config)
     with rank_log(run.log("score")), _joined(config, run, lambda config: config.layout) as (group, config):
         if averages:
@@ -56,28 +56,28 @@ def score_as_rank(config: RunConfig, run: RunDir, models: Sequence[str], *, aver
 def _joined(
     config: RunConfig, run: RunDir, layout_of: Callable[[RunConfig], Layout], *, records: bool = False
 ) -> Iterator[tuple[ExpertGroup, RunConfig]]:
-    """The group, and the config with its precisions resolved; `records` is `_resolved`'s."""
+    """Yield the group and the config with resolved precisions; `records` as in `_resolved`."""
     end_with_supervisor()
     keep_freed_memory()
     group = ExpertGroup.join(layout_of(config))
-    # Another rank might have read run.yaml before or after a precision was recorded in it.
+    # Only one rank reads: others might read run.yaml before a precision is recorded in it.
     resolved = [_resolved(config, run, records) if group.is_first else config]
     dist.broadcast_object_list(resolved, src=0)
     [config] = resolved
     group = group.in_precision(layout_of(config).precision)  # type: ignore[arg-type]
     with PeerWatch(group):
         yield group, config
-    # No rank may go before all have ceased to watch.
+    # No rank may exit before all have stopped watching.
     dist.barrier()
     # Not after an error: other ranks may be waiting in a collective, and only the launcher can end them.
     group.leave()
 
 
 def _resolved(config: RunConfig, run: RunDir, records: bool) -> RunConfig:
-    """The config with the precision that run.yaml has recorded instead of each `auto`.
+    """Return the config with each `auto` replaced by the precision recorded in run.yaml.
 
-    The run's first group, which is the seed's, finds none there: it asks its device, and records the answer. A group
-    that only scores asks too, but without `records`: it may run on a login node, and does not decide for the cluster.
+    If there is none yet, the run's first group, the seed LM's, queries its device and records the answer. A group that
+    only scores does not record it (`records`): it may run on a login node, which must not decide for the cluster.
     """
     if "auto" not in config.precisions:
         return config

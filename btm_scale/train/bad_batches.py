@@ -1,4 +1,4 @@
-"""Bad batches: those after which the loss is no number, or the gradient leaps. They are undone and left out."""
+"""Bad batches, which give a non-finite loss or a gradient spike: their step is undone, and they are skipped."""
 
 from __future__ import annotations
 
@@ -20,65 +20,65 @@ if TYPE_CHECKING:  # judging needs no engine
 
 
 class SkippedBatches(Record):
-    """skipped.json: the batches that were left out of a model's training."""
+    """skipped.json: the batches that a model's training skipped."""
 
     ERROR = CheckpointError
     REMEDY = "Restore it from a copy, or delete {folder} and train the model again."
 
-    batches: dict[int, str] = {}  # by step: what was wrong
+    batches: dict[int, str] = {}  # the problem, by step
 
     @classmethod
     def upgraded(cls, content: Any) -> Any:
-        """The problems by step were all of the file at first."""
+        """Convert a file of the first version, which held only the problems by step."""
         return content if not isinstance(content, dict) or "batches" in content else {"batches": content}
 
 
 class Health:
-    """Judges every step, the same on every rank, and remembers in `skipped.json` which batches were left out.
+    """Checks every step, with the same verdict on every rank, and records skipped batches in `skipped.json`.
 
-    What was left out once is left out by every restart, so that a run ends in the same weights however often it was
-    interrupted. All ranks make this object together, before the metrics are opened.
+    A restart skips the same batches, so a run ends in the same weights however often it is interrupted. All ranks
+    construct this object together, before the metrics are opened.
     """
 
     def __init__(self, group: ExpertGroup, config: HealthConfig, folder: Path, metrics: Path) -> None:
         self._config = config
         self._writes = group.is_first
         self._path = folder / "skipped.json"
-        # What one rank reads: another host may see an older file, and ranks that judge unlike wait forever.
-        known: list[Any] = [None]
+        # One rank reads for all: another host may see an older file, and ranks that disagree would deadlock.
+        history: list[Any] = [None]
         if group.is_first:
             rows = read_metrics(metrics)
             norms = {row["step"]: row["gradient_norm"] for row in rows if not row.get("overflowed")}
-            known = [(norms, (SkippedBatches.find(self._path) or SkippedBatches()).batches)]
-        dist.broadcast_object_list(known, src=0)
-        self._norms: dict[int, float] = known[0][0]
-        self._skipped: dict[int, str] = known[0][1]
+            history = [(norms, (SkippedBatches.find(self._path) or SkippedBatches()).batches)]
+        dist.broadcast_object_list(history, src=0)
+        self._norms: dict[int, float] = history[0][0]
+        self._skipped: dict[int, str] = history[0][1]
 
     def leaves_out(self, step: int) -> bool:
-        """Whether the batch of this step is one that was found bad."""
+        """Return whether the batch of this step is skipped."""
         return step in self._skipped
 
     def problem(self, step: int, result: StepResult) -> str | None:
-        """What is wrong with a step that was just taken; None for a good one.
+        """Return what is wrong with the step just taken, or None.
 
-        In fp16 a step that overflowed is no problem: the loss scale seeks its place by such steps.
+        An overflow in fp16 is not a problem: dynamic loss scaling causes some.
         """
         if not math.isfinite(result.loss):
             return f"the loss is {result.loss}"
         if result.overflowed:
             return None
         if not math.isfinite(result.gradient_norm):
-            return f"the gradient's norm is {result.gradient_norm}"
+            return f"the gradient norm is {result.gradient_norm}"
         median = self._median(step)
         if self._config.spike is not None and median is not None:
             times = result.gradient_norm / median
             if times > self._config.spike:
-                return f"the gradient's norm, {result.gradient_norm:.3g}, is {times:.1f} times the recent median"
+                return f"the gradient norm {result.gradient_norm:.3g} is {times:.1f} times the recent median"
         self._norms[step] = result.gradient_norm
         return None
 
     def leave_out(self, step: int, problem: str) -> None:
-        """Remember a bad batch. Raises GroupFailed when there have been more than the config allows."""
+        """Record a bad batch. Raises GroupFailed if there are more than the config allows."""
         self._skipped[step] = problem
         if self._writes:
             print(
@@ -88,8 +88,8 @@ class Health:
             SkippedBatches(batches=self._skipped).save(self._path)
         if len(self._skipped) > self._config.skips:
             raise GroupFailed(
-                f"{len(self._skipped)} batches were bad, the last one (step {step}) because {problem}; health.skips "
-                f"allows {self._config.skips}. Lower the rate, or look at the text of the steps in {self._path}."
+                f"{len(self._skipped)} batches were bad, the last one at step {step}: {problem}. health.skips allows "
+                f"{self._config.skips}. Lower optimizer.lr, or inspect the text of the steps in {self._path}."
             )
         dist.barrier()
 

@@ -1,7 +1,7 @@
-"""Training states on disk, free of any layout: what a run resumes from and what branches begin with.
+"""Training checkpoints: what a run resumes from and what branches begin with, in any layout.
 
-A state is a folder `step-00000100` with one safetensors file and `state.json`, its marker. The tensors have
-Hugging Face names and shapes behind `master/`, `exp_avg/` and `exp_avg_sq/`, so that a group of any tensor, data and
+A checkpoint is a folder `step-00000100` with one safetensors file and `state.json`, its marker. The tensors have
+Hugging Face names and shapes, prefixed with `master/`, `exp_avg/` or `exp_avg_sq/`, so a group of any tensor, data and
 ZeRO setting can read what any other wrote.
 """
 
@@ -33,12 +33,12 @@ from btm_scale.util.records import Record
 
 @dataclass(frozen=True)
 class Position:
-    """How far a job has come."""
+    """The progress of a job at a checkpoint."""
 
     step: int
     adam_steps: int
-    random_state: str  # torch's CPU generator, base64
-    loss_scale: dict[str, float] = field(default_factory=dict)  # of fp16
+    random_state: str  # state of torch's CPU generator, base64
+    loss_scale: dict[str, float] = field(default_factory=dict)  # fp16 only
 
 
 class _Marker(Record):
@@ -60,31 +60,31 @@ class _Marker(Record):
 
 
 def state_path(folder: Path, step: int) -> Path:
-    """Where the state after `step` steps lies."""
+    """Return the folder of the checkpoint after `step` steps."""
     return folder / f"step-{step:08d}"
 
 
 def save_state(engine: Engine, folder: Path, step: int, keep: int) -> None:
-    """Write the state after `step` steps aside, name it, and then drop all but the `keep` newest."""
+    """Write the checkpoint after `step` steps, then delete all but the `keep` newest. All ranks call this together."""
     parameters = engine.parameters
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for entry in table(engine.model.shape):
             for kind in engine.kinds:
-                whole = gather_whole(entry, engine.full(parameters[entry.megatron], kind), engine.group.tensor_group)
-                for name, tensor in to_huggingface(entry, whole, engine.model.shape).items():
+                full = gather_whole(entry, engine.full(parameters[entry.megatron], kind), engine.group.tensor_group)
+                for name, tensor in to_huggingface(entry, full, engine.model.shape).items():
                     yield f"{kind}/{name}", tensor
 
     if engine.group.is_first:
         random_state = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
         position = Position(step, engine.adam_steps, random_state, engine.loss_scale)
         write_state(engine, folder, position, tensors(), engine.kinds)
-        # One that is newer has been passed over as damaged: it must not take the place of one that can be used.
+        # A newer checkpoint was skipped as damaged; it must not displace a usable one.
         states = (path for path in folder.glob("step-*") if path <= state_path(folder, step))
         for old in sorted(states)[:-keep]:
             shutil.rmtree(old)
     else:
-        # The other ranks' parts of every tensor are gathered on the first.
+        # Takes part in gathering every tensor on the first rank.
         collections.deque(tensors(), maxlen=0)
     dist.barrier()
 
@@ -96,37 +96,37 @@ def write_state(
     tensors: Iterable[tuple[str, torch.Tensor]],
     kinds: Sequence[str] = KINDS,
 ) -> None:
-    """Write a state of the engine's shape from `kind/name` and float32 tensors, on one rank alone."""
+    """Write a checkpoint of the engine's shape from `kind/name` and float32 tensors. Only one rank calls this."""
     final = state_path(folder, position.step)
-    aside = partial_path(final)
+    temporary = partial_path(final)
     specs = {
         f"{kind}/{name}": TensorSpec(torch.float32, size)
         for kind in kinds
         for name, size in huggingface_shapes(engine.model.shape).items()
     }
     require_space(folder, sum(spec.nbytes for spec in specs.values()))
-    make_partial(aside)
+    make_partial(temporary)
     try:
-        writer = ShardedWriter(aside, specs, max_shard_bytes=float("inf"))
+        writer = ShardedWriter(temporary, specs, max_shard_bytes=float("inf"))
         for name, tensor in tensors:
             writer.write(name, tensor)
         writer.close()
-        digest = _digest(aside / SINGLE)
-        _Marker(**asdict(position), sha256=digest).write(aside / STATE_MARKER)
+        digest = _digest(temporary / SINGLE)
+        _Marker(**asdict(position), sha256=digest).write(temporary / STATE_MARKER)
     except OSError:
-        # On a disk that is full after all, what there is of it would keep the next try from succeeding.
-        remove_partial(aside)
+        # If the disk is full after all, a partial checkpoint would take the space that the next attempt needs.
+        remove_partial(temporary)
         raise
-    publish_directory(aside, final, replace=True)
+    publish_directory(temporary, final, replace=True)
 
 
 def read_position(path: Path) -> Position:
-    """How far a state's job had come."""
+    """Return the progress recorded in a checkpoint. Raises CheckpointError if it is incomplete."""
     return _Marker.load(path / STATE_MARKER).position
 
 
 def newest_state(folder: Path) -> Path | None:
-    """The newest state that is whole; what is torn or damaged is passed over, and said."""
+    """Return the newest intact checkpoint, or None; incomplete and damaged ones are skipped with a message."""
     for path in sorted(folder.glob("step-*"), reverse=True):
         problem = _problem(path)
         if problem is None:
@@ -136,29 +136,30 @@ def newest_state(folder: Path) -> Path | None:
 
 
 def common_state(folder: Path) -> Path | None:
-    """The newest state as the group's first rank finds it; all ranks call this together, and go on from the same one.
+    """Return `newest_state` as the group's first rank sees it, so that all ranks resume from the same checkpoint.
 
-    To another host, a name that was given a moment ago may show late.
+    All ranks call this together. A folder that was just published may show up late on another host.
     """
-    found = [newest_state(folder) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
+    newest = [newest_state(folder) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(newest, src=0)
+    return newest[0]
 
 
 def load_state(engine: Engine, path: Path) -> Position:
-    """Put a state into an engine of any layout. Raises CheckpointError if the state is of another shape."""
+    """Load a checkpoint into an engine of any layout. Raises CheckpointError if it is of another shape."""
     position = read_position(path)
     with SafetensorsModel(path) as tensors:
         sizes = huggingface_shapes(engine.model.shape)
         expected = {f"{kind}/{name}": size for kind in KINDS for name, size in sizes.items()}
-        found = {name: spec.shape for name, spec in tensors.specs().items()}
-        outer = {name: size for name, size in found.items() if name.startswith(f"{OUTER}/")}
-        found = {name: size for name, size in found.items() if name not in outer}
-        if found != expected:
-            odd = next(name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name))
+        shapes = {name: spec.shape for name, spec in tensors.specs().items()}
+        outer = {name: size for name, size in shapes.items() if name.startswith(f"{OUTER}/")}
+        shapes = {name: size for name, size in shapes.items() if name not in outer}
+        if shapes != expected:
+            differing = next(name for name in sorted({*shapes, *expected}) if shapes.get(name) != expected.get(name))
             raise CheckpointError(
-                f"{path} is of another shape: '{odd}' is {found.get(odd)} there and {expected.get(odd)} in this model; "
-                "give the run's own `model`, or another --out"
+                f"Cannot load {path}: '{differing}' is {shapes.get(differing)} there and {expected.get(differing)} in "
+                "this model. A checkpoint fits only a model of its shape. Restore the run's `model`, or use another "
+                "--out."
             )
         engine.adam_steps = position.adam_steps
         engine.loss_scale = position.loss_scale
@@ -183,7 +184,7 @@ def restore(engine: Engine, read: Callable[[str, str], torch.Tensor], kinds: Seq
 
 
 def restore_random_state(position: Position) -> None:
-    """Go on with the random numbers that would have come next."""
+    """Restore the state of torch's CPU generator."""
     data = bytearray(base64.b64decode(position.random_state))
     torch.set_rng_state(torch.frombuffer(data, dtype=torch.uint8))
 
@@ -191,10 +192,10 @@ def restore_random_state(position: Position) -> None:
 def _problem(path: Path) -> str | None:
     try:
         recorded = _Marker.load(path / STATE_MARKER).sha256
-        found = _digest(path / SINGLE)
+        digest = _digest(path / SINGLE)
     except (OSError, CheckpointError) as error:
         return f"{type(error).__name__}: {error}"
-    return None if found == recorded else f"{SINGLE} differs from its checksum"
+    return None if digest == recorded else f"{SINGLE} differs from its checksum"
 
 
 def _digest(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""DeepSpeed's config for a job."""
+"""The DeepSpeed config of a job."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from btm_scale.train.jobs import TrainingJob
 
 
 def deepspeed_config(job: TrainingJob, optimizer: OptimizerConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """What the job asks for, and the run's own `deepspeed` section merged over it."""
+    """Return the config that the job needs, with the run's `deepspeed` section merged over it."""
     layout = job.layout
     zero: dict[str, Any] = {"stage": layout.zero}
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -27,7 +27,7 @@ def deepspeed_config(job: TrainingJob, optimizer: OptimizerConfig, overrides: Ma
         "bf16": {"enabled": layout.precision == "bf16"},
         "fp16": {"enabled": layout.precision == "fp16"},
         "zero_optimization": zero,
-        # PyTorch's fused AdamW runs on the host as fast as DeepSpeed's, which would have to be built.
+        # PyTorch's fused AdamW is as fast on the host as DeepSpeed's, which would have to be compiled.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
@@ -35,7 +35,7 @@ def deepspeed_config(job: TrainingJob, optimizer: OptimizerConfig, overrides: Ma
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     for monitor in ("tensorboard", "csv_monitor"):
         if monitor in overrides:
-            config[monitor] = {"job_name": job.model}  # models of a run write side by side
+            config[monitor] = {"job_name": job.model}  # all models of a run write to one folder
     return _merged(config, overrides)
 
 

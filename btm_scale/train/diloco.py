@@ -1,8 +1,7 @@
-"""Low-communication data parallelism (DiLoCo, arXiv 2311.08105): local steps, and an outer Nesterov step now and then.
+"""Low-communication data parallelism (DiLoCo, arXiv 2311.08105): local steps and periodic outer Nesterov steps.
 
-Between outer steps the data ranks of a group exchange no gradients. At an outer step the mean of what they have moved
-is taken for a gradient, and their moments are averaged too, so that afterwards all ranks stand alike and one state on
-disk is the whole group's.
+Between outer steps the data ranks of a group exchange no gradients. An outer step uses the mean of their weight changes
+as its gradient and averages their moments. Afterwards all ranks are in sync, and one checkpoint serves the group.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 
 class OuterStep:
-    """The weights at the last outer step, and the outer momentum; float32, each rank's tensor parallel part."""
+    """The weights at the last outer step, and the outer momentum; float32, each rank's tensor-parallel shard."""
 
     def __init__(self, group: ProcessGroup, lr: float, momentum: float) -> None:
         self._group = group
@@ -27,18 +26,18 @@ class OuterStep:
         self._momentum: dict[torch.nn.Parameter, Tensor] = {}
 
     def begin(self, parameter: torch.nn.Parameter, weights: Tensor, momentum: Tensor | None = None) -> None:
-        """Stand at these weights, with this momentum or none."""
+        """Set the weights, and the outer momentum (default: zero)."""
         self._anchor[parameter] = weights.clone()
         self._momentum[parameter] = torch.zeros_like(weights) if momentum is None else momentum.clone()
 
     def momentum(self, parameter: torch.nn.Parameter) -> Tensor:
-        """The outer momentum."""
+        """Return the outer momentum of a parameter."""
         return self._momentum[parameter]
 
     def __call__(
         self, parameter: torch.nn.Parameter, weights: Tensor, moments: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """From this rank's weights and moments to those that all ranks go on with. All ranks call it together."""
+        """Return the weights and moments with which all ranks continue. All ranks call this together."""
         anchor, momentum = self._anchor[parameter], self._momentum[parameter]
         moved = self._mean(anchor - weights.view_as(anchor))
         momentum.mul_(self._beta).add_(moved)

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine around the model: one optimizer step, and the state behind it, whatever the ZeRO stage."""
+"""The DeepSpeed engine around the model: one optimizer step, and the training state at any ZeRO stage."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from btm_scale.train.fp32_gradients import Float32Sums
 from btm_scale.train.jobs import TrainingJob
 from btm_scale.util.imports import import_uncompiled
 
-# DeepSpeed's engine asks each optimizer whether it is a Muon, and imports that for it.
+# DeepSpeed's engine imports Muon only to check the type of each optimizer.
 with contextlib.suppress(ModuleNotFoundError):
     import_uncompiled("deepspeed.runtime.zero.muon.muon_optimizer")
 
-# What a parameter's training state consists of; all float32.
+# The kinds of tensors in a parameter's training state, all float32.
 MASTER, FIRST_MOMENT, SECOND_MOMENT = "master", "exp_avg", "exp_avg_sq"
 KINDS = (MASTER, FIRST_MOMENT, SECOND_MOMENT)
-# The outer momentum, where data ranks take local steps.
+# The outer momentum, if data ranks take local steps.
 OUTER = "outer"
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step tells."""
+    """The outcome of one optimizer step."""
 
     loss: float  # mean, in nats
     gradient_norm: float  # before clipping
-    overflowed: bool = False  # in fp16: the scaled gradients, so that the step was left out
+    overflowed: bool = False  # fp16 only: the scaled gradients overflowed, and the step was skipped
 
 
 class Engine:
@@ -61,8 +61,8 @@ class Engine:
         self.group = group
         self.job = job
         adam = torch.optim.AdamW(
-            _decayed_and_not(model, optimizer.weight_decay),
-            lr=0.0,  # each step sets its own; some of DeepSpeed's optimizers take one when they are made
+            _parameter_groups(model, optimizer.weight_decay),
+            lr=0.0,  # set by each step; some of DeepSpeed's optimizers read it at construction
             betas=optimizer.betas_at(job.batch_share),
             eps=optimizer.eps,
             fused=True,
@@ -102,7 +102,7 @@ class Engine:
         total /= self.job.accumulation
         norm = float(self._engine.get_global_grad_norm() or 0.0)
         if self.group.layout.data > 1:
-            # Norms differ only where data ranks step alone; a mean lets all of them judge alike.
+            # Norms differ only between local steps; the mean gives every rank the same verdict.
             both = torch.stack([total, total.new_tensor(norm)])
             dist.all_reduce(both, group=self.group.mpu.get_data_parallel_group())
             both /= self.group.layout.data
@@ -115,15 +115,15 @@ class Engine:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What this engine's training state consists of."""
+        """The kinds of tensors in this engine's training state."""
         return KINDS if self._outer is None else (*KINDS, OUTER)
 
     def is_whole_after(self, step: int) -> bool:
-        """Whether all data ranks stand alike after this step, so that a state can be saved."""
+        """Return whether the data ranks are in sync after this step, so that a checkpoint can be saved."""
         return self._outer is None or step % self.job.layout.sync_every == 0 or step == self.job.steps
 
     def outer_step(self) -> None:
-        """Bring the data ranks together, where they have stepped alone."""
+        """Synchronize the data ranks if they take local steps."""
         if self._outer is None:
             return
         for parameter in self.model.parameters():
@@ -132,7 +132,7 @@ class Engine:
             self._set(parameter, {MASTER: weights, **moments})
 
     def tell_monitor(self, numbers: Mapping[str, float]) -> None:
-        """Send a step's numbers to the monitors that the run's `deepspeed` section turns on."""
+        """Send a step's metrics to the monitors that the run's `deepspeed` section enables."""
         if self._engine.monitor.enabled:
             step = int(numbers["step"])
             self._engine.monitor.write_events(
@@ -140,7 +140,7 @@ class Engine:
             )
 
     def full(self, parameter: torch.nn.Parameter, kind: str) -> Tensor:
-        """A parameter's state, float32 and of the parameter's shape on this tensor rank, on every data rank."""
+        """Return one tensor of a parameter's state on every data rank, float32, in its shape on this tensor rank."""
         if kind == OUTER:
             assert self._outer is not None
             return self._outer.momentum(parameter)
@@ -153,12 +153,12 @@ class Engine:
         return safe_get_full_optimizer_state(parameter, kind)
 
     def weights(self, parameter: torch.nn.Parameter) -> Tensor:
-        """A parameter as the model computes with it."""
+        """Return a parameter in the dtype that the model computes in."""
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             return parameter.detach().clone()
 
     def restore(self, parameter: torch.nn.Parameter, state: Mapping[str, Tensor]) -> None:
-        """Set a parameter's whole state; what the model computes with follows the master weights."""
+        """Set a parameter's complete state; the model's own weights follow the master weights."""
         self._set(parameter, state)
         if self._outer is not None:
             self._outer.begin(parameter, state[MASTER], state.get(OUTER))
@@ -175,24 +175,24 @@ class Engine:
         for kind in (FIRST_MOMENT, SECOND_MOMENT):
             safe_set_full_optimizer_state(parameter, state[kind], kind)
         partitioned = hasattr(parameter, "ds_id")
-        # Under ZeRO 3 the weights are written whole and cut again; the writer is the first of this one's data ranks.
+        # ZeRO 3 gathers the weights, lets the first data rank write them, and partitions them again.
         source = 0 if partitioned else None
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=source, enabled=partitioned):
             parameter.data.copy_(state[MASTER].view_as(parameter))
 
     def reset(self, model: ExpertModel) -> None:
-        """Start anew from a model of the same shape and layout that no engine has wrapped."""
+        """Restart from a model of the same shape and layout that no engine has wrapped."""
         parameters = self.parameters
         for name, parameter in model.named_parameters():
             master = parameter.detach().float()
-            nothing = torch.zeros_like(master)
-            self.restore(parameters[name], {MASTER: master, FIRST_MOMENT: nothing, SECOND_MOMENT: nothing})
+            zeros = torch.zeros_like(master)
+            self.restore(parameters[name], {MASTER: master, FIRST_MOMENT: zeros, SECOND_MOMENT: zeros})
         self.adam_steps = 0
         self.loss_scale = self._first_loss_scale
 
     @property
     def adam_steps(self) -> int:
-        """Steps that the optimizer has taken, its parents' included; its bias correction depends on them."""
+        """Steps that the optimizer has taken, including its parents'; Adam's bias correction depends on them."""
         return int(self._base.state[next(self._flat_parameters())]["step"])
 
     @adam_steps.setter
@@ -201,13 +201,13 @@ class Engine:
             self._base.state[flat]["step"].fill_(steps)
 
     def close(self) -> None:
-        """Let go of the model; DeepSpeed's hooks and the engine hold on to one another."""
+        """Release the model; DeepSpeed's hooks and the engine keep each other alive."""
         self._engine.destroy()
 
     def _make_moments(self) -> None:
-        """Make the moments that AdamW would only make in its first step, so that a state can be put into them.
+        """Create the moments that AdamW would only create in its first step, so that a checkpoint can be loaded.
 
-        Nor could DeepSpeed find them later: it looks for all parameter groups' moments after the first group's step.
+        DeepSpeed would not find them later: it looks for all parameter groups' moments after the first group's step.
         """
         for flat in self._flat_parameters():
             self._base.state[flat] = {
@@ -225,20 +225,20 @@ class Engine:
 
     @property
     def loss_scale(self) -> dict[str, float]:
-        """The state of fp16's loss scaling; empty where there is none."""
+        """The state of fp16 loss scaling; empty in other precisions."""
         scaler = self._scaler
-        return {} if scaler is None else {name: getattr(scaler, name) for name in _scaling(scaler)}
+        return {} if scaler is None else {name: getattr(scaler, name) for name in _scaler_attributes(scaler)}
 
     @loss_scale.setter
     def loss_scale(self, state: Mapping[str, float]) -> None:
         if self._scaler is not None:
-            for name in _scaling(self._scaler):
+            for name in _scaler_attributes(self._scaler):
                 if name in state:
                     setattr(self._scaler, name, state[name])
 
     @property
     def _scaler(self) -> Any:
-        """What holds the loss scale; None where the loss isn't scaled."""
+        """The object that holds the loss scale; None if the loss is not scaled."""
         if self.group.layout.precision != "fp16":
             return None
         optimizer = self._engine.optimizer
@@ -249,7 +249,7 @@ class Engine:
         return 1.0 if self._scaler is None else float(self._scaler.cur_scale)
 
     def _replicated_masters(self) -> dict[torch.nn.Parameter, Tensor] | None:
-        """Without ZeRO, each parameter's float32 weights: itself, or DeepSpeed's copy. None with ZeRO."""
+        """Return each parameter's float32 weights: the parameter itself or DeepSpeed's copy. None with ZeRO."""
         if self.group.layout.zero > 0:
             return None
         optimizer = self._engine.optimizer
@@ -269,7 +269,7 @@ class Engine:
         return outer
 
     def _flat_parameters(self) -> Iterator[Tensor]:
-        """What AdamW takes for its parameters: under ZeRO, this rank's flat parts of them."""
+        """Yield the tensors that AdamW updates: with ZeRO, this rank's flat partitions of the parameters."""
         zero3 = getattr(self._engine.optimizer, "fp32_partitioned_groups_flat", None)
         if zero3 is not None:
             yield from zero3
@@ -278,14 +278,14 @@ class Engine:
                 yield from settings["params"]
 
 
-def _decayed_and_not(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms and biases, which have one dimension, don't."""
+def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return AdamW's parameter groups: matrices decay; norms and biases, which have one dimension, do not."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def _scaling(scaler: Any) -> list[str]:
-    """The numbers in which a loss scaler remembers its past; DeepSpeed has several kinds."""
+def _scaler_attributes(scaler: Any) -> list[str]:
+    """Return the attributes that hold a loss scaler's state; DeepSpeed has several kinds of scaler."""
     names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
     return [name for name in names if hasattr(scaler, name)]

@@ -1,4 +1,4 @@
-"""From the engine to an expert: a Hugging Face directory, published with its card as one."""
+"""Export a trained model as an expert: a Hugging Face directory that is published together with its card."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from btm_scale.train.jobs import TrainingJob
 from btm_scale.util.files import make_partial, partial_path, publish_directory
 
 
-def export_expert(engine: Engine, config: RunConfig, run: RunDir, begun: Branch, end_of_text: int) -> None:
-    """Write the trained model, in the type it computes in, under the run's name for it. All ranks take part."""
+def export_expert(engine: Engine, config: RunConfig, run: RunDir, branch: Branch, end_of_text: int) -> None:
+    """Write the trained model, in the dtype it computes in, to its folder in the run. All ranks call this together."""
     group, shape, job = engine.group, engine.model.shape, engine.job
     final = run.model(job.model)
     partial = partial_path(final)
@@ -44,19 +44,19 @@ def export_expert(engine: Engine, config: RunConfig, run: RunDir, begun: Branch,
         (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         for file in sorted(run.tokenizer.iterdir()):
             shutil.copyfile(file, partial / file.name)
-        _card(config, run, job, begun, partial).write(partial / CARD)
+        _card(config, run, job, branch, partial).write(partial / CARD)
         publish_directory(partial, final)
     dist.barrier()
 
 
-def _card(config: RunConfig, run: RunDir, job: TrainingJob, begun: Branch, directory: Path) -> Expert:
+def _card(config: RunConfig, run: RunDir, job: TrainingJob, branch: Branch, directory: Path) -> Expert:
     return Expert(
         name=job.model,
-        domains=begun.domains,
-        parents=begun.parents,
+        domains=branch.domains,
+        parents=branch.parents,
         tokens=job.steps * job.sequences * config.budget.sequence_length,
         steps=job.steps,
         layout=job.layout.model_dump(),
-        data_fingerprint={domain: Fingerprint.of_domain(run, domain).text for domain in begun.domains},
+        data_fingerprint={domain: Fingerprint.of_domain(run, domain).text for domain in branch.domains},
         content_hash=content_hash(directory),
     )

@@ -1,4 +1,4 @@
-"""Gradient accumulation in float32 without ZeRO, where DeepSpeed would sum micro-batches in the weights' type."""
+"""Gradient accumulation in float32 without ZeRO, where DeepSpeed would sum micro-batches in the weights' dtype."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Float32Sums:
-    """Sums every parameter's gradient in float32 and leaves it, rounded once, after a step's last micro-batch."""
+    """Sums every parameter's gradients in float32 and stores the sum, rounded once, after the last micro-batch."""
 
     def __init__(self, model: torch.nn.Module, is_last: Callable[[], bool]) -> None:
         self._is_last = is_last

@@ -1,4 +1,4 @@
-"""What it takes to train one model of a run: its data, its steps, its parent, its part of the schedule."""
+"""Training jobs: the data, steps, parents and part of the schedule of each model of a run."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from btm_scale.run_dir import DENSE, RANDOM_SPLIT, SEED
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """One model's training, by one group."""
+    """The training of one model by one group."""
 
     model: str
-    branch: BranchConfig | None  # what it begins with; the seed LM begins with nothing
-    weights: Mapping[str, float]  # each domain's share of the data, replayed text not counted
+    branch: BranchConfig | None  # None for a model without parents, such as the seed LM
+    weights: Mapping[str, float]  # relative weight of each domain, without replayed text
     part: tuple[int, int] | None  # (i, n): train on the i-th of n random parts of the documents only
     steps: int
-    sequences: int  # in a batch
-    batch_share: float  # the batch, as a share of the budget's batch_tokens
-    first_sample: int  # where in the data's fixed order the first batch begins
+    sequences: int  # per batch
+    batch_share: float  # the batch as a fraction of the budget's batch_tokens
+    first_sample: int  # index of the first batch's first sample in the data's fixed order
     samples: int  # length of that order
-    progress: tuple[float, float]  # of the schedule, before the first step and after the last
+    progress: tuple[float, float]  # fraction of the schedule before the first step and after the last
     layout: Layout
 
     def progress_at(self, step: int) -> float:
-        """Share of the schedule that is done after `step` steps of this job."""
+        """Return the fraction of the schedule that is completed after `step` steps of this job."""
         begin, end = self.progress
         return begin + (end - begin) * step / self.steps
 
     @property
     def micro_batch(self) -> int:
-        """Sequences that one rank takes at once."""
+        """Sequences per micro-batch of one rank."""
         return self.layout.micro_batches(self.sequences)[0]
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches that one rank takes in a step."""
+        """Micro-batches per step of one rank."""
         return self.layout.micro_batches(self.sequences)[1]
 
 
 def model_names(config: RunConfig) -> list[str]:
-    """Every model that a run trains, parents before children."""
+    """Return every model that a run trains, parents before children."""
     names = [SEED]
     if config.baselines.dense:
         names.append(DENSE)
@@ -54,7 +54,10 @@ def model_names(config: RunConfig) -> list[str]:
 
 
 def training_job(config: RunConfig, model: str) -> TrainingJob:
-    """The job of one of `model_names`. Raises ConfigError for any other name, or a layout that can't take the batch."""
+    """Return the job of one of `model_names`.
+
+    Raises ConfigError for any other name, and for a layout that cannot split the batch.
+    """
     budget = config.budget
     batch = budget.sequences
     weights = {name: domain.weight for name, domain in config.domains.items()}
@@ -71,15 +74,15 @@ def training_job(config: RunConfig, model: str) -> TrainingJob:
             sequences=batch,
             batch_share=1.0,
             first_sample=0 if is_seed else seed_samples,
-            # Seed and dense read one order, so that dense is the model that the seed would have become.
+            # Seed and dense share one order of samples, so that dense continues where the seed LM ended.
             samples=seed_samples + budget.branch_steps * batch,
             progress=(0.0, seed_end) if is_seed else (seed_end, 1.0),
             layout=config.shared_layout,
         )
     elif model in config.longer_dense_models:
-        # It leaves the seed for a longer way, along which its rate falls more slowly, in an order of its own.
-        whole = budget.seed_steps + budget.branch_steps
-        steps = round(whole * config.longer_dense_models[model]) - budget.seed_steps
+        # It branches from the seed LM for more steps, with a slower decay and its own order of samples.
+        total_steps = budget.seed_steps + budget.branch_steps
+        steps = round(total_steps * config.longer_dense_models[model]) - budget.seed_steps
         job = TrainingJob(
             model=model,
             branch=BranchConfig(),
@@ -101,9 +104,9 @@ def training_job(config: RunConfig, model: str) -> TrainingJob:
 
 
 def _expert_job(config: RunConfig, model: str, seed_end: float) -> TrainingJob:
-    """The job of an expert, or of one of the random split's models, which train as experts of all domains do.
+    """Return the job of an expert, or of a model of the random split, which trains like an expert on all domains.
 
-    `seed_end`: where in the schedule, from 0 to 1, the seed LM ends.
+    `seed_end`: fraction of the schedule at which the seed LM ends.
     """
     part = None
     if model in config.random_split_models:
@@ -112,12 +115,12 @@ def _expert_job(config: RunConfig, model: str, seed_end: float) -> TrainingJob:
     elif model in config.expert_domains:
         weights = {model: 1.0}
     else:
-        raise ConfigError(f"no model is called '{model}'; this run trains {', '.join(model_names(config))}")
+        raise ConfigError(f"'{model}' is not a model of this run. Choose one of {', '.join(model_names(config))}.")
     budget, number = config.budget, len(config.domains)
     batch = budget.batch_tokens // budget.sequence_length
     own = config.experts.get(model)
     branch = config.branch(model)
-    # As many steps as dense takes after the seed, with an equal share of its batch.
+    # As many steps as dense takes after the seed LM, each with an equal fraction of its batch.
     sequences = config.expert_sequences(model)
     tokens = budget.branch_steps * budget.batch_tokens / number
     if own is not None and own.tokens is not None:
@@ -139,9 +142,9 @@ def _expert_job(config: RunConfig, model: str, seed_end: float) -> TrainingJob:
 
 
 def training_stages(config: RunConfig) -> list[list[str]]:
-    """The models to train, those that may run side by side together; in a stage, the longest first.
+    """Return the models to train, stage by stage. Models of a stage can train in parallel; the longest come first.
 
-    An expert stands in the stage after the last of its parents; one that chooses its parents, after all before it.
+    An expert is in the stage after its last parent; one whose parents are chosen by score, after all earlier experts.
     """
     stage_of = {SEED: 0}
     for model in model_names(config):
@@ -149,7 +152,7 @@ def training_stages(config: RunConfig) -> list[list[str]]:
             continue
         branch = training_job(config, model).branch
         if branch is None:
-            # Of a size of its own: it needs no parent, but may run beside those that do.
+            # A model with its own sizes has no parent, but may train beside those that have one.
             stage_of[model] = 1
             continue
         if branch.parents == "seed":
@@ -158,7 +161,7 @@ def training_stages(config: RunConfig) -> list[list[str]]:
             parents = list(branch.parents)
         else:
             parents = [SEED, *(name for name in stage_of if name in config.expert_domains)]
-        # A parent that this run doesn't train was added to the forest as it is.
+        # A parent that this run does not train was added to the forest.
         stage_of[model] = 1 + max(stage_of.get(parent, 0) for parent in parents)
     stages: list[list[str]] = [[] for _ in range(1 + max(stage_of.values()))]
     for model, stage in stage_of.items():

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a step, and a line in the log every few seconds."""
+"""metrics.jsonl, with one JSON object per step, and a line in the log every few seconds."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _LOG_SECONDS = 5.0
 
 
 class Metrics:
-    """The record of one training; only the group's first rank writes it.
+    """The metrics of one training job; only the group's first rank writes them.
 
-    Steps after `first_step`, which a killed run left behind, are dropped: they are taken again.
+    Steps after `first_step`, left behind by a killed run, are dropped, because they are taken again.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class Metrics:
         return self
 
     def rewind(self, step: int) -> None:
-        """Forget the steps after `step`: they are taken again."""
+        """Drop the steps after `step`, because they are taken again."""
         if self._file is not None:
             self._file.close()
         self._first_step = step
         self.__enter__()
 
     def record(self, step: int, result: StepResult, rate: float) -> dict[str, float]:
-        """Note a step, whose time is that since the step before; returns its numbers."""
+        """Record a step, timed from the end of the previous one, and return its metrics."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         line = {
@@ -102,7 +102,7 @@ class Metrics:
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """FLOP/s that the vendor states of a device in this precision; None on a CPU and for a GPU without a data sheet."""
+    """Return the vendor's peak FLOP/s of a device in this precision; None for a CPU or an unknown GPU."""
     if device.type != "cuda":
         return None
     import torch
@@ -112,7 +112,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every step's numbers; none if the training hasn't begun. Torn and damaged lines are skipped."""
+    """Return the metrics of every step; none before training begins. Incomplete and damaged lines are skipped."""
     if not path.is_file():
         return []
     rows = (metrics_row(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n"))
@@ -120,7 +120,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def metrics_row(line: bytes) -> dict[str, Any] | None:
-    """The numbers of one line, or None if it is not the JSON object of a step."""
+    """Return the metrics in one line, or None if it is not the JSON object of a step."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""The mixture that a job trains on: its domains at their weights, and at other weights in the last part of training."""
+"""The data mixture of a job: its domains at their weights, and at other weights in the last part of training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from btm_scale.train.jobs import TrainingJob
 
 
 class DomainMixture:
-    """A job's training samples by number. In a torch.distributed world all ranks make this object together."""
+    """A job's training samples by index. In a torch.distributed world, all ranks construct this object together."""
 
     def __init__(
         self, config: RunConfig, run: RunDir, job: TrainingJob, domains: Mapping[str, float], tokenizer: Tokenizer
@@ -37,11 +37,11 @@ class DomainMixture:
         early = sum(job.progress_at(step) <= 1.0 - last.share for step in range(1, job.steps + 1))
         self._boundary = job.first_sample + early * job.sequences
         if self._boundary < job.samples:
-            raised = {name: share * last.weights.get(name, 1.0) for name, share in domains.items()}
-            self._last = samples_of(raised, samples=job.samples - self._boundary, seed=seed + 1)
+            reweighted = {name: share * last.weights.get(name, 1.0) for name, share in domains.items()}
+            self._last = samples_of(reweighted, samples=job.samples - self._boundary, seed=seed + 1)
 
     def read(self, first: int, count: int) -> torch.Tensor:
-        """Return `count` samples from number `first`, int64 [count, sequence_length + 1]; at most one step's."""
+        """Return `count` samples of one step, starting at index `first`: int64 [count, sequence_length + 1]."""
         if self._last is not None and first >= self._boundary:
             return self._last.read(first - self._boundary, count)
         return self._main.read(first, count)

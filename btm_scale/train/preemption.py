@@ -1,4 +1,4 @@
-"""Stopping on request: a cluster that is about to take its nodes back says so by SIGTERM or SIGUSR1."""
+"""Stopping on request: a cluster sends SIGTERM or SIGUSR1 before it reclaims its nodes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _MARKER = "stopped"
 
 @contextmanager
 def leaving_at_once(folder: Path) -> Iterator[None]:
-    """Around scoring, where each text that is done is on the disk: a job whose time is over has nothing to save.
+    """Exit at once on SIGUSR1, for scoring: every scored text is on disk already, so there is nothing to save.
 
-    It hears SIGUSR1 alone: SIGTERM may also come because another rank has failed, and that is no good order.
+    SIGTERM keeps its handler: it may also mean that another rank has failed, which is not a requested stop.
     """
 
     def leave(number: int, frame: FrameType | None) -> None:
@@ -38,20 +38,20 @@ def leaving_at_once(folder: Path) -> Iterator[None]:
 
 
 class StopRequest:
-    """Hears SIGTERM and SIGUSR1, whichever rank they reach.
+    """Listens for SIGTERM and SIGUSR1, whichever rank they reach.
 
-    `stopped` in the model's folder says that training ended early, in good order.
+    The file `stopped` in the model's folder marks training that ended early, but cleanly.
     """
 
     def __init__(self, group: ExpertGroup, folder: Path) -> None:
         self._group = group
         self._marker = folder / _MARKER
-        self._heard = False
+        self._requested = False
         if group.is_first:
             self._marker.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        self._before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGUSR1)}
         return self
 
     def __exit__(
@@ -61,20 +61,20 @@ class StopRequest:
             signal.signal(number, handler)
 
     def agreed(self) -> bool:
-        """Whether any rank has heard it. All ranks call this together, so that all stop after the same step."""
+        """Return whether any rank has received a signal. All ranks call this together and stop after the same step."""
         if self._group.size == 1:
-            return self._heard
-        heard = torch.tensor(float(self._heard), device=self._group.device)
-        dist.all_reduce(heard, dist.ReduceOp.MAX)
-        return bool(heard)
+            return self._requested
+        requested = torch.tensor(float(self._requested), device=self._group.device)
+        dist.all_reduce(requested, dist.ReduceOp.MAX)
+        return bool(requested)
 
     def leave(self, step: int) -> None:
-        """End this process with the code that asks to be started again; the state after `step` steps has been saved."""
+        """Exit with the code that requests a restart, once the checkpoint after `step` steps is saved."""
         if self._group.is_first:
             write_file(self._marker, f"{step}\n")
             print(f"asked to stop: saved the state after step {step}", flush=True)
         dist.barrier()
         raise SystemExit(REQUEUE)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        self._heard = True
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._requested = True

@@ -28,7 +28,7 @@ class Profile:
         self._profiler: profile | None = None
 
     def __enter__(self) -> Self:
-        self._turn()
+        self._start_or_stop()
         return self
 
     def __exit__(
@@ -37,11 +37,11 @@ class Profile:
         self._save()
 
     def step(self) -> None:
-        """Count a step that has been taken; starts or ends the recording."""
+        """Count a completed step; starts or stops the profiler."""
         self._taken += 1
-        self._turn()
+        self._start_or_stop()
 
-    def _turn(self) -> None:
+    def _start_or_stop(self) -> None:
         if self._taken == self._config.after and self._config.steps > 0:
             activities = [ProfilerActivity.CPU]
             if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""How far a model's training is, from the end of its metrics.jsonl."""
+"""The training progress of a model, from the end of its metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _RECENT_STEPS = 20
 
 @dataclass(frozen=True)
 class ModelProgress:
-    """Where one model's training stands; None for what isn't known yet. `loss` in nats a token."""
+    """The training progress of one model; None for what is not known yet. `loss` is in nats per token."""
 
     model: str
     state: State
@@ -33,9 +33,9 @@ class ModelProgress:
 
 
 def read_progress(run: RunDir, model: str, steps: int, *, state: State, note: str = "") -> ModelProgress:
-    """Progress from the last few KB of the model's metrics; speeds are medians over the last 20 steps.
+    """Return the progress from the last few KB of the model's metrics; speeds are medians over the last 20 steps.
 
-    A missing file, a last line that is still being written and lines that are not JSON count as not there.
+    A missing file, an unfinished last line and lines that are not JSON are ignored.
     """
     rows = _last_rows(run.metrics(model))
     if not rows:
@@ -69,6 +69,6 @@ def _last_rows(path: Path) -> list[dict[str, Any]]:
             lines = file.read().split(b"\n")
     except FileNotFoundError:
         return []
-    # Without the last piece, which is empty or unfinished, and the first, which the cut may have torn.
-    whole = lines[:-1] if size <= _TAIL_BYTES else lines[1:-1]
-    return [row for line in whole[-_RECENT_STEPS:] if (row := metrics_row(line)) is not None]
+    # The last piece is empty or unfinished, and the first may be cut.
+    complete = lines[:-1] if size <= _TAIL_BYTES else lines[1:-1]
+    return [row for line in complete[-_RECENT_STEPS:] if (row := metrics_row(line)) is not None]

@@ -35,8 +35,8 @@ def load_pretrained(group: ExpertGroup, model: ExpertModel, directory: Path, tok
     """
     if tokenizer.vocab_size > model.shape.vocabulary:
         raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, {directory} is a model of {model.shape.vocabulary}; a "
-            "pretrained model keeps its own tokenizer: leave `tokenizer` out"
+            f"The tokenizer has {tokenizer.vocab_size} tokens, but {directory} has embeddings of "
+            f"{model.shape.vocabulary}. A pretrained model keeps its own tokenizer. Remove `tokenizer` from the config."
         )
     with with_head_names(open_model(directory)) as weights:
         load_weights(model, weights.read, group.tensor_rank, group.layout.tensor)
@@ -45,7 +45,7 @@ def load_pretrained(group: ExpertGroup, model: ExpertModel, directory: Path, tok
 def settled_branch(config: RunConfig, run: RunDir, job: TrainingJob) -> Branch:
     """Return a job's parents and training text, which the group's first rank records; all ranks call this together.
 
-    It is broadcast: to another host, a file that was written a moment ago may show late.
+    It is broadcast, because a file that was just written may show up late on another host.
     """
     settled = [settle(config, run, job.model, job.branch, job.weights) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(settled, src=0)
@@ -57,7 +57,7 @@ def settled_branch(config: RunConfig, run: RunDir, job: TrainingJob) -> Branch:
 def begin_branch(engine: Engine, run: RunDir, job: TrainingJob, parents: Sequence[Parent]) -> None:
     """Set the engine to the weighted mean of the parents' training checkpoints. All ranks call this together.
 
-    A parent without a checkpoint, such as one that joined the forest from elsewhere, gives its exported weights.
+    A parent without a checkpoint, such as one that was added to the forest, contributes its exported weights.
     Moments are averaged only if every parent has them, and are zero otherwise or with a fresh optimizer.
     Raises ForestError if a parent is gone, CheckpointError if the parents' tensors differ in shape from the engine's.
     """
@@ -83,15 +83,15 @@ def begin_branch(engine: Engine, run: RunDir, job: TrainingJob, parents: Sequenc
         return
     mean = run.train(job.model) / "first"
     # A merge of large models takes longer than a collective of training may wait.
-    patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    merge_group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     if engine.group.is_first:
         weights = [parent.weight for parent in parents]
         _write_mean(
             mean, list(zip(sources, weights, strict=True)), list(huggingface_shapes(engine.model.shape)), carried
         )
-    dist.barrier(patient)
+    dist.barrier(merge_group)
     _load(engine, mean, KINDS if carried else (MASTER,), prefixed=carried)
-    dist.barrier(patient)
+    dist.barrier(merge_group)
     if engine.group.is_first:
         shutil.rmtree(mean)
 
@@ -113,14 +113,14 @@ def _load(engine: Engine, path: Path, kinds: Sequence[str], *, prefixed: bool) -
         return f"{kind}/{name}" if prefixed else name
 
     with SafetensorsModel(path) as tensors:
-        found = {name: spec.shape for name, spec in tensors.specs().items()}
+        shapes = {name: spec.shape for name, spec in tensors.specs().items()}
         for name, shape in huggingface_shapes(engine.model.shape).items():
             for kind in kinds:
-                if found.get(key(kind, name)) != shape:
+                if shapes.get(key(kind, name)) != shape:
                     raise CheckpointError(
-                        f"{engine.job.model} cannot branch from {path}: '{name}' is {found.get(key(kind, name))} there "
-                        f"and {shape} in this model. Only models of one shape can be branched from or averaged. Choose "
-                        "other parents."
+                        f"{engine.job.model} cannot branch from {path}: '{name}' is {shapes.get(key(kind, name))} "
+                        f"there and {shape} in this model. Only models of one shape can be branched from or averaged. "
+                        "Choose other parents."
                     )
 
         def read(kind: str, name: str) -> Tensor:

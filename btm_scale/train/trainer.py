@@ -1,4 +1,4 @@
-"""The training loop, from where a job stands to the finished expert."""
+"""The training loop, from a job's newest checkpoint to the finished expert."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from btm_scale.train.watchdog import HangWatch
 
 
 def train_and_export(group: ExpertGroup, config: RunConfig, run: RunDir, job: TrainingJob) -> None:
-    """From where the job stands to a finished expert."""
+    """Train a job from its newest checkpoint to the end, and export the expert. All ranks call this together."""
     tokenizer = Tokenizer.load(run.tokenizer)
     sizes = config.expert_model(job.model)
     shape = sizes.shape(tokenizer.vocab_size, config.budget.sequence_length)
-    begun = settled_branch(config, run, job)
+    branch = settled_branch(config, run, job)
 
     def first_model() -> ExpertModel:
         group.seed(config.random_seed)
@@ -40,7 +40,7 @@ def train_and_export(group: ExpertGroup, config: RunConfig, run: RunDir, job: Tr
             sequence_parallel=layout.sequence_parallel,
             recompute=layout.recompute,
         )
-        if sizes.pretrained is not None and not begun.parents:
+        if sizes.pretrained is not None and not branch.parents:
             load_pretrained(group, model, sizes.pretrained, tokenizer)
         model.end_of_text = tokenizer.eos if config.data.separate_documents else None
         return model
@@ -48,30 +48,30 @@ def train_and_export(group: ExpertGroup, config: RunConfig, run: RunDir, job: Tr
     engine = Engine(group, first_model(), job, config.optimizer, config.deepspeed)
 
     def begin() -> int:
-        """Put the engine where this job stands: at its own newest state, at its parents' end, or at the start."""
+        """Set the engine to the job's newest checkpoint, its parents' mean or a new model; returns the step."""
         own = common_state(run.checkpoints(job.model))
         if own is not None:
             position = load_state(engine, own)
             restore_random_state(position)
             return position.step
-        if begun.parents:
-            begin_branch(engine, run, job, begun.parents)
+        if branch.parents:
+            begin_branch(engine, run, job, branch.parents)
         elif engine.adam_steps > 0:
             engine.reset(first_model())
         return 0
 
-    mixture = DomainMixture(config, run, job, begun.domains, tokenizer)
+    mixture = DomainMixture(config, run, job, branch.domains, tokenizer)
     train(engine, mixture, config, run, begin)
-    export_expert(engine, config, run, begun, tokenizer.eos)
+    export_expert(engine, config, run, branch, tokenizer.eos)
 
 
 def train(engine: Engine, mixture: DomainMixture, config: RunConfig, run: RunDir, begin: Callable[[], int]) -> None:
-    """Take the steps that are left after `begin`; save every so often, and after the last.
+    """Take the steps that remain after `begin`; save periodically and after the last step.
 
-    A bad batch is left out, after going back to where `begin` puts the engine then.
+    After a bad batch, `begin` restores the engine, and training resumes without that batch.
     """
     job, group = engine.job, engine.group
-    share = job.sequences // group.layout.data
+    rank_sequences = job.sequences // group.layout.data
     length = config.budget.sequence_length
     folder = run.checkpoints(job.model)
     step = begin()
@@ -82,14 +82,14 @@ def train(engine: Engine, mixture: DomainMixture, config: RunConfig, run: RunDir
         Profile(group, config.profile, run.profile(job.model)) as profile,
         Metrics(group, run.metrics(job.model), job, engine.model.shape, length, step) as metrics,
     ):
-        due = False  # a state is, after this step or the next at which one can be saved
+        pending = False  # whether a checkpoint is to be saved once the data ranks are in sync
         while step < job.steps:
             step += 1
             if not health.leaves_out(step):
-                first = job.first_sample + (step - 1) * job.sequences + group.data_rank * share
+                first = job.first_sample + (step - 1) * job.sequences + group.data_rank * rank_sequences
                 rate = config.optimizer.rate(job.progress_at(step))
                 with watch.step():
-                    result = engine.step(mixture.read(first, share), rate)
+                    result = engine.step(mixture.read(first, rank_sequences), rate)
                 problem = health.problem(step, result)
                 if problem is not None:
                     health.leave_out(step, problem)
@@ -100,14 +100,14 @@ def train(engine: Engine, mixture: DomainMixture, config: RunConfig, run: RunDir
                 profile.step()
             with watch.between_steps():
                 stops = stop.agreed() and step < job.steps
-                due = due or stops or step % config.checkpoint.every == 0 or step == job.steps
-                whole = engine.is_whole_after(step)
-                if whole:
+                pending = pending or stops or step % config.checkpoint.every == 0 or step == job.steps
+                in_sync = engine.is_whole_after(step)
+                if in_sync:
                     engine.outer_step()
-                if whole and due:
+                if in_sync and pending:
                     save_state(engine, folder, step, config.checkpoint.keep)
-                    due = False
-            if whole and stops:
+                    pending = False
+            if in_sync and stops:
                 stop.leave(step)
-        if job.steps == 0:  # a pretrained model taken as it is; branches begin with its state
+        if job.steps == 0:  # a pretrained model without training; branches begin with its checkpoint
             save_state(engine, folder, step, config.checkpoint.keep)

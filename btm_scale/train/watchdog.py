@@ -1,7 +1,7 @@
-"""Watching a group from within: a rank that dies takes its group along, and a step that hangs ends it.
+"""Watchdogs of a group: it ends when a rank dies or a step hangs.
 
-The ranks of one host watch each other's processes. What a rank of another host does is seen as a step that hangs, or
-by the launcher.
+The ranks of one host watch each other's processes. A rank that dies on another host shows as a hanging step, or is
+noticed by the launcher.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from btm_scale.distributed.group import ExpertGroup
 # Time for the launcher to learn of a rank's own error before the others end too.
 _GRACE_SECONDS = 5.0
 _POLL_SECONDS = 0.5
-_KNOWN_STEPS = 5
+_LEAST_STEPS = 5
 # The first steps may compile and tune.
 _FIRST_STEPS_PATIENCE = 10
 _BETWEEN_STEPS_PATIENCE = 4
 
 
 class PeerWatch:
-    """Ends this rank when another one of its host has died. Leave it before the group ends in good order."""
+    """Ends this rank when another rank on its host dies. Exit this context before the group ends cleanly."""
 
     def __init__(self, group: ExpertGroup) -> None:
         self._peers = _processes_of_this_host(group)
@@ -66,7 +66,7 @@ class PeerWatch:
 
 
 class HangWatch:
-    """Ends the group when a step takes far longer than steps do, after every rank has shown where it is."""
+    """Ends the group when a step takes far longer than usual, after every rank has dumped its stacks."""
 
     def __init__(self, group: ExpertGroup, config: HealthConfig) -> None:
         self._config = config
@@ -88,7 +88,7 @@ class HangWatch:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Around everything that belongs to one step."""
+        """Time the enclosed step."""
         self._since = time.monotonic()
         yield
         self._seconds.append(time.monotonic() - self._since)
@@ -96,15 +96,15 @@ class HangWatch:
 
     @contextlib.contextmanager
     def between_steps(self) -> Iterator[None]:
-        """Around what ranks do together between steps, such as saving; it may take longer, and counts as no step."""
+        """Time work between steps, such as saving. It may take longer than a step and does not count as one."""
         self._times, self._since = _BETWEEN_STEPS_PATIENCE, time.monotonic()
         yield
         self._times, self._since = 1, None
 
     @property
     def limit(self) -> float:
-        """Seconds that a step, or what is done now between steps, may take."""
-        if len(self._seconds) < _KNOWN_STEPS:
+        """Seconds that the current step, or the current work between steps, may take."""
+        if len(self._seconds) < _LEAST_STEPS:
             return _FIRST_STEPS_PATIENCE * self._config.patience
         return self._times * max(self._config.patience, self._config.hang * statistics.median(self._seconds))
 
@@ -120,28 +120,30 @@ class HangWatch:
         )
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         for number in (signal.SIGUSR2, signal.SIGCONT):
-            self._tell(number)
+            self._send(number)
         time.sleep(1.0)
-        self._tell(signal.SIGKILL)
+        self._send(signal.SIGKILL)
         os._exit(1)
 
-    def _tell(self, number: signal.Signals) -> None:
+    def _send(self, number: signal.Signals) -> None:
         for pid in self._peers.values():
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, number)
 
 
 def _processes_of_this_host(group: ExpertGroup) -> dict[int, int]:
-    """The process ids of the other ranks of this host, by rank."""
+    """Return the process ids of the other ranks on this host, by rank."""
     own = (_process_table(), os.getpid())
-    everyone: list[tuple[str, int] | None] = [None] * group.size
-    dist.all_gather_object(everyone, own)
-    return {rank: there[1] for rank, there in enumerate(everyone) if there and there[0] == own[0] and there != own}
+    processes: list[tuple[str, int] | None] = [None] * group.size
+    dist.all_gather_object(processes, own)
+    return {rank: there[1] for rank, there in enumerate(processes) if there and there[0] == own[0] and there != own}
 
 
 def _process_table() -> str:
-    """Where a process id means one process: in this kernel's boot and this namespace. Hosts and containers may share a
-    name, and a watch would take, or kill, another process for a rank."""
+    """Return an identifier of this kernel's boot and PID namespace, within which a process id is unique.
+
+    Hosts and containers may share a hostname, and a watchdog could then kill an unrelated process.
+    """
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
 

@@ -25,7 +25,7 @@ def test_help_imports_no_torch() -> None:
     [
         (["run", "absent.yaml"], "no config at absent.yaml"),
         (["status", "."], "is not a run folder: it has no run.yaml"),
-        (["train", "CONFIG", "--model", "physics"], "no model is called 'physics'"),
+        (["train", "CONFIG", "--model", "physics"], "'physics' is not a model of this run"),
         (["run", "CONFIG", "--set", "budget.batch_tokens=1000"], "use 1024"),
         (["run", "CONFIG", "--set", "text_root=/nowhere"], "/nowhere"),
         (["merge", "OUT", "DIR=heavy"], "must be a number"),

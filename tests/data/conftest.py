@@ -1,4 +1,4 @@
-"""Corpora for the tests of data, where the machine has them."""
+"""Corpora for the data tests, if this machine has them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def corpora() -> Path:
-    """Eight real domains, where the machine has them."""
+    """Eight real domains, if this machine has them."""
     beside = Path(__file__).parents[2].parent / "shared" / "corpora"
     path = Path(os.environ.get("BTM_CORPORA", beside))
     if not (path / "math.jsonl.gz").is_file():

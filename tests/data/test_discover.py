@@ -26,7 +26,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def mixed(real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The four kinds of installed text in one file, each document cut small, with its kind beside it."""
+    """The four kinds of installed text in one file, in small documents labelled with their kind."""
     folder = tmp_path_factory.mktemp("mixed")
     with (folder / "all.jsonl").open("w") as file:
         for kind in KINDS:
@@ -38,16 +38,16 @@ def mixed(real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("found") / "domains"
+def discovered(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("discovered") / "domains"
     done = btm_scale("discover", mixed / "all.jsonl", "--clusters", "2", "--out", output, "--sample", "250", "--json")
     assert set(json.loads(done.stdout)["clusters"]) == {"cluster0", "cluster1"}
     return output
 
 
-def test_clusters_are_balanced_and_separate_code_from_prose(mixed: Path, found: Path) -> None:
+def test_clusters_are_balanced_and_separate_code_from_prose(mixed: Path, discovered: Path) -> None:
     kinds = {row["text"]: row["kind"] for row in map(json.loads, (mixed / "all.jsonl").read_text().splitlines())}
-    clusters = [rows(found / f"cluster{number}.jsonl.gz") for number in range(2)]
+    clusters = [rows(discovered / f"cluster{number}.jsonl.gz") for number in range(2)]
     assert sorted(row["text"] for cluster in clusters for row in cluster) == sorted(
         json.loads(line)["text"] for line in (mixed / "all.jsonl").read_text().splitlines()
     )
@@ -59,16 +59,16 @@ def test_clusters_are_balanced_and_separate_code_from_prose(mixed: Path, found: 
     assert shares[1] > 0.8
 
 
-def test_what_is_found_is_a_config_as_it_stands(found: Path) -> None:
-    config = RunConfig.load(found / DOMAINS)
+def test_discover_writes_a_valid_config(discovered: Path) -> None:
+    config = RunConfig.load(discovered / DOMAINS)
     assert list(config.domains) == ["cluster0", "cluster1"]
     assert all((config.text_root / domain.text[0]).is_file() for domain in config.domains.values())
 
 
-def test_a_saved_clustering_places_texts_as_before(mixed: Path, found: Path) -> None:
-    clustering = Clustering.load(found)
+def test_a_loaded_clustering_assigns_the_same_clusters(mixed: Path, discovered: Path) -> None:
+    clustering = Clustering.load(discovered)
     texts = [json.loads(line)["text"] for line in (mixed / "all.jsonl").read_text().splitlines()][::7]
-    written = {row["text"]: number for number in range(2) for row in rows(found / f"cluster{number}.jsonl.gz")}
+    written = {row["text"]: number for number in range(2) for row in rows(discovered / f"cluster{number}.jsonl.gz")}
     assert clustering.assign(texts).tolist() == [written[text] for text in texts]
 
 
@@ -89,13 +89,13 @@ def test_a_sample_of_a_stream_is_uniform() -> None:
     assert random_sample(range(2), 3, 0) == [0, 1]
 
 
-def test_a_runs_own_domains_can_be_found_anew(real_text: Path, tmp_path: Path) -> None:
+def test_the_domains_of_a_run_can_be_clustered_again(real_text: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", tiny_values(real_text))
     collection = resolve_sources(config.domains, config.text_root)
     answer = discover(collection, tmp_path / "out", clusters=2, sample=100)
-    held = answer["clusters"].values()
-    assert sum(cluster["documents"] for cluster in held) > 50
-    assert all(cluster["terms"] for cluster in held)
+    clusters_by_name = answer["clusters"].values()
+    assert sum(cluster["documents"] for cluster in clusters_by_name) > 50
+    assert all(cluster["terms"] for cluster in clusters_by_name)
     again = discover(collection, tmp_path / "again", clusters=2, sample=100)
     assert again["clusters"] == answer["clusters"]
     for name in ("cluster0", "cluster1"):
@@ -104,7 +104,7 @@ def test_a_runs_own_domains_can_be_found_anew(real_text: Path, tmp_path: Path) -
         ).read_bytes()
 
 
-def test_too_little_text_or_an_output_that_holds_something_is_refused(tmp_path: Path) -> None:
+def test_too_little_text_and_a_nonempty_output_are_errors(tmp_path: Path) -> None:
     (tmp_path / "few.jsonl").write_text('{"text": "one word"}\n{"text": "another word"}\n')
     collection = [resolve_domain("few", DomainConfig(text=("few.jsonl",)), tmp_path)]
     with pytest.raises(DataError, match="4 documents for each"):

@@ -101,12 +101,12 @@ BAD_LINES = {
     b'{"body": "a"}\n': "no field 'text'; fields are 'body'",
     b'{"text": 3}\n': "field 'text' holds int, not text",
     b'{"text": "\\ud800"}\n': "field 'text' holds half a surrogate pair",
-    b'{"text": ' + b"[" * 100_000 + b"\n": "not JSON that can be read: nested too deeply",
+    b'{"text": ' + b"[" * 100_000 + b"\n": "JSON nested too deeply",
 }
 
 
 @pytest.mark.parametrize("bad", BAD_LINES)
-def test_a_malformed_line_is_named_or_skipped_and_counted(tmp_path: Path, bad: bytes) -> None:
+def test_a_malformed_line_is_reported_or_skipped_and_counted(tmp_path: Path, bad: bytes) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n\n' + bad + b'{"text": "also good"}\n')
     with pytest.raises(DataError) as caught:
         read(tmp_path, text="a.jsonl")
@@ -117,7 +117,7 @@ def test_a_malformed_line_is_named_or_skipped_and_counted(tmp_path: Path, bad: b
     assert bad_lines.skipped == 1
 
 
-def test_an_undecodable_line_of_plain_text_and_a_binary_file_are_told(tmp_path: Path) -> None:
+def test_an_undecodable_line_of_plain_text_and_a_binary_file_are_errors(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("one\ncaf\xe9\nthree\n".encode("latin-1"))
     (tmp_path / "image.txt").write_bytes(b"\x89PNG\0\0\n" * 10)
     with pytest.raises(DataError, match=r"latin.txt, line 2: not UTF-8 at byte 3 of the line"):
@@ -130,35 +130,35 @@ def test_an_undecodable_line_of_plain_text_and_a_binary_file_are_told(tmp_path: 
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_a_damaged_file_is_told_with_the_place_where_it_ends(tmp_path: Path, suffix: str) -> None:
+def test_a_damaged_file_is_reported_with_the_line_of_the_damage(tmp_path: Path, suffix: str) -> None:
     content = jsonl([{"text": f"{i} " + "".join(chr(97 + i * j % 26) for j in range(3000))} for i in range(500)])
     packed = COMPRESS[suffix](content)
     (tmp_path / f"a.jsonl{suffix}").write_bytes(packed[: len(packed) // 2])
     with pytest.raises(DataError, match=r"a.jsonl.*, line \d+: "):
         read(tmp_path, text=f"a.jsonl{suffix}")
     (tmp_path / f"b.jsonl{suffix}").write_bytes(b"this is not compressed at all")
-    with pytest.raises(DataError, match=r"line 1: the file is damaged after this place"):
+    with pytest.raises(DataError, match=r"line 1: the file is damaged from here on"):
         read(tmp_path, text=f"b.jsonl{suffix}")
 
 
-def test_parquet_tells_a_missing_column_a_null_and_a_file_of_another_kind(tmp_path: Path) -> None:
+def test_parquet_reports_a_missing_column_a_null_and_an_invalid_file(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a", None, "c"]}), tmp_path / "a.parquet")
     (tmp_path / "b.parquet").write_bytes(b"no parquet")
     with pytest.raises(DataError, match=r"a.parquet, line 2: field 'text' holds NoneType, not text"):
         read(tmp_path, text="a.parquet")
-    with pytest.raises(DataError, match=r"a.parquet has no column 'body', only text; set the domain's field"):
+    with pytest.raises(DataError, match=r"a.parquet has no column 'body', only text. Set the domain's field"):
         read(tmp_path, text="a.parquet", field="body")
     with pytest.raises(DataError, match=r"b.parquet, line 1: the file is damaged"):
         read(tmp_path, text="b.parquet")
 
 
-def test_groups_come_from_a_field_up_to_a_mark_or_from_the_file(tmp_path: Path) -> None:
+def test_split_keys_come_from_a_field_up_to_a_separator_or_from_the_file(tmp_path: Path) -> None:
     rows = [{"text": "a", "source": "book#1"}, {"text": "b", "source": "book#2"}, {"text": "c"}]
     (tmp_path / "a.jsonl").write_bytes(jsonl(rows[:2]))
-    groups = [
+    split_keys = [
         document.split_key for document in read(tmp_path, text="a.jsonl", split_by={"field": "source", "until": "#"})
     ]
-    assert groups == ["book", "book"]
+    assert split_keys == ["book", "book"]
     assert [document.split_key for document in read(tmp_path, text="a.jsonl", split_by="file")] == ["a.jsonl"] * 2
     assert [document.split_key for document in read(tmp_path, text="a.jsonl")] == [None, None]
     (tmp_path / "b.jsonl").write_bytes(jsonl(rows))
@@ -166,7 +166,7 @@ def test_groups_come_from_a_field_up_to_a_mark_or_from_the_file(tmp_path: Path) 
         read(tmp_path, text="b.jsonl", split_by={"field": "source"})
 
 
-def test_white_space_is_no_document_and_a_byte_order_mark_no_text(tmp_path: Path) -> None:
+def test_whitespace_is_not_a_document_and_a_byte_order_mark_is_dropped(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl([{"text": "a"}, {"text": " \n"}, {"text": ""}]))
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfb\r\n")
     assert texts(tmp_path, text=["a.jsonl", "b.txt"]) == ["a", "b\r\n"]

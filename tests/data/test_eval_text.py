@@ -1,4 +1,4 @@
-"""The text that methods are compared on."""
+"""The text on which methods are evaluated."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_bytes_are_those_of_the_targets_text(prepared: tuple[RunConfig, RunDir])
     assert text.bytes == counts.bytes - first
 
 
-def test_a_sample_comes_from_the_whole_split_and_is_the_start_of_a_longer_one(
+def test_a_sample_covers_the_split_and_is_a_prefix_of_a_longer_one(
     prepared: tuple[RunConfig, RunDir],
 ) -> None:
     short, long = load(prepared, "train", 1_000), load(prepared, "train", 8_000)
@@ -48,7 +48,7 @@ def test_a_sample_comes_from_the_whole_split_and_is_the_start_of_a_longer_one(
     assert not np.array_equal(short.tokens, in_order[:1_001])
 
 
-def test_the_fingerprint_tells_texts_and_blocks_apart(prepared: tuple[RunConfig, RunDir]) -> None:
+def test_different_texts_and_blocks_have_different_fingerprints(prepared: tuple[RunConfig, RunDir]) -> None:
     texts = [load(prepared), load(prepared, tokens=1_999), load(prepared, length=32), load(prepared, "dev")]
     assert len({text.fingerprint for text in texts}) == 4
     assert load(prepared).fingerprint == texts[0].fingerprint

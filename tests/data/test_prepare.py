@@ -1,4 +1,4 @@
-"""From a config to token files: what is made, what is kept, and a message for all that can be wrong."""
+"""From a config to token files: what is created, what is kept, and an error for everything that can be wrong."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from btm_scale.util.locks import held
 
 
 def texts_of(run: RunDir, domain: str, split: str) -> list[str]:
-    """What the token files hold, as text."""
+    """Return the documents of a token file as text."""
     tokenizer = Tokenizer.load(run.tokenizer)
     documents = IndexedDataset(str(run.tokens(domain, split)))
     for document in documents:
@@ -37,23 +37,25 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_every_document_stands_in_one_split_and_reads_back(prepared: tuple[RunConfig, RunDir], text_root: Path) -> None:
+def test_every_document_is_in_one_split_and_is_decoded_exactly(
+    prepared: tuple[RunConfig, RunDir], text_root: Path
+) -> None:
     _, run = prepared
     for domain in ("code", "prose"):
         given = [json.loads(line)["text"] for line in (text_root / f"{domain}.jsonl").read_text().splitlines()]
         splits = {split: texts_of(run, domain, split) for split in SPLITS}
         assert sorted(text for texts in splits.values() for text in texts) == sorted(given)
-        # Within a split documents keep the order of the files.
+        # Within a split, documents keep the order of the files.
         assert [text for text in given if text in set(splits["train"])] == splits["train"]
-        made = Fingerprint.of_domain(run, domain)
+        fingerprint = Fingerprint.of_domain(run, domain)
         for split, texts in splits.items():
-            assert made.splits[split].documents == len(texts)
-            assert made.splits[split].bytes == sum(len(text.encode()) for text in texts)
+            assert fingerprint.splits[split].documents == len(texts)
+            assert fingerprint.splits[split].bytes == sum(len(text.encode()) for text in texts)
             size = run.tokens(domain, split).with_suffix(".bin").stat().st_size
-            assert made.splits[split].tokens == size // np.dtype(np.uint16).itemsize
+            assert fingerprint.splits[split].tokens == size // np.dtype(np.uint16).itemsize
 
 
-def test_documents_of_a_group_share_a_split(prepared: tuple[RunConfig, RunDir], text_root: Path) -> None:
+def test_documents_with_one_split_key_share_a_split(prepared: tuple[RunConfig, RunDir], text_root: Path) -> None:
     group_of = {}
     for line in (text_root / "code.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -63,7 +65,7 @@ def test_documents_of_a_group_share_a_split(prepared: tuple[RunConfig, RunDir], 
     assert sum(map(len, groups)) == len(set.union(*groups))
 
 
-def test_the_number_of_workers_changes_no_byte(
+def test_the_token_files_do_not_depend_on_the_number_of_workers(
     prepared: tuple[RunConfig, RunDir], text_root: Path, make_config: MakeConfig, tmp_path: Path
 ) -> None:
     run = RunDir(tmp_path)
@@ -73,7 +75,7 @@ def test_the_number_of_workers_changes_no_byte(
     assert contents(run.tokenizer) == contents(prepared[1].tokenizer)
 
 
-def test_more_files_move_no_document(text_root: Path, make_config: MakeConfig, tmp_path: Path) -> None:
+def test_adding_files_moves_no_document(text_root: Path, make_config: MakeConfig, tmp_path: Path) -> None:
     first, second = RunDir(tmp_path / "first"), RunDir(tmp_path / "second")
     prepare(make_config(text_root, {"prose": PROSE}), first)
     root = tmp_path / "text"
@@ -87,9 +89,9 @@ def test_more_files_move_no_document(text_root: Path, make_config: MakeConfig, t
         assert after == texts_of(first, "prose", split)
 
 
-def test_a_copy_is_dropped_and_no_text_stands_on_two_sides_of_a_split(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_duplicates_are_dropped_and_no_text_is_in_two_splits(make_config: MakeConfig, tmp_path: Path) -> None:
     texts = prose_texts(240)
-    # Every text twice in `a`, under other groups, and half of them in `b` again.
+    # Every text is in `a` twice, with different groups, and half of them are in `b` too.
     write_jsonl(tmp_path / "a.jsonl", texts + texts, group=lambda i: i // 5)
     write_jsonl(tmp_path / "b.jsonl", texts[:120] + python_texts(120), group=lambda i: f"group {i // 5}")
     grouped = {"split_by": {"field": "group"}}
@@ -100,12 +102,12 @@ def test_a_copy_is_dropped_and_no_text_stands_on_two_sides_of_a_split(make_confi
     )
     run = RunDir(tmp_path / "run")
     prepare(config, run)
-    found = {split: [set(texts_of(run, domain, split)) for domain in "ab"] for split in SPLITS}
-    held = {split: set.union(*parts) for split, parts in found.items()}
-    assert not held["train"] & held["dev"]
-    assert not held["train"] & held["test"]
-    assert not held["dev"] & held["test"]
-    assert set.union(*(parts[0] for parts in found.values())) == set(texts)
+    texts_by_split = {split: [set(texts_of(run, domain, split)) for domain in "ab"] for split in SPLITS}
+    texts_in = {split: set.union(*parts) for split, parts in texts_by_split.items()}
+    assert not texts_in["train"] & texts_in["dev"]
+    assert not texts_in["train"] & texts_in["test"]
+    assert not texts_in["dev"] & texts_in["test"]
+    assert set.union(*(parts[0] for parts in texts_by_split.values())) == set(texts)
     assert Fingerprint.of_domain(run, "a").duplicates == 240
     assert Fingerprint.of_domain(run, "b").duplicates > 0
 
@@ -114,13 +116,13 @@ def test_a_second_call_changes_nothing_and_a_new_domain_is_added(
     text_root: Path, make_config: MakeConfig, tmp_path: Path
 ) -> None:
     run = RunDir(tmp_path)
-    heard: list[tuple[str, int, int]] = []
-    prepare(make_config(text_root, {"prose": PROSE}), run, lambda *progress: heard.append(progress))
-    made = Fingerprint.of_domain(run, "prose")
-    assert heard[-1] == (
+    calls: list[tuple[str, int, int]] = []
+    prepare(make_config(text_root, {"prose": PROSE}), run, lambda *progress: calls.append(progress))
+    fingerprint = Fingerprint.of_domain(run, "prose")
+    assert calls[-1] == (
         "prose",
-        sum(split.bytes for split in made.splits.values()),
-        sum(split.documents for split in made.splits.values()),
+        sum(split.bytes for split in fingerprint.splits.values()),
+        sum(split.documents for split in fingerprint.splits.values()),
     )
     before, times = contents(tmp_path), {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     config = make_config(text_root, {"prose": PROSE}, novel_domains={"code": CODE})
@@ -128,15 +130,15 @@ def test_a_second_call_changes_nothing_and_a_new_domain_is_added(
     after = contents(tmp_path)
     assert {name: after[name] for name in before} == before
     assert run.fingerprint("code").exists()
-    heard.clear()
-    prepare(config, run, lambda *progress: heard.append(progress))
-    assert not heard
+    calls.clear()
+    prepare(config, run, lambda *progress: calls.append(progress))
+    assert not calls
     assert times.items() <= {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}.items() | {
         (path, time) for path, time in times.items() if path.is_dir()
     }
 
 
-def test_a_copied_text_is_the_same_text_and_a_changed_one_is_told(
+def test_a_copied_text_is_accepted_and_a_changed_one_is_an_error(
     text_root: Path, make_config: MakeConfig, tmp_path: Path
 ) -> None:
     root, run = tmp_path / "text", RunDir(tmp_path / "run")
@@ -157,7 +159,7 @@ def test_a_copied_text_is_the_same_text_and_a_changed_one_is_told(
     assert contents(run.root) == before
 
 
-def test_another_setting_is_told(text_root: Path, make_config: MakeConfig, tmp_path: Path) -> None:
+def test_changed_settings_are_an_error(text_root: Path, make_config: MakeConfig, tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     prepare(make_config(text_root, {"prose": PROSE}), run)
     with pytest.raises(DataError, match=r"dev was 0.1 and is 0.2.*delete that folder"):
@@ -169,7 +171,7 @@ def test_another_setting_is_told(text_root: Path, make_config: MakeConfig, tmp_p
         prepare(make_config(text_root, {"prose": PROSE}, budget=longer), run)
 
 
-def test_an_existing_tokenizer_is_used_and_another_one_is_told(
+def test_an_existing_tokenizer_is_used_and_another_one_is_an_error(
     text_root: Path, make_config: MakeConfig, tmp_path: Path
 ) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
@@ -183,7 +185,7 @@ def test_an_existing_tokenizer_is_used_and_another_one_is_told(
     assert Tokenizer.load(run.tokenizer).digest == Tokenizer.load(one).digest
     with pytest.raises(DataError, match=r"has other files than tokenizer.path"):
         prepare(make_config(text_root, {"prose": PROSE}, tokenizer={"path": other}), run)
-    with pytest.raises(DataError, match=r"no tokenizer at .*gone"):
+    with pytest.raises(DataError, match=r"no tokenizer in .*gone"):
         prepare(
             make_config(text_root, {"prose": PROSE}, tokenizer={"path": tmp_path / "gone"}),
             RunDir(tmp_path / "r2"),
@@ -191,8 +193,8 @@ def test_an_existing_tokenizer_is_used_and_another_one_is_told(
     assert not list((tmp_path / "r2").rglob("*"))
 
 
-def require_refused(config: RunConfig, run: RunDir, domain: str, match: str) -> None:
-    """All who read a domain's token files tell what is wrong with them."""
+def require_rejected(config: RunConfig, run: RunDir, domain: str, match: str) -> None:
+    """Check that every reader of a domain's token files raises the error."""
     with pytest.raises(DataError, match=match):
         prepare(config, run)
     with pytest.raises(DataError, match=match):
@@ -201,7 +203,7 @@ def require_refused(config: RunConfig, run: RunDir, domain: str, match: str) -> 
         EvaluationText.load(run, domain, "test", tokens=100, sequence_length=64)
 
 
-def test_token_files_of_another_tokenizer_are_refused_by_all_who_read_them(
+def test_token_files_of_another_tokenizer_are_rejected_by_every_reader(
     prepared: tuple[RunConfig, RunDir], tmp_path: Path
 ) -> None:
     config, original = prepared
@@ -211,21 +213,19 @@ def test_token_files_of_another_tokenizer_are_refused_by_all_who_read_them(
     run.tokenizer.mkdir()
     train_tokenizer(run.tokenizer, python_texts(50), vocab_size=512)
     match = r"token files of domain '\w+' were made with another tokenizer \(digest \w+\) than the one in"
-    require_refused(config, run, "prose", match)
+    require_rejected(config, run, "prose", match)
 
 
-def test_token_files_that_were_cut_short_are_told_by_all_who_read_them(
-    prepared: tuple[RunConfig, RunDir], tmp_path: Path
-) -> None:
-    config, made = prepared
+def test_truncated_token_files_are_rejected_by_every_reader(prepared: tuple[RunConfig, RunDir], tmp_path: Path) -> None:
+    config, original = prepared
     run = RunDir(tmp_path / "run")
-    shutil.copytree(made.root, run.root)
+    shutil.copytree(original.root, run.root)
     path = run.tokens("code", "dev").with_suffix(".bin")
     path.write_bytes(path.read_bytes()[:-2])
-    require_refused(config, run, "code", r"dev\.bin has \d+ bytes, .* prepare the run again")
+    require_rejected(config, run, "code", r"dev\.bin has \d+ bytes, .* prepare the run again")
 
 
-def test_every_missing_path_is_told_at_once_before_any_work(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_all_missing_paths_are_reported_together_before_any_work(make_config: MakeConfig, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "good.jsonl", prose_texts(300))
     domains = {
         "good": {"text": "good.jsonl"},
@@ -235,25 +235,25 @@ def test_every_missing_path_is_told_at_once_before_any_work(make_config: MakeCon
     with pytest.raises(DataError) as caught:
         prepare(make_config(tmp_path, domains), RunDir(tmp_path / "run"))
     first, second = str(caught.value).splitlines()
-    assert first.startswith(f"domain 'legal': 'law.jsonl' matches no file below {tmp_path};")
+    assert first.startswith(f"domain 'legal': 'law.jsonl' matches no file below {tmp_path}.")
     assert "set text_root" in first
     assert second.startswith("domain 'math': 'tex/**/*.tex' matches no file")
     assert not (tmp_path / "run").exists()
 
 
 BAD_DOMAINS = {
-    "empty": ("\n \n", "domain 'bad' is empty: its 1 files hold no document. Give it text"),
+    "empty": ("\n \n", "Domain 'bad' is empty: its 1 files hold no document. Add text"),
     "malformed": ('{"text": "fine"}\n{"text": \n', "bad.jsonl, line 2: not JSON"),
     "small": (
         '{"text": "a short document"}\n' * 3,
-        r"domain 'bad' is too small to split: .*test has 1 documents with 11 tokens; each needs at least 65",
+        r"Domain 'bad' is too small to split: .*test has 1 documents with 11 tokens. Each needs at least 65",
     ),
 }
 
 
 @pytest.mark.parametrize("kind", BAD_DOMAINS)
 @pytest.mark.parametrize("novel", [False, True])
-def test_a_bad_domain_is_told_and_leaves_nothing_half_written(
+def test_a_bad_domain_is_an_error_and_leaves_nothing_half_written(
     make_config: MakeConfig, tmp_path: Path, kind: str, novel: bool
 ) -> None:
     content, message = BAD_DOMAINS[kind]
@@ -269,7 +269,7 @@ def test_a_bad_domain_is_told_and_leaves_nothing_half_written(
     assert names <= {"tokenizer", "data", "good"}
     for domain in run.data.glob("*"):
         Fingerprint.of_domain(run, domain.name)
-    # With good text in its place the same run goes on.
+    # With valid text instead, the same run resumes.
     write_jsonl(tmp_path / "bad.jsonl", python_texts(150))
     prepare(config, run)
     assert Fingerprint.of_domain(run, "bad").splits["test"].documents
@@ -280,23 +280,23 @@ def test_skipped_lines_are_counted(make_config: MakeConfig, tmp_path: Path) -> N
     path.write_bytes(b"not json\n" + path.read_bytes() + b'{"text": "\xff"}\n')
     run = RunDir(tmp_path / "run")
     prepare(make_config(tmp_path, {"a": {"text": "a.jsonl"}}, data={"on_bad_line": "skip"}), run)
-    made = Fingerprint.of_domain(run, "a")
-    assert made.skipped_lines == 2
-    assert sum(split.documents for split in made.splits.values()) == 300
+    fingerprint = Fingerprint.of_domain(run, "a")
+    assert fingerprint.skipped_lines == 2
+    assert sum(split.documents for split in fingerprint.splits.values()) == 300
 
 
-def test_two_do_not_prepare_one_run_at_once(text_root: Path, make_config: MakeConfig, tmp_path: Path) -> None:
+def test_only_one_process_prepares_a_run_at_a_time(text_root: Path, make_config: MakeConfig, tmp_path: Path) -> None:
     run, config = RunDir(tmp_path), make_config(text_root, {"prose": PROSE})
-    begun = run.root / ".tokenizer.partial"
-    begun.mkdir()
-    with held(run.root / ".prepare.lock"), pytest.raises(GroupFailed, match="another process prepares"):
+    unfinished = run.root / ".tokenizer.partial"
+    unfinished.mkdir()
+    with held(run.root / ".prepare.lock"), pytest.raises(GroupFailed, match="Another process is preparing the run"):
         prepare(config, run)
-    assert begun.exists()
+    assert unfinished.exists()
     prepare(config, run)
     assert not list(run.root.glob(".*"))
 
 
-def test_what_a_killed_run_left_is_cleared_away(text_root: Path, make_config: MakeConfig, tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_run_are_deleted(text_root: Path, make_config: MakeConfig, tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     for leftover in (
         run.root / ".tokenizer.partial",

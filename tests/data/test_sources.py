@@ -49,7 +49,7 @@ def test_globs_and_lists_give_each_file_once_in_the_order_of_names(tmp_path: Pat
 
 def test_a_file_name_that_is_not_text_is_an_error(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"\xff.txt")).write_text("some text")
-    with pytest.raises(DataError, match=r"the file name '\\udcff.txt' is not UTF-8; rename the file"):
+    with pytest.raises(DataError, match=r"the file name '\\udcff.txt' is not UTF-8. Rename the file"):
         names(tmp_path, "*.txt")
 
 
@@ -60,7 +60,7 @@ def test_every_path_that_matches_nothing_is_reported_at_once_with_its_domain_and
         resolve_sources(domains, tmp_path)
     gone, folder, law = str(caught.value).splitlines()
     assert gone.startswith(f"domain 'd': 'gone/*.txt' matches no file below {tmp_path}")
-    assert "only folders; name files in them, such as 'folder/**/*.txt'" in folder
+    assert "only folders. Name files in them, such as 'folder/**/*.txt'" in folder
     assert law.startswith("domain 'e': 'law.jsonl' matches no file")
 
 
@@ -76,7 +76,7 @@ def globbed(tmp_path: Path, make_config: MakeConfig) -> RunConfig:
 
 @pytest.fixture
 def patterns(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each pattern was looked up since it was last cleared."""
+    """Count the lookups of each pattern since the counter was last cleared."""
     counts: Counter[str] = Counter()
     lookup = glob.iglob
 
@@ -106,14 +106,14 @@ def test_every_command_looks_each_glob_up_once(globbed: RunConfig, patterns: Cou
 def test_discover_reads_its_collection_twice_from_one_lookup(
     globbed: RunConfig, patterns: Counter[str], tmp_path: Path
 ) -> None:
-    pytest.importorskip("sklearn", reason="finding domains needs scikit-learn")
+    pytest.importorskip("sklearn", reason="discovering domains needs scikit-learn")
     collection = collection_of([globbed.text_root / "**" / "*.jsonl*"], "text")
-    found = discover(collection, tmp_path / "found", clusters=2, sample=100)
-    assert sum(cluster["documents"] for cluster in found["clusters"].values()) == 500
+    answer = discover(collection, tmp_path / "found", clusters=2, sample=100)
+    assert sum(cluster["documents"] for cluster in answer["clusters"].values()) == 500
     assert list(patterns.values()) == [1]
 
 
-def test_a_file_that_appears_while_a_run_is_prepared_is_left_out_of_it_altogether(
+def test_a_file_that_appears_while_a_run_is_prepared_is_ignored(
     globbed: RunConfig, make_config: MakeConfig, tmp_path: Path
 ) -> None:
     undisturbed, run = RunDir(tmp_path / "undisturbed"), RunDir(tmp_path / "run")
@@ -124,9 +124,9 @@ def test_a_file_that_appears_while_a_run_is_prepared_is_left_out_of_it_altogethe
             late = [f"late {text}" for text in prose_texts(50)]
             write_jsonl(globbed.text_root / folder / "late.jsonl", late, file=lambda i: i)
 
-    made = prepare(globbed, run, add_files)
+    fingerprints = prepare(globbed, run, add_files)
     for domain in ("code", "prose"):
-        assert [Path(file.name).name for file in made[domain].sources] == ["a.jsonl"]
+        assert [Path(file.name).name for file in fingerprints[domain].sources] == ["a.jsonl"]
         for path in undisturbed.domain(domain).iterdir():
             assert path.read_bytes() == (run.domain(domain) / path.name).read_bytes()
     with pytest.raises(DataError, match=r"made from something else: code/late.jsonl is new"):
@@ -145,11 +145,9 @@ def test_a_file_that_disappears_while_a_run_is_prepared_is_an_error(
     assert not run.domain("prose").exists()
 
 
-def test_every_step_reads_the_files_of_a_source_and_none_looks_at_its_patterns(
-    globbed: RunConfig, tmp_path: Path
-) -> None:
+def test_every_step_reads_the_files_of_a_source_and_ignores_its_patterns(globbed: RunConfig, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
-    made = prepare(globbed, run)
+    fingerprints = prepare(globbed, run)
     pattern_matches_nothing = DomainConfig(text=("nowhere/*.jsonl",), split_by=globbed.domains["code"].split_by)
     [code, prose] = resolve_sources(globbed.all_domains, globbed.text_root)
     source = DomainSource("code", code.files, pattern_matches_nothing)
@@ -157,11 +155,11 @@ def test_every_step_reads_the_files_of_a_source_and_none_looks_at_its_patterns(
     assert "".join(balanced_sample([source, prose], 10_000, globbed.data)) == "".join(
         balanced_sample([code, prose], 10_000, globbed.data)
     )
-    assert digest_of_text(source, globbed.data) == made["code"].text
+    assert digest_of_text(source, globbed.data) == fingerprints["code"].text
     folder = tmp_path / "code"
     folder.mkdir()
     with Encoder(run.tokenizer, 1) as encoder:
-        assert write_domain(source, globbed, encoder, folder, {}, lambda *_: None) == made["code"]
+        assert write_domain(source, globbed, encoder, folder, {}, lambda *_: None) == fingerprints["code"]
     assert (folder / "train.bin").read_bytes() == run.tokens("code", "train").with_suffix(".bin").read_bytes()
 
 
@@ -171,6 +169,6 @@ def test_preparing_returns_every_domains_fingerprint_in_the_configs_order(
     run = RunDir(tmp_path / "run")
     prepare(make_config(globbed.text_root, {"prose": DOMAINS["prose"]}), run)
     config = make_config(globbed.text_root, {"code": DOMAINS["code"], "prose": DOMAINS["prose"]})
-    made = prepare(config, run)  # code is encoded now, prose was before
-    assert list(made) == ["code", "prose"]
-    assert made == {name: Fingerprint.of_domain(run, name) for name in made}
+    fingerprints = prepare(config, run)  # code is encoded now, prose was before
+    assert list(fingerprints) == ["code", "prose"]
+    assert fingerprints == {name: Fingerprint.of_domain(run, name) for name in fingerprints}

@@ -1,4 +1,4 @@
-"""Placement by hash, and sets of keys."""
+"""Assignment to splits by hash, and sets of keys."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def split_of(text: str, group: str | None = None) -> str:
     return identify(Document(text, group, ""), **SHARES).split
 
 
-def test_a_document_keeps_its_split_whatever_stands_beside_it() -> None:
+def test_a_documents_split_does_not_depend_on_other_documents() -> None:
     # Literal values: a change of the hash would move the test text of every run.
     places = [split_of(f"document {i}") for i in (0, 1, 6, 9)]
     assert places == ["train", "test", "test", "test"]
     assert {split_of(f"document {i}", "one group") for i in range(100)} == {split_of("", "one group")}
 
 
-def test_shares_are_what_was_asked_for() -> None:
+def test_splits_have_the_configured_sizes() -> None:
     counts = Counter(split_of(str(i)) for i in range(20_000))
     assert abs(counts["dev"] - 1_000) < 150
     assert abs(counts["test"] - 2_000) < 200
@@ -53,7 +53,7 @@ def identity(split: str, key: int) -> Identity:
     return Identity(split, None, bytes(8) + key.to_bytes(8, "little"), 1)
 
 
-def test_a_text_stays_once_and_on_one_side_of_every_split() -> None:
+def test_a_text_is_kept_once_and_in_one_split() -> None:
     elsewhere = {"train": KeySet([1]), "dev": KeySet(), "test": KeySet([2])}
     filtered = Deduplicator(elsewhere, {"dev": KeySet([5]), "test": KeySet([4])})
     assert filtered.keep(identity("train", 1))  # in another domain's train too: seen twice by dense, no leak

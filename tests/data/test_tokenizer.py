@@ -1,4 +1,4 @@
-"""Ids equal to transformers' own, text back as it was, and tokenizers of others."""
+"""Ids equal to those of transformers, exact decoding, and existing tokenizers."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_ids_are_those_of_auto_tokenizer_on_eight_corpora(trained: Path, corpora
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\u2581\0")))
-def test_any_text_comes_back(prepared: tuple[RunConfig, RunDir], text: str) -> None:
+def test_any_text_is_decoded_exactly(prepared: tuple[RunConfig, RunDir], text: str) -> None:
     tokenizer = Tokenizer.load(prepared[1].tokenizer)
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -78,13 +78,13 @@ def test_a_text_that_quotes_the_end_token_does_not_end_there(trained: Path) -> N
     assert tokenizer.eos not in tokenizer.encode("before </s> after")
 
 
-def test_too_little_text_for_the_vocabulary_is_told(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no tokenizer of 4096 tokens can be trained.*tokenizer.vocab_size"):
+def test_too_little_text_for_the_vocabulary_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"Cannot train a tokenizer of 4096 tokens.*tokenizer.vocab_size"):
         train_tokenizer(tmp_path, ["a little text"], vocab_size=4_096)
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_wrong_with_a_text_is_told_as_it_is_and_not_as_the_vocabularys_fault(tmp_path: Path) -> None:
+def test_an_error_in_the_text_is_not_reported_as_a_vocabulary_error(tmp_path: Path) -> None:
     def texts() -> Iterator[str]:
         yield from prose_texts(50)
         raise DataError("line 51 is broken")
@@ -94,7 +94,7 @@ def test_what_is_wrong_with_a_text_is_told_as_it_is_and_not_as_the_vocabularys_f
 
 
 def byte_level_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
-    """A tokenizer of GPT-2's kind."""
+    """Write a byte-level tokenizer like GPT-2's."""
     fast = FastTokenizer(BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
@@ -108,7 +108,7 @@ def byte_level_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def test_a_byte_level_tokenizer_is_taken_over(tmp_path: Path) -> None:
+def test_a_byte_level_tokenizer_is_adopted(tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     reference = byte_level_tokenizer(tmp_path / "given")
     (tmp_path / "given" / "config.json").write_text("{}")
@@ -124,13 +124,13 @@ def test_a_byte_level_tokenizer_is_taken_over(tmp_path: Path) -> None:
     assert ours.eos not in ours.encode("before <|endoftext|> after")
 
 
-def test_a_sentencepiece_tokenizer_is_copied_as_it_is(trained: Path, tmp_path: Path) -> None:
+def test_a_sentencepiece_tokenizer_is_copied_unchanged(trained: Path, tmp_path: Path) -> None:
     adopt_tokenizer(tmp_path, trained)
     assert isinstance(Tokenizer.load(tmp_path), SentencePieceTokenizer)
     assert Tokenizer.load(tmp_path).digest == Tokenizer.load(trained).digest
 
 
-def test_where_the_two_libraries_disagree_transformers_is_followed(trained: Path, tmp_path: Path) -> None:
+def test_transformers_decides_if_the_two_libraries_disagree(trained: Path, tmp_path: Path) -> None:
     given, own = tmp_path / "given", tmp_path / "own"
     byte_level_tokenizer(given)
     shutil.copy(trained / "tokenizer.model", given)
@@ -139,8 +139,8 @@ def test_where_the_two_libraries_disagree_transformers_is_followed(trained: Path
     assert isinstance(Tokenizer.load(own), TransformersTokenizer)
 
 
-def test_a_directory_without_a_tokenizer_is_told(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no tokenizer at"):
+def test_a_directory_without_a_tokenizer_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no tokenizer in"):
         Tokenizer.load(tmp_path / "gone")
     with pytest.raises(DataError, match=r"cannot be loaded: .*tokenizer.model"):
         Tokenizer.load(tmp_path)

@@ -20,7 +20,7 @@ from btm_scale.run import worker
 from btm_scale.run.state import open_run
 from btm_scale.run_dir import RunDir
 
-ask = ask_device.__wrapped__  # each call asks again
+ask = ask_device.__wrapped__  # each call queries the device again
 
 
 def auto_values(text: Path, **changes: object) -> dict[str, object]:
@@ -38,7 +38,7 @@ def test_auto_is_fp32_on_a_cpu_whose_libraries_have_no_bf16(monkeypatch: pytest.
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     unrestricted = ask()
     assert unrestricted.fast in unrestricted.possible
-    # Both are read by x86-64 builds only; elsewhere they change nothing.
+    # Only x86-64 builds read these.
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
     assert ask().fast == ("fp32" if os.uname().machine == "x86_64" else unrestricted.fast)
@@ -70,7 +70,7 @@ def test_a_gpu_that_emulates_bf16_trains_in_fp16(
 
 
 @pytest.mark.parametrize("is_supported", [True, False])
-def test_a_dry_run_accepts_fp16_where_the_cpu_has_it_and_refuses_it_elsewhere(
+def test_a_dry_run_accepts_fp16_only_if_the_cpu_supports_it(
     is_supported: bool, real_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_config(tmp_path / "run.yaml", tiny_values(real_text))
@@ -80,16 +80,16 @@ def test_a_dry_run_accepts_fp16_where_the_cpu_has_it_and_refuses_it_elsewhere(
     if is_supported:
         assert json.loads(done.stdout)["models"]["seed"]["layout"].endswith("ZeRO 1, fp16")
         return
-    for told in (done, btm_scale(*command, check=False)):
-        assert told.returncode == 2
-        assert "Cannot train in fp16 on this CPU" in told.stderr
-        assert "set it to bf16, fp32 or auto" in told.stderr
+    for result in (done, btm_scale(*command, check=False)):
+        assert result.returncode == 2
+        assert "Cannot train in fp16 on this CPU" in result.stderr
+        assert "set it to bf16, fp32 or auto" in result.stderr
     assert not (tmp_path / "run").exists()
     # Groups of other launchers run elsewhere.
     btm_scale(*command, "--dry-run", "--launcher", "mpi")
 
 
-def test_a_rank_refuses_what_its_device_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_rejects_an_unsupported_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_fp16(monkeypatch, tmp_path / "fake", is_supported=False)
     code = (
         "from btm_scale.config.layout import Layout\nfrom btm_scale.distributed.group import ExpertGroup\n"
@@ -100,7 +100,7 @@ def test_a_rank_refuses_what_its_device_cannot_do(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.usefixtures("device")
-def test_auto_is_resolved_where_the_run_trains_recorded_and_kept(tmp_path: Path) -> None:
+def test_auto_is_resolved_on_the_training_device_and_recorded(tmp_path: Path) -> None:
     values, run = auto_values(tmp_path, seed_layout={"precision": "auto"}), RunDir(tmp_path / "run")
     values["experts"] = {"python": {"layout": {"precision": "bf16"}}}
     config = write_config(tmp_path / "a.yaml", values)
@@ -123,7 +123,7 @@ def test_a_recorded_precision_is_kept_on_another_device(tmp_path: Path) -> None:
         open_run(write_config(tmp_path / "c.yaml", other), run)
 
 
-def test_auto_of_an_expert_is_what_the_run_has_recorded_for_all(tmp_path: Path) -> None:
+def test_auto_of_an_expert_resolves_to_the_recorded_precision_of_the_run(tmp_path: Path) -> None:
     run, experts = RunDir(tmp_path / "run"), {"python": {"layout": {"precision": "auto"}}}
     open_run(write_config(tmp_path / "a.yaml", tiny_values(tmp_path, layout={"precision": "bf16"})), run)
     later = write_config(tmp_path / "b.yaml", tiny_values(tmp_path, layout={"precision": "auto"}, experts=experts))
@@ -131,20 +131,18 @@ def test_auto_of_an_expert_is_what_the_run_has_recorded_for_all(tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("device")
-def test_a_run_whose_groups_are_elsewhere_leaves_auto_to_the_first_of_them(tmp_path: Path) -> None:
+def test_a_run_whose_groups_run_elsewhere_leaves_auto_to_the_first_group(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     config = write_config(tmp_path / "a.yaml", auto_values(tmp_path))
     assert open_run(config, run).layout.precision == "auto"
     explicit = tiny_values(tmp_path, layout={"precision": "fp16", "micro_batch": 4})
     chosen = write_config(tmp_path / "b.yaml", explicit)
-    assert open_run(chosen, run).layout.precision == "fp16", "nothing has been trained in another one"
+    assert open_run(chosen, run).layout.precision == "fp16", "nothing has been trained in another precision"
     with pytest.raises(LaunchError, match="set it to bf16, fp32 or auto"):
         open_run(chosen, run, trains_here=True)
 
 
-def test_a_group_that_only_scores_does_not_decide_what_the_run_trains_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_group_that_only_scores_does_not_record_a_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDir(tmp_path / "run")
     config = open_run(write_config(tmp_path / "a.yaml", auto_values(tmp_path)), run)
     monkeypatch.setattr(worker, "fast_precision", lambda: "fp32")
@@ -155,8 +153,8 @@ def test_a_group_that_only_scores_does_not_decide_what_the_run_trains_in(
 
 
 @pytest.mark.slow
-def test_the_first_group_records_what_auto_is(real_text: Path, tmp_path: Path) -> None:
-    """As under SLURM, where the node that opens a run is none of those that train."""
+def test_the_first_group_records_the_precision_of_auto(real_text: Path, tmp_path: Path) -> None:
+    """As under SLURM, where the node that opens a run does not train."""
     values = auto_values(
         real_text,
         budget={"tokens": 4096, "seed_share": 0.5, "sequence_length": 64, "batch_tokens": 1024},

@@ -24,14 +24,14 @@ def ranks(values: list[float]) -> np.ndarray:
     return np.argsort(np.argsort(values)).astype(float)
 
 
-def test_a_subset_is_judged_by_the_mean_of_its_experts_parameters(
+def test_a_subset_is_evaluated_by_the_mean_of_its_experts_parameters(
     handmade: tuple[RunConfig, RunDir], tmp_path: Path
 ) -> None:
     config, run = handmade
     (tmp_path / "sample.txt").write_text("def merge(one, other):\n    return one + other\n" * 9)
     text = file_text(config, run, tmp_path / "sample.txt")
     answer = ablate(run, {"sample": text}, [("python",), ("cpp", "python")])
-    found = {tuple(row["experts"]): row["mean"] for row in answer["ranking"]}
+    means = {tuple(row["experts"]): row["mean"] for row in answer["ranking"]}
     one, other = (AutoModelForCausalLM.from_pretrained(run.model(name)) for name in ("cpp", "python"))
     for subset, models in {("python",): [other], ("cpp", "python"): [one, other]}.items():
         average = AutoModelForCausalLM.from_pretrained(run.model("python"))
@@ -42,12 +42,12 @@ def test_a_subset_is_judged_by_the_mean_of_its_experts_parameters(
             block = torch.tensor(text.tokens[begin : begin + 65])
             log_probs = average(block[None, :-1]).logits[0].log_softmax(-1)
             nats += log_probs.gather(1, block[1:, None])[:, 0].tolist()
-        assert found[subset] == pytest.approx(math.exp(-np.mean(nats)), rel=1e-4)
-    assert [row["mean"] for row in answer["ranking"]] == sorted(found.values())
+        assert means[subset] == pytest.approx(math.exp(-np.mean(nats)), rel=1e-4)
+    assert [row["mean"] for row in answer["ranking"]] == sorted(means.values())
     assert not list(run.root.glob(".ablation-*"))
 
 
-def test_what_was_measured_is_not_measured_again(
+def test_measured_subsets_are_not_measured_again(
     handmade: tuple[RunConfig, RunDir], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, run = handmade
@@ -61,7 +61,7 @@ def test_what_was_measured_is_not_measured_again(
         ablate(run, {"b": texts["b"]}, [("cpp",)])
 
 
-def test_sampled_subsets_are_distinct_and_hold_each_expert_alone_and_all(
+def test_sampled_subsets_are_distinct_and_include_each_expert_alone_and_all_together(
     handmade: tuple[RunConfig, RunDir],
 ) -> None:
     _, run = handmade
@@ -73,11 +73,11 @@ def test_sampled_subsets_are_distinct_and_hold_each_expert_alone_and_all(
     assert choose_subsets(run, ["python", "cpp"], most=3) == [("cpp",), ("python",), ("cpp", "python")]
     with pytest.raises(UserError, match="3 subsets are too few for 4 experts"):
         choose_subsets(run, (), most=3)
-    with pytest.raises(ForestError, match="no expert is called 'law'"):
+    with pytest.raises(ForestError, match="'law' is not an expert of this run"):
         choose_subsets(run, ["law"], most=3)
 
 
-def test_the_command_line_ranks_and_refuses(
+def test_the_command_line_prints_a_ranking_and_rejects_an_unknown_domain(
     handmade: tuple[RunConfig, RunDir], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, run = handmade
@@ -100,7 +100,7 @@ def test_the_command_line_ranks_and_refuses(
     with pytest.raises(SystemExit) as ended:
         main(["ablate", str(run.root), "--domain", "law"])
     assert ended.value.code == 2
-    assert "the run has no domain 'law'; it has python, cpp" in capsys.readouterr().err
+    assert "The run has no domain 'law'. Choose one of python, cpp" in capsys.readouterr().err
 
 
 @pytest.mark.slow

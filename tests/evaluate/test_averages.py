@@ -12,7 +12,7 @@ from btm_scale.forest.expert import Expert, Parent
 from btm_scale.run_dir import RunDir
 
 
-def test_experts_that_were_trained_in_different_precisions_are_averaged_in_the_wider_one(tmp_path: Path) -> None:
+def test_experts_trained_in_different_precisions_are_averaged_in_the_wider_one(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     write_experts(run.experts)
     narrow = run.experts / "llama0"
@@ -29,7 +29,7 @@ def test_experts_that_were_trained_in_different_precisions_are_averaged_in_the_w
         content_hash="",
     )
     [name] = write_averages(run, [card])
-    # Of narrow experts alone, and all that is missing; still it is in the forest's type.
+    # An average of narrow experts only, and the only one missing, still has the forest's dtype.
     alone = card.model_copy(update={"name": "average/posterior/law", "parents": (Parent("llama0", 1.0),)})
     assert write_averages(run, [card, alone]) == [alone.name]
     assert {tensor.dtype for tensor in load_file(run.model(alone.name) / "model.safetensors").values()} == {

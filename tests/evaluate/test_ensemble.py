@@ -20,7 +20,7 @@ def methods(**settings: object) -> dict[str, np.ndarray]:
     return ensemble_methods(forest(), PRIOR, TEMPERING, EvaluateConfig.model_validate(settings))
 
 
-def test_the_ensemble_is_what_the_config_says_and_the_others_are_what_their_names_say() -> None:
+def test_the_ensemble_follows_the_config_and_the_others_their_names() -> None:
     log_probs, starts = forest().log_probs, forest().block_starts
     prefix = mixture_log_probs(log_probs, starts, log_prior=PRIOR)
     tempered = mixture_log_probs(log_probs, starts, log_prior=PRIOR, mode="tempered", tempering=TEMPERING)
@@ -39,11 +39,11 @@ def test_the_ensemble_is_what_the_config_says_and_the_others_are_what_their_name
     np.testing.assert_array_equal(methods(prior="uniform")["ensemble"], plain["ensemble:uniform-prior"])
 
 
-def test_blocks_may_carry_on_and_top_k_may_be_of_each_token() -> None:
+def test_blocks_can_carry_over_and_top_k_can_be_per_token() -> None:
     log_probs, starts = forest().log_probs, forest().block_starts
-    found = methods(blocks="carry", top_k_per_token=[1])
-    np.testing.assert_array_equal(found["ensemble"], mixture_log_probs(log_probs, np.array([0]), log_prior=PRIOR))
-    assert not np.array_equal(found["ensemble"], methods()["ensemble"])
+    carried = methods(blocks="carry", top_k_per_token=[1])
+    np.testing.assert_array_equal(carried["ensemble"], mixture_log_probs(log_probs, np.array([0]), log_prior=PRIOR))
+    assert not np.array_equal(carried["ensemble"], methods()["ensemble"])
     np.testing.assert_array_equal(
         methods(top_k_per_token=[1])["ensemble:top1-per-token"],
         mixture_log_probs(log_probs, starts, log_prior=PRIOR, top_k_per_token=1),

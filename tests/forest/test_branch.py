@@ -18,13 +18,13 @@ from btm_scale.run_dir import SEED, RunDir
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    """Three experts, of which `b` likes the new domain's dev text best and `c` not at all."""
+    """Three experts: `b` has the lowest loss on the new domain's dev text, `c` by far the highest."""
     run = RunDir(tmp_path)
     random = np.random.default_rng(0)
     text = -random.gamma(1.0, 1.0, 400)
-    for name, dislike in {"a": 0.02, "b": 0.0, "c": 3.0}.items():
+    for name, penalty in {"a": 0.02, "b": 0.0, "c": 3.0}.items():
         save_card(run.model(name), name, domains={name: 1.0}, content_hash=name)
-        scores = Scores((text - dislike).astype(np.float32), np.arange(0, 400, 4), name, "text")
+        scores = Scores((text - penalty).astype(np.float32), np.arange(0, 400, 4), name, "text")
         scores.save(run.scores(name, "new", "dev"))
     save_card(run.model(SEED), SEED, domains={"a": 1.0})
     return run
@@ -35,20 +35,20 @@ def parents(run: RunDir, choice: object) -> dict[str, float]:
     return {parent.name: parent.weight for parent in parents_of(run, "new", branch)}
 
 
-def test_a_branch_begins_with_the_seed_the_nearest_or_named_models(run: RunDir) -> None:
+def test_a_branch_starts_from_the_seed_the_nearest_or_named_models(run: RunDir) -> None:
     assert parents(run, "seed") == {SEED: 1.0}
     assert parents(run, "nearest") == {"b": 1.0}
     assert parents(run, {"a": 1, "seed": 3}) == {"a": 0.25, "seed": 0.75}
 
 
-def test_the_posterior_weighs_parents_by_dev_text_and_leaves_out_the_hopeless(run: RunDir) -> None:
-    found = parents(run, "posterior")
-    assert list(found) == ["a", "b"]
-    assert found["b"] > found["a"] > 0.01
-    assert sum(found.values()) == pytest.approx(1.0)
+def test_the_posterior_weights_parents_by_dev_text_and_drops_negligible_ones(run: RunDir) -> None:
+    weights = parents(run, "posterior")
+    assert list(weights) == ["a", "b"]
+    assert weights["b"] > weights["a"] > 0.01
+    assert sum(weights.values()) == pytest.approx(1.0)
 
 
-def test_a_removed_parent_is_named_with_what_is_there(run: RunDir) -> None:
+def test_a_removed_parent_is_an_error_that_lists_the_choices(run: RunDir) -> None:
     (run.model("a") / "expert.json").unlink()
     with pytest.raises(
         ForestError, match=r"cannot branch from 'a', which is not a finished .* Use one of seed, b, c\."
@@ -56,13 +56,13 @@ def test_a_removed_parent_is_named_with_what_is_there(run: RunDir) -> None:
         parents(run, {"a": 1.0})
 
 
-def test_a_parent_without_scores_is_named_with_the_remedy(run: RunDir) -> None:
+def test_a_parent_without_scores_is_an_error_with_the_remedy(run: RunDir) -> None:
     run.scores("c", "new", "dev").unlink()
-    with pytest.raises(ForestError, match="score this model first"):
+    with pytest.raises(ForestError, match="Score this model first"):
         parents(run, "nearest")
 
 
-def test_parents_are_settled_once_whatever_happens_to_the_forest_later(run: RunDir) -> None:
+def test_parents_are_settled_once_and_kept_when_the_forest_changes(run: RunDir) -> None:
     config = RunConfig.model_validate({"domains": {name: {"text": name} for name in ("a", "b", "new")}})
     first = settle(config, run, "new", BranchConfig(), {"new": 2.0})
     assert first == Branch(parents=(Parent(SEED, 1.0),), domains={"new": 1.0})
@@ -70,10 +70,10 @@ def test_parents_are_settled_once_whatever_happens_to_the_forest_later(run: RunD
     assert json.loads(run.branch("new").read_text())["schema"] == 1
 
 
-def test_replayed_text_is_the_parents_by_their_weights(run: RunDir) -> None:
+def test_replayed_text_comes_from_the_parents_by_weight(run: RunDir) -> None:
     config = RunConfig.model_validate({"domains": {name: {"text": name} for name in ("a", "b", "new")}})
-    found = settle(config, run, "new", BranchConfig(replay=0.2), {"new": 1.0})
-    assert found.domains == pytest.approx({"new": 0.8, "a": 0.2})
+    branch = settle(config, run, "new", BranchConfig(replay=0.2), {"new": 1.0})
+    assert branch.domains == pytest.approx({"new": 0.8, "a": 0.2})
 
 
 def test_a_record_from_before_schema_numbers_is_read(run: RunDir) -> None:
@@ -83,13 +83,13 @@ def test_a_record_from_before_schema_numbers_is_read(run: RunDir) -> None:
     assert Branch.load(run.branch("new")).parents == (Parent("a", 0.25), Parent("seed", 0.75))
 
 
-def test_a_damaged_record_is_named_with_the_remedy(run: RunDir) -> None:
+def test_a_damaged_record_is_an_error_with_the_remedy(run: RunDir) -> None:
     run.train("new").mkdir(parents=True)
     run.branch("new").write_text('{"parents": [], "domains": {"new": "all"}}')
     with pytest.raises(ForestError, match=r"branch\.json .*'domains\.new' .* Delete .*decided again"):
         Branch.load(run.branch("new"))
 
 
-def test_an_empty_forest_has_no_nearest(tmp_path: Path) -> None:
-    with pytest.raises(ForestError, match="holds none yet"):
+def test_branching_from_the_nearest_expert_needs_an_expert(tmp_path: Path) -> None:
+    with pytest.raises(ForestError, match=r"there is no expert in .* branch from the seed LM"):
         parents(RunDir(tmp_path), "nearest")

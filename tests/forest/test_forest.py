@@ -18,7 +18,7 @@ from btm_scale.run_dir import SEED, RunDir
 
 
 def model(folder: Path, *, vocabulary: int = 300, tokenizer: bytes = b"{}") -> Path:
-    """Something that looks like a Hugging Face directory."""
+    """Write a folder that looks like a Hugging Face model."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"vocab_size": vocabulary}))
     (folder / "vocab.json").write_bytes(tokenizer)
@@ -44,7 +44,7 @@ def config() -> RunConfig:
     return RunConfig.model_validate({"domains": {"math": {"text": "math"}}})
 
 
-def test_an_added_model_is_an_expert_with_a_card_of_its_own(run: RunDir, config: RunConfig, tmp_path: Path) -> None:
+def test_an_added_model_is_an_expert_with_its_own_card(run: RunDir, config: RunConfig, tmp_path: Path) -> None:
     source = model(tmp_path / "friend")
     save_card(source, "theirs", domains={"law": 1.0}, parents=(Parent("seed", 1.0),), tokens=5)
     card = add_expert(config, run, source, "friend")
@@ -54,12 +54,12 @@ def test_an_added_model_is_an_expert_with_a_card_of_its_own(run: RunDir, config:
     assert len(card.content_hash) == 64
 
 
-def test_an_expert_that_cannot_be_mixed_is_refused_with_the_reason(
+def test_an_expert_that_cannot_be_mixed_is_rejected_with_the_reason(
     run: RunDir, config: RunConfig, tmp_path: Path
 ) -> None:
     with pytest.raises(ForestError, match="another tokenizer"):
         add_expert(config, run, model(tmp_path / "a", tokenizer=b"{ }"), "a")
-    with pytest.raises(ForestError, match="vocabulary of 200, the run's tokenizer needs 300"):
+    with pytest.raises(ForestError, match="vocabulary of 200, but the run's tokenizer needs 300"):
         add_expert(config, run, model(tmp_path / "b", vocabulary=200), "b")
     with pytest.raises(ForestError, match=r"has no config\.json"):
         add_expert(config, run, tmp_path, "c")
@@ -70,7 +70,7 @@ def test_an_expert_that_cannot_be_mixed_is_refused_with_the_reason(
     assert not run.experts.is_dir() or not list(run.experts.iterdir())
 
 
-def test_a_name_that_is_taken_is_refused(run: RunDir, config: RunConfig, tmp_path: Path) -> None:
+def test_a_name_in_use_is_rejected(run: RunDir, config: RunConfig, tmp_path: Path) -> None:
     source = model(tmp_path / "friend")
     add_expert(config, run, source, "friend")
     for name in ("friend", "math"):
@@ -79,9 +79,7 @@ def test_a_name_that_is_taken_is_refused(run: RunDir, config: RunConfig, tmp_pat
 
 
 @pytest.mark.parametrize("name", [".hidden", "a/b", "..", "my model", "dense-2x", "average", "random", "score"])
-def test_a_name_that_is_no_folder_of_its_own_is_refused(
-    run: RunDir, config: RunConfig, tmp_path: Path, name: str
-) -> None:
+def test_an_invalid_or_reserved_name_is_rejected(run: RunDir, config: RunConfig, tmp_path: Path, name: str) -> None:
     with pytest.raises(ForestError, match=rf"'{name}' .* \(--name\)"):
         add_expert(config, run, model(tmp_path / "friend"), name)
     assert not run.experts.exists()
@@ -97,7 +95,7 @@ def _add_many(run: RunDir, source: Path, prefix: str, errors: multiprocessing.Qu
             errors.put(str(error))
 
 
-def test_two_processes_that_add_at_once_twenty_times_lose_nothing(run: RunDir, tmp_path: Path) -> None:
+def test_two_processes_can_add_experts_concurrently(run: RunDir, tmp_path: Path) -> None:
     source = model(tmp_path / "friend")
     context = multiprocessing.get_context("fork")
     errors: multiprocessing.Queue[str] = context.Queue()
@@ -109,12 +107,12 @@ def test_two_processes_that_add_at_once_twenty_times_lose_nothing(run: RunDir, t
         assert job.exitcode == 0
     expected = {f"{prefix}{number}" for prefix in ("a", "b", "both") for number in range(20)}
     assert set(experts(run)) == expected
-    # Of those that both wanted, exactly one got each name.
+    # Exactly one process got each name that both wanted.
     assert len([errors.get(timeout=5) for _ in range(20)]) == 20
     assert {path.name for path in run.experts.iterdir()} == expected
 
 
-def test_removing_takes_scores_and_states_along_and_only_its_own(
+def test_removing_an_expert_deletes_only_its_own_scores_and_checkpoints(
     run: RunDir, config: RunConfig, tmp_path: Path
 ) -> None:
     source = model(tmp_path / "friend")
@@ -127,11 +125,11 @@ def test_removing_takes_scores_and_states_along_and_only_its_own(
     assert not run.train("one").exists()
     assert not run.model_scores("one").exists()
     assert run.train("other").exists()
-    with pytest.raises(ForestError, match="it has other"):
+    with pytest.raises(ForestError, match="Its experts: other"):
         remove_expert(run, "one")
 
 
-def test_lineage_goes_up_to_the_seed_and_names_parents_that_are_gone(run: RunDir) -> None:
+def test_lineage_reaches_the_seed_and_includes_removed_parents(run: RunDir) -> None:
     for name, parents in {SEED: (), "a": ((SEED, 1.0),), "b": (("a", 0.5), ("gone", 0.5))}.items():
         save_card(run.model(name), name, parents=tuple(Parent(*parent) for parent in parents))
     family = lineage(run)
@@ -140,7 +138,7 @@ def test_lineage_goes_up_to_the_seed_and_names_parents_that_are_gone(run: RunDir
     assert ancestors(run, "b") == {SEED, "a", "b"}
 
 
-def test_a_card_that_is_no_object_is_told(run: RunDir) -> None:
+def test_a_card_that_is_not_an_object_is_an_error(run: RunDir) -> None:
     run.model("a").mkdir(parents=True)
     (run.model("a") / "expert.json").write_text("[]")
     with pytest.raises(ForestError, match=r"expert\.json is a JSON list, and must be an object"):

@@ -37,7 +37,7 @@ def test_every_row_has_a_kind_a_label_and_a_meaning_and_matches_only_its_own_nam
             assert [other.name for other in METHODS if other.matches(row.of(value)) is not None] == [row.name]
 
 
-def test_every_average_for_which_a_model_is_made_has_its_weights() -> None:
+def test_every_merged_average_has_a_weight_function() -> None:
     assert WEIGHTS.keys() == {name for name, row in AVERAGES.items() if not row.is_expert}
 
 
@@ -62,14 +62,14 @@ def test_the_docs_name_every_method_and_average() -> None:
         ("my-own", "other", "my-own"),
     ],
 )
-def test_a_name_with_a_field_is_found_and_an_unknown_one_is_grouped_by_its_prefix(
+def test_a_name_with_a_field_has_a_row_and_an_unknown_one_the_kind_of_its_prefix(
     method: str, its_kind: str, its_label: str
 ) -> None:
     assert (kind(method), label(method)) == (its_kind, its_label)
     assert bool(meaning(method)) == (its_kind in ("baseline", "ensemble"))
 
 
-def test_an_unknown_average_is_refused_with_the_nearest_one_and_all_choices(tmp_path: Path) -> None:
+def test_an_unknown_average_is_rejected_with_the_closest_match_and_all_choices(tmp_path: Path) -> None:
     path = config_with(tmp_path, evaluate={"averages": ["unifrom", "argmax", "zzz"]})
     with pytest.raises(ConfigError) as raised:
         open_config(path)
@@ -92,7 +92,7 @@ def test_every_verb_that_reads_a_config_checks_its_averages(tmp_path: Path, verb
 
 @pytest.mark.parametrize("section", ["domains", "added_domains", "novel_domains"])
 @pytest.mark.parametrize("name", ["moe", "forest", "mixture", "greedy", "ensemble"])
-def test_no_domain_of_a_new_run_has_the_name_of_a_method(tmp_path: Path, section: str, name: str) -> None:
+def test_a_new_domain_cannot_have_the_name_of_a_method(tmp_path: Path, section: str, name: str) -> None:
     path = config_with(tmp_path, **{"domains": domains("python"), section: domains(name)})
     with pytest.raises(ConfigError, match=f"^{section}: '{name}' is a reserved name"):
         open_config(path, out=tmp_path / "out")
@@ -102,12 +102,12 @@ def test_no_domain_of_a_new_run_has_the_name_of_a_method(tmp_path: Path, section
 
 
 @pytest.mark.parametrize("name", ["seed", "dense", "dense-2x", "score", "average", "random"])
-def test_no_domain_has_the_name_of_a_folder_of_the_run(tmp_path: Path, name: str) -> None:
+def test_a_domain_cannot_have_the_name_of_a_folder_of_the_run(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=f"'{name}' is a reserved name"):
         config_with(tmp_path, domains=domains(name))
 
 
-def test_a_run_from_before_a_name_was_reserved_can_still_be_opened_but_not_given_another(tmp_path: Path) -> None:
+def test_an_old_run_keeps_a_name_reserved_later_but_cannot_add_another(tmp_path: Path) -> None:
     folder = tmp_path / "old"
     config_with(folder, domains=domains("moe", "python"))
     assert list(open_folder(folder)[0].domains) == ["moe", "python"]
@@ -120,7 +120,7 @@ def test_a_run_from_before_a_name_was_reserved_can_still_be_opened_but_not_given
     assert "moe" not in str(raised.value)
 
 
-def test_no_expert_is_added_under_the_name_of_a_method(tmp_path: Path) -> None:
+def test_an_expert_cannot_be_added_under_the_name_of_a_method(tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", tiny_values(tmp_path))
     assert {"moe", "mixture"} <= RESERVED
     with pytest.raises(ForestError, match="'mixture' is a reserved name"):

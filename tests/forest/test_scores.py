@@ -1,4 +1,4 @@
-"""Scores on disk: what is whole is read, what is torn counts as missing."""
+"""Scores on disk: truncated files count as missing."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from btm_scale.forest.scores import Scores, scored_model
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
-def test_scores_that_were_cut_short_count_as_missing_so_that_they_are_made_again(tmp_path: Path, kept: float) -> None:
+def test_truncated_scores_count_as_missing(tmp_path: Path, kept: float) -> None:
     path = tmp_path / "math.test.safetensors"
     Scores(np.zeros(100, np.float32), np.zeros(1, np.int64), "model", "text").save(path)
     assert scored_model(path) == "model"
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(len(whole) * kept)])
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * kept)])
     assert scored_model(path) is None
     with pytest.raises(ForestError, match=r"are damaged .* btm-scale score RUN"):
         Scores.load(path)

@@ -277,9 +277,9 @@ def test_the_text_of_a_single_prompt_is_streamed(
     [
         (["--method", "beam"], "'beam' is not a generation method"),
         (["--posterior", "suffix"], "'suffix' is not a posterior"),
-        (["--prior", "known"], "no prior is called 'known'"),
-        (["--domain", "law"], "the run has no domain 'law'"),
-        (["--domain", "python", "--prior", "uniform"], "is of no domain"),
+        (["--prior", "known"], "'known' is not a prior"),
+        (["--domain", "law"], "The run has no domain 'law'"),
+        (["--domain", "python", "--prior", "uniform"], "does not depend on a domain"),
         (["--model", "absent"], "not a finished expert"),
         (["--prompt", "word " * 100], "shorten it"),
         (["--prompts", "/absent.txt"], "no prompts can be read"),

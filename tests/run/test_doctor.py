@@ -31,7 +31,7 @@ Examine = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def examined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Examine:
-    """The report for a machine whose libraries answer so, and whose driver names these GPUs."""
+    """Return the report for a machine with these library answers and driver GPUs."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     def examine(of_driver: tuple[str, ...] = (), **answers: dict[str, Any]) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def verdict(report: dict[str, Any], name: str) -> tuple[bool, str]:
 
 
 @pytest.mark.slow
-def test_this_machine_can_train_and_merge_and_says_so_in_one_json_document() -> None:
+def test_this_machine_can_train_and_merge_by_the_json_report() -> None:
     import torch
 
     report = json.loads(btm_scale("doctor", "--json").stdout)
@@ -87,9 +87,7 @@ def test_a_broken_torch_is_reported_with_exit_code_1_and_without_a_traceback(
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_a_library_that_crashes_or_hangs_leaves_the_others_checked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_libraries_are_checked_if_one_crashes_or_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "crashing.py").write_text("import os; os.abort()")
     (tmp_path / "leaving.py").write_text("import sys; sys.exit(3)")
     (tmp_path / "hanging.py").write_text("import time; time.sleep(600)")
@@ -99,7 +97,7 @@ def test_a_library_that_crashes_or_hangs_leaves_the_others_checked(
     assert replies["leaving"].error == "SystemExit: 3"
     assert replies["json"].error == ""
     assert replies["hanging"].error.startswith("no answer in time")
-    assert (replies["csv"].state, replies["csv"].error) == ("unchecked", "6 s are over")
+    assert (replies["csv"].state, replies["csv"].error) == ("unchecked", "not checked within 6 s")
 
 
 def test_missing_programs_are_reported_with_what_they_are_for(
@@ -107,9 +105,9 @@ def test_missing_programs_are_reported_with_what_they_are_for(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    found = {one.name: one for one in program_findings()}
-    assert {name for name, one in found.items() if one.state == "missing"} == set(found) - {"Python.h"}
-    print_doctor({"findings": [vars(one) for one in found.values()], "verdicts": []})
+    findings = {one.name: one for one in program_findings()}
+    assert {name for name, one in findings.items() if one.state == "missing"} == set(findings) - {"Python.h"}
+    print_doctor({"findings": [vars(one) for one in findings.values()], "verdicts": []})
     lines = {line.split("  ")[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")}
     assert "missing" in lines["mpirun"]
     assert "needed for --launcher mpi and mpirun btm-scale merge: pip install mpich" in lines["mpirun"]
@@ -141,7 +139,7 @@ def test_gpus_are_listed_and_one_that_cannot_compute_is_named(examined: Examine)
 
 def test_gpus_that_a_cpu_build_of_torch_cannot_use_are_named(examined: Examine) -> None:
     report = examined(("NVIDIA A100, 570.86.15",), torch={"build": "CPU", "nccl": ""}, gpus={"gpus": [], "reason": ""})
-    assert finding(report, "GPU")["found"] == "NVIDIA A100, 570.86.15: unused, this torch is a CPU build"
+    assert finding(report, "GPU")["found"] == "NVIDIA A100, 570.86.15: unused by this CPU build of torch"
     assert verdict(report, "train on GPU") == (False, "the GPU cannot be used")
     assert verdict(report, "train on CPU") == (True, "")
     assert report["works"]
@@ -158,11 +156,11 @@ def test_an_mpirun_of_another_mpi_than_mpi4pys_does_not_work(
     examined: Examine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = Finding("programs", "mpirun", "ok", "mpirun (Open MPI) 4.1.4 at /usr/bin/mpirun")
-    found = [other if one.name == "mpirun" else one for one in program_findings()]
-    monkeypatch.setattr(doctor, "program_findings", lambda: found)
+    findings = [other if one.name == "mpirun" else one for one in program_findings()]
+    monkeypatch.setattr(doctor, "program_findings", lambda: findings)
     works, note = verdict(examined(), "--launcher mpi")
     assert not works
-    assert note == "mpi4py uses MPICH, mpirun is Open MPI's: every rank would be alone"
+    assert note == "mpi4py uses MPICH, but mpirun is Open MPI's: ranks would run alone"
     assert verdict(examined(mpi4py={"library": "Open MPI v4.1.4"}), "--launcher mpi") == (True, "")
 
 
@@ -184,10 +182,10 @@ def test_an_mpi_is_recognized_by_its_version(text: str, family: str | None) -> N
 def test_a_version_below_the_required_one_is_old(monkeypatch: pytest.MonkeyPatch) -> None:
     required = ["numpy>=99.1", 'lm_eval>=0.0.1; extra == "lm-eval"', 'numpy>=100; extra == "dev"']
     monkeypatch.setattr("importlib.metadata.requires", lambda name: required)
-    found = {one.name: one for one in library_findings({})}
-    assert found["numpy"].state == "old"
-    assert "99.1 or later is required" in found["numpy"].found
-    assert found["lm_eval"].state == "ok"
+    findings = {one.name: one for one in library_findings({})}
+    assert findings["numpy"].state == "old"
+    assert "99.1 or later is required" in findings["numpy"].found
+    assert findings["lm_eval"].state == "ok"
 
 
 @pytest.mark.parametrize(
@@ -206,7 +204,7 @@ def test_a_version_below_the_required_one_is_old(monkeypatch: pytest.MonkeyPatch
     ],
     ids=["version 2", "version 1"],
 )
-def test_the_limits_of_cgroups_are_the_lowest_on_the_way_up(
+def test_cgroup_limits_are_the_lowest_of_all_ancestors(
     mounts: str, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "proc/self").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Experts that join and leave a run, before any of them is trained."""
+"""Adding experts to a run and removing them, without training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(handmade: tuple[RunConfig, RunDir], tmp_path: Path) -> RunDir:
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    """Text of a domain that the run does not know."""
+    """Text of a domain that is new to the run."""
     path = tmp_path / "recipes.jsonl"
     lines = (json.dumps({"text": f"recipe {number}: take {number} eggs and stir. " * 40}) for number in range(100))
     path.write_text("\n".join(lines))
@@ -43,8 +43,8 @@ def files(run: RunDir) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in sorted(run.root.rglob("*")) if path.is_file()}
 
 
-def weights(found: Branch) -> dict[str, float]:
-    return {parent.name: parent.weight for parent in found.parents}
+def weights(branch_record: Branch) -> dict[str, float]:
+    return {parent.name: parent.weight for parent in branch_record.parents}
 
 
 def test_branching_records_the_parents_and_writes_no_weights(run: RunDir, text: Path) -> None:
@@ -69,7 +69,7 @@ def test_the_same_branch_again_changes_nothing(run: RunDir, text: Path) -> None:
     assert files(run) == before
 
 
-def test_other_parents_replace_those_of_an_expert_that_is_not_trained(run: RunDir, text: Path) -> None:
+def test_other_parents_replace_those_of_an_untrained_expert(run: RunDir, text: Path) -> None:
     first, _ = branch(run, "recipes", "seed", text)
     second, former = branch(run, "recipes", {"cpp": 1.0})
     assert former == first
@@ -78,7 +78,7 @@ def test_other_parents_replace_those_of_an_expert_that_is_not_trained(run: RunDi
     assert RunConfig.load(run.config).experts["recipes"].branch.parents == {"cpp": 1.0}
 
 
-def test_parents_that_have_left_the_forest_are_settled_anew(run: RunDir, text: Path) -> None:
+def test_parents_that_left_the_forest_can_be_replaced(run: RunDir, text: Path) -> None:
     branch(run, "recipes", {"cpp": 1.0}, text)
     remove_expert(run, "cpp")
     with pytest.raises(ForestError, match="cannot branch from 'cpp'"):
@@ -88,7 +88,7 @@ def test_parents_that_have_left_the_forest_are_settled_anew(run: RunDir, text: P
     assert weights(settled) == {"seed": 1.0}
 
 
-def test_an_expert_of_the_first_domains_can_be_branched_before_it_is_trained(run: RunDir) -> None:
+def test_an_untrained_expert_of_the_configs_domains_can_be_branched(run: RunDir) -> None:
     remove_expert(run, "cpp")
     settled, _ = branch(run, "cpp", {"python": 1.0})
     assert weights(settled) == {"python": 1.0}
@@ -98,7 +98,7 @@ def test_an_expert_of_the_first_domains_can_be_branched_before_it_is_trained(run
 
 
 def test_an_expert_that_is_trained_or_in_training_keeps_its_parents(run: RunDir, text: Path) -> None:
-    with pytest.raises(ForestError, match=r"'cpp' is an expert of .* already"):
+    with pytest.raises(ForestError, match=r"'cpp' is already an expert of"):
         branch(run, "cpp", {"python": 1.0})
     branch(run, "recipes", "seed", text)
     before = files(run)
@@ -115,7 +115,7 @@ def test_an_expert_that_is_trained_or_in_training_keeps_its_parents(run: RunDir,
     assert files(run) == before
 
 
-def test_what_cannot_be_branched_leaves_the_run_as_it_was(run: RunDir, text: Path, tmp_path: Path) -> None:
+def test_a_failed_branch_leaves_the_run_unchanged(run: RunDir, text: Path, tmp_path: Path) -> None:
     branch(run, "recipes", "seed", text)
     short = tmp_path / "short.jsonl"
     short.write_text(json.dumps({"text": "one"}))
@@ -126,7 +126,7 @@ def test_what_cannot_be_branched_leaves_the_run_as_it_was(run: RunDir, text: Pat
         branch(run, "recipes", {"law": 1.0})
     with pytest.raises(ForestError, match="recipes cannot branch from 'docs': ffn is 48 there and 96 here"):
         branch(run, "recipes", {"python": 0.5, "docs": 0.5})
-    with pytest.raises(ConfigError, match=r"domain 'recipes' has its text already: .*recipes\.jsonl"):
+    with pytest.raises(ConfigError, match=r"Domain 'recipes' already has text: .*recipes\.jsonl"):
         branch(run, "recipes", "seed", short)
     with pytest.raises(DataError):
         branch(run, "short", "seed", short)
@@ -136,7 +136,7 @@ def test_what_cannot_be_branched_leaves_the_run_as_it_was(run: RunDir, text: Pat
     assert files(run) == before
 
 
-def test_removing_a_branch_that_is_not_trained_takes_it_out_of_the_config(run: RunDir, text: Path) -> None:
+def test_removing_an_untrained_branch_removes_it_from_the_config(run: RunDir, text: Path) -> None:
     before = run.config.read_bytes()
     branch(run, "recipes", "seed", text)
     remove_from_forest(RunConfig.load(run.config), run, "recipes")

@@ -29,7 +29,7 @@ class ToyPool:
         self._busy = False
 
 
-def test_a_launcher_needs_a_row_of_the_table_and_no_more(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_launcher_needs_only_a_row_of_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(LAUNCHERS, "toy", Launcher("a toy cluster", lambda config: groups_in(ToyPool())))
     for verb in ("run", "train", "evaluate"):
         options = build_parser(_VERBS).parse_args([verb, "PLACE", "--launcher", "toy"])
@@ -44,7 +44,7 @@ def test_a_launcher_needs_a_row_of_the_table_and_no_more(monkeypatch: pytest.Mon
     assert [command.log.read_text() for command in commands] == ["train math\n", "train code\n"]
 
 
-def test_only_a_launcher_whose_ranks_know_their_place_is_offered_for_score() -> None:
+def test_score_offers_only_launchers_that_identify_their_ranks() -> None:
     offered = {name for name in LAUNCHERS if _is_offered("score", name)}
     assert offered == {"local", "slurm"}
     assert all(_is_offered(verb, name) for verb in ("run", "train", "evaluate") for name in LAUNCHERS)

@@ -1,4 +1,4 @@
-"""Run folders of version 0.1.0 under the present code. See helpers/old_runs.py for how they were made."""
+"""Run folders of version 0.1.0 with the current code. See helpers/old_runs.py for how they were created."""
 
 from __future__ import annotations
 
@@ -46,11 +46,13 @@ def test_a_finished_run_is_evaluated_to_the_same_perplexities_reported_and_gener
 
     btm_scale("report", run.root)
     assert "average:posterior" in run.report.read_text()
-    made = btm_scale("generate", run.root, "--prompt", "12 + 3", "--max-tokens", "8", "--json")
-    assert json.loads(made.stdout)
+    generated = btm_scale("generate", run.root, "--prompt", "12 + 3", "--max-tokens", "8", "--json")
+    assert json.loads(generated.stdout)
 
 
-def test_a_killed_run_is_resumed_by_a_job_that_was_queued_then_and_finished_by_run(runs: Path, tmp_path: Path) -> None:
+def test_a_killed_run_is_resumed_by_a_queued_job_of_that_version_and_finished_by_run(
+    runs: Path, tmp_path: Path
+) -> None:
     run = RunDir(tmp_path / "run")
     shutil.copytree(runs / "killed", run.root)
     expert = DOMAINS[1]
@@ -80,6 +82,8 @@ def test_a_killed_run_is_resumed_by_a_job_that_was_queued_then_and_finished_by_r
     (tmp_path / "old.yaml").write_text(yaml.safe_dump(values))
     btm_scale("run", tmp_path / "old.yaml", "--out", run.root)
     assert yaml.safe_load(run.config.read_text())["schema"] == 2
-    methods, whole = (json.loads(RunDir(root).results.read_text())["methods"] for root in (run.root, runs / "finished"))
-    for method, numbers in whole.items():
+    methods, uninterrupted = (
+        json.loads(RunDir(root).results.read_text())["methods"] for root in (run.root, runs / "finished")
+    )
+    for method, numbers in uninterrupted.items():
         assert methods[method]["perplexity"] == pytest.approx(numbers["perplexity"], rel=1e-4), method

@@ -25,7 +25,7 @@ from btm_scale.run_dir import RunDir
         {"data": {"workers": 1}},
     ],
 )
-def test_what_decides_no_model_may_change_between_two_calls(tmp_path: Path, change: dict[str, object]) -> None:
+def test_settings_that_affect_no_model_may_change_between_calls(tmp_path: Path, change: dict[str, object]) -> None:
     values, run = tiny_values(tmp_path), RunDir(tmp_path / "run")
     open_run(write_config(tmp_path / "a.yaml", values), run)
     kept = {key: values.get(key, {}) | part for key, part in change.items()}  # type: ignore[operator]
@@ -37,7 +37,7 @@ def test_what_decides_no_model_may_change_between_two_calls(tmp_path: Path, chan
 @pytest.mark.parametrize(
     "change", [{"budget": {"tokens": 48 * 1024}}, {"evaluate": {"split": "dev"}}, {"random_seed": 4}]
 )
-def test_what_decides_a_model_or_its_scores_may_not(tmp_path: Path, change: dict[str, object]) -> None:
+def test_settings_that_affect_a_model_or_its_scores_may_not_change(tmp_path: Path, change: dict[str, object]) -> None:
     values, run = tiny_values(tmp_path), RunDir(tmp_path / "run")
     open_run(write_config(tmp_path / "a.yaml", values), run)
     before = run.config.read_bytes()
@@ -47,7 +47,7 @@ def test_what_decides_a_model_or_its_scores_may_not(tmp_path: Path, change: dict
     assert run.config.read_bytes() == before
 
 
-def test_a_dry_run_refuses_the_changes_that_the_run_would_refuse(real_text: Path, tmp_path: Path) -> None:
+def test_a_dry_run_rejects_the_changes_that_the_run_would_reject(real_text: Path, tmp_path: Path) -> None:
     values, run = tiny_values(real_text), RunDir(tmp_path / "run")
     open_run(write_config(tmp_path / "a.yaml", values), run)
     changed = write_config(tmp_path / "b.yaml", values | {"random_seed": 4})
@@ -55,7 +55,7 @@ def test_a_dry_run_refuses_the_changes_that_the_run_would_refuse(real_text: Path
         dry_run(changed, run)
 
 
-def test_a_domain_that_joins_lets_none_change_whose_name_begins_like_its_own(tmp_path: Path) -> None:
+def test_adding_a_domain_allows_no_change_to_one_with_the_same_prefix(tmp_path: Path) -> None:
     values, run = tiny_values(tmp_path), RunDir(tmp_path / "run")
     added = {"law2": {"text": "law2.jsonl"}}
     open_run(write_config(tmp_path / "a.yaml", values | {"added_domains": added}), run)
@@ -70,7 +70,7 @@ LOCAL = {"data": 2, "sync_every": 4}
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "told"),
+    ("before", "after", "difference"),
     [
         (
             {"layout": {"precision": "fp16"}},
@@ -97,17 +97,17 @@ LOCAL = {"data": 2, "sync_every": 4}
         ),
     ],
 )
-def test_a_layout_that_trains_another_model_is_refused_with_the_reason(
-    before: dict[str, object], after: dict[str, object], told: str, tmp_path: Path
+def test_a_layout_that_trains_another_model_is_rejected_with_the_reason(
+    before: dict[str, object], after: dict[str, object], difference: str, tmp_path: Path
 ) -> None:
     values, run = tiny_values(tmp_path), RunDir(tmp_path / "run")
     open_run(write_config(tmp_path / "a.yaml", values | before), run)
     with pytest.raises(ConfigError) as raised:
         open_run(write_config(tmp_path / "b.yaml", values | after), run)
-    assert f"\n  {told}" in str(raised.value)
+    assert f"\n  {difference}" in str(raised.value)
 
 
-def test_every_difference_is_listed_once_and_what_may_change_is_not(tmp_path: Path) -> None:
+def test_every_difference_is_listed_once_without_allowed_changes(tmp_path: Path) -> None:
     values, run = tiny_values(tmp_path), RunDir(tmp_path / "run")
     layout = {"data": 2, "sync_every": 2}
     first = values | {"layout": layout, "seed_layout": {"zero": 0}, "experts": {"python": {"layout": {"zero": 2}}}}
@@ -120,7 +120,7 @@ def test_every_difference_is_listed_once_and_what_may_change_is_not(tmp_path: Pa
     assert lines == ["random_seed", "optimizer.lr", "layout.sync_every"]
 
 
-def test_a_key_that_only_repeats_what_its_models_have_is_no_change(tmp_path: Path) -> None:
+def test_a_key_that_repeats_an_inherited_value_is_not_a_change(tmp_path: Path) -> None:
     values, run = tiny_values(tmp_path), RunDir(tmp_path / "run")
     first = values | {"layout": LOCAL, "seed_layout": {"sync_every": 4}}
     open_run(write_config(tmp_path / "a.yaml", first), run)
@@ -141,7 +141,7 @@ def test_a_named_parent_that_does_not_exist_is_reported_before_anything_is_writt
     assert dry_run(config, run)["models"]["licences"]["parents"] == {"python": 0.5, "law": 0.5}
 
 
-def test_a_parent_that_has_left_the_forest_holds_up_no_expert_that_has_begun(tmp_path: Path) -> None:
+def test_a_removed_parent_does_not_block_an_expert_in_training(tmp_path: Path) -> None:
     experts = {"licences": {"branch": {"parents": {"law": 1.0}}}}
     config, run = write_config(tmp_path / "a.yaml", tiny_values(tmp_path, experts=experts)), RunDir(tmp_path / "run")
     (run.checkpoints("licences") / "step-00000005").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""A batch that spoils the weights is undone and left out, and the run ends as if it had never been there."""
+"""A batch that corrupts the weights is undone and skipped, and the run ends as if it had never existed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BAD = {"before the first state": 3, "after a state": 7}
 
 
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
-def test_a_bad_batch_is_undone_and_left_out(bad: int, real_text: Path, tmp_path: Path) -> None:
+def test_a_bad_batch_is_undone_and_skipped(bad: int, real_text: Path, tmp_path: Path) -> None:
     write_config(tmp_path / "tiny.yaml", tiny_values(real_text, novel_domains={}))
     hashes = []
     prepared = tmp_path / "prepared"

@@ -1,4 +1,4 @@
-"""A run that was killed is called again with another layout: the losses that are left are the old layout's."""
+"""A killed run resumes in another layout, with the losses of the first layout."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STEPS, EVERY = 40, 4
 
 
 def values(text: Path, **changes: Any) -> dict[str, Any]:
-    """A run of one expert, whose batches are shared by two data ranks in two micro-batches each."""
+    """A run of one expert, on two data ranks with two micro-batches each."""
     sizes = {"family": "llama", "layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 48}
     return tiny_values(
         text,
@@ -59,7 +59,7 @@ def steps_taken(run: RunDir) -> int:
 
 
 def kill_after(run: RunDir, step: int) -> None:
-    """Start the run and kill all of its processes once its expert has taken the step."""
+    """Start the run and kill all its processes once the expert has taken the step."""
     command = [sys.executable, "-m", "btm_scale.cli", "run", str(run.root.parent / "tiny.yaml"), "--out", str(run.root)]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -68,12 +68,12 @@ def kill_after(run: RunDir, step: int) -> None:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    everyone = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for one in everyone:
+    processes = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for one in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.send_signal(signal.SIGKILL)
     process.wait(60)
-    psutil.wait_procs(everyone, timeout=60)
+    psutil.wait_procs(processes, timeout=60)
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,7 @@ Door = Callable[[RunConfig, RunDir, Path, Path], list[str]]
 
 
 def values_of(config: RunConfig, **changes: Any) -> dict[str, Any]:
-    return tiny_values(config.text_root, domains={"docs": {"text": "docs.jsonl"}}, **changes)
+    return tiny_values(config.text_root, domains={"docs": {"text": "docs.jsonl"}}, novel_domains={}, **changes)
 
 
 def generate(config: RunConfig, run: RunDir, model: Path, out: Path) -> list[str]:
@@ -143,7 +143,7 @@ def test_no_code_of_a_model_directory_runs(
     assert not song.exists(), f"{door}: {song.read_text()}"
     assert "Traceback" not in shown.err
     assert code == (0 if known_type else code)
-    if not known_type and door in ("generate", "ablate", "pretrained", "convert"):
+    if not known_type and door in ("generate", "ablate", "pretrained", "convert", "forest add"):
         assert code == 2
         assert "yellowbird" in shown.err
 

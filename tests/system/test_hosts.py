@@ -1,7 +1,7 @@
-"""Groups on hosts of a hostfile. Each host is a network namespace of this machine; two of them share a wire.
+"""Groups on the hosts of a hostfile. Each host is a network namespace of this machine; two hosts share a link.
 
-The two hosts of a group reach each other and nothing else: there is no route from one group to the other, so what
-trains to the end has needed none.
+The two hosts of a group can reach only each other. There is no route between groups, so training that succeeds did not
+need one.
 """
 
 from __future__ import annotations
@@ -32,15 +32,17 @@ def ip(*words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def pairs() -> Iterator[list[Pair]]:
-    """Two pairs of hosts, each pair joined by a wire of its own. A host is called by its address."""
+    """Two pairs of hosts, each connected by its own link. A host is named by its address."""
     if shutil.which("ip") is None:
         pytest.skip("needs the `ip` command: apt-get install iproute2")
-    # Names that no other run of these tests on this machine has, nor one that was killed has left.
+    # Names that no other (or killed) run of these tests on this machine uses.
     taken = ip("netns", "list").stdout
     third = random.choice([number for number in range(250) if f".{number}." not in taken])
-    made: list[Pair] = [(f"10.{200 + number}.{third}.1", f"10.{200 + number}.{third}.2") for number in range(2)]
+    pairs_of_hosts: list[Pair] = [
+        (f"10.{200 + number}.{third}.1", f"10.{200 + number}.{third}.2") for number in range(2)
+    ]
     try:
-        for hosts in made:
+        for hosts in pairs_of_hosts:
             for host in hosts:
                 added = ip("netns", "add", host)
                 if added.returncode:
@@ -69,9 +71,9 @@ def pairs() -> Iterator[list[Pair]]:
                 ):
                     done = ip("-n", host, *words)
                     assert done.returncode == 0, done.stderr
-        yield made
+        yield pairs_of_hosts
     finally:
-        for host in (host for hosts in made for host in hosts):
+        for host in (host for hosts in pairs_of_hosts for host in hosts):
             ip("netns", "del", host)
 
 
@@ -87,17 +89,17 @@ def run(pairs: list[Pair], real_text: Path, tmp_path_factory: pytest.TempPathFac
     }
     values = cluster_values(real_text, steps=STEPS, experts=("python", "docs"), launch={"deepspeed": launch})
     write_config(folder / "run.yaml", values)
-    made = RunDir(folder / "run")
-    btm_scale("run", folder / "run.yaml", "--launcher", "deepspeed", "--out", made.root)
-    return made
+    run_dir = RunDir(folder / "run")
+    btm_scale("run", folder / "run.yaml", "--launcher", "deepspeed", "--out", run_dir.root)
+    return run_dir
 
 
-def test_no_host_reaches_one_of_another_group(pairs: list[Pair]) -> None:
+def test_hosts_of_different_groups_cannot_reach_each_other(pairs: list[Pair]) -> None:
     for ours, others in (pairs, pairs[::-1]):
         for host in others:
-            found = ip("-n", ours[0], "route", "get", host)
-            assert found.returncode != 0
-            assert "unreachable" in found.stderr
+            route = ip("-n", ours[0], "route", "get", host)
+            assert route.returncode != 0
+            assert "unreachable" in route.stderr
         assert ip("-n", ours[0], "route", "get", ours[1]).returncode == 0
 
 
@@ -109,7 +111,7 @@ def test_the_run_goes_from_text_to_report(run: RunDir) -> None:
         assert read_expert(run.model(model)).steps == STEPS
 
 
-def test_each_group_has_had_a_hostfile_of_its_own(run: RunDir, pairs: list[Pair]) -> None:
+def test_each_group_had_its_own_hostfile(run: RunDir, pairs: list[Pair]) -> None:
     hosts = {
         model: tuple(line.split()[0] for line in (run.train(model) / "hostfile").read_text().splitlines())
         for model in ("python", "docs")

@@ -1,6 +1,6 @@
-"""Every layout trains the same model: a matrix of them through the real launcher, against one rank.
+"""Every layout trains the same model: a matrix of layouts through the real launcher, compared with one rank.
 
-`make test` runs layouts that combine every two settings that may be combined, `make test-full` all of the matrix.
+`make test` runs layouts that cover every allowed pair of settings, `make test-full` the full matrix.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 LLAMA = {"family": "llama", **TINY_SHAPE}
 GPT2 = {"family": "gpt2", **TINY_SHAPE, "kv_heads": 4}
 STEPS = 20
-AT_A_LAUNCH = 12  # layouts: the threads of each one's gloo groups stay until the process ends
+AT_A_LAUNCH = 12  # layouts per launch: the threads of each layout's gloo groups live until the process ends
 SETTINGS = {
     "tensor": [1, 2],
     "data": [1, 2],
@@ -42,20 +42,20 @@ Layouts = dict[str, dict[str, Any]]
 
 
 def allowed_layouts() -> list[dict[str, Any]]:
-    found = []
+    layouts = []
     for values in itertools.product(*SETTINGS.values()):
-        group = dict(zip(SETTINGS, values, strict=True))
+        layout = dict(zip(SETTINGS, values, strict=True))
         with contextlib.suppress(ValidationError):
-            Layout.model_validate(group)
-            found.append(group)
-    return found
+            Layout.model_validate(layout)
+            layouts.append(layout)
+    return layouts
 
 
 MATRIX = allowed_layouts()
 
 
 def float32_layouts(matrix: Sequence[Mapping[str, Any]], ranks: int) -> Layouts:
-    """The layouts of the matrix that have this number of ranks."""
+    """Return the layouts of the matrix with this number of ranks."""
     return {
         "-".join(map(str, layout.values())): dict(layout) | {"precision": "fp32", "micro_batch": 2}
         for layout in matrix
@@ -64,7 +64,7 @@ def float32_layouts(matrix: Sequence[Mapping[str, Any]], ranks: int) -> Layouts:
 
 
 def launches() -> list[Any]:
-    """Layouts of one number of ranks, and no more than a launch takes."""
+    """Return layouts grouped by their number of ranks, at most AT_A_LAUNCH each."""
     cases = [pytest.param(float32_layouts(all_pairs(MATRIX), ranks), id=f"pairs-{ranks}") for ranks in (1, 2, 4)]
     for ranks in (1, 2, 4):
         layouts = float32_layouts(MATRIX, ranks)
@@ -97,10 +97,10 @@ def trained(
     optimizer: dict[str, Any] | None = None,
     launch: bool = False,
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Losses and weights of every layout, all of one number of ranks, which the real launcher starts, or a script."""
+    """Train layouts of one number of ranks by the real launcher or a script; return their losses and weights."""
     folder.mkdir(exist_ok=True)
     first = next(iter(layouts.values()))
-    # A loss scale that tiny gradients don't overflow, so that no step is left out.
+    # A loss scale at which tiny gradients do not overflow, so that no step is skipped.
     spec = {
         "folder": str(folder),
         "shape": shape,
@@ -117,10 +117,10 @@ def trained(
             launched(script, first["tensor"] * first["data"], part, folder)
         else:
             run_script(script, [part], folder)
-    found = {name: load_file(folder / f"{name}.safetensors") for name in layouts}
-    for tensors in found.values():
+    results = {name: load_file(folder / f"{name}.safetensors") for name in layouts}
+    for tensors in results.values():
         del tensors["bytes"]
-    return found
+    return results
 
 
 ONE_RANK = {"one": {"tensor": 1, "data": 1, "zero": 0, "precision": "fp32", "micro_batch": 2}}
@@ -132,33 +132,33 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor
 
 
 def assert_same(
-    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], losses: float, weights: float
+    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], losses: float, weights: float
 ) -> None:
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        error = (found[name] - value).norm() / value.norm()
+        error = (actual[name] - value).norm() / value.norm()
         if name == "losses":
             assert len(value) == STEPS
             assert value[-1] < value[0] - 0.3, "the reference must learn something"
-            torch.testing.assert_close(found[name], value, atol=losses, rtol=0)
+            torch.testing.assert_close(actual[name], value, atol=losses, rtol=0)
         else:
             assert float(error) < weights, name
 
 
 @pytest.mark.parametrize("layouts", launches())
-def test_every_layout_gives_one_ranks_losses_and_weights(
+def test_every_layout_matches_the_losses_and_weights_of_one_rank(
     layouts: Layouts, one_rank: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    for name, found in trained(tmp_path, layouts, launch=True).items():
+    for name, actual in trained(tmp_path, layouts, launch=True).items():
         try:
-            assert_same(found, one_rank, losses=1e-5, weights=1e-4)
+            assert_same(actual, one_rank, losses=1e-5, weights=1e-4)
         except AssertionError as error:
             raise AssertionError(f"{'-'.join(SETTINGS)} {name}: {error}") from None
 
 
 @pytest.mark.parametrize(("tensor", "data"), [full(1, 1), (2, 2)])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_follows_float32_or_is_refused(
+def test_half_precision_follows_float32_or_is_rejected(
     precision: str,
     tensor: int,
     data: int,
@@ -166,22 +166,22 @@ def test_half_precision_follows_float32_or_is_refused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as `run_script` has it
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as in `run_script`
     layouts = half_precision_layouts(precision, tensor, data)
     if precision not in ask_device().possible:
         with pytest.raises(AssertionError, match=f"LaunchError: Cannot train in {precision} on this CPU"):
             trained(tmp_path, layouts)
         return
-    for found in trained(tmp_path, layouts).values():
-        assert_same(found, one_rank, losses=2e-2, weights=2e-2)
+    for actual in trained(tmp_path, layouts).values():
+        assert_same(actual, one_rank, losses=2e-2, weights=2e-2)
 
 
-def test_biases_and_learned_positions_are_trained_alike_on_parts_of_a_sequence(tmp_path: Path) -> None:
-    # The keys' biases have no gradient but rounding, since softmax ignores a shift; a larger eps keeps Adam from
-    # making steps of it, so that every weight can be compared.
+def test_biases_and_learned_positions_train_the_same_with_sequence_parallelism(tmp_path: Path) -> None:
+    # Softmax ignores a shift, so the gradient of the keys' biases is rounding error only. A larger eps keeps Adam from
+    # amplifying it, so that every weight can be compared.
     optimizer = {"eps": 1e-5}
     expected = trained(tmp_path / "one", ONE_RANK, GPT2, optimizer=optimizer)["one"]
-    group = {
+    layout = {
         "tensor": 2,
         "data": 1,
         "zero": 1,
@@ -189,5 +189,5 @@ def test_biases_and_learned_positions_are_trained_alike_on_parts_of_a_sequence(t
         "precision": "fp32",
         "micro_batch": 2,
     }
-    found = trained(tmp_path / "two", {"parts": group}, GPT2, optimizer=optimizer)["parts"]
-    assert_same(found, expected, losses=1e-5, weights=1e-4)
+    actual = trained(tmp_path / "two", {"parts": layout}, GPT2, optimizer=optimizer)["parts"]
+    assert_same(actual, expected, losses=1e-5, weights=1e-4)

@@ -1,4 +1,4 @@
-"""Groups of several ranks through the `deepspeed` launcher: whatever the layout, the same training."""
+"""Groups of several ranks through the `deepspeed` launcher: training does not depend on the layout."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEPS = 20
 def values(text: Path, layout: dict[str, Any]) -> dict[str, Any]:
     budget = {"tokens": 2 * STEPS * 1024, "seed_share": 0.5, "sequence_length": 64, "batch_tokens": 1024}
     layout = {"precision": "fp32", "micro_batch": 4, **layout}
-    # A rate that people train with: at tiny_values' the rounding of different layouts' sums grows chaotically.
+    # A realistic learning rate: at that of tiny_values, rounding differences between layouts grow chaotically.
     optimizer = {"lr": 1e-3}
     return tiny_values(
         text,
@@ -33,7 +33,7 @@ def values(text: Path, layout: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_seed(folder: Path, text: Path, prepared: RunDir, layout: dict[str, Any]) -> RunDir:
-    """Train the seed from token files that are there already."""
+    """Train the seed LM on existing token files."""
     write_config(folder / "tiny.yaml", values(text, layout))
     run = RunDir(folder / "run")
     share_text(run, prepared)
@@ -53,16 +53,16 @@ def one_rank(real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDi
     return train_seed(folder, real_text, RunDir(folder / "prepared"), {})
 
 
-def test_a_group_of_four_ranks_gives_one_ranks_losses_and_weights(
+def test_a_group_of_four_ranks_matches_the_losses_and_weights_of_one_rank(
     one_rank: RunDir, real_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a user trains, on real text; test_layout_matrix.py holds the other layouts."""
+    """Train on real text, as a user would; test_layout_matrix.py covers other layouts."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     layout = {"tensor": 2, "data": 2, "zero": 1}
     run = train_seed(tmp_path, real_text, one_rank, layout)
-    expected, found = losses(one_rank), losses(run)
+    expected, actual = losses(one_rank), losses(run)
     assert len(expected) == STEPS
-    assert found == pytest.approx(expected, abs=1e-5)
+    assert actual == pytest.approx(expected, abs=1e-5)
     with SafetensorsModel(one_rank.model("seed")) as ours, SafetensorsModel(run.model("seed")) as theirs:
         assert ours.specs() == theirs.specs()
         for name in ours.names:
@@ -70,11 +70,11 @@ def test_a_group_of_four_ranks_gives_one_ranks_losses_and_weights(
     assert not list(tmp_path.glob("extensions/*")), "nothing was compiled for a group without a GPU"
 
 
-def test_an_expert_branches_into_another_layout_than_its_seeds(
+def test_an_expert_can_branch_into_another_layout_than_the_seeds(
     one_rank: RunDir, real_text: Path, tmp_path: Path
 ) -> None:
-    """The seed's training state, moments and all, goes from one rank to a group of four."""
-    found = {}
+    """The seed's checkpoint, including moments, is loaded from one rank into a group of four."""
+    losses_by_layout = {}
     for name, own in {"one": {}, "four": {"tensor": 2, "data": 2}}.items():
         folder = tmp_path / name
         write_config(folder / "tiny.yaml", values(real_text, {}) | {"experts": {"python": {"layout": own}}})
@@ -87,5 +87,5 @@ def test_an_expert_branches_into_another_layout_than_its_seeds(
         ):
             ours.symlink_to(theirs.resolve())
         btm_scale("train", folder / "tiny.yaml", "--model", "python", "--out", run.root)
-        found[name] = losses(run, "python")
-    assert found["four"] == pytest.approx(found["one"], abs=1e-5)
+        losses_by_layout[name] = losses(run, "python")
+    assert losses_by_layout["four"] == pytest.approx(losses_by_layout["one"], abs=1e-5)

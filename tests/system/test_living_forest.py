@@ -21,7 +21,7 @@ Run = tuple[RunConfig, RunDir]
 
 @pytest.fixture(scope="module")
 def grown(finished_run: Run, real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, bytes]:
-    """A copy of the finished run with a third expert, which began with the posterior's mean of the two and replays
+    """A copy of the finished run with a third expert, which branched from the posterior mean of the two and replays
     their text; and the results before."""
     folder = tmp_path_factory.mktemp("grown")
     run = RunDir(folder / "run")
@@ -37,7 +37,7 @@ def grown(finished_run: Run, real_text: Path, tmp_path_factory: pytest.TempPathF
     return run, before
 
 
-def test_an_added_expert_begins_with_what_its_branch_says(grown: tuple[RunDir, bytes]) -> None:
+def test_an_added_expert_starts_from_its_recorded_branch(grown: tuple[RunDir, bytes]) -> None:
     run, _ = grown
     card = read_expert(run.model("cpp"))
     assert {parent.name for parent in card.parents} <= {"python", "licences"}
@@ -48,12 +48,12 @@ def test_an_added_expert_begins_with_what_its_branch_says(grown: tuple[RunDir, b
     metrics = [json.loads(line) for line in run.metrics("cpp").read_text().splitlines()]
     # A mean of trained experts starts far below a fresh model's ln(512) = 6.2 nats.
     assert metrics[0]["loss"] < 5.5
-    # Its schedule begins anew, where the first experts' went on from the seed's half.
+    # Its schedule restarts, while the first experts continued the seed's.
     carried = json.loads(run.metrics("python").read_text().splitlines()[0])
     assert metrics[0]["learning_rate"] > 1.5 * carried["learning_rate"]
 
 
-def test_growing_scores_nothing_twice_and_the_results_know_the_new_expert(
+def test_growing_rescores_nothing_and_adds_the_expert_to_the_results(
     grown: tuple[RunDir, bytes], finished_run: Run
 ) -> None:
     run, _ = grown
@@ -73,7 +73,7 @@ def test_growing_scores_nothing_twice_and_the_results_know_the_new_expert(
     assert set(answer["parents"]["cpp"]) <= {"python", "licences"}
 
 
-def test_removing_it_brings_the_former_results_back_to_the_bit(grown: tuple[RunDir, bytes], tmp_path: Path) -> None:
+def test_removing_the_expert_restores_the_former_results_exactly(grown: tuple[RunDir, bytes], tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     shutil.copytree(grown[0].root, run.root)
     btm_scale("forest", "remove", run.root, "cpp")
@@ -81,7 +81,7 @@ def test_removing_it_brings_the_former_results_back_to_the_bit(grown: tuple[RunD
     assert run.results.read_bytes() == grown[1]
 
 
-def test_a_model_from_elsewhere_joins_and_is_scored_alone(finished_run: Run, tmp_path: Path) -> None:
+def test_an_added_model_is_scored_without_rescoring_others(finished_run: Run, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     shutil.copytree(finished_run[1].root, run.root)
     times = {path: path.stat().st_mtime_ns for path in (run.root / "scores").rglob("*.safetensors")}
@@ -92,17 +92,17 @@ def test_a_model_from_elsewhere_joins_and_is_scored_alone(finished_run: Run, tmp
     assert list(listed["experts"]) == ["friend", "licences", "python"]
 
 
-def test_a_branch_that_cannot_be_is_told(finished_run: Run, tmp_path: Path) -> None:
+def test_an_invalid_branch_is_an_error_and_changes_nothing(finished_run: Run, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     shutil.copytree(finished_run[1].root, run.root)
     before = run.config.read_bytes()
-    for arguments, told in (
-        (("--name", "cpp"), "the run has no domain 'cpp': give its text with --text"),
-        (("--name", "python"), "'python' is an expert of"),
+    for arguments, message in (
+        (("--name", "cpp"), "The run has no domain 'cpp'. Give its text with --text"),
+        (("--name", "python"), "'python' is already an expert of"),
         (("--name", "cpp", "--from", "law", "--text", __file__), "'law', which is not a finished model of"),
         (("--name", "cpp", "--from", "python=1,python=2", "--text", __file__), "names 'python' twice"),
         (("--name", "cpp", "--from", "python=x", "--text", __file__), "or weights such as A=0.3,B=0.7"),
     ):
         done = btm_scale("branch", run.root, *arguments, check=False)
-        assert (done.returncode, told in done.stderr) == (2, True), done.stderr
+        assert (done.returncode, message in done.stderr) == (2, True), done.stderr
         assert run.config.read_bytes() == before

@@ -1,4 +1,4 @@
-"""Data ranks that step alone between outer steps (DiLoCo)."""
+"""Data ranks that take local steps between outer steps (DiLoCo)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STEPS, EVERY = 20, 10
 
 
 class OneRank:
-    """A group of one, for which a mean is the value itself."""
+    """A group of one rank, whose mean is the value itself."""
 
     @staticmethod
     def get_world_size(group: object) -> int:
@@ -28,7 +28,7 @@ class OneRank:
         pass
 
 
-def test_the_outer_step_is_nesterovs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_outer_step_is_nesterov_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diloco, "comm", OneRank)
     generator = torch.Generator().manual_seed(0)
     weights = torch.nn.Parameter(torch.randn(5, 3, generator=generator))
@@ -36,17 +36,17 @@ def test_the_outer_step_is_nesterovs(monkeypatch: pytest.MonkeyPatch) -> None:
     parameter = torch.nn.Parameter(weights.detach().clone())
     step = diloco.OuterStep(None, lr=0.7, momentum=0.9)  # type: ignore[arg-type]
     step.begin(parameter, parameter.detach())
-    standing = parameter.detach()
+    current = parameter.detach()
     for _ in range(4):
         moved = torch.randn(5, 3, generator=generator)
         weights.grad = moved
         sgd.step()
-        standing, _ = step(parameter, standing - moved, {})
-        torch.testing.assert_close(standing, weights.detach())
+        current, _ = step(parameter, current - moved, {})
+        torch.testing.assert_close(current, weights.detach())
 
 
 @pytest.mark.slow
-def test_ranks_that_step_alone_learn_as_well_with_a_fraction_of_the_traffic(tmp_path: Path) -> None:
+def test_local_steps_train_as_well_with_a_fraction_of_the_traffic(tmp_path: Path) -> None:
     group = {"data": 2, "zero": 1, "precision": "fp32", "micro_batch": 2}
     layouts = {
         "plain": group,
@@ -59,12 +59,12 @@ def test_ranks_that_step_alone_learn_as_well_with_a_fraction_of_the_traffic(tmp_
     two = {name: layout for name, layout in layouts.items() if name not in four}
     specs = [spec | {"layouts": layouts} for layouts in (two, four)]
     run_script(TESTS / "train" / "train_layouts.py", specs, tmp_path)
-    found = {name: load_file(tmp_path / f"{name}.safetensors") for name in layouts}
+    results = {name: load_file(tmp_path / f"{name}.safetensors") for name in layouts}
 
-    for name, value in found["plain"].items():
-        assert torch.equal(found["every-step"][name], value), "an outer step after every step is data parallelism"
-    local, plain = found["local"], found["plain"]
+    for name, value in results["plain"].items():
+        assert torch.equal(results["every-step"][name], value), "sync_every 1 is plain data parallelism"
+    local, plain = results["local"], results["plain"]
     assert local["losses"][-1] < plain["losses"][0] - 0.3
     assert abs(float(local["losses"][-1] - plain["losses"][-1])) < 0.15
     assert int(local["bytes"]) < int(plain["bytes"]) / 2
-    torch.testing.assert_close(found["local-tensor"]["losses"], local["losses"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(results["local-tensor"]["losses"], local["losses"], atol=1e-4, rtol=0)

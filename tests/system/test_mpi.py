@@ -1,4 +1,4 @@
-"""One mpirun of six ranks, split into three groups: they share nothing, and stopping one stops no other."""
+"""One mpirun of six ranks, split into three groups that do not communicate: stopping one does not delay the others."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ STOPPED = "docs"
 
 @dataclass
 class Seen:
-    """What was seen while the three groups trained."""
+    """Observations while the three groups trained."""
 
     joined: set[tuple[str, str]] = field(default_factory=set)  # pairs of groups with a connection between them
     within: set[str] = field(default_factory=set)  # groups with connections inside
     samples: int = 0
-    finished_beside: set[str] = field(default_factory=set)  # experts that ended while one group stood still
+    finished_beside: set[str] = field(default_factory=set)  # experts that finished while one group was suspended
     stopped_at: int = 0
     output: str = ""
 
 
 def ranks_of(run: RunDir) -> dict[int, str]:
-    """The model that each process of this run trains, by process id."""
-    found = {}
+    """Return the model that each process of this run trains, by process id."""
+    models = {}
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
         if "--model" in words and str(run.root) in words:
-            found[process.pid] = words[words.index("--model") + 1]
-    return found
+            models[process.pid] = words[words.index("--model") + 1]
+    return models
 
 
 def connections(owners: dict[int, str]) -> Iterator[tuple[str, str]]:
-    """The models at both ends of every TCP connection between processes of the run, from the kernel's own tables."""
+    """Yield the models at both ends of every TCP connection between processes of the run, from the kernel's tables."""
     inodes = {}
     for pid, model in owners.items():
         for link in Path(f"/proc/{pid}/fd").glob("*"):
@@ -76,43 +76,43 @@ def connections(owners: dict[int, str]) -> Iterator[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def run(real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    """Prepared, and its seed trained: the first two of six ranks do that, the others have nothing to do."""
+    """A prepared run with a trained seed LM: the first two of six ranks train it, the others are idle."""
     mpirun()  # or skip, before anything is prepared
     folder = tmp_path_factory.mktemp("mpi")
     write_config(folder / "run.yaml", cluster_values(real_text, steps=STEPS))
-    made = RunDir(folder / "run")
-    btm_scale("prepare", folder / "run.yaml", "--out", made.root)
-    process = _start(made)
+    run_dir = RunDir(folder / "run")
+    btm_scale("prepare", folder / "run.yaml", "--out", run_dir.root)
+    process = _start(run_dir)
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
-    assert is_finished(made.model("seed"))
-    return made
+    assert is_finished(run_dir.model("seed"))
+    return run_dir
 
 
 @pytest.fixture(scope="module")
 def seen(run: RunDir) -> Seen:
-    """The three experts' training, with one group stopped by SIGSTOP until the others have ended."""
-    found = Seen()
+    """Train the three experts, with one group suspended by SIGSTOP until the others have finished."""
+    observed = Seen()
     process = _start(run)
     _wait(process, lambda: all(run.metrics(model).is_file() for model in EXPERTS))
     stopped = [pid for pid, model in ranks_of(run).items() if model == STOPPED]
-    _sample(run, found)
+    _sample(run, observed)
     for pid in stopped:
         os.kill(pid, signal.SIGSTOP)
     try:
         others = [model for model in EXPERTS if model != STOPPED]
-        found.stopped_at = len(run.metrics(STOPPED).read_text().splitlines())
+        observed.stopped_at = len(run.metrics(STOPPED).read_text().splitlines())
         _wait(
             process,
-            lambda: _sample(run, found) and all(is_finished(run.model(model)) for model in others),
+            lambda: _sample(run, observed) and all(is_finished(run.model(model)) for model in others),
         )
-        found.finished_beside = {model for model in EXPERTS if is_finished(run.model(model))}
+        observed.finished_beside = {model for model in EXPERTS if is_finished(run.model(model))}
     finally:
         for pid in stopped:
             os.kill(pid, signal.SIGCONT)
-    found.output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, found.output
-    return found
+    observed.output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, observed.output
+    return observed
 
 
 def _start(run: RunDir) -> subprocess.Popen[str]:
@@ -139,31 +139,31 @@ def _start(run: RunDir) -> subprocess.Popen[str]:
     )
 
 
-def _sample(run: RunDir, found: Seen) -> bool:
+def _sample(run: RunDir, observed: Seen) -> bool:
     for model, other in connections(ranks_of(run)):
         if model == other:
-            found.within.add(model)
+            observed.within.add(model)
         else:
-            found.joined.add((model, other))
-    found.samples += 1
+            observed.joined.add((model, other))
+    observed.samples += 1
     return True
 
 
-def _wait(process: subprocess.Popen[str], moment: Callable[[], bool]) -> None:
+def _wait(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 600
-    while not moment():
+    while not condition():
         assert process.poll() is None, process.stdout.read() if process.stdout else ""
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
 
-def test_no_connection_joins_two_groups(seen: Seen) -> None:
+def test_no_connection_exists_between_groups(seen: Seen) -> None:
     assert seen.samples > 3
     assert seen.within == set(EXPERTS), "the two ranks of every group are joined"
     assert seen.joined == set()
 
 
-def test_a_group_that_stands_still_delays_no_other(seen: Seen, run: RunDir) -> None:
+def test_a_suspended_group_does_not_delay_the_others(seen: Seen, run: RunDir) -> None:
     assert seen.finished_beside == set(EXPERTS) - {STOPPED}
     assert seen.stopped_at < STEPS
     assert read_expert(run.model(STOPPED)).steps == STEPS
@@ -177,8 +177,8 @@ def test_the_groups_forest_is_evaluated_and_reported(seen: Seen, run: RunDir) ->
     assert run.report.is_file()
 
 
-def test_a_failing_group_ends_alone_and_is_named(seen: Seen, run: RunDir) -> None:
-    """One expert's states are in the way; another is missing: it is trained, and mpirun tells of the first."""
+def test_a_failing_group_is_reported_and_does_not_stop_the_others(seen: Seen, run: RunDir) -> None:
+    """One expert cannot save checkpoints, another is missing: the latter is trained, and mpirun reports the former."""
     for model in ("python", "docs"):
         shutil.rmtree(run.model(model))
     shutil.rmtree(run.checkpoints("python"))

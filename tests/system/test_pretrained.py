@@ -1,4 +1,4 @@
-"""A pretrained model as the seed of a run: its weights, its tokenizer and its family, there and back."""
+"""A pretrained model as the seed LM of a run: its weights, tokenizer and family survive the round trip."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def write_pretrained(folder: Path, text: Path, family: str) -> Path:
-    """A random model and a tokenizer, as Hugging Face writes them, with more rows than tokens."""
+    """Write a random Hugging Face model and a tokenizer, with more embedding rows than tokens."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder.mkdir()
@@ -90,7 +90,7 @@ def test_a_pretrained_model_is_the_seed_and_its_experts_are_of_its_family(
     assert ours.encode(text) == theirs.encode(text)
 
 
-def test_what_does_not_go_with_a_pretrained_model_is_told(real_text: Path, tmp_path: Path) -> None:
+def test_settings_that_conflict_with_a_pretrained_model_are_errors(real_text: Path, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     with pytest.raises(UserError, match="is not a Hugging Face model"):
         write_config(tmp_path / "run.yaml", values(real_text, tmp_path / "model"))

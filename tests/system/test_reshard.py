@@ -1,4 +1,4 @@
-"""A run goes on in another layout than it was saved in, optimizer state and all."""
+"""A run resumes in another layout than the one it was saved in, including optimizer state."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "four-zero1": {"tensor": 2, "data": 2, "zero": 1},
     "four-zero2": {"tensor": 2, "data": 2, "zero": 2, "sequence_parallel": True},
     "four-zero3": {"tensor": 2, "data": 2, "zero": 3, "recompute": "full"},
-    # Local steps: all but `data` may change.
+    # With local steps, everything but `data` may change.
     "data2-local": {"data": 2, "zero": 1, "sync_every": 5},
     "four-local": {"tensor": 2, "data": 2, "zero": 2, "sync_every": 5},
 }
 
-# Where each goes on from: up, down and sideways, into and out of every ZeRO stage.
+# The layout each one resumes from: more, fewer and equally many ranks, into and out of every ZeRO stage.
 FROM = {
     "one": "four-zero3",
     "one-zero3-offloaded": "data2-zero1",
@@ -58,13 +58,13 @@ def by_ranks() -> dict[int, dict[str, dict[str, Any]]]:
 
 
 def test_the_next_twenty_losses_are_those_of_a_run_that_kept_its_layout(tmp_path: Path) -> None:
-    whole = tmp_path / "whole"
-    whole.mkdir()
+    uninterrupted = tmp_path / "uninterrupted"
+    uninterrupted.mkdir()
     common = {"shape": {"family": "llama", **TINY_SHAPE}, "steps": STEPS, "sequences": 8}
     specs = []
     for name in ("one", "data2-local"):
         kept = {name: LAYOUTS[name] | {"precision": "fp32", "micro_batch": 2}}
-        specs.append(common | {"layouts": kept, "folder": str(whole)})
+        specs.append(common | {"layouts": kept, "folder": str(uninterrupted)})
     for more in ({"save": SAVED}, {"save": SAVED, "begin": FROM}):
         for layouts in by_ranks().values():
             specs.append(common | more | {"layouts": layouts, "folder": str(tmp_path)})
@@ -72,8 +72,8 @@ def test_the_next_twenty_losses_are_those_of_a_run_that_kept_its_layout(tmp_path
 
     for name in LAYOUTS:
         is_local = "sync_every" in LAYOUTS[name]
-        expected = load_file(whole / f"{'data2-local' if is_local else 'one'}.safetensors")["losses"]
-        found = load_file(tmp_path / f"{name}.safetensors")["losses"]
-        message = f"saved as {FROM[name]}, gone on with as {name}"
-        assert len(found) == STEPS - SAVED, message
-        torch.testing.assert_close(found, expected[SAVED:], atol=1e-4 if is_local else 1e-5, rtol=0, msg=message)
+        expected = load_file(uninterrupted / f"{'data2-local' if is_local else 'one'}.safetensors")["losses"]
+        losses = load_file(tmp_path / f"{name}.safetensors")["losses"]
+        message = f"saved as {FROM[name]}, resumed as {name}"
+        assert len(losses) == STEPS - SAVED, message
+        torch.testing.assert_close(losses, expected[SAVED:], atol=1e-4 if is_local else 1e-5, rtol=0, msg=message)

@@ -1,4 +1,4 @@
-"""A whole run, from text to page, through the command line and the real `deepspeed` launcher."""
+"""A complete run, from text to report, through the command line and the real `deepspeed` launcher."""
 
 from __future__ import annotations
 
@@ -64,26 +64,28 @@ def test_results_hold_every_method_on_every_domain(finished_run: Run) -> None:
     assert results["compute"]["ensemble"]["tokens"] == results["compute"]["dense"]["tokens"] == config.budget.tokens
 
 
-def test_the_argmax_average_is_the_likeliest_expert_itself(finished_run: Run) -> None:
+def test_the_argmax_average_is_the_most_likely_expert_itself(finished_run: Run) -> None:
     config, run = finished_run
     results = json.loads(run.results.read_text())
     for domain in config.all_domains:
         prior = results["priors"][domain]
-        likeliest = results["methods"][f"expert:{max(prior, key=prior.__getitem__)}"]["perplexity"][domain]
-        assert results["methods"]["average:argmax"]["perplexity"][domain] == likeliest
-    assert not run.model("average/argmax").exists(), "a copy of an expert is of no use"
+        perplexity_of_most_likely = results["methods"][f"expert:{max(prior, key=prior.__getitem__)}"]["perplexity"][
+            domain
+        ]
+        assert results["methods"]["average:argmax"]["perplexity"][domain] == perplexity_of_most_likely
+    assert not run.model("average/argmax").exists(), "an expert is not copied"
 
 
-def test_whoever_may_read_the_folder_may_read_all_of_it(finished_run: Run) -> None:
+def test_every_file_of_a_run_is_readable_as_the_umask_allows(finished_run: Run) -> None:
     _, run = finished_run
     mask = os.umask(0o077)
     os.umask(mask)
     closed = [path for path in run.root.rglob("*") if ~path.stat().st_mode & 0o444 & ~mask]
-    assert not closed, "a group's people work on one run"
+    assert not closed, "several users may work on one run"
 
 
 def test_training_lowers_every_models_loss(finished_run: Run) -> None:
-    """The seed's from batch to batch; later differences are smaller than batches' own, and show on held-out text."""
+    """The seed's loss falls from batch to batch; later gains are within batch noise, but show on held-out text."""
     _, run = finished_run
     for model in ("seed", "dense", "python", "licences"):
         steps = [json.loads(line) for line in run.metrics(model).read_text().splitlines()]
@@ -132,8 +134,8 @@ def test_the_ensembles_perplexity_follows_from_the_scores_in_plain_numpy(finishe
         test = [Scores.load(run.scores(name, domain, "test")) for name in names]
         log_probs = np.stack([scores.log_probs for scores in test])
         nats, _ = posterior_walk(log_probs, test[0].block_starts, prior)
-        found = results["methods"]["ensemble"]["perplexity"][domain]
-        assert found == pytest.approx(math.exp(-nats / log_probs.shape[1]), rel=1e-6)
+        perplexity = results["methods"]["ensemble"]["perplexity"][domain]
+        assert perplexity == pytest.approx(math.exp(-nats / log_probs.shape[1]), rel=1e-6)
 
 
 def test_exported_models_load_in_transformers_with_the_same_ids_and_probabilities(finished_run: Run) -> None:
@@ -151,11 +153,11 @@ def test_exported_models_load_in_transformers_with_the_same_ids_and_probabilitie
         tokens = torch.as_tensor(evaluation_text(config, run, "docs", "test").tokens[:65])[None]
         with torch.no_grad():
             log_probs = model(tokens[:, :-1]).logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])
-        # Scores are bf16's, as the model was trained.
+        # The scores are from bf16, the precision of training.
         np.testing.assert_allclose(log_probs.flatten().numpy(), scores.log_probs[:64], atol=0.08)
 
 
-def test_the_card_of_an_expert_says_where_it_came_from(finished_run: Run) -> None:
+def test_the_card_of_an_expert_records_its_origin(finished_run: Run) -> None:
     _, run = finished_run
     card = read_expert(run.model("python"))
     assert [(parent.name, parent.weight) for parent in card.parents] == [("seed", 1.0)]
@@ -164,7 +166,7 @@ def test_the_card_of_an_expert_says_where_it_came_from(finished_run: Run) -> Non
     assert card.content_hash == content_hash(run.model("python"))
 
 
-def test_a_second_run_does_nothing_again(finished_run: Run, tmp_path: Path) -> None:
+def test_a_second_run_repeats_no_work(finished_run: Run, tmp_path: Path) -> None:
     config, run = finished_run
     watched = [
         run.model("python") / "model.safetensors",
@@ -178,7 +180,7 @@ def test_a_second_run_does_nothing_again(finished_run: Run, tmp_path: Path) -> N
     assert [path.stat().st_mtime_ns for path in watched] == before
 
 
-def test_another_config_on_the_same_folder_is_refused(finished_run: Run, tmp_path: Path) -> None:
+def test_another_config_on_the_same_folder_is_rejected(finished_run: Run, tmp_path: Path) -> None:
     config, run = finished_run
     config.save(tmp_path / "other.yaml")
     done = btm_scale("run", tmp_path / "other.yaml", "--out", run.root, "--set", "optimizer.lr=0.5", check=False)
@@ -186,7 +188,7 @@ def test_another_config_on_the_same_folder_is_refused(finished_run: Run, tmp_pat
     assert "optimizer.lr: 0.01 there, 0.5 here" in done.stderr
 
 
-def test_the_page_shows_what_the_results_say(finished_run: Run) -> None:
+def test_the_report_shows_the_results(finished_run: Run) -> None:
     _, run = finished_run
     page = run.report.read_text()
     results = json.loads(run.results.read_text())
@@ -195,43 +197,43 @@ def test_the_page_shows_what_the_results_say(finished_run: Run) -> None:
 
 
 @pytest.mark.parametrize("stages", [("branch",), full(("seed", "branch", "averages"))], ids=" and ".join)
-def test_killed_in_any_stage_a_run_ends_in_the_same_results(
+def test_a_run_killed_in_any_stage_ends_in_the_same_results(
     stages: tuple[str, ...], finished_run: Run, real_text: Path, tmp_path: Path
 ) -> None:
     _, finished = finished_run
     write_config(tmp_path / "tiny.yaml", tiny_values(real_text))
     run = RunDir(tmp_path / "run")
-    moments = {
+    conditions = {
         "seed": lambda: any(run.checkpoints("seed").glob("step-*")),
         "branch": lambda: any(any(run.checkpoints(name).glob("step-*")) for name in ("python", "licences")),
         "averages": lambda: run.model("average/uniform").is_dir(),
     }
     for stage in stages:
-        _kill_when(moments[stage], tmp_path, run)
+        _kill_when(conditions[stage], tmp_path, run)
     btm_scale("run", tmp_path / "tiny.yaml", "--out", run.root)
     assert json.loads(run.results.read_text()) == json.loads(finished.results.read_text())
     for name in ("seed", "dense", "python", "licences"):
         assert read_expert(run.model(name)).content_hash == read_expert(finished.model(name)).content_hash
 
 
-def test_a_run_that_is_asked_to_stop_saves_what_it_trains(real_text: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_asked_to_stop_saves_a_checkpoint(real_text: Path, tmp_path: Path) -> None:
     values = tiny_values(real_text, checkpoint={"every": 100_000})
     values["budget"] |= {"tokens": 4_000_000}
     write_config(tmp_path / "tiny.yaml", values)
     run = RunDir(tmp_path / "run")
     process = _started_until(lambda: run.metrics("seed").is_file(), tmp_path, run)
     process.terminate()
-    _, said = process.communicate(timeout=120)
+    _, output = process.communicate(timeout=120)
     assert process.returncode == REQUEUE
-    assert "asked to stop: running groups save their states" in said
+    assert "asked to stop: running groups save their states" in output
     step = int((run.train("seed") / "stopped").read_text())
     assert [path.name for path in run.checkpoints("seed").glob("step-*")] == [f"step-{step:08d}"]
     assert not _has_ranks(run)
 
 
-def _kill_when(moment: Callable[[], bool], folder: Path, run: RunDir) -> None:
-    """Start the run, SIGKILL it once `moment` holds, and see its groups end by themselves."""
-    process = _started_until(moment, folder, run)
+def _kill_when(condition: Callable[[], bool], folder: Path, run: RunDir) -> None:
+    """Start the run, SIGKILL it once `condition` holds, and wait for its groups to end by themselves."""
+    process = _started_until(condition, folder, run)
     process.kill()
     process.communicate()
     deadline = time.monotonic() + 300
@@ -240,11 +242,11 @@ def _kill_when(moment: Callable[[], bool], folder: Path, run: RunDir) -> None:
         time.sleep(0.1)
 
 
-def _started_until(moment: Callable[[], bool], folder: Path, run: RunDir) -> subprocess.Popen[str]:
+def _started_until(condition: Callable[[], bool], folder: Path, run: RunDir) -> subprocess.Popen[str]:
     process = start_btm_scale("run", folder / "tiny.yaml", "--out", run.root)
     deadline = time.monotonic() + 300
-    while not moment():
-        assert process.poll() is None, "the run ended before its moment"
+    while not condition():
+        assert process.poll() is None, "the run ended too early"
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return process
@@ -255,12 +257,12 @@ def _has_ranks(run: RunDir) -> bool:
     return any(str(run.root) in " ".join(command) for command in commands)
 
 
-def test_a_failing_group_stops_no_other_and_is_told_with_the_end_of_its_log(real_text: Path, tmp_path: Path) -> None:
+def test_a_failing_group_is_reported_and_does_not_stop_the_others(real_text: Path, tmp_path: Path) -> None:
     values = tiny_values(real_text, experts={"python": {"layout": {"micro_batch": 1}}}, baselines={"dense": False})
     write_config(tmp_path / "tiny.yaml", values)
     run = RunDir(tmp_path / "run")
     btm_scale("train", tmp_path / "tiny.yaml", "--model", "seed", "--out", run.root, check=False)
-    assert not run.model("seed").exists()  # no token files yet: told, not trained
+    assert not run.model("seed").exists()  # there are no token files yet: an error
     btm_scale("prepare", tmp_path / "tiny.yaml", "--out", run.root)
     btm_scale("train", tmp_path / "tiny.yaml", "--model", "seed", "--out", run.root)
     run.train("python").mkdir(parents=True)

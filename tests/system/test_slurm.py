@@ -1,4 +1,4 @@
-"""A run on a real SLURM cluster of four virtual nodes, from text to report, with a stop and a lost node in between."""
+"""A run on a real SLURM cluster of four virtual nodes, from text to report, with a requested stop and a lost node."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from btm_scale.run_dir import RunDir
 pytestmark = pytest.mark.slow
 
 STEPS = 40
-NASTY = 'a "run; rm -rf ~ #'  # the folder's name: what a shell or SLURM must not read anything into
+NASTY = 'a "run; rm -rf ~ #'  # the folder's name, which a shell or SLURM must not interpret
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[SlurmCluster]:
-    made = SlurmCluster()
+    cluster_of_four = SlurmCluster()
     try:
-        made.start()
-        yield made
+        cluster_of_four.start()
+        yield cluster_of_four
     finally:
-        made.stop()
+        cluster_of_four.stop()
 
 
 class Submitter:
@@ -62,7 +62,7 @@ class Submitter:
 def disturbed(
     cluster: SlurmCluster, real_text: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Submitter, dict[str, Any]]:
-    """A run whose seed is asked to stop, and one of whose experts loses a node; and what was seen on the way."""
+    """A run whose seed LM is asked to stop and one of whose experts loses a node, with observations on the way."""
     folder = tmp_path_factory.mktemp("slurm")
     slurm = {"ranks_per_node": 1, "time": "30"}
     write_config(folder / "run.yaml", cluster_values(real_text, steps=STEPS, name=NASTY, launch={"slurm": slurm}))
@@ -70,14 +70,14 @@ def disturbed(
     user = Submitter(cluster, folder / "run.yaml", run)
     seen: dict[str, Any] = {"first": user.submit(), "again": user.submit()}
 
-    def wait_for(moment: Any, seconds: float = 1200) -> None:
+    def wait_for(condition: Any, seconds: float = 1200) -> None:
         try:
-            cluster.wait_for(moment, seconds)
+            cluster.wait_for(condition, seconds)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{user.logs()}") from None
 
     def start_soon(job: str) -> None:
-        # SLURM would wait two minutes; but for some seconds the nodes still refuse the job's first credential.
+        # SLURM would wait two minutes; the nodes reject the job's first credential for a few seconds.
         cluster.run("scontrol", "update", f"jobid={job}", "StartTime=now+8")
 
     seed = seen["first"]["seed"]
@@ -115,14 +115,14 @@ def test_the_run_goes_from_text_to_report(disturbed: tuple[Submitter, dict[str, 
     assert {row["state"] for row in user.status("--watch").values()} == {"done"}
 
 
-def test_jobs_under_way_or_done_are_not_submitted_again(disturbed: tuple[Submitter, dict[str, Any]]) -> None:
+def test_queued_and_completed_jobs_are_not_submitted_again(disturbed: tuple[Submitter, dict[str, Any]]) -> None:
     user, seen = disturbed
     assert list(seen["first"]) == ["prepare", "seed", "experts", "evaluate"]
     assert seen["again"] == {}
     assert user.submit() == {}
 
 
-def test_only_what_is_missing_is_submitted(disturbed: tuple[Submitter, dict[str, Any]]) -> None:
+def test_only_missing_work_is_submitted(disturbed: tuple[Submitter, dict[str, Any]]) -> None:
     user, _ = disturbed
     card = user.run.model("docs") / "expert.json"
     text = card.read_text()
@@ -130,7 +130,7 @@ def test_only_what_is_missing_is_submitted(disturbed: tuple[Submitter, dict[str,
     try:
         submitted = user.submit()
         assert list(submitted) == ["experts", "evaluate"]
-        # Only the task of the missing expert; the page waits for it.
+        # Only the task of the missing expert; the evaluation waits for it.
         assert set(user.cluster.queue()) == {
             f"{submitted['experts']}_{EXPERTS.index('docs')}",
             submitted["evaluate"],
@@ -141,7 +141,7 @@ def test_only_what_is_missing_is_submitted(disturbed: tuple[Submitter, dict[str,
         card.write_text(text)
 
 
-def test_status_joins_what_slurm_says(disturbed: tuple[Submitter, dict[str, Any]]) -> None:
+def test_status_includes_slurms_queue(disturbed: tuple[Submitter, dict[str, Any]]) -> None:
     _, seen = disturbed
     assert seen["status"]["seed"]["state"] == "done"
     running = seen["status"]["python"]
@@ -149,21 +149,23 @@ def test_status_joins_what_slurm_says(disturbed: tuple[Submitter, dict[str, Any]
     assert running["note"].startswith(f"SLURM {seen['first']['experts']}_0 running on n[")
 
 
-def test_a_stop_and_a_lost_node_change_no_bit(disturbed: tuple[Submitter, dict[str, Any]], tmp_path: Path) -> None:
-    """Seed and expert, trained again by two plain processes that nothing disturbs."""
+def test_a_stop_and_a_lost_node_do_not_change_the_weights(
+    disturbed: tuple[Submitter, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Compare seed and expert with the same training by two undisturbed processes."""
     user, seen = disturbed
     assert 0 < seen["stopped"] < STEPS
     assert seen["killed at"] < f"step-{STEPS:08d}"
-    calm = RunDir(tmp_path / "calm")
-    share_text(calm, user.run)
+    undisturbed_run = RunDir(tmp_path / "undisturbed_run")
+    share_text(undisturbed_run, user.run)
     for model in ("seed", "python"):
-        train_in_peace(user.config, calm, model)
-        assert read_expert(calm.model(model)).content_hash == read_expert(user.run.model(model)).content_hash
-        losses = [json.loads(line)["loss"] for line in calm.metrics(model).read_text().splitlines()]
+        train_undisturbed(user.config, undisturbed_run, model)
+        assert read_expert(undisturbed_run.model(model)).content_hash == read_expert(user.run.model(model)).content_hash
+        losses = [json.loads(line)["loss"] for line in undisturbed_run.metrics(model).read_text().splitlines()]
         assert losses == [json.loads(line)["loss"] for line in user.run.metrics(model).read_text().splitlines()]
 
 
-def train_in_peace(config: Path, run: RunDir, model: str) -> None:
+def train_undisturbed(config: Path, run: RunDir, model: str) -> None:
     arguments = ["train", str(config), "--model", model, "--out", str(run.root)]
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     ranks = [

@@ -1,4 +1,4 @@
-"""What clusters do to a group: kills, damaged files, stops, hangs, full disks. It always ends in the same weights."""
+"""Cluster faults: kills, damaged files, stops, hangs and full disks. Training always ends in the same weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STEPS, EVERY, RANKS = 48, 4, 2
 
 
 def write_run(folder: Path, text: Path) -> RunDir:
-    """A run whose seed LM takes many small steps, with micro-batches summed and states often saved."""
+    """A run whose seed LM takes many small steps, with gradient accumulation and frequent checkpoints."""
     values = tiny_values(
         text,
         novel_domains={},
@@ -59,7 +59,7 @@ def uninterrupted(real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def run(uninterrupted: RunDir, real_text: Path, tmp_path: Path) -> Iterator[RunDir]:
-    """A run of the same text and config that hasn't begun."""
+    """A run of the same text and config that has not started training."""
     run = write_run(tmp_path, real_text)
     share_text(run, uninterrupted)
     yield run
@@ -81,16 +81,16 @@ def processes_of(run: RunDir) -> list[psutil.Process]:
 
 
 def ranks_of(run: RunDir) -> dict[int, psutil.Process]:
-    found = {}
+    ranks = {}
     for process in processes_of(run):
         with contextlib.suppress(psutil.NoSuchProcess):
             if "deepspeed.launcher" not in " ".join(process.cmdline()) and "RANK" in process.environ():
-                found[int(process.environ()["RANK"])] = process
-    return found
+                ranks[int(process.environ()["RANK"])] = process
+    return ranks
 
 
 def last_change(run: RunDir) -> int:
-    """When the metrics were written last, in nanoseconds."""
+    """Return when the metrics were last written, in nanoseconds."""
     return run.metrics("seed").stat().st_mtime_ns if run.metrics("seed").is_file() else 0
 
 
@@ -102,9 +102,9 @@ def steps_taken(run: RunDir) -> int:
         return 0
 
 
-def wait_for(moment: Callable[[], bool], seconds: float, process: subprocess.Popen[str] | None = None) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float, process: subprocess.Popen[str] | None = None) -> None:
     deadline = time.monotonic() + seconds
-    while not moment():
+    while not condition():
         assert process is None or process.poll() is None, process.stderr.read() if process.stderr else ""
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -115,7 +115,7 @@ def start_and_wait_for_step(run: RunDir, step: int, *settings: str) -> subproces
     process = start(run, *settings)
 
     def is_there() -> bool:
-        # What an earlier start wrote doesn't count.
+        # Steps of an earlier start do not count.
         return last_change(run) != before and steps_taken(run) >= step and len(ranks_of(run)) == 2
 
     wait_for(is_there, 600, process)
@@ -123,7 +123,7 @@ def start_and_wait_for_step(run: RunDir, step: int, *settings: str) -> subproces
 
 
 def wait_for_the_end(run: RunDir, process: subprocess.Popen[str]) -> int:
-    """The command's exit code; nothing of the group may outlive it."""
+    """Return the command's exit code; no process of the group may outlive it."""
     code = process.wait(600)
     wait_for(lambda: not processes_of(run), 30)
     return code
@@ -146,13 +146,13 @@ def delete_half(state: Path) -> None:
 
 
 @pytest.mark.parametrize("kills", [3, full(20)])
-def test_a_run_that_is_killed_and_damaged_again_and_again_ends_in_the_same_weights(
+def test_repeated_kills_and_damaged_checkpoints_do_not_change_the_weights(
     kills: int, run: RunDir, uninterrupted: RunDir
 ) -> None:
     chance = random.Random(1)
     damages = [cut_short, flip_a_byte, delete_half]
     for number in range(kills):
-        # Not far on from where it stood, so that enough is left for the next kill.
+        # Soon after the previous kill, so that enough steps are left for the next one.
         process = start_and_wait_for_step(run, 8 + (STEPS - 20) * number // kills + chance.randrange(EVERY))
         time.sleep(chance.random() * 0.2)
         ranks_of(run)[chance.randrange(RANKS)].kill()
@@ -170,7 +170,7 @@ def test_a_run_that_is_killed_and_damaged_again_and_again_ends_in_the_same_weigh
     assert "going back to the state before it" in run.log("seed").read_text()
 
 
-def test_a_stopped_rank_is_a_hang_and_sigterm_asks_for_another_start(run: RunDir, uninterrupted: RunDir) -> None:
+def test_a_suspended_rank_is_a_hang_and_sigterm_requests_a_restart(run: RunDir, uninterrupted: RunDir) -> None:
     process = start_and_wait_for_step(run, 8, "--set", "health.hang=5", "--set", "health.patience=10")
     ranks_of(run)[1].suspend()
     assert wait_for_the_end(run, process) == 1
@@ -178,7 +178,7 @@ def test_a_stopped_rank_is_a_hang_and_sigterm_asks_for_another_start(run: RunDir
     assert "the group hangs" in logs[0].read_text()
     for log in logs:
         text = log.read_text()
-        assert "most recent call first" in text, "every rank shows its stack"
+        assert "most recent call first" in text, "every rank dumps its stacks"
         assert "in step" in text or "in train" in text
 
     process = start_and_wait_for_step(run, 20)
@@ -195,11 +195,11 @@ def test_a_stopped_rank_is_a_hang_and_sigterm_asks_for_another_start(run: RunDir
     assert content_hash(run.model("seed")) == content_hash(uninterrupted.model("seed"))
 
 
-def test_a_full_disk_is_noticed_before_the_write_and_costs_no_state(run: RunDir, uninterrupted: RunDir) -> None:
+def test_a_full_disk_is_detected_before_writing_and_loses_no_checkpoint(run: RunDir, uninterrupted: RunDir) -> None:
     folder = run.checkpoints("seed")
     folder.mkdir(parents=True)
     size = sum(file.stat().st_size for file in max(uninterrupted.checkpoints("seed").glob("step-*")).iterdir())
-    # Two states are kept, and a third is written beside them.
+    # Two checkpoints are kept while a third is written.
     mounted = (
         subprocess.run(
             ["mount", "-t", "tmpfs", "-o", f"size={5 * size // 2}", "tmpfs", str(folder)],
@@ -214,11 +214,11 @@ def test_a_full_disk_is_noticed_before_the_write_and_costs_no_state(run: RunDir,
     try:
         process = start(run)
         assert wait_for_the_end(run, process) != 0
-        said = run.log("seed").read_text()
-        assert "GB free. Nothing was written. Free some space" in said
-        states = sorted(folder.glob("step-*"))
-        assert [state.name for state in states] == [f"step-{EVERY:08d}", f"step-{2 * EVERY:08d}"]
-        assert newest_state(folder) == states[-1]
+        log = run.log("seed").read_text()
+        assert "GB free. Nothing was written. Free some space" in log
+        checkpoints = sorted(folder.glob("step-*"))
+        assert [state.name for state in checkpoints] == [f"step-{EVERY:08d}", f"step-{2 * EVERY:08d}"]
+        assert newest_state(folder) == checkpoints[-1]
         subprocess.run(["mount", "-o", f"remount,size={5 * size}", str(folder)], check=True)
         assert wait_for_the_end(run, start(run)) == 0
         assert content_hash(run.model("seed")) == content_hash(uninterrupted.model("seed"))

@@ -1,4 +1,4 @@
-"""Two ranks that each see a folder of states of their own, as two hosts of a shared file system may for a while."""
+"""Two ranks that each see their own folder of checkpoints, as two hosts of a shared file system may temporarily."""
 
 from __future__ import annotations
 

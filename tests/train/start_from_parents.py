@@ -1,8 +1,8 @@
-"""Makes checkpoints of a few tiny models and branches from them: `start_from_parents.py SPEC.json`, two tensor ranks.
+"""Save checkpoints of a few tiny models and branch from them: `start_from_parents.py SPEC.json`, two tensor ranks.
 
-A spec has `root` (a run's folder), `shape`, `parents` (name: steps of training) and `branches` (name: `parents` with
-weights and `optimizer`). Each parent leaves a training checkpoint; each branch leaves `ROOT/NAME.safetensors` with its
-full training state as the engine holds it, or `ROOT/NAME.txt` with the error.
+A spec has `root` (a run's folder), `shape`, `parents` (name: training steps) and `branches` (name: `parents` with
+weights and `optimizer`). Each parent writes a training checkpoint; each branch writes `ROOT/NAME.safetensors` with the
+engine's full training state, or `ROOT/NAME.txt` with the error.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from btm_scale.train.start import begin_branch
 
 
 def full_state(engine: Engine) -> dict[str, torch.Tensor]:
-    parameters, found = engine.parameters, {}
+    parameters, state = engine.parameters, {}
     for kind in KINDS:
         tensors = huggingface_tensors(
             engine.model.shape,
             lambda entry, kind=kind: engine.full(parameters[entry.megatron], kind),
             engine.group.tensor_group,
         )
-        found |= {f"{kind}/{name}": tensor.clone() for name, tensor in tensors}
-    return found
+        state |= {f"{kind}/{name}": tensor.clone() for name, tensor in tensors}
+    return state
 
 
 def branch_all(spec: dict[str, Any]) -> None:
@@ -58,9 +58,9 @@ def branch_all(spec: dict[str, Any]) -> None:
         except UserError as error:
             (run.root / f"{name}.txt").write_text(str(error))
         else:
-            found = full_state(engine) | {"adam_steps": torch.tensor(engine.adam_steps)}
+            state = full_state(engine) | {"adam_steps": torch.tensor(engine.adam_steps)}
             if group.is_first:
-                save_file(found, run.root / f"{name}.safetensors")
+                save_file(state, run.root / f"{name}.safetensors")
         engine.close()
     group.leave()
 

@@ -1,4 +1,4 @@
-"""What counts as a bad batch, and what is remembered of it."""
+"""What counts as a bad batch, and how skipped batches are recorded."""
 
 from __future__ import annotations
 
@@ -34,78 +34,78 @@ def result(loss: float = 2.0, norm: float = 1.0, overflowed: bool = False) -> An
 
 
 @pytest.mark.parametrize("bad", [result(loss=math.nan), result(loss=math.inf), result(norm=math.nan)])
-def test_what_is_no_number_is_a_problem(bad: Any, tmp_path: Path) -> None:
+def test_a_non_finite_loss_or_gradient_norm_is_a_problem(bad: Any, tmp_path: Path) -> None:
     assert judge(tmp_path).problem(1, bad) is not None
 
 
-def test_a_scaled_gradient_that_overflows_is_how_fp16_finds_its_scale(tmp_path: Path) -> None:
+def test_an_fp16_overflow_is_not_a_problem(tmp_path: Path) -> None:
     assert judge(tmp_path).problem(1, result(norm=math.inf, overflowed=True)) is None
     assert judge(tmp_path).problem(1, result(loss=math.nan, norm=math.inf, overflowed=True)) is not None
 
 
-def test_a_spike_is_a_problem_only_where_it_is_asked_for_and_moves_no_median(tmp_path: Path) -> None:
-    watchful, easy = judge(tmp_path, spike=5, window=10), judge(tmp_path)
+def test_a_spike_is_a_problem_only_if_configured_and_does_not_change_the_median(tmp_path: Path) -> None:
+    strict, lenient = judge(tmp_path, spike=5, window=10), judge(tmp_path)
     for step in range(1, 11):
-        assert watchful.problem(step, result()) is None
-    assert watchful.problem(11, result(norm=4.9)) is None
+        assert strict.problem(step, result()) is None
+    assert strict.problem(11, result(norm=4.9)) is None
     for step in (12, 13, 14):
-        told = watchful.problem(step, result(norm=50.0))
-        assert told is not None
-        assert "50.0 times the recent median" in told
-    assert easy.problem(1, result(norm=1e9)) is None
+        message = strict.problem(step, result(norm=50.0))
+        assert message is not None
+        assert "50.0 times the recent median" in message
+    assert lenient.problem(1, result(norm=1e9)) is None
 
 
-def test_recent_norms_are_known_after_a_restart(tmp_path: Path) -> None:
+def test_recent_gradient_norms_are_restored_after_a_restart(tmp_path: Path) -> None:
     rows = [json.dumps({"step": step, "loss": 1.0, "gradient_norm": 1.0}) for step in range(1, 8)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + "\n")
     assert judge(tmp_path, spike=5, window=10).problem(8, result(norm=6.0)) is not None
 
 
-def test_an_overflowed_step_moves_no_median_after_a_restart_either(tmp_path: Path) -> None:
+def test_an_overflowed_step_does_not_change_the_median_after_a_restart(tmp_path: Path) -> None:
     rows = [{"step": step, "gradient_norm": 1.0} for step in range(1, 6)]
     rows += [{"step": step, "gradient_norm": 1e9, "overflowed": True} for step in range(6, 11)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert judge(tmp_path, spike=5, window=10).problem(11, result(norm=6.0)) is not None
 
 
-def test_a_batch_that_was_left_out_stays_so_until_there_are_too_many(tmp_path: Path) -> None:
+def test_skipped_batches_stay_skipped_and_too_many_are_an_error(tmp_path: Path) -> None:
     judge(tmp_path).leave_out(7, "the loss is nan")
     again = judge(tmp_path, skips=1)
     assert again.leaves_out(7)
     assert not again.leaves_out(8)
-    with pytest.raises(GroupFailed, match=r"2 batches were bad, the last one \(step 9\)"):
+    with pytest.raises(GroupFailed, match=r"2 batches were bad, the last one at step 9: the loss is nan"):
         again.leave_out(9, "the loss is nan")
 
 
-def test_every_rank_leaves_out_what_the_first_one_has_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_rank_skips_the_batches_that_the_first_rank_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def receive(values: list[Any], src: int) -> None:
         values[0] = ({}, {7: "the loss is nan"})
 
     monkeypatch.setattr(bad_batches.dist, "broadcast_object_list", receive)
     group: Any = SimpleNamespace(is_first=False)
-    late = Health(group, HealthConfig(), tmp_path, tmp_path / "metrics.jsonl")  # its host sees no file yet
+    late = Health(group, HealthConfig(), tmp_path, tmp_path / "metrics.jsonl")  # its host does not see the file yet
     assert late.leaves_out(7)
 
 
 SHAPE = ModelShape(layers=2, hidden=48, heads=6, kv_heads=2, ffn=96, positions=64, vocabulary=65)
 
 
-def test_a_layout_says_what_would_fit() -> None:
+def test_layout_problems_name_values_that_fit() -> None:
     assert Layout(tensor=2, sequence_parallel=True).problems(SHAPE, 64) == []
-    (told,) = Layout(tensor=3).problems(SHAPE, 64)
-    assert told == "tensor 3 does not divide kv_heads 2; tensor may be 1 or 2"
-    (told,) = Layout(tensor=2, sequence_parallel=True).problems(SHAPE, 63)
-    assert "a sequence_length of 64 fits" in told
+    (message,) = Layout(tensor=3).problems(SHAPE, 64)
+    assert message == "tensor 3 does not divide kv_heads 2; tensor may be 1 or 2"
+    (message,) = Layout(tensor=2, sequence_parallel=True).problems(SHAPE, 63)
+    assert "a sequence_length of 64 fits" in message
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"sequence_parallel": True}, "set tensor above 1"),
         ({"offload": "optimizer", "zero": 0}, "set zero to 1, 2 or 3"),
         ({"offload": "all", "zero": 2}, "set zero to 3"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_contradictory_settings_are_rejected(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Layout(**settings)

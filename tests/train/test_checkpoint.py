@@ -1,4 +1,4 @@
-"""Which state a group goes on from, and which ones it keeps."""
+"""Which checkpoint a group resumes from, and which ones it keeps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from btm_scale.train.checkpoint import newest_state, save_state, state_path
 
 
 def write_state(folder: Path, step: int) -> Path:
-    """A folder that passes for a state."""
+    """Write a folder that looks like a checkpoint."""
     path = state_path(folder, step)
     path.mkdir(parents=True)
     (path / "model.safetensors").write_bytes(b"tensors")
@@ -25,8 +25,8 @@ def write_state(folder: Path, step: int) -> Path:
     return path
 
 
-def test_all_ranks_go_on_from_the_state_that_the_first_one_finds(tmp_path: Path) -> None:
-    """A rank that took an older state would train other weights than the rest, and nobody would be told."""
+def test_all_ranks_resume_from_the_checkpoint_that_the_first_rank_finds(tmp_path: Path) -> None:
+    """A rank that resumed from an older checkpoint would silently train other weights than the rest."""
     here, late = tmp_path / "here", tmp_path / "late"
     for step in (1, 2):
         write_state(here, step)
@@ -35,7 +35,7 @@ def test_all_ranks_go_on_from_the_state_that_the_first_one_finds(tmp_path: Path)
     assert [(folder / "found").read_text() for folder in (here, late)] == [str(state_path(here, 2))] * 2
 
 
-def test_a_damaged_state_drives_out_none_that_can_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_checkpoint_does_not_displace_a_usable_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_state(tmp_path, 100)
     (write_state(tmp_path, 200) / "model.safetensors").write_bytes(b"")
     monkeypatch.setattr(checkpoint.dist, "barrier", lambda: None)

@@ -1,4 +1,4 @@
-"""metrics.jsonl over a restart."""
+"""metrics.jsonl across restarts."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def metrics(path: Path, first_step: int) -> Metrics:
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """As on a disk that fills while a file is written."""
+    """Limit file sizes, as on a disk that fills up during a write."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    heard = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, heard)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_steps_that_are_taken_again_and_a_torn_line_are_dropped(tmp_path: Path) -> None:
+def test_a_restart_drops_repeated_steps_and_an_incomplete_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 6)) + '{"step"')
     with metrics(path, 3):
@@ -54,7 +54,7 @@ def test_a_damaged_line_is_skipped_by_report_and_resume(damage: bytes, tmp_path:
         assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
-def test_a_restart_that_fails_costs_no_step_that_was_noted(tmp_path: Path) -> None:
+def test_a_failed_restart_loses_no_recorded_step(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 6)))
     with files_of_at_most(20), pytest.raises(OSError, match="File too large"), metrics(path, 3):

@@ -18,7 +18,7 @@ def with_last_part(config: RunConfig, share: float, **weights: float) -> RunConf
     return config.model_copy(update={"budget": BudgetConfig.model_validate(budget.model_dump())})
 
 
-def test_the_last_part_of_the_schedule_reads_at_other_shares(prepared: Prepared) -> None:
+def test_the_last_part_of_the_schedule_uses_other_weights(prepared: Prepared) -> None:
     config, run = prepared
     config = with_last_part(config, 0.25, code=1e6)
     job = training_job(config, "dense")
@@ -50,7 +50,7 @@ def test_the_last_part_of_the_schedule_reads_at_other_shares(prepared: Prepared)
     assert share_of_code(late) > 1.5 * share_of_code(early)
 
 
-def test_a_model_without_the_domain_reads_on_as_before(prepared: Prepared) -> None:
+def test_a_model_without_the_reweighted_domain_reads_the_same_samples(prepared: Prepared) -> None:
     config, run = prepared
     config = with_last_part(config, 0.5, code=3.0)
     job = training_job(config, "prose")

@@ -1,4 +1,4 @@
-"""A rank that is asked to stop while there is nothing to save."""
+"""A rank that receives a stop signal while there is nothing to save."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ with leaving_at_once(Path(sys.argv[1])):
 @pytest.mark.parametrize(
     ("number", "code", "stopped"), [(signal.SIGUSR1, REQUEUE, True), (signal.SIGTERM, -signal.SIGTERM, False)]
 )
-def test_a_rank_that_scores_asks_for_another_job_when_its_time_is_over_and_not_when_it_is_ended(
+def test_scoring_requests_a_restart_on_sigusr1_but_not_on_sigterm(
     number: signal.Signals, code: int, stopped: bool, tmp_path: Path
 ) -> None:
     done = subprocess.run([sys.executable, "-c", SCORING, str(tmp_path), str(int(number))], timeout=120)

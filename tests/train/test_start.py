@@ -1,4 +1,4 @@
-"""What an expert's training starts from: the mean of its parents, to the bit."""
+"""What an expert's training starts from: bitwise the mean of its parents."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def checkpoint(run: RunDir, name: str) -> State:
 
 
 def numpy_mean(states: dict[str, State], weights: dict[str, float], key: str) -> np.ndarray:
-    """The mean in float64, rounded to float32 once: an oracle that shares no code with the merger."""
+    """The mean in float64, rounded to float32 once: a reference that shares no code with the merger."""
     total = sum(weight * states[name][key].astype(np.float64) for name, weight in weights.items())
     return np.asarray(total / sum(weights.values())).astype(np.float32)
 
@@ -94,83 +94,83 @@ def begun(run: RunDir, name: str) -> State:
     return load_file(run.root / f"{name}.safetensors")
 
 
-def assert_same_bits(found: np.ndarray, expected: np.ndarray, key: str) -> None:
-    assert found.dtype == expected.dtype == np.float32
-    assert found.tobytes() == expected.tobytes(), key
+def assert_same_bits(state_at_start: np.ndarray, expected: np.ndarray, key: str) -> None:
+    assert state_at_start.dtype == expected.dtype == np.float32
+    assert state_at_start.tobytes() == expected.tobytes(), key
 
 
-def test_a_branch_of_the_seed_begins_with_the_seeds_checkpoint_to_the_bit(run: RunDir) -> None:
-    found, seed = begun(run, "alone"), checkpoint(run, SEED)
-    assert found.pop("adam_steps") == STEPS[SEED]
-    assert found.keys() == seed.keys()
+def test_a_branch_of_the_seed_starts_bitwise_from_the_seeds_checkpoint(run: RunDir) -> None:
+    state_at_start, seed = begun(run, "alone"), checkpoint(run, SEED)
+    assert state_at_start.pop("adam_steps") == STEPS[SEED]
+    assert state_at_start.keys() == seed.keys()
     for key, expected in seed.items():
-        assert_same_bits(found[key], expected, key)
+        assert_same_bits(state_at_start[key], expected, key)
 
 
-def test_a_fresh_optimizer_takes_the_parents_weights_and_no_moments(run: RunDir) -> None:
-    found, seed = begun(run, "alone-fresh"), checkpoint(run, SEED)
-    assert found.pop("adam_steps") == 0
-    for key, value in found.items():
+def test_a_fresh_optimizer_starts_from_the_parents_weights_with_zero_moments(run: RunDir) -> None:
+    state_at_start, seed = begun(run, "alone-fresh"), checkpoint(run, SEED)
+    assert state_at_start.pop("adam_steps") == 0
+    for key, value in state_at_start.items():
         assert_same_bits(value, seed[key] if key.startswith("master/") else np.zeros_like(value), key)
 
 
 @pytest.mark.parametrize("name", ["mean", "mean-reversed"])
-def test_a_mean_of_two_parents_is_numpys_to_the_bit_moments_included(run: RunDir, name: str) -> None:
-    found, states = begun(run, name), {parent: checkpoint(run, parent) for parent in MEAN}
-    assert found.pop("adam_steps") == max(STEPS[parent] for parent in MEAN)
-    assert found.keys() == states["a"].keys()
-    for key, value in found.items():
+def test_the_mean_of_two_parents_and_their_moments_equals_numpys_bitwise(run: RunDir, name: str) -> None:
+    state_at_start, states = begun(run, name), {parent: checkpoint(run, parent) for parent in MEAN}
+    assert state_at_start.pop("adam_steps") == max(STEPS[parent] for parent in MEAN)
+    assert state_at_start.keys() == states["a"].keys()
+    for key, value in state_at_start.items():
         assert_same_bits(value, numpy_mean(states, MEAN, key), key)
-    assert any(np.any(value) for key, value in found.items() if key.startswith("exp_avg_sq/"))
+    assert any(np.any(value) for key, value in state_at_start.items() if key.startswith("exp_avg_sq/"))
 
 
-def test_the_order_of_the_parents_changes_no_bit_of_their_mean(run: RunDir) -> None:
-    """Tenths of float32 numbers are often halfway between two, where the last bit of the float64 sum decides.
+def test_the_mean_does_not_depend_on_the_order_of_the_parents(run: RunDir) -> None:
+    """Weighted sums are often halfway between two float32 numbers, where the last bit of the float64 sum decides.
 
-    So there the order of the addends shows: parents are added in the order of their content, each by one fused
+    There, the order of summation shows: parents are added in the order of their content, each by one fused
     multiply-add, however they are listed.
     """
-    found, other = begun(run, "decimal"), begun(run, "decimal-reversed")
+    state_at_start, other = begun(run, "decimal"), begun(run, "decimal-reversed")
     states = {parent: checkpoint(run, parent) for parent in DECIMAL}
     in_order, differing = {}, 0
     for order in (("a", "b"), ("b", "a")):
         sums = {key: fused_sum(states, order, key) for key in states["a"]}
-        in_order[order] = all(sums[key].tobytes() == found[key].tobytes() for key in sums)
-        differing += sum(int(np.sum(sums[key] != found[key])) for key in sums)
+        in_order[order] = all(sums[key].tobytes() == state_at_start[key].tobytes() for key in sums)
+        differing += sum(int(np.sum(sums[key] != state_at_start[key])) for key in sums)
     assert sorted(in_order.values()) == [False, True]
     assert differing > 0
     for key, state in states["a"].items():
-        assert_same_bits(found[key], other[key], key)
+        assert_same_bits(state_at_start[key], other[key], key)
         numpys = numpy_mean(states, DECIMAL, key)
-        np.testing.assert_array_max_ulp(found[key], numpys, maxulp=1)
-        assert found[key].shape == state.shape
+        np.testing.assert_array_max_ulp(state_at_start[key], numpys, maxulp=1)
+        assert state_at_start[key].shape == state.shape
 
 
 def fused_sum(states: dict[str, State], order: tuple[str, ...], key: str) -> np.ndarray:
-    """A mean as torch accumulates it in float64, a parent after the other."""
+    """The mean as torch accumulates it in float64, parent by parent."""
     total = torch.zeros(states["a"][key].shape, dtype=torch.float64)
     for name in order:
         total.add_(torch.from_numpy(states[name][key].astype(np.float64)), alpha=DECIMAL[name])
     return total.float().numpy()
 
 
-def test_a_mean_with_a_fresh_optimizer_has_the_mean_weights_and_no_moments(run: RunDir) -> None:
-    found, states = begun(run, "mean-fresh"), {parent: checkpoint(run, parent) for parent in MEAN}
-    assert found.pop("adam_steps") == 0
-    for key, value in found.items():
+def test_a_mean_with_a_fresh_optimizer_has_zero_moments(run: RunDir) -> None:
+    state_at_start, states = begun(run, "mean-fresh"), {parent: checkpoint(run, parent) for parent in MEAN}
+    assert state_at_start.pop("adam_steps") == 0
+    for key, value in state_at_start.items():
         expected = numpy_mean(states, MEAN, key) if key.startswith("master/") else np.zeros_like(value)
         assert_same_bits(value, expected, key)
 
 
-def test_moments_are_left_out_unless_every_parent_has_them(run: RunDir) -> None:
-    """The friend is a model in bfloat16 without a checkpoint."""
+def test_moments_are_zero_unless_every_parent_has_them(run: RunDir) -> None:
+    """`friend` is a bfloat16 model without a checkpoint."""
     friend = torch_file(run.model("friend") / "model.safetensors")
     states = {"a": checkpoint(run, "a"), "friend": {f"master/{name}": value for name, value in friend.items()}}
     weights = BRANCHES["with-friend"]["parents"]
     for branch in ("with-friend", "friend-alone"):
-        found = begun(run, branch)
-        assert found.pop("adam_steps") == 0
-        for key, value in found.items():
+        state_at_start = begun(run, branch)
+        assert state_at_start.pop("adam_steps") == 0
+        for key, value in state_at_start.items():
             own = weights if branch == "with-friend" else {"friend": 1.0}
             expected = numpy_mean(states, own, key) if key.startswith("master/") else np.zeros_like(value)
             assert_same_bits(value, expected, key)
@@ -188,9 +188,9 @@ def test_the_mean_is_deleted_once_it_is_loaded(run: RunDir) -> None:
     assert not (run.root / "branches").exists()
 
 
-def test_a_parent_that_is_gone_or_of_another_shape_is_named(run: RunDir) -> None:
-    told = (run.root / "gone.txt").read_text()
-    assert "gone branches from 'gone', which has neither a training checkpoint nor a finished model" in told
-    told = (run.root / "wide-alone.txt").read_text()
-    assert "Only models of one shape can be branched from" in told
-    assert "(61, 64) there and (61, 32) in this model" in told
+def test_a_missing_parent_and_one_of_another_shape_are_errors(run: RunDir) -> None:
+    message = (run.root / "gone.txt").read_text()
+    assert "gone branches from 'gone', which has neither a training checkpoint nor a finished model" in message
+    message = (run.root / "wide-alone.txt").read_text()
+    assert "Only models of one shape can be branched from" in message
+    assert "(61, 64) there and (61, 32) in this model" in message

@@ -1,4 +1,4 @@
-"""Which processes the watches of a rank take for its peers."""
+"""Which processes a watchdog takes for peers of its rank."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import pytest
 from btm_scale.train import watchdog
 
 
-def test_a_rank_of_another_host_of_the_same_name_is_no_process_of_this_one(
+def test_a_rank_on_another_host_of_the_same_name_is_not_a_local_peer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Cloned machines may all be called localhost; what has that rank's number here is another process."""
+    """Cloned machines may all be named localhost; the same process id here is another process."""
 
-    def gather(everyone: list[Any], own: tuple[str, int]) -> None:
+    def gather(processes: list[Any], own: tuple[str, int]) -> None:
         assert own[0] != socket.gethostname()
-        everyone[:] = [own, (own[0], 4000), (f"{own[0]} of another boot", 5000)]
+        processes[:] = [own, (own[0], 4000), (f"{own[0]} of another boot", 5000)]
 
     monkeypatch.setattr(watchdog.dist, "all_gather_object", gather)
     group: Any = SimpleNamespace(size=3)

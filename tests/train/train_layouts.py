@@ -1,10 +1,10 @@
-"""Trains one tiny model in many layouts of one number of ranks: `train_layouts.py SPEC.json`.
+"""Train one tiny model in several layouts with the same number of ranks: `train_layouts.py SPEC.json`.
 
-Started by a launcher, it is one rank; else it forks the ranks of one spec after the other, of a list. A spec
-has `layouts` (name: group), `shape`, `steps`, `sequences` and `folder`; also `optimizer` and `deepspeed`
-settings, and, by the layouts' names, `begin` (the name of a layout whose state to go on from) and `save` (after
-how many steps to save a state instead of going on). For each layout the first rank leaves
-`FOLDER/NAME.safetensors` with `losses` and the weights under Hugging Face names.
+Started by a launcher, it is one rank; otherwise it forks the ranks of each spec in a list. A spec has `layouts`
+(name: layout), `shape`, `steps`, `sequences` and `folder`; also `optimizer` and `deepspeed` settings, `begin` (by
+layout, the name of the layout whose checkpoint to resume from) and `save` (the step at which to save a checkpoint and
+stop). For each layout, the first rank writes `FOLDER/NAME.safetensors` with `losses` and the weights under their
+Hugging Face names.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def make_engine(group: ExpertGroup, spec: dict[str, Any]) -> Engine:
 
 
 def batch(group: ExpertGroup, engine: Engine, step: int) -> torch.Tensor:
-    """This data rank's share of the batch of a step: text that can be learnt, so that the loss falls."""
+    """This data rank's part of the batch of a step: learnable text, so that the loss falls."""
     generator = torch.Generator().manual_seed(step)
     shape = engine.model.shape
     starts = torch.randint(0, shape.vocabulary, (engine.job.sequences, 1), generator=generator)
@@ -79,7 +79,7 @@ def train(engine: Engine, first: int, last: int) -> list[float]:
 
 
 def count_bytes() -> list[int]:
-    """From now on, what this rank gives to collectives of more than one rank; the list's only number grows."""
+    """Count the bytes that this rank passes to collectives from now on; the list's only number grows."""
     sent = [0]
 
     def counted(collective: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,12 +99,12 @@ def count_bytes() -> list[int]:
 
 def weights(engine: Engine) -> dict[str, torch.Tensor]:
     parameters = engine.parameters
-    whole = huggingface_tensors(
+    tensors = huggingface_tensors(
         engine.model.shape,
         lambda entry: engine.full(parameters[entry.megatron], MASTER),
         engine.group.tensor_group,
     )
-    return {name: tensor.clone() for name, tensor in whole}
+    return {name: tensor.clone() for name, tensor in tensors}
 
 
 def train_all(spec: dict[str, Any]) -> None:
@@ -123,10 +123,10 @@ def train_all(spec: dict[str, Any]) -> None:
         losses = train(engine, first, last)
         if last < spec["steps"]:
             save_state(engine, folder / name, last, keep=1)
-        found = weights(engine) | {"losses": torch.tensor(losses, dtype=torch.float64)}
-        found["bytes"] = torch.tensor(sent[0] - before)
+        tensors = weights(engine) | {"losses": torch.tensor(losses, dtype=torch.float64)}
+        tensors["bytes"] = torch.tensor(sent[0] - before)
         if group.is_first:
-            save_file(found, folder / f"{name}.safetensors")
+            save_file(tensors, folder / f"{name}.safetensors")
         engine.close()
     assert group is not None
     group.leave()

@@ -1,4 +1,4 @@
-"""Trains a run's seed LM; at one step the weights become NaN, once: `train_with_a_bad_batch.py SPEC.json`.
+"""Train a run's seed LM; at one step, the weights become NaN once: `train_with_a_bad_batch.py SPEC.json`.
 
 The spec has `run`, the run's folder, and `step`, the step of the bad batch (0: none).
 """
@@ -19,7 +19,7 @@ from btm_scale.train.engine import Engine, StepResult
 
 
 def poison(bad_step: int) -> None:
-    """Let the engine's step of this number, counted in this process, spoil the weights."""
+    """Make step number `bad_step` of this process corrupt the weights."""
     taken, step = [0], Engine.step
 
     def spoiled(self: Engine, *arguments: Any) -> StepResult:

@@ -1,7 +1,7 @@
-"""How the experts' log-probabilities of earlier tokens move their weights: one recursion for each mode.
+"""The posterior's recursion: how log-probabilities of earlier tokens update the experts' weights, in each mode.
 
-`Evidence` takes it through texts that exist, many tokens at once; `RunningPosterior` through texts that are still being
-written, where the weights are needed before the token is known.
+`Evidence` processes existing texts, many tokens at once; `RunningPosterior` texts that are being generated, where the
+weights are needed before the token is known.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ class Evidence:
         self._prior = np.tile(priors, (1, len(temperings)))
         self._state = self._prior
         self._mode = mode
-        # As large as what they are multiplied with, where every token asks for it: rows are short.
+        # Expanded to the shape of their operands: rows are short, and broadcasting for every token is slow.
         self._power, self._forgetting, shares = (
             np.tile(np.repeat([getattr(tempering, name) for tempering in temperings], count), (len(prior), 1))
             for name in ("power", "forgetting", "share")
         )
         self._mixes = mode == "tempered" and bool(shares[0, 0] > 0)
-        # No share is so small that it rounds to nothing: the expert would be out for good.
+        # A share must not underflow to 0: the expert could never recover.
         mixed_in = np.maximum(shares * np.exp(self._prior), _SMALLEST)
         self._kept, self._mixed_in = 1 - shares[0], np.where(np.isneginf(self._prior), 0.0, mixed_in)
 
     def weights(self) -> Array:
-        """Normalised log weights before the next token [experts, temperings x count]."""
+        """Return normalised log weights before the next token [experts, temperings x count]."""
         return normalise(self._state.copy(), self._prior)
 
     def observe(self, log_probs: Array, seen: Array | None = None) -> None:
-        """Take in each text's next token, log-probabilities [experts, temperings x count]; of the texts `seen` only."""
+        """Update the texts `seen` with the log-probabilities [experts, temperings x count] of their next token."""
         before = self._state
         if self._mode == "token":
             self._state = self._prior + log_probs
@@ -61,7 +61,7 @@ class Evidence:
             self._state = np.where(seen, self._state, before)
 
     def weights_before(self, piece: Array) -> Array:
-        """Normalised log weights before each token of the texts' next piece [experts, texts, tokens]; takes it in."""
+        """Return normalised log weights before each token of the next piece [experts, texts, tokens]; consumes it."""
         if self._mode == "tempered":
             joint = self._tempered(piece)
             return joint if self._mixes else normalise(joint, self._prior)
@@ -81,62 +81,62 @@ class Evidence:
         return normalise(joint, self._prior)
 
     def _tempered(self, piece: Array) -> Array:
-        """Log weights before each token; where a share of the prior is mixed in, they are normalised."""
+        """Return log weights before each token; they are normalised if the prior is mixed in."""
         text = np.moveaxis(piece, 2, 0)
-        before, news, state = np.empty_like(text), np.empty_like(self._state), self._state.copy()
+        before, scratch, state = np.empty_like(text), np.empty_like(self._state), self._state.copy()
         for token, log_probs in enumerate(text):
             before[token] = state
-            self._temper(state, log_probs, news)
+            self._temper(state, log_probs, scratch)
         self._state = state if self._mixes else centred(state)
         return np.moveaxis(before, 0, 2)
 
-    def _temper(self, state: Array, log_probs: Array, news: Array) -> None:
-        """In place: the state after one more token; `news` is room to work in."""
+    def _temper(self, state: Array, log_probs: Array, scratch: Array) -> None:
+        """Update `state` in place with one more token; `scratch` is a work buffer."""
         state *= self._forgetting
-        state += np.multiply(self._power, log_probs, out=news)
+        state += np.multiply(self._power, log_probs, out=scratch)
         if self._mixes:
             self._mix_in_prior(state)
 
     def _mix_in_prior(self, state: Array) -> None:
-        """In place; the weights then sum to 1. Beside a share of the prior, what underflows is nothing."""
+        """Mix the prior into `state` in place and normalise. Weights that underflow are negligible by comparison."""
         state -= np.maximum(state.max(axis=0), -_LARGEST)
         np.exp(state, out=state)
         total = state.sum(axis=0)
         if not total.all():
-            # Every expert has ruled the text out: the prior alone is left.
+            # No expert assigns the text any probability: fall back to the prior.
             lost = total == 0
             state[:, lost] = np.exp(self._prior[:, lost])
             total[lost] = 1.0
         state *= self._kept / total
         state += self._mixed_in
-        with np.errstate(divide="ignore"):  # of experts that the prior rules out
+        with np.errstate(divide="ignore"):  # experts with prior 0
             np.log(state, out=state)
 
 
 class RunningPosterior:
-    """log p(D=j | text so far), nats [texts, experts], token by token; all modes of `mixture_log_probs`."""
+    """log p(D=j | text so far) in nats [texts, experts], token by token, in all modes of `mixture_log_probs`."""
 
     def __init__(
         self, log_prior: Array, texts: int, *, mode: Mode = "prefix", tempering: Tempering | None = None
     ) -> None:
-        """`log_prior` [experts] or [texts, experts] nats, normalised here; `tempering` is for the mode `tempered`."""
+        """Args: `log_prior` [experts] or [texts, experts] in nats, normalised here; `tempering` for mode `tempered`."""
         prior = np.asarray(log_prior, dtype=np.float64).T
         self._evidence = Evidence(prior - logsumexp(prior), texts, mode, [checked_tempering(mode, tempering)])
 
     def log_weights(self) -> Array:
-        """Normalised, float64 [texts, experts]; the prior where every expert has ruled the text out."""
+        """Return normalised log weights, float64 [texts, experts]; the prior if no expert allows the text."""
         return np.ascontiguousarray(self._evidence.weights().T)
 
     def observe(self, log_probs: Array, seen: Array | None = None) -> None:
-        """Take in the experts' log-probabilities [texts, experts] of each text's next token.
+        """Update with the experts' log-probabilities [texts, experts] of each text's next token.
 
-        `seen` bool [texts]: only these texts have one.
+        `seen`, bool [texts]: the texts that have a next token (default: all).
         """
         self._evidence.observe(np.asarray(log_probs, dtype=np.float64).T, seen)
 
 
 def checked_tempering(mode: Mode, tempering: Tempering | None) -> Tempering:
-    """The tempering of a mode. Raises ValueError if `tempered` has none, or another mode has one."""
+    """Return the tempering of a mode. Raises ValueError if `tempered` has none, or another mode has one."""
     if (tempering is not None) != (mode == "tempered"):
-        raise ValueError("the mode 'tempered' takes a tempering, and no other mode does")
+        raise ValueError("mode 'tempered' requires a tempering, and no other mode accepts one")
     return tempering or UNTEMPERED

@@ -1,4 +1,4 @@
-"""Log-probabilities and log weights of experts, which are the first dimension: checked, summed, normalised, cut."""
+"""Operations on log-probabilities and log weights whose first dimension is the experts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Array = np.ndarray
 
 
 def logsumexp(values: Array) -> Array:
-    """Over the first dimension; -inf where all are -inf."""
+    """Return the log-sum-exp over the first dimension; -inf where all values are -inf."""
     peak = values.max(axis=0)
     safe = np.where(np.isfinite(peak), peak, 0.0)
     shifted = values - safe
@@ -18,30 +18,30 @@ def logsumexp(values: Array) -> Array:
 
 
 def checked(log_probs: Array) -> Array:
-    """Log-probabilities as float64. Raises ValueError for one above 0 or NaN."""
+    """Return log-probabilities as float64. Raises ValueError if one is above 0 or NaN."""
     values = np.asarray(log_probs, dtype=np.float64)
     # NaN fails every comparison, so this catches it too.
     if values.size and not values.max() <= 0:
-        raise ValueError("log-probabilities must be at most 0 and never NaN; score the experts again")
+        raise ValueError("Log-probabilities must be at most 0 and not NaN. Score the experts again.")
     return values
 
 
 def log_of(probabilities: Array) -> Array:
-    """Natural logarithms; -inf of 0."""
+    """Return natural logarithms; -inf for 0."""
     with np.errstate(divide="ignore"):
         return np.log(probabilities)
 
 
 def centred(log_weights: Array) -> Array:
-    """The same weights up to a factor, the largest of each column 1: however long a stream, it loses no digits."""
+    """Scale the largest weight of each column to 1, so that no precision is lost over long streams."""
     peak = log_weights.max(axis=0)
     return log_weights - np.where(np.isfinite(peak), peak, 0.0)
 
 
 def normalise(log_weights: Array, prior: Array) -> Array:
-    """In place: each column [experts] of log weights [experts, columns...] sums to 1.
+    """Normalise log weights [experts, columns...] in place, so that the weights of each column sum to 1.
 
-    Where every expert has ruled the text out there is nothing to weigh by but the prior [experts, columns].
+    Columns in which every weight is 0 become the prior [experts, columns].
     """
     total = logsumexp(log_weights)
     lost = np.isneginf(total)
@@ -54,14 +54,17 @@ def normalise(log_weights: Array, prior: Array) -> Array:
 
 
 def keep_largest(log_weights: Array, count: int | None) -> None:
-    """In place: the `count` largest weights of each column stay (ties go to the first), the others are -inf."""
+    """Set all but the `count` largest weights of each column to -inf in place (ties go to the first)."""
     if count is not None and count < len(log_weights):
         outside = np.argsort(-log_weights, axis=0, kind="stable")[count:]
         np.put_along_axis(log_weights, outside, -np.inf, axis=0)
 
 
 def normalised_prior(log_prior: Array | None, experts: int, top_k: int | None = None) -> Array:
-    """A prior [experts], uniform by default, of the `top_k` largest alone. Raises ValueError for one of no weight."""
+    """Return a normalised log prior [experts], default uniform, over its `top_k` largest.
+
+    Raises ValueError if the prior has another shape, NaN or no weight.
+    """
     prior = np.zeros(experts) if log_prior is None else np.array(log_prior, dtype=np.float64)
     if prior.shape != (experts,) or np.isnan(prior).any() or not np.isfinite(prior).any():
         raise ValueError(f"a prior over {experts} experts must be {experts} log-probabilities, not {log_prior}")

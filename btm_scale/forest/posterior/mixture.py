@@ -1,7 +1,7 @@
-"""The domain posterior and the mixture that it makes of the experts (arXiv 2208.03306, section 2.3).
+"""The domain posterior and the mixture of experts under it (arXiv 2208.03306, section 2.3).
 
-Everything is arithmetic on log-probabilities [experts, tokens], float64 inside: a mixture of text under
-E experts needs only the E numbers that each gave to each token.
+Everything is float64 arithmetic on log-probabilities [experts, tokens]: the mixture of E experts needs only their E
+log-probabilities of each token.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from btm_scale.util.pools import in_threads
 
 Array = np.ndarray
 
-# Numbers that are worked on at once (4 MB of float64): a stream of any length, under any number of experts, fits.
+# Elements processed at once (4 MB of float64), for streams of any length and any number of experts.
 _AT_ONCE = 2**19
-# Weights [experts, blocks] that move side by side: tempering takes a step for each token.
-_ABREAST = 2**14
+# Maximum weights [experts x blocks] updated at once: tempering takes one step per token.
+_MAX_WEIGHTS = 2**14
 
 
 def mixture_log_probs(
@@ -34,7 +34,7 @@ def mixture_log_probs(
     tempering: Tempering | None = None,
     top_k_per_token: int | None = None,
 ) -> Array:
-    """Log-probability in nats of every token under the mixture, float64 [tokens].
+    """Return the log-probability in nats of every token under the mixture, float64 [tokens].
 
     p(x_t) = sum_j w_j(t) p_j(x_t), with weights that start from the prior at each block and are
 
@@ -44,12 +44,12 @@ def mixture_log_probs(
     - `fixed`: the prior itself.
 
     `log_probs` [experts, tokens] nats; `block_starts` [blocks] the first token of each block, ascending from 0
-    ([0] lets the posterior carry on through all of the text); `log_prior` [experts] nats (default: uniform;
-    normalised here); `top_k`: only so many experts of the largest prior take part (ties go to the first);
-    `top_k_per_token`: only so many of the largest weight before each token.
+    ([0] lets the posterior run through the complete text); `log_prior` [experts] nats (default: uniform;
+    normalised here); `top_k`: use only this many experts, those with the largest prior (ties go to the first);
+    `top_k_per_token`: use only this many experts at each token, those with the largest weight before it.
 
-    Memory does not grow with experts x tokens. Raises ValueError for a log-probability above 0 or NaN, or a prior that
-    weighs nobody.
+    Memory does not grow with experts x tokens. Raises ValueError for a log-probability above 0 or NaN, or a prior
+    without weight.
     """
     temperings = [checked_tempering(mode, tempering)]
     return _mixtures(log_probs, block_starts, temperings, log_prior, mode, top_k, top_k_per_token)[0]
@@ -58,25 +58,25 @@ def mixture_log_probs(
 def tempered_mixtures(
     log_probs: Array, block_starts: Array, temperings: Sequence[Tempering], *, log_prior: Array
 ) -> Array:
-    """`mixture_log_probs` in mode `tempered` with each of several temperings, float64 [temperings, tokens].
+    """Return `mixture_log_probs` in mode `tempered` for each tempering, float64 [temperings, tokens].
 
-    They go through the text side by side, which on a short text is many times as fast as one after another.
+    They are computed together, which is many times faster on short text than one after another.
     """
     mixtures = np.empty((len(temperings), np.shape(log_probs)[1]))
-    # Without a share of the prior there is less to work out.
+    # Without a share of the prior, there is less to compute.
     for mixes in (False, True):
-        alike = [i for i, tempering in enumerate(temperings) if (tempering.share > 0) == mixes]
-        if alike:
-            mixtures[alike] = _mixtures(
-                log_probs, block_starts, [temperings[i] for i in alike], log_prior, "tempered", None, None
+        chosen = [i for i, tempering in enumerate(temperings) if (tempering.share > 0) == mixes]
+        if chosen:
+            mixtures[chosen] = _mixtures(
+                log_probs, block_starts, [temperings[i] for i in chosen], log_prior, "tempered", None, None
             )
     return mixtures
 
 
 def mean_tempered_weights(log_probs: Array, block_starts: Array, tempering: Tempering, *, log_prior: Array) -> Array:
-    """Each expert's weight in the tempered mixture, as a mean over all tokens: [experts], which sum to 1.
+    """Return each expert's weight in the tempered mixture, averaged over all tokens: [experts], sums to 1.
 
-    Arguments are `mixture_log_probs`'s. The prior of a text is nearly one expert's alone; this is who in fact speaks.
+    Args: as of `mixture_log_probs`. A text's prior is nearly one-hot; these are the weights that are in fact used.
     """
     log_probs = np.asarray(log_probs)
     prior = normalised_prior(log_prior, len(log_probs))
@@ -84,7 +84,7 @@ def mean_tempered_weights(log_probs: Array, block_starts: Array, tempering: Temp
     total = np.zeros(len(log_probs))
     for begin, count, length in _equal_blocks(block_starts, log_probs.shape[1], len(active)):
         text = log_probs[:, begin : begin + count * length].reshape(len(log_probs), count, length)
-        for _, _, weights in _weighed(text, active, prior[active], "tempered", [tempering]):
+        for _, _, weights in _pieces_with_weights(text, active, prior[active], "tempered", [tempering]):
             total[active] += np.exp(weights).sum(axis=(1, 2))
     return total / total.sum()
 
@@ -98,9 +98,9 @@ def _mixtures(
     top_k: int | None,
     top_k_per_token: int | None,
 ) -> Array:
-    """One mixture a tempering, [temperings, tokens]: each is more blocks beside the others' in the same arithmetic.
+    """Return one mixture per tempering, [temperings, tokens]; temperings are vectorised as extra blocks.
 
-    All temperings have a share of the prior, or none has.
+    Either all temperings have a share of the prior, or none has.
     """
     log_probs = np.asarray(log_probs)
     prior = normalised_prior(log_prior, len(log_probs), top_k)
@@ -112,7 +112,7 @@ def _mixtures(
         columns = slice(begin, begin + count * length)
         text = log_probs[:, columns].reshape(len(log_probs), count, length)
         where = result[:, columns].reshape(len(temperings) * count, length)
-        for first, piece, weights in _weighed(text, active, prior, mode, temperings):
+        for first, piece, weights in _pieces_with_weights(text, active, prior, mode, temperings):
             if top_k_per_token is not None and top_k_per_token < len(active):
                 keep_largest(weights, top_k_per_token)
                 weights -= logsumexp(weights)
@@ -121,16 +121,16 @@ def _mixtures(
         result[:, columns] = where.reshape(len(temperings), -1)
 
     groups = list(_equal_blocks(block_starts, log_probs.shape[1], len(active) * len(temperings)))
-    in_threads(lambda group: fill(*group), groups)  # each writes its own part: any order gives the same
+    in_threads(lambda group: fill(*group), groups)  # each writes its own part, in any order
     return np.minimum(result, 0.0)
 
 
-def _weighed(
+def _pieces_with_weights(
     text: Array, active: Array, prior: Array, mode: Mode, temperings: Sequence[Tempering]
 ) -> Iterator[tuple[int, Array, Array]]:
-    """A text [experts, blocks, tokens] in pieces: the first token's place, the piece, and its tokens' log weights.
+    """Yield a text [experts, blocks, tokens] in pieces: the index of the first token, the piece, and its log weights.
 
-    Both are [active experts, temperings x blocks, some tokens]; `prior` is of the active ones.
+    Both are [active experts, temperings x blocks, tokens of the piece]; `prior` is over the active experts.
     """
     _, count, length = text.shape
     evidence = Evidence(prior, count, mode, temperings)
@@ -138,20 +138,20 @@ def _weighed(
     for first in range(0, length, step):
         piece = checked(text[active, :, first : first + step])
         if mode == "tempered":
-            # Laid out by token, which is how it is gone through.
+            # Contiguous by token, the order in which it is processed.
             by_token = np.ascontiguousarray(np.moveaxis(piece, 2, 0))
             piece = np.moveaxis(np.tile(by_token, (1, 1, len(temperings))), 0, 2)
         yield first, piece, evidence.weights_before(piece)
 
 
 def block_posterior(block: Array, log_prior: Array) -> Array:
-    """log p(D=j | the whole block), nats [experts], from log-probabilities [experts, tokens] and a prior [experts]."""
+    """Return log p(D=j | block) in nats [experts], from log-probabilities [experts, tokens] and a prior [experts]."""
     joint = log_prior + block.sum(axis=1)
     return joint - logsumexp(joint)
 
 
 def blocks_of(starts: Array, tokens: int) -> list[tuple[int, int]]:
-    """(begin, end) of every block. Raises ValueError for starts that don't ascend from 0."""
+    """Return (begin, end) of every block. Raises ValueError if the starts do not ascend from 0."""
     bounds = [*map(int, starts), tokens]
     if bounds[0] != 0 or any(end <= begin for begin, end in pairwise(bounds)):
         raise ValueError(f"block starts must ascend from 0 below {tokens}, not {list(starts[:3])}...")
@@ -159,10 +159,10 @@ def blocks_of(starts: Array, tokens: int) -> list[tuple[int, int]]:
 
 
 def _equal_blocks(starts: Array, tokens: int, experts: int) -> Iterator[tuple[int, int, int]]:
-    """(begin, count, length) of neighbouring blocks of one length, as many as are worked on at once."""
+    """Yield (begin, count, length) of adjacent blocks of equal length, as many as are processed at once."""
     begin, count, length = 0, 0, 0
     for first, end in blocks_of(starts, tokens):
-        if count and (end - first != length or experts * (count + 1) > _ABREAST):
+        if count and (end - first != length or experts * (count + 1) > _MAX_WEIGHTS):
             yield begin, count, length
             begin, count = first, 0
         count, length = count + 1, end - first

@@ -1,4 +1,4 @@
-"""The prior p(D=j): uniform, cached from dev text, or updating all along (arXiv 2208.03306, section 2.3)."""
+"""The prior p(D=j): uniform, cached from dev text, or updated block by block (arXiv 2208.03306, section 2.3)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ PRIOR_DECAY = 0.3
 
 
 def cached_prior(log_probs: Array, block_starts: Array) -> Array:
-    """log p(D=j) [experts]: a moving average of the posteriors of successive blocks, started uniform, then frozen.
+    """Return log p(D=j) [experts] in nats: the moving average of the posteriors of successive blocks, from uniform.
 
-    Each block's posterior is taken under the prior so far; prior <- 0.7 prior + 0.3 posterior.
+    Each block's posterior uses the prior so far; prior <- 0.7 prior + 0.3 posterior.
     """
     prior = np.full(len(log_probs), 1.0 / len(log_probs))
     for begin, end in blocks_of(block_starts, log_probs.shape[1]):
@@ -27,7 +27,7 @@ def cached_prior(log_probs: Array, block_starts: Array) -> Array:
 
 
 def updated_prior(prior: Array, block: Array) -> Array:
-    """The prior [experts] (probabilities) after one more block [experts, tokens]."""
+    """Return the prior [experts], as probabilities, after one more block [experts, tokens]."""
     posterior = np.exp(block_posterior(block, log_of(prior)))
     return (1.0 - PRIOR_DECAY) * prior + PRIOR_DECAY * posterior
 
@@ -40,7 +40,7 @@ def updating_mixture_log_probs(
     mode: Mode = "prefix",
     tempering: Tempering | None = None,
 ) -> Array:
-    """`mixture_log_probs` with a prior that goes on moving after every block."""
+    """Return `mixture_log_probs` with a prior that is updated after every block."""
     prior = np.exp(log_prior)
     result = np.empty(log_probs.shape[1])
     for begin, end in blocks_of(block_starts, log_probs.shape[1]):

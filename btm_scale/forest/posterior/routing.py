@@ -1,4 +1,4 @@
-"""Experts weighed by where a text lies among clusters, not by what they say of it (c-BTM, arXiv 2303.14177)."""
+"""Weight experts by the distance of a text to their clusters, not by likelihood (c-BTM, arXiv 2303.14177)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from btm_scale.forest.posterior.log_weights import checked, keep_largest, logsum
 from btm_scale.forest.posterior.mixture import blocks_of
 
 ROUTING_TEMPERATURE = 0.1
-_AT_ONCE = 1024  # texts placed at a time
+_AT_ONCE = 1024  # texts embedded at a time
 
 
 def routed_mixture_log_probs(
@@ -27,14 +27,15 @@ def routed_mixture_log_probs(
     temperature: float = ROUTING_TEMPERATURE,
     every: int = 32,
 ) -> np.ndarray:
-    """Log-probability in nats of every target under the routed mixture, float64 [targets].
+    """Return the log-probability in nats of every target under the routed mixture, float64 [targets].
 
     `log_probs` [clusters, targets] of the clusters' experts, in the clusters' order; `tokens` [targets + 1]. The
-    weights follow from the text of the block before a target, placed anew every so many tokens.
+    weights depend on the text of the block before a target, and are updated `every` tokens.
     """
     if len(log_probs) != len(clustering.centres):
         raise ForestError(
-            f"{len(log_probs)} experts cannot be routed by {len(clustering.centres)} clusters; give each cluster one"
+            f"Cannot route {len(log_probs)} experts by {len(clustering.centres)} clusters. Give exactly one expert per "
+            "cluster."
         )
     places = [
         (begin, first, min(first + every, end))
@@ -54,9 +55,9 @@ def routed_mixture_log_probs(
 def log_weights(
     clustering: Clustering, texts: Sequence[str], *, temperature: float = ROUTING_TEMPERATURE, top_k: int | None = None
 ) -> np.ndarray:
-    """How c-BTM routes: log softmax(-distance^2 / temperature) over clusters, nats, float32 [texts, clusters].
+    """Return c-BTM's weights, log softmax(-distance^2 / temperature) over clusters, nats, float32 [texts, clusters].
 
-    With `top_k` only this many of the nearest keep weight (ties go to the first).
+    With `top_k`, only this many of the nearest clusters keep weight (ties go to the first).
     """
     scores: np.ndarray = -squared_distances(clustering.place(texts), clustering.centres) / temperature
     keep_largest(scores.T, top_k)
@@ -67,15 +68,15 @@ def log_weights(
 def router(
     clustering: Clustering, names: Sequence[str], top_k: int | None = None
 ) -> Callable[[Sequence[str]], np.ndarray]:
-    """A prior for each text: log weights [texts, experts] of experts that are named as the clusters are.
+    """Return a function that gives each text a prior: log weights [texts, experts] of experts named like the clusters.
 
-    Raises ForestError for an expert of no cluster.
+    Raises ForestError for an expert without a cluster.
     """
     clusters = [cluster_name(number) for number in range(len(clustering.centres))]
-    if strange := [name for name in names if name not in clusters]:
+    if unrouted := [name for name in names if name not in clusters]:
         raise ForestError(
-            f"'{strange[0]}' is none of the clustering's {len(clusters)} clusters, so no text is routed to it; use "
-            "another prior, or experts of the domains that `discover` found"
+            f"'{unrouted[0]}' is not one of the clustering's {len(clusters)} clusters, so no text is routed to it. Use "
+            "another prior, or experts of domains created by `btm-scale discover`."
         )
     columns = [clusters.index(name) for name in names]
 

@@ -1,4 +1,4 @@
-"""The tempered posterior's three numbers, chosen by the likelihood of dev text."""
+"""Fit the tempered posterior's three parameters to the likelihood of dev text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from btm_scale.config.evaluation import Tempering
 from btm_scale.forest.posterior.mixture import tempered_mixtures
 
-# The grid that is searched. What a power does hangs on the forgetting beside it, so that the two move together too.
+# The search grid. The effect of the power depends on the forgetting, so the search also moves along diagonals.
 _POWERS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0)
 _FORGETTINGS = (0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 1.0)
 _SHARES = (0.0, 0.003, 0.01, 0.03, 0.1, 0.2, 0.4)
@@ -19,9 +19,9 @@ _START: _Point = (_POWERS.index(0.2), _FORGETTINGS.index(0.97), 0)
 
 
 def fitted_tempering(log_probs: np.ndarray, block_starts: np.ndarray, log_prior: np.ndarray) -> Tempering:
-    """The tempering under which dev text is likeliest: from neighbour to neighbour on a grid until none is better.
+    """Return the tempering with the highest likelihood of dev text, found by hill climbing on a grid.
 
-    `log_probs` [experts, tokens] nats, `block_starts` [blocks], `log_prior` [experts] nats.
+    Args: `log_probs` [experts, tokens] and `log_prior` [experts] in nats, `block_starts` [blocks].
     """
 
     likelihoods: dict[_Point, float] = {}

@@ -1,6 +1,6 @@
-"""What a machine has, what is missing and for what, and which parts of btm-scale work there.
+"""Check what a machine has, what is missing, and which parts of btm-scale work on it.
 
-Nothing here imports a library that may be broken: those are imported by a child process with a time limit.
+Nothing here imports a library that may be broken; a child process with a time limit does.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from btm_scale.run.doctor.verdict import core_works, verdicts
 def examine(folder: Path, seconds: float = SECONDS) -> dict[str, Any]:
     """Return the findings and verdicts for this machine; `works` is whether it can train or merge.
 
-    Takes a few seconds, and a little over `seconds` at most if libraries hang.
+    Takes a few seconds, and at most a little over `seconds` if libraries hang.
     """
     with ThreadPoolExecutor(2) as pool:
         programs = pool.submit(program_findings)
-        of_driver = pool.submit(gpus_of_driver)
+        driver_gpus = pool.submit(gpus_of_driver)
         replies = ask(names_to_ask(), seconds)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     findings = [
         *machine_findings(folder),
         *guarded("devices", "driver", driver_findings),
-        *guarded("devices", "GPU", lambda: device_findings(replies, of_driver.result(), visible)),
+        *guarded("devices", "GPU", lambda: device_findings(replies, driver_gpus.result(), visible)),
         *library_findings(replies),
         *programs.result(),
         *guarded("programs", "ptxas", lambda: triton_finding(replies)),
     ]
-    made = verdicts(findings)
+    results = verdicts(findings)
     return {
-        "works": core_works(made),
+        "works": core_works(results),
         "findings": [asdict(finding) for finding in findings],
-        "verdicts": [asdict(verdict) for verdict in made],
+        "verdicts": [asdict(verdict) for verdict in results],
     }

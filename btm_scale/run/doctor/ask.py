@@ -1,4 +1,4 @@
-"""Asking the child process, which may hang or crash, and starting another for what is left."""
+"""Query the child process, which may hang or crash, and start another for the remaining checks."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from typing import Any
 from btm_scale.run.doctor.finding import State
 from btm_scale.util.mpi import without_mpi
 
-SECONDS = 90.0  # for all checks together: libraries on a cold network file system take a minute to import
+SECONDS = 90.0  # for all checks: importing libraries from a cold network file system takes a minute
 
-# What a check needs from another: it is not asked if that one has failed.
+# Dependencies: a check is skipped if the one that it needs has failed.
 _NEEDS = {
     "gpus": "torch",
     "deepspeed": "torch",
@@ -31,7 +31,7 @@ _NEEDS = {
 
 @dataclass(frozen=True)
 class Reply:
-    """What a check answered, or why it did not."""
+    """The answer of a check, or the reason why there is none."""
 
     answer: dict[str, Any] = field(default_factory=dict)
     error: str = ""
@@ -39,12 +39,12 @@ class Reply:
 
     @property
     def state(self) -> State:
-        """The state of a finding from this reply."""
+        """The state of the finding from this reply."""
         return "ok" if not self.error else "broken" if self.is_asked else "unchecked"
 
 
 def ask(names: Sequence[str], seconds: float = SECONDS) -> dict[str, Reply]:
-    """Ask for each name, in this order. A child that dies is replaced; after `seconds` nothing more is asked."""
+    """Run the named checks in this order. A child that dies is replaced; after `seconds`, the rest is unchecked."""
     replies: dict[str, Reply] = {}
     deadline = time.monotonic() + seconds
     with tempfile.TemporaryDirectory(prefix="btm-scale-doctor-") as folder:
@@ -57,12 +57,12 @@ def ask(names: Sequence[str], seconds: float = SECONDS) -> dict[str, Reply]:
             if not left:
                 return replies
             if time.monotonic() >= deadline:
-                return replies | dict.fromkeys(left, Reply(error=f"{seconds:.0f} s are over", is_asked=False))
+                return replies | dict.fromkeys(left, Reply(error=f"not checked within {seconds:.0f} s", is_asked=False))
             replies |= _ask_once(left, Path(folder), deadline)
 
 
 def _ask_once(names: Sequence[str], folder: Path, deadline: float) -> dict[str, Reply]:
-    """The replies of one child: at least the first name's."""
+    """Return the replies of one child, at least the one to the first name."""
     answers, log = folder / "answers", folder / "log"
     answers.write_text("")
     command = [sys.executable, "-m", "btm_scale.run.doctor.child", str(answers), *names]
@@ -73,7 +73,7 @@ def _ask_once(names: Sequence[str], folder: Path, deadline: float) -> dict[str, 
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            start_new_session=True,  # so that what it starts ends with it
+            start_new_session=True,  # so that its own children are killed with it
         )
         try:
             end = _death(child.wait(max(0.1, deadline - time.monotonic())))
@@ -83,7 +83,7 @@ def _ask_once(names: Sequence[str], folder: Path, deadline: float) -> dict[str, 
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(5)  # a process that waits for a GPU's driver cannot be killed
+                child.wait(5)  # a process blocked in a GPU driver cannot be killed
     replies, begun = {}, names[0]
     for line in answers.read_text().splitlines():
         try:

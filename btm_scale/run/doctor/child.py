@@ -1,9 +1,9 @@
-"""The child process of `doctor`: it imports what may be broken, slow or crash, and writes down each answer at once.
+"""The child process of `doctor`: it imports libraries that may fail, hang or crash, and writes each answer at once.
 
     python -m btm_scale.run.doctor.child ANSWERS NAME...
 
 Each line of the file ANSWERS is a JSON object: {"begin": NAME}, then {"name": NAME, "answer": {...}} or
-{"name": NAME, "error": "..."}. The process ends after an error: what is half imported could disturb the next check.
+{"name": NAME, "error": "..."}. The process ends after an error: a half-imported library could affect the next check.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _torch() -> Answer:
 
 
 def _gpus() -> Answer:
-    """What torch finds; each GPU computes something, which tells a busy, failing or unsupported one."""
+    """Return the GPUs that torch finds, after a computation on each, which fails on a busy or unsupported GPU."""
     import torch
 
     with warnings.catch_warnings(record=True) as caught:
@@ -72,13 +72,13 @@ def _gpus() -> Answer:
     gpus = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        made = {"name": properties.name, "memory": properties.total_memory, "error": ""}
-        made["capability"] = f"{properties.major}.{properties.minor}"
+        gpu = {"name": properties.name, "memory": properties.total_memory, "error": ""}
+        gpu["capability"] = f"{properties.major}.{properties.minor}"
         try:
             torch.ones(8, device=f"cuda:{index}").mul_(2).sum().item()
         except Exception as error:
-            made["error"] = described(error)
-        gpus.append(made)
+            gpu["error"] = described(error)
+        gpus.append(gpu)
     return {"gpus": gpus, "reason": ""}
 
 
@@ -107,7 +107,7 @@ def _megatron() -> Answer:
 
 
 def _triton() -> Answer:
-    """Where its assembler is; a kernel is not compiled, which takes seconds."""
+    """Return the path of Triton's assembler. No kernel is compiled, because that takes seconds."""
     import triton
 
     if os.environ.get("TRITON_PTXAS_PATH"):
@@ -137,4 +137,4 @@ CHECKS: dict[str, Callable[[], Answer]] = {
 }
 
 if __name__ == "__main__":
-    os._exit(main(sys.argv[1:]))  # taking down what was imported takes time, and may crash
+    os._exit(main(sys.argv[1:]))  # interpreter shutdown is slow and may crash

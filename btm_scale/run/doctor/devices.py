@@ -1,4 +1,4 @@
-"""GPUs with their memory and compute capability, NCCL, and the precisions that models train in."""
+"""Check GPUs with their memory and compute capability, NCCL, and the precisions that models can train in."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ _PART = "devices"
 _NEEDED = "training, scoring and generating on a GPU"
 
 
-def device_findings(replies: Mapping[str, Reply], of_driver: Sequence[str], visible: str | None) -> list[Finding]:
-    """What torch can compute on.
+def device_findings(replies: Mapping[str, Reply], driver_gpus: Sequence[str], visible: str | None) -> list[Finding]:
+    """Return the findings on the devices that torch can use.
 
     Args:
-        replies: what the child process answered.
-        of_driver: the GPUs that the driver names, which torch may not see.
+        replies: the answers of the child process.
+        driver_gpus: the GPUs that the driver lists, which torch may not see.
         visible: CUDA_VISIBLE_DEVICES, if it is set.
     """
-    return [*_gpus(replies, of_driver, visible), *_nccl(replies), *_precision(replies)]
+    return [*_gpus(replies, driver_gpus, visible), *_nccl(replies), *_precision(replies)]
 
 
 def triton_finding(replies: Mapping[str, Reply]) -> list[Finding]:
-    """Whether Triton has its assembler; none if there is no Triton, or it is broken."""
+    """Return whether Triton has its assembler; no finding without a working Triton."""
     answer = replies.get("triton", Reply(error="not asked")).answer
     build = replies.get("torch", Reply()).answer.get("build", "")
-    if not answer or str(build).startswith("ROCm"):  # which comes with an assembler of its own
+    if not answer or str(build).startswith("ROCm"):  # has its own assembler
         return []
     place, needed = answer["assembler"], "Triton kernels on an NVIDIA GPU"
     if answer["has_assembler"]:
@@ -35,30 +35,30 @@ def triton_finding(replies: Mapping[str, Reply]) -> list[Finding]:
     return [Finding("programs", "ptxas", "missing", f"no program at {place}", needed, remedy)]
 
 
-def _gpus(replies: Mapping[str, Reply], of_driver: Sequence[str], visible: str | None) -> list[Finding]:
+def _gpus(replies: Mapping[str, Reply], driver_gpus: Sequence[str], visible: str | None) -> list[Finding]:
     reply = replies.get("gpus", Reply(error="torch is not installed", is_asked=False))
-    found = []
+    findings = []
     for index, gpu in enumerate(reply.answer.get("gpus", ())):
         text = f"{gpu['name']}, {size(gpu['memory'])}, compute capability {gpu['capability']}"
         if gpu["error"]:
             remedy = "see nvidia-smi or rocm-smi: is it busy, failing, or too new or old for this build of torch?"
-            found.append(Finding(_PART, f"GPU {index}", "broken", f"{text}: {gpu['error']}", _NEEDED, remedy))
+            findings.append(Finding(_PART, f"GPU {index}", "broken", f"{text}: {gpu['error']}", _NEEDED, remedy))
         else:
-            found.append(Finding(_PART, f"GPU {index}", "ok", text))
-    if found:
-        return found
+            findings.append(Finding(_PART, f"GPU {index}", "ok", text))
+    if findings:
+        return findings
     if reply.error:
         return [Finding(_PART, "GPU", reply.state, reply.error, _NEEDED)]
     build = replies["torch"].answer.get("build", "") if "torch" in replies else ""
-    there = "; ".join(of_driver)
+    listed = "; ".join(driver_gpus)
     if visible is not None and visible.strip() in ("", "-1"):
-        text = f"hidden by CUDA_VISIBLE_DEVICES='{visible}'" + (f": {there}" if there else "")
-        return [Finding(_PART, "GPU", "missing", text, _NEEDED, "unset CUDA_VISIBLE_DEVICES" if there else "")]
-    if there and build == "CPU":
+        text = f"hidden by CUDA_VISIBLE_DEVICES='{visible}'" + (f": {listed}" if listed else "")
+        return [Finding(_PART, "GPU", "missing", text, _NEEDED, "unset CUDA_VISIBLE_DEVICES" if listed else "")]
+    if listed and build == "CPU":
         remedy = "install a CUDA build of torch: see https://pytorch.org/get-started/locally"
-        return [Finding(_PART, "GPU", "broken", f"{there}: unused, this torch is a CPU build", _NEEDED, remedy)]
-    if there:
-        text = f"{there}: torch ({build}) finds none" + (
+        return [Finding(_PART, "GPU", "broken", f"{listed}: unused by this CPU build of torch", _NEEDED, remedy)]
+    if listed:
+        text = f"{listed}: torch ({build}) finds none" + (
             f": {reply.answer['reason']}" if reply.answer["reason"] else ""
         )
         remedy = (
@@ -69,7 +69,7 @@ def _gpus(replies: Mapping[str, Reply], of_driver: Sequence[str], visible: str |
 
 
 def _nccl(replies: Mapping[str, Reply]) -> list[Finding]:
-    """Builds of torch for CUDA and ROCm have it; on a CPU ranks use gloo."""
+    """Check NCCL, which CUDA and ROCm builds of torch include; ranks on CPUs use gloo."""
     answer, needed = replies.get("torch", Reply()).answer, "groups of more than one GPU"
     if answer.get("build", "CPU") == "CPU":
         return []

@@ -1,4 +1,4 @@
-"""The result of one check, and what the checks share: guards, and programs that are run with a time limit."""
+"""The result of a check, and helpers for checks: guards, and programs with a time limit."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from typing import Literal
 
 State = Literal["ok", "low", "old", "missing", "broken", "unchecked"]
 
-_SECONDS = 5.0  # that a program may take to answer
+_SECONDS = 5.0  # time limit of a program
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: what is there, or what is missing and what it is needed for.
+    """One line of the report: what exists, or what is missing and needed for what.
 
-    `low` works within limits. The others do not work; `unchecked` is what another failure kept from being checked.
+    State `low` works within limits. States other than `ok` and `low` do not work; `unchecked` could not be checked
+    because of another failure.
     """
 
     part: str
@@ -32,26 +33,26 @@ class Finding:
 
     @property
     def is_usable(self) -> bool:
-        """Whether what needs this can run."""
+        """Whether features that need this work."""
         return self.state in ("ok", "low")
 
 
 @dataclass(frozen=True)
 class Ran:
-    """What a program printed, and its exit code; None if it did not start or did not answer in time."""
+    """The output of a program and its exit code, None if it did not start or timed out."""
 
     code: int | None
     output: str
 
     @property
     def lines(self) -> list[str]:
-        """The lines that are not empty; one that says so if there are none."""
+        """The non-empty lines, or one line that says that there are none."""
         lines = [line.strip() for line in self.output.splitlines() if line.strip()]
         return lines or [f"nothing printed, exit code {self.code}"]
 
 
 def run_program(*command: str) -> Ran:
-    """Run a program for what it prints on stdout and stderr. Never raises."""
+    """Run a program and return its stdout and stderr. Never raises."""
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=_SECONDS
@@ -64,26 +65,26 @@ def run_program(*command: str) -> Ran:
 
 
 def program(*names: str) -> str | None:
-    """The path of the first of these programs that exists: in this environment, as the launchers look, or on PATH."""
+    """Return the path of the first of these programs that is in this environment or on PATH, as launchers search."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return next((found for name in names if (found := shutil.which(name, path=path))), None)
+    return next((location for name in names if (location := shutil.which(name, path=path))), None)
 
 
 def guarded(part: str, name: str, check: Callable[[], Finding | Sequence[Finding]]) -> list[Finding]:
-    """The findings of a check, or, if it raises, one that says so: a report must not end with a traceback."""
+    """Return the findings of a check, or one `broken` finding if it raises: a report must not end with a traceback."""
     try:
-        found = check()
-        return [found] if isinstance(found, Finding) else list(found)
+        result = check()
+        return [result] if isinstance(result, Finding) else list(result)
     except Exception as error:
         return [Finding(part, name, "broken", f"cannot be checked: {described(error)}")]
 
 
 def described(error: BaseException) -> str:
-    """The type of an error and the first two lines of what it says."""
+    """Return the type of an error and the first two lines of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return ": ".join([type(error).__name__, *lines[:2]])[:300]
 
 
 def size(number: float) -> str:
-    """Bytes for a person."""
+    """Format a number of bytes."""
     return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:,.0f} MB"

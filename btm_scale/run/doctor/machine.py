@@ -1,4 +1,4 @@
-"""The machine without its accelerators: system, Python, cores, memory, disk and shared memory."""
+"""Check the machine without accelerators: system, Python, cores, memory, disk and shared memory."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from btm_scale.run.doctor.finding import Finding, guarded, size
 
 _PART = "machine"
 _PYTHONS = ((3, 11), (3, 13))
-_LEAST_DISK = 10e9
-_LEAST_SHARED = 1e9  # Docker's default is 64 MB
+_MIN_DISK = 10e9
+_MIN_SHARED = 1e9  # Docker's default is 64 MB
 
 
 def machine_findings(folder: Path, root: Path = Path("/")) -> list[Finding]:
-    """All that needs no library and no other program. `folder` is where runs are written."""
+    """Return the findings that need no library or program. `folder` is where runs are written."""
     checks: dict[str, Callable[[], Finding]] = {
         "system": _system,
         "Python": _python,
@@ -31,7 +31,7 @@ def machine_findings(folder: Path, root: Path = Path("/")) -> list[Finding]:
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """CPUs' worth of time that the cgroups allow; None without a limit."""
+    """Return the cgroups' CPU quota, in CPUs; None without a limit."""
     quotas = []
     for folder in _cgroup_folders("cpu", root):
         if (folder / "cpu.max").exists():
@@ -46,7 +46,7 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
 
 
 def memory_limit(root: Path = Path("/")) -> int | None:
-    """Bytes of memory that the cgroups allow; None without a limit."""
+    """Return the cgroups' memory limit in bytes; None without a limit."""
     limits = []
     for folder in _cgroup_folders("memory", root):
         for name in ("memory.max", "memory.limit_in_bytes"):
@@ -56,7 +56,7 @@ def memory_limit(root: Path = Path("/")) -> int | None:
 
 
 def _cgroup_folders(controller: str, root: Path) -> Iterator[Path]:
-    """This process's cgroup and those above it, of version 1 or 2. In a container the lowest are not mounted."""
+    """Yield this process's cgroup and its ancestors, of version 1 or 2. In a container, the lowest are not mounted."""
     for line in (root / "proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
@@ -69,46 +69,46 @@ def _cgroup_folders(controller: str, root: Path) -> Iterator[Path]:
 def _system() -> Finding:
     if sys.platform != "linux":
         return Finding(_PART, "system", "broken", platform.platform(), "everything", "btm-scale runs on Linux")
-    found = f"{platform.system()} {platform.release()}, {' '.join(platform.libc_ver())}, {platform.machine()}"
-    return Finding(_PART, "system", "ok", found)
+    text = f"{platform.system()} {platform.release()}, {' '.join(platform.libc_ver())}, {platform.machine()}"
+    return Finding(_PART, "system", "ok", text)
 
 
 def _python() -> Finding:
-    found = f"{platform.python_version()} at {sys.executable}"
+    text = f"{platform.python_version()} at {sys.executable}"
     oldest, newest = _PYTHONS
     if oldest <= sys.version_info[:2] <= newest:
-        return Finding(_PART, "Python", "ok", found)
-    return Finding(_PART, "Python", "broken", found, "everything", "use Python 3.11, 3.12 or 3.13")
+        return Finding(_PART, "Python", "ok", text)
+    return Finding(_PART, "Python", "broken", text, "everything", "use Python 3.11, 3.12 or 3.13")
 
 
 def _cores(root: Path) -> Finding:
     visible, all_cores, quota = len(os.sched_getaffinity(0)), os.cpu_count(), cpu_quota(root)
-    found = f"{visible} visible by affinity, of {all_cores}"
+    text = f"{visible} visible by affinity, of {all_cores}"
     if quota is None or quota >= visible:
-        return Finding(_PART, "cores", "ok", f"{found}; no lower cgroup quota")
+        return Finding(_PART, "cores", "ok", f"{text}; no lower cgroup quota")
     remedy = "start under taskset, or the container with --cpuset-cpus: one thread per visible core is started"
-    return Finding(_PART, "cores", "low", f"{found}; the cgroup quota is {quota:g}", "training on CPU", remedy)
+    return Finding(_PART, "cores", "low", f"{text}; the cgroup quota is {quota:g}", "training on CPU", remedy)
 
 
 def _memory(root: Path) -> Finding:
     lines = (root / "proc/meminfo").read_text().splitlines()
     values = {name: int(rest.split()[0]) * 1024 for name, rest in (line.split(":", 1) for line in lines)}
     total, limit = values["MemTotal"], memory_limit(root)
-    found = f"{size(values['MemAvailable'])} available, of {size(total)}"
+    text = f"{size(values['MemAvailable'])} available, of {size(total)}"
     if limit is not None and limit < total:
-        found += f"; the cgroup limit is {size(limit)}"
-    return Finding(_PART, "memory", "ok", found)
+        text += f"; the cgroup limit is {size(limit)}"
+    return Finding(_PART, "memory", "ok", text)
 
 
 def _disk(folder: Path) -> Finding:
     free = shutil.disk_usage(folder).free
-    found = f"{size(free)} free at {folder.resolve()}"
+    text = f"{size(free)} free at {folder.resolve()}"
     if not os.access(folder, os.W_OK):
-        return Finding(_PART, "disk", "low", f"{found}, not writable", "run folders", "use --out with another folder")
-    if free < _LEAST_DISK:
-        needed = "checkpoints: 12 bytes per parameter and state"
-        return Finding(_PART, "disk", "low", found, needed, "free some, or use --out with another folder")
-    return Finding(_PART, "disk", "ok", found)
+        return Finding(_PART, "disk", "low", f"{text}, not writable", "run folders", "use --out with another folder")
+    if free < _MIN_DISK:
+        needed = "checkpoints (12 bytes per parameter)"
+        return Finding(_PART, "disk", "low", text, needed, "free some space, or use --out with another folder")
+    return Finding(_PART, "disk", "ok", text)
 
 
 def _shared_memory(root: Path) -> Finding:
@@ -116,7 +116,7 @@ def _shared_memory(root: Path) -> Finding:
     if not (root / "dev/shm").is_dir():
         return Finding(_PART, "/dev/shm", "missing", "", needed, "mount a tmpfs at /dev/shm")
     usage = shutil.disk_usage(root / "dev/shm")
-    found = f"{size(usage.free)} free, of {size(usage.total)}"
-    if usage.free < _LEAST_SHARED:
-        return Finding(_PART, "/dev/shm", "low", found, needed, "in Docker: --shm-size=8g, or --ipc=host")
-    return Finding(_PART, "/dev/shm", "ok", found)
+    text = f"{size(usage.free)} free, of {size(usage.total)}"
+    if usage.free < _MIN_SHARED:
+        return Finding(_PART, "/dev/shm", "low", text, needed, "in Docker: --shm-size=8g, or --ipc=host")
+    return Finding(_PART, "/dev/shm", "ok", text)

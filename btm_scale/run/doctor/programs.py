@@ -1,4 +1,4 @@
-"""Programs that launchers and compilers need: C and C++ compilers, ninja, mpirun, SLURM, ssh and pdsh."""
+"""Check the programs that are called: C and C++ compilers, ninja, mpirun, SLURM, ssh and pdsh."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _OPERATORS = "DeepSpeed operators that are compiled when first used"
 
 
 def program_findings() -> list[Finding]:
-    """All programs, one finding each."""
+    """Return one finding per program."""
     checks = {
         "C compiler": c_compiler,
         "C++ compiler": cxx_compiler,
@@ -29,19 +29,19 @@ def program_findings() -> list[Finding]:
 
 
 def c_compiler() -> Finding:
-    """The compiler that Triton would take."""
+    """Check the C compiler that Triton would use."""
     names = (os.environ.get("CC"), "gcc", "clang", "cc")
     return _version("C compiler", names, "--version", _KERNELS, "apt-get install gcc, or set CC")
 
 
 def cxx_compiler() -> Finding:
-    """The compiler that torch's extensions, and so DeepSpeed's operators, would take."""
+    """Check the C++ compiler that torch extensions, and so DeepSpeed operators, would use."""
     names = (os.environ.get("CXX"), "c++", "g++", "clang++")
     return _version("C++ compiler", names, "--version", _OPERATORS, "apt-get install g++, or set CXX")
 
 
 def python_headers() -> Finding:
-    """Triton compiles a Python module for each kernel."""
+    """Check Python's headers: Triton compiles a Python module for each kernel."""
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     needed = f"{_KERNELS}; {_OPERATORS}"
     if header.is_file():
@@ -51,33 +51,32 @@ def python_headers() -> Finding:
 
 
 def ninja() -> Finding:
-    """The program; pip's package of that name brings it."""
+    """Check the program ninja, which is part of the PyPI package."""
     return _version("ninja program", ("ninja",), "--version", _OPERATORS, "pip install ninja")
 
 
 def mpirun() -> Finding:
-    """mpirun, and whose it is."""
-    made = _version(
+    """Check mpirun and its MPI implementation."""
+    finding = _version(
         "mpirun",
         ("mpirun",),
         "--version",
         "--launcher mpi and mpirun btm-scale merge",
         "pip install mpich, load the site's MPI module, or set launch.mpi.command",
     )
-    if made.state != "ok":
-        return made
+    if finding.state != "ok":
+        return finding
     path = program("mpirun") or ""
     output = run_program(path, "--version").output
     version = next((line.split()[-1] for line in output.splitlines() if line.strip().startswith("Version:")), "")
-    found = f"MPICH {version} at {path}" if mpi_family(output) == "MPICH" and version else made.found
-    return Finding(_PART, "mpirun", "ok", found, made.needed_for)
+    text = f"MPICH {version} at {path}" if mpi_family(output) == "MPICH" and version else finding.found
+    return Finding(_PART, "mpirun", "ok", text, finding.needed_for)
 
 
 def mpi_family(text: str) -> str | None:
-    """`Open MPI` or `MPICH`, from what an mpirun or a library says of itself; None if it says neither.
+    """Return `Open MPI` or `MPICH` from the version text of an mpirun or library; None if it is neither.
 
-    Those based on MPICH start each other's ranks. An mpirun of the other family starts ranks that each find
-    themselves alone.
+    An mpirun can start ranks of any MPI of its family. Ranks of the other family each run as a world of one.
     """
     lower = text.lower()
     if any(word in lower for word in ("open mpi", "openmpi", "openrte", "prte")):
@@ -86,36 +85,39 @@ def mpi_family(text: str) -> str | None:
 
 
 def slurm() -> Finding:
-    """SLURM's commands, and whether a controller answers them."""
+    """Check SLURM's commands, and whether a controller answers them."""
     needed = "--launcher slurm"
     missing = [name for name in ("sbatch", "srun", "squeue", "scancel") if program(name) is None]
     if missing:
-        remedy = "run btm-scale where the commands are, such as a login node; --dry-run writes the scripts anywhere"
+        remedy = "run btm-scale where the commands exist, such as a login node; --dry-run writes the scripts anywhere"
         return Finding(_PART, "SLURM", "missing", f"no {', '.join(missing)}", needed, remedy)
     path = program("sbatch") or ""
-    version, asked = run_program(path, "--version"), run_program(program("sinfo") or "sinfo", "-h", "-o", "%R")
-    for ran in (version, asked):
+    version, query = (
+        run_program(path, "--version"),
+        run_program(program("sinfo") or "sinfo", "-h", "-o", "%R"),
+    )
+    for ran in (version, query):
         if ran.code != 0:
             remedy = "check that SLURM_CONF or /etc/slurm/slurm.conf names a cluster whose controller runs"
             return Finding(_PART, "SLURM", "broken", f"{path}: {ran.lines[-1]}", needed, remedy)
-    partitions = sorted(set(asked.output.split()))
-    found = f"{version.lines[0]}; partitions {', '.join(partitions) or 'none'}"
-    return Finding(_PART, "SLURM", "ok", found, needed)
+    partitions = sorted(set(query.output.split()))
+    text = f"{version.lines[0]}; partitions {', '.join(partitions) or 'none'}"
+    return Finding(_PART, "SLURM", "ok", text, needed)
 
 
 def ssh() -> Finding:
-    """The client of ssh."""
+    """Check the ssh client."""
     return _version("ssh", ("ssh",), "-V", "--launcher deepspeed", "apt-get install openssh-client")
 
 
 def pdsh() -> Finding:
-    """What DeepSpeed reaches hosts by, unless the config has another way."""
+    """Check pdsh, by which DeepSpeed reaches hosts unless the config sets another command."""
     remedy = "apt-get install pdsh, or set launch.deepspeed.connect: [ssh, -tt, '{host}']"
     return _version("pdsh", ("pdsh",), "-V", "--launcher deepspeed without launch.deepspeed.connect", remedy)
 
 
 def gpus_of_driver() -> list[str]:
-    """The GPUs that the NVIDIA driver names, each with its driver, whatever torch sees; none without nvidia-smi."""
+    """Return the GPUs that nvidia-smi lists, each with its driver version, whether or not torch sees them."""
     path = program("nvidia-smi")
     if path is None:
         return []
@@ -124,14 +126,14 @@ def gpus_of_driver() -> list[str]:
 
 
 def driver_findings() -> list[Finding]:
-    """The kernel drivers of GPUs."""
-    found = []
-    for maker, name in (("NVIDIA driver", "nvidia"), ("AMD driver", "amdgpu")):
+    """Return the kernel drivers of GPUs."""
+    findings = []
+    for label, name in (("NVIDIA driver", "nvidia"), ("AMD driver", "amdgpu")):
         version = Path("/sys/module") / name / "version"
         if version.parent.is_dir():
             text = version.read_text().strip() if version.is_file() else "of the kernel"
-            found.append(Finding("devices", maker, "ok", text))
-    return found
+            findings.append(Finding("devices", label, "ok", text))
+    return findings
 
 
 def _version(name: str, programs: tuple[str | None, ...], flag: str, needed_for: str, remedy: str) -> Finding:

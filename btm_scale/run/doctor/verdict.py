@@ -1,4 +1,4 @@
-"""Which parts of btm-scale work on a machine, from what was found there."""
+"""Decide which parts of btm-scale work on a machine, from the findings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRAIN_ON_CPU, TRAIN_ON_GPU, MERGE = "train on CPU", "train on GPU", "merge and c
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether something works here: if not, why; if so, with which limit, if any."""
+    """Whether a feature works on this machine, and the reason or limit."""
 
     name: str
     works: bool
@@ -33,39 +33,39 @@ class Verdict:
 
 
 def verdicts(findings: Sequence[Finding]) -> list[Verdict]:
-    """What works, in the order of the report."""
-    found = {finding.name: finding for finding in findings}
+    """Return the verdicts in the order of the report."""
+    by_name = {finding.name: finding for finding in findings}
     gpus = [finding for finding in findings if finding.part == "devices" and finding.name.startswith("GPU")]
     gpu = next((one for one in gpus if one.is_usable), gpus[0] if gpus else None)
-    with_gpu = found | ({"GPU": gpu} if gpu else {})
+    with_gpu = by_name | ({"GPU": gpu} if gpu else {})
     on_gpu = _verdict(TRAIN_ON_GPU, (*_TRAIN, "GPU"), with_gpu)
     usable = sum(one.is_usable for one in gpus)
     if on_gpu.works:
         notes = [f"{usable} of {len(gpus)}" if len(gpus) > 1 else ""]
-        notes.append("" if found["NCCL"].is_usable else "one GPU per group: NCCL is missing")
+        notes.append("" if by_name["NCCL"].is_usable else "one GPU per group: NCCL is missing")
         on_gpu = Verdict(TRAIN_ON_GPU, True, "; ".join(filter(None, notes)))
     triton = ("torch", "triton", "GPU", "C compiler", "Python.h")
-    kernels = _verdict("Triton kernels", triton if "ptxas" not in found else (*triton, "ptxas"), with_gpu)
-    if not kernels.works and found["torch"].is_usable:
+    kernels = _verdict("Triton kernels", triton if "ptxas" not in by_name else (*triton, "ptxas"), with_gpu)
+    if not kernels.works and by_name["torch"].is_usable:
         kernels = Verdict(kernels.name, False, f"{kernels.note}; PyTorch computes the same")
     return [
-        _verdict(TRAIN_ON_CPU, _TRAIN, found),
+        _verdict(TRAIN_ON_CPU, _TRAIN, by_name),
         on_gpu,
-        _verdict(MERGE, _CORE, found),
+        _verdict(MERGE, _CORE, by_name),
         kernels,
-        _verdict("--launcher slurm", ("SLURM",), found),
-        _hostfile(found),
-        _mpi(found),
+        _verdict("--launcher slurm", ("SLURM",), by_name),
+        _hostfile(by_name),
+        _mpi(by_name),
     ]
 
 
-def core_works(made: Sequence[Verdict]) -> bool:
-    """Whether this machine can train or merge."""
-    return any(verdict.works for verdict in made if verdict.name in (TRAIN_ON_CPU, TRAIN_ON_GPU, MERGE))
+def core_works(results: Sequence[Verdict]) -> bool:
+    """Return whether this machine can train or merge."""
+    return any(verdict.works for verdict in results if verdict.name in (TRAIN_ON_CPU, TRAIN_ON_GPU, MERGE))
 
 
-def _verdict(name: str, needs: Sequence[str], found: dict[str, Finding]) -> Verdict:
-    lacking = [found[need] for need in needs if need in found and not found[need].is_usable]
+def _verdict(name: str, needs: Sequence[str], by_name: dict[str, Finding]) -> Verdict:
+    lacking = [by_name[need] for need in needs if need in by_name and not by_name[need].is_usable]
     # "torch is broken" explains what was not checked because of it.
     reasons = [one for one in lacking if one.state != "unchecked"] or lacking
     return Verdict(name, not lacking, ", ".join(_reason(one) for one in reasons))
@@ -77,16 +77,16 @@ def _reason(finding: Finding) -> str:
     return f"{finding.name} is {'too old' if finding.state == 'old' else finding.state}"
 
 
-def _hostfile(found: dict[str, Finding]) -> Verdict:
-    made = _verdict("--launcher deepspeed", ("deepspeed", "ssh"), found)
-    if made.works and not found["pdsh"].is_usable:
-        return Verdict(made.name, True, f"with launch.deepspeed.connect only: pdsh is {found['pdsh'].state}")
-    return made
+def _hostfile(by_name: dict[str, Finding]) -> Verdict:
+    verdict = _verdict("--launcher deepspeed", ("deepspeed", "ssh"), by_name)
+    if verdict.works and not by_name["pdsh"].is_usable:
+        return Verdict(verdict.name, True, f"with launch.deepspeed.connect only: pdsh is {by_name['pdsh'].state}")
+    return verdict
 
 
-def _mpi(found: dict[str, Finding]) -> Verdict:
-    made = _verdict("--launcher mpi", ("mpi4py", "mpirun"), found)
-    library, launcher = (mpi_family(found[name].found) for name in ("mpi4py", "mpirun"))
-    if made.works and library and launcher and library != launcher:
-        return Verdict(made.name, False, f"mpi4py uses {library}, mpirun is {launcher}'s: every rank would be alone")
-    return made
+def _mpi(by_name: dict[str, Finding]) -> Verdict:
+    verdict = _verdict("--launcher mpi", ("mpi4py", "mpirun"), by_name)
+    library, launcher = (mpi_family(by_name[name].found) for name in ("mpi4py", "mpirun"))
+    if verdict.works and library and launcher and library != launcher:
+        return Verdict(verdict.name, False, f"mpi4py uses {library}, but mpirun is {launcher}'s: ranks would run alone")
+    return verdict

@@ -20,7 +20,7 @@ MODES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", MODES, ids=str)
-def test_step_by_step_the_mixture_is_that_of_the_whole_text(settings: dict[str, Any]) -> None:
+def test_the_streaming_mixture_equals_that_of_the_complete_text(settings: dict[str, Any]) -> None:
     random = np.random.default_rng(0)
     log_probs = -random.exponential(3.0, size=(2, 3, 40))  # [texts, experts, tokens]
     log_probs[0, 1, 5] = log_probs[1, :, 20] = -np.inf
@@ -33,8 +33,8 @@ def test_step_by_step_the_mixture_is_that_of_the_whole_text(settings: dict[str, 
         mixed[:, token] = logsumexp((weights + log_probs[:, :, token]).T)
         running.observe(log_probs[:, :, token])
     for text in range(2):
-        whole = mixture_log_probs(log_probs[text], np.zeros(1, np.int64), log_prior=prior, **settings)
-        assert mixed[text] == pytest.approx(whole, abs=1e-9)
+        complete = mixture_log_probs(log_probs[text], np.zeros(1, np.int64), log_prior=prior, **settings)
+        assert mixed[text] == pytest.approx(complete, abs=1e-9)
 
 
 def test_a_text_that_sees_no_token_keeps_its_weights() -> None:
@@ -46,8 +46,8 @@ def test_a_text_that_sees_no_token_keeps_its_weights() -> None:
     assert running.log_weights()[0, 0] > np.log(0.5)
 
 
-def test_an_expert_that_the_prior_rules_out_never_gets_weight_and_a_lost_text_falls_back_to_the_prior() -> None:
-    """The share of the prior that is mixed in after every token is of the experts that have any."""
+def test_an_expert_with_zero_prior_never_gets_weight_and_an_impossible_text_falls_back_to_the_prior() -> None:
+    """Mixing in a share of the prior after every token gives no weight to an expert with prior 0."""
     with np.errstate(divide="ignore"):
         prior = np.log([[0.5, 0.0, 0.5], [0.0, 0.25, 0.75]])
     for settings in MODES:

@@ -18,7 +18,7 @@ def tempered(power: float, forgetting: float = 1.0, share: float = 0.0) -> Tempe
 
 
 def by_the_formula(log_probs: np.ndarray, starts: list[int], prior: np.ndarray) -> np.ndarray:
-    """p(x_t|x_<t) = p(x_<=t) / p(x_<t), with p(x) = sum_j prior_j prod p_j(x): the mixture of whole prefixes."""
+    """p(x_t|x_<t) = p(x_<=t) / p(x_<t), with p(x) = sum_j prior_j prod p_j(x): the mixture of complete prefixes."""
     result = []
     for begin, end in zip(starts, [*starts[1:], log_probs.shape[1]], strict=True):
         joint = np.zeros(end - begin + 1)
@@ -41,8 +41,8 @@ def test_the_prefix_mixture_is_the_ratio_of_prefix_probabilities(
     log_probs = -random.gamma(1.0, spread, (experts, tokens))
     prior = random.dirichlet(np.ones(experts))
     starts = sorted({0, *random.integers(0, tokens, 2).tolist()})
-    found = mixture_log_probs(log_probs, np.array(starts), log_prior=np.log(prior))
-    np.testing.assert_allclose(found, by_the_formula(log_probs, starts, prior), atol=1e-9)
+    mixed = mixture_log_probs(log_probs, np.array(starts), log_prior=np.log(prior))
+    np.testing.assert_allclose(mixed, by_the_formula(log_probs, starts, prior), atol=1e-9)
 
 
 def test_one_expert_is_its_own_ensemble() -> None:
@@ -53,46 +53,46 @@ def test_one_expert_is_its_own_ensemble() -> None:
 
 def test_token_weights_follow_one_previous_token_only() -> None:
     log_probs = np.log(np.array([[0.9, 0.2, 0.5], [0.1, 0.4, 0.3]]))
-    found = np.exp(mixture_log_probs(log_probs, np.array([0]), mode="token"))
+    mixed = np.exp(mixture_log_probs(log_probs, np.array([0]), mode="token"))
     expected = [0.5, 0.9 * 0.2 + 0.1 * 0.4, (0.2 * 0.5 + 0.4 * 0.3) / 0.6]
-    np.testing.assert_allclose(found, expected)
+    np.testing.assert_allclose(mixed, expected)
 
 
-def test_equal_weights_never_move() -> None:
+def test_equal_weights_never_change() -> None:
     log_probs = np.log(np.array([[0.9, 0.2], [0.1, 0.4]]))
     np.testing.assert_allclose(np.exp(mixture_log_probs(log_probs, np.array([0]), mode="fixed")), [0.5, 0.3])
 
 
-def test_top_k_takes_the_likeliest_of_the_prior_and_no_fewer_than_there_are() -> None:
+def test_top_k_keeps_the_experts_with_the_largest_prior_and_all_if_there_are_fewer() -> None:
     random = np.random.default_rng(1)
     log_probs, prior = -random.random((4, 20)), np.log([0.1, 0.4, 0.2, 0.3])
     top2 = mixture_log_probs(log_probs, np.array([0]), log_prior=prior, top_k=2)
     np.testing.assert_allclose(top2, mixture_log_probs(log_probs[[1, 3]], np.array([0]), log_prior=prior[[1, 3]]))
-    everyone = mixture_log_probs(log_probs, np.array([0]), log_prior=prior, top_k=9)
-    np.testing.assert_allclose(everyone, mixture_log_probs(log_probs, np.array([0]), log_prior=prior))
+    all_experts = mixture_log_probs(log_probs, np.array([0]), log_prior=prior, top_k=9)
+    np.testing.assert_allclose(all_experts, mixture_log_probs(log_probs, np.array([0]), log_prior=prior))
 
 
-def test_an_expert_that_rules_a_token_out_loses_its_weight_for_the_block() -> None:
+def test_an_expert_that_gives_a_token_zero_probability_loses_its_weight_for_the_block() -> None:
     log_probs = np.log(np.array([[0.5, 0.5, 0.5, 0.5], [0.25, 0.25, 0.25, 0.25]]))
     log_probs[0, 1] = -np.inf
-    found = np.exp(mixture_log_probs(log_probs, np.array([0, 3])))
-    np.testing.assert_allclose(found, [0.375, 0.25 / 3, 0.25, 0.375])
+    mixed = np.exp(mixture_log_probs(log_probs, np.array([0, 3])))
+    np.testing.assert_allclose(mixed, [0.375, 0.25 / 3, 0.25, 0.375])
 
 
-def test_where_every_expert_rules_a_token_out_its_probability_is_zero_and_nothing_is_nan() -> None:
+def test_a_token_that_no_expert_allows_has_probability_zero_and_nothing_is_nan() -> None:
     log_probs = np.array([[-1.0, -np.inf, -1.0], [-1.0, -np.inf, -2.0]])
-    found = mixture_log_probs(log_probs, np.array([0]))
-    assert found[1] == -np.inf
-    assert not np.isnan(found).any()
+    mixed = mixture_log_probs(log_probs, np.array([0]))
+    assert mixed[1] == -np.inf
+    assert not np.isnan(mixed).any()
 
 
 @pytest.mark.parametrize("bad", [0.1, np.nan])
-def test_what_is_no_log_probability_is_refused(bad: float) -> None:
-    with pytest.raises(ValueError, match="score the experts again"):
+def test_invalid_log_probabilities_are_rejected(bad: float) -> None:
+    with pytest.raises(ValueError, match="Score the experts again"):
         mixture_log_probs(np.array([[-1.0, bad]]), np.array([0]))
 
 
-def test_a_prior_that_weighs_nobody_is_refused() -> None:
+def test_a_prior_without_weight_is_rejected() -> None:
     with pytest.raises(ValueError, match="prior"):
         mixture_log_probs(-np.ones((2, 3)), np.array([0]), log_prior=np.array([-np.inf, -np.inf]))
 
@@ -118,16 +118,16 @@ def test_an_updating_prior_learns_from_earlier_blocks() -> None:
 def test_log_odds_stay_exact_over_a_long_block() -> None:
     random = np.random.default_rng(2)
     log_probs = (-30.0 * random.random((2, 100_000))).astype(np.float32)
-    found = mixture_log_probs(log_probs, np.array([0]))
+    mixed = mixture_log_probs(log_probs, np.array([0]))
     exact = log_probs.astype(np.longdouble)
     joint = np.logaddexp(*np.concatenate([np.zeros((2, 1)), np.cumsum(exact, axis=1)], axis=1)) - np.log(2.0)
-    np.testing.assert_allclose(found, np.diff(joint).astype(float), atol=1e-6)
+    np.testing.assert_allclose(mixed, np.diff(joint).astype(float), atol=1e-6)
 
 
 def tempered_token_by_token(
     log_probs: np.ndarray, starts: list[int], prior: np.ndarray, tempering: Tempering
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tempering's definition, one token at a time, in probabilities: the mixture, and the weights [tokens, experts]."""
+    """Tempering by definition, token by token, in probabilities: the mixture, and the weights [tokens, experts]."""
     result, before = [], []
     for token in range(log_probs.shape[1]):
         if token in starts:
@@ -147,21 +147,23 @@ def tempered_token_by_token(
     forgetting=st.floats(0.1, 1.0),
     share=st.sampled_from([0.0, 0.01, 0.5]),
 )
-def test_tempering_is_what_it_says(experts: int, seed: int, power: float, forgetting: float, share: float) -> None:
+def test_tempering_matches_its_definition(
+    experts: int, seed: int, power: float, forgetting: float, share: float
+) -> None:
     random = np.random.default_rng(seed)
     log_probs = -random.gamma(1.0, 2.0, (experts, 40))
     prior = random.dirichlet(np.ones(experts))
     tempering, starts = tempered(power, forgetting, share), [0, 10, 20, 33]
-    found = mixture_log_probs(
+    mixed = mixture_log_probs(
         log_probs, np.array(starts), log_prior=np.log(prior), mode="tempered", tempering=tempering
     )
     expected, weights = tempered_token_by_token(log_probs, starts, prior, tempering)
-    np.testing.assert_allclose(found, expected, atol=1e-9)
+    np.testing.assert_allclose(mixed, expected, atol=1e-9)
     mean = mean_tempered_weights(log_probs, np.array(starts), tempering, log_prior=np.log(prior))
     np.testing.assert_allclose(mean, weights.mean(axis=0), atol=1e-9)
 
 
-def test_an_expert_that_the_prior_rules_out_has_no_part_in_the_tempered_weights() -> None:
+def test_an_expert_with_zero_prior_has_no_tempered_weight() -> None:
     log_probs = -np.random.default_rng(5).gamma(1.0, 2.0, (3, 20))
     with np.errstate(divide="ignore"):
         prior = np.log(np.array([0.7, 0.0, 0.3]))
@@ -171,7 +173,7 @@ def test_an_expert_that_the_prior_rules_out_has_no_part_in_the_tempered_weights(
     np.testing.assert_allclose(mean[[0, 2]], two)
 
 
-def test_temperings_side_by_side_are_what_each_is_alone() -> None:
+def test_temperings_computed_together_equal_each_alone() -> None:
     random = np.random.default_rng(4)
     log_probs = -random.gamma(1.0, 2.0, (4, 70))
     log_probs[1, 25], log_probs[:, 40] = -np.inf, -np.inf
@@ -198,52 +200,52 @@ def test_tempering_with_full_power_and_memory_is_the_prefix_posterior() -> None:
 
 
 @pytest.mark.parametrize("mode", ["prefix", "token", "tempered", "fixed"])
-def test_working_in_small_pieces_changes_nothing(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processing_in_small_pieces_gives_the_same_result(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
     log_probs = -np.random.default_rng(2).gamma(1.0, 2.0, (3, 100))
     log_probs[1, 40] = -np.inf
     starts = np.array([0, 20, 40, 60, 93])
     tempering = tempered(0.3, 0.9, 0.01) if mode == "tempered" else None
-    whole = mixture_log_probs(log_probs, starts, mode=mode, tempering=tempering)
+    at_once = mixture_log_probs(log_probs, starts, mode=mode, tempering=tempering)
     monkeypatch.setattr(mixture, "_AT_ONCE", 21)
     pieces = mixture_log_probs(log_probs, starts, mode=mode, tempering=tempering)
-    np.testing.assert_allclose(pieces, whole, atol=1e-12)
+    np.testing.assert_allclose(pieces, at_once, atol=1e-12)
 
 
-def test_the_share_of_the_prior_brings_a_ruled_out_expert_back() -> None:
+def test_the_share_of_the_prior_restores_an_expert_with_zero_weight() -> None:
     log_probs = np.log(np.array([[0.5, 0.5, 0.5], [0.9, 0.9, 0.9]]))
     log_probs[1, 0] = -np.inf
     with_share = mixture_log_probs(log_probs, np.array([0]), mode="tempered", tempering=tempered(1.0, 1.0, 0.1))
     np.testing.assert_allclose(np.exp(with_share[:2]), [0.25, 0.95 * 0.5 + 0.05 * 0.9])
 
 
-def test_a_share_of_a_prior_that_is_next_to_nothing_is_still_something() -> None:
+def test_a_tiny_share_of_the_prior_does_not_underflow() -> None:
     log_probs = np.log(np.array([[0.5, 1e-300, 1e-300, 1e-300], [0.5, 0.9, 0.9, 0.9]]))
     with np.errstate(divide="raise"):
-        found = mixture_log_probs(
+        mixed = mixture_log_probs(
             log_probs,
             np.array([0]),
             log_prior=np.array([0.0, -800.0]),
             mode="tempered",
             tempering=tempered(1.0, 1.0, 0.1),
         )
-    assert found[3] > np.log(0.5), "one that is a thousand times as good must be heard in the end"
+    assert mixed[3] > np.log(0.5), "an expert that is far better must gain weight in the end"
 
 
-def test_top_k_per_token_keeps_the_largest_weights_of_the_moment() -> None:
+def test_top_k_per_token_keeps_the_largest_weights_before_each_token() -> None:
     log_probs = np.log(np.array([[0.9, 0.2, 0.3], [0.1, 0.4, 0.6], [0.3, 0.5, 0.1]]))
-    found = np.exp(mixture_log_probs(log_probs, np.array([0]), top_k_per_token=1))
+    mixed = np.exp(mixture_log_probs(log_probs, np.array([0]), top_k_per_token=1))
     # Weights before each token: equal (the first is kept), then 0.9 : 0.1 : 0.3, then 0.18 : 0.04 : 0.15.
-    np.testing.assert_allclose(found, [0.9, 0.2, 0.3])
+    np.testing.assert_allclose(mixed, [0.9, 0.2, 0.3])
 
 
 @pytest.mark.parametrize("numbers", [(0.0, 1.0, 0.0), (1.0, 0.0, 0.0), (1.0, 1.1, 0.0), (1.0, 1.0, 1.0)])
-def test_an_impossible_tempering_is_refused(numbers: tuple[float, float, float]) -> None:
+def test_an_invalid_tempering_is_rejected(numbers: tuple[float, float, float]) -> None:
     power, forgetting, share = numbers
     with pytest.raises(ValueError, match=r"should be (greater|less) than"):
         tempered(power, forgetting, share)
 
 
-def test_fitting_finds_a_likelier_tempering_than_the_prefix_posterior_where_experts_take_turns() -> None:
+def test_fitted_tempering_beats_the_prefix_posterior_if_experts_alternate() -> None:
     random = np.random.default_rng(3)
     log_probs = -random.gamma(1.0, 1.0, (2, 2000)) - 0.5
     better = np.repeat(random.integers(0, 2, 100), 20)

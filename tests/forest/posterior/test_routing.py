@@ -38,7 +38,7 @@ class Words(Letters):
         return as_words(ids)
 
 
-def test_texts_weigh_clusters_by_their_distance(clustering: Clustering) -> None:
+def test_clusters_are_weighted_by_their_distance_to_the_text(clustering: Clustering) -> None:
     texts = ["def return import", "licence warranty", "class licence", ""]
     distances = squared_distances(clustering.place(texts), clustering.centres)
     expected = np.exp(-distances / 0.1)
@@ -49,7 +49,7 @@ def test_texts_weigh_clusters_by_their_distance(clustering: Clustering) -> None:
     assert (nearest.argmax(axis=1) == distances.argmin(axis=1)).all()
 
 
-def test_scores_are_mixed_by_where_the_text_so_far_lies(clustering: Clustering) -> None:
+def test_scores_are_mixed_by_the_distance_of_the_text_so_far(clustering: Clustering) -> None:
     random = np.random.default_rng(0)
     tokens = random.integers(1, len(LETTERS), 24)
     log_probs = -random.exponential(2.0, (2, 23))
@@ -63,11 +63,11 @@ def test_scores_are_mixed_by_where_the_text_so_far_lies(clustering: Clustering) 
             seen = tokens[begin : begin + (target - begin) // every * every + 1]
             weights = np.exp(log_weights(clustering, [as_words(seen)], top_k=given.get("top_k"))[0])
             assert mixed[target] == pytest.approx(np.log(weights @ np.exp(log_probs[:, target])), abs=1e-5)
-    with pytest.raises(ForestError, match="3 experts cannot be routed by 2 clusters"):
+    with pytest.raises(ForestError, match="Cannot route 3 experts by 2 clusters"):
         routed_mixture_log_probs(np.zeros((3, 23)), tokens, starts, clustering, as_words)
 
 
-def test_a_prompt_is_written_by_the_expert_that_it_is_routed_to(clustering: Clustering, tmp_path: Path) -> None:
+def test_a_prompt_is_completed_by_the_expert_that_it_is_routed_to(clustering: Clustering, tmp_path: Path) -> None:
     models = dict(zip(("cluster0", "cluster1"), write_experts(tmp_path).values(), strict=True))
     code, licence = log_weights(clustering, ["def return import", "licence warranty"]).argmax(axis=1).tolist()
     assert {code, licence} == {0, 1}
@@ -78,17 +78,17 @@ def test_a_prompt_is_written_by_the_expert_that_it_is_routed_to(clustering: Clus
         method="per-token",
         posterior="fixed",
     )
-    made = generator.generate(["aca", "bdb"], max_tokens=3)
-    assert [max(whole.posterior, key=whole.posterior.__getitem__) for whole in made] == [
+    completions = generator.generate(["aca", "bdb"], max_tokens=3)
+    assert [max(completion.posterior, key=completion.posterior.__getitem__) for completion in completions] == [
         f"cluster{code}",
         f"cluster{licence}",
     ]
-    assert all(max(whole.posterior.values()) == 1.0 for whole in made)
-    with pytest.raises(ForestError, match="'law' is none of the clustering's 2 clusters"):
+    assert all(max(completion.posterior.values()) == 1.0 for completion in completions)
+    with pytest.raises(ForestError, match="'law' is not one of the clustering's 2 clusters"):
         router(clustering, ["cluster0", "law"])
 
 
-def test_a_run_of_found_domains_has_routed_methods(handmade: tuple[RunConfig, RunDir], tmp_path: Path) -> None:
+def test_a_run_on_discovered_domains_has_routed_methods(handmade: tuple[RunConfig, RunDir], tmp_path: Path) -> None:
     config, run = handmade
     forest = Stack.load(run, ["python", "cpp", "licences", "docs"], "python", "dev")
     text = evaluation_text(config, run, "python", "dev")
@@ -98,12 +98,12 @@ def test_a_run_of_found_domains_has_routed_methods(handmade: tuple[RunConfig, Ru
     Clustering.fit(texts[::2], 4, dimensions=8).save(tmp_path)
     moved = config.model_copy(update={"text_root": tmp_path})
     assert routed_methods(moved, run, ["python", *clusters[1:]], forest, text) == {}
-    found = routed_methods(moved, run, clusters, forest, text)
-    assert set(found) == {"ensemble:routed", "ensemble:routed:top1", "ensemble:routed:top2"}
-    # In another order of the experts the rows are the same experts' still.
-    turned = Stack(forest.log_probs[::-1], forest.block_starts)
-    again = routed_methods(moved, run, clusters[::-1], turned, text)
-    for method, log_probs in found.items():
+    methods = routed_methods(moved, run, clusters, forest, text)
+    assert set(methods) == {"ensemble:routed", "ensemble:routed:top1", "ensemble:routed:top2"}
+    # Rows follow the names when the experts are in another order.
+    reordered = Stack(forest.log_probs[::-1], forest.block_starts)
+    again = routed_methods(moved, run, clusters[::-1], reordered, text)
+    for method, log_probs in methods.items():
         assert np.array_equal(log_probs, again[method])
         assert (log_probs <= forest.log_probs.max(axis=0) + 1e-6).all()
         assert (log_probs >= forest.log_probs.min(axis=0) - 1e-6).all()
