@@ -222,15 +222,15 @@ def compare(work: Path, specs: Mapping[str, TensorSpec], mergekit: Path, rounds:
         "runs": runs,
         "from_disk": from_disk,
         "times_as_fast_as_mergekit": {
-            "neither waits for the disk": middle("mergekit", "seconds") / middle("ours, unsynced", "seconds"),
-            "both are on the disk": middle("mergekit", "synced_seconds") / middle("ours", "synced_seconds"),
-            "from the disk to the disk": from_disk_beside("mergekit"),
-            "processor time": middle("mergekit", "cpu_seconds") / middle("ours", "cpu_seconds"),
+            "page_cache": middle("mergekit", "seconds") / middle("ours, unsynced", "seconds"),
+            "fsynced": middle("mergekit", "synced_seconds") / middle("ours", "synced_seconds"),
+            "disk_to_disk": from_disk_beside("mergekit"),
+            "cpu_time": middle("mergekit", "cpu_seconds") / middle("ours", "cpu_seconds"),
         },
-        "share_of_plain_copy_speed": {
-            "neither waits for the disk": middle("copy", "seconds") / middle("ours, unsynced", "seconds"),
-            "both are on the disk": middle("copy", "synced_seconds") / middle("ours", "synced_seconds"),
-            "from the disk to the disk": from_disk_beside("copy"),
+        "times_as_fast_as_a_copy": {
+            "page_cache": middle("copy", "seconds") / middle("ours, unsynced", "seconds"),
+            "fsynced": middle("copy", "synced_seconds") / middle("ours", "synced_seconds"),
+            "disk_to_disk": from_disk_beside("copy"),
         },
         "anonymous_bytes": {name: max(run["anonymous_bytes"] for run in of) for name, of in runs.items()},
         "correctly_rounded": {
@@ -255,20 +255,6 @@ def memory_of(work: Path, specs: Mapping[str, TensorSpec]) -> dict[str, float]:
         _remove(path)
     largest = max(spec.nbytes for spec in specs.values())
     return {"bytes": sum(spec.nbytes for spec in specs.values()), "largest_tensor_bytes": largest, **figures}
-
-
-def _summary(speed: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the README says of a result."""
-    size = f"{speed['models']} models of {speed['bytes_per_model'] / 1e9:.2f} GB"
-    beside = {
-        "mergekit": speed["times_as_fast_as_mergekit"],
-        "a plain copy": speed["share_of_plain_copy_speed"],
-    }
-    return [
-        {"what": f"merging {size}, {how}", "beside": peer, "ratio": ratio}
-        for peer, ratios in beside.items()
-        for how, ratio in ratios.items()
-    ]
 
 
 def _forget(files: list[str]) -> None:
@@ -304,7 +290,6 @@ def main() -> None:
         speed = compare(work, llama_specs(options.billions * 1e9), mergekit, options.rounds)
         result = {
             "environment": surroundings,
-            "summary": _summary(speed),
             "speed": speed,
             "memory": [memory_of(work, specs) for specs in sizes],
         }
