@@ -68,7 +68,7 @@ def worth() -> str:
 
 
 def study_ratios() -> dict[str, tuple[list[float], list[float]]]:
-    """Mean perplexity over dense's by method: on trained and on novel domains, one number per random seed."""
+    """Return mean perplexity over dense's by method, on trained and novel domains, one number per random seed."""
     runs = [run["results"] for run in _read("study")["runs"]]
     return {
         method: tuple(
@@ -209,8 +209,8 @@ def _claims(runs: Sequence[dict[str, Any]]) -> str:
         for domain in run["domains"]
     )
     return (
-        f"Counted over all seeds, the posterior average beats the uniform one on {better('posterior', False)} trained and "
-        f"{better('posterior', True)} novel domains, and the tempered average on {better('tempered', False)} and "
+        f"Counted over all seeds, the posterior average beats the uniform one on {better('posterior', False)} trained "
+        f"and {better('posterior', True)} novel domains, and the tempered average on {better('tempered', False)} and "
         f"{better('tempered', True)}. The two experts with the largest prior are at most "
         f"{100 * (worst - 1):.1f}% worse than all eight on every domain."
     )
@@ -230,8 +230,8 @@ def _worth(runs: Sequence[dict[str, Any]]) -> str:
             shares = " and ".join(f"{_mean(run, name) / _mean(run, 'dense'):.3f}" for name in longer)
             text += (
                 f" Seed {run['random_seed']} also has dense baselines of {factors} times the compute; they reach "
-                f"{shares} of the dense baseline's perplexity. Interpolated between them, the ensemble {plain} its compute, "
-                f"and with the tempered posterior it {tempered}. The paper reports 2.5 times for a forest of 64 domains."
+                f"{shares} of the dense baseline's perplexity. Interpolated between them, the ensemble {plain} its "
+                f"compute, and with the tempered posterior it {tempered}. The paper reports 2.5 times for 64 domains."
             )
     return text
 

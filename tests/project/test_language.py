@@ -19,9 +19,11 @@ TEMPLATES = (".jinja", ".html", ".sh")  # the page, and job scripts that a user 
 EXCEPTIONS: dict[tuple[str, str], str] = {}
 
 
-def unexcused(found: Iterator[Hit]) -> list[str]:
-    """The hits that are not exceptions, one sentence each."""
-    return [str(hit) for hit in found if (hit.file, hit.phrase.lower()) not in EXCEPTIONS]
+def check(found: Iterator[Hit]) -> None:
+    """Fail with one line per hit that is not an exception."""
+    lines = [str(hit) for hit in found if (hit.file, hit.phrase.lower()) not in EXCEPTIONS]
+    if lines:
+        pytest.fail("\n".join(lines), pytrace=False)
 
 
 def sentences(path: Path) -> Iterator[tuple[int, str]]:
@@ -50,7 +52,7 @@ def sentences(path: Path) -> Iterator[tuple[int, str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_docs_use_the_fields_english(page: Path) -> None:
-    assert unexcused(hits(str(page.relative_to(ROOT)), page.read_text())) == []
+    check(hits(str(page.relative_to(ROOT)), page.read_text()))
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -61,13 +63,13 @@ def test_messages_use_the_fields_english(folder: str) -> None:
         for line, text in sentences(path)
         for hit in hits(str(path.relative_to(ROOT)), text, line)
     )
-    assert unexcused(found) == []
+    check(found)
 
 
 @pytest.mark.slow
 def test_help_uses_the_fields_english() -> None:
     found = (hit for verb, text in help_texts().items() for hit in hits(f"btm-scale {verb} --help", text))
-    assert unexcused(found) == []
+    check(found)
 
 
 def test_exceptions_are_few_and_each_has_a_reason() -> None:
