@@ -31,7 +31,7 @@ AVERAGES = ("average:tempered", "average:greedy")
 SHORT_LABELS = {
     "ensemble:tempered": "ensemble, tempered posterior",
     "ensemble": "ensemble, prefix posterior (the paper's)",
-    "average:tempered": "one averaged model per domain",
+    "average:tempered": "tempered average, one model per domain",
     "dense": "dense baseline, same compute",
     "random-split": "control: experts of random text",
     "average:uniform": "uniform average of all experts",
