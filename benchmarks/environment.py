@@ -1,4 +1,4 @@
-"""Where and with what a figure was measured: every benchmark's JSON carries this."""
+"""Hardware, versions and date of a measurement, which every benchmark's JSON has."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PACKAGES = (
 
 
 def describe() -> dict[str, Any]:
-    """Hardware, versions and date (UTC); `load_average` tells how busy the machine was before."""
+    """Hardware, versions and date (UTC); `load_average` is the load before the measurement."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": {

@@ -1,13 +1,12 @@
-"""What many experts cost beyond their own training: the same small expert, 8 of them and 64 of them, on this machine.
+"""Cost of many experts beyond their training: forests of 8 and 64 of the same small expert on this machine.
 
     python benchmarks/many_experts.py [--experts 8 64 8] [--steps 10]
 
-Each run goes from text to page, with as many groups at a time as there are cores. Three figures come of it: seconds
-of a core that an expert takes without scoring texts (to start, train, export, load and end), and seconds for each text
-that it is scored on, neither of which should grow with the number of experts (the number of texts does: every expert is
-scored on every domain); and the share of the run's time in which nothing is trained or scored: averages, priors, the
-ensembles of all experts, and the page. Making tokens is left out of all, since it depends on the text alone. Writes
-results/many_experts.json.
+Each run goes from text to page, with one group per core at a time. Three figures: core seconds per expert without
+scoring (start, train, export, load, exit) and core seconds per scored text, neither of which should grow with the
+number of experts (the number of texts does: every expert is scored on every domain); and the overhead, the fraction
+of wall time in which no model trains or scores: averages, priors, ensembles, and the page. Tokenizing is excluded,
+because it depends on the text alone. Writes results/many_experts.json.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 64, 8])
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--preset", default="llama-1m")
-    parser.add_argument("--folder", type=Path, help="where runs lie meanwhile")
+    parser.add_argument("--folder", type=Path, help="for the runs; default: a temporary folder")
     parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
     if options.folder:
@@ -74,7 +73,7 @@ def main() -> None:
 
 @dataclass
 class Clock:
-    """Runs groups on this machine and counts the time in which any of them runs."""
+    """Runs groups on this machine and measures the time in which at least one of them runs."""
 
     slots: int
     stages: list[tuple[list[str], float]] = field(default_factory=list)
@@ -92,7 +91,7 @@ class Clock:
 
 
 def measure(folder: Path, number: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One run with so many experts."""
+    """One run with this number of experts."""
     cores = len(os.sched_getaffinity(0))
     folder.mkdir()
     text = folder / f"text-{number}"
@@ -130,13 +129,13 @@ def measure(folder: Path, number: int, options: argparse.Namespace) -> dict[str,
 
 
 def _seconds_a_text(run: RunDir, model: str) -> float:
-    """From the first of a model's scores to the last, a text."""
+    """Seconds per text, from the first of a model's scores to the last."""
     times = [path.stat().st_mtime for path in run.model_scores(model).glob("*.safetensors")]
     return (max(times) - min(times)) / (len(times) - 1)
 
 
 def write_domains(folder: Path, number: int) -> dict[str, dict[str, Any]]:
-    """So many domains, each every n-th document of this installation's text."""
+    """Text of n domains, each every n-th document of this installation's text."""
     write_installed_text(folder / "all", bytes_per_domain=4_000_000, longest=1_000)
     lines = [line for path in sorted((folder / "all").glob("*.jsonl")) for line in path.read_text().splitlines()]
     domains = {}
