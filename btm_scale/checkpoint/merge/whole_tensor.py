@@ -6,11 +6,16 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from btm_scale.checkpoint.merge.registry import Merge, Piece, Whole, method
 from btm_scale.checkpoint.merge.statistics import at_least, cosine, count_nonzero, least_of_largest, products
+from btm_scale.util.imports import LazyModule
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = LazyModule("torch")  # `merge --help` reads the methods' signatures
 
 _NEARLY_PARALLEL = 0.9995  # beyond this cosine an arc cannot be told from a chord
 
