@@ -15,7 +15,8 @@ from btm_scale.cli.commands import Verbs
 from btm_scale.cli.exit_codes import exit_codes
 from btm_scale.cli.verb import Call
 
-app = typer.Typer(name="btm-scale", cls=Verbs, no_args_is_help=True, rich_markup_mode=None)
+_METAVAR = "VERB ..."
+app = typer.Typer(name="btm-scale", cls=Verbs, no_args_is_help=True, rich_markup_mode=None, subcommand_metavar=_METAVAR)
 for _area in (run, forest, evaluate, generate, checkpoint):
     app.add_typer(_area.app)
 
@@ -45,7 +46,7 @@ def _show_version(value: bool) -> None:
 def _btm_scale(
     *,
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print it.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Branch-Train-Merge: train, ensemble and merge domain-expert language models."""

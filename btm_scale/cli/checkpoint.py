@@ -42,22 +42,26 @@ class Merge(Verb):
     """The verb `merge`, whose help ends with every method: its meaning, its parameters, and whether it needs a base."""
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """Write a paragraph for each method, from the registry."""
+        """Write what there is to know of each method, from the registry."""
         from btm_scale.checkpoint.merge.registry import METHODS, RANGES
 
+        rows = []
+        for name in _MergeMethods():
+            method = METHODS[name]
+            ranges = [
+                f"{parameter} ({RANGES.get(parameter, 'any number')}; default {default:g})"
+                for parameter, default in method.parameters.items()
+            ]
+            facts = (
+                method.meaning,
+                "Needs --base." if method.needs_base else "",
+                f"Merges exactly {method.exactly} models." if method.exactly else "",
+                "" if method.weighted else "Computes the weights itself.",
+                f"Parameters: {', '.join(ranges)}." if ranges else "",
+            )
+            rows.append((name, " ".join(filter(None, facts))))
         with formatter.section("Methods"):
-            for name in _MergeMethods():
-                method = METHODS[name]
-                needs = "Needs --base." if method.needs_base else ""
-                exactly = f"Merges exactly {method.exactly} models." if method.exactly else ""
-                weights = "" if method.weighted else "Computes the weights itself."
-                parameters = [
-                    f"{parameter} ({RANGES.get(parameter, 'any number')}; default {default:g})"
-                    for parameter, default in method.parameters.items()
-                ]
-                takes = f"Parameters: {'; '.join(parameters)}." if parameters else ""
-                text = " ".join(filter(None, (method.meaning, needs, exactly, weights, takes)))
-                formatter.write_dl([(name, text)], col_max=16)
+            formatter.write_dl(rows)
 
 
 def _dtype_option(help: str) -> Any:

@@ -13,13 +13,18 @@ _OPTIONS = "Options"
 
 
 class Verb(TyperCommand):
-    """A verb. Its options are listed in the sections that they name, and a list option may take several words."""
+    """A verb. Its options are listed in the sections that they name."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Name the arguments as they are named below."""
+        return ["[OPTIONS]", *(str(argument.metavar) for argument in self.get_params(ctx) if _is_argument(argument))]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments and then the options, section by section; those of every verb come last."""
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
-            row = parameter.get_help_record(ctx)
+            is_argument = _is_argument(parameter)
+            row = (str(parameter.metavar), _help_of(parameter)) if is_argument else parameter.get_help_record(ctx)
             if row is not None:
                 sections.setdefault(_section(parameter), []).append(row)
         for title in sorted(sections, key=lambda title: title == OUTPUT):
@@ -48,6 +53,14 @@ class VerbWithWords(Verb):
 class Verbs(TyperGroup):
     """The command itself, or a verb that has actions. What it lists has one line each."""
 
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The options; a flag without a default is False, because typer would import pydantic to check a None."""
+        parameters = super().get_params(ctx)
+        for parameter in parameters:
+            if getattr(parameter, "is_flag", False) and parameter.default is None:
+                parameter.default = False
+        return parameters
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the options and then the verbs, section by section."""
         rows = [row for parameter in self.get_params(ctx) if (row := parameter.get_help_record(ctx)) is not None]
@@ -62,8 +75,16 @@ class Verbs(TyperGroup):
                 formatter.write_dl(_aligned(listed, sections.values()))
 
 
+def _is_argument(parameter: Any) -> bool:
+    return bool(parameter.param_type_name == "argument")
+
+
+def _help_of(parameter: Any) -> str:
+    return parameter.help or ""
+
+
 def _section(parameter: Any) -> str:
-    if parameter.param_type_name == "argument":
+    if _is_argument(parameter):
         return "Arguments"
     if "--help" in parameter.opts:
         return OUTPUT

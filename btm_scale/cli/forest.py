@@ -17,7 +17,9 @@ logger = logging.getLogger(__name__)
 
 app = typer.Typer()
 _SECTION = "Experts"
-forest = typer.Typer(help="List, add, remove and trace the experts of a run.", rich_markup_mode=None)
+forest = typer.Typer(
+    help="List, add, remove and trace the experts of a run.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 @verb(app, "discover", section=_SECTION)
@@ -139,7 +141,7 @@ def forest_lineage(run: RunFolder) -> Document:
     return {"parents": lineage(run_dir)}
 
 
-app.add_typer(forest, name="forest", cls=Verbs, rich_help_panel=_SECTION)
+app.add_typer(forest, name="forest", cls=Verbs, subcommand_metavar="ACTION ...", rich_help_panel=_SECTION)
 
 
 @verb(app, "branch", section=_SECTION, cls=VerbWithWords)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from btm_scale.cli.options import Device, RandomSeed, RunFolder, models_of_run, one_of, opened, several
+from btm_scale.cli.options import RandomSeed, RunFolder, device, models_of_run, one_of, opened, several
 from btm_scale.cli.verb import Answer, Json, say, silent, verb
 from btm_scale.errors import UserError
 
@@ -132,7 +132,7 @@ def generate(
             help="Keep at most this many bytes of weights in memory, such as 8GB.  [default: all]",
         ),
     ] = None,
-    device: Device = None,
+    device: Annotated[str | None, device(_RESOURCES)] = None,
     as_json: Json = False,
 ) -> Answer:
     """Continue prompts with the ensemble of experts.

@@ -51,6 +51,12 @@ def several(
     )
 
 
+def device(section: str | None = None) -> Any:
+    """Return the option `--device`."""
+    help = "Device of the models, such as cpu or cuda:1.  [default: a GPU if there is one]"
+    return typer.Option("--device", metavar="DEVICE", rich_help_panel=section, help=help)
+
+
 def launcher(names: Iterable[str], more: str = "") -> Any:
     """Return the option `--launcher` with these launchers of the table."""
     places = ", ".join(f"{name} ({LAUNCHERS[name].help})" for name in names)
@@ -61,7 +67,8 @@ def models_of_run(ctx: typer.Context, incomplete: str) -> list[str]:
     """The finished models of the run whose folder was given, for completion; their names are all that is looked at."""
     from btm_scale.run_dir import AVERAGE, DENSE, RANDOM_SPLIT, SEED, RunDir
 
-    run = RunDir(Path(ctx.params.get("run") or "."))
+    # An option that lacks its value yet leaves the arguments before it unparsed.
+    run = RunDir(Path(ctx.params.get("run") or next(iter(ctx.args), ".")))
     names = [name for name in (SEED, DENSE) if run.model(name).is_dir()]
     for prefix in ("", AVERAGE, RANDOM_SPLIT):
         names += sorted(f"{prefix}{path.parent.name}" for path in run.model(f"{prefix}*").parent.glob("*/expert.json"))
@@ -76,10 +83,7 @@ Settings = Annotated[
     several("--set", "KEY=VALUE", "Change one value of the YAML, such as budget.tokens=1e6. May be repeated."),
 ]
 RandomSeed = Annotated[int, typer.Option("--random-seed", metavar="N", min=0, max=(1 << 32) - 1, help="Random seed.")]
-Device = Annotated[
-    str | None,
-    typer.Option("--device", metavar="DEVICE", help="Such as cpu or cuda:1.  [default: a GPU if there is one]"),
-]
+Device = Annotated[str | None, device()]
 Launcher = Annotated[str, launcher(LAUNCHERS)]
 
 

@@ -84,7 +84,7 @@ def ties(whole: Whole, *, density: float = 0.2, scale: float = 1.0) -> Merge:
 
 @method(elementwise=False, needs_base=True)
 def della(whole: Whole, *, density: float = 0.5, window: float = 0.2, scale: float = 1.0) -> Merge:
-    """Keep elements by chance, the larger in its row the likelier, then as `ties` (arXiv 2406.11617).
+    """Keep elements at random, large ones of a row more often, then as `ties` (arXiv 2406.11617).
 
     The chance rises over a row from `density - window/2` to `density + window/2`, and divides what is kept.
     """
