@@ -29,7 +29,7 @@ from btm_scale.run_dir import RunDir
         (["merge", "OUT", "DIR=heavy"], "must be a number"),
         (
             ["generate", ".", "--random-seed", "4294967296"],
-            "'--random-seed': Input should be less than or equal to 4294967295",
+            "Input should be less than or equal to 4294967295",
         ),
         (["merge", "OUT", "DIR", "--jobs", "0"], "'--jobs': Input should be greater than or equal to 1"),
         ([], "Usage: btm-scale [OPTIONS] VERB ..."),

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from helpers.tiny_run import save_card
 
 from btm_scale.run_dir import RunDir
+
+BIN = Path(sys.executable).parent
 
 
 def completed(*words: str) -> list[str]:
@@ -17,7 +20,9 @@ def completed(*words: str) -> list[str]:
         "COMP_CWORD": str(len(words) - 1),
         "_BTM_SCALE_COMPLETE": "complete_bash",
     }
-    return subprocess.run(["btm-scale"], env=environment, capture_output=True, text=True, check=True).stdout.split()
+    return subprocess.run(
+        [BIN / "btm-scale"], env=environment, capture_output=True, text=True, check=True
+    ).stdout.split()
 
 
 @pytest.mark.parametrize(
@@ -55,7 +60,7 @@ def test_the_script_for_bash_completes_in_bash(tmp_path: Path) -> None:
     """
     done = subprocess.run(
         ["bash", "-c", script],
-        env=os.environ | {"HOME": str(tmp_path)},
+        env=os.environ | {"HOME": str(tmp_path), "PATH": f"{BIN}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
         check=True,

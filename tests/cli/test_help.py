@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-import os
+import contextlib
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typer.main import get_command
 from btm_scale.checkpoint.merge.plan import make_plan
 from btm_scale.checkpoint.merge.registry import METHODS, RANGES
 from btm_scale.cli import generate
-from btm_scale.cli.app import app
+from btm_scale.cli.app import app, main
 from btm_scale.errors import CheckpointError
 from btm_scale.forest.priors import PRIORS
 from btm_scale.generate import request
@@ -41,9 +42,10 @@ def test_no_help_imports_what_it_does_not_need() -> None:
 
 
 @pytest.mark.parametrize("columns", [40, 80, 200])
-def test_help_is_plain_text_that_fits_the_terminal(columns: int) -> None:
+def test_help_is_plain_text_that_fits_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
     for words in [(), *verbs()]:
-        text = help_of(*words, columns=columns)
+        text = help_of(*words)
         assert text.isascii(), words
         width = max(columns, 50)  # what typer takes for the least
         long = [line for line in text.splitlines() if len(line) > min(width, 80) and " " in line.strip()]
@@ -111,12 +113,7 @@ def test_the_choices_of_generate_are_those_that_it_knows() -> None:
     assert generate.PRIORS == PRIORS
 
 
-def help_of(*words: str, columns: int = 80) -> str:
-    code = f"from btm_scale.cli.app import main; main({[*words, '--help']})"
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"COLUMNS": str(columns)},
-    ).stdout
+def help_of(*words: str) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        main([*words, "--help"])
+    return text.getvalue()
