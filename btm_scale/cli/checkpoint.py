@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from btm_scale.cli.commands import Verb
-from btm_scale.cli.options import one_of, several
+from btm_scale.cli.options import argument, flag, one_of, option, several
 from btm_scale.cli.verb import Document, verb
 from btm_scale.errors import UserError
 
@@ -70,14 +70,9 @@ def _dtype_option(help: str) -> Any:
 
 @verb(app, "merge", section=_SECTION, cls=Merge)
 def merge(
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", show_default=False, help="Directory to create.")],
+    output: Annotated[Path, argument("OUTPUT", "Directory to create.")],
     inputs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="DIR[=WEIGHT]...",
-            show_default=False,
-            help="Models to merge: Hugging Face directories. The default weight is 1.",
-        ),
+        list[str], argument("DIR[=WEIGHT]...", "Models to merge: Hugging Face directories. The default weight is 1.")
     ],
     *,
     method: Annotated[
@@ -93,11 +88,8 @@ def merge(
     ] = "linear",
     base: Annotated[
         Path | None,
-        typer.Option(
-            "--base",
-            metavar="DIR",
-            rich_help_panel=_OF_METHOD,
-            help="Model that all inputs were fine-tuned from, for methods that need it.",
+        option(
+            "--base", "DIR", "Model that all inputs were fine-tuned from, for methods that need it.", section=_OF_METHOD
         ),
     ] = None,
     parameters: Annotated[
@@ -109,20 +101,16 @@ def merge(
             section=_OF_METHOD,
         ),
     ],
-    seed: Annotated[
-        int, typer.Option("--seed", metavar="N", rich_help_panel=_OF_METHOD, help="Random seed (dare, della).")
-    ] = 0,
+    seed: Annotated[int, option("--seed", "N", "Random seed (dare, della).", section=_OF_METHOD)] = 0,
     dtype: Annotated[str | None, _dtype_option("Type of the output's weights.  [default: the inputs']")] = None,
-    max_shard_size: Annotated[
-        str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest size of a file of the output.")
-    ] = "5GB",
+    max_shard_size: Annotated[str, option("--max-shard-size", "SIZE", "Largest size of a file of the output.")] = "5GB",
     jobs: Annotated[
         int | None,
-        typer.Option(
+        option(
             "--jobs",
-            metavar="N",
+            "N",
+            "Number of processes. Under mpirun its ranks are used instead.  [default: the number of cores]",
             min=1,
-            help="Number of processes. Under mpirun its ranks are used instead.  [default: the number of cores]",
         ),
     ] = None,
 ) -> Document | None:
@@ -163,20 +151,13 @@ def merge(
 
 @verb(app, "convert", section=_SECTION)
 def convert(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="SOURCE", show_default=False, help="A Hugging Face, DeepSpeed or Megatron torch_dist checkpoint."
-        ),
-    ],
-    target: Annotated[Path, typer.Argument(metavar="TARGET", show_default=False, help="Directory to create.")],
+    source: Annotated[Path, argument("SOURCE", "A Hugging Face, DeepSpeed or Megatron torch_dist checkpoint.")],
+    target: Annotated[Path, argument("TARGET", "Directory to create.")],
     *,
     to: Annotated[str, one_of("--to", "format", _FORMATS, "Format of the target.")],
-    tensor: Annotated[
-        int, typer.Option("--tensor", metavar="N", min=1, help="Tensor parallel degree of the target.")
-    ] = 1,
+    tensor: Annotated[int, option("--tensor", "N", "Tensor parallel degree of the target.", min=1)] = 1,
     dtype: Annotated[str | None, _dtype_option("Type of the target's weights.  [default: the source's]")] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Read everything back and compare.")] = False,
+    verify: Annotated[bool, flag("--verify", "Read everything back and compare.")] = False,
 ) -> Document:
     """Convert a checkpoint to another format or tensor layout."""
     from btm_scale.checkpoint.convert import convert as convert_checkpoint
@@ -187,7 +168,7 @@ def convert(
 
 @verb(app, "inspect", section=_SECTION)
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", show_default=False, help="The checkpoint.")],
+    path: Annotated[Path, argument("PATH", "The checkpoint.")],
 ) -> Document:
     """Show a checkpoint's format, family, parameters and types.
 

@@ -13,11 +13,13 @@ from btm_scale.cli.options import (
     Launcher,
     RandomSeed,
     RunFolder,
+    flag,
     is_rank,
     launcher,
     models_of_run,
     one_of,
     opened,
+    option,
     several,
 )
 from btm_scale.cli.show import show_results
@@ -46,7 +48,7 @@ def score(
         ),
     ],
     launcher: Annotated[str, launcher(_OF_RANKS, "With slurm this process is a rank that srun has started.")] = LOCAL,
-    averages: Annotated[bool, typer.Option("--averages", hidden=True)] = False,  # for the ranks that `evaluate` starts
+    averages: Annotated[bool, flag("--averages", "", hidden=True)] = False,  # for the ranks that `evaluate` starts
 ) -> Document | None:
     """Compute the per-token log-probabilities of models.
 
@@ -100,8 +102,7 @@ def ablate(
         several("--expert", "NAME", "Use only this expert. May be repeated.  [default: all]", complete=models_of_run),
     ],
     domains: Annotated[
-        list[str],
-        several("--domain", "NAME", "Measure on this domain's text. May be repeated.  [default: all]"),
+        list[str], several("--domain", "NAME", "Measure on this domain's text. May be repeated.  [default: all]")
     ],
     texts: Annotated[list[Path], several("--text", "FILE", "Measure on this text file. May be repeated.")],
     split: Annotated[
@@ -109,8 +110,7 @@ def ablate(
         one_of("--split", "split", ("dev", "test"), "Split of the domains.  [default: evaluate.split of the config]"),
     ] = None,
     subsets: Annotated[
-        int,
-        typer.Option("--subsets", metavar="N", help="Measure at most N subsets, drawn at random if there are more."),
+        int, option("--subsets", "N", "Measure at most N subsets, drawn at random if there are more.")
     ] = 127,
     random_seed: RandomSeed = 0,
     device: Device = None,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from btm_scale.cli.commands import Verbs, VerbWithWords
-from btm_scale.cli.options import RandomSeed, RunFolder, models_of_run, one_of, opened, several
+from btm_scale.cli.options import RandomSeed, RunFolder, argument, models_of_run, one_of, opened, option, several
 from btm_scale.cli.verb import Document, verb
 from btm_scale.errors import UserError
 
@@ -25,25 +25,14 @@ forest = typer.Typer(
 @verb(app, "discover", section=_SECTION)
 def discover(
     collection: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="CONFIG|PATH...",
-            show_default=False,
-            help="A run's YAML, whose domains are pooled, or text files and globs.",
-        ),
+        list[Path], argument("CONFIG|PATH...", "A run's YAML, whose domains are pooled, or text files and globs.")
     ],
     *,
-    clusters: Annotated[int, typer.Option("--clusters", metavar="K", help="Number of domains to form.")],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to create for the domains' text.")],
-    field: Annotated[
-        str, typer.Option("--field", metavar="NAME", help="Field of .jsonl and .parquet rows that has the text.")
-    ] = "text",
-    sample: Annotated[
-        int, typer.Option("--sample", metavar="N", help="Number of documents that the clusters are fitted to.")
-    ] = 20_000,
-    dimensions: Annotated[
-        int, typer.Option("--dimensions", metavar="N", help="SVD dimensions of the document embeddings.")
-    ] = 100,
+    clusters: Annotated[int, option("--clusters", "K", "Number of domains to form.")],
+    out: Annotated[Path, option("--out", "DIR", "Folder to create for the domains' text.")],
+    field: Annotated[str, option("--field", "NAME", "Field of .jsonl and .parquet rows that has the text.")] = "text",
+    sample: Annotated[int, option("--sample", "N", "Number of documents that the clusters are fitted to.")] = 20_000,
+    dimensions: Annotated[int, option("--dimensions", "N", "SVD dimensions of the document embeddings.")] = 100,
     random_seed: RandomSeed = 0,
 ) -> Document:
     """Cluster text into domains of equal size (c-BTM).
@@ -87,17 +76,10 @@ def forest_list(run: RunFolder) -> Document:
 def forest_add(
     run: RunFolder,
     directory: Annotated[
-        Path,
-        typer.Argument(
-            metavar="DIRECTORY",
-            show_default=False,
-            help="A Hugging Face model directory. The model must use the run's tokenizer.",
-        ),
+        Path, argument("DIRECTORY", "A Hugging Face model directory. The model must use the run's tokenizer.")
     ],
     *,
-    name: Annotated[
-        str | None, typer.Option("--name", metavar="NAME", help="The expert's name.  [default: the directory's]")
-    ] = None,
+    name: Annotated[str | None, option("--name", "NAME", "The expert's name.  [default: the directory's]")] = None,
 ) -> Document:
     """Add a Hugging Face model as an expert.
 
@@ -116,10 +98,7 @@ def forest_add(
 @verb(forest, "remove")
 def forest_remove(
     run: RunFolder,
-    name: Annotated[
-        str,
-        typer.Argument(metavar="NAME", show_default=False, help="The expert.", autocompletion=models_of_run),
-    ],
+    name: Annotated[str, argument("NAME", "The expert.", autocompletion=models_of_run)],
 ) -> Document:
     """Remove an expert with its scores and checkpoints.
 
@@ -148,22 +127,18 @@ app.add_typer(forest, name="forest", cls=Verbs, subcommand_metavar="ACTION ...",
 def branch(
     run: RunFolder,
     *,
-    name: Annotated[
-        str, typer.Option("--name", metavar="NAME", help="Name of the expert, and of the domain that it is trained on.")
-    ],
+    name: Annotated[str, option("--name", "NAME", "Name of the expert, and of the domain that it is trained on.")],
     parents: Annotated[
         str,
-        typer.Option(
+        option(
             "--from",
-            metavar="seed|nearest|posterior|A=0.3,B=0.7",
-            help="Parents: the seed LM, the expert with the lowest loss on the domain's dev text, all experts "
+            "seed|nearest|posterior|A=0.3,B=0.7",
+            "Parents: the seed LM, the expert with the lowest loss on the domain's dev text, all experts "
             "weighted by the posterior of that text, or named models with weights.",
         ),
     ] = "seed",
     text: Annotated[list[Path], several("--text", "FILE...", "Text files of a domain that is new to the run.")],
-    replay: Annotated[
-        float, typer.Option("--replay", metavar="FRACTION", help="Fraction of text from the parents' domains.")
-    ] = 0.0,
+    replay: Annotated[float, option("--replay", "FRACTION", "Fraction of text from the parents' domains.")] = 0.0,
     optimizer: Annotated[
         str,
         one_of(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from btm_scale.cli.options import RandomSeed, RunFolder, device, models_of_run, one_of, opened, several
+from btm_scale.cli.options import RandomSeed, RunFolder, device, models_of_run, one_of, opened, option, several
 from btm_scale.cli.verb import Answer, Json, say, silent, verb
 from btm_scale.errors import UserError
 
@@ -29,12 +29,8 @@ def generate(
     run: RunFolder,
     *,
     prompts: Annotated[list[str], several("--prompt", "TEXT", "Text to continue. May be repeated.")],
-    prompts_file: Annotated[
-        Path | None, typer.Option("--prompts", metavar="FILE", help="File with one prompt per line.")
-    ] = None,
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", metavar="N", help="Generate at most N tokens per prompt.")
-    ] = 128,
+    prompts_file: Annotated[Path | None, option("--prompts", "FILE", "File with one prompt per line.")] = None,
+    max_tokens: Annotated[int, option("--max-tokens", "N", "Generate at most N tokens per prompt.")] = 128,
     stop: Annotated[list[str], several("--stop", "TEXT", "Stop before this text. May be repeated.")],
     models: Annotated[
         list[str],
@@ -81,55 +77,41 @@ def generate(
     ] = "cached",
     domain: Annotated[
         str | None,
-        typer.Option(
+        option(
             "--domain",
-            metavar="NAME",
-            rich_help_panel=_WEIGHTS,
-            help="Domain whose dev text the cached prior is estimated from.  [default: all training domains]",
+            "NAME",
+            "Domain whose dev text the cached prior is estimated from.  [default: all training domains]",
+            section=_WEIGHTS,
         ),
     ] = None,
     route_top_k: Annotated[
         int | None,
-        typer.Option(
+        option(
             "--route-top-k",
-            metavar="K",
-            rich_help_panel=_WEIGHTS,
-            help="With the prior 'routed', use the experts of the K nearest clusters only.",
+            "K",
+            "With the prior 'routed', use the experts of the K nearest clusters only.",
+            section=_WEIGHTS,
         ),
     ] = None,
     temperature: Annotated[
-        float,
-        typer.Option(
-            "--temperature",
-            metavar="T",
-            rich_help_panel=_SAMPLING,
-            help="Temperature of the method 'mixture'; 0 is greedy.",
-        ),
+        float, option("--temperature", "T", "Temperature of the method 'mixture'; 0 is greedy.", section=_SAMPLING)
     ] = 1.0,
     top_k: Annotated[
-        int | None,
-        typer.Option("--top-k", metavar="K", rich_help_panel=_SAMPLING, help="Sample from the K most likely tokens."),
+        int | None, option("--top-k", "K", "Sample from the K most likely tokens.", section=_SAMPLING)
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(
-            "--top-p",
-            metavar="P",
-            rich_help_panel=_SAMPLING,
-            help="Sample from the fewest tokens whose probabilities sum to P.",
-        ),
+        option("--top-p", "P", "Sample from the fewest tokens whose probabilities sum to P.", section=_SAMPLING),
     ] = None,
     random_seed: RandomSeed = 0,
-    batch: Annotated[
-        int, typer.Option("--batch", metavar="N", rich_help_panel=_RESOURCES, help="Prompts per batch.")
-    ] = 32,
+    batch: Annotated[int, option("--batch", "N", "Prompts per batch.", section=_RESOURCES)] = 32,
     max_memory: Annotated[
         str | None,
-        typer.Option(
+        option(
             "--max-memory",
-            metavar="SIZE",
-            rich_help_panel=_RESOURCES,
-            help="Keep at most this many bytes of weights in memory, such as 8GB.  [default: all]",
+            "SIZE",
+            "Keep at most this many bytes of weights in memory, such as 8GB.  [default: all]",
+            section=_RESOURCES,
         ),
     ] = None,
     device: Annotated[str | None, device(_RESOURCES)] = None,

@@ -36,6 +36,21 @@ def one_of(option: str, what: str, names: Iterable[str], help: str, *, section: 
     return typer.Option(option, callback=check, autocompletion=complete, help=help, rich_help_panel=section, **more)
 
 
+def option(name: str, metavar: str, help: str, *, section: str | None = None, **more: Any) -> Any:
+    """Return an option with one value."""
+    return typer.Option(name, metavar=metavar, help=help, rich_help_panel=section, **more)
+
+
+def flag(name: str, help: str, **more: Any) -> Any:
+    """Return an option without a value."""
+    return typer.Option(name, help=help, **more)
+
+
+def argument(metavar: str, help: str, **more: Any) -> Any:
+    """Return an argument, which is known by its place."""
+    return typer.Argument(metavar=metavar, help=help, show_default=False, **more)
+
+
 def several(
     option: str, metavar: str, help: str, *, section: str | None = None, complete: Callable[..., Any] | None = None
 ) -> Any:
@@ -75,14 +90,14 @@ def models_of_run(ctx: typer.Context, incomplete: str) -> list[str]:
     return [name for name in names if name.startswith(incomplete)]
 
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML.", show_default=False)]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.", show_default=False)]
-Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run's folder.  [default: runs/NAME]")]
+ConfigFile = Annotated[Path, argument("CONFIG", "The run's YAML.")]
+RunFolder = Annotated[Path, argument("RUN", "The run's folder.")]
+Out = Annotated[Path | None, option("--out", "DIR", "The run's folder.  [default: runs/NAME]")]
 Settings = Annotated[
     list[str],
     several("--set", "KEY=VALUE", "Change one value of the YAML, such as budget.tokens=1e6. May be repeated."),
 ]
-RandomSeed = Annotated[int, typer.Option("--random-seed", metavar="N", min=0, max=(1 << 32) - 1, help="Random seed.")]
+RandomSeed = Annotated[int, option("--random-seed", "N", "Random seed.", min=0, max=(1 << 32) - 1)]
 Device = Annotated[str | None, device()]
 Launcher = Annotated[str, launcher(LAUNCHERS)]
 

@@ -13,10 +13,12 @@ from btm_scale.cli.options import (
     Out,
     RunFolder,
     Settings,
+    flag,
     is_rank,
     launcher,
     one_of,
     opened,
+    option,
     several,
 )
 from btm_scale.cli.show import show_results
@@ -64,9 +66,7 @@ def run(
     launcher: Launcher = LOCAL,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run", help="Check the config and report what would be done. With slurm, also write the job scripts."
-        ),
+        flag("--dry-run", "Check the config and report what would be done. With slurm, also write the job scripts."),
     ] = False,
     as_json: Json = False,
 ) -> Answer | Document:
@@ -139,8 +139,8 @@ def train(
 def plan(
     config: ConfigFile,
     *,
-    nodes: Annotated[int, typer.Option("--nodes", metavar="N", min=1, help="Nodes of the cluster.")],
-    gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", metavar="N", min=1, help="GPUs of each node.")] = 8,
+    nodes: Annotated[int, option("--nodes", "N", "Nodes of the cluster.", min=1)],
+    gpus_per_node: Annotated[int, option("--gpus-per-node", "N", "GPUs of each node.", min=1)] = 8,
     gpu: Annotated[str, one_of("--gpu", "GPU", GPUS, f"Kind of GPU: {', '.join(GPUS)}.", metavar="GPU")] = "h100",
     out: Out = None,
     settings: Settings,
@@ -170,7 +170,7 @@ def plan(
 def status(
     run: RunFolder,
     *,
-    watch: Annotated[bool, typer.Option("--watch", help="Update the table until no model is being trained.")] = False,
+    watch: Annotated[bool, flag("--watch", "Update the table until no model is being trained.")] = False,
     as_json: Json = False,
 ) -> Answer:
     """Show the training progress of every model of a run."""
