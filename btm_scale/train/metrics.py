@@ -91,8 +91,7 @@ class Metrics:
         if now - self._logged > _LOG_SECONDS or step == self._job.steps:
             self._logged = now
             logger.info(
-                "%s step %d/%d loss %.4f gradient norm %.3f rate %.2e %.0f tokens/s",
-                self._job.model,
+                "step %d/%d loss %.4f gradient norm %.3f rate %.2e %.0f tokens/s",
                 step,
                 self._job.steps,
                 result.loss,
