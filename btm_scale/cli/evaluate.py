@@ -10,7 +10,6 @@ import typer
 
 from btm_scale.cli.options import (
     Device,
-    Launcher,
     RandomSeed,
     RunFolder,
     flag,
@@ -66,7 +65,11 @@ def score(
 
 
 @verb(app, "evaluate", section=_SECTION)
-def evaluate(run: RunFolder, *, launcher: Launcher = LOCAL) -> Answer:
+def evaluate(
+    run: RunFolder,
+    *,
+    launcher: Annotated[str, launcher(LAUNCHERS, "With slurm, srun starts them within this job.")] = LOCAL,
+) -> Answer:
     """Compute every method's perplexity, from the scores.
 
     Averages that are missing are made and scored first.
@@ -102,7 +105,8 @@ def ablate(
         several("--expert", "NAME", "Use only this expert. May be repeated.  [default: all]", complete=models_of_run),
     ],
     domains: Annotated[
-        list[str], several("--domain", "NAME", "Measure on this domain's text. May be repeated.  [default: all]")
+        list[str],
+        several("--domain", "NAME", "Measure on this domain. May be repeated.  [default: all, unless --text is given]"),
     ],
     texts: Annotated[list[Path], several("--text", "FILE", "Measure on this text file. May be repeated.")],
     split: Annotated[
