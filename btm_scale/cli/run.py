@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +30,8 @@ from btm_scale.run.launcher_table import LAUNCHERS, LOCAL
 if TYPE_CHECKING:
     from btm_scale.config.run import RunConfig
     from btm_scale.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
 
 _DEMO_BYTES = 3_000_000  # of text per domain
 
@@ -216,7 +219,7 @@ def _run(config: RunConfig, run_dir: RunDir, launcher: str, as_json: bool) -> An
     from btm_scale.run.pipeline import run_all
 
     run_groups = launcher_named(launcher, config)
-    with live_table(quiet=as_json) as show:
+    with live_table(quiet=as_json or not logger.isEnabledFor(logging.INFO)) as show:
         results = run_all(config, run_dir, on_progress=show, launcher=run_groups)
     write_report(config, run_dir, results)
     document: dict[str, Any] = results.document()
@@ -231,7 +234,7 @@ def _train(config: RunConfig, run_dir: RunDir, models: list[str], launcher: str,
     from btm_scale.report.progress_table import live_table
     from btm_scale.run.launchers import launcher_named, run_training
 
-    with live_table(quiet=as_json) as show:
+    with live_table(quiet=as_json or not logger.isEnabledFor(logging.INFO)) as show:
         run_training(config, run_dir, models, on_progress=show, launcher=launcher_named(launcher, config))
 
 
