@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import tempfile
 import time
@@ -103,13 +104,9 @@ def measure(folder: Path, number: int, options: argparse.Namespace) -> dict[str,
     prepare(config, run)
     clock = Clock(cores)
     begin = time.perf_counter()
-    results = run_all(config, run, on_progress=lambda rows: None, say=print, launcher=clock)
+    results = run_all(config, run, on_progress=lambda rows: None, launcher=clock)
     total = time.perf_counter() - begin
-    merging = sum(
-        json.loads(line)["seconds"]
-        for line in run.log("score").read_text().splitlines()
-        if line.startswith('{"merged"')
-    )
+    merging = sum(float(seconds) for seconds in re.findall(r"merged in ([\d.]+) s", run.log("score").read_text()))
     own = total - clock.seconds + merging
     stage = next((names, seconds) for names, seconds in clock.stages if len(names) == number)
     a_text = sum(_seconds_a_text(run, model) for model in stage[0]) / number

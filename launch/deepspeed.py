@@ -18,6 +18,7 @@ from btm_scale.launch.room import Room, Share
 from btm_scale.launch.shutdown import SUPERVISOR
 from btm_scale.launch.supervise import GroupCommand, Start
 from btm_scale.util.files import make_directory, write_file
+from btm_scale.util.logs import LEVEL
 
 _HOST = re.compile(r"(\S+)\s+slots\s*=\s*(\d+)")
 _SAFE = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
@@ -65,6 +66,7 @@ class HostPool:
         make_directory(hostfile.parent)
         write_file(hostfile, "".join(f"{share.host} slots={self._slots[share.host]}\n" for share in shares))
         ranks = {"OMP_NUM_THREADS": str(self._config.threads), "TOKENIZERS_PARALLELISM": "false"}
+        ranks |= {LEVEL: os.environ[LEVEL]} if LEVEL in os.environ else {}
         ranks |= self._config.environment
         # These reach only what runs on this machine; other hosts may have the GPUs that this one lacks.
         own = ranks | accelerator() | {SUPERVISOR: str(os.getpid())}

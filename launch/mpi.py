@@ -7,6 +7,7 @@ and starts its group's next one. Groups meet again in the file system at most.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -28,8 +29,11 @@ from btm_scale.launch.placement import Work, share_out
 from btm_scale.launch.shutdown import REQUEUE, SUPERVISOR
 from btm_scale.launch.supervise import GroupCommand, OnPoll, Start, failure_text, run_groups_in
 from btm_scale.util.files import make_directory
+from btm_scale.util.logs import set_up_logging
 from btm_scale.util.mpi import without_mpi
 from btm_scale.util.rank_log import forget_failure
+
+logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
 
@@ -220,10 +224,11 @@ def _main(arguments: Sequence[str]) -> None:
     for values in json.loads(Path(path).read_text()):
         values |= {"log": Path(values["log"]), "arguments": tuple(values["arguments"])}
         commands.append(GroupCommand(**values))
+    set_up_logging()
     try:
         run_under_mpi(commands, int(threads))
     except (GroupFailed, LaunchError) as error:
-        print(f"btm-scale: {error}", file=sys.stderr)
+        logger.error("%s", error)
         sys.exit(1)
 
 

@@ -4,6 +4,7 @@ rank ends with the process that supervises it."""
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import select
 import signal
@@ -13,6 +14,8 @@ import time
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
+
+logger = logging.getLogger(__name__)
 
 # The exit code of ranks that were asked to stop and have saved their state: started again, they resume.
 REQUEUE = 85
@@ -118,6 +121,6 @@ def _watch(descriptor: int) -> None:
 
 
 def _end_own_group() -> NoReturn:
-    print("the process that started this group is gone; ending the group", flush=True)
+    logger.error("the process that started this group is gone; ending the group")
     os.killpg(0, signal.SIGKILL)
     raise AssertionError

@@ -6,10 +6,10 @@ What differs between launchers is a `Pool`: where there is room for a group, and
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +22,8 @@ from btm_scale.errors import GroupFailed, LaunchError
 from btm_scale.launch.shutdown import REQUEUE, end_all, let_save
 from btm_scale.util.files import make_directory
 from btm_scale.util.rank_log import forget_failure, note_silent_failure, read_failure, tail
+
+logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.2
 
@@ -101,7 +103,7 @@ def run_groups_in(pool: Pool, commands: Sequence[GroupCommand], on_poll: OnPoll 
             on_poll(dict(states))
             time.sleep(_POLL_SECONDS)
     except SystemExit:
-        print("asked to stop: running groups save their states", file=sys.stderr, flush=True)
+        logger.warning("asked to stop: running groups save their states")
         let_save([process for processes in running.values() for process in processes])
         raise
     finally:

@@ -7,6 +7,7 @@ records have times, so the rank to ask is found whatever started the group.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import sys
@@ -18,7 +19,10 @@ from pathlib import Path
 
 from btm_scale.errors import UserError
 from btm_scale.util.files import make_directory
+from btm_scale.util.logs import set_up_logging
 from btm_scale.util.records import Record
+
+logger = logging.getLogger(__name__)
 
 _LINES = 25
 _TAIL_BYTES = 32_768
@@ -75,12 +79,16 @@ def log_of_rank(log: Path, rank: int) -> Path:
 
 
 @contextlib.contextmanager
-def rank_log(log: Path) -> Iterator[None]:
-    """Send what this rank prints to its own log; if the block fails, leave a record of it before it goes on failing."""
+def rank_log(log: Path, model: str | None = None) -> Iterator[None]:
+    """Send what this rank logs and prints to its own log; if the block fails, leave a record before it raises.
+
+    Messages have the rank and, if given, the model in front.
+    """
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     make_directory(log.parent)
     _note_path(log, rank).unlink(missing_ok=True)
     _print_to(log_of_rank(log, rank))
+    set_up_logging(model)
     try:
         yield
     except Exception as error:
@@ -105,7 +113,7 @@ def _print_to(path: Path) -> None:
     with path.open("ab") as own:
         if os.path.sameopenfile(own.fileno(), 1):
             return  # the launcher has seen to it
-        print(f"this rank prints to {path}", flush=True)
+        logger.info("this rank logs to %s", path)
         sys.stderr.flush()
         os.dup2(own.fileno(), 1)
         os.dup2(own.fileno(), 2)

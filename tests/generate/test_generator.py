@@ -16,7 +16,7 @@ from helpers.tiny_run import btm_scale
 from transformers import AutoModelForCausalLM
 
 from btm_scale.cli.app import main
-from btm_scale.cli.forest import prompts_of
+from btm_scale.cli.generate import prompts_of
 from btm_scale.config.evaluation import Tempering
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import CheckpointError, UserError

@@ -11,6 +11,7 @@ from btm_scale.config.launch import DeepSpeedConfig
 from btm_scale.errors import LaunchError
 from btm_scale.launch.deepspeed import HostPool, read_hostfile
 from btm_scale.launch.supervise import GroupCommand
+from btm_scale.util.logs import LEVEL
 
 
 def written(folder: Path, text: str) -> Path:
@@ -72,7 +73,10 @@ def test_a_group_that_no_hosts_can_ever_hold_is_refused(tmp_path: Path) -> None:
         pool.take(GroupCommand("wide", 6, ("train",), tmp_path / "wide" / "log", colocated=2))
 
 
-def test_by_default_one_launcher_reaches_all_hosts_of_its_group_by_pdsh(tmp_path: Path) -> None:
+def test_by_default_one_launcher_reaches_all_hosts_of_its_group_by_pdsh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(LEVEL, "debug")
     pool = HostPool(DeepSpeedConfig(hostfile=written(tmp_path, "n1 slots=2\nn2 slots=2\n"), environment={"A": "b"}))
     start = pool.take(GroupCommand("math", 4, ("train", "x.yaml"), tmp_path / "math" / "log"))
     assert start is not None
@@ -81,7 +85,7 @@ def test_by_default_one_launcher_reaches_all_hosts_of_its_group_by_pdsh(tmp_path
     assert "--force_multi" in words
     assert words[-3:] == ("btm_scale.cli", "train", "x.yaml")
     exported = Path(start.environment["DS_ENV_FILE"]).read_text().splitlines()
-    assert {"A=b", "OMP_NUM_THREADS=1"} <= set(exported)
+    assert {"A=b", "OMP_NUM_THREADS=1", f"{LEVEL}=debug"} <= set(exported)
 
 
 def test_an_argument_that_a_remote_shell_would_read_is_refused(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def config(tmp_path: Path) -> RunConfig:
 
 
 def submitted(config: RunConfig, folder: Path) -> dict[str, str]:
-    return dict(submit_run(config, RunDir(folder / "run"), dry_run=False, say=lambda text: None)["submitted"])
+    return dict(submit_run(config, RunDir(folder / "run"), dry_run=False)["submitted"])
 
 
 @pytest.mark.parametrize(("name", "value"), [("SQUEUE_STATES", "RUNNING"), ("USER", "another"), ("LOGNAME", "another")])
