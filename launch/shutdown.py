@@ -11,8 +11,9 @@ import subprocess
 import threading
 import time
 from collections.abc import Collection, Iterable, Sequence
-from pathlib import Path
 from typing import NoReturn
+
+import psutil
 
 # The exit code of ranks that were asked to stop and have saved their state: started again, they resume.
 REQUEUE = 85
@@ -44,27 +45,25 @@ def let_save(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 def _ranks_below(launchers: Collection[int]) -> dict[int, int]:
     """The ranks that these launchers have started on this machine, each with its launcher. There may be other launchers
     between, and mpirun's give every rank a session of its own."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            with contextlib.suppress(OSError):
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-    found = {}
-    for pid, parent in parents.items():
-        above = parent
-        while above in parents and above not in launchers:
-            above = parents[above]
-        if above in launchers and _is_rank(pid) and not _is_rank(parent):
-            found[pid] = above
-    return found
+    launcher_of = {pid: pid for pid in launchers}
+    ranks = {}
+    for process in psutil.Process().children(recursive=True):  # a process comes before its children
+        with contextlib.suppress(psutil.Error):
+            parent = process.ppid()
+            launcher = launcher_of.get(parent)
+            if launcher is None:
+                continue
+            launcher_of.setdefault(process.pid, launcher)
+            if _is_rank(process.pid) and not _is_rank(parent):
+                ranks[process.pid] = launcher
+    return ranks
 
 
 def _is_rank(pid: int) -> bool:
     try:
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
+        return "RANK" in psutil.Process(pid).environ()
+    except psutil.Error:
         return False
-    return any(variable.startswith(b"RANK=") for variable in variables)
 
 
 def end_all(processes: Iterable[subprocess.Popen[bytes]]) -> None:

@@ -40,9 +40,9 @@ def say(text: str) -> None:
 def shown(options: argparse.Namespace, answer: Answer) -> Answer:
     """Print an answer as YAML, unless it is printed as JSON later."""
     if not options.json:
-        import yaml
+        from btm_scale.config.yaml import dump_text
 
-        print(yaml.safe_dump(answer, sort_keys=False, allow_unicode=True), end="")
+        print(dump_text(answer), end="")
     return answer
 
 

@@ -9,14 +9,16 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from btm_scale.config.changes import MayChange
-from btm_scale.config.section import Section
+from btm_scale.config.section import Bytes, Section
 
 
 class TokenizerConfig(Section):
     """A tokenizer to train (sentencepiece BPE), or the directory of an existing one."""
 
     vocab_size: int = Field(default=4096, ge=320, description="tokens; bytes and controls take 259 of them")
-    sample_bytes: int = Field(default=16_000_000, gt=0, description="text to train on, shared evenly by the domains")
+    sample_bytes: Bytes = Field(
+        default=16_000_000, description="text to train on, such as 16MB; shared evenly by the domains"
+    )
     path: Path | None = None
 
 

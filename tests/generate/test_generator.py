@@ -285,7 +285,7 @@ def test_one_prompt_is_streamed_as_it_is_written(
         (["--model", "absent"], "not a finished expert"),
         (["--prompt", "word " * 100], "shorten it"),
         (["--prompts", "/absent.txt"], "no prompts can be read"),
-        (["--max-memory", "much"], "no size; write"),
+        (["--max-memory", "much"], "Invalid size 'much'"),
         (["--max-memory", "10KB"], "raise --max-memory"),
         (["--device", "abacus"], "the device 'abacus' cannot be used"),
         (["--top-k", "5"], "temperature 1, no top-k"),

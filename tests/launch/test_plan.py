@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from helpers.launcher import launched
 from helpers.tiny_run import btm_scale
 
 from btm_scale.config.layout import Layout
 from btm_scale.config.run import RunConfig
+from btm_scale.config.yaml import dump_text
 from btm_scale.errors import LaunchError
 from btm_scale.launch.gpus import GPUS
 from btm_scale.launch.memory import rank_memory
@@ -36,7 +36,7 @@ EIGHT_8B = {
 
 def config_of(folder: Path, values: dict[str, Any], experts: int) -> RunConfig:
     domains = {f"d{i}": {"text": f"d{i}.jsonl"} for i in range(experts)}
-    (folder / "run.yaml").write_text(yaml.safe_dump({**values, "domains": domains}, sort_keys=False))
+    (folder / "run.yaml").write_text(dump_text({**values, "domains": domains}))
     return RunConfig.load(folder / "run.yaml")
 
 
