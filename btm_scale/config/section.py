@@ -1,4 +1,4 @@
-"""Section: what every part of the YAML is built on."""
+"""Section: the base class of each part of the YAML; error messages, and sizes in bytes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from btm_scale.errors import UserError
 
 
 class Section(BaseModel):
-    """A part of the YAML: strict, and never changed once it is made."""
+    """A part of the YAML: strict and frozen."""
 
-    # No setting of a run has infinity or "not a number" for a value; YAML can write both.
+    # YAML can write infinity and NaN; no setting may have them.
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """Every problem of a ValidationError, one a line, each with its path in the YAML."""
+    """Return the problems of a ValidationError, one per line, each with its path in the YAML."""
     lines = []
     problems = error.errors(include_url=False)
     for problem in problems[:_MAX_PROBLEMS]:
@@ -53,10 +53,10 @@ def _sentence(problem: Any, model: type[BaseModel]) -> Iterator[str]:
         *parents, key = problem["loc"]
         known = sorted(_fields_at(model, parents))
         near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-        remedy = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
-        yield f"no such key; {remedy}"
+        remedy = f"did you mean '{near[0]}'?" if near else f"the keys here are {', '.join(known)}"
+        yield f"unknown key; {remedy}"
     elif problem["type"] == "missing":
-        yield "must be given"
+        yield "missing; this key is required"
     elif problem["type"] == "value_error":
         yield from str(problem["ctx"]["error"]).split("\n")
     else:
@@ -65,7 +65,7 @@ def _sentence(problem: Any, model: type[BaseModel]) -> Iterator[str]:
 
 
 def _fields_at(model: type[BaseModel], location: list[str | int]) -> set[str]:
-    """The keys that the model allows at a location."""
+    """Return the keys that the model has at a location."""
     for part in location:
         field = model.model_fields.get(str(part))
         if field is None:
@@ -80,7 +80,7 @@ def _fields_at(model: type[BaseModel], location: list[str | int]) -> set[str]:
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [found for argument in get_args(annotation) for found in _models_in(argument)]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]
 
 
 _SIZE = re.compile(r"[0-9]*\.?[0-9]+\s*[a-zA-Z]+")  # ByteSize ignores what follows a size

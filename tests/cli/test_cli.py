@@ -23,7 +23,7 @@ def test_help_imports_no_torch() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "absent.yaml"], "no config at absent.yaml"),
+        (["run", "absent.yaml"], "No config at absent.yaml"),
         (["status", "."], "is not a run folder: it has no run.yaml"),
         (["train", "CONFIG", "--model", "physics"], "no model is called 'physics'"),
         (["run", "CONFIG", "--set", "budget.batch_tokens=1000"], "use 1024"),

@@ -28,7 +28,7 @@ def written_by_0_1_0(path: Path, **changes: Any) -> Path:
     return path / "run.yaml"
 
 
-def test_a_yaml_with_keys_of_an_earlier_version_is_refused_with_their_new_names_beside_every_other_problem(
+def test_old_keys_in_a_yaml_are_reported_with_their_new_names_beside_all_other_problems(
     tmp_path: Path,
 ) -> None:
     values = {
@@ -53,13 +53,13 @@ def test_a_yaml_with_keys_of_an_earlier_version_is_refused_with_their_new_names_
         assert f"\n  {line}" in str(raised.value)
 
 
-def test_an_old_key_alone_is_refused_too(tmp_path: Path) -> None:
+def test_a_yaml_with_nothing_wrong_but_an_old_key_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(dump_text({"domains": DOMAINS, "group": {"data": 2}}))
     with pytest.raises(ConfigError, match=r"run\.yaml:\n  group: this key has been renamed; use layout$"):
         RunConfig.load(tmp_path / "run.yaml")
 
 
-def test_a_run_folders_config_of_an_earlier_version_is_upgraded_when_it_is_read(tmp_path: Path) -> None:
+def test_the_config_of_an_earlier_run_folder_is_upgraded_when_it_is_read(tmp_path: Path) -> None:
     path = written_by_0_1_0(tmp_path, seed_group={"data": 4}, group={"micro_batch": 2, "precision": "fp32"})
     config = RunConfig.load(path)
     assert (config.model.kv_heads, config.layout.micro_batch, config.layout.precision) == (1, 2, "fp32")
@@ -72,7 +72,7 @@ def test_a_run_folders_config_of_an_earlier_version_is_upgraded_when_it_is_read(
     assert RunConfig.load(tmp_path / "saved" / "run.yaml") == config
 
 
-def test_a_damaged_config_of_an_earlier_version_is_explained_as_any_other(tmp_path: Path) -> None:
+def test_problems_in_an_earlier_config_are_reported_as_in_any_other(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"budget\.batch_tokens: 'many': must be a valid integer"):
         RunConfig.load(written_by_0_1_0(tmp_path, budget=BUDGET | {"batch_tokens": "many"}))
 

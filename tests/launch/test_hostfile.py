@@ -103,7 +103,7 @@ def test_a_value_that_a_remote_shell_would_read_is_refused(value: str, refused: 
 
 
 @pytest.mark.parametrize("ports", [(30_499, 29_500), (0, 10), (65_000, 66_000)])
-def test_what_is_no_range_of_ports_is_refused(ports: tuple[int, int]) -> None:
+def test_an_invalid_range_of_ports_is_refused(ports: tuple[int, int]) -> None:
     """Without a port, no group would ever start."""
-    with pytest.raises(ValidationError, match="is no range of ports"):
+    with pytest.raises(ValidationError, match="is not a range of ports"):
         DeepSpeedConfig(ports=ports)

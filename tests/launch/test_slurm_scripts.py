@@ -110,11 +110,11 @@ def test_no_name_reaches_the_shell_as_anything_but_a_word(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("slurm", "message"),
     [
-        ({"partition": "gpu\n#SBATCH --uid=0"}, "cannot stand in a SLURM option"),
-        ({"account": "a b"}, "cannot stand in a SLURM option"),
-        ({"time": "soon"}, "is no SLURM time"),
-        ({"setup": ["module load\nrm -rf ~"]}, "is not one plain line"),
-        ({"options": ["#SBATCH --mem=0"]}, "is not one plain line"),
+        ({"partition": "gpu\n#SBATCH --uid=0"}, "is not valid in a SLURM option"),
+        ({"account": "a b"}, "is not valid in a SLURM option"),
+        ({"time": "soon"}, "is not a SLURM time"),
+        ({"setup": ["module load\nrm -rf ~"]}, "is not a single line"),
+        ({"options": ["#SBATCH --mem=0"]}, "is not a single line"),
     ],
 )
 def test_what_would_end_its_line_is_refused(slurm: dict[str, Any], message: str, tmp_path: Path) -> None:

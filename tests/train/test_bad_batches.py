@@ -93,9 +93,9 @@ SHAPE = ModelShape(layers=2, hidden=48, heads=6, kv_heads=2, ffn=96, positions=6
 def test_a_layout_says_what_would_fit() -> None:
     assert Layout(tensor=2, sequence_parallel=True).problems(SHAPE, 64) == []
     (told,) = Layout(tensor=3).problems(SHAPE, 64)
-    assert told == "tensor 3 does not divide kv_heads 2; tensor may be 1 or 2"
+    assert told == "Cannot shard kv_heads 2 over tensor=3. tensor must divide heads, kv_heads and ffn: use 1 or 2."
     (told,) = Layout(tensor=2, sequence_parallel=True).problems(SHAPE, 63)
-    assert "a sequence_length of 64 fits" in told
+    assert "tensor must divide sequence_length: use 64." in told
 
 
 @pytest.mark.parametrize(
