@@ -1,5 +1,4 @@
-"""Ending groups: the ranks that launchers have started here are asked to save, or ended with their launchers, and every
-rank ends with the process that supervises it."""
+"""Stopping groups: ranks are asked to save, or are killed with their launchers, and a rank ends with its supervisor."""
 
 from __future__ import annotations
 
@@ -15,21 +14,21 @@ from typing import NoReturn
 
 import psutil
 
-# The exit code of ranks that were asked to stop and have saved their state: started again, they resume.
+# The exit code of ranks that were asked to stop and saved a checkpoint; a restart resumes them.
 REQUEUE = 85
 
-# The environment variable that names the supervisor's process to every rank of a local group.
+# The environment variable with the process id of the supervisor, for the ranks of a local group.
 SUPERVISOR = "BTM_SCALE_SUPERVISOR"
 
 _POLL_SECONDS = 0.05
 _TERM_SECONDS = 10.0
-_SAVE_SECONDS = 300.0  # for groups that are asked to stop: each ends its step and saves its state
+_SAVE_SECONDS = 300.0  # for a group to finish its step and save a checkpoint
 
 
 def let_save(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ask every rank here to save its state and leave, and wait for that. A launcher that hears it would not wait.
+    """Send SIGTERM to the ranks on this machine, so that they save and exit, and wait for their launchers.
 
-    A group with all its ranks on other hosts cannot be asked.
+    The launchers get no signal, since they would not wait for their ranks. Groups on other hosts cannot be asked.
     """
     ranks = _ranks_below({process.pid for process in processes})
     for pid in ranks:
@@ -43,11 +42,11 @@ def let_save(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def _ranks_below(launchers: Collection[int]) -> dict[int, int]:
-    """The ranks that these launchers have started on this machine, each with its launcher. There may be other launchers
-    between, and mpirun's give every rank a session of its own."""
+    """Return the ranks that these launchers started on this machine, each with its launcher. Other launchers may be in
+    between, and mpirun gives each rank its own session."""
     launcher_of = {pid: pid for pid in launchers}
     ranks = {}
-    for process in psutil.Process().children(recursive=True):  # a process comes before its children
+    for process in psutil.Process().children(recursive=True):  # a parent comes before its children
         with contextlib.suppress(psutil.Error):
             parent = process.ppid()
             launcher = launcher_of.get(parent)
@@ -67,8 +66,8 @@ def _is_rank(pid: int) -> bool:
 
 
 def end_all(processes: Iterable[subprocess.Popen[bytes]]) -> None:
-    """End launchers with all that they have started in their sessions: by SIGTERM, and what is left then by SIGKILL."""
-    # A launcher that was killed has left its ranks behind, in its session.
+    """End launchers and all processes in their sessions: by SIGTERM, and after a timeout by SIGKILL."""
+    # The ranks of a launcher that was killed are still in its session.
     remaining = [process for process in processes if process.poll() != 0]
     for process in remaining:
         _signal_session(process, signal.SIGTERM)
@@ -97,9 +96,9 @@ def _signal_session(process: subprocess.Popen[bytes], number: signal.Signals) ->
 
 
 def end_with_supervisor() -> None:
-    """Watch the supervisor, if there is one, and kill this process's whole group when it is gone.
+    """Watch the supervisor, if there is one, and kill the process group when it ends.
 
-    A run that was killed leaves no rank behind that would write beside those of the next one.
+    Ranks of a killed run must not write beside those of the next one.
     """
     pid = os.environ.get(SUPERVISOR)
     if pid is None:
