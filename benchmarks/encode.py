@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import sentencepiece
 from environment import describe
 
@@ -129,11 +130,10 @@ def process_ids() -> list[int]:
 
 def timed(work: Callable[[], Any]) -> dict[str, float]:
     """Wall-clock seconds, and CPU seconds of all processes, which depend little on other load."""
-    processes = process_ids()
+    processes = [psutil.Process(pid) for pid in process_ids()]
 
     def processor_seconds() -> float:
-        stat = [Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2] for process in processes]
-        return sum(int(ticks) for line in stat for ticks in line.split()[11:13]) / os.sysconf("SC_CLK_TCK")
+        return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
 
     start, before = time.perf_counter(), processor_seconds()
     work()

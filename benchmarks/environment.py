@@ -9,6 +9,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 PACKAGES = (
     "btm-scale",
     "torch",
@@ -33,7 +35,7 @@ def describe() -> dict[str, Any]:
         "hardware": {
             "cpu": _cpu_name(),
             "cores": len(os.sched_getaffinity(0)),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "memory_bytes": psutil.virtual_memory().total,
             "accelerators": _accelerators(),
             "load_average": [round(load, 2) for load in os.getloadavg()],
         },

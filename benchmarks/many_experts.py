@@ -23,10 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from environment import describe
 
 from btm_scale.config.run import RunConfig
+from btm_scale.config.yaml import dump_text
 from btm_scale.data.demo_text import write_installed_text
 from btm_scale.data.prepare import prepare
 from btm_scale.forest.scores import all_texts
@@ -97,7 +97,7 @@ def measure(folder: Path, number: int, options: argparse.Namespace) -> dict[str,
     folder.mkdir()
     text = folder / f"text-{number}"
     path = folder / f"{number}.yaml"
-    path.write_text(yaml.safe_dump(_values(write_domains(text, number), text, number, options)))
+    path.write_text(dump_text(_values(write_domains(text, number), text, number, options)))
     config = RunConfig.load(path)
     run = RunDir(folder / f"run-{number}")
     open_run(config, run)

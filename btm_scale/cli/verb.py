@@ -78,9 +78,9 @@ class Call:
         elif answer.show is not None:
             answer.show()
         else:
-            import yaml
+            from btm_scale.config.yaml import dump_text
 
-            say(yaml.safe_dump(dict(answer.document), sort_keys=False, allow_unicode=True), end="")
+            say(dump_text(dict(answer.document)), end="")
 
 
 def verb(

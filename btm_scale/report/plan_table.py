@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from btm_scale.config.yaml import dump_text
 from btm_scale.report.progress_table import duration
 
 _KINDS = ("weights", "gradients", "optimizer", "activations", "buffers")
@@ -37,7 +37,7 @@ def print_plan(plan: Mapping[str, Any], console: Console) -> None:
     )
     if plan["proposed"]:
         say("proposed, because the YAML gives no layout:")
-        say(Text(yaml.safe_dump(plan["proposed"], sort_keys=False, default_flow_style=None).rstrip()))
+        say(Text(dump_text(plan["proposed"], flow=None).rstrip()))
     for number, stage in enumerate(plan["stages"], start=1):
         over = max(0.0, stage["seconds"] / stage["lower_bound_seconds"] - 1)
         say(

@@ -21,7 +21,7 @@ from btm_scale.run_dir import RunDir
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "absent.yaml"], "no config at absent.yaml"),
+        (["run", "absent.yaml"], "No config at absent.yaml"),
         (["status", "."], "is not a run folder: it has no run.yaml"),
         (["train", "CONFIG", "--model", "physics"], "'physics' is not a model of this run"),
         (["run", "CONFIG", "--set", "budget.batch_tokens=1000"], "use 1024"),

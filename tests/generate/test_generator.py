@@ -283,7 +283,7 @@ def test_the_text_of_a_single_prompt_is_streamed(
         (["--model", "absent"], "not a finished expert"),
         (["--prompt", "word " * 100], "shorten it"),
         (["--prompts", "/absent.txt"], "no prompts can be read"),
-        (["--max-memory", "much"], "no size; write"),
+        (["--max-memory", "much"], "Invalid size 'much'"),
         (["--max-memory", "10KB"], "Increase --max-memory"),
         (["--device", "abacus"], "Cannot use device 'abacus'"),
         (["--top-k", "5"], "temperature 1, without top-k"),
