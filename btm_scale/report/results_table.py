@@ -11,7 +11,6 @@ from rich.text import Text
 
 from btm_scale.evaluate.results import Results
 from btm_scale.forest.methods import EXPERT, kind, label
-from btm_scale.report.charts import shorten
 from btm_scale.report.summary import (
     NOTHING,
     Mean,
@@ -25,6 +24,7 @@ from btm_scale.report.summary import (
     ratio,
     reference,
     share_text,
+    shorten,
     training_domains,
     value,
 )
