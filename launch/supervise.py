@@ -68,10 +68,10 @@ class Pool(Protocol):
 def run_groups_in(pool: Pool, commands: Sequence[GroupCommand], on_poll: OnPoll = lambda states: None) -> None:
     """Run every group as soon as the pool has room for it, in the order given.
 
-    `on_poll` is told each group's state: waiting, running, done or failed. A group's failure stops no other; when all
-    have ended, GroupFailed tells which failed, with the last lines of the log of the rank that failed first. Whatever
-    ends this call ends its groups too. SIGTERM and SIGUSR1 are passed on: the groups save their states, and SystemExit
-    has the code that asks for this process to be started again.
+    `on_poll` is told each group's state: waiting, running, done, stopped or failed. A group's failure stops no other;
+    when all have ended, GroupFailed tells which failed, with the last lines of the log of the rank that failed first.
+    Whatever ends this call ends its groups too. SIGTERM and SIGUSR1 are passed on: the groups save their states, and
+    SystemExit has the code that asks for this process to be started again.
     """
     states = {command.name: "waiting" for command in commands}
     waiting = list(commands)
@@ -93,7 +93,7 @@ def run_groups_in(pool: Pool, commands: Sequence[GroupCommand], on_poll: OnPoll 
                     continue
                 del running[name]
                 pool.give_back(name)
-                states[name] = "failed" if any(codes) else "done"
+                states[name] = "stopped" if REQUEUE in codes else "failed" if any(codes) else "done"
                 command = next(command for command in commands if command.name == name)
                 # What takes no arguments is no group, but mpirun.
                 if any(codes) and REQUEUE not in codes and command.arguments:
@@ -106,11 +106,17 @@ def run_groups_in(pool: Pool, commands: Sequence[GroupCommand], on_poll: OnPoll 
         raise
     finally:
         end_all(process for processes in running.values() for process in processes)
+        for command in commands:
+            if command.name in running:  # interrupted: what its ranks reported while they were ended is not a failure
+                forget_failure(command.log)
         for number, handler in before.items():
             signal.signal(number, handler)
-    failed = [command for command in commands if states[command.name] == "failed"]
-    if failed:
-        raise GroupFailed("\n".join(failure_text(command) for command in failed))
+    stopped = [
+        f"group '{name}' was stopped; the same command resumes it" for name in states if states[name] == "stopped"
+    ]
+    failed = [failure_text(command) for command in commands if states[command.name] == "failed"]
+    if failed or stopped:
+        raise GroupFailed("\n".join([*failed, *stopped]))
 
 
 def groups_in(pool: Pool) -> RunGroups:

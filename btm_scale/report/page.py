@@ -108,7 +108,7 @@ def _text(name: str) -> str:
 
 def facts(config: RunConfig, results: Results) -> dict[str, str]:
     """What was run, in words."""
-    budget = config.budget
+    budget, names = config.budget, experts(results)
     training, novel = training_domains(results), novel_domains(results)
     sizes = {domain.tokens for domain in results.domains.values()}
     each = f"{min(sizes):,}" if len(sizes) == 1 else f"{min(sizes, default=0):,} to {max(sizes, default=0):,}"
@@ -117,7 +117,7 @@ def facts(config: RunConfig, results: Results) -> dict[str, str]:
         "Training budget": f"{budget.tokens:,} tokens in all, read in sequences of {budget.sequence_length:,}. "
         f"The seed LM took {tokens_text(budget.seed_steps * budget.batch_tokens)} of these tokens "
         f"in {count(budget.seed_steps, 'step')}.",
-        "Forest": f"{count(len(experts(results)), 'expert')} branched from the seed LM and trained without communication.",
+        "Forest": f"{count(len(names), 'expert')} branched from the seed LM and trained without communication.",
         "Domains": f"{_listed(training) or 'none'}."
         + (f" Novel, never trained on: {_listed(novel)}." if novel else ""),
         "Evaluation": f"{each} tokens of {config.evaluate.split} text per domain, the same for every method; "

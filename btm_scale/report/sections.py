@@ -161,7 +161,7 @@ def _training(config: RunConfig, results: Results, curves: Curves) -> Section:
         smooth = curve.smooth
         ends[name] = float(smooth[-1])
         rows.append((name, [f"{curve.step[-1]:,}", f"{smooth[0]:.3f}", f"{smooth[-1]:.3f}"]))
-    said = [f"the seed LM at {ends[SEED]:.2f}"] * (SEED in ends) + [f"dense at {ends[DENSE]:.2f}"] * (DENSE in ends)
+    said = [f"{said} at {ends[name]:.2f}" for name, said in ((SEED, "the seed LM"), (DENSE, "dense")) if name in ends]
     own = [ends[name] for name in experts(results) if name in ends]
     if own:
         said.append(f"the experts between {min(own):.2f} and {max(own):.2f}")
