@@ -48,19 +48,27 @@
       const source = box.querySelector("script");
       box.figure = JSON.parse(source.textContent);
       source.remove();
-      draw(box);
+      try {
+        draw(box);
+      } catch (error) { // its table has the numbers
+        console.error(box.dataset.name, error);
+        box.hidden = true;
+        for (const details of box.closest("figure").querySelectorAll("details")) details.open = true;
+        continue;
+      }
       // The curve under the pointer is clear of the others.
       const marked = (event) => box.querySelector(`.trace${event.points[0].fullData.uid}`);
       box.on("plotly_hover", (event) => { box.classList.add("hovered"); marked(event)?.classList.add("hovered"); });
       box.on("plotly_unhover", (event) => { box.classList.remove("hovered"); marked(event)?.classList.remove("hovered"); });
     }
-    const again = (how) => boxes.forEach((box) => draw(box, how));
-    const forPrint = () => boxes.forEach((box) => draw(box, { theme: LIGHT, width: PRINTED }));
+    const drawn = boxes.filter((box) => !box.hidden);
+    const again = (how) => drawn.forEach((box) => draw(box, how));
+    const forPrint = () => drawn.forEach((box) => draw(box, { theme: LIGHT, width: PRINTED }));
     dark.addEventListener("change", () => again());
     addEventListener("beforeprint", forPrint);
     addEventListener("afterprint", () => again());
     print.addEventListener("change", () => (print.matches ? forPrint() : again()));
     addEventListener("resize", () =>
-      boxes.forEach((box) => !print.matches && box.narrow !== box.clientWidth < 600 && draw(box)));
+      drawn.forEach((box) => !print.matches && box.narrow !== box.clientWidth < 600 && draw(box)));
   });
 })();

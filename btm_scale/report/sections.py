@@ -14,13 +14,12 @@ from btm_scale.forest.methods import ENSEMBLE, general_label, label, meaning
 from btm_scale.report import figures
 from btm_scale.report.equivalence import equivalence_sentence
 from btm_scale.report.figures.compute import compute_bars
-from btm_scale.report.figures.curves import Curves, schedule_curves
+from btm_scale.report.figures.curves import MOST_BESIDE, Curves, schedule_curves
 from btm_scale.report.figures.matrices import perplexity_matrix, smallest_width, weight_matrix
 from btm_scale.report.figures.ratios import ratio_rows
 from btm_scale.report.figures.style import NARROW, WIDE
 from btm_scale.report.figures.trees import is_worth_drawing
 from btm_scale.report.summary import (
-    NOTHING,
     count,
     experts,
     flops_text,
@@ -31,7 +30,6 @@ from btm_scale.report.summary import (
     reference,
     tokens_text,
     training_domains,
-    weight_text,
 )
 from btm_scale.report.tables import Table, method_table, plain_table
 from btm_scale.run_dir import DENSE, SEED
@@ -142,7 +140,7 @@ def _ratios(results: Results) -> Chart | None:
 def _experts(results: Results) -> Section:
     matrix = perplexity_matrix(results)
     words = (
-        f"In {matrix.own_that_are_best} of {count(len(matrix.own), 'domain')} the domain's own expert is the best "
+        f"In {len(matrix.own & matrix.best)} of {count(len(matrix.own), 'domain')} the domain's own expert is the best "
         "single model. Read down a column: perplexities of different domains don't compare, so the colour says "
         "how near a model comes to the best of its column. "
         "Outlined is each expert on the domain it was trained on; the best of a column is bold. "
@@ -172,7 +170,7 @@ def _training(config: RunConfig, results: Results, curves: Curves) -> Section:
         "be easier or harder than the mix. "
         "Lines are moving means over 6% of the steps"
     )
-    words += ", with the raw losses behind." if len(placed) <= 16 else "."
+    words += ", with the raw losses behind." if len(placed) <= MOST_BESIDE else "."
     dropped = sum(len(curves[name]) - len(curve.loss) for name, curve in placed.items())
     words += f" {count(dropped, 'step')} with a loss that is not a number could not be drawn." if dropped else ""
     title = "Training loss over the schedule"
@@ -191,11 +189,7 @@ def _priors(config: RunConfig, results: Results) -> Section:
         "parameters by it too. Each column sums to 1; a dot is less than 0.005."
     )
     title = "Prior weight of every expert, by domain"
-    rows = [
-        (name, [NOTHING if weight is None else weight_text(weight) for weight in weights])
-        for name, weights in zip(matrix.rows, matrix.values, strict=True)
-    ]
-    table = plain_table(title, ["Expert", *matrix.columns], rows)
+    table = plain_table(title, ["Expert", *matrix.columns], list(zip(matrix.rows, matrix.texts(), strict=True)))
     draw = partial(figures.prior_matrix, results)
     return Section("Who speaks for a domain", Chart("priors", title, draw, words, table, smallest_width(matrix)))
 

@@ -100,6 +100,23 @@ def test_every_figure_is_drawn_without_errors_requests_or_overflow(browser, page
     assert browser.errors() == []
 
 
+@pytest.mark.parametrize("width", [1400, 400])
+def test_figures_of_64_experts_are_drawn_without_errors_or_overflow(browser, config, make_results, tmp_path, width):
+    names = [f"a-domain-with-a-long-name-{i}" for i in range(64)]
+    curves = {m: [{"step": i, "loss": 4 - i / 60} for i in range(1, 61)] for m in ("seed", "dense", *names)}
+    results = make_results(training=names)
+    results.lineage.update({name: {names[0]: 1.0} for name in names[1:]})
+    write_page(config, results, curves, tmp_path / "report.html")
+    browser.open(tmp_path / "report.html", width)
+    sizes = """
+        const sizes = [...document.querySelectorAll(".chart")].map((box) => [box.dataset.name, box._fullLayout._size]);
+        return sizes.map(([name, size]) => [name, size.w > 100 && size.h > 70]);
+    """
+    assert browser.execute_script(sizes) == [[name, True] for name in FIGURES]
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    assert browser.errors() == []
+
+
 def test_figures_follow_a_change_of_the_theme_and_of_the_width(browser, page):
     browser.open(page, 1400, prefers_color_scheme="light")
     colours, sizes = [], []

@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
 from btm_scale.config.run import RunConfig
 from btm_scale.evaluate.results import Results
-from btm_scale.report.figures.style import INK, SOFT, WIDE, expert_lines, figure, is_narrow, literal
+from btm_scale.report.figures.style import BELOW, INK, SOFT, WIDE, expert_lines, figure, is_narrow, literal, rule
 from btm_scale.report.summary import experts
 from btm_scale.run_dir import DENSE, SEED
 
 Curves = Mapping[str, Sequence[Mapping[str, float]]]
-_MOST_POINTS = 240  # of a curve; half as many where there are many curves
-_MOST_BESIDE = 16  # curves whose names fit beside the plot, and whose raw losses do not hide each other
+MOST_BESIDE = 16  # curves whose names fit beside the plot, and whose raw losses do not hide each other
 
 
 @dataclass(frozen=True)
@@ -72,54 +72,36 @@ def training_loss(config: RunConfig, results: Results, curves: Curves, *, width:
     placed = sorted(schedule_curves(config, curves), key=lambda curve: -curve.smooth[-1])
     lines = expert_lines(experts(results))
     lines |= {SEED: {"color": SOFT, "width": 2.4}, DENSE: {"color": INK, "width": 2.4}}
-    few = len(placed) <= _MOST_BESIDE
+    few, end = len(placed) <= MOST_BESIDE, seed_end(config)
     beside = few and not is_narrow(width)
-    most = _MOST_POINTS if few else _MOST_POINTS // 2
     smooth, raw = [], []
     for rank, curve in enumerate(placed):
-        kept = np.unique(np.linspace(0, len(curve.share) - 1, most).astype(int))
+        kept = np.unique(np.linspace(0, len(curve.share) - 1, 240 if few else 120).astype(int))
         line = {"width": 1.9 if few else 1.3} | lines.get(curve.name, {"color": SOFT, "dash": "dot"})
-        points = {"x": curve.share[kept].astype(np.float32), "name": literal(curve.name, 24 if few else 16)}
-        points |= {"legendgroup": f"{rank}", "mode": "lines", "text": literal(curve.name)}
+        common = {"x": curve.share[kept].astype(np.float32), "mode": "lines", "legendgroup": f"{rank}"}
+        common |= {"name": literal(curve.name, 24 if few else 16), "text": literal(curve.name)}
         hover = "<b>%{text}</b><br>loss %{y:.3f}, step %{customdata:,}<extra></extra>"
-        y = curve.smooth[kept].astype(np.float32)
-        smooth.append(
-            go.Scatter(points, y=y, customdata=curve.step[kept], line=line, hovertemplate=hover, legendrank=1000 + rank)
-        )
+        y, y_raw = (values[kept].astype(np.float32) for values in (curve.smooth, curve.loss))
+        smooth.append(go.Scatter(common, y=y, customdata=curve.step[kept], line=line, hovertemplate=hover))
         thin = line | {"width": 1, "dash": "solid"}
-        y = curve.loss[kept].astype(np.float32)
-        raw.append(go.Scatter(points, y=y, line=thin, opacity=0.16, hoverinfo="skip", showlegend=False))
-    end = seed_end(config)
+        raw.append(go.Scatter(common, y=y_raw, line=thin, opacity=0.16, hoverinfo="skip", showlegend=False))
     above = {"y": 1, "yref": "paper", "yanchor": "bottom", "font": {"color": SOFT}}
-    names = [
-        above | {"x": 0, "xref": "paper", "xanchor": "left", "text": "loss (nats per token)"},
-        above | {"x": end, "xanchor": "left", "xshift": 6, "text": "branch"},
-        above | {"x": end, "xanchor": "right", "xshift": -6, "text": "seed"},
-    ]
+    notes = [above | {"x": 0, "xref": "paper", "xanchor": "left", "text": "loss (nats per token)"}]
+    notes.append(above | {"x": end, "xanchor": "left", "xshift": 6, "text": "branch"})
+    notes.append(above | {"x": end, "xanchor": "right", "xshift": -6, "text": "seed"})
+    size = 11 if is_narrow(width) else 12
+    entry = 0.61 * size * max((len(trace.name) for trace in smooth), default=0)
+    below = 0 if beside else 20 * math.ceil(len(placed) / max(1, (width - 50) // (entry + 45))) + 24
     title = {"text": "share of the schedule", "font": {"color": SOFT, "size": 12}, "standoff": 8}
-    boundary = {"type": "line", "x0": end, "x1": end, "yref": "paper", "y0": 0, "y1": 1}
-    entry = 7.5 * max((len(trace.name) for trace in smooth), default=0)
-    height = 20 * math.ceil(len(placed) / max(1, width // (entry + 42)))
-    below = {
-        "orientation": "h",
-        "y": 0,
-        "yref": "container",
-        "yanchor": "bottom",
-        "entrywidth": entry,
-        "maxheight": 2000,
-    }
-    return figure(
-        [*(raw if few else ()), *smooth],
-        width,
-        (300 if is_narrow(width) else 400) + (0 if beside else height + 24),
-        xaxis={"range": [0, 1], "tickformat": ".0%", "title": title, "showgrid": False},
-        yaxis={"range": _range(placed), "nticks": 8},
-        shapes=[boundary | {"line": {"color": SOFT, "width": 1, "dash": "3px,3px"}}],
-        annotations=names[: 2 if is_narrow(width) else 3],
-        legend={"tracegroupgap": 4 if beside else 0} | ({} if beside else below),
-        margin={"t": 26, "r": 18, "b": 8 if beside else height + 70},
-        showlegend=True,
-    )
+    layout: dict[str, Any] = {"annotations": notes[: 2 if is_narrow(width) else 3], "showlegend": True}
+    layout["xaxis"] = {"range": [0, 1], "tickformat": ".0%", "title": title, "showgrid": False}
+    layout["yaxis"] = {"range": _range(placed), "nticks": 8}
+    layout["shapes"] = [rule(x=end, line={"color": SOFT, "width": 1, "dash": "3px,3px"})]
+    # Where the legend needs more rows than planned, it scrolls.
+    rows = BELOW | {"entrywidth": entry, "maxheight": max(below, 1), "tracegroupgap": 0, "font": {"size": size}}
+    layout["legend"] = {"tracegroupgap": 4} if beside else rows
+    layout["margin"] = {"t": 26, "r": 18, "b": 8 if beside else below + 46}
+    return figure([*(raw if few else ()), *smooth], width, (300 if is_narrow(width) else 400) + below, **layout)
 
 
 def _range(curves: Sequence[Curve]) -> list[float]:

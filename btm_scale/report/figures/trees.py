@@ -10,18 +10,7 @@ import plotly.graph_objects as go
 
 from btm_scale.evaluate.results import Results
 from btm_scale.forest.methods import ENSEMBLE, EXPERT
-from btm_scale.report.figures.style import (
-    ACCENT,
-    INK,
-    PAPER,
-    SOFT,
-    WIDE,
-    bare_axis,
-    expert_lines,
-    figure,
-    is_narrow,
-    literal,
-)
+from btm_scale.report.figures.style import ACCENT, INK, PAPER, SOFT, WIDE, expert_lines, figure, is_narrow, literal
 from btm_scale.report.summary import experts, mean, perplexity, training_domains, value
 from btm_scale.run_dir import DENSE, SEED
 
@@ -135,13 +124,6 @@ def _name(x: float, y: float, text: str, side: str, colour: str = INK, size: flo
 
 
 def _drawing(traces: list[go.Scatter], labels: list[dict[str, Any]], width: int, height: float) -> go.Figure:
-    return figure(
-        traces,
-        width,
-        height + 8,
-        xaxis=bare_axis(0, 1),
-        yaxis=bare_axis(height, 0),
-        annotations=[label for label in labels if label["text"]],
-        margin={"l": 0, "r": 0, "t": 4, "b": 4, "pad": 0},
-        dragmode=False,
-    )
+    across, down = ({"range": ends, "visible": False, "fixedrange": True} for ends in ([0, 1], [height, 0]))
+    layout = {"xaxis": across, "yaxis": down, "dragmode": False, "margin": {"l": 0, "r": 0, "t": 4, "b": 4, "pad": 0}}
+    return figure(traces, width, height + 8, annotations=[label for label in labels if label["text"]], **layout)
