@@ -22,7 +22,8 @@
     const title = { text: box.getAttribute("aria-label"), x: 0.01, y: 1, yref: "container", yanchor: "top", pad: { t: 10 } };
     const margin = { ...layout.margin, t: (layout.margin?.t ?? 8) + 36, l: 16, r: (layout.margin?.r ?? 0) + 16, b: (layout.margin?.b ?? 8) + 8 };
     const [width, height] = [box.clientWidth + 32, box.clientHeight + 44];
-    const whole = { ...layout, title, margin, width, height, paper_bgcolor: "#ffffff" };
+    const legend = layout.legend?.y === 1 ? { ...layout.legend, y: 1 - 36 / height } : layout.legend; // below the title
+    const whole = { ...layout, title, margin, legend, width, height, paper_bgcolor: "#ffffff" };
     Plotly.downloadImage({ data: painted(box.data, LIGHT), layout: whole, config: {} },
       { format: "png", filename: box.dataset.name, width, height, scale: 2 });
   };

@@ -78,7 +78,8 @@ def page(config, make_results, tmp_path: Path) -> Path:
     names = ("math", HOSTILE, "</script><script>alert(2)</script>")
     results = make_results(training=names).model_copy(update={"name": HOSTILE})
     results.lineage.update({"math": {"seed": 1.0}, HOSTILE: {"math": 0.4, "seed": 0.6}})
-    curves = {m: [{"step": i, "loss": 4 - i / 60} for i in range(1, 61)] for m in ("seed", "dense", *names)}
+    models = ("seed", "dense", *names)
+    curves = {m: [{"step": i, "loss": 4 - i / 60 + k / 2} for i in range(1, 61)] for k, m in enumerate(models)}
     write_page(config, results, curves, tmp_path / "report.html")
     return tmp_path / "report.html"
 
@@ -147,6 +148,26 @@ def test_a_legend_click_hides_a_curve_and_hovering_shows_its_name_literally(brow
     ActionChains(browser).move_to_element(toggle).click().perform()
     # The curve, and the raw losses behind it.
     WebDriverWait(browser, 20).until(lambda b: b.execute_script(curves, box) == before - 2)
+
+    # On the last point of the hostile name, while the others are dimmed.
+    at = """
+        const box = arguments[0], {xaxis, yaxis} = box._fullLayout, size = box._fullLayout._size;
+        const at = box.data.findIndex((trace) => trace.hovertext.startsWith("&lt;img") && trace.showlegend !== false);
+        const {x, y} = box.calcdata[at].at(-1);
+        return [Math.round(xaxis.l2p(x) - size.w / 2), Math.round(yaxis.l2p(y) - size.h / 2)];
+    """
+    plot = box.find_element(By.CSS_SELECTOR, ".nsewdrag")
+    ActionChains(browser).move_to_element_with_offset(plot, *browser.execute_script(at, box)).perform()
+    hover = WebDriverWait(browser, 20).until(lambda b: box.find_element(By.CSS_SELECTOR, ".hovertext"))
+    assert hover.text.startswith(HOSTILE)
+    assert "step 60" in hover.text
+    dimmed = """
+        const lines = [...arguments[0].querySelectorAll(".scatterlayer .js-line")];
+        return lines.map((line) => getComputedStyle(line).strokeOpacity);
+    """
+    opacities = browser.execute_script(dimmed, box)
+    assert opacities.count("1") == 1
+    assert opacities.count("0.25") == before - 3
 
     box = browser.figure("experts")
     plot = box.find_element(By.CSS_SELECTOR, ".nsewdrag")

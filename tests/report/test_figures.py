@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import html
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -12,7 +15,7 @@ from btm_scale.report.figures.curves import smoothed
 from btm_scale.report.figures.matrices import nearness
 from btm_scale.report.figures.style import NARROW, literal
 
-NAMES = ["<b>x</b>", "%{x}", "&lt;", "<img src=x onerror=alert(1)>", "2021-01-01", "#0072b2"]
+NAMES = ["<b>x</b>", "%{z}", "&lt;", "<img src=x onerror=alert(1)>", "2021-01-01", "#0072b2"]
 
 
 def steps(*losses: float) -> list[dict[str, float]]:
@@ -130,15 +133,22 @@ def test_names_are_escaped_in_every_label_and_in_no_template(config, make_result
     draws = (figures.forest, figures.lineage, figures.perplexity_ratios, figures.expert_matrix, figures.prior_matrix)
     drawn += [draw(results, width=width) for draw in draws for width in (960, NARROW)]
     for figure in drawn:
-        text = figure.to_json()
-        if name == "%{x}":  # our own templates have it
-            continue
-        assert literal(name, 12).replace("<", "\\u003c").replace(">", "\\u003e") or text
-        if "<" in name:
-            assert name.replace("<", "\\u003c").replace(">", "\\u003e") not in text
-        for trace in figure.data:
-            assert name not in (trace.hovertemplate or "")
-            assert name not in (getattr(trace, "texttemplate", None) or "")
+        texts = list(_strings(figure.to_dict()))
+        assert any(html.escape(name, quote=False) in text for text in texts)
+        assert not [text for text in texts if "<" in name and name in text]
+        assert not [text for text in _strings(figure.to_dict(), "template") if literal(name) in text]
+
+
+def _strings(part: Any, key: str = "") -> Iterator[str]:
+    """Every string of a figure; with `key`, of entries whose name contains it."""
+    if isinstance(part, str):
+        yield from [part] if not key else []
+    elif isinstance(part, dict):
+        for name, value in part.items():
+            yield from _strings(value, "" if key in name else key)
+    elif isinstance(part, list | tuple):
+        for value in part:
+            yield from _strings(value, key)
 
 
 def test_64_experts_have_a_name_in_the_legend_each_and_a_page_of_less_than_6_mb(config, make_results):

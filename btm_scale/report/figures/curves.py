@@ -79,8 +79,8 @@ def training_loss(config: RunConfig, results: Results, curves: Curves, *, width:
         kept = np.unique(np.linspace(0, len(curve.share) - 1, 240 if few else 120).astype(int))
         line = {"width": 1.9 if few else 1.3} | lines.get(curve.name, {"color": SOFT, "dash": "dot"})
         common = {"x": curve.share[kept].astype(np.float32), "mode": "lines", "legendgroup": f"{rank}"}
-        common |= {"name": literal(curve.name, 24 if few else 16), "text": literal(curve.name)}
-        hover = "<b>%{text}</b><br>loss %{y:.3f}, step %{customdata:,}<extra></extra>"
+        common |= {"name": literal(curve.name, 24 if few else 16), "hovertext": literal(curve.name)}
+        hover = "<b>%{fullData.hovertext}</b><br>loss %{y:.3f}, step %{customdata:,}<extra></extra>"
         y, y_raw = (values[kept].astype(np.float32) for values in (curve.smooth, curve.loss))
         smooth.append(go.Scatter(common, y=y, customdata=curve.step[kept], line=line, hovertemplate=hover))
         thin = line | {"width": 1, "dash": "solid"}
