@@ -70,8 +70,8 @@ class Pool(Protocol):
 def run_groups_in(pool: Pool, commands: Sequence[GroupCommand], on_poll: OnPoll = lambda states: None) -> None:
     """Run every group as soon as the pool has room for it, in the order given.
 
-    `on_poll` gets the state of each group: waiting, running, done or failed. A failing group does not stop the others.
-    Raises GroupFailed once all have ended, with the last log lines of the rank that failed first in each failed group.
+    `on_poll` gets the state of each group: waiting, running, done, stopped or failed. A failing group does not stop the
+    others. Raises GroupFailed once all have ended, with the last log lines of the rank that failed first in each.
     Groups end with this call, however it ends. On SIGTERM or SIGUSR1 the groups save checkpoints, and SystemExit is
     raised with the code that requests a restart.
     """
@@ -95,7 +95,7 @@ def run_groups_in(pool: Pool, commands: Sequence[GroupCommand], on_poll: OnPoll 
                     continue
                 del running[name]
                 pool.give_back(name)
-                states[name] = "failed" if any(codes) else "done"
+                states[name] = "stopped" if REQUEUE in codes else "failed" if any(codes) else "done"
                 command = next(command for command in commands if command.name == name)
                 # A command without arguments is mpirun, not a group.
                 if any(codes) and REQUEUE not in codes and command.arguments:
@@ -108,11 +108,17 @@ def run_groups_in(pool: Pool, commands: Sequence[GroupCommand], on_poll: OnPoll 
         raise
     finally:
         end_all(process for processes in running.values() for process in processes)
+        for command in commands:
+            if command.name in running:  # interrupted: what its ranks reported while they were ended is not a failure
+                forget_failure(command.log)
         for number, handler in before.items():
             signal.signal(number, handler)
-    failed = [command for command in commands if states[command.name] == "failed"]
-    if failed:
-        raise GroupFailed("\n".join(failure_text(command) for command in failed))
+    stopped = [
+        f"group '{name}' was stopped; the same command resumes it" for name in states if states[name] == "stopped"
+    ]
+    failed = [failure_text(command) for command in commands if states[command.name] == "failed"]
+    if failed or stopped:
+        raise GroupFailed("\n".join([*failed, *stopped]))
 
 
 def groups_in(pool: Pool) -> RunGroups:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from btm_scale.config.yaml import dump_text
 from btm_scale.report.progress_table import duration
+from btm_scale.util.terminal import printable
 
 _KINDS = ("weights", "gradients", "optimizer", "activations", "buffers")
 
@@ -20,8 +21,8 @@ def print_plan(plan: Mapping[str, Any], console: Console) -> None:
     """The whole plan, stage by stage."""
     cluster = plan["cluster"]
 
-    def say(text: str | Text, style: str | None = None) -> None:
-        console.print(text, style=style, soft_wrap=False, highlight=False)
+    def say(text: str, style: str | None = None) -> None:
+        console.print(Text(printable(text), style=style or ""), soft_wrap=False)
 
     say(
         f"{plan['parameters'] / 1e6:,.1f}M parameters on {cluster['gpus']:,} {cluster['name']} "
@@ -37,7 +38,7 @@ def print_plan(plan: Mapping[str, Any], console: Console) -> None:
     )
     if plan["proposed"]:
         say("proposed, because the YAML gives no layout:")
-        say(Text(dump_text(plan["proposed"], flow=None).rstrip()))
+        say(dump_text(plan["proposed"], flow=None).rstrip())
     for number, stage in enumerate(plan["stages"], start=1):
         over = max(0.0, stage["seconds"] / stage["lower_bound_seconds"] - 1)
         say(
@@ -64,7 +65,7 @@ def _print_groups(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
         table = Table.grid(padding=(0, 2))
         table.add_row(
             "layout",
-            f"{row['layout']}; {row['micro_batch']} x {row['accumulation']} sequences a rank and step",
+            Text(printable(f"{row['layout']}; {row['micro_batch']} x {row['accumulation']} sequences a rank and step")),
         )
         table.add_row("memory", f"{held['total'] / 1e9:.1f} GB a GPU: {parts}")
         table.add_row(
@@ -72,7 +73,7 @@ def _print_groups(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
             f"{row['steps']:,} steps of {took}, {row['tokens_per_second']:,.0f} tokens/s: {_long(row['seconds'])}",
         )
         table.add_row("place", f"{row['ranks']} GPUs each, on {_nodes(row['places'])}")
-        console.print(Text(_names(row["models"]), style="bold"))
+        console.print(Text(printable(_names(row["models"])), style="bold"))
         console.print(Padding(table, (0, 0, 0, 2)))
 
 

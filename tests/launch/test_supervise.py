@@ -91,6 +91,31 @@ def test_a_failing_group_does_not_stop_the_others_and_is_the_only_one_reported(t
     assert "slow" not in str(raised.value)
 
 
+def test_a_group_that_saved_and_left_on_request_is_stopped_and_leaves_no_failure(tmp_path: Path) -> None:
+    seen: list[dict[str, str]] = []
+    command = GroupCommand("one", 1, ("train",), tmp_path / "one" / "log")
+    with pytest.raises(GroupFailed, match="group 'one' was stopped; the same command resumes it"):
+        run_groups_in(Shell(1, one=f"raise SystemExit({REQUEUE})"), [command], seen.append)
+    assert seen[-1] == {"one": "stopped"}
+    assert read_failure(command.log) is None
+
+
+def test_errors_of_ranks_that_an_interruption_ended_are_not_failures(tmp_path: Path) -> None:
+    command = GroupCommand("one", 1, ("train",), tmp_path / "one" / "log")
+    rank = "import signal; signal.signal(signal.SIGTERM, lambda *_: 1 / 0)\n" + RANK.replace(
+        "sys.argv[1:]", f"({str(command.log)!r}, '600', '')"
+    )
+
+    def interrupt(states: dict[str, str]) -> None:
+        if command.log.is_file() and "own line" in command.log.read_text():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_groups_in(Shell(1, one=rank), [command], interrupt)
+    assert "ZeroDivisionError" in command.log.read_text()
+    assert read_failure(command.log) is None
+
+
 def test_a_group_that_has_lost_one_of_its_launchers_is_ended(tmp_path: Path) -> None:
     shell = Shell(1, two=("raise SystemExit(1)", "import time; time.sleep(600)"))
     begin = time.monotonic()
