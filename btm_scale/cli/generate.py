@@ -162,10 +162,10 @@ def prompts_of(given: Sequence[str], file: Path | None) -> list[str]:
             prompts += file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
-                f"no prompts can be read from {file}: {error}; give a UTF-8 text, one prompt a line"
+                f"Cannot read prompts from {file}: {error}. Give a UTF-8 text file with one prompt per line."
             ) from None
     if not prompts:
-        raise UserError("nothing to continue; give --prompt TEXT or --prompts FILE")
+        raise UserError("There is no prompt to continue. Give --prompt TEXT or --prompts FILE.")
     for prompt in prompts:
         if not is_utf8(prompt):
             raise UserError(f"the prompt {prompt!r} is not UTF-8; a tokenizer reads UTF-8 text")

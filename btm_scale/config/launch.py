@@ -85,7 +85,7 @@ class SlurmConfig(Section):
     mounts: SlurmWord | None = Field(default=None, description="for srun --container-mounts")
     python: str | None = Field(default=None, description="the interpreter on the nodes; default: the one that submits")
     at_a_time: int | None = Field(default=None, gt=0, description="experts that may train at once")
-    retries: int = Field(default=3, ge=0, description="times a job that lost a node or a rank is requeued")
+    retries: int = Field(default=3, ge=0, description="how often to requeue a job that lost a node or a rank")
     signal_seconds: int = Field(
         default=120,
         ge=10,

@@ -1,4 +1,4 @@
-"""What results.json says, in means, ratios and one sentence; tables and page both ask here."""
+"""What results.json says, in means, ratios and one sentence; used by tables and page."""
 
 from __future__ import annotations
 

@@ -56,9 +56,9 @@ def continued(config: RunConfig, run: RunDir) -> RunConfig:
         differing = _fixed_differences(existing, config)
         if differing:
             raise ConfigError(
-                f"{run.root} holds a run of another config; it differs in:\n"
+                f"{run.root} holds a run with a different config. The differences are:\n"
                 + "\n".join(f"  {difference}" for difference in differing)
-                + "\nUse another --out, or delete that folder."
+                + "\nUse a different --out, or delete that folder."
             )
     require_parents(config, run, model_names(config))
     return config

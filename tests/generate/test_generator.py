@@ -282,7 +282,7 @@ def test_the_text_of_a_single_prompt_is_streamed(
         (["--domain", "python", "--prior", "uniform"], "does not depend on a domain"),
         (["--model", "absent"], "not a finished expert"),
         (["--prompt", "word " * 100], "shorten it"),
-        (["--prompts", "/absent.txt"], "no prompts can be read"),
+        (["--prompts", "/absent.txt"], "Cannot read prompts"),
         (["--max-memory", "much"], "Invalid size 'much'"),
         (["--max-memory", "10KB"], "Increase --max-memory"),
         (["--device", "abacus"], "Cannot use device 'abacus'"),
