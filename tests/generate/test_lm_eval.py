@@ -102,7 +102,7 @@ def test_the_harness_evaluates_an_ensemble_on_local_tasks(handmade: tuple[RunCon
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "message"), [("run=/nowhere", "is not a run folder"), ("method=blend", "no method is called 'blend'")]
+    ("arguments", "message"), [("run=/nowhere", "is not a run folder"), ("method=blend", "Unknown method 'blend'")]
 )
 def test_user_errors_exit_with_2(
     arguments: str, message: str, handmade: tuple[RunConfig, RunDir], tmp_path: Path

@@ -42,7 +42,7 @@ def test_settings_that_affect_a_model_or_its_scores_may_not_change(tmp_path: Pat
     open_run(write_config(tmp_path / "a.yaml", values), run)
     before = run.config.read_bytes()
     kept = {key: values[key] | part if isinstance(part, dict) else part for key, part in change.items()}
-    with pytest.raises(ConfigError, match="holds a run with a different config. The differences are:\n  "):
+    with pytest.raises(ConfigError, match=r"holds a run with a different config\. The differences are:\n  "):
         open_run(write_config(tmp_path / "b.yaml", values | kept), run)
     assert run.config.read_bytes() == before
 

@@ -124,5 +124,5 @@ def method(
 def find_method(name: str) -> Method:
     """Return the method called `name`. Raises `CheckpointError`, suggesting the nearest name, for an unknown one."""
     if name not in METHODS:
-        raise CheckpointError(f"{unknown_name('merge method', name, sorted(METHODS))}.")
+        raise CheckpointError(unknown_name("merge method", name, sorted(METHODS)))
     return METHODS[name]
