@@ -58,7 +58,7 @@ def compute(results: Results, *, width: int = WIDE) -> go.Figure:
     ]
     notes = [{"x": x, "y": i, "xshift": 6, "text": text} for i, (x, text) in enumerate(zip(total, words, strict=True))]
     # A phone has no room for names beside the bars.
-    notes += [{"x": 0, "y": i - 0.42, "text": name} for i, name in enumerate(names)] if narrow else []
+    notes += [{"x": 0, "y": i - 0.46, "text": name} for i, name in enumerate(names)] if narrow else []
     down = {"range": [len(bars) - 0.5, -0.7], "tickvals": places, "ticktext": names, "showticklabels": not narrow}
     down |= {"showgrid": False, "fixedrange": True, "tickfont": {"size": 13, "color": INK}}
     across = {"visible": False, "fixedrange": True, "range": [0, (max([*total, 0.0]) or 1.0) * 1.02]}

@@ -105,7 +105,7 @@ def perplexity_ratios(results: Results, *, width: int = WIDE) -> go.Figure:
     down = {"range": [len(rows) - 0.5, -0.5], "tickvals": list(range(len(rows))), "ticktext": texts}
     down |= {"tickfont": {"size": 13, "color": INK}, "showgrid": False, "fixedrange": True}
     layout = {"annotations": notes, "xaxis": across | {"tickformat": "~g"}, "yaxis": down, "showlegend": True}
-    layout["shapes"] = [better, *rules, rule(x=1, layer="between")]
+    layout["shapes"] = [better, *rules, rule(x=1)]
     layout["legend"] = BELOW if narrow else BELOW | {"y": 1, "yanchor": "top"}
     layout["margin"] = {"t": 60 if narrow else 84, "b": 66 if narrow else 8, "r": 64}
     height = (42 if len(rows) <= 24 else 28) * len(rows) + (132 if narrow else 96)
