@@ -51,7 +51,7 @@ def test_a_dry_run_rejects_the_changes_that_the_run_would_reject(real_text: Path
     values, run = tiny_values(real_text), RunDir(tmp_path / "run")
     open_run(write_config(tmp_path / "a.yaml", values), run)
     changed = write_config(tmp_path / "b.yaml", values | {"random_seed": 4})
-    with pytest.raises(ConfigError, match=r"it differs in:\n  random_seed: \d+ there, 4 here"):
+    with pytest.raises(ConfigError, match=r"The differences are:\n  random_seed: \d+ there, 4 here"):
         dry_run(changed, run)
 
 
@@ -61,7 +61,7 @@ def test_adding_a_domain_allows_no_change_to_one_with_the_same_prefix(tmp_path: 
     open_run(write_config(tmp_path / "a.yaml", values | {"added_domains": added}), run)
     joined = values | {"added_domains": added | {"law": {"text": "law.jsonl"}}}
     changed = joined | {"experts": {"law2": {"tokens": 5000}}}
-    with pytest.raises(ConfigError, match=r"it differs in:\n  experts\.law2\.tokens: None there, 5000 here"):
+    with pytest.raises(ConfigError, match=r"The differences are:\n  experts\.law2\.tokens: None there, 5000 here"):
         open_run(write_config(tmp_path / "b.yaml", changed), run)
     open_run(write_config(tmp_path / "c.yaml", joined), run)
 
