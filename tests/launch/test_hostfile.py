@@ -29,11 +29,11 @@ def test_a_hostfile_has_one_host_per_line(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "lists no host"),
-        ("worker-0\n", r"line 1: 'worker-0' is not of the form"),
+        ("worker-0\n", r"line 1: 'worker-0' is not a host"),
         ("a slots=2\nb slots=0", "line 2"),
         ("a slots=2\na slots=2", "'a' is listed twice"),
         ("fe80::1 slots=8", "'fe80::1' cannot name a host"),
-        ("a slots=8\nme@b slots=8", "line 2: .* 'me@b' cannot name a host"),
+        ("a slots=8\nme@b slots=8", "line 2: 'me@b' cannot name a host"),
     ],
 )
 def test_an_invalid_hostfile_is_refused(text: str, message: str, tmp_path: Path) -> None:

@@ -87,9 +87,13 @@ LOCAL = {"data": 2, "sync_every": 4}
         (
             {"layout": LOCAL},
             {"layout": LOCAL | {"data": 4}},
-            "layout.data: 2 there, 4 here (data ranks that take",
+            "layout.data: 2 there, 4 here (with local steps each data rank",
         ),
-        ({"seed_layout": LOCAL}, {"seed_layout": LOCAL | {"data": 4}}, "seed_layout.data: 2 there, 4 here (data ranks"),
+        (
+            {"seed_layout": LOCAL},
+            {"seed_layout": LOCAL | {"data": 4}},
+            "seed_layout.data: 2 there, 4 here (with local steps",
+        ),
         (
             {"experts": {"python": {"layout": LOCAL}}},
             {"experts": {}},

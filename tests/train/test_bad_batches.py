@@ -101,7 +101,7 @@ def test_layout_problems_name_values_that_fit() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sequence_parallel": True}, "set tensor above 1"),
+        ({"sequence_parallel": True}, "raise tensor, or remove it"),
         ({"offload": "optimizer", "zero": 0}, "set zero to 1, 2 or 3"),
         ({"offload": "all", "zero": 2}, "set zero to 3"),
     ],
