@@ -1,11 +1,11 @@
-"""How fast text becomes token files, against sentencepiece alone, and in how much memory.
+"""Tokenizing speed and memory, from source files to token files, beside sentencepiece alone.
 
     python benchmarks/encode.py [--corpora DIR] [--sizes 10 100 1000] [--out benchmarks/results/encode.json]
 
-Rate: the whole of reading, placing, dropping duplicates, encoding and writing, against
-`SentencePieceProcessor.encode(texts, num_threads=workers)` on the same texts already in memory; the two take
-turns.
-Memory: the peak of the main process and of its workers together, one fresh process a size.
+Rate: reading, splitting, dropping duplicates, encoding and writing, beside
+`SentencePieceProcessor.encode(texts, num_threads=workers)` on the same texts in memory; the two
+alternate.
+Memory: the peak of the main process and its workers together, one fresh process per size.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import sentencepiece
 from environment import describe
 
@@ -60,7 +61,7 @@ def real_text(corpora: Path | None, scratch: Path) -> list[str]:
 
 
 def repeated(texts: list[str], size: int) -> Iterator[str]:
-    """`size` bytes of text; every repetition is told apart by a number, or it would be dropped as a copy."""
+    """Return `size` bytes of text; a number distinguishes each repetition, which would be dropped as a duplicate."""
     turn = written = 0
     while True:
         for text in texts:
@@ -90,7 +91,7 @@ def config_for(folder: Path, name: str, workers: int) -> RunConfig:
 
 
 def rates(texts: list[str], scratch: Path, workers: int) -> dict[str, Any]:
-    """Bytes a second of both, in turns."""
+    """Bytes per second of both, measured alternately."""
     texts = list(repeated(texts, RATE_MEGABYTES * 10**6))
     size = sum(len(text.encode()) for text in texts)
     write_text(scratch / "rate.jsonl", iter(texts))
@@ -128,12 +129,11 @@ def process_ids() -> list[int]:
 
 
 def timed(work: Callable[[], Any]) -> dict[str, float]:
-    """Wall-clock seconds, and processor seconds of all processes, which other load hardly moves."""
-    processes = process_ids()
+    """Wall-clock seconds, and CPU seconds of all processes, which depend little on other load."""
+    processes = [psutil.Process(pid) for pid in process_ids()]
 
     def processor_seconds() -> float:
-        stat = [Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2] for process in processes]
-        return sum(int(ticks) for line in stat for ticks in line.split()[11:13]) / os.sysconf("SC_CLK_TCK")
+        return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
 
     start, before = time.perf_counter(), processor_seconds()
     work()
@@ -141,7 +141,7 @@ def timed(work: Callable[[], Any]) -> dict[str, float]:
 
 
 def peak_bytes(process: int) -> int:
-    """The most memory a process has held, by the kernel's count."""
+    """Peak resident memory of a process, from the kernel."""
     status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 

@@ -1,4 +1,4 @@
-"""Where and with what a figure was measured: every benchmark's JSON carries this."""
+"""Hardware, versions and date of a measurement, which every benchmark's JSON has."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import os
 import platform
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 PACKAGES = (
     "btm-scale",
@@ -27,13 +29,13 @@ PACKAGES = (
 
 
 def describe() -> dict[str, Any]:
-    """Hardware, versions and date (UTC); `load_average` tells how busy the machine was before."""
+    """Hardware, versions and date (UTC); `load_average` is the load before the measurement."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": {
             "cpu": _cpu_name(),
             "cores": len(os.sched_getaffinity(0)),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "memory_bytes": psutil.virtual_memory().total,
             "accelerators": _accelerators(),
             "load_average": [round(load, 2) for load in os.getloadavg()],
         },

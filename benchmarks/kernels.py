@@ -1,8 +1,8 @@
-"""Kernel figures: speed, memory, error and repeatability, beside what others offer for the same job.
+"""Speed, memory, error and repeatability of the kernels, beside other implementations.
 
     python benchmarks/kernels.py            # on a GPU: writes results/kernels.json
     python benchmarks/kernels.py --cpu      # the PyTorch reference: writes results/kernels_cpu.json
-    python benchmarks/kernels.py --small    # proves the script under the interpreter: prints only
+    python benchmarks/kernels.py --small    # runs the script under the interpreter: prints only
 
 Peers run once for each expert: eager PyTorch, torch.compile, and Cut Cross-Entropy and Liger-Kernel where
 they are installed.
@@ -119,7 +119,7 @@ def _score_row(
 
 
 def _score_peers(device: str) -> dict[str, Callable[..., Any]]:
-    """Functions of (hidden, head, targets) that give one loss a token."""
+    """Functions of (hidden, head, targets) that return one loss per token."""
     import torch
     import torch.nn.functional as F
 
@@ -189,7 +189,7 @@ def _mix_row(device: str, experts: int, batch: int, vocab: int, rates: dict[str,
 
 
 def _peer_figures(name: str, run: Callable[[], Any], device: str) -> dict[str, Any]:
-    """A peer's seconds and extra bytes, or why it has none: a peer that fails must not end the table."""
+    """A peer's seconds and extra bytes, or its error: a peer that fails must not stop the benchmark."""
     from kernels_timing import extra_bytes, seconds
 
     try:

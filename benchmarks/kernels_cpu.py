@@ -1,4 +1,4 @@
-"""The CPU figure: scoring `llama-4m` through the reference, against a bare forward pass and cross entropy."""
+"""Speed on a CPU: scoring `llama-4m` through the reference, beside a plain forward pass and cross entropy."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ HIDDEN, VOCAB, SEQUENCE, SEQUENCES = 256, 4096, 256, 16
 
 
 def measure_reference() -> dict[str, Any]:
-    """Seconds of head and loss alone and of a whole forward pass, both ways, and peak memory by problem size.
+    """Seconds of head and loss alone and of a full forward pass, both ways, and peak memory by problem size.
 
-    A ratio above 1 means that the reference is the faster one.
+    A ratio above 1 means that the reference is faster.
     """
     torch.manual_seed(0)
     memory = [_memory_row(*size) for size in ((1, 4096, VOCAB), (8, 4096, VOCAB), (8, 16_384, 4 * VOCAB))]

@@ -1,4 +1,4 @@
-"""How the kernel figures are taken: a function's time, memory and repeatability, and the machine's rates."""
+"""Measure a function's time, memory and repeatability, and the peak rates of the machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def seconds(run: Callable[[], Any], device: str, repeats: int = 10) -> float:
-    """Median time of a call after three that warm up; on a GPU by its own clock."""
+    """Median time of a call after three warm-up calls; on a GPU from its events."""
     samples = []
     for _ in range(3):
         run()
@@ -31,7 +31,7 @@ def seconds(run: Callable[[], Any], device: str, repeats: int = 10) -> float:
 
 
 def extra_bytes(run: Callable[[], Any], device: str) -> int | None:
-    """GPU memory a call needs beyond what is there before it, its result included; None on a CPU."""
+    """Peak GPU memory of a call above the memory before it, with its result; None on a CPU."""
     if device != "cuda":
         return None
     torch.cuda.synchronize()
@@ -43,20 +43,20 @@ def extra_bytes(run: Callable[[], Any], device: str) -> int | None:
 
 
 def repeats_to_the_bit(run: Callable[[], torch.Tensor], runs: int) -> bool:
-    """Whether every one of `runs` calls gives the same bits."""
+    """Whether `runs` calls return the same bits."""
     first = run()
     return all(torch.equal(run(), first) for _ in range(runs - 1))
 
 
 def matrix_rate(device: str) -> float:
-    """Floating-point operations a second of a large bfloat16 product."""
+    """FLOP/s of a large bfloat16 matrix product."""
     size = 8192 if device == "cuda" else 512
     left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
     return 2 * size**3 / seconds(lambda: left @ right, device)
 
 
 def copy_rate(device: str) -> float:
-    """Bytes a second, read and written, of a large copy."""
+    """Bytes per second, read and written, of a large copy."""
     source = torch.empty(1 << 32 if device == "cuda" else 1 << 24, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / seconds(lambda: target.copy_(source), device)

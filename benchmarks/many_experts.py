@@ -1,13 +1,12 @@
-"""What many experts cost beyond their own training: the same small expert, 8 of them and 64 of them, on this machine.
+"""Cost of many experts beyond their training: forests of 8 and 64 of the same small expert on this machine.
 
     python benchmarks/many_experts.py [--experts 8 64 8] [--steps 10]
 
-Each run goes from text to page, with as many groups at a time as there are cores. Three figures come of it: seconds
-of a core that an expert takes without scoring texts (to start, train, export, load and end), and seconds for each text
-that it is scored on, neither of which should grow with the number of experts (the number of texts does: every expert is
-scored on every domain); and the share of the run's time in which nothing is trained or scored: averages, priors, the
-ensembles of all experts, and the page. Making tokens is left out of all, since it depends on the text alone. Writes
-results/many_experts.json.
+Each run goes from text to page, with one group per core at a time. Three figures: core seconds per expert without
+scoring (start, train, export, load, exit) and core seconds per scored text, neither of which should grow with the
+number of experts (the number of texts does: every expert is scored on every domain); and the overhead, the fraction
+of wall time in which no model trains or scores: averages, priors, ensembles, and the page. Tokenizing is excluded,
+because it depends on the text alone. Writes results/many_experts.json.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import tempfile
 import time
@@ -23,10 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from environment import describe
 
 from btm_scale.config.run import RunConfig
+from btm_scale.config.yaml import dump_text
 from btm_scale.data.demo_text import write_installed_text
 from btm_scale.data.prepare import prepare
 from btm_scale.forest.scores import all_texts
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 64, 8])
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--preset", default="llama-1m")
-    parser.add_argument("--folder", type=Path, help="where runs lie meanwhile")
+    parser.add_argument("--folder", type=Path, help="for the runs; default: a temporary folder")
     parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
     if options.folder:
@@ -74,7 +74,7 @@ def main() -> None:
 
 @dataclass
 class Clock:
-    """Runs groups on this machine and counts the time in which any of them runs."""
+    """Runs groups on this machine and measures the time in which at least one of them runs."""
 
     slots: int
     stages: list[tuple[list[str], float]] = field(default_factory=list)
@@ -92,25 +92,21 @@ class Clock:
 
 
 def measure(folder: Path, number: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One run with so many experts."""
+    """One run with this number of experts."""
     cores = len(os.sched_getaffinity(0))
     folder.mkdir()
     text = folder / f"text-{number}"
     path = folder / f"{number}.yaml"
-    path.write_text(yaml.safe_dump(_values(write_domains(text, number), text, number, options)))
+    path.write_text(dump_text(_values(write_domains(text, number), text, number, options)))
     config = RunConfig.load(path)
     run = RunDir(folder / f"run-{number}")
     open_run(config, run)
     prepare(config, run)
     clock = Clock(cores)
     begin = time.perf_counter()
-    results = run_all(config, run, on_progress=lambda rows: None, say=print, launcher=clock)
+    results = run_all(config, run, on_progress=lambda rows: None, launcher=clock)
     total = time.perf_counter() - begin
-    merging = sum(
-        json.loads(line)["seconds"]
-        for line in run.log("score").read_text().splitlines()
-        if line.startswith('{"merged"')
-    )
+    merging = sum(float(seconds) for seconds in re.findall(r"merged in ([\d.]+) s", run.log("score").read_text()))
     own = total - clock.seconds + merging
     stage = next((names, seconds) for names, seconds in clock.stages if len(names) == number)
     a_text = sum(_seconds_a_text(run, model) for model in stage[0]) / number
@@ -130,13 +126,13 @@ def measure(folder: Path, number: int, options: argparse.Namespace) -> dict[str,
 
 
 def _seconds_a_text(run: RunDir, model: str) -> float:
-    """From the first of a model's scores to the last, a text."""
+    """Seconds per text, from the first of a model's scores to the last."""
     times = [path.stat().st_mtime for path in run.model_scores(model).glob("*.safetensors")]
     return (max(times) - min(times)) / (len(times) - 1)
 
 
 def write_domains(folder: Path, number: int) -> dict[str, dict[str, Any]]:
-    """So many domains, each every n-th document of this installation's text."""
+    """Text of n domains, each every n-th document of this installation's text."""
     write_installed_text(folder / "all", bytes_per_domain=4_000_000, longest=1_000)
     lines = [line for path in sorted((folder / "all").glob("*.jsonl")) for line in path.read_text().splitlines()]
     domains = {}

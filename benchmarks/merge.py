@@ -1,15 +1,15 @@
-"""How fast and in how much memory models merge, against mergekit and against plain reads and writes.
+"""Merge speed, memory and accuracy, beside mergekit and a plain copy.
 
     python benchmarks/merge.py [--work DIR] [--billions 0.5359] [--rounds 3] [--memory 0.5 2 8] [--out FILE]
 
 Speed: eight Llama-like bf16 models of independent random weights, merged with unequal weights by fresh
-processes: a plain copy of the same bytes, ours and mergekit's in turn. mergekit leaves its output to the page
-cache and ours waits until it is on the disk, so both are timed both ways: `seconds` until the process ends, with
-our waits left out for `ours, unsynced`; `synced_seconds` until the output is on the disk. Imports count.
-`from_disk` runs begin with no input in the page cache.
-`cpu_seconds` hardly depends on what else runs. Memory: the most anonymous memory that a run's processes had at
-once, sampled; then for pairs of sparse models of growing size, the last of one tensor of 4 GB. Accuracy: the
-share of elements that are the bf16 number nearest to the float64 mean.
+processes: a plain copy of the same bytes, ours and mergekit's in turn. mergekit leaves its output in the page
+cache and ours calls fsync, so both are timed both ways: `seconds` until the process exits, without fsync for
+`ours, unsynced`; `synced_seconds` until the output is on disk. Imports count.
+`from_disk` runs start with no input in the page cache.
+`cpu_seconds` depends little on other load. Memory: the sampled peak of the anonymous memory of a run's processes;
+then for pairs of sparse models of growing size, the last of one tensor of 4 GB. Accuracy: the fraction of elements
+that are the bf16 number nearest to the float64 mean.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def make_model(folder: Path, specs: Mapping[str, TensorSpec], seed: int | None) 
 
 
 def measured(command: list[str], output: Path) -> dict[str, float]:
-    """Run a command: seconds until it ends and until its output is on the disk, processor seconds, and the peak of its
+    """Run a command: seconds until it ends and until its output is on the disk, CPU seconds, and the peak of its
     processes' anonymous memory in bytes."""
     peak = 0
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -136,7 +136,7 @@ def measured(command: list[str], output: Path) -> dict[str, float]:
 
 
 def _anonymous(pid: int) -> int:
-    """Anonymous memory of a process and of all below it."""
+    """Anonymous memory of a process and its descendants."""
     total = 0
     try:
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
@@ -150,7 +150,7 @@ def _anonymous(pid: int) -> int:
 
 
 def mergekit_in(folder: Path) -> Path:
-    """mergekit's command, in an environment of its own."""
+    """mergekit's command, in a separate virtual environment."""
     command = folder / "bin" / "mergekit-yaml"
     if not command.exists():
         venv.create(folder, with_pip=True)
@@ -159,7 +159,7 @@ def mergekit_in(folder: Path) -> Path:
 
 
 def correctly_rounded(output: Path, models: list[Path]) -> float:
-    """The share of the output's elements that are the bf16 number nearest to the float64 mean."""
+    """The fraction of the output's elements that are the bf16 number nearest to the float64 mean."""
     merged, readers = SafetensorsModel(output), [SafetensorsModel(model) for model in models]
     right = total = 0
     for name in merged.names:
@@ -222,15 +222,15 @@ def compare(work: Path, specs: Mapping[str, TensorSpec], mergekit: Path, rounds:
         "runs": runs,
         "from_disk": from_disk,
         "times_as_fast_as_mergekit": {
-            "neither waits for the disk": middle("mergekit", "seconds") / middle("ours, unsynced", "seconds"),
-            "both are on the disk": middle("mergekit", "synced_seconds") / middle("ours", "synced_seconds"),
-            "from the disk to the disk": from_disk_beside("mergekit"),
-            "processor time": middle("mergekit", "cpu_seconds") / middle("ours", "cpu_seconds"),
+            "page_cache": middle("mergekit", "seconds") / middle("ours, unsynced", "seconds"),
+            "fsynced": middle("mergekit", "synced_seconds") / middle("ours", "synced_seconds"),
+            "disk_to_disk": from_disk_beside("mergekit"),
+            "cpu_time": middle("mergekit", "cpu_seconds") / middle("ours", "cpu_seconds"),
         },
-        "share_of_plain_copy_speed": {
-            "neither waits for the disk": middle("copy", "seconds") / middle("ours, unsynced", "seconds"),
-            "both are on the disk": middle("copy", "synced_seconds") / middle("ours", "synced_seconds"),
-            "from the disk to the disk": from_disk_beside("copy"),
+        "times_as_fast_as_a_copy": {
+            "page_cache": middle("copy", "seconds") / middle("ours, unsynced", "seconds"),
+            "fsynced": middle("copy", "synced_seconds") / middle("ours", "synced_seconds"),
+            "disk_to_disk": from_disk_beside("copy"),
         },
         "anonymous_bytes": {name: max(run["anonymous_bytes"] for run in of) for name, of in runs.items()},
         "correctly_rounded": {
@@ -257,22 +257,8 @@ def memory_of(work: Path, specs: Mapping[str, TensorSpec]) -> dict[str, float]:
     return {"bytes": sum(spec.nbytes for spec in specs.values()), "largest_tensor_bytes": largest, **figures}
 
 
-def _summary(speed: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the README says of a result."""
-    size = f"{speed['models']} models of {speed['bytes_per_model'] / 1e9:.2f} GB"
-    beside = {
-        "mergekit": speed["times_as_fast_as_mergekit"],
-        "a plain copy": speed["share_of_plain_copy_speed"],
-    }
-    return [
-        {"what": f"merging {size}, {how}", "beside": peer, "ratio": ratio}
-        for peer, ratios in beside.items()
-        for how, ratio in ratios.items()
-    ]
-
-
 def _forget(files: list[str]) -> None:
-    """Take files out of the page cache."""
+    """Drop files from the page cache."""
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -304,7 +290,6 @@ def main() -> None:
         speed = compare(work, llama_specs(options.billions * 1e9), mergekit, options.rounds)
         result = {
             "environment": surroundings,
-            "summary": _summary(speed),
             "speed": speed,
             "memory": [memory_of(work, specs) for specs in sizes],
         }

@@ -1,8 +1,8 @@
-"""How far our merge methods agree with mergekit's, on small random models.
+"""Agreement of our merge methods with mergekit's on small random models.
 
     python benchmarks/merge_methods.py [--venv DIR] [--out FILE]
 
-A base and three models that differ from it a little, in float32, are merged by both. `equal` is the share of
+A base and three models that differ from it a little, in float32, are merged by both. `equal` is the fraction of
 elements that agree to a millionth of the largest difference from the base, `largest_gap` the largest disagreement
 in that unit. Where both draw at random, `mean` and `deviation` of what they add to the base are compared instead.
 docs/merging.md explains every difference.
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def make_model(folder: Path, seed: int | None) -> Path:
-    """The base, or with a seed a model that differs from it by normal numbers a hundredth as large."""
+    """The base; given a seed, a model that differs from it by normal noise of a hundredth of its size."""
     shapes = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "lm_head.weight": (VOCABULARY, HIDDEN)}
     shapes |= {f"model.layers.0.self_attn.{part}_proj.weight": (HIDDEN, HIDDEN) for part in "qkvo"}
     shapes |= {f"model.layers.0.mlp.{part}_proj.weight": (FFN, HIDDEN) for part in ("gate", "up")}

@@ -1,4 +1,4 @@
-"""The peer of training speed: a Llama-like model and loop in plain PyTorch, as one would write it without any engine.
+"""The peer of training speed: a Llama-like model and loop in plain PyTorch, without an engine.
 
 bf16 weights with float32 master weights, fused AdamW, gradient accumulation and clipping.
 """
@@ -69,7 +69,7 @@ class PlainModel(nn.Module):
 
 
 class PlainLoop:
-    """One optimizer step at a time."""
+    """Takes one optimizer step per call."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The mixture's arithmetic: how far its log-odds drift from exact sums, how long it takes and how much memory.
+"""Rounding error, time and memory of the posterior over many experts and tokens.
 
     python benchmarks/posterior.py
 
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def drift(tokens: int) -> float:
-    """Largest error in nats of the log-odds after `tokens` tokens, for experts up to 30 nats a token apart.
+    """Largest error in nats of the log-odds after `tokens` tokens, for experts up to 30 nats per token apart.
 
     The log-odds are read off the mixture's next token, which one expert calls certain and the other impossible.
     """

@@ -1,4 +1,4 @@
-"""Keep finished runs as a benchmark's result: their results.json, with time and environment.
+"""Record finished runs as a benchmark's result: results.json, time and environment.
 
     python benchmarks/record.py NAME RUN [RUN ...]
 

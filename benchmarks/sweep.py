@@ -1,11 +1,11 @@
-"""The dense baseline's batch size, learning rate and beta2, by successive halving, judged on dev text.
+"""The dense baseline's batch size, learning rate and beta2, by successive halving, on dev perplexity.
 
-Every point is trained for the seed's share of the schedule; the best go on to the end as the dense baseline.
+Every point is trained for the seed's part of the schedule; the best continue to the end as the dense baseline.
 
     python benchmarks/sweep.py configs/eight_domains.yaml --set text_root=FOLDER \
         --points 16384:3e-3:0.95 8192:2e-3:0.98 --finalists 1 --out runs/sweep
 
-Points that are done are not trained again; points of an earlier sweep stay in benchmarks/results/sweep.json.
+Completed points are not trained again; points of an earlier sweep are kept in benchmarks/results/sweep.json.
 """
 
 from __future__ import annotations

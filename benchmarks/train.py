@@ -3,8 +3,8 @@
     python benchmarks/train.py [--rounds 3]
 
 One rank of two small models beside a plain loop, and two data ranks beside DistributedDataParallel with the same
-threads. Peers run in turn, each time in fresh processes; ratios are of medians. Our group keeps freed memory (see
-train/worker.py); since a plain loop could be told to do the same, a peer that does stands beside each.
+threads. Peers run in turn, each time in fresh processes; ratios are of medians. Our ranks set malloc to keep freed
+memory (`keep_freed_memory` in btm_scale/distributed/cpu.py), so a second variant of each peer does the same.
 Writes results/train.json.
 """
 
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Every peer's tokens a second, round by round, and ours beside each."""
+    """Tokens per second of every peer by round, and the ratios of ours to them."""
     speeds: dict[str, list[float]] = {peer: [] for peer in (OURS, PLAIN, KEPT)}
     for _ in range(options.rounds):
         for peer, found in speeds.items():

@@ -1,11 +1,10 @@
-"""How much of a GPU a training step uses, beside a plain PyTorch loop and torch.compile.
+"""Model FLOPs utilization of a training step, beside a plain PyTorch loop and torch.compile.
 
     python benchmarks/train_gpu.py [--preset llama-1.3b] [--sequences 32] [--micro-batch 4]
-    python benchmarks/train_gpu.py --small        # on any machine: that it runs, not how fast
+    python benchmarks/train_gpu.py --small        # on any machine: checks that it runs
 
-Model FLOPs utilisation: the operations that forward and backward need (recomputation not counted) over what the data
-sheet says the device can do in this precision. Peers run in turn, each time in a fresh process. Writes
-results/train_gpu.json.
+Utilization: FLOPs of forward and backward pass (without recomputation) over the data sheet's peak in this precision.
+Peers run in turn, each time in a fresh process. Writes results/train_gpu.json.
 """
 
 from __future__ import annotations
@@ -104,7 +103,7 @@ def _options() -> argparse.Namespace:
 
 
 def measured(case: Case, options: argparse.Namespace) -> dict[str, float | None]:
-    """One peer's speed and memory, after warm-up steps in which kernels are chosen and compiled."""
+    """One peer's speed and memory, after warm-up steps that compile and tune kernels."""
     step = ours(case) if options.peer == OURS else plain(case, compiled=options.peer == COMPILED)
     seconds = seconds_a_step(case, step, options.steps, warm_up=3)
     tokens = case.sequences * case.length

@@ -1,4 +1,4 @@
-"""What training speed is measured of: a group's step, and the same step in plain PyTorch, one rank or several."""
+"""The training steps that are compared: a group's, and the same in plain PyTorch, with one rank or several."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Case:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The type of the weights."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
@@ -105,7 +105,7 @@ def plain(case: Case, *, keep_memory: bool = False, compiled: bool = False) -> S
 
 
 def seconds_a_step(case: Case, step: Step, steps: int, warm_up: int = 1) -> float:
-    """Mean over `steps` steps after those that warm up. Every rank has its own share of the batch."""
+    """Mean over `steps` steps after the warm-up steps. Every rank has its own part of the batch."""
     rank = int(os.environ["RANK"])
     torch.manual_seed(1 + rank)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -122,7 +122,7 @@ def seconds_a_step(case: Case, step: Step, steps: int, warm_up: int = 1) -> floa
 
 
 def in_ranks(script: str, case: Case, peer: str, options: list[str]) -> dict[str, Any]:
-    """Run `script --peer PEER` as fresh ranks on this machine; what the first of them printed last, as JSON."""
+    """Run `script --peer PEER` as fresh ranks on this machine and return the JSON that the first one printed last."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

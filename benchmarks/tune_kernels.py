@@ -1,8 +1,8 @@
-"""Times block shapes on the GPU that is there and puts the best into kernels/tuning.py.
+"""Time block shapes on this machine's GPU and write the fastest to kernels/tuning.py.
 
 python benchmarks/tune_kernels.py            # prints the best rows
 python benchmarks/tune_kernels.py --write    # and replaces the table's rows of this GPU
-python benchmarks/tune_kernels.py --small    # proves the script under Triton's interpreter: prints only
+python benchmarks/tune_kernels.py --small    # runs the script under Triton's interpreter: prints only
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from btm_scale.kernels.tuning import MixConfig, ScoreConfig, ScoreRule
 
 TABLE = Path(__file__).parent.parent / "kernels" / "tuning.py"
-# (least tokens, least hidden size) of a rule, and the problem that stands for it: tokens, hidden, vocabulary.
+# (min tokens, min hidden size) of a rule, and the problem on which it is tuned: tokens, hidden, vocabulary.
 SCORE_CLASSES = {(0, 0): (32, 2048, 32_000), (65, 0): (8192, 1024, 50_304), (65, 3072): (8192, 4096, 128_256)}
 
 
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def score_candidates() -> list[ScoreConfig]:
-    """Block shapes worth timing; those that do not fit a GPU fail to launch and are passed over."""
+    """Block shapes worth timing; those that do not fit a GPU fail to launch and are skipped."""
     from btm_scale.kernels.tuning import ScoreConfig
 
     blocks = [(32, 128), (64, 128), (64, 256), (128, 128), (128, 256), (256, 128)]

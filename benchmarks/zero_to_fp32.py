@@ -4,7 +4,7 @@
 
 One rank's engine saves a Llama-like model under ZeRO 2, in bf16 with float32 master weights. Fresh processes then write
 those weights as safetensors: ours as a Hugging Face model, and `deepspeed.utils.zero_to_fp32 --safe_serialization`
-under the engine's names. It can do so for one tensor rank only. Memory is anonymous, its peak.
+under the engine's names. It supports one tensor rank only. Memory is the peak of anonymous memory.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def save(folder: Path, shape: ModelShape) -> None:
-    """Save a checkpoint by the real engine, with the config.json that ours needs beside it."""
+    """Save a checkpoint by the real engine, with the config.json that our reader needs."""
     import torch
 
     from btm_scale.config.layout import Layout

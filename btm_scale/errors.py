@@ -42,5 +42,5 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
     """Return the message for a name that is not one of `known`, with the closest match if there is one."""
     choices = list(known)
     matches = difflib.get_close_matches(name, choices, n=1)
-    remedy = f"did you mean '{matches[0]}'? Choose" if matches else "choose"
-    return f"no {what} is called '{name}'; {remedy} {', '.join(choices)}"
+    question = f" Did you mean '{matches[0]}'?" if matches else ""
+    return f"Unknown {what} '{name}'.{question} Choose one of {', '.join(choices)}."

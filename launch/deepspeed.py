@@ -1,7 +1,7 @@
 """Groups on the hosts of a hostfile: each group gets its own hostfile, port and `deepspeed` launcher.
 
-The launcher reaches other hosts by pdsh over ssh. If `launch.deepspeed.connect` says how to run a command on a host,
-one launcher is started on each host of the group instead, and ssh is not needed.
+The launcher reaches other hosts by pdsh over ssh. If `launch.deepspeed.connect` gives a command that runs another on a
+host, one launcher per host is started instead, without ssh.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from btm_scale.launch.room import Room, Share
 from btm_scale.launch.shutdown import SUPERVISOR
 from btm_scale.launch.supervise import GroupCommand, Start
 from btm_scale.util.files import make_directory, write_file
+from btm_scale.util.logs import LEVEL
 
 _HOST = re.compile(r"(\S+)\s+slots\s*=\s*(\d+)")
 _SAFE = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
@@ -35,24 +36,27 @@ class HostPool:
         self._taken: dict[str, tuple[tuple[Share[str, int], ...], int]] = {}
 
     def take(self, command: GroupCommand) -> Start | None:
-        """The launchers of a group, if there are slots and a port for it."""
+        """Return the launchers of a group; None while no slots or port are free.
+
+        Raises LaunchError if the hosts can never hold the group, or a word is unsafe in a remote shell.
+        """
         for word in command.arguments:
             if not _SAFE.fullmatch(word):
                 raise LaunchError(
-                    f"'{word}' would pass through a shell on every host; it may have letters, digits and @%+=:,./- "
-                    "only, so choose another --out"
+                    f"'{word}' is not safe in the shell of a remote host. Use letters, digits and @%+=:,./- only: "
+                    "choose another --out."
                 )
         for name, value in self._config.environment.items():
             if not _SAFE_VALUE.fullmatch(value):
                 raise LaunchError(
-                    f"launch.deepspeed.environment.{name}: '{value}' would pass through a shell on every host; it may "
-                    "have letters, digits and @%+=:,./^- only"
+                    f"launch.deepspeed.environment.{name}: '{value}' is not safe in the shell of a remote host. Use "
+                    "letters, digits and @%+=:,./^- only."
                 )
         if not self._room.could_take(command.ranks, command.colocated):
             raise LaunchError(
-                f"{command.name} needs {command.ranks} slots, {command.colocated} at a time on one host; the hostfile "
-                f"has {', '.join(f'{host} with {number}' for host, number in self._slots.items())}; "
-                "add hosts, or choose a smaller layout"
+                f"{command.name} needs {command.ranks} slots, in multiples of {command.colocated} per host. The "
+                f"hostfile has {', '.join(f'{host} with {number}' for host, number in self._slots.items())}: "
+                "add hosts, or choose a smaller layout."
             )
         if not self._ports:
             return None
@@ -65,8 +69,9 @@ class HostPool:
         make_directory(hostfile.parent)
         write_file(hostfile, "".join(f"{share.host} slots={self._slots[share.host]}\n" for share in shares))
         ranks = {"OMP_NUM_THREADS": str(self._config.threads), "TOKENIZERS_PARALLELISM": "false"}
+        ranks |= {LEVEL: os.environ[LEVEL]} if LEVEL in os.environ else {}
         ranks |= self._config.environment
-        # These reach only what runs on this machine; other hosts may have the GPUs that this one lacks.
+        # Set on this machine only; other hosts may have the GPUs that this one lacks.
         own = ranks | accelerator() | {SUPERVISOR: str(os.getpid())}
         words = _launcher(shares, hostfile, port)
         if not self._config.connect:
@@ -90,10 +95,10 @@ class HostPool:
         )
 
     def give_back(self, name: str) -> None:
-        """The group of this name has ended."""
+        """Free the slots and the port of a group that has ended."""
         shares, port = self._taken.pop(name)
         self._room.give_back(shares)
-        self._ports.append(port)  # the last to be used again: its old connections have gone by then
+        self._ports.append(port)  # reused last, so that its old connections are closed by then
 
 
 def _launcher(shares: tuple[Share[str, int], ...], hostfile: Path, port: int) -> tuple[str, ...]:
@@ -110,7 +115,7 @@ def _module(command: GroupCommand) -> tuple[str, ...]:
 
 
 def _environment_file(path: Path, variables: dict[str, str]) -> Path:
-    """What the launcher exports to every host: the user's own file of this kind, and then ours."""
+    """Write the variables that the launcher exports to every host: those of the user's own file, then ours."""
     usual = Path.home() / os.environ.get("DS_ENV_FILE", ".deepspeed_env")
     lines = [line for line in usual.read_text().splitlines() if "=" in line] if usual.is_file() else []
     lines += [f"{name}={value}" for name, value in variables.items()]
@@ -119,33 +124,35 @@ def _environment_file(path: Path, variables: dict[str, str]) -> Path:
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Slots by host, in the file's order: lines of `HOST slots=N`, with # for comments.
+    """Return the slots by host, in the order of the file: lines of `HOST slots=N`, with # for comments.
 
-    Raises LaunchError for a file that is missing or empty, a line of another kind, a name that DeepSpeed would take
-    apart, or a host that stands twice.
+    Raises LaunchError if the file is missing or empty, a line has another form, a name contains one of DeepSpeed's
+    separators, or a host is listed twice.
     """
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
         raise LaunchError(
-            f"no hostfile at {path} ({error.strerror}); set launch.deepspeed.hostfile, or use --launcher local"
+            f"No hostfile at {path} ({error.strerror}). Set launch.deepspeed.hostfile, or use --launcher local."
         ) from None
     slots: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         text = line.partition("#")[0].strip()
         if not text:
             continue
-        found = _HOST.fullmatch(text)
-        if found is None or int(found[2]) == 0:
-            raise LaunchError(f"{path}, line {number}: '{text}' is not of the form `HOST slots=N`")
-        if not {":", "@"}.isdisjoint(found[1]):
+        match = _HOST.fullmatch(text)
+        if match is None or int(match[2]) == 0:
+            raise LaunchError(f"{path}, line {number}: '{text}' is not a host. Write it as `HOST slots=N`.")
+        if not {":", "@"}.isdisjoint(match[1]):
             raise LaunchError(
-                f"{path}, line {number}: DeepSpeed's launcher takes ':' and '@' for separators, so '{found[1]}' cannot "
-                "name a host; give it a name in /etc/hosts, or one with its user in ssh's config"
+                f"{path}, line {number}: '{match[1]}' cannot name a host. ':' and '@' are separators of DeepSpeed's "
+                "launcher: give the host a name in /etc/hosts, or with its user in ssh's config."
             )
-        if found[1] in slots:
-            raise LaunchError(f"{path}, line {number}: host '{found[1]}' stands twice; give all its slots in one line")
-        slots[found[1]] = int(found[2])
+        if match[1] in slots:
+            raise LaunchError(
+                f"{path}, line {number}: host '{match[1]}' is listed twice. Give all its slots in one line."
+            )
+        slots[match[1]] = int(match[2])
     if not slots:
-        raise LaunchError(f"{path} names no host; write a line `HOST slots=N` for each")
+        raise LaunchError(f"{path} lists no host. Write a line `HOST slots=N` for each.")
     return slots

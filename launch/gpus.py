@@ -1,4 +1,4 @@
-"""What GPU vendors state of each GPU: the one table behind the planner's estimates and the trainer's utilisation."""
+"""Data sheet figures of each GPU, used by the planner's estimates and the trainer's utilisation."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Gpu:
     """Peak of dense matrix products in FLOP/s per precision; memory in bytes; bandwidths in bytes/s of one GPU."""
 
     name: str
-    devices: tuple[str, ...]  # each the words by which a driver's device name is recognised
-    bf16: float | None  # None: the GPU has no units for it
+    devices: tuple[str, ...]  # words of the device names that drivers report
+    bf16: float | None  # None: the GPU has no bfloat16 units
     fp16: float
     fp32: float  # without TF32, which training does not use
     memory: float
@@ -23,17 +23,17 @@ class Gpu:
     link: float  # one way, to the other GPUs of its node
     network: float  # one way, to other nodes
 
-    # Fractions of the stated figures that large matrix products, copies and rings reach.
+    # Fractions of these figures that large matrix products, copies and rings reach.
     compute_share: float = 0.55
     transfer_share: float = 0.8
 
     @property
     def half(self) -> Literal["bf16", "fp16"]:
-        """The 16-bit precision that it computes in natively."""
+        """The 16-bit precision that the GPU supports natively."""
         return "fp16" if self.bf16 is None else "bf16"
 
     def peak(self, precision: str) -> float:
-        """FLOP/s in a precision. A GPU without bfloat16 units computes it in float32."""
+        """Return the FLOP/s in a precision. A GPU without bfloat16 units computes it in float32."""
         return {"bf16": self.bf16, "fp16": self.fp16, "fp32": None}[precision] or self.fp32
 
 
@@ -93,14 +93,14 @@ GPUS = {
 def gpu_named(name: str) -> Gpu:
     """Return the GPU with a name of the table. Raises LaunchError for any other name."""
     if name not in GPUS:
-        raise LaunchError(f"no GPU is called '{name}'; choose one of {', '.join(GPUS)}")
+        raise LaunchError(f"Unknown GPU '{name}'. Choose one of {', '.join(GPUS)}.")
     return GPUS[name]
 
 
 def gpu_of_device(device: str) -> Gpu | None:
     """Return the GPU that a driver reports as `device`, such as "NVIDIA A100-SXM4-80GB"; None for an unknown one.
 
-    Of all rows whose words the device's name has, the one with the most words: an H100 PCIe is not an H100 (SXM).
+    If several rows match, the one with the most words wins: an H100 PCIe is not an H100 (SXM).
     """
     words = _words(device)
     known = [(len(_words(name)), gpu) for gpu in GPUS.values() for name in gpu.devices if _words(name) <= words]

@@ -1,7 +1,6 @@
-"""Groups on this machine: each a launcher of DeepSpeed's of its own, as many at a time as GPUs or cores hold.
+"""Groups on this machine: each has its own DeepSpeed launcher, and as many run at once as fit the GPUs or cores.
 
-DeepSpeed's launcher of one host is started without the `deepspeed` command before it, which finds hosts and would give
-every group of a machine its first GPUs.
+The per-host launcher is started directly, since the `deepspeed` command would give each group the first GPUs.
 """
 
 from __future__ import annotations
@@ -21,25 +20,28 @@ from btm_scale.launch.room import Room, Share
 from btm_scale.launch.shutdown import SUPERVISOR
 from btm_scale.launch.supervise import GroupCommand, Start
 
-_FIRST_PORT = 10_000  # below are those of services
+_FIRST_PORT = 10_000  # lower ports belong to services
 
 
 class LocalPool:
-    """This machine: `slots` groups at a time, with `threads` threads a rank, and a GPU a rank where there are any."""
+    """This machine: `slots` groups at once, `threads` threads per rank, and one GPU per rank if there are GPUs."""
 
     def __init__(self, slots: int, threads: int) -> None:
         self._slots = slots
         self._threads = threads
         self._gpus = visible_gpus()
         self._room = Room({"localhost": self._gpus})
-        self._running: dict[str, tuple[Share[str, str], ...]] = {}  # and the GPUs of each
+        self._running: dict[str, tuple[Share[str, str], ...]] = {}  # the GPUs of each running group
 
     def take(self, command: GroupCommand) -> Start | None:
-        """A launcher, if fewer than `slots` groups run and enough GPUs are free."""
+        """Return the launcher of a group; None while `slots` groups run or too few GPUs are free.
+
+        Raises LaunchError if the machine has fewer GPUs than the group has ranks.
+        """
         if self._gpus and not self._room.could_take(command.ranks):
             raise LaunchError(
-                f"'{command.name}' has {command.ranks} ranks, and this machine shows {len(self._gpus)} GPUs; choose "
-                "another layout for its group, or hosts with --launcher deepspeed"
+                f"'{command.name}' has {command.ranks} ranks, and this machine has {len(self._gpus)} visible GPUs. "
+                "Each rank needs one: choose a smaller layout, or more hosts with --launcher deepspeed."
             )
         if len(self._running) >= self._slots:
             return None
@@ -52,42 +54,45 @@ class LocalPool:
         return Start((_launcher(command, places, free_port()),), environment | accelerator())
 
     def give_back(self, name: str) -> None:
-        """The group of this name has ended."""
+        """Free the GPUs of a group that has ended."""
         self._room.give_back(self._running.pop(name, ()))
 
 
 def accelerator() -> dict[str, str]:
-    """What tells DeepSpeed that there is no GPU here, where that is so."""
+    """Return the variables that tell DeepSpeed to use the CPU; empty if this machine has a GPU."""
     has_gpu = visible_gpus() or Path("/dev/kfd").exists()
     return {} if has_gpu else {"DS_ACCELERATOR": "cpu"}
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs of this machine that this process may use, as CUDA_VISIBLE_DEVICES names them; none on a CPU."""
-    told = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if told is not None:
-        return [name.strip() for name in told.split(",") if name.strip() not in ("", "-1")]
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; empty without GPUs."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
     numbers = (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia*"))
     return sorted((number for number in numbers if number.isdecimal()), key=int)
 
 
 def local_rank(environment: Mapping[str, str], place: str) -> str:
-    """LOCAL_RANK of a task at this place of its node. One that is bound to a single GPU sees it as its first."""
+    """Return LOCAL_RANK of the task with this index on its node: 0 if it is bound to a single GPU."""
     bound = "CUDA_VISIBLE_DEVICES" in environment and "," not in environment["CUDA_VISIBLE_DEVICES"]
     return "0" if bound else place
 
 
 def free_port() -> int:
-    """A port on which nothing listens, of those that the kernel gives to no outgoing connection.
+    """Return a free port outside the range that the kernel uses for outgoing connections.
 
-    Ranks need seconds to start; one of the kernel's own could be gone until then.
+    Ranks need seconds to start, and a port in that range could be taken meanwhile. Raises LaunchError if none is free.
     """
     for _ in range(1000):
         port = random.SystemRandom().randrange(_FIRST_PORT, _first_outgoing_port())
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("", port))
             return port
-    raise LaunchError("no free port found for a group: see `ss -tln`, and `sysctl net.ipv4.ip_local_port_range`")
+    raise LaunchError(
+        "No free port found for a group. Rendezvous needs one below the range of outgoing connections: see `ss -tln` "
+        "and `sysctl net.ipv4.ip_local_port_range`."
+    )
 
 
 def _first_outgoing_port() -> int:
@@ -99,7 +104,7 @@ def _first_outgoing_port() -> int:
 
 
 def _launcher(command: GroupCommand, places: Sequence[str], port: int) -> tuple[str, ...]:
-    """`places`: the GPU of each rank, or on a CPU any name."""
+    """`places`: the GPU of each rank, or any names on a CPU."""
     world = base64.urlsafe_b64encode(json.dumps({"localhost": places}).encode()).decode()
     return (
         sys.executable,

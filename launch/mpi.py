@@ -1,12 +1,13 @@
-"""Groups under mpirun: COMM_WORLD is split once, at the start, and MPI is over before any group begins.
+"""Groups under mpirun: COMM_WORLD is split once, and MPI is finalized before any group starts.
 
-Each group then is a torch.distributed world of its own: a rank of MPI only starts a rank of the group, waits for it,
-and starts its group's next one. Groups meet again in the file system at most.
+Each group is then a separate torch.distributed world: a rank of MPI starts a rank of its group, waits for it, and
+starts the next one. Groups share nothing but the file system.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -28,15 +29,18 @@ from btm_scale.launch.placement import Work, share_out
 from btm_scale.launch.shutdown import REQUEUE, SUPERVISOR
 from btm_scale.launch.supervise import GroupCommand, OnPoll, Start, failure_text, run_groups_in
 from btm_scale.util.files import make_directory
+from btm_scale.util.logs import set_up_logging
 from btm_scale.util.mpi import without_mpi
 from btm_scale.util.rank_log import forget_failure
+
+logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where this rank of MPI stands: its group, its place in it, and its group's rendezvous (a port a command)."""
+    """The place of this MPI rank: its group, its rank there, and the rendezvous of the group (one port per command)."""
 
     group: int
     groups: int
@@ -44,15 +48,15 @@ class _Place:
     local_rank: int
     address: str
     ports: tuple[int, ...]
-    ended: Path  # a folder of this mpirun's own, where each group leaves a file when it has ended
+    ended: Path  # a folder of this mpirun in which each group leaves a file when it has ended
 
 
 def run_under_mpi(commands: Sequence[GroupCommand], threads: int) -> None:
-    """Run every group, as all ranks of one mpirun. Ranks that make no whole group have nothing to do.
+    """Run every group on the ranks of one mpirun; ranks left over after the last complete group stay idle.
 
-    A failing group stops no other. Raises GroupFailed on the first rank of a group that failed, once all groups have
-    ended; LaunchError, on all ranks, if there are fewer ranks than a group needs. A group that was asked to stop takes
-    up no other work, and its ranks exit with the code that asks for another start.
+    A failing group does not stop the others. Raises GroupFailed on the first rank of a failed group once all groups
+    have ended, and LaunchError on all ranks if there are fewer than a group needs. A group that was asked to stop
+    starts no further work, and its ranks exit with the code that requests a restart.
     """
     if not commands:
         return
@@ -75,12 +79,12 @@ def run_under_mpi(commands: Sequence[GroupCommand], threads: int) -> None:
         sys.exit(REQUEUE)
     if failed:
         if place.rank > 0:
-            sys.exit(1)  # the group's first rank tells why
+            sys.exit(1)  # the first rank of the group reports the reason
         raise GroupFailed("\n".join(failure_text(command) for command in failed))
 
 
 class MpiLauncher:
-    """`run --launcher mpi`: one mpirun a stage, whose ranks are split into the stage's groups."""
+    """`run --launcher mpi`: one mpirun per stage, whose ranks are split into the groups of the stage."""
 
     def __init__(self, config: MpiConfig) -> None:
         self._config = config
@@ -90,14 +94,14 @@ class MpiLauncher:
         if not commands:
             return
         name, *options = self._config.command
-        # This environment's own first, which mpi4py has been built for.
+        # The one of this environment first, which mpi4py was built for.
         mpirun = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
         if mpirun is None:
-            raise LaunchError(f"'{name}' is not on this machine; set launch.mpi.command, or pip install mpich mpi4py")
+            raise LaunchError(f"'{name}' is not installed. Set launch.mpi.command, or pip install mpich mpi4py.")
         ranks = self._config.ranks or len(os.sched_getaffinity(0))
         log = commands[0].log.parent.parent / "mpirun.log"
         for command in commands:
-            forget_failure(command.log)  # where mpirun itself fails, an earlier try's would be told
+            forget_failure(command.log)  # if mpirun itself fails, an old record must not be reported
         make_directory(log.parent)
         with tempfile.NamedTemporaryFile("w", suffix=".json", dir=log.parent, delete=False) as file:
             json.dump([asdict(command) | {"log": str(command.log)} for command in commands], file)
@@ -118,16 +122,16 @@ class MpiLauncher:
                 lambda states: on_poll({command.name: states["mpirun"] for command in commands}),
             )
         except GroupFailed:
-            told = [failure_text(command) for command in commands if _has_failed(command)]
-            if not told:
+            failures = [failure_text(command) for command in commands if _has_failed(command)]
+            if not failures:
                 raise
-            raise GroupFailed("\n".join(told)) from None
+            raise GroupFailed("\n".join(failures)) from None
         finally:
             Path(file.name).unlink()
 
 
 class _OneCommand:
-    """Room for one command that is given."""
+    """A pool that runs a single given command."""
 
     def __init__(self, words: tuple[str, ...]) -> None:
         self._words = words
@@ -140,15 +144,17 @@ class _OneCommand:
 
 
 def _split(works: Sequence[Work], size: int, folder: Path) -> tuple[_Place | None, list[list[Work]]]:
-    """This rank's place, and every group's work; None for a rank that is left over. MPI is over afterwards."""
+    """Return the place of this rank, None if it is left over, and the work of each group. Finalizes MPI."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is installed and finds no libmpi
-        raise LaunchError(f"--launcher mpi needs mpi4py and an MPI ({error}); pip install 'btm-scale[mpi]'") from None
+        raise LaunchError(
+            f"Cannot load MPI ({error}). --launcher mpi needs mpi4py and an MPI: pip install 'btm-scale[mpi]'."
+        ) from None
     world: Any = MPI.COMM_WORLD
     groups = world.size // size
     if groups == 0:
-        raise LaunchError(f"a group needs {size} ranks, and mpirun has started {world.size}; start {size} or more")
+        raise LaunchError(f"A group needs {size} ranks, and mpirun started {world.size}. Start {size} or more.")
     lists = share_out(works, min(groups, len(works)))
     number = world.rank // size
     member = number < len(lists)
@@ -183,7 +189,7 @@ def _run_rank(command: GroupCommand, place: _Place, port: int, threads: int) -> 
     }
     words = [sys.executable, "-m", "btm_scale.cli", *command.arguments]
     process = subprocess.Popen(words, env=environment | accelerator(), stdin=subprocess.DEVNULL)
-    # What mpirun passes on to this process is meant for the one that trains: it saves its state and leaves.
+    # Signals from mpirun are forwarded to the process that trains, which saves a checkpoint and exits.
     numbers = (signal.SIGTERM, signal.SIGUSR1)
     before = {number: signal.signal(number, lambda number, _: process.send_signal(number)) for number in numbers}
     try:
@@ -194,7 +200,7 @@ def _run_rank(command: GroupCommand, place: _Place, port: int, threads: int) -> 
 
 
 def _end(place: _Place, failed: bool) -> None:
-    """Note that this group has ended. mpirun ends all others with a rank that fails, so such a rank waits for them."""
+    """Record that this group has ended. mpirun kills all ranks when one fails, so a failed one waits for the rest."""
 
     def still_running() -> bool:
         try:
@@ -220,10 +226,11 @@ def _main(arguments: Sequence[str]) -> None:
     for values in json.loads(Path(path).read_text()):
         values |= {"log": Path(values["log"]), "arguments": tuple(values["arguments"])}
         commands.append(GroupCommand(**values))
+    set_up_logging()
     try:
         run_under_mpi(commands, int(threads))
     except (GroupFailed, LaunchError) as error:
-        print(f"btm-scale: {error}", file=sys.stderr)
+        logger.error("%s", error)
         sys.exit(1)
 
 

@@ -1,4 +1,4 @@
-"""Who runs where and when: groups of unlike size on nodes, packed so that the last one ends as early as can be."""
+"""Placement of groups of different sizes on nodes, so that the last one ends early."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from btm_scale.launch.room import Room, Share
 
 @dataclass(frozen=True)
 class Work:
-    """One group's work: `ranks`, of which every `colocated` share a node, for `seconds`."""
+    """The work of one group: `ranks`, of which each `colocated` share a node, for `seconds`."""
 
     name: str
     ranks: int
@@ -22,7 +22,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Placed:
-    """Where a group runs: `nodes` holds (node, ranks there); it runs from `start` to `end`, in seconds."""
+    """Where a group runs: `nodes` has (node, ranks on it); it runs from `start` to `end`, in seconds."""
 
     work: Work
     nodes: tuple[tuple[int, int], ...]
@@ -30,14 +30,15 @@ class Placed:
 
     @property
     def end(self) -> float:
-        """Seconds."""
+        """When the group ends, in seconds."""
         return self.start + self.work.seconds
 
 
 def place(works: Sequence[Work], *, nodes: int, ranks_per_node: int) -> list[Placed]:
-    """Longest first, each as soon as there is room (list scheduling: Graham 1969).
+    """Return where and when each group runs: longest first, each as soon as there is room (Graham 1969).
 
-    A group that fits a node stays in one; a larger one takes whole nodes. Raises LaunchError if a group can never fit.
+    A group that fits a node gets a single one; a larger one gets complete nodes. Raises LaunchError if a group can
+    never fit.
     """
     for work in works:
         _check(work, nodes, ranks_per_node)
@@ -50,13 +51,13 @@ def place(works: Sequence[Work], *, nodes: int, ranks_per_node: int) -> list[Pla
         left = []
         smallest_refused = float("inf")
         for work in waiting:
-            found = room.take(work.ranks, whole_hosts=True) if work.ranks < smallest_refused else None
-            if found is None:
+            shares = room.take(work.ranks, whole_hosts=True) if work.ranks < smallest_refused else None
+            if shares is None:
                 smallest_refused = min(smallest_refused, work.ranks)
                 left.append(work)
                 continue
-            placed.append(Placed(work, tuple((share.host, len(share.slots)) for share in found), now))
-            heapq.heappush(ends, (now + work.seconds, len(placed), found))
+            placed.append(Placed(work, tuple((share.host, len(share.slots)) for share in shares), now))
+            heapq.heappush(ends, (now + work.seconds, len(placed), shares))
         waiting = left
         if waiting:
             now = ends[0][0]
@@ -66,13 +67,13 @@ def place(works: Sequence[Work], *, nodes: int, ranks_per_node: int) -> list[Pla
 
 
 def lower_bound(works: Sequence[Work], *, nodes: int, ranks_per_node: int) -> float:
-    """Seconds that no placement can beat: all work over all ranks, or the longest group."""
+    """Return a lower bound in seconds for any placement: all work over all ranks, or the longest group."""
     total = sum(work.ranks * work.seconds for work in works)
     return max([total / (nodes * ranks_per_node), *(work.seconds for work in works)])
 
 
 def share_out(works: Sequence[Work], groups: int) -> list[list[Work]]:
-    """`groups` lists of nearly equal time, longest first: for groups that are fixed before any work begins."""
+    """Return the work of each of `groups` fixed groups: lists of nearly equal time, longest first."""
     lists: list[list[Work]] = [[] for _ in range(groups)]
     loads = [(0.0, number) for number in range(groups)]
     for work in sorted(works, key=lambda work: (-work.seconds, work.name)):
@@ -85,11 +86,11 @@ def share_out(works: Sequence[Work], groups: int) -> list[list[Work]]:
 def _check(work: Work, nodes: int, ranks_per_node: int) -> None:
     if work.colocated > ranks_per_node or (work.ranks > ranks_per_node and ranks_per_node % work.colocated):
         raise LaunchError(
-            f"{work.name}: {work.colocated} ranks that share a node do not fit nodes of {ranks_per_node} GPUs; choose "
-            "a tensor degree that divides their number"
+            f"{work.name}: {work.colocated} ranks that share a node do not fit nodes of {ranks_per_node} GPUs. Choose "
+            "a tensor degree that divides the GPUs of a node."
         )
     if work.ranks > nodes * ranks_per_node:
         raise LaunchError(
             f"{work.name} needs {work.ranks} ranks, and {nodes} nodes of {ranks_per_node} have "
-            f"{nodes * ranks_per_node}; give more nodes, or a smaller layout"
+            f"{nodes * ranks_per_node}. Use more nodes, or a smaller layout."
         )

@@ -1,4 +1,4 @@
-"""A run on a cluster that need not be there: every group's memory, time and place, from stated figures."""
+"""Estimates for a run on any cluster: memory, time and placement of each group, from data sheet figures."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from btm_scale.launch.placement import Placed, Work, lower_bound, place
 from btm_scale.launch.step_time import StepTime, step_time
 from btm_scale.model.shape import ModelShape
 
-# Of a GPU's memory, what is left to us by its driver, the communication library and fragmentation.
+# Fraction of GPU memory left by driver, communication library and fragmentation.
 _USABLE = 0.9
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """`nodes` of `ranks_per_node` GPUs."""
+    """`nodes` with `ranks_per_node` GPUs each."""
 
     gpu: Gpu
     nodes: int
@@ -28,13 +28,13 @@ class Cluster:
 
     @property
     def ranks(self) -> int:
-        """GPUs."""
+        """The number of GPUs."""
         return self.nodes * self.ranks_per_node
 
 
 @dataclass(frozen=True)
 class Training:
-    """One model's training, whoever does it: `steps` of `sequences` sequences of `length` tokens."""
+    """The training of one model in any layout: `steps` of `sequences` sequences of `length` tokens."""
 
     name: str
     steps: int
@@ -44,7 +44,7 @@ class Training:
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """One model's group: how it is laid out, what a rank of it holds, and how long it takes."""
+    """The group of one model: its layout, the memory of a rank, and the step time."""
 
     training: Training
     layout: Layout
@@ -55,23 +55,23 @@ class GroupPlan:
 
     @property
     def seconds(self) -> float:
-        """Of the whole training."""
+        """Duration of the training."""
         return self.training.steps * self.step.total
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the whole group."""
+        """Throughput of the group."""
         return self.training.sequences * self.training.length / self.step.total
 
     @property
     def work(self) -> Work:
-        """For the placement."""
+        """The work to place."""
         return Work(self.training.name, self.layout.ranks, self.layout.colocated, self.seconds)
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Groups that may run side by side, where and when they do, and the seconds that no placement could beat."""
+    """Groups that may run at once, where and when they run, and the lower bound of any placement in seconds."""
 
     groups: tuple[GroupPlan, ...]
     placed: tuple[Placed, ...]
@@ -79,12 +79,12 @@ class StagePlan:
 
     @property
     def seconds(self) -> float:
-        """Until the last group ends."""
+        """Time until the last group ends."""
         return max(one.end for one in self.placed)
 
 
 def plan_group(shape: ModelShape, training: Training, layout: Layout, cluster: Cluster) -> GroupPlan:
-    """One group in a layout that is given. Raises LaunchError if its data ranks cannot share the batch evenly."""
+    """Return the plan of one group in a given layout. Raises LaunchError if `data` does not divide the batch."""
     for problem in layout.batch_problems(training.sequences):
         raise LaunchError(f"{training.name}: {problem}")
     micro, count = layout.micro_batches(training.sequences)
@@ -102,7 +102,7 @@ def plan_group(shape: ModelShape, training: Training, layout: Layout, cluster: C
 
 
 def plan_stage(groups: Sequence[GroupPlan], cluster: Cluster) -> StagePlan:
-    """Place the groups of one stage. Raises LaunchError if one needs more memory or more ranks than there are."""
+    """Return the placed groups of one stage. Raises LaunchError if one needs more memory or ranks than there are."""
     for group in groups:
         _require_memory(group, cluster)
     works = [group.work for group in groups]
@@ -111,13 +111,13 @@ def plan_stage(groups: Sequence[GroupPlan], cluster: Cluster) -> StagePlan:
 
 
 def propose(shape: ModelShape, trainings: Sequence[Training], cluster: Cluster, base: Layout) -> tuple[Layout, int]:
-    """The one layout and micro-batch with which all these trainings, side by side, end first.
+    """Return the layout and micro-batch with which all these trainings, run at once, end first.
 
-    It keeps the base's precision. Raises LaunchError if no layout fits the GPU's memory.
+    It keeps the precision of `base`. Raises LaunchError if no layout fits the GPU's memory.
     """
     longest = max(trainings, key=lambda training: training.steps * training.sequences)
     batches = {training.sequences for training in trainings}
-    # Groups as large as leave one for each training are enough; among those, the layouts of each size that do best.
+    # For each group size the fastest layout; of these, the one that ends first.
     best: tuple[float, int, Layout, int] | None = None
     for ranks in _sizes(cluster):
         choice = _best_layout(shape, longest, ranks, cluster, base, batches)
@@ -128,20 +128,20 @@ def propose(shape: ModelShape, trainings: Sequence[Training], cluster: Cluster, 
             best = (end, ranks, choice.layout, choice.micro_batch)
     if best is None:
         raise LaunchError(
-            f"{longest.name}: no layout on {cluster.ranks} {cluster.gpu.name} fits {cluster.gpu.memory / 1e9:.0f} GB; "
-            "give more or larger GPUs, a smaller model, or offload"
+            f"{longest.name}: no layout on {cluster.ranks} {cluster.gpu.name} fits {cluster.gpu.memory / 1e9:.0f} GB. "
+            "Use more or larger GPUs, a smaller model, or offload."
         )
     return best[2], best[3]
 
 
 def data_parallel_bytes(shape: ModelShape, groups: int, steps: int, width: int) -> float:
-    """Bytes that training one model by all groups together would have sent between them: each step, the gradients'
-    all-reduce over `groups` replicas, as a ring."""
+    """Return the bytes that data parallelism over all groups would send between them: per step a ring all-reduce of the
+    gradients over `groups` replicas."""
     return 2.0 * (groups - 1) * shape.parameters * width * steps
 
 
 def _sizes(cluster: Cluster) -> Iterator[int]:
-    """Of groups: powers of 2 within a node, then whole nodes, since launchers give a group no other part of them."""
+    """Yield the possible sizes of groups: powers of 2 within a node, then complete nodes."""
     size = 1
     while size < cluster.ranks_per_node:
         yield size
@@ -155,7 +155,7 @@ def _sizes(cluster: Cluster) -> Iterator[int]:
 def _best_layout(
     shape: ModelShape, training: Training, ranks: int, cluster: Cluster, base: Layout, batches: Set[int]
 ) -> GroupPlan | None:
-    """The fastest group of a size whose data ranks can share all these batches, the training's own among them."""
+    """Return the fastest group of a size whose `data` divides all these batches; None if none fits."""
     fitting = [
         group
         for layout in _layouts(ranks, cluster, base)
@@ -186,7 +186,7 @@ def _layouts(ranks: int, cluster: Cluster, base: Layout) -> Iterator[Layout]:
 def _largest_micro_batch(
     shape: ModelShape, training: Training, layout: Layout, cluster: Cluster
 ) -> Iterator[GroupPlan]:
-    """The group with the largest micro-batch that fits the memory, if any does."""
+    """Yield the group with the largest micro-batch that fits in memory, if any does."""
     share = training.sequences // layout.data
     for micro in sorted({min(size, share) for size in _MICRO_BATCHES}, reverse=True):
         group = plan_group(shape, training, layout.model_copy(update={"micro_batch": micro}), cluster)
@@ -196,12 +196,12 @@ def _largest_micro_batch(
 
 
 def _estimated_end(group: GroupPlan, trainings: Sequence[Training], cluster: Cluster) -> float:
-    """When the last of the trainings would end in groups like this one: the placement's lower bound, in whole waves."""
-    a_sequence = group.step.total / group.training.sequences
-    works = sorted((training.steps * training.sequences * a_sequence for training in trainings), reverse=True)
-    side_by_side = max(1, cluster.ranks // group.layout.ranks)
-    waves = -(-len(works) // side_by_side)
-    return max(works[0], sum(works) / side_by_side, waves * works[-1])
+    """Return when the last training would end in groups like this one, in seconds: the lower bound in full waves."""
+    seconds_per_sequence = group.step.total / group.training.sequences
+    works = sorted((training.steps * training.sequences * seconds_per_sequence for training in trainings), reverse=True)
+    at_once = max(1, cluster.ranks // group.layout.ranks)
+    waves = -(-len(works) // at_once)
+    return max(works[0], sum(works) / at_once, waves * works[-1])
 
 
 def _fits(group: GroupPlan, cluster: Cluster) -> bool:
@@ -212,7 +212,7 @@ def _require_memory(group: GroupPlan, cluster: Cluster) -> None:
     if not _fits(group, cluster):
         gpu = cluster.gpu
         raise LaunchError(
-            f"{group.training.name}: a rank needs {group.memory.total / 1e9:.1f} GB, and of a {gpu.name}'s "
-            f"{gpu.memory / 1e9:.0f} GB {_USABLE:.0%} can be used; raise tensor, data or zero, set recompute: full, or "
-            "lower micro_batch"
+            f"{group.training.name}: a rank needs {group.memory.total / 1e9:.1f} GB, and {_USABLE:.0%} of the "
+            f"{gpu.memory / 1e9:.0f} GB of a {gpu.name} are usable. Raise tensor, data or zero, set recompute: full, "
+            "or lower micro_batch."
         )

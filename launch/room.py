@@ -1,4 +1,4 @@
-"""Which slots of which hosts are free: the hosts of a hostfile, this machine's GPUs, or the nodes of a plan."""
+"""Free slots per host: the hosts of a hostfile, the GPUs of this machine, or the nodes of a plan."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Slot = TypeVar("Slot")
 
 @dataclass(frozen=True)
 class Share(Generic[Host, Slot]):
-    """A host's slots that one group has taken."""
+    """The slots of one host that a group has taken."""
 
     host: Host
     slots: tuple[Slot, ...]
 
 
 class Room(Generic[Host, Slot]):
-    """Hosts by the number of their free slots, so that ten thousand nodes are no slower than ten."""
+    """Hosts indexed by their number of free slots, so that the time does not grow with the number of hosts."""
 
     def __init__(self, slots: Mapping[Host, Sequence[Slot]]) -> None:
         self._all = {host: tuple(own) for host, own in slots.items()}
@@ -33,10 +33,10 @@ class Room(Generic[Host, Slot]):
     def take(
         self, ranks: int, colocated: int = 1, *, whole_hosts: bool = False
     ) -> tuple[Share[Host, Slot], ...] | None:
-        """Take slots for a group: on the one host that it fills best, or else on as few as possible.
+        """Take slots for a group, on the single host that it fills best or on as few as possible; None without room.
 
-        Every `colocated` consecutive ranks stay on one host. With `whole_hosts` a group that fits a host never spans
-        two, and a larger one shares none of its hosts. Returns None if there is no room now.
+        Each `colocated` consecutive ranks stay on one host. With `whole_hosts`, a group that fits a host never spans
+        two, and a larger one does not share its hosts.
         """
         chosen = self._one_host(ranks)
         if not chosen and not (whole_hosts and ranks <= self._most):
@@ -49,13 +49,13 @@ class Room(Generic[Host, Slot]):
         return shares
 
     def give_back(self, shares: Sequence[Share[Host, Slot]]) -> None:
-        """These slots are free again."""
+        """Free the slots of a group."""
         for share in shares:
             free = {*self._free[share.host], *share.slots}
             self._set(share.host, tuple(slot for slot in self._all[share.host] if slot in free))
 
     def could_take(self, ranks: int, colocated: int = 1) -> bool:
-        """Whether there is room for a group while no other runs."""
+        """Return whether there is room for a group when no other runs."""
         return Room(self._all).take(ranks, colocated) is not None
 
     def _one_host(self, ranks: int) -> dict[Host, int]:

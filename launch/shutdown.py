@@ -1,9 +1,9 @@
-"""Ending groups: the ranks that launchers have started here are asked to save, or ended with their launchers, and every
-rank ends with the process that supervises it."""
+"""Stopping groups: ranks are asked to save, or are killed with their launchers, and a rank ends with its supervisor."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import select
 import signal
@@ -11,24 +11,27 @@ import subprocess
 import threading
 import time
 from collections.abc import Collection, Iterable, Sequence
-from pathlib import Path
 from typing import NoReturn
 
-# The exit code of ranks that were asked to stop and have saved their state: started again, they resume.
+import psutil
+
+logger = logging.getLogger(__name__)
+
+# The exit code of ranks that were asked to stop and saved a checkpoint; a restart resumes them.
 REQUEUE = 85
 
-# The environment variable that names the supervisor's process to every rank of a local group.
+# The environment variable with the process id of the supervisor, for the ranks of a local group.
 SUPERVISOR = "BTM_SCALE_SUPERVISOR"
 
 _POLL_SECONDS = 0.05
 _TERM_SECONDS = 10.0
-_SAVE_SECONDS = 300.0  # for groups that are asked to stop: each ends its step and saves its state
+_SAVE_SECONDS = 300.0  # for a group to finish its step and save a checkpoint
 
 
 def let_save(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ask every rank here to save its state and leave, and wait for that. A launcher that hears it would not wait.
+    """Send SIGTERM to the ranks on this machine, so that they save and exit, and wait for their launchers.
 
-    A group with all its ranks on other hosts cannot be asked.
+    The launchers get no signal, since they would not wait for their ranks. Groups on other hosts cannot be asked.
     """
     ranks = _ranks_below({process.pid for process in processes})
     for pid in ranks:
@@ -42,34 +45,32 @@ def let_save(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def _ranks_below(launchers: Collection[int]) -> dict[int, int]:
-    """The ranks that these launchers have started on this machine, each with its launcher. There may be other launchers
-    between, and mpirun's give every rank a session of its own."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            with contextlib.suppress(OSError):
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-    found = {}
-    for pid, parent in parents.items():
-        above = parent
-        while above in parents and above not in launchers:
-            above = parents[above]
-        if above in launchers and _is_rank(pid) and not _is_rank(parent):
-            found[pid] = above
-    return found
+    """Return the ranks that these launchers started on this machine, each with its launcher. Other launchers may be in
+    between, and mpirun gives each rank its own session."""
+    launcher_of = {pid: pid for pid in launchers}
+    ranks = {}
+    for process in psutil.Process().children(recursive=True):  # a parent comes before its children
+        with contextlib.suppress(psutil.Error):
+            parent = process.ppid()
+            launcher = launcher_of.get(parent)
+            if launcher is None:
+                continue
+            launcher_of.setdefault(process.pid, launcher)
+            if _is_rank(process.pid) and not _is_rank(parent):
+                ranks[process.pid] = launcher
+    return ranks
 
 
 def _is_rank(pid: int) -> bool:
     try:
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
+        return "RANK" in psutil.Process(pid).environ()
+    except psutil.Error:
         return False
-    return any(variable.startswith(b"RANK=") for variable in variables)
 
 
 def end_all(processes: Iterable[subprocess.Popen[bytes]]) -> None:
-    """End launchers with all that they have started in their sessions: by SIGTERM, and what is left then by SIGKILL."""
-    # A launcher that was killed has left its ranks behind, in its session.
+    """End launchers and all processes in their sessions: by SIGTERM, and after a timeout by SIGKILL."""
+    # The ranks of a launcher that was killed are still in its session.
     remaining = [process for process in processes if process.poll() != 0]
     for process in remaining:
         _signal_session(process, signal.SIGTERM)
@@ -98,9 +99,9 @@ def _signal_session(process: subprocess.Popen[bytes], number: signal.Signals) ->
 
 
 def end_with_supervisor() -> None:
-    """Watch the supervisor, if there is one, and kill this process's whole group when it is gone.
+    """Watch the supervisor, if there is one, and kill the process group when it ends.
 
-    A run that was killed leaves no rank behind that would write beside those of the next one.
+    Ranks of a killed run must not write beside those of the next one.
     """
     pid = os.environ.get(SUPERVISOR)
     if pid is None:
@@ -118,6 +119,6 @@ def _watch(descriptor: int) -> None:
 
 
 def _end_own_group() -> NoReturn:
-    print("the process that started this group is gone; ending the group", flush=True)
+    logger.error("the process that started this group is gone; ending the group")
     os.killpg(0, signal.SIGKILL)
     raise AssertionError

@@ -1,4 +1,4 @@
-"""SLURM: a run as a few readable batch scripts. Nothing here talks to SLURM; slurm_queue.py does."""
+"""A run as a few readable SLURM batch scripts; slurm_queue.py submits them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True)
 class Job:
-    """One script: `models` are the tasks of its array, or the one model that it trains, or none.
+    """One script: `models` are the tasks of its array, the single model that it trains, or empty.
 
-    `ranks` are those of one group, of which every `colocated` share a node; `after` are the jobs that must have
-    succeeded.
+    `ranks` is the size of one group, of which each `colocated` share a node; `after` are the jobs that must succeed
+    first.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Job:
 
 
 def nodes_of(job: Job, config: SlurmConfig) -> tuple[int, int]:
-    """(nodes, tasks on each) of one of the job's groups.
+    """Return (nodes, tasks per node) of a group of the job.
 
     Raises LaunchError if its ranks do not fill nodes evenly, or ranks that must share a node would span two.
     """
@@ -45,15 +45,17 @@ def nodes_of(job: Job, config: SlurmConfig) -> tuple[int, int]:
     if job.ranks % config.ranks_per_node or config.ranks_per_node % job.colocated:
         raise LaunchError(
             f"{job.name}: {job.ranks} ranks do not fill nodes of {config.ranks_per_node} evenly, or the "
-            f"{job.colocated} that share a node would span two; change the layout, or launch.slurm.ranks_per_node"
+            f"{job.colocated} that share a node would span two. Change the layout, or launch.slurm.ranks_per_node."
         )
     return job.ranks // config.ranks_per_node, config.ranks_per_node
 
 
 def render(job: Job, run_name: str, run: RunDir, config: SlurmConfig) -> str:
-    """The job's script. Whatever stands in names and paths, it is quoted, and cannot end the line that it stands in."""
+    """Return the script of a job, with names and paths quoted. Raises LaunchError for control characters in a path."""
     if not str(run.root).isprintable():
-        raise LaunchError(f"{str(run.root)!r} has characters that no SLURM script can hold; choose another --out")
+        raise LaunchError(
+            f"{str(run.root)!r} has control characters. A SLURM script cannot contain them: choose another --out."
+        )
     python = config.python or sys.executable
     container = "".join(f" {_quote(word)}" for word in container_options(config))
     parts = {
@@ -76,20 +78,20 @@ def render(job: Job, run_name: str, run: RunDir, config: SlurmConfig) -> str:
 
 
 def container_options(config: SlurmConfig) -> list[str]:
-    """srun's options that run a task in a container (pyxis)."""
+    """Return the options of srun that run a task in a container (pyxis)."""
     options = [f"--container-image={config.container}"] if config.container else []
     return options + ([f"--container-mounts={config.mounts}"] if config.mounts else [])
 
 
 class SrunPool:
-    """The nodes of the job that this process runs in: one group at a time, started by srun."""
+    """The nodes of the current job: one group at a time, started by srun."""
 
     def __init__(self, config: SlurmConfig) -> None:
         self._config = config
         self._busy = False
 
     def take(self, command: GroupCommand) -> Start | None:
-        """srun, if no group runs."""
+        """Return the srun command of a group; None while another group runs."""
         if self._busy:
             return None
         self._busy = True
@@ -99,7 +101,7 @@ class SrunPool:
         return Start((words,))
 
     def give_back(self, name: str) -> None:
-        """The group has ended."""
+        """Allow the next group."""
         self._busy = False
 
 
@@ -133,39 +135,39 @@ def _options(job: Job, run_name: str, run: RunDir, config: SlurmConfig) -> list[
 
 
 def job_name(run_name: str, job: Job) -> str:
-    """The name that SLURM shows."""
+    """Return the name of a job in SLURM."""
     return f"{re.sub(r'[^A-Za-z0-9._]+', '-', run_name).strip('-') or 'run'}.{job.name}"
 
 
 def _quote(text: str) -> str:
-    """One word for bash, whatever is in it; as it is where that is safe."""
+    """Return the text as a single word for bash, quoted if needed."""
     if re.fullmatch(r"[\w@%+=:,./-]+", text, re.ASCII):
         return text
     return '"' + re.sub(r'([$`"\\])', r"\\\1", text) + '"'
 
 
 def _sbatch_quote(text: str) -> str:
-    """A value as SLURM's reader of #SBATCH lines takes it: within quotes, a backslash keeps what follows it."""
+    """Return the text as a quoted value of an #SBATCH line, in which a backslash escapes the next character."""
     return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
 
 
 def become_slurm_rank(environment: MutableMapping[str, str]) -> None:
-    """Put RANK, WORLD_SIZE and LOCAL_RANK into the environment of a task that srun started.
+    """Set RANK, WORLD_SIZE and LOCAL_RANK in the environment of a task that srun started.
 
-    Raises LaunchError if this is no such task, or where the ranks of several nodes would each wait at an own localhost.
+    Raises LaunchError outside such a task, or if the ranks of several nodes would each wait at their own localhost.
     """
     names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if not environment.get(name)]
     if missing:
         raise LaunchError(
-            f"--launcher slurm is for tasks of a job, but {', '.join(missing)} is not set; "
-            "submit the scripts that `btm-scale run CONFIG --launcher slurm` writes"
+            f"{', '.join(missing)} is not set. --launcher slurm is for tasks of a job: submit the scripts that "
+            "`btm-scale run CONFIG --launcher slurm` writes."
         )
     nodes = int(environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_NNODES") or 1)
     if nodes > 1 and environment["MASTER_ADDR"] in _NOT_A_RENDEZVOUS:
         raise LaunchError(
-            f"this group has {nodes} nodes, and MASTER_ADDR is {environment['MASTER_ADDR']}, another place on each; "
-            "let it be the address of the job's first node, as in the script that btm-scale wrote"
+            f"This group has {nodes} nodes, and MASTER_ADDR is {environment['MASTER_ADDR']}, a different host on each. "
+            "Set it to the address of the first node of the job, as the script that btm-scale wrote does."
         )
     environment["RANK"] = environment["SLURM_PROCID"]
     environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]

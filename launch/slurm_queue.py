@@ -1,4 +1,4 @@
-"""Speaking to SLURM: submit scripts, and see what has become of them."""
+"""SLURM's queue: submit scripts, and find their jobs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from btm_scale.errors import LaunchError
 from btm_scale.util.locks import alone
 from btm_scale.util.records import Record
 
-# The reason of a job that waits for one that has failed: SLURM takes it out of the queue, but may need a minute.
+# The reason of a job that waits for a failed one; SLURM removes it from the queue after up to a minute.
 _NEVER = "DependencyNeverSatisfied"
 
 
 @dataclass(frozen=True)
 class QueueEntry:
-    """A job, or a task of an array, that is not over: `id` is `12` or `12_3`."""
+    """A pending or running job, or task of an array: `id` is `12` or `12_3`."""
 
     id: str
     state: str
@@ -38,7 +38,7 @@ class QueueEntry:
 
 @dataclass(frozen=True)
 class Submitted:
-    """One submission: the job's name in the run, SLURM's id of it, and the models by their place in the array."""
+    """One submission: the name of the job in the run, its SLURM id, and the models by their index in the array."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -58,35 +58,35 @@ class _Jobs(Record):
 
     @classmethod
     def upgraded(cls, content: Any) -> Any:
-        """The submissions were all of the file at first."""
+        """Convert the first version, which was a list of submissions."""
         return {"submissions": content} if isinstance(content, list) else content
 
 
 class Submissions:
-    """What has been submitted for one run: `slurm/jobs.json`."""
+    """The submissions of a run: `slurm/jobs.json`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._path = folder / "jobs.json"
 
     def alone(self) -> AbstractContextManager[None]:
-        """Keep a second submission of this run out until this one has been noted."""
+        """Return a context in which no other process submits this run."""
         return alone(self._folder / "lock")
 
     def read(self) -> list[Submitted]:
-        """All submissions, oldest first."""
+        """Return all submissions, oldest first."""
         return list((_Jobs.find(self._path) or _Jobs()).submissions)
 
-    def note(self, made: Submitted) -> None:
-        """Note a submission: once without an id, before SLURM hears of it, and again with the one that it answers."""
+    def note(self, submission: Submitted) -> None:
+        """Record a submission: without an id before sbatch is called, and again with the id that it returns."""
         answered = [one for one in self.read() if one.id]
-        _Jobs(submissions=(*answered, made)).save(self._path)
+        _Jobs(submissions=(*answered, submission)).save(self._path)
 
     def settle(self, queue: Mapping[str, tuple[str, QueueEntry]]) -> None:
-        """Find the job of a submission whose answer was lost: sbatch may time out after SLURM has taken the job."""
-        made = self.read()
-        known = {one.id for one in made}
-        for one in made:
+        """Find the job of a submission without an id: sbatch may time out after SLURM has accepted the job."""
+        submissions = self.read()
+        known = {one.id for one in submissions}
+        for one in submissions:
             script = str(self._folder / f"{one.job}.sh")
             lost = [
                 number.partition("_")[0]
@@ -98,38 +98,38 @@ class Submissions:
                 self.note(replace(one, id=number))
 
     def live(self, queue: Mapping[str, tuple[str, QueueEntry]]) -> dict[tuple[str, str | None], QueueEntry]:
-        """What is still in the queue, by (job, model); the model is None for a job that trains none."""
-        found: dict[tuple[str, str | None], QueueEntry] = {}
+        """Return the queue entries of this run by (job, model); the model is None for a job that trains none."""
+        entries: dict[tuple[str, str | None], QueueEntry] = {}
         for one in self.read():
             for place, model in one.models.items() or [("", None)]:
                 name, entry = queue.get(f"{one.id}_{place}" if place else one.id, ("", None))
-                # SLURM's ids begin anew when its state is lost; the name tells whether the job is ours.
+                # SLURM's ids restart when its database is lost; the name shows whether the job is ours.
                 if entry is not None and name == one.slurm_name and entry.reason != _NEVER:
-                    found[one.job, model] = entry
-        return found
+                    entries[one.job, model] = entry
+        return entries
 
 
 def is_here() -> bool:
-    """Whether this machine can ask SLURM."""
+    """Return whether SLURM's commands are installed on this machine."""
     return shutil.which("squeue") is not None
 
 
 def queue() -> dict[str, tuple[str, QueueEntry]]:
-    """This user's jobs that are not over, by id, each with its name."""
+    """Return (name, entry) of this user's pending and running jobs, by id."""
     form = "%i|%T|%r|%N|%j|%o"
     # --all: a partition may be hidden. The user by number: a name would be that of the environment.
     text = _ask("squeue", "--noheader", "--array", "--all", f"--user={os.getuid()}", f"--format={form}")
-    found = {}
+    entries = {}
     for line in text.splitlines():
         number, state, reason, nodes, name, script = line.split("|", 5)
-        found[number] = (name, QueueEntry(number, state, reason, nodes, script))
-    return found
+        entries[number] = (name, QueueEntry(number, state, reason, nodes, script))
+    return entries
 
 
 def submit(script: Path, *, after: Sequence[str], tasks: Sequence[int] | None, limit: int | None) -> str:
-    """Hand a script to sbatch; returns the job's id.
+    """Submit a script with sbatch; returns the id of the job.
 
-    It starts once the jobs `after` have succeeded, and never if one of them fails. `tasks` picks from its array.
+    It starts once the jobs `after` have succeeded, and never if one of them fails. `tasks` selects tasks of its array.
     """
     command = ["sbatch", "--parsable", "--kill-on-invalid-dep=yes"]
     if after:
@@ -140,23 +140,23 @@ def submit(script: Path, *, after: Sequence[str], tasks: Sequence[int] | None, l
 
 
 def cancel(number: str) -> None:
-    """Take a job out of the queue."""
+    """Cancel a job."""
     _ask("scancel", number)
 
 
 def _ask(*command: str) -> str:
     if shutil.which(command[0]) is None:
         raise LaunchError(
-            f"{command[0]} is not on this machine; run this where SLURM is, or give --dry-run to write the scripts only"
+            f"{command[0]} is not installed. Run this on a machine with SLURM, or only write the scripts: --dry-run."
         )
-    # A rank's or an outer job's variables would be taken for this submission's own options, and a user's own view of
-    # the queue would hide jobs.
+    # Variables of a rank or an outer job would act as options of this submission, and SQUEUE_ variables could hide
+    # jobs.
     outer = ("SLURM_JOB", "SLURM_STEP", "SBATCH_", "SQUEUE_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(outer)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if process.returncode:
         raise LaunchError(
-            f"{' '.join(command)}: {done.stderr.strip() or f'exit code {done.returncode}'}\n"
-            "Correct launch.slurm and start again; what has been submitted already is not submitted twice."
+            f"{' '.join(command)}: {process.stderr.strip() or f'exit code {process.returncode}'}\n"
+            "Correct launch.slurm and rerun; jobs that are already submitted are not submitted again."
         )
-    return done.stdout
+    return process.stdout

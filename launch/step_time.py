@@ -1,4 +1,4 @@
-"""How long one step of a group takes at the least, from stated figures of the GPU."""
+"""Lower bound of the step time of a group, from data sheet figures of the GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from btm_scale.model.shape import ModelShape
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step. Computing and reading memory go on together; communication comes on top."""
+    """Seconds of one optimizer step. Compute and memory traffic overlap; communication is added."""
 
     compute: float
     memory: float
@@ -21,7 +21,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """Seconds."""
+        """Seconds of the complete step."""
         return max(self.compute, self.memory) + self.tensor + self.data
 
 
@@ -35,13 +35,13 @@ def step_time(
     accumulation: int,
     ranks_per_node: int,
 ) -> StepTime:
-    """Of `sequences` sequences of `length` tokens, in `accumulation` micro-batches a rank."""
+    """Return the time of a step of `sequences` sequences of `length` tokens, `accumulation` micro-batches per rank."""
     tokens = sequences * length
     own = rank_parameters(shape, layout.tensor)
     width = layout.bytes_per_weight
     flops = shape.flops_per_token(length) * tokens / layout.ranks
     if layout.recompute == "full":
-        flops *= 4 / 3  # the forward pass is a third of it, and is made twice
+        flops *= 4 / 3  # the forward pass is a third of it, and runs twice
     peak = gpu.peak(layout.precision) * gpu.compute_share
     # Weights are read forward, backward and for their gradient; the optimizer reads and writes master and moments.
     traffic = 3 * width * own * accumulation + 2 * 12 * own / (layout.data if layout.zero else 1)
@@ -55,15 +55,15 @@ def step_time(
 
 
 def _tensor_bytes(shape: ModelShape, layout: Layout, tokens: float, width: int) -> float:
-    """Bytes that a rank sends within its tensor group: four all-reduces of the hidden states a layer, as rings."""
+    """Return the bytes that a rank sends to its tensor ranks: four ring all-reduces of the hidden states per layer."""
     ring = 2 * (layout.tensor - 1) / layout.tensor
     repeated = 1.5 if layout.recompute == "full" else 1.0
     return 4 * repeated * shape.layers * tokens * shape.hidden * width * ring
 
 
 def _data_bytes(own: float, layout: Layout, accumulation: int, width: int) -> float:
-    """Bytes that a rank sends to the other data ranks: gradients scattered and weights gathered once. ZeRO 2 keeps no
-    whole gradients, so it scatters those of each micro-batch; ZeRO 3 gathers weights twice for each as well."""
+    """Return the bytes that a rank sends to the other data ranks: gradients scattered and weights gathered once. ZeRO 2
+    scatters the gradients of each micro-batch; ZeRO 3 also gathers the weights twice for each."""
     ring = (layout.data - 1) / layout.data
     times = {2: accumulation + 1, 3: 3 * accumulation}.get(layout.zero, 2)
     return times * ring * own * width

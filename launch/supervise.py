@@ -1,15 +1,15 @@
-"""Starting groups side by side, watching them, and ending them with whoever started them.
+"""Start groups at once, watch them, and end them with the process that started them.
 
-What differs between launchers is a `Pool`: where there is room for a group, and which processes start it there.
+Launchers differ in their `Pool`: where there is room for a group, and which processes start it there.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +23,8 @@ from btm_scale.launch.shutdown import REQUEUE, end_all, let_save
 from btm_scale.util.files import make_directory
 from btm_scale.util.rank_log import forget_failure, note_silent_failure, read_failure, tail
 
+logger = logging.getLogger(__name__)
+
 _POLL_SECONDS = 0.2
 
 OnPoll = Callable[[dict[str, str]], None]
@@ -30,48 +32,48 @@ OnPoll = Callable[[dict[str, str]], None]
 
 @dataclass(frozen=True)
 class GroupCommand:
-    """One group to start: its name, its ranks, what every rank runs, and where its output goes."""
+    """A group to start: its name, its ranks, what each rank runs, and where its output goes."""
 
     name: str
     ranks: int
-    arguments: tuple[str, ...]  # of btm-scale
+    arguments: tuple[str, ...]  # of the btm-scale command
     log: Path
     colocated: int = 1  # consecutive ranks that must share a host
-    work: float = 1.0  # how long it takes, relative to others
+    work: float = 1.0  # duration, relative to other groups
 
 
 @dataclass(frozen=True)
 class Start:
-    """The processes that start a group, and what they find in their environment besides this process's own."""
+    """The processes that start a group, and the variables added to their environment."""
 
     processes: tuple[tuple[str, ...], ...]
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-# What runs groups, and tells their states as it goes; see `run_groups_in`.
+# Runs groups and reports their states; see `run_groups_in`.
 RunGroups = Callable[[Sequence[GroupCommand], OnPoll], None]
 
 
 class Pool(Protocol):
-    """Room for groups."""
+    """The resources that groups share."""
 
     def take(self, command: GroupCommand) -> Start | None:
-        """How to start the group, in room that is now taken; None while there is none.
+        """Take room for a group and return how to start it; None while there is no room.
 
-        Raises LaunchError if there never will be.
+        Raises LaunchError if there can never be room.
         """
 
     def give_back(self, name: str) -> None:
-        """The group of this name has ended."""
+        """Free the room of a group that has ended."""
 
 
 def run_groups_in(pool: Pool, commands: Sequence[GroupCommand], on_poll: OnPoll = lambda states: None) -> None:
     """Run every group as soon as the pool has room for it, in the order given.
 
-    `on_poll` is told each group's state: waiting, running, done or failed. A group's failure stops no other; when all
-    have ended, GroupFailed tells which failed, with the last lines of the log of the rank that failed first. Whatever
-    ends this call ends its groups too. SIGTERM and SIGUSR1 are passed on: the groups save their states, and SystemExit
-    has the code that asks for this process to be started again.
+    `on_poll` gets the state of each group: waiting, running, done, stopped or failed. A failing group does not stop the
+    others. Raises GroupFailed once all have ended, with the last log lines of the rank that failed first in each.
+    Groups end with this call, however it ends. On SIGTERM or SIGUSR1 the groups save checkpoints, and SystemExit is
+    raised with the code that requests a restart.
     """
     states = {command.name: "waiting" for command in commands}
     waiting = list(commands)
@@ -88,38 +90,44 @@ def run_groups_in(pool: Pool, commands: Sequence[GroupCommand], on_poll: OnPoll 
             for name, processes in list(running.items()):
                 codes = [process.poll() for process in processes]
                 if any(codes):
-                    end_all(processes)  # a group that has lost a part of itself is over
+                    end_all(processes)  # a group that lost a process has failed
                 elif None in codes:
                     continue
                 del running[name]
                 pool.give_back(name)
-                states[name] = "failed" if any(codes) else "done"
+                states[name] = "stopped" if REQUEUE in codes else "failed" if any(codes) else "done"
                 command = next(command for command in commands if command.name == name)
-                # What takes no arguments is no group, but mpirun.
+                # A command without arguments is mpirun, not a group.
                 if any(codes) and REQUEUE not in codes and command.arguments:
                     note_silent_failure(command.log, command.ranks)
             on_poll(dict(states))
             time.sleep(_POLL_SECONDS)
     except SystemExit:
-        print("asked to stop: running groups save their states", file=sys.stderr, flush=True)
+        logger.warning("asked to stop: running groups save their states")
         let_save([process for processes in running.values() for process in processes])
         raise
     finally:
         end_all(process for processes in running.values() for process in processes)
+        for command in commands:
+            if command.name in running:  # interrupted: what its ranks reported while they were ended is not a failure
+                forget_failure(command.log)
         for number, handler in before.items():
             signal.signal(number, handler)
-    failed = [command for command in commands if states[command.name] == "failed"]
-    if failed:
-        raise GroupFailed("\n".join(failure_text(command) for command in failed))
+    stopped = [
+        f"group '{name}' was stopped; the same command resumes it" for name in states if states[name] == "stopped"
+    ]
+    failed = [failure_text(command) for command in commands if states[command.name] == "failed"]
+    if failed or stopped:
+        raise GroupFailed("\n".join([*failed, *stopped]))
 
 
 def groups_in(pool: Pool) -> RunGroups:
-    """What runs groups in a pool; see `run_groups_in`."""
+    """Return `run_groups_in` for a pool."""
     return functools.partial(run_groups_in, pool)
 
 
 def failure_text(command: GroupCommand) -> str:
-    """Why a group failed, from what its ranks left behind."""
+    """Return why a group failed, from the records and logs of its ranks."""
     failure = read_failure(command.log)
     if failure is not None:
         return f"group '{command.name}' failed: {failure}"
@@ -135,7 +143,7 @@ def _start(command: GroupCommand, start: Start) -> list[subprocess.Popen[bytes]]
     try:
         with command.log.open("ab") as log:
             for words in start.processes:
-                # A session of its own, so that the launcher and every rank can be ended together.
+                # Its own session, so that the launcher and all ranks can be ended together.
                 processes.append(
                     subprocess.Popen(
                         words,
@@ -146,7 +154,7 @@ def _start(command: GroupCommand, start: Start) -> list[subprocess.Popen[bytes]]
                         start_new_session=True,
                     )
                 )
-    except BaseException as error:  # a request to stop, too, may come between two of them
+    except BaseException as error:  # including a stop request between two of them
         end_all(processes)
         if isinstance(error, OSError):
             raise LaunchError(f"group '{command.name}' cannot be started: {error}") from None
@@ -155,13 +163,13 @@ def _start(command: GroupCommand, start: Start) -> list[subprocess.Popen[bytes]]
 
 
 def _on_stop(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
-    """Let a handler hear SIGTERM and SIGUSR1; returns what heard them before, nothing where no handler can be set."""
+    """Set a handler for SIGTERM and SIGUSR1; returns the previous ones, empty outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     return {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGUSR1)}
 
 
 def _ask_to_start_again(number: int, frame: FrameType | None) -> None:
-    # Whoever asks once more must not cut short what was asked for first; SIGINT does.
+    # A second request must not interrupt the first; SIGINT does.
     _on_stop(lambda number, frame: None)
     raise SystemExit(REQUEUE)

@@ -1,56 +1,55 @@
-"""The btm-scale command: from its arguments, which parser.py knows, to the verb and its answer."""
+"""The btm-scale command: the verbs of this folder's files in one parser, and from arguments to an exit code."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import sys
 from collections.abc import Sequence
+from typing import Annotated, Any
 
-from btm_scale.cli import checkpoint, forest, run
+import typer
+from typer.main import get_command
+
+from btm_scale import __version__
+from btm_scale.cli import checkpoint, evaluate, forest, generate, run
+from btm_scale.cli.commands import Verbs
 from btm_scale.cli.exit_codes import exit_codes
-from btm_scale.cli.parser import build_parser
-from btm_scale.util.imports import silence_megatron
+from btm_scale.cli.verb import Call
 
-_VERBS = {
-    "demo": run.demo,
-    "run": run.run,
-    "prepare": run.prepare,
-    "train": run.train,
-    "plan": run.plan,
-    "status": run.status,
-    "doctor": run.doctor,
-    "discover": forest.discover,
-    "forest list": forest.forest_list,
-    "forest add": forest.forest_add,
-    "branch": forest.branch,
-    "forest remove": forest.forest_remove,
-    "forest lineage": forest.forest_lineage,
-    "score": forest.score,
-    "evaluate": forest.evaluate,
-    "report": forest.report,
-    "ablate": forest.ablate,
-    "generate": forest.generate,
-    "merge": checkpoint.merge,
-    "convert": checkpoint.convert,
-    "inspect": checkpoint.inspect,
-}
+_METAVAR = "VERB ..."
+app = typer.Typer(name="btm-scale", cls=Verbs, no_args_is_help=True, rich_markup_mode=None, subcommand_metavar=_METAVAR)
+for _area in (run, forest, evaluate, generate, checkpoint):
+    app.add_typer(_area.app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb and exit: 0 on success, 2 on a user's mistake, 1 on any other failure."""
-    options = build_parser(_VERBS).parse_args(arguments)
-    silence_megatron()
-    # Libraries print on stdout too, DeepSpeed as soon as it is imported.
-    only_the_answer = contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext()
     with exit_codes():
-        with only_the_answer:
-            answer = options.verb(options)
-        if options.json and answer is not None:
-            print(json.dumps(answer, indent=2))
-        print(end="", flush=True)
-    if options.exit_code:  # of a verb whose answer is a complaint
-        sys.exit(options.exit_code)
+        call = parse(sys.argv[1:] if arguments is None else arguments)
+        code = call.run() if isinstance(call, Call) else call
+    if code:
+        sys.exit(code)
+
+
+def parse(arguments: Sequence[str]) -> Call | int:
+    """Parse arguments; returns the call, or the exit code of what answers at once, such as --help."""
+    outcome: Any = get_command(app).main(args=list(arguments), prog_name="btm-scale", standalone_mode=False)
+    return outcome if isinstance(outcome, Call) else int(outcome or 0)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"btm-scale {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _btm_scale(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Branch-Train-Merge: train, ensemble and merge domain-expert language models."""
 
 
 if __name__ == "__main__":

@@ -2,71 +2,185 @@
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, Any
 
-from btm_scale.cli.common import Answer, shown
+import typer
+
+from btm_scale.cli.commands import Verb
+from btm_scale.cli.options import argument, flag, one_of, option, several
+from btm_scale.cli.verb import Document, verb
 from btm_scale.errors import UserError
 
+app = typer.Typer()
+_SECTION = "Checkpoints"
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
+_SHORT_DTYPES = ("bf16", "fp16", "fp32", "fp64", "float8_e4m3fn", "float8_e5m2")
+_FORMATS = ("huggingface", "megatron", "deepspeed")
+_OF_METHOD = "Merge method"
 
-def merge(options: argparse.Namespace) -> Answer | None:
-    """Merge models into one; under mpirun the first rank alone has an answer."""
+
+class _MergeMethods:
+    """The names of the merge methods, from the files that register them."""
+
+    def __iter__(self) -> Iterator[str]:
+        from btm_scale.checkpoint.merge import elementwise, whole_tensor  # noqa: F401 (they register their methods)
+        from btm_scale.checkpoint.merge.registry import METHODS
+
+        return iter(METHODS)
+
+
+class _Dtypes:
+    """The names of float types; help lists the most common spelling of each."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*_DTYPES, *_SHORT_DTYPES))
+
+
+class Merge(Verb):
+    """The verb `merge`, whose help ends with every method: its meaning, its parameters, and whether it needs a base."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write what there is to know of each method, from the registry."""
+        from btm_scale.checkpoint.merge.registry import METHODS, RANGES
+
+        rows = []
+        for name in _MergeMethods():
+            method = METHODS[name]
+            ranges = [
+                f"{parameter} ({RANGES.get(parameter, 'any number')}; default {default:g})"
+                for parameter, default in method.parameters.items()
+            ]
+            facts = (
+                method.meaning,
+                "Needs --base." if method.needs_base else "",
+                f"Merges exactly {method.exactly} models." if method.exactly else "",
+                "" if method.weighted else "Computes the weights itself.",
+                f"Parameters: {', '.join(ranges)}." if ranges else "",
+            )
+            rows.append((name, " ".join(filter(None, facts))))
+        with formatter.section("Methods"):
+            formatter.write_dl(rows)
+
+
+def _dtype_option(help: str) -> Any:
+    return one_of("--dtype", "dtype", _Dtypes(), help, metavar="|".join(_DTYPES))
+
+
+@verb(app, "merge", section=_SECTION, cls=Merge)
+def merge(
+    output: Annotated[Path, argument("OUTPUT", "Directory to create.")],
+    inputs: Annotated[
+        list[str], argument("DIR[=WEIGHT]...", "Models to merge: Hugging Face directories. The default weight is 1.")
+    ],
+    *,
+    method: Annotated[
+        str,
+        one_of(
+            "--method",
+            "merge method",
+            _MergeMethods(),
+            "One of the methods that are listed below.",
+            metavar="METHOD",
+            section=_OF_METHOD,
+        ),
+    ] = "linear",
+    base: Annotated[
+        Path | None,
+        option(
+            "--base", "DIR", "Model that all inputs were fine-tuned from, for methods that need it.", section=_OF_METHOD
+        ),
+    ] = None,
+    parameters: Annotated[
+        list[str],
+        several(
+            "--parameter",
+            "NAME=NUMBER",
+            "Parameter of the method, such as density=0.5. May be repeated.",
+            section=_OF_METHOD,
+        ),
+    ],
+    seed: Annotated[int, option("--seed", "N", "Random seed (dare, della).", section=_OF_METHOD)] = 0,
+    dtype: Annotated[str | None, _dtype_option("Type of the output's weights.  [default: the inputs']")] = None,
+    max_shard_size: Annotated[str, option("--max-shard-size", "SIZE", "Largest size of a file of the output.")] = "5GB",
+    jobs: Annotated[
+        int | None,
+        option(
+            "--jobs",
+            "N",
+            "Number of processes. Under mpirun its ranks are used instead.  [default: the number of cores]",
+            min=1,
+        ),
+    ] = None,
+) -> Document | None:
+    """Merge models of the same architecture into one.
+
+    Tensors are streamed, so that memory does not grow with the models. No GPU is needed. Example:
+
+    btm-scale merge OUT A=0.7 B=0.3
+    """
     from btm_scale.checkpoint.merge.merge import merge as merge_models
     from btm_scale.config.section import bytes_from_text
     from btm_scale.util.mpi import mpi_rank
 
-    started = mpi_rank()
-    done = merge_models(
-        options.output,
-        [_weighted_path(text) for text in options.inputs],
-        method=options.method,
-        parameters=dict(_setting(text) for text in options.parameter),
-        base=options.base,
-        dtype=options.dtype,
-        jobs=options.jobs,
-        max_shard_bytes=bytes_from_text(options.max_shard_size),
-        seed=options.seed,
-        mpi=started is not None and started.is_one_of_several,
+    rank = mpi_rank()
+    report = merge_models(
+        output,
+        [_weighted_path(text) for text in inputs],
+        method=method,
+        parameters=dict(_setting(text) for text in parameters),
+        base=base,
+        dtype=dtype,
+        jobs=jobs,
+        max_shard_bytes=bytes_from_text(max_shard_size),
+        seed=seed,
+        mpi=rank is not None and rank.is_one_of_several,
     )
-    if started is not None and started.rank > 0:
-        return None
-    return shown(
-        options,
-        {
-            "output": str(done.output),
-            "method": done.method,
-            "tensors": done.tensors,
-            "parameters": done.parameters,
-            "content_hash": done.content_hash,
-            "seconds": round(done.seconds, 2),
-        },
-    )
+    if rank is not None and rank.rank > 0:
+        return None  # under mpirun the first rank answers
+    return {
+        "output": str(report.output),
+        "method": report.method,
+        "tensors": report.tensors,
+        "parameters": report.parameters,
+        "content_hash": report.content_hash,
+        "seconds": round(report.seconds, 2),
+    }
 
 
-def convert(options: argparse.Namespace) -> Answer:
-    """Write a checkpoint in another format or tensor layout."""
+@verb(app, "convert", section=_SECTION)
+def convert(
+    source: Annotated[Path, argument("SOURCE", "A Hugging Face, DeepSpeed or Megatron torch_dist checkpoint.")],
+    target: Annotated[Path, argument("TARGET", "Directory to create.")],
+    *,
+    to: Annotated[str, one_of("--to", "format", _FORMATS, "Format of the target.")],
+    tensor: Annotated[int, option("--tensor", "N", "Tensor parallel degree of the target.", min=1)] = 1,
+    dtype: Annotated[str | None, _dtype_option("Type of the target's weights.  [default: the source's]")] = None,
+    verify: Annotated[bool, flag("--verify", "Read everything back and compare.")] = False,
+) -> Document:
+    """Convert a checkpoint to another format or tensor layout."""
     from btm_scale.checkpoint.convert import convert as convert_checkpoint
 
-    made = convert_checkpoint(
-        options.source,
-        options.target,
-        to=options.to,
-        tensor=options.tensor,
-        dtype=options.dtype,
-        verify=options.verify,
-    )
-    return shown(options, {"output": str(made), "format": options.to, "verified": options.verify})
+    path = convert_checkpoint(source, target, to=to, tensor=tensor, dtype=dtype, verify=verify)
+    return {"output": str(path), "format": to, "verified": verify}
 
 
-def inspect(options: argparse.Namespace) -> Answer:
-    """Say what a checkpoint is, and what it can be turned into."""
+@verb(app, "inspect", section=_SECTION)
+def inspect(
+    path: Annotated[Path, argument("PATH", "The checkpoint.")],
+) -> Document:
+    """Show a checkpoint's format, family, parameters and types.
+
+    The answer lists what the checkpoint can be converted to. Only headers are read.
+    """
     from dataclasses import asdict
 
     from btm_scale.checkpoint.inspect import inspect as inspect_checkpoint
 
-    found = asdict(inspect_checkpoint(options.path))
-    lists = {name: list(found[name]) for name in ("converts_to", "tensor_degrees")}
-    return shown(options, found | {"path": str(options.path)} | lists)
+    facts = asdict(inspect_checkpoint(path))
+    lists = {name: list(facts[name]) for name in ("converts_to", "tensor_degrees")}
+    return facts | {"path": str(path)} | lists
 
 
 def _weighted_path(text: str) -> tuple[Path, float]:

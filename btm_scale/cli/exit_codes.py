@@ -8,8 +8,12 @@ import os
 import select
 import sys
 from collections.abc import Iterator
+from typing import NoReturn
+
+import typer
 
 from btm_scale.errors import GroupFailed, UserError, WorkerLost
+from btm_scale.util.terminal import printable
 
 # A full disk, or one that refuses this user, needs no traceback.
 _DISK_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -17,15 +21,17 @@ _DISK_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQU
 
 @contextlib.contextmanager
 def exit_codes() -> Iterator[None]:
-    """Around a verb: end the process with a message for every error that a user can do something about."""
+    """Around a command: end the process with a message for every error that a user can do something about."""
     try:
         yield
+    except typer.TyperException as error:
+        _end_with_usage(error)
     except UserError as error:
-        _end(error, 2)
+        end(error, 2)
     except (GroupFailed, WorkerLost) as error:
-        _end(error, 1)
+        end(error, 1)
     except KeyboardInterrupt:
-        _end("interrupted; rerun the same command to resume", 130)
+        end("interrupted; rerun the same command to resume", 130)
     except BrokenPipeError:
         # Another pipe than stdout may be broken, such as a worker's.
         if not _stdout_is_closed():
@@ -34,12 +40,27 @@ def exit_codes() -> Iterator[None]:
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
-        _end(f"{error}. Completed work is kept; fix the problem and rerun to resume.", 1)
+        end(f"{error}. Completed work is kept; fix the problem and rerun to resume.", 1)
 
 
-def _end(message: object, code: int) -> None:
-    print(f"btm-scale: {message}", file=sys.stderr)
+def end(message: object, code: int) -> NoReturn:
+    """End the process with a message on stderr."""
+    print(f"btm-scale: {printable(message)}", file=sys.stderr)
     sys.exit(code)
+
+
+def _end_with_usage(error: typer.TyperException) -> NoReturn:
+    """End the process because the arguments are wrong: which one, and where to read what is right."""
+    context = getattr(error, "ctx", None)
+    if context is None:
+        end(error.format_message(), 2)
+    if not context.args and error.format_message() == context.get_help():  # no arguments at all
+        print(error.format_message(), file=sys.stderr)
+        sys.exit(2)
+    near = getattr(error, "possibilities", None)
+    remedy = f" Did you mean {' or '.join(near)}?" if near else ""
+    message = error.message if near else error.format_message()
+    end(f"{message.rstrip('.')}.{remedy}\nSee '{context.command_path} --help'.".replace("?.", "?"), 2)
 
 
 def _stdout_is_closed() -> bool:

@@ -5,8 +5,7 @@ The harness finds no models in other packages by itself, so this registers ours 
 
 from __future__ import annotations
 
-import sys
-
+from btm_scale.cli.exit_codes import end
 from btm_scale.errors import UserError
 
 
@@ -19,13 +18,11 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "lm_eval":
             raise
-        print("btm-scale: lm_eval is not installed: pip install 'btm-scale[lm-eval]'", file=sys.stderr)
-        sys.exit(2)
+        end("lm_eval is not installed: pip install 'btm-scale[lm-eval]'", 2)
     try:
         cli_evaluate()
     except UserError as error:
-        print(f"btm-scale: {error}", file=sys.stderr)
-        sys.exit(2)
+        end(error, 2)
 
 
 if __name__ == "__main__":

@@ -2,159 +2,243 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import TYPE_CHECKING
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from btm_scale.cli.common import Answer, is_rank, opened, say, show_results, shown
+import typer
+
+from btm_scale.cli.options import (
+    ConfigFile,
+    Launcher,
+    Out,
+    RunFolder,
+    Settings,
+    flag,
+    is_rank,
+    launcher,
+    one_of,
+    opened,
+    option,
+    several,
+)
+from btm_scale.cli.show import show_results
+from btm_scale.cli.verb import Answer, Document, Json, say, silent, verb
+from btm_scale.launch.gpus import GPUS
 from btm_scale.run.launcher_table import LAUNCHERS, LOCAL
 
 if TYPE_CHECKING:
     from btm_scale.config.run import RunConfig
     from btm_scale.run_dir import RunDir
 
+logger = logging.getLogger(__name__)
+
 _DEMO_BYTES = 3_000_000  # of text per domain
 
+app = typer.Typer()
+_SECTION = "Runs"
 
-def demo(options: argparse.Namespace) -> Answer:
-    """Run Branch-Train-Merge on text of this installation."""
-    from pathlib import Path
 
+@verb(app, "demo", section=_SECTION)
+def demo(*, out: Out = None, settings: Settings, as_json: Json = False) -> Answer:
+    """Run Branch-Train-Merge on text of this installation.
+
+    Trains a small seed LM, four experts and a dense baseline in runs/demo; a CPU takes minutes.
+    """
     from btm_scale.configs import FOLDER
     from btm_scale.data.demo_text import write_installed_text
     from btm_scale.forest.open import open_config
     from btm_scale.run_dir import RunDir
     from btm_scale.util.files import new_directory
 
-    run_dir = RunDir((options.out or Path("runs") / "demo").resolve())
+    run_dir = RunDir((out or Path("runs") / "demo").resolve())
     text = run_dir.root / "text"
     if not text.is_dir():
         with new_directory(text) as directory:
             write_installed_text(directory, bytes_per_domain=_DEMO_BYTES)
-    config, run_dir = open_config(FOLDER / "demo.yaml", (f"text_root={text}", *options.set), run_dir.root)
-    return _run(options, config, run_dir)
+    config, run_dir = open_config(FOLDER / "demo.yaml", (f"text_root={text}", *settings), run_dir.root)
+    return _run(config, run_dir, LOCAL, as_json)
 
 
-def run(options: argparse.Namespace) -> Answer:
-    """Run every stage of a config that isn't done."""
-    config, run_dir = _config_and_run(options)
-    submit = LAUNCHERS[options.launcher].submit
+@verb(app, "run", section=_SECTION)
+def run(
+    config: ConfigFile,
+    *,
+    out: Out = None,
+    settings: Settings,
+    launcher: Launcher = LOCAL,
+    dry_run: Annotated[
+        bool,
+        flag("--dry-run", "Check the config and report what would be done. With slurm, also write the job scripts."),
+    ] = False,
+    as_json: Json = False,
+) -> Answer | Document:
+    """Run all stages of a config, from text to page.
+
+    Completed stages are skipped: run the same command again to resume a run that was interrupted.
+    """
+    run_config, run_dir = _config_and_run(config, settings, out)
+    submit = LAUNCHERS[launcher].submit
     if submit is not None:
-        return shown(options, submit(config, run_dir, dry_run=options.dry_run, say=say))
-    if options.dry_run:
-        from btm_scale.run.dry_run import dry_run
+        return submit(run_config, run_dir, dry_run=dry_run)
+    if dry_run:
+        from btm_scale.run.dry_run import dry_run as plan_run
 
-        return shown(options, dry_run(config, run_dir, trains_here=options.launcher == LOCAL))
-    return _run(options, config, run_dir)
+        return plan_run(run_config, run_dir, trains_here=launcher == LOCAL)
+    return _run(run_config, run_dir, launcher, as_json)
 
 
-def prepare(options: argparse.Namespace) -> Answer:
+@verb(app, "prepare", section=_SECTION)
+def prepare(config: ConfigFile, *, out: Out = None, settings: Settings) -> Document:
     """Train the tokenizer and write the token files."""
     from btm_scale.data.prepare import prepare as prepare_data
     from btm_scale.run.state import open_run
     from btm_scale.run.status import data_summary
 
-    config, run_dir = _config_and_run(options)
-    config = open_run(config, run_dir)
-    return shown(options, data_summary(run_dir, prepare_data(config, run_dir)))
+    run_config, run_dir = _config_and_run(config, settings, out)
+    run_config = open_run(run_config, run_dir)
+    return data_summary(run_dir, prepare_data(run_config, run_dir))
 
 
-def train(options: argparse.Namespace) -> Answer:
-    """Train, export and score models: those that are named, or all that can be trained next, side by side."""
-    config, run_dir = _config_and_run(options)
-    if is_rank(options):
+@verb(app, "train", section=_SECTION)
+def train(
+    config: ConfigFile,
+    *,
+    out: Out = None,
+    settings: Settings,
+    models: Annotated[
+        list[str],
+        several(
+            "--model",
+            "seed|dense|EXPERT",
+            "Train this model. May be repeated.  [default: all that can be trained next]",
+        ),
+    ],
+    launcher: Annotated[
+        str, launcher(LAUNCHERS, "With slurm or mpi this process is a rank that srun or mpirun has started.")
+    ] = LOCAL,
+    as_json: Json = False,
+) -> Answer:
+    """Train, export and score models.
+
+    Each model is trained by one group of ranks; the groups run side by side. Completed models are skipped.
+    """
+    run_config, run_dir = _config_and_run(config, settings, out)
+    if is_rank(launcher):
         from btm_scale.run.worker import train_as_rank
 
-        [model] = options.model
-        train_as_rank(config, run_dir, model)
+        [model] = models
+        train_as_rank(run_config, run_dir, model)
     else:
         from btm_scale.run.state import next_models, open_run
 
-        config = open_run(config, run_dir, trains_here=options.launcher == LOCAL)
-        options.model = options.model or next_models(config, run_dir)
-        _train(options, config, run_dir)
-    return {"models": {model: str(run_dir.model(model)) for model in options.model}}
+        run_config = open_run(run_config, run_dir, trains_here=launcher == LOCAL)
+        models = models or next_models(run_config, run_dir)
+        _train(run_config, run_dir, models, launcher, as_json)
+    return Answer({"models": {model: str(run_dir.model(model)) for model in models}}, silent)
 
 
-def plan(options: argparse.Namespace) -> Answer:
-    """Layout, memory, time and place of every group on a cluster that need not be there."""
+@verb(app, "plan", section=_SECTION)
+def plan(
+    config: ConfigFile,
+    *,
+    nodes: Annotated[int, option("--nodes", "N", "Nodes of the cluster.", min=1)],
+    gpus_per_node: Annotated[int, option("--gpus-per-node", "N", "GPUs of each node.", min=1)] = 8,
+    gpu: Annotated[str, one_of("--gpu", "GPU", GPUS, f"Kind of GPU: {', '.join(GPUS)}.", metavar="GPU")] = "h100",
+    out: Out = None,
+    settings: Settings,
+) -> Answer:
+    """Estimate memory, step time and placement on a cluster.
+
+    The cluster is described by the options; this command needs no GPU.
+    """
     from btm_scale.launch.gpus import gpu_named
     from btm_scale.launch.plan import Cluster
     from btm_scale.run.plan import make_plan
 
-    config, _ = _config_and_run(options)
-    made = make_plan(config, Cluster(gpu_named(options.gpu), options.nodes, options.gpus_per_node))
-    if not options.json:
+    run_config, _ = _config_and_run(config, settings, out)
+    estimate = make_plan(run_config, Cluster(gpu_named(gpu), nodes, gpus_per_node))
+
+    def show() -> None:
         from rich.console import Console
 
         from btm_scale.report.plan_table import print_plan
 
-        print_plan(made, Console())
-    return made
+        print_plan(estimate, Console())
+
+    return Answer(estimate, show)
 
 
-def status(options: argparse.Namespace) -> Answer:
-    """Show how far every model of a run is."""
+@verb(app, "status", section=_SECTION)
+def status(
+    run: RunFolder,
+    *,
+    watch: Annotated[bool, flag("--watch", "Update the table until no model is being trained.")] = False,
+    as_json: Json = False,
+) -> Answer:
+    """Show the training progress of every model of a run."""
     from btm_scale.report.progress_table import live_table, print_progress, progress_as_json
-    from btm_scale.run.status import failures, run_status, watch
+    from btm_scale.run.status import failures, run_status
+    from btm_scale.run.status import watch as watch_run
 
-    config, run_dir = opened(options)
-    if options.watch:
-        with live_table(quiet=options.json) as show:
-            rows = watch(config, run_dir, show)
+    config, run_dir = opened(run)
+    if watch:
+        with live_table(quiet=as_json) as update:
+            rows = watch_run(config, run_dir, update)
     else:
         rows = run_status(config, run_dir)
-        if not options.json:
-            print_progress(rows)
     failed = failures(rows, run_dir)
-    if not options.json:
+
+    def show() -> None:
+        if not watch:
+            print_progress(rows)
         for model, failure in failed.items():
-            print(f"\n{model} failed: {failure}")
-    return progress_as_json(rows) | {"failures": {model: str(failure) for model, failure in failed.items()}}
+            say(f"\n{model} failed: {failure}")
+
+    reasons = {model: str(failure) for model, failure in failed.items()}
+    return Answer(progress_as_json(rows) | {"failures": reasons}, show)
 
 
-def doctor(options: argparse.Namespace) -> Answer:
-    """Show what this machine has, what is missing, and what works; exit code 1 if it can neither train nor merge."""
-    from pathlib import Path
+@verb(app, "doctor", section=_SECTION)
+def doctor() -> Answer:
+    """Report what works on this machine, and what is missing.
 
+    The exit code is 1 if this machine can neither train nor merge.
+    """
     from btm_scale.report.doctor_table import print_doctor
     from btm_scale.run.doctor import examine
 
-    answer = examine(Path())
-    if not options.json:
-        print_doctor(answer)
-    options.exit_code = 0 if answer["works"] else 1
-    return answer
+    report = examine(Path())
+    return Answer(report, lambda: print_doctor(report), exit_code=0 if report["works"] else 1)
 
 
-def _run(options: argparse.Namespace, config: RunConfig, run_dir: RunDir) -> Answer:
+def _run(config: RunConfig, run_dir: RunDir, launcher: str, as_json: bool) -> Answer:
     from btm_scale.report.page import report as write_report
     from btm_scale.report.progress_table import live_table
     from btm_scale.run.launchers import launcher_named
     from btm_scale.run.pipeline import run_all
 
-    launcher = launcher_named(options.launcher, config)
-    with live_table(quiet=options.json) as show:
-        results = run_all(config, run_dir, on_progress=show, say=say, launcher=launcher)
+    run_groups = launcher_named(launcher, config)
+    with live_table(quiet=as_json or not logger.isEnabledFor(logging.INFO)) as show:
+        results = run_all(config, run_dir, on_progress=show, launcher=run_groups)
     write_report(config, run_dir, results)
-    show_results(options, results)
-    say(f"The page is {run_dir.report}")
-    return results.document()
+    document: dict[str, Any] = results.document()
+    return Answer(document, lambda: show_results(results, run_dir.report))
 
 
-def _train(options: argparse.Namespace, config: RunConfig, run_dir: RunDir) -> None:
-    train_here = LAUNCHERS[options.launcher].train
+def _train(config: RunConfig, run_dir: RunDir, models: list[str], launcher: str, as_json: bool) -> None:
+    train_here = LAUNCHERS[launcher].train
     if train_here is not None:
-        train_here(config, run_dir, options.model)
+        train_here(config, run_dir, models)
         return
     from btm_scale.report.progress_table import live_table
     from btm_scale.run.launchers import launcher_named, run_training
 
-    with live_table(quiet=options.json) as show:
-        launcher = launcher_named(options.launcher, config)
-        run_training(config, run_dir, options.model, on_progress=show, launcher=launcher)
+    with live_table(quiet=as_json or not logger.isEnabledFor(logging.INFO)) as show:
+        run_training(config, run_dir, models, on_progress=show, launcher=launcher_named(launcher, config))
 
 
-def _config_and_run(options: argparse.Namespace) -> tuple[RunConfig, RunDir]:
+def _config_and_run(config: Path, settings: list[str], out: Path | None) -> tuple[RunConfig, RunDir]:
     from btm_scale.forest.open import open_config
 
-    return open_config(options.config, options.set, options.out)
+    return open_config(config, settings, out)

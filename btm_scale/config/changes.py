@@ -1,4 +1,4 @@
-"""Which settings of a run may change between two calls on its folder: each field of a section says so itself."""
+"""Which settings of a run may change between two calls on its folder; each field is marked where it is declared."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ def _never(before: Any, after: Any) -> str:
 
 @dataclass(frozen=True)
 class Changes:
-    """Marks a field that may change: it decides how a model is trained, scored or started, and not what it becomes.
+    """Marks a field that may change: it affects how a model is trained, scored or started, not its weights.
 
-    `unless` gets the field's section before and after the change, and returns why it may not; "" if it may.
+    `unless` gets the section before and after the change, and returns why the field may not change; "" if it may.
     """
 
     unless: Callable[[Any, Any], str] = _never
 
 
-# `every: MayChange[int] = 100`: this field may change between two calls.
+# As in `every: MayChange[int] = 100`.
 MayChange = Annotated[T, Changes()]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A setting that two configs of one run folder differ in."""
+    """A setting that differs between two configs of one run folder."""
 
-    path: tuple[str, ...]  # of keys in the YAML
+    path: tuple[str, ...]  # keys in the YAML
     before: Any
     after: Any
-    reason: str = ""  # why it may not change, where that is not plain
+    reason: str = ""  # why it may not change, if that needs a reason
 
     def __str__(self) -> str:
         key = ".".join(self.path)
@@ -46,7 +46,7 @@ class Difference:
 
 
 def fixed_differences(before: Section, after: Section, path: tuple[str, ...] = ()) -> Iterator[Difference]:
-    """Every setting in which two sections of one type differ although it may not change."""
+    """Yield the settings that differ between two sections of one type and may not change."""
     for name, field in type(before).model_fields.items():
         one, other = getattr(before, name), getattr(after, name)
         marks = [mark for mark in field.metadata if isinstance(mark, Changes)]

@@ -1,4 +1,4 @@
-"""The sections of a run's YAML that say where text lies and how it becomes tokens."""
+"""The sections of a run's YAML on data: where the text is and how it is tokenized."""
 
 from __future__ import annotations
 
@@ -9,31 +9,35 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from btm_scale.config.changes import MayChange
-from btm_scale.config.section import Section
+from btm_scale.config.section import Bytes, Section
 
 
 class TokenizerConfig(Section):
     """A tokenizer to train (sentencepiece BPE), or the directory of an existing one."""
 
-    vocab_size: int = Field(default=4096, ge=320, description="tokens; bytes and controls take 259 of them")
-    sample_bytes: int = Field(default=16_000_000, gt=0, description="text to train on, shared evenly by the domains")
+    vocab_size: int = Field(default=4096, ge=320, description="tokens, including 256 bytes and 3 control tokens")
+    sample_bytes: Bytes = Field(
+        default=16_000_000, description="text to train on, such as 16MB, split evenly over the domains"
+    )
     path: Path | None = None
 
 
 class SplitUnit(Section):
-    """Documents whose `field` agrees (up to the text `until`, where given) stay in one split."""
+    """Documents with the same `field` (up to the text `until`, if given) stay in one split."""
 
     field: str
     until: str | None = None
 
 
 class DomainConfig(Section):
-    """Where a domain's text lies and how it is read."""
+    """Where a domain's text is and how it is read."""
 
     text: tuple[str, ...] = Field(min_length=1, description="paths or globs, relative to text_root")
-    field: str = Field(default="text", description="the field of a .jsonl or .parquet row that holds the text")
+    field: str = Field(default="text", description="the field of a .jsonl or .parquet row with the text")
     split_by: Literal["document", "file"] | SplitUnit = "document"
-    weight: float = Field(default=1.0, gt=0, description="share in the data of seed and dense, relative to others")
+    weight: float = Field(
+        default=1.0, gt=0, description="sampling weight in the data of seed and dense, relative to the other domains"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -44,12 +48,14 @@ class DomainConfig(Section):
 
 
 class DataConfig(Section):
-    """How text becomes token files."""
+    """How text is split and tokenized."""
 
-    dev: float = Field(default=0.05, gt=0, lt=0.5, description="share of the documents kept for choosing")
-    test: float = Field(default=0.05, gt=0, lt=0.5, description="share of the documents kept for the result")
+    dev: float = Field(default=0.05, gt=0, lt=0.5, description="fraction of documents held out for model selection")
+    test: float = Field(
+        default=0.05, gt=0, lt=0.5, description="fraction of documents held out for the reported results"
+    )
     on_bad_line: Literal["error", "skip"] = "error"
     separate_documents: bool = Field(
-        default=False, description="in training, a token sees only those of its own document"
+        default=False, description="in training, a token attends only to tokens of its own document"
     )
     workers: MayChange[int] = Field(default_factory=lambda: len(os.sched_getaffinity(0)), gt=0)

@@ -1,4 +1,4 @@
-"""The sections of a run's YAML that say what the forest is compared with, and how it is scored."""
+"""The sections of a run's YAML on evaluation: baselines, posterior, prior and averages."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ class BaselinesConfig(Section):
 
     dense: bool = True
     dense_compute: tuple[Annotated[float, Field(gt=1)], ...] = Field(
-        default=(), description="further dense baselines, with so many times the forest's compute"
+        default=(), description="further dense baselines, with this many times the compute of the forest"
     )
     random_split: bool = False
 
 
 class Tempering(Section):
-    """How evidence moves the weights of the tempered posterior.
+    """How evidence updates the weights of the tempered posterior.
 
-    After each token log w <- forgetting x log w + power x log p, normalised; then a share of the prior is mixed in.
-    Power and forgetting 1 with share 0 are the prefix posterior. A complete prefix is over-confident evidence: the
-    experts' errors on neighbouring tokens are not independent.
+    After each token, log w <- forgetting x log w + power x log p, normalised; then the prior is mixed in with weight
+    `share`. Power and forgetting 1 with share 0 give the prefix posterior, which is over-confident: the experts' errors
+    on neighbouring tokens are not independent.
     """
 
     power: float = Field(gt=0)
     forgetting: float = Field(default=1.0, gt=0, le=1)
-    share: float = Field(default=0.0, ge=0, lt=1, description="of the prior, mixed in after each token")
+    share: float = Field(default=0.0, ge=0, lt=1, description="weight of the prior, mixed in after each token")
 
 
 class EvaluateConfig(Section):
-    """What is scored, and how the experts are weighed."""
+    """What is scored, and how the experts are weighted."""
 
     posterior: MayChange[Literal["prefix", "token", "tempered"]] = "prefix"
     tempering: MayChange[Tempering | None] = Field(
-        default=None, description="of the tempered posterior; default: fitted to each domain's dev text"
+        default=None, description="parameters of the tempered posterior; default: fitted to each domain's dev text"
     )
     prior: MayChange[Literal["cached", "uniform", "updating"]] = "cached"
     averages: MayChange[tuple[str, ...]] = Field(
-        default=("uniform", "argmax", "posterior"), description="names from the table in forest/methods.py"
+        default=("uniform", "argmax", "posterior"), description="averages to evaluate, by their names in the results"
     )
     blocks: MayChange[Literal["restart", "carry"]] = Field(
         default="restart",
-        description="whether each block's posterior starts from the prior, or from the block before",
+        description="each block starts from the prior (restart) or from the posterior of the previous block (carry)",
     )
     top_k: MayChange[tuple[Annotated[int, Field(gt=0)], ...]] = (1, 2, 4)
     top_k_per_token: MayChange[tuple[Annotated[int, Field(gt=0)], ...]] = Field(
-        default=(), description="as top_k, of the weights before each token instead of the prior"
+        default=(), description="as top_k, but selected by the posterior before each token"
     )
     split: Literal["dev", "test"] = "test"
     tokens_per_domain: int = Field(default=65_536, gt=0)

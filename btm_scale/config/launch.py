@@ -1,4 +1,4 @@
-"""What a run's YAML may say about how its groups are started: the section `launch`."""
+"""The section `launch` of a run's YAML: how its groups are started."""
 
 from __future__ import annotations
 
@@ -12,28 +12,30 @@ from btm_scale.config.section import Section
 
 
 def _slurm_word(text: str) -> str:
-    # It stands in a line that SLURM reads, so it must end neither the value nor the line.
+    # SLURM reads it from a line of options, so it must end neither the value nor the line.
     if not re.fullmatch(r"[\w.,:@/+=*\[\]%-]+", text):
-        raise ValueError(f"'{text}' cannot stand in a SLURM option: letters, digits and . , : @ / + = * [ ] % - only")
+        raise ValueError(
+            f"'{text}' is not valid in a SLURM option. Use letters, digits and . , : @ / + = * [ ] % - only."
+        )
     return text
 
 
 def _slurm_time(text: str) -> str:
     if not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", text):
-        raise ValueError(f"'{text}' is no SLURM time; write minutes, H:MM:SS or D-HH:MM:SS, such as \"24:00:00\"")
+        raise ValueError(f"'{text}' is not a SLURM time. Write minutes, H:MM:SS or D-HH:MM:SS, such as 24:00:00.")
     return text
 
 
 def _one_line(text: str) -> str:
     if not text.isprintable() or text.startswith("#"):
-        raise ValueError(f"{text!r} is not one plain line; give each line as an item of its own, without '#SBATCH'")
+        raise ValueError(f"{text!r} is not a single line. Give each line as a separate item, without '#SBATCH'.")
     return text
 
 
 def _port_range(ports: tuple[int, int]) -> tuple[int, int]:
     first, last = ports
     if not 0 < first <= last < 65_536:
-        raise ValueError(f"{list(ports)} is no range of ports; give the first and the last, such as [29500, 30499]")
+        raise ValueError(f"{list(ports)} is not a range of ports. Give the first and the last, such as [29500, 30499].")
     return ports
 
 
@@ -44,7 +46,9 @@ Line = Annotated[str, AfterValidator(_one_line)]
 class LocalConfig(Section):
     """How groups share one machine."""
 
-    slots: int | None = Field(default=None, gt=0, description="groups at a time; default: as many as fit the cores")
+    slots: int | None = Field(
+        default=None, gt=0, description="groups that run at once; default: as many as fit the cores"
+    )
 
 
 class DeepSpeedConfig(Section):
@@ -53,55 +57,51 @@ class DeepSpeedConfig(Section):
     hostfile: Path = Field(default=Path("/job/hostfile"), description="lines of `HOST slots=N`")
     connect: tuple[str, ...] = Field(
         default=(),
-        description="the command that runs a command on {host}, such as [ssh, -tt, '{host}']; default: pdsh over ssh",
+        description="the command that runs another on {host}, such as [ssh, -tt, '{host}']; default: pdsh over ssh",
     )
     environment: dict[str, str] = Field(
-        default_factory=dict, description="for every rank, such as NCCL_SOCKET_IFNAME: eth0"
+        default_factory=dict, description="variables of every rank, such as NCCL_SOCKET_IFNAME: eth0"
     )
     ports: Annotated[tuple[int, int], AfterValidator(_port_range)] = Field(
-        default=(29500, 30499), description="a group's rendezvous takes one of these"
+        default=(29500, 30499), description="first and last port for the rendezvous of a group"
     )
-    threads: int = Field(default=1, gt=0, description="CPU threads of one rank")
+    threads: int = Field(default=1, gt=0, description="CPU threads per rank")
 
 
 class SlurmConfig(Section):
-    """What SLURM is asked for. One job trains one model, by ranks that `srun` starts."""
+    """What the jobs request from SLURM. One job trains one model, with ranks that `srun` starts."""
 
     partition: SlurmWord | None = None
     account: SlurmWord | None = None
     qos: SlurmWord | None = None
     time: Annotated[str, AfterValidator(_slurm_time)] = Field(
-        default="24:00:00", description="of one job; a model that takes longer goes on in the next"
+        default="24:00:00", description="time limit of a job; a model that takes longer resumes in the next job"
     )
-    ranks_per_node: int = Field(
-        default=8, gt=0, description="as many as a node has GPUs; a larger group takes several nodes"
-    )
+    ranks_per_node: int = Field(default=8, gt=0, description="GPUs per node; a larger group takes several nodes")
     cpus_per_rank: int | None = Field(default=None, gt=0)
-    gres: SlurmWord | None = Field(default=None, description="of one node, such as gpu:8")
-    exclusive: bool = Field(default=False, description="share no node with any other job")
+    gres: SlurmWord | None = Field(default=None, description="generic resources per node, such as gpu:8")
+    exclusive: bool = Field(default=False, description="request nodes that no other job shares")
     container: SlurmWord | None = Field(default=None, description="image for srun --container-image")
     mounts: SlurmWord | None = Field(default=None, description="for srun --container-mounts")
     python: str | None = Field(default=None, description="the interpreter on the nodes; default: the one that submits")
-    at_a_time: int | None = Field(default=None, gt=0, description="experts that may train side by side")
-    retries: int = Field(
-        default=3, ge=0, description="how often a job that lost a node or a rank is put back into the queue"
-    )
+    at_a_time: int | None = Field(default=None, gt=0, description="experts that may train at once")
+    retries: int = Field(default=3, ge=0, description="how often to requeue a job that lost a node or a rank")
     signal_seconds: int = Field(
         default=120,
         ge=10,
         lt=65_536,
-        description="before its time is over, a job saves its state and requeues",
+        description="seconds before the time limit at which a job saves a checkpoint and requeues",
     )
     options: tuple[Line, ...] = Field(default=(), description="more #SBATCH options, such as --constraint=h100")
     setup: tuple[Line, ...] = Field(default=(), description="shell lines before the ranks start: module load ...")
 
 
 class MpiConfig(Section):
-    """How `run --launcher mpi` calls mpirun."""
+    """How `run --launcher mpi` starts mpirun."""
 
     command: tuple[str, ...] = Field(default=("mpirun",), min_length=1, description="mpirun and its options")
-    ranks: int | None = Field(default=None, gt=0, description="default: one for each core of this machine")
-    threads: int = Field(default=1, gt=0, description="CPU threads of one rank")
+    ranks: int | None = Field(default=None, gt=0, description="ranks to start; default: one per core")
+    threads: int = Field(default=1, gt=0, description="CPU threads per rank")
 
 
 class LaunchConfig(Section):

@@ -1,4 +1,4 @@
-"""The section `model`: a preset, or a family with sizes, or a pretrained model."""
+"""The section `model`: a preset, a family with sizes, or a pretrained model."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from btm_scale.model.shape import PRESETS, FamilyName, ModelShape
 
 
 class ModelConfig(Section):
-    """A preset, or a family with sizes, or a pretrained model; any size beside a preset replaces the preset's."""
+    """A preset, a family with sizes, or a pretrained model; sizes given with a preset replace those of the preset."""
 
     pretrained: Path | None = Field(
         default=None,
-        description="a Hugging Face directory: the seed LM begins with its weights and has its tokenizer",
+        description="a Hugging Face directory: the seed LM starts from its weights and uses its tokenizer",
     )
     preset: str | None = None
     family: FamilyName | None = None
@@ -33,19 +33,22 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _buildable(self) -> ModelConfig:
         if self.pretrained is not None:
-            beside = list(self.model_dump(exclude={"pretrained"}, exclude_none=True))
-            if beside:
-                raise ValueError(f"a pretrained model has its own sizes; leave {', '.join(beside)} out")
+            sizes = list(self.model_dump(exclude={"pretrained"}, exclude_none=True))
+            if sizes:
+                raise ValueError(
+                    f"Cannot set {', '.join(sizes)} with pretrained. A pretrained model has its own sizes: remove them."
+                )
             return self
         if self.preset is not None and self.preset not in PRESETS:
-            raise ValueError(f"no preset is called '{self.preset}'; choose one of {', '.join(PRESETS)}")
+            raise ValueError(f"Unknown preset '{self.preset}'. Choose one of {', '.join(PRESETS)}.")
         self.shape(vocabulary=1, positions=1)
         return self
 
     def shape(self, vocabulary: int, positions: int) -> ModelShape:
-        """The full shape, for a vocabulary in tokens and a longest sequence in tokens; a pretrained model has its own.
+        """Return the shape of the model, for a vocabulary and a maximum sequence length in tokens.
 
-        Raises CheckpointError if the pretrained model isn't there, or is of a kind that can't be trained here.
+        A pretrained model has its own vocabulary and length. Raises CheckpointError if it does not exist or its family
+        is not supported.
         """
         if self.pretrained is not None:
             return read_shape(self.pretrained)
@@ -53,7 +56,7 @@ class ModelConfig(Section):
         sizes |= self.model_dump(exclude={"preset", "pretrained"}, exclude_none=True)
         missing = [name for name in ("layers", "hidden", "heads", "ffn") if name not in sizes]
         if missing:
-            raise ValueError(f"without a preset, {', '.join(missing)} must be given too")
+            raise ValueError(f"The model has no {', '.join(missing)}. Set them, or choose a preset.")
         if self.heads is not None and self.kv_heads is None:
             sizes["kv_heads"] = self.heads
         sizes.setdefault("kv_heads", sizes["heads"])

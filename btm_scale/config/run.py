@@ -1,4 +1,4 @@
-"""RunConfig: all that a run's YAML may say, and every problem in it reported at once."""
+"""RunConfig: the complete config of a run. All problems in a YAML are reported at once."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ from btm_scale.run_dir import LONGER_DENSE, OWN_NAMES, RANDOM_SPLIT
 
 
 def require_name(name: str, what: str = "a domain") -> str:
-    """The name of a domain or an expert as it is. Raises ValueError for one that can't be a folder and a job."""
+    """Return the name of a domain or an expert. Raises ValueError if it cannot name a folder and a job."""
     if name in OWN_NAMES or name.startswith(LONGER_DENSE):
-        raise ValueError(f"'{name}' is a reserved name: the run keeps a model or a log under it; choose another")
+        raise ValueError(f"'{name}' is a reserved name. The run stores a model or a log under it: choose another name.")
     allowed = name.replace("-", "").replace("_", "").replace(".", "")
     if not (allowed.isascii() and allowed.isalnum() and name[0].isalnum() and len(name) <= 64):
         raise ValueError(
-            f"'{name}' cannot name {what}: up to 64 letters, digits, '-', '_' and '.', a letter or digit first"
+            f"'{name}' cannot name {what}. Use up to 64 letters, digits, '-', '_' and '.', with a letter or "
+            "digit first."
         )
     return name
 
@@ -46,12 +47,12 @@ DomainName = Annotated[str, AfterValidator(require_name)]
 
 
 class ExpertConfig(Section):
-    """What differs for one expert."""
+    """Settings of a single expert."""
 
     branch: BranchConfig = BranchConfig()
     model: ModelConfig | None = Field(
         default=None,
-        description="a size of its own; such an expert has no seed to branch from and starts afresh",
+        description="its own size; such an expert does not branch and is initialized at random",
     )
     layout: dict[str, Any] = Field(default_factory=dict)
     tokens: int | None = Field(default=None, gt=0)
@@ -59,7 +60,7 @@ class ExpertConfig(Section):
 
 
 def _with_pretrained(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Make a pretrained model's path absolute, since its sizes are read at once, and let the run have its tokenizer."""
+    """Resolve the path of a pretrained model, whose config is read at once, and default to its tokenizer."""
     model, tokenizer = values.get("model"), values.get("tokenizer") or {}
     if not isinstance(model, dict) or not isinstance(tokenizer, dict):
         return values
@@ -84,7 +85,8 @@ class RunConfig(Section):
     domains: dict[DomainName, DomainConfig] = Field(min_length=1)
     novel_domains: dict[DomainName, DomainConfig] = Field(default_factory=dict)
     added_domains: dict[DomainName, DomainConfig] = Field(
-        default_factory=dict, description="whose experts join the forest later; seed and dense don't see them"
+        default_factory=dict,
+        description="domains whose experts join the forest later; seed and dense do not train on them",
     )
     data: DataConfig = DataConfig()
     budget: BudgetConfig = BudgetConfig()
@@ -92,7 +94,7 @@ class RunConfig(Section):
     layout: Layout = Layout()
     seed_layout: dict[str, Any] = Field(
         default_factory=dict,
-        description="what differs in the groups of seed and dense, which train on all domains",
+        description="settings that differ from layout for seed and dense, which train on all domains",
     )
     experts: dict[str, ExpertConfig] = Field(default_factory=dict)
     baselines: MayChange[BaselinesConfig] = BaselinesConfig()
@@ -111,20 +113,19 @@ class RunConfig(Section):
             "added_domains": self.added_domains,
         }
         problems = [
-            f"'{name}' stands in both {one} and {other}; a domain is trained on from the start, or added later, or "
-            "novel and never trained on"
+            f"'{name}' appears in both {one} and {other}. A domain is trained on, added later or novel: list it once."
             for (one, first), (other, second) in combinations(places.items(), 2)
             for name in first
             if name in second
         ]
         problems += [
-            f"experts.{name}: no domain has this name; domains are {', '.join(self.expert_domains)}"
+            f"experts.{name}: unknown domain. Use one of {', '.join(self.expert_domains)}."
             for name in self.experts
             if name not in self.expert_domains
         ]
         last = self.budget.last.weights if self.budget.last is not None else {}
         problems += [
-            f"budget.last.weights.{name}: no domain has this name; there are {', '.join(self.expert_domains)}"
+            f"budget.last.weights.{name}: unknown domain. Use one of {', '.join(self.expert_domains)}."
             for name in last
             if name not in self.expert_domains
         ]
@@ -133,7 +134,7 @@ class RunConfig(Section):
         length = self.budget.sequence_length
         problems += [f"layout: {problem}" for problem in self.layout.problems(shape, length)]
         problems += [
-            f"experts.{name}: with a `model` of its own it has no parents to branch from; leave out one of the two"
+            f"experts.{name}: has both model and branch. An expert with its own model does not branch: remove one."
             for name, expert in self.experts.items()
             if expert.model is not None and expert.branch != BranchConfig()
         ]
@@ -155,35 +156,39 @@ class RunConfig(Section):
             for problem in layouts[place].batch_problems(sequences)
         ]
         if self.budget.seed_share == 0 and self.model.pretrained is None:
-            problems.append("budget.seed_share 0 leaves the seed LM untrained; raise it, or set model.pretrained")
+            problems.append(
+                "budget.seed_share is 0, so the seed LM would not be trained. Raise it, or set model.pretrained."
+            )
         positions = self.model.shape(vocabulary=1, positions=length).positions
         if length > positions:
             problems.append(
-                f"budget.sequence_length {length} is longer than the {positions} positions of "
-                f"{self.model.pretrained}; use {positions} or less"
+                f"budget.sequence_length {length} is longer than the {positions} positions of {self.model.pretrained}. "
+                f"Use {positions} or less."
             )
         if self.data.dev + self.data.test >= 1:
-            problems.append("data.dev and data.test together leave no text to train on; lower either")
+            problems.append(
+                "data.dev and data.test add up to 1 or more. Training needs the rest of the text: lower one of them."
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self
 
     def _batches(self) -> Iterable[tuple[str, int]]:
-        """(the key in the YAML, sequences) of every layout and a batch that is trained in it, each once."""
-        found = [("seed_layout", self.budget.sequences)]
+        """Return each distinct (key of a layout in the YAML, sequences of a batch trained in it)."""
+        batches = [("seed_layout", self.budget.sequences)]
         for name in self.expert_domains:
             own = self.experts.get(name)
             is_own = own is not None and (own.layout or own.batch_tokens is not None)
-            found.append((f"experts.{name}.layout" if is_own else "layout", self.expert_sequences(name)))
-        found += [("layout", self.expert_sequences(name)) for name in self.random_split_models]
-        return dict.fromkeys(found)
+            batches.append((f"experts.{name}.layout" if is_own else "layout", self.expert_sequences(name)))
+        batches += [("layout", self.expert_sequences(name)) for name in self.random_split_models]
+        return dict.fromkeys(batches)
 
     def _parents_come_first(self) -> list[str]:
         order = list(self.expert_domains)
         return [
             f"experts.{name}.branch.parents: '{parent}' "
             + ("comes after it" if parent != name else "is the expert itself")
-            + "; an expert branches from models that come before it"
+            + ". An expert branches from models listed before it: choose other parents, or move the domain."
             for name, expert in self.experts.items()
             if isinstance(expert.branch.parents, dict) and name in order
             for parent in expert.branch.parents
@@ -192,26 +197,27 @@ class RunConfig(Section):
 
     @property
     def expert_domains(self) -> dict[str, DomainConfig]:
-        """The domains that have an expert, those that were added later last."""
+        """The domains that have an expert; added domains come last."""
         return {**self.domains, **self.added_domains}
 
     @property
     def all_domains(self) -> dict[str, DomainConfig]:
-        """Every domain that is evaluated: those with an expert, then novel ones, each in the YAML's order."""
+        """The domains that are evaluated: those with an expert, then novel ones, in the order of the YAML."""
         return {**self.expert_domains, **self.novel_domains}
 
     def branch(self, name: str) -> BranchConfig | None:
-        """What one expert begins with; None where it has a size of its own, and so nothing to begin with."""
+        """Return how an expert branches; None if it has its own size and does not branch."""
         if name not in self.experts:
             return BranchConfig()
         return None if self.experts[name].model is not None else self.experts[name].branch
 
     def expert_model(self, name: str) -> ModelConfig:
-        """The size of any of the run's models."""
+        """Return the model section of an expert or any other model of the run."""
         return (self.experts[name].model if name in self.experts else None) or self.model
 
     def expert_sequences(self, name: str) -> int:
-        """Sequences in a batch of one expert, or of a random split's model: an equal share of dense's, or its own."""
+        """Return the sequences per batch of an expert or a random split's model: its own, or an equal part of those
+        of dense."""
         own = self.experts[name].batch_tokens if name in self.experts else None
         if own is not None:
             return max(1, own // self.budget.sequence_length)
@@ -219,36 +225,36 @@ class RunConfig(Section):
 
     @property
     def longer_dense_models(self) -> dict[str, float]:
-        """Dense baselines of more compute than the forest's, and how many times as much."""
+        """Dense baselines with more compute than the forest, by name, with the factor."""
         return {f"{LONGER_DENSE}{factor:g}x": factor for factor in self.baselines.dense_compute}
 
     @property
     def random_split_models(self) -> list[str]:
-        """The control's models: as many as there are experts, each trained on a random part of all domains."""
+        """The models of the random split, one per expert, each trained on a random part of all domains."""
         return [f"{RANDOM_SPLIT}{i}" for i in range(len(self.domains))] if self.baselines.random_split else []
 
     @property
     def shared_layout(self) -> Layout:
-        """The layout of the models that train on all domains: seed and dense."""
+        """The layout of seed and dense, which train on all domains."""
         return Layout.model_validate(self.layout.model_dump() | self.seed_layout)
 
     def expert_layout(self, name: str) -> Layout:
-        """The layout of one expert's group."""
+        """Return the layout of an expert's group."""
         own = self.experts[name].layout if name in self.experts else {}
         return Layout.model_validate(self.layout.model_dump() | own)
 
     @property
     def precisions(self) -> set[str]:
-        """The precisions of all of the run's groups; `auto` is one until the run's device resolves it."""
+        """The precisions of all groups of the run; includes `auto` until it is resolved."""
         experts = {self.expert_layout(name).precision for name in self.experts}
         return {self.layout.precision, self.shared_layout.precision} | experts
 
     def with_precision(self, precision: str) -> RunConfig:
-        """This config with `precision` instead of each `auto`."""
+        """Return this config with `precision` in place of each `auto`."""
         return self._with_precisions(precision, precision, dict.fromkeys(self.experts, precision))
 
     def with_precisions_of(self, other: RunConfig) -> RunConfig:
-        """This config with the precisions that `other`, a config of the same run, has instead of each `auto`."""
+        """Return this config with each `auto` replaced by the precision in `other`, a config of the same run."""
         experts = {name: other.expert_layout(name).precision for name in self.experts}
         return self._with_precisions(other.layout.precision, other.shared_layout.precision, experts)
 
@@ -270,7 +276,7 @@ class RunConfig(Section):
         """Read a YAML, apply `key.path=value` overrides, and resolve paths.
 
         Paths in the YAML are relative to its folder; paths in an override are relative to the working folder.
-        A run.yaml of an earlier version is brought up to date. Raises ConfigError that lists every problem.
+        A run.yaml of an earlier version is upgraded. Raises ConfigError that lists every problem.
         """
         values = upgraded(load_yaml(path), path)
         values = apply_overrides(
@@ -300,5 +306,5 @@ class RunConfig(Section):
         return self.model_copy(update={"text_root": root, "tokenizer": tokenizer, "launch": launch})
 
     def save(self, path: Path) -> None:
-        """Write the resolved config; what is written loads to an equal config."""
+        """Write the resolved config, which loads to an equal config."""
         dump_yaml({"schema": SCHEMA} | self.model_dump(mode="json"), path)

@@ -1,33 +1,42 @@
-"""Section: what every part of the YAML is built on."""
+"""Section: the base class of each part of the YAML; error messages, and sizes in bytes."""
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
+import reprlib
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, TypeAdapter, ValidationError
 
 from btm_scale.errors import UserError
 
 
 class Section(BaseModel):
-    """A part of the YAML: strict, and never changed once it is made."""
+    """A part of the YAML: strict and frozen."""
 
-    # No setting of a run has infinity or "not a number" for a value; YAML can write both.
+    # YAML can write infinity and NaN; no setting may have them.
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """Every problem of a ValidationError, one a line, each with its path in the YAML."""
+    """Return the problems of a ValidationError, one per line, each with its path in the YAML."""
     lines = []
-    for problem in error.errors():
+    problems = error.errors(include_url=False)
+    for problem in problems[:_MAX_PROBLEMS]:
         location = [part for part in problem["loc"] if not (isinstance(part, str) and part in _UNION_TAGS)]
         path = ".".join([prefix, *map(str, location)] if prefix else map(str, location))
         lines.append("\n".join(f"  {path}: {line}" if path else f"  {line}" for line in _sentence(problem, model)))
+    if len(problems) > _MAX_PROBLEMS:
+        lines.append(f"  and {len(problems) - _MAX_PROBLEMS:,} more problems")
     return "\n".join(dict.fromkeys(lines))
 
+
+_MAX_PROBLEMS = 100
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 
 # pydantic names the branch of a union in the location; the YAML has no such key.
 _UNION_TAGS = {
@@ -44,19 +53,19 @@ def _sentence(problem: Any, model: type[BaseModel]) -> Iterator[str]:
         *parents, key = problem["loc"]
         known = sorted(_fields_at(model, parents))
         near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-        remedy = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
-        yield f"no such key; {remedy}"
+        remedy = f"did you mean '{near[0]}'?" if near else f"the keys here are {', '.join(known)}"
+        yield f"unknown key; {remedy}"
     elif problem["type"] == "missing":
-        yield "must be given"
+        yield "missing; this key is required"
     elif problem["type"] == "value_error":
         yield from str(problem["ctx"]["error"]).split("\n")
     else:
         message = problem["msg"].replace("Input should be", "must be")
-        yield f"{problem['input']!r}: {message[0].lower()}{message[1:]}"
+        yield f"{_SHORT.repr(problem['input'])}: {message[0].lower()}{message[1:]}"
 
 
 def _fields_at(model: type[BaseModel], location: list[str | int]) -> set[str]:
-    """The keys that the model allows at a location."""
+    """Return the keys that the model has at a location."""
     for part in location:
         field = model.model_fields.get(str(part))
         if field is None:
@@ -71,30 +80,40 @@ def _fields_at(model: type[BaseModel], location: list[str | int]) -> set[str]:
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [found for argument in get_args(annotation) for found in _models_in(argument)]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]
 
 
-_UNITS = {
-    "": 1,
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-}
+_SIZE = re.compile(r"[0-9]*\.?[0-9]+\s*[a-zA-Z]+")  # ByteSize ignores what follows a size
 
 
-def bytes_from_text(text: str) -> float:
-    """A number of bytes such as '8GB', '500MiB' or '1e9'. Raises UserError for what is none."""
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?i?b?)\s*", text, re.IGNORECASE)
-    unit = match and match[2].upper()
-    if not match or unit not in _UNITS:
-        raise UserError(f"'{text}' is no size; write it as 8GB, 500MiB or a number of bytes")
+def bytes_from_text(text: str) -> int:
+    """Return the bytes in a size such as '8GB', '500MiB', '1.5GiB', '1e9' or '1000000000'.
+
+    Raises UserError for anything else, and for less than one byte.
+    """
     try:
-        return float(match[1]) * _UNITS[unit]
+        return _positive_bytes(text)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _positive_bytes(value: str | float) -> int:
+    text = str(value).strip()
+    try:
+        if _SIZE.fullmatch(text):
+            size: float = _BYTE_SIZE.validate_python(text)
+        else:
+            size = float(text)
     except ValueError:
-        raise UserError(f"'{text}' is no size; write it as 8GB, 500MiB or a number of bytes") from None
+        size = math.nan
+    if isinstance(value, bool) or not (1 <= size < math.inf and size == int(size)):
+        raise ValueError(
+            f"Invalid size '{text:.80}'. A size is a whole number of bytes, or a number with a unit: "
+            "write 1000000000, 1e9, 8GB or 500MiB."
+        )
+    return int(size)
+
+
+_BYTE_SIZE = TypeAdapter(ByteSize)
+# A number of bytes, or text such as 8GB.
+Bytes = Annotated[int, BeforeValidator(_positive_bytes)]

@@ -15,10 +15,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-import yaml
-
 from btm_scale.config.data import DomainConfig
 from btm_scale.config.run import RunConfig
+from btm_scale.config.yaml import dump_text
 from btm_scale.data.clustering import PLACING_CHARACTERS, Clustering
 from btm_scale.data.documents import BadLines, Document, read_documents
 from btm_scale.data.sources import DomainSource, resolve_sources
@@ -138,11 +137,6 @@ def _domains_yaml(clusters: Mapping[str, Mapping[str, Any]]) -> str:
         "domains:",
     ]
     for name, cluster in clusters.items():
-        value = yaml.safe_dump(
-            {"text": f"{name}.jsonl.gz", "split_by": {"field": "source"}},
-            default_flow_style=True,
-            sort_keys=False,
-            width=1000,
-        ).strip()
+        value = dump_text({"text": f"{name}.jsonl.gz", "split_by": {"field": "source"}}, flow=True).strip()
         lines += [f"  # {', '.join(cluster['terms'])}", f"  {name}: {value}"]
     return "\n".join(lines) + "\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
+import logging
 import shutil
 import time
 from collections.abc import Sequence
@@ -26,6 +26,8 @@ from btm_scale.forest.methods import GREEDY
 from btm_scale.forest.scores import missing_scores
 from btm_scale.run_dir import RunDir
 from btm_scale.util.pools import in_processes
+
+logger = logging.getLogger(__name__)
 
 
 def are_finished(config: RunConfig, run: RunDir) -> bool:
@@ -81,7 +83,7 @@ def make_averages(group: ExpertGroup, config: RunConfig, run: RunDir) -> list[st
     if group.is_first:
         begin = time.perf_counter()
         merged = write_averages(run, cards[0])
-        print(json.dumps({"merged": merged, "seconds": round(time.perf_counter() - begin, 3)}), flush=True)
+        logger.info("merged in %.3f s: %s", time.perf_counter() - begin, ", ".join(merged) or "nothing is missing")
     dist.barrier(patient)
     return [card.name for card in cards[0]]
 

@@ -77,7 +77,7 @@ def _require_fit(run: RunDir, source: Path) -> None:
         pass
     if not same_ids(source, run.tokenizer):
         raise ForestError(
-            f"{source} has another tokenizer than {run.root}. Probabilities of different tokens cannot be mixed. "
+            f"{source} has a different tokenizer than {run.root}. Probabilities of different tokens cannot be mixed. "
             "Train an expert with the run's own tokenizer."
         )
     rows = read_object(source / "config.json", ForestError).get("vocab_size", 0)

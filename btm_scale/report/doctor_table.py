@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from btm_scale.util.terminal import printable
+
 _STYLES = {"ok": "green", "yes": "green", "low": "yellow", "no": "yellow", "missing": "yellow"}
 
 Row = tuple[str, str, str]
@@ -49,8 +51,8 @@ def _print_tables(sections: Sequence[tuple[str, list[Row]]]) -> None:
 
 def _sections(answer: Mapping[str, Any]) -> Iterator[tuple[str, list[Row]]]:
     for part, findings in groupby(answer["findings"], key=lambda finding: finding["part"]):
-        yield part, [(finding["name"], finding["state"], _text(finding)) for finding in findings]
-    rows = [(one["name"], "yes" if one["works"] else "no", one["note"]) for one in answer["verdicts"]]
+        yield part, [(printable(finding["name"]), finding["state"], printable(_text(finding))) for finding in findings]
+    rows = [(one["name"], "yes" if one["works"] else "no", printable(one["note"])) for one in answer["verdicts"]]
     yield "what works here", rows
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from btm_scale.config.yaml import dump_text
 from btm_scale.report.progress_table import duration
+from btm_scale.util.terminal import printable
 
 _KINDS = ("weights", "gradients", "optimizer", "activations", "buffers")
 
@@ -20,42 +21,42 @@ def print_plan(plan: Mapping[str, Any], console: Console) -> None:
     """The whole plan, stage by stage."""
     cluster = plan["cluster"]
 
-    def say(text: str | Text, style: str | None = None) -> None:
-        console.print(text, style=style, soft_wrap=False, highlight=False)
+    def say(text: str, style: str | None = None) -> None:
+        console.print(Text(printable(text), style=style or ""), soft_wrap=False)
 
     say(
         f"{plan['parameters'] / 1e6:,.1f}M parameters on {cluster['gpus']:,} {cluster['name']} "
         f"({cluster['nodes']:,} nodes of {cluster['gpus_per_node']})"
     )
-    reached = f"{cluster['compute_share']:.0%} of operations, {cluster['transfer_share']:.0%} of bytes a second"
+    reached = f"{cluster['compute_share']:.0%} of peak FLOP/s, {cluster['transfer_share']:.0%} of peak bandwidth"
     say(
-        f"a GPU: {cluster['fp16'] / 1e12:,.0f} TFLOP/s in 16 bits, {cluster['fp32'] / 1e12:,.0f} in fp32, "
+        f"per GPU: {cluster['fp16'] / 1e12:,.0f} TFLOP/s in 16 bits, {cluster['fp32'] / 1e12:,.0f} in fp32, "
         f"{cluster['memory'] / 1e9:,.0f} GB, "
-        f"{cluster['bandwidth'] / 1e12:.2f} TB/s, {cluster['link'] / 1e9:,.0f} GB/s in a node, "
-        f"{cluster['network'] / 1e9:,.1f} GB/s between nodes; taken as reached: {reached}",
+        f"{cluster['bandwidth'] / 1e12:.2f} TB/s, {cluster['link'] / 1e9:,.0f} GB/s within a node, "
+        f"{cluster['network'] / 1e9:,.1f} GB/s between nodes; assumed utilization: {reached}",
         style="dim",
     )
     if plan["proposed"]:
-        say("proposed, because the YAML gives no layout:")
-        say(Text(yaml.safe_dump(plan["proposed"], sort_keys=False, default_flow_style=None).rstrip()))
+        say("proposed layouts, because the YAML sets none:")
+        say(dump_text(plan["proposed"], flow=None).rstrip())
     for number, stage in enumerate(plan["stages"], start=1):
         over = max(0.0, stage["seconds"] / stage["lower_bound_seconds"] - 1)
         say(
-            f"\nstage {number}: {_long(stage['seconds'])}, {over:.1%} over what no placement could beat; "
+            f"\nstage {number}: {_long(stage['seconds'])}, {over:.1%} above the lower bound of any placement; "
             f"{stage['waves']} wave{'s' if stage['waves'] > 1 else ''}"
         )
         _print_groups(stage["groups"], console)
     between = plan["between_groups"]
-    say(f"\nin all {plan['days']:,.2f} days; between the groups no byte is sent while experts train.")
+    say(f"\ntotal: {plan['days']:,.2f} days. Groups exchange no data while experts train.")
     say(
-        "One model trained by all groups together would have sent "
+        "Training one model on all of these GPUs would send "
         f"{_bytes(between['data_parallel_bytes'])} between them, "
-        f"{_bytes(between['data_parallel_bytes_a_step'])} a step."
+        f"{_bytes(between['data_parallel_bytes_a_step'])} per step."
     )
 
 
 def _print_groups(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """A block a kind of group: its layout, what a rank holds, and how long it takes."""
+    """Print a block per kind of group: its layout, memory per rank, and time."""
     for row in rows:
         held = row["memory_bytes"]
         parts = ", ".join(f"{kind} {held[kind] / 1e9:.1f}" for kind in _KINDS if held[kind])
@@ -64,15 +65,17 @@ def _print_groups(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
         table = Table.grid(padding=(0, 2))
         table.add_row(
             "layout",
-            f"{row['layout']}; {row['micro_batch']} x {row['accumulation']} sequences a rank and step",
+            Text(
+                printable(f"{row['layout']}; {row['micro_batch']} x {row['accumulation']} sequences per rank and step")
+            ),
         )
-        table.add_row("memory", f"{held['total'] / 1e9:.1f} GB a GPU: {parts}")
+        table.add_row("memory", f"{held['total'] / 1e9:.1f} GB per GPU: {parts}")
         table.add_row(
             "time",
             f"{row['steps']:,} steps of {took}, {row['tokens_per_second']:,.0f} tokens/s: {_long(row['seconds'])}",
         )
         table.add_row("place", f"{row['ranks']} GPUs each, on {_nodes(row['places'])}")
-        console.print(Text(_names(row["models"]), style="bold"))
+        console.print(Text(printable(_names(row["models"])), style="bold"))
         console.print(Padding(table, (0, 0, 0, 2)))
 
 

@@ -18,9 +18,16 @@ from rich.text import Text
 
 from btm_scale.report.summary import NOTHING
 from btm_scale.train.progress import ModelProgress, State
+from btm_scale.util.terminal import printable
 
 _LINE_SECONDS = 10.0
-_STYLES: dict[State, str] = {"waiting": "dim", "running": "cyan", "done": "green", "failed": "bold red"}
+_STYLES: dict[State, str] = {
+    "waiting": "dim",
+    "running": "cyan",
+    "done": "green",
+    "stopped": "yellow",
+    "failed": "bold red",
+}
 
 Show = Callable[[Sequence[ModelProgress]], None]
 
@@ -35,9 +42,9 @@ def progress_table(rows: Sequence[ModelProgress]) -> Table:
     table.add_column("state", overflow="fold")
     for row in rows:
         style = _STYLES[row.state]
-        full = "green" if row.state == "done" else "red" if row.state == "failed" else "cyan"
+        full = {"done": "green", "failed": "red", "stopped": "yellow"}.get(row.state, "cyan")
         table.add_row(
-            Text(row.model),
+            Text(printable(row.model)),
             ProgressBar(
                 total=max(1, row.steps),
                 completed=row.step,
@@ -49,14 +56,14 @@ def progress_table(rows: Sequence[ModelProgress]) -> Table:
             _loss(row),
             _speed(row),
             duration(row.seconds_left),
-            Text(row.state + (f": {row.note}" if row.note else ""), style=style),
+            Text(printable(row.state + (f": {row.note}" if row.note else "")), style=style),
             style="dim" if row.state == "waiting" else "",
         )
     return table
 
 
 def progress_line(rows: Sequence[ModelProgress]) -> str:
-    """The same in one line, for a log: only models that are running or have failed, and how many are done."""
+    """The same in one line, for a log: models that are running, stopped or failed, and how many are done."""
     done = sum(row.state == "done" for row in rows)
     parts = [f"{done}/{len(rows)} done"]
     for row in rows:
@@ -64,9 +71,10 @@ def progress_line(rows: Sequence[ModelProgress]) -> str:
             left = f", {duration(row.seconds_left)} left" if row.seconds_left is not None else ""
             note = f", {row.note}" if row.note else ""
             parts.append(f"{row.model} {row.step}/{row.steps} loss {_loss(row)} {_speed(row)} tokens/s{left}{note}")
-        elif row.state == "failed":
-            parts.append(f"{row.model} FAILED at {row.step}/{row.steps}" + (f": {row.note}" if row.note else ""))
-    return " | ".join(parts)
+        elif row.state in ("failed", "stopped"):
+            state = "FAILED" if row.state == "failed" else "stopped"
+            parts.append(f"{row.model} {state} at {row.step}/{row.steps}" + (f": {row.note}" if row.note else ""))
+    return printable(" | ".join(parts))
 
 
 def duration(seconds: float | None) -> str:
@@ -116,7 +124,8 @@ def _lines() -> Show:
 
     def show(rows: Sequence[ModelProgress]) -> None:
         nonlocal last
-        finished = all(row.state in ("done", "failed") for row in rows)
+        states = {row.state for row in rows}
+        finished = "running" not in states and (states <= {"done", "failed"} or "stopped" in states)
         if finished or time.monotonic() - last >= _LINE_SECONDS:
             last = time.monotonic()
             print(progress_line(rows), file=sys.stderr, flush=True)

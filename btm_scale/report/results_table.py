@@ -11,7 +11,6 @@ from rich.text import Text
 
 from btm_scale.evaluate.results import Results
 from btm_scale.forest.methods import EXPERT, kind, label
-from btm_scale.report.charts import shorten
 from btm_scale.report.summary import (
     NOTHING,
     Mean,
@@ -25,9 +24,11 @@ from btm_scale.report.summary import (
     ratio,
     reference,
     share_text,
+    shorten,
     training_domains,
     value,
 )
+from btm_scale.util.terminal import printable
 
 _LONGEST_NAME = 18
 
@@ -49,7 +50,7 @@ def results_table(results: Results, domains: Sequence[str] | None = None) -> Tab
     if novel:
         table.add_column("novel mean", justify="right", no_wrap=True)
     for domain in shown:
-        name = shorten(domain, _LONGEST_NAME) + (" (novel)" if domain in novel else "")
+        name = shorten(printable(domain), _LONGEST_NAME) + (" (novel)" if domain in novel else "")
         table.add_column(Text(name), justify="right", no_wrap=True)
 
     best = {domain: lowest({m: value(results, m, domain) for m in results.methods}) for domain in shown}
@@ -59,7 +60,8 @@ def results_table(results: Results, domains: Sequence[str] | None = None) -> Tab
         if previous not in (None, kind(method)):
             table.add_section()
         previous = kind(method)
-        cells = [Text(f"expert {shorten(label(method), _LONGEST_NAME)}" if method.startswith(EXPERT) else method)]
+        name = f"expert {shorten(printable(label(method)), _LONGEST_NAME)}"
+        cells = [Text(name if method.startswith(EXPERT) else printable(method))]
         cells.append(_mean_cell(mean(results, method, training), method in best_mean))
         if to:
             against = ratio(results, method, to, training)
@@ -79,8 +81,8 @@ def print_results(results: Results, console: Console) -> None:
     if _has_partial_mean(results):
         console.print("* over those domains only that the method has", style="dim")
     for note in results.notes:
-        console.print(note, markup=False, highlight=False)
-    console.print(headline(results), markup=False, highlight=False)
+        console.print(printable(note), markup=False, highlight=False)
+    console.print(printable(headline(results)), markup=False, highlight=False)
 
 
 def _that_fit(results: Results, console: Console) -> list[list[str]]:
@@ -135,8 +137,10 @@ def ablation_table(answer: dict[str, Any]) -> Table:
     table.add_column("rank", justify="right")
     table.add_column("experts")
     for name in ("mean", *texts):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(Text(printable(name)), justify="right", no_wrap=True)
     for row in ranking[:_SHOWN]:
         numbers = (row["mean"], *(row["perplexity"][text] for text in texts))
-        table.add_row(str(row["rank"]), " + ".join(row["experts"]), *(f"{number:.2f}" for number in numbers))
+        table.add_row(
+            str(row["rank"]), Text(printable(" + ".join(row["experts"]))), *(f"{number:.2f}" for number in numbers)
+        )
     return table

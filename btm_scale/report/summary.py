@@ -1,4 +1,4 @@
-"""What results.json says, in means, ratios and one sentence; tables and page both ask here."""
+"""What results.json says, in means, ratios and one sentence; used by tables and page."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from btm_scale.evaluate.results import Measure, Results
-from btm_scale.forest.methods import ENSEMBLE, label, place
+from btm_scale.forest.methods import ENSEMBLE, EXPERT, label, place
 from btm_scale.run_dir import DENSE, SEED
 
 NOTHING = "\u2013"  # written where there is no number
@@ -35,6 +35,11 @@ def novel_domains(results: Results) -> list[str]:
 def ordered_methods(results: Results) -> list[str]:
     """Every method, by kind, each kind in the results' order; the baselines and the plain ensemble first."""
     return sorted(results.methods, key=place)
+
+
+def experts(results: Results) -> list[str]:
+    """Names of the experts that have results, in the results' order."""
+    return [method.removeprefix(EXPERT) for method in ordered_methods(results) if method.startswith(EXPERT)]
 
 
 def value(results: Results, method: str, domain: str, measure: Measure = "perplexity") -> float | None:
@@ -161,3 +166,32 @@ def share_text(number: float) -> str:
     if not math.isfinite(number):
         return perplexity(number)
     return f"{number:.3f}" if number < 10 else f"{number:.2f}" if number < 100 else perplexity(number)
+
+
+def flops_text(flops: float) -> str:
+    """Operations in the largest unit that keeps them above 1."""
+    for power, unit in ((21, "ZFLOP"), (18, "EFLOP"), (15, "PFLOP"), (12, "TFLOP"), (9, "GFLOP")):
+        if flops >= 10.0**power:
+            return f"{flops / 10.0**power:.3g} {unit}"
+    return f"{flops:.3g} FLOP"
+
+
+def tokens_text(tokens: float) -> str:
+    """Tokens in thousands, millions or billions."""
+    for power, unit in ((12, "\u00a0T"), (9, "\u00a0B"), (6, "\u00a0M"), (3, "\u00a0K")):
+        if tokens >= 10.0**power:
+            return f"{tokens / 10.0**power:.3g}{unit}"
+    return f"{tokens:.0f}"
+
+
+def weight_text(weight: float) -> str:
+    """A weight to two decimals; what would be written as 0 but isn't is a dot."""
+    return "\u00b7" if 0 < weight < 0.005 else f"{weight:.2f}"
+
+
+def shorten(words: str, length: int) -> str:
+    """Words of at most `length` characters, with an ellipsis for the middle: names often differ at their ends."""
+    if len(words) <= length:
+        return words
+    head = length // 2
+    return f"{words[:head]}\u2026{words[len(words) - (length - 1 - head) :] if length - 1 > head else ''}"

@@ -15,7 +15,7 @@ from btm_scale.launch.local import LocalPool, visible_gpus
 from btm_scale.launch.mpi import run_under_mpi
 from btm_scale.launch.supervise import RunGroups, groups_in
 from btm_scale.run.launcher_table import LAUNCHERS
-from btm_scale.run.state import is_done, progress, training_commands
+from btm_scale.run.state import progress, state_at_rest, training_commands
 from btm_scale.run_dir import RunDir
 from btm_scale.train.jobs import training_job
 from btm_scale.train.progress import ModelProgress
@@ -61,9 +61,7 @@ def run_training(
     try:
         launcher(commands, poll)
     finally:
-        on_progress(
-            progress(config, run, {model: "done" if is_done(config, run, model) else "failed" for model in models})
-        )
+        on_progress(progress(config, run, {model: state_at_rest(config, run, model) for model in models}))
 
 
 def here(place: Placement) -> RunGroups:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 
 from btm_scale.config.run import RunConfig
 from btm_scale.data.prepare import prepare
@@ -19,15 +20,13 @@ from btm_scale.run.state import is_done, open_run
 from btm_scale.run_dir import SEED, RunDir
 from btm_scale.train.jobs import model_names, training_stages
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
-def run_all(
-    config: RunConfig, run: RunDir, *, on_progress: Progress, say: Say, launcher: RunGroups | None = None
-) -> Results:
+def run_all(config: RunConfig, run: RunDir, *, on_progress: Progress, launcher: RunGroups | None = None) -> Results:
     """Every stage that isn't done, from text to page; returns the results. Groups run on this machine by default."""
     config = open_run(config, run, trains_here=launcher is None)
-    say("text -> token files")
+    logger.info("preparing token files")
     prepare(config, run)
     # Finished models have no scores on domains that were added since.
     finished = [*model_names(config), *added_experts(config, run)]
@@ -37,10 +36,10 @@ def run_all(
     for stage in training_stages(config):
         todo = [model for model in stage if not is_done(config, run, model)]
         if todo:
-            say(f"training {', '.join(todo)}")
+            logger.info("training %s", ", ".join(todo))
         run_training(config, run, stage, on_progress=on_progress, launcher=launcher)
     config = config.with_precisions_of(RunConfig.load(run.config))  # where the first group has resolved it
-    say("averaging and scoring")
+    logger.info("merging and scoring the averages")
     score_averages(config, run, launcher)
     return evaluate(config, run)
 

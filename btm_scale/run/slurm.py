@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from btm_scale.run_dir import DENSE, RunDir
 from btm_scale.train.jobs import model_names, training_job, training_stages
 from btm_scale.util.files import make_directory, write_file
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 PREPARE, EXPERTS, EVALUATE = "prepare", "experts", "evaluate"
 
 
@@ -57,7 +57,7 @@ def write_scripts(config: RunConfig, run: RunDir) -> dict[str, Path]:
     return paths
 
 
-def submit_run(config: RunConfig, run: RunDir, *, dry_run: bool, say: Say) -> dict[str, Any]:
+def submit_run(config: RunConfig, run: RunDir, *, dry_run: bool) -> dict[str, Any]:
     """Submit what is missing; returns the ids of the new jobs. A dry run writes the scripts and submits none."""
     resolve_sources(config.all_domains, config.text_root)  # missing text is reported before anything is submitted
     config = open_run(config, run)
@@ -84,9 +84,10 @@ def submit_run(config: RunConfig, run: RunDir, *, dry_run: bool, say: Say) -> di
             submitted[job.name] = made.id
             ids[job.name].append(made.id)
             models = f" ({', '.join(made.models.values())})" if job.is_array else ""
-            say(f"{job.name}{models}: SLURM job {made.id}" + (f", after {', '.join(after)}" if after else ""))
+            later = f", after {', '.join(after)}" if after else ""
+            logger.info("%s%s: SLURM job %s%s", job.name, models, made.id, later)
     if not submitted:
-        say("nothing to submit: all is done or under way")
+        logger.info("nothing to submit: all jobs are completed or in the queue")
     return {"scripts": {name: str(path) for name, path in scripts.items()}, "submitted": submitted}
 
 

@@ -20,7 +20,8 @@ from btm_scale.launch.local import visible_gpus
 from btm_scale.launch.supervise import GroupCommand
 from btm_scale.run_dir import RunDir
 from btm_scale.train.jobs import model_names, training_job, training_stages
-from btm_scale.train.progress import ModelProgress, read_progress
+from btm_scale.train.progress import ModelProgress, State, read_progress
+from btm_scale.util.rank_log import read_failure
 
 
 def open_run(config: RunConfig, run: RunDir, *, trains_here: bool = False) -> RunConfig:
@@ -55,9 +56,9 @@ def continued(config: RunConfig, run: RunDir) -> RunConfig:
         differing = _fixed_differences(existing, config)
         if differing:
             raise ConfigError(
-                f"{run.root} holds a run of another config; it differs in:\n"
+                f"{run.root} holds a run with a different config. The differences are:\n"
                 + "\n".join(f"  {difference}" for difference in differing)
-                + "\nUse another --out, or delete that folder."
+                + "\nUse a different --out, or delete that folder."
             )
     require_parents(config, run, model_names(config))
     return config
@@ -84,6 +85,15 @@ def on_this_device(config: RunConfig, run: RunDir) -> RunConfig:
 def is_done(config: RunConfig, run: RunDir, model: str) -> bool:
     """Return whether a model is trained, exported and scored."""
     return is_finished(run.model(model)) and not missing_scores(run, model, all_texts(config))
+
+
+def state_at_rest(config: RunConfig, run: RunDir, model: str) -> State:
+    """Return done, failed, stopped (it resumes) or waiting, for a model that no process trains."""
+    if is_done(config, run, model):
+        return "done"
+    if read_failure(run.log(model)) is not None:
+        return "failed"
+    return "stopped" if run.metrics(model).is_file() else "waiting"
 
 
 def next_models(config: RunConfig, run: RunDir) -> list[str]:

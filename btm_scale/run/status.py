@@ -10,7 +10,7 @@ from typing import Any
 from btm_scale.config.run import RunConfig
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.run.slurm import queue_notes
-from btm_scale.run.state import is_done, progress
+from btm_scale.run.state import is_done, progress, state_at_rest
 from btm_scale.run_dir import RunDir
 from btm_scale.train.jobs import model_names
 from btm_scale.train.progress import ModelProgress
@@ -32,8 +32,8 @@ def run_status(config: RunConfig, run: RunDir) -> list[ModelProgress]:
         elif note:
             states[model] = "waiting"
         else:
+            states[model] = state_at_rest(config, run, model)
             failure = read_failure(run.log(model))
-            states[model] = "failed" if failure is not None else "waiting"
             note = f"rank {failure.rank}: {failure.error}" if failure is not None else ""
         notes[model] = note
     return [replace(row, note=notes.get(row.model, "")) for row in progress(config, run, states)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 
 import torch.distributed as dist
@@ -27,11 +27,13 @@ from btm_scale.train.watchdog import PeerWatch
 from btm_scale.util.locks import ModelLock
 from btm_scale.util.rank_log import rank_log
 
+logger = logging.getLogger(__name__)
+
 
 def train_as_rank(config: RunConfig, run: RunDir, model: str) -> None:
     """Train, export and score one model, skipping completed parts."""
     with (
-        rank_log(run.log(model)),
+        rank_log(run.log(model), model),
         _joined(config, run, lambda config: training_job(config, model).layout, records=True) as (group, config),
         ModelLock(run.train(model)) if group.is_first else contextlib.nullcontext(),
     ):
@@ -39,7 +41,7 @@ def train_as_rank(config: RunConfig, run: RunDir, model: str) -> None:
         if not is_finished(run.model(model)):
             train_and_export(group, config, run, job)
         with leaving_at_once(run.train(model)):
-            score_model(group, config, run, model, all_texts(config), on_text=_say_scored)
+            score_model(group, config, run, model, all_texts(config), on_text=_log_scored)
 
 
 def score_as_rank(config: RunConfig, run: RunDir, models: Sequence[str], *, averages: bool = False) -> None:
@@ -49,7 +51,7 @@ def score_as_rank(config: RunConfig, run: RunDir, models: Sequence[str], *, aver
         if averages:
             models = [*models, *make_averages(group, config, run)]
         for model in models:
-            score_model(group, config, run, model, texts.get(model) or all_texts(config), on_text=_say_scored)
+            score_model(group, config, run, model, texts.get(model) or all_texts(config), on_text=_log_scored)
 
 
 @contextlib.contextmanager
@@ -89,5 +91,5 @@ def _resolved(config: RunConfig, run: RunDir, records: bool) -> RunConfig:
     return config.with_precisions_of(recorded)
 
 
-def _say_scored(domain: str, split: str) -> None:
-    print(json.dumps({"scored": domain, "split": split}), flush=True)
+def _log_scored(domain: str, split: str) -> None:
+    logger.info("scored the %s split of %s", split, domain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 from pathlib import Path
@@ -17,6 +18,8 @@ from btm_scale.util.records import Record
 
 if TYPE_CHECKING:  # judging needs no engine
     from btm_scale.train.engine import StepResult
+
+logger = logging.getLogger(__name__)
 
 
 class SkippedBatches(Record):
@@ -81,10 +84,7 @@ class Health:
         """Record a bad batch. Raises GroupFailed if there are more than the config allows."""
         self._skipped[step] = problem
         if self._writes:
-            print(
-                f"step {step}: {problem}; going back to the state before, to go on without this batch",
-                flush=True,
-            )
+            logger.warning("step %d: %s; restoring the state before it and skipping this batch", step, problem)
             SkippedBatches(batches=self._skipped).save(self._path)
         if len(self._skipped) > self._config.skips:
             raise GroupFailed(

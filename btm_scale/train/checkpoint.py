@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import collections
 import hashlib
+import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,8 @@ from btm_scale.model.hf_weights import gather_whole, huggingface_shapes, local_p
 from btm_scale.train.engine import KINDS, MASTER, OUTER, Engine
 from btm_scale.util.files import make_partial, partial_path, publish_directory, remove_partial, require_space
 from btm_scale.util.records import Record
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def newest_state(folder: Path) -> Path | None:
         problem = _problem(path)
         if problem is None:
             return path
-        print(f"{path} cannot be used: {problem}; going back to the state before it", flush=True)
+        logger.warning("%s cannot be used: %s; going back to the state before it", path, problem)
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,8 @@ if TYPE_CHECKING:  # reading metrics needs no engine
     from btm_scale.model.shape import ModelShape
     from btm_scale.train.engine import StepResult
     from btm_scale.train.jobs import TrainingJob
+
+logger = logging.getLogger(__name__)
 
 _LOG_SECONDS = 5.0
 
@@ -87,10 +90,14 @@ class Metrics:
         self._file.write(json.dumps(line) + "\n")
         if now - self._logged > _LOG_SECONDS or step == self._job.steps:
             self._logged = now
-            print(
-                f"{self._job.model} step {step}/{self._job.steps} loss {result.loss:.4f} "
-                f"gradient norm {result.gradient_norm:.3f} rate {rate:.2e} {line['tokens_per_second']:.0f} tokens/s",
-                flush=True,
+            logger.info(
+                "step %d/%d loss %.4f gradient norm %.3f rate %.2e %.0f tokens/s",
+                step,
+                self._job.steps,
+                result.loss,
+                result.gradient_norm,
+                rate,
+                line["tokens_per_second"],
             )
         return line
 

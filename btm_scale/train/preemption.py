@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ import torch.distributed as dist
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.launch.shutdown import REQUEUE
 from btm_scale.util.files import write_file
+
+logger = logging.getLogger(__name__)
 
 _MARKER = "stopped"
 
@@ -72,7 +75,7 @@ class StopRequest:
         """Exit with the code that requests a restart, once the checkpoint after `step` steps is saved."""
         if self._group.is_first:
             write_file(self._marker, f"{step}\n")
-            print(f"asked to stop: saved the state after step {step}", flush=True)
+            logger.warning("asked to stop: saved the state after step %d", step)
         dist.barrier()
         raise SystemExit(REQUEUE)
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from btm_scale.run_dir import RunDir
 from btm_scale.train.metrics import metrics_row
 
-State = Literal["waiting", "running", "done", "failed"]
+State = Literal["waiting", "running", "done", "stopped", "failed"]
 
 _TAIL_BYTES = 8192
 _RECENT_STEPS = 20

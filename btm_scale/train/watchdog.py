@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import logging
 import os
 import select
 import signal
@@ -25,6 +26,8 @@ import torch.distributed as dist
 
 from btm_scale.config.training import HealthConfig
 from btm_scale.distributed.group import ExpertGroup
+
+logger = logging.getLogger(__name__)
 
 # Time for the launcher to learn of a rank's own error before the others end too.
 _GRACE_SECONDS = 5.0
@@ -61,7 +64,7 @@ class PeerWatch:
         while not ended and not self._left.is_set():
             ended = select.select(list(descriptors), [], [], _POLL_SECONDS)[0]
         if not self._left.wait(_GRACE_SECONDS):
-            _say(f"rank {descriptors[ended[0]]} of this group has died; this rank ends too")
+            logger.error("rank %d of this group has died; this rank ends too", descriptors[ended[0]])
             os._exit(1)
 
 
@@ -115,8 +118,8 @@ class HangWatch:
                 self._end(time.monotonic() - since)
 
     def _end(self, seconds: float) -> None:
-        _say(
-            f"no step for {seconds:.0f} s, where one may take {self.limit:.0f} s: the group hangs; every rank's stack:"
+        logger.error(
+            "no step for %.0f s, where one may take %.0f s: the group hangs; every rank's stack:", seconds, self.limit
         )
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         for number in (signal.SIGUSR2, signal.SIGCONT):
@@ -146,7 +149,3 @@ def _process_table() -> str:
     """
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
-"""The one place that gives a file or a directory its final name: written aside, synced, renamed, folder synced.
+"""Atomic publish of files and directories: write to a temporary name, fsync, rename, fsync the folder.
 
-After a power cut, what has its final name is complete. What is written inside a directory that has no final name yet
-needs no sync: `publish_directory` syncs all of it once.
+What has its final name is complete, even after a power cut. Files in a directory without its final name need no sync:
+`publish_directory` syncs them all once.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from typing import IO
 from btm_scale.errors import CheckpointError
 from btm_scale.util.pools import in_threads
 
-# A sync waits for the disk, which takes several at a time.
+# A sync waits for the disk, which handles several at once.
 _SYNCS_AT_ONCE = 16
 
 os.umask(_UMASK := os.umask(0o077))  # the process's own, which can only be read by setting it
 
 
 def partial_path(final: Path) -> Path:
-    """Where `final` is written before it is published: `.<name>.partial` beside it."""
+    """Return the temporary path of `final`: `.<name>.partial` beside it."""
     return final.with_name(f".{final.name}.partial")
 
 
 def sync_directory(directory: Path) -> None:
-    """Make the names in a directory outlive a power cut."""
+    """Sync a directory, so that the names in it survive a power cut."""
     _sync(directory)
 
 
 def make_directory(directory: Path) -> None:
-    """Make a directory and its parents, unless they exist, so that their names outlive a power cut."""
+    """Make a directory and its parents if needed, so that their names survive a power cut."""
     new = [place for place in (directory, *directory.parents) if not place.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     for place in reversed(new):
@@ -45,7 +45,7 @@ def make_directory(directory: Path) -> None:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a small file so that it is complete or absent; text is written as UTF-8."""
+    """Write a small file atomically; text is written as UTF-8."""
     with new_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
@@ -90,9 +90,9 @@ def is_private(path: Path) -> bool:
 def new_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a file that gets its name when the block ends, and is removed if the block raises.
 
-    Its folder must exist. Any number of processes may write one path: the last to finish decides its content.
+    Its folder must exist. Several processes may write one path; the last to finish wins.
     """
-    # Not tempfile: its files can be read by their owner alone, and a run may be shared.
+    # Not tempfile: its files are readable by their owner only, and a run may be shared.
     temporary = _random_partial(path)
     try:
         with temporary.open("xb") as file:
@@ -110,8 +110,8 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
 def new_directory(final: Path, *, shared: bool = False) -> Iterator[Path]:
     """Make a directory that is published as `final` when the block ends, and is removed if the block raises.
 
-    Several processes may make a `shared` one at once, and the first of them succeeds. Otherwise what an interrupted
-    process left at `partial_path(final)` is removed first. Raises `CheckpointError` if `final` exists with content.
+    Several processes may make a `shared` one at once, and the first succeeds. Otherwise the leftover of an interrupted
+    process at `partial_path(final)` is removed first. Raises `CheckpointError` if `final` exists with content.
     """
     temporary = _random_partial(final) if shared else partial_path(final)
     make_partial(temporary)
@@ -124,9 +124,9 @@ def new_directory(final: Path, *, shared: bool = False) -> Iterator[Path]:
 
 
 def publish_directory(temporary: Path, final: Path, *, replace: bool = False, synced: bool = False) -> None:
-    """Sync everything in a finished directory and give it its name; with `replace`, the old one is removed after that.
+    """Sync a finished directory and rename it; with `replace`, the old one is removed after that.
 
-    `synced`: its content is on the disk already, because it was published under its temporary name. Raises
+    `synced`: the content has been synced already, under its temporary name. Raises
     `CheckpointError` if `final` exists, has content, and `replace` is false.
     """
     outgoing = final.with_name(f".{final.name}.replaced.{os.getpid()}")
@@ -144,7 +144,9 @@ def publish_directory(temporary: Path, final: Path, *, replace: bool = False, sy
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        raise CheckpointError(f"{final} was made by another process at the same time. Choose another output.") from None
+        raise CheckpointError(
+            f"{final} was created by another process at the same time. Choose another output."
+        ) from None
     _sync(final.parent)
     if outgoing.is_dir():
         shutil.rmtree(outgoing)
@@ -157,7 +159,7 @@ def _random_partial(final: Path) -> Path:
 
 
 def _everything_in(directory: Path) -> list[Path]:
-    """The files of a directory, then its folders from the innermost to itself."""
+    """Return the files of a directory, then its folders from the innermost to itself."""
     files: list[Path] = []
     folders: list[Path] = []
     for folder, _, names in os.walk(directory, topdown=False):
@@ -167,7 +169,7 @@ def _everything_in(directory: Path) -> list[Path]:
 
 
 def _sync(path: Path) -> None:
-    """Put what was written to a file, or the names in a folder, on the disk."""
+    """Sync a file, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -176,13 +178,13 @@ def _sync(path: Path) -> None:
 
 
 def existing_parent(path: Path) -> Path:
-    """The nearest directory at or above `path` that exists."""
+    """Return the nearest existing directory at or above `path`."""
     path = path.absolute()
     return next(place for place in (path, *path.parents) if place.is_dir())
 
 
 def allocated(directory: Path) -> int:
-    """Bytes that a directory's files take on the disk: of a file that is laid out but not written, nearly none."""
+    """Return the bytes that the files of a directory take on disk; unwritten parts of sparse files do not count."""
     return sum(file.stat().st_blocks * 512 for file in directory.glob("*"))
 
 
@@ -192,5 +194,5 @@ def require_space(path: Path, needed: int) -> None:
     if needed > free:
         raise CheckpointError(
             f"{path} needs {needed / 1e9:.3f} GB and its file system has {free / 1e9:.3f} GB free. "
-            "Nothing was written. Free some space or choose another place."
+            "Nothing was written. Free some space, or choose another path."
         )

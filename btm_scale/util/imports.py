@@ -1,10 +1,9 @@
-"""Importing large libraries: without torch's compiler where it would compile nothing, and without their warnings."""
+"""Importing large libraries: without torch's compiler where it would compile nothing, or only when they are used."""
 
 from __future__ import annotations
 
 import importlib
-import os
-import warnings
+from types import ModuleType
 from typing import Any
 
 
@@ -30,11 +29,13 @@ def _as_it_is(function: Any = None, **options: Any) -> Any:
     return _as_it_is if function is None else function
 
 
-def silence_megatron() -> None:
-    """Ignore what Megatron-core warns of at every import: which optional packages it works without."""
-    for message in ("Transformer Engine and Apex", "Apex is not installed"):
-        warnings.filterwarnings("ignore", message)
-        # And in the processes that this one starts.
-        others = os.environ.get("PYTHONWARNINGS")
-        if message not in (others or ""):
-            os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [others, f"ignore:{message}"]))
+class LazyModule(ModuleType):
+    """A module that is imported when one of its names is first used: `torch = LazyModule("torch")`.
+
+    For files whose signatures are of use without the library, such as the merge methods in `merge --help`.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(importlib.import_module(self.__name__), name)
+        setattr(self, name, value)
+        return value

@@ -20,7 +20,7 @@ _LOCK_SECONDS = 2.0
 
 @contextmanager
 def held(lock: Path) -> Iterator[bool]:
-    """Hold a lock file, which is removed afterwards; yields False if another process holds it."""
+    """Hold a lock file and remove it afterwards; yields False if another process holds it."""
     make_directory(lock.parent)
     while True:
         with _opened(lock) as file:
@@ -87,13 +87,15 @@ class ModelLock:
     def __enter__(self) -> Self:
         make_directory(self._path.parent)
         self._file = _opened(self._path)
-        # Whoever asks whether it is held holds it for that moment.
+        # `is_held` takes the lock for a moment.
         deadline = time.monotonic() + _LOCK_SECONDS
         while not _locked(self._file):
             if time.monotonic() > deadline:
                 self._file.close()
-                # No mistake: after a node was lost, its lock may outlive it for a while, and a later try succeeds.
-                raise GroupFailed(f"another group is training in {self._path.parent}; wait until it ends, or end it")
+                # Not a user error: the lock of a lost node may remain for a while, and a retry succeeds.
+                raise GroupFailed(
+                    f"another group is training in {self._path.parent}; only one may: wait until it ends, or stop it"
+                )
             time.sleep(_LOCK_SECONDS / 20)
         return self
 
@@ -103,8 +105,8 @@ class ModelLock:
 
     @staticmethod
     def is_held(folder: Path) -> bool:
-        """Whether some process holds the lock now."""
-        # A shared lock takes no more than leave to read, so that others may look at a run.
+        """Return whether a process holds the lock."""
+        # A shared lock needs only read permission, so that other users can inspect a run.
         try:
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
             with os.fdopen(os.open(folder / "lock", flags), "rb") as file:
@@ -114,7 +116,7 @@ class ModelLock:
 
 
 def _locked(file: IO[bytes], kind: int = fcntl.LOCK_EX) -> bool:
-    """Lock a file until it is closed, unless another process has it."""
+    """Lock a file until it is closed; returns False if another process holds the lock."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:

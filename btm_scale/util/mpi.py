@@ -1,4 +1,4 @@
-"""Whether this process is a rank of MPI, from the variables that each launcher of MPI programs sets."""
+"""Detects MPI ranks by the environment variables that each MPI launcher sets."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# (rank, size), the launchers of one MPI before the protocols that a resource manager speaks: a rank of an mpirun that
-# was called within a step of srun has the variables of both, and only mpirun's are its own.
+# (rank, size). The launchers of MPI libraries come before resource managers: a rank of an mpirun that was called in a
+# step of srun has the variables of both, and only those of mpirun are right.
 _LAUNCHERS = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),  # Open MPI
     ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),  # MVAPICH2
@@ -21,19 +21,19 @@ _PREFIXES = ("PMI", "OMPI_", "MPI_", "MPIR_", "MPIEXEC_", "HYD", "PRTE_", "I_MPI
 
 @dataclass(frozen=True)
 class MpiRank:
-    """A rank of MPI, and how many there are; None where the launcher does not say."""
+    """A rank of MPI, and the number of ranks; None if the launcher does not set it."""
 
     rank: int
     size: int | None
 
     @property
     def is_one_of_several(self) -> bool:
-        """Whether other ranks do the same as this one. An unknown number of ranks counts as several."""
+        """Whether there are other ranks. An unknown number of ranks counts as several."""
         return self.size is None or self.size > 1
 
 
 def mpi_rank(environment: Mapping[str, str] = os.environ) -> MpiRank | None:
-    """Return which rank of MPI this process is; None if no MPI launcher started it."""
+    """Return the MPI rank of this process; None if no MPI launcher started it."""
     for rank, size in _LAUNCHERS:
         if rank in environment and (size is None or size in environment):
             return MpiRank(int(environment[rank]), None if size is None else int(environment[size]))
@@ -41,5 +41,5 @@ def mpi_rank(environment: Mapping[str, str] = os.environ) -> MpiRank | None:
 
 
 def without_mpi(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment in which a child process does not take itself for a rank of MPI."""
+    """Return the environment without the variables of MPI, so that a child process is not an MPI rank."""
     return {name: value for name, value in environment.items() if not name.startswith(_PREFIXES)}

@@ -1,12 +1,12 @@
-"""A few things at a time, in threads or in processes. Which of them is decided by these rules:
+"""Thread pools and process pools, chosen by these rules:
 
-- Threads where the work waits for the disk, or is long loops of numpy's or torch's, which let other threads run.
-- Forked processes where the work is the interpreter's. They start in milliseconds and share all that is loaded. Only
-  where no other Python thread runs: it may hold a lock that would stay locked for ever in a forked process.
-- Spawned processes where such threads run and starting anew, seconds a worker, is little beside the work: a large
-  merge, or workers that stay for a whole stream, as those that encode text.
+- Threads for work that waits for the disk, or spends its time in numpy or torch, which release the GIL.
+- Forked processes for GIL-bound work. They start in milliseconds and share loaded modules. Only if no other Python
+  thread runs: it may hold a lock that would stay locked in the forked process.
+- Spawned processes if other threads run and the work is long compared with starting a worker, which takes seconds: a
+  large merge, or workers that live for a complete stream, such as those that encode text.
 
-All processes end with the one that started them, and one that was killed is an error that says so.
+Workers end with the process that started them, and a killed worker raises WorkerLost.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ CORES = min(MOST, len(os.sched_getaffinity(0)))
 
 
 def may_fork() -> bool:
-    """Whether no other Python thread runs."""
+    """Return whether no other Python thread runs, so that forking is safe."""
     return threading.active_count() == 1
 
 
 def in_threads(do: Callable[[Item], Done], items: Sequence[Item], *, at_once: int | None = None) -> list[Done]:
-    """Return `do` of every item, in their order, worked out in threads.
+    """Map `do` over items in a thread pool; the results keep the order of the items.
 
-    By default as many at once as there are cores, and one in a worker of a pool. The first error is raised when all
-    have ended.
+    By default one thread per core, and a single one in a worker of a pool. The first error is raised once all have
+    ended.
     """
     if at_once is None:
         at_once = CORES if multiprocessing.parent_process() is None else 1
@@ -50,9 +50,9 @@ def in_threads(do: Callable[[Item], Done], items: Sequence[Item], *, at_once: in
 
 
 def in_processes(do: Callable[[Item], Done], items: Sequence[Item]) -> list[Done]:
-    """Return `do` of every item, in their order, worked out in forked processes; items and results are pickled.
+    """Map `do` over items in a forked process pool (for GIL-bound work); items and results are pickled.
 
-    In threads where it may not fork: spawned processes take longer to start than most such work.
+    Uses threads if forking is not safe, since spawned processes take longer to start than most such work.
     """
     if not may_fork() or len(items) < 2 or CORES < 2:
         return in_threads(do, items)
@@ -70,13 +70,13 @@ def process_pool(
 
 @contextmanager
 def lost_workers_told() -> Iterator[None]:
-    """Around a pool of processes: one that was killed raises WorkerLost, which a user can read."""
+    """Raise WorkerLost, which explains the cause, if a worker of a process pool is killed."""
     try:
         yield
     except BrokenProcessPool:
         raise WorkerLost(
-            "a worker process of this command was killed, most likely because the machine has no memory left. "
-            "Nothing that was done is lost: free memory, and run it again."
+            "a worker process of this command was killed, most likely because the machine ran out of memory. "
+            "Completed work is kept: free memory, and rerun the command."
         ) from None
 
 

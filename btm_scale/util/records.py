@@ -16,12 +16,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from btm_scale.errors import UserError
 from btm_scale.util.files import write_file
 
-_PROBLEMS = 3  # that a message names
+_PROBLEMS = 3  # listed in a message
 _SHOWN = 60  # characters of a wrong value
 
 
 class Part(BaseModel):
-    """An object inside of a record: strict, and never changed once it is made."""
+    """An object inside a record: strict and frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -40,7 +40,7 @@ class Record(Part):
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a record. Raises `ERROR`, with the file and the field, if it is missing, damaged or of another schema.
+        """Return the record in a file. Raises `ERROR`, with file and field, if it is missing, damaged or newer.
 
         Types are checked strictly: a number in quotes is not a number.
         """
@@ -59,16 +59,16 @@ class Record(Part):
 
     @classmethod
     def find(cls, path: Path) -> Self | None:
-        """The record at `path`, or None if there is no such file. Raises as `load` does."""
+        """Return the record at `path`, or None if there is no such file. Raises as `load` does."""
         return cls.load(path) if path.is_file() else None
 
     @classmethod
     def upgraded(cls, content: Any) -> Any:
-        """The file's JSON value as the object that this version writes; for shapes of earlier versions."""
+        """Return the JSON value of a file, written by any version, in the form of this version."""
         return content
 
     def save(self, path: Path) -> None:
-        """Write the record, complete or not at all. Its folder must exist."""
+        """Write the record atomically. Its folder must exist."""
         write_file(path, self._text())
 
     def write(self, path: Path) -> None:
@@ -76,7 +76,7 @@ class Record(Part):
         path.write_text(self._text(), encoding="utf-8")
 
     def document(self) -> dict[str, Any]:
-        """The JSON object: the schema number first, then the fields in their order."""
+        """Return the JSON object: the schema number first, then the fields in their order."""
         return {"schema": self.SCHEMA, **self.model_dump()}
 
     def _text(self) -> str:
@@ -91,9 +91,9 @@ def read_object(
     remedy: str = Record.REMEDY,
     upgrade: Callable[[Any], Any] = lambda content: content,
 ) -> dict[str, Any]:
-    """Read a file that holds one JSON object. Raises `error` with the reason if it does not.
+    """Return the JSON object in a file. Raises `error` with the reason if there is none.
 
-    `upgrade` turns the JSON value into the object that is expected.
+    `upgrade` converts the JSON value to the expected object.
     """
     try:
         # RecursionError: JSON may be nested more deeply than the interpreter's stack.
@@ -101,13 +101,11 @@ def read_object(
     except FileNotFoundError:
         raise error(absent.format(path=path, folder=path.parent)) from None
     except OSError as problem:
-        raise error(
-            f"{path} cannot be read: {problem.strerror or problem}. Give this user the right to read it."
-        ) from None
+        raise error(f"{path} cannot be read: {problem.strerror or problem}. Make it readable for this user.") from None
     except UnicodeDecodeError as problem:
         raise error(_damaged(path, f"not UTF-8 text ({problem.reason} at byte {problem.start})", remedy)) from None
     except RecursionError:
-        raise error(_damaged(path, "nested too deeply for a JSON file of btm-scale", remedy)) from None
+        raise error(_damaged(path, "nested too deeply for a record of btm-scale", remedy)) from None
     except ValueError as problem:
         raise error(_damaged(path, f"not valid JSON ({problem})", remedy)) from None
     if not isinstance(content, dict):
@@ -120,7 +118,7 @@ def _damaged(path: Path, problem: str, remedy: str) -> str:
 
 
 def _sentence(error: ValidationError) -> str:
-    """The first problems of a record, each with its field."""
+    """Return the first problems of a record, each with its field."""
     problems = error.errors(include_url=False)
     words = []
     for problem in problems[:_PROBLEMS]:

@@ -1,4 +1,4 @@
-"""Text of others on a terminal: names, paths and generated text may hold escape sequences."""
+"""Safe output on a terminal: names, paths and generated text may contain escape sequences."""
 
 from __future__ import annotations
 

@@ -291,7 +291,7 @@ def test_slerp_interpolates_parallel_tensors_linearly(save: Save, tmp_path: Path
             {"scale": math.nan},
             "'scale' of 'dare' is nan. It must be finite: leave it out",
         ),
-        ("tise", 2, {}, "no merge method is called 'tise'; did you mean 'ties'. Choose dare, "),
+        ("tise", 2, {}, "Unknown merge method 'tise'. Did you mean 'ties'. Choose one of dare, "),
     ],
 )
 def test_invalid_inputs_and_parameters_of_a_method_are_rejected(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -10,30 +11,41 @@ import psutil
 import pytest
 from helpers.tiny_run import btm_scale, save_card, tiny_values, write_config
 
+from btm_scale import __version__
+from btm_scale.cli.app import parse
+from btm_scale.cli.verb import Call
 from btm_scale.config.run import RunConfig
 from btm_scale.run_dir import RunDir
-
-
-def test_help_imports_no_torch() -> None:
-    code = "import sys\nfrom btm_scale.cli.app import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
-    code += "sys.exit(any(name in sys.modules for name in ('torch', 'deepspeed', 'megatron', 'numpy')))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "absent.yaml"], "no config at absent.yaml"),
+        (["run", "absent.yaml"], "No config at absent.yaml"),
         (["status", "."], "is not a run folder: it has no run.yaml"),
         (["train", "CONFIG", "--model", "physics"], "'physics' is not a model of this run"),
         (["run", "CONFIG", "--set", "budget.batch_tokens=1000"], "use 1024"),
         (["run", "CONFIG", "--set", "text_root=/nowhere"], "/nowhere"),
         (["merge", "OUT", "DIR=heavy"], "must be a number"),
-        (["generate", ".", "--random-seed", "4294967296"], "must be a whole number from 0 to 4294967295"),
-        (["merge", "OUT", "DIR", "--jobs", "0"], "--jobs: '0' must be a whole number of at least 1"),
+        (
+            ["generate", ".", "--random-seed", "4294967296"],
+            "Input should be less than or equal to 4294967295",
+        ),
+        (["merge", "OUT", "DIR", "--jobs", "0"], "'--jobs': Input should be greater than or equal to 1"),
+        ([], "Usage: btm-scale [OPTIONS] VERB ..."),
+        (["rnu"], "No such command 'rnu'. Did you mean 'run'?"),
+        (["forest", "lst", "."], "No such command 'lst'. Did you mean 'list'?\nSee 'btm-scale forest --help'."),
+        (["run", "CONFIG", "--ouy", "x"], "No such option: --ouy. Did you mean --out?"),
+        (["run"], "Missing argument 'CONFIG'"),
+        (["merge", "OUT", "DIR", "--method", "tie"], "Unknown merge method 'tie'. Did you mean 'ties'?"),
+        (["merge", "OUT", "DIR", "--dtype", "float8"], "Unknown dtype 'float8'"),
+        (["convert", "DIR", "OUT", "--to", "megatorn"], "Did you mean 'megatron'?"),
+        (["run", "CONFIG", "--launcher", "slrum"], "Unknown launcher 'slrum'. Did you mean 'slurm'?"),
+        (["status", ".", "--quiet", "--verbose"], "--quiet and --verbose exclude each other"),
+        (["inspect", "no\x1b[2Jmodel"], r"no\x1b[2Jmodel is not a model"),
         (
             ["convert", "DIR", "OUT", "--to", "megatron", "--tensor", "-1"],
-            "--tensor: '-1' must be a whole number",
+            "'--tensor': Input should be greater than or equal to 1",
         ),
     ],
 )
@@ -42,11 +54,13 @@ def test_a_users_mistake_exits_with_2_and_a_message(
 ) -> None:
     write_config(tmp_path / "CONFIG", tiny_values(real_text))
     given = [str(tmp_path / word) if word in ("CONFIG", "OUT", ".") else word for word in arguments]
-    if given[0] in ("run", "train"):
+    if arguments[:2] in (["run", "CONFIG"], ["train", "CONFIG"]):
         given += ["--out", str(tmp_path / "made")]
     done = btm_scale(*given, check=False)
     assert done.returncode == 2
     assert message in done.stderr
+    assert arguments == [] or "\nbtm-scale: " in f"\n{done.stderr}"
+    assert done.stdout == ""
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "made" / "data").exists()
 
@@ -108,6 +122,44 @@ def test_a_disk_that_refuses_is_told_in_a_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("btm-scale: [Errno 27] File too large")
     assert done.stderr.count("\n") == 1
+
+
+def test_the_exit_code_is_that_of_a_complaint_or_of_a_stop() -> None:
+    code = (
+        "import sys, typer\nfrom btm_scale.cli import app\nfrom btm_scale.cli.verb import Answer, verb\n"
+        "@verb(app.app, 'complain')\ndef complain() -> Answer:\n    return Answer({'ill': True}, exit_code=1)\n"
+        "@verb(app.app, 'stop')\ndef stop() -> Answer:\n    sys.exit(85)\n"
+        "@verb(app.app, 'interrupt')\ndef interrupt() -> Answer:\n    raise KeyboardInterrupt\n"
+        "app.main()"
+    )
+
+    def run(*words: str) -> tuple[int, str, str]:
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    assert run("complain") == (1, "ill: true\n", "")
+    assert run("complain", "--json") == (1, '{\n  "ill": true\n}\n', "")
+    assert run("stop") == (85, "", "")
+    assert run("interrupt") == (130, "", "btm-scale: interrupted; rerun the same command to resume\n")
+    assert run("--version")[:2] == (0, f"btm-scale {__version__}\n")
+
+
+def test_text_is_escaped_on_a_terminal_and_unchanged_in_a_pipe() -> None:
+    code = "from btm_scale.cli.verb import say; say('\\x1b[2J 北京', end='')"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True).stdout == "\x1b[2J 北京".encode()
+    ours, theirs = pty.openpty()
+    subprocess.run(command, stdout=theirs, check=True)
+    os.close(theirs)
+    assert os.read(ours, 100).decode() == "\\x1b[2J 北京"
+    os.close(ours)
+
+
+def test_a_list_option_takes_the_files_that_a_shell_puts_after_it() -> None:
+    call = parse(["branch", "RUN", "--name", "law", "--text", "a.txt", "b.txt", "--replay", "0.5", "--text", "c.txt"])
+    assert isinstance(call, Call)
+    assert call.arguments["text"] == [Path("a.txt"), Path("b.txt"), Path("c.txt")]
+    assert call.arguments["replay"] == 0.5
 
 
 def test_a_killed_prepare_leaves_no_process_and_the_next_one_finishes(tmp_path: Path, real_text: Path) -> None:

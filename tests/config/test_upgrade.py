@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from btm_scale.config.run import RunConfig
+from btm_scale.config.yaml import dump_text, load_yaml
 from btm_scale.errors import ConfigError
 from btm_scale.train.jobs import training_job
 
@@ -20,15 +20,15 @@ def written_by_0_1_0(path: Path, **changes: Any) -> Path:
     """A run.yaml as version 0.1.0 wrote it, with every key."""
     experts = {"code": {"group": {"zero": 0}, "model": SIZES | {"groups": 2}}}
     current = {"domains": DOMAINS, "budget": BUDGET, "model": SIZES | {"kv_heads": 1}}
-    (path / "new.yaml").write_text(yaml.safe_dump(current))
+    (path / "new.yaml").write_text(dump_text(current))
     values = RunConfig.load(path / "new.yaml").model_dump(mode="json")
     values["model"]["groups"] = values["model"].pop("kv_heads")
     values |= {"group": values.pop("layout"), "seed_group": values.pop("seed_layout"), "experts": experts}
-    (path / "run.yaml").write_text(yaml.safe_dump({**values, **changes}))
+    (path / "run.yaml").write_text(dump_text({**values, **changes}))
     return path / "run.yaml"
 
 
-def test_a_yaml_with_keys_of_an_earlier_version_is_refused_with_their_new_names_beside_every_other_problem(
+def test_old_keys_in_a_yaml_are_reported_with_their_new_names_beside_all_other_problems(
     tmp_path: Path,
 ) -> None:
     values = {
@@ -38,7 +38,7 @@ def test_a_yaml_with_keys_of_an_earlier_version_is_refused_with_their_new_names_
         "experts": {"math": {"group": {"tensor": 2}, "model": SIZES | {"groups": 2}}},
         "optimizer": {"lr": -1},
     }
-    (tmp_path / "my.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "my.yaml").write_text(dump_text(values))
     with pytest.raises(ConfigError) as raised:
         RunConfig.load(tmp_path / "my.yaml", ("seed_group.data=2",))
     for line in (
@@ -53,13 +53,13 @@ def test_a_yaml_with_keys_of_an_earlier_version_is_refused_with_their_new_names_
         assert f"\n  {line}" in str(raised.value)
 
 
-def test_an_old_key_alone_is_refused_too(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"domains": DOMAINS, "group": {"data": 2}}))
+def test_a_yaml_with_nothing_wrong_but_an_old_key_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(dump_text({"domains": DOMAINS, "group": {"data": 2}}))
     with pytest.raises(ConfigError, match=r"run\.yaml:\n  group: this key has been renamed; use layout$"):
         RunConfig.load(tmp_path / "run.yaml")
 
 
-def test_a_run_folders_config_of_an_earlier_version_is_upgraded_when_it_is_read(tmp_path: Path) -> None:
+def test_the_config_of_an_earlier_run_folder_is_upgraded_when_it_is_read(tmp_path: Path) -> None:
     path = written_by_0_1_0(tmp_path, seed_group={"data": 4}, group={"micro_batch": 2, "precision": "fp32"})
     config = RunConfig.load(path)
     assert (config.model.kv_heads, config.layout.micro_batch, config.layout.precision) == (1, 2, "fp32")
@@ -67,18 +67,18 @@ def test_a_run_folders_config_of_an_earlier_version_is_upgraded_when_it_is_read(
     assert config.expert_layout("code").zero == 0
     assert config.expert_model("code").kv_heads == 2
     config.save(tmp_path / "saved" / "run.yaml")
-    saved = yaml.safe_load((tmp_path / "saved" / "run.yaml").read_text())
+    saved = load_yaml(tmp_path / "saved" / "run.yaml")
     assert saved["schema"] == 2
     assert RunConfig.load(tmp_path / "saved" / "run.yaml") == config
 
 
-def test_a_damaged_config_of_an_earlier_version_is_explained_as_any_other(tmp_path: Path) -> None:
+def test_problems_in_an_earlier_config_are_reported_as_in_any_other(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"budget\.batch_tokens: 'many': must be a valid integer"):
         RunConfig.load(written_by_0_1_0(tmp_path, budget=BUDGET | {"batch_tokens": "many"}))
 
 
 def test_a_config_of_a_later_version_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"schema": 3, "domains": DOMAINS}))
+    (tmp_path / "run.yaml").write_text(dump_text({"schema": 3, "domains": DOMAINS}))
     with pytest.raises(ConfigError, match=r"has schema 3\. This version of btm-scale reads schemas 1 and 2"):
         RunConfig.load(tmp_path / "run.yaml")
 

@@ -93,7 +93,7 @@ def test_every_command_looks_each_glob_up_once(globbed: RunConfig, patterns: Cou
     once = {str(globbed.text_root / path): 1 for domain in globbed.all_domains.values() for path in domain.text}
     commands: list[Callable[[], object]] = [
         lambda: dry_run(globbed, run),
-        lambda: submit_run(globbed, run, dry_run=True, say=print),
+        lambda: submit_run(globbed, run, dry_run=True),
         lambda: prepare(globbed, run),  # the tokenizer, a split by a field, and token files
         lambda: prepare(globbed, run),  # only checks them
     ]

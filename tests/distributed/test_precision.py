@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from helpers.fake_cpu import fake_fp16
 from helpers.tiny_run import btm_scale, tiny_values, write_config
 
 from btm_scale.config.run import RunConfig
+from btm_scale.config.yaml import load_yaml
 from btm_scale.distributed import precision as precision_module
 from btm_scale.distributed.precision import DevicePrecisions, ask_device
 from btm_scale.errors import ConfigError, LaunchError
@@ -163,7 +163,7 @@ def test_the_first_group_records_the_precision_of_auto(real_text: Path, tmp_path
     write_config(tmp_path / "run.yaml", values)
     run = RunDir(tmp_path / "run")
     btm_scale("prepare", tmp_path / "run.yaml", "--out", run.root)
-    assert yaml.safe_load(run.config.read_text())["layout"]["precision"] == "auto"
+    assert load_yaml(run.config)["layout"]["precision"] == "auto"
     command = [
         sys.executable,
         "-m",
@@ -176,6 +176,6 @@ def test_the_first_group_records_the_precision_of_auto(real_text: Path, tmp_path
         run.root,
     ]
     subprocess.run(command, env=os.environ | {"RANK": "0", "WORLD_SIZE": "1"}, check=True, timeout=600)
-    recorded = yaml.safe_load(run.config.read_text())["layout"]["precision"]
+    recorded = load_yaml(run.config)["layout"]["precision"]
     card = json.loads((run.model("seed") / "expert.json").read_text())
     assert recorded == card["layout"]["precision"] != "auto"

@@ -57,7 +57,7 @@ def test_an_added_model_is_an_expert_with_its_own_card(run: RunDir, config: RunC
 def test_an_expert_that_cannot_be_mixed_is_rejected_with_the_reason(
     run: RunDir, config: RunConfig, tmp_path: Path
 ) -> None:
-    with pytest.raises(ForestError, match="another tokenizer"):
+    with pytest.raises(ForestError, match="different tokenizer"):
         add_expert(config, run, model(tmp_path / "a", tokenizer=b"{ }"), "a")
     with pytest.raises(ForestError, match="vocabulary of 200, but the run's tokenizer needs 300"):
         add_expert(config, run, model(tmp_path / "b", vocabulary=200), "b")

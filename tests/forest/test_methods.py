@@ -76,8 +76,8 @@ def test_an_unknown_average_is_rejected_with_the_closest_match_and_all_choices(t
     problems = str(raised.value).splitlines()
     choices = ", ".join(AVERAGES)
     assert problems == [
-        f"evaluate.averages: no average is called 'unifrom'; did you mean 'uniform'? Choose {choices}",
-        f"evaluate.averages: no average is called 'zzz'; choose {choices}",
+        f"evaluate.averages: Unknown average 'unifrom'. Did you mean 'uniform'? Choose one of {choices}.",
+        f"evaluate.averages: Unknown average 'zzz'. Choose one of {choices}.",
     ]
 
 
@@ -87,7 +87,7 @@ def test_every_verb_that_reads_a_config_checks_its_averages(tmp_path: Path, verb
     name, *options = verb
     done = btm_scale(name, path if options else tmp_path, *options, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "did you mean 'uniform'?" in done.stderr
+    assert "Did you mean 'uniform'?" in done.stderr
 
 
 @pytest.mark.parametrize("section", ["domains", "added_domains", "novel_domains"])

@@ -16,7 +16,7 @@ from helpers.tiny_run import btm_scale
 from transformers import AutoModelForCausalLM
 
 from btm_scale.cli.app import main
-from btm_scale.cli.forest import prompts_of
+from btm_scale.cli.generate import prompts_of
 from btm_scale.config.evaluation import Tempering
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import CheckpointError, UserError
@@ -282,8 +282,8 @@ def test_the_text_of_a_single_prompt_is_streamed(
         (["--domain", "python", "--prior", "uniform"], "does not depend on a domain"),
         (["--model", "absent"], "not a finished expert"),
         (["--prompt", "word " * 100], "shorten it"),
-        (["--prompts", "/absent.txt"], "no prompts can be read"),
-        (["--max-memory", "much"], "no size; write"),
+        (["--prompts", "/absent.txt"], "Cannot read prompts"),
+        (["--max-memory", "much"], "Invalid size 'much'"),
         (["--max-memory", "10KB"], "Increase --max-memory"),
         (["--device", "abacus"], "Cannot use device 'abacus'"),
         (["--top-k", "5"], "temperature 1, without top-k"),

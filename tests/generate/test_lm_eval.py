@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from btm_scale.config.run import RunConfig
+from btm_scale.config.yaml import dump_text
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.generate.loglikelihood import generator_of_method, score_windows
 from btm_scale.run_dir import RunDir
@@ -67,7 +67,7 @@ def test_the_harness_evaluates_an_ensemble_on_local_tasks(handmade: tuple[RunCon
         "test_split": "test",
     }
     for name, task in TASKS.items():
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | source | task))
+        (tmp_path / f"{name}.yaml").write_text(dump_text({"task": name} | source | task))
     done = harness(
         "run",
         "--model",
@@ -102,7 +102,7 @@ def test_the_harness_evaluates_an_ensemble_on_local_tasks(handmade: tuple[RunCon
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "message"), [("run=/nowhere", "is not a run folder"), ("method=blend", "no method is called 'blend'")]
+    ("arguments", "message"), [("run=/nowhere", "is not a run folder"), ("method=blend", "Unknown method 'blend'")]
 )
 def test_user_errors_exit_with_2(
     arguments: str, message: str, handmade: tuple[RunConfig, RunDir], tmp_path: Path
@@ -114,7 +114,7 @@ def test_user_errors_exit_with_2(
         "dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}},
     }
     (tmp_path / "task.yaml").write_text(
-        yaml.safe_dump({"task": "btm_choice", "test_split": "test"} | source | TASKS["btm_choice"])
+        dump_text({"task": "btm_choice", "test_split": "test"} | source | TASKS["btm_choice"])
     )
     done = harness(
         "run",

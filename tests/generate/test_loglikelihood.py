@@ -77,7 +77,7 @@ def test_methods_have_their_names_in_results_json(handmade: tuple[RunConfig, Run
     assert generator_of_method(config, run, "average:argmax", domain="python").names == ["python"]
     with pytest.raises(UserError, match="law"):
         generator_of_method(config, run, "average:argmax", domain="law")
-    with pytest.raises(UserError, match="no method is called 'blend'; choose ensemble, "):
+    with pytest.raises(UserError, match=r"Unknown method 'blend'\. Choose one of ensemble, "):
         generator_of_method(config, run, "blend")
     with pytest.raises(UserError, match="'average:posterior' is a different model for each domain"):
         generator_of_method(config, run, "average:posterior")

@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
+from btm_scale.config.yaml import dump_text
 
 ARCHIVE = Path(__file__).parents[1] / "run" / "old_runs.tar.xz"
 DOMAINS, NOVEL = ("arithmetic", "poems"), "lists"
@@ -75,7 +75,7 @@ def main(old: str, archive: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         _write_text(folder / "text")
-        (folder / "old.yaml").write_text(yaml.safe_dump(VALUES | {"text_root": str(folder / "text")}))
+        (folder / "old.yaml").write_text(dump_text(VALUES | {"text_root": str(folder / "text")}))
         command = [old, "run", str(folder / "old.yaml"), "--out"]
         subprocess.run([*command, str(folder / "finished")], check=True)
         _kill_in_second_expert([*command, str(folder / "killed")], folder / "killed")

@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from btm_scale.config.run import RunConfig
+from btm_scale.config.yaml import dump_text
 from btm_scale.distributed.precision import ask_device
 from btm_scale.forest.expert import CARD, Expert
 from btm_scale.run_dir import RunDir
@@ -49,7 +48,7 @@ def tiny_values(text: Path, **changes: Any) -> dict[str, Any]:
 def write_config(path: Path, values: dict[str, Any]) -> RunConfig:
     """Write a YAML file and load it like a user's."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    path.write_text(dump_text(values))
     return RunConfig.load(path)
 
 

@@ -11,6 +11,7 @@ from btm_scale.config.launch import DeepSpeedConfig
 from btm_scale.errors import LaunchError
 from btm_scale.launch.deepspeed import HostPool, read_hostfile
 from btm_scale.launch.supervise import GroupCommand
+from btm_scale.util.logs import LEVEL
 
 
 def written(folder: Path, text: str) -> Path:
@@ -19,7 +20,7 @@ def written(folder: Path, text: str) -> Path:
     return path
 
 
-def test_a_hostfile_has_a_host_a_line(tmp_path: Path) -> None:
+def test_a_hostfile_has_one_host_per_line(tmp_path: Path) -> None:
     text = "# my cluster\nworker-0 slots=8\n\nworker-1  slots = 4  # the old one\n"
     assert read_hostfile(written(tmp_path, text)) == {"worker-0": 8, "worker-1": 4}
 
@@ -27,25 +28,25 @@ def test_a_hostfile_has_a_host_a_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "names no host"),
-        ("worker-0\n", r"line 1: 'worker-0' is not of the form"),
+        ("", "lists no host"),
+        ("worker-0\n", r"line 1: 'worker-0' is not a host"),
         ("a slots=2\nb slots=0", "line 2"),
-        ("a slots=2\na slots=2", "'a' stands twice"),
+        ("a slots=2\na slots=2", "'a' is listed twice"),
         ("fe80::1 slots=8", "'fe80::1' cannot name a host"),
-        ("a slots=8\nme@b slots=8", "line 2: .* 'me@b' cannot name a host"),
+        ("a slots=8\nme@b slots=8", "line 2: 'me@b' cannot name a host"),
     ],
 )
-def test_a_hostfile_of_another_kind_is_refused(text: str, message: str, tmp_path: Path) -> None:
+def test_an_invalid_hostfile_is_refused(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match=message):
         read_hostfile(written(tmp_path, text))
 
 
-def test_a_missing_hostfile_is_told(tmp_path: Path) -> None:
-    with pytest.raises(LaunchError, match=r"no hostfile at .*set launch\.deepspeed\.hostfile"):
+def test_a_missing_hostfile_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match=r"No hostfile at .*Set launch\.deepspeed\.hostfile"):
         read_hostfile(tmp_path / "absent")
 
 
-def test_groups_that_run_side_by_side_share_no_slot_and_no_port(tmp_path: Path) -> None:
+def test_groups_that_run_at_once_have_different_slots_and_ports(tmp_path: Path) -> None:
     hosts = written(tmp_path, "n1 slots=4\nn2 slots=4\n")
     config = DeepSpeedConfig(hostfile=hosts, connect=("ssh", "-tt", "{host}"), ports=(30000, 30010))
     pool = HostPool(config)
@@ -66,13 +67,16 @@ def test_groups_that_run_side_by_side_share_no_slot_and_no_port(tmp_path: Path) 
     assert pool.take(GroupCommand("more", 1, ("train",), tmp_path / "more" / "log")) is not None
 
 
-def test_a_group_that_no_hosts_can_ever_hold_is_refused(tmp_path: Path) -> None:
+def test_a_group_that_can_never_fit_the_hosts_is_refused(tmp_path: Path) -> None:
     pool = HostPool(DeepSpeedConfig(hostfile=written(tmp_path, "a slots=3\nb slots=3\n")))
-    with pytest.raises(LaunchError, match=r"wide needs 6 slots, 2 at a time on one host; .* a with 3, b with 3"):
+    with pytest.raises(LaunchError, match=r"wide needs 6 slots, in multiples of 2 per host.* a with 3, b with 3"):
         pool.take(GroupCommand("wide", 6, ("train",), tmp_path / "wide" / "log", colocated=2))
 
 
-def test_by_default_one_launcher_reaches_all_hosts_of_its_group_by_pdsh(tmp_path: Path) -> None:
+def test_by_default_one_launcher_reaches_all_hosts_of_its_group_by_pdsh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(LEVEL, "debug")
     pool = HostPool(DeepSpeedConfig(hostfile=written(tmp_path, "n1 slots=2\nn2 slots=2\n"), environment={"A": "b"}))
     start = pool.take(GroupCommand("math", 4, ("train", "x.yaml"), tmp_path / "math" / "log"))
     assert start is not None
@@ -81,12 +85,12 @@ def test_by_default_one_launcher_reaches_all_hosts_of_its_group_by_pdsh(tmp_path
     assert "--force_multi" in words
     assert words[-3:] == ("btm_scale.cli", "train", "x.yaml")
     exported = Path(start.environment["DS_ENV_FILE"]).read_text().splitlines()
-    assert {"A=b", "OMP_NUM_THREADS=1"} <= set(exported)
+    assert {"A=b", "OMP_NUM_THREADS=1", f"{LEVEL}=debug"} <= set(exported)
 
 
 def test_an_argument_that_a_remote_shell_would_read_is_refused(tmp_path: Path) -> None:
     pool = HostPool(DeepSpeedConfig(hostfile=written(tmp_path, "n1 slots=2\n")))
-    with pytest.raises(LaunchError, match="would pass through a shell"):
+    with pytest.raises(LaunchError, match="is not safe in the shell"):
         pool.take(GroupCommand("math", 1, ("train", "a; rm -rf ~ #"), tmp_path / "math" / "log"))
 
 
@@ -96,14 +100,14 @@ def test_a_value_that_a_remote_shell_would_read_is_refused(value: str, refused: 
     pool = HostPool(DeepSpeedConfig(hostfile=hosts, environment={"NCCL_SOCKET_IFNAME": value}))
     command = GroupCommand("math", 1, ("train",), tmp_path / "math" / "log")
     if refused:
-        with pytest.raises(LaunchError, match=r"environment\.NCCL_SOCKET_IFNAME: .* would pass through a shell"):
+        with pytest.raises(LaunchError, match=r"environment\.NCCL_SOCKET_IFNAME: .* is not safe in the shell"):
             pool.take(command)
     else:
         assert pool.take(command) is not None
 
 
 @pytest.mark.parametrize("ports", [(30_499, 29_500), (0, 10), (65_000, 66_000)])
-def test_what_is_no_range_of_ports_is_refused(ports: tuple[int, int]) -> None:
+def test_an_invalid_range_of_ports_is_refused(ports: tuple[int, int]) -> None:
     """Without a port, no group would ever start."""
-    with pytest.raises(ValidationError, match="is no range of ports"):
+    with pytest.raises(ValidationError, match="is not a range of ports"):
         DeepSpeedConfig(ports=ports)

@@ -18,7 +18,7 @@ def command(name: str, ranks: int) -> GroupCommand:
 
 
 def gpus_of(pool: LocalPool, name: str, ranks: int) -> list[str] | None:
-    """Those that the launcher is told of; None if there was no room."""
+    """The GPUs passed to the launcher; None if there was no room."""
     start = pool.take(command(name, ranks))
     if start is None:
         return None
@@ -26,7 +26,7 @@ def gpus_of(pool: LocalPool, name: str, ranks: int) -> list[str] | None:
     return list(json.loads(base64.urlsafe_b64decode(world.partition("=")[2]))["localhost"])
 
 
-def test_groups_side_by_side_have_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_that_run_at_once_have_different_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3, 5,GPU-8ab1")
     pool = LocalPool(slots=4, threads=1)
     assert gpus_of(pool, "a", 2) == ["2", "3"]
@@ -34,12 +34,12 @@ def test_groups_side_by_side_have_gpus_of_their_own(monkeypatch: pytest.MonkeyPa
     assert gpus_of(pool, "c", 2) is None
     pool.give_back("a")
     assert gpus_of(pool, "c", 2) == ["2", "3"]
-    with pytest.raises(LaunchError, match="'d' has 5 ranks, and this machine shows 4 GPUs"):
+    with pytest.raises(LaunchError, match="'d' has 5 ranks, and this machine has 4 visible GPUs"):
         pool.take(command("d", 5))
 
 
 @pytest.mark.parametrize("hidden", ["", "-1"])
-def test_without_gpus_the_slots_alone_count(monkeypatch: pytest.MonkeyPatch, hidden: str) -> None:
+def test_without_gpus_only_the_slots_count(monkeypatch: pytest.MonkeyPatch, hidden: str) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     assert visible_gpus() == []
     pool = LocalPool(slots=1, threads=1)

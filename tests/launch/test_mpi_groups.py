@@ -39,35 +39,35 @@ def test_every_command_runs_once_on_each_rank_of_one_group(tmp_path: Path) -> No
     assert printed.count("btm-scale 0.") == 8
 
 
-def test_a_failing_group_goes_on_and_stops_no_other(tmp_path: Path) -> None:
+def test_a_failing_group_does_not_stop_the_others(tmp_path: Path) -> None:
     with pytest.raises(GroupFailed, match="group 'bad' failed"):
         run(tmp_path, 4, bad=("no-such-verb",), a=("--version",), b=("--version",), c=("--version",))
     assert (tmp_path / "train" / "mpirun.log").read_text().count("btm-scale 0.") == 6
 
 
-def test_too_few_ranks_are_told(tmp_path: Path) -> None:
-    with pytest.raises(GroupFailed, match="a group needs 2 ranks, and mpirun has started 1"):
+def test_too_few_ranks_are_reported(tmp_path: Path) -> None:
+    with pytest.raises(GroupFailed, match="A group needs 2 ranks, and mpirun started 1"):
         run(tmp_path, 1, a=("--version",))
 
 
-def test_the_failure_of_an_earlier_try_is_not_told_again(tmp_path: Path) -> None:
+def test_the_failure_of_an_earlier_attempt_is_not_reported_again(tmp_path: Path) -> None:
     log = tmp_path / "train" / "a" / "log"
     log.parent.mkdir(parents=True)
     record = {"rank": 0, "ranks": 2, "host": "node7", "time": 1.0, "error": "RuntimeError: of yesterday"}
     log.with_name("log.failed-0.json").write_text(json.dumps(record))
     mpirun()
-    with pytest.raises(GroupFailed, match="a group needs 2 ranks"):
+    with pytest.raises(GroupFailed, match="A group needs 2 ranks"):
         MpiLauncher(MpiConfig(ranks=1))([GroupCommand("a", 2, (), log)], lambda states: None)
 
 
-def test_an_mpirun_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_mpirun_is_reported(tmp_path: Path) -> None:
     launcher = MpiLauncher(MpiConfig(command=("no-such-mpirun",)))
-    with pytest.raises(LaunchError, match=r"set launch\.mpi\.command"):
+    with pytest.raises(LaunchError, match=r"Set launch\.mpi\.command"):
         launcher([GroupCommand("a", 1, (), tmp_path / "train" / "a" / "log")], lambda states: None)
 
 
 @pytest.mark.parametrize(("visible", "taken"), [("3", "0"), ("0,1,2,3", "1"), (None, "1")])
-def test_a_rank_that_is_bound_to_one_gpu_takes_that(
+def test_a_rank_that_is_bound_to_one_gpu_uses_it(
     visible: str | None, taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As `srun --mpi` with --gpus-per-task, and many sites' wrappers of mpirun, bind it."""
@@ -99,7 +99,7 @@ sys.exit(mpi._run_rank(GroupCommand("a", 1, (), Path("log")), place, 20001, thre
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_rank_of_mpi_passes_on_that_it_is_asked_to_stop(number: signal.Signals, tmp_path: Path) -> None:
+def test_an_mpi_rank_forwards_a_stop_signal(number: signal.Signals, tmp_path: Path) -> None:
     (tmp_path / "rank").write_text(RANK)
     (tmp_path / "rank").chmod(0o755)
     process = subprocess.Popen([sys.executable, "-c", PLACE], cwd=tmp_path)

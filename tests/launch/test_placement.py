@@ -38,7 +38,7 @@ def test_no_node_ever_has_more_ranks_than_slots_and_no_small_group_spans_two(see
     assert bound <= end(placed) <= 1.25 * bound
 
 
-def test_unlike_experts_end_together_where_they_can() -> None:
+def test_experts_of_different_sizes_end_together_if_possible() -> None:
     # 3 + 3 + 2 + 2 + 2 hours on two nodes: longest first finds 3 + 3 | 2 + 2 + 2.
     placed = place(works((8, 2), (8, 3), (8, 2), (8, 3), (8, 2)), nodes=2, ranks_per_node=8)
     assert end(placed) == 7 or end(placed) == 6
@@ -58,7 +58,7 @@ def test_a_long_group_starts_first_and_short_ones_fill_in_beside_it() -> None:
     assert placed["w0"].nodes == placed["w2"].nodes
 
 
-def test_what_can_never_fit_is_told() -> None:
+def test_groups_that_can_never_fit_are_reported() -> None:
     with pytest.raises(LaunchError, match="w0 needs 32 ranks, and 2 nodes of 8 have 16"):
         place(works((32, 1)), nodes=2, ranks_per_node=8)
     with pytest.raises(LaunchError, match="3 ranks that share a node do not fit nodes of 8"):
@@ -67,6 +67,6 @@ def test_what_can_never_fit_is_told() -> None:
         place(works((16, 1), colocated=16), nodes=2, ranks_per_node=8)
 
 
-def test_work_is_shared_out_evenly_by_fixed_groups() -> None:
+def test_work_is_divided_evenly_over_fixed_groups() -> None:
     lists = share_out(works((2, 5), (2, 4), (2, 3), (2, 3), (2, 3)), 2)
     assert sorted(sum(work.seconds for work in own) for own in lists) == [8, 10]

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from helpers.launcher import launched
 from helpers.tiny_run import btm_scale
 
 from btm_scale.config.layout import Layout
 from btm_scale.config.run import RunConfig
+from btm_scale.config.yaml import dump_text
 from btm_scale.errors import LaunchError
 from btm_scale.launch.gpus import GPUS
 from btm_scale.launch.memory import rank_memory
@@ -36,7 +36,7 @@ EIGHT_8B = {
 
 def config_of(folder: Path, values: dict[str, Any], experts: int) -> RunConfig:
     domains = {f"d{i}": {"text": f"d{i}.jsonl"} for i in range(experts)}
-    (folder / "run.yaml").write_text(yaml.safe_dump({**values, "domains": domains}, sort_keys=False))
+    (folder / "run.yaml").write_text(dump_text({**values, "domains": domains}))
     return RunConfig.load(folder / "run.yaml")
 
 
@@ -75,25 +75,27 @@ def test_eight_experts_of_8b_on_64_h100(tmp_path: Path) -> None:
     assert 8_000 < experts["tokens_per_second"] / 8 < 13_000
 
 
-def test_a_layout_that_is_given_is_kept_and_one_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+def test_a_given_layout_is_kept_and_one_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     cluster = Cluster(GPUS["h100"], 8, 8)
     given = config_of(tmp_path, EIGHT_8B | {"layout": {"tensor": 8, "recompute": "full", "micro_batch": 2}}, 8)
     plan = make_plan(given, cluster)
     assert plan["proposed"] == {}
     assert {row["layout"] for row in rows(plan)} == {"tensor 8 x data 1, ZeRO 1, bf16, full recomputation"}
     alone = config_of(tmp_path, EIGHT_8B | {"layout": {"micro_batch": 1}}, 8)
-    with pytest.raises(LaunchError, match=r"a rank needs 20\d\.\d GB, and of a h100's 80 GB 90% can be used; raise"):
+    with pytest.raises(
+        LaunchError, match=r"a rank needs 20\d\.\d GB, and 90% of the 80 GB of a h100 are usable\. Raise"
+    ):
         make_plan(alone, cluster)
 
 
-def test_what_is_proposed_can_be_put_into_the_yaml(tmp_path: Path) -> None:
+def test_a_proposed_layout_is_valid_yaml_of_a_config(tmp_path: Path) -> None:
     cluster = Cluster(GPUS["a100"], 4, 8)
     first = make_plan(config_of(tmp_path, PAPER_64, 16), cluster)
     again = make_plan(config_of(tmp_path, PAPER_64 | first["proposed"], 16), cluster)
     assert again["stages"] == first["stages"]
 
 
-def test_the_seeds_proposal_says_whatever_differs_from_the_experts(tmp_path: Path) -> None:
+def test_the_proposal_for_the_seed_lists_its_differences_from_the_experts(tmp_path: Path) -> None:
     first = make_plan(config_of(tmp_path, EIGHT_8B, 8), Cluster(GPUS["h200"], 1, 8))
     # What is a default is said too: left out, `layout` would give the seed the experts' ZeRO 2.
     assert (first["proposed"]["layout"]["zero"], first["proposed"]["seed_layout"]["zero"]) == (2, 1)
@@ -111,7 +113,7 @@ def test_a_proposed_data_degree_divides_every_experts_batch(tmp_path: Path) -> N
     config_of(tmp_path, values | plan["proposed"], 8)
 
 
-def test_an_expert_of_a_size_of_its_own_is_planned_as_that(tmp_path: Path) -> None:
+def test_an_expert_with_its_own_size_is_planned_with_it(tmp_path: Path) -> None:
     values = PAPER_64 | {"layout": {"data": 2}, "experts": {"d1": {"model": {"preset": "gpt2-1.3b"}}}}
     plan = make_plan(config_of(tmp_path, values, 4), Cluster(GPUS["h100"], 1, 8))
     row_of = {name: row for row in rows(plan) for name in row["models"]}
@@ -130,7 +132,7 @@ def test_zero_2_scatters_the_gradients_of_every_micro_batch(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("per_node", [4, 6])
-def test_a_proposed_group_is_a_part_of_a_node_or_whole_nodes(per_node: int, tmp_path: Path) -> None:
+def test_a_proposed_group_is_part_of_a_node_or_complete_nodes(per_node: int, tmp_path: Path) -> None:
     budget = PAPER_64["budget"] | {"batch_tokens": 8 * 24 * 2**13}
     plan = make_plan(config_of(tmp_path, PAPER_64 | {"budget": budget}, 8), Cluster(GPUS["a100"], 4, per_node))
     sizes = [row["ranks"] for row in rows(plan)]
@@ -153,7 +155,7 @@ def test_the_command_line_prints_a_plan_and_imports_no_torch(tmp_path: Path) -> 
     assert "354.8M parameters on 128 v100 (16 nodes of 8)" in printed
     assert "d0 ... d63 (64)" in printed
     assert json.loads(btm_scale(*asked, "--json").stdout)["stages"]
-    assert "no GPU is called 'tpu'" in btm_scale(*asked[:-1], "tpu", check=False).stderr
+    assert "Unknown GPU 'tpu'" in btm_scale(*asked[:-1], "tpu", check=False).stderr
 
 
 SHAPE = {

@@ -14,7 +14,7 @@ def test_a_group_stays_on_the_host_that_it_fills_best() -> None:
     assert room.take(4) == (Share("big", (0, 1, 2, 3)),)
 
 
-def test_slots_that_are_given_back_are_taken_in_the_hosts_order() -> None:
+def test_freed_slots_are_taken_in_the_order_of_the_host() -> None:
     room = Room({"here": ["2", "3", "5", "GPU-8ab1"]})
     first, second = room.take(2), room.take(1)
     assert (first, second) == ((Share("here", ("2", "3")),), (Share("here", ("5",)),))

@@ -54,11 +54,11 @@ def config(tmp_path: Path) -> RunConfig:
 
 
 def submitted(config: RunConfig, folder: Path) -> dict[str, str]:
-    return dict(submit_run(config, RunDir(folder / "run"), dry_run=False, say=lambda text: None)["submitted"])
+    return dict(submit_run(config, RunDir(folder / "run"), dry_run=False)["submitted"])
 
 
 @pytest.mark.parametrize(("name", "value"), [("SQUEUE_STATES", "RUNNING"), ("USER", "another"), ("LOGNAME", "another")])
-def test_no_variable_of_the_user_hides_a_job_that_is_queued(
+def test_variables_of_the_user_do_not_hide_queued_jobs(
     name: str, value: str, queue: Path, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)
@@ -81,7 +81,7 @@ def test_a_job_whose_answer_was_lost_is_not_submitted_again(
     assert submitted(config, tmp_path) == {}
 
 
-def test_a_job_that_will_never_start_is_not_under_way(queue: Path, config: RunConfig, tmp_path: Path) -> None:
+def test_a_job_that_will_never_start_is_not_in_progress(queue: Path, config: RunConfig, tmp_path: Path) -> None:
     first = submitted(config, tmp_path)
     (queue / first["seed"]).write_text("")  # it has failed, and those that wait for it are not yet taken out
     for name in ("experts", "evaluate"):

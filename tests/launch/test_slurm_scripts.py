@@ -55,7 +55,7 @@ def test_every_script_parses_and_shellcheck_finds_nothing(slurm: dict[str, Any],
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_a_script_says_what_the_config_asks_for(tmp_path: Path) -> None:
+def test_a_script_requests_what_the_config_sets(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "made")
     text = write_scripts(config_with(tmp_path, FULL), run)["experts"].read_text()
     for option in (
@@ -82,7 +82,7 @@ def test_a_script_says_what_the_config_asks_for(tmp_path: Path) -> None:
     assert "\nmodule load cuda\nexport NCCL_DEBUG=WARN\n" in text
 
 
-def test_in_a_container_nothing_runs_beside_it(tmp_path: Path) -> None:
+def test_with_a_container_everything_runs_in_it(tmp_path: Path) -> None:
     """`python` is the interpreter in the container: outside, there may be none at that place."""
     scripts = write_scripts(config_with(tmp_path, FULL), RunDir(tmp_path / "made"))
     for path in scripts.values():
@@ -110,14 +110,14 @@ def test_no_name_reaches_the_shell_as_anything_but_a_word(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("slurm", "message"),
     [
-        ({"partition": "gpu\n#SBATCH --uid=0"}, "cannot stand in a SLURM option"),
-        ({"account": "a b"}, "cannot stand in a SLURM option"),
-        ({"time": "soon"}, "is no SLURM time"),
-        ({"setup": ["module load\nrm -rf ~"]}, "is not one plain line"),
-        ({"options": ["#SBATCH --mem=0"]}, "is not one plain line"),
+        ({"partition": "gpu\n#SBATCH --uid=0"}, "is not valid in a SLURM option"),
+        ({"account": "a b"}, "is not valid in a SLURM option"),
+        ({"time": "soon"}, "is not a SLURM time"),
+        ({"setup": ["module load\nrm -rf ~"]}, "is not a single line"),
+        ({"options": ["#SBATCH --mem=0"]}, "is not a single line"),
     ],
 )
-def test_what_would_end_its_line_is_refused(slurm: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_options_that_would_end_their_line_are_refused(slurm: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         config_with(tmp_path, slurm)
 
@@ -133,7 +133,7 @@ def test_a_tensor_group_never_spans_two_nodes(ranks_per_node: int, whole: bool, 
     if whole:
         write_scripts(config, RunDir(tmp_path / "made"))
     else:
-        with pytest.raises(LaunchError, match=r"change the layout, or launch\.slurm\.ranks_per_node"):
+        with pytest.raises(LaunchError, match=r"Change the layout, or launch\.slurm\.ranks_per_node"):
             write_scripts(config, RunDir(tmp_path / "made"))
 
 
@@ -158,7 +158,7 @@ esac
 
 
 @pytest.mark.parametrize(("error", "tries"), [("LaunchError", 0), ("RuntimeError", 1)])
-def test_a_mistake_that_one_rank_tells_of_is_not_tried_again(error: str, tries: int, tmp_path: Path) -> None:
+def test_a_user_error_reported_by_one_rank_is_not_retried(error: str, tries: int, tmp_path: Path) -> None:
     """srun ends the other ranks then, and has their code: the highest."""
     for name, text in (("srun", SRUN.replace("{error}", error)), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
@@ -197,9 +197,9 @@ def test_a_task_of_srun_is_a_rank() -> None:
 
 
 @pytest.mark.parametrize("name", list(TASK))
-def test_no_rank_meets_the_others_at_a_guessed_place(name: str) -> None:
+def test_a_missing_rendezvous_address_is_refused(name: str) -> None:
     if name == "SLURM_NNODES":
-        with pytest.raises(LaunchError, match="another place on each"):
+        with pytest.raises(LaunchError, match="a different host on each"):
             become_slurm_rank(TASK | {"MASTER_ADDR": "localhost"})
         return
     with pytest.raises(LaunchError, match=f"{name} is not set"):

@@ -72,7 +72,7 @@ def ranks(log: Path, *errors: tuple[float, str]) -> None:
         process.wait()
 
 
-def test_one_groups_failure_stops_no_other_and_is_the_only_one_told(tmp_path: Path) -> None:
+def test_a_failing_group_does_not_stop_the_others_and_is_the_only_one_reported(tmp_path: Path) -> None:
     done = tmp_path / "done"
     shell = Shell(
         2,
@@ -91,6 +91,31 @@ def test_one_groups_failure_stops_no_other_and_is_the_only_one_told(tmp_path: Pa
     assert "slow" not in str(raised.value)
 
 
+def test_a_group_that_saved_and_left_on_request_is_stopped_and_leaves_no_failure(tmp_path: Path) -> None:
+    seen: list[dict[str, str]] = []
+    command = GroupCommand("one", 1, ("train",), tmp_path / "one" / "log")
+    with pytest.raises(GroupFailed, match="group 'one' was stopped; the same command resumes it"):
+        run_groups_in(Shell(1, one=f"raise SystemExit({REQUEUE})"), [command], seen.append)
+    assert seen[-1] == {"one": "stopped"}
+    assert read_failure(command.log) is None
+
+
+def test_errors_of_ranks_that_an_interruption_ended_are_not_failures(tmp_path: Path) -> None:
+    command = GroupCommand("one", 1, ("train",), tmp_path / "one" / "log")
+    rank = "import signal; signal.signal(signal.SIGTERM, lambda *_: 1 / 0)\n" + RANK.replace(
+        "sys.argv[1:]", f"({str(command.log)!r}, '600', '')"
+    )
+
+    def interrupt(states: dict[str, str]) -> None:
+        if command.log.is_file() and "own line" in command.log.read_text():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_groups_in(Shell(1, one=rank), [command], interrupt)
+    assert "ZeroDivisionError" in command.log.read_text()
+    assert read_failure(command.log) is None
+
+
 def test_a_group_that_has_lost_one_of_its_launchers_is_ended(tmp_path: Path) -> None:
     shell = Shell(1, two=("raise SystemExit(1)", "import time; time.sleep(600)"))
     begin = time.monotonic()
@@ -102,11 +127,11 @@ def test_a_group_that_has_lost_one_of_its_launchers_is_ended(tmp_path: Path) -> 
 def test_a_group_whose_only_rank_was_killed_counts_as_failed_afterwards_too(tmp_path: Path) -> None:
     killed = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     command = GroupCommand("one", 1, ("train",), tmp_path / "one" / "log")
-    with pytest.raises(GroupFailed, match="its host: ended, and no rank has told why"):
+    with pytest.raises(GroupFailed, match="its host: exited, and no rank reported an error"):
         run_groups_in(Shell(1, one=killed), [command])
     failure = read_failure(command.log)
     assert failure is not None
-    assert "no rank has told why (killed" in failure.error
+    assert "no rank reported an error (killed" in failure.error
     run_groups_in(Shell(1, one="print('well')"), [command])
     assert read_failure(command.log) is None
 
@@ -198,7 +223,7 @@ def test_a_request_to_stop_while_a_group_starts_leaves_no_process_behind(tmp_pat
     assert not [child for child in left if "time.sleep(600)" in " ".join(child.cmdline())]
 
 
-def test_a_program_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_program_is_reported(tmp_path: Path) -> None:
     class Absent(Shell):
         def take(self, command: GroupCommand) -> Start:
             return Start((("/nowhere/launcher",),))
@@ -207,7 +232,7 @@ def test_a_program_that_is_not_there_is_told(tmp_path: Path) -> None:
         run_groups_in(Absent(1), commands(tmp_path, "one"))
 
 
-def test_the_rank_that_failed_itself_is_asked_not_those_that_lost_it(tmp_path: Path) -> None:
+def test_the_rank_that_failed_is_reported_not_those_that_lost_it(tmp_path: Path) -> None:
     log = tmp_path / "log"
     ranks(log, (0.0, LOST), (0.5, "the data of block 7 is torn"), (0.0, LOST))
     failure = read_failure(log)
@@ -219,17 +244,17 @@ def test_the_rank_that_failed_itself_is_asked_not_those_that_lost_it(tmp_path: P
     assert "rank 1 of 3" in str(failure)
 
 
-def test_a_rank_that_was_killed_leaves_no_record_and_is_found_by_that(tmp_path: Path) -> None:
+def test_a_killed_rank_is_identified_by_its_missing_record(tmp_path: Path) -> None:
     log = tmp_path / "log"
     ranks(log, (0.2, LOST), (0.2, LOST), (0.0, "killed"))
     failure = read_failure(log)
     assert failure is not None
     assert failure.rank == 2
-    assert "ended without a word" in failure.error
+    assert "exited without an error" in failure.error
     assert "this is a rank's own line" in failure.lines
 
 
-def test_a_group_that_goes_well_again_has_no_failure(tmp_path: Path) -> None:
+def test_a_group_that_succeeds_after_a_failure_has_no_failure(tmp_path: Path) -> None:
     log = tmp_path / "log"
     ranks(log, (0.0, "a first try"))
     assert read_failure(log) is not None

@@ -19,7 +19,7 @@ def shape(**changes: Any) -> ModelShape:
 
 def test_an_unknown_family_is_rejected_with_a_suggestion_and_all_choices() -> None:
     with pytest.raises(
-        ValidationError, match=r"no model family is called 'qwen'; did you mean 'qwen[23]'\? Choose llama, m"
+        ValidationError, match=r"Unknown model family 'qwen'\. Did you mean 'qwen[23]'\? Choose one of llama, m"
     ):
         shape(family="qwen")
 

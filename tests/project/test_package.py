@@ -44,7 +44,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def expected_files() -> list[str]:
     linked = [f"btm_scale/{name}" for folder in LINKED for name in files_of(folder)]
-    return sorted(linked + [name for name in files_of("btm_scale") if name.endswith(".py")])
+    return sorted(linked + [name for name in files_of("btm_scale") if name.endswith((".py", ".css", ".js", ".jinja"))])
 
 
 @pytest.mark.slow

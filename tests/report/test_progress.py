@@ -7,7 +7,7 @@ import sys
 
 from rich.console import Console
 
-from btm_scale.report.progress_table import duration, progress_line, progress_table
+from btm_scale.report.progress_table import duration, live_table, progress_line, progress_table
 from btm_scale.run_dir import RunDir
 from btm_scale.train.progress import ModelProgress, read_progress
 
@@ -62,14 +62,16 @@ def test_the_table_and_the_line_tell_the_same(tmp_path):
         ModelProgress("[red]math", "running", 12, 50, 4.25, 10_400.0, 95.0),
         ModelProgress("code", "failed", 7, 50, None, None, None, note="out of memory"),
         ModelProgress("law", "waiting", 0, 50, None, None, None),
+        ModelProgress("news", "stopped", 9, 50, None, None, None),
     ]
     console = Console(width=110, file=io.StringIO())
     console.print(progress_table(rows))
     table = console.file.getvalue()
-    for words in ("12/50", "4.250", "10,400", "1:35", "failed: out of memory", "[red]math"):
+    for words in ("12/50", "4.250", "10,400", "1:35", "failed: out of memory", "[red]math", "stopped"):
         assert words in table
     assert progress_line(rows) == (
-        "1/4 done | [red]math 12/50 loss 4.250 10,400 tokens/s, 1:35 left | code FAILED at 7/50: out of memory"
+        "1/5 done | [red]math 12/50 loss 4.250 10,400 tokens/s, 1:35 left | code FAILED at 7/50: out of memory"
+        " | news stopped at 9/50"
     )
 
 
@@ -84,7 +86,20 @@ def test_durations_grow_coarser():
     assert duration(None) == duration(float("inf")) == "\u2013"
 
 
-def test_importing_the_report_imports_no_torch():
-    modules = ", ".join(f"btm_scale.report.{name}" for name in ("page", "results_table", "progress_table"))
-    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+def test_the_last_line_of_a_log_names_what_was_stopped(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
+    with live_table(quiet=False) as show:
+        for state in ("running", "running", "stopped"):
+            show(
+                [ModelProgress("math", state, 3, 9, None, None, None), ModelProgress("b", "waiting", 0, 9, *[None] * 3)]
+            )
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" | ")[1] for line in lines] == ["math 3/9 loss \u2013 \u2013 tokens/s", "math stopped at 3/9"]
+
+
+def test_tables_and_the_pages_module_import_no_torch_no_plotly_and_no_jinja():
+    names = ("page", "results_table", "progress_table", "plan_table", "doctor_table", "equivalence")
+    modules = ", ".join(f"btm_scale.report.{name}" for name in names)
+    heavy = "{'torch', 'plotly', 'jinja2'}"
+    code = f"import sys, {modules}, btm_scale.run.status; sys.exit(bool({heavy} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -4,10 +4,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from helpers.tiny_run import tiny_values, write_config
 
-from btm_scale.cli.app import _VERBS
-from btm_scale.cli.parser import build_parser
+from btm_scale.cli.app import parse
+from btm_scale.cli.verb import Call
 from btm_scale.launch.supervise import GroupCommand, Start, groups_in
 from btm_scale.run.launcher_table import LAUNCHERS, Launcher
 from btm_scale.run.launchers import launcher_named
@@ -32,8 +33,9 @@ class ToyPool:
 def test_a_launcher_needs_only_a_row_of_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(LAUNCHERS, "toy", Launcher("a toy cluster", lambda config: groups_in(ToyPool())))
     for verb in ("run", "train", "evaluate"):
-        options = build_parser(_VERBS).parse_args([verb, "PLACE", "--launcher", "toy"])
-        assert options.launcher == "toy"
+        call = parse([verb, "PLACE", "--launcher", "toy"])
+        assert isinstance(call, Call)
+        assert call.arguments["launcher"] == "toy"
     config = write_config(tmp_path / "run.yaml", tiny_values(tmp_path))
     launcher = launcher_named("toy", config)
     assert launcher is not None
@@ -52,7 +54,7 @@ def test_score_offers_only_launchers_that_identify_their_ranks() -> None:
 
 def _is_offered(verb: str, launcher: str) -> bool:
     try:
-        build_parser(_VERBS).parse_args([verb, "PLACE", "--launcher", launcher])
-    except SystemExit:
+        parse([verb, "PLACE", "--launcher", launcher])
+    except typer.BadParameter:
         return False
     return True

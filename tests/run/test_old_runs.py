@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from helpers.old_runs import DOMAINS, NOVEL, VALUES, losses, unpack
 from helpers.tiny_run import btm_scale
 
 from btm_scale.config.upgrade import with_current_names
+from btm_scale.config.yaml import dump_text, load_yaml
 from btm_scale.forest.expert import is_finished
 from btm_scale.run_dir import RunDir
 
@@ -33,7 +33,7 @@ def test_a_finished_run_is_evaluated_to_the_same_perplexities_reported_and_gener
     run = RunDir(tmp_path / "run")
     shutil.copytree(runs / "finished", run.root)
     before = json.loads(run.results.read_text())
-    assert "group" in yaml.safe_load(run.config.read_text())
+    assert "group" in load_yaml(run.config)
     run.results.unlink()
     run.report.unlink()
 
@@ -79,9 +79,9 @@ def test_a_killed_run_is_resumed_by_a_queued_job_of_that_version_and_finished_by
         assert losses(run.metrics(model)) == pytest.approx(expected, abs=1e-5, rel=0)
 
     values, _ = with_current_names(VALUES | {"text_root": str(runs / "text")})
-    (tmp_path / "old.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "old.yaml").write_text(dump_text(values))
     btm_scale("run", tmp_path / "old.yaml", "--out", run.root)
-    assert yaml.safe_load(run.config.read_text())["schema"] == 2
+    assert load_yaml(run.config)["schema"] == 2
     methods, uninterrupted = (
         json.loads(RunDir(root).results.read_text())["methods"] for root in (run.root, runs / "finished")
     )

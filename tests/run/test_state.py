@@ -42,7 +42,7 @@ def test_settings_that_affect_a_model_or_its_scores_may_not_change(tmp_path: Pat
     open_run(write_config(tmp_path / "a.yaml", values), run)
     before = run.config.read_bytes()
     kept = {key: values[key] | part if isinstance(part, dict) else part for key, part in change.items()}
-    with pytest.raises(ConfigError, match="holds a run of another config; it differs in:\n  "):
+    with pytest.raises(ConfigError, match=r"holds a run with a different config\. The differences are:\n  "):
         open_run(write_config(tmp_path / "b.yaml", values | kept), run)
     assert run.config.read_bytes() == before
 
@@ -51,7 +51,7 @@ def test_a_dry_run_rejects_the_changes_that_the_run_would_reject(real_text: Path
     values, run = tiny_values(real_text), RunDir(tmp_path / "run")
     open_run(write_config(tmp_path / "a.yaml", values), run)
     changed = write_config(tmp_path / "b.yaml", values | {"random_seed": 4})
-    with pytest.raises(ConfigError, match=r"it differs in:\n  random_seed: \d+ there, 4 here"):
+    with pytest.raises(ConfigError, match=r"The differences are:\n  random_seed: \d+ there, 4 here"):
         dry_run(changed, run)
 
 
@@ -61,7 +61,7 @@ def test_adding_a_domain_allows_no_change_to_one_with_the_same_prefix(tmp_path: 
     open_run(write_config(tmp_path / "a.yaml", values | {"added_domains": added}), run)
     joined = values | {"added_domains": added | {"law": {"text": "law.jsonl"}}}
     changed = joined | {"experts": {"law2": {"tokens": 5000}}}
-    with pytest.raises(ConfigError, match=r"it differs in:\n  experts\.law2\.tokens: None there, 5000 here"):
+    with pytest.raises(ConfigError, match=r"The differences are:\n  experts\.law2\.tokens: None there, 5000 here"):
         open_run(write_config(tmp_path / "b.yaml", changed), run)
     open_run(write_config(tmp_path / "c.yaml", joined), run)
 
@@ -87,9 +87,13 @@ LOCAL = {"data": 2, "sync_every": 4}
         (
             {"layout": LOCAL},
             {"layout": LOCAL | {"data": 4}},
-            "layout.data: 2 there, 4 here (data ranks that take",
+            "layout.data: 2 there, 4 here (with local steps each data rank",
         ),
-        ({"seed_layout": LOCAL}, {"seed_layout": LOCAL | {"data": 4}}, "seed_layout.data: 2 there, 4 here (data ranks"),
+        (
+            {"seed_layout": LOCAL},
+            {"seed_layout": LOCAL | {"data": 4}},
+            "seed_layout.data: 2 there, 4 here (with local steps",
+        ),
         (
             {"experts": {"python": {"layout": LOCAL}}},
             {"experts": {}},

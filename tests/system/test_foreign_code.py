@@ -15,6 +15,7 @@ from helpers.tiny_run import tiny_values, write_config
 
 from btm_scale.cli.app import main
 from btm_scale.config.run import RunConfig
+from btm_scale.config.yaml import dump_text
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import DataError
 from btm_scale.generate.loglikelihood import generator_of_method
@@ -81,7 +82,7 @@ def existing_tokenizer(config: RunConfig, run: RunDir, model: Path, out: Path) -
 
 def pretrained(config: RunConfig, run: RunDir, model: Path, out: Path) -> list[str]:
     changes = {"model": {"pretrained": str(model)}, "tokenizer": {"path": str(model)}}
-    write_config(out / "own.yaml", values_of(config, **changes))
+    (out / "own.yaml").write_text(dump_text(values_of(config, **changes)))  # not checked yet
     return ["run", str(out / "own.yaml"), "--out", str(out / "run"), "--dry-run"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -51,23 +52,13 @@ def ranks_of(run: RunDir) -> dict[int, str]:
 
 
 def connections(owners: dict[int, str]) -> Iterator[tuple[str, str]]:
-    """Yield the models at both ends of every TCP connection between processes of the run, from the kernel's tables."""
-    inodes = {}
-    for pid, model in owners.items():
-        for link in Path(f"/proc/{pid}/fd").glob("*"):
-            try:
-                target = str(link.readlink())
-            except OSError:
-                continue
-            if target.startswith("socket:["):
-                inodes[target[8:-1]] = model
+    """Yield the models at both ends of every TCP connection between processes of the run."""
     ends = {}
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        for line in Path(table).read_text().splitlines()[1:]:
-            columns = line.split()
-            local, remote, state, inode = columns[1], columns[2], columns[3], columns[9]
-            if state == "01" and inode in inodes:
-                ends[local.rpartition(":")[2], remote.rpartition(":")[2]] = inodes[inode]
+    for pid, model in owners.items():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for connection in psutil.Process(pid).net_connections("tcp"):
+                if connection.status == psutil.CONN_ESTABLISHED:
+                    ends[connection.laddr.port, connection.raddr.port] = model
     for (local, remote), model in ends.items():
         other = ends.get((remote, local))
         if other is not None:

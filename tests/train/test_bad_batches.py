@@ -93,15 +93,15 @@ SHAPE = ModelShape(layers=2, hidden=48, heads=6, kv_heads=2, ffn=96, positions=6
 def test_layout_problems_name_values_that_fit() -> None:
     assert Layout(tensor=2, sequence_parallel=True).problems(SHAPE, 64) == []
     (message,) = Layout(tensor=3).problems(SHAPE, 64)
-    assert message == "tensor 3 does not divide kv_heads 2; tensor may be 1 or 2"
+    assert message == "Cannot shard kv_heads 2 over tensor=3. tensor must divide heads, kv_heads and ffn: use 1 or 2."
     (message,) = Layout(tensor=2, sequence_parallel=True).problems(SHAPE, 63)
-    assert "a sequence_length of 64 fits" in message
+    assert "tensor must divide sequence_length: use 64." in message
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sequence_parallel": True}, "set tensor above 1"),
+        ({"sequence_parallel": True}, "raise tensor, or remove it"),
         ({"offload": "optimizer", "zero": 0}, "set zero to 1, 2 or 3"),
         ({"offload": "all", "zero": 2}, "set zero to 3"),
     ],

@@ -157,7 +157,7 @@ WRITERS: dict[str, Callable[[RunDir, list[Path]], None]] = {
 
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
-def test_what_has_its_final_name_outlives_a_power_cut(
+def test_files_with_their_final_names_survive_a_power_cut(
     write: Callable[[RunDir, list[Path]], None], disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("btm_scale.forest.membership.same_ids", lambda one, other: True)
@@ -166,7 +166,7 @@ def test_what_has_its_final_name_outlives_a_power_cut(
     _require_durable(disk)
 
 
-def test_the_tokenizer_the_token_files_and_the_training_index_outlive_a_power_cut(disk: Disk, tmp_path: Path) -> None:
+def test_the_tokenizer_the_token_files_and_the_training_index_survive_a_power_cut(disk: Disk, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "prose.jsonl", prose_texts(300))
     values = {
         "text_root": tmp_path,
@@ -219,7 +219,7 @@ def test_a_directory_is_synced_once(disk: Disk) -> None:
     assert disk.syncs == 3 * (tensors + marker + itself + parent) + new_folders
 
 
-def test_what_a_rank_writes_into_the_folder_that_its_launcher_made_outlives_a_power_cut(disk: Disk) -> None:
+def test_a_file_of_a_rank_in_the_folder_of_its_launcher_survives_a_power_cut(disk: Disk) -> None:
     class Room:
         def take(self, command: GroupCommand) -> Start:
             return Start(((sys.executable, "-c", ""),))
@@ -256,7 +256,7 @@ def test_the_disk_loses_what_was_not_synced(disk: Disk) -> None:
     assert disk.torn == [str(disk.root / ".a.partial")]
 
 
-def test_a_new_file_can_be_read_by_whom_the_umask_allows(tmp_path: Path) -> None:
+def test_a_new_file_has_the_permissions_of_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:
         write_file(tmp_path / "note", "text")

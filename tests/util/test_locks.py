@@ -13,7 +13,7 @@ from btm_scale.errors import GroupFailed
 from btm_scale.util.locks import ModelLock, alone
 
 
-def test_a_look_at_the_lock_keeps_no_group_from_starting(tmp_path: Path) -> None:
+def test_checking_the_lock_does_not_keep_a_group_from_starting(tmp_path: Path) -> None:
     """`status --watch` takes it for a moment every two seconds, on a slow file system for a long one."""
     (tmp_path / "lock").touch()
     with (tmp_path / "lock").open() as asks:
@@ -33,7 +33,7 @@ def test_a_second_group_is_refused(tmp_path: Path) -> None:
         pass
 
 
-def test_a_lock_is_seen_by_who_may_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_is_visible_with_read_permission_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not ModelLock.is_held(tmp_path)
     with ModelLock(tmp_path):
         opened = Path.open

@@ -21,7 +21,7 @@ STARTED = {
 
 
 @pytest.mark.parametrize("environment", STARTED.values(), ids=STARTED)
-def test_every_launchers_ranks_are_seen(environment: dict[str, str]) -> None:
+def test_ranks_of_each_launcher_are_detected(environment: dict[str, str]) -> None:
     assert mpi_rank(environment) == MpiRank(1, 4)
     assert MpiRank(1, 4).is_one_of_several
 
@@ -31,7 +31,7 @@ def test_every_launchers_ranks_are_seen(environment: dict[str, str]) -> None:
     [{}, {"SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}, {"RANK": "1", "WORLD_SIZE": "4"}],
     ids=["a shell", "srun --mpi=none", "torchrun"],
 )
-def test_what_no_mpi_has_started_is_no_rank(environment: dict[str, str]) -> None:
+def test_a_process_that_mpi_did_not_start_is_not_a_rank(environment: dict[str, str]) -> None:
     assert mpi_rank(environment) is None
 
 
@@ -45,7 +45,7 @@ def test_one_rank_alone_is_not_one_of_several_and_an_unknown_number_is() -> None
 
 
 @pytest.mark.parametrize("environment", STARTED.values(), ids=STARTED)
-def test_a_child_without_the_variables_of_mpi_is_no_rank(environment: dict[str, str]) -> None:
+def test_a_child_without_the_variables_of_mpi_is_not_a_rank(environment: dict[str, str]) -> None:
     child = without_mpi(environment | {"PATH": "/bin"})
     assert mpi_rank(child) is None
     assert child["PATH"] == "/bin"

@@ -47,7 +47,7 @@ def run(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_what_is_done_comes_in_the_order_of_the_items() -> None:
+def test_results_are_in_the_order_of_the_items() -> None:
     run("""
         found = in_processes(slower_first, range(8))
         assert [item for item, _ in found] == list(range(8))
@@ -56,7 +56,7 @@ def test_what_is_done_comes_in_the_order_of_the_items() -> None:
     """)
 
 
-def test_where_another_thread_runs_nothing_is_forked() -> None:
+def test_no_process_is_forked_while_another_thread_runs() -> None:
     run("""
         end = threading.Event()
         threading.Thread(target=end.wait).start()
@@ -79,13 +79,13 @@ def test_an_error_reaches_the_caller_as_it_is() -> None:
     """)
 
 
-def test_a_worker_that_is_killed_is_told() -> None:
+def test_a_killed_worker_is_reported() -> None:
     run("""
         assert "a worker process of this command was killed" in told(in_processes, killed_at_three, range(6))
     """)
 
 
-def test_a_spawned_worker_starts_with_its_initializer_and_tells_when_it_is_killed() -> None:
+def test_a_spawned_worker_starts_with_its_initializer_and_reports_that_it_was_killed() -> None:
     run("""
         with process_pool(1, forks=False, initializer=os.chdir, initargs=("/",)) as pool:
             assert pool.submit(os.getcwd).result() == "/" != os.getcwd()

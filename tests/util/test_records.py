@@ -35,7 +35,7 @@ def written(path: Path, content: Any) -> Path:
     return path
 
 
-def test_what_was_saved_is_loaded_and_the_file_begins_with_its_schema(tmp_path: Path) -> None:
+def test_a_saved_record_is_loaded_and_its_file_starts_with_the_schema(tmp_path: Path) -> None:
     OAK.save(tmp_path / "tree.json")
     assert Tree.load(tmp_path / "tree.json") == OAK
     content = json.loads((tmp_path / "tree.json").read_text())

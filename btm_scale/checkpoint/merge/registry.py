@@ -7,11 +7,18 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from btm_scale.errors import CheckpointError, unknown_name
+
+if TYPE_CHECKING:  # `merge --help` reads the methods' signatures without it
+    import torch
+
+# What a parameter of this name may be, in any method that has it; others may be any finite number. plan.py checks it.
+RANGES = {
+    "density": "above 0, at most 1",
+    "window": "0 or more, with density - window/2 above 0 and density + window/2 at most 1",
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class TensorPieces:
         return math.prod(self.shape)
 
 
-Merge = Callable[[Piece], torch.Tensor]
+Merge = Callable[[Piece], "torch.Tensor"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,11 @@ class Method:
     needs_base: bool
     weighted: bool
     exactly: int | None
+
+    @property
+    def meaning(self) -> str:
+        """What it does: the first paragraph of the function's docstring, on one line."""
+        return " ".join(inspect.cleandoc(self.function.__doc__ or "").partition("\n\n")[0].split())
 
     @property
     def parameters(self) -> dict[str, float]:
@@ -112,5 +124,5 @@ def method(
 def find_method(name: str) -> Method:
     """Return the method called `name`. Raises `CheckpointError`, suggesting the nearest name, for an unknown one."""
     if name not in METHODS:
-        raise CheckpointError(f"{unknown_name('merge method', name, sorted(METHODS))}.")
+        raise CheckpointError(unknown_name("merge method", name, sorted(METHODS)))
     return METHODS[name]

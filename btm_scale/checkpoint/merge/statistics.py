@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from btm_scale.checkpoint.merge.registry import Piece, TensorPieces
+from btm_scale.util.imports import LazyModule
 
-Scores = Callable[[Piece], Sequence[torch.Tensor]]
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = LazyModule("torch")  # `merge --help` imports this file
+
+Scores = Callable[[Piece], "Sequence[torch.Tensor]"]
 
 
 def products(pieces: TensorPieces, vectors: Scores) -> list[list[float]]:

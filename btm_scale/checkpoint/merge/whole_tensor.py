@@ -6,11 +6,16 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from btm_scale.checkpoint.merge.registry import Merge, Piece, TensorPieces, method
 from btm_scale.checkpoint.merge.statistics import at_least, cosine, count_nonzero, least_of_largest, products
+from btm_scale.util.imports import LazyModule
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = LazyModule("torch")  # `merge --help` reads the methods' signatures
 
 _NEARLY_PARALLEL = 0.9995  # above this cosine the arc and the chord are indistinguishable
 
@@ -79,7 +84,7 @@ def ties(pieces: TensorPieces, *, density: float = 0.2, scale: float = 1.0) -> M
 
 @method(elementwise=False, needs_base=True)
 def della(pieces: TensorPieces, *, density: float = 0.5, window: float = 0.2, scale: float = 1.0) -> Merge:
-    """Drop elements at random, small ones more often, then elect signs as in `ties` (arXiv 2406.11617).
+    """Keep elements at random, large ones of a row more often, then elect signs as `ties` does (arXiv 2406.11617).
 
     The probability to keep an element rises with its rank in the row from `density - window/2` to
     `density + window/2`; kept elements are divided by it.

@@ -39,7 +39,7 @@ LIBRARIES = (
     Library("mpi4py", "mpi4py", "--launcher mpi and mpirun btm-scale merge", "mpi"),
     Library("numpy", "numpy", "every command"),
     Library("pydantic", "pydantic", "every command"),
-    Library("pyyaml", "yaml", "every command that reads a config"),
+    Library("ruamel.yaml", "ruamel.yaml", "every command that reads a config"),
     Library("rich", "rich", "tables"),
     Library("safetensors", "safetensors", "scores and clusters"),
     Library("sentencepiece", "sentencepiece", "training and using sentencepiece tokenizers"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from btm_scale.run.doctor.finding import Finding
 from btm_scale.run.doctor.programs import mpi_family
 
-_CORE = ("system", "Python", "torch", "numpy", "pydantic", "pyyaml")
+_CORE = ("system", "Python", "torch", "numpy", "pydantic", "ruamel.yaml")
 _TRAIN = (
     *_CORE,
     "deepspeed",

@@ -1,0 +1,47 @@
+"""Write the figures of README.md and docs/results.md, and their image, from benchmarks/results/*.json.
+
+    python benchmarks/write_docs.py
+
+A page has a pair of marks for each figure: `<!-- figures: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from doc_figure import perplexity_figure
+from doc_tables import RESULTS, TABLES
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+FIGURE = ROOT / "docs" / "images" / "perplexity.svg"
+_MARKS = re.compile(r"<!-- figures: (\w+) -->\n(.*?)<!-- end -->", re.DOTALL)
+
+
+def main() -> None:
+    """Write every file that differs from what the results give."""
+    for path, content in rendered().items():
+        if not path.is_file() or path.read_text() != content:
+            path.write_text(content)
+            print(path.relative_to(ROOT))
+
+
+def rendered() -> dict[Path, str]:
+    """Return the content of each generated file."""
+    pages = {page: _MARKS.sub(lambda mark: _filled(mark[1]), page.read_text()) for page in PAGES}
+    return {**pages, FIGURE: perplexity_figure()}
+
+
+def _filled(name: str) -> str:
+    if name not in TABLES:
+        raise SystemExit(f"There is no table '{name}'. A mark must name one of {', '.join(TABLES)}.")
+    try:
+        body = TABLES[name]()
+    except FileNotFoundError as error:
+        body = f"Not measured: there is no {Path(error.filename).relative_to(RESULTS.parents[1])}."
+    return f"<!-- figures: {name} -->\n{body}\n<!-- end -->"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""Figures of a run, for the page and for notebooks: functions of results that return a plotly figure.
+
+Each takes `width`, the pixels that the layout is made for; below 600 it is one for phones.
+"""
+
+from btm_scale.report.figures.compute import compute
+from btm_scale.report.figures.curves import training_loss
+from btm_scale.report.figures.matrices import expert_matrix, prior_matrix
+from btm_scale.report.figures.ratios import perplexity_ratios
+from btm_scale.report.figures.trees import forest, lineage
+
+__all__ = [
+    "compute",
+    "expert_matrix",
+    "forest",
+    "lineage",
+    "perplexity_ratios",
+    "prior_matrix",
+    "training_loss",
+]

@@ -1,0 +1,112 @@
+"""Training losses over the one schedule that seed LM and branches share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from btm_scale.config.run import RunConfig
+from btm_scale.evaluate.results import Results
+from btm_scale.report.figures.style import BELOW, INK, SOFT, WIDE, expert_lines, figure, is_narrow, literal, rule
+from btm_scale.report.summary import experts
+from btm_scale.run_dir import DENSE, SEED
+
+Curves = Mapping[str, Sequence[Mapping[str, float]]]
+MOST_BESIDE = 16  # curves whose names fit beside the plot, and whose raw losses do not hide each other
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One model's finite losses: share of the schedule, step and loss in nats, all [points]."""
+
+    name: str
+    share: np.ndarray
+    step: np.ndarray
+    loss: np.ndarray
+
+    @property
+    def smooth(self) -> np.ndarray:
+        """The moving mean of the losses [points]."""
+        return smoothed(self.loss)
+
+
+def schedule_curves(config: RunConfig, curves: Curves) -> list[Curve]:
+    """Place each model's losses on the schedule, where branches begin at `seed_end`. The last step ends a part."""
+    end, placed = seed_end(config), []
+    for model, steps in curves.items():
+        finite = [row for row in steps if math.isfinite(row.get("loss", math.nan))]
+        if not finite:
+            continue
+        step = np.array([row["step"] for row in finite], dtype=np.int32)
+        part = step / max(row["step"] for row in steps)
+        share = end * part if model == SEED else end + (1 - end) * part
+        placed.append(Curve(model, share, step, np.array([row["loss"] for row in finite], dtype=np.float64)))
+    return placed
+
+
+def seed_end(config: RunConfig) -> float:
+    """Where in the schedule, from 0 to 1, the seed LM ends and the branches begin."""
+    return config.budget.seed_steps / (config.budget.seed_steps + config.budget.branch_steps)
+
+
+def smoothed(values: np.ndarray, share: float = 0.06) -> np.ndarray:
+    """Centred moving mean [points] over a share of the points; at the ends the window is cut."""
+    half = max(0, round(len(values) * share / 2))
+    at = np.arange(len(values))
+    first, last = np.maximum(at - half, 0), np.minimum(at + half, len(values) - 1)
+    total = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+    return (total[last + 1] - total[first]) / (last - first + 1)
+
+
+def training_loss(config: RunConfig, results: Results, curves: Curves, *, width: int = WIDE) -> go.Figure:
+    """Draw each model's loss, a moving mean over 6% of the steps with the raw losses behind.
+
+    `curves`: each model's rows of metrics.jsonl. The vertical range leaves out the steep first tenth of the schedule.
+    """
+    # In the order in which the lines end, so that names beside the plot follow the lines.
+    placed = sorted(schedule_curves(config, curves), key=lambda curve: -curve.smooth[-1])
+    lines = expert_lines(experts(results))
+    lines |= {SEED: {"color": SOFT, "width": 2.4}, DENSE: {"color": INK, "width": 2.4}}
+    few, end = len(placed) <= MOST_BESIDE, seed_end(config)
+    beside = few and not is_narrow(width)
+    smooth, raw = [], []
+    for rank, curve in enumerate(placed):
+        kept = np.unique(np.linspace(0, len(curve.share) - 1, 240 if few else 120).astype(int))
+        line = {"width": 1.9 if few else 1.3} | lines.get(curve.name, {"color": SOFT, "dash": "dot"})
+        common = {"x": curve.share[kept].astype(np.float32), "mode": "lines", "legendgroup": f"{rank}"}
+        common |= {"name": literal(curve.name, 24 if few else 16), "hovertext": literal(curve.name)}
+        hover = "<b>%{fullData.hovertext}</b><br>loss %{y:.3f}, step %{customdata:,}<extra></extra>"
+        y, y_raw = (values[kept].astype(np.float32) for values in (curve.smooth, curve.loss))
+        smooth.append(go.Scatter(common, y=y, customdata=curve.step[kept], line=line, hovertemplate=hover))
+        thin = line | {"width": 1, "dash": "solid"}
+        raw.append(go.Scatter(common, y=y_raw, line=thin, opacity=0.16, hoverinfo="skip", showlegend=False))
+    above = {"y": 1, "yref": "paper", "yanchor": "bottom", "font": {"color": SOFT}}
+    notes = [above | {"x": 0, "xref": "paper", "xanchor": "left", "text": "loss (nats per token)"}]
+    notes.append(above | {"x": end, "xanchor": "left", "xshift": 6, "text": "branch"})
+    notes.append(above | {"x": end, "xanchor": "right", "xshift": -6, "text": "seed"})
+    size = 11 if is_narrow(width) else 12
+    entry = 0.61 * size * max((len(trace.name) for trace in smooth), default=0)
+    below = 0 if beside else 20 * math.ceil(len(placed) / max(1, (width - 50) // (entry + 45))) + 24
+    title = {"text": "share of the schedule", "font": {"color": SOFT, "size": 12}, "standoff": 8}
+    layout: dict[str, Any] = {"annotations": notes[: 2 if is_narrow(width) else 3], "showlegend": True}
+    layout["xaxis"] = {"range": [0, 1], "tickformat": ".0%", "title": title, "showgrid": False}
+    layout["yaxis"] = {"range": _range(placed), "nticks": 8}
+    layout["shapes"] = [rule(x=end, line={"color": SOFT, "width": 1, "dash": "3px,3px"})]
+    # Where the legend needs more rows than planned, it scrolls.
+    rows = BELOW | {"entrywidth": entry, "maxheight": max(below, 1), "tracegroupgap": 0, "font": {"size": size}}
+    layout["legend"] = {"tracegroupgap": 4} if beside else rows
+    layout["margin"] = {"t": 26, "r": 18, "b": 8 if beside else below + 46}
+    return figure([*(raw if few else ()), *smooth], width, (300 if is_narrow(width) else 400) + below, **layout)
+
+
+def _range(curves: Sequence[Curve]) -> list[float]:
+    settled = np.concatenate([*(curve.smooth[curve.share >= 0.1] for curve in curves), np.empty(0)])
+    if not len(settled):
+        return [0.0, 1.0]
+    margin = max(0.05, 0.06 * float(settled.max() - settled.min()))
+    return [max(0.0, float(settled.min()) - margin), float(settled.max()) + margin]

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers.tiny_run import tiny_values, write_config
+
+from btm_scale.run.state import open_run
+from btm_scale.run.status import failures, run_status
+from btm_scale.run_dir import RunDir
+from btm_scale.util.locks import ModelLock
+from btm_scale.util.rank_log import note_silent_failure
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A run with one step of its seed model trained."""
+    run = RunDir(tmp_path / "run")
+    open_run(write_config(tmp_path / "tiny.yaml", tiny_values(tmp_path)), run)
+    run.metrics("seed").parent.mkdir(parents=True)
+    run.metrics("seed").write_text('{"step": 1, "loss": 5.0}\n')
+    return run
+
+
+def _state(run: RunDir, tmp_path: Path, model: str = "seed") -> str:
+    config = write_config(tmp_path / "tiny.yaml", tiny_values(tmp_path))
+    return next(row.state for row in run_status(config, run) if row.model == model)
+
+
+def test_a_model_whose_training_was_interrupted_is_stopped_and_one_that_has_not_begun_is_waiting(
+    run: RunDir, tmp_path: Path
+) -> None:
+    assert _state(run, tmp_path) == "stopped"
+    assert _state(run, tmp_path, "python") == "waiting"
+    with ModelLock(run.train("seed")):
+        assert _state(run, tmp_path) == "running"
+
+
+def test_a_model_whose_group_failed_is_failed(run: RunDir, tmp_path: Path) -> None:
+    note_silent_failure(run.log("seed"), 1)
+    assert _state(run, tmp_path) == "failed"
+    config = write_config(tmp_path / "tiny.yaml", tiny_values(tmp_path))
+    assert list(failures(run_status(config, run), run)) == ["seed"]
