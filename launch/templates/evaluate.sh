@@ -5,7 +5,7 @@ set -euo pipefail
 @SETUP@
 @RENDEZVOUS@
 
-# By ranks first, so that nothing is left for this script's own host to start: in a container there is no srun.
+# Score in ranks first, so that this script's host has nothing to start: a container has no srun.
 srun --ntasks=@RANKS@ --kill-on-bad-exit=1@CONTAINER@ \
     @PYTHON@ -m btm_scale.cli score @RUN@ --averages --launcher slurm
 @ALONE@@PYTHON@ -m btm_scale.cli evaluate @RUN@ --launcher slurm

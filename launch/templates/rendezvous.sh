@@ -1,4 +1,4 @@
-# The group's ranks meet at the first node of this job's own list, at the address that SLURM itself uses for it.
+# The ranks rendezvous at the first node of this job, at the address that SLURM uses for it.
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MASTER_ADDR=$(scontrol show node --oneliner "${nodes[0]:?this job has no nodes}" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
 export MASTER_ADDR=${MASTER_ADDR:?SLURM knows no address of ${nodes[0]}}

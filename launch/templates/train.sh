@@ -8,7 +8,7 @@ folder=@RUN@/train/$model
 @SETUP@
 @RENDEZVOUS@
 
-# Each rank keeps a log of its own in the model's folder. Of a group that has lost one rank nothing goes on.
+# Each rank writes its own log in the model's folder. If a rank is lost, srun ends the group.
 code=0
 mkdir -p "$folder"
 rm -f "$folder/stopped" "$folder"/log.failed-*.json
@@ -16,17 +16,17 @@ srun --ntasks=@RANKS@ --kill-on-bad-exit=1@CONTAINER@ \
     @PYTHON@ -m btm_scale.cli train @CONFIG@ --out @RUN@ --model "$model" --launcher slurm || code=$?
 
 if [[ -e $folder/stopped ]]; then
-    echo "$model has kept what is done before its time was over; it goes on in the next job"
+    echo "$model saved a checkpoint before its time limit; the requeued job resumes it"
     scontrol requeue "$SLURM_JOB_ID"
     code=0
 elif [[ $code -ne 0 && $code -ne 2 ]] && ! grep -qs '"mistake": true' "$folder"/log.failed-*.json; then
-    # A node or a rank was lost (2 would be a mistake in the config; if one rank tells of it before the others, srun
-    # ends these, and has their code). It goes on from its newest state, but a model that fails again and again at the
-    # same state is given up.
+    # A node or a rank was lost. (Exit code 2 is a mistake in the config; if one rank reports it first, srun ends the
+    # others and returns their code.) The requeued job resumes from the newest checkpoint. A model that keeps failing at
+    # the same checkpoint is not requeued.
     state=$(find "$folder/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null | sort | tail -n 1) || true
     echo "${state##*/}" >> "$folder/lost"
     if (($(grep -cFx -- "${state##*/}" "$folder/lost") <= @RETRIES@)); then
-        echo "$model ended with $code; it goes on from ${state:-its beginning}"
+        echo "$model exited with code $code; the requeued job resumes from ${state:-the start}"
         scontrol requeue "$SLURM_JOB_ID"
     fi
 fi

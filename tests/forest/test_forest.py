@@ -17,10 +17,20 @@ from btm_scale.forest.membership import add_expert, remove_expert
 from btm_scale.run_dir import SEED, RunDir
 
 
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
 def model(folder: Path, *, vocabulary: int = 300, tokenizer: bytes = b"{}") -> Path:
     """Write a folder that looks like a Hugging Face model."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"vocab_size": vocabulary}))
+    (folder / "config.json").write_text(json.dumps(LLAMA | {"vocab_size": vocabulary}))
     (folder / "vocab.json").write_bytes(tokenizer)
     save_file({"weight": torch.ones(4)}, folder / "model.safetensors")
     return folder
