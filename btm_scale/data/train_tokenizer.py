@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from btm_scale.data.sources import DomainSource
 from btm_scale.data.splits import identify
 from btm_scale.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer, TransformersTokenizer, first_line
 from btm_scale.errors import DataError
+from btm_scale.util.inside import copy_inside
 
 _SPACE = "\u2581"
 _LINE_CHARACTERS = 16_000
@@ -157,7 +157,7 @@ def adopt_tokenizer(directory: Path, source: Path) -> None:
     if own is not reference and all(own.encode(probe) == reference.encode(probe) for probe in _PROBES):
         for name in _TOKENIZER_FILES:
             if (source / name).is_file():
-                shutil.copyfile(source / name, directory / name)
+                copy_inside(source, name, directory)
         return
     # Saved anew, because what AutoTokenizer loads may depend on the config.json of a model.
     reference.save(directory)

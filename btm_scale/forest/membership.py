@@ -16,6 +16,7 @@ from btm_scale.forest.methods import require_free_name
 from btm_scale.model.hf_config import read_shape
 from btm_scale.run_dir import RunDir
 from btm_scale.util.files import new_directory, require_space
+from btm_scale.util.inside import copy_inside, file_inside
 from btm_scale.util.records import read_object
 
 
@@ -33,12 +34,13 @@ def add_expert(config: RunConfig, run: RunDir, source: Path, name: str) -> Exper
     if is_finished(final) or name in config.expert_domains:
         raise ForestError(f"The forest of {run.root} already has an expert '{name}'. Choose another --name.")
     _require_fit(run, source)
-    require_space(run.root, sum(file.stat().st_size for file in source.iterdir() if file.is_file()))
+    files = [file_inside(source, file.name) for file in sorted(source.iterdir()) if file.is_file()]
+    require_space(run.root, sum(file.stat().st_size for file in files))
     try:
         with new_directory(final, shared=True) as directory:
-            for file in sorted(source.iterdir()):
-                if file.is_file() and file.name != CARD:
-                    shutil.copyfile(file, directory / file.name)
+            for file in files:
+                if file.name != CARD:
+                    copy_inside(source, file.name, directory)
             card = _card(source, directory, name)
             card.write(directory / CARD)
     except CheckpointError:
@@ -58,9 +60,13 @@ def remove_expert(run: RunDir, name: str) -> None:
             f"There is no expert '{name}' in {run.experts}. Its experts: {', '.join(experts(run)) or 'none'}."
         )
     # The card is deleted first: without it, the directory is not an expert, even if this is interrupted.
-    (run.model(name) / CARD).unlink()
+    if not run.model(name).is_symlink():
+        (run.model(name) / CARD).unlink()
     for folder in (run.model(name), run.model_scores(name), run.train(name)):
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.is_symlink():  # only the link belongs to the run
+            folder.unlink()
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _require_fit(run: RunDir, source: Path) -> None:

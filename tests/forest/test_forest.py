@@ -16,7 +16,6 @@ from btm_scale.forest.forest import ancestors, experts, lineage
 from btm_scale.forest.membership import add_expert, remove_expert
 from btm_scale.run_dir import SEED, RunDir
 
-
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 16,
@@ -153,3 +152,25 @@ def test_a_card_that_is_not_an_object_is_an_error(run: RunDir) -> None:
     (run.model("a") / "expert.json").write_text("[]")
     with pytest.raises(ForestError, match=r"expert\.json is a JSON list, and must be an object"):
         experts(run)
+
+
+def test_removing_a_linked_expert_removes_the_link_and_not_what_it_leads_to(
+    run: RunDir, config: RunConfig, tmp_path: Path
+) -> None:
+    add_expert(config, run, model(tmp_path / "friend"), "friend")
+    elsewhere = tmp_path / "elsewhere"
+    run.model("friend").rename(elsewhere)
+    run.model("friend").symlink_to(elsewhere)
+    files = sorted(elsewhere.iterdir())
+    remove_expert(run, "friend")
+    assert not run.model("friend").is_symlink()
+    assert sorted(elsewhere.iterdir()) == files
+
+
+def test_a_model_with_a_link_to_another_users_file_is_not_added(run: RunDir, config: RunConfig, tmp_path: Path) -> None:
+    source = model(tmp_path / "friend")
+    (tmp_path / "secret").write_text("of another")
+    (source / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="outside of the model directory"):
+        add_expert(config, run, source, "friend")
+    assert experts(run) == {}

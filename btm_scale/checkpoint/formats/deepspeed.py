@@ -13,6 +13,7 @@ from btm_scale.checkpoint.formats.pickles import Inert, load_pickle
 from btm_scale.checkpoint.formats.stored import Segment, StoredModel, StoredTensor
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec
 from btm_scale.errors import CheckpointError
+from btm_scale.util.inside import file_inside
 
 _MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -22,7 +23,7 @@ Files = dict[tuple[int, int], Path]  # by (tensor rank, data rank)
 def checkpoint_folder(path: Path) -> Path | None:
     """Return the folder that holds a DeepSpeed checkpoint's files: `path`, the one `latest` names, or None."""
     latest = path / "latest"
-    folder = path / latest.read_text().strip() if latest.is_file() else path
+    folder = file_inside(path, latest.read_text().strip()) if latest.is_file() else path
     return folder if _files(folder, _MODEL_FILE) or (folder / "zero").is_dir() else None
 
 

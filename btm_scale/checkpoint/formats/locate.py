@@ -7,6 +7,7 @@ from typing import Any
 
 from btm_scale.errors import CheckpointError
 from btm_scale.run_dir import SEED, RunDir
+from btm_scale.util.inside import file_inside
 from btm_scale.util.records import read_object
 
 TOKENIZER_FILES = (
@@ -41,7 +42,7 @@ def iteration_folder(path: Path) -> Path:
     if not latest.is_file():
         return path
     iteration = latest.read_text().strip()
-    return path / (f"iter_{int(iteration):07d}" if iteration.isdecimal() else iteration)
+    return file_inside(path, f"iter_{int(iteration):07d}" if iteration.isdecimal() else iteration)
 
 
 def _models_of_the_run(state: Path) -> list[Path]:

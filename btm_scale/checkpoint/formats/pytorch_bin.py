@@ -9,6 +9,7 @@ from btm_scale.checkpoint.formats.safetensors import weight_map
 from btm_scale.checkpoint.formats.stored import StoredModel, StoredTensor
 from btm_scale.checkpoint.formats.tensors import CODE_BY_DTYPE
 from btm_scale.errors import CheckpointError
+from btm_scale.util.inside import file_inside
 
 BIN = "pytorch_model.bin"
 BIN_INDEX = "pytorch_model.bin.index.json"
@@ -17,9 +18,8 @@ BIN_INDEX = "pytorch_model.bin.index.json"
 def open_bin(directory: Path) -> StoredModel:
     """Open a `pytorch_model.bin` or its shards. Raises `CheckpointError` for missing, damaged or hostile files."""
     index = directory / BIN_INDEX
-    shards = [directory / BIN]
-    if index.is_file():
-        shards = [directory / name for name in sorted(set(weight_map(index).values()))]
+    names = sorted(set(weight_map(index).values())) if index.is_file() else [BIN]
+    shards = [file_inside(directory, name) for name in names]
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         if not shard.is_file():

@@ -15,6 +15,7 @@ from btm_scale.checkpoint.formats.locate import read_json
 from btm_scale.checkpoint.formats.safetensors_writer import INDEX, SINGLE
 from btm_scale.checkpoint.formats.tensors import DTYPE_BY_CODE, ModelReader, TensorSpec, as_bytes, unknown_tensor
 from btm_scale.errors import CheckpointError
+from btm_scale.util.inside import file_inside
 
 _MAX_HEADER = 100_000_000  # bytes, as in the reference implementation
 
@@ -50,7 +51,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
                     "it again."
                 )
             header = json.loads(file.read(length))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}. Copy it again.") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} is not a safetensors file: its header is not a JSON object. Copy it again.")
@@ -106,8 +107,8 @@ class SafetensorsModel(ModelReader):
             self._tensors = _places(self.path)
         elif (index := self.path / INDEX).is_file():
             self._tensors = _indexed_places(index)
-        elif (single := self.path / SINGLE).is_file():
-            self._tensors = _places(single)
+        elif (self.path / SINGLE).is_file():
+            self._tensors = _places(file_inside(self.path, SINGLE))
         else:
             raise CheckpointError(f"{self.path} has neither {SINGLE} nor {INDEX}. Give the path of a model directory.")
         self._names = tuple(sorted(self._tensors))
@@ -165,7 +166,7 @@ def _indexed_places(index: Path) -> dict[str, _Place]:
     listed = weight_map(index)
     places: dict[str, _Place] = {}
     for shard in sorted(set(listed.values())):
-        file = index.parent / shard
+        file = file_inside(index.parent, shard)
         if not file.is_file():
             raise CheckpointError(f"{index} lists the shard {shard}, which is missing. Copy it here.")
         in_shard = _places(file)

@@ -19,6 +19,7 @@ from btm_scale.checkpoint.formats.pickles import load_embedded, load_pickle, loa
 from btm_scale.checkpoint.formats.stored import StoredTensor
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, unknown_tensor
 from btm_scale.errors import CheckpointError
+from btm_scale.util.inside import file_inside
 
 LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.*)")
 # Norms are saved under the names of the fused modules that some Megatron-core builds use.
@@ -46,7 +47,7 @@ class _GlobalTensors(ModelReader):
         chunks: dict[str, list[_Chunk]] = {}
         for index, info in metadata.storage_data.items():
             if getattr(index, "offset", None) is not None and _is_model(index.fqn):
-                stored = load_embedded(path / info.relative_path, info.offset, info.length)
+                stored = load_embedded(file_inside(path, str(info.relative_path)), info.offset, info.length)
                 chunks.setdefault(index.fqn, []).append(_Chunk(tuple(index.offset), stored))
         self._tensors: dict[str, tuple[TensorSpec, list[_Chunk]]] = {}
         for name, parts in chunks.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from btm_scale.checkpoint.formats.locate import TOKENIZER_FILES, described_in, read_json
 from btm_scale.checkpoint.formats.tensors import dtype_name
 from btm_scale.checkpoint.merge.plan import MergePlan
+from btm_scale.util.inside import copy_inside
 
 _SIDECARS = (
     *TOKENIZER_FILES,
@@ -27,7 +27,7 @@ def carry_sidecars(source: Path, target: Path, dtype: torch.dtype | None) -> Non
     folder = described_in(source)
     for name in _SIDECARS:
         if (folder / name).is_file():
-            shutil.copyfile(folder / name, target / name)
+            copy_inside(folder, name, target)
     if config := read_json(folder / "config.json"):
         if dtype is not None:
             config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype_name(dtype)
