@@ -19,6 +19,7 @@ import torch.distributed as dist
 from btm_scale.config.layout import Layout
 from btm_scale.distributed.cpu import leave_out_shared_memory_op, replace_cuda
 from btm_scale.distributed.precision import Precision, require_possible
+from btm_scale.distributed.rendezvous import init_process_group
 from btm_scale.errors import LaunchError
 from btm_scale.util.imports import import_uncompiled
 
@@ -65,7 +66,9 @@ class ExpertGroup:
         if not dist.is_initialized():
             if not has_gpu:
                 leave_out_shared_memory_op()
-            deepspeed.init_distributed(dist_backend="nccl" if has_gpu else "gloo", verbose=False)
+            backend = "nccl" if has_gpu else "gloo"
+            init_process_group(backend)
+            deepspeed.init_distributed(dist_backend=backend, verbose=False)
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=layout.tensor)
         _require_grid(layout, parallel_state)
         # Imported objects are never garbage; otherwise DeepSpeed's start collects over them six times.

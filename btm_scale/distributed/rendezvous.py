@@ -1,0 +1,71 @@
+"""Where the ranks of a group meet: a store that listens only on the address that the group uses."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import logging
+import os
+import socket
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from btm_scale.errors import LaunchError
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT = timedelta(minutes=30)  # of the rendezvous and of each collective, as in DeepSpeed
+_LOOPBACK_INTERFACE = "lo"
+
+
+def init_process_group(backend: str) -> None:
+    """Start this process's default group at the rendezvous that MASTER_ADDR and MASTER_PORT name.
+
+    torch's own store listens on every interface of the first rank's host. This one listens on the rendezvous address,
+    and if that is a loopback address, gloo and NCCL use the loopback interface too. Raises LaunchError if the first
+    rank cannot listen there.
+    """
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if is_loopback(address):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK_INTERFACE)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", _LOOPBACK_INTERFACE)
+    descriptor = listening_socket(address, port).detach() if rank == 0 else None
+    store = dist.TCPStore(address, port, size, rank == 0, TIMEOUT, master_listen_fd=descriptor)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address or host name means this host alone, wherever it is looked up."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
+
+
+def listening_socket(address: str, port: int) -> socket.socket:
+    """Return a socket that listens on one address of this host. Raises LaunchError if it has no such address."""
+    try:
+        family, _, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise LaunchError(
+            f"Cannot resolve MASTER_ADDR={address}: {error.strerror or error}. Set an IP address."
+        ) from None
+    if ipaddress.ip_address(place[0]).is_loopback and not is_loopback(address):
+        # Some hosts know their own name as 127.0.1.1, where other hosts cannot reach them.
+        logger.warning("%s is %s on this host, so the rendezvous listens on all its interfaces", address, place[0])
+        place = ("::" if family == socket.AF_INET6 else "0.0.0.0", port)
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(place)
+    except OSError as error:
+        listener.close()
+        reason = "is in use" if error.errno == errno.EADDRINUSE else "is not an address of this host"
+        raise LaunchError(
+            f"Cannot listen on {place[0]} port {port}: it {reason}. "
+            "MASTER_ADDR and MASTER_PORT must be an address and a free port of the host of rank 0."
+        ) from None
+    listener.listen(2048)
+    return listener

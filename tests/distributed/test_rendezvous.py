@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import ipaddress
+import json
+import socket
+from pathlib import Path
+
+import pytest
+from helpers.worlds import run_script
+
+from btm_scale.distributed.rendezvous import is_loopback, listening_socket
+from btm_scale.errors import LaunchError
+from btm_scale.launch.local import free_port
+
+
+@pytest.mark.slow
+def test_a_group_on_one_host_listens_on_loopback_only(tmp_path: Path) -> None:
+    run_script(Path(__file__).with_name("list_listeners.py"), str(tmp_path), tmp_path)
+    listening = [address for rank in (0, 1) for address in json.loads((tmp_path / f"{rank}.json").read_text())]
+    assert listening, "the ranks of a group listen for each other"
+    assert all(ipaddress.ip_address(address).is_loopback for address in listening), listening
+
+
+@pytest.mark.parametrize(
+    ("address", "loopback"),
+    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("10.0.0.1", False)],
+)
+def test_loopback_addresses_are_known_by_what_they_are(address: str, loopback: bool) -> None:
+    assert is_loopback(address) == loopback
+
+
+def test_a_store_listens_on_its_own_address_only() -> None:
+    port = free_port()
+    with listening_socket("127.0.0.1", port) as listener:
+        assert listener.getsockname() == ("127.0.0.1", port)
+        with socket.create_connection(("127.0.0.1", port)):
+            pass
+
+
+def test_a_host_whose_own_name_is_a_loopback_address_can_be_reached_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def as_debian_does(*_: object, **__: object) -> list[tuple[object, ...]]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", as_debian_does)
+    with listening_socket("node-1", 0) as listener:
+        assert listener.getsockname()[0] == "0.0.0.0"
+
+
+def test_an_address_or_port_that_cannot_be_used_is_reported() -> None:
+    with pytest.raises(LaunchError, match="is not an address of this host"):
+        listening_socket("192.0.2.1", 29500)
+    with listening_socket("127.0.0.1", 0) as taken, pytest.raises(LaunchError, match="is in use"):
+        listening_socket("127.0.0.1", taken.getsockname()[1])
+    with pytest.raises(LaunchError, match=r"Cannot resolve MASTER_ADDR=no-such-host\.invalid"):
+        listening_socket("no-such-host.invalid", 29500)
