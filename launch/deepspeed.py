@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 from btm_scale.config.launch import DeepSpeedConfig
@@ -34,6 +35,7 @@ class HostPool:
         self._room = Room({host: range(number) for host, number in self._slots.items()})
         self._ports = list(range(config.ports[0], config.ports[1] + 1))
         self._taken: dict[str, tuple[tuple[Share[str, int], ...], int]] = {}
+        self._files: dict[str, Path] = {}
 
     def take(self, command: GroupCommand) -> Start | None:
         """Return the launchers of a group; None while no slots or port are free.
@@ -75,7 +77,8 @@ class HostPool:
         own = ranks | accelerator() | {SUPERVISOR: str(os.getpid())}
         words = _launcher(shares, hostfile, port)
         if not self._config.connect:
-            own["DS_ENV_FILE"] = str(_environment_file(hostfile.with_name("deepspeed_env"), ranks))
+            self._files[command.name] = _environment_file(ranks)
+            own["DS_ENV_FILE"] = str(self._files[command.name])
             return Start(((*words, "--force_multi", *_module(command)),), own)
         exports = ("env", *(f"{name}={value}" for name, value in ranks.items()))
         return Start(
@@ -96,6 +99,8 @@ class HostPool:
 
     def give_back(self, name: str) -> None:
         """Free the slots and the port of a group that has ended."""
+        if file := self._files.pop(name, None):
+            file.unlink(missing_ok=True)
         shares, port = self._taken.pop(name)
         self._room.give_back(shares)
         self._ports.append(port)  # reused last, so that its old connections are closed by then
@@ -106,7 +111,7 @@ def _launcher(shares: tuple[Share[str, int], ...], hostfile: Path, port: int) ->
     return (
         *(sys.executable, "-m", "deepspeed.launcher.runner"),
         *("--hostfile", str(hostfile), "--include", include),
-        *("--master_addr", shares[0].host, "--master_port", str(port)),
+        *("--master_addr", shares[0].host if len(shares) > 1 else "127.0.0.1", "--master_port", str(port)),
     )
 
 
@@ -114,13 +119,18 @@ def _module(command: GroupCommand) -> tuple[str, ...]:
     return ("--no_local_rank", "--module", "btm_scale.cli", *command.arguments)
 
 
-def _environment_file(path: Path, variables: dict[str, str]) -> Path:
-    """Write the variables that the launcher exports to every host: those of the user's own file, then ours."""
+def _environment_file(variables: dict[str, str]) -> Path:
+    """Write the variables that the launcher exports to every host: those of the user's own file, then ours.
+
+    The user's may be secrets: only the owner may read the file, and it is not in the run's folder, which may be shared.
+    """
     usual = Path.home() / os.environ.get("DS_ENV_FILE", ".deepspeed_env")
     lines = [line for line in usual.read_text().splitlines() if "=" in line] if usual.is_file() else []
     lines += [f"{name}={value}" for name, value in variables.items()]
-    write_file(path, "".join(f"{line}\n" for line in lines))
-    return path
+    descriptor, path = tempfile.mkstemp(prefix="btm-scale-", suffix=".env")  # of mode 0600
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
+    return Path(path)
 
 
 def read_hostfile(path: Path) -> dict[str, int]:

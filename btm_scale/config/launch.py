@@ -39,6 +39,28 @@ def _port_range(ports: tuple[int, int]) -> tuple[int, int]:
     return ports
 
 
+_SECRET = re.compile(
+    r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|(API|ACCESS|PRIVATE|SECRET)_?KEY)(_|$)"
+)
+_ASSIGNMENT = re.compile(r"\b([A-Za-z_]\w*)=")
+
+
+def _no_secrets(variables: dict[str, str]) -> dict[str, str]:
+    """Refuse variables with names of secrets: run.yaml, job scripts and command lines can be read by others."""
+    for name in variables:
+        if _SECRET.search(name.upper()):
+            raise ValueError(
+                f"{name} looks like a secret, and a run's files and command lines can be read by others. Set it in "
+                "~/.deepspeed_env or in the login environment of the hosts"
+            )
+    return variables
+
+
+def _no_secret_lines(lines: tuple[str, ...]) -> tuple[str, ...]:
+    _no_secrets({name: line for line in lines for name in _ASSIGNMENT.findall(line)})
+    return lines
+
+
 SlurmWord = Annotated[str, AfterValidator(_slurm_word)]
 Line = Annotated[str, AfterValidator(_one_line)]
 
@@ -59,7 +81,7 @@ class DeepSpeedConfig(Section):
         default=(),
         description="the command that runs another on {host}, such as [ssh, -tt, '{host}']; default: pdsh over ssh",
     )
-    environment: dict[str, str] = Field(
+    environment: Annotated[dict[str, str], AfterValidator(_no_secrets)] = Field(
         default_factory=dict, description="variables of every rank, such as NCCL_SOCKET_IFNAME: eth0"
     )
     ports: Annotated[tuple[int, int], AfterValidator(_port_range)] = Field(
@@ -93,7 +115,9 @@ class SlurmConfig(Section):
         description="seconds before the time limit at which a job saves a checkpoint and requeues",
     )
     options: tuple[Line, ...] = Field(default=(), description="more #SBATCH options, such as --constraint=h100")
-    setup: tuple[Line, ...] = Field(default=(), description="shell lines before the ranks start: module load ...")
+    setup: Annotated[tuple[Line, ...], AfterValidator(_no_secret_lines)] = Field(
+        default=(), description="shell lines before the ranks start: module load ..."
+    )
 
 
 class MpiConfig(Section):

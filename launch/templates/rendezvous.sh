@@ -1,6 +1,7 @@
-# The ranks rendezvous at the first node of this job, at the address that SLURM uses for it.
+# The ranks rendezvous at the first node of this job, at the address that SLURM uses for it; on one node, at loopback.
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-MASTER_ADDR=$(scontrol show node --oneliner "${nodes[0]:?this job has no nodes}" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+MASTER_ADDR=127.0.0.1
+((${#nodes[@]} == 1)) || MASTER_ADDR=$(scontrol show node --oneliner "${nodes[0]:?this job has no nodes}" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
 export MASTER_ADDR=${MASTER_ADDR:?SLURM knows no address of ${nodes[0]}}
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}

@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
+from btm_scale.config.launch import DeepSpeedConfig, LaunchConfig
 from btm_scale.config.run import RunConfig
+from btm_scale.config.section import explain
 from btm_scale.config.training import OptimizerConfig
 from btm_scale.config.yaml import dump_text
 from btm_scale.configs import FOLDER
@@ -291,3 +294,25 @@ def test_presets_have_the_sizes_in_their_names(tmp_path: Path, preset: str, mill
     vocabulary = 50_257 if preset.startswith("gpt2") else 4096
     assert config.model.shape(vocabulary, 1024).parameters / 1e6 == pytest.approx(millions, rel=0.02)
     assert preset in PRESETS
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [
+        {"deepspeed": {"environment": {"HF_TOKEN": "canary"}}},
+        {"deepspeed": {"environment": {"wandb_api_key": "canary"}}},
+        {"slurm": {"setup": ["export AWS_SECRET_ACCESS_KEY=canary"]}},
+        {"slurm": {"setup": ["PASSWORD=canary source env.sh"]}},
+    ],
+)
+def test_a_secret_in_the_launch_section_is_refused_and_not_repeated(launch: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as raised:
+        LaunchConfig.model_validate(launch)
+    message = explain(raised.value, LaunchConfig)
+    assert "looks like a secret" in message
+    assert "canary" not in message
+
+
+def test_variables_that_only_resemble_secrets_are_allowed() -> None:
+    variables = {"TOKENIZERS_PARALLELISM": "false", "NCCL_IB_PKEY": "1", "KEYBOARD": "x"}
+    assert DeepSpeedConfig(environment=variables).environment == variables

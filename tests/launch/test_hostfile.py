@@ -88,6 +88,25 @@ def test_by_default_one_launcher_reaches_all_hosts_of_its_group_by_pdsh(
     assert {"A=b", "OMP_NUM_THREADS=1", f"{LEVEL}=debug"} <= set(exported)
 
 
+def test_the_users_own_variables_reach_no_file_of_the_run_and_no_command_line_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / ".deepspeed_env").write_text("HF_TOKEN=canary\n")
+    monkeypatch.setenv("HOME", str(home))
+    pool = HostPool(DeepSpeedConfig(hostfile=written(tmp_path, "n1 slots=2\nn2 slots=2\n")))
+    start = pool.take(GroupCommand("math", 4, ("train", "x.yaml"), tmp_path / "run" / "math" / "log"))
+    assert start is not None
+    exported = Path(start.environment["DS_ENV_FILE"])
+    assert "HF_TOKEN=canary" in exported.read_text()
+    assert exported.stat().st_mode & 0o777 == 0o600
+    assert all("canary" not in word for words in start.processes for word in words)
+    assert all(b"canary" not in file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file())
+    pool.give_back("math")
+    assert not exported.exists()
+
+
 def test_an_argument_that_a_remote_shell_would_read_is_refused(tmp_path: Path) -> None:
     pool = HostPool(DeepSpeedConfig(hostfile=written(tmp_path, "n1 slots=2\n")))
     with pytest.raises(LaunchError, match="is not safe in the shell"):
