@@ -284,7 +284,7 @@ def test_a_domain_listed_twice_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_that_the_run_does_not_train_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="this run trains seed, dense, math, code"):
+    with pytest.raises(ConfigError, match="Choose one of seed, dense, math, code"):
         training_job(load(tmp_path, {"domains": DOMAINS}), "physics")
 
 
