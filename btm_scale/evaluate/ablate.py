@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import random
 import tempfile
@@ -24,6 +25,7 @@ from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.config.run import RunConfig
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import ForestError, UserError
+from btm_scale.evaluate.evaluate import MAX_LOSS
 from btm_scale.evaluate.hf_score import block_log_probs
 from btm_scale.forest.expert import read_expert
 from btm_scale.forest.forest import experts
@@ -31,6 +33,8 @@ from btm_scale.model.hf_decoder import Decoder
 from btm_scale.run_dir import RunDir
 from btm_scale.util.files import make_directory
 from btm_scale.util.records import Part, Record
+
+logger = logging.getLogger(__name__)
 
 Subset = tuple[str, ...]
 
@@ -83,7 +87,12 @@ def ablate(
     for subset in subsets:
         key = _key([hashes[name] for name in subset], [text.fingerprint for text in texts.values()])
         if key not in measured:
-            perplexity = _average_perplexity(run, subset, texts, vocabulary, device)
+            losses = _average_losses(run, subset, texts, vocabulary, device)
+            if max(losses.values()) > MAX_LOSS:
+                name = " + ".join(subset)
+                logger.warning("the average of %s diverged: its losses are %s nats per token; left out", name, losses)
+                continue
+            perplexity = {name: math.exp(loss) for name, loss in losses.items()}
             mean = sum(perplexity.values()) / len(perplexity)
             measured[key] = Measured(key=key, experts=subset, mean=mean, perplexity=perplexity)
             make_directory(path.parent)
@@ -156,9 +165,10 @@ def file_text(config: RunConfig, run: RunDir, path: Path) -> Text:
     return Text(tokens, starts, digest)
 
 
-def _average_perplexity(
+def _average_losses(
     run: RunDir, subset: Subset, texts: Mapping[str, Text], vocabulary: int, device: str
 ) -> dict[str, float]:
+    """Return the loss of the average of a subset on each text, in nats per token."""
     with tempfile.TemporaryDirectory(dir=run.root, prefix=".ablation-") as folder:
         directory = run.model(subset[0])
         if len(subset) > 1:
@@ -167,7 +177,7 @@ def _average_perplexity(
             merge(directory, [(model, 1.0) for model in models], dtype=promoted_dtype(models))
         decoder = Decoder.load(directory, vocabulary=vocabulary, device=device)
         scores = {name: block_log_probs(decoder, text.tokens, text.block_starts) for name, text in texts.items()}
-    return {name: math.exp(-float(np.mean(values, dtype=np.float64))) for name, values in scores.items()}
+    return {name: -float(np.mean(values, dtype=np.float64)) for name, values in scores.items()}
 
 
 def _random_subsets(names: Sequence[str], count: int, seen: set[Subset], random_seed: int) -> Iterator[Subset]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ from btm_scale.run_dir import DENSE, SEED, RunDir
 from btm_scale.util.files import make_directory
 from btm_scale.util.pools import in_processes
 
+logger = logging.getLogger(__name__)
+
+MAX_LOSS = 700.0  # nats per token; a model with a larger loss has diverged, and exp(loss) overflows
+
 
 @dataclass(frozen=True)
 class _Measure:
@@ -35,7 +40,10 @@ class _Measure:
     tokens: int
     bytes: int
 
-    def of(self, nats: float) -> tuple[float, float]:
+    def of(self, nats: float) -> tuple[float, float] | None:
+        """Return perplexity and bits per byte, or None for a loss whose perplexity no float can hold."""
+        if -nats / self.tokens > MAX_LOSS:
+            return None
         return math.exp(-nats / self.tokens), -nats / math.log(2.0) / self.bytes
 
 
@@ -69,7 +77,7 @@ def evaluate(config: RunConfig, run: RunDir) -> Results:
             )
             for domain, entry in by_domain.items()
         },
-        methods=_results_by_method(by_domain),
+        methods=_results_by_method(by_domain, notes),
         compute=_compute_by_method(config, run, names, averages),
         priors={
             domain: dict(zip(names, np.exp(entry.prior).tolist(), strict=True)) for domain, entry in by_domain.items()
@@ -83,12 +91,20 @@ def evaluate(config: RunConfig, run: RunDir) -> Results:
     return results
 
 
-def _results_by_method(by_domain: Mapping[str, _DomainResult]) -> dict[str, MethodResult]:
+def _results_by_method(by_domain: Mapping[str, _DomainResult], notes: list[str]) -> dict[str, MethodResult]:
+    """Return the results of every method; what has diverged is left out and added to the notes."""
     results: dict[str, MethodResult] = {}
     for domain, evaluated in by_domain.items():
         for method, nats in evaluated.nats.items():
             entry = results.setdefault(method, MethodResult(perplexity={}, bits_per_byte={}))
-            entry.perplexity[domain], entry.bits_per_byte[domain] = evaluated.measure.of(nats)
+            if (result := evaluated.measure.of(nats)) is None:
+                loss = -nats / evaluated.measure.tokens
+                notes.append(
+                    f"'{method}' diverged: its loss on {domain} is {loss:,.0f} nats per token. It is left out."
+                )
+                logger.warning(notes[-1])
+                continue
+            entry.perplexity[domain], entry.bits_per_byte[domain] = result
     return results
 
 

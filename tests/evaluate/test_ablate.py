@@ -55,7 +55,7 @@ def test_measured_subsets_are_not_measured_again(
     (tmp_path / "b.txt").write_text("another text")
     texts = {name: file_text(config, run, tmp_path / f"{name}.txt") for name in "ab"}
     first = ablate(run, texts, [("cpp",)])
-    monkeypatch.setattr("btm_scale.evaluate.ablate._average_perplexity", None)
+    monkeypatch.setattr("btm_scale.evaluate.ablate._average_losses", None)
     assert ablate(run, texts, [("cpp",)]) == first
     with pytest.raises(TypeError):
         ablate(run, {"b": texts["b"]}, [("cpp",)])
