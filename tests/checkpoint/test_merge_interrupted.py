@@ -90,7 +90,7 @@ def test_a_killed_worker_leaves_the_recorded_units(
 
     with monkeypatch.context() as patch:
         patch.setattr("btm_scale.checkpoint.merge.merge.merge_in_processes", loses_a_worker)
-        with pytest.raises(WorkerLost, match="Nothing that was done is lost"):
+        with pytest.raises(WorkerLost, match="Completed work is kept"):
             merge(tmp_path / "out", pairs)
     assert journal.finished(partial_path(tmp_path / "out"))
     assert not (tmp_path / ".out.partial.lock").exists()

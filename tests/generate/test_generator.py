@@ -200,9 +200,9 @@ def test_top_k_and_top_p_keep_the_most_likely_tokens() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "beam"}, "'beam' is not a generation method"),
+        ({"method": "beam"}, "Unknown generation method 'beam'"),
         ({"posterior": "token"}, "use 'per-token'"),
-        ({"method": "mixture", "posterior": "suffix"}, "'suffix' is not a posterior"),
+        ({"method": "mixture", "posterior": "suffix"}, "Unknown posterior 'suffix'"),
         ({"sampling": Sampling(temperature=0.5)}, "temperature 1, without top-k"),
     ],
 )
@@ -221,7 +221,7 @@ def test_truncated_weights_raise(experts: dict[str, Path], tmp_path: Path) -> No
     copy = shutil.copytree(next(iter(experts.values())), tmp_path / "copy")
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    with pytest.raises(CheckpointError, match=r"transformers cannot load .*\. Copy it again, or train it again"):
+    with pytest.raises(CheckpointError, match=r"transformers cannot load .*\. Copy or train it again"):
         hf_decoder.Decoder.load(copy)
 
 
@@ -275,9 +275,9 @@ def test_the_text_of_a_single_prompt_is_streamed(
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (["--method", "beam"], "'beam' is not a generation method"),
-        (["--posterior", "suffix"], "'suffix' is not a posterior"),
-        (["--prior", "known"], "'known' is not a prior"),
+        (["--method", "beam"], "Unknown generation method 'beam'"),
+        (["--posterior", "suffix"], "Unknown posterior 'suffix'"),
+        (["--prior", "known"], "Unknown prior 'known'"),
         (["--domain", "law"], "The run has no domain 'law'"),
         (["--domain", "python", "--prior", "uniform"], "does not depend on a domain"),
         (["--model", "absent"], "not a finished expert"),
