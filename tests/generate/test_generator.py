@@ -200,9 +200,9 @@ def test_top_k_and_top_p_keep_the_most_likely_tokens() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "beam"}, "Unknown generation method 'beam'"),
+        ({"method": "beam"}, "'beam' is not a generation method"),
         ({"posterior": "token"}, "use 'per-token'"),
-        ({"method": "mixture", "posterior": "suffix"}, "Unknown posterior 'suffix'"),
+        ({"method": "mixture", "posterior": "suffix"}, "'suffix' is not a posterior"),
         ({"sampling": Sampling(temperature=0.5)}, "temperature 1, without top-k"),
     ],
 )
