@@ -29,26 +29,34 @@ def config_json(shape: ModelShape, *, dtype: str, end_of_text: int | None) -> di
 
 def read_shape(directory: Path) -> ModelShape:
     """Return the shape of the model in a Hugging Face directory. Raises `CheckpointError` if it is not supported."""
+    return shape_from_config(read_config(directory), directory / "config.json")
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return the config.json of a Hugging Face directory. Raises `CheckpointError` if it cannot be read."""
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{directory} is not a model: it has no config.json. Train it, or choose another model."
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{directory} is not a Hugging Face model: {path} cannot be read ({error}). Copy it again."
         ) from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is a JSON {type(config).__name__}, but must be an object. Copy it again.")
-    return shape_from_config(config, path)
+    return config
 
 
 def shape_from_config(config: dict[str, Any], path: object) -> ModelShape:
     """Return the shape that a config.json describes. Raises `CheckpointError` if it is not supported."""
-    family = FAMILIES.get(config.get("model_type", ""))
+    model_type = config.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         families = ", ".join(FAMILIES)
-        raise CheckpointError(
-            f"{path}: model_type '{config.get('model_type')}' is not supported. Use a model of {families}."
-        )
+        raise CheckpointError(f"{path}: model_type {model_type!r} is not supported. Use a model of {families}.")
     problems = family.unsupported(config) | {"cross attention": config.get("add_cross_attention", False)}
     if problem := next((setting for setting, applies in problems.items() if applies), None):
         raise CheckpointError(f"{path}: {family.name} with {problem} is not supported. Use a model without it.")

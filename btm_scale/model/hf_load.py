@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from btm_scale.errors import CheckpointError, UserError
-from btm_scale.util.records import read_object
+from btm_scale.model.hf_config import read_config
 
 # Settings of config.json that make transformers run, import or fetch something else than the model's own class.
 _ACTIVE_SETTINGS = (
@@ -35,12 +35,7 @@ def load_config(directory: Path) -> Any:
     """
     from transformers import CONFIG_MAPPING
 
-    settings = read_object(
-        directory / "config.json",
-        CheckpointError,
-        absent="{folder} is not a model: it has no config.json. Train it first, or give another directory.",
-        remedy="Restore {path} from a copy.",
-    )
+    settings = read_config(directory)
     family = settings.get("model_type")
     if not isinstance(family, str) or family not in CONFIG_MAPPING:
         code = " Its own Python code (`auto_map`) is never run." if "auto_map" in settings else ""
