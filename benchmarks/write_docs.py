@@ -1,4 +1,4 @@
-"""Write the figures of README.md and docs/results.md, and their image, from benchmarks/results/*.json.
+"""Write docs/config.md, and from benchmarks/results/*.json the figures of README.md and docs/results.md.
 
     python benchmarks/write_docs.py
 
@@ -10,11 +10,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from doc_config import config_page
 from doc_figure import perplexity_figure
 from doc_tables import RESULTS, TABLES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+CONFIG = ROOT / "docs" / "config.md"
 FIGURE = ROOT / "docs" / "images" / "perplexity.svg"
 _MARKS = re.compile(r"<!-- figures: (\w+) -->\n(.*?)<!-- end -->", re.DOTALL)
 
@@ -30,7 +32,7 @@ def main() -> None:
 def rendered() -> dict[Path, str]:
     """Return the content of each generated file."""
     pages = {page: _MARKS.sub(lambda mark: _filled(mark[1]), page.read_text()) for page in PAGES}
-    return {**pages, FIGURE: perplexity_figure()}
+    return {**pages, FIGURE: perplexity_figure(), CONFIG: config_page()}
 
 
 def _filled(name: str) -> str:

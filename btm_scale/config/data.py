@@ -19,14 +19,14 @@ class TokenizerConfig(Section):
     sample_bytes: Bytes = Field(
         default=16_000_000, description="text to train on, such as 16MB, split evenly over the domains"
     )
-    path: Path | None = None
+    path: Path | None = Field(default=None, description="directory of an existing tokenizer; none is trained then")
 
 
 class SplitUnit(Section):
     """Documents with the same `field` (up to the text `until`, if given) stay in one split."""
 
-    field: str
-    until: str | None = None
+    field: str = Field(description="field of a .jsonl or .parquet row")
+    until: str | None = Field(default=None, description="compare only the part of the field before this text")
 
 
 class DomainConfig(Section):
@@ -34,7 +34,9 @@ class DomainConfig(Section):
 
     text: tuple[str, ...] = Field(min_length=1, description="paths or globs, relative to text_root")
     field: str = Field(default="text", description="the field of a .jsonl or .parquet row with the text")
-    split_by: Literal["document", "file"] | SplitUnit = "document"
+    split_by: Literal["document", "file"] | SplitUnit = Field(
+        default="document", description="what is kept in one split: a document, a file, or all rows with the same field"
+    )
     weight: float = Field(
         default=1.0, gt=0, description="sampling weight in the data of seed and dense, relative to the other domains"
     )
@@ -54,8 +56,14 @@ class DataConfig(Section):
     test: float = Field(
         default=0.05, gt=0, lt=0.5, description="fraction of documents held out for the reported results"
     )
-    on_bad_line: Literal["error", "skip"] = "error"
+    on_bad_line: Literal["error", "skip"] = Field(
+        default="error", description="rows that cannot be read: stop, or count and skip them"
+    )
     separate_documents: bool = Field(
         default=False, description="in training, a token attends only to tokens of its own document"
     )
-    workers: MayChange[int] = Field(default_factory=lambda: len(os.sched_getaffinity(0)), gt=0)
+    workers: MayChange[int] = Field(
+        default_factory=lambda: len(os.sched_getaffinity(0)),
+        gt=0,
+        description="processes that tokenize; default: one per core",
+    )

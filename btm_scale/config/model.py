@@ -19,16 +19,16 @@ class ModelConfig(Section):
         default=None,
         description="a Hugging Face directory: the seed LM starts from its weights and uses its tokenizer",
     )
-    preset: str | None = None
-    family: FamilyName | None = None
-    layers: int | None = Field(default=None, gt=0)
-    hidden: int | None = Field(default=None, gt=0)
-    heads: int | None = Field(default=None, gt=0)
-    kv_heads: int | None = Field(default=None, gt=0)
-    ffn: int | None = Field(default=None, gt=0)
-    tied: bool | None = None
-    norm_epsilon: float | None = Field(default=None, gt=0)
-    rope_theta: float | None = Field(default=None, gt=0)
+    preset: str | None = Field(default=None, description="a named size, listed below")
+    family: FamilyName | None = Field(default=None, description="architecture; default: llama")
+    layers: int | None = Field(default=None, gt=0, description="number of layers")
+    hidden: int | None = Field(default=None, gt=0, description="hidden size")
+    heads: int | None = Field(default=None, gt=0, description="attention heads")
+    kv_heads: int | None = Field(default=None, gt=0, description="KV heads; default: as many as heads")
+    ffn: int | None = Field(default=None, gt=0, description="inner size of the MLP")
+    tied: bool | None = Field(default=None, description="share the weights of embedding and output")
+    norm_epsilon: float | None = Field(default=None, gt=0, description="epsilon of the normalization layers")
+    rope_theta: float | None = Field(default=None, gt=0, description="base of the rotary embeddings")
 
     @model_validator(mode="after")
     def _buildable(self) -> ModelConfig:

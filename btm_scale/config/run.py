@@ -54,9 +54,9 @@ class ExpertConfig(Section):
         default=None,
         description="its own size; such an expert does not branch and is initialized at random",
     )
-    layout: dict[str, Any] = Field(default_factory=dict)
-    tokens: int | None = Field(default=None, gt=0)
-    batch_tokens: int | None = Field(default=None, gt=0)
+    layout: dict[str, Any] = Field(default_factory=dict, description="settings that differ from layout")
+    tokens: int | None = Field(default=None, gt=0, description="training tokens; default: an equal part of the budget")
+    batch_tokens: int | None = Field(default=None, gt=0, description="tokens per step; default: an equal part")
 
 
 def _with_pretrained(values: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -78,12 +78,14 @@ class RunConfig(Section):
     """A run. Read one with `RunConfig.load`."""
 
     name: str = "run"
-    random_seed: int = Field(default=1, ge=0, lt=2**31)
+    random_seed: int = Field(default=1, ge=0, lt=2**31, description="seed of weights, splits and sampling")
     model: ModelConfig = ModelConfig(preset="llama-4m")
     tokenizer: TokenizerConfig = TokenizerConfig()
-    text_root: Path = Path()
-    domains: dict[DomainName, DomainConfig] = Field(min_length=1)
-    novel_domains: dict[DomainName, DomainConfig] = Field(default_factory=dict)
+    text_root: Path = Field(default=Path(), description="folder of relative paths of text; default: that of the YAML")
+    domains: dict[DomainName, DomainConfig] = Field(min_length=1, description="text by domain, one expert each")
+    novel_domains: dict[DomainName, DomainConfig] = Field(
+        default_factory=dict, description="domains that are evaluated and never trained on"
+    )
     added_domains: dict[DomainName, DomainConfig] = Field(
         default_factory=dict,
         description="domains whose experts join the forest later; seed and dense do not train on them",
@@ -96,13 +98,15 @@ class RunConfig(Section):
         default_factory=dict,
         description="settings that differ from layout for seed and dense, which train on all domains",
     )
-    experts: dict[str, ExpertConfig] = Field(default_factory=dict)
+    experts: dict[str, ExpertConfig] = Field(default_factory=dict, description="settings of single experts, by domain")
     baselines: MayChange[BaselinesConfig] = BaselinesConfig()
     checkpoint: MayChange[CheckpointConfig] = CheckpointConfig()
     health: MayChange[HealthConfig] = HealthConfig()
     profile: MayChange[ProfileConfig] = ProfileConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict, description="settings that are merged into the DeepSpeed config"
+    )
     launch: MayChange[LaunchConfig] = LaunchConfig()
 
     @model_validator(mode="after")

@@ -22,16 +22,18 @@ class LastPartConfig(Section):
 class BudgetConfig(Section):
     """The compute of the forest, which is also that of the dense baseline."""
 
-    tokens: int = Field(default=6_000_000, gt=0)
+    tokens: int = Field(default=6_000_000, gt=0, description="training tokens in all; dense gets the same number")
     seed_share: float = Field(
         default=0.5,
         ge=0,
         lt=1,
         description="fraction of the tokens for the seed LM; 0 uses a pretrained model unchanged",
     )
-    sequence_length: int = Field(default=256, gt=1)
-    batch_tokens: int = Field(default=16_384, gt=0)
-    last: LastPartConfig | None = None
+    sequence_length: int = Field(default=256, gt=1, description="tokens per sequence")
+    batch_tokens: int = Field(
+        default=16_384, gt=0, description="tokens per step of seed and dense; the experts share one such batch"
+    )
+    last: LastPartConfig | None = Field(default=None, description="other domain weights at the end of the schedule")
 
     @model_validator(mode="after")
     def _complete_sequences(self) -> BudgetConfig:
@@ -70,16 +72,16 @@ _Beta = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerConfig(Section):
     """AdamW and its learning-rate schedule, which spans seed and branch."""
 
-    lr: float = Field(default=1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0, description="peak learning rate")
     betas: tuple[_Beta, _Beta] = Field(default=(0.9, 0.95), description="for a batch of budget.batch_tokens")
     scale_beta2: bool = Field(
         default=True, description="keep the half-life of second moments in tokens when an expert's batch is smaller"
     )
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)
+    eps: float = Field(default=1e-8, gt=0, description="epsilon of AdamW")
+    weight_decay: float = Field(default=0.1, ge=0, description="decoupled weight decay of matrices")
     clip: float = Field(default=1.0, ge=0, description="maximum gradient norm; 0 disables clipping")
     warmup: float = Field(default=0.08, ge=0, lt=1, description="fraction of the schedule")
-    decay: Literal["linear", "cosine", "constant"] = "linear"
+    decay: Literal["linear", "cosine", "constant"] = Field(default="linear", description="schedule after the warmup")
     final: float = Field(default=0.0, ge=0, le=1, description="final learning rate, as a fraction of lr")
 
     def betas_at(self, batch_share: float) -> tuple[float, float]:
@@ -110,7 +112,9 @@ class BranchConfig(Section):
         description="seed, nearest (the expert with the lowest dev loss), posterior (all, weighted by the domain's "
         "prior), or weights by name",
     )
-    optimizer: Literal["carried", "fresh"] = "carried"
+    optimizer: Literal["carried", "fresh"] = Field(
+        default="carried", description="start from the parents' moments, or from zero"
+    )
     schedule: Literal["carried", "restarted"] = Field(
         default="carried", description="continue the schedule of the seed, or warm up and decay again"
     )

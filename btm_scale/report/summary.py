@@ -73,9 +73,10 @@ def ratio(
 
 
 def lowest(values: Mapping[str, float | None]) -> set[str]:
-    """The keys with the smallest of the finite values; more than one if they tie."""
+    """Return the keys with the smallest of the finite values; more than one if they are printed alike."""
     finite = {key: number for key, number in values.items() if number is not None and math.isfinite(number)}
-    return {key for key, number in finite.items() if number == min(finite.values())}
+    smallest = perplexity(min(finite.values(), default=0.0))
+    return {key for key, number in finite.items() if perplexity(number) == smallest}
 
 
 def lowest_means(results: Results, domains: Sequence[str], measure: Measure = "perplexity") -> set[str]:
@@ -142,7 +143,7 @@ def _same(share: float) -> bool:
 def _times(share: float) -> str:
     if _same(share):
         return "the same as"
-    return f"{share_text(share)} {'of' if share < 1 else 'times'}"
+    return f"{share_text(share)} times"
 
 
 def count(number: int, noun: str) -> str:

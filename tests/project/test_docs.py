@@ -23,7 +23,7 @@ def test_generated_figures_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> No
     import write_docs
 
     files = write_docs.rendered()
-    assert {path.name for path in files} == {"README.md", "results.md", "perplexity.svg"}
+    assert {path.name for path in files} == {"README.md", "results.md", "perplexity.svg", "config.md"}
     stale = [path.name for path, content in files.items() if path.read_text() != content]
     assert stale == [], "run `python benchmarks/write_docs.py`"
 

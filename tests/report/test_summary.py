@@ -27,7 +27,7 @@ def test_a_method_that_lacks_a_domain_is_compared_on_the_shared_ones_and_marked(
 @pytest.mark.parametrize(
     ("share", "said"),
     [
-        (0.9, "0.900 of the dense baseline's at equal training compute."),
+        (0.9, "0.900 times the dense baseline's at equal training compute."),
         (1.1, "1.100 times the dense baseline's at equal training compute: worse than one dense model."),
         (1.0, "the same as the dense baseline's at equal training compute."),
     ],
@@ -61,6 +61,10 @@ def test_the_headline_without_dense_without_ensemble_and_without_anything(make_r
 def test_nan_is_never_the_lowest():
     assert lowest({"a": math.nan, "b": 2.0, "c": None, "d": 3.0}) == {"b"}
     assert lowest({"a": math.nan}) == set()
+
+
+def test_numbers_that_are_printed_alike_are_equally_low():
+    assert lowest({"a": 177.61, "b": 177.64, "c": 177.8}) == {"a", "b"}
 
 
 def test_every_method_is_listed_once_unknown_ones_too(make_results):
