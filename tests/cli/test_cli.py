@@ -42,7 +42,12 @@ from btm_scale.run_dir import RunDir
         (["convert", "DIR", "OUT", "--to", "megatorn"], "Did you mean 'megatron'?"),
         (["run", "CONFIG", "--launcher", "slrum"], "Unknown launcher 'slrum'. Did you mean 'slurm'?"),
         (["status", ".", "--quiet", "--verbose"], "--quiet and --verbose exclude each other"),
-        (["inspect", "no\x1b[2Jmodel"], r"no\x1b[2Jmodel is not a model"),
+        (["inspect", "no\x1b[2Jmodel"], r"no\x1b[2Jmodel does not exist"),
+        (["convert", "absent", "OUT", "--to", "megatron"], "absent does not exist"),
+        (["merge", "OUT", "DIR", "--base", "absent", "--method", "ties"], "absent does not exist"),
+        (["run", "CONFIG", "--set", "model.pretrained=/absent"], "/absent does not exist"),
+        (["run", "CONFIG", "--set", "model={preset: llama-4M}"], "Unknown preset 'llama-4M'. Did you mean 'llama-4m'?"),
+        (["plan", "CONFIG", "--nodes", "1", "--gpu", "H1OO"], "Unknown GPU 'H1OO'. Did you mean 'h100'?"),
         (
             ["convert", "DIR", "OUT", "--to", "megatron", "--tensor", "-1"],
             "'--tensor': Input should be greater than or equal to 1",

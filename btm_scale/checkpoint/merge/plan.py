@@ -18,7 +18,7 @@ from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, parse_
 from btm_scale.checkpoint.hashing import BLOCK_BYTES, sample_hash
 from btm_scale.checkpoint.merge import elementwise, whole_tensor  # noqa: F401 (they register their methods)
 from btm_scale.checkpoint.merge.compatibility import common_specs, config_problems, tokenizer_problems
-from btm_scale.checkpoint.merge.registry import METHODS, RANGES, Method, find_method
+from btm_scale.checkpoint.merge.registry import METHODS, Method, find_method
 from btm_scale.errors import CheckpointError, near_match
 
 
@@ -262,11 +262,10 @@ def _parameter_problems(method: Method, parameters: Mapping[str, float]) -> list
     ]
     density, half = settings.get("density", 1.0), settings.get("window", 0.0) / 2
     if not 0 < density - half <= density + half <= 1:
-        kept = f"{density - half:g} to {density + half:g}" if "window" in defaults else f"{density:g}"
-        own = [name for name in RANGES if name in defaults]
-        ranges = "; ".join(f"{name} must be {RANGES[name]}" for name in own)
+        windowed = "window" in defaults
+        kept = f"{density - half:g} to {density + half:g}" if windowed else f"{density:g}"
         problems.append(
-            f"'{method.name}' would keep a fraction of {kept} of the elements. {ranges[0].upper()}{ranges[1:]}. Change "
-            f"{' or '.join(own)}."
+            f"'{method.name}' would keep a fraction of {kept} of the elements. {'Both' if windowed else 'It'} must be "
+            f"above 0 and at most 1: change {'density or window' if windowed else 'density'}."
         )
     return problems
