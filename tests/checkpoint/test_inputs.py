@@ -15,7 +15,7 @@ from btm_scale.checkpoint.convert import convert
 from btm_scale.checkpoint.inspect import inspect
 from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.errors import CheckpointError
-from btm_scale.model.hf_config import config_json
+from btm_scale.model.hf_config import config_json, read_shape
 from btm_scale.model.shape import ModelShape
 from btm_scale.run_dir import RunDir
 
@@ -58,6 +58,14 @@ def test_a_path_that_does_not_exist_is_reported_as_such(open_it: Callable[..., o
         with pytest.raises(CheckpointError, match=f"{name} does not exist. Give the path of an existing model"):
             open_it(tmp_path / name, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_base_or_a_pretrained_model_that_does_not_exist_is_reported_as_such(save: Save, tmp_path: Path) -> None:
+    model = save("model", random_weights(0))
+    with pytest.raises(CheckpointError, match=r"nope does not exist\."):
+        merge(tmp_path / "out", [(model, 1.0)], method="ties", base=tmp_path / "nope")
+    with pytest.raises(CheckpointError, match=r"nope does not exist\. Train the model, or give the path"):
+        read_shape(tmp_path / "nope")
 
 
 @pytest.mark.parametrize("open_it", OPENERS.values(), ids=OPENERS)

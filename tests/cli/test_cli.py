@@ -44,10 +44,8 @@ from btm_scale.run_dir import RunDir
         (["status", ".", "--quiet", "--verbose"], "--quiet and --verbose exclude each other"),
         (["inspect", "no\x1b[2Jmodel"], r"no\x1b[2Jmodel does not exist"),
         (["convert", "absent", "OUT", "--to", "megatron"], "absent does not exist"),
-        (["merge", "OUT", "DIR", "--base", "absent", "--method", "ties"], "absent does not exist"),
-        (["run", "CONFIG", "--set", "model.pretrained=/absent"], "/absent does not exist"),
         (["run", "CONFIG", "--set", "model={preset: llama-4M}"], "Unknown preset 'llama-4M'. Did you mean 'llama-4m'?"),
-        (["plan", "CONFIG", "--nodes", "1", "--gpu", "H1OO"], "Unknown GPU 'H1OO'. Did you mean 'h100'?"),
+        (["plan", "CONFIG", "--nodes", "1", "--gpu", "H100PCIE"], "Unknown GPU 'H100PCIE'. Did you mean 'h100-pcie'?"),
         (
             ["convert", "DIR", "OUT", "--to", "megatron", "--tensor", "-1"],
             "'--tensor': Input should be greater than or equal to 1",
