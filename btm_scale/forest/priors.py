@@ -9,7 +9,7 @@ import numpy as np
 from btm_scale.config.evaluation import EvaluateConfig, Tempering
 from btm_scale.config.run import RunConfig
 from btm_scale.data.clustering import Clustering
-from btm_scale.errors import ForestError, UserError, unknown_name
+from btm_scale.errors import ForestError, UserError, near_match, unknown_name
 from btm_scale.forest.expert import read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.posterior.routing import router
@@ -87,7 +87,10 @@ def _domains(config: RunConfig, domain: str | None) -> list[str]:
     if domain is None:
         return list(config.domains)
     if domain not in config.all_domains:
-        raise UserError(f"The run has no domain '{domain}'. Choose one of {', '.join(config.all_domains)}.")
+        raise UserError(
+            f"The run has no domain '{domain}'.{near_match(domain, list(config.all_domains))} Choose one of "
+            f"{', '.join(config.all_domains)}."
+        )
     return [domain]
 
 

@@ -24,6 +24,7 @@ from btm_scale.run_dir import RunDir
         (["run", "absent.yaml"], "No config at absent.yaml"),
         (["status", "."], "is not a run folder: it has no run.yaml"),
         (["train", "CONFIG", "--model", "physics"], "'physics' is not a model of this run"),
+        (["train", "CONFIG", "--model", "Pyhton"], "is not a model of this run. Did you mean 'python'?"),
         (["run", "CONFIG", "--set", "budget.batch_tokens=1000"], "use 1024"),
         (["run", "CONFIG", "--set", "text_root=/nowhere"], "/nowhere"),
         (["merge", "OUT", "DIR=heavy"], "must be a number"),
