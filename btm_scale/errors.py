@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
@@ -41,6 +41,24 @@ class GroupFailed(Exception):  # noqa: N818 (it names an event)
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
     """Return the message for a name that is not one of `known`, with the closest match if there is one."""
     choices = list(known)
-    matches = difflib.get_close_matches(name, choices, n=1)
-    question = f" Did you mean '{matches[0]}'?" if matches else ""
-    return f"Unknown {what} '{name}'.{question} Choose one of {', '.join(choices)}."
+    if not choices:
+        return f"Unknown {what} '{name}'. There is none to choose from."
+    return f"Unknown {what} '{name}'.{near_match(name, choices)} Choose one of {', '.join(choices)}."
+
+
+def few_names(names: Iterable[str], what: str) -> str:
+    """Return the first of sorted names in quotes: "'a', 'b', 'c' and 7 more tensors"."""
+    return first_few([f"'{name}'" for name in sorted(names)], what)
+
+
+def first_few(items: Sequence[str], what: str, *, most: int = 3) -> str:
+    """Return up to `most` items as a list in a sentence, followed by the number of the others: "a, b and 7 more"."""
+    shown, others = items[:most], len(items) - most
+    return f"{', '.join(shown)} and {others} more {what}" if others > 0 else ", ".join(shown)
+
+
+def near_match(name: str, choices: Sequence[str]) -> str:
+    """Return ` Did you mean 'x'?` with the closest choice in any case, or an empty string if none is close."""
+    by_folded = {choice.casefold(): choice for choice in choices}
+    matches = difflib.get_close_matches(name.casefold(), by_folded, n=1)
+    return f" Did you mean '{by_folded[matches[0]]}'?" if matches else ""

@@ -114,3 +114,15 @@ class RunDir:
     def report(self) -> Path:
         """The HTML report."""
         return self.root / "report.html"
+
+
+def finished_models(run: RunDir) -> list[str]:
+    """Return the names of a run's finished models from their folders alone: seed and dense, experts, averages, splits.
+
+    It reads no file, so that shell completion is fast.
+    """
+    dense = sorted(path.parent.name for path in run.root.glob(f"{LONGER_DENSE}*/expert.json"))
+    names = [name for name in (SEED, DENSE, *dense) if (run.model(name) / "expert.json").is_file()]
+    for prefix in ("", AVERAGE, RANDOM_SPLIT):
+        names += sorted(f"{prefix}{path.parent.name}" for path in run.model(f"{prefix}*").parent.glob("*/expert.json"))
+    return names

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from btm_scale.errors import LaunchError
+from btm_scale.errors import LaunchError, unknown_name
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,11 @@ GPUS = {
 
 
 def gpu_named(name: str) -> Gpu:
-    """Return the GPU with a name of the table. Raises LaunchError for any other name."""
-    if name not in GPUS:
-        raise LaunchError(f"Unknown GPU '{name}'. Choose one of {', '.join(GPUS)}.")
-    return GPUS[name]
+    """Return the GPU with a name of the table, in lower or upper case. Raises LaunchError for any other name."""
+    gpu = GPUS.get(name.lower())
+    if gpu is None:
+        raise LaunchError(unknown_name("GPU", name, GPUS))
+    return gpu
 
 
 def gpu_of_device(device: str) -> Gpu | None:

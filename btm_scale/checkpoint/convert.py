@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from btm_scale.checkpoint.formats.deepspeed_writer import write_model_states
-from btm_scale.checkpoint.formats.megatron import find_shape
-from btm_scale.checkpoint.formats.open import open_model, with_head_names
+from btm_scale.checkpoint.formats.megatron import find_shape, require_names
+from btm_scale.checkpoint.formats.open import format_of, open_model, with_head_names
 from btm_scale.checkpoint.formats.tensors import ModelReader, parse_dtype
 from btm_scale.checkpoint.formats.torch_dist_writer import write_torch_dist
 from btm_scale.checkpoint.merge.compatibility import is_derived
@@ -42,6 +42,7 @@ def convert(
         )
     if to not in ("huggingface", *WRITERS):
         raise CheckpointError(f"'{to}' is not an output format. Use huggingface, megatron or deepspeed.")
+    format_of(source)  # before anything else, because other messages assume a checkpoint
     wanted = parse_dtype(dtype) if dtype else None
     partial = partial_path(target)
     with only_merge_into(partial):
@@ -58,7 +59,7 @@ def convert(
                         f"{', '.join(map(str, shape.tensor_degrees()))}."
                     )
                 with with_head_names(open_model(source)) as model:
-                    _require_described(model, shape)
+                    require_described(model, shape)
                     make_partial(partial)
                     WRITERS[to](partial, model, shape, tensor=tensor, dtype=wanted)
                     dtypes = {spec.dtype for spec in model.specs().values()} if wanted is None else {wanted}
@@ -72,16 +73,11 @@ def convert(
     return target
 
 
-def _require_described(model: ModelReader, shape: ModelShape) -> None:
+def require_described(model: ModelReader, shape: ModelShape) -> None:
     """Raise `CheckpointError` unless a model has exactly the tensors and shapes that its config.json describes."""
     specs = {name: spec for name, spec in model.specs().items() if not is_derived(name, model.path)}
     entries = table(shape)
-    if odd := sorted(specs.keys() ^ {name for entry in entries for name in entry.huggingface}):
-        verb = "has an unexpected" if odd[0] in specs else "lacks the"
-        raise CheckpointError(
-            f"{model.path} {verb} tensor '{odd[0]}' for the model in config.json; {len(odd)} tensors differ. Use the "
-            "config.json that belongs to these weights."
-        )
+    require_names(model.path, specs.keys(), {name for entry in entries for name in entry.huggingface})
 
     def blank(name: str) -> torch.Tensor:
         return torch.empty(specs[name].shape, dtype=specs[name].dtype, device="meta")

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from btm_scale.checkpoint.convert import WRITERS
-from btm_scale.checkpoint.formats.deepspeed import checkpoint_folder, training_step
+from btm_scale.checkpoint.convert import WRITERS, require_described
+from btm_scale.checkpoint.formats.deepspeed import checkpoint_folder, tensor_degree, training_step
 from btm_scale.checkpoint.formats.locate import described_in, iteration_folder, read_json
 from btm_scale.checkpoint.formats.megatron import find_shape
-from btm_scale.checkpoint.formats.open import format_of, open_model
-from btm_scale.checkpoint.formats.tensors import dtype_name
+from btm_scale.checkpoint.formats.open import format_of, open_model, with_head_names
+from btm_scale.checkpoint.formats.tensors import ModelReader, dtype_name
 from btm_scale.checkpoint.formats.torch_dist import saved_iteration
 from btm_scale.checkpoint.formats.training import saved_step
 from btm_scale.errors import CheckpointError
@@ -37,7 +37,9 @@ _MAX_TENSOR_DEGREE = 64
 class Inspection:
     """Description of a checkpoint; `parameters` counts elements and `dtypes` counts them by dtype.
 
-    `converts_to` lists the formats it can be converted to, `tensor_degrees` the tensor parallel degrees available.
+    `converts_to` lists the formats it can be converted to, `tensor_degrees` the tensor parallel degrees available; both
+    are empty if `problem` says that the weights do not fit the config. `tensor_degree` is the tensor parallel degree at
+    which the checkpoint was written, or None if its format does not record it.
     """
 
     path: Path
@@ -48,6 +50,8 @@ class Inspection:
     dtypes: dict[str, int]
     files: dict[str, int]  # bytes by name
     step: int | None
+    tensor_degree: int | None
+    problem: str | None
     converts_to: tuple[str, ...]
     tensor_degrees: tuple[int, ...]
 
@@ -61,7 +65,9 @@ def inspect(path: Path) -> Inspection:
     config = read_json(described_in(path) / "config.json")
     with open_model(path) as model:
         specs = model.specs().values()
-    shape = _shape_or_none(path)
+        shape = _shape_or_none(path)
+        problem = _problem(model, shape)
+    fitting = shape if problem is None else None
     dtypes: Counter[str] = Counter()
     for spec in specs:
         dtypes[dtype_name(spec.dtype)] += spec.elements
@@ -74,9 +80,21 @@ def inspect(path: Path) -> Inspection:
         dtypes=dict(dtypes),
         files={str(file.relative_to(folder.parent)): file.stat().st_size for file in files},
         step=_STEPS[kind](path) if kind in _STEPS else None,
-        converts_to=("huggingface", *(WRITERS if shape else ())),
-        tensor_degrees=tuple(n for n in shape.tensor_degrees() if n <= _MAX_TENSOR_DEGREE) if shape else (),
+        tensor_degree=tensor_degree(path) if kind == "deepspeed" else None,
+        problem=problem,
+        converts_to=() if problem else ("huggingface", *(WRITERS if shape else ())),
+        tensor_degrees=tuple(n for n in fitting.tensor_degrees() if n <= _MAX_TENSOR_DEGREE) if fitting else (),
     )
+
+
+def _problem(model: ModelReader, shape: ModelShape | None) -> str | None:
+    """Return how the weights of a model differ from its config, or None if they fit or its family is not supported."""
+    try:
+        if shape is not None:
+            require_described(with_head_names(model), shape)
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def _shape_or_none(path: Path) -> ModelShape | None:

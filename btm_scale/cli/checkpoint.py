@@ -72,7 +72,11 @@ def _dtype_option(help: str) -> Any:
 def merge(
     output: Annotated[Path, argument("OUTPUT", "Directory to create.")],
     inputs: Annotated[
-        list[str], argument("DIR[=WEIGHT]...", "Models to merge: Hugging Face directories. The default weight is 1.")
+        list[str],
+        argument(
+            "DIR[=WEIGHT]...",
+            "Models to merge: Hugging Face, DeepSpeed or Megatron-core checkpoints. The default weight is 1.",
+        ),
     ],
     *,
     method: Annotated[

@@ -17,16 +17,27 @@ if TYPE_CHECKING:
     from btm_scale.run_dir import RunDir
 
 
-def one_of(option: str, what: str, names: Iterable[str], help: str, *, section: str | None = None, **more: Any) -> Any:
+def one_of(
+    option: str,
+    what: str,
+    names: Iterable[str],
+    help: str,
+    *,
+    section: str | None = None,
+    any_case: bool = False,
+    **more: Any,
+) -> Any:
     """Return an option that takes one of the names: help lists them, the parser checks them, a shell completes them.
 
-    `names` may be a table that grows. `what` says in the message for a wrong one what the names are of.
+    `names` may be a table that grows. `what` says in the message for a wrong one what the names are of. `any_case` is
+    for names in lower case that may be given in upper case.
     """
 
     def check(value: str | None) -> str | None:
-        if value is not None and value not in list(names):
-            raise typer.BadParameter(unknown_name(what, value, names))
-        return value
+        known = value.lower() if value is not None and any_case else value
+        if known is not None and known not in list(names):
+            raise typer.BadParameter(unknown_name(what, str(value), names))
+        return known
 
     def complete(incomplete: str) -> list[str]:
         return [name for name in names if name.startswith(incomplete)]
@@ -80,14 +91,11 @@ def launcher(names: Iterable[str], more: str = "") -> Any:
 
 def models_of_run(ctx: typer.Context, incomplete: str) -> list[str]:
     """The finished models of the run whose folder was given, for completion; their names are all that is looked at."""
-    from btm_scale.run_dir import AVERAGE, DENSE, RANDOM_SPLIT, SEED, RunDir
+    from btm_scale.run_dir import RunDir, finished_models
 
     # An option that lacks its value yet leaves the arguments before it unparsed.
     run = RunDir(Path(ctx.params.get("run") or next(iter(ctx.args), ".")))
-    names = [name for name in (SEED, DENSE) if run.model(name).is_dir()]
-    for prefix in ("", AVERAGE, RANDOM_SPLIT):
-        names += sorted(f"{prefix}{path.parent.name}" for path in run.model(f"{prefix}*").parent.glob("*/expert.json"))
-    return [name for name in names if name.startswith(incomplete)]
+    return [name for name in finished_models(run) if name.startswith(incomplete)]
 
 
 ConfigFile = Annotated[Path, argument("CONFIG", "The run's YAML.")]

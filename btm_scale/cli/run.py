@@ -144,7 +144,9 @@ def plan(
     *,
     nodes: Annotated[int, option("--nodes", "N", "Nodes of the cluster.", min=1)],
     gpus_per_node: Annotated[int, option("--gpus-per-node", "N", "GPUs of each node.", min=1)] = 8,
-    gpu: Annotated[str, one_of("--gpu", "GPU", GPUS, f"Kind of GPU: {', '.join(GPUS)}.", metavar="GPU")] = "h100",
+    gpu: Annotated[
+        str, one_of("--gpu", "GPU", GPUS, f"Kind of GPU: {', '.join(GPUS)}.", metavar="GPU", any_case=True)
+    ] = "h100",
     out: Out = None,
     settings: Settings,
 ) -> Answer:

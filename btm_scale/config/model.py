@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from btm_scale.config.section import Section
+from btm_scale.errors import unknown_name
 from btm_scale.model.hf_config import read_shape
 from btm_scale.model.shape import PRESETS, FamilyName, ModelShape
 
@@ -40,7 +41,7 @@ class ModelConfig(Section):
                 )
             return self
         if self.preset is not None and self.preset not in PRESETS:
-            raise ValueError(f"Unknown preset '{self.preset}'. Choose one of {', '.join(PRESETS)}.")
+            raise ValueError(unknown_name("preset", self.preset, PRESETS))
         self.shape(vocabulary=1, positions=1)
         return self
 

@@ -24,7 +24,7 @@ from btm_scale.checkpoint.merge.compatibility import promoted_dtype
 from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.config.run import RunConfig
 from btm_scale.data.tokenizer import Tokenizer
-from btm_scale.errors import ForestError, UserError
+from btm_scale.errors import ForestError, UserError, unknown_name
 from btm_scale.evaluate.evaluate import MAX_LOSS
 from btm_scale.evaluate.hf_score import block_log_probs
 from btm_scale.forest.expert import read_expert
@@ -121,7 +121,7 @@ def choose_subsets(run: RunDir, names: Sequence[str], *, most: int, random_seed:
     """
     forest = list(experts(run))
     if unknown := [name for name in names if name not in forest]:
-        raise ForestError(f"'{unknown[0]}' is not an expert of this run. The forest has {', '.join(forest) or 'none'}.")
+        raise ForestError(unknown_name("expert", unknown[0], forest))
     chosen = sorted(set(names)) or forest
     if not chosen:
         raise ForestError(f"There is no expert in {run.experts}. Train some first: btm-scale run CONFIG")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from btm_scale.checkpoint.formats.locate import require_no_run, require_path
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.config.run import RunConfig
 from btm_scale.data.tokenizer import Tokenizer, same_ids
-from btm_scale.errors import CheckpointError, ForestError
+from btm_scale.errors import CheckpointError, ForestError, unknown_name
 from btm_scale.forest.expert import CARD, Expert, is_finished, read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.methods import require_free_name
@@ -56,9 +57,7 @@ def remove_expert(run: RunDir, name: str) -> None:
     Raises ForestError if there is no such expert.
     """
     if name not in experts(run):
-        raise ForestError(
-            f"There is no expert '{name}' in {run.experts}. Its experts: {', '.join(experts(run)) or 'none'}."
-        )
+        raise ForestError(unknown_name("expert", name, experts(run)))
     # The card is deleted first: without it, the directory is not an expert, even if this is interrupted.
     if not run.model(name).is_symlink():
         (run.model(name) / CARD).unlink()
@@ -70,6 +69,11 @@ def remove_expert(run: RunDir, name: str) -> None:
 
 
 def _require_fit(run: RunDir, source: Path) -> None:
+    try:
+        require_path(source)
+        require_no_run(source)
+    except CheckpointError as error:
+        raise ForestError(str(error)) from None
     if not (source / "config.json").is_file():
         raise ForestError(
             f"{source} is not a Hugging Face model directory: it has no config.json. Convert it first: "

@@ -9,13 +9,13 @@ import numpy as np
 from btm_scale.config.evaluation import EvaluateConfig, Tempering
 from btm_scale.config.run import RunConfig
 from btm_scale.data.clustering import Clustering
-from btm_scale.errors import ForestError, UserError
+from btm_scale.errors import ForestError, UserError, near_match, unknown_name
 from btm_scale.forest.expert import read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.posterior.routing import router
 from btm_scale.forest.posterior.tempering import fitted_tempering
 from btm_scale.forest.scores import Stack, dev_prior
-from btm_scale.run_dir import RunDir
+from btm_scale.run_dir import RunDir, finished_models
 
 PRIORS = ("cached", "uniform", "routed")
 
@@ -23,8 +23,12 @@ PRIORS = ("cached", "uniform", "routed")
 def models_of(run: RunDir, asked: Sequence[str]) -> list[str]:
     """Return the models to use: the requested ones, or the forest. Raises ForestError for a missing one."""
     names = list(dict.fromkeys(asked)) or list(experts(run))
-    if not names:
-        raise ForestError(f"There is no expert in {run.experts}. Train some first: btm-scale run CONFIG")
+    finished = finished_models(run)
+    if not names or not finished:
+        what = "finished model" if asked else "expert"
+        raise ForestError(f"There is no {what} in {run.root}. Train some first: btm-scale run CONFIG")
+    if unknown := [name for name in names if name not in finished]:
+        raise ForestError(unknown_name("model", unknown[0], finished))
     for name in names:
         read_expert(run.model(name))
     return names
@@ -83,7 +87,10 @@ def _domains(config: RunConfig, domain: str | None) -> list[str]:
     if domain is None:
         return list(config.domains)
     if domain not in config.all_domains:
-        raise UserError(f"The run has no domain '{domain}'. Choose one of {', '.join(config.all_domains)}.")
+        raise UserError(
+            f"The run has no domain '{domain}'.{near_match(domain, list(config.all_domains))} Choose one of "
+            f"{', '.join(config.all_domains)}."
+        )
     return [domain]
 
 

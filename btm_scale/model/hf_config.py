@@ -38,6 +38,10 @@ def read_config(directory: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if not directory.exists():
+            raise CheckpointError(
+                f"{directory} does not exist. Train the model, or give the path of an existing Hugging Face directory."
+            ) from None
         raise CheckpointError(
             f"{directory} is not a model: it has no config.json. Train it, or choose another model."
         ) from None

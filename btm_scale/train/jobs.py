@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from btm_scale.config.layout import Layout
 from btm_scale.config.run import RunConfig
 from btm_scale.config.training import BranchConfig
-from btm_scale.errors import ConfigError
+from btm_scale.errors import ConfigError, near_match
 from btm_scale.run_dir import DENSE, RANDOM_SPLIT, SEED
 
 
@@ -115,7 +115,10 @@ def _expert_job(config: RunConfig, model: str, seed_end: float) -> TrainingJob:
     elif model in config.expert_domains:
         weights = {model: 1.0}
     else:
-        raise ConfigError(f"'{model}' is not a model of this run. Choose one of {', '.join(model_names(config))}.")
+        names = model_names(config)
+        raise ConfigError(
+            f"'{model}' is not a model of this run.{near_match(model, names)} Choose one of {', '.join(names)}."
+        )
     budget, number = config.budget, len(config.domains)
     batch = budget.batch_tokens // budget.sequence_length
     own = config.experts.get(model)

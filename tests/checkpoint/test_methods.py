@@ -215,7 +215,7 @@ def test_noise_is_uniform_and_depends_only_on_key_and_position() -> None:
 def test_every_method_gives_the_same_bytes_for_any_input_order_and_chunk_size(
     name: str, save: Save, tmp_path: Path
 ) -> None:
-    base = save("base", random_weights(9))
+    base = save("base", random_weights(9)) if METHODS[name].needs_base else None
     models = [(save(f"m{i}", random_weights(i)), 1.0) for i in range(2 if name == "slerp" else 3)]
     first = merge(tmp_path / "a", models, method=name, base=base).content_hash
     assert merge(tmp_path / "b", models[::-1], method=name, base=base, chunk_bytes=66).content_hash == first
@@ -234,7 +234,8 @@ def test_no_method_holds_a_full_matrix(name: str, save: Save, tmp_path: Path, mo
     monkeypatch.setattr(runner, "_ROWS_ELEMENTS", 64)
     monkeypatch.setattr(runner.UnitRunner, "_piece", recorded)
     models = [(save(f"m{i}", random_weights(i)), 1.0) for i in range(2)]
-    merge(tmp_path / "out", models, method=name, base=save("base", random_weights(9)), chunk_bytes=128)
+    base = save("base", random_weights(9)) if METHODS[name].needs_base else None
+    merge(tmp_path / "out", models, method=name, base=base, chunk_bytes=128)
     assert max(sizes) == 64
 
 
@@ -281,10 +282,17 @@ def test_slerp_interpolates_parallel_tensors_linearly(save: Save, tmp_path: Path
 @pytest.mark.parametrize(
     ("method", "count", "settings", "message"),
     [
-        ("ties", 2, {}, "needs a base: the model from which all inputs were trained"),
+        ("ties", 2, {}, r"a base: the model from which all inputs were trained\. Give it \(--base DIR; `base` in Py"),
         ("slerp", 3, {}, "exactly 2 models, but 3"),
-        ("ties", 2, {"density": 0}, "Both must be above 0"),
-        ("della", 2, {"density": 0.99}, "Both must be above 0 and at most 1"),
+        ("ties", 2, {"density": 2}, r"keep a fraction of 2 .* It must be above 0 and at most 1: change density\.\n"),
+        (
+            "ties",
+            2,
+            {"densty": 0.5},
+            r"no parameter 'densty'\. Did you mean 'density'\? Its parameters are: density \(",
+        ),
+        ("slerp", 2, {"density": 0.5}, r"no parameter 'density'\. It takes no parameters: leave it out\."),
+        ("della", 2, {"density": 0.99}, "Both must be above 0 and at most 1: change density or window"),
         (
             "dare",
             2,
@@ -306,3 +314,11 @@ def test_weights_are_rejected_for_a_method_that_computes_its_own(save: Save, tmp
     models = [(save(f"m{i}", random_weights(i)), float(i + 1)) for i in range(2)]
     with pytest.raises(CheckpointError, match="computes its own weights"):
         merge(tmp_path / "out", models, method="sce", base=models[0][0])
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp"])
+def test_a_base_is_rejected_for_a_method_that_takes_none(save: Save, tmp_path: Path, method: str) -> None:
+    models = [(save(f"m{i}", random_weights(i)), 1.0) for i in range(2)]
+    with pytest.raises(CheckpointError, match=f"'{method}' takes no base. .* use a method that takes one: dare, della"):
+        merge(tmp_path / "out", models, method=method, base=models[0][0])
+    assert not (tmp_path / "out").exists()

@@ -73,7 +73,7 @@ def test_sampled_subsets_are_distinct_and_include_each_expert_alone_and_all_toge
     assert choose_subsets(run, ["python", "cpp"], most=3) == [("cpp",), ("python",), ("cpp", "python")]
     with pytest.raises(UserError, match="3 subsets are too few for 4 experts"):
         choose_subsets(run, (), most=3)
-    with pytest.raises(ForestError, match="'law' is not an expert of this run"):
+    with pytest.raises(ForestError, match="Unknown expert 'law'"):
         choose_subsets(run, ["law"], most=3)
 
 

@@ -79,6 +79,20 @@ def test_an_expert_that_cannot_be_mixed_is_rejected_with_the_reason(
     assert not run.experts.is_dir() or not list(run.experts.iterdir())
 
 
+def test_a_path_that_does_not_exist_or_a_run_folder_is_not_added(
+    run: RunDir, config: RunConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(ForestError, match="friend does not exist"):
+        add_expert(config, run, tmp_path / "friend", "friend")
+    other = RunDir(tmp_path / "other")
+    model(other.model("law"))
+    other.config.write_text("{}")
+    with pytest.raises(
+        ForestError, match=f"is a run folder, not a model. Give the folder of a model: {other.experts}/law"
+    ):
+        add_expert(config, run, other.root, "friend")
+
+
 def test_a_name_in_use_is_rejected(run: RunDir, config: RunConfig, tmp_path: Path) -> None:
     source = model(tmp_path / "friend")
     add_expert(config, run, source, "friend")
@@ -134,7 +148,7 @@ def test_removing_an_expert_deletes_only_its_own_scores_and_checkpoints(
     assert not run.train("one").exists()
     assert not run.model_scores("one").exists()
     assert run.train("other").exists()
-    with pytest.raises(ForestError, match="Its experts: other"):
+    with pytest.raises(ForestError, match=r"Unknown expert 'one'\. Choose one of other\."):
         remove_expert(run, "one")
 
 

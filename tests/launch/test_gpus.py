@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from btm_scale.launch.gpus import GPUS, gpu_of_device
+from btm_scale.launch.gpus import GPUS, gpu_named, gpu_of_device
 from btm_scale.train.metrics import peak_flops
 
 DEVICES = {
@@ -39,6 +39,10 @@ def test_every_gpu_of_the_table_is_known_by_the_name_that_its_driver_reports() -
     found = {device: gpu_of_device(device) for device in DEVICES}
     assert {device: gpu.name for device, gpu in found.items() if gpu} == DEVICES
     assert set(DEVICES.values()) == set(GPUS)
+
+
+def test_a_gpu_can_be_named_in_upper_case() -> None:
+    assert gpu_named("H100-NVL") is GPUS["h100-nvl"]
 
 
 @pytest.mark.parametrize("device", ["NVIDIA A10G", "NVIDIA GeForce RTX 4090", "NVIDIA H1000", "cpu"])

@@ -64,6 +64,12 @@ def training_step(path: Path) -> int | None:
     return step if isinstance(step, int) else None
 
 
+def tensor_degree(path: Path) -> int | None:
+    """Return the number of tensor ranks that a checkpoint was written by, or None if it has no file per rank."""
+    folder = checkpoint_folder(path)
+    return len({rank for rank, _ in _files(folder, _MODEL_FILE)}) or None if folder else None
+
+
 def _files(folder: Path, pattern: re.Pattern[str]) -> Files:
     if not folder.is_dir():
         return {}

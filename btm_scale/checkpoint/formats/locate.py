@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from btm_scale.errors import CheckpointError
+from btm_scale.errors import CheckpointError, first_few
 from btm_scale.run_dir import SEED, RunDir
 from btm_scale.util.inside import file_inside
 from btm_scale.util.records import read_object
@@ -34,6 +34,27 @@ def described_in(path: Path) -> Path:
     if (here / STATE_MARKER).is_file():
         nearby += _models_of_the_run(here)
     return next((folder for folder in nearby if (folder / "config.json").is_file()), path)
+
+
+def require_path(path: Path) -> None:
+    """Raise `CheckpointError` if the path of a model does not exist."""
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist. Give the path of an existing model directory or checkpoint.")
+
+
+def require_no_run(path: Path) -> None:
+    """Raise `CheckpointError`, with the paths of the experts, if `path` is a run's folder or its folder of experts."""
+    run = RunDir(path.parent if path.name == "experts" else path)
+    if not run.config.is_file():
+        return
+    experts = sorted(file.parent for file in run.experts.glob("*/config.json") if file.parent.name[0] != ".")
+    remedy = (
+        f"Give the folder of a model: {first_few(list(map(str, experts)), 'experts', most=8)}."
+        if experts
+        else "It has no experts yet: train them with btm-scale run."
+    )
+    what = "a run folder" if run.root == path else "the folder of a run's experts"
+    raise CheckpointError(f"{path} is {what}, not a model. {remedy}")
 
 
 def iteration_folder(path: Path) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from threading import local
 
@@ -10,7 +10,7 @@ import torch
 
 from btm_scale.checkpoint.formats.locate import described_in
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, unknown_tensor
-from btm_scale.errors import CheckpointError
+from btm_scale.errors import CheckpointError, few_names
 from btm_scale.model.families.family import Entry
 from btm_scale.model.hf_config import read_shape
 from btm_scale.model.hf_names import join, table, to_huggingface
@@ -26,6 +26,17 @@ def find_shape(path: Path) -> ModelShape:
             "of the Hugging Face model beside it."
         )
     return read_shape(file.parent)
+
+
+def require_names(path: Path, names: Set[str], described: Set[str]) -> None:
+    """Raise `CheckpointError` unless the tensors of a model are those that its config.json describes."""
+    differences = {"lacks the tensor": described - names, "has an unexpected tensor": names - described}
+    facts = [f"{verb} {few_names(odd, 'tensors')}" for verb, odd in differences.items() if odd]
+    if facts:
+        raise CheckpointError(
+            f"{path} {', and '.join(facts)}. It must have the tensors of the model in its config.json. Copy the "
+            "weights again, or use the config.json that belongs to them."
+        )
 
 
 def is_megatron(names: Sequence[str]) -> bool:
@@ -46,12 +57,7 @@ class MegatronModel(ModelReader):
         entries = {entry.megatron: entry for entry in table(shape)}
         for part in self.parts:
             names = {name for name in part.names if not name.endswith("_extra_state")}
-            if odd := sorted(names ^ entries.keys()):
-                verb = "has an unexpected" if odd[0] in names else "lacks the"
-                raise CheckpointError(
-                    f"{part.path} {verb} tensor '{odd[0]}' for the model in config.json; {len(odd)} tensors differ. "
-                    "Use the config.json that belongs to this checkpoint."
-                )
+            require_names(part.path, names, entries.keys())
         self._specs: dict[str, TensorSpec] = {}
         self._entries: dict[str, Entry] = {}
         for entry in entries.values():

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from btm_scale.checkpoint.formats.deepspeed import checkpoint_folder, open_deepspeed
-from btm_scale.checkpoint.formats.locate import iteration_folder
+from btm_scale.checkpoint.formats.locate import iteration_folder, require_no_run, require_path
 from btm_scale.checkpoint.formats.pytorch_bin import BIN, BIN_INDEX, open_bin
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.formats.safetensors_writer import INDEX, SINGLE
@@ -30,8 +30,9 @@ _OPENERS: dict[str, Callable[[Path], ModelReader]] = {
 def format_of(path: Path) -> str:
     """Return `safetensors`, `bin`, `deepspeed`, `torch_dist` or `training state`.
 
-    Raises `CheckpointError` if `path` is none of them.
+    Raises `CheckpointError` if `path` does not exist or is none of them.
     """
+    require_path(path)
     if is_training_state(path):
         return "training state"
     if path.suffix == ".safetensors" or any((path / name).is_file() for name in (SINGLE, INDEX)):
@@ -42,6 +43,7 @@ def format_of(path: Path) -> str:
         return "torch_dist"
     if path.is_dir() and checkpoint_folder(path) is not None:
         return "deepspeed"
+    require_no_run(path)
     raise CheckpointError(
         f"{path} is not a model: it has no {SINGLE}, {INDEX} or {BIN}, and is not a DeepSpeed, torch_dist or training "
         "checkpoint. Give the path of a model directory or checkpoint."
@@ -49,7 +51,10 @@ def format_of(path: Path) -> str:
 
 
 def open_model(path: Path) -> ModelReader:
-    """Open a model under Hugging Face names. Raises `CheckpointError` for an unknown format or damaged files."""
+    """Open a model under Hugging Face names.
+
+    Raises `CheckpointError` for a path that does not exist, an unknown format or damaged files.
+    """
     path = Path(path)
     return _OPENERS[format_of(path)](path)
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from btm_scale.checkpoint.formats.locate import TOKENIZER_FILES, described_in, read_json
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, dtype_name
+from btm_scale.errors import few_names, first_few
 from btm_scale.model.families import FAMILIES, GPT2
 
 # In checkpoints of older transformers versions.
@@ -44,34 +46,59 @@ _CONFIG_KEYS = (
 def common_specs(
     readers: Sequence[ModelReader], dtype: torch.dtype | None, tensors: Sequence[str] | None = None
 ) -> tuple[dict[str, TensorSpec], list[str]]:
-    """Return the output's specs and every difference between the models, restricted to `tensors` if given."""
+    """Return the output's specs and every kind of difference between the models, restricted to `tensors` if given."""
     first = readers[0]
     specs, *others = (_compared_specs(reader, tensors) for reader in readers)
     absent = [name for name in tensors or () if not any(name in each for each in (specs, *others))]
-    problems = [f"{first.path} has no tensor '{name}'." for name in absent]
+    problems = [f"{first.path} has no tensor {few_names(absent, 'tensors')}."] if absent else []
     for other, theirs in zip(readers[1:], others, strict=True):
-        problems += [f"{other.path} has no tensor '{name}', but {first.path} has." for name in specs.keys() - theirs]
-        problems += [f"{first.path} has no tensor '{name}', but {other.path} has." for name in theirs.keys() - specs]
-        for name in sorted(specs.keys() & theirs):
-            ours, its = specs[name], theirs[name]
-            if ours.shape != its.shape:
-                problems.append(
-                    f"'{name}' is {list(ours.shape)} in {first.path}, but {list(its.shape)} in {other.path}."
-                )
-            elif ours.dtype != its.dtype and (dtype is None or not _both_float(ours, its)):
-                problems.append(
-                    f"'{name}' is {ours} in {first.path}, but {its} in {other.path}. Set the output's dtype."
-                )
-            elif not ours.dtype.is_floating_point and not torch.equal(first.read(name), other.read(name)):
-                problems.append(
-                    f"'{name}', {ours}, is not floating-point and differs between {first.path} and {other.path}."
-                )
+        problems += _differences(first, specs, other, theirs, dtype)
     if dtype is not None:
         specs = {
             name: TensorSpec(dtype, spec.shape) if spec.dtype.is_floating_point else spec
             for name, spec in specs.items()
         }
-    return specs, sorted(problems)
+    return specs, problems
+
+
+def _differences(
+    first: ModelReader,
+    ours: Mapping[str, TensorSpec],
+    other: ModelReader,
+    theirs: Mapping[str, TensorSpec],
+    dtype: torch.dtype | None,
+) -> list[str]:
+    """Return one problem per kind of difference between two models, each with a few of the tensors that have it."""
+    lacking = [
+        f"{one.path} has no tensor {few_names(names, 'tensors')}, but {another.path} has."
+        for one, another, names in (
+            (other, first, ours.keys() - theirs.keys()),
+            (first, other, theirs.keys() - ours.keys()),
+        )
+        if names
+    ]
+    shapes, kinds, dtypes, values = [], [], [], []
+    for name in sorted(ours.keys() & theirs.keys()):
+        mine, its = ours[name], theirs[name]
+        if mine.shape != its.shape:
+            shapes.append(f"'{name}' {list(mine.shape)} and {list(its.shape)}")
+        elif mine.dtype != its.dtype and not _both_float(mine, its):
+            kinds.append(f"'{name}' {mine} and {its}")
+        elif mine.dtype != its.dtype and dtype is None:
+            dtypes.append(f"'{name}' {mine} and {its}")
+        elif not mine.dtype.is_floating_point and not torch.equal(first.read(name), other.read(name)):
+            values.append(f"'{name}' {mine}")
+    found = (
+        ("shapes", shapes, "Merge models of one architecture."),
+        ("kinds of numbers", kinds, "Save both models with the same."),
+        ("dtypes", dtypes, "Give the output's dtype (--dtype; `dtype` in Python)."),
+        ("values of integers", values, "They are copied, not averaged. Merge models in which they are equal."),
+    )
+    return lacking + [
+        f"{first.path} and {other.path} have different {what}: {first_few(examples, 'tensors')}. {remedy}"
+        for what, examples, remedy in found
+        if examples
+    ]
 
 
 def promoted_dtype(directories: Iterable[Path]) -> str | None:
@@ -109,17 +136,22 @@ def is_derived(name: str, directory: Path) -> bool:
 
 
 def config_problems(paths: Sequence[Path]) -> list[str]:
-    """Return every difference between the configs in a setting that changes what the weights compute."""
+    """Return a problem for every config that differs in a setting that changes what the weights compute."""
     configs = {path: config for path in paths if (config := read_json(described_in(path) / "config.json"))}
     if not configs:
         return []
     (first, ours), *others = configs.items()
-    return [
-        f"config.json: {key} is {ours.get(key)} in {first}, but {theirs.get(key)} in {path}."
-        for path, theirs in others
-        for key in _CONFIG_KEYS
-        if ours.get(key) != theirs.get(key)
-    ]
+    problems = []
+    for path, theirs in others:
+        differing = [key for key in _CONFIG_KEYS if ours.get(key) != theirs.get(key)]
+        if differing:
+            settings = ", ".join(f"{key} {_shown(ours, key)} and {_shown(theirs, key)}" for key in differing)
+            problems.append(f"The config.json of {first} and {path} differ: {settings}. Merge models of one shape.")
+    return problems
+
+
+def _shown(config: Mapping[str, Any], key: str) -> object:
+    return "(not set)" if config.get(key) is None else config[key]
 
 
 def tokenizer_problems(paths: Sequence[Path]) -> list[str]:

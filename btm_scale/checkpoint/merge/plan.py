@@ -18,8 +18,8 @@ from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, parse_
 from btm_scale.checkpoint.hashing import BLOCK_BYTES, sample_hash
 from btm_scale.checkpoint.merge import elementwise, whole_tensor  # noqa: F401 (they register their methods)
 from btm_scale.checkpoint.merge.compatibility import common_specs, config_problems, tokenizer_problems
-from btm_scale.checkpoint.merge.registry import Method, find_method
-from btm_scale.errors import CheckpointError
+from btm_scale.checkpoint.merge.registry import METHODS, Method, find_method
+from btm_scale.errors import CheckpointError, near_match
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,13 @@ def make_plan(
     used = _used_inputs(chosen, inputs)
     problems = _weight_problems(chosen, used) + _parameter_problems(chosen, parameters or {})
     if chosen.needs_base and base is None:
-        problems.append(f"'{method}' needs a base: the model from which all inputs were trained. Set base.")
+        problems.append(
+            f"'{method}' needs a base: the model from which all inputs were trained. Give it (--base DIR; `base` in "
+            "Python)."
+        )
+    if base is not None and not chosen.needs_base:
+        others = ", ".join(name for name, other in sorted(METHODS.items()) if other.needs_base)
+        problems.append(f"'{method}' takes no base. Leave {base} out, or use a method that takes one: {others}.")
     basis = [Path(base)] if base is not None and chosen.needs_base else []
     paths = [*(path for path, _ in used), *basis]
     models = _checked(paths, parse_dtype(dtype) if dtype else None, problems, tensors)
@@ -193,10 +199,11 @@ def _checked(
         ]
         specs: dict[str, TensorSpec] = {}
         if len(readers) == len(paths) and readers:
-            specs, differences = common_specs(readers, dtype, tensors)
-            problems += differences
+            # The configs' sizes come first: they explain most differences between tensors.
             if tensors is None:
                 problems += config_problems(paths) + tokenizer_problems(paths)
+            specs, differences = common_specs(readers, dtype, tensors)
+            problems += differences
         if problems:
             listing = "\n".join(f"  - {problem}" for problem in problems)
             raise CheckpointError(f"Cannot merge these models. Nothing was written:\n{listing}")
@@ -226,7 +233,7 @@ def _weight_problems(method: Method, inputs: Sequence[tuple[Path, float]]) -> li
     weights = [weight for _, weight in inputs]
     problems = []
     if not inputs:
-        problems.append("No input has a nonzero weight. Give at least one model.")
+        problems.append("No input has a nonzero weight. Give at least one input a nonzero weight.")
     elif not math.isfinite(sum(map(abs, weights))):
         problems.append(f"The weights are {weights}. They and their sum must be finite.")
     elif method.name in ("linear", "slerp") and abs(sum(weights)) <= 1e-12 * sum(map(abs, weights)):
@@ -240,9 +247,12 @@ def _weight_problems(method: Method, inputs: Sequence[tuple[Path, float]]) -> li
 
 def _parameter_problems(method: Method, parameters: Mapping[str, float]) -> list[str]:
     defaults = method.parameters
-    choices = ", ".join(f"{name} (default {value})" for name, value in defaults.items()) or "none"
+    choices = ", ".join(f"{name} (default {value:g})" for name, value in defaults.items())
+    remedy = f"Its parameters are: {choices}." if defaults else "It takes no parameters: leave it out."
     problems = [
-        f"'{method.name}' has no parameter '{name}'. It has: {choices}." for name in parameters if name not in defaults
+        f"'{method.name}' has no parameter '{name}'.{near_match(name, list(defaults))} {remedy}"
+        for name in parameters
+        if name not in defaults
     ]
     settings = {**defaults, **parameters}
     problems += [
@@ -252,8 +262,10 @@ def _parameter_problems(method: Method, parameters: Mapping[str, float]) -> list
     ]
     density, half = settings.get("density", 1.0), settings.get("window", 0.0) / 2
     if not 0 < density - half <= density + half <= 1:
+        windowed = "window" in defaults
+        kept = f"{density - half:g} to {density + half:g}" if windowed else f"{density:g}"
         problems.append(
-            f"'{method.name}' would keep a fraction of {density - half:g} to {density + half:g} of the elements. Both "
-            "must be above 0 and at most 1: change density or window."
+            f"'{method.name}' would keep a fraction of {kept} of the elements. {'Both' if windowed else 'It'} must be "
+            f"above 0 and at most 1: change {'density or window' if windowed else 'density'}."
         )
     return problems
