@@ -9,9 +9,9 @@ import numpy as np
 from btm_scale.config.evaluation import EvaluateConfig, Tempering
 from btm_scale.config.run import RunConfig
 from btm_scale.data.clustering import Clustering
-from btm_scale.errors import ForestError, UserError
+from btm_scale.errors import UserError
 from btm_scale.forest.expert import read_expert
-from btm_scale.forest.forest import experts
+from btm_scale.forest.forest import require_experts
 from btm_scale.forest.posterior.routing import router
 from btm_scale.forest.posterior.tempering import fitted_tempering
 from btm_scale.forest.scores import Stack, dev_prior
@@ -22,9 +22,7 @@ PRIORS = ("cached", "uniform", "routed")
 
 def models_of(run: RunDir, asked: Sequence[str]) -> list[str]:
     """Return the models to use: the requested ones, or the forest. Raises ForestError for a missing one."""
-    names = list(dict.fromkeys(asked)) or list(experts(run))
-    if not names:
-        raise ForestError(f"There is no expert in {run.experts}. Train some first: btm-scale run CONFIG")
+    names = list(dict.fromkeys(asked)) or list(require_experts(run))
     for name in names:
         read_expert(run.model(name))
     return names
