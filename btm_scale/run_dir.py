@@ -27,6 +27,11 @@ class RunDir:
         return self.root / "run.yaml"
 
     @property
+    def prepare_lock(self) -> Path:
+        """The lock of the process that prepares the run."""
+        return self.root / ".prepare.lock"
+
+    @property
     def tokenizer(self) -> Path:
         """The tokenizer's Hugging Face directory."""
         return self.root / "tokenizer"

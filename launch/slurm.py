@@ -16,6 +16,8 @@ from btm_scale.run_dir import RunDir
 
 _NOT_A_RENDEZVOUS = ("localhost", "127.0.0.1", "::1")
 _TEMPLATES = Path(__file__).parent / "templates"
+# The options of sbatch that request GPUs, with their value: --gres=gpu:8, --gpus-per-node 8, -G 8.
+_GPU_OPTION = re.compile(r"--gres\b.*\bgpu\b.*|--gpus\b.*|--tres-per-\w+\b.*\bgpu\b.*|-G\b.*")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Job:
     colocated: int = 1
     after: tuple[str, ...] = ()
     is_array: bool = False
+    uses_gpus: bool = True
 
 
 def nodes_of(job: Job, config: SlurmConfig) -> tuple[int, int]:
@@ -123,7 +126,7 @@ def _options(job: Job, run_name: str, run: RunDir, config: SlurmConfig) -> list[
         "account": config.account,
         "qos": config.qos,
         "cpus-per-task": config.cpus_per_rank,
-        "gres": config.gres,
+        "gres": config.gres if job.uses_gpus else None,
     }
     options += [f"--{name}={value}" for name, value in given.items() if value is not None]
     if config.exclusive:
@@ -131,7 +134,13 @@ def _options(job: Job, run_name: str, run: RunDir, config: SlurmConfig) -> list[
     if job.is_array:
         limit = f"%{config.at_a_time}" if config.at_a_time else ""
         options.append(f"--array=0-{len(job.models) - 1}{limit}")
-    return options + [option.strip() for option in config.options]
+    more = [option.strip() for option in config.options]
+    return options + [option for option in more if job.uses_gpus or not _GPU_OPTION.fullmatch(option)]
+
+
+def requests_gpus(config: SlurmConfig) -> bool:
+    """Return whether the jobs that train and score request GPUs."""
+    return config.gres is not None or any(_GPU_OPTION.fullmatch(option.strip()) for option in config.options)
 
 
 def job_name(run_name: str, job: Job) -> str:

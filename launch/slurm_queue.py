@@ -115,12 +115,18 @@ def is_here() -> bool:
 
 
 def queue() -> dict[str, tuple[str, QueueEntry]]:
-    """Return (name, entry) of this user's pending and running jobs, by id."""
+    """Return (name, entry) of this user's pending and running jobs, by id. Raises LaunchError if squeue fails."""
     form = "%i|%T|%r|%N|%j|%o"
     # --all: a partition may be hidden. The user by number: a name would be that of the environment.
-    text = _ask("squeue", "--noheader", "--array", "--all", f"--user={os.getuid()}", f"--format={form}")
+    process = _call("squeue", "--noheader", "--array", "--all", f"--user={os.getuid()}", f"--format={form}")
+    if process.returncode:
+        first, *_ = (process.stderr.strip() or f"exit code {process.returncode}").splitlines()
+        raise LaunchError(
+            f"squeue failed: {first.removeprefix('squeue: ')}. No job was submitted. Check that this host can reach "
+            "SLURM (SLURM_CONF), or only write the scripts: --dry-run."
+        )
     entries = {}
-    for line in text.splitlines():
+    for line in process.stdout.splitlines():
         number, state, reason, nodes, name, script = line.split("|", 5)
         entries[number] = (name, QueueEntry(number, state, reason, nodes, script))
     return entries
@@ -145,6 +151,16 @@ def cancel(number: str) -> None:
 
 
 def _ask(*command: str) -> str:
+    process = _call(*command)
+    if process.returncode:
+        raise LaunchError(
+            f"{' '.join(command)}: {process.stderr.strip() or f'exit code {process.returncode}'}\n"
+            "Correct launch.slurm and rerun; jobs that are already submitted are not submitted again."
+        )
+    return process.stdout
+
+
+def _call(*command: str) -> subprocess.CompletedProcess[str]:
     if shutil.which(command[0]) is None:
         raise LaunchError(
             f"{command[0]} is not installed. Run this on a machine with SLURM, or only write the scripts: --dry-run."
@@ -153,10 +169,4 @@ def _ask(*command: str) -> str:
     # jobs.
     outer = ("SLURM_JOB", "SLURM_STEP", "SBATCH_", "SQUEUE_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(outer)}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if process.returncode:
-        raise LaunchError(
-            f"{' '.join(command)}: {process.stderr.strip() or f'exit code {process.returncode}'}\n"
-            "Correct launch.slurm and rerun; jobs that are already submitted are not submitted again."
-        )
-    return process.stdout
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
+from typer import TyperException
 from typer.core import TyperCommand, TyperGroup
 
 OUTPUT = "Output"  # the section of the options that every verb has
@@ -60,6 +62,17 @@ class Verbs(TyperGroup):
             if getattr(parameter, "is_flag", False) and parameter.default is None:
                 parameter.default = False
         return parameters
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the verb; for a folder in its place, the error names the verb that may have been meant."""
+        try:
+            return super().resolve_command(ctx, args)
+        except TyperException as error:
+            if args and Path(args[0]).is_dir():
+                looks = next(name for name in ("list", "status") if name in self.commands)
+                meant = f"{ctx.command_path} {looks} {args[0]}"
+                error.message = f"{args[0]} is a directory and not a command. Did you mean '{meant}'?"
+            raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the options and then the verbs, section by section."""

@@ -22,7 +22,7 @@ from btm_scale.cli.options import (
     several,
 )
 from btm_scale.cli.show import show_results
-from btm_scale.cli.verb import Answer, Document, verb
+from btm_scale.cli.verb import Answer, say, verb
 from btm_scale.run.launcher_table import LAUNCHERS, LOCAL
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def score(
     ],
     launcher: Annotated[str, launcher(_OF_RANKS, "With slurm this process is a rank that srun has started.")] = LOCAL,
     averages: Annotated[bool, flag("--averages", "", hidden=True)] = False,  # for the ranks that `evaluate` starts
-) -> Document | None:
+) -> Answer | None:
     """Compute the per-token log-probabilities of models.
 
     Each model is scored on every domain for which it has no scores yet.
@@ -61,7 +61,15 @@ def score(
         return None
     from btm_scale.run.pipeline import score_models
 
-    return {"scored": score_models(config, run_dir, models)}
+    scored = score_models(config, run_dir, models)
+    return Answer(
+        {"scored": scored},
+        None
+        if scored
+        else lambda: say(
+            f"Nothing to score: {'these models have' if models else 'every finished model has'} all scores."
+        ),
+    )
 
 
 @verb(app, "evaluate", section=_SECTION)
@@ -87,10 +95,13 @@ def evaluate(
 @verb(app, "report", section=_SECTION)
 def report(run: RunFolder) -> Answer:
     """Write the page with tables and charts, and print the table."""
+    from btm_scale.evaluate.readiness import require_evaluable
     from btm_scale.evaluate.results import load_results
     from btm_scale.report.page import report as write_report
 
     config, run_dir = opened(run)
+    if not run_dir.results.is_file():
+        require_evaluable(config, run_dir)  # names what is missing before an evaluation is possible
     results = load_results(run_dir)
     write_report(config, run_dir, results)
     return Answer({"page": str(run_dir.report)}, lambda: show_results(results))

@@ -10,7 +10,7 @@ import typer
 
 from btm_scale.cli.commands import Verbs, VerbWithWords
 from btm_scale.cli.options import RandomSeed, RunFolder, argument, models_of_run, one_of, opened, option, several
-from btm_scale.cli.verb import Document, verb
+from btm_scale.cli.verb import Answer, Document, say, verb
 from btm_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -53,12 +53,13 @@ def discover(
 
 
 @verb(forest, "list")
-def forest_list(run: RunFolder) -> Document:
+def forest_list(run: RunFolder) -> Answer:
     """List the experts with their parents, domains and tokens."""
-    from btm_scale.forest.forest import experts
+    from btm_scale.forest.forest import experts, no_expert
 
     _, run_dir = opened(run)
-    return {
+    forest = experts(run_dir)
+    listed = {
         "experts": {
             name: {
                 "parents": {parent.name: parent.weight for parent in expert.parents},
@@ -67,9 +68,10 @@ def forest_list(run: RunFolder) -> Document:
                 "steps": expert.steps,
                 "content_hash": expert.content_hash,
             }
-            for name, expert in experts(run_dir).items()
+            for name, expert in forest.items()
         }
     }
+    return Answer(listed, None if forest else lambda: say(no_expert(run_dir)))
 
 
 @verb(forest, "add")
@@ -112,12 +114,13 @@ def forest_remove(
 
 
 @verb(forest, "lineage")
-def forest_lineage(run: RunFolder) -> Document:
+def forest_lineage(run: RunFolder) -> Answer:
     """Show every expert's parents and their weights, up to the seed LM."""
-    from btm_scale.forest.forest import lineage
+    from btm_scale.forest.forest import lineage, no_expert
 
     _, run_dir = opened(run)
-    return {"parents": lineage(run_dir)}
+    parents = lineage(run_dir)
+    return Answer({"parents": parents}, None if parents else lambda: say(no_expert(run_dir)))
 
 
 app.add_typer(forest, name="forest", cls=Verbs, subcommand_metavar="ACTION ...", rich_help_panel=_SECTION)

@@ -100,7 +100,14 @@ def models_of_run(ctx: typer.Context, incomplete: str) -> list[str]:
 
 ConfigFile = Annotated[Path, argument("CONFIG", "The run's YAML.")]
 RunFolder = Annotated[Path, argument("RUN", "The run's folder.")]
-Out = Annotated[Path | None, option("--out", "DIR", "The run's folder.  [default: runs/NAME]")]
+Out = Annotated[
+    Path | None,
+    option(
+        "--out",
+        "DIR",
+        "The run's folder.  [default: runs/NAME, NAME being the `name` in the YAML or the file's name]",
+    ),
+]
 Settings = Annotated[
     list[str],
     several("--set", "KEY=VALUE", "Change one value of the YAML, such as budget.tokens=1e6. May be repeated."),

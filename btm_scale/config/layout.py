@@ -134,11 +134,9 @@ class Layout(Section):
         """
         problems = []
         if self.tensor not in (degrees := shape.tensor_degrees()):
-            sizes = {"heads": shape.heads, "kv_heads": shape.kv_heads, "ffn": shape.ffn}
-            odd = [f"{name} {size}" for name, size in sizes.items() if size % self.tensor]
             problems.append(
-                f"Cannot shard {' and '.join(odd)} over tensor={self.tensor}. tensor must divide heads, kv_heads and "
-                f"ffn: use {_either(degrees)}."
+                f"Cannot shard the model over tensor={self.tensor}. tensor must divide the attention heads "
+                f"({shape.heads}), KV heads ({shape.kv_heads}) and MLP width ({shape.ffn}): use {_either(degrees)}."
             )
         if self.sequence_parallel and sequence_length % self.tensor:
             longer = -(-sequence_length // self.tensor) * self.tensor

@@ -77,7 +77,9 @@ def _with_pretrained(values: dict[str, Any], folder: Path) -> dict[str, Any]:
 class RunConfig(Section):
     """A run. Read one with `RunConfig.load`."""
 
-    name: str = "run"
+    name: str = Field(
+        default="run", description="title of the run and prefix of its jobs; default: the name of the YAML file"
+    )
     random_seed: int = Field(default=1, ge=0, lt=2**31, description="seed of weights, splits and sampling")
     model: ModelConfig = ModelConfig(preset="llama-4m")
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -150,7 +152,12 @@ class RunConfig(Section):
             try:
                 shape = model.shape(vocabulary=1, positions=length)
                 layouts[place] = Layout.model_validate(self.layout.model_dump() | changes)
-                problems += [f"{place}: {problem}" for problem in layouts[place].problems(shape, length)]
+                # What an override inherits from `layout` is reported once.
+                problems += [
+                    f"{place}: {problem}"
+                    for problem in layouts[place].problems(shape, length)
+                    if f"layout: {problem}" not in problems
+                ]
             except ValidationError as error:
                 problems.append(explain(error, Layout, prefix=place))
         problems += [
@@ -279,7 +286,8 @@ class RunConfig(Section):
     def load(cls, path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
         """Read a YAML, apply `key.path=value` overrides, and resolve paths.
 
-        Paths in the YAML are relative to its folder; paths in an override are relative to the working folder.
+        Paths in the YAML are relative to its folder; paths in an override are relative to the working folder. A run
+        without a `name` is named after the file.
         A run.yaml of an earlier version is upgraded. Raises ConfigError that lists every problem.
         """
         values = upgraded(load_yaml(path), path)
@@ -297,7 +305,22 @@ class RunConfig(Section):
             problems.append(explain(error, cls))
         if problems:
             raise ConfigError("\n".join([f"{path}:", *problems]))
-        return config._with_absolute_paths(path.resolve().parent)
+        config = config._with_absolute_paths(path.resolve().parent)
+        return config if "name" in values else config._named_after(path)
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the YAML sets the name, rather than being named after its file."""
+        return "name" in self.model_fields_set
+
+    def _named_after(self, path: Path) -> RunConfig:
+        try:
+            name = require_name(path.stem, "a run")
+        except ValueError:
+            return self
+        named = self.model_copy(update={"name": name})
+        named.model_fields_set.discard("name")
+        return named
 
     def _with_absolute_paths(self, folder: Path) -> RunConfig:
         tokenizer = self.tokenizer

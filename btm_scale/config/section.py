@@ -6,10 +6,19 @@ import difflib
 import math
 import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from btm_scale.errors import UserError
 
@@ -19,6 +28,17 @@ class Section(BaseModel):
 
     # YAML can write infinity and NaN; no setting may have them.
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_quoted_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic takes "yes", "off", 1 and others for booleans.
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        choices = get_args(annotation) or (annotation,)
+        is_unset = value is None and type(None) in choices
+        if bool in choices and not (isinstance(value, bool) or is_unset):
+            raise ValueError(f"must be true or false, without quotes, and is {_shown(value)}")
+        return value
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
@@ -56,12 +76,40 @@ def _sentence(problem: Any, model: type[BaseModel]) -> Iterator[str]:
         remedy = f"did you mean '{near[0]}'?" if near else f"the keys here are {', '.join(known)}"
         yield f"unknown key; {remedy}"
     elif problem["type"] == "missing":
-        yield "missing; this key is required"
+        is_item = problem["loc"] and isinstance(problem["loc"][-1], int)
+        yield "missing; the list needs this item" if is_item else "missing; this key is required"
     elif problem["type"] == "value_error":
         yield from str(problem["ctx"]["error"]).split("\n")
+    elif problem["type"] in ("too_short", "too_long"):
+        yield _wrong_length(problem["ctx"])
+    elif (kind := _KINDS.get(problem["type"])) is not None:
+        yield f"must be {kind} and is {_shown(problem['input'])}"
     else:
         message = problem["msg"].replace("Input should be", "must be")
         yield f"{_SHORT.repr(problem['input'])}: {message[0].lower()}{message[1:]}"
+
+
+# What pydantic's types of errors ask for, in the words of the YAML.
+_KINDS = (
+    dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "an integer")
+    | dict.fromkeys(("float_type", "float_parsing"), "a number")
+    | dict.fromkeys(("string_type", "string_sub_type"), "text in quotes")
+    | dict.fromkeys(("list_type", "tuple_type"), "a list")
+    | dict.fromkeys(("dict_type", "mapping_type", "model_type", "model_attributes_type"), "a section of keys")
+    | {"path_type": "a path", "none_required": "empty"}
+)
+
+
+def _shown(value: Any) -> str:
+    return "empty" if value is None else _SHORT.repr(value)
+
+
+def _wrong_length(limits: Mapping[str, Any]) -> str:
+    if "max_length" in limits:
+        return f"has {limits['actual_length']} items; give at most {limits['max_length']}"
+    if limits["actual_length"]:
+        return f"has too few items; give at least {limits['min_length']}"
+    return "is empty; give at least " + ("one" if limits["min_length"] == 1 else str(limits["min_length"]))
 
 
 def _fields_at(model: type[BaseModel], location: list[str | int]) -> set[str]:

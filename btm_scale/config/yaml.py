@@ -50,6 +50,10 @@ def load_yaml(path: Path) -> dict[str, Any]:
         text = content.decode("utf-8")
     except FileNotFoundError:
         raise ConfigError(f"No config at {path}. Give the path of a YAML file.") from None
+    except IsADirectoryError:
+        is_run = (path / "run.yaml").is_file()
+        remedy = f"Give its run.yaml, with --out {path}, or your own YAML" if is_run else "Give the path of a YAML file"
+        raise ConfigError(f"{path} is a directory. {remedy}.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     values = _parse(text, str(path), WrittenResolver if path.name == "run.yaml" else ConfigResolver)

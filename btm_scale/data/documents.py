@@ -5,9 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -40,17 +40,30 @@ class BadLines:
         self.policy = policy
         self.skipped = 0
 
-    def __call__(self, file: SourceFile, line: int, why: str) -> None:
-        """Handle a bad line, numbered from 1 (in a Parquet file, the row)."""
+    def __call__(self, file: SourceFile, line: int, why: str, remedy: str = "") -> None:
+        """Handle a bad line, numbered from 1 (in a Parquet file, the row). `remedy` is the first one to try."""
         if self.policy == "error":
+            fix = f"{remedy}, fix the line" if remedy else "Fix the line"
             raise DataError(
-                f"{file.path}, line {line}: {why}. Fix the line, or set data.on_bad_line to skip, which "
-                "drops and counts such lines."
+                f"{file.path}, line {line}: {why}. {fix}, or set data.on_bad_line to skip, which drops and counts "
+                "such lines."
             )
         self.skipped += 1
 
 
-Report = Callable[[int, str], None]
+class Report(Protocol):
+    """Reports a bad line of a file: its number, what is wrong, and the first remedy to try."""
+
+    def __call__(self, number: int, why: str, remedy: str = "") -> None:
+        """Report one line."""
+
+
+class _NoFieldError(ValueError):
+    """A row without a field. `key` is the setting of the domain that names the field."""
+
+    def __init__(self, field: str, row: dict[str, Any], key: str) -> None:
+        super().__init__(f"no field '{field}'; fields are {', '.join(map(repr, row)) or 'none'}")
+        self.remedy = f"Set `{key}` of the domain to one of them" if row else ""
 
 
 def empty_domain(source: DomainSource, skipped: int) -> DataError:
@@ -73,8 +86,8 @@ def read_file(file: SourceFile, settings: DomainConfig, on_bad_line: BadLines) -
     file.stat()  # a missing file is an error, not a bad line
     line = 0
 
-    def bad(number: int, why: str) -> None:
-        on_bad_line(file, number, why)
+    def bad(number: int, why: str, remedy: str = "") -> None:
+        on_bad_line(file, number, why, remedy)
 
     if file.format == ".parquet":
         documents = _parquet_rows(file, settings, bad)
@@ -123,13 +136,15 @@ def _json_rows(file: SourceFile, settings: DomainConfig, bad: Report) -> Iterato
                 bad(number, f"not JSON: {error.msg} at column {error.colno}")
             except RecursionError:
                 bad(number, "JSON nested too deeply")
+            except _NoFieldError as error:
+                bad(number, str(error), error.remedy)
             except ValueError as error:
                 bad(number, str(error))
 
 
 def _text(row: dict[str, Any], field: str) -> str:
     if field not in row:
-        raise ValueError(f"no field '{field}'; fields are {', '.join(map(repr, row)) or 'none'}")
+        raise _NoFieldError(field, row, "field")
     text = row[field]
     if not isinstance(text, str):
         raise ValueError(f"field '{field}' holds {type(text).__name__}, not text")
@@ -141,9 +156,11 @@ def _text(row: dict[str, Any], field: str) -> str:
 def _split_key(row: dict[str, Any], split_by: str | SplitUnit) -> str | None:
     if not isinstance(split_by, SplitUnit):
         return None
-    value = row.get(split_by.field)
+    if split_by.field not in row:
+        raise _NoFieldError(split_by.field, row, "split_by.field")
+    value = row[split_by.field]
     if value is None:
-        raise ValueError(f"no field '{split_by.field}', which split_by names")
+        raise ValueError(f"field '{split_by.field}', which split_by names, is null")
     key = str(value)
     return key.partition(split_by.until)[0] if split_by.until else key
 

@@ -29,7 +29,7 @@ def prepare(config: RunConfig, run: RunDir, on_progress: Progress | None = None)
     GroupFailed while another process prepares the run, because its files would look like leftovers.
     """
     sources = resolve_sources(config.all_domains, config.text_root)
-    with held(run.root / ".prepare.lock") as is_ours:
+    with held(run.prepare_lock) as is_ours:
         if not is_ours:
             raise GroupFailed(f"Another process is preparing the run in {run.root}. Wait until it ends, or stop it.")
         return _prepare(sources, config, run, on_progress or _silent)

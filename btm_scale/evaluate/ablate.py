@@ -28,7 +28,7 @@ from btm_scale.errors import ForestError, UserError, unknown_name
 from btm_scale.evaluate.evaluate import MAX_LOSS
 from btm_scale.evaluate.hf_score import block_log_probs
 from btm_scale.forest.expert import read_expert
-from btm_scale.forest.forest import experts
+from btm_scale.forest.forest import require_experts
 from btm_scale.model.hf_decoder import Decoder
 from btm_scale.run_dir import RunDir
 from btm_scale.util.files import make_directory
@@ -119,12 +119,10 @@ def choose_subsets(run: RunDir, names: Sequence[str], *, most: int, random_seed:
 
     Raises ForestError for an unknown expert, UserError if `most` is too low.
     """
-    forest = list(experts(run))
+    forest = list(require_experts(run))
     if unknown := [name for name in names if name not in forest]:
         raise ForestError(unknown_name("expert", unknown[0], forest))
     chosen = sorted(set(names)) or forest
-    if not chosen:
-        raise ForestError(f"There is no expert in {run.experts}. Train some first: btm-scale run CONFIG")
     if 2 ** len(chosen) - 1 <= most:
         return [subset for size in range(1, len(chosen) + 1) for subset in combinations(chosen, size)]
     required: list[Subset] = [*((name,) for name in chosen), tuple(chosen)]

@@ -13,8 +13,8 @@ import numpy as np
 from btm_scale.config.evaluation import Tempering
 from btm_scale.config.run import RunConfig
 from btm_scale.data.eval_text import EvaluationText
-from btm_scale.errors import ForestError
 from btm_scale.evaluate.ensemble import ensemble_methods, routed_methods
+from btm_scale.evaluate.readiness import dense_models, require_evaluable
 from btm_scale.evaluate.results import Compute, EvaluatedDomain, MethodResult, Results
 from btm_scale.forest.average_models import average_model, averages_of
 from btm_scale.forest.expert import read_expert
@@ -24,7 +24,7 @@ from btm_scale.forest.posterior.prior import cached_prior
 from btm_scale.forest.priors import tempering_of
 from btm_scale.forest.scores import Scores, Stack, dev_prior, evaluation_text
 from btm_scale.model.hf_config import read_shape
-from btm_scale.run_dir import DENSE, SEED, RunDir
+from btm_scale.run_dir import SEED, RunDir
 from btm_scale.util.files import make_directory
 from btm_scale.util.pools import in_processes
 
@@ -58,10 +58,12 @@ class _DomainResult:
 
 
 def evaluate(config: RunConfig, run: RunDir) -> Results:
-    """Evaluate every method on every domain from scores, and write results.json. Raises ForestError without experts."""
+    """Evaluate every method on every domain from scores, and write results.json.
+
+    Raises ForestError as `require_evaluable` does.
+    """
+    require_evaluable(config, run)
     names = list(experts(run))
-    if not names:
-        raise ForestError(f"There is no expert in {run.experts}. Train some first: btm-scale run CONFIG")
     averages = averages_of(config, run)
     notes = [] if averages else ["No averages: only models of one shape can be averaged, and the experts differ."]
     domains = list(config.all_domains)
@@ -128,7 +130,7 @@ def _single_models(
     config: RunConfig, names: Sequence[str], averages: Sequence[str], domain: str, prior: np.ndarray
 ) -> dict[str, str]:
     """Return the model behind each method that is a single model."""
-    models = {SEED: SEED} | {model: model for model in _dense_models(config)}
+    models = {SEED: SEED} | {model: model for model in dense_models(config)}
     models |= {f"expert:{name}": name for name in names}
     return models | {f"average:{kind}": average_model(kind, domain, names, prior) for kind in averages}
 
@@ -152,7 +154,7 @@ def _compute_by_method(config: RunConfig, run: RunDir, names: list[str], average
     """Return the training tokens and FLOPs behind each method: of its models and all ancestors, each counted once."""
     behind: dict[str, list[str]] = {SEED: []} | {f"expert:{name}": [name] for name in names}
     behind |= dict.fromkeys(("ensemble", *(f"average:{kind}" for kind in averages)), names)
-    behind |= {model: [model] for model in _dense_models(config)}
+    behind |= {model: [model] for model in dense_models(config)}
     if config.random_split_models:
         behind["random-split"] = config.random_split_models
     ancestors_of = {method: _all_ancestors(run, (SEED, *models)) for method, models in behind.items()}
@@ -166,10 +168,6 @@ def _compute_by_method(config: RunConfig, run: RunDir, names: list[str], average
 
 def _flops_per_token(config: RunConfig, run: RunDir, model: str) -> float:
     return read_shape(run.model(model)).flops_per_token(config.budget.sequence_length)
-
-
-def _dense_models(config: RunConfig) -> list[str]:
-    return [*([DENSE] if config.baselines.dense else []), *config.longer_dense_models]
 
 
 def _all_ancestors(run: RunDir, models: Iterable[str]) -> set[str]:

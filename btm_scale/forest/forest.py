@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from btm_scale.errors import ForestError
 from btm_scale.forest.expert import Expert, is_finished, read_expert
 from btm_scale.run_dir import RunDir
 
@@ -12,6 +13,19 @@ def experts(run: RunDir) -> dict[str, Expert]:
         return {}
     folders = sorted(path for path in run.experts.iterdir() if not path.name.startswith(".") and is_finished(path))
     return {path.name: read_expert(path) for path in folders}
+
+
+def require_experts(run: RunDir) -> dict[str, Expert]:
+    """Return every expert by name. Raises ForestError if there are none."""
+    forest = experts(run)
+    if not forest:
+        raise ForestError(no_expert(run))
+    return forest
+
+
+def no_expert(run: RunDir) -> str:
+    """Return the message for a run without experts."""
+    return f"There is no expert in {run.experts}. Train some first: btm-scale run CONFIG"
 
 
 def lineage(run: RunDir) -> dict[str, dict[str, float]]:

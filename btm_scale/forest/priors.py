@@ -11,7 +11,7 @@ from btm_scale.config.run import RunConfig
 from btm_scale.data.clustering import Clustering
 from btm_scale.errors import ForestError, UserError, near_match, unknown_name
 from btm_scale.forest.expert import read_expert
-from btm_scale.forest.forest import experts
+from btm_scale.forest.forest import require_experts
 from btm_scale.forest.posterior.routing import router
 from btm_scale.forest.posterior.tempering import fitted_tempering
 from btm_scale.forest.scores import Stack, dev_prior
@@ -22,11 +22,10 @@ PRIORS = ("cached", "uniform", "routed")
 
 def models_of(run: RunDir, asked: Sequence[str]) -> list[str]:
     """Return the models to use: the requested ones, or the forest. Raises ForestError for a missing one."""
-    names = list(dict.fromkeys(asked)) or list(experts(run))
+    names = list(dict.fromkeys(asked)) or list(require_experts(run))
     finished = finished_models(run)
-    if not names or not finished:
-        what = "finished model" if asked else "expert"
-        raise ForestError(f"There is no {what} in {run.root}. Train some first: btm-scale run CONFIG")
+    if not finished:
+        raise ForestError(f"There is no finished model in {run.root}. Train some first: btm-scale run CONFIG")
     if unknown := [name for name in names if name not in finished]:
         raise ForestError(unknown_name("model", unknown[0], finished))
     for name in names:

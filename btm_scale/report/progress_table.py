@@ -68,9 +68,11 @@ def progress_line(rows: Sequence[ModelProgress]) -> str:
     parts = [f"{done}/{len(rows)} done"]
     for row in rows:
         if row.state == "running":
+            loss = f" loss {_loss(row)}" if row.loss is not None else ""
+            speed = f" {_speed(row)} tokens/s" if row.tokens_per_second is not None else ""
             left = f", {duration(row.seconds_left)} left" if row.seconds_left is not None else ""
             note = f", {row.note}" if row.note else ""
-            parts.append(f"{row.model} {row.step}/{row.steps} loss {_loss(row)} {_speed(row)} tokens/s{left}{note}")
+            parts.append(f"{row.model} {row.step}/{row.steps}{loss}{speed}{left}{note}")
         elif row.state in ("failed", "stopped"):
             state = "FAILED" if row.state == "failed" else "stopped"
             parts.append(f"{row.model} {state} at {row.step}/{row.steps}" + (f": {row.note}" if row.note else ""))

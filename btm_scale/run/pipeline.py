@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 from btm_scale.config.run import RunConfig
 from btm_scale.data.prepare import prepare
+from btm_scale.errors import ForestError
 from btm_scale.evaluate.averages import are_finished
 from btm_scale.evaluate.evaluate import evaluate
+from btm_scale.evaluate.readiness import require_evaluable
 from btm_scale.evaluate.results import Results
 from btm_scale.forest.average_models import average_texts
 from btm_scale.forest.expert import is_finished, read_expert
@@ -45,12 +47,17 @@ def run_all(config: RunConfig, run: RunDir, *, on_progress: Progress, launcher: 
 
 
 def score_models(config: RunConfig, run: RunDir, models: Sequence[str], launcher: RunGroups | None = None) -> list[str]:
-    """Score the models (default: every finished one) that have missing scores; returns their names."""
+    """Score the models (default: every finished one) that have missing scores; returns their names.
+
+    Raises ForestError if one of them is not finished, or if there is no finished model.
+    """
     for model in models:
         read_expert(run.model(model))
     averages = average_texts(config)
     candidates = [*model_names(config), *added_experts(config, run), *averages]
     names = models or [name for name in candidates if is_finished(run.model(name))]
+    if not names:
+        raise ForestError(f"There is no finished model in {run.root}. Train some first: btm-scale run CONFIG")
     todo = [name for name in names if missing_scores(run, name, averages.get(name) or all_texts(config))]
     if todo:
         _run_scoring(config, run, tuple(part for name in todo for part in ("--model", name)), launcher)
@@ -63,7 +70,11 @@ def added_experts(config: RunConfig, run: RunDir) -> list[str]:
 
 
 def score_averages(config: RunConfig, run: RunDir, launcher: RunGroups | None = None) -> None:
-    """Merge the averages and score each on its domains, in one group; does nothing if none is missing."""
+    """Merge the averages and score each on its domains, in one group; does nothing if none is missing.
+
+    Raises ForestError as `require_evaluable` does, before a group starts.
+    """
+    require_evaluable(config, run)
     if not are_finished(config, run):
         _run_scoring(config, run, ("--averages",), launcher)
 

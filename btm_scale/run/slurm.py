@@ -24,7 +24,8 @@ PREPARE, EXPERTS, EVALUATE = "prepare", "experts", "evaluate"
 def jobs(config: RunConfig) -> list[slurm.Job]:
     """Return every job of a run, after the jobs that it depends on. Experts with equal group sizes share an array."""
     first, *later = training_stages(config)
-    result = [slurm.Job(PREPARE, "prepare"), *(_training(config, name, (name,), (PREPARE,)) for name in first)]
+    result = [slurm.Job(PREPARE, "prepare", uses_gpus=False)]
+    result += [_training(config, name, (name,), (PREPARE,)) for name in first]
     before = tuple(first)
     for number, stage in enumerate(later, start=1):
         own = [_training(config, DENSE, (DENSE,), before)] if DENSE in stage else []
@@ -62,6 +63,8 @@ def submit_run(config: RunConfig, run: RunDir, *, dry_run: bool) -> dict[str, An
     resolve_sources(config.all_domains, config.text_root)  # missing text is reported before anything is submitted
     config = open_run(config, run)
     scripts = write_scripts(config, run)
+    if not slurm.requests_gpus(config.launch.slurm):
+        logger.warning("The jobs request no GPU. Set launch.slurm.gres, such as gpu:8, to train on GPUs.")
     if dry_run:
         return {"scripts": {name: str(path) for name, path in scripts.items()}, "submitted": {}}
     submissions = slurm_queue.Submissions(run.root / "slurm")

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from btm_scale.config.changes import Difference, fixed_differences
 from btm_scale.config.run import ExpertConfig, RunConfig
 from btm_scale.distributed.precision import ask_device
-from btm_scale.errors import ConfigError
+from btm_scale.errors import ConfigError, LaunchError
 from btm_scale.forest.branch import require_parents
 from btm_scale.forest.expert import is_finished
 from btm_scale.forest.methods import check_names
 from btm_scale.forest.scores import all_texts, missing_scores
+from btm_scale.launch import slurm_queue
 from btm_scale.launch.local import visible_gpus
 from btm_scale.launch.supervise import GroupCommand
 from btm_scale.run_dir import RunDir
 from btm_scale.train.jobs import model_names, training_job, training_stages
 from btm_scale.train.progress import ModelProgress, State, read_progress
+from btm_scale.util.locks import is_held
 from btm_scale.util.rank_log import read_failure
 
 
@@ -44,13 +47,17 @@ def continued(config: RunConfig, run: RunDir) -> RunConfig:
     """Return the config with each `auto` replaced by the precision recorded in the run's folder.
 
     Settings that affect how a model is trained, scored or started, but not the resulting model, may differ from the
-    run's: their fields are marked with `Changes`. Raises ConfigError if anything else differs, because the models would
-    not match the config, and for names that `check_names` rejects. Raises ForestError if an expert branches from a
-    model that does not exist.
+    run's: their fields are marked with `Changes`. Everything may differ until the folder holds a result that depends on
+    the config, so that a first attempt that failed can be corrected. A config without a `name` takes the run's.
+
+    Raises ConfigError if anything else differs, because the models would not match the config, and for names that
+    `check_names` rejects. Raises ForestError if an expert branches from a model that does not exist.
     """
-    existing = RunConfig.load(run.config) if run.config.is_file() else None
+    existing = RunConfig.load(run.config) if run.config.is_file() and has_results(run) else None
     check_names(config, known=existing.all_domains if existing is not None else ())
     if existing is not None:
+        if not config.is_named:
+            config = config.model_copy(update={"name": existing.name})
         config = config.with_precisions_of(existing)
         existing = existing.with_precisions_of(config)
         differing = _fixed_differences(existing, config)
@@ -62,6 +69,35 @@ def continued(config: RunConfig, run: RunDir) -> RunConfig:
             )
     require_parents(config, run, model_names(config))
     return config
+
+
+def has_results(run: RunDir) -> bool:
+    """Return whether anything in a run's folder depends on its config, or a process or a SLURM job may write some."""
+    return (
+        run.tokenizer.exists()
+        or any(not path.parent.name.startswith(".") for path in run.data.glob("*/fingerprint.json"))
+        or any(_is_of_training(path) for path in run.train("").rglob("*"))
+        or any(run.root.glob("*/expert.json"))
+        or any(run.root.glob("*/*/expert.json"))
+        or is_held(run.prepare_lock)
+        or _may_be_queued(run)
+    )
+
+
+def _is_of_training(path: Path) -> bool:
+    return path.name in ("branch.json", "metrics.jsonl") or path.name.startswith("step-")
+
+
+def _may_be_queued(run: RunDir) -> bool:
+    """Return whether a SLURM job of the run is pending or running, or may be."""
+    submissions = slurm_queue.Submissions(run.root / "slurm")
+    submitted = submissions.read()
+    if not submitted:
+        return False
+    try:
+        return not all(one.id for one in submitted) or bool(submissions.live(slurm_queue.queue()))
+    except LaunchError:  # SLURM does not answer
+        return True
 
 
 def on_this_device(config: RunConfig, run: RunDir) -> RunConfig:

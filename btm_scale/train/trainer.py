@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from btm_scale.config.run import RunConfig
@@ -20,6 +21,8 @@ from btm_scale.train.preemption import StopRequest
 from btm_scale.train.profiler import Profile
 from btm_scale.train.start import begin_branch, load_pretrained, settled_branch
 from btm_scale.train.watchdog import HangWatch
+
+logger = logging.getLogger(__name__)
 
 
 def train_and_export(group: ExpertGroup, config: RunConfig, run: RunDir, job: TrainingJob) -> None:
@@ -75,6 +78,8 @@ def train(engine: Engine, mixture: DomainMixture, config: RunConfig, run: RunDir
     length = config.budget.sequence_length
     folder = run.checkpoints(job.model)
     step = begin()
+    if step > 0 and group.is_first:
+        logger.info("resuming %s at step %d of %d", job.model, step, job.steps)
     health = Health(group, config.health, run.train(job.model), run.metrics(job.model))
     with (
         StopRequest(group, run.train(job.model)) as stop,

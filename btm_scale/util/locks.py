@@ -77,6 +77,17 @@ def _is_named(file: IO[bytes], path: Path) -> bool:
         return False
 
 
+def is_held(lock: Path) -> bool:
+    """Return whether a process holds a lock file."""
+    # A shared lock needs only read permission, so that other users can inspect a run.
+    try:
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        with os.fdopen(os.open(lock, flags), "rb") as file:
+            return not _locked(file, fcntl.LOCK_SH)
+    except FileNotFoundError:
+        return False
+
+
 class ModelLock:
     """Held by the first rank of the group that trains a model; the kernel releases it when the process ends."""
 
@@ -106,13 +117,7 @@ class ModelLock:
     @staticmethod
     def is_held(folder: Path) -> bool:
         """Return whether a process holds the lock."""
-        # A shared lock needs only read permission, so that other users can inspect a run.
-        try:
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-            with os.fdopen(os.open(folder / "lock", flags), "rb") as file:
-                return not _locked(file, fcntl.LOCK_SH)
-        except FileNotFoundError:
-            return False
+        return is_held(folder / "lock")
 
 
 def _locked(file: IO[bytes], kind: int = fcntl.LOCK_EX) -> bool:

@@ -73,7 +73,7 @@ def test_the_config_of_an_earlier_run_folder_is_upgraded_when_it_is_read(tmp_pat
 
 
 def test_problems_in_an_earlier_config_are_reported_as_in_any_other(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"budget\.batch_tokens: 'many': must be a valid integer"):
+    with pytest.raises(ConfigError, match=r"budget\.batch_tokens: must be an integer and is 'many\'"):
         RunConfig.load(written_by_0_1_0(tmp_path, budget=BUDGET | {"batch_tokens": "many"}))
 
 

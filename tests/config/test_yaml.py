@@ -160,7 +160,10 @@ def test_yaml_that_is_not_a_config_is_refused_with_its_line(tmp_path: Path, text
 def test_a_file_that_is_missing_or_not_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No config at"):
         load_yaml(tmp_path / "absent.yaml")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match=r"is a directory\. Give the path of a YAML file\."):
+        load_yaml(tmp_path)
+    (tmp_path / "run.yaml").touch()
+    with pytest.raises(ConfigError, match=r"is a directory\. Give its run\.yaml, with --out .*, or your own YAML\."):
         load_yaml(tmp_path)
     (tmp_path / "my.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="cannot be read"):

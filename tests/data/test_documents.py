@@ -117,6 +117,15 @@ def test_a_malformed_line_is_reported_or_skipped_and_counted(tmp_path: Path, bad
     assert bad_lines.skipped == 1
 
 
+def test_the_first_remedy_for_a_missing_field_is_to_name_another(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"body": "a", "id": 1}\n')
+    with pytest.raises(DataError, match=r"fields are 'body', 'id'\. Set `field` of the domain to one of them, fix the"):
+        read(tmp_path, text="a.jsonl")
+    (tmp_path / "b.jsonl").write_bytes(b"{}\n")
+    with pytest.raises(DataError, match=r"fields are none\. Fix the line, or set data\.on_bad_line to skip"):
+        read(tmp_path, text="b.jsonl")
+
+
 def test_an_undecodable_line_of_plain_text_and_a_binary_file_are_errors(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("one\ncaf\xe9\nthree\n".encode("latin-1"))
     (tmp_path / "image.txt").write_bytes(b"\x89PNG\0\0\n" * 10)
@@ -162,7 +171,7 @@ def test_split_keys_come_from_a_field_up_to_a_separator_or_from_the_file(tmp_pat
     assert [document.split_key for document in read(tmp_path, text="a.jsonl", split_by="file")] == ["a.jsonl"] * 2
     assert [document.split_key for document in read(tmp_path, text="a.jsonl")] == [None, None]
     (tmp_path / "b.jsonl").write_bytes(jsonl(rows))
-    with pytest.raises(DataError, match=r"line 3: no field 'source', which split_by names"):
+    with pytest.raises(DataError, match=r"line 3: no field 'source'; fields are 'text'\. Set `split_by\.field`"):
         read(tmp_path, text="b.jsonl", split_by={"field": "source"})
 
 

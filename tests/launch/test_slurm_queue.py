@@ -9,7 +9,7 @@ import pytest
 from helpers.tiny_run import tiny_values, write_config
 
 from btm_scale.config.run import RunConfig
-from btm_scale.errors import LaunchError
+from btm_scale.errors import ConfigError, LaunchError
 from btm_scale.run.slurm import submit_run
 from btm_scale.run_dir import RunDir
 
@@ -88,3 +88,29 @@ def test_a_job_that_will_never_start_is_not_in_progress(queue: Path, config: Run
         job = queue / first[name]
         job.write_text(job.read_text().replace("|Dependency|", "|DependencyNeverSatisfied|"))
     assert list(submitted(config, tmp_path)) == ["seed", "experts", "evaluate"]
+
+
+def test_a_queue_that_does_not_answer_is_reported_in_a_line_with_its_remedy(
+    queue: Path, config: RunConfig, tmp_path: Path
+) -> None:
+    answers = "squeue: error: resolve_ctls_from_dns_srv: Unknown host\nsqueue: fatal: no configuration source"
+    (tmp_path / "bin" / "squeue").write_text(f"#!/bin/bash\necho '{answers}' >&2; exit 1\n")
+    with pytest.raises(LaunchError) as raised:
+        submitted(config, tmp_path)
+    assert str(raised.value) == (
+        "squeue failed: error: resolve_ctls_from_dns_srv: Unknown host. No job was submitted. Check that this host can "
+        "reach SLURM (SLURM_CONF), or only write the scripts: --dry-run."
+    )
+    assert not any(queue.iterdir())
+
+
+def test_a_corrected_config_is_accepted_once_no_job_of_the_first_is_queued(
+    queue: Path, config: RunConfig, tmp_path: Path
+) -> None:
+    submitted(config, tmp_path)
+    corrected = config.model_copy(update={"random_seed": 4})
+    with pytest.raises(ConfigError, match="holds a run with a different config"):
+        submitted(corrected, tmp_path)
+    for job in queue.iterdir():
+        job.unlink()
+    assert "prepare" in submitted(corrected, tmp_path)

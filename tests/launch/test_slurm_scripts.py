@@ -15,7 +15,7 @@ from helpers.tiny_run import tiny_values, write_config
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ConfigError, LaunchError
 from btm_scale.launch.slurm import become_slurm_rank, render
-from btm_scale.run.slurm import jobs, write_scripts
+from btm_scale.run.slurm import jobs, submit_run, write_scripts
 from btm_scale.run_dir import RunDir
 
 NASTY = '"; rm -rf ~ #'
@@ -80,6 +80,35 @@ def test_a_script_requests_what_the_config_sets(tmp_path: Path) -> None:
     assert "models=(python licences random/0 random/1)" in text
     assert "--container-image=nvcr.io/nvidia/pytorch:26.01-py3 --container-mounts=/data:/data" in text
     assert "\nmodule load cuda\nexport NCCL_DEBUG=WARN\n" in text
+
+
+def test_preparing_text_requests_no_gpu(tmp_path: Path) -> None:
+    options = ["--gpus-per-node=8", "--gpus-per-task 1", "-G 2", "--gres=gpu:8", "--constraint=gpu"]
+    scripts = write_scripts(config_with(tmp_path, FULL | {"options": options}), RunDir(tmp_path / "made"))
+    requests = {
+        name: [line for line in path.read_text().splitlines() if "gpu" in line] for name, path in scripts.items()
+    }
+    assert requests["prepare"] == ["#SBATCH --partition=gpu", "#SBATCH --constraint=gpu"]
+    for name in ("seed", "experts", "evaluate"):
+        assert {f"#SBATCH {option}" for option in options if "gpu" in option} <= set(requests[name])
+
+
+@pytest.mark.parametrize(
+    ("slurm", "warns"),
+    [
+        ({}, True),
+        ({"options": ["--mem=0", "--constraint=gpu"]}, True),
+        ({"gres": "gpu:8"}, False),
+        ({"options": ["--gpus-per-node=8"]}, False),
+        ({"options": ["-G 8"]}, False),
+    ],
+)
+def test_jobs_that_request_no_gpu_are_warned_of_once(
+    slurm: dict[str, Any], warns: bool, real_text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_with(tmp_path, slurm, text_root=str(real_text))
+    submit_run(config, RunDir(tmp_path / "made"), dry_run=True)
+    assert caplog.text.count("The jobs request no GPU. Set launch.slurm.gres, such as gpu:8") == warns
 
 
 def test_with_a_container_everything_runs_in_it(tmp_path: Path) -> None:

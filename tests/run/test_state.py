@@ -10,6 +10,13 @@ from btm_scale.errors import ConfigError, ForestError
 from btm_scale.run.dry_run import dry_run
 from btm_scale.run.state import open_run
 from btm_scale.run_dir import RunDir
+from btm_scale.util.locks import held
+
+
+def begin(config: RunConfig, run: RunDir) -> None:
+    """Open a run whose tokenizer exists, so that its config is fixed."""
+    open_run(config, run)
+    run.tokenizer.mkdir()
 
 
 @pytest.mark.parametrize(
@@ -27,7 +34,7 @@ from btm_scale.run_dir import RunDir
 )
 def test_settings_that_affect_no_model_may_change_between_calls(tmp_path: Path, change: dict[str, object]) -> None:
     values, run = tiny_values(tmp_path), RunDir(tmp_path / "run")
-    open_run(write_config(tmp_path / "a.yaml", values), run)
+    begin(write_config(tmp_path / "a.yaml", values), run)
     kept = {key: values.get(key, {}) | part for key, part in change.items()}  # type: ignore[operator]
     other = write_config(tmp_path / "b.yaml", values | kept)
     open_run(other, run)
@@ -39,7 +46,7 @@ def test_settings_that_affect_no_model_may_change_between_calls(tmp_path: Path, 
 )
 def test_settings_that_affect_a_model_or_its_scores_may_not_change(tmp_path: Path, change: dict[str, object]) -> None:
     values, run = tiny_values(tmp_path), RunDir(tmp_path / "run")
-    open_run(write_config(tmp_path / "a.yaml", values), run)
+    begin(write_config(tmp_path / "a.yaml", values), run)
     before = run.config.read_bytes()
     kept = {key: values[key] | part if isinstance(part, dict) else part for key, part in change.items()}
     with pytest.raises(ConfigError, match=r"holds a run with a different config\. The differences are:\n  "):
@@ -49,7 +56,7 @@ def test_settings_that_affect_a_model_or_its_scores_may_not_change(tmp_path: Pat
 
 def test_a_dry_run_rejects_the_changes_that_the_run_would_reject(real_text: Path, tmp_path: Path) -> None:
     values, run = tiny_values(real_text), RunDir(tmp_path / "run")
-    open_run(write_config(tmp_path / "a.yaml", values), run)
+    begin(write_config(tmp_path / "a.yaml", values), run)
     changed = write_config(tmp_path / "b.yaml", values | {"random_seed": 4})
     with pytest.raises(ConfigError, match=r"The differences are:\n  random_seed: \d+ there, 4 here"):
         dry_run(changed, run)
@@ -58,7 +65,7 @@ def test_a_dry_run_rejects_the_changes_that_the_run_would_reject(real_text: Path
 def test_adding_a_domain_allows_no_change_to_one_with_the_same_prefix(tmp_path: Path) -> None:
     values, run = tiny_values(tmp_path), RunDir(tmp_path / "run")
     added = {"law2": {"text": "law2.jsonl"}}
-    open_run(write_config(tmp_path / "a.yaml", values | {"added_domains": added}), run)
+    begin(write_config(tmp_path / "a.yaml", values | {"added_domains": added}), run)
     joined = values | {"added_domains": added | {"law": {"text": "law.jsonl"}}}
     changed = joined | {"experts": {"law2": {"tokens": 5000}}}
     with pytest.raises(ConfigError, match=r"The differences are:\n  experts\.law2\.tokens: None there, 5000 here"):
@@ -105,7 +112,7 @@ def test_a_layout_that_trains_another_model_is_rejected_with_the_reason(
     before: dict[str, object], after: dict[str, object], difference: str, tmp_path: Path
 ) -> None:
     values, run = tiny_values(tmp_path), RunDir(tmp_path / "run")
-    open_run(write_config(tmp_path / "a.yaml", values | before), run)
+    begin(write_config(tmp_path / "a.yaml", values | before), run)
     with pytest.raises(ConfigError) as raised:
         open_run(write_config(tmp_path / "b.yaml", values | after), run)
     assert f"\n  {difference}" in str(raised.value)
@@ -115,7 +122,7 @@ def test_every_difference_is_listed_once_without_allowed_changes(tmp_path: Path)
     values, run = tiny_values(tmp_path), RunDir(tmp_path / "run")
     layout = {"data": 2, "sync_every": 2}
     first = values | {"layout": layout, "seed_layout": {"zero": 0}, "experts": {"python": {"layout": {"zero": 2}}}}
-    open_run(write_config(tmp_path / "a.yaml", first), run)
+    begin(write_config(tmp_path / "a.yaml", first), run)
     second = first | {"layout": layout | {"sync_every": 4, "zero": 3}, "random_seed": 8, "checkpoint": {"every": 1}}
     second["optimizer"] = {"lr": 2e-2}
     with pytest.raises(ConfigError) as raised:
@@ -127,7 +134,7 @@ def test_every_difference_is_listed_once_without_allowed_changes(tmp_path: Path)
 def test_a_key_that_repeats_an_inherited_value_is_not_a_change(tmp_path: Path) -> None:
     values, run = tiny_values(tmp_path), RunDir(tmp_path / "run")
     first = values | {"layout": LOCAL, "seed_layout": {"sync_every": 4}}
-    open_run(write_config(tmp_path / "a.yaml", first), run)
+    begin(write_config(tmp_path / "a.yaml", first), run)
     open_run(write_config(tmp_path / "b.yaml", values | {"layout": LOCAL}), run)
 
 
@@ -136,9 +143,9 @@ def test_a_named_parent_that_does_not_exist_is_reported_before_anything_is_writt
 ) -> None:
     experts = {"licences": {"branch": {"parents": {"python": 0.5, "law": 0.5}}}}
     config, run = write_config(tmp_path / "a.yaml", tiny_values(real_text, experts=experts)), RunDir(tmp_path / "run")
-    for begin in (open_run, dry_run):
+    for command in (open_run, dry_run):
         with pytest.raises(ForestError, match=r"'law' is not a model of .* Use one of seed, dense, python\."):
-            begin(config, run)
+            command(config, run)
     assert not run.root.exists()
     save_card(run.model("law"), "law")
     open_run(config, run)
@@ -151,3 +158,59 @@ def test_a_removed_parent_does_not_block_an_expert_in_training(tmp_path: Path) -
     (run.checkpoints("licences") / "step-00000005").mkdir(parents=True)
     open_run(config, run)
     assert run.config.is_file()
+
+
+def test_a_corrected_config_replaces_that_of_an_attempt_that_failed_before_any_result(
+    real_text: Path, tmp_path: Path
+) -> None:
+    values, run = tiny_values(real_text), RunDir(tmp_path / "run")
+    open_run(write_config(tmp_path / "a.yaml", values), run)
+    run.data.mkdir()
+    run.log("seed").parent.mkdir(parents=True)
+    run.log("seed").write_text("it failed")
+    corrected = write_config(tmp_path / "b.yaml", values | {"random_seed": 4})
+    assert "python" in dry_run(corrected, run)["models"]
+    open_run(corrected, run)
+    assert RunConfig.load(run.config).random_seed == 4
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        "tokenizer/tokenizer.json",
+        "data/python/fingerprint.json",
+        "train/random/0/branch.json",
+        "train/seed/metrics.jsonl",
+        "train/seed/checkpoints/step-00000005/model.safetensors",
+        "seed/expert.json",
+        "experts/python/expert.json",
+    ],
+)
+def test_any_result_that_depends_on_the_config_fixes_it(result: str, tmp_path: Path) -> None:
+    values, run = tiny_values(tmp_path), RunDir(tmp_path / "run")
+    open_run(write_config(tmp_path / "a.yaml", values), run)
+    (run.root / result).parent.mkdir(parents=True)
+    (run.root / result).touch()
+    with pytest.raises(ConfigError, match="holds a run with a different config"):
+        open_run(write_config(tmp_path / "b.yaml", values | {"random_seed": 4}), run)
+
+
+def test_the_config_cannot_change_while_a_process_prepares_the_run(tmp_path: Path) -> None:
+    values, run = tiny_values(tmp_path), RunDir(tmp_path / "run")
+    open_run(write_config(tmp_path / "a.yaml", values), run)
+    changed = write_config(tmp_path / "b.yaml", values | {"random_seed": 4})
+    with held(run.prepare_lock), pytest.raises(ConfigError, match="holds a run with a different config"):
+        open_run(changed, run)
+    open_run(changed, run)
+
+
+def test_a_run_without_a_name_keeps_the_one_that_its_folder_recorded(tmp_path: Path) -> None:
+    values, run = tiny_values(tmp_path), RunDir(tmp_path / "run")
+    begin(write_config(tmp_path / "old.yaml", values | {"name": "run"}), run)
+    del values["name"]
+    config = write_config(tmp_path / "my.yaml", values)
+    assert config.name == "my"
+    assert open_run(config, run).name == "run"
+    assert RunConfig.load(run.config).name == "run"
+    with pytest.raises(ConfigError, match="name: run there, other here"):
+        open_run(write_config(tmp_path / "my.yaml", values | {"name": "other"}), run)

@@ -93,7 +93,10 @@ SHAPE = ModelShape(layers=2, hidden=48, heads=6, kv_heads=2, ffn=96, positions=6
 def test_layout_problems_name_values_that_fit() -> None:
     assert Layout(tensor=2, sequence_parallel=True).problems(SHAPE, 64) == []
     (message,) = Layout(tensor=3).problems(SHAPE, 64)
-    assert message == "Cannot shard kv_heads 2 over tensor=3. tensor must divide heads, kv_heads and ffn: use 1 or 2."
+    assert message == (
+        "Cannot shard the model over tensor=3. tensor must divide the attention heads (4), KV heads (2) and MLP width "
+        "(96): use 1 or 2."
+    )
     (message,) = Layout(tensor=2, sequence_parallel=True).problems(SHAPE, 63)
     assert "tensor must divide sequence_length: use 64." in message
 

@@ -1,0 +1,126 @@
+"""Commands on a run that is not finished say what is missing, in one sentence and without a traceback."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from helpers.tiny_run import btm_scale, save_card, tiny_values, write_config
+
+from btm_scale.cli.app import parse
+from btm_scale.cli.verb import Call
+from btm_scale.config.run import RunConfig
+from btm_scale.errors import ForestError
+from btm_scale.evaluate.readiness import require_evaluable
+from btm_scale.forest.scores import all_texts
+from btm_scale.run.state import open_run
+from btm_scale.run_dir import RunDir
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> tuple[RunConfig, RunDir]:
+    """A run that has only its run.yaml."""
+    run = RunDir(tmp_path / "run")
+    return open_run(write_config(tmp_path / "tiny.yaml", tiny_values(tmp_path)), run), run
+
+
+def call(*arguments: object) -> int:
+    command = parse([str(argument) for argument in arguments])
+    assert isinstance(command, Call)
+    return command.run()
+
+
+def pretend_scored(config: RunConfig, run: RunDir, model: str) -> None:
+    for domain, split in all_texts(config):
+        path = run.scores(model, domain, split)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("evaluate",),
+        ("report",),
+        ("ablate",),
+        ("generate", "--prompt", "x"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_command_that_needs_experts_says_that_there_are_none(
+    command: tuple[str, ...], opened: tuple[RunConfig, RunDir]
+) -> None:
+    _, run = opened
+    with pytest.raises(ForestError) as raised:
+        call(command[0], run.root, *command[1:])
+    assert str(raised.value) == f"There is no expert in {run.experts}. Train some first: btm-scale run CONFIG"
+
+
+def test_evaluate_prints_that_line_alone(opened: tuple[RunConfig, RunDir]) -> None:
+    _, run = opened
+    done = btm_scale("evaluate", run.root, check=False)
+    assert done.returncode == 2
+    assert done.stderr == f"btm-scale: There is no expert in {run.experts}. Train some first: btm-scale run CONFIG\n"
+
+
+@pytest.mark.parametrize("action", ["list", "lineage"])
+def test_an_empty_forest_is_described_to_a_person_and_is_an_empty_document(
+    action: str, opened: tuple[RunConfig, RunDir], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, run = opened
+    assert call("forest", action, run.root) == 0
+    assert capsys.readouterr().out.startswith(f"There is no expert in {run.experts}. Train some first")
+    assert call("forest", action, run.root, "--json") == 0
+    assert list(json.loads(capsys.readouterr().out).values()) == [{}]
+
+
+def test_a_branch_from_a_model_that_is_not_trained_is_refused(opened: tuple[RunConfig, RunDir]) -> None:
+    _, run = opened
+    with pytest.raises(ForestError, match="'licences' cannot|python cannot branch from 'licences', which is not"):
+        call("branch", run.root, "--name", "python", "--from", "licences")
+
+
+def test_score_says_that_nothing_is_trained_or_that_nothing_lacks_scores(
+    opened: tuple[RunConfig, RunDir], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, run = opened
+    with pytest.raises(ForestError, match="There is no finished model in .* Train some first: btm-scale run CONFIG"):
+        call("score", run.root)
+    save_card(run.model("seed"), "seed")
+    monkeypatch.setattr("btm_scale.forest.scores.scored_model", lambda path: "")
+    call("score", run.root)
+    assert capsys.readouterr().out == "Nothing to score: every finished model has all scores.\n"
+
+
+def test_an_evaluation_names_the_models_that_are_not_trained_and_then_those_without_scores(
+    opened: tuple[RunConfig, RunDir], caplog: pytest.LogCaptureFixture
+) -> None:
+    config, run = opened
+    save_card(run.model("python"), "python")
+    with pytest.raises(ForestError, match=r"^seed, dense, random/0 and random/1 of .* are not trained\. "):
+        require_evaluable(config, run)
+    for model in ("seed", "dense", "random/0", "random/1"):
+        save_card(run.model(model), model)
+        pretend_scored(config, run, model)
+    with pytest.raises(ForestError, match=r"^python of .* is not scored on every domain\. .*: btm-scale score "):
+        require_evaluable(config, run)
+    pretend_scored(config, run, "python")
+    with caplog.at_level(logging.WARNING):
+        require_evaluable(config, run)
+    assert "licences is not trained, and the forest is evaluated without" in caplog.text
+
+
+def test_a_directory_in_place_of_an_action_or_a_config_is_answered_with_what_may_be_meant(
+    opened: tuple[RunConfig, RunDir],
+) -> None:
+    _, run = opened
+    for words, meant in (((), "btm-scale status"), (("forest",), "btm-scale forest list")):
+        done = btm_scale(*words, run.root, check=False)
+        assert done.returncode == 2
+        assert f"{run.root} is a directory and not a command. Did you mean '{meant} {run.root}'?" in done.stderr
+    done = btm_scale("run", run.root, check=False)
+    assert done.stderr == (
+        f"btm-scale: {run.root} is a directory. Give its run.yaml, with --out {run.root}, or your own YAML.\n"
+    )
