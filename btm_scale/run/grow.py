@@ -52,6 +52,8 @@ def branch_expert(
     if former is not None and grown == config and all(is_finished(run.model(one.name)) for one in former.parents):
         return former, None
     chosen_by_score = isinstance(parents, str) and parents != "seed"
+    if chosen_by_score and not experts(run):
+        parents_of(run, name, job.branch)  # raises before any text is read
     if isinstance(parents, dict):
         # Problems with named parents are reported before any text is read.
         require_one_shape(grown, run, name, parents_of(run, name, job.branch))

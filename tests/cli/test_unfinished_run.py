@@ -78,15 +78,19 @@ def test_an_empty_forest_is_described_to_a_person_and_is_an_empty_document(
 
 def test_a_branch_from_a_model_that_is_not_trained_is_refused(opened: tuple[RunConfig, RunDir]) -> None:
     _, run = opened
-    with pytest.raises(ForestError, match="'licences' cannot|python cannot branch from 'licences', which is not"):
-        call("branch", run.root, "--name", "python", "--from", "licences")
+    with pytest.raises(ForestError, match=r"licences cannot branch from 'python', which is not a finished model of"):
+        call("branch", run.root, "--name", "licences", "--from", "python")
+    for by_score in ("nearest", "posterior"):
+        with pytest.raises(ForestError, match=f"licences cannot branch by {by_score}: there is no expert in"):
+            call("branch", run.root, "--name", "licences", "--from", by_score)
+    assert [path.name for path in run.root.iterdir()] == ["run.yaml"]
 
 
 def test_score_says_that_nothing_is_trained_or_that_nothing_lacks_scores(
     opened: tuple[RunConfig, RunDir], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, run = opened
-    with pytest.raises(ForestError, match="There is no finished model in .* Train some first: btm-scale run CONFIG"):
+    with pytest.raises(ForestError, match=r"There is no finished model in .* Train some first: btm-scale run CONFIG"):
         call("score", run.root)
     save_card(run.model("seed"), "seed")
     monkeypatch.setattr("btm_scale.forest.scores.scored_model", lambda path: "")

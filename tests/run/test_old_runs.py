@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -74,6 +75,9 @@ def test_a_killed_run_is_resumed_by_a_queued_job_of_that_version_and_finished_by
         timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    resumed = re.search(rf"resuming {expert} at step (\d+) of 44", run.log(expert).read_text())
+    assert resumed is not None
+    assert int(resumed[1]) in range(8, max(steps) + 1, 8)
     for model in ("seed", "dense", *DOMAINS):
         expected = losses(runs / "resumed" / "metrics" / f"{model}.jsonl")
         assert losses(run.metrics(model)) == pytest.approx(expected, abs=1e-5, rel=0)

@@ -94,7 +94,7 @@ def test_layout_problems_name_values_that_fit() -> None:
     assert Layout(tensor=2, sequence_parallel=True).problems(SHAPE, 64) == []
     (message,) = Layout(tensor=3).problems(SHAPE, 64)
     assert message == (
-        "Cannot shard the model over tensor=3. tensor must divide the attention heads (4), KV heads (2) and MLP width "
+        "Cannot shard the model over tensor=3. tensor must divide the attention heads (6), KV heads (2) and MLP width "
         "(96): use 1 or 2."
     )
     (message,) = Layout(tensor=2, sequence_parallel=True).problems(SHAPE, 63)
