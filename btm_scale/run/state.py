@@ -53,8 +53,10 @@ def continued(config: RunConfig, run: RunDir) -> RunConfig:
     Raises ConfigError if anything else differs, because the models would not match the config, and for names that
     `check_names` rejects. Raises ForestError if an expert branches from a model that does not exist.
     """
-    existing = RunConfig.load(run.config) if run.config.is_file() and has_results(run) else None
+    existing = RunConfig.load(run.config) if run.config.is_file() else None
     check_names(config, known=existing.all_domains if existing is not None else ())
+    if not has_results(run):
+        existing = None
     if existing is not None:
         if not config.is_named:
             config = config.model_copy(update={"name": existing.name})
