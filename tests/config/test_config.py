@@ -14,7 +14,6 @@ from btm_scale.config.training import OptimizerConfig
 from btm_scale.config.yaml import dump_text
 from btm_scale.configs import FOLDER
 from btm_scale.errors import ConfigError
-from btm_scale.forest.open import open_config
 from btm_scale.model.shape import PRESETS
 from btm_scale.run.dry_run import dry_run
 from btm_scale.run_dir import RunDir
@@ -125,59 +124,6 @@ def test_infinite_and_out_of_range_numbers_are_refused(tmp_path: Path, override:
     key = override.partition("=")[0]
     with pytest.raises(ConfigError, match=f"{key}.*: must be "):
         load(tmp_path, {"domains": DOMAINS}, override)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"domains": {}}, "domains: is empty; give at least one"),
-        ({"domains": {"math": {"text": []}}}, "domains.math.text: is empty; give at least one"),
-        ({"domains": {"math": {"text": [8]}}}, "domains.math.text.0: must be text in quotes and is 8"),
-        ({"random_seed": "x"}, "random_seed: must be an integer and is 'x'"),
-        ({"random_seed": 1.5}, "random_seed: must be an integer and is 1.5"),
-        ({"optimizer": {"lr": "fast"}}, "optimizer.lr: must be a number and is 'fast'"),
-        ({"budget": 5}, "budget: must be a section of keys and is 5"),
-        ({"budget": None}, "budget: must be a section of keys and is empty"),
-        ({"launch": {"deepspeed": {"ports": [1]}}}, "launch.deepspeed.ports.1: missing; the list needs this item"),
-        ({"launch": {"deepspeed": {"ports": [1, 2, 3]}}}, "launch.deepspeed.ports: has 3 items; give at most 2"),
-        ({"baselines": {"dense": "yes"}}, "baselines.dense: must be true or false, without quotes, and is 'yes'"),
-        ({"layout": {"sequence_parallel": 1}}, "layout.sequence_parallel: must be true or false, without quotes, and"),
-        ({"model": {"tied": "off"}}, "model.tied: must be true or false, without quotes, and is 'off'"),
-    ],
-)
-def test_a_value_of_the_wrong_type_is_refused_in_the_words_of_the_yaml(
-    tmp_path: Path, values: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ConfigError) as raised:
-        load(tmp_path, {"domains": DOMAINS} | values)
-    assert f"  {message}" in str(raised.value)
-
-
-def test_an_optional_boolean_may_be_empty(tmp_path: Path) -> None:
-    sizes = {"family": "llama", "layers": 1, "hidden": 64, "heads": 1, "ffn": 64, "tied": None}
-    assert load(tmp_path, {"domains": DOMAINS, "model": sizes}).model.tied is None
-
-
-def test_a_problem_that_the_seeds_layout_inherits_is_reported_once(tmp_path: Path) -> None:
-    values = {"domains": DOMAINS, "model": {"preset": "llama-1m"}, "layout": {"tensor": 3}, "experts": {"math": {}}}
-    with pytest.raises(ConfigError) as raised:
-        load(tmp_path, values)
-    assert str(raised.value).count("Cannot shard") == 1
-    assert (
-        "layout: Cannot shard the model over tensor=3. tensor must divide the attention heads (4), KV heads (4) and "
-        "MLP width (352): use 1, 2 or 4."
-    ) in str(raised.value)
-
-
-@pytest.mark.parametrize(("file", "name"), [("my.yaml", "my"), ("dense.yaml", "run"), ("a b.yaml", "run")])
-def test_a_run_without_a_name_is_named_after_its_file_if_that_is_a_valid_name(
-    tmp_path: Path, file: str, name: str
-) -> None:
-    path = tmp_path / file
-    path.write_text(dump_text({"domains": DOMAINS}))
-    assert RunConfig.load(path).name == name
-    assert open_config(path)[1].root.name == name
-    assert RunConfig.load(path, ("name=own",)).name == "own"
 
 
 def test_set_changes_one_value_and_parses_scientific_notation(tmp_path: Path) -> None:
