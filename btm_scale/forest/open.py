@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from btm_scale.config.run import RunConfig
 from btm_scale.errors import ConfigError
 from btm_scale.forest.methods import RESERVED, check_names
 from btm_scale.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
 
 
 def open_config(path: Path, overrides: Sequence[str] = (), out: Path | None = None) -> tuple[RunConfig, RunDir]:
@@ -19,6 +22,9 @@ def open_config(path: Path, overrides: Sequence[str] = (), out: Path | None = No
     """
     config = RunConfig.load(path, tuple(overrides))
     run = RunDir((out or Path("runs") / config.name).resolve())
+    before = Path("runs") / "run"  # of versions that named every unnamed run so
+    if out is None and not config.is_named and not run.config.is_file() and RunDir(before).config.is_file():
+        logger.warning("%s is an unnamed run of an earlier version. To resume it, give --out %s", before, before)
     # The recorded config is read only if needed, because every rank opens its run.
     has_reserved = not RESERVED.isdisjoint(config.all_domains) and run.config.is_file()
     check_names(config, known=RunConfig.load(run.config).all_domains if has_reserved else ())

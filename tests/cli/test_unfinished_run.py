@@ -12,8 +12,10 @@ from helpers.tiny_run import btm_scale, save_card, tiny_values, write_config
 from btm_scale.cli.app import parse
 from btm_scale.cli.verb import Call
 from btm_scale.config.run import RunConfig
+from btm_scale.config.yaml import dump_text
 from btm_scale.errors import ForestError
 from btm_scale.evaluate.readiness import require_evaluable
+from btm_scale.forest.open import open_config
 from btm_scale.forest.scores import all_texts
 from btm_scale.run.state import open_run
 from btm_scale.run_dir import RunDir
@@ -128,3 +130,19 @@ def test_a_directory_in_place_of_an_action_or_a_config_is_answered_with_what_may
     assert done.stderr == (
         f"btm-scale: {run.root} is a directory. Give its run.yaml, with --out {run.root}, or your own YAML.\n"
     )
+
+
+def test_an_unnamed_run_of_an_earlier_version_is_pointed_out_and_not_resumed_by_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = tiny_values(tmp_path)
+    values.pop("name", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    (tmp_path / "my.yaml").write_text(dump_text(values))
+    open_config(Path("my.yaml"))
+    assert "earlier version" not in caplog.text
+    (tmp_path / "runs" / "run" / "run.yaml").write_text(dump_text(values | {"name": "run"}))
+    _, run = open_config(Path("my.yaml"))
+    assert run.root == tmp_path / "runs" / "my"
+    assert "give --out runs/run" in caplog.text
