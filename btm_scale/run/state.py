@@ -55,12 +55,13 @@ def continued(config: RunConfig, run: RunDir) -> RunConfig:
     """
     existing = RunConfig.load(run.config) if run.config.is_file() else None
     check_names(config, known=existing.all_domains if existing is not None else ())
+    if existing is not None:
+        config = config.with_precisions_of(existing)
     if not has_results(run):
         existing = None
     if existing is not None:
         if not config.is_named:
             config = config.model_copy(update={"name": existing.name})
-        config = config.with_precisions_of(existing)
         existing = existing.with_precisions_of(config)
         differing = _fixed_differences(existing, config)
         if differing:

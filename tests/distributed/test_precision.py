@@ -118,6 +118,7 @@ def test_a_recorded_precision_is_kept_on_another_device(tmp_path: Path) -> None:
     open_run(write_config(tmp_path / "a.yaml", explicit), run)
     kept = open_run(write_config(tmp_path / "b.yaml", auto_values(tmp_path)), run, trains_here=True)
     assert kept.layout.precision == RunConfig.load(run.config).layout.precision == "bf16"
+    run.tokenizer.mkdir()  # from then on the config is fixed
     other = tiny_values(tmp_path, layout={"precision": "fp16", "micro_batch": 4})
     with pytest.raises(ConfigError, match=r"layout\.precision: bf16 there, fp16 here"):
         open_run(write_config(tmp_path / "c.yaml", other), run)

@@ -92,7 +92,7 @@ def test_a_pretrained_model_is_the_seed_and_its_experts_are_of_its_family(
 
 def test_settings_that_conflict_with_a_pretrained_model_are_errors(real_text: Path, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    with pytest.raises(UserError, match="is not a Hugging Face model"):
+    with pytest.raises(UserError, match=r"is not a model: it has no config\.json"):
         write_config(tmp_path / "run.yaml", values(real_text, tmp_path / "model"))
     config = {
         "model_type": "gpt2",
