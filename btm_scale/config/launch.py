@@ -77,7 +77,7 @@ class DeepSpeedConfig(Section):
     """How groups share the hosts of a hostfile."""
 
     hostfile: Path = Field(default=Path("/job/hostfile"), description="lines of `HOST slots=N`")
-    connect: tuple[str, ...] = Field(
+    connect: Annotated[tuple[str, ...], AfterValidator(_no_secret_lines)] = Field(
         default=(),
         description="the command that runs another on {host}, such as [ssh, -tt, '{host}']; default: pdsh over ssh",
     )
@@ -114,7 +114,9 @@ class SlurmConfig(Section):
         lt=65_536,
         description="seconds before the time limit at which a job saves a checkpoint and requeues",
     )
-    options: tuple[Line, ...] = Field(default=(), description="more #SBATCH options, such as --constraint=h100")
+    options: Annotated[tuple[Line, ...], AfterValidator(_no_secret_lines)] = Field(
+        default=(), description="more #SBATCH options, such as --constraint=h100"
+    )
     setup: Annotated[tuple[Line, ...], AfterValidator(_no_secret_lines)] = Field(
         default=(), description="shell lines before the ranks start: module load ..."
     )
@@ -123,7 +125,9 @@ class SlurmConfig(Section):
 class MpiConfig(Section):
     """How `run --launcher mpi` starts mpirun."""
 
-    command: tuple[str, ...] = Field(default=("mpirun",), min_length=1, description="mpirun and its options")
+    command: Annotated[tuple[str, ...], AfterValidator(_no_secret_lines)] = Field(
+        default=("mpirun",), min_length=1, description="mpirun and its options"
+    )
     ranks: int | None = Field(default=None, gt=0, description="ranks to start; default: one per core")
     threads: int = Field(default=1, gt=0, description="CPU threads per rank")
 

@@ -78,7 +78,7 @@ def remove_partial(partial: Path) -> None:
 
 
 def is_private(path: Path) -> bool:
-    """Whether a directory is no link, belongs to this user, and nobody else can write to it."""
+    """Whether a directory is no link, belongs to this user, and no other user can write to it."""
     try:
         status = path.lstat()
     except OSError:

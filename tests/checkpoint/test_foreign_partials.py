@@ -109,7 +109,7 @@ def test_a_link_named_like_the_lock_does_not_empty_what_it_leads_to(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as two users")
-def test_another_users_partial_output_blocks_nobody_and_is_not_published(
+def test_another_users_partial_output_does_not_block_a_merge_and_is_not_published(
     pairs: list[tuple[Path, float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shared = tmp_path / "shared"

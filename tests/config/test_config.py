@@ -303,6 +303,9 @@ def test_presets_have_the_sizes_in_their_names(tmp_path: Path, preset: str, mill
         {"deepspeed": {"environment": {"wandb_api_key": "canary"}}},
         {"slurm": {"setup": ["export AWS_SECRET_ACCESS_KEY=canary"]}},
         {"slurm": {"setup": ["PASSWORD=canary source env.sh"]}},
+        {"slurm": {"options": ["--export=ALL,HF_TOKEN=canary"]}},
+        {"deepspeed": {"connect": ["ssh", "{host}", "env", "HF_TOKEN=canary"]}},
+        {"mpi": {"command": ["mpirun", "-x", "HF_TOKEN=canary"]}},
     ],
 )
 def test_a_secret_in_the_launch_section_is_refused_and_not_repeated(launch: dict[str, Any]) -> None:
