@@ -32,6 +32,26 @@ class RunDir:
         return self.root / ".prepare.lock"
 
     @property
+    def config_lock(self) -> Path:
+        """The lock of the process that rewrites the config."""
+        return self.root / ".locks" / "config"
+
+    @property
+    def use_lock(self) -> Path:
+        """The lock that commands share which read experts for long."""
+        return self.root / ".locks" / "use"
+
+    @property
+    def forest_lock(self) -> Path:
+        """The lock of the processes that evaluate the forest, or change it."""
+        return self.root / ".locks" / "forest"
+
+    @property
+    def ablation_lock(self) -> Path:
+        """The lock of the process that records a measured subset."""
+        return self.root / ".locks" / "ablation"
+
+    @property
     def tokenizer(self) -> Path:
         """The tokenizer's Hugging Face directory."""
         return self.root / "tokenizer"

@@ -47,7 +47,9 @@ def score(
         ),
     ],
     launcher: Annotated[str, launcher(_OF_RANKS, "With slurm this process is a rank that srun has started.")] = LOCAL,
-    averages: Annotated[bool, flag("--averages", "", hidden=True)] = False,  # for the ranks that `evaluate` starts
+    # Both are for the ranks that `evaluate` and other verbs start; those verbs hold the lock.
+    averages: Annotated[bool, flag("--averages", "", hidden=True)] = False,
+    in_turn: Annotated[bool, flag("--in-turn", "", hidden=True)] = False,
 ) -> Answer | None:
     """Compute the per-token log-probabilities of models.
 
@@ -57,7 +59,7 @@ def score(
     if is_rank(launcher):
         from btm_scale.run.worker import score_as_rank
 
-        score_as_rank(config, run_dir, models, averages=averages)
+        score_as_rank(config, run_dir, models, averages=averages, in_turn=in_turn)
         return None
     from btm_scale.run.pipeline import score_models
 
@@ -82,13 +84,11 @@ def evaluate(
 
     Averages that are missing are made and scored first.
     """
-    from btm_scale.evaluate.evaluate import evaluate as evaluate_run
     from btm_scale.run.launchers import launcher_named
-    from btm_scale.run.pipeline import score_averages
+    from btm_scale.run.pipeline import evaluate_forest
 
     config, run_dir = opened(run)
-    score_averages(config, run_dir, launcher_named(launcher, config))
-    results = evaluate_run(config, run_dir)
+    results = evaluate_forest(config, run_dir, launcher_named(launcher, config))
     return Answer(results.document(), lambda: show_results(results))
 
 
@@ -136,6 +136,7 @@ def ablate(
     """
     from btm_scale.evaluate.ablate import ablate as measure
     from btm_scale.evaluate.ablate import choose_subsets, file_text, run_texts
+    from btm_scale.forest.turns import using
     from btm_scale.model.hf_decoder import usable_device
 
     config, run_dir = opened(run)
@@ -143,13 +144,14 @@ def ablate(
     measured = {path.name: file_text(config, run_dir, path) for path in texts}
     if domains or not measured:
         measured |= run_texts(config, run_dir, domains, split)
-    ranking = measure(
-        run_dir,
-        measured,
-        chosen,
-        device=usable_device(device),
-        on_subset=lambda subset, mean: logger.info("%s: %.2f", " + ".join(subset), mean),
-    )
+    with using(run_dir):
+        ranking = measure(
+            run_dir,
+            measured,
+            chosen,
+            device=usable_device(device),
+            on_subset=lambda subset, mean: logger.info("%s: %.2f", " + ".join(subset), mean),
+        )
 
     def show() -> None:
         from rich.console import Console

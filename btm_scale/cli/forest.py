@@ -10,7 +10,7 @@ import typer
 
 from btm_scale.cli.commands import Verbs, VerbWithWords
 from btm_scale.cli.options import RandomSeed, RunFolder, argument, models_of_run, one_of, opened, option, several
-from btm_scale.cli.verb import Answer, Document, say, verb
+from btm_scale.cli.verb import Answer, Document, already_complete, say, verb
 from btm_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -85,16 +85,15 @@ def forest_add(
 ) -> Document:
     """Add a Hugging Face model as an expert.
 
-    The model is copied into the forest and scored on every domain.
+    The model is copied into the forest and scored on every domain. A command that evaluates the run is waited for.
     """
-    from btm_scale.forest.membership import add_expert
-    from btm_scale.run.pipeline import score_models
+    from btm_scale.run.pipeline import add_to_forest
 
     config, run_dir = opened(run)
     name = name or directory.resolve().name
-    expert = add_expert(config, run_dir, directory, name)
-    score_models(config, run_dir, [name])
-    return {"added": name, "content_hash": expert.content_hash}
+    added = add_to_forest(config, run_dir, directory, name)
+    answer = {"added": name, "content_hash": added.card.content_hash}
+    return already_complete(answer, f"'{name}' of {run_dir.root}") if added.is_complete else answer
 
 
 @verb(forest, "remove")
@@ -104,7 +103,8 @@ def forest_remove(
 ) -> Document:
     """Remove an expert with its scores and checkpoints.
 
-    A branch that is not trained yet can be removed too. Other experts are not changed.
+    A branch that is not trained yet can be removed too. Other experts are not changed. It is refused while the run is
+    trained, and waits for commands that evaluate it.
     """
     from btm_scale.run.grow import remove_from_forest
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -80,12 +81,12 @@ def run(
     run_config, run_dir = _config_and_run(config, settings, out)
     submit = LAUNCHERS[launcher].submit
     if submit is not None:
-        return submit(run_config, run_dir, dry_run=dry_run)
+        return submit(run_config, run_dir, dry_run=dry_run, reread=_reread(config, settings, run_dir))
     if dry_run:
         from btm_scale.run.dry_run import dry_run as plan_run
 
         return plan_run(run_config, run_dir, trains_here=launcher == LOCAL)
-    return _run(run_config, run_dir, launcher, as_json)
+    return _run(run_config, run_dir, launcher, as_json, _reread(config, settings, run_dir))
 
 
 @verb(app, "prepare", section=_SECTION)
@@ -96,7 +97,7 @@ def prepare(config: ConfigFile, *, out: Out = None, settings: Settings) -> Docum
     from btm_scale.run.status import data_summary
 
     run_config, run_dir = _config_and_run(config, settings, out)
-    run_config = open_run(run_config, run_dir)
+    run_config = open_run(run_config, run_dir, reread=_reread(config, settings, run_dir))
     return data_summary(run_dir, prepare_data(run_config, run_dir))
 
 
@@ -132,7 +133,8 @@ def train(
     else:
         from btm_scale.run.state import next_models, open_run
 
-        run_config = open_run(run_config, run_dir, trains_here=launcher == LOCAL)
+        reread = _reread(config, settings, run_dir)
+        run_config = open_run(run_config, run_dir, trains_here=launcher == LOCAL, reread=reread)
         models = models or next_models(run_config, run_dir)
         _train(run_config, run_dir, models, launcher, as_json)
     return Answer({"models": {model: str(run_dir.model(model)) for model in models}}, silent)
@@ -214,7 +216,13 @@ def doctor() -> Answer:
     return Answer(report, lambda: print_doctor(report), exit_code=0 if report["works"] else 1)
 
 
-def _run(config: RunConfig, run_dir: RunDir, launcher: str, as_json: bool) -> Answer:
+def _run(
+    config: RunConfig,
+    run_dir: RunDir,
+    launcher: str,
+    as_json: bool,
+    reread: Callable[[], RunConfig] | None = None,
+) -> Answer:
     from btm_scale.report.page import report as write_report
     from btm_scale.report.progress_table import live_table
     from btm_scale.run.launchers import launcher_named
@@ -222,7 +230,7 @@ def _run(config: RunConfig, run_dir: RunDir, launcher: str, as_json: bool) -> An
 
     run_groups = launcher_named(launcher, config)
     with live_table(quiet=as_json or not logger.isEnabledFor(logging.INFO)) as show:
-        results = run_all(config, run_dir, on_progress=show, launcher=run_groups)
+        results = run_all(config, run_dir, on_progress=show, launcher=run_groups, reread=reread)
     write_report(config, run_dir, results)
     document: dict[str, Any] = results.document()
     return Answer(document, lambda: show_results(results, run_dir.report))
@@ -244,3 +252,10 @@ def _config_and_run(config: Path, settings: list[str], out: Path | None) -> tupl
     from btm_scale.forest.open import open_config
 
     return open_config(config, settings, out)
+
+
+def _reread(config: Path, settings: list[str], run_dir: RunDir) -> Callable[[], RunConfig] | None:
+    """Return a function that reads the config again if it is that of the run's folder; None for any other."""
+    if config.resolve() != run_dir.config:
+        return None
+    return lambda: _config_and_run(config, settings, run_dir.root)[0]

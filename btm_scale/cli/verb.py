@@ -9,6 +9,7 @@ import contextlib
 import functools
 import inspect
 import json
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from btm_scale.cli.commands import OUTPUT, Verb
 from btm_scale.errors import UserError
 from btm_scale.util.logs import set_level, set_up_logging
 from btm_scale.util.terminal import printable
+
+logger = logging.getLogger(__name__)
 
 Document = Mapping[str, Any]
 Function = TypeVar("Function", bound=Callable[..., "Document | Answer | None"])
@@ -93,6 +96,12 @@ def verb(
         return function
 
     return add
+
+
+def already_complete(document: Document, output: str) -> Document:
+    """Return the answer of a command that was given again after it had finished, and log that nothing was written."""
+    logger.info("%s is already complete: the same command made it. Nothing was written.", output)
+    return {**document, "already_complete": True}
 
 
 def say(text: str, *, end: str = "\n") -> None:

@@ -32,6 +32,7 @@ from btm_scale.forest.forest import require_experts
 from btm_scale.model.hf_decoder import Decoder
 from btm_scale.run_dir import RunDir
 from btm_scale.util.files import make_directory
+from btm_scale.util.locks import alone
 from btm_scale.util.records import Part, Record
 
 logger = logging.getLogger(__name__)
@@ -95,8 +96,10 @@ def ablate(
             perplexity = {name: math.exp(loss) for name, loss in losses.items()}
             mean = sum(perplexity.values()) / len(perplexity)
             measured[key] = Measured(key=key, experts=subset, mean=mean, perplexity=perplexity)
-            make_directory(path.parent)
-            Ablation(measured=tuple(measured.values())).save(path)
+            with alone(run.ablation_lock):
+                make_directory(path.parent)
+                measured |= {one.key: one for one in (Ablation.find(path) or Ablation()).measured}
+                Ablation(measured=tuple(measured.values())).save(path)
         rows.append(measured[key])
         on_subset(subset, measured[key].mean)
     rows.sort(key=lambda row: row.mean)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from btm_scale.checkpoint.formats.locate import require_no_run, require_path
@@ -14,58 +18,146 @@ from btm_scale.errors import CheckpointError, ForestError, unknown_name
 from btm_scale.forest.expert import CARD, Expert, is_finished, read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.methods import require_free_name
+from btm_scale.forest.turns import changing_config, current_config, scoring
 from btm_scale.model.hf_config import read_shape
 from btm_scale.run_dir import RunDir
-from btm_scale.util.files import new_directory, require_space
+from btm_scale.util.files import new_directory, require_space, sync_directory
 from btm_scale.util.inside import copy_inside, file_inside
 from btm_scale.util.records import read_object
 
+_REMOVED = ".removed"
+_PERMISSION = "Make it writable for this user."
+
 
 def add_expert(config: RunConfig, run: RunDir, source: Path, name: str) -> Expert:
-    """Copy a Hugging Face directory into the forest under a new name; returns its card.
+    """Copy a Hugging Face directory into the forest under a new name; returns its card. Raises as `adding` does."""
+    with adding(config, run, source, name) as added:
+        return added.card
+
+
+@dataclass(frozen=True)
+class Added:
+    """An expert from elsewhere, and whether the forest already had it."""
+
+    card: Expert
+    is_complete: bool
+
+
+@contextmanager
+def adding(config: RunConfig, run: RunDir, source: Path, name: str) -> Iterator[Added]:
+    """Copy a Hugging Face directory into the forest under a new name; until the block ends, no evaluation begins.
 
     It must have the run's tokenizer and vocabulary; its size and family may differ. Any number of processes may add
-    experts at once. Raises ForestError with the reason if it cannot be an expert of this run.
+    experts at once. The same model under the same name again is not copied. Raises ForestError with the reason if it
+    cannot be an expert of this run.
     """
     try:
         require_free_name(name, "an expert")
     except ValueError as error:
         raise ForestError(f"{error} (--name)") from None
-    final = run.model(name)
-    if is_finished(final) or name in config.expert_domains:
-        raise ForestError(f"The forest of {run.root} already has an expert '{name}'. Choose another --name.")
+    _require_free(current_config(config, run), run, source, name)
     _require_fit(run, source)
+    with ExitStack() as turn:
+        card = None
+        if not is_finished(run.model(name)):
+            with suppress(_AddedMeanwhile), _copied(run, source, name) as copy:
+                with changing_config(run):  # `branch` may claim the name
+                    turn.enter_context(scoring(run))
+                    _require_free(current_config(config, run), run, source, name)
+                if is_finished(run.model(name)):
+                    raise _AddedMeanwhile
+                card = copy
+        if card is None:
+            turn.enter_context(scoring(run))
+        yield Added(card or read_expert(run.model(name)), is_complete=card is None)
+
+
+class _AddedMeanwhile(Exception):  # noqa: N818 (it names an event)
+    """Another process added the same model under the same name."""
+
+
+@contextmanager
+def _copied(run: RunDir, source: Path, name: str) -> Iterator[Expert]:
+    """Copy a model, and publish it as an expert when the block ends."""
     files = [file_inside(source, file.name) for file in sorted(source.iterdir()) if file.is_file()]
     require_space(run.root, sum(file.stat().st_size for file in files))
     try:
-        with new_directory(final, shared=True) as directory:
+        with new_directory(run.model(name), shared=True) as directory:
             for file in files:
                 if file.name != CARD:
                     copy_inside(source, file.name, directory)
             card = _card(source, directory, name)
             card.write(directory / CARD)
+            yield card
     except CheckpointError:
         raise ForestError(
             f"Another process added an expert '{name}' to {run.root} at the same time. Choose another --name."
         ) from None
-    return card
 
 
 def remove_expert(run: RunDir, name: str) -> None:
     """Remove an expert from the forest, with its scores and training checkpoints; nothing else changes.
 
-    Raises ForestError if there is no such expert.
+    Everything gets a temporary name first, so that an error leaves all or nothing of the expert. Raises ForestError if
+    there is no such expert, or with the reason if it cannot be removed.
     """
     if name not in experts(run):
         raise ForestError(unknown_name("expert", name, experts(run)))
-    # The card is deleted first: without it, the directory is not an expert, even if this is interrupted.
-    if not run.model(name).is_symlink():
-        (run.model(name) / CARD).unlink()
-    for folder in (run.model(name), run.model_scores(name), run.train(name)):
-        if folder.is_symlink():  # only the link belongs to the run
-            folder.unlink()
+    remove_folders([run.model(name), run.model_scores(name), run.train(name)])
+
+
+def remove_folders(folders: Sequence[Path]) -> None:
+    """Remove folders, of which each may be a link or missing: all of them or, if one cannot be renamed, none."""
+    renamed: list[tuple[Path, Path]] = []
+    try:
+        for folder in folders:
+            if folder.is_symlink() or folder.exists():
+                # A link is renamed itself; what it leads to belongs to someone else.
+                target = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{_REMOVED}")
+                folder.rename(target)
+                renamed.append((folder, target))
+    except OSError as error:
+        for folder, target in reversed(renamed):
+            target.rename(folder)
+        raise ForestError(f"Cannot remove {folder}: {error.strerror}. Nothing was removed. {_PERMISSION}") from None
+    for parent in {folder.parent for folder in folders if folder.parent.is_dir()}:
+        sync_directory(parent)
+        for target in sorted(parent.glob(f".*{_REMOVED}")):  # also those of a removal that was interrupted
+            _delete(target)
+
+
+def _delete(path: Path) -> None:
+    try:
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
         else:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(path)
+    except OSError as error:
+        raise ForestError(
+            f"Cannot delete {error.filename}: {error.strerror}. It is no longer part of the run, but still on disk. "
+            f"{_PERMISSION} Then delete {path}."
+        ) from None
+
+
+def _require_free(config: RunConfig, run: RunDir, source: Path, name: str) -> None:
+    """Raise ForestError if the run has another model of this name than the one in `source`."""
+    if not is_finished(run.model(name)):
+        if name in config.expert_domains:
+            raise ForestError(f"'{name}' is already an expert that {run.root} trains. Choose another --name.")
+    elif not _is_copy(source, run.model(name)):
+        raise ForestError(
+            f"The forest of {run.root} already has an expert '{name}' with other weights or another config than "
+            f"{source}. Choose another --name, or remove it first: btm-scale forest remove {run.root} {name}"
+        )
+
+
+def _is_copy(source: Path, expert: Path) -> bool:
+    """Return whether an expert has the config and the weights of a model."""
+    if not (source / "config.json").is_file():
+        return False
+    if (source / "config.json").read_bytes() != (expert / "config.json").read_bytes():
+        return False
+    return content_hash(source) == read_expert(expert).content_hash
 
 
 def _require_fit(run: RunDir, source: Path) -> None:

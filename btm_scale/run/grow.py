@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from shutil import rmtree
 
 from pydantic import ValidationError
 
@@ -15,8 +14,9 @@ from btm_scale.errors import ConfigError, ForestError
 from btm_scale.forest.branch import Branch, decide, has_begun, parents_of, require_one_shape
 from btm_scale.forest.expert import is_finished
 from btm_scale.forest.forest import experts
-from btm_scale.forest.membership import remove_expert
+from btm_scale.forest.membership import remove_expert, remove_folders
 from btm_scale.forest.methods import check_names
+from btm_scale.forest.turns import changing_config, current_config, removing
 from btm_scale.run.pipeline import score_models
 from btm_scale.run_dir import RunDir
 from btm_scale.train.jobs import training_job
@@ -37,11 +37,44 @@ def branch_expert(
 
     Args: `text` of a domain that is new to the run; `settings` of the branch, as in the YAML. Returns the branch and
     the one that it replaces: until training begins, a call with other arguments settles the parents again, and a call
-    with the same arguments changes nothing. Raises ConfigError or ForestError, and then leaves the run's
-    config and records as they were.
+    with the same arguments changes nothing, even after training. Raises ConfigError or ForestError, and then leaves the
+    run's config and records as they were.
     """
+    with changing_config(run):
+        config = current_config(config, run)
+        settled = _settled_before(config, run, name, parents, text, settings or {})
+        return (settled, None) if settled else _branch(config, run, name, parents, text, settings or {})
+
+
+def _settled_before(
+    config: RunConfig,
+    run: RunDir,
+    name: str,
+    parents: str | dict[str, float],
+    text: Sequence[Path],
+    settings: dict[str, object],
+) -> Branch | None:
+    """Return the branch of an expert that has begun to train, if it was settled by these arguments."""
+    if not (is_finished(run.model(name)) or has_begun(run, name)) or name not in config.experts:
+        return None
+    try:
+        same = _with_branch(config, name, parents, text, settings) == config
+    except ConfigError:
+        return None
+    return Branch.find(run.branch(name)) if same else None
+
+
+def _branch(
+    config: RunConfig,
+    run: RunDir,
+    name: str,
+    parents: str | dict[str, float],
+    text: Sequence[Path],
+    settings: dict[str, object],
+) -> tuple[Branch, Branch | None]:
+    """Settle the parents and rewrite the config, as `branch_expert` does, which holds the config's lock."""
     _require_untrained(run, name)
-    grown = _with_branch(config, name, parents, text, settings or {})
+    grown = _with_branch(config, name, parents, text, settings)
     job = training_job(grown, name)
     if job.branch is None:
         raise ConfigError(
@@ -66,9 +99,10 @@ def branch_expert(
         if chosen_by_score and forest:
             score_models(grown, run, forest)
         settled = decide(grown, run, name, job.branch, job.weights)
+        _require_untrained(run, name)
     except BaseException:
         config.save(run.config)
-        if former is not None:
+        if former is not None and not run.branch(name).exists():
             former.save(run.branch(name))
         raise
     make_directory(run.train(name))
@@ -79,19 +113,19 @@ def branch_expert(
 def remove_from_forest(config: RunConfig, run: RunDir, name: str) -> None:
     """Remove an expert from the forest, or undo the branch of an untrained one; nothing else changes.
 
-    A domain that was added for it is removed from the run's config too. Raises ForestError if there is no such expert,
-    or if it is being trained.
+    A domain that was added for it is removed from the run's config too. Waits for commands that score or evaluate.
+    Raises ForestError if there is no such expert, if it cannot be removed, or while the run is being trained.
     """
-    if ModelLock.is_held(run.train(name)):
-        raise ForestError(f"'{name}' is being trained in {run.root}. Stop its training before removing it.")
-    if name in config.added_domains and not is_finished(run.model(name)):
-        rmtree(run.train(name), ignore_errors=True)
-    else:
-        remove_expert(run, name)
-    if name in config.added_domains:
-        others = {other: domain for other, domain in config.added_domains.items() if other != name}
-        own = {other: expert for other, expert in config.experts.items() if other != name}
-        config.model_copy(update={"added_domains": others, "experts": own}).save(run.config)
+    with removing(run, name):
+        config = current_config(config, run)
+        if name in config.added_domains and not is_finished(run.model(name)):
+            remove_folders([run.train(name)])
+        else:
+            remove_expert(run, name)
+        if name in config.added_domains:
+            others = {other: domain for other, domain in config.added_domains.items() if other != name}
+            own = {other: expert for other, expert in config.experts.items() if other != name}
+            config.model_copy(update={"added_domains": others, "experts": own}).save(run.config)
 
 
 def _require_untrained(run: RunDir, name: str) -> None:

@@ -48,10 +48,12 @@ def _by_srun(config: LaunchConfig) -> RunGroups:
     return groups_in(SrunPool(config.slurm))
 
 
-def _submit_to_slurm(config: RunConfig, run: RunDir, *, dry_run: bool) -> dict[str, Any]:
+def _submit_to_slurm(
+    config: RunConfig, run: RunDir, *, dry_run: bool, reread: Callable[[], RunConfig] | None
+) -> dict[str, Any]:
     from btm_scale.run.slurm import submit_run
 
-    return submit_run(config, run, dry_run=dry_run)
+    return submit_run(config, run, dry_run=dry_run, reread=reread)
 
 
 def _become_slurm_rank(environment: MutableMapping[str, str]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from btm_scale.config.run import RunConfig
 from btm_scale.data.prepare import prepare
@@ -15,7 +16,9 @@ from btm_scale.evaluate.results import Results
 from btm_scale.forest.average_models import average_texts
 from btm_scale.forest.expert import is_finished, read_expert
 from btm_scale.forest.forest import experts
+from btm_scale.forest.membership import Added, adding
 from btm_scale.forest.scores import all_texts, missing_scores
+from btm_scale.forest.turns import evaluating, scoring, using
 from btm_scale.launch.supervise import GroupCommand, RunGroups
 from btm_scale.run.launchers import Progress, here, placement, run_training
 from btm_scale.run.state import is_done, open_run
@@ -25,9 +28,24 @@ from btm_scale.train.jobs import model_names, training_stages
 logger = logging.getLogger(__name__)
 
 
-def run_all(config: RunConfig, run: RunDir, *, on_progress: Progress, launcher: RunGroups | None = None) -> Results:
-    """Every stage that isn't done, from text to page; returns the results. Groups run on this machine by default."""
-    config = open_run(config, run, trains_here=launcher is None)
+def run_all(
+    config: RunConfig,
+    run: RunDir,
+    *,
+    on_progress: Progress,
+    launcher: RunGroups | None = None,
+    reread: Callable[[], RunConfig] | None = None,
+) -> Results:
+    """Every stage that isn't done, from text to page; returns the results. Groups run on this machine by default.
+
+    Until it ends, no expert is removed from the forest. `reread`: as in `open_run`.
+    """
+    config = open_run(config, run, trains_here=launcher is None, reread=reread)
+    with using(run):
+        return _run_stages(config, run, on_progress, launcher)
+
+
+def _run_stages(config: RunConfig, run: RunDir, on_progress: Progress, launcher: RunGroups | None) -> Results:
     logger.info("preparing token files")
     prepare(config, run)
     # Finished models have no scores on domains that were added since.
@@ -41,16 +59,41 @@ def run_all(config: RunConfig, run: RunDir, *, on_progress: Progress, launcher: 
             logger.info("training %s", ", ".join(todo))
         run_training(config, run, stage, on_progress=on_progress, launcher=launcher)
     config = config.with_precisions_of(RunConfig.load(run.config))  # where the first group has resolved it
-    logger.info("merging and scoring the averages")
-    score_averages(config, run, launcher)
-    return evaluate(config, run)
+    return evaluate_forest(config, run, launcher)
+
+
+def evaluate_forest(config: RunConfig, run: RunDir, launcher: RunGroups | None = None) -> Results:
+    """Evaluate every method, after merging and scoring the averages that are missing; returns the results.
+
+    Waits for commands that change the forest or its scores, and they for this one.
+    """
+    with evaluating(run):
+        logger.info("merging and scoring the averages")
+        score_averages(config, run, launcher)
+        return evaluate(config, run)
+
+
+def add_to_forest(config: RunConfig, run: RunDir, source: Path, name: str) -> Added:
+    """Add a model as an expert and score it on every domain. Raises as `adding` and `score_models` do."""
+    with adding(config, run, source, name) as added:
+        _score_models(config, run, [name])
+    return added
 
 
 def score_models(config: RunConfig, run: RunDir, models: Sequence[str], launcher: RunGroups | None = None) -> list[str]:
     """Score the models (default: every finished one) that have missing scores; returns their names.
 
-    Raises ForestError if one of them is not finished, or if there is no finished model.
+    Waits for commands that evaluate the forest or remove an expert. Raises ForestError if one of the models is not
+    finished, or if there is no finished model.
     """
+    with scoring(run):
+        return _score_models(config, run, models, launcher)
+
+
+def _score_models(
+    config: RunConfig, run: RunDir, models: Sequence[str], launcher: RunGroups | None = None
+) -> list[str]:
+    """Score models, as `score_models` does. The caller holds the lock of `scoring`."""
     for model in models:
         read_expert(run.model(model))
     averages = average_texts(config)
@@ -72,7 +115,7 @@ def added_experts(config: RunConfig, run: RunDir) -> list[str]:
 def score_averages(config: RunConfig, run: RunDir, launcher: RunGroups | None = None) -> None:
     """Merge the averages and score each on its domains, in one group; does nothing if none is missing.
 
-    Raises ForestError as `require_evaluable` does, before a group starts.
+    The caller holds the lock of `evaluating`. Raises ForestError as `require_evaluable` does, before a group starts.
     """
     require_evaluable(config, run)
     if not are_finished(config, run):
@@ -83,7 +126,11 @@ def _run_scoring(config: RunConfig, run: RunDir, arguments: tuple[str, ...], lau
     """Start one group that runs `btm-scale score` on the run."""
     layout = config.layout
     command = GroupCommand(
-        "score", layout.ranks, ("score", str(run.root), *arguments), run.log("score"), layout.colocated
+        "score",
+        layout.ranks,
+        ("score", str(run.root), *arguments, "--in-turn"),
+        run.log("score"),
+        layout.colocated,
     )
     launcher = launcher or here(placement(config, [SEED]))
     launcher([command], lambda states: None)

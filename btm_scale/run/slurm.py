@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,15 @@ def write_scripts(config: RunConfig, run: RunDir) -> dict[str, Path]:
     return paths
 
 
-def submit_run(config: RunConfig, run: RunDir, *, dry_run: bool) -> dict[str, Any]:
-    """Submit what is missing; returns the ids of the new jobs. A dry run writes the scripts and submits none."""
+def submit_run(
+    config: RunConfig, run: RunDir, *, dry_run: bool, reread: Callable[[], RunConfig] | None = None
+) -> dict[str, Any]:
+    """Submit what is missing; returns the ids of the new jobs. A dry run writes the scripts and submits none.
+
+    `reread`: as in `open_run`.
+    """
     resolve_sources(config.all_domains, config.text_root)  # missing text is reported before anything is submitted
-    config = open_run(config, run)
+    config = open_run(config, run, reread=reread)
     scripts = write_scripts(config, run)
     if not slurm.requests_gpus(config.launch.slurm):
         logger.warning("The jobs request no GPU. Set launch.slurm.gres, such as gpu:8, to train on GPUs.")

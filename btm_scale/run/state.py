@@ -5,7 +5,7 @@ Nothing else records progress, so a run that was killed resumes from its files.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from btm_scale.forest.branch import require_parents
 from btm_scale.forest.expert import is_finished
 from btm_scale.forest.methods import check_names
 from btm_scale.forest.scores import all_texts, missing_scores
+from btm_scale.forest.turns import changing_config
 from btm_scale.launch import slurm_queue
 from btm_scale.launch.local import visible_gpus
 from btm_scale.launch.supervise import GroupCommand
@@ -27,20 +28,28 @@ from btm_scale.util.locks import is_held
 from btm_scale.util.rank_log import read_failure
 
 
-def open_run(config: RunConfig, run: RunDir, *, trains_here: bool = False) -> RunConfig:
+def open_run(
+    config: RunConfig, run: RunDir, *, trains_here: bool = False, reread: Callable[[], RunConfig] | None = None
+) -> RunConfig:
     """Create the run's folder, or check that its config fits; save the config in it and return it.
 
     `precision: auto` becomes the precision recorded in the run. If there is none and the groups run on this machine
-    (`trains_here`), it becomes the device's fast precision; otherwise the first group resolves it.
+    (`trains_here`), it becomes the device's fast precision; otherwise the first group resolves it. `reread` returns the
+    config again if it comes from the run's folder, where another command may have changed it since.
 
     Raises as `continued` does, and LaunchError if the groups run here and this device cannot train in one of their
     precisions; nothing is written then.
     """
-    config = continued(config, run)
-    if trains_here:
-        config = on_this_device(config, run)
-    config.save(run.config)
-    return config
+
+    def opened() -> RunConfig:
+        fitting = continued(reread() if reread else config, run)
+        return on_this_device(fitting, run) if trains_here else fitting
+
+    opened()  # raises before anything is written
+    with changing_config(run):
+        fitting = opened()  # a precision or a branch may have been recorded since
+        fitting.save(run.config)
+    return fitting
 
 
 def continued(config: RunConfig, run: RunDir) -> RunConfig:

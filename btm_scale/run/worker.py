@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 
 import torch.distributed as dist
@@ -18,14 +19,15 @@ from btm_scale.evaluate.score import score_model
 from btm_scale.forest.average_models import average_texts
 from btm_scale.forest.expert import is_finished
 from btm_scale.forest.scores import all_texts
+from btm_scale.forest.turns import changing_config, current_config, evaluating, scoring
 from btm_scale.launch.shutdown import end_with_supervisor
 from btm_scale.run_dir import RunDir
 from btm_scale.train.jobs import training_job
-from btm_scale.train.preemption import leaving_at_once
+from btm_scale.train.preemption import forget_stop, leaving_at_once
 from btm_scale.train.trainer import train_and_export
 from btm_scale.train.watchdog import PeerWatch
 from btm_scale.util.locks import ModelLock
-from btm_scale.util.rank_log import rank_log
+from btm_scale.util.rank_log import forget_failure, rank_log
 
 logger = logging.getLogger(__name__)
 
@@ -42,16 +44,37 @@ def train_as_rank(config: RunConfig, run: RunDir, model: str) -> None:
             train_and_export(group, config, run, job)
         with leaving_at_once(run.train(model)):
             score_model(group, config, run, model, all_texts(config), on_text=_log_scored)
+        if group.is_first:
+            _forget_interruptions(run, model)
 
 
-def score_as_rank(config: RunConfig, run: RunDir, models: Sequence[str], *, averages: bool = False) -> None:
-    """Score finished models, each on its texts; with `averages`, also merge the missing averages and score all."""
+def score_as_rank(
+    config: RunConfig, run: RunDir, models: Sequence[str], *, averages: bool = False, in_turn: bool = False
+) -> None:
+    """Score finished models, each on its texts; with `averages`, also merge the missing averages and score all.
+
+    `in_turn`: the process that started the group holds the lock for it.
+    """
     texts = average_texts(config)
-    with rank_log(run.log("score")), _joined(config, run, lambda config: config.layout) as (group, config):
+    is_first = os.environ.get("RANK") == "0"
+    turn = contextlib.nullcontext() if in_turn or not is_first else evaluating(run) if averages else scoring(run)
+    with (
+        rank_log(run.log("score")),
+        turn,
+        _joined(config, run, lambda config: config.layout) as (group, config),
+    ):
         if averages:
             models = [*models, *make_averages(group, config, run)]
         for model in models:
             score_model(group, config, run, model, texts.get(model) or all_texts(config), on_text=_log_scored)
+            if group.is_first:
+                _forget_interruptions(run, model)
+
+
+def _forget_interruptions(run: RunDir, model: str) -> None:
+    """Remove what earlier attempts at a model left, once it is trained and scored: `status` would still report it."""
+    forget_stop(run.train(model))
+    forget_failure(run.log(model))
 
 
 @contextlib.contextmanager
@@ -83,11 +106,12 @@ def _resolved(config: RunConfig, run: RunDir, records: bool) -> RunConfig:
     """
     if "auto" not in config.precisions:
         return config
-    recorded = RunConfig.load(run.config) if run.config.is_file() else config
-    if "auto" in recorded.precisions:
-        recorded = recorded.with_precision(fast_precision())
-        if records:
-            recorded.save(run.config)
+    with changing_config(run) if records else contextlib.nullcontext():
+        recorded = current_config(config, run)
+        if "auto" in recorded.precisions:
+            recorded = recorded.with_precision(fast_precision())
+            if records:
+                recorded.save(run.config)
     return config.with_precisions_of(recorded)
 
 

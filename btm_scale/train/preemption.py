@@ -22,6 +22,11 @@ logger = logging.getLogger(__name__)
 _MARKER = "stopped"
 
 
+def forget_stop(folder: Path) -> None:
+    """Remove the mark of a stopped training, once the model is complete."""
+    (folder / _MARKER).unlink(missing_ok=True)
+
+
 @contextmanager
 def leaving_at_once(folder: Path) -> Iterator[None]:
     """Exit at once on SIGUSR1, for scoring: every scored text is on disk already, so there is nothing to save.

@@ -1,10 +1,12 @@
-"""Locks that end with the process that holds them."""
+"""Locks between processes. The kernel releases a lock when its process ends, however it ends."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
+import shlex
 import stat
 import time
 from collections.abc import Iterator
@@ -14,8 +16,12 @@ from typing import IO, Self
 
 from btm_scale.errors import GroupFailed, UserError
 from btm_scale.util.files import make_directory
+from btm_scale.util.terminal import printable
+
+logger = logging.getLogger(__name__)
 
 _LOCK_SECONDS = 2.0
+_SHOWN = 120  # characters of a command in a message
 
 
 @contextmanager
@@ -39,10 +45,60 @@ def held(lock: Path) -> Iterator[bool]:
 @contextmanager
 def alone(lock: Path) -> Iterator[None]:
     """Wait until no other process holds a lock file, and hold it."""
+    with _in_turn(lock, fcntl.LOCK_EX):
+        yield
+
+
+@contextmanager
+def shared(lock: Path) -> Iterator[None]:
+    """Wait until no process holds a lock file `alone`, and hold it beside others that share it.
+
+    Who waits to be alone comes before those that ask to share later.
+    """
+    with _in_turn(lock, fcntl.LOCK_SH):
+        yield
+
+
+@contextmanager
+def alone_at_once(lock: Path) -> Iterator[bool]:
+    """Hold a lock file alone, without waiting; yields False if another process holds or shares it."""
     make_directory(lock.parent)
     with _opened(lock) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        yield _locked(file)
+
+
+@contextmanager
+def _in_turn(lock: Path, kind: int) -> Iterator[None]:
+    make_directory(lock.parent)
+    with _opened(lock) as file:
+        # Without the queue, a process that waits to be alone could wait forever for an unbroken row of others.
+        with _opened(lock.with_name(f"{lock.name}.queue")) as queue:
+            if not _locked(queue) or not _locked(file, kind):
+                logger.info("waiting for %s, which holds %s", holder_of(lock), lock)
+                _wait_for(queue, fcntl.LOCK_EX)
+                _wait_for(file, kind)
         yield
+
+
+def holder_of(lock: Path) -> str:
+    """Return which process holds a lock file, for a message."""
+    try:
+        number = str(lock.stat().st_ino)
+        rows = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    except OSError:
+        return "another process"
+    # `1: FLOCK ADVISORY WRITE 123 fe:00:456 0 EOF`; the row of a process that waits has an arrow after its number.
+    pids = [row[4] for row in rows if len(row) > 5 and row[1] == "FLOCK" and row[5].rpartition(":")[2] == number]
+    for pid in pids:
+        if pid == str(os.getpid()):
+            continue
+        try:
+            words = Path("/proc", pid, "cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
+        except OSError:  # of another container, or a process has ended and its child keeps the lock
+            return f"process {pid}"
+        command = shlex.join([Path(words[0]).name, *words[1:]])
+        return f"process {pid} ({printable(command if len(command) <= _SHOWN else command[:_SHOWN] + '...')})"
+    return "another process" if pids else "a process on another host"
 
 
 def _opened(path: Path) -> IO[bytes]:
@@ -105,7 +161,8 @@ class ModelLock:
                 self._file.close()
                 # Not a user error: the lock of a lost node may remain for a while, and a retry succeeds.
                 raise GroupFailed(
-                    f"another group is training in {self._path.parent}; only one may: wait until it ends, or stop it"
+                    f"another group is training in {self._path.parent} ({holder_of(self._path)}); only one may: wait "
+                    "until it ends, or stop it"
                 )
             time.sleep(_LOCK_SECONDS / 20)
         return self
@@ -121,9 +178,31 @@ class ModelLock:
 
 
 def _locked(file: IO[bytes], kind: int = fcntl.LOCK_EX) -> bool:
-    """Lock a file until it is closed; returns False if another process holds the lock."""
+    """Lock a file until it is closed; returns False if another process holds the lock.
+
+    Raises UserError if its file system has no locks.
+    """
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        _wait_for(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
+
+
+def _wait_for(file: IO[bytes], kind: int) -> None:
+    try:
+        fcntl.flock(file, kind)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        path = Path(f"/proc/self/fd/{file.fileno()}").readlink()
+        if error.errno == errno.EBADF:  # NFS locks a file for writing only if it is open for writing
+            raise UserError(
+                f"Cannot lock {path}: it belongs to another user, and its file system locks only files that may be "
+                f"written. Make it writable for this user: chmod a+w {path}"
+            ) from None
+        raise UserError(
+            f"Cannot lock {path}: its file system has no file locks ({error.strerror}). Without locks, two commands "
+            "could change the same files. Use a file system with flock (Lustre: mount it with -o flock; NFS: start "
+            "its lock service)."
+        ) from None

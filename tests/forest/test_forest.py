@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from btm_scale.config.run import RunConfig
 from btm_scale.errors import CheckpointError, ForestError
 from btm_scale.forest.expert import Parent
 from btm_scale.forest.forest import ancestors, experts, lineage
-from btm_scale.forest.membership import add_expert, remove_expert
+from btm_scale.forest.membership import Added, add_expert, adding, remove_expert
 from btm_scale.run_dir import SEED, RunDir
 
 LLAMA = {
@@ -26,12 +28,12 @@ LLAMA = {
 }
 
 
-def model(folder: Path, *, vocabulary: int = 300, tokenizer: bytes = b"{}") -> Path:
+def model(folder: Path, *, vocabulary: int = 300, tokenizer: bytes = b"{}", weight: float = 1.0) -> Path:
     """Write a folder that looks like a Hugging Face model."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(LLAMA | {"vocab_size": vocabulary}))
     (folder / "vocab.json").write_bytes(tokenizer)
-    save_file({"weight": torch.ones(4)}, folder / "model.safetensors")
+    save_file({"weight": torch.full((4,), weight)}, folder / "model.safetensors")
     return folder
 
 
@@ -94,11 +96,61 @@ def test_a_path_that_does_not_exist_or_a_run_folder_is_not_added(
 
 
 def test_a_name_in_use_is_rejected(run: RunDir, config: RunConfig, tmp_path: Path) -> None:
+    add_expert(config, run, model(tmp_path / "friend"), "friend")
+    with pytest.raises(ForestError, match=r"already has an expert 'friend' with other weights or another config"):
+        add_expert(config, run, model(tmp_path / "other", weight=2.0), "friend")
+    with pytest.raises(ForestError, match=r"'math' is already an expert that .* trains"):
+        add_expert(config, run, model(tmp_path / "third"), "math")
+
+
+def test_the_same_model_under_the_same_name_is_already_complete(run: RunDir, config: RunConfig, tmp_path: Path) -> None:
     source = model(tmp_path / "friend")
-    add_expert(config, run, source, "friend")
-    for name in ("friend", "math"):
-        with pytest.raises(ForestError, match="already"):
-            add_expert(config, run, source, name)
+    card = add_expert(config, run, source, "friend")
+    before = {path: path.stat().st_mtime_ns for path in run.model("friend").iterdir()}
+    with adding(config, run, source, "friend") as added:
+        assert added == Added(card, is_complete=True)
+    assert {path: path.stat().st_mtime_ns for path in run.model("friend").iterdir()} == before
+
+
+def test_an_expert_that_cannot_be_removed_stays_complete(run: RunDir, config: RunConfig, tmp_path: Path) -> None:
+    add_expert(config, run, model(tmp_path / "friend"), "friend")
+    for folder in (run.train("friend"), run.model_scores("friend")):
+        folder.mkdir(parents=True)
+    before = sorted(run.root.rglob("*"))
+    renamed, rename = [], Path.rename
+
+    def fails_at_the_last(self: Path, target: Path) -> Path:
+        renamed.append(self)
+        if self == run.train("friend"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return rename(self, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", fails_at_the_last)
+        with pytest.raises(ForestError, match=r"Cannot remove .*train/friend: Permission denied\. Nothing was removed"):
+            remove_expert(run, "friend")
+    assert len(renamed) > 2
+    assert sorted(run.root.rglob("*")) == before
+
+
+def test_a_file_that_cannot_be_deleted_is_reported_and_deleted_by_the_next_removal(
+    run: RunDir, config: RunConfig, tmp_path: Path
+) -> None:
+    for name in ("friend", "other"):
+        add_expert(config, run, model(tmp_path / name), name)
+
+    def fails(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(path / "model.safetensors"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "rmtree", fails)
+        with pytest.raises(
+            ForestError, match=r"Cannot delete .*model\.safetensors: Input/output error\. It is no longer"
+        ):
+            remove_expert(run, "friend")
+    assert list(experts(run)) == ["other"]
+    remove_expert(run, "other")
+    assert list(run.experts.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", [".hidden", "a/b", "..", "my model", "dense-2x", "average", "random", "score"])
@@ -108,7 +160,7 @@ def test_an_invalid_or_reserved_name_is_rejected(run: RunDir, config: RunConfig,
     assert not run.experts.exists()
 
 
-def _add_many(run: RunDir, source: Path, prefix: str, errors: multiprocessing.Queue[str]) -> None:
+def _add_many(run: RunDir, prefix: str, source: Path, errors: multiprocessing.Queue[str]) -> None:
     config = RunConfig.model_validate({"domains": {"math": {"text": "math"}}})
     for number in range(20):
         add_expert(config, run, source, f"{prefix}{number}")
@@ -119,10 +171,10 @@ def _add_many(run: RunDir, source: Path, prefix: str, errors: multiprocessing.Qu
 
 
 def test_two_processes_can_add_experts_concurrently(run: RunDir, tmp_path: Path) -> None:
-    source = model(tmp_path / "friend")
+    sources = {"a": model(tmp_path / "friend"), "b": model(tmp_path / "other", weight=2.0)}
     context = multiprocessing.get_context("fork")
     errors: multiprocessing.Queue[str] = context.Queue()
-    jobs = [context.Process(target=_add_many, args=(run, source, prefix, errors)) for prefix in "ab"]
+    jobs = [context.Process(target=_add_many, args=(run, *one, errors)) for one in sources.items()]
     for job in jobs:
         job.start()
     for job in jobs:
