@@ -117,8 +117,8 @@ def remove_folders(folders: Sequence[Path]) -> None:
                 folder.rename(target)
                 renamed.append((folder, target))
     except OSError as error:
-        for folder, target in reversed(renamed):
-            target.rename(folder)
+        for former, target in reversed(renamed):
+            target.rename(former)
         raise ForestError(f"Cannot remove {folder}: {error.strerror}. Nothing was removed. {_PERMISSION}") from None
     for parent in {folder.parent for folder in folders if folder.parent.is_dir()}:
         sync_directory(parent)
