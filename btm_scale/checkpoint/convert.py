@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from btm_scale.checkpoint.formats.deepspeed_writer import write_model_states
 from btm_scale.checkpoint.formats.megatron import find_shape, require_names
 from btm_scale.checkpoint.formats.open import format_of, open_model, with_head_names
-from btm_scale.checkpoint.formats.tensors import ModelReader, parse_dtype
+from btm_scale.checkpoint.formats.tensors import ModelReader, dtype_name, parse_dtype
 from btm_scale.checkpoint.formats.torch_dist_writer import write_torch_dist
 from btm_scale.checkpoint.merge.compatibility import is_derived
 from btm_scale.checkpoint.merge.journal import only_merge_into
@@ -21,22 +22,31 @@ from btm_scale.errors import CheckpointError
 from btm_scale.model.hf_names import from_huggingface, table, to_huggingface
 from btm_scale.model.shape import ModelShape
 from btm_scale.util.files import make_partial, partial_path, publish_directory, remove_partial
+from btm_scale.util.provenance import Input, Provenance, is_recorded, made_before
 
 WRITERS: dict[str, Callable[..., None]] = {"megatron": write_torch_dist, "deepspeed": write_model_states}
 _CHUNK_BYTES = 4 << 20
 
 
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion: its target, and whether the same conversion had made it before."""
+
+    target: Path
+    already_complete: bool = False
+
+
 def convert(
     source: Path, target: Path, *, to: str, tensor: int = 1, dtype: str | None = None, verify: bool = False
-) -> Path:
+) -> Conversion:
     """Write the model in `source` as the directory `target`, with its config and tokenizer.
 
     `to` is `huggingface`, `megatron` (torch_dist) or `deepspeed` (model states); the latter two are written for
     tensor parallel degree `tensor`. With `verify` every tensor is read back and compared, and `target` appears only
-    if all are equal. Raises `CheckpointError`.
+    if all are equal. The same call again after it finished writes nothing. Raises `CheckpointError`.
     """
     source, target = Path(source), Path(target)
-    if os.path.lexists(target):
+    if os.path.lexists(target) and not is_recorded(target):
         raise CheckpointError(
             f"{target} already exists. convert does not overwrite: choose another target, or remove it first."
         )
@@ -44,33 +54,47 @@ def convert(
         raise CheckpointError(f"'{to}' is not an output format. Use huggingface, megatron or deepspeed.")
     format_of(source)  # before anything else, because other messages assume a checkpoint
     wanted = parse_dtype(dtype) if dtype else None
+    settings = {"to": to, "tensor": tensor, "dtype": dtype_name(wanted) if wanted else None}
+    made_by = Provenance(
+        command="convert", inputs=(Input.of(source, besides=target),), settings=settings, answer={"format": to}
+    )
+    if made_before(target, made_by, CheckpointError) is not None:
+        if verify:
+            verify_equal(source, target, wanted)
+        return Conversion(target, already_complete=True)
     partial = partial_path(target)
     with only_merge_into(partial):
         remove_partial(partial)
         try:
-            if to == "huggingface":
-                merge(partial, [(source, 1.0)], dtype=dtype)
-            else:
-                shape = find_shape(source)
-                if tensor not in shape.tensor_degrees():
-                    raise CheckpointError(
-                        f"Cannot shard {source} over tensor={tensor}. tensor must divide the attention heads "
-                        f"({shape.heads}), KV heads ({shape.kv_heads}) and MLP width ({shape.ffn}): use one of "
-                        f"{', '.join(map(str, shape.tensor_degrees()))}."
-                    )
-                with with_head_names(open_model(source)) as model:
-                    require_described(model, shape)
-                    make_partial(partial)
-                    WRITERS[to](partial, model, shape, tensor=tensor, dtype=wanted)
-                    dtypes = {spec.dtype for spec in model.specs().values()} if wanted is None else {wanted}
-                carry_sidecars(source, partial, dtypes.pop() if len(dtypes) == 1 else None)
+            _write(source, partial, to=to, tensor=tensor, dtype=wanted)
             if verify:
                 verify_equal(source, partial, wanted)
+            made_by.write_into(partial)
             publish_directory(partial, target, synced=to == "huggingface")
         except Exception:
             remove_partial(partial)
             raise
-    return target
+    return Conversion(target)
+
+
+def _write(source: Path, partial: Path, *, to: str, tensor: int, dtype: torch.dtype | None) -> None:
+    """Write the converted model into a directory that is not published yet."""
+    if to == "huggingface":
+        merge(partial, [(source, 1.0)], dtype=dtype_name(dtype) if dtype else None)
+        return
+    shape = find_shape(source)
+    if tensor not in shape.tensor_degrees():
+        raise CheckpointError(
+            f"Cannot shard {source} over tensor={tensor}. tensor must divide the attention heads ({shape.heads}), KV "
+            f"heads ({shape.kv_heads}) and MLP width ({shape.ffn}): use one of "
+            f"{', '.join(map(str, shape.tensor_degrees()))}."
+        )
+    with with_head_names(open_model(source)) as model:
+        require_described(model, shape)
+        make_partial(partial)
+        WRITERS[to](partial, model, shape, tensor=tensor, dtype=dtype)
+        dtypes = {spec.dtype for spec in model.specs().values()} if dtype is None else {dtype}
+    carry_sidecars(source, partial, dtypes.pop() if len(dtypes) == 1 else None)
 
 
 def require_described(model: ModelReader, shape: ModelShape) -> None:

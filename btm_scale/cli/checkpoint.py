@@ -10,7 +10,7 @@ import typer
 
 from btm_scale.cli.commands import Verb
 from btm_scale.cli.options import argument, flag, one_of, option, several
-from btm_scale.cli.verb import Document, verb
+from btm_scale.cli.verb import Document, already_complete, verb
 from btm_scale.errors import UserError
 
 app = typer.Typer()
@@ -143,7 +143,7 @@ def merge(
     )
     if rank is not None and rank.rank > 0:
         return None  # under mpirun the first rank answers
-    return {
+    answer = {
         "output": str(report.output),
         "method": report.method,
         "tensors": report.tensors,
@@ -151,6 +151,7 @@ def merge(
         "content_hash": report.content_hash,
         "seconds": round(report.seconds, 2),
     }
+    return already_complete(answer, str(output)) if report.already_complete else answer
 
 
 @verb(app, "convert", section=_SECTION)
@@ -166,8 +167,9 @@ def convert(
     """Convert a checkpoint to another format or tensor layout."""
     from btm_scale.checkpoint.convert import convert as convert_checkpoint
 
-    path = convert_checkpoint(source, target, to=to, tensor=tensor, dtype=dtype, verify=verify)
-    return {"output": str(path), "format": to, "verified": verify}
+    done = convert_checkpoint(source, target, to=to, tensor=tensor, dtype=dtype, verify=verify)
+    answer = {"output": str(done.target), "format": to, "verified": verify}
+    return already_complete(answer, str(target)) if done.already_complete else answer
 
 
 @verb(app, "inspect", section=_SECTION)

@@ -18,6 +18,7 @@ from btm_scale.cli.options import (
     models_of_run,
     one_of,
     opened,
+    opened_in,
     option,
     several,
 )
@@ -55,15 +56,17 @@ def score(
 
     Each model is scored on every domain for which it has no scores yet.
     """
-    config, run_dir = opened(run)
     if is_rank(launcher):
         from btm_scale.run.worker import score_as_rank
 
+        config, run_dir = opened(run)
         score_as_rank(config, run_dir, models, averages=averages, in_turn=in_turn)
         return None
+    from btm_scale.forest.turns import scoring
     from btm_scale.run.pipeline import score_models
 
-    scored = score_models(config, run_dir, models)
+    with opened_in(run, scoring) as (config, run_dir):
+        scored = score_models(config, run_dir, models)
     return Answer(
         {"scored": scored},
         None
@@ -82,13 +85,14 @@ def evaluate(
 ) -> Answer:
     """Compute every method's perplexity, from the scores.
 
-    Averages that are missing are made and scored first.
+    Averages that are missing are made and scored first. Waits for commands that add, score or remove experts.
     """
+    from btm_scale.forest.turns import evaluating
     from btm_scale.run.launchers import launcher_named
     from btm_scale.run.pipeline import evaluate_forest
 
-    config, run_dir = opened(run)
-    results = evaluate_forest(config, run_dir, launcher_named(launcher, config))
+    with opened_in(run, evaluating) as (config, run_dir):
+        results = evaluate_forest(config, run_dir, launcher_named(launcher, config))
     return Answer(results.document(), lambda: show_results(results))
 
 

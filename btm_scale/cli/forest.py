@@ -42,7 +42,7 @@ def discover(
     from btm_scale.data.discover import collection_of
     from btm_scale.data.discover import discover as find_domains
 
-    return find_domains(
+    answer = find_domains(
         collection_of(collection, field),
         out.resolve(),
         clusters=clusters,
@@ -50,6 +50,7 @@ def discover(
         dimensions=dimensions,
         random_seed=random_seed,
     )
+    return already_complete(answer, str(out)) if "already_complete" in answer else answer
 
 
 @verb(forest, "list")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -123,6 +124,14 @@ def is_rank(launcher: str) -> bool:
     if become_rank is not None:
         become_rank(os.environ)
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+@contextmanager
+def opened_in(run: Path, turn: Callable[[RunDir], AbstractContextManager[None]]) -> Iterator[tuple[RunConfig, RunDir]]:
+    """The run in this folder, once it is this process's turn: other commands may change it until then."""
+    _, run_dir = opened(run)
+    with turn(run_dir):
+        yield opened(run)
 
 
 def opened(run: Path) -> tuple[RunConfig, RunDir]:

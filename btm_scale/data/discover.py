@@ -23,6 +23,7 @@ from btm_scale.data.documents import BadLines, Document, read_documents
 from btm_scale.data.sources import DomainSource, resolve_sources
 from btm_scale.errors import DataError
 from btm_scale.util.files import new_directory
+from btm_scale.util.provenance import Input, Provenance, made_before
 
 DOMAINS = "domains.yaml"
 _AT_ONCE = 512  # documents
@@ -52,9 +53,24 @@ def discover(
 ) -> dict[str, Any]:
     """Cluster a collection into `output`: one `<cluster>.jsonl.gz` each, the clustering, and domains.yaml.
 
-    Only the beginnings of `sample` documents are held in memory. Returns the contents of each cluster. Raises
-    DataError if there is too little text or `output` is not empty.
+    Only the beginnings of `sample` documents are held in memory. Returns the contents of each cluster, and after the
+    same call has finished before, what it returned with `already_complete`. Raises DataError if there is too little
+    text or `output` is not empty.
     """
+    made_by = Provenance(
+        command="discover",
+        inputs=tuple(Input.of(file.path) for source in collection for file in source.files),
+        settings={
+            "text": [source.settings.model_dump(mode="json", include={"field", "split_by"}) for source in collection],
+            "clusters": clusters,
+            "sample": sample,
+            "dimensions": dimensions,
+            "random_seed": random_seed,
+        },
+        answer={},
+    )
+    if (made := made_before(output, made_by, DataError)) is not None:
+        return {"output": str(output), **made.answer, "already_complete": True}
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(
             f"{output} exists already. The output must be new or empty. Choose another --out, or delete it."
@@ -82,6 +98,7 @@ def discover(
         }
         clustering.save(partial)
         (partial / DOMAINS).write_text(_domains_yaml(contents))
+        made_by.model_copy(update={"answer": {"clusters": contents}}).write_into(partial)
     return {"output": str(output), "clusters": contents}
 
 

@@ -60,10 +60,10 @@ def adding(config: RunConfig, run: RunDir, source: Path, name: str) -> Iterator[
     with ExitStack() as turn:
         card = None
         if not is_finished(run.model(name)):
-            with suppress(_AddedMeanwhile), _copied(run, source, name) as copy:
-                with changing_config(run):  # `branch` may claim the name
-                    turn.enter_context(scoring(run))
-                    _require_free(current_config(config, run), run, source, name)
+            with ExitStack() as publishing, suppress(_AddedMeanwhile), _copied(run, source, name) as copy:
+                publishing.enter_context(changing_config(run))  # `branch` may claim the name
+                turn.enter_context(scoring(run))
+                _require_free(current_config(config, run), run, source, name)
                 if is_finished(run.model(name)):
                     raise _AddedMeanwhile
                 card = copy

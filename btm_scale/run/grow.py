@@ -16,7 +16,7 @@ from btm_scale.forest.expert import is_finished
 from btm_scale.forest.forest import experts
 from btm_scale.forest.membership import remove_expert, remove_folders
 from btm_scale.forest.methods import check_names
-from btm_scale.forest.turns import changing_config, current_config, removing
+from btm_scale.forest.turns import changing_config, current_config, removing, scoring
 from btm_scale.run.pipeline import score_models
 from btm_scale.run_dir import RunDir
 from btm_scale.train.jobs import training_job
@@ -97,7 +97,8 @@ def _branch(
         prepare(grown, run)
         forest = list(experts(run))
         if chosen_by_score and forest:
-            score_models(grown, run, forest)
+            with scoring(run):
+                score_models(grown, run, forest)
         settled = decide(grown, run, name, job.branch, job.weights)
         _require_untrained(run, name)
     except BaseException:

@@ -18,7 +18,7 @@ from btm_scale.forest.expert import is_finished, read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.membership import Added, adding
 from btm_scale.forest.scores import all_texts, missing_scores
-from btm_scale.forest.turns import evaluating, scoring, using
+from btm_scale.forest.turns import current_config, evaluating, scoring, using
 from btm_scale.launch.supervise import GroupCommand, RunGroups
 from btm_scale.run.launchers import Progress, here, placement, run_training
 from btm_scale.run.state import is_done, open_run
@@ -52,48 +52,41 @@ def _run_stages(config: RunConfig, run: RunDir, on_progress: Progress, launcher:
     finished = [*model_names(config), *added_experts(config, run)]
     finished = [model for model in finished if is_finished(run.model(model))]
     if finished:
-        score_models(config, run, finished, launcher)
+        with scoring(run):
+            score_models(config, run, finished, launcher)
     for stage in training_stages(config):
         todo = [model for model in stage if not is_done(config, run, model)]
         if todo:
             logger.info("training %s", ", ".join(todo))
         run_training(config, run, stage, on_progress=on_progress, launcher=launcher)
     config = config.with_precisions_of(RunConfig.load(run.config))  # where the first group has resolved it
-    return evaluate_forest(config, run, launcher)
+    with evaluating(run):
+        return evaluate_forest(config, run, launcher)
 
 
 def evaluate_forest(config: RunConfig, run: RunDir, launcher: RunGroups | None = None) -> Results:
     """Evaluate every method, after merging and scoring the averages that are missing; returns the results.
 
-    Waits for commands that change the forest or its scores, and they for this one.
+    The caller holds the lock of `evaluating`, so that neither the forest nor its scores change.
     """
-    with evaluating(run):
-        logger.info("merging and scoring the averages")
-        score_averages(config, run, launcher)
-        return evaluate(config, run)
+    logger.info("merging and scoring the averages")
+    score_averages(config, run, launcher)
+    return evaluate(config, run)
 
 
 def add_to_forest(config: RunConfig, run: RunDir, source: Path, name: str) -> Added:
     """Add a model as an expert and score it on every domain. Raises as `adding` and `score_models` do."""
     with adding(config, run, source, name) as added:
-        _score_models(config, run, [name])
+        score_models(current_config(config, run), run, [name])
     return added
 
 
 def score_models(config: RunConfig, run: RunDir, models: Sequence[str], launcher: RunGroups | None = None) -> list[str]:
     """Score the models (default: every finished one) that have missing scores; returns their names.
 
-    Waits for commands that evaluate the forest or remove an expert. Raises ForestError if one of the models is not
-    finished, or if there is no finished model.
+    The caller holds the lock of `scoring`, so that no model is removed meanwhile. Raises ForestError if one of the
+    models is not finished, or if there is no finished model.
     """
-    with scoring(run):
-        return _score_models(config, run, models, launcher)
-
-
-def _score_models(
-    config: RunConfig, run: RunDir, models: Sequence[str], launcher: RunGroups | None = None
-) -> list[str]:
-    """Score models, as `score_models` does. The caller holds the lock of `scoring`."""
     for model in models:
         read_expert(run.model(model))
     averages = average_texts(config)

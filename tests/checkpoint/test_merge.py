@@ -181,6 +181,7 @@ def test_the_model_card_lists_parents_weights_and_hashes(models: list[Path], tmp
         "README.md",
         "config.json",
         "model.safetensors",
+        "provenance.json",
     ]
 
 

@@ -38,6 +38,9 @@ def test_three_ranks_write_the_same_files_as_one_process(save: Save, tmp_path: P
     assert files == sorted(file.name for file in (tmp_path / "together").iterdir())
     for file in files:
         assert (tmp_path / "alone" / file).read_bytes() == (tmp_path / "together" / file).read_bytes()
+    again = mpirun_merge(3, tmp_path / "together", *models, "--max-shard-size", 1500, "--json")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["already_complete"] is True
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from helpers.tiny_run import btm_scale, tiny_values, write_config
 from btm_scale.config.data import DomainConfig
 from btm_scale.config.run import RunConfig
 from btm_scale.data.clustering import Clustering, balanced_kmeans, squared_distances
-from btm_scale.data.discover import DOMAINS, discover, random_sample
+from btm_scale.data.discover import DOMAINS, collection_of, discover, random_sample
 from btm_scale.data.sources import resolve_domain, resolve_sources
 from btm_scale.errors import DataError
 
@@ -102,6 +102,20 @@ def test_the_domains_of_a_run_can_be_clustered_again(real_text: Path, tmp_path: 
         assert (tmp_path / "out" / f"{name}.jsonl.gz").read_bytes() == (
             tmp_path / "again" / f"{name}.jsonl.gz"
         ).read_bytes()
+
+
+def test_the_same_collection_again_is_already_complete_and_another_is_refused(mixed: Path, tmp_path: Path) -> None:
+    collection = collection_of([mixed / "all.jsonl"], "text")
+    answer = discover(collection, tmp_path / "out", clusters=2, sample=100)
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
+    again = discover(collection, tmp_path / "out", clusters=2, sample=100)
+    assert again == {**answer, "already_complete": True}
+    with pytest.raises(DataError, match="already exists, and clusters was 2 and is now 3"):
+        discover(collection, tmp_path / "out", clusters=3, sample=100)
+    (tmp_path / "all.jsonl").write_text((mixed / "all.jsonl").read_text() * 2)
+    with pytest.raises(DataError, match=r"all\.jsonl has changed since"):
+        discover(collection_of([tmp_path / "all.jsonl"], "text"), tmp_path / "out", clusters=2, sample=100)
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()} == before
 
 
 def test_too_little_text_and_a_nonempty_output_are_errors(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_an_untrained_expert_of_the_configs_domains_can_be_branched(run: RunDir)
 def test_an_expert_that_is_trained_or_in_training_keeps_its_parents(run: RunDir, text: Path) -> None:
     with pytest.raises(ForestError, match=r"'cpp' is already an expert of"):
         branch(run, "cpp", {"python": 1.0})
-    branch(run, "recipes", "seed", text)
+    first, _ = branch(run, "recipes", "seed", text)
     before = files(run)
     with ModelLock(run.train("recipes")):
         with pytest.raises(ForestError, match="'recipes' has begun to train"):
@@ -109,9 +109,9 @@ def test_an_expert_that_is_trained_or_in_training_keeps_its_parents(run: RunDir,
             remove_from_forest(RunConfig.load(run.config), run, "recipes")
     (run.train("recipes") / "lock").unlink()
     (run.checkpoints("recipes") / "step-00000005").mkdir(parents=True)
-    for parents in ("seed", {"python": 1.0}):
-        with pytest.raises(ForestError, match="'recipes' has begun to train"):
-            branch(run, "recipes", parents)
+    with pytest.raises(ForestError, match="'recipes' has begun to train"):
+        branch(run, "recipes", {"python": 1.0})
+    assert branch(run, "recipes", "seed") == (first, None)  # a batch job that is given again
     assert files(run) == before
 
 

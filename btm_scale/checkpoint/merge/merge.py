@@ -7,9 +7,10 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from btm_scale.checkpoint.formats.tensors import dtype_name, parse_dtype
 from btm_scale.checkpoint.hashing import BlockHashes, combined_hash
 from btm_scale.checkpoint.merge import journal
 from btm_scale.checkpoint.merge.mpi import Leader, follow, world
@@ -26,6 +27,7 @@ from btm_scale.util.files import (
     require_space,
 )
 from btm_scale.util.pools import MOST, in_threads
+from btm_scale.util.provenance import Input, Provenance, is_recorded, made_before
 
 CHUNK_BYTES = 256 << 10  # of output, so that the working set stays in a core's cache
 _SHARDS_AT_ONCE = 256  # open files; the usual limit of a process is 1,024
@@ -44,6 +46,7 @@ class MergeReport:
     bytes_written: int
     content_hash: str
     seconds: float
+    already_complete: bool = False  # the same merge had made the output before, and nothing was written
 
 
 def merge(
@@ -66,9 +69,9 @@ def merge(
     models of weight 0. Sums are computed in float64, in an order that depends only on the models' content: the order
     of `inputs`, `jobs`, `chunk_bytes` and sharding do not change a bit. `jobs` is the number of processes; by
     default a large merge uses one per core, unless the calling process has threads. Config and tokenizer come from the
-    first input with a nonzero weight. Repeating the call resumes an interrupted merge. With `mpi` every rank of
-    `mpirun` must make the same call, and each gets the report. Raises `CheckpointError` listing every problem, before
-    anything is written.
+    first input with a nonzero weight. Repeating the call resumes an interrupted merge, and changes nothing after a
+    finished one. With `mpi` every rank of `mpirun` must make the same call, and each gets the report. Raises
+    `CheckpointError` listing every problem, before anything is written.
     """
     started = time.perf_counter()
     output = Path(output)
@@ -81,7 +84,8 @@ def merge(
     done: MergeReport | None = None
     try:
         # A directory cannot replace a link, not even a dangling one or one to an empty directory.
-        if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
+        exists = output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir())))
+        if exists and not is_recorded(output):
             raise CheckpointError(
                 f"{output} already exists. merge does not overwrite: choose another output, or remove it first."
             )
@@ -95,7 +99,12 @@ def merge(
             seed=seed,
         )
         spread = leader.share_out if leader else functools.partial(merge_in_processes, jobs=jobs)
-        work = _Work(plan, output, pairs)
+        made_by = _provenance(plan, output, pairs, dtype)
+        work = _Work(plan, output, pairs, made_by=made_by)
+        if exists and (before := made_before(output, made_by, CheckpointError)) is not None:
+            report = work.report(str(before.answer["content_hash"]), time.perf_counter() - started)
+            done = replace(report, already_complete=True)
+            return done
         (content,) = _carry_out([work], functools.partial(spread, chunk_bytes=chunk_bytes))
         done = work.report(content, time.perf_counter() - started)
         return done
@@ -167,6 +176,7 @@ class _Work:
     output: Path
     inputs: tuple[tuple[Path, float], ...]
     with_sidecars: bool = True  # config, tokenizer and model card
+    made_by: Provenance | None = None  # without the answer
 
     @property
     def partial(self) -> Path:
@@ -191,6 +201,22 @@ class _Work:
             content_hash=content_hash,
             seconds=seconds,
         )
+
+
+def _provenance(plan: MergePlan, output: Path, inputs: Sequence[tuple[Path, float]], dtype: str | None) -> Provenance:
+    """Return the record of a merge, without its answer. The base is the last input."""
+    read = {source.path for source in plan.sources}
+    made_from = [Input.of(path, weight=weight, besides=output) for path, weight in inputs if path in read]
+    if plan.base is not None:
+        made_from.append(Input.of(plan.base.path, besides=output))
+    settings = {
+        "method": plan.method_name,
+        "parameters": dict(plan.parameters),
+        "dtype": dtype_name(parse_dtype(dtype)) if dtype else None,
+        "max_shard_bytes": float(plan.max_shard_bytes),
+        "seed": plan.seed,
+    }
+    return Provenance(command="merge", inputs=tuple(made_from), settings=settings, answer={})
 
 
 def _passes(works: Sequence[_Work]) -> Iterator[Sequence[_Work]]:
@@ -269,6 +295,8 @@ def _publish(work: _Work) -> str:
     content = _complete(work.plan, work.partial)
     if work.with_sidecars:
         _add_sidecars(work, content)
+    if work.made_by is not None:
+        work.made_by.model_copy(update={"answer": {"content_hash": content}}).write_into(work.partial)
     publish_directory(work.partial, work.output)
     return content
 

@@ -1,0 +1,126 @@
+"""provenance.json: what a finished output was made from, so that the same command given again changes nothing.
+
+A batch job that is retried after it had finished then succeeds. The record is written before the output gets its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from btm_scale.errors import UserError
+from btm_scale.util.records import Part, Record
+
+NAME = "provenance.json"
+_CARD = "README.md"  # which its owner may rewrite
+
+
+class Input(Part):
+    """An input of a command. Only its last name is recorded, because the output may be published."""
+
+    name: str
+    weight: float | None = None
+    files: str  # a digest that changes with the name, size or modification time of any of its files
+
+    @classmethod
+    def of(cls, path: Path, *, weight: float | None = None, besides: Path | None = None) -> Self:
+        """Describe a file or a directory as it is now, without what is in the directory `besides`."""
+        return cls(name=path.resolve().name, weight=weight, files=_digest(path, besides and besides.resolve()))
+
+    def __str__(self) -> str:
+        return self.name if self.weight is None else f"{self.name}={self.weight:g}"
+
+
+class Provenance(Record):
+    """provenance.json: the command behind an output, its inputs and settings, its answer, and the output's files."""
+
+    REMEDY: ClassVar[str] = "Choose another output, or remove {folder}."
+
+    command: str
+    inputs: tuple[Input, ...]
+    settings: dict[str, Any]
+    answer: dict[str, Any]
+    files: dict[str, int] = {}  # size in bytes by path
+
+    def write_into(self, directory: Path) -> None:
+        """Write the record, synced, into a complete directory that is about to be published."""
+        self.model_copy(update={"files": _sizes(directory)}).save(directory / NAME)
+
+
+def is_recorded(output: Path) -> bool:
+    """Return whether a directory, and not a link to one, has a record of what it was made from."""
+    return not output.is_symlink() and (output / NAME).is_file()
+
+
+def made_before(output: Path, asked: Provenance, error: type[UserError]) -> Provenance | None:
+    """Return the record of an output that was made by the same command from the same inputs; None if it has no record.
+
+    Raises `error` with the differences if it was made from something else, or was changed since.
+    """
+    if not is_recorded(output):
+        return None
+    made = Provenance.load(output / NAME)
+    if differences := [*_differences(made, asked), *_changes(output, made)]:
+        raise error(
+            f"{output} already exists, and {'; '.join(differences)}. {asked.command} does not overwrite: choose "
+            "another output, or remove it first."
+        )
+    return made
+
+
+def _differences(made: Provenance, asked: Provenance) -> Iterable[str]:
+    if made.command != asked.command:
+        yield f"it was made by {made.command}"
+        return
+    before, now = [", ".join(map(str, one.inputs)) for one in (made, asked)]
+    if [one.weight for one in made.inputs] != [one.weight for one in asked.inputs]:
+        yield f"it was made from {before} and not from {now}"
+    else:
+        for old, new in zip(made.inputs, asked.inputs, strict=True):
+            if old.files != new.files:
+                was = "has changed since" if old.name == new.name else f"is another input than {old.name}"
+                yield f"{new.name} {was}"
+    for name in dict.fromkeys([*made.settings, *asked.settings]):
+        values = made.settings.get(name), asked.settings.get(name)
+        if values[0] != values[1]:
+            yield f"{name} was {_shown(values[0])} and is now {_shown(values[1])}"
+
+
+def _changes(output: Path, made: Provenance) -> Iterable[str]:
+    sizes = _sizes(output)
+    changed = [name for name, size in made.files.items() if sizes.get(name) != size]
+    if changed:
+        yield f"its {changed[0]} was changed or removed after {made.command} had finished"
+
+
+def _shown(value: object) -> str:
+    return "not given" if value is None or value == {} else repr(value)
+
+
+def _sizes(directory: Path) -> dict[str, int]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name not in (NAME, _CARD))
+    return {str(path.relative_to(directory)): path.stat().st_size for path in files}
+
+
+def _digest(path: Path, besides: Path | None) -> str:
+    files: dict[str, tuple[int, int]] = {}
+    if path.is_dir():
+        for folder, folders, names in os.walk(path):
+            folders[:] = [
+                name for name in folders if not name.startswith(".") and Path(folder, name).resolve() != besides
+            ]
+            for name in names:
+                # Hidden files are temporary, and a card or a record says nothing of the weights.
+                if not name.startswith(".") and name not in (NAME, _CARD) and Path(folder, name).is_file():
+                    files[str(Path(folder, name).relative_to(path))] = _state(Path(folder, name))
+    else:
+        files[""] = _state(path)
+    return hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
+
+
+def _state(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns

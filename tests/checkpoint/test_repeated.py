@@ -1,0 +1,107 @@
+"""A merge or a conversion that is given again after it has finished."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.small_models import Save, random_weights
+from helpers.tiny_forest import write_experts
+
+from btm_scale.checkpoint.convert import convert
+from btm_scale.checkpoint.merge.merge import merge
+from btm_scale.cli.app import parse
+from btm_scale.cli.verb import Call
+from btm_scale.errors import CheckpointError
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    """Return what a verb prints under --json."""
+    call = parse([*map(str, arguments), "--json"])
+    assert isinstance(call, Call)
+    assert call.run() == 0
+    document: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return document
+
+
+def state(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {str(file): (file.stat().st_mtime_ns, file.read_bytes()) for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_finished_merge_given_again_succeeds_and_writes_nothing(
+    models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("merge", tmp_path / "out", f"{models[0]}=0.7", f"{models[1]}=0.3", "--method", "ties", "--base", models[2])
+    first = answer(capsys, *words)
+    before = state(tmp_path)
+    again = answer(capsys, *words)
+    assert again.pop("already_complete") is True
+    assert {**again, "seconds": 0} == {**first, "seconds": 0}
+    assert state(tmp_path) == before
+
+
+def test_another_merge_into_the_same_output_is_refused_with_what_differs(models: list[Path], tmp_path: Path) -> None:
+    out, inputs = tmp_path / "out", [(models[0], 0.7), (models[1], 0.3)]
+    merge(out, inputs, seed=1)
+    before = state(out)
+
+    def refusal(inputs: list[tuple[Path, float]], **settings: Any) -> str:
+        with pytest.raises(CheckpointError) as raised:
+            merge(out, inputs, **{"seed": 1, **settings})
+        assert state(out) == before
+        return str(raised.value)
+
+    assert "made from m0=0.7, m1=0.3 and not from m0=0.5, m1=0.5" in refusal([(models[0], 0.5), (models[1], 0.5)])
+    assert "m2 is another input than m1" in refusal([(models[0], 0.7), (models[2], 0.3)])
+    assert "method was 'linear' and is now 'slerp'" in refusal(inputs, method="slerp")
+    assert "dtype was not given and is now 'bfloat16'" in refusal(inputs, dtype="bf16")
+    assert "seed was 1 and is now 2" in refusal(inputs, seed=2)
+    assert "max_shard_bytes was 5000000000.0 and is now 1000.0" in refusal(inputs, max_shard_bytes=1000)
+    os.utime(models[1] / "model.safetensors", (1, 1))
+    message = refusal(inputs)
+    assert "m1 has changed since" in message
+    assert "merge does not overwrite: choose another output, or remove it first" in message
+
+
+def test_an_output_that_was_changed_since_is_not_called_complete(models: list[Path], tmp_path: Path) -> None:
+    inputs = [(models[0], 1.0), (models[1], 1.0)]
+    merge(tmp_path / "out", inputs)
+    (tmp_path / "out/README.md").write_text("A card that its owner wrote.")
+    assert merge(tmp_path / "out", inputs).already_complete
+    (tmp_path / "out/model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"its model\.safetensors was changed or removed after merge"):
+        merge(tmp_path / "out", inputs)
+
+
+def test_a_merge_of_copies_or_from_another_folder_is_the_same_merge(save: Save, tmp_path: Path) -> None:
+    """Neither paths nor anything else of this machine is in the record, which is published with the model."""
+    models = [save(f"m{i}", random_weights(i)) for i in range(2)]
+    merge(tmp_path / "out", [(model, 1.0) for model in models])
+    assert str(tmp_path) not in (tmp_path / "out/provenance.json").read_text()
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for model in models:
+        model.rename(moved / model.name)
+    assert merge(tmp_path / "out", [(moved / model.name, 1.0) for model in models]).already_complete
+
+
+@pytest.mark.parametrize("to", ["huggingface", "megatron", "deepspeed"])
+def test_a_finished_conversion_given_again_succeeds_and_another_is_refused(
+    to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_experts(tmp_path, 1)["expert0"]
+    words = ("convert", model, tmp_path / "out", "--to", to)
+    first = answer(capsys, *words)
+    before = state(tmp_path)
+    assert answer(capsys, *words) == {**first, "already_complete": True}
+    assert answer(capsys, *words, "--verify") == {**first, "already_complete": True, "verified": True}
+    with pytest.raises(CheckpointError, match=f"already exists, and to was '{to}' and is now"):
+        convert(model, tmp_path / "out", to="megatron" if to != "megatron" else "deepspeed")
+    with pytest.raises(CheckpointError, match="dtype was not given and is now 'float16'"):
+        convert(model, tmp_path / "out", to=to, dtype="fp16")
+    with pytest.raises(CheckpointError, match="it was made by convert"):
+        merge(tmp_path / "out", [(model, 1.0)])
+    assert state(tmp_path) == before
