@@ -46,6 +46,19 @@ def read_expert(directory: Path) -> Expert:
     return Expert.load(directory / CARD)
 
 
+def find_expert(directory: Path) -> Expert | None:
+    """Load the card of a model, or return None if it is not finished; another process may be removing it.
+
+    Raises ForestError if the card is damaged or of another schema.
+    """
+    try:
+        return read_expert(directory)
+    except ForestError:
+        if is_finished(directory):
+            raise
+        return None
+
+
 def is_finished(directory: Path) -> bool:
     """Return whether a model directory is complete."""
     return (directory / CARD).is_file()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from btm_scale.errors import ForestError
-from btm_scale.forest.expert import Expert, is_finished, read_expert
+from btm_scale.forest.expert import Expert, find_expert, is_finished, read_expert
 from btm_scale.run_dir import RunDir
 
 
@@ -11,8 +11,8 @@ def experts(run: RunDir) -> dict[str, Expert]:
     """Return every expert by name, sorted, so that no result depends on the file system's order."""
     if not run.experts.is_dir():
         return {}
-    folders = sorted(path for path in run.experts.iterdir() if not path.name.startswith(".") and is_finished(path))
-    return {path.name: read_expert(path) for path in folders}
+    folders = sorted(path for path in run.experts.iterdir() if not path.name.startswith("."))
+    return {path.name: card for path in folders if (card := find_expert(path)) is not None}
 
 
 def require_experts(run: RunDir) -> dict[str, Expert]:

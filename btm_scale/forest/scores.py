@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ class Scores:
         make_directory(path.parent)
         metadata = {"model": self.model, "data_fingerprint": self.fingerprint}
         tensors = {"log_probs": self.log_probs, "block_starts": self.block_starts}
-        write_file(path, save(tensors, metadata))
+        write_file(path, _with_sorted_metadata(save(tensors, metadata)))
 
     @classmethod
     def load(cls, path: Path) -> Scores:
@@ -54,6 +55,16 @@ class Scores:
                 metadata["model"],
                 metadata["data_fingerprint"],
             )
+
+
+def _with_sorted_metadata(file: bytes) -> bytes:
+    """Return a safetensors file whose bytes depend on its content only: the library orders metadata at random."""
+    size = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned
+    return len(text).to_bytes(8, "little") + text + file[8 + size :]
 
 
 def scored_model(path: Path) -> str | None:

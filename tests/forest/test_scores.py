@@ -21,3 +21,16 @@ def test_truncated_scores_count_as_missing(tmp_path: Path, kept: float) -> None:
     assert scored_model(path) is None
     with pytest.raises(ForestError, match=r"are damaged .* btm-scale score RUN"):
         Scores.load(path)
+
+
+def test_the_same_scores_always_have_the_same_bytes(tmp_path: Path) -> None:
+    scores = Scores(np.linspace(-9, 0, 50, dtype=np.float32), np.array([0, 25]), "model", "text")
+    written = set()
+    for number in range(20):
+        scores.save(tmp_path / f"{number}.safetensors")
+        written.add((tmp_path / f"{number}.safetensors").read_bytes())
+    assert len(written) == 1
+    loaded = Scores.load(tmp_path / "0.safetensors")
+    assert (loaded.model, loaded.fingerprint) == ("model", "text")
+    np.testing.assert_array_equal(loaded.log_probs, scores.log_probs)
+    np.testing.assert_array_equal(loaded.block_starts, scores.block_starts)

@@ -79,7 +79,7 @@ def train(
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    _publish(run, name, domains, parent, model)
+    publish(run, name, domains, parent, model)
 
 
 def _network(config: RunConfig, run: RunDir, parent: str | None) -> Any:
@@ -105,10 +105,19 @@ def _windows(config: RunConfig, run: RunDir, domains: Sequence[str], random_seed
         )
 
 
-def _publish(run: RunDir, name: str, domains: Sequence[str], parent: str | None, model: Any) -> None:
+def publish(
+    run: RunDir,
+    name: str,
+    domains: Sequence[str],
+    parent: str | None,
+    model: Any,
+    *,
+    tokenizer: Path | None = None,
+) -> None:
+    """Write a model as a finished one of the run, with the tokenizer of the run by default."""
     directory = run.model(name)
     model.save_pretrained(directory)
-    for file in run.tokenizer.iterdir():
+    for file in (tokenizer or run.tokenizer).iterdir():
         shutil.copyfile(file, directory / file.name)
     Expert(
         name=name,
