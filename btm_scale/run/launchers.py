@@ -50,7 +50,6 @@ def run_training(
     launcher: RunGroups | None = None,
 ) -> None:
     """Train, export and score the models that are not completed yet."""
-    launcher = launcher or here(placement(config, models))
     commands = training_commands(config, run, models)
     todo = [command.name for command in commands]
     done = {model: "done" for model in models if model not in todo}
@@ -59,7 +58,9 @@ def run_training(
         on_progress(progress(config, run, done | states))
 
     try:
-        launcher(commands, poll)
+        if commands:
+            launcher = launcher or here(placement(config, models))
+            launcher(commands, poll)
     finally:
         on_progress(progress(config, run, {model: state_at_rest(config, run, model) for model in models}))
 

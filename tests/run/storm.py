@@ -30,7 +30,9 @@ from btm_scale.forest.average_models import average_texts
 from btm_scale.forest.forest import experts
 from btm_scale.forest.scores import all_texts
 from btm_scale.run import grow, pipeline
+from btm_scale.run.state import state_at_rest
 from btm_scale.run_dir import SEED, RunDir
+from btm_scale.util.rank_log import FailureNote
 
 Words = tuple[str, ...]
 
@@ -133,6 +135,46 @@ def lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def score_after_interruptions(run: RunDir) -> None:
+    """Score all models; what an earlier attempt was interrupted by must no longer be reported."""
+    config = RunConfig.load(run.config)
+    folder = run.train("code")
+    folder.mkdir(parents=True)
+    (folder / "stopped").touch()
+    note = FailureNote(rank=3, ranks=4, host="node-3", time=1.0, error="CUDA error: an illegal memory access")
+    note.save(folder / "log.failed-3.json")
+    assert state_at_rest(config, run, "code") == "failed"
+    assert call("score", run.root) == 0
+    assert state_at_rest(config, run, "code") == "done"
+    assert list(folder.iterdir()) == []
+
+
+def repeat(folder: Path, run: RunDir) -> None:
+    """Give each command twice, as a batch system that retries a finished job does."""
+    yaml, root, one = str(folder / "crowd.yaml"), str(run.root), str(folder / "one.jsonl")
+    friend = str(RunDir(folder).model("friend"))
+    own = ("--out", root)
+    for words in (
+        ("prepare", yaml, *own),
+        ("train", yaml, *own),
+        ("run", yaml, *own),
+        ("plan", yaml, "--nodes", "1"),
+        ("score", root),
+        ("ablate", root),
+        ("forest", "add", root, friend, "--name", "friend"),
+        ("branch", root, "--name", "one", "--text", one),
+        ("score", root),
+        ("evaluate", root),
+        ("report", root),
+    ):
+        assert call(*words) == 0, words
+        before = {path: digest(path) for path in (run.config, run.results, run.report) if path.exists()}
+        assert call(*words) == 0, words
+        assert {path: digest(path) for path in before} == before, words
+    for name in ("friend", "one"):
+        assert call("forest", "remove", root, name) == 0
+
+
 def finish(run: RunDir) -> dict[str, str]:
     """Score, evaluate and report; returns digests of what the run then holds."""
     for words in (("score",), ("evaluate",), ("report",)):
@@ -168,8 +210,9 @@ def main() -> None:
         importlib.import_module(module)  # before the processes fork
     pipeline.here = lambda place: functools.partial(run_forked)
     run = crowded_run(folder)
-    assert call("score", run.root) == 0
+    score_after_interruptions(run)
     assert call("evaluate", run.root) == 0
+    repeat(folder, run)
     serial = RunDir(folder / "serial")
     shutil.copytree(run.root, serial.root)
     until = time.monotonic() + spec["seconds"]
