@@ -58,10 +58,15 @@ def is_recorded(output: Path) -> bool:
 def made_before(output: Path, asked: Provenance, error: type[UserError]) -> Provenance | None:
     """Return the record of an output that was made by the same command from the same inputs; None if it has no record.
 
-    Raises `error` with the differences if it was made from something else, or was changed since.
+    Raises `error` with the differences if it was made from something else, was changed since, or is another user's.
     """
     if not is_recorded(output):
         return None
+    if {output.stat().st_uid, (output / NAME).lstat().st_uid} != {os.geteuid()}:
+        raise error(
+            f"{output} already exists and belongs to another user, whose record of it is not trusted. Choose another "
+            "output, or remove it first."
+        )
     made = Provenance.load(output / NAME)
     if differences := [*_differences(made, asked), *_changes(output, made)]:
         raise error(

@@ -88,6 +88,16 @@ def test_a_merge_of_copies_or_from_another_folder_is_the_same_merge(save: Save, 
     assert merge(tmp_path / "out", [(moved / model.name, 1.0) for model in models]).already_complete
 
 
+def test_an_output_that_another_user_planted_is_not_called_complete(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record may claim anything."""
+    merge(tmp_path / "out", [(models[0], 1.0), (models[1], 1.0)])
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(CheckpointError, match="belongs to another user, whose record of it is not trusted"):
+        merge(tmp_path / "out", [(models[0], 1.0), (models[1], 1.0)])
+
+
 @pytest.mark.parametrize("to", ["huggingface", "megatron", "deepspeed"])
 def test_a_finished_conversion_given_again_succeeds_and_another_is_refused(
     to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -102,7 +102,7 @@ def merge(
         made_by = _provenance(plan, output, pairs, dtype)
         work = _Work(plan, output, pairs, made_by=made_by)
         if exists and (before := made_before(output, made_by, CheckpointError)) is not None:
-            report = work.report(str(before.answer["content_hash"]), time.perf_counter() - started)
+            report = work.report(str(before.answer.get("content_hash", "")), time.perf_counter() - started)
             done = replace(report, already_complete=True)
             return done
         (content,) = _carry_out([work], functools.partial(spread, chunk_bytes=chunk_bytes))
