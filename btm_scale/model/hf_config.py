@@ -119,8 +119,8 @@ def shape_from_config(config: dict[str, Any], path: object) -> ModelShape:
         model_type = shown(model_type)
         families = ", ".join(FAMILIES)
         raise CheckpointError(f"{path}: model_type {model_type} is not supported. Use a model of {families}.")
-    problems = family.unsupported(config) | {"cross attention": config.get("add_cross_attention", False)}
-    if problem := next((setting for setting, applies in problems.items() if applies), None):
+    unsupported = family.unsupported(config) | {"cross attention": config.get("add_cross_attention", False)}
+    if problem := next((setting for setting, applies in unsupported.items() if applies), None):
         raise CheckpointError(f"{path}: {family.name} with {problem} is not supported. Use a model without it.")
     try:
         return ModelShape(family=family.name, **family.from_config(config))
@@ -131,5 +131,6 @@ def shape_from_config(config: dict[str, Any], path: object) -> ModelShape:
     except KeyError as error:
         raise CheckpointError(f"{path} lacks {error}, which a {family.name} model needs. Copy it again.") from error
     except ValidationError as error:
-        reasons = "; ".join(problem["msg"] for problem in error.errors())
+        problems = [(".".join(map(str, problem["loc"])), problem["msg"]) for problem in error.errors()]
+        reasons = "; ".join(f"{field}: {reason}" if field else reason for field, reason in problems)
         raise CheckpointError(f"{path} is not a valid {family.name} config: {reasons}") from error

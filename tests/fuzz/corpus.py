@@ -42,7 +42,7 @@ TEXTS = [f"Document {i} has words, and a number: {i * i}." for i in range(12)]
 
 def make_corpus(root: Path) -> None:
     """Fill a folder with one folder per kind."""
-    for make in (_models, _archives, _zero, _training_state, _text, _tokenizers, _run, _others):
+    for make in (write_models, _archives, write_zero, _training_state, _text, _tokenizers, _run, _others):
         make(root)
 
 
@@ -66,7 +66,7 @@ def _save_config(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def _models(root: Path) -> None:
+def write_models(root: Path) -> None:
     _save(root / "model", _weights(0))
     _save(root / "sharded", _weights(1), shard=1500)
     save_card(root / "model", "model", content_hash="0" * 64)
@@ -86,7 +86,7 @@ def _archives(root: Path) -> None:
     (root / "bins" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
 
 
-def _zero(root: Path) -> None:
+def write_zero(root: Path) -> None:
     """Save what DeepSpeed's engine saves, of a model that is not Megatron-core's."""
     flat = torch.randn(sum(torch.Size(shape).numel() for shape in FLAT_SHAPES.values()) + 2)
     shapes = {name: torch.Size(shape) for name, shape in FLAT_SHAPES.items()}
