@@ -21,7 +21,7 @@ from btm_scale.util.bounded_json import parse_json, shown
 
 PLAIN_DOCUMENT_BYTES = 4 << 20
 LONGEST_LINE_BYTES = 64 << 20  # a line and its text take up to 10 times as much memory
-_PARQUET_ROWS = 256
+_PARQUET_ROWS = 16  # few, because a page of a few bytes can repeat a text of megabytes in every row
 _BROKEN_STREAM = (EOFError, OSError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError, pa.ArrowException)
 
 
@@ -145,6 +145,8 @@ def _text(row: dict[str, Any], field: str) -> str:
     text = row[field]
     if not isinstance(text, str):
         raise ValueError(f"field '{field}' holds {type(text).__name__}, not text")
+    if len(text) > LONGEST_LINE_BYTES:
+        raise ValueError(f"field '{field}' is longer than {LONGEST_LINE_BYTES >> 20} MiB")
     if not is_utf8(text):
         raise ValueError(f"field '{field}' holds half a surrogate pair, which is not valid text")
     return text

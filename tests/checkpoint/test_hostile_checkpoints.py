@@ -102,7 +102,7 @@ def test_tensor_ranks_with_unequal_shards_are_not_joined(tmp_path: Path) -> None
         ({"num_hidden_layers": 10**40}, "'num_hidden_layers' must be a number"),
         ({"hidden_size": "8"}, "'hidden_size' must be a number from 0 to 2147483647 and is '8'"),
         ({"hidden_size": True}, "'hidden_size' must be a number"),
-        ({"num_attention_heads": 0}, "0 or null"),
+        ({"num_attention_heads": 0}, "heads: Input should be greater than 0"),
         ({"num_attention_heads": None}, "0 or null"),
         ({"rope_parameters": []}, "'rope_parameters' must be an object"),
         ({"rope_parameters": {"rope_theta": [1]}}, "'rope_parameters.rope_theta' must be a finite number"),

@@ -22,7 +22,7 @@ from random import Random
 from btm_scale.errors import UserError
 from fuzz.corpus import copy_of, make_corpus
 from fuzz.mutators import mutate
-from fuzz.targets import TARGETS, Target
+from fuzz.targets import ORIGINAL, TARGETS, Target
 
 _SECONDS = 5
 _MAX_GROWTH = 1 << 30  # bytes of resident memory
@@ -58,6 +58,7 @@ def run_input(corpus: Path, seed: int, keep: Path | None = None) -> Outcome:
     target = draw.choices(TARGETS, [target.weight for target in TARGETS])[0]
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
         folder = copy_of(corpus, target.kind, Path(name) / target.kind)
+        (Path(name) / ORIGINAL).symlink_to(corpus / target.kind)
         files = _mutate_files(draw, target, folder)
         if keep is not None:
             shutil.copytree(folder, keep / str(seed))
@@ -77,6 +78,7 @@ def check_corpus(corpus: Path) -> None:
     for target in TARGETS:
         with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
             try:
+                (Path(name) / ORIGINAL).symlink_to(corpus / target.kind)
                 target.read(copy_of(corpus, target.kind, Path(name) / target.kind))
             except Exception:
                 problems.append(f"{target.kind}: {traceback.format_exc()}")
@@ -150,7 +152,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="a folder to copy the mutated files into")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fuzz-corpus-") as name:
-        corpus = arguments.corpus or Path(name)
+        corpus = (arguments.corpus or Path(name)).resolve()
         if not (corpus / "model").exists():
             corpus.mkdir(exist_ok=True)
             make_corpus(corpus)

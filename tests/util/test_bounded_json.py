@@ -64,6 +64,10 @@ def test_a_pipe_and_a_file_that_is_too_large_are_not_read(tmp_path: Path) -> Non
         read_bounded(tmp_path / "large", 10)
 
 
-@pytest.mark.parametrize("value", ["x" * 10**6, [1] * 10**6, {"a": "b" * 100}, 10**5000, [[[[[]]]]] * 50])
+@pytest.mark.parametrize(
+    "value",
+    ["x" * 10**6, [1] * 10**6, {"a": "b" * 100}, 10**5000, [[[[[]]]]] * 50],
+    ids=["text", "list", "dict", "number", "nested"],
+)
 def test_a_foreign_value_is_shown_in_a_few_characters(value: object) -> None:
     assert len(shown(value)) <= 63
