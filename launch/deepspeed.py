@@ -18,10 +18,11 @@ from btm_scale.launch.local import accelerator
 from btm_scale.launch.room import Room, Share
 from btm_scale.launch.shutdown import SUPERVISOR
 from btm_scale.launch.supervise import GroupCommand, Start
+from btm_scale.util.bounded_json import read_bounded
 from btm_scale.util.files import make_directory, write_file
 from btm_scale.util.logs import LEVEL
 
-_HOST = re.compile(r"(\S+)\s+slots\s*=\s*(\d+)")
+_HOST = re.compile(r"(\S+)\s+slots\s*=\s*([0-9]{1,5})")
 _SAFE = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
 _SAFE_VALUE = re.compile(r"[\w@%+=:,./^-]*", re.ASCII)  # NCCL takes ^docker0 for all but docker0
 
@@ -140,7 +141,9 @@ def read_hostfile(path: Path) -> dict[str, int]:
     separators, or a host is listed twice.
     """
     try:
-        lines = path.read_text().splitlines()
+        lines = read_bounded(path).decode("utf-8").splitlines()
+    except ValueError as error:
+        raise LaunchError(f"{path} is not a hostfile: {error}. Write lines of `HOST slots=N`.") from None
     except OSError as error:
         raise LaunchError(
             f"No hostfile at {path} ({error.strerror}). Set launch.deepspeed.hostfile, or use --launcher local."
@@ -152,7 +155,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
             continue
         match = _HOST.fullmatch(text)
         if match is None or int(match[2]) == 0:
-            raise LaunchError(f"{path}, line {number}: '{text}' is not a host. Write it as `HOST slots=N`.")
+            raise LaunchError(f"{path}, line {number}: '{text:.200}' is not a host. Write it as `HOST slots=N`.")
         if not {":", "@"}.isdisjoint(match[1]):
             raise LaunchError(
                 f"{path}, line {number}: '{match[1]}' cannot name a host. ':' and '@' are separators of DeepSpeed's "

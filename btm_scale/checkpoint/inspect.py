@@ -9,7 +9,7 @@ from pathlib import Path
 
 from btm_scale.checkpoint.convert import WRITERS, require_described
 from btm_scale.checkpoint.formats.deepspeed import checkpoint_folder, tensor_degree, training_step
-from btm_scale.checkpoint.formats.locate import described_in, iteration_folder, read_json
+from btm_scale.checkpoint.formats.locate import described_config, iteration_folder
 from btm_scale.checkpoint.formats.megatron import find_shape
 from btm_scale.checkpoint.formats.open import format_of, open_model, with_head_names
 from btm_scale.checkpoint.formats.tensors import ModelReader, dtype_name
@@ -62,7 +62,7 @@ def inspect(path: Path) -> Inspection:
     kind = format_of(path)
     folder = (checkpoint_folder(path) if kind == "deepspeed" else iteration_folder(path)) or path
     files = [folder] if folder.is_file() else sorted(folder.rglob(_SUFFIXES[kind]))
-    config = read_json(described_in(path) / "config.json")
+    config = described_config(path)
     with open_model(path) as model:
         specs = model.specs().values()
         shape = _shape_or_none(path)

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from btm_scale.errors import DataError
+from btm_scale.util.bounded_json import parse_json, read_bounded
 
 TENSORS, VOCABULARY = "clustering.safetensors", "vocabulary.json"
 # Characters of a text that are embedded: more would add little and cost memory.
@@ -108,13 +110,27 @@ class Clustering:
     def load(cls, directory: Path) -> Clustering:
         """Load a clustering. Raises DataError if it is missing or damaged."""
         try:
-            terms = json.loads((directory / VOCABULARY).read_text(encoding="utf-8"))
-            return cls(terms, **load_file(directory / TENSORS))
-        except (OSError, ValueError, TypeError) as error:
+            terms = parse_json(read_bounded(directory / VOCABULARY))
+            clustering = cls(terms, **load_file(directory / TENSORS))
+            clustering._require_sizes()
+            return clustering
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise DataError(
                 f"There is no clustering in {directory} ({error}). Create one: btm-scale discover PATHS --out "
                 f"{directory}"
             ) from None
+
+    def _require_sizes(self) -> None:
+        """Raise ValueError for tensors that do not fit each other."""
+        if not isinstance(self.terms, list) or not all(isinstance(term, str) for term in self.terms):
+            raise ValueError(f"{VOCABULARY} must be a list of words")
+        terms, clusters = len(set(self.terms)), len(self.centres) if self.centres.ndim else 0
+        dimensions = len(self.components) if self.components.ndim else 0
+        expected = {"idf": (terms,), "components": (dimensions, terms), "prices": (clusters,)}
+        for name, shape in (expected | {"centres": (clusters, dimensions)}).items():
+            tensor = getattr(self, name)
+            if tensor.shape != shape or tensor.dtype != np.float32 or 0 in shape or not np.isfinite(tensor).all():
+                raise ValueError(f"{TENSORS}: {name} must be float32 of shape {list(shape)} and finite")
 
 
 def balanced_kmeans(points: Array, masses: Array, clusters: int, random_seed: int) -> tuple[Array, Array]:

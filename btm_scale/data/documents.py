@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
-import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,11 +16,12 @@ import zstandard
 from btm_scale.config.data import DomainConfig, SplitUnit
 from btm_scale.data.files import SourceFile, is_utf8
 from btm_scale.data.sources import DomainSource
-from btm_scale.errors import DataError
+from btm_scale.errors import DataError, first_few
+from btm_scale.util.bounded_json import parse_json, shown
 
 PLAIN_DOCUMENT_BYTES = 4 << 20
-LONGEST_LINE_BYTES = 256 << 20
-_PARQUET_ROWS = 256
+LONGEST_LINE_BYTES = 64 << 20  # a line and its text take up to 10 times as much memory
+_PARQUET_ROWS = 16  # few, because a page of a few bytes can repeat a text of megabytes in every row
 _BROKEN_STREAM = (EOFError, OSError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError, pa.ArrowException)
 
 
@@ -62,7 +63,8 @@ class _NoFieldError(ValueError):
     """A row without a field. `key` is the setting of the domain that names the field."""
 
     def __init__(self, field: str, row: dict[str, Any], key: str) -> None:
-        super().__init__(f"no field '{field}'; fields are {', '.join(map(repr, row)) or 'none'}")
+        names = first_few([shown(name) for name in row], "fields", most=20)
+        super().__init__(f"no field '{field}'; fields are {names or 'none'}")
         self.remedy = f"Set `{key}` of the domain to one of them" if row else ""
 
 
@@ -126,16 +128,11 @@ def _json_rows(file: SourceFile, settings: DomainConfig, bad: Report) -> Iterato
             if line.isspace():
                 continue
             try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                row = parse_json(content, unique_keys=False, unicode=False)
                 if not isinstance(row, dict):
                     raise ValueError(f"expected a JSON object, found {type(row).__name__}")
                 yield (number, _text(row, settings.field), _split_key(row, settings.split_by))
-            except UnicodeDecodeError as error:
-                bad(number, f"not UTF-8 at byte {error.start} of the line")
-            except json.JSONDecodeError as error:
-                bad(number, f"not JSON: {error.msg} at column {error.colno}")
-            except RecursionError:
-                bad(number, "JSON nested too deeply")
             except _NoFieldError as error:
                 bad(number, str(error), error.remedy)
             except ValueError as error:
@@ -148,6 +145,8 @@ def _text(row: dict[str, Any], field: str) -> str:
     text = row[field]
     if not isinstance(text, str):
         raise ValueError(f"field '{field}' holds {type(text).__name__}, not text")
+    if len(text) > LONGEST_LINE_BYTES:
+        raise ValueError(f"field '{field}' is longer than {LONGEST_LINE_BYTES >> 20} MiB")
     if not is_utf8(text):
         raise ValueError(f"field '{field}' holds half a surrogate pair, which is not valid text")
     return text

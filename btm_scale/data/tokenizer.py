@@ -13,6 +13,7 @@ import sentencepiece
 
 from btm_scale.errors import DataError
 from btm_scale.model.hf_load import load_tokenizer
+from btm_scale.util.bounded_json import shown
 from btm_scale.util.records import read_object
 
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -156,7 +157,18 @@ def _added_ids(directory: Path) -> list[int]:
     """Return the ids that Hugging Face files add to a sentencepiece vocabulary."""
     ids: list[int] = []
     if (path := directory / "added_tokens.json").is_file():
-        ids += read_object(path, DataError).values()
+        ids += (_token_id(path, name, value) for name, value in read_object(path, DataError).items())
     if (path := directory / "tokenizer_config.json").is_file():
-        ids += map(int, read_object(path, DataError).get("added_tokens_decoder", {}))
+        decoder = read_object(path, DataError).get("added_tokens_decoder") or {}
+        if not isinstance(decoder, dict):
+            raise DataError(f"{path}: 'added_tokens_decoder' must be an object. Copy the tokenizer again.")
+        ids += (_token_id(path, key, int(key) if key.isdecimal() and len(key) < 11 else key) for key in decoder)
     return ids
+
+
+def _token_id(path: Path, name: str, value: object) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 31:
+        raise DataError(
+            f"{path}: '{name:.80}' must be the id of a token and is {shown(value)}. Copy the tokenizer again."
+        )
+    return value

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Annotated, Any
 
-from pydantic import ConfigDict
+from pydantic import AfterValidator, ConfigDict
 
 from btm_scale.errors import ForestError
 from btm_scale.util.records import Record
 
 CARD = "expert.json"
+
+
+def _require_inside(name: str) -> str:
+    if not name or "\0" in name or PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+        raise ValueError("must be the name of a model, without '..'")
+    return name
+
+
+ModelName = Annotated[str, AfterValidator(_require_inside)]
 
 
 @dataclass(frozen=True)
@@ -20,7 +29,7 @@ class Parent:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    name: str
+    name: ModelName
     weight: float
 
 
@@ -31,7 +40,7 @@ class Expert(Record):
     ABSENT = f"{{folder}} is not a finished expert: it has no {CARD}. Train it, or choose another."
     REMEDY = "Restore it, or train the expert again."
 
-    name: str
+    name: ModelName
     domains: dict[str, float]  # the domains it was trained on, as fractions of its text
     parents: tuple[Parent, ...]
     tokens: int  # trained on by this model itself, without its parents'

@@ -35,16 +35,16 @@ def lineage(run: RunDir) -> dict[str, dict[str, float]]:
     """
     family: dict[str, dict[str, float]] = {}
 
-    def visit(name: str) -> None:
-        if name in family:
-            return
-        parents = read_expert(run.model(name)).parents if is_finished(run.model(name)) else ()
-        for parent in parents:
-            visit(parent.name)
-        family[name] = {parent.name: parent.weight for parent in parents}
-
-    for name in experts(run):
-        visit(name)
+    waiting = list(reversed(experts(run)))
+    opened: dict[str, dict[str, float]] = {}  # whose parents are visited first
+    while waiting:
+        name = waiting[-1]
+        if name not in opened:
+            parents = read_expert(run.model(name)).parents if is_finished(run.model(name)) else ()
+            opened[name] = {parent.name: parent.weight for parent in parents}
+            waiting += [parent for parent in reversed(opened[name]) if parent not in opened]
+        else:
+            family.setdefault(waiting.pop(), opened[name])
     return family
 
 

@@ -23,7 +23,6 @@ from btm_scale.model.hf_config import read_shape
 from btm_scale.run_dir import RunDir
 from btm_scale.util.files import new_directory, require_space, sync_directory
 from btm_scale.util.inside import copy_inside, file_inside
-from btm_scale.util.records import read_object
 
 _REMOVED = ".removed"
 _PERMISSION = "Make it writable for this user."
@@ -182,7 +181,7 @@ def _require_fit(run: RunDir, source: Path) -> None:
             f"{source} has a different tokenizer than {run.root}. Probabilities of different tokens cannot be mixed. "
             "Train an expert with the run's own tokenizer."
         )
-    rows = read_object(source / "config.json", ForestError).get("vocab_size", 0)
+    rows = read_shape(source).vocabulary
     ours = Tokenizer.load(run.tokenizer).vocab_size
     if rows < ours:
         raise ForestError(

@@ -42,19 +42,32 @@ class Scores:
         if not path.is_file():
             raise ForestError(f"There are no scores at {path}. Score this model first: btm-scale score RUN")
         try:
-            opened = safe_open(path, "numpy")
-        except SafetensorError as error:
+            with safe_open(path, "numpy") as file:
+                metadata = file.metadata() or {}
+                names = ("log_probs", "block_starts")
+                scores = cls(
+                    *(file.get_tensor(name) for name in names),
+                    *(metadata.get(key, "") for key in ("model", "data_fingerprint")),
+                )
+            problem = scores._problem()
+        except (OSError, SafetensorError) as error:
+            problem = str(error)
+        if problem:
             raise ForestError(
-                f"The scores at {path} are damaged ({error}). Score the model again: btm-scale score RUN"
-            ) from None
-        with opened as file:
-            metadata = file.metadata()
-            return cls(
-                file.get_tensor("log_probs"),
-                file.get_tensor("block_starts"),
-                metadata["model"],
-                metadata["data_fingerprint"],
+                f"The scores at {path} are damaged ({problem}). Score the model again: btm-scale score RUN"
             )
+        return scores
+
+    def _problem(self) -> str | None:
+        """Return why these cannot be the scores of a text, or None."""
+        starts, log_probs = self.block_starts, self.log_probs
+        if log_probs.dtype != np.float32 or log_probs.ndim != 1 or not len(log_probs):
+            return f"log_probs is {log_probs.dtype} {list(log_probs.shape)}, and must be float32 [tokens]"
+        if starts.dtype != np.int64 or starts.ndim != 1 or not len(starts):
+            return f"block_starts is {starts.dtype} {list(starts.shape)}, and must be int64 [blocks]"
+        if starts[0] != 0 or starts[-1] >= len(log_probs) or np.any(starts[1:] <= starts[:-1]):
+            return f"block_starts must increase from 0 to below {len(log_probs)}"
+        return None if self.model and self.fingerprint else "the metadata lacks model or data_fingerprint"
 
 
 def _with_sorted_metadata(file: bytes) -> bytes:
@@ -73,8 +86,8 @@ def scored_model(path: Path) -> str | None:
         return None
     try:
         with safe_open(path, "numpy") as file:
-            return str(file.metadata()["model"])
-    except SafetensorError:
+            return (file.metadata() or {}).get("model")
+    except (OSError, SafetensorError):
         return None
 
 
@@ -111,7 +124,9 @@ class Stack:
         """Load every model's scores. Raises ForestError if any are missing or are of another text."""
         scores = [Scores.load(run.scores(model, domain, split)) for model in models]
         for model, other in zip(models, scores, strict=True):
-            if other.fingerprint != scores[0].fingerprint:
+            same_blocks = np.array_equal(other.block_starts, scores[0].block_starts)
+            same_tokens = other.log_probs.shape == scores[0].log_probs.shape
+            if other.fingerprint != scores[0].fingerprint or not (same_blocks and same_tokens):
                 raise ForestError(
                     f"'{model}' and '{models[0]}' were scored on different texts of '{domain}'. "
                     "Delete both models' scores and score them again: btm-scale score RUN"

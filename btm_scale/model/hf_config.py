@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from btm_scale.errors import CheckpointError
 from btm_scale.model.families import FAMILIES
 from btm_scale.model.shape import ModelShape
+from btm_scale.util.bounded_json import parse_json, read_bounded, shown
 
 
 def config_json(shape: ModelShape, *, dtype: str, end_of_text: int | None) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """Return the config.json of a Hugging Face directory. Raises `CheckpointError` if it cannot be read."""
     path = directory / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(read_bounded(path))
     except FileNotFoundError:
         if not directory.exists():
             raise CheckpointError(
@@ -45,13 +46,69 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{directory} is not a model: it has no config.json. Train it, or choose another model."
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
         raise CheckpointError(
             f"{directory} is not a Hugging Face model: {path} cannot be read ({error}). Copy it again."
         ) from None
+    except ValueError as error:
+        raise CheckpointError(f"{directory} is not a Hugging Face model: {path} is {error}. Copy it again.") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is a JSON {type(config).__name__}, but must be an object. Copy it again.")
+    _require_types(config, path, {"model_type": _TYPES["model_type"]})
+    if config.get("model_type") in FAMILIES:
+        _require_types(config, path, _TYPES)
+        for section in ("rope_scaling", "rope_parameters"):
+            _require_types(config.get(section) or {}, path, _TYPES, f"{section}.")
     return config
+
+
+_Types = dict[str, tuple[str, Callable[[Any], bool]]]
+
+
+def _require_types(config: dict[str, Any], path: Path, types: _Types, section: str = "") -> None:
+    """Raise `CheckpointError` for a setting that this package uses and whose type is another."""
+    for key, (rule, holds) in types.items():
+        value = config.get(key)
+        if value is not None and not holds(value):
+            raise CheckpointError(f"{path}: '{section}{key}' must be {rule} and is {shown(value)}. Copy it again.")
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 31
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e30 < value < 1e30
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_section(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+_SIZES = (
+    "num_hidden_layers num_attention_heads num_key_value_heads hidden_size intermediate_size head_dim vocab_size "
+    "max_position_embeddings n_layer n_head n_embd n_inner n_positions sliding_window original_max_position_embeddings"
+)
+_NUMBERS = "rms_norm_eps layer_norm_epsilon rope_theta factor low_freq_factor high_freq_factor partial_rotary_factor"
+_FLAGS = (
+    "tie_word_embeddings attention_bias mlp_bias use_sliding_window add_cross_attention "
+    "scale_attn_by_inverse_layer_idx scale_attn_weights"
+)
+_TYPES: _Types = (
+    dict.fromkeys(_SIZES.split(), ("a number from 0 to 2147483647", _is_size))
+    | dict.fromkeys(_NUMBERS.split(), ("a finite number", _is_number))
+    | dict.fromkeys(["model_type", "hidden_act", "activation_function", "rope_type", "type"], ("text", _is_text))
+    | dict.fromkeys(_FLAGS.split(), ("true or false", _is_flag))
+    | dict.fromkeys(("rope_scaling", "rope_parameters"), ("an object", _is_section))
+)
 
 
 def shape_from_config(config: dict[str, Any], path: object) -> ModelShape:
@@ -59,15 +116,21 @@ def shape_from_config(config: dict[str, Any], path: object) -> ModelShape:
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
+        model_type = shown(model_type)
         families = ", ".join(FAMILIES)
-        raise CheckpointError(f"{path}: model_type {model_type!r} is not supported. Use a model of {families}.")
-    problems = family.unsupported(config) | {"cross attention": config.get("add_cross_attention", False)}
-    if problem := next((setting for setting, applies in problems.items() if applies), None):
+        raise CheckpointError(f"{path}: model_type {model_type} is not supported. Use a model of {families}.")
+    unsupported = family.unsupported(config) | {"cross attention": config.get("add_cross_attention", False)}
+    if problem := next((setting for setting, applies in unsupported.items() if applies), None):
         raise CheckpointError(f"{path}: {family.name} with {problem} is not supported. Use a model without it.")
     try:
         return ModelShape(family=family.name, **family.from_config(config))
+    except (ZeroDivisionError, TypeError):
+        raise CheckpointError(
+            f"{path} has a size that is 0 or null. Every size is at least 1. Copy it again."
+        ) from None
     except KeyError as error:
         raise CheckpointError(f"{path} lacks {error}, which a {family.name} model needs. Copy it again.") from error
     except ValidationError as error:
-        reasons = "; ".join(problem["msg"] for problem in error.errors())
+        problems = [(".".join(map(str, problem["loc"])), problem["msg"]) for problem in error.errors()]
+        reasons = "; ".join(f"{field}: {reason}" if field else reason for field, reason in problems)
         raise CheckpointError(f"{path} is not a valid {family.name} config: {reasons}") from error

@@ -13,6 +13,9 @@ from btm_scale.model.families.family import Family
 FamilyName = Annotated[str, AfterValidator(lambda name: find_family(name).name)]
 
 
+_MAX_SIZE = 1 << 31
+
+
 class RopeScaling(BaseModel):
     """Scaling of rotary positions beyond the original context length.
 
@@ -43,18 +46,19 @@ class ModelShape(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     family: FamilyName = "llama"
-    layers: int = Field(gt=0)
-    hidden: int = Field(gt=0)
-    heads: int = Field(gt=0)
+    layers: int = Field(gt=0, le=10_000)
+    hidden: int = Field(gt=0, lt=_MAX_SIZE)
+    heads: int = Field(gt=0, le=100_000)
     kv_heads: int = Field(gt=0, description="KV heads; equal to `heads` without grouped-query attention")
     head_size: int = Field(
         default_factory=lambda sizes: sizes["hidden"] // sizes["heads"],
         gt=0,
+        lt=_MAX_SIZE,
         description="dimension of a head",
     )
-    ffn: int = Field(gt=0)
-    positions: int = Field(gt=0, description="longest sequence in tokens")
-    vocabulary: int = Field(gt=0)
+    ffn: int = Field(gt=0, lt=_MAX_SIZE)
+    positions: int = Field(gt=0, lt=_MAX_SIZE, description="longest sequence in tokens")
+    vocabulary: int = Field(gt=0, lt=_MAX_SIZE)
     tied: bool = True
     norm_epsilon: float = Field(default=1e-5, gt=0)
     rope_theta: float = Field(default=10_000.0, gt=0)

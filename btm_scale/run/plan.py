@@ -22,6 +22,7 @@ from btm_scale.launch.plan import (
 from btm_scale.model.shape import ModelShape
 from btm_scale.run_dir import SEED
 from btm_scale.train.jobs import TrainingJob, model_names, training_job, training_stages
+from btm_scale.util.bounded_json import shown
 from btm_scale.util.records import read_object
 
 _LAYOUT = ("tensor", "data", "zero", "sequence_parallel", "recompute")
@@ -82,8 +83,11 @@ def vocabulary_of(config: RunConfig) -> int:
     if config.tokenizer.path is None:
         return config.tokenizer.vocab_size
     listed = config.tokenizer.path / "config.json"
-    if listed.is_file() and "vocab_size" in (values := read_object(listed, ConfigError)):
-        return int(values["vocab_size"])
+    size = read_object(listed, ConfigError).get("vocab_size") if listed.is_file() else None
+    if size is not None:
+        if type(size) is not int or not 0 < size < 1 << 31:
+            raise ConfigError(f"{listed}: 'vocab_size' must be a number above 0 and is {shown(size)}. Copy it again.")
+        return size
     from btm_scale.data.tokenizer import Tokenizer
 
     return Tokenizer.load(config.tokenizer.path).vocab_size

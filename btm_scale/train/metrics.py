@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from btm_scale.launch.gpus import gpu_of_device
+from btm_scale.util.bounded_json import parse_json
 from btm_scale.util.files import make_directory, write_file
 
 if TYPE_CHECKING:  # reading metrics needs no engine
@@ -23,6 +24,7 @@ if TYPE_CHECKING:  # reading metrics needs no engine
 logger = logging.getLogger(__name__)
 
 _LOG_SECONDS = 5.0
+_MAX_STEP = 1 << 31
 
 
 class Metrics:
@@ -129,7 +131,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def metrics_row(line: bytes) -> dict[str, Any] | None:
     """Return the metrics in one line, or None if it is not the JSON object of a step."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = parse_json(line)
+    except ValueError:
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    numbers = isinstance(row, dict) and all(isinstance(value, (int, float)) for value in row.values())
+    return row if numbers and type(row.get("step")) is int and 0 <= row["step"] < _MAX_STEP else None

@@ -14,10 +14,11 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from btm_scale.errors import UserError
+from btm_scale.util.bounded_json import parse_json, read_bounded, shown
 from btm_scale.util.files import write_file
 
 _PROBLEMS = 3  # listed in a message
-_SHOWN = 60  # characters of a wrong value
+_LONGEST_NAME = 100  # characters of a key in a message
 
 
 class Part(BaseModel):
@@ -44,11 +45,11 @@ class Record(Part):
 
         Types are checked strictly: a number in quotes is not a number.
         """
-        values = read_object(path, cls.ERROR, absent=cls.ABSENT, remedy=cls.REMEDY, upgrade=cls.upgraded)
+        values = read_object(path, cls.ERROR, absent=cls.ABSENT, remedy=cls.REMEDY, upgrade=cls.upgraded, unicode=False)
         schema = values.pop("schema", 1)
         if type(schema) is not int or schema != cls.SCHEMA:
             raise cls.ERROR(
-                f"{path} has schema {schema!r}, and this version reads schema {cls.SCHEMA}. Update btm-scale."
+                f"{path} has schema {shown(schema)}, and this version reads schema {cls.SCHEMA}. Update btm-scale."
             )
         try:
             # Strict validation knows from JSON alone that an array may become a tuple.
@@ -90,24 +91,20 @@ def read_object(
     absent: str = Record.ABSENT,
     remedy: str = Record.REMEDY,
     upgrade: Callable[[Any], Any] = lambda content: content,
+    unicode: bool = True,
 ) -> dict[str, Any]:
     """Return the JSON object in a file. Raises `error` with the reason if there is none.
 
-    `upgrade` converts the JSON value to the expected object.
+    `upgrade` converts the JSON value to the expected object. `unicode` is that of `parse_json`.
     """
     try:
-        # RecursionError: JSON may be nested more deeply than the interpreter's stack.
-        content = upgrade(json.loads(path.read_bytes().decode("utf-8")))
+        content = upgrade(parse_json(read_bounded(path), unicode=unicode))
     except FileNotFoundError:
         raise error(absent.format(path=path, folder=path.parent)) from None
     except OSError as problem:
         raise error(f"{path} cannot be read: {problem.strerror or problem}. Make it readable for this user.") from None
-    except UnicodeDecodeError as problem:
-        raise error(_damaged(path, f"not UTF-8 text ({problem.reason} at byte {problem.start})", remedy)) from None
-    except RecursionError:
-        raise error(_damaged(path, "nested too deeply for a record of btm-scale", remedy)) from None
     except ValueError as problem:
-        raise error(_damaged(path, f"not valid JSON ({problem})", remedy)) from None
+        raise error(_damaged(path, str(problem), remedy)) from None
     if not isinstance(content, dict):
         raise error(_damaged(path, f"a JSON {type(content).__name__}, and must be an object", remedy))
     return content
@@ -122,15 +119,15 @@ def _sentence(error: ValidationError) -> str:
     problems = error.errors(include_url=False)
     words = []
     for problem in problems[:_PROBLEMS]:
-        field = ".".join(map(str, problem["loc"]))
+        field = ".".join(str(part)[:_LONGEST_NAME] for part in problem["loc"])
         if problem["type"] == "missing":
             words.append(f"field '{field}' is missing")
         elif problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             words.append(f"field '{field}' is unknown to this version")
+        elif problem["type"] == "value_error":
+            words.append(f"field '{field}' {problem['ctx']['error']} and is {shown(problem['input'])}")
         else:
-            shown = repr(problem["input"])
-            shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
             rule = problem["msg"].replace("Input should be", "must be")
-            words.append(f"field '{field}' {rule[0].lower()}{rule[1:]} and is {shown}")
+            words.append(f"field '{field}' {rule[0].lower()}{rule[1:]} and is {shown(problem['input'])}")
     more = f" and {len(problems) - _PROBLEMS} more" if len(problems) > _PROBLEMS else ""
     return f"not as this version writes it: {'; '.join(words)}{more}"

@@ -95,13 +95,13 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
 
 
 BAD_LINES = {
-    b'{"text": "\xff"}\n': "not UTF-8 at byte 10 of the line",
-    b'{"text": "a"\n': "not JSON: Expecting ',' delimiter",
+    b'{"text": "\xff"}\n': "not UTF-8 text (invalid start byte at byte 10)",
+    b'{"text": "a"\n': "not valid JSON (Expecting ',' delimiter",
     b"[1]\n": "expected a JSON object, found list",
     b'{"body": "a"}\n': "no field 'text'; fields are 'body'",
     b'{"text": 3}\n': "field 'text' holds int, not text",
     b'{"text": "\\ud800"}\n': "field 'text' holds half a surrogate pair",
-    b'{"text": ' + b"[" * 100_000 + b"\n": "JSON nested too deeply",
+    b'{"text": ' + b"[" * 100_000 + b"\n": "nested too deeply",
 }
 
 

@@ -243,7 +243,7 @@ def test_all_missing_paths_are_reported_together_before_any_work(make_config: Ma
 
 BAD_DOMAINS = {
     "empty": ("\n \n", "Domain 'bad' is empty: its 1 files hold no document. Add text"),
-    "malformed": ('{"text": "fine"}\n{"text": \n', "bad.jsonl, line 2: not JSON"),
+    "malformed": ('{"text": "fine"}\n{"text": \n', "bad.jsonl, line 2: not valid JSON"),
     "small": (
         '{"text": "a short document"}\n' * 3,
         r"Domain 'bad' is too small to split: .*test has 1 documents with 11 tokens. Each needs at least 65",

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from btm_scale.errors import CheckpointError, first_few
+from btm_scale.model.hf_config import read_config
 from btm_scale.run_dir import SEED, RunDir
+from btm_scale.util.bounded_json import read_bounded, shown
 from btm_scale.util.inside import file_inside
 from btm_scale.util.records import read_object
 
@@ -21,6 +23,7 @@ TOKENIZER_FILES = (
 )
 STATE_MARKER = "state.json"  # of a btm-scale training checkpoint
 _SEARCHED_PARENTS = 3
+_LONGEST_NAME = 255  # bytes
 
 
 def described_in(path: Path) -> Path:
@@ -62,8 +65,19 @@ def iteration_folder(path: Path) -> Path:
     latest = path / "latest_checkpointed_iteration.txt"
     if not latest.is_file():
         return path
-    iteration = latest.read_text().strip()
+    iteration = read_name(latest)
     return file_inside(path, f"iter_{int(iteration):07d}" if iteration.isdecimal() else iteration)
+
+
+def read_name(file: Path) -> str:
+    """Return the name in a marker such as `latest`. Raises `CheckpointError` if it holds anything else."""
+    try:
+        name = read_bounded(file, _LONGEST_NAME).decode("utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read as a name: {error}. Copy it again.") from None
+    if not name or not name.isprintable():
+        raise CheckpointError(f"{file} must hold the name of a folder and holds {shown(name)}. Copy it again.")
+    return name
 
 
 def _models_of_the_run(state: Path) -> list[Path]:
@@ -73,6 +87,12 @@ def _models_of_the_run(state: Path) -> list[Path]:
         return []
     run, name = RunDir(train.parent), state.parent.parent.relative_to(train).as_posix()
     return [run.model(name), run.model(SEED)]
+
+
+def described_config(path: Path) -> dict[str, Any]:
+    """Return the config.json that describes a model, or an empty one. Raises `CheckpointError` if it is damaged."""
+    folder = described_in(path)
+    return read_config(folder) if (folder / "config.json").is_file() else {}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -62,6 +62,11 @@ class MegatronModel(ModelReader):
         self._entries: dict[str, Entry] = {}
         for entry in entries.values():
             specs = [part.spec(entry.megatron) for part in self.parts]
+            if len(set(specs)) > 1:
+                listed = ", ".join(map(str, specs))
+                raise CheckpointError(
+                    f"{path}: '{entry.megatron}' is {listed} on the tensor ranks, which must be equal. Copy it again."
+                )
             blanks = [torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in specs]
             for name, tensor in self._converted(entry, blanks).items():
                 self._specs[name], self._entries[name] = TensorSpec.of(tensor), entry

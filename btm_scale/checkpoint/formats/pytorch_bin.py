@@ -25,8 +25,10 @@ def open_bin(directory: Path) -> StoredModel:
         if not shard.is_file():
             raise CheckpointError(f"{index} lists the shard {shard.name}, which is missing. Copy it here.")
         content = load_pickle(shard)
-        if not isinstance(content, dict):
+        if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
             raise CheckpointError(f"{shard} does not contain a state dict. Save `model.state_dict()`.")
+        if twice := sorted(tensors.keys() & content.keys()):
+            raise CheckpointError(f"{shard} has '{twice[0]:.100}', which another shard has too. Copy the model again.")
         if unsupported := sorted(str(name) for name, value in content.items() if _is_unsupported(value)):
             raise CheckpointError(
                 f"{shard}: {len(unsupported)} tensors, the first '{unsupported[0]}', have a dtype or layout that is "

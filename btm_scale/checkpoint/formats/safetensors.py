@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,17 @@ import torch
 
 from btm_scale.checkpoint.formats.locate import read_json
 from btm_scale.checkpoint.formats.safetensors_writer import INDEX, SINGLE
-from btm_scale.checkpoint.formats.tensors import DTYPE_BY_CODE, ModelReader, TensorSpec, as_bytes, unknown_tensor
+from btm_scale.checkpoint.formats.tensors import (
+    DTYPE_BY_CODE,
+    ModelReader,
+    TensorSpec,
+    as_bytes,
+    is_shape,
+    unknown_tensor,
+)
 from btm_scale.errors import CheckpointError
+from btm_scale.util.bounded_json import MAX_BYTES, parse_json, shown
 from btm_scale.util.inside import file_inside
-
-_MAX_HEADER = 100_000_000  # bytes, as in the reference implementation
 
 
 @dataclass(frozen=True)
@@ -45,39 +50,42 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, _MAX_HEADER):
+            if size < 8 or length > min(size - 8, MAX_BYTES):
                 raise CheckpointError(
                     f"{path} has {size} bytes, too few for its header. It is truncated or not a safetensors file: copy "
                     "it again."
                 )
-            header = json.loads(file.read(length))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}. Copy it again.") from error
+            header = parse_json(file.read(length))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Copy it again.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not a safetensors file: its header is {error}. Copy it again.") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} is not a safetensors file: its header is not a JSON object. Copy it again.")
     return header, 8 + length
 
 
-def _natural(value: object) -> int:
-    """Return a JSON value that must be a non-negative integer; raises `ValueError` otherwise."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError
-    return value
+def _entry(path: Path, name: str, entry: Any) -> tuple[int, int, TensorSpec]:
+    """Return a tensor's first byte, its end and its spec."""
+    if isinstance(entry, dict):
+        code, shape, span = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+        dtype = DTYPE_BY_CODE.get(code) if isinstance(code, str) else None
+        if dtype is not None and isinstance(shape, list) and is_shape(shape) and is_shape(span) and len(span) == 2:
+            return span[0], span[1], TensorSpec(dtype, tuple(shape))
+    raise CheckpointError(
+        f"{path} has an invalid header entry for '{name:.200}': {shown(entry, 200)}. Export it again."
+    )
 
 
 def _places(path: Path) -> dict[str, _Place]:
     """Return every tensor of one file, after checking that they fill its data without gaps or overlaps."""
     header, data = read_header(path)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: '__metadata__' in the header must map names to text. Export it again.")
     places, spans = {}, []
     for name, entry in header.items():
-        try:
-            begin, end = map(_natural, entry["data_offsets"])
-            spec = TensorSpec(DTYPE_BY_CODE[entry["dtype"]], tuple(map(_natural, entry["shape"])))
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{path} has an invalid header entry for '{name}': {entry}. Export it again."
-            ) from error
+        begin, end, spec = _entry(path, name, entry)
         if end - begin != spec.nbytes:
             raise CheckpointError(
                 f"{path}: '{name}' is {spec}, which takes {spec.nbytes} bytes, not {end - begin}. Export it again."

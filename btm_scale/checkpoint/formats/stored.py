@@ -32,6 +32,8 @@ class StoredTensor:
 
     def read_into(self, start: int, out: torch.Tensor) -> None:
         """Fill `out` with row-major elements from `start`; a strided tensor is read in full."""
+        if out.dtype != self.spec.dtype:
+            raise TypeError(f"{self.spec.dtype} cannot be read as {out.dtype}")
         if self.stride is not None:
             (segment,) = self.segments
             stored = torch.empty(segment.elements, dtype=self.spec.dtype)

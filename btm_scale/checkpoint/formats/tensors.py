@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import torch
 
@@ -52,6 +52,19 @@ def parse_dtype(name: str) -> torch.dtype:
 def dtype_name(dtype: torch.dtype) -> str:
     """Return `bfloat16` for `torch.bfloat16`, as in Hugging Face configs."""
     return str(dtype).removeprefix("torch.")
+
+
+_MAX_DIMENSIONS = 32
+_MAX_ELEMENTS = 1 << 56  # so that offsets in bytes fit into 63 bits
+
+
+def is_shape(sizes: object) -> TypeGuard[Sequence[int]]:
+    """Whether a foreign value is a shape: a list or tuple of natural numbers whose product is a possible size."""
+    if not isinstance(sizes, (list, tuple)) or len(sizes) > _MAX_DIMENSIONS:
+        return False
+    if not all(type(size) is int and 0 <= size <= _MAX_ELEMENTS for size in sizes):
+        return False
+    return math.prod(max(size, 1) for size in sizes) <= _MAX_ELEMENTS
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def is_training_state(path: Path) -> bool:
 def saved_step(path: Path) -> int | None:
     """Return the step after which a training checkpoint was saved, or None if it is not recorded."""
     step = read_json(path / STATE_MARKER).get("step")
-    return step if isinstance(step, int) else None
+    return step if type(step) is int else None
 
 
 class TrainingState(ModelReader):

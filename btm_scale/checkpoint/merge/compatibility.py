@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from btm_scale.checkpoint.formats.locate import TOKENIZER_FILES, described_in, read_json
+from btm_scale.checkpoint.formats.locate import TOKENIZER_FILES, described_config, described_in
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, dtype_name
 from btm_scale.errors import few_names, first_few
@@ -128,7 +128,7 @@ def is_derived(name: str, directory: Path) -> bool:
     causal_mask = _CAUSAL_MASK.fullmatch(name)
     if name != "lm_head.weight" and not causal_mask:
         return False
-    config = read_json(described_in(directory) / "config.json")
+    config = described_config(directory)
     family = FAMILIES.get(config.get("model_type", ""))
     if causal_mask:
         return family is GPT2
@@ -137,7 +137,7 @@ def is_derived(name: str, directory: Path) -> bool:
 
 def config_problems(paths: Sequence[Path]) -> list[str]:
     """Return a problem for every config that differs in a setting that changes what the weights compute."""
-    configs = {path: config for path in paths if (config := read_json(described_in(path) / "config.json"))}
+    configs = {path: config for path in paths if (config := described_config(path))}
     if not configs:
         return []
     (first, ours), *others = configs.items()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from btm_scale.checkpoint.merge.plan import Unit
 from btm_scale.errors import CheckpointError
+from btm_scale.util.bounded_json import parse_json
 from btm_scale.util.files import is_private, sync_directory, write_file
 from btm_scale.util.locks import held
 
@@ -32,7 +33,7 @@ def only_merge_into(partial: Path) -> Iterator[None]:
 def can_resume(partial: Path, fingerprint: str) -> bool:
     """Whether `partial` was started by the same merge, and only this user can write to it."""
     note = partial / _PLAN
-    return is_private(partial) and note.is_file() and note.read_text() == fingerprint
+    return is_private(partial) and note.is_file() and note.read_bytes() == fingerprint.encode()
 
 
 def begin(partial: Path, fingerprint: str) -> None:
@@ -51,12 +52,13 @@ def finished(partial: Path) -> dict[Unit, list[str]]:
     """Return the units recorded by any process, with their block hashes."""
     done: dict[Unit, list[str]] = {}
     for file in sorted(partial.glob("done-*.jsonl")):
-        for line in file.read_text().splitlines():
+        for line in file.read_bytes().splitlines():
             try:
-                name, start, stop, *hashes = json.loads(line)
-            except ValueError:
+                name, start, stop, *hashes = parse_json(line)
+            except (TypeError, ValueError):
                 continue
-            done[Unit(name, start, stop)] = hashes
+            if all(isinstance(text, str) for text in (name, *hashes)) and type(start) is type(stop) is int:
+                done[Unit(name, start, stop)] = hashes
     return done
 
 

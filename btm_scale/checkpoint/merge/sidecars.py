@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from btm_scale.checkpoint.formats.locate import TOKENIZER_FILES, described_in, read_json
+from btm_scale.checkpoint.formats.locate import TOKENIZER_FILES, described_config, described_in, read_json
 from btm_scale.checkpoint.formats.tensors import dtype_name
 from btm_scale.checkpoint.merge.plan import MergePlan
 from btm_scale.util.inside import copy_inside
@@ -20,6 +21,7 @@ _SIDECARS = (
     "chat_template.jinja",
     "generation_config.json",
 )
+_HASH = re.compile("[0-9a-f]{64}")
 
 
 def carry_sidecars(source: Path, target: Path, dtype: torch.dtype | None) -> None:
@@ -28,7 +30,7 @@ def carry_sidecars(source: Path, target: Path, dtype: torch.dtype | None) -> Non
     for name in _SIDECARS:
         if (folder / name).is_file():
             copy_inside(folder, name, target)
-    if config := read_json(folder / "config.json"):
+    if config := described_config(source):
         if dtype is not None:
             config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype_name(dtype)
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -37,7 +39,7 @@ def carry_sidecars(source: Path, target: Path, dtype: torch.dtype | None) -> Non
 def recorded_hash(directory: Path) -> str | None:
     """Return the content hash in an expert's record, or None."""
     content = read_json(directory / "expert.json").get("content_hash")
-    return str(content) if content else None
+    return content if isinstance(content, str) and _HASH.fullmatch(content) else None
 
 
 def model_card(plan: MergePlan, inputs: Sequence[tuple[Path, float]], content_hash: str) -> str:

@@ -1,0 +1,174 @@
+"""Run inputs of the fuzzer in this process, each within 5 seconds and 1 GB.
+
+To repeat the input that a failure names: `PYTHONPATH=tests python -m fuzz.runner --seed N`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from btm_scale.errors import UserError
+from fuzz.corpus import copy_of, make_corpus
+from fuzz.mutators import mutate
+from fuzz.targets import ORIGINAL, TARGETS, Target
+
+_SECONDS = 5
+_MAX_GROWTH = 1 << 30  # bytes of resident memory
+_ADDRESSES = 6 << 30  # beyond what the process has mapped: keeps a failing input from harming the machine
+
+
+class Hang(BaseException):
+    """An input took too long."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one input: `accepted`, `refused`, or what is wrong."""
+
+    seed: int
+    kind: str
+    files: tuple[str, ...]
+    verdict: str
+
+    @property
+    def failed(self) -> bool:
+        """Whether a property does not hold."""
+        return self.verdict not in ("accepted", "refused")
+
+    def __str__(self) -> str:
+        how = f"PYTHONPATH=tests python -m fuzz.runner --seed {self.seed}"
+        return f"{self.kind} {', '.join(self.files)}: {self.verdict}\n  Repeat it: {how}"
+
+
+def run_input(corpus: Path, seed: int, keep: Path | None = None) -> Outcome:
+    """Mutate a file or two of one kind, read the folder, and check every property."""
+    draw = Random(seed)
+    target = draw.choices(TARGETS, [target.weight for target in TARGETS])[0]
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
+        folder = copy_of(corpus, target.kind, Path(name) / target.kind)
+        (Path(name) / ORIGINAL).symlink_to(corpus / target.kind)
+        files = _mutate_files(draw, target, folder)
+        if keep is not None:
+            shutil.copytree(folder, keep / str(seed))
+        before = _listing(Path(name))
+        verdict = _verdict(target, folder)
+        litter = _listing(Path(name)) - before
+        if verdict == "accepted" or target.kind == "run":
+            litter -= {f"{target.kind}/report.html"}
+        if litter and verdict in ("accepted", "refused"):
+            verdict = f"left {sorted(litter)}"
+    return Outcome(seed, target.kind, files, verdict)
+
+
+def check_corpus(corpus: Path) -> None:
+    """Read every kind unmutated, which must succeed; also imports what is imported late."""
+    problems = []
+    for target in TARGETS:
+        with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
+            try:
+                (Path(name) / ORIGINAL).symlink_to(corpus / target.kind)
+                target.read(copy_of(corpus, target.kind, Path(name) / target.kind))
+            except Exception:
+                problems.append(f"{target.kind}: {traceback.format_exc()}")
+    assert not problems, "\n".join(problems)
+
+
+def _mutate_files(draw: Random, target: Target, folder: Path) -> tuple[str, ...]:
+    mutated = []
+    for _ in range(draw.choice((1, 1, 1, 2))):
+        files = sorted(file for file in folder.glob(draw.choice(target.files)) if file.is_file())
+        file = draw.choice(files)
+        file.write_bytes(mutate(draw, file.read_bytes(), file.name))
+        mutated.append(str(file.relative_to(folder)))
+    return tuple(mutated)
+
+
+def _verdict(target: Target, folder: Path) -> str:
+    _reset_peak()
+    before = _memory("VmRSS")
+    verdict = "accepted"
+    try:
+        with _limits():
+            target.read(folder)
+    except UserError as error:
+        verdict = "refused" if str(error).strip() else "refused without a message"
+    except Hang:
+        verdict = f"took more than {_SECONDS} s\n{traceback.format_exc()}"
+    except BaseException:
+        verdict = f"ended in a traceback\n{traceback.format_exc()}"
+    growth = _memory("VmHWM") - before
+    return verdict if growth < _MAX_GROWTH else f"took {growth >> 20} MiB of memory, and was {verdict}"
+
+
+@contextlib.contextmanager
+def _limits() -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise Hang
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + _ADDRESSES, hard))
+    former = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, _SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _memory(name: str) -> int:
+    """Return a size of this process in bytes: VmSize, VmRSS or its peak VmHWM."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
+
+
+def _reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _listing(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def main() -> int:
+    """Run some inputs and print those that fail."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, required=True, help="the first input")
+    parser.add_argument("--count", type=int, default=1)
+    parser.add_argument("--corpus", type=Path, help="a folder to make the corpus in, or that has it already")
+    parser.add_argument("--keep", type=Path, help="a folder to copy the mutated files into")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="fuzz-corpus-") as name:
+        corpus = (arguments.corpus or Path(name)).resolve()
+        if not (corpus / "model").exists():
+            corpus.mkdir(exist_ok=True)
+            make_corpus(corpus)
+        check_corpus(corpus)
+        verdicts: Counter[str] = Counter()
+        failed = 0
+        for seed in range(arguments.seed, arguments.seed + arguments.count):
+            outcome = run_input(corpus, seed, arguments.keep)
+            verdicts[f"{outcome.kind} {outcome.verdict.split(chr(10))[0][:40]}"] += 1
+            if outcome.failed or arguments.count == 1:
+                failed += outcome.failed
+                print(outcome, flush=True)
+    if arguments.count > 1:
+        print(*(f"{count:6d} {verdict}" for verdict, count in sorted(verdicts.items())), sep="\n")
+    return min(failed, 100)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
