@@ -44,6 +44,16 @@ def copy_inside(folder: Path, name: str, target: Path) -> None:
     copy.chmod(copy.stat().st_mode & (source.stat().st_mode | 0o600) & 0o777)
 
 
+def as_private_as(source: Path, copy: Path) -> None:
+    """Let at most those users read the files of `copy` who may read all files of the model directory `source`."""
+    mode = 0o777
+    for file in source.iterdir():
+        if file.is_file():
+            mode &= file.stat().st_mode
+    for file in copy.iterdir():
+        file.chmod(file.stat().st_mode & (mode | 0o600) & 0o777)
+
+
 def _hub_blobs(folder: Path) -> list[Path]:
     """Return where the Hugging Face cache keeps the content of a snapshot's files."""
     own = folder.resolve()
