@@ -21,6 +21,7 @@ from btm_scale.errors import CheckpointError
 from btm_scale.model.hf_names import from_huggingface, table, to_huggingface
 from btm_scale.model.shape import ModelShape
 from btm_scale.util.files import make_partial, partial_path, publish_directory, remove_partial
+from btm_scale.util.inside import as_private_as
 
 WRITERS: dict[str, Callable[..., None]] = {"megatron": write_torch_dist, "deepspeed": write_model_states}
 _CHUNK_BYTES = 4 << 20
@@ -64,6 +65,7 @@ def convert(
                     WRITERS[to](partial, model, shape, tensor=tensor, dtype=wanted)
                     dtypes = {spec.dtype for spec in model.specs().values()} if wanted is None else {wanted}
                 carry_sidecars(source, partial, dtypes.pop() if len(dtypes) == 1 else None)
+                as_private_as([source], partial)
             if verify:
                 verify_equal(source, partial, wanted)
             publish_directory(partial, target, synced=to == "huggingface")

@@ -160,7 +160,7 @@ def adopt_tokenizer(directory: Path, source: Path) -> None:
         raise DataError(
             f"The tokenizer in {source} cannot be copied: {first_line(error)}. Correct its files."
         ) from None
-    as_private_as(source, directory)
+    as_private_as([source], directory)
 
 
 def _published_form(source: Path) -> TransformersTokenizer:

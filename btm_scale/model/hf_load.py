@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from btm_scale.errors import CheckpointError, UserError
-from btm_scale.model.hf_config import read_config
+from btm_scale.model.hf_config import read_config, require_no_adapter
 from btm_scale.util.inside import file_inside
 
 # Settings of config.json that make transformers run, import or fetch something else than the model's own class.
@@ -57,10 +57,7 @@ def load_causal_lm(directory: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = load_config(directory)
-    if (directory / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f"{directory} holds an adapter, whose base model may be anywhere. Merge the adapter into its base first."
-        )
+    require_no_adapter(directory)
     require_own_files(directory)
     with _readable(directory), _no_progress_bar():
         return AutoModelForCausalLM.from_pretrained(directory, config=config, dtype="auto", weights_only=True, **_SAFE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from btm_scale.errors import CheckpointError
@@ -44,14 +45,16 @@ def copy_inside(folder: Path, name: str, target: Path) -> None:
     copy.chmod(copy.stat().st_mode & (source.stat().st_mode | 0o600) & 0o777)
 
 
-def as_private_as(source: Path, copy: Path) -> None:
-    """Let at most those users read the files of `copy` who may read all files of the model directory `source`."""
+def as_private_as(sources: Iterable[Path], copy: Path) -> None:
+    """Let at most those users read the files below `copy` who may read every file of its sources, files or folders."""
     mode = 0o777
-    for file in source.iterdir():
+    for source in sources:
+        for file in [source] if source.is_file() else source.rglob("*"):
+            if file.is_file():
+                mode &= file.stat().st_mode
+    for file in copy.rglob("*"):
         if file.is_file():
-            mode &= file.stat().st_mode
-    for file in copy.iterdir():
-        file.chmod(file.stat().st_mode & (mode | 0o600) & 0o777)
+            file.chmod(file.stat().st_mode & (mode | 0o600) & 0o777)
 
 
 def _hub_blobs(folder: Path) -> list[Path]:

@@ -224,8 +224,17 @@ def test_lm_eval_ends_with_a_message_for_a_hostile_tokenizer(
 ) -> None:
     from btm_scale.cli import lm_eval
 
-    arguments = ["--model", "btm-scale", "--model_args", f"run={strange_run.root},method=expert/docs"]
-    monkeypatch.setattr("sys.argv", ["btm-scale-lm-eval", *arguments, "--tasks", "wikitext"])
+    (strange_run.root / "canary.yaml").write_text(
+        "task: canary\ndataset_path: json\noutput_type: loglikelihood_rolling\ntest_split: test\n"
+        f"dataset_kwargs: {{data_files: {{test: {strange_run.root}/canary.jsonl}}}}\n"
+        "doc_to_text: ''\ndoc_to_target: '{{text}}'\nmetric_list: [{metric: word_perplexity}]\n"
+    )
+    (strange_run.root / "canary.jsonl").write_text('{"text": "some text"}\n')
+    arguments = ["--model", "btm-scale", "--model_args", f"run={strange_run.root},method=uniform-ensemble"]
+    monkeypatch.setattr(
+        "sys.argv",
+        ["btm-scale-lm-eval", "run", *arguments, "--tasks", "canary", "--include_path", str(strange_run.root)],
+    )
     with pytest.raises(SystemExit) as ended:
         lm_eval.main()
     shown = capfd.readouterr().err

@@ -25,6 +25,7 @@ from btm_scale.util.files import (
     remove_partial,
     require_space,
 )
+from btm_scale.util.inside import as_private_as
 from btm_scale.util.pools import MOST, in_threads
 
 CHUNK_BYTES = 256 << 10  # of output, so that the working set stays in a core's cache
@@ -269,6 +270,7 @@ def _publish(work: _Work) -> str:
     content = _complete(work.plan, work.partial)
     if work.with_sidecars:
         _add_sidecars(work, content)
+    as_private_as([source.path for source in work.plan.everyone], work.partial)
     publish_directory(work.partial, work.output)
     return content
 
