@@ -16,6 +16,7 @@ _NAME = re.compile(
 )
 _WORD_STARTS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")  # of camelCase
 _ASSIGNMENT = re.compile(r"(?<![\w-])-{0,2}([A-Za-z_][\w-]*)(?:=|:\s+)(?=\S)")
+_ASSIGNED = re.compile(r"""\b([A-Za-z_][\w-]*)=("[^"]*"|'[^']*'|[^\s'"]+)""")
 _OPTION = re.compile(r"--?([A-Za-z_][\w-]*)")
 _VALUE = re.compile(
     r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}"  # Hugging Face
@@ -43,8 +44,12 @@ def has_secret(text: str) -> bool:
 
 
 def masked(text: str) -> str:
-    """Return a text with every secret that has a known form replaced by `***`."""
-    return _VALUE.sub(_MASK, text)
+    """Return a text with every secret that has a known form, or is assigned to the name of one, replaced by `***`."""
+    return _ASSIGNED.sub(_without_value, _VALUE.sub(_MASK, text))
+
+
+def _without_value(match: re.Match[str]) -> str:
+    return f"{match[1]}={_MASK}" if is_secret_name(match[1]) else match[0]
 
 
 def assigned_secrets(text: str) -> Iterator[str]:

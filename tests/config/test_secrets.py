@@ -115,3 +115,22 @@ def test_names_of_secrets_are_recognized(name: str) -> None:
 @pytest.mark.parametrize("name", ["tokens", "batch_tokens", "tokenizer", "KEYBOARD", "NCCL_IB_PKEY", "author", "key"])
 def test_names_that_only_resemble_them_are_not(name: str) -> None:
     assert not is_secret_name(name)
+
+
+def test_the_value_of_a_secret_variable_is_masked() -> None:
+    text = "host, line 1: 'HF_TOKEN=canary' and --api-key=\"can ary\" are not hosts; vocab_size=512 is"
+    assert masked(text) == "host, line 1: 'HF_TOKEN=***' and --api-key=*** are not hosts; vocab_size=512 is"
+
+
+def test_a_hostfile_that_is_a_file_of_secrets_is_not_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from btm_scale.cli.exit_codes import exit_codes
+    from btm_scale.launch.deepspeed import read_hostfile
+
+    (tmp_path / "hostfile").write_text("HF_TOKEN=canary\n")
+    with pytest.raises(SystemExit), exit_codes():
+        read_hostfile(tmp_path / "hostfile")
+    shown = capsys.readouterr().err
+    assert "is not a host" in shown
+    assert "canary" not in shown
