@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from btm_scale.errors import GroupFailed, LaunchError
 from btm_scale.launch.shutdown import REQUEUE, end_all, let_save
-from btm_scale.util.files import make_directory
+from btm_scale.util.files import make_directory, open_to_append
 from btm_scale.util.rank_log import forget_failure, note_silent_failure, read_failure, tail
 
 logger = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ def _start(command: GroupCommand, start: Start) -> list[subprocess.Popen[bytes]]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", **start.environment}
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        with command.log.open("ab") as log:
+        with open_to_append(command.log) as log:
             for words in start.processes:
                 # Its own session, so that the launcher and all ranks can be ended together.
                 processes.append(

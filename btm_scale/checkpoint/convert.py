@@ -22,6 +22,7 @@ from btm_scale.errors import CheckpointError
 from btm_scale.model.hf_names import from_huggingface, table, to_huggingface
 from btm_scale.model.shape import ModelShape
 from btm_scale.util.files import make_partial, partial_path, publish_directory, remove_partial
+from btm_scale.util.inside import as_private_as
 from btm_scale.util.provenance import Input, Provenance, is_recorded, made_before
 
 WRITERS: dict[str, Callable[..., None]] = {"megatron": write_torch_dist, "deepspeed": write_model_states}
@@ -95,6 +96,7 @@ def _write(source: Path, partial: Path, *, to: str, tensor: int, dtype: torch.dt
         WRITERS[to](partial, model, shape, tensor=tensor, dtype=dtype)
         dtypes = {spec.dtype for spec in model.specs().values()} if dtype is None else {dtype}
     carry_sidecars(source, partial, dtypes.pop() if len(dtypes) == 1 else None)
+    as_private_as([source], partial)
 
 
 def require_described(model: ModelReader, shape: ModelShape) -> None:

@@ -13,6 +13,7 @@ from typing import NoReturn
 import typer
 
 from btm_scale.errors import GroupFailed, UserError, WorkerLost
+from btm_scale.util.secrets import masked
 from btm_scale.util.terminal import printable
 
 # A full disk, or one that refuses this user, needs no traceback.
@@ -45,7 +46,7 @@ def exit_codes() -> Iterator[None]:
 
 def end(message: object, code: int) -> NoReturn:
     """End the process with a message on stderr."""
-    print(f"btm-scale: {printable(message)}", file=sys.stderr)
+    print(f"btm-scale: {masked(printable(message))}", file=sys.stderr)
     sys.exit(code)
 
 

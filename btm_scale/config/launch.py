@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
+from btm_scale.config.secrets import no_secret_variables, no_secret_words
 from btm_scale.config.section import Section
 
 
@@ -39,28 +40,6 @@ def _port_range(ports: tuple[int, int]) -> tuple[int, int]:
     return ports
 
 
-_SECRET = re.compile(
-    r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|(API|ACCESS|PRIVATE|SECRET)_?KEY)(_|$)"
-)
-_ASSIGNMENT = re.compile(r"\b([A-Za-z_]\w*)=")
-
-
-def _no_secrets(variables: dict[str, str]) -> dict[str, str]:
-    """Refuse variables with names of secrets: run.yaml, job scripts and command lines can be read by others."""
-    for name in variables:
-        if _SECRET.search(name.upper()):
-            raise ValueError(
-                f"{name} looks like a secret, and a run's files and command lines can be read by others. Set it in "
-                "~/.deepspeed_env or in the login environment of the hosts"
-            )
-    return variables
-
-
-def _no_secret_lines(lines: tuple[str, ...]) -> tuple[str, ...]:
-    _no_secrets({name: line for line in lines for name in _ASSIGNMENT.findall(line)})
-    return lines
-
-
 SlurmWord = Annotated[str, AfterValidator(_slurm_word)]
 Line = Annotated[str, AfterValidator(_one_line)]
 
@@ -77,11 +56,11 @@ class DeepSpeedConfig(Section):
     """How groups share the hosts of a hostfile."""
 
     hostfile: Path = Field(default=Path("/job/hostfile"), description="lines of `HOST slots=N`")
-    connect: Annotated[tuple[str, ...], AfterValidator(_no_secret_lines)] = Field(
+    connect: Annotated[tuple[str, ...], AfterValidator(no_secret_words)] = Field(
         default=(),
         description="the command that runs another on {host}, such as [ssh, -tt, '{host}']; default: pdsh over ssh",
     )
-    environment: Annotated[dict[str, str], AfterValidator(_no_secrets)] = Field(
+    environment: Annotated[dict[str, str], AfterValidator(no_secret_variables)] = Field(
         default_factory=dict, description="variables of every rank, such as NCCL_SOCKET_IFNAME: eth0"
     )
     ports: Annotated[tuple[int, int], AfterValidator(_port_range)] = Field(
@@ -114,10 +93,10 @@ class SlurmConfig(Section):
         lt=65_536,
         description="seconds before the time limit at which a job saves a checkpoint and requeues",
     )
-    options: Annotated[tuple[Line, ...], AfterValidator(_no_secret_lines)] = Field(
+    options: Annotated[tuple[Line, ...], AfterValidator(no_secret_words)] = Field(
         default=(), description="more #SBATCH options, such as --constraint=h100"
     )
-    setup: Annotated[tuple[Line, ...], AfterValidator(_no_secret_lines)] = Field(
+    setup: Annotated[tuple[Line, ...], AfterValidator(no_secret_words)] = Field(
         default=(), description="shell lines before the ranks start: module load ..."
     )
 
@@ -125,7 +104,7 @@ class SlurmConfig(Section):
 class MpiConfig(Section):
     """How `run --launcher mpi` starts mpirun."""
 
-    command: Annotated[tuple[str, ...], AfterValidator(_no_secret_lines)] = Field(
+    command: Annotated[tuple[str, ...], AfterValidator(no_secret_words)] = Field(
         default=("mpirun",), min_length=1, description="mpirun and its options"
     )
     ranks: int | None = Field(default=None, gt=0, description="ranks to start; default: one per core")

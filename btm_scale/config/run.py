@@ -15,6 +15,7 @@ from btm_scale.config.evaluation import BaselinesConfig, EvaluateConfig
 from btm_scale.config.launch import LaunchConfig
 from btm_scale.config.layout import Layout
 from btm_scale.config.model import ModelConfig
+from btm_scale.config.secrets import refuse_secrets
 from btm_scale.config.section import Section, explain
 from btm_scale.config.training import (
     BranchConfig,
@@ -110,6 +111,8 @@ class RunConfig(Section):
         default_factory=dict, description="settings that are merged into the DeepSpeed config"
     )
     launch: MayChange[LaunchConfig] = LaunchConfig()
+
+    _no_secrets = model_validator(mode="before")(refuse_secrets)  # first, so that no other message repeats one
 
     @model_validator(mode="after")
     def _parts_fit(self) -> RunConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -147,6 +146,6 @@ def _encode(
     with new_directory(run.domain(source.name)) as directory:
         elsewhere = keys_elsewhere(source, sources, run)
         fingerprint = write_domain(source, config, encoder, directory, elsewhere, on_progress)
-        if run.domain(source.name).exists():  # it has no fingerprint, so it is incomplete
-            shutil.rmtree(run.domain(source.name))
+        if run.domain(source.name).is_dir():  # it has no fingerprint, so it is incomplete
+            remove_partial(run.domain(source.name))
     return fingerprint

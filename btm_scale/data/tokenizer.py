@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import sentencepiece
 
-from btm_scale.errors import DataError
-from btm_scale.model.hf_load import load_tokenizer
+from btm_scale.data.tokenizer_trial import NotUsable, require_usable
+from btm_scale.errors import DataError, UserError
+from btm_scale.model.hf_load import import_transformers, load_tokenizer, require_own_files
 from btm_scale.util.bounded_json import shown
+from btm_scale.util.inside import file_inside
 from btm_scale.util.records import read_object
+from btm_scale.util.time_limit import within
+
+T = TypeVar("T")
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 # The files that determine the ids of a text; others in a tokenizer's directory do not affect them.
@@ -26,6 +32,12 @@ _IDENTITY_FILES = (
     "vocab.txt",
     "added_tokens.json",
 )
+# No model has as many rows in its embedding.
+_MOST_IDS = 1 << 24
+# A regular expression gives up on a shorter text by itself.
+_SHORT_TEXT = 512
+_SECONDS = 60.0
+_CHARACTERS_PER_SECOND = 10_000
 
 
 class Tokenizer(ABC):
@@ -41,17 +53,36 @@ class Tokenizer(ABC):
 
     @staticmethod
     def load(directory: Path) -> Tokenizer:
-        """Load the tokenizer in a directory. Raises DataError if it is missing or cannot be loaded."""
+        """Load the tokenizer in a directory. Raises DataError if it is missing, cannot be loaded, or cannot encode."""
         _require(directory)
+        if (directory / SENTENCEPIECE_FILE).is_file():
+            return SentencePieceTokenizer.of(directory)
+        return TransformersTokenizer.of(directory)
+
+    @classmethod
+    def of(cls, directory: Path) -> Self:
+        """Load a tokenizer of this kind, once a child process has tried it. Raises DataError."""
+        remedy = (
+            f"Give a directory with {SENTENCEPIECE_FILE} (sentencepiece) or one that transformers.AutoTokenizer loads."
+        )
         try:
-            if (directory / SENTENCEPIECE_FILE).is_file():
-                return SentencePieceTokenizer(directory)
-            return TransformersTokenizer(directory)
+            cls._before_loading(directory)
+            require_usable(directory, cls.__name__, cls, _IDENTITY_FILES)
+            return cls(directory)
+        except UserError as error:
+            raise DataError(str(error)) from None
+        except NotUsable as error:
+            raise DataError(f"The tokenizer in {directory} {error}. {remedy}") from None
         except Exception as error:  # a damaged file can end in any error of transformers, tokenizers or sentencepiece
-            raise DataError(
-                f"The tokenizer in {directory} cannot be loaded: {first_line(error)}. Give a directory with "
-                "tokenizer.model (sentencepiece) or one that transformers.AutoTokenizer loads."
-            ) from None
+            raise DataError(f"The tokenizer in {directory} cannot be loaded: {first_line(error)}. {remedy}") from None
+
+    @staticmethod
+    def _before_loading(directory: Path) -> None:
+        """Refuse links out of the directory, and import what a child process needs too."""
+        file_inside(directory, SENTENCEPIECE_FILE)
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray[Any, Any]]:
@@ -66,41 +97,82 @@ class Tokenizer(ABC):
         ids: list[int] = self.encode_batch([text])[0].tolist()
         return ids
 
+    @contextmanager
+    def _failures(self, what: str, items: Sequence[Any]) -> Iterator[None]:
+        """Raise DataError, with the file and the text, for whatever stops the tokenizer's library.
+
+        Its cause is the library's error, if that was not a panic.
+        """
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, UserError):
+            raise
+        except TimeoutError:
+            raise self._failed(what, items, "it takes too long") from None
+        except BaseException as error:  # a panic in Rust is no Exception
+            if what == "encode" and len(items) > 1:
+                for item in items:
+                    self.encode_batch([item])  # raises for the text at fault
+            raise self._failed(what, items, first_line(error)) from (error if isinstance(error, Exception) else None)
+
+    def _failed(self, what: str, items: Sequence[Any], reason: str) -> DataError:
+        begin = f"the text that begins with {items[0][:60]!r}" if what == "encode" and items else "the ids of a text"
+        file = next((name for name in _IDENTITY_FILES if (self.directory / name).is_file()), "")
+        return DataError(f"{self.directory / file} cannot {what} {begin}: {reason}. Choose another tokenizer.")
+
 
 class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece model, loaded by the sentencepiece library."""
 
     def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
         self._model = sentencepiece.SentencePieceProcessor(model_file=str(directory / SENTENCEPIECE_FILE))
         self.digest = directory_digest(directory)
-        self.vocab_size = max(self._model.get_piece_size(), *(added + 1 for added in _added_ids(directory)), 1)
+        self.vocab_size = _rows(max(self._model.get_piece_size() - 1, *_added_ids(directory), 0))
         self.eos = self._model.eos_id()
         if self.eos < 0:
             raise ValueError("it has no end-of-text token")
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray[Any, Any]]:
         """See Tokenizer."""
-        return [np.array(ids, dtype=np.int32) for ids in self._model.encode(list(texts), num_threads=1)]
+        with self._failures("encode", texts):
+            return [np.array(ids, dtype=np.int32) for ids in self._model.encode(list(texts), num_threads=1)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""
-        text: str = self._model.decode([int(token) for token in ids])
+        with self._failures("decode", ids):
+            text: str = self._model.decode([int(token) for token in ids])
         return text
 
 
 class TransformersTokenizer(Tokenizer):
     """Any tokenizer that `transformers.AutoTokenizer` loads."""
 
+    @staticmethod
+    def _before_loading(directory: Path) -> None:
+        require_own_files(directory)
+        import_transformers()
+
     def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
         self._tokenizer = load_tokenizer(directory)
         self.digest = directory_digest(directory)
-        self.vocab_size = max(len(self._tokenizer), max(self._tokenizer.get_vocab().values()) + 1)
+        self.vocab_size = _rows(max(len(self._tokenizer) - 1, *self._tokenizer.get_vocab().values()))
         if self._tokenizer.eos_token_id is None:
             raise ValueError("it has no eos_token, which ends every document")
         self.eos = int(self._tokenizer.eos_token_id)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray[Any, Any]]:
         """See Tokenizer."""
+        with self._failures("encode", texts):
+            encoded = self._in_time(lambda: self._encoded(texts), sum(map(len, texts)))
+            arrays = [np.array(ids, dtype=np.int32) for ids in encoded]
+        for text, ids in zip(texts, arrays, strict=True):
+            if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+                raise self._failed("encode", [text], f"an id is not in its vocabulary of {self.vocab_size:,} tokens")
+        return arrays
+
+    def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
         # Special tokens in text are plain text: a document that quotes "</s>" must not end there.
         encoded = self._tokenizer(
             list(texts),
@@ -109,21 +181,32 @@ class TransformersTokenizer(Tokenizer):
             return_attention_mask=False,
             verbose=False,
         )
-        return [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""
-        text: str = self._tokenizer.decode(
-            [int(token) for token in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        with self._failures("decode", ids):
+            return self._in_time(lambda: self._decoded([int(token) for token in ids]), len(ids))
+
+    def _decoded(self, ids: list[int]) -> str:
+        if (library := getattr(self._tokenizer, "backend_tokenizer", None)) is not None and len(ids) > _SHORT_TEXT:
+            text: str = library.decode_batch([ids], skip_special_tokens=False)[0]  # unlike decode, it frees the GIL
+            return text
+        text = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
+
+    def _in_time(self, do: Callable[[], T], size: int) -> T:
+        if size <= _SHORT_TEXT:
+            return do()
+        return within(_SECONDS + size / _CHARACTERS_PER_SECOND, do)
 
     def save(self, directory: Path) -> None:
         """Write a directory that AutoTokenizer loads without other files."""
         self._tokenizer.save_pretrained(str(directory))
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of a library's error, without the advice that follows."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
 
@@ -153,12 +236,19 @@ def _require(directory: Path) -> None:
         raise DataError(f"There is no tokenizer in {directory}. Prepare the run first, or correct tokenizer.path.")
 
 
+def _rows(largest: int) -> int:
+    """Return the rows that an embedding needs for ids up to `largest`. Raises ValueError if they are too many."""
+    if largest >= _MOST_IDS:
+        raise ValueError(f"it has a token with the id {largest}. A model has a row of weights for each id up to that")
+    return largest + 1
+
+
 def _added_ids(directory: Path) -> list[int]:
     """Return the ids that Hugging Face files add to a sentencepiece vocabulary."""
     ids: list[int] = []
-    if (path := directory / "added_tokens.json").is_file():
+    if (path := file_inside(directory, "added_tokens.json")).is_file():
         ids += (_token_id(path, name, value) for name, value in read_object(path, DataError).items())
-    if (path := directory / "tokenizer_config.json").is_file():
+    if (path := file_inside(directory, "tokenizer_config.json")).is_file():
         decoder = read_object(path, DataError).get("added_tokens_decoder") or {}
         if not isinstance(decoder, dict):
             raise DataError(f"{path}: 'added_tokens_decoder' must be an object. Copy the tokenizer again.")
@@ -172,3 +262,7 @@ def _token_id(path: Path, name: str, value: object) -> int:
             f"{path}: '{name:.80}' must be the id of a token and is {shown(value)}. Copy the tokenizer again."
         )
     return value
+
+
+# What `Tokenizer.load` may return, by name.
+KINDS: dict[str, type[Tokenizer]] = {kind.__name__: kind for kind in (SentencePieceTokenizer, TransformersTokenizer)}

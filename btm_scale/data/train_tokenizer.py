@@ -20,7 +20,7 @@ from btm_scale.data.sources import DomainSource
 from btm_scale.data.splits import identify
 from btm_scale.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer, TransformersTokenizer, first_line
 from btm_scale.errors import DataError
-from btm_scale.util.inside import copy_inside
+from btm_scale.util.inside import as_private_as, copy_inside
 
 _SPACE = "\u2581"
 _LINE_CHARACTERS = 16_000
@@ -147,20 +147,29 @@ def _fast_tokenizer(model: Any) -> FastTokenizer:
 def adopt_tokenizer(directory: Path, source: Path) -> None:
     """Copy an existing tokenizer. Raises DataError if sentencepiece or transformers cannot load it."""
     own = Tokenizer.load(source)
-    try:
-        reference = own if isinstance(own, TransformersTokenizer) else TransformersTokenizer(source)
-    except Exception as error:  # see Tokenizer.load
-        raise DataError(
-            f"transformers.AutoTokenizer cannot load {source}: {first_line(error)}. Experts are published with a "
-            "tokenizer in that form. Add tokenizer.json and tokenizer_config.json."
-        ) from None
+    reference = own if isinstance(own, TransformersTokenizer) else _published_form(source)
     if own is not reference and all(own.encode(probe) == reference.encode(probe) for probe in _PROBES):
         for name in _TOKENIZER_FILES:
             if (source / name).is_file():
                 copy_inside(source, name, directory)
         return
     # Saved anew, because what AutoTokenizer loads may depend on the config.json of a model.
-    reference.save(directory)
+    try:
+        reference.save(directory)
+    except ValueError as error:  # a chat template may have a name that leads elsewhere
+        raise DataError(
+            f"The tokenizer in {source} cannot be copied: {first_line(error)}. Correct its files."
+        ) from None
+    as_private_as([source], directory)
+
+
+def _published_form(source: Path) -> TransformersTokenizer:
+    try:
+        return TransformersTokenizer.of(source)
+    except DataError as error:
+        raise DataError(
+            f"{error} Experts are published with a tokenizer of that form: add tokenizer.json and its config."
+        ) from None
 
 
 def balanced_sample(sources: Sequence[DomainSource], sample_bytes: int, data: DataConfig) -> Iterator[str]:

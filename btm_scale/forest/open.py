@@ -10,6 +10,7 @@ from btm_scale.config.run import RunConfig
 from btm_scale.errors import ConfigError
 from btm_scale.forest.methods import RESERVED, check_names
 from btm_scale.run_dir import RunDir
+from btm_scale.util.files import refuse_foreign_links
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +23,7 @@ def open_config(path: Path, overrides: Sequence[str] = (), out: Path | None = No
     """
     config = RunConfig.load(path, tuple(overrides))
     run = RunDir((out or Path("runs") / config.name).resolve())
+    refuse_foreign_links(run.root)
     before = Path("runs") / "run"  # of versions that named every unnamed run so
     if out is None and not config.is_named and not run.config.is_file() and RunDir(before).config.is_file():
         logger.warning("%s is an unnamed run of an earlier version. To resume it, give --out %s", before, before)
@@ -32,12 +34,14 @@ def open_config(path: Path, overrides: Sequence[str] = (), out: Path | None = No
 
 
 def open_folder(folder: Path) -> tuple[RunConfig, RunDir]:
-    """Return the config and paths of a run folder. Raises ConfigError if it is not one, or has an unknown average."""
+    """Return the config and paths of a run folder. Raises ConfigError if it is not one, or has an unknown
+    average, and CheckpointError for a link in it that another user made."""
     run = RunDir(folder.resolve())
     if not run.config.is_file():
         raise ConfigError(
             f"{folder} is not a run folder: it has no run.yaml. Give a folder created by `btm-scale run`."
         )
+    refuse_foreign_links(run.root)
     config = RunConfig.load(run.config)
     check_names(config, known=config.all_domains)
     return config, run

@@ -12,6 +12,7 @@ from btm_scale.errors import CheckpointError
 from btm_scale.model.families import FAMILIES
 from btm_scale.model.shape import ModelShape
 from btm_scale.util.bounded_json import parse_json, read_bounded, shown
+from btm_scale.util.inside import file_inside
 
 
 def config_json(shape: ModelShape, *, dtype: str, end_of_text: int | None) -> dict[str, Any]:
@@ -30,12 +31,22 @@ def config_json(shape: ModelShape, *, dtype: str, end_of_text: int | None) -> di
 
 def read_shape(directory: Path) -> ModelShape:
     """Return the shape of the model in a Hugging Face directory. Raises `CheckpointError` if it is not supported."""
-    return shape_from_config(read_config(directory), directory / "config.json")
+    shape = shape_from_config(read_config(directory), directory / "config.json")
+    require_no_adapter(directory)
+    return shape
+
+
+def require_no_adapter(directory: Path) -> None:
+    """Raise `CheckpointError` if a directory holds an adapter, for which transformers may load a base elsewhere."""
+    if (directory / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{directory} holds an adapter, whose base model may be anywhere. Merge the adapter into its base first."
+        )
 
 
 def read_config(directory: Path) -> dict[str, Any]:
     """Return the config.json of a Hugging Face directory. Raises `CheckpointError` if it cannot be read."""
-    path = directory / "config.json"
+    path = file_inside(directory, "config.json")
     try:
         config = parse_json(read_bounded(path))
     except FileNotFoundError:

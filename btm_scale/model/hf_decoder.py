@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from btm_scale.errors import CheckpointError, UserError
-from btm_scale.model.hf_load import load_causal_lm, load_config
+from btm_scale.model.hf_load import load_causal_lm, load_config, new_cache
 
 # Logits in memory at a time while a prompt is read (256 MB of float32).
 _MAX_LOGITS = 2**26
@@ -67,11 +67,9 @@ class Reading:
 
     @torch.no_grad()
     def __init__(self, decoder: Decoder, prompts: Sequence[Sequence[int]], score: bool) -> None:
-        from transformers import DynamicCache
-
         self._decoder = decoder
         self._device = decoder.model.device
-        self._cache = DynamicCache(config=decoder.model.config)
+        self._cache = new_cache(decoder.model)
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         longest = int(lengths.max())
         # Left padding, which is never attended to: all prompts end at the same position and continue from there.

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from btm_scale.errors import CheckpointError, UserError
-from btm_scale.model.hf_config import read_config
+from btm_scale.model.hf_config import read_config, require_no_adapter
+from btm_scale.util.inside import file_inside
 
 # Settings of config.json that make transformers run, import or fetch something else than the model's own class.
 _ACTIVE_SETTINGS = (
@@ -25,6 +26,7 @@ _ACTIVE_SETTINGS = (
     "_experts_implementation",
     "_experts_implementation_internal",
 )
+_DESCRIBING = {".json", ".txt", ".model", ".jinja"}
 _SAFE = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -55,12 +57,24 @@ def load_causal_lm(directory: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = load_config(directory)
-    if (directory / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f"{directory} holds an adapter, whose base model may be anywhere. Merge the adapter into its base first."
-        )
+    require_no_adapter(directory)
+    require_own_files(directory)
     with _readable(directory), _no_progress_bar():
         return AutoModelForCausalLM.from_pretrained(directory, config=config, dtype="auto", weights_only=True, **_SAFE)
+
+
+def import_transformers() -> None:
+    """Import the part of transformers that loads tokenizers, so that forked processes share it."""
+    import transformers
+
+    _ = transformers.AutoTokenizer
+
+
+def require_own_files(directory: Path) -> None:
+    """Raise CheckpointError if a file that describes a model or a tokenizer is a link out of its directory."""
+    for path in sorted(directory.iterdir()):
+        if path.is_symlink() or path.suffix in _DESCRIBING:
+            file_inside(directory, path.name)
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -72,6 +86,13 @@ def load_tokenizer(directory: Path) -> Any:
 
     with library_panics(directory):
         return AutoTokenizer.from_pretrained(str(directory), **_SAFE)
+
+
+def new_cache(model: Any) -> Any:
+    """Return an empty KV cache for a model of `load_causal_lm`."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import torch.distributed as dist
@@ -21,6 +20,7 @@ from btm_scale.run_dir import RunDir
 from btm_scale.train.engine import Engine
 from btm_scale.train.jobs import TrainingJob
 from btm_scale.util.files import make_partial, partial_path, publish_directory
+from btm_scale.util.inside import copy_inside
 
 
 def export_expert(engine: Engine, config: RunConfig, run: RunDir, branch: Branch, end_of_text: int) -> None:
@@ -43,7 +43,7 @@ def export_expert(engine: Engine, config: RunConfig, run: RunDir, branch: Branch
         settings = config_json(shape, dtype=dtype_name(group.dtype), end_of_text=end_of_text)
         (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         for file in sorted(run.tokenizer.iterdir()):
-            shutil.copyfile(file, partial / file.name)
+            copy_inside(run.tokenizer, file.name, partial)
         _card(config, run, job, branch, partial).write(partial / CARD)
         publish_directory(partial, final)
     dist.barrier()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import time
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from btm_scale.launch.gpus import gpu_of_device
 from btm_scale.util.bounded_json import parse_json
-from btm_scale.util.files import make_directory, write_file
+from btm_scale.util.files import make_directory, open_to_append, write_file
 
 if TYPE_CHECKING:  # reading metrics needs no engine
     import torch
@@ -59,7 +60,7 @@ class Metrics:
             make_directory(self._path.parent)
             kept = [row for row in read_metrics(self._path) if row["step"] <= self._first_step]
             write_file(self._path, "".join(f"{json.dumps(row)}\n" for row in kept))
-            self._file = self._path.open("a", buffering=1)
+            self._file = io.TextIOWrapper(open_to_append(self._path), "utf-8", line_buffering=True)
         self._last = time.perf_counter()
         return self
 

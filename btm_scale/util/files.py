@@ -86,6 +86,56 @@ def is_private(path: Path) -> bool:
     return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
 
 
+def open_to_append(path: Path) -> IO[bytes]:
+    """Open a file of a run to append to it, and never what a link of that name leads to: another user may plant one.
+
+    Raises `CheckpointError` for a link, or for anything else that is not a file.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        raise _not_a_file(path) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _not_a_file(path)
+    return os.fdopen(descriptor, "ab")
+
+
+def _not_a_file(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"Cannot write {path}: it is a link or not a file. Another user may have put it there: remove it."
+    )
+
+
+def refuse_foreign_links(folder: Path, *, depth: int = 3) -> None:
+    """Raise `CheckpointError` for a link of another user in a folder that a group shares, down to `depth` levels.
+
+    The user's own links, and root's, are followed: they lead where this user wants to write.
+    """
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError:  # absent, or not readable
+        return
+    for entry in entries:
+        if entry.is_symlink():
+            _require_own(Path(entry.path))
+        elif depth > 1 and entry.is_dir(follow_symlinks=False):
+            refuse_foreign_links(Path(entry.path), depth=depth - 1)
+
+
+def _require_own(link: Path) -> None:
+    owner, user = link.lstat().st_uid, os.geteuid()
+    if owner in (user, 0) or (user == 0 and owner == link.parent.stat().st_uid):  # root works in a user's folder
+        return
+    raise CheckpointError(
+        f"{link} is a link to {link.readlink()} that another user made (uid {owner}). Links of other users are not "
+        "followed in a run: remove it, or make it yourself."
+    )
+
+
 @contextmanager
 def new_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a file that gets its name when the block ends, and is removed if the block raises.
@@ -129,7 +179,7 @@ def publish_directory(temporary: Path, final: Path, *, replace: bool = False, sy
     `synced`: the content has been synced already, under its temporary name. Raises
     `CheckpointError` if `final` exists, has content, and `replace` is false.
     """
-    outgoing = final.with_name(f".{final.name}.replaced.{os.getpid()}")
+    outgoing = final.with_name(f".{final.name}.{secrets.token_hex(4)}.replaced")
     exists = final.exists() and (not final.is_dir() or any(final.iterdir()))
     if exists and not replace:
         raise CheckpointError(f"{final} exists already. Choose another output, or remove it first.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from btm_scale.errors import CheckpointError
@@ -42,6 +43,18 @@ def copy_inside(folder: Path, name: str, target: Path) -> None:
     source, copy = file_inside(folder, name), target / name
     shutil.copyfile(source, copy)
     copy.chmod(copy.stat().st_mode & (source.stat().st_mode | 0o600) & 0o777)
+
+
+def as_private_as(sources: Iterable[Path], copy: Path) -> None:
+    """Let at most those users read the files below `copy` who may read every file of its sources, files or folders."""
+    mode = 0o777
+    for source in sources:
+        for file in [source] if source.is_file() else source.rglob("*"):
+            if file.is_file():
+                mode &= file.stat().st_mode
+    for file in copy.rglob("*"):
+        if file.is_file():
+            file.chmod(file.stat().st_mode & (mode | 0o600) & 0o777)
 
 
 def _hub_blobs(folder: Path) -> list[Path]:

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 
+from btm_scale.util.secrets import masked
 from btm_scale.util.terminal import printable
 
 # The environment variable that has the level; ranks inherit it from the command that starts their group.
@@ -67,10 +68,10 @@ class _Stderr:
 
 
 class _Formatter(logging.Formatter):
-    """Formats a message with its control characters escaped: names and paths may hold escape sequences."""
+    """Formats a message with control characters escaped and secrets masked: names and errors may hold both."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+        return masked(printable(super().format(record)))
 
 
 def _rich_handler(prefix: str) -> logging.Handler:

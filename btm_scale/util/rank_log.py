@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from btm_scale.errors import UserError
-from btm_scale.util.files import make_directory
+from btm_scale.util.files import make_directory, open_to_append
 from btm_scale.util.logs import set_up_logging
 from btm_scale.util.records import Record
+from btm_scale.util.secrets import masked
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +93,8 @@ def rank_log(log: Path, model: str | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        traceback.print_exc()
-        message = "".join(traceback.format_exception_only(error)).strip()
+        sys.stderr.write(masked(traceback.format_exc()))
+        message = masked("".join(traceback.format_exception_only(error)).strip())
         mistake = isinstance(error, UserError)
         note = FailureNote(
             rank=rank, ranks=ranks, host=socket.gethostname(), time=time.time(), error=message, mistake=mistake
@@ -110,7 +111,7 @@ def note_silent_failure(log: Path, ranks: int) -> None:
 
 
 def _print_to(path: Path) -> None:
-    with path.open("ab") as own:
+    with open_to_append(path) as own:
         if os.path.sameopenfile(own.fileno(), 1):
             return  # the launcher has redirected it
         logger.info("this rank logs to %s", path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import shutil
@@ -163,4 +164,84 @@ def test_no_code_of_a_runs_own_tokenizer_or_of_an_evaluated_expert_runs(
         Tokenizer.load(run.tokenizer)
     edit(run.tokenizer / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
     generator_of_method(config, run, "ensemble", device="cpu")
+    assert not song.exists()
+
+
+def adapter(directory: Path, base: Path) -> None:
+    """Let a model directory look like an adapter of a base elsewhere, as peft writes it."""
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "auto_mapping": None,
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
+    shutil.copy(directory / "model.safetensors", directory / "adapter_model.safetensors")
+
+
+def plant_peft(folder: Path, song: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Install packages that transformers imports if they are there: each sings as soon as it is imported."""
+    for name in ("peft", "accelerate", "bitsandbytes", "mistral_common"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").write_text(f"open({str(song)!r}, 'a').write('{name}')\n")
+        (folder / f"{name}-99.0.0.dist-info").mkdir()
+        (folder / f"{name}-99.0.0.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: 99.0.0\n")
+    monkeypatch.syspath_prepend(str(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("door", ["generate", "forest add", "pretrained", "ablate"])
+def test_an_adapter_in_a_model_directory_loads_no_base(
+    door: str,
+    hostile: tuple[RunConfig, RunDir, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config, run, song = hostile
+    base, model = tmp_path / "base", tmp_path / "stranger"
+    shutil.copytree(run.model("docs"), base)
+    plant(base, song, known_type=False)
+    shutil.copytree(run.model("docs"), model)
+    adapter(model, base)
+    if door == "ablate":
+        adapter(run.model("docs"), base)
+    plant_peft(tmp_path / "packages", song, monkeypatch)
+    out = tmp_path / "out"
+    out.mkdir()
+    assert ended_with(DOORS[door](config, run, model, out)) == 2
+    assert "holds an adapter" in capsys.readouterr().err
+    assert not song.exists(), song.read_text()
+
+
+@pytest.mark.slow
+def test_no_code_of_a_dataset_script_runs(
+    hostile: tuple[RunConfig, RunDir, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lm_eval loads the data of its tasks with datasets, which ran Python files beside the data in old versions."""
+    from btm_scale.cli import lm_eval
+
+    _, run, song = hostile
+    data = tmp_path / "canary"
+    data.mkdir()
+    (data / "canary.py").write_text(f"open({str(song)!r}, 'a').write('sung')\n")
+    (data / "test.jsonl").write_text('{"text": "some text"}\n' * 3)
+    (tmp_path / "canary.yaml").write_text(
+        f"task: canary\ndataset_path: {data}\noutput_type: loglikelihood_rolling\ntest_split: test\n"
+        "doc_to_text: ''\ndoc_to_target: '{{text}}'\nmetric_list: [{metric: word_perplexity}]\n"
+    )
+    arguments = [
+        "run",
+        "--model",
+        "btm-scale",
+        "--model_args",
+        f"run={run.root},method=uniform-ensemble",
+        "--limit",
+        "1",
+    ]
+    arguments += ["--tasks", "canary", "--include_path", str(tmp_path), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["btm-scale-lm-eval", *arguments])
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    with contextlib.suppress(Exception, SystemExit):  # it may refuse the folder, or read the lines beside the script
+        lm_eval.main()
     assert not song.exists()

@@ -26,6 +26,7 @@ from btm_scale.util.files import (
     remove_partial,
     require_space,
 )
+from btm_scale.util.inside import as_private_as
 from btm_scale.util.pools import MOST, in_threads
 from btm_scale.util.provenance import Input, Provenance, is_recorded, made_before
 
@@ -297,6 +298,7 @@ def _publish(work: _Work) -> str:
         _add_sidecars(work, content)
     if work.made_by is not None:
         work.made_by.model_copy(update={"answer": {"content_hash": content}}).write_into(work.partial)
+    as_private_as([source.path for source in work.plan.everyone], work.partial)
     publish_directory(work.partial, work.output)
     return content
 

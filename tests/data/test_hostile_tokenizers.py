@@ -1,0 +1,255 @@
+"""Tokenizers from strangers: an endless regex, a panic, a crash or an absurd id is one sentence with the file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.hostile_tokenizers import HOSTILE, RARE, RARE_TEXT, write
+from helpers.text_samples import CODE, MakeConfig
+
+from btm_scale.cli.app import main
+from btm_scale.config.run import RunConfig
+from btm_scale.data import tokenizer_trial
+from btm_scale.data.encode import Encoder
+from btm_scale.data.prepare import prepare
+from btm_scale.data.tokenizer import Tokenizer
+from btm_scale.data.train_tokenizer import adopt_tokenizer
+from btm_scale.errors import DataError
+from btm_scale.run_dir import RunDir
+from btm_scale.util.time_limit import within
+
+
+@pytest.fixture(autouse=True)
+def untried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tokenizer has passed its trial yet, and a trial ends after seconds."""
+    monkeypatch.delenv("BTM_SCALE_TRIED_TOKENIZERS", raising=False)
+    monkeypatch.setattr(tokenizer_trial, "_CPU_SECONDS", 5)
+
+
+# Each ends a process, or takes seconds of CPU time: one of them for `make test`.
+LONG = {"never returns", "expands a letter to a megabyte", "expands without bound"}
+
+
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=pytest.mark.full if what in LONG else ()) for what in HOSTILE]
+)
+def test_a_hostile_tokenizer_is_one_sentence(what: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    change, reason = HOSTILE[what]
+    directory = write(tmp_path / "strange", change)
+    with pytest.raises(DataError, match=reason) as raised:
+        Tokenizer.load(directory)
+    assert str(directory) in str(raised.value)
+    assert "\n" not in str(raised.value)
+    shown = capfd.readouterr()
+    assert "panicked" not in shown.out + shown.err
+    assert "RUST_BACKTRACE" not in shown.out + shown.err
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 100, os.urandom(5_000), b"\x0a\xff\xff\xff\xff\x0f" * 50])
+def test_a_sentencepiece_model_that_is_garbage_is_one_sentence(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(DataError, match="cannot be loaded"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("token", [-5, 4_000_000_000, "7", 1.5, None, True, [1]])
+def test_an_added_id_that_no_vocabulary_has_is_refused(
+    token: Any, prepared: tuple[RunConfig, RunDir], tmp_path: Path
+) -> None:
+    shutil.copytree(prepared[1].tokenizer, tmp_path / "own")
+    (tmp_path / "own" / "added_tokens.json").write_text(json.dumps({"<x>": token}))
+    if token == "7":  # as transformers writes it in tokenizer_config.json
+        assert Tokenizer.load(tmp_path / "own").vocab_size == 512
+        return
+    with pytest.raises(DataError, match="with the id"):
+        Tokenizer.load(tmp_path / "own")
+
+
+def test_a_library_that_crashes_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(directory: Path) -> Any:
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+    monkeypatch.setattr("btm_scale.data.tokenizer.load_tokenizer", crash)
+    with pytest.raises(DataError, match=r"crashed or ran out of memory \(SIGSEGV\) when it had to load it"):
+        Tokenizer.load(write(tmp_path / "strange"))
+
+
+def test_a_tokenizer_that_waits_for_ever_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("btm_scale.data.tokenizer.load_tokenizer", lambda directory: time.sleep(1_000))
+    monkeypatch.setattr(tokenizer_trial, "_WALL_SECONDS", 1.0)
+    with pytest.raises(DataError, match="did not load it within"):
+        Tokenizer.load(write(tmp_path / "strange"))
+
+
+@pytest.mark.slow
+def test_a_hostile_tokenizer_is_refused_beside_other_threads_too(tmp_path: Path) -> None:
+    """A process with other threads cannot be forked safely: a new one tries the tokenizer."""
+    directory = write(tmp_path / "strange", HOSTILE["panics when it encodes"][0])
+    ended = threading.Event()
+    threading.Thread(target=ended.wait, daemon=True).start()
+    try:
+        with pytest.raises(DataError, match="non-zero"):
+            Tokenizer.load(directory)
+        Tokenizer.load(write(tmp_path / "plain"))
+    finally:
+        ended.set()
+
+
+def test_a_tokenizer_is_tried_once_as_long_as_its_files_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, trials = write(tmp_path / "own"), []
+    fork = tokenizer_trial._forked
+    monkeypatch.setattr(tokenizer_trial, "_forked", lambda *arguments: (trials.append(1), fork(*arguments))[1])
+    assert Tokenizer.load(directory).decode(Tokenizer.load(directory).encode("a text")) == "a text"
+    assert len(trials) == 1
+    write(directory, HOSTILE["panics when it encodes"][0])
+    with pytest.raises(DataError, match="non-zero"):
+        Tokenizer.load(directory)
+
+
+def rare(tokenizer: dict[str, Any]) -> None:
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"Regex": RARE}, "content": "z"}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_panic_in_mid_encoding_names_the_tokenizer_and_the_text(workers: int, tmp_path: Path) -> None:
+    directory = write(tmp_path / "own", rare)
+    texts = [("an honest text", 0), (RARE_TEXT, 1), ("another", 2)]
+    with Encoder(directory, workers) as encoder, pytest.raises(DataError) as raised:
+        list(encoder.encode(texts))
+    assert str(directory / "tokenizer.json") in str(raised.value)
+    assert "begins with 'zebraxx" in str(raised.value)
+    assert "retry-limit" in str(raised.value)
+
+
+def test_a_text_that_takes_for_ever_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = write(tmp_path / "own", lambda one: one.update(normalizer=HOSTILE_LOOP))
+    monkeypatch.setattr("btm_scale.data.tokenizer.require_usable", lambda *arguments: None)
+    monkeypatch.setattr("btm_scale.data.tokenizer._SECONDS", 0.2)
+    tokenizer = Tokenizer.load(directory)
+    begun = time.monotonic()
+    with pytest.raises(DataError, match=r"begins with 'жжж.*takes too long"):
+        tokenizer.encode("ж" * 3_000 + "!y")
+    assert time.monotonic() - begun < 60
+
+
+HOSTILE_LOOP = {"type": "Replace", "pattern": {"Regex": "(?:ж*ж*)y"}, "content": "z"}
+
+
+def test_a_call_within_its_time_returns_or_raises_as_it_would_alone() -> None:
+    assert within(5, lambda: "done") == "done"
+    with pytest.raises(ZeroDivisionError):
+        within(5, lambda: 1 // 0)
+
+
+def linked_out(directory: Path, secret: Path) -> None:
+    (directory / "chat_template.jinja").symlink_to(secret)
+
+
+def linked_vocabulary(directory: Path, secret: Path) -> None:
+    (directory / "tokenizer.json").rename(secret)
+    (directory / "tokenizer.json").symlink_to(secret)
+
+
+@pytest.mark.parametrize("link", [linked_out, linked_vocabulary])
+def test_a_tokenizer_with_a_link_out_of_its_directory_is_not_adopted(
+    link: Callable[[Path, Path], None], tmp_path: Path
+) -> None:
+    (tmp_path / "secret").write_text("of another")
+    directory = write(tmp_path / "strange")
+    link(directory, tmp_path / "secret")
+    (tmp_path / "run").mkdir()
+    with pytest.raises(DataError, match="outside of the model directory"):
+        adopt_tokenizer(tmp_path / "run", directory)
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_chat_template_cannot_be_written_elsewhere(tmp_path: Path) -> None:
+    directory = write(tmp_path / "strange")
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    settings["chat_template"] = [{"name": "../../escaped", "template": "x"}, {"name": "default", "template": "x"}]
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "run").mkdir()
+    with pytest.raises(DataError, match="cannot be copied"):
+        adopt_tokenizer(tmp_path / "run", directory)
+    assert not list(tmp_path.rglob("*escaped*"))
+
+
+@pytest.fixture
+def strange_run(handmade: tuple[RunConfig, RunDir], tmp_path: Path) -> RunDir:
+    """A copy of a run whose tokenizer has been replaced."""
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(handmade[1].root, run.root)
+    shutil.rmtree(run.tokenizer)
+    write(run.tokenizer, HOSTILE["panics when it encodes"][0])
+    return run
+
+
+def commands(run: RunDir) -> dict[str, list[str]]:
+    return {
+        "generate": ["generate", str(run.root), "--prompt", "The", "--device", "cpu"],
+        "ablate": ["ablate", str(run.root), "--expert", "docs", "--expert", "cpp", "--text", __file__],
+        "evaluate": ["evaluate", str(run.root)],
+        "score": ["score", str(run.root)],
+        "prepare": ["prepare", str(run.config), "--out", str(run.root)],
+        "report": ["report", str(run.root)],
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["generate", "ablate", "evaluate", "score", "prepare", "report"])
+def test_every_verb_that_uses_a_hostile_tokenizer_ends_with_a_message(
+    verb: str, strange_run: RunDir, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(commands(strange_run)[verb])
+    assert ended.value.code == 2
+    shown = capfd.readouterr().err
+    assert "tokenizer" in shown
+    assert "panicked" not in shown
+    assert "Traceback" not in shown
+
+
+@pytest.mark.slow
+def test_lm_eval_ends_with_a_message_for_a_hostile_tokenizer(
+    strange_run: RunDir, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from btm_scale.cli import lm_eval
+
+    (strange_run.root / "canary.yaml").write_text(
+        "task: canary\ndataset_path: json\noutput_type: loglikelihood_rolling\ntest_split: test\n"
+        f"dataset_kwargs: {{data_files: {{test: {strange_run.root}/canary.jsonl}}}}\n"
+        "doc_to_text: ''\ndoc_to_target: '{{text}}'\nmetric_list: [{metric: word_perplexity}]\n"
+    )
+    (strange_run.root / "canary.jsonl").write_text('{"text": "some text"}\n')
+    arguments = ["--model", "btm-scale", "--model_args", f"run={strange_run.root},method=uniform-ensemble"]
+    monkeypatch.setattr(
+        "sys.argv",
+        ["btm-scale-lm-eval", "run", *arguments, "--tasks", "canary", "--include_path", str(strange_run.root)],
+    )
+    with pytest.raises(SystemExit) as ended:
+        lm_eval.main()
+    shown = capfd.readouterr().err
+    assert ended.value.code == 2, shown[-2000:]
+    assert "panicked" not in shown
+
+
+@pytest.mark.slow
+def test_prepare_with_workers_refuses_a_hostile_tokenizer_and_leaves_nothing(
+    text_root: Path, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    strange = write(tmp_path / "strange", HOSTILE["normalizes with a catastrophic pattern"][0])
+    sections = {"tokenizer": {"path": str(strange)}, "data": {"workers": 2}}
+    config, run = make_config(text_root, {"code": CODE}, **sections), RunDir(tmp_path / "run")
+    with pytest.raises(DataError, match="retry-limit"):
+        prepare(config, run)
+    assert not run.tokenizer.exists()
+    assert not list(run.root.rglob("*.partial"))

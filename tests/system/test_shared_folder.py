@@ -1,0 +1,238 @@
+"""Two users share a folder: nothing of the first is emptied, read or published through what the second plants."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.two_users import WHY_NOT, User, give, two_users
+
+from btm_scale.cli.app import main
+from btm_scale.config.run import RunConfig
+from btm_scale.run_dir import RunDir
+
+PRECIOUS = "precious-2b9d\n"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "both users can be created"),
+]
+MODELS = ("docs", "cpp")
+
+
+@pytest.fixture(scope="module")
+def users(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[User, User]]:
+    with two_users(tmp_path_factory.mktemp("users")) as pair:
+        yield pair
+
+
+class Shared:
+    """A run that the first user shares, and the first user's own file."""
+
+    def __init__(self, first: User, second: User, original: RunDir, folder: Path) -> None:
+        self.first, self.second = first, second
+        self.folder = folder / "shared"
+        self.run = RunDir(self.folder / "run")
+        shutil.copytree(original.root, self.run.root)
+        give(self.folder, first)
+        self.work = first.home / "work"
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir()
+        self.notes = self.work / "notes.txt"
+        self.notes.write_text(PRECIOUS)
+        self.notes.chmod(0o600)
+        for path in (self.work, self.notes):
+            os.chown(path, first.uid, first.gid)
+
+    def commands(self) -> dict[str, list[str]]:
+        root, models = str(self.run.root), [str(self.run.model(name)) for name in MODELS]
+        return {
+            "evaluate": ["evaluate", root],
+            "report": ["report", root],
+            "prepare": ["prepare", str(self.run.config), "--out", root],
+            "ablate": ["ablate", root, "--expert", "docs", "--expert", "cpp", "--text", "docs", "--device", "cpu"],
+            "forest add": ["forest", "add", root, models[0], "--name", "newcomer"],
+            "forest remove": ["forest", "remove", root, "docs"],
+            "merge": ["merge", str(self.folder / "out"), *models],
+            "convert": ["convert", models[0], str(self.folder / "out"), "--to", "megatron"],
+        }
+
+    def plant(self, path: Path, target: Path) -> None:
+        """Put a link in place of a file or folder, with the rights of the second user."""
+
+        def put() -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_symlink() or path.exists():
+                path.rename(path.with_name(f".{path.name}.aside"))
+            path.symlink_to(target)
+
+        assert self.second.does(put) == 0
+
+    def verb(self, verb: str) -> tuple[int, str]:
+        """Call a verb as the first user; returns its exit code and what it printed."""
+        output = self.folder.parent / "output"
+        code = self.first.does(lambda: main(self.commands()[verb]), output)
+        return code, output.read_text()
+
+    def require_unharmed(self) -> None:
+        assert self.notes.read_text() == PRECIOUS
+        assert self.notes.stat().st_mode & 0o777 == 0o600
+        assert sorted(path.name for path in self.work.rglob("*")) == ["notes.txt"]
+        for path in self.folder.rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                assert PRECIOUS.strip().encode() not in path.read_bytes(), path
+
+
+@pytest.fixture
+def shared(users: tuple[User, User], handmade: tuple[RunConfig, RunDir], tmp_path: Path) -> Shared:
+    for place in (tmp_path, *tmp_path.parents):
+        if place.stat().st_uid == 0 and not place.stat().st_mode & 1:
+            place.chmod(place.stat().st_mode | 0o011)
+    return Shared(*users, handmade[1], tmp_path)
+
+
+def names_written(shared: Shared, verb: str) -> set[Path]:
+    """The paths in the shared folder that a verb opens, makes or replaces by a name that can be known before."""
+    written: set[Path] = set()
+    listening = True
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if not listening:
+            return
+        paths: tuple[Any, ...] = ()
+        if event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            paths = (arguments[0],)
+        elif event in ("os.mkdir", "os.rename", "shutil.copyfile", "os.truncate", "os.remove", "shutil.rmtree"):
+            paths = arguments[:2]
+        written.update(Path(os.fsdecode(path)) for path in paths if isinstance(path, str | bytes | os.PathLike))
+
+    sys.addaudithook(hook)
+    try:
+        main(shared.commands()[verb])
+    finally:
+        listening = False
+    return {path for path in written if path.is_relative_to(shared.folder) and not re.search("[0-9a-f]{8}", str(path))}
+
+
+VERBS = ["evaluate", "report", "prepare", "ablate", "forest add", "forest remove", "merge", "convert"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_link_at_any_name_that_a_verb_writes_is_not_followed(
+    verb: str, users: tuple[User, User], handmade: tuple[RunConfig, RunDir], tmp_path: Path, shared: Shared
+) -> None:
+    """Every name is recorded first, in a copy; then a link of the second user is put at each."""
+    (tmp_path / "copy").mkdir()
+    copy = Shared(*users, handmade[1], tmp_path / "copy")
+    if verb in ("evaluate", "report", "prepare"):  # else there is nothing to write
+        remove_outcome(copy)
+        remove_outcome(shared)
+    names = {path.relative_to(copy.folder) for path in names_written(copy, verb)}
+    shutil.rmtree(tmp_path / "copy")
+    assert names, "the recorder saw nothing"
+    for name in sorted(names):
+        path = shared.folder / name
+        if not path.parent.is_dir():  # in a folder that only exists in the meantime
+            continue
+        shared.plant(path, shared.notes)
+        code, shown = shared.verb(verb)
+        shared.require_unharmed()
+        assert code in (0, 1, 2), shown
+        assert "Traceback" not in shown, f"{name}: {shown}"
+        shared.second.does(lambda path=path: path.unlink(missing_ok=True))
+        restore(path)
+        reset(shared, verb)
+
+
+def remove_outcome(shared: Shared) -> None:
+    shutil.rmtree(shared.run.results.parent, ignore_errors=True)
+    shared.run.report.unlink(missing_ok=True)
+
+
+def restore(path: Path) -> None:
+    aside = path.with_name(f".{path.name}.aside")
+    if aside.exists() and not path.exists():
+        aside.rename(path)
+
+
+def reset(shared: Shared, verb: str) -> None:
+    """Let the verb have something to do again."""
+    shutil.rmtree(shared.folder / "out", ignore_errors=True)
+    shutil.rmtree(shared.run.model("newcomer"), ignore_errors=True)
+    if verb in ("evaluate", "report", "prepare"):
+        remove_outcome(shared)
+
+
+FOLDERS = [
+    "evaluation",
+    "experts/docs",
+    "scores",
+    "scores/docs",
+    "data",
+    "data/docs",
+    "tokenizer",
+    "train",
+    "train/docs",
+]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_link_in_place_of_a_folder_is_not_followed(folder: str, shared: Shared) -> None:
+    shared.plant(shared.run.root / folder, shared.work)
+    for verb in ("evaluate", "report", "prepare", "ablate", "forest add", "forest remove"):
+        code, shown = shared.verb(verb)
+        assert code == 2, shown
+        assert "another user made" in shown, shown
+        shared.require_unharmed()
+
+
+@pytest.mark.parametrize("verb", ["merge", "convert"])
+def test_a_link_in_place_of_a_sidecar_is_not_published(verb: str, shared: Shared) -> None:
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        shared.plant(shared.run.model("docs") / name, shared.notes)
+        code, shown = shared.verb(verb)
+        shared.require_unharmed()
+        assert code == 2, f"{name}: {shown}"
+        assert "outside of the model directory" in shown
+
+
+def append_to_log(run: RunDir) -> None:
+    from btm_scale.util.files import open_to_append
+
+    with open_to_append(run.log("docs")) as file:
+        file.write(b"more")
+
+
+def lock_for_training(run: RunDir) -> None:
+    from btm_scale.util.locks import ModelLock
+
+    with ModelLock(run.train("docs")):
+        pass
+
+
+@pytest.mark.parametrize(("name", "do"), [("log", append_to_log), ("lock", lock_for_training)])
+def test_a_link_in_place_of_a_log_or_a_lock_is_refused(name: str, do: Callable[[RunDir], None], shared: Shared) -> None:
+    shared.plant(shared.run.train("docs") / name, shared.notes)
+    output = shared.folder.parent / "output"
+    assert shared.first.does(lambda: do(shared.run), output) == 99
+    assert "is a link or not a file" in output.read_text()
+    shared.require_unharmed()
+
+
+def test_what_is_written_is_readable_by_no_more_users_than_its_source(shared: Shared) -> None:
+    for model in MODELS:
+        for path in shared.run.model(model).iterdir():
+            path.chmod(0o600)
+    for verb in ("merge", "convert", "forest add"):
+        code, shown = shared.verb(verb)
+        assert code == 0, shown
+        out = shared.run.model("newcomer") if verb == "forest add" else shared.folder / "out"
+        for path in out.rglob("*"):
+            if path.is_file() and path.suffix not in (".md", ".json"):
+                assert path.stat().st_mode & 0o077 == 0, path
+        reset(shared, verb)
