@@ -28,7 +28,9 @@ def exit_codes() -> Iterator[None]:
         _end_with_usage(error)
     except UserError as error:
         end(error, 2)
-    except (GroupFailed, WorkerLost) as error:
+    except GroupFailed as error:
+        end(error, 2 if error.mistake else 1)
+    except WorkerLost as error:
         end(error, 1)
     except KeyboardInterrupt:
         end("interrupted; rerun the same command to resume", 130)

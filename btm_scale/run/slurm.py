@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from btm_scale.config.run import RunConfig
+from btm_scale.data.preview import preview_texts
 from btm_scale.data.sources import resolve_sources
 from btm_scale.errors import LaunchError
 from btm_scale.launch import slurm, slurm_queue
@@ -60,7 +61,8 @@ def write_scripts(config: RunConfig, run: RunDir) -> dict[str, Path]:
 
 def submit_run(config: RunConfig, run: RunDir, *, dry_run: bool) -> dict[str, Any]:
     """Submit what is missing; returns the ids of the new jobs. A dry run writes the scripts and submits none."""
-    resolve_sources(config.all_domains, config.text_root)  # missing text is reported before anything is submitted
+    # Missing text and rows without text are reported before anything is submitted.
+    preview_texts(resolve_sources(config.all_domains, config.text_root), config, config.tokenizer.vocab_size)
     config = open_run(config, run)
     scripts = write_scripts(config, run)
     if not slurm.requests_gpus(config.launch.slurm):
