@@ -32,6 +32,11 @@ class RunDir:
         return self.root / ".prepare.lock"
 
     @property
+    def run_lock(self) -> Path:
+        """The lock of the process that runs all stages."""
+        return self.root / ".run.lock"
+
+    @property
     def tokenizer(self) -> Path:
         """The tokenizer's Hugging Face directory."""
         return self.root / "tokenizer"

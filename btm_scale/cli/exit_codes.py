@@ -16,7 +16,7 @@ from btm_scale.errors import GroupFailed, UserError, WorkerLost
 from btm_scale.util.terminal import printable
 
 # A full disk, or one that refuses this user, needs no traceback.
-_DISK_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DISK_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextlib.contextmanager
@@ -42,7 +42,9 @@ def exit_codes() -> Iterator[None]:
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
-        end(f"{error}. Completed work is kept; fix the problem and rerun to resume.", 1)
+        where = f"Cannot use {error.filename}: " if error.filename else ""
+        reason = error.strerror or str(error)
+        end(f"{where}{reason}. Completed work is kept; fix the problem and rerun to resume.", 1)
 
 
 def end(message: object, code: int) -> NoReturn:

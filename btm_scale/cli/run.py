@@ -40,7 +40,12 @@ _SECTION = "Runs"
 
 
 @verb(app, "demo", section=_SECTION)
-def demo(*, out: Out = None, settings: Settings, as_json: Json = False) -> Answer:
+def demo(
+    *,
+    out: Annotated[Path | None, option("--out", "DIR", "The run's folder.  [default: runs/demo]")] = None,
+    settings: Settings,
+    as_json: Json = False,
+) -> Answer:
     """Run Branch-Train-Merge on text of this installation.
 
     Trains a small seed LM, four experts and a dense baseline in runs/demo; a CPU takes minutes.

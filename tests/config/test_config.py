@@ -111,7 +111,7 @@ def test_an_experts_own_layout_is_checked_like_the_groups(tmp_path: Path) -> Non
     with pytest.raises(ConfigError) as raised:
         load(tmp_path, {"domains": DOMAINS, "experts": experts})
     assert "experts.math.layout.tensr: unknown key; did you mean 'tensor'?" in str(raised.value)
-    assert "experts.maths: unknown domain" in str(raised.value)
+    assert "experts.maths: Unknown domain 'maths'. Did you mean 'math'?" in str(raised.value)
 
 
 @pytest.mark.parametrize(
