@@ -35,7 +35,14 @@ class WorkerLost(Exception):  # noqa: N818 (it names an event)
 
 
 class GroupFailed(Exception):  # noqa: N818 (it names an event)
-    """A group started and then failed; the message holds the end of its log."""
+    """A group started and then failed. The message has the error, and the end of the log if the error needs it.
+
+    `mistake`: whether each failure is a mistake of the user, which a retry would repeat.
+    """
+
+    def __init__(self, message: str, *, mistake: bool = False) -> None:
+        super().__init__(message)
+        self.mistake = mistake
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:

@@ -52,6 +52,11 @@ class RunDir:
         return self.root / ".locks" / "ablation"
 
     @property
+    def run_lock(self) -> Path:
+        """The lock of the process that runs all stages."""
+        return self.root / ".locks" / "run"
+
+    @property
     def tokenizer(self) -> Path:
         """The tokenizer's Hugging Face directory."""
         return self.root / "tokenizer"

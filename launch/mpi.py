@@ -27,7 +27,7 @@ from btm_scale.errors import GroupFailed, LaunchError
 from btm_scale.launch.local import accelerator, free_port, local_rank
 from btm_scale.launch.placement import Work, share_out
 from btm_scale.launch.shutdown import REQUEUE, SUPERVISOR
-from btm_scale.launch.supervise import GroupCommand, OnPoll, Start, failure_text, run_groups_in
+from btm_scale.launch.supervise import GroupCommand, OnPoll, Start, group_failure, run_groups_in
 from btm_scale.util.files import make_directory
 from btm_scale.util.logs import set_up_logging
 from btm_scale.util.mpi import without_mpi
@@ -80,7 +80,7 @@ def run_under_mpi(commands: Sequence[GroupCommand], threads: int) -> None:
     if failed:
         if place.rank > 0:
             sys.exit(1)  # the first rank of the group reports the reason
-        raise GroupFailed("\n".join(failure_text(command) for command in failed))
+        raise group_failure(failed)
 
 
 class MpiLauncher:
@@ -122,10 +122,10 @@ class MpiLauncher:
                 lambda states: on_poll({command.name: states["mpirun"] for command in commands}),
             )
         except GroupFailed:
-            failures = [failure_text(command) for command in commands if _has_failed(command)]
-            if not failures:
+            failed = [command for command in commands if _has_failed(command)]
+            if not failed:
                 raise
-            raise GroupFailed("\n".join(failures)) from None
+            raise group_failure(failed) from None
         finally:
             Path(file.name).unlink()
 

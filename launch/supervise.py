@@ -113,12 +113,10 @@ def run_groups_in(pool: Pool, commands: Sequence[GroupCommand], on_poll: OnPoll 
                 forget_failure(command.log)
         for number, handler in before.items():
             signal.signal(number, handler)
-    stopped = [
-        f"group '{name}' was stopped; the same command resumes it" for name in states if states[name] == "stopped"
-    ]
-    failed = [failure_text(command) for command in commands if states[command.name] == "failed"]
+    stopped = [name for name in states if states[name] == "stopped"]
+    failed = [command for command in commands if states[command.name] == "failed"]
     if failed or stopped:
-        raise GroupFailed("\n".join([*failed, *stopped]))
+        raise group_failure(failed, stopped)
 
 
 def groups_in(pool: Pool) -> RunGroups:
@@ -126,13 +124,26 @@ def groups_in(pool: Pool) -> RunGroups:
     return functools.partial(run_groups_in, pool)
 
 
-def failure_text(command: GroupCommand) -> str:
-    """Return why a group failed, from the records and logs of its ranks."""
-    failure = read_failure(command.log)
-    if failure is not None:
-        return f"group '{command.name}' failed: {failure}"
-    lines = "\n".join(f"  {line}" for line in tail(command.log))
-    return f"group '{command.name}' failed; the end of {command.log}:\n{lines}"
+def group_failure(failed: Sequence[GroupCommand], stopped: Sequence[str] = ()) -> GroupFailed:
+    """Return the exception for groups that failed, by the records and logs of their ranks, or were stopped.
+
+    Groups that failed for the same reason are reported once.
+    """
+    names: dict[str, list[str]] = {}
+    mistakes = []
+    for command in failed:
+        failure = read_failure(command.log)
+        reason = f"failed: {failure}" if failure is not None else _end_of(command.log)
+        names.setdefault(reason, []).append(f"'{command.name}'")
+        mistakes.append(failure is not None and failure.mistake)
+    texts = [f"group{'s' if len(listed) > 1 else ''} {', '.join(listed)} {why}" for why, listed in names.items()]
+    texts += [f"group '{name}' was stopped; the same command resumes it" for name in stopped]
+    return GroupFailed("\n".join(texts), mistake=all(mistakes) and not stopped)
+
+
+def _end_of(log: Path) -> str:
+    lines = "\n".join(f"  {line}" for line in tail(log))
+    return f"failed; the end of {log}:\n{lines}"
 
 
 def _start(command: GroupCommand, start: Start) -> list[subprocess.Popen[bytes]]:

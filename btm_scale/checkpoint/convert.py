@@ -18,7 +18,7 @@ from btm_scale.checkpoint.merge.compatibility import is_derived
 from btm_scale.checkpoint.merge.journal import only_merge_into
 from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.checkpoint.merge.sidecars import carry_sidecars
-from btm_scale.errors import CheckpointError
+from btm_scale.errors import CheckpointError, unknown_name
 from btm_scale.model.hf_names import from_huggingface, table, to_huggingface
 from btm_scale.model.shape import ModelShape
 from btm_scale.util.files import make_partial, partial_path, publish_directory, remove_partial
@@ -52,7 +52,7 @@ def convert(
             f"{target} already exists. convert does not overwrite: choose another target, or remove it first."
         )
     if to not in ("huggingface", *WRITERS):
-        raise CheckpointError(f"'{to}' is not an output format. Use huggingface, megatron or deepspeed.")
+        raise CheckpointError(unknown_name("format", to, ("huggingface", *WRITERS)))
     format_of(source)  # before anything else, because other messages assume a checkpoint
     wanted = parse_dtype(dtype) if dtype else None
     settings = {"to": to, "tensor": tensor, "dtype": dtype_name(wanted) if wanted else None}

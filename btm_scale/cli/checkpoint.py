@@ -105,7 +105,9 @@ def merge(
             section=_OF_METHOD,
         ),
     ],
-    seed: Annotated[int, option("--seed", "N", "Random seed (dare, della).", section=_OF_METHOD)] = 0,
+    random_seed: Annotated[
+        int, option("--random-seed", "N", "Random seed of the methods dare and della.", section=_OF_METHOD)
+    ] = 0,
     dtype: Annotated[str | None, _dtype_option("Type of the output's weights.  [default: the inputs']")] = None,
     max_shard_size: Annotated[str, option("--max-shard-size", "SIZE", "Largest size of a file of the output.")] = "5GB",
     jobs: Annotated[
@@ -138,7 +140,7 @@ def merge(
         dtype=dtype,
         jobs=jobs,
         max_shard_bytes=bytes_from_text(max_shard_size),
-        seed=seed,
+        random_seed=random_seed,
         mpi=rank is not None and rank.is_one_of_several,
     )
     if rank is not None and rank.rank > 0:

@@ -12,6 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 
 OUTPUT = "Output"  # the section of the options that every verb has
 _OPTIONS = "Options"
+_ALIASES = {"--seed": "--random-seed"}
 
 
 class Verb(TyperCommand):
@@ -32,6 +33,11 @@ class Verb(TyperCommand):
         for title in sorted(sections, key=lambda title: title == OUTPUT):
             with formatter.section(title):
                 formatter.write_dl(sections[title])
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Accept former and common names of options, which help does not list."""
+        known = {name for parameter in self.get_params(ctx) for name in parameter.opts}
+        return super().parse_args(ctx, [_current(word, known) for word in args])
 
 
 class VerbWithWords(Verb):
@@ -86,6 +92,13 @@ class Verbs(TyperGroup):
         for title, listed in (*sections.items(), (_OPTIONS, rows)):
             with formatter.section(title):
                 formatter.write_dl(_aligned(listed, sections.values()))
+
+
+def _current(word: str, known: set[str]) -> str:
+    """Return an option, with its value if it has one, under its name of today."""
+    name, sign, value = word.partition("=")
+    today = _ALIASES.get(name)
+    return today + sign + value if today in known and name not in known else word
 
 
 def _is_argument(parameter: Any) -> bool:

@@ -17,7 +17,7 @@ from btm_scale.util.secrets import masked
 from btm_scale.util.terminal import printable
 
 # A full disk, or one that refuses this user, needs no traceback.
-_DISK_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DISK_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextlib.contextmanager
@@ -29,7 +29,9 @@ def exit_codes() -> Iterator[None]:
         _end_with_usage(error)
     except UserError as error:
         end(error, 2)
-    except (GroupFailed, WorkerLost) as error:
+    except GroupFailed as error:
+        end(error, 2 if error.mistake else 1)
+    except WorkerLost as error:
         end(error, 1)
     except KeyboardInterrupt:
         end("interrupted; rerun the same command to resume", 130)
@@ -41,7 +43,9 @@ def exit_codes() -> Iterator[None]:
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
-        end(f"{error}. Completed work is kept; fix the problem and rerun to resume.", 1)
+        where = f"Cannot use {error.filename}: " if error.filename else ""
+        reason = error.strerror or str(error)
+        end(f"{where}{reason}. Completed work is kept; fix the problem and rerun to resume.", 1)
 
 
 def end(message: object, code: int) -> NoReturn:

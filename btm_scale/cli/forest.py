@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -60,7 +60,7 @@ def forest_list(run: RunFolder) -> Answer:
 
     _, run_dir = opened(run)
     forest = experts(run_dir)
-    listed = {
+    listed: dict[str, dict[str, dict[str, Any]]] = {
         "experts": {
             name: {
                 "parents": {parent.name: parent.weight for parent in expert.parents},
@@ -72,7 +72,18 @@ def forest_list(run: RunFolder) -> Answer:
             for name, expert in forest.items()
         }
     }
-    return Answer(listed, None if forest else lambda: say(no_expert(run_dir)))
+
+    def show() -> None:
+        from rich.console import Console
+
+        from btm_scale.report.forest_table import forest_table
+
+        if forest:
+            Console().print(forest_table(listed["experts"]))
+        else:
+            say(no_expert(run_dir))
+
+    return Answer(listed, show)
 
 
 @verb(forest, "add")

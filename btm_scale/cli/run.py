@@ -41,7 +41,12 @@ _SECTION = "Runs"
 
 
 @verb(app, "demo", section=_SECTION)
-def demo(*, out: Out = None, settings: Settings, as_json: Json = False) -> Answer:
+def demo(
+    *,
+    out: Annotated[Path | None, option("--out", "DIR", "The run's folder.  [default: runs/demo]")] = None,
+    settings: Settings,
+    as_json: Json = False,
+) -> Answer:
     """Run Branch-Train-Merge on text of this installation.
 
     Trains a small seed LM, four experts and a dense baseline in runs/demo; a CPU takes minutes.
@@ -83,9 +88,13 @@ def run(
     if submit is not None:
         return submit(run_config, run_dir, dry_run=dry_run, reread=_reread(config, settings, run_dir))
     if dry_run:
+        from rich.console import Console
+
+        from btm_scale.report.dry_run_table import print_dry_run
         from btm_scale.run.dry_run import dry_run as plan_run
 
-        return plan_run(run_config, run_dir, trains_here=launcher == LOCAL)
+        planned = plan_run(run_config, run_dir, trains_here=launcher == LOCAL)
+        return Answer(planned, lambda: print_dry_run(planned, Console()))
     return _run(run_config, run_dir, launcher, as_json, _reread(config, settings, run_dir))
 
 
@@ -131,8 +140,12 @@ def train(
         [model] = models
         train_as_rank(run_config, run_dir, model)
     else:
-        from btm_scale.run.state import next_models, open_run
+        from btm_scale.run.state import next_models, open_run, require_prepared
+        from btm_scale.train.jobs import training_job
 
+        for model in models:
+            training_job(run_config, model)  # raises for an unknown name
+        require_prepared(run_config, run_dir)
         reread = _reread(config, settings, run_dir)
         run_config = open_run(run_config, run_dir, trains_here=launcher == LOCAL, reread=reread)
         models = models or next_models(run_config, run_dir)

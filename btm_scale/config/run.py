@@ -27,7 +27,7 @@ from btm_scale.config.training import (
 )
 from btm_scale.config.upgrade import SCHEMA, upgraded, with_current_names
 from btm_scale.config.yaml import apply_overrides, dump_yaml, load_yaml
-from btm_scale.errors import ConfigError
+from btm_scale.errors import ConfigError, unknown_name
 from btm_scale.run_dir import LONGER_DENSE, OWN_NAMES, RANDOM_SPLIT
 
 
@@ -128,13 +128,13 @@ class RunConfig(Section):
             if name in second
         ]
         problems += [
-            f"experts.{name}: unknown domain. Use one of {', '.join(self.expert_domains)}."
+            f"experts.{name}: {unknown_name('domain', name, self.expert_domains)}"
             for name in self.experts
             if name not in self.expert_domains
         ]
         last = self.budget.last.weights if self.budget.last is not None else {}
         problems += [
-            f"budget.last.weights.{name}: unknown domain. Use one of {', '.join(self.expert_domains)}."
+            f"budget.last.weights.{name}: {unknown_name('domain', name, self.expert_domains)}"
             for name in last
             if name not in self.expert_domains
         ]

@@ -78,9 +78,15 @@ def empty_domain(source: DomainSource, skipped: int) -> DataError:
 
 
 def read_documents(source: DomainSource, on_bad_line: BadLines) -> Iterator[Document]:
-    """Yield every document of a domain, in the order of the file names. Raises DataError for files it cannot read."""
-    for file in source.files:
-        yield from read_file(file, source.settings, on_bad_line)
+    """Yield every document of a domain, in the order of the file names.
+
+    Raises DataError, which names the domain, for files it cannot read.
+    """
+    try:
+        for file in source.files:
+            yield from read_file(file, source.settings, on_bad_line)
+    except DataError as error:
+        raise DataError(f"Domain '{source.name}': {error}") from None
 
 
 def read_file(file: SourceFile, settings: DomainConfig, on_bad_line: BadLines) -> Iterator[Document]:

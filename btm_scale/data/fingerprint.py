@@ -60,6 +60,11 @@ class Fingerprint(Record):
     skipped_lines: int
     duplicates: int
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all splits."""
+        return sum(counts.tokens for counts in self.splits.values())
+
     @classmethod
     def of_domain(cls, run: RunDir, domain: str) -> Self:
         """Load the fingerprint of a domain's finished token files. Raises DataError if there are none."""

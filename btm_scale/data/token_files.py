@@ -116,10 +116,17 @@ def require_enough(source: DomainSource, config: RunConfig, counts: dict[str, Sp
     sizes = ", ".join(
         f"{split} has {counts[split].documents} documents with {counts[split].tokens} tokens" for split in splits
     )
+    raise too_small(source, sizes, needed)
+
+
+def too_small(source: DomainSource, sizes: str, needed: int) -> DataError:
+    """Return the error for a domain with a split of fewer than `needed` tokens; `sizes` describes its splits."""
     remedy = "Add text, raise data.dev or data.test, or lower budget.sequence_length."
     if source.is_grouped:
         remedy += " Its documents are split by file or field: smaller units, or split_by: document, are more even."
-    raise DataError(
+    elif not any(file.holds_rows for file in source.files):
+        remedy += " A plain file is one document: cut long files, or give more of them."
+    return DataError(
         f"Domain '{source.name}' is too small to split: {sizes}. Each needs at least {needed} tokens "
         f"(budget.sequence_length + 1). {remedy}"
     )

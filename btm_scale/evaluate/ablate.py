@@ -144,7 +144,7 @@ def run_texts(config: RunConfig, run: RunDir, domains: Sequence[str], split: str
     texts = {}
     for domain in domains or config.all_domains:
         if domain not in config.all_domains:
-            raise UserError(f"The run has no domain '{domain}'. Choose one of {', '.join(config.all_domains)}.")
+            raise UserError(unknown_name("domain", domain, config.all_domains))
         text = evaluation_text(config, run, domain, split or config.evaluate.split)
         texts[domain] = Text(text.tokens, text.block_starts, text.fingerprint)
     return texts

@@ -10,7 +10,7 @@ import numpy as np
 from btm_scale.config.run import RunConfig
 from btm_scale.config.training import BranchConfig
 from btm_scale.data.tokenizer import Tokenizer
-from btm_scale.errors import ForestError
+from btm_scale.errors import ForestError, unknown_name
 from btm_scale.forest.expert import Parent, is_finished, read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.scores import dev_prior
@@ -125,7 +125,7 @@ def require_parents(config: RunConfig, run: RunDir, models: Sequence[str]) -> No
             continue
         earlier = models[: models.index(name)]
         problems += [
-            f"experts.{name}.branch.parents: '{parent}' is not a model of {run.root}. {_choices(run, earlier)}"
+            f"experts.{name}.branch.parents: {unknown_name('model', parent, _choices(run, earlier))}"
             for parent in parents
             if parent not in earlier and not is_finished(run.model(parent))
         ]
@@ -149,14 +149,15 @@ def _named(run: RunDir, name: str, parents: Mapping[str, float]) -> tuple[Parent
     for parent in parents:
         if not is_finished(run.model(parent)):
             raise ForestError(
-                f"{name} cannot branch from '{parent}', which is not a finished model of {run.root}. {_choices(run)}"
+                f"{name} cannot branch from '{parent}', which is not a finished model of {run.root}. Use one of "
+                f"{', '.join(_choices(run))}."
             )
     return _normalised(parents)
 
 
-def _choices(run: RunDir, others: Sequence[str] = ()) -> str:
-    """Return the remedy for a parent that does not exist."""
-    return f"Use one of {', '.join(dict.fromkeys([SEED, *others, *experts(run)]))}."
+def _choices(run: RunDir, others: Sequence[str] = ()) -> list[str]:
+    """Return the models that a parent may be: the seed LM, `others` and the forest."""
+    return list(dict.fromkeys([SEED, *others, *experts(run)]))
 
 
 def _normalised(weights: Mapping[str, float]) -> tuple[Parent, ...]:

@@ -23,6 +23,8 @@ def open_config(path: Path, overrides: Sequence[str] = (), out: Path | None = No
     """
     config = RunConfig.load(path, tuple(overrides))
     run = RunDir((out or Path("runs") / config.name).resolve())
+    if run.root.is_file():
+        raise ConfigError(f"--out {out} is a file. The run needs a folder: give the path of a new one.")
     refuse_foreign_links(run.root)
     before = Path("runs") / "run"  # of versions that named every unnamed run so
     if out is None and not config.is_named and not run.config.is_file() and RunDir(before).config.is_file():

@@ -9,7 +9,7 @@ import numpy as np
 from btm_scale.config.evaluation import EvaluateConfig, Tempering
 from btm_scale.config.run import RunConfig
 from btm_scale.data.clustering import Clustering
-from btm_scale.errors import ForestError, UserError, near_match, unknown_name
+from btm_scale.errors import ForestError, UserError, unknown_name
 from btm_scale.forest.expert import read_expert
 from btm_scale.forest.forest import require_experts
 from btm_scale.forest.posterior.routing import router
@@ -40,7 +40,7 @@ def log_prior_of(config: RunConfig, run: RunDir, names: Sequence[str], prior: st
     Raises UserError for an unknown prior or domain, ForestError for models without scores.
     """
     if prior not in PRIORS:
-        raise UserError(f"'{prior}' is not a prior. Choose one of {', '.join(PRIORS)}.")
+        raise UserError(unknown_name("prior", prior, PRIORS))
     if domain is not None and prior != "cached":
         raise UserError(
             f"The prior '{prior}' does not depend on a domain. Remove --domain {domain}, or use the cached prior."
@@ -86,10 +86,7 @@ def _domains(config: RunConfig, domain: str | None) -> list[str]:
     if domain is None:
         return list(config.domains)
     if domain not in config.all_domains:
-        raise UserError(
-            f"The run has no domain '{domain}'.{near_match(domain, list(config.all_domains))} Choose one of "
-            f"{', '.join(config.all_domains)}."
-        )
+        raise UserError(unknown_name("domain", domain, config.all_domains))
     return [domain]
 
 

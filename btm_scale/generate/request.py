@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from btm_scale.errors import UserError
+from btm_scale.errors import UserError, unknown_name
 from btm_scale.generate.sampling import Sampling
 
 METHODS = {
@@ -58,10 +58,9 @@ class Batch:
 def check_settings(method: str, posterior: str, sampling: Sampling) -> None:
     """Raise `UserError` for an unknown method or posterior, or for incompatible settings."""
     if method not in METHODS:
-        choices = "; ".join(f"'{name}': {meaning}" for name, meaning in METHODS.items())
-        raise UserError(f"'{method}' is not a generation method. Choose one of: {choices}.")
+        raise UserError(unknown_name("generation method", method, METHODS))
     if posterior not in POSTERIORS:
-        raise UserError(f"'{posterior}' is not a posterior. Choose one of {', '.join(POSTERIORS)}.")
+        raise UserError(unknown_name("posterior", posterior, POSTERIORS))
     if method == "expert" and posterior != "prefix":
         raise UserError(
             f"Method 'expert' does not support posterior '{posterior}'. It samples the prefix posterior's mixture: use "

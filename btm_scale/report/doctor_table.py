@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 from btm_scale.util.terminal import printable
 
 _STYLES = {"ok": "green", "yes": "green", "low": "yellow", "no": "yellow", "missing": "yellow"}
+_INDENT = " " * 6
+_LEAST_TEXT = 20  # columns of the text, however narrow the terminal is
 
 Row = tuple[str, str, str]
 
@@ -24,10 +28,23 @@ def print_doctor(answer: Mapping[str, Any]) -> None:
         except ImportError:  # rich may be what is missing
             pass
     names, states = (max(len(row[column]) for _, rows in sections for row in rows) for column in (0, 1))
+    columns = max(shutil.get_terminal_size().columns, names + states + 6 + _LEAST_TEXT)
     for title, rows in sections:
         print(title)
         for name, state, text in rows:
-            print(f"  {name:<{names}}  {state:<{states}}  {text}".rstrip())
+            start = f"  {name:<{names}}  {state:<{states}}  "
+            print(_wrapped(start, text, columns))
+
+
+def _wrapped(start: str, text: str, columns: int) -> str:
+    """Return the text after `start`, its lines aligned; below it if a path is too long for the rest of the line."""
+    is_long = any(len(word) > columns - len(start) for word in text.split())
+    first, later = (_INDENT, _INDENT) if is_long else (start, " " * len(start))
+    # A path or an option can be copied only if it is not cut.
+    lines = textwrap.wrap(
+        text, columns, initial_indent=first, subsequent_indent=later, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join([start.rstrip(), *lines] if is_long else lines or [start.rstrip()])
 
 
 def _print_tables(sections: Sequence[tuple[str, list[Row]]]) -> None:

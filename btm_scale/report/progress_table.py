@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from btm_scale.errors import first_few
+from btm_scale.report.fitting import Fitting
 from btm_scale.report.summary import NOTHING
-from btm_scale.train.progress import ModelProgress, State
+from btm_scale.train.progress import ACTIVE, ModelProgress, State
 from btm_scale.util.terminal import printable
+
+logger = logging.getLogger(__name__)
 
 _LINE_SECONDS = 10.0
 _STYLES: dict[State, str] = {
     "waiting": "dim",
     "running": "cyan",
+    "saving": "cyan",
+    "scoring": "cyan",
     "done": "green",
     "stopped": "yellow",
     "failed": "bold red",
@@ -32,47 +38,60 @@ _STYLES: dict[State, str] = {
 Show = Callable[[Sequence[ModelProgress]], None]
 
 
-def progress_table(rows: Sequence[ModelProgress]) -> Table:
-    """A row a model, for a terminal."""
+# Columns between the model's name and its state: all of them, and fewer for a narrow terminal.
+_COLUMNS = (("", "step", "loss", "tokens/s", "time left"), ("step", "loss", "tokens/s", "time left"), ("step", "loss"))
+
+
+def progress_table(rows: Sequence[ModelProgress]) -> Group:
+    """Return a row per model for a terminal of any width, and below it the notes on models that have not failed."""
+    versions = tuple(_table(rows, columns) for columns in _COLUMNS)
+    notes = [
+        Text(printable(f"{row.model}: {row.note}")) for row in rows if row.note and row.state not in ("failed", "done")
+    ]
+    return Group(Fitting(versions), *notes)
+
+
+def _table(rows: Sequence[ModelProgress], columns: Sequence[str]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("model", no_wrap=True, max_width=28, overflow="ellipsis")
-    table.add_column("", width=16)
-    for name in ("step", "loss", "tokens/s", "time left"):
+    table.add_column("model", no_wrap=True, max_width=28 if len(columns) > 2 else 16, overflow="ellipsis")
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("state", overflow="fold")
+    table.add_column("state", no_wrap=True)
     for row in rows:
-        style = _STYLES[row.state]
-        full = {"done": "green", "failed": "red", "stopped": "yellow"}.get(row.state, "cyan")
+        cells: dict[str, Any] = {
+            "": _bar(row),
+            "step": f"{row.step:,}/{row.steps:,}",
+            "loss": _loss(row),
+            "tokens/s": _speed(row),
+            "time left": duration(row.seconds_left),
+        }
         table.add_row(
             Text(printable(row.model)),
-            ProgressBar(
-                total=max(1, row.steps),
-                completed=row.step,
-                width=16,
-                complete_style=full,
-                finished_style=full,
-            ),
-            f"{row.step:,}/{row.steps:,}",
-            _loss(row),
-            _speed(row),
-            duration(row.seconds_left),
-            Text(printable(row.state + (f": {row.note}" if row.note else "")), style=style),
+            *(cells[name] for name in columns),
+            Text(row.state, style=_STYLES[row.state]),
             style="dim" if row.state == "waiting" else "",
         )
     return table
 
 
+def _bar(row: ModelProgress) -> ProgressBar:
+    full = {"done": "green", "failed": "red", "stopped": "yellow"}.get(row.state, "cyan")
+    return ProgressBar(total=max(1, row.steps), completed=row.step, width=16, complete_style=full, finished_style=full)
+
+
 def progress_line(rows: Sequence[ModelProgress]) -> str:
-    """The same in one line, for a log: models that are running, stopped or failed, and how many are done."""
-    done = sum(row.state == "done" for row in rows)
-    parts = [f"{done}/{len(rows)} done"]
+    """Return the same in one line, for a log: the models that are done, in work, stopped or failed."""
+    done = [row.model for row in rows if row.state == "done"]
+    names = f" ({first_few(done, 'models')})" if done else ""
+    parts = [f"training: {len(done)}/{len(rows)} done{names}"]
     for row in rows:
-        if row.state == "running":
+        if row.state in ACTIVE:
             loss = f" loss {_loss(row)}" if row.loss is not None else ""
             speed = f" {_speed(row)} tokens/s" if row.tokens_per_second is not None else ""
             left = f", {duration(row.seconds_left)} left" if row.seconds_left is not None else ""
+            state = f", {row.state}" if row.state != "running" else ""
             note = f", {row.note}" if row.note else ""
-            parts.append(f"{row.model} {row.step}/{row.steps}{loss}{speed}{left}{note}")
+            parts.append(f"{row.model} {row.step}/{row.steps}{loss}{speed}{left}{state}{note}")
         elif row.state in ("failed", "stopped"):
             state = "FAILED" if row.state == "failed" else "stopped"
             parts.append(f"{row.model} {state} at {row.step}/{row.steps}" + (f": {row.note}" if row.note else ""))
@@ -122,14 +141,16 @@ def progress_as_json(rows: Sequence[ModelProgress]) -> dict[str, Any]:
 
 
 def _lines() -> Show:
-    last = -_LINE_SECONDS
+    """Return a function that logs the progress at most every 10 seconds and when it is final, and no line twice."""
+    last, logged = -_LINE_SECONDS, ""
 
     def show(rows: Sequence[ModelProgress]) -> None:
-        nonlocal last
+        nonlocal last, logged
         states = {row.state for row in rows}
-        finished = "running" not in states and (states <= {"done", "failed"} or "stopped" in states)
-        if finished or time.monotonic() - last >= _LINE_SECONDS:
-            last = time.monotonic()
-            print(progress_line(rows), file=sys.stderr, flush=True)
+        finished = not states & ACTIVE and (states <= {"done", "failed"} or "stopped" in states)
+        line = progress_line(rows)
+        if line != logged and (finished or time.monotonic() - last >= _LINE_SECONDS):
+            last, logged = time.monotonic(), line
+            logger.info("%s", line)
 
     return show

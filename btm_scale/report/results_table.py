@@ -11,6 +11,7 @@ from rich.text import Text
 
 from btm_scale.evaluate.results import Results
 from btm_scale.forest.methods import EXPERT, kind, label
+from btm_scale.report.fitting import width
 from btm_scale.report.summary import (
     NOTHING,
     Mean,
@@ -33,24 +34,26 @@ from btm_scale.util.terminal import printable
 _LONGEST_NAME = 18
 
 
-def results_table(results: Results, domains: Sequence[str] | None = None) -> Table:
+def results_table(results: Results, domains: Sequence[str] | None = None, *, means: bool = True) -> Table:
     """Perplexity by method and domain, the mean over the training domains, and the mean's ratio to dense's
     (to the seed's in a run without dense). The best of a column is bold; `*` marks a mean over fewer domains.
 
-    `domains`: the domains to give a column; all by default. The means are always over all.
+    `domains`: the domains to give a column; all by default. The means, which `means` includes, are always over all.
     """
     training, novel = training_domains(results), novel_domains(results)
     shown = list(results.domains) if domains is None else list(domains)
     to = reference(results)
-    table = Table(title="Perplexity (lower is better)", title_justify="left", box=None, pad_edge=False)
+    title = "Perplexity (lower is better)" if means else "Perplexity by domain"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("method", no_wrap=True)
-    table.add_column("mean", justify="right", no_wrap=True)
-    if to:
-        table.add_column(f"/ {to}", justify="right", no_wrap=True)
-    if novel:
-        table.add_column("novel mean", justify="right", no_wrap=True)
+    if means:
+        table.add_column("mean", justify="right", no_wrap=True)
+        if to:
+            table.add_column(f"/ {to}", justify="right", no_wrap=True)
+        if novel:
+            table.add_column("novel\nmean", justify="right", no_wrap=True)
     for domain in shown:
-        name = shorten(printable(domain), _LONGEST_NAME) + (" (novel)" if domain in novel else "")
+        name = shorten(printable(domain), _LONGEST_NAME) + ("\n(novel)" if domain in novel else "")
         table.add_column(Text(name), justify="right", no_wrap=True)
 
     best = {domain: lowest({m: value(results, m, domain) for m in results.methods}) for domain in shown}
@@ -62,21 +65,24 @@ def results_table(results: Results, domains: Sequence[str] | None = None) -> Tab
         previous = kind(method)
         name = f"expert {shorten(printable(label(method)), _LONGEST_NAME)}"
         cells = [Text(name if method.startswith(EXPERT) else printable(method))]
-        cells.append(_mean_cell(mean(results, method, training), method in best_mean))
-        if to:
-            against = ratio(results, method, to, training)
-            cells.append(Text(NOTHING if against is None else share_text(against.value) + "*" * against.partial))
-        if novel:
-            cells.append(_mean_cell(mean(results, method, novel), method in best_novel))
+        if means:
+            cells.append(_mean_cell(mean(results, method, training), method in best_mean))
+            if to:
+                against = ratio(results, method, to, training)
+                cells.append(Text(NOTHING if against is None else share_text(against.value) + "*" * against.partial))
+            if novel:
+                cells.append(_mean_cell(mean(results, method, novel), method in best_novel))
         cells += [_cell(value(results, method, domain), method in best[domain]) for domain in shown]
         table.add_row(*cells)
     return table
 
 
 def print_results(results: Results, console: Console) -> None:
-    """Print the table, in several where the terminal is too narrow for one, and what came of the run."""
-    for domains in _that_fit(results, console):
-        console.print(results_table(results, domains))
+    """Print the table, or where it is too wide the means and then the domains, and what came of the run."""
+    table = results_table(results)
+    tables = [table] if width(console, table) <= console.width else _narrow_tables(results, console)
+    for one in tables:
+        console.print(one)
         console.print()
     if _has_partial_mean(results):
         console.print("* over those domains only that the method has", style="dim")
@@ -85,25 +91,23 @@ def print_results(results: Results, console: Console) -> None:
     console.print(printable(headline(results)), markup=False, highlight=False)
 
 
-def _that_fit(results: Results, console: Console) -> list[list[str]]:
-    """The domains in groups, each as many as the terminal has room for, at least one."""
-    # Asked of a console without limits, or every table would be cut to the terminal.
-    options = console.options.update(width=10_000)
+def _narrow_tables(results: Results, console: Console) -> list[Table]:
+    """Return a table of the means, and tables of as many domains each as the terminal has room for, at least one."""
 
-    def width(domains: Sequence[str]) -> int:
-        return console.measure(results_table(results, domains), options=options).maximum
+    def by_domain(domains: Sequence[str]) -> Table:
+        return results_table(results, domains, means=False)
 
-    frame = width([])
+    frame = width(console, by_domain([]))
     groups: list[list[str]] = [[]]
     used = frame
     for domain in results.domains:
-        more = width([domain]) - frame
+        more = width(console, by_domain([domain])) - frame
         if groups[-1] and used + more > console.width:
             groups.append([])
             used = frame
         groups[-1].append(domain)
         used += more
-    return groups
+    return [results_table(results, []), *map(by_domain, groups)]
 
 
 def _has_partial_mean(results: Results) -> bool:

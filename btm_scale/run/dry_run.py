@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from btm_scale.config.run import RunConfig
-from btm_scale.data.sources import resolve_sources
+from btm_scale.data.fingerprint import Fingerprint
+from btm_scale.data.preview import Preview, preview_texts
+from btm_scale.data.sources import DomainSource, resolve_sources
 from btm_scale.forest.expert import is_finished
+from btm_scale.run.estimate import disk_bytes, run_seconds
 from btm_scale.run.launchers import placement
+from btm_scale.run.plan import vocabulary_of
 from btm_scale.run.state import continued, on_this_device
 from btm_scale.run_dir import RunDir
 from btm_scale.train.jobs import training_job, training_stages
 
 
 def dry_run(config: RunConfig, run: RunDir, *, trains_here: bool = True) -> dict[str, Any]:
-    """Return what a run would do: its models, their steps, batches and layouts. Writes nothing.
+    """Return what a run would do: its text, its models with their steps, batches and layouts, and estimates of tokens,
+    disk space and, if the groups run on this machine (`trains_here`), time. Writes nothing.
 
-    Checks every text path, changes to an existing run's config and, if the groups run on this machine (`trains_here`),
-    their precisions. Raises as `run` would.
+    Checks every text path, the first documents of each domain, changes to an existing run's config and, with
+    `trains_here`, the precisions. Raises as `run` would.
     """
     sources = resolve_sources(config.all_domains, config.text_root)
     config = continued(config, run)
     if trains_here:
         config = on_this_device(config, run)
+    vocabulary = vocabulary_of(config)
+    previews = preview_texts(sources, config, vocabulary)
     jobs = {}
     for stage in training_stages(config):
         place = placement(config, stage)
@@ -32,15 +40,66 @@ def dry_run(config: RunConfig, run: RunDir, *, trains_here: bool = True) -> dict
                 "parents": job.branch.parents if job.branch is not None else None,
                 "steps": job.steps,
                 "batch": f"{job.sequences} x {config.budget.sequence_length} tokens",
+                "tokens": job.steps * job.sequences * config.budget.sequence_length,
                 "layout": str(job.layout),
                 "at_a_time": place.slots,
                 "done": is_finished(run.model(model)),
             }
-    rows = config.tokenizer.vocab_size if config.tokenizer.path is None else None
-    shape = config.model.shape(rows or 1, config.budget.sequence_length)
+    text = _text(config, run, sources, previews)
+    tokens = sum(row["tokens"] for row in text.values())
+    done = {name for name, job in jobs.items() if job["done"]}
     return {
         "run": str(run.root),
-        "parameters": shape.parameters if rows else "known with the tokenizer",
-        "text": {source.name: {"files": len(source.files), "bytes": source.bytes} for source in sources},
+        "parameters": config.model.shape(vocabulary, config.budget.sequence_length).parameters,
+        "text": text,
         "models": jobs,
+        "estimates": {
+            "seconds": run_seconds(config, vocabulary, done) if trains_here else None,
+            "disk_bytes": round(disk_bytes(config, vocabulary, tokens)),
+        },
+        "notes": [previews[name].problem for name in text if previews[name].problem and not text[name]["encoded"]],
     }
+
+
+def _text(
+    config: RunConfig, run: RunDir, sources: Sequence[DomainSource], previews: dict[str, Preview]
+) -> dict[str, dict[str, Any]]:
+    """Return the text of each domain, the training tokens that come from it, and how often that is its train split.
+
+    Tokens are estimated, unless they are `encoded` already.
+    """
+    rows = {}
+    for source in sources:
+        fingerprint = Fingerprint.find(run.fingerprint(source.name))
+        if fingerprint is None:
+            tokens = previews[source.name].tokens
+            train = tokens * (1 - config.data.dev - config.data.test)
+        else:
+            tokens, train = fingerprint.tokens, float(fingerprint.splits["train"].tokens)
+        budget = _budget_tokens(config, source.name)
+        rows[source.name] = {
+            "files": len(source.files),
+            "bytes": source.bytes,
+            "tokens": tokens,
+            "encoded": fingerprint is not None,
+            "budget_tokens": budget,
+            "passes": budget / max(1.0, train),
+        }
+    return rows
+
+
+def _budget_tokens(config: RunConfig, domain: str) -> int:
+    """Return the tokens of a domain that the seed LM and then the domain's expert train on; 0 for a novel domain.
+
+    Replayed text, and other weights at the end of the schedule, are not counted.
+    """
+    if domain not in config.expert_domains:
+        return 0
+    length = config.budget.sequence_length
+    tokens = 0.0
+    if domain in config.domains:
+        weights = {name: settings.weight for name, settings in config.domains.items()}
+        seed_tokens = config.budget.seed_steps * config.budget.sequences * length
+        tokens = seed_tokens * weights[domain] / sum(weights.values())
+    job = training_job(config, domain)
+    return round(tokens + job.steps * job.sequences * length)

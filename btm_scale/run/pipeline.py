@@ -8,7 +8,7 @@ from pathlib import Path
 
 from btm_scale.config.run import RunConfig
 from btm_scale.data.prepare import prepare
-from btm_scale.errors import ForestError
+from btm_scale.errors import ForestError, GroupFailed
 from btm_scale.evaluate.averages import are_finished
 from btm_scale.evaluate.evaluate import evaluate
 from btm_scale.evaluate.readiness import require_evaluable
@@ -24,6 +24,7 @@ from btm_scale.run.launchers import Progress, here, placement, run_training
 from btm_scale.run.state import is_done, open_run
 from btm_scale.run_dir import SEED, RunDir
 from btm_scale.train.jobs import model_names, training_stages
+from btm_scale.util.locks import held
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +40,18 @@ def run_all(
     """Every stage that isn't done, from text to page; returns the results. Groups run on this machine by default.
 
     Until it ends, no expert is removed from the forest. `reread`: as in `open_run`.
+
+    Raises GroupFailed while another process runs the stages in this folder.
     """
     config = open_run(config, run, trains_here=launcher is None, reread=reread)
-    with using(run):
-        return _run_stages(config, run, on_progress, launcher)
+    with held(run.run_lock) as is_ours:
+        if not is_ours:
+            raise GroupFailed(
+                f"Another process runs the stages in {run.root}. Follow it with: btm-scale status {run.root} --watch. "
+                "To start again, stop it first."
+            )
+        with using(run):
+            return _run_stages(config, run, on_progress, launcher)
 
 
 def _run_stages(config: RunConfig, run: RunDir, on_progress: Progress, launcher: RunGroups | None) -> Results:

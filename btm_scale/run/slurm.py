@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from btm_scale.config.run import RunConfig
+from btm_scale.data.preview import preview_texts
 from btm_scale.data.sources import resolve_sources
 from btm_scale.errors import LaunchError
 from btm_scale.launch import slurm, slurm_queue
@@ -66,7 +67,8 @@ def submit_run(
 
     `reread`: as in `open_run`.
     """
-    resolve_sources(config.all_domains, config.text_root)  # missing text is reported before anything is submitted
+    # Missing text and rows without text are reported before anything is submitted.
+    preview_texts(resolve_sources(config.all_domains, config.text_root), config, config.tokenizer.vocab_size)
     config = open_run(config, run, reread=reread)
     scripts = write_scripts(config, run)
     if not slurm.requests_gpus(config.launch.slurm):

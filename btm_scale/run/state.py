@@ -12,7 +12,7 @@ from pathlib import Path
 from btm_scale.config.changes import Difference, fixed_differences
 from btm_scale.config.run import ExpertConfig, RunConfig
 from btm_scale.distributed.precision import ask_device
-from btm_scale.errors import ConfigError, LaunchError
+from btm_scale.errors import ConfigError, DataError, LaunchError, first_few
 from btm_scale.forest.branch import require_parents
 from btm_scale.forest.expert import is_finished
 from btm_scale.forest.methods import check_names
@@ -130,6 +130,17 @@ def on_this_device(config: RunConfig, run: RunDir) -> RunConfig:
     return config
 
 
+def require_prepared(config: RunConfig, run: RunDir) -> None:
+    """Raise DataError unless the run has a tokenizer and the token files of every domain."""
+    missing = [] if run.tokenizer.is_dir() else ["a tokenizer"]
+    missing += [f"token files of '{name}'" for name in config.all_domains if not run.fingerprint(name).is_file()]
+    if missing:
+        raise DataError(
+            f"The run in {run.root} is not prepared: it lacks {first_few(missing, 'domains')}. Prepare it first: "
+            f"btm-scale prepare CONFIG --out {run.root}. btm-scale run prepares and trains in one command."
+        )
+
+
 def is_done(config: RunConfig, run: RunDir, model: str) -> bool:
     """Return whether a model is trained, exported and scored."""
     return is_finished(run.model(model)) and not missing_scores(run, model, all_texts(config))
@@ -169,7 +180,13 @@ def training_commands(config: RunConfig, run: RunDir, models: Sequence[str]) -> 
 def progress(config: RunConfig, run: RunDir, states: dict[str, str]) -> list[ModelProgress]:
     """Return the training progress of each model in `states`, in the run's order."""
     return [
-        read_progress(run, model, training_job(config, model).steps, state=states[model])  # type: ignore[arg-type]
+        read_progress(
+            run,
+            model,
+            training_job(config, model).steps,
+            state=states[model],  # type: ignore[arg-type]
+            is_exported=is_finished(run.model(model)),
+        )
         for model in model_names(config)
         if model in states
     ]

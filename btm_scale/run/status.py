@@ -13,7 +13,7 @@ from btm_scale.run.slurm import queue_notes
 from btm_scale.run.state import is_done, progress, state_at_rest
 from btm_scale.run_dir import RunDir
 from btm_scale.train.jobs import model_names
-from btm_scale.train.progress import ModelProgress
+from btm_scale.train.progress import ACTIVE, ModelProgress
 from btm_scale.util.locks import ModelLock
 from btm_scale.util.rank_log import Failure, read_failure
 
@@ -34,7 +34,7 @@ def run_status(config: RunConfig, run: RunDir) -> list[ModelProgress]:
         else:
             states[model] = state_at_rest(config, run, model)
             failure = read_failure(run.log(model))
-            note = f"rank {failure.rank}: {failure.error}" if failure is not None else ""
+            note = failure.error if failure is not None else ""
         notes[model] = note
     return [replace(row, note=notes.get(row.model, "")) for row in progress(config, run, states)]
 
@@ -46,7 +46,7 @@ def watch(
     while True:
         rows = run_status(config, run)
         show(rows)
-        if not any(row.state == "running" or row.note.startswith("SLURM") for row in rows):
+        if not any(row.state in ACTIVE or row.note.startswith("SLURM") for row in rows):
             return rows
         time.sleep(seconds)
 

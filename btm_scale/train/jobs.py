@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from btm_scale.config.layout import Layout
 from btm_scale.config.run import RunConfig
 from btm_scale.config.training import BranchConfig
-from btm_scale.errors import ConfigError, near_match
+from btm_scale.errors import ConfigError, unknown_name
 from btm_scale.run_dir import DENSE, RANDOM_SPLIT, SEED
 
 
@@ -115,10 +115,7 @@ def _expert_job(config: RunConfig, model: str, seed_end: float) -> TrainingJob:
     elif model in config.expert_domains:
         weights = {model: 1.0}
     else:
-        names = model_names(config)
-        raise ConfigError(
-            f"'{model}' is not a model of this run.{near_match(model, names)} Choose one of {', '.join(names)}."
-        )
+        raise ConfigError(unknown_name("model", model, model_names(config)))
     budget, number = config.budget, len(config.domains)
     batch = budget.batch_tokens // budget.sequence_length
     own = config.experts.get(model)

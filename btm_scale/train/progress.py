@@ -12,7 +12,8 @@ from typing import Any, Literal
 from btm_scale.run_dir import RunDir
 from btm_scale.train.metrics import metrics_row
 
-State = Literal["waiting", "running", "done", "stopped", "failed"]
+State = Literal["waiting", "running", "saving", "scoring", "done", "stopped", "failed"]
+ACTIVE: frozenset[State] = frozenset(["running", "saving", "scoring"])  # a group works on the model
 
 _TAIL_BYTES = 8192
 _RECENT_STEPS = 20
@@ -32,15 +33,22 @@ class ModelProgress:
     note: str = ""
 
 
-def read_progress(run: RunDir, model: str, steps: int, *, state: State, note: str = "") -> ModelProgress:
+def read_progress(
+    run: RunDir, model: str, steps: int, *, state: State, note: str = "", is_exported: bool = False
+) -> ModelProgress:
     """Return the progress from the last few KB of the model's metrics; speeds are medians over the last 20 steps.
 
-    A missing file, an unfinished last line and lines that are not JSON are ignored.
+    A model that is running is "saving" after its last step, and "scoring" once it `is_exported`. A missing file, an
+    unfinished last line and lines that are not JSON are ignored.
     """
     rows = _last_rows(run.metrics(model))
+    if state == "running" and is_exported:
+        state = "scoring"
     if not rows:
         return ModelProgress(model, state, 0, steps, None, None, None, note)
     step = int(rows[-1]["step"])
+    if state == "running" and step >= steps:
+        state = "saving"
     left = _median(rows, "seconds")
     if left is not None:
         left *= max(0, steps - step)

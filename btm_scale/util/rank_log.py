@@ -14,10 +14,10 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from btm_scale.errors import UserError
+from btm_scale.errors import GroupFailed, UserError
 from btm_scale.util.files import make_directory, open_to_append
 from btm_scale.util.logs import set_up_logging
 from btm_scale.util.records import Record
@@ -43,7 +43,10 @@ _PEER_LOST = (
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a group failed: the rank, its host, its error, and the last lines of its log."""
+    """Why a group failed: the rank, its host, its error, and the last lines of its log.
+
+    `sentence`: whether the error is a message for the user, which needs no log to be understood.
+    """
 
     rank: int
     ranks: int
@@ -51,8 +54,12 @@ class Failure:
     error: str
     lines: tuple[str, ...]
     log: Path
+    sentence: bool = False
+    mistake: bool = False
 
     def __str__(self) -> str:
+        if self.sentence:
+            return self.error
         where = f"rank {self.rank} of {self.ranks} on {self.host}" if self.ranks > 1 else self.host
         tail = "\n".join(f"  {line}" for line in self.lines)
         return f"{where}: {self.error}\nthe end of {self.log}:\n{tail}"
@@ -67,11 +74,12 @@ class FailureNote(Record):
     time: float
     error: str
     mistake: bool = False  # of the user: a retry would fail in the same way
+    sentence: bool = False  # the error is a message for the user, without the name of an exception
 
     @property
     def is_secondary(self) -> bool:
         """Whether the error is the loss of another rank."""
-        return any(sign in self.error for sign in _PEER_LOST)
+        return not self.sentence and any(sign in self.error for sign in _PEER_LOST)
 
 
 def log_of_rank(log: Path, rank: int) -> Path:
@@ -93,11 +101,18 @@ def rank_log(log: Path, model: str | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        sys.stderr.write(masked(traceback.format_exc()))
-        message = masked("".join(traceback.format_exception_only(error)).strip())
-        mistake = isinstance(error, UserError)
+        is_sentence = isinstance(error, UserError | GroupFailed)
+        message = masked(str(error) if is_sentence else "".join(traceback.format_exception_only(error)).strip())
+        if not is_sentence:  # the command prints a sentence as it ends
+            sys.stderr.write(masked(traceback.format_exc()))
         note = FailureNote(
-            rank=rank, ranks=ranks, host=socket.gethostname(), time=time.time(), error=message, mistake=mistake
+            rank=rank,
+            ranks=ranks,
+            host=socket.gethostname(),
+            time=time.time(),
+            error=message,
+            mistake=isinstance(error, UserError),
+            sentence=is_sentence,
         )
         note.save(_note_path(log, rank))
         raise
@@ -136,6 +151,8 @@ def read_failure(log: Path) -> Failure | None:
         return None
     first = min(records, key=lambda record: (record.is_secondary, record.time))
     silent = sorted(set(range(first.ranks)) - {record.rank for record in records})
+    if first.sentence:
+        return replace(_failure(log, first, first.rank, first.host, first.error), sentence=True, mistake=first.mistake)
     error = _last_line(first.error)
     if not first.is_secondary or not silent:
         return _failure(log, first, first.rank, first.host, error)

@@ -78,7 +78,7 @@ def test_dtype_sets_the_dtype_of_the_weights_and_the_config(save: Save, tmp_path
 
 @pytest.mark.parametrize("dtype", ["int8", "bool", "complex64", "load"])
 def test_a_dtype_that_is_not_floating_point_is_rejected(models: list[Path], tmp_path: Path, dtype: str) -> None:
-    with pytest.raises(CheckpointError, match=f"'{dtype}' is not a floating-point dtype"):
+    with pytest.raises(CheckpointError, match=f"Unknown dtype '{dtype}'"):
         merge(tmp_path / "out", [(models[0], 1)], dtype=dtype)
     assert not (tmp_path / "out").exists()
 
@@ -170,12 +170,23 @@ def test_config_and_tokenizer_come_from_the_first_model_of_nonzero_weight(save: 
     assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
 
 
-def test_the_model_card_lists_parents_weights_and_hashes(models: list[Path], tmp_path: Path) -> None:
+def test_the_model_card_names_experts_and_base_first_and_then_their_hashes(models: list[Path], tmp_path: Path) -> None:
     recorded = content_hash(models[0])
-    (models[0] / "expert.json").write_text(json.dumps({"content_hash": recorded}))
-    report = merge(tmp_path / "out", [(models[0], 0.25), (models[1], 0.75)])
+    expert = {"name": "law", "domains": {"contracts": 1.0}, "content_hash": recorded}
+    (models[0] / "expert.json").write_text(json.dumps(expert))
+    snapshot = tmp_path / "models--org--base" / "snapshots" / "0123abc"
+    snapshot.parent.mkdir(parents=True)
+    models[2].rename(snapshot)
+    inputs = [(models[0], 0.25), (models[1], 0.75)]
+    report = merge(tmp_path / "out", inputs, method="task_arithmetic", base=snapshot)
     card = (tmp_path / "out/README.md").read_text()
-    for part in ("| `m0` | 0.25 |", "| `m1` | 0.75 |", recorded, report.content_hash, "`linear`"):
+    assert f"| `law` | `{recorded}` | 0.25 | contracts |" in card
+    [other] = [line for line in card.splitlines() if line.startswith("| `m1` | `")]
+    assert other.endswith("`* | 0.75 |  |")
+    [base] = [line for line in card.splitlines() if line.startswith("| `org/base` | `")]
+    assert base.endswith("`* | base |  |")
+    assert "`*`: of the first elements" in card
+    for part in (f"SHA-256 of the merged weights: `{report.content_hash}`", "`task_arithmetic`"):
         assert part in card
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "README.md",

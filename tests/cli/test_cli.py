@@ -23,10 +23,11 @@ from btm_scale.run_dir import RunDir
     [
         (["run", "absent.yaml"], "No config at absent.yaml"),
         (["status", "."], "is not a run folder: it has no run.yaml"),
-        (["train", "CONFIG", "--model", "physics"], "'physics' is not a model of this run"),
-        (["train", "CONFIG", "--model", "Pyhton"], "is not a model of this run. Did you mean 'python'?"),
+        (["train", "CONFIG", "--model", "physics"], "Unknown model 'physics'. Choose one of seed, dense"),
+        (["train", "CONFIG", "--model", "Pyhton"], "Unknown model 'Pyhton'. Did you mean 'python'?"),
         (["run", "CONFIG", "--set", "budget.batch_tokens=1000"], "use 1024"),
         (["run", "CONFIG", "--set", "text_root=/nowhere"], "/nowhere"),
+        (["run", "CONFIG", "--out", "/etc/hostname"], "--out /etc/hostname is a file. The run needs a folder"),
         (["merge", "OUT", "DIR=heavy"], "must be a number"),
         (
             ["generate", ".", "--random-seed", "4294967296"],
@@ -124,7 +125,9 @@ def test_a_disk_that_refuses_is_told_in_a_line(tmp_path: Path) -> None:
     command = f"ulimit -f 1; {sys.executable} -m btm_scale.cli prepare {tmp_path}/run.yaml --out {tmp_path}/run"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.startswith("btm-scale: [Errno 27] File too large")
+    assert done.stderr.startswith("btm-scale: ")
+    assert "File too large. Completed work is kept" in done.stderr
+    assert "Errno" not in done.stderr
     assert done.stderr.count("\n") == 1
 
 

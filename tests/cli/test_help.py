@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.cli_help import help_texts
 from typer.main import get_command
 
 from btm_scale.checkpoint.merge.plan import make_plan
 from btm_scale.checkpoint.merge.registry import METHODS, RANGES
 from btm_scale.cli import generate
-from btm_scale.cli.app import app, main
+from btm_scale.cli.app import app, main, parse
+from btm_scale.cli.verb import Call
 from btm_scale.errors import CheckpointError
 from btm_scale.forest.priors import PRIORS
 from btm_scale.generate import request
@@ -117,3 +119,12 @@ def help_of(*words: str) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as text:
         main([*words, "--help"])
     return text.getvalue()
+
+
+def test_seed_is_accepted_for_random_seed_by_every_verb_that_has_it_and_listed_by_none() -> None:
+    for words in (("merge", "OUT", "A"), ("generate", "RUN", "--prompt", "x"), ("ablate", "RUN")):
+        for seed in (("--seed", "7"), ("--seed=7",), ("--random-seed", "7")):
+            call = parse([*words, *seed])
+            assert isinstance(call, Call)
+            assert call.arguments["random_seed"] == 7
+    assert not any(" --seed" in text for text in help_texts().values())

@@ -132,6 +132,20 @@ def test_a_directory_in_place_of_an_action_or_a_config_is_answered_with_what_may
     )
 
 
+def test_training_a_run_that_is_not_prepared_is_refused_in_one_sentence_before_a_launcher_starts(
+    opened: tuple[RunConfig, RunDir], tmp_path: Path
+) -> None:
+    _, run = opened
+    done = btm_scale("train", tmp_path / "tiny.yaml", "--out", run.root, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"btm-scale: The run in {run.root} is not prepared: it lacks a tokenizer, token files of 'python', token files "
+        f"of 'licences' and 1 more domains. Prepare it first: btm-scale prepare CONFIG --out {run.root}. btm-scale run "
+        "prepares and trains in one command.\n"
+    )
+    assert not run.train("").exists()
+
+
 def test_an_unnamed_run_of_an_earlier_version_is_pointed_out_and_not_resumed_by_mistake(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from btm_scale.config.data import SplitUnit
 from btm_scale.config.launch import DeepSpeedConfig, LaunchConfig
 from btm_scale.config.run import RunConfig
 from btm_scale.config.section import explain
@@ -41,10 +43,12 @@ def test_each_shipped_config_parses_and_plans_all_its_jobs(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.name)
 def test_each_shipped_config_dry_runs_on_its_text(path: Path, tmp_path: Path) -> None:
     config = RunConfig.load(path, [f"text_root={tmp_path}"])
-    for pattern in (pattern for domain in config.all_domains.values() for pattern in domain.text):
-        file = tmp_path / pattern.replace("*", "part-0")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(gzip.compress(b'{"text": "one"}\n') if file.suffix == ".gz" else b'{"text": "one"}\n')
+    for domain in config.all_domains.values():
+        keys = [domain.field, *([domain.split_by.field] if isinstance(domain.split_by, SplitUnit) else [])]
+        rows = "".join(json.dumps(dict.fromkeys(keys, f"document {i} " * 8)) + "\n" for i in range(12_000)).encode()
+        for file in (tmp_path / pattern.replace("*", "part-0") for pattern in domain.text):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(gzip.compress(rows, 1) if file.suffix == ".gz" else rows)
     run = RunDir(tmp_path / "run")
     planned = dry_run(config, run)
     assert set(planned["models"]) == set(model_names(config))
@@ -107,7 +111,7 @@ def test_an_experts_own_layout_is_checked_like_the_groups(tmp_path: Path) -> Non
     with pytest.raises(ConfigError) as raised:
         load(tmp_path, {"domains": DOMAINS, "experts": experts})
     assert "experts.math.layout.tensr: unknown key; did you mean 'tensor'?" in str(raised.value)
-    assert "experts.maths: unknown domain" in str(raised.value)
+    assert "experts.maths: Unknown domain 'maths'. Did you mean 'math'?" in str(raised.value)
 
 
 @pytest.mark.parametrize(

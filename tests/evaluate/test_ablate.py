@@ -100,7 +100,7 @@ def test_the_command_line_prints_a_ranking_and_rejects_an_unknown_domain(
     with pytest.raises(SystemExit) as ended:
         main(["ablate", str(run.root), "--domain", "law"])
     assert ended.value.code == 2
-    assert "The run has no domain 'law'. Choose one of python, cpp" in capsys.readouterr().err
+    assert "Unknown domain 'law'. Choose one of python, cpp" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -200,9 +200,9 @@ def test_top_k_and_top_p_keep_the_most_likely_tokens() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "beam"}, "'beam' is not a generation method"),
+        ({"method": "beam"}, "Unknown generation method 'beam'. Choose one of expert"),
         ({"posterior": "token"}, "use 'per-token'"),
-        ({"method": "mixture", "posterior": "suffix"}, "'suffix' is not a posterior"),
+        ({"method": "mixture", "posterior": "suffix"}, "Unknown posterior 'suffix'"),
         ({"sampling": Sampling(temperature=0.5)}, "temperature 1, without top-k"),
     ],
 )
@@ -278,7 +278,7 @@ def test_the_text_of_a_single_prompt_is_streamed(
         (["--method", "beam"], "Unknown generation method 'beam'"),
         (["--posterior", "suffix"], "Unknown posterior 'suffix'"),
         (["--prior", "known"], "Unknown prior 'known'"),
-        (["--domain", "law"], "The run has no domain 'law'"),
+        (["--domain", "law"], "Unknown domain 'law'"),
         (["--domain", "python", "--prior", "uniform"], "does not depend on a domain"),
         (["--model", "absent"], "Unknown model 'absent'. Choose one of seed, "),
         (["--model", "Pyton"], "Unknown model 'Pyton'. Did you mean 'python'?"),

@@ -49,7 +49,9 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
     for name in ("python", "licences", "docs"):
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": "some text"}) + "\n")
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": f"text {i} " * 20}) + "\n" for i in range(60))
+        )
     return write_config(tmp_path / "run.yaml", tiny_values(tmp_path, baselines={"dense": False}))
 
 

@@ -244,6 +244,45 @@ def test_the_rank_that_failed_is_reported_not_those_that_lost_it(tmp_path: Path)
     assert "rank 1 of 3" in str(failure)
 
 
+MISTAKEN = """
+import sys
+from pathlib import Path
+from btm_scale.cli.exit_codes import exit_codes
+from btm_scale.errors import DataError, GroupFailed
+from btm_scale.util.rank_log import rank_log
+with exit_codes(), rank_log(Path({log!r})):
+    raise {error}
+"""
+
+
+def test_a_users_mistake_in_a_rank_is_its_sentence_once_without_log_and_traceback(tmp_path: Path) -> None:
+    both = commands(tmp_path, "one", "two")
+    error = "DataError('There is no tokenizer.\\nPrepare the run first.')"
+    lines = {command.name: MISTAKEN.format(log=str(command.log), error=error) for command in both}
+    with pytest.raises(GroupFailed) as raised:
+        run_groups_in(Shell(2, **lines), both)
+    assert str(raised.value) == "groups 'one', 'two' failed: There is no tokenizer.\nPrepare the run first."
+    assert raised.value.mistake
+    assert "Traceback" not in both[0].log.read_text()
+    assert both[0].log.read_text().count("There is no tokenizer.") == 1
+
+
+def test_a_lock_of_another_group_is_a_sentence_too_and_a_retry_may_succeed(tmp_path: Path) -> None:
+    [command] = commands(tmp_path, "one")
+    line = MISTAKEN.format(log=str(command.log), error="GroupFailed('another group is training in one')")
+    with pytest.raises(GroupFailed, match=r"^group 'one' failed: another group is training in one$") as raised:
+        run_groups_in(Shell(1, one=line), [command])
+    assert not raised.value.mistake
+
+
+def test_a_mistake_of_one_group_and_a_crash_of_another_are_no_mistake(tmp_path: Path) -> None:
+    both = commands(tmp_path, "one", "two")
+    line = MISTAKEN.format(log=str(both[0].log), error="DataError('There is no tokenizer.')")
+    with pytest.raises(GroupFailed) as raised:
+        run_groups_in(Shell(2, one=line, two="raise SystemExit(3)"), both)
+    assert not raised.value.mistake
+
+
 def test_a_killed_rank_is_identified_by_its_missing_record(tmp_path: Path) -> None:
     log = tmp_path / "log"
     ranks(log, (0.2, LOST), (0.2, LOST), (0.0, "killed"))

@@ -67,12 +67,23 @@ def test_the_table_and_the_line_tell_the_same(tmp_path):
     console = Console(width=110, file=io.StringIO())
     console.print(progress_table(rows))
     table = console.file.getvalue()
-    for words in ("12/50", "4.250", "10,400", "1:35", "failed: out of memory", "[red]math", "stopped"):
+    for words in ("12/50", "4.250", "10,400", "1:35", "failed", "[red]math", "stopped"):
         assert words in table
     assert progress_line(rows) == (
-        "1/5 done | [red]math 12/50 loss 4.250 10,400 tokens/s, 1:35 left | code FAILED at 7/50: out of memory"
-        " | news stopped at 9/50"
+        "training: 1/5 done (seed) | [red]math 12/50 loss 4.250 10,400 tokens/s, 1:35 left"
+        " | code FAILED at 7/50: out of memory | news stopped at 9/50"
     )
+
+
+def test_a_model_is_saving_after_its_last_step_and_scoring_once_it_is_exported(tmp_path):
+    run = RunDir(tmp_path)
+    _write(run, "math", 9)
+    assert read_progress(run, "math", 10, state="running").state == "running"
+    assert read_progress(run, "math", 9, state="running").state == "saving"
+    progress = read_progress(run, "math", 9, state="running", is_exported=True)
+    assert progress.state == "scoring"
+    assert progress_line([progress]) == "training: 0/1 done | math 9/9 loss 4.991 1,000 tokens/s, scoring"
+    assert read_progress(run, "math", 9, state="done", is_exported=True).state == "done"
 
 
 def test_durations_grow_coarser():
@@ -86,15 +97,30 @@ def test_durations_grow_coarser():
     assert duration(None) == duration(float("inf")) == "\u2013"
 
 
-def test_the_last_line_of_a_log_names_what_was_stopped(capsys, monkeypatch):
+def logged(caplog, monkeypatch, *states: str) -> list[str]:
+    """What a command logs that sees a model in these states, without a terminal."""
     monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
-    with live_table(quiet=False) as show:
-        for state in ("running", "running", "stopped"):
+    with caplog.at_level("INFO"), live_table(quiet=False) as show:
+        for state in states:
             show(
                 [ModelProgress("math", state, 3, 9, None, None, None), ModelProgress("b", "waiting", 0, 9, *[None] * 3)]
             )
-    lines = capsys.readouterr().err.splitlines()
+    return caplog.messages
+
+
+def test_the_last_line_of_a_log_names_what_was_stopped(caplog, monkeypatch):
+    lines = logged(caplog, monkeypatch, "running", "running", "stopped")
     assert [line.split(" | ")[1] for line in lines] == ["math 3/9", "math stopped at 3/9"]
+
+
+def test_a_log_names_the_models_that_are_done_and_repeats_no_line(caplog, monkeypatch):
+    monkeypatch.setattr("btm_scale.report.progress_table._LINE_SECONDS", 0.0)
+    lines = logged(caplog, monkeypatch, "running", "running", "scoring", "done", "done")
+    assert lines == [
+        "training: 0/2 done | math 3/9",
+        "training: 0/2 done | math 3/9, scoring",
+        "training: 1/2 done (math)",
+    ]
 
 
 def test_tables_and_the_pages_module_import_no_torch_no_plotly_and_no_jinja():

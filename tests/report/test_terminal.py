@@ -46,9 +46,9 @@ def test_ablation(console):
 
 
 def test_progress(console):
-    row = ModelProgress(NAME, "failed", 1, 2, None, None, None, note=f"rank 0: {NAME}")
+    row = ModelProgress(NAME, "stopped", 1, 2, None, None, None, note=f"rank 0: {NAME}")
     console.print(progress_table([row]))
-    assert console.file.getvalue().count(SHOWN) == 2
+    assert console.file.getvalue().count(SHOWN) == 3
     assert _shown_literally(console.file.getvalue())
     assert _shown_literally(progress_line([row]))
 

@@ -144,7 +144,7 @@ def test_a_named_parent_that_does_not_exist_is_reported_before_anything_is_writt
     experts = {"licences": {"branch": {"parents": {"python": 0.5, "law": 0.5}}}}
     config, run = write_config(tmp_path / "a.yaml", tiny_values(real_text, experts=experts)), RunDir(tmp_path / "run")
     for command in (open_run, dry_run):
-        with pytest.raises(ForestError, match=r"'law' is not a model of .* Use one of seed, dense, python\."):
+        with pytest.raises(ForestError, match=r"parents: Unknown model 'law'\. Choose one of seed, dense, python\."):
             command(config, run)
     assert not run.root.exists()
     save_card(run.model("law"), "law")

@@ -12,7 +12,7 @@ from typing import Any, Self, TypeGuard
 
 import torch
 
-from btm_scale.errors import CheckpointError
+from btm_scale.errors import CheckpointError, unknown_name
 
 # Safetensors dtype codes.
 DTYPE_BY_CODE: Mapping[str, torch.dtype] = {
@@ -43,9 +43,7 @@ def parse_dtype(name: str) -> torch.dtype:
     """
     dtype = _SHORT_NAMES.get(name) or getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype) or dtype not in CODE_BY_DTYPE or not dtype.is_floating_point:
-        raise CheckpointError(
-            f"'{name}' is not a floating-point dtype of weights. Use bfloat16, float16, float32 or float64."
-        )
+        raise CheckpointError(unknown_name("dtype", name, ("bfloat16", "float16", "float32", "float64")))
     return dtype
 
 

@@ -61,7 +61,7 @@ def merge(
     jobs: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     max_shard_bytes: float = 5e9,
-    seed: int = 0,
+    random_seed: int = 0,
     mpi: bool = False,
 ) -> MergeReport:
     """Merge model directories into the directory `output`, which appears only when it is complete.
@@ -97,7 +97,7 @@ def merge(
             base=base,
             dtype=dtype,
             max_shard_bytes=max_shard_bytes,
-            seed=seed,
+            seed=random_seed,
         )
         spread = leader.share_out if leader else functools.partial(merge_in_processes, jobs=jobs)
         made_by = _provenance(plan, output, pairs, dtype)

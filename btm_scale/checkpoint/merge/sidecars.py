@@ -43,15 +43,13 @@ def recorded_hash(directory: Path) -> str | None:
 
 
 def model_card(plan: MergePlan, inputs: Sequence[tuple[Path, float]], content_hash: str) -> str:
-    """Return the README.md of a merged model: parents, weights, hashes, method and parameters."""
+    """Return the README.md of a merged model: parents and base by name, their hashes and weights, and the method."""
     samples: Mapping[Path, str] = {source.path: source.sample for source in plan.sources}
-    rows = []
-    for path, weight in inputs:
-        content = recorded_hash(path)
-        digest = f"content `{content}`" if content else f"sample `{samples[path]}`" if path in samples else "not read"
-        rows.append(f"| `{path.resolve().name}` | {weight:g} | {digest} |")
+    rows = [_row(path, f"{weight:g}", samples.get(path)) for path, weight in inputs]
+    if plan.base is not None:
+        rows.append(_row(plan.base.path, "base", plan.base.sample))
     settings = ", ".join(f"{name} = {value:g}" for name, value in plan.parameters.items()) or "none"
-    base = [f"Base: `{plan.base.path.resolve().name}`, sample `{plan.base.sample}`.", ""] if plan.base else []
+    note = ["`*`: of the first elements of each tensor only, because the model has no expert.json with its hash.", ""]
     lines = [
         "---",
         "library_name: transformers",
@@ -61,14 +59,29 @@ def model_card(plan: MergePlan, inputs: Sequence[tuple[Path, float]], content_ha
         "",
         f"Method: `{plan.method_name}`; parameters: {settings}; seed: {plan.seed}.",
         "",
-        *base,
-        "| parent | weight | SHA-256 |",
-        "|---|---|---|",
+        "| model | SHA-256 of its weights | weight | trained on |",
+        "|---|---|---|---|",
         *rows,
         "",
-        f"Content hash of these weights: `{content_hash}`.",
-        "",
-        "*content* is the hash of all weights, recorded when the parent was created; *sample* is the hash of the",
-        "first elements of each tensor.",
+        *(note if any("`*" in row for row in rows) else []),
+        f"SHA-256 of the merged weights: `{content_hash}`.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _row(path: Path, weight: str, sample: str | None) -> str:
+    """Return a model's row. `sample` is the hash of the first elements of each tensor, None if none was read."""
+    card = read_json(path / "expert.json")
+    content = recorded_hash(path)
+    digest = f"`{content}`" if content else f"`{sample}`*" if sample else "not read"
+    domains = card.get("domains")
+    trained_on = ", ".join(domains) if isinstance(domains, dict) else ""
+    return f"| `{card.get('name') or _name_of(path)}` | {digest} | {weight} | {trained_on} |"
+
+
+def _name_of(path: Path) -> str:
+    """Return a model's name: of a snapshot in the Hugging Face cache the repository, otherwise the directory."""
+    path = path.resolve()
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return path.name

@@ -123,7 +123,8 @@ def _mpi() -> Answer:
     mpi4py.rc.initialize = False  # MPI_Init could wait for other ranks
     from mpi4py import MPI
 
-    return {"library": MPI.Get_library_version().strip("\0 \n").splitlines()[0]}
+    first = MPI.Get_library_version().strip("\0 \n").splitlines()[0]
+    return {"library": " ".join(first.split())}
 
 
 CHECKS: dict[str, Callable[[], Answer]] = {

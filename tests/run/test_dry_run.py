@@ -1,0 +1,70 @@
+"""What a dry run reports of a run before it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers.tiny_run import btm_scale, save_card, tiny_values, write_config
+
+from btm_scale.config.run import RunConfig
+from btm_scale.data.fingerprint import Fingerprint
+from btm_scale.errors import DataError
+from btm_scale.run.dry_run import dry_run
+from btm_scale.run_dir import RunDir
+
+
+def test_tokens_of_every_domain_are_near_those_that_are_encoded(
+    prepared: tuple[RunConfig, RunDir], tmp_path: Path
+) -> None:
+    config, run = prepared
+    estimated, exact = dry_run(config, RunDir(tmp_path / "new"))["text"], dry_run(config, run)["text"]
+    for name in config.domains:
+        tokens = Fingerprint.of_domain(run, name).tokens
+        assert exact[name]["tokens"] == tokens
+        assert 0.6 < estimated[name]["tokens"] / tokens < 1.6
+        assert exact[name]["encoded"]
+        assert not estimated[name]["encoded"]
+
+
+def test_the_budget_of_a_domain_is_its_part_of_the_seeds_tokens_and_its_experts(
+    prepared: tuple[RunConfig, RunDir],
+) -> None:
+    config, run = prepared
+    planned = dry_run(config, run)
+    models = planned["models"]
+    for name, row in planned["text"].items():
+        assert row["budget_tokens"] == pytest.approx(models["seed"]["tokens"] / 2 + models[name]["tokens"], abs=1)
+        train = Fingerprint.of_domain(run, name).splits["train"].tokens
+        assert row["passes"] == pytest.approx(row["budget_tokens"] / train)
+    # seed and experts together have the budget's tokens, up to the rounding of steps
+    assert sum(row["budget_tokens"] for row in planned["text"].values()) == pytest.approx(100_000, rel=0.05)
+
+
+def test_time_is_estimated_for_this_machine_only_and_without_finished_models(real_text: Path, tmp_path: Path) -> None:
+    config, run = write_config(tmp_path / "a.yaml", tiny_values(real_text)), RunDir(tmp_path / "run")
+    before = dry_run(config, run)["estimates"]
+    assert 30 < before["seconds"] < 1800
+    assert 1e6 < before["disk_bytes"] < 100e6
+    save_card(run.model("seed"), "seed")
+    assert dry_run(config, run)["estimates"]["seconds"] < before["seconds"]
+    assert dry_run(config, run, trains_here=False)["estimates"]["seconds"] is None
+
+
+def test_a_domain_without_the_field_is_refused_as_the_run_would_refuse_it(real_text: Path, tmp_path: Path) -> None:
+    values = tiny_values(real_text)
+    values["domains"]["python"]["field"] = "body"
+    config = write_config(tmp_path / "a.yaml", values)
+    with pytest.raises(DataError, match=r"Domain 'python': .* no field 'body'; fields are 'text', 'source'"):
+        dry_run(config, RunDir(tmp_path / "run"))
+
+
+def test_it_prints_one_table_of_text_and_one_of_models(real_text: Path, tmp_path: Path) -> None:
+    write_config(tmp_path / "a.yaml", tiny_values(real_text))
+    out = btm_scale("run", tmp_path / "a.yaml", "--out", tmp_path / "run", "--dry-run").stdout
+    lines = [line.rstrip() for line in out.splitlines()]
+    assert next(line for line in lines if line.startswith("text")).split()[-3:] == ["tokens", "budget", "passes"]
+    assert next(line for line in lines if line.startswith("docs (novel)")).split()[-2:] == ["\u2013", "\u2013"]
+    assert next(line for line in lines if line.startswith("seed")).endswith("to do")
+    assert "on this machine, within a factor of 3, and" in out
+    assert max(map(len, lines)) <= 80 + len(str(tmp_path))
