@@ -55,6 +55,9 @@ def score(
     """
     config, run_dir = opened(run)
     if is_rank(launcher):
+        from btm_scale.util.devices import hide_gpus_if_on_cpu
+
+        hide_gpus_if_on_cpu(config.launch.device)
         from btm_scale.run.worker import score_as_rank
 
         score_as_rank(config, run_dir, models, averages=averages)

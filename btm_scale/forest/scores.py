@@ -27,11 +27,14 @@ class Scores:
     block_starts: np.ndarray  # int64 [blocks]
     model: str  # content hash of the model
     fingerprint: str  # of the text's tokens
+    device: str = ""  # that scored it; empty in files of earlier versions
+    kernels: str = ""  # triton or reference
 
     def save(self, path: Path) -> None:
         """Write the scores atomically."""
         make_directory(path.parent)
         metadata = {"model": self.model, "data_fingerprint": self.fingerprint}
+        metadata |= {"device": self.device, "kernels": self.kernels}
         tensors = {"log_probs": self.log_probs, "block_starts": self.block_starts}
         write_file(path, save(tensors, metadata))
 
@@ -53,6 +56,8 @@ class Scores:
                 file.get_tensor("block_starts"),
                 metadata["model"],
                 metadata["data_fingerprint"],
+                metadata.get("device", ""),
+                metadata.get("kernels", ""),
             )
 
 
@@ -65,6 +70,13 @@ def scored_model(path: Path) -> str | None:
             return str(file.metadata()["model"])
     except SafetensorError:
         return None
+
+
+def scored_on(path: Path) -> tuple[str, str]:
+    """Return the device and the kernels that scored a text, from the metadata alone; empty where not recorded."""
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+    return metadata.get("device", ""), metadata.get("kernels", "")
 
 
 def all_texts(config: RunConfig) -> list[tuple[str, str]]:

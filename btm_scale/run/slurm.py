@@ -42,7 +42,8 @@ def jobs(config: RunConfig) -> list[slurm.Job]:
     after = tuple(job.name for job in result if job.models)
     layout = config.layout
     result.append(slurm.Job(EVALUATE, "evaluate", ranks=layout.ranks, colocated=layout.colocated, after=after))
-    return result
+    on_cpu = config.launch.device == "cpu"
+    return [replace(job, uses_gpus=False) for job in result] if on_cpu else result
 
 
 def write_scripts(config: RunConfig, run: RunDir) -> dict[str, Path]:
@@ -63,7 +64,7 @@ def submit_run(config: RunConfig, run: RunDir, *, dry_run: bool) -> dict[str, An
     resolve_sources(config.all_domains, config.text_root)  # missing text is reported before anything is submitted
     config = open_run(config, run)
     scripts = write_scripts(config, run)
-    if not slurm.requests_gpus(config.launch.slurm):
+    if config.launch.device != "cpu" and not slurm.requests_gpus(config.launch.slurm):
         logger.warning("The jobs request no GPU. Set launch.slurm.gres, such as gpu:8, to train on GPUs.")
     if dry_run:
         return {"scripts": {name: str(path) for name, path in scripts.items()}, "submitted": {}}
