@@ -9,7 +9,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from btm_scale.kernels import kernel_path
 from btm_scale.launch.gpus import gpu_of_device
 from btm_scale.util.device_query import name_of
 from btm_scale.util.files import make_directory, write_file
@@ -49,6 +48,8 @@ class Metrics:
         self._token_flops = shape.flops_per_token(length)
         peak = peak_flops(group.device, job.layout.precision)
         self._peak = None if peak is None else peak * group.size
+        from btm_scale.kernels import kernel_path
+
         self._runs_on = {"device": name_of(group.device), "kernels": kernel_path(group.device)}
         self._first_step = first_step
         self._file: TextIO | None = None
