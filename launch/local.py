@@ -19,7 +19,7 @@ from btm_scale.errors import LaunchError
 from btm_scale.launch.room import Room, Share
 from btm_scale.launch.shutdown import SUPERVISOR
 from btm_scale.launch.supervise import GroupCommand, Start
-from btm_scale.util.devices import Device, is_bound_to_one, usable_gpus
+from btm_scale.util.devices import Device, Gpus, is_bound_to_one, usable_gpus
 
 _FIRST_PORT = 10_000  # lower ports belong to services
 
@@ -42,21 +42,10 @@ class LocalPool:
 
         Raises LaunchError if the machine has fewer GPUs than the group has ranks.
         """
-        gpus = self._gpus.names
-        if gpus and command.ranks > 1 and self._gpus.are_mig:
-            raise LaunchError(
-                f"'{command.name}' has {command.ranks} ranks, and this machine's GPUs are MIG instances. CUDA gives a "
-                "process only one of them: choose a layout of one rank, or disable MIG."
-            )
-        if gpus and not self._room.could_take(command.ranks):
-            raise LaunchError(
-                f"'{command.name}' has {command.ranks} ranks, and this machine has {len(gpus)} visible "
-                f"GPU{'s' if len(gpus) > 1 else ''}. Each rank needs one: choose a smaller layout, or more hosts with "
-                "--launcher deepspeed."
-            )
+        require_gpus(self._gpus, command.name, command.ranks)
         if len(self._running) >= self._slots:
             return None
-        shares = self._room.take(command.ranks) if gpus else ()
+        shares = self._room.take(command.ranks) if self._gpus.names else ()
         if shares is None:
             return None
         self._running[command.name] = shares
@@ -69,6 +58,21 @@ class LocalPool:
     def give_back(self, name: str) -> None:
         """Free the GPUs of a group that has ended."""
         self._room.give_back(self._running.pop(name, ()))
+
+
+def require_gpus(gpus: Gpus, name: str, ranks: int) -> None:
+    """Raise LaunchError if this machine has GPUs, and a group has more ranks than can use them."""
+    count = len(gpus.names)
+    if count and ranks > 1 and gpus.are_mig:
+        raise LaunchError(
+            f"'{name}' has {ranks} ranks, and this machine's GPUs are MIG instances. CUDA gives a process only one of "
+            "them: choose a layout of one rank, or disable MIG."
+        )
+    if 0 < count < ranks:
+        raise LaunchError(
+            f"'{name}' has {ranks} ranks, and this machine has {count} visible GPU{'s' if count > 1 else ''}. Each "
+            "rank needs one: choose a smaller layout, or more hosts with --launcher deepspeed."
+        )
 
 
 def local_rank(environment: Mapping[str, str], place: str) -> str:

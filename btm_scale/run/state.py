@@ -19,6 +19,7 @@ from btm_scale.forest.expert import is_finished
 from btm_scale.forest.methods import check_names
 from btm_scale.forest.scores import all_texts, missing_scores
 from btm_scale.launch import slurm_queue
+from btm_scale.launch.local import require_gpus
 from btm_scale.launch.supervise import GroupCommand
 from btm_scale.run_dir import RunDir
 from btm_scale.train.jobs import model_names, training_job, training_stages
@@ -109,11 +110,13 @@ def _may_be_queued(run: RunDir) -> bool:
 def on_this_device(config: RunConfig, run: RunDir) -> RunConfig:
     """Return the config with each `auto` replaced by this machine's fast precision.
 
-    Raises LaunchError if this device cannot train in the precision of a model that is not done, and as `usable_gpus`
-    does.
+    Raises LaunchError if this device cannot train in the precision of a model that is not done, if such a model has
+    more ranks than the machine has GPUs, and as `usable_gpus` does.
     """
     todo = [model for model in model_names(config) if not is_done(config, run, model)]
     gpus = usable_gpus(config.launch.device) if todo else Gpus()
+    for model in todo:
+        require_gpus(gpus, model, training_job(config, model).layout.ranks)
     if todo and not gpus.names:
         logger.info("groups run on the CPU: %s", gpus.reason)
     if "auto" in config.precisions:
