@@ -107,7 +107,7 @@ class SlurmConfig(Section):
         description="generic resources of a full node, such as gpu:8; a job requests one GPU per rank",
     )
     exclusive: bool = Field(
-        default=False, description="share no node with other jobs; a job that fills no node shares it all the same"
+        default=False, description="request whole nodes for jobs that fill them; smaller jobs share nodes"
     )
     container: SlurmWord | None = Field(default=None, description="image for srun --container-image")
     mounts: SlurmWord | None = Field(default=None, description="for srun --container-mounts")

@@ -25,7 +25,7 @@ from btm_scale.distributed.rendezvous import init_process_group
 from btm_scale.errors import LaunchError
 from btm_scale.kernels import kernel_path
 from btm_scale.util.device_query import name_of
-from btm_scale.util.devices import Device, hide_gpus_if_on_cpu, usable_gpus
+from btm_scale.util.devices import DEVICE, Device, hide_gpus_if_on_cpu, usable_gpus
 from btm_scale.util.imports import import_uncompiled
 
 hide_gpus_if_on_cpu("auto")  # as the launcher chose; before anything uses CUDA
@@ -84,9 +84,8 @@ class ExpertGroup:
         _require_grid(layout, parallel_state)
         # Imported objects are never garbage; otherwise DeepSpeed's start collects over them six times.
         gc.freeze()
-        kernels = f"{kernel_path(device)} kernels"
-        why = f": {gpus.reason}" if gpus.reason else ""
-        logger.info("on %s, 1 of %d ranks, %s%s", name_of(device), size, kernels, why)
+        why = f" ({gpus.reason})" if gpus.reason and DEVICE not in os.environ else ""  # else its launcher says why
+        logger.info("device: %s%s; kernels: %s; ranks: %d", name_of(device), why, kernel_path(device), size)
         return cls(layout, dist.get_rank(), size, device)
 
     @property

@@ -117,8 +117,9 @@ def on_this_device(config: RunConfig, run: RunDir) -> RunConfig:
     gpus = usable_gpus(config.launch.device) if todo else Gpus()
     for model in todo:
         require_gpus(gpus, model, training_job(config, model).layout.ranks)
-    if todo and not gpus.names:
-        logger.info("groups run on the CPU: %s", gpus.reason)
+    if todo:
+        devices = f"GPUs: {len(gpus.names)} x {gpus.kinds[0]}" if gpus.names else f"the CPU: {gpus.reason}"
+        logger.info("groups run on %s", devices)
     if "auto" in config.precisions:
         config = config.with_precision(ask_device(config.launch.device).fast)
     needed = {training_job(config, model).layout.precision for model in todo}

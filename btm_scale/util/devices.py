@@ -24,7 +24,7 @@ DEVICE = "BTM_SCALE_DEVICE"
 
 _ON_CPU = {DEVICE: "cpu", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "-1"}
 # A number, which may be negative, or the UUID of a GPU or of a MIG instance; SLURM writes NoDevFiles for no GPU.
-_NAMES_A_GPU = re.compile(r"\d+|(GPU|MIG)-.+")
+_NAMES_A_GPU = re.compile(r"\d+|(GPU|MIG)-[^,]+")
 _SLURM_GPUS = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE")
 _ROOT = Path("/")
 
@@ -118,10 +118,10 @@ def environment_of_ranks(device: Device) -> dict[str, str]:
 
 def environment_of_this_host(device: Device) -> dict[str, str]:
     """Return the variables of launchers and ranks on this host, whose GPUs may be hidden or absent; asks no child."""
-    if hiding_variable(os.environ):
+    device = _settled(device)
+    if device == "cpu" or (device == "auto" and hiding_variable(os.environ)):
         return dict(_ON_CPU)
-    here = {} if driver_nodes() or device == "gpu" else {"DS_ACCELERATOR": "cpu"}
-    return here | environment_of_ranks(device)
+    return {} if driver_nodes() or device == "gpu" else {"DS_ACCELERATOR": "cpu"}
 
 
 def hiding_variable(environment: Mapping[str, str]) -> str | None:

@@ -84,7 +84,16 @@ def test_mpirun_starts_a_rank_per_gpu_or_per_core_of_the_cpu(
 
 
 @pytest.mark.parametrize(
-    ("visible", "taken"), [("3", "0"), ("GPU-8ab1", "0"), ("NoDevFiles", "1"), ("", "1"), ("0,1,2,3", "1"), (None, "1")]
+    ("visible", "taken"),
+    [
+        ("3", "0"),
+        ("GPU-8ab1", "0"),
+        ("NoDevFiles", "1"),
+        ("", "1"),
+        ("0,1,2,3", "1"),
+        ("GPU-8ab1,GPU-77c0", "1"),
+        (None, "1"),
+    ],
 )
 def test_a_rank_that_is_bound_to_one_gpu_uses_it(
     visible: str | None, taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -187,6 +187,7 @@ def test_the_cpu_is_chosen_for_a_process_and_its_children(tmp_path: Path, monkey
     assert environment_of_this_host("cpu")["BTM_SCALE_DEVICE"] == "cpu"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert environment_of_this_host("auto")["BTM_SCALE_DEVICE"] == "cpu"
+    assert environment_of_this_host("gpu") == {}  # its ranks refuse to start
 
 
 def test_a_child_process_answers_as_torch_does_here() -> None:
