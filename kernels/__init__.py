@@ -21,7 +21,7 @@ from btm_scale.kernels import reference
 from btm_scale.kernels.checks import check_heads, check_mixture, check_projection, check_sampling, refuse_target
 from btm_scale.kernels.partials import Partials, combine_partials, refuse_nan
 
-__all__ = ["combine_partials", "mix_logits", "mix_sample", "token_logprob_partials", "token_logprobs"]
+__all__ = ["combine_partials", "kernel_path", "mix_logits", "mix_sample", "token_logprob_partials", "token_logprobs"]
 
 
 def token_logprobs(
@@ -165,9 +165,16 @@ def mix_sample(
     )
 
 
+def kernel_path(device: torch.device) -> str:
+    """Return `triton` or `reference`: what computes these functions for tensors on a device."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not (device.type == "cuda" or interpreted) or importlib.util.find_spec("triton") is None:
+        return "reference"
+    return "triton"
+
+
 def _backend(tensor: Tensor) -> ModuleType:
     """Return the module that implements the functions for this tensor's device."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not (tensor.is_cuda or interpreted) or importlib.util.find_spec("triton") is None:
+    if kernel_path(tensor.device) == "reference":
         return reference
     return importlib.import_module(".triton_launch", __name__)

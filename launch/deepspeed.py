@@ -14,11 +14,11 @@ from pathlib import Path
 
 from btm_scale.config.launch import DeepSpeedConfig
 from btm_scale.errors import LaunchError
-from btm_scale.launch.local import accelerator
 from btm_scale.launch.room import Room, Share
 from btm_scale.launch.shutdown import SUPERVISOR
 from btm_scale.launch.supervise import GroupCommand, Start
 from btm_scale.util.bounded_json import read_bounded
+from btm_scale.util.devices import Device, environment_of_ranks, environment_of_this_host
 from btm_scale.util.files import make_directory, write_file
 from btm_scale.util.logs import LEVEL
 
@@ -30,8 +30,9 @@ _SAFE_VALUE = re.compile(r"[\w@%+=:,./^-]*", re.ASCII)  # NCCL takes ^docker0 fo
 class HostPool:
     """The hosts of a hostfile."""
 
-    def __init__(self, config: DeepSpeedConfig) -> None:
+    def __init__(self, config: DeepSpeedConfig, device: Device = "auto") -> None:
         self._config = config
+        self._device = device
         self._slots = read_hostfile(config.hostfile)
         self._room = Room({host: range(number) for host, number in self._slots.items()})
         self._ports = list(range(config.ports[0], config.ports[1] + 1))
@@ -73,9 +74,9 @@ class HostPool:
         write_file(hostfile, "".join(f"{share.host} slots={self._slots[share.host]}\n" for share in shares))
         ranks = {"OMP_NUM_THREADS": str(self._config.threads), "TOKENIZERS_PARALLELISM": "false"}
         ranks |= {LEVEL: os.environ[LEVEL]} if LEVEL in os.environ else {}
-        ranks |= self._config.environment
+        ranks |= environment_of_ranks(self._device) | self._config.environment
         # Set on this machine only; other hosts may have the GPUs that this one lacks.
-        own = ranks | accelerator() | {SUPERVISOR: str(os.getpid())}
+        own = ranks | environment_of_this_host(self._device) | {SUPERVISOR: str(os.getpid())}
         words = _launcher(shares, hostfile, port)
         if not self._config.connect:
             self._files[command.name] = _environment_file(ranks)

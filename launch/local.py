@@ -19,18 +19,22 @@ from btm_scale.errors import LaunchError
 from btm_scale.launch.room import Room, Share
 from btm_scale.launch.shutdown import SUPERVISOR
 from btm_scale.launch.supervise import GroupCommand, Start
+from btm_scale.util.devices import Device, Gpus, is_bound_to_one, usable_gpus
 
 _FIRST_PORT = 10_000  # lower ports belong to services
 
 
 class LocalPool:
-    """This machine: `slots` groups at once, `threads` threads per rank, and one GPU per rank if there are GPUs."""
+    """This machine: `slots` groups at once, `threads` threads per rank, and one GPU per rank if there are GPUs.
 
-    def __init__(self, slots: int, threads: int) -> None:
+    Raises LaunchError as `usable_gpus` does.
+    """
+
+    def __init__(self, slots: int, threads: int, device: Device = "auto") -> None:
         self._slots = slots
         self._threads = threads
-        self._gpus = visible_gpus()
-        self._room = Room({"localhost": self._gpus})
+        self._gpus = usable_gpus(device)
+        self._room = Room({"localhost": self._gpus.names})
         self._running: dict[str, tuple[Share[str, str], ...]] = {}  # the GPUs of each running group
 
     def take(self, command: GroupCommand) -> Start | None:
@@ -38,45 +42,42 @@ class LocalPool:
 
         Raises LaunchError if the machine has fewer GPUs than the group has ranks.
         """
-        if self._gpus and not self._room.could_take(command.ranks):
-            raise LaunchError(
-                f"'{command.name}' has {command.ranks} ranks, and this machine has {len(self._gpus)} visible GPUs. "
-                "Each rank needs one: choose a smaller layout, or more hosts with --launcher deepspeed."
-            )
+        require_gpus(self._gpus, command.name, command.ranks)
         if len(self._running) >= self._slots:
             return None
-        shares = self._room.take(command.ranks) if self._gpus else ()
+        shares = self._room.take(command.ranks) if self._gpus.names else ()
         if shares is None:
             return None
         self._running[command.name] = shares
         environment = {"OMP_NUM_THREADS": str(self._threads), SUPERVISOR: str(os.getpid())}
-        places = shares[0].slots if shares else [str(rank) for rank in range(command.ranks)]
-        return Start((_launcher(command, places, free_port()),), environment | accelerator())
+        own = shares[0].slots if shares else ()
+        # DeepSpeed's launcher sets CUDA_VISIBLE_DEVICES to the places of a group; -1 hides every GPU.
+        places = own or ("-1",) * command.ranks
+        return Start((_launcher(command, places, free_port()),), environment | self._gpus.environment(own))
 
     def give_back(self, name: str) -> None:
         """Free the GPUs of a group that has ended."""
         self._room.give_back(self._running.pop(name, ()))
 
 
-def accelerator() -> dict[str, str]:
-    """Return the variables that tell DeepSpeed to use the CPU; empty if this machine has a GPU."""
-    has_gpu = visible_gpus() or Path("/dev/kfd").exists()
-    return {} if has_gpu else {"DS_ACCELERATOR": "cpu"}
-
-
-def visible_gpus() -> list[str]:
-    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; empty without GPUs."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
-    numbers = (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia*"))
-    return sorted((number for number in numbers if number.isdecimal()), key=int)
+def require_gpus(gpus: Gpus, name: str, ranks: int) -> None:
+    """Raise LaunchError if this machine has GPUs, and a group has more ranks than can use them."""
+    count = len(gpus.names)
+    if count and ranks > 1 and gpus.are_mig:
+        raise LaunchError(
+            f"'{name}' has {ranks} ranks, and this machine's GPUs are MIG instances. CUDA gives a process only one of "
+            "them: choose a layout of one rank, or disable MIG."
+        )
+    if 0 < count < ranks:
+        raise LaunchError(
+            f"'{name}' has {ranks} ranks, and this machine has {count} visible GPU{'s' if count > 1 else ''}. Each "
+            "rank needs one: choose a smaller layout, or more hosts with --launcher deepspeed."
+        )
 
 
 def local_rank(environment: Mapping[str, str], place: str) -> str:
     """Return LOCAL_RANK of the task with this index on its node: 0 if it is bound to a single GPU."""
-    bound = "CUDA_VISIBLE_DEVICES" in environment and "," not in environment["CUDA_VISIBLE_DEVICES"]
-    return "0" if bound else place
+    return "0" if is_bound_to_one(environment) else place
 
 
 def free_port() -> int:
@@ -104,7 +105,7 @@ def _first_outgoing_port() -> int:
 
 
 def _launcher(command: GroupCommand, places: Sequence[str], port: int) -> tuple[str, ...]:
-    """`places`: the GPU of each rank, or any names on a CPU."""
+    """Return the command of a group. `places` is the GPU of each rank, or -1."""
     world = base64.urlsafe_b64encode(json.dumps({"localhost": places}).encode()).decode()
     return (
         sys.executable,

@@ -24,10 +24,11 @@ from typing import Any
 
 from btm_scale.config.launch import MpiConfig
 from btm_scale.errors import GroupFailed, LaunchError
-from btm_scale.launch.local import accelerator, free_port, local_rank
+from btm_scale.launch.local import free_port, local_rank
 from btm_scale.launch.placement import Work, share_out
 from btm_scale.launch.shutdown import REQUEUE, SUPERVISOR
 from btm_scale.launch.supervise import GroupCommand, OnPoll, Start, group_failure, run_groups_in
+from btm_scale.util.devices import Device, environment_of_this_host, usable_gpus
 from btm_scale.util.files import make_directory
 from btm_scale.util.logs import set_up_logging
 from btm_scale.util.mpi import without_mpi
@@ -51,7 +52,7 @@ class _Place:
     ended: Path  # a folder of this mpirun in which each group leaves a file when it has ended
 
 
-def run_under_mpi(commands: Sequence[GroupCommand], threads: int) -> None:
+def run_under_mpi(commands: Sequence[GroupCommand], threads: int, device: Device = "auto") -> None:
     """Run every group on the ranks of one mpirun; ranks left over after the last complete group stay idle.
 
     A failing group does not stop the others. Raises GroupFailed on the first rank of a failed group once all groups
@@ -70,7 +71,7 @@ def run_under_mpi(commands: Sequence[GroupCommand], threads: int) -> None:
     for number, work in enumerate(lists[place.group]):
         if place.rank < work.ranks and not stopped:
             command = by_name[work.name]
-            code = _run_rank(command, place, place.ports[number], threads)
+            code = _run_rank(command, place, place.ports[number], threads, device)
             stopped = code == REQUEUE
             if code != 0 and not stopped:
                 failed.append(command)
@@ -86,8 +87,9 @@ def run_under_mpi(commands: Sequence[GroupCommand], threads: int) -> None:
 class MpiLauncher:
     """`run --launcher mpi`: one mpirun per stage, whose ranks are split into the groups of the stage."""
 
-    def __init__(self, config: MpiConfig) -> None:
+    def __init__(self, config: MpiConfig, device: Device = "auto") -> None:
         self._config = config
+        self._device = device
 
     def __call__(self, commands: Sequence[GroupCommand], on_poll: OnPoll) -> None:
         """Run every group."""
@@ -98,7 +100,8 @@ class MpiLauncher:
         mpirun = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
         if mpirun is None:
             raise LaunchError(f"'{name}' is not installed. Set launch.mpi.command, or pip install mpich mpi4py.")
-        ranks = self._config.ranks or len(os.sched_getaffinity(0))
+        # A rank uses one GPU, or one core of a machine without any.
+        ranks = self._config.ranks or len(usable_gpus(self._device).names) or len(os.sched_getaffinity(0))
         log = commands[0].log.parent.parent / "mpirun.log"
         for command in commands:
             forget_failure(command.log)  # if mpirun itself fails, an old record must not be reported
@@ -117,7 +120,7 @@ class MpiLauncher:
         )
         try:
             run_groups_in(
-                _OneCommand((*words, str(self._config.threads))),
+                _OneCommand((*words, str(self._config.threads), self._device)),
                 [GroupCommand("mpirun", ranks, (), log)],
                 lambda states: on_poll({command.name: states["mpirun"] for command in commands}),
             )
@@ -174,7 +177,7 @@ def _split(works: Sequence[Work], size: int, folder: Path) -> tuple[_Place | Non
     return place, lists
 
 
-def _run_rank(command: GroupCommand, place: _Place, port: int, threads: int) -> int:
+def _run_rank(command: GroupCommand, place: _Place, port: int, threads: int, device: Device = "auto") -> int:
     if place.rank == 0:
         forget_failure(command.log)
     environment = without_mpi(os.environ) | {
@@ -188,7 +191,8 @@ def _run_rank(command: GroupCommand, place: _Place, port: int, threads: int) -> 
         SUPERVISOR: str(os.getpid()),
     }
     words = [sys.executable, "-m", "btm_scale.cli", *command.arguments]
-    process = subprocess.Popen(words, env=environment | accelerator(), stdin=subprocess.DEVNULL)
+    environment |= environment_of_this_host(device)
+    process = subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL)
     # Signals from mpirun are forwarded to the process that trains, which saves a checkpoint and exits.
     numbers = (signal.SIGTERM, signal.SIGUSR1)
     before = {number: signal.signal(number, lambda number, _: process.send_signal(number)) for number in numbers}
@@ -221,14 +225,14 @@ def _has_failed(command: GroupCommand) -> bool:
 
 
 def _main(arguments: Sequence[str]) -> None:
-    path, threads = arguments
+    path, threads, device = arguments
     commands = []
     for values in json.loads(Path(path).read_text()):
         values |= {"log": Path(values["log"]), "arguments": tuple(values["arguments"])}
         commands.append(GroupCommand(**values))
     set_up_logging()
     try:
-        run_under_mpi(commands, int(threads))
+        run_under_mpi(commands, int(threads), device)  # type: ignore[arg-type]
     except (GroupFailed, LaunchError) as error:
         logger.error("%s", error)
         sys.exit(1)

@@ -126,16 +126,41 @@ def _options(job: Job, run_name: str, run: RunDir, config: SlurmConfig) -> list[
         "account": config.account,
         "qos": config.qos,
         "cpus-per-task": config.cpus_per_rank,
-        "gres": config.gres if job.uses_gpus else None,
+        "gres": _gres(job, config.gres, tasks) if job.uses_gpus and config.gres else None,
     }
     options += [f"--{name}={value}" for name, value in given.items() if value is not None]
-    if config.exclusive:
+    if config.exclusive and tasks == config.ranks_per_node:  # the rest of a node is for other jobs
         options.append("--exclusive")
     if job.is_array:
         limit = f"%{config.at_a_time}" if config.at_a_time else ""
         options.append(f"--array=0-{len(job.models) - 1}{limit}")
     more = [option.strip() for option in config.options]
-    return options + [option for option in more if job.uses_gpus or not _GPU_OPTION.fullmatch(option)]
+    options += [option for option in more if job.uses_gpus or not _GPU_OPTION.fullmatch(option)]
+    # sbatch takes the last of two equal options.
+    return options + [option.strip() for option in config.prepare_options if job.template == "prepare"]
+
+
+def _gres(job: Job, full_node: str, tasks: int) -> str:
+    """Return the generic resources of a node on which the job has `tasks` ranks, with one GPU for each.
+
+    Raises LaunchError if a node has fewer GPUs.
+    """
+    items, missing = [], tasks
+    for item in full_node.split(","):
+        name, *kind = item.split(":")
+        if name != "gpu":
+            items.append(item)
+            continue
+        count = min(int(kind.pop()) if kind and kind[-1].isdecimal() else 1, missing)
+        missing -= count
+        if count:
+            items.append(":".join([name, *kind, str(count)]))
+    if missing and missing < tasks:
+        raise LaunchError(
+            f"{job.name} has {tasks} ranks per node, and launch.slurm.gres is {full_node}. Each rank needs one GPU: "
+            f"set launch.slurm.ranks_per_node to {tasks - missing}, or raise the number in launch.slurm.gres."
+        )
+    return ",".join(items)
 
 
 def requests_gpus(config: SlurmConfig) -> bool:

@@ -15,6 +15,7 @@ from hypothesis import settings
 
 from btm_scale.config.run import RunConfig
 from btm_scale.run_dir import RunDir
+from btm_scale.util.devices import DEVICE
 
 # Tests run side by side: a thread that waits for another must not spin on the core that the other needs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -23,7 +24,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 def pytest_configure(config: pytest.Config) -> None:
     """Hide the GPUs of a machine that has some from all tests but those in tests/gpu."""
     if not any("gpu" in Path(argument).parts for argument in config.args):
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        # Also from the ranks of DeepSpeed's launcher, which sets CUDA_VISIBLE_DEVICES itself.
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", DEVICE: "cpu"}
 
 
 # Few examples, the same every time, for `make test`; many new ones for `make test-full`.

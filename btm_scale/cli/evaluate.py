@@ -57,9 +57,12 @@ def score(
     Each model is scored on every domain for which it has no scores yet.
     """
     if is_rank(launcher):
-        from btm_scale.run.worker import score_as_rank
+        from btm_scale.util.devices import hide_gpus_if_on_cpu
 
         config, run_dir = opened(run)
+        hide_gpus_if_on_cpu(config.launch.device)
+        from btm_scale.run.worker import score_as_rank
+
         score_as_rank(config, run_dir, models, averages=averages, in_turn=in_turn)
         return None
     from btm_scale.forest.turns import scoring

@@ -135,6 +135,9 @@ def train(
     """
     run_config, run_dir = _config_and_run(config, settings, out)
     if is_rank(launcher):
+        from btm_scale.util.devices import hide_gpus_if_on_cpu
+
+        hide_gpus_if_on_cpu(run_config.launch.device)
         from btm_scale.run.worker import train_as_rank
 
         [model] = models

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field
 
 from btm_scale.config.secrets import no_secret_variables, no_secret_words
 from btm_scale.config.section import Section
+from btm_scale.util.devices import Device
 
 
 def _slurm_word(text: str) -> str:
@@ -80,8 +81,13 @@ class SlurmConfig(Section):
     )
     ranks_per_node: int = Field(default=8, gt=0, description="GPUs per node; a larger group takes several nodes")
     cpus_per_rank: int | None = Field(default=None, gt=0)
-    gres: SlurmWord | None = Field(default=None, description="generic resources per node, such as gpu:8")
-    exclusive: bool = Field(default=False, description="request nodes that no other job shares")
+    gres: SlurmWord | None = Field(
+        default=None,
+        description="generic resources of a full node, such as gpu:8; a job requests one GPU per rank",
+    )
+    exclusive: bool = Field(
+        default=False, description="request whole nodes for jobs that fill them; smaller jobs share nodes"
+    )
     container: SlurmWord | None = Field(default=None, description="image for srun --container-image")
     mounts: SlurmWord | None = Field(default=None, description="for srun --container-mounts")
     python: str | None = Field(default=None, description="the interpreter on the nodes; default: the one that submits")
@@ -96,6 +102,11 @@ class SlurmConfig(Section):
     options: Annotated[tuple[Line, ...], AfterValidator(no_secret_words)] = Field(
         default=(), description="more #SBATCH options, such as --constraint=h100"
     )
+    prepare_options: Annotated[tuple[Line, ...], AfterValidator(no_secret_words)] = Field(
+        default=(),
+        description="#SBATCH options of the job that prepares text, which requests no GPU: --partition=cpu and "
+        "--cpus-per-task=32, or --gres=gpu:1 where each job must request one",
+    )
     setup: Annotated[tuple[Line, ...], AfterValidator(no_secret_words)] = Field(
         default=(), description="shell lines before the ranks start: module load ..."
     )
@@ -107,13 +118,20 @@ class MpiConfig(Section):
     command: Annotated[tuple[str, ...], AfterValidator(no_secret_words)] = Field(
         default=("mpirun",), min_length=1, description="mpirun and its options"
     )
-    ranks: int | None = Field(default=None, gt=0, description="ranks to start; default: one per core")
+    ranks: int | None = Field(
+        default=None, gt=0, description="ranks to start; default: one per GPU, or one per core without GPUs"
+    )
     threads: int = Field(default=1, gt=0, description="CPU threads per rank")
 
 
 class LaunchConfig(Section):
-    """How groups are started."""
+    """How groups are started, and on which devices."""
 
+    device: Device = Field(
+        default="auto",
+        description="gpu or cpu; auto: the GPUs, or the CPU of a machine that has none. A job that was given GPUs and "
+        "can use none stops, unless this is cpu",
+    )
     local: LocalConfig = LocalConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     slurm: SlurmConfig = SlurmConfig()

@@ -7,8 +7,10 @@ touches Megatron-core's global process groups.
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import random
+import socket
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,9 +23,15 @@ from btm_scale.distributed.cpu import leave_out_shared_memory_op, replace_cuda
 from btm_scale.distributed.precision import Precision, require_possible
 from btm_scale.distributed.rendezvous import init_process_group
 from btm_scale.errors import LaunchError
+from btm_scale.kernels import kernel_path
+from btm_scale.util.device_query import name_of
+from btm_scale.util.devices import DEVICE, Device, hide_gpus_if_on_cpu, usable_gpus
 from btm_scale.util.imports import import_uncompiled
 
+hide_gpus_if_on_cpu("auto")  # as the launcher chose; before anything uses CUDA
 import_uncompiled("megatron.core")  # before other modules do
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,10 +44,11 @@ class ExpertGroup:
     device: torch.device
 
     @classmethod
-    def join(cls, layout: Layout) -> ExpertGroup:
+    def join(cls, layout: Layout, on: Device = "auto") -> ExpertGroup:
         """Join the group's other ranks at the rendezvous that the launcher set in the environment.
 
-        Raises LaunchError if the number of ranks is not the layout's, or if the device cannot train in its precision.
+        `on` is launch.device. Raises LaunchError if the number of ranks is not the layout's, if the device cannot train
+        in its precision, if this host has no GPU for this rank, and as `usable_gpus` does.
         """
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size != layout.ranks:
@@ -47,7 +56,8 @@ class ExpertGroup:
                 f"This group has {size} ranks, but its layout needs tensor {layout.tensor} x data {layout.data} = "
                 f"{layout.ranks}. Start {layout.ranks} ranks, or change `layout`."
             )
-        has_gpu = torch.cuda.is_available()
+        gpus = usable_gpus(on, in_this_process=True)
+        has_gpu = bool(gpus.names)
         if not has_gpu:
             replace_cuda()
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -55,24 +65,27 @@ class ExpertGroup:
         os.environ.setdefault("RANK", "0")
         os.environ.setdefault("LOCAL_RANK", "0")
         os.environ.setdefault("WORLD_SIZE", "1")
+        device = torch.device("cpu")
+        if has_gpu:
+            device = torch.device("cuda", require_own_gpu(torch.cuda.device_count()))
         import deepspeed
         from megatron.core import parallel_state
 
-        device = torch.device("cpu")
         if has_gpu:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         require_possible(layout.precision)
         if not dist.is_initialized():
             if not has_gpu:
                 leave_out_shared_memory_op()
             backend = "nccl" if has_gpu else "gloo"
-            init_process_group(backend)
+            init_process_group(backend, own_gpu=_identity(device) if has_gpu else "")
             deepspeed.init_distributed(dist_backend=backend, verbose=False)
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=layout.tensor)
         _require_grid(layout, parallel_state)
         # Imported objects are never garbage; otherwise DeepSpeed's start collects over them six times.
         gc.freeze()
+        why = f" ({gpus.reason})" if gpus.reason and DEVICE not in os.environ else ""  # else its launcher says why
+        logger.info("device: %s%s; kernels: %s; ranks: %d", name_of(device), why, kernel_path(device), size)
         return cls(layout, dist.get_rank(), size, device)
 
     @property
@@ -135,6 +148,24 @@ class ExpertGroup:
 
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def require_own_gpu(visible: int) -> int:
+    """Return LOCAL_RANK, the number of this rank's GPU. Raises LaunchError if fewer GPUs are visible."""
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if local_rank >= visible:
+        raise LaunchError(
+            f"Rank {os.environ['RANK']} on {socket.gethostname()} has LOCAL_RANK {local_rank}, and sees {visible} "
+            f"GPU{'s' if visible != 1 else ''}. Each rank of a host needs its own: start at most {visible} per host "
+            "(launch.slurm.ranks_per_node, launch.mpi.ranks, or slots in the hostfile), or make more GPUs visible."
+        )
+    return local_rank
+
+
+def _identity(device: torch.device) -> str:
+    """Return a name that no other GPU has; empty if the driver reports none."""
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", "")
+    return f"{uuid}" if uuid else ""
 
 
 class _ModelParallelUnit:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from btm_scale.errors import LaunchError
+from btm_scale.util.devices import Device, environment_of_ranks
 
 if TYPE_CHECKING:
     import torch
@@ -39,12 +41,14 @@ class DevicePrecisions:
 
 
 @functools.cache
-def ask_device() -> DevicePrecisions:
-    """Query this machine's device. Raises LaunchError if torch or DeepSpeed cannot be imported.
+def ask_device(device: Device = "auto") -> DevicePrecisions:
+    """Query this machine's device, of launch.device. Raises LaunchError if torch or DeepSpeed cannot be imported.
 
     It takes a few seconds: the child imports torch and DeepSpeed, and times a training step on a CPU.
     """
-    done = subprocess.run([sys.executable, "-m", "btm_scale.distributed.precision"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "btm_scale.distributed.precision"]
+    environment = os.environ | environment_of_ranks(device)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise LaunchError(
             "Cannot determine which precisions this machine can train in: importing torch and DeepSpeed failed. "
@@ -106,8 +110,6 @@ def _require(precisions: Iterable[str], possible: tuple[str, ...], device: str) 
 
 def _accelerator() -> Any:
     """Return DeepSpeed's accelerator, which its engine queries."""
-    import os
-
     import torch
 
     if not torch.cuda.is_available():

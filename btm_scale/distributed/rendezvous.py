@@ -19,12 +19,12 @@ TIMEOUT = timedelta(minutes=30)  # of the rendezvous and of each collective, as 
 _LOOPBACK_INTERFACE = "lo"
 
 
-def init_process_group(backend: str) -> None:
+def init_process_group(backend: str, *, own_gpu: str = "") -> None:
     """Start this process's default group at the rendezvous that MASTER_ADDR and MASTER_PORT name.
 
     torch's own store listens on every interface of the first rank's host. This one listens on the rendezvous address,
     and if that is a loopback address, gloo and NCCL use the loopback interface too. Raises LaunchError if the first
-    rank cannot listen there.
+    rank cannot listen there, or if another rank has the same GPU: `own_gpu` is the UUID of this rank's.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -33,7 +33,19 @@ def init_process_group(backend: str) -> None:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", _LOOPBACK_INTERFACE)
     descriptor = listening_socket(address, port).detach() if rank == 0 else None
     store = dist.TCPStore(address, port, size, rank == 0, TIMEOUT, master_listen_fd=descriptor)
+    if own_gpu:
+        require_alone_on(own_gpu, store, rank)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+
+
+def require_alone_on(gpu: str, store: dist.Store, rank: int) -> None:
+    """Raise LaunchError if another rank of the group has this GPU, which NCCL reports as an "unhandled error"."""
+    holder = store.compare_set(f"gpu/{gpu}", "", str(rank)).decode()
+    if holder != str(rank):
+        raise LaunchError(
+            f"Ranks {holder} and {rank} both have GPU {gpu} on {socket.gethostname()}. Each rank needs its own: show "
+            "every rank all GPUs of its host (CUDA_VISIBLE_DEVICES), or each a different one (--gpus-per-task=1)."
+        )
 
 
 def is_loopback(address: str) -> bool:

@@ -15,14 +15,14 @@ from btm_scale.config.run import RunConfig
 from btm_scale.data.eval_text import EvaluationText
 from btm_scale.evaluate.ensemble import ensemble_methods, routed_methods
 from btm_scale.evaluate.readiness import dense_models, require_evaluable
-from btm_scale.evaluate.results import Compute, EvaluatedDomain, MethodResult, Results
+from btm_scale.evaluate.results import Compute, EvaluatedDomain, MethodResult, RanOn, Results
 from btm_scale.forest.average_models import average_model, averages_of
 from btm_scale.forest.expert import read_expert
 from btm_scale.forest.forest import ancestors, experts, lineage
 from btm_scale.forest.posterior.mixture import mixture_log_probs
 from btm_scale.forest.posterior.prior import cached_prior
 from btm_scale.forest.priors import tempering_of
-from btm_scale.forest.scores import Scores, Stack, dev_prior, evaluation_text
+from btm_scale.forest.scores import Scores, Stack, dev_prior, evaluation_text, scored_on
 from btm_scale.model.hf_config import read_shape
 from btm_scale.run_dir import SEED, RunDir
 from btm_scale.util.files import make_directory
@@ -86,11 +86,25 @@ def evaluate(config: RunConfig, run: RunDir) -> Results:
         },
         tempering={domain: entry.tempering for domain, entry in by_domain.items()},
         lineage=lineage(run),
+        devices=_devices(config, run, names),
         notes=tuple(notes),
     )
     make_directory(run.results.parent)
     results.save(run.results)
     return results
+
+
+def _devices(config: RunConfig, run: RunDir, names: Sequence[str]) -> dict[str, RanOn]:
+    """Return the devices that trained each model and scored the texts that are evaluated."""
+    models = [SEED, *dense_models(config), *names, *config.random_split_models]
+    split = config.evaluate.split
+    devices = {}
+    for model in models:
+        # A domain that was added later may have been scored elsewhere.
+        texts = {scored_on(run.scores(model, domain, split)) for domain in config.all_domains}
+        scored, kernels = (", ".join(sorted(filter(None, values))) for values in map(set, zip(*texts, strict=True)))
+        devices[model] = RanOn(trained=read_expert(run.model(model)).device, scored=scored, kernels=kernels)
+    return devices
 
 
 def _results_by_method(by_domain: Mapping[str, _DomainResult], notes: list[str]) -> dict[str, MethodResult]:

@@ -31,6 +31,14 @@ class MethodResult(Part):
         return self.perplexity if measure == "perplexity" else self.bits_per_byte
 
 
+class RanOn(Part):
+    """The devices that trained and scored a model, and the kernels that scored it; empty where not recorded."""
+
+    trained: str = ""
+    scored: str = ""
+    kernels: str = ""  # triton or reference
+
+
 class Compute(Part):
     """The training compute of a method's models and their ancestors, each counted once."""
 
@@ -53,6 +61,7 @@ class Results(Record):
     priors: dict[str, dict[str, float]] = {}  # by domain: each expert's weight, which sum to 1
     tempering: dict[str, Tempering] = {}  # by domain
     lineage: dict[str, dict[str, float]] = {}  # by expert: the weight of each parent
+    devices: dict[str, RanOn] = {}  # by model
     notes: tuple[str, ...] = ()
 
 

@@ -19,11 +19,12 @@ from btm_scale.data.eval_text import EvaluationText
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.forest.expert import read_expert
 from btm_scale.forest.scores import Scores, evaluation_text, missing_scores
-from btm_scale.kernels import combine_partials, token_logprob_partials
+from btm_scale.kernels import combine_partials, kernel_path, token_logprob_partials
 from btm_scale.model.gpt import ExpertModel, build_model
 from btm_scale.model.hf_config import read_shape
 from btm_scale.model.hf_weights import load_weights
 from btm_scale.run_dir import RunDir
+from btm_scale.util.device_query import name_of
 
 # Tokens that one rank scores at once; their hidden states are small compared with a model's weights.
 _BATCH_TOKENS = 8192
@@ -48,7 +49,9 @@ def score_model(
         text = evaluation_text(config, run, domain, split)
         log_probs = text_log_probs(group, network, text)
         if group.is_first:
-            Scores(log_probs, text.block_starts, content_hash, text.fingerprint).save(run.scores(model, domain, split))
+            runs_on = name_of(group.device), kernel_path(group.device)
+            scores = Scores(log_probs, text.block_starts, content_hash, text.fingerprint, *runs_on)
+            scores.save(run.scores(model, domain, split))
             on_text(domain, split)
     dist.barrier()
 

@@ -48,6 +48,7 @@ class Expert(Record):
     layout: dict[str, Any]
     data_fingerprint: dict[str, str]  # by domain; of an average: the content hash of each parent
     content_hash: str
+    device: str = ""  # that trained it; empty for averages, and in cards of earlier versions
 
 
 def read_expert(directory: Path) -> Expert:

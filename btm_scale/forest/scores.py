@@ -28,11 +28,14 @@ class Scores:
     block_starts: np.ndarray  # int64 [blocks]
     model: str  # content hash of the model
     fingerprint: str  # of the text's tokens
+    device: str = ""  # that scored it; empty in files of earlier versions
+    kernels: str = ""  # triton or reference
 
     def save(self, path: Path) -> None:
         """Write the scores atomically."""
         make_directory(path.parent)
         metadata = {"model": self.model, "data_fingerprint": self.fingerprint}
+        metadata |= {"device": self.device, "kernels": self.kernels}
         tensors = {"log_probs": self.log_probs, "block_starts": self.block_starts}
         write_file(path, _with_sorted_metadata(save(tensors, metadata)))
 
@@ -45,10 +48,8 @@ class Scores:
             with safe_open(path, "numpy") as file:
                 metadata = file.metadata() or {}
                 names = ("log_probs", "block_starts")
-                scores = cls(
-                    *(file.get_tensor(name) for name in names),
-                    *(metadata.get(key, "") for key in ("model", "data_fingerprint")),
-                )
+                keys = ("model", "data_fingerprint", "device", "kernels")
+                scores = cls(*(file.get_tensor(name) for name in names), *(metadata.get(key, "") for key in keys))
             problem = scores._problem()
         except (OSError, SafetensorError) as error:
             problem = str(error)
@@ -89,6 +90,13 @@ def scored_model(path: Path) -> str | None:
             return (file.metadata() or {}).get("model")
     except (OSError, SafetensorError):
         return None
+
+
+def scored_on(path: Path) -> tuple[str, str]:
+    """Return the device and the kernels that scored a text, from the metadata alone; empty where not recorded."""
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+    return metadata.get("device", ""), metadata.get("kernels", "")
 
 
 def all_texts(config: RunConfig) -> list[tuple[str, str]]:

@@ -124,7 +124,17 @@ def facts(config: RunConfig, results: Results) -> dict[str, str]:
         f"posterior over blocks of {budget.sequence_length:,} tokens, {config.evaluate.prior} prior.",
         "Random seed": f"{results.random_seed}, a single run: differences of a percent may be chance.",
     }
+    words |= {"Devices": _device_words(results)} if results.devices else {}
     return words | ({"Notes": " ".join(results.notes)} if results.notes else {})
+
+
+def _device_words(results: Results) -> str:
+    ran = results.devices.values()
+    trained, scored, kernels = (
+        _listed(sorted({value for one in ran if (value := getattr(one, name))})) or "unknown devices"
+        for name in ("trained", "scored", "kernels")
+    )
+    return f"Trained on {trained}; scored on {scored} with {kernels} kernels."
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -131,8 +131,12 @@ def live_table(*, quiet: bool) -> Iterator[Show]:
 
 
 def print_progress(rows: Sequence[ModelProgress]) -> None:
-    """The table once, on stdout."""
-    Console().print(progress_table(rows))
+    """The table once, on stdout, and the devices that have trained."""
+    console = Console()
+    console.print(progress_table(rows))
+    devices = dict.fromkeys(f"{row.device} ({row.kernels} kernels)" for row in rows if row.device)
+    if devices:
+        console.print(Text(printable(f"trained on {', '.join(devices)}"), style="dim"))
 
 
 def progress_as_json(rows: Sequence[ModelProgress]) -> dict[str, Any]:

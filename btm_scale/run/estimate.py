@@ -10,15 +10,14 @@ import numpy as np
 
 from btm_scale.config.layout import Layout
 from btm_scale.config.run import RunConfig
-from btm_scale.distributed.precision import ask_device
 from btm_scale.forest.average_models import average_texts
 from btm_scale.forest.scores import all_texts
 from btm_scale.launch.gpus import gpu_of_device
-from btm_scale.launch.local import visible_gpus
 from btm_scale.launch.step_time import step_time
 from btm_scale.model.shape import ModelShape
 from btm_scale.run.launchers import placement
 from btm_scale.train.jobs import TrainingJob, model_names, training_job, training_stages
+from btm_scale.util.devices import usable_gpus_or_none
 
 _START_SECONDS = 15.0  # until a group has imported the engines and built the model
 _STEP_SECONDS = 0.02  # of a micro-batch on a CPU, besides matrix products
@@ -32,8 +31,9 @@ def run_seconds(config: RunConfig, vocabulary: int, done: Container[str] = ()) -
 
     It is right within a factor of about 3, on a machine without other work.
     """
-    gpu = gpu_of_device(ask_device().device) if visible_gpus() else None
-    if visible_gpus() and gpu is None:
+    gpus = usable_gpus_or_none(config.launch.device)
+    gpu = gpu_of_device(gpus.kinds[0]) if gpus.names else None
+    if gpus.names and gpu is None:
         return None
     speed = 0.0 if gpu is not None else _matrix_speed() / len(os.sched_getaffinity(0))
     length = config.budget.sequence_length
@@ -53,7 +53,7 @@ def run_seconds(config: RunConfig, vocabulary: int, done: Container[str] = ()) -
             sequences=job.sequences,
             length=length,
             accumulation=job.accumulation,
-            ranks_per_node=len(visible_gpus()),
+            ranks_per_node=len(gpus.names),
         ).total
         return (job.steps + scored / (job.sequences * length)) * step
 

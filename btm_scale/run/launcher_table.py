@@ -38,7 +38,7 @@ def _on_hosts(config: LaunchConfig) -> RunGroups:
     from btm_scale.launch.deepspeed import HostPool
     from btm_scale.launch.supervise import groups_in
 
-    return groups_in(HostPool(config.deepspeed))
+    return groups_in(HostPool(config.deepspeed, config.device))
 
 
 def _by_srun(config: LaunchConfig) -> RunGroups:
@@ -65,7 +65,7 @@ def _become_slurm_rank(environment: MutableMapping[str, str]) -> None:
 def _by_mpirun(config: LaunchConfig) -> RunGroups:
     from btm_scale.launch.mpi import MpiLauncher
 
-    return MpiLauncher(config.mpi)
+    return MpiLauncher(config.mpi, config.device)
 
 
 def _train_under_mpi(config: RunConfig, run: RunDir, models: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import LaunchError
-from btm_scale.launch.local import LocalPool, visible_gpus
+from btm_scale.launch.local import LocalPool
 from btm_scale.launch.mpi import run_under_mpi
 from btm_scale.launch.supervise import RunGroups, groups_in
 from btm_scale.run.launcher_table import LAUNCHERS
@@ -19,6 +19,7 @@ from btm_scale.run.state import progress, state_at_rest, training_commands
 from btm_scale.run_dir import RunDir
 from btm_scale.train.jobs import training_job
 from btm_scale.train.progress import ModelProgress
+from btm_scale.util.devices import Device, usable_gpus_or_none
 from btm_scale.util.mpi import mpi_rank
 
 Progress = Callable[[Sequence[ModelProgress]], None]
@@ -30,15 +31,17 @@ class Placement:
 
     slots: int
     threads: int  # per rank
+    device: Device = "auto"
 
 
 def placement(config: RunConfig, models: Sequence[str]) -> Placement:
     """Return how the groups of a stage share this machine's cores and GPUs."""
     cores = len(os.sched_getaffinity(0))
     ranks = max(training_job(config, model).layout.ranks for model in models)
-    slots = config.launch.local.slots or max(1, (len(visible_gpus()) or cores) // ranks)
+    gpus = usable_gpus_or_none(config.launch.device).names
+    slots = config.launch.local.slots or max(1, (len(gpus) or cores) // ranks)
     slots = min(slots, len(models))
-    return Placement(slots, max(1, cores // (slots * ranks)))
+    return Placement(slots, max(1, cores // (slots * ranks)), config.launch.device)
 
 
 def run_training(
@@ -67,7 +70,7 @@ def run_training(
 
 def here(place: Placement) -> RunGroups:
     """Return a launcher that starts groups on this machine with this placement."""
-    return groups_in(LocalPool(place.slots, place.threads))
+    return groups_in(LocalPool(place.slots, place.threads, place.device))
 
 
 def launcher_named(name: str, config: RunConfig) -> RunGroups | None:
@@ -83,4 +86,4 @@ def train_under_mpi(config: RunConfig, run: RunDir, models: Sequence[str]) -> No
             "train --launcher mpi must be started by mpirun: mpirun -n RANKS btm-scale train CONFIG --launcher mpi. Or "
             "use btm-scale run CONFIG --launcher mpi, which calls mpirun itself."
         )
-    run_under_mpi(training_commands(config, run, models), config.launch.mpi.threads)
+    run_under_mpi(training_commands(config, run, models), config.launch.mpi.threads, config.launch.device)

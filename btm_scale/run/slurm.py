@@ -44,7 +44,8 @@ def jobs(config: RunConfig) -> list[slurm.Job]:
     after = tuple(job.name for job in result if job.models)
     layout = config.layout
     result.append(slurm.Job(EVALUATE, "evaluate", ranks=layout.ranks, colocated=layout.colocated, after=after))
-    return result
+    on_cpu = config.launch.device == "cpu"
+    return [replace(job, uses_gpus=False) for job in result] if on_cpu else result
 
 
 def write_scripts(config: RunConfig, run: RunDir) -> dict[str, Path]:
@@ -71,7 +72,7 @@ def submit_run(
     preview_texts(resolve_sources(config.all_domains, config.text_root), config, config.tokenizer.vocab_size)
     config = open_run(config, run, reread=reread)
     scripts = write_scripts(config, run)
-    if not slurm.requests_gpus(config.launch.slurm):
+    if config.launch.device != "cpu" and not slurm.requests_gpus(config.launch.slurm):
         logger.warning("The jobs request no GPU. Set launch.slurm.gres, such as gpu:8, to train on GPUs.")
     if dry_run:
         return {"scripts": {name: str(path) for name, path in scripts.items()}, "submitted": {}}

@@ -5,6 +5,7 @@ Nothing else records progress, so a run that was killed resumes from its files.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +20,16 @@ from btm_scale.forest.methods import check_names
 from btm_scale.forest.scores import all_texts, missing_scores
 from btm_scale.forest.turns import changing_config
 from btm_scale.launch import slurm_queue
-from btm_scale.launch.local import visible_gpus
+from btm_scale.launch.local import require_gpus
 from btm_scale.launch.supervise import GroupCommand
 from btm_scale.run_dir import RunDir
 from btm_scale.train.jobs import model_names, training_job, training_stages
 from btm_scale.train.progress import ModelProgress, State, read_progress
+from btm_scale.util.devices import Gpus, usable_gpus
 from btm_scale.util.locks import is_held
 from btm_scale.util.rank_log import read_failure
+
+logger = logging.getLogger(__name__)
 
 
 def open_run(
@@ -115,18 +119,24 @@ def _may_be_queued(run: RunDir) -> bool:
 def on_this_device(config: RunConfig, run: RunDir) -> RunConfig:
     """Return the config with each `auto` replaced by this machine's fast precision.
 
-    Raises LaunchError if this device cannot train in the precision of a model that is not done.
+    Raises LaunchError if this device cannot train in the precision of a model that is not done, if such a model has
+    more ranks than the machine has GPUs, and as `usable_gpus` does.
     """
+    todo = [model for model in model_names(config) if not is_done(config, run, model)]
+    gpus = usable_gpus(config.launch.device) if todo else Gpus()
+    for model in todo:
+        require_gpus(gpus, model, training_job(config, model).layout.ranks)
+    if todo:
+        devices = f"GPUs: {len(gpus.names)} x {gpus.kinds[0]}" if gpus.names else f"the CPU: {gpus.reason}"
+        logger.info("groups run on %s", devices)
     if "auto" in config.precisions:
-        config = config.with_precision(ask_device().fast)
-    needed = {
-        training_job(config, model).layout.precision for model in model_names(config) if not is_done(config, run, model)
-    }
+        config = config.with_precision(ask_device(config.launch.device).fast)
+    needed = {training_job(config, model).layout.precision for model in todo}
     if needed:
         needed.add(config.layout.precision)  # averages are scored in it
     # Every device supports fp32, and every CPU bf16, at least by emulation.
-    if needed - ({"fp32"} if visible_gpus() else {"fp32", "bf16"}):
-        ask_device().require(needed)
+    if needed - ({"fp32"} if gpus.names else {"fp32", "bf16"}):
+        ask_device(config.launch.device).require(needed)
     return config
 
 

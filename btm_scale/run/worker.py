@@ -84,7 +84,7 @@ def _joined(
     """Yield the group and the config with resolved precisions; `records` as in `_resolved`."""
     end_with_supervisor()
     keep_freed_memory()
-    group = ExpertGroup.join(layout_of(config))
+    group = ExpertGroup.join(layout_of(config), config.launch.device)
     # Only one rank reads: others might read run.yaml before a precision is recorded in it.
     resolved = [_resolved(config, run, records) if group.is_first else config]
     dist.broadcast_object_list(resolved, src=0)

@@ -19,6 +19,7 @@ from btm_scale.model.hf_weights import huggingface_shapes, huggingface_tensors
 from btm_scale.run_dir import RunDir
 from btm_scale.train.engine import Engine
 from btm_scale.train.jobs import TrainingJob
+from btm_scale.util.device_query import name_of
 from btm_scale.util.files import make_partial, partial_path, publish_directory
 from btm_scale.util.inside import copy_inside
 
@@ -44,7 +45,8 @@ def export_expert(engine: Engine, config: RunConfig, run: RunDir, branch: Branch
         (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         for file in sorted(run.tokenizer.iterdir()):
             copy_inside(run.tokenizer, file.name, partial)
-        _card(config, run, job, branch, partial).write(partial / CARD)
+        card = _card(config, run, job, branch, partial)
+        card.model_copy(update={"device": name_of(group.device)}).write(partial / CARD)
         publish_directory(partial, final)
     dist.barrier()
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from btm_scale.launch.gpus import gpu_of_device
 from btm_scale.util.bounded_json import parse_json
+from btm_scale.util.device_query import name_of
 from btm_scale.util.files import make_directory, open_to_append, write_file
 
 if TYPE_CHECKING:  # reading metrics needs no engine
@@ -50,6 +51,9 @@ class Metrics:
         self._token_flops = shape.flops_per_token(length)
         peak = peak_flops(group.device, job.layout.precision)
         self._peak = None if peak is None else peak * group.size
+        from btm_scale.kernels import kernel_path
+
+        self._runs_on = {"device": name_of(group.device), "kernels": kernel_path(group.device)}
         self._first_step = first_step
         self._file: TextIO | None = None
         self._last = time.perf_counter()
@@ -90,7 +94,7 @@ class Metrics:
             line["flops_utilisation"] = line["flops_per_second"] / self._peak
         if self._file is None:
             return line
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json.dumps(line | self._runs_on) + "\n")
         if now - self._logged > _LOG_SECONDS or step == self._job.steps:
             self._logged = now
             logger.info(

@@ -31,6 +31,8 @@ class ModelProgress:
     tokens_per_second: float | None
     seconds_left: float | None
     note: str = ""
+    device: str | None = None
+    kernels: str | None = None
 
 
 def read_progress(
@@ -61,6 +63,8 @@ def read_progress(
         tokens_per_second=_median(rows, "tokens_per_second"),
         seconds_left=left if state == "running" else None,
         note=note,
+        device=rows[-1].get("device"),
+        kernels=rows[-1].get("kernels"),
     )
 
 

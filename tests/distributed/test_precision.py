@@ -31,7 +31,7 @@ def auto_values(text: Path, **changes: object) -> dict[str, object]:
 def device(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that trains fast in fp32 and cannot train in fp16."""
     answer = DevicePrecisions("this CPU (any)", ("bf16", "fp32"), "fp32")
-    monkeypatch.setattr(run_state, "ask_device", lambda: answer)
+    monkeypatch.setattr(run_state, "ask_device", lambda device: answer)
 
 
 def test_auto_is_fp32_on_a_cpu_whose_libraries_have_no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.fake_devices import CUDA, H100, fake_machine, nvidia_nodes
 from helpers.mpirun import mpirun
 
 from btm_scale.config.launch import MpiConfig
@@ -20,6 +21,8 @@ from btm_scale.launch import mpi
 from btm_scale.launch.mpi import MpiLauncher
 from btm_scale.launch.shutdown import REQUEUE
 from btm_scale.launch.supervise import GroupCommand
+from btm_scale.util.device_query import TorchDevices
+from btm_scale.util.devices import Device
 
 
 def run(folder: Path, ranks: int, **groups: tuple[str, ...]) -> str:
@@ -66,7 +69,32 @@ def test_a_missing_mpirun_is_reported(tmp_path: Path) -> None:
         launcher([GroupCommand("a", 1, (), tmp_path / "train" / "a" / "log")], lambda states: None)
 
 
-@pytest.mark.parametrize(("visible", "taken"), [("3", "0"), ("0,1,2,3", "1"), (None, "1")])
+@pytest.mark.parametrize(("config", "device", "ranks"), [({}, "auto", 8), ({}, "cpu", 96), ({"ranks": 3}, "auto", 3)])
+def test_mpirun_starts_a_rank_per_gpu_or_per_core_of_the_cpu(
+    config: dict[str, Any], device: Device, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_machine(monkeypatch, tmp_path, torch=TorchDevices(CUDA, (H100,) * 8), nodes=nvidia_nodes(*range(8)))
+    monkeypatch.setattr(mpi.os, "sched_getaffinity", lambda pid: set(range(96)))
+    started: list[Any] = []
+    monkeypatch.setattr(mpi, "run_groups_in", lambda pool, commands, on_poll: started.append(pool.take(commands[0])))
+    launcher = MpiLauncher(MpiConfig(command=("true",), **config), device)
+    launcher([GroupCommand("a", 1, (), tmp_path / "train" / "a" / "log")], lambda states: None)
+    [words] = started[0].processes
+    assert (words[words.index("-n") + 1], words[-1]) == (str(ranks), device)
+
+
+@pytest.mark.parametrize(
+    ("visible", "taken"),
+    [
+        ("3", "0"),
+        ("GPU-8ab1", "0"),
+        ("NoDevFiles", "1"),
+        ("", "1"),
+        ("0,1,2,3", "1"),
+        ("GPU-8ab1,GPU-77c0", "1"),
+        (None, "1"),
+    ],
+)
 def test_a_rank_that_is_bound_to_one_gpu_uses_it(
     visible: str | None, taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from btm_scale.run.doctor.finding import Finding
 from btm_scale.run.doctor.libraries import library_findings
 from btm_scale.run.doctor.machine import cpu_quota, machine_findings, memory_limit
 from btm_scale.run.doctor.programs import mpi_family, program_findings
+from btm_scale.util.device_query import VISIBLE
 
 A_GPU = {"name": "NVIDIA H100", "memory": 85_000_000_000, "capability": "9.0", "error": ""}
 ANSWERS: dict[str, dict[str, Any]] = {
@@ -32,7 +33,8 @@ Examine = Callable[..., dict[str, Any]]
 @pytest.fixture
 def examined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Examine:
     """Return the report for a machine with these library answers and driver GPUs."""
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in VISIBLE:
+        monkeypatch.delenv(name, raising=False)
 
     def examine(of_driver: tuple[str, ...] = (), **answers: dict[str, Any]) -> dict[str, Any]:
         replies = {name: Reply(answer) for name, answer in (ANSWERS | answers).items()}
@@ -139,10 +141,28 @@ def test_gpus_are_listed_and_one_that_cannot_compute_is_named(examined: Examine)
 
 def test_gpus_that_a_cpu_build_of_torch_cannot_use_are_named(examined: Examine) -> None:
     report = examined(("NVIDIA A100, 570.86.15",), torch={"build": "CPU", "nccl": ""}, gpus={"gpus": [], "reason": ""})
-    assert finding(report, "GPU")["found"] == "NVIDIA A100, 570.86.15: unused by this CPU build of torch"
+    assert finding(report, "GPU")["found"] == "NVIDIA A100, 570.86.15: this is a CPU build of torch"
     assert verdict(report, "train on GPU") == (False, "the GPU cannot be used")
     assert verdict(report, "train on CPU") == (True, "")
     assert report["works"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "state", "words"),
+    [
+        ("", "missing", "hidden by CUDA_VISIBLE_DEVICES='': NVIDIA A100"),
+        ("NoDevFiles", "broken", "NVIDIA A100: CUDA_VISIBLE_DEVICES=NoDevFiles names none"),
+        (None, "broken", "NVIDIA A100: torch (CUDA 12.8) reports: The driver is too old (found version 11040)"),
+    ],
+)
+def test_gpus_that_torch_does_not_see_are_reported_with_the_reason(
+    visible: str | None, state: str, words: str, examined: Examine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    too_old = "The driver is too old (found version 11040)."
+    report = examined(("NVIDIA A100",), gpus={"gpus": [], "reason": too_old})
+    assert (finding(report, "GPU")["state"], finding(report, "GPU")["found"]) == (state, words)
 
 
 def test_a_triton_without_its_assembler_compiles_no_kernels(examined: Examine) -> None:

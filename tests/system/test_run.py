@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
 import subprocess
 import time
@@ -29,6 +30,22 @@ from btm_scale.run_dir import RunDir
 pytestmark = pytest.mark.slow
 
 Run = tuple[RunConfig, RunDir]
+
+
+def test_the_device_and_its_kernels_are_reported_everywhere(finished_run: Run) -> None:
+    _, run = finished_run
+    cpu = f"CPU ({platform.machine()})"
+    [first, *_] = (line for line in run.log("seed").read_text().splitlines() if "[seed rank 0]" in line)
+    assert f"device: {cpu}; kernels: reference; ranks: 1" in first
+    rows = [json.loads(line) for line in run.metrics("seed").read_text().splitlines()]
+    assert {(row["device"], row["kernels"]) for row in rows} == {(cpu, "reference")}
+    assert read_expert(run.model("python")).device == cpu
+    devices = json.loads(run.results.read_text())["devices"]
+    assert devices.keys() >= {"seed", "dense", "python", "licences", "random/0"}
+    assert all(ran == {"trained": cpu, "scored": cpu, "kernels": "reference"} for ran in devices.values())
+    assert f"Trained on {cpu}; scored on {cpu} with reference kernels." in run.report.read_text()
+    assert f"trained on {cpu} (reference kernels)" in btm_scale("status", run.root).stdout
+    assert json.loads(btm_scale("status", run.root, "--json").stdout)["models"]["seed"]["device"] == cpu
 
 
 def test_results_hold_every_method_on_every_domain(finished_run: Run) -> None:

@@ -29,11 +29,10 @@ def examine(folder: Path, seconds: float = SECONDS) -> dict[str, Any]:
         programs = pool.submit(program_findings)
         driver_gpus = pool.submit(gpus_of_driver)
         replies = ask(names_to_ask(), seconds)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     findings = [
         *machine_findings(folder),
         *guarded("devices", "driver", driver_findings),
-        *guarded("devices", "GPU", lambda: device_findings(replies, driver_gpus.result(), visible)),
+        *guarded("devices", "GPU", lambda: device_findings(replies, driver_gpus.result(), os.environ)),
         *library_findings(replies),
         *programs.result(),
         *guarded("programs", "ptxas", lambda: triton_finding(replies)),

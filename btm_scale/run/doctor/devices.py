@@ -6,20 +6,24 @@ from collections.abc import Mapping, Sequence
 
 from btm_scale.run.doctor.ask import Reply
 from btm_scale.run.doctor.finding import Finding, size
+from btm_scale.util.device_query import TorchDevices
+from btm_scale.util.devices import driver_nodes, hiding_variable, why_none
 
 _PART = "devices"
 _NEEDED = "training, scoring and generating on a GPU"
 
 
-def device_findings(replies: Mapping[str, Reply], driver_gpus: Sequence[str], visible: str | None) -> list[Finding]:
+def device_findings(
+    replies: Mapping[str, Reply], driver_gpus: Sequence[str], environment: Mapping[str, str]
+) -> list[Finding]:
     """Return the findings on the devices that torch can use.
 
     Args:
         replies: the answers of the child process.
         driver_gpus: the GPUs that the driver lists, which torch may not see.
-        visible: CUDA_VISIBLE_DEVICES, if it is set.
+        environment: the variables that choose GPUs, and SLURM's.
     """
-    return [*_gpus(replies, driver_gpus, visible), *_nccl(replies), *_precision(replies)]
+    return [*_gpus(replies, driver_gpus, environment), *_nccl(replies), *_precision(replies)]
 
 
 def triton_finding(replies: Mapping[str, Reply]) -> list[Finding]:
@@ -35,7 +39,7 @@ def triton_finding(replies: Mapping[str, Reply]) -> list[Finding]:
     return [Finding("programs", "ptxas", "missing", f"no program at {place}", needed, remedy)]
 
 
-def _gpus(replies: Mapping[str, Reply], driver_gpus: Sequence[str], visible: str | None) -> list[Finding]:
+def _gpus(replies: Mapping[str, Reply], driver_gpus: Sequence[str], environment: Mapping[str, str]) -> list[Finding]:
     reply = replies.get("gpus", Reply(error="torch is not installed", is_asked=False))
     findings = []
     for index, gpu in enumerate(reply.answer.get("gpus", ())):
@@ -50,21 +54,16 @@ def _gpus(replies: Mapping[str, Reply], driver_gpus: Sequence[str], visible: str
     if reply.error:
         return [Finding(_PART, "GPU", reply.state, reply.error, _NEEDED)]
     build = replies["torch"].answer.get("build", "") if "torch" in replies else ""
-    listed = "; ".join(driver_gpus)
-    if visible is not None and visible.strip() in ("", "-1"):
-        text = f"hidden by CUDA_VISIBLE_DEVICES='{visible}'" + (f": {listed}" if listed else "")
-        return [Finding(_PART, "GPU", "missing", text, _NEEDED, "unset CUDA_VISIBLE_DEVICES" if listed else "")]
-    if listed and build == "CPU":
-        remedy = "install a CUDA build of torch: see https://pytorch.org/get-started/locally"
-        return [Finding(_PART, "GPU", "broken", f"{listed}: unused by this CPU build of torch", _NEEDED, remedy)]
+    nodes = driver_nodes()
+    listed = "; ".join(driver_gpus or nodes)
+    hidden = hiding_variable(environment)
+    if hidden:
+        text = f"hidden by {hidden}='{environment[hidden]}'" + (f": {listed}" if listed else "")
+        return [Finding(_PART, "GPU", "missing", text, _NEEDED, f"unset {hidden}" if listed else "")]
     if listed:
-        text = f"{listed}: torch ({build}) finds none" + (
-            f": {reply.answer['reason']}" if reply.answer["reason"] else ""
-        )
-        remedy = (
-            f"install a torch that was built for this driver's CUDA, or a newer driver (CUDA_VISIBLE_DEVICES={visible})"
-        )
-        return [Finding(_PART, "GPU", "broken", text, _NEEDED, remedy)]
+        found = TorchDevices(build, problem=reply.answer["reason"])
+        reason, remedy = why_none(found, environment, nodes or list(driver_gpus))
+        return [Finding(_PART, "GPU", "broken", f"{listed}: {reason}", _NEEDED, remedy)]
     return [Finding(_PART, "GPU", "missing", reply.answer.get("reason", ""), _NEEDED)]
 
 
