@@ -44,8 +44,11 @@ def combine_partials(partials: Sequence[Partials] | Partials) -> Tensor:
         same bits. A target that is in no shard has log-probability -inf.
 
     Raises:
+        ValueError: there is no shard.
         FloatingPointError: a log-probability is NaN.
     """
+    if len(partials) == 0:
+        raise ValueError("There are no partials to combine. Pass one triple for each shard of the vocabulary.")
     shards = cast(
         Sequence[Partials],
         list(zip(*partials, strict=True)) if isinstance(partials[0], Tensor) else partials,
