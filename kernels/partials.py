@@ -47,12 +47,12 @@ def combine_partials(partials: Sequence[Partials] | Partials) -> Tensor:
         ValueError: there is no shard.
         FloatingPointError: a log-probability is NaN.
     """
-    if len(partials) == 0:
-        raise ValueError("There are no partials to combine. Pass one triple for each shard of the vocabulary.")
     shards = cast(
         Sequence[Partials],
-        list(zip(*partials, strict=True)) if isinstance(partials[0], Tensor) else partials,
+        list(zip(*partials, strict=True)) if len(partials) and isinstance(partials[0], Tensor) else partials,
     )
+    if len(shards) == 0:
+        raise ValueError("There are no partials to combine. Pass one triple for each shard of the vocabulary.")
     total = shards[0]
     for shard in shards[1:]:
         total = merge(total, shard)

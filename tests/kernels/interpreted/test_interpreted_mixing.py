@@ -160,6 +160,19 @@ def test_the_launch_that_picks_a_token_adds_its_log_likelihood():
     assert torch.allclose(running, gain + 0.5, rtol=0, atol=1e-5)
 
 
+def test_strided_inputs_and_a_strided_running_likelihood_give_the_same_as_contiguous_ones():
+    logits, log_weights = mixing_case(3, 4, 1000)
+    strided = logits.transpose(0, 2).contiguous().transpose(0, 2)
+    running = [torch.zeros(4, 3, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.float64).T]
+    results = [
+        mix_sample(logits, log_weights, temperature=0, log_likelihood=running[0]),
+        mix_sample(strided, log_weights.T.contiguous().T, temperature=0, log_likelihood=running[1]),
+    ]
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(*running)
+    assert (running[1] < 0).all()
+
+
 def test_offsets_beyond_2_to_the_31_address_the_right_memory():
     near, log_weights = mixing_case(2, 3, 111)
     far = sparse_tensor((2, 3, 111), (2**32 + 64, 2**30 + 2**29, 1), torch.bfloat16)
