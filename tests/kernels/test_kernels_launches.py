@@ -78,7 +78,7 @@ def test_a_running_likelihood_or_a_generator_of_another_device_is_refused():
         ("sm_80", "128x128x32"),
         ("sm_89", "128x128x32"),
         ("sm_90", "128x256x64"),
-        ("sm_100", "256x128x64"),
+        ("sm_100", "256x128x32"),
         ("gfx90a", "128x128x64"),
         ("gfx942", "128x128x64"),
     ],
