@@ -41,6 +41,10 @@ def main() -> None:
     import torch
     from environment import describe
 
+    from btm_scale.kernels.hardware import interpreter_problem
+
+    if options.small and (problem := interpreter_problem()):
+        sys.exit(problem)
     if options.cpu:
         from kernels_cpu import measure_reference
 

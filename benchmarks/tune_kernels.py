@@ -1,4 +1,4 @@
-"""Time block shapes on this machine's GPU and write the fastest to kernels/tuning.py.
+"""Time block shapes on this machine's GPU and write the fastest to kernels/tuning_table.py.
 
 python benchmarks/tune_kernels.py            # prints the best rows
 python benchmarks/tune_kernels.py --write    # and replaces the table's rows of this GPU
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from btm_scale.kernels.tuning import MixConfig, ScoreConfig, ScoreRule
+    from btm_scale.kernels.tuning_table import MixConfig, ScoreConfig, ScoreRule
 
-TABLE = Path(__file__).parent.parent / "kernels" / "tuning.py"
+TABLE = Path(__file__).parent.parent / "kernels" / "tuning_table.py"
 # (min tokens, min hidden size) of a rule, and the problem on which it is tuned: tokens, hidden, vocabulary.
 SCORE_CLASSES = {(0, 0): (32, 2048, 32_000), (65, 0): (8192, 1024, 50_304), (65, 3072): (8192, 4096, 128_256)}
 
@@ -34,12 +34,19 @@ def main() -> None:
 
     import torch
 
-    from btm_scale.kernels.tuning import MixConfig, ScoreConfig, ScoreRule, architecture, score_config
+    from btm_scale.kernels.hardware import hardware, interpreter_problem
+    from btm_scale.kernels.tuning import row_name
+    from btm_scale.kernels.tuning_table import SCORE_RULES, MixConfig, ScoreConfig, ScoreRule
 
+    if options.small and (problem := interpreter_problem()):
+        sys.exit(problem)
     device = "cpu" if options.small else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("There is no GPU here to tune for. Use --small to prove the script.")
-    arch = architecture(torch.device(device))
+    gpu = hardware(torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device("cpu"))
+    arch = row_name(gpu)
+    if arch != gpu.arch:
+        sys.exit(f"{gpu.arch} uses the rows of {arch}, which another GPU would share. Give it rows in {TABLE.name}.")
     if options.small:
         scores = [ScoreConfig(16, 64, 32, 128, 2, 4, 1), ScoreConfig(32, 128, 32, 128, 2, 4, 1)]
         mixes = [MixConfig(128, 512, 4, 1 << 20), MixConfig(256, 512, 4, 1 << 20)]
@@ -49,8 +56,13 @@ def main() -> None:
     rules = [
         ScoreRule(arch, 16, *least, True, best_score(device, scores, *problem)) for least, problem in classes.items()
     ]
-    # Rows that are not timed keep their place before the timed ones, which are more particular.
-    kept = [ScoreRule(arch, bits, 0, 0, False, score_config(arch, bits, 1, 1, aligned=False)) for bits in (32, 16)]
+    # Rows that are not timed keep their place before the timed ones: a GPU that refuses the latter falls back on them.
+    smallest = min(rule.config.block_t * rule.config.block_v for rule in rules)
+    kept = [
+        rule
+        for rule in SCORE_RULES
+        if rule.arch == arch and (not rule.aligned or rule.config.block_t * rule.config.block_v < smallest)
+    ]
     mix = best_mix(device, mixes, *((2, 3, 1000) if options.small else (8, 64, 128_256)))
     print(*kept, *rules, mix, sep="\n")
     if options.write and not options.small:
@@ -60,7 +72,7 @@ def main() -> None:
 
 def score_candidates() -> list[ScoreConfig]:
     """Block shapes worth timing; those that do not fit a GPU fail to launch and are skipped."""
-    from btm_scale.kernels.tuning import ScoreConfig
+    from btm_scale.kernels.tuning_table import ScoreConfig
 
     blocks = [(32, 128), (64, 128), (64, 256), (128, 128), (128, 256), (256, 128)]
     return [
@@ -73,7 +85,7 @@ def score_candidates() -> list[ScoreConfig]:
 
 def mix_candidates() -> list[MixConfig]:
     """Block shapes and cache shares worth timing."""
-    from btm_scale.kernels.tuning import MixConfig
+    from btm_scale.kernels.tuning_table import MixConfig
 
     return [
         MixConfig(block, split, warps, megabytes << 20)
@@ -93,7 +105,7 @@ def best_score(device: str, candidates: Iterable[ScoreConfig], tokens: int, hidd
     heads = [torch.randn(vocab, hidden, device=device).bfloat16()]
     targets = torch.randint(vocab, (tokens,), device=device)
     return _fastest(
-        device, candidates, lambda config: triton_launch.token_logprobs(states, heads, targets, config=config)
+        device, candidates, lambda config: triton_launch.score_partials(states, heads, targets, config=config)
     )
 
 

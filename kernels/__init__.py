@@ -1,29 +1,49 @@
 """Score and mix many language models without materializing their logits.
 
 `token_logprobs` scores text under many experts from their hidden states; `mix_logits` and `mix_sample` decode from
-their mixture. CUDA tensors use Triton, others the PyTorch reference; if TRITON_INTERPRET=1 is set before Triton is
-imported, CPU tensors run the Triton kernels as well. The package imports nothing else of btm_scale, and Triton only to
-launch a kernel.
+their mixture. CUDA and ROCm tensors use Triton, others the PyTorch reference; if TRITON_INTERPRET=1 is set before
+Triton is imported, CPU tensors run the Triton kernels as well. `last_path` says which ran, `cost` what the launches
+move. The package imports nothing else of btm_scale, and Triton only to launch a kernel.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import os
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from btm_scale.kernels import reference
-from btm_scale.kernels.checks import check_heads, check_mixture, check_projection, check_sampling, refuse_target
+from btm_scale.kernels import operators
+from btm_scale.kernels.checks import (
+    check_heads,
+    check_mixture,
+    check_projection,
+    check_sampling,
+    check_scoring,
+    refuse_target,
+)
+from btm_scale.kernels.cost import Cost, cost
+from btm_scale.kernels.hardware import is_interpreted
 from btm_scale.kernels.partials import Partials, combine_partials, refuse_nan
+from btm_scale.kernels.paths import Path, last_path
 
-__all__ = ["combine_partials", "kernel_path", "mix_logits", "mix_sample", "token_logprob_partials", "token_logprobs"]
+__all__ = [
+    "Cost",
+    "Path",
+    "combine_partials",
+    "cost",
+    "kernel_path",
+    "last_path",
+    "mix_logits",
+    "mix_sample",
+    "token_logprob_partials",
+    "token_logprobs",
+]
 
 
+@torch.no_grad()
 def token_logprobs(
     hidden: Tensor,
     heads: Sequence[Tensor],
@@ -54,11 +74,12 @@ def token_logprobs(
         FloatingPointError: a log-probability is NaN, because an input contains NaN or infinity.
     """
     check_heads(hidden, heads, targets)
+    check_scoring(vocab_size, soft_cap)
     rows = heads[0].shape[0] if vocab_size is None else min(vocab_size, heads[0].shape[0])
     outside = ((targets < 0) | (targets >= rows)) & (targets != ignore_index)
-    log_probs = _backend(hidden).token_logprobs(
-        hidden, heads, targets, vocab_size=vocab_size, ignore_index=ignore_index, soft_cap=soft_cap
-    )
+    log_probs: Tensor = operators.TOKEN_LOGPROBS(hidden, heads, targets, vocab_size, ignore_index, soft_cap)
+    if not _has_values(log_probs):
+        return log_probs
     # Both checks after the launch and in one transfer, so that they cost one synchronization.
     any_outside, any_nan = torch.stack([outside.any(), log_probs.isnan().any()]).tolist()
     if any_outside:
@@ -68,6 +89,7 @@ def token_logprobs(
     return log_probs
 
 
+@torch.no_grad()
 def token_logprob_partials(
     hidden: Tensor,
     head: Tensor,
@@ -100,17 +122,14 @@ def token_logprob_partials(
         ValueError: shapes, dtypes or devices do not match.
     """
     check_projection(hidden, head, targets)
-    return _backend(hidden).token_logprob_partials(
-        hidden,
-        head,
-        targets,
-        vocab_start=vocab_start,
-        vocab_size=vocab_size,
-        ignore_index=ignore_index,
-        soft_cap=soft_cap,
+    check_scoring(vocab_size, soft_cap, vocab_start)
+    partials: Partials = operators.TOKEN_LOGPROB_PARTIALS(
+        hidden, head, targets, vocab_start, vocab_size, ignore_index, soft_cap
     )
+    return partials
 
 
+@torch.no_grad()
 def mix_logits(logits: Tensor, log_weights: Tensor) -> Tensor:
     """Return the log-probabilities in nats of the mixture: log sum_e w_e softmax(logits_e).
 
@@ -126,9 +145,11 @@ def mix_logits(logits: Tensor, log_weights: Tensor) -> Tensor:
         ValueError: shapes, dtypes or devices do not match.
     """
     check_mixture(logits, log_weights)
-    return _backend(logits).mix_logits(logits, log_weights)
+    mixture: Tensor = operators.MIX_LOGITS(logits, log_weights)
+    return mixture
 
 
+@torch.no_grad()
 def mix_sample(
     logits: Tensor,
     log_weights: Tensor,
@@ -159,22 +180,20 @@ def mix_sample(
         ValueError: shapes, dtypes or devices do not match, or the temperature is negative or not finite.
     """
     check_mixture(logits, log_weights)
-    check_sampling(log_weights, temperature, log_likelihood)
-    return _backend(logits).mix_sample(
-        logits, log_weights, temperature=temperature, generator=generator, log_likelihood=log_likelihood
-    )
+    check_sampling(log_weights, temperature, generator, log_likelihood)
+    sampled: tuple[Tensor, Tensor] = operators.MIX_SAMPLE(logits, log_weights, temperature, generator, log_likelihood)
+    return sampled
 
 
 def kernel_path(device: torch.device) -> str:
-    """Return `triton` or `reference`: what computes these functions for tensors on a device."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not (device.type == "cuda" or interpreted) or importlib.util.find_spec("triton") is None:
-        return "reference"
-    return "triton"
+    """Return `triton` or `reference`: what computes these functions for tensors on a device, unless a launch fails.
+
+    `last_path` says what computed the last one.
+    """
+    has_triton = importlib.util.find_spec("triton") is not None
+    return "triton" if has_triton and (device.type == "cuda" or is_interpreted()) else "reference"
 
 
-def _backend(tensor: Tensor) -> ModuleType:
-    """Return the module that implements the functions for this tensor's device."""
-    if kernel_path(tensor.device) == "reference":
-        return reference
-    return importlib.import_module(".triton_launch", __name__)
+def _has_values(tensor: Tensor) -> bool:
+    """Return whether there are numbers to check; a `meta` or fake tensor has a shape only."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))

@@ -18,6 +18,8 @@ def check_heads(hidden: Tensor, heads: Sequence[Tensor], targets: Tensor) -> Non
             f"hidden is {list(hidden.shape)} with {len(heads)} heads. It must be [experts, tokens, hidden] with one "
             "head per expert."
         )
+    if not heads:
+        raise ValueError("hidden has no experts. At least one expert is needed to score: pass its states and its head.")
     for head in heads:
         check_projection(hidden[0], head, targets)
     if any(head.shape != heads[0].shape or head.dtype != heads[0].dtype for head in heads):
@@ -37,8 +39,19 @@ def check_projection(hidden: Tensor, head: Tensor, targets: Tensor) -> None:
         )
     if hidden.dtype not in _FLOATS or head.dtype not in _FLOATS:
         raise ValueError(f"hidden is {hidden.dtype} and head {head.dtype}. Use bfloat16, float16 or float32.")
-    if not hidden.device == head.device == targets.device:
-        raise ValueError(f"hidden is on {hidden.device}. hidden, heads and targets must be on the same device.")
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets are {targets.dtype}. They are indices into the vocabulary: pass torch.int64.")
+    _check_devices(hidden=hidden, head=head, targets=targets)
+
+
+def check_scoring(vocab_size: int | None, soft_cap: float | None, vocab_start: int = 0) -> None:
+    """Check the settings of the scoring functions."""
+    if vocab_size is not None and vocab_size < 1:
+        raise ValueError(f"vocab_size is {vocab_size}. It must be at least 1, or None for all rows of the head.")
+    if vocab_start < 0:
+        raise ValueError(f"vocab_start is {vocab_start}. It is the vocabulary index of a row: use 0 or more.")
+    if soft_cap is not None and not 0 < soft_cap < float("inf"):
+        raise ValueError(f"soft_cap is {soft_cap}. It must be positive and finite, or None for logits without a bound.")
 
 
 def check_mixture(logits: Tensor, log_weights: Tensor) -> None:
@@ -48,23 +61,46 @@ def check_mixture(logits: Tensor, log_weights: Tensor) -> None:
             f"logits are {list(logits.shape)} and log_weights {list(log_weights.shape)}. They must be [experts, batch, "
             "vocab] and [batch, experts]."
         )
-    if logits.dtype not in _FLOATS or logits.device != log_weights.device:
+    if logits.shape[0] == 0 or logits.shape[2] == 0:
         raise ValueError(
-            f"logits are {logits.dtype} on {logits.device}. They must be bfloat16, float16 or float32, on the device "
-            "of log_weights."
+            f"logits are {list(logits.shape)}, [experts, batch, vocab]. A mixture needs at least one expert and one "
+            "token of vocabulary."
         )
+    if logits.dtype not in _FLOATS:
+        raise ValueError(f"logits are {logits.dtype}. Use bfloat16, float16 or float32.")
+    if not log_weights.is_floating_point():
+        raise ValueError(f"log_weights are {log_weights.dtype}. They must be floating point: use float32 or float64.")
+    _check_devices(logits=logits, log_weights=log_weights)
 
 
-def check_sampling(log_weights: Tensor, temperature: float, log_likelihood: Tensor | None) -> None:
-    """Check the temperature and the running log-likelihoods [batch, experts]."""
+def check_sampling(
+    log_weights: Tensor, temperature: float, generator: torch.Generator | None, log_likelihood: Tensor | None
+) -> None:
+    """Check the temperature, the generator and the running log-likelihoods [batch, experts]."""
     if not 0 <= temperature < float("inf"):
         raise ValueError(
             f"temperature is {temperature}. It must be finite and at least 0, which takes the most likely token."
         )
-    if log_likelihood is not None and log_likelihood.shape != log_weights.shape:
+    if generator is not None and log_weights.device.type not in (generator.device.type, "meta"):
         raise ValueError(
-            f"log_likelihood is {list(log_likelihood.shape)}. It must be [batch, experts] = {list(log_weights.shape)}."
+            f"generator is on {generator.device} and log_weights on {log_weights.device}. They must be on the same "
+            f"device: use torch.Generator('{log_weights.device}')."
         )
+    if log_likelihood is None:
+        return
+    if log_likelihood.shape != log_weights.shape or not log_likelihood.is_floating_point():
+        raise ValueError(
+            f"log_likelihood is {log_likelihood.dtype} {list(log_likelihood.shape)}. It must be floating point and "
+            f"[batch, experts] = {list(log_weights.shape)}."
+        )
+    _check_devices(log_weights=log_weights, log_likelihood=log_likelihood)
+
+
+def _check_devices(**tensors: Tensor) -> None:
+    """Check that tensors share a device: a kernel would read a foreign address as its own memory."""
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        places = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
+        raise ValueError(f"The tensors are on different devices: {places}. Move all of them to the same device.")
 
 
 def refuse_target(target: int, rows: int, ignore_index: int) -> NoReturn:

@@ -44,12 +44,15 @@ def combine_partials(partials: Sequence[Partials] | Partials) -> Tensor:
         same bits. A target that is in no shard has log-probability -inf.
 
     Raises:
+        ValueError: there is no shard.
         FloatingPointError: a log-probability is NaN.
     """
     shards = cast(
         Sequence[Partials],
-        list(zip(*partials, strict=True)) if isinstance(partials[0], Tensor) else partials,
+        list(zip(*partials, strict=True)) if len(partials) and isinstance(partials[0], Tensor) else partials,
     )
+    if len(shards) == 0:
+        raise ValueError("There are no partials to combine. Pass one triple for each shard of the vocabulary.")
     total = shards[0]
     for shard in shards[1:]:
         total = merge(total, shard)

@@ -1,105 +1,43 @@
-"""Block shapes of the kernel launches, by GPU and problem size.
-
-`benchmarks/tune_kernels.py --write` replaces the rows of the GPU that it times. The rows here are not timed: they are
-the largest blocks that compile for each generation without spilling registers, which a test checks for every row.
-"""
+"""Choose block shapes by vendor, architecture, shared memory and problem size."""
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
+from btm_scale.kernels.hardware import Hardware
+from btm_scale.kernels.tuning_table import DEFAULT, MIX_RULES, SAME_AS, SCORE_RULES, MixConfig, ScoreConfig
 
-import torch
-
-INTERPRETER = "interpreter"
+_SMALL_MIX_BLOCK = 512
 
 
-class ScoreConfig(NamedTuple):
-    """Block sizes over tokens, vocabulary and hidden size; vocabulary rows per split; token blocks per group."""
-
-    block_t: int
-    block_v: int
-    block_k: int
-    split: int
-    group: int
-    warps: int
-    stages: int
+def row_name(hardware: Hardware) -> str:
+    """Return the table's name for an architecture: its own, that of a similar one, or its vendor's default."""
+    if hardware.arch in MIX_RULES:
+        return hardware.arch
+    return SAME_AS.get(hardware.arch) or DEFAULT[hardware.vendor]
 
 
-class MixConfig(NamedTuple):
-    """Vocabulary columns per block and per split of the first pass, warps, and bytes of logits per launch."""
+def score_configs(
+    hardware: Hardware, bits: int, tokens: int, hidden: int, *, aligned: bool = True
+) -> list[ScoreConfig]:
+    """Return the shapes for a problem, best first, each with smaller blocks than the one before it.
 
-    block: int
-    split: int
-    warps: int
-    cache_bytes: int
-
-
-class ScoreRule(NamedTuple):
-    """Where a `ScoreConfig` applies; `aligned` requires that every row starts at a multiple of 16 bytes."""
-
-    arch: str
-    bits: int
-    min_tokens: int
-    min_hidden: int
-    aligned: bool
-    config: ScoreConfig
-
-
-SCORE_RULES = [
-    ScoreRule("sm_80", 16, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 4, 2)),
-    ScoreRule("sm_80", 16, 0, 0, True, ScoreConfig(32, 128, 64, 2048, 16, 4, 3)),
-    ScoreRule("sm_80", 16, 65, 0, True, ScoreConfig(128, 128, 32, 8192, 16, 8, 4)),
-    ScoreRule("sm_80", 32, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 4, 2)),
-    ScoreRule("sm_90", 16, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 4, 2)),
-    ScoreRule("sm_90", 16, 0, 0, True, ScoreConfig(32, 128, 64, 2048, 16, 4, 3)),
-    ScoreRule("sm_90", 16, 65, 0, True, ScoreConfig(128, 256, 64, 8192, 16, 8, 3)),
-    ScoreRule("sm_90", 32, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 4, 2)),
-    ScoreRule("sm_100", 16, 0, 0, False, ScoreConfig(32, 32, 32, 4096, 16, 4, 2)),
-    ScoreRule("sm_100", 16, 0, 0, True, ScoreConfig(64, 128, 64, 2048, 16, 4, 3)),
-    ScoreRule("sm_100", 16, 65, 0, True, ScoreConfig(256, 128, 64, 8192, 16, 8, 3)),
-    ScoreRule("sm_100", 32, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 4, 2)),
-    ScoreRule("interpreter", 16, 0, 0, False, ScoreConfig(32, 2048, 64, 4096, 2, 4, 1)),
-    ScoreRule("interpreter", 16, 65, 0, False, ScoreConfig(128, 1024, 64, 2048, 2, 4, 1)),
-    ScoreRule("interpreter", 32, 0, 0, False, ScoreConfig(32, 2048, 64, 4096, 2, 4, 1)),
-    ScoreRule("interpreter", 32, 65, 0, False, ScoreConfig(128, 1024, 64, 2048, 2, 4, 1)),
-]
-
-MIX_RULES = {
-    "sm_80": MixConfig(2048, 16384, 4, 20 << 20),
-    "sm_90": MixConfig(2048, 16384, 4, 32 << 20),
-    "sm_100": MixConfig(2048, 16384, 4, 64 << 20),
-    "interpreter": MixConfig(4096, 8192, 4, 1 << 20),
-}
-
-
-@functools.cache
-def architecture(device: torch.device) -> str:
-    """Return the table's name for a device: its generation, or an older one whose blocks fit."""
-    if device.type != "cuda":
-        return INTERPRETER
-    major = torch.cuda.get_device_capability(device)[0]
-    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")
-
-
-def score_config(arch: str, bits: int, tokens: int, hidden: int, *, aligned: bool = True) -> ScoreConfig:
-    """Return the last rule for this element width whose min_tokens and min_hidden are met.
-
-    Rows that do not start at a multiple of 16 bytes use narrow loads, for which only small blocks have enough
-    registers.
+    A rule applies if its element width is `bits`, its min_tokens and min_hidden are met, and its shape fits the
+    device's shared memory. Rows that do not start at a multiple of 16 bytes use narrow loads, for which only small
+    blocks have enough registers.
     """
-    fitting = [
+    name = row_name(hardware)
+    return [
         rule.config
-        for rule in SCORE_RULES
-        if rule.arch == arch
+        for rule in reversed(SCORE_RULES)
+        if rule.arch == name
         and rule.bits == bits
         and tokens >= rule.min_tokens
         and hidden >= rule.min_hidden
         and (aligned or not rule.aligned)
+        and rule.config.shared_bytes(bits) <= hardware.shared_bytes
     ]
-    return fitting[-1]
 
 
-def mix_config(arch: str) -> MixConfig:
-    """Return the block shapes of the mixing kernels."""
-    return MIX_RULES[arch]
+def mix_configs(hardware: Hardware) -> list[MixConfig]:
+    """Return the shapes of the mixing kernels, best first."""
+    best = MIX_RULES[row_name(hardware)]
+    return [best] if best.block <= _SMALL_MIX_BLOCK else [best, best._replace(block=_SMALL_MIX_BLOCK)]

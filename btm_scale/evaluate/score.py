@@ -19,7 +19,7 @@ from btm_scale.data.eval_text import EvaluationText
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.forest.expert import read_expert
 from btm_scale.forest.scores import Scores, evaluation_text, missing_scores
-from btm_scale.kernels import combine_partials, kernel_path, token_logprob_partials
+from btm_scale.kernels import combine_partials, last_path, token_logprob_partials
 from btm_scale.model.gpt import ExpertModel, build_model
 from btm_scale.model.hf_config import read_shape
 from btm_scale.model.hf_weights import load_weights
@@ -49,7 +49,7 @@ def score_model(
         text = evaluation_text(config, run, domain, split)
         log_probs = text_log_probs(group, network, text)
         if group.is_first:
-            runs_on = name_of(group.device), kernel_path(group.device)
+            runs_on = name_of(group.device), path.backend if (path := last_path("token_logprob_partials")) else ""
             scores = Scores(log_probs, text.block_starts, content_hash, text.fingerprint, *runs_on)
             scores.save(run.scores(model, domain, split))
             on_text(domain, split)

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 from helpers.cuts import full
 
+from btm_scale.kernels.hardware import interpreter_problem
+
 HERE = Path(__file__).parent
 
 
+@pytest.mark.skipif(interpreter_problem() is not None, reason=str(interpreter_problem()))
 @pytest.mark.parametrize("cases", sorted(path.name for path in (HERE / "interpreted").glob("test_*.py")))
 @pytest.mark.parametrize("selected", ["not full", full("full")])
 def test_triton_kernels_agree_with_float64_under_the_interpreter(cases, selected):

@@ -8,25 +8,69 @@ from pathlib import Path
 
 import pytest
 
-from btm_scale.kernels import tuning
-from btm_scale.kernels.tuning import MIX_RULES, SCORE_RULES, MixConfig, ScoreConfig, ScoreRule, score_config
+from btm_scale.kernels import tuning_table
+from btm_scale.kernels.hardware import INTERPRETER, Hardware
+from btm_scale.kernels.tuning import mix_configs, row_name, score_configs
+from btm_scale.kernels.tuning_table import MIX_RULES, SCORE_RULES, MixConfig, ScoreConfig, ScoreRule
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "tune_kernels.py"
+H100 = Hardware("nvidia", "sm_90", 227 << 10)
+MI300X = Hardware("amd", "gfx942", 64 << 10)
+
+
+def hardware_of(arch: str) -> Hardware:
+    if arch == "interpreter":
+        return INTERPRETER
+    return Hardware("amd" if arch.startswith("gfx") else "nvidia", arch, 64 << 10)
 
 
 @pytest.mark.parametrize("arch", sorted(MIX_RULES))
 @pytest.mark.parametrize("bits", [16, 32])
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("tokens", [1, 64, 8192])
-def test_every_problem_size_has_a_rule(arch, bits, aligned, tokens):
-    config = score_config(arch, bits, tokens, 2048, aligned=aligned)
-    assert config.split % config.block_v == 0
+def test_every_problem_size_has_shapes_that_get_smaller(arch, bits, aligned, tokens):
+    configs = score_configs(hardware_of(arch), bits, tokens, 2048, aligned=aligned)
+    assert configs
+    sizes = [config.block_t * config.block_v for config in configs]
+    assert sizes == sorted(sizes, reverse=True)
+    assert all(config.split % config.block_v == 0 for config in configs)
 
 
 def test_unaligned_rows_never_use_blocks_for_wide_loads():
     aligned_only = [rule.config for rule in SCORE_RULES if rule.aligned]
-    assert score_config("sm_90", 16, 8192, 2048) in aligned_only
-    assert score_config("sm_90", 16, 8192, 2048, aligned=False) not in aligned_only
+    assert score_configs(H100, 16, 8192, 2048)[0] in aligned_only
+    assert not set(score_configs(H100, 16, 8192, 2048, aligned=False)) & set(aligned_only)
+
+
+def test_a_card_of_the_same_major_version_and_another_vendor_has_its_own_rows():
+    """PyTorch reports (9, 4) for an MI300X and (9, 0) for an H100, which has 3.5 times its shared memory."""
+    assert row_name(MI300X) == "gfx942"
+    for config in score_configs(MI300X, 16, 8192, 4096):
+        assert config.shared_bytes(16) <= MI300X.shared_bytes
+    assert score_configs(H100, 16, 8192, 4096)[0].shared_bytes(16) > MI300X.shared_bytes
+
+
+@pytest.mark.parametrize(
+    ("unknown", "row"),
+    [
+        (Hardware("nvidia", "sm_75", 64 << 10), "sm_89"),
+        (Hardware("nvidia", "sm_103", 227 << 10), "sm_100"),
+        (Hardware("nvidia", "sm_120", 99 << 10), "sm_89"),
+        (Hardware("nvidia", "sm_200", 300 << 10), "sm_89"),
+        (Hardware("amd", "gfx1201", 64 << 10), "gfx90a"),
+    ],
+)
+def test_an_architecture_without_rows_uses_those_of_a_similar_one_or_the_smallest(unknown, row):
+    assert row_name(unknown) == row
+    assert score_configs(unknown, 16, 8192, 4096)
+    assert mix_configs(unknown)[0] == MIX_RULES[row]
+
+
+def test_a_device_that_reports_little_shared_memory_gets_what_fits():
+    tiny = Hardware("nvidia", "sm_100", 32 << 10)
+    configs = score_configs(tiny, 16, 8192, 4096)
+    assert configs
+    assert all(config.shared_bytes(16) <= 32 << 10 for config in configs)
 
 
 def test_replacing_the_rows_of_a_gpu_keeps_the_others(tmp_path):
@@ -38,7 +82,7 @@ def test_replacing_the_rows_of_a_gpu_keeps_the_others(tmp_path):
     rule = ScoreRule("sm_90", 16, 0, 0, True, ScoreConfig(1, 2, 3, 4, 5, 6, 7))
     mix = MixConfig(8, 9, 10, 11)
     table = tmp_path / "table.py"
-    table.write_text(script.rewritten(Path(tuning.__file__).read_text(), "sm_90", [rule], mix))
+    table.write_text(script.rewritten(Path(tuning_table.__file__).read_text(), "sm_90", [rule], mix))
     renewed = runpy.run_path(str(table))
     assert [tuple(row) for row in renewed["SCORE_RULES"] if row.arch == "sm_90"] == [tuple(rule)]
     others = [tuple(row) for row in SCORE_RULES if row.arch != "sm_90"]

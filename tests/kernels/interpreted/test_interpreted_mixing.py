@@ -11,7 +11,7 @@ from helpers.cuts import cut
 from helpers.kernel_oracle import exact_mixture, mixing_case, sparse_tensor
 
 from btm_scale.kernels import mix_logits, mix_sample, triton_launch
-from btm_scale.kernels.tuning import MixConfig
+from btm_scale.kernels.tuning_table import MIX_RULES, MixConfig
 
 
 class Shape(NamedTuple):
@@ -117,13 +117,15 @@ def test_tokens_are_sampled_with_the_mixtures_probabilities(temperature):
     logits, log_weights = mixing_case(2, 1, vocab)
     exact = exact_mixture(logits, log_weights)[0]
     expected = draws * (exact / temperature).softmax(0)
-    tokens, log_probs = triton_launch.mix_sample(
+    draw = triton_launch.Draw(
         logits.expand(2, draws, vocab).contiguous(),
         log_weights.expand(draws, 2).contiguous(),
-        temperature=temperature,
-        generator=torch.Generator().manual_seed(3),
-        config=NARROW._replace(block=16, cache_bytes=1 << 20),
+        temperature,
+        torch.Generator().manual_seed(3),
+        None,
     )
+    draw.run(NARROW._replace(block=16, cache_bytes=1 << 20))
+    tokens, log_probs = draw.tokens, draw.log_probs
     counts = torch.bincount(tokens, minlength=vocab).double()
     assert (counts[expected == 0] == 0).all()
     common = expected >= 5
@@ -136,9 +138,10 @@ def test_tokens_are_sampled_with_the_mixtures_probabilities(temperature):
 def test_samples_depend_on_the_generator_and_not_on_the_split_into_launches():
     logits, log_weights = mixing_case(2, 6, 1000)
 
-    def draw(seed: int, config: MixConfig | None = None) -> list[int]:
-        generator = torch.Generator().manual_seed(seed)
-        return triton_launch.mix_sample(logits, log_weights, generator=generator, config=config)[0].tolist()
+    def draw(seed: int, config: MixConfig = MIX_RULES["interpreter"]) -> list[int]:
+        draw = triton_launch.Draw(logits, log_weights, 1.0, torch.Generator().manual_seed(seed), None)
+        draw.run(config)
+        return draw.tokens.tolist()
 
     assert draw(1) == draw(1) == draw(1, NARROW)
     assert draw(1) != draw(2)
@@ -155,6 +158,19 @@ def test_the_launch_that_picks_a_token_adds_its_log_likelihood():
     gain = logits.double().log_softmax(2).gather(2, tokens.clamp(min=0).expand(3, 4)[:, :, None])[:, :, 0].T
     gain[log_weights == -INF] = 0
     assert torch.allclose(running, gain + 0.5, rtol=0, atol=1e-5)
+
+
+def test_strided_inputs_and_a_strided_running_likelihood_give_the_same_as_contiguous_ones():
+    logits, log_weights = mixing_case(3, 4, 1000)
+    strided = logits.transpose(0, 2).contiguous().transpose(0, 2)
+    running = [torch.zeros(4, 3, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.float64).T]
+    results = [
+        mix_sample(logits, log_weights, temperature=0, log_likelihood=running[0]),
+        mix_sample(strided, log_weights.T.contiguous().T, temperature=0, log_likelihood=running[1]),
+    ]
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(*running)
+    assert (running[1] < 0).all()
 
 
 def test_offsets_beyond_2_to_the_31_address_the_right_memory():

@@ -10,8 +10,11 @@ import torch
 from helpers.cuts import cut
 from helpers.kernel_oracle import exact_token_logprobs, scoring_case, sparse_tensor
 
-from btm_scale.kernels import combine_partials, token_logprob_partials, token_logprobs, triton_launch, tuning
-from btm_scale.kernels.tuning import ScoreConfig
+from btm_scale.kernels import combine_partials, pieces, token_logprob_partials, token_logprobs, triton_launch
+from btm_scale.kernels.hardware import INTERPRETER
+from btm_scale.kernels.partials import finish
+from btm_scale.kernels.tuning import score_configs
+from btm_scale.kernels.tuning_table import ScoreConfig
 
 
 class Shape(NamedTuple):
@@ -53,7 +56,7 @@ def test_scores_are_within_tolerance_for_every_dtype_and_odd_shape(case):
 
 def test_small_blocks_that_do_not_divide_the_splits_count_every_column_once():
     states, heads, targets = scoring_case(3, 37, 45, 1001)
-    log_probs = triton_launch.token_logprobs(states, heads, targets, config=SMALL)
+    log_probs = finish(*triton_launch.score_partials(states, heads, targets, config=SMALL))
     assert worst_error(log_probs, exact_token_logprobs(states, heads, targets)) <= 1e-5
 
 
@@ -90,7 +93,7 @@ def test_a_large_offset_on_all_logits_changes_nothing(offset):
 def test_blocks_of_impossible_tokens_do_not_give_nan():
     states, heads, targets = scoring_case(1, 17, 32, 9000)
     states = states.abs() + 0.1
-    impossible = tuning.score_config("interpreter", 32, 17, 32).split + 100
+    impossible = score_configs(INTERPRETER, 32, 17, 32)[0].split + 100
     heads[0][:impossible] = -float("inf")
     targets[:] = impossible + torch.arange(17)
     targets[5] = 7
@@ -131,7 +134,7 @@ def test_scores_are_bit_identical_for_any_split_into_launches(monkeypatch):
     states, heads, targets = scoring_case(3, 150, 32, 5000)
     once = token_logprobs(states, heads, targets)
     assert torch.equal(token_logprobs(states, heads, targets), once)
-    monkeypatch.setattr(triton_launch, "PARTIAL_BYTES", 1)
+    monkeypatch.setattr(pieces, "PARTIAL_BYTES", 1)
     assert torch.equal(token_logprobs(states, heads, targets), once)
     alone = [token_logprobs(states[e : e + 1], heads[e : e + 1], targets)[0] for e in range(3)]
     assert torch.equal(torch.stack(alone), once)

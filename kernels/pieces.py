@@ -1,0 +1,53 @@
+"""How the launches divide a problem, without Triton: for the launches themselves and for their cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from btm_scale.kernels.tuning_table import MixConfig, ScoreConfig
+
+PARTIAL_BYTES = 16 << 20  # memory for partials per launch; more experts or tokens take more launches
+COMBINE_BLOCK = 1024
+
+
+def ceil_div(number: int, divisor: int) -> int:
+    """Return number / divisor, rounded up."""
+    return -(-number // divisor)
+
+
+def real_columns(head_rows: int, vocab_start: int, vocab_size: int | None) -> int:
+    """Return how many rows of a head, which starts at `vocab_start`, are vocabulary and not padding."""
+    return head_rows if vocab_size is None else max(0, min(head_rows, vocab_size - vocab_start))
+
+
+def score_splits(columns: int, config: ScoreConfig) -> int:
+    """Return the number of vocabulary splits, each of which gives one partial result."""
+    return max(1, ceil_div(columns, config.split))
+
+
+def score_pieces(experts: int, tokens: int, splits: int, config: ScoreConfig) -> Iterator[tuple[slice, slice]]:
+    """Yield the experts and tokens of each launch, so that the partials of one need at most PARTIAL_BYTES."""
+    token_step = max(1, min(tokens, max(config.block_t, PARTIAL_BYTES // (12 * splits))))
+    expert_step = max(1, PARTIAL_BYTES // (12 * splits * token_step))
+    for first in range(0, experts, expert_step):
+        for start in range(0, tokens, token_step):
+            yield slice(first, min(first + expert_step, experts)), slice(start, min(start + token_step, tokens))
+
+
+def mix_pieces(experts: int, batch: int, vocabulary: int, element_bytes: int, config: MixConfig) -> list[slice]:
+    """Return the rows of each launch, whose logits fit the cache between the two passes."""
+    rows = max(1, config.cache_bytes // max(1, experts * vocabulary * element_bytes))
+    return [slice(start, min(start + rows, batch)) for start in range(0, batch, rows)]
+
+
+def row_alignment(hidden: Tensor, heads: Sequence[Tensor]) -> int:
+    """Return 16 if every row of every tensor starts at a multiple of 16 bytes, otherwise the size of an element."""
+    return min(_alignment(tensor) for tensor in [hidden, *heads])
+
+
+def _alignment(tensor: Tensor) -> int:
+    size = tensor.element_size()
+    strides = [stride * size for stride in tensor.stride()[:-1]]
+    return 16 if all(value % 16 == 0 for value in (tensor.data_ptr(), *strides)) else size
