@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -201,8 +202,24 @@ class Engine:
             self._base.state[flat]["step"].fill_(steps)
 
     def close(self) -> None:
-        """Release the model; DeepSpeed's hooks and the engine keep each other alive."""
-        self._engine.destroy()
+        """Release the model, its gradients and the optimizer's state. The engine cannot be used afterwards.
+
+        DeepSpeed's engine, its optimizer and the hooks of the parameters hold each other through PyTorch's autograd
+        nodes, which the garbage collector cannot see into. Emptying these objects breaks every such cycle.
+        """
+        engine = self._engine
+        parameters = list(self.model.parameters())
+        holders = [*parameters, *self.model.modules(), engine, engine.optimizer, self._base, self]
+        engine.destroy()
+        for parameter in parameters:
+            parameter.grad = None
+            parameter.data = parameter.data.new_empty(0)
+        for holder in holders:
+            vars(holder).clear()
+        del engine, parameters, parameter, holders, holder
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _make_moments(self) -> None:
         """Create the moments that AdamW would only create in its first step, so that a checkpoint can be loaded.

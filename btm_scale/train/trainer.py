@@ -66,6 +66,8 @@ def train_and_export(group: ExpertGroup, config: RunConfig, run: RunDir, job: Tr
     mixture = DomainMixture(config, run, job, branch.domains, tokenizer)
     train(engine, mixture, config, run, begin)
     export_expert(engine, config, run, branch, tokenizer.eos)
+    # Scoring follows, which loads another copy of the model.
+    engine.close()
 
 
 def train(engine: Engine, mixture: DomainMixture, config: RunConfig, run: RunDir, begin: Callable[[], int]) -> None:
