@@ -17,9 +17,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
-from btm_scale.model.attention import CausalAttention, HeadNorm, within_documents
+from btm_scale.model.attention import CausalAttention, HeadNorm
 from btm_scale.model.loss import head_loss
 from btm_scale.model.norm import LayerNorm, RMSNorm
+from btm_scale.model.packing import packs_sequences, visible
 from btm_scale.model.recompute import RecomputedAttention, RecomputedLayer
 from btm_scale.model.rotary import Rotary, rotary_frequencies
 from btm_scale.model.shape import ModelShape
@@ -44,15 +45,16 @@ class ExpertModel(GPTModel):
             position_embedding_type="none" if shape.rotary else "learned_absolute",
         )
         self.shape = shape
-        # If set, tokens attend only within their document; the mask rules out PyTorch's fastest attention kernel.
+        # If set, tokens attend only within their document.
         self.end_of_text: int | None = None
         self.tensor_group = self.pg_collection.tp if config.tensor_model_parallel_size > 1 else None
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Return the mean loss in nats of `targets` [batch, length]; without them, hidden [batch, length, hidden]."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        mask = None if self.end_of_text is None else within_documents(tokens, self.end_of_text)
-        return super().forward(tokens, positions, attention_mask=mask, labels=targets)
+        packs = packs_sequences(tokens.device, self.config.params_dtype, self.shape.head_size)
+        seen = visible(tokens, end_of_text=self.end_of_text, window=self.shape.window, packs=packs)
+        return super().forward(tokens, positions, attention_mask=seen, labels=targets)
 
     @property
     def head(self) -> Tensor:
