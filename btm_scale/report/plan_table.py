@@ -14,7 +14,7 @@ from btm_scale.config.yaml import dump_text
 from btm_scale.report.progress_table import duration
 from btm_scale.util.terminal import printable
 
-_KINDS = ("weights", "gradients", "optimizer", "activations", "buffers")
+_KINDS = ("weights", "gradients", "optimizer", "activations", "head", "buffers")
 
 
 def print_plan(plan: Mapping[str, Any], console: Console) -> None:
@@ -74,6 +74,7 @@ def _print_groups(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
             "time",
             f"{row['steps']:,} steps of {took}, {row['tokens_per_second']:,.0f} tokens/s: {_long(row['seconds'])}",
         )
+        table.add_row("checkpoint", f"{_long(row['checkpoint_seconds'])}, if storage is as fast as the ranks")
         table.add_row("place", f"{row['ranks']} GPUs each, on {_nodes(row['places'])}")
         console.print(Text(printable(_names(row["models"])), style="bold"))
         console.print(Padding(table, (0, 0, 0, 2)))
