@@ -19,6 +19,7 @@ class RankMemory:
     gradients: float
     optimizer: float  # master weights and moments
     activations: float
+    head: float  # gradients of the LM head, which the loss computes in the forward pass
     buffers: float = 0.0  # DeepSpeed's own
     host: float = 0.0  # offloaded to CPU memory
 
@@ -30,10 +31,18 @@ class RankMemory:
     @property
     def total(self) -> float:
         """Bytes on the device."""
-        return self.states + self.activations
+        return self.states + self.activations + self.head
 
 
-def rank_memory(shape: ModelShape, layout: Layout, *, micro_batch: int, length: int, accumulation: int) -> RankMemory:
+def rank_memory(
+    shape: ModelShape,
+    layout: Layout,
+    *,
+    micro_batch: int,
+    length: int,
+    accumulation: int,
+    separate_documents: bool = False,
+) -> RankMemory:
     """Return the memory of one rank for micro-batches of `micro_batch` sequences of `length` tokens, `accumulation` of
     them per step."""
     own = rank_parameters(shape, layout.tensor)
@@ -52,8 +61,10 @@ def rank_memory(shape: ModelShape, layout: Layout, *, micro_batch: int, length: 
     if layout.offload == "all":
         host += weights
         weights = 0.0
-    activations = activation_bytes(shape, layout, micro_batch=micro_batch, length=length)
-    return RankMemory(weights, gradients, optimizer, activations, buffers, host)
+    activations = activation_bytes(
+        shape, layout, micro_batch=micro_batch, length=length, separate_documents=separate_documents
+    )
+    return RankMemory(weights, gradients, optimizer, activations, head_bytes(shape, layout), buffers, host)
 
 
 def rank_parameters(shape: ModelShape, tensor: int) -> float:
@@ -81,22 +92,56 @@ def _gradients(own: float, share: float, layout: Layout, width: int, accumulatio
     return share * (_SUMS if layout.zero == 2 else 2 * _SUMS)
 
 
-def activation_bytes(shape: ModelShape, layout: Layout, *, micro_batch: int, length: int) -> float:
-    """Return the bytes that the forward pass saves for the backward pass; fused attention saves no scores.
+def activation_bytes(
+    shape: ModelShape, layout: Layout, *, micro_batch: int, length: int, separate_documents: bool = False
+) -> float:
+    """Return the most bytes that autograd keeps for the backward pass of a micro-batch on a GPU.
 
-    The logits are computed in chunks and are not counted.
+    Fused attention keeps no scores. The gradients of the LM head, which the loss computes, are `head_bytes`.
     """
     tokens = micro_batch * length
     width = layout.bytes_per_weight
-    norms: float = 4 * shape.hidden  # inputs and outputs of two norms
-    if layout.sequence_parallel:
-        norms = norms / layout.tensor
-    attention = shape.query_key_value_width + 2 * shape.query_width
-    mlp = (4 if shape.rotary else 2) * shape.ffn
-    layer = norms + (attention + mlp) / layout.tensor
+    own = shape.hidden / (layout.tensor if layout.sequence_parallel else 1)  # hidden state outside attention and MLP
+    packed = micro_batch > 1 and (separate_documents or (shape.window is not None and shape.window < length))
+    # The fused product of gate and up, the gate's SiLU, the shifted up and their product; or before and after the GELU.
+    mlp = (5 if shape.traits.gated else 2) * shape.ffn
+    attention = _attention_width(shape, recomputed=layout.recompute == "selective", packed=packed)
+    # Inputs and outputs of both norms.
+    layer = width * (4 * own + (attention + mlp) / layout.tensor) + _statistics(shape, layout)
     if layout.recompute == "full":
-        kept = shape.hidden / (layout.tensor if layout.sequence_parallel else 1)
-        return width * tokens * (shape.layers * kept + layer)
-    if layout.recompute == "selective":
-        layer -= shape.query_width / layout.tensor
-    return width * tokens * (shape.layers * layer + 2 * shape.hidden)
+        # Each layer's input, and all of the layer that is being recomputed.
+        inputs = width * shape.layers * own
+        return tokens * max(inputs + layer - width * own, inputs + width * (own + shape.hidden))
+    # At the end, the input of the last norm and the loss's gradient of its output.
+    return tokens * (shape.layers * layer + width * (own + shape.hidden))
+
+
+def head_bytes(shape: ModelShape, layout: Layout) -> float:
+    """Return the bytes of the LM head's gradient inside the loss: the float32 sum, and in the dtype of the weights."""
+    return -(-shape.vocabulary // layout.tensor) * shape.hidden * (_SUMS + layout.bytes_per_weight)
+
+
+def _attention_width(shape: ModelShape, *, recomputed: bool, packed: bool) -> int:
+    """Return the numbers per token that attention keeps, on one tensor rank.
+
+    Values are a view of the product of queries, keys and values, which is kept with them.
+    """
+    queries, keys = shape.query_width, shape.kv_heads * shape.head_size
+    product = shape.query_key_value_width
+    output = queries
+    if recomputed:
+        # Grouped queries are copied out of the product, and normalized heads are new.
+        copied = queries * (shape.kv_heads != shape.heads or shape.head_norms) + keys * shape.head_norms
+        return product + copied + output
+    if packed:
+        # One sequence after the other: copies of queries, keys, values and output.
+        return product * (2 if shape.head_norms else 1) + 2 * output
+    return product + (queries + keys) * (shape.rotary or shape.head_norms) + output
+
+
+def _statistics(shape: ModelShape, layout: Layout) -> float:
+    """Return the bytes per token and layer of float32 numbers per row: of norms, and of attention's softmax."""
+    norms = 2 * (1 if shape.traits.rms_norm else 2) / (layout.tensor if layout.sequence_parallel else 1)
+    heads = (shape.heads + shape.kv_heads) * shape.head_norms
+    softmax = 0 if layout.recompute == "selective" else shape.heads
+    return 4 * (norms + (heads + softmax) / layout.tensor)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from btm_scale.config.layout import Layout
 from btm_scale.errors import LaunchError
 from btm_scale.launch.gpus import Gpu
 from btm_scale.launch.memory import RankMemory, rank_memory
 from btm_scale.launch.placement import Placed, Work, lower_bound, place
-from btm_scale.launch.step_time import StepTime, step_time
+from btm_scale.launch.step_time import StepTime, checkpoint_seconds, step_time
 from btm_scale.model.shape import ModelShape
 
 # Fraction of GPU memory left by driver, communication library and fragmentation.
 _USABLE = 0.9
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+_MOST_NODES = 4096  # searched for a layout that fits
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,12 @@ class Training:
     steps: int
     sequences: int
     length: int
+    separate_documents: bool = False
 
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """The group of one model: its layout, the memory of a rank, and the step time."""
+    """The group of one model: its layout, the memory of a rank, and the times of a step and a checkpoint."""
 
     training: Training
     layout: Layout
@@ -52,6 +54,7 @@ class GroupPlan:
     accumulation: int
     memory: RankMemory
     step: StepTime
+    checkpoint: float  # seconds
 
     @property
     def seconds(self) -> float:
@@ -88,7 +91,14 @@ def plan_group(shape: ModelShape, training: Training, layout: Layout, cluster: C
     for problem in layout.batch_problems(training.sequences):
         raise LaunchError(f"{training.name}: {problem}")
     micro, count = layout.micro_batches(training.sequences)
-    memory = rank_memory(shape, layout, micro_batch=micro, length=training.length, accumulation=count)
+    memory = rank_memory(
+        shape,
+        layout,
+        micro_batch=micro,
+        length=training.length,
+        accumulation=count,
+        separate_documents=training.separate_documents,
+    )
     step = step_time(
         shape,
         layout,
@@ -98,7 +108,7 @@ def plan_group(shape: ModelShape, training: Training, layout: Layout, cluster: C
         accumulation=count,
         ranks_per_node=cluster.ranks_per_node,
     )
-    return GroupPlan(training, layout, micro, count, memory, step)
+    return GroupPlan(training, layout, micro, count, memory, step, checkpoint_seconds(shape, layout))
 
 
 def plan_stage(groups: Sequence[GroupPlan], cluster: Cluster) -> StagePlan:
@@ -113,7 +123,8 @@ def plan_stage(groups: Sequence[GroupPlan], cluster: Cluster) -> StagePlan:
 def propose(shape: ModelShape, trainings: Sequence[Training], cluster: Cluster, base: Layout) -> tuple[Layout, int]:
     """Return the layout and micro-batch with which all these trainings, run at once, end first.
 
-    It keeps the precision of `base`. Raises LaunchError if no layout fits the GPU's memory.
+    It keeps the precision of `base`. Raises LaunchError, with the smallest number of nodes that is enough, if no layout
+    fits the GPU's memory.
     """
     longest = max(trainings, key=lambda training: training.steps * training.sequences)
     batches = {training.sequences for training in trainings}
@@ -129,9 +140,21 @@ def propose(shape: ModelShape, trainings: Sequence[Training], cluster: Cluster, 
     if best is None:
         raise LaunchError(
             f"{longest.name}: no layout on {cluster.ranks} {cluster.gpu.name} fits {cluster.gpu.memory / 1e9:.0f} GB. "
-            "Use more or larger GPUs, a smaller model, or offload."
+            f"{_enough_nodes(shape, longest, cluster, base, batches)}"
         )
     return best[2], best[3]
+
+
+def _enough_nodes(shape: ModelShape, training: Training, cluster: Cluster, base: Layout, batches: Set[int]) -> str:
+    """Return a sentence with the smallest number of nodes on which a layout fits."""
+    nodes = 1  # groups of several nodes have a power of 2 of them
+    while nodes <= _MOST_NODES:
+        if nodes > cluster.nodes:
+            larger = replace(cluster, nodes=nodes)
+            if _best_layout(shape, training, larger.ranks, larger, base, batches) is not None:
+                return f"A group needs at least {nodes} nodes of {cluster.ranks_per_node}: pass --nodes {nodes}."
+        nodes *= 2
+    return "More nodes do not help. Use larger GPUs, a smaller model, shorter sequences, a larger batch, or offload."
 
 
 def data_parallel_bytes(shape: ModelShape, groups: int, steps: int, width: int) -> float:

@@ -9,6 +9,10 @@ from btm_scale.launch.gpus import Gpu
 from btm_scale.launch.memory import rank_parameters
 from btm_scale.model.shape import ModelShape
 
+# Bytes/s that a rank gathers, hashes (SHA-256) and writes; one core hashes 0.5 to 2 GB/s.
+RANK_WRITES = 0.5e9
+_CHECKPOINT_KINDS = 3  # float32 master weights and both moments
+
 
 @dataclass(frozen=True)
 class StepTime:
@@ -52,6 +56,12 @@ def step_time(
         data=_data_bytes(own, layout, accumulation, width)
         / (_between(layout, gpu, ranks_per_node) * gpu.transfer_share),
     )
+
+
+def checkpoint_seconds(shape: ModelShape, layout: Layout) -> float:
+    """Return the time to save a training checkpoint, of which each rank writes its part, on storage fast enough."""
+    kinds = _CHECKPOINT_KINDS + (layout.sync_every > 1)  # the outer momentum of local steps
+    return 4 * kinds * shape.parameters / (layout.ranks * RANK_WRITES)
 
 
 def _tensor_bytes(shape: ModelShape, layout: Layout, tokens: float, width: int) -> float:

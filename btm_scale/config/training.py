@@ -140,7 +140,7 @@ class CheckpointConfig(Section):
 
 
 class HealthConfig(Section):
-    """When a batch counts as bad, and when a group counts as hung."""
+    """When a batch counts as bad, when a group counts as hung, and whether a GPU repeats its bits."""
 
     spike: float | None = Field(
         default=None,
@@ -155,6 +155,9 @@ class HealthConfig(Section):
         default=20.0, gt=1, description="a step that takes this many times the median step time is a hang"
     )
     patience: float = Field(default=300.0, gt=0, description="seconds that a step may always take")
+    deterministic: bool = Field(
+        default=False, description="bit-identical weights on GPUs too, by slower kernels that add in a fixed order"
+    )
 
 
 class ProfileConfig(Section):

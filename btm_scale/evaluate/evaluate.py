@@ -73,6 +73,7 @@ def evaluate(config: RunConfig, run: RunDir) -> Results:
     results = Results(
         name=config.name,
         random_seed=config.random_seed,
+        deterministic=config.health.deterministic,
         domains={
             domain: EvaluatedDomain(
                 novel=domain in config.novel_domains, tokens=entry.measure.tokens, bytes=entry.measure.bytes

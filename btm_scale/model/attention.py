@@ -6,6 +6,7 @@ Transformer Engine. PyTorch's flash kernels run on GPU and CPU alike.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -13,45 +14,71 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from btm_scale.model.packing import Packed, has_flash, varlen_attention
 from btm_scale.model.rotary import Rotary
+
+# With a mask on a GPU. The remaining one, `math`, would hold the scores of every head, [batch, heads, length, length].
+_MASKED_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
 class CausalAttention(torch.nn.Module):
     """softmax(q k^T / sqrt(d) + causal mask) v, the core attention of Megatron-core's SelfAttention.
 
-    `rotary` rotates query and key first; Megatron-core would recompute cosines and sines in every layer. With a window
-    of n, a token attends to itself and the n - 1 tokens before it.
+    `rotary` rotates query and key first; Megatron-core would recompute cosines and sines in every layer.
     """
 
     def __init__(self, config: TransformerConfig, rotary: Rotary | None = None, **_: Any) -> None:
         super().__init__()
         self.rotary = rotary
         self.grouped = config.num_query_groups != config.num_attention_heads
-        self.window = config.window_size[0] + 1 if config.window_size else None
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *_: Any, **__: Any
+        self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | Packed | None = None, *_: Any, **__: Any
     ) -> Tensor:
         """Query [length, batch, heads, d], key and value [length, batch, KV heads, d] -> [length, batch, heads * d].
 
-        `mask` [batch, 1, length, length] is True where a token may attend to another; None means causal attention.
+        `seen` is what each token may attend to, as `packing.visible` returns it; None means every earlier token.
         """
         if self.rotary is not None:
             query, key = self.rotary(query), self.rotary(key)
-        if self.window is not None and self.window < query.shape[0]:
-            ones = torch.ones(query.shape[0], query.shape[0], dtype=torch.bool, device=query.device)
-            window = ones.tril().triu(1 - self.window)
-            mask = window if mask is None else mask & window
-        attended = functional.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=self.grouped,
-        )
+        if isinstance(seen, Packed):
+            return _attend_packed(query, key, value, seen, grouped=self.grouped)
+        on_gpu = query.device.type != "cpu"
+        grouped = self.grouped
+        if grouped and on_gpu and (seen is not None or not has_flash(query.device, query.dtype, query.shape[-1])):
+            # Of PyTorch's kernels on a GPU, only flash takes grouped heads, and it takes no mask.
+            repeats = query.shape[2] // key.shape[2]
+            key, value = key.repeat_interleave(repeats, dim=2), value.repeat_interleave(repeats, dim=2)
+            grouped = False
+        with sdpa_kernel(_MASKED_KERNELS) if on_gpu and seen is not None else contextlib.nullcontext():
+            attended = functional.scaled_dot_product_attention(
+                query.permute(1, 2, 0, 3),
+                key.permute(1, 2, 0, 3),
+                value.permute(1, 2, 0, 3),
+                attn_mask=seen,
+                is_causal=seen is None,
+                enable_gqa=grouped,
+            )
         return attended.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+
+def _attend_packed(query: Tensor, key: Tensor, value: Tensor, packed: Packed, *, grouped: bool) -> Tensor:
+    """Attend within packed sequences, by the flash kernel: no tensor [length, length] exists."""
+    length, batch = query.shape[:2]
+    attend = varlen_attention()
+    assert attend is not None
+    attended = attend(
+        *(heads.transpose(0, 1).reshape(batch * length, *heads.shape[2:]) for heads in (query, key, value)),
+        packed.starts,
+        packed.starts,
+        packed.longest,
+        packed.longest,
+        window_size=(-1 if packed.window is None else packed.window - 1, 0),
+        enable_gqa=grouped,
+    )
+    return attended.view(batch, length, -1).transpose(0, 1).contiguous()
 
 
 class HeadNorm(torch.nn.RMSNorm):
@@ -68,14 +95,3 @@ class HeadNorm(torch.nn.RMSNorm):
         """Normalize heads [length, batch, heads, d] over d."""
         weight = copy_to_tensor_model_parallel_region(self.weight) if self.shared else self.weight
         return functional.rms_norm(heads, self.normalized_shape, weight, self.eps)
-
-
-def within_documents(tokens: Tensor, end_of_text: int) -> Tensor:
-    """Return the causal mask [batch, 1, length, length] of packed documents that do not attend to each other.
-
-    `tokens` [batch, length]; each document ends with `end_of_text`, which belongs to it.
-    """
-    ends = tokens == end_of_text
-    document = ends.cumsum(1) - ends.long()
-    same_document = document[:, None, :, None] == document[:, None, None, :]
-    return same_document.tril()

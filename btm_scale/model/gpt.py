@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from typing import Any, Literal
 
@@ -17,9 +18,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
 
-from btm_scale.model.attention import CausalAttention, HeadNorm, within_documents
+from btm_scale.model.attention import CausalAttention, HeadNorm
 from btm_scale.model.loss import head_loss
 from btm_scale.model.norm import LayerNorm, RMSNorm
+from btm_scale.model.packing import packs_sequences, visible
+from btm_scale.model.partition import Partition, is_partitioned
 from btm_scale.model.recompute import RecomputedAttention, RecomputedLayer
 from btm_scale.model.rotary import Rotary, rotary_frequencies
 from btm_scale.model.shape import ModelShape
@@ -44,15 +47,16 @@ class ExpertModel(GPTModel):
             position_embedding_type="none" if shape.rotary else "learned_absolute",
         )
         self.shape = shape
-        # If set, tokens attend only within their document; the mask rules out PyTorch's fastest attention kernel.
+        # If set, tokens attend only within their document.
         self.end_of_text: int | None = None
         self.tensor_group = self.pg_collection.tp if config.tensor_model_parallel_size > 1 else None
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Return the mean loss in nats of `targets` [batch, length]; without them, hidden [batch, length, hidden]."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        mask = None if self.end_of_text is None else within_documents(tokens, self.end_of_text)
-        return super().forward(tokens, positions, attention_mask=mask, labels=targets)
+        packs = packs_sequences(tokens.device, self.config.params_dtype, self.shape.head_size)
+        seen = visible(tokens, end_of_text=self.end_of_text, window=self.shape.window, packs=packs)
+        return super().forward(tokens, positions, attention_mask=seen, labels=targets)
 
     @property
     def head(self) -> Tensor:
@@ -89,12 +93,14 @@ def build_model(
     on_cpu: bool,
     sequence_parallel: bool = False,
     recompute: Literal["none", "selective", "full"] = "none",
+    partition: Partition | None = None,
 ) -> ExpertModel:
     """Return this rank's part of a randomly initialized model; the process groups must be initialized.
 
     Weights are drawn from the process's CPU RNG and are the same at any tensor parallel degree. With
     `sequence_parallel`, sequence lengths must be multiples of `tensor`. `recompute` saves memory in training: the
-    activations of attention (selective) or of complete layers (full) are recomputed in the backward pass.
+    activations of attention (selective) or of complete layers (full) are recomputed in the backward pass. With
+    `partition`, no rank ever holds more than its part of the model and one matrix.
     """
     config = TransformerConfig(
         num_layers=shape.layers,
@@ -125,6 +131,7 @@ def build_model(
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         init_method=partial(_draw, rows=padded_vocabulary(shape.vocabulary, tensor), vocabulary=shape.vocabulary),
     )
     spec = get_gpt_layer_local_spec(normalization=config.normalization)
@@ -143,8 +150,13 @@ def build_model(
     if sequence_parallel:
         # The tracker separates the ranks' RNG states for dropout, which is unused here; a CPU has no CUDA state.
         initialize_rng_tracker(inference_rng_tracker=True)
-    model = ExpertModel(shape, config, layers).to(dtype)
-    model = model if on_cpu else model.cuda()
+    with contextlib.nullcontext() if partition is None else partition.of_new_modules():
+        model = ExpertModel(shape, config, layers)
+    # A partition has its dtype and device already; what the parameter itself holds is empty.
+    rest = [parameter for parameter in model.parameters() if not is_partitioned(parameter)]
+    device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+    for parameter in rest:
+        parameter.data = parameter.data.to(device, dtype)
     if model.tensor_group is not None:
         _sum_partial_gradients(model, model.tensor_group)
     return model

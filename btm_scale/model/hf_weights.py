@@ -11,6 +11,7 @@ from torch import Tensor
 from btm_scale.model.families.family import Entry
 from btm_scale.model.gpt import ExpertModel, padded_vocabulary
 from btm_scale.model.hf_names import cut, from_huggingface, join, table, to_huggingface
+from btm_scale.model.partition import complete
 from btm_scale.model.shape import ModelShape
 
 
@@ -35,7 +36,8 @@ def load_weights(model: ExpertModel, read: Callable[[str], Tensor], tensor_rank:
     with torch.no_grad():
         for entry in table(model.shape):
             part = local_part(entry, read, model.shape, tensor_rank, tensor)
-            parameters[entry.megatron].copy_(part)
+            with complete(parameters[entry.megatron], changes=True) as parameter:
+                parameter.copy_(part)
 
 
 def huggingface_tensors(

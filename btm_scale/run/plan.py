@@ -100,13 +100,14 @@ def _branches(config: RunConfig) -> list[str]:
 def _group(vocabulary: int, config: RunConfig, job: TrainingJob, cluster: Cluster) -> GroupPlan:
     length = config.budget.sequence_length
     shape = config.expert_model(job.model).shape(vocabulary, length)
-    training = Training(job.model, job.steps, job.sequences, length)
+    training = Training(job.model, job.steps, job.sequences, length, config.data.separate_documents)
     return plan_group(shape, training, job.layout, cluster)
 
 
 def _trainings(config: RunConfig, names: Sequence[str]) -> list[Training]:
     jobs = [training_job(config, name) for name in names]
-    return [Training(job.model, job.steps, job.sequences, config.budget.sequence_length) for job in jobs]
+    length, separate = config.budget.sequence_length, config.data.separate_documents
+    return [Training(job.model, job.steps, job.sequences, length, separate) for job in jobs]
 
 
 def _settings(layout: Layout, base: Layout) -> dict[str, Any]:
@@ -145,6 +146,7 @@ def _row(group: GroupPlan) -> dict[str, Any]:
         "accumulation": group.accumulation,
         "memory_bytes": asdict(group.memory) | {"total": group.memory.total},
         "step_seconds": asdict(group.step) | {"total": group.step.total},
+        "checkpoint_seconds": group.checkpoint,
         "steps": group.training.steps,
         "tokens_per_second": group.tokens_per_second,
         "seconds": group.seconds,

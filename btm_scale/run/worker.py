@@ -12,6 +12,7 @@ import torch.distributed as dist
 from btm_scale.config.layout import Layout
 from btm_scale.config.run import RunConfig
 from btm_scale.distributed.cpu import keep_freed_memory
+from btm_scale.distributed.determinism import make_deterministic
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.distributed.precision import fast_precision
 from btm_scale.evaluate.averages import make_averages
@@ -84,6 +85,8 @@ def _joined(
     """Yield the group and the config with resolved precisions; `records` as in `_resolved`."""
     end_with_supervisor()
     keep_freed_memory()
+    if config.health.deterministic:
+        make_deterministic()
     group = ExpertGroup.join(layout_of(config), config.launch.device)
     # Only one rank reads: others might read run.yaml before a precision is recorded in it.
     resolved = [_resolved(config, run, records) if group.is_first else config]

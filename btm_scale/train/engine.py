@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 from btm_scale.config.training import OptimizerConfig
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.gpt import ExpertModel
+from btm_scale.model.partition import complete
 from btm_scale.train.deepspeed_config import deepspeed_config
 from btm_scale.train.diloco import OuterStep
 from btm_scale.train.fp32_gradients import Float32Sums
@@ -154,7 +156,7 @@ class Engine:
 
     def weights(self, parameter: torch.nn.Parameter) -> Tensor:
         """Return a parameter in the dtype that the model computes in."""
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+        with complete(parameter):
             return parameter.detach().clone()
 
     def restore(self, parameter: torch.nn.Parameter, state: Mapping[str, Tensor]) -> None:
@@ -174,17 +176,15 @@ class Engine:
         safe_set_full_fp32_param(parameter, state[MASTER])
         for kind in (FIRST_MOMENT, SECOND_MOMENT):
             safe_set_full_optimizer_state(parameter, state[kind], kind)
-        partitioned = hasattr(parameter, "ds_id")
-        # ZeRO 3 gathers the weights, lets the first data rank write them, and partitions them again.
-        source = 0 if partitioned else None
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=source, enabled=partitioned):
+        with complete(parameter, changes=True):
             parameter.data.copy_(state[MASTER].view_as(parameter))
 
     def reset(self, model: ExpertModel) -> None:
         """Restart from a model of the same shape and layout that no engine has wrapped."""
         parameters = self.parameters
         for name, parameter in model.named_parameters():
-            master = parameter.detach().float()
+            with complete(parameter):
+                master = parameter.detach().float().clone()
             zeros = torch.zeros_like(master)
             self.restore(parameters[name], {MASTER: master, FIRST_MOMENT: zeros, SECOND_MOMENT: zeros})
         self.adam_steps = 0
@@ -201,8 +201,24 @@ class Engine:
             self._base.state[flat]["step"].fill_(steps)
 
     def close(self) -> None:
-        """Release the model; DeepSpeed's hooks and the engine keep each other alive."""
-        self._engine.destroy()
+        """Release the model, its gradients and the optimizer's state. The engine cannot be used afterwards.
+
+        DeepSpeed's engine, its optimizer and the hooks of the parameters hold each other through PyTorch's autograd
+        nodes, which the garbage collector cannot see into. Emptying these objects breaks every such cycle.
+        """
+        engine = self._engine
+        parameters = list(self.model.parameters())
+        holders = [*parameters, *self.model.modules(), engine, engine.optimizer, self._base, self]
+        engine.destroy()
+        for parameter in parameters:
+            parameter.grad = None
+            parameter.data = parameter.data.new_empty(0)
+        for holder in holders:
+            vars(holder).clear()
+        del engine, parameters, parameter, holders, holder
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _make_moments(self) -> None:
         """Create the moments that AdamW would only create in its first step, so that a checkpoint can be loaded.

@@ -23,7 +23,7 @@ class Profile:
     def __init__(self, group: ExpertGroup, config: ProfileConfig, folder: Path) -> None:
         self._config = config
         self._path = folder / f"rank-{group.rank}.json"
-        self._sort = "self_cuda_time_total" if group.device.type == "cuda" else "self_cpu_time_total"
+        self._sort = "self_cpu_time_total" if group.device.type == "cpu" else "self_cuda_time_total"
         self._taken = 0
         self._profiler: profile | None = None
 

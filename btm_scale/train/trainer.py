@@ -8,9 +8,10 @@ from collections.abc import Callable
 from btm_scale.config.run import RunConfig
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.distributed.group import ExpertGroup
-from btm_scale.model.gpt import ExpertModel, build_model
+from btm_scale.model.gpt import ExpertModel
 from btm_scale.run_dir import RunDir
 from btm_scale.train.bad_batches import Health
+from btm_scale.train.build import new_model
 from btm_scale.train.checkpoint import common_state, load_state, restore_random_state, save_state
 from btm_scale.train.engine import Engine
 from btm_scale.train.export import export_expert
@@ -34,15 +35,7 @@ def train_and_export(group: ExpertGroup, config: RunConfig, run: RunDir, job: Tr
 
     def first_model() -> ExpertModel:
         group.seed(config.random_seed)
-        layout, on_cpu = job.layout, group.device.type == "cpu"
-        model = build_model(
-            shape,
-            tensor=layout.tensor,
-            dtype=group.dtype,
-            on_cpu=on_cpu,
-            sequence_parallel=layout.sequence_parallel,
-            recompute=layout.recompute,
-        )
+        model = new_model(group, shape, job, config.optimizer, config.deepspeed)
         if sizes.pretrained is not None and not branch.parents:
             load_pretrained(group, model, sizes.pretrained, tokenizer)
         model.end_of_text = tokenizer.eos if config.data.separate_documents else None
@@ -66,6 +59,8 @@ def train_and_export(group: ExpertGroup, config: RunConfig, run: RunDir, job: Tr
     mixture = DomainMixture(config, run, job, branch.domains, tokenizer)
     train(engine, mixture, config, run, begin)
     export_expert(engine, config, run, branch, tokenizer.eos)
+    # Scoring follows, which loads another copy of the model.
+    engine.close()
 
 
 def train(engine: Engine, mixture: DomainMixture, config: RunConfig, run: RunDir, begin: Callable[[], int]) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from btm_scale.config.run import RunConfig
 from btm_scale.errors import ForestError
+from btm_scale.evaluate.evaluate import evaluate
 from btm_scale.evaluate.results import load_results
 from btm_scale.run_dir import RunDir
 
@@ -25,3 +28,14 @@ def test_damaged_results_are_an_error_with_the_remedy(tmp_path: Path, text: str,
     run.results.write_text(text)
     with pytest.raises(ForestError, match=rf"{message}.*\. Run btm-scale evaluate again\."):
         load_results(run)
+
+
+def test_results_record_whether_the_run_asks_for_the_same_bits_on_gpus(
+    finished_run: tuple[RunConfig, RunDir], tmp_path: Path
+) -> None:
+    config, original = finished_run
+    assert not load_results(original).deterministic
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(original.root, run.root)
+    evaluate(config.model_copy(update={"health": config.health.model_copy(update={"deterministic": True})}), run)
+    assert load_results(run).deterministic

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from helpers.live_tensors import living_bytes
 from helpers.worlds import joined_anew
 
 from btm_scale.config.layout import Layout
@@ -21,19 +22,6 @@ from btm_scale.model.gpt import build_model
 from btm_scale.model.shape import ModelShape
 from btm_scale.train.engine import Engine
 from btm_scale.train.jobs import TrainingJob
-
-
-def living_bytes() -> int:
-    """Bytes of all tensors that are alive, each storage once."""
-    gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor):
-            for tensor in (thing, thing.grad if thing.is_leaf else None, getattr(thing, "ds_tensor", None)):
-                if tensor is not None and tensor.device.type != "meta":
-                    storage = tensor.untyped_storage()
-                    storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
 
 
 def measure(group: ExpertGroup, shape: ModelShape, accumulate: int) -> int:

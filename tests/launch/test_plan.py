@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,38 @@ def test_a_given_layout_is_kept_and_one_that_does_not_fit_is_refused(tmp_path: P
     assert {row["layout"] for row in rows(plan)} == {"tensor 8 x data 1, ZeRO 1, bf16, full recomputation"}
     alone = config_of(tmp_path, EIGHT_8B | {"layout": {"micro_batch": 1}}, 8)
     with pytest.raises(
-        LaunchError, match=r"a rank needs 20\d\.\d GB, and 90% of the 80 GB of a h100 are usable\. Raise"
+        LaunchError, match=r"a rank needs 21\d\.\d GB, and 90% of the 80 GB of a h100 are usable\. Raise"
     ):
         make_plan(alone, cluster)
+
+
+SEVENTY_B = EIGHT_8B | {
+    "model": {"family": "llama", "layers": 80, "hidden": 8192, "heads": 64, "kv_heads": 8, "ffn": 28672, "tied": False}
+}
+
+
+def test_a_model_that_fits_nowhere_is_refused_with_the_nodes_that_it_needs(tmp_path: Path) -> None:
+    config = config_of(tmp_path, SEVENTY_B, 1)
+    with pytest.raises(LaunchError, match=r"A group needs at least (\d+) nodes of 8: pass --nodes") as refused:
+        make_plan(config, Cluster(GPUS["h100"], 1, 8))
+    needed = int(re.findall(r"--nodes (\d+)", str(refused.value))[0])
+    plan = make_plan(config, Cluster(GPUS["h100"], needed, 8))
+    assert {row["ranks"] for row in rows(plan)} == {8 * needed}
+    with pytest.raises(LaunchError, match=f"at least {needed} nodes"):
+        make_plan(config, Cluster(GPUS["h100"], needed // 2, 8))
+    # Even a single sequence of a batch of one does not fit, and a batch of one cannot be shared.
+    tiny = config_of(tmp_path, SEVENTY_B | {"budget": EIGHT_8B["budget"] | {"batch_tokens": 8192, "tokens": 2**24}}, 1)
+    with pytest.raises(LaunchError, match="More nodes do not help"):
+        make_plan(tiny, Cluster(GPUS["h100"], 1, 8))
+
+
+def test_a_plan_counts_the_heads_gradients_and_the_time_of_a_checkpoint(tmp_path: Path) -> None:
+    values = EIGHT_8B | {"layout": {"tensor": 8, "recompute": "full", "micro_batch": 1}}
+    [expert] = make_plan(config_of(tmp_path, values, 1), Cluster(GPUS["h100"], 2, 8))["stages"][1]["groups"]
+    # The loss sums the head's gradient in float32 and rounds it: 6 bytes per weight.
+    assert expert["memory_bytes"]["head"] == 6 * 128256 * 4096 / 8
+    # 12 bytes per parameter, an eighth of them by each rank at 0.5 GB/s.
+    assert expert["checkpoint_seconds"] == pytest.approx(12 * 8.03e9 / 8 / 0.5e9, rel=0.01)
 
 
 def test_a_proposed_layout_is_valid_yaml_of_a_config(tmp_path: Path) -> None:
@@ -96,11 +126,11 @@ def test_a_proposed_layout_is_valid_yaml_of_a_config(tmp_path: Path) -> None:
 
 
 def test_the_proposal_for_the_seed_lists_its_differences_from_the_experts(tmp_path: Path) -> None:
-    first = make_plan(config_of(tmp_path, EIGHT_8B, 8), Cluster(GPUS["h200"], 1, 8))
+    first = make_plan(config_of(tmp_path, EIGHT_8B, 8), Cluster(GPUS["h200"], 4, 8))
     # What is a default is said too: left out, `layout` would give the seed the experts' ZeRO 2.
     assert (first["proposed"]["layout"]["zero"], first["proposed"]["seed_layout"]["zero"]) == (2, 1)
-    assert [row["layout"] for row in first["stages"][0]["groups"]] == ["tensor 1 x data 8, ZeRO 1, bf16"]
-    again = make_plan(config_of(tmp_path, EIGHT_8B | first["proposed"], 8), Cluster(GPUS["h200"], 1, 8))
+    assert [row["layout"] for row in first["stages"][0]["groups"]] == ["tensor 1 x data 32, ZeRO 1, bf16"]
+    again = make_plan(config_of(tmp_path, EIGHT_8B | first["proposed"], 8), Cluster(GPUS["h200"], 4, 8))
     assert again["stages"] == first["stages"]
 
 

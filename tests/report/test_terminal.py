@@ -56,7 +56,7 @@ def test_progress(console):
 def test_plan(console):
     cluster = {"gpus": 1, "name": NAME, "nodes": 1, "gpus_per_node": 1, "compute_share": 0.5, "transfer_share": 0.5}
     cluster |= dict.fromkeys(("fp16", "fp32", "memory", "bandwidth", "link", "network"), 1e12)
-    memory = dict.fromkeys(("weights", "gradients", "optimizer", "activations", "buffers", "total"), 1e9)
+    memory = dict.fromkeys(("weights", "gradients", "optimizer", "activations", "head", "buffers", "total"), 1e9)
     group: dict[str, Any] = {
         "models": [NAME],
         "layout": NAME,
@@ -64,6 +64,7 @@ def test_plan(console):
         "accumulation": 1,
         "memory_bytes": memory,
         "step_seconds": {"total": 1.0},
+        "checkpoint_seconds": 1.0,
         "steps": 1,
         "tokens_per_second": 1.0,
         "seconds": 1.0,

@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from btm_scale.config.layout import Layout
 from btm_scale.config.training import OptimizerConfig
 from btm_scale.distributed.group import ExpertGroup
-from btm_scale.model.gpt import build_model
 from btm_scale.model.hf_weights import huggingface_tensors
 from btm_scale.model.shape import ModelShape
+from btm_scale.train.build import new_model
 from btm_scale.train.checkpoint import load_state, save_state, state_path
 from btm_scale.train.engine import MASTER, Engine
 from btm_scale.train.jobs import TrainingJob
@@ -48,15 +48,9 @@ def make_engine(group: ExpertGroup, spec: dict[str, Any]) -> Engine:
         layout=layout,
     )
     group.seed(1)
-    model = build_model(
-        shape,
-        tensor=layout.tensor,
-        dtype=group.dtype,
-        on_cpu=group.device.type == "cpu",
-        sequence_parallel=layout.sequence_parallel,
-        recompute=layout.recompute,
-    )
-    return Engine(group, model, job, OptimizerConfig(**spec.get("optimizer", {})), spec.get("deepspeed", {}))
+    optimizer, overrides = OptimizerConfig(**spec.get("optimizer", {})), spec.get("deepspeed", {})
+    model = new_model(group, shape, job, optimizer, overrides)
+    return Engine(group, model, job, optimizer, overrides)
 
 
 def batch(group: ExpertGroup, engine: Engine, step: int) -> torch.Tensor:

@@ -1,0 +1,38 @@
+"""Build the model that a job's engine will train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from btm_scale.config.training import OptimizerConfig
+from btm_scale.distributed.group import ExpertGroup
+from btm_scale.model.gpt import ExpertModel, build_model
+from btm_scale.model.partition import Partition
+from btm_scale.model.shape import ModelShape
+from btm_scale.train.deepspeed_config import deepspeed_config
+from btm_scale.train.jobs import TrainingJob
+
+
+def new_model(
+    group: ExpertGroup, shape: ModelShape, job: TrainingJob, optimizer: OptimizerConfig, overrides: Mapping[str, Any]
+) -> ExpertModel:
+    """Return this rank's part of a randomly initialized model. All ranks call this together.
+
+    With ZeRO 3, weight matrices are partitioned over the data ranks while the model is built.
+    """
+    layout = job.layout
+    partition = None
+    # Data ranks that take local steps each have all weights.
+    if layout.zero == 3 and layout.data > 1 and layout.sync_every == 1:
+        config = deepspeed_config(job, optimizer, overrides)
+        partition = Partition(group.mpu.get_data_parallel_group(), config, group.dtype)
+    return build_model(
+        shape,
+        tensor=layout.tensor,
+        dtype=group.dtype,
+        on_cpu=group.device.type == "cpu",
+        sequence_parallel=layout.sequence_parallel,
+        recompute=layout.recompute,
+        partition=partition,
+    )

@@ -1,0 +1,78 @@
+"""Measure the memory of building a model at ZeRO 3: `build_partitioned.py SPEC.json`, four data ranks.
+
+The spec has `shape` and `result`, where the first rank writes, in bytes, the `peak` while the model is built, its
+`weights` and its largest `layer`; and `equal`, whether the gathered weights are those of a model that is built whole.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers.worlds import fork_world, read_spec
+from torch.profiler import ProfilerActivity, profile
+
+from btm_scale.config.layout import Layout
+from btm_scale.config.training import OptimizerConfig
+from btm_scale.distributed.group import ExpertGroup
+from btm_scale.model.gpt import build_model
+from btm_scale.model.partition import complete
+from btm_scale.model.shape import ModelShape
+from btm_scale.train.build import new_model
+from btm_scale.train.jobs import TrainingJob
+
+
+def allocations(profiler: profile) -> list[int]:
+    """Return the bytes that PyTorch's allocator held after each allocation since the profiler started."""
+    assert profiler.profiler is not None
+    result = profiler.profiler.kineto_results
+    assert result is not None
+    pending, held = list(result.experimental_event_tree()), []
+    while pending:
+        event = pending.pop()
+        pending += event.children
+        if event.typed[0] == torch._C._profiler._EventType.Allocation:
+            held.append(event.typed[1].total_allocated)
+    return held
+
+
+def measure(spec: dict[str, Any]) -> None:
+    layout = Layout(data=4, zero=3, precision="bf16", micro_batch=1)
+    group = ExpertGroup.join(layout)
+    shape = ModelShape.model_validate(spec["shape"])
+    job = TrainingJob(
+        model="tiny",
+        branch=None,
+        weights={},
+        part=None,
+        steps=1,
+        sequences=4,
+        batch_share=1.0,
+        first_sample=0,
+        samples=4,
+        progress=(0.0, 1.0),
+        layout=layout,
+    )
+    new_model(group, shape.model_copy(update={"layers": 1}), job, OptimizerConfig(), {})  # what PyTorch keeps for good
+    group.seed(1)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        cut = new_model(group, shape, job, OptimizerConfig(), {})
+    held = allocations(profiler)
+    group.seed(1)
+    whole = build_model(shape, tensor=1, dtype=torch.bfloat16, on_cpu=True)
+    equal = True
+    for one, other in zip(cut.parameters(), whole.parameters(), strict=True):
+        with complete(one):
+            equal = equal and torch.equal(one, other)
+    if group.is_first:
+        layer = sum(parameter.nbytes for parameter in whole.decoder.layers[0].parameters())
+        weights = sum(parameter.nbytes for parameter in whole.parameters())
+        values = {"peak": max(held), "weights": weights, "layer": layer, "equal": equal}
+        Path(spec["result"]).write_text(json.dumps(values))
+    group.leave()
+
+
+if __name__ == "__main__":
+    fork_world(4, measure, read_spec())
