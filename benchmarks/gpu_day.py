@@ -15,17 +15,19 @@ rows: give the same command again until it says that the phase is complete. The 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from gpu_phases import PHASES, rows_of
-from gpu_phases.ledger import Ledger, Site, measure, print_table, run_row
+from gpu_phases.ledger import Ledger, Site, measure, print_table, run_row, variables
 
 
 def main() -> int:
     """Measure the rows of the phases that are missing. Returns 0 if none is left, otherwise 3."""
     options = _options()
     site = Site(options.out.resolve(), simulated=options.simulate)
+    os.environ.update(variables(site))
     if options.row:
         row = next(row for phase in PHASES for row in rows_of(phase, site) if row.name == options.row)
         run_row(row, site)

@@ -15,7 +15,7 @@ collect() {
     local pinned=() name
     for name in megatron-core transformers tokenizers safetensors huggingface_hub sentencepiece pydantic pydantic_core \
         annotated-types typing-inspection hjson py-cpuinfo msgpack einops ninja zstandard ruamel.yaml typer rich \
-        markdown-it-py mdurl shellingham plotly narwhals psutil pyarrow pytest iniconfig pluggy hypothesis \
+        markdown-it-py mdurl shellingham plotly narwhals psutil pytest iniconfig pluggy hypothesis \
         sortedcontainers regex; do
         pinned+=("$(grep -i "^${name//_/[-_]}==" constraints.txt || echo "$name")")
     done

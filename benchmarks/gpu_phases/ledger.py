@@ -138,7 +138,6 @@ def _measured(row: Row, site: Site) -> dict[str, Any]:
             stdout=output,
             stderr=output,
             stdin=subprocess.DEVNULL,
-            env=_environment(site),
             start_new_session=True,
         )
         try:
@@ -171,12 +170,11 @@ def kill_tree(process: int) -> None:
     os.kill(process, signal.SIGKILL)
 
 
-def _environment(site: Site) -> dict[str, str]:
-    variables = os.environ | {"TRITON_CACHE_DIR": str(site.folder("triton"))}
-    variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SCRIPT.parent), os.environ.get("PYTHONPATH")]))
-    if site.simulated:
-        variables |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return variables
+def variables(site: Site) -> dict[str, str]:
+    """Return the environment variables of every row; Triton reads some of them when it is imported."""
+    path = os.pathsep.join(filter(None, [str(SCRIPT.parent), os.environ.get("PYTHONPATH")]))
+    common = {"TRITON_CACHE_DIR": str(site.folder("triton")), "PYTHONPATH": path}
+    return common | ({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if site.simulated else {})
 
 
 def print_table(ledger: Ledger, rows: Iterable[Row]) -> None:
