@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,9 @@ from btm_scale.config.model import ModelConfig
 from btm_scale.config.training import OptimizerConfig
 from btm_scale.model.shape import ModelShape
 from btm_scale.train.jobs import TrainingJob
+
+if TYPE_CHECKING:
+    from btm_scale.train.engine import Engine
 
 Step = Callable[[Tensor], object]
 
@@ -51,7 +54,13 @@ class Case:
 
 
 def ours(case: Case) -> Step:
-    """The DeepSpeed engine around the Megatron-core model, as a group trains it."""
+    """A step of the engine, as a group trains."""
+    engine = engine_of(case)
+    return lambda sequences: engine.step(sequences, 1e-3)
+
+
+def engine_of(case: Case) -> Engine:
+    """The DeepSpeed engine around the Megatron-core model."""
     from btm_scale.distributed.cpu import keep_freed_memory
     from btm_scale.distributed.group import ExpertGroup
     from btm_scale.model.gpt import build_model
@@ -81,8 +90,7 @@ def ours(case: Case) -> Step:
         on_cpu=group.device.type == "cpu",
         recompute=layout.recompute,
     )
-    engine = Engine(group, model, job, OptimizerConfig(), {})
-    return lambda sequences: engine.step(sequences, 1e-3)
+    return Engine(group, model, job, OptimizerConfig(), {})
 
 
 def plain(case: Case, *, keep_memory: bool = False, compiled: bool = False) -> Step:
