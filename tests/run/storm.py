@@ -36,6 +36,8 @@ from btm_scale.util.rank_log import FailureNote
 
 Words = tuple[str, ...]
 
+_LEAST = 8  # commands of each process, however slow the machine
+
 _PARENTS = ("seed", "nearest", "posterior", "code=0.3,prose=0.7", "friend")
 # What a user may do in the wrong moment or order; each is a sentence with exit code 2.
 _REFUSALS = re.compile(
@@ -55,10 +57,11 @@ class Crowd:
         self._words: Words = ()
 
     def work(self, until: float) -> int:
-        """Give commands until a time; returns 0 if each ended as it should."""
+        """Give commands until a time, but a few at least; returns 0 if each ended as it should."""
         self._note_commits()
-        wrong = 0
-        while time.monotonic() < until:
+        wrong = given = 0
+        while time.monotonic() < until or given < _LEAST:
+            given += 1
             self._words = self._command()
             code = call(*self._words)
             verb = " ".join(word for word in self._words[:2] if "/" not in word)
@@ -237,7 +240,8 @@ def main() -> None:
     differing = [path for path in crowded if crowded[path] != alone[path]]
     assert not differing, differing
     table = {" ".join(map(str, one)): count for one, count in calls.items()}
-    Path(spec["outcome"]).write_text(json.dumps({"calls": table, "evaluated_states": len(evaluations)}, indent=1))
+    commits = len(lines(folder / "commits"))
+    Path(spec["outcome"]).write_text(json.dumps({"calls": table, "commits": commits, "states": len(evaluations)}))
 
 
 if __name__ == "__main__":

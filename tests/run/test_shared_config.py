@@ -34,8 +34,9 @@ def test_a_second_run_does_not_undo_the_precision_that_a_group_records_meanwhile
             group.join(0.3)  # the time in which it would have recorded the precision
         save(self, path)
 
-    monkeypatch.setattr(RunConfig, "save", save_later)
-    open_run(config, run)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunConfig, "save", save_later)
+        open_run(config, run)
     group.join(10)
     assert RunConfig.load(run.config).precisions == {"fp32"}
     assert open_run(config, run).precisions == {"fp32"}
