@@ -42,6 +42,11 @@ def last_path(operator: str | None = None) -> Path | None:
     return _last.get(operator) if operator else next(reversed(_last.values()), None)
 
 
+def refusals() -> set[tuple[str, Hardware, ScoreConfig | MixConfig]]:
+    """Return the shapes that a GPU refused in this process."""
+    return set(_refused)
+
+
 def forget_refusals() -> None:
     """Try every shape again, as in a new process."""
     global _host_is_broken
