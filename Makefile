@@ -4,7 +4,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-full lint clean
+# The oldest that pyproject.toml allows: tests compile the kernels under it, beside the pinned one.
+OLDER_TRITON := 3.6.0
+
+.PHONY: install older-triton demo test test-full lint clean
 
 install: $(VENV)/installed
 
@@ -18,6 +21,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt --editable '.[dev]'
 	touch $@
 
+older-triton: $(VENV)/triton-$(OLDER_TRITON)
+
+$(VENV)/triton-$(OLDER_TRITON): | $(VENV)/installed
+	$(BIN)/pip install --quiet --no-deps --target $@.part triton==$(OLDER_TRITON)
+	mv $@.part $@
+
 demo: install
 	$(BIN)/btm-scale demo
 
@@ -25,11 +34,11 @@ demo: install
 TESTS ?= tests/system $(filter-out tests/system/ tests/helpers/ tests/gpu/,$(wildcard tests/*/))
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test: install
+test: install older-triton
 	$(PYTEST) -m 'not full' $(TESTS)
 
 # What `make test` leaves out, and its property-based tests again with many more examples.
-test-full: install
+test-full: install older-triton
 	$(PYTEST) -m 'full or hypothesis' --hypothesis-profile full $(TESTS)
 
 lint: install

@@ -27,11 +27,11 @@ from btm_scale.kernels.checks import (
 from btm_scale.kernels.cost import Cost, cost
 from btm_scale.kernels.hardware import is_interpreted
 from btm_scale.kernels.partials import Partials, combine_partials, refuse_nan
-from btm_scale.kernels.paths import Path, last_path
+from btm_scale.kernels.paths import KernelPath, last_path
 
 __all__ = [
     "Cost",
-    "Path",
+    "KernelPath",
     "combine_partials",
     "cost",
     "kernel_path",

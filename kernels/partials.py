@@ -44,13 +44,15 @@ def combine_partials(partials: Sequence[Partials] | Partials) -> Tensor:
         same bits. A target that is in no shard has log-probability -inf.
 
     Raises:
-        ValueError: there is no shard.
+        ValueError: there is no shard, or the shards are on different devices.
         FloatingPointError: a log-probability is NaN.
     """
     shards = cast(
         Sequence[Partials],
         list(zip(*partials, strict=True)) if len(partials) and isinstance(partials[0], Tensor) else partials,
     )
+    if len({part.device for shard in shards for part in shard}) > 1:
+        raise ValueError("The partials are on different devices. Move all of them to the same device.")
     if len(shards) == 0:
         raise ValueError("There are no partials to combine. Pass one triple for each shard of the vocabulary.")
     total = shards[0]

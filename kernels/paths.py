@@ -21,7 +21,7 @@ Config = TypeVar("Config", ScoreConfig, MixConfig)
 Result = TypeVar("Result")
 
 
-class Path(NamedTuple):
+class KernelPath(NamedTuple):
     """How an operator ran: `triton` with a block shape, or `reference`, PyTorch operations without one."""
 
     operator: str
@@ -32,14 +32,19 @@ class Path(NamedTuple):
         return self.backend if self.config is None else f"{self.backend} {self.config.blocks}"
 
 
-_last: dict[str, Path] = {}
+_last: dict[str, KernelPath] = {}
 _refused: set[tuple[str, Hardware, ScoreConfig | MixConfig]] = set()
 _host_is_broken = False
 
 
-def last_path(operator: str | None = None) -> Path | None:
+def last_path(operator: str | None = None) -> KernelPath | None:
     """Return how the last call of an operator ran in this process, or the last of any; None before the first."""
     return _last.get(operator) if operator else next(reversed(_last.values()), None)
+
+
+def refusals() -> set[tuple[str, Hardware, ScoreConfig | MixConfig]]:
+    """Return the shapes that a GPU refused in this process."""
+    return set(_refused)
 
 
 def forget_refusals() -> None:
@@ -78,21 +83,21 @@ def run(
                 raise
             _refuse(operator, device, config, error, shapes[index + 1 :])
         else:
-            _remember(Path(operator, "triton", config))
+            _remember(KernelPath(operator, "triton", config))
             return result
     result = reference()
-    _remember(Path(operator, "reference", None))
+    _remember(KernelPath(operator, "reference", None))
     return result
 
 
 def run_reference(operator: str, reference: Callable[[], Result]) -> Result:
     """Return the result of PyTorch operations, for tensors that Triton does not serve."""
     result = reference()
-    _remember(Path(operator, "reference", None))
+    _remember(KernelPath(operator, "reference", None))
     return result
 
 
-def _remember(path: Path) -> None:
+def _remember(path: KernelPath) -> None:
     _last.pop(path.operator, None)  # the newest is the last in the dict
     _last[path.operator] = path
 

@@ -67,7 +67,7 @@ SCORE_RULES = [
     ScoreRule("sm_89", 16, 65, 0, True, ScoreConfig(128, 128, 32, 8192, 16, 8, 4)),
     ScoreRule("sm_90", 32, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 8, 2)),
     ScoreRule("sm_90", 16, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 4, 2)),
-    ScoreRule("sm_90", 16, 0, 0, True, ScoreConfig(32, 128, 64, 2048, 16, 8, 3)),
+    ScoreRule("sm_90", 16, 0, 0, True, ScoreConfig(64, 128, 64, 2048, 16, 4, 3)),
     ScoreRule("sm_90", 16, 65, 0, True, ScoreConfig(128, 128, 64, 8192, 16, 8, 3)),
     ScoreRule("sm_90", 16, 65, 0, True, ScoreConfig(128, 256, 64, 8192, 16, 8, 3)),
     ScoreRule("sm_100", 32, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 8, 2)),

@@ -2,4 +2,5 @@
 
 import os
 
-collect_ignore = ["test_kernels_compiled.py" if os.environ.get("TRITON_INTERPRET") == "1" else "interpreted"]
+COMPILED = ["test_kernels_compiled.py", "test_kernels_launches.py", "test_kernels_older_triton.py"]
+collect_ignore = COMPILED if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]

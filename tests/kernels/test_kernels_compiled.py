@@ -73,7 +73,7 @@ def score(gpus: StubGpus, rule: ScoreRule, problem: Problem) -> None:
     targets = gpus.empty(tokens, dtype=torch.int64)
     settings = {"soft_cap": soft_cap, "config": rule.config}
     triton_launch.score_partials(states, [head] * experts, targets, **settings)
-    if rule.bits == 32:  # the row of heads whose dtype differs from that of the hidden states
+    if rule.bits == 32 and experts > 1:  # also the row of heads whose dtype differs from that of the hidden states
         triton_launch.score_partials(
             gpus.empty(*states.shape, dtype=torch.bfloat16), [head] * experts, targets, **settings
         )
@@ -89,7 +89,9 @@ def _name(rule: ScoreRule) -> str:
     return f"{rule.arch}-{rule.bits}-bit-{rule.config.blocks}"
 
 
-@pytest.mark.parametrize("rule", [pytest.param(rule, id=_name(rule)) for rule in GPU_RULES])
+@pytest.mark.parametrize(
+    "rule", cut(GPU_RULES, lambda rule: rule.bits == 16 and (rule.min_tokens > 0 or rule.arch == "sm_90"), name=_name)
+)
 @pytest.mark.parametrize("problems", [pytest.param(FEW_PROBLEMS, id="few"), full(PROBLEMS, id="all")])
 def test_no_block_shape_in_the_table_spills_registers(rule, problems, tmp_path):
     with stub_gpus(rule.arch) as gpus:
@@ -114,7 +116,7 @@ def test_the_rows_of_a_similar_architecture_fit(arch, tmp_path):
         assert_resources(gpus, tmp_path)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", cut(ARCHITECTURES, lambda arch: arch in ("sm_90", "gfx942")))
 @pytest.mark.parametrize(
     "sizes",
     [

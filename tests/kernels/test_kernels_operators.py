@@ -119,6 +119,8 @@ def test_no_experts_no_vocabulary_and_other_impossible_arguments_are_our_own_err
         kernels.mix_sample(logits, log_weights, log_likelihood=torch.zeros(3, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match="no partials"):
         kernels.combine_partials([])
+    with pytest.raises(ValueError, match="on different devices"):
+        kernels.combine_partials([tuple(torch.zeros(5, device=name) for _ in range(3)) for name in ("cpu", "meta")])
     with pytest.raises(ValueError, match="no partials"):
         kernels.combine_partials(tuple(torch.zeros(0, 5) for _ in range(3)))
 

@@ -1,0 +1,220 @@
+"""The kernels on a GPU at real shapes: against float64, to the bit, into poisoned memory, on any device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+from helpers.kernel_oracle import exact_mixture
+from torch import Tensor
+
+from btm_scale import kernels
+
+INF = float("inf")
+REPEATS = 10
+CHECKED_TOKENS = 64  # the float64 product of all tokens would take longer than everything else
+
+
+class Scoring(NamedTuple):
+    experts: int
+    tokens: int
+    hidden: int
+    vocab: int
+    dtype: torch.dtype = torch.bfloat16
+    soft_cap: float | None = None
+
+
+class Mixing(NamedTuple):
+    experts: int
+    batch: int
+    vocab: int
+
+
+SCORING = [
+    Scoring(1, 8192, 768, 50_304),
+    Scoring(8, 8192, 768, 50_257),
+    Scoring(8, 8192, 2048, 32_000),
+    Scoring(2, 8192, 4096, 128_256),
+    Scoring(64, 8192, 768, 32_000),
+    Scoring(1, 1, 2048, 32_000),
+    Scoring(8, 64, 4096, 128_256),
+    Scoring(2, 1024, 2304, 256_000, soft_cap=30.0),
+    Scoring(2, 1000, 1000, 50_257, torch.float16),
+    Scoring(2, 1000, 77, 50_257),  # rows that do not start at a multiple of 16 bytes
+    Scoring(2, 1024, 768, 32_000, torch.float32),
+]
+MIXING = [Mixing(1, 1, 50_257), Mixing(8, 32, 32_000), Mixing(8, 64, 128_256), Mixing(64, 64, 128_256)]
+
+
+@contextlib.contextmanager
+def poisoned(device: torch.device) -> Iterator[None]:
+    """Fill the memory that the next allocations get with NaN, so that an element left unwritten shows."""
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    blocks = [torch.full((1 << 28,), float("nan"), device=device) for _ in range(min(4, free // (1 << 30) - 1))]
+    small = [torch.full((1 << 16,), float("nan"), device=device) for _ in range(64)]
+    del blocks, small  # the caching allocator hands the same memory out again
+    yield
+
+
+def scoring_case(case: Scoring, device: torch.device) -> tuple[Tensor, list[Tensor], Tensor]:
+    generator = torch.Generator(device).manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=case.dtype)
+
+    states = normal(case.experts, case.tokens, case.hidden)
+    heads = [normal(case.vocab, case.hidden) * (3 / case.hidden**0.5) for _ in range(case.experts)]
+    targets = torch.randint(case.vocab, (case.tokens,), generator=generator, device=device)
+    return states, heads, targets
+
+
+def mixing_case(case: Mixing, device: torch.device) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator(device).manual_seed(1)
+    logits = torch.randn(*case, generator=generator, device=device).mul_(3).bfloat16()
+    logits[:, :, 5::100] = -INF
+    return logits, torch.randn(case.batch, case.experts, generator=generator, device=device)
+
+
+def exact_scores(states: Tensor, heads: list[Tensor], targets: Tensor, soft_cap: float | None) -> Tensor:
+    rows = []
+    for hidden, head in zip(states, heads, strict=True):
+        logits = hidden.double() @ head.double().T
+        if soft_cap is not None:
+            logits = soft_cap * torch.tanh(logits / soft_cap)
+        rows.append(logits.log_softmax(1).gather(1, targets.unsqueeze(1)).squeeze(1))
+    return torch.stack(rows)
+
+
+def assert_repeats(run: Callable[[], Tensor]) -> None:
+    first = run()
+    for _ in range(REPEATS - 1):
+        assert torch.equal(run(), first)
+
+
+@pytest.mark.parametrize("case", SCORING, ids=lambda case: "x".join(map(str, case[:4])) + f"-{case.dtype}"[7:])
+def test_scores_agree_with_float64_and_repeat_to_the_bit(case, device):
+    states, heads, targets = scoring_case(case, device)
+
+    def run() -> Tensor:
+        return kernels.token_logprobs(states, heads, targets, soft_cap=case.soft_cap)
+
+    with poisoned(device):
+        log_probs = run()
+    assert log_probs.device == device
+    assert log_probs.max() <= 0
+    some = torch.linspace(0, case.tokens - 1, min(CHECKED_TOKENS, case.tokens), device=device).long()
+    exact = exact_scores(states[:8, some], heads[:8], targets[some], case.soft_cap)
+    assert (log_probs[:8, some] - exact).abs().max() <= 1e-4
+    assert_repeats(run)
+
+
+def test_vocabulary_shards_combine_to_the_full_vocabularys_scores(device):
+    case = Scoring(1, 2048, 2048, 32_000)
+    states, heads, targets = scoring_case(case, device)
+    targets[0] = -100
+    with poisoned(device):
+        shards = [
+            kernels.token_logprob_partials(states[0], heads[0][start : start + 4000], targets, vocab_start=start)
+            for start in range(0, case.vocab, 4000)
+        ]
+    log_probs = kernels.combine_partials(shards)
+    assert log_probs[0] == 0
+    assert (log_probs - kernels.token_logprobs(states, heads, targets)[0]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("case", MIXING, ids=lambda case: "x".join(map(str, case)))
+def test_mixtures_agree_with_float64_and_repeat_to_the_bit(case, device):
+    logits, log_weights = mixing_case(case, device)
+    if case.experts > 1:
+        log_weights[:, 1] = -INF
+        logits[1] = float("nan")  # an expert of zero weight is not read
+    with poisoned(device):
+        mixture = kernels.mix_logits(logits, log_weights)
+    assert mixture.device == device
+    exact = exact_mixture(logits[:, :2], log_weights[:2])
+    assert torch.equal(mixture[:2] == -INF, exact == -INF)
+    assert (mixture[:2] - exact)[exact > -INF].abs().max() <= 1e-5
+    assert_repeats(lambda: kernels.mix_logits(logits, log_weights))
+
+
+@pytest.mark.parametrize("case", MIXING, ids=lambda case: "x".join(map(str, case)))
+def test_sampled_tokens_have_the_mixtures_log_probability_and_repeat_to_the_bit(case, device):
+    logits, log_weights = mixing_case(case, device)
+    mixture = kernels.mix_logits(logits, log_weights)
+
+    def run(temperature: float = 1.0) -> Tensor:
+        running = torch.zeros(case.batch, case.experts, dtype=torch.float64, device=device)
+        generator = torch.Generator(device).manual_seed(5)
+        tokens, log_probs = kernels.mix_sample(
+            logits, log_weights, temperature=temperature, generator=generator, log_likelihood=running
+        )
+        return torch.cat([tokens.double(), log_probs.double(), running.flatten()])
+
+    with poisoned(device):
+        result = run()
+    tokens, log_probs = result[: case.batch].long(), result[case.batch : 2 * case.batch]
+    assert (log_probs - mixture.gather(1, tokens.unsqueeze(1)).squeeze(1)).abs().max() <= 1e-5
+    gain = logits.double().log_softmax(2).gather(2, tokens.expand(case.experts, -1).unsqueeze(2)).squeeze(2).T
+    assert (result[2 * case.batch :].view(case.batch, case.experts) - gain).abs().max() <= 1e-4
+    assert_repeats(run)
+    assert torch.equal(run(0.0)[: case.batch].long(), mixture.argmax(1))
+
+
+def test_tokens_are_sampled_with_the_mixtures_probabilities(device):
+    vocab, draws = 40, 20_000
+    logits, log_weights = mixing_case(Mixing(2, 1, vocab), device)
+    exact = exact_mixture(logits, log_weights)[0]
+    tokens, _ = kernels.mix_sample(
+        logits.expand(2, draws, vocab).contiguous(),
+        log_weights.expand(draws, 2).contiguous(),
+        generator=torch.Generator(device).manual_seed(3),
+    )
+    expected = draws * exact.exp()
+    common = expected >= 5
+    statistic = ((torch.bincount(tokens, minlength=vocab) - expected) ** 2 / expected)[common].sum()
+    degrees = int(common.sum())
+    assert statistic < degrees + 4 * (2 * degrees) ** 0.5
+
+
+def test_launches_are_ordered_with_the_current_stream_of_their_device(device):
+    """A copy that takes long is queued before the launch, on a stream that is not the default one."""
+    case = Scoring(1, 4096, 1024, 32_000)
+    states, heads, targets = scoring_case(case, device)
+    expected = kernels.token_logprobs(states, heads, targets)
+    late = torch.zeros_like(states)
+    torch.cuda.synchronize(device)
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late.copy_(states)
+        result = kernels.token_logprobs(late, heads, targets)
+    stream.synchronize()
+    assert torch.equal(result, expected)
+
+
+def test_offsets_beyond_2_to_the_31_address_the_right_memory(device):
+    experts, batch, vocab = 20, 1024, 128_256  # 2.6 billion logits
+    if torch.cuda.mem_get_info(device)[0] < 8 << 30:
+        pytest.skip("needs 8 GiB of free memory")
+    logits = torch.zeros(experts, batch, vocab, dtype=torch.bfloat16, device=device)
+    logits[-1, -1, -1] = 20.0
+    log_weights = torch.full((batch, experts), -INF, device=device)
+    log_weights[:, -1] = 0.0
+    tokens, log_probs = kernels.mix_sample(logits, log_weights, temperature=0)
+    assert tokens[-1] == vocab - 1
+    exact = logits[-1, -1].double().log_softmax(0)[-1]
+    assert abs(log_probs[-1] - exact) <= 1e-5
+
+
+def test_nan_and_a_target_outside_of_the_vocabulary_are_errors(device):
+    states, heads, targets = scoring_case(Scoring(2, 100, 256, 5000), device)
+    with pytest.raises(ValueError, match="Target 5000 is not in the vocabulary"):
+        kernels.token_logprobs(states, heads, torch.full_like(targets, 5000))
+    states[1, 4, 3] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"\[1, 4\]"):
+        kernels.token_logprobs(states, heads, targets)
