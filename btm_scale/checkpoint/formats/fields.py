@@ -15,7 +15,7 @@ from btm_scale.util.bounded_json import shown
 
 
 class Fields:
-    """The values of one object in a file, by name. Every method raises `CheckpointError` for a value of a different type.
+    """The values of one object in a file, by name. A value of a different type raises `CheckpointError`.
 
     `path` is the field that leads to the object, such as `optimizer_state_dict.`.
     """
