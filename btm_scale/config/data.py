@@ -15,7 +15,9 @@ from btm_scale.config.section import Bytes, Section
 class TokenizerConfig(Section):
     """A tokenizer to train (sentencepiece BPE), or the directory of an existing one."""
 
-    vocab_size: int = Field(default=4096, ge=320, description="tokens, including 256 bytes and 3 control tokens")
+    vocab_size: int = Field(
+        default=4096, ge=320, lt=1 << 31, description="tokens, including 256 bytes and 3 control tokens"
+    )
     sample_bytes: Bytes = Field(
         default=16_000_000, description="text to train on, such as 16MB, split evenly over the domains"
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from btm_scale.config.evaluation import Tempering
 from btm_scale.errors import ForestError
@@ -10,21 +12,24 @@ from btm_scale.run_dir import RunDir
 from btm_scale.util.records import Part, Record
 
 Measure = Literal["perplexity", "bits_per_byte"]
+Natural = Annotated[int, Field(ge=0, lt=1 << 62)]
+Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class EvaluatedDomain(Part):
     """The text of a domain on which every method was evaluated."""
 
     novel: bool  # whether no model was trained on the domain
-    tokens: int
-    bytes: int
+    tokens: Natural
+    bytes: Natural
 
 
 class MethodResult(Part):
     """The measures of one method by domain; domains on which it was not evaluated are absent."""
 
-    perplexity: dict[str, float]
-    bits_per_byte: dict[str, float]
+    perplexity: dict[str, Positive]
+    bits_per_byte: dict[str, Finite]
 
     def of(self, measure: Measure) -> dict[str, float]:
         """Return a measure by domain."""
@@ -42,8 +47,8 @@ class RanOn(Part):
 class Compute(Part):
     """The training compute of a method's models and their ancestors, each counted once."""
 
-    tokens: int
-    flops: float
+    tokens: Natural
+    flops: Finite
 
 
 class Results(Record):
@@ -59,9 +64,9 @@ class Results(Record):
     domains: dict[str, EvaluatedDomain]
     methods: dict[str, MethodResult]
     compute: dict[str, Compute] = {}  # by method
-    priors: dict[str, dict[str, float]] = {}  # by domain: each expert's weight, which sum to 1
+    priors: dict[str, dict[str, Finite]] = {}  # by domain: each expert's weight, which sum to 1
     tempering: dict[str, Tempering] = {}  # by domain
-    lineage: dict[str, dict[str, float]] = {}  # by expert: the weight of each parent
+    lineage: dict[str, dict[str, Finite]] = {}  # by expert: the weight of each parent
     devices: dict[str, RanOn] = {}  # by model
     notes: tuple[str, ...] = ()
 

@@ -139,5 +139,10 @@ def metrics_row(line: bytes) -> dict[str, Any] | None:
         row = parse_json(line)
     except ValueError:
         return None
-    numbers = isinstance(row, dict) and all(isinstance(value, (int, float)) for value in row.values())
-    return row if numbers and type(row.get("step")) is int and 0 <= row["step"] < _MAX_STEP else None
+    if not isinstance(row, dict) or not all(map(_is_number, row.values())):
+        return None
+    return row if type(row.get("step")) is int and 0 < row["step"] < _MAX_STEP else None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 62)

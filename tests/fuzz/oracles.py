@@ -137,7 +137,7 @@ def read_torch_dist(folder: Path) -> dict[str, torch.Tensor]:
 def documents(file: Path) -> list[str]:
     """Return the texts of a file that is completely valid, by json, gzip, zstandard and pyarrow."""
     if file.suffix == ".parquet":
-        texts = pq.read_table(file).column("text").to_pylist()
+        texts = pq.read_table(file, columns=["text"]).column("text").to_pylist()
     else:
         content = file.read_bytes()
         if file.suffix == ".gz":

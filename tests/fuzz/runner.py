@@ -88,8 +88,8 @@ def check_corpus(corpus: Path) -> None:
 def _mutate_files(draw: Random, target: Target, folder: Path) -> tuple[str, ...]:
     mutated = []
     for _ in range(draw.choice((1, 1, 1, 2))):
-        files = sorted(file for file in folder.glob(draw.choice(target.files)) if file.is_file())
-        file = draw.choice(files)
+        pattern = draw.choice([pattern for pattern in target.files if any(folder.glob(pattern))])
+        file = draw.choice(sorted(file for file in folder.glob(pattern) if file.is_file()))
         file.write_bytes(mutate(draw, file.read_bytes(), file.name))
         mutated.append(str(file.relative_to(folder)))
     return tuple(mutated)

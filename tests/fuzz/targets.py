@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.numpy import load_file as load_arrays
+from torch.distributed.checkpoint.api import CheckpointException
 
 from btm_scale.checkpoint.merge import journal
 from btm_scale.cli.app import main
@@ -87,7 +88,7 @@ def _independent(read: Callable[[Path], oracles.Tensors], path: Path) -> oracles
     """Return another library's reading. If it refuses the file, the mutation must not have changed a number."""
     try:
         return read(path)
-    except Exception:
+    except (Exception, CheckpointException):  # the latter is a BaseException
         return read(path.parent / ORIGINAL)
 
 
@@ -154,8 +155,8 @@ def _is_row(line: bytes) -> bool:
         return False
     return (
         type(row.get("step")) is int
-        and 0 <= row["step"] < 1 << 31
-        and all(isinstance(value, (int, float)) for value in row.values())
+        and 0 < row["step"] < 1 << 31
+        and all(isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 62) for value in row.values())
     )
 
 

@@ -15,7 +15,7 @@ from btm_scale.util.bounded_json import shown
 
 
 class Fields:
-    """The values of one object in a file, by name. Every method raises `CheckpointError` for a value of another type.
+    """The values of one object in a file, by name. A value of a different type raises `CheckpointError`.
 
     `path` is the field that leads to the object, such as `optimizer_state_dict.`.
     """
@@ -59,7 +59,7 @@ class Fields:
         return list(values)
 
     def refuse(self, name: str, value: object, rule: str) -> NoReturn:
-        """Raise the error for a value of another type."""
+        """Raise the error for a value of a different type."""
         raise CheckpointError(f"{self.file}: '{self.path}{name:.100}' must be {rule} and is {shown(value)}. {_REMEDY}")
 
 
