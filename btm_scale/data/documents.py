@@ -82,9 +82,14 @@ def read_documents(source: DomainSource, on_bad_line: BadLines) -> Iterator[Docu
 
     Raises DataError, which names the domain, for files it cannot read.
     """
+    for file in source.files:
+        yield from read_file_of(source, file, on_bad_line)
+
+
+def read_file_of(source: DomainSource, file: SourceFile, on_bad_line: BadLines) -> Iterator[Document]:
+    """Yield the documents of one of a domain's files. Raises as `read_documents` does."""
     try:
-        for file in source.files:
-            yield from read_file(file, source.settings, on_bad_line)
+        yield from read_file(file, source.settings, on_bad_line)
     except DataError as error:
         raise DataError(f"Domain '{source.name}': {error}") from None
 

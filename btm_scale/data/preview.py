@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import zstandard
 
 from btm_scale.config.run import RunConfig
-from btm_scale.data.documents import BadLines, empty_domain, read_file
+from btm_scale.data.documents import BadLines, empty_domain, read_file_of
 from btm_scale.data.files import SourceFile
 from btm_scale.data.sources import DomainSource
 from btm_scale.data.splits import identify
@@ -45,9 +45,7 @@ def preview_texts(sources: Sequence[DomainSource], config: RunConfig, vocabulary
         try:
             previews[source.name] = preview_text(source, config, vocabulary)
         except DataError as error:
-            text = str(error)
-            named = f"'{source.name}'" in text.partition("\n")[0]
-            problems.append(text if named else f"Domain '{source.name}': {text}")
+            problems.append(str(error))
     if problems:
         raise DataError("\n".join(problems))
     return previews
@@ -63,7 +61,7 @@ def preview_text(source: DomainSource, config: RunConfig, vocabulary: int) -> Pr
     last = None
     try:
         for number, file in enumerate(source.files):
-            for document in read_file(file, source.settings, bad_lines):
+            for document in read_file_of(source, file, bad_lines):
                 identity = identify(document, dev=config.data.dev, test=config.data.test)
                 documents[identity.split] += 1
                 sizes[identity.split] += identity.bytes
@@ -85,7 +83,7 @@ def preview_text(source: DomainSource, config: RunConfig, vocabulary: int) -> Pr
         _require_enough(source, config, documents, sizes)
     else:
         for file in _others(source.files[last + 1 :]):
-            next(read_file(file, source.settings, bad_lines), None)
+            next(read_file_of(source, file, bad_lines), None)
         total = round(sum(_text_bytes(file, source) for file in source.files))
     tokens = round(total / per_token)
     return Preview(total, tokens, _likely_problem(source, config, tokens))

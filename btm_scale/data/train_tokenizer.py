@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE
 
 from btm_scale.config.data import DataConfig
-from btm_scale.data.documents import BadLines, empty_domain, read_file
+from btm_scale.data.documents import BadLines, empty_domain, read_file_of
 from btm_scale.data.files import SourceFile
 from btm_scale.data.sources import DomainSource
 from btm_scale.data.splits import identify
@@ -193,7 +193,7 @@ def _domain_sample(source: DomainSource, sample_bytes: float, data: DataConfig) 
         # Keeping a fraction spreads the sample over the file; at least a tenth is kept, to limit how much is read.
         keep = 2.0**64 * (max(0.1, 2 * allowance / size) if file.holds_rows else 1.0)
         taken = 0
-        for document in read_file(file, source.settings, bad_lines):
+        for document in read_file_of(source, file, bad_lines):
             documents += 1
             identity = identify(document, dev=data.dev, test=data.test)
             if identity.split == "train" and identity.key < keep:

@@ -57,7 +57,7 @@ def model_card(plan: MergePlan, inputs: Sequence[tuple[Path, float]], content_ha
         "---",
         "# A merged model",
         "",
-        f"Method: `{plan.method_name}`; parameters: {settings}; seed: {plan.seed}.",
+        f"Method: `{plan.method_name}`; parameters: {settings}; random seed: {plan.seed}.",
         "",
         "| model | SHA-256 of its weights | weight | trained on |",
         "|---|---|---|---|",
