@@ -86,7 +86,7 @@ class SlurmConfig(Section):
         description="generic resources of a full node, such as gpu:8; a job requests one GPU per rank",
     )
     exclusive: bool = Field(
-        default=False, description="request whole nodes for jobs that fill them; smaller jobs share nodes"
+        default=False, description="request nodes that no other job shares, for jobs that fill them"
     )
     container: SlurmWord | None = Field(default=None, description="image for srun --container-image")
     mounts: SlurmWord | None = Field(default=None, description="for srun --container-mounts")

@@ -25,7 +25,6 @@ DEVICE = "BTM_SCALE_DEVICE"
 _ON_CPU = {DEVICE: "cpu", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "-1"}
 # A number, which may be negative, or the UUID of a GPU or of a MIG instance; SLURM writes NoDevFiles for no GPU.
 _NAMES_A_GPU = re.compile(r"\d+|(GPU|MIG)-[^,]+")
-_SLURM_GPUS = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE")
 _ROOT = Path("/")
 
 
@@ -167,7 +166,7 @@ def why_none(found: TorchDevices, environment: Mapping[str, str], nodes: list[st
         return f"this build of torch is for {found.build}, and the GPU is AMD's", "install a ROCm build of torch"
     if unusual:
         return f"{unusual}={words[unusual]} names none", request if in_slurm else f"correct or unset {unusual}"
-    if in_slurm and not any(environment.get(name) for name in _SLURM_GPUS):
+    if in_slurm and not _slurm_variable(environment):
         return "this SLURM job was given no GPU", request
     closed = [node for node in nodes if Path(node).exists() and not os.access(node, os.R_OK | os.W_OK)]
     if closed:
@@ -220,10 +219,19 @@ def _given(device: Device, nodes: list[str]) -> str:
     """Return the fact that this process was meant to use GPUs; empty if it was not."""
     if device == "gpu":
         return f"{_setting()} is gpu"
-    for name in _SLURM_GPUS:
-        if os.environ.get(name, "0") not in ("", "0"):
-            return f"SLURM gave this job GPUs ({name}={os.environ[name]})"
+    name = _slurm_variable(os.environ)
+    if name:
+        return f"SLURM gave this job GPUs ({name}={os.environ[name]})"
     return f"This machine has GPUs ({', '.join(nodes[:2])}{', ...' if len(nodes) > 2 else ''})" if nodes else ""
+
+
+def _slurm_variable(environment: Mapping[str, str]) -> str | None:
+    """Return the variable in which SLURM has the numbers of this job's GPUs, or their count here; None without GPUs."""
+    for name in ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS"):
+        if environment.get(name):
+            return name
+    count = "SLURM_GPUS_ON_NODE"
+    return count if environment.get(count, "0") not in ("", "0") else None
 
 
 def _has_amd_card(topology: Path) -> bool:

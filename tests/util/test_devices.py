@@ -101,6 +101,7 @@ def test_amd_gpus_are_chosen_by_hips_variable(
             r"SLURM gave this job GPUs \(SLURM_JOB_GPUS=0,1\), and torch can use none: torch \(CUDA 12\.8\) finds none",
         ),
         (ON_CPU, [], {"SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "4"}, "this is a CPU build of torch"),
+        (ON_CPU, [], {"SLURM_JOB_ID": "7", "SLURM_JOB_GPUS": "0"}, r"gave this job GPUs \(SLURM_JOB_GPUS=0\)"),
         (TorchDevices("unknown", problem="torch cannot be used (ImportError: libc)"), nvidia_nodes(0), {}, "libc"),
         (ON_CPU, ["dev/dxg", "usr/lib/wsl/lib/libcuda.so.1"], {}, r"/dev/dxg\), and torch can use none: this is a CPU"),
     ],
@@ -126,7 +127,7 @@ def test_a_process_that_was_given_gpus_and_can_use_none_is_refused_with_the_reas
     [
         (ON_CPU, [], {}, "this machine has no GPU"),
         (ON_CPU, ["dev/dxg"], {}, "this machine has no GPU"),  # WSL2 without an NVIDIA driver
-        (NO_GPU, [], {"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, "this machine has no GPU"),
+        (NO_GPU, [], {"CUDA_VISIBLE_DEVICES": "NoDevFiles", "SLURM_GPUS_ON_NODE": "0"}, "this machine has no GPU"),
         (NO_GPU, [], {"CUDA_VISIBLE_DEVICES": "0,1"}, "this machine has no GPU"),  # DeepSpeed's numbers of ranks
         (EIGHT, nvidia_nodes(0), {"CUDA_VISIBLE_DEVICES": ""}, "CUDA_VISIBLE_DEVICES='' hides every GPU"),
         (EIGHT, nvidia_nodes(0), {"CUDA_VISIBLE_DEVICES": "-1,-1"}, "CUDA_VISIBLE_DEVICES='-1,-1' hides every GPU"),
