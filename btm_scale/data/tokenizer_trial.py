@@ -68,7 +68,9 @@ def require_usable(directory: Path, kind: str, load: Callable[[Path], Tokenizer]
     passed = os.environ.get(_PASSED, "").split(",")
     if key in passed:
         return
-    answer, status = _forked(directory, load) if may_fork() else _spawned(directory, kind)
+    # A rank may have memory registered with its network card, which forking can detach from it.
+    forks = may_fork() and "RANK" not in os.environ
+    answer, status = _forked(directory, load) if forks else _spawned(directory, kind)
     *_, doing = answer.strip().splitlines() or ["load it"]
     if doing.startswith("{"):
         problem, is_complete = json.loads(doing)["problem"]
