@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ConfigDict
 
 from btm_scale.errors import ForestError
-from btm_scale.util.records import Record
+from btm_scale.util.records import InsideName, Record
 
 CARD = "expert.json"
 
@@ -20,7 +20,7 @@ class Parent:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    name: str
+    name: InsideName
     weight: float
 
 
@@ -31,8 +31,8 @@ class Expert(Record):
     ABSENT = f"{{folder}} is not a finished expert: it has no {CARD}. Train it, or choose another."
     REMEDY = "Restore it, or train the expert again."
 
-    name: str
-    domains: dict[str, float]  # the domains it was trained on, as fractions of its text
+    name: InsideName
+    domains: dict[InsideName, float]  # the domains it was trained on, as fractions of its text
     parents: tuple[Parent, ...]
     tokens: int  # trained on by this model itself, without its parents'
     steps: int

@@ -9,15 +9,25 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from btm_scale.errors import UserError
 from btm_scale.util.files import write_file
 
 _PROBLEMS = 3  # listed in a message
 _SHOWN = 60  # characters of a wrong value
+
+
+def _name_inside(name: str) -> str:
+    if name.startswith("/") or "\0" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):
+        raise ValueError("must be the name of a model or a file inside the run")
+    return name
+
+
+# A name from which a path in the run's folder is made: a record may be from another user.
+InsideName = Annotated[str, AfterValidator(_name_inside)]
 
 
 class Part(BaseModel):
@@ -130,7 +140,7 @@ def _sentence(error: ValidationError) -> str:
         else:
             shown = repr(problem["input"])
             shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
-            rule = problem["msg"].replace("Input should be", "must be")
+            rule = problem["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
             words.append(f"field '{field}' {rule[0].lower()}{rule[1:]} and is {shown}")
     more = f" and {len(problems) - _PROBLEMS} more" if len(problems) > _PROBLEMS else ""
     return f"not as this version writes it: {'; '.join(words)}{more}"
