@@ -30,9 +30,10 @@ from btm_scale.util.time_limit import within
 
 @pytest.fixture(autouse=True)
 def untried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No tokenizer has passed its trial yet, and a trial ends after seconds."""
+    """No tokenizer has passed its trial yet, and a trial takes seconds and a gigabyte at most."""
     monkeypatch.delenv("BTM_SCALE_TRIED_TOKENIZERS", raising=False)
     monkeypatch.setattr(tokenizer_trial, "_CPU_SECONDS", 5)
+    monkeypatch.setattr(tokenizer_trial, "_MEMORY", 1 << 30)
 
 
 # Each ends a process, or takes seconds of CPU time: one of them for `make test`.

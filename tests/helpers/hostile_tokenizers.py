@@ -69,7 +69,7 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "expands a word": (lambda one: one.update(normalizer=_text("whale", "e" * 20_000)), "'whale' repeated"),
     "expands without bound": (
         lambda one: one.update(normalizer={"type": "Sequence", "normalizers": [_text("a", "a" * 100)] * 8}),
-        "out of memory .* 'a' repeated",
+        "'a' repeated",
     ),
     "panics when it encodes": (lambda one: one.update(pre_tokenizer={"type": "FixedLength", "length": 0}), "non-zero"),
     "panics when it is loaded": (
