@@ -156,7 +156,7 @@ def _limit_itself(writer: int) -> None:
     os.closerange(3, writer)  # files that are locked as long as they are open
     os.closerange(writer + 1, writer + 1_000)
     signal.alarm(int(_WALL_SECONDS))  # if the parent is killed
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RUST_BACKTRACE": "0"}  # a backtrace takes seconds and memory
     used = time.process_time()
     _lower(resource.RLIMIT_CPU, int(used) + _CPU_SECONDS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
