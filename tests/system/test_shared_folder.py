@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.handmade_run import score_dev
 from helpers.two_users import WHY_NOT, User, give, two_users
 
 from btm_scale.checkpoint.convert import convert
@@ -18,7 +21,7 @@ from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.cli.app import main
 from btm_scale.config.run import RunConfig
 from btm_scale.forest.membership import add_expert
-from btm_scale.run_dir import RunDir
+from btm_scale.run_dir import SEED, RunDir
 
 PRECIOUS = "precious-2b9d\n"
 pytestmark = [
@@ -28,10 +31,32 @@ pytestmark = [
 MODELS = ("docs", "cpp")
 
 
+@contextlib.contextmanager
+def open_folder() -> Iterator[Path]:
+    """A folder that every user may enter; pytest closes its own to others when another session starts."""
+    with tempfile.TemporaryDirectory(prefix="btm-users-") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
 @pytest.fixture(scope="module")
-def users(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[User, User]]:
-    with two_users(tmp_path_factory.mktemp("users")) as pair:
+def users() -> Iterator[tuple[User, User]]:
+    with open_folder() as folder, two_users(folder) as pair:
         yield pair
+
+
+@pytest.fixture(scope="module")
+def evaluable(handmade: tuple[RunConfig, RunDir], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run that is evaluated without starting a group: what is compared has been scored."""
+    config, original = handmade
+    run = RunDir(tmp_path_factory.mktemp("evaluable") / "run")
+    shutil.copytree(original.root, run.root)
+    evaluate = config.evaluate.model_copy(update={"split": "dev", "averages": ()})
+    baselines = config.baselines.model_copy(update={"dense": False})
+    config = config.model_copy(update={"evaluate": evaluate, "baselines": baselines})
+    config.save(run.config)
+    score_dev(config, run, SEED)
+    return run
 
 
 class Shared:
@@ -42,10 +67,6 @@ class Shared:
         self.folder = folder / "shared"
         self.run = RunDir(self.folder / "run")
         shutil.copytree(original.root, self.run.root)
-        config = RunConfig.load(self.run.config)
-        evaluate = config.evaluate.model_copy(update={"split": "dev", "averages": ()})  # all that has been scored
-        baselines = config.baselines.model_copy(update={"dense": False})
-        config.model_copy(update={"evaluate": evaluate, "baselines": baselines}).save(self.run.config)
         give(self.folder, first)
         self.work = first.home / "work"
         shutil.rmtree(self.work, ignore_errors=True)
@@ -96,11 +117,9 @@ class Shared:
 
 
 @pytest.fixture
-def shared(users: tuple[User, User], handmade: tuple[RunConfig, RunDir], tmp_path: Path) -> Shared:
-    for place in (tmp_path, *tmp_path.parents):
-        if place.stat().st_uid == 0 and not place.stat().st_mode & 1:
-            place.chmod(place.stat().st_mode | 0o011)
-    return Shared(*users, handmade[1], tmp_path)
+def shared(users: tuple[User, User], evaluable: RunDir) -> Iterator[Shared]:
+    with open_folder() as folder:
+        yield Shared(*users, evaluable, folder)
 
 
 def names_written(shared: Shared, verb: str) -> set[Path]:
@@ -132,16 +151,14 @@ VERBS = ["evaluate", "report", "prepare", "ablate", "forest add", "forest remove
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_link_at_any_name_that_a_verb_writes_is_not_followed(
-    verb: str, users: tuple[User, User], handmade: tuple[RunConfig, RunDir], tmp_path: Path, shared: Shared
+    verb: str, users: tuple[User, User], evaluable: RunDir, shared: Shared, tmp_path: Path
 ) -> None:
     """Every name is recorded first, in a copy; then a link of the second user is put at each."""
-    (tmp_path / "copy").mkdir()
-    copy = Shared(*users, handmade[1], tmp_path / "copy")
+    copy = Shared(*users, evaluable, tmp_path)
     if verb in ("evaluate", "report", "prepare"):  # else there is nothing to write
         remove_outcome(copy)
         remove_outcome(shared)
     names = {path.relative_to(copy.folder) for path in names_written(copy, verb)}
-    shutil.rmtree(tmp_path / "copy")
     assert names, "the recorder saw nothing"
     for name in sorted(names):
         path = shared.folder / name
