@@ -56,6 +56,7 @@ def evaluable(handmade: tuple[RunConfig, RunDir], tmp_path_factory: pytest.TempP
     config = config.model_copy(update={"evaluate": evaluate, "baselines": baselines})
     config.save(run.config)
     score_dev(config, run, SEED)
+    main(["evaluate", str(run.root)])
     return run
 
 
@@ -155,9 +156,8 @@ def test_a_link_at_any_name_that_a_verb_writes_is_not_followed(
 ) -> None:
     """Every name is recorded first, in a copy; then a link of the second user is put at each."""
     copy = Shared(*users, evaluable, tmp_path)
-    if verb in ("evaluate", "report", "prepare"):  # else there is nothing to write
-        remove_outcome(copy)
-        remove_outcome(shared)
+    for one in (copy, shared):  # else there is nothing to write
+        remove_outcome(one, verb)
     names = {path.relative_to(copy.folder) for path in names_written(copy, verb)}
     assert names, "the recorder saw nothing"
     for name in sorted(names):
@@ -174,8 +174,9 @@ def test_a_link_at_any_name_that_a_verb_writes_is_not_followed(
         reset(shared, verb)
 
 
-def remove_outcome(shared: Shared) -> None:
-    shutil.rmtree(shared.run.results.parent, ignore_errors=True)
+def remove_outcome(shared: Shared, verb: str) -> None:
+    if verb in ("evaluate", "ablate"):
+        shutil.rmtree(shared.run.results.parent, ignore_errors=True)
     shared.run.report.unlink(missing_ok=True)
 
 
@@ -189,8 +190,7 @@ def reset(shared: Shared, verb: str) -> None:
     """Let the verb have something to do again."""
     shutil.rmtree(shared.folder / "out", ignore_errors=True)
     shutil.rmtree(shared.run.model("newcomer"), ignore_errors=True)
-    if verb in ("evaluate", "report", "prepare"):
-        remove_outcome(shared)
+    remove_outcome(shared, verb)
 
 
 FOLDERS = [
