@@ -82,8 +82,8 @@ class Tokenizer(ABC):
         """Refuse links out of the directory, and import what a child process needs too."""
         file_inside(directory, SENTENCEPIECE_FILE)
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path = Path()) -> None:
+        self.directory = directory  # for messages
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray[Any, Any]]:
