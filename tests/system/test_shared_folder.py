@@ -147,7 +147,9 @@ def names_written(shared: Shared, verb: str) -> set[Path]:
     return {path for path in own if not re.search("[0-9a-f]{8}", path.name)}
 
 
-VERBS = ["evaluate", "report", "prepare", "ablate", "forest add", "forest remove", "merge", "convert"]
+SHORT = ["evaluate", "report", "merge"]
+LONG = ["prepare", "ablate", "forest add", "forest remove", "convert"]
+VERBS = [*SHORT, *(pytest.param(verb, marks=pytest.mark.full) for verb in LONG)]
 
 
 @pytest.mark.parametrize("verb", VERBS)
