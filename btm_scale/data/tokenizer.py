@@ -72,7 +72,9 @@ class Tokenizer(ABC):
         except UserError as error:
             raise DataError(str(error)) from None
         except NotUsable as error:
-            raise DataError(f"The tokenizer in {directory} {error}. {remedy}") from None
+            file = _main_file(directory)
+            shown = f"{directory} ({file})" if file else str(directory)
+            raise DataError(f"The tokenizer in {shown} {error}. {remedy}") from None
         except Exception as error:  # a damaged file can end in any error of transformers, tokenizers or sentencepiece
             raise DataError(f"The tokenizer in {directory} cannot be loaded: {first_line(error)}. {remedy}") from None
 
@@ -81,8 +83,8 @@ class Tokenizer(ABC):
         """Refuse links out of the directory, and import what a child process needs too."""
         file_inside(directory, SENTENCEPIECE_FILE)
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path = Path()) -> None:
+        self.directory = directory  # for messages
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray[Any, Any]]:
@@ -117,8 +119,9 @@ class Tokenizer(ABC):
 
     def _failed(self, what: str, items: Sequence[Any], reason: str) -> DataError:
         begin = f"the text that begins with {items[0][:60]!r}" if what == "encode" and items else "the ids of a text"
-        file = next((name for name in _IDENTITY_FILES if (self.directory / name).is_file()), "")
-        return DataError(f"{self.directory / file} cannot {what} {begin}: {reason}. Choose another tokenizer.")
+        return DataError(
+            f"{self.directory / _main_file(self.directory)} cannot {what} {begin}: {reason}. Choose another tokenizer."
+        )
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -229,6 +232,11 @@ def same_ids(one: Path, other: Path) -> bool:
     """Return whether two directories hold one tokenizer: the files that determine ids and are in both are equal."""
     common = [name for name in _IDENTITY_FILES if (one / name).is_file() and (other / name).is_file()]
     return bool(common) and all((one / name).read_bytes() == (other / name).read_bytes() for name in common)
+
+
+def _main_file(directory: Path) -> str:
+    """Return the name of the file with a tokenizer's vocabulary; "" if there is none."""
+    return next((name for name in _IDENTITY_FILES if (directory / name).is_file()), "")
 
 
 def _require(directory: Path) -> None:

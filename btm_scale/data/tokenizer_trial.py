@@ -68,7 +68,9 @@ def require_usable(directory: Path, kind: str, load: Callable[[Path], Tokenizer]
     passed = os.environ.get(_PASSED, "").split(",")
     if key in passed:
         return
-    answer, status = _forked(directory, load) if may_fork() else _spawned(directory, kind)
+    # A rank may have memory registered with its network card, which forking can detach from it.
+    forks = may_fork() and "RANK" not in os.environ
+    answer, status = _forked(directory, load) if forks else _spawned(directory, kind)
     *_, doing = answer.strip().splitlines() or ["load it"]
     if doing.startswith("{"):
         problem, is_complete = json.loads(doing)["problem"]
@@ -154,7 +156,7 @@ def _limit_itself(writer: int) -> None:
     os.closerange(3, writer)  # files that are locked as long as they are open
     os.closerange(writer + 1, writer + 1_000)
     signal.alarm(int(_WALL_SECONDS))  # if the parent is killed
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RUST_BACKTRACE": "0"}  # a backtrace takes seconds and memory
     used = time.process_time()
     _lower(resource.RLIMIT_CPU, int(used) + _CPU_SECONDS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])

@@ -18,7 +18,7 @@ from btm_scale.forest.forest import experts
 from btm_scale.forest.scores import Scores, evaluation_text
 from btm_scale.run_dir import AVERAGE, RunDir
 from btm_scale.util.files import make_directory
-from btm_scale.util.records import Record
+from btm_scale.util.records import InsideName, Record
 
 
 class Soups(Record):
@@ -28,7 +28,7 @@ class Soups(Record):
     REMEDY = "Delete it, and run btm-scale evaluate again."
 
     forest: dict[str, str]  # content hash of each expert
-    members: dict[str, tuple[str, ...]]  # by domain
+    members: dict[str, tuple[InsideName, ...]]  # by domain
 
 
 def greedy_members(candidates: Sequence[str], loss: Callable[[tuple[str, ...]], float]) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from btm_scale.model.hf_config import read_shape
 from btm_scale.model.shape import ModelShape
 from btm_scale.run_dir import SEED, RunDir
 from btm_scale.util.files import make_directory
-from btm_scale.util.records import Record
+from btm_scale.util.records import InsideName, Record
 
 # Parents with less weight are dropped: reading them would cost time and change almost nothing.
 _LEAST_WEIGHT = 1e-3
@@ -31,7 +31,7 @@ class Branch(Record):
     REMEDY: ClassVar = "Delete {path}, and the parents are decided again."
 
     parents: tuple[Parent, ...]  # their weights sum to 1; none for the seed LM
-    domains: dict[str, float]  # fractions of the training text, replayed text included
+    domains: dict[InsideName, float]  # fractions of the training text, replayed text included
 
 
 def settle(

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path, PurePath
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Any
 
-from pydantic import AfterValidator, ConfigDict
+from pydantic import ConfigDict
 
 from btm_scale.errors import ForestError
-from btm_scale.util.records import Record
+from btm_scale.util.records import InsideName, Record
 
 CARD = "expert.json"
-
-
-def _require_inside(name: str) -> str:
-    if not name or "\0" in name or PurePath(name).is_absolute() or ".." in PurePath(name).parts:
-        raise ValueError("must be the name of a model, without '..'")
-    return name
-
-
-ModelName = Annotated[str, AfterValidator(_require_inside)]
 
 
 @dataclass(frozen=True)
@@ -29,7 +20,7 @@ class Parent:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    name: ModelName
+    name: InsideName
     weight: float
 
 
@@ -40,8 +31,8 @@ class Expert(Record):
     ABSENT = f"{{folder}} is not a finished expert: it has no {CARD}. Train it, or choose another."
     REMEDY = "Restore it, or train the expert again."
 
-    name: ModelName
-    domains: dict[str, float]  # the domains it was trained on, as fractions of its text
+    name: InsideName
+    domains: dict[InsideName, float]  # the domains it was trained on, as fractions of its text
     parents: tuple[Parent, ...]
     tokens: int  # trained on by this model itself, without its parents'
     steps: int

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from btm_scale.errors import UserError
 from btm_scale.util.bounded_json import parse_json, read_bounded, shown
@@ -19,6 +19,16 @@ from btm_scale.util.files import write_file
 
 _PROBLEMS = 3  # listed in a message
 _LONGEST_NAME = 100  # characters of a key in a message
+
+
+def _name_inside(name: str) -> str:
+    if name.startswith("/") or "\0" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):
+        raise ValueError("must be the name of a model or a file inside the run")
+    return name
+
+
+# A name from which a path in the run's folder is made: a record may be from another user.
+InsideName = Annotated[str, AfterValidator(_name_inside)]
 
 
 class Part(BaseModel):

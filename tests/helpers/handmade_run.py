@@ -45,11 +45,12 @@ def handmade_run(text: Path, folder: Path) -> tuple[RunConfig, RunDir]:
     train(config, run, SEED, DOMAINS, parent=None, steps=120)
     for name in DOMAINS:
         train(config, run, name, (name,), steps=50)
-        _score(config, run, name)
+        score_dev(config, run, name)
     return config, run
 
 
-def _score(config: RunConfig, run: RunDir, name: str) -> None:
+def score_dev(config: RunConfig, run: RunDir, name: str) -> None:
+    """Score a model of the run on the dev text of every domain."""
     decoder, model_hash = Decoder.load(run.model(name)), read_expert(run.model(name)).content_hash
     for domain in DOMAINS:
         dev = evaluation_text(config, run, domain, "dev")

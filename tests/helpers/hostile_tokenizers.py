@@ -66,15 +66,15 @@ HOSTILE: dict[str, tuple[Change, str]] = {
         lambda one: one.update(normalizer=_text("e", "e" * 1_000_000)),
         "'e' repeated",
     ),
-    "expands a word": (lambda one: one.update(normalizer=_text("whale", "e" * 20_000)), "'whale' repeated"),
+    "expands a word": (lambda one: one.update(normalizer=_text("whale", "e" * 20_000)), "repeated as"),
     "expands without bound": (
         lambda one: one.update(normalizer={"type": "Sequence", "normalizers": [_text("a", "a" * 100)] * 8}),
-        "out of memory .* 'a' repeated",
+        "'a' repeated",
     ),
     "panics when it encodes": (lambda one: one.update(pre_tokenizer={"type": "FixedLength", "length": 0}), "non-zero"),
     "panics when it is loaded": (
         lambda one: one.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAAgP8="}),
-        "charsmap",
+        "charsmap|to load it",  # a table of 2 GB that is not there
     ),
     "panics for a damaged table": (
         lambda one: one.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "BAAAAP////8="}),

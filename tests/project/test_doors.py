@@ -8,15 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [path for folder in ("btm_scale", "kernels", "launch") for path in sorted((ROOT / folder).rglob("*.py"))]
-LOADERS = {
-    "from_pretrained",
-    "from_config",
-    "from_file",
-    "load_dataset",
-    "snapshot_download",
-    "hf_hub_download",
-    "pipeline",
-}
+LOADERS = {"from_pretrained", "load_dataset", "snapshot_download", "hf_hub_download", "pipeline"}
 
 
 def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.tiny_run import save_card
 
 from btm_scale.errors import ForestError
+from btm_scale.evaluate.soups import Soups
+from btm_scale.forest.expert import CARD, Parent, read_expert
 from btm_scale.util.records import Part, Record, read_object
 
 
@@ -103,3 +106,28 @@ def test_a_folder_of_that_name_is_an_error_of_its_reader(tmp_path: Path) -> None
         Tree.load(tmp_path)
     with pytest.raises(ForestError, match="cannot be read"):
         read_object(tmp_path, ForestError)
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("parents.0.name", {"parents": [{"name": "../../model", "weight": 1.0}]}),
+        ("parents.0.name", {"parents": [{"name": "/home/other/model", "weight": 1.0}]}),
+        ("name", {"name": "a/../../b"}),
+        ("name", {"name": ""}),
+        ("domains", {"domains": {"../text": 1.0}}),
+    ],
+)
+def test_a_name_that_leads_out_of_the_run_is_refused(field: str, change: dict[str, Any], tmp_path: Path) -> None:
+    save_card(tmp_path, "python", parents=(Parent("average/uniform", 1.0),))
+    card = tmp_path / CARD
+    assert read_expert(tmp_path).parents[0].name == "average/uniform"
+    card.write_text(json.dumps(json.loads(card.read_text()) | change))
+    with pytest.raises(ForestError, match=rf"field '{field}.* must be the name of a model or a file inside the run"):
+        read_expert(tmp_path)
+
+
+def test_a_soup_of_models_outside_of_the_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "soups.json").write_text(json.dumps({"schema": 1, "forest": {}, "members": {"a": ["../../model"]}}))
+    with pytest.raises(ForestError, match=r"field 'members.a.0' must be the name"):
+        Soups.load(tmp_path / "soups.json")

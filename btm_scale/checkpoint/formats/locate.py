@@ -96,5 +96,10 @@ def described_config(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; a missing file gives an empty one. Raises `CheckpointError` for invalid JSON."""
-    return read_object(path, CheckpointError, remedy="Copy it again.") if path.is_file() else {}
+    """Read a JSON object of a model directory; a missing file gives an empty one.
+
+    Raises `CheckpointError` for invalid JSON, and for a link out of the directory.
+    """
+    if not path.is_file():
+        return {}
+    return read_object(file_inside(path.parent, path.name), CheckpointError, remedy="Copy it again.")
