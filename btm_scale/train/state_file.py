@@ -41,14 +41,17 @@ class PartWriter:
         return piece.nbytes
 
     def finish(self) -> str:
-        """Return the digest of this rank's part, which is on disk. Ranks other than the first close the file."""
+        """Return the digest of this rank's part. Ranks other than the first also sync and close the file.
+
+        What the first rank wrote is synced when the checkpoint is published.
+        """
         digest = hashlib.sha256()
         if self._index == 0:
             digest.update(hashlib.sha256(self._writer.header).digest())
         for name in self._writer.specs:
             digest.update(self._digests[name])
-        self._writer.sync()
         if self._index:
+            self._writer.sync()
             self._writer.detach()
         return digest.hexdigest()
 
