@@ -66,6 +66,8 @@ def evaluate(config: RunConfig, run: RunDir) -> Results:
     names = list(experts(run))
     averages = averages_of(config, run)
     notes = [] if averages else ["No averages: only models of one shape can be averaged, and the experts differ."]
+    if config.health.deterministic:
+        notes.append("health.deterministic is set: the same layout on the same kind of GPU gives the same bits.")
     domains = list(config.all_domains)
     texts = [evaluation_text(config, run, domain, config.evaluate.split) for domain in domains]
     evaluated = in_processes(functools.partial(_evaluate_domain, config, run, names, averages), texts)
@@ -73,7 +75,6 @@ def evaluate(config: RunConfig, run: RunDir) -> Results:
     results = Results(
         name=config.name,
         random_seed=config.random_seed,
-        deterministic=config.health.deterministic,
         domains={
             domain: EvaluatedDomain(
                 novel=domain in config.novel_domains, tokens=entry.measure.tokens, bytes=entry.measure.bytes

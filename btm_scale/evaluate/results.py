@@ -60,7 +60,6 @@ class Results(Record):
 
     name: str
     random_seed: int
-    deterministic: bool = False  # whether the run asks for the same bits on GPUs, `health.deterministic`
     domains: dict[str, EvaluatedDomain]
     methods: dict[str, MethodResult]
     compute: dict[str, Compute] = {}  # by method

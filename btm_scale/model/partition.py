@@ -59,6 +59,11 @@ def is_partitioned(parameter: torch.nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def complete_shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """Return the shape of a parameter with all of its elements; a partitioned one is empty itself."""
+    return torch.Size(parameter.ds_shape) if is_partitioned(parameter) else parameter.shape  # type: ignore[attr-defined]
+
+
 @contextlib.contextmanager
 def complete(parameter: torch.nn.Parameter, *, changes: bool = False) -> Iterator[torch.nn.Parameter]:
     """Yield a parameter with all of its elements, gathered from the data ranks if it is partitioned.

@@ -8,30 +8,37 @@ ZeRO setting can read what any other wrote.
 from __future__ import annotations
 
 import base64
-import collections
-import hashlib
+import contextlib
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from pydantic import model_validator
 
 from btm_scale.checkpoint.formats.locate import STATE_MARKER
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
-from btm_scale.checkpoint.formats.safetensors_writer import SINGLE, ShardedWriter
+from btm_scale.checkpoint.formats.safetensors_writer import SINGLE
 from btm_scale.checkpoint.formats.tensors import TensorSpec
+from btm_scale.distributed.patience import patient_group
 from btm_scale.errors import CheckpointError
 from btm_scale.model.hf_names import table, to_huggingface
 from btm_scale.model.hf_weights import gather_whole, huggingface_shapes, local_part
 from btm_scale.train.engine import KINDS, MASTER, OUTER, Engine
+from btm_scale.train.state_file import PartWriter, file_digest, part_digest
 from btm_scale.util.files import make_partial, partial_path, publish_directory, remove_partial, require_space
 from btm_scale.util.records import Record
 
 logger = logging.getLogger(__name__)
+
+_LOG_SECONDS = 30.0
+_UNSEEN = "not there yet"
 
 
 @dataclass(frozen=True)
@@ -44,9 +51,20 @@ class Position:
     loss_scale: dict[str, float] = field(default_factory=dict)  # fp16 only
 
 
-class _Marker(Record):
-    """state.json: the position, and the digest of the tensors."""
+class Watch(Protocol):
+    """A watchdog of the steps of training, which must not take a long save for a hang."""
 
+    def progress(self) -> None:
+        """Note that the work between two steps advances."""
+
+    def waiting(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which this rank waits for others, which are watched themselves."""
+
+
+class _Marker(Record):
+    """state.json: the position, and the digests of the parts of the tensors."""
+
+    SCHEMA = 2
     ERROR = CheckpointError
     ABSENT = "{folder} is not a complete checkpoint: it has no state.json. Use another one."
     REMEDY = "Delete {folder}, and training resumes from the checkpoint before it."
@@ -55,7 +73,21 @@ class _Marker(Record):
     adam_steps: int
     random_state: str
     loss_scale: dict[str, int | float] = {}
-    sha256: str
+    parts: tuple[str, ...] = ()  # by rank, as `state_file` defines them
+    sha256: str | None = None  # of the complete file; schema 1
+
+    @classmethod
+    def upgraded(cls, content: Any) -> Any:
+        """Return schema 1, which had one digest, as schema 2."""
+        if isinstance(content, dict) and content.get("schema", 1) == 1 and isinstance(content.get("sha256"), str):
+            return content | {"schema": 2}
+        return content
+
+    @model_validator(mode="after")
+    def _has_digests(self) -> _Marker:
+        if not self.parts and self.sha256 is None:
+            raise ValueError("a checkpoint has digests")
+        return self
 
     @property
     def position(self) -> Position:
@@ -67,29 +99,21 @@ def state_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def save_state(engine: Engine, folder: Path, step: int, keep: int) -> None:
-    """Write the checkpoint after `step` steps, then delete all but the `keep` newest. All ranks call this together."""
-    parameters = engine.parameters
+def save_state(engine: Engine, folder: Path, step: int, keep: int, watch: Watch | None = None) -> None:
+    """Write the checkpoint after `step` steps, then delete all but the `keep` newest. All ranks call this together.
 
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for entry in table(engine.model.shape):
-            for kind in engine.kinds:
-                full = gather_whole(entry, engine.full(parameters[entry.megatron], kind), engine.group.tensor_group)
-                for name, tensor in to_huggingface(entry, full, engine.model.shape).items():
-                    yield f"{kind}/{name}", tensor
-
-    if engine.group.is_first:
-        random_state = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
-        position = Position(step, engine.adam_steps, random_state, engine.loss_scale)
-        write_state(engine, folder, position, tensors(), engine.kinds)
+    Every rank writes its part; `watch` learns of each tensor that is written, and of waits for other ranks.
+    """
+    group = engine.group
+    random_state = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
+    position = Position(step, engine.adam_steps, random_state, engine.loss_scale)
+    write_state(engine, folder, position, _all_tensors(engine), engine.kinds, (group.rank, group.size), watch)
+    if group.is_first:
         # A newer checkpoint was skipped as damaged; it must not displace a usable one.
         states = (path for path in folder.glob("step-*") if path <= state_path(folder, step))
         for old in sorted(states)[:-keep]:
             shutil.rmtree(old)
-    else:
-        # Takes part in gathering every tensor on the first rank.
-        collections.deque(tensors(), maxlen=0)
-    dist.barrier()
+    _wait(watch)
 
 
 def write_state(
@@ -98,8 +122,14 @@ def write_state(
     position: Position,
     tensors: Iterable[tuple[str, torch.Tensor]],
     kinds: Sequence[str] = KINDS,
+    part: tuple[int, int] = (0, 1),
+    watch: Watch | None = None,
 ) -> None:
-    """Write a checkpoint of the engine's shape from `kind/name` and float32 tensors. Only one rank calls this."""
+    """Write a checkpoint of the engine's shape from `kind/name` and float32 tensors.
+
+    `part`: this rank and the number of ranks, which call this together, each with all tensors; by default one rank.
+    """
+    index, ranks = part
     final = state_path(folder, position.step)
     temporary = partial_path(final)
     specs = {
@@ -107,20 +137,72 @@ def write_state(
         for kind in kinds
         for name, size in huggingface_shapes(engine.model.shape).items()
     }
-    require_space(folder, sum(spec.nbytes for spec in specs.values()))
-    make_partial(temporary)
+    total = sum(spec.nbytes for spec in specs.values())
     try:
-        writer = ShardedWriter(temporary, specs, max_shard_bytes=float("inf"))
-        for name, tensor in tensors:
-            writer.write(name, tensor)
-        writer.close()
-        digest = _digest(temporary / SINGLE)
-        _Marker(**asdict(position), sha256=digest).write(temporary / STATE_MARKER)
+        if index == 0:
+            require_space(folder, total)
+            make_partial(temporary)
+            writer = PartWriter(temporary, specs, index, ranks)
+        if ranks > 1:
+            _wait(watch)  # for the file
+        if index > 0:
+            writer = PartWriter(temporary, specs, index, ranks)
+        _write_part(writer, tensors, position.step, total / ranks, watch, logs=index == 0)
+        digests: list[Any] = [writer.finish()]
+        if ranks > 1:
+            own, digests = digests[0], [None] * ranks
+            with _waiting(watch):
+                dist.all_gather_object(digests, own, group=patient_group())
+        if index > 0:
+            return
+        writer.publish()
+        _Marker(**asdict(position), parts=tuple(digests)).write(temporary / STATE_MARKER)
     except OSError:
         # If the disk is full after all, a partial checkpoint would take the space that the next attempt needs.
         remove_partial(temporary)
         raise
     publish_directory(temporary, final, replace=True)
+
+
+def _write_part(
+    writer: PartWriter,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    step: int,
+    size: float,
+    watch: Watch | None,
+    *,
+    logs: bool,
+) -> None:
+    """Write a rank's part of all tensors, `size` bytes, and log the progress of a long save."""
+    written, logged = 0, time.monotonic()
+    for name, tensor in tensors:
+        written += writer.write(name, tensor)
+        if watch is not None:
+            watch.progress()
+        if logs and time.monotonic() - logged > _LOG_SECONDS:
+            logged = time.monotonic()
+            logger.info(
+                "saving the checkpoint of step %d: %.0f%% of %.1f GB per rank", step, 100 * written / size, size / 1e9
+            )
+
+
+def _all_tensors(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every tensor of the training state by `kind/name`, gathered from the ranks that share it."""
+    parameters = engine.parameters
+    for entry in table(engine.model.shape):
+        for kind in engine.kinds:
+            full = gather_whole(entry, engine.full(parameters[entry.megatron], kind), engine.group.tensor_group)
+            for name, tensor in to_huggingface(entry, full, engine.model.shape).items():
+                yield f"{kind}/{name}", tensor
+
+
+def _wait(watch: Watch | None) -> None:
+    with _waiting(watch):
+        dist.barrier(patient_group())
+
+
+def _waiting(watch: Watch | None) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if watch is None else watch.waiting()
 
 
 def read_position(path: Path) -> Position:
@@ -130,22 +212,28 @@ def read_position(path: Path) -> Position:
 
 def newest_state(folder: Path) -> Path | None:
     """Return the newest intact checkpoint, or None; incomplete and damaged ones are skipped with a message."""
-    for path in sorted(folder.glob("step-*"), reverse=True):
-        problem = _problem(path)
-        if problem is None:
-            return path
-        logger.warning("%s cannot be used: %s; going back to the state before it", path, problem)
-    return None
+    return next((path for path in _newest_first(folder) if _usable(path, _problem(path))), None)
 
 
 def common_state(folder: Path) -> Path | None:
     """Return `newest_state` as the group's first rank sees it, so that all ranks resume from the same checkpoint.
 
-    All ranks call this together. A folder that was just published may show up late on another host.
+    All ranks call this together, and each verifies some parts.
     """
-    newest = [newest_state(folder) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(newest, src=0)
-    return newest[0]
+    group, first = patient_group(), dist.get_rank() == 0
+    candidates = [_newest_first(folder) if first else []]
+    dist.broadcast_object_list(candidates, src=0, group=group)
+    for path in candidates[0]:
+        problems: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, _problem_of_parts(path, dist.get_rank(), dist.get_world_size()), group=group)
+        if first and _UNSEEN in problems[1:]:
+            # A folder that was just published may show up late on another host.
+            problems = [_problem(path)]
+        verdict = [next((problem for problem in problems if problem is not None), None)]
+        dist.broadcast_object_list(verdict, src=0, group=group)
+        if _usable(path, verdict[0], logs=first):
+            return path
+    return None
 
 
 def load_state(engine: Engine, path: Path) -> Position:
@@ -192,23 +280,31 @@ def restore_random_state(position: Position) -> None:
     torch.set_rng_state(torch.frombuffer(data, dtype=torch.uint8))
 
 
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"), reverse=True)
+
+
+def _usable(path: Path, problem: str | None, *, logs: bool = True) -> bool:
+    if problem is not None and logs:
+        logger.warning("%s cannot be used: %s; going back to the state before it", path, problem)
+    return problem is None
+
+
 def _problem(path: Path) -> str | None:
+    """Return why a checkpoint is not intact, or None if it is."""
+    return _problem_of_parts(path, 0, 1)
+
+
+def _problem_of_parts(path: Path, rank: int, ranks: int) -> str | None:
+    """Return what is wrong with the parts that a rank verifies, every `ranks`-th from its own number, or None."""
     try:
-        recorded = _Marker.load(path / STATE_MARKER).sha256
-        digest = _digest(path / SINGLE)
-    except (OSError, CheckpointError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None if digest == recorded else f"{SINGLE} differs from its checksum"
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    for block in _blocks(path):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while block := file.read(8 << 20):
-            yield block
+        marker = _Marker.load(path / STATE_MARKER)
+        if marker.sha256 is not None:
+            intact = rank > 0 or file_digest(path) == marker.sha256
+        else:
+            count = len(marker.parts)
+            intact = all(part_digest(path, i, count) == marker.parts[i] for i in range(rank, count, ranks))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, CheckpointError) as error:
+        missing = not (path / STATE_MARKER).is_file() or isinstance(error, FileNotFoundError)
+        return _UNSEEN if rank > 0 and missing else f"{type(error).__name__}: {error}"
+    return None if intact else f"{SINGLE} differs from its checksum"

@@ -22,7 +22,7 @@ from torch import Tensor
 from btm_scale.config.training import OptimizerConfig
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.gpt import ExpertModel
-from btm_scale.model.partition import complete
+from btm_scale.model.partition import complete, complete_shape
 from btm_scale.train.deepspeed_config import deepspeed_config
 from btm_scale.train.diloco import OuterStep
 from btm_scale.train.fp32_gradients import Float32Sums
@@ -296,8 +296,8 @@ class Engine:
 
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return AdamW's parameter groups: matrices decay; norms and biases, which have one dimension, do not."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+    matrices = [parameter for parameter in model.parameters() if len(complete_shape(parameter)) > 1]
+    vectors = [parameter for parameter in model.parameters() if len(complete_shape(parameter)) == 1]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 

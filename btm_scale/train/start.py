@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from btm_scale.checkpoint.merge.merge import merge_tensors
 from btm_scale.config.run import RunConfig
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.distributed.group import ExpertGroup
+from btm_scale.distributed.patience import patient_group
 from btm_scale.errors import CheckpointError, ConfigError, ForestError
 from btm_scale.forest.branch import Branch, settle
 from btm_scale.forest.expert import Parent, is_finished
@@ -83,7 +83,7 @@ def begin_branch(engine: Engine, run: RunDir, job: TrainingJob, parents: Sequenc
         return
     mean = run.train(job.model) / "first"
     # A merge of large models takes longer than a collective of training may wait.
-    merge_group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    merge_group = patient_group()
     if engine.group.is_first:
         weights = [parent.weight for parent in parents]
         _write_mean(

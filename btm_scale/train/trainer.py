@@ -105,7 +105,7 @@ def train(engine: Engine, mixture: DomainMixture, config: RunConfig, run: RunDir
                 if in_sync:
                     engine.outer_step()
                 if in_sync and pending:
-                    save_state(engine, folder, step, config.checkpoint.keep)
+                    save_state(engine, folder, step, config.checkpoint.keep, watch)
                     pending = False
             if in_sync and stops:
                 stop.leave(step)

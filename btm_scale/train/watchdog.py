@@ -104,6 +104,18 @@ class HangWatch:
         yield
         self._times, self._since = 1, None
 
+    def progress(self) -> None:
+        """Note that the work between two steps advances, such as a checkpoint of which another tensor is written."""
+        if self._since is not None:
+            self._since = time.monotonic()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Do not time the enclosed wait for other ranks, whose own watchdogs time what they do."""
+        since, self._since = self._since, None
+        yield
+        self._since = None if since is None else time.monotonic()
+
     @property
     def limit(self) -> float:
         """Seconds that the current step, or the current work between steps, may take."""

@@ -38,12 +38,19 @@ def test_all_ranks_resume_from_the_checkpoint_that_the_first_rank_finds(tmp_path
 def test_a_damaged_checkpoint_does_not_displace_a_usable_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_state(tmp_path, 100)
     (write_state(tmp_path, 200) / "model.safetensors").write_bytes(b"")
-    monkeypatch.setattr(checkpoint.dist, "barrier", lambda: None)
+    monkeypatch.setattr(checkpoint, "_wait", lambda watch: None)
     monkeypatch.setattr(
         checkpoint, "write_state", lambda engine, folder, position, *_: write_state(folder, position.step)
     )
-    group = SimpleNamespace(is_first=True)
+    group = SimpleNamespace(is_first=True, rank=0, size=1)
     engine: Any = SimpleNamespace(group=group, parameters={}, adam_steps=0, loss_scale={}, kinds=())
     save_state(engine, tmp_path, 150, keep=1)
     assert newest_state(tmp_path) == state_path(tmp_path, 150)
     assert not state_path(tmp_path, 100).exists()
+
+
+def test_a_checkpoint_of_an_earlier_version_is_verified_by_its_one_digest(tmp_path: Path) -> None:
+    path = write_state(tmp_path, 1)
+    assert newest_state(tmp_path) == path
+    (path / "model.safetensors").write_bytes(b"tensorz")
+    assert newest_state(tmp_path) is None

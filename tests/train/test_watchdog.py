@@ -1,14 +1,17 @@
-"""Which processes a watchdog takes for peers of its rank."""
+"""Which processes a watchdog takes for peers of its rank, and what it takes for a hang."""
 
 from __future__ import annotations
 
 import os
 import socket
+import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from btm_scale.config.training import HealthConfig
 from btm_scale.train import watchdog
 
 
@@ -25,3 +28,20 @@ def test_a_rank_on_another_host_of_the_same_name_is_not_a_local_peer(
     group: Any = SimpleNamespace(size=3)
     assert watchdog._processes_of_this_host(group) == {1: 4000}
     assert os.getpid() not in watchdog._processes_of_this_host(group).values()
+
+
+def test_a_long_save_is_no_hang_while_it_advances_or_waits_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr(watchdog, "_processes_of_this_host", lambda group: {})
+    monkeypatch.setattr(watchdog, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(watchdog.HangWatch, "_end", lambda self, seconds: ended.set())
+    group: Any = SimpleNamespace()
+    config = HealthConfig(patience=0.1)  # the first steps may take ten times that
+    with watchdog.HangWatch(group, config) as watch, watch.between_steps():
+        for _ in range(30):
+            time.sleep(0.05)
+            watch.progress()
+        with watch.waiting():
+            time.sleep(1.2)
+        assert not ended.is_set()
+        assert ended.wait(30), "without progress it is a hang"

@@ -93,6 +93,11 @@ class ShardedWriter:
             yield torch.frombuffer(bytearray(data), dtype=torch.uint8)
             position += len(data)
 
+    @property
+    def header(self) -> bytes:
+        """The bytes of the first shard before its tensors."""
+        return self._headers[0]
+
     def has_its_headers(self) -> bool:
         """Whether every shard begins with the header that its tensors have."""
         shards = zip(self._shards, self._headers, strict=True)
