@@ -20,6 +20,7 @@ from btm_scale.checkpoint.merge.sidecars import carry_sidecars
 from btm_scale.errors import CheckpointError
 from btm_scale.model.hf_names import from_huggingface, table, to_huggingface
 from btm_scale.model.shape import ModelShape
+from btm_scale.util.disk_errors import writing
 from btm_scale.util.files import make_partial, partial_path, publish_directory, remove_partial
 
 WRITERS: dict[str, Callable[..., None]] = {"megatron": write_torch_dist, "deepspeed": write_model_states}
@@ -45,7 +46,7 @@ def convert(
     format_of(source)  # before anything else, because other messages assume a checkpoint
     wanted = parse_dtype(dtype) if dtype else None
     partial = partial_path(target)
-    with only_merge_into(partial):
+    with only_merge_into(partial), writing(target):
         remove_partial(partial)
         try:
             if to == "huggingface":

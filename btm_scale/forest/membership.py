@@ -16,7 +16,7 @@ from btm_scale.forest.forest import experts
 from btm_scale.forest.methods import require_free_name
 from btm_scale.model.hf_config import read_shape
 from btm_scale.run_dir import RunDir
-from btm_scale.util.files import new_directory, require_space
+from btm_scale.util.files import new_directory, require_space, sync_directory
 from btm_scale.util.inside import copy_inside, file_inside
 from btm_scale.util.records import read_object
 
@@ -61,6 +61,7 @@ def remove_expert(run: RunDir, name: str) -> None:
     # The card is deleted first: without it, the directory is not an expert, even if this is interrupted.
     if not run.model(name).is_symlink():
         (run.model(name) / CARD).unlink()
+        sync_directory(run.model(name))  # before a file that belongs to the card is gone
     for folder in (run.model(name), run.model_scores(name), run.train(name)):
         if folder.is_symlink():  # only the link belongs to the run
             folder.unlink()

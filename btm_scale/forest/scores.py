@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ class Scores:
         make_directory(path.parent)
         metadata = {"model": self.model, "data_fingerprint": self.fingerprint}
         tensors = {"log_probs": self.log_probs, "block_starts": self.block_starts}
-        write_file(path, save(tensors, metadata))
+        write_file(path, _with_sorted_header(save(tensors, metadata)))
 
     @classmethod
     def load(cls, path: Path) -> Scores:
@@ -54,6 +55,14 @@ class Scores:
                 metadata["model"],
                 metadata["data_fingerprint"],
             )
+
+
+def _with_sorted_header(content: bytes) -> bytes:
+    """Return a safetensors file with its header in one order; the library's differs between two processes."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the tensors begin at a multiple of 8 bytes
+    return len(header).to_bytes(8, "little") + header + content[end:]
 
 
 def scored_model(path: Path) -> str | None:

@@ -13,6 +13,7 @@ from btm_scale.config.run import RunConfig
 from btm_scale.distributed.cpu import keep_freed_memory
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.distributed.precision import fast_precision
+from btm_scale.errors import GroupFailed
 from btm_scale.evaluate.averages import make_averages
 from btm_scale.evaluate.score import score_model
 from btm_scale.forest.average_models import average_texts
@@ -24,6 +25,7 @@ from btm_scale.train.jobs import training_job
 from btm_scale.train.preemption import leaving_at_once
 from btm_scale.train.trainer import train_and_export
 from btm_scale.train.watchdog import PeerWatch
+from btm_scale.util.disk_errors import sentence
 from btm_scale.util.locks import ModelLock
 from btm_scale.util.rank_log import rank_log
 
@@ -34,6 +36,7 @@ def train_as_rank(config: RunConfig, run: RunDir, model: str) -> None:
     """Train, export and score one model, skipping completed parts."""
     with (
         rank_log(run.log(model), model),
+        _disk_errors_as_sentences(),
         _joined(config, run, lambda config: training_job(config, model).layout, records=True) as (group, config),
         ModelLock(run.train(model)) if group.is_first else contextlib.nullcontext(),
     ):
@@ -47,11 +50,27 @@ def train_as_rank(config: RunConfig, run: RunDir, model: str) -> None:
 def score_as_rank(config: RunConfig, run: RunDir, models: Sequence[str], *, averages: bool = False) -> None:
     """Score finished models, each on its texts; with `averages`, also merge the missing averages and score all."""
     texts = average_texts(config)
-    with rank_log(run.log("score")), _joined(config, run, lambda config: config.layout) as (group, config):
+    with (
+        rank_log(run.log("score")),
+        _disk_errors_as_sentences(),
+        _joined(config, run, lambda config: config.layout) as (group, config),
+    ):
         if averages:
             models = [*models, *make_averages(group, config, run)]
         for model in models:
             score_model(group, config, run, model, texts.get(model) or all_texts(config), on_text=_log_scored)
+
+
+@contextlib.contextmanager
+def _disk_errors_as_sentences() -> Iterator[None]:
+    """Raise GroupFailed, whose message needs no traceback, for a disk that is full, is broken or refuses this user."""
+    try:
+        yield
+    except OSError as error:
+        message = sentence(error)
+        if message is None:
+            raise
+        raise GroupFailed(message) from error
 
 
 @contextlib.contextmanager

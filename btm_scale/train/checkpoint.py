@@ -28,6 +28,7 @@ from btm_scale.errors import CheckpointError
 from btm_scale.model.hf_names import table, to_huggingface
 from btm_scale.model.hf_weights import gather_whole, huggingface_shapes, local_part
 from btm_scale.train.engine import KINDS, MASTER, OUTER, Engine
+from btm_scale.util.disk_errors import writing
 from btm_scale.util.files import make_partial, partial_path, publish_directory, remove_partial, require_space
 from btm_scale.util.records import Record
 
@@ -110,17 +111,18 @@ def write_state(
     require_space(folder, sum(spec.nbytes for spec in specs.values()))
     make_partial(temporary)
     try:
-        writer = ShardedWriter(temporary, specs, max_shard_bytes=float("inf"))
-        for name, tensor in tensors:
-            writer.write(name, tensor)
-        writer.close()
-        digest = _digest(temporary / SINGLE)
-        _Marker(**asdict(position), sha256=digest).write(temporary / STATE_MARKER)
+        with writing(final):
+            writer = ShardedWriter(temporary, specs, max_shard_bytes=float("inf"))
+            for name, tensor in tensors:
+                writer.write(name, tensor)
+            writer.close()
+            digest = _digest(temporary / SINGLE)
+            _Marker(**asdict(position), sha256=digest).write(temporary / STATE_MARKER)
+            publish_directory(temporary, final, replace=True)
     except OSError:
         # If the disk is full after all, a partial checkpoint would take the space that the next attempt needs.
         remove_partial(temporary)
         raise
-    publish_directory(temporary, final, replace=True)
 
 
 def read_position(path: Path) -> Position:

@@ -20,11 +20,24 @@ from btm_scale.model.hf_weights import huggingface_shapes, huggingface_tensors
 from btm_scale.run_dir import RunDir
 from btm_scale.train.engine import Engine
 from btm_scale.train.jobs import TrainingJob
-from btm_scale.util.files import make_partial, partial_path, publish_directory
+from btm_scale.util.disk_errors import writing
+from btm_scale.util.files import make_partial, partial_path, publish_directory, remove_partial
 
 
 def export_expert(engine: Engine, config: RunConfig, run: RunDir, branch: Branch, end_of_text: int) -> None:
     """Write the trained model, in the dtype it computes in, to its folder in the run. All ranks call this together."""
+    final = run.model(engine.job.model)
+    try:
+        with writing(final):
+            _export(engine, config, run, branch, end_of_text)
+    except OSError:
+        if engine.group.is_first:
+            remove_partial(partial_path(final))  # it would take the space that the next attempt needs
+        raise
+    dist.barrier()
+
+
+def _export(engine: Engine, config: RunConfig, run: RunDir, branch: Branch, end_of_text: int) -> None:
     group, shape, job = engine.group, engine.model.shape, engine.job
     final = run.model(job.model)
     partial = partial_path(final)
@@ -46,7 +59,6 @@ def export_expert(engine: Engine, config: RunConfig, run: RunDir, branch: Branch
             shutil.copyfile(file, partial / file.name)
         _card(config, run, job, branch, partial).write(partial / CARD)
         publish_directory(partial, final)
-    dist.barrier()
 
 
 def _card(config: RunConfig, run: RunDir, job: TrainingJob, branch: Branch, directory: Path) -> Expert:

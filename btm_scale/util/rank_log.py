@@ -98,7 +98,8 @@ def rank_log(log: Path, model: str | None = None) -> Iterator[None]:
         note = FailureNote(
             rank=rank, ranks=ranks, host=socket.gethostname(), time=time.time(), error=message, mistake=mistake
         )
-        note.save(_note_path(log, rank))
+        with contextlib.suppress(OSError):  # the disk may be what failed
+            note.save(_note_path(log, rank))
         raise
 
 

@@ -1,4 +1,4 @@
-"""Scores on disk: truncated files count as missing."""
+"""Scores on disk: the same bytes each time, and truncated files count as missing."""
 
 from __future__ import annotations
 
@@ -21,3 +21,16 @@ def test_truncated_scores_count_as_missing(tmp_path: Path, kept: float) -> None:
     assert scored_model(path) is None
     with pytest.raises(ForestError, match=r"are damaged .* btm-scale score RUN"):
         Scores.load(path)
+
+
+def test_scores_have_the_same_bytes_each_time(tmp_path: Path) -> None:
+    scores = Scores(np.linspace(-3, -1, 7, dtype=np.float32), np.array([0, 4]), "model", "text")
+    contents = set()
+    for number in range(20):  # the library's hash maps differ, in one process too
+        scores.save(tmp_path / f"{number}.safetensors")
+        contents.add((tmp_path / f"{number}.safetensors").read_bytes())
+    assert len(contents) == 1
+    loaded = Scores.load(tmp_path / "0.safetensors")
+    assert loaded.log_probs.tolist() == scores.log_probs.tolist()
+    assert loaded.block_starts.tolist() == [0, 4]
+    assert (loaded.model, loaded.fingerprint) == ("model", "text")
