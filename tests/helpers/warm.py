@@ -99,6 +99,7 @@ class Warm:
         if kill_after is not None:
             time.sleep(kill_after)
             self._kill(pid)
+        print("reap", file=self._process.stdin, flush=True)
         code = os.waitstatus_to_exitcode(int(self._answer()))
         seconds = time.monotonic() - begin
         return Done(code, self._output.read_text(), self._messages.read_text(errors="replace"), seconds)
@@ -134,14 +135,13 @@ def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     print("ready", file=answers, flush=True)
-    for line in sys.stdin:
+    while line := sys.stdin.readline():
         request = json.loads(line)
         child = os.fork()
         if child == 0:
             _run(request)
         print(child, file=answers, flush=True)
-        # Not reaped before a kill has found it: the other side kills only after it has read the process id.
-        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        sys.stdin.readline()  # until then the child keeps its process id, even if it ends before it is killed
         _, status = os.waitpid(child, 0)
         print(status, file=answers, flush=True)
 
