@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from btm_scale.errors import GroupFailed, LaunchError
 from btm_scale.launch.shutdown import REQUEUE, end_all, let_save
+from btm_scale.util.disk_errors import is_transient
 from btm_scale.util.files import make_directory, open_to_append
 from btm_scale.util.rank_log import forget_failure, note_silent_failure, read_failure, tail
 
@@ -167,7 +168,7 @@ def _start(command: GroupCommand, start: Start) -> list[subprocess.Popen[bytes]]
                 )
     except BaseException as error:  # including a stop request between two of them
         end_all(processes)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and not is_transient(error):
             raise LaunchError(f"group '{command.name}' cannot be started: {error}") from None
         raise
     return processes

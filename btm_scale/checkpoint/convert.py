@@ -21,6 +21,7 @@ from btm_scale.checkpoint.merge.sidecars import carry_sidecars
 from btm_scale.errors import CheckpointError, unknown_name
 from btm_scale.model.hf_names import from_huggingface, table, to_huggingface
 from btm_scale.model.shape import ModelShape
+from btm_scale.util.disk_errors import writing
 from btm_scale.util.files import make_partial, partial_path, publish_directory, remove_partial
 from btm_scale.util.inside import as_private_as
 from btm_scale.util.provenance import Input, Provenance, is_recorded, made_before
@@ -64,7 +65,7 @@ def convert(
             verify_equal(source, target, wanted)
         return Conversion(target, already_complete=True)
     partial = partial_path(target)
-    with only_merge_into(partial):
+    with only_merge_into(partial), writing(target):
         remove_partial(partial)
         try:
             _write(source, partial, to=to, tensor=tensor, dtype=wanted)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import select
 import sys
@@ -13,11 +12,9 @@ from typing import NoReturn
 import typer
 
 from btm_scale.errors import GroupFailed, UserError, WorkerLost
+from btm_scale.util.disk_errors import sentence
 from btm_scale.util.secrets import masked
 from btm_scale.util.terminal import printable
-
-# A full disk, or one that refuses this user, needs no traceback.
-_DISK_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextlib.contextmanager
@@ -41,11 +38,10 @@ def exit_codes() -> Iterator[None]:
             raise
         sys.exit(1)
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        message = sentence(error)
+        if message is None:
             raise
-        where = f"Cannot use {error.filename}: " if error.filename else ""
-        reason = error.strerror or str(error)
-        end(f"{where}{reason}. Completed work is kept; fix the problem and rerun to resume.", 1)
+        end(message, 1)
 
 
 def end(message: object, code: int) -> NoReturn:

@@ -115,7 +115,11 @@ def keys_elsewhere(source: DomainSource, sources: Sequence[DomainSource], run: R
 def save_keys(folder: Path, keys: Mapping[str, array[int]]) -> None:
     """Write the keys of each split's documents beside its token files."""
     for split, values in keys.items():
-        np.save(_keys_file(folder, split), np.frombuffer(values, dtype=np.uint64))
+        keys_of_split = np.frombuffer(values, dtype=np.uint64)
+        with _keys_file(folder, split).open("wb") as file:  # np.save hides why a write failed
+            header = np.lib.format.header_data_from_array_1_0(keys_of_split)
+            np.lib.format.write_array_header_1_0(file, header)
+            file.write(keys_of_split.data)
 
 
 def _keys_file(folder: Path, split: str) -> Path:

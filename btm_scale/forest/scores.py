@@ -37,7 +37,7 @@ class Scores:
         metadata = {"model": self.model, "data_fingerprint": self.fingerprint}
         metadata |= {"device": self.device, "kernels": self.kernels}
         tensors = {"log_probs": self.log_probs, "block_starts": self.block_starts}
-        write_file(path, _with_sorted_metadata(save(tensors, metadata)))
+        write_file(path, _with_sorted_header(save(tensors, metadata)))
 
     @classmethod
     def load(cls, path: Path) -> Scores:
@@ -71,14 +71,12 @@ class Scores:
         return None if self.model and self.fingerprint else "the metadata lacks model or data_fingerprint"
 
 
-def _with_sorted_metadata(file: bytes) -> bytes:
-    """Return a safetensors file whose bytes depend on its content only: the library orders metadata at random."""
-    size = int.from_bytes(file[:8], "little")
-    header = json.loads(file[8 : 8 + size])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors are aligned
-    return len(text).to_bytes(8, "little") + text + file[8 + size :]
+def _with_sorted_header(content: bytes) -> bytes:
+    """Return a safetensors file with its header in one order; the library's differs between two processes."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the tensors begin at a multiple of 8 bytes
+    return len(header).to_bytes(8, "little") + header + content[end:]
 
 
 def scored_model(path: Path) -> str | None:

@@ -15,6 +15,7 @@ from btm_scale.distributed.cpu import keep_freed_memory
 from btm_scale.distributed.determinism import make_deterministic
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.distributed.precision import fast_precision
+from btm_scale.errors import GroupFailed
 from btm_scale.evaluate.averages import make_averages
 from btm_scale.evaluate.score import score_model
 from btm_scale.forest.average_models import average_texts
@@ -27,6 +28,7 @@ from btm_scale.train.jobs import training_job
 from btm_scale.train.preemption import forget_stop, leaving_at_once
 from btm_scale.train.trainer import train_and_export
 from btm_scale.train.watchdog import PeerWatch
+from btm_scale.util.disk_errors import sentence
 from btm_scale.util.locks import ModelLock
 from btm_scale.util.rank_log import forget_failure, rank_log
 
@@ -37,6 +39,7 @@ def train_as_rank(config: RunConfig, run: RunDir, model: str) -> None:
     """Train, export and score one model, skipping completed parts."""
     with (
         rank_log(run.log(model), model),
+        _disk_errors_as_sentences(),
         _joined(config, run, lambda config: training_job(config, model).layout, records=True) as (group, config),
         ModelLock(run.train(model)) if group.is_first else contextlib.nullcontext(),
     ):
@@ -62,6 +65,7 @@ def score_as_rank(
     with (
         rank_log(run.log("score")),
         turn,
+        _disk_errors_as_sentences(),
         _joined(config, run, lambda config: config.layout) as (group, config),
     ):
         if averages:
@@ -76,6 +80,18 @@ def _forget_interruptions(run: RunDir, model: str) -> None:
     """Remove what earlier attempts at a model left, once it is trained and scored: `status` would still report it."""
     forget_stop(run.train(model))
     forget_failure(run.log(model))
+
+
+@contextlib.contextmanager
+def _disk_errors_as_sentences() -> Iterator[None]:
+    """Raise GroupFailed, whose message needs no traceback, for a disk that is full, is broken or refuses this user."""
+    try:
+        yield
+    except OSError as error:
+        message = sentence(error)
+        if message is None:
+            raise
+        raise GroupFailed(message) from error
 
 
 @contextlib.contextmanager

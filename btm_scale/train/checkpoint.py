@@ -32,6 +32,7 @@ from btm_scale.model.hf_names import table, to_huggingface
 from btm_scale.model.hf_weights import gather_whole, huggingface_shapes, local_part
 from btm_scale.train.engine import KINDS, MASTER, OUTER, Engine
 from btm_scale.train.state_file import PartWriter, file_digest, part_digest
+from btm_scale.util.disk_errors import writing
 from btm_scale.util.files import make_partial, partial_path, publish_directory, remove_partial, require_space
 from btm_scale.util.records import Record
 
@@ -139,29 +140,30 @@ def write_state(
     }
     total = sum(spec.nbytes for spec in specs.values())
     try:
-        if index == 0:
-            require_space(folder, total)
-            make_partial(temporary)
-            writer = PartWriter(temporary, specs, index, ranks)
-        if ranks > 1:
-            _wait(watch)  # for the file
-        if index > 0:
-            writer = PartWriter(temporary, specs, index, ranks)
-        _write_part(writer, tensors, position.step, total / ranks, watch, logs=index == 0)
-        digests: list[Any] = [writer.finish()]
-        if ranks > 1:
-            own, digests = digests[0], [None] * ranks
-            with _waiting(watch):
-                dist.all_gather_object(digests, own, group=patient_group())
-        if index > 0:
-            return
-        writer.publish()
-        _Marker(**asdict(position), parts=tuple(digests)).write(temporary / STATE_MARKER)
+        with writing(final):
+            if index == 0:
+                require_space(folder, total)
+                make_partial(temporary)
+                writer = PartWriter(temporary, specs, index, ranks)
+            if ranks > 1:
+                _wait(watch)  # for the file
+            if index > 0:
+                writer = PartWriter(temporary, specs, index, ranks)
+            _write_part(writer, tensors, position.step, total / ranks, watch, logs=index == 0)
+            digests: list[Any] = [writer.finish()]
+            if ranks > 1:
+                own, digests = digests[0], [None] * ranks
+                with _waiting(watch):
+                    dist.all_gather_object(digests, own, group=patient_group())
+            if index > 0:
+                return
+            writer.publish()
+            _Marker(**asdict(position), parts=tuple(digests)).write(temporary / STATE_MARKER)
+            publish_directory(temporary, final, replace=True)
     except OSError:
         # If the disk is full after all, a partial checkpoint would take the space that the next attempt needs.
         remove_partial(temporary)
         raise
-    publish_directory(temporary, final, replace=True)
 
 
 def _write_part(

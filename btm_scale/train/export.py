@@ -20,12 +20,25 @@ from btm_scale.run_dir import RunDir
 from btm_scale.train.engine import Engine
 from btm_scale.train.jobs import TrainingJob
 from btm_scale.util.device_query import name_of
-from btm_scale.util.files import make_partial, partial_path, publish_directory
+from btm_scale.util.disk_errors import writing
+from btm_scale.util.files import make_partial, partial_path, publish_directory, remove_partial
 from btm_scale.util.inside import copy_inside
 
 
 def export_expert(engine: Engine, config: RunConfig, run: RunDir, branch: Branch, end_of_text: int) -> None:
     """Write the trained model, in the dtype it computes in, to its folder in the run. All ranks call this together."""
+    final = run.model(engine.job.model)
+    try:
+        with writing(final):
+            _export(engine, config, run, branch, end_of_text)
+    except OSError:
+        if engine.group.is_first:
+            remove_partial(partial_path(final))  # it would take the space that the next attempt needs
+        raise
+    dist.barrier()
+
+
+def _export(engine: Engine, config: RunConfig, run: RunDir, branch: Branch, end_of_text: int) -> None:
     group, shape, job = engine.group, engine.model.shape, engine.job
     final = run.model(job.model)
     partial = partial_path(final)
@@ -48,7 +61,6 @@ def export_expert(engine: Engine, config: RunConfig, run: RunDir, branch: Branch
         card = _card(config, run, job, branch, partial)
         card.model_copy(update={"device": name_of(group.device)}).write(partial / CARD)
         publish_directory(partial, final)
-    dist.barrier()
 
 
 def _card(config: RunConfig, run: RunDir, job: TrainingJob, branch: Branch, directory: Path) -> Expert:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from btm_scale.errors import CheckpointError
+from btm_scale.util.disk_errors import writing
 from btm_scale.util.pools import in_threads
 
 # A sync waits for the disk, which handles several at once.
@@ -145,7 +146,7 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
     # Not tempfile: its files are readable by their owner only, and a run may be shared.
     temporary = _random_partial(path)
     try:
-        with temporary.open("xb") as file:
+        with writing(path), temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -166,8 +167,9 @@ def new_directory(final: Path, *, shared: bool = False) -> Iterator[Path]:
     temporary = _random_partial(final) if shared else partial_path(final)
     make_partial(temporary)
     try:
-        yield temporary
-        publish_directory(temporary, final)
+        with writing(final):
+            yield temporary
+            publish_directory(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -176,7 +178,7 @@ def new_directory(final: Path, *, shared: bool = False) -> Iterator[Path]:
 def publish_directory(temporary: Path, final: Path, *, replace: bool = False, synced: bool = False) -> None:
     """Sync a finished directory and rename it; with `replace`, the old one is removed after that.
 
-    `synced`: the content has been synced already, under its temporary name. Raises
+    `synced`: the content has been synced already, under its temporary name. An error leaves the old one. Raises
     `CheckpointError` if `final` exists, has content, and `replace` is false.
     """
     outgoing = final.with_name(f".{final.name}.{secrets.token_hex(4)}.replaced")
@@ -192,6 +194,9 @@ def publish_directory(temporary: Path, final: Path, *, replace: bool = False, sy
     try:
         temporary.rename(final)
     except OSError as error:
+        if exists:
+            with contextlib.suppress(OSError):
+                outgoing.rename(final)
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         raise CheckpointError(

@@ -114,7 +114,8 @@ def rank_log(log: Path, model: str | None = None) -> Iterator[None]:
             mistake=isinstance(error, UserError),
             sentence=is_sentence,
         )
-        note.save(_note_path(log, rank))
+        with contextlib.suppress(OSError):  # the disk may be what failed
+            note.save(_note_path(log, rank))
         raise
 
 

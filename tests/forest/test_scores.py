@@ -1,4 +1,4 @@
-"""Scores on disk: truncated files count as missing."""
+"""Scores on disk: the same bytes each time, and truncated files count as missing."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def write_model_states(
         for i, entry in enumerate(table(shape)):
             part = cut(entry, from_huggingface(entry, model.read, shape, rows), tensor)[rank]
             part = part if dtype is None else part.to(dtype)
+            _allocate(Path(f"{scratch}-{i}"), part.numel() * part.dtype.itemsize)
             mapped = torch.from_file(f"{scratch}-{i}", shared=True, size=part.numel(), dtype=part.dtype)
             mapped.copy_(part.reshape(-1))
             module[entry.megatron] = mapped.view(part.shape)
@@ -63,8 +65,16 @@ def write_model_states(
             "ds_config": {},
             "ds_version": "0",
         }
-        torch.save(state, folder / f"mp_rank_{rank:02d}_model_states.pt")
+        with (folder / f"mp_rank_{rank:02d}_model_states.pt").open("wb") as states:  # its errors say what is wrong
+            torch.save(state, states)
         module.clear()
         for file in folder.glob(f"{scratch.name}-*"):
             file.unlink()
     (directory / "latest").write_text(TAG)
+
+
+def _allocate(path: Path, size: int) -> None:
+    """Create a file without holes: on a full disk, the kernel kills a process that writes into one through a map."""
+    with path.open("wb") as file:
+        if size:
+            os.posix_fallocate(file.fileno(), 0, size)

@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 
 from btm_scale.checkpoint.formats.tensors import CODE_BY_DTYPE, TensorSpec, as_bytes
+from btm_scale.util.disk_errors import writing
 from btm_scale.util.files import make_directory, partial_path, require_space
 
 SINGLE = "model.safetensors"
@@ -62,8 +63,9 @@ class ShardedWriter:
             descriptor = os.open(partial_path(self.directory / name), flags, 0o666)
             self._shards.append((name, descriptor))
             if not attach:
-                os.ftruncate(descriptor, position)
-                _pwrite(descriptor, memoryview(header), 0)
+                with writing(self.directory / name):
+                    os.ftruncate(descriptor, position)
+                    _pwrite(descriptor, memoryview(header), 0)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write a complete tensor. Raises `ValueError` if its dtype or shape differs from its spec."""
@@ -79,7 +81,8 @@ class ShardedWriter:
         shard, offset = self._where[name]
         if stop > start:
             data = as_bytes(tensor.cpu().contiguous())
-            _pwrite(self._shards[shard][1], data, offset + start * spec.dtype.itemsize)
+            with writing(self.directory / self._shards[shard][0]):
+                _pwrite(self._shards[shard][1], data, offset + start * spec.dtype.itemsize)
         self.mark_written(name, start, stop)
 
     def pieces(self, name: str, start: int, stop: int) -> Iterator[torch.Tensor]:

@@ -77,7 +77,8 @@ def write_torch_dist(
             metadata.state_dict_metadata[name] = BytesStorageMetadata()
             metadata.storage_data[MetadataIndex(name)] = files.add([None])
     files.close()
-    torch.save({}, directory / "common.pt")
+    with (directory / "common.pt").open("wb") as common:
+        torch.save({}, common)
     (directory / ".metadata").write_bytes(pickle.dumps(metadata))
     (directory / "metadata.json").write_text(json.dumps(_FORMAT))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from btm_scale.checkpoint.merge.plan import Unit
 from btm_scale.errors import CheckpointError
 from btm_scale.util.bounded_json import parse_json
+from btm_scale.util.disk_errors import is_transient
 from btm_scale.util.files import is_private, sync_directory, write_file
 from btm_scale.util.locks import held
 
@@ -24,6 +25,8 @@ def only_merge_into(partial: Path) -> Iterator[None]:
         try:
             is_ours = stack.enter_context(held(lock))
         except OSError as error:
+            if is_transient(error):
+                raise
             raise CheckpointError(f"Cannot write to {lock.parent}: {error}. Choose another output.") from error
         if not is_ours:
             raise CheckpointError(f"Another process is writing {partial}. Wait for it, or stop it.")

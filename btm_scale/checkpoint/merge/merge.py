@@ -18,6 +18,7 @@ from btm_scale.checkpoint.merge.plan import MergePlan, Unit, make_plan, plan_mea
 from btm_scale.checkpoint.merge.sidecars import carry_sidecars, model_card
 from btm_scale.checkpoint.merge.workers import merge_in_processes, open_writer
 from btm_scale.errors import CheckpointError, WorkerLost
+from btm_scale.util.disk_errors import writing
 from btm_scale.util.files import (
     allocated,
     make_partial,
@@ -245,9 +246,10 @@ def _carry_out(works: Sequence[_Work], share_out: Callable[..., None]) -> list[s
             stack.enter_context(journal.only_merge_into(work.partial))
         try:
             # Mostly I/O bound, so several outputs run at a time.
-            in_threads(_allocate, works, at_once=MOST)
-            share_out([(work.plan, work.partial) for work in works])
-            return in_threads(_publish, works, at_once=MOST)
+            with writing(works[0].output):
+                in_threads(_allocate, works, at_once=MOST)
+                share_out([(work.plan, work.partial) for work in works])
+                return in_threads(_publish, works, at_once=MOST)
         except WorkerLost:
             raise
         except Exception:

@@ -1,0 +1,54 @@
+"""Errors of the disk: which they are, and that each names a file, whichever library it comes from."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_TRANSIENT = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_IN_RUST = re.compile(r"\(os error (\d+)\)")  # the end of what libraries in Rust say
+
+
+def is_transient(error: OSError) -> bool:
+    """Return whether a disk is full or broken, so that the same command may succeed later."""
+    return error.errno in _TRANSIENT
+
+
+def sentence(error: OSError) -> str | None:
+    """Return the message for a disk that is full, is broken or refuses this user; None for any other error."""
+    if error.errno not in _TRANSIENT | _REFUSED:
+        return None
+    return f"{error}. Completed work is kept; fix the problem and rerun to resume."
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Let every error of the disk in the block be an OSError that names a file, by default `path`.
+
+    A failed write names no file, and libraries in Rust raise their own exceptions.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        number = _errno_of(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _errno_of(error: Exception) -> int | None:
+    """Return the errno behind a library's exception, or None."""
+    if in_rust := _IN_RUST.search(str(error)):
+        return int(in_rust[1])
+    # torch.save fails a second time, with a RuntimeError, when it closes what it could not write.
+    cause = error.__context__
+    return cause.errno if type(error) is RuntimeError and isinstance(cause, OSError) else None

@@ -1,0 +1,83 @@
+"""Errors of a full or broken disk name a file, whichever library they come from, and leave what was there."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+
+from btm_scale.util.disk_errors import sentence, writing
+from btm_scale.util.files import new_directory, publish_directory
+
+FULL = Path("/dev/full")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [lambda: FULL.write_text("text"), lambda: Tokenizer(BPE()).save(str(FULL)), lambda: FULL.write_bytes(b"\0" * 9000)],
+    ids=["text", "a tokenizer", "bytes"],
+)
+def test_a_full_disk_is_an_error_that_names_the_file(write: Callable[[], Any], tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left on device") as raised, writing(tmp_path / "file"):
+        write()
+    assert raised.value.errno == errno.ENOSPC
+    message = sentence(raised.value)
+    assert message is not None
+    assert str(tmp_path / "file") in message
+
+
+def test_errors_of_safetensors_are_errors_of_the_disk(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=str(tmp_path)), writing(tmp_path):
+        save_file({"a": np.zeros(1)}, tmp_path / "missing" / "file")
+
+
+def test_torch_reports_why_it_cannot_save(tmp_path: Path) -> None:
+    def save() -> None:
+        with FULL.open("wb", buffering=0) as file:
+            torch.save({"a": torch.zeros(3)}, file)
+
+    with pytest.raises(OSError, match="No space left on device"), writing(tmp_path / "file"):
+        save()
+
+
+def test_other_errors_stay_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), writing(tmp_path):
+        1 / 0
+    assert sentence(FileNotFoundError(errno.ENOENT, "No such file or directory")) is None
+
+
+def test_a_directory_that_cannot_be_replaced_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("final", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    rename = os.rename
+
+    def refuse(source: Any, target: Any) -> None:
+        if Path(source).name == "new":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(source))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        publish_directory(tmp_path / "new", tmp_path / "final", replace=True)
+    assert (tmp_path / "final" / "file").read_text() == "final"
+
+
+def test_a_full_disk_leaves_nothing_of_a_new_directory(tmp_path: Path) -> None:
+    def write(final: Path) -> None:
+        with new_directory(final) as directory:
+            (directory / "file").write_text("text")
+            FULL.write_text("text")
+
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'final'}'"):
+        write(tmp_path / "final")
+    assert list(tmp_path.iterdir()) == []
