@@ -145,7 +145,7 @@ def _require_free(config: RunConfig, run: RunDir, source: Path, name: str) -> No
             raise ForestError(f"'{name}' is already an expert that {run.root} trains. Choose another --name.")
     elif not _is_copy(source, run.model(name)):
         raise ForestError(
-            f"The forest of {run.root} already has an expert '{name}' with other weights or another config than "
+            f"The forest of {run.root} already has an expert '{name}' with other weights or a different config than "
             f"{source}. Choose another --name, or remove it first: btm-scale forest remove {run.root} {name}"
         )
 

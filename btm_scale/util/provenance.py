@@ -86,7 +86,7 @@ def _differences(made: Provenance, asked: Provenance) -> Iterable[str]:
     else:
         for old, new in zip(made.inputs, asked.inputs, strict=True):
             if old.files != new.files:
-                was = "has changed since" if old.name == new.name else f"is another input than {old.name}"
+                was = "has changed since" if old.name == new.name else f"is not {old.name}"
                 yield f"{new.name} {was}"
     for name in dict.fromkeys([*made.settings, *asked.settings]):
         values = made.settings.get(name), asked.settings.get(name)

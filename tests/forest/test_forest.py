@@ -97,7 +97,7 @@ def test_a_path_that_does_not_exist_or_a_run_folder_is_not_added(
 
 def test_a_name_in_use_is_rejected(run: RunDir, config: RunConfig, tmp_path: Path) -> None:
     add_expert(config, run, model(tmp_path / "friend"), "friend")
-    with pytest.raises(ForestError, match=r"already has an expert 'friend' with other weights or another config"):
+    with pytest.raises(ForestError, match=r"already has an expert 'friend' with other weights or a different config"):
         add_expert(config, run, model(tmp_path / "other", weight=2.0), "friend")
     with pytest.raises(ForestError, match=r"'math' is already an expert that .* trains"):
         add_expert(config, run, model(tmp_path / "third"), "math")
