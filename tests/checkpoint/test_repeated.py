@@ -50,7 +50,7 @@ def test_another_merge_into_the_same_output_is_refused_with_what_differs(models:
 
     def refusal(inputs: list[tuple[Path, float]], **settings: Any) -> str:
         with pytest.raises(CheckpointError) as raised:
-            merge(out, inputs, **{"seed": 1, **settings})
+            merge(out, inputs, **{"random_seed": 1, **settings})
         assert state(out) == before
         return str(raised.value)
 
@@ -58,7 +58,7 @@ def test_another_merge_into_the_same_output_is_refused_with_what_differs(models:
     assert "m2 is not m1" in refusal([(models[0], 0.7), (models[2], 0.3)])
     assert "method was 'linear' and is now 'slerp'" in refusal(inputs, method="slerp")
     assert "dtype was not given and is now 'bfloat16'" in refusal(inputs, dtype="bf16")
-    assert "seed was 1 and is now 2" in refusal(inputs, seed=2)
+    assert "seed was 1 and is now 2" in refusal(inputs, random_seed=2)
     assert "max_shard_bytes was 5000000000.0 and is now 1000.0" in refusal(inputs, max_shard_bytes=1000)
     os.utime(models[1] / "model.safetensors", (1, 1))
     message = refusal(inputs)
