@@ -45,7 +45,7 @@ def test_a_finished_merge_given_again_succeeds_and_writes_nothing(
 
 def test_another_merge_into_the_same_output_is_refused_with_what_differs(models: list[Path], tmp_path: Path) -> None:
     out, inputs = tmp_path / "out", [(models[0], 0.7), (models[1], 0.3)]
-    merge(out, inputs, seed=1)
+    merge(out, inputs, random_seed=1)
     before = state(out)
 
     def refusal(inputs: list[tuple[Path, float]], **settings: Any) -> str:
