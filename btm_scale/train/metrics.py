@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # reading metrics needs no engine
 logger = logging.getLogger(__name__)
 
 _LOG_SECONDS = 5.0
+_TEXTS = ("device", "kernels")
 _MAX_STEP = 1 << 31
 
 
@@ -139,7 +140,10 @@ def metrics_row(line: bytes) -> dict[str, Any] | None:
         row = parse_json(line)
     except ValueError:
         return None
-    if not isinstance(row, dict) or not all(map(_is_number, row.values())):
+    if not isinstance(row, dict):
+        return None
+    numbers = [value for name, value in row.items() if not (name in _TEXTS and isinstance(value, str))]
+    if not all(map(_is_number, numbers)):
         return None
     return row if type(row.get("step")) is int and 0 < row["step"] < _MAX_STEP else None
 

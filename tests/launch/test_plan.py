@@ -182,7 +182,7 @@ def test_the_command_line_prints_a_plan_and_imports_no_torch(tmp_path: Path) -> 
     config_of(tmp_path, PAPER_64, 64)
     asked = ("plan", tmp_path / "run.yaml", "--nodes", 16, "--gpu", "V100")
     printed = btm_scale(*asked).stdout
-    assert "354.8M parameters on 128 v100 (16 nodes of 8)" in printed
+    assert "355 million parameters on 128 v100 (16 nodes of 8)" in printed
     assert "d0 ... d63 (64)" in printed
     assert json.loads(btm_scale(*asked, "--json").stdout)["stages"]
     assert "Unknown GPU 'tpu'" in btm_scale(*asked[:-1], "tpu", check=False).stderr

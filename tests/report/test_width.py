@@ -127,7 +127,7 @@ def test_a_dry_run_has_one_line_per_domain_and_model(columns: int) -> None:
 def test_a_plan_fits_and_begins_each_fact_with_its_name(columns: int) -> None:
     cluster = {"gpus": 8, "name": "h100", "nodes": 1, "gpus_per_node": 8, "compute_share": 0.5, "transfer_share": 0.5}
     cluster |= {"fp16": 989e12, "fp32": 67e12, "memory": 80e9, "bandwidth": 3.35e12, "link": 450e9, "network": 50e9}
-    memory = {"weights": 296e3, "gradients": 111e3, "optimizer": 222e3, "activations": 1.18e6, "buffers": 0}
+    memory = {"weights": 296e3, "gradients": 111e3, "optimizer": 222e3, "activations": 1.18e6, "head": 0, "buffers": 0}
     group = {
         "models": NAMES[:3],
         "layout": "tensor 1 x data 8, ZeRO 1, bf16",
@@ -138,6 +138,7 @@ def test_a_plan_fits_and_begins_each_fact_with_its_name(columns: int) -> None:
         "steps": 29,
         "tokens_per_second": 1_059_507_378.0,
         "seconds": 1.1e-4,
+        "checkpoint_seconds": 4.7e-3,
         "ranks": 1,
         "places": [{"nodes": [(0, 1)]}],
     }
@@ -146,7 +147,12 @@ def test_a_plan_fits_and_begins_each_fact_with_its_name(columns: int) -> None:
     plan = {"cluster": cluster, "parameters": 147_776, "proposed": {}, "stages": [stage], "days": 1.3e-9}
     lines = printed(columns, lambda console: print_plan(plan | {"between_groups": between}, console))
     rows_of(
-        lines, "  layout  ", "  memory  1.81 MB per GPU", "  time    29 steps of less than 1 ms", "  place   1 GPU each"
+        lines,
+        "  layout  ",
+        "  memory  1.81 MB per GPU",
+        "  time    29 steps of less than 1 ms",
+        "  save    4.7 ms per checkpoint",
+        "  place   1 GPU each",
     )
     assert lines[0] == "148,000 parameters on 8 h100 (1 node of 8)"
     assert not [word for line in lines for word in line.split() if word.rstrip(",;") in ("0.0", "0.00", "0")][1:]

@@ -116,6 +116,8 @@ def test_training_lowers_every_models_loss(finished_run: Run) -> None:
             "tokens_per_second",
             "seconds",
             "flops_per_second",
+            "device",
+            "kernels",
         }
         assert model != "seed" or steps[-1]["loss"] < steps[0]["loss"] - 0.5
     methods = json.loads(run.results.read_text())["methods"]
