@@ -72,6 +72,7 @@ def convert(
             if verify:
                 verify_equal(source, partial, wanted)
             made_by.write_into(partial)
+            as_private_as([source], partial)
             publish_directory(partial, target, synced=to == "huggingface")
         except Exception:
             remove_partial(partial)
@@ -97,7 +98,6 @@ def _write(source: Path, partial: Path, *, to: str, tensor: int, dtype: torch.dt
         WRITERS[to](partial, model, shape, tensor=tensor, dtype=dtype)
         dtypes = {spec.dtype for spec in model.specs().values()} if dtype is None else {dtype}
     carry_sidecars(source, partial, dtypes.pop() if len(dtypes) == 1 else None)
-    as_private_as([source], partial)
 
 
 def require_described(model: ModelReader, shape: ModelShape) -> None:

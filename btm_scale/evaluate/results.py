@@ -9,7 +9,7 @@ from pydantic import Field
 from btm_scale.config.evaluation import Tempering
 from btm_scale.errors import ForestError
 from btm_scale.run_dir import RunDir
-from btm_scale.util.records import Part, Record
+from btm_scale.util.records import Part, Record, is_empty
 
 Measure = Literal["perplexity", "bits_per_byte"]
 Natural = Annotated[int, Field(ge=0, lt=1 << 62)]
@@ -66,7 +66,7 @@ class Results(Record):
     priors: dict[str, dict[str, Finite]] = {}  # by domain: each expert's weight, which sum to 1
     tempering: dict[str, Tempering] = {}  # by domain
     lineage: dict[str, dict[str, Finite]] = {}  # by expert: the weight of each parent
-    devices: dict[str, RanOn] = {}  # by model
+    devices: dict[str, RanOn] = Field(default={}, exclude_if=is_empty)  # by model
     notes: tuple[str, ...] = ()
 
 

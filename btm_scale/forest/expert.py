@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from btm_scale.errors import ForestError
-from btm_scale.util.records import InsideName, Record
+from btm_scale.util.records import InsideName, Record, is_empty
 
 CARD = "expert.json"
 
@@ -39,7 +39,8 @@ class Expert(Record):
     layout: dict[str, Any]
     data_fingerprint: dict[str, str]  # by domain; of an average: the content hash of each parent
     content_hash: str
-    device: str = ""  # that trained it; empty for averages, and in cards of earlier versions
+    # That trained it; neither averages nor cards of earlier versions have one.
+    device: str = Field(default="", exclude_if=is_empty)
 
 
 def read_expert(directory: Path) -> Expert:

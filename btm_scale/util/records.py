@@ -31,6 +31,11 @@ def _name_inside(name: str) -> str:
 InsideName = Annotated[str, AfterValidator(_name_inside)]
 
 
+def is_empty(value: Any) -> bool:
+    """Return whether a field is left out of its file: `exclude_if` of fields that the first version did not have."""
+    return not value
+
+
 class Part(BaseModel):
     """An object inside a record: strict and frozen."""
 

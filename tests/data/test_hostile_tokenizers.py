@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -25,13 +26,19 @@ from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.data.train_tokenizer import adopt_tokenizer
 from btm_scale.errors import DataError
 from btm_scale.run_dir import RunDir
+from btm_scale.util.pools import may_fork
 from btm_scale.util.time_limit import within
 
 
 @pytest.fixture(autouse=True)
 def untried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No tokenizer has passed its trial yet, and a trial takes seconds and a gigabyte at most."""
+    """No tokenizer has passed its trial yet, and a trial takes seconds and a gigabyte at most.
+
+    A new interpreter would have neither these limits nor a test's patches, so the trial is a fork of this process
+    even if other threads run, such as those that another test left.
+    """
     monkeypatch.delenv("BTM_SCALE_TRIED_TOKENIZERS", raising=False)
+    monkeypatch.setattr(tokenizer_trial, "may_fork", lambda: True)
     monkeypatch.setattr(tokenizer_trial, "_CPU_SECONDS", 5)
     monkeypatch.setattr(tokenizer_trial, "_MEMORY", 1 << 30)
 
@@ -62,21 +69,35 @@ def test_a_sentencepiece_model_that_is_garbage_is_one_sentence(content: bytes, t
         Tokenizer.load(tmp_path)
 
 
-@pytest.mark.parametrize("token", [-5, 4_000_000_000, "7", 1.5, None, True, [1]])
+@pytest.mark.parametrize("token", [-5, 1 << 24, 4_000_000_000, "7", 1.5, None, True, [1]])
 def test_an_added_id_that_no_vocabulary_has_is_refused(
     token: Any, prepared: tuple[RunConfig, RunDir], tmp_path: Path
 ) -> None:
     shutil.copytree(prepared[1].tokenizer, tmp_path / "own")
     (tmp_path / "own" / "added_tokens.json").write_text(json.dumps({"<x>": token}))
-    if token == "7":  # as transformers writes it in tokenizer_config.json
-        assert Tokenizer.load(tmp_path / "own").vocab_size == 512
+    with pytest.raises(DataError, match=f"must be the id of a token and is {re.escape(repr(token))}|with the id"):
+        Tokenizer.load(tmp_path / "own")
+
+
+@pytest.mark.parametrize(("token", "reason"), [("600", ""), ("-5", "is '?-5"), ("x", "must be the id of a token")])
+def test_the_ids_of_a_tokenizer_config_are_the_keys_of_its_added_tokens(
+    token: str, reason: str, prepared: tuple[RunConfig, RunDir], tmp_path: Path
+) -> None:
+    shutil.copytree(prepared[1].tokenizer, tmp_path / "own")
+    settings = {"added_tokens_decoder": {token: {"content": "<x>"}}}
+    (tmp_path / "own" / "tokenizer_config.json").write_text(json.dumps(settings))
+    if not reason:
+        assert Tokenizer.load(tmp_path / "own").vocab_size == 601
         return
-    with pytest.raises(DataError, match="with the id"):
+    with pytest.raises(DataError, match=reason):
         Tokenizer.load(tmp_path / "own")
 
 
 def test_a_library_that_crashes_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tests = os.getpid()
+
     def crash(directory: Path) -> Any:
+        assert os.getpid() != tests, "the tokenizer was loaded without a trial in a child process"
         os.kill(os.getpid(), signal.SIGSEGV)
 
     monkeypatch.setattr("btm_scale.data.tokenizer.load_tokenizer", crash)
@@ -85,15 +106,24 @@ def test_a_library_that_crashes_is_one_sentence(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_tokenizer_that_waits_for_ever_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("btm_scale.data.tokenizer.load_tokenizer", lambda directory: time.sleep(1_000))
+    tests = os.getpid()
+
+    def wait(directory: Path) -> Any:
+        assert os.getpid() != tests, "the tokenizer was loaded without a trial in a child process"
+        time.sleep(1_000)
+
+    monkeypatch.setattr("btm_scale.data.tokenizer.load_tokenizer", wait)
     monkeypatch.setattr(tokenizer_trial, "_WALL_SECONDS", 1.0)
     with pytest.raises(DataError, match="did not load it within"):
         Tokenizer.load(write(tmp_path / "strange"))
 
 
 @pytest.mark.slow
-def test_a_hostile_tokenizer_is_refused_beside_other_threads_too(tmp_path: Path) -> None:
+def test_a_hostile_tokenizer_is_refused_beside_other_threads_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A process with other threads cannot be forked safely: a new one tries the tokenizer."""
+    monkeypatch.setattr(tokenizer_trial, "may_fork", may_fork)
     directory = write(tmp_path / "strange", HOSTILE["panics when it encodes"][0])
     ended = threading.Event()
     threading.Thread(target=ended.wait, daemon=True).start()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -110,7 +111,8 @@ def test_missing_programs_are_reported_with_what_they_are_for(
     findings = {one.name: one for one in program_findings()}
     assert {name for name, one in findings.items() if one.state == "missing"} == set(findings) - {"Python.h"}
     print_doctor({"findings": [vars(one) for one in findings.values()], "verdicts": []})
-    lines = {line.split("  ")[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")}
+    rows = re.split(r"\n(?=  \S|\S)", capsys.readouterr().out)  # a row's other lines are indented further
+    lines = {row.split()[0]: " ".join(row.split()) for row in rows if row.strip()}
     assert "missing" in lines["mpirun"]
     assert "needed for --launcher mpi and mpirun btm-scale merge: pip install mpich" in lines["mpirun"]
     assert "no sbatch, srun, squeue, scancel; needed for --launcher slurm" in lines["SLURM"]

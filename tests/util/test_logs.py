@@ -18,11 +18,17 @@ MESSAGES = (
 )
 
 
+def own(**environment: str) -> dict[str, str]:
+    """The environment without the rank and the level that another test of this process has left there."""
+    return {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", LEVEL)
+    } | environment
+
+
 def logged(*arguments: str, **environment: str) -> str:
-    own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", LEVEL)}
     done = subprocess.run(
         [sys.executable, "-c", MESSAGES, *arguments],
-        env=own | environment,
+        env=own(**environment),
         capture_output=True,
         text=True,
         check=True,
@@ -50,7 +56,7 @@ def test_a_rank_says_which_it_is() -> None:
 
 def test_a_terminal_gets_columns() -> None:
     ours, theirs = pty.openpty()
-    subprocess.run([sys.executable, "-c", MESSAGES], stderr=theirs, env=os.environ | {"NO_COLOR": "1"}, check=True)
+    subprocess.run([sys.executable, "-c", MESSAGES], stderr=theirs, env=own(NO_COLOR="1"), check=True)
     os.close(theirs)
     text = os.read(ours, 10_000).decode()
     os.close(ours)
@@ -65,7 +71,7 @@ def test_messages_come_above_a_live_table() -> None:
         "    " + MESSAGES.replace("\n", "\n    ")
     )
     ours, theirs = pty.openpty()
-    subprocess.run([sys.executable, "-c", code], stderr=theirs, env=os.environ | {"NO_COLOR": "1"}, check=True)
+    subprocess.run([sys.executable, "-c", code], stderr=theirs, env=own(NO_COLOR="1"), check=True)
     os.close(theirs)
     text = os.read(ours, 10_000).decode()
     os.close(ours)
