@@ -38,7 +38,9 @@ def rows(site: Site) -> list[Row]:
 def _command(site: Site, name: str, *settings: str) -> list[str]:
     tokens = _TOY_TOKENS if site.simulated else _TOKENS
     command = [sys.executable, "-m", "btm_scale.cli", "demo", "--out", str(site.out / name)]
-    for setting in (f"budget.tokens={tokens}", "health.deterministic=true", *settings):
+    settings += (f"budget.tokens={tokens}", "health.deterministic=true")
+    settings += ("evaluate.tokens_per_domain=2048",) if site.simulated else ()
+    for setting in settings:
         command += ["--set", setting]
     return command
 

@@ -42,6 +42,12 @@ class Site:
         """The device of the measurements."""
         return "cpu" if self.simulated else "cuda"
 
+    def use_kernels(self) -> str:
+        """Return the device, whose kernels Triton interprets on a CPU. Call it before anything imports Triton."""
+        if self.simulated:
+            os.environ["TRITON_INTERPRET"] = "1"
+        return self.device
+
     def folder(self, name: str) -> Path:
         """Return a folder of the results, which is made if necessary."""
         folder = self.out / name
@@ -171,10 +177,10 @@ def kill_tree(process: int) -> None:
 
 
 def variables(site: Site) -> dict[str, str]:
-    """Return the environment variables of every row; Triton reads some of them when it is imported."""
+    """Return the environment variables of every row."""
     path = os.pathsep.join(filter(None, [str(SCRIPT.parent), os.environ.get("PYTHONPATH")]))
     common = {"TRITON_CACHE_DIR": str(site.folder("triton")), "PYTHONPATH": path}
-    return common | ({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if site.simulated else {})
+    return common | ({"CUDA_VISIBLE_DEVICES": ""} if site.simulated else {})
 
 
 def print_table(ledger: Ledger, rows: Iterable[Row]) -> None:

@@ -61,17 +61,19 @@ def _mix_rows(site: Site, experts: tuple[int, ...], *, peers: bool) -> list[Row]
 
 
 def _score(experts: int, tokens: int, hidden: int, vocab: int, peers: bool, site: Site) -> dict[str, Any]:
+    device = site.use_kernels()
     from kernel_rows import score_row
 
     rates = _rates(site)
-    return score_row(site.device, experts, tokens, hidden, vocab, rates, peers=peers) | rates
+    return score_row(device, experts, tokens, hidden, vocab, rates, peers=peers) | rates
 
 
 def _mix(experts: int, batch: int, vocab: int, peers: bool, site: Site) -> dict[str, Any]:
+    device = site.use_kernels()
     from kernel_rows import mix_row
 
     rates = _rates(site)
-    return mix_row(site.device, experts, batch, vocab, rates, peers=peers) | rates
+    return mix_row(device, experts, batch, vocab, rates, peers=peers) | rates
 
 
 def _rates(site: Site) -> dict[str, float]:

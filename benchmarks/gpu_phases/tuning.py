@@ -85,11 +85,12 @@ def _mix_candidates(site: Site) -> list[MixConfig]:
 
 def _compile(name: str, problem: tuple[int, int, int], site: Site) -> dict[str, Any]:
     """Compile every candidate, several at once; record the resources of each in DIR/tuning.json."""
+    device = site.use_kernels()
     candidates = _score_candidates(site)
     context = multiprocessing.get_context("spawn")
     workers = min(len(candidates), len(os.sched_getaffinity(0)))
     with context.Pool(workers) as pool:
-        resources = pool.starmap(_resources, [(site.device, problem, tuple(config)) for config in candidates])
+        resources = pool.starmap(_resources, [(device, problem, tuple(config)) for config in candidates])
     table = _table(site)
     for config, found in zip(candidates, resources, strict=True):
         table.setdefault(name, {})[_key(config)] = found
@@ -117,9 +118,10 @@ def _resources(device: str, problem: tuple[int, int, int], shape: tuple[int, ...
 
 def _time(name: str, problem: tuple[int, int, int], first: int, site: Site) -> dict[str, Any]:
     """Time a few candidates of a class; return the fastest of them and of all so far."""
+    device = site.use_kernels()
     from kernels_timing import seconds
 
-    launch = _score_launch(site.device, *problem)
+    launch = _score_launch(device, *problem)
     table = _table(site)
     entries = table.setdefault(name, {})
     for config in _score_candidates(site)[first : first + _BATCH]:
@@ -127,7 +129,7 @@ def _time(name: str, problem: tuple[int, int, int], first: int, site: Site) -> d
         if entry.get("spills") or "error" in entry:
             continue
         try:
-            entry["seconds"] = seconds(lambda config=config: launch(config), site.device, repeats=5)
+            entry["seconds"] = seconds(lambda config=config: launch(config), device, repeats=5)
         except Exception as error:  # one candidate that cannot run must not hide the others
             entry["error"] = f"{type(error).__name__}: {error}"[:200]
         _write(site, table)
@@ -136,14 +138,15 @@ def _time(name: str, problem: tuple[int, int, int], first: int, site: Site) -> d
 
 def _time_mix(problem: tuple[int, int, int], site: Site) -> dict[str, Any]:
     """Time every candidate of the mixing kernels; return the fastest."""
+    device = site.use_kernels()
     import torch
     from kernels_timing import seconds
 
     from btm_scale.kernels import triton_launch
 
     experts, batch, vocab = problem
-    logits = torch.randn(experts, batch, vocab, device=site.device).bfloat16()
-    log_weights = torch.randn(batch, experts, device=site.device)
+    logits = torch.randn(experts, batch, vocab, device=device).bfloat16()
+    log_weights = torch.randn(batch, experts, device=device)
     table = _table(site)
     entries = table.setdefault("mix", {})
     for config in _mix_candidates(site):
