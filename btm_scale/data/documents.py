@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, Protocol
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import zstandard
 
 from btm_scale.config.data import DomainConfig, SplitUnit
@@ -22,7 +20,7 @@ from btm_scale.util.bounded_json import parse_json, shown
 PLAIN_DOCUMENT_BYTES = 4 << 20
 LONGEST_LINE_BYTES = 64 << 20  # a line and its text take up to 10 times as much memory
 _PARQUET_ROWS = 16  # few, because a page of a few bytes can repeat a text of megabytes in every row
-_BROKEN_STREAM = (EOFError, OSError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError, pa.ArrowException)
+_BROKEN_STREAM = (EOFError, OSError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 
 
 @dataclass(frozen=True)
@@ -176,6 +174,18 @@ def _split_key(row: dict[str, Any], split_by: str | SplitUnit) -> str | None:
 
 
 def _parquet_rows(file: SourceFile, settings: DomainConfig, bad: Report) -> Iterator[Row]:
+    # Imported here: other formats are read on machines without pyarrow.
+    import pyarrow as pa
+
+    try:
+        yield from _table_rows(file, settings, bad)
+    except pa.ArrowException as error:
+        raise OSError(f"{type(error).__name__}: {error}") from None
+
+
+def _table_rows(file: SourceFile, settings: DomainConfig, bad: Report) -> Iterator[Row]:
+    import pyarrow.parquet as pq
+
     columns = [settings.field]
     if isinstance(settings.split_by, SplitUnit):
         columns.append(settings.split_by.field)

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import zstandard
 
 from btm_scale.config.run import RunConfig
@@ -145,6 +143,9 @@ def _text_bytes(file: SourceFile, source: DomainSource) -> float:
 
 
 def _column_bytes(path: Path, field: str) -> int:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         metadata = pq.ParquetFile(path).metadata
     except (OSError, pa.ArrowException):

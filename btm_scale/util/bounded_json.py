@@ -17,6 +17,8 @@ MAX_BYTES = 100_000_000  # as for the header of safetensors in the reference imp
 _MAX_VALUES = 3_000_000
 _MAX_DEPTH = 64
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+# Strings and the text before each. They are limited because `re.sub` holds all pieces of its result at once.
+_STRINGS = re.compile(rb'(?:[^"]*+%b){1,50000}+' % _STRING.pattern, re.DOTALL)
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -41,7 +43,7 @@ def parse_json(content: bytes, *, unique_keys: bool = True, unicode: bool = True
     With `unicode`, text must be valid Unicode; otherwise it may have lone surrogates, as the names of files do. Raises
     `ValueError` with a reason that completes "the file is ...".
     """
-    if _marks(content) > _MAX_VALUES and _marks(_STRING.sub(b'""', content)) > _MAX_VALUES:
+    if _marks(content) > _MAX_VALUES and _marks_outside_strings(content) > _MAX_VALUES:
         raise ValueError(f"larger than {_MAX_VALUES:,} JSON values")
     try:
         text = content.decode("utf-8")
@@ -76,6 +78,14 @@ def shown(value: object, most: int = 60) -> str:
 
 def _marks(content: bytes) -> int:
     return content.count(b",") + content.count(b"[") + content.count(b"{")
+
+
+def _marks_outside_strings(content: bytes) -> int:
+    marks, position = 0, 0
+    while marks <= _MAX_VALUES and (strings := _STRINGS.match(content, position)):
+        marks += _marks(_STRING.sub(b'""', strings[0]))
+        position = strings.end()
+    return marks + _marks(content[position:])
 
 
 class _DuplicateKeyError(ValueError):

@@ -24,9 +24,12 @@ def file_inside(folder: Path, name: str) -> Path:
         )
     path = folder / name
     try:
+        path.exists()  # raises OSError for a name that is too long
         actual, own = path.resolve(), folder.resolve()
     except (OSError, RuntimeError) as error:  # a loop of links
-        raise CheckpointError(f"{path} cannot be resolved: {error}. Copy the file here.") from None
+        raise CheckpointError(
+            f"{folder / name[:100]} cannot be resolved: {str(error)[:200]}. Copy the file here."
+        ) from None
     if actual.is_relative_to(own) or any(actual.is_relative_to(blobs) for blobs in _hub_blobs(folder)):
         return path
     raise CheckpointError(

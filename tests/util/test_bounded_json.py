@@ -44,6 +44,17 @@ def test_json_that_would_fill_the_memory_is_refused_before_it_is_parsed() -> Non
     assert time.perf_counter() - started < 5
 
 
+def test_values_outside_of_millions_of_strings_are_counted_in_little_memory() -> None:
+    content = b'"{' * 3_200_000
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="not valid JSON"):
+        parse_json(content)
+    assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    tracemalloc.stop()
+    with pytest.raises(ValueError, match="larger than 3,000,000 JSON values"):
+        parse_json(b'["x"' + b',"x"' * 3_000_000 + b"]")
+
+
 def test_commas_and_brackets_inside_of_text_are_not_counted_as_values() -> None:
     text = ',[{\\"' * 2_000_000
     assert parse_json(b'["' + text.encode() + b'"]') == [',[{"' * 2_000_000]

@@ -32,6 +32,11 @@ def test_a_name_that_leaves_the_directory_is_refused(name: str, tmp_path: Path) 
         file_inside(tmp_path, name)
 
 
+def test_a_name_longer_than_the_file_system_allows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"cannot be resolved: .*File name too long"):
+        file_inside(tmp_path, "x" * 300)
+
+
 def test_a_link_within_the_directory_is_followed_and_one_out_of_it_is_not(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("of another")
     model = tmp_path / "model"
