@@ -78,7 +78,6 @@ def evaluate_forest(config: RunConfig, run: RunDir, launcher: RunGroups | None =
 
     The caller holds the lock of `evaluating`, so that neither the forest nor its scores change.
     """
-    logger.info("merging and scoring the averages")
     score_averages(config, run, launcher)
     return evaluate(config, run)
 
@@ -120,6 +119,7 @@ def score_averages(config: RunConfig, run: RunDir, launcher: RunGroups | None = 
     The caller holds the lock of `evaluating`. Raises ForestError as `require_evaluable` does, before a group starts.
     """
     require_evaluable(config, run)
+    logger.info("merging and scoring the averages")
     if not are_finished(config, run):
         _run_scoring(config, run, ("--averages",), launcher)
 

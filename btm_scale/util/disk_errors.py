@@ -23,7 +23,8 @@ def sentence(error: OSError) -> str | None:
     """Return the message for a disk that is full, is broken or refuses this user; None for any other error."""
     if error.errno not in _TRANSIENT | _REFUSED:
         return None
-    return f"{error}. Completed work is kept; fix the problem and rerun to resume."
+    reason = f"{error.strerror}. Completed work is kept; fix the problem and rerun to resume."
+    return reason if error.filename is None else f"Cannot use {os.fsdecode(error.filename)}: {reason}"
 
 
 @contextmanager

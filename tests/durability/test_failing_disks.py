@@ -66,6 +66,10 @@ def _require_sentence(failed: Done, run: Path, error: int) -> None:
 
 
 def _temporary(run: Path) -> set[str]:
-    """Return the temporary names below a folder, but for caches."""
+    """Return the temporary names below a folder, but for caches and the run's locks."""
     names = {path.relative_to(run) for path in run.rglob("*")}
-    return {str(name) for name in names if is_temporary(name) and not is_log(name) and ".index" not in name.parts}
+    return {
+        str(name)
+        for name in names
+        if is_temporary(name) and not is_log(name) and not {".index", ".locks"} & set(name.parts)
+    }

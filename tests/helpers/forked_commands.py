@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from btm_scale.cli.app import main
-from btm_scale.errors import GroupFailed
 from btm_scale.launch.local import free_port
-from btm_scale.launch.supervise import GroupCommand, failure_text
+from btm_scale.launch.supervise import GroupCommand, group_failure
 from btm_scale.util.files import make_directory
 
 
@@ -65,4 +64,4 @@ def run_forked(commands: Sequence[GroupCommand], on_poll: Callable[[dict[str, st
 
         make_directory(command.log.parent)
         if ended(forked(rank, command.log)):
-            raise GroupFailed(failure_text(command))
+            raise group_failure([command])

@@ -40,7 +40,9 @@ def branch(run: RunDir, name: str, parents: str | dict[str, float], *text: Path)
 
 
 def files(run: RunDir) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in sorted(run.root.rglob("*")) if path.is_file()}
+    return {
+        path: path.read_bytes() for path in sorted(run.root.rglob("*")) if path.is_file() and ".locks" not in path.parts
+    }
 
 
 def weights(branch_record: Branch) -> dict[str, float]:

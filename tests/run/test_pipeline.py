@@ -18,4 +18,4 @@ def test_a_second_run_in_a_folder_is_refused_before_it_touches_anything(real_tex
     message = r"Another process runs the stages in .*\. Follow it with: btm-scale status .* --watch\. To start again"
     with held(run.run_lock), pytest.raises(GroupFailed, match=message):
         run_all(config, run, on_progress=lambda rows: None)
-    assert sorted(path.name for path in run.root.iterdir()) == ["run.yaml"]
+    assert sorted(path.name for path in run.root.iterdir()) == [".locks", "run.yaml"]
