@@ -59,7 +59,7 @@ def test_branching_records_the_parents_and_writes_no_weights(run: RunDir, text: 
     assert list(config.added_domains) == ["recipes"]
     assert config.experts["recipes"].branch.parents == {"python": 1, "docs": 3}
     added = {path.relative_to(run.root).parts[0] for path in files(run).keys() - before.keys()}
-    assert added == {".locks", "data", "train"}
+    assert added == {"data", "train"}
     assert not list(run.train("recipes").rglob("*.safetensors"))
 
 
