@@ -53,7 +53,7 @@ def test_a_storage_that_claims_more_elements_than_its_entry_has_is_refused(tmp_p
         return data.replace(b"K\x04t", b"K(t").replace(b"K\x04\x85", b"K(\x85") if name == "data.pkl" else data
 
     rewritten(tmp_path / "a.pt", longer)
-    refused(tmp_path / "a.pt", "storage '0' has 16 bytes, too few for 40 elements")
+    refused(tmp_path / "a.pt", "storage '0' has 16 bytes; 40 elements of torch.float32 need 160")
 
 
 @pytest.mark.parametrize("field", [20, 24, 42])
@@ -72,6 +72,44 @@ def test_an_entry_whose_directory_reaches_into_its_neighbour_is_refused(tmp_path
     refused(path, "extends past its end|overlap|differs from the archive's directory|has a header that differs")
 
 
+@pytest.mark.parametrize(
+    ("signature", "field", "value", "problem"),
+    [
+        (b"PK\5\6", 4, 1, "several disks"),
+        (b"PK\1\2", 34, 7, "several disks"),
+        (b"PK\1\2", 8, 32, "compressed or encrypted"),
+        (b"PK\1\2", 10, 99, "compressed or encrypted"),
+        (b"PK\1\2", 30, 0xFFFF, "too short for its last entry"),
+        (b"PK\5\6", 8, 1, "as long as"),
+        (b"PK\5\6", 16, 1, "is not where"),
+    ],
+)
+def test_a_header_that_torch_refuses_is_refused(
+    tmp_path: Path, signature: bytes, field: int, value: int, problem: str
+) -> None:
+    path = tmp_path / "a.pt"
+    two_tensors(path)
+    rewritten(path, lambda name, data: data)  # without the zip64 record, which takes precedence
+    raw = bytearray(path.read_bytes())
+    place = raw.rindex(signature) + field
+    raw[place : place + 2] = struct.pack("<H", value)
+    path.write_bytes(raw)
+    with pytest.raises(RuntimeError):
+        torch.load(path)
+    refused(path, problem)
+
+
+def test_a_tensor_with_too_many_arguments_is_refused(tmp_path: Path) -> None:
+    two_tensors(tmp_path / "a.pt")
+    rewritten(tmp_path / "a.pt", lambda name, data: data.replace(b"\x89c", b"\x89\x89\x89c", 1))
+    refused(tmp_path / "a.pt", "positional arguments")
+
+
+def test_a_negation_that_was_not_resolved_is_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch._neg_view(torch.ones(2))}, tmp_path / "a.pt")
+    refused(tmp_path / "a.pt", "pending operation")
+
+
 def test_two_entries_of_one_name_and_entries_of_two_folders_are_refused(tmp_path: Path) -> None:
     for name in ("a/data/0", "b/data/0"):
         two_tensors(tmp_path / "a.pt")
@@ -88,7 +126,7 @@ class _nothing:  # noqa: N801
 def test_compressed_entries_are_refused_however_far_they_expand(tmp_path: Path) -> None:
     two_tensors(tmp_path / "a.pt")
     rewritten(tmp_path / "a.pt", lambda name, data: data + bytes(50_000_000), zipfile.ZIP_DEFLATED)
-    refused(tmp_path / "a.pt", "no uncompressed entry")
+    refused(tmp_path / "a.pt", "is compressed or encrypted")
 
 
 def test_big_endian_numbers_are_refused(tmp_path: Path) -> None:
@@ -104,7 +142,7 @@ def test_a_storage_of_an_unknown_type_is_not_taken_for_bytes(tmp_path: Path) -> 
 
 
 def test_one_storage_cannot_have_two_dtypes(tmp_path: Path) -> None:
-    torch.save({"a": torch.arange(4.0), "b": torch.arange(4).half()}, tmp_path / "a.pt")
+    torch.save({"a": torch.arange(4.0), "b": torch.arange(4).int()}, tmp_path / "a.pt")
     one_key = b"X\x01\x00\x00\x001"
     rewritten(tmp_path / "a.pt", lambda name, data: data.replace(one_key, one_key[:-1] + b"0"))
     refused(tmp_path / "a.pt", "describes storage '0' in two ways")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from btm_scale.errors import CheckpointError
 # A directory of this size lists half a million storages, and a pickle describes some 200,000 tensors.
 _MAX_READ = 32 << 20
 _LOCAL_HEADER = 30  # bytes, before the name
+_DIRECTORY_HEADER = 46
+_FLAGS = 0x0808  # a data descriptor follows, the name is UTF-8: torch.save sets no others
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Archive:
         folders = {info.filename.partition("/")[0] for info in infos}
         if len(folders) != 1 or len(self._entries) != len(infos):
             raise self._foreign("it has several folders, or several entries of one name")
+        self._check_directory(infos)
         starts = sorted(info.header_offset for info in infos)
         self._end_of = dict(zip(starts, [*starts[1:], self._zip.start_dir], strict=True))
         if len(self._end_of) != len(infos) or starts[0] < 0:
@@ -52,8 +56,8 @@ class Archive:
     def extent(self, name: str) -> Extent:
         """Return where an entry is in the file. Raises `CheckpointError` if it is missing, compressed or damaged."""
         info = self._entries.get(name)
-        if info is None or info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise self._foreign(f"it has no uncompressed entry '{name:.80}'")
+        if info is None:
+            raise self._foreign(f"it has no entry '{name:.80}'")
         self._window.seek(info.header_offset)
         local = self._window.read(_LOCAL_HEADER)
         name_bytes, extra_bytes = (int.from_bytes(local[i : i + 2], "little") for i in (26, 28))
@@ -70,6 +74,22 @@ class Archive:
         if self.extent(name).nbytes > _MAX_READ:
             raise self._foreign(f"its entry '{name:.80}' is larger than {_MAX_READ >> 20} MiB")
         return self._zip.read(self._entries[name])
+
+    def _check_directory(self, infos: list[zipfile.ZipInfo]) -> None:
+        """Check what zipfile tolerates, and torch.load does not."""
+        end = zipfile._EndRecData(self._window)  # type: ignore[attr-defined]
+        _, disk, first_disk, entries_here, entries, size, start, *_ = end
+        if (disk, first_disk) not in ((0, 0), (1, 1)) or any(info.volume not in (disk, 1) for info in infos):
+            raise self._foreign("it has several disks")
+        if start != self._zip.start_dir or not entries_here == entries == len(infos):
+            raise self._foreign("its directory is not where, or not as long as, its end record says")
+        lengths = [len(part) for part in (infos[-1].orig_filename.encode(), infos[-1].extra, infos[-1].comment)]
+        self._window.seek(start + size - sum(lengths) - _DIRECTORY_HEADER)
+        if self._window.read(_DIRECTORY_HEADER)[28:34] != struct.pack("<3H", *lengths):
+            raise self._foreign("its directory is too short for its last entry")
+        for info in infos:
+            if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & ~_FLAGS:
+                raise self._foreign(f"its entry '{info.filename:.80}' is compressed or encrypted")
 
     def _foreign(self, problem: str) -> CheckpointError:
         return CheckpointError(

@@ -79,10 +79,10 @@ def _load(path: Path, start: int = 0, length: int | None = None) -> Any:
             if not isinstance(dtype, torch.dtype) or not isinstance(key, str) or not is_shape((elements,)):
                 raise CheckpointError(f"{path} has an invalid storage, {shown(reference, 100)}. Save it again.")
             extent = archive.extent(f"data/{key}")
-            if elements * dtype.itemsize > extent.nbytes:
+            if elements * dtype.itemsize != extent.nbytes:
                 raise CheckpointError(
-                    f"{path}: storage '{key:.80}' has {extent.nbytes} bytes, too few for {elements} elements of "
-                    f"{dtype}. Save it again."
+                    f"{path}: storage '{key:.80}' has {extent.nbytes} bytes; {elements} elements of {dtype} need "
+                    f"{elements * dtype.itemsize}. Save it again."
                 )
             place = _Storage(path, extent.offset, dtype, elements)
             if storages.setdefault(key, place) != place:
@@ -92,7 +92,18 @@ def _load(path: Path, start: int = 0, length: int | None = None) -> Any:
         return Unpickler(archive.read("data.pkl"), path, _REBUILDERS, storage).load()
 
 
-def _rebuild_tensor(storage: Any, start: Any, shape: Any, stride: Any, *_: Any) -> StoredTensor:
+def _rebuild_tensor_v2(
+    storage: Any, start: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, lazy: Any = None
+) -> StoredTensor:
+    if lazy:
+        raise CheckpointError(
+            f"{storage.file} has a tensor with a pending operation, {shown(lazy)}. Save it after resolve_conj() and "
+            "resolve_neg()."
+        )
+    return _rebuild_tensor(storage, start, shape, stride)
+
+
+def _rebuild_tensor(storage: Any, start: Any, shape: Any, stride: Any) -> StoredTensor:
     if not isinstance(storage, _Storage):
         raise TypeError(f"a tensor in {shown(storage)}")
     valid = is_shape((start,)) and is_shape(shape) and is_shape(stride) and len(shape) == len(stride)
@@ -124,7 +135,11 @@ def _contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     )
 
 
-def _rebuild_parameter(data: Any, *_: Any) -> Any:
+def _rebuild_parameter(data: Any, _grad: Any, _hooks: Any) -> Any:
+    return data
+
+
+def _rebuild_parameter_with_state(data: Any, _grad: Any, _hooks: Any, _state: Any) -> Any:
     return data
 
 
@@ -134,8 +149,8 @@ def _rebuild_from_type(rebuild: Any, _type: Any, arguments: Any, _state: Any) ->
 
 _REBUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor_v2,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter_with_state,
     ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
 }
