@@ -68,6 +68,8 @@ def adding(config: RunConfig, run: RunDir, source: Path, name: str) -> Iterator[
                 card = copy
         if card is None:
             turn.enter_context(scoring(run))
+            # Another process may have added another model between the first check and the look at the name.
+            _require_free(current_config(config, run), run, source, name)
         yield Added(card or read_expert(run.model(name)), is_complete=card is None)
 
 
