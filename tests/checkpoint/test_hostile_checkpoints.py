@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from fuzz.corpus import FLAT_SHAPES, write_models, write_zero
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.stored import StoredTensor
@@ -93,6 +95,21 @@ def test_tensor_ranks_with_unequal_shards_are_not_joined(tmp_path: Path) -> None
     torch.save(content, file)
     with pytest.raises(CheckpointError, match=r"linear_fc2\.weight' is bfloat16 .* float32 .* on the tensor ranks"):
         open_model(tmp_path / "deepspeed")
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [[], [ChunkStorageMetadata(torch.Size([1, 0, 0]), torch.Size([1, 4, 8]))] * 4, [0] * 4],
+)
+def test_metadata_whose_chunks_are_not_the_stored_ones_is_refused(tmp_path: Path, chunks: list[object]) -> None:
+    write_models(tmp_path)
+    file = tmp_path / "torch_dist" / ".metadata"
+    metadata = pickle.loads(file.read_bytes())
+    metadata.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].chunks = chunks
+    file.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=r"linear_fc2\.weight\.chunks.* must be") as error:
+        open_model(tmp_path / "torch_dist")
+    assert str(file) in str(error.value)
 
 
 @pytest.mark.parametrize(

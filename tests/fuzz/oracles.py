@@ -12,11 +12,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
+import torch.distributed.checkpoint as dcp
 import zstandard
 from safetensors.torch import load_file
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 
 from btm_scale.checkpoint.formats.megatron import MegatronModel
 from btm_scale.checkpoint.formats.open import open_model
@@ -118,12 +117,16 @@ def read_torch_dist(folder: Path) -> dict[str, torch.Tensor]:
     if latest.is_file():
         name = latest.read_text().strip()
         folder = folder / (f"iter_{int(name):07d}" if name.isdecimal() else name)
-    tensors: dict[str, Any] = {}
-    _load_state_dict(tensors, FileSystemReader(folder), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    reader = FileSystemReader(folder)
+    tensors = {
+        name: torch.zeros(tensor.size, dtype=tensor.properties.dtype)  # the library does not notice a missing chunk
+        for name, tensor in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(tensor, TensorStorageMetadata)
+        if name.startswith(("embedding.", "decoder.", "output_layer."))
+    }
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
     layers: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor) or not name.startswith(("embedding.", "decoder.", "output_layer.")):
-            continue
         if not name.startswith("decoder.layers."):
             layers[f"0/{name}"] = tensor
             continue

@@ -130,7 +130,20 @@ def _listed(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, list[_Chu
             place.refuse("offset", tensor, "where a tensor of those dimensions is")
         sizes[name] = tuple(size)
         chunks.setdefault(name, []).append(_Chunk(tuple(offset), tensor))
+    for name, parts in chunks.items():
+        _require_described(_state(described.get(name), file, f"state_dict_metadata.{name}."), parts)
     return sizes, chunks
+
+
+def _require_described(tensor: Fields, parts: list[_Chunk]) -> None:
+    """Raise `CheckpointError` unless the chunks in a tensor's metadata are those that are stored."""
+    listed = tensor.sequence("chunks")
+    blocks = set()
+    for chunk in listed if len(listed) == len(parts) else ():
+        fields = _state(chunk, tensor.file, f"{tensor.path}chunks.")
+        blocks.add(tuple(tuple(fields.sequence(each)) for each in ("offsets", "sizes")))
+    if blocks != {(part.offsets, part.stored.spec.shape) for part in parts}:
+        tensor.refuse("chunks", listed, "the offsets and sizes of the stored chunks")
 
 
 def _state(value: object, file: Path, field: str) -> Fields:
