@@ -119,18 +119,13 @@ def _limits() -> Iterator[None]:
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + _ADDRESSES, hard))
-    # Processor time, so that a busy machine fails no input; and a limit for an input that waits.
-    timers = {signal.ITIMER_PROF: (signal.SIGPROF, _SECONDS), signal.ITIMER_REAL: (signal.SIGALRM, 12 * _SECONDS)}
-    former = {number: signal.signal(number, stop) for number, _ in timers.values()}
-    for timer, (_, seconds) in timers.items():
-        signal.setitimer(timer, seconds)
+    former = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, _SECONDS)
     try:
         yield
     finally:
-        for timer in timers:
-            signal.setitimer(timer, 0)
-        for number, handler in former.items():
-            signal.signal(number, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
