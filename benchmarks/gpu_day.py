@@ -7,7 +7,7 @@
     python benchmarks/gpu_day.py --phase 5 --out DIR              # the demo, generation, checkpoints
     python benchmarks/gpu_day.py --simulate --out DIR             # every phase at toy size on a CPU
 
-Each measurement is a row of DIR/rows.jsonl, written when it is finished and measured in a process of its own: a row
+Each measurement is a row of DIR/rows.jsonl, written when it is finished and measured in its own process: a row
 that fails or takes too long is recorded as such. A call starts no row that may exceed --budget, and skips finished
 rows: give the same command again until it says that the phase is complete. The messages of a row are in DIR/logs.
 """

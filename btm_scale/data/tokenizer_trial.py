@@ -61,16 +61,16 @@ class NotUsable(Exception):  # noqa: N818 (callers complete its sentence)
 def require_usable(directory: Path, kind: str, load: Callable[[Path], Tokenizer], files: tuple[str, ...]) -> None:
     """Load a tokenizer in a child process and encode and decode texts that are hard for a bad one.
 
-    `kind` names what `load` makes; `files` are those that determine its ids. A rank tries nothing: it loads the run's
-    tokenizer, which was tried when the run's text was encoded. Raises NotUsable with the reason, or DataError.
+    `kind` names what `load` makes; `files` are those that determine its ids. Raises NotUsable with the reason,
+    or DataError.
     """
-    if "RANK" in os.environ:
-        return
     key = f"{kind}-{_digest(directory, (*files, *_SETTINGS))}"
     passed = os.environ.get(_PASSED, "").split(",")
     if key in passed:
         return
-    answer, status = _forked(directory, load) if may_fork() else _spawned(directory, kind)
+    # A rank may have memory registered with its network card, which forking can detach from it.
+    forks = may_fork() and "RANK" not in os.environ
+    answer, status = _forked(directory, load) if forks else _spawned(directory, kind)
     *_, doing = answer.strip().splitlines() or ["load it"]
     if doing.startswith("{"):
         problem, is_complete = json.loads(doing)["problem"]
