@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from hypothesis import settings
 from btm_scale.config.run import RunConfig
 from btm_scale.run_dir import RunDir
 from btm_scale.util.devices import DEVICE
+from btm_scale.util.logs import LEVEL
 
 # Tests run side by side: a thread that waits for another must not spin on the core that the other needs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -32,6 +35,20 @@ def pytest_configure(config: pytest.Config) -> None:
 settings.register_profile("quick", max_examples=50, deadline=None, derandomize=True)
 settings.register_profile("full", max_examples=2_000, deadline=None, print_blob=True)
 settings.load_profile("quick")
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Undo what a command that ran in this process set up: its level would hide the messages of later tests."""
+    logger, variable = logging.getLogger("btm_scale"), os.environ.get(LEVEL)
+    handlers, level = logger.handlers[:], logger.level
+    yield
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
+    if variable is None:
+        os.environ.pop(LEVEL, None)
+    else:
+        os.environ[LEVEL] = variable
 
 
 @pytest.fixture(scope="session")
