@@ -86,16 +86,18 @@ def choose_soups(group: ExpertGroup, config: RunConfig, run: RunDir) -> None:
 def _loss(group: ExpertGroup, run: RunDir, names: tuple[str, ...], text: EvaluationText) -> float:
     """Return the loss of the average on `text` in nats per token, the same on every rank."""
     directory = run.model(f"{AVERAGE}.soup")
-    if group.is_first:
-        shutil.rmtree(directory, ignore_errors=True)
-        models = [run.model(name) for name in names]
-        merge(directory, [(model, 1.0) for model in models], dtype=promoted_dtype(models))
-    dist.barrier()
-    network = load_model(group, directory)
-    log_probs = text_log_probs(group, network, text)
-    losses = [-float(log_probs.mean())]
-    dist.broadcast_object_list(losses, src=0)
-    dist.barrier()
-    if group.is_first:
-        shutil.rmtree(directory)
+    try:
+        if group.is_first:
+            shutil.rmtree(directory, ignore_errors=True)
+            models = [run.model(name) for name in names]
+            merge(directory, [(model, 1.0) for model in models], dtype=promoted_dtype(models))
+        dist.barrier()
+        network = load_model(group, directory)
+        log_probs = text_log_probs(group, network, text)
+        losses = [-float(log_probs.mean())]
+        dist.broadcast_object_list(losses, src=0)
+        dist.barrier()
+    finally:
+        if group.is_first:
+            shutil.rmtree(directory, ignore_errors=True)
     return losses[0]
