@@ -24,7 +24,7 @@ class DomainSource:
     @property
     def is_grouped(self) -> bool:
         """Whether documents are placed in splits by their file or a field instead of their own text."""
-        return self.settings.split_by != "document"
+        return self.settings.split_by not in ("document", "position")
 
     @property
     def bytes(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE
 
 from btm_scale.config.data import DataConfig
-from btm_scale.data.documents import BadLines, empty_domain, read_file_of
+from btm_scale.data.documents import BadLines, empty_domain, expected_bytes, read_documents, read_file_of
 from btm_scale.data.files import SourceFile
+from btm_scale.data.formats.compression import NotCompressedError
+from btm_scale.data.formats.sense import format_of, holds_rows
 from btm_scale.data.sources import DomainSource
-from btm_scale.data.splits import identify
+from btm_scale.data.splits import ByHash, Placement
 from btm_scale.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer, TransformersTokenizer, first_line
 from btm_scale.errors import DataError
 from btm_scale.util.inside import as_private_as, copy_inside
@@ -172,30 +174,40 @@ def _published_form(source: Path) -> TransformersTokenizer:
         ) from None
 
 
-def balanced_sample(sources: Sequence[DomainSource], sample_bytes: int, data: DataConfig) -> Iterator[str]:
+def balanced_sample(
+    sources: Sequence[DomainSource],
+    sample_bytes: int,
+    data: DataConfig,
+    placement_of: Callable[[DomainSource], Placement] | None = None,
+) -> Iterator[str]:
     """Yield about `sample_bytes` of training text, the same amount from every domain.
 
-    Raises DataError if a domain is empty.
+    `placement_of` returns how a domain is split; by default, by the usual hash ranges. Raises DataError if a domain is
+    empty.
     """
     for source in sources:
-        yield from _domain_sample(source, sample_bytes / len(sources), data)
+        usual = ByHash(data.test, data.test + data.dev)
+        placement = placement_of(source) if placement_of is not None else usual
+        yield from _domain_sample(source, sample_bytes / len(sources), data, placement)
 
 
-def _domain_sample(source: DomainSource, sample_bytes: float, data: DataConfig) -> Iterator[str]:
+def _domain_sample(source: DomainSource, sample_bytes: float, data: DataConfig, placement: Placement) -> Iterator[str]:
     """Yield about `sample_bytes` of a domain's training text, spread over its files in proportion to their sizes."""
     bad_lines = BadLines(data.on_bad_line)
-    sizes = [_expected_bytes(file) for file in source.files]
+    if placement.name == "position" or source.settings.max_bytes is not None:
+        yield from _first_training_text(source, sample_bytes, bad_lines, placement)
+        return
+    sizes = [expected_bytes(file) for file in source.files]
     unread = sum(sizes)
     documents = 0
     for file, size in zip(source.files, sizes, strict=True):
         allowance = sample_bytes * size / unread
         unread -= size
         # Keeping a fraction spreads the sample over the file; at least a tenth is kept, to limit how much is read.
-        keep = 2.0**64 * (max(0.1, 2 * allowance / size) if file.holds_rows else 1.0)
+        keep = 2.0**64 * (max(0.1, 2 * allowance / size) if _has_rows(file, source) else 1.0)
         taken = 0
-        for document in read_file_of(source, file, bad_lines):
+        for document, identity in placement.placed(read_file_of(source, file, bad_lines)):
             documents += 1
-            identity = identify(document, dev=data.dev, test=data.test)
             if identity.split == "train" and identity.key < keep:
                 text = document.text[: int(allowance - taken) + 1]
                 taken += len(text.encode())
@@ -207,6 +219,24 @@ def _domain_sample(source: DomainSource, sample_bytes: float, data: DataConfig) 
         raise empty_domain(source, bad_lines.skipped)
 
 
-def _expected_bytes(file: SourceFile) -> int:
-    packed = file.compressed or file.format == ".parquet"
-    return max(1, file.stat().st_size * (3 if packed else 1))
+def _has_rows(file: SourceFile, source: DomainSource) -> bool:
+    try:
+        return holds_rows(format_of(file, source.settings))
+    except NotCompressedError:  # reported when it is read
+        return False
+
+
+def _first_training_text(
+    source: DomainSource, sample_bytes: float, bad_lines: BadLines, placement: Placement
+) -> Iterator[str]:
+    documents = 0
+    for document, identity in placement.placed(read_documents(source, bad_lines)):
+        documents += 1
+        if identity.split == "train":
+            text = document.text[: int(sample_bytes) + 1]
+            sample_bytes -= len(text.encode())
+            yield text
+            if sample_bytes <= 0:
+                return
+    if not documents:
+        raise empty_domain(source, bad_lines.skipped)
