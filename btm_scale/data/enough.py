@@ -30,10 +30,10 @@ def require_enough(source: DomainSource, config: RunConfig, counts: Mapping[str,
         f"{split} has {counts[split].documents} documents with {counts[split].tokens} tokens" for split in splits
     )
     tokens = sum(count.tokens for count in counts.values())
-    raise too_small(source, config, sizes, tokens, before="a new --out and ")
+    raise too_small(source, config, sizes, tokens, elsewhere=" and a new --out")
 
 
-def too_small(source: DomainSource, config: RunConfig, sizes: str, tokens: float, *, before: str = "") -> DataError:
+def too_small(source: DomainSource, config: RunConfig, sizes: str, tokens: float, *, elsewhere: str = "") -> DataError:
     """Return the error for a domain of `tokens` with a split that fills no sequence; `sizes` describes its splits.
 
     The message has settings with which the same text is enough, if there are any.
@@ -41,7 +41,7 @@ def too_small(source: DomainSource, config: RunConfig, sizes: str, tokens: float
     needed = config.budget.sequence_length + 1
     remedy = "Add text."
     if settings := _settings_that_suffice(source, config, tokens):
-        remedy = f"Add text, or run with {before}{' '.join(f'--set {setting}' for setting in settings)}."
+        remedy = f"Add text, or run with `{' '.join(f'--set {setting}' for setting in settings)}`{elsewhere}."
     if source.is_grouped:
         remedy += " Its documents are split by file or field: smaller units, or split_by: document, are more even."
     return DataError(
