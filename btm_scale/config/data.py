@@ -72,7 +72,7 @@ class DomainConfig(Section):
     field: FieldNames = Field(
         default="text", description="field of a row with the text, the path of a nested one, or a list to join"
     )
-    filter: tuple[FilterConfig, ...] = Field(default=(), description="conditions that a row must meet; default: none")
+    filter: tuple[FilterConfig, ...] = Field(default=(), description="conditions that a row must meet")
     passages: Bytes | None = Field(
         default=None, description="cut plain text into documents of about this size, such as 10KB; default: 4 MiB"
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 from helpers.row_formats import FILES, json_lines, parquet, table, tar
 from helpers.text_samples import MakeConfig, prose_texts
 
@@ -212,6 +213,20 @@ def test_a_file_that_only_its_name_says_is_compressed_is_refused(tmp_path: Path)
     assert texts(tmp_path, text="b.jsonl.gz") == TEXTS
     (tmp_path / "c.txt").write_bytes(gzip.compress(b"words"))
     assert texts(tmp_path, text="c.txt") == ["words"]
+
+
+def test_a_zstd_file_that_was_cut_anywhere_is_damaged(tmp_path: Path) -> None:
+    frames = zstandard.ZstdCompressor(write_checksum=True)
+    skippable = b"\x50\x2a\x4d\x18\x05\0\0\0hello"
+    packed = skippable + frames.compress(b"") + frames.compress("\n".join(prose_texts(50)).encode())
+    file = tmp_path / "a.txt.zst"
+    file.write_bytes(packed)
+    [whole] = texts(tmp_path, text=file.name)
+    assert whole == "\n".join(prose_texts(50))
+    for cut in [*range(len(skippable) + 1, len(skippable) + 9), len(packed) - 5, len(packed) - 4, len(packed) - 1]:
+        file.write_bytes(packed[:cut])
+        with pytest.raises(DataError, match="the end of the last zstd frame is missing|the file is damaged"):
+            texts(tmp_path, text=file.name)
 
 
 def test_skipping_names_each_file_and_what_it_loses(

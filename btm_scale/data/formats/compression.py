@@ -15,6 +15,7 @@ from typing import BinaryIO, Literal, cast
 
 import zstandard
 
+from btm_scale.data.formats.zstd_frames import CompleteFrames
 from btm_scale.errors import DataError
 
 Compression = Literal["gzip", "zstd", "bz2", "xz"]
@@ -93,7 +94,7 @@ def open_uncompressed(path: Path) -> Iterator[BinaryIO]:
             yield _buffered(_XzStream(raw))
         else:
             frames = zstandard.ZstdDecompressor(max_window_size=_LONGEST_WINDOW)
-            with frames.stream_reader(raw, read_across_frames=True) as reader:
+            with frames.stream_reader(CompleteFrames(raw), read_across_frames=True) as reader:
                 yield _buffered(cast(io.RawIOBase, reader))
 
 
