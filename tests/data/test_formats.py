@@ -46,6 +46,8 @@ def test_rows_are_read_from_every_format_whatever_the_name(tmp_path: Path, name:
     assert texts(tmp_path, text=name, filter={"field": "quality", "min": 1, "max": 2}) == TEXTS[1:3]
     keys = [document.split_key for document in read(tmp_path, text=name, split_by={"field": "id"})]
     assert keys == ["0", "1", "2", "3"]
+    if name == "part-00002":  # only the header shows that it is a table
+        (tmp_path / name).rename(tmp_path / (name := "part-00002.csv"))
     with pytest.raises(DataError, match=name):
         texts(tmp_path, text=name, field="body")
 
@@ -137,7 +139,7 @@ def test_a_format_that_cannot_be_read_is_refused_by_name(tmp_path: Path, name: s
 
 def test_rows_under_a_name_of_text_say_how_to_read_them_as_text(tmp_path: Path) -> None:
     (tmp_path / "package.json").write_text(json.dumps({"name": "x", "version": "1"}, indent=2))
-    with pytest.raises(DataError, match=r"fields are 'name', 'version'\. Set `field` .* or set its `format` to text"):
+    with pytest.raises(DataError, match=r"fields are 'name', 'version'\. Set `field` .*, set its `format` to text"):
         texts(tmp_path, text="package.json")
 
 
@@ -225,7 +227,7 @@ def test_a_zstd_file_that_was_cut_anywhere_is_damaged(tmp_path: Path) -> None:
     assert whole == "\n".join(prose_texts(50))
     for cut in [*range(len(skippable) + 1, len(skippable) + 9), len(packed) - 5, len(packed) - 4, len(packed) - 1]:
         file.write_bytes(packed[:cut])
-        with pytest.raises(DataError, match="the end of the last zstd frame is missing|the file is damaged"):
+        with pytest.raises(DataError, match=r"a\.txt\.zst, line 1: the file is damaged from here on"):
             texts(tmp_path, text=file.name)
 
 
@@ -272,7 +274,7 @@ def test_memory_does_not_grow_with_a_file_of_any_format(tmp_path: Path, name: st
 
 def test_hostile_rows_are_refused_in_bounded_memory(tmp_path: Path) -> None:
     pax = tarfile.TarInfo("x")
-    pax.type, pax.size = tarfile.XHDTYPE, 1 << 40
+    pax.type, pax.size = tarfile.XHDTYPE, 1 << 32
     bombs = {
         "deep.json": b'[{"text": ' + b"[" * 2_000_000,
         "open.csv": b"text,n\n1,2\n" + b'"' + b"x\n" * 1_000_000,

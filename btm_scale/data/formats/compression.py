@@ -94,7 +94,7 @@ def open_uncompressed(path: Path) -> Iterator[BinaryIO]:
             yield _buffered(_XzStream(raw))
         else:
             frames = zstandard.ZstdDecompressor(max_window_size=_LONGEST_WINDOW)
-            with frames.stream_reader(CompleteFrames(raw), read_across_frames=True) as reader:
+            with frames.stream_reader(cast(BinaryIO, CompleteFrames(raw)), read_across_frames=True) as reader:
                 yield _buffered(cast(io.RawIOBase, reader))
 
 
