@@ -40,6 +40,7 @@ _UNREADABLE = (
     (b"\x04\x22\x4d\x18", "compressed with LZ4"),
     (b"\x1f\x9d", "compressed with compress (.Z)"),
 )
+_FIRST_BYTES = frozenset(bytes([byte]) for byte in (*b"\x1f\x28BP7R\x04\xfd", *range(0x50, 0x60)))
 
 
 class NotCompressedError(OSError):
@@ -61,6 +62,8 @@ def promised_compression(path: Path) -> Compression | None:
 
 def compression_of(head: bytes, path: Path) -> Compression | None:
     """Return the compression of a file that begins with `head`. Raises DataError for one that cannot be read."""
+    if head[:1] not in _FIRST_BYTES:  # as of most files
+        return None
     for pattern, name in _MAGIC:
         if re.match(pattern, head, re.DOTALL):
             return name

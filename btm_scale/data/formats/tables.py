@@ -36,6 +36,8 @@ def looks_like_table(head: str, names: Sequence[str]) -> Literal["csv", "tsv"] |
     if not all(name in header for name in names):  # as in most texts, which need no closer look
         return None
     for delimiter in _DELIMITERS:
+        if delimiter not in header:
+            continue
         try:
             rows = list(csv.reader(head.splitlines(keepends=True), delimiter=delimiter, strict=True))
         except csv.Error:
