@@ -157,7 +157,7 @@ def read_file(file: SourceFile, settings: DomainConfig, on_bad_line: BadLines) -
     try:
         format = format_of(file, settings)
         unit = UNITS.get(format, "line")
-        if holds_rows(format) and promised_format(file) == "text":
+        if holds_rows(format) and promised_format(file) in ("text", "json"):
             remedy_for_text = ", set its `format` to text if the file holds no rows"
         if holds_rows(format) and settings.passages is not None:
             raise DataError(

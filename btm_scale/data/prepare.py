@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from btm_scale.config.run import RunConfig
@@ -99,8 +99,18 @@ def _ensure_tokenizer(sources: Sequence[DomainSource], config: RunConfig, run: R
             adopt_tokenizer(directory, existing)
         else:
             trained_on = [source for source in sources if source.name in config.domains]
-            sample = balanced_sample(trained_on, config.tokenizer.sample_bytes, config.data, placements.of)
-            train_tokenizer(directory, sample, vocab_size=config.tokenizer.vocab_size)
+            train_tokenizer(directory, _Sample(trained_on, config, placements), vocab_size=config.tokenizer.vocab_size)
+
+
+class _Sample:
+    """The text on which a tokenizer is trained; it can be read several times."""
+
+    def __init__(self, sources: Sequence[DomainSource], config: RunConfig, placements: Placements) -> None:
+        self._sources, self._config, self._placements = sources, config, placements
+
+    def __iter__(self) -> Iterator[str]:
+        size = self._config.tokenizer.sample_bytes
+        return balanced_sample(self._sources, size, self._config.data, self._placements.of)
 
 
 def _other_tokenizer(run: RunDir, difference: str) -> DataError:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import logging
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,11 @@ from btm_scale.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer, Transformers
 from btm_scale.errors import DataError
 from btm_scale.util.inside import as_private_as, copy_inside
 
+logger = logging.getLogger(__name__)
+
 _SPACE = "\u2581"
+_COVERAGE = 0.9995  # sentencepiece's default
+_FIXED_TOKENS = 256 + 3 + 1  # bytes, control tokens and the newline
 _LINE_CHARACTERS = 16_000
 _TOKENIZER_FILES = (
     SENTENCEPIECE_FILE,
@@ -45,8 +52,48 @@ def train_tokenizer(directory: Path, texts: Iterable[str], *, vocab_size: int) -
     """Train a sentencepiece BPE tokenizer and write it as a Hugging Face directory.
 
     Every text can be encoded (unknown characters as bytes) and is decoded exactly: nothing is normalised, and a newline
-    is a separate token. Raises DataError if the texts are too short for `vocab_size` tokens.
+    is a separate token. If the texts have more characters than fit, they are read again. Raises DataError if they are
+    too short for `vocab_size` tokens.
     """
+    try:
+        model = _trained(texts, vocab_size)
+    except _TooManyCharactersError as error:
+        if iter(texts) is texts:  # they can be read only once
+            raise DataError(
+                f"The text has {error.characters:,} different characters, and the tokenizer {vocab_size:,} tokens. Raise "
+                "tokenizer.vocab_size, or set tokenizer.path to an existing tokenizer."
+            ) from None
+        logger.warning(
+            "The text has %s different characters: with %s tokens the rarest are encoded as bytes. A larger "
+            "tokenizer.vocab_size encodes this text in fewer tokens.",
+            f"{error.characters:,}",
+            f"{vocab_size:,}",
+        )
+        model = _trained(texts, vocab_size, coverage=_coverage(texts, vocab_size))
+    (directory / SENTENCEPIECE_FILE).write_bytes(model)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    _fast_tokenizer(processor).save(str(directory / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "add_bos_token": False,
+        "clean_up_tokenization_spaces": False,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+class _TooManyCharactersError(Exception):
+    """A vocabulary that is smaller than the alphabet."""
+
+    def __init__(self, characters: int) -> None:
+        super().__init__()
+        self.characters = characters
+
+
+def _trained(texts: Iterable[str], vocab_size: int, coverage: float = _COVERAGE) -> bytes:
+    """Return a sentencepiece model; characters beyond the `coverage` of the text are encoded as bytes."""
     model = io.BytesIO()
     lines = _Lines(texts)
     try:
@@ -55,6 +102,7 @@ def train_tokenizer(directory: Path, texts: Iterable[str], *, vocab_size: int) -
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
+            character_coverage=coverage,
             unk_id=0,
             bos_id=1,
             eos_id=2,
@@ -72,22 +120,22 @@ def train_tokenizer(directory: Path, texts: Iterable[str], *, vocab_size: int) -
     except RuntimeError as error:
         if lines.error is not None:
             raise lines.error from None
+        if alphabet := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
+            raise _TooManyCharactersError(int(alphabet[1])) from None
         raise DataError(
             f"Cannot train a tokenizer of {vocab_size} tokens on this text ({first_line(error)}). "
             "Lower tokenizer.vocab_size, add text, or set tokenizer.path to an existing tokenizer."
         ) from None
-    (directory / SENTENCEPIECE_FILE).write_bytes(model.getvalue())
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    _fast_tokenizer(processor).save(str(directory / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "add_bos_token": False,
-        "clean_up_tokenization_spaces": False,
-    }
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return model.getvalue()
+
+
+def _coverage(texts: Iterable[str], vocab_size: int) -> float:
+    """Return the fraction of the text in its most frequent characters, as many as half of the learned tokens."""
+    counts: Counter[str] = Counter()
+    for line in _training_lines(texts):
+        counts.update(line)
+    kept = counts.most_common((vocab_size - _FIXED_TOKENS) // 2)
+    return sum(count for _, count in kept) / counts.total()
 
 
 class _Lines:

@@ -22,6 +22,7 @@ from btm_scale.util.bounded_json import parse_json
 _HEAD_BYTES = 1 << 16
 _SUFFIXES: dict[str, Format] = {
     **dict.fromkeys((".jsonl", ".ndjson"), "jsonl"),
+    ".json": "json",
     ".csv": "csv",
     **dict.fromkeys((".tsv", ".tab"), "tsv"),
     ".parquet": "parquet",
