@@ -60,8 +60,8 @@ def train_tokenizer(directory: Path, texts: Iterable[str], *, vocab_size: int) -
     except _TooManyCharactersError as error:
         if iter(texts) is texts:  # they can be read only once
             raise DataError(
-                f"The text has {error.characters:,} different characters, and the tokenizer {vocab_size:,} tokens. Raise "
-                "tokenizer.vocab_size, or set tokenizer.path to an existing tokenizer."
+                f"The text has {error.characters:,} different characters, and the tokenizer {vocab_size:,} tokens. "
+                "Raise tokenizer.vocab_size, or set tokenizer.path to an existing tokenizer."
             ) from None
         logger.warning(
             "The text has %s different characters: with %s tokens the rarest are encoded as bytes. A larger "
