@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from btm_scale.checkpoint.convert import WRITERS, require_described
+from btm_scale.checkpoint.formats.based import require_completed, with_base
 from btm_scale.checkpoint.formats.deepspeed import checkpoint_folder, tensor_degree, training_step
 from btm_scale.checkpoint.formats.locate import described_config, iteration_folder
 from btm_scale.checkpoint.formats.megatron import find_shape
@@ -22,8 +23,10 @@ _SUFFIXES = {
     "safetensors": "*.safetensors",
     "bin": "*.bin",
     "torch_dist": "*.distcp",
+    "dcp": "*.distcp",
     "deepspeed": "*.pt",
     "training state": "*.safetensors",
+    "adapter": "adapter_model.*",
 }
 _STEPS: dict[str, Callable[[Path], int | None]] = {
     "deepspeed": training_step,
@@ -56,10 +59,14 @@ class Inspection:
     tensor_degrees: tuple[int, ...]
 
 
-def inspect(path: Path) -> Inspection:
-    """Describe a checkpoint of any readable format. Raises `CheckpointError` for other formats and damaged files."""
-    path = Path(path)
+def inspect(path: Path, *, base: Path | None = None) -> Inspection:
+    """Describe a checkpoint of any readable format; `base` completes an adapter or a checkpoint without frozen weights.
+
+    Raises `CheckpointError` for other formats and damaged files.
+    """
+    path = with_base(path, base)
     kind = format_of(path)
+    require_completed(path, base)
     folder = (checkpoint_folder(path) if kind == "deepspeed" else iteration_folder(path)) or path
     files = [folder] if folder.is_file() else sorted(folder.rglob(_SUFFIXES[kind]))
     config = described_config(path)
