@@ -1,7 +1,7 @@
-"""Tokenizers come from strangers: each is tried in a child process before this one loads it.
+"""Tokenizers are untrusted: each is tried in a child process before this one loads it.
 
 A tokenizer can crash its library, loop in a regular expression, or expand a text to gigabytes. The child has limits of
-CPU time and memory. A tokenizer that passed is not tried again by this process or those that it starts.
+CPU time and memory. A tokenizer that passes is not tried again by this process or its children.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def _problem(directory: Path, load: Callable[[Path], Tokenizer], step: Callable[
     step("load it")
     try:
         tokenizer = load(directory)
-    except BaseException as error:  # a panic in Rust is no Exception
+    except BaseException as error:  # a panic in Rust is not an Exception
         return (str(error), True) if isinstance(error, UserError) else (f"cannot be loaded: {first_line(error)}", False)
     for name, text in _probes(directory):
         try:
@@ -187,7 +187,7 @@ def _problem(directory: Path, load: Callable[[Path], Tokenizer], step: Callable[
             tokenizer.decode(ids)
             again = tokenizer.encode(text)
         except DataError as error:
-            if error.__cause__ is not None:  # a library's error is that of one text; a panic is a fault
+            if error.__cause__ is not None:  # a library's error is about one text; a panic is a bug
                 continue
             return str(error), True
         if len(ids) > _IDS_PER_BYTE * len(text.encode()) + _IDS_PER_BYTE:
@@ -198,7 +198,7 @@ def _problem(directory: Path, load: Callable[[Path], Tokenizer], step: Callable[
 
 
 def _probes(directory: Path) -> Iterator[tuple[str, str]]:
-    """Yield (name, text): runs of every ASCII character, other scripts, mixtures, and what its patterns name."""
+    """Yield (name, text): runs of every ASCII character, other scripts, mixtures, and the literals of its patterns."""
     for character in map(chr, range(32, 127)):
         yield f"{character!r} repeated", character * 200
     literals = _literals(directory)

@@ -1,8 +1,8 @@
 """The tensors of a training checkpoint: one safetensors file that all ranks of a group write and verify together.
 
-Rank i of n writes the i-th of n equal ranges of every tensor, and hashes it while it does, so that the bytes are passed
-over once. The digest of a rank's part is the SHA-256 of the digests of its ranges in the order of the file; the part of
-the first rank begins with the file's header.
+Rank i of n writes the i-th of n equal ranges of every tensor, and hashes it in the same pass over the bytes. The digest
+of a rank's part is the SHA-256 of the digests of its ranges in the order of the file; the part of the first rank begins
+with the file's header.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Whether a process uses GPUs, and which: the setting `launch.device`, what torch finds, and what the job was given.
 
-A process that was given GPUs and whose torch can use none is refused, because a run on CPUs takes weeks for hours.
+A process that was given GPUs and whose torch can use none is refused, because hours on GPUs are weeks on CPUs.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def usable_gpus(device: Device, *, in_this_process: bool = False) -> Gpus:
 
 
 def usable_gpus_or_none(device: Device) -> Gpus:
-    """Return as `usable_gpus` does, and none where that would raise: for estimates on a machine that trains nothing."""
+    """Like `usable_gpus`, but returns none instead of raising: for estimates on a machine that trains nothing."""
     try:
         return usable_gpus(device)
     except LaunchError as error:

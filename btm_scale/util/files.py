@@ -88,7 +88,7 @@ def is_private(path: Path) -> bool:
 
 
 def open_to_append(path: Path) -> IO[bytes]:
-    """Open a file of a run to append to it, and never what a link of that name leads to: another user may plant one.
+    """Open a file of a run for appending, without following a link: another user may have planted one.
 
     Raises `CheckpointError` for a link, or for anything else that is not a file.
     """
@@ -133,7 +133,7 @@ def _require_own(link: Path) -> None:
         return
     raise CheckpointError(
         f"{link} is a link to {link.readlink()} that another user made (uid {owner}). Links of other users are not "
-        "followed in a run: remove it, or make it yourself."
+        "followed in a run: remove it, or create it yourself."
     )
 
 

@@ -53,7 +53,7 @@ def alone(lock: Path) -> Iterator[None]:
 def shared(lock: Path) -> Iterator[None]:
     """Wait until no process holds a lock file `alone`, and hold it beside others that share it.
 
-    Who waits to be alone comes before those that ask to share later.
+    A process that waits to hold it alone takes precedence over later requests to share it.
     """
     with _in_turn(lock, fcntl.LOCK_SH):
         yield
@@ -71,7 +71,7 @@ def alone_at_once(lock: Path) -> Iterator[bool]:
 def _in_turn(lock: Path, kind: int) -> Iterator[None]:
     make_directory(lock.parent)
     with _opened(lock) as file:
-        # Without the queue, a process that waits to be alone could wait forever for an unbroken row of others.
+        # Without the queue, a process that waits to be alone could wait forever while others keep sharing the lock.
         with _opened(lock.with_name(f"{lock.name}.queue")) as queue:
             if not _locked(queue) or not _locked(file, kind):
                 logger.info("waiting for %s, which holds %s", holder_of(lock), lock)
@@ -94,7 +94,7 @@ def holder_of(lock: Path) -> str:
             continue
         try:
             words = Path("/proc", pid, "cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
-        except OSError:  # of another container, or a process has ended and its child keeps the lock
+        except OSError:  # a process in another container, or one that has ended while its child keeps the lock
             return f"process {pid}"
         command = shlex.join([Path(words[0]).name, *words[1:]])
         return f"process {pid} ({printable(command if len(command) <= _SHOWN else command[:_SHOWN] + '...')})"

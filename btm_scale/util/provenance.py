@@ -1,6 +1,6 @@
-"""provenance.json: what a finished output was made from, so that the same command given again changes nothing.
+"""provenance.json: what a finished output was made from, so that repeating the command changes nothing.
 
-A batch job that is retried after it had finished then succeeds. The record is written before the output gets its name.
+A batch job that is retried after it finished then succeeds. The record is written before the output gets its name.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _digest(path: Path, besides: Path | None) -> str:
                 name for name in folders if not name.startswith(".") and Path(folder, name).resolve() != besides
             ]
             for name in names:
-                # Hidden files are temporary, and a card or a record says nothing of the weights.
+                # Hidden files are temporary, and a card or a record says nothing about the weights.
                 if not name.startswith(".") and name not in (NAME, _CARD) and Path(folder, name).is_file():
                     files[str(Path(folder, name).relative_to(path))] = _state(Path(folder, name))
     else:

@@ -9,7 +9,7 @@ from typing import Any
 
 Change = Callable[[dict[str, Any]], None]
 
-# Catastrophic, and only for texts that nobody would think of trying.
+# Catastrophic, and only for texts that a trial is unlikely to contain.
 RARE = "zebra(?:x+x+)+y"
 RARE_TEXT = "zebra" + "x" * 40
 
