@@ -55,7 +55,7 @@ def is_recorded(output: Path) -> bool:
     return not output.is_symlink() and (output / NAME).is_file()
 
 
-def made_before(output: Path, asked: Provenance, error: type[UserError]) -> Provenance | None:
+def made_before(output: Path, requested: Provenance, error: type[UserError]) -> Provenance | None:
     """Return the record of an output that was made by the same command from the same inputs; None if it has no record.
 
     Raises `error` with the differences if it was made from something else, was changed since, or is another user's.
@@ -67,38 +67,38 @@ def made_before(output: Path, asked: Provenance, error: type[UserError]) -> Prov
             f"{output} already exists and belongs to another user, whose record of it is not trusted. Choose another "
             "output, or remove it first."
         )
-    made = Provenance.load(output / NAME)
-    if differences := [*_differences(made, asked), *_changes(output, made)]:
+    recorded = Provenance.load(output / NAME)
+    if differences := [*_differences(recorded, requested), *_changes(output, recorded)]:
         raise error(
-            f"{output} already exists, and {'; '.join(differences)}. {asked.command} does not overwrite: choose "
+            f"{output} already exists, and {'; '.join(differences)}. {requested.command} does not overwrite: choose "
             "another output, or remove it first."
         )
-    return made
+    return recorded
 
 
-def _differences(made: Provenance, asked: Provenance) -> Iterable[str]:
-    if made.command != asked.command:
-        yield f"it was made by {made.command}"
+def _differences(recorded: Provenance, requested: Provenance) -> Iterable[str]:
+    if recorded.command != requested.command:
+        yield f"it was made by {recorded.command}"
         return
-    before, now = [", ".join(map(str, one.inputs)) for one in (made, asked)]
-    if [one.weight for one in made.inputs] != [one.weight for one in asked.inputs]:
+    before, now = [", ".join(map(str, one.inputs)) for one in (recorded, requested)]
+    if [one.weight for one in recorded.inputs] != [one.weight for one in requested.inputs]:
         yield f"it was made from {before} and not from {now}"
     else:
-        for old, new in zip(made.inputs, asked.inputs, strict=True):
+        for old, new in zip(recorded.inputs, requested.inputs, strict=True):
             if old.files != new.files:
                 was = "has changed since" if old.name == new.name else f"is not {old.name}"
                 yield f"{new.name} {was}"
-    for name in dict.fromkeys([*made.settings, *asked.settings]):
-        values = made.settings.get(name), asked.settings.get(name)
+    for name in dict.fromkeys([*recorded.settings, *requested.settings]):
+        values = recorded.settings.get(name), requested.settings.get(name)
         if values[0] != values[1]:
             yield f"{name} was {_shown(values[0])} and is now {_shown(values[1])}"
 
 
-def _changes(output: Path, made: Provenance) -> Iterable[str]:
+def _changes(output: Path, recorded: Provenance) -> Iterable[str]:
     sizes = _sizes(output)
-    changed = [name for name, size in made.files.items() if sizes.get(name) != size]
+    changed = [name for name, size in recorded.files.items() if sizes.get(name) != size]
     if changed:
-        yield f"its {changed[0]} was changed or removed after {made.command} had finished"
+        yield f"its {changed[0]} was changed or removed after {recorded.command} had finished"
 
 
 def _shown(value: object) -> str:

@@ -1,7 +1,7 @@
 """Measure what autograd keeps for the backward pass: `measure_activations.py SPEC.json`.
 
 The spec has `cases` (name: `shape`, `layout`, `micro_batch`, `documents`) and `result`. For each case the script writes
-the peak bytes of tensors that autograd holds during one forward and backward pass with `meta` in the place of a GPU,
+the peak bytes of tensors that autograd holds during one forward and backward pass with `meta` in place of a GPU,
 without weights and without the weight gradient of the LM head, to `RESULT-RANKS`.
 """
 

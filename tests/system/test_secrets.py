@@ -1,4 +1,4 @@
-"""Marked secrets in every place of the environment: none is in what a run writes, prints or starts."""
+"""Marked secrets everywhere in the environment: a run neither writes, prints nor passes them on command lines."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Measure the memory of building a model at ZeRO 3: `build_partitioned.py SPEC.json`, four data ranks.
 
 The spec has `shape` and `result`, where the first rank writes, in bytes, the `peak` while the model is built, its
-`weights` and its largest `layer`; and `equal`, whether the gathered weights are those of a model that is built whole.
+`weights` and its largest `layer`; and `equal`, whether the gathered weights are those of a model that is not
+partitioned.
 """
 
 from __future__ import annotations
@@ -61,14 +62,14 @@ def measure(spec: dict[str, Any]) -> None:
         cut = new_model(group, shape, job, OptimizerConfig(), {})
     held = allocations(profiler)
     group.seed(1)
-    whole = build_model(shape, tensor=1, dtype=torch.bfloat16, on_cpu=True)
+    complete_model = build_model(shape, tensor=1, dtype=torch.bfloat16, on_cpu=True)
     equal = True
-    for one, other in zip(cut.parameters(), whole.parameters(), strict=True):
+    for one, other in zip(cut.parameters(), complete_model.parameters(), strict=True):
         with complete(one):
             equal = equal and torch.equal(one, other)
     if group.is_first:
-        layer = sum(parameter.nbytes for parameter in whole.decoder.layers[0].parameters())
-        weights = sum(parameter.nbytes for parameter in whole.parameters())
+        layer = sum(parameter.nbytes for parameter in complete_model.decoder.layers[0].parameters())
+        weights = sum(parameter.nbytes for parameter in complete_model.parameters())
         values = {"peak": max(held), "weights": weights, "layer": layer, "equal": equal}
         Path(spec["result"]).write_text(json.dumps(values))
     group.leave()

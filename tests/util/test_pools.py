@@ -1,4 +1,4 @@
-"""Each in a process of its own: the test runner's has threads, and where threads run nothing is forked."""
+"""Pools, each tested in a separate process: the test runner's has threads, and a process with threads is not forked."""
 
 from __future__ import annotations
 
