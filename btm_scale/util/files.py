@@ -19,6 +19,7 @@ from typing import IO
 
 from btm_scale.errors import CheckpointError
 from btm_scale.util.disk_errors import writing
+from btm_scale.util.no_follow import open_no_follow
 from btm_scale.util.pools import in_threads
 
 # A sync waits for the disk, which handles several at once.
@@ -92,23 +93,10 @@ def open_to_append(path: Path) -> IO[bytes]:
 
     Raises `CheckpointError` for a link, or for anything else that is not a file.
     """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-    try:
-        descriptor = os.open(path, flags, 0o666)
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise
-        raise _not_a_file(path) from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise _not_a_file(path)
-    return os.fdopen(descriptor, "ab")
-
-
-def _not_a_file(path: Path) -> CheckpointError:
-    return CheckpointError(
+    refusal = CheckpointError(
         f"Cannot write {path}: it is a link or not a file. Another user may have put it there: remove it."
     )
+    return os.fdopen(open_no_follow(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, refusal), "ab")
 
 
 def refuse_foreign_links(folder: Path, *, depth: int = 3) -> None:

@@ -7,7 +7,6 @@ import fcntl
 import logging
 import os
 import shlex
-import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import IO, Self
 
 from btm_scale.errors import GroupFailed, UserError
 from btm_scale.util.files import make_directory
+from btm_scale.util.no_follow import open_no_follow
 from btm_scale.util.terminal import printable
 
 logger = logging.getLogger(__name__)
@@ -102,28 +102,18 @@ def holder_of(lock: Path) -> str:
 
 
 def _opened(path: Path) -> IO[bytes]:
-    """Open a lock file, and never what a link of that name leads to. Its content is left as it is.
+    """Open a lock file without following a link. Its content is left as it is.
 
     Raises UserError for a link, or for anything else that is not a file.
     """
-    flags = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    refusal = UserError(
+        f"Cannot lock {path}: it is a link or not a file. A lock is a file made by btm-scale. Remove it."
+    )
     try:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
-        except PermissionError:  # another user's, which can be locked all the same
-            descriptor = os.open(path, os.O_RDONLY | flags)
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise
-        raise _not_a_lock(path) from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise _not_a_lock(path)
+        descriptor = open_no_follow(path, os.O_RDWR | os.O_CREAT, refusal)
+    except PermissionError:  # another user's, which can be locked all the same
+        descriptor = open_no_follow(path, os.O_RDONLY, refusal)
     return os.fdopen(descriptor, "rb")
-
-
-def _not_a_lock(path: Path) -> UserError:
-    return UserError(f"Cannot lock {path}: it is a link or not a file. A lock is a file made by btm-scale. Remove it.")
 
 
 def _is_named(file: IO[bytes], path: Path) -> bool:

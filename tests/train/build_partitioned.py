@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers.single_job import one_step
 from helpers.worlds import fork_world, read_spec
 from torch.profiler import ProfilerActivity, profile
 
@@ -22,7 +23,6 @@ from btm_scale.model.gpt import build_model
 from btm_scale.model.partition import complete
 from btm_scale.model.shape import ModelShape
 from btm_scale.train.build import new_model
-from btm_scale.train.jobs import TrainingJob
 
 
 def allocations(profiler: profile) -> list[int]:
@@ -43,19 +43,7 @@ def measure(spec: dict[str, Any]) -> None:
     layout = Layout(data=4, zero=3, precision="bf16", micro_batch=1)
     group = ExpertGroup.join(layout)
     shape = ModelShape.model_validate(spec["shape"])
-    job = TrainingJob(
-        model="tiny",
-        branch=None,
-        weights={},
-        part=None,
-        steps=1,
-        sequences=4,
-        batch_share=1.0,
-        first_sample=0,
-        samples=4,
-        progress=(0.0, 1.0),
-        layout=layout,
-    )
+    job = one_step(layout, sequences=4)
     new_model(group, shape.model_copy(update={"layers": 1}), job, OptimizerConfig(), {})  # what PyTorch keeps for good
     group.seed(1)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
