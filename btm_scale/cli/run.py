@@ -99,15 +99,28 @@ def run(
 
 
 @verb(app, "prepare", section=_SECTION)
-def prepare(config: ConfigFile, *, out: Out = None, settings: Settings) -> Document:
-    """Train the tokenizer and write the token files."""
+def prepare(config: ConfigFile, *, out: Out = None, settings: Settings) -> Answer:
+    """Train the tokenizer and write the token files.
+
+    The answer is a table of the domains. --verbose prints the documents and bytes of each split.
+    """
     from btm_scale.data.prepare import prepare as prepare_data
     from btm_scale.run.state import open_run
     from btm_scale.run.status import data_summary
 
     run_config, run_dir = _config_and_run(config, settings, out)
     run_config = open_run(run_config, run_dir, reread=_reread(config, settings, run_dir))
-    return data_summary(run_dir, prepare_data(run_config, run_dir))
+    summary = data_summary(run_dir, prepare_data(run_config, run_dir))
+
+    def show() -> None:
+        from rich.console import Console
+
+        from btm_scale.report.data_table import data_table
+
+        Console().print(data_table(summary["domains"]))
+        say(f"The token files are in {run_dir.data}")
+
+    return Answer(summary, show, is_brief=True)
 
 
 @verb(app, "train", section=_SECTION)
