@@ -13,6 +13,7 @@ from helpers.forked_commands import call
 from helpers.small_models import random_weights
 from safetensors.torch import save_file
 
+from btm_scale.cli.show import show_jobs
 from btm_scale.config.run import RunConfig
 from btm_scale.report.checkpoint_text import checkpoint_lines
 from btm_scale.run_dir import RunDir
@@ -95,3 +96,19 @@ def test_prepared_text_is_one_row_per_domain(
     assert rows[2:] == [f"The token files are in {run.data}"]
     assert call("prepare", tmp_path / "config.yaml", "--out", run.root, "--json") == 0
     assert json.loads(capsys.readouterr().out)["domains"]["code"]["train"]["documents"] > 0
+
+
+@pytest.mark.parametrize(
+    ("submitted", "dry_run", "shown"),
+    [
+        ({}, True, "wrote the scripts of seed, experts to a run/slurm; submitted nothing\n"),
+        ({"seed": "7"}, False, "submitted seed (7)\nFollow the jobs with: btm-scale status 'a run' --watch\n"),
+        ({}, False, "submitted nothing: every job is completed or in the queue\n"),
+    ],
+)
+def test_slurm_jobs_are_one_line(
+    submitted: dict[str, str], dry_run: bool, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = {"scripts": {"seed": "seed.sh", "experts": "experts.sh"}, "submitted": submitted}
+    show_jobs(jobs, Path("a run"), dry_run=dry_run)
+    assert capsys.readouterr().out.startswith(shown)
