@@ -12,6 +12,7 @@ from btm_scale.checkpoint.formats.megatron import MegatronModel, find_shape, is_
 from btm_scale.checkpoint.formats.pickles import load_pickle
 from btm_scale.checkpoint.formats.stored import StoredModel, StoredTensor
 from btm_scale.checkpoint.formats.tensors import ModelReader
+from btm_scale.checkpoint.formats.unread import refuse_unread
 from btm_scale.checkpoint.formats.zero import from_masters, named_tensors
 from btm_scale.errors import CheckpointError
 from btm_scale.util.inside import file_inside
@@ -43,6 +44,7 @@ def open_deepspeed(path: Path, *, master: bool = True) -> ModelReader:
         parts: list[StoredModel] = [_universal(folder)]
     else:
         models, optimizers = _files(folder, _MODEL_FILE), _files(folder, _OPTIMIZER_FILE)
+        refuse_unread(folder, {*models.values(), *optimizers.values()})
         ranks = sorted({tensor_rank for tensor_rank, _ in models})
         if ranks != list(range(len(ranks))):
             raise CheckpointError(f"{folder} has only tensor ranks {ranks}. Copy the other ranks' files here.")

@@ -113,10 +113,10 @@ class SafetensorsModel(ModelReader):
         self._opening = Lock()  # reads are thread-safe
         if self.path.is_file():
             self._tensors = _places(self.path)
+        elif (self.path / SINGLE).is_file():  # like transformers, which ignores an index beside it
+            self._tensors = _places(file_inside(self.path, SINGLE))
         elif (index := self.path / INDEX).is_file():
             self._tensors = _indexed_places(index)
-        elif (self.path / SINGLE).is_file():
-            self._tensors = _places(file_inside(self.path, SINGLE))
         else:
             raise CheckpointError(f"{self.path} has neither {SINGLE} nor {INDEX}. Give the path of a model directory.")
         self._names = tuple(sorted(self._tensors))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from btm_scale.checkpoint.completeness import problems_of
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, parse_dtype
 from btm_scale.checkpoint.hashing import BLOCK_BYTES, sample_hash
@@ -202,6 +203,7 @@ def _checked(
             # The configs' sizes come first: they explain most differences between tensors.
             if tensors is None:
                 problems += config_problems(paths) + tokenizer_problems(paths)
+                problems += [problem for reader in readers for problem in problems_of(reader)]
             specs, differences = common_specs(readers, dtype, tensors)
             problems += differences
         if problems:
