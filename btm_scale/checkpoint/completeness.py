@@ -15,7 +15,7 @@ from btm_scale.errors import CheckpointError, few_names, first_few
 # In files of older transformers versions; computed when the model is loaded.
 _BUFFERS = re.compile(r".*(?:attn|attention)\.(?:(?:masked_)?bias|rotary_emb\.inv_freq)|.*rotary_emb\.inv_freq")
 _GPT2_MASK = re.compile(r"(?:.*\.)?h\.\d+\.attn\.(?:masked_)?bias")
-_LAYER = re.compile(r"(.*?\b(?:layers?|h|blocks?)\.)(\d+)\.")
+_LAYER = re.compile(r"(.*?\b(?:layers?|h|blocks?)\.)(\d+)\.\w+\.")
 _LANGUAGE = ("language_model", "text_model")
 _CHUNK_ELEMENTS = 1 << 20
 
@@ -27,8 +27,9 @@ def problems_of(model: ModelReader) -> list[str]:
     """
     config = described_config(model.path)
     nested = config.get("text_config")
-    is_nested = isinstance(nested, dict) and nested.get("model_type") is not None
-    described: dict[str, Any] = nested if is_nested else config
+    described, is_nested = config, False
+    if isinstance(nested, dict) and nested.get("model_type") is not None:
+        described, is_nested = nested, True
     expected = expected_tensors(described)
     shapes = {name: spec.shape for name, spec in model.specs().items()}
     if any(name.endswith(".experts.gate_up_proj") for name in shapes):
@@ -128,6 +129,8 @@ def _gaps(path: Path, names: Iterable[str], config: Mapping[str, Any]) -> list[s
     problems = []
     count = config.get("num_hidden_layers", config.get("n_layer"))
     for stack, layers in sorted(stacks.items()):
+        if len(layers) > 1 and len({layer % 2 for layer in layers}) == 1:
+            continue  # torch.nn.Sequential: activations between its layers have no weights
         end = max(layers) + 1
         if len(stacks) == 1 and type(count) is int and count <= 10_000:
             end = max(end, count)

@@ -45,8 +45,13 @@ def expected_tensors(config: Config) -> Expected | None:
         head = {row.head: (rows, config.get("word_embed_proj_dim") or width)}
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         return None
-    tied = config.get("tie_word_embeddings")
-    return Expected(row.prefix, row.layers, body, head, row.tied if tied is None else bool(tied))
+    return Expected(row.prefix, row.layers, body, head, ties_embeddings(config))
+
+
+def ties_embeddings(config: Config) -> bool:
+    """Whether a config.json ties the LM head to the embedding, by itself or by the default of its family."""
+    tied, row = config.get("tie_word_embeddings"), _ROWS.get(str(config.get("model_type")))
+    return bool(tied) if tied is not None else row is not None and row.tied
 
 
 def _linear(name: str, rows: int, columns: int, bias: bool = False) -> Tensors:

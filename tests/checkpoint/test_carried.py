@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,36 @@ def test_a_chat_template_is_the_first_inputs_that_has_one_or_the_one_asked_for(t
         with pytest.raises(CheckpointError, match=message):
             merge(tmp_path / "not", [(chat, 1.0)], chat_template=given)
     assert not (tmp_path / "not").exists()
+
+
+def test_of_a_vision_language_model_the_language_model_is_merged_and_the_rest_copied(tmp_path: Path) -> None:
+    config = {"model_type": "llava", "text_config": LLAMA, "vision_config": {"model_type": "clip_vision_model"}}
+
+    def weights(seed: int) -> dict[str, torch.Tensor]:
+        language = {f"language_model.{name}": weight for name, weight in complete_weights(seed).items()}
+        others = {
+            "vision_tower.layers.0.weight": torch.full((4,), float(seed)),
+            "multi_modal_projector.bias": torch.full((3,), float(seed)),
+        }
+        return language | others
+
+    pairs = [(write_model(tmp_path / f"m{seed}", weights(seed), config), 1.0) for seed in (5, 2)]
+    for order in (pairs, pairs[::-1]):
+        out = tmp_path / f"from-{order[0][0].name}"
+        merge(out, order)
+        merge_many({tmp_path / "a": order, tmp_path / "b": order})
+        first = load_file(order[0][0] / "model.safetensors")
+        mean = (weights(5)["language_model.lm_head.weight"].double() + weights(2)["language_model.lm_head.weight"]) / 2
+        for folder in (out, tmp_path / "a"):
+            merged = load_file(folder / "model.safetensors")
+            assert merged["language_model.lm_head.weight"].equal(mean.bfloat16())
+            for name in ("vision_tower.layers.0.weight", "multi_modal_projector.bias"):
+                assert merged[name].equal(first[name])
+        for folder in (tmp_path / "a", tmp_path / "b"):
+            shutil.rmtree(folder)
+    lacking = {name: one for name, one in weights(1).items() if "layers.1.mlp" not in name}
+    with pytest.raises(CheckpointError, match=r"lacks the tensor 'language_model\.model\.layers\.1\.mlp"):
+        merge(tmp_path / "not", [(write_model(tmp_path / "lacking", lacking, config), 1.0)])
 
 
 def test_dtypes_are_changed_wherever_config_json_names_one(tmp_path: Path) -> None:

@@ -133,6 +133,14 @@ def test_layers_that_an_unknown_family_lacks_are_reported(missing: list[int], tm
     assert not (tmp_path / "out").exists()
 
 
+def test_layers_without_weights_between_others_are_no_gap(tmp_path: Path) -> None:
+    weights = {f"projector.layers.{i}.linear.weight": torch.ones(2) for i in (0, 2, 4)}
+    weights |= {f"projector.blocks.{i}.weight": torch.ones(2) for i in (0, 3)}
+    weights |= {f"model.layers.{i}.mlp.weight": torch.ones(2) for i in range(3)}  # the last predicts further tokens
+    model = write_model(tmp_path / "model", weights, {"model_type": "new", "num_hidden_layers": 2})
+    merge(tmp_path / "out", [(model, 1.0)])
+
+
 @pytest.mark.parametrize(
     "prefix", ["module.", "_forward_module.", "_orig_mod.", "module._orig_mod.", "_fsdp_wrapped_module.", "model."]
 )

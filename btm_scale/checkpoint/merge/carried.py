@@ -23,7 +23,7 @@ _RECORDS = re.compile(
     r"README(?:\.md)?|expert\.json|provenance\.json|state\.json|branch\.json|metrics\.jsonl|mergekit_config\.ya?ml"
     r"|merge_recipe\.yaml|adapter_.*|trainer_state\.json|training_args\..*|optimizer.*|scheduler.*|rng_state.*|latest"
     r"|latest_checkpointed_iteration\.txt|zero_to_fp32\.py|zero_.*|quantize_config\.json|quant_config\.json"
-    r"|hf_quant_config\.json|config\.json|metadata\.json|modelopt_state.*|all_results\.json|train_results\.json"
+    r"|hf_quant_config\.json|config\.json|modelopt_state.*|all_results\.json|train_results\.json"
     r"|eval_results\.json|run\.yaml"
 )
 _FOLDERS_LEFT = re.compile(
@@ -35,6 +35,7 @@ _TOKENIZER = re.compile(
     r"|(?:.*\.)?(?:sentencepiece|sp|spiece|bpe|spm)(?:\..*)?\.model|vocab\..*|merges\..*|.*\.vocab|.*_vocab\.json"
 )
 _TEMPLATE = re.compile(r"chat_template\..*|additional_chat_templates/.*")
+_OF_CHECKPOINTS = ("metadata.json",)  # of torch_dist
 _MOST_DEPTH = 4
 
 
@@ -47,7 +48,7 @@ def own_files(folder: Path, *, is_model: bool) -> list[str]:
     entries = sorted(folder.iterdir())
     files = [entry.name for entry in entries if entry.is_file() and _is_own(entry.name)]
     if not is_model:
-        return files
+        return [name for name in files if name not in _OF_CHECKPOINTS]
     modules = _modules(folder)
     for below in entries:
         if not below.is_dir() or below.is_symlink() or _FOLDERS_LEFT.fullmatch(below.name):

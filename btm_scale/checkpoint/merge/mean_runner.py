@@ -57,7 +57,8 @@ class MeansRunner:
         """Yield a part of each of the group's targets, in the dtype in which it is written."""
         plan = self.targets[group.members[0]].plan
         if plan.copies(part.name):
-            return iter([stored[group.models[0]].to(plan.specs[part.name].dtype)] * len(group.members))
+            dtype, plans = plan.specs[part.name].dtype, [self.targets[i].plan for i in group.members]
+            return (stored[group.models[each.copied_from(part.name)]].to(dtype) for each in plans)
         outputs, elements = len(group.members), part.stop - part.start
         dtype = plan.specs[part.name].dtype
         rows = self._buffers.array("output", outputs * elements, dtype).view(outputs, elements)

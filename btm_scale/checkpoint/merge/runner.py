@@ -93,7 +93,7 @@ class UnitRunner:
         spec = plan.specs[unit.name]
         parts = parts_of(unit, self.chunk_bytes // spec.dtype.itemsize)
         if plan.copies(unit.name):
-            yield from (self._buffers.stored(target.inputs[0], part) for part in parts)
+            yield from (self._buffers.stored(target.inputs[plan.copied_from(unit.name)], part) for part in parts)
         elif plan.method.elementwise:
             merge = functools.partial(plan.method.function, **plan.parameters)
             yield from (merge(self._piece(part)) for part in parts)

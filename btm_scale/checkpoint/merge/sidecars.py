@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from btm_scale.checkpoint.expected import ties_embeddings
 from btm_scale.checkpoint.formats.locate import described_config, described_in, read_json
 from btm_scale.checkpoint.formats.quantized import quantization_sections, without_quantization
 from btm_scale.checkpoint.formats.tensors import TensorSpec, dtype_name
@@ -62,7 +63,7 @@ def written_config(config: dict[str, Any], specs: Mapping[str, TensorSpec]) -> d
         config = _with_dtype(config, dtype_name(dtypes.pop()))
         if not {"dtype", "torch_dtype"} & config.keys():
             config["dtype"] = next(dtype_name(spec.dtype) for spec in specs.values() if spec.dtype.is_floating_point)
-    if "lm_head.weight" in specs and config.get("tie_word_embeddings", config.get("model_type") == "gpt2"):
+    if "lm_head.weight" in specs and ties_embeddings(config):
         config = config | {"tie_word_embeddings": False}
     return config
 
