@@ -183,8 +183,14 @@ def convert(
     from btm_scale.checkpoint.convert import convert as convert_checkpoint
 
     done = convert_checkpoint(source, target, to=to, tensor=tensor, dtype=dtype, verify=verify)
-    answer: Document = {"output": str(done.target), "format": to, "verified": verify}
-    answer |= {"nan": done.nonfinite.nan, "infinities": done.nonfinite.infinite, "weights": done.weights}
+    answer = {
+        "output": str(done.target),
+        "format": to,
+        "verified": verify,
+        "nan": done.nonfinite.nan,
+        "infinities": done.nonfinite.infinite,
+        "weights": done.weights,
+    }
     return already_complete(answer, str(target)) if done.already_complete else answer
 
 
