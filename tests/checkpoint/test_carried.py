@@ -86,6 +86,17 @@ def test_files_come_from_the_first_input_that_has_them_and_a_tokenizer_from_one(
     assert not (tmp_path / "out/own.py").exists()  # the code of another config.json
 
 
+def test_from_the_folder_around_a_training_checkpoint_only_files_that_describe_a_model_are_carried(
+    tmp_path: Path,
+) -> None:
+    convert(write_model(tmp_path / "model", complete_weights(0)), tmp_path / "there", to="deepspeed")
+    add(tmp_path / "there", {"notes.txt": "x", "train.py": "x", "data/a.json": "{}", "LICENSE": "x", "vocab.json": "x"})
+    convert(tmp_path / "there", tmp_path / "out", to="huggingface")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"LICENSE", "vocab.json", "config.json"} < names
+    assert not {"notes.txt", "train.py", "data", "latest"} & names
+
+
 def template(folder: Path) -> tuple[str, Any]:
     return (folder / "chat_template.jinja").read_text(), json.loads((folder / "tokenizer_config.json").read_text())
 

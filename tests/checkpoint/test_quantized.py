@@ -90,6 +90,18 @@ def test_stacked_experts_have_scales_of_each_matrix(tmp_path: Path) -> None:
     assert load_file(tmp_path / "out/model.safetensors")["experts.up_proj"].equal(expected)
 
 
+def test_scales_may_be_powers_of_two_in_8_bits(tmp_path: Path) -> None:
+    stored, _ = quantize(complete_weights(0))
+    powers = {
+        name: tensor.to(torch.float8_e8m0fnu) if name.endswith("_scale_inv") else tensor
+        for name, tensor in stored.items()
+    }
+    convert(write_model(tmp_path / "model", powers, FP8), tmp_path / "out", to="huggingface", dtype="float32")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    scales = powers[f"{name}_scale_inv"].float().repeat_interleave(16, 0).repeat_interleave(16, 1)
+    assert load_file(tmp_path / "out/model.safetensors")[name].equal(stored[name].float() * scales)
+
+
 def test_fp8_without_scales_or_with_scales_that_do_not_fit_is_refused(tmp_path: Path) -> None:
     stored, _ = quantize(complete_weights(0))
     bare = {name: tensor for name, tensor in stored.items() if not name.endswith("q_proj.weight_scale_inv")}

@@ -17,7 +17,7 @@ from btm_scale.errors import CheckpointError, few_names
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SECTIONS = ("quantization_config", "compression_config")
 _SCALES = ("_scale_inv", "_scale")  # both are factors, whatever the name of the first says
-_ACTIVATION_SCALES = ("input_scale", "output_scale", "activation_scale", "k_scale", "v_scale", "kv_scale")
+_ACTIVATION_SCALES = (".input_scale", ".output_scale", ".activation_scale", ".k_scale", ".v_scale", ".kv_scale")
 _DEFAULT_BLOCK = (128, 128)
 # Ends of tensor names that only one method writes.
 _MARKS = (

@@ -35,7 +35,12 @@ _TOKENIZER = re.compile(
     r"|(?:.*\.)?(?:sentencepiece|sp|spiece|bpe|spm)(?:\..*)?\.model|vocab\..*|merges\..*|.*\.vocab|.*_vocab\.json"
 )
 _TEMPLATE = re.compile(r"chat_template\..*|additional_chat_templates/.*")
-_OF_CHECKPOINTS = ("metadata.json",)  # of torch_dist
+# Carried also from a folder around a training checkpoint, which may hold anything else.
+_DESCRIBING = re.compile(
+    r"generation_config\.json|.*processor_config\.json|processor\.json|(?:LICENSE|LICENCE|NOTICE|COPYING).*"
+    r"|(?:configuration|modeling|tokenization|processing)_.*\.py",
+    re.IGNORECASE,
+)
 _MOST_DEPTH = 4
 
 
@@ -48,7 +53,7 @@ def own_files(folder: Path, *, is_model: bool) -> list[str]:
     entries = sorted(folder.iterdir())
     files = [entry.name for entry in entries if entry.is_file() and _is_own(entry.name)]
     if not is_model:
-        return [name for name in files if name not in _OF_CHECKPOINTS]
+        return [name for name in files if kind_of(name) in ("tokenizer", "template") or _DESCRIBING.fullmatch(name)]
     modules = _modules(folder)
     for below in entries:
         if not below.is_dir() or below.is_symlink() or _FOLDERS_LEFT.fullmatch(below.name):
