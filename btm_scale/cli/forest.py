@@ -116,7 +116,7 @@ def forest_remove(
     """Remove an expert with its scores and checkpoints.
 
     A branch that is not trained yet can be removed too. Other experts are not changed. It is refused while the run is
-    trained, and waits for commands that evaluate it. An expert that was removed before is no error.
+    trained, and waits for commands that evaluate it. Given again, it changes nothing.
     """
     from btm_scale.run.grow import remove_from_forest
 
