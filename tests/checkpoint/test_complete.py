@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from btm_scale.checkpoint.convert import convert, require_trainable
 from btm_scale.checkpoint.expected import FAMILIES_WITH_TENSORS, expected_tensors
+from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.inspect import inspect
 from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.errors import CheckpointError
@@ -218,6 +219,23 @@ def test_a_single_bin_file_is_read_before_an_index_of_shards(two_sets: Path, tmp
     convert(two_sets, tmp_path / "out", to="huggingface")
     written = load_file(tmp_path / "out/model.safetensors")
     assert written["model.norm.weight"].equal(complete_weights(1)["model.norm.weight"])
+
+
+def test_verification_does_not_trust_the_reader_that_was_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_model(tmp_path / "model", complete_weights(0))
+    read = SafetensorsModel.read_into
+
+    def wrong(self: SafetensorsModel, name: str, start: int, out: torch.Tensor) -> None:
+        read(self, name, start, out)
+        out[0] = 7 if name == "model.norm.weight" else out[0]
+
+    monkeypatch.setattr(SafetensorsModel, "read_into", wrong)
+    convert(model, tmp_path / "trusted", to="huggingface")
+    with pytest.raises(CheckpointError, match=r"'model\.norm\.weight' in .* differs from"):
+        convert(model, tmp_path / "out", to="huggingface", verify=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_head_that_differs_from_its_tied_embedding_is_kept(tmp_path: Path) -> None:

@@ -11,15 +11,13 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from btm_scale.checkpoint.formats.locate import described_in
 from btm_scale.checkpoint.formats.rounded import ALL_FINITE, NonFinite
-from btm_scale.checkpoint.formats.tensors import dtype_name, parse_dtype
 from btm_scale.checkpoint.formats.weight_sets import weight_sets
 from btm_scale.checkpoint.hashing import BlockHashes, combined_hash
 from btm_scale.checkpoint.merge import journal
-from btm_scale.checkpoint.merge.carried import given_template
 from btm_scale.checkpoint.merge.mpi import Leader, follow, world
 from btm_scale.checkpoint.merge.plan import MergePlan, Unit, make_plan, plan_means
+from btm_scale.checkpoint.merge.record import Merged, chosen_template, provenance
 from btm_scale.checkpoint.merge.sidecars import carry_sidecars, model_card
 from btm_scale.checkpoint.merge.workers import merge_in_processes, open_writer
 from btm_scale.errors import CheckpointError, WorkerLost
@@ -34,7 +32,7 @@ from btm_scale.util.files import (
 )
 from btm_scale.util.inside import as_private_as
 from btm_scale.util.pools import MOST, in_threads
-from btm_scale.util.provenance import Input, Provenance, is_recorded, made_before
+from btm_scale.util.provenance import Provenance, is_recorded, made_before
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +110,8 @@ def merge(
             seed=random_seed,
         )
         spread = leader.share_out if leader else functools.partial(merge_in_processes, jobs=jobs)
-        template = _template(chat_template, base, pairs)
-        made_by = _provenance(plan, output, pairs, dtype, template)
+        template = chosen_template(chat_template, base, pairs)
+        made_by = provenance(plan, output, pairs, dtype, template)
         work = _Work(plan, output, pairs, made_by=made_by, template=template)
         if exists and (before := made_before(output, made_by, CheckpointError)) is not None:
             report = work.report(Merged.of(before), time.perf_counter() - started)
@@ -183,21 +181,6 @@ def merge_many(
 
 
 @dataclass(frozen=True)
-class Merged:
-    """What is known of an output once it is written."""
-
-    content_hash: str
-    nonfinite: NonFinite
-
-    @classmethod
-    def of(cls, record: Provenance) -> Merged:
-        """Return what the record of an output says."""
-        counts = record.answer.get("nonfinite") or {}
-        names = {name: counts[name] for name in ("nan", "infinite", "overflowed") if type(counts.get(name)) is int}
-        return cls(str(record.answer.get("content_hash", "")), NonFinite(**names))
-
-
-@dataclass(frozen=True)
 class _Work:
     """One output of a merge."""
 
@@ -235,37 +218,6 @@ class _Work:
                 str(source.path): str(read) for source in self.plan.everyone if (read := weight_sets(source.path))
             },
         )
-
-
-def _template(given: str | Path | None, base: Path | None, inputs: Sequence[tuple[Path, float]]) -> str | None:
-    """Return the chat template that was asked for, or None for that of the inputs. Raises `CheckpointError`."""
-    if given is None:
-        return None
-    if str(given) == "base":
-        return given_template(described_in(base or inputs[0][0]))
-    if not Path(given).exists():
-        raise CheckpointError(f"{given} does not exist. --chat-template takes `base`, a model directory or a file.")
-    return given_template(Path(given))
-
-
-def _provenance(
-    plan: MergePlan, output: Path, inputs: Sequence[tuple[Path, float]], dtype: str | None, template: str | None
-) -> Provenance:
-    """Return the record of a merge, without its answer. The base is the last input."""
-    read = {source.path for source in plan.sources}
-    made_from = [Input.of(path, weight=weight, besides=output) for path, weight in inputs if path in read]
-    if plan.base is not None:
-        made_from.append(Input.of(plan.base.path, besides=output))
-    settings = {
-        "method": plan.method_name,
-        "parameters": dict(plan.parameters),
-        "dtype": dtype_name(parse_dtype(dtype)) if dtype else None,
-        "max_shard_bytes": float(plan.max_shard_bytes),
-        "seed": plan.seed,
-    }
-    if template is not None:
-        settings["chat_template"] = template
-    return Provenance(command="merge", inputs=tuple(made_from), settings=settings, answer={})
 
 
 def _passes(works: Sequence[_Work]) -> Iterator[Sequence[_Work]]:
