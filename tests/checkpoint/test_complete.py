@@ -134,6 +134,18 @@ def test_layers_that_an_unknown_family_lacks_are_reported(missing: list[int], tm
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "sizes", [{"num_hidden_layers": 1 << 30}, {"hidden_size": "x", "num_attention_heads": 1 << 30}]
+)
+@pytest.mark.parametrize("family", ["olmo2", "mixtral", "gpt_neox"])
+def test_sizes_of_no_model_take_no_memory(family: str, sizes: dict[str, Any], tmp_path: Path) -> None:
+    config = LLAMA | {"model_type": family, "num_local_experts": 1 << 30} | sizes
+    assert expected_tensors(config) is None
+    model = write_model(tmp_path / "model", {"model.layers.0.mlp.weight": torch.ones(2)}, config)
+    with pytest.raises(CheckpointError, match="lacks layers"):
+        merge(tmp_path / "out", [(model, 1.0)])
+
+
 def test_layers_without_weights_between_others_are_no_gap(tmp_path: Path) -> None:
     weights = {f"projector.layers.{i}.linear.weight": torch.ones(2) for i in (0, 2, 4)}
     weights |= {f"projector.blocks.{i}.weight": torch.ones(2) for i in (0, 3)}
