@@ -108,8 +108,8 @@ def _write(source: Path, partial: Path, *, to: str, tensor: int, dtype: torch.dt
             f"{', '.join(map(str, shape.tensor_degrees()))}."
         )
     with RoundedModel(with_head_names(open_model(source)), dtype) as model:
-        require_untied(model, shape)
         require_complete(model)
+        require_untied(model, shape)
         require_described(model, shape)
         make_partial(partial)
         WRITERS[to](partial, model, shape, tensor=tensor, dtype=dtype)
@@ -121,8 +121,8 @@ def require_trainable(path: Path) -> None:
     """Raise `CheckpointError` unless a Hugging Face model is complete and of a family that is trained here."""
     with with_head_names(open_model(path)) as model:
         shape = find_shape(path)
-        require_untied(model, shape)
         require_complete(model)
+        require_untied(model, shape)
         require_described(model, shape)
 
 
