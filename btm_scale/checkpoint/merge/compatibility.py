@@ -116,28 +116,25 @@ def _compared_specs(reader: ModelReader, tensors: Sequence[str] | None) -> dict[
     if tensors is not None:
         wanted = set(tensors)
         return {name: spec for name, spec in reader.specs().items() if name in wanted}
-    return {name: spec for name, spec in reader.specs().items() if not is_derived(name, reader.path)}
+    return {name: spec for name, spec in reader.specs().items() if not is_derived(name, reader)}
 
 
 def _both_float(one: TensorSpec, other: TensorSpec) -> bool:
     return one.dtype.is_floating_point and other.dtype.is_floating_point
 
 
-def is_derived(name: str, directory: Path) -> bool:
-    """Whether a tensor is derived from others, or from the config, when the model is loaded."""
+def is_derived(name: str, model: ModelReader) -> bool:
+    """Whether a tensor of a model is derived from others, or from the config, when the model is loaded."""
     if name.endswith("rotary_emb.inv_freq"):
         return True
     causal_mask = _CAUSAL_MASK.fullmatch(name)
     if name != "lm_head.weight" and not causal_mask:
         return False
-    config = described_config(directory)
+    config = described_config(model.path)
     family = FAMILIES.get(config.get("model_type", ""))
     if causal_mask:
         return family is GPT2
-    if not ties_embeddings(config):
-        return False
-    with open_model(directory) as model:
-        return not has_own_head(model)
+    return ties_embeddings(config) and not has_own_head(model)
 
 
 def config_problems(paths: Sequence[Path]) -> list[str]:
