@@ -22,8 +22,8 @@ class CompletedModel(ModelReader):
     Raises `CheckpointError` if the checkpoint has a tensor that the base lacks, or in another shape.
     """
 
-    def __init__(self, model: ModelReader, base: ModelReader) -> None:
-        self.path = model.path
+    def __init__(self, path: Path, model: ModelReader, base: ModelReader) -> None:
+        self.path = path  # with its base, which the model's own path lacks
         self._model, self._base = model, base
         self._trained = set(model.names)
         odd = [

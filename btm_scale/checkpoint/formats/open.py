@@ -41,7 +41,7 @@ def _open_deepspeed(path: Path) -> ModelReader:
     if base is None:
         require_frozen(with_head_names(checkpoint), path)
         return checkpoint
-    return _with_base(base, lambda model: CompletedModel(checkpoint, model))
+    return _with_base(base, lambda model: CompletedModel(path, checkpoint, model))
 
 
 def _open_dcp(path: Path) -> ModelReader:
