@@ -266,7 +266,7 @@ def test_every_verb_that_uses_a_hostile_tokenizer_ends_with_a_message(
         main(commands(strange_run)[verb])
     assert ended.value.code == 2
     shown = capfd.readouterr().err
-    assert f"The tokenizer in {strange_run.tokenizer}" in shown
+    assert str(strange_run.tokenizer) in shown
     assert "non-zero" in shown
     assert "panicked" not in shown
     assert "Traceback" not in shown
