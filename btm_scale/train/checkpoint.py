@@ -121,11 +121,16 @@ def save_state(engine: Engine, folder: Path, step: int, keep: int, watch: Watch 
     position = Position(step, engine.adam_steps, random_state, engine.loss_scale)
     write_state(engine, folder, position, _own_pieces(engine), engine.kinds, (group.rank, group.size), watch)
     if group.is_first:
-        # A newer checkpoint was skipped as damaged; it must not displace a usable one.
-        states = (path for path in folder.glob("step-*") if path <= state_path(folder, step))
-        for old in sorted(states)[:-keep]:
-            shutil.rmtree(old)
+        remove_old_states(folder, step, keep)
     _wait(watch)
+
+
+def remove_old_states(folder: Path, step: int, keep: int) -> None:
+    """Delete the checkpoints up to `step` except for the `keep` newest, and what a killed process left of one."""
+    # A newer checkpoint was skipped as damaged; it must not displace a usable one.
+    states = (path for path in folder.glob("step-*") if path <= state_path(folder, step))
+    for old in sorted(states)[:-keep]:
+        shutil.rmtree(old)
 
 
 def write_state(

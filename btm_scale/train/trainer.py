@@ -12,7 +12,7 @@ from btm_scale.model.gpt import ExpertModel
 from btm_scale.run_dir import RunDir
 from btm_scale.train.bad_batches import Health
 from btm_scale.train.build import new_model
-from btm_scale.train.checkpoint import common_state, load_state, restore_random_state, save_state
+from btm_scale.train.checkpoint import common_state, load_state, remove_old_states, restore_random_state, save_state
 from btm_scale.train.engine import Engine
 from btm_scale.train.export import export_expert
 from btm_scale.train.jobs import TrainingJob
@@ -75,6 +75,8 @@ def train(engine: Engine, mixture: DomainMixture, config: RunConfig, run: RunDir
     step = begin()
     if step > 0 and group.is_first:
         logger.info("resuming %s at step %d of %d", job.model, step, job.steps)
+        # A process that was killed after it saved a checkpoint, the last one too, may have left older ones.
+        remove_old_states(folder, step, config.checkpoint.keep)
     health = Health(group, config.health, run.train(job.model), run.metrics(job.model))
     with (
         StopRequest(group, run.train(job.model)) as stop,

@@ -77,6 +77,7 @@ class HangWatch:
         self._seconds: deque[float] = deque(maxlen=50)
         self._since: float | None = None
         self._times = 1
+        self._waits = False
         self._left = threading.Event()
 
     def __enter__(self) -> Self:
@@ -111,10 +112,16 @@ class HangWatch:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Do not time the enclosed wait for other ranks, whose own watchdogs time what they do."""
-        since, self._since = self._since, None
-        yield
-        self._since = None if since is None else time.monotonic()
+        """Do not time the enclosed wait for other ranks, whose own watchdogs time what they do.
+
+        A suspended rank's watchdog does not run, so the wait is timed while a rank on this host is suspended.
+        """
+        since, self._since, self._waits = self._since, None, True
+        try:
+            yield
+        finally:
+            self._waits = False
+            self._since = None if since is None else time.monotonic()
 
     @property
     def limit(self) -> float:
@@ -124,8 +131,13 @@ class HangWatch:
         return self._times * max(self._config.patience, self._config.hang * statistics.median(self._seconds))
 
     def _watch(self) -> None:
+        suspended_since: float | None = None
         while not self._left.wait(_POLL_SECONDS):
-            since = self._since
+            if self._waits and any(map(_is_suspended, self._peers.values())):
+                suspended_since = suspended_since or time.monotonic()
+            else:
+                suspended_since = None
+            since = suspended_since or self._since
             if since is not None and time.monotonic() - since > self.limit:
                 self._end(time.monotonic() - since)
 
@@ -152,6 +164,15 @@ def _processes_of_this_host(group: ExpertGroup) -> dict[int, int]:
     processes: list[tuple[str, int] | None] = [None] * group.size
     dist.all_gather_object(processes, own)
     return {rank: there[1] for rank, there in enumerate(processes) if there and there[0] == own[0] and there != own}
+
+
+def _is_suspended(pid: int) -> bool:
+    """Whether a signal or a debugger has stopped a process."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:  # it has ended
+        return False
+    return status.rpartition(")")[2].split()[0] in ("T", "t")
 
 
 def _process_table() -> str:

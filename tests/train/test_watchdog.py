@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -45,3 +48,20 @@ def test_a_long_save_is_not_a_hang_while_it_advances_or_waits_for_others(monkeyp
             time.sleep(1.2)
         assert not ended.is_set()
         assert ended.wait(30), "without progress it is a hang"
+
+
+def test_a_wait_for_a_suspended_rank_is_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = threading.Event()
+    peer = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    monkeypatch.setattr(watchdog, "_processes_of_this_host", lambda group: {1: peer.pid})
+    monkeypatch.setattr(watchdog, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(watchdog.HangWatch, "_end", lambda self, seconds: ended.set())
+    group: Any = SimpleNamespace()
+    try:
+        with watchdog.HangWatch(group, HealthConfig(patience=0.1)) as watch, watch.between_steps(), watch.waiting():
+            assert not ended.wait(1.5), "the rank runs, and has a watchdog itself"
+            peer.send_signal(signal.SIGSTOP)
+            assert ended.wait(30)
+    finally:
+        peer.kill()
+        peer.communicate()
