@@ -19,6 +19,7 @@ from btm_scale.config.upgrade import with_current_names
 from btm_scale.config.yaml import dump_text, load_yaml
 from btm_scale.forest.expert import is_finished
 from btm_scale.run_dir import RunDir
+from btm_scale.util.logs import LEVEL
 
 pytestmark = pytest.mark.slow
 
@@ -69,7 +70,7 @@ def test_a_killed_run_is_resumed_by_a_queued_job_of_that_version_and_finished_by
     slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}
     done = subprocess.run(
         [sys.executable, "-m", "btm_scale.cli", *map(str, command)],
-        env=os.environ | slurm | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+        env=os.environ | slurm | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, LEVEL: "info"},
         capture_output=True,
         text=True,
         timeout=600,
