@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +37,12 @@ settings.load_profile("quick")
 
 
 @pytest.fixture(autouse=True)
-def logging_as_before() -> Iterator[None]:
-    """Undo what a command that ran in this process set up: its level would hide the messages of later tests."""
-    logger, variable = logging.getLogger("btm_scale"), os.environ.get(LEVEL)
-    handlers, level = logger.handlers[:], logger.level
-    yield
-    logger.handlers[:] = handlers
-    logger.setLevel(level)
-    if variable is None:
-        os.environ.pop(LEVEL, None)
-    else:
-        os.environ[LEVEL] = variable
+def logging_as_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo what a command set up in this process, for a test or a fixture: its level would hide messages from others."""
+    logger = logging.getLogger("btm_scale")
+    logger.handlers[:] = [handler for handler in logger.handlers if isinstance(handler, logging.NullHandler)]
+    logger.setLevel(logging.NOTSET)
+    monkeypatch.delenv(LEVEL, raising=False)
 
 
 @pytest.fixture(scope="session")
