@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _SPACE = "\u2581"
 _COVERAGE = 0.9995  # sentencepiece's default
+_LOWEST_COVERAGE = 0.98  # that sentencepiece accepts
 _FIXED_TOKENS = 256 + 3 + 1  # bytes, control tokens and the newline
 _LINE_CHARACTERS = 16_000
 _TOKENIZER_FILES = (
@@ -53,23 +54,14 @@ def train_tokenizer(directory: Path, texts: Iterable[str], *, vocab_size: int) -
 
     Every text can be encoded (unknown characters as bytes) and is decoded exactly: nothing is normalised, and a newline
     is a separate token. If the texts have more characters than fit, they are read again. Raises DataError if they are
-    too short for `vocab_size` tokens.
+    too short for `vocab_size` tokens, or if their most frequent characters need more.
     """
     try:
         model = _trained(texts, vocab_size)
     except _TooManyCharactersError as error:
         if iter(texts) is texts:  # they can be read only once
-            raise DataError(
-                f"The text has {error.characters:,} different characters, and the tokenizer {vocab_size:,} tokens. "
-                "Raise tokenizer.vocab_size, or set tokenizer.path to an existing tokenizer."
-            ) from None
-        logger.warning(
-            "The text has %s different characters: with %s tokens the rarest are encoded as bytes. A larger "
-            "tokenizer.vocab_size encodes this text in fewer tokens.",
-            f"{error.characters:,}",
-            f"{vocab_size:,}",
-        )
-        model = _trained(texts, vocab_size, coverage=_coverage(texts, vocab_size))
+            raise _vocabulary_too_small(vocab_size, error.tokens, _COVERAGE) from None
+        model = _trained_with_rare_characters(texts, vocab_size)
     (directory / SENTENCEPIECE_FILE).write_bytes(model)
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     _fast_tokenizer(processor).save(str(directory / "tokenizer.json"))
@@ -85,11 +77,39 @@ def train_tokenizer(directory: Path, texts: Iterable[str], *, vocab_size: int) -
 
 
 class _TooManyCharactersError(Exception):
-    """A vocabulary that is smaller than the alphabet."""
+    """A vocabulary that is smaller than the alphabet, which needs at least `tokens`."""
 
-    def __init__(self, characters: int) -> None:
+    def __init__(self, tokens: int) -> None:
         super().__init__()
-        self.characters = characters
+        self.tokens = tokens
+
+
+def _vocabulary_too_small(vocab_size: int, needed: int, coverage: float) -> DataError:
+    return DataError(
+        f"A tokenizer of {vocab_size:,} tokens is too small for the different characters of the text. The characters "
+        f"of {100 * coverage:g}% of the text must be tokens; only the rarest are encoded as bytes. Set "
+        f"tokenizer.vocab_size to at least {needed}, or tokenizer.path to an existing tokenizer."
+    )
+
+
+def _trained_with_rare_characters(texts: Iterable[str], vocab_size: int) -> bytes:
+    """Return a sentencepiece model that encodes as many characters as bytes as its vocabulary requires."""
+    counts: Counter[str] = Counter()
+    for line in _training_lines(texts):
+        counts.update(line)
+    kept = counts.most_common((vocab_size - _FIXED_TOKENS) // 2)  # the other half of the tokens are merges
+    coverage = max(_LOWEST_COVERAGE, sum(count for _, count in kept) / counts.total())
+    try:
+        model = _trained(texts, vocab_size, coverage)
+    except _TooManyCharactersError as error:
+        raise _vocabulary_too_small(vocab_size, error.tokens, coverage) from None
+    logger.warning(
+        "The text has %s different characters: with %s tokens the rarest are encoded as bytes. A larger "
+        "tokenizer.vocab_size encodes this text in fewer tokens.",
+        f"{len(counts):,}",
+        f"{vocab_size:,}",
+    )
+    return model
 
 
 def _trained(texts: Iterable[str], vocab_size: int, coverage: float = _COVERAGE) -> bytes:
@@ -127,15 +147,6 @@ def _trained(texts: Iterable[str], vocab_size: int, coverage: float = _COVERAGE)
             "Lower tokenizer.vocab_size, add text, or set tokenizer.path to an existing tokenizer."
         ) from None
     return model.getvalue()
-
-
-def _coverage(texts: Iterable[str], vocab_size: int) -> float:
-    """Return the fraction of the text in its most frequent characters, as many as half of the learned tokens."""
-    counts: Counter[str] = Counter()
-    for line in _training_lines(texts):
-        counts.update(line)
-    kept = counts.most_common((vocab_size - _FIXED_TOKENS) // 2)
-    return sum(count for _, count in kept) / counts.total()
 
 
 class _Lines:

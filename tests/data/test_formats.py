@@ -101,6 +101,25 @@ def test_a_named_format_reads_what_the_bytes_do_not_show(tmp_path: Path) -> None
     assert texts(tmp_path, text="column") == ["text\r\none\r\ntwo\r\n"]
 
 
+LONG_TABLES = {
+    "cut in a later row": [{"id": str(i), "text": f'{i} "quoted",\nand more\n' * 40} for i in range(200)],
+    "cut in the first row": [{"id": str(i), "text": "a line\n" * 20_000} for i in range(2)],
+    "cut in a long line": [{"id": str(i), "text": "ü" * 70_000} for i in range(2)],
+    "unusual line separators": [{"id": str(i), "text": "one\u2028two\x0bthree"} for i in range(3)],
+}
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("rows", LONG_TABLES.values(), ids=LONG_TABLES)
+def test_a_table_without_a_suffix_is_recognized_wherever_its_first_bytes_end(
+    tmp_path: Path, rows: list[dict[str, str]], delimiter: str
+) -> None:
+    (tmp_path / "part-00000").write_bytes(table(rows, delimiter))
+    assert texts(tmp_path, text="part-00000") == [row["text"] for row in rows]
+    (tmp_path / "part-00000").write_bytes(table(rows, delimiter).removesuffix(b"\r\n"))
+    assert texts(tmp_path, text="part-00000") == [row["text"] for row in rows]
+
+
 PLAIN = {
     "prose.txt": "text, images and sounds are data\nand so on, and so on, and so on\n",
     "code.py": "{x for x in y}\n",
@@ -109,6 +128,8 @@ PLAIN = {
     "json.md": 'First some words, then\n{"text": "x"}\n',
     "brace.txt": "{\n",
     "table.md": "text, more\n1, 2\n",
+    "long.txt": "text,more\n" + "a line, and another, and one more\n" * 3_000,
+    "quoted.txt": "text,more\n" + 'a line, "as they say", and so forth\n' * 3_000,
 }
 
 

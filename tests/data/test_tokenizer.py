@@ -147,16 +147,34 @@ def test_a_directory_without_a_tokenizer_is_an_error(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
-def test_an_alphabet_larger_than_the_vocabulary_is_encoded_with_bytes(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def many_letters() -> list[str]:
+    """Return texts of 1,500 different characters, most of which are rare."""
     draw = random.Random(1)
     letters = [chr(0x4E00 + i) for i in range(1_500)]
-    texts = ["".join(draw.choices(letters, [1 / (i + 3) for i in range(1_500)], k=200)) for _ in range(200)]
-    train_tokenizer(tmp_path, texts, vocab_size=800)
+    return ["".join(draw.choices(letters, [1 / (i + 3) for i in range(1_500)], k=200)) for _ in range(200)]
+
+
+def test_the_rarest_characters_of_a_large_alphabet_are_encoded_as_bytes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = many_letters()
+    train_tokenizer(tmp_path, texts, vocab_size=1_600)
     tokenizer = Tokenizer.load(tmp_path)
     for ids, text in zip(tokenizer.encode_batch(texts), texts, strict=True):
         assert tokenizer.decode(ids.tolist()) == text
-    assert "different characters: with 800 tokens the rarest are encoded as bytes" in caplog.text
-    with pytest.raises(DataError, match=r"different characters, and the tokenizer 800 tokens\. Raise tokenizer\.vocab"):
-        train_tokenizer(tmp_path, iter(texts), vocab_size=800)
+    assert f"{len(set(''.join(texts))):,} different characters: with 1,600 tokens the rarest are" in caplog.text
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["texts read again", "texts read once"])
+def test_a_vocabulary_too_small_for_the_alphabet_is_refused_with_one_that_suffices(tmp_path: Path, again: bool) -> None:
+    texts = many_letters()
+    with pytest.raises(DataError, match=r"800 tokens is too small for the different characters") as refused:
+        train_tokenizer(tmp_path, texts if again else iter(texts), vocab_size=800)
+    assert ("98%" if again else "99.95%") in str(refused.value)
+    assert not list(tmp_path.iterdir())
+    needed = int(str(refused.value).partition("tokenizer.vocab_size to at least ")[2].partition(",")[0])
+    with pytest.raises(DataError, match="is too small"):
+        train_tokenizer(tmp_path, texts if again else iter(texts), vocab_size=needed - 1)
+    train_tokenizer(tmp_path, texts if again else iter(texts), vocab_size=needed)
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.decode(tokenizer.encode(texts[0])) == texts[0]

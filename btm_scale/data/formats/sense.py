@@ -77,7 +77,8 @@ def format_of(file: SourceFile, settings: DomainConfig) -> Format:
     if certain == "json" and promised == "jsonl" and not _is_array(head):
         return "jsonl"  # whose first line is broken, which is reported with its number
     if certain is None and promised == "text":
-        return looks_like_table(_text(head), list(Fields(settings).names)) or "text"
+        cut = len(head) == _HEAD_BYTES
+        return looks_like_table(_text(head), list(Fields(settings).names), cut=cut) or "text"
     return certain or promised
 
 
@@ -128,9 +129,8 @@ def _is_object(line: bytes) -> bool:
 
 
 def _text(head: bytes) -> str:
-    """Return the complete lines of the first bytes; "" if they are not text."""
-    complete = head if len(head) < _HEAD_BYTES else head[: head.rfind(b"\n") + 1]
-    return complete.decode("utf-8-sig") if _is_text(complete) else ""
+    """Return the first bytes as text without an incomplete last character; "" if they are not text."""
+    return codecs.getincrementaldecoder("utf-8-sig")().decode(head) if _is_text(head) else ""
 
 
 def _is_text(head: bytes) -> bool:

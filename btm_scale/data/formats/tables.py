@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO, Literal
@@ -30,24 +31,36 @@ def read_tsv(file: SourceFile, settings: DomainConfig, bad: Report) -> Iterator[
     yield from _table(file, settings, bad, "\t")
 
 
-def looks_like_table(head: str, names: Sequence[str]) -> Literal["csv", "tsv"] | None:
-    """Return the format of text that begins as a table whose header has all of `names`: rows of equal length."""
+def looks_like_table(head: str, names: Sequence[str], *, cut: bool = False) -> Literal["csv", "tsv"] | None:
+    """Return the format of text that begins as a table whose header has all of `names`: rows of equal length.
+
+    If the text is `cut` after `head`, the last row may be shorter.
+    """
     header = head.partition("\n")[0]
     if not all(name in header for name in names):  # as in most texts, which need no closer look
         return None
     for delimiter in _DELIMITERS:
         if delimiter not in header:
             continue
-        try:
-            rows = list(csv.reader(head.splitlines(keepends=True), delimiter=delimiter, strict=True))
-        except csv.Error:
-            continue  # also the end of `head` inside quotes, of a table whose first cells are long
-        complete = rows if head.endswith("\n") else rows[:-1]
-        if len(complete) < 2 or len(complete[0]) < 2 or not set(names) <= set(complete[0]):
+        rows = _first_rows(head, delimiter, cut)
+        if len(rows) < 2 or len(rows[0]) < 2 or not set(names) <= set(rows[0]):
             continue
-        if {len(row) for row in complete} == {len(complete[0])} and all(map(_COLUMN_NAME.fullmatch, complete[0])):
+        columns = len(rows[0])
+        last_fits = len(rows[-1]) <= columns if cut else len(rows[-1]) == columns
+        same_length = last_fits and all(len(row) == columns for row in rows[:-1])
+        if same_length and all(map(_COLUMN_NAME.fullmatch, rows[0])):
             return "tsv" if delimiter == "\t" else "csv"
     return None
+
+
+def _first_rows(head: str, delimiter: str, cut: bool) -> list[list[str]]:
+    """Return the rows of text, the last incomplete if it is `cut`; none if it is not a table."""
+    for rest in ("", '"') if cut else ("",):  # `head` may end inside quotes, as most tables of long texts do
+        try:
+            return list(csv.reader(io.StringIO(head + rest, newline="\n"), delimiter=delimiter, strict=True))
+        except csv.Error:
+            continue
+    return []
 
 
 class _Lines:
