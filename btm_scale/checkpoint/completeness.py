@@ -39,7 +39,8 @@ def problems_of(model: ModelReader) -> list[str]:
     prefix = _prefix(expected, shapes, is_nested)
     wanted = {f"{prefix}{name}": shape for name, shape in expected.body.items()}
     if not is_nested and not expected.tied and _is_causal(config):
-        wanted |= expected.head
+        head = next((name for name in expected.heads if name in shapes), next(iter(expected.heads)))
+        wanted[head] = expected.heads[head]
     layers = f"{prefix}{expected.layers}"
     extra = [name for name in shapes if name.startswith(layers) and name not in wanted and not _is_buffer(name)]
     return _differences(model.path, shapes, wanted, extra)

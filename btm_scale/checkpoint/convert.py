@@ -123,7 +123,8 @@ def _write(source: Path, partial: Path, *, to: str, tensor: int, dtype: torch.dt
         require_described(model, shape)
         make_partial(partial)
         WRITERS[to](partial, model, shape, tensor=tensor, dtype=dtype)
-        carry_sidecars([source], partial, model.specs())
+        specs = {name: spec for name, spec in model.specs().items() if not is_derived(name, model)}
+        carry_sidecars([source], partial, specs)
         return model.nonfinite
 
 

@@ -1,6 +1,7 @@
 """The names and shapes of a model's tensors as its config.json implies them, independent of any reader or converter.
 
-Names are those in files of the Hugging Face Hub. Adding a family is one function and one row.
+Names are those in files of the Hugging Face Hub, of older and newer versions of transformers. Adding a family is one
+function and one row.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ _MOST_MODULES = 1_000_000  # layers times experts
 
 @dataclass(frozen=True)
 class Expected:
-    """The tensors of a model's body, by names below `prefix`, and of its LM head, by full names."""
+    """The tensors of a model's body, by names below `prefix`, and the full names that its LM head may have."""
 
     prefix: str  # of the body in the causal LM class
     layers: str  # of the layers, below `prefix`
     body: Mapping[str, Shape]
-    head: Mapping[str, Shape]
+    heads: Mapping[str, Shape]  # one of them
     tied: bool
 
 
@@ -55,7 +56,7 @@ class _Row:
     body: Callable[[Config], Tensors]
     prefix: str = "model."
     layers: str = "layers."
-    head: str = "lm_head.weight"
+    heads: tuple[str, ...] = ("lm_head.weight",)
     tied: bool = False  # if config.json does not say
 
 
@@ -67,10 +68,10 @@ def expected_tensors(config: Config) -> Expected | None:
     try:
         body = dict(row.body(config))
         rows, width = config["vocab_size"], config.get("hidden_size") or config["n_embd"]
-        head = {row.head: (rows, config.get("word_embed_proj_dim") or width)}
+        heads = dict.fromkeys(row.heads, (rows, config.get("word_embed_proj_dim") or width))
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         return None
-    return Expected(row.prefix, row.layers, body, head, ties_embeddings(config))
+    return Expected(row.prefix, row.layers, body, heads, ties_embeddings(config))
 
 
 def ties_embeddings(config: Config) -> bool:
@@ -249,6 +250,6 @@ _ROWS: Mapping[str, _Row] = {
     "olmo3": _Row(lambda config: _llama(config, norms=_OLMO_NORMS, head_norms="all")),
     "gpt2": _Row(_gpt2, prefix="transformer.", layers="h.", tied=True),
     "opt": _Row(_opt, layers="decoder.layers.", tied=True),
-    "gpt_neox": _Row(_gpt_neox, prefix="gpt_neox.", head="embed_out.weight"),
+    "gpt_neox": _Row(_gpt_neox, prefix="gpt_neox.", heads=("embed_out.weight", "lm_head.weight")),
 }
 FAMILIES_WITH_TENSORS = tuple(_ROWS)

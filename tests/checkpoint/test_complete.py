@@ -65,10 +65,25 @@ def test_the_expected_tensors_are_those_of_transformers(family: str, settings: d
         tensors = AutoModelForCausalLM.from_config(config).state_dict()
     expected = expected_tensors(config.to_dict())
     assert expected is not None
-    described = {f"{expected.prefix}{name}": shape for name, shape in expected.body.items()} | dict(expected.head)
-    assert described == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    body = {f"{expected.prefix}{name}": shape for name, shape in expected.body.items()}
+    described = [body | {head: shape} for head, shape in expected.heads.items()]
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} in described
     assert expected.tied == config.tie_word_embeddings
     assert {name for name, _ in VARIANTS} | MIXTURES == set(FAMILIES_WITH_TENSORS)
+
+
+def test_the_head_of_gpt_neox_has_the_name_of_either_version_of_transformers(tmp_path: Path) -> None:
+    config = LLAMA | {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"]}
+    old = complete_weights(0, config)
+    new = {name.replace("embed_out", "lm_head"): weight for name, weight in old.items()}
+    assert old.keys() != new.keys()
+    for name, weights in (("old", old), ("new", new)):
+        model = write_model(tmp_path / name, weights, config)
+        convert(model, tmp_path / f"{name}-out", to="huggingface", verify=True)
+        assert load_file(tmp_path / f"{name}-out/model.safetensors").keys() == weights.keys()
+    neither = write_model(tmp_path / "neither", lacking(old, "embed_out"), config)
+    with pytest.raises(CheckpointError, match=r"lacks the tensor 'embed_out\.weight'"):
+        convert(neither, tmp_path / "not", to="huggingface")
 
 
 WRITE: dict[str, Callable[[Path, Path], object]] = {

@@ -140,7 +140,7 @@ def test_two_conversions_into_one_target_do_not_mix(models: dict[str, Path], tmp
         ({"tie_word_embeddings": True, "model_type": "qwen2"}, "lacks the tensor '.*k_proj.bias'"),
         ({"vocab_size": 60}, r"embed_tokens.weight' \[65, 32\] does not fit config.json"),
         ({"vocab_size": 70}, r"embed_tokens.weight' \[65, 32\] does not fit config.json"),
-        ({"num_attention_heads": 8}, "k_proj.weight' .* does not fit config.json"),
+        ({"num_attention_heads": 8}, "q_proj.weight' .* does not fit config.json"),
     ],
 )
 def test_a_config_of_a_different_model_raises_before_anything_is_written(

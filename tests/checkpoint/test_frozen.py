@@ -114,18 +114,22 @@ def test_a_universal_checkpoint_that_lacks_a_parameter_is_refused(saved: Path, t
 @pytest.mark.parametrize(
     ("file", "reason"),
     [
-        ("layer_0_expert_1_mp_rank_00_model_states.pt", "experts of a DeepSpeed mixture"),
-        ("expp_rank_0_mp_rank_00_optim_states.pt", "experts of a DeepSpeed mixture"),
-        ("layer_03-model_00-model_states.pt", "layers of a DeepSpeed pipeline"),
+        ("layer_0_expert_1_mp_rank_00_model_states.pt", "the weights of a mixture of experts"),
+        ("expert_1_mp_rank_00_model_states.pt", "the weights of a mixture of experts"),
+        ("expp_rank_0_mp_rank_00_optim_states.pt", "the weights of a mixture of experts"),
+        ("layer_03-model_00-model_states.pt", "the layers of a pipeline-parallel model"),
     ],
 )
-@pytest.mark.parametrize("beside", ["alone", "beside model states"])
+@pytest.mark.parametrize("beside", ["alone", "beside model states", "in a universal checkpoint"])
 def test_files_with_weights_that_no_reader_looks_at_are_an_error(
     tmp_path: Path, file: str, reason: str, beside: str
 ) -> None:
     torch.save({"weight": torch.zeros(2)}, tmp_path / file)
     if beside != "alone":
         torch.save({"module": {"a.weight": torch.zeros(2)}}, tmp_path / "mp_rank_00_model_states.pt")
+    if beside == "in a universal checkpoint":
+        (tmp_path / "zero/a.weight").mkdir(parents=True)
+        torch.save({"param": torch.zeros(2)}, tmp_path / "zero/a.weight/fp32.pt")
     with pytest.raises(CheckpointError, match=reason):
         open_model(tmp_path)
     with pytest.raises(CheckpointError, match=reason):

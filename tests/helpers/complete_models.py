@@ -33,7 +33,7 @@ def complete_weights(
     expected = expected_tensors(config)
     assert expected is not None
     shapes = {f"{expected.prefix}{name}": shape for name, shape in expected.body.items()}
-    shapes |= {} if expected.tied else expected.head
+    shapes |= {} if expected.tied else dict([next(iter(expected.heads.items()))])
     draw = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=draw).to(dtype) for name, shape in shapes.items()}
 

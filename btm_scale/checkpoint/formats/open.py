@@ -85,7 +85,7 @@ def format_of(path: Path) -> str:
         if complete:
             raise CheckpointError(
                 f"{path} holds a model ({complete[0]}) and an adapter ({ADAPTER_CONFIG}), and only one of them can be "
-                "meant. Move the adapter's files into a folder of their own."
+                "meant. Move the adapter's files into a separate folder."
             )
         return "adapter"
     if path.suffix == ".safetensors" or any((path / name).is_file() for name in (SINGLE, INDEX)):

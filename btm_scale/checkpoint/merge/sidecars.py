@@ -27,12 +27,15 @@ def carry_sidecars(
 ) -> None:
     """Copy the files of models that are not weights, each from the first model that has it, into a directory.
 
-    All tokenizer files come from one folder, and all Python files from that of the first config.json. The dtypes in
-    config.json become those of `specs`, its quantization is removed, and its embedding is tied only if `specs` has no
-    LM head. `template`, unless None, is the chat template of the output.
+    All tokenizer files come from one folder, and all Python files from that of the first config.json; if no model has
+    one, it is written from the arguments that Megatron recorded. The dtypes in config.json become those of `specs`, its
+    quantization is removed, and its embedding is tied only if `specs` has no LM head. `template`, unless None, is the
+    chat template of the output.
     """
     taken: dict[str, Path] = {}  # the folder of each kind
-    described = next((path for path in sources if (described_in(path) / "config.json").is_file()), None)
+    configs = {path: config for path in sources if (config := described_config(path))}
+    with_file = (path for path in configs if (described_in(path) / "config.json").is_file())
+    described = next(with_file, next(iter(configs), None))  # a file says more than the arguments that Megatron records
     folders = [folder for source in sources for folder in _folders_of(source) if folder.is_dir()]
     for folder in folders:
         is_model = weight_sets(folder) is not None
@@ -48,7 +51,7 @@ def carry_sidecars(
     elif "tokenizer" in taken and template_of(target) is None and (own := [*filter(None, map(template_of, folders))]):
         _set_template(target, own[0])
     if described is not None:
-        config = written_config(described_config(described), specs)
+        config = written_config(configs[described], specs)
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
