@@ -41,7 +41,8 @@ def tiny_values(text: Path, **changes: Any) -> dict[str, Any]:
         **changes,
     }
     # What `auto` means on this machine, queried once rather than in each of hundreds of calls.
-    values["layout"] = {"precision": ask_device().fast, **values["layout"]}
+    if "precision" not in values["layout"]:
+        values["layout"] = {"precision": ask_device().fast, **values["layout"]}
     return values
 
 

@@ -9,23 +9,25 @@ from pathlib import Path
 
 import pytest
 
+from btm_scale.util.device_query import VISIBLE
+from btm_scale.util.devices import DEVICE
+
 ROOT = Path(__file__).parents[2]
 ONE_GPU = ROOT / "tests" / "helpers" / "one_gpu"
-# What chooses devices in the test's process, in a rank, and in a rank of DeepSpeed's launcher.
+# What chooses devices in the test's process, and in a rank of DeepSpeed's launcher.
 TESTS = (
     "tests/util/test_devices.py",
     "tests/launch/test_local.py",
     "tests/run/test_devices_of_runs.py",
-    "tests/train/test_checkpoint.py::test_all_ranks_resume_from_the_checkpoint_that_the_first_rank_finds",
     "tests/distributed/test_devices_of_ranks.py::test_ranks_of_deepspeeds_launcher_leave_hidden_gpus_alone",
 )
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run Python on the machine with one GPU, whose environment chooses no device."""
-    kept = {
-        name: value for name, value in os.environ.items() if name not in ("CUDA_VISIBLE_DEVICES", "BTM_SCALE_DEVICE")
-    }
+    # A command that ran in this process may have chosen the CPU for its children.
+    chosen = (*VISIBLE, DEVICE, "DS_ACCELERATOR")
+    kept = {name: value for name, value in os.environ.items() if name not in chosen}
     path = os.pathsep.join(filter(None, [str(ONE_GPU), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, *arguments]
     return subprocess.run(
