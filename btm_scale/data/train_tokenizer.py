@@ -116,13 +116,15 @@ def _trained(texts: Iterable[str], vocab_size: int, coverage: float = _COVERAGE)
     """Return a sentencepiece model; characters beyond the `coverage` of the text are encoded as bytes."""
     model = io.BytesIO()
     lines = _Lines(texts)
+    # The model file records the options that were set: the default, set, would change the tokenizer's digest.
+    explicit: dict[str, Any] = {} if coverage == _COVERAGE else {"character_coverage": coverage}
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
-            character_coverage=coverage,
+            **explicit,
             unk_id=0,
             bos_id=1,
             eos_id=2,
