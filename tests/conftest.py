@@ -38,7 +38,7 @@ settings.load_profile("quick")
 
 @pytest.fixture(autouse=True)
 def logging_as_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Undo what a command set up in this process, for a test or a fixture: its level would hide messages from others."""
+    """Undo what a command in this process set up, for a test or a fixture: its level would hide later messages."""
     logger = logging.getLogger("btm_scale")
     logger.handlers[:] = [handler for handler in logger.handlers if isinstance(handler, logging.NullHandler)]
     logger.setLevel(logging.NOTSET)
