@@ -12,7 +12,7 @@ import pytest
 from helpers.worlds import run_script
 
 from btm_scale.train import checkpoint
-from btm_scale.train.checkpoint import newest_state, save_state, state_path
+from btm_scale.train.checkpoint import newest_state, remove_old_states, save_state, state_path
 
 
 def write_state(folder: Path, step: int) -> Path:
@@ -47,6 +47,14 @@ def test_a_damaged_checkpoint_does_not_displace_a_usable_one(tmp_path: Path, mon
     save_state(engine, tmp_path, 150, keep=1)
     assert newest_state(tmp_path) == state_path(tmp_path, 150)
     assert not state_path(tmp_path, 100).exists()
+
+
+def test_what_a_killed_process_left_of_old_checkpoints_is_removed(tmp_path: Path) -> None:
+    (write_state(tmp_path, 100) / "state.json").unlink()
+    write_state(tmp_path, 200)
+    kept = [write_state(tmp_path, step) for step in (300, 400, 500)]
+    remove_old_states(tmp_path, 400, keep=2)
+    assert sorted(tmp_path.iterdir()) == kept
 
 
 def test_a_checkpoint_of_an_earlier_version_is_verified_by_its_one_digest(tmp_path: Path) -> None:
