@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import platform
 import signal
@@ -26,11 +27,17 @@ _CALLS = {  # of seccomp, and of write, writev and pwrite64
 
 @contextmanager
 def counted(root: str, log: str) -> Iterator[None]:
-    """Append one line with its kind and its path to the file `log` per event."""
+    """Append a line to the file `log` per event: per fault, how many events of it the process has had.
+
+    Like those of `failing`, the numbers are those of one process and of those that forked it.
+    """
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    numbers = dict.fromkeys(FAULTS, 0)
 
     def note(event: str, path: str) -> None:
-        os.write(descriptor, f"{event} {path}".replace("\n", " ").encode() + b"\n")
+        for fault in FAULTS:
+            numbers[fault] += is_part_of(fault, event, path)
+        os.write(descriptor, json.dumps(numbers).encode() + b"\n")
 
     watch(Path(root), note)
     yield
@@ -47,6 +54,11 @@ def killed_at(root: str, number: int) -> Iterator[None]:
 
     watch(Path(root), count)
     yield
+
+
+def most_events(log: Path, fault: str) -> int:
+    """Return how many events of a fault that process had that had the most."""
+    return max(json.loads(line)[fault] for line in log.read_text().splitlines())
 
 
 def is_part_of(fault: str, event: str, path: str) -> bool:
