@@ -163,6 +163,7 @@ def documents(file: Path) -> list[str]:
         else:
             lines = content.decode("utf-8-sig").split("\n")
             texts = [json.loads(line)["text"] for line in lines if line.strip(" \t\r\f\v")]
+    texts = ["\n".join(text) if isinstance(text, list) else text for text in texts]  # the parts of one document
     return [text for text in texts if text and not text.isspace()]
 
 
