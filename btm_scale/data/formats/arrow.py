@@ -52,7 +52,8 @@ def _rows(
                         bad(number, str(error), error.remedy)
                     except ValueError as error:
                         bad(number, str(error))
-    except pa.ArrowException as error:
+    except (pa.ArrowException, ValueError, KeyError, TypeError, OverflowError, AttributeError, IndexError) as error:
+        # A damaged schema also ends in Python's own errors, such as names of columns that are not UTF-8.
         raise OSError(f"{type(error).__name__}: {error}") from None
 
 
