@@ -16,9 +16,7 @@ MAX_BYTES = 100_000_000  # as for the header of safetensors in the reference imp
 # Every value but the first follows one of `,`, `[` and `{`; 3 million of them take at most some 500 MB.
 _MAX_VALUES = 3_000_000
 _MAX_DEPTH = 64
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
-# Strings and the text before each. They are limited because `re.sub` holds all pieces of its result at once.
-_STRINGS = re.compile(rb'(?:[^"]*+%b){1,50000}+' % _STRING.pattern, re.DOTALL)
+_PIECE_BYTES = 1 << 22
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -81,11 +79,17 @@ def _marks(content: bytes) -> int:
 
 
 def _marks_outside_strings(content: bytes) -> int:
-    marks, position = 0, 0
-    while marks <= _MAX_VALUES and (strings := _STRINGS.match(content, position)):
-        marks += _marks(_STRING.sub(b'""', strings[0]))
-        position = strings.end()
-    return marks + _marks(content[position:])
+    import numpy as np  # only for large content, and so not for --help
+
+    # An escape outside a string is an error, at which the parser stops.
+    unescaped = np.frombuffer(content.replace(rb"\\", b"").replace(rb"\"", b""), np.uint8)
+    marks, inside = 0, np.uint8(0)
+    for start in range(0, len(unescaped), _PIECE_BYTES):
+        piece = unescaped[start : start + _PIECE_BYTES]
+        quotes = np.cumsum(piece == ord('"'), dtype=np.uint8) + inside  # modulo 256, which keeps it odd or even
+        marks += int(np.count_nonzero(np.isin(piece, list(b",[{")) & (quotes % 2 == 0)))
+        inside = quotes[-1] % 2
+    return marks
 
 
 class _DuplicateKeyError(ValueError):

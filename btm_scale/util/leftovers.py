@@ -88,7 +88,7 @@ def _remove_if_abandoned(path: Path) -> None:
     flags = os.O_RDONLY | os.O_DIRECTORY if is_directory else os.O_RDWR
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if it is locked, or if there are no locks
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if locked, or without support of locks
         if is_directory:
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -107,7 +107,9 @@ def read_zero(folder: Path) -> dict[str, torch.Tensor]:
         for name, shape in shapes:
             tensors[name] = row[position : position + math.prod(shape)].reshape(tuple(shape))
             position += math.prod(shape)
-    tensors |= {name: state["module"][name] for name in state.get("buffer_names") or () if name in state["module"]}
+    # What no optimizer has: buffers, and frozen parameters. ZeRO 3 leaves empty tensors in place of all others.
+    complete = {name: value for name, value in state["module"].items() if isinstance(value, torch.Tensor)}
+    tensors = {name: value for name, value in complete.items() if value.numel()} | tensors
     return tensors | {alias: tensors[name] for alias, name in (state.get("shared_params") or {}).items()}
 
 

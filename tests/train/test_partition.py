@@ -8,17 +8,11 @@ from pathlib import Path
 from helpers.worlds import run_script
 
 SHAPE = {"layers": 24, "hidden": 192, "heads": 4, "kv_heads": 2, "ffn": 512, "positions": 32, "vocabulary": 512}
-# On a busy machine a thread of gloo may release its buffers late, which raises the peak of one run but not of all.
-_RUNS = 4
 
 
 def test_a_rank_of_four_builds_a_quarter_of_the_model_and_one_layer(tmp_path: Path) -> None:
     result = tmp_path / "result.json"
-    for _ in range(_RUNS):
-        run_script(Path(__file__).with_name("build_partitioned.py"), {"shape": SHAPE, "result": str(result)}, tmp_path)
-        bytes_of = json.loads(result.read_text())
-        bound = 1.3 * (bytes_of["weights"] / 4 + bytes_of["layer"])
-        if bytes_of["peak"] <= bound:
-            break
-    assert bytes_of["peak"] <= bound
+    run_script(Path(__file__).with_name("build_partitioned.py"), {"shape": SHAPE, "result": str(result)}, tmp_path)
+    bytes_of = json.loads(result.read_text())
+    assert bytes_of["peak"] <= 1.3 * (bytes_of["weights"] / 4 + bytes_of["layer"])
     assert bytes_of["equal"], "the same weights as without ZeRO"

@@ -135,17 +135,7 @@ def _family(arguments: Fields) -> str:
     tanh = get("bias_gelu_fusion") is not False or get("openai_gelu")
     if learned and tanh and not gated and not rms and bias and not get("qk_layernorm") and not get("squared_relu"):
         return "gpt2"
-    described = ", ".join(
-        f"{name} {shown(get(name))}"
-        for name in (
-            "position_embedding_type",
-            "normalization",
-            "swiglu",
-            "add_bias_linear",
-            "rotary_percent",
-            "bias_gelu_fusion",
-        )
-    )
+    described = ", ".join(f"{name} {shown(get(name))}" for name in _OF_LAYERS)
     raise _unsupported(arguments.file, described)
 
 

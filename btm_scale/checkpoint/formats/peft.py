@@ -241,7 +241,7 @@ class _BaseNames:
             self._ends[".".join(name.split(".")[-2:])].append(name)
 
     def find(self, name: str) -> str | None:
-        """Return the base's name of a tensor, or None if there is no one such tensor."""
+        """Return the base's name of a tensor, or None if no tensor or several tensors match."""
         if name in self._names:
             return name
         near = self._ends.get(".".join(name.split(".")[-2:]), ())

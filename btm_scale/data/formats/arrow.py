@@ -52,8 +52,7 @@ def _rows(
                         bad(number, str(error), error.remedy)
                     except ValueError as error:
                         bad(number, str(error))
-    except (pa.ArrowException, ValueError, KeyError, TypeError, OverflowError, AttributeError, IndexError) as error:
-        # A damaged schema also ends in Python's own errors, such as names of columns that are not UTF-8.
+    except (pa.ArrowException, MemoryError, UnicodeDecodeError) as error:  # a damaged size, or name of a column
         raise OSError(f"{type(error).__name__}: {error}") from None
 
 
