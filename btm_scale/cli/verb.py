@@ -100,7 +100,7 @@ def verb(
 
 
 def already_complete(document: Document, output: str) -> Document:
-    """Return the answer of a command that was given again after it had finished, and log that nothing was written."""
+    """Return the answer of a command that was repeated after it had finished, and log that nothing was written."""
     logger.info("%s is already complete: the same command made it. Nothing was written.", output)
     return {**document, "already_complete": True}
 

@@ -1,4 +1,4 @@
-"""removed.json: the experts that were removed from a run, so that a removal that is given again succeeds."""
+"""removed.json: the experts that were removed from a run, so that a repeated removal succeeds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Removed(Record):
     """removed.json: the names of experts and of untrained branches whose removal began; some may have returned."""
 
     ERROR = ForestError
-    REMEDY = "Delete it; a removal that is given again is then an error."
+    REMEDY = "Delete it; repeating an earlier removal is then an error."
 
     names: tuple[InsideName, ...] = ()
 

@@ -23,8 +23,8 @@ def dry_run(config: RunConfig, run: RunDir, *, trains_here: bool = True) -> dict
     disk space and, if the groups run on this machine (`trains_here`), time. Writes nothing.
 
     Checks every text path, the first documents of each domain, changes to an existing run's config and, with
-    `trains_here`, the precisions. Raises as `run` would, but for a
-    pretrained model whose weights are not downloaded yet.
+    `trains_here`, the precisions. Raises as `run` would, except for a pretrained model whose weights are not downloaded
+    yet.
     """
     sources = resolve_sources(config.all_domains, config.text_root)
     config = continued(config, run)

@@ -117,7 +117,7 @@ def remove_from_forest(config: RunConfig, run: RunDir, name: str) -> bool:
 
     A domain that was added for it is removed from the run's config too. Waits for commands that score or evaluate.
     Returns False if it was removed before, and then completes what an interrupted removal left. Raises ForestError if
-    there has been no such expert, if it cannot be removed, or while the run is being trained.
+    the run never had the expert, if it cannot be removed, or while the run is being trained.
     """
     # Answered before the locks: another command may hold them for long, and a refusal leaves none behind.
     if not _is_removable(current_config(config, run), run, name):
