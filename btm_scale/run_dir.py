@@ -112,6 +112,11 @@ class RunDir:
         """The forest: one Hugging Face directory per expert."""
         return self.root / "experts"
 
+    @property
+    def removed(self) -> Path:
+        """The record of the experts that were removed."""
+        return self.root / "removed.json"
+
     def model(self, name: str) -> Path:
         """The Hugging Face directory of a finished model: seed, dense, an average or an expert."""
         if name in (SEED, DENSE) or name.startswith(LONGER_DENSE):

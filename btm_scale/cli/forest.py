@@ -116,13 +116,15 @@ def forest_remove(
     """Remove an expert with its scores and checkpoints.
 
     A branch that is not trained yet can be removed too. Other experts are not changed. It is refused while the run is
-    trained, and waits for commands that evaluate it.
+    trained, and waits for commands that evaluate it. An expert that was removed before is no error.
     """
     from btm_scale.run.grow import remove_from_forest
 
     config, run_dir = opened(run)
-    remove_from_forest(config, run_dir, name)
-    return {"removed": name}
+    if remove_from_forest(config, run_dir, name):
+        return {"removed": name}
+    logger.info("'%s' was already removed from %s. Nothing was changed.", name, run_dir.root)
+    return {"removed": name, "already_complete": True}
 
 
 @verb(forest, "lineage")

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from btm_scale.data.tokenizer import Tokenizer
+from btm_scale.data.tokenizer_trial import trials_passed, trust_trials
 from btm_scale.util.pools import lost_workers_told, process_pool
 
 Tag = TypeVar("Tag")
@@ -25,8 +26,9 @@ _PIECE_CHARACTERS = 1 << 20
 _tokenizer: Tokenizer | None = None
 
 
-def _start_worker(directory: Path) -> None:
+def _start_worker(directory: Path, passed: frozenset[str]) -> None:
     global _tokenizer
+    trust_trials(passed)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _tokenizer = Tokenizer.load(directory)
 
@@ -106,7 +108,7 @@ class Encoder:
     def _start(self) -> ProcessPoolExecutor:
         if self._pool is None:
             self._pool = process_pool(
-                self._workers, forks=False, initializer=_start_worker, initargs=(self._directory,)
+                self._workers, forks=False, initializer=_start_worker, initargs=(self._directory, trials_passed())
             )
         return self._pool
 

@@ -16,6 +16,7 @@ from btm_scale.data.tokenizer_trial import NotUsable, require_usable
 from btm_scale.errors import DataError, UserError
 from btm_scale.model.hf_load import import_transformers, load_tokenizer, require_own_files
 from btm_scale.util.bounded_json import shown
+from btm_scale.util.disk_errors import is_transient
 from btm_scale.util.inside import file_inside
 from btm_scale.util.records import read_object
 from btm_scale.util.time_limit import within
@@ -76,6 +77,8 @@ class Tokenizer(ABC):
             shown = f"{directory} ({file})" if file else str(directory)
             raise DataError(f"The tokenizer in {shown} {error}. {remedy}") from None
         except Exception as error:  # a damaged file can end in any error of transformers, tokenizers or sentencepiece
+            if isinstance(error, OSError) and is_transient(error):
+                raise
             raise DataError(f"The tokenizer in {directory} cannot be loaded: {first_line(error)}. {remedy}") from None
 
     @staticmethod

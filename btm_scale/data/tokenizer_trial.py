@@ -1,7 +1,8 @@
 """Tokenizers come from strangers: each is tried in a child process before this one loads it.
 
 A tokenizer can crash its library, loop in a regular expression, or expand a text to gigabytes. The child has limits of
-CPU time and memory. A tokenizer that passed is not tried again by this process or those that it starts.
+CPU time and memory. A tokenizer that passed is not tried again by this process, and one of a run by no other process of
+this user: a note in the run's folder says that it passed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from btm_scale.data.tokenizer_note import is_noted, noting
 from btm_scale.errors import DataError, UserError
 from btm_scale.util.pools import may_fork
 
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 _CPU_SECONDS = 20
 _WALL_SECONDS = 240.0  # for a child that waits, or a very busy machine
 _MEMORY = 4 << 30
-_PASSED = "BTM_SCALE_TRIED_TOKENIZERS"
 # What ids depend on, beside the vocabulary.
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "config.json")
 _MOST_FILE_BYTES = 1 << 28
@@ -51,6 +52,7 @@ _SCRIPTS = (
     "\x00\x01",
 )
 _MIXED = ("ab", "a ", " \n", "\r\n", "1,", "a1", ". ", "''s", "<|", "</s>", "((", "http://", "_-", "A a.\t", "é1 中")
+_passed: set[str] = set()  # kinds and digests of the tokenizers that this process or its parent tried
 _PATTERN = re.compile(rb'"(?:String|Regex)"\s*:\s*("(?:[^"\\]|\\.)*")')
 
 
@@ -62,12 +64,28 @@ def require_usable(directory: Path, kind: str, load: Callable[[Path], Tokenizer]
     """Load a tokenizer in a child process and encode and decode texts that are hard for a bad one.
 
     `kind` names what `load` makes; `files` are those that determine its ids. Raises NotUsable with the reason,
-    or DataError.
+    or DataError. Raises OSError if a run's disk is full.
     """
-    key = f"{kind}-{_digest(directory, (*files, *_SETTINGS))}"
-    passed = os.environ.get(_PASSED, "").split(",")
-    if key in passed:
-        return
+    files = (*files, *_SETTINGS)
+    key = f"{kind}-{_digest(directory, files)}"
+    if key not in _passed:
+        if not is_noted(directory, key, files):
+            with noting(directory, key, files):
+                _try(directory, kind, load)
+        _passed.add(key)
+
+
+def trials_passed() -> frozenset[str]:
+    """Return what `trust_trials` takes in a process that this one spawns."""
+    return frozenset(_passed)
+
+
+def trust_trials(passed: frozenset[str]) -> None:
+    """Do not repeat the trials of the process that spawned this one."""
+    _passed.update(passed)
+
+
+def _try(directory: Path, kind: str, load: Callable[[Path], Tokenizer]) -> None:
     # A rank may have memory registered with its network card, which forking can detach from it.
     forks = may_fork() and "RANK" not in os.environ
     answer, status = _forked(directory, load) if forks else _spawned(directory, kind)
@@ -76,7 +94,6 @@ def require_usable(directory: Path, kind: str, load: Callable[[Path], Tokenizer]
         problem, is_complete = json.loads(doing)["problem"]
         if problem:
             raise DataError(problem) if is_complete else NotUsable(problem)
-        os.environ[_PASSED] = ",".join([*passed[-20:], key])
         return
     if status is None or status in (-signal.SIGXCPU, -signal.SIGKILL, -signal.SIGALRM):
         raise NotUsable(f"cannot be used: it did not {doing} within {_CPU_SECONDS} s")

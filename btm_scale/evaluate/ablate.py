@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import random
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -32,6 +31,7 @@ from btm_scale.forest.forest import require_experts
 from btm_scale.model.hf_decoder import Decoder
 from btm_scale.run_dir import RunDir
 from btm_scale.util.files import make_directory
+from btm_scale.util.leftovers import scratch_directory
 from btm_scale.util.locks import alone
 from btm_scale.util.records import Part, Record
 
@@ -170,10 +170,10 @@ def _average_losses(
     run: RunDir, subset: Subset, texts: Mapping[str, Text], vocabulary: int, device: str
 ) -> dict[str, float]:
     """Return the loss of the average of a subset on each text, in nats per token."""
-    with tempfile.TemporaryDirectory(dir=run.root, prefix=".ablation-") as folder:
+    with scratch_directory(run.root / "ablation") as folder:
         directory = run.model(subset[0])
         if len(subset) > 1:
-            directory = Path(folder) / "average"
+            directory = folder / "average"
             models = [run.model(name) for name in subset]
             merge(directory, [(model, 1.0) for model in models], dtype=promoted_dtype(models))
         decoder = Decoder.load(directory, vocabulary=vocabulary, device=device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from btm_scale.data.tokenizer import Tokenizer
@@ -19,7 +20,8 @@ def shared_context(models: Mapping[str, Path], tokenizer: Tokenizer) -> int:
         raise ForestError("There is no model to generate from. Train experts first: btm-scale run CONFIG.")
     contexts = []
     for name, directory in models.items():
-        positions, rows = limits_of(directory)
+        with _reading(name, directory):
+            positions, rows = limits_of(directory)
         if rows < tokenizer.vocab_size:
             raise ForestError(
                 f"'{name}' has a vocabulary of {rows} tokens, but the run's tokenizer has {tokenizer.vocab_size}. It "
@@ -42,7 +44,10 @@ class Shelf:
     ) -> None:
         """Limit the weights in memory, without KV caches, to `max_bytes`. Raises `UserError` if a model is larger."""
         self._directories = dict(directories)
-        self._sizes = {name: weight_bytes(directory) for name, directory in directories.items()}
+        self._sizes = {}
+        for name, directory in directories.items():
+            with _reading(name, directory):
+                self._sizes[name] = weight_bytes(directory)
         self._max_bytes = max_bytes
         self._vocabulary = vocabulary
         self._device = device
@@ -59,7 +64,9 @@ class Shelf:
         decoder = self._loaded.pop(name, None)
         if decoder is None:
             self._make_room(self._sizes[name])
-            decoder = Decoder.load(self._directories[name], vocabulary=self._vocabulary, device=self._device)
+            directory = self._directories[name]
+            with _reading(name, directory):
+                decoder = Decoder.load(directory, vocabulary=self._vocabulary, device=self._device)
         self._loaded[name] = decoder
         return decoder
 
@@ -84,6 +91,20 @@ class Shelf:
             if size + sum(self._sizes[name] for name in self._loaded) <= self._max_bytes:
                 return
             del self._loaded[next(iter(self._loaded))]
+
+
+@contextmanager
+def _reading(name: str, directory: Path) -> Iterator[None]:
+    """Raise `ForestError` if the files of a model disappear while they are read: `forest remove` does not wait."""
+    try:
+        yield
+    except (FileNotFoundError, CheckpointError) as error:
+        if isinstance(error, CheckpointError) and directory.is_dir():
+            raise
+        raise ForestError(
+            f"'{name}' was removed while it was loaded: {directory} is gone. Only models that stay in the run can "
+            "generate text. Repeat the command to use those that are left."
+        ) from None
 
 
 def weight_bytes(directory: Path) -> int:

@@ -10,12 +10,13 @@ from pydantic import ValidationError
 from btm_scale.config.run import RunConfig
 from btm_scale.config.section import explain
 from btm_scale.data.prepare import prepare
-from btm_scale.errors import ConfigError, ForestError
+from btm_scale.errors import ConfigError, ForestError, unknown_name
 from btm_scale.forest.branch import Branch, decide, has_begun, parents_of, require_one_shape
 from btm_scale.forest.expert import is_finished
 from btm_scale.forest.forest import experts
 from btm_scale.forest.membership import remove_expert, remove_folders
 from btm_scale.forest.methods import check_names
+from btm_scale.forest.removed import note_removal, was_removed
 from btm_scale.forest.turns import changing_config, current_config, removing, scoring
 from btm_scale.run.pipeline import score_models
 from btm_scale.run_dir import RunDir
@@ -111,14 +112,25 @@ def _branch(
     return settled, former
 
 
-def remove_from_forest(config: RunConfig, run: RunDir, name: str) -> None:
+def remove_from_forest(config: RunConfig, run: RunDir, name: str) -> bool:
     """Remove an expert from the forest, or undo the branch of an untrained one; nothing else changes.
 
     A domain that was added for it is removed from the run's config too. Waits for commands that score or evaluate.
-    Raises ForestError if there is no such expert, if it cannot be removed, or while the run is being trained.
+    Returns False if it was removed before, and then completes what an interrupted removal left. Raises ForestError if
+    there has been no such expert, if it cannot be removed, or while the run is being trained.
     """
+    # Answered before the locks: another command may hold them for long, and a refusal leaves none behind.
+    if not _is_removable(current_config(config, run), run, name):
+        _require_removed(run, name)
+        if not _leftovers(current_config(config, run), run, name):
+            return False
     with removing(run, name):
         config = current_config(config, run)
+        if not _is_removable(config, run, name):
+            _require_removed(run, name)
+            remove_folders(_leftovers(config, run, name))
+            return False
+        note_removal(run, name)
         if name in config.added_domains and not is_finished(run.model(name)):
             remove_folders([run.train(name)])
         else:
@@ -127,6 +139,22 @@ def remove_from_forest(config: RunConfig, run: RunDir, name: str) -> None:
             others = {other: domain for other, domain in config.added_domains.items() if other != name}
             own = {other: expert for other, expert in config.experts.items() if other != name}
             config.model_copy(update={"added_domains": others, "experts": own}).save(run.config)
+    return True
+
+
+def _is_removable(config: RunConfig, run: RunDir, name: str) -> bool:
+    return name in config.added_domains or name in experts(run)
+
+
+def _require_removed(run: RunDir, name: str) -> None:
+    if not was_removed(run, name):
+        raise ForestError(unknown_name("expert", name, experts(run)))
+
+
+def _leftovers(config: RunConfig, run: RunDir, name: str) -> list[Path]:
+    """Return the folders of an expert whose removal was interrupted; a domain's expert may be in training again."""
+    folders = [run.model_scores(name), *([] if name in config.expert_domains else [run.train(name)])]
+    return [folder for folder in folders if folder.is_symlink() or folder.exists()]
 
 
 def _require_untrained(run: RunDir, name: str) -> None:

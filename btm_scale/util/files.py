@@ -13,12 +13,13 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
 from btm_scale.errors import CheckpointError
 from btm_scale.util.disk_errors import writing
+from btm_scale.util.leftovers import new_partial_directory, new_partial_file
 from btm_scale.util.pools import in_threads
 
 # A sync waits for the disk, which handles several at once.
@@ -87,6 +88,23 @@ def is_private(path: Path) -> bool:
     return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
 
 
+def content_if_own(path: Path, most: int) -> bytes | None:
+    """Return the content of a file of at most `most` bytes that this user owns and no other user can write to.
+
+    None for any other, and for a link, also a hard one.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return None
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        is_own = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink == 1
+        if not is_own or status.st_mode & 0o022 or status.st_size > most:
+            return None
+        return file.read(most)
+
+
 def open_to_append(path: Path) -> IO[bytes]:
     """Open a file of a run to append to it, and never what a link of that name leads to: another user may plant one.
 
@@ -143,17 +161,17 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
 
     Its folder must exist. Several processes may write one path; the last to finish wins.
     """
-    # Not tempfile: its files are readable by their owner only, and a run may be shared.
-    temporary = _random_partial(path)
-    try:
-        with writing(path), temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with writing(path):
+        temporary, file = new_partial_file(path)
+        try:
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     _sync(path.parent)
 
 
@@ -164,15 +182,20 @@ def new_directory(final: Path, *, shared: bool = False) -> Iterator[Path]:
     Several processes may make a `shared` one at once, and the first succeeds. Otherwise the leftover of an interrupted
     process at `partial_path(final)` is removed first. Raises `CheckpointError` if `final` exists with content.
     """
-    temporary = _random_partial(final) if shared else partial_path(final)
-    make_partial(temporary)
-    try:
-        with writing(final):
-            yield temporary
-            publish_directory(temporary, final)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with ExitStack() as stack:
+        if shared:
+            make_directory(final.parent)
+            temporary = stack.enter_context(new_partial_directory(final))
+        else:
+            temporary = partial_path(final)
+            make_partial(temporary)
+        try:
+            with writing(final):
+                yield temporary
+                publish_directory(temporary, final)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def publish_directory(temporary: Path, final: Path, *, replace: bool = False, synced: bool = False) -> None:
@@ -207,10 +230,6 @@ def publish_directory(temporary: Path, final: Path, *, replace: bool = False, sy
         shutil.rmtree(outgoing)
     else:
         outgoing.unlink(missing_ok=True)
-
-
-def _random_partial(final: Path) -> Path:
-    return final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
 
 
 def _everything_in(directory: Path) -> list[Path]:

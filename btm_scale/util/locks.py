@@ -10,7 +10,7 @@ import shlex
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Self
 
@@ -62,22 +62,63 @@ def shared(lock: Path) -> Iterator[None]:
 @contextmanager
 def alone_at_once(lock: Path) -> Iterator[bool]:
     """Hold a lock file alone, without waiting; yields False if another process holds or shares it."""
-    make_directory(lock.parent)
-    with _opened(lock) as file:
-        yield _locked(file)
+    with _unless_refused(lock):
+        while True:
+            with _opened_once_there(lock) as file:
+                is_ours = _locked(file)
+                if is_ours and not _is_named(file, lock):  # a refused command has just removed it
+                    continue
+                yield is_ours
+                return
 
 
 @contextmanager
 def _in_turn(lock: Path, kind: int) -> Iterator[None]:
-    make_directory(lock.parent)
-    with _opened(lock) as file:
-        # Without the queue, a process that waits to be alone could wait forever for an unbroken row of others.
-        with _opened(lock.with_name(f"{lock.name}.queue")) as queue:
-            if not _locked(queue) or not _locked(file, kind):
-                logger.info("waiting for %s, which holds %s", holder_of(lock), lock)
-                _wait_for(queue, fcntl.LOCK_EX)
-                _wait_for(file, kind)
+    with _unless_refused(lock):
+        while True:
+            with _opened_once_there(lock) as file:
+                # Without the queue, a process that waits to be alone could wait forever for an unbroken row of others.
+                with _opened_once_there(_queue_of(lock)) as queue:
+                    if not _locked(queue) or not _locked(file, kind):
+                        logger.info("waiting for %s, which holds %s", holder_of(lock), lock)
+                        _wait_for(queue, fcntl.LOCK_EX)
+                        _wait_for(file, kind)
+                if not _is_named(file, lock):
+                    continue
+                yield
+                return
+
+
+def _queue_of(lock: Path) -> Path:
+    return lock.with_name(f"{lock.name}.queue")
+
+
+@contextmanager
+def _unless_refused(lock: Path) -> Iterator[None]:
+    """Remove the lock files that did not exist before, if the block raises UserError and no process holds them."""
+    is_new, folder_is_new = not lock.exists(), not lock.parent.exists()
+    try:
         yield
+    except UserError:
+        if is_new:
+            with suppress(OSError), _opened(lock) as file:
+                if _locked(file) and _is_named(file, lock):
+                    lock.unlink()
+                    _queue_of(lock).unlink(missing_ok=True)
+        if folder_is_new:
+            with suppress(OSError):  # not empty
+                lock.parent.rmdir()
+        raise
+
+
+def _opened_once_there(lock: Path) -> IO[bytes]:
+    """Open a lock file in a folder that is made if needed, and that a refused command may be removing."""
+    while True:
+        make_directory(lock.parent)
+        try:
+            return _opened(lock)
+        except FileNotFoundError:
+            continue
 
 
 def holder_of(lock: Path) -> str:
@@ -110,8 +151,11 @@ def _opened(path: Path) -> IO[bytes]:
     try:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
-        except PermissionError:  # another user's, which can be locked all the same
-            descriptor = os.open(path, os.O_RDONLY | flags)
+        except PermissionError as refused:  # another user's, which can be locked all the same
+            try:
+                descriptor = os.open(path, os.O_RDONLY | flags)
+            except FileNotFoundError:
+                raise refused from None
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from pydantic import Field
+
 from btm_scale.errors import UserError
-from btm_scale.util.records import Part, Record
+from btm_scale.util.records import Part, Record, is_empty
 
 NAME = "provenance.json"
 _CARD = "README.md"  # which its owner may rewrite
@@ -24,11 +26,18 @@ class Input(Part):
     name: str
     weight: float | None = None
     files: str  # a digest that changes with the name, size or modification time of any of its files
+    sizes: str = Field(default="", exclude_if=is_empty)  # of names and sizes; earlier versions did not record it
 
     @classmethod
     def of(cls, path: Path, *, weight: float | None = None, besides: Path | None = None) -> Self:
         """Describe a file or a directory as it is now, without what is in the directory `besides`."""
-        return cls(name=path.resolve().name, weight=weight, files=_digest(path, besides and besides.resolve()))
+        states = _states(path, besides and besides.resolve())
+        sizes = [(name, size) for name, (size, _) in states]
+        return cls(name=path.resolve().name, weight=weight, files=_digest(states), sizes=_digest(sizes))
+
+    def may_equal(self, other: Self) -> bool:
+        """Whether only modification times are known to differ: the files may have been copied or touched."""
+        return (self.name, self.weight) == (other.name, other.weight) and self.sizes in ("", other.sizes)
 
     def __str__(self) -> str:
         return self.name if self.weight is None else f"{self.name}={self.weight:g}"
@@ -55,10 +64,14 @@ def is_recorded(output: Path) -> bool:
     return not output.is_symlink() and (output / NAME).is_file()
 
 
-def made_before(output: Path, asked: Provenance, error: type[UserError]) -> Provenance | None:
+def made_before(
+    output: Path, asked: Provenance, error: type[UserError], *, is_same: Callable[[], bool] = lambda: False
+) -> Provenance | None:
     """Return the record of an output that was made by the same command from the same inputs; None if it has no record.
 
-    Raises `error` with the differences if it was made from something else, was changed since, or is another user's.
+    `is_same` tells whether the command would make the same output again. It is asked if nothing but modification times
+    of inputs is known to differ, which are then recorded. Raises `error` with the differences if the output was made
+    from something else, was changed since, or is another user's.
     """
     if not is_recorded(output):
         return None
@@ -68,12 +81,23 @@ def made_before(output: Path, asked: Provenance, error: type[UserError]) -> Prov
             "output, or remove it first."
         )
     made = Provenance.load(output / NAME)
+    touched = made.model_copy(update={"inputs": asked.inputs})
+    may_be_same = _may_be_touched(made, asked) and not [*_differences(touched, asked), *_changes(output, made)]
+    if may_be_same and is_same():
+        touched.save(output / NAME)
+        return touched
     if differences := [*_differences(made, asked), *_changes(output, made)]:
         raise error(
             f"{output} already exists, and {'; '.join(differences)}. {asked.command} does not overwrite: choose "
             "another output, or remove it first."
         )
     return made
+
+
+def _may_be_touched(made: Provenance, asked: Provenance) -> bool:
+    pairs = [*zip(made.inputs, asked.inputs, strict=False)]
+    has_changed = any(old.files != new.files for old, new in pairs)
+    return len(made.inputs) == len(asked.inputs) and has_changed and all(old.may_equal(new) for old, new in pairs)
 
 
 def _differences(made: Provenance, asked: Provenance) -> Iterable[str]:
@@ -110,7 +134,8 @@ def _sizes(directory: Path) -> dict[str, int]:
     return {str(path.relative_to(directory)): path.stat().st_size for path in files}
 
 
-def _digest(path: Path, besides: Path | None) -> str:
+def _states(path: Path, besides: Path | None) -> list[tuple[str, tuple[int, int]]]:
+    """Return the size and the modification time of each file of an input, by its path."""
     files: dict[str, tuple[int, int]] = {}
     if path.is_dir():
         for folder, folders, names in os.walk(path):
@@ -123,7 +148,11 @@ def _digest(path: Path, besides: Path | None) -> str:
                     files[str(Path(folder, name).relative_to(path))] = _state(Path(folder, name))
     else:
         files[""] = _state(path)
-    return hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
+    return sorted(files.items())
+
+
+def _digest(listed: object) -> str:
+    return hashlib.sha256(repr(listed).encode()).hexdigest()
 
 
 def _state(file: Path) -> tuple[int, int]:

@@ -68,10 +68,17 @@ class Record(Part):
             )
         try:
             # Strict validation knows from JSON alone that an array may become a tuple.
-            text = json.dumps(values, ensure_ascii=False).encode("utf-8", "replace")
-            return cls.model_validate_json(text, strict=True)
+            text = json.dumps(values, ensure_ascii=False)
+            try:
+                content = text.encode()
+            except UnicodeEncodeError:
+                content = text.encode("utf-8", "replace")
+                parse_json(content)  # raises if two keys have become one
+            return cls.model_validate_json(content, strict=True)
         except ValidationError as error:
             raise cls.ERROR(_damaged(path, _sentence(error), cls.REMEDY)) from None
+        except ValueError as problem:
+            raise cls.ERROR(_damaged(path, str(problem), cls.REMEDY)) from None
 
     @classmethod
     def find(cls, path: Path) -> Self | None:

@@ -19,7 +19,9 @@ if [[ -e $folder/stopped ]]; then
     echo "$model saved a checkpoint before its time limit; the requeued job resumes it"
     scontrol requeue "$SLURM_JOB_ID"
     code=0
-elif [[ $code -ne 0 && $code -ne 2 ]] && ! grep -qs '"mistake": true' "$folder"/log.failed-*.json; then
+elif ((code == 0)); then
+    rm -f "$folder/lost"
+elif ((code != 2)) && ! grep -qs '"mistake": true' "$folder"/log.failed-*.json; then
     # A node or a rank was lost. (Exit code 2 is a mistake in the config; if one rank reports it first, srun ends the
     # others and returns their code.) The requeued job resumes from the newest checkpoint. A model that keeps failing at
     # the same checkpoint is not requeued.

@@ -60,10 +60,45 @@ def test_another_merge_into_the_same_output_is_refused_with_what_differs(models:
     assert "dtype was not given and is now 'bfloat16'" in refusal(inputs, dtype="bf16")
     assert "seed was 1 and is now 2" in refusal(inputs, random_seed=2)
     assert "max_shard_bytes was 5000000000.0 and is now 1000.0" in refusal(inputs, max_shard_bytes=1000)
-    os.utime(models[1] / "model.safetensors", (1, 1))
+    weights = models[1] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x3e")
     message = refusal(inputs)
     assert "m1 has changed since" in message
     assert "merge does not overwrite: choose another output, or remove it first" in message
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_merge_of_inputs_that_were_only_touched_is_complete(
+    recorded: bool, models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They may have been copied. An earlier version has recorded less of them."""
+    words = ("merge", tmp_path / "out", f"{models[0]}=0.7", f"{models[1]}=0.3")
+    answer(capsys, *words)
+    record = tmp_path / "out/provenance.json"
+    if not recorded:
+        content = json.loads(record.read_text())
+        for one in content["inputs"]:
+            del one["sizes"]
+        record.write_text(json.dumps(content))
+    before = {name: file for name, (_, file) in state(tmp_path / "out").items() if name != str(record)}
+    os.utime(models[1] / "model.safetensors", (1, 1))
+    assert answer(capsys, *words)["already_complete"] is True
+    assert {name: file for name, (_, file) in state(tmp_path / "out").items() if name != str(record)} == before
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    settled = state(tmp_path)
+    assert answer(capsys, *words)["already_complete"] is True  # without a comparison
+    assert state(tmp_path) == settled
+
+
+def test_a_sidecar_that_changed_at_the_same_size_is_a_change(models: list[Path], tmp_path: Path) -> None:
+    inputs = [(models[0], 1.0), (models[1], 1.0)]
+    (models[0] / "chat_template.jinja").write_text("{{ a }}")
+    merge(tmp_path / "out", inputs)
+    before = state(tmp_path / "out")
+    (models[0] / "chat_template.jinja").write_text("{{ b }}")
+    with pytest.raises(CheckpointError, match="m0 has changed since"):
+        merge(tmp_path / "out", inputs)
+    assert state(tmp_path / "out") == before
 
 
 def test_an_output_that_was_changed_since_is_not_called_complete(models: list[Path], tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.forked_commands import call
+from helpers.handmade_run import DOMAINS, score_dev
 from helpers.hostile_tokenizers import HOSTILE, RARE, RARE_TEXT, write
 from helpers.text_samples import CODE, MakeConfig
 
@@ -21,11 +23,12 @@ from btm_scale.cli.app import main
 from btm_scale.config.run import RunConfig
 from btm_scale.data import tokenizer_trial
 from btm_scale.data.encode import Encoder
+from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.data.prepare import prepare
-from btm_scale.data.tokenizer import Tokenizer
+from btm_scale.data.tokenizer import Tokenizer, directory_digest
 from btm_scale.data.train_tokenizer import adopt_tokenizer
 from btm_scale.errors import DataError
-from btm_scale.run_dir import RunDir
+from btm_scale.run_dir import SEED, RunDir
 from btm_scale.util.pools import may_fork
 from btm_scale.util.time_limit import within
 
@@ -37,7 +40,7 @@ def untried(monkeypatch: pytest.MonkeyPatch) -> None:
     A new interpreter would have neither these limits nor a test's patches, so the trial is a fork of this process
     even if other threads run, such as those that another test left.
     """
-    monkeypatch.delenv("BTM_SCALE_TRIED_TOKENIZERS", raising=False)
+    monkeypatch.setattr(tokenizer_trial, "_passed", set())
     monkeypatch.setattr(tokenizer_trial, "may_fork", lambda: True)
     monkeypatch.setattr(tokenizer_trial, "_CPU_SECONDS", 5)
     monkeypatch.setattr(tokenizer_trial, "_MEMORY", 1 << 30)
@@ -215,29 +218,45 @@ def test_a_chat_template_cannot_be_written_elsewhere(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def strange_run(handmade: tuple[RunConfig, RunDir], tmp_path: Path) -> RunDir:
-    """A copy of a run whose tokenizer has been replaced."""
+def scored_run(handmade: tuple[RunConfig, RunDir], tmp_path: Path) -> RunDir:
+    """A copy of a run in which every model is scored, so that it can be evaluated."""
     run = RunDir(tmp_path / "run")
     shutil.copytree(handmade[1].root, run.root)
     config = handmade[0]
     evaluate = config.evaluate.model_copy(update={"split": "dev", "averages": ()})  # all that has been scored
     baselines = config.baselines.model_copy(update={"dense": False})
     config.model_copy(update={"evaluate": evaluate, "baselines": baselines}).save(run.config)
+    score_dev(config, run, SEED)
+    return run
+
+
+@pytest.fixture
+def strange_run(scored_run: RunDir) -> RunDir:
+    """A run of a stranger: its tokenizer is hostile, and the records of its token files agree with it."""
+    make_strange(scored_run)
+    return scored_run
+
+
+def make_strange(run: RunDir) -> None:
+    """Replace a run's tokenizer by a hostile one, and let the records of its token files name that."""
     shutil.rmtree(run.tokenizer)
     write(run.tokenizer, HOSTILE["panics when it encodes"][0])
-    return run
+    for domain in DOMAINS:
+        made_with = {"tokenizer": directory_digest(run.tokenizer)}
+        Fingerprint.of_domain(run, domain).model_copy(update=made_with).save(run.fingerprint(domain))
 
 
 def commands(run: RunDir) -> dict[str, list[str]]:
     return {
         "generate": ["generate", str(run.root), "--prompt", "The", "--device", "cpu"],
         "ablate": ["ablate", str(run.root), "--expert", "docs", "--expert", "cpp", "--text", __file__],
+        "evaluate": ["evaluate", str(run.root)],
         "prepare": ["prepare", str(run.config), "--out", str(run.root)],
     }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", ["generate", "ablate", "prepare"])
+@pytest.mark.parametrize("verb", ["generate", "ablate", "evaluate", "prepare"])
 def test_every_verb_that_uses_a_hostile_tokenizer_ends_with_a_message(
     verb: str, strange_run: RunDir, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -245,9 +264,27 @@ def test_every_verb_that_uses_a_hostile_tokenizer_ends_with_a_message(
         main(commands(strange_run)[verb])
     assert ended.value.code == 2
     shown = capfd.readouterr().err
-    assert "tokenizer" in shown
+    assert f"The tokenizer in {strange_run.tokenizer}" in shown
+    assert "non-zero" in shown
     assert "panicked" not in shown
     assert "Traceback" not in shown
+
+
+@pytest.mark.slow
+def test_a_report_of_results_does_not_load_the_tokenizer(
+    scored_run: RunDir, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert call("evaluate", scored_run.root) == 0
+    make_strange(scored_run)
+    monkeypatch.setattr(tokenizer_trial, "_try", lambda *arguments: pytest.fail("the report loaded the tokenizer"))
+    assert call("report", scored_run.root) == 0
+    assert scored_run.report.is_file()
+    scored_run.results.unlink()
+    assert call("report", scored_run.root) == 2
+    shown = capfd.readouterr().err
+    assert "btm-scale: There are no results" in shown
+    assert "Traceback" not in shown
+    assert "panicked" not in shown
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ def test_a_subset_is_evaluated_by_the_mean_of_its_experts_parameters(
             nats += log_probs.gather(1, block[1:, None])[:, 0].tolist()
         assert means[subset] == pytest.approx(math.exp(-np.mean(nats)), rel=1e-4)
     assert [row["mean"] for row in answer["ranking"]] == sorted(means.values())
-    assert not list(run.root.glob(".ablation-*"))
+    assert not list(run.root.glob(".ablation*"))
 
 
 def test_measured_subsets_are_not_measured_again(

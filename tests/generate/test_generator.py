@@ -19,11 +19,11 @@ from btm_scale.cli.app import main
 from btm_scale.cli.generate import prompts_of
 from btm_scale.config.evaluation import Tempering
 from btm_scale.config.run import RunConfig
-from btm_scale.errors import CheckpointError, UserError
+from btm_scale.errors import CheckpointError, ForestError, UserError
 from btm_scale.generate.generator import Generator
 from btm_scale.generate.request import Batch
 from btm_scale.generate.sampling import Sampling, cut
-from btm_scale.model import hf_decoder
+from btm_scale.model import hf_decoder, hf_load
 from btm_scale.run_dir import RunDir
 
 PRIOR = np.log([0.8, 0.2])
@@ -304,3 +304,34 @@ def test_a_prompt_that_is_not_utf8_is_rejected() -> None:
     assert prompts_of(["naïve 北京 🎉"], None) == ["naïve 北京 🎉"]
     with pytest.raises(UserError, match=r"the prompt 'a\\udcff' is not UTF-8"):
         prompts_of(["a\udcff"], None)
+
+
+@pytest.mark.parametrize("moment", ["before its config is read", "before its weights are read", "while it loads"])
+def test_an_expert_that_is_removed_while_it_loads_is_named(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = write_experts(tmp_path)
+
+    def remove() -> None:
+        experts["expert1"].rename(tmp_path / ".expert1.01234567.removed")
+
+    def generate() -> None:
+        generator = Generator(experts, Letters(), method="expert")
+        if moment == "before its weights are read":
+            remove()
+        generator.generate(["a"])
+
+    if moment == "before its config is read":
+        remove()
+    elif moment == "while it loads":
+        read_config = hf_load.load_config
+
+        def removed_then(directory: Path) -> Any:
+            config = read_config(directory)
+            if directory == experts["expert1"]:
+                remove()
+            return config
+
+        monkeypatch.setattr(hf_load, "load_config", removed_then)
+    with pytest.raises(ForestError, match=r"'expert1' was removed while it was loaded: .* is gone\. Only models that"):
+        generate()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from btm_scale.cli.app import main
 from btm_scale.launch.local import free_port
@@ -58,10 +63,65 @@ def run_forked(commands: Sequence[GroupCommand], on_poll: Callable[[dict[str, st
     for command in commands:
 
         def rank(command: GroupCommand = command) -> int:
-            place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-            os.environ.update(place | {"MASTER_PORT": str(free_port())})
+            _become_rank()
             return call(*command.arguments)
 
         make_directory(command.log.parent)
         if ended(forked(rank, command.log)):
             raise group_failure([command])
+
+
+class LastingGroup:
+    """A launcher like `run_forked` whose one rank, forked once, stays in its group and carries out all commands."""
+
+    def __init__(self, output: Path) -> None:
+        self._connection, other = multiprocessing.Pipe()
+        self._pid = forked(functools.partial(self._serve, other), output)
+        other.close()
+
+    def __call__(self, commands: Sequence[GroupCommand], on_poll: Callable[[dict[str, str]], None]) -> None:
+        for command in commands:
+            make_directory(command.log.parent)
+            self._connection.send(command.arguments)
+            if self._connection.recv():
+                raise group_failure([command])
+
+    def end(self) -> int:
+        """Let the rank end; returns its exit code."""
+        self._connection.close()
+        return ended(self._pid)
+
+    def _serve(self, commands: Connection) -> int:
+        self._connection.close()
+        _become_rank()
+        _stay_in_one_group()
+        while True:
+            try:
+                arguments = commands.recv()
+            except EOFError:
+                return 0
+            commands.send(call(*arguments))
+
+
+def _become_rank() -> None:
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update(place | {"MASTER_PORT": str(free_port())})
+
+
+def _stay_in_one_group() -> None:
+    """Let the commands of this rank, which all have one layout, join a group once and never leave it."""
+    from btm_scale.distributed.group import ExpertGroup
+    from btm_scale.run import worker
+
+    groups: list[ExpertGroup] = []
+
+    @contextmanager
+    def joined(config: Any, run: Any, layout_of: Any, *, records: bool = False) -> Iterator[Any]:
+        config = worker._resolved(config, run, records)
+        layout = layout_of(config)
+        if not groups:
+            groups.append(ExpertGroup.join(layout, config.launch.device).in_precision(layout.precision))
+        assert groups[0].layout == layout
+        yield groups[0], config
+
+    worker._joined = joined

@@ -189,21 +189,34 @@ esac
 @pytest.mark.parametrize(("error", "tries"), [("LaunchError", 0), ("RuntimeError", 1)])
 def test_a_user_error_reported_by_one_rank_is_not_retried(error: str, tries: int, tmp_path: Path) -> None:
     """srun ends the other ranks then, and has their code: the highest."""
-    for name, text in (("srun", SRUN.replace("{error}", error)), ("scontrol", SCONTROL)):
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    script = write_scripts(config_with(tmp_path, {}), RunDir(tmp_path / "made"))["seed"]
-    surroundings = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "SLURM_JOB_ID": "7",
-        "SLURM_JOB_NODELIST": "node7",
-    }
-    done = subprocess.run(
-        [script], cwd=tmp_path, env=os.environ | surroundings, capture_output=True, text=True, check=False
-    )
+    done = run_job(tmp_path, SRUN.replace("{error}", error))
     assert done.returncode == 143, done.stderr
     asked = (tmp_path / "asked").read_text().splitlines() if (tmp_path / "asked").exists() else []
     assert asked == ["requeue 7"] * tries
+
+
+def test_a_model_that_is_done_leaves_no_record_of_lost_nodes(tmp_path: Path) -> None:
+    lost = tmp_path / "made" / "train" / "seed" / "lost"
+    assert run_job(tmp_path, SRUN.replace("{error}", "RuntimeError")).returncode == 143
+    assert lost.read_text() == "\n"  # before its first checkpoint
+    done = run_job(tmp_path, "#!/bin/bash\n")
+    assert done.returncode == 0, done.stderr
+    assert not lost.exists()
+
+
+def run_job(folder: Path, srun: str) -> subprocess.CompletedProcess[str]:
+    """Run the script of the seed LM as SLURM does, with another srun."""
+    for name, text in (("srun", srun), ("scontrol", SCONTROL)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    script = write_scripts(config_with(folder, {}), RunDir(folder / "made"))["seed"]
+    surroundings = {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node7",
+    }
+    environment = os.environ | surroundings
+    return subprocess.run([script], cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 TASK = {

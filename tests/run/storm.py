@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.crowded_run import EXPERTS, FRIENDS, NEW_TEXTS, crowded_run
-from helpers.forked_commands import call, ended, forked, run_forked
+from helpers.forked_commands import LastingGroup, call, ended, forked, run_forked
 from helpers.worlds import read_spec
 
 from btm_scale.config.run import RunConfig
@@ -32,9 +32,11 @@ from btm_scale.forest.scores import all_texts
 from btm_scale.run import grow, pipeline
 from btm_scale.run.state import state_at_rest
 from btm_scale.run_dir import SEED, RunDir
+from btm_scale.util.pools import CORES
 from btm_scale.util.rank_log import FailureNote
 
 Words = tuple[str, ...]
+State = tuple[str, str]  # domains and experts
 
 _LEAST = 8  # commands of each process, however slow the machine
 
@@ -124,7 +126,7 @@ class Crowd:
         membership.new_directory, pipeline.evaluate = noted_directory, noted_evaluation
 
 
-def seen(config: RunConfig, run: RunDir) -> tuple[str, str]:
+def seen(config: RunConfig, run: RunDir) -> State:
     """Return the domains and experts that an evaluation depends on."""
     forest = {name: expert.content_hash for name, expert in experts(run).items()}
     return ",".join(config.all_domains), json.dumps(forest)
@@ -174,8 +176,9 @@ def repeat(folder: Path, run: RunDir) -> None:
         before = {path: digest(path) for path in (run.config, run.results, run.report) if path.exists()}
         assert call(*words) == 0, words
         assert {path: digest(path) for path in before} == before, words
-    for name in ("friend", "one"):
+    for name in ("friend", "one", "friend", "one"):
         assert call("forest", "remove", root, name) == 0
+    assert call("forest", "remove", root, "nobody") == 2
 
 
 def finish(run: RunDir) -> dict[str, str]:
@@ -184,26 +187,70 @@ def finish(run: RunDir) -> dict[str, str]:
         assert call(*words, run.root) == 0, words
     config = RunConfig.load(run.config)
     models = {name: all_texts(config) for name in (SEED, *experts(run))} | average_texts(config)
-    files = [run.config, run.results, run.report]
+    files = [run.config, run.removed, run.results, run.report]
     files += [run.branch(name) for name in (*NEW_TEXTS, *EXPERTS) if run.branch(name).exists()]
     files += [run.scores(name, *text) for name, texts in models.items() for text in texts]
     files += [run.model(name) / file for name in models for file in ("expert.json", "config.json", "model.safetensors")]
     return {str(path.relative_to(run.root)): digest(path) for path in files}
 
 
-def replay(run: RunDir, original: RunDir, commits: list[Words], evaluations: dict[tuple[str, str], set[str]]) -> None:
-    """Repeat the commits in their order; each evaluation must equal one of a state between them."""
-    assert all(len(digests) == 1 for digests in evaluations.values()), "two evaluations of one state differ"
-    left = {state: digests.pop() for state, digests in evaluations.items()}
+class Evaluations:
+    """Evaluates copies of a run in forked processes, a few at a time, and compares each with the crowd's results."""
+
+    def __init__(self, folder: Path, expected: dict[State, set[str]]) -> None:
+        assert all(len(digests) == 1 for digests in expected.values()), "two evaluations of one state differ"
+        self._folder = folder
+        self._left = {state: digests.pop() for state, digests in expected.items()}
+        self._running: dict[int, Path] = {}
+
+    def repeat(self, run: RunDir) -> None:
+        """Evaluate the run as it is now, if the crowd did in this state and it has not been repeated."""
+        if (expected := self._left.pop(seen(RunConfig.load(run.config), run), None)) is None:
+            return
+        assert call("score", run.root) == 0
+        if len(self._running) == CORES:
+            self._wait()
+        copy = RunDir(self._folder / f"state{len(self._left)}")
+        shutil.copytree(run.root, copy.root)
+        log = copy.root.with_suffix(".log")
+        self._running[forked(functools.partial(self._compare, copy, expected), log)] = log
+
+    def end(self) -> None:
+        """Wait for the last ones; each state that the crowd evaluated must have been one of the run's."""
+        while self._running:
+            self._wait()
+        assert not self._left, f"evaluations of states that never were: {self._left}"
+
+    def _wait(self) -> None:
+        pid, log = next(iter(self._running.items()))
+        del self._running[pid]
+        assert ended(pid) == 0, log.read_text()
+        shutil.rmtree(log.with_suffix(""))
+
+    @staticmethod
+    def _compare(copy: RunDir, expected: str) -> int:
+        pipeline.here = lambda place: functools.partial(run_forked)
+        code = call("evaluate", copy.root)
+        if code == 0 and digest(copy.results) != expected:
+            print(f"The crowd's results differ from these of the same state: {copy.results.read_text()}")
+            return 1
+        return code
+
+
+def replay(run: RunDir, original: RunDir, commits: list[Words], evaluations: Evaluations) -> None:
+    """Repeat the commits in their order, and the evaluations of the states between them.
+
+    One rank scores for all commands: a group for each would take most of the time.
+    """
+    group = LastingGroup(run.root.with_name("group.log"))
+    pipeline.here = lambda place: group
     for words in [(), *commits]:
         if words:
             assert call(*(str(run.root) if word == str(original.root) else word for word in words)) == 0, words
-        state = seen(RunConfig.load(run.config), run)
-        if state in left:
-            assert call("score", run.root) == 0
-            assert call("evaluate", run.root) == 0
-            assert digest(run.results) == left.pop(state), f"evaluation of {state}"
-    assert not left, f"evaluations of states that never were: {left}"
+        evaluations.repeat(run)
+    assert group.end() == 0
+    pipeline.here = lambda place: functools.partial(run_forked)
+    evaluations.end()
 
 
 def main() -> None:
@@ -231,17 +278,18 @@ def main() -> None:
     assert not strange, strange
     leftovers = [str(path) for path in run.root.rglob(".*") if path.name.endswith((".removed", ".partial"))]
     assert not leftovers, leftovers
-    evaluations: dict[tuple[str, str], set[str]] = {}
+    evaluations: dict[State, set[str]] = {}
     for domains, forest, results in lines(folder / "evaluations"):
         evaluations.setdefault((domains, forest), set()).add(results)
-    replay(serial, run, [tuple(words) for words in lines(folder / "commits")], evaluations)
+    commits = [tuple(words) for words in lines(folder / "commits")]
+    states = len(evaluations)
+    replay(serial, run, commits, Evaluations(folder, evaluations))
     crowded, alone = finish(run), finish(serial)
     assert crowded.keys() == alone.keys()
     differing = [path for path in crowded if crowded[path] != alone[path]]
     assert not differing, differing
     table = {" ".join(map(str, one)): count for one, count in calls.items()}
-    commits = len(lines(folder / "commits"))
-    Path(spec["outcome"]).write_text(json.dumps({"calls": table, "commits": commits, "states": len(evaluations)}))
+    Path(spec["outcome"]).write_text(json.dumps({"calls": table, "commits": len(commits), "states": states}))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ import pytest
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ConfigError, DataError, ForestError
 from btm_scale.forest.branch import Branch
+from btm_scale.forest.expert import CARD, Parent, read_expert
 from btm_scale.forest.forest import experts
-from btm_scale.forest.membership import remove_expert
+from btm_scale.forest.membership import add_expert, remove_expert
+from btm_scale.forest.removed import note_removal
 from btm_scale.run.grow import branch_expert, remove_from_forest
 from btm_scale.run_dir import RunDir
 from btm_scale.util.locks import ModelLock
@@ -145,3 +147,57 @@ def test_removing_an_untrained_branch_removes_it_from_the_config(run: RunDir, te
     assert run.config.read_bytes() == before
     assert not run.train("recipes").exists()
     assert list(experts(run)) == ["cpp", "docs", "licences", "python"]
+
+
+def test_a_removal_that_is_given_again_changes_nothing(run: RunDir) -> None:
+    config = RunConfig.load(run.config)
+    assert remove_from_forest(config, run, "docs")
+    before = files(run)
+    assert not remove_from_forest(config, run, "docs")
+    assert files(run) == before
+
+
+def test_the_removal_of_a_branch_that_is_given_again_changes_nothing(run: RunDir, text: Path) -> None:
+    branch(run, "recipes", "seed", text)
+    assert remove_from_forest(RunConfig.load(run.config), run, "recipes")
+    before = files(run)
+    assert not remove_from_forest(RunConfig.load(run.config), run, "recipes")
+    assert files(run) == before
+
+
+def test_a_removal_by_an_earlier_version_is_known_from_the_experts_that_descend_from_it(run: RunDir) -> None:
+    card = read_expert(run.model("cpp"))
+    card.model_copy(update={"parents": (Parent("gone", 1.0),)}).save(run.model("cpp") / CARD)
+    assert not remove_from_forest(RunConfig.load(run.config), run, "gone")
+    with pytest.raises(ForestError, match="Unknown expert 'seed'"):
+        remove_from_forest(RunConfig.load(run.config), run, "seed")
+
+
+def test_an_expert_that_returned_is_removed_again(run: RunDir, tmp_path: Path) -> None:
+    config = RunConfig.load(run.config)
+    shutil.copytree(run.model("docs"), tmp_path / "docs")
+    remove_from_forest(config, run, "docs")
+    shutil.copytree(tmp_path / "docs", run.model("docs"))
+    assert remove_from_forest(config, run, "docs")
+    assert "docs" not in experts(run)
+
+
+def test_an_interrupted_removal_is_completed(run: RunDir) -> None:
+    """By a power cut, the expert may have its temporary name and the scores their own."""
+    config = RunConfig.load(run.config)
+    add_expert(config, run, run.model("docs"), "copy")
+    run.model_scores("copy").mkdir()
+    run.train("copy").mkdir(parents=True)
+    note_removal(run, "copy")
+    run.model("copy").rename(run.experts / ".copy.01234567.removed")
+    assert not remove_from_forest(config, run, "copy")
+    assert not run.model_scores("copy").exists()
+    assert not run.train("copy").exists()
+
+
+@pytest.mark.parametrize("name", ["physics", "../seed", "average/uniform", ""])
+def test_a_refused_removal_leaves_no_lock(name: str, run: RunDir) -> None:
+    shutil.rmtree(run.root / ".locks", ignore_errors=True)
+    with pytest.raises(ForestError, match="Unknown expert"):
+        remove_from_forest(RunConfig.load(run.config), run, name)
+    assert not (run.root / ".locks").exists()

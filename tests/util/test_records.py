@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from helpers.tiny_run import save_card
 
-from btm_scale.errors import ForestError
+from btm_scale.errors import ForestError, UserError
 from btm_scale.evaluate.soups import Soups
 from btm_scale.forest.expert import CARD, Parent, read_expert
 from btm_scale.util.records import Part, Record, read_object
@@ -61,6 +61,17 @@ def test_a_file_without_a_schema_number_is_of_schema_1(tmp_path: Path) -> None:
 def test_text_that_utf8_cannot_hold_does_not_make_a_record_unreadable(tmp_path: Path) -> None:
     Tree(name="\udc80oak", age=7).save(tmp_path / "tree.json")
     assert Tree.load(tmp_path / "tree.json").name == "?oak"
+
+
+def test_keys_that_utf8_cannot_hold_do_not_become_one(tmp_path: Path) -> None:
+    class Grove(Record):
+        trees: dict[str, int]
+
+    Grove(trees={"\udc80oak": 1, "elm": 2}).save(tmp_path / "grove.json")
+    assert Grove.load(tmp_path / "grove.json").trees == {"?oak": 1, "elm": 2}
+    Grove(trees=dict.fromkeys(("\udc80oak", "\udc81oak"), 1)).save(tmp_path / "grove.json")
+    with pytest.raises(UserError, match=r"grove\.json is ambiguous: the key '\?oak' appears twice"):
+        Grove.load(tmp_path / "grove.json")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from btm_scale.checkpoint.formats.tensors import dtype_name, parse_dtype
-from btm_scale.checkpoint.hashing import BlockHashes, combined_hash
+from btm_scale.checkpoint.hashing import BlockHashes, combined_hash, same_models
 from btm_scale.checkpoint.merge import journal
 from btm_scale.checkpoint.merge.mpi import Leader, follow, world
 from btm_scale.checkpoint.merge.plan import MergePlan, Unit, make_plan, plan_means
@@ -28,8 +29,11 @@ from btm_scale.util.files import (
     require_space,
 )
 from btm_scale.util.inside import as_private_as
+from btm_scale.util.leftovers import scratch_directory
 from btm_scale.util.pools import MOST, in_threads
 from btm_scale.util.provenance import Input, Provenance, is_recorded, made_before
+
+logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 256 << 10  # of output, so that the working set stays in a core's cache
 _SHARDS_AT_ONCE = 256  # open files; the usual limit of a process is 1,024
@@ -103,11 +107,13 @@ def merge(
         spread = leader.share_out if leader else functools.partial(merge_in_processes, jobs=jobs)
         made_by = _provenance(plan, output, pairs, dtype)
         work = _Work(plan, output, pairs, made_by=made_by)
-        if exists and (before := made_before(output, made_by, CheckpointError)) is not None:
+        carry_out = functools.partial(_carry_out, share_out=functools.partial(spread, chunk_bytes=chunk_bytes))
+        is_same = functools.partial(_would_be_same, work, carry_out)
+        if exists and (before := made_before(output, made_by, CheckpointError, is_same=is_same)) is not None:
             report = work.report(str(before.answer.get("content_hash", "")), time.perf_counter() - started)
             done = replace(report, already_complete=True)
             return done
-        (content,) = _carry_out([work], functools.partial(spread, chunk_bytes=chunk_bytes))
+        (content,) = carry_out([work])
         done = work.report(content, time.perf_counter() - started)
         return done
     finally:
@@ -256,6 +262,15 @@ def _carry_out(works: Sequence[_Work], share_out: Callable[..., None]) -> list[s
             for work in works:
                 remove_partial(work.partial)
             raise
+
+
+def _would_be_same(work: _Work, carry_out: Callable[..., list[str]]) -> bool:
+    """Merge again, beside the output, and return whether that gives the files that the output has."""
+    logger.info("Inputs of %s have new modification times: merging them again, to compare.", work.output)
+    with scratch_directory(work.output) as folder:
+        again = replace(work, output=folder / work.output.name, made_by=None)
+        carry_out([again])
+        return same_models(again.output, work.output)
 
 
 def _allocate(work: _Work) -> None:
