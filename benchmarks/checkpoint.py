@@ -4,8 +4,8 @@
 
 The groups take turns, each time in fresh processes; a save's time is the smallest of several, and ratios are of
 medians: of the time that passes and, less disturbed by other programs, of the processor time of the busier rank.
-Storage is as fast as memory, so what is measured is gathering, hashing and writing. Without ZeRO every rank has the
-complete state; with it, ranks gather each tensor first, over gloo here. Prints JSON, or writes it to --out.
+Storage is as fast as memory, so what is measured is hashing and writing. Without ZeRO every rank has the complete state
+and writes half of it; with ZeRO it writes its partition. Prints JSON, or writes it to --out.
 """
 
 from __future__ import annotations

@@ -15,12 +15,15 @@ rows: give the same command again until it says that the phase is complete. The 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
 
 from gpu_phases import PHASES, rows_of
 from gpu_phases.ledger import Ledger, Site, measure, print_table, run_row, variables
+
+_BUDGET_S = 540.0
 
 
 def main() -> int:
@@ -39,7 +42,10 @@ def main() -> int:
             sys.exit("PyTorch sees no GPU here. Use --simulate to check that every phase runs.")
     ledger = Ledger(site.out / "rows.jsonl", retry=options.retry)
     rows = [row for phase in options.phase or PHASES for row in rows_of(phase, site)]
-    left = measure(rows, ledger, site, options.budget)
+    budget = options.budget
+    if budget is None:
+        budget = math.inf if options.simulate else _BUDGET_S
+    left = measure(rows, ledger, site, budget)
     print_table(ledger, rows)
     if left:
         print(f"{len(left)} rows are left, beginning with '{left[0].name}'. Give the command again.")
@@ -51,7 +57,9 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--phase", type=int, choices=PHASES, action="append", help="may be repeated; default: all")
-    parser.add_argument("--budget", type=float, default=540, help="seconds that this call may take (default: 540)")
+    parser.add_argument(
+        "--budget", type=float, help="seconds that this call may take (default: 540; with --simulate, no limit)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the results; calls continue each other")
     parser.add_argument("--retry", action="store_true", help="measure rows again that failed or took too long")
     parser.add_argument("--simulate", action="store_true", help="toy sizes on a CPU, to check that the phases run")

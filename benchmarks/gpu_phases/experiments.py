@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +15,15 @@ from gpu_phases.ledger import Row, Site, UnavailableError, kill_tree
 from gpu_phases.training import become_a_rank, case_of
 
 _DEMO = "demo"
-_TOKENS, _TOY_TOKENS = 3_000_000, 40_000
+_TOKENS = 3_000_000
+_TOY_BYTES = 200_000  # of text per domain
+_TOY_SETTINGS = (
+    "budget.tokens=8000",
+    "budget.batch_tokens=512",
+    "budget.sequence_length=64",
+    "tokenizer.vocab_size=512",
+    "evaluate.tokens_per_domain=1024",
+)
 _GENERATED, _TOY_GENERATED = 128, 8
 _EXPERTS, _TOY_EXPERTS = 8, 2
 _PRESET, _TOY_PRESET = "llama-1.3b", "llama-1m"
@@ -36,17 +45,29 @@ def rows(site: Site) -> list[Row]:
 
 
 def _command(site: Site, name: str, *settings: str) -> list[str]:
-    tokens = _TOY_TOKENS if site.simulated else _TOKENS
     command = [sys.executable, "-m", "btm_scale.cli", "demo", "--out", str(site.out / name)]
-    settings += (f"budget.tokens={tokens}", "health.deterministic=true")
-    settings += ("evaluate.tokens_per_domain=2048",) if site.simulated else ()
-    for setting in settings:
+    settings += _TOY_SETTINGS if site.simulated else (f"budget.tokens={_TOKENS}",)
+    for setting in (*settings, "health.deterministic=true"):
         command += ["--set", setting]
     return command
 
 
+def _write_text(site: Site, name: str) -> None:
+    """Give a demo at toy size less text than it would write itself."""
+    from btm_scale.data.demo_text import write_installed_text
+
+    text, other = site.out / name / "text", site.out / _DEMO / "text"
+    if not site.simulated or text.exists():
+        return
+    if other.exists():
+        shutil.copytree(other, text)
+    else:
+        write_installed_text(text, bytes_per_domain=_TOY_BYTES, longest=4_000)
+
+
 def _demo(site: Site) -> dict[str, Any]:
     """Run the demo, or what is left of it, to the end."""
+    _write_text(site, _DEMO)
     began = time.monotonic()
     subprocess.run(_command(site, _DEMO), check=True)
     return {"command_seconds": time.monotonic() - began, **_results(site.out / _DEMO)}
@@ -70,6 +91,7 @@ def _killed_demo(site: Site) -> dict[str, Any]:
     """Kill the demo in the first expert after the seed, resume it, and compare its weights with the other run's."""
     name = "demo-killed"
     run = site.out / name
+    _write_text(site, name)
     process = subprocess.Popen(_command(site, name))
     while process.poll() is None and not _is_past_the_seed(run):
         time.sleep(_POLL_S)
@@ -157,8 +179,6 @@ def _generate_large(batch: int, site: Site) -> dict[str, Any]:
 
 def _untrained_model(site: Site, vocabulary: int, tokenizer: Path) -> Path:
     """Write a Hugging Face model with random weights, once."""
-    import shutil
-
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

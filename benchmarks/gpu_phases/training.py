@@ -152,7 +152,10 @@ def _peer_loss(shape: tuple[int, int, int], peer: str, site: Site) -> dict[str, 
         raise UnavailableError(str(error)) from None
     runs = {
         "eager": eager,
-        "compile": torch.compile(eager) if peer == "compile" else eager,  # imports the compiler
+        # Importing the compiler takes seconds. On a CPU, its usual backend would spend half a minute on C++.
+        "compile": torch.compile(eager, backend="aot_eager" if site.simulated else "inductor")
+        if peer == "compile"
+        else eager,
         "torch_linear_cross_entropy": lambda: F.linear_cross_entropy(states, weight, targets),
         "cut_cross_entropy": lambda: linear_cross_entropy(states, weight, targets),
         "liger": lambda: liger_fused_linear_cross_entropy(states, weight, targets),

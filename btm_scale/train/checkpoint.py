@@ -12,7 +12,7 @@ import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from btm_scale.checkpoint.formats.locate import STATE_MARKER
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
@@ -28,15 +28,20 @@ from btm_scale.checkpoint.formats.safetensors_writer import SINGLE
 from btm_scale.checkpoint.formats.tensors import TensorSpec
 from btm_scale.distributed.patience import patient_group
 from btm_scale.errors import CheckpointError
-from btm_scale.model.hf_names import table, to_huggingface
-from btm_scale.model.hf_weights import gather_whole, huggingface_shapes, local_part
+from btm_scale.model.hf_names import table
+from btm_scale.model.hf_weights import huggingface_shapes, local_part
+from btm_scale.model.partition import complete_shape
 from btm_scale.train.engine import KINDS, MASTER, OUTER, Engine
-from btm_scale.train.state_file import PartWriter, file_digest, part_digest
+from btm_scale.train.pieces import Placement, Span
+from btm_scale.train.state_file import PartWriter, WrittenPart, equal_part_digest, file_digest, part_digest
 from btm_scale.util.disk_errors import writing
 from btm_scale.util.files import make_partial, partial_path, publish_directory, remove_partial, require_space
-from btm_scale.util.records import Record
+from btm_scale.util.records import Record, is_empty
 
 logger = logging.getLogger(__name__)
+
+# A tensor's name, a span of it, and its flat float32 elements there by kind.
+OwnPiece = tuple[str, Span, Mapping[str, torch.Tensor]]
 
 _LOG_SECONDS = 30.0
 _UNSEEN = "not there yet"
@@ -63,9 +68,9 @@ class Watch(Protocol):
 
 
 class _Marker(Record):
-    """state.json: the position, and the digests of the parts of the tensors."""
+    """state.json: the position, and the parts of the tensors with their digests."""
 
-    SCHEMA = 2
+    SCHEMA = 3
     ERROR = CheckpointError
     ABSENT = "{folder} is not a complete checkpoint: it has no state.json. Use another one."
     REMEDY = "Delete {folder}, and training resumes from the checkpoint before it."
@@ -74,19 +79,25 @@ class _Marker(Record):
     adam_steps: int
     random_state: str
     loss_scale: dict[str, int | float] = {}
-    parts: tuple[str, ...] = ()  # by rank, as `state_file` defines them
-    sha256: str | None = None  # of the complete file; schema 1
+    parts: tuple[WrittenPart, ...] = ()  # by rank
+    equal_parts: tuple[str, ...] = Field((), exclude_if=is_empty)  # digests of equal ranges; schema 2
+    sha256: str | None = Field(None, exclude_if=is_empty)  # of the complete file; schema 1
 
     @classmethod
     def upgraded(cls, content: Any) -> Any:
-        """Return schema 1, which had one digest, as schema 2."""
-        if isinstance(content, dict) and content.get("schema", 1) == 1 and isinstance(content.get("sha256"), str):
-            return content | {"schema": 2}
+        """Return schema 1, which had one digest, or 2, whose parts were equal ranges of every tensor, as schema 3."""
+        if not isinstance(content, dict):
+            return content
+        if content.get("schema", 1) == 1 and isinstance(content.get("sha256"), str):
+            return content | {"schema": 3}
+        if content.get("schema") == 2:
+            parts = {"equal_parts": content["parts"]} if content.get("parts") else {}
+            return {name: value for name, value in content.items() if name != "parts"} | {"schema": 3} | parts
         return content
 
     @model_validator(mode="after")
     def _has_digests(self) -> _Marker:
-        if not self.parts and self.sha256 is None:
+        if not self.parts and not self.equal_parts and self.sha256 is None:
             raise ValueError("a checkpoint has digests")
         return self
 
@@ -108,7 +119,7 @@ def save_state(engine: Engine, folder: Path, step: int, keep: int, watch: Watch 
     group = engine.group
     random_state = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
     position = Position(step, engine.adam_steps, random_state, engine.loss_scale)
-    write_state(engine, folder, position, _all_tensors(engine), engine.kinds, (group.rank, group.size), watch)
+    write_state(engine, folder, position, _own_pieces(engine), engine.kinds, (group.rank, group.size), watch)
     if group.is_first:
         # A newer checkpoint was skipped as damaged; it must not displace a usable one.
         states = (path for path in folder.glob("step-*") if path <= state_path(folder, step))
@@ -121,14 +132,15 @@ def write_state(
     engine: Engine,
     folder: Path,
     position: Position,
-    tensors: Iterable[tuple[str, torch.Tensor]],
+    pieces: Iterable[OwnPiece],
     kinds: Sequence[str] = KINDS,
     part: tuple[int, int] = (0, 1),
     watch: Watch | None = None,
 ) -> None:
-    """Write a checkpoint of the engine's shape from `kind/name` and float32 tensors.
+    """Write a checkpoint of the engine's shape.
 
-    `part`: this rank and the number of ranks, which call this together, each with all tensors; by default one rank.
+    `part`: this rank and the number of ranks, which call this together; by default one rank. The `pieces` of all ranks
+    together are every element of every tensor once.
     """
     index, ranks = part
     final = state_path(folder, position.step)
@@ -144,21 +156,21 @@ def write_state(
             if index == 0:
                 require_space(folder, total)
                 make_partial(temporary)
-                writer = PartWriter(temporary, specs, index, ranks)
+                writer = PartWriter(temporary, specs, creates=True)
             if ranks > 1:
                 _wait(watch)  # for the file
             if index > 0:
-                writer = PartWriter(temporary, specs, index, ranks)
-            _write_part(writer, tensors, position.step, total / ranks, watch, logs=index == 0)
-            digests: list[Any] = [writer.finish()]
+                writer = PartWriter(temporary, specs, creates=False)
+            _write_part(writer, pieces, position.step, total / ranks, watch, logs=index == 0)
+            parts: list[Any] = [writer.finish()]
             if ranks > 1:
-                own, digests = digests[0], [None] * ranks
+                own, parts = parts[0], [None] * ranks
                 with _waiting(watch):
-                    dist.all_gather_object(digests, own, group=patient_group())
+                    dist.gather_object(own, parts if index == 0 else None, dst=0, group=patient_group())
             if index > 0:
                 return
-            writer.publish()
-            _Marker(**asdict(position), parts=tuple(digests)).write(temporary / STATE_MARKER)
+            writer.publish(parts)
+            _Marker(**asdict(position), parts=tuple(parts)).write(temporary / STATE_MARKER)
             publish_directory(temporary, final, replace=True)
     except OSError:
         # If the disk is full after all, a partial checkpoint would take the space that the next attempt needs.
@@ -168,17 +180,17 @@ def write_state(
 
 def _write_part(
     writer: PartWriter,
-    tensors: Iterable[tuple[str, torch.Tensor]],
+    pieces: Iterable[OwnPiece],
     step: int,
     size: float,
     watch: Watch | None,
     *,
     logs: bool,
 ) -> None:
-    """Write a rank's part of all tensors, `size` bytes, and log the progress of a long save."""
+    """Write a rank's part of all tensors, about `size` bytes, and log the progress of a long save."""
     written, logged = 0, time.monotonic()
-    for name, tensor in tensors:
-        written += writer.write(name, tensor)
+    for name, span, tensors in pieces:
+        written += writer.write(name, span, tensors)
         if watch is not None:
             watch.progress()
         if logs and time.monotonic() - logged > _LOG_SECONDS:
@@ -188,14 +200,21 @@ def _write_part(
             )
 
 
-def _all_tensors(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor of the training state by `kind/name`, gathered from the ranks that share it."""
-    parameters = engine.parameters
-    for entry in table(engine.model.shape):
-        for kind in engine.kinds:
-            full = gather_whole(entry, engine.full(parameters[entry.megatron], kind), engine.group.tensor_group)
-            for name, tensor in to_huggingface(entry, full, engine.model.shape).items():
-                yield f"{kind}/{name}", tensor
+def _own_pieces(engine: Engine) -> Iterator[OwnPiece]:
+    """Yield what this rank saves: what only it has, and its part of what several ranks have. No rank communicates."""
+    group, shape, parameters = engine.group, engine.model.shape, engine.parameters
+    tensor = group.layout.tensor
+    for entry in table(shape):
+        parameter = parameters[entry.megatron]
+        parts = {kind: engine.own_part(parameter, kind) for kind in engine.kinds}
+        first, size = parts[MASTER][0], parts[MASTER][1].numel()
+        index, copies = (0, 1) if engine.is_partitioned else (group.data_rank, group.layout.data)
+        if entry.cut is None:
+            index, copies = index * tensor + group.tensor_rank, copies * tensor
+        start, stop = size * index // copies, size * (index + 1) // copies
+        placement = Placement(entry, tuple(complete_shape(parameter)), shape, group.tensor_rank, tensor)
+        for piece in placement.pieces(first + start, first + stop):
+            yield piece.name, piece.span, {kind: piece.of(part[start:stop]) for kind, (_, part) in parts.items()}
 
 
 def _wait(watch: Watch | None) -> None:
@@ -303,9 +322,12 @@ def _problem_of_parts(path: Path, rank: int, ranks: int) -> str | None:
         marker = _Marker.load(path / STATE_MARKER)
         if marker.sha256 is not None:
             intact = rank > 0 or file_digest(path) == marker.sha256
+        elif digests := marker.equal_parts:
+            mine = range(rank, len(digests), ranks)
+            intact = all(equal_part_digest(path, i, len(digests)) == digests[i] for i in mine)
         else:
-            count = len(marker.parts)
-            intact = all(part_digest(path, i, count) == marker.parts[i] for i in range(rank, count, ranks))
+            mine = range(rank, len(marker.parts), ranks)
+            intact = all(part_digest(path, p, is_first=i == 0) == p.sha256 for i in mine for p in [marker.parts[i]])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, CheckpointError) as error:
         missing = not (path / STATE_MARKER).is_file() or isinstance(error, FileNotFoundError)
         return _UNSEEN if rank > 0 and missing else f"{type(error).__name__}: {error}"

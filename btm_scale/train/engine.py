@@ -14,6 +14,8 @@ import torch.distributed as dist
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
@@ -22,7 +24,7 @@ from torch import Tensor
 from btm_scale.config.training import OptimizerConfig
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.gpt import ExpertModel
-from btm_scale.model.partition import complete, complete_shape
+from btm_scale.model.partition import complete, complete_shape, is_partitioned
 from btm_scale.train.deepspeed_config import deepspeed_config
 from btm_scale.train.diloco import OuterStep
 from btm_scale.train.fp32_gradients import Float32Sums
@@ -153,6 +155,28 @@ class Engine:
         if kind == MASTER:
             return safe_get_full_fp32_param(parameter)
         return safe_get_full_optimizer_state(parameter, kind)
+
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether each data rank has another part of the training state; otherwise all have all of it."""
+        return self._masters is None and self._outer is None
+
+    def own_part(self, parameter: torch.nn.Parameter, kind: str) -> tuple[int, Tensor]:
+        """Return the part of `full` that this data rank stores, flat, and the index of its first element.
+
+        Ranks don't communicate.
+        """
+        if self._masters is not None or kind == OUTER:
+            return 0, self.full(parameter, kind).reshape(-1)
+        if is_partitioned(parameter):  # ZeRO 3: equal parts, of which the last are padded
+            local = safe_get_local_fp32_param, safe_get_local_optimizer_state
+            part = local[0](parameter) if kind == MASTER else local[1](parameter, kind)
+            start = part.numel() * parameter.ds_zero_partition_rank  # type: ignore[attr-defined]
+            return start, part[: max(0, parameter.ds_numel - start)]  # type: ignore[attr-defined]
+        fragment = parameter._hp_mapping  # type: ignore[attr-defined]
+        if fragment is None:
+            return 0, torch.empty(0)
+        return fragment.lp_fragment_address.start, fragment.get_hp_fragment(None if kind == MASTER else kind).detach()
 
     def weights(self, parameter: torch.nn.Parameter) -> Tensor:
         """Return a parameter in the dtype that the model computes in."""

@@ -1,96 +1,148 @@
 """The tensors of a training checkpoint: one safetensors file that all ranks of a group write and verify together.
 
-Rank i of n writes the i-th of n equal ranges of every tensor, and hashes it while it does, so that the bytes are passed
-over once. The digest of a rank's part is the SHA-256 of the digests of its ranges in the order of the file; the part of
-the first rank begins with the file's header.
+Each rank writes the spans of tensors whose elements it has, and hashes them while it does, so that the bytes are passed
+over once. The digest of a rank's part is the SHA-256 of the bytes of its spans, each for every kind of tensor in the
+order of the file; the part of the first rank begins with the file's header.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from btm_scale.checkpoint.formats.safetensors_writer import SINGLE, ShardedWriter
 from btm_scale.checkpoint.formats.tensors import TensorSpec, as_bytes
+from btm_scale.train.pieces import Span
+from btm_scale.util.files import partial_path
+from btm_scale.util.records import Part
 
-_BLOCK = 8 << 20
+_BLOCK = 1 << 20  # fits into a core's cache, so that hashing and writing read memory once
+_ITEM = torch.float32.itemsize
 # A folder that was just made may show up late on another host.
 _LATE_SECONDS = 60.0
 
 
+class WrittenPart(Part):
+    """What one rank wrote of a checkpoint."""
+
+    sha256: str
+    spans: dict[str, tuple[str, ...]]  # by the tensor's name without its kind
+
+    @property
+    def elements(self) -> dict[str, int]:
+        """How many elements of each tensor the rank wrote."""
+        return {name: sum(Span.parse(span).elements for span in spans) for name, spans in self.spans.items()}
+
+
 class PartWriter:
-    """Writes one rank's part of every tensor. The first rank creates the file; the others open it after that."""
+    """Writes one rank's part of every tensor. The first rank creates the file; the others open it after that.
 
-    def __init__(self, folder: Path, specs: Mapping[str, TensorSpec], index: int, count: int) -> None:
-        self._index, self._count = index, count
-        self._digests: dict[str, bytes] = {}
-        self._writer = _attached(folder, specs) if index else ShardedWriter(folder, specs, max_shard_bytes=float("inf"))
+    Tensors are float32 and called `kind/name`; those that differ in their kind only have the same shape.
+    """
 
-    def write(self, name: str, tensor: torch.Tensor) -> int:
-        """Write this rank's range of a complete float32 tensor, and return its bytes."""
-        start, stop = _range(tensor.numel(), self._index, self._count)
-        piece = tensor.reshape(-1)[start:stop].cpu().contiguous()
-        self._digests[name] = hashlib.sha256(as_bytes(piece)).digest()
-        self._writer.write_range(name, start, piece)
-        return piece.nbytes
+    def __init__(self, folder: Path, specs: Mapping[str, TensorSpec], *, creates: bool) -> None:
+        self._specs = dict(specs)
+        self._file = ShardedWriter(folder, specs, max_shard_bytes=float("inf")) if creates else None
+        self._descriptor = _opened(partial_path(folder / SINGLE))
+        length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
+        header = os.pread(self._descriptor, 8 + length, 0)
+        self._begins, _ = _positions(header)
+        self._digest = hashlib.sha256(header if creates else b"")
+        self._spans: dict[str, list[Span]] = {}
 
-    def finish(self) -> str:
-        """Return the digest of this rank's part. Ranks other than the first also sync and close the file.
+    def write(self, name: str, span: Span, pieces: Mapping[str, torch.Tensor]) -> int:
+        """Write one span of `kind/name` for each kind, from its flat float32 elements, and return the bytes."""
+        for kind, piece in pieces.items():
+            begin = self._begins[f"{kind}/{name}"]
+            data = as_bytes(piece.cpu().contiguous())
+            size = span.length * _ITEM
+            for i, start in enumerate(span.starts):
+                self._write(data[i * size : (i + 1) * size], begin + start * _ITEM)
+        self._spans.setdefault(name, []).append(span)
+        return span.elements * _ITEM * len(pieces)
+
+    def _write(self, data: memoryview, position: int) -> None:
+        for at in range(0, len(data), _BLOCK):
+            block = data[at : at + _BLOCK]
+            self._digest.update(block)
+            while block:
+                count = os.pwrite(self._descriptor, block, position)
+                block, position = block[count:], position + count
+
+    def finish(self) -> WrittenPart:
+        """Return what this rank wrote. Ranks other than the first also sync the file.
 
         What the first rank wrote is synced when the checkpoint is published.
         """
-        digest = hashlib.sha256()
-        if self._index == 0:
-            digest.update(hashlib.sha256(self._writer.header).digest())
-        for name in self._writer.specs:
-            digest.update(self._digests[name])
-        if self._index:
-            self._writer.sync()
-            self._writer.detach()
-        return digest.hexdigest()
+        if self._file is None:
+            os.fdatasync(self._descriptor)
+        os.close(self._descriptor)
+        spans = {name: tuple(map(str, spans)) for name, spans in self._spans.items()}
+        return WrittenPart(sha256=self._digest.hexdigest(), spans=spans)
 
-    def publish(self) -> None:
-        """Give the file its name, on the first rank, once every rank has finished."""
-        for name in self._writer.specs:
-            self._writer.mark_written(name)
-        self._writer.close()
+    def publish(self, parts: Sequence[WrittenPart]) -> None:
+        """Give the file its name, on the rank that created it, once every rank has finished.
+
+        Raises RuntimeError, and removes the file, if the parts of all ranks are not complete.
+        """
+        assert self._file is not None
+        written: Counter[str] = Counter()
+        for part in parts:
+            written.update(part.elements)
+        for name, spec in self._specs.items():
+            if written[name.partition("/")[2]] == spec.elements:
+                self._file.mark_written(name)
+        self._file.close()
 
 
-def part_digest(folder: Path, index: int, count: int) -> str:
-    """Return the digest of part `index` of `count`, read from the file.
+def part_digest(folder: Path, part: WrittenPart, *, is_first: bool) -> str:
+    """Return the digest of a part, read from the file.
+
+    Raises OSError, ValueError or KeyError for a file that has no such part.
+    """
+    with (folder / SINGLE).open("rb") as file:
+        header = _header(file.fileno())
+        begins, kinds = _positions(header)
+        digest = hashlib.sha256(header if is_first else b"")
+        for name, spans in part.spans.items():
+            for span, kind in itertools.product(map(Span.parse, spans), kinds):
+                begin = begins[f"{kind}/{name}"]
+                for start in span.starts:
+                    for block in _blocks(file.fileno(), begin + start * _ITEM, span.length * _ITEM):
+                        digest.update(block)
+    return digest.hexdigest()
+
+
+def equal_part_digest(folder: Path, index: int, count: int) -> str:
+    """Return the digest of part `index` of `count` as schema 2 has it: of the digests of equal ranges of the tensors.
 
     Raises OSError or ValueError for a file that has no such part.
     """
-    path = folder / SINGLE
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:
-            raise ValueError("the header is damaged")
-        header = file.read(length)
-        digest = hashlib.sha256()
-        if index == 0:
-            digest.update(hashlib.sha256(length.to_bytes(8, "little") + header).digest())
-        tensors = {name: value for name, value in json.loads(header).items() if name != "__metadata__"}
-        spans = sorted(tuple(map(int, value["data_offsets"])) for value in tensors.values())
-        if 8 + length + spans[-1][1] != path.stat().st_size:
-            raise ValueError("its size is not that of its tensors")
-        for begin, end in spans:
-            start, stop = (torch.float32.itemsize * at for at in _range((end - begin) // 4, index, count))
+    with (folder / SINGLE).open("rb") as file:
+        header = _header(file.fileno())
+        begins, _ = _positions(header)
+        ends = [*sorted(begins.values()), os.fstat(file.fileno()).st_size]
+        digest = hashlib.sha256(hashlib.sha256(header).digest() if index == 0 else b"")
+        for begin, end in itertools.pairwise(ends):
+            elements = (end - begin) // _ITEM
+            start, stop = elements * index // count, elements * (index + 1) // count
             piece = hashlib.sha256()
-            for block in _blocks(file.fileno(), 8 + length + begin + start, stop - start):
+            for block in _blocks(file.fileno(), begin + start * _ITEM, (stop - start) * _ITEM):
                 piece.update(block)
             digest.update(piece.digest())
     return digest.hexdigest()
 
 
 def file_digest(folder: Path) -> str:
-    """Return the SHA-256 of the complete file, which checkpoints of earlier versions record."""
+    """Return the SHA-256 of the complete file, which checkpoints of schema 1 record."""
     digest = hashlib.sha256()
     with (folder / SINGLE).open("rb") as file:
         for block in _blocks(file.fileno(), 0, os.fstat(file.fileno()).st_size):
@@ -98,8 +150,25 @@ def file_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _range(elements: int, index: int, count: int) -> tuple[int, int]:
-    return elements * index // count, elements * (index + 1) // count
+def _header(descriptor: int) -> bytes:
+    """Return the header of a file, with its length. Raises ValueError if the file's size differs from what it says."""
+    size = os.fstat(descriptor).st_size
+    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    if 8 + length > size:
+        raise ValueError("the header is damaged")
+    header = os.pread(descriptor, 8 + length, 0)
+    tensors = (value for name, value in json.loads(header[8:]).items() if name != "__metadata__")
+    if 8 + length + max(int(value["data_offsets"][1]) for value in tensors) != size:
+        raise ValueError("its size is not that of its tensors")
+    return header
+
+
+def _positions(header: bytes) -> tuple[dict[str, int], list[str]]:
+    """Return where each tensor begins in the file, and the kinds of tensors in the order of the file."""
+    values = {name: value for name, value in json.loads(header[8:]).items() if name != "__metadata__"}
+    begins = {name: len(header) + int(value["data_offsets"][0]) for name, value in values.items()}
+    in_order = sorted(begins, key=begins.__getitem__)
+    return begins, list(dict.fromkeys(name.partition("/")[0] for name in in_order))
 
 
 def _blocks(descriptor: int, position: int, size: int) -> Iterator[bytes]:
@@ -112,11 +181,11 @@ def _blocks(descriptor: int, position: int, size: int) -> Iterator[bytes]:
         position += len(block)
 
 
-def _attached(folder: Path, specs: Mapping[str, TensorSpec]) -> ShardedWriter:
+def _opened(path: Path) -> int:
     deadline = time.monotonic() + _LATE_SECONDS
     while True:
         try:
-            return ShardedWriter(folder, specs, max_shard_bytes=float("inf"), attach=True)
+            return os.open(path, os.O_RDWR | os.O_NOFOLLOW)
         except FileNotFoundError:
             if time.monotonic() > deadline:
                 raise

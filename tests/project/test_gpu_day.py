@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -87,6 +88,20 @@ def test_a_row_measures_the_kernels(tmp_path):
     assert result["figures"]["timed"] == 2
 
 
+@pytest.mark.parametrize(("options", "budget"), [(["--simulate"], math.inf), ([], 540), (["--budget", "60"], 60)])
+def test_only_a_call_at_toy_size_measures_every_phase_in_one_go(phases, tmp_path, monkeypatch, options, budget):
+    import gpu_day as script
+
+    monkeypatch.setattr(sys, "argv", ["gpu_day.py", "--out", str(tmp_path), *options])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(script.os, "environ", dict(script.os.environ))
+    asked = {}
+    monkeypatch.setattr(script, "measure", lambda rows, ledger, site, seconds: asked.update(rows=rows, budget=seconds))
+    assert script.main() == 0
+    assert asked["budget"] == budget
+    assert {row.name for row in asked["rows"]} >= {"demo", "tests test_kernels"} if options else asked["rows"]
+
+
 @pytest.mark.parametrize("phase", [full(1)])
 def test_a_killed_call_loses_at_most_the_row_in_progress(phase, tmp_path):
     command = [sys.executable, str(SCRIPT), "--simulate", "--phase", str(phase), "--out", str(tmp_path)]
@@ -107,6 +122,6 @@ def test_a_killed_call_loses_at_most_the_row_in_progress(phase, tmp_path):
 
 @pytest.mark.parametrize("phase", [full(2), full(3), full(4), full(5)])
 def test_every_phase_runs_at_toy_size(phase, tmp_path):
-    gpu_day(tmp_path, "--phase", str(phase), "--budget", "3000")
+    gpu_day(tmp_path, "--phase", str(phase))
     failures = [row for row in recorded(tmp_path) if row["status"] not in ("done", "unavailable")]
     assert not failures

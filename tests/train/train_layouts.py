@@ -19,13 +19,14 @@ import torch.distributed as dist
 from helpers.worlds import fork_world, joined_anew, read_spec
 from safetensors.torch import save_file
 
+from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.config.layout import Layout
 from btm_scale.config.training import OptimizerConfig
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.hf_weights import huggingface_tensors
 from btm_scale.model.shape import ModelShape
 from btm_scale.train.build import new_model
-from btm_scale.train.checkpoint import load_state, save_state, state_path
+from btm_scale.train.checkpoint import common_state, load_state, save_state, state_path
 from btm_scale.train.engine import MASTER, Engine
 from btm_scale.train.jobs import TrainingJob
 
@@ -91,14 +92,24 @@ def count_bytes() -> list[int]:
     return sent
 
 
-def weights(engine: Engine) -> dict[str, torch.Tensor]:
+def weights(engine: Engine, kind: str = MASTER) -> dict[str, torch.Tensor]:
     parameters = engine.parameters
     tensors = huggingface_tensors(
         engine.model.shape,
-        lambda entry: engine.full(parameters[entry.megatron], MASTER),
+        lambda entry: engine.full(parameters[entry.megatron], kind),
         engine.group.tensor_group,
     )
     return {name: tensor.clone() for name, tensor in tensors}
+
+
+def require_complete(engine: Engine, folder: Path) -> None:
+    """Check that the checkpoint is intact, and has the bits of the state that the ranks gather from each other."""
+    path = common_state(folder)
+    assert path is not None
+    expected = {f"{kind}/{name}": tensor for kind in engine.kinds for name, tensor in weights(engine, kind).items()}
+    with SafetensorsModel(path) as saved:
+        assert set(saved.names) == set(expected)
+        assert all(torch.equal(saved.read(name), tensor) for name, tensor in expected.items())
 
 
 def train_all(spec: dict[str, Any]) -> None:
@@ -116,7 +127,10 @@ def train_all(spec: dict[str, Any]) -> None:
         before = sent[0]
         losses = train(engine, first, last)
         if last < spec["steps"]:
+            sent_before = sent[0]
             save_state(engine, folder / name, last, keep=1)
+            assert sent[0] == sent_before, "saving gathered a tensor"
+            require_complete(engine, folder / name)
         tensors = weights(engine) | {"losses": torch.tensor(losses, dtype=torch.float64)}
         tensors["bytes"] = torch.tensor(sent[0] - before)
         if group.is_first:

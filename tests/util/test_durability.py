@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -41,6 +42,8 @@ from btm_scale.run.slurm import write_scripts
 from btm_scale.run_dir import RunDir
 from btm_scale.train.bad_batches import SkippedBatches
 from btm_scale.train.checkpoint import Position, newest_state, write_state
+from btm_scale.train.engine import KINDS
+from btm_scale.train.pieces import Span
 from btm_scale.util.files import make_directory, new_file, write_file
 from btm_scale.util.rank_log import note_silent_failure
 
@@ -109,12 +112,11 @@ def _evaluation(run: RunDir, models: list[Path]) -> None:
 def _state(run: RunDir, models: list[Path]) -> None:
     engine: Any = SimpleNamespace(model=SimpleNamespace(shape=SHAPE))
     for step in (1, 1, 2):  # the second replaces the first
-        tensors = [
-            (f"{kind}/{name}", torch.full(size, float(step)))
-            for kind in ("master", "exp_avg", "exp_avg_sq")
+        pieces = [
+            (name, Span(0, math.prod(size)), {kind: torch.full((math.prod(size),), float(step)) for kind in KINDS})
             for name, size in huggingface_shapes(SHAPE).items()
         ]
-        write_state(engine, run.checkpoints("math"), Position(step, step, ""), tensors)
+        write_state(engine, run.checkpoints("math"), Position(step, step, ""), pieces)
     assert newest_state(run.checkpoints("math")) is not None
 
 
