@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PlainValidator, model_validator
 
 from btm_scale.config.changes import MayChange
 from btm_scale.config.section import Bytes, Section
+
+Format = Literal["auto", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "webdataset", "text"]
+
+
+def _field_names(value: Any) -> str | tuple[str, ...]:
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, (list, tuple)) and value and all(isinstance(name, str) and name for name in value):
+        return tuple(value)
+    raise ValueError(f"must be the name of a field, or a list of names, and is {value!r:.100}")
+
+
+# A name, or several. Not validated as a union, whose errors would have the types in their paths.
+FieldNames = Annotated[str | tuple[str, ...], PlainValidator(_field_names)]
 
 
 class TokenizerConfig(Section):
@@ -27,27 +41,65 @@ class TokenizerConfig(Section):
 class SplitUnit(Section):
     """Documents with the same `field` (up to the text `until`, if given) stay in one split."""
 
-    field: str = Field(description="field of a .jsonl or .parquet row")
+    field: str = Field(description="field of a row, or the path of a nested one: `meta.source`")
     until: str | None = Field(default=None, description="compare only the part of the field before this text")
+
+
+class FilterConfig(Section):
+    """A condition that a row must meet to be a document. Several conditions are a list, and all must hold."""
+
+    field: str = Field(description="field of a row, or the path of a nested one: `meta.quality`")
+    min: float | None = Field(default=None, description="keep rows whose number is at least this")
+    max: float | None = Field(default=None, description="keep rows whose number is at most this")
+    one_of: tuple[str, ...] | None = Field(default=None, description="keep rows whose value is one of these texts")
+
+    @model_validator(mode="after")
+    def _has_a_condition(self) -> FilterConfig:
+        if self.min is None and self.max is None and self.one_of is None:
+            raise ValueError("has no condition. A filter needs min, max or one_of: add one, or remove the filter.")
+        return self
 
 
 class DomainConfig(Section):
     """Where a domain's text is and how it is read."""
 
-    text: tuple[str, ...] = Field(min_length=1, description="paths or globs, relative to text_root")
-    field: str = Field(default="text", description="the field of a .jsonl or .parquet row with the text")
-    split_by: Literal["document", "file"] | SplitUnit = Field(
-        default="document", description="what is kept in one split: a document, a file, or all rows with the same field"
+    text: tuple[str, ...] = Field(
+        min_length=1, description="files, globs or `save_to_disk` folders, relative to text_root, or `hf://` names"
+    )
+    format: Format = Field(
+        default="auto", description="how files are read; auto: each as its first bytes show, whatever its name"
+    )
+    field: FieldNames = Field(
+        default="text", description="field of a row with the text, the path of a nested one, or a list to join"
+    )
+    filter: tuple[FilterConfig, ...] = Field(default=(), description="conditions that a row must meet")
+    passages: Bytes | None = Field(
+        default=None, description="cut plain text into documents of about this size, such as 10KB; default: 4 MiB"
+    )
+    max_bytes: Bytes | None = Field(
+        default=None, description="read about this much text, from the beginning of each file; default: all"
+    )
+    split_by: Literal["document", "file", "position"] | SplitUnit = Field(
+        default="document",
+        description="what is kept in one split: a document, a file, all rows with the same field, "
+        "or (position) the end of the text as dev and test",
     )
     weight: float = Field(
         default=1.0, gt=0, description="sampling weight in the data of seed and dense, relative to the other domains"
     )
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of a row whose text is joined."""
+        return (self.field,) if isinstance(self.field, str) else self.field
+
     @model_validator(mode="before")
     @classmethod
-    def _one_path_is_a_list(cls, value: Any) -> Any:
+    def _one_is_a_list(cls, value: Any) -> Any:
         if isinstance(value, dict) and isinstance(value.get("text"), str):
-            return value | {"text": (value["text"],)}
+            value = value | {"text": (value["text"],)}
+        if isinstance(value, dict) and isinstance(value.get("filter"), dict):
+            value = value | {"filter": (value["filter"],)}
         return value
 
 

@@ -61,7 +61,7 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 # pydantic names the branch of a union in the location; the YAML has no such key.
 _UNION_TAGS = {
     "SplitUnit",
-    "literal['document','file']",
+    "literal['document','file','position']",
     "literal['seed','nearest','posterior']",
     "dict[str,float]",
     "[key]",

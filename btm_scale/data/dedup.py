@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.data.sources import DomainSource
-from btm_scale.data.splits import Identity
+from btm_scale.data.splits import Identity, Placement
 from btm_scale.run_dir import SPLITS, RunDir
 
 
@@ -96,13 +97,16 @@ def held_out_keys(identities: Iterable[Identity]) -> dict[str, KeySet]:
     return held_out
 
 
-def keys_elsewhere(source: DomainSource, sources: Sequence[DomainSource], run: RunDir) -> dict[str, KeySet]:
+def keys_elsewhere(
+    source: DomainSource, sources: Sequence[DomainSource], run: RunDir, placement: Placement
+) -> dict[str, KeySet]:
     """Return the keys by split of the documents in the finished token files of the other `sources`.
 
     Empty if every domain places documents by their text: equal texts then fall into the same split everywhere.
     """
     others = [other for other in sources if other.name != source.name and run.fingerprint(other.name).exists()]
-    if not any(domain.is_grouped for domain in (source, *others)):
+    is_usual = not placement.name and not any(Fingerprint.of_domain(run, other.name).placement for other in others)
+    if is_usual and not any(domain.is_grouped for domain in (source, *others)):
         return {}
     keys = {split: KeySet() for split in SPLITS}
     for other in others:

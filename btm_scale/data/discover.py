@@ -20,6 +20,7 @@ from btm_scale.config.run import RunConfig
 from btm_scale.config.yaml import dump_text
 from btm_scale.data.clustering import PLACING_CHARACTERS, Clustering
 from btm_scale.data.documents import BadLines, Document, read_documents
+from btm_scale.data.fingerprint import reading_of
 from btm_scale.data.sources import DomainSource, resolve_sources
 from btm_scale.errors import DataError
 from btm_scale.util.files import new_directory
@@ -61,7 +62,7 @@ def discover(
         command="discover",
         inputs=tuple(Input.of(file.path) for source in collection for file in source.files),
         settings={
-            "text": [source.settings.model_dump(mode="json", include={"field", "split_by"}) for source in collection],
+            "text": [reading_of(source.settings) for source in collection],
             "clusters": clusters,
             "sample": sample,
             "dimensions": dimensions,

@@ -1,23 +1,18 @@
-"""Text files: their names, formats and uncompressed contents."""
+"""Text files: their names and uncompressed contents."""
 
 from __future__ import annotations
 
 import contextlib
-import gzip
-import io
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
-import zstandard
-
+from btm_scale.data.formats.compression import compression_of, open_uncompressed
 from btm_scale.errors import DataError
-
-_COMPRESSED = (".gz", ".zst")
 
 
 @dataclass(frozen=True)
@@ -28,22 +23,13 @@ class SourceFile:
     name: str
 
     @property
-    def format(self) -> str:
-        """The suffix that determines how the file is read, without the suffix of its compression."""
-        suffixes = [suffix.lower() for suffix in self.path.suffixes]
-        if suffixes and suffixes[-1] in _COMPRESSED:
-            suffixes.pop()
-        return suffixes[-1] if suffixes else ""
-
-    @property
     def compressed(self) -> bool:
-        """Whether the file is .gz or .zst."""
-        return self.path.suffix.lower() in _COMPRESSED
-
-    @property
-    def holds_rows(self) -> bool:
-        """Whether each row is a document; otherwise the whole file is."""
-        return self.format in (".jsonl", ".ndjson", ".parquet")
+        """Whether the content is compressed."""
+        try:
+            with self.path.open("rb") as file:
+                return compression_of(file.read(16), self.path) is not None
+        except OSError:
+            return False
 
     def stat(self) -> os.stat_result:
         """Return the file's status. Raises DataError if the file is gone."""
@@ -58,16 +44,8 @@ class SourceFile:
     @contextlib.contextmanager
     def open(self) -> Iterator[BinaryIO]:
         """Open the uncompressed contents as a stream."""
-        suffix = self.path.suffix.lower()
-        with self.path.open("rb") as raw:
-            if suffix == ".gz":
-                with gzip.open(raw) as stream:
-                    yield cast(BinaryIO, stream)
-            elif suffix == ".zst":
-                with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as reader:
-                    yield _buffered(reader)
-            else:
-                yield raw
+        with open_uncompressed(self.path) as stream:
+            yield stream
 
     @contextlib.contextmanager
     def open_seekable(self) -> Iterator[BinaryIO]:
@@ -80,10 +58,6 @@ class SourceFile:
                 shutil.copyfileobj(stream, unpacked, 1 << 20)
                 unpacked.seek(0)
                 yield unpacked
-
-
-def _buffered(reader: zstandard.ZstdDecompressionReader) -> BinaryIO:
-    return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, reader), 1 << 20))
 
 
 def is_utf8(text: str) -> bool:

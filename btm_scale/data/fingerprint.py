@@ -6,14 +6,14 @@ import hashlib
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
-from btm_scale.config.data import DataConfig
+from btm_scale.config.data import DataConfig, DomainConfig
 from btm_scale.data.files import SourceFile
 from btm_scale.data.sources import DomainSource
 from btm_scale.errors import DataError
 from btm_scale.run_dir import RunDir
-from btm_scale.util.records import Part, Record
+from btm_scale.util.records import Part, Record, is_empty
 
 if TYPE_CHECKING:
     from btm_scale.data.splits import Identity
@@ -59,6 +59,10 @@ class Fingerprint(Record):
     splits: dict[str, SplitCounts]
     skipped_lines: int
     duplicates: int
+    placement: str = Field(default="", exclude_if=is_empty)
+    """How documents were placed in splits if not by the usual hash ranges: by `position`, or by `moved` ranges."""
+    skipped: dict[str, str] = Field(default_factory=dict, exclude_if=is_empty)
+    """What was skipped of each file that lost something."""
 
     @property
     def tokens(self) -> int:
@@ -116,5 +120,14 @@ class TextDigest:
 
 def settings_of(source: DomainSource, data: DataConfig) -> dict[str, Any]:
     """Return the settings that determine which documents are in which split."""
-    own = source.settings.model_dump(mode="json", include={"field", "split_by"})
-    return own | data.model_dump(mode="json", include={"dev", "test", "on_bad_line"})
+    return reading_of(source.settings) | data.model_dump(mode="json", include={"dev", "test", "on_bad_line"})
+
+
+def reading_of(settings: DomainConfig) -> dict[str, Any]:
+    """Return the settings that determine the documents of a domain.
+
+    Those that the first version did not have are left out at their defaults, so that its fingerprints stay valid.
+    """
+    return settings.model_dump(mode="json", include={"field", "split_by"}) | settings.model_dump(
+        mode="json", include={"format", "filter", "passages", "max_bytes"}, exclude_defaults=True
+    )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from btm_scale.config.run import RunConfig
 from btm_scale.data.dedup import keys_elsewhere
 from btm_scale.data.encode import Encoder
+from btm_scale.data.enough import needed_splits, require_enough
 from btm_scale.data.fingerprint import Fingerprint, Source, settings_of
 from btm_scale.data.sources import DomainSource, resolve_sources
-from btm_scale.data.token_files import Progress, digest_of_text, require_enough, write_domain
+from btm_scale.data.splits import Placement, placement_of
+from btm_scale.data.token_files import Progress, digest_of_text, write_domain
 from btm_scale.data.tokenizer import Tokenizer, directory_digest
 from btm_scale.data.train_tokenizer import adopt_tokenizer, balanced_sample, train_tokenizer
 from btm_scale.errors import DataError, GroupFailed
@@ -38,17 +40,32 @@ def _prepare(
     sources: Sequence[DomainSource], config: RunConfig, run: RunDir, on_progress: Progress
 ) -> dict[str, Fingerprint]:
     _remove_leftovers(run)
-    _ensure_tokenizer(sources, config, run)
+    placements = Placements(config)
+    _ensure_tokenizer(sources, config, run, placements)
     digest = directory_digest(run.tokenizer)
-    fingerprints = {
-        source.name: fingerprint for source in sources if (fingerprint := _finished(source, config, run, digest))
-    }
+    finished = {source.name: _finished(source, config, run, digest, placements) for source in sources}
+    fingerprints = {name: fingerprint for name, fingerprint in finished.items() if fingerprint is not None}
     waiting = [source for source in sources if source.name not in fingerprints]
     if waiting:
         with Encoder(run.tokenizer, config.data.workers) as encoder:
             for source in waiting:
-                fingerprints[source.name] = _encode(source, sources, config, run, encoder, on_progress)
+                fingerprints[source.name] = _encode(source, sources, config, run, encoder, on_progress, placements)
     return {source.name: fingerprints[source.name] for source in sources}
+
+
+class Placements:
+    """How each domain is split, determined when it is first asked for."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._known: dict[str, Placement] = {}
+
+    def of(self, source: DomainSource) -> Placement:
+        """Return the placement of a domain. Raises DataError if its text cannot be read."""
+        if source.name not in self._known:
+            needed = needed_splits(source, self._config)
+            self._known[source.name] = placement_of(source, self._config.data, needed)
+        return self._known[source.name]
 
 
 def _silent(domain: str, encoded_bytes: int, documents: int) -> None:
@@ -60,7 +77,7 @@ def _remove_leftovers(run: RunDir) -> None:
         remove_partial(leftover)
 
 
-def _ensure_tokenizer(sources: Sequence[DomainSource], config: RunConfig, run: RunDir) -> None:
+def _ensure_tokenizer(sources: Sequence[DomainSource], config: RunConfig, run: RunDir, placements: Placements) -> None:
     existing = config.tokenizer.path
     if existing is not None and run.tokenizer.is_dir():
         if directory_digest(existing) == directory_digest(run.tokenizer):
@@ -82,8 +99,18 @@ def _ensure_tokenizer(sources: Sequence[DomainSource], config: RunConfig, run: R
             adopt_tokenizer(directory, existing)
         else:
             trained_on = [source for source in sources if source.name in config.domains]
-            sample = balanced_sample(trained_on, config.tokenizer.sample_bytes, config.data)
-            train_tokenizer(directory, sample, vocab_size=config.tokenizer.vocab_size)
+            train_tokenizer(directory, _Sample(trained_on, config, placements), vocab_size=config.tokenizer.vocab_size)
+
+
+class _Sample:
+    """The text on which a tokenizer is trained; it can be read several times."""
+
+    def __init__(self, sources: Sequence[DomainSource], config: RunConfig, placements: Placements) -> None:
+        self._sources, self._config, self._placements = sources, config, placements
+
+    def __iter__(self) -> Iterator[str]:
+        size = self._config.tokenizer.sample_bytes
+        return balanced_sample(self._sources, size, self._config.data, self._placements.of)
 
 
 def _other_tokenizer(run: RunDir, difference: str) -> DataError:
@@ -93,7 +120,9 @@ def _other_tokenizer(run: RunDir, difference: str) -> DataError:
     )
 
 
-def _finished(source: DomainSource, config: RunConfig, run: RunDir, tokenizer: str) -> Fingerprint | None:
+def _finished(
+    source: DomainSource, config: RunConfig, run: RunDir, tokenizer: str, placements: Placements
+) -> Fingerprint | None:
     """Return the fingerprint of a domain's token files, or None if there are none yet.
 
     Raises DataError if they were made from something else.
@@ -107,14 +136,14 @@ def _finished(source: DomainSource, config: RunConfig, run: RunDir, tokenizer: s
     require_enough(source, config, fingerprint.splits)
     settings, files = settings_of(source, config.data), [Source.of(file) for file in source.files]
     differences = [
-        f"{key} was {fingerprint.settings.get(key)!r} and is {value!r}"
-        for key, value in settings.items()
-        if fingerprint.settings.get(key) != value
+        f"{key} was {fingerprint.settings.get(key)!r} and is {settings.get(key)!r}"
+        for key in dict.fromkeys([*settings, *fingerprint.settings])
+        if fingerprint.settings.get(key) != settings.get(key)
     ]
     if not differences and fingerprint.sources != files:
         # A copied file has a new time; only other text makes it another domain.
         same_names = [file.name for file in fingerprint.sources] == [file.name for file in files]
-        if same_names and fingerprint.text == digest_of_text(source, config.data):
+        if same_names and fingerprint.text == digest_of_text(source, config.data, placements.of(source)):
             fingerprint = fingerprint.model_copy(update={"sources": files})
             fingerprint.save(run.fingerprint(name))
             return fingerprint
@@ -142,10 +171,12 @@ def _encode(
     run: RunDir,
     encoder: Encoder,
     on_progress: Progress,
+    placements: Placements,
 ) -> Fingerprint:
+    placement = placements.of(source)
     with new_directory(run.domain(source.name)) as directory:
-        elsewhere = keys_elsewhere(source, sources, run)
-        fingerprint = write_domain(source, config, encoder, directory, elsewhere, on_progress)
+        elsewhere = keys_elsewhere(source, sources, run, placement)
+        fingerprint = write_domain(source, config, encoder, directory, elsewhere, on_progress, placement)
         if run.domain(source.name).is_dir():  # it has no fingerprint, so it is incomplete
             remove_partial(run.domain(source.name))
     return fingerprint

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +11,17 @@ from pathlib import Path
 import zstandard
 
 from btm_scale.config.run import RunConfig
-from btm_scale.data.documents import BadLines, empty_domain, read_file_of
+from btm_scale.data.documents import BadLines, empty_domain, read_documents, read_file_of
+from btm_scale.data.enough import needed_splits, too_small
 from btm_scale.data.files import SourceFile
+from btm_scale.data.formats.compression import NotCompressedError, compression_of
+from btm_scale.data.formats.rows import Fields
+from btm_scale.data.formats.sense import format_of
 from btm_scale.data.sources import DomainSource
-from btm_scale.data.splits import identify
-from btm_scale.data.token_files import too_small
+from btm_scale.data.splits import placement_of
 from btm_scale.errors import DataError
 from btm_scale.run_dir import SPLITS
+from btm_scale.util.bounded_json import parse_json
 
 _READ_BYTES = 1 << 20  # of a domain's text; a smaller domain is read completely
 _LEAST_DOCUMENTS = 3
@@ -55,15 +59,15 @@ def preview_text(source: DomainSource, config: RunConfig, vocabulary: int) -> Pr
     Raises DataError if a document cannot be read, or if the domain is empty or certainly too small to split.
     """
     bad_lines = _FirstLines(config.data.on_bad_line)
-    documents, sizes = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+    enough = min(_READ_BYTES, source.settings.max_bytes or _READ_BYTES)
+    size = documents = 0
     last = None
     try:
         for number, file in enumerate(source.files):
             for document in read_file_of(source, file, bad_lines):
-                identity = identify(document, dev=config.data.dev, test=config.data.test)
-                documents[identity.split] += 1
-                sizes[identity.split] += identity.bytes
-                if sum(sizes.values()) >= _READ_BYTES and sum(documents.values()) >= _LEAST_DOCUMENTS:
+                size += len(document.text.encode())
+                documents += 1
+                if size >= enough and documents >= _LEAST_DOCUMENTS:
                     last = number
                     break
             if last is not None:
@@ -75,14 +79,15 @@ def preview_text(source: DomainSource, config: RunConfig, vocabulary: int) -> Pr
         ) from None
     per_token = bytes_per_token(vocabulary)
     if last is None:
-        if not any(documents.values()):
+        if not documents:
             raise empty_domain(source, bad_lines.skipped)
-        total = sum(sizes.values())
-        _require_enough(source, config, documents, sizes)
+        total = _require_enough(source, config, per_token)
     else:
         for file in _others(source.files[last + 1 :]):
             next(read_file_of(source, file, bad_lines), None)
         total = round(sum(_text_bytes(file, source) for file in source.files))
+    if source.settings.max_bytes is not None:
+        total = min(total, source.settings.max_bytes)
     tokens = round(total / per_token)
     return Preview(total, tokens, _likely_problem(source, config, tokens))
 
@@ -102,19 +107,31 @@ class _NoDocumentError(Exception):
 class _FirstLines(BadLines):
     """The policy for bad lines, up to a number of skipped lines."""
 
-    def __call__(self, file: SourceFile, line: int, why: str, remedy: str = "") -> None:
-        super().__call__(file, line, why, remedy)
+    def __call__(
+        self, file: SourceFile, line: int, why: str, remedy: str = "", *, unit: str = "line", damaged: bool = False
+    ) -> None:
+        super().__call__(file, line, why, remedy, unit=unit, damaged=damaged)
         if self.skipped > _BAD_LINES:
             raise _NoDocumentError
 
 
-def _require_enough(source: DomainSource, config: RunConfig, documents: dict[str, int], sizes: dict[str, int]) -> None:
-    """Raise DataError if a split is too small even with one token per byte, and one for the end of each document."""
+def _require_enough(source: DomainSource, config: RunConfig, per_token: float) -> int:
+    """Return the bytes of a small domain's text.
+
+    Raises DataError if a split is too small even with one token per byte, and one for the end of each document.
+    """
+    splits = needed_splits(source, config)
+    documents, sizes = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+    placement = placement_of(source, config.data, splits)
+    for _, identity in placement.placed(read_documents(source, BadLines(config.data.on_bad_line))):
+        documents[identity.split] += 1
+        sizes[identity.split] += identity.bytes
     needed = config.budget.sequence_length + 1
-    splits = [split for split in SPLITS if split != "train" or source.name in config.expert_domains]
+    total = sum(sizes.values())
     if any(sizes[split] + documents[split] < needed for split in splits):
-        found = ", ".join(f"{split} has {documents[split]} documents with {sizes[split]} bytes" for split in splits)
-        raise too_small(source, found, needed)
+        counts = ", ".join(f"{split} has {documents[split]} documents with {sizes[split]} bytes" for split in splits)
+        raise too_small(source, config, counts, 0.7 * total / per_token)
+    return total
 
 
 def _likely_problem(source: DomainSource, config: RunConfig, tokens: int) -> str:
@@ -134,15 +151,19 @@ def _others(files: Sequence[SourceFile]) -> list[SourceFile]:
 
 def _text_bytes(file: SourceFile, source: DomainSource) -> float:
     """Estimate the bytes of text in a file, from its header and its first rows."""
-    if file.format == ".parquet" and not file.compressed:
-        return float(_column_bytes(file.path, source.settings.field))
+    try:
+        format = format_of(file, source.settings)
+    except NotCompressedError:
+        return file.stat().st_size
+    if format == "parquet" and not file.compressed:
+        return float(_column_bytes(file.path, source.settings.fields))
     size = float(_uncompressed_bytes(file))
-    if file.format in (".jsonl", ".ndjson"):
-        size *= _share_of_field(file, source.settings.field)
+    if format == "jsonl":
+        size *= _share_of_text(file, source)
     return size
 
 
-def _column_bytes(path: Path, field: str) -> int:
+def _column_bytes(path: Path, fields: Sequence[str]) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -155,34 +176,39 @@ def _column_bytes(path: Path, field: str) -> int:
         for group in range(metadata.num_row_groups)
         for number in range(metadata.num_columns)
     ]
-    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == field)
+    return sum(
+        column.total_uncompressed_size
+        for column in columns
+        if any(f"{column.path_in_schema}.".startswith(f"{field}.") for field in fields)
+    )
 
 
 def _uncompressed_bytes(file: SourceFile) -> float:
     size = file.stat().st_size
-    suffix = file.path.suffix.lower()
-    if not file.compressed:
-        return size
     with file.path.open("rb") as stream:
-        if suffix == ".gz":  # the last 4 bytes have the size of the last member, modulo 4 GiB
-            stream.seek(-min(4, size), 2)
-            found = int.from_bytes(stream.read(4), "little") if size < 1 << 28 else 0
-        else:
-            try:
-                found = zstandard.get_frame_parameters(stream.read(18)).content_size
-            except zstandard.ZstdError:
-                found = 0
-    return found if found >= size else _COMPRESSION * size
+        head = stream.read(18)
+        compression = compression_of(head, file.path)
+        if compression is None:
+            return size
+        recorded = 0
+        if compression == "gzip" and size < 1 << 28:
+            stream.seek(-min(4, size), 2)  # the last 4 bytes have the size of the last member, modulo 4 GiB
+            recorded = int.from_bytes(stream.read(4), "little")
+        elif compression == "zstd":
+            with contextlib.suppress(zstandard.ZstdError):
+                recorded = zstandard.get_frame_parameters(head).content_size
+    return recorded if recorded >= size else _COMPRESSION * size
 
 
-def _share_of_field(file: SourceFile, field: str) -> float:
+def _share_of_text(file: SourceFile, source: DomainSource) -> float:
     """Return the text's fraction of the bytes of the first complete rows."""
     with file.open() as stream:
         lines = stream.read(_SAMPLE_BYTES).split(b"\n")[:-1]
+    fields = Fields(source.settings)
     text = 0
     for line in lines:
-        try:
-            text += len(json.loads(line)[field].encode(errors="replace"))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            continue
+        with contextlib.suppress(ValueError):
+            row = parse_json(line, unique_keys=False, unicode=False)
+            if isinstance(row, dict) and (values := fields(row)) is not None:
+                text += len(values[0].encode())
     return text / sum(len(line) + 1 for line in lines) if text else 1.0

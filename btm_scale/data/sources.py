@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from btm_scale.config.data import DomainConfig
 from btm_scale.data.files import SourceFile, is_utf8
+from btm_scale.data.locations import matches_of
 from btm_scale.errors import DataError
 
 
@@ -24,7 +24,7 @@ class DomainSource:
     @property
     def is_grouped(self) -> bool:
         """Whether documents are placed in splits by their file or a field instead of their own text."""
-        return self.settings.split_by != "document"
+        return self.settings.split_by not in ("document", "position")
 
     @property
     def bytes(self) -> int:
@@ -53,7 +53,11 @@ def resolve_domain(name: str, settings: DomainConfig, text_root: Path) -> Domain
     files: dict[str, SourceFile] = {}
     problems = []
     for pattern in settings.text:
-        matches = _matches(text_root / pattern)
+        try:
+            matches = matches_of(pattern, text_root)
+        except DataError as error:
+            problems.append(f"domain '{name}': {error}")
+            continue
         paths = [path for path in matches if path.is_file()]
         if not paths:
             problems.append(_no_match(name, pattern, text_root, matches))
@@ -67,14 +71,6 @@ def resolve_domain(name: str, settings: DomainConfig, text_root: Path) -> Domain
     if problems:
         raise DataError("\n".join(problems))
     return DomainSource(name, tuple(files[file_name] for file_name in sorted(files)), settings)
-
-
-def _matches(pattern: Path) -> list[Path]:
-    # A name with a bracket or a star is literal if such a file exists.
-    if pattern.exists() or not glob.has_magic(str(pattern)):
-        return [pattern] if pattern.exists() else []
-    # Unlike Path.glob, glob accepts absolute patterns.
-    return [Path(path) for path in glob.iglob(str(pattern), recursive=True)]  # noqa: PTH207
 
 
 def _no_match(name: str, pattern: str, text_root: Path, matches: list[Path]) -> str:

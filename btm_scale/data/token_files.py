@@ -12,12 +12,12 @@ import numpy as np
 from btm_scale.config.data import DataConfig
 from btm_scale.config.run import RunConfig
 from btm_scale.data.dedup import Deduplicator, KeySet, held_out_keys, save_keys
-from btm_scale.data.documents import BadLines, Document, empty_domain, read_documents
+from btm_scale.data.documents import BadLines, empty_domain, read_documents
 from btm_scale.data.encode import Encoder, token_dtype
+from btm_scale.data.enough import needed_splits, require_enough
 from btm_scale.data.fingerprint import Fingerprint, Source, SplitCounts, TextDigest, settings_of
 from btm_scale.data.sources import DomainSource
-from btm_scale.data.splits import Identity, identify
-from btm_scale.errors import DataError
+from btm_scale.data.splits import Identity, Placement, placement_of
 from btm_scale.run_dir import SPLITS
 from btm_scale.util.imports import import_uncompiled
 
@@ -31,23 +31,25 @@ def write_domain(
     folder: Path,
     elsewhere: dict[str, KeySet],
     on_progress: Progress,
+    placement: Placement | None = None,
 ) -> Fingerprint:
     """Write .bin and .idx of train, dev and test, the keys of their documents, and fingerprint.json last.
 
-    `elsewhere` holds the keys of other domains' documents by split. Returns the fingerprint. Raises DataError if the
-    domain is empty or too small to split.
+    `elsewhere` holds the keys of other domains' documents by split, `placement` how this domain is split. Returns the
+    fingerprint. Raises DataError if the domain is empty or too small to split.
     """
     data = config.data
+    placement = placement or placement_of(source, data, needed_splits(source, config))
     files = [Source.of(file) for file in source.files]
     bad_lines = BadLines(data.on_bad_line)
-    deduplicator = Deduplicator(elsewhere, _own_held_out(source, data))
+    deduplicator = Deduplicator(elsewhere, _own_held_out(source, data, placement))
     digest = TextDigest()
     writers = {split: TokenFileWriter(folder / split, encoder.tokenizer.vocab_size) for split in SPLITS}
     keys = {split: array("Q") for split in SPLITS}
     counts = {split: SplitCounts() for split in SPLITS}
 
     def kept() -> Iterator[tuple[str, Identity]]:
-        for document, identity in _identified(source, data, bad_lines):
+        for document, identity in placement.placed(read_documents(source, bad_lines)):
             digest.add(identity)
             if deduplicator.keep(identity):
                 yield document.text, identity
@@ -71,6 +73,7 @@ def write_domain(
     if not documents:
         raise empty_domain(source, bad_lines.skipped)
     require_enough(source, config, counts)
+    bad_lines.warn(source.name)
     fingerprint = Fingerprint(
         domain=source.name,
         sources=files,
@@ -81,55 +84,27 @@ def write_domain(
         splits=counts,
         skipped_lines=bad_lines.skipped,
         duplicates=deduplicator.dropped,
+        placement=placement.name,
+        skipped={name: str(loss) for name, loss in bad_lines.losses.items()},
     )
     fingerprint.write(folder / "fingerprint.json")
     return fingerprint
 
 
-def digest_of_text(source: DomainSource, data: DataConfig) -> str:
+def digest_of_text(source: DomainSource, data: DataConfig, placement: Placement) -> str:
     """Return the text digest that a fingerprint of the domain would have now."""
     digest = TextDigest()
-    for _, identity in _identified(source, data, BadLines(data.on_bad_line)):
+    for _, identity in placement.placed(read_documents(source, BadLines(data.on_bad_line))):
         digest.add(identity)
     return digest.hexdigest()
 
 
-def _identified(source: DomainSource, data: DataConfig, bad_lines: BadLines) -> Iterator[tuple[Document, Identity]]:
-    for document in read_documents(source, bad_lines):
-        yield document, identify(document, dev=data.dev, test=data.test)
-
-
-def _own_held_out(source: DomainSource, data: DataConfig) -> dict[str, KeySet]:
-    """Return the keys of dev and test if split keys place documents, because a text may then be in two splits."""
-    if not source.is_grouped:
+def _own_held_out(source: DomainSource, data: DataConfig, placement: Placement) -> dict[str, KeySet]:
+    """Return the keys of dev and test if the text itself does not place it, because it may then be in two splits."""
+    if not source.is_grouped and placement.name != "position":
         return {}
-    return held_out_keys(identity for _, identity in _identified(source, data, BadLines(data.on_bad_line)))
-
-
-def require_enough(source: DomainSource, config: RunConfig, counts: dict[str, SplitCounts]) -> None:
-    """Raise DataError unless every split that is used fills at least one sequence."""
-    needed = config.budget.sequence_length + 1
-    # A novel domain is only scored.
-    splits = SPLITS if source.name in config.expert_domains else ("dev", "test")
-    if all(counts[split].tokens >= needed for split in splits):
-        return
-    sizes = ", ".join(
-        f"{split} has {counts[split].documents} documents with {counts[split].tokens} tokens" for split in splits
-    )
-    raise too_small(source, sizes, needed)
-
-
-def too_small(source: DomainSource, sizes: str, needed: int) -> DataError:
-    """Return the error for a domain with a split of fewer than `needed` tokens; `sizes` describes its splits."""
-    remedy = "Add text, raise data.dev or data.test, or lower budget.sequence_length."
-    if source.is_grouped:
-        remedy += " Its documents are split by file or field: smaller units, or split_by: document, are more even."
-    elif not any(file.holds_rows for file in source.files):
-        remedy += " A plain file is one document: cut long files, or give more of them."
-    return DataError(
-        f"Domain '{source.name}' is too small to split: {sizes}. Each needs at least {needed} tokens "
-        f"(budget.sequence_length + 1). {remedy}"
-    )
+    documents = read_documents(source, BadLines(data.on_bad_line))
+    return held_out_keys(identity for _, identity in placement.placed(documents))
 
 
 class TokenFileWriter:

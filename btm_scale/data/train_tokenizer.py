@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +17,21 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE
 
 from btm_scale.config.data import DataConfig
-from btm_scale.data.documents import BadLines, empty_domain, read_file_of
+from btm_scale.data.documents import BadLines, empty_domain, expected_bytes, read_documents, read_file_of
 from btm_scale.data.files import SourceFile
+from btm_scale.data.formats.compression import NotCompressedError
+from btm_scale.data.formats.sense import format_of, holds_rows
 from btm_scale.data.sources import DomainSource
-from btm_scale.data.splits import identify
+from btm_scale.data.splits import ByHash, Placement
 from btm_scale.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer, TransformersTokenizer, first_line
 from btm_scale.errors import DataError
 from btm_scale.util.inside import as_private_as, copy_inside
 
+logger = logging.getLogger(__name__)
+
 _SPACE = "\u2581"
+_COVERAGE = 0.9995  # sentencepiece's default
+_FIXED_TOKENS = 256 + 3 + 1  # bytes, control tokens and the newline
 _LINE_CHARACTERS = 16_000
 _TOKENIZER_FILES = (
     SENTENCEPIECE_FILE,
@@ -43,8 +52,48 @@ def train_tokenizer(directory: Path, texts: Iterable[str], *, vocab_size: int) -
     """Train a sentencepiece BPE tokenizer and write it as a Hugging Face directory.
 
     Every text can be encoded (unknown characters as bytes) and is decoded exactly: nothing is normalised, and a newline
-    is a separate token. Raises DataError if the texts are too short for `vocab_size` tokens.
+    is a separate token. If the texts have more characters than fit, they are read again. Raises DataError if they are
+    too short for `vocab_size` tokens.
     """
+    try:
+        model = _trained(texts, vocab_size)
+    except _TooManyCharactersError as error:
+        if iter(texts) is texts:  # they can be read only once
+            raise DataError(
+                f"The text has {error.characters:,} different characters, and the tokenizer {vocab_size:,} tokens. "
+                "Raise tokenizer.vocab_size, or set tokenizer.path to an existing tokenizer."
+            ) from None
+        logger.warning(
+            "The text has %s different characters: with %s tokens the rarest are encoded as bytes. A larger "
+            "tokenizer.vocab_size encodes this text in fewer tokens.",
+            f"{error.characters:,}",
+            f"{vocab_size:,}",
+        )
+        model = _trained(texts, vocab_size, coverage=_coverage(texts, vocab_size))
+    (directory / SENTENCEPIECE_FILE).write_bytes(model)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    _fast_tokenizer(processor).save(str(directory / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "add_bos_token": False,
+        "clean_up_tokenization_spaces": False,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+class _TooManyCharactersError(Exception):
+    """A vocabulary that is smaller than the alphabet."""
+
+    def __init__(self, characters: int) -> None:
+        super().__init__()
+        self.characters = characters
+
+
+def _trained(texts: Iterable[str], vocab_size: int, coverage: float = _COVERAGE) -> bytes:
+    """Return a sentencepiece model; characters beyond the `coverage` of the text are encoded as bytes."""
     model = io.BytesIO()
     lines = _Lines(texts)
     try:
@@ -53,6 +102,7 @@ def train_tokenizer(directory: Path, texts: Iterable[str], *, vocab_size: int) -
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
+            character_coverage=coverage,
             unk_id=0,
             bos_id=1,
             eos_id=2,
@@ -70,22 +120,22 @@ def train_tokenizer(directory: Path, texts: Iterable[str], *, vocab_size: int) -
     except RuntimeError as error:
         if lines.error is not None:
             raise lines.error from None
+        if alphabet := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
+            raise _TooManyCharactersError(int(alphabet[1])) from None
         raise DataError(
             f"Cannot train a tokenizer of {vocab_size} tokens on this text ({first_line(error)}). "
             "Lower tokenizer.vocab_size, add text, or set tokenizer.path to an existing tokenizer."
         ) from None
-    (directory / SENTENCEPIECE_FILE).write_bytes(model.getvalue())
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    _fast_tokenizer(processor).save(str(directory / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "add_bos_token": False,
-        "clean_up_tokenization_spaces": False,
-    }
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return model.getvalue()
+
+
+def _coverage(texts: Iterable[str], vocab_size: int) -> float:
+    """Return the fraction of the text in its most frequent characters, as many as half of the learned tokens."""
+    counts: Counter[str] = Counter()
+    for line in _training_lines(texts):
+        counts.update(line)
+    kept = counts.most_common((vocab_size - _FIXED_TOKENS) // 2)
+    return sum(count for _, count in kept) / counts.total()
 
 
 class _Lines:
@@ -172,30 +222,40 @@ def _published_form(source: Path) -> TransformersTokenizer:
         ) from None
 
 
-def balanced_sample(sources: Sequence[DomainSource], sample_bytes: int, data: DataConfig) -> Iterator[str]:
+def balanced_sample(
+    sources: Sequence[DomainSource],
+    sample_bytes: int,
+    data: DataConfig,
+    placement_of: Callable[[DomainSource], Placement] | None = None,
+) -> Iterator[str]:
     """Yield about `sample_bytes` of training text, the same amount from every domain.
 
-    Raises DataError if a domain is empty.
+    `placement_of` returns how a domain is split; by default, by the usual hash ranges. Raises DataError if a domain is
+    empty.
     """
     for source in sources:
-        yield from _domain_sample(source, sample_bytes / len(sources), data)
+        usual = ByHash(data.test, data.test + data.dev)
+        placement = placement_of(source) if placement_of is not None else usual
+        yield from _domain_sample(source, sample_bytes / len(sources), data, placement)
 
 
-def _domain_sample(source: DomainSource, sample_bytes: float, data: DataConfig) -> Iterator[str]:
+def _domain_sample(source: DomainSource, sample_bytes: float, data: DataConfig, placement: Placement) -> Iterator[str]:
     """Yield about `sample_bytes` of a domain's training text, spread over its files in proportion to their sizes."""
     bad_lines = BadLines(data.on_bad_line)
-    sizes = [_expected_bytes(file) for file in source.files]
+    if placement.name == "position" or source.settings.max_bytes is not None:
+        yield from _first_training_text(source, sample_bytes, bad_lines, placement)
+        return
+    sizes = [expected_bytes(file) for file in source.files]
     unread = sum(sizes)
     documents = 0
     for file, size in zip(source.files, sizes, strict=True):
         allowance = sample_bytes * size / unread
         unread -= size
         # Keeping a fraction spreads the sample over the file; at least a tenth is kept, to limit how much is read.
-        keep = 2.0**64 * (max(0.1, 2 * allowance / size) if file.holds_rows else 1.0)
+        keep = 2.0**64 * (max(0.1, 2 * allowance / size) if _has_rows(file, source) else 1.0)
         taken = 0
-        for document in read_file_of(source, file, bad_lines):
+        for document, identity in placement.placed(read_file_of(source, file, bad_lines)):
             documents += 1
-            identity = identify(document, dev=data.dev, test=data.test)
             if identity.split == "train" and identity.key < keep:
                 text = document.text[: int(allowance - taken) + 1]
                 taken += len(text.encode())
@@ -207,6 +267,24 @@ def _domain_sample(source: DomainSource, sample_bytes: float, data: DataConfig) 
         raise empty_domain(source, bad_lines.skipped)
 
 
-def _expected_bytes(file: SourceFile) -> int:
-    packed = file.compressed or file.format == ".parquet"
-    return max(1, file.stat().st_size * (3 if packed else 1))
+def _has_rows(file: SourceFile, source: DomainSource) -> bool:
+    try:
+        return holds_rows(format_of(file, source.settings))
+    except NotCompressedError:  # reported when it is read
+        return False
+
+
+def _first_training_text(
+    source: DomainSource, sample_bytes: float, bad_lines: BadLines, placement: Placement
+) -> Iterator[str]:
+    documents = 0
+    for document, identity in placement.placed(read_documents(source, bad_lines)):
+        documents += 1
+        if identity.split == "train":
+            text = document.text[: int(sample_bytes) + 1]
+            sample_bytes -= len(text.encode())
+            yield text
+            if sample_bytes <= 0:
+                return
+    if not documents:
+        raise empty_domain(source, bad_lines.skipped)

@@ -85,7 +85,7 @@ def patterns(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
             counts[pattern] += 1
         return lookup(pattern, **options)
 
-    monkeypatch.setattr("btm_scale.data.sources.glob.iglob", counted)
+    monkeypatch.setattr("btm_scale.data.locations.glob.iglob", counted)
     return counts
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import shutil
 from collections.abc import Iterator
 from itertools import islice
@@ -144,3 +145,18 @@ def test_a_directory_without_a_tokenizer_is_an_error(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path / "gone")
     with pytest.raises(DataError, match=r"cannot be loaded: .*tokenizer.model"):
         Tokenizer.load(tmp_path)
+
+
+def test_an_alphabet_larger_than_the_vocabulary_is_encoded_with_bytes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    draw = random.Random(1)
+    letters = [chr(0x4E00 + i) for i in range(1_500)]
+    texts = ["".join(draw.choices(letters, [1 / (i + 3) for i in range(1_500)], k=200)) for _ in range(200)]
+    train_tokenizer(tmp_path, texts, vocab_size=800)
+    tokenizer = Tokenizer.load(tmp_path)
+    for ids, text in zip(tokenizer.encode_batch(texts), texts, strict=True):
+        assert tokenizer.decode(ids.tolist()) == text
+    assert "different characters: with 800 tokens the rarest are encoded as bytes" in caplog.text
+    with pytest.raises(DataError, match=r"different characters, and the tokenizer 800 tokens\. Raise tokenizer\.vocab"):
+        train_tokenizer(tmp_path, iter(texts), vocab_size=800)

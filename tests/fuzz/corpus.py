@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import bz2
 import gzip
 import json
+import lzma
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import zstandard
+from helpers import row_formats
 from helpers.tiny_run import save_card, tiny_values, write_config
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
@@ -128,6 +131,12 @@ def _text(root: Path) -> None:
     (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines, mtime=0))
     (folder / "c.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(lines))
     pq.write_table(pa.Table.from_pylist(rows), folder / "d.parquet", row_group_size=5)
+    (folder / "f.csv").write_bytes(row_formats.table(rows))
+    (folder / "g.json").write_bytes(row_formats.json_array(rows))
+    (folder / "h.tar").write_bytes(row_formats.tar(rows))
+    (folder / "i.arrow").write_bytes(row_formats.arrow_stream(rows))
+    (folder / "j.jsonl.xz").write_bytes(lzma.compress(lines))
+    (folder / "k.jsonl.bz2").write_bytes(bz2.compress(lines))
     (folder / "e.txt").write_text("\n".join(TEXTS) + "\ncafé 😀\n")
 
 

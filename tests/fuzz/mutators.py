@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -40,8 +43,8 @@ def _mutate_once(draw: Random, content: bytes, name: str) -> bytes:
             return mutate_json(draw, content)
         if suffix in (".jsonl", ".ndjson"):
             return _mutate_line(draw, content)
-        if suffix in (".gz", ".zst"):
-            return _recompressed(draw, content, name)
+        if suffix in _COMPRESSIONS:
+            return _recompressed(draw, content, suffix, name)
         if suffix == ".safetensors":
             return _mutate_header(draw, content)
         if suffix in _ARCHIVES:
@@ -94,16 +97,25 @@ def _mutate_yaml(draw: Random, content: bytes) -> bytes:
     return "\n".join(lines).encode()
 
 
-def _recompressed(draw: Random, content: bytes, name: str) -> bytes:
+def _recompressed(draw: Random, content: bytes, suffix: str, name: str) -> bytes:
     """Mutate the uncompressed content, or append one that expands a thousandfold."""
-    is_gzip = name.endswith(".gz")
-    if is_gzip:
-        plain = gzip.decompress(content)
-    else:
-        with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(content)) as reader:
-            plain = reader.read()
+    decompress, compress = _COMPRESSIONS[suffix]
+    plain = decompress(content)
     if draw.random() < 0.1:
         plain += draw.choice((b"\n", b'{"text": "', b"[")) * (draw.choice((1, 4)) << 20)
     else:
         plain = _mutate_once(draw, plain, Path(name).stem)
-    return gzip.compress(plain, 6, mtime=0) if is_gzip else zstandard.ZstdCompressor().compress(plain)
+    return compress(plain)
+
+
+def _decompress_zstd(content: bytes) -> bytes:
+    with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(content)) as reader:
+        return reader.read()
+
+
+_COMPRESSIONS: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]] = {
+    ".gz": (gzip.decompress, lambda content: gzip.compress(content, 6, mtime=0)),
+    ".zst": (_decompress_zstd, lambda content: zstandard.ZstdCompressor().compress(content)),
+    ".xz": (lzma.decompress, lambda content: lzma.compress(content, preset=0)),
+    ".bz2": (bz2.decompress, bz2.compress),
+}

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
 import gzip
 import io
 import json
+import lzma
 import math
+import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.distributed.checkpoint as dcp
@@ -138,19 +143,50 @@ def read_torch_dist(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def documents(file: Path) -> list[str]:
-    """Return the texts of a file that is completely valid, by json, gzip, zstandard and pyarrow."""
+    """Return the texts of a file that is completely valid, by the standard library, zstandard and pyarrow."""
     if file.suffix == ".parquet":
         texts = pq.read_table(file, columns=["text"]).column("text").to_pylist()
+    elif file.suffix == ".arrow":
+        with pa.ipc.open_stream(file.read_bytes()) as stream:
+            texts = stream.read_all().column("text").to_pylist()
+    elif file.suffix == ".tar":
+        texts = _texts_of_tar(file)
+    elif file.suffix == ".csv":
+        rows = csv.DictReader(io.StringIO(file.read_bytes().decode("utf-8-sig"), newline=""), strict=True)
+        texts = [row["text"] for row in rows]
     else:
-        content = file.read_bytes()
-        if file.suffix == ".gz":
-            content = gzip.decompress(content)
-        elif file.suffix == ".zst":
-            with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(content), read_across_frames=True) as reader:
-                content = reader.read()
-        if ".jsonl" not in file.name:
+        content = _DECOMPRESS.get(file.suffix, bytes)(file.read_bytes())
+        if file.suffix == ".json":
+            texts = [row["text"] for row in json.loads(content.decode("utf-8-sig"))]
+        elif ".jsonl" not in file.name:
             texts = [content.decode("utf-8-sig")]
         else:
             lines = content.decode("utf-8-sig").split("\n")
             texts = [json.loads(line)["text"] for line in lines if line.strip(" \t\r\f\v")]
     return [text for text in texts if text and not text.isspace()]
+
+
+def _decompress_zstd(content: bytes) -> bytes:
+    with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(content), read_across_frames=True) as reader:
+        return reader.read()
+
+
+_DECOMPRESS = {".gz": gzip.decompress, ".zst": _decompress_zstd, ".xz": lzma.decompress, ".bz2": bz2.decompress}
+
+
+def _texts_of_tar(file: Path) -> list[str]:
+    samples: list[tuple[str, dict[str, Any]]] = []
+    with tarfile.open(file) as archive:
+        for member in archive:
+            if not member.isfile():
+                continue
+            key, _, extension = member.name.partition(".")
+            if not samples or samples[-1][0] != key:
+                samples.append((key, {}))
+            reader = archive.extractfile(member)
+            assert reader is not None
+            if extension.lower() == "json":
+                samples[-1][1].update(json.loads(reader.read()))
+            elif extension.lower() == "txt":
+                samples[-1][1].setdefault("text", reader.read().decode("utf-8-sig"))
+    return [row["text"] for _, row in samples]
