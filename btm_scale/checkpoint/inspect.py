@@ -25,11 +25,13 @@ _SUFFIXES = {
     "torch_dist": "*.distcp",
     "dcp": "*.distcp",
     "deepspeed": "*.pt",
+    "deepspeed universal": "*.pt",
     "training state": "*.safetensors",
     "adapter": "adapter_model.*",
 }
 _STEPS: dict[str, Callable[[Path], int | None]] = {
     "deepspeed": training_step,
+    "deepspeed universal": training_step,
     "torch_dist": saved_iteration,
     "training state": saved_step,
 }
@@ -67,7 +69,7 @@ def inspect(path: Path, *, base: Path | None = None) -> Inspection:
     path = with_base(path, base)
     kind = format_of(path)
     require_completed(path, base)
-    folder = (checkpoint_folder(path) if kind == "deepspeed" else iteration_folder(path)) or path
+    folder = (checkpoint_folder(path) if kind.startswith("deepspeed") else iteration_folder(path)) or path
     files = [folder] if folder.is_file() else sorted(folder.rglob(_SUFFIXES[kind]))
     config = described_config(path)
     with open_model(path) as model:
@@ -87,7 +89,7 @@ def inspect(path: Path, *, base: Path | None = None) -> Inspection:
         dtypes=dict(dtypes),
         files={str(file.relative_to(folder.parent)): file.stat().st_size for file in files},
         step=_STEPS[kind](path) if kind in _STEPS else None,
-        tensor_degree=tensor_degree(path) if kind == "deepspeed" else None,
+        tensor_degree=tensor_degree(path) if kind.startswith("deepspeed") else None,
         problem=problem,
         converts_to=() if problem else ("huggingface", *(WRITERS if shape else ())),
         tensor_degrees=tuple(n for n in fitting.tensor_degrees() if n <= _MAX_TENSOR_DEGREE) if fitting else (),

@@ -47,7 +47,7 @@ def is_completed(path: Path) -> bool:
     if is_adapter(path):
         return True
     given = getattr(path, "base", None) is not None
-    return given and ((path / "latest").is_file() or any(path.glob("*_model_states.pt")))
+    return given and (any(path.glob("latest*")) or any(path.glob("*_model_states.pt")))
 
 
 def require_completed(path: Path, base: Path | None) -> None:

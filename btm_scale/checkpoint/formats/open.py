@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from btm_scale.checkpoint.formats.based import ADAPTER_CONFIG, base_of, is_adapter
+from btm_scale.checkpoint.formats.completed import CompletedModel, require_frozen
 from btm_scale.checkpoint.formats.dcp import METADATA, dcp_folder, open_dcp
-from btm_scale.checkpoint.formats.deepspeed import checkpoint_folder, open_deepspeed
+from btm_scale.checkpoint.formats.deepspeed import checkpoint_folder, is_universal, open_deepspeed
 from btm_scale.checkpoint.formats.locate import described_config, iteration_folder, require_no_run, require_path
 from btm_scale.checkpoint.formats.peft import PeftModel
 from btm_scale.checkpoint.formats.pytorch_bin import BIN, BIN_INDEX, open_bin
@@ -26,9 +27,23 @@ _GPT2_PREFIX = "transformer."
 def _open_adapter(path: Path) -> ModelReader:
     base = base_of(path)
     assert base is not None
+    return _with_base(base, lambda model: PeftModel(path, model, described_config(base)))
+
+
+def _open_deepspeed(path: Path) -> ModelReader:
+    checkpoint = open_deepspeed(path)
+    base = base_of(path)
+    if base is None:
+        require_frozen(with_head_names(checkpoint), path)
+        return checkpoint
+    return _with_base(base, lambda model: CompletedModel(checkpoint, model))
+
+
+def _with_base(base: Path, complete: Callable[[ModelReader], ModelReader]) -> ModelReader:
+    """Return what `complete` makes of an open base, which is closed again if it raises."""
     model = open_model(base)
     try:
-        return PeftModel(path, model, described_config(base))
+        return complete(model)
     except BaseException:
         model.close()
         raise
@@ -37,7 +52,8 @@ def _open_adapter(path: Path) -> ModelReader:
 _OPENERS: dict[str, Callable[[Path], ModelReader]] = {
     "safetensors": SafetensorsModel,
     "bin": open_bin,
-    "deepspeed": open_deepspeed,
+    "deepspeed": _open_deepspeed,
+    "deepspeed universal": _open_deepspeed,
     "torch_dist": open_torch_dist,
     "training state": TrainingState,
     "dcp": open_dcp,
@@ -46,9 +62,9 @@ _OPENERS: dict[str, Callable[[Path], ModelReader]] = {
 
 
 def format_of(path: Path) -> str:
-    """Return `safetensors`, `bin`, `deepspeed`, `torch_dist`, `dcp`, `training state` or `adapter`.
+    """Return the name of a path's format, such as `safetensors` or `deepspeed universal`.
 
-    Raises `CheckpointError` if `path` does not exist or is none of them.
+    Raises `CheckpointError` if `path` does not exist or has none of the formats that can be read.
     """
     require_path(path)
     if is_training_state(path):
@@ -71,7 +87,7 @@ def format_of(path: Path) -> str:
     if dcp_folder(path) is not None:
         return "dcp"
     if path.is_dir() and checkpoint_folder(path) is not None:
-        return "deepspeed"
+        return "deepspeed universal" if is_universal(path) else "deepspeed"
     require_no_run(path)
     raise CheckpointError(
         f"{path} is not a model: it has no {SINGLE}, {INDEX} or {BIN}, and is not a DeepSpeed, torch_dist or training "
