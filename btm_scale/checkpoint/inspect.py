@@ -12,6 +12,7 @@ from btm_scale.checkpoint.formats.based import require_completed, with_base
 from btm_scale.checkpoint.formats.deepspeed import checkpoint_folder, tensor_degree, training_step
 from btm_scale.checkpoint.formats.locate import described_config, iteration_folder
 from btm_scale.checkpoint.formats.megatron import find_shape
+from btm_scale.checkpoint.formats.megatron_legacy import legacy_iteration
 from btm_scale.checkpoint.formats.open import format_of, open_model, with_head_names
 from btm_scale.checkpoint.formats.tensors import ModelReader, dtype_name
 from btm_scale.checkpoint.formats.torch_dist import saved_iteration
@@ -23,6 +24,7 @@ _SUFFIXES = {
     "safetensors": "*.safetensors",
     "bin": "*.bin",
     "torch_dist": "*.distcp",
+    "megatron legacy": "model_optim_rng.pt",
     "dcp": "*.distcp",
     "deepspeed": "*.pt",
     "deepspeed universal": "*.pt",
@@ -33,6 +35,7 @@ _STEPS: dict[str, Callable[[Path], int | None]] = {
     "deepspeed": training_step,
     "deepspeed universal": training_step,
     "torch_dist": saved_iteration,
+    "megatron legacy": legacy_iteration,
     "training state": saved_step,
 }
 _MAX_TENSOR_DEGREE = 64

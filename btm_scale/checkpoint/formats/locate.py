@@ -95,13 +95,20 @@ def _models_of_the_run(state: Path) -> list[Path]:
 
 
 def described_config(path: Path) -> dict[str, Any]:
-    """Return the config.json that describes a model, or an empty one. Raises `CheckpointError` if it is damaged."""
+    """Return the config.json that describes a model, or an empty one. Raises `CheckpointError` if it is damaged.
+
+    Without one, it is made from the arguments that Megatron recorded. An adapter's may differ from its base's.
+    """
     folder = described_in(path)
     config = read_config(folder) if (folder / "config.json").is_file() else {}
     if config and is_adapter(path):
         from btm_scale.checkpoint.formats.peft import config_changes  # which reads models, and so imports this file
 
         config |= config_changes(path)
+    if not config and folder.is_dir():
+        from btm_scale.checkpoint.formats.megatron_args import recorded_config  # which reads pickles
+
+        config = recorded_config(iteration_folder(folder))
     return config
 
 

@@ -12,6 +12,8 @@ from btm_scale.checkpoint.formats.completed import CompletedModel, require_froze
 from btm_scale.checkpoint.formats.dcp import METADATA, dcp_folder, open_dcp
 from btm_scale.checkpoint.formats.deepspeed import checkpoint_folder, is_universal, open_deepspeed
 from btm_scale.checkpoint.formats.locate import described_config, iteration_folder, require_no_run, require_path
+from btm_scale.checkpoint.formats.megatron_args import legacy_files
+from btm_scale.checkpoint.formats.megatron_legacy import open_megatron_legacy
 from btm_scale.checkpoint.formats.peft import PeftModel
 from btm_scale.checkpoint.formats.pytorch_bin import BIN, BIN_INDEX, open_bin
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
@@ -56,6 +58,7 @@ _OPENERS: dict[str, Callable[[Path], ModelReader]] = {
     "deepspeed universal": _open_deepspeed,
     "torch_dist": open_torch_dist,
     "training state": TrainingState,
+    "megatron legacy": open_megatron_legacy,
     "dcp": open_dcp,
     "adapter": _open_adapter,
 }
@@ -84,6 +87,8 @@ def format_of(path: Path) -> str:
     folder = iteration_folder(path)
     if (folder / METADATA).is_file() and any((folder / name).is_file() for name in ("common.pt", "metadata.json")):
         return "torch_dist"
+    if legacy_files(folder):
+        return "megatron legacy"
     if dcp_folder(path) is not None:
         return "dcp"
     if path.is_dir() and checkpoint_folder(path) is not None:
