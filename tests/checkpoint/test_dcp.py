@@ -107,3 +107,54 @@ def test_a_checkpoint_that_lacks_a_chunk_is_refused(tmp_path: Path, lost: str) -
     changed_metadata(tmp_path, drop)
     with pytest.raises(CheckpointError, match=r"model\.a\.weight\.chunks"):
         open_model(tmp_path)
+
+
+def native(name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """Return a tensor as torchtitan's Llama has it: `name` without `model.`, and neighbouring rows are rotated."""
+    for ours, theirs in {
+        "model.": "",
+        "embed_tokens": "tok_embeddings",
+        "lm_head": "output",
+        "self_attn.q_proj": "attention.wq",
+        "self_attn.k_proj": "attention.wk",
+        "self_attn.v_proj": "attention.wv",
+        "self_attn.o_proj": "attention.wo",
+        "mlp.gate_proj": "feed_forward.w1",
+        "mlp.down_proj": "feed_forward.w2",
+        "mlp.up_proj": "feed_forward.w3",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }.items():
+        name = name.replace(ours, theirs)
+    if name.endswith(("wq.weight", "wk.weight")):
+        rows = [head * 8 + half * 4 + i for head in range(len(tensor) // 8) for i in range(4) for half in range(2)]
+        tensor = tensor[rows]
+    return name, tensor
+
+
+@pytest.mark.parametrize("holder", ["model", None])
+def test_the_names_of_torchtitan_become_those_of_hugging_face(tmp_path: Path, holder: str | None) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    torch.manual_seed(0)
+    weights = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.float32).state_dict()
+    content = dict(native(name, tensor) for name, tensor in weights.items())
+    content |= {"freqs_cis": torch.zeros(3)}
+    dcp.save(
+        ({holder: content} if holder else content) | {"train_state": {"step": torch.tensor(1)}},
+        checkpoint_id=tmp_path / "step-1",
+        no_dist=True,
+    )
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        open_model(tmp_path / "step-1")
+    CONFIG.save_pretrained(tmp_path)
+    with open_model(tmp_path / "step-1") as model:
+        assert set(model.names) == set(weights)
+        for name, tensor in weights.items():
+            assert model.read(name).equal(tensor), name
+    convert(tmp_path / "step-1", tmp_path / "out", to="huggingface", verify=True)
+    tokens = torch.arange(12).reshape(1, 12)
+    original = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.float32)
+    original.load_state_dict(weights)
+    with torch.no_grad():
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens).logits.equal(original(tokens).logits)

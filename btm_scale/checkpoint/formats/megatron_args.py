@@ -32,6 +32,15 @@ _UNSUPPORTED = (
     "mtp_num_layers",
 )
 
+_OF_LAYERS = (
+    "position_embedding_type",
+    "normalization",
+    "swiglu",
+    "add_bias_linear",
+    "rotary_percent",
+    "bias_gelu_fusion",
+)
+
 
 def legacy_files(folder: Path) -> dict[tuple[int, int], Path]:
     """Return the files of Megatron's format before `torch_dist`, by tensor and pipeline rank; none for other folders.

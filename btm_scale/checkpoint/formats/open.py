@@ -11,6 +11,7 @@ from btm_scale.checkpoint.formats.based import ADAPTER_CONFIG, base_of, is_adapt
 from btm_scale.checkpoint.formats.completed import CompletedModel, require_frozen
 from btm_scale.checkpoint.formats.dcp import METADATA, dcp_folder, open_dcp
 from btm_scale.checkpoint.formats.deepspeed import checkpoint_folder, is_universal, open_deepspeed
+from btm_scale.checkpoint.formats.llama_native import NativeLlama, is_native_llama
 from btm_scale.checkpoint.formats.locate import described_config, iteration_folder, require_no_run, require_path
 from btm_scale.checkpoint.formats.megatron_args import legacy_files
 from btm_scale.checkpoint.formats.megatron_legacy import open_megatron_legacy
@@ -41,6 +42,11 @@ def _open_deepspeed(path: Path) -> ModelReader:
     return _with_base(base, lambda model: CompletedModel(checkpoint, model))
 
 
+def _open_dcp(path: Path) -> ModelReader:
+    model = open_dcp(path)
+    return NativeLlama(path, model) if is_native_llama(model) else model
+
+
 def _with_base(base: Path, complete: Callable[[ModelReader], ModelReader]) -> ModelReader:
     """Return what `complete` makes of an open base, which is closed again if it raises."""
     model = open_model(base)
@@ -59,7 +65,7 @@ _OPENERS: dict[str, Callable[[Path], ModelReader]] = {
     "torch_dist": open_torch_dist,
     "training state": TrainingState,
     "megatron legacy": open_megatron_legacy,
-    "dcp": open_dcp,
+    "dcp": _open_dcp,
     "adapter": _open_adapter,
 }
 
