@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from btm_scale.checkpoint.formats.based import base_of, is_completed, require_completed, with_base
 from btm_scale.checkpoint.formats.deepspeed_writer import write_model_states
 from btm_scale.checkpoint.formats.megatron import find_shape, require_names
 from btm_scale.checkpoint.formats.open import format_of, open_model, with_head_names
@@ -39,15 +40,23 @@ class Conversion:
 
 
 def convert(
-    source: Path, target: Path, *, to: str, tensor: int = 1, dtype: str | None = None, verify: bool = False
+    source: Path,
+    target: Path,
+    *,
+    to: str,
+    tensor: int = 1,
+    dtype: str | None = None,
+    verify: bool = False,
+    base: Path | None = None,
 ) -> Conversion:
     """Write the model in `source` as the directory `target`, with its config and tokenizer.
 
-    `to` is `huggingface`, `megatron` (torch_dist) or `deepspeed` (model states); the latter two are written for
-    tensor parallel degree `tensor`. With `verify` every tensor is read back and compared, and `target` appears only
-    if all are equal. The same call again after it finished writes nothing. Raises `CheckpointError`.
+    `to` is `huggingface`, `megatron` (torch_dist) or `deepspeed` (model states); the latter two are written for tensor
+    parallel degree `tensor`. With `verify` every tensor is read back and compared, and `target` appears only if all are
+    equal. `base` completes an adapter, or a checkpoint without its frozen weights. The same call again after it
+    finished writes nothing. Raises `CheckpointError`.
     """
-    source, target = Path(source), Path(target)
+    source, target = with_base(source, base), Path(target)
     if os.path.lexists(target) and not is_recorded(target):
         raise CheckpointError(
             f"{target} already exists. convert does not overwrite: choose another target, or remove it first."
@@ -55,11 +64,12 @@ def convert(
     if to not in ("huggingface", *WRITERS):
         raise CheckpointError(unknown_name("format", to, ("huggingface", *WRITERS)))
     format_of(source)  # before anything else, because other messages assume a checkpoint
+    require_completed(source, base)
     wanted = parse_dtype(dtype) if dtype else None
     settings = {"to": to, "tensor": tensor, "dtype": dtype_name(wanted) if wanted else None}
-    made_by = Provenance(
-        command="convert", inputs=(Input.of(source, besides=target),), settings=settings, answer={"format": to}
-    )
+    sources = [source, *filter(None, [base_of(source) if is_completed(source) else None])]
+    read = tuple(Input.of(path, besides=target) for path in sources)
+    made_by = Provenance(command="convert", inputs=read, settings=settings, answer={"format": to})
     if made_before(target, made_by, CheckpointError) is not None:
         if verify:
             verify_equal(source, target, wanted)
@@ -72,7 +82,7 @@ def convert(
             if verify:
                 verify_equal(source, partial, wanted)
             made_by.write_into(partial)
-            as_private_as([source], partial)
+            as_private_as(sources, partial)
             publish_directory(partial, target, synced=to == "huggingface")
         except Exception:
             remove_partial(partial)

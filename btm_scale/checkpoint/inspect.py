@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from btm_scale.checkpoint.convert import WRITERS, require_described
+from btm_scale.checkpoint.formats.based import require_completed, with_base
 from btm_scale.checkpoint.formats.deepspeed import checkpoint_folder, tensor_degree, training_step
 from btm_scale.checkpoint.formats.locate import described_config, iteration_folder
 from btm_scale.checkpoint.formats.megatron import find_shape
+from btm_scale.checkpoint.formats.megatron_legacy import legacy_iteration
 from btm_scale.checkpoint.formats.open import format_of, open_model, with_head_names
 from btm_scale.checkpoint.formats.tensors import ModelReader, dtype_name
 from btm_scale.checkpoint.formats.torch_dist import saved_iteration
@@ -22,12 +24,18 @@ _SUFFIXES = {
     "safetensors": "*.safetensors",
     "bin": "*.bin",
     "torch_dist": "*.distcp",
+    "megatron legacy": "model_optim_rng.pt",
+    "dcp": "*.distcp",
     "deepspeed": "*.pt",
+    "deepspeed universal": "*.pt",
     "training state": "*.safetensors",
+    "adapter": "adapter_model.*",
 }
 _STEPS: dict[str, Callable[[Path], int | None]] = {
     "deepspeed": training_step,
+    "deepspeed universal": training_step,
     "torch_dist": saved_iteration,
+    "megatron legacy": legacy_iteration,
     "training state": saved_step,
 }
 _MAX_TENSOR_DEGREE = 64
@@ -56,11 +64,15 @@ class Inspection:
     tensor_degrees: tuple[int, ...]
 
 
-def inspect(path: Path) -> Inspection:
-    """Describe a checkpoint of any readable format. Raises `CheckpointError` for other formats and damaged files."""
-    path = Path(path)
+def inspect(path: Path, *, base: Path | None = None) -> Inspection:
+    """Describe a checkpoint of any readable format; `base` completes an adapter or a checkpoint without frozen weights.
+
+    Raises `CheckpointError` for other formats and damaged files.
+    """
+    path = with_base(path, base)
     kind = format_of(path)
-    folder = (checkpoint_folder(path) if kind == "deepspeed" else iteration_folder(path)) or path
+    require_completed(path, base)
+    folder = (checkpoint_folder(path) if kind.startswith("deepspeed") else iteration_folder(path)) or path
     files = [folder] if folder.is_file() else sorted(folder.rglob(_SUFFIXES[kind]))
     config = described_config(path)
     with open_model(path) as model:
@@ -80,7 +92,7 @@ def inspect(path: Path) -> Inspection:
         dtypes=dict(dtypes),
         files={str(file.relative_to(folder.parent)): file.stat().st_size for file in files},
         step=_STEPS[kind](path) if kind in _STEPS else None,
-        tensor_degree=tensor_degree(path) if kind == "deepspeed" else None,
+        tensor_degree=tensor_degree(path) if kind.startswith("deepspeed") else None,
         problem=problem,
         converts_to=() if problem else ("huggingface", *(WRITERS if shape else ())),
         tensor_degrees=tuple(n for n in fitting.tensor_degrees() if n <= _MAX_TENSOR_DEGREE) if fitting else (),

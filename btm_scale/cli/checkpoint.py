@@ -19,6 +19,7 @@ _DTYPES = ("bfloat16", "float16", "float32", "float64")
 _SHORT_DTYPES = ("bf16", "fp16", "fp32", "fp64", "float8_e4m3fn", "float8_e5m2")
 _FORMATS = ("huggingface", "megatron", "deepspeed")
 _OF_METHOD = "Merge method"
+_COMPLETES = "Model that completes an adapter, or a DeepSpeed checkpoint that was saved without its frozen weights."
 
 
 class _MergeMethods:
@@ -93,7 +94,11 @@ def merge(
     base: Annotated[
         Path | None,
         option(
-            "--base", "DIR", "Model that all inputs were fine-tuned from, for methods that need it.", section=_OF_METHOD
+            "--base",
+            "DIR",
+            "Model that all inputs were fine-tuned from, for methods that need it, adapters, and DeepSpeed checkpoints "
+            "that were saved without their frozen weights.",
+            section=_OF_METHOD,
         ),
     ] = None,
     parameters: Annotated[
@@ -165,11 +170,12 @@ def convert(
     tensor: Annotated[int, option("--tensor", "N", "Tensor parallel degree of the target.", min=1)] = 1,
     dtype: Annotated[str | None, _dtype_option("Type of the target's weights.  [default: the source's]")] = None,
     verify: Annotated[bool, flag("--verify", "Read everything back and compare.")] = False,
+    base: Annotated[Path | None, option("--base", "DIR", _COMPLETES)] = None,
 ) -> Document:
     """Convert a checkpoint to another format or tensor layout."""
     from btm_scale.checkpoint.convert import convert as convert_checkpoint
 
-    done = convert_checkpoint(source, target, to=to, tensor=tensor, dtype=dtype, verify=verify)
+    done = convert_checkpoint(source, target, to=to, tensor=tensor, dtype=dtype, verify=verify, base=base)
     answer = {"output": str(done.target), "format": to, "verified": verify}
     return already_complete(answer, str(target)) if done.already_complete else answer
 
@@ -177,6 +183,8 @@ def convert(
 @verb(app, "inspect", section=_SECTION)
 def inspect(
     path: Annotated[Path, argument("PATH", "The checkpoint.")],
+    *,
+    base: Annotated[Path | None, option("--base", "DIR", _COMPLETES)] = None,
 ) -> Document:
     """Show a checkpoint's format, family, parameters and types.
 
@@ -186,7 +194,7 @@ def inspect(
 
     from btm_scale.checkpoint.inspect import inspect as inspect_checkpoint
 
-    facts = asdict(inspect_checkpoint(path))
+    facts = asdict(inspect_checkpoint(path, base=base))
     lists = {name: list(facts[name]) for name in ("converts_to", "tensor_degrees")}
     return facts | {"path": str(path)} | lists
 

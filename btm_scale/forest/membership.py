@@ -9,6 +9,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from btm_scale.checkpoint.convert import convert
+from btm_scale.checkpoint.formats.based import base_of, is_adapter
 from btm_scale.checkpoint.formats.locate import require_no_run, require_path
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.hashing import content_hash
@@ -23,6 +25,7 @@ from btm_scale.model.hf_config import read_shape
 from btm_scale.run_dir import RunDir
 from btm_scale.util.files import new_directory, require_space, sync_directory
 from btm_scale.util.inside import copy_inside, file_inside
+from btm_scale.util.provenance import NAME as PROVENANCE
 
 _REMOVED = ".removed"
 _PERMISSION = "Make it writable for this user."
@@ -46,14 +49,41 @@ class Added:
 def adding(config: RunConfig, run: RunDir, source: Path, name: str) -> Iterator[Added]:
     """Copy a Hugging Face directory into the forest under a new name; until the block ends, no evaluation begins.
 
-    It must have the run's tokenizer and vocabulary; its size and family may differ. Any number of processes may add
-    experts at once. The same model under the same name again is not copied. Raises ForestError with the reason if it
-    cannot be an expert of this run.
+    An adapter is added as the complete model that it and its base are. It must have the run's tokenizer and vocabulary;
+    its size and family may differ. Any number of processes may add experts at once. The same model under the same name
+    again is not copied. Raises ForestError with the reason if it cannot be an expert of this run.
     """
     try:
         require_free_name(name, "an expert")
     except ValueError as error:
         raise ForestError(f"{error} (--name)") from None
+    with _complete(run, source) as model, _adding_model(config, run, model, name) as added:
+        yield added
+
+
+@contextmanager
+def _complete(run: RunDir, source: Path) -> Iterator[Path]:
+    """Yield the path of a complete model: `source`, or for an adapter a temporary one in the run's folder."""
+    if not is_adapter(source):
+        yield source
+        return
+    try:
+        base_of(source)
+    except CheckpointError as error:
+        raise ForestError(
+            f"{error} First make it a complete model: btm-scale convert {source} DST --to huggingface --base DIR"
+        ) from None
+    folder = run.root / f".{source.resolve().name}.{secrets.token_hex(4)}"
+    try:
+        convert(source, folder, to="huggingface")
+        (folder / PROVENANCE).unlink()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _adding_model(config: RunConfig, run: RunDir, source: Path, name: str) -> Iterator[Added]:
     _require_free(current_config(config, run), run, source, name)
     _require_fit(run, source)
     with ExitStack() as turn:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.tiny_run import save_card
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import CheckpointError, ForestError
@@ -63,6 +63,31 @@ def test_an_added_model_is_an_expert_with_its_own_card(run: RunDir, config: RunC
     # Its parents were another run's.
     assert (card.name, card.domains, card.parents, card.tokens) == ("friend", {"law": 1.0}, (), 5)
     assert len(card.content_hash) == 64
+
+
+def test_an_adapter_is_added_as_a_complete_model(run: RunDir, config: RunConfig, tmp_path: Path) -> None:
+    base, adapter = model(tmp_path / "base"), tmp_path / "adapter"
+    name = "model.layers.0.self_attn.q_proj"
+    save_file({f"{name}.weight": torch.ones(16, 16)}, base / "model.safetensors")
+    adapter.mkdir()
+    matrices = {"lora_A": torch.full((1, 16), 2.0), "lora_B": torch.full((16, 1), 3.0)}
+    save_file(
+        {f"base_model.model.{name}.{part}.weight": matrix for part, matrix in matrices.items()},
+        adapter / "adapter_model.safetensors",
+    )
+    settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 2, "base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    card = add_expert(config, run, adapter, "friend")
+    assert load_file(run.model("friend") / "model.safetensors")[f"{name}.weight"].unique().tolist() == [13.0]
+    assert not (run.model("friend") / "adapter_config.json").exists()
+    # The same adapter again changes nothing, and nothing is left beside the experts.
+    with adding(config, run, adapter, "friend") as added:
+        assert (added.card, added.is_complete) == (card, True)
+    assert not list(run.root.glob(".adapter*"))
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "a/model"}))
+    with pytest.raises(ForestError, match=r"adapter of 'a/model'.*btm-scale convert .* --base DIR"):
+        add_expert(config, run, adapter, "other")
+    assert set(experts(run)) == {"friend"}
 
 
 def test_an_expert_that_cannot_be_mixed_is_rejected_with_the_reason(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from btm_scale.checkpoint.formats.fields import Fields, natural
@@ -11,21 +13,35 @@ from btm_scale.checkpoint.formats.locate import read_name
 from btm_scale.checkpoint.formats.megatron import MegatronModel, find_shape, is_megatron
 from btm_scale.checkpoint.formats.pickles import load_pickle
 from btm_scale.checkpoint.formats.stored import StoredModel, StoredTensor
-from btm_scale.checkpoint.formats.tensors import ModelReader
-from btm_scale.checkpoint.formats.zero import from_masters, named_tensors
+from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec
+from btm_scale.checkpoint.formats.zero import from_masters, named_tensors, trained_shapes, with_untrained
 from btm_scale.errors import CheckpointError
 from btm_scale.util.inside import file_inside
 
 _MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+# A mixture's experts and their optimizer states; a pipeline's layers, as Megatron-DeepSpeed and GPT-NeoX save them.
+_OTHER_FILE = re.compile(
+    r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt|expp_rank_\d+_mp_rank_\d+_optim_states\.pt"
+    r"|layer_\d+-model_\d+-model_states\.pt"
+)
 Files = dict[tuple[int, int], Path]  # by (tensor rank, data rank)
 
 
 def checkpoint_folder(path: Path) -> Path | None:
-    """Return the folder that holds a DeepSpeed checkpoint's files: `path`, the one `latest` names, or None."""
-    latest = path / "latest"
-    folder = file_inside(path, read_name(latest)) if latest.is_file() else path
-    return folder if _files(folder, _MODEL_FILE) or (folder / "zero").is_dir() else None
+    """Return the folder that holds a DeepSpeed checkpoint's files: `path`, the one `latest` names, or None.
+
+    Without `latest`, `latest_universal` names it, which DeepSpeed's conversion to a universal checkpoint writes.
+    """
+    latest = next((path / name for name in ("latest", "latest_universal") if (path / name).is_file()), None)
+    folder = path if latest is None else file_inside(path, read_name(latest))
+    return folder if _files(folder, _MODEL_FILE) or (folder / "zero").is_dir() or _unread(folder) else None
+
+
+def is_universal(path: Path) -> bool:
+    """Whether a DeepSpeed checkpoint is a universal one."""
+    folder = checkpoint_folder(path)
+    return folder is not None and (folder / "zero").is_dir()
 
 
 def open_deepspeed(path: Path, *, master: bool = True) -> ModelReader:
@@ -39,10 +55,11 @@ def open_deepspeed(path: Path, *, master: bool = True) -> ModelReader:
         raise CheckpointError(
             f"{path} is not a DeepSpeed checkpoint. Give the folder that has `latest` or *_model_states.pt."
         )
+    _require_readable(folder)
+    models, optimizers = _files(folder, _MODEL_FILE), _files(folder, _OPTIMIZER_FILE)
     if (folder / "zero").is_dir():
-        parts: list[StoredModel] = [_universal(folder)]
+        parts: list[StoredModel] = [_universal(folder, models)]
     else:
-        models, optimizers = _files(folder, _MODEL_FILE), _files(folder, _OPTIMIZER_FILE)
         ranks = sorted({tensor_rank for tensor_rank, _ in models})
         if ranks != list(range(len(ranks))):
             raise CheckpointError(f"{folder} has only tensor ranks {ranks}. Copy the other ranks' files here.")
@@ -89,7 +106,8 @@ def _part(folder: Path, tensor_rank: int, models: Files, optimizers: Files) -> S
     state = Fields(load_pickle(file), file)
     mine = {data: other for (tensor, data), other in optimizers.items() if tensor == tensor_rank}
     if mine and state.get("param_shapes"):
-        return StoredModel(folder, from_masters(folder, state, mine))
+        states = _states(folder, tensor_rank, models, state)
+        return StoredModel(folder, with_untrained(folder, from_masters(folder, state, mine), states))
     if not isinstance(state.get("module"), Mapping):
         raise CheckpointError(f"{file} has no `module`. It was not saved by DeepSpeed: copy it again.")
     if file.name.startswith("zero_pp_rank_"):
@@ -100,8 +118,23 @@ def _part(folder: Path, tensor_rank: int, models: Files, optimizers: Files) -> S
     return StoredModel(folder, named_tensors(state.part("module")))
 
 
-def _universal(folder: Path) -> StoredModel:
-    """Open a universal checkpoint: one folder per parameter, with its full float32 weights."""
+def _states(folder: Path, tensor_rank: int, models: Files, first: Fields) -> list[Fields]:
+    """Return the model states of a tensor rank by data rank; of others than the first only if they have parameters."""
+    mine = sorted((data, file) for (tensor, data), file in models.items() if tensor == tensor_rank)
+    if not first.get("frozen_param_shapes"):
+        return [first]
+    if [data for data, _ in mine] != list(range(len(mine))):
+        raise CheckpointError(
+            f"{folder} has model states only of data ranks {[data for data, _ in mine]}. Copy the missing files here."
+        )
+    return [first, *(Fields(load_pickle(file), file) for _, file in mine[1:])]
+
+
+def _universal(folder: Path, models: Files) -> StoredModel:
+    """Open a universal checkpoint: one folder per parameter, with its full float32 weights.
+
+    Those of ZeRO 3 are flat; their shapes, and the tensors that are not trained, are in the model states beside them.
+    """
     tensors: dict[str, StoredTensor] = {}
     for file in sorted((folder / "zero").glob("*/fp32.pt")):
         content = load_pickle(file_inside(folder, str(file.relative_to(folder))))
@@ -111,4 +144,40 @@ def _universal(folder: Path) -> StoredModel:
         tensors[file.parent.name] = value
     if not tensors:
         raise CheckpointError(f"{folder / 'zero'} has no fp32.pt. Convert to a universal checkpoint again.")
-    return StoredModel(folder, tensors)
+    if {tensor for tensor, _ in models} != {0} or (0, 0) not in models:
+        return StoredModel(folder, tensors)
+    first = Fields(load_pickle(models[0, 0]), models[0, 0])
+    for name, shape in _shapes(first).items():
+        value = tensors.get(name)
+        if value is None:
+            raise CheckpointError(
+                f"{folder / 'zero'} lacks '{name:.200}', which {models[0, 0].name} lists. Convert to a universal "
+                "checkpoint again."
+            )
+        if value.spec.shape != shape:
+            if value.stride is not None or value.spec.shape != (math.prod(shape),):
+                first.refuse(f"param_shapes.{name}", shape, f"that of the tensor of shape {list(value.spec.shape)}")
+            tensors[name] = replace(value, spec=TensorSpec(value.spec.dtype, shape))
+    return StoredModel(folder, with_untrained(folder, tensors, _states(folder, 0, models, first)))
+
+
+def _shapes(state: Fields) -> dict[str, tuple[int, ...]]:
+    if not state.get("param_shapes"):
+        return {}
+    return {name: shape for group in trained_shapes(state) for name, shape in group.items()}
+
+
+def _unread(folder: Path) -> list[str]:
+    """Return the files of a checkpoint that hold weights in a way that is not supported."""
+    return sorted(file.name for file in folder.iterdir() if _OTHER_FILE.fullmatch(file.name)) if folder.is_dir() else []
+
+
+def _require_readable(folder: Path) -> None:
+    """Raise `CheckpointError` for a checkpoint of a mixture of experts or of a pipeline."""
+    if unread := _unread(folder):
+        experts = any("expert" in name or name.startswith("expp_") for name in unread)
+        what = "experts of a DeepSpeed mixture" if experts else "layers of a DeepSpeed pipeline"
+        raise CheckpointError(
+            f"{folder} has {len(unread)} files with {what}, the first {unread[0]}, which cannot be read. Load the "
+            "checkpoint with the program that saved it, and save the complete model from there."
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from btm_scale.checkpoint.formats.based import base_of, is_adapter
 from btm_scale.errors import CheckpointError, first_few
 from btm_scale.model.hf_config import read_config
 from btm_scale.run_dir import SEED, RunDir
@@ -29,14 +30,18 @@ _LONGEST_NAME = 255  # bytes
 def described_in(path: Path) -> Path:
     """Return the folder with a model's config.json: `path`, or for training checkpoints one of its nearest parents.
 
-    A btm-scale training checkpoint uses the config of the run's exported model, or else of its seed. Without any
-    config.json, `path` itself is returned.
+    A btm-scale training checkpoint uses the config of the run's exported model, or else of its seed. An adapter, and
+    what has no config.json, use that of their base. Without any config.json, `path` itself is returned.
     """
+    base = base_of(path)
+    if base is not None and is_adapter(path):
+        return described_in(base)
     here = iteration_folder(path.absolute())
     nearby = [here] if list(here.glob("*.safetensors")) else [here, *here.parents[:_SEARCHED_PARENTS]]
     if (here / STATE_MARKER).is_file():
         nearby += _models_of_the_run(here)
-    return next((folder for folder in nearby if (folder / "config.json").is_file()), path)
+    own = next((folder for folder in nearby if (folder / "config.json").is_file()), None)
+    return own or (path if base is None else described_in(base))
 
 
 def require_path(path: Path) -> None:
@@ -90,9 +95,21 @@ def _models_of_the_run(state: Path) -> list[Path]:
 
 
 def described_config(path: Path) -> dict[str, Any]:
-    """Return the config.json that describes a model, or an empty one. Raises `CheckpointError` if it is damaged."""
+    """Return the config.json that describes a model, or an empty one. Raises `CheckpointError` if it is damaged.
+
+    Without one, it is made from the arguments that Megatron recorded. An adapter's may differ from its base's.
+    """
     folder = described_in(path)
-    return read_config(folder) if (folder / "config.json").is_file() else {}
+    config = read_config(folder) if (folder / "config.json").is_file() else {}
+    if config and is_adapter(path):
+        from btm_scale.checkpoint.formats.peft import config_changes  # which reads models, and so imports this file
+
+        config |= config_changes(path)
+    if not config and folder.is_dir():
+        from btm_scale.checkpoint.formats.megatron_args import recorded_config  # which reads pickles
+
+        config = recorded_config(iteration_folder(folder))
+    return config
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,19 +8,24 @@ from threading import local
 
 import torch
 
-from btm_scale.checkpoint.formats.locate import described_in
+from btm_scale.checkpoint.formats.locate import described_config, described_in
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, unknown_tensor
 from btm_scale.errors import CheckpointError, few_names
 from btm_scale.model.families.family import Entry
-from btm_scale.model.hf_config import read_shape
+from btm_scale.model.hf_config import read_shape, shape_from_config
 from btm_scale.model.hf_names import join, table, to_huggingface
 from btm_scale.model.shape import ModelShape
 
 
 def find_shape(path: Path) -> ModelShape:
-    """Return the shape in the config.json of `path` or of a near parent. Raises `CheckpointError` without one."""
+    """Return the shape in the config.json of `path` or of a near parent, or in the arguments that Megatron recorded.
+
+    Raises `CheckpointError` without either.
+    """
     file = described_in(path) / "config.json"
     if not file.is_file():
+        if config := described_config(path):
+            return shape_from_config(config, path)
         raise CheckpointError(
             f"{path} has no config.json, which gives the number of heads and the vocabulary size. Put the config.json "
             "of the Hugging Face model beside it."

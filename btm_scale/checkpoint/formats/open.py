@@ -7,8 +7,15 @@ from pathlib import Path
 
 import torch
 
-from btm_scale.checkpoint.formats.deepspeed import checkpoint_folder, open_deepspeed
-from btm_scale.checkpoint.formats.locate import iteration_folder, require_no_run, require_path
+from btm_scale.checkpoint.formats.based import ADAPTER_CONFIG, base_of, is_adapter
+from btm_scale.checkpoint.formats.completed import CompletedModel, require_frozen
+from btm_scale.checkpoint.formats.dcp import METADATA, dcp_folder, open_dcp
+from btm_scale.checkpoint.formats.deepspeed import checkpoint_folder, is_universal, open_deepspeed
+from btm_scale.checkpoint.formats.llama_native import NativeLlama, is_native_llama
+from btm_scale.checkpoint.formats.locate import described_config, iteration_folder, require_no_run, require_path
+from btm_scale.checkpoint.formats.megatron_args import legacy_files
+from btm_scale.checkpoint.formats.megatron_legacy import open_megatron_legacy
+from btm_scale.checkpoint.formats.peft import PeftModel
 from btm_scale.checkpoint.formats.pytorch_bin import BIN, BIN_INDEX, open_bin
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.formats.safetensors_writer import INDEX, SINGLE
@@ -18,31 +25,80 @@ from btm_scale.checkpoint.formats.training import TrainingState, is_training_sta
 from btm_scale.errors import CheckpointError
 
 _GPT2_PREFIX = "transformer."
+
+
+def _open_adapter(path: Path) -> ModelReader:
+    base = base_of(path)
+    assert base is not None
+    return _with_base(base, lambda model: PeftModel(path, model, described_config(base)))
+
+
+def _open_deepspeed(path: Path) -> ModelReader:
+    checkpoint = open_deepspeed(path)
+    base = base_of(path)
+    if base is None:
+        require_frozen(with_head_names(checkpoint), path)
+        return checkpoint
+    return _with_base(base, lambda model: CompletedModel(checkpoint, model))
+
+
+def _open_dcp(path: Path) -> ModelReader:
+    model = open_dcp(path)
+    return NativeLlama(path, model) if is_native_llama(model) else model
+
+
+def _with_base(base: Path, complete: Callable[[ModelReader], ModelReader]) -> ModelReader:
+    """Return what `complete` makes of an open base, which is closed again if it raises."""
+    model = open_model(base)
+    try:
+        return complete(model)
+    except BaseException:
+        model.close()
+        raise
+
+
 _OPENERS: dict[str, Callable[[Path], ModelReader]] = {
     "safetensors": SafetensorsModel,
     "bin": open_bin,
-    "deepspeed": open_deepspeed,
+    "deepspeed": _open_deepspeed,
+    "deepspeed universal": _open_deepspeed,
     "torch_dist": open_torch_dist,
     "training state": TrainingState,
+    "megatron legacy": open_megatron_legacy,
+    "dcp": _open_dcp,
+    "adapter": _open_adapter,
 }
 
 
 def format_of(path: Path) -> str:
-    """Return `safetensors`, `bin`, `deepspeed`, `torch_dist` or `training state`.
+    """Return the name of a path's format, such as `safetensors` or `deepspeed universal`.
 
-    Raises `CheckpointError` if `path` does not exist or is none of them.
+    Raises `CheckpointError` if `path` does not exist or has none of the formats that can be read.
     """
     require_path(path)
     if is_training_state(path):
         return "training state"
+    complete = [name for name in (SINGLE, INDEX, BIN, BIN_INDEX) if (path / name).is_file()]
+    if is_adapter(path):
+        if complete:
+            raise CheckpointError(
+                f"{path} holds a model ({complete[0]}) and an adapter ({ADAPTER_CONFIG}), and only one of them can be "
+                "meant. Move the adapter's files into a folder of their own."
+            )
+        return "adapter"
     if path.suffix == ".safetensors" or any((path / name).is_file() for name in (SINGLE, INDEX)):
         return "safetensors"
     if any((path / name).is_file() for name in (BIN, BIN_INDEX)):
         return "bin"
-    if (iteration_folder(path) / ".metadata").is_file():
+    folder = iteration_folder(path)
+    if (folder / METADATA).is_file() and any((folder / name).is_file() for name in ("common.pt", "metadata.json")):
         return "torch_dist"
+    if legacy_files(folder):
+        return "megatron legacy"
+    if dcp_folder(path) is not None:
+        return "dcp"
     if path.is_dir() and checkpoint_folder(path) is not None:
-        return "deepspeed"
+        return "deepspeed universal" if is_universal(path) else "deepspeed"
     require_no_run(path)
     raise CheckpointError(
         f"{path} is not a model: it has no {SINGLE}, {INDEX} or {BIN}, and is not a DeepSpeed, torch_dist or training "
@@ -55,7 +111,6 @@ def open_model(path: Path) -> ModelReader:
 
     Raises `CheckpointError` for a path that does not exist, an unknown format or damaged files.
     """
-    path = Path(path)
     return _OPENERS[format_of(path)](path)
 
 

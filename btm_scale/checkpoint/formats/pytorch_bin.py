@@ -24,18 +24,28 @@ def open_bin(directory: Path) -> StoredModel:
     for shard in shards:
         if not shard.is_file():
             raise CheckpointError(f"{index} lists the shard {shard.name}, which is missing. Copy it here.")
-        content = load_pickle(shard)
-        if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-            raise CheckpointError(f"{shard} does not contain a state dict. Save `model.state_dict()`.")
+        content = _state_dict(shard)
         if twice := sorted(tensors.keys() & content.keys()):
             raise CheckpointError(f"{shard} has '{twice[0]:.100}', which another shard has too. Copy the model again.")
-        if unsupported := sorted(str(name) for name, value in content.items() if _is_unsupported(value)):
-            raise CheckpointError(
-                f"{shard}: {len(unsupported)} tensors, the first '{unsupported[0]}', have a dtype or layout that is "
-                "not supported in .bin files. Save the model as safetensors."
-            )
-        tensors |= {name: value for name, value in content.items() if isinstance(value, StoredTensor)}
+        tensors |= content
     return StoredModel(directory, tensors)
+
+
+def open_state_dict(file: Path) -> StoredModel:
+    """Open one file with a state dict. Raises like `open_bin`."""
+    return StoredModel(file, _state_dict(file))
+
+
+def _state_dict(file: Path) -> dict[str, StoredTensor]:
+    content = load_pickle(file)
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise CheckpointError(f"{file} does not contain a state dict. Save `model.state_dict()`.")
+    if unsupported := sorted(str(name) for name, value in content.items() if _is_unsupported(value)):
+        raise CheckpointError(
+            f"{file}: {len(unsupported)} tensors, the first '{unsupported[0]}', have a dtype or layout that is "
+            "not supported in .bin files. Save the model as safetensors."
+        )
+    return {name: value for name, value in content.items() if isinstance(value, StoredTensor)}
 
 
 def _is_unsupported(value: object) -> bool:

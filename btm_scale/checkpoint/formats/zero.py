@@ -1,11 +1,10 @@
-"""The float32 weights in the optimizer states of DeepSpeed's ZeRO 1, 2 and 3."""
+"""The float32 weights in the optimizer states of DeepSpeed's ZeRO 1, 2 and 3, and what the model states add."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from btm_scale.checkpoint.formats.fields import Fields, named_shapes, natural, one_dtype
 from btm_scale.checkpoint.formats.inert import Inert
@@ -26,30 +25,42 @@ def named_tensors(fields: Fields) -> dict[str, StoredTensor]:
 
 
 def from_masters(folder: Path, model: Fields, files: Mapping[int, Path]) -> dict[str, StoredTensor]:
-    """Return the float32 weights of the trained parameters, with the buffers and frozen parameters.
+    """Return the float32 weights of the trained parameters.
 
     `model` is the content of a model states file, and `files` are the optimizer states by data rank. Raises
     `CheckpointError`.
     """
     states = [Fields(load_pickle(files[data]), files[data]).part("optimizer_state_dict") for data in sorted(files)]
     _require_all_ranks(folder, states[0], files)
-    stage = _stage(states[0])
+    shapes = trained_shapes(model)
+    if _stage(states[0]) == 3:
+        return _stage_3(shapes, [state.tensors("fp32_flat_groups") for state in states], folder)
+    rows = [state.tensors("single_partition_of_fp32_groups") for state in states]
+    return _stage_2(shapes, rows, _paddings(states[0], shapes), folder)
+
+
+def trained_shapes(model: Fields) -> Shapes:
+    """Return the shapes of the trained parameters by group. Raises `CheckpointError`."""
     shapes = [named_shapes(group, model.file, "param_shapes") for group in model.sequence("param_shapes")]
     if len(set().union(*shapes)) != sum(map(len, shapes)):
         raise CheckpointError(f"{model.file}: 'param_shapes' has a parameter in two groups. Save it again.")
-    if stage == 3:
-        tensors = _stage_3(shapes, [state.tensors("fp32_flat_groups") for state in states], folder)
-    else:
-        rows = [state.tensors("single_partition_of_fp32_groups") for state in states]
-        tensors = _stage_2(shapes, rows, _paddings(states[0], shapes), folder)
+    return shapes
+
+
+def with_untrained(
+    folder: Path, trained: Mapping[str, StoredTensor], models: Sequence[Fields]
+) -> dict[str, StoredTensor]:
+    """Return the trained parameters with the buffers, the frozen and the tied parameters.
+
+    `models` are the model states by data rank, of which ZeRO 3 divides the frozen parameters. Raises
+    `CheckpointError`.
+    """
+    model = models[0]
     module = named_tensors(model.part("module")) if model.get("module") else {}
-    tensors |= {name: module[name] for name in model.names("buffer_names") if name in module}
+    # ZeRO 3 leaves empty tensors in place of the parameters that it divides.
+    tensors = {name: tensor for name, tensor in module.items() if tensor.spec.elements} | dict(trained)
     if model.get("frozen_param_shapes"):
-        if stage == 3:
-            raise CheckpointError(
-                f"{folder} has frozen parameters under ZeRO 3. This is not supported: save with ZeRO 2."
-            )
-        tensors |= _frozen(model)
+        tensors |= _frozen(folder, models)
     for alias, name in model.part("shared_params").values.items() if model.get("shared_params") else ():
         if not isinstance(alias, str) or name not in tensors:
             model.refuse(f"shared_params.{alias}", name, "the name of a parameter")
@@ -90,15 +101,28 @@ def _paddings(state: Fields, shapes: Shapes) -> list[list[int]] | None:
     return [[natural(each, state.file, f"{state.path}{name}") for each in group] for group in groups]
 
 
-def _frozen(model: Fields) -> dict[str, StoredTensor]:
-    fragments = model.part("frozen_param_fragments")
-    shapes = named_shapes(model.get("frozen_param_shapes"), model.file, "frozen_param_shapes")
+def _frozen(folder: Path, models: Sequence[Fields]) -> dict[str, StoredTensor]:
+    """Return the frozen parameters, which are complete in each rank's file or, under ZeRO 3, divided over all."""
+    shapes = named_shapes(models[0].get("frozen_param_shapes"), models[0].file, "frozen_param_shapes")
+    fragments = [model.part("frozen_param_fragments") for model in models]
     tensors: dict[str, StoredTensor] = {}
     for name, shape in shapes.items():
-        fragment: Any = fragments.get(name)
-        if not isinstance(fragment, StoredTensor) or fragment.spec.shape != shape:
-            fragments.refuse(name, fragment, f"a tensor of shape {list(shape)}")
-        tensors[name] = fragment
+        first = fragments[0].get(name)
+        if isinstance(first, StoredTensor) and first.spec.shape == shape:
+            tensors[name] = first
+            continue
+        elements = math.prod(shape)
+        per_rank = -(-elements // len(models))
+        parts = []
+        for each in fragments:
+            part = each.get(name)
+            flat = isinstance(part, StoredTensor) and part.stride is None and part.spec.shape == (per_rank,)
+            if not flat or part.spec.dtype != first.spec.dtype:
+                each.refuse(
+                    name, part, f"a tensor of shape {list(shape)}, or the part of it of one of {len(models)} ranks"
+                )
+            parts.append(part)
+        tensors[name] = _cut(name, _flat(parts, folder), shape, [(0, elements)], folder)
     return tensors
 
 

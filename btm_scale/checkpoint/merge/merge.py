@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from btm_scale.checkpoint.formats.based import base_of, is_completed, with_base
 from btm_scale.checkpoint.formats.tensors import dtype_name, parse_dtype
 from btm_scale.checkpoint.hashing import BlockHashes, combined_hash, same_models
 from btm_scale.checkpoint.merge import journal
@@ -72,16 +73,17 @@ def merge(
     """Merge model directories into the directory `output`, which appears only when it is complete.
 
     `inputs` are (directory, weight). `linear` divides by the sum of the weights, so they need not sum to 1, and skips
-    models of weight 0. Sums are computed in float64, in an order that depends only on the models' content: the order
-    of `inputs`, `jobs`, `chunk_bytes` and sharding do not change a bit. `jobs` is the number of processes; by
-    default a large merge uses one per core, unless the calling process has threads. Config and tokenizer come from the
-    first input with a nonzero weight. Repeating the call resumes an interrupted merge, and changes nothing after a
-    finished one. With `mpi` every rank of `mpirun` must make the same call, and each gets the report. Raises
-    `CheckpointError` listing every problem, before anything is written.
+    models of weight 0. Sums are computed in float64, in an order that depends only on the models' content: the order of
+    `inputs`, `jobs`, `chunk_bytes` and sharding do not change a bit. `jobs` is the number of processes; by default a
+    large merge uses one per core, unless the calling process has threads. Config and tokenizer come from the first
+    input with a nonzero weight. `base` is the model from which the inputs were trained: methods that compare with it
+    need it, and it completes adapters and checkpoints without their frozen weights. Repeating the call resumes an
+    interrupted merge, and changes nothing after a finished one. With `mpi` every rank of `mpirun` must make the same
+    call, and each gets the report. Raises `CheckpointError` listing every problem, before anything is written.
     """
     started = time.perf_counter()
     output = Path(output)
-    pairs = tuple((Path(path), float(weight)) for path, weight in inputs)
+    pairs = tuple((with_base(path, base), float(weight)) for path, weight in inputs)
     ranks = world() if mpi else None
     if ranks is not None and ranks.rank > 0:
         report: MergeReport = follow(ranks)
@@ -212,11 +214,11 @@ class _Work:
 
 
 def _provenance(plan: MergePlan, output: Path, inputs: Sequence[tuple[Path, float]], dtype: str | None) -> Provenance:
-    """Return the record of a merge, without its answer. The base is the last input."""
+    """Return the record of a merge, without its answer. Bases are the last inputs."""
     read = {source.path for source in plan.sources}
     made_from = [Input.of(path, weight=weight, besides=output) for path, weight in inputs if path in read]
-    if plan.base is not None:
-        made_from.append(Input.of(plan.base.path, besides=output))
+    bases = dict.fromkeys(_bases(plan))
+    made_from += [Input.of(base, besides=output) for base in bases]
     settings = {
         "method": plan.method_name,
         "parameters": dict(plan.parameters),
@@ -225,6 +227,15 @@ def _provenance(plan: MergePlan, output: Path, inputs: Sequence[tuple[Path, floa
         "seed": plan.seed,
     }
     return Provenance(command="merge", inputs=tuple(made_from), settings=settings, answer={})
+
+
+def _bases(plan: MergePlan) -> Iterator[Path]:
+    """Yield the models that are read besides the inputs."""
+    if plan.base is not None:
+        yield plan.base.path
+    for source in plan.sources:
+        if is_completed(source.path) and (base := base_of(source.path)) is not None:
+            yield base
 
 
 def _passes(works: Sequence[_Work]) -> Iterator[Sequence[_Work]]:
@@ -315,7 +326,7 @@ def _publish(work: _Work) -> str:
         _add_sidecars(work, content)
     if work.made_by is not None:
         work.made_by.model_copy(update={"answer": {"content_hash": content}}).write_into(work.partial)
-    as_private_as([source.path for source in work.plan.everyone], work.partial)
+    as_private_as([*(source.path for source in work.plan.everyone), *_bases(work.plan)], work.partial)
     publish_directory(work.partial, work.output)
     return content
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from btm_scale.checkpoint.formats.based import base_of, is_completed
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, parse_dtype
 from btm_scale.checkpoint.hashing import BLOCK_BYTES, sample_hash
@@ -125,7 +126,7 @@ def make_plan(
             f"'{method}' needs a base: the model from which all inputs were trained. Give it (--base DIR; `base` in "
             "Python)."
         )
-    if base is not None and not chosen.needs_base:
+    if base is not None and not chosen.needs_base and not any(map(is_completed, (path for path, _ in used))):
         others = ", ".join(name for name, other in sorted(METHODS.items()) if other.needs_base)
         problems.append(f"'{method}' takes no base. Leave {base} out, or use a method that takes one: {others}.")
     basis = [Path(base)] if base is not None and chosen.needs_base else []
@@ -177,7 +178,7 @@ class _Models:
 
 
 def _used_inputs(method: Method, inputs: Sequence[tuple[Path, float]]) -> list[tuple[Path, float]]:
-    return [(Path(path), float(weight)) for path, weight in inputs if weight or method.name != "linear"]
+    return [(path, float(weight)) for path, weight in inputs if weight or method.name != "linear"]
 
 
 def _checked(
@@ -217,16 +218,18 @@ def _checked(
 
 
 def _files_hash(path: Path) -> str:
-    """Return a hash that changes with the name, size or modification time of any file of a model.
+    """Return a hash that changes with the name, size or modification time of any file of a model or of its base.
 
     Dangling links (editor locks) and partial outputs inside the model's folder are ignored.
     """
+    base = base_of(path) if is_completed(path) else None
     files = [
         (str(file), (stat := file.stat()).st_size, stat.st_mtime_ns)
         for file in sorted(path.rglob("*") if path.is_dir() else [path])
         if file.is_file() and ".partial" not in str(file.relative_to(path))
     ]
-    return hashlib.sha256(repr(files).encode()).hexdigest()
+    completing = [] if base is None else [_files_hash(base)]
+    return hashlib.sha256(repr([*files, *completing]).encode()).hexdigest()
 
 
 def _weight_problems(method: Method, inputs: Sequence[tuple[Path, float]]) -> list[str]:

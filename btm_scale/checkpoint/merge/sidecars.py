@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from btm_scale.checkpoint.formats.based import is_adapter
 from btm_scale.checkpoint.formats.locate import TOKENIZER_FILES, described_config, described_in, read_json
 from btm_scale.checkpoint.formats.tensors import dtype_name
 from btm_scale.checkpoint.merge.plan import MergePlan
@@ -26,8 +28,9 @@ _HASH = re.compile("[0-9a-f]{64}")
 
 def carry_sidecars(source: Path, target: Path, dtype: torch.dtype | None) -> None:
     """Copy a model's tokenizer and configs; `dtype`, unless None, replaces the dtype in config.json."""
-    folder = described_in(source)
-    for name in _SIDECARS:
+    # A tokenizer that was saved with an adapter may have more tokens than the base's.
+    folders = [described_in(source), *([source] if is_adapter(source) else [])]
+    for folder, name in itertools.product(folders, _SIDECARS):
         if (folder / name).is_file():
             copy_inside(folder, name, target)
     if config := described_config(source):
