@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Collect what gpu_day.py needs beside PyTorch and Triton, for a GPU machine without a network.
+# Collect what gpu_day.py needs besides PyTorch and Triton, for a GPU machine without a network.
 #
 #     benchmarks/gpu_wheels.sh collect DIR [PYTHON_VERSION]   # with a network: DIR/*.whl for Python 3.12 by default
 #     benchmarks/gpu_wheels.sh install DIR SITE               # on the GPU machine; then PYTHONPATH=SITE:benchmarks

@@ -39,21 +39,10 @@ def score_row(
         -F.cross_entropy(states[e, :few].double() @ head.double().T, targets[:few], reduction="none")
         for e, head in enumerate(heads[:2])
     ]
-    log_probs = ours()
-    time = seconds(ours, device)
-    row: dict[str, Any] = {
-        "kernel": "token_logprobs",
-        "path": str(last_path("token_logprobs")),
-        "experts": experts,
-        "tokens": tokens,
-        "hidden": hidden,
-        "vocab": vocab,
-        "seconds": time,
-        "of_matrix_rate": 2 * experts * tokens * hidden * vocab / time / rates["matrix_flops"],
-        "extra_bytes": extra_bytes(ours, device),
-        "error": float((log_probs[:2, :few] - torch.stack(exact)).abs().max()),
-        "repeats": repeats_to_the_bit(ours, RUNS_THAT_MUST_AGREE),
-    }
+    row: dict[str, Any] = {"experts": experts, "tokens": tokens, "hidden": hidden, "vocab": vocab}
+    row |= _figures("token_logprobs", ours, device)
+    row["of_matrix_rate"] = 2 * experts * tokens * hidden * vocab / row["seconds"] / rates["matrix_flops"]
+    row["error"] = float((ours()[:2, :few] - torch.stack(exact)).abs().max())
     for name, peer in _score_peers(device).items() if peers else ():
 
         def run(peer: Peer = peer) -> None:
@@ -80,26 +69,29 @@ def mix_row(
         return (logits.float().log_softmax(2) + weights).logsumexp(0)
 
     one = logits[:, :1].double().log_softmax(2) + log_weights[:1].double().log_softmax(1).T.unsqueeze(2)
-    time = seconds(ours, device)
-    row: dict[str, Any] = {
-        "kernel": "mix_logits",
-        "path": str(last_path("mix_logits")),
-        "experts": experts,
-        "batch": batch,
-        "vocab": vocab,
-        "seconds": time,
-        # Every logit is read and every probability written at least once.
-        "of_copy_rate": batch * vocab * (2 * experts + 4) / time / rates["copy_bytes"],
-        "extra_bytes": extra_bytes(ours, device),
-        "error": float((ours()[:1] - one.logsumexp(0)).abs().max()),
-        "repeats": repeats_to_the_bit(ours, RUNS_THAT_MUST_AGREE),
-        "mix_sample_seconds": seconds(lambda: mix_sample(logits, log_weights), device),
-    }
+    row: dict[str, Any] = {"experts": experts, "batch": batch, "vocab": vocab}
+    row |= _figures("mix_logits", ours, device)
+    # Every logit is read and every probability written at least once.
+    row["of_copy_rate"] = batch * vocab * (2 * experts + 4) / row["seconds"] / rates["copy_bytes"]
+    row["error"] = float((ours()[:1] - one.logsumexp(0)).abs().max())
+    row["mix_sample_seconds"] = seconds(lambda: mix_sample(logits, log_weights), device)
     if peers:
         row |= _peer_figures("eager", eager, device)
     if peers and device == "cuda":
         row |= _peer_figures("compile", torch.compile(eager), device)
     return row
+
+
+def _figures(kernel: str, run: Callable[[], Tensor], device: str) -> dict[str, Any]:
+    """Return how a kernel ran, its seconds and extra bytes, and whether its results repeat to the bit."""
+    run()
+    return {
+        "kernel": kernel,
+        "path": str(last_path(kernel)),
+        "seconds": seconds(run, device),
+        "extra_bytes": extra_bytes(run, device),
+        "repeats": repeats_to_the_bit(run, RUNS_THAT_MUST_AGREE),
+    }
 
 
 def _score_peers(device: str) -> dict[str, Peer]:

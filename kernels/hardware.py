@@ -30,7 +30,7 @@ def hardware(device: torch.device) -> Hardware:
     if device.type != "cuda":
         return INTERPRETER
     properties: Any = torch.cuda.get_device_properties(device)
-    # The larger limit, which a kernel has to ask for and Triton does, is not reported by every build.
+    # Triton requests the larger opt-in limit, which not every build of PyTorch reports.
     shared = getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block
     if torch.version.hip:
         return Hardware("amd", properties.gcnArchName.split(":")[0], shared)

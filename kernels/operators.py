@@ -60,7 +60,7 @@ def token_logprob_partials(
 ) -> Partials:
     """See `btm_scale.kernels.token_logprob_partials`."""
     if hidden.shape[0] == 0:
-        return _fake_partials(hidden, head, targets, vocab_start, vocab_size, ignore_index, soft_cap)
+        return _fake_partials(hidden)
     settings: dict[str, Any] = {
         "vocab_start": vocab_start,
         "vocab_size": vocab_size,
@@ -182,26 +182,11 @@ def _weights(log_weights: Tensor) -> Tensor:
     return _unit_stride(log_weights)
 
 
-def _fake_logprobs(
-    hidden: Tensor,
-    heads: Sequence[Tensor],
-    targets: Tensor,
-    vocab_size: int | None,
-    ignore_index: int,
-    soft_cap: float | None,
-) -> Tensor:
+def _fake_logprobs(hidden: Tensor, *_: object) -> Tensor:
     return hidden.new_empty(hidden.shape[:2], dtype=torch.float32)
 
 
-def _fake_partials(
-    hidden: Tensor,
-    head: Tensor,
-    targets: Tensor,
-    vocab_start: int,
-    vocab_size: int | None,
-    ignore_index: int,
-    soft_cap: float | None,
-) -> Partials:
+def _fake_partials(hidden: Tensor, *_: object) -> Partials:
     maximum, sum_exp, target_logit = (hidden.new_empty(hidden.shape[:1], dtype=torch.float32) for _ in range(3))
     return maximum, sum_exp, target_logit
 
@@ -210,13 +195,7 @@ def _fake_mixture(logits: Tensor, log_weights: Tensor) -> Tensor:
     return logits.new_empty(logits.shape[1:], dtype=torch.float32)
 
 
-def _fake_sample(
-    logits: Tensor,
-    log_weights: Tensor,
-    temperature: float,
-    generator: torch.Generator | None = None,
-    log_likelihood: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def _fake_sample(logits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     batch = logits.shape[1:2]
     return logits.new_empty(batch, dtype=torch.int64), logits.new_empty(batch, dtype=torch.float32)
 

@@ -44,7 +44,7 @@ def combine_partials(partials: Sequence[Partials] | Partials) -> Tensor:
         same bits. A target that is in no shard has log-probability -inf.
 
     Raises:
-        ValueError: there is no shard, or the shards are on different devices.
+        ValueError: `partials` is empty, or its shards are on different devices.
         FloatingPointError: a log-probability is NaN.
     """
     shards = cast(

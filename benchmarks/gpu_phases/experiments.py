@@ -32,7 +32,7 @@ _POLL_S = 0.2
 
 def rows(site: Site) -> list[Row]:
     """Return the rows in the order of their dependence: the demo's run is used by those after it."""
-    found = [
+    listed = [
         Row("demo", 500, _demo),
         Row("demo killed and resumed", 530, _killed_demo),
         Row("two ranks on one GPU", 120, _two_ranks),
@@ -40,8 +40,10 @@ def rows(site: Site) -> list[Row]:
     ]
     batches = (1, 2) if site.simulated else (1, 32)
     for method in ("expert", "mixture"):
-        found.append(Row(f"generate demo {method}", 120, partial(_generate_demo, method)))
-    return found + [Row(f"generate {_PRESET} batch {batch}", 300, partial(_generate_large, batch)) for batch in batches]
+        listed.append(Row(f"generate demo {method}", 120, partial(_generate_demo, method)))
+    return listed + [
+        Row(f"generate {_PRESET} batch {batch}", 300, partial(_generate_large, batch)) for batch in batches
+    ]
 
 
 def _command(site: Site, name: str, *settings: str) -> list[str]:

@@ -32,7 +32,7 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True)
 class Site:
-    """Where the results go, and whether toy sizes on a CPU stand for the GPU."""
+    """Where the results go, and whether toy sizes on a CPU replace the GPU."""
 
     out: Path
     simulated: bool = False
@@ -49,7 +49,7 @@ class Site:
         return self.device
 
     def folder(self, name: str) -> Path:
-        """Return a folder of the results, which is made if necessary."""
+        """Return a folder of the results, which is created if necessary."""
         folder = self.out / name
         folder.mkdir(parents=True, exist_ok=True)
         return folder
@@ -71,17 +71,17 @@ class Ledger:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_bytes() if path.exists() else b""
-        whole = text[: text.rfind(b"\n") + 1]
-        if whole != text:
-            path.write_bytes(whole)
+        complete = text[: text.rfind(b"\n") + 1]
+        if complete != text:
+            path.write_bytes(complete)
         self.rows: dict[str, dict[str, Any]] = {}
-        for line in whole.splitlines():
+        for line in complete.splitlines():
             row = json.loads(line)
             self.rows[row["row"]] = row
         self._skipped = {name for name, row in self.rows.items() if not (retry and row["status"] in _RETRIED)}
 
     def has(self, row: Row) -> bool:
-        """Return whether a row is measured and not to be measured again."""
+        """Return whether a row is measured, and is not to be measured again."""
         return row.name in self._skipped
 
     def append(self, entry: dict[str, Any]) -> None:
@@ -132,7 +132,7 @@ def _end_with_parent(parent: int) -> None:
 
 
 def _measured(row: Row, site: Site) -> dict[str, Any]:
-    """Measure a row in a process group, which is killed as a whole when its time is over."""
+    """Measure a row in a process group, all of which is killed when its time is over."""
     log = site.folder("logs") / (re.sub(r"[^\w.-]+", "-", row.name) + ".log")
     command = [sys.executable, str(SCRIPT), "--row", row.name, "--out", str(site.out)]
     command += ["--simulate"] if site.simulated else []
@@ -165,7 +165,7 @@ def _measured(row: Row, site: Site) -> dict[str, Any]:
 
 
 def kill_tree(process: int) -> None:
-    """End a process and its children, which may have process groups of their own."""
+    """End a process and its children, which may have separate process groups."""
     try:
         children = psutil.Process(process).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -185,10 +185,10 @@ def variables(site: Site) -> dict[str, str]:
 
 def print_table(ledger: Ledger, rows: Iterable[Row]) -> None:
     """Print the rows that were measured, one line each."""
-    found = [ledger.rows[row.name] for row in rows if row.name in ledger.rows]
-    counts = {status: sum(row["status"] == status for row in found) for status in (DONE, *_RETRIED)}
+    measured = [ledger.rows[row.name] for row in rows if row.name in ledger.rows]
+    counts = {status: sum(row["status"] == status for row in measured) for status in (DONE, *_RETRIED)}
     print()
-    for row in found:
+    for row in measured:
         print(_line(row))
     print(f"{ledger.path}: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
 

@@ -51,7 +51,7 @@ def _sanitize(code: str, site: Site) -> dict[str, Any]:
     command = [checker, "--error-exitcode", "9", sys.executable, "-c", program]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     print(result.stdout, result.stderr)
-    found = re.search(r"ERROR SUMMARY: (\d+) error", result.stdout)
-    if found is None:
+    summary_line = re.search(r"ERROR SUMMARY: (\d+) error", result.stdout)
+    if summary_line is None:
         raise RuntimeError(f"compute-sanitizer ended with exit code {result.returncode}")
-    return {"memory_errors": int(found.group(1))}
+    return {"memory_errors": int(summary_line.group(1))}

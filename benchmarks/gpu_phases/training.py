@@ -1,4 +1,4 @@
-"""Training speed and memory beside plain PyTorch, the loss beside its peers, and what a step spends its time on."""
+"""Training speed and memory beside plain PyTorch, the loss beside its peers, and where the time of a step goes."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ _PEERS = ("eager", "compile", "torch_linear_cross_entropy", "cut_cross_entropy",
 def rows(site: Site) -> list[Row]:
     """Return the peers of every size in turn, the variants of the loss, and a profile."""
     sizes, losses = (_TOY_SIZES, _TOY_LOSSES) if site.simulated else (_SIZES, _LOSSES)
-    found = [
+    listed = [
         Row(f"train {preset} {peer}", 240, partial(_train, preset, peer))
         for preset in sizes
         for peer in ("ours", "plain", "plain, compiled")
     ]
     for name, shape in losses.items():
         for chunk in _CHUNKS:
-            found.append(Row(f"loss {name} ours chunk {chunk or 'default'}", 120, partial(_our_loss, shape, chunk)))
-        found += [Row(f"loss {name} {peer}", 120, partial(_peer_loss, shape, peer)) for peer in _PEERS]
-    return found + [Row(f"profile {preset}", 180, partial(_profile, preset)) for preset in sizes]
+            listed.append(Row(f"loss {name} ours chunk {chunk or 'default'}", 120, partial(_our_loss, shape, chunk)))
+        listed += [Row(f"loss {name} {peer}", 120, partial(_peer_loss, shape, peer)) for peer in _PEERS]
+    return listed + [Row(f"profile {preset}", 180, partial(_profile, preset)) for preset in sizes]
 
 
 def case_of(preset: str, site: Site) -> Any:
@@ -164,7 +164,7 @@ def _peer_loss(shape: tuple[int, int, int], peer: str, site: Site) -> dict[str, 
 
 
 def _profile(preset: str, site: Site) -> dict[str, Any]:
-    """Write DIR/profiles/PRESET.txt with the operators that take most of a step; return the share of the first ten."""
+    """Write DIR/profiles/PRESET.txt with the slowest operators of a step; return the fractions of the first ten."""
     import torch
     from torch.profiler import ProfilerActivity, profile
     from training_peers import ours

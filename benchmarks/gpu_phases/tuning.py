@@ -26,13 +26,13 @@ _FEW_TOKENS = 128  # enough to compile the same kernel; a shape that spills woul
 
 def rows(site: Site) -> list[Row]:
     """Return, for each class, a row that compiles and rows that time."""
-    found = []
+    listed = []
     for name, problem in (_TOY_CLASSES if site.simulated else _CLASSES).items():
-        found.append(Row(f"compile {name}", 300, partial(_compile, name, problem)))
+        listed.append(Row(f"compile {name}", 300, partial(_compile, name, problem)))
         for first in range(0, len(_score_candidates(site)), _BATCH):
-            found.append(Row(f"tune {name} {first + 1}-{first + _BATCH}", 180, partial(_time, name, problem, first)))
+            listed.append(Row(f"tune {name} {first + 1}-{first + _BATCH}", 180, partial(_time, name, problem, first)))
     mix = _TOY_MIX_PROBLEM if site.simulated else _MIX_PROBLEM
-    return [*found, Row("tune mix", 240, partial(_time_mix, mix))]
+    return [*listed, Row("tune mix", 240, partial(_time_mix, mix))]
 
 
 def _score_candidates(site: Site) -> list[ScoreConfig]:
@@ -92,10 +92,10 @@ def _compile(name: str, problem: tuple[int, int, int], site: Site) -> dict[str, 
     with context.Pool(workers) as pool:
         resources = pool.starmap(_resources, [(device, problem, tuple(config)) for config in candidates])
     table = _table(site)
-    for config, found in zip(candidates, resources, strict=True):
-        table.setdefault(name, {})[_key(config)] = found
+    for config, used in zip(candidates, resources, strict=True):
+        table.setdefault(name, {})[_key(config)] = used
     _write(site, table)
-    usable = [found for found in resources if not found.get("spills") and "error" not in found]
+    usable = [used for used in resources if not used.get("spills") and "error" not in used]
     return {"candidates": len(candidates), "usable": len(usable), "workers": workers}
 
 

@@ -33,7 +33,7 @@ _CHUNK_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Conversion:
-    """A conversion: its target, and whether the same conversion had made it before."""
+    """A conversion: its target, and whether an earlier call had already written it."""
 
     target: Path
     already_complete: bool = False

@@ -10,7 +10,7 @@ import typer
 
 from btm_scale.cli.commands import Verb
 from btm_scale.cli.options import argument, flag, one_of, option, several
-from btm_scale.cli.verb import Document, already_complete, verb
+from btm_scale.cli.verb import Answer, Document, already_complete, say, verb
 from btm_scale.errors import UserError
 
 app = typer.Typer()
@@ -185,10 +185,10 @@ def inspect(
     path: Annotated[Path, argument("PATH", "The checkpoint.")],
     *,
     base: Annotated[Path | None, option("--base", "DIR", _COMPLETES)] = None,
-) -> Document:
+) -> Answer:
     """Show a checkpoint's format, family, parameters and types.
 
-    The answer lists what the checkpoint can be converted to. Only headers are read.
+    The answer lists what the checkpoint can be converted to. Only headers are read. --verbose lists each file.
     """
     from dataclasses import asdict
 
@@ -196,7 +196,15 @@ def inspect(
 
     facts = asdict(inspect_checkpoint(path, base=base))
     lists = {name: list(facts[name]) for name in ("converts_to", "tensor_degrees")}
-    return facts | {"path": str(path)} | lists
+    answer = facts | {"path": str(path)} | lists
+
+    def show() -> None:
+        from btm_scale.report.checkpoint_text import checkpoint_lines
+
+        for line in checkpoint_lines(answer):
+            say(line)
+
+    return Answer(answer, show, is_brief=True)
 
 
 def _weighted_path(text: str) -> tuple[Path, float]:

@@ -95,7 +95,7 @@ class Verbs(TyperGroup):
 
 
 def _current(word: str, known: set[str]) -> str:
-    """Return an option, with its value if it has one, under its name of today."""
+    """Return an option, with its value if it has one, under its current name."""
     name, sign, value = word.partition("=")
     today = _ALIASES.get(name)
     return today + sign + value if today in known and name not in known else word

@@ -88,7 +88,7 @@ def evaluate(
 ) -> Answer:
     """Compute every method's perplexity, from the scores.
 
-    Averages that are missing are made and scored first. Waits for commands that add, score or remove experts.
+    Missing averages are merged and scored first. Waits for commands that add, score or remove experts.
     """
     from btm_scale.forest.turns import evaluating
     from btm_scale.run.launchers import launcher_named

@@ -97,7 +97,7 @@ def forest_add(
 ) -> Document:
     """Add a Hugging Face model as an expert.
 
-    The model is copied into the forest and scored on every domain. A command that evaluates the run is waited for.
+    The model is copied into the forest and scored on every domain. Waits for commands that evaluate the run.
     """
     from btm_scale.run.pipeline import add_to_forest
 
@@ -115,8 +115,8 @@ def forest_remove(
 ) -> Document:
     """Remove an expert with its scores and checkpoints.
 
-    A branch that is not trained yet can be removed too. Other experts are not changed. It is refused while the run is
-    trained, and waits for commands that evaluate it. An expert that was removed before is no error.
+    A branch that is not trained yet can be removed too. Other experts are not changed. Refused while the run is
+    training; waits for commands that evaluate it. An expert that was removed before is no error.
     """
     from btm_scale.run.grow import remove_from_forest
 

@@ -128,7 +128,7 @@ def is_rank(launcher: str) -> bool:
 
 @contextmanager
 def opened_in(run: Path, turn: Callable[[RunDir], AbstractContextManager[None]]) -> Iterator[tuple[RunConfig, RunDir]]:
-    """The run in this folder, once it is this process's turn: other commands may change it until then."""
+    """Yield a run's config and paths while it holds the lock of `turn`; other commands may change them until then."""
     _, run_dir = opened(run)
     with turn(run_dir):
         yield opened(run)

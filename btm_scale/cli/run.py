@@ -23,8 +23,8 @@ from btm_scale.cli.options import (
     option,
     several,
 )
-from btm_scale.cli.show import show_results
-from btm_scale.cli.verb import Answer, Document, Json, say, silent, verb
+from btm_scale.cli.show import show_jobs, show_results
+from btm_scale.cli.verb import Answer, Json, say, silent, verb
 from btm_scale.launch.gpus import GPUS
 from btm_scale.run.launcher_table import LAUNCHERS, LOCAL
 
@@ -78,7 +78,7 @@ def run(
         flag("--dry-run", "Check the config and report what would be done. With slurm, also write the job scripts."),
     ] = False,
     as_json: Json = False,
-) -> Answer | Document:
+) -> Answer:
     """Run all stages of a config, from text to page.
 
     Completed stages are skipped: run the same command again to resume a run that was interrupted.
@@ -86,7 +86,8 @@ def run(
     run_config, run_dir = _config_and_run(config, settings, out)
     submit = LAUNCHERS[launcher].submit
     if submit is not None:
-        return submit(run_config, run_dir, dry_run=dry_run, reread=_reread(config, settings, run_dir))
+        jobs = submit(run_config, run_dir, dry_run=dry_run, reread=_reread(config, settings, run_dir))
+        return Answer(jobs, lambda: show_jobs(jobs, run_dir.root, dry_run=dry_run), is_brief=True)
     if dry_run:
         from rich.console import Console
 
@@ -99,15 +100,28 @@ def run(
 
 
 @verb(app, "prepare", section=_SECTION)
-def prepare(config: ConfigFile, *, out: Out = None, settings: Settings) -> Document:
-    """Train the tokenizer and write the token files."""
+def prepare(config: ConfigFile, *, out: Out = None, settings: Settings) -> Answer:
+    """Train the tokenizer and write the token files.
+
+    The answer is a table of the domains. --verbose prints the documents and bytes of each split.
+    """
     from btm_scale.data.prepare import prepare as prepare_data
     from btm_scale.run.state import open_run
     from btm_scale.run.status import data_summary
 
     run_config, run_dir = _config_and_run(config, settings, out)
     run_config = open_run(run_config, run_dir, reread=_reread(config, settings, run_dir))
-    return data_summary(run_dir, prepare_data(run_config, run_dir))
+    summary = data_summary(run_dir, prepare_data(run_config, run_dir))
+
+    def show() -> None:
+        from rich.console import Console
+
+        from btm_scale.report.data_table import data_table
+
+        Console().print(data_table(summary["domains"]))
+        say(f"The token files are in {run_dir.data}")
+
+    return Answer(summary, show, is_brief=True)
 
 
 @verb(app, "train", section=_SECTION)

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from btm_scale.cli.verb import say
 
 if TYPE_CHECKING:
     from btm_scale.evaluate.results import Results
+
+
+def show_jobs(jobs: Mapping[str, Any], run: Path, *, dry_run: bool) -> None:
+    """Print what `run` wrote for SLURM, and what it submitted."""
+    if dry_run:
+        say(f"wrote the scripts of {', '.join(jobs['scripts'])} to {run / 'slurm'}; submitted nothing")
+    elif jobs["submitted"]:
+        say(f"submitted {', '.join(f'{name} ({number})' for name, number in jobs['submitted'].items())}")
+        say(f"Follow the jobs with: btm-scale status {shlex.quote(str(run))} --watch")
+    else:
+        say("submitted nothing: every job is completed or in the queue")
 
 
 def show_results(results: Results, page: Path | None = None) -> None:

@@ -40,11 +40,12 @@ _COMMON = {"as_json": Json, "quiet": _Quiet, "verbose": _Verbose}
 class Answer:
     """What a verb answers: the document of `--json`, and how it is shown to a person (default: as YAML).
 
-    `exit_code` is for an answer that is a complaint.
+    `is_brief`: `show` leaves facts out, which --verbose prints. `exit_code` is for an answer that is a complaint.
     """
 
     document: Document
     show: Callable[[], None] | None = None
+    is_brief: bool = False
     exit_code: int = 0
 
 
@@ -78,7 +79,7 @@ class Call:
     def _print(self, answer: Answer) -> None:
         if self.as_json:
             print(json.dumps(answer.document, indent=2))
-        elif answer.show is not None:
+        elif answer.show is not None and not (answer.is_brief and self.verbose):
             answer.show()
         else:
             from btm_scale.config.yaml import dump_text

@@ -1,6 +1,6 @@
 """The demo's four domains, from text that every installation of this project has: nothing is downloaded.
 
-Packages that are installed besides do not change the text: it comes from Python's standard library and a fixed list of
+Other installed packages do not change the text: it comes from Python's standard library and a fixed list of
 packages that this project needs.
 """
 
@@ -26,7 +26,7 @@ _LEAST_CHARACTERS = 200
 _LONGEST_FILE = 400_000
 _LICENCE = re.compile(r"licen[sc]e|notice|copying|third.?party", re.IGNORECASE)
 _TESTS = {"test", "tests", "testing", "idle_test", "__pycache__"}
-# Tables of characters, grammars and topics, and packages that are no part of the library.
+# Tables of characters, grammars and topics, and packages that are not part of the library.
 _NOT_CODE = {"encodings", "pydoc_data", "lib2to3", "site-packages", "dist-packages", "ensurepip"}
 _GENERATED = re.compile(
     r"@generated|\b(?:auto(?:matically)?[- ]?)?generated (?:by|from|file|code)|do not (?:edit|modify)|code generator",
@@ -170,7 +170,7 @@ def _installed() -> Iterator[tuple[str, metadata.Distribution]]:
 
 
 def _texts(files: Files, wanted: Callable[[str, str], bool] = lambda name, text: True) -> Iterator[Text]:
-    """Yield texts with their names, from one package or folder after the other in turn, in the order of a hash."""
+    """Yield texts with their names, taking the packages or folders in turn, each in the order of a hash."""
     packages: dict[str, list[tuple[str, Path]]] = {}
     for name, path in files:
         parts = name.split("/")

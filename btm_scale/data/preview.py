@@ -1,4 +1,4 @@
-"""A look at the first documents of each domain: mistakes in its format are reported before anything is written."""
+"""Preview the first documents of each domain, so that format errors are reported before anything is written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from btm_scale.util.bounded_json import parse_json
 
 _READ_BYTES = 1 << 20  # of a domain's text; a smaller domain is read completely
 _LEAST_DOCUMENTS = 3
-_OTHER_FILES = 16  # of which the first document is read, too
+_OTHER_FILES = 16  # whose first document is read too
 _BAD_LINES = 10_000  # without a document before them
 _SAMPLE_BYTES = 1 << 18
 _COMPRESSION = 3.0  # of text in a file whose header does not have the uncompressed size

@@ -33,9 +33,9 @@ _IDENTITY_FILES = (
     "vocab.txt",
     "added_tokens.json",
 )
-# No model has as many rows in its embedding.
+# More rows than the embedding of any model.
 _MOST_IDS = 1 << 24
-# A regular expression gives up on a shorter text by itself.
+# On shorter texts, the limits of the regular expression library end a search soon enough.
 _SHORT_TEXT = 512
 _SECONDS = 60.0
 _CHARACTERS_PER_SECOND = 10_000
@@ -114,7 +114,7 @@ class Tokenizer(ABC):
             raise
         except TimeoutError:
             raise self._failed(what, items, "it takes too long") from None
-        except BaseException as error:  # a panic in Rust is no Exception
+        except BaseException as error:  # a panic in Rust is not an Exception
             if what == "encode" and len(items) > 1:
                 for item in items:
                     self.encode_batch([item])  # raises for the text at fault

@@ -1,8 +1,8 @@
-"""Tokenizers come from strangers: each is tried in a child process before this one loads it.
+"""Tokenizers are untrusted: each is tried in a child process before this one loads it.
 
 A tokenizer can crash its library, loop in a regular expression, or expand a text to gigabytes. The child has limits of
-CPU time and memory. A tokenizer that passed is not tried again by this process, and one of a run by no other process of
-this user: a note in the run's folder says that it passed.
+CPU time and memory. A tokenizer that passes is not tried again by this process, and a run's tokenizer by no other
+process of this user: a note in the run's folder records that it passed.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def _problem(directory: Path, load: Callable[[Path], Tokenizer], step: Callable[
     step("load it")
     try:
         tokenizer = load(directory)
-    except BaseException as error:  # a panic in Rust is no Exception
+    except BaseException as error:  # a panic in Rust is not an Exception
         return (str(error), True) if isinstance(error, UserError) else (f"cannot be loaded: {first_line(error)}", False)
     for name, text in _probes(directory):
         try:
@@ -204,7 +204,7 @@ def _problem(directory: Path, load: Callable[[Path], Tokenizer], step: Callable[
             tokenizer.decode(ids)
             again = tokenizer.encode(text)
         except DataError as error:
-            if error.__cause__ is not None:  # a library's error is that of one text; a panic is a fault
+            if error.__cause__ is not None:  # a library's error is about one text; a panic is a bug
                 continue
             return str(error), True
         if len(ids) > _IDS_PER_BYTE * len(text.encode()) + _IDS_PER_BYTE:
@@ -215,7 +215,7 @@ def _problem(directory: Path, load: Callable[[Path], Tokenizer], step: Callable[
 
 
 def _probes(directory: Path) -> Iterator[tuple[str, str]]:
-    """Yield (name, text): runs of every ASCII character, other scripts, mixtures, and what its patterns name."""
+    """Yield (name, text): runs of every ASCII character, other scripts, mixtures, and the literals of its patterns."""
     for character in map(chr, range(32, 127)):
         yield f"{character!r} repeated", character * 200
     literals = _literals(directory)

@@ -206,7 +206,7 @@ def adopt_tokenizer(directory: Path, source: Path) -> None:
     # Saved anew, because what AutoTokenizer loads may depend on the config.json of a model.
     try:
         reference.save(directory)
-    except ValueError as error:  # a chat template may have a name that leads elsewhere
+    except ValueError as error:  # the name of a chat template may lead out of the directory
         raise DataError(
             f"The tokenizer in {source} cannot be copied: {first_line(error)}. Correct its files."
         ) from None

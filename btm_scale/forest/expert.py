@@ -39,7 +39,7 @@ class Expert(Record):
     layout: dict[str, Any]
     data_fingerprint: dict[str, str]  # by domain; of an average: the content hash of each parent
     content_hash: str
-    # That trained it; neither averages nor cards of earlier versions have one.
+    # The device that trained it; empty for averages and in cards of earlier versions.
     device: str = Field(default="", exclude_if=is_empty)
 
 

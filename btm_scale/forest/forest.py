@@ -36,7 +36,7 @@ def lineage(run: RunDir) -> dict[str, dict[str, float]]:
     family: dict[str, dict[str, float]] = {}
 
     waiting = list(reversed(experts(run)))
-    opened: dict[str, dict[str, float]] = {}  # whose parents are visited first
+    opened: dict[str, dict[str, float]] = {}  # by model: the parents, which are visited before it
     while waiting:
         name = waiting[-1]
         if name not in opened:

@@ -129,7 +129,7 @@ def _copied(run: RunDir, source: Path, name: str) -> Iterator[Expert]:
 def remove_expert(run: RunDir, name: str) -> None:
     """Remove an expert from the forest, with its scores and training checkpoints; nothing else changes.
 
-    Everything gets a temporary name first, so that an error leaves all or nothing of the expert. Raises ForestError if
+    Everything is renamed first, so that an error leaves either all of the expert or nothing. Raises ForestError if
     there is no such expert, or with the reason if it cannot be removed.
     """
     if name not in experts(run):
@@ -143,7 +143,7 @@ def remove_folders(folders: Sequence[Path]) -> None:
     try:
         for folder in folders:
             if folder.is_symlink() or folder.exists():
-                # A link is renamed itself; what it leads to belongs to someone else.
+                # Of a link, only the link is renamed and removed: its target is not part of the run.
                 target = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{_REMOVED}")
                 folder.rename(target)
                 renamed.append((folder, target))

@@ -28,7 +28,7 @@ class Scores:
     block_starts: np.ndarray  # int64 [blocks]
     model: str  # content hash of the model
     fingerprint: str  # of the text's tokens
-    device: str = ""  # that scored it; empty in files of earlier versions
+    device: str = ""  # that scored the text; empty in files of earlier versions
     kernels: str = ""  # triton or reference
 
     def save(self, path: Path) -> None:
@@ -72,7 +72,7 @@ class Scores:
 
 
 def _with_sorted_header(content: bytes) -> bytes:
-    """Return a safetensors file with its header in one order; the library's differs between two processes."""
+    """Return a safetensors file with its header in a fixed order; the library's differs between processes."""
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # the tensors begin at a multiple of 8 bytes

@@ -1,14 +1,14 @@
-"""Which commands on one run may work side by side, and which wait for each other.
+"""Which commands on one run may work at the same time, and which wait for each other.
 
 | command | holds | waits for |
 |---|---|---|
-| `branch`, and each rewrite of run.yaml | `config`, alone | other rewrites |
+| `branch`, and each rewrite of run.yaml | `config`, exclusive | other rewrites |
 | `forest add`, `score` | `forest`, shared | `evaluate`, `forest remove` |
-| `evaluate` | `forest`, alone | `forest add`, `score`, `evaluate`, `forest remove` |
-| `forest remove` | all, alone | all of the above; it is refused during `run`, `ablate` and training |
+| `evaluate` | `forest`, exclusive | `forest add`, `score`, `evaluate`, `forest remove` |
+| `forest remove` | all, exclusive | all of the above; it is refused during `run`, `ablate` and training |
 | `run`, `ablate` | `use`, shared; `run` also what its stages hold | `forest remove` |
 
-A command that needs several takes them in the order config, use, forest, so that none waits in a circle.
+A command that needs several takes them in the order config, use, forest, so that none can deadlock.
 """
 
 from __future__ import annotations

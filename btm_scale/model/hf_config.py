@@ -77,7 +77,7 @@ _Types = dict[str, tuple[str, Callable[[Any], bool]]]
 
 
 def _require_types(config: dict[str, Any], path: Path, types: _Types, section: str = "") -> None:
-    """Raise `CheckpointError` for a setting that this package uses and whose type is another."""
+    """Raise `CheckpointError` for a setting that this package uses and that has a wrong type."""
     for key, (rule, holds) in types.items():
         value = config.get(key)
         if value is not None and not holds(value):

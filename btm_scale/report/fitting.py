@@ -1,4 +1,4 @@
-"""Tables that fit the terminal: of several versions of a table, the first whose rows need no second line."""
+"""Tables that fit the terminal: of several versions of a table, the first whose rows do not wrap."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Fitting:
 
 
 def width(console: Console, table: Table) -> int:
-    """Return the columns that a table takes where nothing limits it."""
-    # Asked of a console without limits, or every table would be cut to the terminal.
+    """Return the width of a table that nothing limits, in columns."""
+    # Measured without a limit; otherwise every table would be cut to the terminal's width.
     return console.measure(table, options=console.options.update(width=_UNLIMITED)).maximum
 
 

@@ -80,7 +80,7 @@ def _bar(row: ModelProgress) -> ProgressBar:
 
 
 def progress_line(rows: Sequence[ModelProgress]) -> str:
-    """Return the same in one line, for a log: the models that are done, in work, stopped or failed."""
+    """Return the same in one line, for a log: the models that are done, in progress, stopped or failed."""
     done = [row.model for row in rows if row.state == "done"]
     names = f" ({first_few(done, 'models')})" if done else ""
     parts = [f"training: {len(done)}/{len(rows)} done{names}"]

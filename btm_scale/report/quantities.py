@@ -1,4 +1,4 @@
-"""Quantities in words for estimates: a sensible unit and at most three significant digits."""
+"""Format estimates: a sensible unit and at most three significant digits."""
 
 from __future__ import annotations
 

@@ -37,9 +37,10 @@ def run_all(
     launcher: RunGroups | None = None,
     reread: Callable[[], RunConfig] | None = None,
 ) -> Results:
-    """Every stage that isn't done, from text to page; returns the results. Groups run on this machine by default.
+    """Run every stage that is not done, from text to page, and return the results.
 
-    Until it ends, no expert is removed from the forest. `reread`: as in `open_run`.
+    Groups run on this machine by default. Until it ends, no expert is removed from the forest.
+    `reread`: as in `open_run`.
 
     Raises GroupFailed while another process runs the stages in this folder.
     """

@@ -77,7 +77,7 @@ def score_as_rank(
 
 
 def _forget_interruptions(run: RunDir, model: str) -> None:
-    """Remove what earlier attempts at a model left, once it is trained and scored: `status` would still report it."""
+    """Remove the failures and stops of earlier attempts at a model, which `status` would still report."""
     forget_stop(run.train(model))
     forget_failure(run.log(model))
 

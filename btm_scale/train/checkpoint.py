@@ -58,7 +58,7 @@ class Position:
 
 
 class Watch(Protocol):
-    """A watchdog of the steps of training, which must not take a long save for a hang."""
+    """A watchdog of training steps, which must not mistake a long save for a hang."""
 
     def progress(self) -> None:
         """Note that the work between two steps advances."""
@@ -98,7 +98,7 @@ class _Marker(Record):
     @model_validator(mode="after")
     def _has_digests(self) -> _Marker:
         if not self.parts and not self.equal_parts and self.sha256 is None:
-            raise ValueError("a checkpoint has digests")
+            raise ValueError("equal_parts, parts or sha256 is required")
         return self
 
     @property
@@ -114,7 +114,7 @@ def state_path(folder: Path, step: int) -> Path:
 def save_state(engine: Engine, folder: Path, step: int, keep: int, watch: Watch | None = None) -> None:
     """Write the checkpoint after `step` steps, then delete all but the `keep` newest. All ranks call this together.
 
-    Every rank writes its part; `watch` learns of each tensor that is written, and of waits for other ranks.
+    Every rank writes its part; `watch` is notified of each tensor that is written, and of waits for other ranks.
     """
     group = engine.group
     random_state = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()

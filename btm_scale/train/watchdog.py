@@ -105,7 +105,7 @@ class HangWatch:
         self._times, self._since = 1, None
 
     def progress(self) -> None:
-        """Note that the work between two steps advances, such as a checkpoint of which another tensor is written."""
+        """Note that the work between two steps advances, such as another tensor of a checkpoint."""
         if self._since is not None:
             self._since = time.monotonic()
 

@@ -1,4 +1,4 @@
-"""The only parser of JSON that others wrote: bounded in bytes, values and depth, and with unique keys.
+"""The only parser of untrusted JSON: bounded in bytes, values and depth, and with unique keys.
 
 JSON of a few megabytes can expand to gigabytes of objects, or be nested more deeply than the interpreter's stack.
 """

@@ -1,6 +1,6 @@
 """Whether a process uses GPUs, and which: the setting `launch.device`, what torch finds, and what the job was given.
 
-A process that was given GPUs and whose torch can use none is refused, because a run on CPUs takes weeks for hours.
+A process that was given GPUs and whose torch can use none is refused, because hours on GPUs are weeks on CPUs.
 """
 
 from __future__ import annotations
@@ -77,15 +77,15 @@ def usable_gpus(device: Device, *, in_this_process: bool = False) -> Gpus:
     nodes = driver_nodes()
     evidence = _given(device, nodes)
     if in_this_process:
-        found = torch_devices()
+        detected = torch_devices()
     elif evidence:
-        found = ask_torch()
+        detected = ask_torch()
     else:  # without any driver there is nothing to ask, which saves seconds
-        found = TorchDevices("unknown")
-    if found.gpus:
-        return _named(found)
+        detected = TorchDevices("unknown")
+    if detected.gpus:
+        return _named(detected)
     if evidence:
-        reason, remedy = why_none(found, os.environ, nodes)
+        reason, remedy = why_none(detected, os.environ, nodes)
         raise LaunchError(
             f"{evidence}, and torch can use none: {reason}. A run that was given GPUs does not continue on the CPU: "
             f"{remedy}, or set launch.device: cpu."
@@ -94,7 +94,7 @@ def usable_gpus(device: Device, *, in_this_process: bool = False) -> Gpus:
 
 
 def usable_gpus_or_none(device: Device) -> Gpus:
-    """Return as `usable_gpus` does, and none where that would raise: for estimates on a machine that trains nothing."""
+    """Like `usable_gpus`, but returns none instead of raising: for estimates on a machine that trains nothing."""
     try:
         return usable_gpus(device)
     except LaunchError as error:
@@ -150,20 +150,20 @@ def driver_nodes(root: Path | None = None) -> list[str]:
     return sorted(f"/{node.relative_to(root)}" for node in nodes)
 
 
-def why_none(found: TorchDevices, environment: Mapping[str, str], nodes: list[str]) -> tuple[str, str]:
+def why_none(detected: TorchDevices, environment: Mapping[str, str], nodes: list[str]) -> tuple[str, str]:
     """Return (reason, remedy) for a torch that can use no GPU."""
     words = {name: environment[name] for name in VISIBLE if environment.get(name)}
     unusual = next((name for name, value in words.items() if not _NAMES_A_GPU.match(value.strip())), None)
     in_slurm = "SLURM_JOB_ID" in environment
     request = "request GPUs for the job, such as launch.slurm.gres: gpu:8"
-    if found.build == "unknown" and found.problem:
-        return found.problem, "fix the installation of torch"
-    if found.build == "CPU":
+    if detected.build == "unknown" and detected.problem:
+        return detected.problem, "fix the installation of torch"
+    if detected.build == "CPU":
         return "this is a CPU build of torch", "install a CUDA or ROCm build: see https://pytorch.org/get-started"
     if not nodes:
         return "this machine has no GPU driver", "run on a machine with GPUs"
-    if nodes == ["/dev/kfd"] and found.build.startswith("CUDA"):
-        return f"this build of torch is for {found.build}, and the GPU is AMD's", "install a ROCm build of torch"
+    if nodes == ["/dev/kfd"] and detected.build.startswith("CUDA"):
+        return f"this build of torch is for {detected.build}, and the GPU is AMD's", "install a ROCm build of torch"
     if unusual:
         return f"{unusual}={words[unusual]} names none", request if in_slurm else f"correct or unset {unusual}"
     if in_slurm and not _slurm_variable(environment):
@@ -171,14 +171,14 @@ def why_none(found: TorchDevices, environment: Mapping[str, str], nodes: list[st
     closed = [node for node in nodes if Path(node).exists() and not os.access(node, os.R_OK | os.W_OK)]
     if closed:
         return f"no permission to open {closed[0]}", "add this user to the group of the node, such as render"
-    if found.problem:
-        return f"torch ({found.build}) reports: {found.problem.rstrip('.')}", (
+    if detected.problem:
+        return f"torch ({detected.build}) reports: {detected.problem.rstrip('.')}", (
             "update the driver, or install a build of torch for it"
         )
     if words:
         name, value = next(iter(words.items()))
         return f"{name}={value} names none of this machine's GPUs", f"correct or unset {name}"
-    return f"torch ({found.build}) finds none", "see btm-scale doctor"
+    return f"torch ({detected.build}) finds none", "see btm-scale doctor"
 
 
 def _settled(device: Device, environment: Mapping[str, str] = os.environ) -> Device:
@@ -192,18 +192,18 @@ def _setting() -> str:
     return DEVICE if os.environ.get(DEVICE) else "launch.device"
 
 
-def _named(found: TorchDevices) -> Gpus:
+def _named(detected: TorchDevices) -> Gpus:
     """Return the GPUs that torch finds under the names that a child's variable can hold."""
-    is_amd = found.build.startswith("ROCm")
+    is_amd = detected.build.startswith("ROCm")
     variable = next((name for name in (VISIBLE[1::-1] if is_amd else VISIBLE[:1]) if os.environ.get(name)), None)
     listed = [name.strip() for name in os.environ[variable].split(",")] if variable else []
-    if not listed and any(" MIG " in f"{kind} " for kind in found.gpus):
+    if not listed and any(" MIG " in f"{kind} " for kind in detected.gpus):
         listed = _mig_instances()
-    if found.gpus and listed and listed[0].startswith("MIG-"):
+    if detected.gpus and listed and listed[0].startswith("MIG-"):
         # CUDA shows a process the first of its instances only, and each group is a process of one rank.
-        return Gpus(tuple(listed), found.gpus[:1] * len(listed))
-    names = listed[: len(found.gpus)] if listed else list(map(str, range(len(found.gpus))))
-    return Gpus(tuple(names), found.gpus, is_amd)
+        return Gpus(tuple(listed), detected.gpus[:1] * len(listed))
+    names = listed[: len(detected.gpus)] if listed else list(map(str, range(len(detected.gpus))))
+    return Gpus(tuple(names), detected.gpus, is_amd)
 
 
 def _mig_instances() -> list[str]:

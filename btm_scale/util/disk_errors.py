@@ -1,4 +1,4 @@
-"""Errors of the disk: which they are, and that each names a file, whichever library it comes from."""
+"""Disk errors: how to recognize them, and how each gets to name a file, whichever library raises it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 _TRANSIENT = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
-_IN_RUST = re.compile(r"\(os error (\d+)\)")  # the end of what libraries in Rust say
+_IN_RUST = re.compile(r"\(os error (\d+)\)")  # the end of error messages of libraries in Rust
 
 
 def is_transient(error: OSError) -> bool:
@@ -29,7 +29,7 @@ def sentence(error: OSError) -> str | None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Let every error of the disk in the block be an OSError that names a file, by default `path`.
+    """Convert every disk error in the block to an OSError that names a file, by default `path`.
 
     A failed write names no file, and libraries in Rust raise their own exceptions.
     """

@@ -20,6 +20,7 @@ from typing import IO
 from btm_scale.errors import CheckpointError
 from btm_scale.util.disk_errors import writing
 from btm_scale.util.leftovers import new_partial_directory, new_partial_file
+from btm_scale.util.no_follow import open_no_follow
 from btm_scale.util.pools import in_threads
 
 # A sync waits for the disk, which handles several at once.
@@ -106,27 +107,14 @@ def content_if_own(path: Path, most: int) -> bytes | None:
 
 
 def open_to_append(path: Path) -> IO[bytes]:
-    """Open a file of a run to append to it, and never what a link of that name leads to: another user may plant one.
+    """Open a file of a run for appending, without following a link: another user may have planted one.
 
     Raises `CheckpointError` for a link, or for anything else that is not a file.
     """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-    try:
-        descriptor = os.open(path, flags, 0o666)
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise
-        raise _not_a_file(path) from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise _not_a_file(path)
-    return os.fdopen(descriptor, "ab")
-
-
-def _not_a_file(path: Path) -> CheckpointError:
-    return CheckpointError(
+    refusal = CheckpointError(
         f"Cannot write {path}: it is a link or not a file. Another user may have put it there: remove it."
     )
+    return os.fdopen(open_no_follow(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, refusal), "ab")
 
 
 def refuse_foreign_links(folder: Path, *, depth: int = 3) -> None:
@@ -151,7 +139,7 @@ def _require_own(link: Path) -> None:
         return
     raise CheckpointError(
         f"{link} is a link to {link.readlink()} that another user made (uid {owner}). Links of other users are not "
-        "followed in a run: remove it, or make it yourself."
+        "followed in a run: remove it, or create it yourself."
     )
 
 

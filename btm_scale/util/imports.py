@@ -8,7 +8,7 @@ from typing import Any
 
 
 def import_uncompiled(module: str) -> None:
-    """Import a module, ahead of whoever uses it; what it would have compiled stays as it is on machines without a GPU.
+    """Import a module before its users do; on machines without a GPU, what it would have compiled stays as it is.
 
     Megatron-core and DeepSpeed hand functions to `torch.compile` when they are imported, which loads the compiler: a
     third of what a rank takes to start. On a CPU none of these functions is ever called.

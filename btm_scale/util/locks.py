@@ -7,7 +7,6 @@ import fcntl
 import logging
 import os
 import shlex
-import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +15,7 @@ from typing import IO, Self
 
 from btm_scale.errors import GroupFailed, UserError
 from btm_scale.util.files import make_directory
+from btm_scale.util.no_follow import open_no_follow
 from btm_scale.util.terminal import printable
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def alone(lock: Path) -> Iterator[None]:
 def shared(lock: Path) -> Iterator[None]:
     """Wait until no process holds a lock file `alone`, and hold it beside others that share it.
 
-    Who waits to be alone comes before those that ask to share later.
+    A process that waits to hold it alone takes precedence over later requests to share it.
     """
     with _in_turn(lock, fcntl.LOCK_SH):
         yield
@@ -77,7 +77,7 @@ def _in_turn(lock: Path, kind: int) -> Iterator[None]:
     with _unless_refused(lock):
         while True:
             with _opened_once_there(lock) as file:
-                # Without the queue, a process that waits to be alone could wait forever for an unbroken row of others.
+                # Without the queue, a process that waits to be alone could wait forever while others share the lock.
                 with _opened_once_there(_queue_of(lock)) as queue:
                     if not _locked(queue) or not _locked(file, kind):
                         logger.info("waiting for %s, which holds %s", holder_of(lock), lock)
@@ -135,7 +135,7 @@ def holder_of(lock: Path) -> str:
             continue
         try:
             words = Path("/proc", pid, "cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
-        except OSError:  # of another container, or a process has ended and its child keeps the lock
+        except OSError:  # a process in another container, or one that has ended while its child keeps the lock
             return f"process {pid}"
         command = shlex.join([Path(words[0]).name, *words[1:]])
         return f"process {pid} ({printable(command if len(command) <= _SHOWN else command[:_SHOWN] + '...')})"
@@ -143,31 +143,21 @@ def holder_of(lock: Path) -> str:
 
 
 def _opened(path: Path) -> IO[bytes]:
-    """Open a lock file, and never what a link of that name leads to. Its content is left as it is.
+    """Open a lock file without following a link. Its content is left as it is.
 
     Raises UserError for a link, or for anything else that is not a file.
     """
-    flags = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    refusal = UserError(
+        f"Cannot lock {path}: it is a link or not a file. A lock is a file made by btm-scale. Remove it."
+    )
     try:
+        descriptor = open_no_follow(path, os.O_RDWR | os.O_CREAT, refusal)
+    except PermissionError as refused:  # another user's, which can be locked all the same
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
-        except PermissionError as refused:  # another user's, which can be locked all the same
-            try:
-                descriptor = os.open(path, os.O_RDONLY | flags)
-            except FileNotFoundError:
-                raise refused from None
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise
-        raise _not_a_lock(path) from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise _not_a_lock(path)
+            descriptor = open_no_follow(path, os.O_RDONLY, refusal)
+        except FileNotFoundError:
+            raise refused from None
     return os.fdopen(descriptor, "rb")
-
-
-def _not_a_lock(path: Path) -> UserError:
-    return UserError(f"Cannot lock {path}: it is a link or not a file. A lock is a file made by btm-scale. Remove it.")
 
 
 def _is_named(file: IO[bytes], path: Path) -> bool:

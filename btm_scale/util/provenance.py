@@ -1,6 +1,6 @@
-"""provenance.json: what a finished output was made from, so that the same command given again changes nothing.
+"""provenance.json: what a finished output was made from, so that repeating the command changes nothing.
 
-A batch job that is retried after it had finished then succeeds. The record is written before the output gets its name.
+A batch job that is retried after it finished then succeeds. The record is written before the output gets its name.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def is_recorded(output: Path) -> bool:
 
 
 def made_before(
-    output: Path, asked: Provenance, error: type[UserError], *, is_same: Callable[[], bool] = lambda: False
+    output: Path, requested: Provenance, error: type[UserError], *, is_same: Callable[[], bool] = lambda: False
 ) -> Provenance | None:
     """Return the record of an output that was made by the same command from the same inputs; None if it has no record.
 
@@ -80,49 +80,49 @@ def made_before(
             f"{output} already exists and belongs to another user, whose record of it is not trusted. Choose another "
             "output, or remove it first."
         )
-    made = Provenance.load(output / NAME)
-    touched = made.model_copy(update={"inputs": asked.inputs})
-    may_be_same = _may_be_touched(made, asked) and not [*_differences(touched, asked), *_changes(output, made)]
-    if may_be_same and is_same():
+    recorded = Provenance.load(output / NAME)
+    touched = recorded.model_copy(update={"inputs": requested.inputs})
+    others = [*_differences(touched, requested), *_changes(output, recorded)]
+    if _may_be_touched(recorded, requested) and not others and is_same():
         touched.save(output / NAME)
         return touched
-    if differences := [*_differences(made, asked), *_changes(output, made)]:
+    if differences := [*_differences(recorded, requested), *_changes(output, recorded)]:
         raise error(
-            f"{output} already exists, and {'; '.join(differences)}. {asked.command} does not overwrite: choose "
+            f"{output} already exists, and {'; '.join(differences)}. {requested.command} does not overwrite: choose "
             "another output, or remove it first."
         )
-    return made
+    return recorded
 
 
-def _may_be_touched(made: Provenance, asked: Provenance) -> bool:
-    pairs = [*zip(made.inputs, asked.inputs, strict=False)]
-    has_changed = any(old.files != new.files for old, new in pairs)
-    return len(made.inputs) == len(asked.inputs) and has_changed and all(old.may_equal(new) for old, new in pairs)
+def _may_be_touched(recorded: Provenance, requested: Provenance) -> bool:
+    pairs = [*zip(recorded.inputs, requested.inputs, strict=False)]
+    has_changed = len(recorded.inputs) == len(requested.inputs) and any(old.files != new.files for old, new in pairs)
+    return has_changed and all(old.may_equal(new) for old, new in pairs)
 
 
-def _differences(made: Provenance, asked: Provenance) -> Iterable[str]:
-    if made.command != asked.command:
-        yield f"it was made by {made.command}"
+def _differences(recorded: Provenance, requested: Provenance) -> Iterable[str]:
+    if recorded.command != requested.command:
+        yield f"it was made by {recorded.command}"
         return
-    before, now = [", ".join(map(str, one.inputs)) for one in (made, asked)]
-    if [one.weight for one in made.inputs] != [one.weight for one in asked.inputs]:
+    before, now = [", ".join(map(str, one.inputs)) for one in (recorded, requested)]
+    if [one.weight for one in recorded.inputs] != [one.weight for one in requested.inputs]:
         yield f"it was made from {before} and not from {now}"
     else:
-        for old, new in zip(made.inputs, asked.inputs, strict=True):
+        for old, new in zip(recorded.inputs, requested.inputs, strict=True):
             if old.files != new.files:
                 was = "has changed since" if old.name == new.name else f"is not {old.name}"
                 yield f"{new.name} {was}"
-    for name in dict.fromkeys([*made.settings, *asked.settings]):
-        values = made.settings.get(name), asked.settings.get(name)
+    for name in dict.fromkeys([*recorded.settings, *requested.settings]):
+        values = recorded.settings.get(name), requested.settings.get(name)
         if values[0] != values[1]:
             yield f"{name} was {_shown(values[0])} and is now {_shown(values[1])}"
 
 
-def _changes(output: Path, made: Provenance) -> Iterable[str]:
+def _changes(output: Path, recorded: Provenance) -> Iterable[str]:
     sizes = _sizes(output)
-    changed = [name for name, size in made.files.items() if sizes.get(name) != size]
+    changed = [name for name, size in recorded.files.items() if sizes.get(name) != size]
     if changed:
-        yield f"its {changed[0]} was changed or removed after {made.command} had finished"
+        yield f"its {changed[0]} was changed or removed after {recorded.command} had finished"
 
 
 def _shown(value: object) -> str:
@@ -143,7 +143,7 @@ def _states(path: Path, besides: Path | None) -> list[tuple[str, tuple[int, int]
                 name for name in folders if not name.startswith(".") and Path(folder, name).resolve() != besides
             ]
             for name in names:
-                # Hidden files are temporary, and a card or a record says nothing of the weights.
+                # Hidden files are temporary, and a card or a record says nothing about the weights.
                 if not name.startswith(".") and name not in (NAME, _CARD) and Path(folder, name).is_file():
                     files[str(Path(folder, name).relative_to(path))] = _state(Path(folder, name))
     else:

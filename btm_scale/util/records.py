@@ -32,7 +32,7 @@ InsideName = Annotated[str, AfterValidator(_name_inside)]
 
 
 def is_empty(value: Any) -> bool:
-    """Return whether a field is left out of its file: `exclude_if` of fields that the first version did not have."""
+    """Return whether to leave a field out of its file: `exclude_if` of fields added after the first version."""
     return not value
 
 

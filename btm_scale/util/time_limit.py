@@ -16,7 +16,7 @@ _WAITING = 20
 def within(seconds: float, do: Callable[[], T]) -> T:
     """Return `do()`, which runs in a thread, or raise TimeoutError after `seconds` of CPU time of this process.
 
-    CPU time, because a busy machine or a stopped process is no fault of the call. The call must release the GIL. One
+    CPU time, because a busy machine or a stopped process is not the call's fault. The call must release the GIL. One
     that is overdue keeps its thread until the process ends.
     """
     outcome: list[T] = []

@@ -1,4 +1,4 @@
-"""Archives and pickles that were made to deceive: bytes of a neighbour, bombs, and functions that must not change."""
+"""Hostile archives and pickles: bytes of another entry, bombs, and calls that change functions of the process."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_an_entry_whose_directory_reaches_into_its_neighbour_is_refused(tmp_path
     entry = raw.index(b"/data/0", raw.index(b"PK\1\2")) - len("a") - 46
     other = raw.index(b"/data/1", raw.index(b"PK\1\2")) - len("a") - 46
     assert raw[entry : entry + 4] == b"PK\1\2"
-    if field == 42:  # the place of the neighbour instead of its own
+    if field == 42:  # the neighbour's offset
         raw[entry + 42 : entry + 46] = raw[other + 42 : other + 46]
     else:
         raw[entry + field : entry + field + 4] = struct.pack("<I", 400)

@@ -73,7 +73,7 @@ def test_zero_states_with_wrong_fields_are_refused_with_the_field(tmp_path: Path
         assert set(FLAT_SHAPES) < set(model.names)
 
 
-def test_ranks_of_another_dtype_or_length_are_not_joined(tmp_path: Path) -> None:
+def test_ranks_of_different_dtypes_or_lengths_are_not_joined(tmp_path: Path) -> None:
     write_zero(tmp_path)
     for stage, problem in ((2, "2 dtypes"), (3, "different lengths")):
         file = tmp_path / f"zero{stage}" / "global_step3" / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
@@ -129,7 +129,7 @@ def test_metadata_whose_chunks_are_not_the_stored_ones_is_refused(tmp_path: Path
         ({"tie_word_embeddings": "no"}, "'tie_word_embeddings' must be true or false"),
     ],
 )
-def test_a_config_with_another_type_is_refused_with_the_setting(
+def test_a_config_value_of_the_wrong_type_is_refused_with_the_setting(
     tmp_path: Path, change: Mapping[str, object], problem: str
 ) -> None:
     write_models(tmp_path)

@@ -1,4 +1,4 @@
-"""A merge or a conversion that is given again after it has finished."""
+"""A merge or conversion that is repeated after it has finished."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def state(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {str(file): (file.stat().st_mtime_ns, file.read_bytes()) for file in folder.rglob("*") if file.is_file()}
 
 
-def test_a_finished_merge_given_again_succeeds_and_writes_nothing(
+def test_repeating_a_finished_merge_succeeds_and_writes_nothing(
     models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("merge", tmp_path / "out", f"{models[0]}=0.7", f"{models[1]}=0.3", "--method", "ties", "--base", models[2])
@@ -43,7 +43,9 @@ def test_a_finished_merge_given_again_succeeds_and_writes_nothing(
     assert state(tmp_path) == before
 
 
-def test_another_merge_into_the_same_output_is_refused_with_what_differs(models: list[Path], tmp_path: Path) -> None:
+def test_a_different_merge_into_the_same_output_is_refused_with_the_differences(
+    models: list[Path], tmp_path: Path
+) -> None:
     out, inputs = tmp_path / "out", [(models[0], 0.7), (models[1], 0.3)]
     merge(out, inputs, random_seed=1)
     before = state(out)
@@ -101,7 +103,7 @@ def test_a_sidecar_that_changed_at_the_same_size_is_a_change(models: list[Path],
     assert state(tmp_path / "out") == before
 
 
-def test_an_output_that_was_changed_since_is_not_called_complete(models: list[Path], tmp_path: Path) -> None:
+def test_an_output_that_was_changed_later_is_not_called_complete(models: list[Path], tmp_path: Path) -> None:
     inputs = [(models[0], 1.0), (models[1], 1.0)]
     merge(tmp_path / "out", inputs)
     (tmp_path / "out/README.md").write_text("A card that its owner wrote.")
@@ -134,7 +136,7 @@ def test_an_output_that_another_user_planted_is_not_called_complete(
 
 
 @pytest.mark.parametrize("to", ["huggingface", "megatron", "deepspeed"])
-def test_a_finished_conversion_given_again_succeeds_and_another_is_refused(
+def test_repeating_a_finished_conversion_succeeds_and_a_different_one_is_refused(
     to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = write_experts(tmp_path, 1)["expert0"]

@@ -105,7 +105,7 @@ def test_json_is_alone_on_stdout_whatever_a_library_prints_there(tmp_path: Path)
     assert json.loads(done.stdout) == {"removed": "friend"}
 
 
-def test_a_reader_that_has_enough_of_an_answer_is_no_error_to_tell_of(tmp_path: Path) -> None:
+def test_a_reader_that_closes_the_pipe_early_is_not_an_error(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     write_config(run.config, tiny_values(tmp_path))
     reader, writer = os.pipe()

@@ -1,4 +1,4 @@
-"""What a config's mistakes are reported as, and what a run without a name is called."""
+"""How mistakes in a config are reported, and how a run without a name is named."""
 
 from __future__ import annotations
 

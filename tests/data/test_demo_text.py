@@ -69,11 +69,11 @@ def test_held_out_text_of_each_domain_is_like_the_rest_of_its_domain(tmp_path: P
         tokens = words(block)
         return max(counts, key=lambda name: sum(math.log(counts[name][word] + 1) - totals[name] for word in tokens))
 
-    found = Counter((name, likely(block)) for name, block in blocks)
+    guesses = Counter((name, likely(block)) for name, block in blocks)
     for name in counts:
-        assert found[name, name] > 0.85 * sum(count for (own, _), count in found.items() if own == name), found
-    assert found["python", "cpp"] <= 2
-    assert found["cpp", "python"] <= 2
+        assert guesses[name, name] > 0.85 * sum(count for (own, _), count in guesses.items() if own == name), guesses
+    assert guesses["python", "cpp"] <= 2
+    assert guesses["cpp", "python"] <= 2
 
 
 def test_generated_code_and_tables_are_not_text_of_the_demo() -> None:

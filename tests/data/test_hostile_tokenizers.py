@@ -1,4 +1,4 @@
-"""Tokenizers from strangers: an endless regex, a panic, a crash or an absurd id is one sentence with the file."""
+"""Hostile tokenizers: an endless regex, a panic, a crash or an absurd id is reported in one sentence with the file."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ LONG = {"never returns", "expands a letter to a megabyte", "expands without boun
 @pytest.mark.parametrize(
     "what", [pytest.param(what, marks=pytest.mark.full if what in LONG else ()) for what in HOSTILE]
 )
-def test_a_hostile_tokenizer_is_one_sentence(what: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_hostile_tokenizer_is_reported_in_one_sentence(
+    what: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     change, reason = HOSTILE[what]
     directory = write(tmp_path / "strange", change)
     with pytest.raises(DataError, match=reason) as raised:
@@ -66,7 +68,7 @@ def test_a_hostile_tokenizer_is_one_sentence(what: str, tmp_path: Path, capfd: p
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 100, os.urandom(5_000), b"\x0a\xff\xff\xff\xff\x0f" * 50])
-def test_a_sentencepiece_model_that_is_garbage_is_one_sentence(content: bytes, tmp_path: Path) -> None:
+def test_a_damaged_sentencepiece_model_is_reported_in_one_sentence(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(DataError, match="cannot be loaded"):
         Tokenizer.load(tmp_path)
@@ -96,7 +98,7 @@ def test_the_ids_of_a_tokenizer_config_are_the_keys_of_its_added_tokens(
         Tokenizer.load(tmp_path / "own")
 
 
-def test_a_library_that_crashes_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_of_the_library_is_reported_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tests = os.getpid()
 
     def crash(directory: Path) -> Any:
@@ -108,7 +110,7 @@ def test_a_library_that_crashes_is_one_sentence(tmp_path: Path, monkeypatch: pyt
         Tokenizer.load(write(tmp_path / "strange"))
 
 
-def test_a_tokenizer_that_waits_for_ever_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_that_never_loads_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tests = os.getpid()
 
     def wait(directory: Path) -> Any:
@@ -122,7 +124,7 @@ def test_a_tokenizer_that_waits_for_ever_is_stopped(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.slow
-def test_a_hostile_tokenizer_is_refused_beside_other_threads_too(
+def test_a_hostile_tokenizer_is_refused_in_a_process_with_threads_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process with other threads cannot be forked safely: a new one tries the tokenizer."""
@@ -138,7 +140,7 @@ def test_a_hostile_tokenizer_is_refused_beside_other_threads_too(
         ended.set()
 
 
-def test_a_tokenizer_is_tried_once_as_long_as_its_files_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_is_tried_once_until_its_files_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory, trials = write(tmp_path / "own"), []
     fork = tokenizer_trial._forked
     monkeypatch.setattr(tokenizer_trial, "_forked", lambda *arguments: (trials.append(1), fork(*arguments))[1])
@@ -164,7 +166,7 @@ def test_a_panic_in_mid_encoding_names_the_tokenizer_and_the_text(workers: int, 
     assert "retry-limit" in str(raised.value)
 
 
-def test_a_text_that_takes_for_ever_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_that_takes_too_long_to_encode_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = write(tmp_path / "own", lambda one: one.update(normalizer=HOSTILE_LOOP))
     monkeypatch.setattr("btm_scale.data.tokenizer.require_usable", lambda *arguments: None)
     monkeypatch.setattr("btm_scale.data.tokenizer._SECONDS", 0.2)

@@ -1,4 +1,4 @@
-"""The look at each domain's first documents that a dry run takes: mistakes by name, sizes by estimate."""
+"""A dry run's preview of each domain: format errors are reported by name, and sizes are estimated."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_problems_of_all_domains_are_reported_at_once_each_with_its_domain_a
     assert "has no column 'text', only content. Set the domain's field" in mail
 
 
-def test_only_the_first_documents_are_read_but_one_of_each_of_a_few_files(tmp_path: Path) -> None:
+def test_the_first_documents_are_read_and_one_of_each_of_a_few_other_files(tmp_path: Path) -> None:
     big = rows(12_000)
     assert len(big) > 2 << 20
     (tmp_path / "a.jsonl").write_text(big + "not JSON\n")
@@ -80,14 +80,14 @@ def test_bytes_of_text_are_estimated_without_other_fields_and_compression(suffix
     assert size > 2 << 20
     pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix]
     (tmp_path / f"a.jsonl{suffix}").write_bytes(pack(text.encode()))
-    found = preview(tmp_path, {"law": {"text": f"a.jsonl{suffix}"}})["law"]
-    assert 0.9 * size < found.text_bytes < 1.1 * size
-    assert found.tokens == pytest.approx(found.text_bytes / 3.17, rel=0.01)
+    law = preview(tmp_path, {"law": {"text": f"a.jsonl{suffix}"}})["law"]
+    assert 0.9 * size < law.text_bytes < 1.1 * size
+    assert law.tokens == pytest.approx(law.text_bytes / 3.17, rel=0.01)
 
 
 def test_a_large_domain_whose_dev_text_is_probably_too_short_gets_a_note(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(rows(12_000))
     budget = {"sequence_length": 131_072, "batch_tokens": 131_072 * 8}
-    found = preview(tmp_path, {"law": {"text": "a.jsonl"}}, budget=budget)["law"]
-    assert found.problem.startswith("Domain 'law' may be too small: its dev or test split has about")
+    law = preview(tmp_path, {"law": {"text": "a.jsonl"}}, budget=budget)["law"]
+    assert law.problem.startswith("Domain 'law' may be too small: its dev or test split has about")
     assert not preview(tmp_path, {"law": {"text": "a.jsonl"}})["law"].problem

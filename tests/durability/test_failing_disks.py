@@ -1,4 +1,4 @@
-"""A disk that is full or broken ends every verb in a sentence; what was there stays, and the same command completes it.
+"""A full or broken disk ends every verb with one sentence; existing files stay, and the same command then completes.
 
 Writes fail in the kernel, and so in the libraries of C++ and Rust too.
 """
@@ -30,7 +30,7 @@ def _is_quick(case: tuple[str, str, int]) -> bool:
 
 
 @pytest.mark.parametrize("case", cut(_CASES, _is_quick, lambda case: "-".join(map(str, case))))
-def test_a_failing_disk_ends_a_verb_in_a_sentence_and_leaves_no_litter(
+def test_a_failing_disk_ends_a_verb_with_one_sentence_and_no_leftovers(
     case: tuple[str, str, int], warm: Warm, stages: Stages, tmp_path: Path
 ) -> None:
     name, fault, _ = case

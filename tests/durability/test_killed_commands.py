@@ -13,7 +13,7 @@ from helpers.warm import Warm
 
 
 @pytest.mark.parametrize("kills", [2, full(20)])
-@pytest.mark.parametrize("name", [name for name in VERBS if name != "forest remove"])  # a half is no result
+@pytest.mark.parametrize("name", [name for name in VERBS if name != "forest remove"])  # a second removal is an error
 def test_a_killed_command_that_is_given_again_has_the_same_result(
     name: str, kills: int, warm: Warm, stages: Stages, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""A power cut at any moment of any verb leaves what has its final name whole, and the same command completes the rest.
+"""After a power cut at any moment of any verb, what has its final name is complete, and the same command does the rest.
 
 The states of the disk are recorded at every sync and at every change of a name, in the real command.
 """
@@ -37,17 +37,17 @@ def record(name: str, warm: Warm, stages: Stages, place: Path) -> Recording:
 
 
 @pytest.mark.parametrize("name", cut(VERBS, lambda name: name in _QUICK))
-def test_a_power_cut_at_any_moment_leaves_what_has_its_name_whole(
+def test_what_has_its_final_name_is_complete_after_a_power_cut_at_any_moment(
     name: str, warm: Warm, stages: Stages, tmp_path: Path
 ) -> None:
     recording = record(name, warm, stages, tmp_path)
-    whole = _Whole(recording, tmp_path / "run")
+    contents = _Contents(recording, tmp_path / "run")
     chance = random.Random(name)
     problems = [
         f"{kind} before moment {number}, {moment.event} of {moment.path}: {problem}"
         for number, moment in enumerate(recording.moments)
         for kind, image in _images(moment, chance)
-        for problem in whole.problems(image)
+        for problem in contents.problems(image)
     ]
     assert not problems, f"{len(problems)} problems:\n" + "\n".join(problems[:20])
     # The command has said that it is done.
@@ -94,8 +94,8 @@ def _images(moment: Moment, chance: random.Random) -> Iterator[tuple[str, Image]
         yield "a random part", moment.mixed(chance)
 
 
-class _Whole:
-    """Which contents a name may have: what it had before the command, or what was renamed to it."""
+class _Contents:
+    """The contents that a name may have: those from before the command, and those that were renamed to it."""
 
     def __init__(self, recording: Recording, run: Path) -> None:
         self._after = recording.after

@@ -1,4 +1,4 @@
-"""Two executions of one command write the same bytes, whatever a process draws at its start."""
+"""Two executions of one command write the same bytes, although hashing differs between processes."""
 
 from __future__ import annotations
 

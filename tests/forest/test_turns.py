@@ -1,4 +1,4 @@
-"""Commands on one run that wait for each other, refuse each other, or work side by side."""
+"""Commands on one run that wait for each other, refuse to start, or run at the same time."""
 
 from __future__ import annotations
 

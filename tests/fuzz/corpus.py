@@ -1,4 +1,4 @@
-"""The files that are mutated: one small valid file of every kind that btm-scale reads, by its own or real writers."""
+"""The files that are mutated: one small valid file of every kind that btm-scale reads, by its writers or others."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def _letters() -> list[str]:
 
 
 def _run(root: Path) -> None:
-    """Write the records of a finished run, with models that nobody trained."""
+    """Write the records of a finished run, with untrained models."""
     texts = root / "run-text"
     texts.mkdir()
     run = RunDir(root / "run")

@@ -1,4 +1,4 @@
-"""Mutations of JSON that keep it JSON, or nearly: other types, sizes and keys at any place."""
+"""Mutations of JSON that keep it valid, or nearly so: other types, sizes and keys anywhere in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Independent readings: what safetensors, torch and json say is in a file that btm-scale accepted."""
+"""Independent readers: what safetensors, torch and json read from a file that btm-scale accepted."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Hang(BaseException):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one input: `accepted`, `refused`, or what is wrong."""
+    """The verdict on one input: `accepted`, `refused`, or what is wrong."""
 
     seed: int
     kind: str

@@ -1,4 +1,4 @@
-"""What is done with a mutated folder: the verbs and readers, each with an independent reading of what it accepted."""
+"""The verbs and readers that get a mutated folder, each with an independent reader of what it accepted."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def require_no_failures(outcomes: list[Outcome]) -> None:
     assert not failures, f"{len(failures)} of {len(outcomes)} inputs:\n" + "\n\n".join(failures[:20])
 
 
-def test_damaged_files_are_read_like_by_other_libraries_or_refused(corpus: Path) -> None:
+def test_damaged_files_are_read_as_other_libraries_read_them_or_refused(corpus: Path) -> None:
     outcomes = [run_input(corpus, seed) for seed in QUICK]
     require_no_failures(outcomes)
     # The mutations neither destroy everything nor change nothing, and reach every kind.
@@ -39,5 +39,5 @@ def test_damaged_files_are_read_like_by_other_libraries_or_refused(corpus: Path)
 
 @pytest.mark.full
 @pytest.mark.parametrize("part", range(PARTS))
-def test_ten_thousand_damaged_files_are_read_like_by_other_libraries_or_refused(corpus: Path, part: int) -> None:
+def test_ten_thousand_damaged_files_are_read_as_other_libraries_read_them_or_refused(corpus: Path, part: int) -> None:
     require_no_failures([run_input(corpus, seed) for seed in FULL[part::PARTS]])

@@ -1,4 +1,4 @@
-"""The one place that decides about the device: `pytest tests/gpu` runs on a GPU, and is skipped without one.
+"""The device of these tests: `pytest tests/gpu` runs on a GPU, and is skipped without one.
 
 `make test` does not collect this folder. Nothing here needs more than PyTorch 2.11 and Triton 3.6.
 """
@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(params=["current", "other"])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """The current GPU and, where there are several, one that is not the current."""
+    """The current GPU and, if there are several, another one."""
     if request.param == "current":
         return torch.device("cuda", torch.cuda.current_device())
     if torch.cuda.device_count() < 2:

@@ -1,4 +1,4 @@
-"""Around a command: a process that is killed, or a disk that fails, from a chosen event below a folder on."""
+"""Context managers around a command that kill it, or fail the disk, from a chosen event below a folder on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from helpers.disk_events import watch
 from helpers.verb_cases import is_log
 
 # What a disk that is full or broken fails at; `write` fails in every library, from the opening of a file on. Logs are
-# still written: where a rank cannot even log, nothing can be said about its message.
+# still written: the message of a rank that cannot log is lost.
 FAULTS = {"open": ("open", "os.mkdir"), "rename": ("os.rename",), "sync": ("sync",), "write": ("open",)}
 _CALLS = {  # of seccomp, and of write, writev and pwrite64
     "x86_64": (317, 1, 20, 18),

@@ -1,4 +1,4 @@
-"""A run with untrained models of a few thousand weights, and what a crowd of commands does to it."""
+"""A run with untrained models of a few thousand weights, for tests with many commands at once."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ Before = Callable[[str, str], None]
 def watch(root: Path, before: Before, after_sync: Callable[[int], None] = lambda descriptor: None) -> None:
     """Call `before` ahead of every event below `root`, and `after_sync` after a sync, until the process ends.
 
-    Nothing is really synced: tests cut the power of no machine.
+    Nothing is really synced: no test cuts the power of the machine.
     """
     below = str(root)
     busy = threading.local()

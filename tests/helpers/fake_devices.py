@@ -1,4 +1,4 @@
-"""Machines with other GPUs than this one's: what torch, the driver and the environment answer on them."""
+"""Simulated machines with other GPUs: what torch, the driver and the environment report on them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def fake_machine(
     mig: Sequence[str] = (),
     **environment: str,
 ) -> None:
-    """Make this process believe that it is on a machine with these device nodes and this answer of torch.
+    """Simulate a machine with these device nodes, on which torch gives this answer.
 
     `mig` are the UUIDs that nvidia-smi lists; `environment` holds the variables that choose GPUs, and SLURM's.
     """

@@ -1,4 +1,4 @@
-"""Tokenizers as a stranger could write them: each has the files of a Hugging Face directory."""
+"""Hostile tokenizers, each as the files of a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 Change = Callable[[dict[str, Any]], None]
 
-# Catastrophic, and only for texts that nobody would think of trying.
+# Catastrophic, and only for texts that a trial is unlikely to contain.
 RARE = "zebra(?:x+x+)+y"
 RARE_TEXT = "zebra" + "x" * 40
 
@@ -57,7 +57,7 @@ def _added(tokenizer: dict[str, Any], token: int) -> None:
     tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | {"id": token, "content": "<x>"})
 
 
-# By what is wrong: the change, and a part of the message.
+# By fault: the change, and a part of the message.
 HOSTILE: dict[str, tuple[Change, str]] = {
     "splits with a catastrophic pattern": (_split, "retry-limit"),
     "normalizes with a catastrophic pattern": (lambda one: one.update(normalizer=_regex("(a|aa)+$b")), "retry-limit"),

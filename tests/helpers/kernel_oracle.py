@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def exact_token_logprobs(hidden: Tensor, heads: list[Tensor], targets: Tensor, soft_cap: float = 0.0) -> Tensor:
+def exact_token_logprobs(hidden: Tensor, heads: list[Tensor], targets: Tensor, soft_cap: float | None = None) -> Tensor:
     """Return float64 [experts, tokens], from one product over the full vocabulary."""
     rows = []
     for states, head in zip(hidden, heads, strict=True):
@@ -28,13 +28,22 @@ def exact_mixture(logits: Tensor, log_weights: Tensor) -> Tensor:
 
 
 def scoring_case(
-    experts: int, tokens: int, hidden: int, vocab: int, dtype: torch.dtype = torch.float32
+    experts: int,
+    tokens: int,
+    hidden: int,
+    vocab: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """Return hidden states, heads and targets whose logits have a standard deviation like a trained model's."""
-    generator = torch.Generator().manual_seed(experts * 1009 + tokens * 31 + vocab)
-    states = torch.randn(experts, tokens, hidden, generator=generator).to(dtype)
-    heads = [(torch.randn(vocab, hidden, generator=generator) * 3 / hidden**0.5).to(dtype) for _ in range(experts)]
-    return states, heads, torch.randint(vocab, (tokens,), generator=generator)
+    generator = torch.Generator(device).manual_seed(experts * 1009 + tokens * 31 + vocab)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    states = normal(experts, tokens, hidden).to(dtype)
+    heads = [(normal(vocab, hidden) * 3 / hidden**0.5).to(dtype) for _ in range(experts)]
+    return states, heads, torch.randint(vocab, (tokens,), generator=generator, device=device)
 
 
 def mixing_case(experts: int, batch: int, vocab: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Record every state of a folder that a command goes through: its names and contents, and what of them was synced."""
+"""Record every state of a folder that a command goes through: its names and contents, and which of them were synced."""
 
 from __future__ import annotations
 

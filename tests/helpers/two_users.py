@@ -19,7 +19,7 @@ WHY_NOT = next(
         why
         for why, holds in {
             "only root can create users": os.geteuid() == 0,
-            "there is no useradd": shutil.which("useradd") is not None and shutil.which("userdel") is not None,
+            "useradd is not installed": shutil.which("useradd") is not None and shutil.which("userdel") is not None,
         }.items()
         if not holds
     ),

@@ -1,4 +1,4 @@
-"""Every verb that writes files, as a command on a tiny run: where it begins, and what it changes."""
+"""Every verb that writes files, as a command on a tiny run: the stage that it needs, and what it changes."""
 
 from __future__ import annotations
 

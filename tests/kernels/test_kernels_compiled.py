@@ -1,4 +1,4 @@
-"""Launch the kernels at real shapes on GPUs that need not be present, and check what the compiler made of them.
+"""Launch the kernels at real shapes for GPUs that need not be present, and check the compiled code.
 
 Triton specializes a kernel by its arguments (1, a multiple of 16, or neither), so the launches are the real ones. A
 spilled register is stack on the GPU: the kernel still runs, but several times slower.

@@ -124,7 +124,7 @@ def test_a_refused_shape_gives_way_to_a_smaller_one_which_is_logged_once(operato
 
 @pytest.mark.parametrize("error", [OutOfResources(3, 2, "registers"), PTXASError("ptxas died")], ids=["size", "ptxas"])
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_the_reference_runs_if_no_shape_does(operator, error, caplog):
+def test_the_reference_runs_if_every_shape_is_refused(operator, error, caplog):
     with stub_gpus("sm_90") as gpus:
         gpus.fail = lambda kernel: (_ for _ in ()).throw(error)
         tensors, result = call(gpus, operator)
@@ -151,7 +151,7 @@ def test_the_reference_runs_if_no_shape_does(operator, error, caplog):
     ],
     ids=["no-compiler", "no-headers", "no-gcc", "old-driver"],
 )
-def test_a_host_on_which_triton_cannot_launch_uses_the_reference_and_says_so_once(error, caplog):
+def test_a_host_on_which_triton_cannot_launch_uses_the_reference_and_logs_it_once(error, caplog):
     with stub_gpus("sm_90") as gpus:
         gpus.fail = lambda kernel: (_ for _ in ()).throw(error)
         for operator in OPERATORS:
@@ -178,7 +178,7 @@ def test_errors_that_are_not_about_the_shape_are_raised(error):
 
 
 def test_a_refusal_in_the_middle_of_a_batch_adds_each_rows_likelihood_once(monkeypatch):
-    """The last row is a launch of its own, for which Triton compiles again; the rows before it are not repeated."""
+    """The last row is a separate launch, for which Triton compiles again; the rows before it are not repeated."""
     rows_of_two = tuning_table.MIX_RULES["sm_90"]._replace(cache_bytes=2 * 3 * 1000 * 2)
     monkeypatch.setitem(tuning_table.MIX_RULES, "sm_90", rows_of_two)
     with stub_gpus("sm_90") as gpus:

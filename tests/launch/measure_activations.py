@@ -1,7 +1,7 @@
 """Measure what autograd keeps for the backward pass: `measure_activations.py SPEC.json`.
 
 The spec has `cases` (name: `shape`, `layout`, `micro_batch`, `documents`) and `result`. For each case the script writes
-the peak bytes of tensors that autograd holds during one forward and backward pass with `meta` in the place of a GPU,
+the peak bytes of tensors that autograd holds during one forward and backward pass with `meta` in place of a GPU,
 without weights and without the weight gradient of the LM head, to `RESULT-RANKS`.
 """
 
@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 import torch.fx.experimental._config as fake_config
+from helpers.single_job import model_of
 from helpers.worlds import fork_world, joined_anew, read_spec
 
 from btm_scale.config.layout import Layout
 from btm_scale.distributed.group import ExpertGroup
-from btm_scale.model.gpt import ExpertModel, build_model
+from btm_scale.model.gpt import ExpertModel
 from btm_scale.model.shape import ModelShape
 
 GPU = torch.device("meta")
@@ -108,14 +109,7 @@ def measure_all(ranks: int, spec: dict[str, Any]) -> None:
         group = joined_anew(group, layout)
         torch.cuda.current_device = lambda: GPU  # type: ignore[assignment,return-value]
         shape = ModelShape.model_validate(case["shape"])
-        model = build_model(
-            shape,
-            tensor=layout.tensor,
-            dtype=group.dtype,
-            on_cpu=True,
-            sequence_parallel=layout.sequence_parallel,
-            recompute=layout.recompute,
-        ).to_empty(device=GPU)
+        model = model_of(group, shape).to_empty(device=GPU)
         model.end_of_text = 2 if case["documents"] else None
         tokens = torch.zeros(case["micro_batch"], shape.positions, dtype=torch.int64, device=GPU)
         model(tokens, tokens)  # the cosines and sines of rotary positions are cached

@@ -13,48 +13,27 @@ from pathlib import Path
 
 import torch
 from helpers.live_tensors import living_bytes
+from helpers.single_job import model_of, one_step
 from helpers.worlds import joined_anew
 
 from btm_scale.config.layout import Layout
 from btm_scale.config.training import OptimizerConfig
 from btm_scale.distributed.group import ExpertGroup
-from btm_scale.model.gpt import build_model
 from btm_scale.model.shape import ModelShape
 from btm_scale.train.engine import Engine
-from btm_scale.train.jobs import TrainingJob
 
 
 def measure(group: ExpertGroup, shape: ModelShape, accumulate: int) -> int:
     before = living_bytes()
     layout = group.layout
-    sequences = layout.data * accumulate
-    job = TrainingJob(
-        model="tiny",
-        branch=None,
-        weights={},
-        part=None,
-        steps=1,
-        sequences=sequences,
-        batch_share=1.0,
-        first_sample=0,
-        samples=sequences,
-        progress=(0.0, 1.0),
-        layout=layout,
-    )
-    model = build_model(
-        shape,
-        tensor=layout.tensor,
-        dtype=group.dtype,
-        on_cpu=True,
-        sequence_parallel=layout.sequence_parallel,
-        recompute=layout.recompute,
-    )
+    job = one_step(layout, layout.data * accumulate)
+    model = model_of(group, shape)
     engine = Engine(group, model, job, OptimizerConfig(), {})
-    found = []
-    engine._base.register_step_pre_hook(lambda *_: found.append(living_bytes() - before))
+    sizes = []
+    engine._base.register_step_pre_hook(lambda *_: sizes.append(living_bytes() - before))
     engine.step(torch.zeros(accumulate, shape.positions + 1, dtype=torch.long), 1e-3)
     engine.close()
-    return max(found)
+    return max(sizes)
 
 
 def main() -> None:

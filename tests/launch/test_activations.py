@@ -1,4 +1,4 @@
-"""The activations of a plan are what autograd keeps."""
+"""The activations that a plan counts are those that autograd keeps."""
 
 from __future__ import annotations
 

@@ -111,8 +111,8 @@ def test_the_job_that_prepares_text_can_have_its_own_options(tmp_path: Path) -> 
         "cpus_per_rank": 6,
         "prepare_options": ["--gres=gpu:1", "--partition=long", "--cpus-per-task=32"],
     }
-    made = scripts(tmp_path, slurm, data=2)
-    prepare = made.pop("prepare")
+    all_options = scripts(tmp_path, slurm, data=2)
+    prepare = all_options.pop("prepare")
     assert [prepare[name] for name in ("--gres", "--partition", "--cpus-per-task")] == ["gpu:1", "long", "32"]
-    for options in made.values():
+    for options in all_options.values():
         assert [options[name] for name in ("--gres", "--partition", "--cpus-per-task")] == ["gpu:2", "gpu", "6"]

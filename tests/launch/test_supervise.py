@@ -255,7 +255,7 @@ with exit_codes(), rank_log(Path({log!r})):
 """
 
 
-def test_a_users_mistake_in_a_rank_is_its_sentence_once_without_log_and_traceback(tmp_path: Path) -> None:
+def test_a_users_mistake_is_reported_once_for_all_groups_without_log_or_traceback(tmp_path: Path) -> None:
     both = commands(tmp_path, "one", "two")
     error = "DataError('There is no tokenizer.\\nPrepare the run first.')"
     lines = {command.name: MISTAKEN.format(log=str(command.log), error=error) for command in both}
@@ -267,7 +267,7 @@ def test_a_users_mistake_in_a_rank_is_its_sentence_once_without_log_and_tracebac
     assert both[0].log.read_text().count("There is no tokenizer.") == 1
 
 
-def test_a_lock_of_another_group_is_a_sentence_too_and_a_retry_may_succeed(tmp_path: Path) -> None:
+def test_a_lock_of_another_group_is_reported_in_one_sentence_and_a_retry_may_succeed(tmp_path: Path) -> None:
     [command] = commands(tmp_path, "one")
     line = MISTAKEN.format(log=str(command.log), error="GroupFailed('another group is training in one')")
     with pytest.raises(GroupFailed, match=r"^group 'one' failed: another group is training in one$") as raised:
@@ -275,7 +275,7 @@ def test_a_lock_of_another_group_is_a_sentence_too_and_a_retry_may_succeed(tmp_p
     assert not raised.value.mistake
 
 
-def test_a_mistake_of_one_group_and_a_crash_of_another_are_no_mistake(tmp_path: Path) -> None:
+def test_a_mistake_of_one_group_and_a_crash_of_another_are_reported_as_a_crash(tmp_path: Path) -> None:
     both = commands(tmp_path, "one", "two")
     line = MISTAKEN.format(log=str(both[0].log), error="DataError('There is no tokenizer.')")
     with pytest.raises(GroupFailed) as raised:

@@ -1,4 +1,4 @@
-"""Train, score and decode with `meta` in the place of a GPU, where a CPU tensor that meets a GPU tensor raises.
+"""Train, score and decode with `meta` in place of a GPU, where a CPU tensor that meets a GPU tensor raises.
 
 `run_on_meta.py SPEC.json`: the spec has `cases` (name: `family`, `recompute`, `documents`) and `result`. For
 each case the script writes `training`, `scoring` and `decoding`, each an error's text or "", and of the training step

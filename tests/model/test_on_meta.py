@@ -1,4 +1,4 @@
-"""Every model family with `meta` in the place of a GPU: no tensor stays on the CPU, and no attention is quadratic."""
+"""Every model family with `meta` in place of a GPU: no tensor stays on the CPU, and no attention is quadratic."""
 
 from __future__ import annotations
 

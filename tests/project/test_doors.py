@@ -1,4 +1,4 @@
-"""Every call of transformers' loaders has its safety switches set; import-linter holds who may import it."""
+"""Every call of transformers' loaders sets the safety switches; import-linter restricts who may import it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
 
 
 def test_loaders_are_called_in_one_file_with_every_switch() -> None:
-    found = [(path.name, name, node) for path in SOURCES for name, node in calls(path)]
-    assert {path for path, _, _ in found} == {"hf_load.py"}
-    for _, name, node in found:
+    loaders = [(path.name, name, node) for path in SOURCES for name, node in calls(path)]
+    assert {path for path, _, _ in loaders} == {"hf_load.py"}
+    for _, name, node in loaders:
         unpacked = [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg is None]
         assert unpacked == ["_SAFE"], f"{name} in line {node.lineno}"
 

@@ -177,7 +177,7 @@ def test_unusual_runs_have_a_page_too(config, make_results, case):
     assert {method for method, _ in page.numbers} == set(results.methods)
 
 
-def test_values_that_are_no_finite_numbers_are_shown_as_such(config, make_results):
+def test_infinities_and_nan_are_shown_as_such(config, make_results):
     results = make_results()
     results.methods["ensemble"].perplexity["math"] = math.nan
     results.methods["seed"].perplexity["code"] = math.inf

@@ -98,7 +98,7 @@ def test_durations_grow_coarser():
 
 
 def logged(caplog, monkeypatch, *states: str) -> list[str]:
-    """What a command logs that sees a model in these states, without a terminal."""
+    """Return what a command without a terminal logs about a model in these states."""
     monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
     with caplog.at_level("INFO"), live_table(quiet=False) as show:
         for state in states:

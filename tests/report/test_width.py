@@ -1,4 +1,4 @@
-"""No table breaks a row, and no line is longer than the terminal, from 60 columns up."""
+"""On terminals of 60 columns and more, no table row wraps and no line is too long."""
 
 from __future__ import annotations
 

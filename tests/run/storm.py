@@ -41,7 +41,7 @@ State = tuple[str, str]  # domains and experts
 _LEAST = 8  # commands of each process, however slow the machine
 
 _PARENTS = ("seed", "nearest", "posterior", "code=0.3,prose=0.7", "friend")
-# What a user may do in the wrong moment or order; each is a sentence with exit code 2.
+# Refusals of commands that come at the wrong moment; each is one sentence with exit code 2.
 _REFUSALS = re.compile(
     r"btm-scale: (Unknown expert|The forest of .* already has an expert|'\w+' is already an expert|"
     r".* not scored on every domain|.* is not a finished expert|\w+ cannot branch from|There are no results|"

@@ -1,4 +1,4 @@
-"""How many groups a machine runs at once, and what a run refuses before it writes anything."""
+"""How many groups a machine runs at once, and which runs are refused before anything is written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a dry run reports of a run before it starts."""
+"""What a dry run reports about a run."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_domain_without_the_field_is_refused_as_the_run_would_refuse_it(real_t
         dry_run(config, RunDir(tmp_path / "run"))
 
 
-def test_it_prints_one_table_of_text_and_one_of_models(real_text: Path, tmp_path: Path) -> None:
+def test_a_dry_run_prints_a_table_of_text_and_one_of_models(real_text: Path, tmp_path: Path) -> None:
     write_config(tmp_path / "a.yaml", tiny_values(real_text))
     out = btm_scale("run", tmp_path / "a.yaml", "--out", tmp_path / "run", "--dry-run").stdout
     lines = [line.rstrip() for line in out.splitlines()]

@@ -11,7 +11,7 @@ from helpers.worlds import run_script
 
 
 @pytest.mark.parametrize(("processes", "seconds"), [(4, 10), full(10, 120)])
-def test_a_crowd_of_commands_leaves_what_one_process_would_leave(processes: int, seconds: int, tmp_path: Path) -> None:
+def test_concurrent_commands_leave_what_one_process_would_leave(processes: int, seconds: int, tmp_path: Path) -> None:
     """No command ends with a traceback, every refusal is a sentence, and no update is lost: repeated by one process in
     the order in which they were committed, the commands give the same run, and every evaluation that one of its states
     has."""

@@ -180,7 +180,7 @@ def adapter(directory: Path, base: Path) -> None:
 
 
 def plant_peft(folder: Path, song: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Install packages that transformers imports if they are there: each sings as soon as it is imported."""
+    """Install packages that transformers imports if they are installed: each reports that it was imported."""
     for name in ("peft", "accelerate", "bitsandbytes", "mistral_common"):
         (folder / name).mkdir(parents=True)
         (folder / name / "__init__.py").write_text(f"open({str(song)!r}, 'a').write('{name}')\n")

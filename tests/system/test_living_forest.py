@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers.in_process import answer, refusal
 from helpers.tiny_run import btm_scale
 
 from btm_scale.config.run import RunConfig
@@ -29,9 +30,8 @@ def grown(finished_run: Run, real_text: Path, tmp_path_factory: pytest.TempPathF
     before = run.results.read_bytes()
     text = real_text / "cpp.jsonl"
     options = ("--from", "posterior", "--replay", "0.25", "--text", text)
-    settled = json.loads(btm_scale("branch", run.root, "--name", "cpp", *options, "--json").stdout)
-    again = json.loads(btm_scale("branch", run.root, "--name", "cpp", *options, "--json").stdout)
-    assert again == settled
+    settled = answer("branch", run.root, "--name", "cpp", *options)
+    assert answer("branch", run.root, "--name", "cpp", *options) == settled
     assert not (run.root / "branches").exists()
     btm_scale("run", run.config, "--out", run.root)
     return run, before
@@ -68,15 +68,15 @@ def test_growing_rescores_nothing_and_adds_the_expert_to_the_results(
     seed, python, cpp = (read_expert(run.model(name)).tokens for name in ("seed", "python", "cpp"))
     assert results["compute"]["expert:cpp"]["tokens"] in (seed + python + cpp, seed + 2 * python + cpp)
     assert "Who came from whom" in run.report.read_text()
-    answer = json.loads(btm_scale("forest", "lineage", run.root, "--json").stdout)
-    assert answer["parents"]["python"] == {"seed": 1.0}
-    assert set(answer["parents"]["cpp"]) <= {"python", "licences"}
+    parents = answer("forest", "lineage", run.root)["parents"]
+    assert parents["python"] == {"seed": 1.0}
+    assert set(parents["cpp"]) <= {"python", "licences"}
 
 
 def test_removing_the_expert_restores_the_former_results_exactly(grown: tuple[RunDir, bytes], tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     shutil.copytree(grown[0].root, run.root)
-    btm_scale("forest", "remove", run.root, "cpp")
+    answer("forest", "remove", run.root, "cpp")
     btm_scale("evaluate", run.root)
     assert run.results.read_bytes() == grown[1]
 
@@ -88,8 +88,7 @@ def test_an_added_model_is_scored_without_rescoring_others(finished_run: Run, tm
     btm_scale("forest", "add", run.root, finished_run[1].model("dense"), "--name", "friend")
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     assert run.scores("friend", "docs", "test").is_file()
-    listed = json.loads(btm_scale("forest", "list", run.root, "--json").stdout)
-    assert list(listed["experts"]) == ["friend", "licences", "python"]
+    assert list(answer("forest", "list", run.root)["experts"]) == ["friend", "licences", "python"]
 
 
 def test_an_invalid_branch_is_an_error_and_changes_nothing(finished_run: Run, tmp_path: Path) -> None:
@@ -103,6 +102,5 @@ def test_an_invalid_branch_is_an_error_and_changes_nothing(finished_run: Run, tm
         (("--name", "cpp", "--from", "python=1,python=2", "--text", __file__), "names 'python' twice"),
         (("--name", "cpp", "--from", "python=x", "--text", __file__), "or weights such as A=0.3,B=0.7"),
     ):
-        done = btm_scale("branch", run.root, *arguments, check=False)
-        assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+        assert message in refusal("branch", run.root, *arguments)
         assert run.config.read_bytes() == before

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.cuts import full
 from helpers.launcher import TESTS
 from helpers.small_models import TINY_SHAPE
 from helpers.worlds import run_script
@@ -49,15 +51,32 @@ FROM = {
 }
 
 
-def by_ranks() -> dict[int, dict[str, dict[str, Any]]]:
+# The same for `make test`: every ZeRO stage, offload, sequence parallelism, and local steps once.
+QUICK = {
+    "one": "four-zero3",
+    "data2-zero2-offloaded": "tensor2-zero0",
+    "data2-zero3": "one",
+    "tensor2-zero0": "data2-zero3",
+    "four-zero1": "data2-zero2-offloaded",
+    "four-zero3": "four-zero1",
+    "data2-local": "four-local",
+    "four-local": "data2-local",
+}
+
+
+def by_ranks(names: Iterable[str]) -> dict[int, dict[str, dict[str, Any]]]:
     groups: dict[int, dict[str, dict[str, Any]]] = {}
-    for name, layout in LAYOUTS.items():
+    for name in names:
+        layout = LAYOUTS[name]
         ranks = layout.get("tensor", 1) * layout.get("data", 1)
         groups.setdefault(ranks, {})[name] = layout | {"precision": "fp32", "micro_batch": 2}
     return groups
 
 
-def test_the_next_twenty_losses_are_those_of_a_run_that_kept_its_layout(tmp_path: Path) -> None:
+@pytest.mark.parametrize("origins", [pytest.param(QUICK, id="quick"), full(FROM, id="all")])
+def test_the_next_twenty_losses_are_those_of_a_run_that_kept_its_layout(
+    origins: dict[str, str], tmp_path: Path
+) -> None:
     uninterrupted = tmp_path / "uninterrupted"
     uninterrupted.mkdir()
     common = {"shape": {"family": "llama", **TINY_SHAPE}, "steps": STEPS, "sequences": 8}
@@ -65,15 +84,15 @@ def test_the_next_twenty_losses_are_those_of_a_run_that_kept_its_layout(tmp_path
     for name in ("one", "data2-local"):
         kept = {name: LAYOUTS[name] | {"precision": "fp32", "micro_batch": 2}}
         specs.append(common | {"layouts": kept, "folder": str(uninterrupted)})
-    for more in ({"save": SAVED}, {"save": SAVED, "begin": FROM}):
-        for layouts in by_ranks().values():
+    for more in ({"save": SAVED}, {"save": SAVED, "begin": origins}):
+        for layouts in by_ranks(origins).values():
             specs.append(common | more | {"layouts": layouts, "folder": str(tmp_path)})
     run_script(TESTS / "train" / "train_layouts.py", specs, tmp_path)
 
-    for name in LAYOUTS:
+    for name, origin in origins.items():
         is_local = "sync_every" in LAYOUTS[name]
         expected = load_file(uninterrupted / f"{'data2-local' if is_local else 'one'}.safetensors")["losses"]
         losses = load_file(tmp_path / f"{name}.safetensors")["losses"]
-        message = f"saved as {FROM[name]}, resumed as {name}"
+        message = f"saved as {origin}, resumed as {name}"
         assert len(losses) == STEPS - SAVED, message
         torch.testing.assert_close(losses, expected[SAVED:], atol=1e-4 if is_local else 1e-5, rtol=0, msg=message)

@@ -1,4 +1,4 @@
-"""Marked secrets in every place of the environment: none is in what a run writes, prints or starts."""
+"""Marked secrets everywhere in the environment: a run neither writes, prints nor passes them on command lines."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ class Watch(threading.Thread):
 @pytest.mark.slow
 def test_no_secret_of_the_environment_reaches_a_run(real_text: Path, tmp_path: Path) -> None:
     values = tiny_values(real_text, model=TINY_MODEL, baselines={"dense": False}, novel_domains={})
+    values["domains"] = {"python": {"text": "python.jsonl"}}
     values["evaluate"] = {"tokens_per_domain": 1000, "dev_blocks": 5, "averages": ["uniform"]}
     write_config(tmp_path / "tiny.yaml", values)
     command = [sys.executable, "-m", "btm_scale.cli"]
@@ -59,7 +60,7 @@ def test_no_secret_of_the_environment_reaches_a_run(real_text: Path, tmp_path: P
     steps = [["run", str(tmp_path / "tiny.yaml"), "--verbose", "--json"], ["status"], ["merge"], ["doctor", "--json"]]
     steps[1].append(str(out))
     steps[0] += ["--out", str(out)]
-    steps[2] += [str(tmp_path / "merged"), str(out / "experts" / "python"), str(out / "experts" / "licences")]
+    steps[2] += [str(tmp_path / "merged"), str(out / "experts" / "python"), str(out / "seed")]
     for arguments in steps:
         process = subprocess.Popen(
             [*command, *arguments], env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -1,4 +1,4 @@
-"""Two users share a folder: nothing of the first is emptied, read or published through what the second plants."""
+"""Two users share a folder: links planted by one cannot make the other empty, read or publish other files."""
 
 from __future__ import annotations
 

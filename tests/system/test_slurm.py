@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.cluster_run import EXPERTS, cluster_values
+from helpers.cluster_run import cluster_values
 from helpers.slurm_cluster import SlurmCluster
 from helpers.tiny_run import share_text, write_config
 
@@ -23,6 +23,7 @@ from btm_scale.train.progress import ACTIVE
 pytestmark = pytest.mark.slow
 
 STEPS = 40
+EXPERTS = ("python", "docs")
 NASTY = 'a "run; rm -rf ~ #'  # the folder's name, which a shell or SLURM must not interpret
 
 
@@ -66,7 +67,10 @@ def disturbed(
     """A run whose seed LM is asked to stop and one of whose experts loses a node, with observations on the way."""
     folder = tmp_path_factory.mktemp("slurm")
     slurm = {"ranks_per_node": 1, "time": "30"}
-    write_config(folder / "run.yaml", cluster_values(real_text, steps=STEPS, name=NASTY, launch={"slurm": slurm}))
+    write_config(
+        folder / "run.yaml",
+        cluster_values(real_text, steps=STEPS, experts=EXPERTS, name=NASTY, launch={"slurm": slurm}),
+    )
     run = RunDir(folder / NASTY)
     user = Submitter(cluster, folder / "run.yaml", run)
     seen: dict[str, Any] = {"first": user.submit(), "again": user.submit()}

@@ -1,7 +1,8 @@
 """Measure the memory of building a model at ZeRO 3: `build_partitioned.py SPEC.json`, four data ranks.
 
 The spec has `shape` and `result`, where the first rank writes, in bytes, the `peak` while the model is built, its
-`weights` and its largest `layer`; and `equal`, whether the gathered weights are those of a model that is built whole.
+`weights` and its largest `layer`; and `equal`, whether the gathered weights are those of a model that is not
+partitioned.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers.single_job import one_step
 from helpers.worlds import fork_world, read_spec
 from torch.profiler import ProfilerActivity, profile
 
@@ -21,7 +23,6 @@ from btm_scale.model.gpt import build_model
 from btm_scale.model.partition import complete
 from btm_scale.model.shape import ModelShape
 from btm_scale.train.build import new_model
-from btm_scale.train.jobs import TrainingJob
 
 
 def allocations(profiler: profile) -> list[int]:
@@ -42,33 +43,21 @@ def measure(spec: dict[str, Any]) -> None:
     layout = Layout(data=4, zero=3, precision="bf16", micro_batch=1)
     group = ExpertGroup.join(layout)
     shape = ModelShape.model_validate(spec["shape"])
-    job = TrainingJob(
-        model="tiny",
-        branch=None,
-        weights={},
-        part=None,
-        steps=1,
-        sequences=4,
-        batch_share=1.0,
-        first_sample=0,
-        samples=4,
-        progress=(0.0, 1.0),
-        layout=layout,
-    )
+    job = one_step(layout, sequences=4)
     new_model(group, shape.model_copy(update={"layers": 1}), job, OptimizerConfig(), {})  # what PyTorch keeps for good
     group.seed(1)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         cut = new_model(group, shape, job, OptimizerConfig(), {})
     held = allocations(profiler)
     group.seed(1)
-    whole = build_model(shape, tensor=1, dtype=torch.bfloat16, on_cpu=True)
+    complete_model = build_model(shape, tensor=1, dtype=torch.bfloat16, on_cpu=True)
     equal = True
-    for one, other in zip(cut.parameters(), whole.parameters(), strict=True):
+    for one, other in zip(cut.parameters(), complete_model.parameters(), strict=True):
         with complete(one):
             equal = equal and torch.equal(one, other)
     if group.is_first:
-        layer = sum(parameter.nbytes for parameter in whole.decoder.layers[0].parameters())
-        weights = sum(parameter.nbytes for parameter in whole.parameters())
+        layer = sum(parameter.nbytes for parameter in complete_model.decoder.layers[0].parameters())
+        weights = sum(parameter.nbytes for parameter in complete_model.parameters())
         values = {"peak": max(held), "weights": weights, "layer": layer, "equal": equal}
         Path(spec["result"]).write_text(json.dumps(values))
     group.leave()

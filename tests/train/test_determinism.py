@@ -1,4 +1,4 @@
-"""`health.deterministic`: what decides the bits of a training on a GPU."""
+"""`health.deterministic`: the settings that make training on a GPU bit-identical."""
 
 from __future__ import annotations
 

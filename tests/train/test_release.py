@@ -1,4 +1,4 @@
-"""What a group still holds in memory when its training is over and scoring begins."""
+"""The memory that a group still holds after training, when scoring begins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which processes a watchdog takes for peers of its rank, and what it takes for a hang."""
+"""Which processes a watchdog counts as peers of its rank, and what it counts as a hang."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_rank_on_another_host_of_the_same_name_is_not_a_local_peer(
     assert os.getpid() not in watchdog._processes_of_this_host(group).values()
 
 
-def test_a_long_save_is_no_hang_while_it_advances_or_waits_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_save_is_not_a_hang_while_it_advances_or_waits_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = threading.Event()
     monkeypatch.setattr(watchdog, "_processes_of_this_host", lambda group: {})
     monkeypatch.setattr(watchdog, "_POLL_SECONDS", 0.01)

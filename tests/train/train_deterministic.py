@@ -1,4 +1,4 @@
-"""Train the seed LM of a prepared run as its launcher's rank does, and write the settings that decide bits.
+"""Train the seed LM of a prepared run as its launcher's rank does, and write the settings that affect its bits.
 
 `train_deterministic.py SPEC.json`: the spec has `run` (its folder, with run.yaml) and `result`.
 """

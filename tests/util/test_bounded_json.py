@@ -1,4 +1,4 @@
-"""JSON that others wrote: what is refused, and that nothing of it takes much time or memory."""
+"""Untrusted JSON: what is refused, and that refusing takes little time and memory."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_commas_and_brackets_inside_of_text_are_not_counted_as_values() -> None:
     assert parse_json(b'["' + text.encode() + b'"]') == [',[{"' * 2_000_000]
 
 
-def test_whole_surrogate_pairs_and_ordinary_nesting_are_read() -> None:
+def test_complete_surrogate_pairs_and_ordinary_nesting_are_read() -> None:
     assert parse_json(b'{"a": ["\\ud83d\\ude00", {"b": [[[1]]]}]}') == {"a": ["😀", {"b": [[[1]]]}]}
     assert parse_json(b'["\\udc80"]', unicode=False) == ["\udc80"]
     assert parse_json(b'{"a": 1, "a": 2}', unique_keys=False) == {"a": 2}

@@ -1,4 +1,4 @@
-"""Which GPUs a process uses, and when it refuses the CPU, on machines that this one is not."""
+"""Which GPUs a process uses, and when it refuses the CPU, on simulated machines."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_a_processor_with_an_integrated_gpu_is_not_a_gpu_machine(
         ({"BTM_SCALE_DEVICE": "tpu"}, "BTM_SCALE_DEVICE is 'tpu'. It must be auto, gpu or cpu"),
     ],
 )
-def test_gpus_that_were_asked_for_are_never_replaced_by_the_cpu(
+def test_requested_gpus_are_never_replaced_by_the_cpu(
     environment: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_machine(monkeypatch, tmp_path, torch=NO_GPU, **environment)
@@ -195,7 +195,9 @@ def test_a_child_process_answers_as_torch_does_here() -> None:
     assert device_query._ask_torch((None, "a choice that no other test makes", None)) == torch_devices()
 
 
-def test_a_torch_that_cannot_be_imported_is_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torch_that_cannot_be_imported_is_reported_as_the_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.99: cannot open shared object file')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     answer = device_query._ask_torch((str(tmp_path), None, None))

@@ -1,4 +1,4 @@
-"""Locks where they fail: on file systems without them, left by dead processes, or held on another host."""
+"""Lock problems: file systems without locks, locks of dead processes, and locks held on another host."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_lock_that_no_process_of_this_host_holds_is_held_on_another_host(tmp_p
     assert holder_of(tmp_path / "lock") == "a process on another host"
 
 
-def test_processes_share_a_lock_and_one_that_waits_to_be_alone_comes_before_later_ones(tmp_path: Path) -> None:
+def test_a_process_that_waits_to_hold_a_lock_alone_comes_before_later_sharers(tmp_path: Path) -> None:
     lock, order = tmp_path / "lock", list[str]()
 
     def ask(kind: Callable[[Path], AbstractContextManager[object]], name: str) -> threading.Thread:

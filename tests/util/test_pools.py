@@ -1,7 +1,9 @@
-"""Each in a process of its own: the test runner's has threads, and where threads run nothing is forked."""
+"""Pools, each tested in a separate process: the test runner's has threads, and a process with threads is not forked."""
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -113,3 +115,24 @@ def test_workers_end_with_the_process_that_was_killed(forks: bool) -> None:
     while Path(f"/proc/{worker}").exists() and "zombie" not in Path(f"/proc/{worker}/status").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_ctrl_c_at_a_terminal_ends_workers_without_their_tracebacks() -> None:
+    code = """
+        def wait(item):
+            print("begun", flush=True)
+            time.sleep(60)
+
+        try:
+            in_processes(wait, range(2))
+        except KeyboardInterrupt:
+            print("interrupted", flush=True)
+    """
+    command = [sys.executable, "-c", BEFORE + textwrap.dedent(code)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == ["begun\n"] * 2
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.communicate(timeout=30) == ("interrupted\n", "")

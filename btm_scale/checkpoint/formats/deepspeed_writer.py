@@ -65,7 +65,8 @@ def write_model_states(
             "ds_config": {},
             "ds_version": "0",
         }
-        with (folder / f"mp_rank_{rank:02d}_model_states.pt").open("wb") as states:  # its errors say what is wrong
+        # With an open file, a failed write is an OSError; torch.save(path) would raise a RuntimeError.
+        with (folder / f"mp_rank_{rank:02d}_model_states.pt").open("wb") as states:
             torch.save(state, states)
         module.clear()
         for file in folder.glob(f"{scratch.name}-*"):

@@ -1,8 +1,9 @@
 """The unpickler of foreign files: plain containers and tensors' locations only, in bounded time and memory.
 
-A pickle is a program. Beside calling functions, it can hash nested tuples for ever, recurse past the C stack, allocate
-gigabytes in one instruction, or change functions of this process. The instructions that could are replaced here. It is
-written on the unpickler in Python, which is 20 times slower than that in C; a pickle holds no weights.
+A pickle is a program. Besides calling functions, it can hash nested tuples forever, recurse past the C stack, allocate
+gigabytes in one instruction, or change functions of this process. The instructions that could do so are replaced here.
+The base class is the unpickler written in Python, 20 times slower than the one in C: a pickle holds no weights, so its
+speed does not matter.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from btm_scale.errors import CheckpointError
 _MAX_INSTRUCTIONS = 8_000_000
 _MAX_OBJECTS = 3_000_000  # containers and placeholders, of at most some 200 bytes each
 _MAX_KEY_PARTS = 32
-# Standard library modules whose objects occur in benign checkpoints; no others do.
+# The standard library modules whose objects occur in benign checkpoints.
 _HARMLESS_MODULES = {"argparse", "collections", "copyreg", "dataclasses", "datetime", "enum", "pathlib", "types"}
 _STORAGES = {
     "Byte": torch.uint8,

@@ -53,7 +53,7 @@ class MergeReport:
     bytes_written: int
     content_hash: str
     seconds: float
-    already_complete: bool = False  # the same merge had made the output before, and nothing was written
+    already_complete: bool = False  # an earlier call had written the output, so nothing was written
 
 
 def merge(

@@ -55,7 +55,7 @@ def follow(ranks: Any) -> Any:
     Raises `CheckpointError` if the merge failed.
     """
     work = ranks.bcast(None)
-    if isinstance(work, tuple):  # otherwise the report of a merge that had finished before
+    if isinstance(work, tuple):  # otherwise the report of a merge that had already finished
         ranks.gather(_own_share(ranks, *work))
         work = ranks.bcast(None)
     if work is None:

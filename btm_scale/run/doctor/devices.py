@@ -61,8 +61,8 @@ def _gpus(replies: Mapping[str, Reply], driver_gpus: Sequence[str], environment:
         text = f"hidden by {hidden}='{environment[hidden]}'" + (f": {listed}" if listed else "")
         return [Finding(_PART, "GPU", "missing", text, _NEEDED, f"unset {hidden}" if listed else "")]
     if listed:
-        found = TorchDevices(build, problem=reply.answer["reason"])
-        reason, remedy = why_none(found, environment, nodes or list(driver_gpus))
+        detected = TorchDevices(build, problem=reply.answer["reason"])
+        reason, remedy = why_none(detected, environment, nodes or list(driver_gpus))
         return [Finding(_PART, "GPU", "broken", f"{listed}: {reason}", _NEEDED, remedy)]
     return [Finding(_PART, "GPU", "missing", reply.answer.get("reason", ""), _NEEDED)]
 
