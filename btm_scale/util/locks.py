@@ -27,9 +27,8 @@ _SHOWN = 120  # characters of a command in a message
 @contextmanager
 def held(lock: Path) -> Iterator[bool]:
     """Hold a lock file and remove it afterwards; yields False if another process holds it."""
-    make_directory(lock.parent)
     while True:
-        with _opened(lock) as file:
+        with _opened_once_there(lock) as file:
             if not _locked(file):
                 yield False
                 return
