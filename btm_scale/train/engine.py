@@ -158,7 +158,7 @@ class Engine:
 
     @property
     def is_partitioned(self) -> bool:
-        """Whether each data rank has another part of the training state; otherwise all have all of it."""
+        """Whether each data rank stores a different part of what a checkpoint holds; otherwise all store all of it."""
         return self._masters is None and self._outer is None
 
     def own_part(self, parameter: torch.nn.Parameter, kind: str) -> tuple[int, Tensor]:

@@ -1,4 +1,4 @@
-"""Which bytes of a checkpoint a rank has: its part of a Megatron-core tensor, as runs of Hugging Face tensors.
+"""Which elements of a checkpoint each rank has: its part of a Megatron-core tensor, as runs of Hugging Face tensors.
 
 Converting a tensor moves complete rows or transposes them, so a contiguous part of a flat Megatron-core tensor is a few
 rectangles, and each of them is runs of equal length at equal distances.
