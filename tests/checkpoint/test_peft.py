@@ -144,17 +144,27 @@ def test_an_adapter_is_converted_and_merged_like_the_complete_model(adapter: Ada
         torch.testing.assert_close(loaded(tokens).logits, original(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_a_head_that_was_trained_on_a_tied_base_is_its_own_in_the_converted_model(
-    adapter: Adapter, tmp_path: Path
-) -> None:
-    settings = {"target_modules": ["c_attn"], "modules_to_save": ["lm_head"], "fan_in_fan_out": True}
+@pytest.mark.parametrize("saved", ["lm_head", "wte"])
+def test_a_tied_matrix_that_was_trained_alone_is_untied(adapter: Adapter, tmp_path: Path, saved: str) -> None:
+    settings = {"target_modules": ["c_attn"], "modules_to_save": [saved], "fan_in_fan_out": True}
     folder, base = adapter("gpt2", settings)
-    head = load_file(folder / "adapter_model.safetensors")["base_model.model.lm_head.weight"]
+    original = load_file(base / "model.safetensors")["transformer.wte.weight"]
+    trained = next(
+        tensor
+        for name, tensor in load_file(folder / "adapter_model.safetensors").items()
+        if name.endswith(f"{saved}.weight")
+    )
     convert(folder, tmp_path / "complete", to="huggingface", verify=True)
     written = load_file(tmp_path / "complete/model.safetensors")
-    assert written["lm_head.weight"].equal(head)
+    assert not trained.equal(original)
+    assert written["lm_head.weight"].equal(trained if saved == "lm_head" else original)
+    assert written["transformer.wte.weight"].equal(trained if saved == "wte" else original)
     assert not json.loads((tmp_path / "complete/config.json").read_text())["tie_word_embeddings"]
-    assert json.loads((base / "config.json").read_text()).get("tie_word_embeddings", True)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "complete")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    tokens = torch.arange(12).reshape(1, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_a_base_that_is_given_replaces_the_name_in_the_adapter(adapter: Adapter, tmp_path: Path) -> None:

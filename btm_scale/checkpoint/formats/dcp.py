@@ -208,10 +208,13 @@ def _require_described(tensor: Fields, parts: list[Chunk]) -> None:
     """Raise `CheckpointError` unless the chunks in a tensor's metadata are those that are stored."""
     listed = tensor.sequence("chunks")
     blocks = set()
-    for chunk in listed if len(listed) == len(parts) else ():
+    for chunk in listed:
         fields = attributes(chunk, tensor.file, f"{tensor.path}chunks.")
-        blocks.add(tuple(tuple(fields.sequence(each)) for each in ("offsets", "sizes")))
-    if blocks != {(part.offsets, part.stored.spec.shape) for part in parts}:
+        block = [fields.get(each) for each in ("offsets", "sizes")]
+        if not all(map(is_shape, block)):
+            tensor.refuse("chunks", chunk, "an offset and a size")
+        blocks.add(tuple(map(tuple, block)))
+    if len(listed) != len(parts) or blocks != {(part.offsets, part.stored.spec.shape) for part in parts}:
         tensor.refuse("chunks", listed, "the offsets and sizes of the stored chunks")
 
 

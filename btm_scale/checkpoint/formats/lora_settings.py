@@ -45,6 +45,7 @@ _HARMLESS = {
 }
 # Other starts, such as PiSSA's, subtract the adapter's first product from the base's weights.
 _HARMLESS_STARTS: tuple[object, ...] = (True, False, None, "gaussian", "eva", "orthogonal")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 _MAX_RANK = 1 << 16
 _MAX_PATTERN = 500
 # A pattern is matched against every module's name. Repeated groups, and more than two repetitions, can take for ever.
@@ -82,6 +83,10 @@ class LoraSettings:
         return any(part in self.saved_modules for part in name.split(".")) or any(
             name.startswith(f"{module}.") or f".{module}." in name for module in self.saved_modules
         )
+
+    def unties(self, name: str) -> bool:
+        """Whether a tensor is an embedding that was trained in full, without the head that it was tied to."""
+        return name.endswith(EMBEDDINGS) and self.saves(name) and not self.keeps_ties
 
 
 def read_lora_settings(folder: Path) -> LoraSettings:

@@ -100,12 +100,14 @@ def _shape(arguments: Fields) -> ModelShape:
         "head_size": get("kv_channels"),
         "norm_epsilon": get("norm_epsilon") or get("layernorm_epsilon"),
         "rope_theta": get("rotary_base"),
-        "rope_scaling": _scaling(get) if get("use_rope_scaling") else None,
     }
+    given = sizes | {name: value for name, value in optional.items() if value is not None}
     try:
-        return ModelShape.model_validate(
-            sizes | {name: value for name, value in optional.items() if value is not None}, strict=True
-        )
+        if get("use_rope_scaling"):
+            # Megatron-core's scaling of rotary positions, of which only the factor is an argument.
+            factor = get("rope_scaling_factor") or 8.0
+            given["rope_scaling"] = RopeScaling.model_validate({"kind": "llama3", "factor": factor}, strict=True)
+        return ModelShape.model_validate(given, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
@@ -145,11 +147,6 @@ def _family(arguments: Fields) -> str:
         )
     )
     raise _unsupported(arguments.file, described)
-
-
-def _scaling(get: Any) -> RopeScaling:
-    """Return Megatron-core's scaling of rotary positions, of which only the factor is an argument."""
-    return RopeScaling(kind="llama3", factor=float(get("rope_scaling_factor") or 8.0))
 
 
 def _unsupported(file: Path, fact: str) -> CheckpointError:

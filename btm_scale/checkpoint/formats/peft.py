@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from btm_scale.checkpoint.formats.based import ADAPTER_CONFIG, ADAPTER_FILES
-from btm_scale.checkpoint.formats.lora_settings import read_lora_settings
+from btm_scale.checkpoint.formats.lora_settings import EMBEDDINGS, read_lora_settings
 from btm_scale.checkpoint.formats.pytorch_bin import open_state_dict
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, unknown_tensor
 from btm_scale.errors import CheckpointError, few_names
+from btm_scale.model.families import FAMILIES
 from btm_scale.util.inside import file_inside
 
 _PREFIX = "base_model.model."
@@ -28,7 +29,6 @@ _MATRIX = re.compile(
 _WRAPPER = re.compile(r"\.(?:modules_to_save(?:\.default)?|base_layer)(?=\.)")
 _CONV1D_FAMILIES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # weights are [inputs, outputs]
 _HEAD = "lm_head.weight"
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 # A block's rows do not depend on the range that is read, so that a product has the same bits for any range.
 _BLOCK_ELEMENTS = 1 << 16
 
@@ -77,11 +77,19 @@ class PeftModel(ModelReader):
             if match is None:
                 self._take_full(key, names, tied=_HEAD not in base.names)
             else:
-                kind = "bias" if match["leaf"] == "bias" else match["kind"] or ""
-                matrices[match["module"]][kind + match["side"]] = key
+                part = ("bias_" if match["leaf"] == "bias" else match["kind"] or "") + match["side"]
+                if part in matrices[match["module"]] or part == "bias_A":
+                    raise self._unfit(f"has '{key:.200}', which plain LoRA has not, or has it twice")
+                matrices[match["module"]][part] = key
         for module, parts in matrices.items():
             self._take_product(module, parts, names)
         self._specs = {name: base.spec(name) for name in base.names}
+        # The head keeps the weights of an embedding that it was tied to, and that was then trained alone.
+        self._untied: dict[str, str] = {}
+        trained = next((name for name in self._full if self._settings.unties(name)), None)
+        if trained in self._specs and _HEAD not in {*self._specs, *self._full} and _is_tied(config):
+            self._untied[_HEAD] = trained
+            self._specs[_HEAD] = base.spec(trained)
         dtype = max(self._specs.values(), key=lambda spec: spec.elements).dtype if self._specs else torch.float32
         for name, key in self._full.items():
             known = self._specs.get(name)
@@ -104,7 +112,7 @@ class PeftModel(ModelReader):
         self.spec(name)
         stop, full, added = start + out.numel(), self._full.get(name), self._added.get(name)
         if full is None:
-            self._base.read_into(name, start, out)
+            self._base.read_into(self._untied.get(name, name), start, out)
         if full is None and added is None:
             return
         values = out if full is None else self._adapter.read_range(full, start, stop)
@@ -135,7 +143,7 @@ class PeftModel(ModelReader):
         if name is None and not (own == _HEAD and saved):
             raise self._unfit(f"has '{own:.200}', which the base lacks")
         ours, known = self._adapter.spec(key), names.spec(name, self._base)
-        rows_may_differ = len(ours.shape) == 2 and own.endswith((*_EMBEDDINGS, _HEAD))
+        rows_may_differ = len(ours.shape) == 2 and own.endswith((*EMBEDDINGS, _HEAD))
         if known is not None and known.shape[int(rows_may_differ) :] != ours.shape[int(rows_may_differ) :]:
             raise self._unfit(f"has '{own:.200}' {list(ours.shape)}, which is {list(known.shape)} in the base")
         if (name or own) in self._full:
@@ -166,9 +174,11 @@ class PeftModel(ModelReader):
         transposed = embedded or (turned == shape and (plain != shape or self._conv1d))
         if shape != (turned if transposed else plain):
             raise self._unfit(f"has matrices {list(left)} and {list(right)} for '{name:.200}' {list(shape)}")
+        if name in self._added:
+            raise self._unfit(f"has matrices for '{name:.200}' twice")
         scale = self._settings.scale(module, left[1])
         self._added[name] = _Product(a, b, True, scale) if transposed else _Product(b, a, False, scale)
-        if key := parts.get("biasB"):
+        if key := parts.get("bias_B"):
             bias = names.find(f"{module}.bias")
             if bias is None or self._base.spec(bias).shape != self._adapter.spec(key).shape:
                 raise self._unfit(f"has a bias for '{module:.200}', which the base lacks")
@@ -214,9 +224,9 @@ def config_changes(path: Path) -> dict[str, object]:
     with _open_adapter(path) as adapter:
         for key in adapter.names:
             name = _WRAPPER.sub("", key.removeprefix(_PREFIX))
-            if name.endswith(_EMBEDDINGS) and "lora_" not in name:
+            if name.endswith(EMBEDDINGS) and "lora_" not in name:
                 changes["vocab_size"] = adapter.spec(key).shape[0] if adapter.spec(key).shape else 0
-            if name == _HEAD and settings.saves(name):
+            if settings.unties(name) or (name == _HEAD and settings.saves(name)):
                 changes["tie_word_embeddings"] = False
     return changes
 
@@ -242,6 +252,11 @@ class _BaseNames:
     def spec(name: str | None, base: ModelReader) -> TensorSpec | None:
         """Return the spec of a tensor of the base, if it is one."""
         return None if name is None else base.spec(name)
+
+
+def _is_tied(config: Mapping[str, Any]) -> bool:
+    family = FAMILIES.get(config.get("model_type", ""))
+    return bool(config.get("tie_word_embeddings", family is not None and family.tied_by_default))
 
 
 def _open_adapter(path: Path) -> ModelReader:

@@ -62,7 +62,7 @@ def with_untrained(
     if model.get("frozen_param_shapes"):
         tensors |= _frozen(folder, models)
     for alias, name in model.part("shared_params").values.items() if model.get("shared_params") else ():
-        if not isinstance(alias, str) or name not in tensors:
+        if not isinstance(alias, str) or not isinstance(name, str) or name not in tensors:
             model.refuse(f"shared_params.{alias}", name, "the name of a parameter")
         tensors[alias] = tensors[name]
     return tensors
