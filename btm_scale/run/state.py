@@ -45,13 +45,13 @@ def open_run(
     precisions; nothing is written then.
     """
 
-    def opened() -> RunConfig:
+    def opened(*, logs: bool) -> RunConfig:
         fitting = continued(reread() if reread else config, run)
-        return on_this_device(fitting, run) if trains_here else fitting
+        return on_this_device(fitting, run, logs=logs) if trains_here else fitting
 
-    opened()  # raises before anything is written
+    opened(logs=False)  # raises before anything is written
     with changing_config(run):
-        fitting = opened()  # a precision or a branch may have been recorded since
+        fitting = opened(logs=True)  # a precision or a branch may have been recorded since
         fitting.save(run.config)
     return fitting
 
@@ -116,8 +116,8 @@ def _may_be_queued(run: RunDir) -> bool:
         return True
 
 
-def on_this_device(config: RunConfig, run: RunDir) -> RunConfig:
-    """Return the config with each `auto` replaced by this machine's fast precision.
+def on_this_device(config: RunConfig, run: RunDir, *, logs: bool = True) -> RunConfig:
+    """Return the config with each `auto` replaced by this machine's fast precision; `logs` the device.
 
     Raises LaunchError if this device cannot train in the precision of a model that is not done, if such a model has
     more ranks than the machine has GPUs, and as `usable_gpus` does.
@@ -126,7 +126,7 @@ def on_this_device(config: RunConfig, run: RunDir) -> RunConfig:
     gpus = usable_gpus(config.launch.device) if todo else Gpus()
     for model in todo:
         require_gpus(gpus, model, training_job(config, model).layout.ranks)
-    if todo:
+    if todo and logs:
         devices = f"GPUs: {len(gpus.names)} x {gpus.kinds[0]}" if gpus.names else f"the CPU: {gpus.reason}"
         logger.info("groups run on %s", devices)
     if "auto" in config.precisions:

@@ -79,11 +79,11 @@ def test_a_run_that_its_gpus_cannot_train_is_refused_before_anything_is_written(
     assert run.config.exists()
 
 
-def test_why_a_run_is_on_the_cpu_is_logged(
+def test_why_a_run_is_on_the_cpu_is_logged_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     eight = TorchDevices(CUDA, (H100,) * 8)
     fake_machine(monkeypatch, tmp_path, torch=eight, nodes=nvidia_nodes(0), CUDA_VISIBLE_DEVICES="")
     with caplog.at_level("INFO", "btm_scale"):
         open_run(config_of(tmp_path), RunDir(tmp_path / "run"), trains_here=True)
-    assert "groups run on the CPU: CUDA_VISIBLE_DEVICES='' hides every GPU" in caplog.text
+    assert caplog.text.count("groups run on the CPU: CUDA_VISIBLE_DEVICES='' hides every GPU") == 1
