@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,12 +10,15 @@ from pathlib import Path
 
 import torch
 
+from btm_scale.checkpoint.completeness import has_own_head, require_complete
 from btm_scale.checkpoint.formats.based import base_of, is_completed, require_completed, with_base
 from btm_scale.checkpoint.formats.deepspeed_writer import write_model_states
 from btm_scale.checkpoint.formats.megatron import find_shape, require_names
 from btm_scale.checkpoint.formats.open import format_of, open_model, with_head_names
+from btm_scale.checkpoint.formats.rounded import ALL_FINITE, NonFinite, RoundedModel
 from btm_scale.checkpoint.formats.tensors import ModelReader, dtype_name, parse_dtype
 from btm_scale.checkpoint.formats.torch_dist_writer import write_torch_dist
+from btm_scale.checkpoint.formats.weight_sets import weight_sets
 from btm_scale.checkpoint.merge.compatibility import is_derived
 from btm_scale.checkpoint.merge.journal import only_merge_into
 from btm_scale.checkpoint.merge.merge import merge
@@ -28,6 +32,7 @@ from btm_scale.util.inside import as_private_as
 from btm_scale.util.provenance import Input, Provenance, is_recorded, made_before
 
 WRITERS: dict[str, Callable[..., None]] = {"megatron": write_torch_dist, "deepspeed": write_model_states}
+logger = logging.getLogger(__name__)
 _CHUNK_BYTES = 4 << 20
 
 
@@ -37,6 +42,8 @@ class Conversion:
 
     target: Path
     already_complete: bool = False
+    nonfinite: NonFinite = ALL_FINITE  # elements of the target
+    weights: str | None = None  # the set of files that was read from a Hugging Face directory
 
 
 def convert(
@@ -73,12 +80,12 @@ def convert(
     if made_before(target, made_by, CheckpointError) is not None:
         if verify:
             verify_equal(source, target, wanted)
-        return Conversion(target, already_complete=True)
+        return Conversion(target, already_complete=True, weights=_read_from(source))
     partial = partial_path(target)
     with only_merge_into(partial), writing(target):
         remove_partial(partial)
         try:
-            _write(source, partial, to=to, tensor=tensor, dtype=wanted)
+            nonfinite = _write(source, partial, to=to, tensor=tensor, dtype=wanted)
             if verify:
                 verify_equal(source, partial, wanted)
             made_by.write_into(partial)
@@ -87,14 +94,19 @@ def convert(
         except Exception:
             remove_partial(partial)
             raise
-    return Conversion(target)
+    if nonfinite and to != "huggingface":  # `merge` has reported its own
+        logger.warning("%s", nonfinite.message(target, wanted))
+    return Conversion(target, nonfinite=nonfinite, weights=_read_from(source))
 
 
-def _write(source: Path, partial: Path, *, to: str, tensor: int, dtype: torch.dtype | None) -> None:
-    """Write the converted model into a directory that is not published yet."""
+def _read_from(source: Path) -> str | None:
+    return str(weight_sets(source)) if weight_sets(source) else None
+
+
+def _write(source: Path, partial: Path, *, to: str, tensor: int, dtype: torch.dtype | None) -> NonFinite:
+    """Write the converted model into a directory that is not published yet; return what is not finite in it."""
     if to == "huggingface":
-        merge(partial, [(source, 1.0)], dtype=dtype_name(dtype) if dtype else None)
-        return
+        return merge(partial, [(source, 1.0)], dtype=dtype_name(dtype) if dtype else None).nonfinite
     shape = find_shape(source)
     if tensor not in shape.tensor_degrees():
         raise CheckpointError(
@@ -102,12 +114,33 @@ def _write(source: Path, partial: Path, *, to: str, tensor: int, dtype: torch.dt
             f"heads ({shape.kv_heads}) and MLP width ({shape.ffn}): use one of "
             f"{', '.join(map(str, shape.tensor_degrees()))}."
         )
-    with with_head_names(open_model(source)) as model:
+    with RoundedModel(with_head_names(open_model(source)), dtype) as model:
+        require_untied(model, shape)
+        require_complete(model)
         require_described(model, shape)
         make_partial(partial)
         WRITERS[to](partial, model, shape, tensor=tensor, dtype=dtype)
-        dtypes = {spec.dtype for spec in model.specs().values()} if dtype is None else {dtype}
-    carry_sidecars(source, partial, dtypes.pop() if len(dtypes) == 1 else None)
+        carry_sidecars([source], partial, model.specs())
+        return model.nonfinite
+
+
+def require_trainable(path: Path) -> None:
+    """Raise `CheckpointError` unless a Hugging Face model is complete and of a family that is trained here."""
+    with with_head_names(open_model(path)) as model:
+        shape = find_shape(path)
+        require_untied(model, shape)
+        require_complete(model)
+        require_described(model, shape)
+
+
+def require_untied(model: ModelReader, shape: ModelShape) -> None:
+    """Raise `CheckpointError` for a model with an LM head beside the embedding to which its config.json ties it."""
+    if shape.tied and has_own_head(model):
+        raise CheckpointError(
+            f"{model.path} ties its embeddings in config.json, but its LM head has other values than the embedding. "
+            "transformers loads both. Set tie_word_embeddings to false in config.json to keep them, or remove the LM "
+            "head."
+        )
 
 
 def require_described(model: ModelReader, shape: ModelShape) -> None:
@@ -134,7 +167,11 @@ def require_described(model: ModelReader, shape: ModelShape) -> None:
 
 def verify_equal(source: Path, copy: Path, dtype: torch.dtype | None) -> None:
     """Raise `CheckpointError` unless two models are bit-identical after rounding `source` to `dtype`."""
-    with with_head_names(open_model(source)) as ours, with_head_names(open_model(copy)) as theirs:
+    with (
+        RoundedModel(with_head_names(open_model(source)), dtype) as ours,
+        with_head_names(open_model(copy)) as theirs,
+    ):
+        require_complete(theirs)  # by config.json, whatever the reader of the source did not find
         names = {name for name in ours.names if not is_derived(name, source)}
         if odd := sorted(names ^ set(theirs.names)):
             raise CheckpointError(
@@ -146,8 +183,6 @@ def verify_equal(source: Path, copy: Path, dtype: torch.dtype | None) -> None:
             for start in range(0, elements, step):
                 stop = min(start + step, elements)
                 expected, actual = ours.read_range(name, start, stop), theirs.read_range(name, start, stop)
-                if dtype is not None and expected.dtype.is_floating_point:
-                    expected = expected.to(dtype)
                 if not expected.view(torch.uint8).equal(actual.view(torch.uint8)):
                     raise CheckpointError(
                         f"'{name}' in {copy} differs from {source} between elements {start} and {stop}. The conversion "

@@ -7,16 +7,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from btm_scale.checkpoint.completeness import require_complete
 from btm_scale.checkpoint.convert import WRITERS, require_described
 from btm_scale.checkpoint.formats.based import require_completed, with_base
 from btm_scale.checkpoint.formats.deepspeed import checkpoint_folder, tensor_degree, training_step
 from btm_scale.checkpoint.formats.locate import described_config, iteration_folder
 from btm_scale.checkpoint.formats.megatron import find_shape
 from btm_scale.checkpoint.formats.megatron_legacy import legacy_iteration
-from btm_scale.checkpoint.formats.open import format_of, open_model, with_head_names
+from btm_scale.checkpoint.formats.open import format_of, open_stored, with_head_names
+from btm_scale.checkpoint.formats.quantized import dequantized
 from btm_scale.checkpoint.formats.tensors import ModelReader, dtype_name
 from btm_scale.checkpoint.formats.torch_dist import saved_iteration
 from btm_scale.checkpoint.formats.training import saved_step
+from btm_scale.checkpoint.formats.weight_sets import weight_sets
 from btm_scale.errors import CheckpointError
 from btm_scale.model.shape import ModelShape
 
@@ -57,6 +60,7 @@ class Inspection:
     parameters: int
     dtypes: dict[str, int]
     files: dict[str, int]  # bytes by name
+    weights: str | None  # the set of files that is read from a Hugging Face directory, and those that are not
     step: int | None
     tensor_degree: int | None
     problem: str | None
@@ -75,7 +79,7 @@ def inspect(path: Path, *, base: Path | None = None) -> Inspection:
     folder = (checkpoint_folder(path) if kind.startswith("deepspeed") else iteration_folder(path)) or path
     files = [folder] if folder.is_file() else sorted(folder.rglob(_SUFFIXES[kind]))
     config = described_config(path)
-    with open_model(path) as model:
+    with open_stored(path) as model:
         specs = model.specs().values()
         shape = _shape_or_none(path)
         problem = _problem(model, shape)
@@ -91,6 +95,7 @@ def inspect(path: Path, *, base: Path | None = None) -> Inspection:
         parameters=sum(dtypes.values()),
         dtypes=dict(dtypes),
         files={str(file.relative_to(folder.parent)): file.stat().st_size for file in files},
+        weights=str(read) if (read := weight_sets(path)) else None,
         step=_STEPS[kind](path) if kind in _STEPS else None,
         tensor_degree=tensor_degree(path) if kind.startswith("deepspeed") else None,
         problem=problem,
@@ -102,6 +107,8 @@ def inspect(path: Path, *, base: Path | None = None) -> Inspection:
 def _problem(model: ModelReader, shape: ModelShape | None) -> str | None:
     """Return how the weights of a model differ from its config, or None if they fit or its family is not supported."""
     try:
+        model = dequantized(model)
+        require_complete(model)
         if shape is not None:
             require_described(with_head_names(model), shape)
     except CheckpointError as error:

@@ -115,6 +115,15 @@ def merge(
     ] = 0,
     dtype: Annotated[str | None, _dtype_option("Type of the output's weights.  [default: the inputs']")] = None,
     max_shard_size: Annotated[str, option("--max-shard-size", "SIZE", "Largest size of a file of the output.")] = "5GB",
+    chat_template: Annotated[
+        str | None,
+        option(
+            "--chat-template",
+            "base|PATH",
+            "Chat template of the output: that of --base, or one in a model directory or file.  [default: the first "
+            "input's that has one]",
+        ),
+    ] = None,
     jobs: Annotated[
         int | None,
         option(
@@ -147,6 +156,7 @@ def merge(
         max_shard_bytes=bytes_from_text(max_shard_size),
         random_seed=random_seed,
         mpi=rank is not None and rank.is_one_of_several,
+        chat_template=chat_template,
     )
     if rank is not None and rank.rank > 0:
         return None  # under mpirun the first rank answers
@@ -156,6 +166,9 @@ def merge(
         "tensors": report.tensors,
         "parameters": report.parameters,
         "content_hash": report.content_hash,
+        "nan": report.nonfinite.nan,
+        "infinities": report.nonfinite.infinite,
+        "weights": dict(report.weights),
         "seconds": round(report.seconds, 2),
     }
     return already_complete(answer, str(output)) if report.already_complete else answer
@@ -176,7 +189,14 @@ def convert(
     from btm_scale.checkpoint.convert import convert as convert_checkpoint
 
     done = convert_checkpoint(source, target, to=to, tensor=tensor, dtype=dtype, verify=verify, base=base)
-    answer = {"output": str(done.target), "format": to, "verified": verify}
+    answer = {
+        "output": str(done.target),
+        "format": to,
+        "verified": verify,
+        "nan": done.nonfinite.nan,
+        "infinities": done.nonfinite.infinite,
+        "weights": done.weights,
+    }
     return already_complete(answer, str(target)) if done.already_complete else answer
 
 

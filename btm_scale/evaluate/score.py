@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
+from btm_scale.checkpoint.formats.open import open_model, with_head_names
 from btm_scale.config.run import RunConfig
 from btm_scale.data.eval_text import EvaluationText
 from btm_scale.distributed.group import ExpertGroup
@@ -61,7 +61,7 @@ def load_model(group: ExpertGroup, directory: Path) -> ExpertModel:
     network = build_model(
         read_shape(directory), tensor=group.layout.tensor, dtype=group.dtype, on_cpu=group.device.type == "cpu"
     )
-    with SafetensorsModel(directory) as tensors:
+    with with_head_names(open_model(directory)) as tensors:
         load_weights(network, tensors.read, group.tensor_rank, group.layout.tensor)
     return network.eval()
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from btm_scale.checkpoint.convert import convert
+from btm_scale.checkpoint.completeness import require_complete
+from btm_scale.checkpoint.convert import convert, require_untied
 from btm_scale.checkpoint.formats.based import base_of, is_adapter
 from btm_scale.checkpoint.formats.locate import require_no_run, require_path
+from btm_scale.checkpoint.formats.quantized import dequantized, quantization_sections
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.config.run import RunConfig
@@ -21,7 +23,7 @@ from btm_scale.forest.expert import CARD, Expert, is_finished, read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.methods import require_free_name
 from btm_scale.forest.turns import changing_config, current_config, scoring
-from btm_scale.model.hf_config import read_shape
+from btm_scale.model.hf_config import read_config, read_shape
 from btm_scale.run_dir import RunDir
 from btm_scale.util.files import new_directory, require_space, sync_directory
 from btm_scale.util.inside import copy_inside, file_inside
@@ -46,18 +48,23 @@ class Added:
 
 
 @contextmanager
-def adding(config: RunConfig, run: RunDir, source: Path, name: str) -> Iterator[Added]:
+def adding(
+    config: RunConfig, run: RunDir, source: Path, name: str, score: Callable[[str], None] | None = None
+) -> Iterator[Added]:
     """Copy a Hugging Face directory into the forest under a new name; until the block ends, no evaluation begins.
 
-    An adapter is added as the complete model that it and its base are. It must have the run's tokenizer and vocabulary;
-    its size and family may differ. Any number of processes may add experts at once. The same model under the same name
-    again is not copied. Raises ForestError with the reason if it cannot be an expert of this run.
+    An adapter is added as the complete model that it and its base are. `score` gets the copy's name before it is part
+    of the forest, and leaves its scores under that name; an error in it leaves the forest as it was.
+
+    A model must have the run's tokenizer and vocabulary; its size and family may differ. Any number of processes may
+    add experts at once. The same model under the same name again is not copied. Raises ForestError with the reason if
+    it cannot be an expert of this run.
     """
     try:
         require_free_name(name, "an expert")
     except ValueError as error:
         raise ForestError(f"{error} (--name)") from None
-    with _complete(run, source) as model, _adding_model(config, run, model, name) as added:
+    with _complete(run, source) as model, _adding_model(config, run, model, name, score) as added:
         yield added
 
 
@@ -83,13 +90,15 @@ def _complete(run: RunDir, source: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _adding_model(config: RunConfig, run: RunDir, source: Path, name: str) -> Iterator[Added]:
+def _adding_model(
+    config: RunConfig, run: RunDir, source: Path, name: str, score: Callable[[str], None] | None
+) -> Iterator[Added]:
     _require_free(current_config(config, run), run, source, name)
     _require_fit(run, source)
     with ExitStack() as turn:
         card = None
         if not is_finished(run.model(name)):
-            with ExitStack() as publishing, suppress(_AddedMeanwhile), _copied(run, source, name) as copy:
+            with ExitStack() as publishing, suppress(_AddedMeanwhile), _copied(run, source, name, score) as copy:
                 publishing.enter_context(changing_config(run))  # `branch` may claim the name
                 turn.enter_context(scoring(run))
                 _require_free(current_config(config, run), run, source, name)
@@ -108,8 +117,8 @@ class _AddedMeanwhile(Exception):  # noqa: N818 (it names an event)
 
 
 @contextmanager
-def _copied(run: RunDir, source: Path, name: str) -> Iterator[Expert]:
-    """Copy a model, and publish it as an expert when the block ends."""
+def _copied(run: RunDir, source: Path, name: str, score: Callable[[str], None] | None) -> Iterator[Expert]:
+    """Copy a model and score it aside, and publish both as an expert when the block ends."""
     files = [file_inside(source, file.name) for file in sorted(source.iterdir()) if file.is_file()]
     require_space(run.root, sum(file.stat().st_size for file in files))
     try:
@@ -119,11 +128,27 @@ def _copied(run: RunDir, source: Path, name: str) -> Iterator[Expert]:
                     copy_inside(source, file.name, directory)
             card = _card(source, directory, name)
             card.write(directory / CARD)
-            yield card
+            aside = directory.name  # hidden, so that it is not one of the experts
+            try:
+                if score is not None:
+                    score(aside)
+                yield card
+                _rename_scores(run, aside, name)
+            finally:
+                shutil.rmtree(run.model_scores(aside), ignore_errors=True)
     except CheckpointError:
         raise ForestError(
             f"Another process added an expert '{name}' to {run.root} at the same time. Choose another --name."
         ) from None
+
+
+def _rename_scores(run: RunDir, aside: str, name: str) -> None:
+    """Give the scores of a model its final name, before the model gets it."""
+    if run.model_scores(aside).is_dir():
+        if run.model_scores(name).exists():  # of a model that was removed
+            shutil.rmtree(run.model_scores(name))
+        run.model_scores(aside).rename(run.model_scores(name))
+        sync_directory(run.model_scores(name).parent)
 
 
 def remove_expert(run: RunDir, name: str) -> None:
@@ -206,8 +231,14 @@ def _require_fit(run: RunDir, source: Path) -> None:
         read_shape(source)
     except CheckpointError as error:
         raise ForestError(f"Cannot add {source} to the forest. {error}") from None
-    with SafetensorsModel(source):
-        pass
+    with SafetensorsModel(source) as weights:
+        if dequantized(weights) is not weights or quantization_sections(read_config(source)):
+            raise ForestError(
+                f"{source} is quantized. An expert has weights in bf16, fp16 or fp32. Dequantize it first: btm-scale "
+                f"convert {source} DST --to huggingface --dtype bfloat16"
+            )
+        require_complete(weights)
+        require_untied(weights, read_shape(source))
     if not same_ids(source, run.tokenizer):
         raise ForestError(
             f"{source} has a different tokenizer than {run.root}. Probabilities of different tokens cannot be mixed. "

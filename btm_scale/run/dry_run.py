@@ -13,7 +13,7 @@ from btm_scale.forest.expert import is_finished
 from btm_scale.run.estimate import disk_bytes, run_seconds
 from btm_scale.run.launchers import placement
 from btm_scale.run.plan import vocabulary_of
-from btm_scale.run.state import continued, on_this_device
+from btm_scale.run.state import continued, on_this_device, require_pretrained
 from btm_scale.run_dir import RunDir
 from btm_scale.train.jobs import training_job, training_stages
 
@@ -27,6 +27,7 @@ def dry_run(config: RunConfig, run: RunDir, *, trains_here: bool = True) -> dict
     """
     sources = resolve_sources(config.all_domains, config.text_root)
     config = continued(config, run)
+    require_pretrained(config, run)
     if trains_here:
         config = on_this_device(config, run)
     vocabulary = vocabulary_of(config)

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from btm_scale.config.run import RunConfig
 from btm_scale.data.prepare import prepare
 from btm_scale.errors import ForestError, GroupFailed
@@ -17,7 +19,7 @@ from btm_scale.forest.average_models import average_texts
 from btm_scale.forest.expert import is_finished, read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.membership import Added, adding
-from btm_scale.forest.scores import all_texts, missing_scores
+from btm_scale.forest.scores import Scores, all_texts, missing_scores
 from btm_scale.forest.turns import current_config, evaluating, scoring, using
 from btm_scale.launch.supervise import GroupCommand, RunGroups
 from btm_scale.run.launchers import Progress, here, placement, run_training
@@ -84,9 +86,26 @@ def evaluate_forest(config: RunConfig, run: RunDir, launcher: RunGroups | None =
 
 
 def add_to_forest(config: RunConfig, run: RunDir, source: Path, name: str) -> Added:
-    """Add a model as an expert and score it on every domain. Raises as `adding` and `score_models` do."""
-    with adding(config, run, source, name) as added:
-        score_models(current_config(config, run), run, [name])
+    """Score a model on every domain aside, and add it as an expert with its scores.
+
+    Raises as `adding` and `score_models` do, and ForestError for a model whose scores are not numbers. The forest is as
+    it was then.
+    """
+
+    def score(aside: str) -> None:
+        grown = current_config(config, run)
+        with scoring(run):
+            score_models(grown, run, [aside])
+        for domain, split in all_texts(grown):
+            path = run.scores(aside, domain, split)
+            if path.is_file() and not np.isfinite(Scores.load(path).log_probs).all():
+                raise ForestError(
+                    f"{source} gives probabilities that are not numbers on the {split} text of {domain}. Its weights "
+                    "have NaN or infinities. Check how they were saved."
+                )
+
+    with adding(config, run, source, name, score) as added:
+        score_models(current_config(config, run), run, [name])  # those of a model that was there before
     return added
 
 

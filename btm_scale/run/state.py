@@ -22,7 +22,7 @@ from btm_scale.forest.turns import changing_config
 from btm_scale.launch import slurm_queue
 from btm_scale.launch.local import require_gpus
 from btm_scale.launch.supervise import GroupCommand
-from btm_scale.run_dir import RunDir
+from btm_scale.run_dir import SEED, RunDir
 from btm_scale.train.jobs import model_names, training_job, training_stages
 from btm_scale.train.progress import ModelProgress, State, read_progress
 from btm_scale.util.devices import Gpus, usable_gpus
@@ -50,10 +50,24 @@ def open_run(
         return on_this_device(fitting, run, logs=logs) if trains_here else fitting
 
     opened(logs=False)  # raises before anything is written
+    require_pretrained(config, run)
     with changing_config(run):
         fitting = opened(logs=True)  # a precision or a branch may have been recorded since
         fitting.save(run.config)
     return fitting
+
+
+def require_pretrained(config: RunConfig, run: RunDir) -> None:
+    """Raise CheckpointError if a pretrained model that is still to be read lacks weights or has others than its config.
+
+    Reads names and shapes only.
+    """
+    from btm_scale.checkpoint.convert import require_trainable  # imports torch
+
+    models = {SEED: config.model, **{name: own.model for name, own in config.experts.items() if own.model is not None}}
+    for name, sizes in models.items():
+        if sizes.pretrained is not None and not is_finished(run.model(name)):
+            require_trainable(sizes.pretrained)
 
 
 def continued(config: RunConfig, run: RunDir) -> RunConfig:

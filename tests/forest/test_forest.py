@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.complete_models import complete_weights, quantize, write_model
 from helpers.tiny_run import save_card
 from safetensors.torch import load_file, save_file
 
 from btm_scale.config.run import RunConfig
-from btm_scale.errors import CheckpointError, ForestError
-from btm_scale.forest.expert import Parent
+from btm_scale.errors import CheckpointError, ForestError, UserError
+from btm_scale.forest.expert import Parent, read_expert
 from btm_scale.forest.forest import ancestors, experts, lineage
 from btm_scale.forest.membership import Added, add_expert, adding, remove_expert
 from btm_scale.run_dir import SEED, RunDir
@@ -29,11 +30,11 @@ LLAMA = {
 
 
 def model(folder: Path, *, vocabulary: int = 300, tokenizer: bytes = b"{}", weight: float = 1.0) -> Path:
-    """Write a folder that looks like a Hugging Face model."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(LLAMA | {"vocab_size": vocabulary}))
+    """Write a complete Hugging Face model whose weights are all the same."""
+    config = LLAMA | {"vocab_size": vocabulary}
+    weights = {name: torch.full_like(tensor, weight) for name, tensor in complete_weights(0, config).items()}
+    write_model(folder, weights, config)
     (folder / "vocab.json").write_bytes(tokenizer)
-    save_file({"weight": torch.full((4,), weight)}, folder / "model.safetensors")
     return folder
 
 
@@ -68,7 +69,8 @@ def test_an_added_model_is_an_expert_with_its_own_card(run: RunDir, config: RunC
 def test_an_adapter_is_added_as_a_complete_model(run: RunDir, config: RunConfig, tmp_path: Path) -> None:
     base, adapter = model(tmp_path / "base"), tmp_path / "adapter"
     name = "model.layers.0.self_attn.q_proj"
-    save_file({f"{name}.weight": torch.ones(16, 16)}, base / "model.safetensors")
+    weights = load_file(base / "model.safetensors")
+    save_file(weights | {f"{name}.weight": torch.ones(16, 16)}, base / "model.safetensors")
     adapter.mkdir()
     matrices = {"lora_A": torch.full((1, 16), 2.0), "lora_B": torch.full((16, 1), 3.0)}
     save_file(
@@ -104,6 +106,52 @@ def test_an_expert_that_cannot_be_mixed_is_rejected_with_the_reason(
         add_expert(config, run, tmp_path / "b", "b")
     assert experts(run) == {}
     assert not run.experts.is_dir() or not list(run.experts.iterdir())
+
+
+def test_a_model_that_lacks_weights_or_is_quantized_is_not_added(
+    run: RunDir, config: RunConfig, tmp_path: Path
+) -> None:
+    settings = LLAMA | {"vocab_size": 300}
+    weights = complete_weights(0, settings)
+    stored, _ = quantize(weights, None)
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    for name, tensors, message in (
+        ("incomplete", weights, r"lacks the tensor 'model\.layers\.0\.mlp\.up_proj\.weight'"),
+        ("quantized", stored, r"is quantized\. .*btm-scale convert .*quantized DST --to huggingface"),
+    ):
+        source = write_model(tmp_path / name, tensors, settings)
+        (source / "vocab.json").write_bytes(b"{}")
+        with pytest.raises(UserError, match=message):
+            add_expert(config, run, source, name)
+    assert not run.experts.is_dir() or not list(run.experts.iterdir())
+
+
+def test_a_model_is_scored_before_it_is_an_expert_and_an_error_leaves_the_forest_as_it_was(
+    run: RunDir, config: RunConfig, tmp_path: Path
+) -> None:
+    source = model(tmp_path / "friend")
+    before = add_expert(config, run, model(tmp_path / "first", weight=2.0), "first")
+
+    def score(aside: str) -> None:
+        assert experts(run) == {"first": before}
+        assert read_expert(run.model(aside)).name == "friend"
+        run.scores(aside, "math", "dev").parent.mkdir(parents=True)
+        run.scores(aside, "math", "dev").write_text("scores")
+
+    def fail(aside: str) -> None:
+        score(aside)
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"), adding(config, run, source, "friend", fail):
+        pass
+    assert [path.name for path in run.experts.iterdir()] == ["first"]
+    assert not list(run.model_scores("x").parent.iterdir())
+
+    with adding(config, run, source, "friend", score) as added:
+        assert added.card.name == "friend"
+    assert [path.name for path in sorted(run.experts.iterdir())] == ["first", "friend"]
+    assert run.scores("friend", "math", "dev").read_text() == "scores"
+    assert [path.name for path in run.model_scores("x").parent.iterdir()] == ["friend"]
 
 
 def test_a_path_that_does_not_exist_or_a_run_folder_is_not_added(

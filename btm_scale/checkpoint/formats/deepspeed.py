@@ -14,6 +14,7 @@ from btm_scale.checkpoint.formats.megatron import MegatronModel, find_shape, is_
 from btm_scale.checkpoint.formats.pickles import load_pickle
 from btm_scale.checkpoint.formats.stored import StoredModel, StoredTensor
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec
+from btm_scale.checkpoint.formats.unread import refuse_unread
 from btm_scale.checkpoint.formats.zero import from_masters, named_tensors, trained_shapes, with_untrained
 from btm_scale.errors import CheckpointError
 from btm_scale.util.inside import file_inside
@@ -60,6 +61,7 @@ def open_deepspeed(path: Path, *, master: bool = True) -> ModelReader:
     if (folder / "zero").is_dir():
         parts: list[StoredModel] = [_universal(folder, models)]
     else:
+        refuse_unread(folder, {*models.values(), *optimizers.values()})
         ranks = sorted({tensor_rank for tensor_rank, _ in models})
         if ranks != list(range(len(ranks))):
             raise CheckpointError(f"{folder} has only tensor ranks {ranks}. Copy the other ranks' files here.")

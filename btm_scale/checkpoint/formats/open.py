@@ -17,11 +17,13 @@ from btm_scale.checkpoint.formats.megatron_args import legacy_files
 from btm_scale.checkpoint.formats.megatron_legacy import open_megatron_legacy
 from btm_scale.checkpoint.formats.peft import PeftModel
 from btm_scale.checkpoint.formats.pytorch_bin import BIN, BIN_INDEX, open_bin
+from btm_scale.checkpoint.formats.quantized import dequantized
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.formats.safetensors_writer import INDEX, SINGLE
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec
 from btm_scale.checkpoint.formats.torch_dist import open_torch_dist
 from btm_scale.checkpoint.formats.training import TrainingState, is_training_state
+from btm_scale.checkpoint.formats.wrapped import unwrapped
 from btm_scale.errors import CheckpointError
 
 _GPT2_PREFIX = "transformer."
@@ -107,11 +109,17 @@ def format_of(path: Path) -> str:
 
 
 def open_model(path: Path) -> ModelReader:
-    """Open a model under Hugging Face names.
+    """Open a model under Hugging Face names, with the values that its fp8 weights and their scales mean.
 
-    Raises `CheckpointError` for a path that does not exist, an unknown format or damaged files.
+    Raises `CheckpointError` for a path that does not exist, an unknown format, quantized weights of other kinds or
+    damaged files.
     """
-    return _OPENERS[format_of(path)](path)
+    return dequantized(open_stored(path))
+
+
+def open_stored(path: Path) -> ModelReader:
+    """Open a model like `open_model`, but with the tensors as they are stored, whatever their quantization."""
+    return unwrapped(_OPENERS[format_of(path)](path))
 
 
 def with_head_names(model: ModelReader) -> ModelReader:
@@ -135,6 +143,9 @@ class _Prefixed(ModelReader):
 
     def spec(self, name: str) -> TensorSpec:
         return self._model.spec(self._own.get(name, name))
+
+    def exact_dtype(self, name: str) -> torch.dtype:
+        return self._model.exact_dtype(self._own.get(name, name))
 
     def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
         self._model.read_into(self._own.get(name, name), start, out)

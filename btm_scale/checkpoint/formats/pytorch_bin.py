@@ -18,7 +18,8 @@ BIN_INDEX = "pytorch_model.bin.index.json"
 def open_bin(directory: Path) -> StoredModel:
     """Open a `pytorch_model.bin` or its shards. Raises `CheckpointError` for missing, damaged or hostile files."""
     index = directory / BIN_INDEX
-    names = sorted(set(weight_map(index).values())) if index.is_file() else [BIN]
+    single = (directory / BIN).is_file() or not index.is_file()  # like transformers, which ignores an index beside it
+    names = [BIN] if single else sorted(set(weight_map(index).values()))
     shards = [file_inside(directory, name) for name in names]
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:

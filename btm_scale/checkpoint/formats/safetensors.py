@@ -24,6 +24,8 @@ from btm_scale.errors import CheckpointError
 from btm_scale.util.bounded_json import MAX_BYTES, parse_json, shown
 from btm_scale.util.inside import file_inside
 
+_PACKED = ("F4", "F6_E2M3", "F6_E3M2")
+
 
 @dataclass(frozen=True)
 class _Place:
@@ -69,6 +71,11 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[int, int, TensorSpec]:
     """Return a tensor's first byte, its end and its spec."""
     if isinstance(entry, dict):
         code, shape, span = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+        if code in _PACKED:
+            raise CheckpointError(
+                f"{path}: '{name:.200}' is quantized to {code}, packed into bytes. Only fp8 weights "
+                "with scales can be read. Use the unquantized model."
+            )
         dtype = DTYPE_BY_CODE.get(code) if isinstance(code, str) else None
         if dtype is not None and isinstance(shape, list) and is_shape(shape) and is_shape(span) and len(span) == 2:
             return span[0], span[1], TensorSpec(dtype, tuple(shape))
@@ -113,10 +120,10 @@ class SafetensorsModel(ModelReader):
         self._opening = Lock()  # reads are thread-safe
         if self.path.is_file():
             self._tensors = _places(self.path)
+        elif (self.path / SINGLE).is_file():  # like transformers, which ignores an index beside it
+            self._tensors = _places(file_inside(self.path, SINGLE))
         elif (index := self.path / INDEX).is_file():
             self._tensors = _indexed_places(index)
-        elif (self.path / SINGLE).is_file():
-            self._tensors = _places(file_inside(self.path, SINGLE))
         else:
             raise CheckpointError(f"{self.path} has neither {SINGLE} nor {INDEX}. Give the path of a model directory.")
         self._names = tuple(sorted(self._tensors))

@@ -22,6 +22,7 @@ DTYPE_BY_CODE: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -39,9 +40,14 @@ _SHORT_NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.flo
 def parse_dtype(name: str) -> torch.dtype:
     """Return the floating-point dtype called `name` (`bfloat16`, `bf16`, `float32`, ...).
 
-    Raises `CheckpointError` for any other name.
+    Raises `CheckpointError` for any other name, and for fp8, which means nothing without scales.
     """
     dtype = _SHORT_NAMES.get(name) or getattr(torch, name.removeprefix("torch."), None)
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize == 1:
+        raise CheckpointError(
+            f"Weights in {dtype_name(dtype)} need scales, which are not written. Choose bfloat16 or float16, and "
+            "quantize the result with a quantization tool."
+        )
     if not isinstance(dtype, torch.dtype) or dtype not in CODE_BY_DTYPE or not dtype.is_floating_point:
         raise CheckpointError(unknown_name("dtype", name, ("bfloat16", "float16", "float32", "float64")))
     return dtype
@@ -119,6 +125,10 @@ class ModelReader(ABC):
     @abstractmethod
     def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
         """Fill `out` (1-D, contiguous, of the tensor's dtype) with row-major elements from `start`."""
+
+    def exact_dtype(self, name: str) -> torch.dtype:
+        """Return the dtype in which `read_into` does not round: the tensor's own, unless it is dequantized."""
+        return self.spec(name).dtype
 
     def read_range(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return row-major elements `[start, stop)` as a new 1-D tensor."""

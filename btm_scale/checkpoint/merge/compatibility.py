@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from btm_scale.checkpoint.completeness import has_own_head
+from btm_scale.checkpoint.expected import ties_embeddings
 from btm_scale.checkpoint.formats.locate import TOKENIZER_FILES, described_config, described_in
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, dtype_name
@@ -132,7 +134,10 @@ def is_derived(name: str, directory: Path) -> bool:
     family = FAMILIES.get(config.get("model_type", ""))
     if causal_mask:
         return family is GPT2
-    return bool(config.get("tie_word_embeddings", family is not None and family.tied_by_default))
+    if not ties_embeddings(config):
+        return False
+    with open_model(directory) as model:
+        return not has_own_head(model)
 
 
 def config_problems(paths: Sequence[Path]) -> list[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from btm_scale.checkpoint.formats.rounded import Counts, NonFinite
 from btm_scale.checkpoint.merge.plan import Unit
 from btm_scale.errors import CheckpointError
 from btm_scale.util.bounded_json import parse_json
@@ -51,6 +52,30 @@ def record(partial: Path, rank: int, done: Sequence[tuple[Unit, Sequence[str]]])
         file.write("\n" + "\n".join(lines) + "\n")  # the first line break ends a line that a kill truncated
 
 
+def record_nonfinite(partial: Path, rank: int, counted: Mapping[Unit, Sequence[Counts]]) -> None:
+    """Record what is not finite in units, before these are recorded as completed."""
+    lines = [json.dumps([unit.name, unit.start, list(map(list, counts))]) for unit, counts in counted.items()]
+    if lines:
+        with (partial / f"nonfinite-{rank:05d}.jsonl").open("a") as file:
+            file.write("\n" + "\n".join(lines) + "\n")
+
+
+def nonfinite(partial: Path) -> NonFinite:
+    """Return what any process recorded that is not finite."""
+    units: dict[tuple[str, int], list[Counts]] = {}
+    for file in sorted(partial.glob("nonfinite-*.jsonl")):
+        for line in file.read_bytes().splitlines():
+            try:
+                name, start, counts = parse_json(line)
+                units[name, start] = [(int(nan), int(infinite), int(made)) for nan, infinite, made in counts]
+            except (TypeError, ValueError):
+                continue  # a kill truncated it, and its unit is not recorded as completed
+    by_name: dict[str, list[Counts]] = {}
+    for (name, _), rows in units.items():
+        by_name.setdefault(name, []).extend(rows)
+    return NonFinite.total(by_name)
+
+
 def finished(partial: Path) -> dict[Unit, list[str]]:
     """Return the units recorded by any process, with their block hashes."""
     done: dict[Unit, list[str]] = {}
@@ -67,6 +92,6 @@ def finished(partial: Path) -> dict[Unit, list[str]]:
 
 def clear(partial: Path) -> None:
     """Remove the journal from a directory that is about to be published."""
-    for file in [partial / _PLAN, *partial.glob("done-*.jsonl")]:
+    for file in [partial / _PLAN, *partial.glob("nonfinite-*.jsonl"), *partial.glob("done-*.jsonl")]:
         file.unlink()
     sync_directory(partial)

@@ -48,6 +48,7 @@ class MeansRunner:
             stored = {model: self._buffers.stored(model, part, model) for model in self._models}
             for group in self._groups:
                 for i, row in zip(group.members, self._rows(group, part, stored), strict=True):
+                    self.targets[i].count(unit, row, row)
                     self.targets[i].writer.write_range(part.name, part.start, row)
                     hashes[i].update(row)
         return unit, [each.finished() for each in hashes]
@@ -56,7 +57,8 @@ class MeansRunner:
         """Yield a part of each of the group's targets, in the dtype in which it is written."""
         plan = self.targets[group.members[0]].plan
         if plan.copies(part.name):
-            return iter([stored[group.models[0]]] * len(group.members))
+            dtype, plans = plan.specs[part.name].dtype, [self.targets[i].plan for i in group.members]
+            return (stored[group.models[each.copied_from(part.name)]].to(dtype) for each in plans)
         outputs, elements = len(group.members), part.stop - part.start
         dtype = plan.specs[part.name].dtype
         rows = self._buffers.array("output", outputs * elements, dtype).view(outputs, elements)

@@ -8,13 +8,17 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from btm_scale.checkpoint.formats.based import base_of, is_completed, with_base
+from btm_scale.checkpoint.formats.locate import described_in
+from btm_scale.checkpoint.formats.rounded import ALL_FINITE, NonFinite
 from btm_scale.checkpoint.formats.tensors import dtype_name, parse_dtype
+from btm_scale.checkpoint.formats.weight_sets import weight_sets
 from btm_scale.checkpoint.hashing import BlockHashes, combined_hash, same_models
 from btm_scale.checkpoint.merge import journal
+from btm_scale.checkpoint.merge.carried import given_template
 from btm_scale.checkpoint.merge.mpi import Leader, follow, world
 from btm_scale.checkpoint.merge.plan import MergePlan, Unit, make_plan, plan_means
 from btm_scale.checkpoint.merge.sidecars import carry_sidecars, model_card
@@ -53,6 +57,8 @@ class MergeReport:
     bytes_written: int
     content_hash: str
     seconds: float
+    nonfinite: NonFinite = ALL_FINITE  # elements of the output
+    weights: Mapping[str, str] = field(default_factory=dict)  # by input, the set of files that was read
     already_complete: bool = False  # an earlier call had written the output, so nothing was written
 
 
@@ -69,15 +75,18 @@ def merge(
     max_shard_bytes: float = 5e9,
     random_seed: int = 0,
     mpi: bool = False,
+    chat_template: str | Path | None = None,
 ) -> MergeReport:
     """Merge model directories into the directory `output`, which appears only when it is complete.
 
     `inputs` are (directory, weight). `linear` divides by the sum of the weights, so they need not sum to 1, and skips
     models of weight 0. Sums are computed in float64, in an order that depends only on the models' content: the order of
     `inputs`, `jobs`, `chunk_bytes` and sharding do not change a bit. `jobs` is the number of processes; by default a
-    large merge uses one per core, unless the calling process has threads. Config and tokenizer come from the first
-    input with a nonzero weight. `base` is the model from which the inputs were trained: methods that compare with it
-    need it, and it completes adapters and checkpoints without their frozen weights. Repeating the call resumes an
+    large merge uses one per core, unless the calling process has threads. Config, tokenizer and the other files of a
+    model come from the first input with a nonzero weight that has them; `chat_template` is `base` or the path of
+    another template. `base` is the model from which the inputs were trained: methods that compare with it need it, and
+    it completes adapters and checkpoints without their frozen weights. What is not finite in the output is counted and
+    logged. Repeating the call resumes an
     interrupted merge, and changes nothing after a finished one. With `mpi` every rank of `mpirun` must make the same
     call, and each gets the report. Raises `CheckpointError` listing every problem, before anything is written.
     """
@@ -107,12 +116,13 @@ def merge(
             seed=random_seed,
         )
         spread = leader.share_out if leader else functools.partial(merge_in_processes, jobs=jobs)
-        made_by = _provenance(plan, output, pairs, dtype)
-        work = _Work(plan, output, pairs, made_by=made_by)
+        template = _template(chat_template, base, pairs)
+        made_by = _provenance(plan, output, pairs, dtype, template)
+        work = _Work(plan, output, pairs, made_by=made_by, template=template)
         carry_out = functools.partial(_carry_out, share_out=functools.partial(spread, chunk_bytes=chunk_bytes))
         is_same = functools.partial(_would_be_same, work, carry_out)
         if exists and (before := made_before(output, made_by, CheckpointError, is_same=is_same)) is not None:
-            report = work.report(str(before.answer.get("content_hash", "")), time.perf_counter() - started)
+            report = work.report(Merged.of(before), time.perf_counter() - started)
             done = replace(report, already_complete=True)
             return done
         (content,) = carry_out([work])
@@ -179,6 +189,21 @@ def merge_many(
 
 
 @dataclass(frozen=True)
+class Merged:
+    """What is known of an output once it is written."""
+
+    content_hash: str
+    nonfinite: NonFinite
+
+    @classmethod
+    def of(cls, record: Provenance) -> Merged:
+        """Return what the record of an output says."""
+        counts = record.answer.get("nonfinite") or {}
+        names = {name: counts[name] for name in ("nan", "infinite", "overflowed") if type(counts.get(name)) is int}
+        return cls(str(record.answer.get("content_hash", "")), NonFinite(**names))
+
+
+@dataclass(frozen=True)
 class _Work:
     """One output of a merge."""
 
@@ -187,6 +212,7 @@ class _Work:
     inputs: tuple[tuple[Path, float], ...]
     with_sidecars: bool = True  # config, tokenizer and model card
     made_by: Provenance | None = None  # without the answer
+    template: str | None = None  # the chat template, if not that of an input
 
     @property
     def partial(self) -> Path:
@@ -198,7 +224,7 @@ class _Work:
         """Bytes of weights."""
         return sum(spec.nbytes for spec in self.plan.specs.values())
 
-    def report(self, content_hash: str, seconds: float) -> MergeReport:
+    def report(self, merged: Merged, seconds: float) -> MergeReport:
         """Return the report of this output."""
         return MergeReport(
             output=self.output,
@@ -208,12 +234,29 @@ class _Work:
             parameters=sum(spec.elements for spec in self.plan.specs.values()),
             bytes_read=self.plan.bytes_read,
             bytes_written=self.bytes_written,
-            content_hash=content_hash,
+            content_hash=merged.content_hash,
             seconds=seconds,
+            nonfinite=merged.nonfinite,
+            weights={
+                str(source.path): str(read) for source in self.plan.everyone if (read := weight_sets(source.path))
+            },
         )
 
 
-def _provenance(plan: MergePlan, output: Path, inputs: Sequence[tuple[Path, float]], dtype: str | None) -> Provenance:
+def _template(given: str | Path | None, base: Path | None, inputs: Sequence[tuple[Path, float]]) -> str | None:
+    """Return the chat template that was asked for, or None for that of the inputs. Raises `CheckpointError`."""
+    if given is None:
+        return None
+    if str(given) == "base":
+        return given_template(described_in(base or inputs[0][0]))
+    if not Path(given).exists():
+        raise CheckpointError(f"{given} does not exist. --chat-template takes `base`, a model directory or a file.")
+    return given_template(Path(given))
+
+
+def _provenance(
+    plan: MergePlan, output: Path, inputs: Sequence[tuple[Path, float]], dtype: str | None, template: str | None
+) -> Provenance:
     """Return the record of a merge, without its answer. Bases are the last inputs."""
     read = {source.path for source in plan.sources}
     made_from = [Input.of(path, weight=weight, besides=output) for path, weight in inputs if path in read]
@@ -226,6 +269,8 @@ def _provenance(plan: MergePlan, output: Path, inputs: Sequence[tuple[Path, floa
         "max_shard_bytes": float(plan.max_shard_bytes),
         "seed": plan.seed,
     }
+    if template is not None:
+        settings["chat_template"] = template
     return Provenance(command="merge", inputs=tuple(made_from), settings=settings, answer={})
 
 
@@ -253,8 +298,8 @@ def _passes(works: Sequence[_Work]) -> Iterator[Sequence[_Work]]:
         yield batch
 
 
-def _carry_out(works: Sequence[_Work], share_out: Callable[..., None]) -> list[str]:
-    """Allocate the shards, merge all units, publish; return the content hashes.
+def _carry_out(works: Sequence[_Work], share_out: Callable[..., None]) -> list[Merged]:
+    """Allocate the shards, merge all units, publish; return what is known of each output.
 
     An error removes the partial outputs. After the kill of a worker they are kept, and the same merge resumes there.
     """
@@ -275,7 +320,7 @@ def _carry_out(works: Sequence[_Work], share_out: Callable[..., None]) -> list[s
             raise
 
 
-def _would_be_same(work: _Work, carry_out: Callable[..., list[str]]) -> bool:
+def _would_be_same(work: _Work, carry_out: Callable[..., list[Merged]]) -> bool:
     """Merge again, beside the output, and return whether that gives the files that the output has."""
     logger.info("Inputs of %s have new modification times: merging them again, to compare.", work.output)
     with scratch_directory(work.output) as folder:
@@ -319,24 +364,28 @@ def _is_intact(work: _Work) -> bool:
         writer.detach()
 
 
-def _publish(work: _Work) -> str:
-    """Add the sidecars and publish a merged model; return its content hash."""
+def _publish(work: _Work) -> Merged:
+    """Add the sidecars and publish a merged model."""
+    nonfinite = journal.nonfinite(work.partial)
     content = _complete(work.plan, work.partial)
     if work.with_sidecars:
         _add_sidecars(work, content)
     if work.made_by is not None:
-        work.made_by.model_copy(update={"answer": {"content_hash": content}}).write_into(work.partial)
+        answer = {"content_hash": content, **({"nonfinite": asdict(nonfinite)} if nonfinite else {})}
+        work.made_by.model_copy(update={"answer": answer}).write_into(work.partial)
     as_private_as([*(source.path for source in work.plan.everyone), *_bases(work.plan)], work.partial)
     publish_directory(work.partial, work.output)
-    return content
+    if nonfinite:
+        dtypes = {spec.dtype for spec in work.plan.specs.values() if spec.dtype.is_floating_point}
+        logger.warning("%s", nonfinite.message(work.output, dtypes.pop() if len(dtypes) == 1 else None))
+    return Merged(content, nonfinite)
 
 
 def _add_sidecars(work: _Work, content: str) -> None:
-    dtypes = {spec.dtype for spec in work.plan.specs.values() if spec.dtype.is_floating_point}
     # A model of weight 0 was neither read nor compared; its config may be of a different family.
     read = {source.path for source in work.plan.sources}
-    first = next(path for path, _ in work.inputs if path in read)
-    carry_sidecars(first, work.partial, dtypes.pop() if len(dtypes) == 1 else None)
+    used = [path for path, _ in work.inputs if path in read]
+    carry_sidecars(used, work.partial, work.plan.specs, template=work.template)
     (work.partial / "README.md").write_text(model_card(work.plan, work.inputs, content), encoding="utf-8")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from btm_scale.checkpoint.completeness import problems_of
 from btm_scale.checkpoint.formats.based import base_of, is_completed
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, parse_dtype
@@ -20,6 +21,7 @@ from btm_scale.checkpoint.hashing import BLOCK_BYTES, sample_hash
 from btm_scale.checkpoint.merge import elementwise, whole_tensor  # noqa: F401 (they register their methods)
 from btm_scale.checkpoint.merge.compatibility import common_specs, config_problems, tokenizer_problems
 from btm_scale.checkpoint.merge.registry import METHODS, Method, find_method
+from btm_scale.checkpoint.merge.towers import other_towers
 from btm_scale.errors import CheckpointError, near_match
 
 
@@ -60,6 +62,8 @@ class MergePlan:
     max_shard_bytes: float
     seed: int
     bytes_read: int
+    first: Path | None = None  # the first input, from which `copied` are
+    copied: frozenset[str] = frozenset()  # tensors outside the language model
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the fields only: a pool pickles a plan in another thread, while this one may be caching `units`."""
@@ -89,11 +93,20 @@ class MergePlan:
         """Return a hash that changes with anything that could change a byte of the output, input files included."""
         specs = {name: str(spec) for name, spec in self.specs.items()}
         settings = [self.everyone, self.method_name, self.parameters, specs, self.max_shard_bytes, self.seed]
+        settings += [self.first, sorted(self.copied)] if self.copied else []
         return hashlib.sha256(repr(settings).encode()).hexdigest()
 
     def copies(self, name: str) -> bool:
-        """Whether a tensor is copied unchanged: it is not floating-point, or there is only one model."""
-        return not self.specs[name].dtype.is_floating_point or (len(self.sources) == 1 and self.method_name == "linear")
+        """Whether a tensor is copied unchanged: it is not floating-point or of language, or there is only one model."""
+        return (
+            name in self.copied
+            or not self.specs[name].dtype.is_floating_point
+            or (len(self.sources) == 1 and self.method_name == "linear")
+        )
+
+    def copied_from(self, name: str) -> int:
+        """Return the index of the source from which a tensor is copied."""
+        return [source.path for source in self.sources].index(self.first) if name in self.copied and self.first else 0
 
     def _units_of(self, name: str) -> Iterator[Unit]:
         spec = self.specs[name]
@@ -174,7 +187,11 @@ class _Models:
         # Content first: all means of the same models then add them in one order, and can be computed together.
         sources.sort(key=lambda source: (source.sample, source.weight, str(source.path.resolve())))
         read = sum(self.bytes_read[source.path] for source in [*sources, *([base] if base else [])])
-        return MergePlan(tuple(sources), base, method, parameters, self.specs, max_shard_bytes, seed, read)
+        first = inputs[0][0]
+        copied = other_towers(first, self.specs) if len(inputs) > 1 else frozenset()
+        return MergePlan(
+            tuple(sources), base, method, parameters, self.specs, max_shard_bytes, seed, read, first, copied
+        )
 
 
 def _used_inputs(method: Method, inputs: Sequence[tuple[Path, float]]) -> list[tuple[Path, float]]:
@@ -203,6 +220,7 @@ def _checked(
             # The configs' sizes come first: they explain most differences between tensors.
             if tensors is None:
                 problems += config_problems(paths) + tokenizer_problems(paths)
+                problems += [problem for reader in readers for problem in problems_of(reader)]
             specs, differences = common_specs(readers, dtype, tensors)
             problems += differences
         if problems:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import local
 
 import torch
 
+from btm_scale.checkpoint.formats.rounded import Counts, count_nonfinite
 from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
 from btm_scale.checkpoint.formats.tensors import ModelReader
 from btm_scale.checkpoint.hashing import BlockHashes
@@ -28,6 +29,12 @@ class Target:
     inputs: Sequence[ModelReader]  # in the order of the plan's sources
     base: ModelReader | None
     writer: ShardedWriter
+    nonfinite: dict[Unit, list[Counts]] = field(default_factory=dict)  # of the units that have such elements
+
+    def count(self, unit: Unit, exact: torch.Tensor, rounded: torch.Tensor) -> None:
+        """Count what is not finite in a piece of a unit."""
+        if counts := count_nonfinite(exact, rounded):
+            self.nonfinite.setdefault(unit, []).append(counts)
 
 
 class Buffers:
@@ -46,7 +53,7 @@ class Buffers:
 
     def stored(self, model: ModelReader, part: Unit, purpose: object = "stored") -> torch.Tensor:
         """Return a part of a model in its stored dtype."""
-        out = self.array(purpose, part.stop - part.start, model.spec(part.name).dtype)
+        out = self.array(purpose, part.stop - part.start, model.exact_dtype(part.name))
         model.read_into(part.name, part.start, out)
         return out
 
@@ -74,6 +81,7 @@ class UnitRunner:
         position, dtype = unit.start, target.plan.specs[unit.name].dtype
         for merged in self._merged(unit):
             rounded = self._buffers.array("output", merged.numel(), dtype).copy_(merged.reshape(-1))
+            target.count(unit, merged, rounded)
             target.writer.write_range(unit.name, position, rounded)
             hashes.update(rounded)
             position += rounded.numel()
@@ -85,7 +93,7 @@ class UnitRunner:
         spec = plan.specs[unit.name]
         parts = parts_of(unit, self.chunk_bytes // spec.dtype.itemsize)
         if plan.copies(unit.name):
-            yield from (self._buffers.stored(target.inputs[0], part) for part in parts)
+            yield from (self._buffers.stored(target.inputs[plan.copied_from(unit.name)], part) for part in parts)
         elif plan.method.elementwise:
             merge = functools.partial(plan.method.function, **plan.parameters)
             yield from (merge(self._piece(part)) for part in parts)

@@ -2,41 +2,97 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
-
+from btm_scale.checkpoint.expected import ties_embeddings
 from btm_scale.checkpoint.formats.based import is_adapter
-from btm_scale.checkpoint.formats.locate import TOKENIZER_FILES, described_config, described_in, read_json
-from btm_scale.checkpoint.formats.tensors import dtype_name
+from btm_scale.checkpoint.formats.locate import described_config, described_in, read_json
+from btm_scale.checkpoint.formats.quantized import quantization_sections, without_quantization
+from btm_scale.checkpoint.formats.tensors import TensorSpec, dtype_name
+from btm_scale.checkpoint.formats.weight_sets import weight_sets
+from btm_scale.checkpoint.merge.carried import kind_of, own_files, template_of
 from btm_scale.checkpoint.merge.plan import MergePlan
 from btm_scale.util.inside import copy_inside
 
-_SIDECARS = (
-    *TOKENIZER_FILES,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+_TEMPLATE = "chat_template.jinja"
 _HASH = re.compile("[0-9a-f]{64}")
 
 
-def carry_sidecars(source: Path, target: Path, dtype: torch.dtype | None) -> None:
-    """Copy a model's tokenizer and configs; `dtype`, unless None, replaces the dtype in config.json."""
-    # A tokenizer that was saved with an adapter may have more tokens than the base's.
-    folders = [described_in(source), *([source] if is_adapter(source) else [])]
-    for folder, name in itertools.product(folders, _SIDECARS):
-        if (folder / name).is_file():
-            copy_inside(folder, name, target)
-    if config := described_config(source):
-        if dtype is not None:
-            config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype_name(dtype)
+def carry_sidecars(
+    sources: Sequence[Path], target: Path, specs: Mapping[str, TensorSpec], *, template: str | None = None
+) -> None:
+    """Copy the files of models that are not weights, each from the first model that has it, into a directory.
+
+    All tokenizer files come from one folder, and all Python files from that of the first config.json. The dtypes in
+    config.json become those of `specs`, its quantization is removed, and its embedding is tied only if `specs` has no
+    LM head. `template`, unless None, is the chat template of the output.
+    """
+    taken: dict[str, Path] = {}  # the folder of each kind
+    described = next((path for path in sources if (described_in(path) / "config.json").is_file()), None)
+    folders = [folder for source in sources for folder in _folders_of(source) if folder.is_dir()]
+    for folder in folders:
+        is_model = weight_sets(folder) is not None
+        for name in own_files(folder, is_model=is_model):
+            kind = kind_of(name)
+            code_from = described_in(described) if described is not None else None
+            owner = code_from if kind == "code" else taken.setdefault(name if kind == "other" else kind, folder)
+            if owner == folder and not (target / name).exists():
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                copy_inside(folder, name, target)
+    if template is not None:
+        _set_template(target, template)
+    elif "tokenizer" in taken and template_of(target) is None and (own := [*filter(None, map(template_of, folders))]):
+        _set_template(target, own[0])
+    if described is not None:
+        config = written_config(described_config(described), specs)
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _folders_of(source: Path) -> list[Path]:
+    """Return the folders whose files belong to a model, the closest first.
+
+    A tokenizer that was saved with an adapter may have more tokens than the base's.
+    """
+    return [*([source] if is_adapter(source) else []), described_in(source)]
+
+
+def written_config(config: dict[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
+    """Return a config.json as it describes unquantized weights with these specs."""
+    if quantization_sections(config) and not any(spec.dtype.itemsize == 1 for spec in specs.values()):
+        config = without_quantization(config)
+    dtypes = {spec.dtype for spec in specs.values() if spec.dtype.is_floating_point}
+    if len(dtypes) == 1:
+        config = _with_dtype(config, dtype_name(dtypes.pop()))
+        if not {"dtype", "torch_dtype"} & config.keys():
+            config["dtype"] = next(dtype_name(spec.dtype) for spec in specs.values() if spec.dtype.is_floating_point)
+    if "lm_head.weight" in specs and ties_embeddings(config):
+        config = config | {"tie_word_embeddings": False}
+    return config
+
+
+def _with_dtype(section: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a config with another dtype wherever one is named, also for the parts of a model."""
+    changed: dict[str, Any] = {}
+    for key, value in section.items():
+        if key in ("dtype", "torch_dtype") and (value is None or isinstance(value, str)):
+            value = name
+        elif isinstance(value, dict) and (key.endswith("_config") or key in ("encoder", "decoder")):
+            value = _with_dtype(value, name)
+        changed[key] = value
+    return changed
+
+
+def _set_template(target: Path, template: str) -> None:
+    """Make `template` the only chat template of a directory, in each of the files that has one."""
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        content = read_json(target / name)
+        if "chat_template" in content:
+            (target / name).write_text(json.dumps(content | {"chat_template": template}, indent=2) + "\n")
+    (target / _TEMPLATE).write_text(template, encoding="utf-8")
 
 
 def recorded_hash(directory: Path) -> str | None:

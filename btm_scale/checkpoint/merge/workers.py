@@ -70,6 +70,8 @@ def merge_share(outputs: Sequence[Output], rank: int, size: int, *, chunk_bytes:
         def note(finished: Sequence[tuple[Unit, list[list[str]]]]) -> None:
             def note_one(i: int) -> None:
                 targets[i].writer.sync()
+                counted = {unit: targets[i].nonfinite.pop(unit) for unit, _ in finished if unit in targets[i].nonfinite}
+                journal.record_nonfinite(outputs[i][1], rank, counted)
                 journal.record(outputs[i][1], rank, [(unit, hashes[i]) for unit, hashes in finished])
 
             in_threads(note_one, range(len(targets)), at_once=MOST)  # I/O bound

@@ -1,0 +1,81 @@
+"""Models whose tensor names carry what DDP, Lightning, torch.compile or FSDP put around a module."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, unknown_tensor
+from btm_scale.errors import CheckpointError
+
+# Never part of a module's own name, wherever they are.
+_WRAPPERS = re.compile(r"\b(?:_forward_module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_BODIES = ("model.layers.", "model.decoder.layers.", "transformer.h.", "gpt_neox.layers.")
+
+
+class RenamedModel(ModelReader):
+    """A model under other names; closing it closes the model."""
+
+    def __init__(self, model: ModelReader, own_names: Mapping[str, str]) -> None:
+        """Take the model's own name of each name."""
+        self.path = model.path
+        self._model, self._own = model, dict(own_names)
+        self._names = tuple(sorted(self._own))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The new names of all tensors, sorted."""
+        return self._names
+
+    def spec(self, name: str) -> TensorSpec:
+        """Return a tensor's dtype and shape."""
+        return self._model.spec(self._own_name(name))
+
+    def exact_dtype(self, name: str) -> torch.dtype:
+        """Return the dtype that holds a tensor without rounding."""
+        return self._model.exact_dtype(self._own_name(name))
+
+    def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
+        """Fill `out` with row-major elements from `start`."""
+        self._model.read_into(self._own_name(name), start, out)
+
+    def close(self) -> None:
+        """Close the model."""
+        self._model.close()
+
+    def _own_name(self, name: str) -> str:
+        if name not in self._own:
+            raise unknown_tensor(self.path, name)
+        return self._own[name]
+
+
+def unwrapped(model: ModelReader) -> ModelReader:
+    """Return the model without the prefixes of wrappers. Raises `CheckpointError` if two tensors then have one name."""
+    names = unwrapped_names(model.names, model.path)
+    return model if all(new == own for new, own in names.items()) else RenamedModel(model, names)
+
+
+def unwrapped_names(names: Iterable[str], path: Path) -> dict[str, str]:
+    """Return each stored name by its name without wrappers.
+
+    `module.` is also the name of a module, so it is removed only as the prefix of every name; so is the `model.` of a
+    Lightning module, and only around a model whose own names are known.
+    """
+    clean = {name: _WRAPPERS.sub("", name) for name in names}
+    while clean and all(name.startswith("module.") for name in clean.values()):
+        clean = {own: name.removeprefix("module.") for own, name in clean.items()}
+    inner = [name.removeprefix("model.") for name in clean.values()]
+    if all(name.startswith("model.") for name in clean.values()) and any(name.startswith(_BODIES) for name in inner):
+        clean = dict(zip(clean, inner, strict=True))
+    result: dict[str, str] = {}
+    for own, name in clean.items():
+        if name in result:
+            raise CheckpointError(
+                f"{path} has '{result[name]:.100}' and '{own:.100}', which are one tensor without the prefixes of "
+                "wrappers. Save the state dict of the module inside the wrapper."
+            )
+        result[name] = own
+    return result
