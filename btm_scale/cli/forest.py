@@ -116,7 +116,7 @@ def forest_remove(
     """Remove an expert with its scores and checkpoints.
 
     A branch that is not trained yet can be removed too. Other experts are not changed. Refused while the run is
-    training; waits for commands that evaluate it. An expert that was removed before is no error.
+    training; waits for commands that evaluate it. Repeating it changes nothing.
     """
     from btm_scale.run.grow import remove_from_forest
 

@@ -66,10 +66,11 @@ def _require_sentence(failed: Done, run: Path, error: int) -> None:
 
 
 def _temporary(run: Path) -> set[str]:
-    """Return the temporary names below a folder, but for caches and the run's locks."""
+    """Return the temporary names below a folder, but for caches, the run's locks and its note of a trial."""
     names = {path.relative_to(run) for path in run.rglob("*")}
     return {
         str(name)
         for name in names
         if is_temporary(name) and not is_log(name) and not {".index", ".locks"} & set(name.parts)
+        if not name.name.startswith(".tokenizer-passed")
     }

@@ -5,6 +5,8 @@ The states of the disk are recorded at every sync and at every change of a name,
 
 from __future__ import annotations
 
+import json
+import math
 import random
 import shutil
 from collections.abc import Iterator, Mapping
@@ -76,6 +78,41 @@ def test_the_same_command_completes_what_a_power_cut_left(
         assert {path: files.get(path, 0) for path in recording.after} == recording.after
         # Names that were removed may return, as long as nothing mistakes them for results.
         assert files.keys() - recording.after.keys() <= seen
+
+
+def test_the_journal_of_a_merge_names_only_what_is_on_the_disk(warm: Warm, stages: Stages, tmp_path: Path) -> None:
+    """Headers before the journal begins, and the bytes of a unit before it is noted."""
+    headers = units = 0
+    for moment in record("merge", warm, stages, tmp_path).moments:
+        live, synced = moment.live(), moment.synced()
+        for path, content in live.items():
+            if not path.endswith(".safetensors.partial") or f"{Path(path).parent}/plan.fingerprint" not in live:
+                continue
+            assert content is not None
+            on_disk = synced[path] or b""
+            begin = 8 + int.from_bytes(content[:8], "little")
+            assert on_disk[:begin] == content[:begin], f"{path} before {moment.event} of {moment.path}"
+            headers += 1
+            for name, start, stop in _noted(live, str(Path(path).parent)):
+                tensor = json.loads(content[8:begin]).get(name)
+                if tensor is None:  # of another shard
+                    continue
+                first, last = (begin + place for place in tensor["data_offsets"])
+                size = (last - first) // math.prod(tensor["shape"])
+                part = slice(first + start * size, first + stop * size)
+                assert on_disk[part] == content[part], f"{name} before {moment.event} of {moment.path}"
+                units += 1
+    assert headers
+    assert units
+
+
+def _noted(image: Image, folder: str) -> Iterator[tuple[str, int, int]]:
+    for path, content in image.items():
+        if path.startswith(f"{folder}/done-"):
+            for line in (content or b"").splitlines():
+                if line:
+                    name, start, stop, *_ = json.loads(line)
+                    yield name, start, stop
 
 
 @pytest.mark.parametrize("words", [("status", "RUN"), ("plan", "CONFIG", "--nodes", "1"), ("forest", "list", "RUN")])

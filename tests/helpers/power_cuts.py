@@ -54,6 +54,10 @@ class Moment:
         """Only what was synced."""
         return dict(self._walk(self._root, "", lambda folder: folder[0], self._durable_bytes))
 
+    def synced(self) -> Image:
+        """All names, and of each file what was synced."""
+        return dict(self._walk(self._root, "", lambda folder: folder[1], self._durable_bytes))
+
     def names_only(self) -> Image:
         """All names, and zeros in the files that were not synced."""
         return dict(self._walk(self._root, "", lambda folder: folder[1], self._zeroed))
