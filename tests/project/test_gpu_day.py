@@ -99,7 +99,7 @@ def test_only_a_call_at_toy_size_measures_every_phase_in_one_go(phases, tmp_path
     monkeypatch.setattr(script, "measure", lambda rows, ledger, site, seconds: asked.update(rows=rows, budget=seconds))
     assert script.main() == 0
     assert asked["budget"] == budget
-    assert {row.name for row in asked["rows"]} >= {"demo", "tests test_kernels"} if options else asked["rows"]
+    assert {row.name for row in asked["rows"]} >= {"demo", "tests test_gpu_kernels"} if options else asked["rows"]
 
 
 @pytest.mark.parametrize("phase", [full(1)])
