@@ -20,12 +20,13 @@ from btm_scale.data.encode import Encoder
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.data.prepare import prepare
 from btm_scale.data.sources import DomainSource, resolve_domain, resolve_sources
+from btm_scale.data.splits import placement_of
 from btm_scale.data.token_files import digest_of_text, write_domain
 from btm_scale.data.train_tokenizer import balanced_sample
 from btm_scale.errors import DataError
 from btm_scale.run.dry_run import dry_run
 from btm_scale.run.slurm import submit_run
-from btm_scale.run_dir import RunDir
+from btm_scale.run_dir import SPLITS, RunDir
 
 DOMAINS = {
     "code": {"text": "code/**/*.jsonl", "split_by": {"field": "file"}},
@@ -156,7 +157,7 @@ def test_every_step_reads_the_files_of_a_source_and_ignores_its_patterns(globbed
     assert "".join(balanced_sample([source, prose], 10_000, globbed.data)) == "".join(
         balanced_sample([code, prose], 10_000, globbed.data)
     )
-    assert digest_of_text(source, globbed.data) == fingerprints["code"].text
+    assert digest_of_text(source, globbed.data, placement_of(source, globbed.data, SPLITS)) == fingerprints["code"].text
     folder = tmp_path / "code"
     folder.mkdir()
     with Encoder(run.tokenizer, 1) as encoder:

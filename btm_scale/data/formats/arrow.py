@@ -12,7 +12,6 @@ from btm_scale.data.formats.rows import Fields, NoFieldError, Report, Row
 from btm_scale.errors import DataError
 
 _ROWS = 16  # few, because a page of a few bytes can repeat a text of megabytes in every row
-_LARGEST_MESSAGE = 1 << 30  # bytes of a record batch in an Arrow file
 
 Batches = Iterable[Any]
 
