@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from helpers.forked_commands import call
 from helpers.small_models import random_weights
 from safetensors.torch import save_file
@@ -37,14 +36,13 @@ LLAMA = {
 def test_a_checkpoint_is_described_in_four_lines_without_its_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    weights = random_weights(0)
+    weights = {name: tensor.bfloat16() for name, tensor in random_weights(0).items()}
     for shard, names in enumerate((sorted(weights)[::2], sorted(weights)[1::2])):
         save_file({name: weights[name] for name in names}, tmp_path / f"model-0000{shard + 1}-of-00002.safetensors")
     index = {name: f"model-0000{i % 2 + 1}-of-00002.safetensors" for i, name in enumerate(sorted(weights))}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
     elements = sum(tensor.numel() for tensor in weights.values())
-    assert all(tensor.dtype == torch.bfloat16 for tensor in weights.values())
 
     assert call("inspect", tmp_path) == 0
     short = capsys.readouterr().out.splitlines()
