@@ -13,19 +13,19 @@ import torch
 from fuzz.corpus import FLAT_SHAPES, write_models, write_zero
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
+from btm_scale.checkpoint.formats.dcp import Chunk, _tile
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.stored import StoredTensor
 from btm_scale.checkpoint.formats.tensors import TensorSpec
-from btm_scale.checkpoint.formats.torch_dist import _Chunk, _tile
 from btm_scale.checkpoint.inspect import inspect
 from btm_scale.errors import CheckpointError
 from btm_scale.model.hf_config import read_shape
 
 
-def chunk(*spans: tuple[int, int]) -> _Chunk:
+def chunk(*spans: tuple[int, int]) -> Chunk:
     """Return a chunk from (offset, size) of each dimension."""
     spec = TensorSpec(torch.float32, tuple(size for _, size in spans))
-    return _Chunk(tuple(offset for offset, _ in spans), StoredTensor(spec, ()))
+    return Chunk(tuple(offset for offset, _ in spans), StoredTensor(spec, ()))
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def chunk(*spans: tuple[int, int]) -> _Chunk:
         ([chunk((0, 5), (0, 6))], False),
     ],
 )
-def test_only_chunks_that_fill_a_tensor_once_are_complete(chunks: list[_Chunk], complete: bool) -> None:
+def test_only_chunks_that_fill_a_tensor_once_are_complete(chunks: list[Chunk], complete: bool) -> None:
     assert _tile((4, 6), chunks) is complete
 
 

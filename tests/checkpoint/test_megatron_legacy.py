@@ -30,10 +30,11 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 16,
 }
+ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}, "rms_norm_eps": 1e-5}
 CONFIGS = {
-    "llama": LlamaConfig(**SIZES, rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 5000.0}),
-    "qwen2": Qwen2Config(**SIZES),
-    "qwen3": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
+    "llama": LlamaConfig(**SIZES, **ROTARY),
+    "qwen2": Qwen2Config(**SIZES, **ROTARY),
+    "qwen3": Qwen3Config(**SIZES, **ROTARY, head_dim=16, tie_word_embeddings=True),
     "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=4, n_head=4, n_positions=16),
 }
 ARGUMENTS: dict[str, Any] = {
@@ -62,13 +63,11 @@ ARGUMENTS: dict[str, Any] = {
 }
 OTHERS: dict[str, dict[str, Any]] = {
     "llama": {},
-    "qwen2": {"add_qkv_bias": True, "norm_epsilon": 1e-6, "rotary_base": 10000},
+    "qwen2": {"add_qkv_bias": True},
     "qwen3": {
         "qk_layernorm": True,
         "kv_channels": 16,
         "untie_embeddings_and_output_weights": False,
-        "norm_epsilon": 1e-6,
-        "rotary_base": 10000,
     },
     "gpt2": {
         "group_query_attention": False,
@@ -110,7 +109,7 @@ def legacy(base: Path, folder: Path, args: Namespace, *, tensor: int = 1, pipeli
                         own[name] = weight
                 elif int(match[1]) // per_stage == stage:
                     own[f"decoder.layers.{int(match[1]) % per_stage}{match[2]}"] = weight
-            if stage == pipeline - 1 and "output_layer.weight" not in module:
+            if 0 < stage == pipeline - 1 and "output_layer.weight" not in module:
                 own["output_layer.weight"] = module["embedding.word_embeddings.weight"]
             own["decoder.layers.0.self_attention.linear_qkv._extra_state"] = None
             name = f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pipeline > 1 else "")
