@@ -64,11 +64,11 @@ def has_own_head(model: ModelReader) -> bool:
         return False
     head, embedding = heads[0], embeddings[0]
     spec = model.spec(head)
-    if spec != model.spec(embedding):
-        return spec.shape == model.spec(embedding).shape
+    if spec.shape != model.spec(embedding).shape or not spec.dtype.is_floating_point:
+        return False
     for start in range(0, spec.elements, _CHUNK_ELEMENTS):
         stop = min(start + _CHUNK_ELEMENTS, spec.elements)
-        if not model.read_range(head, start, stop).equal(model.read_range(embedding, start, stop)):
+        if not model.read_range(head, start, stop).float().equal(model.read_range(embedding, start, stop).float()):
             return True
     return False
 
@@ -132,7 +132,7 @@ def _gaps(path: Path, names: Iterable[str], config: Mapping[str, Any]) -> list[s
         if len(layers) > 1 and len({layer % 2 for layer in layers}) == 1:
             continue  # torch.nn.Sequential: activations between its layers have no weights
         end = max(layers) + 1
-        if len(stacks) == 1 and type(count) is int and count <= 10_000:
+        if len(stacks) == 1 and type(count) is int:
             end = max(end, count)
         if missing := [str(layer) for layer in range(min(end, 10_001)) if layer not in layers]:
             problems.append(

@@ -13,12 +13,15 @@ import torch
 from btm_scale.checkpoint.completeness import has_own_head, require_complete
 from btm_scale.checkpoint.formats.based import base_of, is_completed, require_completed, with_base
 from btm_scale.checkpoint.formats.deepspeed_writer import write_model_states
+from btm_scale.checkpoint.formats.library import LibraryModel
 from btm_scale.checkpoint.formats.megatron import find_shape, require_names
 from btm_scale.checkpoint.formats.open import format_of, open_model, with_head_names
+from btm_scale.checkpoint.formats.quantized import dequantized
 from btm_scale.checkpoint.formats.rounded import ALL_FINITE, NonFinite, RoundedModel
 from btm_scale.checkpoint.formats.tensors import ModelReader, dtype_name, parse_dtype
 from btm_scale.checkpoint.formats.torch_dist_writer import write_torch_dist
 from btm_scale.checkpoint.formats.weight_sets import weight_sets
+from btm_scale.checkpoint.formats.wrapped import unwrapped
 from btm_scale.checkpoint.merge.compatibility import is_derived
 from btm_scale.checkpoint.merge.journal import only_merge_into
 from btm_scale.checkpoint.merge.merge import merge
@@ -115,8 +118,8 @@ def _write(source: Path, partial: Path, *, to: str, tensor: int, dtype: torch.dt
             f"{', '.join(map(str, shape.tensor_degrees()))}."
         )
     with RoundedModel(with_head_names(open_model(source)), dtype) as model:
-        require_untied(model, shape)
         require_complete(model)
+        require_untied(model, shape)
         require_described(model, shape)
         make_partial(partial)
         WRITERS[to](partial, model, shape, tensor=tensor, dtype=dtype)
@@ -128,8 +131,8 @@ def require_trainable(path: Path) -> None:
     """Raise `CheckpointError` unless a Hugging Face model is complete and of a family that is trained here."""
     with with_head_names(open_model(path)) as model:
         shape = find_shape(path)
-        require_untied(model, shape)
         require_complete(model)
+        require_untied(model, shape)
         require_described(model, shape)
 
 
@@ -165,11 +168,18 @@ def require_described(model: ModelReader, shape: ModelShape) -> None:
             )
 
 
+def _open_independently(path: Path) -> ModelReader:
+    """Open a model with the safetensors library if it can read it, and so not with the reader that was converted."""
+    if format_of(path) == "safetensors" and path.is_dir():
+        return dequantized(unwrapped(LibraryModel(path)))
+    return open_model(path)
+
+
 def verify_equal(source: Path, copy: Path, dtype: torch.dtype | None) -> None:
     """Raise `CheckpointError` unless two models are bit-identical after rounding `source` to `dtype`."""
     with (
-        RoundedModel(with_head_names(open_model(source)), dtype) as ours,
-        with_head_names(open_model(copy)) as theirs,
+        RoundedModel(with_head_names(_open_independently(source)), dtype) as ours,
+        with_head_names(_open_independently(copy)) as theirs,
     ):
         require_complete(theirs)  # by config.json, whatever the reader of the source did not find
         names = {name for name in ours.names if not is_derived(name, source)}

@@ -14,6 +14,31 @@ Config = Mapping[str, Any]
 Tensors = Iterator[tuple[str, Shape]]
 
 
+_SIZES = (
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_size",
+    "intermediate_size",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "n_inner",
+    "n_positions",
+    "num_experts",
+    "num_local_experts",
+    "moe_intermediate_size",
+    "decoder_sparse_step",
+    "ffn_dim",
+    "word_embed_proj_dim",
+)
+_MOST_LAYERS = 10_000
+_MOST_MODULES = 1_000_000  # layers times experts
+
+
 @dataclass(frozen=True)
 class Expected:
     """The tensors of a model's body, by names below `prefix`, and of its LM head, by full names."""
@@ -37,7 +62,7 @@ class _Row:
 def expected_tensors(config: Config) -> Expected | None:
     """Return what a config.json calls for; None for an unknown family, and for a config without its sizes."""
     row = _ROWS.get(str(config.get("model_type")))
-    if row is None:
+    if row is None or not _has_sizes(config):
         return None
     try:
         body = dict(row.body(config))
@@ -52,6 +77,16 @@ def ties_embeddings(config: Config) -> bool:
     """Whether a config.json ties the LM head to the embedding, by itself or by the default of its family."""
     tied, row = config.get("tie_word_embeddings"), _ROWS.get(str(config.get("model_type")))
     return bool(tied) if tied is not None else row is not None and row.tied
+
+
+def _has_sizes(config: Config) -> bool:
+    """Whether the sizes that a config gives are numbers of a possible model; a hostile one may name anything."""
+    given = {key: config[key] for key in _SIZES if config.get(key) is not None}
+    if not all(type(size) is int and 0 <= size < 1 << 31 for size in given.values()):
+        return False
+    layers = max(given.get("num_hidden_layers", 0), given.get("n_layer", 0))
+    experts = max(given.get("num_experts", 0), given.get("num_local_experts", 0), 1)
+    return layers <= _MOST_LAYERS and layers * experts <= _MOST_MODULES
 
 
 def _linear(name: str, rows: int, columns: int, bias: bool = False) -> Tensors:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from btm_scale.checkpoint.convert import convert, require_trainable
 from btm_scale.checkpoint.expected import FAMILIES_WITH_TENSORS, expected_tensors
+from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.inspect import inspect
 from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.errors import CheckpointError
@@ -133,6 +134,18 @@ def test_layers_that_an_unknown_family_lacks_are_reported(missing: list[int], tm
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "sizes", [{"num_hidden_layers": 1 << 30}, {"hidden_size": "x", "num_attention_heads": 1 << 30}]
+)
+@pytest.mark.parametrize("family", ["olmo2", "mixtral", "gpt_neox"])
+def test_sizes_of_no_model_take_no_memory(family: str, sizes: dict[str, Any], tmp_path: Path) -> None:
+    config = LLAMA | {"model_type": family, "num_local_experts": 1 << 30} | sizes
+    assert expected_tensors(config) is None
+    model = write_model(tmp_path / "model", {"model.layers.0.mlp.weight": torch.ones(2)}, config)
+    with pytest.raises(CheckpointError, match="lacks layers"):
+        merge(tmp_path / "out", [(model, 1.0)])
+
+
 def test_layers_without_weights_between_others_are_no_gap(tmp_path: Path) -> None:
     weights = {f"projector.layers.{i}.linear.weight": torch.ones(2) for i in (0, 2, 4)}
     weights |= {f"projector.blocks.{i}.weight": torch.ones(2) for i in (0, 3)}
@@ -218,6 +231,23 @@ def test_a_single_bin_file_is_read_before_an_index_of_shards(two_sets: Path, tmp
     convert(two_sets, tmp_path / "out", to="huggingface")
     written = load_file(tmp_path / "out/model.safetensors")
     assert written["model.norm.weight"].equal(complete_weights(1)["model.norm.weight"])
+
+
+def test_verification_does_not_trust_the_reader_that_was_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_model(tmp_path / "model", complete_weights(0))
+    read = SafetensorsModel.read_into
+
+    def wrong(self: SafetensorsModel, name: str, start: int, out: torch.Tensor) -> None:
+        read(self, name, start, out)
+        out[0] = 7 if name == "model.norm.weight" else out[0]
+
+    monkeypatch.setattr(SafetensorsModel, "read_into", wrong)
+    convert(model, tmp_path / "trusted", to="huggingface")
+    with pytest.raises(CheckpointError, match=r"'model\.norm\.weight' in .* differs from"):
+        convert(model, tmp_path / "out", to="huggingface", verify=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_head_that_differs_from_its_tied_embedding_is_kept(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from btm_scale.run_dir import SEED, RunDir
 
 SHAPE = ModelShape(layers=2, hidden=8, heads=2, kv_heads=2, ffn=12, positions=16, vocabulary=17, tied=False)
 FLAT_SHAPES = {"a.weight": (3, 5), "b.weight": (7,), "c.weight": (2, 2, 2)}
+FLAT_CONFIG = json.dumps({"model_type": "flat", "hidden_size": 16})  # of FLAT_SHAPES; no family that is known
 TEXTS = [f"Document {i} has words, and a number: {i * i}." for i in range(12)]
 
 
@@ -97,7 +98,7 @@ def write_zero(root: Path) -> None:
         folder = root / f"zero{stage}" / "global_step3"
         folder.mkdir(parents=True)
         (folder.parent / "latest").write_text("global_step3")
-        _save_config(folder.parent)
+        (folder.parent / "config.json").write_text(FLAT_CONFIG)
         state: dict[str, Any] = {"module": {"scale": torch.ones(2)}, "buffer_names": ["scale"], "global_steps": 3}
         state |= {"param_shapes": [shapes], "shared_params": {"d.weight": "a.weight"}, "args": argparse.Namespace(lr=1)}
         for rank in range(2):
@@ -112,7 +113,7 @@ def write_zero(root: Path) -> None:
         folder = root / "universal" / "zero" / name
         folder.mkdir(parents=True)
         torch.save({"param": torch.randn(shape), "step": 3}, folder / "fp32.pt")
-    _save_config(root / "universal")
+    (root / "universal" / "config.json").write_text(FLAT_CONFIG)
 
 
 def _training_state(root: Path) -> None:

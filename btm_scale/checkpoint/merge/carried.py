@@ -77,12 +77,15 @@ def kind_of(name: str) -> str:
 
 def template_of(folder: Path) -> str | None:
     """Return the chat template of a model directory, from any of the files that may hold it, or None."""
-    if (folder / "chat_template.jinja").is_file():
-        return read_bounded(folder / "chat_template.jinja").decode("utf-8")
-    for name in ("tokenizer_config.json", "chat_template.json"):
-        template = read_json(folder / name).get("chat_template")
-        if isinstance(template, str):
-            return template
+    try:
+        if (folder / "chat_template.jinja").is_file():
+            return read_bounded(folder / "chat_template.jinja").decode("utf-8")
+        for name in ("tokenizer_config.json", "chat_template.json"):
+            template = read_json(folder / name).get("chat_template")
+            if isinstance(template, str):
+                return template
+    except (OSError, ValueError, CheckpointError):
+        return None  # a damaged file is copied as it is
     return None
 
 

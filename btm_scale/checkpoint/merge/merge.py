@@ -11,16 +11,14 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from btm_scale.checkpoint.formats.based import base_of, is_completed, with_base
-from btm_scale.checkpoint.formats.locate import described_in
+from btm_scale.checkpoint.formats.based import with_base
 from btm_scale.checkpoint.formats.rounded import ALL_FINITE, NonFinite
-from btm_scale.checkpoint.formats.tensors import dtype_name, parse_dtype
 from btm_scale.checkpoint.formats.weight_sets import weight_sets
 from btm_scale.checkpoint.hashing import BlockHashes, combined_hash, same_models
 from btm_scale.checkpoint.merge import journal
-from btm_scale.checkpoint.merge.carried import given_template
 from btm_scale.checkpoint.merge.mpi import Leader, follow, world
 from btm_scale.checkpoint.merge.plan import MergePlan, Unit, make_plan, plan_means
+from btm_scale.checkpoint.merge.record import Merged, bases_of, chosen_template, provenance
 from btm_scale.checkpoint.merge.sidecars import carry_sidecars, model_card
 from btm_scale.checkpoint.merge.workers import merge_in_processes, open_writer
 from btm_scale.errors import CheckpointError, WorkerLost
@@ -36,7 +34,7 @@ from btm_scale.util.files import (
 from btm_scale.util.inside import as_private_as
 from btm_scale.util.leftovers import scratch_directory
 from btm_scale.util.pools import MOST, in_threads
-from btm_scale.util.provenance import Input, Provenance, is_recorded, made_before
+from btm_scale.util.provenance import Provenance, is_recorded, made_before
 
 logger = logging.getLogger(__name__)
 
@@ -116,8 +114,8 @@ def merge(
             seed=random_seed,
         )
         spread = leader.share_out if leader else functools.partial(merge_in_processes, jobs=jobs)
-        template = _template(chat_template, base, pairs)
-        made_by = _provenance(plan, output, pairs, dtype, template)
+        template = chosen_template(chat_template, base, pairs)
+        made_by = provenance(plan, output, pairs, dtype, template)
         work = _Work(plan, output, pairs, made_by=made_by, template=template)
         carry_out = functools.partial(_carry_out, share_out=functools.partial(spread, chunk_bytes=chunk_bytes))
         is_same = functools.partial(_would_be_same, work, carry_out)
@@ -189,21 +187,6 @@ def merge_many(
 
 
 @dataclass(frozen=True)
-class Merged:
-    """What is known of an output once it is written."""
-
-    content_hash: str
-    nonfinite: NonFinite
-
-    @classmethod
-    def of(cls, record: Provenance) -> Merged:
-        """Return what the record of an output says."""
-        counts = record.answer.get("nonfinite") or {}
-        names = {name: counts[name] for name in ("nan", "infinite", "overflowed") if type(counts.get(name)) is int}
-        return cls(str(record.answer.get("content_hash", "")), NonFinite(**names))
-
-
-@dataclass(frozen=True)
 class _Work:
     """One output of a merge."""
 
@@ -241,46 +224,6 @@ class _Work:
                 str(source.path): str(read) for source in self.plan.everyone if (read := weight_sets(source.path))
             },
         )
-
-
-def _template(given: str | Path | None, base: Path | None, inputs: Sequence[tuple[Path, float]]) -> str | None:
-    """Return the chat template that was asked for, or None for that of the inputs. Raises `CheckpointError`."""
-    if given is None:
-        return None
-    if str(given) == "base":
-        return given_template(described_in(base or inputs[0][0]))
-    if not Path(given).exists():
-        raise CheckpointError(f"{given} does not exist. --chat-template takes `base`, a model directory or a file.")
-    return given_template(Path(given))
-
-
-def _provenance(
-    plan: MergePlan, output: Path, inputs: Sequence[tuple[Path, float]], dtype: str | None, template: str | None
-) -> Provenance:
-    """Return the record of a merge, without its answer. Bases are the last inputs."""
-    read = {source.path for source in plan.sources}
-    made_from = [Input.of(path, weight=weight, besides=output) for path, weight in inputs if path in read]
-    bases = dict.fromkeys(_bases(plan))
-    made_from += [Input.of(base, besides=output) for base in bases]
-    settings = {
-        "method": plan.method_name,
-        "parameters": dict(plan.parameters),
-        "dtype": dtype_name(parse_dtype(dtype)) if dtype else None,
-        "max_shard_bytes": float(plan.max_shard_bytes),
-        "seed": plan.seed,
-    }
-    if template is not None:
-        settings["chat_template"] = template
-    return Provenance(command="merge", inputs=tuple(made_from), settings=settings, answer={})
-
-
-def _bases(plan: MergePlan) -> Iterator[Path]:
-    """Yield the models that are read besides the inputs."""
-    if plan.base is not None:
-        yield plan.base.path
-    for source in plan.sources:
-        if is_completed(source.path) and (base := base_of(source.path)) is not None:
-            yield base
 
 
 def _passes(works: Sequence[_Work]) -> Iterator[Sequence[_Work]]:
@@ -373,7 +316,7 @@ def _publish(work: _Work) -> Merged:
     if work.made_by is not None:
         answer = {"content_hash": content, **({"nonfinite": asdict(nonfinite)} if nonfinite else {})}
         work.made_by.model_copy(update={"answer": answer}).write_into(work.partial)
-    as_private_as([*(source.path for source in work.plan.everyone), *_bases(work.plan)], work.partial)
+    as_private_as([*(source.path for source in work.plan.everyone), *bases_of(work.plan)], work.partial)
     publish_directory(work.partial, work.output)
     if nonfinite:
         dtypes = {spec.dtype for spec in work.plan.specs.values() if spec.dtype.is_floating_point}
