@@ -45,7 +45,7 @@ def save(spec: dict[str, Any]) -> None:
                 full = safe_get_full_fp32_param(tensor) if tensor.requires_grad else tensor
                 weights[parameter] = full.detach().clone()
         if deepspeed.comm.get_rank() == 0:
-            save_file(weights, Path(spec["folder"]) / name / "expected.safetensors")
+            save_file(weights, Path(spec["folder"]) / f"{name}.safetensors")
         engine.destroy()
 
 

@@ -48,7 +48,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("form", ["partitioned", "universal"])
 @pytest.mark.parametrize("kind", CHECKPOINTS)
 def test_trained_frozen_and_tied_parameters_are_read(saved: Path, tmp_path: Path, kind: str, form: str) -> None:
-    expected = load_file(saved / kind / "expected.safetensors")
+    expected = load_file(saved / f"{kind}.safetensors")
     folder = saved / kind if form == "partitioned" else saved / kind / "universal"
     with open_model(folder) as model:
         assert set(model.names) == {*expected, "lm_head.weight"}
@@ -68,7 +68,7 @@ def test_trained_frozen_and_tied_parameters_are_read(saved: Path, tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", EXCLUDED)
 def test_excluded_frozen_parameters_come_from_the_base(saved: Path, tmp_path: Path, kind: str) -> None:
-    expected, base = load_file(saved / kind / "expected.safetensors"), load_file(saved / "base/model.safetensors")
+    expected, base = load_file(saved / f"{kind}.safetensors"), load_file(saved / "base/model.safetensors")
     with pytest.raises(CheckpointError, match=r"lacks 'model\.layers\.0.*without its frozen parameters.*--base"):
         convert(saved / kind, tmp_path / "out", to="huggingface")
     assert not (tmp_path / "out").exists()
