@@ -106,6 +106,8 @@ def _adding_model(
                     raise _AddedMeanwhile
                 card = copy
         if card is None:
+            # Not a second time beside the first: a command that waits to be alone in between would block both forever.
+            turn.close()
             turn.enter_context(scoring(run))
             # Another process may have added another model between the first check and the look at the name.
             _require_free(current_config(config, run), run, source, name)

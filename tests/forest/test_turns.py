@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,9 +14,10 @@ from torch import ones
 
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ForestError
+from btm_scale.forest import membership
 from btm_scale.forest.expert import is_finished
 from btm_scale.forest.forest import experts
-from btm_scale.forest.membership import adding
+from btm_scale.forest.membership import add_expert, adding
 from btm_scale.forest.turns import changing_config, evaluating, removing, scoring, using
 from btm_scale.run.grow import remove_from_forest
 from btm_scale.run_dir import RunDir
@@ -37,6 +38,14 @@ def run(tmp_path: Path) -> RunDir:
 @pytest.fixture
 def config() -> RunConfig:
     return RunConfig.model_validate({"domains": {"math": {"text": "math"}, "law": {"text": "law"}}})
+
+
+def friend_in(folder: Path) -> Path:
+    """Write a model that may be added."""
+    (folder / "friend").mkdir()
+    (folder / "friend/config.json").write_text("{}")
+    save_file({"weight": ones(4)}, folder / "friend/model.safetensors")
+    return folder / "friend"
 
 
 def started(job: Callable[[], object]) -> threading.Thread:
@@ -76,13 +85,11 @@ def test_an_added_expert_appears_after_an_evaluation_and_is_scored_before_the_ne
     run: RunDir, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("btm_scale.forest.membership._require_fit", lambda run, source: None)
-    (tmp_path / "friend").mkdir()
-    (tmp_path / "friend/config.json").write_text("{}")
-    save_file({"weight": ones(4)}, tmp_path / "friend/model.safetensors")
+    source = friend_in(tmp_path)
     order, scored = list[str](), threading.Event()
 
     def add() -> None:
-        with adding(config, run, tmp_path / "friend", "friend"):
+        with adding(config, run, source, "friend"):
             order.append("added")
             scored.wait(10)
             order.append("scored")
@@ -112,3 +119,31 @@ def test_a_removal_that_fails_ends_its_turn(run: RunDir, config: RunConfig) -> N
         remove_from_forest(config, run, "physics")
     with removing(run, "law"):
         pass
+
+
+def test_an_addition_that_finds_the_model_added_meanwhile_never_holds_its_turn_twice(
+    run: RunDir, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command that waits to be alone between the two would wait for the first, and the second for that command."""
+    monkeypatch.setattr(membership, "_require_fit", lambda run, source: None)
+    source, holders, most = friend_in(tmp_path), [0], [0]
+    add_expert(config, run, source, "friend")
+    answers = iter([False, False])  # not there yet when it is looked for
+    is_there, share = membership.is_finished, membership.scoring
+
+    def is_finished_late(directory: Path) -> bool:
+        return is_there(directory) and next(answers, True)
+
+    @contextmanager
+    def counted(run: RunDir) -> Iterator[None]:
+        holders[0] += 1
+        most[0] = max(most[0], holders[0])
+        with share(run):
+            yield
+        holders[0] -= 1
+
+    monkeypatch.setattr(membership, "is_finished", is_finished_late)
+    monkeypatch.setattr(membership, "scoring", counted)
+    with adding(config, run, source, "friend") as added:
+        assert added.is_complete
+    assert (holders, most) == ([0], [1])
