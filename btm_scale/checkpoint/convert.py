@@ -102,7 +102,7 @@ def _write(source: Path, partial: Path, *, to: str, tensor: int, dtype: torch.dt
 
 def require_described(model: ModelReader, shape: ModelShape) -> None:
     """Raise `CheckpointError` unless a model has exactly the tensors and shapes that its config.json describes."""
-    specs = {name: spec for name, spec in model.specs().items() if not is_derived(name, model.path)}
+    specs = {name: spec for name, spec in model.specs().items() if not is_derived(name, model.path, spec)}
     entries = table(shape)
     require_names(model.path, specs.keys(), {name for entry in entries for name in entry.huggingface})
 
@@ -125,7 +125,7 @@ def require_described(model: ModelReader, shape: ModelShape) -> None:
 def verify_equal(source: Path, copy: Path, dtype: torch.dtype | None) -> None:
     """Raise `CheckpointError` unless two models are bit-identical after rounding `source` to `dtype`."""
     with with_head_names(open_model(source)) as ours, with_head_names(open_model(copy)) as theirs:
-        names = {name for name in ours.names if not is_derived(name, source)}
+        names = {name for name in ours.names if not is_derived(name, source, ours.spec(name))}
         if odd := sorted(names ^ set(theirs.names)):
             raise CheckpointError(
                 f"Only one of {copy} and {source} has '{odd[0]}'. The conversion failed: run it again."

@@ -15,6 +15,7 @@ from btm_scale.checkpoint.formats.safetensors_writer import INDEX, SINGLE
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec
 from btm_scale.checkpoint.formats.torch_dist import open_torch_dist
 from btm_scale.checkpoint.formats.training import TrainingState, is_training_state
+from btm_scale.checkpoint.formats.unreadable import require_megatron_metadata, require_supported_layout, unreadable
 from btm_scale.errors import CheckpointError
 
 _GPT2_PREFIX = "transformer."
@@ -40,14 +41,13 @@ def format_of(path: Path) -> str:
     if any((path / name).is_file() for name in (BIN, BIN_INDEX)):
         return "bin"
     if (iteration_folder(path) / ".metadata").is_file():
+        require_megatron_metadata(iteration_folder(path))
         return "torch_dist"
-    if path.is_dir() and checkpoint_folder(path) is not None:
+    if path.is_dir() and (folder := checkpoint_folder(path)) is not None:
+        require_supported_layout(folder)
         return "deepspeed"
     require_no_run(path)
-    raise CheckpointError(
-        f"{path} is not a model: it has no {SINGLE}, {INDEX} or {BIN}, and is not a DeepSpeed, torch_dist or training "
-        "checkpoint. Give the path of a model directory or checkpoint."
-    )
+    raise unreadable(path)
 
 
 def open_model(path: Path) -> ModelReader:
@@ -56,7 +56,13 @@ def open_model(path: Path) -> ModelReader:
     Raises `CheckpointError` for a path that does not exist, an unknown format or damaged files.
     """
     path = Path(path)
-    return _OPENERS[format_of(path)](path)
+    model = _OPENERS[format_of(path)](path)
+    if not model.names:
+        model.close()
+        raise CheckpointError(
+            f"{path} has no named tensors. Save the model's state dict itself, not a dictionary around it."
+        )
+    return model
 
 
 def with_head_names(model: ModelReader) -> ModelReader:

@@ -8,6 +8,7 @@ from btm_scale.checkpoint.formats.pickles import Inert, load_pickle
 from btm_scale.checkpoint.formats.safetensors import weight_map
 from btm_scale.checkpoint.formats.stored import StoredModel, StoredTensor
 from btm_scale.checkpoint.formats.tensors import CODE_BY_DTYPE
+from btm_scale.checkpoint.formats.unreadable import require_weights_in
 from btm_scale.errors import CheckpointError
 from btm_scale.util.inside import file_inside
 
@@ -24,6 +25,7 @@ def open_bin(directory: Path) -> StoredModel:
     for shard in shards:
         if not shard.is_file():
             raise CheckpointError(f"{index} lists the shard {shard.name}, which is missing. Copy it here.")
+        require_weights_in(shard)
         content = load_pickle(shard)
         if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
             raise CheckpointError(f"{shard} does not contain a state dict. Save `model.state_dict()`.")

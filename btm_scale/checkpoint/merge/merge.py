@@ -16,6 +16,7 @@ from btm_scale.checkpoint.merge import journal
 from btm_scale.checkpoint.merge.mpi import Leader, follow, world
 from btm_scale.checkpoint.merge.plan import MergePlan, Unit, make_plan, plan_means
 from btm_scale.checkpoint.merge.sidecars import carry_sidecars, model_card
+from btm_scale.checkpoint.merge.vocabulary import write_tokenizer
 from btm_scale.checkpoint.merge.workers import merge_in_processes, open_writer
 from btm_scale.errors import CheckpointError, WorkerLost
 from btm_scale.util.disk_errors import writing
@@ -64,6 +65,9 @@ def merge(
     max_shard_bytes: float = 5e9,
     random_seed: int = 0,
     mpi: bool = False,
+    tokenizer: str | Path | None = None,
+    new_rows: str = "mean",
+    allow: Sequence[str] = (),
 ) -> MergeReport:
     """Merge model directories into the directory `output`, which appears only when it is complete.
 
@@ -72,7 +76,13 @@ def merge(
     of `inputs`, `jobs`, `chunk_bytes` and sharding do not change a bit. `jobs` is the number of processes; by
     default a large merge uses one per core, unless the calling process has threads. Config and tokenizer come from the
     first input with a nonzero weight. Repeating the call resumes an interrupted merge, and changes nothing after a
-    finished one. With `mpi` every rank of `mpirun` must make the same call, and each gets the report. Raises
+    finished one.
+
+    `tokenizer` chooses the vocabulary of the output, to which the rows of all models are matched by token: `union`,
+    `base`, or the path of a tokenizer. `new_rows` is what a model gets for tokens that it lacks, `mean` or `zero` (see
+    `TokenRows`). `allow` names settings that may differ.
+
+    With `mpi` every rank of `mpirun` must make the same call, and each gets the report. Raises
     `CheckpointError` listing every problem, before anything is written.
     """
     started = time.perf_counter()
@@ -99,6 +109,9 @@ def merge(
             dtype=dtype,
             max_shard_bytes=max_shard_bytes,
             seed=random_seed,
+            tokenizer=tokenizer,
+            new_rows=new_rows,
+            allow=allow,
         )
         spread = leader.share_out if leader else functools.partial(merge_in_processes, jobs=jobs)
         made_by = _provenance(plan, output, pairs, dtype)
@@ -218,6 +231,9 @@ def _provenance(plan: MergePlan, output: Path, inputs: Sequence[tuple[Path, floa
         "max_shard_bytes": float(plan.max_shard_bytes),
         "seed": plan.seed,
     }
+    if plan.views.rows is not None:
+        rows = plan.views.rows
+        settings |= {"tokenizer": rows.choice, "new_rows": "zero" if rows.zero else "mean", "vocabulary": rows.digest}
     return Provenance(command="merge", inputs=tuple(made_from), settings=settings, answer={})
 
 
@@ -311,6 +327,8 @@ def _add_sidecars(work: _Work, content: str) -> None:
     read = {source.path for source in work.plan.sources}
     first = next(path for path, _ in work.inputs if path in read)
     carry_sidecars(first, work.partial, dtypes.pop() if len(dtypes) == 1 else None)
+    if work.plan.views.rows is not None:
+        write_tokenizer(work.plan.views.rows, first, work.partial)
     (work.partial / "README.md").write_text(model_card(work.plan, work.inputs, content), encoding="utf-8")
 
 

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,13 @@ from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, parse_dtype
 from btm_scale.checkpoint.hashing import BLOCK_BYTES, sample_hash
 from btm_scale.checkpoint.merge import elementwise, whole_tensor  # noqa: F401 (they register their methods)
-from btm_scale.checkpoint.merge.compatibility import common_specs, config_problems, tokenizer_problems
+from btm_scale.checkpoint.merge.compatibility import common_specs
+from btm_scale.checkpoint.merge.names import missing_prefixes
 from btm_scale.checkpoint.merge.registry import METHODS, Method, find_method
+from btm_scale.checkpoint.merge.settings import config_problems
+from btm_scale.checkpoint.merge.tokenizers import tokenizer_problems
+from btm_scale.checkpoint.merge.views import Views
+from btm_scale.checkpoint.merge.vocabulary import token_rows
 from btm_scale.errors import CheckpointError, near_match
 
 
@@ -59,10 +64,11 @@ class MergePlan:
     max_shard_bytes: float
     seed: int
     bytes_read: int
+    views: Views = field(default_factory=Views)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the fields only: a pool pickles a plan in another thread, while this one may be caching `units`."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @property
     def method(self) -> Method:
@@ -88,6 +94,7 @@ class MergePlan:
         """Return a hash that changes with anything that could change a byte of the output, input files included."""
         specs = {name: str(spec) for name, spec in self.specs.items()}
         settings = [self.everyone, self.method_name, self.parameters, specs, self.max_shard_bytes, self.seed]
+        settings += [changed] if (changed := self.views.digest()) else []
         return hashlib.sha256(repr(settings).encode()).hexdigest()
 
     def copies(self, name: str) -> bool:
@@ -112,10 +119,14 @@ def make_plan(
     max_shard_bytes: float,
     seed: int,
     tensors: Sequence[str] | None = None,
+    tokenizer: str | Path | None = None,
+    new_rows: str = "mean",
+    allow: Sequence[str] = (),
 ) -> MergePlan:
     """Check a merge and return its plan. Raises one `CheckpointError` that lists every problem.
 
-    With `tensors` only these are merged, and the models' configs and tokenizers are not compared.
+    With `tensors` only these are merged, and the models' configs and tokenizers are not compared. `tokenizer` and
+    `new_rows` are those of `merge`; `allow` names settings that may differ.
     """
     chosen = find_method(method)
     used = _used_inputs(chosen, inputs)
@@ -130,7 +141,8 @@ def make_plan(
         problems.append(f"'{method}' takes no base. Leave {base} out, or use a method that takes one: {others}.")
     basis = [Path(base)] if base is not None and chosen.needs_base else []
     paths = [*(path for path, _ in used), *basis]
-    models = _checked(paths, parse_dtype(dtype) if dtype else None, problems, tensors)
+    choice = _Choice(tokenizer, new_rows, basis[0] if basis else None) if tokenizer is not None else None
+    models = _checked(paths, parse_dtype(dtype) if dtype else None, problems, tensors, allow=allow, choice=choice)
     settings = {**chosen.parameters, **(parameters or {})}
     origin = models.source(basis[0], 0.0) if basis else None
     return models.plan(used, origin, method, settings, max_shard_bytes, seed)
@@ -149,6 +161,15 @@ def plan_means(
 
 
 @dataclass(frozen=True)
+class _Choice:
+    """The vocabulary that was asked for."""
+
+    tokenizer: str | Path
+    new_rows: str
+    base: Path | None
+
+
+@dataclass(frozen=True)
 class _Models:
     """Facts about compatible models that any plan of them needs."""
 
@@ -156,6 +177,7 @@ class _Models:
     samples: Mapping[Path, str]
     files: Mapping[Path, str]
     bytes_read: Mapping[Path, int]
+    views: Views
 
     def source(self, path: Path, weight: float) -> Source:
         return Source(path, weight, self.samples[path], self.files[path])
@@ -173,7 +195,7 @@ class _Models:
         # Content first: all means of the same models then add them in one order, and can be computed together.
         sources.sort(key=lambda source: (source.sample, source.weight, str(source.path.resolve())))
         read = sum(self.bytes_read[source.path] for source in [*sources, *([base] if base else [])])
-        return MergePlan(tuple(sources), base, method, parameters, self.specs, max_shard_bytes, seed, read)
+        return MergePlan(tuple(sources), base, method, parameters, self.specs, max_shard_bytes, seed, read, self.views)
 
 
 def _used_inputs(method: Method, inputs: Sequence[tuple[Path, float]]) -> list[tuple[Path, float]]:
@@ -181,38 +203,50 @@ def _used_inputs(method: Method, inputs: Sequence[tuple[Path, float]]) -> list[t
 
 
 def _checked(
-    paths: Sequence[Path], dtype: torch.dtype | None, problems: list[str], tensors: Sequence[str] | None = None
+    paths: Sequence[Path],
+    dtype: torch.dtype | None,
+    problems: list[str],
+    tensors: Sequence[str] | None = None,
+    *,
+    allow: Sequence[str] = (),
+    choice: _Choice | None = None,
 ) -> _Models:
     """Open and compare all models. Raises one `CheckpointError` that lists `problems` and any found here."""
     problems = list(problems)
     with ExitStack() as stack:
-        readers: list[ModelReader] = []
-        for path in paths:
+        opened: dict[Path, ModelReader] = {}
+        for path in dict.fromkeys(paths):
             try:
-                readers.append(stack.enter_context(open_model(path)))
+                opened[path] = stack.enter_context(open_model(path))
             except CheckpointError as error:
                 problems.append(str(error))
-        problems += [
-            f"{reader.path} has no named tensors. Save the model's state dict itself, not a dictionary around it."
-            for reader in readers
-            if not reader.names
-        ]
+        complete = opened if len(opened) == len(set(paths)) else {}
+        views = Views(missing_prefixes(list(complete.values())))
+        named = views.of(complete)
         specs: dict[str, TensorSpec] = {}
-        if len(readers) == len(paths) and readers:
+        if named:
             # The configs' sizes come first: they explain most differences between tensors.
+            if choice is not None:
+                try:
+                    rows = token_rows(choice.tokenizer, choice.new_rows, named, choice.base)
+                    views = Views(views.prefixes, rows)
+                except CheckpointError as error:
+                    problems.append(str(error))
             if tensors is None:
-                problems += config_problems(paths) + tokenizer_problems(paths)
-            specs, differences = common_specs(readers, dtype, tensors)
+                problems += config_problems(paths, [*allow, *(["vocab_size"] if choice is not None else [])])
+                problems += tokenizer_problems(paths, allow) if choice is None else []
+            seen = views.of(complete, stored_dtypes=True)
+            specs, differences = common_specs([seen[path] for path in paths], dtype, tensors)
             problems += differences
         if problems:
             listing = "\n".join(f"  - {problem}" for problem in problems)
             raise CheckpointError(f"Cannot merge these models. Nothing was written:\n{listing}")
-        by_path = dict(zip(paths, readers, strict=True))
         return _Models(
             specs,
-            {path: sample_hash(reader) for path, reader in by_path.items()},
-            {path: _files_hash(path) for path in by_path},
-            {path: sum(reader.spec(name).nbytes for name in specs) for path, reader in by_path.items()},
+            {path: sample_hash(reader) for path, reader in named.items()},
+            {path: _files_hash(path) for path in named},
+            {path: sum(reader.spec(name).nbytes for name in specs) for path, reader in named.items()},
+            views,
         )
 
 
