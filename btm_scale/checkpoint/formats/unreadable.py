@@ -199,6 +199,6 @@ def require_megatron_metadata(folder: Path) -> None:
     """Raise `CheckpointError` for a PyTorch distributed checkpoint that Megatron-core did not write."""
     if not any((folder / name).is_file() for name in ("common.pt", "metadata.json")):
         raise CheckpointError(
-            f"{folder} is a PyTorch distributed checkpoint (DCP, FSDP) that Megatron-core did not write. Save its model "
-            "in Hugging Face format."
+            f"{folder} is a PyTorch distributed checkpoint (DCP, FSDP) that Megatron-core did not write. Save its "
+            "model in Hugging Face format."
         )

@@ -100,13 +100,21 @@ def _flat(config: Mapping[str, Any], path: str) -> list[tuple[str, Any]]:
     for key, value in settings.items():
         if key in _HARMLESS or _HARMLESS_KINDS.fullmatch(key):
             continue
-        if isinstance(value, Mapping):
+        if key == "rope_parameters":
+            flat += _leaves(value, path + key)
+        elif isinstance(value, Mapping):
             flat += _flat(value, f"{path}{key}.")
         elif isinstance(value, str) and re.search(r"act(?:ivation)?(?:_function|_fn)?$", key):
             flat.append((path + key, _SAME_ACTIVATION.get(value, value)))
         else:
             flat.append((path + key, value))
     return flat
+
+
+def _leaves(value: Any, path: str) -> list[tuple[str, Any]]:
+    if not isinstance(value, Mapping):
+        return [(path, value)]
+    return [leaf for key, part in value.items() for leaf in _leaves(part, f"{path}.{key}")]
 
 
 def _with_rope_parameters(config: Mapping[str, Any]) -> Settings:

@@ -65,6 +65,9 @@ def extended(first: Tokens, others: Sequence[Tokens]) -> Union:
         if token in added:
             listed.append(dict(added[token]) | {"id": max(ids.values()) + 1})
             ids[token] = listed[-1]["id"]
+    if isinstance(document["model"]["vocab"], dict):
+        # The tokenizers library numbers added tokens anew unless the model has them too.
+        document["model"]["vocab"] |= {token["content"]: token["id"] for token in listed}
     document["added_tokens"] = sorted(listed, key=lambda token: int(token["id"]))
     return Union(ids, document)
 
