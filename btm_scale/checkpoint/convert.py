@@ -148,7 +148,7 @@ def require_untied(model: ModelReader, shape: ModelShape) -> None:
 
 def require_described(model: ModelReader, shape: ModelShape) -> None:
     """Raise `CheckpointError` unless a model has exactly the tensors and shapes that its config.json describes."""
-    specs = {name: spec for name, spec in model.specs().items() if not is_derived(name, model.path)}
+    specs = {name: spec for name, spec in model.specs().items() if not is_derived(name, model.path, spec)}
     entries = table(shape)
     require_names(model.path, specs.keys(), {name for entry in entries for name in entry.huggingface})
 
@@ -182,7 +182,7 @@ def verify_equal(source: Path, copy: Path, dtype: torch.dtype | None) -> None:
         with_head_names(_open_independently(copy)) as theirs,
     ):
         require_complete(theirs)  # by config.json, whatever the reader of the source did not find
-        names = {name for name in ours.names if not is_derived(name, source)}
+        names = {name for name in ours.names if not is_derived(name, source, ours.spec(name))}
         if odd := sorted(names ^ set(theirs.names)):
             raise CheckpointError(
                 f"Only one of {copy} and {source} has '{odd[0]}'. The conversion failed: run it again."

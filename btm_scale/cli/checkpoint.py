@@ -20,6 +20,7 @@ _SHORT_DTYPES = ("bf16", "fp16", "fp32", "fp64", "float8_e4m3fn", "float8_e5m2")
 _FORMATS = ("huggingface", "megatron", "deepspeed")
 _OF_METHOD = "Merge method"
 _COMPLETES = "Model that completes an adapter, or a DeepSpeed checkpoint that was saved without its frozen weights."
+_VOCABULARY = "Models that differ"
 
 
 class _MergeMethods:
@@ -124,6 +125,34 @@ def merge(
             "input's that has one]",
         ),
     ] = None,
+    tokenizer: Annotated[
+        str | None,
+        option(
+            "--tokenizer",
+            "union|base|PATH",
+            "Vocabulary of the output, for models with different ones: their rows are matched by token.",
+            section=_VOCABULARY,
+        ),
+    ] = None,
+    new_rows: Annotated[
+        str,
+        one_of(
+            "--new-rows",
+            "kind of new rows",
+            ("mean", "zero"),
+            "Rows for tokens that a model lacks: the base's, or the mean of the models that have it; or zeros.",
+            section=_VOCABULARY,
+        ),
+    ] = "mean",
+    allow: Annotated[
+        list[str],
+        several(
+            "--allow",
+            "KEY",
+            "Setting that may differ, as an error named it, such as rope_theta. May be repeated.",
+            section=_VOCABULARY,
+        ),
+    ],
     jobs: Annotated[
         int | None,
         option(
@@ -155,6 +184,9 @@ def merge(
         jobs=jobs,
         max_shard_bytes=bytes_from_text(max_shard_size),
         random_seed=random_seed,
+        tokenizer=tokenizer,
+        new_rows=new_rows,
+        allow=allow,
         mpi=rank is not None and rank.is_one_of_several,
         chat_template=chat_template,
     )
@@ -229,7 +261,8 @@ def inspect(
 
 def _weighted_path(text: str) -> tuple[Path, float]:
     path, sign, weight = text.rpartition("=")
-    if not sign:
+    # A folder may have `=` in its name.
+    if not sign or (Path(text).exists() and not Path(path).exists()):
         return Path(text), 1.0
     try:
         return Path(path), float(weight)

@@ -14,18 +14,13 @@ from btm_scale.checkpoint.formats.megatron import MegatronModel, find_shape, is_
 from btm_scale.checkpoint.formats.pickles import load_pickle
 from btm_scale.checkpoint.formats.stored import StoredModel, StoredTensor
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec
-from btm_scale.checkpoint.formats.unread import refuse_unread
+from btm_scale.checkpoint.formats.unread import has_parts_of_models, refuse_unread
 from btm_scale.checkpoint.formats.zero import from_masters, named_tensors, trained_shapes, with_untrained
 from btm_scale.errors import CheckpointError
 from btm_scale.util.inside import file_inside
 
 _MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-# A mixture's experts and their optimizer states; a pipeline's layers, as Megatron-DeepSpeed and GPT-NeoX save them.
-_OTHER_FILE = re.compile(
-    r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt|expp_rank_\d+_mp_rank_\d+_optim_states\.pt"
-    r"|layer_\d+-model_\d+-model_states\.pt"
-)
 Files = dict[tuple[int, int], Path]  # by (tensor rank, data rank)
 
 
@@ -36,7 +31,7 @@ def checkpoint_folder(path: Path) -> Path | None:
     """
     latest = next((path / name for name in ("latest", "latest_universal") if (path / name).is_file()), None)
     folder = path if latest is None else file_inside(path, read_name(latest))
-    return folder if _files(folder, _MODEL_FILE) or (folder / "zero").is_dir() or _unread(folder) else None
+    return folder if _files(folder, _MODEL_FILE) or (folder / "zero").is_dir() or has_parts_of_models(folder) else None
 
 
 def is_universal(path: Path) -> bool:
@@ -56,12 +51,11 @@ def open_deepspeed(path: Path, *, master: bool = True) -> ModelReader:
         raise CheckpointError(
             f"{path} is not a DeepSpeed checkpoint. Give the folder that has `latest` or *_model_states.pt."
         )
-    _require_readable(folder)
     models, optimizers = _files(folder, _MODEL_FILE), _files(folder, _OPTIMIZER_FILE)
+    refuse_unread(folder, {*models.values(), *optimizers.values()})
     if (folder / "zero").is_dir():
         parts: list[StoredModel] = [_universal(folder, models)]
     else:
-        refuse_unread(folder, {*models.values(), *optimizers.values()})
         ranks = sorted({tensor_rank for tensor_rank, _ in models})
         if ranks != list(range(len(ranks))):
             raise CheckpointError(f"{folder} has only tensor ranks {ranks}. Copy the other ranks' files here.")
@@ -167,19 +161,3 @@ def _shapes(state: Fields) -> dict[str, tuple[int, ...]]:
     if not state.get("param_shapes"):
         return {}
     return {name: shape for group in trained_shapes(state) for name, shape in group.items()}
-
-
-def _unread(folder: Path) -> list[str]:
-    """Return the files of a checkpoint that hold weights in a way that is not supported."""
-    return sorted(file.name for file in folder.iterdir() if _OTHER_FILE.fullmatch(file.name)) if folder.is_dir() else []
-
-
-def _require_readable(folder: Path) -> None:
-    """Raise `CheckpointError` for a checkpoint of a mixture of experts or of a pipeline."""
-    if unread := _unread(folder):
-        experts = any("expert" in name or name.startswith("expp_") for name in unread)
-        what = "experts of a DeepSpeed mixture" if experts else "layers of a DeepSpeed pipeline"
-        raise CheckpointError(
-            f"{folder} has {len(unread)} files with {what}, the first {unread[0]}, which cannot be read. Load the "
-            "checkpoint with the program that saved it, and save the complete model from there."
-        )

@@ -9,8 +9,16 @@ from pathlib import Path
 from btm_scale.errors import CheckpointError, few_names
 
 _WEIGHTS = re.compile(r"layer_\d+.*\.pt|.*_(?:model|optim)_states\.pt|model_optim_rng\.pt|.*\.distcp")
-_EXPERT = re.compile(r"layer_\d+_expert_\d+_.*|expp_rank_.*")
-_PIPELINE = re.compile(r"layer_\d+-.*")
+_EXPERT = re.compile(
+    r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt|expp_rank_\d+_mp_rank_\d+_optim_states\.pt"
+)
+_PIPELINE = re.compile(r"layer_\d+-model_\d+-model_states\.pt")  # as Megatron-DeepSpeed and GPT-NeoX save layers
+
+
+def has_parts_of_models(folder: Path) -> bool:
+    """Whether a folder has files of a mixture's experts or of a pipeline's layers."""
+    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    return any(_EXPERT.fullmatch(name) or _PIPELINE.fullmatch(name) for name in names)
 
 
 def refuse_unread(folder: Path, read: Collection[Path]) -> None:
@@ -19,13 +27,14 @@ def refuse_unread(folder: Path, read: Collection[Path]) -> None:
     unread = sorted(file.name for file in folder.iterdir() if _WEIGHTS.fullmatch(file.name) and file.name not in known)
     if not unread:
         return
+    remedy = "Load it with the program that saved it, and save the complete model from there."
     if any(_EXPERT.fullmatch(name) for name in unread):
-        what = "the weights of a mixture of experts"
+        what = "experts of a DeepSpeed mixture"
     elif any(_PIPELINE.fullmatch(name) for name in unread):
-        what = "the layers of a pipeline-parallel model"
+        what = "layers of a DeepSpeed pipeline"
     else:
         what = "weights in files that are not read"
+        remedy = "Save the model as one state dict, or move files that do not belong to it."
     raise CheckpointError(
-        f"{folder} has {what}: {few_names(unread, 'files')}. A checkpoint is read completely or not at all. Save the "
-        "model as one state dict, or move files that do not belong to it."
+        f"{folder} has {what}: {few_names(unread, 'files')}. A checkpoint is read completely or not at all. {remedy}"
     )

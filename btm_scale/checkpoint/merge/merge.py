@@ -19,7 +19,8 @@ from btm_scale.checkpoint.merge import journal
 from btm_scale.checkpoint.merge.mpi import Leader, follow, world
 from btm_scale.checkpoint.merge.plan import MergePlan, Unit, make_plan, plan_means
 from btm_scale.checkpoint.merge.record import Merged, bases_of, chosen_template, provenance
-from btm_scale.checkpoint.merge.sidecars import carry_sidecars, model_card
+from btm_scale.checkpoint.merge.sidecars import carry_sidecars, model_card, set_template
+from btm_scale.checkpoint.merge.vocabulary import write_tokenizer
 from btm_scale.checkpoint.merge.workers import merge_in_processes, open_writer
 from btm_scale.errors import CheckpointError, WorkerLost
 from btm_scale.util.disk_errors import writing
@@ -74,6 +75,9 @@ def merge(
     random_seed: int = 0,
     mpi: bool = False,
     chat_template: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    new_rows: str = "mean",
+    allow: Sequence[str] = (),
 ) -> MergeReport:
     """Merge model directories into the directory `output`, which appears only when it is complete.
 
@@ -84,9 +88,14 @@ def merge(
     model come from the first input with a nonzero weight that has them; `chat_template` is `base` or the path of
     another template. `base` is the model from which the inputs were trained: methods that compare with it need it, and
     it completes adapters and checkpoints without their frozen weights. What is not finite in the output is counted and
-    logged. Repeating the call resumes an
-    interrupted merge, and changes nothing after a finished one. With `mpi` every rank of `mpirun` must make the same
-    call, and each gets the report. Raises `CheckpointError` listing every problem, before anything is written.
+    logged. Repeating the call resumes an interrupted merge, and changes nothing after a finished one.
+
+    `tokenizer` chooses the vocabulary of the output, to which the rows of all models are matched by token: `union`,
+    `base`, or the path of a tokenizer. `new_rows` is what a model gets for tokens that it lacks, `mean` or `zero` (see
+    `TokenRows`). `allow` names settings that may differ.
+
+    With `mpi` every rank of `mpirun` must make the same call, and each gets the report. Raises `CheckpointError`
+    listing every problem, before anything is written.
     """
     started = time.perf_counter()
     output = Path(output)
@@ -112,6 +121,9 @@ def merge(
             dtype=dtype,
             max_shard_bytes=max_shard_bytes,
             seed=random_seed,
+            tokenizer=tokenizer,
+            new_rows=new_rows,
+            allow=allow,
         )
         spread = leader.share_out if leader else functools.partial(merge_in_processes, jobs=jobs)
         template = chosen_template(chat_template, base, pairs)
@@ -329,6 +341,10 @@ def _add_sidecars(work: _Work, content: str) -> None:
     read = {source.path for source in work.plan.sources}
     used = [path for path, _ in work.inputs if path in read]
     carry_sidecars(used, work.partial, work.plan.specs, template=work.template)
+    if work.plan.views.rows is not None:
+        write_tokenizer(work.plan.views.rows, used[0], work.partial)
+        if work.template is not None:
+            set_template(work.partial, work.template)
     (work.partial / "README.md").write_text(model_card(work.plan, work.inputs, content), encoding="utf-8")
 
 

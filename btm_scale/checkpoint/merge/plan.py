@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,16 @@ from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, parse_dtype
 from btm_scale.checkpoint.hashing import BLOCK_BYTES, sample_hash
 from btm_scale.checkpoint.merge import elementwise, whole_tensor  # noqa: F401 (they register their methods)
-from btm_scale.checkpoint.merge.compatibility import common_specs, config_problems, tokenizer_problems
+from btm_scale.checkpoint.merge.compatibility import common_specs
+from btm_scale.checkpoint.merge.names import missing_prefixes
+from btm_scale.checkpoint.merge.parameters import parameter_problems, weight_problems
 from btm_scale.checkpoint.merge.registry import METHODS, Method, find_method
+from btm_scale.checkpoint.merge.settings import config_problems
+from btm_scale.checkpoint.merge.tokenizers import tokenizer_problems
 from btm_scale.checkpoint.merge.towers import other_towers
-from btm_scale.errors import CheckpointError, near_match
+from btm_scale.checkpoint.merge.views import Views
+from btm_scale.checkpoint.merge.vocabulary import token_rows
+from btm_scale.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -64,10 +69,11 @@ class MergePlan:
     bytes_read: int
     first: Path | None = None  # the first input, from which `copied` are
     copied: frozenset[str] = frozenset()  # tensors outside the language model
+    views: Views = field(default_factory=Views)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the fields only: a pool pickles a plan in another thread, while this one may be caching `units`."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @property
     def method(self) -> Method:
@@ -94,6 +100,7 @@ class MergePlan:
         specs = {name: str(spec) for name, spec in self.specs.items()}
         settings = [self.everyone, self.method_name, self.parameters, specs, self.max_shard_bytes, self.seed]
         settings += [self.first, sorted(self.copied)] if self.copied else []
+        settings += [changed] if (changed := self.views.digest()) else []
         return hashlib.sha256(repr(settings).encode()).hexdigest()
 
     def copies(self, name: str) -> bool:
@@ -126,14 +133,18 @@ def make_plan(
     max_shard_bytes: float,
     seed: int,
     tensors: Sequence[str] | None = None,
+    tokenizer: str | Path | None = None,
+    new_rows: str = "mean",
+    allow: Sequence[str] = (),
 ) -> MergePlan:
     """Check a merge and return its plan. Raises one `CheckpointError` that lists every problem.
 
-    With `tensors` only these are merged, and the models' configs and tokenizers are not compared.
+    With `tensors` only these are merged, and the models' configs and tokenizers are not compared. `tokenizer` and
+    `new_rows` are those of `merge`; `allow` names settings that may differ.
     """
     chosen = find_method(method)
     used = _used_inputs(chosen, inputs)
-    problems = _weight_problems(chosen, used) + _parameter_problems(chosen, parameters or {})
+    problems = weight_problems(chosen, used) + parameter_problems(chosen, parameters or {})
     if chosen.needs_base and base is None:
         problems.append(
             f"'{method}' needs a base: the model from which all inputs were trained. Give it (--base DIR; `base` in "
@@ -144,7 +155,8 @@ def make_plan(
         problems.append(f"'{method}' takes no base. Leave {base} out, or use a method that takes one: {others}.")
     basis = [Path(base)] if base is not None and chosen.needs_base else []
     paths = [*(path for path, _ in used), *basis]
-    models = _checked(paths, parse_dtype(dtype) if dtype else None, problems, tensors)
+    choice = _Choice(tokenizer, new_rows, basis[0] if basis else None) if tokenizer is not None else None
+    models = _checked(paths, parse_dtype(dtype) if dtype else None, problems, tensors, allow=allow, choice=choice)
     settings = {**chosen.parameters, **(parameters or {})}
     origin = models.source(basis[0], 0.0) if basis else None
     return models.plan(used, origin, method, settings, max_shard_bytes, seed)
@@ -156,10 +168,19 @@ def plan_means(
     """Return plans of method `linear` for several outputs, checking every model once. Raises like `make_plan`."""
     linear = find_method("linear")
     per_output = [_used_inputs(linear, inputs) for inputs in outputs]
-    problems = [problem for used in per_output for problem in _weight_problems(linear, used)]
+    problems = [problem for used in per_output for problem in weight_problems(linear, used)]
     paths = list(dict.fromkeys(path for used in per_output for path, _ in used))
     models = _checked(paths, parse_dtype(dtype) if dtype else None, problems)
     return [models.plan(used, None, "linear", {}, max_shard_bytes, 0) for used in per_output]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The vocabulary that was asked for."""
+
+    tokenizer: str | Path
+    new_rows: str
+    base: Path | None
 
 
 @dataclass(frozen=True)
@@ -170,6 +191,7 @@ class _Models:
     samples: Mapping[Path, str]
     files: Mapping[Path, str]
     bytes_read: Mapping[Path, int]
+    views: Views
 
     def source(self, path: Path, weight: float) -> Source:
         return Source(path, weight, self.samples[path], self.files[path])
@@ -190,7 +212,7 @@ class _Models:
         first = inputs[0][0]
         copied = other_towers(first, self.specs) if len(inputs) > 1 else frozenset()
         return MergePlan(
-            tuple(sources), base, method, parameters, self.specs, max_shard_bytes, seed, read, first, copied
+            tuple(sources), base, method, parameters, self.specs, max_shard_bytes, seed, read, first, copied, self.views
         )
 
 
@@ -199,39 +221,51 @@ def _used_inputs(method: Method, inputs: Sequence[tuple[Path, float]]) -> list[t
 
 
 def _checked(
-    paths: Sequence[Path], dtype: torch.dtype | None, problems: list[str], tensors: Sequence[str] | None = None
+    paths: Sequence[Path],
+    dtype: torch.dtype | None,
+    problems: list[str],
+    tensors: Sequence[str] | None = None,
+    *,
+    allow: Sequence[str] = (),
+    choice: _Choice | None = None,
 ) -> _Models:
     """Open and compare all models. Raises one `CheckpointError` that lists `problems` and any found here."""
     problems = list(problems)
     with ExitStack() as stack:
-        readers: list[ModelReader] = []
-        for path in paths:
+        opened: dict[Path, ModelReader] = {}
+        for path in dict.fromkeys(paths):
             try:
-                readers.append(stack.enter_context(open_model(path)))
+                opened[path] = stack.enter_context(open_model(path))
             except CheckpointError as error:
                 problems.append(str(error))
-        problems += [
-            f"{reader.path} has no named tensors. Save the model's state dict itself, not a dictionary around it."
-            for reader in readers
-            if not reader.names
-        ]
+        complete = opened if len(opened) == len(set(paths)) else {}
+        views = Views(missing_prefixes(complete))
+        named = views.of(complete)
         specs: dict[str, TensorSpec] = {}
-        if len(readers) == len(paths) and readers:
+        if named:
             # The configs' sizes come first: they explain most differences between tensors.
+            if choice is not None:
+                try:
+                    rows = token_rows(choice.tokenizer, choice.new_rows, named, choice.base)
+                    views = Views(views.prefixes, rows)
+                except CheckpointError as error:
+                    problems.append(str(error))
             if tensors is None:
-                problems += config_problems(paths) + tokenizer_problems(paths)
-                problems += [problem for reader in readers for problem in problems_of(reader)]
-            specs, differences = common_specs(readers, dtype, tensors)
+                problems += config_problems(paths, [*allow, *(["vocab_size"] if choice is not None else [])])
+                problems += tokenizer_problems(paths, allow) if choice is None else []
+                problems += [problem for model in complete.values() for problem in problems_of(model)]
+            seen = views.of(complete)
+            specs, differences = common_specs([seen[path] for path in paths], dtype, tensors)
             problems += differences
         if problems:
             listing = "\n".join(f"  - {problem}" for problem in problems)
             raise CheckpointError(f"Cannot merge these models. Nothing was written:\n{listing}")
-        by_path = dict(zip(paths, readers, strict=True))
         return _Models(
             specs,
-            {path: sample_hash(reader) for path, reader in by_path.items()},
-            {path: _files_hash(path) for path in by_path},
-            {path: sum(reader.spec(name).nbytes for name in specs) for path, reader in by_path.items()},
+            {path: sample_hash(reader) for path, reader in named.items()},
+            {path: _files_hash(path) for path in named},
+            {path: sum(reader.spec(name).nbytes for name in specs) for path, reader in named.items()},
+            views,
         )
 
 
@@ -248,45 +282,3 @@ def _files_hash(path: Path) -> str:
     ]
     completing = [] if base is None else [_files_hash(base)]
     return hashlib.sha256(repr([*files, *completing]).encode()).hexdigest()
-
-
-def _weight_problems(method: Method, inputs: Sequence[tuple[Path, float]]) -> list[str]:
-    weights = [weight for _, weight in inputs]
-    problems = []
-    if not inputs:
-        problems.append("No input has a nonzero weight. Give at least one input a nonzero weight.")
-    elif not math.isfinite(sum(map(abs, weights))):
-        problems.append(f"The weights are {weights}. They and their sum must be finite.")
-    elif method.name in ("linear", "slerp") and abs(sum(weights)) <= 1e-12 * sum(map(abs, weights)):
-        problems.append(f"The weights {weights} sum to 0. '{method.name}' divides by their sum: change a weight.")
-    if method.exactly is not None and len(inputs) != method.exactly:
-        problems.append(f"'{method.name}' merges exactly {method.exactly} models, but {len(inputs)} were given.")
-    if not method.weighted and len(set(weights)) > 1:
-        problems.append(f"'{method.name}' computes its own weights. Leave out {weights}, or use another method.")
-    return problems
-
-
-def _parameter_problems(method: Method, parameters: Mapping[str, float]) -> list[str]:
-    defaults = method.parameters
-    choices = ", ".join(f"{name} (default {value:g})" for name, value in defaults.items())
-    remedy = f"Its parameters are: {choices}." if defaults else "It takes no parameters: leave it out."
-    problems = [
-        f"'{method.name}' has no parameter '{name}'.{near_match(name, list(defaults))} {remedy}"
-        for name in parameters
-        if name not in defaults
-    ]
-    settings = {**defaults, **parameters}
-    problems += [
-        f"'{name}' of '{method.name}' is {value}. It must be finite: leave it out for the default, {defaults[name]}."
-        for name, value in settings.items()
-        if name in defaults and not math.isfinite(value)
-    ]
-    density, half = settings.get("density", 1.0), settings.get("window", 0.0) / 2
-    if not 0 < density - half <= density + half <= 1:
-        windowed = "window" in defaults
-        kept = f"{density - half:g} to {density + half:g}" if windowed else f"{density:g}"
-        problems.append(
-            f"'{method.name}' would keep a fraction of {kept} of the elements. {'Both' if windowed else 'It'} must be "
-            f"above 0 and at most 1: change {'density or window' if windowed else 'density'}."
-        )
-    return problems

@@ -59,6 +59,8 @@ def provenance(
     }
     if template is not None:
         settings["chat_template"] = template
+    if (rows := plan.views.rows) is not None:
+        settings |= {"tokenizer": rows.choice, "new_rows": "zero" if rows.zero else "mean", "vocabulary": rows.digest}
     return Provenance(command="merge", inputs=tuple(made_from), settings=settings, answer={})
 
 

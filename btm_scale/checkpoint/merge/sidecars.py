@@ -44,9 +44,9 @@ def carry_sidecars(
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
                 copy_inside(folder, name, target)
     if template is not None:
-        _set_template(target, template)
+        set_template(target, template)
     elif "tokenizer" in taken and template_of(target) is None and (own := [*filter(None, map(template_of, folders))]):
-        _set_template(target, own[0])
+        set_template(target, own[0])
     if described is not None:
         config = written_config(described_config(described), specs)
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -86,7 +86,7 @@ def _with_dtype(section: dict[str, Any], name: str) -> dict[str, Any]:
     return changed
 
 
-def _set_template(target: Path, template: str) -> None:
+def set_template(target: Path, template: str) -> None:
     """Make `template` the only chat template of a directory, in each of the files that has one."""
     for name in ("tokenizer_config.json", "chat_template.json"):
         content = read_json(target / name)
