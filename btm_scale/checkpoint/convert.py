@@ -83,7 +83,7 @@ def convert(
 def _write(source: Path, partial: Path, *, to: str, tensor: int, dtype: torch.dtype | None) -> None:
     """Write the converted model into a directory that is not published yet."""
     if to == "huggingface":
-        merge(partial, [(source, 1.0)], dtype=dtype_name(dtype) if dtype else None)
+        merge(partial, [(source, 1.0)], dtype=dtype_name(dtype) if dtype else None, with_recipe=False)
         return
     shape = find_shape(source)
     if tensor not in shape.tensor_degrees():

@@ -216,7 +216,7 @@ def test_every_method_gives_the_same_bytes_for_any_input_order_and_chunk_size(
     name: str, save: Save, tmp_path: Path
 ) -> None:
     base = save("base", random_weights(9)) if METHODS[name].needs_base else None
-    models = [(save(f"m{i}", random_weights(i)), 1.0) for i in range(2 if name == "slerp" else 3)]
+    models = [(save(f"m{i}", random_weights(i)), 1.0) for i in range(METHODS[name].exactly or 3)]
     first = merge(tmp_path / "a", models, method=name, base=base).content_hash
     assert merge(tmp_path / "b", models[::-1], method=name, base=base, chunk_bytes=66).content_hash == first
     merged = SafetensorsModel(tmp_path / "a")
@@ -233,16 +233,16 @@ def test_no_method_holds_a_full_matrix(name: str, save: Save, tmp_path: Path, mo
 
     monkeypatch.setattr(runner, "_ROWS_ELEMENTS", 64)
     monkeypatch.setattr(runner.UnitRunner, "_piece", recorded)
-    models = [(save(f"m{i}", random_weights(i)), 1.0) for i in range(2)]
+    models = [(save(f"m{i}", random_weights(i)), 1.0) for i in range(METHODS[name].exactly or 2)]
     base = save("base", random_weights(9)) if METHODS[name].needs_base else None
     merge(tmp_path / "out", models, method=name, base=base, chunk_bytes=128)
     assert max(sizes) == 64
 
 
-@pytest.mark.parametrize("name", ["task_arithmetic", "ties", "della", "dare", "sce", "model_stock", "widen"])
+@pytest.mark.parametrize("name", sorted(name for name, method in METHODS.items() if method.needs_base))
 def test_copies_of_the_base_merge_to_the_base(name: str, save: Save, tmp_path: Path) -> None:
     base = save("base", random_weights(9))
-    report = merge(tmp_path / "out", [(base, 1), (base, 1)], method=name, base=base)
+    report = merge(tmp_path / "out", [(base, 1)] * (METHODS[name].exactly or 2), method=name, base=base)
     assert report.content_hash == content_hash(base)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ _CONFIG_KEYS = (
     "sliding_window",
     "tie_word_embeddings",
 )
+
+LAYER_KEYS = ("num_hidden_layers", "n_layer")
 
 
 def common_specs(
@@ -135,7 +137,7 @@ def is_derived(name: str, directory: Path) -> bool:
     return bool(config.get("tie_word_embeddings", family is not None and family.tied_by_default))
 
 
-def config_problems(paths: Sequence[Path]) -> list[str]:
+def config_problems(paths: Sequence[Path], ignoring: Collection[str] = ()) -> list[str]:
     """Return a problem for every config that differs in a setting that changes what the weights compute."""
     configs = {path: config for path in paths if (config := described_config(path))}
     if not configs:
@@ -143,7 +145,7 @@ def config_problems(paths: Sequence[Path]) -> list[str]:
     (first, ours), *others = configs.items()
     problems = []
     for path, theirs in others:
-        differing = [key for key in _CONFIG_KEYS if ours.get(key) != theirs.get(key)]
+        differing = [key for key in _CONFIG_KEYS if key not in ignoring and ours.get(key) != theirs.get(key)]
         if differing:
             settings = ", ".join(f"{key} {_shown(ours, key)} and {_shown(theirs, key)}" for key in differing)
             problems.append(f"The config.json of {first} and {path} differ: {settings}. Merge models of one shape.")

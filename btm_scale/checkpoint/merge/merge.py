@@ -10,12 +10,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from btm_scale.checkpoint.formats.tensors import dtype_name, parse_dtype
 from btm_scale.checkpoint.hashing import BlockHashes, combined_hash
-from btm_scale.checkpoint.merge import journal
+from btm_scale.checkpoint.merge import journal, recipe
 from btm_scale.checkpoint.merge.mpi import Leader, follow, world
 from btm_scale.checkpoint.merge.plan import MergePlan, Unit, make_plan, plan_means
-from btm_scale.checkpoint.merge.sidecars import carry_sidecars, model_card
+from btm_scale.checkpoint.merge.planned import Planned, by_arguments, by_recipe
+from btm_scale.checkpoint.merge.sidecars import carry_sidecars, model_card, stack_layers
 from btm_scale.checkpoint.merge.workers import merge_in_processes, open_writer
 from btm_scale.errors import CheckpointError, WorkerLost
 from btm_scale.util.disk_errors import writing
@@ -29,7 +29,7 @@ from btm_scale.util.files import (
 )
 from btm_scale.util.inside import as_private_as
 from btm_scale.util.pools import MOST, in_threads
-from btm_scale.util.provenance import Input, Provenance, is_recorded, made_before
+from btm_scale.util.provenance import Provenance, is_recorded, made_before
 
 CHUNK_BYTES = 256 << 10  # of output, so that the working set stays in a core's cache
 _SHARDS_AT_ONCE = 256  # open files; the usual limit of a process is 1,024
@@ -64,20 +64,58 @@ def merge(
     max_shard_bytes: float = 5e9,
     random_seed: int = 0,
     mpi: bool = False,
+    with_recipe: bool = True,
 ) -> MergeReport:
     """Merge model directories into the directory `output`, which appears only when it is complete.
 
-    `inputs` are (directory, weight). `linear` divides by the sum of the weights, so they need not sum to 1, and skips
-    models of weight 0. Sums are computed in float64, in an order that depends only on the models' content: the order
-    of `inputs`, `jobs`, `chunk_bytes` and sharding do not change a bit. `jobs` is the number of processes; by
-    default a large merge uses one per core, unless the calling process has threads. Config and tokenizer come from the
-    first input with a nonzero weight. Repeating the call resumes an interrupted merge, and changes nothing after a
-    finished one. With `mpi` every rank of `mpirun` must make the same call, and each gets the report. Raises
-    `CheckpointError` listing every problem, before anything is written.
+    `inputs` are (directory, weight), or names of models in the Hugging Face cache. `linear` divides by the sum of the
+    weights, so they need not sum to 1, and skips models of weight 0. Sums are computed in float64, in an order that
+    depends only on the models' content: the order of `inputs`, `jobs`, `chunk_bytes` and sharding do not change a bit.
+    `jobs` is the number of processes; by default a large merge uses one per core, unless the calling process has
+    threads. Config and tokenizer come from the first input with a nonzero weight. `with_recipe` writes
+    `merge_recipe.yaml`, from which `merge_by_recipe` gives the same bytes. Repeating the call resumes an interrupted
+    merge, and changes nothing after a finished one. With `mpi` every rank of `mpirun` must make the same call, and each
+    gets the report. Raises `CheckpointError` listing every problem, before anything is written.
     """
+
+    planned = functools.partial(
+        by_arguments,
+        inputs,
+        method=method,
+        parameters=parameters,
+        base=base,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        random_seed=random_seed,
+        with_recipe=with_recipe,
+    )
+    return _merge(Path(output), planned, jobs=jobs, chunk_bytes=chunk_bytes, mpi=mpi)
+
+
+def merge_by_recipe(
+    output: Path,
+    file: Path,
+    *,
+    dtype: str | None = None,
+    random_seed: int | None = None,
+    max_shard_bytes: float | None = None,
+    jobs: int | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+    mpi: bool = False,
+) -> MergeReport:
+    """Merge by a mergekit YAML, or by the `merge_recipe.yaml` of a merge; otherwise as `merge`, which raises the same.
+
+    `dtype`, `random_seed` and `max_shard_bytes` replace the recipe's unless they are None.
+    """
+
+    planned = functools.partial(by_recipe, file, dtype=dtype, random_seed=random_seed, max_shard_bytes=max_shard_bytes)
+    return _merge(Path(output), planned, jobs=jobs, chunk_bytes=chunk_bytes, mpi=mpi)
+
+
+def _merge(
+    output: Path, planned: Callable[[], Planned], *, jobs: int | None, chunk_bytes: int, mpi: bool
+) -> MergeReport:
     started = time.perf_counter()
-    output = Path(output)
-    pairs = tuple((Path(path), float(weight)) for path, weight in inputs)
     ranks = world() if mpi else None
     if ranks is not None and ranks.rank > 0:
         report: MergeReport = follow(ranks)
@@ -88,21 +126,11 @@ def merge(
         # A directory cannot replace a link, not even a dangling one or one to an empty directory.
         exists = output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir())))
         if exists and not is_recorded(output):
-            raise CheckpointError(
-                f"{output} already exists. merge does not overwrite: choose another output, or remove it first."
-            )
-        plan = make_plan(
-            pairs,
-            method=method,
-            parameters=parameters,
-            base=base,
-            dtype=dtype,
-            max_shard_bytes=max_shard_bytes,
-            seed=random_seed,
-        )
+            raise _exists(output)
+        one = planned()
         spread = leader.share_out if leader else functools.partial(merge_in_processes, jobs=jobs)
-        made_by = _provenance(plan, output, pairs, dtype)
-        work = _Work(plan, output, pairs, made_by=made_by)
+        made_by = one.provenance(output)
+        work = _Work(one.plan, output, one.inputs, made_by=made_by, recipe=one.recipe)
         if exists and (before := made_before(output, made_by, CheckpointError)) is not None:
             report = work.report(str(before.answer.get("content_hash", "")), time.perf_counter() - started)
             done = replace(report, already_complete=True)
@@ -123,10 +151,7 @@ def merge_tensors(
     Like `merge` with method `linear`, but configs and tokenizers are neither compared nor copied: the caller checks
     that the models are compatible.
     """
-    if os.path.lexists(output):
-        raise CheckpointError(
-            f"{output} already exists. merge does not overwrite: choose another output, or remove it first."
-        )
+    _require_new(output)
     plan = make_plan(
         inputs,
         method="linear",
@@ -152,10 +177,7 @@ def merge_many(
     """
     started = time.perf_counter()
     for output in outputs:
-        if os.path.lexists(output):
-            raise CheckpointError(
-                f"{output} already exists. merge does not overwrite: choose another output, or remove it first."
-            )
+        _require_new(output)
     plans = plan_means(list(outputs.values()), dtype=dtype, max_shard_bytes=max_shard_bytes)
     works = [_Work(plan, output, tuple(inputs)) for plan, (output, inputs) in zip(plans, outputs.items(), strict=True)]
     reports: list[MergeReport] = []
@@ -170,6 +192,15 @@ def merge_many(
     return reports
 
 
+def _require_new(output: Path) -> None:
+    if os.path.lexists(output):
+        raise _exists(output)
+
+
+def _exists(output: Path) -> CheckpointError:
+    return CheckpointError(f"{output} already exists. merge does not overwrite: choose another, or remove it first.")
+
+
 @dataclass(frozen=True)
 class _Work:
     """One output of a merge."""
@@ -179,6 +210,7 @@ class _Work:
     inputs: tuple[tuple[Path, float], ...]
     with_sidecars: bool = True  # config, tokenizer and model card
     made_by: Provenance | None = None  # without the answer
+    recipe: str | None = None  # its YAML
 
     @property
     def partial(self) -> Path:
@@ -203,22 +235,6 @@ class _Work:
             content_hash=content_hash,
             seconds=seconds,
         )
-
-
-def _provenance(plan: MergePlan, output: Path, inputs: Sequence[tuple[Path, float]], dtype: str | None) -> Provenance:
-    """Return the record of a merge, without its answer. The base is the last input."""
-    read = {source.path for source in plan.sources}
-    made_from = [Input.of(path, weight=weight, besides=output) for path, weight in inputs if path in read]
-    if plan.base is not None:
-        made_from.append(Input.of(plan.base.path, besides=output))
-    settings = {
-        "method": plan.method_name,
-        "parameters": dict(plan.parameters),
-        "dtype": dtype_name(parse_dtype(dtype)) if dtype else None,
-        "max_shard_bytes": float(plan.max_shard_bytes),
-        "seed": plan.seed,
-    }
-    return Provenance(command="merge", inputs=tuple(made_from), settings=settings, answer={})
 
 
 def _passes(works: Sequence[_Work]) -> Iterator[Sequence[_Work]]:
@@ -311,6 +327,10 @@ def _add_sidecars(work: _Work, content: str) -> None:
     read = {source.path for source in work.plan.sources}
     first = next(path for path, _ in work.inputs if path in read)
     carry_sidecars(first, work.partial, dtypes.pop() if len(dtypes) == 1 else None)
+    if work.plan.layers:
+        stack_layers(work.partial, [(work.plan.sources[i].path, number) for i, number in work.plan.layers])
+    if work.recipe is not None:
+        (work.partial / recipe.NAME).write_text(work.recipe, encoding="utf-8")
     (work.partial / "README.md").write_text(model_card(work.plan, work.inputs, content), encoding="utf-8")
 
 

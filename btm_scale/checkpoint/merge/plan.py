@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,16 @@ import torch
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, parse_dtype
 from btm_scale.checkpoint.hashing import BLOCK_BYTES, sample_hash
-from btm_scale.checkpoint.merge import elementwise, whole_tensor  # noqa: F401 (they register their methods)
-from btm_scale.checkpoint.merge.compatibility import common_specs, config_problems, tokenizer_problems
-from btm_scale.checkpoint.merge.registry import METHODS, Method, find_method
-from btm_scale.errors import CheckpointError, near_match
+from btm_scale.checkpoint.merge import elementwise, fusion, sparse, spherical, whole_tensor  # noqa: F401 (they register their methods)
+from btm_scale.checkpoint.merge.compatibility import (
+    LAYER_KEYS,
+    common_specs,
+    config_problems,
+    tokenizer_problems,
+)
+from btm_scale.checkpoint.merge.registry import METHODS, Method, PerModel, find_method
+from btm_scale.checkpoint.merge.settings import parameter_problems, weight_problems
+from btm_scale.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -45,10 +50,41 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class TensorMerge:
+    """How one tensor is merged: which tensors of which models are read, by which method.
+
+    `models` and the first entry of `base` are indices into the plan's `everyone`.
+    """
+
+    method_name: str
+    parameters: Mapping[str, PerModel]
+    models: tuple[int, ...]
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    base: tuple[int, str] | None
+
+    @property
+    def method(self) -> Method:
+        """The registered method."""
+        return find_method(self.method_name)
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the result is the only model's tensor."""
+        if len(self.models) != 1:
+            return False
+        settings = {**self.method.parameters, **self.parameters}
+        kept = {"linear": settings.get("normalize") == 1, "passthrough": settings.get("scale") in (1, (1,))}
+        return kept.get(self.method_name, False)
+
+
+@dataclass(frozen=True)
 class MergePlan:
     """Everything that determines the bytes of a merge; it can be sent to other processes.
 
-    The order of `sources` depends on their content and weights, not on the order of the arguments.
+    The order of `sources` depends on their content and weights, not on the order of the arguments. `tensors` has an
+    entry for every tensor if they are not all merged alike; the sources' weights then have no meaning. `layers` is set
+    if layers are stacked: for each layer of the output a source, by its index, and the number of the layer there.
     """
 
     sources: tuple[Source, ...]
@@ -59,10 +95,12 @@ class MergePlan:
     max_shard_bytes: float
     seed: int
     bytes_read: int
+    tensors: Mapping[str, TensorMerge] = field(default_factory=dict)
+    layers: tuple[tuple[int, int], ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the fields only: a pool pickles a plan in another thread, while this one may be caching `units`."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {one.name: getattr(self, one.name) for one in fields(self)}
 
     @property
     def method(self) -> Method:
@@ -88,15 +126,26 @@ class MergePlan:
         """Return a hash that changes with anything that could change a byte of the output, input files included."""
         specs = {name: str(spec) for name, spec in self.specs.items()}
         settings = [self.everyone, self.method_name, self.parameters, specs, self.max_shard_bytes, self.seed]
+        if self.tensors:
+            settings.append(self.tensors)
         return hashlib.sha256(repr(settings).encode()).hexdigest()
+
+    def how(self, name: str) -> TensorMerge:
+        """Return how a tensor is merged."""
+        if self.tensors:
+            return self.tensors[name]
+        count = len(self.sources)
+        weights = tuple(source.weight for source in self.sources)
+        base = (count, name) if self.base else None
+        return TensorMerge(self.method_name, self.parameters, tuple(range(count)), (name,) * count, weights, base)
 
     def copies(self, name: str) -> bool:
         """Whether a tensor is copied unchanged: it is not floating-point, or there is only one model."""
-        return not self.specs[name].dtype.is_floating_point or (len(self.sources) == 1 and self.method_name == "linear")
+        return not self.specs[name].dtype.is_floating_point or self.how(name).is_copy
 
     def _units_of(self, name: str) -> Iterator[Unit]:
         spec = self.specs[name]
-        undivided = not self.method.elementwise and not self.copies(name)
+        undivided = not self.how(name).method.elementwise and not self.copies(name)
         step = spec.elements if undivided else BLOCK_BYTES // spec.dtype.itemsize
         for start in range(0, spec.elements, max(step, 1)):
             yield Unit(name, start, min(start + step, spec.elements))
@@ -119,18 +168,18 @@ def make_plan(
     """
     chosen = find_method(method)
     used = _used_inputs(chosen, inputs)
-    problems = _weight_problems(chosen, used) + _parameter_problems(chosen, parameters or {})
+    problems = weight_problems(chosen, used) + parameter_problems(chosen, parameters or {})
     if chosen.needs_base and base is None:
         problems.append(
             f"'{method}' needs a base: the model from which all inputs were trained. Give it (--base DIR; `base` in "
             "Python)."
         )
-    if base is not None and not chosen.needs_base:
-        others = ", ".join(name for name, other in sorted(METHODS.items()) if other.needs_base)
+    if base is not None and not chosen.takes_base:
+        others = ", ".join(name for name, other in sorted(METHODS.items()) if other.takes_base)
         problems.append(f"'{method}' takes no base. Leave {base} out, or use a method that takes one: {others}.")
-    basis = [Path(base)] if base is not None and chosen.needs_base else []
+    basis = [Path(base)] if base is not None and chosen.takes_base else []
     paths = [*(path for path, _ in used), *basis]
-    models = _checked(paths, parse_dtype(dtype) if dtype else None, problems, tensors)
+    models = checked_models(paths, parse_dtype(dtype) if dtype else None, problems, tensors)
     settings = {**chosen.parameters, **(parameters or {})}
     origin = models.source(basis[0], 0.0) if basis else None
     return models.plan(used, origin, method, settings, max_shard_bytes, seed)
@@ -142,14 +191,14 @@ def plan_means(
     """Return plans of method `linear` for several outputs, checking every model once. Raises like `make_plan`."""
     linear = find_method("linear")
     per_output = [_used_inputs(linear, inputs) for inputs in outputs]
-    problems = [problem for used in per_output for problem in _weight_problems(linear, used)]
+    problems = [problem for used in per_output for problem in weight_problems(linear, used)]
     paths = list(dict.fromkeys(path for used in per_output for path, _ in used))
-    models = _checked(paths, parse_dtype(dtype) if dtype else None, problems)
+    models = checked_models(paths, parse_dtype(dtype) if dtype else None, problems)
     return [models.plan(used, None, "linear", {}, max_shard_bytes, 0) for used in per_output]
 
 
 @dataclass(frozen=True)
-class _Models:
+class Models:
     """Facts about compatible models that any plan of them needs."""
 
     specs: Mapping[str, TensorSpec]
@@ -158,6 +207,7 @@ class _Models:
     bytes_read: Mapping[Path, int]
 
     def source(self, path: Path, weight: float) -> Source:
+        """Return a model as a source."""
         return Source(path, weight, self.samples[path], self.files[path])
 
     def plan(
@@ -169,6 +219,7 @@ class _Models:
         max_shard_bytes: float,
         seed: int,
     ) -> MergePlan:
+        """Return the plan of one output."""
         sources = [self.source(path, weight) for path, weight in inputs]
         # Content first: all means of the same models then add them in one order, and can be computed together.
         sources.sort(key=lambda source: (source.sample, source.weight, str(source.path.resolve())))
@@ -180,10 +231,17 @@ def _used_inputs(method: Method, inputs: Sequence[tuple[Path, float]]) -> list[t
     return [(Path(path), float(weight)) for path, weight in inputs if weight or method.name != "linear"]
 
 
-def _checked(
-    paths: Sequence[Path], dtype: torch.dtype | None, problems: list[str], tensors: Sequence[str] | None = None
-) -> _Models:
-    """Open and compare all models. Raises one `CheckpointError` that lists `problems` and any found here."""
+def checked_models(
+    paths: Sequence[Path],
+    dtype: torch.dtype | None,
+    problems: list[str],
+    tensors: Sequence[str] | None = None,
+    stacked: Callable[[Sequence[ModelReader]], tuple[dict[str, TensorSpec], list[str]]] | None = None,
+) -> Models:
+    """Open and compare all models. Raises one `CheckpointError` that lists `problems` and any found here.
+
+    `stacked` returns the output's specs, and problems, of a merge whose models may have different numbers of layers.
+    """
     problems = list(problems)
     with ExitStack() as stack:
         readers: list[ModelReader] = []
@@ -201,18 +259,21 @@ def _checked(
         if len(readers) == len(paths) and readers:
             # The configs' sizes come first: they explain most differences between tensors.
             if tensors is None:
-                problems += config_problems(paths) + tokenizer_problems(paths)
-            specs, differences = common_specs(readers, dtype, tensors)
+                problems += config_problems(paths, ignoring=LAYER_KEYS if stacked else ()) + tokenizer_problems(paths)
+            specs, differences = stacked(readers) if stacked else common_specs(readers, dtype, tensors)
             problems += differences
         if problems:
             listing = "\n".join(f"  - {problem}" for problem in problems)
             raise CheckpointError(f"Cannot merge these models. Nothing was written:\n{listing}")
         by_path = dict(zip(paths, readers, strict=True))
-        return _Models(
+        return Models(
             specs,
             {path: sample_hash(reader) for path, reader in by_path.items()},
             {path: _files_hash(path) for path in by_path},
-            {path: sum(reader.spec(name).nbytes for name in specs) for path, reader in by_path.items()},
+            {
+                path: reader.nbytes_as(None) if stacked else sum(reader.spec(name).nbytes for name in specs)
+                for path, reader in by_path.items()
+            },
         )
 
 
@@ -227,45 +288,3 @@ def _files_hash(path: Path) -> str:
         if file.is_file() and ".partial" not in str(file.relative_to(path))
     ]
     return hashlib.sha256(repr(files).encode()).hexdigest()
-
-
-def _weight_problems(method: Method, inputs: Sequence[tuple[Path, float]]) -> list[str]:
-    weights = [weight for _, weight in inputs]
-    problems = []
-    if not inputs:
-        problems.append("No input has a nonzero weight. Give at least one input a nonzero weight.")
-    elif not math.isfinite(sum(map(abs, weights))):
-        problems.append(f"The weights are {weights}. They and their sum must be finite.")
-    elif method.name in ("linear", "slerp") and abs(sum(weights)) <= 1e-12 * sum(map(abs, weights)):
-        problems.append(f"The weights {weights} sum to 0. '{method.name}' divides by their sum: change a weight.")
-    if method.exactly is not None and len(inputs) != method.exactly:
-        problems.append(f"'{method.name}' merges exactly {method.exactly} models, but {len(inputs)} were given.")
-    if not method.weighted and len(set(weights)) > 1:
-        problems.append(f"'{method.name}' computes its own weights. Leave out {weights}, or use another method.")
-    return problems
-
-
-def _parameter_problems(method: Method, parameters: Mapping[str, float]) -> list[str]:
-    defaults = method.parameters
-    choices = ", ".join(f"{name} (default {value:g})" for name, value in defaults.items())
-    remedy = f"Its parameters are: {choices}." if defaults else "It takes no parameters: leave it out."
-    problems = [
-        f"'{method.name}' has no parameter '{name}'.{near_match(name, list(defaults))} {remedy}"
-        for name in parameters
-        if name not in defaults
-    ]
-    settings = {**defaults, **parameters}
-    problems += [
-        f"'{name}' of '{method.name}' is {value}. It must be finite: leave it out for the default, {defaults[name]}."
-        for name, value in settings.items()
-        if name in defaults and not math.isfinite(value)
-    ]
-    density, half = settings.get("density", 1.0), settings.get("window", 0.0) / 2
-    if not 0 < density - half <= density + half <= 1:
-        windowed = "window" in defaults
-        kept = f"{density - half:g} to {density + half:g}" if windowed else f"{density:g}"
-        problems.append(
-            f"'{method.name}' would keep a fraction of {kept} of the elements. {'Both' if windowed else 'It'} must be "
-            f"above 0 and at most 1: change {'density or window' if windowed else 'density'}."
-        )
-    return problems
