@@ -162,8 +162,10 @@ def merge_tensors(
         seed=0,
         tensors=tensors,
     )
-    work = _Work(plan, output, tuple(inputs), with_sidecars=False)
-    _carry_out([work], functools.partial(merge_in_processes, jobs=None, chunk_bytes=CHUNK_BYTES))
+    _carry_out(
+        [_Work(plan, output, tuple(inputs), with_sidecars=False)],
+        functools.partial(merge_in_processes, jobs=None, chunk_bytes=CHUNK_BYTES),
+    )
 
 
 def merge_many(
