@@ -106,14 +106,17 @@ class Drawn:
             recipe["base_model"] = self._base
         if shared:
             recipe["parameters"] = shared
+        used = self._used(method)
         if method == "passthrough" or self._draw.random() < 0.3:
-            return recipe | {"slices": [self._slice(method, recipe, 2), self._slice(method, recipe, LAYERS - 1)]}
-        models = [{"model": model, **self._own(method)} for model in self._used(method)]
+            # As many models in both: mergekit loses some of the last slice's if the first has fewer.
+            slices = [self._slice(method, used, recipe, length) for length in (2, LAYERS - 1)]
+            return recipe | {"slices": slices}
+        models = [{"model": model, **self._own(method)} for model in used]
         return recipe | {"models": models}
 
-    def _slice(self, method: str, recipe: dict[str, Any], length: int) -> dict[str, Any]:
+    def _slice(self, method: str, used: list[str], recipe: dict[str, Any], length: int) -> dict[str, Any]:
         sources = []
-        for model in self._used(method):
+        for model in self._draw.sample(used, len(used)) if len(used) > 1 else self._used(method)[:1]:
             first = self._draw.randint(0, LAYERS - length)
             sources.append({"model": model, "layer_range": [first, first + length], **self._own(method)})
         if "base_model" in recipe:

@@ -214,6 +214,8 @@ LINEAR = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {m
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
+        (LINEAR.replace("model: a", f"model: {'x' * 300}"), "x is not a path: File name too long"),
+        (LINEAR.replace("linear", "karcher").replace("weight: 1", "") + "parameters: {max_iter: 1e9}", "be 0 to 1,000"),
         (LINEAR + "modules: {text: 1}\n", r"modules is \{'text': 1\}, and is not supported\. Merge the language model"),
         (LINEAR + "tokenizer_source: union\n", "tokenizer_source is 'union', and is not supported"),
         (LINEAR.replace("model: a", "model: a+lora"), "models.0.model is 'a.lora', a model with an adapter"),
@@ -231,6 +233,11 @@ LINEAR = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {m
             "merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [1, 9]}]}]\n",
             r"slices.0.sources.0.layer_range is \[1, 9\], but a has 3 layers and none with the number 3",
         ),
+        (
+            "merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [0, 99999999999]}]}]\n",
+            "a has 3 layers and none with the number 3",
+        ),
+        (LINEAR + "parameters:\ndtype: 1\n", "dtype must be a valid string, and is 1"),
         ("merge_method: linear\n", "neither of `models` and `slices`"),
         (LINEAR.replace("model: b", "model: org/b"), "org/b does not exist, and is not in the Hugging Face cache"),
         ("- 1\n", "is not a mapping of keys to values"),

@@ -25,7 +25,11 @@ def local_model(path: Path) -> Path:
     Raises `CheckpointError` for a name of the form `org/name` that is neither. Any other path is returned as it is.
     """
     name, _, revision = str(path).partition("@")
-    if path.exists() or not _NAME.fullmatch(name) or not re.fullmatch(r"[\w.-]*", revision) or ".." in str(path):
+    try:
+        exists = path.exists()
+    except OSError as error:  # a name that is too long
+        raise CheckpointError(f"{str(path)[:100]} is not a path: {error.strerror}. Give a model directory.") from None
+    if exists or not _NAME.fullmatch(name) or not re.fullmatch(r"[\w.-]*", revision) or ".." in str(path):
         return path
     repository = cache_folder() / f"models--{name.replace('/', '--')}"
     reference = repository / "refs" / (revision or "main")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from annotated_types import Gt, Len
+from annotated_types import Ge, Len
 from pydantic import BaseModel, ValidationError
 
 from btm_scale.checkpoint.merge.recipe_methods import RecipeMethod, recipe_method
@@ -57,7 +57,7 @@ class Extras(Part):
     """What mergekit has as options of its command line."""
 
     random_seed: int = 0
-    max_shard_bytes: Annotated[float, Gt(0)] = 5e9
+    max_shard_bytes: Annotated[float, Ge(1)] = 5e9
 
 
 class Recipe(Part):
@@ -155,10 +155,17 @@ def _unsupported(values: Any, path: str = "") -> Iterator[str]:
         here = f"{path}.{key}" if path else str(key)
         if key in _UNSUPPORTED and value is not None:
             yield f"{here} is {shown(value)}, and is not supported. {_UNSUPPORTED[key]}"
-        elif key in ("model", "base_model") and isinstance(value, str) and "+" in value and not Path(value).exists():
+        elif key in ("model", "base_model") and isinstance(value, str) and "+" in value and not _is_path(value):
             yield f"{here} is {shown(value)}, a model with an adapter, and is not supported. {_UNSUPPORTED['lora']}"
         elif key != "parameters":
             yield from _unsupported(value, here)
+
+
+def _is_path(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except OSError:  # a name that is too long
+        return False
 
 
 def _contradictions(recipe: Recipe) -> Iterator[str]:

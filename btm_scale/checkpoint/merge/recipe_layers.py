@@ -143,10 +143,10 @@ def _range_problems(recipe: Recipe, models: Mapping[str, ModelReader]) -> Iterat
     for i, one in enumerate(recipe.slices or ()):
         for j, source in enumerate(one.sources):
             numbers = {layer for name in models[source.model].names if (layer := layer_of(name)) is not None}
-            lacking = sorted(set(range(*source.layer_range)) - numbers)
-            if lacking:
+            lacking = next((number for number in range(*source.layer_range) if number not in numbers), None)
+            if lacking is not None:
                 count = max(numbers, default=-1) + 1
                 yield (
                     f"slices.{i}.sources.{j}.layer_range is {source.layer_range}, but {source.model} has {count} "
-                    f"layers and none with the number {lacking[0]}. Give a range within [0, {count}]."
+                    f"layers and none with the number {lacking}. Give a range within [0, {count}]."
                 )

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
 
 from btm_scale.checkpoint.merge.recipe_methods import SLERP, RecipeMethod
 from btm_scale.checkpoint.merge.registry import RANGES, PerModel
 from btm_scale.errors import CheckpointError, near_match
 from btm_scale.util.bounded_json import shown
 
-Settings = dict[str, Any]
+Settings = Annotated[dict[str, Any], BeforeValidator(lambda given: {} if given is None else given)]
 """A `parameters` of a recipe: by name a number, a list of numbers (a gradient), or values with filters."""
 
 WEIGHT = "weight"

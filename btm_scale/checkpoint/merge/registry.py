@@ -19,6 +19,7 @@ RANGES = {
     "density": "above 0, at most 1",
     "window": "0 or more, with density - window/2 above 0 and density + window/2 at most 1",
     "gamma": "0 or more, below 1",
+    "max_iter": "0 to 1,000",
     "normalize": "0 or 1",
     "rescale": "0 or 1",
     "flatten": "0 or 1",

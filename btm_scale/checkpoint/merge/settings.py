@@ -62,7 +62,9 @@ def _value_problems(method: Method, settings: Mapping[str, float]) -> list[str]:
     problems += [
         f"'{name}' of '{method.name}' is {value:g}. It must be {RANGES[name]}."
         for name, value in settings.items()
-        if (RANGES.get(name) == "0 or 1" and value not in (0, 1)) or (name == "gamma" and not 0 <= value < 1)
+        if (RANGES.get(name) == "0 or 1" and value not in (0, 1))
+        or (name == "gamma" and not 0 <= value < 1)
+        or (name == "max_iter" and not 0 <= value <= 1000)
     ]
     density, half = settings.get("density", 1.0), settings.get("window", 0.0) / 2
     if not 0 < density - half <= density + half <= 1:

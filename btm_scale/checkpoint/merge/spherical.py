@@ -169,7 +169,7 @@ def _karcher_mean(gram: torch.Tensor, max_iter: int, tol: float) -> list[float]:
         rates = torch.where(moves, angles / angles.sin() / count, 0)
         tangent = rates - (rates * cosines).sum() * mean
         length = length_of(tangent)
-        if length < tol:
+        if not length >= tol:  # or not a number
             break
         mean = math.cos(length) * mean + math.sin(length) / length * tangent
         mean = mean / length_of(mean)
