@@ -32,6 +32,7 @@ from btm_scale.util.pools import MOST, in_threads
 from btm_scale.util.provenance import Provenance, is_recorded, made_before
 
 CHUNK_BYTES = 256 << 10  # of output, so that the working set stays in a core's cache
+_EXISTS = "{} already exists. merge does not overwrite: choose another output, or remove it first."
 _SHARDS_AT_ONCE = 256  # open files; the usual limit of a process is 1,024
 
 
@@ -126,7 +127,7 @@ def _merge(
         # A directory cannot replace a link, not even a dangling one or one to an empty directory.
         exists = output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir())))
         if exists and not is_recorded(output):
-            raise _exists(output)
+            raise CheckpointError(_EXISTS.format(output))
         one = planned()
         spread = leader.share_out if leader else functools.partial(merge_in_processes, jobs=jobs)
         made_by = one.provenance(output)
@@ -196,11 +197,7 @@ def merge_many(
 
 def _require_new(output: Path) -> None:
     if os.path.lexists(output):
-        raise _exists(output)
-
-
-def _exists(output: Path) -> CheckpointError:
-    return CheckpointError(f"{output} already exists. merge does not overwrite: choose another, or remove it first.")
+        raise CheckpointError(_EXISTS.format(output))
 
 
 @dataclass(frozen=True)
