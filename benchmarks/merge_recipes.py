@@ -179,6 +179,13 @@ class Drawn:
         ]
 
 
+def _keeps_all(values: Any) -> bool:
+    """Whether every density in a recipe is 1."""
+    if isinstance(values, dict):
+        return values.get("density", 1.0) == 1.0 and all(map(_keeps_all, values.values()))
+    return all(map(_keeps_all, values)) if isinstance(values, list) else True
+
+
 def compared(first: Path, ours: Path, theirs: Path) -> dict[str, float]:
     """The largest gap and the means of the differences from the first model where it has the tensor."""
     gap = move = 0.0
@@ -227,7 +234,7 @@ def main() -> None:
                 "method": recipe["merge_method"],
                 "slices": "slices" in recipe,
                 "filters": "filter" in text,
-                "random": recipe["merge_method"] in RANDOM and '"density": 1.0' not in text,
+                "random": recipe["merge_method"] in RANDOM and not _keeps_all(recipe),
             }
             if error.exists():
                 facts["mergekit_failed"] = error.read_text().strip().splitlines()[-1][:200].replace(str(work), "")
