@@ -191,6 +191,7 @@ def test_the_model_card_names_experts_and_base_first_and_then_their_hashes(model
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "README.md",
         "config.json",
+        "merge_recipe.yaml",
         "model.safetensors",
         "provenance.json",
     ]

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.merge import journal
 from btm_scale.checkpoint.merge.merge import merge
-from btm_scale.checkpoint.merge.plan import make_plan
+from btm_scale.checkpoint.merge.planning import make_plan
 from btm_scale.errors import CheckpointError
 
 WIDTH = 6

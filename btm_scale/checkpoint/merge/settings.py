@@ -34,6 +34,7 @@ _HARMLESS_KINDS = re.compile(
     r"_.*|summary_.*|.*dropout(?:_prob)?|.*_pdrop|(?:bos|eos|pad|sep|cls|mask|unk|decoder_start|forced_bos|forced_eos)"
     r"_token_id|.*attn_implementation.*|.*experts_implementation.*"
 )
+LAYER_KEYS = ("num_hidden_layers", "n_layer")
 # Approximations of one function; `swish` is the former name of `silu`.
 _SAME_ACTIVATION = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"}
 _FIRST = ("model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head")
