@@ -150,7 +150,7 @@ def test_the_choice_belongs_to_the_identity_of_a_merge(pair: tuple[Path, Path], 
 def test_an_interrupted_union_resumes_to_the_same_bytes(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from btm_scale.checkpoint.merge import merge as module
+    from btm_scale.checkpoint.merge import output as module
     from btm_scale.errors import WorkerLost
 
     inputs = [(path, 1.0) for path in pair]
