@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
 from btm_scale.checkpoint.merge import journal
 from btm_scale.checkpoint.merge.mean_runner import MeansRunner
@@ -52,7 +51,7 @@ def merge_share(outputs: Sequence[Output], rank: int, size: int, *, chunk_bytes:
     with ExitStack() as stack:
         stack.enter_context(_one_torch_thread())
         paths = {source.path for plan, _ in outputs for source in plan.everyone}
-        models = {path: stack.enter_context(open_model(path)) for path in paths}
+        models = outputs[0][0].views.open(sorted(paths), stack)
         targets = []
         for plan, partial in outputs:
             writer = open_writer(plan, partial, attach=True)
