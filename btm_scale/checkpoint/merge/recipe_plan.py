@@ -8,6 +8,7 @@ from pathlib import Path
 
 from btm_scale.checkpoint.formats.based import with_base
 from btm_scale.checkpoint.formats.hub_cache import local_model
+from btm_scale.checkpoint.formats.locate import described_config
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, parse_dtype
 from btm_scale.checkpoint.merge.parameters import parameter_problems, weight_problems
 from btm_scale.checkpoint.merge.plan import MergePlan, TensorMerge
@@ -17,6 +18,7 @@ from btm_scale.checkpoint.merge.recipe_layers import Place, full_places, origin_
 from btm_scale.checkpoint.merge.recipe_methods import SLERP
 from btm_scale.checkpoint.merge.recipe_parameters import Settings, interpolation, is_constant, parameters_of
 from btm_scale.checkpoint.merge.registry import PerModel
+from btm_scale.checkpoint.merge.stacking import stacked_config
 from btm_scale.checkpoint.merge.towers import other_towers
 from btm_scale.errors import CheckpointError
 
@@ -64,7 +66,7 @@ def make_recipe_plan(recipe: Recipe) -> tuple[MergePlan, Inputs]:
         by_name = dict(zip(paths, readers, strict=True))
         found, specs, differences = stacked_specs(recipe, by_name, dtype)
         places.update(found)
-        return specs, _tower_problems(paths, by_name) or differences
+        return specs, _tower_problems(paths, by_name) or differences or _config_problems(recipe, paths)
 
     models = checked_models(
         list(paths.values()),
@@ -119,6 +121,14 @@ def _tower_problems(paths: Mapping[str, Path], models: Mapping[str, ModelReader]
         for name, path in paths.items()
         if other_towers(path, models[name].names)
     ]
+
+
+def _config_problems(recipe: Recipe, paths: Mapping[str, Path]) -> list[str]:
+    """Return a problem for each setting of a layer that the config.json of the output cannot have."""
+    configs = {path: described_config(path) for path in paths.values()}
+    layers = [(configs[path], number) for path, number in origin_of_layers(recipe, paths)]
+    first = next((config for config in configs.values() if config), {})
+    return stacked_config(first, layers)[1]
 
 
 def _refuse(problems: Sequence[str]) -> None:

@@ -34,7 +34,7 @@ _HARMLESS_KINDS = re.compile(
     r"_.*|summary_.*|.*dropout(?:_prob)?|.*_pdrop|(?:bos|eos|pad|sep|cls|mask|unk|decoder_start|forced_bos|forced_eos)"
     r"_token_id|.*attn_implementation.*|.*experts_implementation.*"
 )
-LAYER_KEYS = ("num_hidden_layers", "n_layer")
+LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 # Approximations of one function; `swish` is the former name of `silu`.
 _SAME_ACTIVATION = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"}
 _FIRST = ("model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head")
@@ -72,6 +72,11 @@ def is_allowed(key: str, allow: Sequence[str]) -> bool:
     return any(f".{allowed}." in f".{key}." for allowed in allow)
 
 
+def is_harmless(key: str) -> bool:
+    """Whether a setting does not change what the weights compute."""
+    return key in _HARMLESS or _HARMLESS_KINDS.fullmatch(key) is not None
+
+
 def differing_settings(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return both values of every setting in which two configs differ in meaning; an absent one is None."""
     differing = _differences(settings_of(ours), settings_of(theirs))
@@ -99,7 +104,7 @@ def _flat(config: Mapping[str, Any], path: str) -> list[tuple[str, Any]]:
         settings.pop("max_position_embeddings", None)
     flat: list[tuple[str, Any]] = []
     for key, value in settings.items():
-        if key in _HARMLESS or _HARMLESS_KINDS.fullmatch(key):
+        if is_harmless(key):
             continue
         if key == "rope_parameters":
             flat += _leaves(value, path + key)

@@ -17,7 +17,7 @@ from btm_scale.checkpoint.formats.weight_sets import weight_sets
 from btm_scale.checkpoint.merge.carried import kind_of, own_files, template_of
 from btm_scale.checkpoint.merge.plan import MergePlan
 from btm_scale.checkpoint.merge.registry import RANGES
-from btm_scale.checkpoint.merge.settings import LAYER_KEYS
+from btm_scale.checkpoint.merge.stacking import stacked_config
 from btm_scale.util.inside import copy_inside
 
 _TEMPLATE = "chat_template.jinja"
@@ -101,20 +101,14 @@ def set_template(target: Path, template: str) -> None:
 
 
 def stack_layers(target: Path, layers: Sequence[tuple[Path, int]]) -> None:
-    """Set the number of layers, and the type of each, in the config.json of stacked layers.
+    """Describe stacked layers in the config.json of `target`.
 
     `layers` has, for each layer, the model that it is from and its number there.
     """
-    file = target / "config.json"
-    if not (config := read_json(file)):
-        return
-    for key in LAYER_KEYS:
-        if key in config:
-            config[key] = len(layers)
-    if isinstance(config.get("layer_types"), list):
-        types = {path: described_config(path).get("layer_types") or [] for path in dict(layers)}
-        config["layer_types"] = [types[path][number] for path, number in layers if number < len(types[path])]
-    file.write_text(json.dumps(config, indent=2) + "\n")
+    configs = {path: described_config(path) for path in dict(layers)}
+    config, _ = stacked_config(read_json(target / "config.json"), [(configs[path], number) for path, number in layers])
+    if config:
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def shown_parameters(plan: MergePlan) -> dict[str, float]:
