@@ -94,3 +94,12 @@ def test_a_recipe_has_one_choice_of_a_tokenizer(models: None) -> None:
         Path("recipe.yaml").write_text(f"merge_method: linear\n{MODELS}{text}")
         with pytest.raises(CheckpointError, match=message):
             merge_by_recipe(Path("out"), Path("recipe.yaml"))
+
+
+def test_tokens_with_one_id_here_and_two_there_are_refused(models: None) -> None:
+    tokenizer = json.loads(Path("a/tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["c"] = vocabulary["b"]
+    Path("a/tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(CheckpointError, match="'b' and 'c' have one id in the output's tokenizer and two in that of b"):
+        merge(Path("out"), [(Path("a"), 1.0), (Path("b"), 1.0)], tokenizer="a", allow=["rope_theta"])

@@ -154,9 +154,17 @@ def recipe_of(
     """Return the recipe of a merge that was given by its arguments."""
     named = recipe_method(method, ours=True)
     own = {"weight": True} if named.weighted else {}
+    names: list[str] = []
+    for name, _ in inputs:
+        while name in names:  # a recipe lists a name once, and this is another one for the same folder
+            name += "/."
+        names.append(name)
     return Recipe(
         merge_method=named.name,
-        models=[RecipeModel(model=name, parameters=dict.fromkeys(own, weight)) for name, weight in inputs],
+        models=[
+            RecipeModel(model=name, parameters=dict.fromkeys(own, weight))
+            for name, (_, weight) in zip(names, inputs, strict=True)
+        ],
         base_model=base,
         parameters=named.written(parameters),
         dtype=dtype,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from btm_scale.checkpoint.formats.based import with_base
+from btm_scale.checkpoint.formats.based import lacks_base, with_base
 from btm_scale.checkpoint.formats.hub_cache import local_model
 from btm_scale.checkpoint.formats.locate import described_config
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, parse_dtype
@@ -97,12 +97,19 @@ def local_models(names: Sequence[str | Path]) -> dict[str, Path]:
 
 
 def _paths(recipe: Recipe) -> dict[str, Path]:
-    """Return the directory of each model of a recipe, with the base that completes adapters."""
-    paths, base = local_models(recipe.model_names), recipe.btm_scale.adapter_base
+    """Return the directory of each model of a recipe, with the base that completes adapters.
+
+    The `base_model` completes those whose own base is not here.
+    """
+    paths, given = local_models(recipe.model_names), recipe.btm_scale.adapter_base
+    base = given or recipe.base_model
     if base is None:
         return paths
     origin = local_models([base])[base]
-    return {name: path if path == origin else with_base(path, origin) for name, path in paths.items()}
+    return {
+        name: with_base(path, origin) if path != origin and (given or lacks_base(path)) else path
+        for name, path in paths.items()
+    }
 
 
 def _vocabulary(recipe: Recipe, paths: Mapping[str, Path]) -> Vocabulary | None:

@@ -17,6 +17,7 @@ from btm_scale.checkpoint.merge.tokenizer_files import tokenizer_files, tokenize
 from btm_scale.checkpoint.merge.tokenizers import Tokens, read_tokens
 from btm_scale.checkpoint.merge.union import Union, extended
 from btm_scale.errors import CheckpointError, unknown_name
+from btm_scale.util.bounded_json import shown
 from btm_scale.util.inside import copy_inside
 
 NEW_ROWS = ("mean", "zero")
@@ -46,7 +47,7 @@ def token_rows(choice: str | Path, new_rows: str, models: Mapping[Path, ModelRea
     is_token = np.zeros(rows, dtype=bool)
     is_token[list(ids.values())] = True
     sources = {
-        path: _matched(ids, is_token, vocabulary.named(across), heights[path])
+        path: _matched(ids, is_token, vocabulary.named(across), heights[path], path)
         for path, vocabulary in vocabularies.items()
     }
     return TokenRows(
@@ -99,7 +100,9 @@ def _height(model: ModelReader) -> int:
     return min(heights)
 
 
-def _matched(ids: Mapping[str, int], is_token: np.ndarray, theirs: Mapping[str, int], height: int) -> np.ndarray:
+def _matched(
+    ids: Mapping[str, int], is_token: np.ndarray, theirs: Mapping[str, int], height: int, path: Path
+) -> np.ndarray:
     """Return a model's row for every row of the output, -1 for none. Padding is matched to padding of the same id."""
     mapping = np.full(len(is_token), -1, dtype=np.int64)
     named = np.zeros(height, dtype=bool)
@@ -107,9 +110,15 @@ def _matched(ids: Mapping[str, int], is_token: np.ndarray, theirs: Mapping[str, 
     both = min(len(mapping), height)
     padding = np.flatnonzero(~is_token[:both] & ~named[:both])
     mapping[padding] = padding
+    holders: dict[int, str] = {}
     for token, row in ids.items():
         source = theirs.get(token, -1)
         if 0 <= source < height:
+            if holders.setdefault(row, token) != token and mapping[row] != source:
+                raise CheckpointError(
+                    f"The tokens {shown(holders[row])} and {shown(token)} have one id in the output's tokenizer and "
+                    f"two in that of {path}, so their rows cannot be matched. Correct the tokenizer with one id."
+                )
             mapping[row] = source
     return mapping
 
