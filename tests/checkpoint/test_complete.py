@@ -205,8 +205,8 @@ def test_layers_inside_a_wrapper_are_those_of_the_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("layer_0_expert_1_mp_rank_00_model_states.pt", "experts of a DeepSpeed mixture"),
-        ("layer_03-model_00-model_states.pt", "layers of a DeepSpeed pipeline"),
+        ("layer_0_expert_1_mp_rank_00_model_states.pt", "the weights of a mixture of experts"),
+        ("layer_03-model_00-model_states.pt", "the layers of a pipeline-parallel model"),
     ],
 )
 def test_a_file_of_a_deepspeed_checkpoint_that_is_not_read_is_an_error(name: str, what: str, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda folder: _pickle("layer_00-model_00-model_states.pt", {})(
             _pickle("mp_rank_00_model_states.pt", {"module": None})(folder)
         ),
-        "layers of a DeepSpeed pipeline",
+        "the layers of a pipeline-parallel model",
     ),
     "a state dict in a dictionary": (_pickle("pytorch_model.bin", {"state_dict": WEIGHTS}), "has no named tensors"),
     "a Git LFS pointer": (_file("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
