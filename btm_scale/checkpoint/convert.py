@@ -109,7 +109,8 @@ def _read_from(source: Path) -> str | None:
 def _write(source: Path, partial: Path, *, to: str, tensor: int, dtype: torch.dtype | None) -> NonFinite:
     """Write the converted model into a directory that is not published yet; return what is not finite in it."""
     if to == "huggingface":
-        return merge(partial, [(source, 1.0)], dtype=dtype_name(dtype) if dtype else None).nonfinite
+        name = dtype_name(dtype) if dtype else None
+        return merge(partial, [(source, 1.0)], dtype=name, with_recipe=False).nonfinite
     shape = find_shape(source)
     if tensor not in shape.tensor_degrees():
         raise CheckpointError(

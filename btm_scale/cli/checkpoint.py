@@ -20,13 +20,14 @@ _SHORT_DTYPES = ("bf16", "fp16", "fp32", "fp64", "float8_e4m3fn", "float8_e5m2")
 _FORMATS = ("huggingface", "megatron", "deepspeed")
 _OF_METHOD = "Merge method"
 _COMPLETES = "Model that completes an adapter, or a DeepSpeed checkpoint that was saved without its frozen weights."
+_VOCABULARY = "Models that differ"
 
 
 class _MergeMethods:
     """The names of the merge methods, from the files that register them."""
 
     def __iter__(self) -> Iterator[str]:
-        from btm_scale.checkpoint.merge import elementwise, whole_tensor  # noqa: F401 (they register their methods)
+        from btm_scale.checkpoint.merge import elementwise, fusion, sparse, spherical, whole_tensor  # noqa: F401 (they register their methods)
         from btm_scale.checkpoint.merge.registry import METHODS
 
         return iter(METHODS)
@@ -56,7 +57,10 @@ class Merge(Verb):
             facts = (
                 method.meaning,
                 "Needs --base." if method.needs_base else "",
-                f"Merges exactly {method.exactly} models." if method.exactly else "",
+                "May have --base." if method.may_have_base else "",
+                f"Merges exactly {method.exactly} {'model' if method.exactly == 1 else 'models'}."
+                if method.exactly
+                else "",
                 "" if method.weighted else "Computes the weights itself.",
                 f"Parameters: {', '.join(ranges)}." if ranges else "",
             )
@@ -76,21 +80,31 @@ def merge(
         list[str],
         argument(
             "DIR[=WEIGHT]...",
-            "Models to merge: Hugging Face, DeepSpeed or Megatron-core checkpoints. The default weight is 1.",
+            "Models to merge: Hugging Face, DeepSpeed or Megatron-core checkpoints, or names of models in the Hugging "
+            "Face cache. The default weight is 1.",
+            default_factory=list,
         ),
     ],
     *,
+    recipe: Annotated[
+        Path | None,
+        option(
+            "--recipe",
+            "FILE",
+            "Merge by a mergekit YAML, or by the merge_recipe.yaml of another merge, which names models and method.",
+        ),
+    ] = None,
     method: Annotated[
-        str,
+        str | None,
         one_of(
             "--method",
             "merge method",
             _MergeMethods(),
-            "One of the methods that are listed below.",
+            "One of the methods that are listed below.  [default: linear]",
             metavar="METHOD",
             section=_OF_METHOD,
         ),
-    ] = "linear",
+    ] = None,
     base: Annotated[
         Path | None,
         option(
@@ -111,10 +125,19 @@ def merge(
         ),
     ],
     random_seed: Annotated[
-        int, option("--random-seed", "N", "Random seed of the methods dare and della.", section=_OF_METHOD)
-    ] = 0,
+        int | None,
+        option(
+            "--random-seed",
+            "N",
+            "Random seed of the methods dare and della.  [default: the recipe's, or 0]",
+            section=_OF_METHOD,
+        ),
+    ] = None,
     dtype: Annotated[str | None, _dtype_option("Type of the output's weights.  [default: the inputs']")] = None,
-    max_shard_size: Annotated[str, option("--max-shard-size", "SIZE", "Largest size of a file of the output.")] = "5GB",
+    max_shard_size: Annotated[
+        str | None,
+        option("--max-shard-size", "SIZE", "Largest size of a file of the output.  [default: the recipe's, or 5GB]"),
+    ] = None,
     chat_template: Annotated[
         str | None,
         option(
@@ -124,6 +147,34 @@ def merge(
             "input's that has one]",
         ),
     ] = None,
+    tokenizer: Annotated[
+        str | None,
+        option(
+            "--tokenizer",
+            "union|base|PATH",
+            "Vocabulary of the output, for models with different ones: their rows are matched by token.",
+            section=_VOCABULARY,
+        ),
+    ] = None,
+    new_rows: Annotated[
+        str,
+        one_of(
+            "--new-rows",
+            "kind of new rows",
+            ("mean", "zero"),
+            "Rows for tokens that a model lacks: the base's, or the mean of the models that have it; or zeros.",
+            section=_VOCABULARY,
+        ),
+    ] = "mean",
+    allow: Annotated[
+        list[str],
+        several(
+            "--allow",
+            "KEY",
+            "Setting that may differ, as an error named it, such as rope_theta. May be repeated.",
+            section=_VOCABULARY,
+        ),
+    ],
     jobs: Annotated[
         int | None,
         option(
@@ -139,25 +190,61 @@ def merge(
     Tensors are streamed, so that memory does not grow with the models. No GPU is needed. Example:
 
     btm-scale merge OUT A=0.7 B=0.3
+
+    The output's merge_recipe.yaml repeats the merge: btm-scale merge OUT2 --recipe OUT/merge_recipe.yaml
     """
     from btm_scale.checkpoint.merge.merge import merge as merge_models
+    from btm_scale.checkpoint.merge.merge import merge_by_recipe
     from btm_scale.config.section import bytes_from_text
     from btm_scale.util.mpi import mpi_rank
 
     rank = mpi_rank()
-    report = merge_models(
-        output,
-        [_weighted_path(text) for text in inputs],
-        method=method,
-        parameters=dict(_setting(text) for text in parameters),
-        base=base,
-        dtype=dtype,
-        jobs=jobs,
-        max_shard_bytes=bytes_from_text(max_shard_size),
-        random_seed=random_seed,
-        mpi=rank is not None and rank.is_one_of_several,
-        chat_template=chat_template,
-    )
+    mpi = rank is not None and rank.is_one_of_several
+    max_shard_bytes = bytes_from_text(max_shard_size) if max_shard_size else None
+    if recipe is not None:
+        given = {
+            "DIR": inputs,
+            "--method": method,
+            "--base": base,
+            "--parameter": parameters,
+            "--chat-template": chat_template,
+            "--tokenizer": tokenizer,
+            "--new-rows": new_rows != "mean",
+            "--allow": allow,
+        }
+        if extra := [name for name, value in given.items() if value]:
+            raise UserError(
+                f"--recipe and {extra[0]} were given. A recipe has the models, the method and its parameters: change "
+                f"{recipe}, or leave {extra[0]} out."
+            )
+        report = merge_by_recipe(
+            output,
+            recipe,
+            dtype=dtype,
+            random_seed=random_seed,
+            max_shard_bytes=max_shard_bytes,
+            jobs=jobs,
+            mpi=mpi,
+        )
+    elif not inputs:
+        raise UserError("No models were given. Give those to merge, as DIR or DIR=WEIGHT, or --recipe FILE.")
+    else:
+        report = merge_models(
+            output,
+            [_weighted_path(text) for text in inputs],
+            method=method or "linear",
+            parameters=dict(_setting(text) for text in parameters),
+            base=base,
+            dtype=dtype,
+            jobs=jobs,
+            max_shard_bytes=max_shard_bytes or 5e9,
+            random_seed=random_seed or 0,
+            chat_template=chat_template,
+            tokenizer=tokenizer,
+            new_rows=new_rows,
+            allow=allow,
+            mpi=mpi,
+        )
     if rank is not None and rank.rank > 0:
         return None  # under mpirun the first rank answers
     answer = {
@@ -229,7 +316,8 @@ def inspect(
 
 def _weighted_path(text: str) -> tuple[Path, float]:
     path, sign, weight = text.rpartition("=")
-    if not sign:
+    # A folder may have `=` in its name.
+    if not sign or (Path(text).exists() and not Path(path).exists()):
         return Path(text), 1.0
     try:
         return Path(path), float(weight)

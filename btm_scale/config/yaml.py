@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-
-from btm_scale.config.yaml_rules import (
-    ConfigResolver,
-    PortableRepresenter,
-    QuotingResolver,
-    StrictComposer,
-    WrittenResolver,
-)
 from btm_scale.errors import ConfigError
 from btm_scale.util.files import make_directory, write_file
+from btm_scale.util.yaml_rules import ConfigResolver, WrittenResolver
+from btm_scale.util.yaml_text import dump_text, parse_yaml
+
+__all__ = ["apply_overrides", "dump_text", "dump_yaml", "load_yaml"]
 
 _MAX_BYTES = 8_000_000
-
-
-def _parse(text: str, name: str, resolver: type[ConfigResolver] = ConfigResolver) -> Any:
-    reader = YAML(typ="safe", pure=True)
-    reader.Resolver, reader.Composer = resolver, StrictComposer
-    try:
-        return reader.load(text)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        problem = ", ".join(part for part in (error.context, error.problem) if part)
-        raise ConfigError(f"{name}, line {mark.line + 1}: {problem:.300}.") from None
-    # Beside its own errors, ruamel.yaml raises these for a character such as \UFFFFFFFF and for %YAML 1.9.
-    except (YAMLError, ValueError, OverflowError, AssertionError) as error:
-        raise ConfigError(f"{name} is not valid YAML: {error}") from None
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -56,7 +35,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is a directory. {remedy}.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
-    values = _parse(text, str(path), WrittenResolver if path.name == "run.yaml" else ConfigResolver)
+    values = parse_yaml(text, str(path), WrittenResolver if path.name == "run.yaml" else ConfigResolver)
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is not a mapping of keys to values. A config needs at least `domains:`.")
     return values
@@ -75,7 +54,7 @@ def apply_overrides(values: dict[str, Any], overrides: tuple[str, ...], paths: t
             raise ConfigError(
                 f"'--set {override}' has no key and value. Write key=value, such as --set budget.tokens=1000000."
             )
-        value = _parse(text, f"--set {key}")
+        value = parse_yaml(text, f"--set {key}")
         if key in paths and value is not None:
             value = str(Path(str(value)).resolve())
         *parents, last = key.split(".")
@@ -92,22 +71,6 @@ def apply_overrides(values: dict[str, Any], overrides: tuple[str, ...], paths: t
             section = section[parent]
         section[last] = value
     return result
-
-
-def dump_text(values: Mapping[str, Any], *, flow: bool | None = False) -> str:
-    """Return values as YAML that every reader of YAML 1.1 or 1.2 takes for the same values.
-
-    With `flow` True it is one line of braces; with None only the innermost mappings and lists are in braces.
-    """
-    writer: Any = YAML(typ="safe", pure=True)
-    writer.Resolver, writer.Representer = QuotingResolver, PortableRepresenter
-    writer.default_flow_style = flow
-    writer.sort_base_mapping_type_on_output = False
-    if flow:
-        writer.width = 1_000_000
-    stream = io.StringIO()
-    writer.dump(values, stream)
-    return stream.getvalue()
 
 
 def dump_yaml(values: Mapping[str, Any], path: Path) -> None:

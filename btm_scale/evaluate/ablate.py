@@ -175,7 +175,7 @@ def _average_losses(
         if len(subset) > 1:
             directory = folder / "average"
             models = [run.model(name) for name in subset]
-            merge(directory, [(model, 1.0) for model in models], dtype=promoted_dtype(models))
+            merge(directory, [(model, 1.0) for model in models], dtype=promoted_dtype(models), with_recipe=False)
         decoder = Decoder.load(directory, vocabulary=vocabulary, device=device)
         scores = {name: block_log_probs(decoder, text.tokens, text.block_starts) for name, text in texts.items()}
     return {name: -float(np.mean(values, dtype=np.float64)) for name, values in scores.items()}

@@ -90,7 +90,7 @@ def _loss(group: ExpertGroup, run: RunDir, names: tuple[str, ...], text: Evaluat
         if group.is_first:
             shutil.rmtree(directory, ignore_errors=True)
             models = [run.model(name) for name in names]
-            merge(directory, [(model, 1.0) for model in models], dtype=promoted_dtype(models))
+            merge(directory, [(model, 1.0) for model in models], dtype=promoted_dtype(models), with_recipe=False)
         dist.barrier()
         network = load_model(group, directory)
         log_probs = text_log_probs(group, network, text)

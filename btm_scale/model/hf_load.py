@@ -7,7 +7,7 @@ elsewhere. The settings that do so are dropped or refused here, whatever the def
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ _ACTIVE_SETTINGS = (
     "_experts_implementation",
     "_experts_implementation_internal",
 )
+_EXPANDED_SETTINGS = ("quantization_config", "num_labels", "id2label", "label2id")
+_MOST_LAYERS = 100_000
 _DESCRIBING = {".json", ".txt", ".model", ".jinja"}
 _SAFE = {"local_files_only": True, "trust_remote_code": False}
 
@@ -50,6 +52,34 @@ def load_config(directory: Path) -> Any:
     clean = {name: value for name, value in settings.items() if name not in _ACTIVE_SETTINGS}
     with _readable(directory):
         return CONFIG_MAPPING[family].from_dict(clean)
+
+
+def completed_config(settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return a config with every default of its model type, as the installed transformers reads it.
+
+    None if transformers has no class for its model type, or cannot read it.
+    """
+    from transformers import CONFIG_MAPPING
+
+    family = settings.get("model_type")
+    clean = {name: value for name, value in settings.items() if name not in (*_ACTIVE_SETTINGS, *_EXPANDED_SETTINGS)}
+    if not isinstance(family, str) or family not in CONFIG_MAPPING or not _has_small_counts(clean):
+        return None
+    try:
+        with _no_warnings():
+            return dict(CONFIG_MAPPING[family].from_dict(clean).to_dict())
+    except Exception:  # whatever the class of a family raises for values that it does not expect
+        return None
+
+
+def _has_small_counts(settings: Mapping[str, Any]) -> bool:
+    """Whether no number of layers is so large that a list with an item per layer would fill memory."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and not _has_small_counts(value):
+            return False
+        if "layer" in name and isinstance(value, int) and value > _MOST_LAYERS:
+            return False
+    return True
 
 
 def load_causal_lm(directory: Path) -> Any:
@@ -131,3 +161,16 @@ def _no_progress_bar() -> Iterator[None]:
     finally:
         if before:
             logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Settings that a class does not expect are compared here, not reported by transformers."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -195,6 +195,7 @@ def test_what_is_not_finite_in_a_mean_is_counted_in_every_process_and_kept_in_th
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "README.md",
         "config.json",
+        "merge_recipe.yaml",
         "model.safetensors",
         "provenance.json",
     ]

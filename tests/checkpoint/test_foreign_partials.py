@@ -29,7 +29,7 @@ def stopped_before_publishing(output: Path, pairs: list[tuple[Path, float]], mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("btm_scale.checkpoint.merge.merge._publish", stop)
+        patch.setattr("btm_scale.checkpoint.merge.output._publish", stop)
         with pytest.raises(KeyboardInterrupt):
             merge(output, pairs)
     partial = partial_path(output)

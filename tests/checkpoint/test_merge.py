@@ -87,8 +87,8 @@ def test_all_problems_are_reported_together_and_nothing_is_written(save: Save, t
     weights = random_weights(0)
     odd = random_weights(1) | {"model.norm.weight": torch.zeros(15, dtype=torch.bfloat16)}
     odd["model.extra"] = odd.pop("model.embed_tokens.weight")
-    good = save("good", weights, files={"tokenizer.json": "{}"})
-    bad = save("bad", odd, config={"model_type": "gpt2"}, files={"tokenizer.json": "{ }"})
+    good = save("good", weights, files={"tokenizer.json": '{"a": 1}'})
+    bad = save("bad", odd, config={"model_type": "gpt2"}, files={"tokenizer.json": '{"a": 2}'})
     with pytest.raises(CheckpointError) as raised:
         merge(tmp_path / "out", [(good, 1), (bad, float("nan"))], parameters={"density": 1}, dtype="bf16")
     for part in (
@@ -191,6 +191,7 @@ def test_the_model_card_names_experts_and_base_first_and_then_their_hashes(model
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "README.md",
         "config.json",
+        "merge_recipe.yaml",
         "model.safetensors",
         "provenance.json",
     ]

@@ -31,7 +31,7 @@ def test_a_model_folder_may_contain_a_dangling_link_and_the_output(
     (models[0] / ".#config.json").symlink_to("nowhere")
     out = models[0] / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("btm_scale.checkpoint.merge.merge._publish", interrupted)
+        patch.setattr("btm_scale.checkpoint.merge.output._publish", interrupted)
         with pytest.raises(KeyboardInterrupt):
             merge(out, [(models[0], 1), (models[1], 1)])
     noted = journal.finished(partial_path(out))

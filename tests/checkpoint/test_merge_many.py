@@ -12,9 +12,9 @@ from helpers.small_models import WEIGHTS, Save
 
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.merge import journal, mean_runner, workers
-from btm_scale.checkpoint.merge import merge as merging
+from btm_scale.checkpoint.merge import output as output_files
 from btm_scale.checkpoint.merge.merge import merge, merge_many, merge_tensors
-from btm_scale.checkpoint.merge.plan import plan_means
+from btm_scale.checkpoint.merge.planning import plan_means
 from btm_scale.errors import CheckpointError
 from btm_scale.util.files import partial_path
 
@@ -29,7 +29,8 @@ def test_merge_many_writes_the_same_bytes_as_separate_merges(models: list[Path],
     for report, (name, inputs) in zip(reports, outputs.items(), strict=True):
         alone = merge(tmp_path / "alone" / name, inputs)
         assert report.content_hash == alone.content_hash
-        (tmp_path / "alone" / name / "provenance.json").unlink()  # of the verb; a run records an average's parents
+        for record in ("merge_recipe.yaml", "provenance.json"):  # of the verb; a run records an average's parents
+            (tmp_path / "alone" / name / record).unlink()
         for file in (tmp_path / "alone" / name).iterdir():
             assert (report.output / file.name).read_bytes() == file.read_bytes()
     assert not list((tmp_path / "many").glob(".*"))
@@ -61,7 +62,7 @@ def test_merge_many_gives_the_same_result_in_several_passes(
 ) -> None:
     outputs = [[(model, float(i + k)) for i, model in enumerate(models, start=1)] for k in range(4)]
     one_pass = merge_many({tmp_path / f"one-{k}": inputs for k, inputs in enumerate(outputs)})
-    monkeypatch.setattr(merging, "_SHARDS_AT_ONCE", 2)
+    monkeypatch.setattr(output_files, "_SHARDS_AT_ONCE", 2)
     passes = merge_many({tmp_path / f"pass-{k}": inputs for k, inputs in enumerate(outputs)})
     assert [report.content_hash for report in passes] == [report.content_hash for report in one_pass]
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 from btm_scale.checkpoint.convert import convert
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.inspect import inspect
-from btm_scale.checkpoint.merge.merge import merge
+from btm_scale.checkpoint.merge.merge import merge, merge_by_recipe
 from btm_scale.errors import CheckpointError
 
 CONFIGS: dict[str, Any] = {
@@ -137,6 +137,9 @@ def test_an_adapter_is_converted_and_merged_like_the_complete_model(adapter: Ada
     one = merge(tmp_path / "one", [(folder, 0.3), (base, 0.7)])
     other = merge(tmp_path / "other", [(tmp_path / "complete", 0.3), (base, 0.7)])
     assert one.content_hash == other.content_hash
+    merge(tmp_path / "given", [(folder, 0.3), (base, 0.7)], base=base)
+    again = merge_by_recipe(tmp_path / "again", tmp_path / "given/merge_recipe.yaml")
+    assert again.content_hash == one.content_hash
     tokens = torch.arange(12).reshape(1, 12)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "complete")
     original = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)

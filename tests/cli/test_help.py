@@ -11,7 +11,7 @@ import pytest
 from helpers.cli_help import help_texts
 from typer.main import get_command
 
-from btm_scale.checkpoint.merge.plan import make_plan
+from btm_scale.checkpoint.merge.planning import make_plan
 from btm_scale.checkpoint.merge.registry import METHODS, RANGES
 from btm_scale.cli import generate
 from btm_scale.cli.app import app, main, parse

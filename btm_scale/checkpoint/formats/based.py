@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path, PosixPath
 
+from btm_scale.checkpoint.formats.hub_cache import local_model
 from btm_scale.errors import CheckpointError
 from btm_scale.util.bounded_json import shown
 from btm_scale.util.inside import file_inside
@@ -63,8 +64,26 @@ def adapter_config(path: Path) -> dict[str, object]:
     return read_object(file_inside(path, ADAPTER_CONFIG), CheckpointError, remedy="Copy it again.")
 
 
+def lacks_base(path: Path) -> bool:
+    """Whether a path is an adapter whose base was not given and is not here."""
+    if getattr(path, "base", None) is not None or not is_adapter(path):
+        return False
+    return _folder_named(adapter_config(path).get("base_model_name_or_path")) is None
+
+
+def _folder_named(name: object) -> Path | None:
+    """Return the folder, or snapshot in the Hugging Face cache, that an adapter names as its base, if it is here."""
+    if not isinstance(name, str) or not name or "\0" in name or len(name) > 4096:
+        return None
+    try:
+        folder = local_model(Path(name))
+    except CheckpointError:
+        return None
+    return folder if folder.is_dir() else None
+
+
 def base_of(path: Path) -> Path | None:
-    """Return the base model of a path: the one the user gave, or the local folder that an adapter names.
+    """Return the base model of a path: the one the user gave, or the one that an adapter names.
 
     Returns None for a path that has neither. Raises `CheckpointError` for an adapter whose base is not here.
     """
@@ -73,12 +92,13 @@ def base_of(path: Path) -> Path | None:
         return None
     if given is None:
         name = adapter_config(path).get("base_model_name_or_path")
-        if not isinstance(name, str) or not name or "\0" in name or len(name) > 4096 or not Path(name).is_dir():
+        given = _folder_named(name)
+        if given is None:
             raise CheckpointError(
-                f"{path} is an adapter of {shown(name, 200)}, which is not a folder here. An adapter is read together "
-                "with its base model: give its folder (--base DIR; `base` in Python)."
+                f"{path} is an adapter of {shown(name, 200)}, which is neither a folder here nor in the Hugging Face "
+                "cache. An adapter is read together with its base model: give its folder (--base DIR; `base` in "
+                "Python; `adapter_base` in a recipe)."
             )
-        given = Path(name)
     if is_adapter(given):
         raise CheckpointError(
             f"{given} is an adapter, and the base of {path}. A base must be a complete model: merge that adapter into "

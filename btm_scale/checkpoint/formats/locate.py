@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from btm_scale.checkpoint.formats.based import base_of, is_adapter
+from btm_scale.checkpoint.formats.unreadable import absent
 from btm_scale.errors import CheckpointError, first_few
 from btm_scale.model.hf_config import read_config
 from btm_scale.run_dir import SEED, RunDir
@@ -47,7 +48,7 @@ def described_in(path: Path) -> Path:
 def require_path(path: Path) -> None:
     """Raise `CheckpointError` if the path of a model does not exist."""
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist. Give the path of an existing model directory or checkpoint.")
+        raise absent(path)
 
 
 def require_no_run(path: Path) -> None:

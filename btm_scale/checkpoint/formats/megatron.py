@@ -72,6 +72,11 @@ class MegatronModel(ModelReader):
                 raise CheckpointError(
                     f"{path}: '{entry.megatron}' is {listed} on the tensor ranks, which must be equal. Copy it again."
                 )
+            if entry.form == "vocabulary" and (rows := sum(spec.shape[0] for spec in specs)) < shape.vocabulary:
+                raise CheckpointError(
+                    f"{path}: '{entry.megatron}' has {rows} rows, and config.json says vocab_size {shape.vocabulary}. "
+                    "There must be a row per token: use the config.json that belongs to this checkpoint."
+                )
             blanks = [torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in specs]
             for name, tensor in self._converted(entry, blanks).items():
                 self._specs[name], self._entries[name] = TensorSpec.of(tensor), entry

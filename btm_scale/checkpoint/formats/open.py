@@ -23,6 +23,7 @@ from btm_scale.checkpoint.formats.safetensors_writer import INDEX, SINGLE
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec
 from btm_scale.checkpoint.formats.torch_dist import open_torch_dist
 from btm_scale.checkpoint.formats.training import TrainingState, is_training_state
+from btm_scale.checkpoint.formats.unreadable import unreadable
 from btm_scale.checkpoint.formats.wrapped import unwrapped
 from btm_scale.errors import CheckpointError
 
@@ -102,10 +103,7 @@ def format_of(path: Path) -> str:
     if path.is_dir() and checkpoint_folder(path) is not None:
         return "deepspeed universal" if is_universal(path) else "deepspeed"
     require_no_run(path)
-    raise CheckpointError(
-        f"{path} is not a model: it has no {SINGLE}, {INDEX} or {BIN}, and is not a DeepSpeed, torch_dist or training "
-        "checkpoint. Give the path of a model directory or checkpoint."
-    )
+    raise unreadable(path)
 
 
 def open_model(path: Path) -> ModelReader:
@@ -119,7 +117,13 @@ def open_model(path: Path) -> ModelReader:
 
 def open_stored(path: Path) -> ModelReader:
     """Open a model like `open_model`, but with the tensors as they are stored, whatever their quantization."""
-    return unwrapped(_OPENERS[format_of(path)](path))
+    model = unwrapped(_OPENERS[format_of(path)](path))
+    if not model.names:
+        model.close()
+        raise CheckpointError(
+            f"{path} has no named tensors. Save the model's state dict itself, not a dictionary around it."
+        )
+    return model
 
 
 def with_head_names(model: ModelReader) -> ModelReader:

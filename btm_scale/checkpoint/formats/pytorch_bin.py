@@ -8,6 +8,7 @@ from btm_scale.checkpoint.formats.pickles import Inert, load_pickle
 from btm_scale.checkpoint.formats.safetensors import weight_map
 from btm_scale.checkpoint.formats.stored import StoredModel, StoredTensor
 from btm_scale.checkpoint.formats.tensors import CODE_BY_DTYPE
+from btm_scale.checkpoint.formats.unreadable import require_weights_in
 from btm_scale.errors import CheckpointError
 from btm_scale.util.inside import file_inside
 
@@ -38,6 +39,7 @@ def open_state_dict(file: Path) -> StoredModel:
 
 
 def _state_dict(file: Path) -> dict[str, StoredTensor]:
+    require_weights_in(file)
     content = load_pickle(file)
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise CheckpointError(f"{file} does not contain a state dict. Save `model.state_dict()`.")

@@ -20,6 +20,7 @@ from btm_scale.checkpoint.formats.tensors import (
     is_shape,
     unknown_tensor,
 )
+from btm_scale.checkpoint.formats.unreadable import require_weights_in
 from btm_scale.errors import CheckpointError
 from btm_scale.util.bounded_json import MAX_BYTES, parse_json, shown
 from btm_scale.util.inside import file_inside
@@ -49,6 +50,7 @@ def pread_into(descriptor: int, tensor: torch.Tensor, offset: int, path: Path) -
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
     """Return the JSON header of a safetensors file and the byte offset of its data. Raises `CheckpointError`."""
     try:
+        require_weights_in(path)
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

@@ -1,4 +1,4 @@
-"""Check that models can be merged: the same tensors, equivalent configs, one tokenizer."""
+"""Check that models can be merged: the same tensors under the same names."""
 
 from __future__ import annotations
 
@@ -6,43 +6,21 @@ import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from btm_scale.checkpoint.completeness import has_own_head
 from btm_scale.checkpoint.expected import ties_embeddings
-from btm_scale.checkpoint.formats.locate import TOKENIZER_FILES, described_config, described_in
+from btm_scale.checkpoint.formats.locate import described_config
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, dtype_name
 from btm_scale.errors import few_names, first_few
 from btm_scale.model.families import FAMILIES, GPT2
 
-# In checkpoints of older transformers versions.
-_CAUSAL_MASK = re.compile(r"(?:transformer\.)?h\.\d+\.attn\.(?:bias|masked_bias)")
-# Settings that must agree for the mean of two models' weights to be a model.
-_CONFIG_KEYS = (
-    "model_type",
-    "architectures",
-    "hidden_size",
-    "n_embd",
-    "num_hidden_layers",
-    "n_layer",
-    "num_attention_heads",
-    "n_head",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "vocab_size",
-    "hidden_act",
-    "rms_norm_eps",
-    "layer_norm_epsilon",
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-    "sliding_window",
-    "tie_word_embeddings",
-)
+# Buffers of attention in checkpoints of older transformers versions: a triangle, and the number that masks.
+_MASK = re.compile(r"(?:.*\.)?(?:attn|attention|self_attn|self)\.(?:bias|causal_mask|mask)")
+_MASKED_BIAS = re.compile(r"(?:.*\.)?(?:attn|attention)\.masked_bias")
+_GPT2_MASK = re.compile(r"(?:transformer\.)?h\.\d+\.attn\.(?:bias|masked_bias)")
 
 
 def common_specs(
@@ -125,47 +103,20 @@ def _both_float(one: TensorSpec, other: TensorSpec) -> bool:
 
 def is_derived(name: str, model: ModelReader) -> bool:
     """Whether a tensor of a model is derived from others, or from the config, when the model is loaded."""
-    if name.endswith("rotary_emb.inv_freq"):
+    if name.endswith("rotary_emb.inv_freq") or _is_causal_mask(name, model):
         return True
-    causal_mask = _CAUSAL_MASK.fullmatch(name)
-    if name != "lm_head.weight" and not causal_mask:
+    old_mask = _GPT2_MASK.fullmatch(name)
+    if name != "lm_head.weight" and not old_mask:
         return False
     config = described_config(model.path)
     family = FAMILIES.get(config.get("model_type", ""))
-    if causal_mask:
+    if old_mask:
         return family is GPT2
     return ties_embeddings(config) and not has_own_head(model)
 
 
-def config_problems(paths: Sequence[Path]) -> list[str]:
-    """Return a problem for every config that differs in a setting that changes what the weights compute."""
-    configs = {path: config for path in paths if (config := described_config(path))}
-    if not configs:
-        return []
-    (first, ours), *others = configs.items()
-    problems = []
-    for path, theirs in others:
-        differing = [key for key in _CONFIG_KEYS if ours.get(key) != theirs.get(key)]
-        if differing:
-            settings = ", ".join(f"{key} {_shown(ours, key)} and {_shown(theirs, key)}" for key in differing)
-            problems.append(f"The config.json of {first} and {path} differ: {settings}. Merge models of one shape.")
-    return problems
-
-
-def _shown(config: Mapping[str, Any], key: str) -> object:
-    return "(not set)" if config.get(key) is None else config[key]
-
-
-def tokenizer_problems(paths: Sequence[Path]) -> list[str]:
-    """Return a problem for every tokenizer file that differs."""
-    problems = []
-    folders = [described_in(path) for path in paths]
-    for file in TOKENIZER_FILES:
-        holders = [path for path in folders if (path / file).is_file()]
-        for other in holders[1:]:
-            if (holders[0] / file).read_bytes() != (other / file).read_bytes():
-                problems.append(
-                    f"{file} differs between {holders[0]} and {other}. Embeddings can be merged only for the same "
-                    "tokens: merge models with one tokenizer."
-                )
-    return problems
+def _is_causal_mask(name: str, model: ModelReader) -> bool:
+    """Whether a tensor is a mask, by its shape: a bias may have the same name."""
+    if _MASKED_BIAS.fullmatch(name):
+        return model.spec(name).elements == 1
+    return bool(_MASK.fullmatch(name)) and len(shape := model.spec(name).shape) == 4 and shape[:2] == (1, 1)

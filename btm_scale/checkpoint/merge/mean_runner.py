@@ -58,7 +58,7 @@ class MeansRunner:
         plan = self.targets[group.members[0]].plan
         if plan.copies(part.name):
             dtype, plans = plan.specs[part.name].dtype, [self.targets[i].plan for i in group.members]
-            return (stored[group.models[each.copied_from(part.name)]].to(dtype) for each in plans)
+            return (stored[group.models[each.how(part.name).models[0]]].to(dtype) for each in plans)
         outputs, elements = len(group.members), part.stop - part.start
         dtype = plan.specs[part.name].dtype
         rows = self._buffers.array("output", outputs * elements, dtype).view(outputs, elements)

@@ -3,61 +3,24 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from btm_scale.checkpoint.formats.based import with_base
-from btm_scale.checkpoint.formats.rounded import ALL_FINITE, NonFinite
-from btm_scale.checkpoint.formats.weight_sets import weight_sets
-from btm_scale.checkpoint.hashing import BlockHashes, combined_hash, same_models
-from btm_scale.checkpoint.merge import journal
 from btm_scale.checkpoint.merge.mpi import Leader, follow, world
-from btm_scale.checkpoint.merge.plan import MergePlan, Unit, make_plan, plan_means
-from btm_scale.checkpoint.merge.record import Merged, bases_of, chosen_template, provenance
-from btm_scale.checkpoint.merge.sidecars import carry_sidecars, model_card
-from btm_scale.checkpoint.merge.workers import merge_in_processes, open_writer
-from btm_scale.errors import CheckpointError, WorkerLost
-from btm_scale.util.disk_errors import writing
-from btm_scale.util.files import (
-    allocated,
-    make_partial,
-    partial_path,
-    publish_directory,
-    remove_partial,
-    require_space,
-)
-from btm_scale.util.inside import as_private_as
-from btm_scale.util.leftovers import scratch_directory
-from btm_scale.util.pools import MOST, in_threads
-from btm_scale.util.provenance import Provenance, is_recorded, made_before
-
-logger = logging.getLogger(__name__)
+from btm_scale.checkpoint.merge.output import MergeReport, Work, carry_out, passes, would_be_same
+from btm_scale.checkpoint.merge.planned import Planned, by_arguments, by_recipe
+from btm_scale.checkpoint.merge.planning import make_plan, plan_means
+from btm_scale.checkpoint.merge.record import Merged
+from btm_scale.checkpoint.merge.workers import merge_in_processes
+from btm_scale.errors import CheckpointError
+from btm_scale.util.files import allocated, require_space
+from btm_scale.util.provenance import is_recorded, made_before
 
 CHUNK_BYTES = 256 << 10  # of output, so that the working set stays in a core's cache
-_SHARDS_AT_ONCE = 256  # open files; the usual limit of a process is 1,024
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """Summary of a completed merge."""
-
-    output: Path
-    method: str
-    inputs: tuple[tuple[Path, float], ...]
-    tensors: int
-    parameters: int
-    bytes_read: int
-    bytes_written: int
-    content_hash: str
-    seconds: float
-    nonfinite: NonFinite = ALL_FINITE  # elements of the output
-    weights: Mapping[str, str] = field(default_factory=dict)  # by input, the set of files that was read
-    already_complete: bool = False  # an earlier call had written the output, so nothing was written
+_EXISTS = "{} already exists. merge does not overwrite: choose another output, or remove it first."
 
 
 def merge(
@@ -74,23 +37,73 @@ def merge(
     random_seed: int = 0,
     mpi: bool = False,
     chat_template: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    new_rows: str = "mean",
+    allow: Sequence[str] = (),
+    with_recipe: bool = True,
 ) -> MergeReport:
     """Merge model directories into the directory `output`, which appears only when it is complete.
 
-    `inputs` are (directory, weight). `linear` divides by the sum of the weights, so they need not sum to 1, and skips
-    models of weight 0. Sums are computed in float64, in an order that depends only on the models' content: the order of
-    `inputs`, `jobs`, `chunk_bytes` and sharding do not change a bit. `jobs` is the number of processes; by default a
-    large merge uses one per core, unless the calling process has threads. Config, tokenizer and the other files of a
-    model come from the first input with a nonzero weight that has them; `chat_template` is `base` or the path of
-    another template. `base` is the model from which the inputs were trained: methods that compare with it need it, and
-    it completes adapters and checkpoints without their frozen weights. What is not finite in the output is counted and
-    logged. Repeating the call resumes an
-    interrupted merge, and changes nothing after a finished one. With `mpi` every rank of `mpirun` must make the same
-    call, and each gets the report. Raises `CheckpointError` listing every problem, before anything is written.
+    `inputs` are (directory, weight), or names of models in the Hugging Face cache. `linear` divides by the sum of the
+    weights, so they need not sum to 1, and skips models of weight 0. Sums are computed in float64, in an order that
+    depends only on the models' content: the order of `inputs`, `jobs`, `chunk_bytes` and sharding do not change a bit.
+    `jobs` is the number of processes; by default a large merge uses one per core, unless the calling process has
+    threads. Config, tokenizer and the other files of a model come from the first input with a nonzero weight that has
+    them; `chat_template` is `base` or the path of another template. `base` is the model from which the inputs were
+    trained: methods that compare with it need it, and it completes adapters and checkpoints without their frozen
+    weights. What is not finite in the output is counted and logged. `with_recipe` writes `merge_recipe.yaml`, from
+    which `merge_by_recipe` gives the same bytes. Repeating the call resumes an interrupted merge, and changes nothing
+    after a finished one.
+
+    `tokenizer` chooses the vocabulary of the output, to which the rows of all models are matched by token: `union`,
+    `base`, or the path of a tokenizer. `new_rows` is what a model gets for tokens that it lacks, `mean` or `zero` (see
+    `TokenRows`). `allow` names settings that may differ.
+
+    With `mpi` every rank of `mpirun` must make the same call, and each gets the report. Raises `CheckpointError`
+    listing every problem, before anything is written.
     """
+    planned = functools.partial(
+        by_arguments,
+        inputs,
+        method=method,
+        parameters=parameters,
+        base=base,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        random_seed=random_seed,
+        chat_template=chat_template,
+        tokenizer=tokenizer,
+        new_rows=new_rows,
+        allow=allow,
+        with_recipe=with_recipe,
+    )
+    return _merge(Path(output), planned, jobs=jobs, chunk_bytes=chunk_bytes, mpi=mpi)
+
+
+def merge_by_recipe(
+    output: Path,
+    file: Path,
+    *,
+    dtype: str | None = None,
+    random_seed: int | None = None,
+    max_shard_bytes: float | None = None,
+    jobs: int | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+    mpi: bool = False,
+) -> MergeReport:
+    """Merge by a mergekit YAML, or by the `merge_recipe.yaml` of a merge; otherwise as `merge`, which raises the same.
+
+    `dtype`, `random_seed` and `max_shard_bytes` replace the recipe's unless they are None.
+    """
+
+    planned = functools.partial(by_recipe, file, dtype=dtype, random_seed=random_seed, max_shard_bytes=max_shard_bytes)
+    return _merge(Path(output), planned, jobs=jobs, chunk_bytes=chunk_bytes, mpi=mpi)
+
+
+def _merge(
+    output: Path, planned: Callable[[], Planned], *, jobs: int | None, chunk_bytes: int, mpi: bool
+) -> MergeReport:
     started = time.perf_counter()
-    output = Path(output)
-    pairs = tuple((with_base(path, base), float(weight)) for path, weight in inputs)
     ranks = world() if mpi else None
     if ranks is not None and ranks.rank > 0:
         report: MergeReport = follow(ranks)
@@ -101,29 +114,19 @@ def merge(
         # A directory cannot replace a link, not even a dangling one or one to an empty directory.
         exists = output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir())))
         if exists and not is_recorded(output):
-            raise CheckpointError(
-                f"{output} already exists. merge does not overwrite: choose another output, or remove it first."
-            )
-        plan = make_plan(
-            pairs,
-            method=method,
-            parameters=parameters,
-            base=base,
-            dtype=dtype,
-            max_shard_bytes=max_shard_bytes,
-            seed=random_seed,
+            raise CheckpointError(_EXISTS.format(output))
+        one = planned()
+        spread = functools.partial(
+            leader.share_out if leader else functools.partial(merge_in_processes, jobs=jobs), chunk_bytes=chunk_bytes
         )
-        spread = leader.share_out if leader else functools.partial(merge_in_processes, jobs=jobs)
-        template = chosen_template(chat_template, base, pairs)
-        made_by = provenance(plan, output, pairs, dtype, template)
-        work = _Work(plan, output, pairs, made_by=made_by, template=template)
-        carry_out = functools.partial(_carry_out, share_out=functools.partial(spread, chunk_bytes=chunk_bytes))
-        is_same = functools.partial(_would_be_same, work, carry_out)
+        made_by = one.provenance(output)
+        work = Work(one.plan, output, one.inputs, made_by=made_by, template=one.template, recipe=one.recipe)
+        is_same = functools.partial(would_be_same, work, spread)
         if exists and (before := made_before(output, made_by, CheckpointError, is_same=is_same)) is not None:
             report = work.report(Merged.of(before), time.perf_counter() - started)
             done = replace(report, already_complete=True)
             return done
-        (content,) = carry_out([work])
+        (content,) = carry_out([work], spread)
         done = work.report(content, time.perf_counter() - started)
         return done
     finally:
@@ -139,10 +142,7 @@ def merge_tensors(
     Like `merge` with method `linear`, but configs and tokenizers are neither compared nor copied: the caller checks
     that the models are compatible.
     """
-    if os.path.lexists(output):
-        raise CheckpointError(
-            f"{output} already exists. merge does not overwrite: choose another output, or remove it first."
-        )
+    _require_new(output)
     plan = make_plan(
         inputs,
         method="linear",
@@ -153,8 +153,10 @@ def merge_tensors(
         seed=0,
         tensors=tensors,
     )
-    work = _Work(plan, output, tuple(inputs), with_sidecars=False)
-    _carry_out([work], functools.partial(merge_in_processes, jobs=None, chunk_bytes=CHUNK_BYTES))
+    carry_out(
+        [Work(plan, output, tuple(inputs), with_sidecars=False)],
+        functools.partial(merge_in_processes, jobs=None, chunk_bytes=CHUNK_BYTES),
+    )
 
 
 def merge_many(
@@ -168,182 +170,21 @@ def merge_many(
     """
     started = time.perf_counter()
     for output in outputs:
-        if os.path.lexists(output):
-            raise CheckpointError(
-                f"{output} already exists. merge does not overwrite: choose another output, or remove it first."
-            )
+        _require_new(output)
     plans = plan_means(list(outputs.values()), dtype=dtype, max_shard_bytes=max_shard_bytes)
-    works = [_Work(plan, output, tuple(inputs)) for plan, (output, inputs) in zip(plans, outputs.items(), strict=True)]
+    works = [Work(plan, output, tuple(inputs)) for plan, (output, inputs) in zip(plans, outputs.items(), strict=True)]
     reports: list[MergeReport] = []
-    for batch in _passes(works):
+    for batch in passes(works):
         # Each output's own check sees the same free space.
         needed = (max(0, work.bytes_written - allocated(work.partial)) for work in batch)
         require_space(batch[0].output.parent, sum(needed))
-        contents = _carry_out(batch, functools.partial(merge_in_processes, jobs=None, chunk_bytes=CHUNK_BYTES))
+        contents = carry_out(batch, functools.partial(merge_in_processes, jobs=None, chunk_bytes=CHUNK_BYTES))
         seconds = time.perf_counter() - started
         reports += [work.report(content, seconds) for work, content in zip(batch, contents, strict=True)]
         started = time.perf_counter()
     return reports
 
 
-@dataclass(frozen=True)
-class _Work:
-    """One output of a merge."""
-
-    plan: MergePlan
-    output: Path
-    inputs: tuple[tuple[Path, float], ...]
-    with_sidecars: bool = True  # config, tokenizer and model card
-    made_by: Provenance | None = None  # without the answer
-    template: str | None = None  # the chat template, if not that of an input
-
-    @property
-    def partial(self) -> Path:
-        """The temporary directory in which the output is written."""
-        return partial_path(self.output)
-
-    @property
-    def bytes_written(self) -> int:
-        """Bytes of weights."""
-        return sum(spec.nbytes for spec in self.plan.specs.values())
-
-    def report(self, merged: Merged, seconds: float) -> MergeReport:
-        """Return the report of this output."""
-        return MergeReport(
-            output=self.output,
-            method=self.plan.method_name,
-            inputs=self.inputs,
-            tensors=len(self.plan.specs),
-            parameters=sum(spec.elements for spec in self.plan.specs.values()),
-            bytes_read=self.plan.bytes_read,
-            bytes_written=self.bytes_written,
-            content_hash=merged.content_hash,
-            seconds=seconds,
-            nonfinite=merged.nonfinite,
-            weights={
-                str(source.path): str(read) for source in self.plan.everyone if (read := weight_sets(source.path))
-            },
-        )
-
-
-def _passes(works: Sequence[_Work]) -> Iterator[Sequence[_Work]]:
-    """Yield batches of outputs to write together: at least one, and at most `_SHARDS_AT_ONCE` open files."""
-    batch: list[_Work] = []
-    files = 0.0
-    for work in works:
-        shards = 1 + work.bytes_written // work.plan.max_shard_bytes
-        if batch and files + shards > _SHARDS_AT_ONCE:
-            yield batch
-            batch, files = [], 0.0
-        batch.append(work)
-        files += shards
-    if batch:
-        yield batch
-
-
-def _carry_out(works: Sequence[_Work], share_out: Callable[..., None]) -> list[Merged]:
-    """Allocate the shards, merge all units, publish; return what is known of each output.
-
-    An error removes the partial outputs. After the kill of a worker they are kept, and the same merge resumes there.
-    """
-    with ExitStack() as stack:
-        for work in works:
-            stack.enter_context(journal.only_merge_into(work.partial))
-        try:
-            # Mostly I/O bound, so several outputs run at a time.
-            with writing(works[0].output):
-                in_threads(_allocate, works, at_once=MOST)
-                share_out([(work.plan, work.partial) for work in works])
-                return in_threads(_publish, works, at_once=MOST)
-        except WorkerLost:
-            raise
-        except Exception:
-            for work in works:
-                remove_partial(work.partial)
-            raise
-
-
-def _would_be_same(work: _Work, carry_out: Callable[..., list[Merged]]) -> bool:
-    """Merge again, beside the output, and return whether that gives the files that the output has."""
-    logger.info("Inputs of %s have new modification times: merging them again, to compare.", work.output)
-    with scratch_directory(work.output) as folder:
-        again = replace(work, output=folder / work.output.name, made_by=None)
-        carry_out([again])
-        return same_models(again.output, work.output)
-
-
-def _allocate(work: _Work) -> None:
-    """Create the output's shards at full size, unless an interrupted merge left them and they are intact."""
-    fingerprint = work.plan.fingerprint()
-    if not (journal.can_resume(work.partial, fingerprint) and _is_intact(work)):
-        make_partial(work.partial)
-        writer = open_writer(work.plan, work.partial, attach=False)
-        # The journal implies that the headers are on disk; a resumed merge does not write them again.
-        writer.sync()
-        writer.detach()
-        journal.begin(work.partial, fingerprint)
-
-
-def _is_intact(work: _Work) -> bool:
-    """Whether the bytes of every finished unit have the hashes that were noted when they were written."""
-    specs = work.plan.specs
-    done = journal.finished(work.partial)
-    if any(unit.name not in specs or unit.stop > specs[unit.name].elements for unit in done):
-        return False
-    try:
-        writer = open_writer(work.plan, work.partial, attach=True)
-    except OSError:
-        return False
-
-    def has_its_hashes(unit: Unit) -> bool:
-        hashes = BlockHashes()
-        for piece in writer.pieces(unit.name, unit.start, unit.stop):
-            hashes.update(piece)
-        return hashes.finished() == done[unit]
-
-    try:
-        return writer.has_its_headers() and all(in_threads(has_its_hashes, list(done), at_once=MOST))
-    finally:
-        writer.detach()
-
-
-def _publish(work: _Work) -> Merged:
-    """Add the sidecars and publish a merged model."""
-    nonfinite = journal.nonfinite(work.partial)
-    content = _complete(work.plan, work.partial)
-    if work.with_sidecars:
-        _add_sidecars(work, content)
-    if work.made_by is not None:
-        answer = {"content_hash": content, **({"nonfinite": asdict(nonfinite)} if nonfinite else {})}
-        work.made_by.model_copy(update={"answer": answer}).write_into(work.partial)
-    as_private_as([*(source.path for source in work.plan.everyone), *bases_of(work.plan)], work.partial)
-    publish_directory(work.partial, work.output)
-    if nonfinite:
-        dtypes = {spec.dtype for spec in work.plan.specs.values() if spec.dtype.is_floating_point}
-        logger.warning("%s", nonfinite.message(work.output, dtypes.pop() if len(dtypes) == 1 else None))
-    return Merged(content, nonfinite)
-
-
-def _add_sidecars(work: _Work, content: str) -> None:
-    # A model of weight 0 was neither read nor compared; its config may be of a different family.
-    read = {source.path for source in work.plan.sources}
-    used = [path for path, _ in work.inputs if path in read]
-    carry_sidecars(used, work.partial, work.plan.specs, template=work.template)
-    (work.partial / "README.md").write_text(model_card(work.plan, work.inputs, content), encoding="utf-8")
-
-
-def _complete(plan: MergePlan, partial: Path) -> str:
-    """Give the shards their final names; return the content hash."""
-    done = journal.finished(partial)
-    blocks: dict[str, list[str]] = {name: [] for name in plan.specs}
-    writer = open_writer(plan, partial, attach=True)
-    for unit in plan.units:
-        blocks[unit.name] += done[unit]
-        writer.mark_written(unit.name, unit.start, unit.stop)
-    for name, spec in plan.specs.items():
-        if spec.elements == 0:
-            writer.mark_written(name)
-    # The journal is removed first: a kill in between loses work, but never leaves a journal of renamed shards.
-    journal.clear(partial)
-    writer.close()
-    return combined_hash(plan.specs, blocks)
+def _require_new(output: Path) -> None:
+    if os.path.lexists(output):
+        raise CheckpointError(_EXISTS.format(output))

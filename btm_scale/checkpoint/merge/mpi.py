@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from btm_scale.checkpoint.merge.bar import Bar
 from btm_scale.checkpoint.merge.workers import Output, merge_share
 from btm_scale.errors import CheckpointError
 from btm_scale.util.mpi import mpi_rank
@@ -66,7 +67,15 @@ def follow(ranks: Any) -> Any:
 def _own_share(ranks: Any, outputs: Sequence[Output], chunk_bytes: int) -> str | None:
     """Merge this rank's units; an error is returned rather than raised, so that every rank reaches the end."""
     try:
-        merge_share(outputs, ranks.rank, ranks.size, chunk_bytes=chunk_bytes, by_shard=True)
+        with Bar(outputs) as bar:
+            merge_share(
+                outputs,
+                ranks.rank,
+                ranks.size,
+                chunk_bytes=chunk_bytes,
+                by_shard=True,
+                bar=None if ranks.rank else bar,
+            )
     except Exception as error:
         return f"rank {ranks.rank}: {error}"
     return None

@@ -1,28 +1,19 @@
-"""Plan a merge: every problem is reported before the first byte is written."""
+"""What determines the bytes of a merge: its models, how each tensor is merged, and the units of work."""
 
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from btm_scale.checkpoint.completeness import problems_of
-from btm_scale.checkpoint.formats.based import base_of, is_completed
-from btm_scale.checkpoint.formats.open import open_model
-from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, parse_dtype
-from btm_scale.checkpoint.hashing import BLOCK_BYTES, sample_hash
-from btm_scale.checkpoint.merge import elementwise, whole_tensor  # noqa: F401 (they register their methods)
-from btm_scale.checkpoint.merge.compatibility import common_specs, config_problems, tokenizer_problems
-from btm_scale.checkpoint.merge.registry import METHODS, Method, find_method
-from btm_scale.checkpoint.merge.towers import other_towers
-from btm_scale.errors import CheckpointError, near_match
+from btm_scale.checkpoint.formats.tensors import TensorSpec
+from btm_scale.checkpoint.hashing import BLOCK_BYTES
+from btm_scale.checkpoint.merge import elementwise, fusion, sparse, spherical, whole_tensor  # noqa: F401 (they register their methods)
+from btm_scale.checkpoint.merge.registry import Method, PerModel, find_method
+from btm_scale.checkpoint.merge.views import Views
 
 
 @dataclass(frozen=True)
@@ -48,10 +39,41 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class TensorMerge:
+    """How one tensor is merged: which tensors of which models are read, by which method.
+
+    `models` and the first entry of `base` are indices into the plan's `everyone`.
+    """
+
+    method_name: str
+    parameters: Mapping[str, PerModel]
+    models: tuple[int, ...]
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    base: tuple[int, str] | None
+
+    @property
+    def method(self) -> Method:
+        """The registered method."""
+        return find_method(self.method_name)
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the result is the only model's tensor."""
+        if len(self.models) != 1:
+            return False
+        settings = {**self.method.parameters, **self.parameters}
+        kept = {"linear": settings.get("normalize") == 1, "passthrough": settings.get("scale") in (1, (1,))}
+        return kept.get(self.method_name, False)
+
+
+@dataclass(frozen=True)
 class MergePlan:
     """Everything that determines the bytes of a merge; it can be sent to other processes.
 
-    The order of `sources` depends on their content and weights, not on the order of the arguments.
+    The order of `sources` depends on their content and weights, not on the order of the arguments. `tensors` has an
+    entry for every tensor if they are not all merged alike; the sources' weights then have no meaning. `layers` is set
+    if layers are stacked: for each layer of the output a source, by its index, and the number of the layer there.
     """
 
     sources: tuple[Source, ...]
@@ -64,10 +86,13 @@ class MergePlan:
     bytes_read: int
     first: Path | None = None  # the first input, from which `copied` are
     copied: frozenset[str] = frozenset()  # tensors outside the language model
+    views: Views = field(default_factory=Views)
+    tensors: Mapping[str, TensorMerge] = field(default_factory=dict)
+    layers: tuple[tuple[int, int], ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the fields only: a pool pickles a plan in another thread, while this one may be caching `units`."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {one.name: getattr(self, one.name) for one in fields(self)}
 
     @property
     def method(self) -> Method:
@@ -94,199 +119,29 @@ class MergePlan:
         specs = {name: str(spec) for name, spec in self.specs.items()}
         settings = [self.everyone, self.method_name, self.parameters, specs, self.max_shard_bytes, self.seed]
         settings += [self.first, sorted(self.copied)] if self.copied else []
+        settings += [changed] if (changed := self.views.digest()) else []
+        settings += [self.tensors] if self.tensors else []
         return hashlib.sha256(repr(settings).encode()).hexdigest()
+
+    def how(self, name: str) -> TensorMerge:
+        """Return how a tensor is merged."""
+        if name in self.copied:
+            index = next(i for i, source in enumerate(self.sources) if source.path == self.first)
+            return TensorMerge("passthrough", {}, (index,), (name,), (1.0,), None)
+        if self.tensors:
+            return self.tensors[name]
+        count = len(self.sources)
+        weights = tuple(source.weight for source in self.sources)
+        base = (count, name) if self.base else None
+        return TensorMerge(self.method_name, self.parameters, tuple(range(count)), (name,) * count, weights, base)
 
     def copies(self, name: str) -> bool:
         """Whether a tensor is copied unchanged: it is not floating-point or of language, or there is only one model."""
-        return (
-            name in self.copied
-            or not self.specs[name].dtype.is_floating_point
-            or (len(self.sources) == 1 and self.method_name == "linear")
-        )
-
-    def copied_from(self, name: str) -> int:
-        """Return the index of the source from which a tensor is copied."""
-        return [source.path for source in self.sources].index(self.first) if name in self.copied and self.first else 0
+        return not self.specs[name].dtype.is_floating_point or self.how(name).is_copy
 
     def _units_of(self, name: str) -> Iterator[Unit]:
         spec = self.specs[name]
-        undivided = not self.method.elementwise and not self.copies(name)
+        undivided = not self.how(name).method.elementwise and not self.copies(name)
         step = spec.elements if undivided else BLOCK_BYTES // spec.dtype.itemsize
         for start in range(0, spec.elements, max(step, 1)):
             yield Unit(name, start, min(start + step, spec.elements))
-
-
-def make_plan(
-    inputs: Sequence[tuple[Path, float]],
-    *,
-    method: str,
-    parameters: Mapping[str, float] | None,
-    base: Path | None,
-    dtype: str | None,
-    max_shard_bytes: float,
-    seed: int,
-    tensors: Sequence[str] | None = None,
-) -> MergePlan:
-    """Check a merge and return its plan. Raises one `CheckpointError` that lists every problem.
-
-    With `tensors` only these are merged, and the models' configs and tokenizers are not compared.
-    """
-    chosen = find_method(method)
-    used = _used_inputs(chosen, inputs)
-    problems = _weight_problems(chosen, used) + _parameter_problems(chosen, parameters or {})
-    if chosen.needs_base and base is None:
-        problems.append(
-            f"'{method}' needs a base: the model from which all inputs were trained. Give it (--base DIR; `base` in "
-            "Python)."
-        )
-    if base is not None and not chosen.needs_base and not any(map(is_completed, (path for path, _ in used))):
-        others = ", ".join(name for name, other in sorted(METHODS.items()) if other.needs_base)
-        problems.append(f"'{method}' takes no base. Leave {base} out, or use a method that takes one: {others}.")
-    basis = [Path(base)] if base is not None and chosen.needs_base else []
-    paths = [*(path for path, _ in used), *basis]
-    models = _checked(paths, parse_dtype(dtype) if dtype else None, problems, tensors)
-    settings = {**chosen.parameters, **(parameters or {})}
-    origin = models.source(basis[0], 0.0) if basis else None
-    return models.plan(used, origin, method, settings, max_shard_bytes, seed)
-
-
-def plan_means(
-    outputs: Sequence[Sequence[tuple[Path, float]]], *, dtype: str | None = None, max_shard_bytes: float
-) -> list[MergePlan]:
-    """Return plans of method `linear` for several outputs, checking every model once. Raises like `make_plan`."""
-    linear = find_method("linear")
-    per_output = [_used_inputs(linear, inputs) for inputs in outputs]
-    problems = [problem for used in per_output for problem in _weight_problems(linear, used)]
-    paths = list(dict.fromkeys(path for used in per_output for path, _ in used))
-    models = _checked(paths, parse_dtype(dtype) if dtype else None, problems)
-    return [models.plan(used, None, "linear", {}, max_shard_bytes, 0) for used in per_output]
-
-
-@dataclass(frozen=True)
-class _Models:
-    """Facts about compatible models that any plan of them needs."""
-
-    specs: Mapping[str, TensorSpec]
-    samples: Mapping[Path, str]
-    files: Mapping[Path, str]
-    bytes_read: Mapping[Path, int]
-
-    def source(self, path: Path, weight: float) -> Source:
-        return Source(path, weight, self.samples[path], self.files[path])
-
-    def plan(
-        self,
-        inputs: Sequence[tuple[Path, float]],
-        base: Source | None,
-        method: str,
-        parameters: Mapping[str, float],
-        max_shard_bytes: float,
-        seed: int,
-    ) -> MergePlan:
-        sources = [self.source(path, weight) for path, weight in inputs]
-        # Content first: all means of the same models then add them in one order, and can be computed together.
-        sources.sort(key=lambda source: (source.sample, source.weight, str(source.path.resolve())))
-        read = sum(self.bytes_read[source.path] for source in [*sources, *([base] if base else [])])
-        first = inputs[0][0]
-        copied = other_towers(first, self.specs) if len(inputs) > 1 else frozenset()
-        return MergePlan(
-            tuple(sources), base, method, parameters, self.specs, max_shard_bytes, seed, read, first, copied
-        )
-
-
-def _used_inputs(method: Method, inputs: Sequence[tuple[Path, float]]) -> list[tuple[Path, float]]:
-    return [(path, float(weight)) for path, weight in inputs if weight or method.name != "linear"]
-
-
-def _checked(
-    paths: Sequence[Path], dtype: torch.dtype | None, problems: list[str], tensors: Sequence[str] | None = None
-) -> _Models:
-    """Open and compare all models. Raises one `CheckpointError` that lists `problems` and any found here."""
-    problems = list(problems)
-    with ExitStack() as stack:
-        readers: list[ModelReader] = []
-        for path in paths:
-            try:
-                readers.append(stack.enter_context(open_model(path)))
-            except CheckpointError as error:
-                problems.append(str(error))
-        problems += [
-            f"{reader.path} has no named tensors. Save the model's state dict itself, not a dictionary around it."
-            for reader in readers
-            if not reader.names
-        ]
-        specs: dict[str, TensorSpec] = {}
-        if len(readers) == len(paths) and readers:
-            # The configs' sizes come first: they explain most differences between tensors.
-            if tensors is None:
-                problems += config_problems(paths) + tokenizer_problems(paths)
-                problems += [problem for reader in readers for problem in problems_of(reader)]
-            specs, differences = common_specs(readers, dtype, tensors)
-            problems += differences
-        if problems:
-            listing = "\n".join(f"  - {problem}" for problem in problems)
-            raise CheckpointError(f"Cannot merge these models. Nothing was written:\n{listing}")
-        by_path = dict(zip(paths, readers, strict=True))
-        return _Models(
-            specs,
-            {path: sample_hash(reader) for path, reader in by_path.items()},
-            {path: _files_hash(path) for path in by_path},
-            {path: sum(reader.spec(name).nbytes for name in specs) for path, reader in by_path.items()},
-        )
-
-
-def _files_hash(path: Path) -> str:
-    """Return a hash that changes with the name, size or modification time of any file of a model or of its base.
-
-    Dangling links (editor locks) and partial outputs inside the model's folder are ignored.
-    """
-    base = base_of(path) if is_completed(path) else None
-    files = [
-        (str(file), (stat := file.stat()).st_size, stat.st_mtime_ns)
-        for file in sorted(path.rglob("*") if path.is_dir() else [path])
-        if file.is_file() and ".partial" not in str(file.relative_to(path))
-    ]
-    completing = [] if base is None else [_files_hash(base)]
-    return hashlib.sha256(repr([*files, *completing]).encode()).hexdigest()
-
-
-def _weight_problems(method: Method, inputs: Sequence[tuple[Path, float]]) -> list[str]:
-    weights = [weight for _, weight in inputs]
-    problems = []
-    if not inputs:
-        problems.append("No input has a nonzero weight. Give at least one input a nonzero weight.")
-    elif not math.isfinite(sum(map(abs, weights))):
-        problems.append(f"The weights are {weights}. They and their sum must be finite.")
-    elif method.name in ("linear", "slerp") and abs(sum(weights)) <= 1e-12 * sum(map(abs, weights)):
-        problems.append(f"The weights {weights} sum to 0. '{method.name}' divides by their sum: change a weight.")
-    if method.exactly is not None and len(inputs) != method.exactly:
-        problems.append(f"'{method.name}' merges exactly {method.exactly} models, but {len(inputs)} were given.")
-    if not method.weighted and len(set(weights)) > 1:
-        problems.append(f"'{method.name}' computes its own weights. Leave out {weights}, or use another method.")
-    return problems
-
-
-def _parameter_problems(method: Method, parameters: Mapping[str, float]) -> list[str]:
-    defaults = method.parameters
-    choices = ", ".join(f"{name} (default {value:g})" for name, value in defaults.items())
-    remedy = f"Its parameters are: {choices}." if defaults else "It takes no parameters: leave it out."
-    problems = [
-        f"'{method.name}' has no parameter '{name}'.{near_match(name, list(defaults))} {remedy}"
-        for name in parameters
-        if name not in defaults
-    ]
-    settings = {**defaults, **parameters}
-    problems += [
-        f"'{name}' of '{method.name}' is {value}. It must be finite: leave it out for the default, {defaults[name]}."
-        for name, value in settings.items()
-        if name in defaults and not math.isfinite(value)
-    ]
-    density, half = settings.get("density", 1.0), settings.get("window", 0.0) / 2
-    if not 0 < density - half <= density + half <= 1:
-        windowed = "window" in defaults
-        kept = f"{density - half:g} to {density + half:g}" if windowed else f"{density:g}"
-        problems.append(
-            f"'{method.name}' would keep a fraction of {kept} of the elements. {'Both' if windowed else 'It'} must be "
-            f"above 0 and at most 1: change {'density or window' if windowed else 'density'}."
-        )
-    return problems

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from btm_scale.checkpoint.formats.rounded import NonFinite
 from btm_scale.checkpoint.formats.tensors import dtype_name, parse_dtype
 from btm_scale.checkpoint.merge.carried import given_template
 from btm_scale.checkpoint.merge.plan import MergePlan
+from btm_scale.checkpoint.merge.sidecars import shown_parameters
 from btm_scale.errors import CheckpointError
 from btm_scale.util.provenance import Input, Provenance
 
@@ -43,7 +45,12 @@ def chosen_template(given: str | Path | None, base: Path | None, inputs: Sequenc
 
 
 def provenance(
-    plan: MergePlan, output: Path, inputs: Sequence[tuple[Path, float]], dtype: str | None, template: str | None
+    plan: MergePlan,
+    output: Path,
+    inputs: Sequence[tuple[Path, float]],
+    dtype: str | None,
+    template: str | None,
+    recipe: str | None,
 ) -> Provenance:
     """Return the record of a merge, without its answer. Bases are the last inputs."""
     read = {source.path for source in plan.sources}
@@ -52,13 +59,17 @@ def provenance(
     made_from += [Input.of(base, besides=output) for base in bases]
     settings = {
         "method": plan.method_name,
-        "parameters": dict(plan.parameters),
+        "parameters": shown_parameters(plan),
         "dtype": dtype_name(parse_dtype(dtype)) if dtype else None,
         "max_shard_bytes": float(plan.max_shard_bytes),
         "seed": plan.seed,
     }
     if template is not None:
         settings["chat_template"] = template
+    if (rows := plan.views.rows) is not None:
+        settings |= {"tokenizer": rows.choice, "new_rows": "zero" if rows.zero else "mean", "vocabulary": rows.digest}
+    if plan.tensors:
+        settings["recipe"] = hashlib.sha256(str(recipe).encode()).hexdigest()
     return Provenance(command="merge", inputs=tuple(made_from), settings=settings, answer={})
 
 

@@ -18,7 +18,22 @@ if TYPE_CHECKING:  # `merge --help` reads the methods' signatures without it
 RANGES = {
     "density": "above 0, at most 1",
     "window": "0 or more, with density - window/2 above 0 and density + window/2 at most 1",
+    "gamma": "0 or more, below 1",
+    "max_iter": "0 to 1,000",
+    "normalize": "0 or 1",
+    "rescale": "0 or 1",
+    "flatten": "0 or 1",
+    "row_wise": "0 or 1",
+    "filter_wise": "0 or 1",
 }
+
+PerModel = float | tuple[float, ...]
+"""A parameter that a recipe may set for each model: one value for all, or one per model in the order of the weights."""
+
+
+def for_each(value: PerModel, models: int) -> tuple[float, ...]:
+    """Return the value of a parameter for each of the models."""
+    return value if isinstance(value, tuple) else (value,) * models
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,11 @@ class Piece:
         assert self.base is not None
         return self.base
 
+    def random(self, i: int) -> torch.Tensor:
+        """Return the noise of model i, for a method that draws at random."""
+        assert self.noise is not None
+        return self.noise(i)
+
     def copies(self) -> list[torch.Tensor]:
         """Return copies of every model's part, valid after the iteration."""
         return [tensor.clone() for tensor in self.tensors]
@@ -50,6 +70,10 @@ class Piece:
     def deltas(self) -> list[torch.Tensor]:
         """Return every model's difference from the base."""
         return [tensor - self.origin for tensor in self.tensors]
+
+    def vectors(self) -> list[torch.Tensor]:
+        """Return every model's difference from the base, or a copy of the model's part if there is no base."""
+        return self.copies() if self.base is None else self.deltas()
 
 
 @dataclass(frozen=True)
@@ -85,6 +109,18 @@ class Method:
     needs_base: bool
     weighted: bool
     exactly: int | None
+    may_have_base: bool = False
+
+    @property
+    def takes_base(self) -> bool:
+        """Whether a base may be given."""
+        return self.needs_base or self.may_have_base
+
+    @property
+    def per_model(self) -> frozenset[str]:
+        """Names of the parameters that may have one value per model."""
+        signature = inspect.signature(self.function).parameters.values()
+        return frozenset(one.name for one in signature if one.annotation == "PerModel")
 
     @property
     def meaning(self) -> str:
@@ -97,7 +133,7 @@ class Method:
         signature = inspect.signature(self.function).parameters.values()
         return {one.name: one.default for one in signature if one.kind is one.KEYWORD_ONLY}
 
-    def prepare(self, pieces: TensorPieces, parameters: Mapping[str, float]) -> Merge:
+    def prepare(self, pieces: TensorPieces, parameters: Mapping[str, PerModel]) -> Merge:
         """Return the function that merges one piece of a tensor."""
         if self.elementwise:
             return functools.partial(self.function, **parameters)
@@ -109,13 +145,18 @@ METHODS: dict[str, Method] = {}
 
 
 def method(
-    *, elementwise: bool, needs_base: bool = False, weighted: bool = True, exactly: int | None = None
+    *,
+    elementwise: bool,
+    needs_base: bool = False,
+    weighted: bool = True,
+    exactly: int | None = None,
+    may_have_base: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as a merge method under its own name."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = function.__name__
-        METHODS[name] = Method(name, function, elementwise, needs_base, weighted, exactly)
+        METHODS[name] = Method(name, function, elementwise, needs_base, weighted, exactly, may_have_base)
         return function
 
     return register

@@ -36,6 +36,11 @@ class Target:
         if counts := count_nonfinite(exact, rounded):
             self.nonfinite.setdefault(unit, []).append(counts)
 
+    @property
+    def everyone(self) -> Sequence[ModelReader]:
+        """All open models, in the order of the plan's `everyone`."""
+        return [*self.inputs, *([self.base] if self.base else [])]
+
 
 class Buffers:
     """Reusable arrays per thread: allocating memory for every piece costs more than the sums."""
@@ -92,14 +97,16 @@ class UnitRunner:
         target, plan = self._target, self._target.plan
         spec = plan.specs[unit.name]
         parts = parts_of(unit, self.chunk_bytes // spec.dtype.itemsize)
+        how = plan.how(unit.name)
         if plan.copies(unit.name):
-            yield from (self._buffers.stored(target.inputs[plan.copied_from(unit.name)], part) for part in parts)
-        elif plan.method.elementwise:
-            merge = functools.partial(plan.method.function, **plan.parameters)
+            model = target.everyone[how.models[0]]
+            yield from (self._buffers.stored(model, _named(part, how.names[0])) for part in parts)
+        elif how.method.elementwise:
+            merge = functools.partial(how.method.function, **how.parameters)
             yield from (merge(self._piece(part)) for part in parts)
         else:
             pieces = TensorPieces(spec.shape, lambda: self._pieces_of_rows(unit.name, spec.shape))
-            yield from map(plan.method.prepare(pieces, plan.parameters), pieces)
+            yield from map(how.method.prepare(pieces, how.parameters), pieces)
 
     def _pieces_of_rows(self, name: str, shape: tuple[int, ...]) -> Iterator[Piece]:
         """Yield a tensor in pieces of complete rows, which depend only on its shape; a vector is one piece."""
@@ -112,23 +119,29 @@ class UnitRunner:
 
     def _piece(self, part: Unit, shape: tuple[int, ...] | None = None) -> Piece:
         """Return a part as a piece, flat unless `shape` is given."""
-        target, plan = self._target, self._target.plan
+        plan, models = self._target.plan, self._target.everyone
+        how = plan.how(part.name)
 
         def shaped(flat: torch.Tensor) -> torch.Tensor:
             return flat if shape is None else flat.reshape(shape)
 
         def noise(i: int) -> torch.Tensor:
-            key = f"{plan.seed}/{part.name}/{plan.sources[i].sample}"
+            key = f"{plan.seed}/{part.name}/{plan.everyone[how.models[i]].sample}"
             return shaped(uniform(key, part.start, part.stop))
+
+        def read(model: int, name: str, purpose: str) -> torch.Tensor:
+            return shaped(self._buffers.widened(self._buffers.stored(models[model], _named(part, name)), purpose))
 
         zeros = self._buffers.array("result", part.stop - part.start, torch.float64).zero_()
         return Piece(
-            tensors=(shaped(self._read(model, part, "input")) for model in target.inputs),
-            weights=[source.weight for source in plan.sources],
+            tensors=(read(model, name, "input") for model, name in zip(how.models, how.names, strict=True)),
+            weights=how.weights,
             zeros=shaped(zeros),
-            base=shaped(self._read(target.base, part, "base")) if target.base else None,
+            base=read(*how.base, "base") if how.base else None,
             noise=noise,
         )
 
-    def _read(self, model: ModelReader, part: Unit, purpose: str) -> torch.Tensor:
-        return self._buffers.widened(self._buffers.stored(model, part), purpose)
+
+def _named(part: Unit, name: str) -> Unit:
+    """Return the same elements of another tensor."""
+    return part if name == part.name else Unit(name, part.start, part.stop)

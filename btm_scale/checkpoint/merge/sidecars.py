@@ -16,6 +16,8 @@ from btm_scale.checkpoint.formats.tensors import TensorSpec, dtype_name
 from btm_scale.checkpoint.formats.weight_sets import weight_sets
 from btm_scale.checkpoint.merge.carried import kind_of, own_files, template_of
 from btm_scale.checkpoint.merge.plan import MergePlan
+from btm_scale.checkpoint.merge.registry import RANGES
+from btm_scale.checkpoint.merge.stacking import stacked_config
 from btm_scale.util.inside import copy_inside
 
 _TEMPLATE = "chat_template.jinja"
@@ -47,9 +49,9 @@ def carry_sidecars(
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
                 copy_inside(folder, name, target)
     if template is not None:
-        _set_template(target, template)
+        set_template(target, template)
     elif "tokenizer" in taken and template_of(target) is None and (own := [*filter(None, map(template_of, folders))]):
-        _set_template(target, own[0])
+        set_template(target, own[0])
     if described is not None:
         config = written_config(configs[described], specs)
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -89,13 +91,34 @@ def _with_dtype(section: dict[str, Any], name: str) -> dict[str, Any]:
     return changed
 
 
-def _set_template(target: Path, template: str) -> None:
+def set_template(target: Path, template: str) -> None:
     """Make `template` the only chat template of a directory, in each of the files that has one."""
     for name in ("tokenizer_config.json", "chat_template.json"):
         content = read_json(target / name)
         if "chat_template" in content:
             (target / name).write_text(json.dumps(content | {"chat_template": template}, indent=2) + "\n")
     (target / _TEMPLATE).write_text(template, encoding="utf-8")
+
+
+def stack_layers(target: Path, layers: Sequence[tuple[Path, int]]) -> None:
+    """Describe stacked layers in the config.json of `target`.
+
+    `layers` has, for each layer, the model that it is from and its number there.
+    """
+    configs = {path: described_config(path) for path in dict(layers)}
+    config, _ = stacked_config(read_json(target / "config.json"), [(configs[path], number) for path, number in layers])
+    if config:
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def shown_parameters(plan: MergePlan) -> dict[str, float]:
+    """Return the parameters that a record lists: all numbers, and the switches that are not at their defaults."""
+    defaults = plan.method.parameters
+    return {
+        name: value
+        for name, value in plan.parameters.items()
+        if RANGES.get(name) != "0 or 1" or value != defaults.get(name)
+    }
 
 
 def recorded_hash(directory: Path) -> str | None:
@@ -107,10 +130,12 @@ def recorded_hash(directory: Path) -> str | None:
 def model_card(plan: MergePlan, inputs: Sequence[tuple[Path, float]], content_hash: str) -> str:
     """Return the README.md of a merged model: parents and base by name, their hashes and weights, and the method."""
     samples: Mapping[Path, str] = {source.path: source.sample for source in plan.sources}
-    rows = [_row(path, f"{weight:g}", samples.get(path)) for path, weight in inputs]
+    rows = [_row(path, "recipe" if plan.tensors else f"{weight:g}", samples.get(path)) for path, weight in inputs]
     if plan.base is not None:
         rows.append(_row(plan.base.path, "base", plan.base.sample))
-    settings = ", ".join(f"{name} = {value:g}" for name, value in plan.parameters.items()) or "none"
+    settings = ", ".join(f"{name} = {value:g}" for name, value in shown_parameters(plan).items()) or "none"
+    if plan.tensors:
+        settings = "see merge_recipe.yaml"
     note = ["`*`: of the first elements of each tensor only, because the model has no expert.json with its hash.", ""]
     lines = [
         "---",

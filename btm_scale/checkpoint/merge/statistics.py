@@ -39,16 +39,18 @@ def count_nonzero(pieces: TensorPieces, scores: Scores) -> int:
     return sum(int(torch.count_nonzero(scores(piece)[0].float())) for piece in pieces)
 
 
-def least_of_largest(pieces: TensorPieces, scores: Scores, count: int) -> list[float]:
+def least_of_largest(pieces: TensorPieces, scores: Scores, count: int | Sequence[int]) -> list[float]:
     """Return, for each of the non-negative scores, the smallest of its `count` largest elements, or inf if count is 0.
 
-    Scores are ranked as float32. The bit patterns of non-negative floats are ordered like the floats, so two counting
-    passes, over the upper and then the lower 16 bits, find the element without sorting.
+    `count` is one number for all scores, or one per score. Scores are ranked as float32. The bit patterns of
+    non-negative floats are ordered like the floats, so two counting passes, over the upper and then the lower 16 bits,
+    find the element without sorting.
     """
     upper = _counted(pieces, lambda piece: [_bits(score) >> 16 for score in scores(piece)])
-    if count <= 0 or not upper:
+    wanted = [count] * len(upper) if isinstance(count, int) else list(count)
+    if not upper or max(wanted) <= 0:
         return [math.inf] * len(upper)
-    places = [_place(counts, count) for counts in upper]
+    places = [_place(counts, max(number, 1)) for counts, number in zip(upper, wanted, strict=True)]
 
     def lower_bits(piece: Piece) -> list[torch.Tensor]:
         bits = [_bits(score) for score in scores(piece)]
@@ -57,7 +59,8 @@ def least_of_largest(pieces: TensorPieces, scores: Scores, count: int) -> list[f
     lower = _counted(pieces, lower_bits)
     halves = [(half, _place(counts, rest)[0]) for counts, (half, rest) in zip(lower, places, strict=True)]
     values = torch.tensor([high << 16 | low for high, low in halves], dtype=torch.int32)
-    return values.view(torch.float32).tolist()
+    least = values.view(torch.float32).tolist()
+    return [value if number > 0 else math.inf for value, number in zip(least, wanted, strict=True)]
 
 
 def at_least(score: torch.Tensor, least: float) -> torch.Tensor:

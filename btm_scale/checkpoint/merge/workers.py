@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
 from btm_scale.checkpoint.merge import journal
+from btm_scale.checkpoint.merge.bar import Bar
 from btm_scale.checkpoint.merge.mean_runner import MeansRunner
 from btm_scale.checkpoint.merge.plan import MergePlan, Unit
 from btm_scale.checkpoint.merge.runner import Target, UnitRunner
@@ -22,6 +22,7 @@ from btm_scale.util.pools import MOST, in_threads, lost_workers_told, may_fork, 
 # Bytes of output between two journal entries. Each fsyncs while the threads continue, so that little is left to flush
 # at the end.
 _NOTE_EVERY = 128 << 20
+_BAR_SECONDS = 1.0
 
 Output = tuple[MergePlan, Path]
 """A plan and the directory of its partial shards."""
@@ -43,16 +44,25 @@ def open_writer(plan: MergePlan, partial: Path, *, attach: bool) -> ShardedWrite
     return ShardedWriter(partial, plan.specs, max_shard_bytes=plan.max_shard_bytes, attach=attach)
 
 
-def merge_share(outputs: Sequence[Output], rank: int, size: int, *, chunk_bytes: int, by_shard: bool = False) -> None:
+def merge_share(
+    outputs: Sequence[Output],
+    rank: int,
+    size: int,
+    *,
+    chunk_bytes: int,
+    by_shard: bool = False,
+    bar: Bar | None = None,
+) -> None:
     """Merge and record this rank's part, one of `size`, of the remaining units, which all outputs have in common.
 
-    `by_shard` assigns every output file to one rank: on NFS two hosts must not write the same page of a file.
+    `by_shard` assigns every output file to one rank: on NFS two hosts must not write the same page of a file. `bar` is
+    updated with what all ranks recorded.
     """
     done = set.intersection(*(set(journal.finished(partial)) for _, partial in outputs))
     with ExitStack() as stack:
         stack.enter_context(_one_torch_thread())
         paths = {source.path for plan, _ in outputs for source in plan.everyone}
-        models = {path: stack.enter_context(open_model(path)) for path in paths}
+        models = outputs[0][0].views.open(sorted(paths), stack)
         targets = []
         for plan, partial in outputs:
             writer = open_writer(plan, partial, attach=True)
@@ -77,7 +87,7 @@ def merge_share(outputs: Sequence[Output], rank: int, size: int, *, chunk_bytes:
             in_threads(note_one, range(len(targets)), at_once=MOST)  # I/O bound
 
         run = UnitRunner(first, chunk_bytes) if len(targets) == 1 else MeansRunner(targets, chunk_bytes)
-        _run_all(mine, run, min(cores, MOST), note)
+        _run_all(mine, run, min(cores, MOST), note, bar)
 
 
 def merge_in_processes(outputs: Sequence[Output], jobs: int | None, *, chunk_bytes: int) -> None:
@@ -88,13 +98,17 @@ def merge_in_processes(outputs: Sequence[Output], jobs: int | None, *, chunk_byt
         large = any(plan.is_large for plan, _ in outputs)
         jobs = min(len(os.sched_getaffinity(0)), MOST) if forks and large else 1
     share = functools.partial(merge_share, outputs, size=jobs, chunk_bytes=chunk_bytes)
-    if jobs == 1:
-        return share(0)
-    with lost_workers_told(), process_pool(jobs - 1, forks=forks) as pool:
-        others = [pool.submit(share, rank) for rank in range(1, jobs)]
-        share(0)
-        for other in others:
-            other.result()
+    with Bar(outputs) as bar:
+        if jobs == 1:
+            return share(0, bar=bar)
+        with lost_workers_told(), process_pool(jobs - 1, forks=forks) as pool:
+            others = {pool.submit(share, rank) for rank in range(1, jobs)}
+            share(0, bar=bar)
+            while others:
+                done, others = wait(others, timeout=_BAR_SECONDS, return_when=FIRST_COMPLETED)
+                for other in done:
+                    other.result()
+                bar.update()
     return None
 
 
@@ -103,6 +117,7 @@ def _run_all(
     run: UnitRunner | MeansRunner,
     threads: int,
     note: Callable[[Sequence[tuple[Unit, list[list[str]]]]], None],
+    bar: Bar | None,
 ) -> None:
     """Run units in threads, recording completed ones every `_NOTE_EVERY` bytes; the first error stops the rest."""
     done: list[tuple[Unit, list[list[str]]]] = []
@@ -121,6 +136,8 @@ def _run_all(
                 if unnoted >= _NOTE_EVERY or failed or not waiting:
                     note(done)
                     done, unnoted = [], 0
+                if bar is not None:
+                    bar.update()
                 for future in failed:
                     future.result()
         finally:
