@@ -7,13 +7,19 @@ elsewhere. The settings that do so are dropped or refused here, whatever the def
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from btm_scale.errors import CheckpointError, UserError
+from btm_scale.errors import CheckpointError, UserError, few_names
 from btm_scale.model.hf_config import read_config, require_no_adapter
 from btm_scale.util.inside import file_inside
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
 
 # Settings of config.json that make transformers run, import or fetch something else than the model's own class.
 _ACTIVE_SETTINGS = (
@@ -52,16 +58,46 @@ def load_config(directory: Path) -> Any:
         return CONFIG_MAPPING[family].from_dict(clean)
 
 
-def load_causal_lm(directory: Path) -> Any:
-    """Return the model of a Hugging Face directory, in the dtype of its weights. Raises CheckpointError."""
-    from transformers import AutoModelForCausalLM
+def require_causal_lm(directory: Path) -> Any:
+    """Return the transformers config of a Hugging Face directory whose type has a causal LM class in transformers.
+
+    Raises CheckpointError as `load_config` does, and for a type without such a class.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = load_config(directory)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise CheckpointError(
+            f"{directory / 'config.json'} is of type '{config.model_type}', for which transformers has no causal LM. "
+            "Only causal LMs give probabilities of text. Choose another model."
+        )
+    return config
+
+
+def load_causal_lm(directory: Path, dtype: torch.dtype | str = "auto") -> Any:
+    """Return the model of a Hugging Face directory, by default in the dtype of its weights.
+
+    Raises CheckpointError if it cannot be loaded, or lacks weights, which transformers would draw at random.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = require_causal_lm(directory)
     require_no_adapter(directory)
     for path in directory.iterdir():
         file_inside(directory, path.name)
+    settings = _SAFE | {"config": config, "dtype": dtype, "weights_only": True, "output_loading_info": True}
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        settings["attn_implementation"] = "eager"  # others refuse soft caps, or leave them out
     with _readable(directory), _no_progress_bar():
-        return AutoModelForCausalLM.from_pretrained(directory, config=config, dtype="auto", weights_only=True, **_SAFE)
+        model, report = AutoModelForCausalLM.from_pretrained(directory, **settings)
+    if lacking := report["missing_keys"]:
+        raise CheckpointError(
+            f"{directory} lacks {few_names(lacking, 'tensors')}. A model has all the tensors of its config.json. Copy "
+            "the weights again, or use the config.json that belongs to them."
+        )
+    if unused := report["unexpected_keys"]:
+        logger.warning("%s has tensors that its model does not use: %s", directory, few_names(unused, "tensors"))
+    return model
 
 
 def import_transformers() -> None:
