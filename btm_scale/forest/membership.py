@@ -19,6 +19,7 @@ from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.config.run import RunConfig
 from btm_scale.data.tokenizer import Tokenizer, same_ids
 from btm_scale.errors import CheckpointError, ForestError, UnsupportedModelError, unknown_name
+from btm_scale.forest.abandoned import REMOVED, remove_abandoned
 from btm_scale.forest.expert import CARD, Expert, is_finished, read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.methods import require_free_name
@@ -28,9 +29,9 @@ from btm_scale.model.shape import ModelShape
 from btm_scale.run_dir import RunDir
 from btm_scale.util.files import new_directory, require_space, sync_directory
 from btm_scale.util.inside import copy_inside, file_inside
+from btm_scale.util.leftovers import scratch_directory
 from btm_scale.util.provenance import NAME as PROVENANCE
 
-_REMOVED = ".removed"
 _PERMISSION = "Make it writable for this user."
 
 
@@ -65,6 +66,7 @@ def adding(
         require_free_name(name, "an expert")
     except ValueError as error:
         raise ForestError(f"{error} (--name)") from None
+    remove_abandoned(current_config(config, run), run)
     with _complete(run, source) as model, _adding_model(config, run, model, name, score) as added:
         yield added
 
@@ -81,13 +83,11 @@ def _complete(run: RunDir, source: Path) -> Iterator[Path]:
         raise ForestError(
             f"{error} First make it a complete model: btm-scale convert {source} DST --to huggingface --base DIR"
         ) from None
-    folder = run.root / f".{source.resolve().name}.{secrets.token_hex(4)}"
-    try:
-        convert(source, folder, to="huggingface")
-        (folder / PROVENANCE).unlink()
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with scratch_directory(run.root / source.resolve().name) as folder:
+        model = folder / source.resolve().name
+        convert(source, model, to="huggingface")
+        (model / PROVENANCE).unlink()
+        yield model
 
 
 @contextmanager
@@ -172,7 +172,7 @@ def remove_folders(folders: Sequence[Path]) -> None:
         for folder in folders:
             if folder.is_symlink() or folder.exists():
                 # Of a link, only the link is renamed and removed: its target is not part of the run.
-                target = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{_REMOVED}")
+                target = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{REMOVED}")
                 folder.rename(target)
                 renamed.append((folder, target))
     except OSError as error:
@@ -181,7 +181,7 @@ def remove_folders(folders: Sequence[Path]) -> None:
         raise ForestError(f"Cannot remove {folder}: {error.strerror}. Nothing was removed. {_PERMISSION}") from None
     for parent in {folder.parent for folder in folders if folder.parent.is_dir()}:
         sync_directory(parent)
-        for target in sorted(parent.glob(f".*{_REMOVED}")):  # also those of a removal that was interrupted
+        for target in sorted(parent.glob(f".*{REMOVED}")):  # also those of a removal that was interrupted
             _delete(target)
 
 
