@@ -22,6 +22,10 @@ class CheckpointError(UserError):
     """A checkpoint or model directory is missing, incomplete, of another shape or of an unknown format."""
 
 
+class UnsupportedModelError(CheckpointError):
+    """A model of a family, or with a setting, that Megatron-core does not compute here."""
+
+
 class ForestError(UserError):
     """An expert is unknown, unfinished, or does not fit the forest."""
 

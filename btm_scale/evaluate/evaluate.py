@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.config.evaluation import Tempering
 from btm_scale.config.run import RunConfig
 from btm_scale.data.eval_text import EvaluationText
+from btm_scale.errors import UnsupportedModelError
 from btm_scale.evaluate.ensemble import ensemble_methods, routed_methods
 from btm_scale.evaluate.readiness import dense_models, require_evaluable
 from btm_scale.evaluate.results import Compute, EvaluatedDomain, MethodResult, RanOn, Results
@@ -183,7 +185,11 @@ def _compute_by_method(config: RunConfig, run: RunDir, names: list[str], average
 
 
 def _flops_per_token(config: RunConfig, run: RunDir, model: str) -> float:
-    return read_shape(run.model(model)).flops_per_token(config.budget.sequence_length)
+    try:
+        return read_shape(run.model(model)).flops_per_token(config.budget.sequence_length)
+    except UnsupportedModelError:  # an expert from elsewhere, whose attention this package does not know
+        with SafetensorsModel(run.model(model)) as weights:
+            return 6.0 * sum(spec.elements for spec in weights.specs().values())
 
 
 def _all_ancestors(run: RunDir, models: Iterable[str]) -> set[str]:

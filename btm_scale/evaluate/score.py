@@ -17,6 +17,8 @@ from btm_scale.checkpoint.formats.open import open_model, with_head_names
 from btm_scale.config.run import RunConfig
 from btm_scale.data.eval_text import EvaluationText
 from btm_scale.distributed.group import ExpertGroup
+from btm_scale.errors import UnsupportedModelError
+from btm_scale.evaluate.hf_score import TransformersModel
 from btm_scale.forest.expert import read_expert
 from btm_scale.forest.scores import Scores, evaluation_text, missing_scores
 from btm_scale.kernels import combine_partials, last_path, token_logprob_partials
@@ -49,29 +51,41 @@ def score_model(
         text = evaluation_text(config, run, domain, split)
         log_probs = text_log_probs(group, network, text)
         if group.is_first:
-            runs_on = name_of(group.device), path.backend if (path := last_path("token_logprob_partials")) else ""
+            uses_kernels = isinstance(network, ExpertModel) or network.uses_kernels
+            path = last_path("token_logprob_partials") if uses_kernels else None
+            runs_on = name_of(group.device), path.backend if path else ""
             scores = Scores(log_probs, text.block_starts, content_hash, text.fingerprint, *runs_on)
             scores.save(run.scores(model, domain, split))
             on_text(domain, split)
     dist.barrier()
 
 
-def load_model(group: ExpertGroup, directory: Path) -> ExpertModel:
-    """Load a Hugging Face directory as a model that is sharded over the group's tensor ranks."""
-    network = build_model(
-        read_shape(directory), tensor=group.layout.tensor, dtype=group.dtype, on_cpu=group.device.type == "cpu"
-    )
+def load_model(group: ExpertGroup, directory: Path) -> ExpertModel | TransformersModel:
+    """Load a Hugging Face directory as a model that is sharded over the group's tensor ranks.
+
+    A model that Megatron-core does not compute here is loaded by transformers, completely on each rank.
+    """
+    try:
+        shape = read_shape(directory)
+    except UnsupportedModelError:
+        return TransformersModel(directory, dtype=group.dtype, device=group.device)
+    network = build_model(shape, tensor=group.layout.tensor, dtype=group.dtype, on_cpu=group.device.type == "cpu")
     with with_head_names(open_model(directory)) as tensors:
         load_weights(network, tensors.read, group.tensor_rank, group.layout.tensor)
     return network.eval()
 
 
 @torch.no_grad()
-def text_log_probs(group: ExpertGroup, network: ExpertModel, text: EvaluationText) -> np.ndarray:
+def text_log_probs(group: ExpertGroup, network: ExpertModel | TransformersModel, text: EvaluationText) -> np.ndarray:
     """Return the log-probability in nats of every target token, float32 [tokens]. All ranks call this together.
 
-    Blocks are distributed over the data ranks; the context of a block starts with its own first token.
+    Blocks are distributed over the data ranks, or over all ranks if each has the complete model; the context of a block
+    starts with its own first token.
     """
+    if isinstance(network, TransformersModel):
+        ranks, rank, over = group.size, group.rank, None
+    else:
+        ranks, rank, over = group.layout.data, group.data_rank, group.mpu.get_data_parallel_group()
     tokens = torch.as_tensor(text.tokens)
     starts = [int(start) for start in text.block_starts]
     ends = [*starts[1:], len(tokens) - 1]
@@ -83,20 +97,22 @@ def text_log_probs(group: ExpertGroup, network: ExpertModel, text: EvaluationTex
     if len(full_blocks) < len(starts):
         batches.append([starts[-1]])
     for number, batch in enumerate(batches):
-        if number % group.layout.data != group.data_rank:
+        if number % ranks != rank:
             continue
         size = min(length, len(tokens) - 1 - batch[0])
         rows = torch.stack([tokens[start : start + size + 1] for start in batch]).to(group.device)
         scored = _log_probs(group, network, rows[:, :-1], rows[:, 1:]).cpu()
         for start, row in zip(batch, scored, strict=True):
             result[start : start + size] = row
-    if group.layout.data > 1:
+    if ranks > 1:
         result = result.to(group.device)
-        dist.all_reduce(result, group=group.mpu.get_data_parallel_group())
+        dist.all_reduce(result, group=over)
     return result.cpu().numpy()
 
 
-def _log_probs(group: ExpertGroup, network: ExpertModel, inputs: Tensor, targets: Tensor) -> Tensor:
+def _log_probs(group: ExpertGroup, network: ExpertModel | TransformersModel, inputs: Tensor, targets: Tensor) -> Tensor:
+    if isinstance(network, TransformersModel):
+        return network.log_probs(inputs, targets)
     hidden = network(inputs)
     partials = token_logprob_partials(
         hidden.reshape(-1, hidden.shape[-1]),

@@ -18,18 +18,20 @@ from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.config.run import RunConfig
 from btm_scale.data.tokenizer import Tokenizer, same_ids
-from btm_scale.errors import CheckpointError, ForestError, unknown_name
+from btm_scale.errors import CheckpointError, ForestError, UnsupportedModelError, unknown_name
+from btm_scale.forest.abandoned import REMOVED, remove_abandoned
 from btm_scale.forest.expert import CARD, Expert, is_finished, read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.methods import require_free_name
 from btm_scale.forest.turns import changing_config, current_config, scoring
 from btm_scale.model.hf_config import read_config, read_shape
+from btm_scale.model.shape import ModelShape
 from btm_scale.run_dir import RunDir
 from btm_scale.util.files import new_directory, require_space, sync_directory
 from btm_scale.util.inside import copy_inside, file_inside
+from btm_scale.util.leftovers import scratch_directory
 from btm_scale.util.provenance import NAME as PROVENANCE
 
-_REMOVED = ".removed"
 _PERMISSION = "Make it writable for this user."
 
 
@@ -56,14 +58,15 @@ def adding(
     An adapter is added as the complete model that it and its base are. `score` gets the copy's name before it is part
     of the forest, and leaves its scores under that name; an error in it leaves the forest as it was.
 
-    A model must have the run's tokenizer and vocabulary; its size and family may differ. Any number of processes may
-    add experts at once. The same model under the same name again is not copied. Raises ForestError with the reason if
-    it cannot be an expert of this run.
+    A model must have the run's tokenizer and vocabulary; its size may differ, and so may its family, if transformers
+    has a causal LM of it. Any number of processes may add experts at once. The same model under the same name again is
+    not copied. Raises ForestError with the reason if it cannot be an expert of this run.
     """
     try:
         require_free_name(name, "an expert")
     except ValueError as error:
         raise ForestError(f"{error} (--name)") from None
+    remove_abandoned(current_config(config, run), run)
     with _complete(run, source) as model, _adding_model(config, run, model, name, score) as added:
         yield added
 
@@ -80,13 +83,11 @@ def _complete(run: RunDir, source: Path) -> Iterator[Path]:
         raise ForestError(
             f"{error} First make it a complete model: btm-scale convert {source} DST --to huggingface --base DIR"
         ) from None
-    folder = run.root / f".{source.resolve().name}.{secrets.token_hex(4)}"
-    try:
-        convert(source, folder, to="huggingface")
-        (folder / PROVENANCE).unlink()
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with scratch_directory(run.root / source.resolve().name) as folder:
+        model = folder / source.resolve().name
+        convert(source, model, to="huggingface")
+        (model / PROVENANCE).unlink()
+        yield model
 
 
 @contextmanager
@@ -94,7 +95,7 @@ def _adding_model(
     config: RunConfig, run: RunDir, source: Path, name: str, score: Callable[[str], None] | None
 ) -> Iterator[Added]:
     _require_free(current_config(config, run), run, source, name)
-    _require_fit(run, source)
+    _require_fit(config, run, source)
     with ExitStack() as turn:
         card = None
         if not is_finished(run.model(name)):
@@ -171,7 +172,7 @@ def remove_folders(folders: Sequence[Path]) -> None:
         for folder in folders:
             if folder.is_symlink() or folder.exists():
                 # Of a link, only the link is renamed and removed: its target is not part of the run.
-                target = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{_REMOVED}")
+                target = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{REMOVED}")
                 folder.rename(target)
                 renamed.append((folder, target))
     except OSError as error:
@@ -180,7 +181,7 @@ def remove_folders(folders: Sequence[Path]) -> None:
         raise ForestError(f"Cannot remove {folder}: {error.strerror}. Nothing was removed. {_PERMISSION}") from None
     for parent in {folder.parent for folder in folders if folder.parent.is_dir()}:
         sync_directory(parent)
-        for target in sorted(parent.glob(f".*{_REMOVED}")):  # also those of a removal that was interrupted
+        for target in sorted(parent.glob(f".*{REMOVED}")):  # also those of a removal that was interrupted
             _delete(target)
 
 
@@ -218,7 +219,7 @@ def _is_copy(source: Path, expert: Path) -> bool:
     return content_hash(source) == read_expert(expert).content_hash
 
 
-def _require_fit(run: RunDir, source: Path) -> None:
+def _require_fit(config: RunConfig, run: RunDir, source: Path) -> None:
     try:
         require_path(source)
         require_no_run(source)
@@ -230,7 +231,7 @@ def _require_fit(run: RunDir, source: Path) -> None:
             "btm-scale convert SRC DST --to huggingface"
         )
     try:
-        read_shape(source)
+        shape, rows, longest = _sizes(source)
     except CheckpointError as error:
         raise ForestError(f"Cannot add {source} to the forest. {error}") from None
     with SafetensorsModel(source) as weights:
@@ -240,19 +241,36 @@ def _require_fit(run: RunDir, source: Path) -> None:
                 f"convert {source} DST --to huggingface --dtype bfloat16"
             )
         require_complete(weights)
-        require_untied(weights, read_shape(source))
+        if shape is not None:
+            require_untied(weights, shape)
     if not same_ids(source, run.tokenizer):
         raise ForestError(
             f"{source} has a different tokenizer than {run.root}. Probabilities of different tokens cannot be mixed. "
             "Train an expert with the run's own tokenizer."
         )
-    rows = read_shape(source).vocabulary
     ours = Tokenizer.load(run.tokenizer).vocab_size
     if rows < ours:
         raise ForestError(
             f"{source} has a vocabulary of {rows}, but the run's tokenizer needs {ours}. Train with the run's "
             "tokenizer."
         )
+    length = config.budget.sequence_length
+    if longest is not None and longest < length:
+        raise ForestError(
+            f"{source} has learned positions for {longest} tokens, but {run.root} scores blocks of {length}. A model "
+            "cannot read beyond its positions. Choose a model with more."
+        )
+
+
+def _sizes(source: Path) -> tuple[ModelShape | None, int, int | None]:
+    """Return the shape, or None for a model that transformers computes; its vocabulary; and its learned positions."""
+    try:
+        shape = read_shape(source)
+        return shape, shape.vocabulary, None if shape.rotary else shape.positions
+    except UnsupportedModelError:
+        from btm_scale.model.hf_decoder import learned_positions, limits_of  # imports transformers
+
+        return None, limits_of(source)[1], learned_positions(source)
 
 
 def _card(source: Path, copy: Path, name: str) -> Expert:

@@ -8,11 +8,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from btm_scale.errors import CheckpointError
+from btm_scale.errors import CheckpointError, UnsupportedModelError
 from btm_scale.model.families import FAMILIES
 from btm_scale.model.shape import ModelShape
 from btm_scale.util.bounded_json import parse_json, read_bounded, shown
 from btm_scale.util.inside import file_inside
+
+_AS_EXPERT = "Other models join a forest as experts, which transformers scores: btm-scale forest add RUN DIR"
 
 
 def config_json(shape: ModelShape, *, dtype: str, end_of_text: int | None) -> dict[str, Any]:
@@ -30,7 +32,10 @@ def config_json(shape: ModelShape, *, dtype: str, end_of_text: int | None) -> di
 
 
 def read_shape(directory: Path) -> ModelShape:
-    """Return the shape of the model in a Hugging Face directory. Raises `CheckpointError` if it is not supported."""
+    """Return the shape of the model in a Hugging Face directory.
+
+    Raises `UnsupportedModelError` if Megatron-core does not compute it here, `CheckpointError` if it cannot be read.
+    """
     shape = shape_from_config(read_config(directory), directory / "config.json")
     require_no_adapter(directory)
     return shape
@@ -123,16 +128,21 @@ _TYPES: _Types = (
 
 
 def shape_from_config(config: dict[str, Any], path: object) -> ModelShape:
-    """Return the shape that a config.json describes. Raises `CheckpointError` if it is not supported."""
+    """Return the shape that a config.json describes. Raises as `read_shape` does."""
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         model_type = shown(model_type)
         families = ", ".join(FAMILIES)
-        raise CheckpointError(f"{path}: model_type {model_type} is not supported. Use a model of {families}.")
+        raise UnsupportedModelError(
+            f"{path}: model_type {model_type} is not supported. Megatron-core trains and shards {families}: use a "
+            f"model of these. {_AS_EXPERT}"
+        )
     unsupported = family.unsupported(config) | {"cross attention": config.get("add_cross_attention", False)}
     if problem := next((setting for setting, applies in unsupported.items() if applies), None):
-        raise CheckpointError(f"{path}: {family.name} with {problem} is not supported. Use a model without it.")
+        raise UnsupportedModelError(
+            f"{path}: {family.name} with {problem} is not supported. Use a model without it. {_AS_EXPERT}"
+        )
     try:
         return ModelShape(family=family.name, **family.from_config(config))
     except (ZeroDivisionError, TypeError):

@@ -5,6 +5,7 @@ transformers is used here because its caches support every family on CPU and GPU
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from btm_scale.errors import CheckpointError, UserError
-from btm_scale.model.hf_load import load_causal_lm, load_config, new_cache
+from btm_scale.model.hf_load import load_causal_lm, new_cache, require_causal_lm
 
 # Logits in memory at a time while a prompt is read (256 MB of float32).
 _MAX_LOGITS = 2**26
+# The names of a model's longest sequence in config.json; models without any read sequences of every length.
+_POSITIONS = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "context_length")
+UNLIMITED = 2**31 - 1
 
 
 def limits_of(directory: Path) -> tuple[int, int]:
@@ -24,11 +28,25 @@ def limits_of(directory: Path) -> tuple[int, int]:
 
     Raises `CheckpointError` if its config cannot be read.
     """
-    config = load_config(directory)
+    config = require_causal_lm(directory).get_text_config()
     try:
-        return int(config.max_position_embeddings), int(config.vocab_size)
+        return positions_of(config), int(config.vocab_size)
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{directory / 'config.json'} does not describe a causal LM: {error}.") from None
+
+
+def learned_positions(directory: Path) -> int | None:
+    """Return the longest sequence in tokens that a model can compute, or None if its positions are not learned."""
+    config = require_causal_lm(directory).get_text_config()
+    positions = positions_of(config)
+    is_rotary = getattr(config, "rope_parameters", None) is not None
+    return None if is_rotary or positions == UNLIMITED else positions
+
+
+def positions_of(config: Any) -> int:
+    """Return the maximum sequence length in tokens of a transformers config, `UNLIMITED` if it names none."""
+    given = (getattr(config, name, None) for name in _POSITIONS)
+    return int(next((positions for positions in given if positions is not None), UNLIMITED))
 
 
 class Decoder:
@@ -37,10 +55,13 @@ class Decoder:
     def __init__(self, model: Any, *, vocabulary: int | None = None) -> None:
         """Wrap a transformers model; head rows from `vocabulary` on are padding and never a token."""
         self.model = model.eval()
-        self.vocabulary = vocabulary or model.config.vocab_size
+        self.vocabulary = vocabulary or model.config.get_text_config().vocab_size
+        self.positions = positions_of(model.config.get_text_config())  # maximum sequence length in tokens
+        self._takes = inspect.signature(model.forward).parameters
         # Rounded logits would shift the posterior's log-odds, so everything after the hidden state is float32.
         head = model.get_output_embeddings()
-        model.set_output_embeddings(_Float32Head(head))
+        if isinstance(head, nn.Linear):
+            model.set_output_embeddings(_Float32Head(head))
 
     @classmethod
     def load(cls, directory: Path, *, vocabulary: int | None = None, device: str = "cpu") -> Decoder:
@@ -48,9 +69,18 @@ class Decoder:
         return cls(load_causal_lm(directory).to(device), vocabulary=vocabulary)
 
     @property
-    def positions(self) -> int:
-        """Maximum sequence length in tokens."""
-        return int(self.model.config.max_position_embeddings)
+    def has_cache(self) -> bool:
+        """Whether the model continues from a KV cache; others, such as Mamba, read all tokens again for the next."""
+        return "past_key_values" in self._takes
+
+    def logits(self, ids: Tensor, *, mask: Tensor | None, positions: Tensor, cache: Any, keep: int) -> Tensor:
+        """Return float32 [batch, kept, vocabulary], of all tokens or the last `keep`, after those in the cache."""
+        inputs = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "logits_to_keep": keep}
+        inputs |= {"use_cache": self.has_cache}
+        logits: Tensor = self.model(
+            input_ids=ids, **{name: value for name, value in inputs.items() if name in self._takes}
+        ).logits
+        return logits[:, -keep:, : self.vocabulary].float()
 
     def read(self, prompts: Sequence[Sequence[int]], *, score: bool = True) -> Reading:
         """Start a batch of sequences from prompts of at least one token; with `score`, also score the prompts."""
@@ -69,7 +99,8 @@ class Reading:
     def __init__(self, decoder: Decoder, prompts: Sequence[Sequence[int]], score: bool) -> None:
         self._decoder = decoder
         self._device = decoder.model.device
-        self._cache = new_cache(decoder.model)
+        self._cache = new_cache(decoder.model) if decoder.has_cache else None
+        self._ids = torch.empty(len(prompts), 0, dtype=torch.int64, device=self._device)
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         longest = int(lengths.max())
         # Left padding, which is never attended to: all prompts end at the same position and continue from there.
@@ -115,15 +146,16 @@ class Reading:
         mask = self._mask[:, :end]
         # Finished sequences are fed along with the others; their positions must stay valid.
         position_ids = (mask.cumsum(1) - 1).clamp_(0, self._decoder.positions - 1)
-        logits: Tensor = self._decoder.model(
-            input_ids=ids,
-            attention_mask=mask.long() if self._padded else None,
-            position_ids=position_ids[:, begin:end],
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        ).logits
-        return logits[:, :, : self._decoder.vocabulary].float()
+        if self._cache is None:
+            self._ids = torch.cat([self._ids, ids], dim=1)
+            begin, ids, keep = 0, self._ids, keep or ids.shape[1]
+        return self._decoder.logits(
+            ids,
+            mask=mask.long() if self._padded else None,
+            positions=position_ids[:, begin:end],
+            cache=self._cache,
+            keep=keep,
+        )
 
 
 def usable_device(name: str | None) -> str:
@@ -143,10 +175,9 @@ class _Float32Head(nn.Module):
 
     def __init__(self, head: nn.Linear) -> None:
         super().__init__()
-        self.weight: Tensor
-        self.bias: Tensor | None
-        self.register_buffer("weight", head.weight.detach().float(), persistent=False)
-        self.register_buffer("bias", None if head.bias is None else head.bias.detach().float(), persistent=False)
+        # Parameters, because some classes of transformers share a head's bias.
+        self.weight = nn.Parameter(head.weight.detach().float(), requires_grad=False)
+        self.bias = None if head.bias is None else nn.Parameter(head.bias.detach().float(), requires_grad=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return float32 logits [..., vocabulary] of hidden states [..., hidden]."""

@@ -7,13 +7,19 @@ elsewhere. The settings that do so are dropped or refused here, whatever the def
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from btm_scale.errors import CheckpointError, UserError
+from btm_scale.errors import CheckpointError, UserError, few_names
 from btm_scale.model.hf_config import read_config, require_no_adapter
 from btm_scale.util.inside import file_inside
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
 
 # Settings of config.json that make transformers run, import or fetch something else than the model's own class.
 _ACTIVE_SETTINGS = (
@@ -49,7 +55,7 @@ def load_config(directory: Path) -> Any:
         )
     if "quantization_config" in settings:
         raise CheckpointError(f"The weights in {directory} are quantized. Write them in bf16, fp16 or fp32 first.")
-    clean = {name: value for name, value in settings.items() if name not in _ACTIVE_SETTINGS}
+    clean = {name: _with_floats(value) for name, value in settings.items() if name not in _ACTIVE_SETTINGS}
     with _readable(directory):
         return CONFIG_MAPPING[family].from_dict(clean)
 
@@ -62,7 +68,8 @@ def completed_config(settings: Mapping[str, Any]) -> dict[str, Any] | None:
     from transformers import CONFIG_MAPPING
 
     family = settings.get("model_type")
-    clean = {name: value for name, value in settings.items() if name not in (*_ACTIVE_SETTINGS, *_EXPANDED_SETTINGS)}
+    dropped = (*_ACTIVE_SETTINGS, *_EXPANDED_SETTINGS)
+    clean = {name: _with_floats(value) for name, value in settings.items() if name not in dropped}
     if not isinstance(family, str) or family not in CONFIG_MAPPING or not _has_small_counts(clean):
         return None
     try:
@@ -82,16 +89,57 @@ def _has_small_counts(settings: Mapping[str, Any]) -> bool:
     return True
 
 
-def load_causal_lm(directory: Path) -> Any:
-    """Return the model of a Hugging Face directory, in the dtype of its weights. Raises CheckpointError."""
-    from transformers import AutoModelForCausalLM
+def _with_floats(value: Any) -> Any:
+    """Return a setting with its infinities, which transformers writes as an object that names them."""
+    if isinstance(value, list):
+        return [_with_floats(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+        return float(value["__float__"])
+    return {name: _with_floats(item) for name, item in value.items()}
+
+
+def require_causal_lm(directory: Path) -> Any:
+    """Return the transformers config of a Hugging Face directory whose type has a causal LM class in transformers.
+
+    Raises CheckpointError as `load_config` does, and for a type without such a class.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = load_config(directory)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise CheckpointError(
+            f"{directory / 'config.json'} is of type '{config.model_type}', for which transformers has no causal LM. "
+            "Only causal LMs give probabilities of text. Choose another model."
+        )
+    return config
+
+
+def load_causal_lm(directory: Path, dtype: torch.dtype | str = "auto") -> Any:
+    """Return the model of a Hugging Face directory, by default in the dtype of its weights.
+
+    Raises CheckpointError if it cannot be loaded, or lacks weights, which transformers would draw at random.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = require_causal_lm(directory)
     require_no_adapter(directory)
     for path in directory.iterdir():
         file_inside(directory, path.name)
+    settings = _SAFE | {"config": config, "dtype": dtype, "weights_only": True, "output_loading_info": True}
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        settings["attn_implementation"] = "eager"  # others refuse soft caps, or leave them out
     with _readable(directory), _no_progress_bar():
-        return AutoModelForCausalLM.from_pretrained(directory, config=config, dtype="auto", weights_only=True, **_SAFE)
+        model, report = AutoModelForCausalLM.from_pretrained(directory, **settings)
+    if lacking := report["missing_keys"]:
+        raise CheckpointError(
+            f"{directory} lacks {few_names(lacking, 'tensors')}. A model has all the tensors of its config.json. Copy "
+            "the weights again, or use the config.json that belongs to them."
+        )
+    if unused := report["unexpected_keys"]:
+        logger.warning("%s has tensors that its model does not use: %s", directory, few_names(unused, "tensors"))
+    return model
 
 
 def import_transformers() -> None:

@@ -11,6 +11,7 @@ from btm_scale.config.run import RunConfig
 from btm_scale.config.section import explain
 from btm_scale.data.prepare import prepare
 from btm_scale.errors import ConfigError, ForestError, unknown_name
+from btm_scale.forest.abandoned import remove_abandoned
 from btm_scale.forest.branch import Branch, decide, has_begun, parents_of, require_one_shape
 from btm_scale.forest.expert import is_finished
 from btm_scale.forest.forest import experts
@@ -119,6 +120,7 @@ def remove_from_forest(config: RunConfig, run: RunDir, name: str) -> bool:
     Returns False if it was removed before, and then completes what an interrupted removal left. Raises ForestError if
     the run never had the expert, if it cannot be removed, or while the run is being trained.
     """
+    remove_abandoned(current_config(config, run), run)
     # Answered before the locks: another command may hold them for long, and a refusal leaves none behind.
     if not _is_removable(current_config(config, run), run, name):
         _require_removed(run, name)

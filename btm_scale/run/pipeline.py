@@ -15,6 +15,7 @@ from btm_scale.evaluate.averages import are_finished
 from btm_scale.evaluate.evaluate import evaluate
 from btm_scale.evaluate.readiness import require_evaluable
 from btm_scale.evaluate.results import Results
+from btm_scale.forest.abandoned import remove_abandoned
 from btm_scale.forest.average_models import average_texts
 from btm_scale.forest.expert import is_finished, read_expert
 from btm_scale.forest.forest import experts
@@ -81,6 +82,7 @@ def evaluate_forest(config: RunConfig, run: RunDir, launcher: RunGroups | None =
 
     The caller holds the lock of `evaluating`, so that neither the forest nor its scores change.
     """
+    remove_abandoned(config, run)
     score_averages(config, run, launcher)
     return evaluate(config, run)
 
@@ -115,6 +117,7 @@ def score_models(config: RunConfig, run: RunDir, models: Sequence[str], launcher
     The caller holds the lock of `scoring`, so that no model is removed meanwhile. Raises ForestError if one of the
     models is not finished, or if there is no finished model.
     """
+    remove_abandoned(config, run)
     for model in models:
         read_expert(run.model(model))
     averages = average_texts(config)

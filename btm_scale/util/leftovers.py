@@ -20,6 +20,7 @@ from typing import IO
 
 # `ablate` of earlier versions named its folder so.
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.partial|\.ablation-\w{8}", re.DOTALL)
+PARTIAL = ".partial"  # ends temporary names
 
 _swept: set[tuple[int, str]] = set()  # process and folder; a fork sweeps anew
 
@@ -65,15 +66,19 @@ def scratch_directory(place: Path) -> Iterator[Path]:
 
 
 def _random_partial(final: Path) -> Path:
-    return final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
+    return final.with_name(f".{final.name}.{secrets.token_hex(4)}{PARTIAL}")
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed processes of this user left in a folder, at the first write of this process there."""
+    """Sweep a folder at the first write of this process there."""
     key = os.getpid(), str(folder)
-    if key in _swept:
-        return
-    _swept.add(key)
+    if key not in _swept:
+        _swept.add(key)
+        sweep(folder)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes of this user left in a folder under temporary names."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:  # absent, or not readable
         for name in [entry.name for entry in entries if _TEMPORARY.fullmatch(entry.name)]:
             with contextlib.suppress(OSError):

@@ -37,6 +37,7 @@ from btm_scale.model.hf_config import config_json
 from btm_scale.model.hf_weights import huggingface_shapes
 from btm_scale.model.shape import ModelShape
 from btm_scale.run_dir import SEED, RunDir
+from fuzz.foreign_checkpoints import write_foreign
 
 SHAPE = ModelShape(layers=2, hidden=8, heads=2, kv_heads=2, ffn=12, positions=16, vocabulary=17, tied=False)
 FLAT_SHAPES = {"a.weight": (3, 5), "b.weight": (7,), "c.weight": (2, 2, 2)}
@@ -48,6 +49,7 @@ def make_corpus(root: Path) -> None:
     """Fill a folder with one folder per kind."""
     for make in (write_models, _archives, write_zero, _training_state, _text, _tokenizers, _run, _others):
         make(root)
+    write_foreign(root, SHAPE, _weights(4), (root / "model" / "config.json").read_text())
 
 
 def _weights(seed: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import resource
 import shutil
 import signal
@@ -70,6 +71,11 @@ def run_input(corpus: Path, seed: int, keep: Path | None = None) -> Outcome:
         if litter and verdict in ("accepted", "refused"):
             verdict = f"left {sorted(litter)}"
     return Outcome(seed, target.kind, files, verdict)
+
+
+def kind_of(seed: int) -> str:
+    """Return the kind of the files that an input mutates."""
+    return Random(seed).choices(TARGETS, [target.weight for target in TARGETS])[0].kind
 
 
 def check_corpus(corpus: Path) -> None:
@@ -148,6 +154,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, required=True, help="the first input")
     parser.add_argument("--count", type=int, default=1)
+    parser.add_argument("--kind", action="append", help="count only inputs of this kind; may be repeated")
     parser.add_argument("--corpus", type=Path, help="a folder to make the corpus in, or that has it already")
     parser.add_argument("--keep", type=Path, help="a folder to copy the mutated files into")
     arguments = parser.parse_args()
@@ -159,7 +166,9 @@ def main() -> int:
         check_corpus(corpus)
         verdicts: Counter[str] = Counter()
         failed = 0
-        for seed in range(arguments.seed, arguments.seed + arguments.count):
+        kinds = arguments.kind or [target.kind for target in TARGETS]
+        seeds = (seed for seed in itertools.count(arguments.seed) if kind_of(seed) in kinds)
+        for seed in itertools.islice(seeds, arguments.count):
             outcome = run_input(corpus, seed, arguments.keep)
             verdicts[f"{outcome.kind} {outcome.verdict.split(chr(10))[0][:40]}"] += 1
             if outcome.failed or arguments.count == 1:

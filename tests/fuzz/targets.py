@@ -31,6 +31,7 @@ from btm_scale.forest.scores import Stack, scored_model
 from btm_scale.launch.deepspeed import read_hostfile
 from btm_scale.run_dir import SEED, RunDir
 from btm_scale.train.metrics import read_metrics
+from fuzz import foreign_checkpoints as foreign
 from fuzz import oracles
 from fuzz.corpus import TEXTS
 
@@ -66,12 +67,16 @@ def verb(*arguments: object) -> Any:
     return json.loads(out.getvalue())
 
 
-def _checkpoint(read: Callable[[Path], oracles.Tensors], *, converts: bool = True) -> Callable[[Path], None]:
+def _checkpoint(
+    read: Callable[[Path], oracles.Tensors], *, converts: bool = True, counts: bool = True
+) -> Callable[[Path], None]:
+    """Return the check of a checkpoint; `counts`: its stored tensors are those that are read."""
+
     def check(path: Path) -> None:
         facts = verb("inspect", path)
         ours = oracles.read_ours(path)
         oracles.require_equal(ours, _independent(read, path), "reader")
-        if not any(name.startswith("0/") for name in ours):
+        if counts and not any(name.startswith("0/") for name in ours):
             assert facts["tensors"] == len(ours)
             assert facts["parameters"] == sum(tensor.numel() for tensor in ours.values())
         out = path.parent / "out"
@@ -103,6 +108,17 @@ def _merge(path: Path) -> None:
     shutil.rmtree(out)
     verb("convert", path, out, "--to", "megatron", "--tensor", "1", "--verify")
     shutil.rmtree(out)
+
+
+def _refused(path: Path) -> None:
+    """Try what cannot be read, and require that every verb refuses it."""
+    out = path.parent / "out"
+    for words in (("inspect", path), ("convert", path, out, "--to", "huggingface"), ("merge", out, path)):
+        try:
+            verb(*words)
+        except RefusedError:
+            continue
+        raise AssertionError(f"{words[0]} read a pipeline's files")
 
 
 def _add(path: Path) -> None:
@@ -214,6 +230,12 @@ TARGETS = [
         _checkpoint(oracles.read_torch_dist, converts=False),
         3,
     ),
+    Target("peft", ("adapter_config.json", "adapter_config.json", "*.safetensors"), _checkpoint(foreign.read_peft), 2),
+    Target("dcp", (".metadata", ".metadata", "*.distcp", "config.json"), _checkpoint(foreign.read_dcp), 2),
+    Target("legacy", ("**/*.pt", "**/*.pt", "*.txt"), _checkpoint(foreign.read_legacy, converts=False), 2),
+    Target("fp8", ("*.safetensors", "config.json"), _checkpoint(foreign.read_fp8, counts=False), 2),
+    Target("universal3", ("**/*.pt", "latest_universal"), _checkpoint(foreign.read_flat_universal)),
+    Target("pipeline", ("**/*.pt", "latest"), _refused, 0.5),
     Target("state", ("model.safetensors", "state.json", "config.json"), _checkpoint(oracles.read_state)),
     Target("text", ("*",), _text, 3),
     Target("sentencepiece", ("tokenizer.model", "tokenizer_config.json", "*"), _tokenizer),

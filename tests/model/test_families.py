@@ -116,7 +116,7 @@ def test_rotary_settings_from_before_transformers_5_are_read() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mamba"}, "'mamba' is not supported. Use a model of llama, mistral"),
+        ({"model_type": "mamba"}, "'mamba' is not supported. Megatron-core trains and shards llama, mistral, qwen2"),
         ({"rope_scaling": {"type": "yarn", "factor": 4}}, "llama with yarn rotary positions"),
         ({"attention_bias": True}, "llama with attention_bias"),
         ({"hidden_act": "gelu"}, "activation gelu"),

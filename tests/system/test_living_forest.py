@@ -6,13 +6,21 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from helpers.in_process import answer, refusal
+from helpers.small_families import write_family
 from helpers.tiny_run import btm_scale
 
 from btm_scale.config.run import RunConfig
+from btm_scale.data.tokenizer import Tokenizer
+from btm_scale.evaluate.hf_score import block_log_probs
 from btm_scale.forest.branch import Branch
 from btm_scale.forest.expert import read_expert
+from btm_scale.forest.scores import Scores, evaluation_text
+from btm_scale.model.hf_decoder import Decoder
+from btm_scale.model.hf_load import load_causal_lm
 from btm_scale.run_dir import RunDir
 
 pytestmark = pytest.mark.slow
@@ -81,14 +89,34 @@ def test_removing_the_expert_restores_the_former_results_exactly(grown: tuple[Ru
     assert run.results.read_bytes() == grown[1]
 
 
-def test_an_added_model_is_scored_without_rescoring_others(finished_run: Run, tmp_path: Path) -> None:
-    run = RunDir(tmp_path / "run")
+def test_a_model_of_any_family_is_scored_without_rescoring_others_and_used_like_them(
+    finished_run: Run, tmp_path: Path
+) -> None:
+    config, run = finished_run[0], RunDir(tmp_path / "run")
     shutil.copytree(finished_run[1].root, run.root)
     times = {path: path.stat().st_mtime_ns for path in (run.root / "scores").rglob("*.safetensors")}
-    btm_scale("forest", "add", run.root, finished_run[1].model("dense"), "--name", "friend")
+    friend = tmp_path / "gemma"
+    write_family(friend, "gemma2", vocab_size=Tokenizer.load(run.tokenizer).vocab_size)
+    shutil.copytree(run.tokenizer, friend, dirs_exist_ok=True)
+    pretrained = ("--dry-run", "--set", f"model.pretrained={friend}")
+    refused = refusal("run", run.config, "--out", tmp_path / "other", *pretrained)
+    assert "'gemma2' is not supported. Megatron-core trains and shards llama" in refused
+    btm_scale("forest", "add", run.root, friend, "--name", "friend")
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
-    assert run.scores("friend", "docs", "test").is_file()
     assert list(answer("forest", "list", run.root)["experts"]) == ["friend", "licences", "python"]
+    text = evaluation_text(config, run, "docs", "test")
+    dtype, rounding = (torch.float32, 1e-4) if config.layout.precision == "fp32" else (torch.bfloat16, 0.1)
+    theirs = block_log_probs(Decoder(load_causal_lm(friend, dtype)), text.tokens, text.block_starts)
+    scores = Scores.load(run.scores("friend", "docs", "test"))
+    np.testing.assert_allclose(scores.log_probs, theirs, atol=rounding, rtol=0)
+    results = answer("evaluate", run.root)
+    perplexity = np.exp(-scores.log_probs.mean(dtype=np.float64))
+    assert results["methods"]["expert:friend"]["perplexity"]["docs"] == pytest.approx(perplexity)
+    assert "friend" in results["priors"]["docs"]
+    written = answer("generate", run.root, "--prompt", "The", "--max-tokens", "4", "--device", "cpu")
+    assert set(written["generations"][0]["posterior"]) == {"friend", "licences", "python"}
+    answer("report", run.root)
+    assert "friend" in run.report.read_text()
 
 
 def test_an_invalid_branch_is_an_error_and_changes_nothing(finished_run: Run, tmp_path: Path) -> None:

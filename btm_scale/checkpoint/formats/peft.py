@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
+from btm_scale.checkpoint.expected import ties_embeddings
 from btm_scale.checkpoint.formats.based import ADAPTER_CONFIG, ADAPTER_FILES
 from btm_scale.checkpoint.formats.lora_settings import EMBEDDINGS, read_lora_settings
 from btm_scale.checkpoint.formats.pytorch_bin import open_state_dict
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, unknown_tensor
 from btm_scale.errors import CheckpointError, few_names
-from btm_scale.model.families import FAMILIES
 from btm_scale.util.inside import file_inside
 
 _PREFIX = "base_model.model."
@@ -87,7 +87,7 @@ class PeftModel(ModelReader):
         # The head keeps the weights of an embedding that it was tied to, and that was then trained alone.
         self._untied: dict[str, str] = {}
         trained = next((name for name in self._full if self._settings.unties(name)), None)
-        if trained in self._specs and _HEAD not in {*self._specs, *self._full} and _is_tied(config):
+        if trained in self._specs and _HEAD not in {*self._specs, *self._full} and ties_embeddings(config):
             self._untied[_HEAD] = trained
             self._specs[_HEAD] = base.spec(trained)
         dtype = max(self._specs.values(), key=lambda spec: spec.elements).dtype if self._specs else torch.float32
@@ -252,11 +252,6 @@ class _BaseNames:
     def spec(name: str | None, base: ModelReader) -> TensorSpec | None:
         """Return the spec of a tensor of the base, if it is one."""
         return None if name is None else base.spec(name)
-
-
-def _is_tied(config: Mapping[str, Any]) -> bool:
-    family = FAMILIES.get(config.get("model_type", ""))
-    return bool(config.get("tie_word_embeddings", family is not None and family.tied_by_default))
 
 
 def _open_adapter(path: Path) -> ModelReader:
