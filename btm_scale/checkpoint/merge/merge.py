@@ -14,7 +14,7 @@ from pathlib import Path
 from btm_scale.checkpoint.formats.based import with_base
 from btm_scale.checkpoint.formats.rounded import ALL_FINITE, NonFinite
 from btm_scale.checkpoint.formats.weight_sets import weight_sets
-from btm_scale.checkpoint.hashing import BlockHashes, combined_hash, same_models
+from btm_scale.checkpoint.hashing import BlockHashes, combined_hash
 from btm_scale.checkpoint.merge import journal
 from btm_scale.checkpoint.merge.mpi import Leader, follow, world
 from btm_scale.checkpoint.merge.plan import MergePlan, Unit, make_plan, plan_means
@@ -34,7 +34,7 @@ from btm_scale.util.files import (
 from btm_scale.util.inside import as_private_as
 from btm_scale.util.leftovers import scratch_directory
 from btm_scale.util.pools import MOST, in_threads
-from btm_scale.util.provenance import Provenance, is_recorded, made_before
+from btm_scale.util.provenance import Provenance, is_recorded, made_before, same_files
 
 logger = logging.getLogger(__name__)
 
@@ -269,7 +269,7 @@ def _would_be_same(work: _Work, carry_out: Callable[..., list[Merged]]) -> bool:
     with scratch_directory(work.output) as folder:
         again = replace(work, output=folder / work.output.name, made_by=None)
         carry_out([again])
-        return same_models(again.output, work.output)
+        return same_files(again.output, work.output)
 
 
 def _allocate(work: _Work) -> None:
@@ -317,6 +317,7 @@ def _publish(work: _Work) -> Merged:
         answer = {"content_hash": content, **({"nonfinite": asdict(nonfinite)} if nonfinite else {})}
         work.made_by.model_copy(update={"answer": answer}).write_into(work.partial)
     as_private_as([*(source.path for source in work.plan.everyone), *bases_of(work.plan)], work.partial)
+    work.plan.before.require_unchanged("merge", CheckpointError)
     publish_directory(work.partial, work.output)
     if nonfinite:
         dtypes = {spec.dtype for spec in work.plan.specs.values() if spec.dtype.is_floating_point}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from btm_scale.checkpoint.merge.compatibility import common_specs, config_proble
 from btm_scale.checkpoint.merge.registry import METHODS, Method, find_method
 from btm_scale.checkpoint.merge.towers import other_towers
 from btm_scale.errors import CheckpointError, near_match
+from btm_scale.util.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class MergePlan:
     bytes_read: int
     first: Path | None = None  # the first input, from which `copied` are
     copied: frozenset[str] = frozenset()  # tensors outside the language model
+    before: Snapshot = field(default_factory=Snapshot)  # of all inputs, taken before anything was read
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the fields only: a pool pickles a plan in another thread, while this one may be caching `units`."""
@@ -170,6 +172,7 @@ class _Models:
     samples: Mapping[Path, str]
     files: Mapping[Path, str]
     bytes_read: Mapping[Path, int]
+    before: Mapping[Path, Snapshot]
 
     def source(self, path: Path, weight: float) -> Source:
         return Source(path, weight, self.samples[path], self.files[path])
@@ -189,8 +192,9 @@ class _Models:
         read = sum(self.bytes_read[source.path] for source in [*sources, *([base] if base else [])])
         first = inputs[0][0]
         copied = other_towers(first, self.specs) if len(inputs) > 1 else frozenset()
+        before = Snapshot.joined(self.before[source.path] for source in [*sources, *([base] if base else [])])
         return MergePlan(
-            tuple(sources), base, method, parameters, self.specs, max_shard_bytes, seed, read, first, copied
+            tuple(sources), base, method, parameters, self.specs, max_shard_bytes, seed, read, first, copied, before
         )
 
 
@@ -203,6 +207,7 @@ def _checked(
 ) -> _Models:
     """Open and compare all models. Raises one `CheckpointError` that lists `problems` and any found here."""
     problems = list(problems)
+    before = {path: _snapshot(path) for path in paths}
     with ExitStack() as stack:
         readers: list[ModelReader] = []
         for path in paths:
@@ -232,7 +237,20 @@ def _checked(
             {path: sample_hash(reader) for path, reader in by_path.items()},
             {path: _files_hash(path) for path in by_path},
             {path: sum(reader.spec(name).nbytes for name in specs) for path, reader in by_path.items()},
+            before,
         )
+
+
+def _bases(path: Path) -> list[Path]:
+    base = base_of(path) if is_completed(path) else None
+    return [] if base is None else [base]
+
+
+def _snapshot(path: Path) -> Snapshot:
+    bases: list[Path] = []
+    with suppress(CheckpointError):  # opening the model reports it
+        bases = _bases(path)
+    return Snapshot.of([path, *bases])
 
 
 def _files_hash(path: Path) -> str:
@@ -240,13 +258,12 @@ def _files_hash(path: Path) -> str:
 
     Dangling links (editor locks) and partial outputs inside the model's folder are ignored.
     """
-    base = base_of(path) if is_completed(path) else None
     files = [
         (str(file), (stat := file.stat()).st_size, stat.st_mtime_ns)
         for file in sorted(path.rglob("*") if path.is_dir() else [path])
         if file.is_file() and ".partial" not in str(file.relative_to(path))
     ]
-    completing = [] if base is None else [_files_hash(base)]
+    completing = [_files_hash(base) for base in _bases(path)]
     return hashlib.sha256(repr([*files, *completing]).encode()).hexdigest()
 
 
