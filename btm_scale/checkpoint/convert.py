@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,7 +33,9 @@ from btm_scale.model.shape import ModelShape
 from btm_scale.util.disk_errors import writing
 from btm_scale.util.files import make_partial, partial_path, publish_directory, remove_partial
 from btm_scale.util.inside import as_private_as
-from btm_scale.util.provenance import Input, Provenance, is_recorded, made_before
+from btm_scale.util.leftovers import scratch_directory
+from btm_scale.util.provenance import Input, Provenance, is_recorded, made_before, same_files
+from btm_scale.util.snapshot import Snapshot
 
 WRITERS: dict[str, Callable[..., None]] = {"megatron": write_torch_dist, "deepspeed": write_model_states}
 logger = logging.getLogger(__name__)
@@ -78,24 +81,28 @@ def convert(
     wanted = parse_dtype(dtype) if dtype else None
     settings = {"to": to, "tensor": tensor, "dtype": dtype_name(wanted) if wanted else None}
     sources = [source, *filter(None, [base_of(source) if is_completed(source) else None])]
+    before = Snapshot.of(sources)
+    write = partial(_write, source, to=to, tensor=tensor, dtype=wanted)
     read = tuple(Input.of(path, besides=target) for path in sources)
     made_by = Provenance(command="convert", inputs=read, settings=settings, answer={"format": to})
-    if made_before(target, made_by, CheckpointError) is not None:
+    is_same = partial(_would_be_same, write, target)
+    if made_before(target, made_by, CheckpointError, is_same=is_same) is not None:
         if verify:
             verify_equal(source, target, wanted)
         return Conversion(target, already_complete=True, weights=_read_from(source))
-    partial = partial_path(target)
-    with only_merge_into(partial), writing(target):
-        remove_partial(partial)
+    unpublished = partial_path(target)
+    with only_merge_into(unpublished), writing(target):
+        remove_partial(unpublished)
         try:
-            nonfinite = _write(source, partial, to=to, tensor=tensor, dtype=wanted)
+            nonfinite = write(unpublished)
             if verify:
-                verify_equal(source, partial, wanted)
-            made_by.write_into(partial)
-            as_private_as(sources, partial)
-            publish_directory(partial, target, synced=to == "huggingface")
+                verify_equal(source, unpublished, wanted)
+            made_by.write_into(unpublished)
+            as_private_as(sources, unpublished)
+            before.require_unchanged("convert", CheckpointError)
+            publish_directory(unpublished, target, synced=to == "huggingface")
         except Exception:
-            remove_partial(partial)
+            remove_partial(unpublished)
             raise
     if nonfinite and to != "huggingface":  # `merge` has reported its own
         logger.warning("%s", nonfinite.message(target, wanted))
@@ -106,11 +113,19 @@ def _read_from(source: Path) -> str | None:
     return str(weight_sets(source)) if weight_sets(source) else None
 
 
-def _write(source: Path, partial: Path, *, to: str, tensor: int, dtype: torch.dtype | None) -> NonFinite:
+def _would_be_same(write: Callable[[Path], object], target: Path) -> bool:
+    """Convert again, beside the target, and return whether that gives the files that the target has."""
+    logger.info("Inputs of %s have new modification times: converting them again, to compare.", target)
+    with scratch_directory(target) as folder:
+        write(folder / target.name)
+        return same_files(folder / target.name, target)
+
+
+def _write(source: Path, directory: Path, *, to: str, tensor: int, dtype: torch.dtype | None) -> NonFinite:
     """Write the converted model into a directory that is not published yet; return what is not finite in it."""
     if to == "huggingface":
         name = dtype_name(dtype) if dtype else None
-        return merge(partial, [(source, 1.0)], dtype=name, with_recipe=False).nonfinite
+        return merge(directory, [(source, 1.0)], dtype=name, with_recipe=False).nonfinite
     shape = find_shape(source)
     if tensor not in shape.tensor_degrees():
         raise CheckpointError(
@@ -122,10 +137,10 @@ def _write(source: Path, partial: Path, *, to: str, tensor: int, dtype: torch.dt
         require_complete(model)
         require_untied(model, shape)
         require_described(model, shape)
-        make_partial(partial)
-        WRITERS[to](partial, model, shape, tensor=tensor, dtype=dtype)
+        make_partial(directory)
+        WRITERS[to](directory, model, shape, tensor=tensor, dtype=dtype)
         specs = {name: spec for name, spec in model.specs().items() if not is_derived(name, model)}
-        carry_sidecars([source], partial, specs)
+        carry_sidecars([source], directory, specs)
         return model.nonfinite
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,12 +27,6 @@ def reader_hash(model: ModelReader) -> str:
     specs = model.specs()
     blocks = {name: [block_hash([block]) for block in model.chunks(name, BLOCK_BYTES)] for name in specs}
     return combined_hash(specs, blocks)
-
-
-def same_models(directory: Path, other: Path) -> bool:
-    """Return whether a Hugging Face model's files, but for its card, are those of another with the same bytes."""
-    files = [path for path in sorted(directory.iterdir()) if path.name != "README.md"]
-    return all((other / path.name).is_file() and filecmp.cmp(path, other / path.name, shallow=False) for path in files)
 
 
 def block_hash(pieces: Iterable[torch.Tensor]) -> str:

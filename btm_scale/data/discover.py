@@ -9,8 +9,10 @@ import contextlib
 import gzip
 import io
 import json
+import logging
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -24,7 +26,11 @@ from btm_scale.data.fingerprint import reading_of
 from btm_scale.data.sources import DomainSource, resolve_sources
 from btm_scale.errors import DataError
 from btm_scale.util.files import new_directory
-from btm_scale.util.provenance import Input, Provenance, made_before
+from btm_scale.util.leftovers import scratch_directory
+from btm_scale.util.provenance import Input, Provenance, made_before, same_files
+from btm_scale.util.snapshot import Snapshot
+
+logger = logging.getLogger(__name__)
 
 DOMAINS = "domains.yaml"
 _AT_ONCE = 512  # documents
@@ -58,6 +64,7 @@ def discover(
     same call has finished before, what it returned with `already_complete`. Raises DataError if there is too little
     text or `output` is not empty.
     """
+    before = Snapshot.of(file.path for source in collection for file in source.files)
     made_by = Provenance(
         command="discover",
         inputs=tuple(Input.of(file.path) for source in collection for file in source.files),
@@ -70,37 +77,62 @@ def discover(
         },
         answer={},
     )
-    if (made := made_before(output, made_by, DataError)) is not None:
+    fit = partial(_fit, collection, clusters=clusters, sample=sample, dimensions=dimensions, random_seed=random_seed)
+    is_same = partial(_would_be_same, collection, fit, output)
+    if (made := made_before(output, made_by, DataError, is_same=is_same)) is not None:
         return {"output": str(output), **made.answer, "already_complete": True}
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(
             f"{output} exists already. The output must be new or empty. Choose another --out, or delete it."
         )
+    clustering = fit()
+    with new_directory(output) as folder:
+        contents = _write_clusters(collection, clustering, folder)
+        made_by.model_copy(update={"answer": {"clusters": contents}}).write_into(folder)
+        before.require_unchanged("discover", DataError)
+    return {"output": str(output), "clusters": contents}
 
-    def documents() -> Iterator[Document]:
-        for source in collection:
-            yield from read_documents(source, BadLines("error"))
 
-    beginnings = ((document.text[:PLACING_CHARACTERS], len(document.text.encode())) for document in documents())
+def _documents(collection: Sequence[DomainSource]) -> Iterator[Document]:
+    for source in collection:
+        yield from read_documents(source, BadLines("error"))
+
+
+def _fit(
+    collection: Sequence[DomainSource], *, clusters: int, sample: int, dimensions: int, random_seed: int
+) -> Clustering:
+    """Cluster a sample of a collection."""
+    beginnings = (
+        (document.text[:PLACING_CHARACTERS], len(document.text.encode())) for document in _documents(collection)
+    )
     chosen = random_sample(beginnings, sample, random_seed)
     if not chosen:
         raise DataError(
             f"There is no document in {', '.join(source.name for source in collection)}. Give files that contain text."
         )
     texts, sizes = zip(*chosen, strict=True)
-    clustering = Clustering.fit(texts, clusters, sizes=sizes, dimensions=dimensions, random_seed=random_seed)
-    del chosen, texts
-    with new_directory(output) as partial:
-        names = [cluster_name(number) for number in range(clusters)]
-        counts_by_cluster = _write(documents(), clustering, [partial / f"{name}.jsonl.gz" for name in names])
-        contents = {
-            name: counts | {"terms": terms}
-            for name, counts, terms in zip(names, counts_by_cluster, clustering.typical_terms(), strict=True)
-        }
-        clustering.save(partial)
-        (partial / DOMAINS).write_text(_domains_yaml(contents))
-        made_by.model_copy(update={"answer": {"clusters": contents}}).write_into(partial)
-    return {"output": str(output), "clusters": contents}
+    return Clustering.fit(texts, clusters, sizes=sizes, dimensions=dimensions, random_seed=random_seed)
+
+
+def _write_clusters(collection: Sequence[DomainSource], clustering: Clustering, folder: Path) -> dict[str, Any]:
+    """Write the files of a clustering into a folder, and return the contents of each cluster."""
+    names = [cluster_name(number) for number in range(len(clustering.centres))]
+    counts_by_cluster = _write(_documents(collection), clustering, [folder / f"{name}.jsonl.gz" for name in names])
+    contents = {
+        name: counts | {"terms": terms}
+        for name, counts, terms in zip(names, counts_by_cluster, clustering.typical_terms(), strict=True)
+    }
+    clustering.save(folder)
+    (folder / DOMAINS).write_text(_domains_yaml(contents))
+    return contents
+
+
+def _would_be_same(collection: Sequence[DomainSource], fit: Callable[[], Clustering], output: Path) -> bool:
+    """Cluster again, beside the output, and return whether that gives the files that the output has."""
+    logger.info("The text of %s has new modification times: clustering it again, to compare.", output)
+    with scratch_directory(output) as folder:
+        _write_clusters(collection, fit(), folder)
+        return same_files(folder, output)
 
 
 def cluster_name(number: int) -> str:

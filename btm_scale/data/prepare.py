@@ -20,6 +20,7 @@ from btm_scale.errors import DataError, GroupFailed
 from btm_scale.run_dir import RunDir
 from btm_scale.util.files import new_directory, partial_path, remove_partial
 from btm_scale.util.locks import held
+from btm_scale.util.snapshot import Snapshot
 
 
 def prepare(config: RunConfig, run: RunDir, on_progress: Progress | None = None) -> dict[str, Fingerprint]:
@@ -40,6 +41,7 @@ def _prepare(
     sources: Sequence[DomainSource], config: RunConfig, run: RunDir, on_progress: Progress
 ) -> dict[str, Fingerprint]:
     _remove_leftovers(run)
+    before = {source.name: Snapshot.of(file.path for file in source.files) for source in sources}
     placements = Placements(config)
     _ensure_tokenizer(sources, config, run, placements)
     digest = directory_digest(run.tokenizer)
@@ -49,7 +51,9 @@ def _prepare(
     if waiting:
         with Encoder(run.tokenizer, config.data.workers) as encoder:
             for source in waiting:
-                fingerprints[source.name] = _encode(source, sources, config, run, encoder, on_progress, placements)
+                fingerprints[source.name] = _encode(
+                    source, sources, config, run, encoder, on_progress, placements, before[source.name]
+                )
     return {source.name: fingerprints[source.name] for source in sources}
 
 
@@ -172,11 +176,13 @@ def _encode(
     encoder: Encoder,
     on_progress: Progress,
     placements: Placements,
+    before: Snapshot,
 ) -> Fingerprint:
     placement = placements.of(source)
     with new_directory(run.domain(source.name)) as directory:
         elsewhere = keys_elsewhere(source, sources, run, placement)
         fingerprint = write_domain(source, config, encoder, directory, elsewhere, on_progress, placement)
+        before.require_unchanged("prepare", DataError)
         if run.domain(source.name).is_dir():  # it has no fingerprint, so it is incomplete
             remove_partial(run.domain(source.name))
     return fingerprint

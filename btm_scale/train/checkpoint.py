@@ -33,7 +33,14 @@ from btm_scale.model.hf_weights import huggingface_shapes, local_part
 from btm_scale.model.partition import complete_shape
 from btm_scale.train.engine import KINDS, MASTER, OUTER, Engine
 from btm_scale.train.pieces import Placement, Span
-from btm_scale.train.state_file import PartWriter, WrittenPart, equal_part_digest, file_digest, part_digest
+from btm_scale.train.state_file import (
+    PartWriter,
+    WrittenPart,
+    equal_part_digest,
+    file_digest,
+    part_digest,
+    require_complete,
+)
 from btm_scale.util.disk_errors import writing
 from btm_scale.util.files import make_partial, partial_path, publish_directory, remove_partial, require_space
 from btm_scale.util.records import Record, is_empty
@@ -331,6 +338,7 @@ def _problem_of_parts(path: Path, rank: int, ranks: int) -> str | None:
             mine = range(rank, len(digests), ranks)
             intact = all(equal_part_digest(path, i, len(digests)) == digests[i] for i in mine)
         else:
+            require_complete(path, marker.parts)
             mine = range(rank, len(marker.parts), ranks)
             intact = all(part_digest(path, p, is_first=i == 0) == p.sha256 for i in mine for p in [marker.parts[i]])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, CheckpointError) as error:

@@ -43,7 +43,10 @@ class Span:
         match = _TEXT.fullmatch(text)
         if match is None:
             raise ValueError(f"'{text[:50]}' is not a span")
-        return cls(*(int(number) for number in match.groups() if number is not None))
+        span = cls(*(int(number) for number in match.groups() if number is not None))
+        if not span.length or not span.count or (span.count > 1 and span.stride < span.length):
+            raise ValueError(f"'{text[:50]}' is not a span of separate runs")
+        return span
 
     def __str__(self) -> str:
         return f"{self.start}+{self.length}" + (f"*{self.count}/{self.stride}" if self.count > 1 else "")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 import time
 from collections import Counter
@@ -19,8 +18,9 @@ from pathlib import Path
 import torch
 
 from btm_scale.checkpoint.formats.safetensors_writer import SINGLE, ShardedWriter
-from btm_scale.checkpoint.formats.tensors import TensorSpec, as_bytes
+from btm_scale.checkpoint.formats.tensors import TensorSpec, are_naturals, as_bytes
 from btm_scale.train.pieces import Span
+from btm_scale.util.bounded_json import MAX_BYTES, parse_json
 from btm_scale.util.files import partial_path
 from btm_scale.util.records import Part
 
@@ -38,7 +38,7 @@ class WrittenPart(Part):
 
     @property
     def elements(self) -> dict[str, int]:
-        """How many elements of each tensor the rank wrote."""
+        """How many elements of each tensor the rank wrote. Raises ValueError for what is not a span."""
         return {name: sum(Span.parse(span).elements for span in spans) for name, spans in self.spans.items()}
 
 
@@ -54,7 +54,7 @@ class PartWriter:
         self._descriptor = _opened(partial_path(folder / SINGLE))
         length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
         header = os.pread(self._descriptor, 8 + length, 0)
-        self._begins, _ = _positions(header)
+        self._begins, _, _ = _positions(header)
         self._digest = hashlib.sha256(header if creates else b"")
         self._spans: dict[str, list[Span]] = {}
 
@@ -94,13 +94,32 @@ class PartWriter:
         Raises RuntimeError, and removes the file, if the parts of all ranks are not complete.
         """
         assert self._file is not None
-        written: Counter[str] = Counter()
-        for part in parts:
-            written.update(part.elements)
+        written = _elements(parts)
         for name, spec in self._specs.items():
             if written[name.partition("/")[2]] == spec.elements:
                 self._file.mark_written(name)
         self._file.close()
+
+
+def require_complete(folder: Path, parts: Sequence[WrittenPart]) -> None:
+    """Raise ValueError, OSError or KeyError unless parts together have as many elements as each tensor of the file.
+
+    Then verifying them reads the file about once, whatever a damaged or hostile `state.json` says.
+    """
+    with (folder / SINGLE).open("rb") as file:
+        begins, kinds, ends = _positions(_header(file.fileno()))
+    written = _elements(parts)
+    for name, begin in begins.items():
+        kind, _, shared = name.partition("/")
+        if kind not in kinds or written[shared] * _ITEM != ends[name] - begin:
+            raise ValueError(f"its parts have {written[shared]} elements of '{name[:100]}'")
+
+
+def _elements(parts: Sequence[WrittenPart]) -> Counter[str]:
+    written: Counter[str] = Counter()
+    for part in parts:
+        written.update(part.elements)
+    return written
 
 
 def part_digest(folder: Path, part: WrittenPart, *, is_first: bool) -> str:
@@ -110,11 +129,13 @@ def part_digest(folder: Path, part: WrittenPart, *, is_first: bool) -> str:
     """
     with (folder / SINGLE).open("rb") as file:
         header = _header(file.fileno())
-        begins, kinds = _positions(header)
+        begins, kinds, ends = _positions(header)
         digest = hashlib.sha256(header if is_first else b"")
         for name, spans in part.spans.items():
             for span, kind in itertools.product(map(Span.parse, spans), kinds):
                 begin = begins[f"{kind}/{name}"]
+                if begin + (span.starts[-1] + span.length) * _ITEM > ends[f"{kind}/{name}"]:
+                    raise ValueError(f"'{name[:100]}' does not have the elements {span}")
                 for start in span.starts:
                     for block in _blocks(file.fileno(), begin + start * _ITEM, span.length * _ITEM):
                         digest.update(block)
@@ -128,7 +149,7 @@ def equal_part_digest(folder: Path, index: int, count: int) -> str:
     """
     with (folder / SINGLE).open("rb") as file:
         header = _header(file.fileno())
-        begins, _ = _positions(header)
+        begins, _, _ = _positions(header)
         ends = [*sorted(begins.values()), os.fstat(file.fileno()).st_size]
         digest = hashlib.sha256(hashlib.sha256(header).digest() if index == 0 else b"")
         for begin, end in itertools.pairwise(ends):
@@ -154,21 +175,33 @@ def _header(descriptor: int) -> bytes:
     """Return the header of a file, with its length. Raises ValueError if the file's size differs from what it says."""
     size = os.fstat(descriptor).st_size
     length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
-    if 8 + length > size:
+    if length > min(size - 8, MAX_BYTES):
         raise ValueError("the header is damaged")
     header = os.pread(descriptor, 8 + length, 0)
-    tensors = (value for name, value in json.loads(header[8:]).items() if name != "__metadata__")
-    if 8 + length + max(int(value["data_offsets"][1]) for value in tensors) != size:
+    _, _, ends = _positions(header)
+    if max(ends.values(), default=len(header)) != size:
         raise ValueError("its size is not that of its tensors")
     return header
 
 
-def _positions(header: bytes) -> tuple[dict[str, int], list[str]]:
-    """Return where each tensor begins in the file, and the kinds of tensors in the order of the file."""
-    values = {name: value for name, value in json.loads(header[8:]).items() if name != "__metadata__"}
-    begins = {name: len(header) + int(value["data_offsets"][0]) for name, value in values.items()}
+def _positions(header: bytes) -> tuple[dict[str, int], list[str], dict[str, int]]:
+    """Return where each tensor begins, the kinds of tensors in the order of the file, and where each tensor ends.
+
+    Raises ValueError for a header that is not that of a checkpoint.
+    """
+    content = parse_json(header[8:])
+    if not isinstance(content, dict):
+        raise ValueError("the header is damaged")
+    begins, ends = {}, {}
+    for name, value in content.items():
+        if name == "__metadata__":
+            continue
+        offsets = value.get("data_offsets") if isinstance(value, dict) else None
+        if not are_naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+            raise ValueError(f"the header is damaged at '{name[:100]}'")
+        begins[name], ends[name] = (len(header) + offset for offset in offsets)
     in_order = sorted(begins, key=begins.__getitem__)
-    return begins, list(dict.fromkeys(name.partition("/")[0] for name in in_order))
+    return begins, list(dict.fromkeys(name.partition("/")[0] for name in in_order)), ends
 
 
 def _blocks(descriptor: int, position: int, size: int) -> Iterator[bytes]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from fuzz.corpus import FLAT_SHAPES, write_models, write_zero
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties
 
 from btm_scale.checkpoint.formats.dcp import Chunk, _tile
 from btm_scale.checkpoint.formats.open import open_model
@@ -108,6 +108,30 @@ def test_metadata_whose_chunks_are_not_the_stored_ones_is_refused(tmp_path: Path
     metadata.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].chunks = chunks
     file.write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointError, match=r"linear_fc2\.weight\.chunks.* must be") as error:
+        open_model(tmp_path / "torch_dist")
+    assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("properties", "problem"),
+    [
+        (
+            TensorProperties(torch.float16),
+            "must be torch.bfloat16, the dtype of the .* and is torch.float16",
+        ),
+        ({"dtype": torch.bfloat16}, "must be a dtype and is None"),
+        ("float16", "must be a dtype and is None"),
+    ],
+)
+def test_metadata_whose_dtype_is_not_the_stored_one_is_refused(
+    tmp_path: Path, properties: object, problem: str
+) -> None:
+    write_models(tmp_path)
+    file = tmp_path / "torch_dist" / ".metadata"
+    metadata = pickle.loads(file.read_bytes())
+    metadata.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].properties = properties
+    file.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=rf"linear_fc2\.weight\.properties\.dtype' {problem}") as error:
         open_model(tmp_path / "torch_dist")
     assert str(file) in str(error.value)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from helpers.small_models import Save, random_weights
 from helpers.tiny_forest import write_experts
 
 from btm_scale.checkpoint.convert import convert
+from btm_scale.checkpoint.merge import sidecars
 from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.cli.app import parse
 from btm_scale.cli.verb import Call
@@ -152,3 +155,61 @@ def test_repeating_a_finished_conversion_succeeds_and_a_different_one_is_refused
     with pytest.raises(CheckpointError, match="it was made by convert"):
         merge(tmp_path / "out", [(model, 1.0)])
     assert state(tmp_path) == before
+
+
+@pytest.mark.parametrize("to", ["huggingface", "megatron", "deepspeed"])
+def test_a_conversion_of_an_input_that_was_only_touched_is_complete(to: str, tmp_path: Path) -> None:
+    model = write_experts(tmp_path, 1)["expert0"]
+    convert(model, tmp_path / "out", to=to)
+    record = str(tmp_path / "out/provenance.json")
+    before = {name: file for name, (_, file) in state(tmp_path).items() if name != record}
+    os.utime(model / "model.safetensors", (1, 1))
+    assert convert(model, tmp_path / "out", to=to).already_complete
+    assert {name: file for name, (_, file) in state(tmp_path).items() if name != record} == before
+    changed = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(changed[:-1] + bytes([changed[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="has changed since"):
+        convert(model, tmp_path / "out", to=to)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("command", "change"),
+    [
+        ("merge", "overwritten"),
+        ("merge", "removed"),
+        ("huggingface", "overwritten"),
+        ("megatron", "replaced"),
+        ("deepspeed", "overwritten"),
+    ],
+)
+def test_an_input_that_changes_while_it_is_read_is_refused(
+    command: str, change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_experts(tmp_path, 1)["expert0"]
+    weights, other = model / "model.safetensors", tmp_path / "other"
+    other.write_bytes(weights.read_bytes()[:-1] + b"\x3e")
+    plain, times = sidecars.carry_sidecars, []
+
+    def changing(*arguments: Any, **settings: Any) -> None:
+        """Copy config and tokenizer, which comes after the weights, and change the weights."""
+        plain(*arguments, **settings)
+        times.append(weights.stat().st_mtime_ns)
+        if change == "overwritten":
+            weights.write_bytes(other.read_bytes())
+        elif change == "replaced":
+            other.replace(weights)
+        else:
+            weights.unlink()
+
+    monkeypatch.setattr("btm_scale.checkpoint.merge.merge.carry_sidecars", changing)
+    monkeypatch.setattr("btm_scale.checkpoint.convert.carry_sidecars", changing)
+    happened = "removed" if change == "removed" else "changed"
+    run: Callable[[], object] = partial(convert, model, tmp_path / "out", to=command)
+    if command == "merge":
+        run = partial(merge, tmp_path / "out", [(model, 1.0)])
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors was {happened} while \w+ read it"):
+        run()
+    assert times
+    assert not (tmp_path / "out").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".partial")]

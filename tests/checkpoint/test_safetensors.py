@@ -45,6 +45,24 @@ def test_every_dtype_that_the_safetensors_library_writes_is_read(tmp_path: Path,
             assert model.read_range(name, 2, 5).view(torch.uint8).equal(tensor.reshape(-1)[2:5].view(torch.uint8))
 
 
+def test_tensors_behind_gigabytes_of_others_are_read(tmp_path: Path) -> None:
+    """The file has holes, so it takes no space."""
+    sizes = {"a": 3 << 30, "b": 1 << 40, "c": 8}
+    header, position = {}, 0
+    for name, size in sizes.items():
+        header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [position, position + size]}
+        position += size
+    content = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(content).to_bytes(8, "little") + content)
+        file.seek(position - 8, 1)
+        file.write(bytes(range(8)))
+    with SafetensorsModel(tmp_path) as model:
+        assert {name: model.spec(name).nbytes for name in model.names} == sizes
+        assert model.read("c").tolist() == list(range(8))
+        assert model.read_range("b", (1 << 40) - 2, 1 << 40).tolist() == [0, 0]
+
+
 def test_pieces_in_any_order_give_the_same_file_as_complete_tensors(tmp_path: Path) -> None:
     weights = random_weights(1)
     with ShardedWriter(tmp_path / "complete", specs_of(weights)) as writer:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -116,6 +118,38 @@ def test_the_same_collection_again_is_already_complete_and_another_is_refused(mi
     with pytest.raises(DataError, match=r"all\.jsonl has changed since"):
         discover(collection_of([tmp_path / "all.jsonl"], "text"), tmp_path / "out", clusters=2, sample=100)
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_collection_that_was_only_touched_is_complete(mixed: Path, tmp_path: Path) -> None:
+    text = tmp_path / "all.jsonl"
+    shutil.copy(mixed / "all.jsonl", text)
+    answer = discover(collection_of([text], "text"), tmp_path / "out", clusters=2, sample=100)
+    os.utime(text, (1, 1))
+    again = discover(collection_of([text], "text"), tmp_path / "out", clusters=2, sample=100)
+    assert again == {**answer, "already_complete": True}
+    content = text.read_bytes()
+    text.write_bytes(content.replace(b"the", b"teh"))
+    with pytest.raises(DataError, match=r"all\.jsonl has changed since"):
+        discover(collection_of([text], "text"), tmp_path / "out", clusters=2, sample=100)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.jsonl", "out"]
+
+
+def test_text_that_changes_while_it_is_clustered_is_refused(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "all.jsonl"
+    shutil.copy(mixed / "all.jsonl", text)
+    plain = Clustering.save
+
+    def appending(clustering: Clustering, folder: Path) -> None:
+        plain(clustering, folder)
+        with text.open("a") as file:
+            file.write('{"text": "a line of a crawler that still runs"}\n')
+
+    monkeypatch.setattr(Clustering, "save", appending)
+    with pytest.raises(DataError, match=r"all\.jsonl was changed while discover read it"):
+        discover(collection_of([text], "text"), tmp_path / "out", clusters=2, sample=100)
+    assert list(tmp_path.iterdir()) == [text]
 
 
 def test_too_little_text_and_a_nonempty_output_are_errors(tmp_path: Path) -> None:

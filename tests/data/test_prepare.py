@@ -296,6 +296,21 @@ def test_only_one_process_prepares_a_run_at_a_time(text_root: Path, make_config:
     assert not list(run.root.glob(".*"))
 
 
+def test_text_that_changes_while_it_is_encoded_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Splits and duplicates were determined by reading it before."""
+    text = write_jsonl(tmp_path / "a.jsonl", prose_texts(300))
+    run, config = RunDir(tmp_path / "run"), make_config(tmp_path, {"a": {"text": "a.jsonl"}})
+
+    def append(domain: str, encoded_bytes: int, documents: int) -> None:
+        with text.open("a") as file:
+            file.write('{"text": "a line of a crawler that still runs"}\n')
+
+    with pytest.raises(DataError, match=r"a\.jsonl was changed while prepare read it"):
+        prepare(config, run, append)
+    assert not run.domain("a").exists()
+    prepare(config, run)
+
+
 def test_leftovers_of_a_killed_run_are_deleted(text_root: Path, make_config: MakeConfig, tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     for leftover in (

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.formats.safetensors_writer import SINGLE, ShardedWriter
 from btm_scale.checkpoint.formats.tensors import TensorSpec, as_bytes
 from btm_scale.train.pieces import Span
-from btm_scale.train.state_file import PartWriter, WrittenPart, equal_part_digest, part_digest
+from btm_scale.train.state_file import PartWriter, WrittenPart, equal_part_digest, part_digest, require_complete
 
 KINDS = ("master", "exp_avg")
 BY_KIND = {
@@ -106,6 +108,51 @@ def test_a_damaged_header_and_a_wrong_size_are_found(tmp_path: Path) -> None:
             assert not is_intact(tmp_path, parts, 0)
         except (OSError, ValueError, KeyError, TypeError):
             continue
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [
+        ("0+0*99999999999999/0",),
+        ("0+1*99999999999999/0",),
+        ("0+99999999999999",),
+        ("0+1", "0+1"),
+        (),
+        ("99999999999999+1",),
+    ],
+)
+def test_spans_that_are_not_the_elements_of_a_tensor_are_refused_before_they_are_read(
+    spans: tuple[str, ...], tmp_path: Path
+) -> None:
+    """A hostile `state.json` would keep every rank reading for years."""
+    (part,) = write(tmp_path, 1)
+    require_complete(tmp_path, [part])
+    hostile = part.model_copy(update={"spans": part.spans | {"model.norm.weight": spans}})
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=r"model\.norm\.weight|not a span"):
+        require_complete(tmp_path, [hostile])
+    with contextlib.suppress(ValueError):
+        part_digest(tmp_path, hostile, is_first=True)
+    assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[" * 100_000,
+        b"[]",
+        b'{"master/a": 3}',
+        b'{"master/a": {"data_offsets": [-8, 4]}}',
+        b'{"a": {"data_offsets": [4, 0]}}',
+    ],
+    ids=lambda header: header[:40].decode(),
+)
+def test_a_hostile_header_is_damage(header: bytes, tmp_path: Path) -> None:
+    parts = write(tmp_path, 1)
+    (tmp_path / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    for verify in (lambda: part_digest(tmp_path, parts[0], is_first=True), lambda: equal_part_digest(tmp_path, 0, 1)):
+        with pytest.raises(ValueError, match=r"header|deeply"):
+            verify()
 
 
 def test_the_digests_of_schema_2_cover_equal_ranges_of_every_tensor(tmp_path: Path) -> None:

@@ -183,7 +183,9 @@ def _listed(
         sizes[chosen[name]] = tuple(size)
         chunks.setdefault(chosen[name], []).append(Chunk(tuple(offset), tensor))
     for name, own in chosen.items():
-        _require_described(attributes(described.get(name), file, f"state_dict_metadata.{name}."), chunks.get(own, []))
+        fields = attributes(described.get(name), file, f"state_dict_metadata.{name}.")
+        _require_described(fields, chunks.get(own, []))
+        _require_dtype(fields, chunks.get(own, []))
     return sizes, chunks
 
 
@@ -216,6 +218,19 @@ def _require_described(tensor: Fields, parts: list[Chunk]) -> None:
         blocks.add(tuple(map(tuple, block)))
     if len(listed) != len(parts) or blocks != {(part.offsets, part.stored.spec.shape) for part in parts}:
         tensor.refuse("chunks", listed, "the offsets and sizes of the stored chunks")
+
+
+def _require_dtype(tensor: Fields, parts: list[Chunk]) -> None:
+    """Raise `CheckpointError` unless the dtype in a tensor's metadata is that of its stored chunks."""
+    properties = tensor.get("properties")
+    state = properties.state if isinstance(properties, Inert) else properties
+    # The state is a tuple that begins with the dtype.
+    dtype = state[0] if isinstance(state, tuple) and state else None
+    if not isinstance(dtype, torch.dtype):
+        tensor.refuse("properties.dtype", dtype, "a dtype")
+    for part in parts:
+        if part.stored.spec.dtype != dtype:
+            tensor.refuse("properties.dtype", dtype, f"{part.stored.spec.dtype}, the dtype of the stored chunks,")
 
 
 def attributes(value: object, file: Path, field: str) -> Fields:

@@ -13,7 +13,7 @@ import torch
 from btm_scale.checkpoint.formats.archive import Archive
 from btm_scale.checkpoint.formats.inert import Inert
 from btm_scale.checkpoint.formats.stored import Segment, StoredTensor
-from btm_scale.checkpoint.formats.tensors import TensorSpec, is_shape
+from btm_scale.checkpoint.formats.tensors import TensorSpec, are_naturals, is_shape
 from btm_scale.checkpoint.formats.unpickler import Unpickler
 from btm_scale.errors import CheckpointError
 from btm_scale.util.bounded_json import read_bounded, shown
@@ -106,7 +106,7 @@ def _rebuild_tensor_v2(
 def _rebuild_tensor(storage: Any, start: Any, shape: Any, stride: Any) -> StoredTensor:
     if not isinstance(storage, _Storage):
         raise TypeError(f"a tensor in {shown(storage)}")
-    valid = is_shape((start,)) and is_shape(shape) and is_shape(stride) and len(shape) == len(stride)
+    valid = is_shape((start,)) and is_shape(shape) and are_naturals(stride) and len(shape) == len(stride)
     if not valid:
         raise CheckpointError(
             f"{storage.file} has a tensor with offset {shown(start)}, shape {shown(shape)} and stride {shown(stride)}. "

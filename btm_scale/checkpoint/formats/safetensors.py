@@ -16,6 +16,7 @@ from btm_scale.checkpoint.formats.tensors import (
     DTYPE_BY_CODE,
     ModelReader,
     TensorSpec,
+    are_naturals,
     as_bytes,
     is_shape,
     unknown_tensor,
@@ -79,7 +80,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[int, int, TensorSpec]:
                 "with scales can be read. Use the unquantized model."
             )
         dtype = DTYPE_BY_CODE.get(code) if isinstance(code, str) else None
-        if dtype is not None and isinstance(shape, list) and is_shape(shape) and is_shape(span) and len(span) == 2:
+        if dtype is not None and isinstance(shape, list) and is_shape(shape) and are_naturals(span) and len(span) == 2:
             return span[0], span[1], TensorSpec(dtype, tuple(shape))
     raise CheckpointError(
         f"{path} has an invalid header entry for '{name:.200}': {shown(entry, 200)}. Export it again."

@@ -60,15 +60,19 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 _MAX_DIMENSIONS = 32
 _MAX_ELEMENTS = 1 << 56  # so that offsets in bytes fit into 63 bits
+_MAX_BYTES = 1 << 60
 
 
 def is_shape(sizes: object) -> TypeGuard[Sequence[int]]:
     """Whether a foreign value is a shape: a list or tuple of natural numbers whose product is a possible size."""
-    if not isinstance(sizes, (list, tuple)) or len(sizes) > _MAX_DIMENSIONS:
+    return are_naturals(sizes) and math.prod(max(size, 1) for size in sizes) <= _MAX_ELEMENTS
+
+
+def are_naturals(values: object) -> TypeGuard[Sequence[int]]:
+    """Whether a foreign value is a list or tuple of a few natural numbers, such as strides or offsets in bytes."""
+    if not isinstance(values, (list, tuple)) or len(values) > _MAX_DIMENSIONS:
         return False
-    if not all(type(size) is int and 0 <= size <= _MAX_ELEMENTS for size in sizes):
-        return False
-    return math.prod(max(size, 1) for size in sizes) <= _MAX_ELEMENTS
+    return all(type(value) is int and 0 <= value <= _MAX_BYTES for value in values)
 
 
 @dataclass(frozen=True)

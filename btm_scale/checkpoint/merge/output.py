@@ -10,20 +10,20 @@ from pathlib import Path
 
 from btm_scale.checkpoint.formats.rounded import ALL_FINITE, NonFinite
 from btm_scale.checkpoint.formats.weight_sets import weight_sets
-from btm_scale.checkpoint.hashing import BlockHashes, combined_hash, same_models
+from btm_scale.checkpoint.hashing import BlockHashes, combined_hash
 from btm_scale.checkpoint.merge import journal, recipe
 from btm_scale.checkpoint.merge.plan import MergePlan, Unit
 from btm_scale.checkpoint.merge.record import Merged, bases_of
 from btm_scale.checkpoint.merge.sidecars import carry_sidecars, model_card, set_template, stack_layers
 from btm_scale.checkpoint.merge.vocabulary import write_tokenizer
 from btm_scale.checkpoint.merge.workers import open_writer
-from btm_scale.errors import WorkerLost
+from btm_scale.errors import CheckpointError, WorkerLost
 from btm_scale.util.disk_errors import writing
 from btm_scale.util.files import make_partial, partial_path, publish_directory, remove_partial
 from btm_scale.util.inside import as_private_as
 from btm_scale.util.leftovers import scratch_directory
 from btm_scale.util.pools import MOST, in_threads
-from btm_scale.util.provenance import Provenance
+from btm_scale.util.provenance import Provenance, same_files
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def would_be_same(work: Work, share_out: Callable[..., None]) -> bool:
     with scratch_directory(work.output) as folder:
         again = replace(work, output=folder / work.output.name, made_by=None)
         carry_out([again], share_out)
-        return same_models(again.output, work.output)
+        return same_files(again.output, work.output)
 
 
 def _allocate(work: Work) -> None:
@@ -180,6 +180,7 @@ def _publish(work: Work) -> Merged:
         answer = {"content_hash": content, **({"nonfinite": asdict(nonfinite)} if nonfinite else {})}
         work.made_by.model_copy(update={"answer": answer}).write_into(work.partial)
     as_private_as([*(source.path for source in work.plan.everyone), *bases_of(work.plan)], work.partial)
+    work.plan.before.require_unchanged("merge", CheckpointError)
     publish_directory(work.partial, work.output)
     if nonfinite:
         dtypes = {spec.dtype for spec in work.plan.specs.values() if spec.dtype.is_floating_point}

@@ -14,6 +14,7 @@ from btm_scale.checkpoint.hashing import BLOCK_BYTES
 from btm_scale.checkpoint.merge import elementwise, fusion, sparse, spherical, whole_tensor  # noqa: F401 (they register their methods)
 from btm_scale.checkpoint.merge.registry import Method, PerModel, find_method
 from btm_scale.checkpoint.merge.views import Views
+from btm_scale.util.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class MergePlan:
     views: Views = field(default_factory=Views)
     tensors: Mapping[str, TensorMerge] = field(default_factory=dict)
     layers: tuple[tuple[int, int], ...] = ()
+    before: Snapshot = field(default_factory=Snapshot)  # of all inputs, taken before anything was read
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the fields only: a pool pickles a plan in another thread, while this one may be caching `units`."""

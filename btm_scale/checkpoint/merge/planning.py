@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from btm_scale.checkpoint.merge.towers import other_towers
 from btm_scale.checkpoint.merge.views import Views
 from btm_scale.checkpoint.merge.vocabulary import token_rows
 from btm_scale.errors import CheckpointError
+from btm_scale.util.snapshot import Snapshot
 
 # Settings with a value per layer, which an output of stacked layers gets from the layers' models.
 _PER_LAYER = (*LAYER_KEYS, "layer_types")
@@ -104,6 +105,7 @@ class Models:
     files: Mapping[Path, str]
     bytes_read: Mapping[Path, int]
     views: Views
+    before: Mapping[Path, Snapshot]
 
     def source(self, path: Path, weight: float) -> Source:
         """Return a model as a source."""
@@ -126,7 +128,18 @@ class Models:
         first = inputs[0][0]
         copied = other_towers(first, self.specs) if len(inputs) > 1 else frozenset()
         return MergePlan(
-            tuple(sources), base, method, parameters, self.specs, max_shard_bytes, seed, read, first, copied, self.views
+            tuple(sources),
+            base,
+            method,
+            parameters,
+            self.specs,
+            max_shard_bytes,
+            seed,
+            read,
+            first,
+            copied,
+            self.views,
+            before=Snapshot.joined(self.before[source.path] for source in [*sources, *([base] if base else [])]),
         )
 
 
@@ -146,6 +159,7 @@ def checked_models(
 ) -> Models:
     """Open and compare all models. Raises one `CheckpointError` that lists `problems` and any found here."""
     problems = list(problems)
+    before = {path: _snapshot(path) for path in paths}
     with ExitStack() as stack:
         opened: dict[Path, ModelReader] = {}
         for path in dict.fromkeys(paths):
@@ -186,7 +200,20 @@ def checked_models(
                 for path, reader in named.items()
             },
             views,
+            before,
         )
+
+
+def _bases(path: Path) -> list[Path]:
+    base = base_of(path) if is_completed(path) else None
+    return [] if base is None else [base]
+
+
+def _snapshot(path: Path) -> Snapshot:
+    bases: list[Path] = []
+    with suppress(CheckpointError):  # opening the model reports it
+        bases = _bases(path)
+    return Snapshot.of([path, *bases])
 
 
 def _files_hash(path: Path) -> str:
@@ -194,11 +221,10 @@ def _files_hash(path: Path) -> str:
 
     Dangling links (editor locks) and partial outputs inside the model's folder are ignored.
     """
-    base = base_of(path) if is_completed(path) else None
     files = [
         (str(file), (stat := file.stat()).st_size, stat.st_mtime_ns)
         for file in sorted(path.rglob("*") if path.is_dir() else [path])
         if file.is_file() and ".partial" not in str(file.relative_to(path))
     ]
-    completing = [] if base is None else [_files_hash(base)]
+    completing = [_files_hash(base) for base in _bases(path)]
     return hashlib.sha256(repr([*files, *completing]).encode()).hexdigest()
