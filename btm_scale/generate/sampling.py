@@ -118,7 +118,7 @@ def decode(
 
 
 def predictions(readings: Sequence[Reading], posterior: RunningPosterior) -> tuple[Tensor, Tensor]:
-    """Return the logits [experts, batch, vocabulary] of the next token, and the log weights [batch, experts] in nats."""
+    """Return the next token's logits [experts, batch, vocabulary], and the log weights [batch, experts] in nats."""
     logits = torch.stack([reading.logits for reading in readings])
     return logits, torch.as_tensor(posterior.log_weights(), dtype=torch.float32, device=logits.device)
 
