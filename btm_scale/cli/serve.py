@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,6 +35,12 @@ def serve(
     log_requests: Annotated[
         bool, flag("--log-requests", "Log prompts and texts, too.", rich_help_panel=_NETWORK)
     ] = False,
+    backend: Annotated[
+        Path | None,
+        option(
+            "--backend", "FILE", "YAML file with a URL per expert, which engines such as vLLM serve.", section=_FOREST
+        ),
+    ] = None,
     method: Annotated[
         str,
         one_of(
@@ -103,16 +109,19 @@ def serve(
     url = server.url_of(listener)
     if keys is None and not server.is_loopback(host):
         logger.warning("Anyone who reaches %s can use this server. Set --api-key-file, or --host 127.0.0.1.", url)
-    planner, backend = server.local_planner(
-        config,
-        run_dir,
-        method=method,  # type: ignore[arg-type]
-        prior=prior,
-        domain=domain,
-        max_bytes=bytes_from_text(max_memory) if max_memory else None,
-        device=device,
-        max_rows=batch,
-        max_waiting=max_waiting,
-    )
-    server.serve(planner, backend, listener, name=config.name, keys=keys, log_requests=log_requests)
+    settings: dict[str, Any] = {"prior": prior, "domain": domain, "max_waiting": max_waiting}
+    answering: Any
+    if backend is not None:
+        planner, answering = server.remote_planner(config, run_dir, backend, **settings)
+    else:
+        planner, answering = server.local_planner(
+            config,
+            run_dir,
+            method=method,  # type: ignore[arg-type]
+            max_bytes=bytes_from_text(max_memory) if max_memory else None,
+            device=device,
+            max_rows=batch,
+            **settings,
+        )
+    server.serve(planner, answering, listener, name=config.name, keys=keys, log_requests=log_requests)
     return Answer({"url": url}, silent)

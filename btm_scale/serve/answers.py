@@ -95,8 +95,8 @@ class Answer(ABC):
         choice = self.choices[self._first[number] + event.copy]
         before = len(choice.offsets)
         choice.expert = event.expert
+        choice.tokens += 1 if event.token is not None else event.count
         if event.token is not None:
-            choice.tokens += 1
             if event.alternatives is not None:
                 self._score(choice, event.token, event.alternatives)
             choice.last = event.token

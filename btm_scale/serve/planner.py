@@ -30,6 +30,7 @@ class Planner:
     def completion(self, request: CompletionRequest) -> list[Job]:
         """Return a job per prompt. Raises ApiError."""
         sampling = _sampling(request)
+        self._require_log_probs(request.logprobs is not None)
         score_prompt = request.echo and request.logprobs is not None
         names, method = self.catalog.choose(request.model, sampling, self.backend, mixed=score_prompt)
         prompts = self._prompts(request.prompts)
@@ -55,6 +56,7 @@ class Planner:
     def chat_completion(self, request: ChatRequest) -> list[Job]:
         """Return the job of a chat. Raises ApiError."""
         sampling = _sampling(request)
+        self._require_log_probs(request.logprobs)
         names, method = self.catalog.choose(request.model, sampling, self.backend)
         if self.chat is None:
             raise no_template()
@@ -71,6 +73,15 @@ class Planner:
         (prompt,) = self._prompts([request.input])  # type: ignore[arg-type]
         names, _ = self.catalog.choose(FOREST, Sampling(), self.backend)
         return Job(prompt, names, copies=0, trace=request.trace, starts_document=self._starts_document(request.input))
+
+    def _require_log_probs(self, asked: bool) -> None:
+        if asked and not self.backend.has_log_probs:
+            raise ApiError(
+                400,
+                "Log-probabilities are available from local experts only. Leave logprobs out.",
+                param="logprobs",
+                code="unsupported_parameter",
+            )
 
     def _starts_document(self, given: object) -> bool:
         return isinstance(given, list) and given[:1] == [self.tokenizer.eos]

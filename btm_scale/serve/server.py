@@ -8,6 +8,7 @@ import logging
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -18,13 +19,16 @@ from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import LaunchError, UserError
 from btm_scale.forest.forest import require_experts
 from btm_scale.forest.priors import log_prior_of, models_of, router_of
+from btm_scale.generate.model_cache import shared_context
 from btm_scale.run_dir import RunDir, finished_models
 from btm_scale.serve.app import make_app
-from btm_scale.serve.catalog import catalog_of
+from btm_scale.serve.catalog import Catalog, catalog_of
 from btm_scale.serve.chat import ChatTemplate
 from btm_scale.serve.engine import Engine, Prior
+from btm_scale.serve.engines_file import load_engines
 from btm_scale.serve.local import LocalBackend
 from btm_scale.serve.planner import Planner
+from btm_scale.serve.remote import RemoteBackend
 from btm_scale.serve.work import Method
 
 logger = logging.getLogger(__name__)
@@ -71,6 +75,30 @@ def local_planner(
         raise UserError(f"{reason} Increase --max-memory, or use --method expert.")
     created = int(run.config.stat().st_mtime)
     catalog = catalog_of(experts, names, method, created)
+    return Planner(catalog, backend, tokenizer, ChatTemplate.of(run.tokenizer)), backend
+
+
+def remote_planner(
+    config: RunConfig,
+    run: RunDir,
+    file: Path,
+    *,
+    prior: str = "cached",
+    domain: str | None = None,
+    max_waiting: int = 256,
+) -> tuple[Planner, RemoteBackend]:
+    """Return what answers a run's requests with the engines in a file. Raises UserError for invalid settings."""
+    engines = load_engines(file, list(require_experts(run)))
+    names = tuple(engines)
+    tokenizer = Tokenizer.load(run.tokenizer)
+    backend = RemoteBackend(
+        engines,
+        tokenizer.decode,
+        prior_of(config, run, names, prior, domain),
+        context=shared_context({name: run.model(name) for name in names}, tokenizer),
+        max_waiting=max_waiting,
+    )
+    catalog = Catalog(names, (), "expert", int(run.config.stat().st_mtime))
     return Planner(catalog, backend, tokenizer, ChatTemplate.of(run.tokenizer)), backend
 
 

@@ -65,6 +65,7 @@ class Delta:
     token: int | None = None  # None if the end adds no token
     alternatives: Alternatives | None = None
     finished: FinishReason | None = None
+    count: int = 0  # tokens, where they are not known one by one
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Backend(Protocol):
     """What answers jobs: models in this process, or engines elsewhere."""
 
     context: int  # tokens
+    has_log_probs: bool  # whether jobs may ask for log-probabilities
     max_copies: int  # continuations of one request
 
     @property
