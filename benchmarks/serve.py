@@ -40,7 +40,7 @@ from btm_scale.serve.catalog import Catalog
 from btm_scale.serve.engines_file import RemoteExpert
 from btm_scale.serve.planner import Planner
 from btm_scale.serve.remote import RemoteBackend
-from btm_scale.serve.server import listen, url_of
+from btm_scale.serve.server import bind, url_of
 
 RESULT = Path(__file__).parent / "results" / "serve.json"
 CLIENTS, TOKENS, REPEATS = 16, 64, 3
@@ -63,7 +63,7 @@ def main() -> None:
 @contextlib.contextmanager
 def served(run: Path) -> Iterator[str]:
     """Serve a run in another process."""
-    with contextlib.closing(listen("127.0.0.1", 0)) as listener:
+    with contextlib.closing(bind("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     command = [sys.executable, "-m", "btm_scale.cli", "serve", str(run), "--port", str(port), "--quiet"]
     process = subprocess.Popen(command)
@@ -80,7 +80,7 @@ def served(run: Path) -> Iterator[str]:
 def _is_ready(url: str) -> bool:
     try:
         return httpx2.get(f"{url}/health").status_code == 200
-    except httpx2.ConnectError:
+    except httpx2.TransportError:
         return False
 
 
@@ -212,7 +212,8 @@ async def _slow_text(tokens: int) -> Any:
 @contextlib.contextmanager
 def _app(app: Starlette) -> Iterator[str]:
     """Run an application in a thread."""
-    listener = listen("127.0.0.1", 0)
+    listener = bind("127.0.0.1", 0)
+    listener.listen()
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
     thread.start()

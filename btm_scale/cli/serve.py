@@ -105,7 +105,7 @@ def serve(
 
     config, run_dir = opened(run)
     keys = Keys.load(api_key_file) if api_key_file else None
-    listener = server.listen(host, port)
+    listener = server.bind(host, port)
     url = server.url_of(listener)
     if keys is None and not server.is_loopback(host):
         logger.warning("Anyone who reaches %s can use this server. Set --api-key-file, or --host 127.0.0.1.", url)

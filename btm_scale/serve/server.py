@@ -102,8 +102,11 @@ def remote_planner(
     return Planner(catalog, backend, tokenizer, ChatTemplate.of(run.tokenizer)), backend
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket. Raises LaunchError if the address cannot be used."""
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound, and listens once the server starts: until then, clients are refused.
+
+    Raises LaunchError if the address cannot be used.
+    """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
@@ -112,7 +115,6 @@ def listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
-        listener.listen(1024)
     except OSError as error:
         listener.close()
         raise LaunchError(
@@ -122,7 +124,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def url_of(listener: socket.socket) -> str:
-    """Return the URL of a listening socket."""
+    """Return the URL of a bound socket."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

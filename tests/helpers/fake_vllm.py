@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from transformers import AutoModelForCausalLM
 
-from btm_scale.serve.server import listen, url_of
+from btm_scale.serve.server import bind, url_of
 from helpers.tiny_forest import Letters
 
 
@@ -103,7 +103,8 @@ class FakeVllm:
     @contextlib.contextmanager
     def running(self) -> Iterator[FakeVllm]:
         """Serve on a free port."""
-        listener = listen("127.0.0.1", 0)
+        listener = bind("127.0.0.1", 0)
+        listener.listen()
         self.url = f"{url_of(listener)}/v1"
         app = Starlette(routes=[Route("/v1/completions", self.completions, methods=["POST"])])
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))

@@ -20,7 +20,7 @@ from btm_scale.serve.chat import ChatTemplate
 from btm_scale.serve.engine import Engine
 from btm_scale.serve.local import LocalBackend
 from btm_scale.serve.planner import Planner
-from btm_scale.serve.server import listen, make_server, url_of
+from btm_scale.serve.server import bind, make_server, url_of
 from helpers.tiny_forest import Letters
 
 PRIOR = np.log([0.8, 0.2])
@@ -66,7 +66,8 @@ def planner_of(models: Mapping[str, Path], *, log_prior: np.ndarray = PRIOR, **s
 @contextlib.contextmanager
 def running(planner: Planner, backend: Any, **settings: Any) -> Iterator[Served]:
     """Run a server for a while; `settings` are of the app."""
-    listener = listen("127.0.0.1", 0)
+    listener = bind("127.0.0.1", 0)
+    listener.listen()
     server, failures = make_server(planner, backend, **settings)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
     url = url_of(listener)

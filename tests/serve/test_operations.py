@@ -23,7 +23,7 @@ from helpers.tiny_forest import POSITIONS
 from btm_scale.errors import LaunchError, UserError
 from btm_scale.serve.gate import MAX_BODY
 from btm_scale.serve.keys import Keys
-from btm_scale.serve.server import is_loopback, listen, make_server, url_of
+from btm_scale.serve.server import bind, is_loopback, make_server, url_of
 
 ASK = {"model": "forest", "prompt": "ab", "max_tokens": 8}
 
@@ -137,7 +137,8 @@ def test_what_runs_is_completed_when_the_server_ends(experts: dict[str, Path]) -
         step(names)
 
     backend._engine._step = slowly
-    listener = listen("127.0.0.1", 0)
+    listener = bind("127.0.0.1", 0)
+    listener.listen()
     url = url_of(listener)
     server, _ = make_server(planner, backend)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
@@ -159,7 +160,8 @@ def test_what_runs_is_completed_when_the_server_ends(experts: dict[str, Path]) -
 def test_health_is_503_while_models_are_loaded_and_a_damaged_one_ends_the_server(experts: dict[str, Path]) -> None:
     planner, backend = planner_of(experts)
     seen: list[int] = []
-    listener = listen("127.0.0.1", 0)
+    listener = bind("127.0.0.1", 0)
+    listener.listen()
     url = url_of(listener)
     server, failures = make_server(planner, backend)
 
@@ -202,10 +204,11 @@ def test_metrics_count_requests_tokens_and_texts(experts: dict[str, Path]) -> No
 
 
 def test_an_address_that_is_taken_is_reported() -> None:
-    listener = listen("127.0.0.1", 0)
+    listener = bind("127.0.0.1", 0)
+    listener.listen()
     port = listener.getsockname()[1]
     with pytest.raises(LaunchError, match=rf"Cannot listen on 127\.0\.0\.1:{port}: .*in use"):
-        listen("127.0.0.1", port)
+        bind("127.0.0.1", port)
     listener.close()
     assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0")] == [True, True, True, False]
 
