@@ -12,8 +12,8 @@ from btm_scale.generate.running_batch import Alternatives, alternatives_of
 from btm_scale.kernels import mix_logits
 from btm_scale.model.hf_decoder import Decoder
 
-# Logits in memory at a time, of all models together (256 MB of float32).
-_MAX_LOGITS = 2**26
+# Logits in memory at a time, of all models together (64 MB of float32).
+_MAX_LOGITS = 2**24
 
 
 @torch.no_grad()
@@ -40,3 +40,15 @@ def prompt_scores(
         mixed = mix_logits(logits, torch.as_tensor(weights, dtype=torch.float32, device=logits.device))
         scores += alternatives_of(mixed, piece[0], top)
     return scores
+
+
+def weights_after(
+    posterior: RunningPosterior, scores: Sequence[torch.Tensor], prompt: Sequence[int]
+) -> list[list[float]]:
+    """Return the weights [tokens of the prompt, experts] after each token, from left-padded scores [1, tokens]."""
+    log_probs = torch.cat(list(scores)).double().cpu().numpy()[:, len(scores[0][0]) - (len(prompt) - 1) :]
+    weights = [np.exp(posterior.log_weights()[0]).tolist()]
+    for position in range(log_probs.shape[1]):
+        posterior.observe(log_probs[None, :, position])
+        weights.append(np.exp(posterior.log_weights()[0]).tolist())
+    return weights

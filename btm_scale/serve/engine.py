@@ -10,7 +10,6 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,9 +22,10 @@ from btm_scale.forest.posterior.evidence import RunningPosterior
 from btm_scale.generate.detokenizer import Transcript
 from btm_scale.generate.generator import observe_prompts
 from btm_scale.generate.model_cache import Shelf, shared_context
-from btm_scale.generate.prompt_scores import prompt_scores
+from btm_scale.generate.prompt_scores import prompt_scores, weights_after
 from btm_scale.generate.running_batch import Alternatives, Row, RunningBatch
 from btm_scale.model.hf_decoder import Reading, usable_device
+from btm_scale.serve.texts import Part, Text
 from btm_scale.serve.work import BackendError, Busy, Delta, Event, Failed, Job, Routed
 
 logger = logging.getLogger(__name__)
@@ -33,33 +33,6 @@ logger = logging.getLogger(__name__)
 Prior = Callable[[Sequence[str]], np.ndarray]
 # Tokens of prompts, with padding, that are read together.
 _PROMPT_TOKENS = 8192
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Continuations of a job under the same models."""
-
-    job: Job
-    names: tuple[str, ...]
-    copies: tuple[int, ...]
-    randoms: tuple[torch.Generator | None, ...]  # by copy
-    routed: bool = False  # the client has its posterior
-
-    @property
-    def kind(self) -> tuple[object, ...]:
-        """Parts of one kind are read together."""
-        return self.names, self.job.method if len(self.names) > 1 else "", self.job.score_prompt or self.job.trace
-
-
-@dataclass
-class _Text:
-    """A continuation that is being generated."""
-
-    job: Job
-    copy: int
-    expert: str | None
-    limit: int
-    transcript: Transcript
 
 
 class Engine:
@@ -94,7 +67,7 @@ class Engine:
         self._device = usable_device(device)
         self.shelf = Shelf(models, vocabulary=tokenizer.vocab_size, max_bytes=max_bytes, device=self._device)
         self._tokenizer, self._prior = tokenizer, prior
-        self._queue: deque[_Part] = deque()
+        self._queue: deque[Part] = deque()
         self._groups: dict[tuple[str, ...], RunningBatch] = {}
         self._random = torch.Generator(self._device)
         self._random.seed()
@@ -126,7 +99,7 @@ class Engine:
     def submit(self, jobs: Sequence[Job]) -> None:
         """Add jobs of at most `max_rows` copies each. Raises Busy if their texts do not fit into the queue."""
         assert all(job.copies <= self.max_rows for job in jobs)
-        parts = [_Part(job, job.names, tuple(range(job.copies)), self._randoms(job)) for job in jobs]
+        parts = [Part(job, job.names, tuple(range(job.copies)), self._randoms(job)) for job in jobs]
         with self._changed:
             if self._waiting() + sum(max(1, job.copies) for job in jobs) > self.max_waiting:
                 raise Busy
@@ -188,14 +161,14 @@ class Engine:
             events, self._outbox = self._outbox, []
             self._deliver(events)
 
-    def _next_parts(self) -> list[_Part]:
+    def _next_parts(self) -> list[Part]:
         """Return waiting parts of one kind for which there is room, in their order."""
         with self._changed:
             while self._queue and self._queue[0].job.cancelled:
                 self._queue.popleft()
             if not self._queue or not self._may_begin(self._queue[0].names):
                 return []
-            parts: list[_Part] = []
+            parts: list[Part] = []
             room = self.max_rows - self._running()
             longest = 0
             while self._queue:
@@ -215,7 +188,7 @@ class Engine:
     def _running_models(self) -> set[str]:
         return {name for names in self._groups for name in names}
 
-    def _begin(self, parts: Sequence[_Part]) -> None:
+    def _begin(self, parts: Sequence[Part]) -> None:
         for name in self._running_models():
             self.shelf.take(name)  # so that none of them is the least recently used
         names, job = parts[0].names, parts[0].job
@@ -224,7 +197,7 @@ class Engine:
         else:
             self._begin_drawn(names, parts)
 
-    def _begin_together(self, names: tuple[str, ...], parts: Sequence[_Part]) -> None:
+    def _begin_together(self, names: tuple[str, ...], parts: Sequence[Part]) -> None:
         """Start texts under one model, or under the mixture of several."""
         decoders = self.shelf.take_all(names, "A mixture")
         prompts = [part.job.prompt for part in parts]
@@ -236,7 +209,7 @@ class Engine:
         texts = [(row, part, copy) for row, part in enumerate(parts) for copy in part.copies]
         self._join(names, readings, posterior, texts)
 
-    def _begin_drawn(self, names: tuple[str, ...], parts: Sequence[_Part]) -> None:
+    def _begin_drawn(self, names: tuple[str, ...], parts: Sequence[Part]) -> None:
         """Score the prompts with every model, draw one for each text, and start the texts."""
         prompts = [part.job.prompt for part in parts]
         together = self.shelf.fit({*names, *self._running_models()})
@@ -251,7 +224,7 @@ class Engine:
         observe_prompts(posterior, scores, prompts)
         self._send_routed(names, parts, posterior, scores)
         weights = torch.as_tensor(np.exp(posterior.log_weights()), device=self._device)
-        drawn: dict[int, list[tuple[int, _Part, int]]] = {}
+        drawn: dict[int, list[tuple[int, Part, int]]] = {}
         for row, part in enumerate(parts):
             for copy in part.copies:
                 random = part.randoms[copy] or self._random
@@ -264,7 +237,7 @@ class Engine:
                 self._join((names[expert],), [readings[expert]], alone, drawn[expert])
         if not together:
             waiting = [
-                _Part(part.job, (names[expert],), (copy,), part.randoms, routed=True)
+                Part(part.job, (names[expert],), (copy,), part.randoms, routed=True)
                 for expert in sorted(drawn, reverse=True)
                 for _, part, copy in drawn[expert]
             ]
@@ -277,7 +250,7 @@ class Engine:
         return RunningPosterior(self._prior([self._tokenizer.decode(prompt[1:]) for prompt in prompts]), len(prompts))
 
     def _send_routed(
-        self, names: tuple[str, ...], parts: Sequence[_Part], posterior: RunningPosterior, scores: Sequence[object]
+        self, names: tuple[str, ...], parts: Sequence[Part], posterior: RunningPosterior, scores: Sequence[object]
     ) -> None:
         weights = np.exp(posterior.log_weights())
         for row, part in enumerate(parts):
@@ -293,7 +266,7 @@ class Engine:
                 trace = [[1.0]] * len(job.prompt)
             elif job.trace:
                 before = self._posterior(names, [job.prompt])
-                trace = _trace(before, [score[row : row + 1] for score in scores], job.prompt)  # type: ignore[index]
+                trace = weights_after(before, [score[row : row + 1] for score in scores], job.prompt)  # type: ignore[index]
             routed = Routed(dict(zip(names, weights[row].tolist(), strict=True)), (), found, trace)
             self._outbox.append((job, routed))
 
@@ -302,7 +275,7 @@ class Engine:
         names: tuple[str, ...],
         readings: Sequence[Reading],
         posterior: RunningPosterior,
-        texts: Sequence[tuple[int, _Part, int]],
+        texts: Sequence[tuple[int, Part, int]],
     ) -> None:
         """Add continuations, each of a (row of the readings, part, copy), to the batch of these models."""
         rows, kept = [], []
@@ -313,7 +286,7 @@ class Engine:
             if limit < 1:
                 self._outbox.append((job, Delta(copy, expert, "", finished="length")))
                 continue
-            text = _Text(job, copy, expert, limit, Transcript(self._tokenizer.decode, job.prompt, job.stop))
+            text = Text(job, copy, expert, limit, Transcript(self._tokenizer.decode, job.prompt, job.stop))
             rows.append(Row(job.sampling, part.randoms[copy], job.top, text))
             kept.append(row)
         if not rows:
@@ -339,7 +312,7 @@ class Engine:
         if not kept:
             del self._groups[names]
 
-    def _add(self, text: _Text, token: int, alternatives: Alternatives | None) -> bool:
+    def _add(self, text: Text, token: int, alternatives: Alternatives | None) -> bool:
         """Add a token to a text; return whether the text continues."""
         transcript = text.transcript
         if token == self._tokenizer.eos:
@@ -355,13 +328,3 @@ class Engine:
         delta = Delta(text.copy, text.expert, emitted, token, alternatives, finished)  # type: ignore[arg-type]
         self._outbox.append((text.job, delta))
         return finished is None
-
-
-def _trace(posterior: RunningPosterior, scores: Sequence[torch.Tensor], prompt: Sequence[int]) -> list[list[float]]:
-    """Return the weights [tokens of the prompt, experts] after each token, from left-padded scores [1, tokens]."""
-    log_probs = torch.cat(list(scores)).double().cpu().numpy()[:, len(scores[0][0]) - (len(prompt) - 1) :]
-    weights = [np.exp(posterior.log_weights()[0]).tolist()]
-    for position in range(log_probs.shape[1]):
-        posterior.observe(log_probs[None, :, position])
-        weights.append(np.exp(posterior.log_weights()[0]).tolist())
-    return weights
