@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
@@ -103,19 +102,15 @@ class RemoteBackend:
         try:
             weights, left_out = await self._posterior(job)
             send(Routed(weights, left_out))
-            names = list(weights)
-            randoms = np.random.default_rng(job.seed).random(job.copies) if job.seed is not None else None
-            texts = []
-            for copy in range(job.copies):
-                random = secrets.SystemRandom().random() if randoms is None else randoms[copy]
-                drawn = int(np.searchsorted(np.cumsum(list(weights.values())), random, side="right"))
-                texts.append(self._generate(copy, names[min(drawn, len(names) - 1)], job, send))
-            await asyncio.gather(*texts)
-        except EngineDown as error:
-            send(Failed(BackendError(str(error))))
-        except Exception as error:
+            experts = _draw(weights, job)
+            async with asyncio.TaskGroup() as texts:
+                for copy, name in enumerate(experts):
+                    texts.create_task(self._generate(copy, name, job, send))
+        except* EngineDown as errors:
+            send(Failed(BackendError(str(errors.exceptions[0]))))
+        except* Exception as errors:
             logger.exception("a remote request failed")
-            send(Failed(error))
+            send(Failed(errors.exceptions[0]))
 
     async def _posterior(self, job: Job) -> tuple[dict[str, float], tuple[str, ...]]:
         """Return the posterior of a prompt over the engines that answer, and the experts that are left out."""
@@ -226,6 +221,13 @@ class RemoteBackend:
             self._down_until[name] = time.monotonic() + _DOWN_SECONDS
             raise EngineDown(f"The engine of '{name}' ended in the middle of a text.")
         send(Delta(copy, name, "", finished=_REASONS.get(reason, "stop"), count=count))  # type: ignore[arg-type]
+
+
+def _draw(weights: Mapping[str, float], job: Job) -> list[str]:
+    """Return the expert of each copy, drawn from the posterior."""
+    random = np.random.default_rng(job.seed)
+    names, probabilities = list(weights), np.array(list(weights.values()))
+    return [names[number] for number in random.choice(len(names), job.copies, p=probabilities / probabilities.sum())]
 
 
 def _refused(name: str, status: int) -> str:

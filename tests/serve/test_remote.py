@@ -53,11 +53,11 @@ def test_the_posterior_is_that_of_local_experts(server: Served, served: Served) 
 
 def test_the_drawn_expert_answers_and_streams(server: Served, engines: list[FakeVllm]) -> None:
     client = server.client()
-    settings: dict[str, Any] = {"model": "forest", "prompt": "abcdab", "max_tokens": 9, "seed": 3, "n": 6}
+    settings: dict[str, Any] = {"model": "forest", "prompt": "", "max_tokens": 9, "seed": 3, "n": 16}
     whole = client.completions.create(**settings, stop=["aaaa"])
     drawn = [choice.model_extra["btm"]["expert"] for choice in whole.choices]
     assert set(drawn) == {"expert0", "expert1"}
-    texts = [""] * 6
+    texts = [""] * 16
     for chunk in client.completions.create(**settings, stop=["aaaa"], stream=True):
         texts[chunk.choices[0].index] += chunk.choices[0].text
     assert texts == [choice.text for choice in whole.choices]
@@ -83,7 +83,7 @@ def test_engines_that_die_are_left_out_and_the_rest_answers(tmp_path: Path, capl
     certain = np.log([0.999, 0.0005, 0.0005])
     with remote(engines, certain) as server:
         for engine in engines[:2]:
-            engine.dies_after = 2
+            engine.dies_after = 1
         # The end of a document would come before the engine dies.
         body = {"model": "expert0", "prompt": "ab", "max_tokens": 9, "stream": True, "temperature": 0}
         events = [line for line in server.post("/v1/completions", body).text.splitlines() if line]
