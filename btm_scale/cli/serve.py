@@ -109,7 +109,8 @@ def serve(
     url = server.url_of(listener)
     if keys is None and not server.is_loopback(host):
         logger.warning("Anyone who reaches %s can use this server. Set --api-key-file, or --host 127.0.0.1.", url)
-    settings: dict[str, Any] = {"prior": prior, "domain": domain, "max_waiting": max_waiting}
+    max_bytes = bytes_from_text(max_memory) if max_memory else None
+    settings: dict[str, Any] = {"prior": prior, "domain": domain, "max_waiting": max_waiting, "max_bytes": max_bytes}
     answering: Any
     if backend is not None:
         planner, answering = server.remote_planner(config, run_dir, backend, **settings)
@@ -118,7 +119,6 @@ def serve(
             config,
             run_dir,
             method=method,  # type: ignore[arg-type]
-            max_bytes=bytes_from_text(max_memory) if max_memory else None,
             device=device,
             max_rows=batch,
             **settings,

@@ -23,6 +23,7 @@ class RemoteExpert(BaseModel):
     url: _Url  # up to /v1
     model: str | None = None  # its name there. Default: the expert's
     api_key_variable: str | None = None  # an environment variable
+    score: Path | None = None  # weights that score prompts here; relative to the file. Default: the engine scores
 
     @property
     def headers(self) -> dict[str, str]:
@@ -54,4 +55,7 @@ def load_engines(path: Path, experts: Sequence[str]) -> dict[str, RemoteExpert]:
         raise ConfigError(f"{path}: {where}: {first['msg']}. Correct it.") from None
     for engine in engines.values():
         _ = engine.headers  # that the keys are set
-    return engines
+    return {
+        name: engine.model_copy(update={"score": path.parent / engine.score}) if engine.score else engine
+        for name, engine in engines.items()
+    }

@@ -1,7 +1,7 @@
 """The remote backend: experts behind engines such as vLLM, each with its own OpenAI-compatible URL.
 
-Every engine scores the prompt (vLLM's `prompt_logprobs`), one expert is drawn from the posterior, and its engine
-generates the text. Prompts are sent as token ids, so that all experts score the same tokens.
+Every engine scores the prompt (vLLM's `prompt_logprobs`), or local weights do; one expert is drawn from the posterior,
+and its engine generates the text. Prompts are sent as token ids, so that all experts score the same tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 
 from btm_scale.forest.posterior.evidence import RunningPosterior
 from btm_scale.serve.engines_file import RemoteExpert
+from btm_scale.serve.local_scores import LocalScores
 from btm_scale.serve.work import BackendError, Busy, Delta, Event, Failed, Job, Routed
 
 logger = logging.getLogger(__name__)
@@ -46,11 +47,12 @@ class RemoteBackend:
         prior: Callable[[Sequence[str]], np.ndarray],
         *,
         context: int,
+        local: LocalScores | None = None,
         max_waiting: int = 256,
     ) -> None:
-        """Args: `prior` is log p(D=j) in nats over the experts in the order of `engines`."""
+        """Args: `prior`: log p(D=j) in nats over the experts, as in `engines`; `local`: scores prompts for some."""
         self._engines, self._decode, self._prior = dict(engines), decode, prior
-        self.context, self._most = context, max_waiting
+        self.context, self._most, self._local = context, max_waiting, local
         self.is_ready = False
         self._running = 0
         self._down_until: dict[str, float] = {}
@@ -141,6 +143,8 @@ class RemoteBackend:
     async def _score(self, name: str, prompt: Sequence[int]) -> float:
         if len(prompt) == 1:  # the start of the document alone
             return 0.0
+        if self._local is not None and name in self._local.names:
+            return await asyncio.to_thread(self._local.score, name, prompt)
         body = {"prompt": list(prompt), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
         answer = await self._post(name, body)
         try:
@@ -148,8 +152,8 @@ class RemoteBackend:
             values = [float(found[place][str(token)]["logprob"]) for place, token in enumerate(prompt) if place]
         except (KeyError, IndexError, TypeError, ValueError):
             raise EngineDown(
-                f"The engine of '{name}' returned no prompt_logprobs, which the posterior needs. Use vLLM, or an "
-                "engine with its extension."
+                f"The engine of '{name}' returned no prompt_logprobs, which the posterior needs. Use vLLM, or set "
+                "`score` to the expert's directory."
             ) from None
         if len(found) != len(prompt) or not all(value <= 0 for value in values):
             raise EngineDown(f"The engine of '{name}' scored different tokens. Serve the run's expert directory.")

@@ -27,6 +27,7 @@ from btm_scale.serve.chat import ChatTemplate
 from btm_scale.serve.engine import Engine, Prior
 from btm_scale.serve.engines_file import load_engines
 from btm_scale.serve.local import LocalBackend
+from btm_scale.serve.local_scores import LocalScores
 from btm_scale.serve.planner import Planner
 from btm_scale.serve.remote import RemoteBackend
 from btm_scale.serve.work import Method
@@ -85,17 +86,20 @@ def remote_planner(
     *,
     prior: str = "cached",
     domain: str | None = None,
+    max_bytes: float | None = None,
     max_waiting: int = 256,
 ) -> tuple[Planner, RemoteBackend]:
     """Return what answers a run's requests with the engines in a file. Raises UserError for invalid settings."""
     engines = load_engines(file, list(require_experts(run)))
     names = tuple(engines)
     tokenizer = Tokenizer.load(run.tokenizer)
+    scoring = {name: engine.score for name, engine in engines.items() if engine.score is not None}
     backend = RemoteBackend(
         engines,
         tokenizer.decode,
         prior_of(config, run, names, prior, domain),
         context=shared_context({name: run.model(name) for name in names}, tokenizer),
+        local=LocalScores(scoring, vocabulary=tokenizer.vocab_size, max_bytes=max_bytes),
         max_waiting=max_waiting,
     )
     catalog = Catalog(names, (), "expert", int(run.config.stat().st_mtime))

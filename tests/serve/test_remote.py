@@ -18,17 +18,19 @@ from helpers.tiny_forest import POSITIONS, Letters, write_experts
 from btm_scale.errors import ConfigError
 from btm_scale.serve.catalog import Catalog
 from btm_scale.serve.engines_file import RemoteExpert, load_engines
+from btm_scale.serve.local_scores import LocalScores
 from btm_scale.serve.planner import Planner
 from btm_scale.serve.remote import RemoteBackend
 
 
 @contextlib.contextmanager
-def remote(engines: list[FakeVllm], log_prior: np.ndarray) -> Iterator[Served]:
+def remote(engines: list[FakeVllm], log_prior: np.ndarray, local: dict[str, Path] | None = None) -> Iterator[Served]:
     with contextlib.ExitStack() as stack:
         for engine in engines:
             stack.enter_context(engine.running())
         places = {f"expert{n}": RemoteExpert(url=one.url, model=one.name) for n, one in enumerate(engines)}
-        backend = RemoteBackend(places, Letters().decode, lambda texts: log_prior, context=POSITIONS)
+        scores = LocalScores(local or {}, vocabulary=Letters.vocab_size)
+        backend = RemoteBackend(places, Letters().decode, lambda texts: log_prior, context=POSITIONS, local=scores)
         planner = Planner(Catalog(tuple(places)), backend, Letters(), None)
         yield stack.enter_context(running(planner, backend))
 
@@ -96,8 +98,8 @@ def test_engines_that_die_are_left_out_and_the_rest_answers(tmp_path: Path, capl
         assert server.idle()
 
 
-def test_an_engine_without_prompt_logprobs_is_left_out_with_the_reason(
-    experts: dict[str, Path], caplog: pytest.LogCaptureFixture
+def test_an_engine_without_prompt_logprobs_is_scored_by_local_weights_or_left_out_with_the_reason(
+    experts: dict[str, Path], served: Served, caplog: pytest.LogCaptureFixture
 ) -> None:
     engines = [FakeVllm(path, name) for name, path in experts.items()]
     engines[0].has_prompt_logprobs = False
@@ -106,6 +108,11 @@ def test_an_engine_without_prompt_logprobs_is_left_out_with_the_reason(
     assert answer["posterior"] == {"expert1": 1.0}
     assert answer["left_out"] == ["expert0"]
     assert "returned no prompt_logprobs" in caplog.text
+    with remote(engines, PRIOR, {"expert0": experts["expert0"]}) as server:
+        answer = server.post("/v1/posterior", {"input": "ab"}).json()
+    assert answer["posterior"] == pytest.approx(
+        served.post("/v1/posterior", {"input": "ab"}).json()["posterior"], rel=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,7 +134,10 @@ def test_a_wrong_file_of_engines_is_refused(text: str, reason: str, tmp_path: Pa
 def test_a_file_of_engines_gives_urls_names_and_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAW_KEY", "abc")
     file = tmp_path / "engines.yaml"
-    file.write_text("law: {url: http://a:1/v1, model: law-lora, api_key_variable: LAW_KEY}\ncode: http://b:2/v1\n")
+    file.write_text(
+        "law: {url: http://a:1/v1, model: law-lora, api_key_variable: LAW_KEY}\n"
+        "code: {url: http://b:2/v1, score: code}\n"
+    )
     engines = load_engines(file, ["law", "code", "med"])
     assert engines["law"].headers == {"Authorization": "Bearer abc"}
-    assert engines["code"] == RemoteExpert(url="http://b:2/v1")
+    assert engines["code"] == RemoteExpert(url="http://b:2/v1", score=tmp_path / "code")
