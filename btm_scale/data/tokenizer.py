@@ -102,6 +102,10 @@ class Tokenizer(ABC):
         ids: list[int] = self.encode_batch([text])[0].tolist()
         return ids
 
+    def encode_special(self, text: str) -> list[int]:
+        """Return the ids of a text in which special tokens are special, as in a rendered chat."""
+        return self.encode(text)
+
     @contextmanager
     def _failures(self, what: str, items: Sequence[Any]) -> Iterator[None]:
         """Raise DataError, with the file and the text, for whatever stops the tokenizer's library.
@@ -177,6 +181,16 @@ class TransformersTokenizer(Tokenizer):
             if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocab_size:
                 raise self._failed("encode", [text], f"an id is not in its vocabulary of {self.vocab_size:,} tokens")
         return arrays
+
+    def encode_special(self, text: str) -> list[int]:
+        """See Tokenizer."""
+        with self._failures("encode", [text]):
+            encoded = self._in_time(
+                lambda: self._tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False),
+                len(text),
+            )
+        ids: list[int] = encoded["input_ids"]
+        return ids
 
     def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
         # Special tokens in text are plain text: a document that quotes "</s>" must not end there.

@@ -143,7 +143,7 @@ class Generator:
         running = RunningPosterior(self._prior_of(batch.prompts), len(batch.prompts))
         if len(self.names) > 1:
             scores = [self.shelf.take(name).read(batch.prompts).log_probs for name in self.names]
-            _observe_prompts(running, scores, batch.prompts)
+            observe_prompts(running, scores, batch.prompts)
         batch.posterior = np.exp(running.log_weights())
         weights = torch.as_tensor(batch.posterior, device=self.device)
         batch.drawn = torch.multinomial(weights, 1, generator=random).squeeze(1).cpu().numpy()
@@ -186,7 +186,7 @@ class Generator:
         """Read prompts of at least one token with all models; return their readings and the running posterior."""
         readings = [decoder.read(prompts) for decoder in self.shelf.take_all(self.names, "A mixture")]
         running = RunningPosterior(self._prior_of(prompts), len(prompts), mode=self.mode, tempering=self.tempering)
-        _observe_prompts(running, [reading.log_probs for reading in readings], prompts)
+        observe_prompts(running, [reading.log_probs for reading in readings], prompts)
         return readings, running
 
     def _prior_of(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
@@ -245,7 +245,8 @@ class Generator:
         return self.context - tokens + 1
 
 
-def _observe_prompts(running: RunningPosterior, scores: Sequence[Any], prompts: Sequence[Sequence[int]]) -> None:
+def observe_prompts(running: RunningPosterior, scores: Sequence[Any], prompts: Sequence[Sequence[int]]) -> None:
+    """Update a posterior with the experts' scores of prompts, each float32 [prompts, longest - 1], left-padded."""
     log_probs = torch.stack(list(scores), dim=2).double().cpu().numpy()
     longest = log_probs.shape[1] + 1
     begins = np.array([longest - len(prompt) for prompt in prompts])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -80,6 +80,10 @@ class Shelf:
                 "which holds one at a time."
             )
         return [self.take(name) for name in names]
+
+    def fit(self, names: Iterable[str]) -> bool:
+        """Return whether these models fit into memory together."""
+        return self._max_bytes is None or sum(self._sizes[name] for name in set(names)) <= self._max_bytes
 
     @property
     def loaded(self) -> list[str]:

@@ -102,16 +102,9 @@ def decode(
     finished |= limits < 1
     written = 0
     while not finished.all():
-        logits = torch.stack([reading.logits for reading in readings])
-        weights = torch.as_tensor(posterior.log_weights(), dtype=torch.float32, device=logits.device)
+        logits, weights = predictions(readings, posterior)
         tokens = choose(logits, weights, generator)
-        if (tokens < 0).any():
-            raise FloatingPointError(
-                "An expert's logits contain NaN or exclude every token. Check for a diverged expert."
-            )
-        if len(readings) > 1:  # a single expert always has weight 1
-            gains = [reading.next_log_probs(tokens) for reading in readings]
-            posterior.observe(torch.stack(gains, dim=1).cpu().numpy())
+        observe(readings, posterior, tokens)
         written += 1
         sampled = tokens.cpu().numpy()
         active = np.flatnonzero(~finished)
@@ -122,3 +115,21 @@ def decode(
         if not finished.all():
             for reading in readings:
                 reading.feed(tokens)
+
+
+def predictions(readings: Sequence[Reading], posterior: RunningPosterior) -> tuple[Tensor, Tensor]:
+    """Return the next token's logits [experts, batch, vocabulary], and the log weights [batch, experts] in nats."""
+    logits = torch.stack([reading.logits for reading in readings])
+    return logits, torch.as_tensor(posterior.log_weights(), dtype=torch.float32, device=logits.device)
+
+
+def observe(readings: Sequence[Reading], posterior: RunningPosterior, tokens: Tensor) -> None:
+    """Update the posterior with each text's next token, int64 [batch].
+
+    Raises `FloatingPointError` for a negative one: an expert's logits contain NaN or exclude every token.
+    """
+    if (tokens < 0).any():
+        raise FloatingPointError("An expert's logits contain NaN or exclude every token. Check for a diverged expert.")
+    if len(readings) > 1:  # a single expert always has weight 1
+        gains = [reading.next_log_probs(tokens) for reading in readings]
+        posterior.observe(torch.stack(gains, dim=1).cpu().numpy())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from btm_scale.errors import CheckpointError, UserError
 from btm_scale.model.hf_load import load_causal_lm, new_cache, require_causal_lm
+from btm_scale.model.kv_rows import joined_rows, selected_rows
 
 # Logits in memory at a time while a prompt is read (256 MB of float32).
 _MAX_LOGITS = 2**26
@@ -113,9 +114,52 @@ class Reading:
     @torch.no_grad()
     def feed(self, tokens: Tensor) -> None:
         """Append one token, int64 [batch], to each sequence."""
-        ones = torch.ones(len(tokens), 1, dtype=torch.bool, device=self._device)
+        self._append(tokens.unsqueeze(1), keep=1)
+
+    @torch.no_grad()
+    def extend(self, tokens: Tensor) -> Tensor:
+        """Append several tokens, int64 [batch, count]; return the logits after each, [batch, count, vocabulary]."""
+        return self._append(tokens, keep=0)
+
+    def select(self, rows: Sequence[int]) -> Reading:
+        """Return a reading that continues these sequences, which may repeat; this one remains as it is."""
+        chosen = object.__new__(Reading)
+        chosen._decoder, chosen._device = self._decoder, self._device
+        index = torch.as_tensor(list(rows), device=self._device)
+        mask = self._mask[index]
+        # Columns that are padding in each of these sequences are dropped.
+        columns = int(mask.sum(1).max())
+        chosen._set_mask(mask[:, mask.shape[1] - columns :])
+        chosen._ids, chosen._cache = self._ids[index][:, -columns:], None
+        if self._cache is not None:
+            chosen._cache = selected_rows(self._cache, new_cache(self._decoder.model), index, columns)
+        chosen.logits = self.logits[index]
+        chosen.log_probs = None
+        return chosen
+
+    def join(self, other: Reading) -> None:
+        """Append the sequences of another reading of the same model, which must not be used any more."""
+        columns = max(self._length, other._length)
+        masks = (nn.functional.pad(one._mask, (columns - one._length, 0)) for one in (self, other))
+        self._set_mask(torch.cat(list(masks)))
+        if self._cache is not None:
+            self._cache = joined_rows(self._cache, other._cache, new_cache(self._decoder.model), columns)
+        else:
+            ids = (nn.functional.pad(one._ids, (columns - one._ids.shape[1], 0)) for one in (self, other))
+            self._ids = torch.cat(list(ids))
+        self.logits = torch.cat([self.logits, other.logits])
+        self.log_probs = None
+
+    def _set_mask(self, mask: Tensor) -> None:
+        self._mask, self._length = mask, mask.shape[1]
+        self._padded = not bool(mask.all())
+
+    def _append(self, tokens: Tensor, keep: int) -> Tensor:
+        ones = torch.ones(*tokens.shape, dtype=torch.bool, device=self._device)
         self._mask = torch.cat([self._mask, ones], dim=1)
-        self.logits = self._forward(tokens.to(self._device).unsqueeze(1), keep=1)[:, -1]
+        logits = self._forward(tokens.to(self._device), keep)
+        self.logits = logits[:, -1]
+        return logits
 
     def next_log_probs(self, tokens: Tensor) -> Tensor:
         """Return the log-probability in nats of each sequence's next token, float64 [batch]."""

@@ -167,6 +167,18 @@ def load_tokenizer(directory: Path) -> Any:
         return AutoTokenizer.from_pretrained(str(directory), **_SAFE)
 
 
+def render_chat(template: str, messages: list[dict[str, str]], special: dict[str, str]) -> str:
+    """Return the text of a chat under a Jinja template, which runs in transformers' sandbox.
+
+    Raises what the template raises.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    rendered = render_jinja_template([messages], chat_template=template, add_generation_prompt=True, **special)
+    text: str = rendered[0][0] if isinstance(rendered, tuple) else rendered[0]
+    return text
+
+
 def new_cache(model: Any) -> Any:
     """Return an empty KV cache for a model of `load_causal_lm`."""
     from transformers import DynamicCache

@@ -19,6 +19,7 @@ Array = np.ndarray
 
 _SMALLEST, _LARGEST = float(np.finfo(np.float64).tiny), float(np.finfo(np.float64).max)
 UNTEMPERED = Tempering(power=1.0)  # the prefix posterior
+_BY_TEXT = ("_prior", "_state", "_power", "_forgetting", "_kept", "_mixed_in")  # with the texts as last dimension
 
 
 class Evidence:
@@ -59,6 +60,16 @@ class Evidence:
             self._state = state if self._mixes else centred(state)
         if seen is not None:
             self._state = np.where(seen, self._state, before)
+
+    def keep(self, texts: Sequence[int]) -> None:
+        """Keep only these texts, which may repeat, in this order. Needs a single tempering."""
+        for name in _BY_TEXT:
+            setattr(self, name, getattr(self, name)[..., list(texts)])
+
+    def join(self, other: Evidence) -> None:
+        """Append the texts of another instance with the same mode and tempering."""
+        for name in _BY_TEXT:
+            setattr(self, name, np.concatenate([getattr(self, name), getattr(other, name)], axis=-1))
 
     def weights_before(self, piece: Array) -> Array:
         """Return normalised log weights before each token of the next piece [experts, texts, tokens]; consumes it."""
@@ -133,6 +144,14 @@ class RunningPosterior:
         `seen`, bool [texts]: the texts that have a next token (default: all).
         """
         self._evidence.observe(np.asarray(log_probs, dtype=np.float64).T, seen)
+
+    def keep(self, texts: Sequence[int]) -> None:
+        """Keep only these texts, which may repeat, in this order."""
+        self._evidence.keep(texts)
+
+    def join(self, other: RunningPosterior) -> None:
+        """Append the texts of another posterior over the same experts, in the same mode."""
+        self._evidence.join(other._evidence)
 
 
 def checked_tempering(mode: Mode, tempering: Tempering | None) -> Tempering:

@@ -1,0 +1,127 @@
+"""The verb `serve`: the forest behind OpenAI's API."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from btm_scale.cli.exit_codes import end
+from btm_scale.cli.generate import PRIORS
+from btm_scale.cli.options import RunFolder, device, flag, one_of, opened, option
+from btm_scale.cli.verb import Answer, Json, silent, verb
+
+METHODS = ("expert", "mixture")
+
+logger = logging.getLogger(__name__)
+app = typer.Typer()
+_FOREST, _NETWORK, _RESOURCES = "Experts and their weights", "Network", "Resources"
+
+
+@verb(app, "serve", section="Text")
+def serve(
+    run: RunFolder,
+    *,
+    host: Annotated[str, option("--host", "ADDRESS", "Address to listen on.", section=_NETWORK)] = "127.0.0.1",
+    port: Annotated[
+        int, option("--port", "N", "Port to listen on; 0 takes a free one.", section=_NETWORK, min=0, max=65535)
+    ] = 8000,
+    api_key_file: Annotated[
+        Path | None,
+        option("--api-key-file", "FILE", "Require one of the keys in this file, one per line.", section=_NETWORK),
+    ] = None,
+    log_requests: Annotated[
+        bool, flag("--log-requests", "Log prompts and texts, too.", rich_help_panel=_NETWORK)
+    ] = False,
+    backend: Annotated[
+        Path | None,
+        option(
+            "--backend", "FILE", "YAML file with a URL per expert, which engines such as vLLM serve.", section=_FOREST
+        ),
+    ] = None,
+    method: Annotated[
+        str,
+        one_of(
+            "--method",
+            "method",
+            METHODS,
+            "What answers as the model 'forest' at temperature 1: one expert, drawn from the posterior of the prompt, "
+            "which samples the mixture exactly; or the mixture of all.",
+            section=_FOREST,
+        ),
+    ] = "expert",
+    prior: Annotated[
+        str,
+        one_of(
+            "--prior",
+            "prior",
+            PRIORS,
+            "Prior over experts: estimated from dev text, uniform, or by the prompt's distance to the clusters.",
+            section=_FOREST,
+        ),
+    ] = "cached",
+    domain: Annotated[
+        str | None,
+        option(
+            "--domain",
+            "NAME",
+            "Domain whose dev text the cached prior is estimated from.  [default: all training domains]",
+            section=_FOREST,
+        ),
+    ] = None,
+    batch: Annotated[
+        int, option("--batch", "N", "Texts that are continued at a time.", section=_RESOURCES, min=1)
+    ] = 32,
+    max_waiting: Annotated[
+        int,
+        option("--max-waiting", "N", "Texts that may wait; more get status 429.", section=_RESOURCES, min=1),
+    ] = 256,
+    max_memory: Annotated[
+        str | None,
+        option(
+            "--max-memory",
+            "SIZE",
+            "Keep at most this many bytes of weights in memory, such as 8GB.  [default: all]",
+            section=_RESOURCES,
+        ),
+    ] = None,
+    device: Annotated[str | None, device(_RESOURCES)] = None,
+    as_json: Json = False,
+) -> Answer:
+    """Serve the forest over HTTP, with the API of OpenAI.
+
+    The model 'forest' draws one expert per text from the posterior of the prompt. SIGTERM completes what runs.
+    """
+    try:
+        from btm_scale.serve import server
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn", "prometheus_client", "httpx2"):
+            raise
+        end(f"{error.name} is not installed: pip install 'btm-scale[serve]'", 2)
+    from btm_scale.config.section import bytes_from_text
+    from btm_scale.serve.keys import Keys
+
+    config, run_dir = opened(run)
+    keys = Keys.load(api_key_file) if api_key_file else None
+    listener = server.bind(host, port)
+    url = server.url_of(listener)
+    if keys is None and not server.is_loopback(host):
+        logger.warning("Anyone who reaches %s can use this server. Set --api-key-file, or --host 127.0.0.1.", url)
+    max_bytes = bytes_from_text(max_memory) if max_memory else None
+    settings: dict[str, Any] = {"prior": prior, "domain": domain, "max_waiting": max_waiting, "max_bytes": max_bytes}
+    answering: Any
+    if backend is not None:
+        planner, answering = server.remote_planner(config, run_dir, backend, **settings)
+    else:
+        planner, answering = server.local_planner(
+            config,
+            run_dir,
+            method=method,  # type: ignore[arg-type]
+            device=device,
+            max_rows=batch,
+            **settings,
+        )
+    server.serve(planner, answering, listener, name=config.name, keys=keys, log_requests=log_requests)
+    return Answer({"url": url}, silent)

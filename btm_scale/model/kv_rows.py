@@ -1,0 +1,40 @@
+"""Sequences that join and leave a batch: rows of transformers' KV caches, which end at the same position."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def selected_rows(cache: Any, empty: Any, rows: Tensor, columns: int) -> Any:
+    """Fill the cache `empty` with the last `columns` positions of some rows [rows], and return it."""
+    for source, target in zip(cache.layers, empty.layers, strict=True):
+        _fill(target, source.keys[rows], source.values[rows], columns)
+    return empty
+
+
+def joined_rows(cache: Any, other: Any, empty: Any, columns: int) -> Any:
+    """Fill the cache `empty` with the rows of two, left-padded to `columns` positions, and return it."""
+    for first, second, target in zip(cache.layers, other.layers, empty.layers, strict=True):
+        width = max(first.keys.shape[2], second.keys.shape[2])
+        keys, values = (
+            torch.cat([_padded(getattr(layer, name), width) for layer in (first, second)])
+            for name in ("keys", "values")
+        )
+        _fill(target, keys, values, columns)
+    return empty
+
+
+def _fill(layer: Any, keys: Tensor, values: Tensor, columns: int) -> None:
+    """Set a layer's keys and values [batch, heads, positions, size]. A sliding window has fewer than `columns`."""
+    layer.lazy_initialization(keys, values)
+    kept = slice(max(0, keys.shape[2] - columns), None)
+    layer.keys, layer.values = keys[:, :, kept], values[:, :, kept]
+    if layer.is_sliding:
+        layer.cumulative_length = columns
+
+
+def _padded(states: Tensor, width: int) -> Tensor:
+    return nn.functional.pad(states, (0, 0, width - states.shape[2], 0))

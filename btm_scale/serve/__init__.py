@@ -1,0 +1,1 @@
+"""Serve a forest over HTTP, with OpenAI's API."""

@@ -1,0 +1,306 @@
+"""The routes of the server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from btm_scale.serve.answers import Answer, ChatAnswer, CompletionAnswer
+from btm_scale.serve.api_errors import ApiError, internal, overloaded, unavailable
+from btm_scale.serve.gate import Gate, read_body
+from btm_scale.serve.keys import Keys
+from btm_scale.serve.metrics import Metrics
+from btm_scale.serve.page import page
+from btm_scale.serve.planner import Planner
+from btm_scale.serve.schemas import ChatRequest, CompletionRequest, PosteriorRequest, parsed
+from btm_scale.serve.work import Backend, BackendError, Busy, Delta, Event, Failed, Job, Routed
+
+logger = logging.getLogger(__name__)
+
+Events = AsyncIterator[tuple[int, Event]]
+_RETRY_SECONDS = 2
+
+
+class Service:
+    """The handlers of the routes."""
+
+    def __init__(self, planner: Planner, metrics: Metrics, name: str, *, log_requests: bool) -> None:
+        self._planner, self._metrics, self._name, self._log_requests = planner, metrics, name, log_requests
+        self._backend: Backend = planner.backend
+
+    async def completions(self, request: Request) -> Response:
+        """POST /v1/completions."""
+        body = parsed(CompletionRequest, await read_body(request))
+        self._require_ready()
+        jobs = await asyncio.to_thread(self._planner.completion, body)
+        given = body.prompts
+        texts = [text if isinstance(text, str) else self._planner.tokenizer.decode(text) for text in given]
+        answer = CompletionAnswer(body.model, jobs, texts, self._planner.tokenizer, echo=body.echo)
+        return await self._answer(request, jobs, answer, body)
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        body = parsed(ChatRequest, await read_body(request))
+        self._require_ready()
+        jobs = await asyncio.to_thread(self._planner.chat_completion, body)
+        answer = ChatAnswer(body.model, jobs, [""], self._planner.tokenizer, echo=False)
+        return await self._answer(request, jobs, answer, body)
+
+    async def posterior(self, request: Request) -> Response:
+        """POST /v1/posterior."""
+        body = parsed(PosteriorRequest, await read_body(request))
+        self._require_ready()
+        job = await asyncio.to_thread(self._planner.posterior, body)
+        async with contextlib.aclosing(self._events([job])) as events:
+            routed = await _unless_hung_up(request, anext(events))
+        if routed is None:
+            return self._hung_up()
+        found = routed[1]
+        assert isinstance(found, Routed)
+        answer: dict[str, Any] = {
+            "object": "posterior",
+            "tokens": job.sent,
+            "posterior": found.weights,
+            "left_out": list(found.left_out),
+        }
+        if found.trace is not None:
+            answer["trace"] = [dict(zip(found.weights, weights, strict=True)) for weights in found.trace]
+        return JSONResponse(answer)
+
+    async def models(self, request: Request) -> Response:
+        """GET /v1/models."""
+        catalog = self._planner.catalog
+        return JSONResponse({"object": "list", "data": [catalog.card(name) for name in catalog.names]})
+
+    async def model(self, request: Request) -> Response:
+        """GET /v1/models/NAME."""
+        return JSONResponse(self._planner.catalog.card(request.path_params["name"]))
+
+    async def health(self, request: Request) -> Response:
+        """GET /health: 503 while models are loaded."""
+        ready = self._backend.is_ready
+        return JSONResponse({"status": "ok" if ready else "loading"}, 200 if ready else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        """GET /metrics."""
+        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def page(self, request: Request) -> Response:
+        """GET /: a page to try the forest."""
+        return page(self._name, self._planner.catalog)
+
+    async def _answer(
+        self, request: Request, jobs: list[Job], answer: Answer, body: CompletionRequest | ChatRequest
+    ) -> Response:
+        begin = time.perf_counter()
+        events = self._events(jobs)
+        ended = False
+        try:
+            # Errors that come with the first event still have a status; after it, a stream has begun.
+            first = await _unless_hung_up(request, anext(events))
+            if first is None:
+                return self._hung_up()
+            if body.stream:
+                chunks = self._chunks(first, events, answer, begin, usage=body.stream_options.include_usage)
+                ended = True
+                return _EventStream(chunks, events, self._hung_up, partial_done=lambda: self._done(answer))
+            if await _unless_hung_up(request, self._collect(first, events, answer, begin)) is None:
+                return self._hung_up()
+        finally:
+            if not ended:
+                await events.aclose()
+        self._done(answer)
+        return JSONResponse(answer.complete())
+
+    async def _events(self, jobs: list[Job]) -> AsyncGenerator[tuple[int, Event], None]:
+        """Yield the events of jobs. Raises ApiError instead of a failure."""
+        try:
+            async with contextlib.aclosing(self._backend.stream(jobs)) as events:  # type: ignore[type-var]
+                async for number, event in events:
+                    if isinstance(event, Failed):
+                        raise _api_error(event.error)
+                    yield number, event
+        except Busy:
+            raise overloaded(_RETRY_SECONDS) from None
+
+    async def _collect(self, first: tuple[int, Event], events: Events, answer: Answer, begin: float) -> bool:
+        async for _ in self._received(first, events, answer, begin):
+            pass
+        return True
+
+    async def _chunks(
+        self, first: tuple[int, Event], events: Events, answer: Answer, begin: float, *, usage: bool
+    ) -> AsyncIterator[bytes]:
+        try:
+            async for chunk in self._received(first, events, answer, begin):
+                yield _event(chunk | {"usage": None} if usage else chunk)
+        except ApiError as error:
+            yield _event({"error": error.error})
+            return
+        if usage:
+            yield _event(answer.usage_chunk())
+        yield b"data: [DONE]\n\n"
+
+    async def _received(
+        self, first: tuple[int, Event], events: Events, answer: Answer, begin: float
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Record events, and yield their chunks."""
+        seen = False
+        number, event = first
+        while True:
+            if isinstance(event, Routed):
+                for chunk in answer.route(number, event):
+                    yield chunk
+            elif isinstance(event, Delta):
+                if not seen:
+                    self._metrics.first_token.observe(time.perf_counter() - begin)
+                    seen = True
+                one = answer.add(number, event)
+                if one is not None:
+                    yield one
+            try:
+                number, event = await anext(events)
+            except StopAsyncIteration:
+                return
+
+    def _done(self, answer: Answer) -> None:
+        usage = answer.usage()
+        self._metrics.prompt_tokens.inc(usage["prompt_tokens"])
+        self._metrics.tokens.labels(answer.model).inc(usage["completion_tokens"])
+        for choice in answer.choices:
+            self._metrics.drawn.labels(choice.expert or "mixture").inc()
+        logger.info(
+            "%s %s prompt_tokens=%d completion_tokens=%d experts=%s",
+            answer.id,
+            answer.model,
+            usage["prompt_tokens"],
+            usage["completion_tokens"],
+            ",".join(choice.expert or "mixture" for choice in answer.choices),
+        )
+        if self._log_requests:
+            for choice in answer.choices:
+                prompt = self._planner.tokenizer.decode(choice.job.prompt[1:])
+                logger.info("%s prompt=%r text=%r", answer.id, prompt, choice.text)
+
+    def _hung_up(self) -> Response:
+        self._metrics.hang_ups.inc()
+        return Response(status_code=499)
+
+    def _require_ready(self) -> None:
+        if not self._backend.is_ready:
+            raise unavailable("The server is loading its models. Retry in a few seconds.")
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events; the jobs behind them end with the response, however it ends."""
+
+    def __init__(
+        self,
+        chunks: AsyncIterator[bytes],
+        events: AsyncGenerator[tuple[int, Event], None],
+        hung_up: Callable[[], object],
+        partial_done: Callable[[], object],
+    ) -> None:
+        super().__init__(self._counted(chunks), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._chunks, self._events, self._hung_up, self._finish = chunks, events, hung_up, partial_done
+        self._complete = False
+
+    async def _counted(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        async for chunk in chunks:
+            yield chunk
+        self._complete = True
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the stream; a client that leaves ends it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            with contextlib.suppress(RuntimeError):  # the generator still runs: it closes itself
+                await self._events.aclose()
+            self._finish()
+            if not self._complete:
+                self._hung_up()
+
+
+async def _unless_hung_up(request: Request, work: Awaitable[Any]) -> Any:
+    """Return the result of `work`, or None if the client leaves first; the work is then cancelled."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_hang_up(request))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        return await task if task.done() else None
+    finally:
+        for one in (task, watch):
+            if not one.done():
+                one.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await one
+
+
+async def _hang_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _event(chunk: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n"
+
+
+def _api_error(error: Exception) -> ApiError:
+    return unavailable(str(error)) if isinstance(error, BackendError) else internal()
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    status = getattr(error, "status_code", 404)
+    what = "Unknown URL" if status == 404 else "Method not allowed"
+    return ApiError(status, f"{what}: {request.method} {request.url.path}").response()
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    return internal().response()
+
+
+def make_app(
+    planner: Planner,
+    *,
+    name: str = "forest",
+    keys: Keys | None = None,
+    log_requests: bool = False,
+    lifespan: Any = None,
+) -> Starlette:
+    """Return the ASGI application. `name`: of the run, for the page."""
+    metrics = Metrics(planner.backend)
+    service = Service(planner, metrics, name, log_requests=log_requests)
+    routes = [
+        Route("/v1/completions", service.completions, methods=["POST"]),
+        Route("/v1/chat/completions", service.chat, methods=["POST"]),
+        Route("/v1/posterior", service.posterior, methods=["POST"]),
+        Route("/v1/models", service.models),
+        Route("/v1/models/{name:path}", service.model),
+        Route("/health", service.health),
+        Route("/metrics", service.metrics),
+        Route("/", service.page),
+    ]
+    app = Starlette(
+        routes=routes,
+        lifespan=lifespan,
+        exception_handlers={ApiError: _refused, 404: _no_route, 405: _no_route, Exception: _fault},
+    )
+    app.add_middleware(Gate, keys=keys, metrics=metrics)
+    return app

@@ -1,0 +1,84 @@
+"""What every request passes: the API key, the limit on the body, and the count of answers."""
+
+from __future__ import annotations
+
+import time
+
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from btm_scale.serve.api_errors import ApiError
+from btm_scale.serve.keys import Keys
+from btm_scale.serve.metrics import Metrics
+
+MAX_BODY = 4 << 20  # bytes
+_ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/posterior", "/v1/models", "/health", "/metrics", "/")
+
+
+class Gate:
+    """ASGI middleware."""
+
+    def __init__(self, app: ASGIApp, *, keys: Keys | None, metrics: Metrics) -> None:
+        self._app, self._keys, self._metrics = app, keys, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse a request without a key, or pass it on and count its answer."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begin, status = time.perf_counter(), 499
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        path = scope["path"]
+        route = path if path in _ROUTES else "other"
+        try:
+            if (
+                path.startswith("/v1/")
+                and self._keys
+                and not self._keys.accept(Headers(scope=scope).get("authorization"))
+            ):
+                await _unauthorized().response()(scope, receive, counted)
+            else:
+                await self._app(scope, receive, counted)
+        except ClientDisconnect:
+            pass
+        finally:
+            self._metrics.requests.labels(route, str(status)).inc()
+            self._metrics.seconds.labels(route).observe(time.perf_counter() - begin)
+
+
+async def read_body(request: Request) -> bytes:
+    """Return the body. Raises ApiError if it is too large, ClientDisconnect if the client leaves."""
+    declared = request.headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared) > MAX_BODY:
+        raise _too_large()
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > MAX_BODY:
+            raise _too_large()
+    return bytes(body)
+
+
+def _too_large() -> ApiError:
+    return ApiError(
+        413,
+        f"The body is larger than {MAX_BODY >> 20} MiB. Send a shorter prompt.",
+        code="request_too_large",
+        headers={"Connection": "close"},
+    )
+
+
+def _unauthorized() -> ApiError:
+    return ApiError(
+        401,
+        "The API key is missing or wrong. Send it as `Authorization: Bearer KEY`.",
+        code="invalid_api_key",
+        headers={"WWW-Authenticate": "Bearer"},
+    )

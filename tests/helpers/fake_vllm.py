@@ -1,0 +1,117 @@
+"""An engine that answers as vLLM does, written from the documentation and schemas of vLLM 0.28.
+
+`/v1/completions` with a list of token ids, `prompt_logprobs`, `stream` with `stream_options`, `temperature` and `seed`.
+`prompt_logprobs` has one entry per token of the prompt: null, and then {id: {logprob, rank, decoded_token}}, with
+-9999.0 for minus infinity. Streams cannot have them, and max_tokens must be at least 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import threading
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from transformers import AutoModelForCausalLM
+
+from btm_scale.serve.server import bind, url_of
+from helpers.tiny_forest import Letters
+
+
+@dataclass
+class FakeVllm:
+    """One engine; `latency` in seconds per token. `dies_after` tokens of a stream, it ends without a word."""
+
+    directory: Path
+    name: str
+    latency: float = 0.0
+    dies_after: int | None = None
+    has_prompt_logprobs: bool = True
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    url: str = ""
+
+    def __post_init__(self) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(self.directory).eval()
+
+    @torch.no_grad()
+    def _log_probs(self, ids: list[int]) -> torch.Tensor:
+        return self._model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+
+    async def completions(self, request: Request) -> Response:
+        body = await request.json()
+        self.requests.append(body)
+        if body["model"] != self.name:
+            message = f"The model `{body['model']}` does not exist."
+            return JSONResponse({"error": {"message": message, "type": "NotFoundError", "code": 404}}, 404)
+        if body["max_tokens"] < 1:
+            return JSONResponse({"error": {"message": "max_tokens must be at least 1", "code": 400}}, 400)
+        await asyncio.sleep(self.latency)
+        ids = body["prompt"]
+        if body.get("stream"):
+            return StreamingResponse(self._stream(ids, body), media_type="text/event-stream")
+        choice = {"index": 0, "text": "", "logprobs": None, "finish_reason": "length", "stop_reason": None}
+        if "prompt_logprobs" in body and self.has_prompt_logprobs:
+            choice["prompt_logprobs"] = self._prompt_logprobs(ids)
+        return JSONResponse({"object": "text_completion", "model": self.name, "choices": [choice]})
+
+    def _prompt_logprobs(self, ids: list[int]) -> list[Any]:
+        scores = self._log_probs(ids)
+        rows: list[Any] = [None]
+        for place, token in enumerate(ids[1:]):
+            value = max(float(scores[place, token]), -9999.0)
+            rank = int((scores[place] > scores[place, token]).sum()) + 1
+            rows.append({str(token): {"logprob": value, "rank": rank, "decoded_token": Letters().decode([token])}})
+        return rows
+
+    async def _stream(self, ids: list[int], body: dict[str, Any]) -> AsyncIterator[str]:
+        random = torch.Generator().manual_seed(body["seed"]) if "seed" in body else torch.default_generator
+        written = 0
+        for _ in range(body["max_tokens"]):
+            if written == self.dies_after:
+                raise ConnectionError("killed")
+            await asyncio.sleep(self.latency)
+            scores = self._log_probs(ids)[-1]
+            temperature = body["temperature"]
+            token = (
+                int(scores.argmax())
+                if not temperature
+                else int(torch.multinomial((scores / temperature).softmax(0), 1, generator=random))
+            )
+            ids, written = [*ids, token], written + 1
+            reason = "stop" if token == Letters.eos else "length" if written == body["max_tokens"] else None
+            text = "" if token == Letters.eos else Letters().decode([token])
+            yield self._event([{"index": 0, "text": text, "logprobs": None, "finish_reason": reason}])
+            if reason == "stop":
+                break
+        yield self._event([], usage={"prompt_tokens": 0, "completion_tokens": written})
+        yield "data: [DONE]\n\n"
+
+    def _event(self, choices: list[Any], **more: Any) -> str:
+        chunk = {"id": "cmpl-1", "object": "text_completion", "model": self.name, "choices": choices, **more}
+        return f"data: {json.dumps(chunk)}\n\n"
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[FakeVllm]:
+        """Serve on a free port."""
+        listener = bind("127.0.0.1", 0)
+        listener.listen()
+        self.url = f"{url_of(listener)}/v1"
+        app = Starlette(routes=[Route("/v1/completions", self.completions, methods=["POST"])])
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+        thread.start()
+        try:
+            yield self
+        finally:
+            server.should_exit = True
+            thread.join()

@@ -1,0 +1,143 @@
+"""A forest whose experts are served by other engines."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+from helpers.fake_vllm import FakeVllm
+from helpers.served_forest import PRIOR, Served, running
+from helpers.tiny_forest import POSITIONS, Letters, write_experts
+
+from btm_scale.errors import ConfigError
+from btm_scale.serve.catalog import Catalog
+from btm_scale.serve.engines_file import RemoteExpert, load_engines
+from btm_scale.serve.local_scores import LocalScores
+from btm_scale.serve.planner import Planner
+from btm_scale.serve.remote import RemoteBackend
+
+
+@contextlib.contextmanager
+def remote(engines: list[FakeVllm], log_prior: np.ndarray, local: dict[str, Path] | None = None) -> Iterator[Served]:
+    with contextlib.ExitStack() as stack:
+        for engine in engines:
+            stack.enter_context(engine.running())
+        places = {f"expert{n}": RemoteExpert(url=one.url, model=one.name) for n, one in enumerate(engines)}
+        scores = LocalScores(local or {}, vocabulary=Letters.vocab_size)
+        backend = RemoteBackend(places, Letters().decode, lambda texts: log_prior, context=POSITIONS, local=scores)
+        planner = Planner(Catalog(tuple(places)), backend, Letters(), None)
+        yield stack.enter_context(running(planner, backend))
+
+
+@pytest.fixture(scope="module")
+def engines(experts: dict[str, Path]) -> list[FakeVllm]:
+    return [FakeVllm(path, f"lora-{name}") for name, path in experts.items()]
+
+
+@pytest.fixture(scope="module")
+def server(engines: list[FakeVllm]) -> Iterator[Served]:
+    with remote(engines, PRIOR) as one:
+        yield one
+
+
+def test_the_posterior_is_that_of_local_experts(server: Served, served: Served) -> None:
+    for text in ("abcdab", "d", ""):
+        answers = [one.post("/v1/posterior", {"input": text}).json() for one in (server, served)]
+        assert answers[0]["posterior"] == pytest.approx(answers[1]["posterior"], rel=1e-4)
+        assert answers[0]["left_out"] == []
+
+
+def test_the_drawn_expert_answers_and_streams(server: Served, engines: list[FakeVllm]) -> None:
+    client = server.client()
+    settings: dict[str, Any] = {"model": "forest", "prompt": "", "max_tokens": 9, "seed": 3, "n": 16}
+    whole = client.completions.create(**settings, stop=["aaaa"])
+    drawn = [choice.model_extra["btm"]["expert"] for choice in whole.choices]
+    assert set(drawn) == {"expert0", "expert1"}
+    texts = [""] * 16
+    for chunk in client.completions.create(**settings, stop=["aaaa"], stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [choice.text for choice in whole.choices]
+    assert whole.usage is not None
+    ended = sum(choice.finish_reason == "stop" for choice in whole.choices)
+    assert whole.usage.completion_tokens == sum(map(len, texts)) + ended
+    assert engines[0].requests[-1]["stop"] == ["aaaa"]
+    single = client.completions.create(model="expert1", prompt="ab", temperature=0, max_tokens=4)
+    assert single.model_extra["btm"]["posterior"] == {"expert1": 1.0}
+
+
+def test_what_engines_cannot_do_is_refused(server: Served) -> None:
+    client = server.client()
+    with pytest.raises(openai.BadRequestError, match="cannot be mixed"):
+        client.completions.create(model="forest", prompt="a", temperature=0)
+    with pytest.raises(openai.BadRequestError, match="local experts only"):
+        client.completions.create(model="forest", prompt="a", logprobs=1)
+
+
+def test_engines_that_die_are_left_out_and_the_rest_answers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    paths = write_experts(tmp_path, 3)
+    engines = [FakeVllm(path, name) for name, path in paths.items()]
+    certain = np.log([0.999, 0.0005, 0.0005])
+    with remote(engines, certain) as server:
+        for engine in engines[:2]:
+            engine.dies_after = 1
+        # The end of a document would come before the engine dies.
+        body = {"model": "expert0", "prompt": "ab", "max_tokens": 9, "stream": True, "temperature": 0}
+        events = [line for line in server.post("/v1/completions", body).text.splitlines() if line]
+        assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "service_unavailable"
+        server.post("/v1/completions", {**body, "model": "expert1"})
+        for _ in range(3):
+            answer = server.post("/v1/completions", {"model": "forest", "prompt": "ab", "max_tokens": 3}).json()
+            assert answer["btm"]["expert"] == "expert2"
+            assert answer["btm"]["left_out"] == ["expert0", "expert1"]
+        assert server.idle()
+
+
+def test_an_engine_without_prompt_logprobs_is_scored_by_local_weights_or_left_out_with_the_reason(
+    experts: dict[str, Path], served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    engines = [FakeVllm(path, name) for name, path in experts.items()]
+    engines[0].has_prompt_logprobs = False
+    with remote(engines, PRIOR) as server:
+        answer = server.post("/v1/posterior", {"input": "ab"}).json()
+    assert answer["posterior"] == {"expert1": 1.0}
+    assert answer["left_out"] == ["expert0"]
+    assert "returned no prompt_logprobs" in caplog.text
+    with remote(engines, PRIOR, {"expert0": experts["expert0"]}) as server:
+        answer = server.post("/v1/posterior", {"input": "ab"}).json()
+    assert answer["posterior"] == pytest.approx(
+        served.post("/v1/posterior", {"input": "ab"}).json()["posterior"], rel=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("expert7: http://host/v1", "Unknown expert 'expert7'"),
+        ("expert0: ftp://host", "expert0.url: String should match"),
+        ("expert0: {url: http://host/v1, port: 3}", "port: Extra inputs"),
+        ("{}", "names no expert"),
+        ("expert0: {url: http://host/v1, api_key_variable: ABSENT_KEY}", "ABSENT_KEY is not set"),
+    ],
+)
+def test_a_wrong_file_of_engines_is_refused(text: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "engines.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=reason):
+        load_engines(tmp_path / "engines.yaml", ["expert0", "expert1"])
+
+
+def test_a_file_of_engines_gives_urls_names_and_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAW_KEY", "abc")
+    file = tmp_path / "engines.yaml"
+    file.write_text(
+        "law: {url: http://a:1/v1, model: law-lora, api_key_variable: LAW_KEY}\n"
+        "code: {url: http://b:2/v1, score: code}\n"
+    )
+    engines = load_engines(file, ["law", "code", "med"])
+    assert engines["law"].headers == {"Authorization": "Bearer abc"}
+    assert engines["code"] == RemoteExpert(url="http://b:2/v1", score=tmp_path / "code")
