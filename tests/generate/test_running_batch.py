@@ -57,15 +57,19 @@ def test_texts_that_join_and_leave_a_running_batch_equal_those_that_run_alone(ge
         assert row.owner == alone.tokens + [0] * (alone.finished == "end")
 
 
-def test_rows_with_a_sliding_window_join_and_leave(tmp_path: Path) -> None:
-    from transformers import MistralConfig, MistralForCausalLM
+@pytest.mark.parametrize("family", ["sliding window", "no KV cache"])
+def test_rows_without_a_full_cache_join_and_leave(family: str, tmp_path: Path) -> None:
+    from transformers import MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
     torch.manual_seed(3)
     config = MistralConfig(
         vocab_size=5, num_hidden_layers=2, sliding_window=4, initializer_range=0.4, max_position_embeddings=24, **sizes
     )
-    MistralForCausalLM(config).save_pretrained(tmp_path)
+    model: Any = MistralForCausalLM(config)
+    if family == "no KV cache":
+        model = MambaForCausalLM(MambaConfig(vocab_size=5, num_hidden_layers=2, hidden_size=16, state_size=4))
+    model.save_pretrained(tmp_path)
     decoder = Decoder.load(tmp_path)
     texts = [[0, 1, 2, 3, 4, 1, 2, 3], [0, 3], [0, 2, 2, 1]]
 
