@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +9,7 @@ from pydantic import Field, PlainValidator, model_validator
 
 from btm_scale.config.changes import MayChange
 from btm_scale.config.section import Bytes, Section
+from btm_scale.util.cores import visible_cores
 
 Format = Literal["auto", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "webdataset", "text"]
 
@@ -117,7 +117,7 @@ class DataConfig(Section):
         default=False, description="in training, a token attends only to tokens of its own document"
     )
     workers: MayChange[int] = Field(
-        default_factory=lambda: len(os.sched_getaffinity(0)),
+        default_factory=visible_cores,
         gt=0,
         description="processes that tokenize; default: one per core",
     )
