@@ -95,6 +95,10 @@ class RunDir:
         """The record of a model's parents and training text."""
         return self.train(model) / "branch.json"
 
+    def threads(self, model: str) -> Path:
+        """The record of how many CPU threads a rank of a model has."""
+        return self.train(model) / "threads.json"
+
     def metrics(self, model: str) -> Path:
         """The metrics of a model's training, one JSON object per step."""
         return self.train(model) / "metrics.jsonl"

@@ -28,6 +28,7 @@ from btm_scale.launch.local import free_port, local_rank
 from btm_scale.launch.placement import Work, share_out
 from btm_scale.launch.shutdown import REQUEUE, SUPERVISOR
 from btm_scale.launch.supervise import GroupCommand, OnPoll, Start, group_failure, run_groups_in
+from btm_scale.util.cores import visible_cores
 from btm_scale.util.devices import Device, environment_of_this_host, usable_gpus
 from btm_scale.util.files import make_directory
 from btm_scale.util.logs import set_up_logging
@@ -101,7 +102,7 @@ class MpiLauncher:
         if mpirun is None:
             raise LaunchError(f"'{name}' is not installed. Set launch.mpi.command, or pip install mpich mpi4py.")
         # A rank uses one GPU, or one core of a machine without any.
-        ranks = self._config.ranks or len(usable_gpus(self._device).names) or len(os.sched_getaffinity(0))
+        ranks = self._config.ranks or len(usable_gpus(self._device).names) or visible_cores()
         log = commands[0].log.parent.parent / "mpirun.log"
         for command in commands:
             forget_failure(command.log)  # if mpirun itself fails, an old record must not be reported

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from btm_scale.cli import checkpoint, evaluate, forest, generate, run, serve
 from btm_scale.cli.commands import Verbs
 from btm_scale.cli.exit_codes import exit_codes
 from btm_scale.cli.verb import Call
+from btm_scale.util.cores import wait_passively
 
 _METAVAR = "VERB ..."
 app = typer.Typer(name="btm-scale", cls=Verbs, no_args_is_help=True, rich_markup_mode=None, subcommand_metavar=_METAVAR)
@@ -23,6 +25,7 @@ for _area in (run, forest, evaluate, generate, serve, checkpoint):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb and exit: 0 on success, 2 on a user's mistake, 1 on any other failure."""
+    wait_passively(os.environ)
     with exit_codes():
         call = parse(sys.argv[1:] if arguments is None else arguments)
         code = call.run() if isinstance(call, Call) else call

@@ -106,12 +106,17 @@ def prepare(config: ConfigFile, *, out: Out = None, settings: Settings) -> Answe
     The answer is a table of the domains. --verbose prints the documents and bytes of each split.
     """
     from btm_scale.data.prepare import prepare as prepare_data
+    from btm_scale.data.preview import text_sizes
+    from btm_scale.report.encoding_bar import encoding_bars
     from btm_scale.run.state import open_run
     from btm_scale.run.status import data_summary
+    from btm_scale.train.passes import passes_of_run, require_few_passes
 
     run_config, run_dir = _config_and_run(config, settings, out)
     run_config = open_run(run_config, run_dir, reread=_reread(config, settings, run_dir))
-    summary = data_summary(run_dir, prepare_data(run_config, run_dir))
+    with encoding_bars(text_sizes(run_config), quiet=not logger.isEnabledFor(logging.INFO)) as show_progress:
+        summary = data_summary(run_dir, prepare_data(run_config, run_dir, show_progress))
+    require_few_passes(run_config, passes_of_run(run_config, run_dir))
 
     def show() -> None:
         from rich.console import Console
@@ -159,10 +164,12 @@ def train(
     else:
         from btm_scale.run.state import next_models, open_run, require_prepared
         from btm_scale.train.jobs import training_job
+        from btm_scale.train.passes import passes_of_run, require_few_passes
 
         for model in models:
             training_job(run_config, model)  # raises for an unknown name
         require_prepared(run_config, run_dir)
+        require_few_passes(run_config, passes_of_run(run_config, run_dir))
         reread = _reread(config, settings, run_dir)
         run_config = open_run(run_config, run_dir, trains_here=launcher == LOCAL, reread=reread)
         models = models or next_models(run_config, run_dir)
@@ -211,9 +218,11 @@ def status(
     as_json: Json = False,
 ) -> Answer:
     """Show the training progress of every model of a run."""
+    from btm_scale.report.passes import passes_line
     from btm_scale.report.progress_table import live_table, print_progress, progress_as_json
     from btm_scale.run.status import failures, run_status
     from btm_scale.run.status import watch as watch_run
+    from btm_scale.train.passes import passes_of_run
 
     config, run_dir = opened(run)
     if watch:
@@ -222,15 +231,18 @@ def status(
     else:
         rows = run_status(config, run_dir)
     failed = failures(rows, run_dir)
+    passes = passes_of_run(config, run_dir)
 
     def show() -> None:
         if not watch:
             print_progress(rows)
+        if passes:
+            say(passes_line(passes))
         for model, failure in failed.items():
             say(f"\n{model} failed: {failure}")
 
     reasons = {model: str(failure) for model, failure in failed.items()}
-    return Answer(progress_as_json(rows) | {"failures": reasons}, show)
+    return Answer(progress_as_json(rows) | {"failures": reasons, "passes": passes}, show)
 
 
 @verb(app, "doctor", section=_SECTION)

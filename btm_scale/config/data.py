@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +9,7 @@ from pydantic import Field, PlainValidator, model_validator
 
 from btm_scale.config.changes import MayChange
 from btm_scale.config.section import Bytes, Section
+from btm_scale.util.cores import visible_cores
 
 Format = Literal["auto", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "webdataset", "text"]
 
@@ -64,7 +64,14 @@ class DomainConfig(Section):
     """Where a domain's text is and how it is read."""
 
     text: tuple[str, ...] = Field(
-        min_length=1, description="files, globs or `save_to_disk` folders, relative to text_root, or `hf://` names"
+        default=(),
+        description="files, globs or `save_to_disk` folders, relative to text_root; `hf://` names in the local cache; "
+        "s3://, gs:// and https:// with fsspec",
+    )
+    token_files: tuple[str, ...] = Field(
+        default=(),
+        description="instead of text: prefixes of token files that exist already (PREFIX.bin and PREFIX.idx of "
+        "Megatron-core, GPT-NeoX or NeMo), made with the tokenizer in tokenizer.path",
     )
     format: Format = Field(
         default="auto", description="how files are read; auto: each as its first bytes show, whatever its name"
@@ -96,11 +103,28 @@ class DomainConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
-        if isinstance(value, dict) and isinstance(value.get("text"), str):
-            value = value | {"text": (value["text"],)}
+        for name in ("text", "token_files"):
+            if isinstance(value, dict) and isinstance(value.get(name), str):
+                value = value | {name: (value[name],)}
         if isinstance(value, dict) and isinstance(value.get("filter"), dict):
             value = value | {"filter": (value["filter"],)}
         return value
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> DomainConfig:
+        if bool(self.text) == bool(self.token_files):
+            has = "both text and token_files" if self.text else "neither text nor token_files"
+            raise ValueError(f"has {has}. A domain has one source: give `text`, or the prefixes of `token_files`.")
+        if self.token_files:
+            of_text = ("format", "field", "filter", "passages", "max_bytes")
+            fields = type(self).model_fields
+            wrong = [name for name in of_text if getattr(self, name) != fields[name].default]
+            wrong += ["split_by"] if self.split_by not in ("document", "position") else []
+            if wrong:
+                raise ValueError(
+                    f"has token_files and {' and '.join(wrong)}. That applies to text only: remove it, or give `text`."
+                )
+        return self
 
 
 class DataConfig(Section):
@@ -117,7 +141,7 @@ class DataConfig(Section):
         default=False, description="in training, a token attends only to tokens of its own document"
     )
     workers: MayChange[int] = Field(
-        default_factory=lambda: len(os.sched_getaffinity(0)),
+        default_factory=visible_cores,
         gt=0,
         description="processes that tokenize; default: one per core",
     )

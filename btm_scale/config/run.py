@@ -138,6 +138,11 @@ class RunConfig(Section):
             for name in last
             if name not in self.expert_domains
         ]
+        problems += [
+            f"{name}: token_files need the tokenizer that made them. Set tokenizer.path to its directory."
+            for name, domain in self.all_domains.items()
+            if domain.token_files and self.tokenizer.path is None
+        ]
         problems += self._parents_come_first()
         shape = self.model.shape(vocabulary=1, positions=self.budget.sequence_length)
         length = self.budget.sequence_length

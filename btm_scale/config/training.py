@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from btm_scale.config.changes import MayChange
 from btm_scale.config.section import Section
 
 
@@ -32,6 +33,11 @@ class BudgetConfig(Section):
     sequence_length: int = Field(default=256, gt=1, description="tokens per sequence")
     batch_tokens: int = Field(
         default=16_384, gt=0, description="tokens per step of seed and dense; the experts share one such batch"
+    )
+    max_passes: MayChange[float | None] = Field(
+        default=None,
+        gt=0,
+        description="refuse to train if the seed LM and an expert pass over the train split of a domain more often",
     )
     last: LastPartConfig | None = Field(default=None, description="other domain weights at the end of the schedule")
 

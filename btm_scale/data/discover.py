@@ -44,7 +44,7 @@ def collection_of(paths: Sequence[Path], field: str) -> list[DomainSource]:
     """
     if len(paths) == 1 and paths[0].suffix in (".yaml", ".yml"):
         config = RunConfig.load(paths[0])
-        return resolve_sources(config.domains, config.text_root)
+        return resolve_sources(config.domains, config.text_root, config.tokenizer.path)
     text = tuple(str(path) for path in paths)
     return resolve_sources({"collection": DomainConfig(text=text, field=field)}, Path.cwd())
 

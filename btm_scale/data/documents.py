@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
 
 from btm_scale.config.data import DomainConfig
+from btm_scale.data.existing_tokens import read_existing
 from btm_scale.data.files import SourceFile
 from btm_scale.data.formats.compression import BROKEN_STREAM
 from btm_scale.data.formats.read import READERS, UNITS
@@ -25,6 +28,7 @@ class Document:
     text: str
     split_key: str | None
     origin: str
+    ids: np.ndarray[Any, Any] | None = field(default=None, compare=False)  # if it comes from token files
 
 
 @dataclass
@@ -136,7 +140,13 @@ def expected_bytes(file: SourceFile) -> int:
 def read_file_of(source: DomainSource, file: SourceFile, on_bad_line: BadLines) -> Iterator[Document]:
     """Yield the documents of one of a domain's files. Raises as `read_documents` does."""
     try:
-        yield from read_file(file, source.settings, on_bad_line)
+        if not source.settings.token_files:
+            yield from read_file(file, source.settings, on_bad_line)
+        elif file.path.suffix == ".bin":
+            file.stat()
+            for number, text, ids in read_existing(file.path, source.tokenizer):
+                if text and not text.isspace():
+                    yield Document(text, None, f"{file.name}:{number}", ids)
     except DataError as error:
         raise DataError(f"Domain '{source.name}': {error}") from None
 

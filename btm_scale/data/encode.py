@@ -17,6 +17,7 @@ from btm_scale.data.tokenizer_trial import trials_passed, trust_trials
 from btm_scale.util.pools import lost_workers_told, process_pool
 
 Tag = TypeVar("Tag")
+Text = str | np.ndarray[Any, Any]  # a document, or its ids from token files
 
 # Enough text that sending it to a worker costs little compared with encoding it.
 _BATCH_CHARACTERS = 1 << 18
@@ -33,21 +34,25 @@ def _start_worker(directory: Path, passed: frozenset[str]) -> None:
     _tokenizer = Tokenizer.load(directory)
 
 
-def _encode_in_worker(texts: list[str]) -> tuple[np.ndarray[Any, Any], list[int]]:
+def _encode_in_worker(texts: list[Text]) -> tuple[np.ndarray[Any, Any], list[int]]:
     assert _tokenizer is not None
     return _encode(_tokenizer, texts)
 
 
-def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray[Any, Any], list[int]]:
-    """Return the concatenated ids of all texts, each followed by eos, and the number of ids of each text."""
+def _encode(tokenizer: Tokenizer, texts: Sequence[Text]) -> tuple[np.ndarray[Any, Any], list[int]]:
+    """Return the concatenated ids of all texts, each followed by eos, and the number of ids of each text.
+
+    The ids of a text from token files are kept.
+    """
     dtype = token_dtype(tokenizer.vocab_size)
     end = np.array([tokenizer.eos], dtype=dtype)
-    pieces = [list(_pieces(text)) for text in texts]
-    encoded = iter(tokenizer.encode_batch([piece for document in pieces for piece in document]))
+    pieces = [list(_pieces(text)) if isinstance(text, str) else [text] for text in texts]
+    to_encode = [piece for document in pieces for piece in document if isinstance(piece, str)]
+    encoded = iter(tokenizer.encode_batch(to_encode) if to_encode else ())
     parts: list[np.ndarray[Any, Any]] = []
     lengths = []
     for document in pieces:
-        ids = [next(encoded).astype(dtype) for _ in document]
+        ids = [(next(encoded) if isinstance(piece, str) else piece).astype(dtype) for piece in document]
         parts += [*ids, end]
         lengths.append(1 + sum(map(len, ids)))
     return np.concatenate(parts), lengths
@@ -87,7 +92,7 @@ class Encoder:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def encode(self, texts: Iterable[tuple[str, Tag]]) -> Iterator[tuple[list[Tag], np.ndarray[Any, Any], list[int]]]:
+    def encode(self, texts: Iterable[tuple[Text, Tag]]) -> Iterator[tuple[list[Tag], np.ndarray[Any, Any], list[int]]]:
         """Yield batches of consecutive documents: their tags, their concatenated ids, and the number of ids of each.
 
         A bounded number of texts is in memory at a time, however long the stream.
@@ -118,8 +123,8 @@ def _encoded(result: Future[tuple[np.ndarray[Any, Any], list[int]]]) -> tuple[np
         return result.result()
 
 
-def _batches(texts: Iterable[tuple[str, Tag]]) -> Iterator[list[tuple[str, Tag]]]:
-    batch: list[tuple[str, Tag]] = []
+def _batches(texts: Iterable[tuple[Text, Tag]]) -> Iterator[list[tuple[Text, Tag]]]:
+    batch: list[tuple[Text, Tag]] = []
     size = 0
     for text, tag in texts:
         batch.append((text, tag))

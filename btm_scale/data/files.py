@@ -51,7 +51,7 @@ class SourceFile:
     def open_seekable(self) -> Iterator[BinaryIO]:
         """Open the uncompressed contents with random access; a compressed file is first unpacked to disk."""
         with self.open() as stream:
-            if not self.compressed:
+            if not self.compressed and stream.seekable():
                 yield stream
                 return
             with tempfile.TemporaryFile() as unpacked:

@@ -1,4 +1,4 @@
-"""Where text is: paths, globs, folders of `datasets.save_to_disk`, and data sets in the Hugging Face cache."""
+"""Where text is: paths, globs, folders of `datasets.save_to_disk`, the Hugging Face cache, and remote stores."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from btm_scale.data.remote import remote_files
 from btm_scale.errors import DataError, first_few
 from btm_scale.util.bounded_json import parse_json, read_bounded
 
@@ -17,17 +18,14 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def matches_of(pattern: str, text_root: Path) -> list[Path]:
-    """Return what a path, glob or `hf://` name of the YAML matches: files, and folders that are not a data set.
+    """Return what a path, glob, URL or `hf://` name of the YAML matches: files, and folders that are not a data set.
 
     A folder of `datasets.save_to_disk` is its files. Raises DataError for a name that cannot be resolved here.
     """
     if pattern.startswith("hf://"):
         matches = _cached(pattern)
-    elif remote := _REMOTE.match(pattern):
-        raise DataError(
-            f"'{pattern}' is not on this machine. Text is read from local files: copy it here first, or mount the "
-            f"store that {remote[0]} names as a folder."
-        )
+    elif _REMOTE.match(pattern):
+        return remote_files(pattern)
     else:
         matches = _local(text_root / pattern)
     return [path for match in matches for path in (_files_of_dataset(match) if match.is_dir() else [match])]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from btm_scale.config.run import RunConfig
@@ -11,9 +13,10 @@ from btm_scale.data.dedup import keys_elsewhere
 from btm_scale.data.encode import Encoder
 from btm_scale.data.enough import needed_splits, require_enough
 from btm_scale.data.fingerprint import Fingerprint, Source, settings_of
+from btm_scale.data.progress import Progress, logged_progress
 from btm_scale.data.sources import DomainSource, resolve_sources
 from btm_scale.data.splits import Placement, placement_of
-from btm_scale.data.token_files import Progress, digest_of_text, write_domain
+from btm_scale.data.token_files import digest_of_text, write_domain
 from btm_scale.data.tokenizer import Tokenizer, directory_digest
 from btm_scale.data.train_tokenizer import adopt_tokenizer, balanced_sample, train_tokenizer
 from btm_scale.errors import DataError, GroupFailed
@@ -22,19 +25,21 @@ from btm_scale.util.files import new_directory, partial_path, remove_partial
 from btm_scale.util.locks import held
 from btm_scale.util.snapshot import Snapshot
 
+logger = logging.getLogger(__name__)
+
 
 def prepare(config: RunConfig, run: RunDir, on_progress: Progress | None = None) -> dict[str, Fingerprint]:
     """Create the tokenizer and token files that do not exist yet; existing ones are checked, not created again.
 
-    `on_progress(domain, bytes, documents)` is called with how much text has been encoded. Returns the fingerprint of
-    every domain's token files, in the config's order. Raises DataError and leaves nothing half-written. Raises
-    GroupFailed while another process prepares the run, because its files would look like leftovers.
+    `on_progress(domain, bytes, documents)` is called with how much text has been encoded; by default it is logged.
+    Returns the fingerprint of every domain's token files, in the config's order. Raises DataError and leaves nothing
+    half-written, and GroupFailed while another process prepares the run, because its files would look like leftovers.
     """
     sources = resolve_sources(config.all_domains, config.text_root)
     with held(run.prepare_lock) as is_ours:
         if not is_ours:
             raise GroupFailed(f"Another process is preparing the run in {run.root}. Wait until it ends, or stop it.")
-        return _prepare(sources, config, run, on_progress or _silent)
+        return _prepare(sources, config, run, on_progress or logged_progress())
 
 
 def _prepare(
@@ -44,6 +49,7 @@ def _prepare(
     before = {source.name: Snapshot.of(file.path for file in source.files) for source in sources}
     placements = Placements(config)
     _ensure_tokenizer(sources, config, run, placements)
+    sources = [replace(source, tokenizer=run.tokenizer) for source in sources]
     digest = directory_digest(run.tokenizer)
     finished = {source.name: _finished(source, config, run, digest, placements) for source in sources}
     fingerprints = {name: fingerprint for name, fingerprint in finished.items() if fingerprint is not None}
@@ -72,10 +78,6 @@ class Placements:
         return self._known[source.name]
 
 
-def _silent(domain: str, encoded_bytes: int, documents: int) -> None:
-    pass
-
-
 def _remove_leftovers(run: RunDir) -> None:
     for leftover in (partial_path(run.tokenizer), *run.data.glob(".*.partial")):
         remove_partial(leftover)
@@ -102,6 +104,9 @@ def _ensure_tokenizer(sources: Sequence[DomainSource], config: RunConfig, run: R
         if existing is not None:
             adopt_tokenizer(directory, existing)
         else:
+            sample = config.tokenizer.sample_bytes / 1e6
+            tokens = f"{config.tokenizer.vocab_size:,}"
+            logger.info("training a tokenizer of %s tokens on up to %.1f MB of text", tokens, sample)
             trained_on = [source for source in sources if source.name in config.domains]
             train_tokenizer(directory, _Sample(trained_on, config, placements), vocab_size=config.tokenizer.vocab_size)
 

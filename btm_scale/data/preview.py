@@ -6,18 +6,19 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import zstandard
 
 from btm_scale.config.run import RunConfig
-from btm_scale.data.documents import BadLines, empty_domain, read_documents, read_file_of
+from btm_scale.data.documents import BadLines, empty_domain, expected_bytes, read_documents, read_file_of
 from btm_scale.data.enough import needed_splits, too_small
+from btm_scale.data.existing_tokens import other_tokenizer
 from btm_scale.data.files import SourceFile
 from btm_scale.data.formats.compression import NotCompressedError, compression_of
+from btm_scale.data.formats.indexed_tokens import IndexedTokens
 from btm_scale.data.formats.rows import Fields
 from btm_scale.data.formats.sense import format_of
-from btm_scale.data.sources import DomainSource
+from btm_scale.data.sources import DomainSource, resolve_sources
 from btm_scale.data.splits import placement_of
 from btm_scale.errors import DataError
 from btm_scale.run_dir import SPLITS
@@ -85,11 +86,19 @@ def preview_text(source: DomainSource, config: RunConfig, vocabulary: int) -> Pr
     else:
         for file in _others(source.files[last + 1 :]):
             next(read_file_of(source, file, bad_lines), None)
-        total = round(sum(_text_bytes(file, source) for file in source.files))
+        total = round(sum(_text_bytes(file, source, per_token) for file in source.files))
     if source.settings.max_bytes is not None:
         total = min(total, source.settings.max_bytes)
     tokens = round(total / per_token)
-    return Preview(total, tokens, _likely_problem(source, config, tokens))
+    return Preview(total, tokens, _likely_problem(source, config, tokens) or _other_tokenizer(source))
+
+
+def text_sizes(config: RunConfig) -> dict[str, int]:
+    """Return about how many bytes of text each domain has, from the sizes of its files. Raises as resolving does."""
+    sources = resolve_sources(config.all_domains, config.text_root)
+    sizes = {source.name: sum(map(expected_bytes, source.files)) for source in sources}
+    limits = {name: domain.max_bytes for name, domain in config.all_domains.items()}
+    return {name: min(size, limits[name] or size) for name, size in sizes.items()}
 
 
 def bytes_per_token(vocabulary: int) -> float:
@@ -145,32 +154,43 @@ def _likely_problem(source: DomainSource, config: RunConfig, tokens: int) -> str
     )
 
 
+def _other_tokenizer(source: DomainSource) -> str:
+    """Return a sentence if the first token files of a domain are probably of another tokenizer; "" if not."""
+    if not source.settings.token_files or source.tokenizer is None:
+        return ""
+    first = next(file.path for file in source.files if file.path.suffix == ".bin")
+    return other_tokenizer(first, source.tokenizer)
+
+
 def _others(files: Sequence[SourceFile]) -> list[SourceFile]:
     return list(files[:: max(1, len(files) // _OTHER_FILES)])[:_OTHER_FILES]
 
 
-def _text_bytes(file: SourceFile, source: DomainSource) -> float:
+def _text_bytes(file: SourceFile, source: DomainSource, per_token: float) -> float:
     """Estimate the bytes of text in a file, from its header and its first rows."""
+    if source.settings.token_files:
+        return per_token * IndexedTokens(file.path).tokens if file.path.suffix == ".bin" else 0.0
     try:
         format = format_of(file, source.settings)
     except NotCompressedError:
         return file.stat().st_size
     if format == "parquet" and not file.compressed:
-        return float(_column_bytes(file.path, source.settings.fields))
+        return float(_column_bytes(file, source.settings.fields))
     size = float(_uncompressed_bytes(file))
     if format == "jsonl":
         size *= _share_of_text(file, source)
     return size
 
 
-def _column_bytes(path: Path, fields: Sequence[str]) -> int:
+def _column_bytes(file: SourceFile, fields: Sequence[str]) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        metadata = pq.ParquetFile(path).metadata
+        with file.open_seekable() as stream, pq.ParquetFile(stream) as table:
+            metadata = table.metadata
     except (OSError, pa.ArrowException):
-        return path.stat().st_size
+        return file.stat().st_size
     columns = [
         metadata.row_group(group).column(number)
         for group in range(metadata.num_row_groups)

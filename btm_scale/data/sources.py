@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from btm_scale.config.data import DomainConfig
@@ -20,6 +20,7 @@ class DomainSource:
     name: str
     files: tuple[SourceFile, ...]
     settings: DomainConfig
+    tokenizer: Path | None = None  # the directory of the one with which token files are read
 
     @property
     def is_grouped(self) -> bool:
@@ -32,12 +33,17 @@ class DomainSource:
         return sum(file.stat().st_size for file in self.files)
 
 
-def resolve_sources(domains: Mapping[str, DomainConfig], text_root: Path) -> list[DomainSource]:
-    """Return the source of every domain, in the given order. Raises one DataError with the problems of all domains."""
+def resolve_sources(
+    domains: Mapping[str, DomainConfig], text_root: Path, tokenizer: Path | None = None
+) -> list[DomainSource]:
+    """Return the source of every domain, in the given order. Raises one DataError with the problems of all domains.
+
+    `tokenizer`: the directory of the tokenizer with which token files are read.
+    """
     sources, problems = [], []
     for name, settings in domains.items():
         try:
-            sources.append(resolve_domain(name, settings, text_root))
+            sources.append(replace(resolve_domain(name, settings, text_root), tokenizer=tokenizer))
         except DataError as error:
             problems.append(str(error))
     if problems:
@@ -52,7 +58,7 @@ def resolve_domain(name: str, settings: DomainConfig, text_root: Path) -> Domain
     """
     files: dict[str, SourceFile] = {}
     problems = []
-    for pattern in settings.text:
+    for pattern in settings.text or _pairs(settings.token_files):
         try:
             matches = matches_of(pattern, text_root)
         except DataError as error:
@@ -61,8 +67,21 @@ def resolve_domain(name: str, settings: DomainConfig, text_root: Path) -> Domain
         paths = [path for path in matches if path.is_file()]
         if not paths:
             problems.append(_no_match(name, pattern, text_root, matches))
+        if settings.token_files:
+            if any(not isinstance(path, Path) for path in paths):
+                problems.append(
+                    f"domain '{name}': '{pattern}' is remote. Token files are read in place: copy them here."
+                )
+                continue
+            paths += [path.with_suffix(".bin") for path in paths]
+            missing = [path for path in paths if not path.is_file()]
+            problems += [
+                f"domain '{name}': {path} is missing. Token files are a pair, PREFIX.bin and PREFIX.idx: copy both."
+                for path in missing
+            ]
+            paths = [path for path in paths if path not in missing]
         for path in paths:
-            if not os.access(path, os.R_OK):
+            if isinstance(path, Path) and not os.access(path, os.R_OK):
                 problems.append(f"domain '{name}': {path} is not readable. Change its permissions, or remove it.")
             file_name = path.relative_to(text_root).as_posix() if path.is_relative_to(text_root) else str(path)
             if not is_utf8(file_name):
@@ -71,6 +90,11 @@ def resolve_domain(name: str, settings: DomainConfig, text_root: Path) -> Domain
     if problems:
         raise DataError("\n".join(problems))
     return DomainSource(name, tuple(files[file_name] for file_name in sorted(files)), settings)
+
+
+def _pairs(prefixes: Sequence[str]) -> list[str]:
+    """Return the index of each prefix of token files, which may be given with the suffix of one of the two files."""
+    return [f"{prefix.removesuffix('.bin').removesuffix('.idx')}.idx" for prefix in prefixes]
 
 
 def _no_match(name: str, pattern: str, text_root: Path, matches: list[Path]) -> str:

@@ -116,7 +116,8 @@ class ByPosition:
     def _part(self, document: Document, text: str, split: str) -> tuple[Document, Identity]:
         encoded = text.encode()
         digest = hashlib.blake2b(encoded, digest_size=16).digest()
-        return replace(document, text=text), Identity(split, document.split_key, digest, len(encoded))
+        ids = document.ids if text == document.text else None  # a part is encoded anew
+        return replace(document, text=text, ids=ids), Identity(split, document.split_key, digest, len(encoded))
 
 
 def _cut(text: str, at: int, slack: int) -> int:

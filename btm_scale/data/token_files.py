@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,14 @@ from btm_scale.config.data import DataConfig
 from btm_scale.config.run import RunConfig
 from btm_scale.data.dedup import Deduplicator, KeySet, held_out_keys, save_keys
 from btm_scale.data.documents import BadLines, empty_domain, read_documents
-from btm_scale.data.encode import Encoder, token_dtype
+from btm_scale.data.encode import Encoder, Text, token_dtype
 from btm_scale.data.enough import needed_splits, require_enough
 from btm_scale.data.fingerprint import Fingerprint, Source, SplitCounts, TextDigest, settings_of
+from btm_scale.data.progress import Progress
 from btm_scale.data.sources import DomainSource
 from btm_scale.data.splits import Identity, Placement, placement_of
 from btm_scale.run_dir import SPLITS
 from btm_scale.util.imports import import_uncompiled
-
-Progress = Callable[[str, int, int], None]
 
 
 def write_domain(
@@ -48,11 +47,11 @@ def write_domain(
     keys = {split: array("Q") for split in SPLITS}
     counts = {split: SplitCounts() for split in SPLITS}
 
-    def kept() -> Iterator[tuple[str, Identity]]:
+    def kept() -> Iterator[tuple[Text, Identity]]:
         for document, identity in placement.placed(read_documents(source, bad_lines)):
             digest.add(identity)
             if deduplicator.keep(identity):
-                yield document.text, identity
+                yield document.text if document.ids is None else document.ids, identity
 
     encoded_bytes = documents = 0
     for identities, ids, lengths in encoder.encode(kept()):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -17,10 +17,12 @@ from btm_scale import __version__
 from btm_scale.config.run import RunConfig
 from btm_scale.evaluate.results import Results
 from btm_scale.report.palette import PALETTE
+from btm_scale.report.passes import passes_text
 from btm_scale.report.summary import count, experts, headline, novel_domains, shorten, tokens_text, training_domains
 from btm_scale.run_dir import RunDir
 from btm_scale.train.jobs import model_names
 from btm_scale.train.metrics import read_metrics
+from btm_scale.train.passes import passes_of_run
 from btm_scale.util.files import make_directory, write_file
 from btm_scale.util.terminal import printable
 
@@ -36,17 +38,20 @@ if TYPE_CHECKING:
 def report(config: RunConfig, run: RunDir, results: Results) -> None:
     """Write the run's page."""
     curves = {model: read_metrics(run.metrics(model)) for model in model_names(config)}
-    write_page(config, results, {model: curve for model, curve in curves.items() if curve}, run.report)
+    passes = passes_of_run(config, run)
+    write_page(config, results, {model: curve for model, curve in curves.items() if curve}, run.report, passes)
 
 
-def write_page(config: RunConfig, results: Results, curves: Curves, path: Path) -> None:
+def write_page(
+    config: RunConfig, results: Results, curves: Curves, path: Path, passes: Mapping[str, float] | None = None
+) -> None:
     """Write the page, complete or not at all. `curves`: each model's rows of metrics.jsonl."""
     make_directory(path.parent)
-    write_file(path, render_page(config, results, curves).encode())
+    write_file(path, render_page(config, results, curves, passes).encode())
 
 
-def render_page(config: RunConfig, results: Results, curves: Curves) -> str:
-    """Return the page as HTML."""
+def render_page(config: RunConfig, results: Results, curves: Curves, passes: Mapping[str, float] | None = None) -> str:
+    """Return the page as HTML. `passes`: how often training passes over each domain's train split."""
     from plotly.offline import get_plotlyjs
 
     from btm_scale.report.sections import sections, tree
@@ -55,7 +60,7 @@ def render_page(config: RunConfig, results: Results, curves: Curves) -> str:
     return _template().render(
         name=results.name or config.name,
         headline=headline(results),
-        facts=facts(config, results),
+        facts=facts(config, results, passes),
         tree=tree(results),
         sections=list(sections(config, results, curves)),
         version=__version__,
@@ -106,7 +111,7 @@ def _text(name: str) -> str:
     return (files("btm_scale.report") / name).read_text(encoding="utf-8")
 
 
-def facts(config: RunConfig, results: Results) -> dict[str, str]:
+def facts(config: RunConfig, results: Results, passes: Mapping[str, float] | None = None) -> dict[str, str]:
     """What was run, in words."""
     budget, names = config.budget, experts(results)
     training, novel = training_domains(results), novel_domains(results)
@@ -124,6 +129,7 @@ def facts(config: RunConfig, results: Results) -> dict[str, str]:
         f"posterior over blocks of {budget.sequence_length:,} tokens, {config.evaluate.prior} prior.",
         "Random seed": f"{results.random_seed}, a single run: differences of a percent may be chance.",
     }
+    words |= {"Passes over the train split": f"{passes_text(passes)}."} if passes else {}
     words |= {"Devices": _device_words(results)} if results.devices else {}
     return words | ({"Notes": " ".join(results.notes)} if results.notes else {})
 

@@ -9,6 +9,8 @@ from btm_scale.config.run import RunConfig
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.data.preview import Preview, preview_texts
 from btm_scale.data.sources import DomainSource, resolve_sources
+from btm_scale.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer
+from btm_scale.data.train_tokenizer import loss_of
 from btm_scale.forest.expert import is_finished
 from btm_scale.run.estimate import disk_bytes, run_seconds
 from btm_scale.run.launchers import placement
@@ -16,6 +18,7 @@ from btm_scale.run.plan import vocabulary_of
 from btm_scale.run.state import continued, on_this_device, require_pretrained
 from btm_scale.run_dir import RunDir
 from btm_scale.train.jobs import training_job, training_stages
+from btm_scale.train.passes import budget_tokens, too_many_passes
 
 
 def dry_run(config: RunConfig, run: RunDir, *, trains_here: bool = True) -> dict[str, Any]:
@@ -26,7 +29,7 @@ def dry_run(config: RunConfig, run: RunDir, *, trains_here: bool = True) -> dict
     `trains_here`, the precisions. Raises as `run` would, except for a pretrained model whose weights are not downloaded
     yet.
     """
-    sources = resolve_sources(config.all_domains, config.text_root)
+    sources = resolve_sources(config.all_domains, config.text_root, config.tokenizer.path)
     config = continued(config, run)
     require_pretrained(config, run, may_lack_weights=True)
     if trains_here:
@@ -49,6 +52,11 @@ def dry_run(config: RunConfig, run: RunDir, *, trains_here: bool = True) -> dict
             }
     text = _text(config, run, sources, previews)
     tokens = sum(row["tokens"] for row in text.values())
+    notes = [previews[name].problem for name in text if previews[name].problem and not text[name]["encoded"]]
+    notes += [note for name, row in text.items() if (note := too_many_passes(config, name, row["passes"]))]
+    tokenizer = config.tokenizer.path
+    if tokenizer is not None and any((tokenizer / name).is_file() for name in ("tokenizer.json", SENTENCEPIECE_FILE)):
+        notes += filter(None, [loss_of(Tokenizer.load(tokenizer), tokenizer)])
     done = {name for name, job in jobs.items() if job["done"]}
     return {
         "run": str(run.root),
@@ -59,7 +67,7 @@ def dry_run(config: RunConfig, run: RunDir, *, trains_here: bool = True) -> dict
             "seconds": run_seconds(config, vocabulary, done) if trains_here else None,
             "disk_bytes": round(disk_bytes(config, vocabulary, tokens)),
         },
-        "notes": [previews[name].problem for name in text if previews[name].problem and not text[name]["encoded"]],
+        "notes": notes,
     }
 
 
@@ -78,7 +86,7 @@ def _text(
             train = tokens * (1 - config.data.dev - config.data.test)
         else:
             tokens, train = fingerprint.tokens, float(fingerprint.splits["train"].tokens)
-        budget = _budget_tokens(config, source.name)
+        budget = budget_tokens(config, source.name)
         rows[source.name] = {
             "files": len(source.files),
             "bytes": source.bytes,
@@ -88,20 +96,3 @@ def _text(
             "passes": budget / max(1.0, train),
         }
     return rows
-
-
-def _budget_tokens(config: RunConfig, domain: str) -> int:
-    """Return the tokens of a domain that the seed LM and then the domain's expert train on; 0 for a novel domain.
-
-    Replayed text, and other weights at the end of the schedule, are not counted.
-    """
-    if domain not in config.expert_domains:
-        return 0
-    length = config.budget.sequence_length
-    tokens = 0.0
-    if domain in config.domains:
-        weights = {name: settings.weight for name, settings in config.domains.items()}
-        seed_tokens = config.budget.seed_steps * config.budget.sequences * length
-        tokens = seed_tokens * weights[domain] / sum(weights.values())
-    job = training_job(config, domain)
-    return round(tokens + job.steps * job.sequences * length)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Container
 
@@ -17,6 +16,7 @@ from btm_scale.launch.step_time import step_time
 from btm_scale.model.shape import ModelShape
 from btm_scale.run.launchers import placement
 from btm_scale.train.jobs import TrainingJob, model_names, training_job, training_stages
+from btm_scale.util.cores import visible_cores
 from btm_scale.util.devices import usable_gpus_or_none
 
 _START_SECONDS = 15.0  # until a group has imported the engines and built the model
@@ -35,7 +35,7 @@ def run_seconds(config: RunConfig, vocabulary: int, done: Container[str] = ()) -
     gpu = gpu_of_device(gpus.kinds[0]) if gpus.names else None
     if gpus.names and gpu is None:
         return None
-    speed = 0.0 if gpu is not None else _matrix_speed() / len(os.sched_getaffinity(0))
+    speed = 0.0 if gpu is not None else _matrix_speed() / visible_cores()
     length = config.budget.sequence_length
 
     def seconds(job: TrainingJob, threads: int) -> float:

@@ -5,7 +5,7 @@ The process that starts groups does not import torch; only the groups do.
 
 from __future__ import annotations
 
-import os
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,14 +13,17 @@ from btm_scale.config.run import RunConfig
 from btm_scale.errors import LaunchError
 from btm_scale.launch.local import LocalPool
 from btm_scale.launch.mpi import run_under_mpi
-from btm_scale.launch.supervise import RunGroups, groups_in
+from btm_scale.launch.supervise import GroupCommand, RunGroups, groups_in
 from btm_scale.run.launcher_table import LAUNCHERS
 from btm_scale.run.state import progress, state_at_rest, training_commands
 from btm_scale.run_dir import RunDir
 from btm_scale.train.jobs import training_job
 from btm_scale.train.progress import ModelProgress
+from btm_scale.util.cores import visible_cores
 from btm_scale.util.devices import Device, usable_gpus_or_none
 from btm_scale.util.mpi import mpi_rank
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[Sequence[ModelProgress]], None]
 
@@ -36,7 +39,7 @@ class Placement:
 
 def placement(config: RunConfig, models: Sequence[str]) -> Placement:
     """Return how the groups of a stage share this machine's cores and GPUs."""
-    cores = len(os.sched_getaffinity(0))
+    cores = visible_cores()
     ranks = max(training_job(config, model).layout.ranks for model in models)
     gpus = usable_gpus_or_none(config.launch.device).names
     slots = config.launch.local.slots or max(1, (len(gpus) or cores) // ranks)
@@ -62,10 +65,25 @@ def run_training(
 
     try:
         if commands:
-            launcher = launcher or here(placement(config, models))
+            launcher = launcher or here(_checked(placement(config, models), commands))
             launcher(commands, poll)
     finally:
         on_progress(progress(config, run, {model: state_at_rest(config, run, model) for model in models}))
+
+
+def _checked(place: Placement, commands: Sequence[GroupCommand]) -> Placement:
+    """Return the placement; warn if its groups have more threads than this machine has cores."""
+    cores = visible_cores()
+    threads = place.slots * max(command.ranks for command in commands) * place.threads
+    if threads > cores and not usable_gpus_or_none(place.device).names:
+        logger.warning(
+            "%d groups train side by side with %d threads on %d cores: each step takes longer. Set launch.local.slots "
+            "to a lower number, or choose a layout of fewer ranks.",
+            place.slots,
+            threads,
+            cores,
+        )
+    return place
 
 
 def here(place: Placement) -> RunGroups:

@@ -27,6 +27,7 @@ from btm_scale.run.launchers import Progress, here, placement, run_training
 from btm_scale.run.state import is_done, open_run
 from btm_scale.run_dir import SEED, RunDir
 from btm_scale.train.jobs import model_names, training_stages
+from btm_scale.train.passes import passes_of_run, require_few_passes
 from btm_scale.util.locks import held
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ def run_all(
 def _run_stages(config: RunConfig, run: RunDir, on_progress: Progress, launcher: RunGroups | None) -> Results:
     logger.info("preparing token files")
     prepare(config, run)
+    require_few_passes(config, passes_of_run(config, run))
     # Finished models have no scores on domains that were added since.
     finished = [*model_names(config), *added_experts(config, run)]
     finished = [model for model in finished if is_finished(run.model(model))]

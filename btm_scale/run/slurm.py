@@ -69,7 +69,11 @@ def submit_run(
     `reread`: as in `open_run`.
     """
     # Missing text and rows without text are reported before anything is submitted.
-    preview_texts(resolve_sources(config.all_domains, config.text_root), config, config.tokenizer.vocab_size)
+    preview_texts(
+        resolve_sources(config.all_domains, config.text_root, config.tokenizer.path),
+        config,
+        config.tokenizer.vocab_size,
+    )
     config = open_run(config, run, reread=reread)
     scripts = write_scripts(config, run)
     if config.launch.device != "cpu" and not slurm.requests_gpus(config.launch.slurm):

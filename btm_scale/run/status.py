@@ -36,7 +36,7 @@ def run_status(config: RunConfig, run: RunDir) -> list[ModelProgress]:
             failure = read_failure(run.log(model))
             note = failure.error if failure is not None else ""
         notes[model] = note
-    return [replace(row, note=notes.get(row.model, "")) for row in progress(config, run, states)]
+    return [replace(row, note=notes.get(row.model) or row.note) for row in progress(config, run, states)]
 
 
 def watch(

@@ -26,6 +26,7 @@ from btm_scale.launch.shutdown import end_with_supervisor
 from btm_scale.run_dir import RunDir
 from btm_scale.train.jobs import training_job
 from btm_scale.train.preemption import forget_stop, leaving_at_once
+from btm_scale.train.threads import keep_threads
 from btm_scale.train.trainer import train_and_export
 from btm_scale.train.watchdog import PeerWatch
 from btm_scale.util.disk_errors import sentence
@@ -44,6 +45,7 @@ def train_as_rank(config: RunConfig, run: RunDir, model: str) -> None:
         ModelLock(run.train(model)) if group.is_first else contextlib.nullcontext(),
     ):
         job = training_job(config, model)
+        keep_threads(group, run, model)
         if not is_finished(run.model(model)):
             train_and_export(group, config, run, job)
         with leaving_at_once(run.train(model)):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from btm_scale.launch.gpus import gpu_of_device
 from btm_scale.util.bounded_json import parse_json
+from btm_scale.util.cores import CoreWaits
 from btm_scale.util.device_query import name_of
 from btm_scale.util.files import make_directory, open_to_append, write_file
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # reading metrics needs no engine
 logger = logging.getLogger(__name__)
 
 _LOG_SECONDS = 5.0
+CROWDED = 0.3  # of the time that threads wait for a core, which is reported
 _TEXTS = ("device", "kernels")
 _MAX_STEP = 1 << 31
 
@@ -59,6 +61,10 @@ class Metrics:
         self._file: TextIO | None = None
         self._last = time.perf_counter()
         self._logged = 0.0
+        self._cores = CoreWaits()
+        self._waiting: float | None = None
+        self._asked = self._last
+        self._is_crowded = False
 
     def __enter__(self) -> Self:
         if self._writes:
@@ -80,6 +86,7 @@ class Metrics:
         """Record a step, timed from the end of the previous one, and return its metrics."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
+        self._watch_cores(now)
         line = {
             "step": step,
             "loss": result.loss,
@@ -95,7 +102,8 @@ class Metrics:
             line["flops_utilisation"] = line["flops_per_second"] / self._peak
         if self._file is None:
             return line
-        self._file.write(json.dumps(line | self._runs_on) + "\n")
+        waits = {} if self._waiting is None else {"core_wait": self._waiting}
+        self._file.write(json.dumps(line | waits | self._runs_on) + "\n")
         if now - self._logged > _LOG_SECONDS or step == self._job.steps:
             self._logged = now
             logger.info(
@@ -108,6 +116,20 @@ class Metrics:
                 line["tokens_per_second"],
             )
         return line
+
+    def _watch_cores(self, now: float) -> None:
+        """Measure every few seconds how much the threads waited for a core; log it once if that is much."""
+        if now - self._asked < _LOG_SECONDS:
+            return
+        self._asked, waited = now, self._cores.fraction()
+        self._waiting = None if waited is None else round(waited, 3)
+        if waited is not None and waited > CROWDED and not self._is_crowded:
+            self._is_crowded = True
+            logger.warning(
+                "The threads of this rank wait for a core %.0f%% of the time: other processes, or more threads than "
+                "cores, use the same cores. Training is as much slower; its result is the same.",
+                100 * waited,
+            )
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from btm_scale.run_dir import RunDir
-from btm_scale.train.metrics import metrics_row
+from btm_scale.train.metrics import CROWDED, metrics_row
 
 State = Literal["waiting", "running", "saving", "scoring", "done", "stopped", "failed"]
 ACTIVE: frozenset[State] = frozenset(["running", "saving", "scoring"])  # a group works on the model
@@ -51,6 +51,9 @@ def read_progress(
     step = int(rows[-1]["step"])
     if state == "running" and step >= steps:
         state = "saving"
+    waits = rows[-1].get("core_wait", 0.0)
+    if state == "running" and not note and isinstance(waits, float) and waits > CROWDED:
+        note = f"threads wait for a core {100 * waits:.0f}% of the time: other work uses the same cores"
     left = _median(rows, "seconds")
     if left is not None:
         left *= max(0, steps - step)

@@ -23,12 +23,13 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from btm_scale.errors import WorkerLost
+from btm_scale.util.cores import visible_cores
 
 Item = TypeVar("Item")
 Done = TypeVar("Done")
 
 MOST = 8
-CORES = min(MOST, len(os.sched_getaffinity(0)))
+CORES = min(MOST, visible_cores())
 
 
 def may_fork() -> bool:

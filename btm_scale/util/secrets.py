@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _NAME = re.compile(
-    r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|AUTHORIZATION|AUTH|COOKIE"
+    r"(^|_)(TOKEN(?!_FILES$)|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|AUTHORIZATION|AUTH|COOKIE"
     r"|(API|ACCESS|PRIVATE|SECRET|SIGNING|ACCOUNT|SSH|MASTER)_?KEY|APIKEY)(_|$)"
 )
 _WORD_STARTS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")  # of camelCase

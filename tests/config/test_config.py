@@ -83,7 +83,7 @@ def test_all_problems_are_reported_at_once_with_their_paths(tmp_path: Path) -> N
     text = str(raised.value)
     for part in (
         "'a/b' cannot name a domain",
-        "domains.math.text: missing",
+        "domains.math: has neither text nor token_files",
         "use 1024",
         "optimizer.lr: -1",
         "modle: unknown key; did you mean 'model'?",

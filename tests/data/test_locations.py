@@ -1,13 +1,23 @@
-"""Where text is: data sets that `datasets` saved, the Hugging Face cache, and a clear refusal of what is elsewhere."""
+"""Where text is: data sets that `datasets` saved, the Hugging Face cache, and remote stores."""
 
 from __future__ import annotations
 
+import functools
+import gzip
+import io
 import json
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
+from fsspec.implementations.memory import MemoryFile
 
 from btm_scale.config.data import DomainConfig
 from btm_scale.data.documents import BadLines, read_documents
@@ -72,7 +82,85 @@ def test_hugging_face_names_are_files_in_the_local_cache(tmp_path: Path, monkeyp
             texts(tmp_path, name)
 
 
-@pytest.mark.parametrize("name", ["s3://bucket/a.jsonl", "gs://bucket/*.jsonl", "https://example.com/a.txt"])
-def test_a_remote_name_is_refused_with_what_to_do(tmp_path: Path, name: str) -> None:
-    with pytest.raises(DataError, match=r"is not on this machine\. .* copy it here first, or mount the store"):
-        texts(tmp_path, name)
+def test_text_of_a_store_is_that_of_its_files(tmp_path: Path) -> None:
+    store = fsspec.filesystem("memory")
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    half = len(rows) // 2 // 19 * 19
+    store.pipe("/corpus/a.jsonl", rows[:half].encode())
+    store.pipe("/corpus/b.jsonl.gz", gzip.compress(rows[half:].encode()))
+    table = io.BytesIO()
+    pq.write_table(pa.table({"text": TEXTS}), table)
+    store.pipe("/tables/part-0", table.getvalue())
+    try:
+        assert texts(tmp_path, "memory://corpus/*") == TEXTS
+        assert texts(tmp_path, "memory://tables/part-0") == TEXTS
+        [first, _] = resolve_domain("d", DomainConfig(text=("memory://corpus/*",)), tmp_path).files
+        assert (first.name, first.stat().st_size) == ("memory://corpus/a.jsonl", half)
+        with pytest.raises(DataError, match="matches no file"):
+            texts(tmp_path, "memory://corpus/c.jsonl")
+    finally:
+        store.store.clear()
+
+
+class _WithoutParts(SimpleHTTPRequestHandler):
+    """A server that gives complete files only, as Python's does."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    (tmp_path / "served").mkdir()
+    handler = functools.partial(_WithoutParts, directory=str(tmp_path / "served"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_port}"
+        http.shutdown()
+
+
+def test_text_is_read_from_a_web_server(server: str, tmp_path: Path) -> None:
+    (tmp_path / "served" / "a.jsonl.gz").write_bytes(
+        gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode())
+    )
+    pq.write_table(pa.table({"text": TEXTS}), tmp_path / "served" / "a.parquet")
+    assert texts(tmp_path, f"{server}/a.jsonl.gz") == TEXTS
+    assert texts(tmp_path, f"{server}/a.parquet") == TEXTS
+    with pytest.raises(DataError, match="matches no file"):
+        texts(tmp_path, f"{server}/b.jsonl")
+
+
+def test_a_store_that_fails_is_an_error_although_bad_lines_are_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = fsspec.filesystem("memory")
+    store.pipe("/corpus/a.jsonl", b'{"text": "a"}\n' * 1_000_000)
+    source = resolve_domain("d", DomainConfig(text=("memory://corpus/a.jsonl",)), tmp_path)
+    read = MemoryFile.read
+    monkeypatch.setattr(MemoryFile, "read", lambda self, n: read(self, n) if self.tell() < 1 << 22 else 1 / 0)
+    try:
+        with pytest.raises(
+            DataError, match=r"memory://corpus/a\.jsonl cannot be read \(ZeroDivisionError.* run the same"
+        ):
+            list(read_documents(source, BadLines("skip")))
+    finally:
+        store.store.clear()
+
+
+def test_a_store_without_its_package_is_refused_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(url: str) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", missing)
+    with pytest.raises(DataError, match=r"needs a package that is not installed: Install s3fs to access S3\. Or copy"):
+        texts(tmp_path, "s3://bucket/a.jsonl")
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    with pytest.raises(DataError, match=r"needs fsspec, which is not installed: pip install fsspec\. Or copy"):
+        texts(tmp_path, "gs://bucket/*.jsonl")
+
+
+def test_an_unknown_store_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"fsspec does not know the store 'tape'\. .* copy it here first, or mount"):
+        texts(tmp_path, "tape://reel/a.jsonl")

@@ -11,7 +11,6 @@ from helpers.tiny_run import tiny_values, write_config
 
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import LaunchError
-from btm_scale.run import launchers
 from btm_scale.run.launchers import placement
 from btm_scale.run.state import open_run
 from btm_scale.run_dir import RunDir
@@ -46,7 +45,7 @@ def test_as_many_groups_run_at_once_as_fit_the_gpus_or_else_the_cores(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fake_machine(monkeypatch, tmp_path, torch=torch, nodes=nodes, mig=("MIG-1", "MIG-2", "MIG-3"))
-    monkeypatch.setattr(launchers.os, "sched_getaffinity", lambda pid: set(range(12)))
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(12)))
     assert placement(config_of(tmp_path, device=device, data=ranks), EXPERTS).slots == slots
 
 

@@ -15,8 +15,9 @@ from btm_scale.run import doctor
 from btm_scale.run.doctor.ask import Reply, ask
 from btm_scale.run.doctor.finding import Finding
 from btm_scale.run.doctor.libraries import library_findings
-from btm_scale.run.doctor.machine import cpu_quota, machine_findings, memory_limit
+from btm_scale.run.doctor.machine import machine_findings, memory_limit
 from btm_scale.run.doctor.programs import mpi_family, program_findings
+from btm_scale.util.cores import cpu_quota
 from btm_scale.util.device_query import VISIBLE
 
 A_GPU = {"name": "NVIDIA H100", "memory": 85_000_000_000, "capability": "9.0", "error": ""}

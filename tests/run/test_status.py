@@ -41,3 +41,11 @@ def test_a_model_whose_group_failed_is_failed(run: RunDir, tmp_path: Path) -> No
     assert _state(run, tmp_path) == "failed"
     config = write_config(tmp_path / "tiny.yaml", tiny_values(tmp_path))
     assert list(failures(run_status(config, run), run)) == ["seed"]
+
+
+def test_threads_that_wait_for_a_core_are_a_note_of_the_model(run: RunDir, tmp_path: Path) -> None:
+    run.metrics("seed").write_text('{"step": 1, "loss": 5.0, "core_wait": 0.52}\n')
+    config = write_config(tmp_path / "tiny.yaml", tiny_values(tmp_path))
+    with ModelLock(run.train("seed")):
+        [note] = [row.note for row in run_status(config, run) if row.model == "seed"]
+    assert note == "threads wait for a core 52% of the time: other work uses the same cores"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
@@ -17,6 +16,7 @@ from btm_scale.checkpoint.merge.bar import Bar
 from btm_scale.checkpoint.merge.mean_runner import MeansRunner
 from btm_scale.checkpoint.merge.plan import MergePlan, Unit
 from btm_scale.checkpoint.merge.runner import Target, UnitRunner
+from btm_scale.util.cores import visible_cores
 from btm_scale.util.pools import MOST, in_threads, lost_workers_told, may_fork, process_pool
 
 # Bytes of output between two journal entries. Each fsyncs while the threads continue, so that little is left to flush
@@ -75,7 +75,7 @@ def merge_share(
             for i, unit in enumerate(first.plan.units)
             if unit not in done and (first.writer.shard_of(unit.name) if by_shard else i) % size == rank
         ]
-        cores = max(1, len(os.sched_getaffinity(0)) // (1 if by_shard else size))
+        cores = max(1, visible_cores() // (1 if by_shard else size))
 
         def note(finished: Sequence[tuple[Unit, list[list[str]]]]) -> None:
             def note_one(i: int) -> None:
@@ -96,7 +96,7 @@ def merge_in_processes(outputs: Sequence[Output], jobs: int | None, *, chunk_byt
     forks = may_fork()
     if jobs is None:
         large = any(plan.is_large for plan, _ in outputs)
-        jobs = min(len(os.sched_getaffinity(0)), MOST) if forks and large else 1
+        jobs = min(visible_cores(), MOST) if forks and large else 1
     share = functools.partial(merge_share, outputs, size=jobs, chunk_bytes=chunk_bytes)
     with Bar(outputs) as bar:
         if jobs == 1:

@@ -6,10 +6,11 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from btm_scale.run.doctor.finding import Finding, guarded, size
+from btm_scale.util.cores import cgroup_folders, cpu_quota, visible_cores
 
 _PART = "machine"
 _PYTHONS = ((3, 11), (3, 13))
@@ -30,40 +31,14 @@ def machine_findings(folder: Path, root: Path = Path("/")) -> list[Finding]:
     return [finding for name, check in checks.items() for finding in guarded(_PART, name, check)]
 
 
-def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Return the cgroups' CPU quota, in CPUs; None without a limit."""
-    quotas = []
-    for folder in _cgroup_folders("cpu", root):
-        if (folder / "cpu.max").exists():
-            quota, period = (folder / "cpu.max").read_text().split()
-        elif (folder / "cpu.cfs_quota_us").exists():
-            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
-        else:
-            continue
-        if quota not in ("max", "-1"):
-            quotas.append(int(quota) / int(period))
-    return min(quotas, default=None)
-
-
 def memory_limit(root: Path = Path("/")) -> int | None:
     """Return the cgroups' memory limit in bytes; None without a limit."""
     limits = []
-    for folder in _cgroup_folders("memory", root):
+    for folder in cgroup_folders("memory", root):
         for name in ("memory.max", "memory.limit_in_bytes"):
             if (folder / name).exists() and (text := (folder / name).read_text().strip()) != "max":
                 limits.append(int(text))
     return min(limits, default=None)
-
-
-def _cgroup_folders(controller: str, root: Path) -> Iterator[Path]:
-    """Yield this process's cgroup and its ancestors, of version 1 or 2. In a container, the lowest are not mounted."""
-    for line in (root / "proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and controller not in controllers.split(","):
-            continue
-        top = root / "sys/fs/cgroup" / (controller if controllers else "")
-        folder = top / path.lstrip("/")
-        yield from (each for each in (folder, *folder.parents) if each.is_relative_to(top) and each.is_dir())
 
 
 def _system() -> Finding:
@@ -86,8 +61,9 @@ def _cores(root: Path) -> Finding:
     text = f"{visible} visible by affinity, of {all_cores}"
     if quota is None or quota >= visible:
         return Finding(_PART, "cores", "ok", f"{text}; no lower cgroup quota")
-    remedy = "start under taskset, or the container with --cpuset-cpus: one thread per visible core is started"
-    return Finding(_PART, "cores", "low", f"{text}; the cgroup quota is {quota:g}", "training on CPU", remedy)
+    text += f"; the cgroup quota is {quota:g}, so {visible_cores(root)} are used"
+    remedy = "raise the quota (docker --cpus), if this process is to use more"
+    return Finding(_PART, "cores", "low", text, "training on CPU", remedy)
 
 
 def _memory(root: Path) -> Finding:
