@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -116,8 +115,6 @@ class DataConfig(Section):
     separate_documents: bool = Field(
         default=False, description="in training, a token attends only to tokens of its own document"
     )
-    workers: MayChange[int] = Field(
-        default_factory=lambda: len(os.sched_getaffinity(0)),
-        gt=0,
-        description="processes that tokenize; default: one per core",
+    workers: MayChange[Annotated[int, Field(gt=0)] | None] = Field(
+        default=None, description="processes that tokenize; default: one per core of the machine that prepares"
     )

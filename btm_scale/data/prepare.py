@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ def _prepare(
     fingerprints = {name: fingerprint for name, fingerprint in finished.items() if fingerprint is not None}
     waiting = [source for source in sources if source.name not in fingerprints]
     if waiting:
-        with Encoder(run.tokenizer, config.data.workers) as encoder:
+        with Encoder(run.tokenizer, config.data.workers or len(os.sched_getaffinity(0))) as encoder:
             for source in waiting:
                 fingerprints[source.name] = _encode(source, sources, config, run, encoder, on_progress, placements)
     return {source.name: fingerprints[source.name] for source in sources}

@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from btm_scale.config.launch import DeepSpeedConfig
 from btm_scale.errors import LaunchError
-from btm_scale.launch.deepspeed import HostPool, read_hostfile
+from btm_scale.launch.deepspeed import HostPool
+from btm_scale.launch.hostfile import read_hostfile
 from btm_scale.launch.supervise import GroupCommand
 from btm_scale.util.logs import LEVEL
 

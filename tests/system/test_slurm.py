@@ -171,7 +171,7 @@ def test_a_stop_and_a_lost_node_do_not_change_the_weights(
 
 
 def train_undisturbed(config: Path, run: RunDir, model: str) -> None:
-    arguments = ["train", str(config), "--model", model, "--out", str(run.root)]
+    arguments = ["train", str(config), "--model", model, "--out", str(run.root), "--launcher", "env"]
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
