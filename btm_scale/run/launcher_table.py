@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from btm_scale.launch.supervise import RunGroups
     from btm_scale.run_dir import RunDir
 
-LOCAL, ENV = "local", "env"
+LOCAL = "local"
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ LAUNCHERS = {
     "deepspeed": Launcher("hosts of a hostfile", groups=_on_hosts, require=_require_hosts),
     "slurm": Launcher("a SLURM cluster", groups=_by_srun, submit=_submit_to_slurm, become_rank=_become_slurm_rank),
     "mpi": Launcher("ranks of mpirun", groups=_by_mpirun, train=_train_under_mpi),
-    ENV: Launcher(
+    "env": Launcher(
         "ranks of torchrun, PyTorchJob, Ray Train or SkyPilot", starts=False, become_rank=_become_rank_of_environment
     ),
 }
