@@ -60,6 +60,7 @@ class _Submitter:
         self.submissions = Submissions(run.root / "slurm")
         self._config, self._run, self._jobs, self._scripts = config, run, listed, scripts
         self._given: set[tuple[str, str | None]] = set()  # submitted by this call: job and model
+        self._parts: dict[str, list[str]] = {}  # the ids of each array that `at_a_time` limits
         self._rejected: str | None = None
 
     def submit_all(self) -> None:
@@ -122,7 +123,9 @@ class _Submitter:
             tasks = [task for task in tasks if task not in lost]
             if is_held_up or (job.name in failed and not tasks):
                 continue
-            self._submit_parts(job, tasks, after, self._beside(place, ids), ids[job.name])
+            running = {number.partition("_")[0] for number in queue}
+            beside = [*self._beside(place, ids), *(made for made in self._parts.get(job.name, []) if made in running)]
+            self._submit_parts(job, tasks, after, beside, ids[job.name])
         return failed
 
     def _submit_parts(
@@ -141,6 +144,9 @@ class _Submitter:
                 continue
             self.submitted[job.name] = made.id
             ids.append(made.id)
+            if self._limit(job) is not None:  # the parts of an array run in turn, each with the limit of the array
+                self._parts.setdefault(job.name, []).append(made.id)
+                beside = [*beside, made.id]
             models = f" ({', '.join(made.models.values())})" if job.is_array else ""
             later = f", after {', '.join(after)}" if after else ""
             logger.info("%s%s: SLURM job %s%s", job.name, models, made.id, later)

@@ -25,10 +25,11 @@ EXPERTS = ("python", "licences")
 # The queue is a folder with a file a job, which holds its line; as in SLURM, SQUEUE_STATES leaves out the others.
 SBATCH = """#!/bin/bash
 cat "$QUEUE/../banner" 2> /dev/null
+echo "$*" >> "$QUEUE/../calls"
 number=$(($(ls "$QUEUE" | wc -l) + 1))
 script=${*: -1}
 name=$(sed -n 's/^#SBATCH --job-name=//p' "$script")
-tasks=$(printf '%s\\n' "$@" | sed -n 's/^--array=//p')
+tasks=$(printf '%s\\n' "$@" | sed -n 's/^--array=//p' | sed 's/%.*//')
 for part in ${tasks//,/ }; do
     for task in $(seq "${part%-*}" "${part#*-}"); do places+=("_$task"); done
 done
@@ -180,7 +181,22 @@ def test_arrays_stay_below_the_clusters_size(queue: Path, config: RunConfig, tmp
     assert submitted(config, tmp_path) == {}
 
 
-def test_arrays_share_the_experts_that_may_train_at_once() -> None:
+@pytest.mark.parametrize(
+    ("most", "waits", "limits"), [(1, [False, True], ["%1", "%1"]), (3, [False, False], ["%2", "%1"])]
+)
+def test_arrays_share_the_experts_that_may_train_at_once(
+    most: int, waits: list[bool], limits: list[str], queue: Path, config: RunConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "max").write_text("1\n")
+    slurm_section = config.launch.slurm.model_copy(update={"at_a_time": most})
+    launch = config.launch.model_copy(update={"slurm": slurm_section})
+    submitted(config.model_copy(update={"launch": launch}), tmp_path)
+    calls = [line for line in _lines(tmp_path / "calls") if "experts" in line]
+    assert ["afterok:2,afterany:3" in call for call in calls] == waits
+    assert [call.partition("--array=0")[2][:2] for call in calls] == limits
+
+
+def test_the_tasks_of_an_array_are_named_by_ranges() -> None:
     assert slurm_commands.ranges([0, 1, 2, 4, 6, 7]) == "0-2,4,6-7"
 
 
