@@ -22,7 +22,8 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sque
 _ROOM = """
 function slurm_job_submit(job, parts, user)
   local file = io.open("FULL", "r")
-  if file then file:close() return 2050 end
+  if file then file:close() end
+  if file and job.script then return 2050 end
   return slurm.SUCCESS
 end
 function slurm_job_modify(job, record, parts, user) return slurm.SUCCESS end
@@ -52,7 +53,7 @@ class SlurmCluster:
 
     @property
     def full(self) -> Path:
-        """While this file exists, a cluster with `JobSubmitPlugins=lua` accepts no job, as if a limit were reached."""
+        """While this file exists, a cluster with `JobSubmitPlugins=lua` accepts no script, as at a limit."""
         return self.folder / "full"
 
     def start(self) -> None:

@@ -60,7 +60,7 @@ def test_bytes_outside_of_comments_that_are_not_text_are_refused(tmp_path: Path)
         ("a slots=2 slots=3", "'a slots=2 slots=3' is not a host"),
         ("n[3-1] slots=8", r"'\[3-1\]' is not a list of numbers"),
         ("n[1-999999999] slots=8", "is not a list of numbers"),
-        ("n[1-9999][1-9999] slots=8", "more than 100,000 hosts"),
+        ("n[1-9999]-[1-9999] slots=8", "more than 100,000 hosts"),
         ("n[a-b] slots=8", r"'n\[a-b\]' cannot name a host"),
         ("n[1-2] slots=8\nn2 slots=8", "line 2: host 'n2' is listed twice"),
         ("worker-0\n", r"line 1: 'worker-0' is not a host"),
