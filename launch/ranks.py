@@ -43,7 +43,7 @@ def forget_foreign_rank(environment: MutableMapping[str, str]) -> None:
 def become_rank_of_environment(environment: MutableMapping[str, str]) -> None:
     """Complete RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which another program has set.
 
-    torchrun and Ray Train set all of them, PyTorchJob all but LOCAL_RANK, and SkyPilot variables of its own. Raises
+    torchrun and Ray Train set all of them, PyTorchJob all but LOCAL_RANK, and SkyPilot names the nodes instead. Raises
     LaunchError if one is missing or not a number.
     """
     nodes = environment.get("SKYPILOT_NODE_IPS", "").split()

@@ -22,7 +22,7 @@ from btm_scale.run_dir import RunDir
 
 EXPERTS = ("python", "licences")
 
-# The queue is a folder with a file a job, which holds its line; as in SLURM, SQUEUE_STATES leaves out the others.
+# The queue is a folder with one file per job, which holds its lines; as in SLURM, SQUEUE_STATES leaves out the others.
 SBATCH = """#!/bin/bash
 cat "$QUEUE/../banner" 2> /dev/null
 echo "$*" >> "$QUEUE/../calls"

@@ -161,7 +161,6 @@ def test_a_domain_with_the_name_of_a_command_is_refused(tmp_path: Path) -> None:
         config_with(tmp_path, {}, domains={NASTY: {"text": "a.jsonl"}})
 
 
-@pytest.mark.parametrize(("ranks_per_node", "whole"), [(1, False), (2, True), (3, True), (8, True)])
 @pytest.mark.parametrize(
     ("ranks", "per_node", "nodes"), [(8, 8, (1, 8)), (12, 8, (2, 6)), (20, 8, (4, 5)), (16, 8, (2, 8)), (6, 4, None)]
 )
@@ -176,6 +175,7 @@ def test_a_group_is_divided_equally_over_as_few_nodes_as_can_be(
         assert nodes_of(job, config(ranks_per_node=per_node)) == nodes
 
 
+@pytest.mark.parametrize(("ranks_per_node", "whole"), [(1, False), (2, True), (3, True), (8, True)])
 def test_a_tensor_group_never_spans_two_nodes(ranks_per_node: int, whole: bool, tmp_path: Path) -> None:
     config = config_with(tmp_path, {"ranks_per_node": ranks_per_node})
     if whole:
