@@ -69,7 +69,7 @@ class _Submitter:
         while True:
             before = len(self._given)
             try:
-                failed = self._pass()
+                failed, held_up = self._pass()
                 break
             except AtLimit as limit:
                 if not limit.is_named and not slurm_commands.queue():
@@ -89,11 +89,11 @@ class _Submitter:
         if failed:
             raise GroupFailed(
                 f"SLURM jobs failed while others waited to be submitted: {', '.join(failed)}. What depends on them was "
-                f"not submitted. See btm-scale status {self._run.root}, and rerun to resume."
+                f"not submitted: {', '.join(held_up)}. See btm-scale status {self._run.root}, and rerun to resume."
             )
 
-    def _pass(self) -> list[str]:
-        """Submit what is missing; returns the jobs that this call has submitted before, and that have failed.
+    def _pass(self) -> tuple[list[str], list[str]]:
+        """Submit what is missing; returns the jobs that this call submitted and that failed, and those held up by them.
 
         Raises AtLimit if SLURM accepts no more.
         """
@@ -102,6 +102,7 @@ class _Submitter:
         live = self.submissions.live(queue)
         ids: dict[str, list[str]] = {}
         failed: list[str] = []
+        held_up: list[str] = []
         for place, job in enumerate(self._jobs):
             # A model may be queued under the name of another job, if arrays were cut differently then.
             under_way = {
@@ -116,17 +117,19 @@ class _Submitter:
             tasks = self._missing(job, under_way, is_first=not (live or self.submitted))
             if tasks is None:
                 continue
-            lost = [task for task in tasks if (job.name, job.models[task]) in self._given]
-            is_held_up = not set(failed).isdisjoint(job.after)
-            if lost or (job.name, None) in self._given or is_held_up:
-                failed.append(job.name)
-            tasks = [task for task in tasks if task not in lost]
-            if is_held_up or (job.name in failed and not tasks):
+            if not {*failed, *held_up}.isdisjoint(job.after):
+                held_up.append(job.name)
                 continue
+            lost = [task for task in tasks if (job.name, job.models[task]) in self._given]
+            if lost or (job.name, None) in self._given:
+                failed.append(job.name)
+                tasks = [task for task in tasks if task not in lost]
+                if not tasks:
+                    continue
             running = {number.partition("_")[0] for number in queue}
             beside = [*self._beside(place, ids), *(made for made in self._parts.get(job.name, []) if made in running)]
             self._submit_parts(job, tasks, after, beside, ids[job.name])
-        return failed
+        return failed, held_up
 
     def _submit_parts(
         self, job: slurm.Job, tasks: list[int], after: list[str], beside: list[str], ids: list[str]

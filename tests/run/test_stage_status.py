@@ -34,7 +34,8 @@ class Run:
         self.dir = RunDir(folder / "run")
         self.config: RunConfig = open_run(write_config(folder / "tiny.yaml", tiny_values(folder)), self.dir)
         self.queue: Queue = {}
-        (self.dir.root / "slurm").mkdir()
+        for folder_of in ("slurm", "train/seed", "train/score"):
+            (self.dir.root / folder_of).mkdir(parents=True)
 
     def submit(self, job: str, number: str, *models: str, state: str = "", reason: str = "", log: str = "") -> None:
         places = {str(place): model for place, model in enumerate(models)} if len(models) > 1 else {}
