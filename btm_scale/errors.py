@@ -49,6 +49,10 @@ class GroupFailed(Exception):  # noqa: N818 (it names an event)
         self.mistake = mistake
 
 
+class PortTaken(GroupFailed):
+    """Another process listens on the port at which a group was to rendezvous; with another port it can start."""
+
+
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
     """Return the message for a name that is not one of `known`, with the closest match if there is one."""
     choices = list(known)

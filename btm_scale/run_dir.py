@@ -107,6 +107,10 @@ class RunDir:
         """Profiler traces of a few steps, one per rank."""
         return self.train(model) / "profile"
 
+    def stage_log(self, stage: str) -> Path:
+        """The path beside which the failure of a stage that trains no model is recorded."""
+        return self.root / "stages" / stage
+
     def log(self, model: str) -> Path:
         """The output of the model's group."""
         return self.train(model) / "log"

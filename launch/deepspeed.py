@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import sys
 import tempfile
 from pathlib import Path
 
 from btm_scale.config.launch import DeepSpeedConfig
-from btm_scale.errors import LaunchError
+from btm_scale.errors import LaunchError, first_few
+from btm_scale.launch.hostfile import read_hostfile
+from btm_scale.launch.ranks import IS_RANK
 from btm_scale.launch.room import Room, Share
 from btm_scale.launch.shutdown import SUPERVISOR
 from btm_scale.launch.supervise import GroupCommand, Start
-from btm_scale.util.bounded_json import read_bounded
 from btm_scale.util.devices import Device, environment_of_ranks, environment_of_this_host
 from btm_scale.util.files import make_directory, write_file
 from btm_scale.util.logs import LEVEL
 
-_HOST = re.compile(r"(\S+)\s+slots\s*=\s*([0-9]{1,5})")
 _SAFE = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
 _SAFE_VALUE = re.compile(r"[\w@%+=:,./^-]*", re.ASCII)  # NCCL takes ^docker0 for all but docker0
 
@@ -56,23 +57,18 @@ class HostPool:
                     f"launch.deepspeed.environment.{name}: '{value}' is not safe in the shell of a remote host. Use "
                     "letters, digits and @%+=:,./^- only."
                 )
-        if not self._room.could_take(command.ranks, command.colocated):
-            raise LaunchError(
-                f"{command.name} needs {command.ranks} slots, in multiples of {command.colocated} per host. The "
-                f"hostfile has {', '.join(f'{host} with {number}' for host, number in self._slots.items())}: "
-                "add hosts, or choose a smaller layout."
-            )
+        self.require_room(command.name, command.ranks, command.colocated)
         if not self._ports:
             return None
         shares = self._room.take(command.ranks, command.colocated)
         if shares is None:
             return None
-        port = self._ports.pop(0)
+        port = self._free_port(shares[0].host if len(shares) > 1 else "127.0.0.1")
         self._taken[command.name] = (shares, port)
         hostfile = command.log.with_name("hostfile")
         make_directory(hostfile.parent)
         write_file(hostfile, "".join(f"{share.host} slots={self._slots[share.host]}\n" for share in shares))
-        ranks = {"OMP_NUM_THREADS": str(self._config.threads), "TOKENIZERS_PARALLELISM": "false"}
+        ranks = {IS_RANK: "1", "OMP_NUM_THREADS": str(self._config.threads), "TOKENIZERS_PARALLELISM": "false"}
         ranks |= {LEVEL: os.environ[LEVEL]} if LEVEL in os.environ else {}
         ranks |= environment_of_ranks(self._device) | self._config.environment
         # Set on this machine only; other hosts may have the GPUs that this one lacks.
@@ -99,6 +95,30 @@ class HostPool:
             own,
         )
 
+    def require_room(self, name: str, ranks: int, colocated: int) -> None:
+        """Raise LaunchError if the hosts can never hold a group of this size."""
+        if not self._room.could_take(ranks, colocated):
+            listed = [f"{host} with {number}" for host, number in self._slots.items()]
+            raise LaunchError(
+                f"{name} needs {ranks} slots, in multiples of {colocated} per host. The hostfile has "
+                f"{first_few(listed, 'hosts', most=10)}: add hosts, or choose a smaller layout."
+            )
+
+    def _free_port(self, host: str) -> int:
+        """Take a port at which no process of the host answers; those that are taken are tried again last.
+
+        A host that this machine cannot reach is not asked: the group then tries another port if this one is taken.
+        """
+        for _ in range(len(self._ports)):
+            port = self._ports.pop(0)
+            if not _answers(host, port):
+                return port
+            self._ports.append(port)
+        raise LaunchError(
+            f"Other processes listen at all {len(self._ports)} ports from launch.deepspeed.ports on {host}. A group "
+            "needs a free one for its rendezvous: choose another range."
+        )
+
     def give_back(self, name: str) -> None:
         """Free the slots and the port of a group that has ended."""
         if file := self._files.pop(name, None):
@@ -106,6 +126,14 @@ class HostPool:
         shares, port = self._taken.pop(name)
         self._room.give_back(shares)
         self._ports.append(port)  # reused last, so that its old connections are closed by then
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=1):
+            return True
+    except OSError:
+        return False
 
 
 def _launcher(shares: tuple[Share[str, int], ...], hostfile: Path, port: int) -> tuple[str, ...]:
@@ -133,40 +161,3 @@ def _environment_file(variables: dict[str, str]) -> Path:
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.writelines(f"{line}\n" for line in lines)
     return Path(path)
-
-
-def read_hostfile(path: Path) -> dict[str, int]:
-    """Return the slots by host, in the order of the file: lines of `HOST slots=N`, with # for comments.
-
-    Raises LaunchError if the file is missing or empty, a line has another form, a name contains one of DeepSpeed's
-    separators, or a host is listed twice.
-    """
-    try:
-        lines = read_bounded(path).decode("utf-8").splitlines()
-    except ValueError as error:
-        raise LaunchError(f"{path} is not a hostfile: {error}. Write lines of `HOST slots=N`.") from None
-    except OSError as error:
-        raise LaunchError(
-            f"No hostfile at {path} ({error.strerror}). Set launch.deepspeed.hostfile, or use --launcher local."
-        ) from None
-    slots: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        text = line.partition("#")[0].strip()
-        if not text:
-            continue
-        match = _HOST.fullmatch(text)
-        if match is None or int(match[2]) == 0:
-            raise LaunchError(f"{path}, line {number}: '{text:.200}' is not a host. Write it as `HOST slots=N`.")
-        if not {":", "@"}.isdisjoint(match[1]):
-            raise LaunchError(
-                f"{path}, line {number}: '{match[1]}' cannot name a host. ':' and '@' are separators of DeepSpeed's "
-                "launcher: give the host a name in /etc/hosts, or with its user in ssh's config."
-            )
-        if match[1] in slots:
-            raise LaunchError(
-                f"{path}, line {number}: host '{match[1]}' is listed twice. Give all its slots in one line."
-            )
-        slots[match[1]] = int(match[2])
-    if not slots:
-        raise LaunchError(f"{path} lists no host. Write a line `HOST slots=N` for each.")
-    return slots

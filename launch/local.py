@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from btm_scale.errors import LaunchError
+from btm_scale.launch.ranks import IS_RANK
 from btm_scale.launch.room import Room, Share
 from btm_scale.launch.shutdown import SUPERVISOR
 from btm_scale.launch.supervise import GroupCommand, Start
@@ -49,7 +50,7 @@ class LocalPool:
         if shares is None:
             return None
         self._running[command.name] = shares
-        environment = {"OMP_NUM_THREADS": str(self._threads), SUPERVISOR: str(os.getpid())}
+        environment = {IS_RANK: "1", "OMP_NUM_THREADS": str(self._threads), SUPERVISOR: str(os.getpid())}
         own = shares[0].slots if shares else ()
         # DeepSpeed's launcher sets CUDA_VISIBLE_DEVICES to the places of a group; -1 hides every GPU.
         places = own or ("-1",) * command.ranks

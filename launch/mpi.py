@@ -26,6 +26,7 @@ from btm_scale.config.launch import MpiConfig
 from btm_scale.errors import GroupFailed, LaunchError
 from btm_scale.launch.local import free_port, local_rank
 from btm_scale.launch.placement import Work, share_out
+from btm_scale.launch.ranks import IS_RANK
 from btm_scale.launch.shutdown import REQUEUE, SUPERVISOR
 from btm_scale.launch.supervise import GroupCommand, OnPoll, Start, group_failure, run_groups_in
 from btm_scale.util.cores import visible_cores
@@ -182,6 +183,7 @@ def _run_rank(command: GroupCommand, place: _Place, port: int, threads: int, dev
     if place.rank == 0:
         forget_failure(command.log)
     environment = without_mpi(os.environ) | {
+        IS_RANK: "1",
         "RANK": str(place.rank),
         "WORLD_SIZE": str(command.ranks),
         "LOCAL_RANK": local_rank(os.environ, str(place.local_rank)),

@@ -23,6 +23,9 @@ REQUEUE = 85
 # The environment variable with the process id of the supervisor, for the ranks of a local group.
 SUPERVISOR = "BTM_SCALE_SUPERVISOR"
 
+# The file in a model's folder that marks training that ended early, but cleanly, because it was asked to.
+STOPPED = "stopped"
+
 _POLL_SECONDS = 0.05
 _TERM_SECONDS = 10.0
 _SAVE_SECONDS = 300.0  # for a group to finish its step and save a checkpoint

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 import sys
 from collections.abc import MutableMapping
 from dataclasses import dataclass
@@ -10,7 +12,8 @@ from pathlib import Path
 
 from btm_scale.config.launch import SlurmConfig
 from btm_scale.errors import LaunchError
-from btm_scale.launch.local import local_rank
+from btm_scale.launch.local import free_port, local_rank
+from btm_scale.launch.slurm_environment import for_steps
 from btm_scale.launch.supervise import GroupCommand, Start
 from btm_scale.run_dir import RunDir
 
@@ -39,18 +42,20 @@ class Job:
 
 
 def nodes_of(job: Job, config: SlurmConfig) -> tuple[int, int]:
-    """Return (nodes, tasks per node) of a group of the job.
+    """Return (nodes, tasks per node) of a group of the job: the fewest nodes that have equally many of its ranks.
 
-    Raises LaunchError if its ranks do not fill nodes evenly, or ranks that must share a node would span two.
+    Raises LaunchError if less than half of each node would be used, or ranks that must share a node would span two.
     """
-    if job.ranks <= config.ranks_per_node:
+    most = config.ranks_per_node
+    if job.ranks <= most:
         return 1, job.ranks
-    if job.ranks % config.ranks_per_node or config.ranks_per_node % job.colocated:
-        raise LaunchError(
-            f"{job.name}: {job.ranks} ranks do not fill nodes of {config.ranks_per_node} evenly, or the "
-            f"{job.colocated} that share a node would span two. Change the layout, or launch.slurm.ranks_per_node."
-        )
-    return job.ranks // config.ranks_per_node, config.ranks_per_node
+    for tasks in range(most, most // 2, -1):
+        if job.ranks % tasks == 0 and tasks % job.colocated == 0:
+            return job.ranks // tasks, tasks
+    raise LaunchError(
+        f"{job.name}: {job.ranks} ranks cannot be divided equally over nodes of {most}, or the {job.colocated} that "
+        "share a node would span two. Change the layout, or launch.slurm.ranks_per_node."
+    )
 
 
 def render(job: Job, run_name: str, run: RunDir, config: SlurmConfig) -> str:
@@ -65,8 +70,8 @@ def render(job: Job, run_name: str, run: RunDir, config: SlurmConfig) -> str:
         "FOLDER": str(run.root),
         "OPTIONS": "\n".join(f"#SBATCH {option}" for option in _options(job, run_name, run, config)),
         "SETUP": "\n".join(config.setup),
-        "RENDEZVOUS": (_TEMPLATES / "rendezvous.sh").read_text().strip(),
         "MODELS": " ".join(_quote(model) for model in job.models),
+        "CPUS": str(config.cpus_per_rank or ""),
         "RUN": _quote(str(run.root)),
         "CONFIG": _quote(str(run.config)),
         "PYTHON": _quote(python),
@@ -76,6 +81,8 @@ def render(job: Job, run_name: str, run: RunDir, config: SlurmConfig) -> str:
         "ALONE": f"srun --nodes=1 --ntasks=1{container} " if container else "",
     }
     template = (_TEMPLATES / f"{job.template}.sh").read_text()
+    for part in ("rendezvous", "steps"):  # parts of scripts; what the user has chosen is inserted after them, once
+        template = template.replace(f"@{part.upper()}@", (_TEMPLATES / f"{part}.sh").read_text().strip())
     text = re.sub(r"@([A-Z]+)@", lambda match: parts[match[1]], template)
     return re.sub(r"\n{3,}", "\n\n", text)
 
@@ -87,9 +94,17 @@ def container_options(config: SlurmConfig) -> list[str]:
 
 
 class SrunPool:
-    """The nodes of the current job: one group at a time, started by srun."""
+    """The nodes of the current job: one group at a time, started by srun.
+
+    Raises LaunchError outside a job, where srun would queue for resources that this run's config does not name.
+    """
 
     def __init__(self, config: SlurmConfig) -> None:
+        if not os.environ.get("SLURM_JOB_ID"):
+            raise LaunchError(
+                "This process is not in a SLURM job. srun starts groups on the nodes of a job: request one first "
+                "(salloc, sbatch), or use btm-scale run CONFIG --launcher slurm, which submits the jobs."
+            )
         self._config = config
         self._busy = False
 
@@ -99,13 +114,30 @@ class SrunPool:
             return None
         self._busy = True
         python = self._config.python or sys.executable
-        options = (f"--ntasks={command.ranks}", "--kill-on-bad-exit=1", *container_options(self._config))
+        cpus = self._config.cpus_per_rank or os.environ.get("SLURM_CPUS_PER_TASK")
+        options = [f"--ntasks={command.ranks}", "--kill-on-bad-exit=1", "--export=ALL"]
+        options += [f"--cpus-per-task={cpus}"] if cpus else []
+        # A step within a step would wait until the outer one gives its processors back.
+        options += ["--overlap"] if "SLURM_STEP_ID" in os.environ else []
+        options += container_options(self._config)
         words = ("srun", *options, python, "-m", "btm_scale.cli", *command.arguments, "--launcher", "slurm")
-        return Start((words,))
+        return Start((words,), for_steps(os.environ) | _rendezvous(), only=True)
 
     def give_back(self, name: str) -> None:
         """Allow the next group."""
         self._busy = False
+
+
+def _rendezvous() -> dict[str, str]:
+    """Return the rendezvous of a group that srun starts: that of the batch script, else one on this job's first node.
+
+    The port is probed on this host, which is the first node of the job.
+    """
+    address = os.environ.get("MASTER_ADDR") if "SLURM_JOB_ID" in os.environ else None
+    if address is None:
+        single = os.environ.get("SLURM_JOB_NUM_NODES", "1") == "1"
+        address = "127.0.0.1" if single else os.environ.get("SLURM_TOPOLOGY_ADDR") or socket.gethostname()
+    return {"MASTER_ADDR": address, "MASTER_PORT": str(free_port())}
 
 
 def _options(job: Job, run_name: str, run: RunDir, config: SlurmConfig) -> list[str]:
@@ -125,6 +157,7 @@ def _options(job: Job, run_name: str, run: RunDir, config: SlurmConfig) -> list[
         "partition": config.partition,
         "account": config.account,
         "qos": config.qos,
+        "exclude": config.exclude,
         "cpus-per-task": config.cpus_per_rank,
         "gres": _gres(job, config.gres, tasks) if job.uses_gpus and config.gres else None,
     }

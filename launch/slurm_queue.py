@@ -1,11 +1,8 @@
-"""SLURM's queue: submit scripts, and find their jobs."""
+"""The jobs of a run in SLURM: which were submitted, and which of them are queued."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,26 +11,12 @@ from typing import Any
 from pydantic import ConfigDict
 
 from btm_scale.errors import LaunchError
+from btm_scale.launch.slurm_commands import QueueEntry
 from btm_scale.util.locks import alone
 from btm_scale.util.records import Record
 
 # The reason of a job that waits for a failed one; SLURM removes it from the queue after up to a minute.
 _NEVER = "DependencyNeverSatisfied"
-
-
-@dataclass(frozen=True)
-class QueueEntry:
-    """A pending or running job, or task of an array: `id` is `12` or `12_3`."""
-
-    id: str
-    state: str
-    reason: str
-    nodes: str
-    script: str
-
-    def __str__(self) -> str:
-        where = f" on {self.nodes}" if self.nodes else f" ({self.reason})" if self.reason != "None" else ""
-        return f"SLURM {self.id} {self.state.lower()}{where}"
 
 
 @dataclass(frozen=True)
@@ -82,6 +65,10 @@ class Submissions:
         answered = [one for one in self.read() if one.id]
         _Jobs(submissions=(*answered, submission)).save(self._path)
 
+    def forget_unanswered(self) -> None:
+        """Remove the record of a submission that SLURM has refused."""
+        _Jobs(submissions=tuple(one for one in self.read() if one.id)).save(self._path)
+
     def settle(self, queue: Mapping[str, tuple[str, QueueEntry]]) -> None:
         """Find the job of a submission without an id: sbatch may time out after SLURM has accepted the job."""
         submissions = self.read()
@@ -107,66 +94,3 @@ class Submissions:
                 if entry is not None and name == one.slurm_name and entry.reason != _NEVER:
                     entries[one.job, model] = entry
         return entries
-
-
-def is_here() -> bool:
-    """Return whether SLURM's commands are installed on this machine."""
-    return shutil.which("squeue") is not None
-
-
-def queue() -> dict[str, tuple[str, QueueEntry]]:
-    """Return (name, entry) of this user's pending and running jobs, by id. Raises LaunchError if squeue fails."""
-    form = "%i|%T|%r|%N|%j|%o"
-    # --all: a partition may be hidden. The user by number: a name would be that of the environment.
-    process = _call("squeue", "--noheader", "--array", "--all", f"--user={os.getuid()}", f"--format={form}")
-    if process.returncode:
-        first, *_ = (process.stderr.strip() or f"exit code {process.returncode}").splitlines()
-        raise LaunchError(
-            f"squeue failed: {first.removeprefix('squeue: ')}. No job was submitted. Check that this host can reach "
-            "SLURM (SLURM_CONF), or only write the scripts: --dry-run."
-        )
-    entries = {}
-    for line in process.stdout.splitlines():
-        number, state, reason, nodes, name, script = line.split("|", 5)
-        entries[number] = (name, QueueEntry(number, state, reason, nodes, script))
-    return entries
-
-
-def submit(script: Path, *, after: Sequence[str], tasks: Sequence[int] | None, limit: int | None) -> str:
-    """Submit a script with sbatch; returns the id of the job.
-
-    It starts once the jobs `after` have succeeded, and never if one of them fails. `tasks` selects tasks of its array.
-    """
-    command = ["sbatch", "--parsable", "--kill-on-invalid-dep=yes"]
-    if after:
-        command.append(f"--dependency=afterok:{':'.join(after)}")
-    if tasks is not None:
-        command.append(f"--array={','.join(map(str, tasks))}" + (f"%{limit}" if limit else ""))
-    return _ask(*command, str(script)).strip().split(";")[0]
-
-
-def cancel(number: str) -> None:
-    """Cancel a job."""
-    _ask("scancel", number)
-
-
-def _ask(*command: str) -> str:
-    process = _call(*command)
-    if process.returncode:
-        raise LaunchError(
-            f"{' '.join(command)}: {process.stderr.strip() or f'exit code {process.returncode}'}\n"
-            "Correct launch.slurm and rerun; jobs that are already submitted are not submitted again."
-        )
-    return process.stdout
-
-
-def _call(*command: str) -> subprocess.CompletedProcess[str]:
-    if shutil.which(command[0]) is None:
-        raise LaunchError(
-            f"{command[0]} is not installed. Run this on a machine with SLURM, or only write the scripts: --dry-run."
-        )
-    # Variables of a rank or an outer job would act as options of this submission, and SQUEUE_ variables could hide
-    # jobs.
-    outer = ("SLURM_JOB", "SLURM_STEP", "SBATCH_", "SQUEUE_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(outer)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

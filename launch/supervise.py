@@ -12,6 +12,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from btm_scale.errors import GroupFailed, LaunchError
-from btm_scale.launch.shutdown import REQUEUE, end_all, let_save
+from btm_scale.launch.shutdown import REQUEUE, STOPPED, end_all, let_save
 from btm_scale.util.disk_errors import is_transient
 from btm_scale.util.files import make_directory, open_to_append
 from btm_scale.util.rank_log import forget_failure, note_silent_failure, read_failure, tail
@@ -27,6 +28,7 @@ from btm_scale.util.rank_log import forget_failure, note_silent_failure, read_fa
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.2
+_PORTS = 4  # that a group tries
 
 OnPoll = Callable[[dict[str, str]], None]
 
@@ -45,10 +47,11 @@ class GroupCommand:
 
 @dataclass(frozen=True)
 class Start:
-    """The processes that start a group, and the variables added to their environment."""
+    """The processes that start a group, and the variables added to their environment, or `only` those."""
 
     processes: tuple[tuple[str, ...], ...]
     environment: Mapping[str, str] = field(default_factory=dict)
+    only: bool = False
 
 
 # Runs groups and reports their states; see `run_groups_in`.
@@ -78,6 +81,7 @@ def run_groups_in(pool: Pool, commands: Sequence[GroupCommand], on_poll: OnPoll 
     """
     states = {command.name: "waiting" for command in commands}
     waiting = list(commands)
+    ports: Counter[str] = Counter()
     running: dict[str, list[subprocess.Popen[bytes]]] = {}
     before = _on_stop(_ask_to_start_again)
     try:
@@ -96,11 +100,19 @@ def run_groups_in(pool: Pool, commands: Sequence[GroupCommand], on_poll: OnPoll 
                     continue
                 del running[name]
                 pool.give_back(name)
-                states[name] = "stopped" if REQUEUE in codes else "failed" if any(codes) else "done"
                 command = next(command for command in commands if command.name == name)
+                # The launcher may end the other ranks of a group that stops, and return a code of theirs.
+                was_stopped = any(codes) and (REQUEUE in codes or (command.log.parent / STOPPED).is_file())
+                states[name] = "stopped" if was_stopped else "failed" if any(codes) else "done"
                 # A command without arguments is mpirun, not a group.
-                if any(codes) and REQUEUE not in codes and command.arguments:
+                if states[name] == "failed" and command.arguments:
                     note_silent_failure(command.log, command.ranks)
+                    ports[name] += 1
+                    failure = read_failure(command.log)
+                    if failure is not None and failure.port_taken and ports[name] < _PORTS:
+                        logger.warning("group '%s' starts again at another port: %s", name, failure.error)
+                        states[name] = "waiting"
+                        waiting.append(command)
             on_poll(dict(states))
             time.sleep(_POLL_SECONDS)
     except SystemExit:
@@ -150,7 +162,8 @@ def _end_of(log: Path) -> str:
 def _start(command: GroupCommand, start: Start) -> list[subprocess.Popen[bytes]]:
     make_directory(command.log.parent)
     forget_failure(command.log)
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", **start.environment}
+    (command.log.parent / STOPPED).unlink(missing_ok=True)
+    environment = {**({} if start.only else os.environ), "TOKENIZERS_PARALLELISM": "false", **start.environment}
     processes: list[subprocess.Popen[bytes]] = []
     try:
         with open_to_append(command.log) as log:

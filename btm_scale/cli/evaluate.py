@@ -24,7 +24,7 @@ from btm_scale.cli.options import (
 )
 from btm_scale.cli.show import show_results
 from btm_scale.cli.verb import Answer, say, verb
-from btm_scale.run.launcher_table import LAUNCHERS, LOCAL
+from btm_scale.run.launcher_table import LAUNCHERS, LOCAL, Starting
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def score(
             complete=models_of_run,
         ),
     ],
-    launcher: Annotated[str, launcher(_OF_RANKS, "With slurm this process is a rank that srun has started.")] = LOCAL,
+    launcher: Annotated[str, launcher(_OF_RANKS, "With slurm or env this process is a rank that was started.")] = LOCAL,
     # Both are for the ranks that `evaluate` and other verbs start; those verbs hold the lock.
     averages: Annotated[bool, flag("--averages", "", hidden=True)] = False,
     in_turn: Annotated[bool, flag("--in-turn", "", hidden=True)] = False,
@@ -84,7 +84,7 @@ def score(
 def evaluate(
     run: RunFolder,
     *,
-    launcher: Annotated[str, launcher(LAUNCHERS, "With slurm, srun starts them within this job.")] = LOCAL,
+    launcher: Annotated[str, launcher(Starting(), "With slurm, srun starts them within this job.")] = LOCAL,
 ) -> Answer:
     """Compute every method's perplexity, from the scores.
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from btm_scale.errors import unknown_name
-from btm_scale.run.launcher_table import LAUNCHERS
+from btm_scale.launch.ranks import is_rank as is_own_rank
+from btm_scale.run.launcher_table import LAUNCHERS, Starting
 
 if TYPE_CHECKING:
     from btm_scale.config.run import RunConfig
@@ -115,15 +116,16 @@ Settings = Annotated[
 ]
 RandomSeed = Annotated[int, option("--random-seed", "N", "Random seed.", min=0, max=(1 << 32) - 1)]
 Device = Annotated[str | None, device()]
-Launcher = Annotated[str, launcher(LAUNCHERS)]
+Launcher = Annotated[str, launcher(Starting())]
 
 
 def is_rank(launcher: str) -> bool:
     """Whether this process is a rank of a group that a launcher started."""
     become_rank = LAUNCHERS[launcher].become_rank
-    if become_rank is not None:
-        become_rank(os.environ)
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if become_rank is None:
+        return is_own_rank(os.environ)
+    become_rank(os.environ)
+    return True
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from btm_scale.cli.options import (
 )
 from btm_scale.cli.show import show_jobs, show_results
 from btm_scale.cli.verb import Answer, Json, say, silent, verb
+from btm_scale.errors import LaunchError
 from btm_scale.launch.gpus import GPUS
 from btm_scale.run.launcher_table import LAUNCHERS, LOCAL
 
@@ -94,6 +95,9 @@ def run(
         from btm_scale.report.dry_run_table import print_dry_run
         from btm_scale.run.dry_run import dry_run as plan_run
 
+        require = LAUNCHERS[launcher].require
+        if require is not None:
+            require(run_config)
         planned = plan_run(run_config, run_dir, trains_here=launcher == LOCAL)
         return Answer(planned, lambda: print_dry_run(planned, Console()))
     return _run(run_config, run_dir, launcher, as_json, _reread(config, settings, run_dir))
@@ -105,9 +109,9 @@ def prepare(config: ConfigFile, *, out: Out = None, settings: Settings) -> Answe
 
     The answer is a table of the domains. --verbose prints the documents and bytes of each split.
     """
-    from btm_scale.data.prepare import prepare as prepare_data
     from btm_scale.data.preview import text_sizes
     from btm_scale.report.encoding_bar import encoding_bars
+    from btm_scale.run.preparing import prepare_run
     from btm_scale.run.state import open_run
     from btm_scale.run.status import data_summary
     from btm_scale.train.passes import passes_of_run, require_few_passes
@@ -115,7 +119,7 @@ def prepare(config: ConfigFile, *, out: Out = None, settings: Settings) -> Answe
     run_config, run_dir = _config_and_run(config, settings, out)
     run_config = open_run(run_config, run_dir, reread=_reread(config, settings, run_dir))
     with encoding_bars(text_sizes(run_config), quiet=not logger.isEnabledFor(logging.INFO)) as show_progress:
-        summary = data_summary(run_dir, prepare_data(run_config, run_dir, show_progress))
+        summary = data_summary(run_dir, prepare_run(run_config, run_dir, show_progress))
     require_few_passes(run_config, passes_of_run(run_config, run_dir))
 
     def show() -> None:
@@ -144,7 +148,7 @@ def train(
         ),
     ],
     launcher: Annotated[
-        str, launcher(LAUNCHERS, "With slurm or mpi this process is a rank that srun or mpirun has started.")
+        str, launcher(LAUNCHERS, "With slurm, mpi or env this process is a rank that was started.")
     ] = LOCAL,
     as_json: Json = False,
 ) -> Answer:
@@ -157,10 +161,14 @@ def train(
         from btm_scale.util.devices import hide_gpus_if_on_cpu
 
         hide_gpus_if_on_cpu(run_config.launch.device)
+        from btm_scale.run.state import require_prepared
         from btm_scale.run.worker import train_as_rank
 
-        [model] = models
-        train_as_rank(run_config, run_dir, model)
+        if len(models) != 1:
+            raise LaunchError("A rank trains one model. Give its name: --model seed, --model dense or --model EXPERT.")
+        if not LAUNCHERS[launcher].starts:
+            require_prepared(run_config, run_dir)
+        train_as_rank(run_config, run_dir, models[0])
     else:
         from btm_scale.run.state import next_models, open_run, require_prepared
         from btm_scale.train.jobs import training_job
@@ -215,23 +223,30 @@ def status(
     run: RunFolder,
     *,
     watch: Annotated[bool, flag("--watch", "Update the table until no model is being trained.")] = False,
+    check: Annotated[
+        bool, flag("--check", "Exit with code 1 if a stage has failed, or nothing that runs or is queued completes it.")
+    ] = False,
     as_json: Json = False,
 ) -> Answer:
-    """Show the training progress of every model of a run."""
+    """Show the training progress of every model of a run, and stages that failed."""
     from btm_scale.report.passes import passes_line
     from btm_scale.report.progress_table import live_table, print_progress, progress_as_json
-    from btm_scale.run.status import failures, run_status
+    from btm_scale.run.slurm_notes import slurm_notes
+    from btm_scale.run.stage_status import stage_status, stages_as_json
+    from btm_scale.run.status import failures, problems, run_status
     from btm_scale.run.status import watch as watch_run
     from btm_scale.train.passes import passes_of_run
 
     config, run_dir = opened(run)
     if watch:
         with live_table(quiet=as_json) as update:
-            rows = watch_run(config, run_dir, update)
-    else:
-        rows = run_status(config, run_dir)
+            watch_run(config, run_dir, update)
+    slurm = slurm_notes(run_dir)
+    rows = run_status(config, run_dir, slurm)
+    stages = stage_status(config, run_dir, slurm)
     failed = failures(rows, run_dir)
     passes = passes_of_run(config, run_dir)
+    found = problems(rows, stages, run_dir, slurm)
 
     def show() -> None:
         if not watch:
@@ -240,9 +255,15 @@ def status(
             say(passes_line(passes))
         for model, failure in failed.items():
             say(f"\n{model} failed: {failure}")
+        shown = tuple(f"{model} failed: " for model in failed)
+        for problem in found:
+            if not problem.startswith(shown) and (check or "failed: " in problem):
+                say(f"\n{problem}")
 
-    reasons = {model: str(failure) for model, failure in failed.items()}
-    return Answer(progress_as_json(rows) | {"failures": reasons, "passes": passes}, show)
+    reasons = {row.model: row.note for row in rows if row.state == "failed"}
+    reasons |= {model: str(failure) for model, failure in failed.items()}
+    document = progress_as_json(rows) | {"stages": stages_as_json(stages), "failures": reasons, "problems": found}
+    return Answer(document | {"passes": passes}, show, exit_code=1 if check and found else 0)
 
 
 @verb(app, "doctor", section=_SECTION)

@@ -10,6 +10,7 @@ import functools
 import inspect
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ import typer
 
 from btm_scale.cli.commands import OUTPUT, Verb
 from btm_scale.errors import UserError
+from btm_scale.launch.ranks import forget_foreign_rank
+from btm_scale.run.launcher_table import LAUNCHERS, LOCAL
 from btm_scale.util.logs import set_level, set_up_logging
 from btm_scale.util.terminal import printable
 
@@ -65,6 +68,8 @@ class Call:
             raise UserError("--quiet and --verbose exclude each other. Give one of them.")
         if self.quiet or self.verbose:
             set_level("warning" if self.quiet else "debug")
+        if LAUNCHERS[self.arguments.get("launcher", LOCAL)].become_rank is None:
+            forget_foreign_rank(os.environ)
         set_up_logging()
         # Libraries print on stdout too, DeepSpeed as soon as it is imported.
         only_the_answer = contextlib.redirect_stdout(sys.stderr) if self.as_json else contextlib.nullcontext()

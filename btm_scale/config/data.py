@@ -9,7 +9,6 @@ from pydantic import Field, PlainValidator, model_validator
 
 from btm_scale.config.changes import MayChange
 from btm_scale.config.section import Bytes, Section
-from btm_scale.util.cores import visible_cores
 
 Format = Literal["auto", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "webdataset", "text"]
 
@@ -140,8 +139,6 @@ class DataConfig(Section):
     separate_documents: bool = Field(
         default=False, description="in training, a token attends only to tokens of its own document"
     )
-    workers: MayChange[int] = Field(
-        default_factory=visible_cores,
-        gt=0,
-        description="processes that tokenize; default: one per core",
+    workers: MayChange[Annotated[int, Field(gt=0)] | None] = Field(
+        default=None, description="processes that tokenize; default: one per core of the machine that prepares"
     )

@@ -88,6 +88,7 @@ class SlurmConfig(Section):
     exclusive: bool = Field(
         default=False, description="request nodes that no other job shares, for jobs that fill them"
     )
+    exclude: SlurmWord | None = Field(default=None, description="nodes that no job may use, such as n[03,07]")
     container: SlurmWord | None = Field(default=None, description="image for srun --container-image")
     mounts: SlurmWord | None = Field(default=None, description="for srun --container-mounts")
     python: str | None = Field(default=None, description="the interpreter on the nodes; default: the one that submits")

@@ -21,6 +21,7 @@ from btm_scale.data.tokenizer import Tokenizer, directory_digest
 from btm_scale.data.train_tokenizer import adopt_tokenizer, balanced_sample, train_tokenizer
 from btm_scale.errors import DataError, GroupFailed
 from btm_scale.run_dir import RunDir
+from btm_scale.util.cores import visible_cores
 from btm_scale.util.files import new_directory, partial_path, remove_partial
 from btm_scale.util.locks import held
 from btm_scale.util.snapshot import Snapshot
@@ -55,7 +56,7 @@ def _prepare(
     fingerprints = {name: fingerprint for name, fingerprint in finished.items() if fingerprint is not None}
     waiting = [source for source in sources if source.name not in fingerprints]
     if waiting:
-        with Encoder(run.tokenizer, config.data.workers) as encoder:
+        with Encoder(run.tokenizer, config.data.workers or visible_cores()) as encoder:
             for source in waiting:
                 fingerprints[source.name] = _encode(
                     source, sources, config, run, encoder, on_progress, placements, before[source.name]

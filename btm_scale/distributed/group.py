@@ -61,7 +61,8 @@ class ExpertGroup:
         if not has_gpu:
             replace_cuda()
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29500")
+        if size == 1:
+            os.environ.setdefault("MASTER_PORT", "0")  # any that is free
         os.environ.setdefault("RANK", "0")
         os.environ.setdefault("LOCAL_RANK", "0")
         os.environ.setdefault("WORLD_SIZE", "1")

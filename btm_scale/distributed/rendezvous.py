@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from btm_scale.errors import LaunchError
+from btm_scale.errors import LaunchError, PortTaken
 
 logger = logging.getLogger(__name__)
 
@@ -23,19 +23,30 @@ def init_process_group(backend: str, *, own_gpu: str = "") -> None:
     """Start this process's default group at the rendezvous that MASTER_ADDR and MASTER_PORT name.
 
     torch's own store listens on every interface of the first rank's host. This one listens on the rendezvous address,
-    and if that is a loopback address, gloo and NCCL use the loopback interface too. Raises LaunchError if the first
-    rank cannot listen there, or if another rank has the same GPU: `own_gpu` is the UUID of this rank's.
+    and if that is a loopback address, gloo and NCCL use the loopback interface too. Raises PortTaken if another
+    process listens there, and LaunchError if the first rank cannot, or if another rank has the same GPU: `own_gpu` is
+    the UUID of this rank's.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if is_loopback(address):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK_INTERFACE)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", _LOOPBACK_INTERFACE)
-    descriptor = listening_socket(address, port).detach() if rank == 0 else None
-    store = dist.TCPStore(address, port, size, rank == 0, TIMEOUT, master_listen_fd=descriptor)
+    store = _store(rank, size, address, port)
     if own_gpu:
         require_alone_on(own_gpu, store, rank)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+
+
+def _store(rank: int, size: int, address: str, port: int) -> dist.Store:
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent listens at MASTER_PORT itself
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return dist.PrefixStore(f"/worker/attempt_{attempt}", dist.TCPStore(address, port, size, False, TIMEOUT))
+    descriptor = None
+    if rank == 0:
+        listener = listening_socket(address, port)
+        port, descriptor = listener.getsockname()[1], listener.detach()  # any free port if 0 was given
+    return dist.TCPStore(address, port, size, rank == 0, TIMEOUT, master_listen_fd=descriptor)
 
 
 def require_alone_on(gpu: str, store: dist.Store, rank: int) -> None:
@@ -57,7 +68,10 @@ def is_loopback(address: str) -> bool:
 
 
 def listening_socket(address: str, port: int) -> socket.socket:
-    """Return a socket that listens on one address of this host. Raises LaunchError if it has no such address."""
+    """Return a socket that listens on one address of this host.
+
+    Raises LaunchError if it has no such address, and PortTaken if the port is in use.
+    """
     try:
         family, _, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
@@ -74,9 +88,13 @@ def listening_socket(address: str, port: int) -> socket.socket:
         listener.bind(place)
     except OSError as error:
         listener.close()
-        reason = "is in use" if error.errno == errno.EADDRINUSE else "is not an address of this host"
+        if error.errno == errno.EADDRINUSE:
+            raise PortTaken(
+                f"Cannot listen on {place[0]} port {port}: it is in use. Another process of this host has taken it. "
+                "Start the group again with another MASTER_PORT."
+            ) from None
         raise LaunchError(
-            f"Cannot listen on {place[0]} port {port}: it {reason}. "
+            f"Cannot listen on {place[0]} port {port}: it is not an address of this host. "
             "MASTER_ADDR and MASTER_PORT must be an address and a free port of the host of rank 0."
         ) from None
     listener.listen(2048)

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from btm_scale.config.run import RunConfig
-from btm_scale.data.prepare import prepare
 from btm_scale.errors import ForestError, GroupFailed
 from btm_scale.evaluate.averages import are_finished
 from btm_scale.evaluate.evaluate import evaluate
@@ -24,6 +23,8 @@ from btm_scale.forest.scores import Scores, all_texts, missing_scores
 from btm_scale.forest.turns import current_config, evaluating, scoring, using
 from btm_scale.launch.supervise import GroupCommand, RunGroups
 from btm_scale.run.launchers import Progress, here, placement, run_training
+from btm_scale.run.preparing import prepare_run
+from btm_scale.run.stages import as_stage
 from btm_scale.run.state import is_done, open_run
 from btm_scale.run_dir import SEED, RunDir
 from btm_scale.train.jobs import model_names, training_stages
@@ -61,7 +62,7 @@ def run_all(
 
 def _run_stages(config: RunConfig, run: RunDir, on_progress: Progress, launcher: RunGroups | None) -> Results:
     logger.info("preparing token files")
-    prepare(config, run)
+    prepare_run(config, run)
     require_few_passes(config, passes_of_run(config, run))
     # Finished models have no scores on domains that were added since.
     finished = [*model_names(config), *added_experts(config, run)]
@@ -85,8 +86,9 @@ def evaluate_forest(config: RunConfig, run: RunDir, launcher: RunGroups | None =
     The caller holds the lock of `evaluating`, so that neither the forest nor its scores change.
     """
     remove_abandoned(config, run)
-    score_averages(config, run, launcher)
-    return evaluate(config, run)
+    with as_stage(run, "evaluate"):
+        score_averages(config, run, launcher)
+        return evaluate(config, run)
 
 
 def add_to_forest(config: RunConfig, run: RunDir, source: Path, name: str) -> Added:

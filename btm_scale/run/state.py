@@ -19,8 +19,9 @@ from btm_scale.forest.expert import is_finished
 from btm_scale.forest.methods import check_names
 from btm_scale.forest.scores import all_texts, missing_scores
 from btm_scale.forest.turns import changing_config
-from btm_scale.launch import slurm_queue
+from btm_scale.launch import slurm_commands, slurm_queue
 from btm_scale.launch.local import require_gpus
+from btm_scale.launch.shutdown import STOPPED
 from btm_scale.launch.supervise import GroupCommand
 from btm_scale.run_dir import SEED, RunDir
 from btm_scale.train.jobs import model_names, training_job, training_stages
@@ -131,7 +132,7 @@ def _may_be_queued(run: RunDir) -> bool:
     if not submitted:
         return False
     try:
-        return not all(one.id for one in submitted) or bool(submissions.live(slurm_queue.queue()))
+        return not all(one.id for one in submitted) or bool(submissions.live(slurm_commands.queue()))
     except LaunchError:  # SLURM does not answer
         return True
 
@@ -171,6 +172,19 @@ def require_prepared(config: RunConfig, run: RunDir) -> None:
         )
 
 
+def is_prepared(config: RunConfig, run: RunDir) -> bool:
+    """Return whether the run has a tokenizer and the token files of every domain."""
+    return run.tokenizer.is_dir() and all(run.fingerprint(name).is_file() for name in config.all_domains)
+
+
+def is_newest(config: RunConfig, run: RunDir, path: Path) -> bool:
+    """Return whether every model is finished, and a file of the evaluation is newer."""
+    if not path.is_file():
+        return False
+    cards = [run.model(model) / "expert.json" for model in model_names(config)]
+    return all(card.is_file() and card.stat().st_mtime <= path.stat().st_mtime for card in cards)
+
+
 def is_done(config: RunConfig, run: RunDir, model: str) -> bool:
     """Return whether a model is trained, exported and scored."""
     return is_finished(run.model(model)) and not missing_scores(run, model, all_texts(config))
@@ -180,6 +194,8 @@ def state_at_rest(config: RunConfig, run: RunDir, model: str) -> State:
     """Return done, failed, stopped (it resumes) or waiting, for a model that no process trains."""
     if is_done(config, run, model):
         return "done"
+    if (run.train(model) / STOPPED).is_file():  # what its ranks reported while they were ended is not a failure
+        return "stopped"
     if read_failure(run.log(model)) is not None:
         return "failed"
     return "stopped" if run.metrics(model).is_file() else "waiting"

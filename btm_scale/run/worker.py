@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 def train_as_rank(config: RunConfig, run: RunDir, model: str) -> None:
     """Train, export and score one model, skipping completed parts."""
+    if os.environ.get("RANK", "0") == "0":
+        forget_stop(run.train(model))  # or a failure of this attempt would count as the stop of an earlier one
     with (
         rank_log(run.log(model), model),
         _disk_errors_as_sentences(),

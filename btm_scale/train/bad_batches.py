@@ -52,7 +52,7 @@ class Health:
         if group.is_first:
             rows = read_metrics(metrics)
             norms = {row["step"]: row["gradient_norm"] for row in rows if not row.get("overflowed")}
-            history = [(norms, (SkippedBatches.find(self._path) or SkippedBatches()).batches)]
+            history = [(norms, _skipped_before(self._path))]
         dist.broadcast_object_list(history, src=0)
         self._norms: dict[int, float] = history[0][0]
         self._skipped: dict[int, str] = history[0][1]
@@ -96,3 +96,12 @@ class Health:
     def _median(self, step: int) -> float | None:
         recent = [self._norms[i] for i in range(step - self._config.window, step) if i in self._norms]
         return statistics.median(recent) if len(recent) >= self._config.window // 2 else None
+
+
+def _skipped_before(path: Path) -> dict[int, str]:
+    """Return the batches that were skipped before; none if their record is damaged, since bad ones are found again."""
+    try:
+        return (SkippedBatches.find(path) or SkippedBatches()).batches
+    except (CheckpointError, OSError) as error:
+        logger.warning("%s No batch is skipped because of it; a bad one is undone again.", error)
+        return {}

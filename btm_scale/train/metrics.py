@@ -149,10 +149,16 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the metrics of every step; none before training begins. Incomplete and damaged lines are skipped."""
-    if not path.is_file():
+    """Return the metrics of every step; none before training begins. Incomplete and damaged lines are skipped.
+
+    A file that cannot be read is logged, and has none: no training needs them.
+    """
+    try:
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    except OSError as error:
+        logger.warning("%s cannot be read (%s): its metrics are left out", path, error.strerror)
         return []
-    rows = (metrics_row(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n"))
+    rows = (metrics_row(line) for line in lines if line.endswith(b"\n"))
     return [row for row in rows if row is not None]
 
 

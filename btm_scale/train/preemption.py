@@ -14,17 +14,15 @@ import torch
 import torch.distributed as dist
 
 from btm_scale.distributed.group import ExpertGroup
-from btm_scale.launch.shutdown import REQUEUE
+from btm_scale.launch.shutdown import REQUEUE, STOPPED
 from btm_scale.util.files import write_file
 
 logger = logging.getLogger(__name__)
 
-_MARKER = "stopped"
-
 
 def forget_stop(folder: Path) -> None:
     """Remove the mark of a stopped training, once the model is complete."""
-    (folder / _MARKER).unlink(missing_ok=True)
+    (folder / STOPPED).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -35,7 +33,7 @@ def leaving_at_once(folder: Path) -> Iterator[None]:
     """
 
     def leave(number: int, frame: FrameType | None) -> None:
-        (folder / _MARKER).touch()
+        (folder / STOPPED).touch()
         raise SystemExit(REQUEUE)
 
     before = signal.signal(signal.SIGUSR1, leave)
@@ -53,7 +51,7 @@ class StopRequest:
 
     def __init__(self, group: ExpertGroup, folder: Path) -> None:
         self._group = group
-        self._marker = folder / _MARKER
+        self._marker = folder / STOPPED
         self._requested = False
         if group.is_first:
             self._marker.unlink(missing_ok=True)

@@ -82,7 +82,7 @@ def _last_rows(path: Path) -> list[dict[str, Any]]:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - _TAIL_BYTES))
             lines = file.read().split(b"\n")
-    except FileNotFoundError:
+    except OSError:  # absent, or not readable now
         return []
     # The last piece is empty or unfinished, and the first may be cut.
     complete = lines[:-1] if size <= _TAIL_BYTES else lines[1:-1]

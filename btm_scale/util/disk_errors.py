@@ -11,6 +11,18 @@ from pathlib import Path
 
 _TRANSIENT = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+# Of a file server or a path, if they name a file; sockets and pipes have some of them too.
+_OF_SERVERS = {
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.EREMOTEIO,
+    errno.ENODEV,
+    errno.ENXIO,
+    errno.ENOLCK,
+}
+_OF_PATHS = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
+_OF_LIMITS = {errno.EMFILE, errno.ENFILE}
 _IN_RUST = re.compile(r"\(os error (\d+)\)")  # the end of error messages of libraries in Rust
 
 
@@ -20,10 +32,16 @@ def is_transient(error: OSError) -> bool:
 
 
 def sentence(error: OSError) -> str | None:
-    """Return the message for a disk that is full, is broken or refuses this user; None for any other error."""
-    if error.errno not in _TRANSIENT | _REFUSED:
+    """Return the message for a disk that is full, is broken or refuses a user or path; None for any other error."""
+    named = set() if error.filename is None else _OF_SERVERS | _OF_PATHS | _OF_LIMITS
+    if error.errno not in _TRANSIENT | _REFUSED | named:
         return None
-    reason = f"{error.strerror}. Completed work is kept; fix the problem and rerun to resume."
+    remedy = "fix the problem"
+    if error.errno in _OF_PATHS:
+        remedy = "move what is in the way, or choose another path,"
+    elif error.errno in _OF_LIMITS:
+        remedy = "raise the limit (ulimit -n)"
+    reason = f"{error.strerror}. Completed work is kept; {remedy} and rerun to resume."
     return reason if error.filename is None else f"Cannot use {os.fsdecode(error.filename)}: {reason}"
 
 

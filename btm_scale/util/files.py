@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import secrets
 import shutil
@@ -23,8 +24,13 @@ from btm_scale.util.leftovers import new_partial_directory, new_partial_file
 from btm_scale.util.no_follow import open_no_follow
 from btm_scale.util.pools import in_threads
 
+logger = logging.getLogger(__name__)
+
 # A sync waits for the disk, which handles several at once.
 _SYNCS_AT_ONCE = 16
+# What fsync answers on file systems without it, such as some of FUSE and SMB.
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_unsynced: set[int] = set()  # devices for which this has been logged
 
 os.umask(_UMASK := os.umask(0o077))  # the process's own, which can only be read by setting it
 
@@ -155,7 +161,7 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
             with file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                _sync_descriptor(file.fileno(), path)
                 temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -234,9 +240,27 @@ def _sync(path: Path) -> None:
     """Sync a file, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _sync_descriptor(descriptor, path)
     finally:
         os.close(descriptor)
+
+
+def _sync_descriptor(descriptor: int, path: Path) -> None:
+    """Sync an open file or folder, unless its file system has no such call; every other error names `path`."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            error.filename = error.filename or str(path)
+            raise
+        device = os.fstat(descriptor).st_dev
+        if device not in _unsynced:
+            _unsynced.add(device)
+            logger.warning(
+                "the file system of %s cannot sync (%s): a power cut may damage what was just written",
+                path.parent,
+                error.strerror,
+            )
 
 
 def existing_parent(path: Path) -> Path:

@@ -21,6 +21,7 @@ from btm_scale.util.terminal import printable
 logger = logging.getLogger(__name__)
 
 _LOCK_SECONDS = 2.0
+_NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 _SHOWN = 120  # characters of a command in a message
 
 
@@ -234,6 +235,9 @@ def _wait_for(file: IO[bytes], kind: int) -> None:
                 f"Cannot lock {path}: it belongs to another user, and its file system locks only files that may be "
                 f"written. Make it writable for this user: chmod a+w {path}"
             ) from None
+        if error.errno not in _NO_LOCKS:  # a file server that is gone, or a broken disk
+            error.filename = str(path)
+            raise
         raise UserError(
             f"Cannot lock {path}: its file system has no file locks ({error.strerror}). Without locks, two commands "
             "could change the same files. Use a file system with flock (Lustre: mount it with -o flock; NFS: start "

@@ -17,10 +17,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from btm_scale.errors import GroupFailed, UserError
+from pydantic import Field
+
+from btm_scale.errors import GroupFailed, PortTaken, UserError
 from btm_scale.util.files import make_directory, open_to_append
 from btm_scale.util.logs import set_up_logging
-from btm_scale.util.records import Record
+from btm_scale.util.records import Record, is_empty
 from btm_scale.util.secrets import masked
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,7 @@ class Failure:
     log: Path
     sentence: bool = False
     mistake: bool = False
+    port_taken: bool = False
 
     def __str__(self) -> str:
         if self.sentence:
@@ -75,6 +78,7 @@ class FailureNote(Record):
     error: str
     mistake: bool = False  # of the user: a retry would fail in the same way
     sentence: bool = False  # the error is a message for the user, without the name of an exception
+    port_taken: bool = Field(default=False, exclude_if=is_empty)  # another port helps
 
     @property
     def is_secondary(self) -> bool:
@@ -93,18 +97,29 @@ def rank_log(log: Path, model: str | None = None) -> Iterator[None]:
 
     Messages have the rank and, if given, the model as a prefix.
     """
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
     make_directory(log.parent)
     _note_path(log, rank).unlink(missing_ok=True)
     _print_to(log_of_rank(log, rank))
     set_up_logging(model)
+    with noting_failure(log):
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, UserError | GroupFailed):  # the command prints a sentence as it ends
+                sys.stderr.write(masked(traceback.format_exc()))
+            raise
+
+
+@contextlib.contextmanager
+def noting_failure(log: Path) -> Iterator[None]:
+    """If the block raises, save a failure record beside the log of this rank."""
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         yield
     except Exception as error:
         is_sentence = isinstance(error, UserError | GroupFailed)
         message = masked(str(error) if is_sentence else "".join(traceback.format_exception_only(error)).strip())
-        if not is_sentence:  # the command prints a sentence as it ends
-            sys.stderr.write(masked(traceback.format_exc()))
         note = FailureNote(
             rank=rank,
             ranks=ranks,
@@ -113,8 +128,10 @@ def rank_log(log: Path, model: str | None = None) -> Iterator[None]:
             error=message,
             mistake=isinstance(error, UserError),
             sentence=is_sentence,
+            port_taken=isinstance(error, PortTaken),
         )
         with contextlib.suppress(OSError):  # the disk may be what failed
+            make_directory(log.parent)
             note.save(_note_path(log, rank))
         raise
 
@@ -153,7 +170,8 @@ def read_failure(log: Path) -> Failure | None:
     first = min(records, key=lambda record: (record.is_secondary, record.time))
     silent = sorted(set(range(first.ranks)) - {record.rank for record in records})
     if first.sentence:
-        return replace(_failure(log, first, first.rank, first.host, first.error), sentence=True, mistake=first.mistake)
+        failure = _failure(log, first, first.rank, first.host, first.error)
+        return replace(failure, sentence=True, mistake=first.mistake, port_taken=first.port_taken)
     error = _last_line(first.error)
     if not first.is_secondary or not silent:
         return _failure(log, first, first.rank, first.host, error)

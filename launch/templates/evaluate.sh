@@ -6,7 +6,6 @@ set -euo pipefail
 @RENDEZVOUS@
 
 # Score in ranks first, so that this script's host has nothing to start: a container has no srun.
-srun --ntasks=@RANKS@ --kill-on-bad-exit=1@CONTAINER@ \
-    @PYTHON@ -m btm_scale.cli score @RUN@ --averages --launcher slurm
+group @RUN@/train/score/log score @RUN@ --averages
 @ALONE@@PYTHON@ -m btm_scale.cli evaluate @RUN@ --launcher slurm
 @ALONE@@PYTHON@ -m btm_scale.cli report @RUN@

@@ -11,12 +11,12 @@ folder=@RUN@/train/$model
 # Each rank writes its own log in the model's folder. If a rank is lost, srun ends the group.
 code=0
 mkdir -p "$folder"
-rm -f "$folder/stopped" "$folder"/log.failed-*.json
-srun --ntasks=@RANKS@ --kill-on-bad-exit=1@CONTAINER@ \
-    @PYTHON@ -m btm_scale.cli train @CONFIG@ --out @RUN@ --model "$model" --launcher slurm || code=$?
+rm -f "$folder/stopped"
+group "$folder/log" train @CONFIG@ --out @RUN@ --model "$model" || code=$?
 
 if [[ -e $folder/stopped ]]; then
     echo "$model saved a checkpoint before its time limit; the requeued job resumes it"
+    rm -f "$folder"/log.failed-*.json
     scontrol requeue "$SLURM_JOB_ID"
     code=0
 elif ((code == 0)); then

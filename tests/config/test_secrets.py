@@ -126,7 +126,7 @@ def test_a_hostfile_that_is_a_file_of_secrets_is_not_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from btm_scale.cli.exit_codes import exit_codes
-    from btm_scale.launch.deepspeed import read_hostfile
+    from btm_scale.launch.hostfile import read_hostfile
 
     (tmp_path / "hostfile").write_text("HF_TOKEN=canary\n")
     with pytest.raises(SystemExit), exit_codes():

@@ -9,7 +9,7 @@ import pytest
 from helpers.worlds import run_script
 
 from btm_scale.distributed.rendezvous import is_loopback, listening_socket
-from btm_scale.errors import LaunchError
+from btm_scale.errors import LaunchError, PortTaken
 from btm_scale.launch.local import free_port
 
 
@@ -49,7 +49,7 @@ def test_a_host_whose_own_name_is_a_loopback_address_can_be_reached_by_others(mo
 def test_an_address_or_port_that_cannot_be_used_is_reported() -> None:
     with pytest.raises(LaunchError, match="is not an address of this host"):
         listening_socket("192.0.2.1", 29500)
-    with listening_socket("127.0.0.1", 0) as taken, pytest.raises(LaunchError, match="is in use"):
+    with listening_socket("127.0.0.1", 0) as taken, pytest.raises(PortTaken, match="is in use"):
         listening_socket("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(LaunchError, match=r"Cannot resolve MASTER_ADDR=no-such-host\.invalid"):
         listening_socket("no-such-host.invalid", 29500)

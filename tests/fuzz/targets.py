@@ -28,7 +28,7 @@ from btm_scale.evaluate.soups import Soups
 from btm_scale.forest.branch import Branch
 from btm_scale.forest.open import open_config, open_folder
 from btm_scale.forest.scores import Stack, scored_model
-from btm_scale.launch.deepspeed import read_hostfile
+from btm_scale.launch.hostfile import read_hostfile
 from btm_scale.run_dir import SEED, RunDir
 from btm_scale.train.metrics import read_metrics
 from fuzz import foreign_checkpoints as foreign

@@ -15,6 +15,7 @@ from typing import Any
 
 from btm_scale.cli.app import main
 from btm_scale.launch.local import free_port
+from btm_scale.launch.ranks import IS_RANK
 from btm_scale.launch.supervise import GroupCommand, group_failure
 from btm_scale.util.files import make_directory
 
@@ -104,7 +105,7 @@ class LastingGroup:
 
 
 def _become_rank() -> None:
-    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    place = {IS_RANK: "1", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     os.environ.update(place | {"MASTER_PORT": str(free_port())})
 
 

@@ -18,13 +18,27 @@ import pytest
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 
+# 2050 is the error with which a controller refuses a job at a limit of its QOS.
+_ROOM = """
+function slurm_job_submit(job, parts, user)
+  local file = io.open("FULL", "r")
+  if file then file:close() end
+  if file and job.script then return 2050 end
+  return slurm.SUCCESS
+end
+function slurm_job_modify(job, record, parts, user) return slurm.SUCCESS end
+return slurm.SUCCESS
+"""
+
 
 class SlurmCluster:
     """Four nodes, n1 to n4, with one task each. SLURM commands with `environment` use this cluster."""
 
     nodes = ("n1", "n2", "n3", "n4")
 
-    def __init__(self) -> None:
+    def __init__(self, cores: int = 1, settings: str = "") -> None:
+        """`cores` of each node; `settings` are more lines of slurm.conf, which take precedence."""
+        self._cores, self._settings = cores, settings
         missing = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
         if missing:
             pytest.skip(f"needs {', '.join(missing)}: apt-get install slurm-wlm munge")
@@ -34,7 +48,13 @@ class SlurmCluster:
         self.environment = os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": _path()}
         for name in ("RANK", "WORLD_SIZE", "SLURM_JOB_ID"):
             self.environment.pop(name, None)
+        (self.folder / "job_submit.lua").write_text(_ROOM.replace("FULL", str(self.full)))
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+
+    @property
+    def full(self) -> Path:
+        """While this file exists, a cluster with `JobSubmitPlugins=lua` accepts no script, as at a limit."""
+        return self.folder / "full"
 
     def start(self) -> None:
         """Start every daemon, and wait until all nodes are idle."""
@@ -152,13 +172,18 @@ class SlurmCluster:
         host, user = socket.gethostname().split(".")[0], getpass.getuser()
         ports = _free_ports(1 + len(self.nodes))
         nodes = "\n".join(
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.{10 + number} Port={port} CPUs=1"
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.{10 + number} Port={port} CPUs={self._cores}"
             for number, (node, port) in enumerate(zip(self.nodes, ports[1:], strict=True))
         )
+        own = [line.partition("=")[0] for line in self._settings.splitlines()]
+        lines = [line for line in self._common(host, user, ports[0]).splitlines() if line.partition("=")[0] not in own]
+        return "\n".join([*lines, self._settings, nodes, "PartitionName=main Nodes=ALL Default=YES State=UP", ""])
+
+    def _common(self, host: str, user: str, port: int) -> str:
         return f"""
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
+SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
@@ -182,8 +207,6 @@ SchedulerParameters=sched_interval=2,bf_interval=2
 ReturnToService=2
 SlurmdTimeout=10
 KillWait=2
-{nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from pydantic import ValidationError
 
 from btm_scale.config.launch import DeepSpeedConfig
 from btm_scale.errors import LaunchError
-from btm_scale.launch.deepspeed import HostPool, read_hostfile
+from btm_scale.launch.deepspeed import HostPool
+from btm_scale.launch.hostfile import read_hostfile
 from btm_scale.launch.supervise import GroupCommand
 from btm_scale.util.logs import LEVEL
 
@@ -26,9 +28,41 @@ def test_a_hostfile_has_one_host_per_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("content", "hosts"),
+    [
+        (b"\xef\xbb\xbfn1 slots=8\r\nn2 slots=8\r\n", {"n1": 8, "n2": 8}),
+        ("n1 slots=8\nn2 slots=8\n".encode("utf-16"), {"n1": 8, "n2": 8}),
+        (b"n1 slots=8 # caf\xe9\rn2\tslots=8", {"n1": 8, "n2": 8}),
+        (b"n[01-03,07] slots=8\n", {f"n{number}": 8 for number in ("01", "02", "03", "07")}),
+        (b"a[1-2]-ib,b[9-10]x[1,3] slots=2", dict.fromkeys(["a1-ib", "a2-ib", "b9x1", "b9x3", "b10x1", "b10x3"], 2)),
+    ],
+    ids=["BOM", "UTF-16", "a comment in Latin-1", "a list", "several lists"],
+)
+def test_a_hostfile_may_come_from_any_editor_and_have_lists(
+    content: bytes, hosts: dict[str, int], tmp_path: Path
+) -> None:
+    (tmp_path / "hostfile").write_bytes(content)
+    assert read_hostfile(tmp_path / "hostfile") == hosts
+
+
+def test_bytes_outside_of_comments_that_are_not_text_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "hostfile").write_bytes(b"n1 slots=8\ncaf\xe9 slots=8\n")
+    with pytest.raises(LaunchError, match="line 2 is not UTF-8"):
+        read_hostfile(tmp_path / "hostfile")
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "lists no host"),
+        ("a slots=8 max_slots=9", "line 1: 'max_slots' is not an option here"),
+        ("a slots=8 port=2222", "'port' is not an option here"),
+        ("a slots=2 slots=3", "'a slots=2 slots=3' is not a host"),
+        ("n[3-1] slots=8", r"'\[3-1\]' is not a list of numbers"),
+        ("n[1-999999999] slots=8", "is not a list of numbers"),
+        ("n[1-9999]-[1-9999] slots=8", "more than 100,000 hosts"),
+        ("n[a-b] slots=8", r"'n\[a-b\]' cannot name a host"),
+        ("n[1-2] slots=8\nn2 slots=8", "line 2: host 'n2' is listed twice"),
         ("worker-0\n", r"line 1: 'worker-0' is not a host"),
         ("a slots=2\nb slots=0", "line 2"),
         ("a slots=2\na slots=2", "'a' is listed twice"),
@@ -65,6 +99,20 @@ def test_groups_that_run_at_once_have_different_slots_and_ports(tmp_path: Path) 
     assert pool.take(GroupCommand("more", 1, ("train",), tmp_path / "more" / "log")) is None
     pool.give_back("code")
     assert pool.take(GroupCommand("more", 1, ("train",), tmp_path / "more" / "log")) is not None
+
+
+def test_a_group_gets_no_port_at_which_another_process_listens(tmp_path: Path) -> None:
+    hosts = written(tmp_path, "localhost slots=2\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        first = taken.getsockname()[1]
+        pool = HostPool(DeepSpeedConfig(hostfile=hosts, connect=("ssh", "{host}"), ports=(first, first + 1)))
+        start = pool.take(GroupCommand("math", 1, ("train",), tmp_path / "math" / "log"))
+        assert start is not None
+        words = start.processes[0]
+        assert words[words.index("--master_port") + 1] == str(first + 1)
+        pool = HostPool(DeepSpeedConfig(hostfile=hosts, ports=(first, first)))
+        with pytest.raises(LaunchError, match=r"Other processes listen at all 1 ports .*choose another range"):
+            pool.take(GroupCommand("math", 1, ("train",), tmp_path / "math" / "log"))
 
 
 def test_a_group_that_can_never_fit_the_hosts_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from btm_scale.config.run import RunConfig
 from btm_scale.configs import FOLDER
 from btm_scale.errors import LaunchError
 from btm_scale.launch.slurm import render
-from btm_scale.run.slurm import jobs, write_scripts
+from btm_scale.run.slurm_jobs import jobs, write_scripts
 from btm_scale.run_dir import RunDir
 
 # Those of a cluster; the others are for a single machine.

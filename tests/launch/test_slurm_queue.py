@@ -8,18 +8,37 @@ from pathlib import Path
 import pytest
 from helpers.tiny_run import tiny_values, write_config
 
+from btm_scale.config.launch import SlurmConfig
 from btm_scale.config.run import RunConfig
-from btm_scale.errors import ConfigError, LaunchError
+from btm_scale.errors import ConfigError, GroupFailed, LaunchError
+from btm_scale.launch import slurm_commands
+from btm_scale.launch.slurm import SrunPool
+from btm_scale.launch.slurm_commands import QueueEntry
+from btm_scale.launch.slurm_environment import for_jobs
+from btm_scale.launch.supervise import GroupCommand
+from btm_scale.run import slurm
 from btm_scale.run.slurm import submit_run
 from btm_scale.run_dir import RunDir
 
-# The queue is a folder with a file a job, which holds its line; as in SLURM, SQUEUE_STATES leaves out the others.
+EXPERTS = ("python", "licences")
+
+# The queue is a folder with one file per job, which holds its lines; as in SLURM, SQUEUE_STATES leaves out the others.
 SBATCH = """#!/bin/bash
+cat "$QUEUE/../banner" 2> /dev/null
+echo "$*" >> "$QUEUE/../calls"
 number=$(($(ls "$QUEUE" | wc -l) + 1))
 script=${*: -1}
 name=$(sed -n 's/^#SBATCH --job-name=//p' "$script")
-tasks=$(printf '%s\\n' "$@" | sed -n 's/^--array=//p')
-for task in ${tasks//,/ }; do places+=("_$task"); done
+tasks=$(printf '%s\\n' "$@" | sed -n 's/^--array=//p' | sed 's/%.*//')
+for part in ${tasks//,/ }; do
+    for task in $(seq "${part%-*}" "${part#*-}"); do places+=("_$task"); done
+done
+most=$(cat "$QUEUE/../limit" 2> /dev/null || echo 1000)
+if (($(cat "$QUEUE"/* 2> /dev/null | wc -l) + ${#places[@]} + (${#places[@]} == 0) > most)); then
+    cat "$QUEUE/../refusal" >&2
+    echo "$number: ${#places[@]} tasks" >> "$QUEUE/../refused"
+    exit 1
+fi
 for place in "${places[@]:-}"; do
     echo "$number$place|PENDING|Dependency||$name|$script" >> "$QUEUE/$number"
 done
@@ -28,8 +47,24 @@ echo "$number"
 """
 SQUEUE = """#!/bin/bash
 [[ $* == *--user=$UID* ]] || exit 0
-cat "$QUEUE"/* 2>/dev/null | grep -F "|${SQUEUE_STATES:-}" || true
+form=$(printf '%s\\n' "$@" | sed -n 's/^--format=//p')
+cat "$QUEUE"/* 2>/dev/null | grep -F "|${SQUEUE_STATES:-}" |
+while IFS='|' read -r number state reason nodes name script; do
+    line=${form//%i/$number} line=${line//%T/$state} line=${line//%r/$reason} line=${line//%N/$nodes}
+    line=${line//%j/$name} line=${line//%o/$script}
+    printf '%b\\n' "$line"
+done
 """
+SCONTROL = """#!/bin/bash
+echo "MaxArraySize            = $(cat "$QUEUE/../max" 2> /dev/null || echo 1001)"
+"""
+NO_ROOM = (
+    "sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: Job violates accounting"
+)
+PERHAPS_NO_ROOM = (
+    "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy (job submit limit, user's size "
+    "and/or time limits)"
+)
 
 
 @pytest.fixture
@@ -38,7 +73,7 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     programs, folder = tmp_path / "bin", tmp_path / "queue"
     for made in (programs, folder):
         made.mkdir()
-    for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE)):
+    for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE), ("scontrol", SCONTROL)):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(programs), prepend=":")
@@ -116,3 +151,155 @@ def test_a_corrected_config_is_accepted_once_no_job_of_the_first_is_queued(
     for job in queue.iterdir():
         job.unlink()
     assert "prepare" in submitted(corrected, tmp_path)
+
+
+def test_the_id_of_a_job_is_found_among_the_lines_that_a_site_prints(
+    queue: Path, config: RunConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "banner").write_text("  Welcome to the cluster\nquota: 12 of 100 GB\n")
+    assert submitted(config, tmp_path) == {"prepare": "1", "seed": "2", "experts": "3", "evaluate": "4"}
+    (tmp_path / "banner").write_text("12\n")  # could be an id: the queue has the right one
+    for job in queue.iterdir():
+        job.write_text("")
+    assert submitted(config, tmp_path) == {"prepare": "5", "seed": "6", "experts": "7", "evaluate": "8"}
+
+
+@pytest.mark.parametrize("name", ["two\\nlines", "a,b;c 1_2 PENDING", "\\xff\\xfe"])
+def test_other_jobs_may_have_any_name(name: str, queue: Path, config: RunConfig, tmp_path: Path) -> None:
+    (queue / "other").write_text(f"77|RUNNING|None|n1|{name}|/other/{name}.sh a\\nb\n")
+    assert len(submitted(config, tmp_path)) == 4
+    assert submitted(config, tmp_path) == {}
+
+
+def test_arrays_stay_below_the_clusters_size(queue: Path, config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "max").write_text("1\n")
+    made = submitted(config, tmp_path)
+    assert list(made) == ["prepare", "seed", "experts-0", "experts-1", "evaluate"]
+    places = [line.split("|")[0] for name in ("experts-0", "experts-1") for line in _lines(queue / made[name])]
+    assert places == ["3_0", "4_0"]
+    (tmp_path / "max").unlink()  # with one array now, the models are still known as queued
+    assert submitted(config, tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("most", "waits", "limits"), [(1, [False, True], ["%1", "%1"]), (3, [False, False], ["%2", "%1"])]
+)
+def test_arrays_share_the_experts_that_may_train_at_once(
+    most: int, waits: list[bool], limits: list[str], queue: Path, config: RunConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "max").write_text("1\n")
+    slurm_section = config.launch.slurm.model_copy(update={"at_a_time": most})
+    launch = config.launch.model_copy(update={"slurm": slurm_section})
+    submitted(config.model_copy(update={"launch": launch}), tmp_path)
+    calls = [line for line in _lines(tmp_path / "calls") if "experts" in line]
+    assert ["afterok:2,afterany:3" in call for call in calls] == waits
+    assert [call.partition("--array=0")[2][:2] for call in calls] == limits
+
+
+def test_the_tasks_of_an_array_are_named_by_ranges() -> None:
+    assert slurm_commands.ranges([0, 1, 2, 4, 6, 7]) == "0-2,4,6-7"
+
+
+def test_jobs_that_find_no_room_are_submitted_in_parts_once_others_have_ended(
+    queue: Path, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two jobs fit at once; each wait ends the oldest job, whose models are finished then."""
+    (tmp_path / "limit").write_text("2\n")
+    (tmp_path / "refusal").write_text(NO_ROOM)
+    done: set[str] = set()
+    ended: list[str] = []
+    monkeypatch.setattr(slurm, "is_done", lambda config, run, model: model in done)
+    monkeypatch.setattr(slurm, "is_prepared", lambda config, run: "prepare" in done)
+
+    def end_oldest(seconds: float) -> None:
+        job, line = next((job, line) for job in sorted(queue.iterdir()) for line in _lines(job))
+        job.write_text("".join(f"{other}\n" for other in _lines(job) if other != line))
+        kind = line.split("|")[4].rpartition(".")[2]
+        ended.append(kind)
+        done.add(EXPERTS[int(line.split("|")[0].partition("_")[2])] if kind == "experts" else kind)
+
+    monkeypatch.setattr(slurm.time, "sleep", end_oldest)
+    assert list(submitted(config, tmp_path)) == ["prepare", "seed", "experts", "evaluate"]
+    assert ended == ["prepare", "seed", "experts"]
+
+
+def test_what_depends_on_a_job_that_failed_meanwhile_is_not_submitted(
+    queue: Path, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "limit").write_text("1\n")
+    (tmp_path / "refusal").write_text(NO_ROOM)
+    monkeypatch.setattr(slurm.time, "sleep", lambda seconds: (queue / "1").write_text(""))
+    with pytest.raises(GroupFailed, match=r": prepare\. What .* not submitted: seed, experts, evaluate\."):
+        submitted(config, tmp_path)
+    assert [job.name for job in queue.iterdir()] == ["1"]
+
+
+def test_a_job_that_can_never_be_accepted_is_not_waited_for(queue: Path, config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "limit").write_text("0\n")
+    (tmp_path / "refusal").write_text(PERHAPS_NO_ROOM)
+    with pytest.raises(LaunchError, match="SLURM accepts no job of this user, although none is queued"):
+        submitted(config, tmp_path)
+    (tmp_path / "refusal").write_text("sbatch: error: QOSMaxWallDurationPerJobLimit\n" + PERHAPS_NO_ROOM)
+    with pytest.raises(LaunchError, match=r"QOSMaxWallDurationPerJobLimit(.|\n)*Correct launch\.slurm"):
+        submitted(config, tmp_path)
+
+
+OUTER = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_CPU_BIND": "mask_cpu:0x2",
+    "SLURM_MEM_PER_NODE": "100",
+    "SLURM_EXPORT_ENV": "NONE",
+    "SRUN_CPUS_PER_TASK": "1",
+    "SBATCH_PARTITION": "debug",
+    "RANK": "3",
+    "MASTER_ADDR": "elsewhere",
+    "TORCHELASTIC_RUN_ID": "x",
+    "PMI_RANK": "3",
+    "CUDA_VISIBLE_DEVICES": "",
+    "BTM_SCALE_SUPERVISOR": "1",
+}
+
+
+def test_jobs_get_the_users_environment_and_nothing_of_an_outer_job() -> None:
+    kept = {"PATH": "/bin", "HF_HOME": "/cache", "SLURM_CONF": "/etc/slurm.conf", "SLURM_CLUSTERS": "b"}
+    assert for_jobs(kept | OUTER) == kept
+    # Outside a job, the user has chosen the GPUs.
+    assert for_jobs(kept | {"CUDA_VISIBLE_DEVICES": "1"}) == kept | {"CUDA_VISIBLE_DEVICES": "1"}
+
+
+def test_a_group_started_within_a_step_is_not_bound_to_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(LaunchError, match="This process is not in a SLURM job"):
+        SrunPool(SlurmConfig())
+    for name, value in (OUTER | {"SLURM_STEP_ID": "0", "SLURM_JOB_NUM_NODES": "1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR")
+    start = SrunPool(SlurmConfig(cpus_per_rank=6)).take(GroupCommand("score", 2, ("score", "run"), Path("log")))
+    assert start is not None
+    assert {"--ntasks=2", "--overlap", "--cpus-per-task=6"} <= set(start.processes[0])
+    assert start.only
+    assert not {"SLURM_CPU_BIND", "SLURM_EXPORT_ENV", "RANK"} & set(start.environment)
+    assert start.environment["SLURM_JOB_ID"] == "7"
+    assert start.environment["MASTER_ADDR"] == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("reason", "blocked"),
+    [
+        ("Priority", False),
+        ("QOSMaxJobsPerUserLimit", False),
+        ("Dependency", False),
+        ("QOSMaxWallDurationPerJobLimit", True),
+        ("AssocGrpCPUMinutesLimit", True),
+        ("PartitionTimeLimit", True),
+        ("BadConstraints", True),
+        ("JobHeldUser", True),
+        ("launch failed requeued held", True),
+    ],
+)
+def test_a_job_that_waits_for_no_other_is_blocked(reason: str, blocked: bool) -> None:
+    assert QueueEntry("1", "PENDING", reason, "", "").is_blocked == blocked
+    assert not QueueEntry("1", "RUNNING", reason, "n1", "").is_blocked
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 import pytest
 from helpers.tiny_run import tiny_values, write_config
 
+from btm_scale.config.launch import SlurmConfig
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ConfigError, LaunchError
-from btm_scale.launch.slurm import become_slurm_rank, render
-from btm_scale.run.slurm import jobs, submit_run, write_scripts
+from btm_scale.launch.slurm import Job, become_slurm_rank, nodes_of, render
+from btm_scale.run.slurm import submit_run
+from btm_scale.run.slurm_jobs import jobs, write_scripts
 from btm_scale.run_dir import RunDir
 
 NASTY = '"; rm -rf ~ #'
@@ -28,6 +31,7 @@ FULL = {
     "cpus_per_rank": 6,
     "gres": "gpu:h100:2",
     "exclusive": True,
+    "exclude": "n[03,07]",
     "container": "nvcr.io/nvidia/pytorch:26.01-py3",
     "mounts": "/data:/data",
     "at_a_time": 4,
@@ -69,6 +73,7 @@ def test_a_script_requests_what_the_config_sets(tmp_path: Path) -> None:
         "--cpus-per-task=6",
         "--gres=gpu:h100:2",
         "--exclusive",
+        "--exclude=n[03,07]",
         "--constraint=ib",
         "--requeue",
         "--signal=USR1@120",
@@ -118,7 +123,7 @@ def test_with_a_container_everything_runs_in_it(tmp_path: Path) -> None:
         commands = path.read_text().replace("\\\n", "").splitlines()
         started = [line for line in commands if "-m btm_scale.cli" in line]
         assert started
-        assert all(line.startswith("srun ") and "--container-image=" in line for line in started), path
+        assert all(line.strip().startswith("srun ") and "--container-image=" in line for line in started), path
 
 
 def test_no_name_reaches_the_shell_as_anything_but_a_word(tmp_path: Path) -> None:
@@ -156,7 +161,21 @@ def test_a_domain_with_the_name_of_a_command_is_refused(tmp_path: Path) -> None:
         config_with(tmp_path, {}, domains={NASTY: {"text": "a.jsonl"}})
 
 
-@pytest.mark.parametrize(("ranks_per_node", "whole"), [(1, False), (2, True), (3, False), (8, True)])
+@pytest.mark.parametrize(
+    ("ranks", "per_node", "nodes"), [(8, 8, (1, 8)), (12, 8, (2, 6)), (20, 8, (4, 5)), (16, 8, (2, 8)), (6, 4, None)]
+)
+def test_a_group_is_divided_equally_over_as_few_nodes_as_can_be(
+    ranks: int, per_node: int, nodes: tuple[int, int] | None
+) -> None:
+    job, config = Job("seed", "train", ("seed",), ranks, colocated=2 if nodes is None else 1), SlurmConfig
+    if nodes is None:
+        with pytest.raises(LaunchError, match="6 ranks cannot be divided equally over nodes of 4"):
+            nodes_of(job, config(ranks_per_node=per_node))
+    else:
+        assert nodes_of(job, config(ranks_per_node=per_node)) == nodes
+
+
+@pytest.mark.parametrize(("ranks_per_node", "whole"), [(1, False), (2, True), (3, True), (8, True)])
 def test_a_tensor_group_never_spans_two_nodes(ranks_per_node: int, whole: bool, tmp_path: Path) -> None:
     config = config_with(tmp_path, {"ranks_per_node": ranks_per_node})
     if whole:
@@ -204,18 +223,62 @@ def test_a_model_that_is_done_leaves_no_record_of_lost_nodes(tmp_path: Path) -> 
     assert not lost.exists()
 
 
-def run_job(folder: Path, srun: str) -> subprocess.CompletedProcess[str]:
-    """Run the script of the seed LM as SLURM does, with another srun."""
+# Its ranks cannot listen at the first port that they get.
+AT_PORTS = """#!/bin/bash
+echo "$MASTER_PORT $SLURM_EXPORT_ENV ${SLURM_CPU_BIND:-unbound} ${SRUN_CPUS_PER_TASK:-}" >> ports
+(($(wc -l < ports) == 2)) && exit 0
+echo '{"port_taken": true}' > made/train/seed/log.failed-0.json
+exit 1
+"""
+
+
+def test_a_group_starts_at_a_free_port_and_again_at_another_one(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 20_000 + 7 * 7 + 1)):  # of job 7
+        done = run_job(tmp_path, AT_PORTS, SLURM_CPU_BIND="mask_cpu:0x2", SLURM_EXPORT_ENV="NONE")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in (tmp_path / "ports").read_text().splitlines()]
+    assert [int(line[0]) for line in lines] == [20_051, 20_052]
+    # Nothing that the srun of an outer job exported reaches the ranks.
+    assert {tuple(line[1:]) for line in lines} == {("ALL", "unbound", "6")}
+    (tmp_path / "ports").unlink()
+    assert run_job(tmp_path, AT_PORTS, SLURM_RESTART_COUNT="1").returncode == 0
+    assert (tmp_path / "ports").read_text().startswith("21059 ")
+
+
+@pytest.mark.parametrize(
+    ("code", "mistake", "requeued"),
+    [(0, False, 0), (85, False, 1), (1, False, 1), (2, False, 0), (143, True, 0)],
+    ids=["done", "time is over", "a worker was lost", "a mistake", "a mistake that srun did not return"],
+)
+def test_prepare_continues_in_a_requeued_job(code: int, mistake: bool, requeued: int, tmp_path: Path) -> None:
+    note = "mkdir -p made/stages; echo '{\"mistake\": true}' > made/stages/prepare.failed-0.json\n" * mistake
+    done = run_job(tmp_path, f"#!/bin/bash\n{note}exit {code}\n", "prepare")
+    assert done.returncode == (0 if requeued else code), done.stderr
+    asked = tmp_path / "asked"
+    assert (asked.read_text().splitlines() if asked.exists() else []) == ["requeue 7"] * requeued
+
+
+def test_prepare_that_finishes_nothing_more_is_given_up(tmp_path: Path) -> None:
+    codes = [run_job(tmp_path, "#!/bin/bash\nexit 85\n", "prepare").returncode for _ in range(4)]
+    assert codes == [0, 0, 0, 85]
+    domain = tmp_path / "made" / "data" / "law"
+    domain.mkdir(parents=True)
+    (domain / "fingerprint.json").touch()
+    assert run_job(tmp_path, "#!/bin/bash\nexit 85\n", "prepare").returncode == 0
+
+
+def run_job(folder: Path, srun: str, job: str = "seed", **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the script of a job as SLURM does, with another srun."""
     for name, text in (("srun", srun), ("scontrol", SCONTROL)):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
-    script = write_scripts(config_with(folder, {}), RunDir(folder / "made"))["seed"]
+    script = write_scripts(config_with(folder, {"cpus_per_rank": 6}), RunDir(folder / "made"))[job]
     surroundings = {
         "PATH": f"{folder}:{os.environ['PATH']}",
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "node7",
     }
-    environment = os.environ | surroundings
+    environment = os.environ | surroundings | variables
     return subprocess.run([script], cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 

@@ -91,6 +91,43 @@ def test_a_failing_group_does_not_stop_the_others_and_is_the_only_one_reported(t
     assert "slow" not in str(raised.value)
 
 
+@pytest.mark.parametrize("code", [1, 143], ids=["an error", "ended by its launcher"])
+def test_a_group_that_marked_its_stop_is_stopped_whatever_code_its_launcher_returns(code: int, tmp_path: Path) -> None:
+    seen: list[dict[str, str]] = []
+    command = GroupCommand("one", 1, ("train",), tmp_path / "one" / "log")
+    line = f"import pathlib; pathlib.Path({str(command.log.parent / 'stopped')!r}).touch(); raise SystemExit({code})"
+    with pytest.raises(GroupFailed, match="group 'one' was stopped"):
+        run_groups_in(Shell(1, one=line), [command], seen.append)
+    assert seen[-1] == {"one": "stopped"}
+    with pytest.raises(GroupFailed, match="group 'one' failed"):  # the mark is that of the start before
+        run_groups_in(Shell(1, one="raise SystemExit(1)"), [command], seen.append)
+
+
+PORT_TAKEN = """
+import pathlib
+from btm_scale.errors import PortTaken
+from btm_scale.util.rank_log import noting_failure
+tries = pathlib.Path(FOLDER, "tries")
+with tries.open("a") as file:
+    file.write("x")
+if len(tries.read_text()) < TRIES:
+    with noting_failure(pathlib.Path(FOLDER, "log")):
+        raise PortTaken("port 20001 is in use")
+"""
+
+
+@pytest.mark.parametrize(("tries", "works"), [(2, True), (9, False)])
+def test_a_group_whose_port_was_taken_starts_again_with_another(tries: int, works: bool, tmp_path: Path) -> None:
+    command = GroupCommand("one", 1, ("train",), tmp_path / "one" / "log")
+    line = PORT_TAKEN.replace("FOLDER", repr(str(command.log.parent))).replace("TRIES", str(tries))
+    if works:
+        run_groups_in(Shell(1, one=line), [command])
+    else:
+        with pytest.raises(GroupFailed, match="port 20001 is in use"):
+            run_groups_in(Shell(1, one=line), [command])
+    assert len((command.log.parent / "tries").read_text()) == (tries if works else 4)
+
+
 def test_a_group_that_saved_and_left_on_request_is_stopped_and_leaves_no_failure(tmp_path: Path) -> None:
     seen: list[dict[str, str]] = []
     command = GroupCommand("one", 1, ("train",), tmp_path / "one" / "log")

@@ -48,8 +48,9 @@ def test_a_launcher_needs_only_a_row_of_the_table(monkeypatch: pytest.MonkeyPatc
 
 def test_score_offers_only_launchers_that_identify_their_ranks() -> None:
     offered = {name for name in LAUNCHERS if _is_offered("score", name)}
-    assert offered == {"local", "slurm"}
-    assert all(_is_offered(verb, name) for verb in ("run", "train", "evaluate") for name in LAUNCHERS)
+    assert offered == {"local", "slurm", "env"}
+    assert all(_is_offered("train", name) for name in LAUNCHERS)
+    assert all(_is_offered(verb, name) == (name != "env") for verb in ("run", "evaluate") for name in LAUNCHERS)
 
 
 def _is_offered(verb: str, launcher: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -170,8 +171,28 @@ def test_a_stop_and_a_lost_node_do_not_change_the_weights(
         assert losses == [json.loads(line)["loss"] for line in user.run.metrics(model).read_text().splitlines()]
 
 
+def test_a_prepare_that_fails_on_the_cluster_is_named_by_status(
+    cluster: SlurmCluster, real_text: Path, tmp_path: Path
+) -> None:
+    for name in EXPERTS:
+        shutil.copyfile(real_text / f"{name}.jsonl", tmp_path / f"{name}.jsonl")
+    with (tmp_path / "docs.jsonl").open("a") as file:
+        file.write('{"text": "half')
+    values = cluster_values(tmp_path, steps=2, experts=EXPERTS, launch={"slurm": {"ranks_per_node": 1, "time": "10"}})
+    write_config(tmp_path / "run.yaml", values)
+    run = RunDir(tmp_path / "run")
+    submitted = Submitter(cluster, tmp_path / "run.yaml", run).submit()
+    cluster.wait_for(lambda: submitted["prepare"] not in cluster.queue())
+    checked = cluster.run(sys.executable, "-m", "btm_scale.cli", "status", run.root, "--check")
+    assert checked.returncode == 1
+    assert "prepare failed: " in checked.stdout
+    assert "docs.jsonl" in checked.stdout
+    assert f"slurm/prepare-{submitted['prepare']}.log" in checked.stdout
+    cluster.run("scancel", "--user", str(os.getuid()))
+
+
 def train_undisturbed(config: Path, run: RunDir, model: str) -> None:
-    arguments = ["train", str(config), "--model", model, "--out", str(run.root)]
+    arguments = ["train", str(config), "--model", model, "--out", str(run.root), "--launcher", "env"]
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,10 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
+from btm_scale.util import files
 from btm_scale.util.disk_errors import sentence, writing
-from btm_scale.util.files import new_directory, publish_directory
+from btm_scale.util.files import new_directory, publish_directory, write_file
+from btm_scale.util.locks import alone
 
 FULL = Path("/dev/full")
 
@@ -81,3 +84,53 @@ def test_a_full_disk_leaves_nothing_of_a_new_directory(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'final'}'"):
         write(tmp_path / "final")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_sync_is_written_with_one_warning(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    monkeypatch.setattr(files, "_unsynced", set())
+    for name in ("a", "b"):
+        write_file(tmp_path / name, name)
+    with new_directory(tmp_path / "c") as directory:
+        (directory / "file").write_text("text")
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c"}
+    assert caplog.text.count("cannot sync") == 1
+
+
+@pytest.mark.parametrize("call", ["fsync", "flock"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOSPC, errno.ENOTCONN])
+def test_a_broken_disk_or_server_is_a_sentence_with_the_path(
+    call: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(*((os, "fsync") if call == "fsync" else (fcntl, "flock")), fails)
+    use = alone(tmp_path / "file").__enter__ if call == "flock" else lambda: write_file(tmp_path / "file", "text")
+    with pytest.raises(OSError, match=os.strerror(number)) as raised:
+        use()
+    message = sentence(raised.value)
+    assert message is not None
+    assert message.startswith(f"Cannot use {tmp_path / 'file'}")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "path", ["file/run", "loop/run", "n" * 300], ids=["below a file", "below a loop of links", "a long name"]
+)
+def test_a_path_that_cannot_be_is_a_sentence_with_a_remedy(path: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match=path[:4]) as raised:
+        (tmp_path / path).mkdir()
+    assert str(sentence(raised.value)).endswith("or choose another path, and rerun to resume.")
+
+
+def test_the_same_error_of_a_socket_is_not_one_of_a_disk() -> None:
+    assert sentence(OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))) is None

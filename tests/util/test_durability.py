@@ -38,7 +38,7 @@ from btm_scale.model.hf_config import config_json
 from btm_scale.model.hf_weights import huggingface_shapes
 from btm_scale.model.shape import ModelShape
 from btm_scale.report.page import write_page
-from btm_scale.run.slurm import write_scripts
+from btm_scale.run.slurm_jobs import write_scripts
 from btm_scale.run_dir import RunDir
 from btm_scale.train.bad_batches import SkippedBatches
 from btm_scale.train.checkpoint import Position, newest_state, write_state
