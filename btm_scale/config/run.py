@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from btm_scale.config.changes import MayChange
+from btm_scale.config.changes import Changes, MayChange
 from btm_scale.config.data import DataConfig, DomainConfig, TokenizerConfig
+from btm_scale.config.deepspeed import MAY_CHANGE
 from btm_scale.config.evaluation import BaselinesConfig, EvaluateConfig
 from btm_scale.config.launch import LaunchConfig
 from btm_scale.config.layout import Layout
@@ -78,13 +79,15 @@ def _with_pretrained(values: dict[str, Any], folder: Path) -> dict[str, Any]:
 class RunConfig(Section):
     """A run. Read one with `RunConfig.load`."""
 
-    name: str = Field(
+    name: MayChange[str] = Field(
         default="run", description="title of the run and prefix of its jobs; default: the name of the YAML file"
     )
     random_seed: int = Field(default=1, ge=0, lt=2**31, description="seed of weights, splits and sampling")
     model: ModelConfig = ModelConfig(preset="llama-4m")
     tokenizer: TokenizerConfig = TokenizerConfig()
-    text_root: Path = Field(default=Path(), description="folder of relative paths of text; default: that of the YAML")
+    text_root: MayChange[Path] = Field(
+        default=Path(), description="folder of relative paths of text; default: that of the YAML"
+    )
     domains: dict[DomainName, DomainConfig] = Field(min_length=1, description="text by domain, one expert each")
     novel_domains: dict[DomainName, DomainConfig] = Field(
         default_factory=dict, description="domains that are evaluated and never trained on"
@@ -107,7 +110,7 @@ class RunConfig(Section):
     health: MayChange[HealthConfig] = HealthConfig()
     profile: MayChange[ProfileConfig] = ProfileConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    deepspeed: dict[str, Any] = Field(
+    deepspeed: Annotated[dict[str, Any], Changes(keys=MAY_CHANGE)] = Field(
         default_factory=dict, description="settings that are merged into the DeepSpeed config"
     )
     launch: MayChange[LaunchConfig] = LaunchConfig()

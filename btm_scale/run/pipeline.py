@@ -122,7 +122,7 @@ def score_models(config: RunConfig, run: RunDir, models: Sequence[str], launcher
     names = models or [name for name in candidates if is_finished(run.model(name))]
     if not names:
         raise ForestError(f"There is no finished model in {run.root}. Train some first: btm-scale run CONFIG")
-    todo = [name for name in names if missing_scores(run, name, averages.get(name) or all_texts(config))]
+    todo = [name for name in names if missing_scores(config, run, name, averages.get(name) or all_texts(config))]
     if todo:
         _run_scoring(config, run, tuple(part for name in todo for part in ("--model", name)), launcher)
     return todo

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from btm_scale.config.changes import Difference, fixed_differences
+from btm_scale.config.changes import Difference, differences
 from btm_scale.config.run import ExpertConfig, RunConfig
 from btm_scale.distributed.precision import ask_device
 from btm_scale.errors import ConfigError, DataError, LaunchError, first_few
@@ -30,6 +30,8 @@ from btm_scale.util.locks import is_held
 from btm_scale.util.rank_log import read_failure
 
 logger = logging.getLogger(__name__)
+
+_ADDED = "only what it adds is trained and scored"
 
 
 def open_run(
@@ -96,11 +98,11 @@ def continued(config: RunConfig, run: RunDir) -> RunConfig:
         if not config.is_named:
             config = config.model_copy(update={"name": existing.name})
         existing = existing.with_precisions_of(config)
-        differing = _fixed_differences(existing, config)
-        if differing:
+        refused = [one for one in _differences(existing, config) if not one.is_allowed]
+        if refused:
             raise ConfigError(
                 f"{run.root} holds a run with a different config. The differences are:\n"
-                + "\n".join(f"  {difference}" for difference in differing)
+                + "\n".join(f"  {difference}" for difference in refused)
                 + "\nUse a different --out, or delete that folder."
             )
     require_parents(config, run, model_names(config))
@@ -173,7 +175,7 @@ def require_prepared(config: RunConfig, run: RunDir) -> None:
 
 def is_done(config: RunConfig, run: RunDir, model: str) -> bool:
     """Return whether a model is trained, exported and scored."""
-    return is_finished(run.model(model)) and not missing_scores(run, model, all_texts(config))
+    return is_finished(run.model(model)) and not missing_scores(config, run, model, all_texts(config))
 
 
 def state_at_rest(config: RunConfig, run: RunDir, model: str) -> State:
@@ -222,14 +224,13 @@ def progress(config: RunConfig, run: RunDir, states: dict[str, str]) -> list[Mod
     ]
 
 
-def _fixed_differences(existing: RunConfig, config: RunConfig) -> list[Difference]:
-    """Return the differences that are not allowed. Layouts are compared as resolved for each model."""
+def _differences(existing: RunConfig, config: RunConfig) -> list[Difference]:
+    """Return the settings that differ, and whether they may. Layouts are compared as resolved for each model."""
     names = [*existing.experts, *config.experts]
     free = _additions(existing, config)
     changes = [
-        difference
-        for difference in fixed_differences(_with_layouts(existing, names), _with_layouts(config, names))
-        if difference.path[:2] not in free
+        replace(difference, effect=_ADDED) if difference.path[:2] in free else difference
+        for difference in differences(_with_layouts(existing, names), _with_layouts(config, names))
     ]
     # A change of `layout` also changes every layout that inherits the value; it is reported once.
     of_all = [replace(one, path=one.path[1:]) for one in changes if one.path[0] == "layout"]
