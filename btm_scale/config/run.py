@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from itertools import combinations
 from pathlib import Path
@@ -22,6 +23,7 @@ from btm_scale.config.training import (
     BranchConfig,
     BudgetConfig,
     CheckpointConfig,
+    DevLossConfig,
     HealthConfig,
     OptimizerConfig,
     ProfileConfig,
@@ -107,6 +109,7 @@ class RunConfig(Section):
     experts: dict[str, ExpertConfig] = Field(default_factory=dict, description="settings of single experts, by domain")
     baselines: MayChange[BaselinesConfig] = BaselinesConfig()
     checkpoint: MayChange[CheckpointConfig] = CheckpointConfig()
+    dev_loss: DevLossConfig = DevLossConfig()
     health: MayChange[HealthConfig] = HealthConfig()
     profile: MayChange[ProfileConfig] = ProfileConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -175,6 +178,13 @@ class RunConfig(Section):
         if self.budget.seed_share == 0 and self.model.pretrained is None:
             problems.append(
                 "budget.seed_share is 0, so the seed LM would not be trained. Raise it, or set model.pretrained."
+            )
+        seed_share = self.budget.seed_steps / self.budget.schedule_steps[0]
+        if self.optimizer.decay == "wsd" and seed_share > self.optimizer.stable_share:
+            problems.append(
+                f"optimizer.decay_share {self.optimizer.decay_share} begins before the seed LM ends, at "
+                f"{seed_share:.2f} of the schedule. Only branches decay: use "
+                f"{math.floor(100 * (1 - seed_share)) / 100} or less."
             )
         positions = self.model.shape(vocabulary=1, positions=length).positions
         if length > positions:

@@ -16,7 +16,7 @@ from btm_scale.errors import LaunchError
 from btm_scale.launch import slurm, slurm_queue
 from btm_scale.run.state import is_done, open_run
 from btm_scale.run_dir import DENSE, RunDir
-from btm_scale.train.jobs import model_names, training_job, training_stages
+from btm_scale.train.jobs import is_trained, model_names, training_job, training_stages
 from btm_scale.util.files import make_directory, write_file
 
 logger = logging.getLogger(__name__)
@@ -169,6 +169,8 @@ def _is_prepared(config: RunConfig, run: RunDir) -> bool:
 def _is_evaluated(config: RunConfig, run: RunDir) -> bool:
     """Return whether the report is newer than every model."""
     if not run.report.is_file():
+        return False
+    if not all(is_trained(config, run, model) for model in model_names(config)):
         return False
     cards = [run.model(model) / "expert.json" for model in model_names(config)]
     return all(card.is_file() and card.stat().st_mtime <= run.report.stat().st_mtime for card in cards)

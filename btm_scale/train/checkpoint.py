@@ -12,7 +12,7 @@ import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from btm_scale.model.hf_names import table
 from btm_scale.model.hf_weights import huggingface_shapes, local_part
 from btm_scale.model.partition import complete_shape
 from btm_scale.train.engine import KINDS, MASTER, OUTER, Engine
+from btm_scale.train.jobs import TrainingJob
 from btm_scale.train.pieces import Placement, Span
 from btm_scale.train.state_file import PartWriter, WrittenPart, equal_part_digest, file_digest, part_digest
 from btm_scale.util.disk_errors import writing
@@ -55,6 +56,7 @@ class Position:
     adam_steps: int
     random_state: str  # state of torch's CPU generator, base64
     loss_scale: dict[str, float] = field(default_factory=dict)  # fp16 only
+    decay_end: int | None = None  # in the decay of wsd: the step at which it ends
 
 
 class Watch(Protocol):
@@ -79,6 +81,7 @@ class _Marker(Record):
     adam_steps: int
     random_state: str
     loss_scale: dict[str, int | float] = {}
+    decay_end: int | None = Field(None, exclude_if=is_empty)
     parts: tuple[WrittenPart, ...] = ()  # by rank
     equal_parts: tuple[str, ...] = Field((), exclude_if=is_empty)  # digests of equal ranges; schema 2
     sha256: str | None = Field(None, exclude_if=is_empty)  # of the complete file; schema 1
@@ -103,7 +106,7 @@ class _Marker(Record):
 
     @property
     def position(self) -> Position:
-        return Position(self.step, self.adam_steps, self.random_state, self.loss_scale)
+        return Position(self.step, self.adam_steps, self.random_state, self.loss_scale, self.decay_end)
 
 
 def state_path(folder: Path, step: int) -> Path:
@@ -111,26 +114,64 @@ def state_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def save_state(engine: Engine, folder: Path, step: int, keep: int, watch: Watch | None = None) -> None:
-    """Write the checkpoint after `step` steps, then delete all but the `keep` newest. All ranks call this together.
+def save_state(
+    engine: Engine, folder: Path, step: int, keep: int, watch: Watch | None = None, kept: Container[int] = ()
+) -> None:
+    """Write the checkpoint after `step` steps, then delete all but the `keep` newest and those after `kept` steps.
 
-    Every rank writes its part; `watch` is notified of each tensor that is written, and of waits for other ranks.
+    All ranks call this together. Every rank writes its part; `watch` is notified of each tensor that is written, and of
+    waits for other ranks.
     """
-    group = engine.group
+    group, decay_end = engine.group, engine.job.decay_after(step)
     random_state = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
-    position = Position(step, engine.adam_steps, random_state, engine.loss_scale)
+    position = Position(step, engine.adam_steps, random_state, engine.loss_scale, decay_end)
     write_state(engine, folder, position, _own_pieces(engine), engine.kinds, (group.rank, group.size), watch)
     if group.is_first:
-        remove_old_states(folder, step, keep)
+        remove_old_states(folder, step, keep, kept)
     _wait(watch)
 
 
-def remove_old_states(folder: Path, step: int, keep: int) -> None:
-    """Delete the checkpoints up to `step` except for the `keep` newest, and what a killed process left of one."""
+def kept_steps(job: TrainingJob, best: int | None) -> frozenset[int]:
+    """Return the steps whose checkpoints are kept: the best and, with wsd, the last before the decay.
+
+    A raised budget resumes from before the decay.
+    """
+    return frozenset(step for step in (job.stable_steps, best) if step is not None)
+
+
+def remove_old_states(folder: Path, step: int, keep: int, kept: Container[int] = ()) -> None:
+    """Delete the checkpoints up to `step` except for the `keep` newest and those after `kept` steps.
+
+    What a killed process left of one is deleted too.
+    """
     # A newer checkpoint was skipped as damaged; it must not displace a usable one.
-    states = (path for path in folder.glob("step-*") if path <= state_path(folder, step))
+    states = [path for path in folder.glob("step-*") if path <= state_path(folder, step)]
     for old in sorted(states)[:-keep]:
-        shutil.rmtree(old)
+        if step_of(old) not in kept:
+            shutil.rmtree(old)
+
+
+def step_of(path: Path) -> int | None:
+    """Return the step in the name of a checkpoint; None for another name."""
+    number = path.name.removeprefix("step-")
+    return int(number) if number.isdecimal() else None
+
+
+def remove_other_decays(folder: Path, job: TrainingJob) -> None:
+    """Delete the checkpoints of a decay that ends earlier than the job's: its budget was raised."""
+    for path in folder.glob("step-*"):
+        if not _continues(path, job):
+            shutil.rmtree(path)
+
+
+def _continues(path: Path, job: TrainingJob | None) -> bool:
+    """Return whether a job can resume from a checkpoint, unless it is damaged."""
+    if job is None or job.stable_steps is None:
+        return True
+    try:
+        return read_position(path).decay_end in (None, job.steps)
+    except CheckpointError:
+        return True
 
 
 def write_state(
@@ -241,13 +282,17 @@ def newest_state(folder: Path) -> Path | None:
     return next((path for path in _newest_first(folder) if _usable(path, _problem(path))), None)
 
 
-def common_state(folder: Path) -> Path | None:
+def common_state(folder: Path, job: TrainingJob | None = None, *, only: int | None = None) -> Path | None:
     """Return `newest_state` as the group's first rank sees it, so that all ranks resume from the same checkpoint.
 
-    All ranks call this together, and each verifies some parts.
+    With `job`, checkpoints of a decay that ends earlier than the job's are left out; with `only`, all but that of this
+    step. All ranks call this together, and each verifies some parts.
     """
     group, first = patient_group(), dist.get_rank() == 0
     candidates = [_newest_first(folder) if first else []]
+    if only is not None:
+        candidates = [[path for path in candidates[0] if step_of(path) == only]]
+    candidates = [[path for path in candidates[0] if _continues(path, job)]]
     dist.broadcast_object_list(candidates, src=0, group=group)
     for path in candidates[0]:
         problems: list[Any] = [None] * dist.get_world_size()

@@ -29,6 +29,7 @@ from btm_scale.train.deepspeed_config import deepspeed_config
 from btm_scale.train.diloco import OuterStep
 from btm_scale.train.fp32_gradients import Float32Sums
 from btm_scale.train.jobs import TrainingJob
+from btm_scale.train.monitors import rewind
 from btm_scale.util.imports import import_uncompiled
 
 # DeepSpeed's engine imports Muon only to check the type of each optimizer.
@@ -117,6 +118,27 @@ class Engine:
         overflowed = self._scaler is not None and not self._engine.was_step_applied()
         return StepResult(float(total), norm, overflowed)
 
+    @torch.no_grad()
+    def mean_loss(self, sequences: Tensor) -> float:
+        """Return the mean loss in nats of sequences [count, length + 1], the same for every data rank.
+
+        The sequences are distributed over the data ranks, which all take part in as many forward passes.
+        """
+        data, size = self.group.layout.data, self.job.micro_batch
+        own = sequences[self.group.data_rank :: data]
+        total = torch.zeros(2, dtype=torch.float64, device=self.group.device)
+        self._engine.eval()
+        for start in range(0, -(-len(sequences) // data), size):
+            micro = own[start : start + size]
+            count = len(micro)
+            micro = (micro if count else sequences[:1]).to(self.group.device)
+            loss = self._engine(micro[:, :-1], micro[:, 1:])
+            total += torch.stack([loss.double() * count, total.new_tensor(count)])
+        self._engine.train()
+        if data > 1:
+            dist.all_reduce(total, group=self.group.mpu.get_data_parallel_group())
+        return float(total[0] / total[1])
+
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of tensors in this engine's training state."""
@@ -142,6 +164,11 @@ class Engine:
             self._engine.monitor.write_events(
                 [(f"{self.job.model}/{name}", value, step) for name, value in numbers.items() if name != "step"]
             )
+
+    def rewind_monitor(self, step: int) -> None:
+        """Drop what the monitors have of later steps, which are taken again."""
+        if self._engine.monitor.enabled:
+            rewind(self._engine.monitor, self.job.model, step)
 
     def full(self, parameter: torch.nn.Parameter, kind: str) -> Tensor:
         """Return one tensor of a parameter's state on every data rank, float32, in its shape on this tensor rank."""
