@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,25 +63,32 @@ class DevLoss:
             return False
         return step % self._config.every == 0 or step == self._job.steps
 
-    def measure(self, engine: Engine, step: int) -> dict[str, float]:
-        """Return the loss of each domain in nats, and their mean by the domains' amounts of training text."""
+    def measure(self, engine: Engine, step: int, progress: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Return the loss of each domain in nats, and their mean by the domains' amounts of training text.
+
+        Returns nothing if one is not finite. `progress` is called after each domain.
+        """
         begin = time.perf_counter()
-        losses: list[Any] = [{domain: engine.mean_loss(blocks) for domain, blocks in self._blocks.items()}]
+        losses: list[Any] = [{}]
+        for domain, blocks in self._blocks.items():
+            losses[0][domain] = engine.mean_loss(blocks)
+            progress()
         # Tensor ranks may differ in the last bit, and all must decide the same.
         dist.broadcast_object_list(losses, src=0)
         total = sum(self._weights[domain] for domain in self._blocks)
         mean = sum(self._weights[domain] * loss for domain, loss in losses[0].items()) / total
-        self._losses[step] = mean
         self.seconds = time.perf_counter() - begin
+        if not math.isfinite(mean):
+            return {}
+        self._losses[step] = mean
         return {DEV_LOSS: mean} | {f"{DEV_LOSS}/{domain}": loss for domain, loss in losses[0].items()}
 
     @property
     def best_step(self) -> int | None:
         """The step with the lowest loss, if its checkpoint is to be exported; the first of several."""
-        finite = {step: loss for step, loss in self._losses.items() if math.isfinite(loss)}
-        if not (self._decides and self._config.best and finite):
+        if not (self._decides and self._config.best and self._losses):
             return None
-        return min(finite, key=lambda step: (finite[step], step))
+        return min(self._losses, key=lambda step: (self._losses[step], step))
 
     def is_over(self, step: int) -> bool:
         """Return whether the loss has not become lower for so long that training ends after this step."""

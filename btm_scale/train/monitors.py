@@ -72,7 +72,7 @@ def rewind(monitor: Any, model: str, step: int) -> None:
 
 def _drop_rows(file: Path, step: int) -> None:
     """Keep the header of a file of csv_monitor once, and its rows up to `step`."""
-    [header, *rows] = csv.reader(io.StringIO(file.read_text(errors="replace"))) or [[]]
+    header, *rows = list(csv.reader(io.StringIO(file.read_text(errors="replace")))) or [["step", file.stem]]
     kept = [row for row in rows if len(row) == 2 and row[0].isdecimal() and int(row[0]) <= step]
     text = io.StringIO()
     csv.writer(text).writerows([header, *kept])

@@ -72,8 +72,8 @@ def train_and_export(group: ExpertGroup, config: RunConfig, run: RunDir, job: Tr
     mixture = DomainMixture(config, run, job, branch.domains, tokenizer)
     dev = DevLoss(group, config, run, job, branch.domains)
     steps = train(engine, mixture, dev, config, run, begin)
-    best = dev.best_step
-    if best is not None and best != steps:
+    best = dev.best_step if dev.best_step != steps else None
+    if best is not None:
         load_state(engine, state_path(run.checkpoints(job.model), best))
     export_expert(engine, config, run, branch, tokenizer.eos, steps, best)
     # Scoring follows, which loads another copy of the model.
@@ -129,7 +129,7 @@ def train(
                 if in_sync:
                     engine.outer_step()
                 if result is not None:
-                    measured = dev.measure(engine, step) if in_sync and dev.is_due(step) else {}
+                    measured = dev.measure(engine, step, watch.progress) if in_sync and dev.is_due(step) else {}
                     aside = dev.seconds if measured else 0.0
                     engine.tell_monitor(metrics.record(step, result, rate, measured, aside=aside))
                     profile.step()

@@ -38,6 +38,7 @@ def values(text: Path, **settings: Any) -> dict[str, Any]:
         novel_domains={},
         budget={"tokens": 2 * STEPS * 128, "sequence_length": LENGTH, "batch_tokens": 128},
         layout={"precision": "fp32", "data": 2},
+        seed_layout={"zero": 3},
         checkpoint={"every": 3, "keep": 2},
         baselines={"dense": False},
         evaluate={"tokens_per_domain": 7 * LENGTH, "dev_blocks": 7, "averages": []},

@@ -94,6 +94,8 @@ def raised(
         plan = dry_run(RunConfig.load(Path(call["config"]), (RAISED,)), run)
         result[run.root.name] = {"run": run, "before": before, "plan": plan}
         call["settings"] = [RAISED]
+        if run.root.name == "wsd":
+            call["models"] = ["code"]
     # The same models with the raised budget from the beginning, each from the same seed LM.
     for call in list(calls):
         run = RunDir(Path(call["run"]))
