@@ -151,7 +151,7 @@ def missing_scores(
 
 
 def has_scores(config: RunConfig, run: RunDir, model: str, domain: str, split: str) -> bool:
-    """Return whether a model has a file of scores that is damaged or is of the text that is to be scored."""
+    """Return whether a model has scores of the text that is to be scored; damaged ones count, and loading raises."""
     path = run.scores(model, domain, split)
     if not path.is_file():
         return False

@@ -71,7 +71,7 @@ class DevLoss:
         begin = time.perf_counter()
         losses: list[Any] = [{}]
         for domain, blocks in self._blocks.items():
-            losses[0][domain] = engine.mean_loss(blocks)
+            losses[0][domain] = mean_loss(engine, blocks)
             progress()
         # Tensor ranks may differ in the last bit, and all must decide the same.
         dist.broadcast_object_list(losses, src=0)
@@ -98,6 +98,23 @@ class DevLoss:
             return False
         values = [self._losses[measured] for measured in sorted(self._losses)]
         return len(values) > patience and min(values[-patience:]) >= min(values[:-patience])
+
+
+def mean_loss(engine: Engine, sequences: torch.Tensor) -> float:
+    """Return the mean loss in nats of sequences [count, length + 1], the same on every data rank.
+
+    The sequences are distributed over the data ranks, which all take part in as many forward passes.
+    """
+    group, size = engine.group, engine.job.micro_batch
+    own = sequences[group.data_rank :: group.layout.data]
+    total = torch.zeros(2, dtype=torch.float64, device=group.device)
+    for start in range(0, -(-len(sequences) // group.layout.data), size):
+        micro = own[start : start + size]
+        loss = engine.loss_of((micro if len(micro) else sequences[:1]).to(group.device))
+        total += torch.stack([loss.double(), total.new_ones(())]) * len(micro)
+    if group.layout.data > 1:
+        dist.all_reduce(total, group=group.mpu.get_data_parallel_group())
+    return float(total[0] / total[1])
 
 
 def _blocks(config: RunConfig, run: RunDir, domain: str) -> torch.Tensor:

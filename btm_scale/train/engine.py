@@ -119,25 +119,12 @@ class Engine:
         return StepResult(float(total), norm, overflowed)
 
     @torch.no_grad()
-    def mean_loss(self, sequences: Tensor) -> float:
-        """Return the mean loss in nats of sequences [count, length + 1], the same for every data rank.
-
-        The sequences are distributed over the data ranks, which all take part in as many forward passes.
-        """
-        data, size = self.group.layout.data, self.job.micro_batch
-        own = sequences[self.group.data_rank :: data]
-        total = torch.zeros(2, dtype=torch.float64, device=self.group.device)
+    def loss_of(self, sequences: Tensor) -> Tensor:
+        """Return the mean loss in nats of sequences [count, length + 1]; data ranks call this equally often."""
         self._engine.eval()
-        for start in range(0, -(-len(sequences) // data), size):
-            micro = own[start : start + size]
-            count = len(micro)
-            micro = (micro if count else sequences[:1]).to(self.group.device)
-            loss = self._engine(micro[:, :-1], micro[:, 1:])
-            total += torch.stack([loss.double() * count, total.new_tensor(count)])
+        loss = self._engine(sequences[:, :-1], sequences[:, 1:])
         self._engine.train()
-        if data > 1:
-            dist.all_reduce(total, group=self.group.mpu.get_data_parallel_group())
-        return float(total[0] / total[1])
+        return loss
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -12,16 +12,7 @@ from btm_scale.model.gpt import ExpertModel
 from btm_scale.run_dir import RunDir
 from btm_scale.train.bad_batches import Health
 from btm_scale.train.build import new_model
-from btm_scale.train.checkpoint import (
-    common_state,
-    kept_steps,
-    load_state,
-    remove_old_states,
-    remove_other_decays,
-    restore_random_state,
-    save_state,
-    state_path,
-)
+from btm_scale.train.checkpoint import common_state, load_state, restore_random_state, save_state
 from btm_scale.train.dev_loss import DevLoss
 from btm_scale.train.engine import Engine
 from btm_scale.train.export import export_expert
@@ -29,8 +20,10 @@ from btm_scale.train.jobs import TrainingJob
 from btm_scale.train.metrics import Metrics
 from btm_scale.train.mixture import DomainMixture
 from btm_scale.train.monitors import require_monitors, with_monitors
+from btm_scale.train.position import state_path
 from btm_scale.train.preemption import StopRequest
 from btm_scale.train.profiler import Profile
+from btm_scale.train.retention import kept_steps, remove_old_states, remove_other_decays
 from btm_scale.train.start import begin_branch, load_pretrained, settled_branch
 from btm_scale.train.watchdog import HangWatch
 

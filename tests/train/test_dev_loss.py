@@ -126,8 +126,8 @@ def decisions(monkeypatch: pytest.MonkeyPatch, model: str, losses: Sequence[floa
     group: Any = SimpleNamespace(is_first=True)
     dev = DevLoss(group, config, RunDir(Path()), training_job(config, model), {"code": 1.0})
     for step, loss in enumerate(losses, 1):
-        engine: Any = SimpleNamespace(mean_loss=lambda blocks, loss=loss: loss)
-        dev.measure(engine, step)
+        monkeypatch.setattr(dev_loss, "mean_loss", lambda engine, blocks, loss=loss: loss)
+        dev.measure(SimpleNamespace(), step)  # type: ignore[arg-type]
     return dev
 
 

@@ -14,13 +14,13 @@ from btm_scale.config.run import RunConfig
 from btm_scale.run.state import open_run
 from btm_scale.run.worker import train_as_rank
 from btm_scale.run_dir import RunDir
-from btm_scale.train.engine import Engine
+from btm_scale.train import dev_loss
 
 
 def rank(folder: str, model: str, dev_losses: list[float]) -> None:
     if dev_losses:
         values = iter(dev_losses)
-        Engine.mean_loss = lambda self, sequences: next(values)  # type: ignore[method-assign]
+        dev_loss.mean_loss = lambda engine, sequences: next(values)  # type: ignore[assignment]
     run = RunDir(Path(folder))
     train_as_rank(RunConfig.load(run.config), run, model)
 
