@@ -10,7 +10,7 @@ import numpy as np
 
 from btm_scale.config.run import RunConfig
 from btm_scale.data.prepare import prepare
-from btm_scale.errors import ForestError, GroupFailed
+from btm_scale.errors import ForestError, GroupFailed, first_few
 from btm_scale.evaluate.averages import are_finished
 from btm_scale.evaluate.evaluate import evaluate
 from btm_scale.evaluate.readiness import require_evaluable
@@ -25,7 +25,7 @@ from btm_scale.launch.supervise import GroupCommand, RunGroups
 from btm_scale.run.launchers import Progress, here, placement, run_training
 from btm_scale.run.state import is_done, open_run
 from btm_scale.run_dir import SEED, RunDir
-from btm_scale.train.jobs import model_names, training_stages
+from btm_scale.train.jobs import is_trained, model_names, training_stages
 from btm_scale.util.locks import held
 
 logger = logging.getLogger(__name__)
@@ -81,6 +81,11 @@ def evaluate_forest(config: RunConfig, run: RunDir, launcher: RunGroups | None =
 
     The caller holds the lock of `evaluating`, so that neither the forest nor its scores change.
     """
+    finished = [model for model in model_names(config) if is_finished(run.model(model))]
+    if behind := [model for model in finished if not is_trained(config, run, model)]:
+        logger.warning(
+            "trained with a former budget: %s. btm-scale run CONFIG trains further", first_few(behind, "models")
+        )
     score_averages(config, run, launcher)
     return evaluate(config, run)
 
