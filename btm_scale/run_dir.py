@@ -116,6 +116,11 @@ class RunDir:
         return self.train(model) / "log"
 
     @property
+    def monitors(self) -> Path:
+        """The folders of monitors that have no other."""
+        return self.root / "monitors"
+
+    @property
     def experts(self) -> Path:
         """The forest: one Hugging Face directory per expert."""
         return self.root / "experts"

@@ -6,8 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from btm_scale.config.changes import MayChange
+from btm_scale.config.changes import SCORED_AGAIN, Changes, MayChange
 from btm_scale.config.section import Section
+
+# The models are scored on other text.
+_Text = Changes(effect=SCORED_AGAIN)
 
 
 class BaselinesConfig(Section):
@@ -59,6 +62,10 @@ class EvaluateConfig(Section):
     top_k_per_token: MayChange[tuple[Annotated[int, Field(gt=0)], ...]] = Field(
         default=(), description="as top_k, but selected by the posterior before each token"
     )
-    split: Literal["dev", "test"] = Field(default="test", description="text of the reported results")
-    tokens_per_domain: int = Field(default=65_536, gt=0, description="largest number of tokens to evaluate on")
-    dev_blocks: int = Field(default=100, gt=0, description="blocks of dev text that set the cached prior")
+    split: Annotated[Literal["dev", "test"], _Text] = Field(default="test", description="text of the reported results")
+    tokens_per_domain: Annotated[int, _Text] = Field(
+        default=65_536, gt=0, description="largest number of tokens to evaluate on"
+    )
+    dev_blocks: Annotated[int, _Text] = Field(
+        default=100, gt=0, description="blocks of dev text that set the cached prior"
+    )

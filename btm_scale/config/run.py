@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from itertools import combinations
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from btm_scale.config.changes import MayChange
+from btm_scale.config.changes import Changes, MayChange
 from btm_scale.config.data import DataConfig, DomainConfig, TokenizerConfig
+from btm_scale.config.deepspeed import MAY_CHANGE
 from btm_scale.config.evaluation import BaselinesConfig, EvaluateConfig
 from btm_scale.config.launch import LaunchConfig
 from btm_scale.config.layout import Layout
@@ -21,6 +23,7 @@ from btm_scale.config.training import (
     BranchConfig,
     BudgetConfig,
     CheckpointConfig,
+    DevLossConfig,
     HealthConfig,
     OptimizerConfig,
     ProfileConfig,
@@ -78,13 +81,15 @@ def _with_pretrained(values: dict[str, Any], folder: Path) -> dict[str, Any]:
 class RunConfig(Section):
     """A run. Read one with `RunConfig.load`."""
 
-    name: str = Field(
+    name: MayChange[str] = Field(
         default="run", description="title of the run and prefix of its jobs; default: the name of the YAML file"
     )
     random_seed: int = Field(default=1, ge=0, lt=2**31, description="seed of weights, splits and sampling")
     model: ModelConfig = ModelConfig(preset="llama-4m")
     tokenizer: TokenizerConfig = TokenizerConfig()
-    text_root: Path = Field(default=Path(), description="folder of relative paths of text; default: that of the YAML")
+    text_root: MayChange[Path] = Field(
+        default=Path(), description="folder of relative paths of text; default: that of the YAML"
+    )
     domains: dict[DomainName, DomainConfig] = Field(min_length=1, description="text by domain, one expert each")
     novel_domains: dict[DomainName, DomainConfig] = Field(
         default_factory=dict, description="domains that are evaluated and never trained on"
@@ -104,10 +109,11 @@ class RunConfig(Section):
     experts: dict[str, ExpertConfig] = Field(default_factory=dict, description="settings of single experts, by domain")
     baselines: MayChange[BaselinesConfig] = BaselinesConfig()
     checkpoint: MayChange[CheckpointConfig] = CheckpointConfig()
+    dev_loss: DevLossConfig = DevLossConfig()
     health: MayChange[HealthConfig] = HealthConfig()
     profile: MayChange[ProfileConfig] = ProfileConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    deepspeed: dict[str, Any] = Field(
+    deepspeed: Annotated[dict[str, Any], Changes(keys=MAY_CHANGE)] = Field(
         default_factory=dict, description="settings that are merged into the DeepSpeed config"
     )
     launch: MayChange[LaunchConfig] = LaunchConfig()
@@ -177,6 +183,13 @@ class RunConfig(Section):
         if self.budget.seed_share == 0 and self.model.pretrained is None:
             problems.append(
                 "budget.seed_share is 0, so the seed LM would not be trained. Raise it, or set model.pretrained."
+            )
+        seed_share = self.budget.seed_steps / self.budget.schedule_steps[0]
+        if self.optimizer.decay == "wsd" and seed_share > self.optimizer.stable_share:
+            problems.append(
+                f"optimizer.decay_share {self.optimizer.decay_share} begins before the seed LM ends, at "
+                f"{seed_share:.2f} of the schedule. Only branches decay: use "
+                f"{math.floor(100 * (1 - seed_share)) / 100} or less."
             )
         positions = self.model.shape(vocabulary=1, positions=length).positions
         if length > positions:

@@ -7,8 +7,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from btm_scale.config.changes import MayChange
+from btm_scale.config.changes import Changes, MayChange
 from btm_scale.config.section import Section
+
+_TRAINED_FURTHER = "the seed LM is kept; dense and the experts resume for the added tokens"
+_ROUNDING = 1e-9  # of a fraction of the schedule
+
+
+def _only_raised(before: BudgetConfig, after: BudgetConfig) -> str:
+    return "" if after.tokens > before.tokens else "a budget can be raised, not lowered"
 
 
 class LastPartConfig(Section):
@@ -23,7 +30,9 @@ class LastPartConfig(Section):
 class BudgetConfig(Section):
     """The compute of the forest, which is also that of the dense baseline."""
 
-    tokens: int = Field(default=6_000_000, gt=0, description="training tokens in all; dense gets the same number")
+    tokens: Annotated[int, Changes(unless=_only_raised, effect=_TRAINED_FURTHER)] = Field(
+        default=6_000_000, gt=0, description="training tokens in all; dense gets the same number"
+    )
     seed_share: float = Field(
         default=0.5,
         ge=0,
@@ -40,6 +49,15 @@ class BudgetConfig(Section):
         description="refuse to train if the seed LM and an expert pass over the train split of a domain more often",
     )
     last: LastPartConfig | None = Field(default=None, description="other domain weights at the end of the schedule")
+    seed_budget: int | None = Field(
+        default=None,
+        gt=0,
+        description="`tokens` when the seed LM was trained; recorded by the run when `tokens` is raised",
+    )
+    raised_from: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        default=(),
+        description="`tokens` of the budgets that dense or experts were trained with before; recorded by the run",
+    )
 
     @model_validator(mode="after")
     def _complete_sequences(self) -> BudgetConfig:
@@ -48,6 +66,12 @@ class BudgetConfig(Section):
             raise ValueError(
                 f"batch_tokens {self.batch_tokens} is not a multiple of sequence_length {self.sequence_length}. "
                 f"A batch has complete sequences: use {sequences * self.sequence_length}."
+            )
+        budgets = [*([self.seed_budget] if self.seed_budget is not None else []), *self.raised_from, self.tokens]
+        if budgets != sorted(budgets) or len({*self.raised_from, self.tokens}) <= len(self.raised_from):
+            raise ValueError(
+                f"seed_budget, raised_from and tokens are {', '.join(map(str, budgets))}, which do not increase. The "
+                "run records the first two when tokens is raised: remove them from the YAML."
             )
         if (self.seed_steps < 1 and self.seed_share > 0) or self.branch_steps < 1:
             raise ValueError(
@@ -63,8 +87,18 @@ class BudgetConfig(Section):
 
     @property
     def seed_steps(self) -> int:
-        """Optimizer steps of the seed LM."""
-        return round(self.tokens * self.seed_share / self.batch_tokens)
+        """Optimizer steps of the seed LM, which a raised budget does not change."""
+        return round((self.seed_budget or self.tokens) * self.seed_share / self.batch_tokens)
+
+    @property
+    def seed_schedule_steps(self) -> int:
+        """Optimizer steps of the schedule that the seed LM was trained with, those of the branches included."""
+        return round((self.seed_budget or self.tokens) / self.batch_tokens)
+
+    @property
+    def schedule_steps(self) -> tuple[int, ...]:
+        """Optimizer steps of the schedule under each budget that branches are trained with, the seed's included."""
+        return tuple(round(tokens / self.batch_tokens) for tokens in (*self.raised_from, self.tokens))
 
     @property
     def branch_steps(self) -> int:
@@ -87,7 +121,13 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(default=0.1, ge=0, description="decoupled weight decay of matrices")
     clip: float = Field(default=1.0, ge=0, description="maximum gradient norm; 0 disables clipping")
     warmup: float = Field(default=0.08, ge=0, lt=1, description="fraction of the schedule")
-    decay: Literal["linear", "cosine", "constant"] = Field(default="linear", description="schedule after the warmup")
+    decay: Literal["linear", "cosine", "constant", "wsd"] = Field(
+        default="linear",
+        description="schedule after the warmup; wsd (warmup, stable, decay): constant, then linear in `decay_share`",
+    )
+    decay_share: float = Field(
+        default=0.2, gt=0, le=1, description="fraction of the schedule in which wsd decays, at its end"
+    )
     final: float = Field(default=0.0, ge=0, le=1, description="final learning rate, as a fraction of lr")
 
     def betas_at(self, batch_share: float) -> tuple[float, float]:
@@ -98,16 +138,34 @@ class OptimizerConfig(Section):
         first, second = self.betas
         return (first, second**batch_share) if self.scale_beta2 else (first, second)
 
-    def rate(self, progress: float) -> float:
-        """Return the learning rate at `progress`, a fraction of the schedule in (0, 1]."""
-        if progress < self.warmup:
-            return self.lr * progress / self.warmup
-        if self.decay == "constant":
+    @model_validator(mode="after")
+    def _phases_fit(self) -> OptimizerConfig:
+        if self.decay == "wsd" and self.warmup + self.decay_share > 1:
+            raise ValueError(
+                f"warmup {self.warmup} and decay_share {self.decay_share} are more than the schedule. Together they "
+                "may be 1: lower one of them."
+            )
+        return self
+
+    def rate(self, progress: float, warmup_scale: float = 1.0) -> float:
+        """Return the learning rate at `progress`, a fraction of the schedule in (0, 1].
+
+        `warmup_scale`: the length of the schedule for which `warmup` was chosen, as a fraction of this schedule's.
+        """
+        warmup = self.warmup * warmup_scale
+        if progress < warmup:
+            return self.lr * progress / warmup
+        if self.decay == "constant" or (self.decay == "wsd" and progress <= self.stable_share + _ROUNDING):
             return self.lr
-        rest = (1.0 - progress) / (1.0 - self.warmup)
+        rest = (1.0 - progress) / (self.decay_share if self.decay == "wsd" else 1.0 - warmup)
         if self.decay == "cosine":
             rest = 0.5 * (1.0 - math.cos(math.pi * rest))
         return self.lr * (self.final + (1.0 - self.final) * rest)
+
+    @property
+    def stable_share(self) -> float:
+        """The fraction of the schedule before wsd decays."""
+        return 1.0 - self.decay_share
 
 
 class BranchConfig(Section):
@@ -143,6 +201,36 @@ class CheckpointConfig(Section):
 
     every: int = Field(default=100, gt=0, description="steps between checkpoints")
     keep: int = Field(default=2, gt=0, description="newest checkpoints to keep")
+
+
+def _decides(before: DevLossConfig, after: DevLossConfig) -> str:
+    if all(one.patience is None and not one.best for one in (before, after)):
+        return ""
+    return "the dev losses decide which weights result"
+
+
+_Measured = Changes(unless=_decides)
+
+
+class DevLossConfig(Section):
+    """Loss on dev text during training. Early stopping and the best checkpoint are of all models but the seed LM."""
+
+    every: Annotated[int, _Measured] = Field(default=0, ge=0, description="steps between measurements; 0: none")
+    tokens: Annotated[int, _Measured] = Field(
+        default=16_384, gt=0, description="largest number of dev tokens of each domain that the model trains on"
+    )
+    patience: int | None = Field(
+        default=None, gt=0, description="end training after this many measurements without a lower loss"
+    )
+    best: bool = Field(default=False, description="export the checkpoint with the lowest loss, instead of the last")
+
+    @model_validator(mode="after")
+    def _measured(self) -> DevLossConfig:
+        if not self.every and (self.patience is not None or self.best):
+            raise ValueError(
+                "patience and best need dev losses, and every is 0. Set every to the steps between measurements."
+            )
+        return self
 
 
 class HealthConfig(Section):

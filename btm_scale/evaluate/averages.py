@@ -36,7 +36,9 @@ def are_finished(config: RunConfig, run: RunDir) -> bool:
     if cards is None:
         return False
     texts = average_texts(config)
-    return all(_is_merged(run, card) and not missing_scores(run, name, texts[name]) for name, card in cards.items())
+    return all(
+        _is_merged(run, card) and not missing_scores(config, run, name, texts[name]) for name, card in cards.items()
+    )
 
 
 def planned_averages(config: RunConfig, run: RunDir) -> list[Expert]:

@@ -9,7 +9,7 @@ from btm_scale.config.run import RunConfig
 from btm_scale.errors import ForestError
 from btm_scale.forest.expert import is_finished
 from btm_scale.forest.forest import require_experts
-from btm_scale.forest.scores import all_texts
+from btm_scale.forest.scores import all_texts, has_scores
 from btm_scale.run_dir import DENSE, SEED, RunDir
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def require_evaluable(config: RunConfig, run: RunDir) -> None:
     unscored = [
         model
         for model in [*compared, *forest]
-        if not all(run.scores(model, domain, split).is_file() for domain, split in all_texts(config))
+        if not all(has_scores(config, run, model, domain, split) for domain, split in all_texts(config))
     ]
     if unscored:
         raise ForestError(

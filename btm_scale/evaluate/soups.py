@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch.distributed as dist
+from pydantic import Field
 
 from btm_scale.checkpoint.merge.compatibility import promoted_dtype
 from btm_scale.checkpoint.merge.merge import merge
@@ -15,10 +16,10 @@ from btm_scale.distributed.group import ExpertGroup
 from btm_scale.errors import ForestError
 from btm_scale.evaluate.score import load_model, text_log_probs
 from btm_scale.forest.forest import experts
-from btm_scale.forest.scores import Scores, evaluation_text
+from btm_scale.forest.scores import Scores, evaluation_text, scored_tokens
 from btm_scale.run_dir import AVERAGE, RunDir
 from btm_scale.util.files import make_directory
-from btm_scale.util.records import InsideName, Record
+from btm_scale.util.records import InsideName, Record, is_empty
 
 
 class Soups(Record):
@@ -29,6 +30,8 @@ class Soups(Record):
 
     forest: dict[str, str]  # content hash of each expert
     members: dict[str, tuple[InsideName, ...]]  # by domain
+    # Tokens of each domain's dev text; empty in files of earlier versions, whose text could not change.
+    tokens: dict[str, int] = Field(default={}, exclude_if=is_empty)
 
 
 def greedy_members(candidates: Sequence[str], loss: Callable[[tuple[str, ...]], float]) -> tuple[str, ...]:
@@ -50,13 +53,21 @@ def soups(config: RunConfig, run: RunDir) -> dict[str, tuple[str, ...]] | None:
     recorded = Soups.find(run.soups)
     if recorded is None or recorded.forest != _hashes(run) or not set(config.all_domains) <= set(recorded.members):
         return None
+    tokens = _dev_tokens(config, run)
+    if any(recorded.tokens.get(domain, count) != count for domain, count in tokens.items()):
+        return None
     return recorded.members
 
 
-def save_soups(run: RunDir, members: dict[str, tuple[str, ...]]) -> None:
-    """Record the members of every domain's soup, chosen from the current forest."""
+def save_soups(run: RunDir, members: dict[str, tuple[str, ...]], tokens: Mapping[str, int] | None = None) -> None:
+    """Record the members of every domain's soup, chosen from the current forest by this many tokens of dev text."""
     make_directory(run.soups.parent)
-    Soups(forest=_hashes(run), members=members).save(run.soups)
+    Soups(forest=_hashes(run), members=members, tokens=dict(tokens or {})).save(run.soups)
+
+
+def _dev_tokens(config: RunConfig, run: RunDir) -> dict[str, int]:
+    counts = {domain: scored_tokens(config, run, domain, "dev") for domain in config.all_domains}
+    return {domain: count for domain, count in counts.items() if count is not None}
 
 
 def _hashes(run: RunDir) -> dict[str, str]:
@@ -79,7 +90,7 @@ def choose_soups(group: ExpertGroup, config: RunConfig, run: RunDir) -> None:
 
         members[domain] = greedy_members(sorted(alone, key=lambda name: (alone[name], name)), loss)
     if group.is_first:
-        save_soups(run, members)
+        save_soups(run, members, _dev_tokens(config, run))
     dist.barrier()
 
 

@@ -41,6 +41,8 @@ class Expert(Record):
     content_hash: str
     # The device that trained it; empty for averages and in cards of earlier versions.
     device: str = Field(default="", exclude_if=is_empty)
+    # The step with the lowest dev loss, if its weights were exported instead of those of the last step.
+    best_step: int = Field(default=0, exclude_if=is_empty)
 
 
 def read_expert(directory: Path) -> Expert:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors.numpy import save
 
 from btm_scale.config.run import RunConfig
 from btm_scale.data.eval_text import EvaluationText
+from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.errors import ForestError
 from btm_scale.forest.expert import read_expert
 from btm_scale.forest.posterior.prior import cached_prior
@@ -81,13 +83,18 @@ def _with_sorted_header(content: bytes) -> bytes:
 
 def scored_model(path: Path) -> str | None:
     """Return the content hash of the scored model, or None if the scores are missing or damaged."""
+    return scored(path)[0]
+
+
+def scored(path: Path) -> tuple[str | None, int]:
+    """Return the content hash of the scored model and the number of tokens; (None, 0) without intact scores."""
     if not path.is_file():
-        return None
+        return None, 0
     try:
         with safe_open(path, "numpy") as file:
-            return (file.metadata() or {}).get("model")
-    except (OSError, SafetensorError):
-        return None
+            return (file.metadata() or {}).get("model"), file.get_slice("log_probs").get_shape()[0]
+    except (OSError, SafetensorError, IndexError):
+        return None, 0
 
 
 def scored_on(path: Path) -> tuple[str, str]:
@@ -105,17 +112,51 @@ def all_texts(config: RunConfig) -> list[tuple[str, str]]:
 
 def evaluation_text(config: RunConfig, run: RunDir, domain: str, split: str) -> EvaluationText:
     """Return the text that every model is scored on: the split's first documents in a fixed random order."""
-    length = config.budget.sequence_length
+    tokens = _most_tokens(config, split)
+    return EvaluationText.load(run, domain, split, tokens=tokens, sequence_length=config.budget.sequence_length)
+
+
+def _most_tokens(config: RunConfig, split: str) -> int:
     tokens = config.evaluate.tokens_per_domain
     if split == "dev" and config.evaluate.split != "dev":
-        tokens = min(tokens, config.evaluate.dev_blocks * length)
-    return EvaluationText.load(run, domain, split, tokens=tokens, sequence_length=length)
+        tokens = min(tokens, config.evaluate.dev_blocks * config.budget.sequence_length)
+    return tokens
 
 
-def missing_scores(run: RunDir, model: str, texts: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Return those of `texts` for which the current model has no scores."""
+def scored_tokens(config: RunConfig, run: RunDir, domain: str, split: str) -> int | None:
+    """Return how many tokens `evaluation_text` has, without reading them; None if the domain is not prepared."""
+    path = run.fingerprint(domain)
+    if not path.is_file():
+        return None
+    return min(_most_tokens(config, split), _tokens_of_splits(path, path.stat().st_mtime_ns)[split] - 1)
+
+
+@lru_cache(maxsize=1024)
+def _tokens_of_splits(path: Path, modified: int) -> dict[str, int]:
+    """Return the tokens of each split of a domain; `modified` is part of the cache key."""
+    return {split: counts.tokens for split, counts in Fingerprint.load(path).splits.items()}
+
+
+def missing_scores(
+    config: RunConfig, run: RunDir, model: str, texts: Iterable[tuple[str, str]]
+) -> list[tuple[str, str]]:
+    """Return those of `texts` for which the current model has no scores, or scores of a shorter or longer text."""
     content_hash = read_expert(run.model(model)).content_hash
-    return [text for text in texts if scored_model(run.scores(model, *text)) != content_hash]
+    missing = []
+    for text in texts:
+        scored_hash, tokens = scored(run.scores(model, *text))
+        if scored_hash != content_hash or tokens != (scored_tokens(config, run, *text) or tokens):
+            missing.append(text)
+    return missing
+
+
+def has_scores(config: RunConfig, run: RunDir, model: str, domain: str, split: str) -> bool:
+    """Return whether a model has scores of the text that is to be scored; damaged ones count, and loading raises."""
+    path = run.scores(model, domain, split)
+    if not path.is_file():
+        return False
+    _, tokens = scored(path)
+    return not tokens or tokens == (scored_tokens(config, run, domain, split) or tokens)
 
 
 @dataclass(frozen=True)

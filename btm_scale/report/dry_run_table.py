@@ -15,6 +15,7 @@ from btm_scale.report.summary import NOTHING, shorten
 from btm_scale.util.terminal import printable
 
 _LONGEST_NAME = 24
+_LONGEST_VALUE = 60
 # Columns after the model's name: all of them, and fewer for a narrow terminal.
 _COLUMNS = (
     ("parents", "steps", "batch", "tokens", "state", "layout"),
@@ -31,6 +32,11 @@ def print_dry_run(plan: Mapping[str, Any], console: Console) -> None:
         console.print(Text(printable(text)))
 
     say(f"{plan['run']}: models of {amount(plan['parameters'])} parameters")
+    if plan["changes"]:
+        console.print()
+        say("Changes from the run in this folder:")
+    for change in plan["changes"]:
+        say(f"  {change['key']}: {_value(change['before'])} -> {_value(change['after'])}; {change['effect']}")
     console.print()
     console.print(Fitting(tuple(_text_table(plan["text"], files) for files in (True, False))))
     if any(not row["encoded"] for row in plan["text"].values()):
@@ -79,11 +85,21 @@ def _model_table(models: Mapping[str, Mapping[str, Any]], columns: Sequence[str]
             "steps": f"{model['steps']:,}",
             "batch": model["batch"].removesuffix(" tokens"),
             "tokens": amount(model["tokens"]),
-            "state": "done" if model["done"] else "to do",
+            "state": _state(model),
             "layout": model["layout"],
         }
         table.add_row(Text(shorten(printable(name), _LONGEST_NAME)), *(cells[column] for column in columns))
     return table
+
+
+def _state(model: Mapping[str, Any]) -> str:
+    if model["done"]:
+        return "done"
+    return "to do" if model["resumes_at"] is None else f"from {model['resumes_at']:,}"
+
+
+def _value(value: Any) -> str:
+    return NOTHING if value in (None, {}, []) else shorten(str(value), _LONGEST_VALUE)
 
 
 def _parents(parents: str | Mapping[str, float] | None) -> str:

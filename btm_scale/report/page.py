@@ -121,7 +121,8 @@ def facts(config: RunConfig, results: Results, passes: Mapping[str, float] | Non
         "Model": _model_words(config),
         "Training budget": f"{budget.tokens:,} tokens in all, read in sequences of {budget.sequence_length:,}. "
         f"The seed LM took {tokens_text(budget.seed_steps * budget.batch_tokens)} of these tokens "
-        f"in {count(budget.seed_steps, 'step')}.",
+        f"in {count(budget.seed_steps, 'step')}."
+        + (f" The budget was raised from {budget.raised_from[0]:,} tokens." if budget.raised_from else ""),
         "Forest": f"{count(len(names), 'expert')} branched from the seed LM and trained without communication.",
         "Domains": f"{_listed(training) or 'none'}."
         + (f" Novel, never trained on: {_listed(novel)}." if novel else ""),

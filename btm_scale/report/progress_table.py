@@ -52,6 +52,9 @@ def progress_table(rows: Sequence[ModelProgress]) -> Group:
 
 
 def _table(rows: Sequence[ModelProgress], columns: Sequence[str]) -> Table:
+    if any(row.dev_loss is not None for row in rows):
+        at = columns.index("loss") + 1
+        columns = [*columns[:at], "dev loss", *columns[at:]]
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("model", no_wrap=True, max_width=28 if len(columns) > 2 else 16, overflow="ellipsis")
     for name in columns:
@@ -61,7 +64,8 @@ def _table(rows: Sequence[ModelProgress], columns: Sequence[str]) -> Table:
         cells: dict[str, Any] = {
             "": _bar(row),
             "step": f"{row.step:,}/{row.steps:,}",
-            "loss": _loss(row),
+            "loss": _loss(row.loss),
+            "dev loss": _loss(row.dev_loss),
             "tokens/s": _speed(row),
             "time left": duration(row.seconds_left),
         }
@@ -86,7 +90,8 @@ def progress_line(rows: Sequence[ModelProgress]) -> str:
     parts = [f"training: {len(done)}/{len(rows)} done{names}"]
     for row in rows:
         if row.state in ACTIVE:
-            loss = f" loss {_loss(row)}" if row.loss is not None else ""
+            loss = f" loss {_loss(row.loss)}" if row.loss is not None else ""
+            loss += f" dev {_loss(row.dev_loss)}" if row.dev_loss is not None else ""
             speed = f" {_speed(row)} tokens/s" if row.tokens_per_second is not None else ""
             left = f", {duration(row.seconds_left)} left" if row.seconds_left is not None else ""
             state = f", {row.state}" if row.state != "running" else ""
@@ -109,8 +114,8 @@ def duration(seconds: float | None) -> str:
     return f"{hours}h {minutes:02d}m" if hours < 48 else f"{hours // 24}d {hours % 24:02d}h"
 
 
-def _loss(row: ModelProgress) -> str:
-    return NOTHING if row.loss is None else f"{row.loss:.3f}"
+def _loss(loss: float | None) -> str:
+    return NOTHING if loss is None else f"{loss:.3f}"
 
 
 def _speed(row: ModelProgress) -> str:

@@ -11,13 +11,13 @@ from btm_scale.data.preview import Preview, preview_texts
 from btm_scale.data.sources import DomainSource, resolve_sources
 from btm_scale.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer
 from btm_scale.data.train_tokenizer import loss_of
-from btm_scale.forest.expert import is_finished
 from btm_scale.run.estimate import disk_bytes, run_seconds
 from btm_scale.run.launchers import placement
 from btm_scale.run.plan import vocabulary_of
-from btm_scale.run.state import continued, on_this_device, require_pretrained
+from btm_scale.run.raised import resumes_at
+from btm_scale.run.state import continued, on_this_device, require_continuable, require_pretrained
 from btm_scale.run_dir import RunDir
-from btm_scale.train.jobs import training_job, training_stages
+from btm_scale.train.jobs import is_trained, training_job, training_stages
 from btm_scale.train.passes import budget_tokens, too_many_passes
 
 
@@ -25,11 +25,13 @@ def dry_run(config: RunConfig, run: RunDir, *, trains_here: bool = True) -> dict
     """Return what a run would do: its text, its models with their steps, batches and layouts, and estimates of tokens,
     disk space and, if the groups run on this machine (`trains_here`), time. Writes nothing.
 
-    Checks every text path, the first documents of each domain, changes to an existing run's config and, with
-    `trains_here`, the precisions. Raises as `run` would, except for a pretrained model whose weights are not downloaded
-    yet.
+    `changes` are the settings that differ from those of the run in this folder, and what is done again. Checks every
+    text path, the first documents of each domain and, with `trains_here`, the precisions. Raises as `run` would, except
+    for a pretrained model whose weights are not downloaded yet; a refused change is reported together with those that
+    are allowed.
     """
     sources = resolve_sources(config.all_domains, config.text_root, config.tokenizer.path)
+    changes = require_continuable(config, run)
     config = continued(config, run)
     require_pretrained(config, run, may_lack_weights=True)
     if trains_here:
@@ -48,7 +50,8 @@ def dry_run(config: RunConfig, run: RunDir, *, trains_here: bool = True) -> dict
                 "tokens": job.steps * job.sequences * config.budget.sequence_length,
                 "layout": str(job.layout),
                 "at_a_time": place.slots,
-                "done": is_finished(run.model(model)),
+                "done": is_trained(config, run, model),
+                "resumes_at": None if is_trained(config, run, model) else resumes_at(run, job),
             }
     text = _text(config, run, sources, previews)
     tokens = sum(row["tokens"] for row in text.values())
@@ -60,6 +63,10 @@ def dry_run(config: RunConfig, run: RunDir, *, trains_here: bool = True) -> dict
     done = {name for name, job in jobs.items() if job["done"]}
     return {
         "run": str(run.root),
+        "changes": [
+            {"key": ".".join(one.path), "before": one.before, "after": one.after, "effect": one.effect}
+            for one in changes
+        ],
         "parameters": config.model.shape(vocabulary, config.budget.sequence_length).parameters,
         "text": text,
         "models": jobs,

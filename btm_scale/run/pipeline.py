@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from btm_scale.config.run import RunConfig
-from btm_scale.errors import ForestError, GroupFailed
+from btm_scale.errors import ForestError, GroupFailed, first_few
 from btm_scale.evaluate.averages import are_finished
 from btm_scale.evaluate.evaluate import evaluate
 from btm_scale.evaluate.readiness import require_evaluable
@@ -27,7 +27,7 @@ from btm_scale.run.preparing import prepare_run
 from btm_scale.run.stages import as_stage
 from btm_scale.run.state import is_done, open_run
 from btm_scale.run_dir import SEED, RunDir
-from btm_scale.train.jobs import model_names, training_stages
+from btm_scale.train.jobs import is_trained, model_names, training_stages
 from btm_scale.train.passes import passes_of_run, require_few_passes
 from btm_scale.util.locks import held
 
@@ -86,6 +86,11 @@ def evaluate_forest(config: RunConfig, run: RunDir, launcher: RunGroups | None =
     The caller holds the lock of `evaluating`, so that neither the forest nor its scores change.
     """
     remove_abandoned(config, run)
+    finished = [model for model in model_names(config) if is_finished(run.model(model))]
+    if behind := [model for model in finished if not is_trained(config, run, model)]:
+        logger.warning(
+            "trained with a former budget: %s. btm-scale run CONFIG trains further", first_few(behind, "models")
+        )
     with as_stage(run, "evaluate"):
         score_averages(config, run, launcher)
         return evaluate(config, run)
@@ -129,7 +134,7 @@ def score_models(config: RunConfig, run: RunDir, models: Sequence[str], launcher
     names = models or [name for name in candidates if is_finished(run.model(name))]
     if not names:
         raise ForestError(f"There is no finished model in {run.root}. Train some first: btm-scale run CONFIG")
-    todo = [name for name in names if missing_scores(run, name, averages.get(name) or all_texts(config))]
+    todo = [name for name in names if missing_scores(config, run, name, averages.get(name) or all_texts(config))]
     if todo:
         _run_scoring(config, run, tuple(part for name in todo for part in ("--model", name)), launcher)
     return todo

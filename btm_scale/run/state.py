@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from btm_scale.config.changes import Difference, fixed_differences
+from btm_scale.config.changes import Difference, differences
 from btm_scale.config.run import ExpertConfig, RunConfig
 from btm_scale.distributed.precision import ask_device
 from btm_scale.errors import ConfigError, DataError, LaunchError, first_few
@@ -23,14 +23,18 @@ from btm_scale.launch import slurm_commands, slurm_queue
 from btm_scale.launch.local import require_gpus
 from btm_scale.launch.shutdown import STOPPED
 from btm_scale.launch.supervise import GroupCommand
+from btm_scale.run.raised import require_checkpoints, with_earlier_budgets, with_recorded_budgets
 from btm_scale.run_dir import SEED, RunDir
-from btm_scale.train.jobs import model_names, training_job, training_stages
+from btm_scale.train.jobs import is_trained, model_names, training_job, training_stages
+from btm_scale.train.monitors import require_monitors
 from btm_scale.train.progress import ModelProgress, State, read_progress
 from btm_scale.util.devices import Gpus, usable_gpus
 from btm_scale.util.locks import is_held
 from btm_scale.util.rank_log import read_failure
 
 logger = logging.getLogger(__name__)
+
+_ADDED = "only what it adds is trained and scored"
 
 
 def open_run(
@@ -78,34 +82,55 @@ def require_pretrained(config: RunConfig, run: RunDir, *, may_lack_weights: bool
 
 
 def continued(config: RunConfig, run: RunDir) -> RunConfig:
-    """Return the config with each `auto` replaced by the precision recorded in the run's folder.
+    """Return the config as `compared` does. Raises ConfigError if a setting differs that may not."""
+    config, changes = compared(config, run)
+    _refuse(run, [one for one in changes if not one.is_allowed])
+    require_parents(config, run, model_names(config))
+    require_checkpoints(config, run)
+    return config
 
-    Settings that affect how a model is trained, scored or started, but not the resulting model, may differ from the
-    run's: their fields are marked with `Changes`. Everything may differ until the folder holds a result that depends on
-    the config, so that a first attempt that failed can be corrected. A config without a `name` takes the run's.
 
-    Raises ConfigError if anything else differs, because the models would not match the config, and for names that
-    `check_names` rejects. Raises ForestError if an expert branches from a model that does not exist.
+def require_continuable(config: RunConfig, run: RunDir) -> list[Difference]:
+    """Return the settings that differ from the run's. Raises ConfigError, which lists these too, if one may not."""
+    _, changes = compared(config, run)
+    allowed = [one for one in changes if one.is_allowed]
+    _refuse(run, [one for one in changes if not one.is_allowed], allowed)
+    return allowed
+
+
+def _refuse(run: RunDir, refused: Sequence[Difference], allowed: Sequence[Difference] = ()) -> None:
+    """Raise ConfigError if a difference is refused; the message lists the allowed ones too."""
+    if refused:
+        lines = [f"{run.root} holds a run with a different config. The differences are:", *_indented(refused)]
+        lines += ["These may change:", *_indented(allowed)] if allowed else []
+        raise ConfigError("\n".join([*lines, "Use a different --out, or delete that folder."]))
+
+
+def _indented(changes: Iterable[Difference]) -> list[str]:
+    return [f"  {change}" + (f": {change.effect}" if change.effect else "") for change in changes]
+
+
+def compared(config: RunConfig, run: RunDir) -> tuple[RunConfig, list[Difference]]:
+    """Return the config as it continues the run, and the settings that differ from the run's.
+
+    Each `auto` is replaced by the precision recorded in the run's folder; a config without a `name` takes the run's; a
+    raised budget gets those that models were trained with before. Settings that affect how a model is trained, scored
+    or started, but not the resulting model, may differ: their fields are marked with `Changes`. Everything may differ
+    until the folder holds a result that depends on the config, so that a first attempt that failed can be corrected.
+
+    Raises ConfigError for names that `check_names` rejects.
     """
     existing = RunConfig.load(run.config) if run.config.is_file() else None
     check_names(config, known=existing.all_domains if existing is not None else ())
     if existing is not None:
         config = config.with_precisions_of(existing)
-    if not has_results(run):
-        existing = None
-    if existing is not None:
-        if not config.is_named:
-            config = config.model_copy(update={"name": existing.name})
-        existing = existing.with_precisions_of(config)
-        differing = _fixed_differences(existing, config)
-        if differing:
-            raise ConfigError(
-                f"{run.root} holds a run with a different config. The differences are:\n"
-                + "\n".join(f"  {difference}" for difference in differing)
-                + "\nUse a different --out, or delete that folder."
-            )
-    require_parents(config, run, model_names(config))
-    return config
+    if existing is None or not has_results(run):
+        return config, []
+    if not config.is_named:
+        config = config.model_copy(update={"name": existing.name})
+    config = with_recorded_budgets(config, existing)
+    changes = _differences(existing.with_precisions_of(config), config)
+    return with_earlier_budgets(config, existing, run), changes
 
 
 def has_results(run: RunDir) -> bool:
@@ -144,6 +169,8 @@ def on_this_device(config: RunConfig, run: RunDir, *, logs: bool = True) -> RunC
     more ranks than the machine has GPUs, and as `usable_gpus` does.
     """
     todo = [model for model in model_names(config) if not is_done(config, run, model)]
+    if todo:
+        require_monitors(config)
     gpus = usable_gpus(config.launch.device) if todo else Gpus()
     for model in todo:
         require_gpus(gpus, model, training_job(config, model).layout.ranks)
@@ -181,13 +208,15 @@ def is_newest(config: RunConfig, run: RunDir, path: Path) -> bool:
     """Return whether every model is finished, and a file of the evaluation is newer."""
     if not path.is_file():
         return False
+    if not all(is_trained(config, run, model) for model in model_names(config)):
+        return False
     cards = [run.model(model) / "expert.json" for model in model_names(config)]
-    return all(card.is_file() and card.stat().st_mtime <= path.stat().st_mtime for card in cards)
+    return all(card.stat().st_mtime <= path.stat().st_mtime for card in cards)
 
 
 def is_done(config: RunConfig, run: RunDir, model: str) -> bool:
     """Return whether a model is trained, exported and scored."""
-    return is_finished(run.model(model)) and not missing_scores(run, model, all_texts(config))
+    return is_trained(config, run, model) and not missing_scores(config, run, model, all_texts(config))
 
 
 def state_at_rest(config: RunConfig, run: RunDir, model: str) -> State:
@@ -231,21 +260,21 @@ def progress(config: RunConfig, run: RunDir, states: dict[str, str]) -> list[Mod
             model,
             training_job(config, model).steps,
             state=states[model],  # type: ignore[arg-type]
-            is_exported=is_finished(run.model(model)),
+            is_exported=is_trained(config, run, model),
+            measured=config.dev_loss.every > 0,
         )
         for model in model_names(config)
         if model in states
     ]
 
 
-def _fixed_differences(existing: RunConfig, config: RunConfig) -> list[Difference]:
-    """Return the differences that are not allowed. Layouts are compared as resolved for each model."""
+def _differences(existing: RunConfig, config: RunConfig) -> list[Difference]:
+    """Return the settings that differ, and whether they may. Layouts are compared as resolved for each model."""
     names = [*existing.experts, *config.experts]
     free = _additions(existing, config)
     changes = [
-        difference
-        for difference in fixed_differences(_with_layouts(existing, names), _with_layouts(config, names))
-        if difference.path[:2] not in free
+        replace(difference, effect=_ADDED) if difference.path[:2] in free else difference
+        for difference in differences(_with_layouts(existing, names), _with_layouts(config, names))
     ]
     # A change of `layout` also changes every layout that inherits the value; it is reported once.
     of_all = [replace(one, path=one.path[1:]) for one in changes if one.path[0] == "layout"]

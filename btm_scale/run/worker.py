@@ -19,12 +19,11 @@ from btm_scale.errors import GroupFailed
 from btm_scale.evaluate.averages import make_averages
 from btm_scale.evaluate.score import score_model
 from btm_scale.forest.average_models import average_texts
-from btm_scale.forest.expert import is_finished
 from btm_scale.forest.scores import all_texts
 from btm_scale.forest.turns import changing_config, current_config, evaluating, scoring
 from btm_scale.launch.shutdown import end_with_supervisor
 from btm_scale.run_dir import RunDir
-from btm_scale.train.jobs import training_job
+from btm_scale.train.jobs import is_trained, training_job
 from btm_scale.train.preemption import forget_stop, leaving_at_once
 from btm_scale.train.threads import keep_threads
 from btm_scale.train.trainer import train_and_export
@@ -48,7 +47,7 @@ def train_as_rank(config: RunConfig, run: RunDir, model: str) -> None:
     ):
         job = training_job(config, model)
         keep_threads(group, run, model)
-        if not is_finished(run.model(model)):
+        if not is_trained(config, run, model):
             train_and_export(group, config, run, job)
         with leaving_at_once(run.train(model)):
             score_model(group, config, run, model, all_texts(config), on_text=_log_scored)

@@ -10,17 +10,15 @@ from __future__ import annotations
 import base64
 import contextlib
 import logging
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from pydantic import Field, model_validator
 
 from btm_scale.checkpoint.formats.locate import STATE_MARKER
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
@@ -32,10 +30,12 @@ from btm_scale.model.hf_names import table
 from btm_scale.model.hf_weights import huggingface_shapes, local_part
 from btm_scale.model.partition import complete_shape
 from btm_scale.train.engine import KINDS, MASTER, OUTER, Engine
+from btm_scale.train.jobs import TrainingJob
 from btm_scale.train.pieces import Placement, Span
+from btm_scale.train.position import Marker, Position, read_position, state_path, step_of
+from btm_scale.train.retention import continues, remove_old_states
 from btm_scale.train.state_file import (
     PartWriter,
-    WrittenPart,
     equal_part_digest,
     file_digest,
     part_digest,
@@ -43,7 +43,6 @@ from btm_scale.train.state_file import (
 )
 from btm_scale.util.disk_errors import writing
 from btm_scale.util.files import make_partial, partial_path, publish_directory, remove_partial, require_space
-from btm_scale.util.records import Record, is_empty
 
 logger = logging.getLogger(__name__)
 
@@ -52,16 +51,6 @@ OwnPiece = tuple[str, Span, Mapping[str, torch.Tensor]]
 
 _LOG_SECONDS = 30.0
 _UNSEEN = "not there yet"
-
-
-@dataclass(frozen=True)
-class Position:
-    """The progress of a job at a checkpoint."""
-
-    step: int
-    adam_steps: int
-    random_state: str  # state of torch's CPU generator, base64
-    loss_scale: dict[str, float] = field(default_factory=dict)  # fp16 only
 
 
 class Watch(Protocol):
@@ -74,70 +63,21 @@ class Watch(Protocol):
         """Return a context in which this rank waits for others, which are watched themselves."""
 
 
-class _Marker(Record):
-    """state.json: the position, and the parts of the tensors with their digests."""
+def save_state(
+    engine: Engine, folder: Path, step: int, keep: int, watch: Watch | None = None, kept: Container[int] = ()
+) -> None:
+    """Write the checkpoint after `step` steps, then delete all but the `keep` newest and those after `kept` steps.
 
-    SCHEMA = 3
-    ERROR = CheckpointError
-    ABSENT = "{folder} is not a complete checkpoint: it has no state.json. Use another one."
-    REMEDY = "Delete {folder}, and training resumes from the checkpoint before it."
-
-    step: int
-    adam_steps: int
-    random_state: str
-    loss_scale: dict[str, int | float] = {}
-    parts: tuple[WrittenPart, ...] = ()  # by rank
-    equal_parts: tuple[str, ...] = Field((), exclude_if=is_empty)  # digests of equal ranges; schema 2
-    sha256: str | None = Field(None, exclude_if=is_empty)  # of the complete file; schema 1
-
-    @classmethod
-    def upgraded(cls, content: Any) -> Any:
-        """Return schema 1, which had one digest, or 2, whose parts were equal ranges of every tensor, as schema 3."""
-        if not isinstance(content, dict):
-            return content
-        if content.get("schema", 1) == 1 and isinstance(content.get("sha256"), str):
-            return content | {"schema": 3}
-        if content.get("schema") == 2:
-            parts = {"equal_parts": content["parts"]} if content.get("parts") else {}
-            return {name: value for name, value in content.items() if name != "parts"} | {"schema": 3} | parts
-        return content
-
-    @model_validator(mode="after")
-    def _has_digests(self) -> _Marker:
-        if not self.parts and not self.equal_parts and self.sha256 is None:
-            raise ValueError("equal_parts, parts or sha256 is required")
-        return self
-
-    @property
-    def position(self) -> Position:
-        return Position(self.step, self.adam_steps, self.random_state, self.loss_scale)
-
-
-def state_path(folder: Path, step: int) -> Path:
-    """Return the folder of the checkpoint after `step` steps."""
-    return folder / f"step-{step:08d}"
-
-
-def save_state(engine: Engine, folder: Path, step: int, keep: int, watch: Watch | None = None) -> None:
-    """Write the checkpoint after `step` steps, then delete all but the `keep` newest. All ranks call this together.
-
-    Every rank writes its part; `watch` is notified of each tensor that is written, and of waits for other ranks.
+    All ranks call this together. Every rank writes its part; `watch` is notified of each tensor that is written, and of
+    waits for other ranks.
     """
-    group = engine.group
+    group, decay_end = engine.group, engine.job.decay_after(step)
     random_state = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
-    position = Position(step, engine.adam_steps, random_state, engine.loss_scale)
+    position = Position(step, engine.adam_steps, random_state, engine.loss_scale, decay_end)
     write_state(engine, folder, position, _own_pieces(engine), engine.kinds, (group.rank, group.size), watch)
     if group.is_first:
-        remove_old_states(folder, step, keep)
+        remove_old_states(folder, step, keep, kept)
     _wait(watch)
-
-
-def remove_old_states(folder: Path, step: int, keep: int) -> None:
-    """Delete the checkpoints up to `step` except for the `keep` newest, and what a killed process left of one."""
-    # A newer checkpoint was skipped as damaged; it must not displace a usable one.
-    states = (path for path in folder.glob("step-*") if path <= state_path(folder, step))
-    for old in sorted(states)[:-keep]:
-        shutil.rmtree(old)
 
 
 def write_state(
@@ -182,7 +122,7 @@ def write_state(
             if index > 0:
                 return
             writer.publish(parts)
-            _Marker(**asdict(position), parts=tuple(parts)).write(temporary / STATE_MARKER)
+            Marker(**asdict(position), parts=tuple(parts)).write(temporary / STATE_MARKER)
             publish_directory(temporary, final, replace=True)
     except OSError:
         # If the disk is full after all, a partial checkpoint would take the space that the next attempt needs.
@@ -238,23 +178,22 @@ def _waiting(watch: Watch | None) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if watch is None else watch.waiting()
 
 
-def read_position(path: Path) -> Position:
-    """Return the progress recorded in a checkpoint. Raises CheckpointError if it is incomplete."""
-    return _Marker.load(path / STATE_MARKER).position
-
-
 def newest_state(folder: Path) -> Path | None:
     """Return the newest intact checkpoint, or None; incomplete and damaged ones are skipped with a message."""
     return next((path for path in _newest_first(folder) if _usable(path, _problem(path))), None)
 
 
-def common_state(folder: Path) -> Path | None:
+def common_state(folder: Path, job: TrainingJob | None = None, *, only: int | None = None) -> Path | None:
     """Return `newest_state` as the group's first rank sees it, so that all ranks resume from the same checkpoint.
 
-    All ranks call this together, and each verifies some parts.
+    With `job`, checkpoints of a decay that ends earlier than the job's are left out; with `only`, all but that of this
+    step. All ranks call this together, and each verifies some parts.
     """
     group, first = patient_group(), dist.get_rank() == 0
     candidates = [_newest_first(folder) if first else []]
+    if only is not None:
+        candidates = [[path for path in candidates[0] if step_of(path) == only]]
+    candidates = [[path for path in candidates[0] if continues(path, job)]]
     dist.broadcast_object_list(candidates, src=0, group=group)
     for path in candidates[0]:
         problems: list[Any] = [None] * dist.get_world_size()
@@ -331,7 +270,7 @@ def _problem(path: Path) -> str | None:
 def _problem_of_parts(path: Path, rank: int, ranks: int) -> str | None:
     """Return what is wrong with the parts that a rank verifies, every `ranks`-th from its own number, or None."""
     try:
-        marker = _Marker.load(path / STATE_MARKER)
+        marker = Marker.load(path / STATE_MARKER)
         if marker.sha256 is not None:
             intact = rank > 0 or file_digest(path) == marker.sha256
         elif digests := marker.equal_parts:

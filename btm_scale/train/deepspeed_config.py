@@ -33,9 +33,6 @@ def deepspeed_config(job: TrainingJob, optimizer: OptimizerConfig, overrides: Ma
     }
     if job.accumulation > 1 and layout.precision != "fp32" and layout.zero > 0:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-    for monitor in ("tensorboard", "csv_monitor"):
-        if monitor in overrides:
-            config[monitor] = {"job_name": job.model}  # all models of a run write to one folder
     return _merged(config, overrides)
 
 

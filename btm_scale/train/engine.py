@@ -29,6 +29,7 @@ from btm_scale.train.deepspeed_config import deepspeed_config
 from btm_scale.train.diloco import OuterStep
 from btm_scale.train.fp32_gradients import Float32Sums
 from btm_scale.train.jobs import TrainingJob
+from btm_scale.train.monitors import rewind
 from btm_scale.util.imports import import_uncompiled
 
 # DeepSpeed's engine imports Muon only to check the type of each optimizer.
@@ -117,6 +118,14 @@ class Engine:
         overflowed = self._scaler is not None and not self._engine.was_step_applied()
         return StepResult(float(total), norm, overflowed)
 
+    @torch.no_grad()
+    def loss_of(self, sequences: Tensor) -> Tensor:
+        """Return the mean loss in nats of sequences [count, length + 1]; data ranks call this equally often."""
+        self._engine.eval()
+        loss = self._engine(sequences[:, :-1], sequences[:, 1:])
+        self._engine.train()
+        return loss
+
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of tensors in this engine's training state."""
@@ -142,6 +151,11 @@ class Engine:
             self._engine.monitor.write_events(
                 [(f"{self.job.model}/{name}", value, step) for name, value in numbers.items() if name != "step"]
             )
+
+    def rewind_monitor(self, step: int) -> None:
+        """Drop what the monitors have of later steps, which are taken again."""
+        if self._engine.monitor.enabled:
+            rewind(self._engine.monitor, self.job.model, step)
 
     def full(self, parameter: torch.nn.Parameter, kind: str) -> Tensor:
         """Return one tensor of a parameter's state on every data rank, float32, in its shape on this tensor rank."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from btm_scale.config.run import RunConfig
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.forest.branch import Branch
 from btm_scale.forest.expert import CARD, Expert
+from btm_scale.forest.turns import scoring
 from btm_scale.model.hf_config import config_json
 from btm_scale.model.hf_weights import huggingface_shapes, huggingface_tensors
 from btm_scale.run_dir import RunDir
@@ -25,12 +27,23 @@ from btm_scale.util.files import make_partial, partial_path, publish_directory, 
 from btm_scale.util.inside import copy_inside
 
 
-def export_expert(engine: Engine, config: RunConfig, run: RunDir, branch: Branch, end_of_text: int) -> None:
-    """Write the trained model, in the dtype it computes in, to its folder in the run. All ranks call this together."""
+def export_expert(
+    engine: Engine,
+    config: RunConfig,
+    run: RunDir,
+    branch: Branch,
+    end_of_text: int,
+    steps: int,
+    best: int | None = None,
+) -> None:
+    """Write the trained model, in the dtype it computes in, to its folder in the run. All ranks call this together.
+
+    Args: `steps`, that were taken; `best`, the step whose weights the engine has, if that is not the last.
+    """
     final = run.model(engine.job.model)
     try:
         with writing(final):
-            _export(engine, config, run, branch, end_of_text)
+            _export(engine, config, run, branch, end_of_text, steps, best)
     except OSError:
         if engine.group.is_first:
             remove_partial(partial_path(final))  # it would take the space that the next attempt needs
@@ -38,7 +51,9 @@ def export_expert(engine: Engine, config: RunConfig, run: RunDir, branch: Branch
     dist.barrier()
 
 
-def _export(engine: Engine, config: RunConfig, run: RunDir, branch: Branch, end_of_text: int) -> None:
+def _export(
+    engine: Engine, config: RunConfig, run: RunDir, branch: Branch, end_of_text: int, steps: int, best: int | None
+) -> None:
     group, shape, job = engine.group, engine.model.shape, engine.job
     final = run.model(job.model)
     partial = partial_path(final)
@@ -58,18 +73,21 @@ def _export(engine: Engine, config: RunConfig, run: RunDir, branch: Branch, end_
         (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         for file in sorted(run.tokenizer.iterdir()):
             copy_inside(run.tokenizer, file.name, partial)
-        card = _card(config, run, job, branch, partial)
-        card.model_copy(update={"device": name_of(group.device)}).write(partial / CARD)
-        publish_directory(partial, final)
+        card = _card(config, run, job, branch, partial, steps)
+        card = card.model_copy(update={"device": name_of(group.device), "best_step": best or 0})
+        card.write(partial / CARD)
+        # A raised budget replaces the expert of the smaller one, and not while the forest is evaluated.
+        with scoring(run) if job.earlier else contextlib.nullcontext():
+            publish_directory(partial, final, replace=bool(job.earlier))
 
 
-def _card(config: RunConfig, run: RunDir, job: TrainingJob, branch: Branch, directory: Path) -> Expert:
+def _card(config: RunConfig, run: RunDir, job: TrainingJob, branch: Branch, directory: Path, steps: int) -> Expert:
     return Expert(
         name=job.model,
         domains=branch.domains,
         parents=branch.parents,
-        tokens=job.steps * job.sequences * config.budget.sequence_length,
-        steps=job.steps,
+        tokens=steps * job.sequences * config.budget.sequence_length,
+        steps=steps,
         layout=job.layout.model_dump(),
         data_fingerprint={domain: Fingerprint.of_domain(run, domain).text for domain in branch.domains},
         content_hash=content_hash(directory),

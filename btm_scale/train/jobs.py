@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from btm_scale.config.layout import Layout
 from btm_scale.config.run import RunConfig
-from btm_scale.config.training import BranchConfig
+from btm_scale.config.training import BranchConfig, OptimizerConfig
 from btm_scale.errors import ConfigError, unknown_name
-from btm_scale.run_dir import DENSE, RANDOM_SPLIT, SEED
+from btm_scale.forest.expert import is_finished, read_expert
+from btm_scale.run_dir import DENSE, RANDOM_SPLIT, SEED, RunDir
+
+_ROUNDING = 1e-6  # of a step
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The steps of a job up to the end of one budget. A budget that is raised adds a stretch."""
+
+    steps: int  # of the job at its end
+    samples: int  # length of the data's fixed order
+    progress: tuple[float, float]  # fraction of the schedule before the job's first step and after this stretch
+    warmup_scale: float = 1.0  # see OptimizerConfig.rate
 
 
 @dataclass(frozen=True)
@@ -27,11 +41,36 @@ class TrainingJob:
     samples: int  # length of that order
     progress: tuple[float, float]  # fraction of the schedule before the first step and after the last
     layout: Layout
+    warmup_scale: float = 1.0
+    earlier: tuple[Stretch, ...] = ()  # of smaller budgets; steps, samples and progress are those of the last
+    stable_steps: int | None = (
+        None  # with wsd: those that a raised budget keeps, since neither rate nor text depends on it
+    )
+
+    @property
+    def stretches(self) -> tuple[Stretch, ...]:
+        """The stretches of all budgets, the last one included."""
+        return (*self.earlier, Stretch(self.steps, self.samples, self.progress, self.warmup_scale))
 
     def progress_at(self, step: int) -> float:
         """Return the fraction of the schedule that is completed after `step` steps of this job."""
-        begin, end = self.progress
-        return begin + (end - begin) * step / self.steps
+        stretch = self._stretch_of(step)
+        begin, end = stretch.progress
+        return begin + (end - begin) * step / stretch.steps
+
+    def rate_at(self, step: int, optimizer: OptimizerConfig) -> float:
+        """Return the learning rate of a step."""
+        return optimizer.rate(self.progress_at(step), self._stretch_of(step).warmup_scale)
+
+    def decay_after(self, step: int) -> int | None:
+        """Return the step at which the decay ends that this many steps are part of; None outside of a decay.
+
+        Only the job of the same length can resume from there.
+        """
+        return self.steps if self.stable_steps is not None and step > self.stable_steps else None
+
+    def _stretch_of(self, step: int) -> Stretch:
+        return next((one for one in self.stretches if step <= one.steps), self.stretches[-1])
 
     @property
     def micro_batch(self) -> int:
@@ -61,53 +100,52 @@ def training_job(config: RunConfig, model: str) -> TrainingJob:
     budget = config.budget
     batch = budget.sequences
     weights = {name: domain.weight for name, domain in config.domains.items()}
-    seed_end = budget.seed_steps / (budget.seed_steps + budget.branch_steps)
-    if model in (SEED, DENSE):
-        seed_samples = budget.seed_steps * batch
-        is_seed = model == SEED
+    if model == SEED:
+        total = budget.seed_schedule_steps
         job = TrainingJob(
             model=model,
-            branch=None if is_seed else BranchConfig(),
+            branch=None,
             weights=weights,
             part=None,
-            steps=budget.seed_steps if is_seed else budget.branch_steps,
-            sequences=batch,
-            batch_share=1.0,
-            first_sample=0 if is_seed else seed_samples,
-            # Seed and dense share one order of samples, so that dense continues where the seed LM ended.
-            samples=seed_samples + budget.branch_steps * batch,
-            progress=(0.0, seed_end) if is_seed else (seed_end, 1.0),
-            layout=config.shared_layout,
-        )
-    elif model in config.longer_dense_models:
-        # It branches from the seed LM for more steps, with a slower decay and its own order of samples.
-        total_steps = budget.seed_steps + budget.branch_steps
-        steps = round(total_steps * config.longer_dense_models[model]) - budget.seed_steps
-        job = TrainingJob(
-            model=model,
-            branch=BranchConfig(),
-            weights=weights,
-            part=None,
-            steps=steps,
+            steps=budget.seed_steps,
             sequences=batch,
             batch_share=1.0,
             first_sample=0,
-            samples=steps * batch,
-            progress=(seed_end, 1.0),
+            # Seed and dense share one order of samples, so that dense continues where the seed LM ended.
+            samples=total * batch,
+            progress=(0.0, budget.seed_steps / total),
             layout=config.shared_layout,
         )
+    elif model == DENSE or model in config.longer_dense_models:
+        factor = config.longer_dense_models.get(model, 1.0)
+        # A longer baseline branches from the seed LM for more steps, with a slower decay and its own order of samples.
+        first_sample = budget.seed_steps * batch if model == DENSE else 0
+        job = _with_stretches(
+            config,
+            TrainingJob(
+                model=model,
+                branch=BranchConfig(),
+                weights=weights,
+                part=None,
+                steps=0,
+                sequences=batch,
+                batch_share=1.0,
+                first_sample=first_sample,
+                samples=0,
+                progress=(0.0, 1.0),
+                layout=config.shared_layout,
+            ),
+            [round(total * factor) - budget.seed_steps for total in budget.schedule_steps],
+        )
     else:
-        job = _expert_job(config, model, seed_end)
+        job = _expert_job(config, model)
     for problem in job.layout.batch_problems(job.sequences):
         raise ConfigError(f"{model}: {problem}")
     return job
 
 
-def _expert_job(config: RunConfig, model: str, seed_end: float) -> TrainingJob:
-    """Return the job of an expert, or of a model of the random split, which trains like an expert on all domains.
-
-    `seed_end`: fraction of the schedule at which the seed LM ends.
-    """
+def _expert_job(config: RunConfig, model: str) -> TrainingJob:
+    """Return the job of an expert, or of a model of the random split, which trains like an expert on all domains."""
     part = None
     if model in config.random_split_models:
         weights = {name: domain.weight for name, domain in config.domains.items()}
@@ -117,28 +155,69 @@ def _expert_job(config: RunConfig, model: str, seed_end: float) -> TrainingJob:
     else:
         raise ConfigError(unknown_name("model", model, model_names(config)))
     budget, number = config.budget, len(config.domains)
-    batch = budget.batch_tokens // budget.sequence_length
     own = config.experts.get(model)
-    branch = config.branch(model)
     # As many steps as dense takes after the seed LM, each with an equal fraction of its batch.
     sequences = config.expert_sequences(model)
-    tokens = budget.branch_steps * budget.batch_tokens / number
+    tokens = [(total - budget.seed_steps) * budget.batch_tokens / number for total in budget.schedule_steps]
     if own is not None and own.tokens is not None:
-        tokens = own.tokens
-    steps = max(1, round(tokens / (sequences * budget.sequence_length)))
-    return TrainingJob(
+        tokens = [own.tokens]
+    job = TrainingJob(
         model=model,
-        branch=branch,
+        branch=config.branch(model),
         weights=weights,
         part=part,
-        steps=steps,
+        steps=0,
         sequences=sequences,
-        batch_share=sequences / batch,
+        batch_share=sequences / (budget.batch_tokens // budget.sequence_length),
         first_sample=0,
-        samples=steps * sequences,
-        progress=(seed_end if branch is not None and branch.schedule == "carried" else 0.0, 1.0),
+        samples=0,
+        progress=(0.0, 1.0),
         layout=config.expert_layout(model),
     )
+    return _with_stretches(
+        config, job, [max(1, round(count / (sequences * budget.sequence_length))) for count in tokens]
+    )
+
+
+def _with_stretches(config: RunConfig, job: TrainingJob, steps: Sequence[int]) -> TrainingJob:
+    """Return the job with its steps under each budget that branches are trained with, or under the first alone."""
+    seed_steps, seed_total = config.budget.seed_steps, config.budget.seed_schedule_steps
+    stretches = []
+    for count, total in zip(steps, config.budget.schedule_steps, strict=False):
+        carried = job.branch is not None and job.branch.schedule == "carried"
+        progress = (seed_steps / total if carried else 0.0, 1.0)
+        scale = seed_total / total if carried else steps[0] / count
+        stretches.append(Stretch(count, job.first_sample + count * job.sequences, progress, scale))
+    *earlier, last = stretches
+    job = replace(job, steps=last.steps, samples=last.samples, progress=last.progress, warmup_scale=last.warmup_scale)
+    if config.optimizer.decay == "wsd":
+        # The rate does not depend on the budget until the decay begins, so that there is one schedule.
+        begin, end = last.progress
+        earlier = [
+            replace(
+                one, progress=(begin, begin + (end - begin) * one.steps / last.steps), warmup_scale=last.warmup_scale
+            )
+            for one in earlier
+        ]
+        job = replace(job, stable_steps=_stable_steps(config, job))
+    return replace(job, earlier=tuple(one for one in earlier if one.steps < last.steps))
+
+
+def _stable_steps(config: RunConfig, job: TrainingJob) -> int:
+    """Return the steps before the decay and before the last part of the schedule, which has other domain weights."""
+    last = config.budget.last
+    until = min(config.optimizer.stable_share, 1.0 - (last.share if last is not None else 0.0))
+    begin, end = job.progress
+    steps = max(0, math.floor((until - begin) / (end - begin) * job.steps + _ROUNDING))
+    return steps - steps % job.layout.sync_every
+
+
+def is_trained(config: RunConfig, run: RunDir, model: str) -> bool:
+    """Return whether a model is finished, also with the steps that a raised budget has added."""
+    if not is_finished(run.model(model)):
+        return False
+    earlier = {stretch.steps for stretch in training_job(config, model).earlier}
+    return not earlier or read_expert(run.model(model)).steps not in earlier
 
 
 def training_stages(config: RunConfig) -> list[list[str]]:

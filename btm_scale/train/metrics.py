@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
@@ -30,6 +31,7 @@ _LOG_SECONDS = 5.0
 CROWDED = 0.3  # of the time that threads wait for a core, which is reported
 _TEXTS = ("device", "kernels")
 _MAX_STEP = 1 << 31
+DEV_LOSS = "dev_loss"  # of the step in which it was measured; with /DOMAIN, of one domain
 
 
 class Metrics:
@@ -82,10 +84,15 @@ class Metrics:
         self._first_step = step
         self.__enter__()
 
-    def record(self, step: int, result: StepResult, rate: float) -> dict[str, float]:
-        """Record a step, timed from the end of the previous one, and return its metrics."""
+    def record(
+        self, step: int, result: StepResult, rate: float, more: Mapping[str, float] | None = None, *, aside: float = 0.0
+    ) -> dict[str, float]:
+        """Record a step, timed from the end of the previous one without `aside` seconds, and return its metrics.
+
+        `more` is added to them, such as the loss on dev text.
+        """
         now = time.perf_counter()
-        seconds, self._last = now - self._last, now
+        seconds, self._last = now - self._last - aside, now
         self._watch_cores(now)
         line = {
             "step": step,
@@ -96,6 +103,7 @@ class Metrics:
             "seconds": seconds,
             "flops_per_second": self._step_tokens * self._token_flops / seconds,
         }
+        line |= more or {}
         if result.overflowed:
             line["overflowed"] = True
         if self._peak is not None:
@@ -104,6 +112,8 @@ class Metrics:
             return line
         waits = {} if self._waiting is None else {"core_wait": self._waiting}
         self._file.write(json.dumps(line | waits | self._runs_on) + "\n")
+        if more and DEV_LOSS in more:
+            logger.info("step %d/%d dev loss %.4f", step, self._job.steps, more[DEV_LOSS])
         if now - self._logged > _LOG_SECONDS or step == self._job.steps:
             self._logged = now
             logger.info(

@@ -21,7 +21,6 @@ class DomainMixture:
     def __init__(
         self, config: RunConfig, run: RunDir, job: TrainingJob, domains: Mapping[str, float], tokenizer: Tokenizer
     ) -> None:
-        seed, last = _seed(config, job), config.budget.last
         samples_of = functools.partial(
             TrainingSamples,
             run,
@@ -29,22 +28,33 @@ class DomainMixture:
             sequence_length=config.budget.sequence_length,
             part=job.part,
         )
-        self._main = samples_of(domains, samples=job.samples, seed=seed)
-        self._last, self._boundary = None, job.samples
-        if last is None or not domains.keys() & last.weights.keys():
-            return
-        # Steps that end before the last part of the schedule.
-        early = sum(job.progress_at(step) <= 1.0 - last.share for step in range(1, job.steps + 1))
-        self._boundary = job.first_sample + early * job.sequences
-        if self._boundary < job.samples:
+        seed, last = _seed(config, job), config.budget.last
+        reweighted: dict[str, float] = {}
+        if last is not None and domains.keys() & last.weights.keys():
             reweighted = {name: share * last.weights.get(name, 1.0) for name, share in domains.items()}
-            self._last = samples_of(reweighted, samples=job.samples - self._boundary, seed=seed + 1)
+        # (index after the last sample, index of the first, samples), in the order of training
+        self._parts: list[tuple[int, int, TrainingSamples]] = []
+        before = 0
+        for number, stretch in enumerate(job.stretches):
+            boundary = stretch.samples
+            if last is not None and reweighted:
+                # Steps that end before the last part of the schedule.
+                steps = range(before + 1, stretch.steps + 1)
+                early = before + sum(job.progress_at(step) <= 1.0 - last.share for step in steps)
+                boundary = job.first_sample + early * job.sequences
+            # Where no text is repeated, the order of a larger budget begins with the samples of the smaller one.
+            self._parts.append((boundary, 0, samples_of(domains, samples=stretch.samples, seed=seed)))
+            if boundary < stretch.samples:
+                rest = samples_of(reweighted, samples=stretch.samples - boundary, seed=seed + 1 + number)
+                self._parts.append((stretch.samples, boundary, rest))
+            before = stretch.steps
 
     def read(self, first: int, count: int) -> torch.Tensor:
         """Return `count` samples of one step, starting at index `first`: int64 [count, sequence_length + 1]."""
-        if self._last is not None and first >= self._boundary:
-            return self._last.read(first - self._boundary, count)
-        return self._main.read(first, count)
+        begin, samples = next(
+            ((begin, samples) for end, begin, samples in self._parts if first < end), self._parts[-1][1:]
+        )
+        return samples.read(first - begin, count)
 
 
 def _seed(config: RunConfig, job: TrainingJob) -> int:

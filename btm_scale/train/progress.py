@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from btm_scale.run_dir import RunDir
-from btm_scale.train.metrics import CROWDED, metrics_row
+from btm_scale.train.metrics import CROWDED, DEV_LOSS, metrics_row
 
 State = Literal["waiting", "running", "saving", "scoring", "done", "stopped", "failed"]
 ACTIVE: frozenset[State] = frozenset(["running", "saving", "scoring"])  # a group works on the model
 
 _TAIL_BYTES = 8192
+_DEV_TAIL_BYTES = 4 << 20
 _RECENT_STEPS = 20
 
 
@@ -33,15 +34,24 @@ class ModelProgress:
     note: str = ""
     device: str | None = None
     kernels: str | None = None
+    dev_loss: float | None = None  # the last that was measured, in nats per token
 
 
 def read_progress(
-    run: RunDir, model: str, steps: int, *, state: State, note: str = "", is_exported: bool = False
+    run: RunDir,
+    model: str,
+    steps: int,
+    *,
+    state: State,
+    note: str = "",
+    is_exported: bool = False,
+    measured: bool = False,
 ) -> ModelProgress:
     """Return the progress from the last few KB of the model's metrics; speeds are medians over the last 20 steps.
 
-    A model that is running is "saving" after its last step, and "scoring" once it `is_exported`. A missing file, an
-    unfinished last line and lines that are not JSON are ignored.
+    `measured`: the metrics have losses on dev text, the last of which may be further back. A model that is running is
+    "saving" after its last step, and "scoring" once it `is_exported`. A missing file, an unfinished last line and lines
+    that are not JSON are ignored.
     """
     rows = _last_rows(run.metrics(model))
     if state == "running" and is_exported:
@@ -68,12 +78,24 @@ def read_progress(
         note=note,
         device=rows[-1].get("device"),
         kernels=rows[-1].get("kernels"),
+        dev_loss=_last_dev_loss(run.metrics(model)) if measured else None,
     )
 
 
 def _median(rows: Sequence[dict[str, Any]], key: str) -> float | None:
     values = [row[key] for row in rows if isinstance(row.get(key), (int, float))]
     return statistics.median(values) if values else None
+
+
+def _last_dev_loss(path: Path) -> float | None:
+    """Return the last loss on dev text, from the last few MB of the metrics."""
+    mark = f'"{DEV_LOSS}":'.encode()
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - _DEV_TAIL_BYTES))
+        lines = file.read().split(b"\n")[:-1]
+    rows = (metrics_row(line) for line in reversed(lines) if mark in line)
+    return next((row[DEV_LOSS] for row in rows if row is not None and DEV_LOSS in row), None)
 
 
 def _last_rows(path: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from btm_scale.distributed.group import ExpertGroup
 from btm_scale.distributed.patience import patient_group
 from btm_scale.errors import CheckpointError, ConfigError, ForestError
 from btm_scale.forest.branch import Branch, settle
-from btm_scale.forest.expert import Parent, is_finished
+from btm_scale.forest.expert import Parent, is_finished, read_expert
 from btm_scale.model.gpt import ExpertModel
 from btm_scale.model.hf_weights import huggingface_shapes, load_weights
 from btm_scale.run_dir import RunDir
@@ -62,7 +62,7 @@ def begin_branch(engine: Engine, run: RunDir, job: TrainingJob, parents: Sequenc
     Raises ForestError if a parent is gone, CheckpointError if the parents' tensors differ in shape from the engine's.
     """
     assert job.branch is not None
-    checkpoints = [common_state(run.checkpoints(parent.name)) for parent in parents]
+    checkpoints = [_checkpoint(run, parent.name) for parent in parents]
     for parent, checkpoint in zip(parents, checkpoints, strict=True):
         if checkpoint is None and not is_finished(run.model(parent.name)):
             raise ForestError(
@@ -94,6 +94,15 @@ def begin_branch(engine: Engine, run: RunDir, job: TrainingJob, parents: Sequenc
     dist.barrier(merge_group)
     if engine.group.is_first:
         shutil.rmtree(mean)
+
+
+def _checkpoint(run: RunDir, parent: str) -> Path | None:
+    """Return the checkpoint whose weights a parent has: the newest, or the best if that was exported."""
+    best: list[int] = [0]
+    if dist.get_rank() == 0 and is_finished(run.model(parent)):
+        best = [read_expert(run.model(parent)).best_step]
+    dist.broadcast_object_list(best, src=0)
+    return common_state(run.checkpoints(parent), only=best[0] or None)
 
 
 def _write_mean(output: Path, inputs: Sequence[tuple[Path, float]], names: Sequence[str], carried: bool) -> None:

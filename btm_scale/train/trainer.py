@@ -12,14 +12,18 @@ from btm_scale.model.gpt import ExpertModel
 from btm_scale.run_dir import RunDir
 from btm_scale.train.bad_batches import Health
 from btm_scale.train.build import new_model
-from btm_scale.train.checkpoint import common_state, load_state, remove_old_states, restore_random_state, save_state
+from btm_scale.train.checkpoint import common_state, load_state, restore_random_state, save_state
+from btm_scale.train.dev_loss import DevLoss
 from btm_scale.train.engine import Engine
 from btm_scale.train.export import export_expert
 from btm_scale.train.jobs import TrainingJob
 from btm_scale.train.metrics import Metrics
 from btm_scale.train.mixture import DomainMixture
+from btm_scale.train.monitors import require_monitors, with_monitors
+from btm_scale.train.position import state_path
 from btm_scale.train.preemption import StopRequest
 from btm_scale.train.profiler import Profile
+from btm_scale.train.retention import kept_steps, remove_old_states, remove_other_decays
 from btm_scale.train.start import begin_branch, load_pretrained, settled_branch
 from btm_scale.train.watchdog import HangWatch
 
@@ -32,20 +36,22 @@ def train_and_export(group: ExpertGroup, config: RunConfig, run: RunDir, job: Tr
     sizes = config.expert_model(job.model)
     shape = sizes.shape(tokenizer.vocab_size, config.budget.sequence_length)
     branch = settled_branch(config, run, job)
+    require_monitors(config)
+    overrides = with_monitors(config, run, job.model) if group.is_first else config.deepspeed
 
     def first_model() -> ExpertModel:
         group.seed(config.random_seed)
-        model = new_model(group, shape, job, config.optimizer, config.deepspeed)
+        model = new_model(group, shape, job, config.optimizer, overrides)
         if sizes.pretrained is not None and not branch.parents:
             load_pretrained(group, model, sizes.pretrained, tokenizer)
         model.end_of_text = tokenizer.eos if config.data.separate_documents else None
         return model
 
-    engine = Engine(group, first_model(), job, config.optimizer, config.deepspeed)
+    engine = Engine(group, first_model(), job, config.optimizer, overrides)
 
     def begin() -> int:
         """Set the engine to the job's newest checkpoint, its parents' mean or a new model; returns the step."""
-        own = common_state(run.checkpoints(job.model))
+        own = common_state(run.checkpoints(job.model), job)
         if own is not None:
             position = load_state(engine, own)
             restore_random_state(position)
@@ -57,26 +63,36 @@ def train_and_export(group: ExpertGroup, config: RunConfig, run: RunDir, job: Tr
         return 0
 
     mixture = DomainMixture(config, run, job, branch.domains, tokenizer)
-    train(engine, mixture, config, run, begin)
-    export_expert(engine, config, run, branch, tokenizer.eos)
+    dev = DevLoss(group, config, run, job, branch.domains)
+    steps = train(engine, mixture, dev, config, run, begin)
+    best = dev.best_step if dev.best_step != steps else None
+    if best is not None:
+        load_state(engine, state_path(run.checkpoints(job.model), best))
+    export_expert(engine, config, run, branch, tokenizer.eos, steps, best)
     # Scoring follows, which loads another copy of the model.
     engine.close()
 
 
-def train(engine: Engine, mixture: DomainMixture, config: RunConfig, run: RunDir, begin: Callable[[], int]) -> None:
-    """Take the steps that remain after `begin`; save periodically and after the last step.
+def train(
+    engine: Engine, mixture: DomainMixture, dev: DevLoss, config: RunConfig, run: RunDir, begin: Callable[[], int]
+) -> int:
+    """Take the steps that remain after `begin`, and return how many were taken; save periodically and after the last.
 
-    After a bad batch, `begin` restores the engine, and training resumes without that batch.
+    Training ends early if the loss on dev text says so. After a bad batch, `begin` restores the engine, and training
+    resumes without that batch.
     """
     job, group = engine.job, engine.group
     rank_sequences = job.sequences // group.layout.data
     length = config.budget.sequence_length
     folder = run.checkpoints(job.model)
     step = begin()
+    dev.restart(run.metrics(job.model), step)
+    engine.rewind_monitor(step)
     if step > 0 and group.is_first:
         logger.info("resuming %s at step %d of %d", job.model, step, job.steps)
         # A process that was killed after it saved a checkpoint, the last one too, may have left older ones.
-        remove_old_states(folder, step, config.checkpoint.keep)
+        remove_other_decays(folder, job)
+        remove_old_states(folder, step, config.checkpoint.keep, kept_steps(job, dev.best_step))
     health = Health(group, config.health, run.train(job.model), run.metrics(job.model))
     with (
         StopRequest(group, run.train(job.model)) as stop,
@@ -85,11 +101,12 @@ def train(engine: Engine, mixture: DomainMixture, config: RunConfig, run: RunDir
         Metrics(group, run.metrics(job.model), job, engine.model.shape, length, step) as metrics,
     ):
         pending = False  # whether a checkpoint is to be saved once the data ranks are in sync
-        while step < job.steps:
+        while step < job.steps and not dev.is_over(step):
             step += 1
+            result = None
             if not health.leaves_out(step):
                 first = job.first_sample + (step - 1) * job.sequences + group.data_rank * rank_sequences
-                rate = config.optimizer.rate(job.progress_at(step))
+                rate = job.rate_at(step, config.optimizer)
                 with watch.step():
                     result = engine.step(mixture.read(first, rank_sequences), rate)
                 problem = health.problem(step, result)
@@ -97,19 +114,27 @@ def train(engine: Engine, mixture: DomainMixture, config: RunConfig, run: RunDir
                     health.leave_out(step, problem)
                     step = begin()
                     metrics.rewind(step)
+                    engine.rewind_monitor(step)
+                    dev.restart(run.metrics(job.model), step)
                     continue
-                engine.tell_monitor(metrics.record(step, result, rate))
-                profile.step()
             with watch.between_steps():
-                stops = stop.agreed() and step < job.steps
-                pending = pending or stops or step % config.checkpoint.every == 0 or step == job.steps
                 in_sync = engine.is_whole_after(step)
                 if in_sync:
                     engine.outer_step()
+                if result is not None:
+                    measured = dev.measure(engine, step, watch.progress) if in_sync and dev.is_due(step) else {}
+                    aside = dev.seconds if measured else 0.0
+                    engine.tell_monitor(metrics.record(step, result, rate, measured, aside=aside))
+                    profile.step()
+                stops = stop.agreed() and step < job.steps
+                ends = step == job.steps or dev.is_over(step)
+                saves = step % config.checkpoint.every == 0 or step in (job.stable_steps, dev.best_step)
+                pending = pending or stops or ends or saves
                 if in_sync and pending:
-                    save_state(engine, folder, step, config.checkpoint.keep, watch)
+                    save_state(engine, folder, step, config.checkpoint.keep, watch, kept_steps(job, dev.best_step))
                     pending = False
-            if in_sync and stops:
+            if in_sync and stops and not ends:
                 stop.leave(step)
         if job.steps == 0:  # a pretrained model without training; branches begin with its checkpoint
             save_state(engine, folder, step, config.checkpoint.keep)
+    return step

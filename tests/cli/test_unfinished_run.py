@@ -95,7 +95,7 @@ def test_score_says_that_nothing_is_trained_or_that_nothing_lacks_scores(
     with pytest.raises(ForestError, match=r"There is no finished model in .* Train some first: btm-scale run CONFIG"):
         call("score", run.root)
     save_card(run.model("seed"), "seed")
-    monkeypatch.setattr("btm_scale.forest.scores.scored_model", lambda path: "")
+    monkeypatch.setattr("btm_scale.forest.scores.scored", lambda path: ("", 0))
     call("score", run.root)
     assert capsys.readouterr().out == "Nothing to score: every finished model has all scores.\n"
 

@@ -161,6 +161,19 @@ def test_the_schedule_warms_up_then_decays_to_its_final_rate() -> None:
     assert OptimizerConfig(lr=1.0, warmup=0.0, decay="cosine").rate(0.5) == pytest.approx(0.5)
 
 
+def test_wsd_keeps_the_rate_until_its_decay() -> None:
+    schedule = OptimizerConfig(lr=1.0, warmup=0.1, final=0.2, decay="wsd", decay_share=0.2)
+    rates = [schedule.rate(progress) for progress in (0.05, 0.1, 0.5, 0.8, 0.9, 1.0)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.6, 0.2])
+    assert schedule.rate(0.05, warmup_scale=0.5) == 1.0
+
+
+def test_a_wsd_that_decays_before_the_branches_is_refused(tmp_path: Path) -> None:
+    values = {"domains": DOMAINS, "optimizer": {"decay": "wsd", "decay_share": 0.6}}
+    with pytest.raises(ConfigError, match=r"decay_share 0\.6 begins before the seed LM ends, at 0\.50 of .*use 0\.5"):
+        load(tmp_path, values)
+
+
 def test_an_expert_takes_the_steps_of_dense_after_the_seed_with_a_fraction_of_the_batch(tmp_path: Path) -> None:
     budget = {"tokens": 6_000_000, "seed_share": 0.5, "sequence_length": 256, "batch_tokens": 16_384}
     config = load(tmp_path, {"domains": {name: {"text": name} for name in "abcdefgh"}, "budget": budget})

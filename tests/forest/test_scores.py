@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.tiny_run import save_card, share_text
 
+from btm_scale.config.run import RunConfig
 from btm_scale.errors import ForestError
-from btm_scale.forest.scores import Scores, scored_model
+from btm_scale.forest.scores import Scores, evaluation_text, missing_scores, scored_model, scored_tokens
+from btm_scale.run_dir import RunDir
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
@@ -21,6 +24,24 @@ def test_truncated_scores_count_as_missing(tmp_path: Path, kept: float) -> None:
     assert scored_model(path) is None
     with pytest.raises(ForestError, match=r"are damaged .* btm-scale score RUN"):
         Scores.load(path)
+
+
+def test_scores_of_a_shorter_or_longer_text_count_as_missing(
+    prepared: tuple[RunConfig, RunDir], tmp_path: Path
+) -> None:
+    config, run = prepared[0], RunDir(tmp_path)
+    share_text(run, prepared[1])
+    save_card(run.model("seed"), "seed", content_hash="model")
+    texts = [("code", "dev"), ("code", "test")]
+    for domain, split in texts:
+        tokens = scored_tokens(config, run, domain, split)
+        assert tokens == len(evaluation_text(config, run, domain, split).targets)
+        scores = Scores(np.zeros(tokens, np.float32), np.zeros(1, np.int64), "model", "text")
+        scores.save(run.scores("seed", domain, split))
+    assert missing_scores(config, run, "seed", texts) == []
+    for change, missing in (({"dev_blocks": 3}, texts[:1]), ({"tokens_per_domain": 100}, texts)):
+        changed = config.model_copy(update={"evaluate": config.evaluate.model_copy(update=change)})
+        assert missing_scores(changed, run, "seed", texts) == missing
 
 
 def test_the_same_scores_always_have_the_same_bytes(tmp_path: Path) -> None:

@@ -61,6 +61,16 @@ def test_losses_lie_on_the_schedule_in_the_order_of_their_ends(config, make_resu
     assert traces(figures.forest(make_results())) is not None
 
 
+def test_losses_on_dev_text_are_markers_at_their_steps_in_the_colour_of_the_model(config, make_results):
+    rows = [row | ({"dev_loss": 2.5} if row["step"] == 2 else {}) for row in steps(3.0, 2.0, 2.0, 2.0)]
+    figure = figures.training_loss(config, make_results(), {"math": rows})
+    [curve] = traces(figure).values()
+    [dev] = [trace for trace in figure.data if trace.mode == "markers"]
+    assert (list(dev.x), list(dev.y), list(dev.customdata)) == ([curve.x[1]], [2.5], [2])
+    assert dev.marker.color == curve.line.color
+    assert "dev loss" in dev.hovertemplate
+
+
 def test_smoothing_keeps_a_constant_and_a_slope():
     assert smoothed(np.full(50, 3.0)) == pytest.approx(np.full(50, 3.0))
     assert smoothed(np.arange(100.0))[50] == pytest.approx(50.0)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
 from helpers.tiny_run import btm_scale, save_card, tiny_values, write_config
+from rich.console import Console
 
 from btm_scale.config.run import RunConfig
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.errors import DataError
+from btm_scale.report.dry_run_table import print_dry_run
 from btm_scale.run.dry_run import dry_run
+from btm_scale.run.state import open_run
 from btm_scale.run_dir import RunDir
 
 
@@ -57,6 +61,25 @@ def test_a_domain_without_the_field_is_refused_as_the_run_would_refuse_it(real_t
     config = write_config(tmp_path / "a.yaml", values)
     with pytest.raises(DataError, match=r"Domain 'python': .* no field 'body'; fields are 'text', 'source'"):
         dry_run(config, RunDir(tmp_path / "run"))
+
+
+def test_a_dry_run_lists_what_changed_and_what_is_done_again(real_text: Path, tmp_path: Path) -> None:
+    values, run = tiny_values(real_text), RunDir(tmp_path / "run")
+    open_run(write_config(tmp_path / "a.yaml", values), run)
+    run.tokenizer.mkdir()
+    checkpoint = run.checkpoints("seed") / "step-00000005"
+    checkpoint.mkdir(parents=True)
+    values["evaluate"] |= {"dev_blocks": 5}
+    plan = dry_run(write_config(tmp_path / "b.yaml", values | {"deepspeed": {"csv_monitor": {"enabled": True}}}), run)
+    assert [(change["key"], change["effect"]) for change in plan["changes"]] == [
+        ("evaluate.dev_blocks", "every model is scored again"),
+        ("deepspeed.csv_monitor.enabled", "no model is trained or scored again"),
+    ]
+    assert plan["models"]["seed"]["resumes_at"] == 5
+    out = io.StringIO()
+    print_dry_run(plan, Console(file=out, width=100))
+    assert "  evaluate.dev_blocks: 20 -> 5; every model is scored again\n" in out.getvalue()
+    assert next(line for line in out.getvalue().splitlines() if line.startswith("seed")).rstrip().endswith("from 5")
 
 
 def test_a_dry_run_prints_a_table_of_text_and_one_of_models(real_text: Path, tmp_path: Path) -> None:

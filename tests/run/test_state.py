@@ -30,6 +30,8 @@ def begin(config: RunConfig, run: RunDir) -> None:
         {"seed_layout": {"tensor": 2}},
         {"experts": {"python": {"layout": {"zero": 0, "data": 2}}}},
         {"data": {"workers": 1}},
+        {"evaluate": {"split": "dev", "tokens_per_domain": 500, "dev_blocks": 5}},
+        {"deepspeed": {"csv_monitor": {"enabled": True}, "zero_optimization": {"reduce_bucket_size": 1000}}},
     ],
 )
 def test_settings_that_affect_no_model_may_change_between_calls(tmp_path: Path, change: dict[str, object]) -> None:
@@ -42,13 +44,20 @@ def test_settings_that_affect_no_model_may_change_between_calls(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    "change", [{"budget": {"tokens": 48 * 1024}}, {"evaluate": {"split": "dev"}}, {"random_seed": 4}]
+    "change",
+    [
+        {"budget": {"tokens": 20 * 1024}},
+        {"budget": {"batch_tokens": 512}},
+        {"random_seed": 4},
+        {"deepspeed": {"zero_optimization": {"zero_quantized_gradients": True}}},
+        {"deepspeed": {"gradient_clipping": 0.5}},
+    ],
 )
-def test_settings_that_affect_a_model_or_its_scores_may_not_change(tmp_path: Path, change: dict[str, object]) -> None:
+def test_settings_that_affect_a_model_may_not_change(tmp_path: Path, change: dict[str, object]) -> None:
     values, run = tiny_values(tmp_path), RunDir(tmp_path / "run")
     begin(write_config(tmp_path / "a.yaml", values), run)
     before = run.config.read_bytes()
-    kept = {key: values[key] | part if isinstance(part, dict) else part for key, part in change.items()}
+    kept = {key: values.get(key, {}) | part if isinstance(part, dict) else part for key, part in change.items()}
     with pytest.raises(ConfigError, match=r"holds a run with a different config\. The differences are:\n  "):
         open_run(write_config(tmp_path / "b.yaml", values | kept), run)
     assert run.config.read_bytes() == before
@@ -57,9 +66,11 @@ def test_settings_that_affect_a_model_or_its_scores_may_not_change(tmp_path: Pat
 def test_a_dry_run_rejects_the_changes_that_the_run_would_reject(real_text: Path, tmp_path: Path) -> None:
     values, run = tiny_values(real_text), RunDir(tmp_path / "run")
     begin(write_config(tmp_path / "a.yaml", values), run)
-    changed = write_config(tmp_path / "b.yaml", values | {"random_seed": 4})
-    with pytest.raises(ConfigError, match=r"The differences are:\n  random_seed: \d+ there, 4 here"):
+    changed = write_config(tmp_path / "b.yaml", values | {"random_seed": 4, "name": "other"})
+    with pytest.raises(ConfigError, match=r"The differences are:\n  random_seed: \d+ there, 4 here\n") as raised:
         dry_run(changed, run)
+    allowed = "These may change:\n  name: tiny there, other here: no model is trained or scored again\n"
+    assert allowed in str(raised.value)
 
 
 def test_adding_a_domain_allows_no_change_to_one_with_the_same_prefix(tmp_path: Path) -> None:
@@ -212,5 +223,11 @@ def test_a_run_without_a_name_keeps_the_one_that_its_folder_recorded(tmp_path: P
     assert config.name == "my"
     assert open_run(config, run).name == "run"
     assert RunConfig.load(run.config).name == "run"
-    with pytest.raises(ConfigError, match="name: run there, other here"):
-        open_run(write_config(tmp_path / "my.yaml", values | {"name": "other"}), run)
+    assert open_run(write_config(tmp_path / "my.yaml", values | {"name": "other"}), run).name == "other"
+
+
+def test_the_folder_of_the_text_may_move(tmp_path: Path) -> None:
+    values, run = tiny_values(tmp_path / "a"), RunDir(tmp_path / "run")
+    begin(write_config(tmp_path / "a.yaml", values), run)
+    moved = write_config(tmp_path / "b.yaml", values | {"text_root": str(tmp_path / "b")})
+    assert open_run(moved, run).text_root == tmp_path / "b"

@@ -17,6 +17,7 @@ from btm_scale.report.summary import experts
 from btm_scale.run_dir import DENSE, SEED
 
 Curves = Mapping[str, Sequence[Mapping[str, float]]]
+_DEV_LOSS = "dev_loss"
 MOST_BESIDE = 16  # curves whose names fit beside the plot, and whose raw losses do not hide each other
 
 
@@ -28,6 +29,7 @@ class Curve:
     share: np.ndarray
     step: np.ndarray
     loss: np.ndarray
+    dev: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None  # of dev text: share, step and loss, all [points]
 
     @property
     def smooth(self) -> np.ndarray:
@@ -42,11 +44,25 @@ def schedule_curves(config: RunConfig, curves: Curves) -> list[Curve]:
         finite = [row for row in steps if math.isfinite(row.get("loss", math.nan))]
         if not finite:
             continue
-        step = np.array([row["step"] for row in finite], dtype=np.int32)
-        part = step / max(row["step"] for row in steps)
-        share = end * part if model == SEED else end + (1 - end) * part
-        placed.append(Curve(model, share, step, np.array([row["loss"] for row in finite], dtype=np.float64)))
+        last = max(row["step"] for row in steps)
+
+        def place(step: np.ndarray, is_seed: bool = model == SEED, last: float = last) -> np.ndarray:
+            return end * step / last if is_seed else end + (1 - end) * step / last
+
+        step, loss = _points(finite, "loss")
+        measured = [row for row in steps if math.isfinite(row.get(_DEV_LOSS, math.nan))]
+        dev = None
+        if measured:
+            dev_step, dev_loss = _points(measured, _DEV_LOSS)
+            dev = (place(dev_step), dev_step, dev_loss)
+        placed.append(Curve(model, place(step), step, loss, dev))
     return placed
+
+
+def _points(rows: Sequence[Mapping[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the steps and the values of a key, both [points]."""
+    steps = np.array([row["step"] for row in rows], dtype=np.int32)
+    return steps, np.array([row[key] for row in rows], dtype=np.float64)
 
 
 def seed_end(config: RunConfig) -> float:
@@ -66,7 +82,8 @@ def smoothed(values: np.ndarray, share: float = 0.06) -> np.ndarray:
 def training_loss(config: RunConfig, results: Results, curves: Curves, *, width: int = WIDE) -> go.Figure:
     """Draw each model's loss, a moving mean over 6% of the steps with the raw losses behind.
 
-    `curves`: each model's rows of metrics.jsonl. The vertical range leaves out the steep first tenth of the schedule.
+    `curves`: each model's rows of metrics.jsonl. Losses on dev text are markers. The vertical range leaves out the
+    steep first tenth of the schedule.
     """
     # In the order in which the lines end, so that names beside the plot follow the lines.
     placed = sorted(schedule_curves(config, curves), key=lambda curve: -curve.smooth[-1])
@@ -83,6 +100,12 @@ def training_loss(config: RunConfig, results: Results, curves: Curves, *, width:
         hover = "<b>%{fullData.hovertext}</b><br>loss %{y:.3f}, step %{customdata:,}<extra></extra>"
         y, y_raw = (values[kept].astype(np.float32) for values in (curve.smooth, curve.loss))
         smooth.append(go.Scatter(common, y=y, customdata=curve.step[kept], line=line, hovertemplate=hover))
+        if curve.dev is not None:
+            x, at, y_dev = (values.astype(np.float32) for values in curve.dev)
+            marker = {"color": line["color"], "size": 5, "symbol": "diamond-open"}
+            dots: dict[str, Any] = {"mode": "markers", "marker": marker, "customdata": at, "showlegend": False}
+            dots |= {"hovertemplate": hover.replace("loss", "dev loss", 1)}
+            smooth.append(go.Scatter(common | {"x": x, "y": y_dev} | dots))
         thin = line | {"width": 1, "dash": "solid"}
         raw.append(go.Scatter(common, y=y_raw, line=thin, opacity=0.16, hoverinfo="skip", showlegend=False))
     above = {"y": 1, "yref": "paper", "yanchor": "bottom", "font": {"color": SOFT}}

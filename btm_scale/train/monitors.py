@@ -1,0 +1,93 @@
+"""DeepSpeed's monitors: runs that are named, grouped and resumed, in the run's folder, without repeated steps."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import secrets
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from btm_scale.config.run import RunConfig
+from btm_scale.errors import ConfigError
+from btm_scale.run_dir import RunDir
+from btm_scale.util.files import make_directory, write_file
+
+# By section of `deepspeed`: the package that DeepSpeed imports for it.
+_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
+
+
+def require_monitors(config: RunConfig) -> None:
+    """Raise ConfigError if a monitor is enabled whose package is not installed."""
+    missing = [name for name, package in _PACKAGES.items() if _enabled(config, name) and find_spec(package) is None]
+    if missing:
+        packages = " ".join(_PACKAGES[name] for name in missing)
+        raise ConfigError(
+            f"deepspeed.{missing[0]} is enabled, and {_PACKAGES[missing[0]]} is not installed. The monitor needs it. "
+            f"Install it (pip install {packages}), or set enabled: false."
+        )
+
+
+def with_monitors(config: RunConfig, run: RunDir, model: str) -> dict[str, Any]:
+    """Return the `deepspeed` section with a name, a group and a folder for each enabled monitor that has none.
+
+    What W&B has no such setting for becomes a variable of this process, unless that is set. The id of a W&B run is
+    stored, so that a restart resumes it.
+    """
+    section = dict(config.deepspeed)
+    for name in ("tensorboard", "csv_monitor"):
+        if _enabled(config, name):
+            section[name] = {"output_path": str(run.monitors / name), "job_name": model} | section[name]
+    if _enabled(config, "wandb"):
+        section["wandb"] = {"project": "btm-scale", "group": config.name} | section["wandb"]
+        make_directory(run.monitors / "wandb")
+        variables = {"NAME": f"{config.name}/{model}", "RUN_ID": _run_id(run, model), "RESUME": "allow"}
+        for variable, value in (variables | {"DIR": str(run.monitors / "wandb")}).items():
+            os.environ.setdefault(f"WANDB_{variable}", value)
+    if _enabled(config, "comet"):
+        section["comet"] = {"experiment_name": f"{config.name}/{model}"} | section["comet"]
+    return section
+
+
+def rewind(monitor: Any, model: str, step: int) -> None:
+    """Drop the events after `step` from the monitors of this rank: these steps are taken again.
+
+    W&B itself ignores the events of steps that a resumed run already has.
+    """
+    if monitor.csv_monitor is not None:
+        names = f"{model.replace('/', '_')}_*.csv"
+        files = sorted(Path(monitor.csv_monitor.log_dir).glob(names))
+        for file in files:
+            _drop_rows(file, step)
+        # DeepSpeed writes a header to each file whose name it does not know.
+        monitor.csv_monitor.filenames = [file.stem for file in files]
+    if monitor.tb_monitor is not None:
+        writer = monitor.tb_monitor.summary_writer
+        writer.close()
+        monitor.tb_monitor.summary_writer = type(writer)(log_dir=writer.log_dir, purge_step=step + 1)
+
+
+def _drop_rows(file: Path, step: int) -> None:
+    """Keep the header of a file of csv_monitor once, and its rows up to `step`."""
+    header, *rows = list(csv.reader(io.StringIO(file.read_text(errors="replace")))) or [["step", file.stem]]
+    kept = [row for row in rows if len(row) == 2 and row[0].isdecimal() and int(row[0]) <= step]
+    text = io.StringIO()
+    csv.writer(text).writerows([header, *kept])
+    write_file(file, text.getvalue())
+
+
+def _enabled(config: RunConfig, name: str) -> bool:
+    section = config.deepspeed.get(name)
+    return isinstance(section, Mapping) and bool(section.get("enabled"))
+
+
+def _run_id(run: RunDir, model: str) -> str:
+    """Return the id of a model's W&B run, which is drawn once."""
+    path = run.train(model) / "wandb-id"
+    if not path.is_file():
+        make_directory(path.parent)
+        write_file(path, secrets.token_hex(8))
+    return path.read_text().strip()[:64]

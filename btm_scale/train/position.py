@@ -1,0 +1,82 @@
+"""state.json, the marker of a training checkpoint: the position of a job, and what each rank wrote."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from btm_scale.checkpoint.formats.locate import STATE_MARKER
+from btm_scale.errors import CheckpointError
+from btm_scale.train.state_file import WrittenPart
+from btm_scale.util.records import Record, is_empty
+
+
+@dataclass(frozen=True)
+class Position:
+    """The progress of a job at a checkpoint."""
+
+    step: int
+    adam_steps: int
+    random_state: str  # state of torch's CPU generator, base64
+    loss_scale: dict[str, float] = field(default_factory=dict)  # fp16 only
+    decay_end: int | None = None  # in the decay of wsd: the step at which it ends
+
+
+class Marker(Record):
+    """state.json: the position, and the parts of the tensors with their digests."""
+
+    SCHEMA = 3
+    ERROR = CheckpointError
+    ABSENT = "{folder} is not a complete checkpoint: it has no state.json. Use another one."
+    REMEDY = "Delete {folder}, and training resumes from the checkpoint before it."
+
+    step: int
+    adam_steps: int
+    random_state: str
+    loss_scale: dict[str, int | float] = {}
+    decay_end: int | None = Field(None, exclude_if=is_empty)
+    parts: tuple[WrittenPart, ...] = ()  # by rank
+    equal_parts: tuple[str, ...] = Field((), exclude_if=is_empty)  # digests of equal ranges; schema 2
+    sha256: str | None = Field(None, exclude_if=is_empty)  # of the complete file; schema 1
+
+    @classmethod
+    def upgraded(cls, content: Any) -> Any:
+        """Return schema 1, which had one digest, or 2, whose parts were equal ranges of every tensor, as schema 3."""
+        if not isinstance(content, dict):
+            return content
+        if content.get("schema", 1) == 1 and isinstance(content.get("sha256"), str):
+            return content | {"schema": 3}
+        if content.get("schema") == 2:
+            parts = {"equal_parts": content["parts"]} if content.get("parts") else {}
+            return {name: value for name, value in content.items() if name != "parts"} | {"schema": 3} | parts
+        return content
+
+    @model_validator(mode="after")
+    def _has_digests(self) -> Marker:
+        if not self.parts and not self.equal_parts and self.sha256 is None:
+            raise ValueError("equal_parts, parts or sha256 is required")
+        return self
+
+    @property
+    def position(self) -> Position:
+        """The progress of the job."""
+        return Position(self.step, self.adam_steps, self.random_state, self.loss_scale, self.decay_end)
+
+
+def state_path(folder: Path, step: int) -> Path:
+    """Return the folder of the checkpoint after `step` steps."""
+    return folder / f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int | None:
+    """Return the step in the name of a checkpoint; None for another name."""
+    number = path.name.removeprefix("step-")
+    return int(number) if number.isdecimal() else None
+
+
+def read_position(path: Path) -> Position:
+    """Return the progress recorded in a checkpoint. Raises CheckpointError if it is incomplete."""
+    return Marker.load(path / STATE_MARKER).position

@@ -1,0 +1,78 @@
+"""How the runs of DeepSpeed's monitors are named, grouped, resumed and rewound."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from helpers.tiny_run import tiny_values
+
+from btm_scale.config.run import RunConfig
+from btm_scale.errors import ConfigError
+from btm_scale.run_dir import RunDir
+from btm_scale.train import monitors
+from btm_scale.train.monitors import require_monitors, rewind, with_monitors
+
+
+def config_with(**sections: Any) -> RunConfig:
+    return RunConfig.model_validate(tiny_values(Path(), deepspeed=sections))
+
+
+def test_a_monitor_without_a_folder_writes_to_that_of_the_run(tmp_path: Path) -> None:
+    config = config_with(tensorboard={"enabled": True}, csv_monitor={"enabled": True, "output_path": "mine"})
+    section = with_monitors(config, RunDir(tmp_path), "random/0")
+    assert section["tensorboard"]["output_path"] == str(tmp_path / "monitors" / "tensorboard")
+    assert section["tensorboard"]["job_name"] == "random/0"
+    assert section["csv_monitor"]["output_path"] == "mine"
+
+
+def test_a_run_of_wandb_has_a_name_and_a_group_and_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, run = config_with(wandb={"enabled": True}), RunDir(tmp_path)
+    ids = []
+    for model in ("python", "python", "licences"):
+        for name in [name for name in os.environ if name.startswith("WANDB_")]:
+            monkeypatch.delenv(name)
+        section = with_monitors(config, run, model)["wandb"]
+        assert (section["group"], os.environ["WANDB_NAME"]) == ("tiny", f"tiny/{model}")
+        assert (os.environ["WANDB_RESUME"], os.environ["WANDB_DIR"]) == ("allow", str(tmp_path / "monitors" / "wandb"))
+        ids.append(os.environ["WANDB_RUN_ID"])
+    assert ids[0] == ids[1] != ids[2]
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_NAME", "mine")
+    with_monitors(config, run, "python")
+    assert os.environ["WANDB_NAME"] == "mine"
+
+
+def test_a_monitor_whose_package_is_missing_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitors, "find_spec", lambda name: None)
+    require_monitors(config_with(wandb={"enabled": False}, csv_monitor={"enabled": True}))
+    with pytest.raises(
+        ConfigError, match=r"deepspeed\.wandb is enabled, and wandb is not installed.*pip install wandb"
+    ):
+        require_monitors(config_with(wandb={"enabled": True}))
+
+
+class Writer:
+    """TensorBoard's SummaryWriter, as far as it is used."""
+
+    def __init__(self, log_dir: str, purge_step: int | None = None) -> None:
+        self.log_dir, self.purge_step = log_dir, purge_step
+
+    def close(self) -> None: ...
+
+
+def test_later_steps_are_dropped_and_headers_written_once(tmp_path: Path) -> None:
+    file, foreign = tmp_path / "python_loss.csv", tmp_path / "licences_loss.csv"
+    file.write_text("step,loss\n1,3.0\n2,2.9\nstep,loss\n3,2.8\n4,2.7\n")
+    foreign.write_text("step,loss\n9,1.0\n")
+    written: Any = SimpleNamespace(log_dir=str(tmp_path), filenames=[])
+    board: Any = SimpleNamespace(summary_writer=Writer("logs"))
+    rewind(SimpleNamespace(csv_monitor=written, tb_monitor=board), "python", 3)
+    assert file.read_text().splitlines() == ["step,loss", "1,3.0", "2,2.9", "3,2.8"]
+    assert foreign.read_text() == "step,loss\n9,1.0\n"
+    assert written.filenames == ["python_loss"]
+    assert (board.summary_writer.log_dir, board.summary_writer.purge_step) == ("logs", 4)
