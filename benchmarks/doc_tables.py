@@ -53,6 +53,10 @@ MERGING = {
     "cpu_time": "merge {models} x {size:.2f} GB, CPU time",
 }
 MERGE_PEERS = {"times_as_fast_as_mergekit": "mergekit", "times_as_fast_as_a_copy": "plain copy"}
+SAVING = {
+    "seconds": "save a checkpoint by two ranks, ZeRO {stage}, time",
+    "processor_seconds": "save a checkpoint by two ranks, ZeRO {stage}, core seconds of the busier rank",
+}
 KERNELS = "Triton kernels on a GPU"
 KERNEL_PEERS = "eager PyTorch, torch.compile, Cut Cross-Entropy, Liger"
 
@@ -153,6 +157,9 @@ def speed() -> str:
         for case, ratio in merge[key].items():
             label = MERGING[case].format(models=merge["models"], size=merge["bytes_per_model"] / 1e9)
             rows.append([label, peer, f"{ratio:.2f}"])
+    for stage, figures in _read("checkpoint")["zero"].items():
+        for name, label in SAVING.items():
+            rows.append([label.format(stage=stage), "one rank", f"{figures[f'ratio_of_{name}']:.2f}"])
     rows.append([KERNELS, KERNEL_PEERS, "not measured"])
     return _table(rows)
 

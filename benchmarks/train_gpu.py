@@ -49,7 +49,7 @@ def main() -> None:
         threads=options.threads,
         precision="bf16",
         length=options.length,
-        vocabulary=32_000,
+        vocabulary=options.vocabulary,
         sequences=options.sequences,
         micro_batch=options.micro_batch,
         recompute=options.recompute,
@@ -63,7 +63,7 @@ def main() -> None:
     rounds: dict[str, list[dict[str, Any]]] = {peer: [] for peer in (OURS, PLAIN, COMPILED)}
     words = [
         f"--{name.replace('_', '-')}={getattr(options, name)}"
-        for name in ("preset", "length", "sequences", "micro_batch", "recompute", "steps")
+        for name in ("preset", "length", "vocabulary", "sequences", "micro_batch", "recompute", "steps")
     ]
     for _ in range(options.rounds):
         for peer, found in rounds.items():
@@ -87,6 +87,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--preset", default="llama-1.3b")
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--recompute", default="none", choices=["none", "selective", "full"], help="ours only")

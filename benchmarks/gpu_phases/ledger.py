@@ -99,10 +99,7 @@ def measure(rows: Iterable[Row], ledger: Ledger, site: Site, budget: float) -> l
     began = time.monotonic()
     missing = [row for row in rows if not ledger.has(row)]
     if missing and "environment" not in ledger.rows:
-        sys.path.insert(0, str(SCRIPT.parent))
-        from environment import describe
-
-        ledger.append({"row": "environment", "status": DONE, "seconds": 0.0, "figures": describe()})
+        ledger.append({"row": "environment", "status": DONE, "seconds": 0.0, "figures": _environment()})
     left = []
     for row in missing:
         if time.monotonic() - began + row.limit_s > budget:
@@ -112,6 +109,14 @@ def measure(rows: Iterable[Row], ledger: Ledger, site: Site, budget: float) -> l
         ledger.append(entry)
         print(f"{entry['seconds']:6.1f} s  {entry['status']:<11} {row.name}", flush=True)
     return left
+
+
+def _environment() -> dict[str, Any]:
+    """Return hardware and versions, from a process that ends: some GPUs serve one process at a time."""
+    program = "import json; from environment import describe; print('\\n' + json.dumps(describe()))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=SCRIPT.parent, stdout=subprocess.PIPE, check=True)
+    described: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return described
 
 
 def run_row(row: Row, site: Site) -> None:
@@ -155,9 +160,11 @@ def _measured(row: Row, site: Site) -> dict[str, Any]:
             process.wait()
     entry["seconds"] = round(time.monotonic() - began, 1)
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    if code == 0:
-        return entry | json.loads(lines[-1])
-    problem = f"took more than {row.limit_s:.0f} s" if code is None else f"exit code {code}"
+    # Libraries may print after the result, such as NCCL about a process group that was not destroyed.
+    result = next((line for line in reversed(lines) if line.startswith('{"status": ')), None)
+    if code == 0 and result is not None:
+        return entry | json.loads(result)
+    problem = f"took more than {row.limit_s:.0f} s" if code is None else f"exit code {code} without a result"
     return entry | {
         "status": TIMEOUT if code is None else FAILED,
         "error": "\n".join([problem, *lines[-_LOG_LINES:]]),
@@ -173,7 +180,8 @@ def kill_tree(process: int) -> None:
     for child in children:
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
-    os.kill(process, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
 
 
 def variables(site: Site) -> dict[str, str]:

@@ -19,6 +19,7 @@ _SMALL_CASES = {
     "mix_sample": "logits = torch.randn(3, 5, 1111, device='cuda').bfloat16()\n"
     "kernels.mix_sample(logits, torch.randn(5, 3, device='cuda'))",
 }
+_FOUND = 9  # exit code of compute-sanitizer that found an error
 _OUTCOME = re.compile(r"(\d+) (passed|failed|skipped|errors?)\b")
 
 
@@ -36,7 +37,7 @@ def _run_tests(file: Path, site: Site) -> dict[str, Any]:
     print(result.stdout, result.stderr)
     summary = result.stdout.strip().splitlines()[-1]
     counts = {outcome.rstrip("s"): int(count) for count, outcome in _OUTCOME.findall(summary)}
-    if not counts:
+    if not counts or "error" in counts or not (counts.keys() & {"passed", "failed"} or site.simulated):
         raise RuntimeError(f"pytest ended with exit code {result.returncode}: {summary}")
     failed = [line.removeprefix("FAILED ") for line in result.stdout.splitlines() if line.startswith("FAILED ")]
     return {**counts, "failed_tests": failed}
@@ -47,11 +48,12 @@ def _sanitize(code: str, site: Site) -> dict[str, Any]:
     checker = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if checker is None or site.simulated:
         raise UnavailableError("compute-sanitizer is not installed" if checker is None else "there is no GPU")
-    program = f"import torch\nfrom btm_scale import kernels\n{code}\ntorch.cuda.synchronize()"
-    command = [checker, "--error-exitcode", "9", sys.executable, "-c", program]
+    program = f"import torch\nfrom btm_scale import kernels\n{code}\ntorch.cuda.synchronize()\n"
+    program += "assert kernels.last_path().backend == 'triton', 'Triton did not run'"
+    command = [checker, "--error-exitcode", str(_FOUND), sys.executable, "-c", program]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     print(result.stdout, result.stderr)
     summary_line = re.search(r"ERROR SUMMARY: (\d+) error", result.stdout)
-    if summary_line is None:
+    if summary_line is None or result.returncode not in (0, _FOUND):
         raise RuntimeError(f"compute-sanitizer ended with exit code {result.returncode}")
     return {"memory_errors": int(summary_line.group(1))}

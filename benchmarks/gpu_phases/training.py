@@ -76,7 +76,11 @@ def _train(preset: str, peer: str, site: Site) -> dict[str, Any]:
 
     case = case_of(preset, site)
     words = [f"--preset={preset}", f"--length={case.length}", f"--sequences={case.sequences}"]
-    words += [f"--micro-batch={case.micro_batch}", f"--steps={2 if site.simulated else _STEPS}"]
+    words += [
+        f"--vocabulary={case.vocabulary}",
+        f"--micro-batch={case.micro_batch}",
+        f"--steps={2 if site.simulated else _STEPS}",
+    ]
     figures = in_ranks(_TRAIN, case, peer, words)
     if peer == "ours":
         figures["planned_memory_bytes"] = _planned_memory(case)

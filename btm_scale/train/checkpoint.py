@@ -97,11 +97,8 @@ def write_state(
     index, ranks = part
     final = state_path(folder, position.step)
     temporary = partial_path(final)
-    specs = {
-        f"{kind}/{name}": TensorSpec(torch.float32, size)
-        for kind in kinds
-        for name, size in huggingface_shapes(engine.model.shape).items()
-    }
+    sizes = huggingface_shapes(engine.model.shape)
+    specs = {f"{kind}/{name}": TensorSpec(torch.float32, size) for kind in kinds for name, size in sizes.items()}
     total = sum(spec.nbytes for spec in specs.values())
     try:
         with writing(final):
@@ -163,9 +160,14 @@ def _own_pieces(engine: Engine) -> Iterator[OwnPiece]:
         index, copies = (0, 1) if engine.is_partitioned else (group.data_rank, group.layout.data)
         if entry.cut is None:
             index, copies = index * tensor + group.tensor_rank, copies * tensor
-        start, stop = size * index // copies, size * (index + 1) // copies
         placement = Placement(entry, tuple(complete_shape(parameter)), shape, group.tensor_rank, tensor)
-        for piece in placement.pieces(first + start, first + stop):
+        if engine.is_partitioned:
+            start, stop = size * index // copies, size * (index + 1) // copies
+            pieces = placement.pieces(first + start, first + stop)
+        else:
+            start, stop = 0, size
+            pieces = placement.share(index, copies)
+        for piece in pieces:
             yield piece.name, piece.span, {kind: piece.of(part[start:stop]) for kind, (_, part) in parts.items()}
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,7 +56,7 @@ class PartWriter:
         self._descriptor = _opened(partial_path(folder / SINGLE))
         length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
         header = os.pread(self._descriptor, 8 + length, 0)
-        self._begins, _, _ = _positions(header)
+        self._begins, _, _ = _positions(header, json.loads(header[8:]))  # which this group wrote
         self._digest = hashlib.sha256(header if creates else b"")
         self._spans: dict[str, list[Span]] = {}
 
@@ -107,7 +109,7 @@ def require_complete(folder: Path, parts: Sequence[WrittenPart]) -> None:
     Then verifying them reads the file about once, whatever a damaged or hostile `state.json` says.
     """
     with (folder / SINGLE).open("rb") as file:
-        begins, kinds, ends = _positions(_header(file.fileno()))
+        _, begins, kinds, ends = _read_header(file.fileno())
     written = _elements(parts)
     for name, begin in begins.items():
         kind, _, shared = name.partition("/")
@@ -128,8 +130,7 @@ def part_digest(folder: Path, part: WrittenPart, *, is_first: bool) -> str:
     Raises OSError, ValueError or KeyError for a file that has no such part.
     """
     with (folder / SINGLE).open("rb") as file:
-        header = _header(file.fileno())
-        begins, kinds, ends = _positions(header)
+        header, begins, kinds, ends = _read_header(file.fileno())
         digest = hashlib.sha256(header if is_first else b"")
         for name, spans in part.spans.items():
             for span, kind in itertools.product(map(Span.parse, spans), kinds):
@@ -148,8 +149,7 @@ def equal_part_digest(folder: Path, index: int, count: int) -> str:
     Raises OSError or ValueError for a file that has no such part.
     """
     with (folder / SINGLE).open("rb") as file:
-        header = _header(file.fileno())
-        begins, _, _ = _positions(header)
+        header, begins, _, _ = _read_header(file.fileno())
         ends = [*sorted(begins.values()), os.fstat(file.fileno()).st_size]
         digest = hashlib.sha256(hashlib.sha256(header).digest() if index == 0 else b"")
         for begin, end in itertools.pairwise(ends):
@@ -171,25 +171,27 @@ def file_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _header(descriptor: int) -> bytes:
-    """Return the header of a file, with its length. Raises ValueError if the file's size differs from what it says."""
+def _read_header(descriptor: int) -> tuple[bytes, dict[str, int], list[str], dict[str, int]]:
+    """Return the header of a file, with its length, and its positions.
+
+    Raises ValueError if it is damaged, or the file's size differs from what it says.
+    """
     size = os.fstat(descriptor).st_size
     length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
     if length > min(size - 8, MAX_BYTES):
         raise ValueError("the header is damaged")
     header = os.pread(descriptor, 8 + length, 0)
-    _, _, ends = _positions(header)
+    begins, kinds, ends = _positions(header, parse_json(header[8:]))
     if max(ends.values(), default=len(header)) != size:
         raise ValueError("its size is not that of its tensors")
-    return header
+    return header, begins, kinds, ends
 
 
-def _positions(header: bytes) -> tuple[dict[str, int], list[str], dict[str, int]]:
+def _positions(header: bytes, content: Any) -> tuple[dict[str, int], list[str], dict[str, int]]:
     """Return where each tensor begins, the kinds of tensors in the order of the file, and where each tensor ends.
 
     Raises ValueError for a header that is not that of a checkpoint.
     """
-    content = parse_json(header[8:])
     if not isinstance(content, dict):
         raise ValueError("the header is damaged")
     begins, ends = {}, {}

@@ -81,6 +81,25 @@ def test_a_row_that_fails_or_takes_too_long_is_a_row(phases, tmp_path, monkeypat
     assert "ValueError: no such kernel" in rows["x"]["error"]
 
 
+def test_what_a_library_prints_after_the_result_does_not_hide_it(phases, tmp_path, monkeypatch):
+    from gpu_phases import ledger
+
+    row = tmp_path / "row.py"
+    row.write_text(
+        'import sys\nif \'x\' in sys.argv: print(\'\\n{"status": "done", "figures": {"a": 1}}\', flush=True)\n'
+        "print('[rank0] Warning: destroy_process_group() was not called before program exit', file=sys.stderr)\n"
+    )
+    monkeypatch.setattr(ledger, "SCRIPT", row)
+    site = ledger.Site(tmp_path, simulated=True)
+    written = ledger.Ledger(tmp_path / "rows.jsonl")
+    written.append({"row": "environment", "status": ledger.DONE, "seconds": 0.0, "figures": {}})
+    ledger.measure([ledger.Row(name, 9, lambda site: {}) for name in ("x", "y")], written, site, budget=30)
+    rows = {row["row"]: row for row in recorded(tmp_path)}
+    assert rows["x"]["figures"] == {"a": 1}
+    assert rows["y"]["status"] == ledger.FAILED
+    assert "without a result" in rows["y"]["error"]
+
+
 def test_a_row_measures_the_kernels(tmp_path):
     printed = gpu_day(tmp_path, "--row", TOY_ROW)
     result = json.loads(printed.splitlines()[-1])

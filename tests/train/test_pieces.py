@@ -32,10 +32,11 @@ def full_tensors(shape: ModelShape, tensor: int) -> dict[str, torch.Tensor]:
     return result
 
 
+@pytest.mark.parametrize("complete", [False, True], ids=["own part", "complete shard"])
 @pytest.mark.parametrize("parts", [1, 2, 7])
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_parts_of_all_ranks_are_every_element_once(family: str, tensor: int, parts: int) -> None:
+def test_the_parts_of_all_ranks_are_every_element_once(family: str, tensor: int, parts: int, complete: bool) -> None:
     heads = {"kv_heads": 4} if family == "gpt2" else {}
     shape = ModelShape.model_validate({"family": family, **TINY_SHAPE, **heads})
     for entry in table(shape):
@@ -48,9 +49,10 @@ def test_the_parts_of_all_ranks_are_every_element_once(family: str, tensor: int,
             flat = shards[rank].reshape(-1)
             placement = Placement(entry, tuple(shards[rank].shape), shape, rank, tensor)
             bounds = [flat.numel() * i // parts for i in range(parts + 1)]
-            for start, stop in itertools.pairwise(bounds):
-                for piece in placement.pieces(start, stop):
-                    values = piece.of(flat[start:stop]).view(piece.span.count, piece.span.length)
+            for index, (start, stop) in enumerate(itertools.pairwise(bounds)):
+                pieces = placement.share(index, parts) if complete else placement.pieces(start, stop)
+                for piece in pieces:
+                    values = piece.of(flat if complete else flat[start:stop]).view(piece.span.count, piece.span.length)
                     for begin, run in zip(piece.span.starts, values, strict=True):
                         placed[piece.name][begin : begin + len(run)] = run
                     written += piece.span.elements
@@ -68,12 +70,23 @@ def test_a_complete_tensor_is_one_run() -> None:
         ]
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_share_of_a_complete_shard_has_no_short_runs(family: str) -> None:
+    heads = {"kv_heads": 4} if family == "gpt2" else {}
+    shape = ModelShape.model_validate({"family": family, **TINY_SHAPE, **heads})
+    for entry in table(shape):
+        full = full_tensors(shape, 1)[entry.megatron]
+        for piece in Placement(entry, tuple(full.shape), shape).share(1, 2):
+            complete = huggingface_shapes(shape)[piece.name]
+            assert piece.span.count == 1, (piece.name, piece.span, complete)
+
+
 @pytest.mark.parametrize("span", [Span(0, 5), Span(7, 2, 3, 10)])
 def test_a_span_is_read_as_it_is_written(span: Span) -> None:
     assert Span.parse(str(span)) == span
 
 
-@pytest.mark.parametrize("text", ["", "5", "1+2*3", "-1+2", "1+2 ", "1+2*3/"])
+@pytest.mark.parametrize("text", ["", "5", "1+2*3", "-1+2", "1+2 ", "1+2*3/", "1+0", "1+2*0/4", "1+5*3/4"])
 def test_other_text_is_not_a_span(text: str) -> None:
     with pytest.raises(ValueError, match="not a span"):
         Span.parse(text)
