@@ -127,7 +127,7 @@ def test_slices_of_models_in_different_dtypes_need_the_dtype_of_the_output(
     save_file({name: tensor.bfloat16() for name, tensor in models["b"].items()}, "b/model.safetensors")
     slices = ", ".join(f"{{sources: [{{model: {name}, layer_range: [0, 1]}}]}}" for name in "ab")
     text = f"merge_method: passthrough\nslices: [{slices}]\n"
-    with pytest.raises(CheckpointError, match="bfloat16 .* and float32 .* in a layer before"):
+    with pytest.raises(CheckpointError, match=r"bfloat16 .* and float32 .* in a layer before"):
         merge_by_recipe(Path("out"), write(text))
     assert {tensor.dtype for tensor in merged(write(text + "dtype: float16\n")).values()} == {torch.float16}
 
