@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.small_models import Save, Weights
+from safetensors.torch import save_file
 
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.merge.merge import merge, merge_by_recipe
@@ -120,6 +121,17 @@ slices:
     assert config["layer_types"] == ["full", "sliding", "sliding", "full"]
 
 
+def test_slices_of_models_in_different_dtypes_need_the_dtype_of_the_output(
+    models: dict[str, Weights], write: Write
+) -> None:
+    save_file({name: tensor.bfloat16() for name, tensor in models["b"].items()}, "b/model.safetensors")
+    slices = ", ".join(f"{{sources: [{{model: {name}, layer_range: [0, 1]}}]}}" for name in "ab")
+    text = f"merge_method: passthrough\nslices: [{slices}]\n"
+    with pytest.raises(CheckpointError, match=r"bfloat16 .* and float32 .* in a layer before"):
+        merge_by_recipe(Path("out"), write(text))
+    assert {tensor.dtype for tensor in merged(write(text + "dtype: float16\n")).values()} == {torch.float16}
+
+
 def test_a_slice_merges_different_layers_of_its_models(models: dict[str, Weights], write: Write) -> None:
     recipe = write("""
 merge_method: slerp
@@ -226,6 +238,7 @@ LINEAR = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {m
         (LINEAR.replace("weight: 1}", "normalize: true}"), "normalize applies to all models. Move it to `parameters`"),
         (LINEAR.replace("weight: 1}", "weight: [{vlaue: 1}]}"), r"weight.0.vlaue is unknown. Did you mean 'value'\?"),
         (LINEAR.replace("parameters: {weight: 1}", "parameters: {}", 1), "parameter weight is missing for the models"),
+        (LINEAR.replace("linear", "slerp").replace("weight: 1", ""), "The parameter t is missing"),
         (LINEAR + "slices: []\n", "slices "),
         (LINEAR.replace("linear", "ties"), "base_model is missing. 'ties' needs"),
         (

@@ -99,12 +99,16 @@ def stacked_specs(
     """Return the places and specs of a recipe of slices, and every kind of difference between tensors of one place."""
     places, problems = stacked_places(recipe, models)
     specs: dict[str, TensorSpec] = {}
+    firsts: dict[str, TensorSpec] = {}  # of each tensor of a layer, in the first layer that has it
     shapes, dtypes, values = [], [], []
     for name, place in () if problems else places.items():
         readers = [models[source.model] for source in (recipe.slices or [])[place.part].sources]
         first, *others = (reader.spec(own) for reader, own in zip(readers, place.names, strict=True))
         is_float = first.dtype.is_floating_point
         specs[name] = TensorSpec(dtype, first.shape) if dtype is not None and is_float else first
+        kind = in_layer(name, 0) if layer_of(name) is not None else name
+        if (seen := firsts.setdefault(kind, first)).dtype != first.dtype and dtype is None:
+            dtypes.append(f"'{name}' {first} and {seen} in a layer before")
         for other in others:
             if other.shape != first.shape:
                 shapes.append(f"'{name}' {list(first.shape)} and {list(other.shape)}")
@@ -119,7 +123,7 @@ def stacked_specs(
         ("values of integers", values, "They are copied, not averaged. Merge models in which they are equal."),
     )
     problems += [
-        f"The models of a slice have different {what}: {first_few(examples, 'tensors')}. {remedy}"
+        f"The models of slices have different {what}: {first_few(examples, 'tensors')}. {remedy}"
         for what, examples, remedy in kinds
         if examples
     ]

@@ -16,7 +16,7 @@ from btm_scale.checkpoint.merge.planning import Models, Vocabulary, checked_mode
 from btm_scale.checkpoint.merge.recipe import Recipe
 from btm_scale.checkpoint.merge.recipe_layers import Place, full_places, origin_of_layers, stacked_specs
 from btm_scale.checkpoint.merge.recipe_methods import SLERP
-from btm_scale.checkpoint.merge.recipe_parameters import Settings, interpolation, is_constant, parameters_of
+from btm_scale.checkpoint.merge.recipe_parameters import WEIGHT, Settings, interpolation, is_constant, parameters_of
 from btm_scale.checkpoint.merge.registry import PerModel
 from btm_scale.checkpoint.merge.stacking import stacked_config
 from btm_scale.checkpoint.merge.towers import other_towers
@@ -187,6 +187,8 @@ def _merged(recipe: Recipe, part: _Part, tensor: str, place: Place) -> _Merged:
     if t is not None:
         weights = tuple(1 - t if model == part.base else t for model in part.models)
         return _Merged(method.function, part.models, place.names, weights, {}, None)
+    if method.name == SLERP and not any(WEIGHT in settings for own in part.settings for settings in own):
+        raise CheckpointError("The parameter t is missing. Give the fraction of the way from base_model to the other.")
     base = part.base if method.base != "input" else None
     used = tuple(model for model in part.models if model != base)
     if not used and base is not None:
