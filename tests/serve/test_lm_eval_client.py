@@ -31,6 +31,7 @@ def test_the_mixture_has_the_numbers_of_our_own_harness_model(finished_run: tupl
             tokenizer=str(run.tokenizer),
             max_length=config.budget.sequence_length,
             batch_size=3,
+            custom_prefix_token_id=ours.eot_token_id,  # with which a document begins
         )
         found = theirs.loglikelihood(instances("loglikelihood", PAIRS), disable_tqdm=True)
         text = [("import", {"until": ["\n"], "max_gen_toks": 8})]
