@@ -53,9 +53,20 @@ def load_config(directory: Path) -> Any:
         )
     if "quantization_config" in settings:
         raise CheckpointError(f"The weights in {directory} are quantized. Write them in bf16, fp16 or fp32 first.")
-    clean = {name: value for name, value in settings.items() if name not in _ACTIVE_SETTINGS}
+    clean = {name: _with_floats(value) for name, value in settings.items() if name not in _ACTIVE_SETTINGS}
     with _readable(directory):
         return CONFIG_MAPPING[family].from_dict(clean)
+
+
+def _with_floats(value: Any) -> Any:
+    """Return a setting with its infinities, which transformers writes as an object that names them."""
+    if isinstance(value, list):
+        return [_with_floats(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+        return float(value["__float__"])
+    return {name: _with_floats(item) for name, item in value.items()}
 
 
 def require_causal_lm(directory: Path) -> Any:

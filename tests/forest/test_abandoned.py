@@ -22,7 +22,7 @@ from btm_scale.run.grow import remove_from_forest
 from btm_scale.run.pipeline import score_models
 from btm_scale.run_dir import RunDir
 
-CONFIG = RunConfig.model_validate({"domains": {"math": {"text": "math"}}, "tokenizer": {"vocab_size": 300}})
+CONFIG = RunConfig.model_validate({"domains": {"math": {"text": "math"}}})
 SMALL = {
     "model_type": "llama",
     "hidden_size": 16,
@@ -119,6 +119,7 @@ def test_what_a_killed_addition_left_is_removed_by_the_next_command(
     before, source = listing(run), make(tmp_path)
     pid = os.fork()
     if pid == 0:
+        signal.alarm(60)
         try:
             kill(run, source)
         finally:

@@ -127,15 +127,16 @@ def read_peft(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def read_dcp(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of `model`, by torch.distributed.checkpoint."""
+    """Return the tensors that were saved under `model`, by torch.distributed.checkpoint."""
     reader = FileSystemReader(folder)
+    metadata = reader.read_metadata()
     tensors = {
         name: torch.zeros(tensor.size, dtype=tensor.properties.dtype)
-        for name, tensor in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(tensor, TensorStorageMetadata) and name.startswith("model.")
+        for name, tensor in metadata.state_dict_metadata.items()
+        if isinstance(tensor, TensorStorageMetadata) and (metadata.planner_data or {}).get(name, ())[:1] == ("model",)
     }
     dcp.load(tensors, storage_reader=reader, no_dist=True)
-    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    return {metadata.planner_data[name][-1]: tensor for name, tensor in tensors.items()}
 
 
 def _load(file: Path) -> Any:

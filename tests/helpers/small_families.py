@@ -37,7 +37,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": _GROUPED | {"attention_bias": True},
     # Families whose tensors this package does not know: a scale of the logits, and no KV cache.
     "granite": _GROUPED | {"logits_scaling": 4.0},
-    "mamba": {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    "mamba2": {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "state_size": 8,
+        "num_heads": 8,
+        "head_dim": 8,
+        "n_groups": 1,
+        "chunk_size": 8,
+    },
 }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers.in_process import answer, refusal
 from helpers.small_families import write_family
 from helpers.tiny_run import btm_scale
@@ -19,6 +20,7 @@ from btm_scale.forest.branch import Branch
 from btm_scale.forest.expert import read_expert
 from btm_scale.forest.scores import Scores, evaluation_text
 from btm_scale.model.hf_decoder import Decoder
+from btm_scale.model.hf_load import load_causal_lm
 from btm_scale.run_dir import RunDir
 
 pytestmark = pytest.mark.slow
@@ -103,9 +105,10 @@ def test_a_model_of_any_family_is_scored_without_rescoring_others_and_used_like_
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     assert list(answer("forest", "list", run.root)["experts"]) == ["friend", "licences", "python"]
     text = evaluation_text(config, run, "docs", "test")
-    theirs = block_log_probs(Decoder.load(friend), text.tokens, text.block_starts)
+    dtype, rounding = (torch.float32, 1e-4) if config.layout.precision == "fp32" else (torch.bfloat16, 0.1)
+    theirs = block_log_probs(Decoder(load_causal_lm(friend, dtype)), text.tokens, text.block_starts)
     scores = Scores.load(run.scores("friend", "docs", "test"))
-    np.testing.assert_allclose(scores.log_probs, theirs, atol=1e-4)
+    np.testing.assert_allclose(scores.log_probs, theirs, atol=rounding, rtol=0)
     results = answer("evaluate", run.root)
     perplexity = np.exp(-scores.log_probs.mean(dtype=np.float64))
     assert results["methods"]["expert:friend"]["perplexity"]["docs"] == pytest.approx(perplexity)
