@@ -82,6 +82,7 @@ def evaluate_forest(config: RunConfig, run: RunDir, launcher: RunGroups | None =
 
     The caller holds the lock of `evaluating`, so that neither the forest nor its scores change.
     """
+    require_evaluable(config, run)  # raised before anything is written
     with as_stage(run, "evaluate"):
         score_averages(config, run, launcher)
         return evaluate(config, run)
