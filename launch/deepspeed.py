@@ -39,6 +39,7 @@ class HostPool:
         self._ports = list(range(config.ports[0], config.ports[1] + 1))
         self._taken: dict[str, tuple[tuple[Share[str, int], ...], int]] = {}
         self._files: dict[str, Path] = {}
+        self._silent: set[str] = set()  # hosts that this machine cannot reach
 
     def take(self, command: GroupCommand) -> Start | None:
         """Return the launchers of a group; None while no slots or port are free.
@@ -63,7 +64,10 @@ class HostPool:
         shares = self._room.take(command.ranks, command.colocated)
         if shares is None:
             return None
-        port = self._free_port(shares[0].host if len(shares) > 1 else "127.0.0.1")
+        port = self._free_port(shares[0].host)
+        if port is None:
+            self._room.give_back(shares)
+            return None
         self._taken[command.name] = (shares, port)
         hostfile = command.log.with_name("hostfile")
         make_directory(hostfile.parent)
@@ -104,20 +108,32 @@ class HostPool:
                 f"{first_few(listed, 'hosts', most=10)}: add hosts, or choose a smaller layout."
             )
 
-    def _free_port(self, host: str) -> int:
-        """Take a port at which no process of the host answers; those that are taken are tried again last.
+    def _free_port(self, host: str) -> int | None:
+        """Take a port at which no process of the host answers, or None until another group gives its port back.
 
-        A host that this machine cannot reach is not asked: the group then tries another port if this one is taken.
+        A host that this machine cannot reach is not asked: the group tries another port if this one is taken.
         """
         for _ in range(len(self._ports)):
             port = self._ports.pop(0)
-            if not _answers(host, port):
+            if host in self._silent or not self._answers(host, port):
                 return port
             self._ports.append(port)
+        if self._taken:
+            return None
         raise LaunchError(
-            f"Other processes listen at all {len(self._ports)} ports from launch.deepspeed.ports on {host}. A group "
+            f"Other processes listen at every port of launch.deepspeed.ports ({len(self._ports)}) on {host}. A group "
             "needs a free one for its rendezvous: choose another range."
         )
+
+    def _answers(self, host: str, port: int) -> bool:
+        try:
+            with socket.create_connection((host, port), timeout=1):
+                return True
+        except ConnectionRefusedError:
+            return False
+        except OSError:  # its name is unknown here, or a firewall drops the call
+            self._silent.add(host)
+            return False
 
     def give_back(self, name: str) -> None:
         """Free the slots and the port of a group that has ended."""
@@ -126,14 +142,6 @@ class HostPool:
         shares, port = self._taken.pop(name)
         self._room.give_back(shares)
         self._ports.append(port)  # reused last, so that its old connections are closed by then
-
-
-def _answers(host: str, port: int) -> bool:
-    try:
-        with socket.create_connection((host, port), timeout=1):
-            return True
-    except OSError:
-        return False
 
 
 def _launcher(shares: tuple[Share[str, int], ...], hostfile: Path, port: int) -> tuple[str, ...]:

@@ -127,11 +127,12 @@ def load_causal_lm(directory: Path, dtype: torch.dtype | str = "auto") -> Any:
     require_no_adapter(directory)
     for path in directory.iterdir():
         file_inside(directory, path.name)
-    settings = _SAFE | {"config": config, "dtype": dtype, "weights_only": True, "output_loading_info": True}
     if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
-        settings["attn_implementation"] = "eager"  # others refuse soft caps, or leave them out
+        config._attn_implementation = "eager"  # others refuse soft caps, or leave them out
     with _readable(directory), _no_progress_bar():
-        model, report = AutoModelForCausalLM.from_pretrained(directory, **settings)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            directory, config=config, dtype=dtype, weights_only=True, output_loading_info=True, **_SAFE
+        )
     if lacking := report["missing_keys"]:
         raise CheckpointError(
             f"{directory} lacks {few_names(lacking, 'tensors')}. A model has all the tensors of its config.json. Copy "

@@ -85,6 +85,7 @@ def evaluate_forest(config: RunConfig, run: RunDir, launcher: RunGroups | None =
 
     The caller holds the lock of `evaluating`, so that neither the forest nor its scores change.
     """
+    require_evaluable(config, run)  # raised before anything is written
     remove_abandoned(config, run)
     finished = [model for model in model_names(config) if is_finished(run.model(model))]
     if behind := [model for model in finished if not is_trained(config, run, model)]:
