@@ -48,11 +48,12 @@ class ModelConfig(Section):
     def shape(self, vocabulary: int, positions: int) -> ModelShape:
         """Return the shape of the model, for a vocabulary and a maximum sequence length in tokens.
 
-        A pretrained model has its own vocabulary and length. Raises CheckpointError if it does not exist or its family
-        is not supported.
+        A pretrained model has its own length, and rows for its own vocabulary at least. Raises CheckpointError if it
+        does not exist or its family is not supported.
         """
         if self.pretrained is not None:
-            return read_shape(self.pretrained)
+            shape = read_shape(self.pretrained)
+            return shape.model_copy(update={"vocabulary": max(shape.vocabulary, vocabulary)})
         sizes: dict[str, Any] = dict(PRESETS[self.preset]) if self.preset else {}
         sizes |= self.model_dump(exclude={"preset", "pretrained"}, exclude_none=True)
         missing = [name for name in ("layers", "hidden", "heads", "ffn") if name not in sizes]

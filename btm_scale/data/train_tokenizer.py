@@ -50,7 +50,7 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json", "config.json")
-_PROBES = (
+PROBES = (
     "def f(x):\n\treturn  x ** 2  # 1234\n",
     r"Let $\mathcal{O}_X$ be \emph{coherent}; see 3.14.",
     " Naïve café, 北京, 🎉 and an ellipsis … at the end \n\n",
@@ -227,7 +227,7 @@ def adopt_tokenizer(directory: Path, source: Path) -> None:
         _adopt_sentencepiece(directory, source, own)
         return
     reference = own if isinstance(own, TransformersTokenizer) else _published_form(source)
-    if own is not reference and all(own.encode(probe) == reference.encode(probe) for probe in _PROBES):
+    if own is not reference and all(own.encode(probe) == reference.encode(probe) for probe in PROBES):
         for name in _TOKENIZER_FILES:
             if (source / name).is_file():
                 copy_inside(source, name, directory)
@@ -244,7 +244,7 @@ def adopt_tokenizer(directory: Path, source: Path) -> None:
 
 def loss_of(tokenizer: Tokenizer, source: Path) -> str:
     """Return a sentence with an example if decoding does not give back every text; "" if it does."""
-    for probe in _PROBES:
+    for probe in PROBES:
         again = tokenizer.decode(tokenizer.encode(probe))
         if again != probe:
             return (
@@ -263,7 +263,7 @@ def _adopt_sentencepiece(directory: Path, source: Path, own: SentencePieceTokeni
     except ValueError as error:
         raise DataError(f"{refusal}{first_line(error)}. {remedy}") from None
     converted = TransformersTokenizer.of(directory)
-    if different := [probe for probe in _PROBES if own.encode(probe) != converted.encode(probe)]:
+    if different := [probe for probe in PROBES if own.encode(probe) != converted.encode(probe)]:
         raise DataError(f"{refusal}its ids of {different[0]!r} differ. {remedy}")
 
 

@@ -57,6 +57,21 @@ def from_huggingface(entry: Entry, read: Callable[[str], Tensor], shape: ModelSh
     return torch.cat([query, key, value], dim=1).reshape(-1, *tail)
 
 
+def with_new_rows(read: Callable[[str], Tensor], shape: ModelShape) -> Callable[[str], Tensor]:
+    """Return a `read` whose embeddings have a row per token: the rows that are missing are the mean of the others."""
+    names = {name for entry in table(shape) if entry.form == "vocabulary" for name in entry.huggingface}
+
+    def extended(name: str) -> Tensor:
+        tensor = read(name)
+        missing = shape.vocabulary - len(tensor)
+        if name not in names or missing <= 0:
+            return tensor
+        mean = tensor.mean(0, keepdim=True, dtype=torch.float32).to(tensor.dtype)
+        return torch.cat([tensor, mean.expand(missing, -1)])
+
+    return extended
+
+
 def cut(entry: Entry, full: Tensor, tensor: int) -> list[Tensor]:
     """Split a full Megatron-core tensor into its tensor parallel shards, in rank order."""
     if tensor == 1 or entry.cut is None:

@@ -150,7 +150,8 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _model_words(config: RunConfig) -> str:
-    shape = config.model.shape(config.tokenizer.vocab_size, config.budget.sequence_length)
+    vocabulary = config.tokenizer.vocab_size if config.tokenizer.path is None else 1
+    shape = config.model.shape(vocabulary, config.budget.sequence_length)
     words = f"{shape.family} family, {count(shape.layers, 'layer')}, hidden size {shape.hidden:,}, "
     words += count(shape.heads, "head")
     if config.model.preset:

@@ -65,11 +65,14 @@ def open_run(
 def require_pretrained(config: RunConfig, run: RunDir, *, may_lack_weights: bool = False) -> None:
     """Raise CheckpointError if a pretrained model that is still to be read lacks weights or has others than its config.
 
+    Raises ConfigError if the run's tokenizer does not fit it.
+
     Reads names and shapes only. With `may_lack_weights`, a model without any weights is logged, not refused: a plan or
     a dry run may come before the download.
     """
     from btm_scale.checkpoint.convert import require_trainable  # imports torch
     from btm_scale.checkpoint.formats.weight_sets import weight_sets
+    from btm_scale.data.tokenizer_fit import require_fit
 
     models = {SEED: config.model, **{name: own.model for name, own in config.experts.items() if own.model is not None}}
     for name, sizes in models.items():
@@ -79,6 +82,8 @@ def require_pretrained(config: RunConfig, run: RunDir, *, may_lack_weights: bool
             logger.warning("%s has no weights yet: only its config is checked", sizes.pretrained)
         else:
             require_trainable(sizes.pretrained)
+        if config.tokenizer.path is not None and not run.tokenizer.is_dir():
+            require_fit(sizes.pretrained, config.tokenizer.path)
 
 
 def continued(config: RunConfig, run: RunDir) -> RunConfig:

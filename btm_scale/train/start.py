@@ -14,13 +14,13 @@ from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.formats.safetensors_writer import SINGLE
 from btm_scale.checkpoint.merge.merge import merge_tensors
 from btm_scale.config.run import RunConfig
-from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.distributed.patience import patient_group
-from btm_scale.errors import CheckpointError, ConfigError, ForestError
+from btm_scale.errors import CheckpointError, ForestError
 from btm_scale.forest.branch import Branch, settle
 from btm_scale.forest.expert import Parent, is_finished, read_expert
 from btm_scale.model.gpt import ExpertModel
+from btm_scale.model.hf_names import with_new_rows
 from btm_scale.model.hf_weights import huggingface_shapes, load_weights
 from btm_scale.run_dir import RunDir
 from btm_scale.train.checkpoint import common_state, load_state, read_position, restore
@@ -28,18 +28,11 @@ from btm_scale.train.engine import KINDS, MASTER, Engine
 from btm_scale.train.jobs import TrainingJob
 
 
-def load_pretrained(group: ExpertGroup, model: ExpertModel, directory: Path, tokenizer: Tokenizer) -> None:
-    """Set every weight of a model that no engine has wrapped yet.
-
-    Raises ConfigError if the tokenizer has tokens that the model has no rows for.
-    """
-    if tokenizer.vocab_size > model.shape.vocabulary:
-        raise ConfigError(
-            f"The tokenizer has {tokenizer.vocab_size} tokens, but {directory} has embeddings of "
-            f"{model.shape.vocabulary}. A pretrained model keeps its own tokenizer. Remove `tokenizer` from the config."
-        )
+def load_pretrained(group: ExpertGroup, model: ExpertModel, directory: Path) -> None:
+    """Set every weight of a model that no engine has wrapped yet; tokens without a row get the mean of all rows."""
     with with_head_names(open_model(directory)) as weights:
-        load_weights(model, weights.read, group.tensor_rank, group.layout.tensor)
+        read = with_new_rows(weights.read, model.shape)
+        load_weights(model, read, group.tensor_rank, group.layout.tensor)
 
 
 def settled_branch(config: RunConfig, run: RunDir, job: TrainingJob) -> Branch:

@@ -43,7 +43,7 @@ def train_and_export(group: ExpertGroup, config: RunConfig, run: RunDir, job: Tr
         group.seed(config.random_seed)
         model = new_model(group, shape, job, config.optimizer, overrides)
         if sizes.pretrained is not None and not branch.parents:
-            load_pretrained(group, model, sizes.pretrained, tokenizer)
+            load_pretrained(group, model, sizes.pretrained)
         model.end_of_text = tokenizer.eos if config.data.separate_documents else None
         return model
 
