@@ -7,13 +7,12 @@ ZeRO setting can read what any other wrote.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import logging
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +32,7 @@ from btm_scale.model.hf_weights import huggingface_shapes, local_part
 from btm_scale.model.partition import complete_shape
 from btm_scale.train.engine import KINDS, MASTER, OUTER, Engine
 from btm_scale.train.pieces import Placement, Span
+from btm_scale.train.position import Position, RandomState, random_state
 from btm_scale.train.state_file import (
     PartWriter,
     WrittenPart,
@@ -54,16 +54,6 @@ _LOG_SECONDS = 30.0
 _UNSEEN = "not there yet"
 
 
-@dataclass(frozen=True)
-class Position:
-    """The progress of a job at a checkpoint."""
-
-    step: int
-    adam_steps: int
-    random_state: str  # state of torch's CPU generator, base64
-    loss_scale: dict[str, float] = field(default_factory=dict)  # fp16 only
-
-
 class Watch(Protocol):
     """A watchdog of training steps, which must not mistake a long save for a hang."""
 
@@ -82,9 +72,9 @@ class _Marker(Record):
     ABSENT = "{folder} is not a complete checkpoint: it has no state.json. Use another one."
     REMEDY = "Delete {folder}, and training resumes from the checkpoint before it."
 
-    step: int
-    adam_steps: int
-    random_state: str
+    step: int = Field(ge=0, le=1 << 62)
+    adam_steps: int = Field(ge=0, le=1 << 62)
+    random_state: RandomState
     loss_scale: dict[str, int | float] = {}
     parts: tuple[WrittenPart, ...] = ()  # by rank
     equal_parts: tuple[str, ...] = Field((), exclude_if=is_empty)  # digests of equal ranges; schema 2
@@ -124,8 +114,7 @@ def save_state(engine: Engine, folder: Path, step: int, keep: int, watch: Watch 
     Every rank writes its part; `watch` is notified of each tensor that is written, and of waits for other ranks.
     """
     group = engine.group
-    random_state = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
-    position = Position(step, engine.adam_steps, random_state, engine.loss_scale)
+    position = Position(step, engine.adam_steps, random_state(), engine.loss_scale)
     write_state(engine, folder, position, _own_pieces(engine), engine.kinds, (group.rank, group.size), watch)
     if group.is_first:
         remove_old_states(folder, step, keep)
@@ -307,12 +296,6 @@ def restore(engine: Engine, read: Callable[[str, str], torch.Tensor], kinds: Seq
         for kind in KINDS:
             state.setdefault(kind, torch.zeros_like(state[MASTER]))
         engine.restore(parameters[entry.megatron], state)
-
-
-def restore_random_state(position: Position) -> None:
-    """Restore the state of torch's CPU generator."""
-    data = bytearray(base64.b64decode(position.random_state))
-    torch.set_rng_state(torch.frombuffer(data, dtype=torch.uint8))
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -12,12 +12,13 @@ from btm_scale.model.gpt import ExpertModel
 from btm_scale.run_dir import RunDir
 from btm_scale.train.bad_batches import Health
 from btm_scale.train.build import new_model
-from btm_scale.train.checkpoint import common_state, load_state, remove_old_states, restore_random_state, save_state
+from btm_scale.train.checkpoint import common_state, load_state, remove_old_states, save_state
 from btm_scale.train.engine import Engine
 from btm_scale.train.export import export_expert
 from btm_scale.train.jobs import TrainingJob
 from btm_scale.train.metrics import Metrics
 from btm_scale.train.mixture import DomainMixture
+from btm_scale.train.position import restore_random_state
 from btm_scale.train.preemption import StopRequest
 from btm_scale.train.profiler import Profile
 from btm_scale.train.start import begin_branch, load_pretrained, settled_branch
