@@ -81,8 +81,7 @@ class TrainingSamples:
         finally:
             _barrier()
         self._domains = self._open(cache)
-        self._domain_of = np.load(cache / "domain.npy", mmap_mode="r")
-        self._sample_of = np.load(cache / "sample.npy", mmap_mode="r")
+        self._domain_of, self._sample_of = (self._load_order(cache / name) for name in ("domain.npy", "sample.npy"))
 
     def read(self, first: int, count: int) -> torch.Tensor:
         """Return samples `first` to `first + count - 1`, int64 [count, sequence_length + 1].
@@ -130,6 +129,19 @@ class TrainingSamples:
             domain_of, sample_of = np.zeros(self.samples, np.int16), np.arange(self.samples)
         np.save(directory / "domain.npy", domain_of)
         np.save(directory / "sample.npy", sample_of)
+
+    def _load_order(self, path: Path) -> np.ndarray:
+        try:
+            order = np.load(path, mmap_mode="r")
+            is_intact = order.shape == (self.samples,) and np.issubdtype(order.dtype, np.integer)
+        except (OSError, ValueError, EOFError):
+            is_intact = False
+        if not is_intact:
+            raise DataError(
+                f"{path} is not the order of {self.samples} samples: it was damaged after it was written. Delete "
+                f"{path.parent}, and the order is determined again."
+            )
+        return order
 
     def _open(self, cache: Path) -> list[GPTDataset]:
         return [self._open_domain(name, weight, cache) for name, weight in self._weights.items()]

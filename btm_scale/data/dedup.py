@@ -11,6 +11,7 @@ import numpy as np
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.data.sources import DomainSource
 from btm_scale.data.splits import Identity, Placement
+from btm_scale.errors import DataError
 from btm_scale.run_dir import SPLITS, RunDir
 
 
@@ -111,7 +112,7 @@ def keys_elsewhere(
     keys = {split: KeySet() for split in SPLITS}
     for other in others:
         for split in SPLITS:
-            for key in np.load(_keys_file(run.domain(other.name), split), mmap_mode="r"):
+            for key in _load_keys(run.domain(other.name), split):
                 keys[split].add(int(key))
     return keys
 
@@ -124,6 +125,22 @@ def save_keys(folder: Path, keys: Mapping[str, array[int]]) -> None:
             header = np.lib.format.header_data_from_array_1_0(keys_of_split)
             np.lib.format.write_array_header_1_0(file, header)
             file.write(keys_of_split.data)
+
+
+def _load_keys(folder: Path, split: str) -> np.ndarray:
+    """Return the keys of a split's documents. Raises DataError if they are missing or damaged."""
+    path = _keys_file(folder, split)
+    try:
+        keys = np.load(path, mmap_mode="r")
+        problem = None if keys.dtype == np.uint64 and keys.ndim == 1 else f"{keys.dtype} {list(keys.shape)}"
+    except (OSError, ValueError, EOFError) as error:
+        problem = str(error) or type(error).__name__
+    if problem is not None:
+        raise DataError(
+            f"{path} has no keys of documents ({problem}), and must be an array of uint64. Copy it again, or delete "
+            f"{folder} and prepare the run again."
+        )
+    return keys
 
 
 def _keys_file(folder: Path, split: str) -> Path:

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field
 from btm_scale.config.data import DataConfig, DomainConfig
 from btm_scale.data.files import SourceFile
 from btm_scale.data.sources import DomainSource
+from btm_scale.data.token_index import index_problem
 from btm_scale.errors import DataError
 from btm_scale.run_dir import RunDir
 from btm_scale.util.records import Part, Record, is_empty
@@ -91,7 +92,7 @@ class Fingerprint(Record):
             )
 
     def require_whole(self, run: RunDir) -> None:
-        """Raise DataError unless the token file of every split has the recorded size."""
+        """Raise DataError unless the token file of every split has the recorded size, and an index that fits it."""
         for split, counts in self.splits.items():
             path = run.tokens(self.domain, split).with_suffix(".bin")
             size = path.stat().st_size if path.is_file() else 0
@@ -100,6 +101,11 @@ class Fingerprint(Record):
                 raise DataError(
                     f"{path} has {size} bytes, but its {counts.tokens} tokens need {needed}: it was damaged after it "
                     f"was written. Copy it again, or delete {run.domain(self.domain)} and prepare the run again."
+                )
+            if problem := index_problem(run.tokens(self.domain, split)):
+                raise DataError(
+                    f"{path.with_suffix('.idx')} {problem}: it was damaged after it was written. Copy it again, or "
+                    f"delete {run.domain(self.domain)} and prepare the run again."
                 )
 
 

@@ -7,7 +7,6 @@ ZeRO setting can read what any other wrote.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import logging
 import time
@@ -32,7 +31,7 @@ from btm_scale.model.partition import complete_shape
 from btm_scale.train.engine import KINDS, MASTER, OUTER, Engine
 from btm_scale.train.jobs import TrainingJob
 from btm_scale.train.pieces import Placement, Span
-from btm_scale.train.position import Marker, Position, read_position, state_path, step_of
+from btm_scale.train.position import Marker, Position, random_state, read_position, state_path, step_of
 from btm_scale.train.retention import continues, remove_old_states
 from btm_scale.train.state_file import (
     PartWriter,
@@ -72,8 +71,7 @@ def save_state(
     waits for other ranks.
     """
     group, decay_end = engine.group, engine.job.decay_after(step)
-    random_state = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
-    position = Position(step, engine.adam_steps, random_state, engine.loss_scale, decay_end)
+    position = Position(step, engine.adam_steps, random_state(), engine.loss_scale, decay_end)
     write_state(engine, folder, position, _own_pieces(engine), engine.kinds, (group.rank, group.size), watch)
     if group.is_first:
         remove_old_states(folder, step, keep, kept)
@@ -246,12 +244,6 @@ def restore(engine: Engine, read: Callable[[str, str], torch.Tensor], kinds: Seq
         for kind in KINDS:
             state.setdefault(kind, torch.zeros_like(state[MASTER]))
         engine.restore(parameters[entry.megatron], state)
-
-
-def restore_random_state(position: Position) -> None:
-    """Restore the state of torch's CPU generator."""
-    data = bytearray(base64.b64decode(position.random_state))
-    torch.set_rng_state(torch.frombuffer(data, dtype=torch.uint8))
 
 
 def _newest_first(folder: Path) -> list[Path]:

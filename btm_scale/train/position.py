@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+import torch
+from pydantic import AfterValidator, Field, model_validator
 
 from btm_scale.checkpoint.formats.locate import STATE_MARKER
 from btm_scale.errors import CheckpointError
@@ -25,6 +27,17 @@ class Position:
     decay_end: int | None = None  # in the decay of wsd: the step at which it ends
 
 
+def _base64(text: str) -> str:
+    try:
+        base64.b64decode(text, validate=True)
+    except ValueError:
+        raise ValueError("must be base64") from None
+    return text
+
+
+RandomState = Annotated[str, AfterValidator(_base64)]
+
+
 class Marker(Record):
     """state.json: the position, and the parts of the tensors with their digests."""
 
@@ -33,11 +46,11 @@ class Marker(Record):
     ABSENT = "{folder} is not a complete checkpoint: it has no state.json. Use another one."
     REMEDY = "Delete {folder}, and training resumes from the checkpoint before it."
 
-    step: int
-    adam_steps: int
-    random_state: str
+    step: int = Field(ge=0, le=1 << 62)
+    adam_steps: int = Field(ge=0, le=1 << 62)
+    random_state: RandomState
     loss_scale: dict[str, int | float] = {}
-    decay_end: int | None = Field(None, exclude_if=is_empty)
+    decay_end: int | None = Field(None, ge=0, le=1 << 62, exclude_if=is_empty)
     parts: tuple[WrittenPart, ...] = ()  # by rank
     equal_parts: tuple[str, ...] = Field((), exclude_if=is_empty)  # digests of equal ranges; schema 2
     sha256: str | None = Field(None, exclude_if=is_empty)  # of the complete file; schema 1
@@ -80,3 +93,20 @@ def step_of(path: Path) -> int | None:
 def read_position(path: Path) -> Position:
     """Return the progress recorded in a checkpoint. Raises CheckpointError if it is incomplete."""
     return Marker.load(path / STATE_MARKER).position
+
+
+def random_state() -> str:
+    """Return the state of torch's CPU generator, base64."""
+    return base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
+
+
+def restore_random_state(position: Position) -> None:
+    """Restore the state of torch's CPU generator. Raises CheckpointError for the state of another generator."""
+    data = bytearray(base64.b64decode(position.random_state))
+    try:
+        torch.set_rng_state(torch.frombuffer(data, dtype=torch.uint8))
+    except (RuntimeError, ValueError, TypeError):
+        raise CheckpointError(
+            f"The random_state in {STATE_MARKER} of step {position.step} has {len(data)} bytes, and is not a state of "
+            "PyTorch's CPU generator. Delete this checkpoint, and training resumes from the one before it."
+        ) from None

@@ -12,7 +12,7 @@ from btm_scale.model.gpt import ExpertModel
 from btm_scale.run_dir import RunDir
 from btm_scale.train.bad_batches import Health
 from btm_scale.train.build import new_model
-from btm_scale.train.checkpoint import common_state, load_state, restore_random_state, save_state
+from btm_scale.train.checkpoint import common_state, load_state, save_state
 from btm_scale.train.dev_loss import DevLoss
 from btm_scale.train.engine import Engine
 from btm_scale.train.export import export_expert
@@ -20,7 +20,7 @@ from btm_scale.train.jobs import TrainingJob
 from btm_scale.train.metrics import Metrics
 from btm_scale.train.mixture import DomainMixture
 from btm_scale.train.monitors import require_monitors, with_monitors
-from btm_scale.train.position import state_path
+from btm_scale.train.position import restore_random_state, state_path
 from btm_scale.train.preemption import StopRequest
 from btm_scale.train.profiler import Profile
 from btm_scale.train.retention import kept_steps, remove_old_states, remove_other_decays

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from pathlib import Path
@@ -11,8 +12,16 @@ from typing import Any
 import pytest
 from helpers.worlds import run_script
 
+from btm_scale.errors import CheckpointError
 from btm_scale.train import checkpoint
-from btm_scale.train.checkpoint import newest_state, remove_old_states, save_state, state_path
+from btm_scale.train.checkpoint import (
+    newest_state,
+    read_position,
+    remove_old_states,
+    save_state,
+    state_path,
+)
+from btm_scale.train.position import Position, restore_random_state
 
 
 def write_state(folder: Path, step: int) -> Path:
@@ -62,3 +71,17 @@ def test_a_checkpoint_of_an_earlier_version_is_verified_by_its_one_digest(tmp_pa
     assert newest_state(tmp_path) == path
     (path / "model.safetensors").write_bytes(b"tensorz")
     assert newest_state(tmp_path) is None
+
+
+@pytest.mark.parametrize("text", ["", base64.b64encode(bytes(100)).decode()])
+def test_the_state_of_another_random_generator_is_refused(text: str) -> None:
+    with pytest.raises(CheckpointError, match=r"random_state in state\.json of step 7 has \d+ bytes.* Delete this"):
+        restore_random_state(Position(7, 7, text))
+
+
+@pytest.mark.parametrize(("field", "value"), [("random_state", "?"), ("step", -1), ("adam_steps", 1 << 80)])
+def test_a_marker_with_an_impossible_value_is_damaged(field: str, value: object, tmp_path: Path) -> None:
+    content = {"step": 3, "adam_steps": 3, "random_state": "AA==", "sha256": "ab", field: value}
+    (tmp_path / "state.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=rf"state\.json is .*'{field}'"):
+        read_position(tmp_path)

@@ -41,9 +41,10 @@ from btm_scale.report.page import write_page
 from btm_scale.run.slurm_jobs import write_scripts
 from btm_scale.run_dir import RunDir
 from btm_scale.train.bad_batches import SkippedBatches
-from btm_scale.train.checkpoint import Position, newest_state, write_state
+from btm_scale.train.checkpoint import newest_state, write_state
 from btm_scale.train.engine import KINDS
 from btm_scale.train.pieces import Span
+from btm_scale.train.position import Position
 from btm_scale.util.files import make_directory, new_file, write_file
 from btm_scale.util.rank_log import note_silent_failure
 

@@ -15,7 +15,8 @@ from btm_scale.evaluate.soups import Soups
 from btm_scale.forest.expert import Expert, Parent
 from btm_scale.launch.slurm_queue import Submissions
 from btm_scale.train.bad_batches import SkippedBatches
-from btm_scale.train.checkpoint import Position, read_position
+from btm_scale.train.checkpoint import read_position
+from btm_scale.train.position import Position
 from btm_scale.util.rank_log import read_failure
 from btm_scale.util.records import Record
 
