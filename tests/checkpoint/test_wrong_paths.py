@@ -67,6 +67,12 @@ MISTAKES: dict[str, tuple[Callable[[Path], Path], str]] = {
         _pickle("iter_0000100/mp_rank_00/model_optim_rng.pt", {}),
         "has no file `latest_checkpointed_iteration.txt`, but the checkpoints iter_0000100.",
     ),
+    "Megatron's older format without config.json and arguments": (
+        lambda folder: _file("latest_checkpointed_iteration.txt", b"100")(
+            _pickle("iter_0000100/mp_rank_00/model_optim_rng.pt", {})(folder)
+        ),
+        ", a Megatron checkpoint of mp_rank_* folders, has no config.json",
+    ),
     "layers of a pipeline": (
         lambda folder: _pickle("layer_00-model_00-model_states.pt", {})(
             _pickle("mp_rank_00_model_states.pt", {"module": None})(folder)

@@ -17,17 +17,18 @@ from btm_scale.model.hf_names import join, table, to_huggingface
 from btm_scale.model.shape import ModelShape
 
 
-def find_shape(path: Path) -> ModelShape:
+def find_shape(path: Path, kind: str = "") -> ModelShape:
     """Return the shape in the config.json of `path` or of a near parent, or in the arguments that Megatron recorded.
 
-    Raises `CheckpointError` without either.
+    Raises `CheckpointError`, which says of what `kind` the checkpoint is, without either.
     """
     file = described_in(path) / "config.json"
     if not file.is_file():
         if config := described_config(path):
             return shape_from_config(config, path)
+        what = f"{path}, {kind}," if kind else str(path)
         raise CheckpointError(
-            f"{path} has no config.json, which gives the number of heads and the vocabulary size. Put the config.json "
+            f"{what} has no config.json, which gives the number of heads and the vocabulary size. Put the config.json "
             "of the Hugging Face model beside it."
         )
     return read_shape(file.parent)

@@ -28,7 +28,7 @@ def open_megatron_legacy(path: Path) -> MegatronModel:
             f"{folder} has {tensor} tensor and {pipeline} pipeline ranks, but lacks the file of tensor rank "
             f"{missing[0][0]} and pipeline rank {missing[0][1]}. Copy the missing files here."
         )
-    shape = find_shape(path)
+    shape = find_shape(path, "a Megatron checkpoint of mp_rank_* folders")
     parts = []
     for i in range(tensor):
         tensors: dict[str, StoredTensor] = {}

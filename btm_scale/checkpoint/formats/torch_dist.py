@@ -26,11 +26,12 @@ NORMS = {
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
 _ITERATION = re.compile(r"iter_(\d+)")
+_KIND = "a torch_dist checkpoint of Megatron-core"
 
 
 def open_torch_dist(path: Path) -> ModelReader:
     """Open a `torch_dist` checkpoint under Hugging Face names. Raises `CheckpointError` without a config.json."""
-    return MegatronModel(path, [GlobalTensors(iteration_folder(path), _model_names, _layers)], find_shape(path))
+    return MegatronModel(path, [GlobalTensors(iteration_folder(path), _model_names, _layers)], find_shape(path, _KIND))
 
 
 def saved_iteration(path: Path) -> int | None:

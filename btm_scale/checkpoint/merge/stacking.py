@@ -43,17 +43,19 @@ def stacked_config(config: Config, layers: Layers) -> tuple[dict[str, Any], list
     own = dict(stacked[section] if section else stacked)
     problems = list(_counted(own, layers))
     own |= {key: len(layers) for key in LAYER_KEYS if key in own}
-    described = {**stacked, section: own} if section else own
-    derived = _part(_completed(described) or {})
     complete = {id(config): _part(_completed(config) or config) for config, _ in layers}
     full = [(complete[id(config)], number) for config, number in layers]
     written = _listed([(_part(config), number) for config, number in layers])
-    for key in dict.fromkeys([*written, *_listed(full)]):
-        value = _of_layers(key, full)
-        if key in written and value is None:
+    for key in written:
+        own[key] = _of_layers(key, full)
+        if own[key] is None:
             problems.append(f"`{key}` lists only some layers in a config.json. Give it one item per layer.")
-        elif key in written or (_has_one_per_layer(derived.get(key), layers) and derived[key] != value):
-            own[key] = value
+    described = {**stacked, section: own} if section else own
+    derived = _part(_completed(described) or {})
+    for key in _listed(full):
+        if key not in written and _has_one_per_layer(derived.get(key), layers):
+            value = _of_layers(key, full)
+            own |= {key: value} if value != derived[key] else {}
     return {**stacked, section: own} if section else own, problems
 
 
