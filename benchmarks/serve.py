@@ -43,7 +43,7 @@ from btm_scale.serve.remote import RemoteBackend
 from btm_scale.serve.server import bind, url_of
 
 RESULT = Path(__file__).parent / "results" / "serve.json"
-CLIENTS, TOKENS, REPEATS = 16, 64, 3
+CLIENTS, TOKENS, REPEATS = 16, 64, 2
 PROMPTS = ("import os\n", "def main(args):\n    ", "Permission is hereby granted", "template <typename T>\n")
 
 
@@ -52,12 +52,16 @@ def main() -> None:
     run = Path(sys.argv[1])
     result: dict[str, Any] = {"environment": describe(), "clients": CLIENTS, "tokens": TOKENS}
     with served(run) as url:
-        result |= throughput(url)
-        result["lone_request"] = lone(url, run)
-        result["routing"] = routing(url, run)
+        for name, measure in (
+            ("throughput", lambda: throughput(url)),
+            ("lone_request", lambda: lone(url, run)),
+            ("routing", lambda: routing(url, run)),
+        ):
+            result[name] = measure()
+            print(name, json.dumps(result[name], indent=1), flush=True)
     result["proxy"] = proxy(run)
+    print("proxy", json.dumps(result["proxy"], indent=1))
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({name: value for name, value in result.items() if name != "environment"}, indent=1))
 
 
 @contextlib.contextmanager
@@ -152,7 +156,7 @@ def routing(url: str, run: Path) -> dict[str, float]:
 def _median_seconds(do: Callable[[], None]) -> float:
     do()
     times = []
-    for _ in range(15):
+    for _ in range(7):
         begin = time.perf_counter()
         do()
         times.append(time.perf_counter() - begin)
