@@ -99,7 +99,7 @@ def inspect(path: Path, *, base: Path | None = None) -> Inspection:
         step=_STEPS[kind](path) if kind in _STEPS else None,
         tensor_degree=tensor_degree(path) if kind.startswith("deepspeed") else None,
         problem=problem,
-        converts_to=() if problem else ("huggingface", *(WRITERS if shape else ())),
+        converts_to=() if problem else ("huggingface", *(WRITERS if shape and not shape.experts else ())),
         tensor_degrees=tuple(n for n in fitting.tensor_degrees() if n <= _MAX_TENSOR_DEGREE) if fitting else (),
     )
 

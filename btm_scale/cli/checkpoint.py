@@ -110,8 +110,18 @@ def merge(
             section=_OF_METHOD,
         ),
     ],
+    router: Annotated[
+        str | None,
+        option(
+            "--router",
+            "random|FILE",
+            "Router of the method moe: random weights, or a safetensors file with the output's gates.  "
+            "[default: random]",
+            section=_OF_METHOD,
+        ),
+    ] = None,
     random_seed: Annotated[
-        int, option("--random-seed", "N", "Random seed of the methods dare and della.", section=_OF_METHOD)
+        int, option("--random-seed", "N", "Random seed of dare, della, and a random router.", section=_OF_METHOD)
     ] = 0,
     dtype: Annotated[str | None, _dtype_option("Type of the output's weights.  [default: the inputs']")] = None,
     max_shard_size: Annotated[str, option("--max-shard-size", "SIZE", "Largest size of a file of the output.")] = "5GB",
@@ -145,9 +155,10 @@ def merge(
     from btm_scale.util.mpi import mpi_rank
 
     rank = mpi_rank()
+    models = [_weighted_path(text) for text in inputs]
     report = merge_models(
         output,
-        [_weighted_path(text) for text in inputs],
+        models,
         method=method,
         parameters=dict(_setting(text) for text in parameters),
         base=base,
@@ -157,6 +168,7 @@ def merge(
         random_seed=random_seed,
         mpi=rank is not None and rank.is_one_of_several,
         chat_template=chat_template,
+        ingredients=None if router is None else _ingredients(router, [path for path, _ in models]),
     )
     if rank is not None and rank.rank > 0:
         return None  # under mpirun the first rank answers
@@ -225,6 +237,12 @@ def inspect(
             say(line)
 
     return Answer(answer, show, is_brief=True)
+
+
+def _ingredients(router: str, models: list[Path]) -> Any:
+    from btm_scale.checkpoint.merge.moe import Ingredients, names_of
+
+    return Ingredients(names_of(models), None if router == "random" else Path(router))
 
 
 def _weighted_path(text: str) -> tuple[Path, float]:

@@ -58,8 +58,14 @@ def score_model(
 
 def load_model(group: ExpertGroup, directory: Path) -> ExpertModel:
     """Load a Hugging Face directory as a model that is sharded over the group's tensor ranks."""
+    shape, tensor = read_shape(directory), group.layout.tensor
     network = build_model(
-        read_shape(directory), tensor=group.layout.tensor, dtype=group.dtype, on_cpu=group.device.type == "cpu"
+        shape,
+        tensor=tensor,
+        dtype=group.dtype,
+        on_cpu=group.device.type == "cpu",
+        # Megatron-core's experts expect each tensor rank to have its part of the sequence.
+        sequence_parallel=bool(shape.experts) and tensor > 1,
     )
     with with_head_names(open_model(directory)) as tensors:
         load_weights(network, tensors.read, group.tensor_rank, group.layout.tensor)

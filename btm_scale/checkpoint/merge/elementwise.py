@@ -53,3 +53,13 @@ def dare(piece: Piece, *, density: float = 0.5, scale: float = 1.0) -> torch.Ten
         kept = (tensor - piece.origin).mul_(piece.noise(i) < density)
         _add(total, scale * weight / density, kept)
     return total
+
+
+@method(elementwise=True)
+def moe(piece: Piece, *, top_k: float = 2) -> torch.Tensor:
+    """One mixture of experts: the models' MLPs are its experts, `top_k` per token; the rest is `linear`.
+
+    The piece is a part of the rest; `moe.py` says where the other tensors come from.
+    """
+    del top_k
+    return linear(piece)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from btm_scale.checkpoint.formats.based import with_base
-from btm_scale.checkpoint.formats.rounded import ALL_FINITE, NonFinite
 from btm_scale.checkpoint.formats.weight_sets import weight_sets
 from btm_scale.checkpoint.hashing import BlockHashes, combined_hash, same_models
 from btm_scale.checkpoint.merge import journal
+from btm_scale.checkpoint.merge.moe import Ingredients, names_of
 from btm_scale.checkpoint.merge.mpi import Leader, follow, world
 from btm_scale.checkpoint.merge.plan import MergePlan, Unit, make_plan, plan_means
-from btm_scale.checkpoint.merge.record import Merged, bases_of, chosen_template, provenance
+from btm_scale.checkpoint.merge.record import Merged, MergeReport, bases_of, chosen_template, provenance
 from btm_scale.checkpoint.merge.sidecars import carry_sidecars, model_card
 from btm_scale.checkpoint.merge.workers import merge_in_processes, open_writer
 from btm_scale.errors import CheckpointError, WorkerLost
@@ -42,24 +43,6 @@ CHUNK_BYTES = 256 << 10  # of output, so that the working set stays in a core's 
 _SHARDS_AT_ONCE = 256  # open files; the usual limit of a process is 1,024
 
 
-@dataclass(frozen=True)
-class MergeReport:
-    """Summary of a completed merge."""
-
-    output: Path
-    method: str
-    inputs: tuple[tuple[Path, float], ...]
-    tensors: int
-    parameters: int
-    bytes_read: int
-    bytes_written: int
-    content_hash: str
-    seconds: float
-    nonfinite: NonFinite = ALL_FINITE  # elements of the output
-    weights: Mapping[str, str] = field(default_factory=dict)  # by input, the set of files that was read
-    already_complete: bool = False  # an earlier call had written the output, so nothing was written
-
-
 def merge(
     output: Path,
     inputs: Sequence[tuple[Path, float]],
@@ -74,6 +57,7 @@ def merge(
     random_seed: int = 0,
     mpi: bool = False,
     chat_template: str | Path | None = None,
+    ingredients: Ingredients | None = None,
 ) -> MergeReport:
     """Merge model directories into the directory `output`, which appears only when it is complete.
 
@@ -83,7 +67,8 @@ def merge(
     large merge uses one per core, unless the calling process has threads. Config, tokenizer and the other files of a
     model come from the first input with a nonzero weight that has them; `chat_template` is `base` or the path of
     another template. `base` is the model from which the inputs were trained: methods that compare with it need it, and
-    it completes adapters and checkpoints without their frozen weights. What is not finite in the output is counted and
+    it completes adapters and checkpoints without their frozen weights. `ingredients` are for the method `moe`, whose
+    experts have the order of `inputs`. What is not finite in the output is counted and
     logged. Repeating the call resumes an
     interrupted merge, and changes nothing after a finished one. With `mpi` every rank of `mpirun` must make the same
     call, and each gets the report. Raises `CheckpointError` listing every problem, before anything is written.
@@ -104,6 +89,10 @@ def merge(
             raise CheckpointError(
                 f"{output} already exists. merge does not overwrite: choose another output, or remove it first."
             )
+        if method == "moe" and ingredients is None:
+            ingredients = Ingredients(names_of([path for path, _ in pairs]))
+        elif method != "moe" and ingredients is not None:
+            raise CheckpointError(f"'{method}' has no router. Leave the router out, or use the method moe.")
         plan = make_plan(
             pairs,
             method=method,
@@ -112,6 +101,7 @@ def merge(
             dtype=dtype,
             max_shard_bytes=max_shard_bytes,
             seed=random_seed,
+            ingredients=ingredients,
         )
         spread = leader.share_out if leader else functools.partial(merge_in_processes, jobs=jobs)
         template = chosen_template(chat_template, base, pairs)
@@ -329,6 +319,8 @@ def _add_sidecars(work: _Work, content: str) -> None:
     read = {source.path for source in work.plan.sources}
     used = [path for path, _ in work.inputs if path in read]
     carry_sidecars(used, work.partial, work.plan.specs, template=work.template)
+    if (mixture := work.plan.mixture) is not None:
+        (work.partial / "config.json").write_text(json.dumps(mixture.config(work.plan.specs), indent=2) + "\n")
     (work.partial / "README.md").write_text(model_card(work.plan, work.inputs, content), encoding="utf-8")
 
 

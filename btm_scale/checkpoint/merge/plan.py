@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, parse_
 from btm_scale.checkpoint.hashing import BLOCK_BYTES, sample_hash
 from btm_scale.checkpoint.merge import elementwise, whole_tensor  # noqa: F401 (they register their methods)
 from btm_scale.checkpoint.merge.compatibility import common_specs, config_problems, tokenizer_problems
+from btm_scale.checkpoint.merge.moe import Ingredients, Mixture, mixture_of
 from btm_scale.checkpoint.merge.registry import METHODS, Method, find_method
 from btm_scale.checkpoint.merge.towers import other_towers
 from btm_scale.errors import CheckpointError, near_match
@@ -64,6 +65,7 @@ class MergePlan:
     bytes_read: int
     first: Path | None = None  # the first input, from which `copied` are
     copied: frozenset[str] = frozenset()  # tensors outside the language model
+    mixture: Mixture | None = None  # of method `moe`; its router is read from `base`
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the fields only: a pool pickles a plan in another thread, while this one may be caching `units`."""
@@ -94,6 +96,7 @@ class MergePlan:
         specs = {name: str(spec) for name, spec in self.specs.items()}
         settings = [self.everyone, self.method_name, self.parameters, specs, self.max_shard_bytes, self.seed]
         settings += [self.first, sorted(self.copied)] if self.copied else []
+        settings += [self.mixture] if self.mixture else []
         return hashlib.sha256(repr(settings).encode()).hexdigest()
 
     def copies(self, name: str) -> bool:
@@ -126,10 +129,12 @@ def make_plan(
     max_shard_bytes: float,
     seed: int,
     tensors: Sequence[str] | None = None,
+    ingredients: Ingredients | None = None,
 ) -> MergePlan:
     """Check a merge and return its plan. Raises one `CheckpointError` that lists every problem.
 
-    With `tensors` only these are merged, and the models' configs and tokenizers are not compared.
+    With `tensors` only these are merged, and the models' configs and tokenizers are not compared. `ingredients` are
+    for the method `moe`.
     """
     chosen = find_method(method)
     used = _used_inputs(chosen, inputs)
@@ -146,6 +151,8 @@ def make_plan(
     paths = [*(path for path, _ in used), *basis]
     models = _checked(paths, parse_dtype(dtype) if dtype else None, problems, tensors)
     settings = {**chosen.parameters, **(parameters or {})}
+    if ingredients is not None:
+        return models.mixture_plan(used, ingredients, settings, max_shard_bytes, seed)
     origin = models.source(basis[0], 0.0) if basis else None
     return models.plan(used, origin, method, settings, max_shard_bytes, seed)
 
@@ -173,6 +180,28 @@ class _Models:
 
     def source(self, path: Path, weight: float) -> Source:
         return Source(path, weight, self.samples[path], self.files[path])
+
+    def mixture_plan(
+        self,
+        inputs: Sequence[tuple[Path, float]],
+        ingredients: Ingredients,
+        parameters: Mapping[str, float],
+        max_shard_bytes: float,
+        seed: int,
+    ) -> MergePlan:
+        """Return the plan of a mixture of experts, which are the MLPs of `inputs` in their order."""
+        plan = self.plan(inputs, None, "moe", parameters, max_shard_bytes, seed)
+        paths = [path for path, _ in inputs]
+        mixture, specs = mixture_of(paths, self.specs, ingredients, parameters["top_k"])
+        index = {source.path: i for i, source in enumerate(plan.sources)}
+        router = ingredients.router
+        return replace(
+            plan,
+            mixture=mixture.of_sources([index[path] for path in paths]),
+            specs=specs,
+            base=None if router is None else Source(router, 0.0, "", _files_hash(router)),
+            copied=frozenset(),
+        )
 
     def plan(
         self,
@@ -257,7 +286,7 @@ def _weight_problems(method: Method, inputs: Sequence[tuple[Path, float]]) -> li
         problems.append("No input has a nonzero weight. Give at least one input a nonzero weight.")
     elif not math.isfinite(sum(map(abs, weights))):
         problems.append(f"The weights are {weights}. They and their sum must be finite.")
-    elif method.name in ("linear", "slerp") and abs(sum(weights)) <= 1e-12 * sum(map(abs, weights)):
+    elif method.name in ("linear", "slerp", "moe") and abs(sum(weights)) <= 1e-12 * sum(map(abs, weights)):
         problems.append(f"The weights {weights} sum to 0. '{method.name}' divides by their sum: change a weight.")
     if method.exactly is not None and len(inputs) != method.exactly:
         problems.append(f"'{method.name}' merges exactly {method.exactly} models, but {len(inputs)} were given.")

@@ -1,14 +1,15 @@
-"""What a merge records of itself: the inputs and settings that it was made from, and what is known of its output."""
+"""What a merge reports and records: the inputs and settings that it was made from, and what is known of its output."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from btm_scale.checkpoint.formats.based import base_of, is_completed
 from btm_scale.checkpoint.formats.locate import described_in
-from btm_scale.checkpoint.formats.rounded import NonFinite
+from btm_scale.checkpoint.formats.rounded import ALL_FINITE, NonFinite
 from btm_scale.checkpoint.formats.tensors import dtype_name, parse_dtype
 from btm_scale.checkpoint.merge.carried import given_template
 from btm_scale.checkpoint.merge.plan import MergePlan
@@ -31,6 +32,24 @@ class Merged:
         return cls(str(record.answer.get("content_hash", "")), NonFinite(**names))
 
 
+@dataclass(frozen=True)
+class MergeReport:
+    """Summary of a completed merge."""
+
+    output: Path
+    method: str
+    inputs: tuple[tuple[Path, float], ...]
+    tensors: int
+    parameters: int
+    bytes_read: int
+    bytes_written: int
+    content_hash: str
+    seconds: float
+    nonfinite: NonFinite = ALL_FINITE  # elements of the output
+    weights: Mapping[str, str] = field(default_factory=dict)  # by input, the set of files that was read
+    already_complete: bool = False  # an earlier call had written the output, so nothing was written
+
+
 def chosen_template(given: str | Path | None, base: Path | None, inputs: Sequence[tuple[Path, float]]) -> str | None:
     """Return the chat template that was asked for, or None for that of the inputs. Raises `CheckpointError`."""
     if given is None:
@@ -50,13 +69,16 @@ def provenance(
     made_from = [Input.of(path, weight=weight, besides=output) for path, weight in inputs if path in read]
     bases = dict.fromkeys(bases_of(plan))
     made_from += [Input.of(base, besides=output) for base in bases]
-    settings = {
+    settings: dict[str, Any] = {
         "method": plan.method_name,
         "parameters": dict(plan.parameters),
         "dtype": dtype_name(parse_dtype(dtype)) if dtype else None,
         "max_shard_bytes": float(plan.max_shard_bytes),
         "seed": plan.seed,
     }
+    if plan.mixture is not None:
+        settings["experts"] = list(plan.mixture.names)
+        settings["router"] = "random" if plan.base is None else "file"
     if template is not None:
         settings["chat_template"] = template
     return Provenance(command="merge", inputs=tuple(made_from), settings=settings, answer={})

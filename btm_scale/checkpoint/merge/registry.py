@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # `merge --help` reads the methods' signatures without it
 RANGES = {
     "density": "above 0, at most 1",
     "window": "0 or more, with density - window/2 above 0 and density + window/2 at most 1",
+    "top_k": "1 to the number of models",
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import local
 
 import torch
@@ -14,6 +14,7 @@ from btm_scale.checkpoint.formats.rounded import Counts, count_nonfinite
 from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
 from btm_scale.checkpoint.formats.tensors import ModelReader
 from btm_scale.checkpoint.hashing import BlockHashes
+from btm_scale.checkpoint.merge.moe import Origin, random_gate
 from btm_scale.checkpoint.merge.noise import uniform
 from btm_scale.checkpoint.merge.plan import MergePlan, Unit
 from btm_scale.checkpoint.merge.registry import Piece, TensorPieces
@@ -92,7 +93,9 @@ class UnitRunner:
         target, plan = self._target, self._target.plan
         spec = plan.specs[unit.name]
         parts = parts_of(unit, self.chunk_bytes // spec.dtype.itemsize)
-        if plan.copies(unit.name):
+        if plan.mixture is not None:
+            yield from (self._part_of_mixture(plan.mixture.origins[unit.name], part) for part in parts)
+        elif plan.copies(unit.name):
             yield from (self._buffers.stored(target.inputs[plan.copied_from(unit.name)], part) for part in parts)
         elif plan.method.elementwise:
             merge = functools.partial(plan.method.function, **plan.parameters)
@@ -100,6 +103,20 @@ class UnitRunner:
         else:
             pieces = TensorPieces(spec.shape, lambda: self._pieces_of_rows(unit.name, spec.shape))
             yield from map(plan.method.prepare(pieces, plan.parameters), pieces)
+
+    def _part_of_mixture(self, origin: Origin, part: Unit) -> torch.Tensor:
+        """Return a part of a tensor of a mixture of experts."""
+        target, plan = self._target, self._target.plan
+        theirs = replace(part, name=origin.tensor)
+        if isinstance(origin.source, int):
+            return self._buffers.stored(target.inputs[origin.source], theirs)
+        if origin.source == "mean":
+            merged: torch.Tensor = plan.method.function(self._piece(theirs), **plan.parameters)
+            return merged
+        if origin.source == "router":
+            assert target.base is not None
+            return self._buffers.stored(target.base, theirs)
+        return random_gate(plan.seed, part.name, part.start, part.stop)
 
     def _pieces_of_rows(self, name: str, shape: tuple[int, ...]) -> Iterator[Piece]:
         """Yield a tensor in pieces of complete rows, which depend only on its shape; a vector is one piece."""
@@ -126,7 +143,7 @@ class UnitRunner:
             tensors=(shaped(self._read(model, part, "input")) for model in target.inputs),
             weights=[source.weight for source in plan.sources],
             zeros=shaped(zeros),
-            base=shaped(self._read(target.base, part, "base")) if target.base else None,
+            base=shaped(self._read(target.base, part, "base")) if plan.method.needs_base and target.base else None,
             noise=noise,
         )
 

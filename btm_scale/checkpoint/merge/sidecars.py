@@ -109,7 +109,7 @@ def model_card(plan: MergePlan, inputs: Sequence[tuple[Path, float]], content_ha
     samples: Mapping[Path, str] = {source.path: source.sample for source in plan.sources}
     rows = [_row(path, f"{weight:g}", samples.get(path)) for path, weight in inputs]
     if plan.base is not None:
-        rows.append(_row(plan.base.path, "base", plan.base.sample))
+        rows.append(_row(plan.base.path, "base" if plan.mixture is None else "router", plan.base.sample))
     settings = ", ".join(f"{name} = {value:g}" for name, value in plan.parameters.items()) or "none"
     note = ["`*`: of the first elements of each tensor only, because the model has no expert.json with its hash.", ""]
     lines = [
