@@ -24,7 +24,7 @@ from btm_scale.forest.turns import current_config, evaluating, scoring, using
 from btm_scale.launch.supervise import GroupCommand, RunGroups
 from btm_scale.run.launchers import Progress, here, placement, run_training
 from btm_scale.run.state import is_done, open_run
-from btm_scale.run_dir import SEED, RunDir
+from btm_scale.run_dir import MOE, SEED, RunDir
 from btm_scale.train.jobs import model_names, training_stages
 from btm_scale.util.locks import held
 
@@ -82,6 +82,8 @@ def evaluate_forest(config: RunConfig, run: RunDir, launcher: RunGroups | None =
     The caller holds the lock of `evaluating`, so that neither the forest nor its scores change.
     """
     score_averages(config, run, launcher)
+    if is_finished(run.model(MOE)):
+        score_models(config, run, [MOE], launcher)  # made before a domain was added
     return evaluate(config, run)
 
 
@@ -118,7 +120,7 @@ def score_models(config: RunConfig, run: RunDir, models: Sequence[str], launcher
     for model in models:
         read_expert(run.model(model))
     averages = average_texts(config)
-    candidates = [*model_names(config), *added_experts(config, run), *averages]
+    candidates = [*model_names(config), *added_experts(config, run), *averages, MOE]
     names = models or [name for name in candidates if is_finished(run.model(name))]
     if not names:
         raise ForestError(f"There is no finished model in {run.root}. Train some first: btm-scale run CONFIG")
