@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from btm_scale.checkpoint.completeness import require_complete
+from btm_scale.checkpoint.completeness import has_stacked_experts, require_complete
 from btm_scale.checkpoint.convert import WRITERS, require_described
 from btm_scale.checkpoint.formats.based import require_completed, with_base
 from btm_scale.checkpoint.formats.deepspeed import checkpoint_folder, tensor_degree, training_step
@@ -109,7 +109,7 @@ def _problem(model: ModelReader, shape: ModelShape | None) -> str | None:
     try:
         model = dequantized(model)
         require_complete(model)
-        if shape is not None:
+        if shape is not None and not has_stacked_experts(model):
             require_described(with_head_names(model), shape)
     except CheckpointError as error:
         return str(error)

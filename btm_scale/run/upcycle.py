@@ -14,6 +14,7 @@ from safetensors.torch import save
 from btm_scale.checkpoint.merge.compatibility import promoted_dtype
 from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.checkpoint.merge.moe import Ingredients
+from btm_scale.checkpoint.merge.plan import make_plan
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import CheckpointError, ForestError, unknown_name
 from btm_scale.forest.expert import CARD, Expert, Parent, find_expert, read_expert
@@ -71,6 +72,7 @@ def upcycle(
         former = find_expert(run.model(MOE))
         is_complete = former is not None and former.model_copy(update={"content_hash": ""}) == card
         if not is_complete:
+            _require_mergeable(run, names, recipe)
             _make(config, run, card, shape, recipe, device, jobs)
         with scoring(run):
             score_models(config, run, [MOE])
@@ -126,6 +128,24 @@ def _mixture_shape(config: RunConfig, run: RunDir, names: Sequence[str], recipe:
     return shape
 
 
+def _require_mergeable(run: RunDir, names: Sequence[str], recipe: Recipe) -> None:
+    """Raise ForestError with every problem that the merge would report, before any text is read."""
+    directories = [run.model(name) for name in names]
+    try:
+        make_plan(
+            [(directory, 1.0) for directory in directories],
+            method="moe",
+            parameters={"top_k": recipe.top_k},
+            base=None,
+            dtype=promoted_dtype(directories),
+            max_shard_bytes=float("inf"),
+            seed=0,
+            ingredients=Ingredients(tuple(names)),
+        )
+    except CheckpointError as error:
+        raise ForestError(str(error)) from None
+
+
 def _card(run: RunDir, names: Sequence[str], recipe: Recipe) -> Expert:
     """Return the card of a mixture, without its hash."""
     settings = {"top_k": recipe.top_k, "router": recipe.router}
@@ -153,19 +173,16 @@ def _make(
     new = run.root / f".{MOE}.new"
     shutil.rmtree(new, ignore_errors=True)  # complete, but its process was killed before it got its name
     logger.info("merging %s into one mixture of experts", ", ".join(names))
-    try:
-        report = merge(
-            new,
-            [(directory, 1.0) for directory in directories],
-            method="moe",
-            parameters={"top_k": recipe.top_k},
-            dtype=promoted_dtype(directories),
-            jobs=jobs,
-            random_seed=recipe.random_seed,
-            ingredients=Ingredients(tuple(names), router),
-        )
-    except CheckpointError as error:
-        raise ForestError(str(error)) from None
+    report = merge(
+        new,
+        [(directory, 1.0) for directory in directories],
+        method="moe",
+        parameters={"top_k": recipe.top_k},
+        dtype=promoted_dtype(directories),
+        jobs=jobs,
+        random_seed=recipe.random_seed,
+        ingredients=Ingredients(tuple(names), router),
+    )
     with suppress(FileNotFoundError):
         (new / PROVENANCE).unlink()  # expert.json is the record of a model in a run
     card.model_copy(update={"content_hash": report.content_hash}).write(new / CARD)

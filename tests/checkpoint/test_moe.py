@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,22 @@ def test_mlps_are_copied_in_the_order_of_the_inputs_and_the_rest_is_averaged(
             assert tensor.equal(mean[name]), name
     assert mixture["lm_head.weight"].shape == (65, 32)
     assert json.loads((tmp_path / "moe/config.json").read_text())["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_the_models_have_in_common_is_kept_bit_for_bit(
+    models: dict[str, list[Path]], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    seed = {name: tensor.to(dtype) for name, tensor in load_file(models["llama"][0] / "model.safetensors").items()}
+    for number in range(3):
+        folder = tmp_path / f"expert{number}"
+        shutil.copytree(models["llama"][0], folder)
+        changed = {name: tensor + number if ".mlp." in name else tensor for name, tensor in seed.items()}
+        save_file(changed, folder / "model.safetensors")
+    merge(tmp_path / "moe", [(tmp_path / f"expert{number}", 1.0) for number in range(3)], method="moe")
+    mixture = load_file(tmp_path / "moe/model.safetensors")
+    assert all(mixture[name].equal(tensor) for name, tensor in seed.items() if ".mlp." not in name)
+    assert {tensor.dtype for tensor in mixture.values()} == {dtype}
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

@@ -19,6 +19,7 @@ from btm_scale.cli.app import main
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ForestError
 from btm_scale.evaluate.hf_score import block_log_probs
+from btm_scale.evaluate.mixture_facts import mixture_note, parameters_of
 from btm_scale.forest import router_sums
 from btm_scale.forest.expert import CARD, read_expert
 from btm_scale.forest.router import fitted
@@ -152,7 +153,13 @@ def test_what_fails_while_a_model_is_made_leaves_the_former_one(run: Run, monkey
 
 def in_other_shape(run: RunDir) -> None:
     config = run.model("cpp") / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_theta": 5e5}))
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps(settings | {"rope_parameters": settings["rope_parameters"] | {"rope_theta": 5e5}}))
+
+
+def with_other_tokenizer(run: RunDir) -> None:
+    (run.model("cpp") / "tokenizer.json").write_text("{}")
+    (run.model("docs") / "tokenizer.json").write_text("[]")
 
 
 def without_domain(run: RunDir) -> None:
@@ -167,6 +174,7 @@ def without_domain(run: RunDir) -> None:
         (Recipe(experts=("cpp",)), None, "^cpp is left of cpp, docs, licences, python. A mixture needs at least two"),
         (Recipe(top_k=5), None, "^--top-k is 5, and there are 4 experts"),
         (Recipe(), in_other_shape, "'cpp' and 'docs' have different shapes: rope_theta 500000.0 and 10000.0"),
+        (Recipe(), with_other_tokenizer, "tokenizer.json differs between"),
         (Recipe(), without_domain, "'cpp' was not trained on a domain of .* --without cpp"),
     ],
 )
@@ -179,6 +187,21 @@ def test_what_makes_no_mixture_is_refused_before_anything_is_written(
     with pytest.raises(ForestError, match=message):
         upcycle(*run, recipe)
     assert files_of(run[1].root) == before
+
+
+def test_the_results_say_how_large_the_model_is_and_whether_the_forest_has_changed_since(run: Run) -> None:
+    def note() -> str:
+        return mixture_note(run[1], read_expert(run[1].model(MOE)))
+
+    upcycle(*run, Recipe(router="random", without=("docs",)))
+    size = parameters_of(run[1], MOE)
+    assert size.active < size.total
+    assert note() == (
+        f"moe: {size.total:,} parameters, of which {size.active:,} compute a token; top 2 of cpp, licences, python; "
+        "router random. Without docs."
+    )
+    shutil.rmtree(run[1].model("cpp"))
+    assert note().endswith(f" cpp changed or left the forest since. Make it again: btm-scale upcycle {run[1].root}")
 
 
 def test_a_run_with_an_expert_called_moe_keeps_it(run: Run) -> None:
