@@ -14,6 +14,7 @@ FamilyName = Annotated[str, AfterValidator(lambda name: find_family(name).name)]
 
 
 _MAX_SIZE = 1 << 31
+_MAX_MLPS = 1_000_000
 
 
 class RopeScaling(BaseModel):
@@ -88,6 +89,10 @@ class ModelShape(BaseModel):
             raise ValueError(
                 f"Each token is computed by {self.top_k} of {self.experts} experts. top_k must be at least 1 and at "
                 "most the number of experts."
+            )
+        if self.layers * self.experts > _MAX_MLPS:
+            raise ValueError(
+                f"{self.layers} layers of {self.experts} experts are more than {_MAX_MLPS} MLPs. Change either."
             )
         if not self.traits.mixture and (self.experts or self.top_k):
             raise ValueError(f"The {self.family} family has no experts in its layers. Leave experts and top_k out.")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.small_models import HUGGINGFACE_SIZES
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from btm_scale.checkpoint.completeness import problems_of
@@ -19,6 +20,7 @@ from btm_scale.checkpoint.inspect import inspect
 from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.checkpoint.merge.moe import Ingredients, names_of
 from btm_scale.cli.app import main
+from btm_scale.config.model import ModelConfig
 from btm_scale.errors import CheckpointError
 
 SIZES: dict[str, Any] = HUGGINGFACE_SIZES | {"max_position_embeddings": 32}
@@ -159,6 +161,14 @@ def test_a_mixture_is_described_completely_and_not_converted_to_formats_that_can
     convert(tmp_path / "moe", tmp_path / "copy", to="huggingface", dtype="bf16", verify=True)
     with pytest.raises(CheckpointError, match="converted to huggingface only"):
         convert(tmp_path / "moe", tmp_path / "megatron", to="megatron")
+
+
+def test_a_mixture_is_neither_a_family_to_train_nor_a_seed(models: dict[str, list[Path]], tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=r"mixtral is a mixture of experts. Mixtures are made of trained experts"):
+        ModelConfig(family="mixtral")
+    merge(tmp_path / "moe", [(path, 1.0) for path in models["llama"]], method="moe")
+    with pytest.raises(CheckpointError, match=r"is a mixture of experts. Mixtures are not trained here"):
+        ModelConfig(pretrained=tmp_path / "moe").shape(65, 32)
 
 
 def test_inputs_that_make_no_mixture_are_refused_and_nothing_is_left(

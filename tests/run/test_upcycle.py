@@ -175,7 +175,7 @@ def without_domain(run: RunDir) -> None:
         (Recipe(top_k=5), None, "^--top-k is 5, and there are 4 experts"),
         (Recipe(), in_other_shape, "'cpp' and 'docs' have different shapes: rope_theta 500000.0 and 10000.0"),
         (Recipe(), with_other_tokenizer, "tokenizer.json differs between"),
-        (Recipe(), without_domain, "'cpp' was not trained on a domain of .* --without cpp"),
+        (Recipe(), without_domain, r"'cpp' was not trained on a domain of .*--without cpp"),
     ],
 )
 def test_what_makes_no_mixture_is_refused_before_anything_is_written(
