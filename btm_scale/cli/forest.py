@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 
 app = typer.Typer()
 _SECTION = "Experts"
-_ROUTERS = ("fitted", "embedding", "hidden", "random")
+# As forest/router.py has them, which imports torch.
+ROUTERS = ("fitted", "embedding", "hidden", "random")
 forest = typer.Typer(
     help="List, add, remove and trace the experts of a run.", no_args_is_help=True, rich_markup_mode=None
 )
@@ -224,7 +225,7 @@ def upcycle(
         one_of(
             "--router",
             "router",
-            _ROUTERS,
+            ROUTERS,
             "How the router is made: fitted to the experts' hidden states on their domains' dev text, in closed form; "
             "from the domains' mean embedding or mean hidden state; or random.",
         ),

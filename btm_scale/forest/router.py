@@ -39,17 +39,14 @@ def hidden(layers: Sequence[LayerSums]) -> Tensor:
 
 
 _BY_LAYER: Mapping[str, Callable[[Sequence[LayerSums]], Tensor]] = {"fitted": fitted, "hidden": hidden}
-# How each router is made; `random` needs no sums.
-ROUTERS = {
-    "fitted": "by linear discriminant analysis of the experts' hidden states on their domains' dev text",
-    "embedding": "from each domain's mean embedding, as FlexOlmo does",
-    "hidden": "from each domain's mean hidden state, as mergekit-moe does",
-    "random": "drawn at random",
-}
+ROUTERS = ("fitted", "embedding", "hidden", "random")
 
 
 def gates(kind: str, shape: ModelShape, experts: Sequence[RouterSums]) -> dict[str, Tensor]:
-    """Return the gate of every layer of a mixture under its Hugging Face name: float32 [experts, hidden]."""
+    """Return the gate of every layer of a mixture under its Hugging Face name: float32 [experts, hidden].
+
+    `kind` is one of ROUTERS but `random`, which needs no sums.
+    """
     with _one_thread():
         return {name: _gate(kind, i, experts).float().contiguous() for i, name in enumerate(_gate_names(shape))}
 

@@ -19,7 +19,7 @@ from btm_scale.config.run import RunConfig
 from btm_scale.errors import CheckpointError, ForestError, unknown_name
 from btm_scale.forest.expert import CARD, Expert, Parent, find_expert, read_expert
 from btm_scale.forest.forest import require_experts
-from btm_scale.forest.router import gates
+from btm_scale.forest.router import ROUTERS, gates
 from btm_scale.forest.router_sums import domains_of_expert, router_sums
 from btm_scale.forest.scores import with_sorted_header
 from btm_scale.forest.turns import current_config, evaluating, scoring, using
@@ -101,6 +101,8 @@ def _mixture_shape(config: RunConfig, run: RunDir, names: Sequence[str], recipe:
             f"{run.root} has an expert or a domain called '{MOE}', which is the name of a run's mixture. Merge the "
             "experts outside of the run: btm-scale merge OUT A B --method moe"
         )
+    if recipe.router not in ROUTERS:
+        raise ForestError(unknown_name("router", recipe.router, ROUTERS))
     shapes = {name: read_shape(run.model(name)) for name in names}
     first = names[0]
     if other := next((name for name in names if shapes[name] != shapes[first]), None):

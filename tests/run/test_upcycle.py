@@ -172,6 +172,7 @@ def without_domain(run: RunDir) -> None:
         (Recipe(experts=("pithon", "cpp")), None, "Unknown expert 'pithon'. Did you mean 'python'"),
         (Recipe(without=("java",)), None, "Unknown expert 'java'"),
         (Recipe(experts=("cpp",)), None, "^cpp is left of cpp, docs, licences, python. A mixture needs at least two"),
+        (Recipe(router="fited"), None, "Unknown router 'fited'. Did you mean 'fitted'"),
         (Recipe(top_k=5), None, "^--top-k is 5, and there are 4 experts"),
         (Recipe(), in_other_shape, "'cpp' and 'docs' have different shapes: rope_theta 500000.0 and 10000.0"),
         (Recipe(), with_other_tokenizer, "tokenizer.json differs between"),
