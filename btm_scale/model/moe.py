@@ -1,4 +1,4 @@
-"""A mixture of experts in Megatron-core's layers: its MoE layer and experts, with a router of our own.
+"""A mixture of experts in Megatron-core's layers: its MoE layer and experts, with another router.
 
 Megatron-core's router needs Transformer Engine, and weights the only expert of a token other than transformers does.
 """
