@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from btm_scale.model.hf_config import read_shape
 from btm_scale.model.shape import ModelShape
 from btm_scale.run.pipeline import score_models
 from btm_scale.run_dir import MOE, RunDir
+from btm_scale.util.disk_errors import writing
 from btm_scale.util.files import make_directory, publish_directory, write_file
 from btm_scale.util.locks import held
 from btm_scale.util.provenance import NAME as PROVENANCE
@@ -185,11 +185,15 @@ def _make(
         random_seed=recipe.random_seed,
         ingredients=Ingredients(tuple(names), router),
     )
-    with suppress(FileNotFoundError):
-        (new / PROVENANCE).unlink()  # expert.json is the record of a model in a run
-    card.model_copy(update={"content_hash": report.content_hash}).write(new / CARD)
-    with evaluating(run):  # which reads the former one
-        publish_directory(new, run.model(MOE), replace=True)
+    try:
+        with writing(run.model(MOE)):
+            (new / PROVENANCE).unlink(missing_ok=True)  # expert.json is the record of a model in a run
+            card.model_copy(update={"content_hash": report.content_hash}).write(new / CARD)
+            with evaluating(run):  # which reads the former one
+                publish_directory(new, run.model(MOE), replace=True)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
 
 
 def _write_router(

@@ -146,6 +146,7 @@ def test_what_fails_while_a_model_is_made_leaves_the_former_one(run: Run, monkey
         with pytest.raises(KeyboardInterrupt):
             upcycle(*run, Recipe())
     assert files_of(run[1].model(MOE)) == before
+    assert [path.name for path in run[1].root.glob(".moe*")] == []
     made = upcycle(*run, Recipe())
     assert read_expert(run[1].model(MOE)).content_hash == made.card.content_hash
     assert [path.name for path in run[1].root.glob(".moe*")] == []
