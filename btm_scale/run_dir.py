@@ -10,6 +10,7 @@ SEED = "seed"
 DENSE = "dense"
 AVERAGE = "average/"
 RANDOM_SPLIT = "random/"
+MOE = "moe"  # the forest as one mixture of experts
 LONGER_DENSE = "dense-"
 # Names that a run uses for models and logs other than its experts'.
 OWN_NAMES = frozenset({SEED, DENSE, AVERAGE.rstrip("/"), RANDOM_SPLIT.rstrip("/"), "score"})
@@ -17,7 +18,7 @@ OWN_NAMES = frozenset({SEED, DENSE, AVERAGE.rstrip("/"), RANDOM_SPLIT.rstrip("/"
 
 @dataclass(frozen=True)
 class RunDir:
-    """The paths of one run. It reads and writes nothing."""
+    """The paths of one run. It writes nothing, and reads no file."""
 
     root: Path
 
@@ -45,6 +46,11 @@ class RunDir:
     def forest_lock(self) -> Path:
         """The lock of the processes that evaluate the forest, or change it."""
         return self.root / ".locks" / "forest"
+
+    @property
+    def upcycle_lock(self) -> Path:
+        """The lock of the process that makes the mixture of experts."""
+        return self.root / ".locks" / "upcycle"
 
     @property
     def ablation_lock(self) -> Path:
@@ -131,14 +137,20 @@ class RunDir:
         return self.root / "removed.json"
 
     def model(self, name: str) -> Path:
-        """The Hugging Face directory of a finished model: seed, dense, an average or an expert."""
+        """The Hugging Face directory of a finished model: seed, dense, moe, an average or an expert."""
         if name in (SEED, DENSE) or name.startswith(LONGER_DENSE):
             return self.root / name
+        if name == MOE and not (self.experts / MOE).is_dir():  # earlier versions allowed an expert of this name
+            return self.root / MOE
         if name.startswith(AVERAGE):
             return self.root / "averages" / name.removeprefix(AVERAGE)
         if name.startswith(RANDOM_SPLIT):
             return self.root / "random-split" / name.removeprefix(RANDOM_SPLIT)
         return self.experts / name
+
+    def router(self, model: str) -> Path:
+        """The sums that routers are fitted to, of an expert; of `moe`, its router."""
+        return self.root / "router" / f"{model}.safetensors"
 
     def model_scores(self, model: str) -> Path:
         """The folder of one model's scores."""
@@ -165,12 +177,12 @@ class RunDir:
 
 
 def finished_models(run: RunDir) -> list[str]:
-    """Return the names of a run's finished models from their folders alone: seed and dense, experts, averages, splits.
+    """Return the names of a run's finished models from their folders alone: baselines, moe, experts, averages, splits.
 
     It reads no file, so that shell completion is fast.
     """
     dense = sorted(path.parent.name for path in run.root.glob(f"{LONGER_DENSE}*/expert.json"))
-    names = [name for name in (SEED, DENSE, *dense) if (run.model(name) / "expert.json").is_file()]
+    names = [name for name in (SEED, DENSE, *dense, MOE) if (run.model(name) / "expert.json").is_file()]
     for prefix in ("", AVERAGE, RANDOM_SPLIT):
         names += sorted(f"{prefix}{path.parent.name}" for path in run.model(f"{prefix}*").parent.glob("*/expert.json"))
     return names

@@ -32,8 +32,8 @@ def problems_of(model: ModelReader) -> list[str]:
         described, is_nested = nested, True
     expected = expected_tensors(described)
     shapes = {name: spec.shape for name, spec in model.specs().items()}
-    if any(name.endswith(".experts.gate_up_proj") for name in shapes):
-        expected = None  # experts that transformers stacked; their names are not those of the Hub
+    if has_stacked_experts(model):
+        expected = None
     if expected is None:
         return _gaps(model.path, shapes, described)
     prefix = _prefix(expected, shapes, is_nested)
@@ -50,6 +50,11 @@ def require_complete(model: ModelReader) -> None:
     """Raise `CheckpointError` if `problems_of` a model is not empty."""
     if problems := problems_of(model):
         raise CheckpointError("\n".join(problems))
+
+
+def has_stacked_experts(model: ModelReader) -> bool:
+    """Whether the experts of a mixture are in one tensor, as transformers has them in memory; the Hub has others."""
+    return any(name.endswith(".experts.gate_up_proj") for name in model.names)
 
 
 def has_own_head(model: ModelReader) -> bool:

@@ -127,6 +127,10 @@ def _write(source: Path, directory: Path, *, to: str, tensor: int, dtype: torch.
         name = dtype_name(dtype) if dtype else None
         return merge(directory, [(source, 1.0)], dtype=name, with_recipe=False).nonfinite
     shape = find_shape(source)
+    if shape.experts:
+        raise CheckpointError(
+            f"{source} is a mixture of experts. Mixtures are converted to huggingface only: use --to huggingface."
+        )
     if tensor not in shape.tensor_degrees():
         raise CheckpointError(
             f"Cannot shard {source} over tensor={tensor}. tensor must divide the attention heads ({shape.heads}), KV "
@@ -148,6 +152,8 @@ def require_trainable(path: Path) -> None:
     """Raise `CheckpointError` unless a Hugging Face model is complete and of a family that is trained here."""
     with with_head_names(open_model(path)) as model:
         shape = find_shape(path)
+        if shape.experts:
+            raise CheckpointError(f"{path} is a mixture of experts, which is not trained here. Choose another model.")
         require_complete(model)
         require_untied(model, shape)
         require_described(model, shape)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from btm_scale.checkpoint.completeness import require_complete
+from btm_scale.checkpoint.completeness import has_stacked_experts, require_complete
 from btm_scale.checkpoint.convert import WRITERS, require_described
 from btm_scale.checkpoint.formats.based import require_completed, with_base
 from btm_scale.checkpoint.formats.deepspeed import checkpoint_folder, tensor_degree, training_step
@@ -99,7 +99,7 @@ def inspect(path: Path, *, base: Path | None = None) -> Inspection:
         step=_STEPS[kind](path) if kind in _STEPS else None,
         tensor_degree=tensor_degree(path) if kind.startswith("deepspeed") else None,
         problem=problem,
-        converts_to=() if problem else ("huggingface", *(WRITERS if shape else ())),
+        converts_to=() if problem else ("huggingface", *(WRITERS if shape and not shape.experts else ())),
         tensor_degrees=tuple(n for n in fitting.tensor_degrees() if n <= _MAX_TENSOR_DEGREE) if fitting else (),
     )
 
@@ -109,7 +109,7 @@ def _problem(model: ModelReader, shape: ModelShape | None) -> str | None:
     try:
         model = dequantized(model)
         require_complete(model)
-        if shape is not None:
+        if shape is not None and not has_stacked_experts(model):
             require_described(with_head_names(model), shape)
     except CheckpointError as error:
         return str(error)

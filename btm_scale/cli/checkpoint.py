@@ -124,12 +124,22 @@ def merge(
             section=_OF_METHOD,
         ),
     ],
+    router: Annotated[
+        str | None,
+        option(
+            "--router",
+            "random|FILE",
+            "Router of the method moe: random weights, or a safetensors file with the output's gates.  "
+            "[default: random]",
+            section=_OF_METHOD,
+        ),
+    ] = None,
     random_seed: Annotated[
         int | None,
         option(
             "--random-seed",
             "N",
-            "Random seed of the methods dare and della.  [default: the recipe's, or 0]",
+            "Random seed of dare, della and a random router.  [default: the recipe's, or 0]",
             section=_OF_METHOD,
         ),
     ] = None,
@@ -211,6 +221,7 @@ def merge(
             "--tokenizer": tokenizer,
             "--new-rows": new_rows != "mean",
             "--allow": allow,
+            "--router": router,
         }
         if extra := [name for name, value in given.items() if value]:
             raise UserError(
@@ -229,9 +240,10 @@ def merge(
     elif not inputs:
         raise UserError("No models were given. Give those to merge, as DIR or DIR=WEIGHT, or --recipe FILE.")
     else:
+        models = [_weighted_path(text) for text in inputs]
         report = merge_models(
             output,
-            [_weighted_path(text) for text in inputs],
+            models,
             method=method or "linear",
             parameters=dict(_setting(text) for text in parameters),
             base=base,
@@ -244,6 +256,7 @@ def merge(
             new_rows=new_rows,
             allow=allow,
             mpi=mpi,
+            ingredients=None if router is None else _ingredients(router, [path for path, _ in models]),
         )
     if rank is not None and rank.rank > 0:
         return None  # under mpirun the first rank answers
@@ -312,6 +325,12 @@ def inspect(
             say(line)
 
     return Answer(answer, show, is_brief=True)
+
+
+def _ingredients(router: str, models: list[Path]) -> Any:
+    from btm_scale.checkpoint.merge.moe import Ingredients, names_of
+
+    return Ingredients(names_of(models), None if router == "random" else Path(router))
 
 
 def _weighted_path(text: str) -> tuple[Path, float]:

@@ -9,7 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from btm_scale.cli.commands import Verbs, VerbWithWords
-from btm_scale.cli.options import RandomSeed, RunFolder, argument, models_of_run, one_of, opened, option, several
+from btm_scale.cli.options import (
+    Device,
+    RandomSeed,
+    RunFolder,
+    argument,
+    models_of_run,
+    one_of,
+    opened,
+    option,
+    several,
+)
 from btm_scale.cli.verb import Answer, Document, already_complete, say, verb
 from btm_scale.errors import UserError
 
@@ -17,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 app = typer.Typer()
 _SECTION = "Experts"
+# As forest/router.py has them, which imports torch.
+ROUTERS = ("fitted", "embedding", "hidden", "random")
 forest = typer.Typer(
     help="List, add, remove and trace the experts of a run.", no_args_is_help=True, rich_markup_mode=None
 )
@@ -195,6 +207,62 @@ def branch(
         "record": str(run_dir.branch(name)),
         "next": f"btm-scale run {run_dir.config} --out {run_dir.root}",
     }
+
+
+@verb(app, "upcycle", section=_SECTION)
+def upcycle(
+    run: RunFolder,
+    *,
+    experts: Annotated[
+        str | None, option("--experts", "A,B,...", "Use only these experts.  [default: all of the forest]")
+    ] = None,
+    without: Annotated[
+        list[str], several("--without", "NAME", "Leave this expert out. May be repeated.", complete=models_of_run)
+    ],
+    top_k: Annotated[int, option("--top-k", "K", "Experts that compute each token.", min=1)] = 2,
+    router: Annotated[
+        str,
+        one_of(
+            "--router",
+            "router",
+            ROUTERS,
+            "How the router is made: fitted to the experts' hidden states on their domains' dev text, in closed form; "
+            "from the domains' mean embedding or mean hidden state; or random.",
+        ),
+    ] = "fitted",
+    random_seed: RandomSeed = 0,
+    jobs: Annotated[
+        int | None,
+        option("--jobs", "N", "Number of processes that merge.  [default: the number of cores]", min=1),
+    ] = None,
+    device: Device = None,
+) -> Answer:
+    """Make one mixture-of-experts model of the experts.
+
+    Its experts are the MLPs of the forest's experts; the rest is their average. Nothing is trained. The model is
+    written to RUN/moe in place of a former one, and scored; `evaluate` compares it with every other method.
+    """
+    from btm_scale.model.hf_decoder import usable_device
+    from btm_scale.run.upcycle import Recipe
+    from btm_scale.run.upcycle import upcycle as make
+
+    config, run_dir = opened(run)
+    chosen = tuple(name.strip() for name in experts.split(",")) if experts is not None else ()
+    recipe = Recipe(chosen, tuple(without), top_k, router, random_seed)
+    made = make(config, run_dir, recipe, device=usable_device(device), jobs=jobs)
+    answer = {
+        "model": str(run_dir.model("moe")),
+        "experts": [parent.name for parent in made.card.parents],
+        "top_k": top_k,
+        "router": router,
+        "family": made.shape.family,
+        "parameters": made.shape.parameters,
+        "active_parameters": made.shape.active_parameters,
+        "content_hash": made.card.content_hash,
+    }
+    if made.is_complete:
+        return Answer(already_complete(answer, str(run_dir.model("moe"))))
+    return Answer(answer)
 
 
 def _parents(text: str) -> str | dict[str, float]:

@@ -37,7 +37,8 @@ def generate(
         several(
             "--model",
             "NAME",
-            "Use only this model: an expert, seed, dense, average/uniform. May be repeated.  [default: all experts]",
+            "Use only this model: an expert, seed, dense, moe, average/uniform. May be repeated.  "
+            "[default: all experts]",
             section=_WEIGHTS,
             complete=models_of_run,
         ),

@@ -8,7 +8,8 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from btm_scale.config.section import Section
-from btm_scale.errors import unknown_name
+from btm_scale.errors import CheckpointError, unknown_name
+from btm_scale.model.families import FAMILIES, MIXTURES
 from btm_scale.model.hf_config import read_shape
 from btm_scale.model.shape import PRESETS, FamilyName, ModelShape
 
@@ -40,6 +41,11 @@ class ModelConfig(Section):
                     f"Cannot set {', '.join(sizes)} with pretrained. A pretrained model has its own sizes: remove them."
                 )
             return self
+        if self.family in MIXTURES:
+            raise ValueError(
+                f"{self.family} is a mixture of experts. Mixtures are made of trained experts and not trained: choose "
+                f"{', '.join(FAMILIES)}, and make one of the forest with btm-scale upcycle."
+            )
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(unknown_name("preset", self.preset, PRESETS))
         self.shape(vocabulary=1, positions=1)
@@ -53,6 +59,11 @@ class ModelConfig(Section):
         """
         if self.pretrained is not None:
             shape = read_shape(self.pretrained)
+            if shape.experts:
+                raise CheckpointError(
+                    f"{self.pretrained} is a mixture of experts. Mixtures are not trained here: choose a model of "
+                    f"{', '.join(FAMILIES)}."
+                )
             return shape.model_copy(update={"vocabulary": max(shape.vocabulary, vocabulary)})
         sizes: dict[str, Any] = dict(PRESETS[self.preset]) if self.preset else {}
         sizes |= self.model_dump(exclude={"preset", "pretrained"}, exclude_none=True)

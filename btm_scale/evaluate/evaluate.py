@@ -16,17 +16,18 @@ from btm_scale.config.run import RunConfig
 from btm_scale.data.eval_text import EvaluationText
 from btm_scale.errors import UnsupportedModelError
 from btm_scale.evaluate.ensemble import ensemble_methods, routed_methods
+from btm_scale.evaluate.mixture_facts import mixture_note, parameters_of
 from btm_scale.evaluate.readiness import dense_models, require_evaluable
 from btm_scale.evaluate.results import Compute, EvaluatedDomain, MethodResult, RanOn, Results
 from btm_scale.forest.average_models import average_model, averages_of
-from btm_scale.forest.expert import read_expert
+from btm_scale.forest.expert import Expert, find_expert, read_expert
 from btm_scale.forest.forest import ancestors, experts, lineage
 from btm_scale.forest.posterior.mixture import mixture_log_probs
 from btm_scale.forest.posterior.prior import cached_prior
 from btm_scale.forest.priors import tempering_of
 from btm_scale.forest.scores import Scores, Stack, dev_prior, evaluation_text, scored_on
 from btm_scale.model.hf_config import read_shape
-from btm_scale.run_dir import SEED, RunDir
+from btm_scale.run_dir import MOE, SEED, RunDir
 from btm_scale.util.files import make_directory
 from btm_scale.util.pools import in_processes
 
@@ -70,9 +71,14 @@ def evaluate(config: RunConfig, run: RunDir) -> Results:
     notes = [] if averages else ["No averages: only models of one shape can be averaged, and the experts differ."]
     if config.health.deterministic:
         notes.append("health.deterministic is set: the same layout on the same kind of GPU gives the same bits.")
+    mixture = find_expert(run.model(MOE))
+    if mixture is not None:
+        notes.append(mixture_note(run, mixture))
     domains = list(config.all_domains)
     texts = [evaluation_text(config, run, domain, config.evaluate.split) for domain in domains]
-    evaluated = in_processes(functools.partial(_evaluate_domain, config, run, names, averages), texts)
+    evaluated = in_processes(
+        functools.partial(_evaluate_domain, config, run, names, averages, mixture is not None), texts
+    )
     by_domain = dict(zip(domains, evaluated, strict=True))
     results = Results(
         name=config.name,
@@ -84,13 +90,14 @@ def evaluate(config: RunConfig, run: RunDir) -> Results:
             for domain, entry in by_domain.items()
         },
         methods=_results_by_method(by_domain, notes),
-        compute=_compute_by_method(config, run, names, averages),
+        compute=_compute_by_method(config, run, names, averages, mixture),
+        parameters={} if mixture is None else {MOE: parameters_of(run, MOE)},
         priors={
             domain: dict(zip(names, np.exp(entry.prior).tolist(), strict=True)) for domain, entry in by_domain.items()
         },
         tempering={domain: entry.tempering for domain, entry in by_domain.items()},
         lineage=lineage(run),
-        devices=_devices(config, run, names),
+        devices=_devices(config, run, [*names, *([MOE] if mixture is not None else [])]),
         notes=tuple(notes),
     )
     make_directory(run.results.parent)
@@ -129,7 +136,7 @@ def _results_by_method(by_domain: Mapping[str, _DomainResult], notes: list[str])
 
 
 def _evaluate_domain(
-    config: RunConfig, run: RunDir, names: list[str], averages: Sequence[str], text: EvaluationText
+    config: RunConfig, run: RunDir, names: list[str], averages: Sequence[str], has_mixture: bool, text: EvaluationText
 ) -> _DomainResult:
     domain = text.domain
     dev = Stack.load(run, names, domain, "dev")
@@ -139,6 +146,8 @@ def _evaluate_domain(
         method: Scores.load(run.scores(model, domain, config.evaluate.split)).log_probs
         for method, model in _single_models(config, names, averages, domain, prior).items()
     }
+    if has_mixture:
+        methods[MOE] = Scores.load(run.scores(MOE, domain, config.evaluate.split)).log_probs
     methods |= _mixtures(config, run, text, names, prior, tempering)
     nats = {method: float(np.sum(log_probs, dtype=np.float64)) for method, log_probs in methods.items()}
     return _DomainResult(_Measure(len(text.targets), text.bytes), prior, tempering, nats)
@@ -168,11 +177,15 @@ def _mixtures(
     return methods
 
 
-def _compute_by_method(config: RunConfig, run: RunDir, names: list[str], averages: Sequence[str]) -> dict[str, Compute]:
+def _compute_by_method(
+    config: RunConfig, run: RunDir, names: list[str], averages: Sequence[str], mixture: Expert | None
+) -> dict[str, Compute]:
     """Return the training tokens and FLOPs behind each method: of its models and all ancestors, each counted once."""
     behind: dict[str, list[str]] = {SEED: []} | {f"expert:{name}": [name] for name in names}
     behind |= dict.fromkeys(("ensemble", *(f"average:{kind}" for kind in averages)), names)
     behind |= {model: [model] for model in dense_models(config)}
+    if mixture is not None:
+        behind[MOE] = [parent.name for parent in mixture.parents]
     if config.random_split_models:
         behind["random-split"] = config.random_split_models
     ancestors_of = {method: _all_ancestors(run, (SEED, *models)) for method, models in behind.items()}

@@ -51,6 +51,13 @@ class Compute(Part):
     flops: Finite
 
 
+class Parameters(Part):
+    """The size of a model that computes a token with only some of its parameters."""
+
+    total: Natural
+    active: Natural
+
+
 class Results(Record):
     """results.json: every method's perplexity and bits per byte on every domain, with priors, compute and lineage."""
 
@@ -63,6 +70,7 @@ class Results(Record):
     domains: dict[str, EvaluatedDomain]
     methods: dict[str, MethodResult]
     compute: dict[str, Compute] = {}  # by method
+    parameters: dict[str, Parameters] = Field(default={}, exclude_if=is_empty)  # of the method moe
     priors: dict[str, dict[str, Finite]] = {}  # by domain: each expert's weight, which sum to 1
     tempering: dict[str, Tempering] = {}  # by domain
     lineage: dict[str, dict[str, Finite]] = {}  # by expert: the weight of each parent

@@ -69,7 +69,15 @@ def load_model(group: ExpertGroup, directory: Path) -> ExpertModel | Transformer
         shape = read_shape(directory)
     except UnsupportedModelError:
         return TransformersModel(directory, dtype=group.dtype, device=group.device)
-    network = build_model(shape, tensor=group.layout.tensor, dtype=group.dtype, on_cpu=group.device.type == "cpu")
+    tensor = group.layout.tensor
+    network = build_model(
+        shape,
+        tensor=tensor,
+        dtype=group.dtype,
+        on_cpu=group.device.type == "cpu",
+        # Megatron-core's experts expect each tensor rank to have its part of the sequence.
+        sequence_parallel=bool(shape.experts) and tensor > 1,
+    )
     with with_head_names(open_model(directory)) as tensors:
         load_weights(network, tensors.read, group.tensor_rank, group.layout.tensor)
     return network.eval()

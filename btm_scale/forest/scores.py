@@ -39,7 +39,7 @@ class Scores:
         metadata = {"model": self.model, "data_fingerprint": self.fingerprint}
         metadata |= {"device": self.device, "kernels": self.kernels}
         tensors = {"log_probs": self.log_probs, "block_starts": self.block_starts}
-        write_file(path, _with_sorted_header(save(tensors, metadata)))
+        write_file(path, with_sorted_header(save(tensors, metadata)))
 
     @classmethod
     def load(cls, path: Path) -> Scores:
@@ -73,7 +73,7 @@ class Scores:
         return None if self.model and self.fingerprint else "the metadata lacks model or data_fingerprint"
 
 
-def _with_sorted_header(content: bytes) -> bytes:
+def with_sorted_header(content: bytes) -> bytes:
     """Return a safetensors file with its header in a fixed order; the library's differs between processes."""
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()

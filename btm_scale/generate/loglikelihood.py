@@ -17,7 +17,7 @@ from btm_scale.forest.posterior.mixture import mixture_log_probs
 from btm_scale.forest.priors import log_prior_of, models_of
 from btm_scale.generate.generator import Generator
 from btm_scale.kernels import mix_sample
-from btm_scale.run_dir import DENSE, SEED, RunDir
+from btm_scale.run_dir import DENSE, MOE, SEED, RunDir
 
 Tokens = Sequence[int]
 
@@ -36,7 +36,7 @@ def generator_of_method(
         options: dict[str, Any] = {"posterior": config.evaluate.posterior, "prior": prior, "domain": domain}
     elif isinstance(row, Ensemble) and row.mode is not None:
         options = {"posterior": row.mode, "prior": row.prior, "domain": domain}
-    elif method in (SEED, DENSE):
+    elif method in (SEED, DENSE, MOE):
         options = {"models": [method]}
     elif row is not None and row.kind == "expert":
         options = {"models": [value]}
@@ -57,7 +57,7 @@ def _method_names() -> list[str]:
     """Return the names of the methods that can score and generate text."""
     ensembles = [row.name for row in METHODS if isinstance(row, Ensemble) and row.mode is not None]
     averages = [row.name for row in METHODS if isinstance(row, Average)]
-    return [ENSEMBLE, *ensembles, SEED, DENSE, *averages, "expert:NAME"]
+    return [ENSEMBLE, *ensembles, SEED, DENSE, MOE, *averages, "expert:NAME"]
 
 
 def score_continuations(generator: Generator, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[tuple[float, bool]]:

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from btm_scale.model.attention import CausalAttention, HeadNorm
 from btm_scale.model.loss import head_loss
+from btm_scale.model.moe import mixture_settings, mixture_spec
 from btm_scale.model.norm import LayerNorm, RMSNorm
 from btm_scale.model.packing import packs_sequences, visible
 from btm_scale.model.partition import Partition, is_partitioned
@@ -53,10 +54,15 @@ class ExpertModel(GPTModel):
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Return the mean loss in nats of `targets` [batch, length]; without them, hidden [batch, length, hidden]."""
+        length = tokens.shape[1]
+        if targets is None and self.config.sequence_parallel:
+            # Padding at the end, which no token attends to.
+            tokens = functional.pad(tokens, (0, -length % self.config.tensor_model_parallel_size))
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         packs = packs_sequences(tokens.device, self.config.params_dtype, self.shape.head_size)
         seen = visible(tokens, end_of_text=self.end_of_text, window=self.shape.window, packs=packs)
-        return super().forward(tokens, positions, attention_mask=seen, labels=targets)
+        output: Tensor = super().forward(tokens, positions, attention_mask=seen, labels=targets)
+        return output if targets is not None else output[:, :length]
 
     @property
     def head(self) -> Tensor:
@@ -133,6 +139,7 @@ def build_model(
         apply_rope_fusion=False,
         deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         init_method=partial(_draw, rows=padded_vocabulary(shape.vocabulary, tensor), vocabulary=shape.vocabulary),
+        **mixture_settings(shape),
     )
     spec = get_gpt_layer_local_spec(normalization=config.normalization)
     attention = spec.submodules.self_attention.submodules
@@ -142,6 +149,8 @@ def build_model(
     )
     if shape.head_norms:
         attention.q_layernorm = attention.k_layernorm = HeadNorm
+    if shape.experts:
+        spec.submodules.mlp = mixture_spec(shape)
     norm = RMSNorm if config.normalization == "RMSNorm" else LayerNorm
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
     if recompute == "full":

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from btm_scale.errors import CheckpointError, UnsupportedModelError
-from btm_scale.model.families import FAMILIES
+from btm_scale.model.families import FAMILIES, READABLE
 from btm_scale.model.shape import ModelShape
 from btm_scale.util.bounded_json import parse_json, read_bounded, shown
 from btm_scale.util.inside import file_inside
@@ -71,7 +71,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is a JSON {type(config).__name__}, but must be an object. Copy it again.")
     _require_types(config, path, {"model_type": _TYPES["model_type"]})
-    if config.get("model_type") in FAMILIES:
+    if config.get("model_type") in READABLE:
         _require_types(config, path, _TYPES)
         for section in ("rope_scaling", "rope_parameters"):
             _require_types(config.get(section) or {}, path, _TYPES, f"{section}.")
@@ -111,12 +111,13 @@ def _is_section(value: Any) -> bool:
 
 _SIZES = (
     "num_hidden_layers num_attention_heads num_key_value_heads hidden_size intermediate_size head_dim vocab_size "
-    "max_position_embeddings n_layer n_head n_embd n_inner n_positions sliding_window original_max_position_embeddings"
+    "max_position_embeddings n_layer n_head n_embd n_inner n_positions sliding_window original_max_position_embeddings "
+    "num_experts num_local_experts num_experts_per_tok moe_intermediate_size decoder_sparse_step"
 )
 _NUMBERS = "rms_norm_eps layer_norm_epsilon rope_theta factor low_freq_factor high_freq_factor partial_rotary_factor"
 _FLAGS = (
     "tie_word_embeddings attention_bias mlp_bias use_sliding_window add_cross_attention "
-    "scale_attn_by_inverse_layer_idx scale_attn_weights"
+    "scale_attn_by_inverse_layer_idx scale_attn_weights norm_topk_prob"
 )
 _TYPES: _Types = (
     dict.fromkeys(_SIZES.split(), ("a number from 0 to 2147483647", _is_size))
@@ -130,7 +131,7 @@ _TYPES: _Types = (
 def shape_from_config(config: dict[str, Any], path: object) -> ModelShape:
     """Return the shape that a config.json describes. Raises as `read_shape` does."""
     model_type = config.get("model_type")
-    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    family = READABLE.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         model_type = shown(model_type)
         families = ", ".join(FAMILIES)

@@ -64,6 +64,7 @@ def huggingface_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
         "q_layernorm.weight": (shape.head_size,),
         "k_layernorm.weight": (shape.head_size,),
         "linear_proj.weight": (shape.hidden, shape.query_width),
+        "router.weight": (shape.experts, shape.hidden),
         "linear_fc1.weight": (shape.up_width, shape.hidden),
         "linear_fc1.bias": (shape.up_width,),
         "linear_fc2.weight": (shape.hidden, shape.ffn),

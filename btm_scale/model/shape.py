@@ -7,13 +7,14 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from btm_scale.model.families import FAMILIES, find_family
+from btm_scale.model.families import FAMILIES, MIXTURE_OF, READABLE, find_family
 from btm_scale.model.families.family import Family
 
 FamilyName = Annotated[str, AfterValidator(lambda name: find_family(name).name)]
 
 
 _MAX_SIZE = 1 << 31
+_MAX_MLPS = 1_000_000
 
 
 class RopeScaling(BaseModel):
@@ -64,6 +65,8 @@ class ModelShape(BaseModel):
     rope_theta: float = Field(default=10_000.0, gt=0)
     rope_scaling: RopeScaling | None = None
     window: int | None = Field(default=None, gt=0, description="sliding window in tokens, including the current one")
+    experts: int = Field(default=0, ge=0, le=100_000, description="MLPs of a layer in a mixture of experts, else 0")
+    top_k: int = Field(default=0, ge=0, description="experts that compute each token")
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> ModelShape:
@@ -82,12 +85,23 @@ class ModelShape(BaseModel):
             raise ValueError(f"The {self.family} family has no grouped-query attention. Set kv_heads to heads.")
         if self.traits.always_tied and not self.tied:
             raise ValueError(f"The {self.family} family ties its embeddings. Set tied to true.")
+        if self.traits.mixture and not 1 <= self.top_k <= self.experts:
+            raise ValueError(
+                f"Each token is computed by {self.top_k} of {self.experts} experts. top_k must be at least 1 and at "
+                "most the number of experts."
+            )
+        if self.layers * self.experts > _MAX_MLPS:
+            raise ValueError(
+                f"{self.layers} layers of {self.experts} experts are more than {_MAX_MLPS} MLPs. Change either."
+            )
+        if not self.traits.mixture and (self.experts or self.top_k):
+            raise ValueError(f"The {self.family} family has no experts in its layers. Leave experts and top_k out.")
         return self
 
     @property
     def traits(self) -> Family:
         """Traits of the family."""
-        return FAMILIES[self.family]
+        return READABLE[self.family]
 
     @property
     def rotary(self) -> bool:
@@ -122,14 +136,39 @@ class ModelShape(BaseModel):
     @property
     def parameters(self) -> int:
         """Number of parameters, including biases and embeddings."""
+        return self._parameters(self.experts)
+
+    @property
+    def active_parameters(self) -> int:
+        """Number of parameters that compute a token: of a mixture, with `top_k` experts."""
+        return self._parameters(self.top_k)
+
+    def _parameters(self, experts: int) -> int:
         norm = self.hidden * (1 if self.traits.rms_norm else 2)
-        layer = self.hidden * (self.query_key_value_width + self.query_width + self.up_width + self.ffn) + 2 * norm
+        layer = self.hidden * (self.query_key_value_width + self.query_width) + 2 * norm
+        layer += self.hidden * ((self.up_width + self.ffn) * (experts or 1) + self.experts)  # and the router
         layer += self.query_key_value_width if self.query_key_value_bias else 0
         layer += self.up_width + 2 * self.hidden if self.traits.linear_bias else 0
         layer += 2 * self.head_size if self.head_norms else 0
         embedding = self.vocabulary * self.hidden * (1 if self.tied else 2)
         embedding += 0 if self.rotary else self.positions * self.hidden
         return embedding + self.layers * layer + norm
+
+    def mixture(self, experts: int, top_k: int) -> ModelShape:
+        """Return the shape of the mixture of experts whose experts are MLPs of this shape, with an untied LM head.
+
+        Raises ValueError if no class computes it, and for an impossible `top_k`.
+        """
+        family = MIXTURE_OF.get(self.family)
+        if family is None:
+            reason = "its only mixture has a shared expert" if self.family == "qwen2" else "transformers has none"
+            raise ValueError(
+                f"There is no mixture of experts with the layers of {self.family}: {reason}. Use models of "
+                f"{', '.join(MIXTURE_OF)}."
+            )
+        # Tied heads of mixtures get lost in vLLM, llama.cpp and mlx-lm.
+        changes = {"family": family.name, "experts": experts, "top_k": top_k, "tied": False}
+        return ModelShape.model_validate(self.model_dump() | changes)
 
     def tensor_degrees(self) -> list[int]:
         """Return the tensor parallel degrees that divide heads, KV heads and MLP width."""
@@ -142,7 +181,7 @@ class ModelShape(BaseModel):
         6 per weight in a matrix product, plus the two products of attention: 12 x layers x query width x length,
         halved by the causal mask (appendix B of arXiv 2204.02311).
         """
-        multiplied = self.parameters - (0 if self.tied else self.vocabulary * self.hidden)
+        multiplied = self.active_parameters - (0 if self.tied else self.vocabulary * self.hidden)
         if not self.rotary:
             multiplied -= self.positions * self.hidden
         return 6.0 * multiplied + 6.0 * self.layers * self.query_width * sequence_length

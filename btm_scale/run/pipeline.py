@@ -26,7 +26,7 @@ from btm_scale.run.launchers import Progress, here, placement, run_training
 from btm_scale.run.preparing import prepare_run
 from btm_scale.run.stages import as_stage
 from btm_scale.run.state import is_done, open_run
-from btm_scale.run_dir import SEED, RunDir
+from btm_scale.run_dir import MOE, SEED, RunDir
 from btm_scale.train.jobs import is_trained, model_names, training_stages
 from btm_scale.train.passes import passes_of_run, require_few_passes
 from btm_scale.util.locks import held
@@ -94,6 +94,8 @@ def evaluate_forest(config: RunConfig, run: RunDir, launcher: RunGroups | None =
         )
     with as_stage(run, "evaluate"):
         score_averages(config, run, launcher)
+        if is_finished(run.model(MOE)):
+            score_models(config, run, [MOE], launcher)  # made before a domain was added
         return evaluate(config, run)
 
 
@@ -131,7 +133,7 @@ def score_models(config: RunConfig, run: RunDir, models: Sequence[str], launcher
     for model in models:
         read_expert(run.model(model))
     averages = average_texts(config)
-    candidates = [*model_names(config), *added_experts(config, run), *averages]
+    candidates = [*model_names(config), *added_experts(config, run), *averages, MOE]
     names = models or [name for name in candidates if is_finished(run.model(name))]
     if not names:
         raise ForestError(f"There is no finished model in {run.root}. Train some first: btm-scale run CONFIG")

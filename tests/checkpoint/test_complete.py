@@ -157,7 +157,7 @@ def test_sizes_of_no_model_take_no_memory(family: str, sizes: dict[str, Any], tm
     config = LLAMA | {"model_type": family, "num_local_experts": 1 << 30} | sizes
     assert expected_tensors(config) is None
     model = write_model(tmp_path / "model", {"model.layers.0.mlp.weight": torch.ones(2)}, config)
-    with pytest.raises(CheckpointError, match="lacks layers"):
+    with pytest.raises(CheckpointError, match=r"lacks layers|must be a number from 0"):
         merge(tmp_path / "out", [(model, 1.0)])
 
 

@@ -159,7 +159,7 @@ def test_the_order_of_models_and_the_number_of_processes_change_no_byte(
     assert len(hashes) == 1
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"moe"}))
 def test_the_recipe_that_a_merge_writes_gives_the_same_bytes(method: str, models: dict[str, Weights]) -> None:
     weights = (0.3, 0.7) if METHODS[method].weighted else (1.0, 1.0)
     inputs = [(Path(name), weight) for name, weight in zip("ab", weights, strict=True)][: METHODS[method].exactly or 2]

@@ -13,10 +13,11 @@ from typer.main import get_command
 
 from btm_scale.checkpoint.merge.planning import make_plan
 from btm_scale.checkpoint.merge.registry import METHODS, RANGES
-from btm_scale.cli import generate
+from btm_scale.cli import forest, generate
 from btm_scale.cli.app import app, main, parse
 from btm_scale.cli.verb import Call
 from btm_scale.errors import CheckpointError
+from btm_scale.forest import router
 from btm_scale.forest.priors import PRIORS
 from btm_scale.generate import request
 
@@ -109,7 +110,8 @@ def test_the_ranges_that_help_gives_are_those_that_a_merge_checks(
     assert ("of the elements" in str(refused.value)) != fits
 
 
-def test_the_choices_of_generate_are_those_that_it_knows() -> None:
+def test_the_choices_of_upcycle_and_generate_are_those_that_they_know() -> None:
+    assert forest.ROUTERS == router.ROUTERS
     assert list(generate.METHODS) == list(request.METHODS)
     assert generate.POSTERIORS == request.POSTERIORS
     assert generate.PRIORS == PRIORS

@@ -26,7 +26,7 @@ def _is_quick(case: tuple[str, str, int]) -> bool:
     """One time per verb and fault, but not of every format, nor of the verbs that take seconds."""
     name, fault, time = case
     slow = ("train", "evaluate", "forest add")
-    return time == 0 and (name not in slow or fault == "write") and name != "convert to huggingface"
+    return time == 0 and (name not in slow or fault == "write") and name not in ("convert to huggingface", "upcycle")
 
 
 @pytest.mark.parametrize("case", cut(_CASES, _is_quick, lambda case: "-".join(map(str, case))))

@@ -53,6 +53,7 @@ VERBS = {
         Verb("branch", "trained", _branch),
         Verb("forest add", "trained", lambda inputs, run: ("forest", "add", run, inputs / "friend")),
         Verb("forest remove", "trained", lambda inputs, run: ("forest", "remove", run, "prose")),
+        Verb("upcycle", "trained", lambda inputs, run: ("upcycle", run)),
         Verb("discover", "empty", _discover),
         Verb("merge", "empty", _merge),
         *(Verb(f"convert to {kind}", "empty", _convert(kind)) for kind in ("huggingface", "megatron", "deepspeed")),

@@ -26,22 +26,26 @@ from btm_scale.model.hf_weights import huggingface_tensors, load_weights
 def compute(group: ExpertGroup, folder: Path) -> None:
     shape = shape_from_config(json.loads((folder / "config.json").read_text()), folder)
     tensor = group.layout.tensor
-    model = build_model(shape, tensor=tensor, dtype=torch.float32, on_cpu=True)
+    sequence_parallel = bool(shape.experts) and tensor > 1
+    model = build_model(shape, tensor=tensor, dtype=torch.float32, on_cpu=True, sequence_parallel=sequence_parallel)
     with SafetensorsModel(folder) as weights:
         load_weights(model, weights.read, group.tensor_rank, tensor)
     tokens = load_file(folder / "theirs/computed.safetensors")["tokens"]
-    loss = model(tokens[:, :-1], tokens[:, 1:])
-    loss.backward()
+    if not shape.experts:
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
     part = (model(tokens) @ model.head.T).detach().contiguous()
     parts = [torch.empty_like(part) for _ in range(tensor)]
     dist.all_gather(parts, part)
-    results = {"logits": torch.cat(parts, dim=-1)[..., : shape.vocabulary].contiguous(), "loss": loss.detach()}
+    results = {"logits": torch.cat(parts, dim=-1)[..., : shape.vocabulary].contiguous()}
     parameters = dict(model.named_parameters())
     group_of_ranks = group.tensor_group
     for name, value in huggingface_tensors(shape, lambda entry: parameters[entry.megatron].detach(), group_of_ranks):
         results[f"weight/{name}"] = value
-    for name, value in huggingface_tensors(shape, lambda entry: parameters[entry.megatron].grad, group_of_ranks):  # type: ignore[arg-type,return-value]
-        results[f"gradient/{name}"] = value
+    if not shape.experts:  # mixtures are not trained
+        results["loss"] = loss.detach()
+        for name, value in huggingface_tensors(shape, lambda entry: parameters[entry.megatron].grad, group_of_ranks):  # type: ignore[arg-type,return-value]
+            results[f"gradient/{name}"] = value
     if group.is_first:
         save_file({name: value.clone() for name, value in results.items()}, folder / f"ours-{tensor}.safetensors")
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from btm_scale.checkpoint.merge.moe import Ingredients
 from btm_scale.checkpoint.merge.mpi import Leader, follow, world
 from btm_scale.checkpoint.merge.output import MergeReport, Work, carry_out, passes, would_be_same
 from btm_scale.checkpoint.merge.planned import Planned, by_arguments, by_recipe
@@ -41,6 +42,7 @@ def merge(
     new_rows: str = "mean",
     allow: Sequence[str] = (),
     with_recipe: bool = True,
+    ingredients: Ingredients | None = None,
 ) -> MergeReport:
     """Merge model directories into the directory `output`, which appears only when it is complete.
 
@@ -52,7 +54,8 @@ def merge(
     them; `chat_template` is `base` or the path of another template. `base` is the model from which the inputs were
     trained: methods that compare with it need it, and it completes adapters and checkpoints without their frozen
     weights. What is not finite in the output is counted and logged. `with_recipe` writes `merge_recipe.yaml`, from
-    which `merge_by_recipe` gives the same bytes. Repeating the call resumes an interrupted merge, and changes nothing
+    which `merge_by_recipe` gives the same bytes. `ingredients` are for the method `moe`, whose experts have the order of
+    `inputs`, and which has no recipe. Repeating the call resumes an interrupted merge, and changes nothing
     after a finished one.
 
     `tokenizer` chooses the vocabulary of the output, to which the rows of all models are matched by token: `union`,
@@ -76,6 +79,7 @@ def merge(
         new_rows=new_rows,
         allow=allow,
         with_recipe=with_recipe,
+        ingredients=ingredients,
     )
     return _merge(Path(output), planned, jobs=jobs, chunk_bytes=chunk_bytes, mpi=mpi)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -193,6 +194,8 @@ def _add_sidecars(work: Work, content: str) -> None:
     read = {source.path for source in work.plan.sources}
     used = [path for path, _ in work.inputs if path in read]
     carry_sidecars(used, work.partial, work.plan.specs, template=work.template)
+    if (mixture := work.plan.mixture) is not None:
+        (work.partial / "config.json").write_text(json.dumps(mixture.config(work.plan.specs), indent=2) + "\n")
     if work.plan.views.rows is not None:
         write_tokenizer(work.plan.views.rows, used[0], work.partial)
         if work.template is not None:

@@ -12,6 +12,7 @@ from typing import Any
 from btm_scale.checkpoint.formats.tensors import TensorSpec
 from btm_scale.checkpoint.hashing import BLOCK_BYTES
 from btm_scale.checkpoint.merge import elementwise, fusion, sparse, spherical, whole_tensor  # noqa: F401 (they register their methods)
+from btm_scale.checkpoint.merge.moe import Mixture
 from btm_scale.checkpoint.merge.registry import Method, PerModel, find_method
 from btm_scale.checkpoint.merge.views import Views
 from btm_scale.util.snapshot import Snapshot
@@ -43,7 +44,7 @@ class Unit:
 class TensorMerge:
     """How one tensor is merged: which tensors of which models are read, by which method.
 
-    `models` and the first entry of `base` are indices into the plan's `everyone`.
+    `models` and the first entry of `base` are indices into the plan's `everyone`. No model: a random gate of a mixture.
     """
 
     method_name: str
@@ -90,6 +91,7 @@ class MergePlan:
     views: Views = field(default_factory=Views)
     tensors: Mapping[str, TensorMerge] = field(default_factory=dict)
     layers: tuple[tuple[int, int], ...] = ()
+    mixture: Mixture | None = None  # of method `moe`; its router is read from `base`
     before: Snapshot = field(default_factory=Snapshot)  # of all inputs, taken before anything was read
 
     def __getstate__(self) -> dict[str, Any]:
@@ -123,6 +125,7 @@ class MergePlan:
         settings += [self.first, sorted(self.copied)] if self.copied else []
         settings += [changed] if (changed := self.views.digest()) else []
         settings += [self.tensors] if self.tensors else []
+        settings += [self.mixture] if self.mixture else []
         return hashlib.sha256(repr(settings).encode()).hexdigest()
 
     def how(self, name: str) -> TensorMerge:

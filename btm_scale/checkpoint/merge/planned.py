@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from btm_scale.checkpoint.formats.based import is_completed, with_base
+from btm_scale.checkpoint.merge.moe import Ingredients, names_of
 from btm_scale.checkpoint.merge.plan import MergePlan
 from btm_scale.checkpoint.merge.planning import make_plan
 from btm_scale.checkpoint.merge.recipe import Extras, load_recipe, recipe_of
@@ -50,6 +51,7 @@ def by_arguments(
     new_rows: str,
     allow: Sequence[str],
     with_recipe: bool,
+    ingredients: Ingredients | None,
 ) -> Planned:
     """Plan a merge from the arguments of `merge`. Raises `CheckpointError` that lists every problem."""
     if new_rows not in NEW_ROWS:
@@ -57,6 +59,10 @@ def by_arguments(
     paths = local_models([*(path for path, _ in inputs), *([base] if base else [])])
     origin = paths[str(base)] if base else None
     pairs = tuple((with_base(paths[str(path)], origin), float(weight)) for path, weight in inputs)
+    if method == "moe":
+        with_recipe, ingredients = False, ingredients or Ingredients(names_of([path for path, _ in pairs]))
+    elif ingredients is not None:
+        raise CheckpointError(f"'{method}' has no router. Leave the router out, or use the method moe.")
     plan = make_plan(
         pairs,
         method=method,
@@ -68,6 +74,7 @@ def by_arguments(
         tokenizer=tokenizer,
         new_rows=new_rows,
         allow=allow,
+        ingredients=ingredients,
     )
     template = chosen_template(chat_template, origin, pairs)
     completed = base is not None and any(is_completed(path) for path, _ in pairs)
@@ -79,6 +86,8 @@ def by_arguments(
         new_rows="zero" if new_rows == "zero" else "mean",
         allow=list(allow),
     )
+    if not with_recipe:
+        return Planned(plan, pairs, None, dtype, template)
     recipe = recipe_of(
         [(str(path), float(weight)) for path, weight in inputs],
         method=method,
@@ -88,7 +97,7 @@ def by_arguments(
         tokenizer=str(tokenizer) if tokenizer is not None else None,
         extras=extras,
     )
-    return Planned(plan, pairs, recipe.text() if with_recipe else None, dtype, template)
+    return Planned(plan, pairs, recipe.text(), dtype, template)
 
 
 def by_recipe(file: Path, *, dtype: str | None, random_seed: int | None, max_shard_bytes: float | None) -> Planned:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,9 +16,10 @@ from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, parse_dtype
 from btm_scale.checkpoint.hashing import sample_hash
 from btm_scale.checkpoint.merge.compatibility import common_specs
+from btm_scale.checkpoint.merge.moe import Ingredients, Origin, mixture_of
 from btm_scale.checkpoint.merge.names import missing_prefixes
 from btm_scale.checkpoint.merge.parameters import parameter_problems, weight_problems
-from btm_scale.checkpoint.merge.plan import MergePlan, Source
+from btm_scale.checkpoint.merge.plan import MergePlan, Source, TensorMerge
 from btm_scale.checkpoint.merge.registry import METHODS, Method, find_method
 from btm_scale.checkpoint.merge.settings import LAYER_KEYS, config_problems
 from btm_scale.checkpoint.merge.tokenizers import tokenizer_problems
@@ -47,11 +48,12 @@ def make_plan(
     tokenizer: str | Path | None = None,
     new_rows: str = "mean",
     allow: Sequence[str] = (),
+    ingredients: Ingredients | None = None,
 ) -> MergePlan:
     """Check a merge and return its plan. Raises one `CheckpointError` that lists every problem.
 
     With `tensors` only these are merged, and the models' configs and tokenizers are not compared. `tokenizer` and
-    `new_rows` are those of `merge`; `allow` names settings that may differ.
+    `new_rows` are those of `merge`; `allow` names settings that may differ; `ingredients` are for the method `moe`.
     """
     chosen = find_method(method)
     used = _used_inputs(chosen, inputs)
@@ -64,6 +66,8 @@ def make_plan(
     if base is not None and not chosen.takes_base and not any(map(is_completed, (path for path, _ in used))):
         others = ", ".join(name for name, other in sorted(METHODS.items()) if other.takes_base)
         problems.append(f"'{method}' takes no base. Leave {base} out, or use a method that takes one: {others}.")
+    if ingredients is not None and tokenizer is not None:
+        problems.append("'moe' keeps the tokenizer of its models. Leave --tokenizer out, and merge vocabularies first.")
     basis = [Path(base)] if base is not None and chosen.takes_base else []
     paths = [*(path for path, _ in used), *basis]
     choice = Vocabulary(tokenizer, new_rows, basis[0] if basis else None) if tokenizer is not None else None
@@ -71,6 +75,8 @@ def make_plan(
         paths, parse_dtype(dtype) if dtype else None, problems, tensors=tensors, allow=allow, choice=choice
     )
     settings = {**chosen.parameters, **(parameters or {})}
+    if ingredients is not None:
+        return models.mixture_plan(used, ingredients, settings, max_shard_bytes, seed)
     origin = models.source(basis[0], 0.0) if basis else None
     return models.plan(used, origin, method, settings, max_shard_bytes, seed)
 
@@ -111,6 +117,30 @@ class Models:
         """Return a model as a source."""
         return Source(path, weight, self.samples[path], self.files[path])
 
+    def mixture_plan(
+        self,
+        inputs: Sequence[tuple[Path, float]],
+        ingredients: Ingredients,
+        parameters: Mapping[str, float],
+        max_shard_bytes: float,
+        seed: int,
+    ) -> MergePlan:
+        """Return the plan of a mixture of experts, which are the MLPs of `inputs` in their order."""
+        plan = self.plan(inputs, None, "moe", parameters, max_shard_bytes, seed)
+        mixture, specs = mixture_of([path for path, _ in inputs], self.specs, ingredients, parameters["top_k"])
+        index = {source.path: i for i, source in enumerate(plan.sources)}
+        places = [index[path] for path, _ in inputs]
+        router = ingredients.router
+        return replace(
+            plan,
+            mixture=mixture,
+            specs=specs,
+            base=None if router is None else Source(router, 0.0, "", _files_hash(router)),
+            copied=frozenset(),
+            tensors={name: _tensor_merge(name, origin, plan, places) for name, origin in mixture.origins.items()},
+            before=Snapshot.joined([plan.before, Snapshot.of([router] if router else [])]),
+        )
+
     def plan(
         self,
         inputs: Sequence[tuple[Path, float]],
@@ -141,6 +171,18 @@ class Models:
             self.views,
             before=Snapshot.joined(self.before[source.path] for source in [*sources, *([base] if base else [])]),
         )
+
+
+def _tensor_merge(name: str, origin: Origin, plan: MergePlan, places: Sequence[int]) -> TensorMerge:
+    """Return how a tensor of a mixture is made; `places` are the sources of its experts."""
+    count = len(plan.sources)
+    if origin.source == "random":
+        return TensorMerge(plan.method_name, {}, (), (name,), (), None)
+    if origin.source == "mean":
+        weights = tuple(source.weight for source in plan.sources)
+        return TensorMerge("linear", {}, tuple(range(count)), (origin.tensor,) * count, weights, None)
+    index = count if origin.source == "router" else places[origin.source]
+    return TensorMerge("passthrough", {}, (index,), (origin.tensor,), (1.0,), None)
 
 
 def _used_inputs(method: Method, inputs: Sequence[tuple[Path, float]]) -> list[tuple[Path, float]]:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from btm_scale.checkpoint.formats.based import base_of, is_completed
 from btm_scale.checkpoint.formats.locate import described_in
@@ -57,7 +58,7 @@ def provenance(
     made_from = [Input.of(path, weight=weight, besides=output) for path, weight in inputs if path in read]
     bases = dict.fromkeys(bases_of(plan))
     made_from += [Input.of(base, besides=output) for base in bases]
-    settings = {
+    settings: dict[str, Any] = {
         "method": plan.method_name,
         "parameters": shown_parameters(plan),
         "dtype": dtype_name(parse_dtype(dtype)) if dtype else None,
@@ -68,7 +69,10 @@ def provenance(
         settings["chat_template"] = template
     if (rows := plan.views.rows) is not None:
         settings |= {"tokenizer": rows.choice, "new_rows": "zero" if rows.zero else "mean", "vocabulary": rows.digest}
-    if plan.tensors:
+    if plan.mixture is not None:
+        settings["experts"] = list(plan.mixture.names)
+        settings["router"] = "random" if plan.base is None else "file"
+    elif plan.tensors:
         settings["recipe"] = hashlib.sha256(str(recipe).encode()).hexdigest()
     return Provenance(command="merge", inputs=tuple(made_from), settings=settings, answer={})
 

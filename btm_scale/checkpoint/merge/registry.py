@@ -25,6 +25,7 @@ RANGES = {
     "flatten": "0 or 1",
     "row_wise": "0 or 1",
     "filter_wise": "0 or 1",
+    "top_k": "1 to the number of models",
 }
 
 PerModel = float | tuple[float, ...]

@@ -14,6 +14,7 @@ from btm_scale.checkpoint.formats.rounded import Counts, count_nonfinite
 from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
 from btm_scale.checkpoint.formats.tensors import ModelReader
 from btm_scale.checkpoint.hashing import BlockHashes
+from btm_scale.checkpoint.merge.moe import random_gate
 from btm_scale.checkpoint.merge.noise import uniform
 from btm_scale.checkpoint.merge.plan import MergePlan, Unit
 from btm_scale.checkpoint.merge.registry import Piece, TensorPieces
@@ -98,7 +99,9 @@ class UnitRunner:
         spec = plan.specs[unit.name]
         parts = parts_of(unit, self.chunk_bytes // spec.dtype.itemsize)
         how = plan.how(unit.name)
-        if plan.copies(unit.name):
+        if not how.models:
+            yield from (random_gate(plan.seed, part.name, part.start, part.stop) for part in parts)
+        elif plan.copies(unit.name):
             model = target.everyone[how.models[0]]
             yield from (self._buffers.stored(model, _named(part, how.names[0])) for part in parts)
         elif how.method.elementwise:

@@ -132,9 +132,9 @@ def model_card(plan: MergePlan, inputs: Sequence[tuple[Path, float]], content_ha
     samples: Mapping[Path, str] = {source.path: source.sample for source in plan.sources}
     rows = [_row(path, "recipe" if plan.tensors else f"{weight:g}", samples.get(path)) for path, weight in inputs]
     if plan.base is not None:
-        rows.append(_row(plan.base.path, "base", plan.base.sample))
+        rows.append(_row(plan.base.path, "base" if plan.mixture is None else "router", plan.base.sample))
     settings = ", ".join(f"{name} = {value:g}" for name, value in shown_parameters(plan).items()) or "none"
-    if plan.tensors:
+    if plan.tensors and plan.mixture is None:
         settings = "see merge_recipe.yaml"
     note = ["`*`: of the first elements of each tensor only, because the model has no expert.json with its hash.", ""]
     lines = [

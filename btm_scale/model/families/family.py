@@ -54,4 +54,5 @@ class Family:
     windowed: bool = False  # sliding window attention
     grouped: bool = True  # grouped-query attention, and heads of any size
     always_tied: bool = False  # the LM head is the embedding
+    mixture: bool = False  # every MLP is a mixture of experts; such a model is not trained here
     tied_by_default: bool = False  # if config.json does not say

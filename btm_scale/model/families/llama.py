@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from btm_scale.model.families.family import Config, Entry, Family
@@ -64,12 +64,19 @@ def unsupported(config: Config) -> dict[str, bool]:
     }
 
 
-def tensors(shape: ModelShape) -> Iterator[Entry]:
+def mlp_tensors(shape: ModelShape, ours: str, theirs: str) -> Iterator[Entry]:
+    """Yield the tensors of a layer's MLP, given the prefixes of the layer's names."""
+    mlp = theirs + "mlp."
+    yield Entry(ours + "mlp.linear_fc1.weight", (mlp + "gate_proj.weight", mlp + "up_proj.weight"), "gate_up", 0)
+    yield Entry(ours + "mlp.linear_fc2.weight", (mlp + "down_proj.weight",), cut=1)
+
+
+def tensors(shape: ModelShape, mlp: Callable[[ModelShape, str, str], Iterator[Entry]] = mlp_tensors) -> Iterator[Entry]:
     """Yield every tensor, in layer order."""
     yield Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocabulary", 0)
     for i in range(shape.layers):
         ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
-        attention, mlp = theirs + "self_attn.", theirs + "mlp."
+        attention = theirs + "self_attn."
         yield Entry(ours + "input_layernorm.weight", (theirs + "input_layernorm.weight",))
         heads = tuple(f"{attention}{part}_proj.weight" for part in "qkv")
         yield Entry(ours + "self_attention.linear_qkv.weight", heads, "query_key_value", 0)
@@ -81,9 +88,7 @@ def tensors(shape: ModelShape) -> Iterator[Entry]:
             yield Entry(norm, (f"{attention}{part}_norm.weight",))
         yield Entry(ours + "self_attention.linear_proj.weight", (attention + "o_proj.weight",), cut=1)
         yield Entry(ours + "pre_mlp_layernorm.weight", (theirs + "post_attention_layernorm.weight",))
-        halves = (mlp + "gate_proj.weight", mlp + "up_proj.weight")
-        yield Entry(ours + "mlp.linear_fc1.weight", halves, "gate_up", 0)
-        yield Entry(ours + "mlp.linear_fc2.weight", (mlp + "down_proj.weight",), cut=1)
+        yield from mlp(shape, ours, theirs)
     yield Entry("decoder.final_layernorm.weight", ("model.norm.weight",))
     if not shape.tied:
         yield Entry("output_layer.weight", ("lm_head.weight",), "vocabulary", 0)

@@ -1,0 +1,177 @@
+"""Models of one shape as one mixture of experts: their MLPs become its experts, and the rest is averaged.
+
+Every tensor of the mixture is a range of one model's tensor, the mean of all models', or a row of the router, so the
+mixture is merged in the same stream and with the same memory as a mean.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ValidationError
+
+from btm_scale.checkpoint.expected import Shape, expected_tensors
+from btm_scale.checkpoint.formats.locate import described_config
+from btm_scale.checkpoint.formats.open import open_model
+from btm_scale.checkpoint.formats.tensors import TensorSpec, dtype_name
+from btm_scale.checkpoint.merge.noise import uniform
+from btm_scale.errors import CheckpointError, few_names
+from btm_scale.model.hf_config import config_json, shape_from_config
+from btm_scale.model.hf_names import table
+from btm_scale.model.shape import ModelShape
+
+EXPERT_NAMES = "expert_names"  # in config.json; in the order of the experts
+_EXPERT = re.compile(r"(.*\.mlp\.)experts\.local_experts\.(\d+)\.(.*)")
+_LIMIT = 0.02 * 3**0.5  # of a random router's uniform weights, whose standard deviation is that of other matrices
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What a mixture needs besides the models: the experts' names, and its router.
+
+    `router` is a safetensors file with the tensors of the output's gates; None draws them.
+    """
+
+    names: tuple[str, ...]
+    router: Path | None = None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a tensor of the mixture comes from: the input of this index, the mean of all, or the router."""
+
+    tensor: str
+    source: int | Literal["mean", "router", "random"]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The model that is made of others, and where its tensors come from. It can be sent to other processes."""
+
+    shape: ModelShape
+    names: tuple[str, ...]
+    origins: Mapping[str, Origin]
+    special_tokens: Mapping[str, Any] = field(default_factory=dict)
+
+    def of_sources(self, indices: Sequence[int]) -> Mixture:
+        """Return the mixture with `indices[i]` in place of the index i of a model."""
+        origins = {
+            name: replace(origin, source=indices[origin.source]) if isinstance(origin.source, int) else origin
+            for name, origin in self.origins.items()
+        }
+        return replace(self, origins=origins)
+
+    def config(self, specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
+        """Return its config.json."""
+        dtype = next(spec.dtype for spec in specs.values() if spec.dtype.is_floating_point)
+        config = config_json(self.shape, dtype=dtype_name(dtype), end_of_text=None)
+        return config | dict(self.special_tokens) | {EXPERT_NAMES: list(self.names)}
+
+
+def names_of(paths: Sequence[Path]) -> tuple[str, ...]:
+    """Return a name for each model: that of its directory, numbered where several have the same."""
+    names: list[str] = []
+    for name in (path.resolve().name for path in paths):
+        number = 2
+        unique = name
+        while unique in names:
+            unique, number = f"{name}-{number}", number + 1
+        names.append(unique)
+    return tuple(names)
+
+
+def mixture_of(
+    paths: Sequence[Path], specs: Mapping[str, TensorSpec], ingredients: Ingredients, top_k: float
+) -> tuple[Mixture, dict[str, TensorSpec]]:
+    """Return the mixture of models with these tensors, in the order of `paths`, and its tensors.
+
+    Raises `CheckpointError` for a family without a mixture, an impossible `top_k`, and a router that does not fit.
+    """
+    config = described_config(paths[0])
+    dense = shape_from_config(config, paths[0] / "config.json")
+    shape = _mixture_shape(paths[0], dense, len(paths), top_k)
+    problem = _names_problem(ingredients.names, len(paths))
+    if problem:
+        raise CheckpointError(problem)
+    by_megatron = {entry.megatron: entry.huggingface for entry in table(dense)}
+    random = ingredients.router is None
+    origins: dict[str, Origin] = {}
+    for entry in table(shape):
+        expert = _EXPERT.fullmatch(entry.megatron)
+        for i, name in enumerate(entry.huggingface):
+            if expert is not None:
+                origins[name] = Origin(by_megatron[expert[1] + expert[3]][i], int(expert[2]))
+            elif entry.megatron.endswith(".router.weight"):
+                origins[name] = Origin(name, "random" if random else "router")
+            else:
+                tied = name == "lm_head.weight" and name not in specs
+                origins[name] = Origin("model.embed_tokens.weight" if tied else name, "mean")
+    read = {origin.tensor for origin in origins.values() if origin.source not in ("router", "random")}
+    if odd := read ^ specs.keys():
+        raise CheckpointError(
+            f"{paths[0]} does not have the tensors of a {dense.family} model, but lacks {few_names(odd, 'tensors')} or "
+            "has them in addition. A mixture is made of complete models. Save the model again."
+        )
+    sizes = _sizes(shape)
+    floating = next(spec.dtype for spec in specs.values() if spec.dtype.is_floating_point)
+    result = {
+        name: TensorSpec(specs[origin.tensor].dtype if origin.tensor in specs else floating, sizes[name])
+        for name, origin in origins.items()
+    }
+    if ingredients.router is not None:
+        _require_router(ingredients.router, result, origins)
+    special: dict[str, Any] = {
+        key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config
+    }
+    return Mixture(shape, ingredients.names, origins, special), result
+
+
+def random_gate(seed: int, name: str, start: int, stop: int) -> torch.Tensor:
+    """Return elements [start, stop) of a random router's gate, float64."""
+    return (uniform(f"{seed}/{name}", start, stop) * 2 - 1) * _LIMIT
+
+
+def _sizes(shape: ModelShape) -> dict[str, Shape]:
+    """Return the shapes of all tensors by name."""
+    expected = expected_tensors(config_json(shape, dtype="float32", end_of_text=None))
+    assert expected is not None
+    return {f"{expected.prefix}{name}": size for name, size in expected.body.items()} | dict(expected.heads)
+
+
+def _mixture_shape(path: Path, dense: ModelShape, experts: int, top_k: float) -> ModelShape:
+    if top_k != int(top_k) or not 1 <= top_k <= experts:
+        raise CheckpointError(
+            f"top_k is {top_k:g} and there are {experts} experts. Each token is computed by at least 1 expert and at "
+            "most all: change top_k."
+        )
+    try:
+        return dense.mixture(experts, int(top_k))
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: {error.errors()[0]['msg']}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _names_problem(names: Sequence[str], experts: int) -> str | None:
+    if len(names) == experts and len(set(names)) == experts:
+        return None
+    return f"The experts' names are {', '.join(names)}. {experts} experts need as many different names: rename a model."
+
+
+def _require_router(path: Path, specs: Mapping[str, TensorSpec], origins: Mapping[str, Origin]) -> None:
+    """Raise `CheckpointError` unless a file has the gate of every layer in its shape, and nothing else."""
+    with open_model(path) as file:
+        theirs = {name: spec.shape for name, spec in file.specs().items()}
+    wanted = {name: specs[name].shape for name, origin in origins.items() if origin.source == "router"}
+    if theirs != wanted:
+        name = next(name for name in sorted({**theirs, **wanted}) if theirs.get(name) != wanted.get(name))
+        has, needs = (list(sizes[name]) if name in sizes else "absent" for sizes in (theirs, wanted))
+        raise CheckpointError(
+            f"{path} is not a router of this mixture: '{name}' is {has} and must be {needs}. A router has the gate "
+            "[experts, hidden] of each layer, and no other tensor."
+        )

@@ -1,0 +1,31 @@
+"""What the results say of a run's mixture of experts besides its perplexity."""
+
+from __future__ import annotations
+
+from btm_scale.evaluate.results import Parameters
+from btm_scale.forest.expert import Expert
+from btm_scale.forest.forest import experts
+from btm_scale.model.hf_config import read_shape
+from btm_scale.run_dir import MOE, RunDir
+
+
+def parameters_of(run: RunDir, model: str) -> Parameters:
+    """Return the number of a model's parameters, and of those that compute a token."""
+    shape = read_shape(run.model(model))
+    return Parameters(total=shape.parameters, active=shape.active_parameters)
+
+
+def mixture_note(run: RunDir, mixture: Expert) -> str:
+    """Return a sentence on the size and the experts of a mixture, and one if the forest has changed since."""
+    size = parameters_of(run, MOE)
+    names = [parent.name for parent in mixture.parents]
+    note = (
+        f"{MOE}: {size.total:,} parameters, of which {size.active:,} compute a token; top {mixture.layout['top_k']} of "
+        f"{', '.join(names)}; router {mixture.layout['router']}."
+    )
+    forest = {name: expert.content_hash for name, expert in experts(run).items()}
+    if changed := [name for name in names if forest.get(name) != mixture.data_fingerprint[name]]:
+        note += f" {', '.join(changed)} changed or left the forest since. Make it again: btm-scale upcycle {run.root}"
+    elif others := [name for name in forest if name not in names]:
+        note += f" Without {', '.join(others)}."
+    return note

@@ -1,0 +1,211 @@
+"""The forest as one model: a mixture of experts, whose experts are the MLPs of the forest's."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import save
+
+from btm_scale.checkpoint.merge.compatibility import promoted_dtype
+from btm_scale.checkpoint.merge.merge import merge
+from btm_scale.checkpoint.merge.moe import Ingredients
+from btm_scale.checkpoint.merge.planning import make_plan
+from btm_scale.config.run import RunConfig
+from btm_scale.errors import CheckpointError, ForestError, unknown_name
+from btm_scale.forest.expert import CARD, Expert, Parent, find_expert, read_expert
+from btm_scale.forest.forest import require_experts
+from btm_scale.forest.router import ROUTERS, gates
+from btm_scale.forest.router_sums import domains_of_expert, router_sums
+from btm_scale.forest.scores import with_sorted_header
+from btm_scale.forest.turns import current_config, evaluating, scoring, using
+from btm_scale.model.hf_config import read_shape
+from btm_scale.model.shape import ModelShape
+from btm_scale.run.pipeline import score_models
+from btm_scale.run_dir import MOE, RunDir
+from btm_scale.util.disk_errors import writing
+from btm_scale.util.files import make_directory, publish_directory, write_file
+from btm_scale.util.locks import held
+from btm_scale.util.provenance import NAME as PROVENANCE
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which experts a mixture is made of (default: all), how many compute a token, and how its router is made."""
+
+    experts: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    top_k: int = 2
+    router: str = "fitted"
+    random_seed: int = 0
+
+
+@dataclass(frozen=True)
+class Upcycled:
+    """The mixture of a run, and whether an earlier call had made it."""
+
+    card: Expert
+    shape: ModelShape
+    is_complete: bool
+
+
+def upcycle(
+    config: RunConfig, run: RunDir, recipe: Recipe, *, device: str = "cpu", jobs: int | None = None
+) -> Upcycled:
+    """Make the mixture of experts of a run, replacing a former one, and score it on every domain.
+
+    No expert is removed meanwhile. Raises ForestError, before anything is written, if the experts make no mixture or
+    another process makes one.
+    """
+    with using(run), held(run.upcycle_lock) as is_ours:
+        if not is_ours:
+            raise ForestError(f"Another process makes the mixture of experts of {run.root}. Wait for it, or stop it.")
+        config = current_config(config, run)
+        names = chosen_experts(run, recipe)
+        shape = _mixture_shape(config, run, names, recipe)
+        card = _card(run, names, recipe)
+        former = find_expert(run.model(MOE))
+        is_complete = former is not None and former.model_copy(update={"content_hash": ""}) == card
+        if not is_complete:
+            _require_mergeable(run, names, recipe)
+            _make(config, run, card, shape, recipe, device, jobs)
+        with scoring(run):
+            score_models(config, run, [MOE])
+        return Upcycled(read_expert(run.model(MOE)), shape, is_complete)
+
+
+def chosen_experts(run: RunDir, recipe: Recipe) -> list[str]:
+    """Return the experts of a recipe, sorted. Raises ForestError for an unknown one, and for fewer than two."""
+    forest = list(require_experts(run))
+    for name in (*recipe.experts, *recipe.without):
+        if name not in forest:
+            raise ForestError(unknown_name("expert", name, forest))
+    names = [name for name in forest if name in (recipe.experts or forest) and name not in recipe.without]
+    if len(names) < 2:
+        raise ForestError(
+            f"{', '.join(names) or 'No expert'} is left of {', '.join(forest)}. A mixture needs at least two experts: "
+            "name more with --experts, or leave out fewer with --without."
+        )
+    return names
+
+
+def _mixture_shape(config: RunConfig, run: RunDir, names: Sequence[str], recipe: Recipe) -> ModelShape:
+    """Return the shape of the mixture. Raises ForestError if the experts make none."""
+    if (run.experts / MOE).is_dir() or MOE in config.all_domains:
+        raise ForestError(
+            f"{run.root} has an expert or a domain called '{MOE}', which is the name of a run's mixture. Merge the "
+            "experts outside of the run: btm-scale merge OUT A B --method moe"
+        )
+    if recipe.router not in ROUTERS:
+        raise ForestError(unknown_name("router", recipe.router, ROUTERS))
+    shapes = {name: read_shape(run.model(name)) for name in names}
+    first = names[0]
+    if other := next((name for name in names if shapes[name] != shapes[first]), None):
+        differing = ", ".join(
+            f"{field} {getattr(shapes[first], field)} and {getattr(shapes[other], field)}"
+            for field in ModelShape.model_fields
+            if getattr(shapes[first], field) != getattr(shapes[other], field)
+        )
+        raise ForestError(
+            f"'{first}' and '{other}' have different shapes: {differing}. The experts of a mixture have one shape. "
+            f"Leave one out: --without {other}"
+        )
+    if not 1 <= recipe.top_k <= len(names):
+        raise ForestError(
+            f"--top-k is {recipe.top_k}, and there are {len(names)} experts. A token is computed by at least 1 and at "
+            "most all of them: change it."
+        )
+    try:
+        shape = shapes[first].mixture(len(names), recipe.top_k)
+    except ValueError as error:
+        raise ForestError(str(error)) from None
+    if recipe.router != "random":
+        for name in names:
+            domains_of_expert(config, run, name)
+    return shape
+
+
+def _require_mergeable(run: RunDir, names: Sequence[str], recipe: Recipe) -> None:
+    """Raise ForestError with every problem that the merge would report, before any text is read."""
+    directories = [run.model(name) for name in names]
+    try:
+        make_plan(
+            [(directory, 1.0) for directory in directories],
+            method="moe",
+            parameters={"top_k": recipe.top_k},
+            base=None,
+            dtype=promoted_dtype(directories),
+            max_shard_bytes=float("inf"),
+            seed=0,
+            ingredients=Ingredients(tuple(names)),
+        )
+    except CheckpointError as error:
+        raise ForestError(str(error)) from None
+
+
+def _card(run: RunDir, names: Sequence[str], recipe: Recipe) -> Expert:
+    """Return the card of a mixture, without its hash."""
+    settings = {"top_k": recipe.top_k, "router": recipe.router}
+    if recipe.router == "random":
+        settings["random_seed"] = recipe.random_seed
+    return Expert(
+        name=MOE,
+        domains={},
+        parents=tuple(Parent(name, 1 / len(names)) for name in names),
+        tokens=0,
+        steps=0,
+        layout=settings,
+        data_fingerprint={name: read_expert(run.model(name)).content_hash for name in names},
+        content_hash="",
+    )
+
+
+def _make(
+    config: RunConfig, run: RunDir, card: Expert, shape: ModelShape, recipe: Recipe, device: str, jobs: int | None
+) -> None:
+    """Write the mixture beside the former one, and put it in its place."""
+    names = [parent.name for parent in card.parents]
+    router = None if recipe.router == "random" else _write_router(config, run, names, shape, recipe.router, device)
+    directories = [run.model(name) for name in names]
+    new = run.root / f".{MOE}.new"
+    shutil.rmtree(new, ignore_errors=True)  # complete, but its process was killed before it got its name
+    logger.info("merging %s into one mixture of experts", ", ".join(names))
+    report = merge(
+        new,
+        [(directory, 1.0) for directory in directories],
+        method="moe",
+        parameters={"top_k": recipe.top_k},
+        dtype=promoted_dtype(directories),
+        jobs=jobs,
+        random_seed=recipe.random_seed,
+        ingredients=Ingredients(tuple(names), router),
+    )
+    try:
+        with writing(run.model(MOE)):
+            (new / PROVENANCE).unlink(missing_ok=True)  # expert.json is the record of a model in a run
+            card.model_copy(update={"content_hash": report.content_hash}).write(new / CARD)
+            with evaluating(run):  # which reads the former one
+                publish_directory(new, run.model(MOE), replace=True)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+
+
+def _write_router(
+    config: RunConfig, run: RunDir, names: Sequence[str], shape: ModelShape, kind: str, device: str
+) -> Path:
+    """Write the router of a mixture to a file, unless it has the same bytes already; returns its path."""
+    sums = []
+    for name in names:
+        logger.info("reading the hidden states of %s on its domains' dev text", name)
+        sums.append(router_sums(config, run, name, device=device))
+    path, content = run.router(MOE), with_sorted_header(save(gates(kind, shape, sums)))
+    if not path.is_file() or path.read_bytes() != content:  # an interrupted merge resumes if the file is the same
+        make_directory(path.parent)
+        write_file(path, content)
+    return path

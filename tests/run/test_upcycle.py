@@ -1,0 +1,256 @@
+"""The forest as one mixture of experts: `btm-scale upcycle`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.tiny_run import btm_scale
+from safetensors.torch import load_file, save_file
+
+from btm_scale.checkpoint.hashing import content_hash
+from btm_scale.cli.app import main
+from btm_scale.config.run import RunConfig
+from btm_scale.errors import ForestError
+from btm_scale.evaluate.hf_score import block_log_probs
+from btm_scale.evaluate.mixture_facts import mixture_note, parameters_of
+from btm_scale.forest import router_sums
+from btm_scale.forest.expert import CARD, read_expert
+from btm_scale.forest.router import fitted
+from btm_scale.forest.router_sums import LayerSums
+from btm_scale.forest.scores import evaluation_text
+from btm_scale.model.hf_decoder import Decoder
+from btm_scale.run import upcycle as module
+from btm_scale.run.upcycle import Recipe, upcycle
+from btm_scale.run_dir import MOE, RunDir, finished_models
+
+Run = tuple[RunConfig, RunDir]
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def run(handmade: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A run of four experts, in which nothing is scored: that would start a group."""
+    config, made = handmade
+    shutil.copytree(made.root, tmp_path / "run", symlinks=True)
+    monkeypatch.setattr(module, "score_models", lambda *_: [])
+    return config, RunDir(tmp_path / "run")
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The experts whose hidden states were computed."""
+    names: list[str] = []
+    compute = router_sums._compute
+
+    def noted(run: RunDir, name: str, *rest: Any) -> dict[str, torch.Tensor]:
+        names.append(name)
+        return compute(run, name, *rest)
+
+    monkeypatch.setattr(router_sums, "_compute", noted)
+    return names
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def mean_loss(config: RunConfig, run: RunDir) -> float:
+    """The mean loss of the run's mixture over the domains, in nats per token of test text."""
+    decoder = Decoder.load(run.model(MOE))
+    texts = [evaluation_text(config, run, domain, "test") for domain in config.domains]
+    return float(np.mean([-block_log_probs(decoder, text.tokens, text.block_starts).mean() for text in texts]))
+
+
+def test_the_fitted_router_predicts_better_than_the_others(run: Run) -> None:
+    losses = {}
+    for router in ("fitted", "embedding", "hidden", "random"):
+        upcycle(*run, Recipe(router=router))
+        losses[router] = mean_loss(*run)
+    assert min(losses, key=lambda router: losses[router]) == "fitted", losses
+
+
+def test_the_model_is_recorded_like_any_other_of_the_run(run: Run) -> None:
+    made = upcycle(*run, Recipe(experts=("python", "docs", "cpp"), without=("cpp",), top_k=1))
+    directory = run[1].model(MOE)
+    card = read_expert(directory)
+    assert (directory, MOE in finished_models(run[1])) == (run[1].root / "moe", True)
+    assert [(parent.name, parent.weight) for parent in card.parents] == [("docs", 0.5), ("python", 0.5)]
+    assert card.layout == {"top_k": 1, "router": "fitted"}
+    assert card.data_fingerprint == {name: read_expert(run[1].model(name)).content_hash for name in ("docs", "python")}
+    assert card.content_hash == content_hash(directory)
+    assert json.loads((directory / "config.json").read_text())["expert_names"] == ["docs", "python"]
+    weights = load_file(directory / WEIGHTS)
+    assert made.shape.parameters == sum(tensor.numel() for tensor in weights.values())
+    mlp = sum(tensor.numel() for name, tensor in weights.items() if ".experts.0." in name)
+    assert made.shape.parameters - made.shape.active_parameters == mlp
+
+
+def test_leaving_an_expert_out_and_adding_it_again_gives_the_same_bytes_and_reads_no_text(
+    run: Run, read: list[str]
+) -> None:
+    folder = run[1].model(MOE)
+    upcycle(*run, Recipe())
+    complete = files_of(folder)
+    assert sorted(read) == ["cpp", "docs", "licences", "python"]
+    upcycle(*run, Recipe(without=("cpp",)))
+    without = files_of(folder)
+    assert without[WEIGHTS] != complete[WEIGHTS]
+    upcycle(*run, Recipe())
+    assert files_of(folder) == complete
+    shutil.rmtree(run[1].model("cpp"))
+    upcycle(*run, Recipe())
+    assert files_of(folder) == without, "a mixture without an expert is that of a forest without it"
+    assert len(read) == 4
+
+
+def test_an_expert_with_other_weights_is_read_again_and_no_other_is(run: Run, read: list[str]) -> None:
+    upcycle(*run, Recipe())
+    read.clear()
+    directory = run[1].model("cpp")
+    weights = load_file(directory / WEIGHTS)
+    weights["model.norm.weight"] += 1
+    save_file(weights, directory / WEIGHTS, {"format": "pt"})
+    read_expert(directory).model_copy(update={"content_hash": content_hash(directory)}).save(directory / CARD)
+    assert not upcycle(*run, Recipe()).is_complete
+    assert read == ["cpp"]
+
+
+def test_repeating_it_changes_nothing_and_another_recipe_replaces_the_model(run: Run) -> None:
+    first = upcycle(*run, Recipe(router="random"))
+    before = run[1].model(MOE).stat().st_ino
+    assert upcycle(*run, Recipe(router="random")).is_complete
+    assert run[1].model(MOE).stat().st_ino == before
+    second = upcycle(*run, Recipe(router="random", random_seed=1))
+    assert not first.is_complete
+    assert not second.is_complete
+    assert first.card.content_hash != second.card.content_hash
+    assert [path.name for path in run[1].root.glob(".moe*")] == []
+
+
+def test_what_fails_while_a_model_is_made_leaves_the_former_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    upcycle(*run, Recipe(router="random"))
+    before = files_of(run[1].model(MOE))
+
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "publish_directory", fail)
+        with pytest.raises(KeyboardInterrupt):
+            upcycle(*run, Recipe())
+    assert files_of(run[1].model(MOE)) == before
+    assert [path.name for path in run[1].root.glob(".moe*")] == []
+    made = upcycle(*run, Recipe())
+    assert read_expert(run[1].model(MOE)).content_hash == made.card.content_hash
+    assert [path.name for path in run[1].root.glob(".moe*")] == []
+
+
+def in_other_shape(run: RunDir) -> None:
+    config = run.model("cpp") / "config.json"
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps(settings | {"rope_parameters": settings["rope_parameters"] | {"rope_theta": 5e5}}))
+
+
+def with_other_tokenizer(run: RunDir) -> None:
+    (run.model("cpp") / "tokenizer.json").write_text("{}")
+    (run.model("docs") / "tokenizer.json").write_text("[]")
+
+
+def without_domain(run: RunDir) -> None:
+    read_expert(run.model("cpp")).model_copy(update={"domains": {}}).save(run.model("cpp") / CARD)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "change", "message"),
+    [
+        (Recipe(experts=("pithon", "cpp")), None, "Unknown expert 'pithon'. Did you mean 'python'"),
+        (Recipe(without=("java",)), None, "Unknown expert 'java'"),
+        (Recipe(experts=("cpp",)), None, "^cpp is left of cpp, docs, licences, python. A mixture needs at least two"),
+        (Recipe(router="fited"), None, "Unknown router 'fited'. Did you mean 'fitted'"),
+        (Recipe(top_k=5), None, "^--top-k is 5, and there are 4 experts"),
+        (Recipe(), in_other_shape, "'cpp' and 'docs' have different shapes: rope_theta 500000.0 and 10000.0"),
+        (Recipe(), with_other_tokenizer, "tokenizer.json differs between"),
+        (Recipe(), without_domain, r"'cpp' was not trained on a domain of .*--without cpp"),
+    ],
+)
+def test_what_makes_no_mixture_is_refused_before_anything_is_written(
+    run: Run, recipe: Recipe, change: Callable[[RunDir], None] | None, message: str
+) -> None:
+    if change is not None:
+        change(run[1])
+    before = files_of(run[1].root)
+    with pytest.raises(ForestError, match=message):
+        upcycle(*run, recipe)
+    assert files_of(run[1].root) == before
+
+
+def test_the_results_say_how_large_the_model_is_and_whether_the_forest_has_changed_since(run: Run) -> None:
+    def note() -> str:
+        return mixture_note(run[1], read_expert(run[1].model(MOE)))
+
+    upcycle(*run, Recipe(router="random", without=("docs",)))
+    size = parameters_of(run[1], MOE)
+    assert size.active < size.total
+    assert note() == (
+        f"moe: {size.total:,} parameters, of which {size.active:,} compute a token; top 2 of cpp, licences, python; "
+        "router random. Without docs."
+    )
+    shutil.rmtree(run[1].model("cpp"))
+    assert note().endswith(f" cpp changed or left the forest since. Make it again: btm-scale upcycle {run[1].root}")
+
+
+def test_a_run_with_an_expert_called_moe_keeps_it(run: Run) -> None:
+    run[1].model("cpp").rename(run[1].experts / MOE)
+    assert run[1].model(MOE) == run[1].experts / MOE
+    with pytest.raises(ForestError, match=r"expert or a domain called 'moe'.*--method moe"):
+        upcycle(*run, Recipe())
+
+
+def test_the_command_answers_with_the_models_size(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["upcycle", str(run[1].root), "--experts", "python,cpp", "--router", "random", "--json"])
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["experts"] == ["cpp", "python"]
+    assert answer["active_parameters"] == answer["parameters"], "two of two experts compute each token"
+    with pytest.raises(SystemExit) as ended:
+        main(["upcycle", str(run[1].root), "--experts", "python"])
+    assert ended.value.code == 2
+
+
+def test_the_fitted_rows_are_the_log_odds_of_gaussians_with_one_covariance() -> None:
+    torch.manual_seed(0)
+    root = torch.randn(6, 6, dtype=torch.float64)
+    covariance = root @ root.t() + torch.eye(6, dtype=torch.float64)
+    means = torch.randn(3, 6, dtype=torch.float64) + 2
+    rows = fitted([LayerSums(mean, covariance + mean.outer(mean)) for mean in means])
+    logits = means @ rows.t()
+    exact = torch.distributions.MultivariateNormal(means[:, None], covariance).log_prob(means[None]).t()
+    # Without a bias, the constants are exact at the mean only.
+    assert logits.argmax(dim=1).equal(exact.argmax(dim=1))
+    mean = means.mean(dim=0)
+    at_mean = torch.distributions.MultivariateNormal(means, covariance).log_prob(mean)
+    difference = (rows @ mean) - at_mean
+    torch.testing.assert_close(difference - difference.mean(), torch.zeros(3, dtype=torch.float64), atol=0.05, rtol=0)
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_the_mixture_is_scored_evaluated_and_generates_like_any_model(finished_run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished_run[1].root, folder, symlinks=True)
+    config, run = finished_run[0], RunDir(folder)
+    assert "fitted" in btm_scale("upcycle", folder).stdout
+    results = json.loads(btm_scale("evaluate", folder, "--json").stdout)
+    assert set(results["methods"]["moe"]["perplexity"]) == set(config.all_domains)
+    assert results["compute"]["moe"] == results["compute"]["ensemble"]
+    assert results["parameters"]["moe"]["active"] <= results["parameters"]["moe"]["total"]
+    loss = np.mean([np.log(results["methods"]["moe"]["perplexity"][domain]) for domain in config.domains])
+    assert loss == pytest.approx(mean_loss(config, run), abs=2e-2), "transformers computes it as Megatron-core does"
+    text = btm_scale("generate", folder, "--model", "moe", "--prompt", "def ", "--max-tokens", 5, "--json").stdout
+    assert len(json.loads(text)["generations"][0]["tokens"]) == 5
