@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from btm_scale.cli.commands import Verb
+from btm_scale.cli.merge_arguments import ingredients, setting, weighted_path
 from btm_scale.cli.options import argument, flag, one_of, option, several
 from btm_scale.cli.verb import Answer, Document, already_complete, say, verb
 from btm_scale.errors import UserError
@@ -240,12 +241,12 @@ def merge(
     elif not inputs:
         raise UserError("No models were given. Give those to merge, as DIR or DIR=WEIGHT, or --recipe FILE.")
     else:
-        models = [_weighted_path(text) for text in inputs]
+        models = [weighted_path(text) for text in inputs]
         report = merge_models(
             output,
             models,
             method=method or "linear",
-            parameters=dict(_setting(text) for text in parameters),
+            parameters=dict(setting(text) for text in parameters),
             base=base,
             dtype=dtype,
             jobs=jobs,
@@ -256,7 +257,7 @@ def merge(
             new_rows=new_rows,
             allow=allow,
             mpi=mpi,
-            ingredients=None if router is None else _ingredients(router, [path for path, _ in models]),
+            ingredients=None if router is None else ingredients(router, [path for path, _ in models]),
         )
     if rank is not None and rank.rank > 0:
         return None  # under mpirun the first rank answers
@@ -325,28 +326,3 @@ def inspect(
             say(line)
 
     return Answer(answer, show, is_brief=True)
-
-
-def _ingredients(router: str, models: list[Path]) -> Any:
-    from btm_scale.checkpoint.merge.moe import Ingredients, names_of
-
-    return Ingredients(names_of(models), None if router == "random" else Path(router))
-
-
-def _weighted_path(text: str) -> tuple[Path, float]:
-    path, sign, weight = text.rpartition("=")
-    # A folder may have `=` in its name.
-    if not sign or (Path(text).exists() and not Path(path).exists()):
-        return Path(text), 1.0
-    try:
-        return Path(path), float(weight)
-    except ValueError:
-        raise UserError(f"'{text}': the weight after '=' must be a number, such as DIR=0.5") from None
-
-
-def _setting(text: str) -> tuple[str, float]:
-    name, _, value = text.partition("=")
-    try:
-        return name, float(value)
-    except ValueError:
-        raise UserError(f"--parameter {text}: expected NAME=NUMBER, such as density=0.5") from None

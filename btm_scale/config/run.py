@@ -8,12 +8,13 @@ from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from btm_scale.config.changes import Changes, MayChange
 from btm_scale.config.data import DataConfig, DomainConfig, TokenizerConfig
 from btm_scale.config.deepspeed import MAY_CHANGE
 from btm_scale.config.evaluation import BaselinesConfig, EvaluateConfig
+from btm_scale.config.experts import DomainName, ExpertConfig, require_name
 from btm_scale.config.launch import LaunchConfig
 from btm_scale.config.layout import Layout
 from btm_scale.config.model import ModelConfig
@@ -31,36 +32,7 @@ from btm_scale.config.training import (
 from btm_scale.config.upgrade import SCHEMA, upgraded, with_current_names
 from btm_scale.config.yaml import apply_overrides, dump_yaml, load_yaml
 from btm_scale.errors import ConfigError, unknown_name
-from btm_scale.run_dir import LONGER_DENSE, OWN_NAMES, RANDOM_SPLIT
-
-
-def require_name(name: str, what: str = "a domain") -> str:
-    """Return the name of a domain or an expert. Raises ValueError if it cannot name a folder and a job."""
-    if name in OWN_NAMES or name.startswith(LONGER_DENSE):
-        raise ValueError(f"'{name}' is a reserved name. The run stores a model or a log under it: choose another name.")
-    allowed = name.replace("-", "").replace("_", "").replace(".", "")
-    if not (allowed.isascii() and allowed.isalnum() and name[0].isalnum() and len(name) <= 64):
-        raise ValueError(
-            f"'{name}' cannot name {what}. Use up to 64 letters, digits, '-', '_' and '.', with a letter or "
-            "digit first."
-        )
-    return name
-
-
-DomainName = Annotated[str, AfterValidator(require_name)]
-
-
-class ExpertConfig(Section):
-    """Settings of a single expert."""
-
-    branch: BranchConfig = BranchConfig()
-    model: ModelConfig | None = Field(
-        default=None,
-        description="its own size; such an expert does not branch and is initialized at random",
-    )
-    layout: dict[str, Any] = Field(default_factory=dict, description="settings that differ from layout")
-    tokens: int | None = Field(default=None, gt=0, description="training tokens; default: an equal part of the budget")
-    batch_tokens: int | None = Field(default=None, gt=0, description="tokens per step; default: an equal part")
+from btm_scale.run_dir import LONGER_DENSE, RANDOM_SPLIT
 
 
 def _with_pretrained(values: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from btm_scale.config.run import RunConfig, require_name
+from btm_scale.config.experts import require_name
+from btm_scale.config.run import RunConfig
 from btm_scale.errors import ConfigError, unknown_name
 from btm_scale.run_dir import DENSE, LONGER_DENSE, SEED
 

@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from btm_scale.config.changes import Difference, differences
-from btm_scale.config.run import ExpertConfig, RunConfig
+from btm_scale.config.experts import ExpertConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.distributed.precision import ask_device
 from btm_scale.errors import ConfigError, DataError, LaunchError, first_few
 from btm_scale.forest.branch import require_parents

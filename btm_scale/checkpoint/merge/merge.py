@@ -54,9 +54,9 @@ def merge(
     them; `chat_template` is `base` or the path of another template. `base` is the model from which the inputs were
     trained: methods that compare with it need it, and it completes adapters and checkpoints without their frozen
     weights. What is not finite in the output is counted and logged. `with_recipe` writes `merge_recipe.yaml`, from
-    which `merge_by_recipe` gives the same bytes. `ingredients` are for the method `moe`, whose experts have the order of
-    `inputs`, and which has no recipe. Repeating the call resumes an interrupted merge, and changes nothing
-    after a finished one.
+    which `merge_by_recipe` gives the same bytes. `ingredients` are for the method `moe`, whose experts have the order
+    of `inputs`, and which has no recipe. Repeating the call resumes an interrupted merge, and changes nothing after a
+    finished one.
 
     `tokenizer` chooses the vocabulary of the output, to which the rows of all models are matched by token: `union`,
     `base`, or the path of a tokenizer. `new_rows` is what a model gets for tokens that it lacks, `mean` or `zero` (see
