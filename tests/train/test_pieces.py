@@ -81,6 +81,19 @@ def test_a_share_of_a_complete_shard_has_no_short_runs(family: str) -> None:
             assert piece.span.count == 1, (piece.name, piece.span, complete)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_ranks_with_the_same_state_write_half_each(family: str) -> None:
+    heads = {"kv_heads": 4} if family == "gpt2" else {}
+    shape = ModelShape.model_validate({"family": family, **TINY_SHAPE, **heads})
+    written = [0, 0]
+    for entry in table(shape):
+        full = full_tensors(shape, 1)[entry.megatron]
+        placement = Placement(entry, tuple(full.shape), shape)
+        for index in range(2):
+            written[index] += sum(piece.span.elements for piece in placement.share(index, 2))
+    assert max(written) <= 0.51 * sum(written)
+
+
 @pytest.mark.parametrize("span", [Span(0, 5), Span(7, 2, 3, 10)])
 def test_a_span_is_read_as_it_is_written(span: Span) -> None:
     assert Span.parse(str(span)) == span
