@@ -157,7 +157,7 @@ def test_a_dry_run_counts_the_tokens_and_notes_files_of_another_tokenizer(
     assert preview().problem == ""
     rng = np.random.default_rng(0)
     write_tokens(tmp_path / "corpus_text_document", [rng.integers(259, 512, 400).tolist() for _ in range(2_000)])
-    assert "may be of another tokenizer" in preview().problem
+    assert "may be of a different tokenizer" in preview().problem
 
 
 @pytest.mark.parametrize(
