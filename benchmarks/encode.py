@@ -153,7 +153,7 @@ def measure_memory(scratch: Path, name: str, tokenizer: Path, workers: int) -> d
     run.tokenizer.symlink_to(tokenizer)
     peaks: dict[int, int] = {}
 
-    def watch(domain: str, encoded_bytes: int, documents: int) -> None:
+    def watch(*_: Any) -> None:
         for process in process_ids():
             peaks[process] = peak_bytes(process)
 

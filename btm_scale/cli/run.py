@@ -109,7 +109,6 @@ def prepare(config: ConfigFile, *, out: Out = None, settings: Settings) -> Answe
 
     The answer is a table of the domains. --verbose prints the documents and bytes of each split.
     """
-    from btm_scale.data.preview import text_sizes
     from btm_scale.report.encoding_bar import encoding_bars
     from btm_scale.run.preparing import prepare_run
     from btm_scale.run.state import open_run
@@ -118,7 +117,7 @@ def prepare(config: ConfigFile, *, out: Out = None, settings: Settings) -> Answe
 
     run_config, run_dir = _config_and_run(config, settings, out)
     run_config = open_run(run_config, run_dir, reread=_reread(config, settings, run_dir))
-    with encoding_bars(text_sizes(run_config), quiet=not logger.isEnabledFor(logging.INFO)) as show_progress:
+    with encoding_bars(quiet=not logger.isEnabledFor(logging.INFO)) as show_progress:
         summary = data_summary(run_dir, prepare_run(run_config, run_dir, show_progress))
     require_few_passes(run_config, passes_of_run(run_config, run_dir))
 

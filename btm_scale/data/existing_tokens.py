@@ -50,7 +50,7 @@ def other_tokenizer(tokens: Path, tokenizer: Path) -> str:
     if not total or same > (1 - _MOST_DIFFERENT) * total:
         return ""
     return (
-        f"{tokens} may be of another tokenizer than the one in {tokenizer}, which encodes the text of its first "
+        f"{tokens} may be of a different tokenizer than the one in {tokenizer}, which encodes the text of its first "
         f"documents differently: {1 - same / total:.0%} of their ids. Check tokenizer.path."
     )
 

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 def prepare(config: RunConfig, run: RunDir, on_progress: Progress | None = None) -> dict[str, Fingerprint]:
     """Create the tokenizer and token files that do not exist yet; existing ones are checked, not created again.
 
-    `on_progress(domain, bytes, documents)` is called with how much text has been encoded; by default it is logged.
+    `on_progress` is called with how much text has been encoded; by default it is logged.
     Returns the fingerprint of every domain's token files, in the config's order. Raises DataError and leaves nothing
     half-written, and GroupFailed while another process prepares the run, because its files would look like leftovers.
     """

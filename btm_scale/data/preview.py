@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import zstandard
 
 from btm_scale.config.run import RunConfig
-from btm_scale.data.documents import BadLines, empty_domain, expected_bytes, read_documents, read_file_of
+from btm_scale.data.documents import BadLines, empty_domain, read_documents, read_file_of
 from btm_scale.data.enough import needed_splits, too_small
 from btm_scale.data.existing_tokens import other_tokenizer
 from btm_scale.data.files import SourceFile
@@ -18,7 +18,7 @@ from btm_scale.data.formats.compression import NotCompressedError, compression_o
 from btm_scale.data.formats.indexed_tokens import IndexedTokens
 from btm_scale.data.formats.rows import Fields
 from btm_scale.data.formats.sense import format_of
-from btm_scale.data.sources import DomainSource, resolve_sources
+from btm_scale.data.sources import DomainSource
 from btm_scale.data.splits import placement_of
 from btm_scale.errors import DataError
 from btm_scale.run_dir import SPLITS
@@ -91,14 +91,6 @@ def preview_text(source: DomainSource, config: RunConfig, vocabulary: int) -> Pr
         total = min(total, source.settings.max_bytes)
     tokens = round(total / per_token)
     return Preview(total, tokens, _likely_problem(source, config, tokens) or _other_tokenizer(source))
-
-
-def text_sizes(config: RunConfig) -> dict[str, int]:
-    """Return about how many bytes of text each domain has, from the sizes of its files. Raises as resolving does."""
-    sources = resolve_sources(config.all_domains, config.text_root)
-    sizes = {source.name: sum(map(expected_bytes, source.files)) for source in sources}
-    limits = {name: domain.max_bytes for name, domain in config.all_domains.items()}
-    return {name: min(size, limits[name] or size) for name, size in sizes.items()}
 
 
 def bytes_per_token(vocabulary: int) -> float:

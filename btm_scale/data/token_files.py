@@ -12,7 +12,7 @@ import numpy as np
 from btm_scale.config.data import DataConfig
 from btm_scale.config.run import RunConfig
 from btm_scale.data.dedup import Deduplicator, KeySet, held_out_keys, save_keys
-from btm_scale.data.documents import BadLines, empty_domain, read_documents
+from btm_scale.data.documents import BadLines, empty_domain, expected_bytes, read_documents
 from btm_scale.data.encode import Encoder, Text, token_dtype
 from btm_scale.data.enough import needed_splits, require_enough
 from btm_scale.data.fingerprint import Fingerprint, Source, SplitCounts, TextDigest, settings_of
@@ -53,6 +53,8 @@ def write_domain(
             if deduplicator.keep(identity):
                 yield document.text if document.ids is None else document.ids, identity
 
+    expected = sum(map(expected_bytes, source.files))
+    expected = min(expected, source.settings.max_bytes or expected)
     encoded_bytes = documents = 0
     for identities, ids, lengths in encoder.encode(kept()):
         ends = np.cumsum(lengths)
@@ -65,7 +67,7 @@ def write_domain(
             count.bytes += identity.bytes
             encoded_bytes += identity.bytes
         documents += len(identities)
-        on_progress(source.name, encoded_bytes, documents)
+        on_progress(source.name, encoded_bytes, documents, expected)
     for writer in writers.values():
         writer.close()
     save_keys(folder, keys)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import (
@@ -25,11 +25,8 @@ _LONGEST_NAME = 24
 
 
 @contextlib.contextmanager
-def encoding_bars(expected: Mapping[str, int], *, quiet: bool, console: Console | None = None) -> Iterator[Show]:
-    """Yield a function that shows a bar per domain on stderr, or logs lines if that is no terminal.
-
-    `expected`: about how many bytes of text each domain has, by name; the bar of another one has no end.
-    """
+def encoding_bars(*, quiet: bool, console: Console | None = None) -> Iterator[Show]:
+    """Yield a function that shows a bar per domain on stderr, or logs lines if that is not a terminal."""
     console = console or Console(stderr=True)
     if quiet or not console.is_terminal:
         yield logged_progress()
@@ -45,12 +42,12 @@ def encoding_bars(expected: Mapping[str, int], *, quiet: bool, console: Console 
     with Progress(*columns, console=console) as bars:
         tasks: dict[str, TaskID] = {}
 
-        def show(domain: str, encoded_bytes: int, documents: int) -> None:
+        def show(domain: str, encoded_bytes: int, documents: int, expected: int) -> None:
             if domain not in tasks:
                 for task in tasks.values():  # an estimate of its size may have been too high
                     bars.update(task, total=bars.tasks[task].completed)
                 name = shorten(printable(domain), _LONGEST_NAME)
-                tasks[domain] = bars.add_task(name, total=expected.get(domain), documents="0")
+                tasks[domain] = bars.add_task(name, total=expected, documents="0")
             bars.update(tasks[domain], completed=encoded_bytes, documents=f"{documents:,}")
 
         yield show

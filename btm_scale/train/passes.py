@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 
@@ -33,8 +34,8 @@ def passes_of_run(config: RunConfig, run: RunDir) -> dict[str, float]:
     """Return the passes over the train split of each domain with an expert whose token files exist."""
     passes = {}
     for name in config.expert_domains:
-        fingerprint = Fingerprint.find(run.fingerprint(name))
-        if fingerprint is not None:
+        with contextlib.suppress(DataError):  # a damaged record is reported by `prepare`, and hides no status
+            fingerprint = Fingerprint.of_domain(run, name)
             passes[name] = budget_tokens(config, name) / max(1, fingerprint.splits["train"].tokens)
     return passes
 

@@ -134,7 +134,7 @@ def test_a_store_that_fails_is_an_error_although_bad_lines_are_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = fsspec.filesystem("memory")
-    store.pipe("/corpus/a.jsonl", b'{"text": "a"}\n' * 1_000_000)
+    store.pipe("/corpus/a.jsonl", b'{"text": "%s"}\n' % (b"a" * 10_000) * 1_000)
     source = resolve_domain("d", DomainConfig(text=("memory://corpus/a.jsonl",)), tmp_path)
     read = MemoryFile.read
     monkeypatch.setattr(MemoryFile, "read", lambda self, n: read(self, n) if self.tell() < 1 << 22 else 1 / 0)

@@ -17,10 +17,10 @@ def test_encoding_is_logged_every_ten_seconds(caplog: pytest.LogCaptureFixture) 
         show = logged_progress(lambda: now)
         for second in range(25):
             now = float(second)
-            show("web", second * 2_000_000, second * 1_000)
+            show("web", second * 2_000_000, second * 1_000, 30_000_000)
     assert [record.getMessage() for record in caplog.records] == [
-        "encoding web: 10,000 documents, 20.0 MB of text, 2.0 MB/s",
-        "encoding web: 20,000 documents, 40.0 MB of text, 2.0 MB/s",
+        "encoding web: 10,000 documents, 20.0 of about 30.0 MB of text, 2.0 MB/s",
+        "encoding web: 20,000 documents, 40.0 of about 40.0 MB of text, 2.0 MB/s",
     ]
 
 
@@ -28,9 +28,9 @@ def test_a_terminal_shows_a_bar_per_domain_and_a_pipe_none() -> None:
     for is_terminal in (True, False):
         out = io.StringIO()
         console = Console(file=out, force_terminal=is_terminal, width=120, color_system=None)
-        with encoding_bars({"web": 4_000_000}, quiet=False, console=console) as show:
-            show("web", 2_000_000, 1_234)
-            show("[red]x", 1_000, 1)
+        with encoding_bars(quiet=False, console=console) as show:
+            show("web", 2_000_000, 1_234, 4_000_000)
+            show("[red]x", 1_000, 1, 10)
         shown = out.getvalue()
         assert ("1,234 documents" in shown) == is_terminal
         assert ("[red]x" in shown) == is_terminal
