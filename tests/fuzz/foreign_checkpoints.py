@@ -174,5 +174,5 @@ def read_flat_universal(folder: Path) -> dict[str, torch.Tensor]:
     shapes = {name: tuple(shape) for group in state["param_shapes"] for name, shape in group.items()}
     flat = {file.parent.name: _load(file)["param"] for file in place.glob("zero/*/fp32.pt")}
     tensors = {name: state["module"][name] for name in state["buffer_names"]}
-    tensors |= {name: value.reshape(shapes[name]) for name, value in flat.items()}
+    tensors |= {name: value.reshape(shapes.get(name, value.shape)) for name, value in flat.items()}
     return tensors | {alias: tensors[name] for alias, name in (state.get("shared_params") or {}).items()}
