@@ -28,6 +28,9 @@ _SAFE = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
 _SAFE_VALUE = re.compile(r"[\w@%+=:,./^-]*", re.ASCII)  # NCCL takes ^docker0 for all but docker0
 
 
+_CLOSED_PORT = 1  # at which no host has listened for decades
+
+
 class HostPool:
     """The hosts of a hostfile."""
 
@@ -39,7 +42,7 @@ class HostPool:
         self._ports = list(range(config.ports[0], config.ports[1] + 1))
         self._taken: dict[str, tuple[tuple[Share[str, int], ...], int]] = {}
         self._files: dict[str, Path] = {}
-        self._silent: set[str] = set()  # hosts that this machine cannot reach
+        self._silent: set[str] = set()  # hosts that this machine cannot ask
 
     def take(self, command: GroupCommand) -> Start | None:
         """Return the launchers of a group; None while no slots or port are free.
@@ -111,7 +114,8 @@ class HostPool:
     def _free_port(self, host: str) -> int | None:
         """Take a port at which no process of the host answers, or None until another group gives its port back.
 
-        A host that this machine cannot reach is not asked: the group tries another port if this one is taken.
+        A host that this machine cannot reach, or for which a proxy answers, is not asked: the group tries another port
+        if this one is taken.
         """
         for _ in range(len(self._ports)):
             port = self._ports.pop(0)
@@ -128,12 +132,18 @@ class HostPool:
     def _answers(self, host: str, port: int) -> bool:
         try:
             with socket.create_connection((host, port), timeout=1):
-                return True
+                pass
         except ConnectionRefusedError:
             return False
         except OSError:  # its name is unknown here, or a firewall drops the call
             self._silent.add(host)
             return False
+        try:
+            with socket.create_connection((host, _CLOSED_PORT), timeout=1):
+                self._silent.add(host)  # a proxy or firewall answers in its place, at every port
+                return False
+        except OSError:
+            return True
 
     def give_back(self, name: str) -> None:
         """Free the slots and the port of a group that has ended."""

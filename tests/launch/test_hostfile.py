@@ -115,6 +115,20 @@ def test_a_group_gets_no_port_at_which_another_process_listens(tmp_path: Path) -
             pool.take(GroupCommand("math", 1, ("train",), tmp_path / "math" / "log"))
 
 
+def test_a_host_for_which_a_proxy_answers_at_every_port_is_not_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Proxied(socket.socket):
+        """A connection that a proxy has accepted."""
+
+    monkeypatch.setattr(socket, "create_connection", lambda address, timeout: Proxied())
+    pool = HostPool(DeepSpeedConfig(hostfile=written(tmp_path, "a slots=2\n"), ports=(30000, 30001)))
+    start = pool.take(GroupCommand("math", 1, ("train",), tmp_path / "math" / "log"))
+    assert start is not None
+    words = start.processes[0]
+    assert words[words.index("--master_port") + 1] == "30000"
+
+
 def test_a_group_that_can_never_fit_the_hosts_is_refused(tmp_path: Path) -> None:
     pool = HostPool(DeepSpeedConfig(hostfile=written(tmp_path, "a slots=3\nb slots=3\n")))
     with pytest.raises(LaunchError, match=r"wide needs 6 slots, in multiples of 2 per host.* a with 3, b with 3"):
