@@ -65,7 +65,7 @@ def test_eight_experts_are_trained_on_a_cluster_at_its_worst(cluster: SlurmClust
         cluster.run("sbatch", "-o", "/dev/null", "-J", "two\nlines", "--wrap", "sleep 600")
         cluster.full.touch()
         # As users do who work in an interactive job, bound to one core.
-        inside = ("srun", "--cpu-bind=verbose,map_cpu:0", "-n1", "-c1", "--overlap", "--mem=0")
+        inside = ("srun", "--cpu-bind=verbose,cores", "-n1", "-c1", "--overlap", "--mem=0")
         words = (*inside, sys.executable, "-m", "btm_scale.cli", "run", tmp_path / "run.yaml", "--out", run.root)
         with said.open("w") as log:
             process = subprocess.Popen(
