@@ -136,7 +136,9 @@ def main() -> None:
     if options.trainer:
         return train()
     result = {"environment": describe(), "case": asdict(CASE), "rounds": options.rounds, "seconds": options.seconds}
-    result |= measure(options.rounds, options.seconds)
+    sleeping: dict[str, str] = {}
+    wait_passively(sleeping)
+    result |= {"sleeping": sleeping} | measure(options.rounds, options.seconds)
     print({name: result[name] for name in ("alone_to_spinning", "beside_to_alone")})
     options.result.write_text(json.dumps(result, indent=1) + "\n")
 

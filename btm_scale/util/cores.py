@@ -13,9 +13,9 @@ from pathlib import Path
 
 # What libgomp, libomp and Intel's OpenMP read when they are loaded.
 _WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-# For libgomp, some 20 microseconds: longer than most waits between two short operations, and much shorter than the time
-# for which the kernel runs another process.
-_SPINS = "1000"
+# For libgomp, about 0.2 milliseconds: longer than almost every wait between two operations of a step, and much shorter
+# than the time for which the kernel runs another process.
+_SPINS = "10000"
 
 
 def visible_cores(root: Path = Path("/")) -> int:
