@@ -11,9 +11,10 @@ import pytest
 import torch
 from helpers.in_process import answer, refusal
 from helpers.small_families import write_family
-from helpers.tiny_run import btm_scale
+from helpers.tiny_run import btm_scale, tiny_values
 
 from btm_scale.config.run import RunConfig
+from btm_scale.config.yaml import dump_text
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.evaluate.hf_score import block_log_probs
 from btm_scale.forest.branch import Branch
@@ -98,8 +99,9 @@ def test_a_model_of_any_family_is_scored_without_rescoring_others_and_used_like_
     friend = tmp_path / "gemma"
     write_family(friend, "gemma2", vocab_size=Tokenizer.load(run.tokenizer).vocab_size)
     shutil.copytree(run.tokenizer, friend, dirs_exist_ok=True)
-    pretrained = ("--dry-run", "--set", f"model.pretrained={friend}")
-    refused = refusal("run", run.config, "--out", tmp_path / "other", *pretrained)
+    pretrained = tiny_values(config.text_root, model={"pretrained": str(friend)}, tokenizer={"path": str(friend)})
+    (tmp_path / "other.yaml").write_text(dump_text(pretrained))
+    refused = refusal("run", tmp_path / "other.yaml", "--out", tmp_path / "other", "--dry-run")
     assert "'gemma2' is not supported. Megatron-core trains and shards llama" in refused
     btm_scale("forest", "add", run.root, friend, "--name", "friend")
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())

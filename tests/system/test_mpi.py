@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -177,7 +178,7 @@ def test_a_failing_group_is_reported_and_does_not_stop_the_others(seen: Seen, ru
     process = _start(run)
     output, _ = process.communicate(timeout=600)
     assert process.returncode != 0
-    assert "group 'python' failed: rank" in output
+    assert re.search(r"group 'python' failed: Cannot use .*/checkpoints/.*: Not a directory", output), output
     assert is_finished(run.model("docs")), output
     status = json.loads(btm_scale("status", run.root, "--json").stdout)
     assert {model for model, row in status["models"].items() if row["state"] == "failed"} == {"python"}
