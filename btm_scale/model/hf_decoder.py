@@ -22,6 +22,8 @@ _MAX_LOGITS = 2**26
 # The names of a model's longest sequence in config.json; models without any read sequences of every length.
 _POSITIONS = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "context_length")
 UNLIMITED = 2**31 - 1
+# How much log-probabilities of a recurrent model may differ between batches.
+_ROUNDING = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 
 def limits_of(directory: Path) -> tuple[int, int]:
@@ -59,6 +61,7 @@ class Decoder:
         self.vocabulary = vocabulary or model.config.get_text_config().vocab_size
         self.positions = positions_of(model.config.get_text_config())  # maximum sequence length in tokens
         self._takes = inspect.signature(model.forward).parameters
+        self._pads = False  # whether a recurrent model was seen to leave padding out
         # Rounded logits would shift the posterior's log-odds, so everything after the hidden state is float32.
         head = model.get_output_embeddings()
         if isinstance(head, nn.Linear):
@@ -71,8 +74,12 @@ class Decoder:
 
     @property
     def has_cache(self) -> bool:
-        """Whether the model continues from a KV cache; others, such as Mamba, read all tokens again for the next."""
-        return "past_key_values" in self._takes
+        """Whether the model continues from a KV cache; those with a recurrent state read all tokens for each next."""
+        return "past_key_values" in self._takes and not self._is_recurrent
+
+    @property
+    def _is_recurrent(self) -> bool:
+        return bool(getattr(self.model, "_is_stateful", False))
 
     def logits(self, ids: Tensor, *, mask: Tensor | None, positions: Tensor, cache: Any, keep: int) -> Tensor:
         """Return float32 [batch, kept, vocabulary], of all tokens or the last `keep`, after those in the cache."""
@@ -85,7 +92,25 @@ class Decoder:
 
     def read(self, prompts: Sequence[Sequence[int]], *, score: bool = True) -> Reading:
         """Start a batch of sequences from prompts of at least one token; with `score`, also score the prompts."""
-        return Reading(self, prompts, score)
+        reading = Reading(self, prompts, score)
+        if self._is_recurrent and not self._pads:
+            self._require_padding(prompts, reading)
+        return reading
+
+    def _require_padding(self, prompts: Sequence[Sequence[int]], reading: Reading) -> None:
+        """Raise UserError if padding before the shortest prompt has changed what follows it: some states read it."""
+        lengths = [len(prompt) for prompt in prompts]
+        if min(lengths) == max(lengths):
+            return
+        shortest = lengths.index(min(lengths))
+        alone = Reading(self, [prompts[shortest]], False).logits[0].log_softmax(0)
+        rounding = _ROUNDING[next(self.model.parameters()).dtype]
+        if not torch.allclose(reading.logits[shortest].log_softmax(0), alone, rtol=rounding, atol=rounding):
+            raise UserError(
+                f"A model of type '{self.model.config.model_type}' reads padding, so it cannot continue prompts of "
+                "different lengths together. Give one prompt at a time."
+            )
+        self._pads = True
 
 
 class Reading:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.tiny_forest import Letters, Oracle, write_experts
 
+from btm_scale.errors import UserError
 from btm_scale.forest.posterior.evidence import RunningPosterior
 from btm_scale.generate.generator import Generator
 from btm_scale.generate.prompt_scores import prompt_scores
@@ -89,6 +90,20 @@ def test_rows_without_a_full_cache_join_and_leave(family: str, tmp_path: Path) -
     for logits, text in zip(kept.logits, (texts[2], texts[1]), strict=True):
         assert torch.allclose(logits, expected([*text, 4]), atol=1e-5)
     assert torch.allclose(reading.logits[0], expected(texts[0]), atol=1e-5)
+
+
+def test_a_recurrent_model_that_reads_padding_takes_prompts_of_one_length_only() -> None:
+    from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "lru_width": 16}
+    torch.manual_seed(3)
+    model = RecurrentGemmaForCausalLM(RecurrentGemmaConfig(vocab_size=5, num_hidden_layers=3, **sizes))
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.4)
+    decoder = Decoder(model)
+    with pytest.raises(UserError, match=r"'recurrent_gemma' reads padding.* Give one prompt at a time"):
+        decoder.read([[0, 1, 2, 3, 4], [0, 3]])
+    assert decoder.read([[0, 1, 2], [0, 3, 1]]).logits.isfinite().all()
 
 
 def test_a_row_with_its_own_generator_repeats_whatever_else_runs(generator: Generator) -> None:
