@@ -199,7 +199,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_every_method_has_a_name_in_recipes() -> None:
-    assert {method.function for method in RECIPE_METHODS.values()} == set(METHODS)
+    assert {method.function for method in RECIPE_METHODS.values()} == set(METHODS) - {"moe"}
 
 
 @pytest.mark.parametrize(

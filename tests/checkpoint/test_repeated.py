@@ -202,7 +202,7 @@ def test_an_input_that_changes_while_it_is_read_is_refused(
         else:
             weights.unlink()
 
-    monkeypatch.setattr("btm_scale.checkpoint.merge.merge.carry_sidecars", changing)
+    monkeypatch.setattr("btm_scale.checkpoint.merge.output.carry_sidecars", changing)
     monkeypatch.setattr("btm_scale.checkpoint.convert.carry_sidecars", changing)
     happened = "removed" if change == "removed" else "changed"
     run: Callable[[], object] = partial(convert, model, tmp_path / "out", to=command)

@@ -56,7 +56,7 @@ def test_help_is_plain_text_that_fits_the_terminal(columns: int, monkeypatch: py
 
 
 def test_every_verb_and_every_option_is_documented() -> None:
-    assert len(verbs()) == 22
+    assert len(verbs()) == 23
     for words, command in verbs().items():
         assert command.help.partition("\n")[0].endswith("."), words
         for parameter in command.params:

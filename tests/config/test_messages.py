@@ -25,7 +25,7 @@ def load(tmp_path: Path, values: dict[str, Any]) -> RunConfig:
     ("values", "message"),
     [
         ({"domains": {}}, "domains: is empty; give at least one"),
-        ({"domains": {"math": {"text": []}}}, "domains.math.text: is empty; give at least one"),
+        ({"domains": {"math": {"text": []}}}, "domains.math: has neither text nor token_files"),
         ({"domains": {"math": {"text": [8]}}}, "domains.math.text.0: must be text in quotes and is 8"),
         ({"random_seed": "x"}, "random_seed: must be an integer and is 'x'"),
         ({"random_seed": 1.5}, "random_seed: must be an integer and is 1.5"),

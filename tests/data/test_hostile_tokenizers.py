@@ -227,8 +227,10 @@ def scored_run(handmade: tuple[RunConfig, RunDir], tmp_path: Path) -> RunDir:
     config = handmade[0]
     evaluate = config.evaluate.model_copy(update={"split": "dev", "averages": ()})  # all that has been scored
     baselines = config.baselines.model_copy(update={"dense": False})
-    config.model_copy(update={"evaluate": evaluate, "baselines": baselines}).save(run.config)
-    score_dev(config, run, SEED)
+    config = config.model_copy(update={"evaluate": evaluate, "baselines": baselines})
+    config.save(run.config)
+    for name in (SEED, *DOMAINS):
+        score_dev(config, run, name)
     return run
 
 

@@ -121,7 +121,7 @@ def test_a_file_that_appears_while_a_run_is_prepared_is_ignored(
     undisturbed, run = RunDir(tmp_path / "undisturbed"), RunDir(tmp_path / "run")
     prepare(globbed, undisturbed)
 
-    def add_files(domain: str, size: int, documents: int) -> None:
+    def add_files(domain: str, size: int, documents: int, expected: int) -> None:
         for folder in ("code", "prose"):
             late = [f"late {text}" for text in prose_texts(50)]
             write_jsonl(globbed.text_root / folder / "late.jsonl", late, file=lambda i: i)
@@ -142,7 +142,7 @@ def test_a_file_that_disappears_while_a_run_is_prepared_is_an_error(
     config = globbed.model_copy(update={"data": globbed.data.model_copy(update={"on_bad_line": on_bad_line})})
     run, file = RunDir(tmp_path / "run"), globbed.text_root / "prose" / "a.jsonl"
     with pytest.raises(DataError, match=rf"{file} cannot be read any more \(No such file or directory\)"):
-        prepare(config, run, lambda domain, size, documents: file.unlink(missing_ok=True))
+        prepare(config, run, lambda domain, size, documents, expected: file.unlink(missing_ok=True))
     assert run.fingerprint("code").exists()
     assert not run.domain("prose").exists()
 

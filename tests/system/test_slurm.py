@@ -177,6 +177,8 @@ def test_a_prepare_that_fails_on_the_cluster_is_named_by_status(
     for name in EXPERTS:
         shutil.copyfile(real_text / f"{name}.jsonl", tmp_path / f"{name}.jsonl")
     with (tmp_path / "docs.jsonl").open("a") as file:
+        for number in range(400):  # more than is read before jobs are submitted
+            file.write(json.dumps({"text": f"{number} " + "words " * 1000}) + "\n")
         file.write('{"text": "half')
     values = cluster_values(tmp_path, steps=2, experts=EXPERTS, launch={"slurm": {"ranks_per_node": 1, "time": "10"}})
     write_config(tmp_path / "run.yaml", values)
