@@ -18,7 +18,9 @@ def weight_problems(method: Method, inputs: Sequence[tuple[Path, float]]) -> lis
         problems.append("No input has a nonzero weight. Give at least one input a nonzero weight.")
     elif not math.isfinite(sum(map(abs, weights))):
         problems.append(f"The weights are {weights}. They and their sum must be finite.")
-    elif method.name in ("linear", "slerp", "multislerp", "moe") and abs(sum(weights)) <= 1e-12 * sum(map(abs, weights)):
+    elif method.name in ("linear", "slerp", "multislerp", "moe") and abs(sum(weights)) <= 1e-12 * sum(
+        map(abs, weights)
+    ):
         problems.append(f"The weights {weights} sum to 0. '{method.name}' divides by their sum: change a weight.")
     if method.exactly is not None and len(inputs) != method.exactly:
         besides = " besides the base" if method.needs_base else ""
