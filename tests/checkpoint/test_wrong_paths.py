@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from btm_scale.checkpoint.convert import convert
 from btm_scale.checkpoint.inspect import inspect
 from btm_scale.checkpoint.merge.merge import merge
-from btm_scale.cli.checkpoint import _weighted_path
+from btm_scale.cli.merge_arguments import weighted_path
 from btm_scale.errors import CheckpointError
 
 WEIGHTS = {"a.weight": torch.ones(2, 2)}
@@ -113,5 +113,5 @@ def test_inspect_merge_and_convert_name_what_a_path_is(
 
 def test_a_folder_may_have_an_equals_sign_in_its_name(save: Save, tmp_path: Path) -> None:
     folder = save("lr=0.001", random_weights(0))
-    assert _weighted_path(str(folder)) == (folder, 1.0)
-    assert _weighted_path(f"{folder}=0.5") == (folder, 0.5)
+    assert weighted_path(str(folder)) == (folder, 1.0)
+    assert weighted_path(f"{folder}=0.5") == (folder, 0.5)

@@ -16,6 +16,7 @@ from btm_scale.checkpoint.completeness import problems_of
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.errors import CheckpointError, UnsupportedModelError
 from btm_scale.evaluate.hf_score import TransformersModel
+from btm_scale.model.families import READABLE
 from btm_scale.model.hf_config import read_shape
 from btm_scale.model.hf_decoder import Decoder
 
@@ -30,8 +31,9 @@ def their_log_probs(model: Any, tokens: Tensor) -> Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_scored_and_continued_as_transformers_does(family: str, tmp_path: Path) -> None:
     model = write_family(tmp_path, family)
-    with pytest.raises(UnsupportedModelError, match="Other models join a forest as experts, which transformers scores"):
-        read_shape(tmp_path)
+    if family not in READABLE:
+        with pytest.raises(UnsupportedModelError, match="Other models join a forest as experts, which transformers"):
+            read_shape(tmp_path)
     with SafetensorsModel(tmp_path) as weights:
         assert problems_of(weights) == []
     tokens = torch.randint(1, VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(1))

@@ -116,7 +116,7 @@ def test_what_a_killed_addition_left_is_removed_by_the_next_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("btm_scale.run.pipeline.missing_scores", lambda *_: [])
-    before, source = listing(run), make(tmp_path)
+    before, source = listing(run), make(tmp_path / "friend")
     pid = os.fork()
     if pid == 0:
         signal.alarm(60)

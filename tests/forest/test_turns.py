@@ -84,7 +84,7 @@ def test_a_removal_waits_for_commands_that_read_the_forest_for_a_while(
 def test_an_added_expert_appears_after_an_evaluation_and_is_scored_before_the_next(
     run: RunDir, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("btm_scale.forest.membership._require_fit", lambda run, source: None)
+    monkeypatch.setattr("btm_scale.forest.membership._require_fit", lambda config, run, source: None)
     source = friend_in(tmp_path)
     order, scored = list[str](), threading.Event()
 
@@ -125,7 +125,7 @@ def test_an_addition_that_finds_the_model_added_meanwhile_never_holds_its_turn_t
     run: RunDir, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A command that waits to be alone between the two would wait for the first, and the second for that command."""
-    monkeypatch.setattr(membership, "_require_fit", lambda run, source: None)
+    monkeypatch.setattr(membership, "_require_fit", lambda config, run, source: None)
     source, holders, most = friend_in(tmp_path), [0], [0]
     add_expert(config, run, source, "friend")
     answers = iter([False, False])  # not there yet when it is looked for

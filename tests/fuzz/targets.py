@@ -202,10 +202,10 @@ def _scores(path: Path) -> None:
         stack = Stack.load(run, names, domain, "dev")
         for i, name in enumerate(names):
             file = run.scores(name, domain, "dev")
-            assert (stack.log_probs[i].tobytes(), scored_model(file)) == (
-                load_arrays(file)["log_probs"].tobytes(),
-                "f" * 64,
-            )
+            content = file.read_bytes()
+            metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+            assert stack.log_probs[i].tobytes() == load_arrays(file)["log_probs"].tobytes()
+            assert scored_model(file) == metadata["model"]
 
 
 def _clustering(path: Path) -> None:

@@ -112,7 +112,7 @@ def test_a_dry_run_has_one_line_per_domain_and_model(columns: int) -> None:
         }
         for i, name in enumerate(NAMES)
     }
-    plan = {"run": "/runs/x", "parameters": 1.3e9, "text": text, "models": models, "notes": []}
+    plan = {"run": "/runs/x", "parameters": 1.3e9, "text": text, "models": models, "notes": [], "changes": []}
     plan["estimates"] = {"seconds": 123_456.0, "disk_bytes": 1.23e12}
     lines = printed(columns, lambda console: print_dry_run(plan, console))
     shown = [line for line in lines if line.startswith("a-domain")]

@@ -148,7 +148,7 @@ def score_after_interruptions(run: RunDir) -> None:
     (folder / "stopped").touch()
     note = FailureNote(rank=3, ranks=4, host="node-3", time=1.0, error="CUDA error: an illegal memory access")
     note.save(folder / "log.failed-3.json")
-    assert state_at_rest(config, run, "code") == "failed"
+    assert state_at_rest(config, run, "code") == "stopped"
     assert call("score", run.root) == 0
     assert state_at_rest(config, run, "code") == "done"
     assert list(folder.iterdir()) == []

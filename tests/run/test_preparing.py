@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 from helpers.text_samples import prose_texts, write_jsonl
@@ -15,7 +14,6 @@ from helpers.tiny_run import tiny_values, write_config
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import DataError
 from btm_scale.launch.shutdown import REQUEUE
-from btm_scale.run import preparing
 from btm_scale.run.preparing import prepare_run
 from btm_scale.run_dir import RunDir
 from btm_scale.util.rank_log import read_failure
@@ -35,26 +33,23 @@ def test_what_is_prepared_survives_a_requested_stop(
     number: signal.Signals,
     config: RunConfig,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The stop comes while the second domain is encoded."""
     run = RunDir(tmp_path / "run")
 
-    def stop(progress: Any, domain: str, encoded_bytes: int, documents: int) -> None:
+    def stop(domain: str, encoded_bytes: int, documents: int, expected: int) -> None:
         if domain == "licences":
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(preparing._Progress, "__call__", stop)
     before = signal.getsignal(number)
     with caplog.at_level(logging.INFO), pytest.raises(SystemExit) as left:
-        prepare_run(config, run)
+        prepare_run(config, run, stop)
     assert left.value.code == REQUEUE
     assert "asked to stop: 1 of 2 domains are prepared; the same command prepares the rest" in caplog.text
     assert signal.getsignal(number) == before
     assert read_failure(run.stage_log("prepare")) is None
     kept = run.fingerprint("python").stat().st_mtime_ns
-    monkeypatch.undo()
     assert list(prepare_run(config, run)) == ["python", "licences"]
     assert run.fingerprint("python").stat().st_mtime_ns == kept
 
