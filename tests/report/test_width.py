@@ -109,6 +109,7 @@ def test_a_dry_run_has_one_line_per_domain_and_model(columns: int) -> None:
             "tokens": 517_823_123_456,
             "layout": f"tensor 8 x data {i}, ZeRO 3, bf16, full recomputation",
             "done": False,
+            "resumes_at": None,
         }
         for i, name in enumerate(NAMES)
     }

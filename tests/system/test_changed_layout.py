@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from helpers.cuts import full
 from helpers.tiny_run import btm_scale, tiny_values, write_config
 
 from btm_scale.forest.expert import read_expert
@@ -101,11 +102,15 @@ def killed(uninterrupted: RunDir, tmp_path_factory: pytest.TempPathFactory) -> R
 @pytest.mark.parametrize(
     ("edited", "settings", "last"),
     [
-        ({"tensor": 2, "data": 1}, [], {"tensor": 2, "data": 1}),
-        ({}, ["layout.micro_batch=1"], {"data": 2, "micro_batch": 1}),
-        ({}, ["layout.recompute=full", "seed_layout.zero=0"], {"data": 2, "recompute": "full", "zero": 1}),
+        pytest.param({"tensor": 2, "data": 1}, [], {"tensor": 2, "data": 1}, id="two tensor ranks by the YAML"),
+        full({}, ["layout.micro_batch=1"], {"data": 2, "micro_batch": 1}, id="half the micro-batch by --set"),
+        full(
+            {},
+            ["layout.recompute=full", "seed_layout.zero=0"],
+            {"data": 2, "recompute": "full", "zero": 1},
+            id="full recomputation by --set",
+        ),
     ],
-    ids=["two tensor ranks by the YAML", "half the micro-batch by --set", "full recomputation by --set"],
 )
 def test_a_killed_run_resumes_in_another_layout_with_the_losses_of_the_first(
     edited: dict[str, int],
