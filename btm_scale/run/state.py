@@ -63,26 +63,21 @@ def open_run(
     return fitting
 
 
-def require_pretrained(config: RunConfig, run: RunDir, *, may_lack_weights: bool = False) -> None:
+def require_pretrained(config: RunConfig, run: RunDir) -> None:
     """Raise CheckpointError if a pretrained model that is still to be read lacks weights or has others than its config.
 
     Raises ConfigError if the run's tokenizer does not fit it.
 
-    Reads names and shapes only. With `may_lack_weights`, a model without any weights is logged, not refused: a plan or
-    a dry run may come before the download.
+    Reads names and shapes only.
     """
     from btm_scale.checkpoint.convert import require_trainable  # imports torch
-    from btm_scale.checkpoint.formats.weight_sets import weight_sets
     from btm_scale.data.tokenizer_fit import require_fit
 
     models = {SEED: config.model, **{name: own.model for name, own in config.experts.items() if own.model is not None}}
     for name, sizes in models.items():
         if sizes.pretrained is None or is_finished(run.model(name)):
             continue
-        if may_lack_weights and weight_sets(sizes.pretrained) is None:
-            logger.warning("%s has no weights yet: only its config is checked", sizes.pretrained)
-        else:
-            require_trainable(sizes.pretrained)
+        require_trainable(sizes.pretrained)
         if config.tokenizer.path is not None and not run.tokenizer.is_dir():
             require_fit(sizes.pretrained, config.tokenizer.path)
 
