@@ -138,7 +138,8 @@ def _refuse(command: Sequence[str], process: subprocess.CompletedProcess[str]) -
     answer = process.stderr.strip() or process.stdout.strip() or f"exit code {process.returncode}"
     limit = _LIMIT.search(answer)
     if command[0] == "sbatch" and limit is not None and not _OTHER_LIMIT.search(answer):
-        raise AtLimit(limit[1] or answer.splitlines()[-1].removeprefix("sbatch: error: "), is_named=bool(limit[1]))
+        reason = answer.splitlines()[-1].removeprefix("sbatch: error: ").removeprefix("Batch job submission failed: ")
+        raise AtLimit(limit[1] or reason, is_named=bool(limit[1]))
     raise LaunchError(
         f"{' '.join(command)}: {answer}\n"
         "Correct launch.slurm and rerun; jobs that are already submitted are not submitted again."

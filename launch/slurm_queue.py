@@ -62,7 +62,7 @@ class Submissions:
 
     def note(self, submission: Submitted) -> None:
         """Record a submission: without an id before sbatch is called, and again with the id that it returns."""
-        answered = [one for one in self.read() if one.id]
+        answered = [one for one in self.read() if one.id and one != submission]
         _Jobs(submissions=(*answered, submission)).save(self._path)
 
     def forget_unanswered(self) -> None:
