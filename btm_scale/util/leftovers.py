@@ -46,7 +46,10 @@ def new_partial_directory(final: Path) -> Iterator[Path]:
     while True:
         path = _random_partial(final)
         path.mkdir(mode=0o700)
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:  # another process has just taken it for a leftover
+            continue
         try:
             if _is_locked(descriptor, path):
                 yield path

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import os
 import resource
 import shutil
 import signal
@@ -23,9 +24,9 @@ from random import Random
 from btm_scale.errors import UserError
 from fuzz.corpus import copy_of, make_corpus
 from fuzz.mutators import mutate
-from fuzz.targets import ORIGINAL, TARGETS, Target
+from fuzz.targets import FOREIGN, ORIGINAL, TARGETS, Target, targets_of
 
-_SECONDS = 5
+_SECONDS = 5  # on a machine with a free core
 _MAX_GROWTH = 1 << 30  # bytes of resident memory
 _ADDRESSES = 6 << 30  # beyond what the process has mapped: keeps a failing input from harming the machine
 
@@ -56,7 +57,7 @@ class Outcome:
 def run_input(corpus: Path, seed: int, keep: Path | None = None) -> Outcome:
     """Mutate a file or two of one kind, read the folder, and check every property."""
     draw = Random(seed)
-    target = draw.choices(TARGETS, [target.weight for target in TARGETS])[0]
+    target = _drawn(draw, seed)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
         folder = copy_of(corpus, target.kind, Path(name) / target.kind)
         (Path(name) / ORIGINAL).symlink_to(corpus / target.kind)
@@ -75,13 +76,18 @@ def run_input(corpus: Path, seed: int, keep: Path | None = None) -> Outcome:
 
 def kind_of(seed: int) -> str:
     """Return the kind of the files that an input mutates."""
-    return Random(seed).choices(TARGETS, [target.weight for target in TARGETS])[0].kind
+    return _drawn(Random(seed), seed).kind
+
+
+def _drawn(draw: Random, seed: int) -> Target:
+    targets = targets_of(seed)
+    return draw.choices(targets, [target.weight for target in targets])[0]
 
 
 def check_corpus(corpus: Path) -> None:
     """Read every kind unmutated, which must succeed; also imports what is imported late."""
     problems = []
-    for target in TARGETS:
+    for target in [*TARGETS, *FOREIGN]:
         with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
             try:
                 (Path(name) / ORIGINAL).symlink_to(corpus / target.kind)
@@ -126,7 +132,8 @@ def _limits() -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + _ADDRESSES, hard))
     former = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, _SECONDS)
+    others = os.getloadavg()[0] / (os.cpu_count() or 1)  # starting an interpreter takes as much longer
+    signal.setitimer(signal.ITIMER_REAL, _SECONDS * min(max(1.0, others), 6.0))
     try:
         yield
     finally:
@@ -166,7 +173,7 @@ def main() -> int:
         check_corpus(corpus)
         verdicts: Counter[str] = Counter()
         failed = 0
-        kinds = arguments.kind or [target.kind for target in TARGETS]
+        kinds = arguments.kind or [target.kind for target in targets_of(arguments.seed)]
         seeds = (seed for seed in itertools.count(arguments.seed) if kind_of(seed) in kinds)
         for seed in itertools.islice(seeds, arguments.count):
             outcome = run_input(corpus, seed, arguments.keep)

@@ -230,12 +230,6 @@ TARGETS = [
         _checkpoint(oracles.read_torch_dist, converts=False),
         3,
     ),
-    Target("peft", ("adapter_config.json", "adapter_config.json", "*.safetensors"), _checkpoint(foreign.read_peft), 2),
-    Target("dcp", (".metadata", ".metadata", "*.distcp", "config.json"), _checkpoint(foreign.read_dcp), 2),
-    Target("legacy", ("**/*.pt", "**/*.pt", "*.txt"), _checkpoint(foreign.read_legacy, converts=False), 2),
-    Target("fp8", ("*.safetensors", "config.json"), _checkpoint(foreign.read_fp8, counts=False), 2),
-    Target("universal3", ("**/*.pt", "latest_universal"), _checkpoint(foreign.read_flat_universal)),
-    Target("pipeline", ("**/*.pt", "latest"), _refused, 0.5),
     Target("state", ("model.safetensors", "state.json", "config.json"), _checkpoint(oracles.read_state)),
     Target("text", ("*",), _text, 3),
     Target("sentencepiece", ("tokenizer.model", "tokenizer_config.json", "*"), _tokenizer),
@@ -250,3 +244,19 @@ TARGETS = [
     Target("journal", ("*.jsonl",), journal.finished, 0.5),
     Target("clustering", ("*",), _clustering, 0.5),
 ]
+
+# Drawn by seeds from FOREIGN_SEEDS on, so that earlier seeds keep their meaning.
+FOREIGN_SEEDS = 1_000_000
+FOREIGN = [
+    Target("peft", ("adapter_config.json", "adapter_config.json", "*.safetensors"), _checkpoint(foreign.read_peft), 2),
+    Target("dcp", (".metadata", ".metadata", "*.distcp", "config.json"), _checkpoint(foreign.read_dcp), 2),
+    Target("legacy", ("**/*.pt", "**/*.pt", "*.txt"), _checkpoint(foreign.read_legacy, converts=False), 2),
+    Target("fp8", ("*.safetensors", "config.json"), _checkpoint(foreign.read_fp8, counts=False), 2),
+    Target("universal3", ("**/*.pt", "latest_universal"), _checkpoint(foreign.read_flat_universal)),
+    Target("pipeline", ("**/*.pt", "latest"), _refused, 0.5),
+]
+
+
+def targets_of(seed: int) -> list[Target]:
+    """Return the targets that an input is drawn from."""
+    return FOREIGN if seed >= FOREIGN_SEEDS else TARGETS

@@ -10,7 +10,7 @@ from helpers.shared_folder import shared_folder
 
 from fuzz.corpus import make_corpus
 from fuzz.runner import Outcome, check_corpus, run_input
-from fuzz.targets import TARGETS
+from fuzz.targets import FOREIGN, FOREIGN_SEEDS, TARGETS
 
 QUICK, FULL = range(500), range(500, 10_500)
 PARTS = 10
@@ -35,6 +35,12 @@ def test_damaged_files_are_read_as_other_libraries_read_them_or_refused(corpus: 
     assert {outcome.kind for outcome in outcomes} == {target.kind for target in TARGETS}
     verdicts = Counter(outcome.verdict for outcome in outcomes)
     assert min(verdicts["accepted"], verdicts["refused"]) > len(QUICK) / 10
+
+
+def test_damaged_checkpoints_of_other_programs_are_read_as_others_read_them_or_refused(corpus: Path) -> None:
+    outcomes = [run_input(corpus, seed) for seed in range(FOREIGN_SEEDS, FOREIGN_SEEDS + 60)]
+    require_no_failures(outcomes)
+    assert {outcome.kind for outcome in outcomes} == {target.kind for target in FOREIGN}
 
 
 @pytest.mark.full

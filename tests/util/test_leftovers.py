@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,3 +128,25 @@ def test_a_partial_that_is_taken_for_a_leftover_gets_another_name(
     write_file(tmp_path / "results", "whole")
     assert names(tmp_path) == ["results"]
     assert len(first) == 1
+
+
+def test_a_directory_that_is_removed_before_it_is_locked_gets_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may take it for a leftover."""
+    first: list[str] = []
+    plain = os.open
+
+    def late(path: Path, *arguments: int, **named: Any) -> int:
+        if not first:
+            first.append(path.name)
+            path.rmdir()
+        return plain(path, *arguments, **named)
+
+    with monkeypatch.context() as changed:
+        changed.setattr(leftovers.os, "open", late)
+        with scratch_directory(tmp_path / "adapter") as folder:
+            assert folder.is_dir()
+            assert folder.name not in first
+    assert len(first) == 1
+    assert names(tmp_path) == []
