@@ -26,13 +26,14 @@ def dry_run(config: RunConfig, run: RunDir, *, trains_here: bool = True) -> dict
     disk space and, if the groups run on this machine (`trains_here`), time. Writes nothing.
 
     `changes` are the settings that differ from those of the run in this folder, and what is done again. Checks every
-    text path, the first documents of each domain and, with `trains_here`, the precisions. Raises as `run` would; a
-    refused change is reported together with those that are allowed.
+    text path, the first documents of each domain and, with `trains_here`, the precisions. Raises as `run` would,
+    except for a pretrained model of which only config.json is there; a refused change is reported together with those
+    that are allowed.
     """
     sources = resolve_sources(config.all_domains, config.text_root, config.tokenizer.path)
     changes = require_continuable(config, run)
     config = continued(config, run)
-    require_pretrained(config, run)
+    require_pretrained(config, run, may_lack_weights=True)
     if trains_here:
         config = on_this_device(config, run)
     vocabulary = vocabulary_of(config)

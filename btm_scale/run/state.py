@@ -63,12 +63,13 @@ def open_run(
     return fitting
 
 
-def require_pretrained(config: RunConfig, run: RunDir) -> None:
+def require_pretrained(config: RunConfig, run: RunDir, *, may_lack_weights: bool = False) -> None:
     """Raise CheckpointError if a pretrained model that is still to be read lacks weights or has others than its config.
 
     Raises ConfigError if the run's tokenizer does not fit it.
 
-    Reads names and shapes only.
+    Reads names and shapes only. With `may_lack_weights`, a folder with config.json alone is logged, not refused: a dry
+    run may come before the download.
     """
     from btm_scale.checkpoint.convert import require_trainable  # imports torch
     from btm_scale.data.tokenizer_fit import require_fit
@@ -77,7 +78,10 @@ def require_pretrained(config: RunConfig, run: RunDir) -> None:
     for name, sizes in models.items():
         if sizes.pretrained is None or is_finished(run.model(name)):
             continue
-        require_trainable(sizes.pretrained)
+        if may_lack_weights and [path.name for path in sizes.pretrained.iterdir()] == ["config.json"]:
+            logger.warning("%s has no weights yet: only its config is checked", sizes.pretrained)
+        else:
+            require_trainable(sizes.pretrained)
         if config.tokenizer.path is not None and not run.tokenizer.is_dir():
             require_fit(sizes.pretrained, config.tokenizer.path)
 
