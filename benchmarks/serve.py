@@ -2,7 +2,7 @@
 
     python benchmarks/serve.py RUN
 
-Starts a server of the run's forest in a process of its own, and writes benchmarks/results/serve.json:
+Starts a server of the run's forest in a separate process, and writes benchmarks/results/serve.json:
 16 clients at once over one after another; a lone request over `generate`; routing a prompt over reading it once per
 expert; and a request through the remote backend over a direct one, on an engine that takes 50 ms per token.
 """

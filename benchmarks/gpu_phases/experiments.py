@@ -154,7 +154,7 @@ def _checkpoint(site: Site) -> dict[str, Any]:
         loaded = time.monotonic()
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     finally:
-        shutil.rmtree(folder)  # 16 GB that nobody wants to copy with the results
+        shutil.rmtree(folder)  # 16 GB that the results do not need
     return {"save_seconds": saved - began, "load_seconds": loaded - saved, "bytes": size}
 
 

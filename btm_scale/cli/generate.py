@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from btm_scale.cli.options import RandomSeed, RunFolder, device, models_of_run, one_of, opened, option, several
+from btm_scale.cli.options import (
+    RandomSeed,
+    RunFolder,
+    device,
+    max_memory,
+    models_of_run,
+    one_of,
+    opened,
+    option,
+    several,
+)
 from btm_scale.cli.verb import Answer, Json, say, silent, verb
 from btm_scale.errors import UserError
 
@@ -106,15 +116,7 @@ def generate(
     ] = None,
     random_seed: RandomSeed = 0,
     batch: Annotated[int, option("--batch", "N", "Prompts per batch.", section=_RESOURCES)] = 32,
-    max_memory: Annotated[
-        str | None,
-        option(
-            "--max-memory",
-            "SIZE",
-            "Keep at most this many bytes of weights in memory, such as 8GB.  [default: all]",
-            section=_RESOURCES,
-        ),
-    ] = None,
+    max_memory: Annotated[str | None, max_memory(_RESOURCES)] = None,
     device: Annotated[str | None, device(_RESOURCES)] = None,
     as_json: Json = False,
 ) -> Answer:

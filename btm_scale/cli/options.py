@@ -85,6 +85,12 @@ def device(section: str | None = None) -> Any:
     return typer.Option("--device", metavar="DEVICE", rich_help_panel=section, help=help)
 
 
+def max_memory(section: str | None = None) -> Any:
+    """Return the option `--max-memory`, of commands that load experts."""
+    help = "Keep at most this many bytes of weights in memory, such as 8GB.  [default: all]"
+    return typer.Option("--max-memory", metavar="SIZE", rich_help_panel=section, help=help)
+
+
 def launcher(names: Iterable[str], more: str = "") -> Any:
     """Return the option `--launcher` with these launchers of the table."""
     places = ", ".join(f"{name} ({LAUNCHERS[name].help})" for name in names)

@@ -10,7 +10,7 @@ import typer
 
 from btm_scale.cli.exit_codes import end
 from btm_scale.cli.generate import PRIORS
-from btm_scale.cli.options import RunFolder, device, flag, one_of, opened, option
+from btm_scale.cli.options import RunFolder, device, flag, max_memory, one_of, opened, option
 from btm_scale.cli.verb import Answer, Json, silent, verb
 
 METHODS = ("expert", "mixture")
@@ -78,15 +78,7 @@ def serve(
         int,
         option("--max-waiting", "N", "Texts that may wait; more get status 429.", section=_RESOURCES, min=1),
     ] = 256,
-    max_memory: Annotated[
-        str | None,
-        option(
-            "--max-memory",
-            "SIZE",
-            "Keep at most this many bytes of weights in memory, such as 8GB.  [default: all]",
-            section=_RESOURCES,
-        ),
-    ] = None,
+    max_memory: Annotated[str | None, max_memory(_RESOURCES)] = None,
     device: Annotated[str | None, device(_RESOURCES)] = None,
     as_json: Json = False,
 ) -> Answer:

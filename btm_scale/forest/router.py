@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from btm_scale.forest.router_sums import LayerSums, RouterSums
 from btm_scale.model.hf_names import table
 from btm_scale.model.shape import ModelShape
+from btm_scale.util.one_thread import one_torch_thread
 
 _RIDGE = 1e-3  # of the covariance's mean diagonal, so that few tokens suffice
 
@@ -47,7 +47,7 @@ def gates(kind: str, shape: ModelShape, experts: Sequence[RouterSums]) -> dict[s
 
     `kind` is one of ROUTERS but `random`, which needs no sums.
     """
-    with _one_thread():
+    with one_torch_thread():
         return {name: _gate(kind, i, experts).float().contiguous() for i, name in enumerate(_gate_names(shape))}
 
 
@@ -59,14 +59,3 @@ def _gate(kind: str, layer: int, experts: Sequence[RouterSums]) -> Tensor:
 
 def _gate_names(shape: ModelShape) -> list[str]:
     return [entry.huggingface[0] for entry in table(shape) if entry.megatron.endswith(".router.weight")]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Use one thread, so that the bits do not depend on the machine's cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

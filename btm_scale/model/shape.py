@@ -163,7 +163,7 @@ class ModelShape(BaseModel):
         if family is None:
             reason = "its only mixture has a shared expert" if self.family == "qwen2" else "transformers has none"
             raise ValueError(
-                f"There is no mixture of experts with the layers of {self.family}: {reason}. Use models of "
+                f"{self.family} layers have no mixture-of-experts class: {reason}. Use models of "
                 f"{', '.join(MIXTURE_OF)}."
             )
         # Tied heads of mixtures get lost in vLLM, llama.cpp and mlx-lm.

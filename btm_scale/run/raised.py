@@ -61,7 +61,7 @@ def require_checkpoints(config: RunConfig, run: RunDir) -> None:
     ]
     if lost:
         raise ConfigError(
-            f"budget.tokens is raised, but there is no checkpoint of {first_few(lost, 'models')} to resume from. The "
+            f"budget.tokens is raised, but the checkpoints of {first_few(lost, 'models')} are gone. The "
             f"added tokens need optimizer states. Restore {run.checkpoints(lost[0])}, or restore the former budget."
         )
 

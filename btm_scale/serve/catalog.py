@@ -30,7 +30,7 @@ class Catalog:
         return [FOREST, MIXTURE, *self.experts, *self.others]
 
     def card(self, name: str) -> dict[str, Any]:
-        """Return a model in OpenAI's form. Raises ApiError if there is no such model."""
+        """Return a model in OpenAI's form. Raises ApiError for an unknown model."""
         self._require(name)
         kind = name if name in (FOREST, MIXTURE) else "expert" if name in self.experts else "model"
         return {"id": name, "object": "model", "created": self.created, "owned_by": "btm-scale", "btm": {"kind": kind}}
@@ -41,8 +41,8 @@ class Catalog:
         """Return the models that answer, and how.
 
         Drawing one expert samples the forest exactly at temperature 1 without top_k and top_p; any other setting needs
-        the mixture, and so do log-probabilities of the prompt (`mixed`). Raises ApiError if the mixture is needed and
-        does not fit into memory, or if there is no such model.
+        the mixture, and so do log-probabilities of the prompt (`mixed`). Raises ApiError for an unknown model,
+        and if the mixture is needed and does not fit into memory.
         """
         self._require(name)
         if name not in (FOREST, MIXTURE):

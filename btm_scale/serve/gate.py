@@ -13,6 +13,7 @@ from btm_scale.serve.keys import Keys
 from btm_scale.serve.metrics import Metrics
 
 MAX_BODY = 4 << 20  # bytes
+_MAX_DROPPED = 64 << 20  # bytes of a body that is too large
 _ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/posterior", "/v1/models", "/health", "/metrics", "/")
 
 
@@ -54,15 +55,26 @@ class Gate:
 
 
 async def read_body(request: Request) -> bytes:
-    """Return the body. Raises ApiError if it is too large, ClientDisconnect if the client leaves."""
-    declared = request.headers.get("content-length", "0")
-    if declared.isdecimal() and int(declared) > MAX_BODY:
+    """Return the body. Raises ApiError if it is too large, ClientDisconnect if the client leaves.
+
+    A body that is somewhat too large is read and dropped: a connection that is closed with unread bytes is reset, and
+    the client may lose the answer.
+    """
+    length = request.headers.get("content-length", "0")
+    declared = int(length) if length.isdecimal() else 0
+    if declared > _MAX_DROPPED:
         raise _too_large()
-    body = bytearray()
+    body, size = bytearray(), 0
     async for piece in request.stream():
-        body += piece
-        if len(body) > MAX_BODY:
-            raise _too_large()
+        size += len(piece)
+        if size > _MAX_DROPPED:
+            break
+        if max(size, declared) <= MAX_BODY:
+            body += piece
+        else:
+            body.clear()
+    if size > MAX_BODY:
+        raise _too_large()
     return bytes(body)
 
 

@@ -19,11 +19,15 @@ from btm_scale.util.files import write_file
 
 _PROBLEMS = 3  # listed in a message
 _LONGEST_NAME = 100  # characters of a key in a message
+_LONGEST_FILE_NAME = 255  # bytes, of most file systems
 
 
 def _name_inside(name: str) -> str:
-    if name.startswith("/") or "\0" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):
+    parts = name.split("/")
+    if name.startswith("/") or "\0" in name or not {"", ".", ".."}.isdisjoint(parts):
         raise ValueError("must be the name of a model or a file inside the run")
+    if any(len(part.encode("utf-8", "surrogatepass")) > _LONGEST_FILE_NAME for part in parts):
+        raise ValueError(f"must have at most {_LONGEST_FILE_NAME} bytes between slashes")
     return name
 
 

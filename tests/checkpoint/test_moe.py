@@ -181,11 +181,11 @@ def test_inputs_that_make_no_mixture_are_refused_and_nothing_is_left(
     save_file({"gate": torch.zeros(3, 32)}, tmp_path / "router.safetensors")
     cases: list[tuple[str, list[tuple[Path, float]], dict[str, Any]]] = [
         (
-            "no mixture of experts with the layers of qwen2: its only mixture has a shared expert",
+            "qwen2 layers have no mixture-of-experts class: its only mixture has a shared expert",
             [(qwen2, 1.0)] * 2,
             {},
         ),
-        ("no mixture of experts with the layers of gpt2: transformers has none", [(gpt2, 1.0)] * 2, {}),
+        ("gpt2 layers have no mixture-of-experts class: transformers has none", [(gpt2, 1.0)] * 2, {}),
         ("intermediate_size 40 and 44", [llama[0], (wide, 1.0)], {}),
         ("top_k is 4 and there are 3 experts", llama, {"parameters": {"top_k": 4}}),
         ("top_k is 1.5", llama, {"parameters": {"top_k": 1.5}}),

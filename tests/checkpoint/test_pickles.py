@@ -104,6 +104,11 @@ def test_truncated_files_and_other_formats_raise(tmp_path: Path) -> None:
         file.write_bytes(content)
         with pytest.raises(CheckpointError, match="Copy it again"):
             load_pickle(file)
+    whole = pickle.dumps({"model.first.weight": 1, "second": 2}, protocol=4)
+    file.write_bytes(whole.replace(b"\x12model.first.weight", b"\x0cfirst.weight"))  # bytes are missing from its frame
+    assert file.stat().st_size == len(whole) - 6
+    with pytest.raises(CheckpointError, match=r"a frame that is cut off.*Copy it again"):
+        load_plain_pickle(file)
     file.write_bytes(b"\x80\x04K\x01")
     with pytest.raises(CheckpointError, match="Copy it again"):
         load_plain_pickle(file)

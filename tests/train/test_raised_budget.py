@@ -188,7 +188,7 @@ def test_a_budget_cannot_be_lowered_or_raised_without_checkpoints(
     with pytest.raises(ConfigError, match=r"budget\.tokens: 3072 there, 1536 here \(a budget can be raised, not low"):
         open_run(RunConfig.load(run.config, ("budget.tokens=1536", "budget.raised_from=[]")), run)
     shutil.rmtree(run.checkpoints("code"))
-    with pytest.raises(ConfigError, match=r"there is no checkpoint of code to resume from\. The added tokens need"):
+    with pytest.raises(ConfigError, match=r"the checkpoints of code are gone\. The added tokens need"):
         open_run(RunConfig.load(run.config, (f"budget.tokens={config.budget.tokens * 2}",)), run)
     again = open_run(RunConfig.load(source.config, (f"budget.tokens={config.budget.tokens * 2}",)), source)
     assert again.budget.raised_from == (1536, 3072)

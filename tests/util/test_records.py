@@ -138,6 +138,12 @@ def test_a_name_that_leads_out_of_the_run_is_refused(field: str, change: dict[st
         read_expert(tmp_path)
 
 
+def test_a_name_that_is_too_long_for_a_file_is_refused(tmp_path: Path) -> None:
+    save_card(tmp_path, "python", parents=(Parent("x" * 256, 1.0),))
+    with pytest.raises(ForestError, match=r"field 'parents.0.name' must have at most 255 bytes between slashes"):
+        read_expert(tmp_path)
+
+
 def test_a_soup_of_models_outside_of_the_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "soups.json").write_text(json.dumps({"schema": 1, "forest": {}, "members": {"a": ["../../model"]}}))
     with pytest.raises(ForestError, match=r"field 'members.a.0' must be the name"):

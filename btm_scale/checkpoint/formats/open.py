@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from btm_scale.checkpoint.formats.based import ADAPTER_CONFIG, base_of, is_adapter
 from btm_scale.checkpoint.formats.completed import CompletedModel, require_frozen
 from btm_scale.checkpoint.formats.dcp import METADATA, dcp_folder, open_dcp
@@ -20,11 +18,11 @@ from btm_scale.checkpoint.formats.pytorch_bin import BIN, BIN_INDEX, open_bin
 from btm_scale.checkpoint.formats.quantized import dequantized
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.formats.safetensors_writer import INDEX, SINGLE
-from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec
+from btm_scale.checkpoint.formats.tensors import ModelReader
 from btm_scale.checkpoint.formats.torch_dist import open_torch_dist
 from btm_scale.checkpoint.formats.training import TrainingState, is_training_state
 from btm_scale.checkpoint.formats.unreadable import unreadable
-from btm_scale.checkpoint.formats.wrapped import unwrapped
+from btm_scale.checkpoint.formats.wrapped import RenamedModel, unwrapped
 from btm_scale.errors import CheckpointError
 
 _GPT2_PREFIX = "transformer."
@@ -131,28 +129,8 @@ def with_head_names(model: ModelReader) -> ModelReader:
 
     The published GPT-2 files use the names of the base model, without the prefix `transformer.`.
     """
-    return _Prefixed(model) if "wte.weight" in model.names else model
-
-
-class _Prefixed(ModelReader):
-    def __init__(self, model: ModelReader) -> None:
-        self.path = model.path
-        self._model = model
-        self._own = {name if name.startswith("lm_head.") else f"{_GPT2_PREFIX}{name}": name for name in model.names}
-        self._names = tuple(sorted(self._own))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self._names
-
-    def spec(self, name: str) -> TensorSpec:
-        return self._model.spec(self._own.get(name, name))
-
-    def exact_dtype(self, name: str) -> torch.dtype:
-        return self._model.exact_dtype(self._own.get(name, name))
-
-    def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
-        self._model.read_into(self._own.get(name, name), start, out)
-
-    def close(self) -> None:
-        self._model.close()
+    if "wte.weight" not in model.names:
+        return model
+    return RenamedModel(
+        model, {name if name.startswith("lm_head.") else f"{_GPT2_PREFIX}{name}": name for name in model.names}
+    )

@@ -84,7 +84,7 @@ class Unpickler(_Machine):
         storage: Callable[[Any], Any],
     ) -> None:
         super().__init__(io.BytesIO(content), encoding="utf-8")
-        self._path = path
+        self._path, self._size = path, len(content)
         self._functions = _PLAIN | functions
         self.persistent_load = storage
         self._objects = 0
@@ -138,6 +138,15 @@ class Unpickler(_Machine):
     def load_refused(self) -> None:
         """An opcode that no checkpoint needs."""
         raise ValueError("an instruction that no checkpoint needs")
+
+    def load_frame(self) -> None:
+        """Read a frame. Raises `ValueError` if bytes of it are missing, which shifts what follows."""
+        size = int.from_bytes(self.read(8), "little")
+        if size > self._size:
+            raise ValueError("a frame beyond the end of the pickle")
+        self._unframer.load_frame(size)
+        if self._unframer.current_frame.getbuffer().nbytes != size:
+            raise ValueError("a frame that is cut off")
 
     def load_setitems(self) -> None:
         """Set several items of a mapping."""
@@ -251,6 +260,7 @@ def _counting(handler: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 for _opcode, _handler in {
+    pickle.FRAME: Unpickler.load_frame,
     pickle.SETITEM: Unpickler.load_setitem,
     pickle.SETITEMS: Unpickler.load_setitems,
     pickle.DICT: Unpickler.load_dict,

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import torch
-
-from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec
+from btm_scale.checkpoint.formats.tensors import ModelReader
+from btm_scale.checkpoint.formats.wrapped import RenamedModel
 
 _MOST_PREFIXES = 64  # that are tried
 
@@ -51,32 +50,6 @@ def _prefixes(names: Iterable[str]) -> list[str]:
     return sorted(found)[:_MOST_PREFIXES]
 
 
-class Prefixed(ModelReader):
-    """A model whose names get a prefix, but for those that another model has without it, such as `lm_head.weight`."""
-
-    def __init__(self, model: ModelReader, prefix: str, heads: frozenset[str]) -> None:
-        self.path = model.path
-        self._model = model
-        self._own: Mapping[str, str] = {name if name in heads else f"{prefix}{name}": name for name in model.names}
-        self._names = tuple(sorted(self._own))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of all tensors with their prefix, sorted."""
-        return self._names
-
-    def spec(self, name: str) -> TensorSpec:
-        """Return a tensor's dtype and shape."""
-        return self._model.spec(self._own.get(name, name))
-
-    def exact_dtype(self, name: str) -> torch.dtype:
-        """Return the dtype that holds a tensor without rounding."""
-        return self._model.exact_dtype(self._own.get(name, name))
-
-    def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
-        """Fill `out` with row-major elements from `start`."""
-        self._model.read_into(self._own.get(name, name), start, out)
-
-    def close(self) -> None:
-        """Close the model."""
-        self._model.close()
+def prefixed(model: ModelReader, prefix: str, heads: frozenset[str]) -> RenamedModel:
+    """Return a model under names with a prefix, but for those in `heads`, such as `lm_head.weight`."""
+    return RenamedModel(model, {name if name in heads else f"{prefix}{name}": name for name in model.names})

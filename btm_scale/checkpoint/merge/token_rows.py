@@ -34,7 +34,7 @@ class TokenRows:
     """For every row of the output, the row of each model with the same token.
 
     A model that lacks the token gets zeros if `zero`. Otherwise it gets the row of the base, or without one the mean
-    of the rows of the models that have it, or if there are none the mean of its own rows.
+    of the rows of the models that have it, or else the mean of all its rows.
     """
 
     choice: str  # `union`, `base` or a path

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.tensors import ModelReader
-from btm_scale.checkpoint.merge.names import Prefixed
+from btm_scale.checkpoint.merge.names import prefixed
 from btm_scale.checkpoint.merge.token_rows import RowsByToken, TokenRows
 
 
@@ -29,7 +29,7 @@ class Views:
         """Return open models as this merge sees them."""
         heads = frozenset(name for path, model in models.items() if path not in self.prefixes for name in model.names)
         named: dict[Path, ModelReader] = {
-            path: Prefixed(model, prefix, heads) if (prefix := self.prefixes.get(path)) else model
+            path: prefixed(model, prefix, heads) if (prefix := self.prefixes.get(path)) else model
             for path, model in models.items()
         }
         if self.rows is None:

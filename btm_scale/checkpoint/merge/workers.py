@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-
-import torch
 
 from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
 from btm_scale.checkpoint.merge import journal
@@ -17,6 +15,7 @@ from btm_scale.checkpoint.merge.mean_runner import MeansRunner
 from btm_scale.checkpoint.merge.plan import MergePlan, Unit
 from btm_scale.checkpoint.merge.runner import Target, UnitRunner
 from btm_scale.util.cores import visible_cores
+from btm_scale.util.one_thread import one_torch_thread
 from btm_scale.util.pools import MOST, in_threads, lost_workers_told, may_fork, process_pool
 
 # Bytes of output between two journal entries. Each fsyncs while the threads continue, so that little is left to flush
@@ -26,17 +25,6 @@ _BAR_SECONDS = 1.0
 
 Output = tuple[MergePlan, Path]
 """A plan and the directory of its partial shards."""
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Use one intra-op thread: units run in parallel, and sums have the same order on any machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def open_writer(plan: MergePlan, partial: Path, *, attach: bool) -> ShardedWriter:
@@ -60,7 +48,7 @@ def merge_share(
     """
     done = set.intersection(*(set(journal.finished(partial)) for _, partial in outputs))
     with ExitStack() as stack:
-        stack.enter_context(_one_torch_thread())
+        stack.enter_context(one_torch_thread())
         paths = {source.path for plan, _ in outputs for source in plan.everyone}
         models = outputs[0][0].views.open(sorted(paths), stack)
         targets = []
