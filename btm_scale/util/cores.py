@@ -13,9 +13,9 @@ from pathlib import Path
 
 # What libgomp, libomp and Intel's OpenMP read when they are loaded.
 _WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-# For libgomp, about 0.2 milliseconds: longer than almost every wait between two operations of a step, and much shorter
+# For libgomp, about 0.06 milliseconds: longer than most waits between two operations of a step, and much shorter
 # than the time for which the kernel runs another process.
-_SPINS = "10000"
+_SPINS = "3000"
 
 
 def visible_cores(root: Path = Path("/")) -> int:
