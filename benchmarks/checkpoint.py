@@ -5,14 +5,15 @@
 Takes under 3 minutes. The ranks of both groups wait while the other group saves, and the groups take turns, so that
 other programs disturb both alike. Ratios are medians over rounds: of the time that passes and, less disturbed, of the
 processor time of the busier rank. Storage is as fast as memory, so what is measured is hashing and writing; removing
-the old checkpoint, which frees memory here, is not included. Without
-ZeRO every rank has the complete state and writes half of it; with ZeRO it writes its partition. Writes
-results/checkpoint.json.
+the old checkpoint, which frees memory here, is not included. Without ZeRO every rank has the complete state and writes
+half of it; with ZeRO it writes its partition. The same is done by groups whose ranks only hash and write as many bytes
+(`plain`): their ratio is what two cores of this machine gain. Writes results/checkpoint.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import socket
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +30,6 @@ from typing import Any, Self
 
 RESULT = Path(__file__).parent / "results" / "checkpoint.json"
 _GROUPS = (1, 2)
-_WARM_UP = 1
 
 
 def main() -> None:
@@ -40,9 +41,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm"))
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--ranks", type=int, help=argparse.SUPPRESS)  # makes this process a rank of a group
+    parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.ranks:
-        serve(options.preset, options.ranks, options.zero[0], options.folder)
+        serve(options.preset, options.ranks, options.zero[0], options.folder, plain=options.plain)
         return
     from environment import describe
 
@@ -56,33 +58,41 @@ def main() -> None:
 
 def measured(options: argparse.Namespace, zero: int) -> dict[str, Any]:
     """Return the times of both groups in every round, and the medians of their ratios."""
-    rounds: list[dict[int, dict[str, float]]] = []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder, ExitStack() as stack:
         groups = {}
-        for ranks in _GROUPS:
-            own = Path(folder, str(ranks))
-            own.mkdir()
-            groups[ranks] = stack.enter_context(Group(options.preset, ranks, zero, own))
-        for number in range(_WARM_UP + options.rounds):
-            row = {ranks: group.save() for ranks, group in groups.items()}
-            if number >= _WARM_UP:
-                rounds.append(row)
+        for plain in (False, True):
+            for ranks in _GROUPS:
+                own = Path(folder, _name(ranks, plain=plain))
+                own.mkdir()
+                groups[own.name] = stack.enter_context(Group(options.preset, ranks, zero, own, plain=plain))
+                groups[own.name].save()  # warm, and its port is taken before another group asks for one
+        rounds = [{name: group.save() for name, group in groups.items()} for _ in range(options.rounds)]
     result: dict[str, Any] = {"rounds": rounds}
-    for name in ("seconds", "processor_seconds"):
-        result[f"median_{name}"] = {ranks: statistics.median(row[ranks][name] for row in rounds) for ranks in _GROUPS}
-        result[f"ratio_of_{name}"] = statistics.median(row[2][name] / row[1][name] for row in rounds)
-    print(f"ZeRO {zero}: " + ", ".join(f"{name} {result[f'ratio_of_{name}']:.3f}" for name in rounds[0][1]), flush=True)
+    for plain, prefix in ((False, ""), (True, "plain_")):
+        one, two = (_name(ranks, plain=plain) for ranks in _GROUPS)
+        for kind in ("seconds", "processor_seconds"):
+            result[f"{prefix}median_{kind}"] = {
+                name: statistics.median(row[name][kind] for row in rounds) for name in (one, two)
+            }
+            ratio = statistics.median(row[two][kind] / row[one][kind] for row in rounds)
+            result[f"{prefix}ratio_of_{kind}"] = ratio
+            print(f"ZeRO {zero}: {prefix}{kind} {ratio:.3f}", flush=True)
     return result
+
+
+def _name(ranks: int, *, plain: bool) -> str:
+    return f"plain {ranks}" if plain else str(ranks)
 
 
 class Group:
     """The processes of a group, each of which saves when it reads a line."""
 
-    def __init__(self, preset: str, ranks: int, zero: int, folder: Path) -> None:
+    def __init__(self, preset: str, ranks: int, zero: int, folder: Path, *, plain: bool) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         command = [sys.executable, __file__, "--preset", preset, "--zero", str(zero), "--folder", str(folder)]
+        command += ["--plain"] if plain else []
         self._ranks = []
         for rank in range(ranks):
             where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
@@ -126,8 +136,8 @@ class Group:
             rank.wait()
 
 
-def serve(preset: str, ranks: int, zero: int, folder: Path) -> None:
-    """Save a new model's state, as one rank of a group, for every line on stdin."""
+def serve(preset: str, ranks: int, zero: int, folder: Path, *, plain: bool) -> None:
+    """Save a new model's state, or as many plain bytes, as one rank of a group, for every line on stdin."""
     import torch
     from training_peers import Case
 
@@ -159,15 +169,45 @@ def serve(preset: str, ranks: int, zero: int, folder: Path) -> None:
         layout=layout,
     )
     engine = Engine(group, new_model(group, case.shape, job, OptimizerConfig(), {}), job, OptimizerConfig(), {})
+    save: Callable[[int], object] = lambda step: save_state(engine, folder, step, keep=step)  # noqa: E731
+    if plain:
+        size = 12 * sum(parameter.numel() for parameter in engine.model.parameters())
+        del engine
+        save = plain_writer(folder, size, group.data_rank, ranks)
     for step, _ in enumerate(sys.stdin, 1):
         torch.distributed.barrier()
         begin, began = time.perf_counter(), time.process_time()
-        save_state(engine, folder, step, keep=step)
+        save(step)
         row = {"seconds": time.perf_counter() - begin, "processor_seconds": time.process_time() - began}
         if group.is_first:
-            remove_old_states(folder, step, keep=1)
+            if plain:
+                (folder / str(step)).unlink()
+            else:
+                remove_old_states(folder, step, keep=1)
         print(f"\n{json.dumps(row)}", flush=True)
     group.leave()
+
+
+def plain_writer(folder: Path, size: int, rank: int, ranks: int) -> Callable[[int], None]:
+    """Return a function that hashes and writes this rank's range of a file of so many bytes."""
+    import torch
+
+    begin, end = size * rank // ranks, size * (rank + 1) // ranks
+    data = memoryview(torch.randint(0, 256, (end - begin,), dtype=torch.uint8).numpy())
+    block_size = 1 << 20
+
+    def write(step: int) -> None:
+        digest = hashlib.sha256()
+        descriptor = os.open(folder / str(step), os.O_CREAT | os.O_RDWR, 0o600)
+        for at in range(0, len(data), block_size):
+            block = data[at : at + block_size]
+            digest.update(block)
+            os.pwrite(descriptor, block, begin + at)
+        os.fdatasync(descriptor)
+        os.close(descriptor)
+        torch.distributed.barrier()
+
+    return write
 
 
 if __name__ == "__main__":
