@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from btm_scale.config.layout import Layout
 from btm_scale.model.shape import ModelShape
+from btm_scale.model.trained import TrainedPart
 
 _MASTER, _MOMENTS, _SUMS = 4, 8, 4  # bytes per parameter, float32
 _ZERO3_BUCKET = 500_000_000  # gradients that ZeRO 3 collects before it scatters them: DeepSpeed's default
@@ -42,13 +43,15 @@ def rank_memory(
     length: int,
     accumulation: int,
     separate_documents: bool = False,
+    trains: TrainedPart = "all",
 ) -> RankMemory:
     """Return the memory of one rank for micro-batches of `micro_batch` sequences of `length` tokens, `accumulation` of
-    them per step."""
-    own = rank_parameters(shape, layout.tensor)
-    share = own / layout.data  # parameters that ZeRO leaves on each rank
+    them per step. Only the part that it `trains` has gradients and optimizer states."""
+    complete = rank_parameters(shape, layout.tensor)
     width = layout.bytes_per_weight
-    weights = width * (share if layout.zero == 3 else own)
+    weights = width * (complete / layout.data if layout.zero == 3 else complete)
+    own = rank_parameters(shape, layout.tensor, trains)
+    share = own / layout.data  # parameters that ZeRO leaves on each rank
     kept = own if layout.zero == 0 else share
     # Without ZeRO, float32 weights are also the master weights.
     optimizer = kept * (_MOMENTS + (0 if layout.zero == 0 and width == 4 else _MASTER))
@@ -64,13 +67,19 @@ def rank_memory(
     activations = activation_bytes(
         shape, layout, micro_batch=micro_batch, length=length, separate_documents=separate_documents
     )
-    return RankMemory(weights, gradients, optimizer, activations, head_bytes(shape, layout), buffers, host)
+    head = head_bytes(shape, layout) if trains == "all" else 0.0
+    return RankMemory(weights, gradients, optimizer, activations, head, buffers, host)
 
 
-def rank_parameters(shape: ModelShape, tensor: int) -> float:
-    """Return the parameters on one tensor rank: its shard of each matrix, and all norms and learned positions."""
+def rank_parameters(shape: ModelShape, tensor: int, part: TrainedPart = "all") -> float:
+    """Return the parameters of a part on one tensor rank: its shard of each matrix, and all norms, positions and
+    routers."""
+    routers = shape.trained_parameters("router")
+    if part != "all":
+        biases = shape.layers * shape.hidden * shape.traits.linear_bias if part == "mlp" else 0
+        return routers + biases + (shape.trained_parameters(part) - routers - biases) / tensor
     norms = (2 * shape.layers + 1) * shape.hidden * (1 if shape.traits.rms_norm else 2)
-    replicated = norms + (0 if shape.rotary else shape.positions * shape.hidden)
+    replicated = norms + routers + (0 if shape.rotary else shape.positions * shape.hidden)
     if shape.traits.linear_bias:
         replicated += shape.layers * 2 * shape.hidden  # biases of row-parallel matrices
     if shape.head_norms:

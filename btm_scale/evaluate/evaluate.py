@@ -185,7 +185,7 @@ def _compute_by_method(
     behind |= dict.fromkeys(("ensemble", *(f"average:{kind}" for kind in averages)), names)
     behind |= {model: [model] for model in dense_models(config)}
     if mixture is not None:
-        behind[MOE] = [parent.name for parent in mixture.parents]
+        behind[MOE] = [MOE]
     if config.random_split_models:
         behind["random-split"] = config.random_split_models
     ancestors_of = {method: _all_ancestors(run, (SEED, *models)) for method, models in behind.items()}
@@ -199,7 +199,8 @@ def _compute_by_method(
 
 def _flops_per_token(config: RunConfig, run: RunDir, model: str) -> float:
     try:
-        return read_shape(run.model(model)).flops_per_token(config.budget.sequence_length)
+        part = read_expert(run.model(model)).trains
+        return read_shape(run.model(model)).flops_per_token(config.budget.sequence_length, part)
     except UnsupportedModelError:  # an expert from elsewhere, whose attention this package does not know
         with SafetensorsModel(run.model(model)) as weights:
             return 6.0 * sum(spec.elements for spec in weights.specs().values())

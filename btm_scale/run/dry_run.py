@@ -48,6 +48,7 @@ def dry_run(config: RunConfig, run: RunDir, *, trains_here: bool = True) -> dict
                 "steps": job.steps,
                 "batch": f"{job.sequences} x {config.budget.sequence_length} tokens",
                 "tokens": job.steps * job.sequences * config.budget.sequence_length,
+                "trains": job.trains,
                 "layout": str(job.layout),
                 "at_a_time": place.slots,
                 "done": is_trained(config, run, model),

@@ -22,8 +22,8 @@ if TYPE_CHECKING:  # reading metrics needs no engine
 
     from btm_scale.distributed.group import ExpertGroup
     from btm_scale.model.shape import ModelShape
-    from btm_scale.train.engine import StepResult
     from btm_scale.train.jobs import TrainingJob
+    from btm_scale.train.step_result import StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Metrics:
         self._path = path
         self._job = job
         self._step_tokens = job.sequences * length
-        self._token_flops = shape.flops_per_token(length)
+        self._token_flops = shape.flops_per_token(length, job.trains)
         peak = peak_flops(group.device, job.layout.precision)
         self._peak = None if peak is None else peak * group.size
         from btm_scale.kernels import kernel_path

@@ -25,6 +25,7 @@ from btm_scale.config.training import OptimizerConfig
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.hf_weights import huggingface_tensors
 from btm_scale.model.shape import ModelShape
+from btm_scale.model.trained import freeze_rest, frozen_names
 from btm_scale.train.build import new_model
 from btm_scale.train.checkpoint import common_state, load_state, save_state, state_path
 from btm_scale.train.engine import MASTER, Engine
@@ -47,10 +48,12 @@ def make_engine(group: ExpertGroup, spec: dict[str, Any]) -> Engine:
         samples=spec["sequences"],
         progress=(0.0, 1.0),
         layout=layout,
+        trains=spec.get("trains", "all"),
     )
     group.seed(1)
     optimizer, overrides = OptimizerConfig(**spec.get("optimizer", {})), spec.get("deepspeed", {})
     model = new_model(group, shape, job, optimizer, overrides)
+    freeze_rest(model, job.trains)
     return Engine(group, model, job, optimizer, overrides)
 
 
@@ -106,7 +109,13 @@ def require_complete(engine: Engine, folder: Path) -> None:
     """Check that the checkpoint is intact, and has the bits of the state that the ranks gather from each other."""
     path = common_state(folder)
     assert path is not None
-    expected = {f"{kind}/{name}": tensor for kind in engine.kinds for name, tensor in weights(engine, kind).items()}
+    frozen = frozen_names(engine.model.shape, engine.job.trains)
+    expected = {
+        f"{kind}/{name}": tensor
+        for kind in engine.kinds
+        for name, tensor in weights(engine, kind).items()
+        if kind == MASTER or name not in frozen
+    }
     with SafetensorsModel(path) as saved:
         assert set(saved.names) == set(expected)
         assert all(torch.equal(saved.read(name), tensor) for name, tensor in expected.items())
