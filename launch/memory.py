@@ -115,8 +115,14 @@ def activation_bytes(
     # The fused product of gate and up, the gate's SiLU, the shifted up and their product; or before and after the GELU.
     mlp = (5 if shape.traits.gated else 2) * shape.ffn
     attention = _attention_width(shape, recomputed=layout.recompute == "selective", packed=packed)
+    routed = 0.0
+    if shape.experts:
+        # Each token is copied to its experts, and their outputs are weighted; the router computes in float32.
+        mlp *= shape.top_k
+        parts = layout.tensor if layout.sequence_parallel else 1
+        routed = width * 3 * shape.top_k * shape.hidden + _SUMS * (shape.hidden + 4 * shape.experts) / parts
     # Inputs and outputs of both norms.
-    layer = width * (4 * own + (attention + mlp) / layout.tensor) + _statistics(shape, layout)
+    layer = width * (4 * own + (attention + mlp) / layout.tensor) + routed + _statistics(shape, layout)
     if layout.recompute == "full":
         # Each layer's input, and all of the layer that is being recomputed.
         inputs = width * shape.layers * own

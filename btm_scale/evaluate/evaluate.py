@@ -16,7 +16,7 @@ from btm_scale.config.run import RunConfig
 from btm_scale.data.eval_text import EvaluationText
 from btm_scale.errors import UnsupportedModelError
 from btm_scale.evaluate.ensemble import ensemble_methods, routed_methods
-from btm_scale.evaluate.mixture_facts import mixture_note, parameters_of
+from btm_scale.evaluate.mixture_facts import mixture_note, parameters_of, routing_by_domain
 from btm_scale.evaluate.readiness import dense_models, require_evaluable
 from btm_scale.evaluate.results import Compute, EvaluatedDomain, MethodResult, RanOn, Results
 from btm_scale.forest.average_models import average_model, averages_of
@@ -92,6 +92,7 @@ def evaluate(config: RunConfig, run: RunDir) -> Results:
         methods=_results_by_method(by_domain, notes),
         compute=_compute_by_method(config, run, names, averages, mixture),
         parameters={} if mixture is None else {MOE: parameters_of(run, MOE)},
+        routing={} if mixture is None else routing_by_domain(config, run, mixture),
         priors={
             domain: dict(zip(names, np.exp(entry.prior).tolist(), strict=True)) for domain, entry in by_domain.items()
         },

@@ -1,8 +1,8 @@
 """Save checkpoints of a few tiny models and branch from them: `start_from_parents.py SPEC.json`, two tensor ranks.
 
 A spec has `root` (a run's folder), `shape`, `parents` (name: training steps), `branches` (name: `parents` with weights
-and `optimizer`) and `trains` (name: the trained part, if not all). Each parent writes a training checkpoint; each branch
-writes `ROOT/NAME.safetensors` with the engine's full training state, or `ROOT/NAME.txt` with the error.
+and `optimizer`) and `trains` (name: the trained part, if not all). Each parent writes a training checkpoint. Each
+branch writes `ROOT/NAME.safetensors` with the full training state of its engine, or `ROOT/NAME.txt` with the error.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Train one tiny model in several layouts with the same number of ranks: `train_layouts.py SPEC.json`.
 
 Started by a launcher, it is one rank; otherwise it forks the ranks of each spec in a list. A spec has `layouts`
-(name: layout), `shape`, `steps`, `sequences` and `folder`; also `optimizer` and `deepspeed` settings, `begin` (by
-layout, the name of the layout whose checkpoint to resume from) and `save` (the step at which to save a checkpoint and
-stop). For each layout, the first rank writes `FOLDER/NAME.safetensors` with `losses` and the weights under their
-Hugging Face names.
+(name: layout), `shape`, `steps`, `sequences` and `folder`; also `optimizer`, `deepspeed` and `mixture` settings, the
+part that it `trains`, `begin` (by layout, the name of the layout whose checkpoint to resume from) and `save` (the step
+at which to save a checkpoint and stop). For each layout, the first rank writes `FOLDER/NAME.safetensors` with `losses`
+and the weights under their Hugging Face names.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.config.layout import Layout
+from btm_scale.config.moe import MoeTrainConfig
 from btm_scale.config.training import OptimizerConfig
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.hf_weights import huggingface_tensors
@@ -49,6 +50,7 @@ def make_engine(group: ExpertGroup, spec: dict[str, Any]) -> Engine:
         progress=(0.0, 1.0),
         layout=layout,
         trains=spec.get("trains", "all"),
+        mixture=MoeTrainConfig(**spec["mixture"]) if "mixture" in spec else None,
     )
     group.seed(1)
     optimizer, overrides = OptimizerConfig(**spec.get("optimizer", {})), spec.get("deepspeed", {})
