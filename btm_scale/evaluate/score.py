@@ -86,9 +86,9 @@ def load_model(group: ExpertGroup, directory: Path) -> ExpertModel | Transformer
 
 
 def routing_of(group: ExpertGroup, network: ExpertModel | TransformersModel) -> np.ndarray | None:
-    """Return how a mixture of experts has routed since the last call: float64 [layers, experts]; None for another model.
+    """Return each expert's fraction of the uses since the last call, float64 [layers, experts]; all ranks call it.
 
-    All ranks call this together.
+    None for a model that is no mixture of experts, or that transformers computes.
     """
     if not isinstance(network, ExpertModel):
         return None
