@@ -95,7 +95,7 @@ def means(run: RunDir) -> dict[str, Any]:
     domains = [name for name, domain in results.domains.items() if not domain.novel]
     found = {
         method: float(np.mean([results.methods[method].perplexity[name] for name in domains]))
-        for method in (SEED, DENSE, "ensemble", "tempered", "average:uniform", MOE)
+        for method in (SEED, DENSE, "ensemble", "ensemble:tempered", "average:uniform", MOE)
         if method in results.methods
     }
     own = [results.methods[f"expert:{name}"].perplexity[name] for name in domains]

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 app = typer.Typer()
 _SECTION = "Experts"
 # As forest/router.py has them, which imports torch.
-ROUTERS = ("fitted", "embedding", "hidden", "random")
+ROUTERS = ("fitted", "fitted-routed", "embedding", "hidden", "random")
 forest = typer.Typer(
     help="List, add, remove and trace the experts of a run.", no_args_is_help=True, rich_markup_mode=None
 )
@@ -226,8 +226,9 @@ def upcycle(
             "--router",
             "router",
             ROUTERS,
-            "How the router is made: fitted to the experts' hidden states on their domains' dev text, in closed form; "
-            "from the domains' mean embedding or mean hidden state; or random.",
+            "How the router is made: fitted to the experts' hidden states on their domains' dev text, in closed form, "
+            "or to those of the mixture as it routes (fitted-routed); from the domains' mean embedding or mean hidden "
+            "state; or random.",
         ),
     ] = "fitted",
     random_seed: RandomSeed = 0,

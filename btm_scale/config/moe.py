@@ -37,7 +37,7 @@ class MoeConfig(Section):
         default="all", description="the experts of the mixture: all that the run trains, or a list"
     )
     top_k: int = Field(default=2, gt=0, description="experts that compute each token")
-    router: Literal["fitted", "embedding", "hidden", "random"] = Field(
+    router: Literal["fitted", "fitted-routed", "embedding", "hidden", "random"] = Field(
         default="fitted", description="how the routers begin, as `--router` of upcycle"
     )
     train: MoeTrainConfig = MoeTrainConfig()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from btm_scale.run.upcycle import Recipe, make_mixture
 from btm_scale.run_dir import MOE, RunDir
 from btm_scale.train.jobs import TrainingJob, mixture_settings
 
+logger = logging.getLogger(__name__)
+
 _MADE_ANEW = ("checkpoints", "branch.json", "metrics.jsonl", "skipped.json")
 
 
@@ -24,6 +27,8 @@ def first_mixture(group: ExpertGroup, config: RunConfig, run: RunDir, job: Train
     It replaces one of other experts or settings, whose training is removed. Without training, it is the run's mixture.
     """
     path = run.mixture_start if job.steps else run.model(MOE)
+    if group.is_first and job.layout.tensor > 1:
+        logger.info("sequence_parallel is on, because experts need it with tensor=%d", job.layout.tensor)
     merged = patient_group()  # a merge takes longer than a collective of training may wait
     if group.is_first:
         assert config.moe is not None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
+from torch import Tensor
 
 from btm_scale.checkpoint.merge.compatibility import promoted_dtype
 from btm_scale.checkpoint.merge.merge import merge
@@ -19,8 +20,9 @@ from btm_scale.config.run import RunConfig
 from btm_scale.errors import CheckpointError, ForestError, unknown_name
 from btm_scale.forest.expert import CARD, Expert, Parent, find_expert, read_expert
 from btm_scale.forest.forest import require_experts
-from btm_scale.forest.router import ROUTERS, gates
-from btm_scale.forest.router_sums import domains_of_expert, router_sums
+from btm_scale.forest.routed_router import fitted_routed
+from btm_scale.forest.router import ROUTED, ROUTERS, gates
+from btm_scale.forest.router_sums import domains_of_expert, router_sums, texts_of_expert
 from btm_scale.forest.scores import with_sorted_header
 from btm_scale.forest.shared_tensors import share_the_rest
 from btm_scale.forest.turns import current_config, evaluating, scoring, using
@@ -203,25 +205,42 @@ def _make(
 ) -> None:
     """Write the mixture beside the former one, and put it in its place."""
     names = [parent.name for parent in card.parents]
-    router = None if recipe.router == "random" else _write_router(config, run, names, shape, recipe.router, device)
     directories = [run.model(name) for name in names]
+
+    def merged(output: Path, router: Path | None) -> str:
+        report = merge(
+            output,
+            [(directory, 1.0) for directory in directories],
+            method="moe",
+            parameters={"top_k": recipe.top_k},
+            dtype=promoted_dtype(directories),
+            jobs=jobs,
+            random_seed=recipe.random_seed,
+            ingredients=Ingredients(tuple(names), router, shared),
+        )
+        return report.content_hash
+
+    router = None
+    if recipe.router == ROUTED:
+        unrouted = final.with_name(f".{final.name}.unrouted")
+        shutil.rmtree(unrouted, ignore_errors=True)
+        try:
+            merged(unrouted, None)
+            logger.info("fitting the router to the mixture, layer by layer")
+            texts = [texts_of_expert(config, run, name) for name in names]
+            router = _write_gates(run, fitted_routed(unrouted, shape, texts, device))
+        finally:
+            shutil.rmtree(unrouted, ignore_errors=True)
+    elif recipe.router != "random":
+        router = _write_gates(run, _gates(config, run, names, shape, recipe.router, device))
     new = final.with_name(f".{final.name}.new")
     shutil.rmtree(new, ignore_errors=True)  # complete, but its process was killed before it got its name
     logger.info("merging %s into one mixture of experts", ", ".join(names))
-    report = merge(
-        new,
-        [(directory, 1.0) for directory in directories],
-        method="moe",
-        parameters={"top_k": recipe.top_k},
-        dtype=promoted_dtype(directories),
-        jobs=jobs,
-        random_seed=recipe.random_seed,
-        ingredients=Ingredients(tuple(names), router, shared),
-    )
+    content_hash = merged(new, router)
     try:
         with writing(final):
             (new / PROVENANCE).unlink(missing_ok=True)  # expert.json is the record of a model in a run
-            card.model_copy(update={"content_hash": report.content_hash}).write(new / CARD)
+            card.model_copy(update={"content_hash": content_hash}).write(new / CARD)
             with evaluating(run):  # which reads the former one
                 publish_directory(new, final, replace=True)
     except BaseException:
@@ -229,15 +248,20 @@ def _make(
         raise
 
 
-def _write_router(
+def _gates(
     config: RunConfig, run: RunDir, names: Sequence[str], shape: ModelShape, kind: str, device: str
-) -> Path:
-    """Write the router of a mixture to a file, unless it has the same bytes already; returns its path."""
+) -> dict[str, Tensor]:
+    """Return the gates of a router that is made of each expert's own sums."""
     sums = []
     for name in names:
         logger.info("reading the hidden states of %s on its domains' dev text", name)
         sums.append(router_sums(config, run, name, device=device))
-    path, content = run.router(MOE), with_sorted_header(save(gates(kind, shape, sums)))
+    return gates(kind, shape, sums)
+
+
+def _write_gates(run: RunDir, tensors: dict[str, Tensor]) -> Path:
+    """Write the router of a mixture to a file, unless it has the same bytes already; returns its path."""
+    path, content = run.router(MOE), with_sorted_header(save(tensors))
     if not path.is_file() or path.read_bytes() != content:  # an interrupted merge resumes if the file is the same
         make_directory(path.parent)
         write_file(path, content)
