@@ -186,6 +186,15 @@ def branch(
             "Continue the seed's learning-rate schedule, or warm up and decay again.",
         ),
     ] = "restarted",
+    train: Annotated[
+        str | None,
+        one_of(
+            "--train",
+            "trained part",
+            ("all", "mlp"),
+            "Train everything, or the MLPs alone.  [default: as in the run's config, else all]",
+        ),
+    ] = None,
 ) -> Document:
     """Record the parents of a new expert, and add it to the run.
 
@@ -195,7 +204,8 @@ def branch(
     from btm_scale.run.grow import branch_expert
 
     config, run_dir = opened(run)
-    settings = {"replay": replay, "optimizer": optimizer, "schedule": schedule}
+    settings: dict[str, object] = {"replay": replay, "optimizer": optimizer, "schedule": schedule}
+    settings |= {} if train is None else {"train": train}
     settled, former = branch_expert(config, run_dir, name, _parents(parents), text=text, settings=settings)
     if former is not None:
         logger.warning("%s had other parents or settings, which these replace", name)
