@@ -236,9 +236,10 @@ def upcycle(
             "--router",
             "router",
             ROUTERS,
-            "How the router is made: fitted to the experts' hidden states on their domains' dev text, in closed form, "
-            "or to those of the mixture as it routes (fitted-routed); from the domains' mean embedding or mean hidden "
-            "state; or random.",
+            "How the router is made: fitted, in closed form, to the experts' hidden states on their domains' dev text; "
+            "fitted-routed, to those of the mixture as it routes; embedding or hidden, the domains' mean embedding or "
+            "mean hidden state; or random.",
+            metavar="ROUTER",
         ),
     ] = "fitted",
     random_seed: RandomSeed = 0,
