@@ -148,6 +148,11 @@ class RunDir:
             return self.root / "random-split" / name.removeprefix(RANDOM_SPLIT)
         return self.experts / name
 
+    @property
+    def mixture_start(self) -> Path:
+        """The mixture of experts before it is trained, if the run trains it."""
+        return self.train(MOE) / "upcycled"
+
     def router(self, model: str) -> Path:
         """The sums that routers are fitted to, of an expert; of `moe`, its router."""
         return self.root / "router" / f"{model}.safetensors"

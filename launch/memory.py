@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from btm_scale.config.layout import Layout
 from btm_scale.model.shape import ModelShape
+from btm_scale.model.trained import TrainedPart
 
 _MASTER, _MOMENTS, _SUMS = 4, 8, 4  # bytes per parameter, float32
 _ZERO3_BUCKET = 500_000_000  # gradients that ZeRO 3 collects before it scatters them: DeepSpeed's default
@@ -42,13 +43,15 @@ def rank_memory(
     length: int,
     accumulation: int,
     separate_documents: bool = False,
+    trains: TrainedPart = "all",
 ) -> RankMemory:
     """Return the memory of one rank for micro-batches of `micro_batch` sequences of `length` tokens, `accumulation` of
-    them per step."""
-    own = rank_parameters(shape, layout.tensor)
-    share = own / layout.data  # parameters that ZeRO leaves on each rank
+    them per step. Only the part that it `trains` has gradients and optimizer states."""
+    complete = rank_parameters(shape, layout.tensor)
     width = layout.bytes_per_weight
-    weights = width * (share if layout.zero == 3 else own)
+    weights = width * (complete / layout.data if layout.zero == 3 else complete)
+    own = rank_parameters(shape, layout.tensor, trains)
+    share = own / layout.data  # parameters that ZeRO leaves on each rank
     kept = own if layout.zero == 0 else share
     # Without ZeRO, float32 weights are also the master weights.
     optimizer = kept * (_MOMENTS + (0 if layout.zero == 0 and width == 4 else _MASTER))
@@ -64,13 +67,19 @@ def rank_memory(
     activations = activation_bytes(
         shape, layout, micro_batch=micro_batch, length=length, separate_documents=separate_documents
     )
-    return RankMemory(weights, gradients, optimizer, activations, head_bytes(shape, layout), buffers, host)
+    head = head_bytes(shape, layout) if trains == "all" else 0.0
+    return RankMemory(weights, gradients, optimizer, activations, head, buffers, host)
 
 
-def rank_parameters(shape: ModelShape, tensor: int) -> float:
-    """Return the parameters on one tensor rank: its shard of each matrix, and all norms and learned positions."""
+def rank_parameters(shape: ModelShape, tensor: int, part: TrainedPart = "all") -> float:
+    """Return the parameters of a part on one tensor rank: its shard of each matrix, and all norms, positions and
+    routers."""
+    routers = shape.trained_parameters("router")
+    if part != "all":
+        biases = shape.layers * shape.hidden * shape.traits.linear_bias if part == "mlp" else 0
+        return routers + biases + (shape.trained_parameters(part) - routers - biases) / tensor
     norms = (2 * shape.layers + 1) * shape.hidden * (1 if shape.traits.rms_norm else 2)
-    replicated = norms + (0 if shape.rotary else shape.positions * shape.hidden)
+    replicated = norms + routers + (0 if shape.rotary else shape.positions * shape.hidden)
     if shape.traits.linear_bias:
         replicated += shape.layers * 2 * shape.hidden  # biases of row-parallel matrices
     if shape.head_norms:
@@ -106,8 +115,14 @@ def activation_bytes(
     # The fused product of gate and up, the gate's SiLU, the shifted up and their product; or before and after the GELU.
     mlp = (5 if shape.traits.gated else 2) * shape.ffn
     attention = _attention_width(shape, recomputed=layout.recompute == "selective", packed=packed)
+    routed = 0.0
+    if shape.experts:
+        # Each token is copied to its experts, and their outputs are weighted; the router computes in float32.
+        mlp *= shape.top_k
+        parts = layout.tensor if layout.sequence_parallel else 1
+        routed = width * 3 * shape.top_k * shape.hidden + _SUMS * (shape.hidden + 4 * shape.experts) / parts
     # Inputs and outputs of both norms.
-    layer = width * (4 * own + (attention + mlp) / layout.tensor) + _statistics(shape, layout)
+    layer = width * (4 * own + (attention + mlp) / layout.tensor) + routed + _statistics(shape, layout)
     if layout.recompute == "full":
         # Each layer's input, and all of the layer that is being recomputed.
         inputs = width * shape.layers * own

@@ -12,6 +12,7 @@ from btm_scale.launch.memory import RankMemory, rank_memory
 from btm_scale.launch.placement import Placed, Work, lower_bound, place
 from btm_scale.launch.step_time import StepTime, checkpoint_seconds, step_time
 from btm_scale.model.shape import ModelShape
+from btm_scale.model.trained import TrainedPart
 
 # Fraction of GPU memory left by driver, communication library and fragmentation.
 _USABLE = 0.9
@@ -42,6 +43,7 @@ class Training:
     sequences: int
     length: int
     separate_documents: bool = False
+    trains: TrainedPart = "all"
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def plan_group(shape: ModelShape, training: Training, layout: Layout, cluster: C
         length=training.length,
         accumulation=count,
         separate_documents=training.separate_documents,
+        trains=training.trains,
     )
     step = step_time(
         shape,
@@ -107,8 +110,10 @@ def plan_group(shape: ModelShape, training: Training, layout: Layout, cluster: C
         length=training.length,
         accumulation=count,
         ranks_per_node=cluster.ranks_per_node,
+        trains=training.trains,
     )
-    return GroupPlan(training, layout, micro, count, memory, step, checkpoint_seconds(shape, layout))
+    saved = checkpoint_seconds(shape, layout, training.trains)
+    return GroupPlan(training, layout, micro, count, memory, step, saved)
 
 
 def plan_stage(groups: Sequence[GroupPlan], cluster: Cluster) -> StagePlan:
@@ -127,6 +132,8 @@ def propose(shape: ModelShape, trainings: Sequence[Training], cluster: Cluster, 
     fits the GPU's memory.
     """
     longest = max(trainings, key=lambda training: training.steps * training.sequences)
+    if any(training.trains == "all" for training in trainings):  # which needs the most memory
+        longest = replace(longest, trains="all")
     batches = {training.sequences for training in trainings}
     # For each group size the fastest layout; of these, the one that ends first.
     best: tuple[float, int, Layout, int] | None = None

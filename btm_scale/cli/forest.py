@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 app = typer.Typer()
 _SECTION = "Experts"
 # As forest/router.py has them, which imports torch.
-ROUTERS = ("fitted", "embedding", "hidden", "random")
+ROUTERS = ("fitted", "fitted-routed", "embedding", "hidden", "random")
 forest = typer.Typer(
     help="List, add, remove and trace the experts of a run.", no_args_is_help=True, rich_markup_mode=None
 )
@@ -186,6 +186,15 @@ def branch(
             "Continue the seed's learning-rate schedule, or warm up and decay again.",
         ),
     ] = "restarted",
+    train: Annotated[
+        str | None,
+        one_of(
+            "--train",
+            "trained part",
+            ("all", "mlp"),
+            "Train everything, or the MLPs alone.  [default: as in the run's config, else all]",
+        ),
+    ] = None,
 ) -> Document:
     """Record the parents of a new expert, and add it to the run.
 
@@ -195,7 +204,8 @@ def branch(
     from btm_scale.run.grow import branch_expert
 
     config, run_dir = opened(run)
-    settings = {"replay": replay, "optimizer": optimizer, "schedule": schedule}
+    settings: dict[str, object] = {"replay": replay, "optimizer": optimizer, "schedule": schedule}
+    settings |= {} if train is None else {"train": train}
     settled, former = branch_expert(config, run_dir, name, _parents(parents), text=text, settings=settings)
     if former is not None:
         logger.warning("%s had other parents or settings, which these replace", name)
@@ -226,8 +236,10 @@ def upcycle(
             "--router",
             "router",
             ROUTERS,
-            "How the router is made: fitted to the experts' hidden states on their domains' dev text, in closed form; "
-            "from the domains' mean embedding or mean hidden state; or random.",
+            "How the router is made: fitted, in closed form, to the experts' hidden states on their domains' dev text; "
+            "fitted-routed, to those of the mixture as it routes; embedding or hidden, the domains' mean embedding or "
+            "mean hidden state; or random.",
+            metavar="ROUTER",
         ),
     ] = "fitted",
     random_seed: RandomSeed = 0,

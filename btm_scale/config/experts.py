@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -35,6 +35,9 @@ class ExpertConfig(Section):
     model: ModelConfig | None = Field(
         default=None,
         description="its own size; such an expert does not branch and is initialized at random",
+    )
+    train: Literal["all", "mlp"] = Field(
+        default="all", description="the trained part; with mlp, all but the MLPs keeps the bits of the parents"
     )
     layout: dict[str, Any] = Field(default_factory=dict, description="settings that differ from layout")
     tokens: int | None = Field(default=None, gt=0, description="training tokens; default: an equal part of the budget")

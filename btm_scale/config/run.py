@@ -18,6 +18,7 @@ from btm_scale.config.experts import DomainName, ExpertConfig, require_name
 from btm_scale.config.launch import LaunchConfig
 from btm_scale.config.layout import Layout
 from btm_scale.config.model import ModelConfig
+from btm_scale.config.moe import MoeConfig, mixture_problems
 from btm_scale.config.secrets import refuse_secrets
 from btm_scale.config.section import Section, explain
 from btm_scale.config.training import (
@@ -79,6 +80,7 @@ class RunConfig(Section):
         description="settings that differ from layout for seed and dense, which train on all domains",
     )
     experts: dict[str, ExpertConfig] = Field(default_factory=dict, description="settings of single experts, by domain")
+    moe: Annotated[MoeConfig | None, Changes(effect="the mixture of experts is made again")] = None
     baselines: MayChange[BaselinesConfig] = BaselinesConfig()
     checkpoint: MayChange[CheckpointConfig] = CheckpointConfig()
     dev_loss: DevLossConfig = DevLossConfig()
@@ -130,6 +132,12 @@ class RunConfig(Section):
             for name, expert in self.experts.items()
             if expert.model is not None and expert.branch != BranchConfig()
         ]
+        problems += [
+            f"experts.{name}: has both model and train: mlp. An expert with its own model starts at random, and all of "
+            "it must be trained: remove one."
+            for name, expert in self.experts.items()
+            if expert.model is not None and expert.train != "all"
+        ]
         own = {"seed_layout": (self.model, self.seed_layout)} | {
             f"experts.{name}.layout": (self.expert_model(name), expert.layout) for name, expert in self.experts.items()
         }
@@ -163,6 +171,7 @@ class RunConfig(Section):
                 f"{seed_share:.2f} of the schedule. Only branches decay: use "
                 f"{math.floor(100 * (1 - seed_share)) / 100} or less."
             )
+        problems += mixture_problems(self)
         positions = self.model.shape(vocabulary=1, positions=length).positions
         if length > positions:
             problems.append(

@@ -64,6 +64,8 @@ _UNION_TAGS = {
     "literal['document','file','position']",
     "literal['seed','nearest','posterior']",
     "dict[str,float]",
+    "literal['all']",
+    "tuple[str, ...]",
     "[key]",
 }
 

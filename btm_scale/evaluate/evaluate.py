@@ -16,7 +16,7 @@ from btm_scale.config.run import RunConfig
 from btm_scale.data.eval_text import EvaluationText
 from btm_scale.errors import UnsupportedModelError
 from btm_scale.evaluate.ensemble import ensemble_methods, routed_methods
-from btm_scale.evaluate.mixture_facts import mixture_note, parameters_of
+from btm_scale.evaluate.mixture_facts import mixture_note, parameters_of, routing_by_domain
 from btm_scale.evaluate.readiness import dense_models, require_evaluable
 from btm_scale.evaluate.results import Compute, EvaluatedDomain, MethodResult, RanOn, Results
 from btm_scale.forest.average_models import average_model, averages_of
@@ -92,6 +92,7 @@ def evaluate(config: RunConfig, run: RunDir) -> Results:
         methods=_results_by_method(by_domain, notes),
         compute=_compute_by_method(config, run, names, averages, mixture),
         parameters={} if mixture is None else {MOE: parameters_of(run, MOE)},
+        routing={} if mixture is None else routing_by_domain(config, run, mixture),
         priors={
             domain: dict(zip(names, np.exp(entry.prior).tolist(), strict=True)) for domain, entry in by_domain.items()
         },
@@ -185,7 +186,7 @@ def _compute_by_method(
     behind |= dict.fromkeys(("ensemble", *(f"average:{kind}" for kind in averages)), names)
     behind |= {model: [model] for model in dense_models(config)}
     if mixture is not None:
-        behind[MOE] = [parent.name for parent in mixture.parents]
+        behind[MOE] = [MOE]
     if config.random_split_models:
         behind["random-split"] = config.random_split_models
     ancestors_of = {method: _all_ancestors(run, (SEED, *models)) for method, models in behind.items()}
@@ -199,7 +200,8 @@ def _compute_by_method(
 
 def _flops_per_token(config: RunConfig, run: RunDir, model: str) -> float:
     try:
-        return read_shape(run.model(model)).flops_per_token(config.budget.sequence_length)
+        part = read_expert(run.model(model)).trains
+        return read_shape(run.model(model)).flops_per_token(config.budget.sequence_length, part)
     except UnsupportedModelError:  # an expert from elsewhere, whose attention this package does not know
         with SafetensorsModel(run.model(model)) as weights:
             return 6.0 * sum(spec.elements for spec in weights.specs().values())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from btm_scale.config.run import RunConfig
 from btm_scale.evaluate.results import Parameters
 from btm_scale.forest.expert import Expert
 from btm_scale.forest.forest import experts
+from btm_scale.forest.scores import Scores
 from btm_scale.model.hf_config import read_shape
 from btm_scale.run_dir import MOE, RunDir
 
@@ -13,6 +15,17 @@ def parameters_of(run: RunDir, model: str) -> Parameters:
     """Return the number of a model's parameters, and of those that compute a token."""
     shape = read_shape(run.model(model))
     return Parameters(total=shape.parameters, active=shape.active_parameters)
+
+
+def routing_by_domain(config: RunConfig, run: RunDir, mixture: Expert) -> dict[str, dict[str, tuple[float, ...]]]:
+    """Return each expert's fraction of the uses by domain, expert and layer, where the scores have recorded it."""
+    names = [parent.name for parent in mixture.parents]
+    by_domain = {}
+    for domain in config.all_domains:
+        routing = Scores.load(run.scores(MOE, domain, config.evaluate.split)).routing
+        if routing is not None and routing.ndim == 2 and routing.shape[1] == len(names):
+            by_domain[domain] = {name: tuple(routing[:, j].tolist()) for j, name in enumerate(names)}
+    return by_domain
 
 
 def mixture_note(run: RunDir, mixture: Expert) -> str:

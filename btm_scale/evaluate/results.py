@@ -71,6 +71,8 @@ class Results(Record):
     methods: dict[str, MethodResult]
     compute: dict[str, Compute] = {}  # by method
     parameters: dict[str, Parameters] = Field(default={}, exclude_if=is_empty)  # of the method moe
+    # By domain and expert of the mixture: its fraction of the uses, by layer.
+    routing: dict[str, dict[str, tuple[Finite, ...]]] = Field(default={}, exclude_if=is_empty)
     priors: dict[str, dict[str, Finite]] = {}  # by domain: each expert's weight, which sum to 1
     tempering: dict[str, Tempering] = {}  # by domain
     lineage: dict[str, dict[str, Finite]] = {}  # by expert: the weight of each parent

@@ -25,6 +25,7 @@ from btm_scale.kernels import combine_partials, last_path, token_logprob_partial
 from btm_scale.model.gpt import ExpertModel, build_model
 from btm_scale.model.hf_config import read_shape
 from btm_scale.model.hf_weights import load_weights
+from btm_scale.model.moe import take_routing
 from btm_scale.run_dir import RunDir
 from btm_scale.util.device_query import name_of
 
@@ -50,11 +51,12 @@ def score_model(
     for domain, split in todo:
         text = evaluation_text(config, run, domain, split)
         log_probs = text_log_probs(group, network, text)
+        routing = routing_of(group, network)
         if group.is_first:
             uses_kernels = isinstance(network, ExpertModel) or network.uses_kernels
             path = last_path("token_logprob_partials") if uses_kernels else None
             runs_on = name_of(group.device), path.backend if path else ""
-            scores = Scores(log_probs, text.block_starts, content_hash, text.fingerprint, *runs_on)
+            scores = Scores(log_probs, text.block_starts, content_hash, text.fingerprint, *runs_on, routing)
             scores.save(run.scores(model, domain, split))
             on_text(domain, split)
     dist.barrier()
@@ -81,6 +83,17 @@ def load_model(group: ExpertGroup, directory: Path) -> ExpertModel | Transformer
     with with_head_names(open_model(directory)) as tensors:
         load_weights(network, tensors.read, group.tensor_rank, group.layout.tensor)
     return network.eval()
+
+
+def routing_of(group: ExpertGroup, network: ExpertModel | TransformersModel) -> np.ndarray | None:
+    """Return each expert's fraction of the uses since the last call, float64 [layers, experts]; all ranks call it.
+
+    None for a model that is no mixture of experts, or that transformers computes.
+    """
+    if not isinstance(network, ExpertModel):
+        return None
+    routing = take_routing(network, dist.group.WORLD if group.size > 1 else None, group.device)
+    return None if routing is None else np.array(routing.load)
 
 
 @torch.no_grad()

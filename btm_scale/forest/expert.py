@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ConfigDict, Field
 
 from btm_scale.errors import ForestError
+from btm_scale.model.trained import TrainedPart
 from btm_scale.util.records import InsideName, Record, is_empty
 
 CARD = "expert.json"
@@ -43,6 +44,8 @@ class Expert(Record):
     device: str = Field(default="", exclude_if=is_empty)
     # The step with the lowest dev loss, if its weights were exported instead of those of the last step.
     best_step: int = Field(default=0, exclude_if=is_empty)
+    # The trained part; the other tensors have the bits of the parents.
+    trains: TrainedPart = Field(default="all", exclude_if=lambda part: part == "all")
 
 
 def read_expert(directory: Path) -> Expert:

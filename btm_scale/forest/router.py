@@ -39,16 +39,17 @@ def hidden(layers: Sequence[LayerSums]) -> Tensor:
 
 
 _BY_LAYER: Mapping[str, Callable[[Sequence[LayerSums]], Tensor]] = {"fitted": fitted, "hidden": hidden}
-ROUTERS = ("fitted", "embedding", "hidden", "random")
+ROUTED = "fitted-routed"  # of the complete mixture; see routed_router.py
+ROUTERS = ("fitted", ROUTED, "embedding", "hidden", "random")
 
 
 def gates(kind: str, shape: ModelShape, experts: Sequence[RouterSums]) -> dict[str, Tensor]:
     """Return the gate of every layer of a mixture under its Hugging Face name: float32 [experts, hidden].
 
-    `kind` is one of ROUTERS but `random`, which needs no sums.
+    `kind` is one of ROUTERS but `random`, which needs no sums, and `fitted-routed`, which needs the mixture.
     """
     with one_torch_thread():
-        return {name: _gate(kind, i, experts).float().contiguous() for i, name in enumerate(_gate_names(shape))}
+        return {name: _gate(kind, i, experts).float().contiguous() for i, name in enumerate(gate_names(shape))}
 
 
 def _gate(kind: str, layer: int, experts: Sequence[RouterSums]) -> Tensor:
@@ -57,5 +58,6 @@ def _gate(kind: str, layer: int, experts: Sequence[RouterSums]) -> Tensor:
     return _BY_LAYER[kind]([expert.layer(layer) for expert in experts])
 
 
-def _gate_names(shape: ModelShape) -> list[str]:
+def gate_names(shape: ModelShape) -> list[str]:
+    """Return the Hugging Face names of the gates, by layer."""
     return [entry.huggingface[0] for entry in table(shape) if entry.megatron.endswith(".router.weight")]

@@ -73,12 +73,17 @@ def domains_of_expert(config: RunConfig, run: RunDir, name: str) -> list[str]:
     return known
 
 
+def texts_of_expert(config: RunConfig, run: RunDir, name: str) -> list[EvaluationText]:
+    """Return the dev text of an expert's domains. Raises ForestError if there are none."""
+    return [evaluation_text(config, run, domain, "dev") for domain in domains_of_expert(config, run, name)]
+
+
 def router_sums(config: RunConfig, run: RunDir, name: str, *, device: str = "cpu") -> RouterSums:
     """Return the sums of an expert, which are computed first if there are none of its weights and text.
 
     Raises ForestError for an expert without a domain, or whose hidden states are not numbers.
     """
-    texts = [evaluation_text(config, run, domain, "dev") for domain in domains_of_expert(config, run, name)]
+    texts = texts_of_expert(config, run, name)
     of = {
         "model": read_expert(run.model(name)).content_hash,
         "texts": json.dumps({text.domain: text.fingerprint for text in texts}),
@@ -108,7 +113,7 @@ def _compute(run: RunDir, name: str, texts: Sequence[EvaluationText], device: st
     sums: dict[str, Tensor] = {}
     count = 0
     with _observed(model, sums):
-        for batch in _batches(texts):
+        for batch in batches(texts):
             model.model(input_ids=batch.to(device), use_cache=False)
             count += batch.numel()
     means = {key: (total / count).cpu() for key, total in sums.items()}
@@ -144,7 +149,7 @@ def _observed(model: Any, sums: dict[str, Tensor]) -> Iterator[None]:
             hook.remove()
 
 
-def _batches(texts: Sequence[EvaluationText]) -> Iterator[Tensor]:
+def batches(texts: Sequence[EvaluationText]) -> Iterator[Tensor]:
     """Yield the blocks of texts, several of one length at a time: int64 [blocks, length]."""
     for text in texts:
         tokens, waiting = torch.as_tensor(text.tokens), list[Tensor]()

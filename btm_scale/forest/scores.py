@@ -32,6 +32,8 @@ class Scores:
     fingerprint: str  # of the text's tokens
     device: str = ""  # that scored the text; empty in files of earlier versions
     kernels: str = ""  # triton or reference
+    # Of a mixture of experts: each expert's fraction of a layer's uses, float64 [layers, experts].
+    routing: np.ndarray | None = None
 
     def save(self, path: Path) -> None:
         """Write the scores atomically."""
@@ -39,6 +41,7 @@ class Scores:
         metadata = {"model": self.model, "data_fingerprint": self.fingerprint}
         metadata |= {"device": self.device, "kernels": self.kernels}
         tensors = {"log_probs": self.log_probs, "block_starts": self.block_starts}
+        tensors |= {} if self.routing is None else {"routing": self.routing}
         write_file(path, with_sorted_header(save(tensors, metadata)))
 
     @classmethod
@@ -51,7 +54,10 @@ class Scores:
                 metadata = file.metadata() or {}
                 names = ("log_probs", "block_starts")
                 keys = ("model", "data_fingerprint", "device", "kernels")
-                scores = cls(*(file.get_tensor(name) for name in names), *(metadata.get(key, "") for key in keys))
+                routing = file.get_tensor("routing") if "routing" in file.keys() else None  # noqa: SIM118
+                log_probs, block_starts = (file.get_tensor(name) for name in names)
+                model, fingerprint, device, kernels = (metadata.get(key, "") for key in keys)
+                scores = cls(log_probs, block_starts, model, fingerprint, device, kernels, routing)
             problem = scores._problem()
         except (OSError, SafetensorError) as error:
             problem = str(error)

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from btm_scale.model.attention import CausalAttention, HeadNorm
 from btm_scale.model.loss import head_loss
-from btm_scale.model.moe import mixture_settings, mixture_spec
+from btm_scale.model.moe import GradientScale, mixture_settings, mixture_spec, noting_scale, routers_of
 from btm_scale.model.norm import LayerNorm, RMSNorm
 from btm_scale.model.packing import packs_sequences, visible
 from btm_scale.model.partition import Partition, is_partitioned
@@ -51,6 +51,9 @@ class ExpertModel(GPTModel):
         # If set, tokens attend only within their document.
         self.end_of_text: int | None = None
         self.tensor_group = self.pg_collection.tp if config.tensor_model_parallel_size > 1 else None
+        self._gradient_scale = GradientScale()
+        for router in routers_of(self):
+            router.gradient_scale = self._gradient_scale
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Return the mean loss in nats of `targets` [batch, length]; without them, hidden [batch, length, hidden]."""
@@ -81,7 +84,7 @@ class ExpertModel(GPTModel):
         hidden = hidden_states.transpose(0, 1)
         if labels is None:
             return hidden
-        return head_loss(
+        loss = head_loss(
             hidden.reshape(-1, hidden.shape[-1]),
             self.head,
             labels.reshape(-1),
@@ -89,6 +92,7 @@ class ExpertModel(GPTModel):
             vocabulary=self.shape.vocabulary,
             group=self.tensor_group,
         )
+        return noting_scale(loss, self._gradient_scale) if self.shape.experts else loss
 
 
 def build_model(

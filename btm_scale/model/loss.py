@@ -32,7 +32,9 @@ class _HeadLoss(torch.autograd.Function):
         chunk = max(16, _CHUNK_ELEMENTS // rows)
         losses = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad else None
+        grad_weight = None
+        if weight.requires_grad:
+            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         padding = first_token + rows - vocabulary
         for start in range(0, tokens, chunk):
             span = slice(start, start + chunk)
@@ -54,23 +56,24 @@ class _HeadLoss(torch.autograd.Function):
                 dist.all_reduce(both, dist.ReduceOp.SUM, group)
                 total, at_target = both[:, :1], both[:, 1:]
             losses[span] = (total.log() - at_target)[:, 0]
-            if grad_hidden is not None and grad_weight is not None:
+            if grad_hidden is not None:
                 probabilities /= total
                 probabilities.scatter_add_(1, local, absent[:, None].float() - 1.0)
                 gradient = probabilities.to(weight.dtype)
                 torch.mm(gradient, weight, out=grad_hidden[span])
-                grad_weight += torch.mm(gradient.t(), hidden[span])
-        if grad_hidden is not None and grad_weight is not None:
+                if grad_weight is not None:
+                    grad_weight += torch.mm(gradient.t(), hidden[span])
+        if grad_hidden is not None:
             if group is not None:
                 dist.all_reduce(grad_hidden, dist.ReduceOp.SUM, group)
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+            ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return losses.mean()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = (grad_outputs[0] / len(grad_hidden)).to(grad_hidden.dtype)
-        return grad_hidden * scale, grad_weight * scale, None, None, None, None
+        return grad_hidden * scale, None if grad_weight is None else grad_weight * scale, None, None, None, None
 
 
 def head_loss(

@@ -5,9 +5,11 @@ Megatron-core's router needs Transformer Engine, and weights the only expert of 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -17,25 +19,130 @@ from btm_scale.model.shape import ModelShape
 
 
 class Router(torch.nn.Module):
-    """Sends each token to the `top_k` experts with the largest softmax(x W^T), whose weights are scaled to sum to 1."""
+    """Sends each token to the `top_k` experts with the largest softmax(x W^T), whose weights are scaled to sum to 1.
+
+    In training it has two losses beside that of the text, each summed over layers: `z_loss` times the mean of
+    logsumexp(logits)^2, and `balance` times experts * sum_e f_e P_e (arXiv 2101.03961), where P_e is the mean
+    probability of expert e. f_e is the `load` of the step before, counted over all ranks and micro-batches, so that
+    every layout has the same gradient.
+    """
 
     def __init__(self, config: TransformerConfig, **_: Any) -> None:
         super().__init__()
+        self.experts: int = config.num_moe_experts
         self.top_k: int = config.moe_router_topk
-        self.weight = torch.nn.Parameter(torch.empty(config.num_moe_experts, config.hidden_size))
+        self.weight = torch.nn.Parameter(torch.empty(self.experts, config.hidden_size))
+        # Each tensor rank routes its part of the sequence.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self._copies = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        self.z_loss = self.balance = 0.0
+        self.load: Tensor | None = None  # [experts], fractions
+        self.gradient_scale = GradientScale()  # of the text's loss; the model replaces it by its own
+        # Since the last `take_routing`: how often each expert was used, the sum of the tokens' entropies, and tokens.
+        self.counts: Tensor | None = None
         config.init_method(self.weight)
 
     def forward(self, hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         """Return the weight of each expert, float32 [tokens, experts], and which are used, for hidden [..., hidden]."""
         # Rounded logits would send tokens to other experts.
         logits = hidden.reshape(-1, hidden.shape[-1]).float() @ self.weight.float().t()
-        chosen, experts = logits.softmax(dim=-1).topk(self.top_k, dim=-1)
-        weights = torch.zeros_like(logits).scatter(1, experts, chosen / chosen.sum(dim=-1, keepdim=True))
-        used = torch.zeros_like(logits, dtype=torch.bool).scatter(1, experts, True)
+        probabilities = logits.softmax(dim=-1)
+        chosen, places = probabilities.topk(self.top_k, dim=-1)
+        weights = torch.zeros_like(logits).scatter(1, places, chosen / chosen.sum(dim=-1, keepdim=True))
+        used = torch.zeros_like(logits, dtype=torch.bool).scatter(1, places, True)
+        # Recomputed layers run twice in training, the first time without gradients.
+        if torch.is_grad_enabled() or not self.training:
+            self._count(probabilities.detach(), used)
+        if self.training and torch.is_grad_enabled() and (self.z_loss or self.balance):
+            weights = _WithLoss.apply(weights, self._losses(logits, probabilities), self.gradient_scale)
         return weights, used
+
+    def _losses(self, logits: Tensor, probabilities: Tensor) -> Tensor:
+        """Return this rank's part of the losses of a micro-batch."""
+        loss = self.z_loss * logits.logsumexp(dim=-1).square().mean()
+        if self.balance and self.load is not None:
+            loss = loss + self.balance * len(self.load) * (self.load * probabilities.mean(dim=0)).sum()
+        return loss / self._copies
+
+    @torch.no_grad()
+    def _count(self, probabilities: Tensor, used: Tensor) -> None:
+        entropy = torch.special.entr(probabilities).sum()
+        counts = torch.cat([used.sum(dim=0).double(), torch.stack([entropy.double(), entropy.new_tensor(len(used))])])
+        self.counts = counts if self.counts is None else self.counts + counts
 
     def set_layer_number(self, number: int) -> None:
         """Do nothing; Megatron-core's router numbers its statistics."""
+
+
+class GradientScale:
+    """The gradient of the text's loss in a backward pass, with loss scaling and accumulation."""
+
+    value: Tensor | None = None
+
+
+class _WithLoss(torch.autograd.Function):
+    """Returns a tensor; its backward pass is also that of a scalar loss, also in a layer that is recomputed."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, loss: Tensor, scale: GradientScale) -> Tensor:
+        ctx.scale = scale
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        return grad_outputs[0], ctx.scale.value, None
+
+
+class _NotingScale(torch.autograd.Function):
+    """Returns the text's loss, and notes its gradient in the backward pass before that of any layer."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, scale: GradientScale) -> Tensor:
+        ctx.scale = scale
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        ctx.scale.value = grad_outputs[0].float()
+        return grad_outputs[0], None
+
+
+def noting_scale(loss: Tensor, scale: GradientScale) -> Tensor:
+    """Return the text's loss, with which the routers' losses are scaled."""
+    result: Tensor = _NotingScale.apply(loss, scale)
+    return result
+
+
+def routers_of(model: torch.nn.Module) -> list[Router]:
+    """Return the routers of a model, in layer order; none of a model without experts."""
+    return [module for module in model.modules() if isinstance(module, Router)]
+
+
+def take_routing(model: torch.nn.Module, group: dist.ProcessGroup | None, device: torch.device) -> Routing | None:
+    """Return how tokens were routed since the last call, on all ranks of `group`, which call this together.
+
+    None for a model without experts.
+    """
+    routers = routers_of(model)
+    if not routers:
+        return None
+    none = torch.zeros(routers[0].experts + 2, dtype=torch.float64, device=device)
+    total = torch.stack([none if router.counts is None else router.counts for router in routers])
+    for router in routers:
+        router.counts = None
+    if group is not None:
+        dist.all_reduce(total, group=group)
+    rows = total.cpu()
+    used, entropy, tokens = rows[:, :-2], rows[:, -2], rows[:, -1]
+    return Routing((used / used.sum(dim=1, keepdim=True)).tolist(), (entropy / tokens).tolist())
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How tokens were routed: each expert's fraction of a layer's uses, and the mean entropy of its router in nats."""
+
+    load: list[list[float]]  # [layers, experts]
+    entropy: list[float]  # [layers]
 
 
 def mixture_settings(shape: ModelShape) -> dict[str, Any]:

@@ -33,6 +33,10 @@ class RecomputedLayer(TransformerLayer):
         if not torch.is_grad_enabled():
             return super().forward(hidden_states, *args, **named)
 
+        if not hidden_states.requires_grad:
+            # Below the first trained tensor. PyTorch recomputes for the gradient of an input only.
+            hidden_states = hidden_states.detach().requires_grad_()
+
         def recomputed(hidden: Tensor) -> Any:
             return super(RecomputedLayer, self).forward(hidden, *args, **named)
 

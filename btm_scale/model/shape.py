@@ -154,6 +154,14 @@ class ModelShape(BaseModel):
         embedding += 0 if self.rotary else self.positions * self.hidden
         return embedding + self.layers * layer + norm
 
+    def trained_parameters(self, part: str) -> int:
+        """Return the number of parameters in a `TrainedPart`."""
+        return self.parameters if part == "all" else self._trained(part, self.experts)
+
+    def _trained(self, part: str, experts: int) -> int:
+        mlp = self.hidden * (self.up_width + self.ffn) + (self.up_width + self.hidden) * self.traits.linear_bias
+        return self.layers * (self.experts * self.hidden + (mlp * (experts or 1) if part == "mlp" else 0))
+
     def mixture(self, experts: int, top_k: int) -> ModelShape:
         """Return the shape of the mixture of experts whose experts are MLPs of this shape, with an untied LM head.
 
@@ -175,16 +183,17 @@ class ModelShape(BaseModel):
         common = math.gcd(self.heads, self.kv_heads, self.ffn)
         return [degree for degree in range(1, common + 1) if common % degree == 0]
 
-    def flops_per_token(self, sequence_length: int) -> float:
+    def flops_per_token(self, sequence_length: int, part: str = "all") -> float:
         """Return the floating-point operations of forward and backward for one token.
 
-        6 per weight in a matrix product, plus the two products of attention: 12 x layers x query width x length,
-        halved by the causal mask (appendix B of arXiv 2204.02311).
+        6 per weight in a matrix product, 4 if it is not in the trained `part`, plus the two products of attention:
+        12 x layers x query width x length, halved by the causal mask (appendix B of arXiv 2204.02311).
         """
         multiplied = self.active_parameters - (0 if self.tied else self.vocabulary * self.hidden)
         if not self.rotary:
             multiplied -= self.positions * self.hidden
-        return 6.0 * multiplied + 6.0 * self.layers * self.query_width * sequence_length
+        frozen = 0 if part == "all" else multiplied - self._trained(part, self.top_k)
+        return 6.0 * multiplied - 2.0 * frozen + 6.0 * self.layers * self.query_width * sequence_length
 
 
 # Sizes of the presets; vocabulary and positions come from the run.

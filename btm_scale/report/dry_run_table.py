@@ -16,6 +16,7 @@ from btm_scale.util.terminal import printable
 
 _LONGEST_NAME = 24
 _LONGEST_VALUE = 60
+_PARTS = {"all": "", "mlp": " (MLPs)", "router": " (routers)"}  # what is trained
 # Columns after the model's name: all of them, and fewer for a narrow terminal.
 _COLUMNS = (
     ("parents", "steps", "batch", "tokens", "state", "layout"),
@@ -81,7 +82,7 @@ def _model_table(models: Mapping[str, Mapping[str, Any]], columns: Sequence[str]
         table.add_column(name, justify=justify, no_wrap=True)
     for name, model in models.items():
         cells = {
-            "parents": Text(shorten(printable(_parents(model["parents"])), _LONGEST_NAME)),
+            "parents": Text(_parents(model["parents"]) + _PARTS[model.get("trains", "all")]),
             "steps": f"{model['steps']:,}",
             "batch": model["batch"].removesuffix(" tokens"),
             "tokens": amount(model["tokens"]),
@@ -105,4 +106,6 @@ def _value(value: Any) -> str:
 def _parents(parents: str | Mapping[str, float] | None) -> str:
     if parents is None:
         return NOTHING
-    return parents if isinstance(parents, str) else " ".join(f"{name}={rounded(w, 2)}" for name, w in parents.items())
+    if not isinstance(parents, str):
+        parents = " ".join(f"{name}={rounded(weight, 2)}" for name, weight in parents.items())
+    return shorten(printable(parents), _LONGEST_NAME)

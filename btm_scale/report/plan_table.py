@@ -69,6 +69,8 @@ def _print_groups(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
                 printable(f"{row['layout']}; {row['micro_batch']} x {row['accumulation']} sequences per rank and step")
             ),
         )
+        if row.get("trains", "all") != "all":
+            table.add_row("trains", {"mlp": "the MLPs", "router": "the routers"}[row["trains"]])
         table.add_row("memory", f"{size(held['total'])} per GPU: {parts}")
         step, speed = time(row["step_seconds"]["total"]), amount(row["tokens_per_second"])
         table.add_row("time", f"{count(row['steps'], 'step')} of {step}, {speed} tokens/s: {time(row['seconds'])}")

@@ -15,7 +15,7 @@ from btm_scale.report import figures
 from btm_scale.report.equivalence import equivalence_sentence
 from btm_scale.report.figures.compute import compute_bars
 from btm_scale.report.figures.curves import MOST_BESIDE, Curves, schedule_curves
-from btm_scale.report.figures.matrices import perplexity_matrix, smallest_width, weight_matrix
+from btm_scale.report.figures.matrices import perplexity_matrix, routing_matrix, smallest_width, weight_matrix
 from btm_scale.report.figures.ratios import ratio_rows
 from btm_scale.report.figures.style import NARROW, WIDE
 from btm_scale.report.figures.trees import is_worth_drawing
@@ -83,6 +83,8 @@ def sections(config: RunConfig, results: Results, curves: Curves) -> Iterator[Se
         yield _training(config, results, curves)
     if any(results.priors.values()):
         yield _priors(config, results)
+    if results.routing:
+        yield _routing(results)
     if results.compute:
         yield _compute(results)
 
@@ -192,6 +194,20 @@ def _priors(config: RunConfig, results: Results) -> Section:
     table = plain_table(title, ["Expert", *matrix.columns], list(zip(matrix.rows, matrix.texts(), strict=True)))
     draw = partial(figures.prior_matrix, results)
     return Section("Who speaks for a domain", Chart("priors", title, draw, words, table, smallest_width(matrix)))
+
+
+def _routing(results: Results) -> Section:
+    matrix = routing_matrix(results)
+    own = [matrix.values[i][j] or 0.0 for i, j in matrix.own]
+    words = f"The domain's own expert has {sum(own) / len(own):.2f} of the uses on average. " if own else ""
+    words += (
+        "How often the mixture of experts uses each expert on a domain's text, layer by layer. A column is a domain "
+        "and a layer, and sums to 1."
+    )
+    title = "Experts that compute a domain's tokens, by layer"
+    table = plain_table(title, ["Expert", *matrix.columns], list(zip(matrix.rows, matrix.texts(), strict=True)))
+    draw = partial(figures.routing_map, results)
+    return Section("Routing of the mixture", Chart("routing", title, draw, words, table, smallest_width(matrix)))
 
 
 def _lineage(results: Results) -> Section:

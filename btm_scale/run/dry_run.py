@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from btm_scale.config.moe import mixture_layout
 from btm_scale.config.run import RunConfig
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.data.preview import Preview, preview_texts
@@ -16,7 +17,7 @@ from btm_scale.run.launchers import placement
 from btm_scale.run.plan import vocabulary_of
 from btm_scale.run.raised import resumes_at
 from btm_scale.run.state import continued, on_this_device, require_continuable, require_pretrained
-from btm_scale.run_dir import RunDir
+from btm_scale.run_dir import MOE, RunDir
 from btm_scale.train.jobs import is_trained, training_job, training_stages
 from btm_scale.train.passes import budget_tokens, too_many_passes
 
@@ -48,6 +49,7 @@ def dry_run(config: RunConfig, run: RunDir, *, trains_here: bool = True) -> dict
                 "steps": job.steps,
                 "batch": f"{job.sequences} x {config.budget.sequence_length} tokens",
                 "tokens": job.steps * job.sequences * config.budget.sequence_length,
+                "trains": job.trains,
                 "layout": str(job.layout),
                 "at_a_time": place.slots,
                 "done": is_trained(config, run, model),
@@ -57,6 +59,8 @@ def dry_run(config: RunConfig, run: RunDir, *, trains_here: bool = True) -> dict
     tokens = sum(row["tokens"] for row in text.values())
     notes = [previews[name].problem for name in text if previews[name].problem and not text[name]["encoded"]]
     notes += [note for name, row in text.items() if (note := too_many_passes(config, name, row["passes"]))]
+    if config.moe is not None and (layout := mixture_layout(config)).tensor > 1:
+        notes.append(f"{MOE}: sequence_parallel is on, because experts need it with tensor={layout.tensor}")
     tokenizer = config.tokenizer.path
     if tokenizer is not None and any((tokenizer / name).is_file() for name in ("tokenizer.json", SENTENCEPIECE_FILE)):
         notes += filter(None, [loss_of(Tokenizer.load(tokenizer), tokenizer)])

@@ -15,14 +15,14 @@ from btm_scale.launch.gpus import gpu_of_device
 from btm_scale.launch.step_time import step_time
 from btm_scale.model.shape import ModelShape
 from btm_scale.run.launchers import placement
-from btm_scale.train.jobs import TrainingJob, model_names, training_job, training_stages
+from btm_scale.train.jobs import TrainingJob, model_names, shape_of, training_job, training_stages
 from btm_scale.util.cores import visible_cores
 from btm_scale.util.devices import usable_gpus_or_none
 
 _START_SECONDS = 15.0  # until a group has imported the engines and built the model
 _STEP_SECONDS = 0.02  # of a micro-batch on a CPU, besides matrix products
 _TRAINING_SHARE = 0.5  # of the speed of a large matrix product that training reaches on a CPU
-_CHECKPOINT = 12  # bytes per parameter: master weights and two moments in float32
+_MASTER, _MOMENTS = 4, 8  # bytes per parameter in a checkpoint, float32
 
 
 def run_seconds(config: RunConfig, vocabulary: int, done: Container[str] = ()) -> float | None:
@@ -39,8 +39,8 @@ def run_seconds(config: RunConfig, vocabulary: int, done: Container[str] = ()) -
     length = config.budget.sequence_length
 
     def seconds(job: TrainingJob, threads: int) -> float:
-        shape = config.expert_model(job.model).shape(vocabulary, length)
-        flops = shape.flops_per_token(length) / job.layout.ranks
+        shape = shape_of(config, job.model, vocabulary)
+        flops = shape.flops_per_token(length, job.trains) / job.layout.ranks
         scored = len(all_texts(config)) * config.evaluate.tokens_per_domain / 3  # forward passes
         if gpu is None:
             rate = _TRAINING_SHARE * speed * threads
@@ -54,6 +54,7 @@ def run_seconds(config: RunConfig, vocabulary: int, done: Container[str] = ()) -
             length=length,
             accumulation=job.accumulation,
             ranks_per_node=len(gpus.names),
+            trains=job.trains,
         ).total
         return (job.steps + scored / (job.sequences * length)) * step
 
@@ -76,10 +77,13 @@ def disk_bytes(config: RunConfig, vocabulary: int, tokens: int) -> float:
     def model_bytes(shape: ModelShape, layout: Layout) -> int:
         return shape.parameters * (layout.bytes_per_weight if layout.precision != "auto" else 2)
 
+    def checkpoint_bytes(shape: ModelShape, job: TrainingJob) -> int:
+        return _MASTER * shape.parameters + _MOMENTS * shape.trained_parameters(job.trains)
+
     models = sum(
-        model_bytes(shape, training_job(config, name).layout) + config.checkpoint.keep * _CHECKPOINT * shape.parameters
-        for name in names
-        for shape in [config.expert_model(name).shape(vocabulary, length)]
+        model_bytes(shape, job.layout) + config.checkpoint.keep * checkpoint_bytes(shape, job)
+        for job in (training_job(config, name) for name in names)
+        for shape in [shape_of(config, job.model, vocabulary)]
     )
     averages = len(average_texts(config)) * model_bytes(config.model.shape(vocabulary, length), config.layout)
     scores = 4.0 * len(names) * len(all_texts(config)) * config.evaluate.tokens_per_domain

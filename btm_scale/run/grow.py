@@ -37,10 +37,10 @@ def branch_expert(
 ) -> tuple[Branch, Branch | None]:
     """Settle a new expert's parents, and add the expert to the run's config, so that the next `run` trains it.
 
-    Args: `text` of a domain that is new to the run; `settings` of the branch, as in the YAML. Returns the branch and
-    the one that it replaces: until training begins, a call with other arguments settles the parents again, and a call
-    with the same arguments changes nothing, even after training. Raises ConfigError or ForestError, and then leaves the
-    run's config and records as they were.
+    Args: `text` of a domain that is new to the run; `settings` of the branch, as in the YAML, and `train`. Returns the
+    branch and the one that it replaces: until training begins, a call with other arguments settles the parents again,
+    and a call with the same arguments changes nothing, even after training. Raises ConfigError or ForestError, and then
+    leaves the run's config and records as they were.
     """
     with changing_config(run):
         config = current_config(config, run)
@@ -196,7 +196,8 @@ def _with_branch(
     if domain is None:
         values["added_domains"][name] = {"text": list(paths)}
     own = values["experts"].setdefault(name, {})
-    own["branch"] = {"parents": parents, **settings}
+    own |= {key: value for key, value in settings.items() if key == "train"}
+    own["branch"] = {"parents": parents, **{key: value for key, value in settings.items() if key != "train"}}
     try:
         grown = RunConfig.model_validate(values)
     except ValidationError as error:

@@ -87,7 +87,7 @@ def evaluate_forest(config: RunConfig, run: RunDir, launcher: RunGroups | None =
     """
     require_evaluable(config, run)  # raised before anything is written
     remove_abandoned(config, run)
-    finished = [model for model in model_names(config) if is_finished(run.model(model))]
+    finished = [model for model in model_names(config) if model != MOE and is_finished(run.model(model))]
     if behind := [model for model in finished if not is_trained(config, run, model)]:
         logger.warning(
             "trained with a former budget: %s. btm-scale run CONFIG trains further", first_few(behind, "models")
@@ -134,7 +134,7 @@ def score_models(config: RunConfig, run: RunDir, models: Sequence[str], launcher
         read_expert(run.model(model))
     averages = average_texts(config)
     candidates = [*model_names(config), *added_experts(config, run), *averages, MOE]
-    names = models or [name for name in candidates if is_finished(run.model(name))]
+    names = models or [name for name in dict.fromkeys(candidates) if is_finished(run.model(name))]
     if not names:
         raise ForestError(f"There is no finished model in {run.root}. Train some first: btm-scale run CONFIG")
     todo = [name for name in names if missing_scores(config, run, name, averages.get(name) or all_texts(config))]

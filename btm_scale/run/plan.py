@@ -21,7 +21,7 @@ from btm_scale.launch.plan import (
 )
 from btm_scale.model.shape import ModelShape
 from btm_scale.run_dir import SEED
-from btm_scale.train.jobs import TrainingJob, model_names, training_job, training_stages
+from btm_scale.train.jobs import TrainingJob, model_names, shape_of, training_job, training_stages
 from btm_scale.util.bounded_json import shown
 from btm_scale.util.records import read_object
 
@@ -99,15 +99,15 @@ def _branches(config: RunConfig) -> list[str]:
 
 def _group(vocabulary: int, config: RunConfig, job: TrainingJob, cluster: Cluster) -> GroupPlan:
     length = config.budget.sequence_length
-    shape = config.expert_model(job.model).shape(vocabulary, length)
-    training = Training(job.model, job.steps, job.sequences, length, config.data.separate_documents)
+    shape = shape_of(config, job.model, vocabulary)
+    training = Training(job.model, job.steps, job.sequences, length, config.data.separate_documents, job.trains)
     return plan_group(shape, training, job.layout, cluster)
 
 
 def _trainings(config: RunConfig, names: Sequence[str]) -> list[Training]:
     jobs = [training_job(config, name) for name in names]
     length, separate = config.budget.sequence_length, config.data.separate_documents
-    return [Training(job.model, job.steps, job.sequences, length, separate) for job in jobs]
+    return [Training(job.model, job.steps, job.sequences, length, separate, job.trains) for job in jobs]
 
 
 def _settings(layout: Layout, base: Layout) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def _stage_rows(stage: StagePlan) -> dict[str, Any]:
     for group in stage.groups:
         training = group.training
         # Models of different sizes differ at least in their step time.
-        key = (str(group.layout), group.micro_batch, training.steps, training.sequences, group.step)
+        key = (str(group.layout), group.micro_batch, training.steps, training.sequences, training.trains, group.step)
         row = rows.get(key)
         if row is None:
             row = rows[key] = _row(group)
@@ -140,6 +140,7 @@ def _stage_rows(stage: StagePlan) -> dict[str, Any]:
 def _row(group: GroupPlan) -> dict[str, Any]:
     return {
         "models": [],
+        "trains": group.training.trains,
         "layout": str(group.layout),
         "ranks": group.layout.ranks,
         "micro_batch": group.micro_batch,

@@ -8,7 +8,7 @@ from btm_scale.config.run import RunConfig
 from btm_scale.errors import ConfigError, first_few
 from btm_scale.forest.branch import has_begun
 from btm_scale.forest.expert import is_finished, read_expert
-from btm_scale.run_dir import SEED, RunDir
+from btm_scale.run_dir import MOE, SEED, RunDir
 from btm_scale.train.jobs import TrainingJob, is_trained, model_names, training_job
 from btm_scale.util.bounded_json import parse_json, read_bounded
 
@@ -55,7 +55,8 @@ def require_checkpoints(config: RunConfig, run: RunDir) -> None:
     lost = [
         model
         for model in model_names(config)
-        if is_finished(run.model(model))
+        if model != MOE  # it begins again with the experts' new weights
+        and is_finished(run.model(model))
         and not is_trained(config, run, model)
         and resumes_at(run, training_job(config, model)) is None
     ]

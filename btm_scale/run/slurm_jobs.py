@@ -8,7 +8,7 @@ from pathlib import Path
 from btm_scale.config.run import RunConfig
 from btm_scale.launch import slurm
 from btm_scale.launch.slurm_commands import DEFAULT_MAX_ARRAY_SIZE
-from btm_scale.run_dir import DENSE, RunDir
+from btm_scale.run_dir import DENSE, MOE, RunDir
 from btm_scale.train.jobs import training_job, training_stages
 from btm_scale.util.files import make_directory, write_file
 
@@ -25,15 +25,15 @@ def jobs(config: RunConfig, most: int = DEFAULT_MAX_ARRAY_SIZE) -> list[slurm.Jo
     result += [_training(config, name, (name,), (PREPARE,)) for name in first]
     before = tuple(first)
     for number, stage in enumerate(later, start=1):
-        own = [_training(config, DENSE, (DENSE,), before)] if DENSE in stage else []
+        own = [_training(config, model, (model,), before) for model in (DENSE, MOE) if model in stage]
         shapes: dict[tuple[int, int], list[str]] = {}
         for model in stage:
-            if model != DENSE:
+            if model not in (DENSE, MOE):
                 layout = training_job(config, model).layout
                 shapes.setdefault((layout.ranks, layout.colocated), []).append(model)
         arrays = [models[i : i + most] for models in shapes.values() for i in range(0, len(models), most)]
         for models in arrays:
-            place = [str(number)] * (len(later) > 1) + [f"{len(own)}"] * (len(arrays) > 1)
+            place = [str(number)] * (len(later) - ([MOE] in later) > 1) + [f"{len(own)}"] * (len(arrays) > 1)
             own.append(_training(config, "-".join([EXPERTS, *place]), tuple(models), before, is_array=True))
         result += own
         before = tuple(job.name for job in own)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save
+from torch import Tensor
 
 from btm_scale.checkpoint.merge.compatibility import promoted_dtype
 from btm_scale.checkpoint.merge.merge import merge
@@ -18,9 +20,11 @@ from btm_scale.config.run import RunConfig
 from btm_scale.errors import CheckpointError, ForestError, unknown_name
 from btm_scale.forest.expert import CARD, Expert, Parent, find_expert, read_expert
 from btm_scale.forest.forest import require_experts
-from btm_scale.forest.router import ROUTERS, gates
-from btm_scale.forest.router_sums import domains_of_expert, router_sums
+from btm_scale.forest.routed_router import fitted_routed
+from btm_scale.forest.router import ROUTED, ROUTERS, gates
+from btm_scale.forest.router_sums import domains_of_expert, router_sums, texts_of_expert
 from btm_scale.forest.scores import with_sorted_header
+from btm_scale.forest.shared_tensors import share_the_rest
 from btm_scale.forest.turns import current_config, evaluating, scoring, using
 from btm_scale.model.hf_config import read_shape
 from btm_scale.model.shape import ModelShape
@@ -66,17 +70,38 @@ def upcycle(
         if not is_ours:
             raise ForestError(f"Another process makes the mixture of experts of {run.root}. Wait for it, or stop it.")
         config = current_config(config, run)
-        names = chosen_experts(run, recipe)
-        shape = _mixture_shape(config, run, names, recipe)
-        card = _card(run, names, recipe)
-        former = find_expert(run.model(MOE))
-        is_complete = former is not None and former.model_copy(update={"content_hash": ""}) == card
-        if not is_complete:
-            _require_mergeable(run, names, recipe)
-            _make(config, run, card, shape, recipe, device, jobs)
+        made = make_mixture(config, run, recipe, run.model(MOE), device=device, jobs=jobs)
         with scoring(run):
             score_models(config, run, [MOE])
-        return Upcycled(read_expert(run.model(MOE)), shape, is_complete)
+        return made
+
+
+def make_mixture(
+    config: RunConfig,
+    run: RunDir,
+    recipe: Recipe,
+    final: Path,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    before: Callable[[], None] = lambda: None,
+    device: str = "cpu",
+    jobs: int | None = None,
+) -> Upcycled:
+    """Make a mixture of experts at `final`, unless that is the same already. `before` is called when it is not.
+
+    `settings` are recorded in its card, by default the recipe's. Raises ForestError as `upcycle` does.
+    """
+    names = chosen_experts(run, recipe)
+    shape = _mixture_shape(config, run, names, recipe)
+    card = _card(run, names, settings or _settings(recipe))
+    former = find_expert(final)
+    is_complete = former is not None and former.model_copy(update={"content_hash": ""}) == card
+    if not is_complete:
+        _require_mergeable(run, names, recipe)
+        shared = share_the_rest(run, {name: read_expert(run.model(name)) for name in names})
+        before()
+        _make(config, run, card, shape, recipe, final, shared, device, jobs)
+    return Upcycled(read_expert(final), shape, is_complete)
 
 
 def chosen_experts(run: RunDir, recipe: Recipe) -> list[str]:
@@ -148,63 +173,95 @@ def _require_mergeable(run: RunDir, names: Sequence[str], recipe: Recipe) -> Non
         raise ForestError(str(error)) from None
 
 
-def _card(run: RunDir, names: Sequence[str], recipe: Recipe) -> Expert:
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    seed = {"random_seed": recipe.random_seed} if recipe.router == "random" else {}
+    return {"top_k": recipe.top_k, "router": recipe.router} | seed
+
+
+def _card(run: RunDir, names: Sequence[str], settings: Mapping[str, Any]) -> Expert:
     """Return the card of a mixture, without its hash."""
-    settings = {"top_k": recipe.top_k, "router": recipe.router}
-    if recipe.router == "random":
-        settings["random_seed"] = recipe.random_seed
     return Expert(
         name=MOE,
         domains={},
         parents=tuple(Parent(name, 1 / len(names)) for name in names),
         tokens=0,
         steps=0,
-        layout=settings,
+        layout=dict(settings),
         data_fingerprint={name: read_expert(run.model(name)).content_hash for name in names},
         content_hash="",
     )
 
 
 def _make(
-    config: RunConfig, run: RunDir, card: Expert, shape: ModelShape, recipe: Recipe, device: str, jobs: int | None
+    config: RunConfig,
+    run: RunDir,
+    card: Expert,
+    shape: ModelShape,
+    recipe: Recipe,
+    final: Path,
+    shared: bool,
+    device: str,
+    jobs: int | None,
 ) -> None:
     """Write the mixture beside the former one, and put it in its place."""
     names = [parent.name for parent in card.parents]
-    router = None if recipe.router == "random" else _write_router(config, run, names, shape, recipe.router, device)
     directories = [run.model(name) for name in names]
-    new = run.root / f".{MOE}.new"
+
+    def merged(output: Path, router: Path | None) -> str:
+        report = merge(
+            output,
+            [(directory, 1.0) for directory in directories],
+            method="moe",
+            parameters={"top_k": recipe.top_k},
+            dtype=promoted_dtype(directories),
+            jobs=jobs,
+            random_seed=recipe.random_seed,
+            ingredients=Ingredients(tuple(names), router, shared),
+        )
+        return report.content_hash
+
+    router = None
+    if recipe.router == ROUTED:
+        unrouted = final.with_name(f".{final.name}.unrouted")
+        shutil.rmtree(unrouted, ignore_errors=True)
+        try:
+            merged(unrouted, None)
+            logger.info("fitting the router to the mixture, layer by layer")
+            texts = [texts_of_expert(config, run, name) for name in names]
+            router = _write_gates(run, fitted_routed(unrouted, shape, texts, device))
+        finally:
+            shutil.rmtree(unrouted, ignore_errors=True)
+    elif recipe.router != "random":
+        router = _write_gates(run, _gates(config, run, names, shape, recipe.router, device))
+    new = final.with_name(f".{final.name}.new")
     shutil.rmtree(new, ignore_errors=True)  # complete, but its process was killed before it got its name
     logger.info("merging %s into one mixture of experts", ", ".join(names))
-    report = merge(
-        new,
-        [(directory, 1.0) for directory in directories],
-        method="moe",
-        parameters={"top_k": recipe.top_k},
-        dtype=promoted_dtype(directories),
-        jobs=jobs,
-        random_seed=recipe.random_seed,
-        ingredients=Ingredients(tuple(names), router),
-    )
+    content_hash = merged(new, router)
     try:
-        with writing(run.model(MOE)):
+        with writing(final):
             (new / PROVENANCE).unlink(missing_ok=True)  # expert.json is the record of a model in a run
-            card.model_copy(update={"content_hash": report.content_hash}).write(new / CARD)
+            card.model_copy(update={"content_hash": content_hash}).write(new / CARD)
             with evaluating(run):  # which reads the former one
-                publish_directory(new, run.model(MOE), replace=True)
+                publish_directory(new, final, replace=True)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
 
 
-def _write_router(
+def _gates(
     config: RunConfig, run: RunDir, names: Sequence[str], shape: ModelShape, kind: str, device: str
-) -> Path:
-    """Write the router of a mixture to a file, unless it has the same bytes already; returns its path."""
+) -> dict[str, Tensor]:
+    """Return the gates of a router that is made of each expert's own sums."""
     sums = []
     for name in names:
         logger.info("reading the hidden states of %s on its domains' dev text", name)
         sums.append(router_sums(config, run, name, device=device))
-    path, content = run.router(MOE), with_sorted_header(save(gates(kind, shape, sums)))
+    return gates(kind, shape, sums)
+
+
+def _write_gates(run: RunDir, tensors: dict[str, Tensor]) -> Path:
+    """Write the router of a mixture to a file, unless it has the same bytes already; returns its path."""
+    path, content = run.router(MOE), with_sorted_header(save(tensors))
     if not path.is_file() or path.read_bytes() != content:  # an interrupted merge resumes if the file is the same
         make_directory(path.parent)
         write_file(path, content)

@@ -22,7 +22,8 @@ from btm_scale.forest.average_models import average_texts
 from btm_scale.forest.scores import all_texts
 from btm_scale.forest.turns import changing_config, current_config, evaluating, scoring
 from btm_scale.launch.shutdown import end_with_supervisor
-from btm_scale.run_dir import RunDir
+from btm_scale.run.mixture_stage import first_mixture
+from btm_scale.run_dir import MOE, RunDir
 from btm_scale.train.jobs import is_trained, training_job
 from btm_scale.train.preemption import forget_stop, leaving_at_once
 from btm_scale.train.threads import keep_threads
@@ -48,7 +49,9 @@ def train_as_rank(config: RunConfig, run: RunDir, model: str) -> None:
         job = training_job(config, model)
         keep_threads(group, run, model)
         if not is_trained(config, run, model):
-            train_and_export(group, config, run, job)
+            first = first_mixture(group, config, run, job) if model == MOE else None
+            if first != run.model(model):
+                train_and_export(group, config, run, job, first)
         with leaving_at_once(run.train(model)):
             score_model(group, config, run, model, all_texts(config), on_text=_log_scored)
         if group.is_first:

@@ -17,7 +17,7 @@ from btm_scale.train.metrics import read_metrics
 from btm_scale.util.records import Record
 
 if TYPE_CHECKING:  # judging needs no engine
-    from btm_scale.train.engine import StepResult
+    from btm_scale.train.step_result import StepResult
 
 logger = logging.getLogger(__name__)
 

@@ -28,6 +28,7 @@ from btm_scale.errors import CheckpointError
 from btm_scale.model.hf_names import table
 from btm_scale.model.hf_weights import huggingface_shapes, local_part
 from btm_scale.model.partition import complete_shape
+from btm_scale.model.trained import TrainedPart, frozen_names
 from btm_scale.train.engine import KINDS, MASTER, OUTER, Engine
 from btm_scale.train.jobs import TrainingJob
 from btm_scale.train.pieces import Placement, Span
@@ -71,7 +72,8 @@ def save_state(
     waits for other ranks.
     """
     group, decay_end = engine.group, engine.job.decay_after(step)
-    position = Position(step, engine.adam_steps, random_state(), engine.loss_scale, decay_end)
+    load = tuple(map(tuple, engine.routers.load))
+    position = Position(step, engine.adam_steps, random_state(), engine.loss_scale, decay_end, load)
     write_state(engine, folder, position, _own_pieces(engine), engine.kinds, (group.rank, group.size), watch)
     if group.is_first:
         remove_old_states(folder, step, keep, kept)
@@ -95,8 +97,7 @@ def write_state(
     index, ranks = part
     final = state_path(folder, position.step)
     temporary = partial_path(final)
-    sizes = huggingface_shapes(engine.model.shape)
-    specs = {f"{kind}/{name}": TensorSpec(torch.float32, size) for kind in kinds for name, size in sizes.items()}
+    specs = {name: TensorSpec(torch.float32, size) for name, size in state_shapes(engine, kinds).items()}
     total = sum(spec.nbytes for spec in specs.values())
     try:
         with writing(final):
@@ -153,13 +154,14 @@ def _own_pieces(engine: Engine) -> Iterator[OwnPiece]:
     tensor = group.layout.tensor
     for entry in table(shape):
         parameter = parameters[entry.megatron]
-        parts = {kind: engine.own_part(parameter, kind) for kind in engine.kinds}
+        parts = {kind: engine.own_part(parameter, kind) for kind in engine.kinds_of(parameter)}
         first, size = parts[MASTER][0], parts[MASTER][1].numel()
-        index, copies = (0, 1) if engine.is_partitioned else (group.data_rank, group.layout.data)
+        is_divided = engine.is_divided(parameter)
+        index, copies = (0, 1) if is_divided else (group.data_rank, group.layout.data)
         if entry.cut is None:
             index, copies = index * tensor + group.tensor_rank, copies * tensor
         placement = Placement(entry, tuple(complete_shape(parameter)), shape, group.tensor_rank, tensor)
-        if engine.is_partitioned:
+        if is_divided:
             start, stop = size * index // copies, size * (index + 1) // copies
             pieces = placement.pieces(first + start, first + stop)
         else:
@@ -212,22 +214,36 @@ def load_state(engine: Engine, path: Path) -> Position:
     """Load a checkpoint into an engine of any layout. Raises CheckpointError if it is of another shape."""
     position = read_position(path)
     with SafetensorsModel(path) as tensors:
-        sizes = huggingface_shapes(engine.model.shape)
-        expected = {f"{kind}/{name}": size for kind in KINDS for name, size in sizes.items()}
+        expected = state_shapes(engine)
+        # Those of a parent that was trained completely are more than an expert needs of which a part is trained.
+        known = state_shapes(engine, part="all")
         shapes = {name: spec.shape for name, spec in tensors.specs().items()}
         outer = {name: size for name, size in shapes.items() if name.startswith(f"{OUTER}/")}
         shapes = {name: size for name, size in shapes.items() if name not in outer}
-        if shapes != expected:
-            differing = next(name for name in sorted({*shapes, *expected}) if shapes.get(name) != expected.get(name))
+        differing = next((name for name in sorted(expected.keys() | shapes) if shapes.get(name) != known.get(name)), "")
+        if differing:
             raise CheckpointError(
-                f"Cannot load {path}: '{differing}' is {shapes.get(differing)} there and {expected.get(differing)} in "
-                "this model. A checkpoint fits only a model of its shape. Restore the run's `model`, or use another "
+                f"Cannot load {path}: '{differing}' is {shapes.get(differing)} there and {known.get(differing)} in this"
+                "  model. A checkpoint fits only a model of its shape. Restore the run's `model`, or use another "
                 "--out."
             )
         engine.adam_steps = position.adam_steps
         engine.loss_scale = position.loss_scale
+        engine.routers.load = position.router_load
         restore(engine, lambda kind, name: tensors.read(f"{kind}/{name}"), engine.kinds if outer else KINDS)
     return position
+
+
+def state_shapes(
+    engine: Engine, kinds: Sequence[str] = KINDS, part: TrainedPart | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors in a checkpoint by name; `part` in place of what the engine trains."""
+    shape = engine.model.shape
+    frozen = frozen_names(shape, part or engine.job.trains)
+    sizes = huggingface_shapes(shape)
+    return {
+        f"{kind}/{name}": size for kind in kinds for name, size in sizes.items() if kind == MASTER or name not in frozen
+    }
 
 
 def restore(engine: Engine, read: Callable[[str, str], torch.Tensor], kinds: Sequence[str]) -> None:
@@ -238,7 +254,7 @@ def restore(engine: Engine, read: Callable[[str, str], torch.Tensor], kinds: Seq
     group, shape, parameters = engine.group, engine.model.shape, engine.parameters
     for entry in table(shape):
         state = {}
-        for kind in kinds:
+        for kind in set(kinds) & set(engine.kinds_of(parameters[entry.megatron])):
             part = local_part(entry, partial(read, kind), shape, group.tensor_rank, group.layout.tensor)
             state[kind] = part.to(group.device, torch.float32)
         for kind in KINDS:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -24,12 +23,15 @@ from torch import Tensor
 from btm_scale.config.training import OptimizerConfig
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.gpt import ExpertModel
-from btm_scale.model.partition import complete, complete_shape, is_partitioned
+from btm_scale.model.partition import complete, is_partitioned
 from btm_scale.train.deepspeed_config import deepspeed_config
 from btm_scale.train.diloco import OuterStep
 from btm_scale.train.fp32_gradients import Float32Sums
 from btm_scale.train.jobs import TrainingJob
 from btm_scale.train.monitors import rewind
+from btm_scale.train.parameter_groups import RATE_SCALE, empty, parameter_groups, scaler_attributes
+from btm_scale.train.routers import Routers
+from btm_scale.train.step_result import StepResult
 from btm_scale.util.imports import import_uncompiled
 
 # DeepSpeed's engine imports Muon only to check the type of each optimizer.
@@ -41,15 +43,6 @@ MASTER, FIRST_MOMENT, SECOND_MOMENT = "master", "exp_avg", "exp_avg_sq"
 KINDS = (MASTER, FIRST_MOMENT, SECOND_MOMENT)
 # The outer momentum, if data ranks take local steps.
 OUTER = "outer"
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """The outcome of one optimizer step."""
-
-    loss: float  # mean, in nats
-    gradient_norm: float  # before clipping
-    overflowed: bool = False  # fp16 only: the scaled gradients overflowed, and the step was skipped
 
 
 class Engine:
@@ -66,7 +59,7 @@ class Engine:
         self.group = group
         self.job = job
         adam = torch.optim.AdamW(
-            _parameter_groups(model, optimizer.weight_decay),
+            parameter_groups(model, optimizer.weight_decay, job.router_rate),
             lr=0.0,  # set by each step; some of DeepSpeed's optimizers read it at construction
             betas=optimizer.betas_at(job.batch_share),
             eps=optimizer.eps,
@@ -80,6 +73,7 @@ class Engine:
             dist_init_required=False,
         )
         self.model: ExpertModel = self._engine.module
+        self.routers = Routers(group, self.model, job.mixture)
         self._masters = self._replicated_masters()
         if self._masters is not None and group.layout.precision != "fp32" and job.accumulation > 1:
             Float32Sums(self.model, self._engine.is_gradient_accumulation_boundary)
@@ -95,7 +89,8 @@ class Engine:
     def step(self, sequences: Tensor, rate: float) -> StepResult:
         """Train on this data rank's sequences, [job.sequences / data, length + 1], at learning rate `rate`."""
         for settings in self._engine.optimizer.param_groups:
-            settings["lr"] = rate
+            settings["lr"] = rate * settings[RATE_SCALE]
+        self.routers.begin_step()
         scale = self._scale  # the step may change it
         total = torch.zeros((), device=self.group.device)
         for micro in sequences.to(self.group.device).split(self.job.micro_batch):
@@ -116,7 +111,7 @@ class Engine:
         if self._masters is not None:
             norm /= scale
         overflowed = self._scaler is not None and not self._engine.was_step_applied()
-        return StepResult(float(total), norm, overflowed)
+        return StepResult(float(total), norm, overflowed, self.routers.end_step())
 
     @torch.no_grad()
     def loss_of(self, sequences: Tensor) -> Tensor:
@@ -131,6 +126,10 @@ class Engine:
         """The kinds of tensors in this engine's training state."""
         return KINDS if self._outer is None else (*KINDS, OUTER)
 
+    def kinds_of(self, parameter: torch.nn.Parameter) -> tuple[str, ...]:
+        """Return the kinds of tensors in a parameter's state; one that is not trained has its weights only."""
+        return self.kinds if parameter.requires_grad else (MASTER,)
+
     def is_whole_after(self, step: int) -> bool:
         """Return whether the data ranks are in sync after this step, so that a checkpoint can be saved."""
         return self._outer is None or step % self.job.layout.sync_every == 0 or step == self.job.steps
@@ -139,7 +138,7 @@ class Engine:
         """Synchronize the data ranks if they take local steps."""
         if self._outer is None:
             return
-        for parameter in self.model.parameters():
+        for parameter in self._trained_parameters():
             moments = {kind: self.full(parameter, kind) for kind in (FIRST_MOMENT, SECOND_MOMENT)}
             weights, moments = self._outer(parameter, self.full(parameter, MASTER), moments)
             self._set(parameter, {MASTER: weights, **moments})
@@ -159,6 +158,9 @@ class Engine:
 
     def full(self, parameter: torch.nn.Parameter, kind: str) -> Tensor:
         """Return one tensor of a parameter's state on every data rank, float32, in its shape on this tensor rank."""
+        if not parameter.requires_grad:
+            weights = self.weights(parameter).float()
+            return weights if kind == MASTER else torch.zeros_like(weights)  # which it has no need of
         if kind == OUTER:
             assert self._outer is not None
             return self._outer.momentum(parameter)
@@ -170,9 +172,10 @@ class Engine:
             return safe_get_full_fp32_param(parameter)
         return safe_get_full_optimizer_state(parameter, kind)
 
-    @property
-    def is_partitioned(self) -> bool:
-        """Whether each data rank stores a different part of what a checkpoint holds; otherwise all store all of it."""
+    def is_divided(self, parameter: torch.nn.Parameter) -> bool:
+        """Return whether each data rank stores a part of a parameter's state; otherwise all store all of it."""
+        if not parameter.requires_grad:
+            return is_partitioned(parameter)
         return self._masters is None and self._outer is None
 
     def own_part(self, parameter: torch.nn.Parameter, kind: str) -> tuple[int, Tensor]:
@@ -180,11 +183,16 @@ class Engine:
 
         Ranks don't communicate.
         """
+        if not parameter.requires_grad and not is_partitioned(parameter):
+            return 0, parameter.detach().float().reshape(-1)
         if self._masters is not None or kind == OUTER:
             return 0, self.full(parameter, kind).reshape(-1)
         if is_partitioned(parameter):  # ZeRO 3: equal parts, of which the last are padded
             local = safe_get_local_fp32_param, safe_get_local_optimizer_state
-            part = local[0](parameter) if kind == MASTER else local[1](parameter, kind)
+            if not parameter.requires_grad:
+                part = parameter.ds_tensor.detach().float().reshape(-1)  # type: ignore[attr-defined]
+            else:
+                part = local[0](parameter) if kind == MASTER else local[1](parameter, kind)
             start = part.numel() * parameter.ds_zero_partition_rank  # type: ignore[attr-defined]
             return start, part[: max(0, parameter.ds_numel - start)]  # type: ignore[attr-defined]
         fragment = parameter._hp_mapping  # type: ignore[attr-defined]
@@ -200,10 +208,14 @@ class Engine:
     def restore(self, parameter: torch.nn.Parameter, state: Mapping[str, Tensor]) -> None:
         """Set a parameter's complete state; the model's own weights follow the master weights."""
         self._set(parameter, state)
-        if self._outer is not None:
+        if self._outer is not None and parameter.requires_grad:
             self._outer.begin(parameter, state[MASTER], state.get(OUTER))
 
     def _set(self, parameter: torch.nn.Parameter, state: Mapping[str, Tensor]) -> None:
+        if not parameter.requires_grad:
+            with complete(parameter, changes=True):
+                parameter.data.copy_(state[MASTER].view_as(parameter))
+            return
         if self._masters is not None:
             master = self._masters[parameter]
             for tensor in (master, parameter):
@@ -227,6 +239,7 @@ class Engine:
             self.restore(parameters[name], {MASTER: master, FIRST_MOMENT: zeros, SECOND_MOMENT: zeros})
         self.adam_steps = 0
         self.loss_scale = self._first_loss_scale
+        self.routers.load = ()
 
     @property
     def adam_steps(self) -> int:
@@ -248,12 +261,8 @@ class Engine:
         parameters = list(self.model.parameters())
         holders = [*parameters, *self.model.modules(), engine, engine.optimizer, self._base, self]
         engine.destroy()
-        for parameter in parameters:
-            parameter.grad = None
-            parameter.data = parameter.data.new_empty(0)
-        for holder in holders:
-            vars(holder).clear()
-        del engine, parameters, parameter, holders, holder
+        empty(parameters, holders)
+        del engine, parameters, holders
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -281,12 +290,12 @@ class Engine:
     def loss_scale(self) -> dict[str, float]:
         """The state of fp16 loss scaling; empty in other precisions."""
         scaler = self._scaler
-        return {} if scaler is None else {name: getattr(scaler, name) for name in _scaler_attributes(scaler)}
+        return {} if scaler is None else {name: getattr(scaler, name) for name in scaler_attributes(scaler)}
 
     @loss_scale.setter
     def loss_scale(self, state: Mapping[str, float]) -> None:
         if self._scaler is not None:
-            for name in _scaler_attributes(self._scaler):
+            for name in scaler_attributes(self._scaler):
                 if name in state:
                     setattr(self._scaler, name, state[name])
 
@@ -308,7 +317,7 @@ class Engine:
             return None
         optimizer = self._engine.optimizer
         if self._base is optimizer:
-            return {parameter: parameter for parameter in self.model.parameters()}
+            return {parameter: parameter for parameter in self._trained_parameters()}
         pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
         return {parameter: master for group in pairs for parameter, master in zip(*group, strict=True)}
 
@@ -318,9 +327,12 @@ class Engine:
             return None
         data = self.group.mpu.get_data_parallel_group()
         outer = OuterStep(data, layout.outer_lr, layout.outer_momentum)
-        for parameter in self.model.parameters():
+        for parameter in self._trained_parameters():
             outer.begin(parameter, self.full(parameter, MASTER))
         return outer
+
+    def _trained_parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def _flat_parameters(self) -> Iterator[Tensor]:
         """Yield the tensors that AdamW updates: with ZeRO, this rank's flat partitions of the parameters."""
@@ -330,16 +342,3 @@ class Engine:
         else:
             for settings in self._base.param_groups:
                 yield from settings["params"]
-
-
-def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return AdamW's parameter groups: matrices decay; norms and biases, which have one dimension, do not."""
-    matrices = [parameter for parameter in model.parameters() if len(complete_shape(parameter)) > 1]
-    vectors = [parameter for parameter in model.parameters() if len(complete_shape(parameter)) == 1]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-
-
-def _scaler_attributes(scaler: Any) -> list[str]:
-    """Return the attributes that hold a loss scaler's state; DeepSpeed has several kinds of scaler."""
-    names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-    return [name for name in names if hasattr(scaler, name)]

@@ -14,9 +14,9 @@ from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.config.run import RunConfig
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.forest.branch import Branch
-from btm_scale.forest.expert import CARD, Expert
+from btm_scale.forest.expert import CARD, Expert, read_expert
 from btm_scale.forest.turns import scoring
-from btm_scale.model.hf_config import config_json
+from btm_scale.model.hf_config import config_json, read_config
 from btm_scale.model.hf_weights import huggingface_shapes, huggingface_tensors
 from btm_scale.run_dir import RunDir
 from btm_scale.train.engine import Engine
@@ -35,15 +35,17 @@ def export_expert(
     end_of_text: int,
     steps: int,
     best: int | None = None,
+    first: Path | None = None,
 ) -> None:
     """Write the trained model, in the dtype it computes in, to its folder in the run. All ranks call this together.
 
-    Args: `steps`, that were taken; `best`, the step whose weights the engine has, if that is not the last.
+    Args: `steps`, that were taken; `best`, the step whose weights the engine has, if that is not the last; `first`, the
+    model that a mixture of experts began with.
     """
     final = run.model(engine.job.model)
     try:
         with writing(final):
-            _export(engine, config, run, branch, end_of_text, steps, best)
+            _export(engine, config, run, branch, end_of_text, steps, best, first)
     except OSError:
         if engine.group.is_first:
             remove_partial(partial_path(final))  # it would take the space that the next attempt needs
@@ -52,7 +54,14 @@ def export_expert(
 
 
 def _export(
-    engine: Engine, config: RunConfig, run: RunDir, branch: Branch, end_of_text: int, steps: int, best: int | None
+    engine: Engine,
+    config: RunConfig,
+    run: RunDir,
+    branch: Branch,
+    end_of_text: int,
+    steps: int,
+    best: int | None,
+    first: Path | None,
 ) -> None:
     group, shape, job = engine.group, engine.model.shape, engine.job
     final = run.model(job.model)
@@ -70,15 +79,22 @@ def _export(
     if writer is not None:
         writer.close()
         settings = config_json(shape, dtype=dtype_name(group.dtype), end_of_text=end_of_text)
+        if first is not None:  # its experts' names, and special tokens
+            settings = read_config(first) | {"torch_dtype": settings["torch_dtype"]}
         (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         for file in sorted(run.tokenizer.iterdir()):
             copy_inside(run.tokenizer, file.name, partial)
         card = _card(config, run, job, branch, partial, steps)
+        if first is not None:
+            begun = read_expert(first)
+            recorded = {"parents": begun.parents, "data_fingerprint": begun.data_fingerprint}
+            card = card.model_copy(update=recorded | {"layout": begun.layout | card.layout})
         card = card.model_copy(update={"device": name_of(group.device), "best_step": best or 0})
         card.write(partial / CARD)
         # A raised budget replaces the expert of the smaller one, and not while the forest is evaluated.
-        with scoring(run) if job.earlier else contextlib.nullcontext():
-            publish_directory(partial, final, replace=bool(job.earlier))
+        replaces = bool(job.earlier) or first is not None
+        with scoring(run) if replaces else contextlib.nullcontext():
+            publish_directory(partial, final, replace=replaces)
 
 
 def _card(config: RunConfig, run: RunDir, job: TrainingJob, branch: Branch, directory: Path, steps: int) -> Expert:
@@ -91,4 +107,5 @@ def _card(config: RunConfig, run: RunDir, job: TrainingJob, branch: Branch, dire
         layout=job.layout.model_dump(),
         data_fingerprint={domain: Fingerprint.of_domain(run, domain).text for domain in branch.domains},
         content_hash=content_hash(directory),
+        trains=job.trains,
     )

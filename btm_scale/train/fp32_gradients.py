@@ -14,7 +14,7 @@ class Float32Sums:
     def __init__(self, model: torch.nn.Module, is_last: Callable[[], bool]) -> None:
         self._is_last = is_last
         self._sums: dict[Tensor, Tensor] = {}
-        for parameter in model.parameters():
+        for parameter in filter(lambda one: one.requires_grad, model.parameters()):
             parameter.register_post_accumulate_grad_hook(self._take)
 
     def _take(self, parameter: Tensor) -> None:

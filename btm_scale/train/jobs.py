@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from btm_scale.config.layout import Layout
+from btm_scale.config.moe import MoeConfig, MoeTrainConfig, mixture_experts, mixture_layout, mixture_shape
 from btm_scale.config.run import RunConfig
 from btm_scale.config.training import BranchConfig, OptimizerConfig
 from btm_scale.errors import ConfigError, unknown_name
-from btm_scale.forest.expert import is_finished, read_expert
-from btm_scale.run_dir import DENSE, RANDOM_SPLIT, SEED, RunDir
+from btm_scale.forest.expert import find_expert, is_finished, read_expert
+from btm_scale.model.shape import ModelShape
+from btm_scale.model.trained import TrainedPart
+from btm_scale.run_dir import DENSE, MOE, RANDOM_SPLIT, SEED, RunDir
 
 _ROUNDING = 1e-6  # of a step
 
@@ -46,6 +50,8 @@ class TrainingJob:
     stable_steps: int | None = (
         None  # with wsd: those that a raised budget keeps, since neither rate nor text depends on it
     )
+    trains: TrainedPart = "all"
+    mixture: MoeTrainConfig | None = None  # of the mixture of experts
 
     @property
     def stretches(self) -> tuple[Stretch, ...]:
@@ -73,6 +79,11 @@ class TrainingJob:
         return next((one for one in self.stretches if step <= one.steps), self.stretches[-1])
 
     @property
+    def router_rate(self) -> float:
+        """The learning rate of routers as a multiple of the step's."""
+        return 1.0 if self.mixture is None else self.mixture.router_lr_scale / self.mixture.lr_scale
+
+    @property
     def micro_batch(self) -> int:
         """Sequences per micro-batch of one rank."""
         return self.layout.micro_batches(self.sequences)[0]
@@ -89,7 +100,22 @@ def model_names(config: RunConfig) -> list[str]:
     if config.baselines.dense:
         names.append(DENSE)
     names += [*config.longer_dense_models, *config.expert_domains]
-    return names + config.random_split_models
+    return names + config.random_split_models + ([MOE] if config.moe is not None else [])
+
+
+def shape_of(config: RunConfig, model: str, vocabulary: int) -> ModelShape:
+    """Return the shape of one of `model_names`."""
+    if model == MOE:
+        return mixture_shape(config, vocabulary)
+    return config.expert_model(model).shape(vocabulary, config.budget.sequence_length)
+
+
+def optimizer_of(config: RunConfig, model: str) -> OptimizerConfig:
+    """Return the optimizer and schedule of a model. The mixture has its own warmup, and decays linearly to 0."""
+    if model != MOE or config.moe is None:
+        return config.optimizer
+    own = {"lr": config.optimizer.lr * config.moe.train.lr_scale, "warmup": 0.1, "decay": "linear", "final": 0.0}
+    return config.optimizer.model_copy(update=own)
 
 
 def training_job(config: RunConfig, model: str) -> TrainingJob:
@@ -137,11 +163,34 @@ def training_job(config: RunConfig, model: str) -> TrainingJob:
             ),
             [round(total * factor) - budget.seed_steps for total in budget.schedule_steps],
         )
+    elif model == MOE and config.moe is not None:
+        job = _mixture_job(config, config.moe)
     else:
         job = _expert_job(config, model)
     for problem in job.layout.batch_problems(job.sequences):
         raise ConfigError(f"{model}: {problem}")
     return job
+
+
+def _mixture_job(config: RunConfig, moe: MoeConfig) -> TrainingJob:
+    """Return the job of the mixture of experts, which trains on the domains of its experts as dense does."""
+    steps = round(moe.train.budget_share * config.budget.tokens / config.budget.batch_tokens)
+    steps = max(1, steps) if moe.train.budget_share else 0
+    return TrainingJob(
+        model=MOE,
+        branch=None,
+        weights={name: config.expert_domains[name].weight for name in mixture_experts(config)},
+        part=None,
+        steps=steps,
+        sequences=config.budget.sequences,
+        batch_share=1.0,
+        first_sample=0,
+        samples=steps * config.budget.sequences,
+        progress=(0.0, 1.0),
+        layout=mixture_layout(config),
+        trains=moe.train.parameters,
+        mixture=moe.train,
+    )
 
 
 def _expert_job(config: RunConfig, model: str) -> TrainingJob:
@@ -173,6 +222,7 @@ def _expert_job(config: RunConfig, model: str) -> TrainingJob:
         samples=0,
         progress=(0.0, 1.0),
         layout=config.expert_layout(model),
+        trains=own.train if own is not None else "all",
     )
     return _with_stretches(
         config, job, [max(1, round(count / (sequences * budget.sequence_length))) for count in tokens]
@@ -216,8 +266,28 @@ def is_trained(config: RunConfig, run: RunDir, model: str) -> bool:
     """Return whether a model is finished, also with the steps that a raised budget has added."""
     if not is_finished(run.model(model)):
         return False
+    if model == MOE:
+        return _is_current(config, run)
     earlier = {stretch.steps for stretch in training_job(config, model).earlier}
     return not earlier or read_expert(run.model(model)).steps not in earlier
+
+
+def mixture_settings(config: RunConfig) -> dict[str, Any]:
+    """Return what the card of the run's mixture records of the section `moe`."""
+    moe = config.moe
+    assert moe is not None
+    recipe = {"top_k": moe.top_k, "router": moe.router}
+    recipe |= {"random_seed": config.random_seed} if moe.router == "random" else {}
+    return recipe | ({"train": moe.train.model_dump()} if moe.train.budget_share else {})
+
+
+def _is_current(config: RunConfig, run: RunDir) -> bool:
+    """Return whether the mixture is that of the section `moe`, and of the experts as they are now."""
+    card, wanted = read_expert(run.model(MOE)), mixture_settings(config)
+    experts = {name: find_expert(run.model(name)) for name in mixture_experts(config)}
+    is_same = all(card.layout.get(name) == wanted.get(name) for name in ("top_k", "router", "random_seed", "train"))
+    hashes = {name: one.content_hash for name, one in experts.items() if one is not None}
+    return is_same and card.data_fingerprint == hashes
 
 
 def training_stages(config: RunConfig) -> list[list[str]]:
@@ -228,6 +298,9 @@ def training_stages(config: RunConfig) -> list[list[str]]:
     stage_of = {SEED: 0}
     for model in model_names(config):
         if model == SEED:
+            continue
+        if model == MOE:  # the last of `model_names`
+            stage_of[model] = 1 + max(stage_of.values())
             continue
         branch = training_job(config, model).branch
         if branch is None:

@@ -21,9 +21,10 @@ if TYPE_CHECKING:  # reading metrics needs no engine
     import torch
 
     from btm_scale.distributed.group import ExpertGroup
+    from btm_scale.model.moe import Routing
     from btm_scale.model.shape import ModelShape
-    from btm_scale.train.engine import StepResult
     from btm_scale.train.jobs import TrainingJob
+    from btm_scale.train.step_result import StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class Metrics:
         self._path = path
         self._job = job
         self._step_tokens = job.sequences * length
-        self._token_flops = shape.flops_per_token(length)
+        self._token_flops = shape.flops_per_token(length, job.trains)
         peak = peak_flops(group.device, job.layout.precision)
         self._peak = None if peak is None else peak * group.size
         from btm_scale.kernels import kernel_path
@@ -103,6 +104,7 @@ class Metrics:
             "seconds": seconds,
             "flops_per_second": self._step_tokens * self._token_flops / seconds,
         }
+        line |= self._routing(result.routing)
         line |= more or {}
         if result.overflowed:
             line["overflowed"] = True
@@ -126,6 +128,16 @@ class Metrics:
                 line["tokens_per_second"],
             )
         return line
+
+    def _routing(self, routing: Routing | None) -> dict[str, float]:
+        """Return means over layers: each expert's fraction of the uses, and the routers' entropy in nats."""
+        if routing is None:
+            return {}
+        layers = len(routing.load)
+        # A mixture trains on the domains of its experts.
+        means = [sum(column) / layers for column in zip(*routing.load, strict=True)]
+        loads = {f"expert_load/{name}": load for name, load in zip(self._job.weights, means, strict=True)}
+        return loads | {"router_entropy": sum(routing.entropy) / layers}
 
     def _watch_cores(self, now: float) -> None:
         """Measure every few seconds how much the threads waited for a core; log it once if that is much."""

@@ -25,6 +25,7 @@ class Position:
     random_state: str  # state of torch's CPU generator, base64
     loss_scale: dict[str, float] = field(default_factory=dict)  # fp16 only
     decay_end: int | None = None  # in the decay of wsd: the step at which it ends
+    router_load: tuple[tuple[float, ...], ...] = ()  # of a mixture of experts: what the next step balances by
 
 
 def _base64(text: str) -> str:
@@ -51,6 +52,7 @@ class Marker(Record):
     random_state: RandomState
     loss_scale: dict[str, int | float] = {}
     decay_end: int | None = Field(None, ge=0, le=1 << 62, exclude_if=is_empty)
+    router_load: tuple[tuple[float, ...], ...] = Field((), exclude_if=is_empty)
     parts: tuple[WrittenPart, ...] = ()  # by rank
     equal_parts: tuple[str, ...] = Field((), exclude_if=is_empty)  # digests of equal ranges; schema 2
     sha256: str | None = Field(None, exclude_if=is_empty)  # of the complete file; schema 1
@@ -76,7 +78,9 @@ class Marker(Record):
     @property
     def position(self) -> Position:
         """The progress of the job."""
-        return Position(self.step, self.adam_steps, self.random_state, self.loss_scale, self.decay_end)
+        return Position(
+            self.step, self.adam_steps, self.random_state, self.loss_scale, self.decay_end, self.router_load
+        )
 
 
 def state_path(folder: Path, step: int) -> Path:

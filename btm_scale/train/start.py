@@ -23,7 +23,7 @@ from btm_scale.model.gpt import ExpertModel
 from btm_scale.model.hf_names import with_new_rows
 from btm_scale.model.hf_weights import huggingface_shapes, load_weights
 from btm_scale.run_dir import RunDir
-from btm_scale.train.checkpoint import common_state, load_state, read_position, restore
+from btm_scale.train.checkpoint import common_state, load_state, read_position, restore, state_shapes
 from btm_scale.train.engine import KINDS, MASTER, Engine
 from btm_scale.train.jobs import TrainingJob
 
@@ -51,7 +51,8 @@ def begin_branch(engine: Engine, run: RunDir, job: TrainingJob, parents: Sequenc
     """Set the engine to the weighted mean of the parents' training checkpoints. All ranks call this together.
 
     A parent without a checkpoint, such as one that was added to the forest, contributes its exported weights.
-    Moments are averaged only if every parent has them, and are zero otherwise or with a fresh optimizer.
+    Moments are averaged only if every parent has them for all that is trained, and are zero otherwise or with a fresh
+    optimizer.
     Raises ForestError if a parent is gone, CheckpointError if the parents' tensors differ in shape from the engine's.
     """
     assert job.branch is not None
@@ -64,7 +65,8 @@ def begin_branch(engine: Engine, run: RunDir, job: TrainingJob, parents: Sequenc
                 f"btm-scale branch {run.root} --name {job.model} --from ..."
             )
     positions = [read_position(checkpoint) for checkpoint in checkpoints if checkpoint is not None]
-    carried = job.branch.optimizer == "carried" and len(positions) == len(parents)
+    moments = [checkpoint is not None and _has_moments(engine, checkpoint) for checkpoint in checkpoints]
+    carried = job.branch.optimizer == "carried" and all(moments)
     if carried and len(parents) == 1 and checkpoints[0] is not None:
         load_state(engine, checkpoints[0])
         return
@@ -79,9 +81,8 @@ def begin_branch(engine: Engine, run: RunDir, job: TrainingJob, parents: Sequenc
     merge_group = patient_group()
     if engine.group.is_first:
         weights = [parent.weight for parent in parents]
-        _write_mean(
-            mean, list(zip(sources, weights, strict=True)), list(huggingface_shapes(engine.model.shape)), carried
-        )
+        names = list(state_shapes(engine) if carried else huggingface_shapes(engine.model.shape))
+        _write_mean(mean, list(zip(sources, weights, strict=True)), names, carried)
     dist.barrier(merge_group)
     _load(engine, mean, KINDS if carried else (MASTER,), prefixed=carried)
     dist.barrier(merge_group)
@@ -98,13 +99,18 @@ def _checkpoint(run: RunDir, parent: str) -> Path | None:
     return common_state(run.checkpoints(parent), only=best[0] or None)
 
 
+def _has_moments(engine: Engine, checkpoint: Path) -> bool:
+    """Return whether a checkpoint has the moments of all that the engine trains; a parent may have trained a part."""
+    with SafetensorsModel(checkpoint) as tensors:
+        return tensors.specs().keys() >= state_shapes(engine).keys()
+
+
 def _write_mean(output: Path, inputs: Sequence[tuple[Path, float]], names: Sequence[str], carried: bool) -> None:
-    """Write the float32 mean of checkpoints' weights, or of all they hold if moments are `carried`."""
+    """Write the float32 mean of models' tensors, or of those of checkpoints if moments are `carried`."""
     shutil.rmtree(output, ignore_errors=True)
     if carried:
         # A checkpoint opens as a model with master weights alone; its file has the moments too.
         inputs = [(checkpoint / SINGLE, weight) for checkpoint, weight in inputs]
-        names = [f"{kind}/{name}" for kind in KINDS for name in names]
     merge_tensors(output, inputs, names, dtype="float32")
 
 
@@ -116,14 +122,14 @@ def _load(engine: Engine, path: Path, kinds: Sequence[str], *, prefixed: bool) -
 
     with SafetensorsModel(path) as tensors:
         shapes = {name: spec.shape for name, spec in tensors.specs().items()}
-        for name, shape in huggingface_shapes(engine.model.shape).items():
-            for kind in kinds:
-                if shapes.get(key(kind, name)) != shape:
-                    raise CheckpointError(
-                        f"{engine.job.model} cannot branch from {path}: '{name}' is {shapes.get(key(kind, name))} "
-                        f"there and {shape} in this model. Only models of one shape can be branched from or averaged. "
-                        "Choose other parents."
-                    )
+        for stored, shape in state_shapes(engine, kinds).items():
+            kind, _, name = stored.partition("/")
+            if shapes.get(key(kind, name)) != shape:
+                raise CheckpointError(
+                    f"{engine.job.model} cannot branch from {path}: '{name}' is {shapes.get(key(kind, name))} there "
+                    f"and {shape} in this model. Only models of one shape can be branched from or averaged. Choose "
+                    "other parents."
+                )
 
         def read(kind: str, name: str) -> Tensor:
             return tensors.read(key(kind, name))

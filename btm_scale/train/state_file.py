@@ -133,7 +133,8 @@ def part_digest(folder: Path, part: WrittenPart, *, is_first: bool) -> str:
         header, begins, kinds, ends = _read_header(file.fileno())
         digest = hashlib.sha256(header if is_first else b"")
         for name, spans in part.spans.items():
-            for span, kind in itertools.product(map(Span.parse, spans), kinds):
+            own = [kind for kind in kinds if f"{kind}/{name}" in begins] or kinds
+            for span, kind in itertools.product(map(Span.parse, spans), own):
                 begin = begins[f"{kind}/{name}"]
                 if begin + (span.starts[-1] + span.length) * _ITEM > ends[f"{kind}/{name}"]:
                     raise ValueError(f"'{name[:100]}' does not have the elements {span}")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 from btm_scale.config.run import RunConfig
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.gpt import ExpertModel
+from btm_scale.model.hf_config import read_shape
+from btm_scale.model.trained import freeze_rest
 from btm_scale.run_dir import RunDir
 from btm_scale.train.bad_batches import Health
 from btm_scale.train.build import new_model
@@ -16,7 +19,7 @@ from btm_scale.train.checkpoint import common_state, load_state, save_state
 from btm_scale.train.dev_loss import DevLoss
 from btm_scale.train.engine import Engine
 from btm_scale.train.export import export_expert
-from btm_scale.train.jobs import TrainingJob
+from btm_scale.train.jobs import TrainingJob, optimizer_of, shape_of
 from btm_scale.train.metrics import Metrics
 from btm_scale.train.mixture import DomainMixture
 from btm_scale.train.monitors import require_monitors, with_monitors
@@ -30,24 +33,31 @@ from btm_scale.train.watchdog import HangWatch
 logger = logging.getLogger(__name__)
 
 
-def train_and_export(group: ExpertGroup, config: RunConfig, run: RunDir, job: TrainingJob) -> None:
-    """Train a job from its newest checkpoint to the end, and export the expert. All ranks call this together."""
+def train_and_export(
+    group: ExpertGroup, config: RunConfig, run: RunDir, job: TrainingJob, first: Path | None = None
+) -> None:
+    """Train a job from its newest checkpoint to the end, and export the expert. All ranks call this together.
+
+    `first` is the model that a mixture of experts begins with.
+    """
     tokenizer = Tokenizer.load(run.tokenizer)
-    sizes = config.expert_model(job.model)
-    shape = sizes.shape(tokenizer.vocab_size, config.budget.sequence_length)
+    shape = shape_of(config, job.model, tokenizer.vocab_size) if first is None else read_shape(first)
+    optimizer = optimizer_of(config, job.model)
     branch = settled_branch(config, run, job)
     require_monitors(config)
     overrides = with_monitors(config, run, job.model) if group.is_first else config.deepspeed
 
     def first_model() -> ExpertModel:
         group.seed(config.random_seed)
-        model = new_model(group, shape, job, config.optimizer, overrides)
-        if sizes.pretrained is not None and not branch.parents:
-            load_pretrained(group, model, sizes.pretrained)
+        model = new_model(group, shape, job, optimizer, overrides)
+        pretrained = first or config.expert_model(job.model).pretrained
+        if pretrained is not None and not branch.parents:
+            load_pretrained(group, model, pretrained)
         model.end_of_text = tokenizer.eos if config.data.separate_documents else None
+        freeze_rest(model, job.trains)
         return model
 
-    engine = Engine(group, first_model(), job, config.optimizer, overrides)
+    engine = Engine(group, first_model(), job, optimizer, overrides)
 
     def begin() -> int:
         """Set the engine to the job's newest checkpoint, its parents' mean or a new model; returns the step."""
@@ -68,7 +78,7 @@ def train_and_export(group: ExpertGroup, config: RunConfig, run: RunDir, job: Tr
     best = dev.best_step if dev.best_step != steps else None
     if best is not None:
         load_state(engine, state_path(run.checkpoints(job.model), best))
-    export_expert(engine, config, run, branch, tokenizer.eos, steps, best)
+    export_expert(engine, config, run, branch, tokenizer.eos, steps, best, first)
     # Scoring follows, which loads another copy of the model.
     engine.close()
 
@@ -83,7 +93,7 @@ def train(
     """
     job, group = engine.job, engine.group
     rank_sequences = job.sequences // group.layout.data
-    length = config.budget.sequence_length
+    length, optimizer = config.budget.sequence_length, optimizer_of(config, job.model)
     folder = run.checkpoints(job.model)
     step = begin()
     dev.restart(run.metrics(job.model), step)
@@ -106,7 +116,7 @@ def train(
             result = None
             if not health.leaves_out(step):
                 first = job.first_sample + (step - 1) * job.sequences + group.data_rank * rank_sequences
-                rate = job.rate_at(step, config.optimizer)
+                rate = job.rate_at(step, optimizer)
                 with watch.step():
                     result = engine.step(mixture.read(first, rank_sequences), rate)
                 problem = health.problem(step, result)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,14 +21,16 @@ from btm_scale.config.layout import Layout
 from btm_scale.config.training import OptimizerConfig
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.shape import ModelShape
+from btm_scale.model.trained import TrainedPart, freeze_rest
 from btm_scale.train.engine import Engine
 
 
-def measure(group: ExpertGroup, shape: ModelShape, accumulate: int) -> int:
+def measure(group: ExpertGroup, shape: ModelShape, accumulate: int, trains: TrainedPart) -> int:
     before = living_bytes()
     layout = group.layout
-    job = one_step(layout, layout.data * accumulate)
+    job = replace(one_step(layout, layout.data * accumulate), trains=trains)
     model = model_of(group, shape)
+    freeze_rest(model, trains)
     engine = Engine(group, model, job, OptimizerConfig(), {})
     sizes = []
     engine._base.register_step_pre_hook(lambda *_: sizes.append(living_bytes() - before))
@@ -42,10 +45,10 @@ def main() -> None:
     group: ExpertGroup | None = None
     result = {}
     for name, values in spec["layouts"].items():
-        accumulate = values.pop("accumulate", 1)
+        accumulate, trains = values.pop("accumulate", 1), values.pop("trains", "all")
         config = Layout.model_validate({"micro_batch": 1, **values})
         group = joined_anew(group, config)
-        result[name] = measure(group, shape, accumulate)
+        result[name] = measure(group, shape, accumulate, trains)
         gc.collect()
     assert group is not None
     if group.is_first:

@@ -209,6 +209,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     for precision in ("bf16", "fp32")
     for count in (1, 2)
 }
+LAYOUTS |= {
+    f"MLPs, ZeRO {zero}": {"data": 2, "zero": zero, "precision": "bf16", "trains": "mlp"} for zero in (0, 1, 2, 3)
+}
 LAYOUTS |= {f"tensor 2, ZeRO {zero}": {"tensor": 2, "zero": zero, "precision": "bf16"} for zero in (1, 0)}
 
 
@@ -225,8 +228,10 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_memory_of_a_rank_is_what_deepspeed_allocates(name: str, measured: dict[str, int]) -> None:
     values = dict(LAYOUTS[name])
-    count = values.pop("accumulate", 1)
+    count, trains = values.pop("accumulate", 1), values.pop("trains", "all")
     shape = ModelShape.model_validate(SHAPE)
-    planned = rank_memory(shape, Layout.model_validate(values), micro_batch=1, length=32, accumulation=count)
+    planned = rank_memory(
+        shape, Layout.model_validate(values), micro_batch=1, length=32, accumulation=count, trains=trains
+    )
     # Beside ZeRO 3's bucket of a fixed size, so small a model would not be seen.
     assert planned.states - planned.buffers == pytest.approx(measured[name] - planned.buffers, rel=0.10)

@@ -9,11 +9,13 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from btm_scale.evaluate.results import Compute
+from btm_scale.config.run import RunConfig
+from btm_scale.evaluate.results import Compute, Results
 from btm_scale.report import figures
 from btm_scale.report.figures.curves import smoothed
 from btm_scale.report.figures.matrices import nearness
 from btm_scale.report.figures.style import NARROW, literal
+from btm_scale.report.sections import sections
 
 NAMES = ["<b>x</b>", "%{z}", "&lt;", "<img src=x onerror=alert(1)>", "2021-01-01", "#0072b2"]
 
@@ -103,6 +105,32 @@ def test_the_prior_is_drawn_as_it_is(make_results):
     (heat,) = figures.prior_matrix(results).data
     assert [list(row) for row in heat.z] == [[0.997, 0.5, 0.5], [0.003, 0.5, 0.5]]
     assert [row[0] for row in heat.text] == ["1.00", "\u00b7"]
+
+
+def test_the_routing_of_a_mixture_is_drawn_by_domain_and_layer(make_results, config, tmp_path):
+    assert "Routing of the mixture" not in [section.title for section in sections(config, make_results(), {})]
+    routing = {
+        "math": {"math": (0.75, 0.5), "code": (0.25, 0.5)},
+        "poems": {"math": (0.125, 0.0), "code": (0.875, 1.0)},
+    }
+    results = make_results().model_copy(update={"routing": routing})
+    (heat,) = figures.routing_map(results).data
+    assert list(heat.x) == ["math 1", "math 2", "poems 1", "poems 2"]
+    assert [list(row) for row in heat.z] == [[0.75, 0.5, 0.125, 0.0], [0.25, 0.5, 0.875, 1.0]]
+    [section] = [one for one in sections(config, results, {}) if one.title == "Routing of the mixture"]
+    assert section.chart is not None
+    assert section.chart.words.startswith("The domain's own expert has 0.62 of the uses on average.")
+    results.save(tmp_path / "results.json")
+    assert Results.load(tmp_path / "results.json") == results
+
+
+def test_the_mixture_is_trained_after_the_schedule(make_results, config):
+    steps = [{"step": step, "loss": 2.0} for step in (1, 2, 3, 4)]
+    trained = RunConfig.model_validate(config.model_dump() | {"moe": {"train": {"budget_share": 0.2}}})
+    figure = figures.training_loss(trained, make_results(), {"moe": steps})
+    *_, smooth = figure.data
+    assert list(smooth.x) == pytest.approx([1.05, 1.1, 1.15, 1.2])
+    assert list(figure.layout.xaxis.range) == [0, 1.2]
 
 
 def test_methods_of_one_kind_with_equal_compute_share_a_bar(make_results):

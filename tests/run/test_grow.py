@@ -17,6 +17,7 @@ from btm_scale.forest.membership import add_expert, remove_expert
 from btm_scale.forest.removed import note_removal
 from btm_scale.run.grow import branch_expert, remove_from_forest
 from btm_scale.run_dir import RunDir
+from btm_scale.train.jobs import training_job
 from btm_scale.util.locks import ModelLock
 
 
@@ -63,6 +64,18 @@ def test_branching_records_the_parents_and_writes_no_weights(run: RunDir, text: 
     added = {path.relative_to(run.root).parts[0] for path in files(run).keys() - before.keys()}
     assert added == {"data", "train"}
     assert not list(run.train("recipes").rglob("*.safetensors"))
+
+
+def test_a_branch_can_train_its_mlps_alone_and_keeps_that_until_it_is_changed(run: RunDir, text: Path) -> None:
+    def trained_part(**settings: object) -> str:
+        config = RunConfig.load(run.config)
+        branch_expert(config, run, "recipes", "seed", text=[text], settings=settings)
+        return training_job(RunConfig.load(run.config), "recipes").trains
+
+    assert trained_part() == "all"
+    assert trained_part(train="mlp") == "mlp"
+    assert trained_part(replay=0.1) == "mlp"
+    assert trained_part(train="all") == "all"
 
 
 def test_the_same_branch_again_changes_nothing(run: RunDir, text: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from btm_scale.evaluate.hf_score import block_log_probs
 from btm_scale.evaluate.mixture_facts import mixture_note, parameters_of
 from btm_scale.forest import router_sums
 from btm_scale.forest.expert import CARD, read_expert
-from btm_scale.forest.router import fitted
+from btm_scale.forest.router import ROUTERS, fitted
 from btm_scale.forest.router_sums import LayerSums
 from btm_scale.forest.scores import evaluation_text
 from btm_scale.model.hf_decoder import Decoder
@@ -70,10 +71,12 @@ def mean_loss(config: RunConfig, run: RunDir) -> float:
 
 def test_the_fitted_router_predicts_better_than_the_others(run: Run) -> None:
     losses = {}
-    for router in ("fitted", "embedding", "hidden", "random"):
+    for router in ROUTERS:
         upcycle(*run, Recipe(router=router))
         losses[router] = mean_loss(*run)
-    assert min(losses, key=lambda router: losses[router]) == "fitted", losses
+    best, second, *_ = sorted(losses, key=lambda router: losses[router])
+    assert {best, second} == {"fitted", "fitted-routed"}, losses
+    assert [path.name for path in run[1].root.glob(".moe*")] == []
 
 
 def test_the_model_is_recorded_like_any_other_of_the_run(run: Run) -> None:
@@ -150,6 +153,53 @@ def test_what_fails_while_a_model_is_made_leaves_the_former_one(run: Run, monkey
     made = upcycle(*run, Recipe())
     assert read_expert(run[1].model(MOE)).content_hash == made.card.content_hash
     assert [path.name for path in run[1].root.glob(".moe*")] == []
+
+
+def as_mlp_experts(run: RunDir, *, parent: str = "seed") -> dict[str, torch.Tensor]:
+    """Give the experts all but their MLPs of their parent, as if only these had been trained; return the parent's."""
+    shared = load_file(run.model(parent) / WEIGHTS)
+    for name in ("cpp", "docs", "licences", "python"):
+        directory = run.model(name)
+        own = {key: tensor for key, tensor in load_file(directory / WEIGHTS).items() if ".mlp." in key}
+        change(directory, shared | own)
+        read_expert(directory).model_copy(update={"trains": "mlp"}).save(directory / CARD)
+    return shared
+
+
+def change(directory: Path, weights: dict[str, torch.Tensor]) -> None:
+    save_file(weights, directory / WEIGHTS, {"format": "pt"})
+    read_expert(directory).model_copy(update={"content_hash": content_hash(directory)}).save(directory / CARD)
+
+
+def test_experts_that_trained_their_mlps_share_the_parents_bits_and_can_be_left_out_exactly(run: Run) -> None:
+    parent = as_mlp_experts(run[1])
+    directory = run[1].model(MOE)
+    upcycle(*run, Recipe())
+    complete = load_file(directory / WEIGHTS)
+    for name, tensor in parent.items():
+        assert ".mlp." in name or torch.equal(complete[name], tensor), name
+    upcycle(*run, Recipe(without=("cpp",)))
+    without = load_file(directory / WEIGHTS)
+    for name, tensor in without.items():
+        place = re.fullmatch(r"(.*\.experts\.)(\d+)(\..*)", name)
+        before = name if place is None else f"{place[1]}{int(place[2]) + 1}{place[3]}"  # cpp was the first
+        assert ".gate." in name or torch.equal(tensor, complete[before]), name
+
+
+@pytest.mark.parametrize("parent_is_there", [True, False])
+def test_an_expert_that_does_not_share_what_its_card_claims_is_refused(run: Run, parent_is_there: bool) -> None:
+    as_mlp_experts(run[1])
+    weights = load_file(run[1].model("docs") / WEIGHTS)
+    change(run[1].model("docs"), weights | {"model.norm.weight": weights["model.norm.weight"] + 1})
+    if not parent_is_there:
+        shutil.rmtree(run[1].model("seed"))
+    before = files_of(run[1].root)
+    other = "its parent 'seed'" if parent_is_there else "an expert of the same parents, 'cpp'"
+    message = f"'docs' was trained with train: mlp, but 'model.norm.weight' differs from that of {other}"
+    with pytest.raises(ForestError, match=message):
+        upcycle(*run, Recipe())
+    assert files_of(run[1].root) == before
+    assert not upcycle(*run, Recipe(without=("docs",))).is_complete
 
 
 def in_other_shape(run: RunDir) -> None:

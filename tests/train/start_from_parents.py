@@ -1,8 +1,8 @@
 """Save checkpoints of a few tiny models and branch from them: `start_from_parents.py SPEC.json`, two tensor ranks.
 
-A spec has `root` (a run's folder), `shape`, `parents` (name: training steps) and `branches` (name: `parents` with
-weights and `optimizer`). Each parent writes a training checkpoint; each branch writes `ROOT/NAME.safetensors` with the
-engine's full training state, or `ROOT/NAME.txt` with the error.
+A spec has `root` (a run's folder), `shape`, `parents` (name: training steps), `branches` (name: `parents` with weights
+and `optimizer`) and `trains` (name: the trained part, if not all). Each parent writes a training checkpoint. Each
+branch writes `ROOT/NAME.safetensors` with the full training state of its engine, or `ROOT/NAME.txt` with the error.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def branch_all(spec: dict[str, Any]) -> None:
     group = ExpertGroup.join(Layout.model_validate({"tensor": 2, "precision": "fp32", "micro_batch": 2}))
     values = {"shape": spec["shape"], "steps": 10, "sequences": 2}
     for number, (name, steps) in enumerate(spec["parents"].items()):
-        engine = make_engine(group, values)
+        engine = make_engine(group, values | {"trains": spec["trains"].get(name, "all")})
         train(engine, 100 * number + 1, 100 * number + steps)
         save_state(engine, run.checkpoints(name), steps, keep=1)
         engine.close()
     for name, branch in spec["branches"].items():
-        engine = make_engine(group, values)
+        engine = make_engine(group, values | {"trains": spec["trains"].get(name, "all")})
         config = BranchConfig(parents=branch["parents"], optimizer=branch["optimizer"])
         job = replace(engine.job, model=name, branch=config)
         try:

@@ -54,6 +54,7 @@ def test_a_damaged_checkpoint_does_not_displace_a_usable_one(tmp_path: Path, mon
     group = SimpleNamespace(is_first=True, rank=0, size=1)
     job = SimpleNamespace(decay_after=lambda step: None)
     engine: Any = SimpleNamespace(group=group, job=job, parameters={}, adam_steps=0, loss_scale={}, kinds=())
+    engine.routers = SimpleNamespace(load=())
     save_state(engine, tmp_path, 150, keep=1)
     assert newest_state(tmp_path) == state_path(tmp_path, 150)
     assert not state_path(tmp_path, 100).exists()

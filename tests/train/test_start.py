@@ -27,7 +27,8 @@ SHAPE = {
     "positions": 16,
     "vocabulary": 61,
 }
-STEPS = {SEED: 3, "a": 4, "b": 6}
+STEPS = {SEED: 3, "a": 4, "b": 6, "mlps": 5}
+TRAINS = {"mlps": "mlp", "mlps-of-seed": "mlp", "mlps-of-mean": "mlp", "mlps-of-mlps": "mlp"}
 MEAN = {"a": 0.25, "b": 0.75}
 DECIMAL = {"a": 0.3, "b": 0.7}
 BRANCHES: dict[str, dict[str, Any]] = {
@@ -41,6 +42,10 @@ BRANCHES: dict[str, dict[str, Any]] = {
     "with-friend": {"parents": {"a": 0.25, "friend": 0.75}, "optimizer": "carried"},
     "friend-alone": {"parents": {"friend": 1.0}, "optimizer": "carried"},
     "wide-alone": {"parents": {"wide": 1.0}, "optimizer": "carried"},
+    "all-of-mlps": {"parents": {"mlps": 1.0}, "optimizer": "carried"},
+    "mlps-of-mlps": {"parents": {"mlps": 1.0}, "optimizer": "carried"},
+    "mlps-of-seed": {"parents": {SEED: 1.0}, "optimizer": "carried"},
+    "mlps-of-mean": {"parents": MEAN, "optimizer": "carried"},
     "gone": {"parents": {"a": 0.5, "gone": 0.5}, "optimizer": "carried"},
 }
 
@@ -65,7 +70,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
             key: torch.randn(size, generator=random).bfloat16() for key, size in huggingface_shapes(sizes).items()
         }
         save_torch(tensors, folder / "model.safetensors")
-    spec = {"root": str(run.root), "shape": SHAPE, "parents": STEPS, "branches": BRANCHES}
+    spec = {"root": str(run.root), "shape": SHAPE, "parents": STEPS, "branches": BRANCHES, "trains": TRAINS}
     run_script(Path(__file__).with_name("start_from_parents.py"), spec, run.root)
     return run
 
@@ -112,6 +117,30 @@ def test_a_fresh_optimizer_starts_from_the_parents_weights_with_zero_moments(run
     assert state_at_start.pop("adam_steps") == 0
     for key, value in state_at_start.items():
         assert_same_bits(value, seed[key] if key.startswith("master/") else np.zeros_like(value), key)
+
+
+@pytest.mark.parametrize(("name", "parent"), [("mlps-of-seed", SEED), ("mlps-of-mlps", "mlps")])
+def test_an_expert_that_trains_its_mlps_carries_their_moments(run: RunDir, name: str, parent: str) -> None:
+    state_at_start, source = begun(run, name), checkpoint(run, parent)
+    assert state_at_start.pop("adam_steps") == STEPS[parent]
+    for key, value in state_at_start.items():
+        is_carried = key.startswith("master/") or ".mlp." in key
+        assert_same_bits(value, source[key] if is_carried else np.zeros_like(value), key)
+
+
+def test_the_mean_of_two_parents_for_mlps_alone_reads_no_other_moment(run: RunDir) -> None:
+    state_at_start, states = begun(run, "mlps-of-mean"), {parent: checkpoint(run, parent) for parent in MEAN}
+    for key, value in state_at_start.items():
+        if key.startswith("master/") or ".mlp." in key:
+            assert_same_bits(value, numpy_mean(states, MEAN, key), key)
+
+
+def test_a_parent_that_trained_its_mlps_alone_has_no_moments_for_a_child_that_trains_everything(run: RunDir) -> None:
+    state_at_start, parent = begun(run, "all-of-mlps"), checkpoint(run, "mlps")
+    assert not any(key.startswith("exp_avg") and ".mlp." not in key for key in parent)
+    assert state_at_start.pop("adam_steps") == 0
+    for key, value in state_at_start.items():
+        assert_same_bits(value, parent[key] if key.startswith("master/") else np.zeros_like(value), key)
 
 
 @pytest.mark.parametrize("name", ["mean", "mean-reversed"])

@@ -1,10 +1,10 @@
 """Train one tiny model in several layouts with the same number of ranks: `train_layouts.py SPEC.json`.
 
 Started by a launcher, it is one rank; otherwise it forks the ranks of each spec in a list. A spec has `layouts`
-(name: layout), `shape`, `steps`, `sequences` and `folder`; also `optimizer` and `deepspeed` settings, `begin` (by
-layout, the name of the layout whose checkpoint to resume from) and `save` (the step at which to save a checkpoint and
-stop). For each layout, the first rank writes `FOLDER/NAME.safetensors` with `losses` and the weights under their
-Hugging Face names.
+(name: layout), `shape`, `steps`, `sequences` and `folder`; also `optimizer`, `deepspeed` and `mixture` settings, the
+part that it `trains`, `begin` (by layout, the name of the layout whose checkpoint to resume from) and `save` (the step
+at which to save a checkpoint and stop). For each layout, the first rank writes `FOLDER/NAME.safetensors` with `losses`
+and the weights under their Hugging Face names.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from safetensors.torch import save_file
 
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.config.layout import Layout
+from btm_scale.config.moe import MoeTrainConfig
 from btm_scale.config.training import OptimizerConfig
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.hf_weights import huggingface_tensors
 from btm_scale.model.shape import ModelShape
+from btm_scale.model.trained import freeze_rest, frozen_names
 from btm_scale.train.build import new_model
 from btm_scale.train.checkpoint import common_state, load_state, save_state, state_path
 from btm_scale.train.engine import MASTER, Engine
@@ -47,10 +49,13 @@ def make_engine(group: ExpertGroup, spec: dict[str, Any]) -> Engine:
         samples=spec["sequences"],
         progress=(0.0, 1.0),
         layout=layout,
+        trains=spec.get("trains", "all"),
+        mixture=MoeTrainConfig(**spec["mixture"]) if "mixture" in spec else None,
     )
     group.seed(1)
     optimizer, overrides = OptimizerConfig(**spec.get("optimizer", {})), spec.get("deepspeed", {})
     model = new_model(group, shape, job, optimizer, overrides)
+    freeze_rest(model, job.trains)
     return Engine(group, model, job, optimizer, overrides)
 
 
@@ -106,7 +111,13 @@ def require_complete(engine: Engine, folder: Path) -> None:
     """Check that the checkpoint is intact, and has the bits of the state that the ranks gather from each other."""
     path = common_state(folder)
     assert path is not None
-    expected = {f"{kind}/{name}": tensor for kind in engine.kinds for name, tensor in weights(engine, kind).items()}
+    frozen = frozen_names(engine.model.shape, engine.job.trains)
+    expected = {
+        f"{kind}/{name}": tensor
+        for kind in engine.kinds
+        for name, tensor in weights(engine, kind).items()
+        if kind == MASTER or name not in frozen
+    }
     with SafetensorsModel(path) as saved:
         assert set(saved.names) == set(expected)
         assert all(torch.equal(saved.read(name), tensor) for name, tensor in expected.items())

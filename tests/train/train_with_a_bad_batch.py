@@ -15,7 +15,8 @@ from helpers.worlds import fork_world, read_spec
 from btm_scale.config.run import RunConfig
 from btm_scale.run.worker import train_as_rank
 from btm_scale.run_dir import RunDir
-from btm_scale.train.engine import Engine, StepResult
+from btm_scale.train.engine import Engine
+from btm_scale.train.step_result import StepResult
 
 
 def poison(bad_step: int) -> None:

@@ -111,7 +111,7 @@ def _evaluation(run: RunDir, models: list[Path]) -> None:
 
 
 def _state(run: RunDir, models: list[Path]) -> None:
-    engine: Any = SimpleNamespace(model=SimpleNamespace(shape=SHAPE))
+    engine: Any = SimpleNamespace(model=SimpleNamespace(shape=SHAPE), job=SimpleNamespace(trains="all"))
     for step in (1, 1, 2):  # the second replaces the first
         pieces = [
             (name, Span(0, math.prod(size)), {kind: torch.full((math.prod(size),), float(step)) for kind in KINDS})

@@ -34,11 +34,13 @@ _LIMIT = 0.02 * 3**0.5  # of a random router's uniform weights, whose standard d
 class Ingredients:
     """What a mixture needs besides the models: the experts' names, and its router.
 
-    `router` is a safetensors file with the tensors of the output's gates; None draws them.
+    `router` is a safetensors file with the tensors of the output's gates; None draws them. `shared`: all models have
+    the same bits in all but their MLPs, so that one of them is copied.
     """
 
     names: tuple[str, ...]
     router: Path | None = None
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,9 @@ def mixture_of(
                 origins[name] = Origin(name, "random" if random else "router")
             else:
                 tied = name == "lm_head.weight" and name not in specs
-                origins[name] = Origin("model.embed_tokens.weight" if tied else name, "mean")
+                origins[name] = Origin(
+                    "model.embed_tokens.weight" if tied else name, 0 if ingredients.shared else "mean"
+                )
     read = {origin.tensor for origin in origins.values() if origin.source not in ("router", "random")}
     if odd := read ^ specs.keys():
         raise CheckpointError(

@@ -5,7 +5,7 @@ Each takes `width`, the pixels that the layout is made for; below 600 it is one 
 
 from btm_scale.report.figures.compute import compute
 from btm_scale.report.figures.curves import training_loss
-from btm_scale.report.figures.matrices import expert_matrix, prior_matrix
+from btm_scale.report.figures.matrices import expert_matrix, prior_matrix, routing_map
 from btm_scale.report.figures.ratios import perplexity_ratios
 from btm_scale.report.figures.trees import forest, lineage
 
@@ -16,5 +16,6 @@ __all__ = [
     "lineage",
     "perplexity_ratios",
     "prior_matrix",
+    "routing_map",
     "training_loss",
 ]

@@ -14,7 +14,7 @@ from btm_scale.config.run import RunConfig
 from btm_scale.evaluate.results import Results
 from btm_scale.report.figures.style import BELOW, INK, SOFT, WIDE, expert_lines, figure, is_narrow, literal, rule
 from btm_scale.report.summary import experts
-from btm_scale.run_dir import DENSE, SEED
+from btm_scale.run_dir import DENSE, MOE, SEED
 
 Curves = Mapping[str, Sequence[Mapping[str, float]]]
 _DEV_LOSS = "dev_loss"
@@ -46,8 +46,11 @@ def schedule_curves(config: RunConfig, curves: Curves) -> list[Curve]:
             continue
         last = max(row["step"] for row in steps)
 
-        def place(step: np.ndarray, is_seed: bool = model == SEED, last: float = last) -> np.ndarray:
-            return end * step / last if is_seed else end + (1 - end) * step / last
+        # The mixture of experts is trained after the schedule.
+        begin, until = {SEED: (0.0, end), MOE: (1.0, _end(config))}.get(model, (end, 1.0))
+
+        def place(step: np.ndarray, begin: float = begin, until: float = until, last: float = last) -> np.ndarray:
+            return begin + (until - begin) * step / last
 
         step, loss = _points(finite, "loss")
         measured = [row for row in steps if math.isfinite(row.get(_DEV_LOSS, math.nan))]
@@ -68,6 +71,11 @@ def _points(rows: Sequence[Mapping[str, float]], key: str) -> tuple[np.ndarray, 
 def seed_end(config: RunConfig) -> float:
     """Where in the schedule, from 0 to 1, the seed LM ends and the branches begin."""
     return config.budget.seed_steps / (config.budget.seed_steps + config.budget.branch_steps)
+
+
+def _end(config: RunConfig) -> float:
+    """Where the joint training of the mixture of experts ends, if the schedule ends at 1."""
+    return 1.0 if config.moe is None else 1.0 + config.moe.train.budget_share
 
 
 def smoothed(values: np.ndarray, share: float = 0.06) -> np.ndarray:
@@ -117,7 +125,7 @@ def training_loss(config: RunConfig, results: Results, curves: Curves, *, width:
     below = 0 if beside else 20 * math.ceil(len(placed) / max(1, (width - 50) // (entry + 45))) + 24
     title = {"text": "share of the schedule", "font": {"color": SOFT, "size": 12}, "standoff": 8}
     layout: dict[str, Any] = {"annotations": notes[: 2 if is_narrow(width) else 3], "showlegend": True}
-    layout["xaxis"] = {"range": [0, 1], "tickformat": ".0%", "title": title, "showgrid": False}
+    layout["xaxis"] = {"range": [0, _end(config)], "tickformat": ".0%", "title": title, "showgrid": False}
     layout["yaxis"] = {"range": _range(placed), "nticks": 8}
     layout["shapes"] = [rule(x=end, line={"color": SOFT, "width": 1, "dash": "3px,3px"})]
     # Where the legend needs more rows than planned, it scrolls.

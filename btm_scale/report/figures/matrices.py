@@ -69,6 +69,18 @@ def weight_matrix(results: Results) -> Matrix:
     return Matrix(names, domains, values, own, training=sum(domain in training for domain in domains))
 
 
+def routing_matrix(results: Results) -> Matrix:
+    """Return each expert's fraction of the uses in each layer of the mixture, layer by layer for each domain."""
+    routing = results.routing
+    names = list(dict.fromkeys(name for experts in routing.values() for name in experts))
+    layers = {domain: max(map(len, experts.values()), default=0) for domain, experts in routing.items()}
+    places = [(domain, layer) for domain, count in layers.items() for layer in range(count)]
+    values = [[dict(enumerate(routing[domain].get(name, ()))).get(layer) for domain, layer in places] for name in names]
+    own = {(names.index(domain), j) for j, (domain, _) in enumerate(places) if domain in names}
+    columns = [f"{domain} {layer + 1}" for domain, layer in places]
+    return Matrix(names, columns, values, own, training=len(columns))
+
+
 def nearness(values: Values) -> list[list[float | None]]:
     """Shades [rows, columns]: 1 at a column's lowest, 0 at `FARTHEST` times that, by logarithm."""
     bests = [min((v for v in column if v is not None and v > 0), default=None) for column in zip(*values, strict=True)]
@@ -90,6 +102,12 @@ def expert_matrix(results: Results, *, width: int = WIDE) -> go.Figure:
 def prior_matrix(results: Results, *, width: int = WIDE) -> go.Figure:
     """Draw the weight of every expert in the cached prior of every domain."""
     matrix = weight_matrix(results)
+    return _heat_map(matrix, matrix.values, ["0", "1"], width)
+
+
+def routing_map(results: Results, *, width: int = WIDE) -> go.Figure:
+    """Draw each expert's fraction of the uses by domain and layer."""
+    matrix = routing_matrix(results)
     return _heat_map(matrix, matrix.values, ["0", "1"], width)
 
 

@@ -1,0 +1,72 @@
+"""The router `fitted-routed`: rows in closed form, fitted layer by layer to the mixture as it routes so far."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from btm_scale.data.eval_text import EvaluationText
+from btm_scale.errors import ForestError
+from btm_scale.forest.router import fitted, gate_names
+from btm_scale.forest.router_sums import LayerSums, batches
+from btm_scale.model.hf_load import load_causal_lm
+from btm_scale.model.shape import ModelShape
+from btm_scale.util.one_thread import one_torch_thread
+
+
+class _ReachedError(Exception):
+    """A layer has its input, and no later layer is needed."""
+
+
+@torch.no_grad()
+def fitted_routed(
+    directory: Path, shape: ModelShape, texts: Sequence[Sequence[EvaluationText]], device: str
+) -> dict[str, Tensor]:
+    """Return the gate of every layer under its Hugging Face name: float32 [experts, hidden].
+
+    `directory` is the mixture with any router; `texts` are those of each expert's domains, in the order of the experts.
+    Unlike `fitted`, a row depends on all experts. Raises ForestError if hidden states are not numbers.
+    """
+    model = load_causal_lm(directory).to(device).eval()
+    gates = {}
+    for name, layer in zip(gate_names(shape), model.model.layers, strict=True):
+        sums = [_sums(model, layer, own, device) for own in texts]
+        if not all(one.second.isfinite().all() for one in sums):
+            raise ForestError(
+                f"The hidden states of {directory} are not numbers. The weights of an expert have NaN or infinities. "
+                "Check how the experts were trained."
+            )
+        with one_torch_thread():
+            rows = fitted(sums)
+        layer.mlp.gate.weight.copy_(rows)
+        gates[name] = rows.float().contiguous()
+    return gates
+
+
+def _sums(model: Any, layer: Any, texts: Sequence[EvaluationText], device: str) -> LayerSums:
+    """Return the mean inputs of a layer's MLP."""
+    terms: list[tuple[Tensor, Tensor, int]] = []
+
+    def observe(_: Any, inputs: tuple[Tensor, ...]) -> None:
+        hidden = inputs[0].reshape(-1, inputs[0].shape[-1]).double()
+        terms.append((hidden.sum(dim=0).cpu(), (hidden.t() @ hidden).cpu(), len(hidden)))
+        raise _ReachedError
+
+    hook = layer.mlp.register_forward_pre_hook(observe)
+    try:
+        for batch in batches(texts):
+            try:
+                model.model(input_ids=batch.to(device), use_cache=False)
+            except _ReachedError:
+                continue
+    finally:
+        hook.remove()
+    count = sum(number for *_, number in terms)
+    return LayerSums(
+        torch.stack([mean for mean, *_ in terms]).sum(dim=0) / count,
+        torch.stack([second for _, second, _ in terms]).sum(dim=0) / count,
+    )

@@ -1,0 +1,46 @@
+"""The routers of a mixture of experts in training: their losses, and how they route each step's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from btm_scale.config.moe import MoeTrainConfig
+from btm_scale.distributed.group import ExpertGroup
+from btm_scale.model.moe import Routing, routers_of, take_routing
+
+
+class Routers:
+    """The routers of one model; none if it is no mixture. All ranks of the group call every method together."""
+
+    def __init__(self, group: ExpertGroup, model: torch.nn.Module, settings: MoeTrainConfig | None) -> None:
+        self._group, self._model = group, model
+        for router in routers_of(model) if settings is not None else []:
+            assert settings is not None
+            router.z_loss, router.balance = settings.z_loss, settings.balance
+
+    def begin_step(self) -> None:
+        """Forget what was routed since the last step, such as dev text."""
+        for router in routers_of(self._model):
+            router.counts = None
+
+    def end_step(self) -> Routing | None:
+        """Return how the step's tokens were routed; the next step balances by it."""
+        routing = take_routing(self._model, dist.group.WORLD if self._group.size > 1 else None, self._group.device)
+        if routing is not None:
+            self.load = routing.load
+        return routing
+
+    @property
+    def load(self) -> Sequence[Sequence[float]]:
+        """The fraction of the last step's uses of each expert, [layers, experts]; empty before the first."""
+        loads = [router.load for router in routers_of(self._model)]
+        return [load.tolist() for load in loads if load is not None]
+
+    @load.setter
+    def load(self, load: Sequence[Sequence[float]]) -> None:
+        rows = [torch.tensor(row, dtype=torch.float32, device=self._group.device) for row in load]
+        for i, router in enumerate(routers_of(self._model)):
+            router.load = rows[i] if rows else None

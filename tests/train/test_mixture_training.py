@@ -1,0 +1,159 @@
+"""Joint training of a mixture of experts: every layout has the same losses, and a checkpoint keeps the bits."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers.cuts import full
+from helpers.small_models import TINY_SHAPE
+from helpers.worlds import run_script
+from safetensors.torch import load_file
+
+from btm_scale.model.moe import Router, noting_scale, take_routing
+
+SHAPE = {"family": "mixtral", **TINY_SHAPE, "tied": False, "experts": 4, "top_k": 2}
+STEPS = 20
+ONE = {"tensor": 1, "data": 1, "zero": 0}
+MATRIX = [
+    {"tensor": tensor, "data": data, "zero": zero}
+    for tensor, data, zero in itertools.product((1, 2), (1, 2), (0, 1, 2, 3))
+]
+QUICK = [{"tensor": 2, "data": 1, "zero": 1}, {"tensor": 1, "data": 2, "zero": 3, "recompute": "full"}]
+
+Trained = dict[str, dict[str, torch.Tensor]]
+
+
+def spec(folder: Path, layouts: dict[str, dict[str, Any]], balance: float, **more: Any) -> dict[str, Any]:
+    mixture = {"router_lr_scale": 3.0, "z_loss": 1e-2, "balance": balance}
+    return {
+        "folder": str(folder),
+        "shape": SHAPE,
+        "steps": STEPS,
+        "sequences": 8,
+        "mixture": mixture,
+        "layouts": {
+            name: {"precision": "fp32", "sequence_parallel": values["tensor"] > 1, **values}
+            for name, values in layouts.items()
+        },
+        **more,
+    }
+
+
+def trained(specs: list[dict[str, Any]], folder: Path) -> Trained:
+    """The losses and weights of each layout."""
+    for one in specs:
+        Path(one["folder"]).mkdir(exist_ok=True)
+    run_script(Path(__file__).with_name("train_layouts.py"), specs, folder)
+    return {
+        f"{Path(one['folder']).name}/{name}": load_file(Path(one["folder"]) / f"{name}.safetensors")
+        for one in specs
+        for name in one["layouts"]
+    }
+
+
+def name_of(layout: dict[str, Any]) -> str:
+    return "-".join(map(str, layout.values()))
+
+
+def in_worlds(folder: Path, layouts: list[dict[str, Any]], balance: float, micro_batch: int) -> list[dict[str, Any]]:
+    """One spec for each number of ranks."""
+    by_ranks: dict[int, dict[str, dict[str, Any]]] = {}
+    for layout in layouts:
+        ranks = layout["tensor"] * layout["data"]
+        by_ranks.setdefault(ranks, {})[name_of(layout)] = layout | {"micro_batch": micro_batch}
+    return [spec(folder, some, balance) for some in by_ranks.values()]
+
+
+def assert_same_losses(results: Trained, expected: str) -> None:
+    reference = results[expected]["losses"]
+    assert len(reference) == STEPS
+    assert reference[-1] < reference[0] - 0.3, "the reference must learn something"
+    for name, tensors in results.items():
+        assert tensors["losses"].tolist() == pytest.approx(reference.tolist(), abs=1e-5), name
+
+
+def test_a_mixture_has_the_losses_of_one_rank_in_every_layout_and_resumes_with_the_same_bits(tmp_path: Path) -> None:
+    # Weights that are pulled towards balance, by counts over ranks and micro-batches.
+    specs = in_worlds(tmp_path / "layouts", [ONE, *QUICK], 0.01, micro_batch=2)
+    state = {"half": QUICK[0] | {"micro_batch": 2}}
+    specs.append(spec(tmp_path / "state", state, 0.01, save=STEPS // 2))
+    rest = spec(tmp_path / "state", {"resumed": state["half"]}, 0.01, save=STEPS // 2, begin={"resumed": "half"})
+    results = trained([*specs, rest], tmp_path)
+    resumed, half = results.pop("state/resumed"), results.pop("state/half")
+    assert_same_losses(results, f"layouts/{name_of(ONE)}")
+    complete = results[f"layouts/{name_of(QUICK[0])}"]
+    assert torch.equal(torch.cat([half["losses"], resumed.pop("losses")]), complete["losses"])
+    del resumed["bytes"]
+    assert all(torch.equal(tensor, complete[name]) for name, tensor in resumed.items())
+
+
+@pytest.mark.parametrize("balance", [full(0.0), full(0.01)])
+@pytest.mark.parametrize("micro_batch", [full(1), full(8)])
+def test_every_layout_of_the_matrix_has_the_losses_of_one_rank(
+    balance: float, micro_batch: int, tmp_path: Path
+) -> None:
+    results = trained(in_worlds(tmp_path / "layouts", MATRIX, balance, micro_batch), tmp_path)
+    assert_same_losses(results, f"layouts/{name_of(ONE)}")
+
+
+def router(experts: int = 3, hidden: int = 8, **losses: float) -> Router:
+    torch.manual_seed(0)
+    config: Any = SimpleNamespace(
+        num_moe_experts=experts,
+        hidden_size=hidden,
+        moe_router_topk=2,
+        sequence_parallel=False,
+        tensor_model_parallel_size=1,
+        init_method=torch.nn.init.normal_,
+    )
+    made = Router(config)
+    made.z_loss, made.balance = losses.get("z_loss", 0.0), losses.get("balance", 0.0)
+    return made
+
+
+def gradient(made: Router, hidden: torch.Tensor, scale: float) -> torch.Tensor:
+    """The gradient of the router's weights when the text's loss does not depend on them."""
+    weights, _ = made(hidden)
+    (noting_scale((weights * 0).sum(), made.gradient_scale) * scale).backward()
+    assert made.weight.grad is not None
+    return made.weight.grad
+
+
+def test_the_routers_losses_are_scaled_as_the_texts_loss_is() -> None:
+    hidden = torch.randn(16, 8)
+    made = router(z_loss=0.5, balance=0.25)
+    made.load = torch.tensor([0.7, 0.2, 0.1])
+    actual = gradient(made, hidden, scale=32.0)
+    weight = made.weight.detach().requires_grad_()
+    logits = hidden @ weight.t()
+    balance = 3 * (made.load * logits.softmax(dim=1).mean(dim=0)).sum()
+    ((0.5 * logits.logsumexp(dim=1).square().mean() + 0.25 * balance) * 32.0).backward()
+    torch.testing.assert_close(actual, weight.grad)
+
+
+def test_a_router_that_is_evaluated_has_no_losses() -> None:
+    made = router(z_loss=0.5).eval()
+    assert torch.count_nonzero(gradient(made, torch.randn(16, 8), scale=1.0)) == 0
+
+
+def test_the_routing_counts_every_use_since_it_was_last_taken() -> None:
+    made = router()
+    for _ in range(2):
+        made(torch.randn(16, 8))
+    _, used = made(torch.zeros(4, 8))
+    routing = take_routing(made, None, torch.device("cpu"))
+    assert routing is not None
+    assert used.sum() == 8
+    assert sum(routing.load[0]) == pytest.approx(1.0)
+    assert 0 < routing.entropy[0] < 1.0986123
+    made(torch.zeros(4, 8))
+    again = take_routing(made, None, torch.device("cpu"))
+    assert again is not None
+    assert again.entropy[0] == pytest.approx(1.0986123), "all experts are as probable"
+    assert sorted(again.load[0]) == [0.0, 0.5, 0.5]
+    assert take_routing(torch.nn.Linear(2, 2), None, torch.device("cpu")) is None
