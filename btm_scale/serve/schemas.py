@@ -143,8 +143,15 @@ class ChatRequest(_Generation):
 class PosteriorRequest(_Body):
     """The body of /v1/posterior."""
 
-    input: str | list[int]
+    input: str | list[int] | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1)
     trace: bool = False
+
+    @model_validator(mode="after")
+    def _one_text(self) -> PosteriorRequest:
+        if (self.input is None) == (self.messages is None):
+            raise ValueError("Send either 'input' or 'messages'")
+        return self
 
 
 def parsed(kind: type[Request], body: bytes) -> Request:
