@@ -1,6 +1,6 @@
 """An engine that answers every request after 50 milliseconds, for the proxy's overhead in serve.py.
 
-    python benchmarks/serve_engine.py PORT
+python benchmarks/serve_engine.py PORT
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -32,8 +33,8 @@ Events = AsyncIterator[tuple[int, Event]]
 _RETRY_SECONDS = 2
 _INLINE = 4096  # bytes
 
-Body = TypeVar("Body")
-Plan = TypeVar("Plan")
+Given = TypeVar("Given")
+Result = TypeVar("Result")
 
 
 class Service:
@@ -46,9 +47,10 @@ class Service:
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions."""
         content = await read_body(request)
-        body = parsed(CompletionRequest, content)
+        size = len(content)
+        body = await _computed(size, partial(parsed, CompletionRequest), content)
         self._require_ready()
-        jobs = await _planned(len(content), self._planner.completion, body)
+        jobs = await _computed(size, self._planner.completion, body)
         decode = self._planner.tokenizer.decode
         echoed = [text if isinstance(text, str) else decode(text) for text in body.prompts] if body.echo else ()
         answer = CompletionAnswer(body.model, jobs, self._planner.tokenizer, echoed=echoed, stream=body.stream)
@@ -56,7 +58,8 @@ class Service:
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        body = parsed(ChatRequest, await read_body(request))
+        content = await read_body(request)
+        body = await _computed(len(content), partial(parsed, ChatRequest), content)
         self._require_ready()
         jobs = await asyncio.to_thread(self._planner.chat_completion, body)
         answer = ChatAnswer(body.model, jobs, self._planner.tokenizer, stream=body.stream)
@@ -65,9 +68,9 @@ class Service:
     async def posterior(self, request: Request) -> Response:
         """POST /v1/posterior."""
         content = await read_body(request)
-        body = parsed(PosteriorRequest, content)
+        body = await _computed(len(content), partial(parsed, PosteriorRequest), content)
         self._require_ready()
-        job = await _planned(_INLINE + 1 if body.messages else len(content), self._planner.posterior, body)
+        job = await _computed(_INLINE + 1 if body.messages else len(content), self._planner.posterior, body)
         async with contextlib.aclosing(self._events([job])) as events:
             routed = await _unless_hung_up(request, anext(events))
         if routed is None:
@@ -239,9 +242,9 @@ class _EventStream(StreamingResponse):
                 self._hung_up()
 
 
-async def _planned(size: int, plan: Callable[[Body], Plan], body: Body) -> Plan:
-    """Return the plan of a body of `size` bytes, from a thread if encoding it takes long."""
-    return plan(body) if size <= _INLINE else await asyncio.to_thread(plan, body)
+async def _computed(size: int, do: Callable[[Given], Result], given: Given) -> Result:
+    """Return `do(given)`, from a thread if a body of `size` bytes takes long."""
+    return do(given) if size <= _INLINE else await asyncio.to_thread(do, given)
 
 
 async def _unless_hung_up(request: Request, work: Awaitable[Any]) -> Any:

@@ -139,4 +139,6 @@ def _text(content: Any) -> str:
 
 
 def _unreachable(url: str, error: Exception) -> ConnectionError:
-    return ConnectionError(f"{url} does not answer: {str(error) or type(error).__name__}. Check that the forest is served.")
+    return ConnectionError(
+        f"{url} does not answer: {str(error) or type(error).__name__}. Check that the forest is served."
+    )

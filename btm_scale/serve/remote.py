@@ -62,9 +62,7 @@ class RemoteBackend:
         timeout = httpx2.Timeout(self._seconds, connect=_CONNECT_SECONDS)
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64)
         client = self._client = httpx2.AsyncClient(timeout=timeout, limits=limits)
-        self._engines = {
-            name: RemoteEngine(name, place, client, self.context) for name, place in self._places.items()
-        }
+        self._engines = {name: RemoteEngine(name, place, client, self.context) for name, place in self._places.items()}
         self.is_ready = True
 
     async def stop(self) -> None:

@@ -179,7 +179,9 @@ class RemoteEngine:
 
 def _alternatives(found: dict[str, Any], token: int, top: int) -> Alternatives:
     """Return a token's score from vLLM's {id: {logprob, rank, ...}}, which has the token itself too."""
-    most_likely = sorted(((int(key), _log_prob(value["logprob"])) for key, value in found.items()), key=lambda one: -one[1])
+    most_likely = sorted(
+        ((int(key), _log_prob(value["logprob"])) for key, value in found.items()), key=lambda one: -one[1]
+    )
     return Alternatives(_log_prob(found[str(token)]["logprob"]), tuple(most_likely[:top]))
 
 
