@@ -84,8 +84,8 @@ def serve(
         option(
             "--prefix-cache",
             "SIZE",
-            "Keep the KV caches of recent prompts, within this and --max-memory: the next turn of a chat reads only what "
-            "is new. 0 keeps none.",
+            "Keep the KV caches of recent prompts, within this and --max-memory: the next turn of a chat reads only "
+            "what is new. 0 keeps none.",
             section=_RESOURCES,
         ),
     ] = "256MB",

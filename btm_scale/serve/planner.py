@@ -135,4 +135,5 @@ def _seed(seed: int | None, number: int) -> int | None:
 
 def _too_many(n: int, prompts: int, most: int) -> ApiError:
     what = f"n is {n}" if prompts == 1 else f"{prompts} prompts with n={n} are {prompts * n} texts"
-    return ApiError(400, f"{what}. A request may ask for at most {most} texts.", param="n", code="too_many_choices")
+    param = "n" if n > 1 else "prompt"
+    return ApiError(400, f"{what}. A request may ask for at most {most} texts.", param=param, code="too_many_choices")

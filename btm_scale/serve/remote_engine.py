@@ -1,4 +1,4 @@
-"""One expert behind an OpenAI-compatible engine: how it scores prompts, generates texts, and is left alone when down."""
+"""One expert behind an OpenAI-compatible engine: it scores prompts, generates texts, and is left alone when down."""
 
 from __future__ import annotations
 
@@ -50,12 +50,16 @@ class RemoteEngine:
         """Return the log-probability in nats of a prompt after its first token. Raises EngineDown."""
         if not self._echoes:
             try:
-                scores = await self.prompt_scores(prompt, 0)
-                return sum(score.log_prob for score in scores)
-            except _Refused:  # as engines do that do not know the parameter
-                pass
-        values = await self._echoed(prompt)
-        self._echoes = True
+                return sum(score.log_prob for score in await self.prompt_scores(prompt, 0))
+            except _Refused as error:  # as engines do that do not know the parameter
+                values = await self._echoed(prompt)
+                if values is None:
+                    raise EngineDown(str(error)) from None
+                self._echoes = True
+        else:
+            values = await self._echoed(prompt)
+            if values is None:
+                raise EngineDown(self._no_scores())
         return sum(values)
 
     async def prompt_scores(self, prompt: Sequence[int], top: int) -> list[Alternatives]:
@@ -73,14 +77,15 @@ class RemoteEngine:
         self._require_scores(len(found) == len(prompt), [score.log_prob for score in scores])
         return scores
 
-    async def _echoed(self, prompt: Sequence[int]) -> list[float]:
+    async def _echoed(self, prompt: Sequence[int]) -> list[float] | None:
+        """Return the log-probabilities of a prompt's tokens but the first; None if the engine echoes none."""
         body = {"prompt": list(prompt), "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
         try:
             answer = await self._post(body)
             found = answer["choices"][0]["logprobs"]["token_logprobs"]
             values = [_log_prob(value) for value in found[1 : len(prompt)]]
         except (_Refused, KeyError, IndexError, TypeError, ValueError):
-            raise EngineDown(self._no_scores()) from None
+            return None
         self._require_scores(len(values) == len(prompt) - 1, values)
         return values
 
@@ -92,6 +97,8 @@ class RemoteEngine:
                 "POST", self._url, json=self._body(copy, job), headers=self._place.headers
             ) as response:
                 if response.status_code != 200:
+                    if response.status_code >= 500:
+                        self.leave_out()
                     raise _Refused(f"The engine of '{self._name}' answered with status {response.status_code}.")
                 async for line in response.aiter_lines():
                     if not line.startswith("data: ") or line == "data: [DONE]":
@@ -102,7 +109,7 @@ class RemoteEngine:
                     count = (chunk.get("usage") or {}).get("completion_tokens", count)
                     for choice in chunk.get("choices", ()):
                         reason = choice.get("finish_reason") or reason
-                        scores = () if job.top is None else self._scores(choice)
+                        scores = () if job.top is None else self._scores(choice, job.top)
                         if choice.get("text") or scores:
                             yield Delta(copy, self._name, choice.get("text") or "", scores=scores)
         except (httpx2.HTTPError, ValueError) as error:
@@ -130,7 +137,7 @@ class RemoteEngine:
             **({} if job.top is None else {"logprobs": job.top}),
         }
 
-    def _scores(self, choice: dict[str, Any]) -> tuple[Score, ...]:
+    def _scores(self, choice: dict[str, Any], top: int) -> tuple[Score, ...]:
         found = choice.get("logprobs")
         if not found:
             if choice.get("text"):
@@ -138,8 +145,8 @@ class RemoteEngine:
             return ()
         tops = found.get("top_logprobs") or [None] * len(found["tokens"])
         return tuple(
-            Score(str(text), _log_prob(value), tuple((str(key), _log_prob(one)) for key, one in (top or {}).items()))
-            for text, value, top in zip(found["tokens"], found["token_logprobs"], tops, strict=True)
+            Score(str(text), _log_prob(value), _largest(others or {}, top))
+            for text, value, others in zip(found["tokens"], found["token_logprobs"], tops, strict=True)
         )
 
     async def _post(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -183,6 +190,12 @@ def _alternatives(found: dict[str, Any], token: int, top: int) -> Alternatives:
         ((int(key), _log_prob(value["logprob"])) for key, value in found.items()), key=lambda one: -one[1]
     )
     return Alternatives(_log_prob(found[str(token)]["logprob"]), tuple(most_likely[:top]))
+
+
+def _largest(found: dict[str, Any], top: int) -> tuple[tuple[str, float], ...]:
+    """Return the `top` most likely texts: engines add the token that was chosen."""
+    values = [(str(text), _log_prob(value)) for text, value in found.items()]
+    return tuple(sorted(values, key=lambda one: -one[1])[:top])
 
 
 def _log_prob(value: Any) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import httpx2
@@ -57,9 +58,15 @@ BAD: dict[str, dict[str, list[Any]]] = {
 }
 
 
-def refusal(served: Served, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+@pytest.fixture(scope="module")
+def client(served: Served) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=served.url, timeout=60) as one:
+        yield one
+
+
+def refusal(client: httpx2.Client, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     # json.dumps writes NaN, Infinity, and numbers of any length.
-    response = httpx2.post(f"{served.url}{path}", content=json.dumps(body), timeout=60)
+    response = client.post(path, content=json.dumps(body))
     error = response.json().get("error", {})
     assert set(error) == {"message", "type", "param", "code"}, (path, body, response.text)
     assert "Traceback" not in error["message"]
@@ -68,27 +75,29 @@ def refusal(served: Served, path: str, body: dict[str, Any]) -> tuple[int, dict[
 
 
 @pytest.mark.parametrize("path", BAD)
-def test_every_bad_value_is_refused_and_its_parameter_is_named(served: Served, path: str) -> None:
+def test_every_bad_value_is_refused_and_its_parameter_is_named(
+    served: Served, client: httpx2.Client, path: str
+) -> None:
     for name, values in BAD[path].items():
         for value in values:
-            status, error = refusal(served, path, {**VALID[path], name: value})
+            status, error = refusal(client, path, {**VALID[path], name: value})
             assert status == (404 if name == "model" and path != POSTERIOR and len(str(value)) == 400 else 400), value
             assert error["type"] == "invalid_request_error"
             named = ("messages", "prompt", None) if name in ("messages", "input", "top_logprobs") else (name,)
             assert error["param"] in (name, *named), (name, value, error)
     assert served.idle()
-    assert served.post(path, VALID[path]).status_code == 200
+    assert client.post(path, json=VALID[path]).status_code == 200
 
 
 @pytest.mark.parametrize("path", BAD)
-def test_a_body_that_is_not_an_object_of_the_api_is_refused(served: Served, path: str) -> None:
+def test_a_body_that_is_not_an_object_of_the_api_is_refused(client: httpx2.Client, path: str) -> None:
     for content in (b"", b"null", b"1", b'"a"', b"[]", b"{}", b"[" * 100_000, b'{"a":' * 100_000, b"1" * 5000, b"\0"):
-        response = httpx2.post(f"{served.url}{path}", content=content)
+        response = client.post(path, content=content)
         assert response.status_code == 400, content[:20]
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
-def test_unusual_values_that_are_allowed_are_answered(served: Served) -> None:
+def test_unusual_values_that_are_allowed_are_answered(client: httpx2.Client) -> None:
     for change in (
         {"max_tokens": HUGE},
         {"top_k": HUGE, "model": "expert0"},
@@ -105,11 +114,11 @@ def test_unusual_values_that_are_allowed_are_answered(served: Served) -> None:
         {"prompt": ["", "a"]},
         {"prompt": ""},
     ):
-        response = served.post(COMPLETIONS, {**VALID[COMPLETIONS], **change})
+        response = client.post(COMPLETIONS, json={**VALID[COMPLETIONS], **change})
         assert response.status_code == 200, (change, response.text)
 
 
-def test_other_methods_and_paths_are_refused_in_the_same_form(served: Served) -> None:
+def test_other_methods_and_paths_are_refused_in_the_same_form(client: httpx2.Client) -> None:
     for method, path, status in (
         ("GET", COMPLETIONS, 405),
         ("DELETE", CHAT, 405),
@@ -119,6 +128,6 @@ def test_other_methods_and_paths_are_refused_in_the_same_form(served: Served) ->
         ("GET", "/v1/%ff", 404),
         ("POST", "/", 405),
     ):
-        response = httpx2.request(method, f"{served.url}{path}")
+        response = client.request(method, path)
         assert response.status_code == status, (method, path)
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}

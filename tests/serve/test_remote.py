@@ -86,10 +86,10 @@ def test_what_engines_cannot_do_is_refused(server: Served) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_log_probabilities_are_those_of_local_experts(server: Served, served: Served, stream: bool) -> None:
-    def scored(one: Served, **settings: Any) -> list[Any]:
+    def scored(there: Served, **settings: Any) -> list[Any]:
         found = []
         ask: dict[str, Any] = {"model": "expert1", "prompt": "abca", "max_tokens": 3, "temperature": 0, "logprobs": 2}
-        answer = one.client().completions.create(**{**ask, **settings}, stream=stream)
+        answer: Any = there.client().completions.create(**{**ask, **settings}, stream=stream)
         for part in answer if stream else [answer]:
             scores = part.choices[0].logprobs
             found += list(
