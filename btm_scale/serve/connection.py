@@ -25,13 +25,13 @@ class Connection(H11Protocol):
         """Pass data on; a head that comes in pieces must be complete in time, however many there are."""
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
-            self._head = _cancelled(self._head)
+            self._stop_waiting_for_head()
         elif self._head is None:
             self._head = self._abort_later()
 
     def on_response_complete(self) -> None:
         """Stop waiting: between two requests, uvicorn's time limit applies."""
-        self._head = _cancelled(self._head)
+        self._stop_waiting_for_head()
         super().on_response_complete()
 
     def pause_writing(self) -> None:
@@ -42,19 +42,25 @@ class Connection(H11Protocol):
 
     def resume_writing(self) -> None:
         """Continue to write."""
-        self._unread = _cancelled(self._unread)
+        self._stop_waiting_for_client()
         super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
-        self._head, self._unread = _cancelled(self._head), _cancelled(self._unread)
+        self._stop_waiting_for_head()
+        self._stop_waiting_for_client()
         super().connection_lost(exc)
 
     def _abort_later(self) -> asyncio.TimerHandle:
         # Not `close`, which would wait until the client has read everything.
         return self.loop.call_later(self.seconds, self.transport.abort)
 
+    def _stop_waiting_for_head(self) -> None:
+        if self._head is not None:
+            self._head.cancel()
+            self._head = None
 
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()
+    def _stop_waiting_for_client(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None

@@ -71,7 +71,7 @@ class Planner:
         names, _ = self.catalog.choose(FOREST, Sampling(), self.backend)
         if request.messages is not None:
             return Job(self._chat_prompt(request.messages), names, copies=0, trace=request.trace)
-        (prompt,) = self._prompts([request.input])  # type: ignore[list-item]
+        (prompt,) = self._prompts([request.input])  # type: ignore[arg-type]
         return Job(prompt, names, copies=0, trace=request.trace, starts_document=self._starts_document(request.input))
 
     def _chat_prompt(self, messages: Sequence[Message]) -> list[int]:
