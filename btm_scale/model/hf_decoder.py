@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from btm_scale.errors import CheckpointError, UserError
 from btm_scale.model.hf_load import load_causal_lm, new_cache, require_causal_lm
-from btm_scale.model.kv_rows import bytes_of, is_whole, joined_rows, leading_positions, selected_rows
+from btm_scale.model.kv_rows import bytes_of, has_all_positions, joined_rows, leading_positions, selected_rows
 
 # Logits in memory at a time while a prompt is read (256 MB of float32).
 _MAX_LOGITS = 2**26
@@ -177,7 +177,7 @@ class Reading:
     @torch.no_grad()
     def prefix(self, row: int, tokens: int) -> Prefix | None:
         """Return what was computed for a sequence of `tokens`, or None if the model cannot resume from it."""
-        if self._cache is None or not is_whole(self._cache):
+        if self._cache is None or not has_all_positions(self._cache):
             return None
         index = torch.tensor([row], device=self._device)
         cache = selected_rows(self._cache, new_cache(self._decoder.model), index, tokens)

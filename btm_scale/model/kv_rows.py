@@ -34,8 +34,8 @@ def leading_positions(cache: Any, empty: Any, positions: int) -> Any:
     return empty
 
 
-def is_whole(cache: Any) -> bool:
-    """Whether a cache has every position, which sliding windows have not."""
+def has_all_positions(cache: Any) -> bool:
+    """Whether a cache has every position; sliding windows drop the first ones."""
     return not any(layer.is_sliding for layer in cache.layers)
 
 

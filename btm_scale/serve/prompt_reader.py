@@ -1,4 +1,4 @@
-"""Prompts before their texts are generated: read by every model, scored, and weighed."""
+"""Prompts before their texts are generated: read by every model, scored, and turned into a posterior."""
 
 from __future__ import annotations
 

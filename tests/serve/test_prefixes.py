@@ -63,12 +63,12 @@ def test_a_resumed_prompt_has_the_logits_and_scores_of_one_that_is_read(tmp_path
     prefix = decoder.read(prompts).prefix(0, 7)
     assert prefix is not None
     for prompt, kept in (([0, 1, 2, 3, 4, 1, 2], 6), ([0, 1, 2, 3, 4, 1, 2, 2, 1], 6), ([0, 1, 2, 3, 1, 1], 3)):
-        again, whole = decoder.resume(prefix, prompt, kept), decoder.read([prompt])
-        torch.testing.assert_close(again.logits, whole.logits)
-        torch.testing.assert_close(again.log_probs, whole.log_probs)
-        for reading in (again, whole):
+        again, complete = decoder.resume(prefix, prompt, kept), decoder.read([prompt])
+        torch.testing.assert_close(again.logits, complete.logits)
+        torch.testing.assert_close(again.log_probs, complete.log_probs)
+        for reading in (again, complete):
             reading.feed(torch.tensor([3]))
-        torch.testing.assert_close(again.logits, whole.logits)
+        torch.testing.assert_close(again.logits, complete.logits)
     torch.testing.assert_close(decoder.resume(prefix, prompts[0], 6).logits, decoder.read(prompts[:1]).logits)
 
 
