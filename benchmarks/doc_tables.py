@@ -57,6 +57,12 @@ SAVING = {
     "seconds": "save a checkpoint by two ranks, ZeRO {stage}, time",
     "processor_seconds": "save a checkpoint by two ranks, ZeRO {stage}, core seconds of the busier rank",
 }
+SERVING = {
+    "throughput": ("{clients} clients at once, {tokens} tokens each, tokens/s", "{clients} one after another"),
+    "lone": ("one client, tokens/s", "`generate`"),
+    "routing": ("posterior of a prompt of 255 tokens, time", "reading it once per expert"),
+    "proxy": ("request passed to an engine that takes 50 ms, time", "direct request"),
+}
 KERNELS = "Triton kernels on a GPU"
 KERNEL_PEERS = "eager PyTorch, torch.compile, Cut Cross-Entropy, Liger"
 
@@ -164,6 +170,21 @@ def speed() -> str:
     return _table(rows)
 
 
+def serving() -> str:
+    """The ratios of the server, which were measured on the demo's forest."""
+    result = _read("serve")
+    clients, tokens = result["clients"], result["tokens"]
+    rows = [["measured", "compared with", "ratio"]]
+    for name, (label, peer) in SERVING.items():
+        ratio = f"{result[name]['ratio']:.2f}" if name in result else "not measured"
+        rows.append([label.format(clients=clients, tokens=tokens), peer.format(clients=clients), ratio])
+    note = ""
+    if "proxy" in result:
+        added = result["proxy"]["routing_adds_milliseconds"]
+        note = f" Behind engines, routing adds {added:.1f} ms to the request that scores and the one that generates."
+    return f"{_table(rows)}\n\n{_source('serve')}.{note}"
+
+
 def most_overhead(many: dict[str, Any]) -> float:
     """The fraction of wall time in which the largest forest trains and scores nothing."""
     return max(many["runs"], key=lambda run: run["experts"])["overhead"]
@@ -177,6 +198,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "study": study,
     "sweep": sweep,
     "speed": speed,
+    "serving": serving,
 }
 
 

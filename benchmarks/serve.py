@@ -1,91 +1,102 @@
-"""Throughput, latency and routing cost of `btm-scale serve`, as ratios within one run.
+"""Throughput, latency and routing cost of `btm-scale serve`, as ratios of pairs within one run.
 
-    python benchmarks/serve.py RUN
+    python benchmarks/serve.py RUN [--rounds 5] [--again PART]
 
-Starts a server of the run's forest in a separate process, and writes benchmarks/results/serve.json:
-16 clients at once over one after another; a lone request over `generate`; routing a prompt over reading it once per
-expert; and a request through the remote backend over a direct one, on an engine that takes 50 ms per token.
+The server of the run's forest is a separate process, as is the engine behind the proxy. The two sides of each ratio
+take turns, so that other load meets both alike; a ratio is the median over the rounds. Each part is written to
+benchmarks/results/serve.json when it is complete, and a repeated command measures the parts that are not there.
+Takes about 3 minutes on two idle cores.
+
+- throughput: 16 clients at once over one after another, 64 tokens each, in tokens per second.
+- lone: one client over `generate` in another process, in tokens per second.
+- routing: seconds of `/v1/posterior` over those of reading the prompt once per expert, 255 tokens.
+- proxy: a request through the server over a direct one, on an engine that answers after 50 milliseconds; and what the
+  server adds to the slowest request that scores the prompt and the one that generates, in milliseconds.
 """
 
 from __future__ import annotations
 
-import asyncio
+import argparse
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
-import threading
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import numpy as np
-import torch
-import uvicorn
+import psutil
 from environment import describe
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
 
 from btm_scale.forest.forest import experts
 from btm_scale.forest.open import open_folder
 from btm_scale.generate.generator import Generator
-from btm_scale.serve.app import make_app
-from btm_scale.serve.catalog import Catalog
-from btm_scale.serve.engines_file import RemoteExpert
-from btm_scale.serve.planner import Planner
-from btm_scale.serve.remote import RemoteBackend
-from btm_scale.serve.server import bind, url_of
+from btm_scale.launch.local import free_port
+from btm_scale.util.cores import wait_passively
 
 RESULT = Path(__file__).parent / "results" / "serve.json"
-CLIENTS, TOKENS, REPEATS = 16, 64, 2
+CLIENTS, TOKENS = 16, 64
 PROMPTS = ("import os\n", "def main(args):\n    ", "Permission is hereby granted", "template <typename T>\n")
+PROXY_REQUESTS = 20  # per round
 
 
 def main() -> None:
-    """Measure, print and write."""
-    run = Path(sys.argv[1])
-    result: dict[str, Any] = {"environment": describe(), "clients": CLIENTS, "tokens": TOKENS}
-    with served(run) as url:
-        for name, measure in (
-            ("throughput", lambda: throughput(url)),
-            ("lone_request", lambda: lone(url, run)),
-            ("routing", lambda: routing(url, run)),
-        ):
-            result[name] = measure()
-            print(name, json.dumps(result[name], indent=1), flush=True)
-    result["proxy"] = proxy(run)
-    print("proxy", json.dumps(result["proxy"], indent=1))
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    """Measure what is not measured yet, print the ratios, and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--again", choices=PARTS, action="append", default=[])
+    parser.add_argument("--result", type=Path, default=RESULT)
+    options = parser.parse_args()
+    result: dict[str, Any] = {}
+    with contextlib.suppress(FileNotFoundError):
+        result = json.loads(options.result.read_text())
+    for name, measure in PARTS.items():
+        if name not in result or name in options.again:
+            environment = describe()
+            result[name] = measure(options.run, options.rounds)
+            print(name, json.dumps(result[name]), flush=True)
+            result |= {"environment": environment, "clients": CLIENTS, "tokens": TOKENS}
+            options.result.write_text(json.dumps(result, indent=1) + "\n")
 
 
 @contextlib.contextmanager
-def served(run: Path) -> Iterator[str]:
-    """Serve a run in another process."""
-    with contextlib.closing(bind("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "btm_scale.cli", "serve", str(run), "--port", str(port), "--quiet"]
-    process = subprocess.Popen(command)
-    url = f"http://127.0.0.1:{port}"
+def process(*command: object, ready: str) -> Iterator[psutil.Process]:
+    """Run a command until the block ends; enter the block once `ready` answers."""
+    child = subprocess.Popen([sys.executable, *map(str, command)])
     try:
-        while not _is_ready(url):
-            time.sleep(0.2)
-        yield url
+        while not _answers(ready):
+            if child.poll() is not None:
+                raise SystemExit(f"{command[0]} has ended; its message is above")
+            time.sleep(0.1)
+        yield psutil.Process(child.pid)
     finally:
-        process.terminate()
-        process.wait()
+        child.terminate()
+        child.wait()
 
 
-def _is_ready(url: str) -> bool:
+def _answers(url: str) -> bool:
     try:
-        return httpx2.get(f"{url}/health").status_code == 200
+        return httpx2.get(url).status_code != 503
     except httpx2.TransportError:
         return False
+
+
+@contextlib.contextmanager
+def served(run: Path, *options: object) -> Iterator[tuple[str, psutil.Process]]:
+    """Serve a run; gives its URL."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    arguments = ("-m", "btm_scale.cli", "serve", run, "--port", port, "--quiet", *options)
+    with process(*arguments, ready=f"{url}/health") as server:
+        yield url, server
 
 
 def ask(client: httpx2.Client, url: str, number: int, **changes: Any) -> int:
@@ -97,136 +108,139 @@ def ask(client: httpx2.Client, url: str, number: int, **changes: Any) -> int:
     return tokens
 
 
-def rate(do: Callable[[], int]) -> float:
-    """Tokens per second."""
-    begin = time.perf_counter()
-    return do() / (time.perf_counter() - begin)
-
-
-def throughput(url: str) -> dict[str, Any]:
-    """One after another, and all at once; alternating, and the median of each."""
+def throughput(run: Path, rounds: int) -> dict[str, Any]:
+    """All clients at once over one after another."""
     found: dict[str, list[float]] = {"one_after_another": [], "at_once": []}
-    with httpx2.Client() as client, ThreadPoolExecutor(CLIENTS) as pool:
-        ask(client, url, 0)
-        for _ in range(REPEATS):
-            found["one_after_another"].append(rate(lambda: sum(ask(client, url, n) for n in range(CLIENTS))))
-            found["at_once"].append(rate(lambda: sum(pool.map(lambda n: ask(client, url, n), range(CLIENTS)))))
-    medians = {name: statistics.median(rates) for name, rates in found.items()}
-    return {"tokens_per_second": medians, "speedup": medians["at_once"] / medians["one_after_another"]}
+    processor: dict[str, list[float]] = {name: [] for name in found}
+    with served(run) as (url, server), httpx2.Client() as client, ThreadPoolExecutor(CLIENTS) as pool:
+
+        def one(number: int) -> int:
+            return ask(client, url, number)
+
+        ways = {"one_after_another": lambda: map(one, range(CLIENTS)), "at_once": lambda: pool.map(one, range(CLIENTS))}
+        sum(ways["at_once"]())
+        for _ in range(rounds):
+            for name, way in ways.items():
+                before, begin = _processor_seconds(server), time.perf_counter()
+                tokens = sum(way())
+                found[name].append(tokens / (time.perf_counter() - begin))
+                processor[name].append(tokens / (_processor_seconds(server) - before))
+    return {
+        "tokens_per_second": found,
+        "tokens_per_processor_second_of_the_server": processor,
+        "ratio": _ratio(found["at_once"], found["one_after_another"]),
+    }
 
 
-def lone(url: str, run: Path) -> dict[str, float]:
-    """Tokens per second of one client, over those of `generate` with the same method in this process."""
+def lone(run: Path, rounds: int) -> dict[str, Any]:
+    """One client over `generate` with the same method."""
     generator = Generator.of_run(*open_folder(run))
+    found: dict[str, list[float]] = {"generate": [], "serve": []}
+    with served(run) as (url, _), httpx2.Client() as client:
 
-    def generate() -> int:
-        done = [generator.generate([prompt], max_tokens=TOKENS, random_seed=n) for n, prompt in enumerate(PROMPTS * 2)]
-        return sum(len(one[0].tokens) for one in done)
+        def generate(number: int) -> int:
+            settings: dict[str, Any] = {"max_tokens": TOKENS, "random_seed": number}
+            return len(generator.generate([PROMPTS[number % len(PROMPTS)]], **settings)[0].tokens)
 
-    generate()
-    rates: dict[str, list[float]] = {"generate": [], "serve": []}
-    with httpx2.Client() as client:
-        for _ in range(REPEATS):
-            rates["generate"].append(rate(generate))
-            rates["serve"].append(rate(lambda: sum(ask(client, url, n) for n in range(len(PROMPTS) * 2))))
-    medians = {name: statistics.median(found) for name, found in rates.items()}
-    return {**medians, "ratio": medians["serve"] / medians["generate"]}
+        ways = {"generate": generate, "serve": lambda number: ask(client, url, number)}
+        for way in ways.values():
+            way(0)
+        for _ in range(rounds):
+            for name, way in ways.items():
+                begin = time.perf_counter()
+                tokens = sum(map(way, range(2 * len(PROMPTS))))
+                found[name].append(tokens / (time.perf_counter() - begin))
+    return {"tokens_per_second": found, "ratio": _ratio(found["serve"], found["generate"])}
 
 
-def routing(url: str, run: Path) -> dict[str, float]:
-    """Seconds of /v1/posterior for a prompt that fills the context, over reading it once per expert."""
+def routing(run: Path, rounds: int) -> dict[str, Any]:
+    """The posterior of a prompt that fills the context over reading it; each prompt is new to the prefix cache."""
     generator = Generator.of_run(*open_folder(run))
-    random = np.random.default_rng(0)
-    ids = random.integers(generator.tokenizer.vocab_size, size=generator.context - 1).tolist()
     decoders = [generator.shelf.take(name) for name in generator.names]
+    random = np.random.default_rng(0)
+    found: dict[str, list[float]] = {"read": [], "route": []}
+    with served(run) as (url, _), httpx2.Client() as client:
 
-    def read() -> None:
-        for decoder in decoders:
-            decoder.read([[generator.tokenizer.eos, *ids]])
+        def read(ids: list[int]) -> None:
+            for decoder in decoders:
+                decoder.read([[generator.tokenizer.eos, *ids]])
 
-    with httpx2.Client() as client:
-
-        def route() -> None:
+        def route(ids: list[int]) -> None:
             client.post(f"{url}/v1/posterior", json={"input": ids}, timeout=600).raise_for_status()
 
-        seconds = {name: _median_seconds(do) for name, do in (("read", read), ("route", route))}
-    return {**seconds, "ratio": seconds["route"] / seconds["read"]}
+        for number in range(6 * rounds + 2):
+            for name, way in (("read", read), ("route", route)):
+                ids = random.integers(1, generator.tokenizer.vocab_size, size=generator.context - 1).tolist()
+                begin = time.perf_counter()
+                way(ids)
+                if number >= 2:
+                    found[name].append(time.perf_counter() - begin)
+    return {"seconds": found, "ratio": _ratio(found["route"], found["read"])}
 
 
-def _median_seconds(do: Callable[[], None]) -> float:
-    do()
-    times = []
-    for _ in range(7):
-        begin = time.perf_counter()
-        do()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+def proxy(run: Path, rounds: int) -> dict[str, Any]:
+    """Requests through the server over direct ones."""
+    config, folder = open_folder(run)
+    generator = Generator.of_run(config, folder)
+    names = list(experts(folder))
+    prompt = [generator.tokenizer.eos, *generator.tokenizer.encode(PROMPTS[0])]
+    found: dict[str, list[float]] = {name: [] for name in ("score", "generate", "through", "routed")}
+    port = free_port()
+    engine = f"http://127.0.0.1:{port}"
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        (folder / "engines.yaml").write_text("".join(f"{name}: {engine}/v1\n" for name in names))
+        stack.enter_context(process(Path(__file__).with_name("serve_engine.py"), port, ready=engine))
+        url, _ = stack.enter_context(served(run, "--backend", folder / "engines.yaml"))
+        client = stack.enter_context(httpx2.Client())
+
+        def post(url: str, **body: Any) -> None:
+            client.post(f"{url}/v1/completions", json=body, timeout=60).raise_for_status()
+
+        ways: dict[str, Callable[[], None]] = {
+            "score": lambda: post(engine, prompt=prompt, max_tokens=1, prompt_logprobs=0),
+            "generate": lambda: post(engine, prompt=prompt, max_tokens=20, stream=True),
+            "through": lambda: post(url, prompt=PROMPTS[0], max_tokens=20, stream=True, model=names[0]),
+            "routed": lambda: post(url, prompt=PROMPTS[0], max_tokens=20, stream=True, model="forest"),
+        }
+        for number in range(rounds * PROXY_REQUESTS + 2):
+            for name, way in ways.items():
+                begin = time.perf_counter()
+                way()
+                if number >= 2:
+                    found[name].append(1000 * (time.perf_counter() - begin))
+    added = [
+        routed - score - generate
+        for routed, score, generate in zip(found["routed"], found["score"], found["generate"], strict=True)
+    ]
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    return {
+        "milliseconds": medians,
+        "ratio": _ratio(found["through"], found["generate"]),
+        "routing_adds_milliseconds": statistics.median(added),
+    }
 
 
-def proxy(run: Path) -> dict[str, float]:
-    """Milliseconds that the remote backend adds, on an engine of 50 ms per request and token."""
-    config, run_dir = open_folder(run)
-    generator = Generator.of_run(config, run_dir)
-    names = list(experts(run_dir))
-    torch.set_num_threads(1)
-
-    async def completions(request: Request) -> Response:
-        body = await request.json()
-        await asyncio.sleep(0.05)
-        if not body.get("stream"):
-            rows = [None, *({str(token): {"logprob": -1.0}} for token in body["prompt"][1:])]
-            choice = {"index": 0, "text": "", "finish_reason": "length", "prompt_logprobs": rows}
-            return JSONResponse({"choices": [choice]})
-        return StreamingResponse(_slow_text(body["max_tokens"]), media_type="text/event-stream")
-
-    with _app(Starlette(routes=[Route("/v1/completions", completions, methods=["POST"])])) as engine:
-        places = {name: RemoteExpert(url=f"{engine}/v1") for name in names}
-        backend = RemoteBackend(
-            places, generator.tokenizer.decode, lambda texts: np.zeros(len(names)), context=generator.context
-        )
-        planner = Planner(Catalog(tuple(names)), backend, generator.tokenizer, None)
-        asyncio.run(backend.start())
-        with _app(make_app(planner)) as router, httpx2.Client() as client:
-            prompt = [generator.tokenizer.eos, *generator.tokenizer.encode(PROMPTS[0])]
-            direct_body = {"prompt": prompt, "max_tokens": 20, "stream": True}
-
-            def direct() -> None:
-                client.post(f"{engine}/v1/completions", json=direct_body, timeout=60)
-
-            def through() -> None:
-                ask(client, router, 0, max_tokens=20, model=names[0])
-
-            def route() -> None:
-                client.post(f"{router}/v1/posterior", json={"input": PROMPTS[0]}, timeout=60)
-
-            seconds = {"direct": _median_seconds(direct), "through": _median_seconds(through)}
-            scoring = _median_seconds(route)
-    added = (scoring - 0.05) * 1000
-    return {**seconds, "ratio": seconds["through"] / seconds["direct"], "routing_adds_milliseconds": added}
+def _processor_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
-async def _slow_text(tokens: int) -> Any:
-    for number in range(tokens):
-        await asyncio.sleep(0.05)
-        reason = "length" if number == tokens - 1 else None
-        yield f"data: {json.dumps({'choices': [{'index': 0, 'text': 'x', 'finish_reason': reason}]})}\n\n"
-    yield f"data: {json.dumps({'choices': [], 'usage': {'completion_tokens': tokens}})}\n\ndata: [DONE]\n\n"
+def _ratio(values: Sequence[float], others: Sequence[float]) -> float:
+    """The median over pairs."""
+    return statistics.median(value / other for value, other in zip(values, others, strict=True))
 
 
-@contextlib.contextmanager
-def _app(app: Starlette) -> Iterator[str]:
-    """Run an application in a thread."""
-    listener = bind("127.0.0.1", 0)
-    listener.listen()
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
-    thread.start()
-    try:
-        yield url_of(listener)
-    finally:
-        server.should_exit = True
-        thread.join()
-
+PARTS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
+    "throughput": throughput,
+    "lone": lone,
+    "routing": routing,
+    "proxy": proxy,
+}
 
 if __name__ == "__main__":
+    before = dict(os.environ)
+    wait_passively(os.environ)  # as the server's threads do
+    if dict(os.environ) != before:  # it counts when torch is imported
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     main()

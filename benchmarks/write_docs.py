@@ -1,4 +1,5 @@
-"""Write docs/config.md, and from benchmarks/results/*.json the figures of README.md and docs/results.md.
+"""Write docs/config.md, and from benchmarks/results/*.json the figures of README.md, docs/results.md and
+docs/serving.md.
 
     python benchmarks/write_docs.py
 
@@ -15,7 +16,7 @@ from doc_figure import perplexity_figure
 from doc_tables import RESULTS, TABLES
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "serving.md")
 CONFIG = ROOT / "docs" / "config.md"
 FIGURE = ROOT / "docs" / "images" / "perplexity.svg"
 _MARKS = re.compile(r"<!-- figures: (\w+) -->\n(.*?)<!-- end -->", re.DOTALL)

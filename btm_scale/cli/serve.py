@@ -79,6 +79,16 @@ def serve(
         option("--max-waiting", "N", "Texts that may wait; more get status 429.", section=_RESOURCES, min=1),
     ] = 256,
     max_memory: Annotated[str | None, max_memory(_RESOURCES)] = None,
+    prefix_cache: Annotated[
+        str,
+        option(
+            "--prefix-cache",
+            "SIZE",
+            "Keep the KV caches of recent prompts, within this and --max-memory: the next turn of a chat reads only "
+            "what is new. 0 keeps none.",
+            section=_RESOURCES,
+        ),
+    ] = "256MB",
     device: Annotated[str | None, device(_RESOURCES)] = None,
     as_json: Json = False,
 ) -> Answer:
@@ -113,6 +123,7 @@ def serve(
             method=method,  # type: ignore[arg-type]
             device=device,
             max_rows=batch,
+            prefix_bytes=0 if prefix_cache == "0" else bytes_from_text(prefix_cache),
             **settings,
         )
     server.serve(planner, answering, listener, name=config.name, keys=keys, log_requests=log_requests)

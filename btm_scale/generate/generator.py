@@ -250,5 +250,4 @@ def observe_prompts(running: RunningPosterior, scores: Sequence[Any], prompts: S
     log_probs = torch.stack(list(scores), dim=2).double().cpu().numpy()
     longest = log_probs.shape[1] + 1
     begins = np.array([longest - len(prompt) for prompt in prompts])
-    for position in range(longest - 1):
-        running.observe(log_probs[:, position], begins <= position)
+    running.observe_text(log_probs, np.arange(longest - 1) >= begins[:, None])

@@ -85,6 +85,12 @@ class Shelf:
         """Return whether these models fit into memory together."""
         return self._max_bytes is None or sum(self._sizes[name] for name in set(names)) <= self._max_bytes
 
+    def spare(self, names: Iterable[str]) -> float:
+        """Return how many bytes of the limit are left beside the loaded models and these; infinite without a limit."""
+        if self._max_bytes is None:
+            return float("inf")
+        return self._max_bytes - sum(self._sizes[name] for name in {*self._loaded, *names})
+
     @property
     def loaded(self) -> list[str]:
         """Names of the models in memory, least recently used first."""

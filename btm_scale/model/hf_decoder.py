@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from btm_scale.errors import CheckpointError, UserError
 from btm_scale.model.hf_load import load_causal_lm, new_cache, require_causal_lm
-from btm_scale.model.kv_rows import joined_rows, selected_rows
+from btm_scale.model.kv_rows import bytes_of, has_all_positions, joined_rows, leading_positions, selected_rows
 
 # Logits in memory at a time while a prompt is read (256 MB of float32).
 _MAX_LOGITS = 2**26
@@ -50,6 +51,19 @@ def positions_of(config: Any) -> int:
     """Return the maximum sequence length in tokens of a transformers config, `UNLIMITED` if it names none."""
     given = (getattr(config, name, None) for name in _POSITIONS)
     return int(next((positions for positions in given if positions is not None), UNLIMITED))
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What a model has computed for one sequence: its KV cache and scores. It does not keep the model in memory."""
+
+    cache: Any
+    log_probs: Tensor | None  # float32 [1, tokens - 1] in nats
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that the KV cache takes."""
+        return bytes_of(self.cache)
 
 
 class Decoder:
@@ -97,6 +111,13 @@ class Decoder:
             self._require_padding(prompts, reading)
         return reading
 
+    def resume(self, prefix: Prefix, prompt: Sequence[int], kept: int) -> Reading:
+        """Start a sequence that begins with `kept` tokens of a prefix of this model, and has at least one more.
+
+        Only the tokens after them are read. The reading has scores if the prefix has.
+        """
+        return Reading.resumed(self, prefix, prompt, kept)
+
     def _require_padding(self, prompts: Sequence[Sequence[int]], reading: Reading) -> None:
         """Raise UserError if padding before the shortest prompt has changed what follows it: some states read it."""
         lengths = [len(prompt) for prompt in prompts]
@@ -135,6 +156,34 @@ class Reading:
         self._padded = bool((lengths < longest).any())
         self._length = 0
         self.log_probs = self._read(ids.to(self._device), score)
+
+    @classmethod
+    @torch.no_grad()
+    def resumed(cls, decoder: Decoder, prefix: Prefix, prompt: Sequence[int], kept: int) -> Reading:
+        """See Decoder.resume."""
+        reading = cls.__new__(cls)
+        reading._decoder, reading._device = decoder, decoder.model.device
+        reading._cache = leading_positions(prefix.cache, new_cache(decoder.model), kept)
+        reading._ids = torch.empty(1, 0, dtype=torch.int64, device=reading._device)
+        reading._set_mask(torch.ones(1, len(prompt), dtype=torch.bool, device=reading._device))
+        reading._length = kept
+        rest = torch.tensor([prompt[kept:]], device=reading._device)
+        scores = reading._read(rest, prefix.log_probs is not None)
+        reading.log_probs = None
+        if prefix.log_probs is not None and scores is not None:
+            reading.log_probs = torch.cat([prefix.log_probs[:, :kept], scores], dim=1)
+        return reading
+
+    @torch.no_grad()
+    def prefix(self, row: int, tokens: int) -> Prefix | None:
+        """Return what was computed for a sequence of `tokens`, or None if the model cannot resume from it."""
+        if self._cache is None or not has_all_positions(self._cache):
+            return None
+        index = torch.tensor([row], device=self._device)
+        cache = selected_rows(self._cache, new_cache(self._decoder.model), index, tokens)
+        if self.log_probs is None:
+            return Prefix(cache, None)
+        return Prefix(cache, self.log_probs[row : row + 1, self.log_probs.shape[1] - (tokens - 1) :].clone())
 
     @torch.no_grad()
     def feed(self, tokens: Tensor) -> None:
@@ -192,6 +241,7 @@ class Reading:
         return (logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(1)).clamp_(max=0.0)
 
     def _read(self, ids: Tensor, score: bool) -> Tensor | None:
+        begin = self._length
         batch, longest = ids.shape
         columns = max(1, _MAX_LOGITS // (batch * self._decoder.vocabulary))
         pieces = []
@@ -207,7 +257,7 @@ class Reading:
         if not score:
             return None
         # Nothing predicts the first token of a sequence.
-        return torch.cat(pieces, dim=1).masked_fill_(~self._mask[:, :-1], 0.0)
+        return torch.cat(pieces, dim=1).masked_fill_(~self._mask[:, begin:-1], 0.0)
 
     def _forward(self, ids: Tensor, keep: int) -> Tensor:
         begin, end = self._length, self._length + ids.shape[1]

@@ -27,6 +27,23 @@ def joined_rows(cache: Any, other: Any, empty: Any, columns: int) -> Any:
     return empty
 
 
+def leading_positions(cache: Any, empty: Any, positions: int) -> Any:
+    """Fill the cache `empty` with the first positions of one without sliding windows, and return it."""
+    for source, target in zip(cache.layers, empty.layers, strict=True):
+        _fill(target, source.keys[:, :, :positions], source.values[:, :, :positions], positions)
+    return empty
+
+
+def has_all_positions(cache: Any) -> bool:
+    """Whether a cache has every position; sliding windows drop the first ones."""
+    return not any(layer.is_sliding for layer in cache.layers)
+
+
+def bytes_of(cache: Any) -> int:
+    """Return the memory that a cache's keys and values take."""
+    return sum(states.untyped_storage().nbytes() for layer in cache.layers for states in (layer.keys, layer.values))
+
+
 def _fill(layer: Any, keys: Tensor, values: Tensor, columns: int) -> None:
     """Set a layer's keys and values [batch, heads, positions, size]. A sliding window has fewer than `columns`."""
     layer.lazy_initialization(keys, values)

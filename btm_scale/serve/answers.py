@@ -12,9 +12,10 @@ from typing import Any
 
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.generate.running_batch import Alternatives
-from btm_scale.serve.work import Delta, Job, Routed
+from btm_scale.serve.work import Delta, Job, Routed, Score
 
 _REPLACEMENT = "\ufffd"
+_LOWEST = -9999.0  # for minus infinity, which JSON has not; as vLLM writes it
 
 
 class TokenTexts:
@@ -27,15 +28,6 @@ class TokenTexts:
         """Return the text that a token adds after the token `before`."""
         text: str = self._decode((before, token))
         return text[len(self._decode((before,))) :]
-
-
-@dataclass(frozen=True)
-class Score:
-    """A token's text and log-probability, and the most likely tokens in its place; the first token has neither."""
-
-    text: str
-    log_prob: float | None = None
-    others: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass
@@ -63,12 +55,12 @@ class Answer(ABC):
     chunk_object: str
 
     def __init__(
-        self, model: str, jobs: Sequence[Job], prompts: Sequence[str], tokenizer: Tokenizer, *, echo: bool
+        self, model: str, jobs: Sequence[Job], tokenizer: Tokenizer, *, echoed: Sequence[str] = (), stream: bool = False
     ) -> None:
-        """Args: `prompts`: the text of each; `echo`: repeat it before the continuation."""
+        """Args: `echoed`: the texts of all prompts, to repeat before the continuations; `stream`: return chunks."""
         self.model, self.id, self.created = model, f"{self.prefix}-{secrets.token_hex(12)}", int(time.time())
         self._texts, self._decoded = TokenTexts(tokenizer), tokenizer.decode
-        self._sent, self._echo, self._prompts = sum(job.sent for job in jobs), echo, prompts
+        self._sent, self._echoed, self._streams = sum(job.sent for job in jobs), echoed, stream
         self._routed: list[Routed | None] = [None] * len(jobs)
         self._first = [sum(job.copies for job in jobs[:number]) for number in range(len(jobs))]
         self.choices = [
@@ -81,17 +73,18 @@ class Answer(ABC):
     def route(self, number: int, event: Routed) -> Iterator[dict[str, Any]]:
         """Record the posterior of a job; yields chunks with its echoed prompt."""
         self._routed[number] = event
-        if not self._echo:
+        if not self._echoed:
             return
         first = self._first[number]
         for choice in self.choices[first : first + self.choices[first].job.copies]:
             before = len(choice.offsets)
-            choice.text = self._prompts[number]
+            choice.text = self._echoed[number]
             self._score_prompt(choice, choice.text, event)
-            yield self.chunk(choice, choice.text, before)
+            if self._streams:
+                yield self.chunk(choice, choice.text, before)
 
     def add(self, number: int, event: Delta) -> dict[str, Any] | None:
-        """Record a token; return its chunk, or None if it has nothing to show yet."""
+        """Record a token; return its chunk, or None if it has nothing to show yet, or nothing is streamed."""
         choice = self.choices[self._first[number] + event.copy]
         before = len(choice.offsets)
         choice.expert = event.expert
@@ -100,9 +93,12 @@ class Answer(ABC):
             if event.alternatives is not None:
                 self._score(choice, event.token, event.alternatives)
             choice.last = event.token
+        for score in event.scores:
+            self._append(choice, score)
         choice.text += event.text
         choice.finished = event.finished
-        if not event.text and event.finished is None and len(choice.offsets) == before:
+        is_empty = not event.text and event.finished is None and len(choice.offsets) == before
+        if is_empty or not self._streams:
             return None
         return self.chunk(choice, event.text, before)
 
@@ -191,7 +187,7 @@ class CompletionAnswer(Answer):
         found = choice.scores[before:]
         return {
             "tokens": [score.text for score in found],
-            "token_logprobs": [score.log_prob for score in found],
+            "token_logprobs": [_finite(score.log_prob) for score in found],
             "top_logprobs": [_by_text(score) for score in found] if choice.job.top else None,
             "text_offset": choice.offsets[before:],
         }
@@ -232,15 +228,19 @@ class ChatAnswer(Answer):
         return {"content": content, "refusal": None}
 
 
+def _finite(log_prob: float | None) -> float | None:
+    return None if log_prob is None else max(log_prob, _LOWEST)
+
+
 def _by_text(score: Score) -> dict[str, float] | None:
     if score.log_prob is None:
         return None
     row: dict[str, float] = {}
     for text, value in (*score.others, (score.text, score.log_prob)):
-        row.setdefault(text, value)  # the first of several tokens with one text is the most likely
+        row.setdefault(text, max(value, _LOWEST))  # the first of several tokens with one text is the most likely
     return row
 
 
 def _token(text: str, log_prob: float | None) -> dict[str, Any]:
     # A token may be a part of a character.
-    return {"token": text, "logprob": log_prob, "bytes": None if _REPLACEMENT in text else list(text.encode())}
+    return {"token": text, "logprob": _finite(log_prob), "bytes": None if _REPLACEMENT in text else list(text.encode())}

@@ -8,7 +8,8 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -30,6 +31,10 @@ logger = logging.getLogger(__name__)
 
 Events = AsyncIterator[tuple[int, Event]]
 _RETRY_SECONDS = 2
+_INLINE = 4096  # bytes
+
+Given = TypeVar("Given")
+Result = TypeVar("Result")
 
 
 class Service:
@@ -41,27 +46,31 @@ class Service:
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions."""
-        body = parsed(CompletionRequest, await read_body(request))
+        content = await read_body(request)
+        size = len(content)
+        body = await _computed(size, partial(parsed, CompletionRequest), content)
         self._require_ready()
-        jobs = await asyncio.to_thread(self._planner.completion, body)
-        given = body.prompts
-        texts = [text if isinstance(text, str) else self._planner.tokenizer.decode(text) for text in given]
-        answer = CompletionAnswer(body.model, jobs, texts, self._planner.tokenizer, echo=body.echo)
+        jobs = await _computed(size, self._planner.completion, body)
+        decode = self._planner.tokenizer.decode
+        echoed = [text if isinstance(text, str) else decode(text) for text in body.prompts] if body.echo else ()
+        answer = CompletionAnswer(body.model, jobs, self._planner.tokenizer, echoed=echoed, stream=body.stream)
         return await self._answer(request, jobs, answer, body)
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        body = parsed(ChatRequest, await read_body(request))
+        content = await read_body(request)
+        body = await _computed(len(content), partial(parsed, ChatRequest), content)
         self._require_ready()
         jobs = await asyncio.to_thread(self._planner.chat_completion, body)
-        answer = ChatAnswer(body.model, jobs, [""], self._planner.tokenizer, echo=False)
+        answer = ChatAnswer(body.model, jobs, self._planner.tokenizer, stream=body.stream)
         return await self._answer(request, jobs, answer, body)
 
     async def posterior(self, request: Request) -> Response:
         """POST /v1/posterior."""
-        body = parsed(PosteriorRequest, await read_body(request))
+        content = await read_body(request)
+        body = await _computed(len(content), partial(parsed, PosteriorRequest), content)
         self._require_ready()
-        job = await asyncio.to_thread(self._planner.posterior, body)
+        job = await _computed(_INLINE + 1 if body.messages else len(content), self._planner.posterior, body)
         async with contextlib.aclosing(self._events([job])) as events:
             routed = await _unless_hung_up(request, anext(events))
         if routed is None:
@@ -231,6 +240,11 @@ class _EventStream(StreamingResponse):
             self._finish()
             if not self._complete:
                 self._hung_up()
+
+
+async def _computed(size: int, do: Callable[[Given], Result], given: Given) -> Result:
+    """Return `do(given)`, from a thread if a body of `size` bytes takes long."""
+    return do(given) if size <= _INLINE else await asyncio.to_thread(do, given)
 
 
 async def _unless_hung_up(request: Request, work: Awaitable[Any]) -> Any:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,17 +21,16 @@ from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import UserError
 from btm_scale.forest.posterior.evidence import RunningPosterior
 from btm_scale.generate.detokenizer import Transcript
-from btm_scale.generate.generator import observe_prompts
 from btm_scale.generate.model_cache import Shelf, shared_context
-from btm_scale.generate.prompt_scores import prompt_scores, weights_after
 from btm_scale.generate.running_batch import Alternatives, Row, RunningBatch
 from btm_scale.model.hf_decoder import Reading, usable_device
+from btm_scale.serve.prefixes import PrefixCache
+from btm_scale.serve.prompt_reader import Prior, PromptReader
 from btm_scale.serve.texts import Part, Text
-from btm_scale.serve.work import BackendError, Busy, Delta, Event, Failed, Job, Routed
+from btm_scale.serve.work import BackendError, Busy, Delta, Event, Failed, Job
 
 logger = logging.getLogger(__name__)
 
-Prior = Callable[[Sequence[str]], np.ndarray]
 # Tokens of prompts, with padding, that are read together.
 _PROMPT_TOKENS = 8192
 
@@ -48,15 +48,17 @@ class Engine:
         device: str | None = None,
         max_rows: int = 32,
         max_waiting: int = 256,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         """Check that the models can be read, and load none.
 
         Args:
             models: Hugging Face directories by name.
             prior: log p(D=j) in nats of each prompt, [prompts, experts] or [experts], for jobs with several models.
-            max_bytes: of weights in memory at a time. Default: no limit.
+            max_bytes: of weights and `prefixes` in memory at a time. Default: no limit.
             max_rows: texts that are continued at a time.
             max_waiting: texts that may wait.
+            prefixes: keeps prompts that were read. Default: none is kept.
 
         Raises:
             UserError: a model does not fit into `max_bytes`, or the device cannot be used.
@@ -66,7 +68,8 @@ class Engine:
         self.max_rows, self.max_waiting = max_rows, max_waiting
         self._device = usable_device(device)
         self.shelf = Shelf(models, vocabulary=tokenizer.vocab_size, max_bytes=max_bytes, device=self._device)
-        self._tokenizer, self._prior = tokenizer, prior
+        self._tokenizer = tokenizer
+        self._reader = PromptReader(self.shelf, tokenizer, prior, prefixes or PrefixCache(0))
         self._queue: deque[Part] = deque()
         self._groups: dict[tuple[str, ...], RunningBatch] = {}
         self._random = torch.Generator(self._device)
@@ -74,6 +77,7 @@ class Engine:
         self._changed = threading.Condition()
         self._stopping = False
         self._outbox: list[tuple[Job, Event]] = []
+        self._is_urgent = False  # whether the outbox has something that a client waits for
         self._deliver: Callable[[list[tuple[Job, Event]]], None] = lambda events: None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -101,7 +105,8 @@ class Engine:
         assert all(job.copies <= self.max_rows for job in jobs)
         parts = [Part(job, job.names, tuple(range(job.copies)), self._randoms(job)) for job in jobs]
         with self._changed:
-            if self._waiting() + sum(max(1, job.copies) for job in jobs) > self.max_waiting:
+            waiting = self._waiting()
+            if waiting and waiting + sum(max(1, job.copies) for job in jobs) > self.max_waiting:
                 raise Busy
             self._queue.extend(parts)
             self._changed.notify()
@@ -131,8 +136,9 @@ class Engine:
                 if self._stopping and not self._queue and not self._groups:
                     return
             while parts := self._next_parts():
-                self._guarded([part.job for part in parts], partial(self._begin, parts))
-                self._flush()
+                for some in self._reader.together(parts):
+                    self._guarded([part.job for part in some], partial(self._begin, some))
+                    self._flush()
             for names in list(self._groups):
                 jobs = [row.owner.job for row in self._groups[names].rows]
                 if not self._guarded(jobs, partial(self._step, names)):
@@ -152,13 +158,18 @@ class Engine:
             logger.exception("a step of the engine failed")
             failure = error
         for job in dict.fromkeys(jobs):
-            self._outbox.append((job, Failed(failure)))
+            self._send(job, Failed(failure), urgent=True)
             job.cancelled = True
         return False
 
+    def _send(self, job: Job, event: Event, *, urgent: bool) -> None:
+        self._outbox.append((job, event))
+        self._is_urgent |= urgent
+
     def _flush(self) -> None:
-        if self._outbox:
-            events, self._outbox = self._outbox, []
+        """Deliver the events, unless they can wait: every delivery interrupts this thread."""
+        if self._is_urgent:
+            events, self._outbox, self._is_urgent = self._outbox, [], False
             self._deliver(events)
 
     def _next_parts(self) -> list[Part]:
@@ -189,9 +200,10 @@ class Engine:
         return {name for names in self._groups for name in names}
 
     def _begin(self, parts: Sequence[Part]) -> None:
+        names, job = parts[0].names, parts[0].job
+        self._reader.make_room(names)
         for name in self._running_models():
             self.shelf.take(name)  # so that none of them is the least recently used
-        names, job = parts[0].names, parts[0].job
         if len(names) == 1 or job.method == "mixture":
             self._begin_together(names, parts)
         else:
@@ -199,13 +211,11 @@ class Engine:
 
     def _begin_together(self, names: tuple[str, ...], parts: Sequence[Part]) -> None:
         """Start texts under one model, or under the mixture of several."""
-        decoders = self.shelf.take_all(names, "A mixture")
+        self.shelf.take_all(names, "A mixture")
         prompts = [part.job.prompt for part in parts]
-        readings = [decoder.read(prompts, score=len(names) > 1) for decoder in decoders]
-        posterior = self._posterior(names, prompts)
-        if len(names) > 1:
-            observe_prompts(posterior, [reading.log_probs for reading in readings], prompts)
-        self._send_routed(names, parts, posterior, [reading.log_probs for reading in readings])
+        readings, scores = self._reader.read(names, prompts, score=len(names) > 1, keep=True)
+        posterior = self._reader.posterior(names, prompts, scores)
+        self._send_routed(names, parts, posterior, scores)
         texts = [(row, part, copy) for row, part in enumerate(parts) for copy in part.copies]
         self._join(names, readings, posterior, texts)
 
@@ -213,15 +223,8 @@ class Engine:
         """Score the prompts with every model, draw one for each text, and start the texts."""
         prompts = [part.job.prompt for part in parts]
         together = self.shelf.fit({*names, *self._running_models()})
-        readings: list[Reading] = []
-        scores = []
-        for name in names:
-            reading = self.shelf.take(name).read(prompts)
-            scores.append(reading.log_probs)
-            if together:
-                readings.append(reading)
-        posterior = self._posterior(names, prompts)
-        observe_prompts(posterior, scores, prompts)
+        readings, scores = self._reader.read(names, prompts, score=True, keep=together)
+        posterior = self._reader.posterior(names, prompts, scores)
         self._send_routed(names, parts, posterior, scores)
         weights = torch.as_tensor(np.exp(posterior.log_weights()), device=self._device)
         drawn: dict[int, list[tuple[int, Part, int]]] = {}
@@ -244,31 +247,14 @@ class Engine:
             with self._changed:
                 self._queue.extendleft(reversed(waiting))
 
-    def _posterior(self, names: tuple[str, ...], prompts: Sequence[Sequence[int]]) -> RunningPosterior:
-        if len(names) == 1:
-            return RunningPosterior(np.zeros(1), len(prompts))
-        return RunningPosterior(self._prior([self._tokenizer.decode(prompt[1:]) for prompt in prompts]), len(prompts))
-
     def _send_routed(
-        self, names: tuple[str, ...], parts: Sequence[Part], posterior: RunningPosterior, scores: Sequence[object]
+        self, names: tuple[str, ...], parts: Sequence[Part], posterior: RunningPosterior, scores: Sequence[Any]
     ) -> None:
         weights = np.exp(posterior.log_weights())
         for row, part in enumerate(parts):
-            if part.routed:
-                continue
-            job = part.job
-            found: list[Alternatives] | None = None
-            trace: list[list[float]] | None = None
-            if job.score_prompt:
-                decoders = self.shelf.take_all(names, "The log-probability of a prompt")
-                found = prompt_scores(decoders, job.prompt, self._posterior(names, [job.prompt]), job.top or 0)
-            if job.trace and len(names) == 1:
-                trace = [[1.0]] * len(job.prompt)
-            elif job.trace:
-                before = self._posterior(names, [job.prompt])
-                trace = weights_after(before, [score[row : row + 1] for score in scores], job.prompt)  # type: ignore[index]
-            routed = Routed(dict(zip(names, weights[row].tolist(), strict=True)), (), found, trace)
-            self._outbox.append((job, routed))
+            if not part.routed:
+                own = [None if score is None else score[row : row + 1] for score in scores]
+                self._send(part.job, self._reader.routed(names, part.job, weights[row], own), urgent=True)
 
     def _join(
         self,
@@ -284,7 +270,7 @@ class Engine:
             expert = names[0] if len(names) == 1 else None
             limit = min(job.max_tokens, self.context - len(job.prompt) + 1)
             if limit < 1:
-                self._outbox.append((job, Delta(copy, expert, "", finished="length")))
+                self._send(job, Delta(copy, expert, "", finished="length"), urgent=True)
                 continue
             text = Text(job, copy, expert, limit, Transcript(self._tokenizer.decode, job.prompt, job.stop))
             rows.append(Row(job.sampling, part.randoms[copy], job.top, text))
@@ -317,7 +303,7 @@ class Engine:
         transcript = text.transcript
         if token == self._tokenizer.eos:
             end = Delta(text.copy, text.expert, transcript.finish(), token, alternatives, "stop")
-            self._outbox.append((text.job, end))
+            self._send(text.job, end, urgent=True)
             return False
         emitted = transcript.add(token)
         stopped, full = transcript.stopped, len(transcript.tokens) >= text.limit
@@ -326,5 +312,6 @@ class Engine:
             stopped = transcript.stopped
         finished = "stop" if stopped else "length" if full else None
         delta = Delta(text.copy, text.expert, emitted, token, alternatives, finished)  # type: ignore[arg-type]
-        self._outbox.append((text.job, delta))
+        urgent = finished is not None or text.job.stream or len(transcript.tokens) == 1
+        self._send(text.job, delta, urgent=urgent)
         return finished is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from starlette.datastructures import Headers
@@ -14,6 +15,7 @@ from btm_scale.serve.metrics import Metrics
 
 MAX_BODY = 4 << 20  # bytes
 _MAX_DROPPED = 64 << 20  # bytes of a body that is too large
+BODY_SECONDS = 60.0
 _ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/posterior", "/v1/models", "/health", "/metrics", "/")
 
 
@@ -55,7 +57,7 @@ class Gate:
 
 
 async def read_body(request: Request) -> bytes:
-    """Return the body. Raises ApiError if it is too large, ClientDisconnect if the client leaves.
+    """Return the body. Raises ApiError if it is too large or too slow, ClientDisconnect if the client leaves.
 
     A body that is somewhat too large is read and dropped: a connection that is closed with unread bytes is reset, and
     the client may lose the answer.
@@ -65,14 +67,18 @@ async def read_body(request: Request) -> bytes:
     if declared > _MAX_DROPPED:
         raise _too_large()
     body, size = bytearray(), 0
-    async for piece in request.stream():
-        size += len(piece)
-        if size > _MAX_DROPPED:
-            break
-        if max(size, declared) <= MAX_BODY:
-            body += piece
-        else:
-            body.clear()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for piece in request.stream():
+                size += len(piece)
+                if size > _MAX_DROPPED:
+                    break
+                if max(size, declared) <= MAX_BODY:
+                    body += piece
+                else:
+                    body.clear()
+    except TimeoutError:
+        raise _too_slow() from None
     if size > MAX_BODY:
         raise _too_large()
     return bytes(body)
@@ -83,6 +89,15 @@ def _too_large() -> ApiError:
         413,
         f"The body is larger than {MAX_BODY >> 20} MiB. Send a shorter prompt.",
         code="request_too_large",
+        headers={"Connection": "close"},
+    )
+
+
+def _too_slow() -> ApiError:
+    return ApiError(
+        408,
+        f"The body did not arrive within {BODY_SECONDS:g} seconds. Send it again, or a shorter one.",
+        code="request_timeout",
         headers={"Connection": "close"},
     )
 

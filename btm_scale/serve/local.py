@@ -13,8 +13,6 @@ from btm_scale.serve.work import Delta, Event, Failed, Job, Routed
 class LocalBackend:
     """Answers jobs with models in this process."""
 
-    has_log_probs = True
-
     def __init__(self, engine: Engine, preload: Sequence[str] = ()) -> None:
         """`preload`: models to load before the first request."""
         self._engine, self._preload = engine, preload

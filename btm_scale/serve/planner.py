@@ -11,7 +11,7 @@ from btm_scale.generate.sampling import Sampling
 from btm_scale.serve.api_errors import ApiError
 from btm_scale.serve.catalog import FOREST, Catalog
 from btm_scale.serve.chat import ChatTemplate, no_template
-from btm_scale.serve.schemas import ChatRequest, CompletionRequest, PosteriorRequest
+from btm_scale.serve.schemas import ChatRequest, CompletionRequest, Message, PosteriorRequest
 from btm_scale.serve.work import Backend, Job
 
 # A temperature below this is greedy: logits divided by it would overflow.
@@ -30,12 +30,11 @@ class Planner:
     def completion(self, request: CompletionRequest) -> list[Job]:
         """Return a job per prompt. Raises ApiError."""
         sampling = _sampling(request)
-        self._require_log_probs(request.logprobs is not None)
         score_prompt = request.echo and request.logprobs is not None
         names, method = self.catalog.choose(request.model, sampling, self.backend, mixed=score_prompt)
+        if request.n * len(request.prompts) > self.backend.max_copies:
+            raise _too_many(request.n, len(request.prompts), self.backend.max_copies)
         prompts = self._prompts(request.prompts)
-        if request.n * len(prompts) > self.backend.max_copies:
-            raise _too_many(request.n, len(prompts), self.backend.max_copies)
         return [
             Job(
                 prompt,
@@ -49,6 +48,7 @@ class Planner:
                 request.logprobs,
                 score_prompt,
                 starts_document=self._starts_document(given),
+                stream=request.stream,
             )
             for number, (prompt, given) in enumerate(zip(prompts, request.prompts, strict=True))
         ]
@@ -56,32 +56,29 @@ class Planner:
     def chat_completion(self, request: ChatRequest) -> list[Job]:
         """Return the job of a chat. Raises ApiError."""
         sampling = _sampling(request)
-        self._require_log_probs(request.logprobs)
         names, method = self.catalog.choose(request.model, sampling, self.backend)
-        if self.chat is None:
-            raise no_template()
-        (prompt,) = self._checked([self.tokenizer.encode_special(self.chat.render(request.messages))])
+        prompt = self._chat_prompt(request.messages)
         if request.n > self.backend.max_copies:
             raise _too_many(request.n, 1, self.backend.max_copies)
         limit = request.max_completion_tokens or request.max_tokens or self.backend.context
         top = request.top_logprobs if request.logprobs else None
         seed = _seed(request.seed, 0)
-        return [Job(prompt, names, method, request.n, limit, sampling, request.stops, seed, top)]
+        stops = request.stops
+        return [Job(prompt, names, method, request.n, limit, sampling, stops, seed, top, stream=request.stream)]
 
     def posterior(self, request: PosteriorRequest) -> Job:
-        """Return the job that scores a text and continues nothing. Raises ApiError."""
-        (prompt,) = self._prompts([request.input])  # type: ignore[arg-type]
+        """Return the job that scores a text or chat and continues nothing. Raises ApiError."""
         names, _ = self.catalog.choose(FOREST, Sampling(), self.backend)
+        if request.messages is not None:
+            return Job(self._chat_prompt(request.messages), names, copies=0, trace=request.trace)
+        (prompt,) = self._prompts([request.input])  # type: ignore[arg-type]
         return Job(prompt, names, copies=0, trace=request.trace, starts_document=self._starts_document(request.input))
 
-    def _require_log_probs(self, asked: bool) -> None:
-        if asked and not self.backend.has_log_probs:
-            raise ApiError(
-                400,
-                "Log-probabilities are available from local experts only. Leave logprobs out.",
-                param="logprobs",
-                code="unsupported_parameter",
-            )
+    def _chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        if self.chat is None:
+            raise no_template()
+        (prompt,) = self._checked([self.tokenizer.encode_special(self.chat.render(messages))])
+        return prompt
 
     def _starts_document(self, given: object) -> bool:
         return isinstance(given, list) and given[:1] == [self.tokenizer.eos]
@@ -138,4 +135,5 @@ def _seed(seed: int | None, number: int) -> int | None:
 
 def _too_many(n: int, prompts: int, most: int) -> ApiError:
     what = f"n is {n}" if prompts == 1 else f"{prompts} prompts with n={n} are {prompts * n} texts"
-    return ApiError(400, f"{what}. A request may ask for at most {most} texts.", param="n", code="too_many_choices")
+    param = "n" if n > 1 else "prompt"
+    return ApiError(400, f"{what}. A request may ask for at most {most} texts.", param=param, code="too_many_choices")

@@ -1,17 +1,15 @@
 """The remote backend: experts behind engines such as vLLM, each with its own OpenAI-compatible URL.
 
-Every engine scores the prompt (vLLM's `prompt_logprobs`), or local weights do; one expert is drawn from the posterior,
-and its engine generates the text. Prompts are sent as token ids, so that all experts score the same tokens.
+Every engine scores the prompt (`prompt_logprobs` of vLLM, `echo` of SGLang), or local weights do; one expert is drawn
+from the posterior, and its engine generates the text. Prompts are sent as token ids, so that all experts score the same
+tokens.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any
 
 import httpx2
 import numpy as np
@@ -19,50 +17,52 @@ import numpy as np
 from btm_scale.forest.posterior.evidence import RunningPosterior
 from btm_scale.serve.engines_file import RemoteExpert
 from btm_scale.serve.local_scores import LocalScores
+from btm_scale.serve.prompt_reader import Prior, priors_of
+from btm_scale.serve.remote_engine import EngineDown, RemoteEngine
 from btm_scale.serve.work import BackendError, Busy, Delta, Event, Failed, Job, Routed
 
 logger = logging.getLogger(__name__)
 
 _SCORE_SECONDS = 60.0
 _CONNECT_SECONDS = 5.0
-_DOWN_SECONDS = 5.0  # an engine that failed is left out this long, then tried again
-_IMPOSSIBLE = -9999.0  # what vLLM writes for a log-probability of -inf
-_REASONS = {"stop": "stop", "length": "length"}
-
-
-class EngineDown(Exception):  # noqa: N818 (it names a state)
-    """An engine cannot be reached, or failed."""
 
 
 class RemoteBackend:
     """Answers jobs with engines elsewhere."""
 
-    has_log_probs = False
     max_copies = 128
 
     def __init__(
         self,
         engines: Mapping[str, RemoteExpert],
         decode: Callable[[Sequence[int]], str],
-        prior: Callable[[Sequence[str]], np.ndarray],
+        prior: Prior,
         *,
         context: int,
         local: LocalScores | None = None,
         max_waiting: int = 256,
+        answer_seconds: float = _SCORE_SECONDS,
     ) -> None:
-        """Args: `prior`: log p(D=j) in nats over the experts, as in `engines`; `local`: scores prompts for some."""
-        self._engines, self._decode, self._prior = dict(engines), decode, prior
+        """Prepare to answer with engines.
+
+        Args:
+            prior: log p(D=j) in nats over the experts, as in `engines`.
+            local: scores prompts for some.
+            answer_seconds: an engine from which nothing comes for this long is down.
+        """
+        self._places, self._decode, self._prior = dict(engines), decode, prior
         self.context, self._most, self._local = context, max_waiting, local
         self.is_ready = False
-        self._running = 0
-        self._down_until: dict[str, float] = {}
+        self._running, self._seconds = 0, answer_seconds
+        self._engines: dict[str, RemoteEngine] = {}
         self._client: httpx2.AsyncClient | None = None
 
     async def start(self) -> None:
         """Open the connections; an engine that is down now may come later."""
-        timeout = httpx2.Timeout(_SCORE_SECONDS, connect=_CONNECT_SECONDS)
+        timeout = httpx2.Timeout(self._seconds, connect=_CONNECT_SECONDS)
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64)
-        self._client = httpx2.AsyncClient(timeout=timeout, limits=limits)
+        client = self._client = httpx2.AsyncClient(timeout=timeout, limits=limits)
+        self._engines = {name: RemoteEngine(name, place, client, self.context) for name, place in self._places.items()}
         self.is_ready = True
 
     async def stop(self) -> None:
@@ -102,11 +102,10 @@ class RemoteBackend:
             inbox.put_nowait((number, event))
 
         try:
-            weights, left_out = await self._posterior(job)
-            send(Routed(weights, left_out))
-            experts = _draw(weights, job)
+            routed = await self._routed(job)
+            send(routed)
             async with asyncio.TaskGroup() as texts:
-                for copy, name in enumerate(experts):
+                for copy, name in enumerate(_draw(routed.weights, job)):
                     texts.create_task(self._generate(copy, name, job, send))
         except* EngineDown as errors:
             send(Failed(BackendError(str(errors.exceptions[0]))))
@@ -114,117 +113,46 @@ class RemoteBackend:
             logger.exception("a remote request failed")
             send(Failed(errors.exceptions[0]))
 
-    async def _posterior(self, job: Job) -> tuple[dict[str, float], tuple[str, ...]]:
+    async def _routed(self, job: Job) -> Routed:
         """Return the posterior of a prompt over the engines that answer, and the experts that are left out."""
         if len(job.names) == 1:
-            return {job.names[0]: 1.0}, ()
+            (name,) = job.names
+            scores = await self._engines[name].prompt_scores(job.prompt, job.top or 0) if job.score_prompt else None
+            return Routed({name: 1.0}, prompt_scores=scores, trace=[[1.0]] * len(job.prompt) if job.trace else None)
         scored = await asyncio.gather(*(self._scored(name, job.prompt) for name in job.names))
         alive = [number for number, score in enumerate(scored) if score is not None]
         if not alive:
             raise EngineDown("No expert answers. Retry later.")
-        prior = np.atleast_2d(self._prior([self._decode(job.prompt[1:])]))[:, alive]
+        prior = np.atleast_2d(priors_of(self._prior, self._decode, [job.prompt]))[:, alive]
         posterior = RunningPosterior(prior, 1)
         posterior.observe(np.array([[scored[number] for number in alive]], dtype=np.float64))
         weights = np.exp(posterior.log_weights()[0]).tolist()
         left_out = tuple(name for number, name in enumerate(job.names) if number not in alive)
-        return {job.names[number]: weight for number, weight in zip(alive, weights, strict=True)}, left_out
+        return Routed({job.names[number]: weight for number, weight in zip(alive, weights, strict=True)}, left_out)
 
     async def _scored(self, name: str, prompt: Sequence[int]) -> float | None:
         """Return the log-probability of a prompt in nats, or None if the engine is down."""
-        if time.monotonic() < self._down_until.get(name, 0):
+        engine = self._engines[name]
+        if engine.is_down:
             return None
         try:
-            return await self._score(name, prompt)
+            if len(prompt) == 1:  # the start of the document alone
+                return 0.0
+            if self._local is not None and name in self._local.names:
+                return await asyncio.to_thread(self._local.score, name, prompt)
+            return await engine.score(prompt)
         except EngineDown as error:
             logger.warning("%s", error)
-            self._down_until[name] = time.monotonic() + _DOWN_SECONDS
+            engine.leave_out()
             return None
-
-    async def _score(self, name: str, prompt: Sequence[int]) -> float:
-        if len(prompt) == 1:  # the start of the document alone
-            return 0.0
-        if self._local is not None and name in self._local.names:
-            return await asyncio.to_thread(self._local.score, name, prompt)
-        body = {"prompt": list(prompt), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-        answer = await self._post(name, body)
-        try:
-            found = answer["choices"][0].get("prompt_logprobs") or answer["prompt_logprobs"]
-            values = [float(found[place][str(token)]["logprob"]) for place, token in enumerate(prompt) if place]
-        except (KeyError, IndexError, TypeError, ValueError):
-            raise EngineDown(
-                f"The engine of '{name}' returned no prompt_logprobs, which the posterior needs. Use vLLM, or set "
-                "`score` to the expert's directory."
-            ) from None
-        if len(found) != len(prompt) or not all(value <= 0 for value in values):
-            raise EngineDown(f"The engine of '{name}' scored different tokens. Serve the run's expert directory.")
-        return -np.inf if min(values) <= _IMPOSSIBLE else sum(values)
-
-    async def _post(self, name: str, body: dict[str, Any]) -> dict[str, Any]:
-        assert self._client is not None
-        engine = self._engines[name]
-        for attempt in range(2):
-            try:
-                response = await self._client.post(
-                    f"{engine.url.rstrip('/')}/completions",
-                    json={"model": engine.model or name, **body},
-                    headers=engine.headers,
-                )
-                response.raise_for_status()
-                answer: dict[str, Any] = response.json()
-                return answer
-            except httpx2.HTTPStatusError as error:
-                if error.response.status_code < 500:
-                    raise EngineDown(_refused(name, error.response.status_code)) from None
-            except (httpx2.HTTPError, ValueError) as error:
-                reason = str(error) or type(error).__name__
-                if attempt:
-                    raise EngineDown(f"The engine of '{name}' does not answer: {reason}.") from None
-        raise EngineDown(f"The engine of '{name}' fails.")
 
     async def _generate(self, copy: int, name: str, job: Job, send: Callable[[Event], None]) -> None:
         """Pass the stream of one text on."""
         if job.max_tokens < 1:
             send(Delta(copy, name, "", finished="length"))
             return
-        assert self._client is not None
-        engine = self._engines[name]
-        sampling = job.sampling
-        body: dict[str, Any] = {
-            "model": engine.model or name,
-            "prompt": job.prompt,
-            "max_tokens": min(job.max_tokens, max(1, self.context - len(job.prompt))),
-            "temperature": sampling.temperature,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            **({} if sampling.top_p is None else {"top_p": sampling.top_p}),
-            **({} if sampling.top_k is None else {"top_k": sampling.top_k}),
-            **({"stop": list(job.stop)} if job.stop else {}),
-            **({} if job.seed is None else {"seed": (job.seed + copy) % (1 << 63)}),
-        }
-        url = f"{engine.url.rstrip('/')}/completions"
-        reason, count = None, 0
-        try:
-            async with self._client.stream("POST", url, json=body, headers=engine.headers) as response:
-                if response.status_code != 200:
-                    raise EngineDown(_refused(name, response.status_code))
-                async for line in response.aiter_lines():
-                    if not line.startswith("data: ") or line == "data: [DONE]":
-                        continue
-                    chunk = json.loads(line.removeprefix("data: "))
-                    if "error" in chunk:
-                        raise EngineDown(f"The engine of '{name}' failed.")
-                    count = (chunk.get("usage") or {}).get("completion_tokens", count)
-                    for choice in chunk.get("choices", ()):
-                        reason = choice.get("finish_reason") or reason
-                        if choice.get("text"):
-                            send(Delta(copy, name, choice["text"]))
-        except (httpx2.HTTPError, ValueError) as error:
-            self._down_until[name] = time.monotonic() + _DOWN_SECONDS
-            raise EngineDown(f"The engine of '{name}' failed: {str(error) or type(error).__name__}.") from None
-        if reason is None:
-            self._down_until[name] = time.monotonic() + _DOWN_SECONDS
-            raise EngineDown(f"The engine of '{name}' ended in the middle of a text.")
-        send(Delta(copy, name, "", finished=_REASONS.get(reason, "stop"), count=count))  # type: ignore[arg-type]
+        async for delta in self._engines[name].generate(copy, job):
+            send(delta)
 
 
 def _draw(weights: Mapping[str, float], job: Job) -> list[str]:
@@ -232,7 +160,3 @@ def _draw(weights: Mapping[str, float], job: Job) -> list[str]:
     random = np.random.default_rng(job.seed)
     names, probabilities = list(weights), np.array(list(weights.values()))
     return [names[number] for number in random.choice(len(names), job.copies, p=probabilities / probabilities.sum())]
-
-
-def _refused(name: str, status: int) -> str:
-    return f"The engine of '{name}' answered with status {status}."

@@ -71,7 +71,7 @@ class StreamOptions(_Body):
 class _Generation(_Body):
     """What both kinds of completions have in common."""
 
-    model: str
+    model: str = Field(max_length=500)
     n: int = Field(default=1, ge=1)
     temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -143,8 +143,15 @@ class ChatRequest(_Generation):
 class PosteriorRequest(_Body):
     """The body of /v1/posterior."""
 
-    input: str | list[int]
+    input: str | list[int] | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1)
     trace: bool = False
+
+    @model_validator(mode="after")
+    def _one_text(self) -> PosteriorRequest:
+        if (self.input is None) == (self.messages is None):
+            raise ValueError("Send either 'input' or 'messages'")
+        return self
 
 
 def parsed(kind: type[Request], body: bytes) -> Request:
@@ -186,7 +193,10 @@ def _require_harmless(request: _Body) -> None:
         if name not in _NEUTRAL:
             known = [*type(request).model_fields, *_NEUTRAL, *_HARMLESS]
             raise ApiError(
-                400, f"Unknown parameter: '{name}'.{near_match(name, known)}", param=name, code="unknown_parameter"
+                400,
+                f"Unknown parameter: '{name:.80}'.{near_match(name[:80], known)}",
+                param=name[:80],
+                code="unknown_parameter",
             )
         if value not in _NEUTRAL[name]:
             raise ApiError(

@@ -24,25 +24,28 @@ from btm_scale.run_dir import RunDir, finished_models
 from btm_scale.serve.app import make_app
 from btm_scale.serve.catalog import Catalog, catalog_of
 from btm_scale.serve.chat import ChatTemplate
-from btm_scale.serve.engine import Engine, Prior
+from btm_scale.serve.connection import Connection
+from btm_scale.serve.engine import Engine
 from btm_scale.serve.engines_file import load_engines
 from btm_scale.serve.local import LocalBackend
 from btm_scale.serve.local_scores import LocalScores
 from btm_scale.serve.planner import Planner
+from btm_scale.serve.prefixes import PrefixCache
+from btm_scale.serve.prompt_reader import Prior
 from btm_scale.serve.remote import RemoteBackend
 from btm_scale.serve.work import Method
 
 logger = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 60  # a stream that takes longer is cut off on SIGTERM
+PREFIX_BYTES = 256e6
 _LOOPBACK = ("127.", "::1", "localhost")
 
 
 def prior_of(config: RunConfig, run: RunDir, names: Sequence[str], prior: str, domain: str | None = None) -> Prior:
-    """Return the function from texts to their log priors over experts, [experts] or [texts, experts] in nats."""
+    """Return the log prior over experts in nats, or the function from texts to their log priors."""
     log_prior = log_prior_of(config, run, names, prior, domain)
-    router = router_of(config, names, prior, None)
-    return router or (lambda texts: log_prior)
+    return router_of(config, names, prior, None) or log_prior
 
 
 def local_planner(
@@ -56,6 +59,7 @@ def local_planner(
     device: str | None = None,
     max_rows: int = 32,
     max_waiting: int = 256,
+    prefix_bytes: float = PREFIX_BYTES,
 ) -> tuple[Planner, LocalBackend]:
     """Return what answers a run's requests in this process. Raises UserError for invalid settings."""
     experts = list(require_experts(run))
@@ -70,6 +74,7 @@ def local_planner(
         device=device,
         max_rows=max_rows,
         max_waiting=max_waiting,
+        prefixes=PrefixCache(prefix_bytes),
     )
     backend = LocalBackend(engine, preload=experts)
     if method == "mixture" and (reason := backend.can_mix(experts)):
@@ -170,7 +175,13 @@ def make_server(planner: Planner, backend: Any, **settings: Any) -> tuple[uvicor
     app = make_app(planner, lifespan=lifespan, **settings)
     server = uvicorn.Server(
         uvicorn.Config(
-            app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=DRAIN_SECONDS
+            app,
+            http=Connection,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=DRAIN_SECONDS,
         )
     )
     return server, failures

@@ -36,6 +36,7 @@ class Job:
     top: int | None = None  # return log-probabilities, and this many alternatives per token
     score_prompt: bool = False  # return those of the prompt too
     trace: bool = False  # return the posterior after each token of the prompt
+    stream: bool = False  # each token is sent when it is known; otherwise, it may wait for the last one
     starts_document: bool = False  # the client sent the start of the document, which is added otherwise
     cancelled: bool = field(default=False, init=False)
 
@@ -56,6 +57,15 @@ class Routed:
 
 
 @dataclass(frozen=True)
+class Score:
+    """A token's text and log-probability in nats, and the most likely tokens in its place; the first has neither."""
+
+    text: str
+    log_prob: float | None = None
+    others: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Delta:
     """The next token of a continuation, with the text that is now final, or its end."""
 
@@ -66,6 +76,7 @@ class Delta:
     alternatives: Alternatives | None = None
     finished: FinishReason | None = None
     count: int = 0  # tokens, where they are not known one by one
+    scores: tuple[Score, ...] = ()  # of these
 
 
 @dataclass(frozen=True)
@@ -82,7 +93,6 @@ class Backend(Protocol):
     """What answers jobs: models in this process, or engines elsewhere."""
 
     context: int  # tokens
-    has_log_probs: bool  # whether jobs may ask for log-probabilities
     max_copies: int  # continuations of one request
 
     @property

@@ -1,6 +1,7 @@
 """An engine that answers as vLLM does, written from the documentation and schemas of vLLM 0.28.
 
-`/v1/completions` with a list of token ids, `prompt_logprobs`, `stream` with `stream_options`, `temperature` and `seed`.
+`/v1/completions` with a list of token ids, `prompt_logprobs`, `stream` with `stream_options`, `temperature`, `seed`,
+`logprobs` and `echo`.
 `prompt_logprobs` has one entry per token of the prompt: null, and then {id: {logprob, rank, decoded_token}}, with
 -9999.0 for minus infinity. Streams cannot have them, and max_tokens must be at least 1.
 """
@@ -36,7 +37,8 @@ class FakeVllm:
     name: str
     latency: float = 0.0
     dies_after: int | None = None
-    has_prompt_logprobs: bool = True
+    has_prompt_logprobs: bool = True  # not so SGLang, which has `echo` with `logprobs`
+    echoes: bool = True
     requests: list[dict[str, Any]] = field(default_factory=list)
     url: str = ""
 
@@ -61,17 +63,40 @@ class FakeVllm:
             return StreamingResponse(self._stream(ids, body), media_type="text/event-stream")
         choice = {"index": 0, "text": "", "logprobs": None, "finish_reason": "length", "stop_reason": None}
         if "prompt_logprobs" in body and self.has_prompt_logprobs:
-            choice["prompt_logprobs"] = self._prompt_logprobs(ids)
+            choice["prompt_logprobs"] = self._prompt_logprobs(ids, body["prompt_logprobs"])
+        if body.get("echo") and self.echoes:
+            scores = self._log_probs(ids)
+            first: dict[str, list[Any]] = {"tokens": [Letters().decode(ids[:1])], "token_logprobs": [None]}
+            found = self._logprobs(scores[:-1], ids[1:], body["logprobs"])
+            choice["logprobs"] = {name: first.get(name, [None]) + values for name, values in found.items()}
         return JSONResponse({"object": "text_completion", "model": self.name, "choices": [choice]})
 
-    def _prompt_logprobs(self, ids: list[int]) -> list[Any]:
+    def _prompt_logprobs(self, ids: list[int], top: int) -> list[Any]:
         scores = self._log_probs(ids)
         rows: list[Any] = [None]
         for place, token in enumerate(ids[1:]):
-            value = max(float(scores[place, token]), -9999.0)
-            rank = int((scores[place] > scores[place, token]).sum()) + 1
-            rows.append({str(token): {"logprob": value, "rank": rank, "decoded_token": Letters().decode([token])}})
+            row = {}
+            for one in {token: None, **dict.fromkeys(scores[place].topk(top).indices.tolist())}:
+                value = max(float(scores[place, one]), -9999.0)
+                rank = int((scores[place] > scores[place, one]).sum()) + 1
+                row[str(one)] = {"logprob": value, "rank": rank, "decoded_token": Letters().decode([one])}
+            rows.append(row)
         return rows
+
+    @staticmethod
+    def _logprobs(scores: torch.Tensor, tokens: list[int], top: int) -> dict[str, list[Any]]:
+        """The object `logprobs` of tokens with these scores [tokens, vocabulary]."""
+
+        def by_text(row: torch.Tensor, chosen: int) -> dict[str, float]:
+            largest = row.topk(top).indices.tolist()
+            return {Letters().decode([one]): float(row[one]) for one in [*largest, chosen]}
+
+        return {
+            "tokens": [Letters().decode([token]) for token in tokens],
+            "token_logprobs": [float(row[token]) for row, token in zip(scores, tokens, strict=True)],
+            "top_logprobs": [by_text(row, token) for row, token in zip(scores, tokens, strict=True)],
+            "text_offset": list(range(len(tokens))),
+        }
 
     async def _stream(self, ids: list[int], body: dict[str, Any]) -> AsyncIterator[str]:
         random = torch.Generator().manual_seed(body["seed"]) if "seed" in body else torch.default_generator
@@ -90,7 +115,8 @@ class FakeVllm:
             ids, written = [*ids, token], written + 1
             reason = "stop" if token == Letters.eos else "length" if written == body["max_tokens"] else None
             text = "" if token == Letters.eos else Letters().decode([token])
-            yield self._event([{"index": 0, "text": text, "logprobs": None, "finish_reason": reason}])
+            log_probs = self._logprobs(scores[None], [token], body["logprobs"]) if "logprobs" in body else None
+            yield self._event([{"index": 0, "text": text, "logprobs": log_probs, "finish_reason": reason}])
             if reason == "stop":
                 break
         yield self._event([], usage={"prompt_tokens": 0, "completion_tokens": written})

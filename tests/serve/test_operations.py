@@ -235,20 +235,21 @@ def test_a_storm_of_requests_leaves_no_trace(served: Served, requests: int, capl
             case 1:
                 send_raw(served.url, request_bytes(body)[: dice.randrange(10, 120)])
             case 2:
-                httpx2.post(f"{served.url}/v1/completions", content=b'{"model": ' + b"[" * dice.randrange(2000))
+                client.post(url, content=b'{"model": ' + b"[" * dice.randrange(2000))
             case 3:
-                served.post("/v1/completions", {**body, "prompt": "a" * dice.choice([POSITIONS, 5_000_000])})
+                client.post(url, json={**body, "prompt": "a" * dice.choice([POSITIONS, 5_000_000])})
             case 4:
-                with httpx2.stream("POST", f"{served.url}/v1/completions", json={**body, "stream": True}) as response:
+                with client.stream("POST", url, json={**body, "stream": True}) as response:
                     for _ in response.iter_raw(16):
                         time.sleep(dice.random() / 200)
                         if dice.random() < 0.05:
                             break
             case _:
-                assert served.post("/v1/completions", body).status_code in (200, 429)
+                assert client.post(url, json=body).status_code in (200, 429)
 
-    process = psutil.Process()
-    with ThreadPoolExecutor(8) as pool:
+    process, url = psutil.Process(), f"{served.url}/v1/completions"
+    # One client: a new one for each request would load certificates each time, which fragments the test's memory.
+    with httpx2.Client(timeout=60) as client, ThreadPoolExecutor(8) as pool:
         list(pool.map(one, range(requests // 10)))
         before = process.memory_info().rss
         list(pool.map(one, range(requests // 10, requests)))

@@ -12,11 +12,12 @@ import numpy as np
 import openai
 import pytest
 from helpers.fake_vllm import FakeVllm
-from helpers.served_forest import PRIOR, Served, running
+from helpers.served_forest import CHAT, PRIOR, Served, running
 from helpers.tiny_forest import POSITIONS, Letters, write_experts
 
 from btm_scale.errors import ConfigError
 from btm_scale.serve.catalog import Catalog
+from btm_scale.serve.chat import ChatTemplate
 from btm_scale.serve.engines_file import RemoteExpert, load_engines
 from btm_scale.serve.local_scores import LocalScores
 from btm_scale.serve.planner import Planner
@@ -24,14 +25,18 @@ from btm_scale.serve.remote import RemoteBackend
 
 
 @contextlib.contextmanager
-def remote(engines: list[FakeVllm], log_prior: np.ndarray, local: dict[str, Path] | None = None) -> Iterator[Served]:
+def remote(
+    engines: list[FakeVllm], log_prior: np.ndarray, local: dict[str, Path] | None = None, **settings: Any
+) -> Iterator[Served]:
     with contextlib.ExitStack() as stack:
         for engine in engines:
             stack.enter_context(engine.running())
         places = {f"expert{n}": RemoteExpert(url=one.url, model=one.name) for n, one in enumerate(engines)}
         scores = LocalScores(local or {}, vocabulary=Letters.vocab_size)
-        backend = RemoteBackend(places, Letters().decode, lambda texts: log_prior, context=POSITIONS, local=scores)
-        planner = Planner(Catalog(tuple(places)), backend, Letters(), None)
+        backend = RemoteBackend(
+            places, Letters().decode, lambda texts: log_prior, context=POSITIONS, local=scores, **settings
+        )
+        planner = Planner(Catalog(tuple(places)), backend, Letters(), ChatTemplate(CHAT, {}))
         yield stack.enter_context(running(planner, backend))
 
 
@@ -75,8 +80,40 @@ def test_what_engines_cannot_do_is_refused(server: Served) -> None:
     client = server.client()
     with pytest.raises(openai.BadRequestError, match="cannot be mixed"):
         client.completions.create(model="forest", prompt="a", temperature=0)
-    with pytest.raises(openai.BadRequestError, match="local experts only"):
-        client.completions.create(model="forest", prompt="a", logprobs=1)
+    with pytest.raises(openai.BadRequestError, match="cannot be mixed"):
+        client.completions.create(model="forest", prompt="a", logprobs=1, echo=True)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_are_those_of_local_experts(server: Served, served: Served, stream: bool) -> None:
+    def scored(there: Served, **settings: Any) -> list[Any]:
+        found = []
+        ask: dict[str, Any] = {"model": "expert1", "prompt": "abca", "max_tokens": 3, "temperature": 0, "logprobs": 2}
+        answer: Any = there.client().completions.create(**{**ask, **settings}, stream=stream)
+        for part in answer if stream else [answer]:
+            scores = part.choices[0].logprobs
+            found += list(
+                zip(scores.tokens, scores.token_logprobs, scores.text_offset, scores.top_logprobs, strict=True)
+            )
+        return found
+
+    for settings in ({}, {"echo": True}, {"echo": True, "max_tokens": 0, "prompt": [0, 1, 2]}):
+        pairs = list(zip(scored(server, **settings), scored(served, **settings), strict=True))
+        assert len(pairs) >= 3
+        for (token, value, offset, top), (same, expected, place, others) in pairs:
+            assert (token, offset) == (same, place)
+            assert value == (None if expected is None else pytest.approx(expected, abs=1e-4))
+            assert top == (None if others is None else pytest.approx(others, abs=1e-4))
+
+
+def test_a_chat_has_the_log_probabilities_of_its_engine(server: Served, served: Served) -> None:
+    body = {"model": "expert0", "messages": [{"role": "user", "content": "ab"}], "logprobs": True, "top_logprobs": 2}
+    body |= {"max_tokens": 3, "temperature": 0}
+    answers = [one.post("/v1/chat/completions", body).json()["choices"][0] for one in (server, served)]
+    contents = [answer["logprobs"]["content"] for answer in answers]
+    assert [one["token"] for one in contents[0]] == [one["token"] for one in contents[1]]
+    values = [[one["logprob"] for one in content] for content in contents]
+    assert values[0] == pytest.approx(values[1], abs=1e-4)
 
 
 def test_engines_that_die_are_left_out_and_the_rest_answers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -102,7 +139,7 @@ def test_an_engine_without_prompt_logprobs_is_scored_by_local_weights_or_left_ou
     experts: dict[str, Path], served: Served, caplog: pytest.LogCaptureFixture
 ) -> None:
     engines = [FakeVllm(path, name) for name, path in experts.items()]
-    engines[0].has_prompt_logprobs = False
+    engines[0].has_prompt_logprobs = engines[0].echoes = False
     with remote(engines, PRIOR) as server:
         answer = server.post("/v1/posterior", {"input": "ab"}).json()
     assert answer["posterior"] == {"expert1": 1.0}
@@ -113,6 +150,33 @@ def test_an_engine_without_prompt_logprobs_is_scored_by_local_weights_or_left_ou
     assert answer["posterior"] == pytest.approx(
         served.post("/v1/posterior", {"input": "ab"}).json()["posterior"], rel=1e-4
     )
+
+
+def test_an_engine_that_only_echoes_scores_is_asked_to(experts: dict[str, Path], served: Served) -> None:
+    engines = [FakeVllm(path, name) for name, path in experts.items()]
+    engines[1].has_prompt_logprobs = False
+    with remote(engines, PRIOR) as server:
+        for text in ("ab", "abcd"):
+            answer = server.post("/v1/posterior", {"input": text}).json()
+            expected = served.post("/v1/posterior", {"input": text}).json()
+            assert answer["posterior"] == pytest.approx(expected["posterior"], rel=1e-4)
+    assert ["echo" in request for request in engines[1].requests] == [False, True, True]
+
+
+def test_an_engine_that_hangs_is_left_out_and_asked_again_later(
+    experts: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    engines = [FakeVllm(path, name) for name, path in experts.items()]
+    with remote(engines, PRIOR, answer_seconds=0.3) as server:
+        engines[0].latency = 1.0
+        for _ in range(2):
+            answer = server.post("/v1/completions", {"model": "forest", "prompt": "ab"}).json()
+            assert (answer["btm"]["expert"], answer["btm"]["left_out"]) == ("expert1", ["expert0"])
+        assert len(engines[0].requests) == 1
+        engines[0].latency = 0.0
+        server.backend._engines["expert0"]._down_until = 0.0
+        assert server.post("/v1/posterior", {"input": "ab"}).json()["left_out"] == []
+    assert "engine of 'expert0' does not answer: ReadTimeout" in caplog.text
 
 
 @pytest.mark.parametrize(

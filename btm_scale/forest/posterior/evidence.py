@@ -43,6 +43,11 @@ class Evidence:
         mixed_in = np.maximum(shares * np.exp(self._prior), _SMALLEST)
         self._kept, self._mixed_in = 1 - shares[0], np.where(np.isneginf(self._prior), 0.0, mixed_in)
 
+    @property
+    def is_sum(self) -> bool:
+        """Whether all that counts of several tokens is the sum of their log-probabilities."""
+        return self._mode == "prefix"
+
     def weights(self) -> Array:
         """Return normalised log weights before the next token [experts, temperings x count]."""
         return normalise(self._state.copy(), self._prior)
@@ -133,6 +138,14 @@ class RunningPosterior:
         """Args: `log_prior` [experts] or [texts, experts] in nats, normalised here; `tempering` for mode `tempered`."""
         prior = np.asarray(log_prior, dtype=np.float64).T
         self._evidence = Evidence(prior - logsumexp(prior), texts, mode, [checked_tempering(mode, tempering)])
+
+    def observe_text(self, log_probs: Array, seen: Array) -> None:
+        """Update with several tokens of each text, [texts, tokens, experts] and `seen`, bool [texts, tokens]."""
+        if self._evidence.is_sum:
+            self.observe(np.where(seen[:, :, None], log_probs, 0.0).sum(axis=1))
+            return
+        for position in range(log_probs.shape[1]):
+            self.observe(log_probs[:, position], seen[:, position])
 
     def log_weights(self) -> Array:
         """Return normalised log weights, float64 [texts, experts]; the prior if no expert allows the text."""

@@ -1,0 +1,66 @@
+"""A connection that ends if its client stalls: it sends no request, or does not read the answer."""
+
+from __future__ import annotations
+
+import asyncio
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+STALLED_SECONDS = 60.0
+
+
+class Connection(H11Protocol):
+    """uvicorn's connection, with time limits that it has not. The limit on a body is in `read_body`."""
+
+    seconds = STALLED_SECONDS
+    _head: asyncio.TimerHandle | None = None  # until the head of a request is complete
+    _unread: asyncio.TimerHandle | None = None  # until the client reads
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for the head of a request."""
+        super().connection_made(transport)
+        self._head = self._abort_later()
+
+    def data_received(self, data: bytes) -> None:
+        """Pass data on; a head that comes in pieces must be complete in time, however many there are."""
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_waiting_for_head()
+        elif self._head is None:
+            self._head = self._abort_later()
+
+    def on_response_complete(self) -> None:
+        """Stop waiting: between two requests, uvicorn's time limit applies."""
+        self._stop_waiting_for_head()
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        """Wait for the client, whose buffers are full."""
+        super().pause_writing()
+        if self._unread is None:
+            self._unread = self._abort_later()
+
+    def resume_writing(self) -> None:
+        """Continue to write."""
+        self._stop_waiting_for_client()
+        super().resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End."""
+        self._stop_waiting_for_head()
+        self._stop_waiting_for_client()
+        super().connection_lost(exc)
+
+    def _abort_later(self) -> asyncio.TimerHandle:
+        # Not `close`, which would wait until the client has read everything.
+        return self.loop.call_later(self.seconds, self.transport.abort)
+
+    def _stop_waiting_for_head(self) -> None:
+        if self._head is not None:
+            self._head.cancel()
+            self._head = None
+
+    def _stop_waiting_for_client(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None

@@ -1,0 +1,144 @@
+"""A routing strategy for LiteLLM's Router: it draws the expert of a request from the posterior of a served forest.
+
+It has the two methods that `Router.set_custom_routing_strategy` takes, so LiteLLM need not be installed here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import httpx2
+
+Deployment = Mapping[str, Any]
+
+
+class _Router(Protocol):
+    model_list: Sequence[Any]
+
+
+class PosteriorRouting:
+    """Draws among the deployments whose `model_info` has `expert`; other requests get a random deployment.
+
+    Drawing one expert for a request samples the forest exactly at temperature 1, as `btm-scale serve` does.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        router: _Router,
+        *,
+        api_key: str | None = None,
+        chats: bool = True,
+        seconds: float = 60.0,
+        random_seed: int | None = None,
+    ) -> None:
+        """Route requests of a router.
+
+        Args:
+            url: of `btm-scale serve`, up to /v1.
+            chats: requests are chats, which become prompts by the forest's chat template. Otherwise their text is the
+                prompt, as in `Router.text_completion`.
+            seconds: to wait for the posterior.
+        """
+        self._url, self._router, self._chats = f"{url.rstrip('/')}/posterior", router, chats
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._settings: dict[str, Any] = {"headers": headers, "timeout": seconds}
+        self._random = random.Random(random_seed)
+        self._client: httpx2.Client | None = None
+        self._async_client: tuple[asyncio.AbstractEventLoop, httpx2.AsyncClient] | None = None
+
+    def get_available_deployment(
+        self,
+        model: str,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        input: str | Sequence[Any] | None = None,
+        specific_deployment: bool | None = False,
+        request_kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Return the deployment of the router that answers a request.
+
+        Raises ConnectionError if the forest gives no posterior, and ValueError for a model without deployments.
+        """
+        candidates = self._candidates(model, bool(specific_deployment))
+        body = self._body(messages, input)
+        if not _need_posterior(candidates) or body is None:
+            return self._random.choice(candidates)
+        if self._client is None:
+            self._client = httpx2.Client(**self._settings)
+        try:
+            response = self._client.post(self._url, json=body)
+        except httpx2.HTTPError as error:
+            raise _unreachable(self._url, error) from None
+        return self._drawn(candidates, response)
+
+    async def async_get_available_deployment(
+        self,
+        model: str,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        input: str | Sequence[Any] | None = None,
+        specific_deployment: bool | None = False,
+        request_kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Return the same as `get_available_deployment`, without blocking the event loop."""
+        candidates = self._candidates(model, bool(specific_deployment))
+        body = self._body(messages, input)
+        if not _need_posterior(candidates) or body is None:
+            return self._random.choice(candidates)
+        loop = asyncio.get_running_loop()
+        if self._async_client is None or self._async_client[0] is not loop:
+            self._async_client = loop, httpx2.AsyncClient(**self._settings)
+        try:
+            response = await self._async_client[1].post(self._url, json=body)
+        except httpx2.HTTPError as error:
+            raise _unreachable(self._url, error) from None
+        return self._drawn(candidates, response)
+
+    def _candidates(self, model: str, specific: bool) -> list[Any]:
+        known = self._router.model_list
+        found = [one for one in known if (one["litellm_params"]["model"] if specific else one["model_name"]) == model]
+        if not found:
+            raise ValueError(f"No deployment in LiteLLM's model_list has the name '{model}'. Add one, or correct it.")
+        return found
+
+    def _body(self, messages: Sequence[Mapping[str, Any]] | None, text: Any) -> dict[str, Any] | None:
+        if messages and self._chats:
+            return {"messages": [{"role": one["role"], "content": one.get("content")} for one in messages]}
+        if messages:
+            return {"input": "".join(_text(one.get("content")) for one in messages)}
+        return {"input": text} if isinstance(text, str) else None
+
+    def _drawn(self, candidates: Sequence[Any], response: httpx2.Response) -> Any:
+        if response.status_code != 200:
+            raise ConnectionError(f"{self._url} answered with status {response.status_code}: {response.text[:300]}")
+        posterior = response.json()["posterior"]
+        weights = [posterior.get(_expert(one), 0.0) for one in candidates]
+        if not any(weights):
+            raise ConnectionError(
+                f"None of the experts {', '.join(map(str, posterior))} has a deployment. Set model_info.expert to them."
+            )
+        counts = [sum(_expert(one) == _expert(other) for other in candidates) for one in candidates]
+        shared = [weight / count for weight, count in zip(weights, counts, strict=True)]
+        return self._random.choices(candidates, shared)[0]
+
+
+def _expert(deployment: Deployment) -> Any:
+    return (deployment.get("model_info") or {}).get("expert")
+
+
+def _need_posterior(candidates: Sequence[Deployment]) -> bool:
+    return len(candidates) > 1 and any(_expert(one) is not None for one in candidates)
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text", "") for part in content or () if isinstance(part, Mapping))
+
+
+def _unreachable(url: str, error: Exception) -> ConnectionError:
+    return ConnectionError(
+        f"{url} does not answer: {str(error) or type(error).__name__}. Check that the forest is served."
+    )

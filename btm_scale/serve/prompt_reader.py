@@ -1,0 +1,102 @@
+"""Prompts before their texts are generated: read by every model, scored, and turned into a posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from btm_scale.data.tokenizer import Tokenizer
+from btm_scale.forest.posterior.evidence import RunningPosterior
+from btm_scale.generate.generator import observe_prompts
+from btm_scale.generate.model_cache import Shelf
+from btm_scale.generate.prompt_scores import prompt_scores, weights_after
+from btm_scale.generate.running_batch import Alternatives
+from btm_scale.model.hf_decoder import Reading
+from btm_scale.serve.prefixes import PrefixCache
+from btm_scale.serve.texts import Part
+from btm_scale.serve.work import Job, Routed
+
+# log p(D=j) in nats, [experts], or a function from texts to [texts, experts].
+Prior = np.ndarray | Callable[[Sequence[str]], np.ndarray]
+
+
+def priors_of(prior: Prior, decode: Callable[[Sequence[int]], str], prompts: Sequence[Sequence[int]]) -> np.ndarray:
+    """Return the prior of prompts that begin with the start of the document, [experts] or [prompts, experts]."""
+    return prior([decode(prompt[1:]) for prompt in prompts]) if callable(prior) else prior
+
+
+class PromptReader:
+    """Reads prompts with the models of a shelf."""
+
+    def __init__(self, shelf: Shelf, tokenizer: Tokenizer, prior: Prior, prefixes: PrefixCache) -> None:
+        """`prior`: over the models of jobs that name several."""
+        self._shelf, self._tokenizer, self._prior, self._prefixes = shelf, tokenizer, prior, prefixes
+
+    def make_room(self, names: Sequence[str]) -> None:
+        """Drop known prompts, so that these models can be loaded within the memory limit."""
+        self._prefixes.shrink(self._shelf.spare(names))
+
+    def together(self, parts: Sequence[Part]) -> Iterator[list[Part]]:
+        """Yield parts that are read together: those whose beginning is known are read alone."""
+        unknown = []
+        for part in parts:
+            if self._prefixes.find(part.names, part.job.prompt) is None:
+                unknown.append(part)
+            else:
+                yield [part]
+        if unknown:
+            yield unknown
+
+    def read(
+        self, names: Sequence[str], prompts: Sequence[Sequence[int]], *, score: bool, keep: bool
+    ) -> tuple[list[Reading], list[Any]]:
+        """Return each model's reading, if `keep`, and its scores of the prompts, float32 [prompts, longest - 1]."""
+        known = self._prefixes.find(names, prompts[0]) if keep and len(prompts) == 1 else None
+        readings, scores = [], []
+        for name in names:
+            decoder = self._shelf.take(name)
+            if known is None:
+                reading = decoder.read(prompts, score=score)
+            else:
+                reading = decoder.resume(known.models[name], prompts[0], known.tokens)
+            scores.append(reading.log_probs)
+            if keep:
+                readings.append(reading)
+        if keep:
+            self._remember(names, prompts, readings)
+        return readings, scores
+
+    def posterior(self, names: Sequence[str], prompts: Sequence[Sequence[int]], scores: Sequence[Any]) -> Any:
+        """Return the running posterior after prompts with these scores."""
+        posterior = self._before(names, prompts)
+        if len(names) > 1:
+            observe_prompts(posterior, scores, prompts)
+        return posterior
+
+    def routed(self, names: Sequence[str], job: Job, weights: np.ndarray, scores: Sequence[Any]) -> Routed:
+        """Return a job's first event. `scores`: of its prompt alone, [1, longest - 1] of each model."""
+        found: list[Alternatives] | None = None
+        trace: list[list[float]] | None = None
+        if job.score_prompt:
+            decoders = self._shelf.take_all(names, "The log-probability of a prompt")
+            found = prompt_scores(decoders, job.prompt, self._before(names, [job.prompt]), job.top or 0)
+        if job.trace and len(names) == 1:
+            trace = [[1.0]] * len(job.prompt)
+        elif job.trace:
+            trace = weights_after(self._before(names, [job.prompt]), scores, job.prompt)
+        return Routed(dict(zip(names, weights.tolist(), strict=True)), (), found, trace)
+
+    def _before(self, names: Sequence[str], prompts: Sequence[Sequence[int]]) -> RunningPosterior:
+        if len(names) == 1:
+            return RunningPosterior(np.zeros(1), len(prompts))
+        return RunningPosterior(priors_of(self._prior, self._tokenizer.decode, prompts), len(prompts))
+
+    def _remember(self, names: Sequence[str], prompts: Sequence[Sequence[int]], readings: Sequence[Reading]) -> None:
+        room = self._shelf.spare(())
+        for row, prompt in enumerate(prompts):
+            if room > 0 and self._prefixes.takes(len(prompt)):
+                prefixes = [reading.prefix(row, len(prompt)) for reading in readings]
+                if all(prefix is not None for prefix in prefixes):
+                    self._prefixes.keep(prompt, dict(zip(names, prefixes, strict=True)), room)  # type: ignore[arg-type]

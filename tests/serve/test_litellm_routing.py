@@ -1,0 +1,105 @@
+"""The routing strategy for LiteLLM: its documented interface, and draws from the posterior."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from helpers.served_forest import Served
+
+from btm_scale.serve.litellm_routing import PosteriorRouting
+
+METHODS = ("get_available_deployment", "async_get_available_deployment")
+
+
+def deployment(group: str, model: str, expert: str | None = None) -> dict[str, Any]:
+    return {
+        "model_name": group,
+        "litellm_params": {"model": f"hosted_vllm/{model}", "api_base": "http://gpu:8001/v1"},
+        "model_info": {"id": model, **({"expert": expert} if expert else {})},
+    }
+
+
+@dataclass
+class Router:
+    """What LiteLLM's documentation says of `Router.set_custom_routing_strategy`: it replaces these two methods."""
+
+    model_list: list[dict[str, Any]] = field(
+        default_factory=lambda: [
+            deployment("forest", "a", "expert0"),
+            deployment("forest", "b", "expert1"),
+            deployment("forest", "b2", "expert1"),
+            deployment("other", "c"),
+        ]
+    )
+
+    def set_custom_routing_strategy(self, strategy: Any) -> None:
+        for name in METHODS:
+            setattr(self, name, getattr(strategy, name))
+
+    def ask(self, times: int, **request: Any) -> Counter[str]:
+        async def several() -> list[Any]:
+            return [await self.async_get_available_deployment(**request) for _ in range(times)]  # type: ignore[attr-defined]
+
+        found = asyncio.run(several())
+        found += [self.get_available_deployment(**request) for _ in range(times)]  # type: ignore[attr-defined]
+        assert all(one in self.model_list for one in found)
+        return Counter(one["model_info"]["id"] for one in found)
+
+
+@pytest.fixture
+def router(served: Served) -> Router:
+    router = Router()
+    router.set_custom_routing_strategy(PosteriorRouting(f"{served.url}/v1", router, random_seed=1))
+    return router
+
+
+def test_the_methods_take_what_litellm_passes() -> None:
+    for name in METHODS:
+        parameters = list(inspect.signature(getattr(PosteriorRouting, name)).parameters)[1:]
+        assert parameters == ["model", "messages", "input", "specific_deployment", "request_kwargs"]
+    assert inspect.iscoroutinefunction(PosteriorRouting.async_get_available_deployment)
+
+
+def test_a_chat_goes_to_an_expert_drawn_from_its_posterior(router: Router, served: Served) -> None:
+    messages = [{"role": "user", "content": "ab"}]
+    posterior = served.post("/v1/posterior", {"messages": messages}).json()["posterior"]
+    drawn = router.ask(40, model="forest", messages=messages, request_kwargs={})
+    spread = (80 * posterior["expert0"] * posterior["expert1"]) ** 0.5
+    assert abs(drawn["a"] - 80 * posterior["expert0"]) < 4 * spread
+    assert drawn["b"] > 0
+    assert drawn["b2"] > 0
+    assert router.ask(5, model="hosted_vllm/b2", messages=messages, specific_deployment=True) == {"b2": 10}
+
+
+def test_without_chats_the_text_of_messages_is_the_prompt(served: Served) -> None:
+    router = Router()
+    seen: list[Any] = []
+    strategy = PosteriorRouting(f"{served.url}/v1", router, chats=False)
+    body = strategy._body
+    strategy._body = lambda *given: seen.append(body(*given)) or seen[-1]  # type: ignore[method-assign, func-returns-value]
+    router.set_custom_routing_strategy(strategy)
+    content = [{"type": "text", "text": "cd"}]
+    router.ask(1, model="forest", messages=[{"role": "user", "content": "ab"}, {"role": "user", "content": content}])
+    assert seen == [{"input": "abcd"}] * 2
+
+
+def test_other_models_are_not_scored_and_unknown_ones_are_refused(router: Router) -> None:
+    assert router.ask(2, model="other", messages=[{"role": "tool", "content": "x"}]) == {"c": 4}
+    with pytest.raises(ValueError, match=r"No deployment .* has the name 'none'"):
+        router.ask(1, model="none")
+
+
+def test_a_posterior_that_cannot_be_had_is_an_error(router: Router) -> None:
+    with pytest.raises(ConnectionError, match=r"status 400: .*refuses these messages: no tools"):
+        router.ask(1, model="forest", messages=[{"role": "tool", "content": "x"}])
+    router.model_list = [deployment("forest", name, f"unknown-{name}") for name in "ab"]
+    with pytest.raises(ConnectionError, match="None of the experts expert0, expert1 has a deployment"):
+        router.ask(1, model="forest", messages=[{"role": "user", "content": "a"}])
+    router.set_custom_routing_strategy(PosteriorRouting("http://127.0.0.1:9/v1", router))
+    with pytest.raises(ConnectionError, match="does not answer"):
+        router.ask(1, model="forest", messages=[{"role": "user", "content": "a"}])
