@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.formats.safetensors_writer import INDEX, ShardedWriter
-from btm_scale.checkpoint.formats.tensors import DTYPE_BY_CODE, TensorSpec
+from btm_scale.checkpoint.formats.tensors import DTYPES, TensorSpec, dtype_of
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.errors import CheckpointError
 from btm_scale.util import files
@@ -34,7 +34,7 @@ def test_the_safetensors_library_loads_written_models(save: Save, shard: float) 
     assert (directory / INDEX).is_file() == (shard < 5e9)
 
 
-@pytest.mark.parametrize("dtype", sorted(DTYPE_BY_CODE.values(), key=str), ids=str)
+@pytest.mark.parametrize("dtype", [dtype_of(code) for code in DTYPES], ids=str)
 def test_every_dtype_that_the_safetensors_library_writes_is_read(tmp_path: Path, dtype: torch.dtype) -> None:
     weights = {"a": torch.arange(15).reshape(3, 5).to(dtype), "b": torch.ones(7).to(dtype)}
     save_file(weights, tmp_path / "model.safetensors")
