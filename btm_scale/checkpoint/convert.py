@@ -222,12 +222,12 @@ def verify_equal(source: Path, copy: Path, dtype: torch.dtype | None) -> None:
         with_head_names(_open_independently(copy)) as theirs,
     ):
         require_complete(theirs)  # by config.json, whatever the reader of the source did not find
-        names = {name for name in ours.names if not is_derived(name, ours)}
-        if odd := sorted(names ^ set(theirs.names)):
+        names, written = ({name for name in each.names if not is_derived(name, each)} for each in (ours, theirs))
+        if odd := sorted(names ^ written):
             raise CheckpointError(
                 f"Only one of {copy} and {source} has '{odd[0]}'. The conversion failed: run it again."
             )
-        for name in theirs.names:
+        for name in sorted(written):
             elements = ours.spec(name).elements
             step = max(1, _CHUNK_BYTES // ours.spec(name).dtype.itemsize)
             for start in range(0, elements, step):

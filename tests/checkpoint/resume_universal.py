@@ -122,7 +122,9 @@ def rank(spec: dict[str, Any]) -> None:
     group = ExpertGroup.join(Layout(data=RANKS, zero=1, precision="fp32"))
     losses = {"uninterrupted": ours(group, shape, folder / "checkpoints", steps, more)}
     if group.is_first:
-        convert(state_path(folder / "checkpoints", steps), folder / "universal", to="universal", verify=True)
+        state = state_path(folder / "checkpoints", steps)
+        (state / "config.json").write_text(json.dumps(spec["config"]))
+        convert(state, folder / "universal", to="universal", verify=True)
     dist.barrier()
     for stage in spec["stages"]:
         losses[f"zero {stage}"] = resumed(folder / "universal", spec["config"], shape, stage, steps, more)

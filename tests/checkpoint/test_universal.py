@@ -13,6 +13,7 @@ from helpers.worlds import run_script
 from safetensors.torch import load_file, save_file
 
 from btm_scale.checkpoint.convert import convert
+from btm_scale.checkpoint.expected import expected_tensors
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.inspect import inspect
 from btm_scale.errors import CheckpointError
@@ -35,7 +36,6 @@ CONFIG = {
 
 @pytest.mark.slow
 def test_deepspeed_resumes_from_a_training_checkpoint_at_zero_1_and_3(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     spec = {"folder": str(tmp_path), "config": CONFIG, "steps": 4, "more": 3, "stages": [1, 3]}
     run_script(Path(__file__).with_name("resume_universal.py"), spec, tmp_path)
     losses = json.loads((tmp_path / "losses.json").read_text())
@@ -54,17 +54,16 @@ def test_deepspeed_resumes_from_a_training_checkpoint_at_zero_1_and_3(tmp_path: 
 @pytest.fixture
 def state(tmp_path: Path) -> Path:
     """A training checkpoint of random numbers."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    model = LlamaForCausalLM(LlamaConfig(**CONFIG))
+    expected = expected_tensors(CONFIG)
+    assert expected is not None
     folder = tmp_path / "step-00000007"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "state.json").write_text(json.dumps({"step": 7, "adam_steps": 9}))
     tensors = {
-        f"{kind}/{name}": torch.randn_like(parameter)
+        f"{kind}/{expected.prefix}{name}": torch.randn(shape)
         for kind in ("master", "exp_avg", "exp_avg_sq")
-        for name, parameter in model.named_parameters()
+        for name, shape in expected.body.items()
     }
     save_file(tensors, folder / "model.safetensors")
     return folder

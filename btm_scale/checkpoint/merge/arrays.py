@@ -65,12 +65,11 @@ def _add_product(total: np.ndarray, weight: float, array: np.ndarray) -> None:
         high, low = _halves(array)
         weight_high, weight_low = (float(half) for half in _halves(weight))
         rest = ((high * weight_high - product) + high * weight_low + low * weight_high) + low * weight_low
-        if not rest.any():
-            total += product
-            return
         small, small_rest = _exact_sum(total, rest)
         large, large_rest = _exact_sum(product, small)
-        np.add(large, _rounded_to_odd(small_rest, large_rest), out=total)
+        fused = large + _rounded_to_odd(small_rest, large_rest)
+        # The sum of an exact product keeps the sign of its zeros.
+        np.copyto(total, np.where(rest == 0, total + product, fused))
 
 
 def _halves(value: Any) -> tuple[Any, Any]:

@@ -78,7 +78,8 @@ def nearswap(piece: Piece, *, t: float = 0.001) -> torch.Tensor:
     From the model card of QuartetAnemoi-70B.
     """
     (delta,) = piece.deltas()
-    return piece.origin + delta * (t / abs(delta).clip(1e-6)).clip(0, 1)
+    # torch computes t / x as t * (1 / x), NumPy does not.
+    return piece.origin + delta * (t * (1 / abs(delta).clip(1e-6))).clip(0, 1)
 
 
 @method(elementwise=True, needs_base=True, weighted=False)
