@@ -147,6 +147,22 @@ def test_an_adapter_is_converted_and_merged_like_the_complete_model(adapter: Ada
         torch.testing.assert_close(loaded(tokens).logits, original(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("target", ["lm_head", "wte"])
+def test_a_tied_matrix_with_a_product_of_its_own_is_untied(adapter: Adapter, tmp_path: Path, target: str) -> None:
+    folder, base = adapter("gpt2", {"target_modules": [target]})
+    convert(folder, tmp_path / "complete", to="huggingface", verify=True)
+    written = load_file(tmp_path / "complete/model.safetensors")
+    original = load_file(base / "model.safetensors")["transformer.wte.weight"]
+    trained, other = ("lm_head.weight", "transformer.wte.weight")[:: 1 if target == "lm_head" else -1]
+    assert written[other].equal(original)
+    assert not written[trained].equal(original)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "complete")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    tokens = torch.arange(12).reshape(1, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("saved", ["lm_head", "wte"])
 def test_a_tied_matrix_that_was_trained_alone_is_untied(adapter: Adapter, tmp_path: Path, saved: str) -> None:
     settings = {"target_modules": ["c_attn"], "modules_to_save": [saved], "fan_in_fan_out": True}
