@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 
 from btm_scale.checkpoint.convert import convert
 from btm_scale.checkpoint.formats.open import open_model
+from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.inspect import inspect
 from btm_scale.checkpoint.merge.merge import merge, merge_by_recipe
 from btm_scale.errors import CheckpointError
@@ -145,6 +146,24 @@ def test_an_adapter_is_converted_and_merged_like_the_complete_model(adapter: Ada
     original = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
     with torch.no_grad():
         torch.testing.assert_close(loaded(tokens).logits, original(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_the_original_of_a_module_that_was_saved_in_full_is_not_used(adapter: Adapter, tmp_path: Path) -> None:
+    folder, _ = adapter("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]})
+    convert(folder, tmp_path / "without", to="huggingface")
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    head = tensors["base_model.model.lm_head.weight"]
+    save_file(tensors | {"base_model.model.lm_head.original_module.weight": torch.zeros_like(head)}, file)
+    convert(folder, tmp_path / "with", to="huggingface")
+    assert content_hash(tmp_path / "with") == content_hash(tmp_path / "without")
+
+
+def test_rows_for_added_tokens_beside_an_adapter_are_refused(adapter: Adapter, tmp_path: Path) -> None:
+    folder, _ = adapter("llama", {"target_modules": ["q_proj"]})
+    save_file({"input_embeddings": torch.zeros(4, 32)}, folder / "new_embeddings.safetensors")
+    with pytest.raises(CheckpointError, match=r"rows for added tokens in new_embeddings\.safetensors"):
+        convert(folder, tmp_path / "out", to="huggingface")
 
 
 @pytest.mark.parametrize("target", ["lm_head", "wte"])

@@ -45,6 +45,19 @@ def test_every_dtype_that_the_safetensors_library_writes_is_read(tmp_path: Path,
             assert model.read_range(name, 2, 5).view(torch.uint8).equal(tensor.reshape(-1)[2:5].view(torch.uint8))
 
 
+@pytest.mark.parametrize("metadata", [None, {}, {"format": "mlx"}])
+def test_any_metadata_that_the_library_reads_is_read(tmp_path: Path, metadata: object) -> None:
+    weights = {"a": torch.arange(6.0)}
+    save_file(weights, tmp_path / "model.safetensors")
+    data = (tmp_path / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps({"__metadata__": metadata, **json.loads(data[8 : 8 + length])}).encode()
+    content = len(header).to_bytes(8, "little") + header + data[8 + length :]
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert load_file(tmp_path / "model.safetensors")["a"].equal(weights["a"])
+    assert SafetensorsModel(tmp_path).read("a").equal(weights["a"])
+
+
 def test_tensors_behind_gigabytes_of_others_are_read(tmp_path: Path) -> None:
     """The file has holes, so it takes no space."""
     sizes = {"a": 3 << 30, "b": 1 << 40, "c": 8}

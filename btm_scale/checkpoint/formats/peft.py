@@ -29,6 +29,7 @@ _MATRIX = re.compile(
 _WRAPPER = re.compile(r"\.(?:modules_to_save(?:\.default)?|base_layer)(?=\.)")
 _CONV1D_FAMILIES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # weights are [inputs, outputs]
 _HEAD = "lm_head.weight"
+_NEW_ROWS = ("new_embeddings.safetensors", "new_embeddings.bin")  # as vLLM read them beside adapters
 # A block's rows do not depend on the range that is read, so that a product has the same bits for any range.
 _BLOCK_ELEMENTS = 1 << 16
 
@@ -140,6 +141,8 @@ class PeftModel(ModelReader):
     def _take_full(self, key: str, names: _BaseNames, *, tied: bool) -> None:
         """Record a tensor that the adapter holds in full."""
         own = key.removeprefix(_PREFIX)
+        if ".original_module." in own and self._settings.saves(own):
+            return  # PEFT saves it with a resized embedding; the trained copy replaces it
         if "lora_" in own or ".token_adapter." in own or ".original_module." in own:
             raise CheckpointError(
                 f"{self.path} has the tensor '{key:.200}', which plain LoRA has not. Merge this adapter with PEFT's "
@@ -271,6 +274,11 @@ class _BaseNames:
 
 
 def _open_adapter(path: Path) -> ModelReader:
+    if rows := next((name for name in _NEW_ROWS if (path / name).is_file()), None):
+        raise CheckpointError(
+            f"{path} has rows for added tokens in {rows}, which are not read. Save the adapter with the embedding and "
+            "LM head in modules_to_save, and remove the file."
+        )
     file = next(file_inside(path, name) for name in ADAPTER_FILES if (path / name).is_file())
     adapter = SafetensorsModel(file) if file.suffix == ".safetensors" else open_state_dict(file)
     if odd := [name for name in adapter.names if not adapter.spec(name).dtype.is_floating_point]:

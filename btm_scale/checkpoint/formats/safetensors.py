@@ -92,7 +92,8 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[int, int, TensorSpec]:
 def _places(path: Path) -> dict[str, _Place]:
     """Return every tensor of one file, after checking that they fill its data without gaps or overlaps."""
     header, data = read_header(path)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # the library reads null too
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: '__metadata__' in the header must map names to text. Export it again.")
     places, spans = {}, []
