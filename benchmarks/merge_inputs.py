@@ -1,6 +1,6 @@
 """Merge speed and memory for plain models, a LoRA adapter among them, and different vocabularies.
 
-    python benchmarks/merge_inputs.py [--work DIR] [--billions 0.5359] [--rounds 3] [--checkout DIR] [--out FILE]
+    python benchmarks/merge_inputs.py [--work DIR] [--billions 0.5359] [--rounds 3] [--checkout DIR]
 
 Eight Llama-like bf16 models of independent random weights are merged with unequal weights by fresh processes. `plain`
 is their mean; `lora` has an adapter of the first model in place of the last; in `union` each model has 100 tokens that
@@ -65,11 +65,11 @@ def make_adapter(folder: Path, base: Path, specs: Mapping[str, TensorSpec]) -> N
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-def make_tokenizer(folder: Path, number: int) -> None:
+def make_tokenizer(folder: Path, number: int, vocabulary: int) -> None:
     """Write a tokenizer with some tokens of its own, in other rows than those of other models."""
-    common = [f"token{i}" for i in range(VOCABULARY - OWN_TOKENS)]
+    common = [f"token{i}" for i in range(vocabulary - OWN_TOKENS)]
     own = [f"model{number}-{i}" for i in range(OWN_TOKENS)]
-    place = 1000 * (number + 1)
+    place = 2 * OWN_TOKENS * (number + 1)
     tokens = [*common[:place], *own, *common[place:]]
     model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": []}
     (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
@@ -85,11 +85,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--work", type=Path, help="where models go; default: a temporary folder")
     parser.add_argument("--billions", type=float, default=0.5359, help="parameters of each model")
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--checkout", type=Path, help="another commit of this repository, to compare with")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "merge_inputs.json")
     options = parser.parse_args()
-    specs = llama_specs(options.billions * 1e9)
+    specs = llama_specs(options.billions * 1e9, options.vocabulary)
     here = Path(__file__).resolve().parents[1]
     runs: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(dir=options.work, prefix="btm-merge-") as folder:
@@ -110,7 +111,7 @@ def main() -> None:
             for name, words in commands.items():
                 for i, model in enumerate(models):
                     if name == "union":
-                        make_tokenizer(model, i)
+                        make_tokenizer(model, i, options.vocabulary)
                     else:
                         (model / "tokenizer.json").unlink(missing_ok=True)
                 _remove(output)
@@ -120,7 +121,7 @@ def main() -> None:
         "environment": surroundings,
         "models": MODELS,
         "bytes_per_model": sum(spec.nbytes for spec in specs.values()),
-        "shape": {"hidden": HIDDEN, "ffn": FFN, "vocabulary": VOCABULARY, "lora_rank": RANK},
+        "shape": {"hidden": HIDDEN, "ffn": FFN, "vocabulary": options.vocabulary, "lora_rank": RANK},
         "runs": runs,
         "anonymous_bytes": {name: max(run["anonymous_bytes"] for run in of) for name, of in runs.items()},
     }

@@ -50,7 +50,7 @@ def add_outer(totals: torch.Tensor, weights: torch.Tensor, tensor: torch.Tensor)
 
 
 def _add_product(total: np.ndarray, weight: float, array: np.ndarray) -> None:
-    """Compute what a fused multiply-add gives, as torch's `addcmul_` does, from operations that round.
+    """Compute a fused multiply-add, as torch's `addcmul_` does on every processor that has one, from simpler steps.
 
     By Boldo and Melquiond, "Emulation of FMA and correctly rounded sums" (2008): the product is split exactly, and
     the sum of three numbers is rounded once because the sum of its two small ones is rounded to odd.
