@@ -63,15 +63,15 @@ for start in range(0, int(size), len(buffer)):
 """
 
 
-def llama_specs(parameters: float) -> dict[str, TensorSpec]:
+def llama_specs(parameters: float, vocabulary: int = VOCABULARY) -> dict[str, TensorSpec]:
     """The tensors of a Llama-like model with about that many parameters, all of them in bf16."""
     shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (VOCABULARY, HIDDEN),
+        "model.embed_tokens.weight": (vocabulary, HIDDEN),
         "model.norm.weight": (HIDDEN,),
-        "lm_head.weight": (VOCABULARY, HIDDEN),
+        "lm_head.weight": (vocabulary, HIDDEN),
     }
     per_layer = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * FFN
-    for i in range(max(1, round((parameters - 2 * VOCABULARY * HIDDEN) / per_layer))):
+    for i in range(max(1, round((parameters - 2 * vocabulary * HIDDEN) / per_layer))):
         for name in "qkvo":
             shapes[f"model.layers.{i}.self_attn.{name}_proj.weight"] = (HIDDEN, HIDDEN)
         shapes[f"model.layers.{i}.mlp.gate_proj.weight"] = (FFN, HIDDEN)
@@ -101,7 +101,7 @@ def make_model(folder: Path, specs: Mapping[str, TensorSpec], seed: int | None) 
         "hidden_size": HIDDEN,
         "intermediate_size": FFN,
         "num_hidden_layers": layers,
-        "vocab_size": VOCABULARY,
+        "vocab_size": specs["model.embed_tokens.weight"].shape[0],
         "num_attention_heads": 16,
         "num_key_value_heads": 16,
         "tie_word_embeddings": False,

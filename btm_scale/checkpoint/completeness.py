@@ -70,10 +70,14 @@ def has_own_head(model: ModelReader) -> bool:
         return False
     head, embedding = heads[0], embeddings[0]
     spec = model.spec(head)
-    if spec.shape != model.spec(embedding).shape or not spec.dtype.is_floating_point:
+    if spec.shape != model.spec(embedding).shape or not spec.is_floating_point:
         return False
     for start in range(0, spec.elements, _CHUNK_ELEMENTS):
         stop = min(start + _CHUNK_ELEMENTS, spec.elements)
+        if spec == model.spec(embedding) and model.read_bytes(head, start, stop) == model.read_bytes(
+            embedding, start, stop
+        ):
+            continue
         if not model.read_range(head, start, stop).float().equal(model.read_range(embedding, start, stop).float()):
             return True
     return False

@@ -21,6 +21,7 @@ from btm_scale.checkpoint.formats.quantized import dequantized
 from btm_scale.checkpoint.formats.rounded import ALL_FINITE, NonFinite, RoundedModel
 from btm_scale.checkpoint.formats.tensors import ModelReader, dtype_name, parse_dtype
 from btm_scale.checkpoint.formats.torch_dist_writer import write_torch_dist
+from btm_scale.checkpoint.formats.universal_writer import verify_universal, write_universal
 from btm_scale.checkpoint.formats.weight_sets import weight_sets
 from btm_scale.checkpoint.formats.wrapped import unwrapped
 from btm_scale.checkpoint.merge.compatibility import is_derived
@@ -37,6 +38,7 @@ from btm_scale.util.leftovers import scratch_directory
 from btm_scale.util.provenance import Input, Provenance, is_recorded, made_before, same_files
 from btm_scale.util.snapshot import Snapshot
 
+UNIVERSAL = "universal"
 WRITERS: dict[str, Callable[..., None]] = {"megatron": write_torch_dist, "deepspeed": write_model_states}
 logger = logging.getLogger(__name__)
 _CHUNK_BYTES = 4 << 20
@@ -64,8 +66,9 @@ def convert(
 ) -> Conversion:
     """Write the model in `source` as the directory `target`, with its config and tokenizer.
 
-    `to` is `huggingface`, `megatron` (torch_dist) or `deepspeed` (model states); the latter two are written for tensor
-    parallel degree `tensor`. With `verify` every tensor is read back and compared, and `target` appears only if all are
+    `to` is `huggingface`, `megatron` (torch_dist), `deepspeed` (model states) or `universal` (of DeepSpeed, from
+    training checkpoints, with Adam's moments); `tensor` is the tensor parallel degree of `megatron` and `deepspeed`.
+    With `verify` every tensor is read back and compared, and `target` appears only if all are
     equal. `base` completes an adapter, or a checkpoint without its frozen weights. The same call again after it
     finished writes nothing. Raises `CheckpointError`.
     """
@@ -74,8 +77,8 @@ def convert(
         raise CheckpointError(
             f"{target} already exists. convert does not overwrite: choose another target, or remove it first."
         )
-    if to not in ("huggingface", *WRITERS):
-        raise CheckpointError(unknown_name("format", to, ("huggingface", *WRITERS)))
+    if to not in (known := ("huggingface", *WRITERS, UNIVERSAL)):
+        raise CheckpointError(unknown_name("format", to, known))
     format_of(source)  # before anything else, because other messages assume a checkpoint
     require_completed(source, base)
     wanted = parse_dtype(dtype) if dtype else None
@@ -88,7 +91,7 @@ def convert(
     is_same = partial(_would_be_same, write, target)
     if made_before(target, made_by, CheckpointError, is_same=is_same) is not None:
         if verify:
-            verify_equal(source, target, wanted)
+            _verify(source, target, to=to, dtype=wanted)
         return Conversion(target, already_complete=True, weights=_read_from(source))
     unpublished = partial_path(target)
     with only_merge_into(unpublished), writing(target):
@@ -96,7 +99,7 @@ def convert(
         try:
             nonfinite = write(unpublished)
             if verify:
-                verify_equal(source, unpublished, wanted)
+                _verify(source, unpublished, to=to, dtype=wanted)
             made_by.write_into(unpublished)
             as_private_as(sources, unpublished)
             before.require_unchanged("convert", CheckpointError)
@@ -107,6 +110,12 @@ def convert(
     if nonfinite and to != "huggingface":  # `merge` has reported its own
         logger.warning("%s", nonfinite.message(target, wanted))
     return Conversion(target, nonfinite=nonfinite, weights=_read_from(source))
+
+
+def _verify(source: Path, copy: Path, *, to: str, dtype: torch.dtype | None) -> None:
+    verify_equal(source, copy, dtype)
+    if to == UNIVERSAL:
+        verify_universal(source, copy)
 
 
 def _read_from(source: Path) -> str | None:
@@ -137,12 +146,20 @@ def _write(source: Path, directory: Path, *, to: str, tensor: int, dtype: torch.
             f"heads ({shape.kv_heads}) and MLP width ({shape.ffn}): use one of "
             f"{', '.join(map(str, shape.tensor_degrees()))}."
         )
+    if to == UNIVERSAL and (tensor != 1 or dtype not in (None, torch.float32)):
+        raise CheckpointError(
+            "A universal checkpoint has complete float32 tensors, which DeepSpeed shards when it loads them. Leave "
+            "--tensor and --dtype out."
+        )
     with RoundedModel(with_head_names(open_model(source)), dtype) as model:
         require_complete(model)
         require_untied(model, shape)
         require_described(model, shape)
         make_partial(directory)
-        WRITERS[to](directory, model, shape, tensor=tensor, dtype=dtype)
+        if to == UNIVERSAL:
+            write_universal(directory, source, shape)
+        else:
+            WRITERS[to](directory, model, shape, tensor=tensor, dtype=dtype)
         specs = {name: spec for name, spec in model.specs().items() if not is_derived(name, model)}
         carry_sidecars([source], directory, specs)
         return model.nonfinite
@@ -205,12 +222,12 @@ def verify_equal(source: Path, copy: Path, dtype: torch.dtype | None) -> None:
         with_head_names(_open_independently(copy)) as theirs,
     ):
         require_complete(theirs)  # by config.json, whatever the reader of the source did not find
-        names = {name for name in ours.names if not is_derived(name, ours)}
-        if odd := sorted(names ^ set(theirs.names)):
+        names, written = ({name for name in each.names if not is_derived(name, each)} for each in (ours, theirs))
+        if odd := sorted(names ^ written):
             raise CheckpointError(
                 f"Only one of {copy} and {source} has '{odd[0]}'. The conversion failed: run it again."
             )
-        for name in theirs.names:
+        for name in sorted(written):
             elements = ours.spec(name).elements
             step = max(1, _CHUNK_BYTES // ours.spec(name).dtype.itemsize)
             for start in range(0, elements, step):

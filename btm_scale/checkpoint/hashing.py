@@ -6,10 +6,9 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
-from btm_scale.checkpoint.formats.tensors import CODE_BY_DTYPE, ModelReader, TensorSpec, as_bytes
+from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, as_bytes
+from btm_scale.util.imports import torch
 
 # Part of the definition: a tensor's hash combines its blocks' hashes, so that blocks can be hashed independently.
 BLOCK_BYTES = 64 << 20
@@ -29,7 +28,7 @@ def reader_hash(model: ModelReader) -> str:
     return combined_hash(specs, blocks)
 
 
-def block_hash(pieces: Iterable[torch.Tensor]) -> str:
+def block_hash(pieces: Iterable[torch.Tensor | memoryview]) -> str:
     """Return the SHA-256 of consecutive pieces that together form one block of a tensor."""
     digest = hashlib.sha256()
     for piece in pieces:
@@ -45,7 +44,7 @@ class BlockHashes:
         self._digest = hashlib.sha256()
         self._room = BLOCK_BYTES
 
-    def update(self, piece: torch.Tensor) -> None:
+    def update(self, piece: torch.Tensor | memoryview) -> None:
         """Hash the next bytes."""
         data = as_bytes(piece)
         while data:
@@ -72,7 +71,7 @@ def combined_hash(specs: Mapping[str, TensorSpec], block_hashes: Mapping[str, Se
     for name in sorted(specs):
         spec = specs[name]
         shape = ",".join(map(str, spec.shape))
-        digest.update(f"{name}\0{CODE_BY_DTYPE[spec.dtype]}\0{shape}\0{' '.join(block_hashes[name])}\n".encode())
+        digest.update(f"{name}\0{spec.code}\0{shape}\0{' '.join(block_hashes[name])}\n".encode())
     return digest.hexdigest()
 
 
@@ -80,7 +79,7 @@ def sample_hash(model: ModelReader) -> str:
     """Return a hash of the first 512 elements of every tensor, enough to distinguish two trained models."""
     specs = model.specs()
     sampled = {
-        name: [block_hash([model.read_range(name, 0, min(_SAMPLE_ELEMENTS, spec.elements))])]
+        name: [block_hash([model.read_bytes(name, 0, min(_SAMPLE_ELEMENTS, spec.elements))])]
         for name, spec in specs.items()
         if spec.elements
     }

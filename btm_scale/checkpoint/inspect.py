@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from btm_scale.checkpoint.completeness import has_stacked_experts, require_complete
-from btm_scale.checkpoint.convert import WRITERS, require_described
+from btm_scale.checkpoint.convert import UNIVERSAL, WRITERS, require_described
 from btm_scale.checkpoint.formats.based import require_completed, with_base
 from btm_scale.checkpoint.formats.deepspeed import checkpoint_folder, tensor_degree, training_step
 from btm_scale.checkpoint.formats.locate import described_config, iteration_folder
@@ -99,9 +99,15 @@ def inspect(path: Path, *, base: Path | None = None) -> Inspection:
         step=_STEPS[kind](path) if kind in _STEPS else None,
         tensor_degree=tensor_degree(path) if kind.startswith("deepspeed") else None,
         problem=problem,
-        converts_to=() if problem else ("huggingface", *(WRITERS if shape and not shape.experts else ())),
+        converts_to=() if problem else ("huggingface", *_other_targets(kind, shape)),
         tensor_degrees=tuple(n for n in fitting.tensor_degrees() if n <= _MAX_TENSOR_DEGREE) if fitting else (),
     )
+
+
+def _other_targets(kind: str, shape: ModelShape | None) -> tuple[str, ...]:
+    if shape is None or shape.experts:
+        return ()
+    return (*WRITERS, UNIVERSAL) if kind == "training state" else tuple(WRITERS)
 
 
 def _problem(model: ModelReader, shape: ModelShape | None) -> str | None:

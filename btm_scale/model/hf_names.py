@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-from torch import Tensor
-
 from btm_scale.model.families.family import Entry
 from btm_scale.model.shape import ModelShape
+from btm_scale.util.imports import torch
 
 
 def table(shape: ModelShape) -> list[Entry]:
@@ -20,7 +18,7 @@ def table(shape: ModelShape) -> list[Entry]:
     return list(shape.traits.tensors(shape))
 
 
-def to_huggingface(entry: Entry, full: Tensor, shape: ModelShape) -> dict[str, Tensor]:
+def to_huggingface(entry: Entry, full: torch.Tensor, shape: ModelShape) -> dict[str, torch.Tensor]:
     """Return the Hugging Face tensors of a full Megatron-core tensor, without vocabulary padding."""
     if entry.form in ("plain", "transposed"):
         parts = [full.t() if entry.form == "transposed" else full]
@@ -37,7 +35,7 @@ def to_huggingface(entry: Entry, full: Tensor, shape: ModelShape) -> dict[str, T
     return {name: part.contiguous() for name, part in zip(entry.huggingface, parts, strict=True)}
 
 
-def from_huggingface(entry: Entry, read: Callable[[str], Tensor], shape: ModelShape, rows: int) -> Tensor:
+def from_huggingface(entry: Entry, read: Callable[[str], torch.Tensor], shape: ModelShape, rows: int) -> torch.Tensor:
     """Return the full Megatron-core tensor; `rows` is the vocabulary size with padding, which is zero."""
     parts = [read(name) for name in entry.huggingface]
     if entry.form == "plain":
@@ -57,11 +55,11 @@ def from_huggingface(entry: Entry, read: Callable[[str], Tensor], shape: ModelSh
     return torch.cat([query, key, value], dim=1).reshape(-1, *tail)
 
 
-def with_new_rows(read: Callable[[str], Tensor], shape: ModelShape) -> Callable[[str], Tensor]:
+def with_new_rows(read: Callable[[str], torch.Tensor], shape: ModelShape) -> Callable[[str], torch.Tensor]:
     """Return a `read` whose embeddings have a row per token: the rows that are missing are the mean of the others."""
     names = {name for entry in table(shape) if entry.form == "vocabulary" for name in entry.huggingface}
 
-    def extended(name: str) -> Tensor:
+    def extended(name: str) -> torch.Tensor:
         tensor = read(name)
         missing = shape.vocabulary - len(tensor)
         if name not in names or missing <= 0:
@@ -72,7 +70,7 @@ def with_new_rows(read: Callable[[str], Tensor], shape: ModelShape) -> Callable[
     return extended
 
 
-def cut(entry: Entry, full: Tensor, tensor: int) -> list[Tensor]:
+def cut(entry: Entry, full: torch.Tensor, tensor: int) -> list[torch.Tensor]:
     """Split a full Megatron-core tensor into its tensor parallel shards, in rank order."""
     if tensor == 1 or entry.cut is None:
         return [full] * tensor
@@ -82,7 +80,7 @@ def cut(entry: Entry, full: Tensor, tensor: int) -> list[Tensor]:
     return [part.contiguous() for part in full.chunk(tensor, dim=entry.cut)]
 
 
-def join(entry: Entry, parts: list[Tensor]) -> Tensor:
+def join(entry: Entry, parts: list[torch.Tensor]) -> torch.Tensor:
     """Join tensor parallel shards, in rank order, into the full Megatron-core tensor."""
     if len(parts) == 1 or entry.cut is None:
         return parts[0]

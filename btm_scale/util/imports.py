@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 
 def import_uncompiled(module: str) -> None:
@@ -13,7 +13,7 @@ def import_uncompiled(module: str) -> None:
     Megatron-core and DeepSpeed hand functions to `torch.compile` when they are imported, which loads the compiler: a
     third of what a rank takes to start. On a CPU none of these functions is ever called.
     """
-    import torch
+    import torch  # the module itself, of which an attribute is replaced
 
     if torch.cuda.is_available():
         return
@@ -30,12 +30,15 @@ def _as_it_is(function: Any = None, **options: Any) -> Any:
 
 
 class LazyModule(ModuleType):
-    """A module that is imported when one of its names is first used: `torch = LazyModule("torch")`.
-
-    For files whose signatures are of use without the library, such as the merge methods in `merge --help`.
-    """
+    """A module that is imported when one of its names is first used: `torch = LazyModule("torch")`."""
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(importlib.import_module(self.__name__), name)
         setattr(self, name, value)
         return value
+
+
+if TYPE_CHECKING:
+    import torch as torch
+else:
+    torch = LazyModule("torch")  # for files that are of use without it, as in `merge --help` and in small merges

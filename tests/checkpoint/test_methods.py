@@ -38,9 +38,9 @@ def test_the_top_k_threshold_equals_that_of_a_sort(count: int) -> None:
 
 
 def test_noise_is_uniform_and_depends_only_on_key_and_position() -> None:
-    noise = uniform("key", 0, 100_000)
-    assert uniform("key", 777, 888).equal(noise[777:888])
-    assert not uniform("other", 777, 888).equal(noise[777:888])
+    noise = torch.from_numpy(uniform("key", 0, 100_000))
+    assert torch.from_numpy(uniform("key", 777, 888)).equal(noise[777:888])
+    assert not torch.from_numpy(uniform("other", 777, 888)).equal(noise[777:888])
     assert 0 <= float(noise.min()) <= float(noise.max()) < 1
     assert torch.histc(noise, 10, 0, 1).sub(10_000).abs().max() < 500
     assert abs(float(torch.corrcoef(torch.stack([noise[:-1], noise[1:]]))[0, 1])) < 0.02

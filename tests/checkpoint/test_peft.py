@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 
 from btm_scale.checkpoint.convert import convert
 from btm_scale.checkpoint.formats.open import open_model
+from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.checkpoint.inspect import inspect
 from btm_scale.checkpoint.merge.merge import merge, merge_by_recipe
 from btm_scale.errors import CheckpointError
@@ -145,6 +146,40 @@ def test_an_adapter_is_converted_and_merged_like_the_complete_model(adapter: Ada
     original = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
     with torch.no_grad():
         torch.testing.assert_close(loaded(tokens).logits, original(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_the_original_of_a_module_that_was_saved_in_full_is_not_used(adapter: Adapter, tmp_path: Path) -> None:
+    folder, _ = adapter("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]})
+    convert(folder, tmp_path / "without", to="huggingface")
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    head = tensors["base_model.model.lm_head.weight"]
+    save_file(tensors | {"base_model.model.lm_head.original_module.weight": torch.zeros_like(head)}, file)
+    convert(folder, tmp_path / "with", to="huggingface")
+    assert content_hash(tmp_path / "with") == content_hash(tmp_path / "without")
+
+
+def test_rows_for_added_tokens_beside_an_adapter_are_refused(adapter: Adapter, tmp_path: Path) -> None:
+    folder, _ = adapter("llama", {"target_modules": ["q_proj"]})
+    save_file({"input_embeddings": torch.zeros(4, 32)}, folder / "new_embeddings.safetensors")
+    with pytest.raises(CheckpointError, match=r"rows for added tokens in new_embeddings\.safetensors"):
+        convert(folder, tmp_path / "out", to="huggingface")
+
+
+@pytest.mark.parametrize("target", ["lm_head", "wte"])
+def test_a_tied_matrix_with_a_product_of_its_own_is_untied(adapter: Adapter, tmp_path: Path, target: str) -> None:
+    folder, base = adapter("gpt2", {"target_modules": [target]})
+    convert(folder, tmp_path / "complete", to="huggingface", verify=True)
+    written = load_file(tmp_path / "complete/model.safetensors")
+    original = load_file(base / "model.safetensors")["transformer.wte.weight"]
+    trained, other = ("lm_head.weight", "transformer.wte.weight")[:: 1 if target == "lm_head" else -1]
+    assert written[other].equal(original)
+    assert not written[trained].equal(original)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "complete")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    tokens = torch.arange(12).reshape(1, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("saved", ["lm_head", "wte"])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.formats.safetensors_writer import INDEX, ShardedWriter
-from btm_scale.checkpoint.formats.tensors import DTYPE_BY_CODE, TensorSpec
+from btm_scale.checkpoint.formats.tensors import DTYPES, TensorSpec, dtype_of
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.errors import CheckpointError
 from btm_scale.util import files
@@ -34,7 +34,7 @@ def test_the_safetensors_library_loads_written_models(save: Save, shard: float) 
     assert (directory / INDEX).is_file() == (shard < 5e9)
 
 
-@pytest.mark.parametrize("dtype", sorted(DTYPE_BY_CODE.values(), key=str), ids=str)
+@pytest.mark.parametrize("dtype", [dtype_of(code) for code in DTYPES], ids=str)
 def test_every_dtype_that_the_safetensors_library_writes_is_read(tmp_path: Path, dtype: torch.dtype) -> None:
     weights = {"a": torch.arange(15).reshape(3, 5).to(dtype), "b": torch.ones(7).to(dtype)}
     save_file(weights, tmp_path / "model.safetensors")
@@ -43,6 +43,19 @@ def test_every_dtype_that_the_safetensors_library_writes_is_read(tmp_path: Path,
             assert model.spec(name) == TensorSpec.of(tensor)
             assert model.read(name).view(torch.uint8).equal(tensor.view(torch.uint8))
             assert model.read_range(name, 2, 5).view(torch.uint8).equal(tensor.reshape(-1)[2:5].view(torch.uint8))
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"format": "mlx"}])
+def test_any_metadata_that_the_library_reads_is_read(tmp_path: Path, metadata: object) -> None:
+    weights = {"a": torch.arange(6.0)}
+    save_file(weights, tmp_path / "model.safetensors")
+    data = (tmp_path / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps({"__metadata__": metadata, **json.loads(data[8 : 8 + length])}).encode()
+    content = len(header).to_bytes(8, "little") + header + data[8 + length :]
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert load_file(tmp_path / "model.safetensors")["a"].equal(weights["a"])
+    assert SafetensorsModel(tmp_path).read("a").equal(weights["a"])
 
 
 def test_tensors_behind_gigabytes_of_others_are_read(tmp_path: Path) -> None:

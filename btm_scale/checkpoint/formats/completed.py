@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from btm_scale.checkpoint.formats.locate import described_config
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, unknown_tensor
 from btm_scale.errors import CheckpointError, few_names
 from btm_scale.model.families import FAMILIES
 from btm_scale.model.hf_config import shape_from_config
 from btm_scale.model.hf_names import table
+from btm_scale.util.imports import torch
 
 _HEAD = "lm_head.weight"
 

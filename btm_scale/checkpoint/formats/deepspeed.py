@@ -16,7 +16,7 @@ from btm_scale.checkpoint.formats.stored import StoredModel, StoredTensor
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec
 from btm_scale.checkpoint.formats.unread import has_unsupported, refuse_unread
 from btm_scale.checkpoint.formats.zero import from_masters, named_tensors, trained_shapes, with_untrained
-from btm_scale.errors import CheckpointError
+from btm_scale.errors import CheckpointError, few_names
 from btm_scale.util.inside import file_inside
 
 _MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
@@ -52,10 +52,12 @@ def open_deepspeed(path: Path, *, master: bool = True) -> ModelReader:
             f"{path} is not a DeepSpeed checkpoint. Give the folder that has `latest` or *_model_states.pt."
         )
     models, optimizers = _files(folder, _MODEL_FILE), _files(folder, _OPTIMIZER_FILE)
-    refuse_unread(folder, {*models.values(), *optimizers.values()})
     if (folder / "zero").is_dir():
+        # The model states are there under the names that ZeRO 1 and 3 look for.
+        refuse_unread(folder, [file for file in folder.iterdir() if _MODEL_FILE.fullmatch(file.name)])
         parts: list[StoredModel] = [_universal(folder, models)]
     else:
+        refuse_unread(folder, {*models.values(), *optimizers.values()})
         ranks = sorted({tensor_rank for tensor_rank, _ in models})
         if ranks != list(range(len(ranks))):
             raise CheckpointError(f"{folder} has only tensor ranks {ranks}. Copy the other ranks' files here.")
@@ -143,7 +145,13 @@ def _universal(folder: Path, models: Files) -> StoredModel:
     if {tensor for tensor, _ in models} != {0} or (0, 0) not in models:
         return StoredModel(folder, tensors)
     first = Fields(load_pickle(models[0, 0]), models[0, 0])
-    for name, shape in _shapes(first).items():
+    shapes = _shapes(first)
+    if shapes and (unlisted := tensors.keys() - shapes.keys()):
+        raise CheckpointError(
+            f"{models[0, 0]} does not list {few_names(unlisted, 'tensors')}, which {folder / 'zero'} has. Model states "
+            "list every trained parameter: copy the files that belong together."
+        )
+    for name, shape in shapes.items():
         value = tensors.get(name)
         if value is None:
             raise CheckpointError(

@@ -7,34 +7,50 @@ from pathlib import Path
 
 from btm_scale.checkpoint.formats.based import ADAPTER_CONFIG, base_of, is_adapter
 from btm_scale.checkpoint.formats.completed import CompletedModel, require_frozen
-from btm_scale.checkpoint.formats.dcp import METADATA, dcp_folder, open_dcp
-from btm_scale.checkpoint.formats.deepspeed import checkpoint_folder, is_universal, open_deepspeed
-from btm_scale.checkpoint.formats.llama_native import NativeLlama, is_native_llama
 from btm_scale.checkpoint.formats.locate import described_config, iteration_folder, require_no_run, require_path
-from btm_scale.checkpoint.formats.megatron_args import legacy_files
-from btm_scale.checkpoint.formats.megatron_legacy import open_megatron_legacy
-from btm_scale.checkpoint.formats.peft import PeftModel
-from btm_scale.checkpoint.formats.pytorch_bin import BIN, BIN_INDEX, open_bin
 from btm_scale.checkpoint.formats.quantized import dequantized
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.formats.safetensors_writer import INDEX, SINGLE
 from btm_scale.checkpoint.formats.tensors import ModelReader
-from btm_scale.checkpoint.formats.torch_dist import open_torch_dist
 from btm_scale.checkpoint.formats.training import TrainingState, is_training_state
 from btm_scale.checkpoint.formats.unreadable import unreadable
+from btm_scale.checkpoint.formats.weight_sets import BIN, BIN_INDEX
 from btm_scale.checkpoint.formats.wrapped import RenamedModel, unwrapped
 from btm_scale.errors import CheckpointError
 
 _GPT2_PREFIX = "transformer."
+# The formats that are not imported above read pickles or compute, and so import torch.
+
+
+def _open_bin(path: Path) -> ModelReader:
+    from btm_scale.checkpoint.formats.pytorch_bin import open_bin
+
+    return open_bin(path)
+
+
+def _open_torch_dist(path: Path) -> ModelReader:
+    from btm_scale.checkpoint.formats.torch_dist import open_torch_dist
+
+    return open_torch_dist(path)
+
+
+def _open_megatron_legacy(path: Path) -> ModelReader:
+    from btm_scale.checkpoint.formats.megatron_legacy import open_megatron_legacy
+
+    return open_megatron_legacy(path)
 
 
 def _open_adapter(path: Path) -> ModelReader:
+    from btm_scale.checkpoint.formats.peft import PeftModel
+
     base = base_of(path)
     assert base is not None
     return _with_base(base, lambda model: PeftModel(path, model, described_config(base)))
 
 
 def _open_deepspeed(path: Path) -> ModelReader:
+    from btm_scale.checkpoint.formats.deepspeed import open_deepspeed
+
     checkpoint = open_deepspeed(path)
     base = base_of(path)
     if base is None:
@@ -44,6 +60,9 @@ def _open_deepspeed(path: Path) -> ModelReader:
 
 
 def _open_dcp(path: Path) -> ModelReader:
+    from btm_scale.checkpoint.formats.dcp import open_dcp
+    from btm_scale.checkpoint.formats.llama_native import NativeLlama, is_native_llama
+
     model = open_dcp(path)
     return NativeLlama(path, model) if is_native_llama(model) else model
 
@@ -60,12 +79,12 @@ def _with_base(base: Path, complete: Callable[[ModelReader], ModelReader]) -> Mo
 
 _OPENERS: dict[str, Callable[[Path], ModelReader]] = {
     "safetensors": SafetensorsModel,
-    "bin": open_bin,
+    "bin": _open_bin,
     "deepspeed": _open_deepspeed,
     "deepspeed universal": _open_deepspeed,
-    "torch_dist": open_torch_dist,
+    "torch_dist": _open_torch_dist,
     "training state": TrainingState,
-    "megatron legacy": open_megatron_legacy,
+    "megatron legacy": _open_megatron_legacy,
     "dcp": _open_dcp,
     "adapter": _open_adapter,
 }
@@ -91,6 +110,15 @@ def format_of(path: Path) -> str:
         return "safetensors"
     if any((path / name).is_file() for name in (BIN, BIN_INDEX)):
         return "bin"
+    return _training_format_of(path)
+
+
+def _training_format_of(path: Path) -> str:
+    """Return the name of the format in which another program saved its training."""
+    from btm_scale.checkpoint.formats.dcp import METADATA, dcp_folder
+    from btm_scale.checkpoint.formats.deepspeed import checkpoint_folder, is_universal
+    from btm_scale.checkpoint.formats.megatron_args import legacy_files
+
     folder = iteration_folder(path)
     if (folder / METADATA).is_file() and any((folder / name).is_file() for name in ("common.pt", "metadata.json")):
         return "torch_dist"

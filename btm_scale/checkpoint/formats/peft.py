@@ -29,6 +29,7 @@ _MATRIX = re.compile(
 _WRAPPER = re.compile(r"\.(?:modules_to_save(?:\.default)?|base_layer)(?=\.)")
 _CONV1D_FAMILIES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # weights are [inputs, outputs]
 _HEAD = "lm_head.weight"
+_NEW_ROWS = ("new_embeddings.safetensors", "new_embeddings.bin")  # as vLLM read them beside adapters
 # A block's rows do not depend on the range that is read, so that a product has the same bits for any range.
 _BLOCK_ELEMENTS = 1 << 16
 
@@ -71,6 +72,9 @@ class PeftModel(ModelReader):
         self._full: dict[str, str] = {}  # tensors saved in full, by the base's name
         self._added: dict[str, _Product | _Bias] = {}
         names = _BaseNames(base.names)
+        self._tied = _tied_embedding(base, config)
+        # The head keeps the weights of an embedding that it was tied to, if one of the two was trained alone.
+        self._untied: dict[str, str] = {}
         matrices: dict[str, dict[str, str]] = defaultdict(dict)
         for key in self._adapter.names:
             match = _MATRIX.fullmatch(key.removeprefix(_PREFIX))
@@ -84,17 +88,24 @@ class PeftModel(ModelReader):
         for module, parts in matrices.items():
             self._take_product(module, parts, names)
         self._specs = {name: base.spec(name) for name in base.names}
-        # The head keeps the weights of an embedding that it was tied to, and that was then trained alone.
-        self._untied: dict[str, str] = {}
-        trained = next((name for name in self._full if self._settings.unties(name)), None)
-        if trained in self._specs and _HEAD not in {*self._specs, *self._full} and ties_embeddings(config):
-            self._untied[_HEAD] = trained
-            self._specs[_HEAD] = base.spec(trained)
+        self._untie()
         dtype = max(self._specs.values(), key=lambda spec: spec.elements).dtype if self._specs else torch.float32
         for name, key in self._full.items():
             known = self._specs.get(name)
             self._specs[name] = TensorSpec(known.dtype if known else dtype, self._adapter.spec(key).shape)
         self._names = tuple(sorted(self._specs))
+
+    def _untie(self) -> None:
+        """Give the head its own weights if its embedding, or the head alone, was trained."""
+        tied, settings = self._tied, self._settings
+        if tied is None or settings.keeps_ties or _HEAD in self._full:
+            return
+        is_saved = tied in self._full and settings.saves(tied)
+        if is_saved or tied in self._added or _HEAD in self._added:
+            if tied in self._full and not is_saved:  # as it was before training, perhaps with more rows
+                self._full[_HEAD] = self._full[tied]
+            self._untied[_HEAD] = tied
+            self._specs[_HEAD] = self._base.spec(tied)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -130,6 +141,8 @@ class PeftModel(ModelReader):
     def _take_full(self, key: str, names: _BaseNames, *, tied: bool) -> None:
         """Record a tensor that the adapter holds in full."""
         own = key.removeprefix(_PREFIX)
+        if ".original_module." in own and self._settings.saves(own):
+            return  # PEFT saves it with a resized embedding; the trained copy replaces it
         if "lora_" in own or ".token_adapter." in own or ".original_module." in own:
             raise CheckpointError(
                 f"{self.path} has the tensor '{key:.200}', which plain LoRA has not. Merge this adapter with PEFT's "
@@ -158,20 +171,17 @@ class PeftModel(ModelReader):
             raise self._unfit(f"has only {few_names(sides.values(), 'tensors')} for '{module:.200}'")
         a, b = (sides["embedding_A"], sides["embedding_B"]) if embedded else (sides["A"], sides["B"])
         left, right = self._adapter.spec(b).shape, self._adapter.spec(a).shape
-        name = names.find(f"{module}.weight")
-        if name is None:
+        name = own = names.find(f"{module}.weight")
+        if name is None and f"{module}.weight" == _HEAD and self._tied and not self._settings.keeps_ties:
+            name, own = _HEAD, self._tied
+        if name is None or own is None:
             raise self._unfit(f"has matrices for '{module:.200}', which the base lacks")
         # PEFT saves a targeted embedding in full too; the product is added to that.
-        shape = (self._adapter.spec(self._full[name]) if name in self._full else self._base.spec(name)).shape
-        if (
-            len(left) != 2
-            or len(right) != 2
-            or left[1] != right[0]
-            or not self._base.spec(name).dtype.is_floating_point
-        ):
+        shape = (self._adapter.spec(self._full[own]) if own in self._full else self._base.spec(own)).shape
+        if len(left) != 2 or len(right) != 2 or left[1] != right[0] or not self._base.spec(own).is_floating_point:
             raise self._unfit(f"has matrices {list(left)} and {list(right)} for '{name:.200}' {list(shape)}")
         plain, turned = (left[0], right[1]), (right[1], left[0])
-        transposed = embedded or (turned == shape and (plain != shape or self._conv1d))
+        transposed = embedded or (turned == shape and (plain != shape or (self._conv1d and name != _HEAD)))
         if shape != (turned if transposed else plain):
             raise self._unfit(f"has matrices {list(left)} and {list(right)} for '{name:.200}' {list(shape)}")
         if name in self._added:
@@ -226,9 +236,18 @@ def config_changes(path: Path) -> dict[str, object]:
             name = _WRAPPER.sub("", key.removeprefix(_PREFIX))
             if name.endswith(EMBEDDINGS) and "lora_" not in name:
                 changes["vocab_size"] = adapter.spec(key).shape[0] if adapter.spec(key).shape else 0
-            if settings.unties(name) or (name == _HEAD and settings.saves(name)):
+            match = _MATRIX.fullmatch(name)
+            added = match is not None and f"{match['module']}.weight".endswith((*EMBEDDINGS, _HEAD))
+            if settings.unties(name) or (name == _HEAD and settings.saves(name)) or (added and not settings.keeps_ties):
                 changes["tie_word_embeddings"] = False
     return changes
+
+
+def _tied_embedding(base: ModelReader, config: Mapping[str, Any]) -> str | None:
+    """Return the embedding to which a model's head is tied, or None."""
+    if _HEAD in base.names or not ties_embeddings(config):
+        return None
+    return next((name for name in base.names if name.endswith(EMBEDDINGS)), None)
 
 
 class _BaseNames:
@@ -255,6 +274,11 @@ class _BaseNames:
 
 
 def _open_adapter(path: Path) -> ModelReader:
+    if rows := next((name for name in _NEW_ROWS if (path / name).is_file()), None):
+        raise CheckpointError(
+            f"{path} has rows for added tokens in {rows}, which are not read. Save the adapter with the embedding and "
+            "LM head in modules_to_save, and remove the file."
+        )
     file = next(file_inside(path, name) for name in ADAPTER_FILES if (path / name).is_file())
     adapter = SafetensorsModel(file) if file.suffix == ".safetensors" else open_state_dict(file)
     if odd := [name for name in adapter.names if not adapter.spec(name).dtype.is_floating_point]:

@@ -7,13 +7,11 @@ from pathlib import Path
 from btm_scale.checkpoint.formats.pickles import Inert, load_pickle
 from btm_scale.checkpoint.formats.safetensors import weight_map
 from btm_scale.checkpoint.formats.stored import StoredModel, StoredTensor
-from btm_scale.checkpoint.formats.tensors import CODE_BY_DTYPE
+from btm_scale.checkpoint.formats.tensors import DTYPES
 from btm_scale.checkpoint.formats.unreadable import require_weights_in
+from btm_scale.checkpoint.formats.weight_sets import BIN, BIN_INDEX
 from btm_scale.errors import CheckpointError
 from btm_scale.util.inside import file_inside
-
-BIN = "pytorch_model.bin"
-BIN_INDEX = "pytorch_model.bin.index.json"
 
 
 def open_bin(directory: Path) -> StoredModel:
@@ -54,5 +52,5 @@ def _state_dict(file: Path) -> dict[str, StoredTensor]:
 def _is_unsupported(value: object) -> bool:
     """Whether a value is a tensor that cannot be read: sparse, quantized or of an unsupported dtype."""
     if isinstance(value, StoredTensor):
-        return value.spec.dtype not in CODE_BY_DTYPE
+        return value.spec.code not in DTYPES
     return isinstance(value, Inert) and value.kind.startswith("torch._utils._rebuild_")

@@ -8,13 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from btm_scale.checkpoint.formats.locate import described_config, described_in, read_json
-from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, parse_dtype, unknown_tensor
+from btm_scale.checkpoint.formats.tensors import FP8, ModelReader, TensorSpec, parse_dtype, unknown_tensor
 from btm_scale.errors import CheckpointError, few_names
+from btm_scale.util.imports import torch
 
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SECTIONS = ("quantization_config", "compression_config")
 _SCALES = ("_scale_inv", "_scale")  # both are factors, whatever the name of the first says
 _ACTIVATION_SCALES = (".input_scale", ".output_scale", ".activation_scale", ".k_scale", ".v_scale", ".kv_scale")
@@ -72,7 +70,7 @@ def dequantized(model: ModelReader) -> ModelReader:
             "round every weight anew. Use the unquantized model, or dequantize it in transformers "
             "(`model.dequantize()`) and save that."
         )
-    fp8 = [name for name, spec in specs.items() if spec.dtype in _FP8]
+    fp8 = [name for name, spec in specs.items() if spec.code in FP8]
     scale_of = {name: f"{name}{end}" for end in reversed(_SCALES) for name in fp8 if f"{name}{end}" in specs}
     is_quantized = bool(sections or scale_of or read_json(described_in(model.path) / "hf_quant_config.json"))
     if is_quantized and (bare := [name for name in fp8 if name not in scale_of]):
@@ -86,7 +84,7 @@ def dequantized(model: ModelReader) -> ModelReader:
 
 
 def _is_suspect(spec: TensorSpec) -> bool:
-    return spec.dtype in _FP8 or not (spec.dtype.is_floating_point or spec.dtype is torch.bool)
+    return spec.code in FP8 or not (spec.is_floating_point or spec.code == "BOOL")
 
 
 def _foreign_method(specs: Mapping[str, TensorSpec], sections: Sequence[Mapping[str, Any]]) -> str | None:
@@ -96,7 +94,7 @@ def _foreign_method(specs: Mapping[str, TensorSpec], sections: Sequence[Mapping[
     integers = [
         name
         for name, spec in specs.items()
-        if name.endswith("weight") and not spec.dtype.is_floating_point and spec.dtype is not torch.bool
+        if name.endswith("weight") and not spec.is_floating_point and spec.code != "BOOL"
     ]
     if marked == "MXFP4" and not any(name.endswith("_scales") for name in specs):
         marked = None
@@ -224,7 +222,7 @@ class DequantizedModel(ModelReader):
         leading = shape[:-2]
         own = scales.shape
         whole = (max(height, 1), max(width, 1))
-        if scales.dtype.is_floating_point:
+        if scales.is_floating_point:
             if math.prod(own) == 1 or own in (leading, (*leading, 1, 1)):
                 return whole
             rows, columns = self._block or _DEFAULT_BLOCK

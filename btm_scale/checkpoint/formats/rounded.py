@@ -6,13 +6,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
-import torch
-
-from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, dtype_name
+from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, code_of, dtype_name, dtype_of
 from btm_scale.errors import few_names
+from btm_scale.util.imports import torch
 
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_EXPONENTS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F800000, torch.float64: 0x7FF << 52}
+# Of each dtype, the integers of its size and the mask of its exponent.
+_EXPONENTS = {
+    "F16": ("I16", 0x7C00),
+    "BF16": ("I16", 0x7F80),
+    "F32": ("I32", 0x7F800000),
+    "F64": ("I64", 0x7FF << 52),
+}
 Counts = tuple[int, int, int]  # NaN, infinities of an input, infinities that rounding made
 
 
@@ -69,10 +73,10 @@ def _is_finite(exact: torch.Tensor, rounded: torch.Tensor) -> bool:
         flat = exact.reshape(-1)
         limit = min(torch.finfo(rounded.dtype).max, 1e150)
         return float(torch.dot(flat, flat)) < limit * limit
-    mask = _EXPONENTS.get(rounded.dtype)
-    if mask is None:
+    if (code := code_of(rounded.dtype)) not in _EXPONENTS:
         return False
-    bits = rounded.reshape(-1).view(_WORDS[rounded.element_size()]).bitwise_and(mask)
+    words, mask = _EXPONENTS[code]
+    bits = rounded.reshape(-1).view(dtype_of(words)).bitwise_and(mask)
     return int(bits.max()) < mask
 
 
@@ -91,7 +95,7 @@ class RoundedModel(ModelReader):
     def spec(self, name: str) -> TensorSpec:
         """Return a tensor's dtype after rounding, and its shape."""
         spec = self._model.spec(name)
-        return TensorSpec(self._to, spec.shape) if self._to and spec.dtype.is_floating_point else spec
+        return TensorSpec(self._to, spec.shape) if self._to and spec.is_floating_point else spec
 
     def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
         """Fill `out` with row-major elements from `start`, rounded once."""

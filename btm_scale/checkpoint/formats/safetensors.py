@@ -8,12 +8,10 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-import torch
-
 from btm_scale.checkpoint.formats.locate import read_json
 from btm_scale.checkpoint.formats.safetensors_writer import INDEX, SINGLE
 from btm_scale.checkpoint.formats.tensors import (
-    DTYPE_BY_CODE,
+    DTYPES,
     ModelReader,
     TensorSpec,
     are_naturals,
@@ -24,6 +22,7 @@ from btm_scale.checkpoint.formats.tensors import (
 from btm_scale.checkpoint.formats.unreadable import require_weights_in
 from btm_scale.errors import CheckpointError
 from btm_scale.util.bounded_json import MAX_BYTES, parse_json, shown
+from btm_scale.util.imports import torch
 from btm_scale.util.inside import file_inside
 
 _PACKED = ("F4", "F6_E2M3", "F6_E3M2")
@@ -40,7 +39,11 @@ class _Place:
 
 def pread_into(descriptor: int, tensor: torch.Tensor, offset: int, path: Path) -> None:
     """Fill a contiguous tensor from a file. Raises `CheckpointError` if the file ends first."""
-    target = as_bytes(tensor) if tensor.numel() else memoryview(b"")
+    pread_bytes(descriptor, as_bytes(tensor) if tensor.numel() else memoryview(b""), offset, path)
+
+
+def pread_bytes(descriptor: int, target: memoryview, offset: int, path: Path) -> None:
+    """Fill memory from a file. Raises `CheckpointError` if the file ends first."""
     while target:
         count = os.preadv(descriptor, [target], offset)
         if count == 0:
@@ -79,9 +82,8 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[int, int, TensorSpec]:
                 f"{path}: '{name:.200}' is quantized to {code}, packed into bytes. Only fp8 weights "
                 "with scales can be read. Use the unquantized model."
             )
-        dtype = DTYPE_BY_CODE.get(code) if isinstance(code, str) else None
-        if dtype is not None and isinstance(shape, list) and is_shape(shape) and are_naturals(span) and len(span) == 2:
-            return span[0], span[1], TensorSpec(dtype, tuple(shape))
+        if isinstance(code, str) and code in DTYPES and is_shape(shape) and are_naturals(span) and len(span) == 2:
+            return span[0], span[1], TensorSpec(code, tuple(shape))
     raise CheckpointError(
         f"{path} has an invalid header entry for '{name:.200}': {shown(entry, 200)}. Export it again."
     )
@@ -90,7 +92,8 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[int, int, TensorSpec]:
 def _places(path: Path) -> dict[str, _Place]:
     """Return every tensor of one file, after checking that they fill its data without gaps or overlaps."""
     header, data = read_header(path)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # the library reads null too
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: '__metadata__' in the header must map names to text. Export it again.")
     places, spans = {}, []
@@ -150,8 +153,23 @@ class SafetensorsModel(ModelReader):
         place = self._place(name)
         if not 0 <= start <= start + out.numel() <= place.spec.elements or out.dtype != place.spec.dtype:
             raise IndexError(f"{out.numel()} {out.dtype} elements from {start} are outside of '{name}', {place.spec}")
-        offset = place.offset + start * place.spec.dtype.itemsize
+        offset = place.offset + start * place.spec.itemsize
         pread_into(self._descriptor(place.file), out, offset, place.file)
+
+    @property
+    def needs_torch(self) -> bool:
+        """Whether `read_bytes` imports torch: never."""
+        return False
+
+    def read_bytes(self, name: str, start: int, stop: int) -> memoryview:
+        """Return the bytes of row-major elements `[start, stop)`."""
+        place = self._place(name)
+        if not 0 <= start <= stop <= place.spec.elements:
+            raise IndexError(f"Elements [{start}, {stop}) are outside of '{name}', {place.spec}")
+        size = place.spec.itemsize
+        data = memoryview(bytearray((stop - start) * size))
+        pread_bytes(self._descriptor(place.file), data, place.offset + start * size, place.file)
+        return data
 
     def close(self) -> None:
         """Close the shards."""

@@ -10,11 +10,10 @@ from threading import Lock
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-
-from btm_scale.checkpoint.formats.tensors import CODE_BY_DTYPE, TensorSpec, as_bytes
+from btm_scale.checkpoint.formats.tensors import TensorSpec, as_bytes
 from btm_scale.util.disk_errors import writing
 from btm_scale.util.files import make_directory, partial_path, require_space
+from btm_scale.util.imports import torch
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -78,22 +77,29 @@ class ShardedWriter:
         spec, stop = self.specs[name], start + tensor.numel()
         if tensor.dtype != spec.dtype or not 0 <= start <= stop <= spec.elements:
             raise ValueError(f"{tensor.dtype} elements [{start}, {stop}) are outside of '{name}', {spec}")
+        self.write_bytes(name, start, as_bytes(tensor.cpu().contiguous()) if stop > start else memoryview(b""))
+
+    def write_bytes(self, name: str, start: int, data: memoryview) -> None:
+        """Write the bytes of row-major elements from `start`. Raises `ValueError` if they do not fit the spec."""
+        spec = self.specs[name]
+        stop, rest = start + len(data) // spec.itemsize, len(data) % spec.itemsize
+        if rest or not 0 <= start <= stop <= spec.elements:
+            raise ValueError(f"{len(data)} bytes from element {start} are outside of '{name}', {spec}")
         shard, offset = self._where[name]
         if stop > start:
-            data = as_bytes(tensor.cpu().contiguous())
             with writing(self.directory / self._shards[shard][0]):
-                _pwrite(self._shards[shard][1], data, offset + start * spec.dtype.itemsize)
+                _pwrite(self._shards[shard][1], data, offset + start * spec.itemsize)
         self.mark_written(name, start, stop)
 
-    def pieces(self, name: str, start: int, stop: int) -> Iterator[torch.Tensor]:
-        """The bytes of elements [start, stop) as they are in the file, in uint8 pieces; fewer if the file is short."""
+    def pieces(self, name: str, start: int, stop: int) -> Iterator[memoryview]:
+        """The bytes of elements [start, stop) as they are in the file, in pieces; fewer if the file is short."""
         shard, offset = self._where[name]
-        size = self.specs[name].dtype.itemsize
+        size = self.specs[name].itemsize
         position, end = offset + start * size, offset + stop * size
         while position < end and (
             data := os.pread(self._shards[shard][1], min(_PIECE_BYTES, end - position), position)
         ):
-            yield torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            yield memoryview(data)
             position += len(data)
 
     @property
@@ -178,7 +184,7 @@ def _shard_groups(specs: Mapping[str, TensorSpec], max_shard_bytes: float) -> li
             size = 0
         groups[-1].append(name)
         size += spec.nbytes
-    return [sorted(group, key=lambda name: -specs[name].dtype.itemsize) for group in groups]
+    return [sorted(group, key=lambda name: -specs[name].itemsize) for group in groups]
 
 
 def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None) -> bytes:
@@ -187,7 +193,7 @@ def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None)
     position = 0
     for name, spec in specs.items():
         span = [position, position + spec.nbytes]
-        header[name] = {"dtype": CODE_BY_DTYPE[spec.dtype], "shape": list(spec.shape), "data_offsets": span}
+        header[name] = {"dtype": spec.code, "shape": list(spec.shape), "data_offsets": span}
         position += spec.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,52 +11,79 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeGuard
 
-import torch
-
 from btm_scale.errors import CheckpointError, unknown_name
+from btm_scale.util.imports import torch
 
-# Safetensors dtype codes.
-DTYPE_BY_CODE: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "BOOL": torch.bool,
+# torch's name and the size in bytes of each of safetensors' dtypes.
+DTYPES: Mapping[str, tuple[str, int]] = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E8M0": ("float8_e8m0fnu", 1),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "U16": ("uint16", 2),
+    "U32": ("uint32", 4),
+    "U64": ("uint64", 8),
+    "BOOL": ("bool", 1),
 }
-CODE_BY_DTYPE: Mapping[torch.dtype, str] = {dtype: code for code, dtype in DTYPE_BY_CODE.items()}
-_SHORT_NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+FP8 = ("F8_E4M3", "F8_E5M2")
+_CODES = {name: code for code, (name, _) in DTYPES.items()}
+_OTHER_NAMES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+    "fp64": "float64",
+    "half": "float16",
+    "float": "float32",
+    "double": "float64",
+}
 
 
-def parse_dtype(name: str) -> torch.dtype:
-    """Return the floating-point dtype called `name` (`bfloat16`, `bf16`, `float32`, ...).
+def parse_code(name: str) -> str:
+    """Return safetensors' code of the floating-point dtype called `name` (`bfloat16`, `bf16`, `float32`, ...).
 
     Raises `CheckpointError` for any other name, and for fp8, which means nothing without scales.
     """
-    dtype = _SHORT_NAMES.get(name) or getattr(torch, name.removeprefix("torch."), None)
-    if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize == 1:
+    name = name.removeprefix("torch.")
+    full = _OTHER_NAMES.get(name, name)
+    if full.startswith("float8_"):
         raise CheckpointError(
-            f"Weights in {dtype_name(dtype)} need scales, which are not written. Choose bfloat16 or float16, and "
-            "quantize the result with a quantization tool."
+            f"Weights in {full} need scales, which are not written. Choose bfloat16 or float16, and quantize the "
+            "result with a quantization tool."
         )
-    if not isinstance(dtype, torch.dtype) or dtype not in CODE_BY_DTYPE or not dtype.is_floating_point:
+    if not full.startswith(("float", "bfloat")) or full not in _CODES:
         raise CheckpointError(unknown_name("dtype", name, ("bfloat16", "float16", "float32", "float64")))
-    return dtype
+    return _CODES[full]
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """Return the floating-point dtype called `name`. Raises like `parse_code`."""
+    return dtype_of(parse_code(name))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """Return `bfloat16` for `torch.bfloat16`, as in Hugging Face configs."""
     return str(dtype).removeprefix("torch.")
+
+
+@functools.cache
+def dtype_of(code: str) -> torch.dtype:
+    """Return the dtype with a code."""
+    dtype: torch.dtype = getattr(torch, DTYPES[code][0] if code in DTYPES else code)
+    return dtype
+
+
+@functools.cache
+def code_of(dtype: torch.dtype) -> str:
+    """Return safetensors' code of a dtype, or torch's name of one that safetensors does not have."""
+    return _CODES.get(dtype_name(dtype), dtype_name(dtype))
 
 
 _MAX_DIMENSIONS = 32
@@ -75,17 +103,42 @@ def are_naturals(values: object) -> TypeGuard[Sequence[int]]:
     return all(type(value) is int and 0 <= value <= _MAX_BYTES for value in values)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class TensorSpec:
-    """Dtype and shape of a tensor."""
+    """Dtype and shape of a tensor; only `dtype` imports torch."""
 
-    dtype: torch.dtype
+    code: str  # of the dtype
     shape: tuple[int, ...]
+
+    def __init__(self, dtype: torch.dtype | str, shape: tuple[int, ...]) -> None:
+        """Take the dtype or its code."""
+        object.__setattr__(self, "code", dtype if isinstance(dtype, str) else code_of(dtype))
+        object.__setattr__(self, "shape", shape)
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Self:
         """Return the spec of a tensor."""
         return cls(tensor.dtype, tuple(tensor.shape))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype."""
+        return dtype_of(self.code)
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as in Hugging Face configs."""
+        return DTYPES[self.code][0] if self.code in DTYPES else self.code
+
+    @property
+    def itemsize(self) -> int:
+        """Size of an element in bytes."""
+        return DTYPES[self.code][1] if self.code in DTYPES else self.dtype.itemsize
+
+    @property
+    def is_floating_point(self) -> bool:
+        """Whether the elements are floating-point numbers."""
+        return self.dtype_name.startswith(("float", "bfloat"))
 
     @property
     def elements(self) -> int:
@@ -95,14 +148,16 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return self.elements * self.dtype.itemsize
+        return self.elements * self.itemsize
 
     def __str__(self) -> str:
-        return f"{dtype_name(self.dtype)} {list(self.shape)}"
+        return f"{self.dtype_name} {list(self.shape)}"
 
 
-def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return a writable view of a contiguous CPU tensor's memory, without a copy."""
+def as_bytes(tensor: torch.Tensor | memoryview) -> memoryview:
+    """Return a writable view of a contiguous CPU tensor's memory, without a copy; bytes are returned unchanged."""
+    if isinstance(tensor, memoryview):
+        return tensor
     flat = tensor.detach() if tensor.requires_grad else tensor
     array: Any = (flat if flat.dim() == 1 else flat.reshape(-1)).view(torch.uint8).numpy()
     view: memoryview = array.data
@@ -140,6 +195,15 @@ class ModelReader(ABC):
         self.read_into(name, start, out)
         return out
 
+    @property
+    def needs_torch(self) -> bool:
+        """Whether `read_bytes` imports torch."""
+        return True
+
+    def read_bytes(self, name: str, start: int, stop: int) -> memoryview:
+        """Return the bytes of row-major elements `[start, stop)`, in the tensor's dtype."""
+        return as_bytes(self.read_range(name, start, stop))
+
     def read(self, name: str) -> torch.Tensor:
         """Return the full tensor."""
         spec = self.spec(name)
@@ -152,12 +216,12 @@ class ModelReader(ABC):
     def nbytes_as(self, dtype: torch.dtype | None) -> int:
         """Return the size in bytes of all tensors in `dtype`, or in their own dtypes if None."""
         specs = self.specs().values()
-        return sum(spec.elements * (dtype or spec.dtype).itemsize for spec in specs)
+        return sum(spec.elements * (dtype.itemsize if dtype else spec.itemsize) for spec in specs)
 
     def chunks(self, name: str, chunk_bytes: int) -> Iterator[torch.Tensor]:
         """Yield the tensor as consecutive flat pieces of at most `chunk_bytes`."""
         spec = self.spec(name)
-        step = max(1, chunk_bytes // spec.dtype.itemsize)
+        step = max(1, chunk_bytes // spec.itemsize)
         for start in range(0, spec.elements, step):
             yield self.read_range(name, start, min(start + step, spec.elements))
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from btm_scale.checkpoint.formats.locate import STATE_MARKER, described_in, read_json
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.formats.safetensors_writer import SINGLE
@@ -13,6 +11,7 @@ from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, unknow
 from btm_scale.errors import CheckpointError
 from btm_scale.model.hf_config import read_shape
 from btm_scale.model.hf_names import table
+from btm_scale.util.imports import torch
 
 _MASTER = "master/"
 

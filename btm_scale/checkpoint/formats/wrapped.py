@@ -6,10 +6,9 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import torch
-
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, unknown_tensor
 from btm_scale.errors import CheckpointError
+from btm_scale.util.imports import torch
 
 # Never part of a module's own name, wherever they are.
 _WRAPPERS = re.compile(r"\b(?:_forward_module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -41,6 +40,15 @@ class RenamedModel(ModelReader):
     def read_into(self, name: str, start: int, out: torch.Tensor) -> None:
         """Fill `out` with row-major elements from `start`."""
         self._model.read_into(self._own_name(name), start, out)
+
+    @property
+    def needs_torch(self) -> bool:
+        """Whether `read_bytes` imports torch."""
+        return self._model.needs_torch
+
+    def read_bytes(self, name: str, start: int, stop: int) -> memoryview:
+        """Return the bytes of row-major elements `[start, stop)`."""
+        return self._model.read_bytes(self._own_name(name), start, stop)
 
     def close(self) -> None:
         """Close the model."""

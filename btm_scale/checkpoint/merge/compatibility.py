@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from btm_scale.checkpoint.completeness import has_own_head
 from btm_scale.checkpoint.expected import ties_embeddings
 from btm_scale.checkpoint.formats.locate import described_config
@@ -16,6 +14,7 @@ from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, dtype_name
 from btm_scale.errors import few_names, first_few
 from btm_scale.model.families import FAMILIES, GPT2
+from btm_scale.util.imports import torch
 
 # Buffers of attention in checkpoints of older transformers versions: a triangle, and the number that masks.
 _MASK = re.compile(r"(?:.*\.)?(?:attn|attention|self_attn|self)\.(?:bias|causal_mask|mask)")
@@ -24,20 +23,20 @@ _GPT2_MASK = re.compile(r"(?:transformer\.)?h\.\d+\.attn\.(?:bias|masked_bias)")
 
 
 def common_specs(
-    readers: Sequence[ModelReader], dtype: torch.dtype | None, tensors: Sequence[str] | None = None
+    readers: Sequence[ModelReader], code: str | None, tensors: Sequence[str] | None = None
 ) -> tuple[dict[str, TensorSpec], list[str]]:
-    """Return the output's specs and every kind of difference between the models, restricted to `tensors` if given."""
+    """Return the output's specs and every kind of difference between the models, restricted to `tensors` if given.
+
+    `code` is that of the output's dtype.
+    """
     first = readers[0]
     specs, *others = (_compared_specs(reader, tensors) for reader in readers)
     absent = [name for name in tensors or () if not any(name in each for each in (specs, *others))]
     problems = [f"{first.path} has no tensor {few_names(absent, 'tensors')}."] if absent else []
     for other, theirs in zip(readers[1:], others, strict=True):
-        problems += _differences(first, specs, other, theirs, dtype)
-    if dtype is not None:
-        specs = {
-            name: TensorSpec(dtype, spec.shape) if spec.dtype.is_floating_point else spec
-            for name, spec in specs.items()
-        }
+        problems += _differences(first, specs, other, theirs, code)
+    if code is not None:
+        specs = {name: TensorSpec(code, spec.shape) if spec.is_floating_point else spec for name, spec in specs.items()}
     return specs, problems
 
 
@@ -46,7 +45,7 @@ def _differences(
     ours: Mapping[str, TensorSpec],
     other: ModelReader,
     theirs: Mapping[str, TensorSpec],
-    dtype: torch.dtype | None,
+    code: str | None,
 ) -> list[str]:
     """Return one problem per kind of difference between two models, each with a few of the tensors that have it."""
     lacking = [
@@ -62,11 +61,11 @@ def _differences(
         mine, its = ours[name], theirs[name]
         if mine.shape != its.shape:
             shapes.append(f"'{name}' {list(mine.shape)} and {list(its.shape)}")
-        elif mine.dtype != its.dtype and not _both_float(mine, its):
+        elif mine.code != its.code and not _both_float(mine, its):
             kinds.append(f"'{name}' {mine} and {its}")
-        elif mine.dtype != its.dtype and dtype is None:
+        elif mine.code != its.code and code is None:
             dtypes.append(f"'{name}' {mine} and {its}")
-        elif not mine.dtype.is_floating_point and not torch.equal(first.read(name), other.read(name)):
+        elif not mine.is_floating_point and not _same_bytes(name, first, other):
             values.append(f"'{name}' {mine}")
     found = (
         ("shapes", shapes, "Merge models of one architecture."),
@@ -86,7 +85,7 @@ def promoted_dtype(directories: Iterable[Path]) -> str | None:
     dtypes: set[torch.dtype] = set()
     for directory in directories:
         with open_model(directory) as model:
-            dtypes |= {spec.dtype for spec in model.specs().values() if spec.dtype.is_floating_point}
+            dtypes |= {spec.dtype for spec in model.specs().values() if spec.is_floating_point}
     return dtype_name(functools.reduce(torch.promote_types, dtypes)) if len(dtypes) > 1 else None
 
 
@@ -98,7 +97,12 @@ def _compared_specs(reader: ModelReader, tensors: Sequence[str] | None) -> dict[
 
 
 def _both_float(one: TensorSpec, other: TensorSpec) -> bool:
-    return one.dtype.is_floating_point and other.dtype.is_floating_point
+    return one.is_floating_point and other.is_floating_point
+
+
+def _same_bytes(name: str, first: ModelReader, other: ModelReader) -> bool:
+    elements = first.spec(name).elements
+    return first.read_bytes(name, 0, elements) == other.read_bytes(name, 0, elements)
 
 
 def is_derived(name: str, model: ModelReader) -> bool:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
-from btm_scale.util.imports import LazyModule
-
-if TYPE_CHECKING:
-    import torch
-else:
-    torch = LazyModule("torch")  # `merge --help` imports this file
+from btm_scale.checkpoint.merge.arrays import as_numbers
+from btm_scale.util.imports import torch
 
 _SMALLEST_SUM = 1e-8
 
 
 def total_of(parts: Iterable[torch.Tensor]) -> torch.Tensor:
     """Return the sum of tensors, added in order."""
-    return functools.reduce(torch.add, parts)
+    return functools.reduce(operator.add, parts)
 
 
 def divisor(weights: Sequence[float]) -> float:
@@ -29,8 +25,8 @@ def divisor(weights: Sequence[float]) -> float:
 
 def agreeing(deltas: Sequence[torch.Tensor], total: torch.Tensor) -> list[torch.Tensor]:
     """Return, for every model, 1 where its difference has the sign of the total and 0 elsewhere."""
-    elected_sign = torch.where(total >= 0, 1, -1)
-    return [(delta.sign() == elected_sign).to(delta.dtype) for delta in deltas]
+    is_positive = total >= 0
+    return [as_numbers(((delta > 0) & is_positive) | ((delta < 0) & ~is_positive)) for delta in deltas]
 
 
 def mean_of(
@@ -44,7 +40,7 @@ def mean_of(
     if not normalize:
         return kept
     weight = total_of(w * mask for w, mask in zip(weights, agrees, strict=True))
-    return kept / weight.masked_fill(weight == 0, 1)
+    return kept / (weight + (weight == 0))
 
 
 def elected(deltas: Sequence[torch.Tensor], weights: Sequence[float], normalize: float) -> torch.Tensor:

@@ -2,28 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from btm_scale.checkpoint.merge.consensus import divisor, elected
+from btm_scale.checkpoint.merge.arrays import add_weighted, as_numbers, copied
+from btm_scale.checkpoint.merge.consensus import divisor, elected, total_of
 from btm_scale.checkpoint.merge.registry import PerModel, Piece, for_each, method
-from btm_scale.util.imports import LazyModule
-
-if TYPE_CHECKING:
-    import torch
-else:
-    torch = LazyModule("torch")  # `merge --help` reads the methods' signatures
-
-
-def add_weighted(totals: torch.Tensor, weights: torch.Tensor, tensor: torch.Tensor) -> None:
-    """Add the outer product of `weights` [outputs] and `tensor` [elements] to `totals` [outputs, elements].
-
-    All are float64. An element's result does not depend on the number of outputs and elements.
-    """
-    totals.addcmul_(weights[:, None], tensor)
-
-
-def _add(total: torch.Tensor, weight: float, tensor: torch.Tensor) -> None:
-    add_weighted(total[None], torch.tensor([weight], dtype=torch.float64), tensor)
+from btm_scale.util.imports import torch
 
 
 @method(elementwise=True)
@@ -31,15 +13,18 @@ def linear(piece: Piece, *, normalize: float = 1.0) -> torch.Tensor:
     """Weighted mean `sum_i w_i x_i / sum_i w_i`, divided last; the sum itself if `normalize` is 0."""
     total = piece.zeros
     for tensor, weight in zip(piece.tensors, piece.weights, strict=True):
-        _add(total, weight, tensor)
-    return total.div_(sum(piece.weights)) if normalize else total
+        add_weighted(total, weight, tensor)
+    if normalize:
+        total /= sum(piece.weights)
+    return total
 
 
 @method(elementwise=True, exactly=1, weighted=False)
 def passthrough(piece: Piece, *, scale: PerModel = 1.0) -> torch.Tensor:
     """The only model's tensor times `scale`: for recipes that stack layers of several models."""
     (tensor,) = piece.copies()
-    return tensor.mul_(for_each(scale, 1)[0])
+    tensor *= for_each(scale, 1)[0]
+    return tensor
 
 
 @method(elementwise=True, needs_base=True)
@@ -48,8 +33,8 @@ def task_arithmetic(piece: Piece, *, scale: float = 1.0, normalize: float = 0.0)
     total = piece.zeros
     scale = scale / divisor(piece.weights) if normalize else scale
     for tensor, weight in zip(piece.tensors, piece.weights, strict=True):
-        _add(total, scale * weight, tensor)
-    _add(total, 1 - scale * sum(piece.weights), piece.origin)
+        add_weighted(total, scale * weight, tensor)
+    add_weighted(total, 1 - scale * sum(piece.weights), piece.origin)
     return total
 
 
@@ -61,12 +46,12 @@ def dare(
 
     `rescale` 0 leaves kept differences as they are; `normalize` 1 divides by the weights' sum.
     """
-    total = piece.zeros.copy_(piece.origin)
+    total = copied(piece.origin)
     scale = scale / divisor(piece.weights) if normalize else scale
     densities = for_each(density, len(piece.weights))
     for i, (tensor, weight) in enumerate(zip(piece.tensors, piece.weights, strict=True)):
-        kept = (tensor - piece.origin).mul_(piece.random(i) < densities[i])
-        _add(total, scale * weight / densities[i] if rescale else scale * weight, kept)
+        kept = (tensor - piece.origin) * (piece.random(i) < densities[i])
+        add_weighted(total, scale * weight / densities[i] if rescale else scale * weight, kept)
     return total
 
 
@@ -80,9 +65,9 @@ def dare_ties(
     """
     deltas = piece.deltas()
     for i, (delta, kept) in enumerate(zip(deltas, for_each(density, len(deltas)), strict=True)):
-        delta.mul_(piece.random(i) < kept)
+        delta *= piece.random(i) < kept
         if rescale:
-            delta.div_(kept)
+            delta /= kept
     return piece.origin + scale * elected(deltas, piece.weights, normalize)
 
 
@@ -93,15 +78,16 @@ def nearswap(piece: Piece, *, t: float = 0.001) -> torch.Tensor:
     From the model card of QuartetAnemoi-70B.
     """
     (delta,) = piece.deltas()
-    return piece.origin + delta * (t / delta.abs().clamp(min=1e-6)).clamp(0, 1)
+    # torch computes t / x as t * (1 / x), NumPy does not.
+    return piece.origin + delta * (t * (1 / abs(delta).clip(1e-6))).clip(0, 1)
 
 
 @method(elementwise=True, needs_base=True, weighted=False)
 def ram(piece: Piece, *, epsilon: float = 1e-5) -> torch.Tensor:
     """Add the mean of the differences above `epsilon`, of the models that have one (arXiv 2601.13572)."""
     deltas = piece.deltas()
-    moved = [delta.abs() > epsilon for delta in deltas]
-    count = torch.stack(moved).sum(dim=0).clamp(min=1)
+    moved = [abs(delta) > epsilon for delta in deltas]
+    count = total_of(map(as_numbers, moved)).clip(1)
     return piece.origin + sum(delta * mask / count for delta, mask in zip(deltas, moved, strict=True))
 
 

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from btm_scale.checkpoint.merge.consensus import total_of
 from btm_scale.checkpoint.merge.registry import Merge, Piece, TensorPieces, method
 from btm_scale.checkpoint.merge.statistics import at_least, least_of_largest
-from btm_scale.util.imports import LazyModule
-
-if TYPE_CHECKING:
-    import torch
-else:
-    torch = LazyModule("torch")  # `merge --help` reads the methods' signatures
+from btm_scale.util.imports import torch
 
 _SMALLEST_PROBABILITY = 1e-8
 _QUARTILES = (0.25, 0.5, 0.75)

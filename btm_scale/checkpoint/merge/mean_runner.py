@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from btm_scale.checkpoint.formats.tensors import ModelReader
 from btm_scale.checkpoint.hashing import BlockHashes
-from btm_scale.checkpoint.merge.elementwise import add_weighted
+from btm_scale.checkpoint.merge.arrays import add_outer
 from btm_scale.checkpoint.merge.plan import Unit
 from btm_scale.checkpoint.merge.runner import Buffers, Target, parts_of
+from btm_scale.util.imports import torch
 
 _THREAD_BYTES = 16 << 20  # of all models' parts, and of all outputs', in memory per thread
 _CACHED_BYTES = 1 << 20  # of sums, which stay in a core's cache beside the models' parts
@@ -43,7 +42,7 @@ class MeansRunner:
         """Return the unit and, per target, its block hashes."""
         hashes = [BlockHashes() for _ in self.targets]
         chunk_bytes = min(self.chunk_bytes, _THREAD_BYTES // max(len(self.targets), len(self._models)))
-        step = chunk_bytes // self.targets[0].plan.specs[unit.name].dtype.itemsize
+        step = chunk_bytes // self.targets[0].plan.specs[unit.name].itemsize
         for part in parts_of(unit, step):
             stored = {model: self._buffers.stored(model, part, model) for model in self._models}
             for group in self._groups:
@@ -68,7 +67,7 @@ class MeansRunner:
             totals = self._buffers.array("sums", outputs * (stop - start), torch.float64).view(outputs, -1)
             totals.zero_()
             for model, weights in zip(group.models, group.weights.unbind(1), strict=True):
-                add_weighted(totals, weights, self._buffers.widened(stored[model][start:stop], "input"))
+                add_outer(totals, weights, self._buffers.widened(stored[model][start:stop], "input"))
             rows[:, start:stop] = totals.div_(group.sums)
         return iter(rows)
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
+import numpy as np
 from pydantic import ValidationError
 
 from btm_scale.checkpoint.expected import Shape, expected_tensors
 from btm_scale.checkpoint.formats.locate import described_config
 from btm_scale.checkpoint.formats.open import open_model
-from btm_scale.checkpoint.formats.tensors import TensorSpec, dtype_name
+from btm_scale.checkpoint.formats.tensors import TensorSpec
 from btm_scale.checkpoint.merge.noise import uniform
 from btm_scale.errors import CheckpointError, few_names
 from btm_scale.model.hf_config import config_json, shape_from_config
@@ -70,8 +70,8 @@ class Mixture:
 
     def config(self, specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
         """Return its config.json."""
-        dtype = next(spec.dtype for spec in specs.values() if spec.dtype.is_floating_point)
-        config = config_json(self.shape, dtype=dtype_name(dtype), end_of_text=None)
+        dtype = next(spec.dtype_name for spec in specs.values() if spec.is_floating_point)
+        config = config_json(self.shape, dtype=dtype, end_of_text=None)
         return config | dict(self.special_tokens) | {EXPERT_NAMES: list(self.names)}
 
 
@@ -122,9 +122,9 @@ def mixture_of(
             "has them in addition. A mixture is made of complete models. Save the model again."
         )
     sizes = _sizes(shape)
-    floating = next(spec.dtype for spec in specs.values() if spec.dtype.is_floating_point)
+    floating = next(spec.code for spec in specs.values() if spec.is_floating_point)
     result = {
-        name: TensorSpec(specs[origin.tensor].dtype if origin.tensor in specs else floating, sizes[name])
+        name: TensorSpec(specs[origin.tensor].code if origin.tensor in specs else floating, sizes[name])
         for name, origin in origins.items()
     }
     if ingredients.router is not None:
@@ -135,7 +135,7 @@ def mixture_of(
     return Mixture(shape, ingredients.names, origins, special), result
 
 
-def random_gate(seed: int, name: str, start: int, stop: int) -> torch.Tensor:
+def random_gate(seed: int, name: str, start: int, stop: int) -> np.ndarray:
     """Return elements [start, stop) of a random router's gate, float64."""
     return (uniform(f"{seed}/{name}", start, stop) * 2 - 1) * _LIMIT
 

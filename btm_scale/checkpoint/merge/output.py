@@ -184,7 +184,7 @@ def _publish(work: Work) -> Merged:
     work.plan.before.require_unchanged("merge", CheckpointError)
     publish_directory(work.partial, work.output)
     if nonfinite:
-        dtypes = {spec.dtype for spec in work.plan.specs.values() if spec.dtype.is_floating_point}
+        dtypes = {spec.dtype for spec in work.plan.specs.values() if spec.is_floating_point}
         logger.warning("%s", nonfinite.message(work.output, dtypes.pop() if len(dtypes) == 1 else None))
     return Merged(content, nonfinite)
 

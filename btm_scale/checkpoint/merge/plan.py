@@ -140,13 +140,17 @@ class MergePlan:
         base = (count, name) if self.base else None
         return TensorMerge(self.method_name, self.parameters, tuple(range(count)), (name,) * count, weights, base)
 
+    def noise_key(self, name: str, i: int) -> str:
+        """Return the key of the random numbers of a tensor's i-th model."""
+        return f"{self.seed}/{name}/{self.everyone[self.how(name).models[i]].sample}"
+
     def copies(self, name: str) -> bool:
         """Whether a tensor is copied unchanged: it is not floating-point or of language, or there is only one model."""
-        return not self.specs[name].dtype.is_floating_point or self.how(name).is_copy
+        return not self.specs[name].is_floating_point or self.how(name).is_copy
 
     def _units_of(self, name: str) -> Iterator[Unit]:
         spec = self.specs[name]
         undivided = not self.how(name).method.elementwise and not self.copies(name)
-        step = spec.elements if undivided else BLOCK_BYTES // spec.dtype.itemsize
+        step = spec.elements if undivided else BLOCK_BYTES // spec.itemsize
         for start in range(0, spec.elements, max(step, 1)):
             yield Unit(name, start, min(start + step, spec.elements))

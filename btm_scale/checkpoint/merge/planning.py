@@ -8,12 +8,10 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from btm_scale.checkpoint.completeness import problems_of
 from btm_scale.checkpoint.formats.based import base_of, is_completed
 from btm_scale.checkpoint.formats.open import open_model
-from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, parse_dtype
+from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, parse_code
 from btm_scale.checkpoint.hashing import sample_hash
 from btm_scale.checkpoint.merge.compatibility import common_specs
 from btm_scale.checkpoint.merge.moe import Ingredients, Origin, mixture_of
@@ -72,7 +70,7 @@ def make_plan(
     paths = [*(path for path, _ in used), *basis]
     choice = Vocabulary(tokenizer, new_rows, basis[0] if basis else None) if tokenizer is not None else None
     models = checked_models(
-        paths, parse_dtype(dtype) if dtype else None, problems, tensors=tensors, allow=allow, choice=choice
+        paths, parse_code(dtype) if dtype else None, problems, tensors=tensors, allow=allow, choice=choice
     )
     settings = {**chosen.parameters, **(parameters or {})}
     if ingredients is not None:
@@ -89,7 +87,7 @@ def plan_means(
     per_output = [_used_inputs(linear, inputs) for inputs in outputs]
     problems = [problem for used in per_output for problem in weight_problems(linear, used)]
     paths = list(dict.fromkeys(path for used in per_output for path, _ in used))
-    models = checked_models(paths, parse_dtype(dtype) if dtype else None, problems)
+    models = checked_models(paths, parse_code(dtype) if dtype else None, problems)
     return [models.plan(used, None, "linear", {}, max_shard_bytes, 0) for used in per_output]
 
 
@@ -191,7 +189,7 @@ def _used_inputs(method: Method, inputs: Sequence[tuple[Path, float]]) -> list[t
 
 def checked_models(
     paths: Sequence[Path],
-    dtype: torch.dtype | None,
+    code: str | None,
     problems: list[str],
     *,
     tensors: Sequence[str] | None = None,
@@ -228,7 +226,7 @@ def checked_models(
                 problems += [problem for model in complete.values() for problem in problems_of(model)]
             seen = views.of(complete)
             readers = [seen[path] for path in paths]
-            specs, differences = stacked(readers) if stacked else common_specs(readers, dtype, tensors)
+            specs, differences = stacked(readers) if stacked else common_specs(readers, code, tensors)
             problems += differences
         if problems:
             listing = "\n".join(f"  - {problem}" for problem in problems)

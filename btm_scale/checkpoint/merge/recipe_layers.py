@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec
 from btm_scale.checkpoint.merge.compatibility import is_derived
 from btm_scale.checkpoint.merge.recipe import Recipe
@@ -94,7 +92,7 @@ def stacked_places(recipe: Recipe, models: Mapping[str, ModelReader]) -> tuple[d
 
 
 def stacked_specs(
-    recipe: Recipe, models: Mapping[str, ModelReader], dtype: torch.dtype | None
+    recipe: Recipe, models: Mapping[str, ModelReader], code: str | None
 ) -> tuple[dict[str, Place], dict[str, TensorSpec], list[str]]:
     """Return the places and specs of a recipe of slices, and every kind of difference between tensors of one place."""
     places, problems = stacked_places(recipe, models)
@@ -104,18 +102,18 @@ def stacked_specs(
     for name, place in () if problems else places.items():
         readers = [models[source.model] for source in (recipe.slices or [])[place.part].sources]
         first, *others = (reader.spec(own) for reader, own in zip(readers, place.names, strict=True))
-        is_float = first.dtype.is_floating_point
-        specs[name] = TensorSpec(dtype, first.shape) if dtype is not None and is_float else first
+        is_float = first.is_floating_point
+        specs[name] = TensorSpec(code, first.shape) if code is not None and is_float else first
         kind = in_layer(name, 0) if layer_of(name) is not None else name
-        if (seen := firsts.setdefault(kind, first)).dtype != first.dtype and dtype is None:
+        if (seen := firsts.setdefault(kind, first)).code != first.code and code is None:
             dtypes.append(f"'{name}' {first} and {seen} in a layer before")
         for other in others:
             if other.shape != first.shape:
                 shapes.append(f"'{name}' {list(first.shape)} and {list(other.shape)}")
-            elif other.dtype != first.dtype and (dtype is None or not (is_float and other.dtype.is_floating_point)):
+            elif other.code != first.code and (code is None or not (is_float and other.is_floating_point)):
                 dtypes.append(f"'{name}' {first} and {other}")
-        same = [reader.read(own) for reader, own in zip(readers, place.names, strict=True)] if not is_float else []
-        if any(not torch.equal(same[0], other) for other in same[1:]):
+        same = zip(readers, place.names, strict=True) if not is_float else ()
+        if len({bytes(reader.read_bytes(own, 0, first.elements)) for reader, own in same}) > 1:
             values.append(f"'{name}' {first}")
     kinds = (
         ("shapes", shapes, "Merge layers of one shape."),

@@ -9,7 +9,7 @@ from pathlib import Path
 from btm_scale.checkpoint.formats.based import lacks_base, with_base
 from btm_scale.checkpoint.formats.hub_cache import local_model
 from btm_scale.checkpoint.formats.locate import described_config
-from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, parse_dtype
+from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, parse_code
 from btm_scale.checkpoint.merge.parameters import parameter_problems, weight_problems
 from btm_scale.checkpoint.merge.plan import MergePlan, TensorMerge
 from btm_scale.checkpoint.merge.planning import Models, Vocabulary, checked_models, make_plan
@@ -59,18 +59,18 @@ def make_recipe_plan(recipe: Recipe) -> tuple[MergePlan, Inputs]:
     plain = _plain(recipe, parts[0], paths) if recipe.models else None
     if plain is not None:
         return plain
-    dtype = parse_dtype(recipe.output_dtype) if recipe.output_dtype else None
+    code = parse_code(recipe.output_dtype) if recipe.output_dtype else None
     places: dict[str, Place] = {}
 
     def stacked(readers: Sequence[ModelReader]) -> tuple[dict[str, TensorSpec], list[str]]:
         by_name = dict(zip(paths, readers, strict=True))
-        found, specs, differences = stacked_specs(recipe, by_name, dtype)
+        found, specs, differences = stacked_specs(recipe, by_name, code)
         places.update(found)
         return specs, _tower_problems(paths, by_name) or differences or _config_problems(recipe, paths)
 
     models = checked_models(
         list(paths.values()),
-        dtype,
+        code,
         [],
         stacked=stacked if recipe.slices else None,
         allow=recipe.btm_scale.allow,

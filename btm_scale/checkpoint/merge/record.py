@@ -11,7 +11,7 @@ from typing import Any
 from btm_scale.checkpoint.formats.based import base_of, is_completed
 from btm_scale.checkpoint.formats.locate import described_in
 from btm_scale.checkpoint.formats.rounded import NonFinite
-from btm_scale.checkpoint.formats.tensors import dtype_name, parse_dtype
+from btm_scale.checkpoint.formats.tensors import DTYPES, parse_code
 from btm_scale.checkpoint.merge.carried import given_template
 from btm_scale.checkpoint.merge.plan import MergePlan
 from btm_scale.checkpoint.merge.sidecars import shown_parameters
@@ -61,7 +61,7 @@ def provenance(
     settings: dict[str, Any] = {
         "method": plan.method_name,
         "parameters": shown_parameters(plan),
-        "dtype": dtype_name(parse_dtype(dtype)) if dtype else None,
+        "dtype": DTYPES[parse_code(dtype)][0] if dtype else None,
         "max_shard_bytes": float(plan.max_shard_bytes),
         "seed": plan.seed,
     }

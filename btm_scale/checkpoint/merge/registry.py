@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from btm_scale.checkpoint.merge.arrays import copied
 from btm_scale.errors import CheckpointError, unknown_name
 
 if TYPE_CHECKING:  # `merge --help` reads the methods' signatures without it
@@ -41,6 +42,8 @@ def for_each(value: PerModel, models: int) -> tuple[float, ...]:
 class Piece:
     """The same part of one tensor from every model, in float64.
 
+    The tensors are torch's. Elementwise methods also get NumPy arrays, so they use operators and functions that both
+    libraries have, and those of `arrays`.
     `tensors` can be iterated once, and each tensor is valid until the next is taken, so that streaming methods hold
     one at a time. `zeros` is an array of the part's shape for the result. An elementwise method gets flat ranges of
     any length; other methods get complete rows in their shape, or a complete vector. `noise(i)` is uniform in [0, 1)
@@ -66,7 +69,7 @@ class Piece:
 
     def copies(self) -> list[torch.Tensor]:
         """Return copies of every model's part, valid after the iteration."""
-        return [tensor.clone() for tensor in self.tensors]
+        return [copied(tensor) for tensor in self.tensors]
 
     def deltas(self) -> list[torch.Tensor]:
         """Return every model's difference from the base."""

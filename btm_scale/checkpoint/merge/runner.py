@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import local
 
-import torch
-
 from btm_scale.checkpoint.formats.rounded import Counts, count_nonfinite
 from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
 from btm_scale.checkpoint.formats.tensors import ModelReader
@@ -18,6 +16,7 @@ from btm_scale.checkpoint.merge.moe import random_gate
 from btm_scale.checkpoint.merge.noise import uniform
 from btm_scale.checkpoint.merge.plan import MergePlan, Unit
 from btm_scale.checkpoint.merge.registry import Piece, TensorPieces
+from btm_scale.util.imports import torch
 
 _ROWS_ELEMENTS = 1 << 15  # in a piece of rows; torch sums this many in one order for any number of threads
 
@@ -97,10 +96,11 @@ class UnitRunner:
         """Yield the unit's merged pieces in order, each valid until the next is taken."""
         target, plan = self._target, self._target.plan
         spec = plan.specs[unit.name]
-        parts = parts_of(unit, self.chunk_bytes // spec.dtype.itemsize)
+        parts = parts_of(unit, self.chunk_bytes // spec.itemsize)
         how = plan.how(unit.name)
         if not how.models:
-            yield from (random_gate(plan.seed, part.name, part.start, part.stop) for part in parts)
+            gates = (random_gate(plan.seed, part.name, part.start, part.stop) for part in parts)
+            yield from map(torch.from_numpy, gates)
         elif plan.copies(unit.name):
             model = target.everyone[how.models[0]]
             yield from (self._buffers.stored(model, _named(part, how.names[0])) for part in parts)
@@ -129,8 +129,8 @@ class UnitRunner:
             return flat if shape is None else flat.reshape(shape)
 
         def noise(i: int) -> torch.Tensor:
-            key = f"{plan.seed}/{part.name}/{plan.everyone[how.models[i]].sample}"
-            return shaped(uniform(key, part.start, part.stop))
+            key = plan.noise_key(part.name, i)
+            return shaped(torch.from_numpy(uniform(key, part.start, part.stop)))
 
         def read(model: int, name: str, purpose: str) -> torch.Tensor:
             return shaped(self._buffers.widened(self._buffers.stored(models[model], _named(part, name)), purpose))

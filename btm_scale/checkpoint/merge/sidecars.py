@@ -12,7 +12,7 @@ from btm_scale.checkpoint.expected import ties_embeddings
 from btm_scale.checkpoint.formats.based import is_adapter
 from btm_scale.checkpoint.formats.locate import described_config, described_in, read_json
 from btm_scale.checkpoint.formats.quantized import quantization_sections, without_quantization
-from btm_scale.checkpoint.formats.tensors import TensorSpec, dtype_name
+from btm_scale.checkpoint.formats.tensors import TensorSpec
 from btm_scale.checkpoint.formats.weight_sets import weight_sets
 from btm_scale.checkpoint.merge.carried import kind_of, own_files, template_of
 from btm_scale.checkpoint.merge.plan import MergePlan
@@ -67,13 +67,13 @@ def _folders_of(source: Path) -> list[Path]:
 
 def written_config(config: dict[str, Any], specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
     """Return a config.json as it describes unquantized weights with these specs."""
-    if quantization_sections(config) and not any(spec.dtype.itemsize == 1 for spec in specs.values()):
+    if quantization_sections(config) and not any(spec.itemsize == 1 for spec in specs.values()):
         config = without_quantization(config)
-    dtypes = {spec.dtype for spec in specs.values() if spec.dtype.is_floating_point}
+    dtypes = {spec.dtype_name for spec in specs.values() if spec.is_floating_point}
     if len(dtypes) == 1:
-        config = _with_dtype(config, dtype_name(dtypes.pop()))
+        config = _with_dtype(config, dtypes.pop())
         if not {"dtype", "torch_dtype"} & config.keys():
-            config["dtype"] = next(dtype_name(spec.dtype) for spec in specs.values() if spec.dtype.is_floating_point)
+            config["dtype"] = next(spec.dtype_name for spec in specs.values() if spec.is_floating_point)
     if "lm_head.weight" in specs and ties_embeddings(config):
         config = config | {"tie_word_embeddings": False}
     return config

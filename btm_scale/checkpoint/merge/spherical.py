@@ -8,17 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from btm_scale.checkpoint.merge.consensus import total_of
 from btm_scale.checkpoint.merge.registry import Merge, Piece, TensorPieces, method
 from btm_scale.checkpoint.merge.statistics import cosine, products
-from btm_scale.util.imports import LazyModule
-
-if TYPE_CHECKING:
-    import torch
-else:
-    torch = LazyModule("torch")  # `merge --help` reads the methods' signatures
+from btm_scale.util.imports import torch
 
 _NEARLY_PARALLEL = 0.9995  # above this cosine the arc and the chord are indistinguishable
 _PARALLEL = 1e-16  # below this squared sine nuslerp's arc is a chord

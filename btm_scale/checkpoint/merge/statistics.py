@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from btm_scale.checkpoint.merge.registry import Piece, TensorPieces
-from btm_scale.util.imports import LazyModule
-
-if TYPE_CHECKING:
-    import torch
-else:
-    torch = LazyModule("torch")  # `merge --help` imports this file
+from btm_scale.util.imports import torch
 
 Scores = Callable[[Piece], "Sequence[torch.Tensor]"]
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from threading import Lock
 
 import numpy as np
-import torch
 
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec
+from btm_scale.util.imports import torch
 
 _TOKEN_TENSOR = re.compile(
     r"(?:.*\.)?(?:embed_tokens(?:_per_layer)?|wte|embed_in|word_embeddings|tok_embeddings|lm_head|embed_out)"

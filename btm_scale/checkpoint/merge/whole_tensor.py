@@ -5,17 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from btm_scale.checkpoint.merge.consensus import agreeing, mean_of, total_of
 from btm_scale.checkpoint.merge.registry import Merge, Piece, TensorPieces, method
 from btm_scale.checkpoint.merge.statistics import at_least, cosine, count_nonzero, least_of_largest, products
-from btm_scale.util.imports import LazyModule
-
-if TYPE_CHECKING:
-    import torch
-else:
-    torch = LazyModule("torch")  # `merge --help` reads the methods' signatures
+from btm_scale.util.imports import torch
 
 
 def _variance(deltas: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -12,6 +12,7 @@ from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
 from btm_scale.checkpoint.merge import journal
 from btm_scale.checkpoint.merge.bar import Bar
 from btm_scale.checkpoint.merge.mean_runner import MeansRunner
+from btm_scale.checkpoint.merge.numpy_runner import NumpyRunner, suits, torch_is_loaded
 from btm_scale.checkpoint.merge.plan import MergePlan, Unit
 from btm_scale.checkpoint.merge.runner import Target, UnitRunner
 from btm_scale.util.cores import visible_cores
@@ -23,6 +24,7 @@ from btm_scale.util.pools import MOST, in_threads, lost_workers_told, may_fork, 
 _NOTE_EVERY = 128 << 20
 _BAR_SECONDS = 1.0
 
+Runner = UnitRunner | MeansRunner | NumpyRunner
 Output = tuple[MergePlan, Path]
 """A plan and the directory of its partial shards."""
 
@@ -48,7 +50,6 @@ def merge_share(
     """
     done = set.intersection(*(set(journal.finished(partial)) for _, partial in outputs))
     with ExitStack() as stack:
-        stack.enter_context(one_torch_thread())
         paths = {source.path for plan, _ in outputs for source in plan.everyone}
         models = outputs[0][0].views.open(sorted(paths), stack)
         targets = []
@@ -74,8 +75,18 @@ def merge_share(
 
             in_threads(note_one, range(len(targets)), at_once=MOST)  # I/O bound
 
-        run = UnitRunner(first, chunk_bytes) if len(targets) == 1 else MeansRunner(targets, chunk_bytes)
+        run = _runner(targets, chunk_bytes)
+        if not isinstance(run, NumpyRunner):
+            stack.enter_context(one_torch_thread())
         _run_all(mine, run, min(cores, MOST), note, bar)
+
+
+def _runner(targets: Sequence[Target], chunk_bytes: int) -> Runner:
+    if len(targets) > 1:
+        return MeansRunner(targets, chunk_bytes)
+    if not torch_is_loaded() and suits(targets[0]):
+        return NumpyRunner(targets[0], chunk_bytes)
+    return UnitRunner(targets[0], chunk_bytes)
 
 
 def merge_in_processes(outputs: Sequence[Output], jobs: int | None, *, chunk_bytes: int) -> None:
@@ -102,7 +113,7 @@ def merge_in_processes(outputs: Sequence[Output], jobs: int | None, *, chunk_byt
 
 def _run_all(
     units: Sequence[Unit],
-    run: UnitRunner | MeansRunner,
+    run: Runner,
     threads: int,
     note: Callable[[Sequence[tuple[Unit, list[list[str]]]]], None],
     bar: Bar | None,
@@ -119,7 +130,7 @@ def _run_all(
                 for unit, hashes in (future.result() for future in ready if not future.exception()):
                     done.append((unit, hashes))
                     unnoted += sum(
-                        (unit.stop - unit.start) * target.plan.specs[unit.name].dtype.itemsize for target in run.targets
+                        (unit.stop - unit.start) * target.plan.specs[unit.name].itemsize for target in run.targets
                     )
                 if unnoted >= _NOTE_EVERY or failed or not waiting:
                     note(done)

@@ -1,0 +1,128 @@
+"""Merge small models by NumPy, with the bytes that torch gives: importing torch takes longer than such a merge."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from btm_scale.checkpoint.formats.tensors import ModelReader
+from btm_scale.checkpoint.hashing import BlockHashes
+from btm_scale.checkpoint.merge.noise import uniform
+from btm_scale.checkpoint.merge.plan import MergePlan, Unit
+from btm_scale.checkpoint.merge.registry import Piece
+from btm_scale.checkpoint.merge.runner import Target, UnitRunner, parts_of
+
+MOST_BYTES = 32 << 20  # of all inputs; torch computes larger merges faster, its import included
+_NARROW = ("F32", "F16", "BF16")  # whose products with a float64 weight do not underflow
+_FLOATS = ("F64", *_NARROW)
+
+
+def suits(target: Target) -> bool:
+    """Whether a merge is small, of elementwise methods, and of files that are read without torch."""
+    plan = target.plan
+    if plan.bytes_read > MOST_BYTES or any(model.needs_torch for model in target.everyone):
+        return False
+    return all(_has_numpy_method(target, name) for name in plan.specs)
+
+
+def torch_is_loaded() -> bool:
+    """Whether this process has imported torch, so that nothing is gained without it."""
+    return "torch" in sys.modules
+
+
+def _has_numpy_method(target: Target, name: str) -> bool:
+    plan = target.plan
+    how, code = plan.how(name), plan.specs[name].code
+    read = [*zip(how.models, how.names, strict=True), *([how.base] if how.base else [])]
+    codes = {target.everyone[model].spec(own).code for model, own in read}
+    if plan.copies(name):
+        return codes == {code} or (code in _FLOATS and codes <= set(_FLOATS))
+    return bool(how.models) and how.method.elementwise and code in _FLOATS and codes <= set(_NARROW)
+
+
+class NumpyRunner:
+    """Merges, writes and hashes one unit of a target for which `suits` is true; thread-safe.
+
+    Units with numbers that are not finite are left to torch, which counts them.
+    """
+
+    def __init__(self, target: Target, chunk_bytes: int) -> None:
+        self.targets, self.chunk_bytes = [target], chunk_bytes
+        self._target = target
+
+    def __call__(self, unit: Unit) -> tuple[Unit, list[list[str]]]:
+        """Return the unit and its block hashes."""
+        hashes = BlockHashes()
+        for part in parts_of(unit, self.chunk_bytes // self._target.plan.specs[unit.name].itemsize):
+            data = self._merged(part)
+            if data is None:
+                return UnitRunner(self._target, self.chunk_bytes)(unit)
+            self._target.writer.write_bytes(unit.name, part.start, data)
+            hashes.update(data)
+        return unit, [hashes.finished()]
+
+    def _merged(self, part: Unit) -> memoryview | None:
+        """Return the bytes of a part of the output; None if torch must compute it."""
+        plan, models = self._target.plan, self._target.everyone
+        how, spec = plan.how(part.name), plan.specs[part.name]
+        with np.errstate(all="ignore"):
+            if plan.copies(part.name):
+                model, name = models[how.models[0]], how.names[0]
+                data = model.read_bytes(name, part.start, part.stop)
+                if not spec.is_floating_point:
+                    return data
+                exact = widened(data, model.spec(name).code)
+                if model.spec(name).code == spec.code:
+                    return data if np.isfinite(exact).all() else None
+            else:
+                try:
+                    exact = how.method.function(_piece(plan, models, part), **how.parameters)
+                except OverflowError:
+                    return None
+            rounded = narrowed(exact, spec.code)
+        # Infinities that rounding makes are counted too.
+        return rounded.data.cast("B") if np.isfinite(widened(rounded.data, spec.code)).all() else None
+
+
+def _piece(plan: MergePlan, models: Sequence[ModelReader], part: Unit) -> Piece:
+    """Return a part of every model as a piece of NumPy arrays, which elementwise methods take as they take tensors."""
+    how = plan.how(part.name)
+
+    def read(model: int, name: str) -> Any:
+        return widened(models[model].read_bytes(name, part.start, part.stop), models[model].spec(name).code)
+
+    def noise(i: int) -> Any:
+        return uniform(plan.noise_key(part.name, i), part.start, part.stop)
+
+    zeros: Any = np.zeros(part.stop - part.start)
+    return Piece(
+        tensors=map(read, how.models, how.names),
+        weights=how.weights,
+        zeros=zeros,
+        base=read(*how.base) if how.base else None,
+        noise=noise,
+    )
+
+
+def widened(data: memoryview, code: str) -> np.ndarray:
+    """Return floating-point numbers of a dtype as float64."""
+    if code == "BF16":
+        return (np.frombuffer(data, "<u2").astype("<u4") << np.uint32(16)).view("<f4").astype(np.float64)
+    stored = np.frombuffer(data, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[code])
+    return stored.astype(np.float64, copy=False)
+
+
+def narrowed(values: np.ndarray, code: str) -> np.ndarray:
+    """Return finite float64 numbers rounded to a dtype as torch rounds them: to float32, and from there to 16 bits."""
+    if code == "F64":
+        return values
+    single = values.astype("<f4")
+    if code == "F32":
+        return single
+    if code == "F16":
+        return single.astype("<f2")
+    bits = single.view("<u4")
+    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype("<u2")
