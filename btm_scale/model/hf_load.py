@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from btm_scale.errors import CheckpointError, UserError, few_names
 from btm_scale.model.hf_config import read_config, require_no_adapter
+from btm_scale.util.bounded_json import parse_json, read_bounded
 from btm_scale.util.inside import file_inside
 
 if TYPE_CHECKING:
@@ -164,8 +165,38 @@ def load_tokenizer(directory: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    # With mistral-common installed, a tekken.json would take precedence over the tokenizer.json beside it.
+    own = {"mistral_format": False} if (directory / "tekken.json").is_file() else {}
     with library_panics(directory):
-        return AutoTokenizer.from_pretrained(str(directory), **_SAFE)
+        return AutoTokenizer.from_pretrained(str(directory), **own, **_SAFE)
+
+
+def load_tekken(path: Path) -> Any:
+    """Return the tokenizer of a tekken.json, as transformers converts it. Raises ValueError if it cannot."""
+    try:
+        from transformers.integrations.mistral.tokenizer import MistralConverter
+    except ImportError:
+        raise ValueError(
+            "transformers.integrations.mistral is not in this version of transformers. Install a newer version, or add "
+            "the tokenizer.json of the model's Hugging Face version"
+        ) from None
+    from transformers import PreTrainedTokenizerFast
+
+    content = parse_json(read_bounded(path))
+    special = content.get("special_tokens") if isinstance(content, dict) else None
+    if not isinstance(special, list):
+        raise ValueError(
+            "its tekken.json lists no special tokens, as in the first versions of that format. Add the tokenizer.json "
+            "of the model's Hugging Face version"
+        )
+    listed = {entry.get("token_str") for entry in special if isinstance(entry, dict)}
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    with library_panics(path):
+        return PreTrainedTokenizerFast(
+            tokenizer_object=MistralConverter(str(path)).converted(),
+            clean_up_tokenization_spaces=False,
+            **{name: token for name, token in named.items() if token in listed},
+        )
 
 
 def render_chat(template: str, messages: list[dict[str, str]], special: dict[str, str]) -> str:

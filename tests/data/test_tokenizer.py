@@ -20,8 +20,9 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from btm_scale.config.run import RunConfig
+from btm_scale.data.adopt_tokenizer import adopt_tokenizer
 from btm_scale.data.tokenizer import SentencePieceTokenizer, Tokenizer, TransformersTokenizer
-from btm_scale.data.train_tokenizer import adopt_tokenizer, train_tokenizer
+from btm_scale.data.train_tokenizer import train_tokenizer
 from btm_scale.errors import DataError
 from btm_scale.run_dir import RunDir
 
