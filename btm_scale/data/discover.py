@@ -117,9 +117,8 @@ def _fit(collection: _Reported, *, clusters: int, sample: int, dimensions: int, 
     )
     chosen = random_sample(beginnings, sample, random_seed)
     if not chosen:
-        raise DataError(
-            f"There is no document in {', '.join(source.name for source in collection.sources)}. Give files that contain text."
-        )
+        names = ", ".join(source.name for source in collection.sources)
+        raise DataError(f"There is no document in {names}. Give files that contain text.")
     texts, sizes = zip(*chosen, strict=True)
     collection.report(CLUSTERING, 0, 0, 0)
     return Clustering.fit(texts, clusters, sizes=sizes, dimensions=dimensions, random_seed=random_seed)
