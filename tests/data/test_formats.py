@@ -139,12 +139,17 @@ def test_prose_and_code_are_plain_text(tmp_path: Path, name: str) -> None:
     assert texts(tmp_path, text=name) == [PLAIN[name]]
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"5" * 64 + b"\nsize 1048576\n"
 UNREADABLE = {
     "utf16.txt": ("häuser".encode("utf-16"), "is UTF-16 text"),
     "archive.zip": (b"PK\x03\x04" + bytes(50), "is a zip archive, which is not read"),
     "a.jsonl.lz4": (b"\x04\x22\x4d\x18" + bytes(50), "is compressed with LZ4"),
     "paper.pdf": (b"%PDF-1.5\n\xff\xff\0", "is a PDF"),
     "table.orc": (b"ORC\0\xff", "is an ORC table"),
+    "a.jsonl.snappy": (b"\xff\x06\x00\x00sNaPpY" + bytes(50), "is compressed with Snappy"),
+    "book.txt": (LFS_POINTER, r"is a pointer of Git LFS, .*git lfs pull"),
+    "rows.parquet": (LFS_POINTER, "is a pointer of Git LFS"),
+    "rows.jsonl.gz": (LFS_POINTER, "is a pointer of Git LFS"),
 }
 
 
