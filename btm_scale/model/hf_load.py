@@ -36,6 +36,7 @@ _ACTIVE_SETTINGS = (
 _EXPANDED_SETTINGS = ("quantization_config", "num_labels", "id2label", "label2id")
 _MOST_LAYERS = 100_000
 _DESCRIBING = {".json", ".txt", ".model", ".jinja"}
+_PIPELINE_PROBES = ("a  b\n\tc", " 2023-01-15 12345", "don't, I'll: x=y; naïve 北京 🎉", "def f(x):\n    return x")
 _SAFE = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -168,7 +169,45 @@ def load_tokenizer(directory: Path) -> Any:
     # With mistral-common installed, a tekken.json would take precedence over the tokenizer.json beside it.
     own = {"mistral_format": False} if (directory / "tekken.json").is_file() else {}
     with library_panics(directory):
-        return AutoTokenizer.from_pretrained(str(directory), **own, **_SAFE)
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), **own, **_SAFE)
+        return _as_described(tokenizer, directory)
+
+
+def _as_described(tokenizer: Any, directory: Path) -> Any:
+    """Return the tokenizer as its tokenizer.json describes it.
+
+    Some classes of transformers replace parts of that file by their own, and tokenizer_config.json often names a class
+    that its model never used.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    file = directory / "tokenizer.json"
+    is_rebuilt = type(tokenizer) is not PreTrainedTokenizerFast and "__init__" in vars(type(tokenizer))
+    if not is_rebuilt or not file.is_file() or _has_parts_of(tokenizer, file):
+        return tokenizer
+    described = PreTrainedTokenizerFast.from_pretrained(str(directory), **_SAFE)
+    if all(_ids(tokenizer, text) == _ids(described, text) for text in _PIPELINE_PROBES):
+        return tokenizer
+    logger.warning(
+        "%s names the class %s, whose ids differ from those of tokenizer.json. The latter are used",
+        directory / "tokenizer_config.json",
+        type(tokenizer).__name__,
+    )
+    return described
+
+
+def _has_parts_of(tokenizer: Any, file: Path) -> bool:
+    """Whether a tokenizer normalizes and cuts text as a tokenizer.json says, to the letter."""
+    content, backend = parse_json(read_bounded(file)), tokenizer.backend_tokenizer
+    parts = {"normalizer": backend.normalizer, "pre_tokenizer": backend.pre_tokenizer, "decoder": backend.decoder}
+    return all(
+        content.get(name) == (None if part is None else parse_json(part.__getstate__())) for name, part in parts.items()
+    )
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def load_tekken(path: Path) -> Any:

@@ -129,6 +129,23 @@ def test_a_tokenizer_json_is_used_and_the_other_file_is_named(
     assert ("in which 2 of the " in caplog.text) != same
 
 
+@pytest.mark.parametrize("name", ["LlamaTokenizerFast", "LlamaTokenizer", "GPT2Tokenizer"])
+def test_tokenizer_json_decides_although_another_class_is_named(
+    reference: PreTrainedTokenizerFast, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, own = tmp_path / "source", tmp_path / "own"
+    own.mkdir()
+    reference.save_pretrained(str(source))
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": name}))
+    adopt_tokenizer(own, source)
+    for tokenizer in (Tokenizer.load(source), Tokenizer.load(own)):
+        for text in ["hello  there 2023", *prose_texts(85)[80:], *python_texts(3)]:
+            assert tokenizer.encode(text) == reference(text)["input_ids"]
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert "whose ids differ from those of tokenizer.json. The latter are used" in caplog.text
+
+
 def test_a_unigram_tokenizer_json_is_adopted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fast = FastTokenizer(Unigram())
     fast.normalizer = normalizers.NFKC()
