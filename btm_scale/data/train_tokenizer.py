@@ -33,6 +33,7 @@ _SPACE = "\u2581"
 _COVERAGE = 0.9995  # sentencepiece's default
 _LOWEST_COVERAGE = 0.98  # that sentencepiece accepts
 _FIXED_TOKENS = 256 + 3 + 1  # bytes, control tokens and the newline
+_FEWEST_TOKENS = 320  # that a config may ask for
 _LINE_CHARACTERS = 16_000
 
 
@@ -131,11 +132,23 @@ def _trained(texts: Iterable[str], vocab_size: int, coverage: float = _COVERAGE)
             raise lines.error from None
         if alphabet := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
             raise _TooManyCharactersError(int(alphabet[1])) from None
-        raise DataError(
-            f"Cannot train a tokenizer of {vocab_size} tokens on this text ({first_line(error)}). "
-            "Lower tokenizer.vocab_size, add text, or set tokenizer.path to an existing tokenizer."
-        ) from None
+        raise _cannot_train(vocab_size, str(error)) from None
     return model.getvalue()
+
+
+def _cannot_train(vocab_size: int, reason: str) -> DataError:
+    """Return the error for a text that has too few pieces, whose number is in sentencepiece's reason."""
+    fact, remedy = first_line(ValueError(reason)), "Lower tokenizer.vocab_size, add text"
+    if most := re.search(r"Please set it to a value <= (\d+)", reason):
+        fact = f"it has pieces for at most {int(most[1]):,}"
+        is_allowed = int(most[1]) >= _FEWEST_TOKENS
+        remedy = f"Set tokenizer.vocab_size to at most {most[1]}, add text" if is_allowed else "Add text"
+    elif "sentences_.empty()" in reason:
+        fact, remedy = "it has no line with a character", "Add text"
+    return DataError(
+        f"Cannot train a tokenizer of {vocab_size} tokens on this text: {fact}. {remedy}, or set tokenizer.path to an "
+        "existing tokenizer."
+    )
 
 
 class _Lines:

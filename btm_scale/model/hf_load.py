@@ -164,13 +164,26 @@ def load_tokenizer(directory: Path) -> Any:
 
     Raises ValueError, with the library's reason, if it can't be loaded; a panic in its Rust code is such a reason.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     # With mistral-common installed, a tekken.json would take precedence over the tokenizer.json beside it.
     own = {"mistral_format": False} if (directory / "tekken.json").is_file() else {}
+    if _names_code(directory):
+        if not (directory / "tokenizer.json").is_file():
+            raise ValueError("its tokenizer is Python code, which is never run. Add a tokenizer.json of the same ids")
+        logger.warning("%s names Python code, which is never run: its tokenizer.json is used", directory)
+        return PreTrainedTokenizerFast.from_pretrained(str(directory), **_SAFE)
     with library_panics(directory):
         tokenizer = AutoTokenizer.from_pretrained(str(directory), **own, **_SAFE)
         return _as_described(tokenizer, directory)
+
+
+def _names_code(directory: Path) -> bool:
+    """Whether tokenizer_config.json names a Python file of the directory as its tokenizer."""
+    path = directory / "tokenizer_config.json"
+    settings = parse_json(read_bounded(path)) if path.is_file() else None
+    codes = settings.get("auto_map") if isinstance(settings, dict) else None
+    return bool(codes) and (not isinstance(codes, dict) or "AutoTokenizer" in codes)
 
 
 def _as_described(tokenizer: Any, directory: Path) -> Any:
