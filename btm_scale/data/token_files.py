@@ -24,6 +24,7 @@ from btm_scale.data.sources import DomainSource
 from btm_scale.data.splits import Identity, Placement, placement_of
 from btm_scale.run_dir import SPLITS
 
+_SHARD_DOCUMENTS = 100_000
 _REPORTED_AT_ONCE = 10_000  # documents that are only read, between two reports of progress
 
 
@@ -142,12 +143,13 @@ class _Output:
             self._count(identity, length)
             self._shard.append((SPLITS.index(identity.split), identity.key, length))
             self._shard_bytes += identity.bytes
-        if self._journal is not None and self._shard_bytes >= SHARD_BYTES:
+        is_full = self._shard_bytes >= SHARD_BYTES or len(self._shard) >= _SHARD_DOCUMENTS
+        if self._journal is not None and is_full:
             written = {split: writer.flush() for split, writer in self._writers.items()}
             ends = {split: end for split, (end, _) in written.items()}
             digests = {split: digest for split, (_, digest) in written.items()}
             self._journal.add(Shard(np.array(self._shard, DOCUMENT), ends, digests))
-        if self._journal is None or self._shard_bytes >= SHARD_BYTES:
+        if self._journal is None or is_full:
             self._shard, self._shard_bytes = [], 0
 
     def close(self) -> None:
