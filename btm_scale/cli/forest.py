@@ -53,15 +53,18 @@ def discover(
     """
     from btm_scale.data.discover import collection_of
     from btm_scale.data.discover import discover as find_domains
+    from btm_scale.report.encoding_bar import encoding_bars
 
-    answer = find_domains(
-        collection_of(collection, field),
-        out.resolve(),
-        clusters=clusters,
-        sample=sample,
-        dimensions=dimensions,
-        random_seed=random_seed,
-    )
+    with encoding_bars(quiet=not logger.isEnabledFor(logging.INFO)) as show_progress:
+        answer = find_domains(
+            collection_of(collection, field),
+            out.resolve(),
+            clusters=clusters,
+            sample=sample,
+            dimensions=dimensions,
+            random_seed=random_seed,
+            on_progress=show_progress,
+        )
     return already_complete(answer, str(out)) if "already_complete" in answer else answer
 
 

@@ -35,6 +35,9 @@ class TokenizerConfig(Section):
         default=16_000_000, description="text to train on, such as 16MB, split evenly over the domains"
     )
     path: Path | None = Field(default=None, description="directory of an existing tokenizer; none is trained then")
+    bos: bool = Field(
+        default=False, description="begin each document with the BOS token, which many pretrained models expect"
+    )
 
 
 class SplitUnit(Section):

@@ -21,8 +21,9 @@ from btm_scale.config.data import DomainConfig
 from btm_scale.config.run import RunConfig
 from btm_scale.config.yaml import dump_text
 from btm_scale.data.clustering import PLACING_CHARACTERS, Clustering
-from btm_scale.data.documents import BadLines, Document, read_documents
+from btm_scale.data.documents import BadLines, Document, expected_bytes_of, read_documents
 from btm_scale.data.fingerprint import reading_of
+from btm_scale.data.progress import ASSIGNING, CLUSTERING, SAMPLE, Progress, logged_progress, reported
 from btm_scale.data.sources import DomainSource, resolve_sources
 from btm_scale.errors import DataError
 from btm_scale.util.files import new_directory
@@ -57,10 +58,12 @@ def discover(
     sample: int = 20_000,
     dimensions: int = 100,
     random_seed: int = 0,
+    on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Cluster a collection into `output`: one `<cluster>.jsonl.gz` each, the clustering, and domains.yaml.
 
-    Only the beginnings of `sample` documents are held in memory. Returns the contents of each cluster, and after the
+    Only the beginnings of `sample` documents are held in memory. `on_progress` is called with how much text has been
+    read; by default it is logged. Returns the contents of each cluster, and after the
     same call has finished before, what it returned with `already_complete`. Raises DataError if there is too little
     text or `output` is not empty.
     """
@@ -77,8 +80,9 @@ def discover(
         },
         answer={},
     )
-    fit = partial(_fit, collection, clusters=clusters, sample=sample, dimensions=dimensions, random_seed=random_seed)
-    is_same = partial(_would_be_same, collection, fit, output)
+    watched = _Reported(collection, on_progress or logged_progress())
+    fit = partial(_fit, watched, clusters=clusters, sample=sample, dimensions=dimensions, random_seed=random_seed)
+    is_same = partial(_would_be_same, watched, fit, output)
     if (made := made_before(output, made_by, DataError, is_same=is_same)) is not None:
         return {"output": str(output), **made.answer, "already_complete": True}
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -87,37 +91,45 @@ def discover(
         )
     clustering = fit()
     with new_directory(output) as folder:
-        contents = _write_clusters(collection, clustering, folder)
+        contents = _write_clusters(watched, clustering, folder)
         made_by.model_copy(update={"answer": {"clusters": contents}}).write_into(folder)
         before.require_unchanged("discover", DataError)
     return {"output": str(output), "clusters": contents}
 
 
-def _documents(collection: Sequence[DomainSource]) -> Iterator[Document]:
-    for source in collection:
-        yield from read_documents(source, BadLines("error"))
+class _Reported:
+    """A collection that reports how much of it has been read."""
+
+    def __init__(self, sources: Sequence[DomainSource], on_progress: Progress) -> None:
+        self.sources, self.report = sources, on_progress
+
+    def documents(self, step: str) -> Iterator[Document]:
+        """Yield all documents."""
+        read = (document for source in self.sources for document in read_documents(source, BadLines("error")))
+        expected = sum(map(expected_bytes_of, self.sources))
+        return reported(read, lambda document: len(document.text), step, expected, self.report)
 
 
-def _fit(
-    collection: Sequence[DomainSource], *, clusters: int, sample: int, dimensions: int, random_seed: int
-) -> Clustering:
+def _fit(collection: _Reported, *, clusters: int, sample: int, dimensions: int, random_seed: int) -> Clustering:
     """Cluster a sample of a collection."""
     beginnings = (
-        (document.text[:PLACING_CHARACTERS], len(document.text.encode())) for document in _documents(collection)
+        (document.text[:PLACING_CHARACTERS], len(document.text.encode())) for document in collection.documents(SAMPLE)
     )
     chosen = random_sample(beginnings, sample, random_seed)
     if not chosen:
-        raise DataError(
-            f"There is no document in {', '.join(source.name for source in collection)}. Give files that contain text."
-        )
+        names = ", ".join(source.name for source in collection.sources)
+        raise DataError(f"There is no document in {names}. Give files that contain text.")
     texts, sizes = zip(*chosen, strict=True)
+    collection.report(CLUSTERING, 0, 0, 0)
     return Clustering.fit(texts, clusters, sizes=sizes, dimensions=dimensions, random_seed=random_seed)
 
 
-def _write_clusters(collection: Sequence[DomainSource], clustering: Clustering, folder: Path) -> dict[str, Any]:
+def _write_clusters(collection: _Reported, clustering: Clustering, folder: Path) -> dict[str, Any]:
     """Write the files of a clustering into a folder, and return the contents of each cluster."""
     names = [cluster_name(number) for number in range(len(clustering.centres))]
-    counts_by_cluster = _write(_documents(collection), clustering, [folder / f"{name}.jsonl.gz" for name in names])
+    counts_by_cluster = _write(
+        collection.documents(ASSIGNING), clustering, [folder / f"{name}.jsonl.gz" for name in names]
+    )
     contents = {
         name: counts | {"terms": terms}
         for name, counts, terms in zip(names, counts_by_cluster, clustering.typical_terms(), strict=True)
@@ -127,7 +139,7 @@ def _write_clusters(collection: Sequence[DomainSource], clustering: Clustering, 
     return contents
 
 
-def _would_be_same(collection: Sequence[DomainSource], fit: Callable[[], Clustering], output: Path) -> bool:
+def _would_be_same(collection: _Reported, fit: Callable[[], Clustering], output: Path) -> bool:
     """Cluster again, beside the output, and return whether that gives the files that the output has."""
     logger.info("The text of %s has new modification times: clustering it again, to compare.", output)
     with scratch_directory(output) as folder:

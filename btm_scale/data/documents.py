@@ -137,6 +137,12 @@ def expected_bytes(file: SourceFile) -> int:
     return max(1, file.stat().st_size * (3 if packed else 1))
 
 
+def expected_bytes_of(source: DomainSource) -> int:
+    """Return about how much text of a domain is read."""
+    size = sum(map(expected_bytes, source.files))
+    return min(size, source.settings.max_bytes or size)
+
+
 def read_file_of(source: DomainSource, file: SourceFile, on_bad_line: BadLines) -> Iterator[Document]:
     """Yield the documents of one of a domain's files. Raises as `read_documents` does."""
     try:

@@ -42,9 +42,10 @@ def _encode_in_worker(texts: list[Text]) -> tuple[np.ndarray[Any, Any], list[int
 def _encode(tokenizer: Tokenizer, texts: Sequence[Text]) -> tuple[np.ndarray[Any, Any], list[int]]:
     """Return the concatenated ids of all texts, each followed by eos, and the number of ids of each text.
 
-    The ids of a text from token files are kept.
+    Each text begins with BOS if the run's documents do. The ids of a text from token files are kept.
     """
     dtype = token_dtype(tokenizer.vocab_size)
+    begin = np.array([tokenizer.start] if tokenizer.begins_with_bos else [], dtype=dtype)
     end = np.array([tokenizer.eos], dtype=dtype)
     pieces = [list(_pieces(text)) if isinstance(text, str) else [text] for text in texts]
     to_encode = [piece for document in pieces for piece in document if isinstance(piece, str)]
@@ -53,8 +54,8 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[Text]) -> tuple[np.ndarray[Any
     lengths = []
     for document in pieces:
         ids = [(next(encoded) if isinstance(piece, str) else piece).astype(dtype) for piece in document]
-        parts += [*ids, end]
-        lengths.append(1 + sum(map(len, ids)))
+        parts += [begin, *ids, end]
+        lengths.append(len(begin) + sum(map(len, ids)) + 1)
     return np.concatenate(parts), lengths
 
 

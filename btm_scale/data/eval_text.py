@@ -48,7 +48,7 @@ class EvaluationText:
 
     @cached_property
     def bytes(self) -> int:
-        """UTF-8 bytes of the targets' text, without end-of-document tokens."""
+        """UTF-8 bytes of the targets' text, without the tokens around documents."""
         return _text_bytes(_tokenizer(self.tokenizer, directory_digest(self.tokenizer)), self.targets)
 
     @classmethod
@@ -93,6 +93,10 @@ def _tokenizer(directory: Path, digest: str) -> Tokenizer:
 def _text_bytes(tokenizer: Tokenizer, ids: Array) -> int:
     """Decode document by document, because a decoder may treat the start of a text differently."""
     ends = np.flatnonzero(ids == tokenizer.eos)
+    text = ids != tokenizer.eos
+    if tokenizer.begins_with_bos:
+        text &= ids != tokenizer.bos
     return sum(
-        len(tokenizer.decode(document[document != tokenizer.eos].tolist()).encode()) for document in np.split(ids, ends)
+        len(tokenizer.decode(document[is_text].tolist()).encode())
+        for document, is_text in zip(np.split(ids, ends), np.split(text, ends), strict=True)
     )

@@ -20,7 +20,8 @@ _MOST_DIFFERENT = 0.5  # of the tokens; text that was normalized before it was e
 
 
 def read_existing(tokens: Path, tokenizer: Path | None) -> Iterator[tuple[int, str, np.ndarray[Any, Any]]]:
-    """Yield (number, text, ids) of each document, numbered from 1, without the end of text that follows it.
+    """Yield (number, text, ids) of each document, numbered from 1, without the end of text after it, and the BOS before
+    it if the run's documents begin with BOS.
 
     Raises DataError for damaged files, without a tokenizer, and for an id that the tokenizer does not have.
     """
@@ -36,6 +37,8 @@ def read_existing(tokens: Path, tokenizer: Path | None) -> Iterator[tuple[int, s
             )
         if len(ids) and ids[-1] == loaded.eos:
             ids = ids[:-1]
+        if loaded.begins_with_bos and len(ids) and ids[0] == loaded.bos:
+            ids = ids[1:]
         yield number, loaded.decode(ids.tolist()) if len(ids) else "", ids
 
 

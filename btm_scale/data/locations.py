@@ -34,7 +34,7 @@ def matches_of(pattern: str, text_root: Path) -> list[Path]:
 def _local(pattern: Path) -> list[Path]:
     # A name with a bracket or a star is literal if such a file exists.
     if pattern.exists() or not glob.has_magic(str(pattern)):
-        return [pattern] if pattern.exists() else []
+        return [pattern] if pattern.exists() or pattern.is_symlink() else []
     # Unlike Path.glob, glob accepts absolute patterns.
     return [Path(path) for path in glob.iglob(str(pattern), recursive=True)]  # noqa: PTH207
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -9,16 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from btm_scale.config.run import RunConfig
+from btm_scale.data.adopt_tokenizer import adopt_tokenizer, begin_with_bos
 from btm_scale.data.dedup import keys_elsewhere
 from btm_scale.data.encode import Encoder
 from btm_scale.data.enough import needed_splits, require_enough
 from btm_scale.data.fingerprint import Fingerprint, Source, settings_of
-from btm_scale.data.progress import Progress, logged_progress
+from btm_scale.data.journal import TextChangedError, is_resumable, remove_journal, resumable_directory
+from btm_scale.data.progress import SAMPLE, TRAINING, Progress, logged_progress, reported
 from btm_scale.data.sources import DomainSource, resolve_sources
 from btm_scale.data.splits import Placement, placement_of
 from btm_scale.data.token_files import digest_of_text, write_domain
 from btm_scale.data.tokenizer import Tokenizer, directory_digest
-from btm_scale.data.train_tokenizer import adopt_tokenizer, balanced_sample, train_tokenizer
+from btm_scale.data.tokenizer_files import DOCUMENT_START
+from btm_scale.data.train_tokenizer import balanced_sample, train_tokenizer
 from btm_scale.errors import DataError, GroupFailed
 from btm_scale.run_dir import RunDir
 from btm_scale.util.cores import visible_cores
@@ -46,21 +50,24 @@ def prepare(config: RunConfig, run: RunDir, on_progress: Progress | None = None)
 def _prepare(
     sources: Sequence[DomainSource], config: RunConfig, run: RunDir, on_progress: Progress
 ) -> dict[str, Fingerprint]:
-    _remove_leftovers(run)
+    _remove_leftovers(config, run)
     before = {source.name: Snapshot.of(file.path for file in source.files) for source in sources}
     placements = Placements(config)
-    _ensure_tokenizer(sources, config, run, placements)
+    _ensure_tokenizer(sources, config, run, placements, on_progress)
     sources = [replace(source, tokenizer=run.tokenizer) for source in sources]
     digest = directory_digest(run.tokenizer)
-    finished = {source.name: _finished(source, config, run, digest, placements) for source in sources}
+    finished = {source.name: _finished(source, config, run, digest, placements, on_progress) for source in sources}
     fingerprints = {name: fingerprint for name, fingerprint in finished.items() if fingerprint is not None}
     waiting = [source for source in sources if source.name not in fingerprints]
     if waiting:
         with Encoder(run.tokenizer, config.data.workers or visible_cores()) as encoder:
             for source in waiting:
-                fingerprints[source.name] = _encode(
-                    source, sources, config, run, encoder, on_progress, placements, before[source.name]
-                )
+                arguments = (source, sources, config, run, encoder, on_progress, placements, before[source.name])
+                try:
+                    fingerprints[source.name] = _encode(*arguments)
+                except TextChangedError:  # which removed the journal
+                    logger.warning("domain '%s' has other text than before: it is encoded anew", source.name)
+                    fingerprints[source.name] = _encode(*arguments)
     return {source.name: fingerprints[source.name] for source in sources}
 
 
@@ -79,13 +86,22 @@ class Placements:
         return self._known[source.name]
 
 
-def _remove_leftovers(run: RunDir) -> None:
+def _remove_leftovers(config: RunConfig, run: RunDir) -> None:
+    resumable = {partial_path(run.domain(name)) for name in config.all_domains}
     for leftover in (partial_path(run.tokenizer), *run.data.glob(".*.partial")):
-        remove_partial(leftover)
+        if leftover not in resumable or not is_resumable(leftover):
+            remove_partial(leftover)
+    for name in config.all_domains:
+        remove_journal(run.domain(name))
 
 
-def _ensure_tokenizer(sources: Sequence[DomainSource], config: RunConfig, run: RunDir, placements: Placements) -> None:
-    existing = config.tokenizer.path
+def _ensure_tokenizer(
+    sources: Sequence[DomainSource], config: RunConfig, run: RunDir, placements: Placements, on_progress: Progress
+) -> None:
+    existing, bos = config.tokenizer.path, config.tokenizer.bos
+    if run.tokenizer.is_dir() and (run.tokenizer / DOCUMENT_START).is_file() != bos:
+        documents = "documents without BOS" if bos else "documents with BOS"
+        raise _other_tokenizer(run, f"{documents}, and tokenizer.bos is {str(bos).lower()}")
     if existing is not None and run.tokenizer.is_dir():
         if directory_digest(existing) == directory_digest(run.tokenizer):
             return
@@ -97,30 +113,37 @@ def _ensure_tokenizer(sources: Sequence[DomainSource], config: RunConfig, run: R
         return
     if existing is not None and run.tokenizer.is_dir():
         with tempfile.TemporaryDirectory() as adopted:
-            adopt_tokenizer(Path(adopted), existing)
+            adopt_tokenizer(Path(adopted), existing, bos=bos)
             if directory_digest(Path(adopted)) != directory_digest(run.tokenizer):
                 raise _other_tokenizer(run, f"other files than tokenizer.path {existing}")
         return
     with new_directory(run.tokenizer) as directory:
         if existing is not None:
-            adopt_tokenizer(directory, existing)
+            adopt_tokenizer(directory, existing, bos=bos)
         else:
             sample = config.tokenizer.sample_bytes / 1e6
             tokens = f"{config.tokenizer.vocab_size:,}"
             logger.info("training a tokenizer of %s tokens on up to %.1f MB of text", tokens, sample)
             trained_on = [source for source in sources if source.name in config.domains]
-            train_tokenizer(directory, _Sample(trained_on, config, placements), vocab_size=config.tokenizer.vocab_size)
+            texts = _Sample(trained_on, config, placements, on_progress)
+            train_tokenizer(directory, texts, vocab_size=config.tokenizer.vocab_size)
+            if bos:
+                begin_with_bos(directory)
 
 
 class _Sample:
     """The text on which a tokenizer is trained; it can be read several times."""
 
-    def __init__(self, sources: Sequence[DomainSource], config: RunConfig, placements: Placements) -> None:
-        self._sources, self._config, self._placements = sources, config, placements
+    def __init__(
+        self, sources: Sequence[DomainSource], config: RunConfig, placements: Placements, on_progress: Progress
+    ) -> None:
+        self._sources, self._config, self._placements, self._report = sources, config, placements, on_progress
 
     def __iter__(self) -> Iterator[str]:
-        size = self._config.tokenizer.sample_bytes
-        return balanced_sample(self._sources, size, self._config.data, self._placements.of)
+        most = self._config.tokenizer.sample_bytes
+        texts = balanced_sample(self._sources, most, self._config.data, self._placements.of)
+        yield from reported(texts, len, SAMPLE, most, self._report)
+        self._report(TRAINING, 0, 0, 0)
 
 
 def _other_tokenizer(run: RunDir, difference: str) -> DataError:
@@ -131,7 +154,12 @@ def _other_tokenizer(run: RunDir, difference: str) -> DataError:
 
 
 def _finished(
-    source: DomainSource, config: RunConfig, run: RunDir, tokenizer: str, placements: Placements
+    source: DomainSource,
+    config: RunConfig,
+    run: RunDir,
+    tokenizer: str,
+    placements: Placements,
+    on_progress: Progress,
 ) -> Fingerprint | None:
     """Return the fingerprint of a domain's token files, or None if there are none yet.
 
@@ -153,7 +181,7 @@ def _finished(
     if not differences and fingerprint.sources != files:
         # A copied file has a new time; only other text makes it another domain.
         same_names = [file.name for file in fingerprint.sources] == [file.name for file in files]
-        if same_names and fingerprint.text == digest_of_text(source, config.data, placements.of(source)):
+        if same_names and fingerprint.text == digest_of_text(source, config.data, placements.of(source), on_progress):
             fingerprint = fingerprint.model_copy(update={"sources": files})
             fingerprint.save(run.fingerprint(name))
             return fingerprint
@@ -184,11 +212,14 @@ def _encode(
     placements: Placements,
     before: Snapshot,
 ) -> Fingerprint:
-    placement = placements.of(source)
-    with new_directory(run.domain(source.name)) as directory:
+    placement, final = placements.of(source), run.domain(source.name)
+    made_from = json.dumps([encoder.tokenizer.digest, settings_of(source, config.data)])
+    with resumable_directory(final, made_from) as (directory, journal):
+        if journal.found:
+            logger.info("resuming domain '%s': %d shards are encoded", source.name, len(journal.found))
         elsewhere = keys_elsewhere(source, sources, run, placement)
-        fingerprint = write_domain(source, config, encoder, directory, elsewhere, on_progress, placement)
+        fingerprint = write_domain(source, config, encoder, directory, elsewhere, on_progress, placement, journal)
         before.require_unchanged("prepare", DataError)
-        if run.domain(source.name).is_dir():  # it has no fingerprint, so it is incomplete
-            remove_partial(run.domain(source.name))
+        if final.is_dir():  # it has no fingerprint, so it is incomplete
+            remove_partial(final)
     return fingerprint

@@ -1,20 +1,43 @@
-"""The progress of encoding as lines of a log, for a process without a terminal."""
+"""The progress of preparing text as lines of a log, for a process without a terminal."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 logger = logging.getLogger(__name__)
 
-# Called with a domain, the bytes and documents that are encoded, and about how many bytes the domain has.
+# Called with a domain, the bytes and documents that are encoded, and about how many bytes the domain has. Other steps
+# are reported under a name with a space, which no domain has; how long training takes is unknown: 0 bytes are expected.
 Progress = Callable[[str, int, int, int], None]
+SAMPLE = "reading a sample"
+TRAINING = "training a tokenizer"
+CHECKING = "checking {}"
+CLUSTERING = "clustering documents"
+ASSIGNING = "assigning documents"
 _LINE_SECONDS = 10.0
+_REPORTED_AT_ONCE = 1 << 20  # bytes that are read
+
+
+def reported(
+    items: Iterable[Item], size_of: Callable[[Item], int], name: str, expected: int, on_progress: Progress
+) -> Iterator[Item]:
+    """Yield the items, and report how much of about `expected` bytes has been read."""
+    size = last = 0
+    for number, item in enumerate(items, start=1):
+        size += size_of(item)
+        if size - last >= _REPORTED_AT_ONCE:
+            last = size
+            on_progress(name, size, number, expected)
+        yield item
 
 
 def logged_progress(clock: Callable[[], float] = time.monotonic) -> Progress:
-    """Return a function that logs how much of a domain is encoded, at most every 10 seconds."""
+    """Return a function that logs how much of a domain is encoded, or read, at most every 10 seconds."""
     domain, begin, last = "", 0.0, clock()
 
     def show(name: str, encoded_bytes: int, documents: int, expected: int) -> None:
@@ -22,12 +45,12 @@ def logged_progress(clock: Callable[[], float] = time.monotonic) -> Progress:
         now = clock()
         if name != domain:
             domain, begin = name, now
-        if now - last >= _LINE_SECONDS:
+        if expected and now - last >= _LINE_SECONDS:
             last = now
             rate = encoded_bytes / 1e6 / max(now - begin, 1e-9)
             logger.info(
-                "encoding %s: %s documents, %.1f of about %.1f MB of text%s",
-                name,
+                "%s: %s documents, %.1f of about %.1f MB of text%s",
+                name if " " in name else f"encoding {name}",
                 f"{documents:,}",
                 encoded_bytes / 1e6,
                 max(expected, encoded_bytes) / 1e6,

@@ -64,8 +64,14 @@ def resolve_domain(name: str, settings: DomainConfig, text_root: Path) -> Domain
         except DataError as error:
             problems.append(f"domain '{name}': {error}")
             continue
+        broken = [path for path in matches if isinstance(path, Path) and path.is_symlink() and not path.exists()]
+        problems += [
+            f"domain '{name}': {path} is a link to {path.readlink()}, which does not exist. Restore it, or remove the "
+            "link."
+            for path in broken
+        ]
         paths = [path for path in matches if path.is_file()]
-        if not paths:
+        if not paths and not broken:
             problems.append(_no_match(name, pattern, text_root, matches))
         if settings.token_files:
             if any(not isinstance(path, Path) for path in paths):

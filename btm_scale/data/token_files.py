@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,19 @@ import numpy as np
 from btm_scale.config.data import DataConfig
 from btm_scale.config.run import RunConfig
 from btm_scale.data.dedup import Deduplicator, KeySet, held_out_keys, save_keys
-from btm_scale.data.documents import BadLines, empty_domain, expected_bytes, read_documents
+from btm_scale.data.documents import BadLines, Document, empty_domain, expected_bytes_of, read_documents
 from btm_scale.data.encode import Encoder, Text, token_dtype
 from btm_scale.data.enough import needed_splits, require_enough
 from btm_scale.data.fingerprint import Fingerprint, Source, SplitCounts, TextDigest, settings_of
-from btm_scale.data.progress import Progress
+from btm_scale.data.formats.indexed_tokens import write_index
+from btm_scale.data.journal import DOCUMENT, SHARD_BYTES, Journal, Replay, Shard, TextChangedError
+from btm_scale.data.progress import CHECKING, Progress, reported
 from btm_scale.data.sources import DomainSource
 from btm_scale.data.splits import Identity, Placement, placement_of
 from btm_scale.run_dir import SPLITS
-from btm_scale.util.imports import import_uncompiled
+
+_SHARD_DOCUMENTS = 100_000
+_REPORTED_AT_ONCE = 10_000  # documents that are only read, between two reports of progress
 
 
 def write_domain(
@@ -31,11 +36,14 @@ def write_domain(
     elsewhere: dict[str, KeySet],
     on_progress: Progress,
     placement: Placement | None = None,
+    journal: Journal | None = None,
 ) -> Fingerprint:
     """Write .bin and .idx of train, dev and test, the keys of their documents, and fingerprint.json last.
 
-    `elsewhere` holds the keys of other domains' documents by split, `placement` how this domain is split. Returns the
-    fingerprint. Raises DataError if the domain is empty or too small to split.
+    `elsewhere` holds the keys of other domains' documents by split, `placement` how this domain is split. The
+    documents that an interrupted process left in `journal` are not encoded again, and others are added to it. Returns
+    the fingerprint. Raises DataError if the domain is empty or too small to split, and TextChangedError if its text is
+    not that of the journal.
     """
     data = config.data
     placement = placement or placement_of(source, data, needed_splits(source, config))
@@ -43,36 +51,31 @@ def write_domain(
     bad_lines = BadLines(data.on_bad_line)
     deduplicator = Deduplicator(elsewhere, _own_held_out(source, data, placement))
     digest = TextDigest()
-    writers = {split: TokenFileWriter(folder / split, encoder.tokenizer.vocab_size) for split in SPLITS}
-    keys = {split: array("Q") for split in SPLITS}
-    counts = {split: SplitCounts() for split in SPLITS}
+    output = _Output(folder, encoder.tokenizer.vocab_size, journal)
+    replay = Replay(journal) if journal is not None else None
+    expected = expected_bytes_of(source)
 
-    def kept() -> Iterator[tuple[Text, Identity]]:
+    def to_encode() -> Iterator[tuple[Text, Identity]]:
         for document, identity in placement.placed(read_documents(source, bad_lines)):
             digest.add(identity)
-            if deduplicator.keep(identity):
+            if not deduplicator.keep(identity):
+                continue
+            if replay is None or not replay.left:
                 yield document.text if document.ids is None else document.ids, identity
+                continue
+            output.add_encoded(identity, replay.take(identity.split, identity.key))
+            if output.documents % _REPORTED_AT_ONCE == 0 or not replay.left:
+                on_progress(source.name, output.bytes, output.documents, expected)
+        if replay is not None and replay.left:
+            raise TextChangedError
 
-    expected = sum(map(expected_bytes, source.files))
-    expected = min(expected, source.settings.max_bytes or expected)
-    encoded_bytes = documents = 0
-    for identities, ids, lengths in encoder.encode(kept()):
-        ends = np.cumsum(lengths)
-        for identity, end, length in zip(identities, ends, lengths, strict=True):
-            writers[identity.split].add(ids[end - length : end])
-            keys[identity.split].append(identity.key)
-            count = counts[identity.split]
-            count.documents += 1
-            count.tokens += length
-            count.bytes += identity.bytes
-            encoded_bytes += identity.bytes
-        documents += len(identities)
-        on_progress(source.name, encoded_bytes, documents, expected)
-    for writer in writers.values():
-        writer.close()
-    save_keys(folder, keys)
-    if not documents:
+    for identities, ids, lengths in encoder.encode(to_encode()):
+        output.add(identities, ids, lengths)
+        on_progress(source.name, output.bytes, output.documents, expected)
+    output.close()
+    if not output.documents:
         raise empty_domain(source, bad_lines.skipped)
+    counts = output.counts
     require_enough(source, config, counts)
     bad_lines.warn(source.name)
     fingerprint = Fingerprint(
@@ -92,10 +95,16 @@ def write_domain(
     return fingerprint
 
 
-def digest_of_text(source: DomainSource, data: DataConfig, placement: Placement) -> str:
+def digest_of_text(
+    source: DomainSource, data: DataConfig, placement: Placement, on_progress: Progress | None = None
+) -> str:
     """Return the text digest that a fingerprint of the domain would have now."""
     digest = TextDigest()
-    for _, identity in placement.placed(read_documents(source, BadLines(data.on_bad_line))):
+    documents: Iterable[Document] = read_documents(source, BadLines(data.on_bad_line))
+    if on_progress is not None:
+        name, expected = CHECKING.format(source.name), expected_bytes_of(source)
+        documents = reported(documents, lambda document: len(document.text), name, expected, on_progress)
+    for _, identity in placement.placed(documents):
         digest.add(identity)
     return digest.hexdigest()
 
@@ -108,23 +117,90 @@ def _own_held_out(source: DomainSource, data: DataConfig, placement: Placement) 
     return held_out_keys(identity for _, identity in placement.placed(documents))
 
 
+class _Output:
+    """The token files of a domain, with the keys and counts of each split."""
+
+    def __init__(self, folder: Path, vocab_size: int, journal: Journal | None) -> None:
+        self.documents = self.bytes = 0
+        self.counts = {split: SplitCounts() for split in SPLITS}
+        self._folder = folder
+        self._journal = journal
+        ends = journal.ends if journal is not None else dict.fromkeys(SPLITS, 0)
+        self._writers = {split: TokenFileWriter(folder / split, vocab_size, ends[split]) for split in SPLITS}
+        self._keys = {split: array("Q") for split in SPLITS}
+        self._shard: list[tuple[int, int, int]] = []
+        self._shard_bytes = 0
+
+    def add_encoded(self, identity: Identity, tokens: int) -> None:
+        """Add a document whose tokens have been written by an interrupted process."""
+        self._writers[identity.split].add_length(tokens)
+        self._count(identity, tokens)
+
+    def add(self, identities: list[Identity], ids: np.ndarray[Any, Any], lengths: list[int]) -> None:
+        """Add documents with their concatenated ids."""
+        for identity, end, length in zip(identities, np.cumsum(lengths), lengths, strict=True):
+            self._writers[identity.split].add(ids[end - length : end])
+            self._count(identity, length)
+            self._shard.append((SPLITS.index(identity.split), identity.key, length))
+            self._shard_bytes += identity.bytes
+        is_full = self._shard_bytes >= SHARD_BYTES or len(self._shard) >= _SHARD_DOCUMENTS
+        if self._journal is not None and is_full:
+            written = {split: writer.flush() for split, writer in self._writers.items()}
+            ends = {split: end for split, (end, _) in written.items()}
+            digests = {split: digest for split, (_, digest) in written.items()}
+            self._journal.add(Shard(np.array(self._shard, DOCUMENT), ends, digests))
+        if self._journal is None or is_full:
+            self._shard, self._shard_bytes = [], 0
+
+    def close(self) -> None:
+        """Write the index of each token file, and the keys."""
+        for writer in self._writers.values():
+            writer.close()
+        save_keys(self._folder, self._keys)
+
+    def _count(self, identity: Identity, tokens: int) -> None:
+        count = self.counts[identity.split]
+        count.documents += 1
+        count.tokens += tokens
+        count.bytes += identity.bytes
+        self._keys[identity.split].append(identity.key)
+        self.documents += 1
+        self.bytes += identity.bytes
+
+
 class TokenFileWriter:
-    """A Megatron-core indexed dataset, `prefix`.bin and `prefix`.idx, written document by document."""
+    """A Megatron-core indexed dataset, `prefix`.bin and `prefix`.idx, written document by document.
 
-    def __init__(self, prefix: Path, vocab_size: int) -> None:
-        import_uncompiled("megatron.core")
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+    The first `kept` bytes of an existing token file stay; their documents are added with `add_length`.
+    """
 
+    def __init__(self, prefix: Path, vocab_size: int, kept: int = 0) -> None:
         self._prefix = prefix
-        self._builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=token_dtype(vocab_size))
-        # Its lists take 72 bytes per document, arrays 12.
-        self._builder.sequence_lengths = array("i")
-        self._builder.document_indices = array("q", [0])
+        self._dtype = token_dtype(vocab_size)
+        self._file = Path(f"{prefix}.bin").open("r+b" if kept else "wb")  # noqa: SIM115 (closed by `close`)
+        self._file.truncate(kept)
+        self._file.seek(kept)
+        self._digest = hashlib.sha256()
+        self._lengths = array("i")
 
     def add(self, ids: np.ndarray[Any, Any]) -> None:
         """Append a document, ids [tokens]."""
-        self._builder.add_document(ids, [len(ids)])
+        content = np.ascontiguousarray(ids, self._dtype).data
+        self._file.write(content)
+        self._digest.update(content)
+        self.add_length(len(ids))
+
+    def add_length(self, tokens: int) -> None:
+        """Append a document whose tokens are in the file."""
+        self._lengths.append(tokens)
+
+    def flush(self) -> tuple[int, str]:
+        """Return the size of the token file, and the digest of what was added since the last call."""
+        self._file.flush()
+        digest, self._digest = self._digest.hexdigest(), hashlib.sha256()
+        return self._file.tell(), digest
 
     def close(self) -> None:
         """Write the index, without which the token file cannot be read."""
-        self._builder.finalize(f"{self._prefix}.idx")
+        self._file.close()
+        write_index(Path(f"{self._prefix}.idx"), np.frombuffer(self._lengths, np.int32), self._dtype)

@@ -12,9 +12,18 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import sentencepiece
 
+from btm_scale.data.tokenizer_files import (
+    DOCUMENT_START,
+    IDENTITY_FILES,
+    SENTENCEPIECE_FILE,
+    TEKKEN_FILE,
+    Kind,
+    kind_of,
+    main_file,
+)
 from btm_scale.data.tokenizer_trial import NotUsable, require_usable
 from btm_scale.errors import DataError, UserError
-from btm_scale.model.hf_load import import_transformers, load_tokenizer, require_own_files
+from btm_scale.model.hf_load import import_transformers, load_tekken, load_tokenizer, require_own_files
 from btm_scale.util.bounded_json import shown
 from btm_scale.util.disk_errors import is_transient
 from btm_scale.util.inside import file_inside
@@ -23,16 +32,6 @@ from btm_scale.util.time_limit import within
 
 T = TypeVar("T")
 
-SENTENCEPIECE_FILE = "tokenizer.model"
-# The files that determine the ids of a text; others in a tokenizer's directory do not affect them.
-_IDENTITY_FILES = (
-    SENTENCEPIECE_FILE,
-    "tokenizer.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "added_tokens.json",
-)
 # More rows than the embedding of any model.
 _MOST_IDS = 1 << 24
 # On shorter texts, the limits of the regular expression library end a search soon enough.
@@ -51,14 +50,21 @@ class Tokenizer(ABC):
     vocab_size: int
     """The rows that a model's embedding needs: the largest id + 1."""
     eos: int
+    bos: int | None = None
+    """The BOS token, if the tokenizer has one."""
+    begins_with_bos: bool = False
+    """Whether each document of the run begins with it."""
+
+    @property
+    def start(self) -> int:
+        """The token before the text of a document: BOS, or the end of the document before it."""
+        return self.bos if self.begins_with_bos and self.bos is not None else self.eos
 
     @staticmethod
     def load(directory: Path) -> Tokenizer:
         """Load the tokenizer in a directory. Raises DataError if it is missing, cannot be loaded, or cannot encode."""
         _require(directory)
-        if (directory / SENTENCEPIECE_FILE).is_file():
-            return SentencePieceTokenizer.of(directory)
-        return TransformersTokenizer.of(directory)
+        return _LIBRARIES[kind_of(directory)].of(directory)
 
     @classmethod
     def of(cls, directory: Path) -> Self:
@@ -68,12 +74,12 @@ class Tokenizer(ABC):
         )
         try:
             cls._before_loading(directory)
-            require_usable(directory, cls.__name__, cls, _IDENTITY_FILES)
+            require_usable(directory, cls.__name__, cls, IDENTITY_FILES)
             return cls(directory)
         except UserError as error:
             raise DataError(str(error)) from None
         except NotUsable as error:
-            file = _main_file(directory)
+            file = main_file(directory)
             shown = f"{directory} ({file})" if file else str(directory)
             raise DataError(f"The tokenizer in {shown} {error}. {remedy}") from None
         except Exception as error:  # a damaged file can end in any error of transformers, tokenizers or sentencepiece
@@ -88,6 +94,19 @@ class Tokenizer(ABC):
 
     def __init__(self, directory: Path = Path()) -> None:
         self.directory = directory  # for messages
+
+    def adds_bos(self) -> bool:
+        """Return whether the tokenizer itself puts BOS before a text, unless it is asked not to."""
+        return False
+
+    def _set_special(self, eos: int | None, bos: int | None) -> None:
+        """Set the special tokens. Raises ValueError if one is missing that documents need."""
+        if eos is None:
+            raise ValueError("it has no eos_token, which ends every document")
+        self.eos, self.bos = eos, bos
+        self.begins_with_bos = (self.directory / DOCUMENT_START).is_file()
+        if self.begins_with_bos and bos is None:
+            raise ValueError(f"it has no bos_token, with which every document begins ({DOCUMENT_START})")
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray[Any, Any]]:
@@ -127,7 +146,7 @@ class Tokenizer(ABC):
     def _failed(self, what: str, items: Sequence[Any], reason: str) -> DataError:
         begin = f"the text that begins with {items[0][:60]!r}" if what == "encode" and items else "the ids of a text"
         return DataError(
-            f"{self.directory / _main_file(self.directory)} cannot {what} {begin}: {reason}. Choose another tokenizer."
+            f"{self.directory / main_file(self.directory)} cannot {what} {begin}: {reason}. Choose another tokenizer."
         )
 
 
@@ -139,9 +158,13 @@ class SentencePieceTokenizer(Tokenizer):
         self._model = sentencepiece.SentencePieceProcessor(model_file=str(directory / SENTENCEPIECE_FILE))
         self.digest = directory_digest(directory)
         self.vocab_size = _rows(max(self._model.get_piece_size() - 1, *_added_ids(directory), 0))
-        self.eos = self._model.eos_id()
-        if self.eos < 0:
-            raise ValueError("it has no end-of-text token")
+        eos, bos = self._model.eos_id(), self._model.bos_id()
+        self._set_special(eos if eos >= 0 else None, bos if bos >= 0 else None)
+
+    def adds_bos(self) -> bool:
+        """See Tokenizer: what tokenizer_config.json says."""
+        path = file_inside(self.directory, "tokenizer_config.json")
+        return path.is_file() and read_object(path, DataError).get("add_bos_token") is True
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray[Any, Any]]:
         """See Tokenizer."""
@@ -165,12 +188,15 @@ class TransformersTokenizer(Tokenizer):
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
-        self._tokenizer = load_tokenizer(directory)
+        self._tokenizer = self._loaded(directory)
         self.digest = directory_digest(directory)
         self.vocab_size = _rows(max(len(self._tokenizer) - 1, *self._tokenizer.get_vocab().values()))
-        if self._tokenizer.eos_token_id is None:
-            raise ValueError("it has no eos_token, which ends every document")
-        self.eos = int(self._tokenizer.eos_token_id)
+        self._set_special(self._tokenizer.eos_token_id, self._tokenizer.bos_token_id)
+
+    def adds_bos(self) -> bool:
+        """See Tokenizer."""
+        with self._failures("encode", ["a"]):
+            return self.bos is not None and self._tokenizer("a")["input_ids"][:1] == [self.bos]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray[Any, Any]]:
         """See Tokenizer."""
@@ -221,9 +247,26 @@ class TransformersTokenizer(Tokenizer):
             return do()
         return within(_SECONDS + size / _CHARACTERS_PER_SECOND, do)
 
+    def vocabulary(self) -> dict[str, int]:
+        """Return the id of each token."""
+        ids: dict[str, int] = self._tokenizer.get_vocab()
+        return ids
+
     def save(self, directory: Path) -> None:
         """Write a directory that AutoTokenizer loads without other files."""
         self._tokenizer.save_pretrained(str(directory))
+
+    @staticmethod
+    def _loaded(directory: Path) -> Any:
+        return load_tokenizer(directory)
+
+
+class TekkenTokenizer(TransformersTokenizer):
+    """The tokenizer of a tekken.json without Hugging Face files, converted by transformers."""
+
+    @staticmethod
+    def _loaded(directory: Path) -> Any:
+        return load_tekken(directory / TEKKEN_FILE)
 
 
 def first_line(error: BaseException) -> str:
@@ -238,7 +281,7 @@ def directory_digest(directory: Path) -> str:
     """
     _require(directory)
     digest = hashlib.sha256()
-    for name in _IDENTITY_FILES:
+    for name in IDENTITY_FILES:
         if (directory / name).is_file():
             content = (directory / name).read_bytes()
             digest.update(f"{name}\0{len(content)}\0".encode() + content)
@@ -247,13 +290,8 @@ def directory_digest(directory: Path) -> str:
 
 def same_ids(one: Path, other: Path) -> bool:
     """Return whether two directories hold one tokenizer: the files that determine ids and are in both are equal."""
-    common = [name for name in _IDENTITY_FILES if (one / name).is_file() and (other / name).is_file()]
+    common = [name for name in IDENTITY_FILES if (one / name).is_file() and (other / name).is_file()]
     return bool(common) and all((one / name).read_bytes() == (other / name).read_bytes() for name in common)
-
-
-def _main_file(directory: Path) -> str:
-    """Return the name of the file with a tokenizer's vocabulary; "" if there is none."""
-    return next((name for name in _IDENTITY_FILES if (directory / name).is_file()), "")
 
 
 def _require(directory: Path) -> None:
@@ -289,5 +327,10 @@ def _token_id(path: Path, name: str, value: object) -> int:
     return value
 
 
+_LIBRARIES: dict[Kind, type[Tokenizer]] = {
+    "sentencepiece": SentencePieceTokenizer,
+    "transformers": TransformersTokenizer,
+    "tekken": TekkenTokenizer,
+}
 # What `Tokenizer.load` may return, by name.
-KINDS: dict[str, type[Tokenizer]] = {kind.__name__: kind for kind in (SentencePieceTokenizer, TransformersTokenizer)}
+KINDS: dict[str, type[Tokenizer]] = {kind.__name__: kind for kind in _LIBRARIES.values()}

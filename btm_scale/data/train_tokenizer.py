@@ -1,4 +1,4 @@
-"""Create a run's tokenizer: train one on a balanced sample of the domains, or copy an existing one."""
+"""Train a run's tokenizer on a balanced sample of its domains."""
 
 from __future__ import annotations
 
@@ -21,18 +21,11 @@ from btm_scale.data.documents import BadLines, empty_domain, expected_bytes, rea
 from btm_scale.data.files import SourceFile
 from btm_scale.data.formats.compression import NotCompressedError
 from btm_scale.data.formats.sense import format_of, holds_rows
-from btm_scale.data.sentencepiece_json import write_json
 from btm_scale.data.sources import DomainSource
 from btm_scale.data.splits import ByHash, Placement
-from btm_scale.data.tokenizer import (
-    SENTENCEPIECE_FILE,
-    SentencePieceTokenizer,
-    Tokenizer,
-    TransformersTokenizer,
-    first_line,
-)
+from btm_scale.data.tokenizer import first_line
+from btm_scale.data.tokenizer_files import SENTENCEPIECE_FILE
 from btm_scale.errors import DataError
-from btm_scale.util.inside import as_private_as, copy_inside
 
 logger = logging.getLogger(__name__)
 
@@ -40,21 +33,8 @@ _SPACE = "\u2581"
 _COVERAGE = 0.9995  # sentencepiece's default
 _LOWEST_COVERAGE = 0.98  # that sentencepiece accepts
 _FIXED_TOKENS = 256 + 3 + 1  # bytes, control tokens and the newline
+_FEWEST_TOKENS = 320  # that a config may ask for
 _LINE_CHARACTERS = 16_000
-_TOKENIZER_FILES = (
-    SENTENCEPIECE_FILE,
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
-_HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json", "config.json")
-PROBES = (
-    "def f(x):\n\treturn  x ** 2  # 1234\n",
-    r"Let $\mathcal{O}_X$ be \emph{coherent}; see 3.14.",
-    " Naïve café, 北京, 🎉 and an ellipsis … at the end \n\n",
-)
 
 
 def train_tokenizer(directory: Path, texts: Iterable[str], *, vocab_size: int) -> None:
@@ -152,11 +132,23 @@ def _trained(texts: Iterable[str], vocab_size: int, coverage: float = _COVERAGE)
             raise lines.error from None
         if alphabet := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
             raise _TooManyCharactersError(int(alphabet[1])) from None
-        raise DataError(
-            f"Cannot train a tokenizer of {vocab_size} tokens on this text ({first_line(error)}). "
-            "Lower tokenizer.vocab_size, add text, or set tokenizer.path to an existing tokenizer."
-        ) from None
+        raise _cannot_train(vocab_size, str(error)) from None
     return model.getvalue()
+
+
+def _cannot_train(vocab_size: int, reason: str) -> DataError:
+    """Return the error for a text that has too few pieces, whose number is in sentencepiece's reason."""
+    fact, remedy = first_line(ValueError(reason)), "Lower tokenizer.vocab_size, add text"
+    if most := re.search(r"Please set it to a value <= (\d+)", reason):
+        fact = f"it has pieces for at most {int(most[1]):,}"
+        is_allowed = int(most[1]) >= _FEWEST_TOKENS
+        remedy = f"Set tokenizer.vocab_size to at most {most[1]}, add text" if is_allowed else "Add text"
+    elif "sentences_.empty()" in reason:
+        fact, remedy = "it has no line with a character", "Add text"
+    return DataError(
+        f"Cannot train a tokenizer of {vocab_size} tokens on this text: {fact}. {remedy}, or set tokenizer.path to an "
+        "existing tokenizer."
+    )
 
 
 class _Lines:
@@ -213,67 +205,6 @@ def _fast_tokenizer(model: Any) -> FastTokenizer:
     tokenizer.add_special_tokens([AddedToken(pieces[token], normalized=False, special=True) for token in special])
     tokenizer.add_tokens([AddedToken("\n", normalized=False, special=False)])
     return tokenizer
-
-
-def adopt_tokenizer(directory: Path, source: Path) -> None:
-    """Copy an existing tokenizer. Raises DataError if sentencepiece or transformers cannot load it.
-
-    A sentencepiece model without a tokenizer.json gets one.
-    """
-    own = Tokenizer.load(source)
-    if loss := loss_of(own, source):
-        logger.warning("%s", loss)
-    if isinstance(own, SentencePieceTokenizer) and not any((source / name).is_file() for name in _HUGGING_FACE_FILES):
-        _adopt_sentencepiece(directory, source, own)
-        return
-    reference = own if isinstance(own, TransformersTokenizer) else _published_form(source)
-    if own is not reference and all(own.encode(probe) == reference.encode(probe) for probe in PROBES):
-        for name in _TOKENIZER_FILES:
-            if (source / name).is_file():
-                copy_inside(source, name, directory)
-        return
-    # Saved anew, because what AutoTokenizer loads may depend on the config.json of a model.
-    try:
-        reference.save(directory)
-    except ValueError as error:  # the name of a chat template may lead out of the directory
-        raise DataError(
-            f"The tokenizer in {source} cannot be copied: {first_line(error)}. Correct its files."
-        ) from None
-    as_private_as([source], directory)
-
-
-def loss_of(tokenizer: Tokenizer, source: Path) -> str:
-    """Return a sentence with an example if decoding does not give back every text; "" if it does."""
-    for probe in PROBES:
-        again = tokenizer.decode(tokenizer.encode(probe))
-        if again != probe:
-            return (
-                f"The tokenizer in {source} is lossy: it decodes {probe!r} as {again!r}. Models generate text as it is "
-                "decoded."
-            )
-    return ""
-
-
-def _adopt_sentencepiece(directory: Path, source: Path, own: SentencePieceTokenizer) -> None:
-    copy_inside(source, SENTENCEPIECE_FILE, directory)
-    refusal = f"Experts are published with a tokenizer.json, and {source / SENTENCEPIECE_FILE} cannot have one: "
-    remedy = "Convert it with the tool of its model, and add the tokenizer.json."
-    try:
-        write_json(source / SENTENCEPIECE_FILE, directory)
-    except ValueError as error:
-        raise DataError(f"{refusal}{first_line(error)}. {remedy}") from None
-    converted = TransformersTokenizer.of(directory)
-    if different := [probe for probe in PROBES if own.encode(probe) != converted.encode(probe)]:
-        raise DataError(f"{refusal}its ids of {different[0]!r} differ. {remedy}")
-
-
-def _published_form(source: Path) -> TransformersTokenizer:
-    try:
-        return TransformersTokenizer.of(source)
-    except DataError as error:
-        raise DataError(
-            f"{error} Experts are published with a tokenizer of that form: add tokenizer.json and its config."
-        ) from None
 
 
 def balanced_sample(

@@ -159,7 +159,7 @@ def file_text(config: RunConfig, run: RunDir, path: Path) -> Text:
         raise UserError(f"{path} cannot be read as UTF-8 text: {error}. Give a text file.") from None
     if not ids:
         raise UserError(f"{path} is empty. Give a file that contains text.")
-    tokens = np.array([tokenizer.eos, *ids], dtype=np.int64)
+    tokens = np.array([tokenizer.start, *ids], dtype=np.int64)
     length = config.budget.sequence_length
     starts = np.arange(0, len(ids), length, dtype=np.int64)
     digest = hashlib.sha256(tokens.tobytes() + f"{tokenizer.digest} {length}".encode()).hexdigest()

@@ -127,7 +127,7 @@ class Generator:
         """
         if max_tokens < 0 or batch < 1:
             raise UserError(f"max-tokens is {max_tokens} and batch is {batch}. Use at least 0 tokens and 1 prompt.")
-        ids = [[self.tokenizer.eos, *encoded.tolist()] for encoded in self.tokenizer.encode_batch(prompts)]
+        ids = [[self.tokenizer.start, *encoded.tolist()] for encoded in self.tokenizer.encode_batch(prompts)]
         rooms = [self._room(number, len(tokens)) for number, tokens in enumerate(ids)]
         random = torch.Generator(self.device).manual_seed(random_seed)
         for first in range(0, len(ids), batch):

@@ -51,8 +51,13 @@ class ForestLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The end-of-document token, which also begins a document."""
+        """The end-of-document token."""
         return self.generator.tokenizer.eos
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before the text of a document: BOS with `tokenizer.bos`, else the end-of-document token."""
+        return self.generator.tokenizer.start
 
     @property
     def tokenizer_name(self) -> str:
@@ -64,7 +69,7 @@ class ForestLM(TemplateLM):
         return self.generator.tokenizer.encode(string)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        # The experts' documents begin with the end-of-document token.
+        # The experts' documents begin after this token.
         before, after = super()._encode_pair(context, continuation)
         return [self.prefix_token_id, *before], after
 

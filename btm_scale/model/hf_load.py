@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from btm_scale.errors import CheckpointError, UserError, few_names
 from btm_scale.model.hf_config import read_config, require_no_adapter
+from btm_scale.util.bounded_json import parse_json, read_bounded
 from btm_scale.util.inside import file_inside
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ _ACTIVE_SETTINGS = (
 _EXPANDED_SETTINGS = ("quantization_config", "num_labels", "id2label", "label2id")
 _MOST_LAYERS = 100_000
 _DESCRIBING = {".json", ".txt", ".model", ".jinja"}
+_PIPELINE_PROBES = ("a  b\n\tc", " 2023-01-15 12345", "don't, I'll: x=y; naïve 北京 🎉", "def f(x):\n    return x")
 _SAFE = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -162,10 +164,91 @@ def load_tokenizer(directory: Path) -> Any:
 
     Raises ValueError, with the library's reason, if it can't be loaded; a panic in its Rust code is such a reason.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    # With mistral-common installed, a tekken.json would take precedence over the tokenizer.json beside it.
+    own = {"mistral_format": False} if (directory / "tekken.json").is_file() else {}
+    if _names_code(directory):
+        if not (directory / "tokenizer.json").is_file():
+            raise ValueError("its tokenizer is Python code, which is never run. Add a tokenizer.json of the same ids")
+        logger.warning("%s names Python code, which is never run: its tokenizer.json is used", directory)
+        return PreTrainedTokenizerFast.from_pretrained(str(directory), **_SAFE)
     with library_panics(directory):
-        return AutoTokenizer.from_pretrained(str(directory), **_SAFE)
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), **own, **_SAFE)
+        return _as_described(tokenizer, directory)
+
+
+def _names_code(directory: Path) -> bool:
+    """Whether tokenizer_config.json names a Python file of the directory as its tokenizer."""
+    path = directory / "tokenizer_config.json"
+    settings = parse_json(read_bounded(path)) if path.is_file() else None
+    codes = settings.get("auto_map") if isinstance(settings, dict) else None
+    return bool(codes) and (not isinstance(codes, dict) or "AutoTokenizer" in codes)
+
+
+def _as_described(tokenizer: Any, directory: Path) -> Any:
+    """Return the tokenizer as its tokenizer.json describes it.
+
+    Some classes of transformers replace parts of that file by their own, and tokenizer_config.json often names a class
+    that its model never used.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    file = directory / "tokenizer.json"
+    is_rebuilt = type(tokenizer) is not PreTrainedTokenizerFast and "__init__" in vars(type(tokenizer))
+    if not is_rebuilt or not file.is_file() or _has_parts_of(tokenizer, file):
+        return tokenizer
+    described = PreTrainedTokenizerFast.from_pretrained(str(directory), **_SAFE)
+    if all(_ids(tokenizer, text) == _ids(described, text) for text in _PIPELINE_PROBES):
+        return tokenizer
+    logger.warning(
+        "%s names the class %s, whose ids differ from those of tokenizer.json. The latter are used",
+        directory / "tokenizer_config.json",
+        type(tokenizer).__name__,
+    )
+    return described
+
+
+def _has_parts_of(tokenizer: Any, file: Path) -> bool:
+    """Whether a tokenizer normalizes and cuts text as a tokenizer.json says, to the letter."""
+    content, backend = parse_json(read_bounded(file)), tokenizer.backend_tokenizer
+    parts = {"normalizer": backend.normalizer, "pre_tokenizer": backend.pre_tokenizer, "decoder": backend.decoder}
+    return all(
+        content.get(name) == (None if part is None else parse_json(part.__getstate__())) for name, part in parts.items()
+    )
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def load_tekken(path: Path) -> Any:
+    """Return the tokenizer of a tekken.json, as transformers converts it. Raises ValueError if it cannot."""
+    try:
+        from transformers.integrations.mistral.tokenizer import MistralConverter
+    except ImportError:
+        raise ValueError(
+            "transformers.integrations.mistral is not in this version of transformers. Install a newer version, or add "
+            "the tokenizer.json of the model's Hugging Face version"
+        ) from None
+    from transformers import PreTrainedTokenizerFast
+
+    content = parse_json(read_bounded(path))
+    special = content.get("special_tokens") if isinstance(content, dict) else None
+    if not isinstance(special, list):
+        raise ValueError(
+            "its tekken.json lists no special tokens, as in the first versions of that format. Add the tokenizer.json "
+            "of the model's Hugging Face version"
+        )
+    listed = {entry.get("token_str") for entry in special if isinstance(entry, dict)}
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    with library_panics(path):
+        return PreTrainedTokenizerFast(
+            tokenizer_object=MistralConverter(str(path)).converted(),
+            clean_up_tokenization_spaces=False,
+            **{name: token for name, token in named.items() if token in listed},
+        )
 
 
 def render_chat(template: str, messages: list[dict[str, str]], special: dict[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""The progress of encoding as bars on a terminal."""
+"""The progress of preparing text as bars on a terminal."""
 
 from __future__ import annotations
 
@@ -44,12 +44,14 @@ def encoding_bars(*, quiet: bool, console: Console | None = None) -> Iterator[Sh
 
         def show(domain: str, encoded_bytes: int, documents: int, expected: int) -> None:
             if domain not in tasks:
-                for task in tasks.values():  # an estimate of its size may have been too high
-                    bars.update(task, total=bars.tasks[task].completed)
+                complete()
                 name = shorten(printable(domain), _LONGEST_NAME)
-                tasks[domain] = bars.add_task(name, total=expected, documents="0")
+                tasks[domain] = bars.add_task(name, total=expected or None, documents="0")
             bars.update(tasks[domain], completed=encoded_bytes, documents=f"{documents:,}")
 
+        def complete() -> None:
+            for task in tasks.values():  # an estimate of its size may have been too high, or there was none
+                bars.update(task, total=bars.tasks[task].completed)
+
         yield show
-        for task in tasks.values():
-            bars.update(task, total=bars.tasks[task].completed)
+        complete()

@@ -7,11 +7,12 @@ from typing import Any
 
 from btm_scale.config.moe import mixture_layout
 from btm_scale.config.run import RunConfig
+from btm_scale.data.adopt_tokenizer import loss_of
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.data.preview import Preview, preview_texts
 from btm_scale.data.sources import DomainSource, resolve_sources
-from btm_scale.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer
-from btm_scale.data.train_tokenizer import loss_of
+from btm_scale.data.tokenizer import Tokenizer
+from btm_scale.data.tokenizer_files import has_tokenizer
 from btm_scale.run.estimate import disk_bytes, run_seconds
 from btm_scale.run.launchers import placement
 from btm_scale.run.plan import vocabulary_of
@@ -62,7 +63,7 @@ def dry_run(config: RunConfig, run: RunDir, *, trains_here: bool = True) -> dict
     if config.moe is not None and (layout := mixture_layout(config)).tensor > 1:
         notes.append(f"{MOE}: sequence_parallel is on, because experts need it with tensor={layout.tensor}")
     tokenizer = config.tokenizer.path
-    if tokenizer is not None and any((tokenizer / name).is_file() for name in ("tokenizer.json", SENTENCEPIECE_FILE)):
+    if tokenizer is not None and has_tokenizer(tokenizer):
         notes += filter(None, [loss_of(Tokenizer.load(tokenizer), tokenizer)])
     done = {name for name, job in jobs.items() if job["done"]}
     return {

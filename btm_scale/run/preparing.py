@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 def prepare_run(config: RunConfig, run: RunDir, on_progress: Progress | None = None) -> dict[str, Fingerprint]:
     """Prepare a run's text as `prepare` does; a failure is recorded for `status`, and progress is logged by default.
 
-    On SIGTERM or SIGUSR1, which SLURM sends before a job's time is over, complete domains are kept, and SystemExit is
+    On SIGTERM or SIGUSR1, which SLURM sends before a job's time is over, what is encoded is kept, and SystemExit is
     raised with the code that requests a restart.
     """
     with as_stage(run, "prepare"), _leaving_when_asked(config, run):
@@ -41,7 +41,7 @@ def _leaving_when_asked(config: RunConfig, run: RunDir) -> Iterator[None]:
             signal.signal(again, signal.SIG_IGN)
         done = sum(run.fingerprint(name).is_file() for name in config.all_domains)
         logger.warning(
-            "asked to stop: %d of %d domains are prepared; the same command prepares the rest",
+            "asked to stop: %d of %d domains are prepared; the same command resumes",
             done,
             len(config.all_domains),
         )

@@ -66,24 +66,37 @@ def open_run(
 def require_pretrained(config: RunConfig, run: RunDir, *, may_lack_weights: bool = False) -> None:
     """Raise CheckpointError if a pretrained model that is still to be read lacks weights or has others than its config.
 
-    Raises ConfigError if the run's tokenizer does not fit it.
+    Raises ConfigError if the run's tokenizer does not fit it, and DataError if it cannot be loaded or has no BOS token
+    that is asked for.
 
     Reads names and shapes only. With `may_lack_weights`, a folder with config.json alone is logged, not refused: a dry
     run may come before the download.
     """
     from btm_scale.checkpoint.convert import require_trainable  # imports torch
+    from btm_scale.data.adopt_tokenizer import require_bos
+    from btm_scale.data.tokenizer import Tokenizer
     from btm_scale.data.tokenizer_fit import require_fit
 
     models = {SEED: config.model, **{name: own.model for name, own in config.experts.items() if own.model is not None}}
     for name, sizes in models.items():
         if sizes.pretrained is None or is_finished(run.model(name)):
             continue
-        if may_lack_weights and [path.name for path in sizes.pretrained.iterdir()] == ["config.json"]:
+        if may_lack_weights and _has_config_alone(sizes.pretrained):
             logger.warning("%s has no weights yet: only its config is checked", sizes.pretrained)
         else:
             require_trainable(sizes.pretrained)
         if config.tokenizer.path is not None and not run.tokenizer.is_dir():
-            require_fit(sizes.pretrained, config.tokenizer.path)
+            require_fit(sizes.pretrained, config.tokenizer.path, bos=config.tokenizer.bos)
+    path = config.tokenizer.path
+    if path is None or run.tokenizer.is_dir() or (may_lack_weights and _has_config_alone(path)):
+        return
+    tokenizer = Tokenizer.load(path)
+    if config.tokenizer.bos:
+        require_bos(tokenizer, path)
+
+
+def _has_config_alone(directory: Path) -> bool:
+    return directory.is_dir() and [path.name for path in directory.iterdir()] == ["config.json"]
 
 
 def continued(config: RunConfig, run: RunDir) -> RunConfig:

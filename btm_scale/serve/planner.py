@@ -81,7 +81,7 @@ class Planner:
         return prompt
 
     def _starts_document(self, given: object) -> bool:
-        return isinstance(given, list) and given[:1] == [self.tokenizer.eos]
+        return isinstance(given, list) and given[:1] == [self.tokenizer.start]
 
     def _prompts(self, given: Sequence[str] | Sequence[list[int]]) -> list[list[int]]:
         if not given:
@@ -105,8 +105,8 @@ class Planner:
 
     def _checked(self, prompts: Sequence[list[int]]) -> list[list[int]]:
         """Return prompts that begin with the start of the document, and fit into the context."""
-        end = self.tokenizer.eos
-        whole = [ids if ids[:1] == [end] else [end, *ids] for ids in prompts]
+        start = self.tokenizer.start
+        whole = [ids if ids[:1] == [start] else [start, *ids] for ids in prompts]
         for ids in whole:
             if len(ids) > self.backend.context:
                 raise ApiError(

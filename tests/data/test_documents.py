@@ -99,7 +99,7 @@ BAD_LINES = {
     b'{"text": "a"\n': "not valid JSON (Expecting ',' delimiter",
     b"[1]\n": "expected a JSON object, found list",
     b'{"body": "a"}\n': "no field 'text'; fields are 'body'",
-    b'{"text": 3}\n': "field 'text' holds int, not text",
+    b'{"text": 3}\n': "field 'text' holds a number, not text",
     b'{"text": "\\ud800"}\n': "field 'text' holds half a surrogate pair",
     b'{"text": ' + b"[" * 100_000 + b"\n": "nested too deeply",
 }
@@ -153,7 +153,7 @@ def test_a_damaged_file_is_reported_with_the_line_of_the_damage(tmp_path: Path, 
 def test_parquet_reports_a_missing_column_a_null_and_an_invalid_file(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a", None, "c"]}), tmp_path / "a.parquet")
     (tmp_path / "b.parquet").write_bytes(b"no parquet")
-    with pytest.raises(DataError, match=r"a.parquet, row 2: field 'text' holds NoneType, not text"):
+    with pytest.raises(DataError, match=r"a.parquet, row 2: field 'text' holds null, not text"):
         read(tmp_path, text="a.parquet")
     with pytest.raises(DataError, match=r"a.parquet has no column 'body', only text. Set the domain's field"):
         read(tmp_path, text="a.parquet", field="body")

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 from helpers.row_formats import FILES, json_lines, parquet, table, tar
@@ -139,12 +141,17 @@ def test_prose_and_code_are_plain_text(tmp_path: Path, name: str) -> None:
     assert texts(tmp_path, text=name) == [PLAIN[name]]
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"5" * 64 + b"\nsize 1048576\n"
 UNREADABLE = {
     "utf16.txt": ("häuser".encode("utf-16"), "is UTF-16 text"),
     "archive.zip": (b"PK\x03\x04" + bytes(50), "is a zip archive, which is not read"),
     "a.jsonl.lz4": (b"\x04\x22\x4d\x18" + bytes(50), "is compressed with LZ4"),
     "paper.pdf": (b"%PDF-1.5\n\xff\xff\0", "is a PDF"),
     "table.orc": (b"ORC\0\xff", "is an ORC table"),
+    "a.jsonl.snappy": (b"\xff\x06\x00\x00sNaPpY" + bytes(50), "is compressed with Snappy"),
+    "book.txt": (LFS_POINTER, r"is a pointer of Git LFS, .*git lfs pull"),
+    "rows.parquet": (LFS_POINTER, "is a pointer of Git LFS"),
+    "rows.jsonl.gz": (LFS_POINTER, "is a pointer of Git LFS"),
 }
 
 
@@ -162,6 +169,27 @@ def test_rows_under_a_name_of_text_say_how_to_read_them_as_text(tmp_path: Path) 
     (tmp_path / "package.json").write_text(json.dumps({"name": "x", "version": "1"}, indent=2))
     with pytest.raises(DataError, match=r"fields are 'name', 'version'\. Set `field` .*, set its `format` to text"):
         texts(tmp_path, text="package.json")
+
+
+def test_a_binary_column_of_utf8_is_text(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": pa.array([b"one", "zwölf".encode()], pa.binary())}), tmp_path / "a.parquet")
+    assert texts(tmp_path, text="a.parquet") == ["one", "zwölf"]
+    pq.write_table(pa.table({"text": pa.array([b"one", b"\xff"], pa.binary())}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"row 2: field 'text' holds bytes that are not UTF-8 \(byte 0\)"):
+        texts(tmp_path, text="a.parquet")
+
+
+def test_objects_on_one_line_are_read_with_the_format_that_the_message_names(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}{"text": "two"}\n')
+    with pytest.raises(DataError, match=r"line 1: .*Set the domain's `format` to json if a line holds several"):
+        texts(tmp_path, text="a.jsonl")
+    assert texts(tmp_path, text="a.jsonl", format="json") == ["one", "two"]
+
+
+def test_a_table_with_carriage_returns_alone_is_refused_with_the_command(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"text,x\rone,1\rtwo,2\r")
+    with pytest.raises(DataError, match=r"its lines end with a carriage return alone.* tr '.r' '.n'\.$"):
+        texts(tmp_path, text="a.csv")
 
 
 def test_fields_are_nested_joined_and_lists(tmp_path: Path) -> None:

@@ -22,11 +22,11 @@ from helpers.text_samples import CODE, MakeConfig
 from btm_scale.cli.app import main
 from btm_scale.config.run import RunConfig
 from btm_scale.data import tokenizer_trial
+from btm_scale.data.adopt_tokenizer import adopt_tokenizer
 from btm_scale.data.encode import Encoder
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.data.prepare import prepare
 from btm_scale.data.tokenizer import Tokenizer, directory_digest
-from btm_scale.data.train_tokenizer import adopt_tokenizer
 from btm_scale.errors import DataError
 from btm_scale.run_dir import SEED, RunDir
 from btm_scale.util.pools import may_fork

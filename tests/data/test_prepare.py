@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.text_samples import CODE, PROSE, MakeConfig, prose_texts, python_texts, write_jsonl
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from btm_scale.config.run import RunConfig
 from btm_scale.data.fingerprint import Fingerprint
@@ -299,7 +299,14 @@ def test_megatron_reads_a_large_vocabulary_as_32_bits(tmp_path: Path) -> None:
     for vocabulary, dtype in ((1 << 16, np.uint16), ((1 << 16) + 1, np.int32)):
         writer = TokenFileWriter(tmp_path / "tokens", vocabulary)
         writer.add(np.array([vocabulary - 1, 2], dtype=dtype))
+        writer.add(np.array([3], dtype=dtype))
         writer.close()
         documents = IndexedDataset(str(tmp_path / "tokens"))
         assert documents[0].dtype == dtype
+        theirs = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=dtype)
+        theirs.add_document(np.array([vocabulary - 1, 2]), [2])
+        theirs.add_document(np.array([3]), [1])
+        theirs.finalize(str(tmp_path / "theirs.idx"))
+        for suffix in (".bin", ".idx"):
+            assert (tmp_path / f"theirs{suffix}").read_bytes() == (tmp_path / f"tokens{suffix}").read_bytes()
         assert documents[0].tolist() == [vocabulary - 1, 2]

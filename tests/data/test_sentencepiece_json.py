@@ -10,9 +10,9 @@ import pytest
 import sentencepiece
 from helpers.text_samples import prose_texts, python_texts
 
+from btm_scale.data.adopt_tokenizer import adopt_tokenizer, loss_of
 from btm_scale.data.sentencepiece_json import write_json
 from btm_scale.data.tokenizer import Tokenizer, TransformersTokenizer, directory_digest
-from btm_scale.data.train_tokenizer import adopt_tokenizer, loss_of
 from btm_scale.errors import DataError
 
 KINDS: dict[str, dict[str, Any]] = {

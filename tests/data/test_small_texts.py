@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 from helpers.text_samples import MakeConfig, prose_texts, write_jsonl
+from helpers.tiny_run import tiny_values, write_config
+from helpers.warm import Warm
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -73,6 +75,24 @@ def test_a_text_of_any_size_is_prepared_or_its_remedy_works(tmp_path: Path, size
             settings = re.findall(r"--set ([^\s`]+)", refused)
             assert settings, refused
             assert look(apply_overrides(given, tuple(settings), ()), tmp_path) is None, refused
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("size", [1_000, 100_000])
+def test_one_text_alone_trains_to_the_page_as_it_is_or_with_the_remedy(tmp_path: Path, size: int) -> None:
+    (tmp_path / "input.txt").write_text(book(size))
+    changes: dict[str, Any] = {"domains": {"book": {"text": "input.txt"}}, "novel_domains": {}}
+    write_config(tmp_path / "run.yaml", tiny_values(tmp_path, **changes))
+    warm = Warm(tmp_path)
+    try:
+        looked = warm.run("run", tmp_path / "run.yaml", "--out", tmp_path / "run", "--dry-run")
+        settings = re.findall(r"--set [^\s`]+", looked.stderr) if looked.code else []
+        assert bool(settings) == bool(looked.code), looked.stderr
+        remedy = [word for setting in settings for word in setting.split()]
+        warm.check("run", tmp_path / "run.yaml", "--out", tmp_path / "run", *remedy)
+    finally:
+        warm.close()
+    assert "book" in (tmp_path / "run" / "report.html").read_text()
 
 
 def preview(given: dict[str, Any], folder: Path) -> str | None:

@@ -174,3 +174,12 @@ def test_preparing_returns_every_domains_fingerprint_in_the_configs_order(
     fingerprints = prepare(config, run)  # code is encoded now, prose was before
     assert list(fingerprints) == ["code", "prose"]
     assert fingerprints == {name: Fingerprint.of_domain(run, name) for name in fingerprints}
+
+
+@pytest.mark.parametrize("pattern", ["*.jsonl", "b.jsonl"])
+def test_a_link_to_a_file_that_is_gone_is_an_error(tmp_path: Path, pattern: str) -> None:
+    """Another file that the glob matches must not hide that text is missing."""
+    write_jsonl(tmp_path / "a.jsonl", ["text"])
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "blobs" / "b")
+    with pytest.raises(DataError, match=r"b\.jsonl is a link to .*blobs/b, which does not exist\. Restore it"):
+        resolve_domain("web", DomainConfig(text=(pattern,)), tmp_path)

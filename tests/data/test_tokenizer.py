@@ -20,8 +20,9 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from btm_scale.config.run import RunConfig
+from btm_scale.data.adopt_tokenizer import adopt_tokenizer
 from btm_scale.data.tokenizer import SentencePieceTokenizer, Tokenizer, TransformersTokenizer
-from btm_scale.data.train_tokenizer import adopt_tokenizer, train_tokenizer
+from btm_scale.data.train_tokenizer import train_tokenizer
 from btm_scale.errors import DataError
 from btm_scale.run_dir import RunDir
 
@@ -80,9 +81,16 @@ def test_a_text_that_quotes_the_end_token_does_not_end_there(trained: Path) -> N
 
 
 def test_too_little_text_for_the_vocabulary_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"Cannot train a tokenizer of 4096 tokens.*tokenizer.vocab_size"):
+    with pytest.raises(DataError, match=r"Cannot train a tokenizer of 4096 tokens .*: it has .* at most 2\d\d\. Add"):
         train_tokenizer(tmp_path, ["a little text"], vocab_size=4_096)
+    with pytest.raises(DataError, match="it has no line with a character"):
+        train_tokenizer(tmp_path, ["\n\n"], vocab_size=4_096)
     assert not list(tmp_path.iterdir())
+    texts = prose_texts(10)
+    with pytest.raises(DataError, match=r"Set tokenizer\.vocab_size to at most \d+, add text") as refused:
+        train_tokenizer(tmp_path, texts, vocab_size=40_000)
+    most = int(str(refused.value).partition("to at most ")[2].partition(",")[0])
+    train_tokenizer(tmp_path, texts, vocab_size=most)
 
 
 def test_an_error_in_the_text_is_not_reported_as_a_vocabulary_error(tmp_path: Path) -> None:

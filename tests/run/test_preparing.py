@@ -46,7 +46,7 @@ def test_what_is_prepared_survives_a_requested_stop(
     with caplog.at_level(logging.INFO), pytest.raises(SystemExit) as left:
         prepare_run(config, run, stop)
     assert left.value.code == REQUEUE
-    assert "asked to stop: 1 of 2 domains are prepared; the same command prepares the rest" in caplog.text
+    assert "asked to stop: 1 of 2 domains are prepared; the same command resumes" in caplog.text
     assert signal.getsignal(number) == before
     assert read_failure(run.stage_log("prepare")) is None
     kept = run.fingerprint("python").stat().st_mtime_ns

@@ -18,7 +18,6 @@ from btm_scale.cli.app import main
 from btm_scale.config.run import RunConfig
 from btm_scale.config.yaml import dump_text
 from btm_scale.data.tokenizer import Tokenizer
-from btm_scale.errors import DataError
 from btm_scale.generate.loglikelihood import generator_of_method
 from btm_scale.run_dir import RunDir
 
@@ -160,8 +159,8 @@ def test_no_code_of_a_runs_own_tokenizer_or_of_an_evaluated_expert_runs(
     (run.tokenizer / "canary.py").write_text(f"open({str(song)!r}, 'a').write('sung')\n")
     edit(run.tokenizer / "tokenizer_config.json", **changes)
     (run.tokenizer / "tokenizer.model").unlink(missing_ok=True)  # without it transformers loads the tokenizer
-    with pytest.raises(DataError, match="cannot be loaded"):
-        Tokenizer.load(run.tokenizer)
+    Tokenizer.load(run.tokenizer)  # from its tokenizer.json
+    assert not song.exists()
     edit(run.tokenizer / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
     generator_of_method(config, run, "ensemble", device="cpu")
     assert not song.exists()

@@ -39,8 +39,9 @@ _UNREADABLE = (
     (b"Rar!\x1a\x07", "a RAR archive"),
     (b"\x04\x22\x4d\x18", "compressed with LZ4"),
     (b"\x1f\x9d", "compressed with compress (.Z)"),
+    (b"\xff\x06\x00\x00sNaPpY", "compressed with Snappy"),
 )
-_FIRST_BYTES = frozenset(bytes([byte]) for byte in (*b"\x1f\x28BP7R\x04\xfd", *range(0x50, 0x60)))
+_FIRST_BYTES = frozenset(bytes([byte]) for byte in (*b"\x1f\x28BP7R\x04\xfd\xff", *range(0x50, 0x60)))
 
 
 class NotCompressedError(OSError):

@@ -1,4 +1,4 @@
-"""Token files that exist already: the indexed datasets of Megatron-core, GPT-NeoX and NeMo, PREFIX.bin and PREFIX.idx.
+"""Token files: the indexed datasets of Megatron-core, GPT-NeoX and NeMo, PREFIX.bin and PREFIX.idx.
 
 The index has a header of 34 bytes, the length of each sequence, the byte at which it begins, and the first sequence of
 each document.
@@ -27,6 +27,22 @@ _DTYPES: dict[int, type[np.generic]] = {
     8: np.uint16,
 }
 _AT_ONCE = 1 << 20  # sequences
+
+
+def write_index(path: Path, lengths: np.ndarray[Any, Any], dtype: type[np.generic]) -> None:
+    """Write the index of a token file of `dtype` with documents of these lengths, int32 [documents].
+
+    Megatron-core's writer makes a list of all positions, of 40 bytes per document.
+    """
+    count = len(lengths)
+    code = next(code for code, known in _DTYPES.items() if known == dtype)
+    begins = np.zeros(count, np.int64)
+    np.cumsum(lengths[:-1], dtype=np.int64, out=begins[1:])
+    begins *= np.dtype(dtype).itemsize
+    with path.open("wb") as file:
+        file.write(_HEADER.pack(_MAGIC, 1, code, count, count + 1))
+        for part in (lengths, begins, np.arange(count + 1, dtype=np.int64)):
+            file.write(part.data)
 
 
 class IndexedTokens:

@@ -36,7 +36,8 @@ def json_rows(number: int, content: bytes, fields: Fields, bad: Report) -> Itera
     except NoFieldError as error:
         bad(number, str(error), error.remedy)
     except ValueError as error:
-        bad(number, str(error))
+        several = "(Extra data" in str(error) and content.lstrip()[:1] == b"{"
+        bad(number, str(error), "Set the domain's `format` to json if a line holds several objects" if several else "")
 
 
 def read_json_lines(file: SourceFile, settings: DomainConfig, bad: Report) -> Iterator[Row]:

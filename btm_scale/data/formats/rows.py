@@ -97,15 +97,23 @@ def _value(row: Mapping[str, Any], field: str, key: str) -> Any:
     raise NoFieldError(field, row, key)
 
 
+_KINDS = {type(None): "null", int: "a number", float: "a number", list: "a list", dict: "an object"}
+
+
 def _text_of(row: Mapping[str, Any], field: str, optional: bool = False) -> str:
     text = row[field] if field in row else _value(row, field, "field")
     if isinstance(text, str):
         return text
     if optional and text is None:
         return ""
+    if isinstance(text, bytes):  # as some writers of Parquet leave the type of their text out
+        try:
+            return text.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"field '{field}' holds bytes that are not UTF-8 (byte {error.start})") from None
     if isinstance(text, list) and text and all(isinstance(part, str) for part in text):
         return "\n".join(text)
-    raise ValueError(f"field '{field}' holds {type(text).__name__}, not text")
+    raise ValueError(f"field '{field}' holds {_KINDS.get(type(text), type(text).__name__)}, not text")
 
 
 def _meets(row: Mapping[str, Any], condition: FilterConfig) -> bool:

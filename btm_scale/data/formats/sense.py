@@ -47,6 +47,7 @@ _UNREADABLE = (
     (rb"%PDF-", "a PDF"),
     (rb"\xd0\xcf\x11\xe0", "an Office document"),
 )
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _OBJECT = re.compile(rb'\{\s*"(?:[^"\\]|\\.)*+"\s*:', re.DOTALL)
 _ARRAY_OF_OBJECTS = re.compile(rb'\[\s*\{\s*(["}]|\Z)')
 
@@ -103,6 +104,11 @@ def _certain(file: SourceFile, head: bytes) -> Format | None:
         return "arrow"
     if head[257:262] == b"ustar":
         return "webdataset"
+    if head.startswith(_LFS_POINTER):
+        raise DataError(
+            f"{file.path} is a pointer of Git LFS, not the file itself. Text is read from complete files: run "
+            "`git lfs pull` in its repository."
+        )
     if not _is_text(head):
         for pattern, what in _UNREADABLE:
             if re.match(pattern, head):

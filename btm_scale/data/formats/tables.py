@@ -100,6 +100,11 @@ def _table(file: SourceFile, settings: DomainConfig, bad: Report, delimiters: Se
             first = next(lines, "")
             delimiter, header = _header(file, first, lines, fields, delimiters)
         except (ValueError, csv.Error) as error:
+            if "\r" in first.rstrip("\r\n"):
+                raise DataError(
+                    f"{file.path}, line 1: its lines end with a carriage return alone. The rows of a table end with a "
+                    "newline: convert the file, such as with tr '\\r' '\\n'."
+                ) from None
             raise DataError(f"{file.path}, line 1: {error}. The first row must name the columns: correct it.") from None
         if not header:
             return
