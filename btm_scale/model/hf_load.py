@@ -170,7 +170,8 @@ def load_tokenizer(directory: Path) -> Any:
         if not (directory / "tokenizer.json").is_file():
             raise ValueError("its tokenizer is Python code, which is never run. Add a tokenizer.json of the same ids")
         logger.warning("%s names Python code, which is never run: its tokenizer.json is used", directory)
-        return PreTrainedTokenizerFast.from_pretrained(str(directory), **_SAFE)
+        with library_panics(directory):
+            return PreTrainedTokenizerFast.from_pretrained(str(directory), **_SAFE)
     with library_panics(directory):
         if (directory / "tekken.json").is_file():  # which mistral-common, if installed, would use instead
             tokenizer = AutoTokenizer.from_pretrained(str(directory), mistral_format=False, **_SAFE)
