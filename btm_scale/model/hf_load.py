@@ -166,15 +166,17 @@ def load_tokenizer(directory: Path) -> Any:
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    # With mistral-common installed, a tekken.json would take precedence over the tokenizer.json beside it.
-    own = {"mistral_format": False} if (directory / "tekken.json").is_file() else {}
     if _names_code(directory):
         if not (directory / "tokenizer.json").is_file():
             raise ValueError("its tokenizer is Python code, which is never run. Add a tokenizer.json of the same ids")
         logger.warning("%s names Python code, which is never run: its tokenizer.json is used", directory)
-        return PreTrainedTokenizerFast.from_pretrained(str(directory), **_SAFE)
+        with library_panics(directory):
+            return PreTrainedTokenizerFast.from_pretrained(str(directory), **_SAFE)
     with library_panics(directory):
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), **own, **_SAFE)
+        if (directory / "tekken.json").is_file():  # which mistral-common, if installed, would use instead
+            tokenizer = AutoTokenizer.from_pretrained(str(directory), mistral_format=False, **_SAFE)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(str(directory), **_SAFE)
         return _as_described(tokenizer, directory)
 
 

@@ -163,6 +163,17 @@ def test_a_continuation_ends_at_a_stop_string_the_token_limit_or_the_end_of_the_
     assert {generation.finished for generation in long} <= {"context", "end"}
 
 
+def test_a_prompt_begins_with_bos_if_the_documents_of_the_run_do(experts: dict[str, Path]) -> None:
+    with_bos, other_end = Letters(), Letters()
+    with_bos.bos, with_bos.begins_with_bos = 3, True
+    other_end.eos = 3
+    posteriors = [
+        Generator(experts, tokenizer, method="mixture").generate(["ab"], max_tokens=1)[0].posterior
+        for tokenizer in (with_bos, other_end, Letters())
+    ]
+    assert posteriors[0] == posteriors[1] != posteriors[2]
+
+
 def test_experts_are_loaded_one_at_a_time_under_a_memory_limit(experts: dict[str, Path]) -> None:
     size = sum(file.stat().st_size for file in experts["expert0"].glob("*.safetensors"))
     free = Generator(experts, Letters(), log_prior=PRIOR)
