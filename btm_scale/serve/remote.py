@@ -7,7 +7,6 @@ and its engine generates the text. Prompts are sent as token ids, so that all ex
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ import httpx2
 import numpy as np
 
 from btm_scale.forest.posterior.evidence import RunningPosterior
+from btm_scale.serve.engine_answers import prompt_log_probs, read_answer, stream_of
 from btm_scale.serve.engines_file import RemoteExpert
 from btm_scale.serve.local_scores import LocalScores
 from btm_scale.serve.work import BackendError, Busy, Delta, Event, Failed, Job, Routed
@@ -27,7 +27,7 @@ _SCORE_SECONDS = 60.0
 _CONNECT_SECONDS = 5.0
 _DOWN_SECONDS = 5.0  # an engine that failed is left out this long, then tried again
 _IMPOSSIBLE = -9999.0  # what vLLM writes for a log-probability of -inf
-_REASONS = {"stop": "stop", "length": "length"}
+_MOST_PER_TOKEN = 1 << 10  # characters; an engine that sends more does not count tokens
 
 
 class EngineDown(Exception):  # noqa: N818 (it names a state)
@@ -148,15 +148,17 @@ class RemoteBackend:
         body = {"prompt": list(prompt), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
         answer = await self._post(name, body)
         try:
-            found = answer["choices"][0].get("prompt_logprobs") or answer["prompt_logprobs"]
-            values = [float(found[place][str(token)]["logprob"]) for place, token in enumerate(prompt) if place]
-        except (KeyError, IndexError, TypeError, ValueError):
+            values = prompt_log_probs(answer, prompt)
+        except (LookupError, TypeError, ValueError, AttributeError):
             raise EngineDown(
                 f"The engine of '{name}' returned no prompt_logprobs, which the posterior needs. Use vLLM, or set "
                 "`score` to the expert's directory."
             ) from None
-        if len(found) != len(prompt) or not all(value <= 0 for value in values):
-            raise EngineDown(f"The engine of '{name}' scored different tokens. Serve the run's expert directory.")
+        if not all(value <= 0 for value in values):
+            raise EngineDown(
+                f"The engine of '{name}' returned log-probabilities that are positive or not numbers. Serve the run's "
+                "expert directory."
+            )
         return -np.inf if min(values) <= _IMPOSSIBLE else sum(values)
 
     async def _post(self, name: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -164,14 +166,14 @@ class RemoteBackend:
         engine = self._engines[name]
         for attempt in range(2):
             try:
-                response = await self._client.post(
+                async with self._client.stream(
+                    "POST",
                     f"{engine.url.rstrip('/')}/completions",
                     json={"model": engine.model or name, **body},
                     headers=engine.headers,
-                )
-                response.raise_for_status()
-                answer: dict[str, Any] = response.json()
-                return answer
+                ) as response:
+                    response.raise_for_status()
+                    return await read_answer(response)
             except httpx2.HTTPStatusError as error:
                 if error.response.status_code < 500:
                     raise EngineDown(_refused(name, error.response.status_code)) from None
@@ -202,29 +204,25 @@ class RemoteBackend:
             **({} if job.seed is None else {"seed": (job.seed + copy) % (1 << 63)}),
         }
         url = f"{engine.url.rstrip('/')}/completions"
-        reason, count = None, 0
+        reason, count, written = None, 0, 0
         try:
             async with self._client.stream("POST", url, json=body, headers=engine.headers) as response:
                 if response.status_code != 200:
                     raise EngineDown(_refused(name, response.status_code))
-                async for line in response.aiter_lines():
-                    if not line.startswith("data: ") or line == "data: [DONE]":
-                        continue
-                    chunk = json.loads(line.removeprefix("data: "))
-                    if "error" in chunk:
-                        raise EngineDown(f"The engine of '{name}' failed.")
-                    count = (chunk.get("usage") or {}).get("completion_tokens", count)
-                    for choice in chunk.get("choices", ()):
-                        reason = choice.get("finish_reason") or reason
-                        if choice.get("text"):
-                            send(Delta(copy, name, choice["text"]))
+                async for text, ended, tokens in stream_of(response):
+                    reason, count = ended or reason, count if tokens is None else tokens
+                    written += len(text)
+                    if written > _MOST_PER_TOKEN * body["max_tokens"]:
+                        raise ValueError(f"it sends more than the {body['max_tokens']} tokens that were asked for")
+                    if text:
+                        send(Delta(copy, name, text))
         except (httpx2.HTTPError, ValueError) as error:
             self._down_until[name] = time.monotonic() + _DOWN_SECONDS
             raise EngineDown(f"The engine of '{name}' failed: {str(error) or type(error).__name__}.") from None
         if reason is None:
             self._down_until[name] = time.monotonic() + _DOWN_SECONDS
             raise EngineDown(f"The engine of '{name}' ended in the middle of a text.")
-        send(Delta(copy, name, "", finished=_REASONS.get(reason, "stop"), count=count))  # type: ignore[arg-type]
+        send(Delta(copy, name, "", finished=reason, count=count))  # type: ignore[arg-type]
 
 
 def _draw(weights: Mapping[str, float], job: Job) -> list[str]:
