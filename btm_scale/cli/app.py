@@ -14,6 +14,7 @@ from btm_scale import __version__
 from btm_scale.cli import checkpoint, evaluate, forest, generate, run, serve
 from btm_scale.cli.commands import Verbs
 from btm_scale.cli.exit_codes import exit_codes
+from btm_scale.cli.safe_path import import_nothing_from_here
 from btm_scale.cli.verb import Call
 from btm_scale.util.cores import wait_passively
 
@@ -26,6 +27,8 @@ for _area in (run, forest, evaluate, generate, serve, checkpoint):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb and exit: 0 on success, 2 on a user's mistake, 1 on any other failure."""
     wait_passively(os.environ)
+    if arguments is None:
+        import_nothing_from_here()
     with exit_codes():
         call = parse(sys.argv[1:] if arguments is None else arguments)
         code = call.run() if isinstance(call, Call) else call

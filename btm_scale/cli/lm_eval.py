@@ -6,11 +6,13 @@ The harness finds no models in other packages by itself, so this registers ours 
 from __future__ import annotations
 
 from btm_scale.cli.exit_codes import end
+from btm_scale.cli.safe_path import import_nothing_from_here
 from btm_scale.errors import UserError
 
 
 def main() -> None:
     """Run `lm_eval` with its own arguments, such as `--model btm-scale --model_args run=DIR,method=ensemble`."""
+    import_nothing_from_here()
     try:
         from lm_eval.__main__ import cli_evaluate
 

@@ -103,13 +103,15 @@ def serve(
             raise
         end(f"{error.name} is not installed: pip install 'btm-scale[serve]'", 2)
     from btm_scale.config.section import bytes_from_text
+    from btm_scale.serve.gate import is_loopback
     from btm_scale.serve.keys import Keys
 
     config, run_dir = opened(run)
     keys = Keys.load(api_key_file) if api_key_file else None
     listener = server.bind(host, port)
     url = server.url_of(listener)
-    if keys is None and not server.is_loopback(host):
+    is_local = is_loopback(host)
+    if keys is None and not is_local:
         logger.warning("Anyone who reaches %s can use this server. Set --api-key-file, or --host 127.0.0.1.", url)
     max_bytes = bytes_from_text(max_memory) if max_memory else None
     settings: dict[str, Any] = {"prior": prior, "domain": domain, "max_waiting": max_waiting, "max_bytes": max_bytes}
@@ -126,5 +128,13 @@ def serve(
             prefix_bytes=0 if prefix_cache == "0" else bytes_from_text(prefix_cache),
             **settings,
         )
-    server.serve(planner, answering, listener, name=config.name, keys=keys, log_requests=log_requests)
+    server.serve(
+        planner,
+        answering,
+        listener,
+        name=config.name,
+        keys=keys,
+        log_requests=log_requests,
+        only_local=is_local and keys is None,
+    )
     return Answer({"url": url}, silent)

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from btm_scale.errors import CheckpointError, UserError
+from btm_scale.errors import CheckpointError, LaunchError, UserError
 from btm_scale.model.hf_load import load_causal_lm, new_cache, require_causal_lm
 from btm_scale.model.kv_rows import bytes_of, has_all_positions, joined_rows, leading_positions, selected_rows
+from btm_scale.util.devices import usable_gpus
 
 # Logits in memory at a time while a prompt is read (256 MB of float32).
 _MAX_LOGITS = 2**26
@@ -278,9 +279,15 @@ class Reading:
 
 
 def usable_device(name: str | None) -> str:
-    """Return `name`, or if it is None a GPU if there is one. Raises `UserError` for a device that cannot be used."""
+    """Return `name`, or if it is None a GPU if there is one.
+
+    Raises `UserError` for a device that cannot be used, and if this process was given GPUs and torch can use none.
+    """
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            return "cuda" if usable_gpus("auto", in_this_process=True).names else "cpu"
+        except LaunchError as error:
+            raise UserError(f"{error} For this command alone, --device cpu chooses the CPU.") from None
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:

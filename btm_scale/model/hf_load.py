@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,15 @@ from btm_scale.errors import CheckpointError, UserError, few_names
 from btm_scale.model.hf_config import read_config, require_no_adapter
 from btm_scale.util.bounded_json import parse_json, read_bounded
 from btm_scale.util.inside import file_inside
+from btm_scale.util.records import read_object
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+
+# With the package `kernels`, transformers fetches code for some families from the Hub, on GPUs, whatever the switches.
+os.environ["USE_HUB_KERNELS"] = "0"
 
 # Settings of config.json that make transformers run, import or fetch something else than the model's own class.
 _ACTIVE_SETTINGS = (
@@ -35,6 +40,7 @@ _ACTIVE_SETTINGS = (
 )
 _EXPANDED_SETTINGS = ("quantization_config", "num_labels", "id2label", "label2id")
 _MOST_LAYERS = 100_000
+_INDEX = (".safetensors.index.json", ".bin.index.json")
 _DESCRIBING = {".json", ".txt", ".model", ".jinja"}
 _PIPELINE_PROBES = ("a  b\n\tc", " 2023-01-15 12345", "don't, I'll: x=y; naïve 北京 🎉", "def f(x):\n    return x")
 _SAFE = {"local_files_only": True, "trust_remote_code": False}
@@ -57,7 +63,11 @@ def load_config(directory: Path) -> Any:
         )
     if "quantization_config" in settings:
         raise CheckpointError(f"The weights in {directory} are quantized. Write them in bf16, fp16 or fp32 first.")
-    clean = {name: _with_floats(value) for name, value in settings.items() if name not in _ACTIVE_SETTINGS}
+    clean = {name: _passive(value) for name, value in settings.items() if name not in _ACTIVE_SETTINGS}
+    if not _has_small_counts(clean):
+        raise CheckpointError(
+            f"{directory / 'config.json'} has more than {_MOST_LAYERS:,} layers. No model has as many. Copy it again."
+        )
     with _readable(directory):
         return CONFIG_MAPPING[family].from_dict(clean)
 
@@ -71,7 +81,7 @@ def completed_config(settings: Mapping[str, Any]) -> dict[str, Any] | None:
 
     family = settings.get("model_type")
     dropped = (*_ACTIVE_SETTINGS, *_EXPANDED_SETTINGS)
-    clean = {name: _with_floats(value) for name, value in settings.items() if name not in dropped}
+    clean = {name: _passive(value) for name, value in settings.items() if name not in dropped}
     if not isinstance(family, str) or family not in CONFIG_MAPPING or not _has_small_counts(clean):
         return None
     try:
@@ -91,15 +101,18 @@ def _has_small_counts(settings: Mapping[str, Any]) -> bool:
     return True
 
 
-def _with_floats(value: Any) -> Any:
-    """Return a setting with its infinities, which transformers writes as an object that names them."""
+def _passive(value: Any) -> Any:
+    """Return a setting without the active ones in it: the configs of a model's parts are read like its own.
+
+    Infinities, which transformers writes as an object that names them, become floats.
+    """
     if isinstance(value, list):
-        return [_with_floats(item) for item in value]
+        return [_passive(item) for item in value]
     if not isinstance(value, dict):
         return value
     if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
         return float(value["__float__"])
-    return {name: _with_floats(item) for name, item in value.items()}
+    return {name: _passive(item) for name, item in value.items() if name not in _ACTIVE_SETTINGS}
 
 
 def require_causal_lm(directory: Path) -> Any:
@@ -127,8 +140,7 @@ def load_causal_lm(directory: Path, dtype: torch.dtype | str = "auto") -> Any:
 
     config = require_causal_lm(directory)
     require_no_adapter(directory)
-    for path in directory.iterdir():
-        file_inside(directory, path.name)
+    _require_own_weights(directory)
     if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
         config._attn_implementation = "eager"  # others refuse soft caps, or leave them out
     with _readable(directory), _no_progress_bar():
@@ -143,6 +155,16 @@ def load_causal_lm(directory: Path, dtype: torch.dtype | str = "auto") -> Any:
     if unused := report["unexpected_keys"]:
         logger.warning("%s has tensors that its model does not use: %s", directory, few_names(unused, "tensors"))
     return model
+
+
+def _require_own_weights(directory: Path) -> None:
+    """Raise CheckpointError if a file of a model, or one that its index names, is outside of its directory."""
+    for path in sorted(directory.iterdir()):
+        file_inside(directory, path.name)
+        if path.name.endswith(_INDEX):
+            shards = read_object(path, CheckpointError).get("weight_map")
+            for name in shards.values() if isinstance(shards, dict) else ():
+                file_inside(directory, str(name))
 
 
 def import_transformers() -> None:

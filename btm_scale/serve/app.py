@@ -296,9 +296,13 @@ def make_app(
     name: str = "forest",
     keys: Keys | None = None,
     log_requests: bool = False,
+    only_local: bool = False,
     lifespan: Any = None,
 ) -> Starlette:
-    """Return the ASGI application. `name`: of the run, for the page."""
+    """Return the ASGI application.
+
+    `name`: of the run, for the page. `only_local`: answer requests to localhost only.
+    """
     metrics = Metrics(planner.backend)
     service = Service(planner, metrics, name, log_requests=log_requests)
     routes = [
@@ -316,5 +320,5 @@ def make_app(
         lifespan=lifespan,
         exception_handlers={ApiError: _refused, 404: _no_route, 405: _no_route, Exception: _fault},
     )
-    app.add_middleware(Gate, keys=keys, metrics=metrics)
+    app.add_middleware(Gate, keys=keys, metrics=metrics, only_local=only_local)
     return app

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import time
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
@@ -22,11 +24,11 @@ _ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/posterior", "/v1/mode
 class Gate:
     """ASGI middleware."""
 
-    def __init__(self, app: ASGIApp, *, keys: Keys | None, metrics: Metrics) -> None:
-        self._app, self._keys, self._metrics = app, keys, metrics
+    def __init__(self, app: ASGIApp, *, keys: Keys | None, metrics: Metrics, only_local: bool) -> None:
+        self._app, self._keys, self._metrics, self._only_local = app, keys, metrics, only_local
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse a request without a key, or pass it on and count its answer."""
+        """Refuse a request without a key or from a foreign page, or pass it on and count its answer."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -38,15 +40,13 @@ class Gate:
                 status = message["status"]
             await send(message)
 
-        path = scope["path"]
+        path, headers = scope["path"], Headers(scope=scope)
         route = path if path in _ROUTES else "other"
         try:
-            if (
-                path.startswith("/v1/")
-                and self._keys
-                and not self._keys.accept(Headers(scope=scope).get("authorization"))
-            ):
+            if path.startswith("/v1/") and self._keys and not self._keys.accept(headers.get("authorization")):
                 await _unauthorized().response()(scope, receive, counted)
+            elif self._only_local and (foreign := _foreign(headers)):
+                await _forbidden(foreign).response()(scope, receive, counted)
             else:
                 await self._app(scope, receive, counted)
         except ClientDisconnect:
@@ -54,6 +54,34 @@ class Gate:
         finally:
             self._metrics.requests.labels(route, str(status)).inc()
             self._metrics.seconds.labels(route).observe(time.perf_counter() - begin)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address means this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _foreign(headers: Headers) -> str:
+    """Return the header of a request that a page of another site caused, "" if there is none.
+
+    A browser sends such requests to this machine also if only this machine can reach the server; with a name that
+    leads here, the page could read the answers too.
+    """
+    authorities = {"Host": headers.get("host"), "Origin": headers.get("origin")}
+    for name, value in authorities.items():
+        if value is not None and not _is_local(value.partition("://")[2] or value):
+            return f"{name}: {value[:100]}"
+    return ""
+
+
+def _is_local(authority: str) -> bool:
+    try:
+        return is_loopback(urlsplit(f"//{authority}").hostname or "")
+    except ValueError:
+        return False
 
 
 async def read_body(request: Request) -> bytes:
@@ -99,6 +127,15 @@ def _too_slow() -> ApiError:
         f"The body did not arrive within {BODY_SECONDS:g} seconds. Send it again, or a shorter one.",
         code="request_timeout",
         headers={"Connection": "close"},
+    )
+
+
+def _forbidden(header: str) -> ApiError:
+    return ApiError(
+        403,
+        f"The request has {header!r}, and a server without API keys answers only requests to localhost. Set "
+        "--api-key-file to serve other names.",
+        code="foreign_request",
     )
 
 

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 from pathlib import Path
 
 from btm_scale.errors import UserError
+from btm_scale.util.bounded_json import read_bounded
+
+logger = logging.getLogger(__name__)
+
+_MOST_BYTES = 1 << 20
 
 
 class Keys:
@@ -18,16 +24,26 @@ class Keys:
 
     @classmethod
     def load(cls, path: Path) -> Keys:
-        """Read keys, one per line; lines that begin with # are comments. Raises UserError if there is none."""
+        """Read keys, one per line; lines that begin with # are comments. Raises UserError if there is none.
+
+        A file that other users may read is reported.
+        """
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            lines = read_bounded(path, _MOST_BYTES).decode("utf-8").splitlines()
+            others = path.stat().st_mode & 0o077
+        except UnicodeDecodeError:  # whose text would repeat a part of the file
+            raise UserError(
+                f"Cannot read API keys from {path}: it is not UTF-8 text. Give a text file with one key per line."
+            ) from None
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"Cannot read API keys from {path}: {error}. Give a text file with one key per line."
             ) from None
         keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
         if not keys:
             raise UserError(f"{path} has no API key. Write at least one, one per line.")
+        if others:
+            logger.warning("Other users may read the API keys in %s. Restrict it: chmod 600", path)
         return cls(keys)
 
     def accept(self, header: str | None) -> bool:

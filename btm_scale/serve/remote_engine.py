@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -10,11 +9,13 @@ from typing import Any
 import httpx2
 
 from btm_scale.generate.running_batch import Alternatives
+from btm_scale.serve.engine_answers import read_answer, read_events
 from btm_scale.serve.engines_file import RemoteExpert
 from btm_scale.serve.work import Delta, Job, Score
 
 _DOWN_SECONDS, _MOST_DOWN_SECONDS = 5.0, 60.0  # doubled with each failure in a row
 _IMPOSSIBLE = -9999.0  # what vLLM writes for a log-probability of -inf
+_MOST_PER_TOKEN = 1 << 10  # characters; an engine that sends more does not count tokens
 _REASONS = {"stop": "stop", "length": "length"}
 
 
@@ -72,7 +73,7 @@ class RemoteEngine:
         try:
             found = answer["choices"][0].get("prompt_logprobs") or answer["prompt_logprobs"]
             scores = [_alternatives(found[place], token, top) for place, token in enumerate(prompt) if place]
-        except (KeyError, IndexError, TypeError, ValueError):
+        except (LookupError, TypeError, ValueError, AttributeError):
             raise _Refused(self._no_scores()) from None
         self._require_scores(len(found) == len(prompt), [score.log_prob for score in scores])
         return scores
@@ -84,34 +85,29 @@ class RemoteEngine:
             answer = await self._post(body)
             found = answer["choices"][0]["logprobs"]["token_logprobs"]
             values = [_log_prob(value) for value in found[1 : len(prompt)]]
-        except (_Refused, KeyError, IndexError, TypeError, ValueError):
+        except (_Refused, LookupError, TypeError, ValueError, AttributeError):
             return None
         self._require_scores(len(values) == len(prompt) - 1, values)
         return values
 
     async def generate(self, copy: int, job: Job) -> AsyncIterator[Delta]:
         """Yield a text as the engine streams it. Raises EngineDown."""
-        reason, count = None, 0
+        reason, count, written = None, 0, 0
+        body = self._body(copy, job)
         try:
-            async with self._client.stream(
-                "POST", self._url, json=self._body(copy, job), headers=self._place.headers
-            ) as response:
+            async with self._client.stream("POST", self._url, json=body, headers=self._place.headers) as response:
                 if response.status_code != 200:
                     if response.status_code >= 500:
                         self.leave_out()
                     raise _Refused(f"The engine of '{self._name}' answered with status {response.status_code}.")
-                async for line in response.aiter_lines():
-                    if not line.startswith("data: ") or line == "data: [DONE]":
-                        continue
-                    chunk = json.loads(line.removeprefix("data: "))
-                    if "error" in chunk:
-                        raise EngineDown(f"The engine of '{self._name}' failed.")
-                    count = (chunk.get("usage") or {}).get("completion_tokens", count)
-                    for choice in chunk.get("choices", ()):
-                        reason = choice.get("finish_reason") or reason
-                        scores = () if job.top is None else self._scores(choice, job.top)
-                        if choice.get("text") or scores:
-                            yield Delta(copy, self._name, choice.get("text") or "", scores=scores)
+                async for event in read_events(response):
+                    texts, ended, tokens = self._read(event, job.top)
+                    reason, count = ended or reason, count if tokens is None else tokens
+                    for text, scores in texts:
+                        written += len(text)
+                        if written > _MOST_PER_TOKEN * body["max_tokens"]:
+                            raise ValueError(f"it sends more than the {body['max_tokens']} tokens that were asked for")
+                        yield Delta(copy, self._name, text, scores=scores)
         except (httpx2.HTTPError, ValueError) as error:
             self.leave_out()
             raise EngineDown(f"The engine of '{self._name}' failed: {_reason(error)}.") from None
@@ -120,6 +116,28 @@ class RemoteEngine:
             raise EngineDown(f"The engine of '{self._name}' ended in the middle of a text.")
         self._failures = 0
         yield Delta(copy, self._name, "", finished=_REASONS.get(reason, "stop"), count=count)  # type: ignore[arg-type]
+
+    def _read(
+        self, event: dict[str, Any], top: int | None
+    ) -> tuple[list[tuple[str, tuple[Score, ...]]], str | None, int | None]:
+        """Return the texts of an event, why the text ended, and how many tokens it has, as far as known.
+
+        Raises ValueError for an event that is not as OpenAI's API has it.
+        """
+        texts, reason = [], None
+        try:
+            for choice in event.get("choices") or ():
+                text, ended = choice.get("text") or "", choice.get("finish_reason")
+                if not isinstance(text, str):
+                    raise TypeError
+                reason = reason if ended is None else str(ended)
+                scores = () if top is None else self._scores(choice, top)
+                if text or scores:
+                    texts.append((text, scores))
+            count = (event.get("usage") or {}).get("completion_tokens")
+        except (LookupError, TypeError, AttributeError):
+            raise ValueError("an event of its stream is not as OpenAI's API has it") from None
+        return texts, reason, count if type(count) is int and count >= 0 else None
 
     def _body(self, copy: int, job: Job) -> dict[str, Any]:
         sampling = job.sampling
@@ -154,13 +172,12 @@ class RemoteEngine:
         reason = ""
         for _ in range(2):
             try:
-                response = await self._client.post(
-                    self._url, json={"model": self._place.model or self._name, **body}, headers=self._place.headers
-                )
-                response.raise_for_status()
-                answer = response.json()
-                if not isinstance(answer, dict):
-                    raise ValueError("not a JSON object")
+                request = {"model": self._place.model or self._name, **body}
+                async with self._client.stream(
+                    "POST", self._url, json=request, headers=self._place.headers
+                ) as response:
+                    response.raise_for_status()
+                    answer = await read_answer(response)
                 self._failures = 0
                 return answer
             except httpx2.HTTPStatusError as error:
@@ -180,8 +197,13 @@ class RemoteEngine:
         )
 
     def _require_scores(self, is_complete: bool, values: Sequence[float]) -> None:
-        if not is_complete or not all(value <= 0 for value in values):
+        if not is_complete:
             raise EngineDown(f"The engine of '{self._name}' scored different tokens. Serve the run's expert directory.")
+        if not all(value <= 0 for value in values):
+            raise EngineDown(
+                f"The engine of '{self._name}' returned log-probabilities that are positive or not numbers. Serve the "
+                "run's expert directory."
+            )
 
 
 def _alternatives(found: dict[str, Any], token: int, top: int) -> Alternatives:

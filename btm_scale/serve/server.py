@@ -39,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 60  # a stream that takes longer is cut off on SIGTERM
 PREFIX_BYTES = 256e6
-_LOOPBACK = ("127.", "::1", "localhost")
 
 
 def prior_of(config: RunConfig, run: RunDir, names: Sequence[str], prior: str, domain: str | None = None) -> Prior:
@@ -81,7 +80,7 @@ def local_planner(
         raise UserError(f"{reason} Increase --max-memory, or use --method expert.")
     created = int(run.config.stat().st_mtime)
     catalog = catalog_of(experts, names, method, created)
-    return Planner(catalog, backend, tokenizer, ChatTemplate.of(run.tokenizer)), backend
+    return Planner(catalog, backend, tokenizer, _chat_template(run)), backend
 
 
 def remote_planner(
@@ -108,7 +107,14 @@ def remote_planner(
         max_waiting=max_waiting,
     )
     catalog = Catalog(names, (), "expert", int(run.config.stat().st_mtime))
-    return Planner(catalog, backend, tokenizer, ChatTemplate.of(run.tokenizer)), backend
+    return Planner(catalog, backend, tokenizer, _chat_template(run)), backend
+
+
+def _chat_template(run: RunDir) -> ChatTemplate | None:
+    template = ChatTemplate.of(run.tokenizer)
+    if template is not None:
+        template.start()
+    return template
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -136,11 +142,6 @@ def url_of(listener: socket.socket) -> str:
     """Return the URL of a bound socket."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a host."""
-    return host.startswith(_LOOPBACK)
 
 
 def serve(planner: Planner, backend: Any, listener: socket.socket, **settings: Any) -> None:

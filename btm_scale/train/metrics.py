@@ -15,7 +15,7 @@ from btm_scale.launch.gpus import gpu_of_device
 from btm_scale.util.bounded_json import parse_json
 from btm_scale.util.cores import CoreWaits
 from btm_scale.util.device_query import name_of
-from btm_scale.util.files import make_directory, open_to_append, write_file
+from btm_scale.util.files import make_directory, open_to_append, sync_file, write_file
 
 if TYPE_CHECKING:  # reading metrics needs no engine
     import torch
@@ -115,6 +115,8 @@ class Metrics:
         waits = {} if self._waiting is None else {"core_wait": self._waiting}
         self._file.write(json.dumps(line | waits | self._runs_on) + "\n")
         if more and DEV_LOSS in more:
+            # After a power cut it decides with the checkpoints, which are synced, when to end and what to export.
+            sync_file(self._file, self._path)
             logger.info("step %d/%d dev loss %.4f", step, self._job.steps, more[DEV_LOSS])
         if now - self._logged > _LOG_SECONDS or step == self._job.steps:
             self._logged = now

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -12,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from btm_scale.config.run import RunConfig
-from btm_scale.errors import ConfigError
+from btm_scale.errors import CheckpointError, ConfigError
 from btm_scale.run_dir import RunDir
-from btm_scale.util.files import make_directory, write_file
+from btm_scale.util.files import make_directory, refuse_foreign_links, write_file
+from btm_scale.util.no_follow import open_no_follow
 
+_FOLDER_DEPTH = 8  # of what monitors write, below their folder in the run
+_RUN_ID = re.compile(r"[0-9a-f]{16}")
 # By section of `deepspeed`: the package that DeepSpeed imports for it.
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 
@@ -35,8 +39,10 @@ def with_monitors(config: RunConfig, run: RunDir, model: str) -> dict[str, Any]:
     """Return the `deepspeed` section with a name, a group and a folder for each enabled monitor that has none.
 
     What W&B has no such setting for becomes a variable of this process, unless that is set. The id of a W&B run is
-    stored, so that a restart resumes it.
+    stored, so that a restart resumes it. Raises CheckpointError for a link of another user among the monitors' files,
+    which append to what it leads to.
     """
+    refuse_foreign_links(run.monitors, depth=_FOLDER_DEPTH)
     section = dict(config.deepspeed)
     for name in ("tensorboard", "csv_monitor"):
         if _enabled(config, name):
@@ -90,4 +96,9 @@ def _run_id(run: RunDir, model: str) -> str:
     if not path.is_file():
         make_directory(path.parent)
         write_file(path, secrets.token_hex(8))
-    return path.read_text().strip()[:64]
+    refusal = CheckpointError(f"{path} is not the id of a W&B run. Delete it: another run is started then.")
+    with os.fdopen(open_no_follow(path, os.O_RDONLY, refusal), "rb") as file:
+        content = file.read(64).decode("ascii", "replace").strip()
+    if not _RUN_ID.fullmatch(content):  # it is sent to W&B
+        raise refusal
+    return content

@@ -16,7 +16,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from btm_scale.errors import CheckpointError
 from btm_scale.util.disk_errors import writing
@@ -123,7 +123,7 @@ def open_to_append(path: Path) -> IO[bytes]:
     return os.fdopen(open_no_follow(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, refusal), "ab")
 
 
-def refuse_foreign_links(folder: Path, *, depth: int = 3) -> None:
+def refuse_foreign_links(folder: Path, *, depth: int = 4) -> None:
     """Raise `CheckpointError` for a link of another user in a folder that a group shares, down to `depth` levels.
 
     The user's own links, and root's, are followed: they lead where this user wants to write.
@@ -243,6 +243,12 @@ def _sync(path: Path) -> None:
         _sync_descriptor(descriptor, path)
     finally:
         os.close(descriptor)
+
+
+def sync_file(file: IO[Any], path: Path) -> None:
+    """Flush and sync an open file, whose name is `path`, so that what was appended survives a power cut."""
+    file.flush()
+    _sync_descriptor(file.fileno(), path)
 
 
 def _sync_descriptor(descriptor: int, path: Path) -> None:

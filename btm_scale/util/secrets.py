@@ -27,8 +27,11 @@ _VALUE = re.compile(
     r"|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{5,}"  # JSON web tokens
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
     r"|(?i:\bauthorization\s*:\s*\S+(?:\s+\S+)?|\b(?:bearer|basic)\s+[\w.~+/=-]{16,})"
-    r"|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"  # user:password@ in a URL
+    r"|(?<=://)[^/\s:@]*:[^/\s]+(?=@)"  # user:password@ in a URL
+    r"|(?<=https://)[^/\s:@]+(?=@)"  # a token in place of a user
 )
+_PARAMETER = re.compile(r"""([?&]([\w.-]+)=)[^&#\s'"]+""")  # of a URL
+_SIGNATURES = ("sig", "signature", "awsaccesskeyid", "googleaccessid")  # of URLs that give access to whom they are sent
 _MASK = "***"
 
 
@@ -40,12 +43,20 @@ def is_secret_name(name: str) -> bool:
 
 def has_secret(text: str) -> bool:
     """Return whether a text has the form of a known kind of token or key, or holds a URL with a password."""
+    if "://" in text and any(_is_secret_parameter(match[2]) for match in _PARAMETER.finditer(text)):
+        return True
     return _VALUE.search(text) is not None
 
 
 def masked(text: str) -> str:
     """Return a text with every secret that has a known form, or is assigned to the name of one, replaced by `***`."""
+    if "://" in text:
+        text = _PARAMETER.sub(lambda match: f"{match[1]}{_MASK}" if _is_secret_parameter(match[2]) else match[0], text)
     return _ASSIGNED.sub(_without_value, _VALUE.sub(_MASK, text))
+
+
+def _is_secret_parameter(name: str) -> bool:
+    return is_secret_name(name) or name.lower() in _SIGNATURES or name.lower().endswith("-signature")
 
 
 def _without_value(match: re.Match[str]) -> str:

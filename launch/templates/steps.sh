@@ -4,3 +4,5 @@ export SLURM_EXPORT_ENV=ALL
 # srun does not inherit the option --cpus-per-task of the job.
 cpus=${SLURM_CPUS_PER_TASK:-@CPUS@}
 [[ -z $cpus ]] || export SRUN_CPUS_PER_TASK=$cpus
+# The working directory may hold Python files of others: nothing is imported from it.
+export PYTHONSAFEPATH=1

@@ -99,12 +99,38 @@ def test_what_only_resembles_a_secret_is_allowed(values: dict[str, Any], tmp_pat
         "Authorization: Basic dXNlcjpwYXNzd29yZA==",
         "bearer " + "a" * 20,
         "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmN",
+        "s3://key:canary@bucket/text",
+        "simplecache::https://me:can@ary@example.org/text",
+        "https://canaryCANARY@example.org/text",
     ],
 )
 def test_known_forms_of_secrets_are_masked(text: str) -> None:
     assert has_secret(f"before {text} after")
     assert text not in masked(f"before {text} after")
     assert masked(f"before {text} after").startswith("before ")
+
+
+@pytest.mark.parametrize(
+    "parameter",
+    ["X-Amz-Signature", "X-Amz-Security-Token", "X-Goog-Signature", "sig", "Signature", "AWSAccessKeyId", "token"],
+)
+def test_urls_that_give_access_are_refused_and_masked(parameter: str, tmp_path: Path) -> None:
+    url = f"https://bucket.example.org/a.jsonl?version=3&{parameter}=canaryCANARY&x=1"
+    assert "canary" not in masked(f"Cannot read {url}.")
+    assert masked(f"Cannot read {url}.").startswith("Cannot read https://bucket.example.org/a.jsonl?version=3&")
+    for values in ({"text": url}, {"text": ["a.jsonl", f"filecache::{url}"]}, {"token_files": url}):
+        (tmp_path / "own.yaml").write_text(dump_text({"domains": {"math": values}}))
+        with pytest.raises(ConfigError, match=r"domains\.math\.(text|token_files).* looks like a secret") as raised:
+            RunConfig.load(tmp_path / "own.yaml")
+        assert "canary" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["https://example.org/a.jsonl?version=3&split=train", "s3://bucket/a?.jsonl", "sftp://me@host/x"]
+)
+def test_other_urls_are_not(url: str) -> None:
+    assert not has_secret(url)
+    assert masked(url) == url
 
 
 @pytest.mark.parametrize("name", ["HF_TOKEN", "apiKey", "--password", "aws-secret-access-key", "Authorization"])

@@ -308,6 +308,7 @@ def test_lm_eval_ends_with_a_message_for_a_hostile_tokenizer(
         "sys.argv",
         ["btm-scale-lm-eval", "run", *arguments, "--tasks", "canary", "--include_path", str(strange_run.root)],
     )
+    monkeypatch.setenv("PYTHONSAFEPATH", "")  # which the command sets
     with pytest.raises(SystemExit) as ended:
         lm_eval.main()
     shown = capfd.readouterr().err

@@ -77,6 +77,11 @@ def test_hugging_face_names_are_files_in_the_local_cache(tmp_path: Path, monkeyp
         texts(tmp_path, "hf://datasets/other/name/en/*.json")
     with pytest.raises(DataError, match="matches no file"):
         texts(tmp_path, "hf://datasets/allenai/c4/de/*.json")
+    (tmp_path / "elsewhere" / "en").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "en" / "c4-0.json").write_text('{"text": "private"}\n')
+    (repository / "refs" / "main").write_text("../../../elsewhere")
+    with pytest.raises(DataError, match="is not in the Hugging Face cache"):
+        texts(tmp_path, "hf://datasets/allenai/c4/en/*.json")
     for name in ("hf://allenai/c4", "hf://datasets/allenai/c4/../../x"):
         with pytest.raises(DataError, match="is not a name of files"):
             texts(tmp_path, name)

@@ -11,9 +11,15 @@ from helpers.cuts import full
 from helpers.verb_cases import VERBS, Stages, files_of, repeat_of
 from helpers.warm import Warm
 
+CASES = [
+    case
+    for name, verb in VERBS.items()
+    for case in ([(name, 2), full(name, 20)] if verb.quick else [full(name, 4)])
+    if name != "forest remove"  # a second removal is an error
+]
 
-@pytest.mark.parametrize("kills", [2, full(20)])
-@pytest.mark.parametrize("name", [name for name in VERBS if name != "forest remove"])  # a second removal is an error
+
+@pytest.mark.parametrize(("name", "kills"), CASES)
 def test_a_killed_command_that_is_given_again_has_the_same_result(
     name: str, kills: int, warm: Warm, stages: Stages, tmp_path: Path
 ) -> None:

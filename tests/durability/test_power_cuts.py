@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from helpers.cuts import cut
+from helpers.cuts import cut, full
 from helpers.power_cuts import Image, Moment, moments
 from helpers.verb_cases import CONFIG, VERBS, Stages, files_of, is_log, is_temporary, repeat_of
 from helpers.warm import Warm
@@ -59,8 +59,10 @@ def test_what_has_its_final_name_is_complete_after_a_power_cut_at_any_moment(
     assert not [path for path in durable.keys() & removed if path.endswith("expert.json")]
 
 
-@pytest.mark.parametrize("cuts", [2, pytest.param(12, marks=pytest.mark.full)])
-@pytest.mark.parametrize("name", VERBS)
+@pytest.mark.parametrize(
+    ("name", "cuts"),
+    [case for name, verb in VERBS.items() for case in ([(name, 2), full(name, 12)] if verb.quick else [full(name, 3)])],
+)
 def test_the_same_command_completes_what_a_power_cut_left(
     name: str, cuts: int, warm: Warm, stages: Stages, tmp_path: Path
 ) -> None:

@@ -20,7 +20,7 @@ def test_every_verb_writes_the_same_bytes_in_another_process(warm: Warm, stages:
             stages.begin(verb, tmp_path)
             second = other.check(*words)
             assert files_of(run) == once, verb.name
-            if verb.name != "merge":  # its answer has the seconds that it took
+            if not verb.name.startswith("merge"):  # whose answer has the seconds that it took
                 assert second.stdout == first.stdout
     finally:
         other.close()

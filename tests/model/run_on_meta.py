@@ -1,8 +1,9 @@
 """Train, score and decode with `meta` in place of a GPU, where a CPU tensor that meets a GPU tensor raises.
 
 `run_on_meta.py SPEC.json`: the spec has `cases` (name: `family`, `recompute`, `documents`) and `result`. For
-each case the script writes `training`, `scoring` and `decoding`, each an error's text or "", and of the training step
-`calls` (operator: number) and `squares`, whether a tensor [..., length, length] of each head was made.
+each case the script writes `training` (but for mixtures, which are not trained), `scoring`, `decoding` and `serving`,
+each an error's text or "", and of the training step `calls` (operator: number) and `squares`, whether a tensor
+[..., length, length] of each head was made.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.fx.experimental._config as fake_config
 from helpers.worlds import fork_world, read_spec
@@ -23,8 +25,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from btm_scale.config.layout import Layout
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.evaluate.score import _log_probs
-from btm_scale.generate.sampling import cut
-from btm_scale.model.families import FAMILIES
+from btm_scale.forest.posterior.evidence import RunningPosterior
+from btm_scale.generate.running_batch import Row, RunningBatch
+from btm_scale.generate.sampling import Sampling, cut
+from btm_scale.model.families import READABLE
 from btm_scale.model.gpt import ExpertModel, build_model
 from btm_scale.model.hf_config import config_json
 from btm_scale.model.hf_decoder import Decoder
@@ -32,6 +36,7 @@ from btm_scale.model.shape import ModelShape
 
 GPU = torch.device("meta")
 BATCH, LENGTH, VOCABULARY = 2, 64, 129
+EXPERTS, TOP_K = 4, 2
 
 
 class Operators(TorchDispatchMode):
@@ -52,11 +57,29 @@ class Operators(TorchDispatchMode):
         return result
 
 
+class HostReads(TorchDispatchMode):
+    """Answers what the host reads, and what depends on values: every expert of a mixture gets as many tokens."""
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        source, aten = args[0] if args else None, torch.ops.aten
+        if isinstance(source, torch.Tensor) and source.is_meta:
+            if operator is aten.masked_select.default:
+                return source.new_empty(source.numel() * TOP_K // EXPERTS)
+            if operator is aten._local_scalar_dense.default:
+                return 1
+            if operator is aten._to_copy.default and str((kwargs or {}).get("device")) == "cpu":
+                tokens = 0 if source.is_floating_point() else BATCH * LENGTH * TOP_K // EXPERTS
+                return torch.full(source.shape, tokens, dtype=source.dtype)
+        return operator(*args, **(kwargs or {}))
+
+
 def shape_of(family: str) -> ModelShape:
-    traits = FAMILIES[family]
+    traits = READABLE[family]
     sizes = {"layers": 2, "hidden": 96, "heads": 6, "kv_heads": 2 if traits.grouped else 6, "ffn": 112}
-    window = {"window": 16} if traits.windowed else {}
-    return ModelShape(family=family, positions=LENGTH, vocabulary=VOCABULARY, tied=True, **sizes, **window)
+    extra = ({"window": 16} if traits.windowed else {}) | (
+        {"experts": EXPERTS, "top_k": TOP_K} if traits.mixture else {}
+    )
+    return ModelShape(family=family, positions=LENGTH, vocabulary=VOCABULARY, tied=True, **sizes, **extra)
 
 
 def tokens() -> torch.Tensor:
@@ -71,21 +94,43 @@ def train(model: ExpertModel) -> None:
 
 
 def score(group: ExpertGroup, model: ExpertModel) -> None:
-    with torch.no_grad():
+    with torch.no_grad(), HostReads():
         assert _log_probs(group, model.eval(), tokens(), tokens()).device == GPU
 
 
-def decode(shape: ModelShape) -> None:
+def decoder_of(shape: ModelShape) -> Decoder:
     with torch.device(GPU):
         config = AutoConfig.for_model(**config_json(shape, dtype="bfloat16", end_of_text=2))
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    decoder = Decoder(model)
+        return Decoder(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
+
+
+def decode(shape: ModelShape) -> None:
+    decoder = decoder_of(shape)
     for lengths in ((8, 8, 8), (8, 5, 1)):
         for scores in (True, False):
             reading = decoder.read([[1] * length for length in lengths], score=scores)
             reading.feed(torch.zeros(3, dtype=torch.int64, device=GPU))
             reading.next_log_probs(torch.zeros(3, dtype=torch.int64, device=GPU))
             assert cut(reading.logits, 5, 0.9).device == GPU
+
+
+def serve(shape: ModelShape) -> None:
+    """Continue texts of two experts that join and leave, each with its own sampling, as a server does."""
+    decoders, batch = [decoder_of(shape) for _ in range(2)], RunningBatch(torch.Generator())
+    rows = [
+        Row(Sampling(temperature=0.0), top=3),
+        Row(Sampling(0.7, top_k=5, top_p=0.9), random=torch.Generator()),
+        Row(),
+    ]
+    with HostReads():
+        for prompts in ([[1] * 8, [1] * 5, [1]], [[1] * 12, [1] * 2, [1] * 2]):
+            readings = [decoder.read(prompts) for decoder in decoders]
+            batch.join(readings, RunningPosterior(np.log([0.5, 0.5]), len(prompts)), rows)
+            for kept in (slice(None), slice(0, 2)):
+                sampled, alternatives = batch.sample()
+                assert sampled.device == GPU
+                assert alternatives[0] is not None
+                batch.advance(sampled, list(range(len(batch.rows)))[kept])
 
 
 def outcome(job: Callable[..., None], *arguments: Any) -> str:
@@ -102,11 +147,13 @@ def run_case(group: ExpertGroup, family: str, recompute: Any, documents: bool) -
     model.end_of_text = 2 if documents else None
     scores = BATCH * shape.heads * LENGTH * LENGTH
     with Operators(scores) as operators:
-        training = outcome(train, model)
+        training = "" if shape.experts else outcome(train, model)
     return {
         "training": training,
         "scoring": outcome(score, group, model),
         "decoding": outcome(decode, shape),
+        # Neither matters to transformers.
+        "serving": outcome(serve, shape) if recompute == "none" and not documents else "",
         "calls": operators.calls,
         "squares": operators.squares,
     }

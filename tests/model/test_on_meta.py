@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from helpers.worlds import run_script
 
-from btm_scale.model.families import FAMILIES
+from btm_scale.model.families import FAMILIES, MIXTURES
 
 LAYERS = 2
 RECOMPUTE = ("none", "selective", "full")
@@ -23,7 +23,9 @@ CASES: dict[str, dict[str, Any]] = {
     for recompute in RECOMPUTE
     for documents in (False, True)
 }
-MASKED = {name: case for name, case in CASES.items() if case["documents"] or FAMILIES[case["family"]].windowed}
+CASES |= {family: {"family": family, "recompute": "none", "documents": False} for family in MIXTURES}
+TRAINED = {name: case for name, case in CASES.items() if case["family"] in FAMILIES}
+MASKED = {name: case for name, case in TRAINED.items() if case["documents"] or FAMILIES[case["family"]].windowed}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return dict(json.loads((folder / "result.json").read_text()))
 
 
-@pytest.mark.parametrize("part", ["training", "scoring", "decoding"])
+@pytest.mark.parametrize("part", ["training", "scoring", "decoding", "serving"])
 @pytest.mark.parametrize("name", CASES)
 def test_no_tensor_stays_on_the_cpu(name: str, part: str, results: dict[str, Any]) -> None:
     assert results[name][part] == ""

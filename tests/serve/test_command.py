@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
+from pathlib import Path
 
 import httpx2
+import psutil
 import pytest
 from helpers.in_process import refusal
 from helpers.tiny_run import start_btm_scale
@@ -18,9 +20,16 @@ from btm_scale.serve.server import local_planner
 Finished = tuple[RunConfig, RunDir]
 
 
+def states_of(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of every file, but for caches and the note that the tokenizer was tried."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
 @pytest.mark.slow
 def test_a_run_is_served_until_sigterm(finished_run: Finished) -> None:
     _, run = finished_run
+    before = states_of(run.root)
     process = start_btm_scale("serve", run.root, "--port", "0", stdout=subprocess.PIPE)
     assert process.stderr is not None
     lines: list[str] = []
@@ -29,6 +38,8 @@ def test_a_run_is_served_until_sigterm(finished_run: Finished) -> None:
         if "All models are loaded" in line:
             break
     url = re.findall(r"http://127\.0\.0\.1:\d+", "".join(lines))[0]
+    listening = [one.laddr.ip for one in psutil.Process(process.pid).net_connections("inet") if one.status == "LISTEN"]
+    assert listening == ["127.0.0.1"]
     names = [model["id"] for model in httpx2.get(f"{url}/v1/models").json()["data"]]
     assert names[:4] == ["forest", "forest:mixture", "licences", "python"]
     assert {"seed", "average/uniform"} <= set(names)
@@ -40,6 +51,7 @@ def test_a_run_is_served_until_sigterm(finished_run: Finished) -> None:
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (0, ""), err
     assert "Traceback" not in "".join(lines) + err
+    assert states_of(run.root) == before
 
 
 def test_mistakes_are_reported_before_anything_is_served(finished_run: Finished, tmp_path) -> None:

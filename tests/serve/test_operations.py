@@ -21,9 +21,9 @@ from helpers.served_forest import Served, planner_of, running
 from helpers.tiny_forest import POSITIONS
 
 from btm_scale.errors import LaunchError, UserError
-from btm_scale.serve.gate import MAX_BODY
+from btm_scale.serve.gate import MAX_BODY, is_loopback
 from btm_scale.serve.keys import Keys
-from btm_scale.serve.server import bind, is_loopback, make_server, url_of
+from btm_scale.serve.server import bind, make_server, url_of
 
 ASK = {"model": "forest", "prompt": "ab", "max_tokens": 8}
 

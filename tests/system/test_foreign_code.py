@@ -240,6 +240,7 @@ def test_no_code_of_a_dataset_script_runs(
     ]
     arguments += ["--tasks", "canary", "--include_path", str(tmp_path), "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["btm-scale-lm-eval", *arguments])
+    monkeypatch.setenv("PYTHONSAFEPATH", "")  # which the command sets
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     with contextlib.suppress(Exception, SystemExit):  # it may refuse the folder, or read the lines beside the script
         lm_eval.main()

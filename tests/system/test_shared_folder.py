@@ -88,6 +88,7 @@ class Shared:
             "ablate": ["ablate", root, "--expert", "docs", "--expert", "cpp", "--text", __file__, "--device", "cpu"],
             "forest add": ["forest", "add", root, models[0], "--name", "newcomer"],
             "forest remove": ["forest", "remove", root, "docs"],
+            "upcycle": ["upcycle", root, "--device", "cpu"],
             "merge": ["merge", str(self.folder / "out"), *models],
             "convert": ["convert", models[0], str(self.folder / "out"), "--to", "megatron"],
         }
@@ -149,7 +150,7 @@ def names_written(shared: Shared, verb: str) -> set[Path]:
 
 
 SHORT = ["evaluate", "report", "merge"]
-LONG = ["prepare", "ablate", "forest add", "forest remove", "convert"]
+LONG = ["prepare", "ablate", "forest add", "forest remove", "convert", "upcycle"]
 VERBS = [*SHORT, *(pytest.param(verb, marks=pytest.mark.full) for verb in LONG)]
 
 
@@ -192,7 +193,8 @@ def restore(path: Path) -> None:
 def reset(shared: Shared, verb: str) -> None:
     """Let the verb have something to do again."""
     shutil.rmtree(shared.folder / "out", ignore_errors=True)
-    shutil.rmtree(shared.run.model("newcomer"), ignore_errors=True)
+    for model in ("newcomer", "moe"):
+        shutil.rmtree(shared.run.model(model), ignore_errors=True)
     remove_outcome(shared, verb)
 
 

@@ -11,7 +11,7 @@ import pytest
 from helpers.tiny_run import tiny_values
 
 from btm_scale.config.run import RunConfig
-from btm_scale.errors import ConfigError
+from btm_scale.errors import CheckpointError, ConfigError
 from btm_scale.run_dir import RunDir
 from btm_scale.train import monitors
 from btm_scale.train.monitors import require_monitors, rewind, with_monitors
@@ -45,6 +45,34 @@ def test_a_run_of_wandb_has_a_name_and_a_group_and_is_resumed(tmp_path: Path, mo
     monkeypatch.setenv("WANDB_NAME", "mine")
     with_monitors(config, run, "python")
     assert os.environ["WANDB_NAME"] == "mine"
+
+
+def test_a_monitor_follows_no_link_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes, run = tmp_path / "notes", RunDir(tmp_path / "run")
+    notes.write_text("private\n")
+    link = run.monitors / "csv_monitor" / "random_0" / "loss.csv"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(notes)
+    if os.geteuid() == 0:
+        os.lchown(link, 4242, 4242)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 4242)
+    with pytest.raises(CheckpointError, match="another user made"):
+        with_monitors(config_with(csv_monitor={"enabled": True}), run, "random/0")
+
+
+@pytest.mark.parametrize("content", ["private\n", "", "0123456789abcdef0", "\x1b[31m"])
+def test_only_an_id_is_sent_to_wandb(content: str, tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.train("python").mkdir(parents=True)
+    (run.train("python") / "wandb-id").write_text(content)
+    with pytest.raises(CheckpointError, match="is not the id of a W&B run"):
+        with_monitors(config_with(wandb={"enabled": True}), run, "python")
+    (run.train("python") / "wandb-id").unlink()
+    (tmp_path / "private").write_text("0123456789abcdef")
+    (run.train("python") / "wandb-id").symlink_to(tmp_path / "private")
+    with pytest.raises(CheckpointError, match="is not the id of a W&B run"):
+        with_monitors(config_with(wandb={"enabled": True}), run, "python")
 
 
 def test_a_monitor_whose_package_is_missing_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,138 @@
+"""Renders chats in a child process: the template may be a stranger's, and may loop or fill memory.
+
+transformers' sandbox keeps a template away from files and modules, and sets no limits of time and memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from btm_scale.model.hf_load import render_chat
+from btm_scale.util.secrets import is_secret_name
+
+LONGEST = 1_000_000  # characters of a prompt
+_SECONDS = 10.0  # of the clock, per chat
+_START_SECONDS = 120.0
+_MEMORY = 1 << 30  # beyond what the libraries take
+
+
+class TooExpensive(Exception):  # noqa: N818 (callers complete its sentence)
+    """A template exceeded a limit."""
+
+
+class ChatProcess:
+    """Renders the chats of one template, one at a time. A process that exceeds a limit is killed and replaced."""
+
+    def __init__(self, template: str, special: Mapping[str, str]) -> None:
+        self._setting = [template, dict(special)]
+        self._turn = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._is_ready = False
+
+    def start(self) -> None:
+        """Start the process, without waiting until it is ready."""
+        command = [sys.executable, "-P", "-m", "btm_scale.serve.chat_process"]
+        kept = {name: value for name, value in os.environ.items() if not is_secret_name(name)}
+        self._child = subprocess.Popen(
+            command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=kept
+        )
+        self._is_ready = False
+        weakref.finalize(self, _end, self._child)
+
+    def render(self, chat: Sequence[Mapping[str, str]]) -> str:
+        """Return the text of a chat. Raises ValueError with the template's reason, and TooExpensive."""
+        with self._turn:
+            if self._child is None or self._child.poll() is not None:
+                self.start()
+            if not self._is_ready:
+                self._ask(self._setting, _START_SECONDS)
+                self._is_ready = True
+            answer = self._ask(list(chat), _SECONDS)
+        if "problem" in answer:
+            raise ValueError(answer["problem"])
+        text: str = answer["text"]
+        return text
+
+    def _ask(self, question: Any, seconds: float) -> dict[str, Any]:
+        assert self._child is not None
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        answer, deadline = b"", time.monotonic() + seconds
+        try:
+            self._child.stdin.write(json.dumps(question).encode() + b"\n")
+            self._child.stdin.flush()
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._child.stdout, selectors.EVENT_READ)
+                while not answer.endswith(b"\n") and selector.select(max(0.0, deadline - time.monotonic())):
+                    part = os.read(self._child.stdout.fileno(), 1 << 16)
+                    if not part:
+                        break
+                    answer += part
+        except BrokenPipeError:
+            pass
+        if answer.endswith(b"\n"):
+            return dict(json.loads(answer))
+        _end(self._child)
+        raise TooExpensive(f"it took more than {seconds:g} s or {_MEMORY >> 30} GiB")
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    child.kill()
+    child.wait()
+    for pipe in (child.stdin, child.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+
+def _answer_all() -> None:
+    """In the child: read the template and then chats, one per line, until the parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the server, which ends this process
+    render_chat("", [], {})  # imports what it needs, which is not the template's time and memory
+    _limit_itself()
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # what a library prints
+    template, special = json.loads(sys.stdin.buffer.readline())
+    answers.write(b"{}\n")
+    for line in sys.stdin.buffer:
+        signal.alarm(int(3 * _SECONDS))  # if the parent has been killed
+        answers.write(json.dumps(_rendered(template, json.loads(line), special)).encode() + b"\n")
+        signal.alarm(0)
+
+
+def _rendered(template: str, chat: list[dict[str, str]], special: dict[str, str]) -> dict[str, str]:
+    try:
+        text = render_chat(template, chat, special)
+    except MemoryError:
+        return {"problem": "it needs too much memory"}
+    except Exception as error:  # a template may raise anything, of Jinja and of Python
+        return {"problem": (str(error).strip() or type(error).__name__).splitlines()[0][:200]}
+    return {"text": text[: LONGEST + 1]}
+
+
+def _limit_itself() -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    for limit, value in (
+        (resource.RLIMIT_AS, pages * resource.getpagesize() + _MEMORY),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, 0),
+    ):
+        _, hard = resource.getrlimit(limit)
+        resource.setrlimit(limit, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+
+
+if __name__ == "__main__":
+    _answer_all()
