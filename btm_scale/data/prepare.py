@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -19,49 +20,68 @@ from btm_scale.data.splits import Placement, placement_of
 from btm_scale.data.token_files import digest_of_text, write_domain
 from btm_scale.data.tokenizer import Tokenizer, directory_digest
 from btm_scale.data.train_tokenizer import adopt_tokenizer, balanced_sample, train_tokenizer
-from btm_scale.errors import DataError, GroupFailed
+from btm_scale.errors import ConfigError, DataError, GroupFailed, unknown_name
 from btm_scale.run_dir import RunDir
 from btm_scale.util.cores import visible_cores
 from btm_scale.util.files import new_directory, partial_path, remove_partial
-from btm_scale.util.locks import held
+from btm_scale.util.locks import held, is_held
 from btm_scale.util.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
 
-def prepare(config: RunConfig, run: RunDir, on_progress: Progress | None = None) -> dict[str, Fingerprint]:
+def prepare(
+    config: RunConfig, run: RunDir, on_progress: Progress | None = None, only: Sequence[str] = ()
+) -> dict[str, Fingerprint]:
     """Create the tokenizer and token files that do not exist yet; existing ones are checked, not created again.
 
-    `on_progress` is called with how much text has been encoded; by default it is logged.
-    Returns the fingerprint of every domain's token files, in the config's order. Raises DataError and leaves nothing
-    half-written, and GroupFailed while another process prepares the run, because its files would look like leftovers.
+    `on_progress` is called with how much text has been encoded; by default it is logged. `only` these domains: once
+    the tokenizer exists, several processes may prepare different ones at once.
+
+    Returns the fingerprint of each of these domains' token files, in the config's order. Raises ConfigError for an
+    unknown domain, DataError and leaves nothing half-written, and GroupFailed while another process prepares the same
+    text, because its files would look like leftovers.
     """
+    for name in only:
+        if name not in config.all_domains:
+            raise ConfigError(unknown_name("domain", name, config.all_domains))
     sources = resolve_sources(config.all_domains, config.text_root)
-    with held(run.prepare_lock) as is_ours:
+    beside_others = bool(only) and run.tokenizer.is_dir()
+    with contextlib.nullcontext() if beside_others else _held_by_us(run.prepare_lock, f"the run in {run.root}"):
+        _remove_leftovers(run, only)
+        chosen = [source.name for source in sources if source.name in only or not only]
+        return _prepare(sources, chosen, config, run, on_progress or logged_progress())
+
+
+@contextlib.contextmanager
+def _held_by_us(lock: Path, text: str) -> Iterator[None]:
+    with held(lock) as is_ours:
         if not is_ours:
-            raise GroupFailed(f"Another process is preparing the run in {run.root}. Wait until it ends, or stop it.")
-        return _prepare(sources, config, run, on_progress or logged_progress())
+            raise GroupFailed(f"Another process is preparing {text}. Wait until it ends, or stop it.")
+        yield
 
 
 def _prepare(
-    sources: Sequence[DomainSource], config: RunConfig, run: RunDir, on_progress: Progress
+    sources: Sequence[DomainSource], chosen: Sequence[str], config: RunConfig, run: RunDir, on_progress: Progress
 ) -> dict[str, Fingerprint]:
-    _remove_leftovers(run)
-    before = {source.name: Snapshot.of(file.path for file in source.files) for source in sources}
+    before = {
+        source.name: Snapshot.of(file.path for file in source.files) for source in sources if source.name in chosen
+    }
     placements = Placements(config)
     _ensure_tokenizer(sources, config, run, placements)
     sources = [replace(source, tokenizer=run.tokenizer) for source in sources]
     digest = directory_digest(run.tokenizer)
-    finished = {source.name: _finished(source, config, run, digest, placements) for source in sources}
+    own = [source for source in sources if source.name in chosen]
+    finished = {source.name: _finished(source, config, run, digest, placements) for source in own}
     fingerprints = {name: fingerprint for name, fingerprint in finished.items() if fingerprint is not None}
-    waiting = [source for source in sources if source.name not in fingerprints]
+    waiting = [source for source in own if source.name not in fingerprints]
     if waiting:
         with Encoder(run.tokenizer, config.data.workers or visible_cores()) as encoder:
             for source in waiting:
                 fingerprints[source.name] = _encode(
                     source, sources, config, run, encoder, on_progress, placements, before[source.name]
                 )
-    return {source.name: fingerprints[source.name] for source in sources}
+    return {name: fingerprints[name] for name in chosen}
 
 
 class Placements:
@@ -79,9 +99,13 @@ class Placements:
         return self._known[source.name]
 
 
-def _remove_leftovers(run: RunDir) -> None:
-    for leftover in (partial_path(run.tokenizer), *run.data.glob(".*.partial")):
-        remove_partial(leftover)
+def _remove_leftovers(run: RunDir, only: Sequence[str]) -> None:
+    """Remove what interrupted processes left of the tokenizer and of `only` these domains, or of all."""
+    remove_partial(partial_path(run.tokenizer))
+    leftovers = [partial_path(run.domain(name)) for name in only] or run.data.glob(".*.partial")
+    for leftover in leftovers:
+        if not is_held(run.domain_lock(leftover.name.removeprefix(".").removesuffix(".partial"))):
+            remove_partial(leftover)
 
 
 def _ensure_tokenizer(sources: Sequence[DomainSource], config: RunConfig, run: RunDir, placements: Placements) -> None:
@@ -185,7 +209,10 @@ def _encode(
     before: Snapshot,
 ) -> Fingerprint:
     placement = placements.of(source)
-    with new_directory(run.domain(source.name)) as directory:
+    with (
+        _held_by_us(run.domain_lock(source.name), f"the domain '{source.name}' of the run in {run.root}"),
+        new_directory(run.domain(source.name)) as directory,
+    ):
         elsewhere = keys_elsewhere(source, sources, run, placement)
         fingerprint = write_domain(source, config, encoder, directory, elsewhere, on_progress, placement)
         before.require_unchanged("prepare", DataError)
