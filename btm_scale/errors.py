@@ -34,6 +34,10 @@ class LaunchError(UserError):
     """A group cannot be started as requested."""
 
 
+class NoUsableGpuError(LaunchError):
+    """SLURM gave GPUs to this process, and none works on this host: another host may be better."""
+
+
 class WorkerLost(Exception):  # noqa: N818 (it names an event)
     """A worker process of a pool was killed; the work that it completed and recorded is kept."""
 

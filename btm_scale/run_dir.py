@@ -32,6 +32,10 @@ class RunDir:
         """The lock of the process that prepares the run."""
         return self.root / ".prepare.lock"
 
+    def domain_lock(self, name: str) -> Path:
+        """The lock of the process that encodes one domain."""
+        return self.root / f".prepare-{name}.lock"
+
     @property
     def config_lock(self) -> Path:
         """The lock of the process that rewrites the config."""

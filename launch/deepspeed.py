@@ -71,6 +71,7 @@ class HostPool:
         if port is None:
             self._room.give_back(shares)
             return None
+        _require_reachable(command.name, shares)
         self._taken[command.name] = (shares, port)
         hostfile = command.log.with_name("hostfile")
         make_directory(hostfile.parent)
@@ -103,8 +104,11 @@ class HostPool:
         )
 
     def require_room(self, name: str, ranks: int, colocated: int) -> None:
-        """Raise LaunchError if the hosts can never hold a group of this size."""
-        if not self._room.could_take(ranks, colocated):
+        """Raise LaunchError if the hosts can never hold a group of this size, or if its ranks could not connect."""
+        shares = Room({host: range(number) for host, number in self._slots.items()}).take(ranks, colocated)
+        if shares is not None:
+            _require_reachable(name, shares)
+        else:
             listed = [f"{host} with {number}" for host, number in self._slots.items()]
             raise LaunchError(
                 f"{name} needs {ranks} slots, in multiples of {colocated} per host. The hostfile has "
@@ -152,6 +156,16 @@ class HostPool:
         shares, port = self._taken.pop(name)
         self._room.give_back(shares)
         self._ports.append(port)  # reused last, so that its old connections are closed by then
+
+
+def _require_reachable(name: str, shares: tuple[Share[str, int], ...]) -> None:
+    """Raise LaunchError if a group spans hosts of which one has a name that is another host's on each of them."""
+    own = [share.host for share in shares if share.host == "localhost" or share.host.startswith("127.")]
+    if own and len(shares) > 1:
+        raise LaunchError(
+            f"{name} spans {first_few([share.host for share in shares], 'hosts')}, and {own[0]} is a different host on "
+            "each of them. Ranks connect by the names in the hostfile: give the name by which the others reach it."
+        )
 
 
 def _launcher(shares: tuple[Share[str, int], ...], hostfile: Path, port: int) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +19,17 @@ from btm_scale.run_dir import RunDir
 
 _NOT_A_RENDEZVOUS = ("localhost", "127.0.0.1", "::1")
 _TEMPLATES = Path(__file__).parent / "templates"
+_PARTS = ("rendezvous", "faults", "encode", "again", "steps")  # of scripts; earlier ones contain later ones
 # The options of sbatch that request GPUs, with their value: --gres=gpu:8, --gpus-per-node 8, -G 8.
+_GPU_COUNT = re.compile(r"(?:--gpus-per-node|--gpus|-G)[=\s]*(?:[A-Za-z]\w*:)?(\d+)")
 _GPU_OPTION = re.compile(r"--gres\b.*\bgpu\b.*|--gpus\b.*|--tres-per-\w+\b.*\bgpu\b.*|-G\b.*")
 
 
 @dataclass(frozen=True)
 class Job:
     """One script: `models` are the tasks of its array, the single model that it trains, or empty.
+
+    `domains` are those that it prepares, if not all. Tasks that prepare a domain have the `prefix` before its name.
 
     `ranks` is the size of one group, of which each `colocated` share a node; `after` are the jobs that must succeed
     first.
@@ -39,6 +43,8 @@ class Job:
     after: tuple[str, ...] = ()
     is_array: bool = False
     uses_gpus: bool = True
+    domains: tuple[str, ...] = ()
+    prefix: str = ""
 
 
 def nodes_of(job: Job, config: SlurmConfig) -> tuple[int, int]:
@@ -70,18 +76,21 @@ def render(job: Job, run_name: str, run: RunDir, config: SlurmConfig) -> str:
         "FOLDER": str(run.root),
         "OPTIONS": "\n".join(f"#SBATCH {option}" for option in _options(job, run_name, run, config)),
         "SETUP": "\n".join(config.setup),
-        "MODELS": " ".join(_quote(model) for model in job.models),
+        "MODELS": " ".join(_quote(model.removeprefix(job.prefix)) for model in job.models),
+        "DOMAINS": " ".join(map(_quote, job.domains)),
         "CPUS": str(config.cpus_per_rank or ""),
         "RUN": _quote(str(run.root)),
         "CONFIG": _quote(str(run.config)),
         "PYTHON": _quote(python),
         "RANKS": str(job.ranks),
         "RETRIES": str(config.retries),
+        "EXCLUDED": _quote(config.exclude or ""),
+        "ROOM": str(config.max_excluded),
         "CONTAINER": container,
         "ALONE": f"srun --nodes=1 --ntasks=1{container} " if container else "",
     }
     template = (_TEMPLATES / f"{job.template}.sh").read_text()
-    for part in ("rendezvous", "steps"):  # parts of scripts; what the user has chosen is inserted after them, once
+    for part in _PARTS:  # what the user has chosen is inserted after them, once
         template = template.replace(f"@{part.upper()}@", (_TEMPLATES / f"{part}.sh").read_text().strip())
     text = re.sub(r"@([A-Z]+)@", lambda match: parts[match[1]], template)
     return re.sub(r"\n{3,}", "\n\n", text)
@@ -168,9 +177,12 @@ def _options(job: Job, run_name: str, run: RunDir, config: SlurmConfig) -> list[
         limit = f"%{config.at_a_time}" if config.at_a_time else ""
         options.append(f"--array=0-{len(job.models) - 1}{limit}")
     more = [option.strip() for option in config.options]
+    if job.uses_gpus:
+        for option in more:
+            _require_enough_gpus(job, option, {"per-node": tasks, "": job.ranks})
     options += [option for option in more if job.uses_gpus or not _GPU_OPTION.fullmatch(option)]
     # sbatch takes the last of two equal options.
-    return options + [option.strip() for option in config.prepare_options if job.template == "prepare"]
+    return options + [option.strip() for option in config.prepare_options if job.template in ("prepare", "texts")]
 
 
 def _gres(job: Job, full_node: str, tasks: int) -> str:
@@ -194,6 +206,18 @@ def _gres(job: Job, full_node: str, tasks: int) -> str:
             f"set launch.slurm.ranks_per_node to {tasks - missing}, or raise the number in launch.slurm.gres."
         )
     return ",".join(items)
+
+
+def _require_enough_gpus(job: Job, option: str, ranks: Mapping[str, int]) -> None:
+    """Raise LaunchError if an option requests fewer GPUs than a job has `ranks` per node or in all."""
+    match = _GPU_COUNT.fullmatch(option)
+    needed = ranks["per-node" if option.startswith("--gpus-per-node") else ""]
+    if match is not None and int(match[1]) < needed:
+        raise LaunchError(
+            f"{job.name} has {needed} ranks{' per node' * option.startswith('--gpus-per-node')}, and "
+            f"launch.slurm.options has {option}. Each rank needs one GPU: set launch.slurm.gres instead, from which a "
+            "job requests as many as it has ranks."
+        )
 
 
 def requests_gpus(config: SlurmConfig) -> bool:

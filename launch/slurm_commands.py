@@ -7,6 +7,7 @@ import re
 import secrets
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,14 @@ from btm_scale.launch.slurm_environment import for_jobs
 DEFAULT_MAX_ARRAY_SIZE = 1001
 _ID = re.compile(r"(\d+)(;[\w.-]+)?")  # --parsable: the id, and the cluster if there are several
 _LIMIT = re.compile(r"\b((?:QOS|Assoc)\w*Submit\w*)|job submit limit|temporarily unable to accept job", re.IGNORECASE)
+_NO_SUCH_NODES = re.compile(
+    r"node configuration is not available|Node count specification invalid|More processors requested"
+    r"|Invalid generic resource|partition configuration not available",
+    re.IGNORECASE,
+)
+# A controller that is restarted, or has too much to do.
+_BUSY = re.compile(r"timed out|unable to contact|connect failure|zero bytes|try again", re.IGNORECASE)
+_RETRIES = (2.0, 5.0, 10.0)  # seconds before each further try
 _OTHER_LIMIT = re.compile(r"\b(?:QOS|Assoc)(?!\w*Submit)(?:Max|Min|Grp)\w+")
 # Reasons with which a pending job waits for a change of the job or of the cluster, and not for other jobs to end.
 _BLOCKED = re.compile(
@@ -36,6 +45,10 @@ class AtLimit(LaunchError):  # noqa: N818 (it names a state)
     def __init__(self, message: str, *, is_named: bool) -> None:
         super().__init__(message)
         self.is_named = is_named
+
+
+class SlurmBusy(LaunchError):  # noqa: N818 (it names a state)
+    """SLURM's controller does not answer for now."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +83,16 @@ def queue() -> dict[str, tuple[str, QueueEntry]]:
     mark = secrets.token_hex(8)
     form = f"<{mark}>" + f"<{mark[:8]}>".join(("%i", "%T", "%r", "%N", "%j", "%o"))
     # --all: a partition may be hidden. The user by number: a name would be that of the environment.
-    process = _call("squeue", "--noheader", "--array", "--all", f"--user={os.getuid()}", f"--format={form}")
+    words = ("squeue", "--noheader", "--array", "--all", f"--user={os.getuid()}", f"--format={form}")
+    process = _call(*words)
+    for seconds in _RETRIES:
+        if not (process.returncode and _BUSY.search(process.stderr)):
+            break
+        time.sleep(seconds)
+        process = _call(*words)
     if process.returncode:
         first, *_ = (process.stderr.strip() or f"exit code {process.returncode}").splitlines()
-        raise LaunchError(
+        raise (SlurmBusy if _BUSY.search(process.stderr) else LaunchError)(
             f"squeue failed: {first.removeprefix('squeue: ')}. No job was submitted. Check that this host can reach "
             "SLURM (SLURM_CONF), or only write the scripts: --dry-run."
         )
@@ -140,10 +159,24 @@ def _refuse(command: Sequence[str], process: subprocess.CompletedProcess[str]) -
     if command[0] == "sbatch" and limit is not None and not _OTHER_LIMIT.search(answer):
         reason = answer.splitlines()[-1].removeprefix("sbatch: error: ").removeprefix("Batch job submission failed: ")
         raise AtLimit(limit[1] or reason, is_named=bool(limit[1]))
+    nodes = _kinds_of_nodes() if _NO_SUCH_NODES.search(answer) else ""
     raise LaunchError(
-        f"{' '.join(command)}: {answer}\n"
+        f"{' '.join(command)}: {answer}\n{nodes}"
         "Correct launch.slurm and rerun; jobs that are already submitted are not submitted again."
     )
+
+
+def _kinds_of_nodes() -> str:
+    """Return a sentence on how many nodes of each kind every partition has; "" if SLURM does not answer."""
+    if shutil.which("sinfo") is None:
+        return ""
+    form = "%R|%D|%G|%c"
+    rows = [line.split("|") for line in _call("sinfo", "--noheader", f"--format={form}").stdout.splitlines()]
+    kinds = [
+        f"{partition}: {count} with {'no GPU' if gres == '(null)' else gres} and {cores} cores"
+        for partition, count, gres, cores in (row for row in rows if len(row) == 4)
+    ]
+    return f"The nodes of this cluster are {'; '.join(kinds)}. All nodes of a job must be alike.\n" if kinds else ""
 
 
 def _call(*command: str) -> subprocess.CompletedProcess[str]:

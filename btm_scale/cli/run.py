@@ -104,10 +104,20 @@ def run(
 
 
 @verb(app, "prepare", section=_SECTION)
-def prepare(config: ConfigFile, *, out: Out = None, settings: Settings) -> Answer:
+def prepare(
+    config: ConfigFile,
+    *,
+    out: Out = None,
+    settings: Settings,
+    domains: Annotated[
+        list[str],
+        several("--domain", "NAME", "Prepare this domain. May be repeated.  [default: all]"),
+    ],
+) -> Answer:
     """Train the tokenizer and write the token files.
 
-    The answer is a table of the domains. --verbose prints the documents and bytes of each split.
+    The answer is a table of the domains. --verbose prints the documents and bytes of each split. Once there is a
+    tokenizer, several processes may prepare different domains at once.
     """
     from btm_scale.report.encoding_bar import encoding_bars
     from btm_scale.run.preparing import prepare_run
@@ -118,8 +128,9 @@ def prepare(config: ConfigFile, *, out: Out = None, settings: Settings) -> Answe
     run_config, run_dir = _config_and_run(config, settings, out)
     run_config = open_run(run_config, run_dir, reread=_reread(config, settings, run_dir))
     with encoding_bars(quiet=not logger.isEnabledFor(logging.INFO)) as show_progress:
-        summary = data_summary(run_dir, prepare_run(run_config, run_dir, show_progress))
-    require_few_passes(run_config, passes_of_run(run_config, run_dir))
+        fingerprints = prepare_run(run_config, run_dir, show_progress, domains)
+    summary, passes = data_summary(run_dir, fingerprints), passes_of_run(run_config, run_dir)
+    require_few_passes(run_config, {name: number for name, number in passes.items() if name in fingerprints})
 
     def show() -> None:
         from rich.console import Console
@@ -228,6 +239,7 @@ def status(
     as_json: Json = False,
 ) -> Answer:
     """Show the training progress of every model of a run, and stages that failed."""
+    from btm_scale.launch.slurm_faults import faulty_nodes
     from btm_scale.report.passes import passes_line
     from btm_scale.report.progress_table import live_table, print_progress, progress_as_json
     from btm_scale.run.slurm_notes import slurm_notes
@@ -245,13 +257,15 @@ def status(
     stages = stage_status(config, run_dir, slurm)
     failed = failures(rows, run_dir)
     passes = passes_of_run(config, run_dir)
-    found = problems(rows, stages, run_dir, slurm)
+    found, nodes = problems(rows, stages, run_dir, slurm), faulty_nodes(run_dir)
 
     def show() -> None:
         if not watch:
             print_progress(rows)
         if passes:
             say(passes_line(passes))
+        for node in nodes:
+            say(f"{node}" + "; new jobs exclude it, up to launch.slurm.max_excluded nodes" * node.is_bad)
         for model, failure in failed.items():
             say(f"\n{model} failed: {failure}")
         shown = tuple(f"{model} failed: " for model in failed)
@@ -262,6 +276,7 @@ def status(
     reasons = {row.model: row.note for row in rows if row.state == "failed"}
     reasons |= {model: str(failure) for model, failure in failed.items()}
     document = progress_as_json(rows) | {"stages": stages_as_json(stages), "failures": reasons, "problems": found}
+    document["nodes"] = {node.name: {"faults": node.faults, "reason": node.reason} for node in nodes}
     return Answer(document | {"passes": passes}, show, exit_code=1 if check and found else 0)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from btm_scale.config.secrets import no_secret_variables, no_secret_words
-from btm_scale.config.section import Section
+from btm_scale.config.section import Bytes, Section
 from btm_scale.util.devices import Device
 
 
@@ -41,8 +41,55 @@ def _port_range(ports: tuple[int, int]) -> tuple[int, int]:
     return ports
 
 
+# Options of sbatch that follow from layouts and other keys. sbatch takes the last of two equal options.
+_OWN_OPTIONS = {
+    "nodes": "the layout and launch.slurm.ranks_per_node",
+    "ntasks": "the layout",
+    "ntasks-per-node": "the layout and launch.slurm.ranks_per_node",
+    "ntasks-per-gpu": "the layout: each rank uses one GPU",
+    "array": "the experts and launch.slurm.at_a_time",
+    "dependency": "the stages of the run",
+    "output": "the run's folder, where status looks for it",
+    "exclude": "launch.slurm.exclude",
+    "signal": "launch.slurm.signal_seconds",
+    "clusters": "the variable SLURM_CLUSTERS, which squeue reads too",
+}
+_SHORT = {
+    "-M": "clusters",
+    "-N": "nodes",
+    "-n": "ntasks",
+    "-a": "array",
+    "-d": "dependency",
+    "-o": "output",
+    "-x": "exclude",
+}
+
+
+def _no_own_option(options: tuple[str, ...]) -> tuple[str, ...]:
+    for option in options:
+        word = re.split(r"[=\s]", option.strip(), maxsplit=1)[0]
+        name = _SHORT.get(word[:2]) if not word.startswith("--") else word.removeprefix("--")
+        if name in _OWN_OPTIONS:
+            raise ValueError(
+                f"'{option}' sets what follows from {_OWN_OPTIONS[name]}. Change that, and remove the option."
+            )
+        if name == "gpus-per-task" and not re.fullmatch(r".*[=\s]([a-z]\w*:)?1", option.strip(), re.IGNORECASE):
+            raise ValueError(f"'{option}' is not one GPU. Each rank uses one: set --gpus-per-task=1, or remove it.")
+    return options
+
+
+def _gloo_interface(variables: dict[str, str]) -> dict[str, str]:
+    name = variables.get("GLOO_SOCKET_IFNAME", "")
+    if name.startswith("^"):
+        raise ValueError(
+            f"GLOO_SOCKET_IFNAME is '{name}'. Only NCCL leaves out interfaces by ^: name the one to use, such as eth0."
+        )
+    return variables
+
+
 SlurmWord = Annotated[str, AfterValidator(_slurm_word)]
 Line = Annotated[str, AfterValidator(_one_line)]
+SbatchOptions = Annotated[tuple[Line, ...], AfterValidator(no_secret_words), AfterValidator(_no_own_option)]
 
 
 class LocalConfig(Section):
@@ -61,8 +108,8 @@ class DeepSpeedConfig(Section):
         default=(),
         description="the command that runs another on {host}, such as [ssh, -tt, '{host}']; default: pdsh over ssh",
     )
-    environment: Annotated[dict[str, str], AfterValidator(no_secret_variables)] = Field(
-        default_factory=dict, description="variables of every rank, such as NCCL_SOCKET_IFNAME: eth0"
+    environment: Annotated[dict[str, str], AfterValidator(no_secret_variables), AfterValidator(_gloo_interface)] = (
+        Field(default_factory=dict, description="variables of every rank, such as NCCL_SOCKET_IFNAME: eth0")
     )
     ports: Annotated[tuple[int, int], AfterValidator(_port_range)] = Field(
         default=(29500, 30499), description="first and last port for the rendezvous of a group"
@@ -89,6 +136,11 @@ class SlurmConfig(Section):
         default=False, description="request nodes that no other job shares, for jobs that fill them"
     )
     exclude: SlurmWord | None = Field(default=None, description="nodes that no job may use, such as n[03,07]")
+    max_excluded: int = Field(
+        default=4,
+        ge=0,
+        description="how many nodes that failed groups twice are excluded as well, at most a quarter of the nodes",
+    )
     container: SlurmWord | None = Field(default=None, description="image for srun --container-image")
     mounts: SlurmWord | None = Field(default=None, description="for srun --container-mounts")
     python: str | None = Field(default=None, description="the interpreter on the nodes; default: the one that submits")
@@ -100,10 +152,13 @@ class SlurmConfig(Section):
         lt=65_536,
         description="seconds before the time limit at which a job saves a checkpoint and requeues",
     )
-    options: Annotated[tuple[Line, ...], AfterValidator(no_secret_words)] = Field(
-        default=(), description="more #SBATCH options, such as --constraint=h100"
+    options: SbatchOptions = Field(default=(), description="more #SBATCH options, such as --constraint=h100")
+    big_domain: Bytes = Field(
+        default=20_000_000_000,
+        description="several domains with files of at least this size in all are prepared side by side, each by a task "
+        "of an array",
     )
-    prepare_options: Annotated[tuple[Line, ...], AfterValidator(no_secret_words)] = Field(
+    prepare_options: SbatchOptions = Field(
         default=(),
         description="#SBATCH options of the job that prepares text, which requests no GPU: --partition=cpu and "
         "--cpus-per-task=32, or --gres=gpu:1 where each job must request one",

@@ -58,6 +58,11 @@ class BudgetConfig(Section):
         default=(),
         description="`tokens` of the budgets that dense or experts were trained with before; recorded by the run",
     )
+    first_budgets: dict[str, Annotated[int, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="`tokens` of the first budget of each model that began after `tokens` was raised; recorded by the "
+        "run",
+    )
 
     @model_validator(mode="after")
     def _complete_sequences(self) -> BudgetConfig:
@@ -99,6 +104,12 @@ class BudgetConfig(Section):
     def schedule_steps(self) -> tuple[int, ...]:
         """Optimizer steps of the schedule under each budget that branches are trained with, the seed's included."""
         return tuple(round(tokens / self.batch_tokens) for tokens in (*self.raised_from, self.tokens))
+
+    def schedule_steps_of(self, model: str) -> tuple[int, ...]:
+        """Return `schedule_steps` without the budgets that were raised before this model began."""
+        first = self.first_budgets.get(model, 0)
+        budgets = (*(tokens for tokens in self.raised_from if tokens >= first), self.tokens)
+        return tuple(round(tokens / self.batch_tokens) for tokens in budgets)
 
     @property
     def branch_steps(self) -> int:

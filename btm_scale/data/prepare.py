@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import tempfile
@@ -23,42 +24,61 @@ from btm_scale.data.token_files import digest_of_text, write_domain
 from btm_scale.data.tokenizer import Tokenizer, directory_digest
 from btm_scale.data.tokenizer_files import DOCUMENT_START
 from btm_scale.data.train_tokenizer import balanced_sample, train_tokenizer
-from btm_scale.errors import DataError, GroupFailed
+from btm_scale.errors import ConfigError, DataError, GroupFailed, unknown_name
 from btm_scale.run_dir import RunDir
 from btm_scale.util.cores import visible_cores
 from btm_scale.util.files import new_directory, partial_path, remove_partial
-from btm_scale.util.locks import held
+from btm_scale.util.locks import held, is_held
 from btm_scale.util.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
 
-def prepare(config: RunConfig, run: RunDir, on_progress: Progress | None = None) -> dict[str, Fingerprint]:
+def prepare(
+    config: RunConfig, run: RunDir, on_progress: Progress | None = None, only: Sequence[str] = ()
+) -> dict[str, Fingerprint]:
     """Create the tokenizer and token files that do not exist yet; existing ones are checked, not created again.
 
-    `on_progress` is called with how much text has been encoded; by default it is logged.
-    Returns the fingerprint of every domain's token files, in the config's order. Raises DataError and leaves nothing
-    half-written, and GroupFailed while another process prepares the run, because its files would look like leftovers.
+    `on_progress` is called with how much text has been encoded; by default it is logged. `only` these domains: once
+    the tokenizer exists, several processes may prepare different ones at once.
+
+    Returns the fingerprint of each of these domains' token files, in the config's order. Raises ConfigError for an
+    unknown domain, DataError and leaves nothing half-written, and GroupFailed while another process prepares the same
+    text, because its files would look like leftovers.
     """
+    for name in only:
+        if name not in config.all_domains:
+            raise ConfigError(unknown_name("domain", name, config.all_domains))
     sources = resolve_sources(config.all_domains, config.text_root)
-    with held(run.prepare_lock) as is_ours:
+    beside_others = bool(only) and run.tokenizer.is_dir()
+    with contextlib.nullcontext() if beside_others else _held_by_us(run.prepare_lock, f"the run in {run.root}"):
+        _remove_leftovers(config, run, only)
+        chosen = [source.name for source in sources if source.name in only or not only]
+        return _prepare(sources, chosen, config, run, on_progress or logged_progress())
+
+
+@contextlib.contextmanager
+def _held_by_us(lock: Path, text: str) -> Iterator[None]:
+    with held(lock) as is_ours:
         if not is_ours:
-            raise GroupFailed(f"Another process is preparing the run in {run.root}. Wait until it ends, or stop it.")
-        return _prepare(sources, config, run, on_progress or logged_progress())
+            raise GroupFailed(f"Another process is preparing {text}. Wait until it ends, or stop it.")
+        yield
 
 
 def _prepare(
-    sources: Sequence[DomainSource], config: RunConfig, run: RunDir, on_progress: Progress
+    sources: Sequence[DomainSource], chosen: Sequence[str], config: RunConfig, run: RunDir, on_progress: Progress
 ) -> dict[str, Fingerprint]:
-    _remove_leftovers(config, run)
-    before = {source.name: Snapshot.of(file.path for file in source.files) for source in sources}
+    before = {
+        source.name: Snapshot.of(file.path for file in source.files) for source in sources if source.name in chosen
+    }
     placements = Placements(config)
     _ensure_tokenizer(sources, config, run, placements, on_progress)
     sources = [replace(source, tokenizer=run.tokenizer) for source in sources]
     digest = directory_digest(run.tokenizer)
-    finished = {source.name: _finished(source, config, run, digest, placements, on_progress) for source in sources}
+    own = [source for source in sources if source.name in chosen]
+    finished = {source.name: _finished(source, config, run, digest, placements, on_progress) for source in own}
     fingerprints = {name: fingerprint for name, fingerprint in finished.items() if fingerprint is not None}
-    waiting = [source for source in sources if source.name not in fingerprints]
+    waiting = [source for source in own if source.name not in fingerprints]
     if waiting:
         with Encoder(run.tokenizer, config.data.workers or visible_cores()) as encoder:
             for source in waiting:
@@ -68,7 +88,7 @@ def _prepare(
                 except TextChangedError:  # which removed the journal
                     logger.warning("domain '%s' has other text than before: it is encoded anew", source.name)
                     fingerprints[source.name] = _encode(*arguments)
-    return {source.name: fingerprints[source.name] for source in sources}
+    return {name: fingerprints[name] for name in chosen}
 
 
 class Placements:
@@ -86,12 +106,19 @@ class Placements:
         return self._known[source.name]
 
 
-def _remove_leftovers(config: RunConfig, run: RunDir) -> None:
+def _remove_leftovers(config: RunConfig, run: RunDir, only: Sequence[str]) -> None:
+    """Remove what interrupted processes left of the tokenizer and of `only` these domains, or of all.
+
+    What another process writes now, and what can be resumed, stays.
+    """
+    remove_partial(partial_path(run.tokenizer))
     resumable = {partial_path(run.domain(name)) for name in config.all_domains}
-    for leftover in (partial_path(run.tokenizer), *run.data.glob(".*.partial")):
-        if leftover not in resumable or not is_resumable(leftover):
+    leftovers = [partial_path(run.domain(name)) for name in only] or run.data.glob(".*.partial")
+    for leftover in leftovers:
+        is_written = is_held(run.domain_lock(leftover.name.removeprefix(".").removesuffix(".partial")))
+        if not is_written and (leftover not in resumable or not is_resumable(leftover)):
             remove_partial(leftover)
-    for name in config.all_domains:
+    for name in only or config.all_domains:
         remove_journal(run.domain(name))
 
 
@@ -214,7 +241,10 @@ def _encode(
 ) -> Fingerprint:
     placement, final = placements.of(source), run.domain(source.name)
     made_from = json.dumps([encoder.tokenizer.digest, settings_of(source, config.data)])
-    with resumable_directory(final, made_from) as (directory, journal):
+    with (
+        _held_by_us(run.domain_lock(source.name), f"the domain '{source.name}' of the run in {run.root}"),
+        resumable_directory(final, made_from) as (directory, journal),
+    ):
         if journal.found:
             logger.info("resuming domain '%s': %d shards are encoded", source.name, len(journal.found))
         elsewhere = keys_elsewhere(source, sources, run, placement)

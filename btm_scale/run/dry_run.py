@@ -66,6 +66,7 @@ def dry_run(config: RunConfig, run: RunDir, *, trains_here: bool = True) -> dict
     if tokenizer is not None and has_tokenizer(tokenizer):
         notes += filter(None, [loss_of(Tokenizer.load(tokenizer), tokenizer)])
     done = {name for name, job in jobs.items() if job["done"]}
+    taken = {name: resumes_at(run, training_job(config, name)) or 0 for name in jobs if name not in done}
     return {
         "run": str(run.root),
         "changes": [
@@ -76,7 +77,7 @@ def dry_run(config: RunConfig, run: RunDir, *, trains_here: bool = True) -> dict
         "text": text,
         "models": jobs,
         "estimates": {
-            "seconds": run_seconds(config, vocabulary, done) if trains_here else None,
+            "seconds": run_seconds(config, vocabulary, done, taken) if trains_here else None,
             "disk_bytes": round(disk_bytes(config, vocabulary, tokens)),
         },
         "notes": notes,

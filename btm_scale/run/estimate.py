@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Container
+from collections.abc import Container, Mapping
 
 import numpy as np
 
@@ -25,9 +25,12 @@ _TRAINING_SHARE = 0.5  # of the speed of a large matrix product that training re
 _MASTER, _MOMENTS = 4, 8  # bytes per parameter in a checkpoint, float32
 
 
-def run_seconds(config: RunConfig, vocabulary: int, done: Container[str] = ()) -> float | None:
-    """Return the estimated duration of all stages on this machine without the models that are `done`; None for a GPU
-    without a data sheet.
+def run_seconds(
+    config: RunConfig, vocabulary: int, done: Container[str] = (), taken: Mapping[str, int] | None = None
+) -> float | None:
+    """Return the estimated duration of all stages on this machine; None for a GPU without a data sheet.
+
+    The models that are `done` take no time; `taken` are the steps after which others resume.
 
     It is right within a factor of about 3, on a machine without other work.
     """
@@ -41,11 +44,12 @@ def run_seconds(config: RunConfig, vocabulary: int, done: Container[str] = ()) -
     def seconds(job: TrainingJob, threads: int) -> float:
         shape = shape_of(config, job.model, vocabulary)
         flops = shape.flops_per_token(length, job.trains) / job.layout.ranks
+        steps = max(0, job.steps - (taken or {}).get(job.model, 0))
         scored = len(all_texts(config)) * config.evaluate.tokens_per_domain / 3  # forward passes
         if gpu is None:
             rate = _TRAINING_SHARE * speed * threads
             step = job.sequences * length * flops / rate + _STEP_SECONDS * job.accumulation
-            return job.steps * step + scored * flops / rate
+            return steps * step + scored * flops / rate
         step = step_time(
             shape,
             job.layout,
@@ -56,7 +60,7 @@ def run_seconds(config: RunConfig, vocabulary: int, done: Container[str] = ()) -
             ranks_per_node=len(gpus.names),
             trains=job.trains,
         ).total
-        return (job.steps + scored / (job.sequences * length)) * step
+        return (steps + scored / (job.sequences * length)) * step
 
     total = 0.0
     for stage in training_stages(config):

@@ -24,7 +24,7 @@ from btm_scale.forest.turns import current_config, evaluating, scoring, using
 from btm_scale.launch.supervise import GroupCommand, RunGroups
 from btm_scale.run.launchers import Progress, here, placement, run_training
 from btm_scale.run.preparing import prepare_run
-from btm_scale.run.stages import as_stage
+from btm_scale.run.stages import EVALUATE, as_stage
 from btm_scale.run.state import is_done, open_run
 from btm_scale.run_dir import MOE, SEED, RunDir
 from btm_scale.train.jobs import is_trained, model_names, training_stages
@@ -92,7 +92,7 @@ def evaluate_forest(config: RunConfig, run: RunDir, launcher: RunGroups | None =
         logger.warning(
             "trained with a former budget: %s. btm-scale run CONFIG trains further", first_few(behind, "models")
         )
-    with as_stage(run, "evaluate"):
+    with as_stage(run, EVALUATE):
         score_averages(config, run, launcher)
         if is_finished(run.model(MOE)):
             score_models(config, run, [MOE], launcher)  # made before a domain was added

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from btm_scale.config.run import RunConfig
@@ -14,20 +14,27 @@ from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.data.prepare import prepare
 from btm_scale.data.progress import Progress, logged_progress
 from btm_scale.launch.shutdown import REQUEUE
-from btm_scale.run.stages import as_stage
+from btm_scale.run.stages import PREPARE, as_stage, prepare_stage
 from btm_scale.run_dir import RunDir
+from btm_scale.util.rank_log import forget_failure
 
 logger = logging.getLogger(__name__)
 
 
-def prepare_run(config: RunConfig, run: RunDir, on_progress: Progress | None = None) -> dict[str, Fingerprint]:
+def prepare_run(
+    config: RunConfig, run: RunDir, on_progress: Progress | None = None, only: Sequence[str] = ()
+) -> dict[str, Fingerprint]:
     """Prepare a run's text as `prepare` does; a failure is recorded for `status`, and progress is logged by default.
 
     On SIGTERM or SIGUSR1, which SLURM sends before a job's time is over, what is encoded is kept, and SystemExit is
     raised with the code that requests a restart.
     """
-    with as_stage(run, "prepare"), _leaving_when_asked(config, run):
-        return prepare(config, run, on_progress or logged_progress())
+    stages = [prepare_stage(name) for name in only] or [PREPARE]
+    with as_stage(run, *stages), _leaving_when_asked(config, run):
+        fingerprints = prepare(config, run, on_progress or logged_progress(), only)
+        for name in fingerprints:  # a task that was to prepare this domain alone may have failed before
+            forget_failure(run.stage_log(prepare_stage(name)))
+        return fingerprints
 
 
 @contextlib.contextmanager

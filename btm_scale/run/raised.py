@@ -19,6 +19,7 @@ def with_recorded_budgets(config: RunConfig, existing: RunConfig) -> RunConfig:
     update = {
         "seed_budget": before.seed_budget if after.seed_budget is None else after.seed_budget,
         "raised_from": after.raised_from or before.raised_from,
+        "first_budgets": after.first_budgets or before.first_budgets,
     }
     return config.model_copy(update={"budget": after.model_copy(update=update)})
 
@@ -26,8 +27,9 @@ def with_recorded_budgets(config: RunConfig, existing: RunConfig) -> RunConfig:
 def with_earlier_budgets(config: RunConfig, existing: RunConfig, run: RunDir) -> RunConfig:
     """Return the config, if it raises the budget, with the budget that models of the run were trained with before.
 
-    The seed LM keeps its budget once it has begun. Every other model, also one that has yet to begin, takes the steps
-    of each budget that any of them has begun to train with, so that all have the same schedule.
+    The seed LM keeps its budget once it has begun. Every other model that has begun takes the steps of each budget that
+    any of them has begun to train with, so that these have the same schedule; one that has not begun takes those of the
+    raised budget alone.
     """
     before, after = existing.budget, config.budget
     update: dict[str, object] = {}
@@ -36,6 +38,9 @@ def with_earlier_budgets(config: RunConfig, existing: RunConfig, run: RunDir) ->
             update["seed_budget"] = before.tokens
         if any(_has_entered(existing, run, model) for model in model_names(existing)):
             update["raised_from"] = (*before.raised_from, before.tokens)
+            late = [name for name in model_names(existing) if name != SEED and not has_begun(run, name)]
+            late = [name for name in late if not is_finished(run.model(name))]
+            update["first_budgets"] = before.first_budgets | dict.fromkeys(late, after.tokens)
     return config.model_copy(update={"budget": after.model_copy(update=update)}) if update else config
 
 

@@ -14,9 +14,11 @@ from btm_scale.data.preview import preview_texts
 from btm_scale.data.sources import resolve_sources
 from btm_scale.errors import GroupFailed, LaunchError
 from btm_scale.launch import slurm, slurm_commands
-from btm_scale.launch.slurm_commands import AtLimit
+from btm_scale.launch.slurm_commands import AtLimit, SlurmBusy
+from btm_scale.launch.slurm_faults import nodes_to_exclude
 from btm_scale.launch.slurm_queue import Submissions, Submitted
-from btm_scale.run.slurm_jobs import EVALUATE, PREPARE, jobs, write_scripts
+from btm_scale.run.slurm_jobs import TEXT, big_domains, jobs, write_scripts
+from btm_scale.run.stages import EVALUATE, PREPARE
 from btm_scale.run.state import is_done, is_newest, is_prepared, open_run
 from btm_scale.run_dir import RunDir
 from btm_scale.util.files import make_directory
@@ -35,23 +37,31 @@ def submit_run(
     meanwhile on which others depend.
     """
     # Missing text and rows without text are reported before anything is submitted.
-    preview_texts(
-        resolve_sources(config.all_domains, config.text_root, config.tokenizer.path),
-        config,
-        config.tokenizer.vocab_size,
-    )
+    sources = resolve_sources(config.all_domains, config.text_root, config.tokenizer.path)
+    preview_texts(sources, config, config.tokenizer.vocab_size)
     config = open_run(config, run, reread=reread)
-    most = slurm_commands.max_array_size()
-    scripts = write_scripts(config, run, most)
+    most, big = slurm_commands.max_array_size(), big_domains(config, sources)
+    listed = jobs(config, most, big)
+    scripts = write_scripts(_without_bad_nodes(config, run, listed), run, most, big)
     if config.launch.device != "cpu" and not slurm.requests_gpus(config.launch.slurm):
         logger.warning("The jobs request no GPU. Set launch.slurm.gres, such as gpu:8, to train on GPUs.")
-    submitter = _Submitter(config, run, jobs(config, most), scripts)
+    submitter = _Submitter(config, run, listed, scripts)
     if not dry_run:
         with submitter.submissions.alone():
             submitter.submit_all()
         if not submitter.submitted:
             logger.info("nothing to submit: all jobs are completed or in the queue")
     return {"scripts": {name: str(path) for name, path in scripts.items()}, "submitted": submitter.submitted}
+
+
+def _without_bad_nodes(config: RunConfig, run: RunDir, listed: Sequence[slurm.Job]) -> RunConfig:
+    """Return the config with which scripts are written: it excludes nodes that have failed groups of this run."""
+    section = config.launch.slurm
+    needed = max(slurm.nodes_of(job, section)[0] for job in listed)
+    bad, room = nodes_to_exclude(run, section.max_excluded, section.partition, needed)
+    names = ([section.exclude] if section.exclude else []) + [node.name for node in bad]
+    changed = section.model_copy(update={"exclude": ",".join(names) or None, "max_excluded": room})
+    return config.model_copy(update={"launch": config.launch.model_copy(update={"slurm": changed})})
 
 
 class _Submitter:
@@ -88,6 +98,10 @@ class _Submitter:
                         limit,
                     )
                 self._rejected = str(limit)
+            except SlurmBusy as silence:
+                if self._rejected is None:
+                    raise
+                logger.warning("%s", silence)  # an outage does not end hours of waiting
             wait = _FIRST_WAIT if len(self._given) > before else min(2 * wait, _LONGEST_WAIT)
             time.sleep(wait)
         if failed:
@@ -161,7 +175,7 @@ class _Submitter:
                 return
 
     def _submit(self, job: slurm.Job, tasks: list[int], after: list[str], beside: list[str]) -> Submitted:
-        for place in tasks:
+        for place in tasks if job.template == "train" else ():
             make_directory(self._run.train(job.models[place]))
             (self._run.train(job.models[place]) / "lost").unlink(missing_ok=True)
         models = {str(place) if job.is_array else "": job.models[place] for place in tasks}
@@ -196,25 +210,29 @@ class _Submitter:
         """Return the array indices of models that are neither done nor queued; None if there is nothing to submit."""
         if job.models:
             places = [
-                place
-                for place, model in enumerate(job.models)
-                if model not in under_way and not is_done(self._config, self._run, model)
+                place for place, model in enumerate(job.models) if model not in under_way and not self._is_done(model)
             ]
             return places or None
         if under_way:
             return None
         if job.name == PREPARE:
-            return None if is_prepared(self._config, self._run) else []
+            return None if is_prepared(self._config, self._run, job.domains) else []
         return None if is_first and is_newest(self._config, self._run, self._run.report) else []
 
+    def _is_done(self, task: str) -> bool:
+        """Return whether a model is done, or the text of a domain is prepared."""
+        if task.startswith(TEXT):
+            return self._run.fingerprint(task.removeprefix(TEXT)).is_file()
+        return is_done(self._config, self._run, task)
+
     def _arrays(self, job: slurm.Job) -> list[str]:
-        """Return the names of the arrays that run beside this one and share `at_a_time` with it."""
-        return [other.name for other in self._jobs if other.is_array and other.after == job.after]
+        """Return the names of the arrays of experts that run beside this one and share `at_a_time` with it."""
+        return [other.name for other in self._jobs if _has_experts(other) and other.after == job.after]
 
     def _limit(self, job: slurm.Job) -> int | None:
         """Return how many tasks of an array may run at once, so that all arrays beside it keep `at_a_time`."""
         most = self._config.launch.slurm.at_a_time
-        if most is None or not job.is_array:
+        if most is None or not _has_experts(job):
             return None
         arrays = self._arrays(job)
         return max(1, most // len(arrays) + (arrays.index(job.name) < most % len(arrays)))
@@ -222,8 +240,12 @@ class _Submitter:
     def _beside(self, place: int, ids: Mapping[str, list[str]]) -> list[str]:
         """Return the ids of the array that must end before this one may start, if there are more than `at_a_time`."""
         job, most = self._jobs[place], self._config.launch.slurm.at_a_time
-        if most is None or not job.is_array:
+        if most is None or not _has_experts(job):
             return []
         arrays = self._arrays(job)
         turn = arrays.index(job.name) - most
         return ids.get(arrays[turn], []) if turn >= 0 else []
+
+
+def _has_experts(job: slurm.Job) -> bool:
+    return job.is_array and job.template == "train"

@@ -2,27 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from btm_scale.config.run import RunConfig
+from btm_scale.data.sources import DomainSource
 from btm_scale.launch import slurm
 from btm_scale.launch.slurm_commands import DEFAULT_MAX_ARRAY_SIZE
+from btm_scale.run.stages import EVALUATE, PREPARE
 from btm_scale.run_dir import DENSE, MOE, RunDir
 from btm_scale.train.jobs import training_job, training_stages
-from btm_scale.util.files import make_directory, write_file
+from btm_scale.util.files import make_directory, set_mode, write_file
 
-PREPARE, EXPERTS, EVALUATE = "prepare", "experts", "evaluate"
+TEXTS, EXPERTS = "texts", "experts"
+TEXT = "text/"  # before the name of a domain that a task prepares: experts have the same names
 
 
-def jobs(config: RunConfig, most: int = DEFAULT_MAX_ARRAY_SIZE) -> list[slurm.Job]:
+def big_domains(config: RunConfig, sources: Sequence[DomainSource]) -> tuple[str, ...]:
+    """Return the domains that are prepared side by side, each by a task of an array, if several are big enough.
+
+    Those whose documents are placed by file, field or position are left out: what they keep depends on the domains
+    before them. At least one domain is left to the job that makes the tokenizer.
+    """
+    limit = config.launch.slurm.big_domain
+    big = [source for source in sources if source.bytes >= limit and source.settings.split_by == "document"]
+    if len(big) == len(sources):
+        big.remove(min(big, key=lambda source: source.bytes))
+    return tuple(source.name for source in big) if len(big) > 1 else ()
+
+
+def jobs(config: RunConfig, most: int = DEFAULT_MAX_ARRAY_SIZE, big: Sequence[str] = ()) -> list[slurm.Job]:
     """Return every job of a run, after the jobs that it depends on.
 
-    Experts with equal group sizes share an array, of which each has at most `most` tasks.
+    Experts with equal group sizes share an array, of which each has at most `most` tasks; so do the `big` domains.
     """
     first, *later = training_stages(config)
-    result = [slurm.Job(PREPARE, "prepare", uses_gpus=False)]
-    result += [_training(config, name, (name,), (PREPARE,)) for name in first]
+    rest = tuple(name for name in config.all_domains if name not in big) if big else ()
+    result = [slurm.Job(PREPARE, "prepare", uses_gpus=False, domains=rest)]
+    texts = [f"{TEXT}{name}" for name in big]
+    parts = [tuple(texts[i : i + most]) for i in range(0, len(texts), most)]
+    for index, part in enumerate(parts):
+        name = f"{TEXTS}-{index}" if len(parts) > 1 else TEXTS
+        result.append(slurm.Job(name, "texts", part, after=(PREPARE,), is_array=True, uses_gpus=False, prefix=TEXT))
+    prepared = tuple(job.name for job in result if job.models) or (PREPARE,)
+    result += [_training(config, name, (name,), prepared) for name in first]
     before = tuple(first)
     for number, stage in enumerate(later, start=1):
         own = [_training(config, model, (model,), before) for model in (DENSE, MOE) if model in stage]
@@ -37,23 +61,25 @@ def jobs(config: RunConfig, most: int = DEFAULT_MAX_ARRAY_SIZE) -> list[slurm.Jo
             own.append(_training(config, "-".join([EXPERTS, *place]), tuple(models), before, is_array=True))
         result += own
         before = tuple(job.name for job in own)
-    after = tuple(job.name for job in result if job.models)
+    after = tuple(job.name for job in result if job.template == "train")
     layout = config.layout
     result.append(slurm.Job(EVALUATE, "evaluate", ranks=layout.ranks, colocated=layout.colocated, after=after))
     on_cpu = config.launch.device == "cpu"
     return [replace(job, uses_gpus=False) for job in result] if on_cpu else result
 
 
-def write_scripts(config: RunConfig, run: RunDir, most: int = DEFAULT_MAX_ARRAY_SIZE) -> dict[str, Path]:
-    """Write every job's script into the run's folder; returns their paths by job. `most` as in `jobs`."""
-    texts = {job.name: slurm.render(job, config.name, run, config.launch.slurm) for job in jobs(config, most)}
+def write_scripts(
+    config: RunConfig, run: RunDir, most: int = DEFAULT_MAX_ARRAY_SIZE, big: Sequence[str] = ()
+) -> dict[str, Path]:
+    """Write every job's script into the run's folder; returns their paths by job. `most` and `big` as in `jobs`."""
+    texts = {job.name: slurm.render(job, config.name, run, config.launch.slurm) for job in jobs(config, most, big)}
     folder = run.root / "slurm"
     make_directory(folder)
     paths = {}
     for name, text in texts.items():
         paths[name] = folder / f"{name}.sh"
         write_file(paths[name], text)
-        paths[name].chmod(0o755)
+        set_mode(paths[name], 0o755)
     return paths
 
 

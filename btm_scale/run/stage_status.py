@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from btm_scale.config.run import RunConfig
-from btm_scale.run.slurm_jobs import EVALUATE, PREPARE
+from btm_scale.run.slurm_jobs import TEXT
 from btm_scale.run.slurm_notes import SlurmNotes, is_running
+from btm_scale.run.stages import EVALUATE, PREPARE, prepare_stage
 from btm_scale.run.state import is_done, is_newest, is_prepared
 from btm_scale.run_dir import RunDir
 from btm_scale.train.jobs import model_names
@@ -35,7 +36,7 @@ def stage_status(config: RunConfig, run: RunDir, slurm: SlurmNotes) -> list[Stag
     prepared = is_prepared(config, run)
     trained = all(is_done(config, run, model) for model in model_names(config))
     return [
-        _status(PREPARE, run, slurm, done=prepared, held=is_held(run.prepare_lock), may_fail=True),
+        _prepare_status(config, run, slurm, done=prepared),
         _status(
             EVALUATE,
             run,
@@ -47,15 +48,40 @@ def stage_status(config: RunConfig, run: RunDir, slurm: SlurmNotes) -> list[Stag
     ]
 
 
-def _status(name: str, run: RunDir, slurm: SlurmNotes, *, done: bool, held: bool, may_fail: bool) -> StageStatus:
-    entry = slurm.entry(name)
+def _prepare_status(config: RunConfig, run: RunDir, slurm: SlurmNotes, *, done: bool) -> StageStatus:
+    """Return the state of preparing text, of which processes or tasks of an array may each prepare a domain."""
+    tasks = {model.removeprefix(TEXT) for _, model in [*slurm.live, *slurm.logs] if model and model.startswith(TEXT)}
+    rest = [name for name in config.all_domains if name not in tasks]
+    whole_done = done or bool(tasks and is_prepared(config, run, rest))
+    whole = _status(PREPARE, run, slurm, done=whole_done, held=is_held(run.prepare_lock), may_fail=True)
+    if done or whole.state in ("failed", "running"):
+        return whole
+    parts = [_text_status(run, slurm, name) for name in config.all_domains]
+    for state in ("failed", "running"):
+        of_state = [part for part in parts if part.state == state]
+        if of_state:
+            return replace(of_state[0], name=PREPARE, note="; ".join(part.note for part in of_state))
+    return replace(whole, state="waiting", note=whole.note or "; ".join(part.note for part in parts if part.note))
+
+
+def _text_status(run: RunDir, slurm: SlurmNotes, domain: str) -> StageStatus:
+    done, held = run.fingerprint(domain).is_file(), is_held(run.domain_lock(domain))
+    part = _status(prepare_stage(domain), run, slurm, done=done, held=held, may_fail=True, task=f"{TEXT}{domain}")
+    return replace(part, note=f"{domain}: {part.note}" if part.note else domain * (part.state == "running"))
+
+
+def _status(
+    name: str, run: RunDir, slurm: SlurmNotes, *, done: bool, held: bool, may_fail: bool, task: str = ""
+) -> StageStatus:
+    """Return the state of a stage, or that of the `task` of an array that does a part of it."""
+    entry = slurm.of_model(task) if task else slurm.entry(name)
     if entry is not None:
         return StageStatus(name, "running" if is_running(entry) else "waiting", str(entry))
     if done:
         return StageStatus(name, "done")
     if held:
         return StageStatus(name, "running")
-    log = slurm.log(name)
+    log = slurm.log_of_model(task) if task else slurm.log(name)
     records = [run.stage_log(name)] + [run.log("score")] * (name == EVALUATE)
     for record in records:
         failure = read_failure(record)

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Literal
 
 from btm_scale.run_dir import RunDir
 from btm_scale.util.rank_log import forget_failure, noting_failure
 
-StageName = Literal["prepare", "evaluate"]
+PREPARE, EVALUATE = "prepare", "evaluate"
+
+
+def prepare_stage(domain: str) -> str:
+    """Return the name of the stage that prepares one domain alone."""
+    return f"{PREPARE}-{domain}"
 
 
 @contextlib.contextmanager
-def as_stage(run: RunDir, stage: StageName) -> Iterator[None]:
-    """Record a failure of the block as that of a stage; success removes the record of an earlier one."""
-    log = run.stage_log(stage)
-    with noting_failure(log):
+def as_stage(run: RunDir, *stages: str) -> Iterator[None]:
+    """Record a failure of the block as that of each of these stages; success removes the record of an earlier one."""
+    logs = [run.stage_log(stage) for stage in stages]
+    with contextlib.ExitStack() as stack:
+        for log in logs:
+            stack.enter_context(noting_failure(log))
         yield
-    forget_failure(log)
+    for log in logs:
+        forget_failure(log)
     with contextlib.suppress(OSError):  # absent, or that of another stage is in it
-        log.parent.rmdir()
+        logs[0].parent.rmdir()

@@ -217,9 +217,9 @@ def require_prepared(config: RunConfig, run: RunDir) -> None:
         )
 
 
-def is_prepared(config: RunConfig, run: RunDir) -> bool:
-    """Return whether the run has a tokenizer and the token files of every domain."""
-    return run.tokenizer.is_dir() and all(run.fingerprint(name).is_file() for name in config.all_domains)
+def is_prepared(config: RunConfig, run: RunDir, domains: Sequence[str] = ()) -> bool:
+    """Return whether the run has a tokenizer and the token files of these domains, or of every domain."""
+    return run.tokenizer.is_dir() and all(run.fingerprint(name).is_file() for name in domains or config.all_domains)
 
 
 def is_newest(config: RunConfig, run: RunDir, path: Path) -> bool:

@@ -22,6 +22,7 @@ from btm_scale.forest.average_models import average_texts
 from btm_scale.forest.scores import all_texts
 from btm_scale.forest.turns import changing_config, current_config, evaluating, scoring
 from btm_scale.launch.shutdown import end_with_supervisor
+from btm_scale.launch.slurm_faults import noting_faults
 from btm_scale.run.mixture_stage import first_mixture
 from btm_scale.run_dir import MOE, RunDir
 from btm_scale.train.jobs import is_trained, training_job
@@ -42,6 +43,7 @@ def train_as_rank(config: RunConfig, run: RunDir, model: str) -> None:
         forget_stop(run.train(model))  # or a failure of this attempt would count as the stop of an earlier one
     with (
         rank_log(run.log(model), model),
+        noting_faults(run),
         _disk_errors_as_sentences(),
         _joined(config, run, lambda config: training_job(config, model).layout, records=True) as (group, config),
         ModelLock(run.train(model)) if group.is_first else contextlib.nullcontext(),

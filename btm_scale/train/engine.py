@@ -28,7 +28,7 @@ from btm_scale.train.deepspeed_config import deepspeed_config
 from btm_scale.train.diloco import OuterStep
 from btm_scale.train.fp32_gradients import Float32Sums
 from btm_scale.train.jobs import TrainingJob
-from btm_scale.train.monitors import rewind
+from btm_scale.train.monitors import Monitors
 from btm_scale.train.parameter_groups import RATE_SCALE, empty, parameter_groups, scaler_attributes
 from btm_scale.train.routers import Routers
 from btm_scale.train.step_result import StepResult
@@ -74,6 +74,7 @@ class Engine:
         )
         self.model: ExpertModel = self._engine.module
         self.routers = Routers(group, self.model, job.mixture)
+        self.monitors = Monitors(self._engine, job.model)
         self._masters = self._replicated_masters()
         if self._masters is not None and group.layout.precision != "fp32" and job.accumulation > 1:
             Float32Sums(self.model, self._engine.is_gradient_accumulation_boundary)
@@ -142,19 +143,6 @@ class Engine:
             moments = {kind: self.full(parameter, kind) for kind in (FIRST_MOMENT, SECOND_MOMENT)}
             weights, moments = self._outer(parameter, self.full(parameter, MASTER), moments)
             self._set(parameter, {MASTER: weights, **moments})
-
-    def tell_monitor(self, numbers: Mapping[str, float]) -> None:
-        """Send a step's metrics to the monitors that the run's `deepspeed` section enables."""
-        if self._engine.monitor.enabled:
-            step = int(numbers["step"])
-            self._engine.monitor.write_events(
-                [(f"{self.job.model}/{name}", value, step) for name, value in numbers.items() if name != "step"]
-            )
-
-    def rewind_monitor(self, step: int) -> None:
-        """Drop what the monitors have of later steps, which are taken again."""
-        if self._engine.monitor.enabled:
-            rewind(self._engine.monitor, self.job.model, step)
 
     def full(self, parameter: torch.nn.Parameter, kind: str) -> Tensor:
         """Return one tensor of a parameter's state on every data rank, float32, in its shape on this tensor rank."""

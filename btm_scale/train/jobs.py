@@ -161,7 +161,7 @@ def training_job(config: RunConfig, model: str) -> TrainingJob:
                 progress=(0.0, 1.0),
                 layout=config.shared_layout,
             ),
-            [round(total * factor) - budget.seed_steps for total in budget.schedule_steps],
+            [round(total * factor) - budget.seed_steps for total in budget.schedule_steps_of(model)],
         )
     elif model == MOE and config.moe is not None:
         job = _mixture_job(config, config.moe)
@@ -207,7 +207,7 @@ def _expert_job(config: RunConfig, model: str) -> TrainingJob:
     own = config.experts.get(model)
     # As many steps as dense takes after the seed LM, each with an equal fraction of its batch.
     sequences = config.expert_sequences(model)
-    tokens = [(total - budget.seed_steps) * budget.batch_tokens / number for total in budget.schedule_steps]
+    tokens = [(total - budget.seed_steps) * budget.batch_tokens / number for total in budget.schedule_steps_of(model)]
     if own is not None and own.tokens is not None:
         tokens = [own.tokens]
     job = TrainingJob(
@@ -230,10 +230,10 @@ def _expert_job(config: RunConfig, model: str) -> TrainingJob:
 
 
 def _with_stretches(config: RunConfig, job: TrainingJob, steps: Sequence[int]) -> TrainingJob:
-    """Return the job with its steps under each budget that branches are trained with, or under the first alone."""
+    """Return the job with its steps under each budget that it is trained with, or under the first alone."""
     seed_steps, seed_total = config.budget.seed_steps, config.budget.seed_schedule_steps
     stretches = []
-    for count, total in zip(steps, config.budget.schedule_steps, strict=False):
+    for count, total in zip(steps, config.budget.schedule_steps_of(job.model), strict=False):
         carried = job.branch is not None and job.branch.schedule == "carried"
         progress = (seed_steps / total if carried else 0.0, 1.0)
         scale = seed_total / total if carried else steps[0] / count

@@ -10,11 +10,13 @@ import secrets
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import CheckpointError, ConfigError
 from btm_scale.run_dir import RunDir
+from btm_scale.train.metrics import read_metrics
 from btm_scale.util.files import make_directory, refuse_foreign_links, write_file
 from btm_scale.util.no_follow import open_no_follow
 
@@ -58,11 +60,45 @@ def with_monitors(config: RunConfig, run: RunDir, model: str) -> dict[str, Any]:
     return section
 
 
-def rewind(monitor: Any, model: str, step: int) -> None:
-    """Drop the events after `step` from the monitors of this rank: these steps are taken again.
+class Monitors:
+    """The monitors that a run's `deepspeed` section enables. They get each step of a model once, and nothing else.
 
-    W&B itself ignores the events of steps that a resumed run already has.
+    Takes them from DeepSpeed's engine, whose events count samples since the process started. W&B drops whatever has a
+    lower step than an earlier event, and so would drop the steps of the model.
     """
+
+    def __init__(self, engine: Any, model: str) -> None:
+        self._monitor, self._model = engine.monitor, model
+        self._sent = 0  # the last step that monitors have which forget none
+        engine.monitor = SimpleNamespace(enabled=False)
+
+    def record(self, numbers: Mapping[str, float]) -> None:
+        """Send a step's metrics."""
+        if not self._monitor.enabled:
+            return
+        step = int(numbers["step"])
+        events = [(f"{self._model}/{name}", value, step) for name, value in numbers.items() if name != "step"]
+        for monitor in (self._monitor.tb_monitor, self._monitor.csv_monitor):
+            if monitor is not None:
+                monitor.write_events(events)
+        for monitor in (self._monitor.wandb_monitor, self._monitor.comet_monitor):
+            if monitor is not None and step > self._sent:
+                monitor.write_events(events)
+        self._sent = max(self._sent, step)
+
+    def rewind(self, step: int, metrics: Path) -> None:
+        """Drop the events after `step`: these steps are taken again.
+
+        W&B and Comet forget none, so the steps that `metrics` has by now are not sent to them again.
+        """
+        if self._monitor.enabled:
+            rewind(self._monitor, self._model, step)
+            if self._monitor.wandb_monitor is not None or self._monitor.comet_monitor is not None:
+                self._sent = max([self._sent, *(row["step"] for row in read_metrics(metrics))])
+
+
+def rewind(monitor: Any, model: str, step: int) -> None:
+    """Drop the events after `step` from the files of this rank's csv_monitor and TensorBoard."""
     if monitor.csv_monitor is not None:
         names = f"{model.replace('/', '_')}_*.csv"
         files = sorted(Path(monitor.csv_monitor.log_dir).glob(names))

@@ -97,7 +97,7 @@ def train(
     folder = run.checkpoints(job.model)
     step = begin()
     dev.restart(run.metrics(job.model), step)
-    engine.rewind_monitor(step)
+    engine.monitors.rewind(step, run.metrics(job.model))
     if step > 0 and group.is_first:
         logger.info("resuming %s at step %d of %d", job.model, step, job.steps)
         # A process that was killed after it saved a checkpoint, the last one too, may have left older ones.
@@ -123,8 +123,8 @@ def train(
                 if problem is not None:
                     health.leave_out(step, problem)
                     step = begin()
+                    engine.monitors.rewind(step, run.metrics(job.model))
                     metrics.rewind(step)
-                    engine.rewind_monitor(step)
                     dev.restart(run.metrics(job.model), step)
                     continue
             with watch.between_steps():
@@ -134,7 +134,7 @@ def train(
                 if result is not None:
                     measured = dev.measure(engine, step, watch.progress) if in_sync and dev.is_due(step) else {}
                     aside = dev.seconds if measured else 0.0
-                    engine.tell_monitor(metrics.record(step, result, rate, measured, aside=aside))
+                    engine.monitors.record(metrics.record(step, result, rate, measured, aside=aside))
                     profile.step()
                 stops = stop.agreed() and step < job.steps
                 ends = step == job.steps or dev.is_over(step)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from btm_scale.errors import LaunchError
+from btm_scale.errors import LaunchError, NoUsableGpuError
 from btm_scale.util.device_query import VISIBLE, TorchDevices, ask_torch, torch_devices
 
 Device = Literal["auto", "gpu", "cpu"]
@@ -86,7 +86,8 @@ def usable_gpus(device: Device, *, in_this_process: bool = False) -> Gpus:
         return _named(detected)
     if evidence:
         reason, remedy = why_none(detected, os.environ, nodes)
-        raise LaunchError(
+        is_of_the_host = _slurm_variable(os.environ) is not None and detected.build not in ("CPU", "unknown")
+        raise (NoUsableGpuError if is_of_the_host else LaunchError)(
             f"{evidence}, and torch can use none: {reason}. A run that was given GPUs does not continue on the CPU: "
             f"{remedy}, or set launch.device: cpu."
         )

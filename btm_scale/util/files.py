@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 _SYNCS_AT_ONCE = 16
 # What fsync answers on file systems without it, such as some of FUSE and SMB.
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+# What chmod answers on file systems whose permissions are those of the mount.
+_NO_MODES = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _unsynced: set[int] = set()  # devices for which this has been logged
 
 os.umask(_UMASK := os.umask(0o077))  # the process's own, which can only be read by setting it
@@ -192,6 +194,15 @@ def new_directory(final: Path, *, shared: bool = False) -> Iterator[Path]:
             raise
 
 
+def set_mode(path: Path, mode: int) -> None:
+    """Set the permissions of a file of this process, unless its file system has none (SMB, FUSE of object stores)."""
+    try:
+        path.chmod(mode)
+    except OSError as error:
+        if error.errno not in _NO_MODES:
+            raise
+
+
 def publish_directory(temporary: Path, final: Path, *, replace: bool = False, synced: bool = False) -> None:
     """Sync a finished directory and rename it; with `replace`, the old one is removed after that.
 
@@ -203,7 +214,7 @@ def publish_directory(temporary: Path, final: Path, *, replace: bool = False, sy
     if exists and not replace:
         raise CheckpointError(f"{final} exists already. Choose another output, or remove it first.")
     # Until now this user's alone. What mkdir would have given it, with the group that it inherits from its parent.
-    temporary.chmod(0o777 & ~_UMASK | temporary.stat().st_mode & stat.S_ISGID)
+    set_mode(temporary, 0o777 & ~_UMASK | temporary.stat().st_mode & stat.S_ISGID)
     if not synced:
         in_threads(_sync, _everything_in(temporary), at_once=_SYNCS_AT_ONCE)
     if exists:

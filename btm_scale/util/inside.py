@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from btm_scale.errors import CheckpointError
+from btm_scale.util.files import set_mode
 
 _HUB_SNAPSHOTS = "snapshots"
 _HUB_BLOBS = "blobs"
@@ -45,7 +46,7 @@ def copy_inside(folder: Path, name: str, target: Path) -> None:
     """
     source, copy = file_inside(folder, name), target / name
     shutil.copyfile(source, copy)
-    copy.chmod(copy.stat().st_mode & (source.stat().st_mode | 0o600) & 0o777)
+    set_mode(copy, copy.stat().st_mode & (source.stat().st_mode | 0o600) & 0o777)
 
 
 def as_private_as(sources: Iterable[Path], copy: Path) -> None:
@@ -57,7 +58,7 @@ def as_private_as(sources: Iterable[Path], copy: Path) -> None:
                 mode &= file.stat().st_mode
     for file in copy.rglob("*"):
         if file.is_file():
-            file.chmod(file.stat().st_mode & (mode | 0o600) & 0o777)
+            set_mode(file, file.stat().st_mode & (mode | 0o600) & 0o777)
 
 
 def _hub_blobs(folder: Path) -> list[Path]:

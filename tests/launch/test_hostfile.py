@@ -192,3 +192,21 @@ def test_an_invalid_range_of_ports_is_refused(ports: tuple[int, int]) -> None:
     """Without a port, no group would ever start."""
     with pytest.raises(ValidationError, match="is not a range of ports"):
         DeepSpeedConfig(ports=ports)
+
+
+@pytest.mark.parametrize("first", ["localhost", "127.0.0.2"])
+def test_a_group_spans_no_host_that_is_another_one_for_each_rank(first: str, tmp_path: Path) -> None:
+    pool = HostPool(DeepSpeedConfig(hostfile=written(tmp_path, f"{first} slots=2\nn2 slots=2\n")))
+    pool.require_room("math", 2, 1)
+    for refused in (
+        lambda: pool.require_room("law", 4, 1),
+        lambda: pool.take(GroupCommand("law", 4, ("train",), tmp_path / "law" / "log")),
+    ):
+        with pytest.raises(LaunchError, match=f"law spans {first}, n2, and {first} is a different host on each"):
+            refused()
+
+
+def test_an_interface_of_gloo_is_named() -> None:
+    DeepSpeedConfig(environment={"NCCL_SOCKET_IFNAME": "^docker0", "GLOO_SOCKET_IFNAME": "eth0"})
+    with pytest.raises(ValidationError, match=r"Only NCCL leaves out interfaces by \^: name the one to use"):
+        DeepSpeedConfig(environment={"GLOO_SOCKET_IFNAME": "^docker0"})

@@ -103,6 +103,18 @@ def test_jobs_on_the_cpu_request_no_gpu(tmp_path: Path) -> None:
         assert options["--mem"] == "0"
 
 
+@pytest.mark.parametrize(
+    ("option", "needed"), [("--gpus-per-node=h100:1", "2 ranks per node"), ("-G 3", "4 ranks"), ("--gpus=4", None)]
+)
+def test_options_request_a_gpu_for_each_rank(option: str, needed: str | None, tmp_path: Path) -> None:
+    slurm = {"ranks_per_node": 2, "options": [option]}
+    if needed is None:
+        scripts(tmp_path, slurm, data=4)
+        return
+    with pytest.raises(LaunchError, match=f"seed has {needed}, and launch.slurm.options has {option}"):
+        scripts(tmp_path, slurm, data=4)
+
+
 def test_the_job_that_prepares_text_can_have_its_own_options(tmp_path: Path) -> None:
     """Some clusters reject a job without a GPU; others have a partition for such jobs."""
     slurm = {

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.fake_slurm import SQUEUE, queue_folder
 from helpers.tiny_run import tiny_values, write_config
 
 from btm_scale.config.launch import SlurmConfig
@@ -22,42 +23,6 @@ from btm_scale.run_dir import RunDir
 
 EXPERTS = ("python", "licences")
 
-# The queue is a folder with one file per job, which holds its lines; as in SLURM, SQUEUE_STATES leaves out the others.
-SBATCH = """#!/bin/bash
-cat "$QUEUE/../banner" 2> /dev/null
-echo "$*" >> "$QUEUE/../calls"
-number=$(($(ls "$QUEUE" | wc -l) + 1))
-script=${*: -1}
-name=$(sed -n 's/^#SBATCH --job-name=//p' "$script")
-tasks=$(printf '%s\\n' "$@" | sed -n 's/^--array=//p' | sed 's/%.*//')
-for part in ${tasks//,/ }; do
-    for task in $(seq "${part%-*}" "${part#*-}"); do places+=("_$task"); done
-done
-most=$(cat "$QUEUE/../limit" 2> /dev/null || echo 1000)
-if (($(cat "$QUEUE"/* 2> /dev/null | wc -l) + ${#places[@]} + (${#places[@]} == 0) > most)); then
-    cat "$QUEUE/../refusal" >&2
-    echo "$number: ${#places[@]} tasks" >> "$QUEUE/../refused"
-    exit 1
-fi
-for place in "${places[@]:-}"; do
-    echo "$number$place|PENDING|Dependency||$name|$script" >> "$QUEUE/$number"
-done
-[[ ! -e $QUEUE/../deaf ]] || { echo 'sbatch: error: Socket timed out on send/recv operation' >&2; exit 1; }
-echo "$number"
-"""
-SQUEUE = """#!/bin/bash
-[[ $* == *--user=$UID* ]] || exit 0
-form=$(printf '%s\\n' "$@" | sed -n 's/^--format=//p')
-cat "$QUEUE"/* 2>/dev/null | grep -F "|${SQUEUE_STATES:-}" |
-while IFS='|' read -r number state reason nodes name script; do
-    line=${form//%i/$number} line=${line//%T/$state} line=${line//%r/$reason} line=${line//%N/$nodes}
-    line=${line//%j/$name} line=${line//%o/$script}
-    printf '%b\\n' "$line"
-done
-"""
-SCONTROL = """#!/bin/bash
-echo "MaxArraySize            = $(cat "$QUEUE/../max" 2> /dev/null || echo 1001)"
-"""
 NO_ROOM = (
     "sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: Job violates accounting"
 )
@@ -70,15 +35,7 @@ PERHAPS_NO_ROOM = (
 @pytest.fixture
 def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the queue that sbatch and squeue know."""
-    programs, folder = tmp_path / "bin", tmp_path / "queue"
-    for made in (programs, folder):
-        made.mkdir()
-    for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE), ("scontrol", SCONTROL)):
-        (programs / name).write_text(text)
-        (programs / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(programs), prepend=":")
-    monkeypatch.setenv("QUEUE", str(folder))
-    return folder
+    return queue_folder(tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -139,6 +96,37 @@ def test_a_queue_that_does_not_answer_is_reported_in_a_line_with_its_remedy(
         "reach SLURM (SLURM_CONF), or only write the scripts: --dry-run."
     )
     assert not any(queue.iterdir())
+
+
+def test_a_controller_that_is_busy_is_asked_again(
+    queue: Path, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    squeue = tmp_path / "bin" / "squeue"
+    busy = "squeue: error: slurm_load_jobs error: Socket timed out on send/recv operation"
+    squeue.write_text(
+        SQUEUE.replace("[[ $*", f"rm {queue}/../busy 2> /dev/null && {{ echo '{busy}' >&2; exit 1; }}\n[[ $*")
+    )
+    monkeypatch.setattr(slurm_commands.time, "sleep", lambda seconds: None)
+    (tmp_path / "busy").touch()
+    assert len(submitted(config, tmp_path)) == 4
+    squeue.write_text(f"#!/bin/bash\necho '{busy}' >&2; exit 1\n")
+    with pytest.raises(slurm_commands.SlurmBusy, match="Socket timed out"):
+        submitted(config, tmp_path)
+
+
+def test_a_refusal_for_lack_of_nodes_says_which_there_are(queue: Path, config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "limit").write_text("0\n")
+    (tmp_path / "refusal").write_text(
+        "sbatch: error: Batch job submission failed: Requested node configuration is not available"
+    )
+    (tmp_path / "bin" / "sinfo").write_text(
+        "#!/bin/bash\n[[ $* != *%R* ]] || printf 'gpu|3|gpu:4|48\\ncpu|9|(null)|64\\n'\n"
+    )
+    (tmp_path / "bin" / "sinfo").chmod(0o755)
+    with pytest.raises(
+        LaunchError, match=r"gpu: 3 with gpu:4 and 48 cores; cpu: 9 with no GPU and 64 cores\. All nodes"
+    ):
+        submitted(config, tmp_path)
 
 
 def test_a_corrected_config_is_accepted_once_no_job_of_the_first_is_queued(
@@ -209,7 +197,7 @@ def test_jobs_that_find_no_room_are_submitted_in_parts_once_others_have_ended(
     done: set[str] = set()
     ended: list[str] = []
     monkeypatch.setattr(slurm, "is_done", lambda config, run, model: model in done)
-    monkeypatch.setattr(slurm, "is_prepared", lambda config, run: "prepare" in done)
+    monkeypatch.setattr(slurm, "is_prepared", lambda config, run, domains: "prepare" in done)
 
     def end_oldest(seconds: float) -> None:
         job, line = next((job, line) for job in sorted(queue.iterdir()) for line in _lines(job))

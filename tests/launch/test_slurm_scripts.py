@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.tiny_run import tiny_values, write_config
+from helpers.fake_slurm import config_with, run_job
 
 from btm_scale.config.launch import SlurmConfig
-from btm_scale.config.run import RunConfig
 from btm_scale.errors import ConfigError, LaunchError
 from btm_scale.launch.slurm import Job, become_slurm_rank, nodes_of, render
 from btm_scale.run.slurm import submit_run
@@ -40,16 +39,11 @@ FULL = {
 }
 
 
-def config_with(folder: Path, slurm: dict[str, Any], **changes: Any) -> RunConfig:
-    values = tiny_values(folder, layout={"data": 4, "tensor": 2, "micro_batch": 1}, launch={"slurm": slurm}, **changes)
-    return write_config(folder / "run.yaml", values)
-
-
 @pytest.mark.parametrize("slurm", [{}, FULL], ids=["defaults", "every option"])
 @pytest.mark.parametrize("name", ["run", NASTY, "it's $(touch oops) `x` 100%"])
 def test_every_script_parses_and_shellcheck_finds_nothing(slurm: dict[str, Any], name: str, tmp_path: Path) -> None:
-    scripts = write_scripts(config_with(tmp_path, slurm, name=name), RunDir(tmp_path / name))
-    assert list(scripts) == ["prepare", "seed", "dense", "experts", "evaluate"]
+    scripts = write_scripts(config_with(tmp_path, slurm, name=name), RunDir(tmp_path / name), big=("python",))
+    assert list(scripts) == ["prepare", "texts", "seed", "dense", "experts", "evaluate"]
     for path in scripts.values():
         subprocess.run(["bash", "-n", path], check=True)
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
@@ -88,7 +82,7 @@ def test_a_script_requests_what_the_config_sets(tmp_path: Path) -> None:
 
 
 def test_preparing_text_requests_no_gpu(tmp_path: Path) -> None:
-    options = ["--gpus-per-node=8", "--gpus-per-task 1", "-G 2", "--gres=gpu:8", "--constraint=gpu"]
+    options = ["--gpus-per-node=8", "--gpus-per-task 1", "-G 8", "--gres=gpu:8", "--constraint=gpu"]
     scripts = write_scripts(config_with(tmp_path, FULL | {"options": options}), RunDir(tmp_path / "made"))
     requests = {
         name: [line for line in path.read_text().splitlines() if "gpu" in line] for name, path in scripts.items()
@@ -149,9 +143,20 @@ def test_no_name_reaches_the_shell_as_anything_but_a_word(tmp_path: Path) -> Non
         ({"time": "soon"}, "is not a SLURM time"),
         ({"setup": ["module load\nrm -rf ~"]}, "is not a single line"),
         ({"options": ["#SBATCH --mem=0"]}, "is not a single line"),
+        (
+            {"options": ["--nodes=4"]},
+            r"'--nodes=4' sets what follows from the layout and launch\.slurm\.ranks_per_node",
+        ),
+        ({"options": ["-n8"]}, "'-n8' sets what follows from the layout"),
+        ({"options": ["-x n3"]}, r"sets what follows from launch\.slurm\.exclude"),
+        ({"options": ["-M all"]}, "sets what follows from the variable SLURM_CLUSTERS"),
+        ({"prepare_options": ["--array 0-3"]}, r"launch\.slurm\.at_a_time"),
+        ({"options": ["--gpus-per-task=h100:2"]}, "is not one GPU"),
     ],
 )
-def test_options_that_would_end_their_line_are_refused(slurm: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_options_that_would_end_their_line_or_contradict_the_layout_are_refused(
+    slurm: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=message):
         config_with(tmp_path, slurm)
 
@@ -195,13 +200,6 @@ with rank_log(Path("made/train/seed/log")):
     raise {error}("so it is")
 END
 exit 143
-"""
-SCONTROL = """#!/bin/bash
-case "$1 $2" in
-"show hostnames") echo node7 ;;
-"show node") echo "NodeName=node7 NodeAddr=10.0.0.7 State=UP" ;;
-*) echo "$@" >> asked ;;
-esac
 """
 
 
@@ -265,21 +263,6 @@ def test_prepare_that_finishes_nothing_more_is_given_up(tmp_path: Path) -> None:
     domain.mkdir(parents=True)
     (domain / "fingerprint.json").touch()
     assert run_job(tmp_path, "#!/bin/bash\nexit 85\n", "prepare").returncode == 0
-
-
-def run_job(folder: Path, srun: str, job: str = "seed", **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run the script of a job as SLURM does, with another srun."""
-    for name, text in (("srun", srun), ("scontrol", SCONTROL)):
-        (folder / name).write_text(text)
-        (folder / name).chmod(0o755)
-    script = write_scripts(config_with(folder, {"cpus_per_rank": 6}), RunDir(folder / "made"))[job]
-    surroundings = {
-        "PATH": f"{folder}:{os.environ['PATH']}",
-        "SLURM_JOB_ID": "7",
-        "SLURM_JOB_NODELIST": "node7",
-    }
-    environment = os.environ | surroundings | variables
-    return subprocess.run([script], cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 TASK = {

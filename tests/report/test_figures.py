@@ -16,6 +16,7 @@ from btm_scale.report.figures.curves import smoothed
 from btm_scale.report.figures.matrices import nearness
 from btm_scale.report.figures.style import NARROW, literal
 from btm_scale.report.sections import sections
+from btm_scale.train.jobs import training_job
 
 NAMES = ["<b>x</b>", "%{z}", "&lt;", "<img src=x onerror=alert(1)>", "2021-01-01", "#0072b2"]
 
@@ -61,6 +62,16 @@ def test_losses_lie_on_the_schedule_in_the_order_of_their_ends(config, make_resu
     colours = {name: trace.line.color for name, trace in shown.items()}
     assert len(set(colours.values())) == 3
     assert traces(figures.forest(make_results())) is not None
+
+
+def test_a_model_that_stopped_early_is_not_stretched_to_the_end_of_the_schedule(config, make_results):
+    patient = config.model_copy(update={"dev_loss": config.dev_loss.model_copy(update={"patience": 2})})
+    total = training_job(patient, "math").steps
+    rows = [{"step": step, "loss": 3.0, "dev_loss": 2.5} for step in (1, total // 4)]
+    shown = figures.training_loss(patient, make_results(), {"math": rows}).data
+    end = patient.budget.seed_steps / (patient.budget.seed_steps + patient.budget.branch_steps)
+    for trace in shown:
+        assert trace.x[-1] == pytest.approx(end + (1 - end) * (total // 4) / total)
 
 
 def test_losses_on_dev_text_are_markers_at_their_steps_in_the_colour_of_the_model(config, make_results):

@@ -50,8 +50,13 @@ def test_time_is_estimated_for_this_machine_only_and_without_finished_models(rea
     before = dry_run(config, run)["estimates"]
     assert 30 < before["seconds"] < 1800
     assert 1e6 < before["disk_bytes"] < 100e6
+    seconds = [before["seconds"]]
+    (run.checkpoints("seed") / "step-00000010").mkdir(parents=True)
+    seconds.append(dry_run(config, run)["estimates"]["seconds"])
     save_card(run.model("seed"), "seed")
-    assert dry_run(config, run)["estimates"]["seconds"] < before["seconds"]
+    seconds.append(dry_run(config, run)["estimates"]["seconds"])
+    assert seconds == sorted(seconds, reverse=True)
+    assert len(set(seconds)) == 3
     assert dry_run(config, run, trains_here=False)["estimates"]["seconds"] is None
 
 

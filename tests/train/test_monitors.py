@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from btm_scale.config.run import RunConfig
 from btm_scale.errors import CheckpointError, ConfigError
 from btm_scale.run_dir import RunDir
 from btm_scale.train import monitors
-from btm_scale.train.monitors import require_monitors, rewind, with_monitors
+from btm_scale.train.monitors import Monitors, require_monitors, rewind, with_monitors
 
 
 def config_with(**sections: Any) -> RunConfig:
@@ -104,3 +105,57 @@ def test_later_steps_are_dropped_and_headers_written_once(tmp_path: Path) -> Non
     assert foreign.read_text() == "step,loss\n9,1.0\n"
     assert written.filenames == ["python_loss"]
     assert (board.summary_writer.log_dir, board.summary_writer.purge_step) == ("logs", 4)
+
+
+class WandbRun:
+    """A run of W&B: as its documentation says, what is logged at a step below the last one is dropped."""
+
+    def __init__(self) -> None:
+        self.history: dict[int, dict[str, float]] = {}
+
+    def write_events(self, events: list[tuple[str, float, int]]) -> None:
+        for label, value, step in events:
+            if step >= max(self.history, default=0):
+                self.history.setdefault(step, {})[label] = value
+
+
+class Written:
+    """Every event of a monitor that can be rewound, in order."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def write_events(self, events: list[tuple[str, float, int]]) -> None:
+        self.steps += [step for _, _, step in events]
+
+
+def engine_with(**monitors: Any) -> Any:
+    names = ("tb_monitor", "csv_monitor", "wandb_monitor", "comet_monitor")
+    master = SimpleNamespace(enabled=True, **(dict.fromkeys(names) | monitors))
+    return SimpleNamespace(monitor=master)
+
+
+def test_monitors_get_the_steps_of_the_model_and_none_of_the_engines_samples() -> None:
+    run = WandbRun()
+    engine = engine_with(wandb_monitor=run)
+    monitors = Monitors(engine, "law")
+    for step in (1, 2, 3):
+        if engine.monitor.enabled:  # as DeepSpeed does after each step
+            run.write_events([("Train/Samples/lr", 1e-3, step * 64)])
+        monitors.record({"step": step, "loss": 3.0 - step})
+    assert run.history == {step: {"law/loss": 3.0 - step} for step in (1, 2, 3)}
+
+
+def test_a_monitor_that_forgets_nothing_gets_no_step_twice(tmp_path: Path) -> None:
+    """The process was killed after step 5, and resumes from a checkpoint of step 3; step 7 is a bad batch."""
+    metrics, run, comet = tmp_path / "metrics.jsonl", WandbRun(), Written()
+    metrics.write_text("".join(json.dumps({"step": step, "loss": 3.0}) + "\n" for step in range(1, 6)))
+    monitors = Monitors(engine_with(wandb_monitor=run, comet_monitor=comet), "law")
+    monitors.rewind(3, metrics)
+    for step in (4, 5, 6):
+        monitors.record({"step": step, "loss": 2.0})
+    monitors.rewind(3, metrics)
+    for step in (4, 5, 6, 8):
+        monitors.record({"step": step, "loss": 1.0})
+    assert run.history == {6: {"law/loss": 2.0}, 8: {"law/loss": 1.0}}
+    assert comet.steps == [6, 8]

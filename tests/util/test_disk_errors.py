@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -84,6 +85,22 @@ def test_a_full_disk_leaves_nothing_of_a_new_directory(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'final'}'"):
         write(tmp_path / "final")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("number", "works"), [(errno.EPERM, True), (errno.ENOSYS, True), (errno.EIO, False)])
+def test_a_file_system_without_permissions_can_hold_a_run(
+    number: int, works: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of an SMB share, or of an object store behind FUSE, are those of the mount."""
+
+    def chmod(path: object, mode: int, **options: object) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(os, "chmod", chmod)
+    with contextlib.nullcontext() if works else pytest.raises(OSError, match="Input/output error"):
+        with new_directory(tmp_path / "folder") as folder:
+            (folder / "file").write_text("text")
+        assert (tmp_path / "folder" / "file").read_text() == "text"
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])

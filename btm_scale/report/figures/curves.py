@@ -15,6 +15,7 @@ from btm_scale.evaluate.results import Results
 from btm_scale.report.figures.style import BELOW, INK, SOFT, WIDE, expert_lines, figure, is_narrow, literal, rule
 from btm_scale.report.summary import experts
 from btm_scale.run_dir import DENSE, MOE, SEED
+from btm_scale.train.jobs import model_names, training_job
 
 Curves = Mapping[str, Sequence[Mapping[str, float]]]
 _DEV_LOSS = "dev_loss"
@@ -38,13 +39,18 @@ class Curve:
 
 
 def schedule_curves(config: RunConfig, curves: Curves) -> list[Curve]:
-    """Place each model's losses on the schedule, where branches begin at `seed_end`. The last step ends a part."""
+    """Place each model's losses on the schedule, where branches begin at `seed_end`.
+
+    The model's last step ends a part, or the last that it would have taken if training ended early.
+    """
     end, placed = seed_end(config), []
     for model, steps in curves.items():
         finite = [row for row in steps if math.isfinite(row.get("loss", math.nan))]
         if not finite:
             continue
         last = max(row["step"] for row in steps)
+        if config.dev_loss.patience is not None and model in model_names(config):
+            last = max(last, training_job(config, model).steps)
 
         # The mixture of experts is trained after the schedule.
         begin, until = {SEED: (0.0, end), MOE: (1.0, _end(config))}.get(model, (end, 1.0))

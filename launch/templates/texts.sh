@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# btm-scale: the text of one big domain to token files, for the run in @FOLDER@
+@OPTIONS@
+set -euo pipefail
+models=(@MODELS@)
+domain=${models[${SLURM_ARRAY_TASK_ID:-0}]}
+@SETUP@
+@STEPS@
+
+stage=prepare-$domain
+only=("$domain")
+data=@RUN@/data
+parts=("$data/$domain/fingerprint.json")
+shards=("$data/.$domain.partial/journal/shard-"*)
+@ENCODE@
