@@ -83,9 +83,10 @@ def _chunk_losses(
 
 def _merged(partials: Partials, group: dist.ProcessGroup) -> Partials:
     """Return the partials of all shards of the vocabulary, merged in the same order on every rank."""
-    own = torch.stack(partials)
-    shards = own.new_empty(dist.get_world_size(group), *own.shape)
-    dist.all_gather_into_tensor(shards, own, group=group)
+    own = torch.cat(partials)
+    flat = own.new_empty(dist.get_world_size(group) * len(own))
+    dist.all_gather_into_tensor(flat, own, group=group)
+    shards = flat.view(-1, 3, len(partials[0]))
     total = shards[0, 0], shards[0, 1], shards[0, 2]
     for shard in shards[1:]:
         total = merge(total, (shard[0], shard[1], shard[2]))
