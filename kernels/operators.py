@@ -168,7 +168,7 @@ def triton_module(tensor: Tensor) -> ModuleType | None:
     try:
         return importlib.import_module("btm_scale.kernels.triton_launch")
     except ImportError as error:
-        paths.stop_usingtriton_module(error)
+        paths.stop_using_triton(error)
         return None
 
 
