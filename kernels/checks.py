@@ -54,6 +54,25 @@ def check_scoring(vocab_size: int | None, soft_cap: float | None, vocab_start: i
         raise ValueError(f"soft_cap is {soft_cap}. It must be positive and finite, or None for logits without a bound.")
 
 
+def check_logits(
+    logits: Tensor, targets: Tensor, vocab_size: int | None, vocab_start: int = 0, *statistics: Tensor
+) -> None:
+    """Check logits [tokens, rows], targets [tokens], and statistics [tokens] of all shards."""
+    if logits.ndim != 2 or any(tensor.shape != logits.shape[:1] for tensor in (targets, *statistics)):
+        shapes = [list(tensor.shape) for tensor in (targets, *statistics)]
+        raise ValueError(
+            f"logits are {list(logits.shape)} and targets {shapes}. They must be [tokens, rows] and [tokens]."
+        )
+    if logits.dtype not in _FLOATS or any(tensor.dtype != torch.float32 for tensor in statistics):
+        raise ValueError(f"logits are {logits.dtype}. Use bfloat16, float16 or float32, and float32 maxima and sums.")
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets are {targets.dtype}. They are indices into the vocabulary: pass torch.int64.")
+    if logits.shape[1] > 1 and logits.stride(1) != 1:
+        raise ValueError(f"logits have strides {logits.stride()}. They are changed in place: the last must be 1.")
+    check_scoring(vocab_size, None, vocab_start)
+    _check_devices(logits=logits, targets=targets, **{f"statistic {i}": each for i, each in enumerate(statistics)})
+
+
 def check_mixture(logits: Tensor, log_weights: Tensor) -> None:
     """Check logits [experts, batch, vocab] with log weights [batch, experts]."""
     if logits.ndim != 3 or log_weights.shape != (logits.shape[1], logits.shape[0]):

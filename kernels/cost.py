@@ -45,9 +45,10 @@ def cost(
     """Return the cost of an operator with these tensors, of which only shapes, strides and dtypes are read.
 
     Args:
-        operator: `token_logprobs`, `token_logprob_partials`, `mix_logits` or `mix_sample`.
+        operator: `token_logprobs`, `token_logprob_partials`, `mix_logits`, `mix_sample`, `cross_entropy_`,
+            `logit_partials` or `logit_gradient_`.
         tensors: the operator's tensors in the order of its arguments, for example on `meta`: (hidden, heads, targets),
-            (hidden, head, targets), (logits, log_weights) or (logits, log_weights, log_likelihood).
+            (hidden, head, targets), (logits, log_weights), (logits, log_weights, log_likelihood) or (logits, targets).
         vocab_start: as for the operator.
         vocab_size: as for the operator.
         config: the block shape. Default: the best one for the GPU.
@@ -66,8 +67,11 @@ def cost(
     if operator in ("mix_logits", "mix_sample"):
         logits, log_weights, *rest = inputs
         return _mix_cost(operator, logits, log_weights, rest[0] if rest else None, config, on)
+    if operator in ("cross_entropy_", "logit_partials", "logit_gradient_"):
+        return _loss_cost(operator, inputs[0])
     raise ValueError(
-        f"There is no operator {operator}. Use token_logprobs, token_logprob_partials, mix_logits or mix_sample."
+        f"There is no operator {operator}. Use token_logprobs, token_logprob_partials, mix_logits, mix_sample, "
+        "cross_entropy_, logit_partials or logit_gradient_."
     )
 
 
@@ -127,3 +131,14 @@ def _mix_cost(
         sampled = 0 if log_likelihood is None else experts * rows * element
         total += Cost(1, candidates + weights + normalizers + running + sampled, rows * (_INT + _FLOAT) + running)
     return total
+
+
+def _loss_cost(operator: str, logits: Tensor) -> Cost:
+    """Return the cost of one launch. The second pass of cross_entropy_ reads every logit again from memory."""
+    tokens = len(logits)
+    everything = logits.numel() * logits.element_size()
+    if operator == "cross_entropy_":
+        return Cost(1, 2 * everything + tokens * _INT, everything + tokens * _FLOAT)
+    if operator == "logit_partials":
+        return Cost(1, everything + tokens * _INT, tokens * _PARTIALS)
+    return Cost(1, everything + tokens * (_INT + 2 * _FLOAT), everything)

@@ -87,7 +87,7 @@ def mix_logits(logits: Tensor, log_weights: Tensor) -> Tensor:
     def plain() -> Tensor:
         return reference.mix_logits(logits, log_weights)
 
-    module = _triton(logits)
+    module = triton_module(logits)
     if module is None or logits.shape[1] == 0:
         return paths.run_reference("mix_logits", plain)
     rows, weights = _unit_stride(logits), _weights(log_weights)
@@ -114,7 +114,7 @@ def mix_sample(
             log_likelihood=None if log_likelihood is None else log_likelihood[first_row:],
         )
 
-    module = _triton(logits)
+    module = triton_module(logits)
     if module is None or logits.shape[1] == 0:
         return paths.run_reference("mix_sample", plain)
     running = None if log_likelihood is None else _unit_stride(log_likelihood)
@@ -145,7 +145,7 @@ def _score(
     launch: Callable[[ModuleType, Tensor, list[Tensor], ScoreConfig], Any],
     plain: Callable[[], Any],
 ) -> Any:
-    module = _triton(hidden)
+    module = triton_module(hidden)
     if module is None:
         return paths.run_reference(operator, plain)
     hidden, heads = _unit_stride(hidden), [_unit_stride(head) for head in heads]
@@ -159,7 +159,7 @@ def _score(
     return paths.run(operator, hidden, configs, lambda config: launch(module, hidden, heads, config), plain)
 
 
-def _triton(tensor: Tensor) -> ModuleType | None:
+def triton_module(tensor: Tensor) -> ModuleType | None:
     """Return the module that launches the kernels, or None if the tensor's device or a missing Triton rules it out."""
     if not (tensor.is_cuda or is_interpreted()):
         return None
@@ -200,29 +200,30 @@ def _fake_sample(logits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return logits.new_empty(batch, dtype=torch.int64), logits.new_empty(batch, dtype=torch.float32)
 
 
-def _define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], *tags: torch.Tag) -> Any:
+def define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], *tags: torch.Tag) -> Any:
+    """Define `torch.ops.btm_scale.NAME` by its schema, what computes it, and its fake implementation."""
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-TOKEN_LOGPROBS = _define(
+TOKEN_LOGPROBS = define(
     "token_logprobs",
     "(Tensor hidden, Tensor[] heads, Tensor targets, SymInt? vocab_size, SymInt ignore_index, float? soft_cap)"
     " -> Tensor",
     token_logprobs,
     _fake_logprobs,
 )
-TOKEN_LOGPROB_PARTIALS = _define(
+TOKEN_LOGPROB_PARTIALS = define(
     "token_logprob_partials",
     "(Tensor hidden, Tensor head, Tensor targets, SymInt vocab_start, SymInt? vocab_size, SymInt ignore_index,"
     " float? soft_cap) -> (Tensor, Tensor, Tensor)",
     token_logprob_partials,
     _fake_partials,
 )
-MIX_LOGITS = _define("mix_logits", "(Tensor logits, Tensor log_weights) -> Tensor", mix_logits, _fake_mixture)
-MIX_SAMPLE = _define(
+MIX_LOGITS = define("mix_logits", "(Tensor logits, Tensor log_weights) -> Tensor", mix_logits, _fake_mixture)
+MIX_SAMPLE = define(
     "mix_sample",
     "(Tensor logits, Tensor log_weights, float temperature, Generator? generator=None,"
     " Tensor(a!)? log_likelihood=None) -> (Tensor, Tensor)",

@@ -13,11 +13,12 @@ from typing import NamedTuple, TypeVar
 from torch import Tensor
 
 from btm_scale.kernels.hardware import Hardware, hardware, is_interpreted, on_device
+from btm_scale.kernels.loss_tuning import LossConfig
 from btm_scale.kernels.tuning_table import MixConfig, ScoreConfig
 
 logger = logging.getLogger(__name__)
 
-Config = TypeVar("Config", ScoreConfig, MixConfig)
+Config = TypeVar("Config", ScoreConfig, MixConfig, LossConfig)
 Result = TypeVar("Result")
 
 
@@ -26,14 +27,14 @@ class KernelPath(NamedTuple):
 
     operator: str
     backend: str
-    config: ScoreConfig | MixConfig | None
+    config: ScoreConfig | MixConfig | LossConfig | None
 
     def __str__(self) -> str:
         return self.backend if self.config is None else f"{self.backend} {self.config.blocks}"
 
 
 _last: dict[str, KernelPath] = {}
-_refused: set[tuple[str, Hardware, ScoreConfig | MixConfig]] = set()
+_refused: set[tuple[str, Hardware, ScoreConfig | MixConfig | LossConfig]] = set()
 _host_is_broken = False
 
 
@@ -42,7 +43,7 @@ def last_path(operator: str | None = None) -> KernelPath | None:
     return _last.get(operator) if operator else next(reversed(_last.values()), None)
 
 
-def refusals() -> set[tuple[str, Hardware, ScoreConfig | MixConfig]]:
+def refusals() -> set[tuple[str, Hardware, ScoreConfig | MixConfig | LossConfig]]:
     """Return the shapes that a GPU refused in this process."""
     return set(_refused)
 
@@ -134,9 +135,9 @@ def stop_using_triton(error: Exception) -> None:
 def _refuse(
     operator: str,
     device: Hardware,
-    config: ScoreConfig | MixConfig,
+    config: ScoreConfig | MixConfig | LossConfig,
     error: Exception,
-    smaller: Sequence[ScoreConfig | MixConfig],
+    smaller: Sequence[ScoreConfig | MixConfig | LossConfig],
 ) -> None:
     _refused.add((operator, device, config))
     logger.warning(

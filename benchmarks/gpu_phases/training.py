@@ -129,8 +129,8 @@ def _our_loss(shape: tuple[int, int, int], chunk: int | None, site: Site) -> dic
     from btm_scale.model import loss
 
     states, weight, targets = _loss_inputs(shape, site)
-    elements = loss._CHUNK_ELEMENTS if chunk is None else chunk * shape[2]
-    with mock.patch.object(loss, "_CHUNK_ELEMENTS", elements):
+    chosen = loss.tokens_per_chunk if chunk is None else lambda *_, **__: chunk
+    with mock.patch.object(loss, "tokens_per_chunk", chosen):
         return _loss_figures(lambda: loss.head_loss(states, weight, targets, vocabulary=shape[2]), states, weight, site)
 
 

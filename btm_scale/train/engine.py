@@ -94,7 +94,7 @@ class Engine:
         self.routers.begin_step()
         scale = self._scale  # the step may change it
         total = torch.zeros((), device=self.group.device)
-        for micro in sequences.to(self.group.device).split(self.job.micro_batch):
+        for micro in sequences.to(self.group.device, non_blocking=True).split(self.job.micro_batch):
             loss = self._engine(micro[:, :-1], micro[:, 1:])
             # Without ZeRO, DeepSpeed divides gradients by the loss scale but leaves it to us to multiply the loss.
             self._engine.backward(loss if self._masters is None else loss * self._scale)

@@ -26,6 +26,7 @@ from btm_scale.train.monitors import require_monitors, with_monitors
 from btm_scale.train.position import restore_random_state, state_path
 from btm_scale.train.preemption import StopRequest
 from btm_scale.train.profiler import Profile
+from btm_scale.train.read_ahead import ReadAhead
 from btm_scale.train.retention import kept_steps, remove_old_states, remove_other_decays
 from btm_scale.train.start import begin_branch, load_pretrained, settled_branch
 from btm_scale.train.watchdog import HangWatch
@@ -109,6 +110,7 @@ def train(
         HangWatch(group, config.health) as watch,
         Profile(group, config.profile, run.profile(job.model)) as profile,
         Metrics(group, run.metrics(job.model), job, engine.model.shape, length, step) as metrics,
+        ReadAhead(mixture.read, group.device) as text,
     ):
         pending = False  # whether a checkpoint is to be saved once the data ranks are in sync
         while step < job.steps and not dev.is_over(step):
@@ -118,7 +120,8 @@ def train(
                 first = job.first_sample + (step - 1) * job.sequences + group.data_rank * rank_sequences
                 rate = job.rate_at(step, optimizer)
                 with watch.step():
-                    result = engine.step(mixture.read(first, rank_sequences), rate)
+                    following = first + job.sequences if step < job.steps else None
+                    result = engine.step(text.read(first, rank_sequences, then=following), rate)
                 problem = health.problem(step, result)
                 if problem is not None:
                     health.leave_out(step, problem)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from helpers.kernel_oracle import exact_mixture, exact_token_logprobs, scoring_case
+from helpers.loss_cases import GRADIENT_ERROR, exact_loss, loss_case
 from torch import Tensor
 
 from btm_scale import kernels
@@ -196,3 +197,27 @@ def test_nan_and_a_target_outside_of_the_vocabulary_are_errors(device):
     states[1, 4, 3] = float("nan")
     with pytest.raises(FloatingPointError, match=r"\[1, 4\]"):
         kernels.token_logprobs(states, heads, targets)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "vocab"), [(64, 32_000, 32_000), (8192, 50_304, 50_257), (64, 128_256, 128_256)]
+)
+def test_the_loss_and_its_gradient_are_exact_and_repeat_to_the_bit(device, tokens, rows, vocab):
+    values, wanted = loss_case(tokens, rows, vocab, torch.bfloat16)
+    targets = wanted.to(device)
+    first, again = values.to(device), values.to(device)
+    losses = kernels.cross_entropy_(first, targets, vocab_size=vocab)
+    assert torch.equal(losses, kernels.cross_entropy_(again, targets, vocab_size=vocab))
+    assert torch.equal(first, again)
+    exact, gradient = exact_loss(values[:CHECKED_TOKENS], wanted[:CHECKED_TOKENS], vocab)
+    assert (losses[:CHECKED_TOKENS].cpu() - exact).abs().max() <= 1e-5
+    assert (first[:CHECKED_TOKENS].cpu() - gradient).abs().max() <= GRADIENT_ERROR[torch.bfloat16]
+
+
+def test_a_bfloat16_product_is_added_to_float32_sums(device):
+    left, right = (torch.randn(4096, size, device=device, dtype=torch.bfloat16) for size in (300, 200))
+    total = torch.full((300, 200), float("nan"), device=device)
+    kernels.add_product_(total, left, right, overwrite=True)
+    kernels.add_product_(total, left, right)
+    exact = 2 * left.double().T @ right.double()
+    assert (total - exact).abs().max() <= 1e-3

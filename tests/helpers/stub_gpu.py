@@ -20,11 +20,13 @@ from torch.utils._pytree import tree_map
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from btm_scale.kernels import hardware, operators, paths
+from btm_scale.kernels import hardware, loss_operators, operators, paths
+from btm_scale.kernels.loss import cross_entropy_kernel, logit_gradient_kernel, logit_partials_kernel
 from btm_scale.kernels.mixing import draw_kernel, mix_kernel, normalizer_kernel, pick_kernel
 from btm_scale.kernels.scoring import combine_kernel, score_kernel
 
-KERNELS = (score_kernel, combine_kernel, normalizer_kernel, mix_kernel, draw_kernel, pick_kernel)
+LOSS_KERNELS = (cross_entropy_kernel, logit_partials_kernel, logit_gradient_kernel)
+KERNELS = (score_kernel, combine_kernel, normalizer_kernel, mix_kernel, draw_kernel, pick_kernel, *LOSS_KERNELS)
 
 SHARED_BYTES = {
     "sm_80": 163 << 10,
@@ -41,6 +43,9 @@ WRITTEN = {
     "mix_kernel": {"mixture_ptr"},
     "draw_kernel": {"score_ptr", "token_ptr", "log_prob_ptr"},
     "pick_kernel": {"out_token_ptr", "out_log_prob_ptr"},
+    "cross_entropy_kernel": {"logits_ptr", "loss_ptr"},
+    "logit_partials_kernel": {"maximum_ptr", "sum_exp_ptr", "target_logit_ptr"},
+    "logit_gradient_kernel": {"logits_ptr"},
 }
 
 
@@ -71,7 +76,8 @@ class _Factories(TorchFunctionMode):
         if isinstance(function, torch._ops.OpOverload) and function.namespace == operators.NAMESPACE:
             # PyTorch's dispatcher would see CPU tensors in a function that this mode does not watch.
             with self:
-                return getattr(operators, function._opname)(*args, **(kwargs or {}))
+                run = loss_operators.IMPLEMENTATIONS.get(function._opname) or getattr(operators, function._opname)
+                return run(*args, **(kwargs or {}))
         device = torch.device((kwargs or {}).get("device") or "cpu")
         result = function(*args, **_on_cpu(kwargs))
         return _as_gpu(result, device) if device.type == "cuda" else result
@@ -115,6 +121,9 @@ class Launch:
                 total += self.arguments["UPDATE"] * self._numbers("experts", "batch") * tensor.element_size()
                 continue
             total += tensor.numel() * tensor.element_size()
+        if self.kernel in ("cross_entropy_kernel", "logit_gradient_kernel"):  # in place, and the first in two passes
+            passes = 2 if self.kernel == "cross_entropy_kernel" else 1
+            total += passes * self.arguments["logits_ptr"].numel() * self.arguments["logits_ptr"].element_size()
         if self.kernel == "score_kernel":  # the heads, of which the arguments hold only addresses
             bits = self.arguments["HEAD_DTYPE"].primitive_bitwidth
             total += self._numbers("experts", "columns", "inner") * bits // 8

@@ -2,5 +2,10 @@
 
 import os
 
-COMPILED = ["test_kernels_compiled.py", "test_kernels_launches.py", "test_kernels_older_triton.py"]
+COMPILED = [
+    "test_kernels_compiled.py",
+    "test_kernels_launches.py",
+    "test_kernels_loss.py",
+    "test_kernels_older_triton.py",
+]
 collect_ignore = COMPILED if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]

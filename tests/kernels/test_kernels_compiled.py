@@ -16,7 +16,7 @@ import pytest
 import torch
 import triton
 from helpers.cuts import cut, full
-from helpers.stub_gpu import SHARED_BYTES, StubGpus, stub_gpus
+from helpers.stub_gpu import LOSS_KERNELS, SHARED_BYTES, StubGpus, stub_gpus
 
 from btm_scale import kernels
 from btm_scale.kernels import triton_launch
@@ -140,6 +140,21 @@ def test_mixing_kernels_compile_without_spills(arch, sizes, tmp_path):
             "pick_kernel",
         }
         assert_resources(gpus, tmp_path)
+
+
+@pytest.mark.parametrize("arch", cut(ARCHITECTURES, lambda arch: arch in ("sm_90", "gfx942")))
+def test_the_losss_kernels_compile_without_spills_and_move_16_bytes_at_a_time(arch, tmp_path):
+    with stub_gpus(arch) as gpus:
+        for width in (32_000, 50_304):
+            logits = gpus.empty(2, width, dtype=torch.bfloat16)
+            targets = gpus.tensor(torch.zeros(2, dtype=torch.int64))
+            kernels.cross_entropy_(logits, targets, vocab_size=width - 47)
+            maximum, sum_exp, _ = kernels.logit_partials(logits, targets, vocab_size=width - 47)
+            kernels.logit_gradient_(logits, targets, maximum, sum_exp, vocab_size=width - 47)
+        assert {name for name, _ in gpus.compiled()} == {kernel.fn.__name__ for kernel in LOSS_KERNELS}
+        assert_resources(gpus, tmp_path)
+        for _, kernel in gpus.compiled() if arch == "sm_90" else []:
+            assert re.search(r"ld\.global\S*\.v4\.b32", kernel.asm["ptx"])
 
 
 @pytest.mark.parametrize(("arch", "instruction"), [("sm_90", "wgmma.mma_async"), ("sm_100", "tcgen05.mma")])

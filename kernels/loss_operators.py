@@ -1,0 +1,191 @@
+"""Cross entropy over logits that become their gradient in place: public functions, and their PyTorch operators."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from btm_scale.kernels import loss_reference as reference
+from btm_scale.kernels import operators, paths
+from btm_scale.kernels.checks import check_logits
+from btm_scale.kernels.loss_tuning import loss_configs
+from btm_scale.kernels.partials import Partials
+
+
+@torch.no_grad()
+def cross_entropy_(logits: Tensor, targets: Tensor, *, vocab_size: int | None = None) -> Tensor:
+    """Return the cross entropy in nats of each target, and replace the logits by its gradient.
+
+    loss[t] = log sum_v exp(l[t, v]) - l[t, target_t], and l[t, v] becomes softmax(l[t])_v - [v = target_t].
+
+    Args:
+        logits: [tokens, rows], bfloat16, float16 or float32, with last stride 1. Changed in place.
+        targets: int64 [tokens], each in [0, vocab_size); not checked.
+        vocab_size: number of real columns; later ones are padding, whose gradient is 0. Default: all.
+
+    Returns:
+        float32 [tokens]; NaN if a logit of the row is NaN or +inf.
+
+    Raises:
+        ValueError: shapes, dtypes, strides or devices do not match.
+    """
+    check_logits(logits, targets, vocab_size)
+    losses: Tensor = CROSS_ENTROPY(logits, targets, vocab_size)
+    return losses
+
+
+@torch.no_grad()
+def logit_partials(logits: Tensor, targets: Tensor, *, vocab_start: int = 0, vocab_size: int | None = None) -> Partials:
+    """Return one vocabulary shard's partial results for the targets' log-probabilities.
+
+    Args:
+        logits: [tokens, rows] of the tokens from `vocab_start` on, with last stride 1.
+        targets: int64 [tokens], indices into the full vocabulary.
+        vocab_start: vocabulary index of the first column.
+        vocab_size: number of real columns of the full vocabulary; later ones are padding. Default: all.
+
+    Returns:
+        float32 [tokens] each: the maximum logit (-inf for a shard of padding), the sum of exp(logit - maximum), and
+        the target's logit (-inf if another shard has it), as of `token_logprob_partials`.
+
+    Raises:
+        ValueError: shapes, dtypes, strides or devices do not match.
+    """
+    check_logits(logits, targets, vocab_size, vocab_start)
+    partials: Partials = LOGIT_PARTIALS(logits, targets, vocab_start, vocab_size)
+    return partials
+
+
+@torch.no_grad()
+def logit_gradient_(
+    logits: Tensor,
+    targets: Tensor,
+    maximum: Tensor,
+    sum_exp: Tensor,
+    *,
+    vocab_start: int = 0,
+    vocab_size: int | None = None,
+) -> None:
+    """Replace one vocabulary shard's logits by the gradient of the cross entropy, softmax(l)_v - [v = target].
+
+    Args:
+        logits: as for `logit_partials`. Changed in place.
+        targets: as for `logit_partials`.
+        maximum: float32 [tokens], the maximum logit over all shards.
+        sum_exp: float32 [tokens], the sum of exp(logit - maximum) over all shards.
+        vocab_start: as for `logit_partials`.
+        vocab_size: as for `logit_partials`.
+
+    Raises:
+        ValueError: shapes, dtypes, strides or devices do not match.
+    """
+    check_logits(logits, targets, vocab_size, vocab_start, maximum, sum_exp)
+    LOGIT_GRADIENT(logits, targets, maximum, sum_exp, vocab_start, vocab_size)
+
+
+def _run_cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int | None) -> Tensor:
+    def plain() -> Tensor:
+        return reference.cross_entropy_(logits, targets, vocab_size=vocab_size)
+
+    module = _triton(logits)
+    if module is None:
+        return paths.run_reference("cross_entropy_", plain)
+    targets = targets.contiguous()
+    return paths.run(
+        "cross_entropy_",
+        logits,
+        loss_configs,
+        lambda config: module.cross_entropy_(logits, targets, vocab_size=vocab_size, config=config),
+        plain,
+    )
+
+
+def _run_logit_partials(logits: Tensor, targets: Tensor, vocab_start: int, vocab_size: int | None) -> Partials:
+    columns: dict[str, Any] = {"vocab_start": vocab_start, "vocab_size": vocab_size}
+
+    def plain() -> Partials:
+        return reference.logit_partials(logits, targets, **columns)
+
+    module = _triton(logits)
+    if module is None:
+        return paths.run_reference("logit_partials", plain)
+    targets = targets.contiguous()
+    return paths.run(
+        "logit_partials",
+        logits,
+        loss_configs,
+        lambda config: module.logit_partials(logits, targets, **columns, config=config),
+        plain,
+    )
+
+
+def _run_logit_gradient(
+    logits: Tensor, targets: Tensor, maximum: Tensor, sum_exp: Tensor, vocab_start: int, vocab_size: int | None
+) -> None:
+    columns: dict[str, Any] = {"vocab_start": vocab_start, "vocab_size": vocab_size}
+
+    def plain() -> None:
+        reference.logit_gradient_(logits, targets, maximum, sum_exp, **columns)
+
+    module = _triton(logits)
+    if module is None:
+        paths.run_reference("logit_gradient_", plain)
+        return
+    targets, maximum, sum_exp = targets.contiguous(), maximum.contiguous(), sum_exp.contiguous()
+    paths.run(
+        "logit_gradient_",
+        logits,
+        loss_configs,
+        lambda config: module.logit_gradient_(logits, targets, maximum, sum_exp, **columns, config=config),
+        plain,
+    )
+
+
+def _triton(logits: Tensor) -> ModuleType | None:
+    """Return the module that launches these kernels, or None where `operators.triton_module` does or without tokens."""
+    if len(logits) == 0 or operators.triton_module(logits) is None:
+        return None
+    return importlib.import_module("btm_scale.kernels.loss_launch")
+
+
+def _fake_losses(logits: Tensor, *_: object) -> Tensor:
+    return logits.new_empty(logits.shape[:1], dtype=torch.float32)
+
+
+def _fake_partials(logits: Tensor, *_: object) -> Partials:
+    return _fake_losses(logits), _fake_losses(logits), _fake_losses(logits)
+
+
+def _fake_nothing(*_: object) -> None:
+    return None
+
+
+CROSS_ENTROPY = operators.define(
+    "cross_entropy_",
+    "(Tensor(a!) logits, Tensor targets, SymInt? vocab_size) -> Tensor",
+    _run_cross_entropy,
+    _fake_losses,
+)
+LOGIT_PARTIALS = operators.define(
+    "logit_partials",
+    "(Tensor logits, Tensor targets, SymInt vocab_start, SymInt? vocab_size) -> (Tensor, Tensor, Tensor)",
+    _run_logit_partials,
+    _fake_partials,
+)
+LOGIT_GRADIENT = operators.define(
+    "logit_gradient_",
+    "(Tensor(a!) logits, Tensor targets, Tensor maximum, Tensor sum_exp, SymInt vocab_start, SymInt? vocab_size) -> ()",
+    _run_logit_gradient,
+    _fake_nothing,
+)
+# By name, for tests whose GPUs PyTorch's dispatcher does not know.
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "cross_entropy_": _run_cross_entropy,
+    "logit_partials": _run_logit_partials,
+    "logit_gradient_": _run_logit_gradient,
+}

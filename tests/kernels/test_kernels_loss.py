@@ -1,0 +1,90 @@
+"""Cross entropy in place: the reference against float64, the operators, and the launches on GPUs in name only."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.loss_cases import assert_exact, assert_shards_are_exact, loss_case
+from helpers.stub_gpu import StubGpus, stub_gpus
+
+from btm_scale import kernels
+from btm_scale.kernels import loss_operators, products
+from btm_scale.kernels.cost import Cost
+
+OPERATORS = ["cross_entropy_", "logit_partials", "logit_gradient_"]
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def reference(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("rows", "vocab"), [(111, 111), (300, 257)])
+def test_the_reference_is_exact(dtype, rows, vocab):
+    assert_exact(*loss_case(9, rows, vocab, dtype), vocab)
+    assert_shards_are_exact(*loss_case(9, rows, vocab, dtype), vocab, 3)
+    assert str(kernels.last_path("logit_gradient_")) == "reference"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pytorch_finds_schema_and_fake_consistent(dtype):
+    logits, targets = loss_case(5, 60, 57, dtype)
+    statistics = torch.zeros(5), torch.ones(5)
+    torch.library.opcheck(loss_operators.CROSS_ENTROPY, (logits.clone(), targets, 57))
+    torch.library.opcheck(loss_operators.LOGIT_PARTIALS, (logits, targets, 0, 57))
+    torch.library.opcheck(loss_operators.LOGIT_GRADIENT, (logits.clone(), targets, *statistics, 0, None))
+    factors = torch.randn(5, 7).to(dtype), torch.randn(5, 3).to(dtype)
+    torch.library.opcheck(products.ADD_PRODUCT, (torch.zeros(7, 3), *factors, False))
+
+
+def test_meta_logits_give_meta_losses():
+    logits, targets = torch.empty(5, 60, device="meta"), torch.empty(5, dtype=torch.int64, device="meta")
+    assert kernels.cross_entropy_(logits, targets).device.type == "meta"
+    assert [part.device.type for part in kernels.logit_partials(logits, targets)] == ["meta"] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_added_in_float32(dtype):
+    left, right = torch.randn(40, 7).to(dtype), torch.randn(40, 3).to(dtype)
+    total = torch.full((7, 3), float("nan"))
+    kernels.add_product_(total, left, right, overwrite=True)
+    kernels.add_product_(total, left, right)
+    exact = 2 * left.double().T @ right.double()
+    assert (total - exact).abs().max() <= (1e-5 if dtype == torch.float32 else 0.15)
+
+
+def test_wrong_arguments_are_our_own_errors():
+    logits, targets = loss_case(5, 60, 60, torch.float32)
+    with pytest.raises(ValueError, match=r"must be \[tokens, rows\]"):
+        kernels.cross_entropy_(logits, targets[:3])
+    with pytest.raises(ValueError, match=r"targets are torch\.int32"):
+        kernels.cross_entropy_(logits, targets.int())
+    with pytest.raises(ValueError, match="the last must be 1"):
+        kernels.cross_entropy_(logits.T.contiguous().T, targets)
+    with pytest.raises(ValueError, match=r"logits are torch\.float64"):
+        kernels.cross_entropy_(logits.double(), targets)
+    with pytest.raises(ValueError, match="on different devices"):
+        kernels.cross_entropy_(logits, targets.to("meta"))
+    with pytest.raises(ValueError, match="vocab_size is 0"):
+        kernels.logit_partials(logits, targets, vocab_size=0)
+
+
+def call(gpus: StubGpus, operator: str, tokens: int = 6, rows: int = 1000, stride: int = 1024) -> list[torch.Tensor]:
+    """Call an operator with bfloat16 logits whose rows begin at multiples of `stride`; return its tensors."""
+    logits = gpus.empty(tokens, stride, dtype=torch.bfloat16)[:, :rows]
+    tensors = [logits, gpus.tensor(torch.zeros(tokens, dtype=torch.int64))]
+    if operator == "logit_gradient_":
+        tensors += [gpus.tensor(torch.zeros(tokens)), gpus.tensor(torch.ones(tokens))]
+    getattr(kernels, operator)(*tensors)
+    return tensors
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_call_is_one_launch_whose_declared_cost_is_what_the_driver_counts(operator):
+    with stub_gpus("sm_90") as gpus:
+        tensors = call(gpus, operator)
+        assert str(kernels.last_path(operator)) == "triton 4096"
+        (launch,) = gpus.launches
+        assert kernels.cost(operator, *tensors) == Cost(1, launch.bytes_read(), launch.bytes_written())
