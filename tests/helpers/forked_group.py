@@ -58,7 +58,7 @@ class ForkedGroup:
 def _launch(ranks: int, run: Callable[[list[str]], object], arguments: list[str]) -> NoReturn:
     """Become the only rank, or fork all and end when they have ended, or with the first that fails.
 
-    Whoever started the group then ends the others, which are in the session of this process.
+    `end_all` then ends the others, which are in the session of this process.
     """
     if ranks == 1:
         _become(0, run, arguments)

@@ -221,7 +221,7 @@ def test_a_full_disk_is_detected_before_writing_and_loses_no_checkpoint(
     if mounted is None or mounted.returncode:
         pytest.skip("only root may mount the small file system that this test fills")
     try:
-        assert warm.run(*training(run)).code == 1
+        assert warm.run(*training(run)).code != 0
         log = run.log("seed").read_text()
         assert "GB free. Nothing was written. Free some space" in log
         checkpoints = sorted(folder.glob("step-*"))
