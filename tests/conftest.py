@@ -12,6 +12,7 @@ import pytest
 from helpers.shared_folder import shared_folder
 from helpers.text_samples import CODE, PROSE, MakeConfig, prose_texts, python_texts, write_jsonl
 from helpers.tiny_run import btm_scale, tiny_values, write_config
+from helpers.warm import Warm, warm_process
 from hypothesis import settings
 
 from btm_scale.config.run import RunConfig
@@ -43,6 +44,12 @@ def logging_as_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     logger.handlers[:] = [handler for handler in logger.handlers if isinstance(handler, logging.NullHandler)]
     logger.setLevel(logging.NOTSET)
     monkeypatch.delenv(LEVEL, raising=False)
+
+
+@pytest.fixture(scope="session")
+def warm() -> Warm:
+    """Runs commands in forks of a process that has imported everything."""
+    return warm_process()
 
 
 @pytest.fixture(scope="session")
@@ -103,7 +110,7 @@ def finished_run(real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     """A tiny run from text to page, by the command line and the real launcher."""
 
     def make(folder: Path) -> None:
-        write_config(folder / "tiny.yaml", tiny_values(real_text))
+        write_config(folder / "tiny.yaml", tiny_values(real_text, data={"dev": 0.1, "test": 0.1}))  # several workers
         done = btm_scale("run", folder / "tiny.yaml", "--out", folder / "run", "--json")
         assert json.loads(done.stdout) == json.loads(RunDir(folder / "run").results.read_text())
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from helpers.tiny_run import btm_scale, save_card, tiny_values, write_config
+from helpers.warm import Warm
 
 from btm_scale import __version__
 from btm_scale.cli.app import parse
@@ -55,14 +56,14 @@ from btm_scale.run_dir import RunDir
     ],
 )
 def test_a_users_mistake_exits_with_2_and_a_message(
-    arguments: list[str], message: str, tmp_path: Path, real_text: Path
+    arguments: list[str], message: str, warm: Warm, tmp_path: Path, real_text: Path
 ) -> None:
     write_config(tmp_path / "CONFIG", tiny_values(real_text))
     given = [str(tmp_path / word) if word in ("CONFIG", "OUT", ".") else word for word in arguments]
     if arguments[:2] in (["run", "CONFIG"], ["train", "CONFIG"]) and "--out" not in arguments:
         given += ["--out", str(tmp_path / "made")]
-    done = btm_scale(*given, check=False)
-    assert done.returncode == 2
+    done = warm.run(*given)
+    assert done.code == 2
     assert message in done.stderr
     assert arguments == [] or "\nbtm-scale: " in f"\n{done.stderr}"
     assert done.stdout == ""
@@ -70,9 +71,9 @@ def test_a_users_mistake_exits_with_2_and_a_message(
     assert not (tmp_path / "made" / "data").exists()
 
 
-def test_a_dry_run_lists_every_model_and_writes_nothing(tmp_path: Path, real_text: Path) -> None:
+def test_a_dry_run_lists_every_model_and_writes_nothing(warm: Warm, tmp_path: Path, real_text: Path) -> None:
     write_config(tmp_path / "run.yaml", tiny_values(real_text))
-    done = btm_scale("run", tmp_path / "run.yaml", "--dry-run", "--json", "--out", tmp_path / "made")
+    done = warm.check("run", tmp_path / "run.yaml", "--dry-run", "--json", "--out", tmp_path / "made")
     assert list(json.loads(done.stdout)["models"]) == [
         "seed",
         "dense",
@@ -85,13 +86,13 @@ def test_a_dry_run_lists_every_model_and_writes_nothing(tmp_path: Path, real_tex
 
 
 @pytest.mark.slow
-def test_status_and_forest_say_what_a_finished_run_holds(finished_run: tuple[RunConfig, RunDir]) -> None:
+def test_status_and_forest_say_what_a_finished_run_holds(finished_run: tuple[RunConfig, RunDir], warm: Warm) -> None:
     _, run = finished_run
-    status = json.loads(btm_scale("status", run.root, "--json").stdout)["models"]
+    status = json.loads(warm.check("status", run.root, "--json").stdout)["models"]
     assert {model: row["state"] for model, row in status.items()} == dict.fromkeys(
         ["seed", "dense", "python", "licences", "random/0", "random/1"], "done"
     )
-    forest = json.loads(btm_scale("forest", "list", run.root, "--json").stdout)["experts"]
+    forest = json.loads(warm.check("forest", "list", run.root, "--json").stdout)["experts"]
     assert list(forest) == ["licences", "python"]
     assert forest["python"]["parents"] == {"seed": 1.0}
 
@@ -169,7 +170,9 @@ def test_a_list_option_takes_the_files_that_a_shell_puts_after_it() -> None:
     assert call.arguments["replay"] == 0.5
 
 
-def test_a_killed_prepare_leaves_no_process_and_the_next_one_finishes(tmp_path: Path, real_text: Path) -> None:
+def test_a_killed_prepare_leaves_no_process_and_the_next_one_finishes(
+    warm: Warm, tmp_path: Path, real_text: Path
+) -> None:
     # As on a machine of two cores at least: with one worker there is no other process.
     write_config(tmp_path / "run.yaml", tiny_values(real_text, data={"dev": 0.1, "test": 0.1, "workers": 2}))
     made = tmp_path / "made"
@@ -191,6 +194,6 @@ def test_a_killed_prepare_leaves_no_process_and_the_next_one_finishes(tmp_path: 
     process.wait()
     psutil.wait_procs(workers, timeout=60)
     assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
-    done = btm_scale("prepare", tmp_path / "run.yaml", "--out", made, "--json")
+    done = warm.check("prepare", tmp_path / "run.yaml", "--out", made, "--json", "--set", "data.workers=1")
     assert set(json.loads(done.stdout)["domains"]) == {"python", "licences", "docs"}
     assert not list((made / "data").glob(".*.partial"))

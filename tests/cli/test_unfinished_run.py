@@ -7,7 +7,8 @@ import logging
 from pathlib import Path
 
 import pytest
-from helpers.tiny_run import btm_scale, save_card, tiny_values, write_config
+from helpers.tiny_run import save_card, tiny_values, write_config
+from helpers.warm import Warm
 
 from btm_scale.cli.app import parse
 from btm_scale.cli.verb import Call
@@ -60,10 +61,10 @@ def test_a_command_that_needs_experts_says_that_there_are_none(
     assert str(raised.value) == f"There is no expert in {run.experts}. Train some first: btm-scale run CONFIG"
 
 
-def test_evaluate_prints_that_line_alone(opened: tuple[RunConfig, RunDir]) -> None:
+def test_evaluate_prints_that_line_alone(opened: tuple[RunConfig, RunDir], warm: Warm) -> None:
     _, run = opened
-    done = btm_scale("evaluate", run.root, check=False)
-    assert done.returncode == 2
+    done = warm.run("evaluate", run.root)
+    assert done.code == 2
     assert done.stderr == f"btm-scale: There is no expert in {run.experts}. Train some first: btm-scale run CONFIG\n"
 
 
@@ -119,25 +120,25 @@ def test_an_evaluation_names_the_models_that_are_not_trained_and_then_those_with
 
 
 def test_a_directory_in_place_of_an_action_or_a_config_is_answered_with_what_may_be_meant(
-    opened: tuple[RunConfig, RunDir],
+    opened: tuple[RunConfig, RunDir], warm: Warm
 ) -> None:
     _, run = opened
     for words, meant in (((), "btm-scale status"), (("forest",), "btm-scale forest list")):
-        done = btm_scale(*words, run.root, check=False)
-        assert done.returncode == 2
+        done = warm.run(*words, run.root)
+        assert done.code == 2
         assert f"{run.root} is a directory and not a command. Did you mean '{meant} {run.root}'?" in done.stderr
-    done = btm_scale("run", run.root, check=False)
+    done = warm.run("run", run.root)
     assert done.stderr == (
         f"btm-scale: {run.root} is a directory. Give its run.yaml, with --out {run.root}, or your own YAML.\n"
     )
 
 
 def test_training_a_run_that_is_not_prepared_is_refused_in_one_sentence_before_a_launcher_starts(
-    opened: tuple[RunConfig, RunDir], tmp_path: Path
+    opened: tuple[RunConfig, RunDir], warm: Warm, tmp_path: Path
 ) -> None:
     _, run = opened
-    done = btm_scale("train", tmp_path / "tiny.yaml", "--out", run.root, check=False)
-    assert done.returncode == 2
+    done = warm.run("train", tmp_path / "tiny.yaml", "--out", run.root)
+    assert done.code == 2
     assert done.stderr == (
         f"btm-scale: The run in {run.root} is not prepared: it lacks a tokenizer, token files of 'python', token files "
         f"of 'licences' and 1 more domains. Prepare it first: btm-scale prepare CONFIG --out {run.root}. btm-scale run "

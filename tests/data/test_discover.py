@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.tiny_run import btm_scale, tiny_values, write_config
+from helpers.tiny_run import tiny_values, write_config
+from helpers.warm import Warm
 
 from btm_scale.config.data import DomainConfig
 from btm_scale.config.run import RunConfig
@@ -40,9 +41,10 @@ def mixed(real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def discovered(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def discovered(mixed: Path, warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("discovered") / "domains"
-    done = btm_scale("discover", mixed / "all.jsonl", "--clusters", "2", "--out", output, "--sample", "250", "--json")
+    words = ("--clusters", "2", "--out", output, "--sample", "250", "--json")
+    done = warm.check("discover", mixed / "all.jsonl", *words)
     assert set(json.loads(done.stdout)["clusters"]) == {"cluster0", "cluster1"}
     return output
 

@@ -301,7 +301,7 @@ def test_skipping_names_each_file_and_what_it_loses(
 
 HUGE: dict[str, Callable[[int], bytes]] = {
     "a.json": lambda count: b"[" + b",\n".join([b'{"text": "%s"}' % (b"x" * 5_000)] * count) + b"]",
-    "a.csv": lambda count: b"text,n\n" + (b'"%s",1\n' % (b"x\n" * 2_500)) * count,
+    "a.csv": lambda count: b"text,n\n" + (b'"%s",1\n' % ((b"x" * 49 + b"\n") * 100)) * count,
     "a.tar": lambda count: tar([{"text": "x" * 5_000}] * count),
 }
 

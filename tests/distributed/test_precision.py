@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from helpers.fake_cpu import fake_fp16
-from helpers.tiny_run import btm_scale, tiny_values, write_config
+from helpers.tiny_run import tiny_values, write_config
+from helpers.warm import Warm
 
 from btm_scale.config.run import RunConfig
 from btm_scale.config.yaml import load_yaml
@@ -71,22 +72,22 @@ def test_a_gpu_that_emulates_bf16_trains_in_fp16(
 
 @pytest.mark.parametrize("is_supported", [True, False])
 def test_a_dry_run_accepts_fp16_only_if_the_cpu_supports_it(
-    is_supported: bool, real_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_supported: bool, real_text: Path, warm: Warm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_config(tmp_path / "run.yaml", tiny_values(real_text))
     fake_fp16(monkeypatch, tmp_path / "fake", is_supported=is_supported)
     command = ("run", tmp_path / "run.yaml", "--out", tmp_path / "run", "--set", "seed_layout.precision=fp16")
-    done = btm_scale(*command, "--dry-run", "--json", check=False)
+    done = warm.run(*command, "--dry-run", "--json")
     if is_supported:
         assert json.loads(done.stdout)["models"]["seed"]["layout"].endswith("ZeRO 1, fp16")
         return
-    for result in (done, btm_scale(*command, check=False)):
-        assert result.returncode == 2
+    for result in (done, warm.run(*command)):
+        assert result.code == 2
         assert "Cannot train in fp16 on this CPU" in result.stderr
         assert "set it to bf16, fp32 or auto" in result.stderr
     assert not (tmp_path / "run").exists()
     # Groups of other launchers run elsewhere.
-    btm_scale(*command, "--dry-run", "--launcher", "mpi")
+    warm.check(*command, "--dry-run", "--launcher", "mpi")
 
 
 def test_a_rank_rejects_an_unsupported_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +155,7 @@ def test_a_group_that_only_scores_does_not_record_a_precision(tmp_path: Path, mo
 
 
 @pytest.mark.slow
-def test_the_first_group_records_the_precision_of_auto(real_text: Path, tmp_path: Path) -> None:
+def test_the_first_group_records_the_precision_of_auto(real_text: Path, warm: Warm, tmp_path: Path) -> None:
     """As under SLURM, where the node that opens a run does not train."""
     values = auto_values(
         real_text,
@@ -163,7 +164,7 @@ def test_the_first_group_records_the_precision_of_auto(real_text: Path, tmp_path
     )
     write_config(tmp_path / "run.yaml", values)
     run = RunDir(tmp_path / "run")
-    btm_scale("prepare", tmp_path / "run.yaml", "--out", run.root)
+    warm.check("prepare", tmp_path / "run.yaml", "--out", run.root)
     assert load_yaml(run.config)["layout"]["precision"] == "auto"
     command = [
         sys.executable,

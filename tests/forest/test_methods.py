@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.tiny_run import btm_scale, tiny_values, write_config
+from helpers.tiny_run import tiny_values, write_config
+from helpers.warm import Warm
 
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ConfigError, ForestError
@@ -82,11 +83,11 @@ def test_an_unknown_average_is_rejected_with_the_closest_match_and_all_choices(t
 
 
 @pytest.mark.parametrize("verb", [["run", "--dry-run"], ["plan", "--nodes", "1"], ["evaluate"], ["status"]])
-def test_every_verb_that_reads_a_config_checks_its_averages(tmp_path: Path, verb: list[str]) -> None:
+def test_every_verb_that_reads_a_config_checks_its_averages(tmp_path: Path, warm: Warm, verb: list[str]) -> None:
     path = config_with(tmp_path, evaluate={"averages": ["unifrom"]})
     name, *options = verb
-    done = btm_scale(name, path if options else tmp_path, *options, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
+    done = warm.run(name, path if options else tmp_path, *options)
+    assert (done.code, done.stdout) == (2, "")
     assert "Did you mean 'uniform'?" in done.stderr
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.tiny_forest import POSITIONS, Letters, Oracle, write_experts
-from helpers.tiny_run import btm_scale
+from helpers.warm import Warm
 from transformers import AutoModelForCausalLM
 
 from btm_scale.cli.app import main
@@ -245,9 +245,9 @@ PROMPTS = ["--prompt", "import os", "--prompt", "THE SOFTWARE IS PROVIDED"]
 
 
 @pytest.mark.slow
-def test_generate_prints_one_json_document(handmade: tuple[RunConfig, RunDir]) -> None:
+def test_generate_prints_one_json_document(handmade: tuple[RunConfig, RunDir], warm: Warm) -> None:
     _, run = handmade
-    document = json.loads(btm_scale("generate", run.root, *PROMPTS, "--max-tokens", "6", "--json").stdout)
+    document = json.loads(warm.check("generate", run.root, *PROMPTS, "--max-tokens", "6", "--json").stdout)
     first, second = document["generations"]
     assert first["expert"] in first["posterior"]
     assert set(first["posterior"]) == {"cpp", "docs", "licences", "python"}

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from btm_scale.cli import lm_eval
 from btm_scale.config.run import RunConfig
 from btm_scale.config.yaml import dump_text
 from btm_scale.data.tokenizer import Tokenizer
@@ -100,12 +101,16 @@ def test_the_harness_evaluates_an_ensemble_on_local_tasks(handmade: tuple[RunCon
         assert "\n" not in json.loads(line)["resps"][0][0]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"), [("run=/nowhere", "is not a run folder"), ("method=blend", "Unknown method 'blend'")]
 )
 def test_user_errors_exit_with_2(
-    arguments: str, message: str, handmade: tuple[RunConfig, RunDir], tmp_path: Path
+    arguments: str,
+    message: str,
+    handmade: tuple[RunConfig, RunDir],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     model_args = arguments if "run=" in arguments else f"run={handmade[1].root},{arguments}"
     (tmp_path / "data.jsonl").write_text(json.dumps(DOCUMENTS[0]) + "\n")
@@ -116,16 +121,10 @@ def test_user_errors_exit_with_2(
     (tmp_path / "task.yaml").write_text(
         dump_text({"task": "btm_choice", "test_split": "test"} | source | TASKS["btm_choice"])
     )
-    done = harness(
-        "run",
-        "--model",
-        "btm-scale",
-        "--model_args",
-        model_args,
-        "--tasks",
-        "btm_choice",
-        "--include_path",
-        tmp_path,
-    )
-    assert done.returncode == 2, done.stderr[-3000:]
-    assert message in done.stderr
+    words = ("run", "--model", "btm-scale", "--model_args", model_args, "--tasks", "btm_choice")
+    monkeypatch.setattr(sys, "argv", ["btm-scale-lm-eval", *words, "--include_path", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        lm_eval.main()
+    shown = capsys.readouterr()
+    assert ended.value.code == 2, shown.err[-3000:]
+    assert message in shown.err

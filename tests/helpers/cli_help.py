@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
+import io
 import re
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+
+import pytest
+
+from btm_scale.cli.app import main
 
 _FRAME = re.compile("[│╭╮╰╯─┃━]")  # around the panels of a rich terminal
 _ENTRY = re.compile(r"^ {1,6}([a-z][a-z-]+)(?:  +\S.*)?$", re.MULTILINE)
@@ -17,12 +19,10 @@ _FAMILIES = ("forest",)  # verbs that have verbs below them
 @cache
 def help_texts() -> dict[str, str]:
     """The output of `--help` by verb: "" for the command itself, "merge", "forest add" and so on."""
-    with ThreadPoolExecutor(2) as pool:
-        top = _help("")
-        verbs = _verbs(top)
-        texts = {"": top, **dict(zip(verbs, pool.map(_help, verbs), strict=True))}
-        below = [f"{family} {verb}" for family in _FAMILIES for verb in _verbs(texts[family])]
-        return texts | dict(zip(below, pool.map(_help, below), strict=True))
+    top = _help("")
+    texts = {"": top, **{verb: _help(verb) for verb in _verbs(top)}}
+    below = [f"{family} {verb}" for family in _FAMILIES for verb in _verbs(texts[family])]
+    return texts | {verb: _help(verb) for verb in below}
 
 
 def options_of(verb: str) -> set[str]:
@@ -35,9 +35,9 @@ def _verbs(text: str) -> list[str]:
 
 
 def _help(verb: str) -> str:
-    command = [sys.executable, "-m", "btm_scale.cli", *verb.split(), "--help"]
-    environment = os.environ | {"COLUMNS": "400", "TERM": "dumb", "NO_COLOR": "1"}
-    environment.pop("FORCE_COLOR", None)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return _FRAME.sub(" ", done.stdout)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as text:
+        for name, value in {"COLUMNS": "400", "TERM": "dumb", "NO_COLOR": "1"}.items():
+            patch.setenv(name, value)
+        patch.delenv("FORCE_COLOR", raising=False)
+        main([*verb.split(), "--help"])
+    return _FRAME.sub(" ", text.getvalue())

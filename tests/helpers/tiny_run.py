@@ -27,7 +27,7 @@ def tiny_values(text: Path, **changes: Any) -> dict[str, Any]:
         "text_root": str(text),
         "domains": {"python": {"text": "python.jsonl"}, "licences": {"text": "licences.jsonl"}},
         "novel_domains": {"docs": {"text": "docs.jsonl"}},
-        "data": {"dev": 0.1, "test": 0.1},
+        "data": {"dev": 0.1, "test": 0.1, "workers": 1},  # a worker process takes seconds to start
         "budget": {"tokens": 24 * 1024, "seed_share": 0.5, "sequence_length": 64, "batch_tokens": 1024},
         "optimizer": {"lr": 1e-2},
         "layout": {"micro_batch": 4},

@@ -1,21 +1,27 @@
-"""The command line in forks of a process that has imported everything: a command takes as long as its work.
+"""Commands and scripts in forks of a process that has imported everything: each takes as long as its work.
 
 `python -m helpers.warm` is that process. It forks once per request, so a test can really kill a command at any moment,
-many times per second. Ranks, which the local launcher would start as new processes, are forks too.
+many times per second. Ranks, which the local launcher would start as new processes, are forks too. Tests of processes
+and of launchers start real ones: `btm_scale` and `start_btm_scale` of helpers/tiny_run.py.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
+import gc
 import importlib
 import json
 import os
+import runpy
+import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +30,7 @@ from typing import Any, NoReturn
 import psutil
 
 TESTS = Path(__file__).parents[1]
+_LONGEST_SECONDS = 900
 _IMPORTED = (
     "btm_scale.cli.app",
     "btm_scale.run.worker",
@@ -42,8 +49,10 @@ _IMPORTED = (
     "btm_scale.evaluate.ablate",
     "btm_scale.model.hf_decoder",
     "deepspeed.launcher.launch",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
     "megatron.core.datasets.indexed_dataset",
     "megatron.core.datasets.gpt_dataset",
+    "megatron.core.models.gpt",
     "plotly.graph_objs._scatter",
     "plotly.offline",
     "plotly.io.json",
@@ -68,31 +77,37 @@ class Done:
 
 
 class Warm:
-    """Runs commands one at a time. `wrap` names a context manager of helpers that surrounds a command."""
+    """Runs commands and scripts one at a time, in the environment and folder of the caller."""
 
     def __init__(self, folder: Path, **environment: str) -> None:
         self._output, self._messages = folder / "stdout", folder / "stderr"
+        self._environment = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **environment}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "helpers.warm"],
             cwd=TESTS,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={
-                **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")},
-                "CUDA_VISIBLE_DEVICES": "",
-                "DS_ACCELERATOR": "cpu",
-                "OMP_NUM_THREADS": "1",
-                **environment,
-            },
+            env=self._own_environment(),
         )
         assert self._answer() == "ready"
 
     def run(self, *arguments: object, wrap: Sequence[Any] = (), kill_after: float | None = None) -> Done:
-        """Run a command, and kill it after some seconds if it has not ended before."""
+        """Run a command, and kill it after some seconds if it has not ended before.
+
+        `wrap` names a context manager of helpers that surrounds the command.
+        """
+        words = [str(word) for word in arguments]
+        return self._run({"arguments": words, "wrap": list(wrap), "environment": self._own_environment()}, kill_after)
+
+    def run_script(self, script: Path, *arguments: object, environment: Mapping[str, str]) -> Done:
+        """Run a Python script with more variables in its environment."""
+        words = [str(script), *map(str, arguments)]
+        return self._run({"script": words, "environment": self._own_environment() | environment})
+
+    def _run(self, request: dict[str, Any], kill_after: float | None = None) -> Done:
         begin = time.monotonic()
-        request = {"arguments": [str(word) for word in arguments], "wrap": list(wrap)}
-        request |= {"stdout": str(self._output), "stderr": str(self._messages)}
+        request |= {"stdout": str(self._output), "stderr": str(self._messages), "folder": str(Path.cwd())}
         assert self._process.stdin is not None
         print(json.dumps(request), file=self._process.stdin, flush=True)
         pid = int(self._answer())
@@ -100,6 +115,8 @@ class Warm:
             time.sleep(kill_after)
             self._kill(pid)
         print("reap", file=self._process.stdin, flush=True)
+        if not select.select([self._process.stdout], [], [], _LONGEST_SECONDS)[0]:
+            self._kill(pid)
         code = os.waitstatus_to_exitcode(int(self._answer()))
         seconds = time.monotonic() - begin
         return Done(code, self._output.read_text(), self._messages.read_text(errors="replace"), seconds)
@@ -115,6 +132,10 @@ class Warm:
         self._process.kill()
         self._process.wait()
 
+    def _own_environment(self) -> dict[str, str]:
+        own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+        return own | self._environment
+
     def _kill(self, pid: int) -> None:
         """Kill a command, and wait until its workers and ranks, which notice it, have ended too."""
         below: list[psutil.Process] = []
@@ -129,9 +150,25 @@ class Warm:
         return self._process.stdout.readline().strip()
 
 
+@functools.cache
+def warm_process() -> Warm:
+    """Return the one of this test process, which is started by the first call."""
+    folder = tempfile.TemporaryDirectory(prefix="btm-scale-warm-")
+    warm = Warm(Path(folder.name))
+
+    @atexit.register
+    def end() -> None:
+        warm.close()
+        folder.cleanup()
+
+    return warm
+
+
 def _serve() -> None:
     for name in _IMPORTED:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # forks do not look at what is imported when they collect garbage
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     print("ready", file=answers, flush=True)
@@ -147,65 +184,34 @@ def _serve() -> None:
 
 
 def _run(request: dict[str, Any]) -> NoReturn:
+    from helpers.forked_group import ForkedGroup, end_with  # a worker that is spawned imports this module, not torch
+
     for descriptor, path in ((0, os.devnull), (1, request["stdout"]), (2, request["stderr"])):
         opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC if descriptor else os.O_RDONLY, 0o644)
         os.dup2(opened, descriptor)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
+    if "script" in request:
+        sys.argv = request["script"]
+        sys.path.insert(0, str(Path(sys.argv[0]).parent))
+        end_with(lambda: runpy.run_path(sys.argv[0], run_name="__main__"))
     from btm_scale.launch import supervise
 
-    names = {name: getattr(subprocess, name) for name in ("DEVNULL", "STDOUT", "TimeoutExpired")}
-    supervise.subprocess = SimpleNamespace(Popen=_ForkedRank, **names)  # type: ignore[assignment]
-    _end_with_main(request["arguments"], request["wrap"])
+    names: dict[str, Any] = {name: getattr(subprocess, name) for name in ("DEVNULL", "STDOUT", "TimeoutExpired")}
+    names["Popen"] = functools.partial(ForkedGroup, run=_command)
+    supervise.subprocess = SimpleNamespace(**names)  # type: ignore[assignment]
+    end_with(lambda: _command(request["arguments"], request["wrap"]))
 
 
-def _end_with_main(arguments: list[str], wrap: Sequence[Any] = ()) -> NoReturn:
-    """Run the command line in this process and end as an interpreter would, without what pytest or torch registered."""
+def _command(arguments: list[str], wrap: Sequence[Any] = ()) -> None:
     from btm_scale.cli.app import main
 
-    code: Any = 0
-    try:
-        with contextlib.ExitStack() as stack:
-            if wrap:
-                module, name = wrap[0].split(":")
-                stack.enter_context(getattr(importlib.import_module(module), name)(*wrap[1:]))
-            main(arguments)
-    except SystemExit as end:
-        code = end.code
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
-
-
-class _ForkedRank:
-    """The Popen of a group of one rank."""
-
-    def __init__(self, words: Sequence[str], *, stdout: Any, env: dict[str, str], **_: Any) -> None:
-        self.returncode: int | None = None
-        [port] = [word.partition("=")[2] for word in words if word.startswith("--master_port=")]
-        self.pid = os.fork()
-        if self.pid == 0:
-            os.setsid()
-            os.dup2(stdout.fileno(), 1)
-            os.dup2(1, 2)
-            os.environ.clear()
-            place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
-            os.environ.update(env | place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
-            _end_with_main(list(words[words.index("btm_scale.cli") + 1 :]))
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.returncode = os.waitstatus_to_exitcode(status)
-        return self.returncode
-
-    def wait(self, timeout: float | None = None) -> int:
-        while self.poll() is None:
-            time.sleep(0.01)
-        assert self.returncode is not None
-        return self.returncode
+    with contextlib.ExitStack() as stack:
+        if wrap:
+            module, name = wrap[0].split(":")
+            stack.enter_context(getattr(importlib.import_module(module), name)(*wrap[1:]))
+        main(arguments)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import importlib
 import json
 import multiprocessing
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import wait
@@ -15,23 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from btm_scale.launch.local import free_port
+from helpers.warm import warm_process
 
 
 def run_script(script: Path, spec: Any, folder: Path) -> None:
-    """Run `script SPEC.json` in its own process on CPU; fail with the end of its output."""
+    """Run `script SPEC.json` on CPU, as a process that has imported the engines; fail with the end of its output."""
     file = folder / f"{script.stem}.json"
     file.write_text(json.dumps(spec))
-    environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
-    done = subprocess.run(
-        [sys.executable, str(script), str(file)],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    done = warm_process().run_script(script, file, environment={"PYTHONPATH": path})
+    assert done.code == 0, (done.stdout + done.stderr)[-5000:]
 
 
 def joined_anew(group: Any, layout: Any) -> Any:

@@ -1,5 +1,5 @@
 """Trains one step in each of many layouts and counts what lives in memory when the optimizer steps: weights, gradients,
-master weights and moments. `measure_memory.py SPEC.json`, as every rank of a group runs it.
+master weights and moments: `measure_memory.py SPEC.json`, two ranks.
 
 The spec has `layouts` (name: group and `accumulate`), `shape` and `result`: where the first rank leaves the bytes.
 """
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from helpers.live_tensors import living_bytes
 from helpers.single_job import model_of, one_step
-from helpers.worlds import joined_anew
+from helpers.worlds import fork_world, joined_anew, read_spec
 
 from btm_scale.config.layout import Layout
 from btm_scale.config.training import OptimizerConfig
@@ -39,8 +39,7 @@ def measure(group: ExpertGroup, shape: ModelShape, accumulate: int, trains: Trai
     return max(sizes)
 
 
-def main() -> None:
-    spec = json.loads(Path(sys.argv[1]).read_text())
+def measure_all(spec: dict[str, Any]) -> None:
     shape = ModelShape.model_validate(spec["shape"])
     group: ExpertGroup | None = None
     result = {}
@@ -57,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    fork_world(2, measure_all, read_spec())

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.launcher import launched
 from helpers.tiny_run import btm_scale
+from helpers.worlds import run_script
 
 from btm_scale.config.layout import Layout
 from btm_scale.config.run import RunConfig
@@ -220,7 +220,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     """Bytes that DeepSpeed really holds in every layout."""
     folder = tmp_path_factory.mktemp("memory")
     spec = {"layouts": LAYOUTS, "shape": SHAPE, "result": str(folder / "result.json")}
-    launched(Path(__file__).with_name("measure_memory.py"), 2, spec, folder)
+    run_script(Path(__file__).with_name("measure_memory.py"), spec, folder)
     return dict(json.loads((folder / "result.json").read_text()))
 
 

@@ -6,7 +6,8 @@ import io
 from pathlib import Path
 
 import pytest
-from helpers.tiny_run import btm_scale, save_card, tiny_values, write_config
+from helpers.tiny_run import save_card, tiny_values, write_config
+from helpers.warm import Warm
 from rich.console import Console
 
 from btm_scale.config.run import RunConfig
@@ -87,9 +88,9 @@ def test_a_dry_run_lists_what_changed_and_what_is_done_again(real_text: Path, tm
     assert next(line for line in out.getvalue().splitlines() if line.startswith("seed")).rstrip().endswith("from 5")
 
 
-def test_a_dry_run_prints_a_table_of_text_and_one_of_models(real_text: Path, tmp_path: Path) -> None:
+def test_a_dry_run_prints_a_table_of_text_and_one_of_models(real_text: Path, warm: Warm, tmp_path: Path) -> None:
     write_config(tmp_path / "a.yaml", tiny_values(real_text))
-    out = btm_scale("run", tmp_path / "a.yaml", "--out", tmp_path / "run", "--dry-run").stdout
+    out = warm.check("run", tmp_path / "a.yaml", "--out", tmp_path / "run", "--dry-run").stdout
     lines = [line.rstrip() for line in out.splitlines()]
     assert next(line for line in lines if line.startswith("text")).split()[-3:] == ["tokens", "budget", "passes"]
     assert next(line for line in lines if line.startswith("docs (novel)")).split()[-2:] == ["\u2013", "\u2013"]

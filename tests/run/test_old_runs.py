@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from helpers.old_runs import DOMAINS, NOVEL, VALUES, losses, unpack
-from helpers.tiny_run import btm_scale
+from helpers.warm import Warm
 
 from btm_scale.config.upgrade import with_current_names
 from btm_scale.config.yaml import dump_text, load_yaml
@@ -30,7 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_finished_run_is_evaluated_to_the_same_perplexities_reported_and_generated_from(
-    runs: Path, tmp_path: Path
+    runs: Path, warm: Warm, tmp_path: Path
 ) -> None:
     run = RunDir(tmp_path / "run")
     shutil.copytree(runs / "finished", run.root)
@@ -39,21 +39,21 @@ def test_a_finished_run_is_evaluated_to_the_same_perplexities_reported_and_gener
     run.results.unlink()
     run.report.unlink()
 
-    btm_scale("evaluate", run.root)
+    warm.check("evaluate", run.root)
     after = json.loads(run.results.read_text())
     assert set(after["domains"]) == {*DOMAINS, NOVEL}
     assert after["methods"].keys() >= before["methods"].keys()
     for method, numbers in before["methods"].items():
         assert after["methods"][method]["perplexity"] == numbers["perplexity"], method
 
-    btm_scale("report", run.root)
+    warm.check("report", run.root)
     assert "average:posterior" in run.report.read_text()
-    generated = btm_scale("generate", run.root, "--prompt", "12 + 3", "--max-tokens", "8", "--json")
+    generated = warm.check("generate", run.root, "--prompt", "12 + 3", "--max-tokens", "8", "--json")
     assert json.loads(generated.stdout)
 
 
 def test_a_killed_run_is_resumed_by_a_queued_job_of_that_version_and_finished_by_run(
-    runs: Path, tmp_path: Path
+    runs: Path, warm: Warm, tmp_path: Path
 ) -> None:
     run = RunDir(tmp_path / "run")
     shutil.copytree(runs / "killed", run.root)
@@ -85,7 +85,7 @@ def test_a_killed_run_is_resumed_by_a_queued_job_of_that_version_and_finished_by
 
     values, _ = with_current_names(VALUES | {"text_root": str(runs / "text")})
     (tmp_path / "old.yaml").write_text(dump_text(values))
-    btm_scale("run", tmp_path / "old.yaml", "--out", run.root)
+    warm.check("run", tmp_path / "old.yaml", "--out", run.root)
     assert load_yaml(run.config)["schema"] == 2
     methods, uninterrupted = (
         json.loads(RunDir(root).results.read_text())["methods"] for root in (run.root, runs / "finished")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_run import btm_scale
+from helpers.warm import Warm
 from safetensors.torch import load_file, save_file
 
 from btm_scale.checkpoint.hashing import content_hash
@@ -291,16 +291,18 @@ def test_the_fitted_rows_are_the_log_odds_of_gaussians_with_one_covariance() -> 
 
 @pytest.mark.full
 @pytest.mark.slow
-def test_the_mixture_is_scored_evaluated_and_generates_like_any_model(finished_run: Run, tmp_path: Path) -> None:
+def test_the_mixture_is_scored_evaluated_and_generates_like_any_model(
+    finished_run: Run, warm: Warm, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished_run[1].root, folder, symlinks=True)
     config, run = finished_run[0], RunDir(folder)
-    assert "fitted" in btm_scale("upcycle", folder).stdout
-    results = json.loads(btm_scale("evaluate", folder, "--json").stdout)
+    assert "fitted" in warm.check("upcycle", folder).stdout
+    results = json.loads(warm.check("evaluate", folder, "--json").stdout)
     assert set(results["methods"]["moe"]["perplexity"]) == set(config.all_domains)
     assert results["compute"]["moe"] == results["compute"]["ensemble"]
     assert results["parameters"]["moe"]["active"] <= results["parameters"]["moe"]["total"]
     loss = np.mean([np.log(results["methods"]["moe"]["perplexity"][domain]) for domain in config.domains])
     assert loss == pytest.approx(mean_loss(config, run), abs=2e-2), "transformers computes it as Megatron-core does"
-    text = btm_scale("generate", folder, "--model", "moe", "--prompt", "def ", "--max-tokens", 5, "--json").stdout
+    text = warm.check("generate", folder, "--model", "moe", "--prompt", "def ", "--max-tokens", 5, "--json").stdout
     assert len(json.loads(text)["generations"][0]["tokens"]) == 5

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.in_process import answer
 from helpers.launcher import TESTS
-from helpers.tiny_run import btm_scale, tiny_values, write_config
+from helpers.tiny_run import tiny_values, write_config
 from helpers.worlds import run_script
 
 from btm_scale.checkpoint.hashing import content_hash
@@ -24,7 +25,7 @@ def test_a_bad_batch_is_undone_and_skipped(bad: int, real_text: Path, tmp_path: 
     write_config(tmp_path / "tiny.yaml", tiny_values(real_text, novel_domains={}))
     hashes = []
     prepared = tmp_path / "prepared"
-    btm_scale("prepare", tmp_path / "tiny.yaml", "--out", prepared)
+    answer("prepare", tmp_path / "tiny.yaml", "--out", prepared)
     for name in ("spoiled", "without"):
         run = RunDir(tmp_path / name)
         run.root.mkdir()

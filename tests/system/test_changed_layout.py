@@ -16,7 +16,8 @@ from typing import Any
 import psutil
 import pytest
 from helpers.cuts import full
-from helpers.tiny_run import btm_scale, tiny_values, write_config
+from helpers.tiny_run import tiny_values, write_config
+from helpers.warm import Warm
 
 from btm_scale.forest.expert import read_expert
 from btm_scale.run_dir import RunDir
@@ -78,10 +79,10 @@ def kill_after(run: RunDir, step: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+def uninterrupted(real_text: Path, warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     run = RunDir(tmp_path_factory.mktemp("uninterrupted") / "run")
     write_config(run.root.parent / "tiny.yaml", values(real_text))
-    btm_scale("run", run.root.parent / "tiny.yaml", "--out", run.root)
+    warm.check("run", run.root.parent / "tiny.yaml", "--out", run.root)
     return run
 
 
@@ -119,6 +120,7 @@ def test_a_killed_run_resumes_in_another_layout_with_the_losses_of_the_first(
     killed: RunDir,
     uninterrupted: RunDir,
     real_text: Path,
+    warm: Warm,
     tmp_path: Path,
 ) -> None:
     run = RunDir(tmp_path / "run")
@@ -127,7 +129,7 @@ def test_a_killed_run_resumes_in_another_layout_with_the_losses_of_the_first(
     changed["layout"] |= edited
     write_config(tmp_path / "tiny.yaml", changed)
     options = [word for setting in settings for word in ("--set", setting)]
-    btm_scale("run", tmp_path / "tiny.yaml", "--out", run.root, *options)
+    warm.check("run", tmp_path / "tiny.yaml", "--out", run.root, *options)
 
     expected = losses(uninterrupted)
     assert len(expected) == STEPS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from helpers.cuts import full
 from helpers.in_process import answer
 from helpers.tiny_run import btm_scale, share_text, tiny_values, write_config
+from helpers.warm import Warm
 
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.run_dir import RunDir
@@ -34,12 +36,14 @@ def values(text: Path, layout: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def train_seed(folder: Path, text: Path, prepared: RunDir, layout: dict[str, Any]) -> RunDir:
+def train_seed(
+    folder: Path, text: Path, prepared: RunDir, layout: dict[str, Any], run_command: Callable[..., object]
+) -> RunDir:
     """Train the seed LM on existing token files."""
     write_config(folder / "tiny.yaml", values(text, layout))
     run = RunDir(folder / "run")
     share_text(run, prepared)
-    btm_scale("train", folder / "tiny.yaml", "--model", "seed", "--out", run.root)
+    run_command("train", folder / "tiny.yaml", "--model", "seed", "--out", run.root)
     return run
 
 
@@ -48,11 +52,11 @@ def losses(run: RunDir, model: str = "seed") -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def one_rank(real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+def one_rank(real_text: Path, warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     folder = tmp_path_factory.mktemp("one")
     write_config(folder / "tiny.yaml", values(real_text, {}))
     answer("prepare", folder / "tiny.yaml", "--out", folder / "prepared")
-    return train_seed(folder, real_text, RunDir(folder / "prepared"), {})
+    return train_seed(folder, real_text, RunDir(folder / "prepared"), {}, warm.check)
 
 
 def test_a_group_of_four_ranks_matches_the_losses_and_weights_of_one_rank(
@@ -61,7 +65,7 @@ def test_a_group_of_four_ranks_matches_the_losses_and_weights_of_one_rank(
     """Train on real text, as a user would; test_layout_matrix.py covers other layouts."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     layout = {"tensor": 2, "data": 2, "zero": 1}
-    run = train_seed(tmp_path, real_text, one_rank, layout)
+    run = train_seed(tmp_path, real_text, one_rank, layout, btm_scale)
     expected, actual = losses(one_rank), losses(run)
     assert len(expected) == STEPS
     assert actual == pytest.approx(expected, abs=1e-5)
@@ -74,7 +78,7 @@ def test_a_group_of_four_ranks_matches_the_losses_and_weights_of_one_rank(
 
 @pytest.mark.parametrize("layout", [{"tensor": 2}, full({"tensor": 2, "data": 2})], ids=["two ranks", "four ranks"])
 def test_an_expert_can_branch_into_another_layout_than_the_seeds(
-    layout: dict[str, int], one_rank: RunDir, real_text: Path, tmp_path: Path
+    layout: dict[str, int], one_rank: RunDir, real_text: Path, warm: Warm, tmp_path: Path
 ) -> None:
     """The seed's checkpoint, including moments, is loaded from one rank into a group of several."""
     losses_by_layout = {}
@@ -89,6 +93,6 @@ def test_an_expert_can_branch_into_another_layout_than_the_seeds(
             (run.train("seed"), one_rank.train("seed")),
         ):
             ours.symlink_to(theirs.resolve())
-        btm_scale("train", folder / "tiny.yaml", "--model", "python", "--out", run.root)
+        warm.check("train", folder / "tiny.yaml", "--model", "python", "--out", run.root)
         losses_by_layout[name] = losses(run, "python")
     assert losses_by_layout["several"] == pytest.approx(losses_by_layout["one"], abs=1e-5)

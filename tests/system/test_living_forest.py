@@ -1,4 +1,4 @@
-"""A finished forest that grows and shrinks, by the command line and the real launcher."""
+"""A finished forest that grows and shrinks, by the command line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 from helpers.in_process import answer, refusal
 from helpers.small_families import write_family
-from helpers.tiny_run import btm_scale, tiny_values
+from helpers.tiny_run import tiny_values
+from helpers.warm import Warm
 
 from btm_scale.config.run import RunConfig
 from btm_scale.config.yaml import dump_text
@@ -30,7 +31,9 @@ Run = tuple[RunConfig, RunDir]
 
 
 @pytest.fixture(scope="module")
-def grown(finished_run: Run, real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, bytes]:
+def grown(
+    finished_run: Run, real_text: Path, warm: Warm, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunDir, bytes]:
     """A copy of the finished run with a third expert, which branched from the posterior mean of the two and replays
     their text; and the results before."""
     folder = tmp_path_factory.mktemp("grown")
@@ -42,7 +45,7 @@ def grown(finished_run: Run, real_text: Path, tmp_path_factory: pytest.TempPathF
     settled = answer("branch", run.root, "--name", "cpp", *options)
     assert answer("branch", run.root, "--name", "cpp", *options) == settled
     assert not (run.root / "branches").exists()
-    btm_scale("run", run.config, "--out", run.root)
+    warm.check("run", run.config, "--out", run.root)
     return run, before
 
 
@@ -82,16 +85,18 @@ def test_growing_rescores_nothing_and_adds_the_expert_to_the_results(
     assert set(parents["cpp"]) <= {"python", "licences"}
 
 
-def test_removing_the_expert_restores_the_former_results_exactly(grown: tuple[RunDir, bytes], tmp_path: Path) -> None:
+def test_removing_the_expert_restores_the_former_results_exactly(
+    grown: tuple[RunDir, bytes], warm: Warm, tmp_path: Path
+) -> None:
     run = RunDir(tmp_path / "run")
     shutil.copytree(grown[0].root, run.root)
     answer("forest", "remove", run.root, "cpp")
-    btm_scale("evaluate", run.root)
+    warm.check("evaluate", run.root)
     assert run.results.read_bytes() == grown[1]
 
 
 def test_a_model_of_any_family_is_scored_without_rescoring_others_and_used_like_them(
-    finished_run: Run, tmp_path: Path
+    finished_run: Run, warm: Warm, tmp_path: Path
 ) -> None:
     config, run = finished_run[0], RunDir(tmp_path / "run")
     shutil.copytree(finished_run[1].root, run.root)
@@ -103,7 +108,7 @@ def test_a_model_of_any_family_is_scored_without_rescoring_others_and_used_like_
     (tmp_path / "other.yaml").write_text(dump_text(pretrained))
     refused = refusal("run", tmp_path / "other.yaml", "--out", tmp_path / "other", "--dry-run")
     assert "'gemma2' is not supported. Megatron-core trains and shards llama" in refused
-    btm_scale("forest", "add", run.root, friend, "--name", "friend")
+    warm.check("forest", "add", run.root, friend, "--name", "friend")
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     assert list(answer("forest", "list", run.root)["experts"]) == ["friend", "licences", "python"]
     text = evaluation_text(config, run, "docs", "test")

@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 from helpers.cluster_run import EXPERTS, cluster_values
+from helpers.in_process import answer
 from helpers.mpirun import AS_ROOT, mpirun
 from helpers.tiny_run import btm_scale, write_config
 
@@ -73,7 +74,7 @@ def run(real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     folder = tmp_path_factory.mktemp("mpi")
     write_config(folder / "run.yaml", cluster_values(real_text, steps=STEPS))
     run_dir = RunDir(folder / "run")
-    btm_scale("prepare", folder / "run.yaml", "--out", run_dir.root)
+    answer("prepare", folder / "run.yaml", "--out", run_dir.root)
     process = _start(run_dir)
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
@@ -163,7 +164,7 @@ def test_a_suspended_group_does_not_delay_the_others(seen: Seen, run: RunDir) ->
 
 def test_the_groups_forest_is_evaluated_and_reported(seen: Seen, run: RunDir) -> None:
     btm_scale("evaluate", run.root, "--launcher", "mpi")
-    btm_scale("report", run.root)
+    answer("report", run.root)
     results = json.loads(run.results.read_text())
     assert {f"expert:{name}" for name in EXPERTS} <= set(results["methods"])
     assert run.report.is_file()
@@ -180,6 +181,6 @@ def test_a_failing_group_is_reported_and_does_not_stop_the_others(seen: Seen, ru
     assert process.returncode != 0
     assert re.search(r"group 'python' failed: Cannot use .*/checkpoints/.*: Not a directory", output), output
     assert is_finished(run.model("docs")), output
-    status = json.loads(btm_scale("status", run.root, "--json").stdout)
+    status = answer("status", run.root)
     assert {model for model, row in status["models"].items() if row["state"] == "failed"} == {"python"}
     assert "in the way" in status["failures"]["python"] or "checkpoints" in status["failures"]["python"]

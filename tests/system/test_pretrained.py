@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.cuts import full
-from helpers.tiny_run import btm_scale, tiny_values, write_config
+from helpers.tiny_run import tiny_values, write_config
+from helpers.warm import Warm
 
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.data.train_tokenizer import train_tokenizer
@@ -61,16 +62,16 @@ def values(text: Path, pretrained: Path, **changes: Any) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2", full("gpt2")])
 def test_a_pretrained_model_is_the_seed_and_its_experts_are_of_its_family(
-    family: str, real_text: Path, tmp_path: Path
+    family: str, real_text: Path, warm: Warm, tmp_path: Path
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     pretrained = write_pretrained(tmp_path / "pretrained", real_text, family)
     write_config(tmp_path / "run.yaml", values(real_text, pretrained))
     run = RunDir(tmp_path / "run")
-    btm_scale("prepare", tmp_path / "run.yaml", "--out", run.root)
+    warm.check("prepare", tmp_path / "run.yaml", "--out", run.root)
     for model in ("seed", "python"):
-        btm_scale("train", tmp_path / "run.yaml", "--model", model, "--out", run.root)
+        warm.check("train", tmp_path / "run.yaml", "--model", model, "--out", run.root)
 
     with SafetensorsModel(pretrained) as before, SafetensorsModel(run.model("seed")) as seed:
         tied = {name for name in before.names if name not in seed.names}

@@ -21,6 +21,7 @@ import torch
 from helpers.cuts import full
 from helpers.in_process import answer, refusal
 from helpers.tiny_run import btm_scale, start_btm_scale, tiny_values, write_config
+from helpers.warm import Warm
 
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.config.run import RunConfig
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.slow
 Run = tuple[RunConfig, RunDir]
 
 
-def test_the_device_and_its_kernels_are_reported_everywhere(finished_run: Run) -> None:
+def test_the_device_and_its_kernels_are_reported_everywhere(finished_run: Run, warm: Warm) -> None:
     _, run = finished_run
     cpu = f"CPU ({platform.machine()})"
     [first, *_] = (line for line in run.log("seed").read_text().splitlines() if "[seed rank 0]" in line)
@@ -46,7 +47,7 @@ def test_the_device_and_its_kernels_are_reported_everywhere(finished_run: Run) -
     assert devices.keys() >= {"seed", "dense", "python", "licences", "random/0"}
     assert all(ran == {"trained": cpu, "scored": cpu, "kernels": "reference"} for ran in devices.values())
     assert f"Trained on {cpu}; scored on {cpu} with reference kernels." in run.report.read_text()
-    assert f"trained on {cpu} (reference kernels)" in btm_scale("status", run.root).stdout
+    assert f"trained on {cpu} (reference kernels)" in warm.check("status", run.root).stdout
     assert answer("status", run.root)["models"]["seed"]["device"] == cpu
 
 
@@ -193,7 +194,7 @@ def test_the_card_of_an_expert_records_its_origin(finished_run: Run) -> None:
     assert card.content_hash == content_hash(run.model("python"))
 
 
-def test_a_second_run_repeats_no_work(finished_run: Run, tmp_path: Path) -> None:
+def test_a_second_run_repeats_no_work(finished_run: Run, warm: Warm, tmp_path: Path) -> None:
     config, run = finished_run
     watched = [
         run.model("python") / "model.safetensors",
@@ -203,7 +204,7 @@ def test_a_second_run_repeats_no_work(finished_run: Run, tmp_path: Path) -> None
     ]
     before = [path.stat().st_mtime_ns for path in watched]
     config.save(tmp_path / "again.yaml")
-    btm_scale("run", tmp_path / "again.yaml", "--out", run.root)
+    warm.check("run", tmp_path / "again.yaml", "--out", run.root)
     assert [path.stat().st_mtime_ns for path in watched] == before
 
 
@@ -226,7 +227,7 @@ def test_the_report_shows_the_results(finished_run: Run) -> None:
 
 @pytest.mark.parametrize("stages", [("branch",), full(("seed", "branch", "averages"))], ids=" and ".join)
 def test_a_run_killed_in_any_stage_ends_in_the_same_results(
-    stages: tuple[str, ...], finished_run: Run, real_text: Path, tmp_path: Path
+    stages: tuple[str, ...], finished_run: Run, real_text: Path, warm: Warm, tmp_path: Path
 ) -> None:
     _, finished = finished_run
     write_config(tmp_path / "tiny.yaml", tiny_values(real_text))
@@ -240,7 +241,7 @@ def test_a_run_killed_in_any_stage_ends_in_the_same_results(
     }
     for stage in stages:
         _kill_when(conditions[stage], tmp_path, run)
-    btm_scale("run", tmp_path / "tiny.yaml", "--out", run.root)
+    warm.check("run", tmp_path / "tiny.yaml", "--out", run.root)
     assert json.loads(run.results.read_text()) == json.loads(finished.results.read_text())
     for name in ("seed", "dense", "python", "licences"):
         assert read_expert(run.model(name)).content_hash == read_expert(finished.model(name)).content_hash
@@ -297,14 +298,14 @@ def _has_ranks(run: RunDir) -> bool:
     return any(str(run.root) in " ".join(command) for command in commands)
 
 
-def test_a_failing_group_is_reported_and_does_not_stop_the_others(real_text: Path, tmp_path: Path) -> None:
+def test_a_failing_group_is_reported_and_does_not_stop_the_others(real_text: Path, warm: Warm, tmp_path: Path) -> None:
     values = tiny_values(real_text, experts={"python": {"layout": {"micro_batch": 1}}}, baselines={"dense": False})
     write_config(tmp_path / "tiny.yaml", values)
     run = RunDir(tmp_path / "run")
-    btm_scale("train", tmp_path / "tiny.yaml", "--model", "seed", "--out", run.root, check=False)
+    refusal("train", tmp_path / "tiny.yaml", "--model", "seed", "--out", run.root)
     assert not run.model("seed").exists()  # there are no token files yet: an error
     answer("prepare", tmp_path / "tiny.yaml", "--out", run.root)
-    btm_scale("train", tmp_path / "tiny.yaml", "--model", "seed", "--out", run.root)
+    warm.check("train", tmp_path / "tiny.yaml", "--model", "seed", "--out", run.root)
     run.train("python").mkdir(parents=True)
     (run.train("python") / "checkpoints").write_text("in the way of python's states")
     done = btm_scale("run", tmp_path / "tiny.yaml", "--out", run.root, check=False)

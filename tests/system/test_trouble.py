@@ -17,7 +17,8 @@ import psutil
 import pytest
 from helpers.cuts import full
 from helpers.in_process import answer
-from helpers.tiny_run import btm_scale, share_text, start_btm_scale, tiny_values, write_config
+from helpers.tiny_run import share_text, start_btm_scale, tiny_values, write_config
+from helpers.warm import Warm
 
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.launch.shutdown import REQUEUE
@@ -50,11 +51,11 @@ def write_run(folder: Path, text: Path) -> RunDir:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(real_text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+def uninterrupted(real_text: Path, warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     folder = tmp_path_factory.mktemp("uninterrupted")
     run = write_run(folder, real_text)
     answer("prepare", folder / "tiny.yaml", "--out", run.root)
-    btm_scale("train", folder / "tiny.yaml", "--model", "seed", "--out", run.root)
+    warm.check(*training(run))
     return run
 
 
@@ -68,9 +69,12 @@ def run(uninterrupted: RunDir, real_text: Path, tmp_path: Path) -> Iterator[RunD
         process.kill()
 
 
+def training(run: RunDir) -> tuple[object, ...]:
+    return "train", run.root.parent / "tiny.yaml", "--model", "seed", "--out", run.root
+
+
 def start(run: RunDir, *settings: str) -> subprocess.Popen[str]:
-    config = run.root.parent / "tiny.yaml"
-    return start_btm_scale("train", config, "--model", "seed", "--out", run.root, *settings)
+    return start_btm_scale(*training(run), *settings)
 
 
 def processes_of(run: RunDir) -> list[psutil.Process]:
@@ -148,7 +152,7 @@ def delete_half(state: Path) -> None:
 
 @pytest.mark.parametrize("kills", [2, full(20)])
 def test_repeated_kills_and_damaged_checkpoints_do_not_change_the_weights(
-    kills: int, run: RunDir, uninterrupted: RunDir
+    kills: int, run: RunDir, uninterrupted: RunDir, warm: Warm
 ) -> None:
     chance = random.Random(1)
     damages = [[cut_short, flip_a_byte], [delete_half]]  # by kill: of the newest checkpoint, the one before, ...
@@ -164,15 +168,16 @@ def test_repeated_kills_and_damaged_checkpoints_do_not_change_the_weights(
             for damage, state in zip(damages[number], states, strict=False):
                 damage(state)
             assert newest_state(run.checkpoints("seed")) == states[len(damages[number])]
-    process = start(run)
-    assert wait_for_the_end(run, process) == 0
+    warm.check(*training(run))
     assert content_hash(run.model("seed")) == content_hash(uninterrupted.model("seed"))
     steps = [json.loads(line)["step"] for line in run.metrics("seed").read_text().splitlines()]
     assert steps == list(range(1, STEPS + 1))
     assert "going back to the state before it" in run.log("seed").read_text()
 
 
-def test_a_suspended_rank_is_a_hang_and_sigterm_requests_a_restart(run: RunDir, uninterrupted: RunDir) -> None:
+def test_a_suspended_rank_is_a_hang_and_sigterm_requests_a_restart(
+    run: RunDir, uninterrupted: RunDir, warm: Warm
+) -> None:
     process = start_and_wait_for_step(run, 8, "--set", "health.hang=5", "--set", "health.patience=10")
     ranks_of(run)[1].suspend()
     assert wait_for_the_end(run, process) == 1
@@ -192,12 +197,14 @@ def test_a_suspended_rank_is_a_hang_and_sigterm_requests_a_restart(run: RunDir, 
     assert f"asked to stop: saved the state after step {stopped}" in text
     assert max(run.checkpoints("seed").glob("step-*")).name == f"step-{stopped:08d}"
 
-    assert wait_for_the_end(run, start(run)) == 0
+    warm.check(*training(run))
     assert not (run.train("seed") / "stopped").exists()
     assert content_hash(run.model("seed")) == content_hash(uninterrupted.model("seed"))
 
 
-def test_a_full_disk_is_detected_before_writing_and_loses_no_checkpoint(run: RunDir, uninterrupted: RunDir) -> None:
+def test_a_full_disk_is_detected_before_writing_and_loses_no_checkpoint(
+    run: RunDir, uninterrupted: RunDir, warm: Warm
+) -> None:
     folder = run.checkpoints("seed")
     folder.mkdir(parents=True)
     size = sum(file.stat().st_size for file in max(uninterrupted.checkpoints("seed").glob("step-*")).iterdir())
@@ -214,15 +221,14 @@ def test_a_full_disk_is_detected_before_writing_and_loses_no_checkpoint(run: Run
     if mounted is None or mounted.returncode:
         pytest.skip("only root may mount the small file system that this test fills")
     try:
-        process = start(run)
-        assert wait_for_the_end(run, process) != 0
+        assert warm.run(*training(run)).code != 0
         log = run.log("seed").read_text()
         assert "GB free. Nothing was written. Free some space" in log
         checkpoints = sorted(folder.glob("step-*"))
         assert [state.name for state in checkpoints] == [f"step-{EVERY:08d}", f"step-{2 * EVERY:08d}"]
         assert newest_state(folder) == checkpoints[-1]
         subprocess.run(["mount", "-o", f"remount,size={5 * size}", str(folder)], check=True)
-        assert wait_for_the_end(run, start(run)) == 0
+        warm.check(*training(run))
         assert content_hash(run.model("seed")) == content_hash(uninterrupted.model("seed"))
     finally:
         subprocess.run(["umount", str(folder)], check=True)

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
+from helpers.forked_commands import ended, forked
 
 from btm_scale.launch.shutdown import REQUEUE
-
-SCORING = """
-import os, signal, sys, time
-from pathlib import Path
 from btm_scale.train.preemption import leaving_at_once
-with leaving_at_once(Path(sys.argv[1])):
-    os.kill(os.getpid(), int(sys.argv[2]))
-    time.sleep(60)
-"""
 
 
 @pytest.mark.parametrize(
@@ -27,6 +20,14 @@ with leaving_at_once(Path(sys.argv[1])):
 def test_scoring_requests_a_restart_on_sigusr1_but_not_on_sigterm(
     number: signal.Signals, code: int, stopped: bool, tmp_path: Path
 ) -> None:
-    done = subprocess.run([sys.executable, "-c", SCORING, str(tmp_path), str(int(number))], timeout=120)
-    assert done.returncode == code
+    def score() -> int:
+        try:
+            with leaving_at_once(tmp_path):
+                os.kill(os.getpid(), number)
+                time.sleep(60)
+        except SystemExit as left:
+            return int(left.code or 0)
+        return 0
+
+    assert ended(forked(score, tmp_path / "output")) == code
     assert (tmp_path / "stopped").exists() is stopped
