@@ -48,7 +48,7 @@ PROXY_REQUESTS = 20  # per round
 
 
 def main() -> None:
-    """Measure what is not measured yet, print the ratios, and write."""
+    """Measure the parts that the result lacks, and print and write each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
@@ -91,7 +91,7 @@ def _answers(url: str) -> bool:
 
 @contextlib.contextmanager
 def served(run: Path, *options: object) -> Iterator[tuple[str, psutil.Process]]:
-    """Serve a run; gives its URL."""
+    """Serve a run; yields its URL and the server's process."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     arguments = ("-m", "btm_scale.cli", "serve", run, "--port", port, "--quiet", *options)
@@ -110,8 +110,8 @@ def ask(client: httpx2.Client, url: str, number: int, **changes: Any) -> int:
 
 def throughput(run: Path, rounds: int) -> dict[str, Any]:
     """All clients at once over one after another."""
-    found: dict[str, list[float]] = {"one_after_another": [], "at_once": []}
-    processor: dict[str, list[float]] = {name: [] for name in found}
+    rates: dict[str, list[float]] = {"one_after_another": [], "at_once": []}
+    cpu_rates: dict[str, list[float]] = {name: [] for name in rates}
     with served(run) as (url, server), httpx2.Client() as client, ThreadPoolExecutor(CLIENTS) as pool:
 
         def one(number: int) -> int:
@@ -121,21 +121,21 @@ def throughput(run: Path, rounds: int) -> dict[str, Any]:
         sum(ways["at_once"]())
         for _ in range(rounds):
             for name, way in ways.items():
-                before, begin = _processor_seconds(server), time.perf_counter()
+                before, begin = _cpu_seconds(server), time.perf_counter()
                 tokens = sum(way())
-                found[name].append(tokens / (time.perf_counter() - begin))
-                processor[name].append(tokens / (_processor_seconds(server) - before))
+                rates[name].append(tokens / (time.perf_counter() - begin))
+                cpu_rates[name].append(tokens / (_cpu_seconds(server) - before))
     return {
-        "tokens_per_second": found,
-        "tokens_per_processor_second_of_the_server": processor,
-        "ratio": _ratio(found["at_once"], found["one_after_another"]),
+        "tokens_per_second": rates,
+        "tokens_per_processor_second_of_the_server": cpu_rates,
+        "ratio": _ratio(rates["at_once"], rates["one_after_another"]),
     }
 
 
 def lone(run: Path, rounds: int) -> dict[str, Any]:
     """One client over `generate` with the same method."""
     generator = Generator.of_run(*open_folder(run))
-    found: dict[str, list[float]] = {"generate": [], "serve": []}
+    rates: dict[str, list[float]] = {"generate": [], "serve": []}
     with served(run) as (url, _), httpx2.Client() as client:
 
         def generate(number: int) -> int:
@@ -149,21 +149,21 @@ def lone(run: Path, rounds: int) -> dict[str, Any]:
             for name, way in ways.items():
                 begin = time.perf_counter()
                 tokens = sum(map(way, range(2 * len(PROMPTS))))
-                found[name].append(tokens / (time.perf_counter() - begin))
-    return {"tokens_per_second": found, "ratio": _ratio(found["serve"], found["generate"])}
+                rates[name].append(tokens / (time.perf_counter() - begin))
+    return {"tokens_per_second": rates, "ratio": _ratio(rates["serve"], rates["generate"])}
 
 
 def routing(run: Path, rounds: int) -> dict[str, Any]:
-    """The posterior of a prompt that fills the context over reading it; each prompt is new to the prefix cache."""
+    """`/v1/posterior` of prompts that fill the context over reading them; none is in the prefix cache."""
     generator = Generator.of_run(*open_folder(run))
     decoders = [generator.shelf.take(name) for name in generator.names]
     random = np.random.default_rng(0)
-    found: dict[str, list[float]] = {"read": [], "route": []}
+    seconds: dict[str, list[float]] = {"read": [], "route": []}
     with served(run) as (url, _), httpx2.Client() as client:
 
         def read(ids: list[int]) -> None:
             for decoder in decoders:
-                decoder.read([[generator.tokenizer.eos, *ids]])
+                decoder.read([[generator.tokenizer.start, *ids]])
 
         def route(ids: list[int]) -> None:
             client.post(f"{url}/v1/posterior", json={"input": ids}, timeout=600).raise_for_status()
@@ -174,17 +174,17 @@ def routing(run: Path, rounds: int) -> dict[str, Any]:
                 begin = time.perf_counter()
                 way(ids)
                 if number >= 2:
-                    found[name].append(time.perf_counter() - begin)
-    return {"seconds": found, "ratio": _ratio(found["route"], found["read"])}
+                    seconds[name].append(time.perf_counter() - begin)
+    return {"seconds": seconds, "ratio": _ratio(seconds["route"], seconds["read"])}
 
 
 def proxy(run: Path, rounds: int) -> dict[str, Any]:
     """Requests through the server over direct ones."""
-    config, folder = open_folder(run)
-    generator = Generator.of_run(config, folder)
-    names = list(experts(folder))
-    prompt = [generator.tokenizer.eos, *generator.tokenizer.encode(PROMPTS[0])]
-    found: dict[str, list[float]] = {name: [] for name in ("score", "generate", "through", "routed")}
+    config, run_dir = open_folder(run)
+    generator = Generator.of_run(config, run_dir)
+    names = list(experts(run_dir))
+    prompt = [generator.tokenizer.start, *generator.tokenizer.encode(PROMPTS[0])]
+    milliseconds: dict[str, list[float]] = {name: [] for name in ("score", "generate", "through", "routed")}
     port = free_port()
     engine = f"http://127.0.0.1:{port}"
     with contextlib.ExitStack() as stack:
@@ -208,20 +208,18 @@ def proxy(run: Path, rounds: int) -> dict[str, Any]:
                 begin = time.perf_counter()
                 way()
                 if number >= 2:
-                    found[name].append(1000 * (time.perf_counter() - begin))
-    added = [
-        routed - score - generate
-        for routed, score, generate in zip(found["routed"], found["score"], found["generate"], strict=True)
-    ]
-    medians = {name: statistics.median(values) for name, values in found.items()}
+                    milliseconds[name].append(1000 * (time.perf_counter() - begin))
+    direct = map(sum, zip(milliseconds["score"], milliseconds["generate"], strict=True))
+    added = [routed - both for routed, both in zip(milliseconds["routed"], direct, strict=True)]
+    medians = {name: statistics.median(values) for name, values in milliseconds.items()}
     return {
         "milliseconds": medians,
-        "ratio": _ratio(found["through"], found["generate"]),
+        "ratio": _ratio(milliseconds["through"], milliseconds["generate"]),
         "routing_adds_milliseconds": statistics.median(added),
     }
 
 
-def _processor_seconds(process: psutil.Process) -> float:
+def _cpu_seconds(process: psutil.Process) -> float:
     times = process.cpu_times()
     return float(times.user + times.system)
 

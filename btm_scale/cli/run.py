@@ -265,7 +265,7 @@ def status(
         if passes:
             say(passes_line(passes))
         for node in nodes:
-            say(f"{node}" + "; new jobs exclude it, up to launch.slurm.max_excluded nodes" * node.is_bad)
+            say(f"{node}; new jobs exclude it, up to launch.slurm.max_excluded nodes" if node.is_bad else str(node))
         for model, failure in failed.items():
             say(f"\n{model} failed: {failure}")
         shown = tuple(f"{model} failed: " for model in failed)

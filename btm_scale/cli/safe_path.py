@@ -1,4 +1,4 @@
-"""Commands may be given in a stranger's folder, from which no Python code may run."""
+"""Commands may run in an untrusted directory, whose Python files must not be imported."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def load_model(group: ExpertGroup, directory: Path) -> ExpertModel | Transformer
 def routing_of(group: ExpertGroup, network: ExpertModel | TransformersModel) -> np.ndarray | None:
     """Return each expert's fraction of the uses since the last call, float64 [layers, experts]; all ranks call it.
 
-    None for a model that is no mixture of experts, or that transformers computes.
+    None for a model that is not a mixture of experts, or that transformers computes.
     """
     if not isinstance(network, ExpertModel):
         return None

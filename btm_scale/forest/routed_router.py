@@ -48,12 +48,15 @@ def fitted_routed(
 
 
 def _sums(model: Any, layer: Any, texts: Sequence[EvaluationText], device: str) -> LayerSums:
-    """Return the mean inputs of a layer's MLP."""
-    terms: list[tuple[Tensor, Tensor, int]] = []
+    """Return the mean and the second moment of the inputs of a layer's MLP."""
+    size, count = layer.mlp.gate.weight.shape[1], 0
+    total = torch.zeros(size, dtype=torch.float64, device=device)
+    second = torch.zeros(size, size, dtype=torch.float64, device=device)
 
     def observe(_: Any, inputs: tuple[Tensor, ...]) -> None:
-        hidden = inputs[0].reshape(-1, inputs[0].shape[-1]).double()
-        terms.append((hidden.sum(dim=0).cpu(), (hidden.t() @ hidden).cpu(), len(hidden)))
+        hidden = inputs[0].reshape(-1, size).double()
+        total.add_(hidden.sum(dim=0))
+        second.add_(hidden.t() @ hidden)
         raise _ReachedError
 
     hook = layer.mlp.register_forward_pre_hook(observe)
@@ -62,11 +65,7 @@ def _sums(model: Any, layer: Any, texts: Sequence[EvaluationText], device: str) 
             try:
                 model.model(input_ids=batch.to(device), use_cache=False)
             except _ReachedError:
-                continue
+                count += batch.numel()
     finally:
         hook.remove()
-    count = sum(number for *_, number in terms)
-    return LayerSums(
-        torch.stack([mean for mean, *_ in terms]).sum(dim=0) / count,
-        torch.stack([second for _, second, _ in terms]).sum(dim=0) / count,
-    )
+    return LayerSums((total / count).cpu(), (second / count).cpu())

@@ -25,13 +25,14 @@ def share_the_rest(run: RunDir, experts: Mapping[str, Expert]) -> bool:
     and another of its tensors differs from its parent's, or from that of an expert with the same parents.
     """
     firsts: dict[object, str] = {}
-    kinds = set()
+    kinds: set[object] = set()
     for name, card in experts.items():
         if card.trains != "mlp":
             kinds.add(name)  # shares nothing with another
             continue
-        dtype, kind = _dtype(run.model(name)), (card.parents, _dtype(run.model(name)))
-        kinds.add(str(kind))
+        dtype = _dtype(run.model(name))
+        kind = (card.parents, dtype)
+        kinds.add(kind)
         first = firsts.setdefault(kind, name)
         parent = run.model(card.parents[0].name)
         # A parent in a narrower dtype has been rounded; the mean of several is not stored.

@@ -59,7 +59,7 @@ class Answer(ABC):
     ) -> None:
         """Args: `echoed`: the texts of all prompts, to repeat before the continuations; `stream`: return chunks."""
         self.model, self.id, self.created = model, f"{self.prefix}-{secrets.token_hex(12)}", int(time.time())
-        self._texts, self._decoded = TokenTexts(tokenizer), tokenizer.decode
+        self._texts, self._decode = TokenTexts(tokenizer), tokenizer.decode
         self._sent, self._echoed, self._streams = sum(job.sent for job in jobs), echoed, stream
         self._routed: list[Routed | None] = [None] * len(jobs)
         self._first = [sum(job.copies for job in jobs[:number]) for number in range(len(jobs))]
@@ -143,7 +143,7 @@ class Answer(ABC):
             return
         choice.last = choice.job.prompt[0]
         if choice.job.starts_document:  # nothing predicts a token that the client sent first
-            self._append(choice, Score(given[: len(given) - len(self._decoded(choice.job.prompt[1:]))]))
+            self._append(choice, Score(given[: len(given) - len(self._decode(choice.job.prompt[1:]))]))
         for token, score in zip(choice.job.prompt[1:], event.prompt_scores, strict=True):
             self._score(choice, token, score)
             choice.last = token

@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 
 Events = AsyncIterator[tuple[int, Event]]
 _RETRY_SECONDS = 2
-_INLINE = 4096  # bytes
+_INLINE_BYTES = 4096  # a body of this size is handled faster than a thread starts
 
-Given = TypeVar("Given")
+Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
 
@@ -70,7 +70,10 @@ class Service:
         content = await read_body(request)
         body = await _computed(len(content), partial(parsed, PosteriorRequest), content)
         self._require_ready()
-        job = await _computed(_INLINE + 1 if body.messages else len(content), self._planner.posterior, body)
+        if body.messages:  # rendering may take seconds, however short the chat is
+            job = await asyncio.to_thread(self._planner.posterior, body)
+        else:
+            job = await _computed(len(content), self._planner.posterior, body)
         async with contextlib.aclosing(self._events([job])) as events:
             routed = await _unless_hung_up(request, anext(events))
         if routed is None:
@@ -242,9 +245,9 @@ class _EventStream(StreamingResponse):
                 self._hung_up()
 
 
-async def _computed(size: int, do: Callable[[Given], Result], given: Given) -> Result:
-    """Return `do(given)`, from a thread if a body of `size` bytes takes long."""
-    return do(given) if size <= _INLINE else await asyncio.to_thread(do, given)
+async def _computed(size: int, function: Callable[[Argument], Result], argument: Argument) -> Result:
+    """Return `function(argument)`, computed in a thread unless the request's body of `size` bytes is small."""
+    return function(argument) if size <= _INLINE_BYTES else await asyncio.to_thread(function, argument)
 
 
 async def _unless_hung_up(request: Request, work: Awaitable[Any]) -> Any:

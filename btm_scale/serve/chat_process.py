@@ -1,4 +1,4 @@
-"""Renders chats in a child process: the template may be a stranger's, and may loop or fill memory.
+"""Renders chats in a child process: the template is not trusted, and may loop or fill memory.
 
 transformers' sandbox keeps a template away from files and modules, and sets no limits of time and memory.
 """
@@ -24,9 +24,9 @@ from btm_scale.model.hf_load import render_chat
 from btm_scale.util.secrets import is_secret_name
 
 LONGEST = 1_000_000  # characters of a prompt
-_SECONDS = 10.0  # of the clock, per chat
-_START_SECONDS = 120.0
-_MEMORY = 1 << 30  # beyond what the libraries take
+_SECONDS = 10.0  # wall time per chat
+_START_SECONDS = 120.0  # to import what rendering needs
+_MEMORY = 1 << 30  # bytes, beyond what the libraries take
 
 
 class TooExpensive(Exception):  # noqa: N818 (callers complete its sentence)

@@ -10,7 +10,7 @@ STALLED_SECONDS = 60.0
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection, with time limits that it has not. The limit on a body is in `read_body`."""
+    """uvicorn's connection, with time limits that uvicorn lacks. The limit on a body is in `read_body`."""
 
     seconds = STALLED_SECONDS
     _head: asyncio.TimerHandle | None = None  # until the head of a request is complete

@@ -101,7 +101,7 @@ class Engine:
             self._thread.join()
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Add jobs of at most `max_rows` copies each. Raises Busy if their texts do not fit into the queue."""
+        """Add jobs of at most `max_rows` copies each. Raises Busy if others wait and these exceed `max_waiting`."""
         assert all(job.copies <= self.max_rows for job in jobs)
         parts = [Part(job, job.names, tuple(range(job.copies)), self._randoms(job)) for job in jobs]
         with self._changed:
@@ -136,8 +136,8 @@ class Engine:
                 if self._stopping and not self._queue and not self._groups:
                     return
             while parts := self._next_parts():
-                for some in self._reader.together(parts):
-                    self._guarded([part.job for part in some], partial(self._begin, some))
+                for batch in self._reader.together(parts):
+                    self._guarded([part.job for part in batch], partial(self._begin, batch))
                     self._flush()
             for names in list(self._groups):
                 jobs = [row.owner.job for row in self._groups[names].rows]

@@ -1,4 +1,4 @@
-"""What engines elsewhere answer: other programs, so answers are read within bounds and checked."""
+"""The responses of remote engines, which are not trusted: they are read within limits, and checked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MOST_LINE = 1 << 20  # characters
 
 
 async def read_answer(response: httpx2.Response) -> dict[str, Any]:
-    """Return the JSON object of a response. Raises ValueError if it is another or larger than 64 MiB."""
+    """Return the JSON object of a response. Raises ValueError if it is not one, or larger than 64 MiB."""
     content = bytearray()
     async for piece in response.aiter_bytes():
         content += piece
@@ -24,7 +24,7 @@ async def read_answer(response: httpx2.Response) -> dict[str, Any]:
 
 
 async def read_events(response: httpx2.Response) -> AsyncIterator[dict[str, Any]]:
-    """Yield the JSON object of each event of a stream. Raises ValueError for one that reports an error."""
+    """Yield the JSON object of each event of a stream. Raises ValueError if one is invalid or reports an error."""
     async for line in _lines(response):
         if line.startswith("data: ") and line != "data: [DONE]":
             event = _object(line.removeprefix("data: ").encode("utf-8", "surrogatepass"))

@@ -51,13 +51,16 @@ class Gate:
                 await self._app(scope, receive, counted)
         except ClientDisconnect:
             pass
+        except Exception:  # answered outside of this middleware, with status 500 if no answer has begun
+            status = 500 if status == 499 else status
+            raise
         finally:
             self._metrics.requests.labels(route, str(status)).inc()
             self._metrics.seconds.labels(route).observe(time.perf_counter() - begin)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address means this machine alone."""
+    """Whether a host name or address reaches this machine alone."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -65,10 +68,10 @@ def is_loopback(host: str) -> bool:
 
 
 def _foreign(headers: Headers) -> str:
-    """Return the header of a request that a page of another site caused, "" if there is none.
+    """Return the Host or Origin header of a request from another site's page, or "" if both are local.
 
-    A browser sends such requests to this machine also if only this machine can reach the server; with a name that
-    leads here, the page could read the answers too.
+    A browser sends such requests even to a server that listens on loopback alone; where the site's name resolves to
+    this machine (DNS rebinding), its page could read the answers too.
     """
     authorities = {"Host": headers.get("host"), "Origin": headers.get("origin")}
     for name, value in authorities.items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -119,8 +120,8 @@ class PosteriorRouting:
             raise ConnectionError(
                 f"None of the experts {', '.join(map(str, posterior))} has a deployment. Set model_info.expert to them."
             )
-        counts = [sum(_expert(one) == _expert(other) for other in candidates) for one in candidates]
-        shared = [weight / count for weight, count in zip(weights, counts, strict=True)]
+        deployments = Counter(map(_expert, candidates))  # the deployments of one expert share its weight
+        shared = [weight / deployments[_expert(one)] for weight, one in zip(weights, candidates, strict=True)]
         return self._random.choices(candidates, shared)[0]
 
 

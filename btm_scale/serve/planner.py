@@ -106,8 +106,8 @@ class Planner:
     def _checked(self, prompts: Sequence[list[int]]) -> list[list[int]]:
         """Return prompts that begin with the start of the document, and fit into the context."""
         start = self.tokenizer.start
-        whole = [ids if ids[:1] == [start] else [start, *ids] for ids in prompts]
-        for ids in whole:
+        complete = [ids if ids[:1] == [start] else [start, *ids] for ids in prompts]
+        for ids in complete:
             if len(ids) > self.backend.context:
                 raise ApiError(
                     400,
@@ -116,7 +116,7 @@ class Planner:
                     param="prompt",
                     code="context_length_exceeded",
                 )
-        return whole
+        return complete
 
 
 def _sampling(request: CompletionRequest | ChatRequest) -> Sampling:

@@ -13,7 +13,7 @@ LEAST_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class Known:
+class CachedPrefix:
     """The beginning of a prompt that every model has read."""
 
     tokens: int
@@ -37,10 +37,10 @@ class PrefixCache:
 
     @property
     def nbytes(self) -> int:
-        """The memory that is used."""
+        """The bytes of all KV caches that are kept."""
         return sum(entry.nbytes for entry in self._entries)
 
-    def find(self, names: Sequence[str], prompt: Sequence[int]) -> Known | None:
+    def find(self, names: Sequence[str], prompt: Sequence[int]) -> CachedPrefix | None:
         """Return the longest known beginning of a prompt that is worth resuming from: at least half of it."""
         if len(prompt) < self._least or not self._entries:
             return None
@@ -56,7 +56,7 @@ class PrefixCache:
             return None
         entry = suitable[best]
         self._entries = [*(other for other in self._entries if other is not entry), entry]
-        return Known(tokens, {name: entry.models[name] for name in names})
+        return CachedPrefix(tokens, {name: entry.models[name] for name in names})
 
     def keep(self, prompt: Sequence[int], models: Mapping[str, Prefix], max_bytes: float) -> None:
         """Add a prompt, replace those that it continues, and drop the least recently used beyond `max_bytes`."""
@@ -66,7 +66,7 @@ class PrefixCache:
         self._entries = [*others, entry]
         self.shrink(max_bytes)
 
-    def takes(self, tokens: int) -> bool:
+    def accepts(self, tokens: int) -> bool:
         """Whether a prompt of this many tokens is kept."""
         return tokens >= self._least and self._max_bytes > 0
 

@@ -1,4 +1,4 @@
-"""Prompts before their texts are generated: read by every model, scored, and turned into a posterior."""
+"""Prefill: every model reads and scores the prompts, and the scores give the posterior."""
 
 from __future__ import annotations
 
@@ -35,32 +35,32 @@ class PromptReader:
         self._shelf, self._tokenizer, self._prior, self._prefixes = shelf, tokenizer, prior, prefixes
 
     def make_room(self, names: Sequence[str]) -> None:
-        """Drop known prompts, so that these models can be loaded within the memory limit."""
+        """Drop cached prompts, so that these models can be loaded within the memory limit."""
         self._prefixes.shrink(self._shelf.spare(names))
 
     def together(self, parts: Sequence[Part]) -> Iterator[list[Part]]:
-        """Yield parts that are read together: those whose beginning is known are read alone."""
-        unknown = []
+        """Yield the parts that are read together; a part whose prompt has a cached prefix is read alone."""
+        uncached = []
         for part in parts:
             if self._prefixes.find(part.names, part.job.prompt) is None:
-                unknown.append(part)
+                uncached.append(part)
             else:
                 yield [part]
-        if unknown:
-            yield unknown
+        if uncached:
+            yield uncached
 
     def read(
         self, names: Sequence[str], prompts: Sequence[Sequence[int]], *, score: bool, keep: bool
     ) -> tuple[list[Reading], list[Any]]:
         """Return each model's reading, if `keep`, and its scores of the prompts, float32 [prompts, longest - 1]."""
-        known = self._prefixes.find(names, prompts[0]) if keep and len(prompts) == 1 else None
+        cached = self._prefixes.find(names, prompts[0]) if keep and len(prompts) == 1 else None
         readings, scores = [], []
         for name in names:
             decoder = self._shelf.take(name)
-            if known is None:
+            if cached is None:
                 reading = decoder.read(prompts, score=score)
             else:
-                reading = decoder.resume(known.models[name], prompts[0], known.tokens)
+                reading = decoder.resume(cached.models[name], prompts[0], cached.tokens)
             scores.append(reading.log_probs)
             if keep:
                 readings.append(reading)
@@ -96,7 +96,7 @@ class PromptReader:
     def _remember(self, names: Sequence[str], prompts: Sequence[Sequence[int]], readings: Sequence[Reading]) -> None:
         room = self._shelf.spare(())
         for row, prompt in enumerate(prompts):
-            if room > 0 and self._prefixes.takes(len(prompt)):
+            if room > 0 and self._prefixes.accepts(len(prompt)):
                 prefixes = [reading.prefix(row, len(prompt)) for reading in readings]
                 if all(prefix is not None for prefix in prefixes):
                     self._prefixes.keep(prompt, dict(zip(names, prefixes, strict=True)), room)  # type: ignore[arg-type]

@@ -46,12 +46,17 @@ class RemoteBackend:
         """Prepare to answer with engines.
 
         Args:
-            prior: log p(D=j) in nats over the experts, as in `engines`.
-            local: scores prompts for some.
+            decode: from token ids to text, for a prior that depends on the prompt.
+            prior: log p(D=j) in nats over the experts, in the order of `engines`.
+            context: tokens that every engine can read and generate.
+            local: scores prompts for the experts that it names.
+            max_waiting: texts that may run at a time.
             answer_seconds: an engine from which nothing comes for this long is down.
         """
         self._places, self._decode, self._prior = dict(engines), decode, prior
-        self.context, self._most, self._local = context, max_waiting, local
+        # An engine that scores a prompt also generates one token, which must fit into its context.
+        self.context = context - 1
+        self._engine_context, self._most, self._local = context, max_waiting, local
         self.is_ready = False
         self._running, self._seconds = 0, answer_seconds
         self._engines: dict[str, RemoteEngine] = {}
@@ -62,7 +67,9 @@ class RemoteBackend:
         timeout = httpx2.Timeout(self._seconds, connect=_CONNECT_SECONDS)
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64)
         client = self._client = httpx2.AsyncClient(timeout=timeout, limits=limits)
-        self._engines = {name: RemoteEngine(name, place, client, self.context) for name, place in self._places.items()}
+        self._engines = {
+            name: RemoteEngine(name, place, client, self._engine_context) for name, place in self._places.items()
+        }
         self.is_ready = True
 
     async def stop(self) -> None:

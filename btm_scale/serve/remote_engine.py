@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -162,10 +163,14 @@ class RemoteEngine:
                 raise EngineDown(f"The engine of '{self._name}' returns no log-probabilities. Leave logprobs out.")
             return ()
         tops = found.get("top_logprobs") or [None] * len(found["tokens"])
-        return tuple(
-            Score(str(text), _log_prob(value), _largest(others or {}, top))
-            for text, value, others in zip(found["tokens"], found["token_logprobs"], tops, strict=True)
-        )
+        scores = []
+        for text, value, others in zip(found["tokens"], found["token_logprobs"], tops, strict=True):
+            log_prob, alternatives = _log_prob(value), _largest(others or {}, top)
+            # NaN and infinity, which JSON lacks, would fail in the answer to the client.
+            if not all(one < math.inf for one in (log_prob, *(number for _, number in alternatives))):
+                raise ValueError("it sends log-probabilities that are not numbers")
+            scores.append(Score(str(text), log_prob, alternatives))
+        return tuple(scores)
 
     async def _post(self, body: dict[str, Any]) -> dict[str, Any]:
         """Return the answer to a request, which is sent twice if the connection or the engine fails."""

@@ -58,7 +58,10 @@ class Routed:
 
 @dataclass(frozen=True)
 class Score:
-    """A token's text and log-probability in nats, and the most likely tokens in its place; the first has neither."""
+    """A token's text and log-probability in nats, and the most likely tokens at its position.
+
+    The first token of a text has no log-probability and no alternatives.
+    """
 
     text: str
     log_prob: float | None = None
@@ -76,7 +79,7 @@ class Delta:
     alternatives: Alternatives | None = None
     finished: FinishReason | None = None
     count: int = 0  # tokens, where they are not known one by one
-    scores: tuple[Score, ...] = ()  # of these
+    scores: tuple[Score, ...] = ()  # of the tokens in `text`
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,12 @@ def test_the_posterior_is_that_of_local_experts(server: Served, served: Served) 
         assert answers[0]["left_out"] == []
 
 
+def test_a_prompt_leaves_room_for_the_token_that_an_engine_generates_when_it_scores(server: Served) -> None:
+    answer = server.post("/v1/posterior", {"input": "a" * (POSITIONS - 1)})
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+    assert server.post("/v1/posterior", {"input": "a" * (POSITIONS - 2)}).json()["left_out"] == []
+
+
 def test_the_drawn_expert_answers_and_streams(server: Served, engines: list[FakeVllm]) -> None:
     client = server.client()
     settings: dict[str, Any] = {"model": "forest", "prompt": "", "max_tokens": 9, "seed": 3, "n": 16}

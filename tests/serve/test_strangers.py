@@ -1,4 +1,4 @@
-"""Strangers of a server: chat templates, engines elsewhere, pages of other sites, and readers of the key file."""
+"""Untrusted input of a server: chat templates, remote engines, pages of other sites, and a key file others may read."""
 
 from __future__ import annotations
 

@@ -75,7 +75,13 @@ def routing_matrix(results: Results) -> Matrix:
     names = list(dict.fromkeys(name for experts in routing.values() for name in experts))
     layers = {domain: max(map(len, experts.values()), default=0) for domain, experts in routing.items()}
     places = [(domain, layer) for domain, count in layers.items() for layer in range(count)]
-    values = [[dict(enumerate(routing[domain].get(name, ()))).get(layer) for domain, layer in places] for name in names]
+    by_place = {
+        (name, domain, layer): value
+        for domain, experts in routing.items()
+        for name, by_layer in experts.items()
+        for layer, value in enumerate(by_layer)
+    }
+    values = [[by_place.get((name, domain, layer)) for domain, layer in places] for name in names]
     own = {(names.index(domain), j) for j, (domain, _) in enumerate(places) if domain in names}
     columns = [f"{domain} {layer + 1}" for domain, layer in places]
     return Matrix(names, columns, values, own, training=len(columns))
