@@ -6,6 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -212,11 +213,16 @@ class TransformersTokenizer(Tokenizer):
         """See Tokenizer."""
         with self._failures("encode", [text]):
             encoded = self._in_time(
-                lambda: self._tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False),
+                lambda: self._chats(text, add_special_tokens=False, split_special_tokens=False, verbose=False),
                 len(text),
             )
         ids: list[int] = encoded["input_ids"]
         return ids
+
+    @cached_property
+    def _chats(self) -> Any:
+        # The library sets `split_special_tokens` in its object, which threads that encode chats and text cannot share.
+        return self._loaded(self.directory)
 
     def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
         # Special tokens in text are plain text: a document that quotes "</s>" must not end there.

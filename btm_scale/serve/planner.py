@@ -77,7 +77,12 @@ class Planner:
     def _chat_prompt(self, messages: Sequence[Message]) -> list[int]:
         if self.chat is None:
             raise no_template()
-        (prompt,) = self._checked([self.tokenizer.encode_special(self.chat.render(messages))])
+        text = self.chat.render(messages)
+        try:
+            encoded = self.tokenizer.encode_special(text)
+        except DataError as error:
+            raise ApiError(400, str(error), param="messages", code="invalid_prompt") from None
+        (prompt,) = self._checked([encoded])
         return prompt
 
     def _starts_document(self, given: object) -> bool:

@@ -131,6 +131,9 @@ def test_a_byte_level_tokenizer_is_adopted(tmp_path: Path) -> None:
         assert ours.encode(text) == reference(text)["input_ids"]
         assert ours.decode(ours.encode(text)) == text
     assert ours.eos not in ours.encode("before <|endoftext|> after")
+    assert ours.encode_special("before<|endoftext|>")[-1] == ours.eos
+    # A server encodes chats and text in several threads: a chat must not change how the library encodes text.
+    assert ours._tokenizer.backend_tokenizer.encode_special_tokens
 
 
 def test_a_sentencepiece_tokenizer_is_copied_unchanged(trained: Path, tmp_path: Path) -> None:
