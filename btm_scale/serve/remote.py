@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 import httpx2
 import numpy as np
 
+from btm_scale.errors import UserError
 from btm_scale.forest.posterior.evidence import RunningPosterior
 from btm_scale.serve.engines_file import RemoteExpert
 from btm_scale.serve.local_scores import LocalScores
@@ -114,7 +115,7 @@ class RemoteBackend:
             async with asyncio.TaskGroup() as texts:
                 for copy, name in enumerate(_draw(routed.weights, job)):
                     texts.create_task(self._generate(copy, name, job, send))
-        except* EngineDown as errors:
+        except* (EngineDown, UserError) as errors:  # also local weights that were removed
             send(Failed(BackendError(str(errors.exceptions[0]))))
         except* Exception as errors:
             logger.exception("a remote request failed")
@@ -130,7 +131,9 @@ class RemoteBackend:
         alive = [number for number, score in enumerate(scored) if score is not None]
         if not alive:
             raise EngineDown("No expert answers. Retry later.")
-        prior = np.atleast_2d(priors_of(self._prior, self._decode, [job.prompt]))[:, alive]
+        # In a thread, because a routed prior embeds the text.
+        priors = await asyncio.to_thread(priors_of, self._prior, self._decode, [job.prompt])
+        prior = np.atleast_2d(priors)[:, alive]
         posterior = RunningPosterior(prior, 1)
         posterior.observe(np.array([[scored[number] for number in alive]], dtype=np.float64))
         weights = np.exp(posterior.log_weights()[0]).tolist()
