@@ -211,7 +211,7 @@ def common_state(folder: Path, job: TrainingJob | None = None, *, only: int | No
 
 
 def load_state(engine: Engine, path: Path) -> Position:
-    """Load a checkpoint into an engine of any layout. Raises CheckpointError if it is of another shape."""
+    """Load a checkpoint into an engine of any layout. Raises CheckpointError if its shape differs."""
     position = read_position(path)
     with SafetensorsModel(path) as tensors:
         expected = state_shapes(engine)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from btm_scale.config.moe import MoeTrainConfig
 from btm_scale.distributed.group import ExpertGroup
+from btm_scale.errors import CheckpointError
 from btm_scale.model.moe import Routing, routers_of, take_routing
 
 
@@ -41,6 +42,14 @@ class Routers:
 
     @load.setter
     def load(self, load: Sequence[Sequence[float]]) -> None:
+        """Set the loads. Raises CheckpointError if they are not those of a model of this shape."""
+        routers = routers_of(self._model)
+        expected, given = [router.experts for router in routers], [len(row) for row in load]
+        if given not in ([], expected):
+            raise CheckpointError(
+                f"The checkpoint's router_load has {given} experts by layer, and the model has {expected}. Both must "
+                "be the same. Use another checkpoint of the run."
+            )
         rows = [torch.tensor(row, dtype=torch.float32, device=self._group.device) for row in load]
-        for i, router in enumerate(routers_of(self._model)):
+        for i, router in enumerate(routers):
             router.load = rows[i] if rows else None

@@ -67,7 +67,7 @@ def test_the_pickle_of_an_adapter_calls_nothing(base: Path, tmp_path: Path) -> N
         with pytest.raises(CheckpointError):
             convert(adapter, tmp_path / "out", to="huggingface")
     torch.save(MATRICES | {"x": Payload()}, adapter / "adapter_model.bin")
-    with contextlib.suppress(CheckpointError):  # it may leave out what is no tensor
+    with contextlib.suppress(CheckpointError):  # it may leave out values that are not tensors
         convert(adapter, tmp_path / "out", to="huggingface")
     assert not (tmp_path / "ran").exists()
 
