@@ -4,8 +4,8 @@
 
 Eight Llama-like bf16 models of independent random weights are merged with unequal weights by fresh processes. `plain`
 is their mean; `lora` has an adapter of the first model in place of the last; in `union` each model has 100 tokens that
-the others lack. `--checkout` is another commit of this repository, whose mean takes turns with ours:
-`speed_beside_checkout` is its median seconds divided by ours, imports included, and `cpu_beside_checkout` that of the
+the others lack. `--checkout` is another commit of this repository, whose mean is measured in turn with ours:
+`speed_beside_checkout` is its median seconds divided by ours, imports included, and `cpu_beside_checkout` the same of
 processor time. `anonymous_bytes` is the sampled peak of the anonymous memory of a run's processes.
 """
 
@@ -66,7 +66,7 @@ def make_adapter(folder: Path, base: Path, specs: Mapping[str, TensorSpec]) -> N
 
 
 def make_tokenizer(folder: Path, number: int, vocabulary: int) -> None:
-    """Write a tokenizer with some tokens of its own, in other rows than those of other models."""
+    """Write a tokenizer with tokens that other models lack, in other rows than theirs."""
     common = [f"token{i}" for i in range(vocabulary - OWN_TOKENS)]
     own = [f"model{number}-{i}" for i in range(OWN_TOKENS)]
     place = 2 * OWN_TOKENS * (number + 1)
@@ -95,7 +95,7 @@ def main() -> None:
     runs: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(dir=options.work, prefix="btm-merge-") as folder:
         work = Path(folder)
-        surroundings = describe()
+        environment = describe()
         models = [work / f"model-{i}" for i in range(MODELS)]
         for i, model in enumerate(models):
             make_model(model, specs, seed=i + 1)
@@ -118,16 +118,16 @@ def main() -> None:
                 os.sync()
                 runs.setdefault(name, []).append(measured(words, output))
     result: dict[str, Any] = {
-        "environment": surroundings,
+        "environment": environment,
         "models": MODELS,
         "bytes_per_model": sum(spec.nbytes for spec in specs.values()),
         "shape": {"hidden": HIDDEN, "ffn": FFN, "vocabulary": options.vocabulary, "lora_rank": RANK},
         "runs": runs,
-        "anonymous_bytes": {name: max(run["anonymous_bytes"] for run in of) for name, of in runs.items()},
+        "anonymous_bytes": {name: max(run["anonymous_bytes"] for run in each) for name, each in runs.items()},
     }
     if options.checkout:
         for figure, name in (("seconds", "speed"), ("cpu_seconds", "cpu")):
-            ours, theirs = (statistics.median(run[figure] for run in runs[of]) for of in ("plain", "checkout"))
+            ours, theirs = (statistics.median(run[figure] for run in runs[code]) for code in ("plain", "checkout"))
             result[f"{name}_beside_checkout"] = theirs / ours
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n")

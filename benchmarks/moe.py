@@ -2,8 +2,8 @@
 
     python benchmarks/moe.py [--seeds 1 2 3] [--out runs/moe] [--list] [UNIT ...]
 
-Each unit is a few minutes on two cores and writes its figures to benchmarks/results/moe.json when it ends. A unit that
-is there is not measured again, and one that was interrupted resumes. `forest-SEED` comes before the others of a seed.
+Each unit takes a few minutes on two cores, and writes its figures to benchmarks/results/moe.json when it ends. Units
+that are in the file are not measured again; an interrupted one resumes. Run `forest-SEED` before the others of a seed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Forest:
 
     def __init__(self, folder: Path, random_seed: int) -> None:
         self.run, self.mlps = RunDir(folder / f"{random_seed}"), RunDir(folder / f"{random_seed}-mlps")
-        self._set = [f"random_seed={random_seed}", f"text_root={folder / 'text'}"]
+        self._overrides = [f"random_seed={random_seed}", f"text_root={folder / 'text'}"]
         self._text = folder / "text"
 
     def make(self) -> dict[str, Any]:
@@ -54,12 +54,12 @@ class Forest:
 
     def routers(self) -> dict[str, Any]:
         """Compare the routers of a mixture that is not trained."""
-        found = {}
+        perplexities = {}
         for router in ROUTERS:
             self._btm("upcycle", self.run.root, "--router", router)
             self._btm("evaluate", self.run.root)
-            found[router] = means(self.run)[MOE]
-        return found
+            perplexities[router] = means(self.run)[MOE]
+        return perplexities
 
     def joint(self, share: float) -> dict[str, Any]:
         """Train the mixture of complete experts jointly."""
@@ -67,7 +67,10 @@ class Forest:
         return means(self.run)
 
     def mlp_experts(self) -> dict[str, Any]:
-        """Train the experts' MLPs alone from the same seed LM, and make a mixture without training it."""
+        """Train the experts' MLPs alone from the same seed LM, and make a mixture without training it.
+
+        `gain kept` is the mixture's fraction of the nats that each domain's own expert gains over the seed LM.
+        """
         for part in ("data", "tokenizer", SEED, f"train/{SEED}", f"scores/{SEED}"):
             if not (self.mlps.root / part).exists():
                 partial = self.mlps.root / f"{part}.part"
@@ -78,42 +81,42 @@ class Forest:
         changes = [f"experts.{name}.train=mlp" for name in names]
         changes += ["moe.train.budget_share=0", "baselines.dense=false"]
         self._btm("run", CONFIG, "--out", self.mlps.root, *self._settings(*changes))
-        found = means(self.mlps)
-        gain = np.log(found[SEED]) - np.log(found["own expert"])
-        return found | {"gain kept": float((np.log(found[SEED]) - np.log(found[MOE])) / gain)}
+        perplexities = means(self.mlps)
+        gain = np.log(perplexities[SEED]) - np.log(perplexities["own expert"])
+        return perplexities | {"gain kept": float((np.log(perplexities[SEED]) - np.log(perplexities[MOE])) / gain)}
 
     def _settings(self, *changes: str) -> list[str]:
-        return [part for change in (*self._set, *changes) for part in ("--set", change)]
+        return [part for change in (*self._overrides, *changes) for part in ("--set", change)]
 
     def _btm(self, *arguments: object) -> None:
         subprocess.run([sys.executable, "-m", "btm_scale.cli", *map(str, arguments)], check=True)
 
 
 def means(run: RunDir) -> dict[str, Any]:
-    """Mean perplexities over the training domains."""
+    """Return mean perplexities over the training domains, by method."""
     results = load_results(run)
     domains = [name for name, domain in results.domains.items() if not domain.novel]
-    found = {
+    perplexities = {
         method: float(np.mean([results.methods[method].perplexity[name] for name in domains]))
         for method in (SEED, DENSE, "ensemble", "ensemble:tempered", "average:uniform", MOE)
         if method in results.methods
     }
     own = [results.methods[f"expert:{name}"].perplexity[name] for name in domains]
-    return found | {"own expert": float(np.mean(own))}
+    return perplexities | {"own expert": float(np.mean(own))}
 
 
 def units(folder: Path, seeds: list[int]) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Return what is measured, by name."""
-    found: dict[str, Callable[[], dict[str, Any]]] = {}
+    """Return the measurements by name."""
+    named: dict[str, Callable[[], dict[str, Any]]] = {}
     for seed in seeds:
         forest = Forest(folder, seed)
-        found |= {f"forest-{seed}": forest.make, f"routers-{seed}": forest.routers, f"mlps-{seed}": forest.mlp_experts}
-        found |= {f"joint-{share:g}-{seed}": lambda share=share, forest=forest: forest.joint(share) for share in SHARES}
-    return found
+        named |= {f"forest-{seed}": forest.make, f"routers-{seed}": forest.routers, f"mlps-{seed}": forest.mlp_experts}
+        named |= {f"joint-{share:g}-{seed}": lambda share=share, forest=forest: forest.joint(share) for share in SHARES}
+    return named
 
 
 def main() -> None:
-    """Measure the units that are missing."""
+    """Take the measurements that the result lacks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("units", nargs="*", metavar="UNIT")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])

@@ -57,14 +57,16 @@ def check_scoring(vocab_size: int | None, soft_cap: float | None, vocab_start: i
 def check_logits(
     logits: Tensor, targets: Tensor, vocab_size: int | None, vocab_start: int = 0, *statistics: Tensor
 ) -> None:
-    """Check logits [tokens, rows], targets [tokens], and statistics [tokens] of all shards."""
+    """Check logits [tokens, rows], targets [tokens], and the statistics `maximum` and `sum_exp` [tokens]."""
     if logits.ndim != 2 or any(tensor.shape != logits.shape[:1] for tensor in (targets, *statistics)):
         shapes = [list(tensor.shape) for tensor in (targets, *statistics)]
         raise ValueError(
             f"logits are {list(logits.shape)} and targets {shapes}. They must be [tokens, rows] and [tokens]."
         )
-    if logits.dtype not in _FLOATS or any(tensor.dtype != torch.float32 for tensor in statistics):
-        raise ValueError(f"logits are {logits.dtype}. Use bfloat16, float16 or float32, and float32 maxima and sums.")
+    if logits.dtype not in _FLOATS:
+        raise ValueError(f"logits are {logits.dtype}. Use bfloat16, float16 or float32.")
+    if other := next((tensor.dtype for tensor in statistics if tensor.dtype != torch.float32), None):
+        raise ValueError(f"maximum or sum_exp is {other}. Pass both in torch.float32, as logit_partials returns them.")
     if targets.dtype != torch.int64:
         raise ValueError(f"targets are {targets.dtype}. They are indices into the vocabulary: pass torch.int64.")
     if logits.shape[1] > 1 and logits.stride(1) != 1:

@@ -136,9 +136,9 @@ def _mix_cost(
 def _loss_cost(operator: str, logits: Tensor) -> Cost:
     """Return the cost of one launch. The second pass of cross_entropy_ reads every logit again from memory."""
     tokens = len(logits)
-    everything = logits.numel() * logits.element_size()
+    size = logits.numel() * logits.element_size()
     if operator == "cross_entropy_":
-        return Cost(1, 2 * everything + tokens * _INT, everything + tokens * _FLOAT)
+        return Cost(1, 2 * size + tokens * _INT, size + tokens * _FLOAT)
     if operator == "logit_partials":
-        return Cost(1, everything + tokens * _INT, tokens * _PARTIALS)
-    return Cost(1, everything + tokens * (_INT + 2 * _FLOAT), everything)
+        return Cost(1, size + tokens * _INT, tokens * _PARTIALS)
+    return Cost(1, size + tokens * (_INT + 2 * _FLOAT), size)

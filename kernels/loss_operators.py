@@ -147,7 +147,7 @@ def _run_logit_gradient(
 
 
 def _triton(logits: Tensor) -> ModuleType | None:
-    """Return the module that launches these kernels, or None where `operators.triton_module` does or without tokens."""
+    """Return the module that launches these kernels, or None without tokens or where `triton_module` returns None."""
     if len(logits) == 0 or operators.triton_module(logits) is None:
         return None
     return importlib.import_module("btm_scale.kernels.loss_launch")

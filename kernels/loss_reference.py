@@ -57,7 +57,7 @@ def logit_gradient_(
 
 
 def _without_padding(logits: Tensor, vocab_start: int, vocab_size: int | None) -> Tensor:
-    """Return float32 logits whose padding is -inf: the tensor itself if it is float32."""
+    """Return float32 logits with -inf as padding. Float32 logits are changed in place, others are copied."""
     values = logits.float()
     columns = real_columns(logits.shape[1], vocab_start, vocab_size)
     if columns < logits.shape[1]:

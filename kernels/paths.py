@@ -19,6 +19,7 @@ from btm_scale.kernels.tuning_table import MixConfig, ScoreConfig
 logger = logging.getLogger(__name__)
 
 Config = TypeVar("Config", ScoreConfig, MixConfig, LossConfig)
+AnyConfig = ScoreConfig | MixConfig | LossConfig
 Result = TypeVar("Result")
 
 
@@ -27,14 +28,14 @@ class KernelPath(NamedTuple):
 
     operator: str
     backend: str
-    config: ScoreConfig | MixConfig | LossConfig | None
+    config: AnyConfig | None
 
     def __str__(self) -> str:
         return self.backend if self.config is None else f"{self.backend} {self.config.blocks}"
 
 
 _last: dict[str, KernelPath] = {}
-_refused: set[tuple[str, Hardware, ScoreConfig | MixConfig | LossConfig]] = set()
+_refused: set[tuple[str, Hardware, AnyConfig]] = set()
 _host_is_broken = False
 
 
@@ -43,7 +44,7 @@ def last_path(operator: str | None = None) -> KernelPath | None:
     return _last.get(operator) if operator else next(reversed(_last.values()), None)
 
 
-def refusals() -> set[tuple[str, Hardware, ScoreConfig | MixConfig | LossConfig]]:
+def refusals() -> set[tuple[str, Hardware, AnyConfig]]:
     """Return the shapes that a GPU refused in this process."""
     return set(_refused)
 
@@ -135,9 +136,9 @@ def stop_using_triton(error: Exception) -> None:
 def _refuse(
     operator: str,
     device: Hardware,
-    config: ScoreConfig | MixConfig | LossConfig,
+    config: AnyConfig,
     error: Exception,
-    smaller: Sequence[ScoreConfig | MixConfig | LossConfig],
+    smaller: Sequence[AnyConfig],
 ) -> None:
     _refused.add((operator, device, config))
     logger.warning(

@@ -22,7 +22,7 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor, *, overwrite: bool 
         total: [rows, columns], float32 or the dtype of the factors. Changed in place.
         left: [tokens, rows].
         right: [tokens, columns], of the same dtype.
-        overwrite: what `total` holds is ignored.
+        overwrite: ignore what `total` holds, which may be uninitialized.
     """
     ADD_PRODUCT(total, left, right, overwrite)
 
@@ -48,7 +48,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, overwrite: bool) ->
 
 @functools.cache
 def _adds_in_product(device: torch.device) -> bool:
-    """Return whether a GPU adds a bfloat16 product to a float32 tensor in place. Not every vendor's library does."""
+    """Return whether a GPU adds a bfloat16 product to a float32 tensor in place; some vendors' libraries cannot."""
     if device.type != "cuda":
         return False
     ones = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
@@ -61,7 +61,7 @@ def _adds_in_product(device: torch.device) -> bool:
             raise
         adds = False
     if not adds:
-        logger.warning("This GPU's library does not add bfloat16 products to float32 sums. They are added separately.")
+        logger.warning("this GPU's library cannot add bfloat16 products to float32 sums: they are added separately")
     return adds
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from btm_scale.config.layout import Layout
+from btm_scale.model.loss_chunks import row_elements, tokens_per_chunk
 from btm_scale.model.shape import ModelShape
 from btm_scale.model.trained import TrainedPart
 
@@ -20,7 +21,7 @@ class RankMemory:
     gradients: float
     optimizer: float  # master weights and moments
     activations: float
-    head: float  # gradients of the LM head, which the loss computes in the forward pass
+    head: float  # in the loss: gradients of the LM head, and a chunk of logits
     buffers: float = 0.0  # DeepSpeed's own
     host: float = 0.0  # offloaded to CPU memory
 
@@ -67,7 +68,7 @@ def rank_memory(
     activations = activation_bytes(
         shape, layout, micro_batch=micro_batch, length=length, separate_documents=separate_documents
     )
-    head = head_bytes(shape, layout) if trains == "all" else 0.0
+    head = head_bytes(shape, layout, micro_batch * length, trains_head=trains == "all")
     return RankMemory(weights, gradients, optimizer, activations, head, buffers, host)
 
 
@@ -106,7 +107,7 @@ def activation_bytes(
 ) -> float:
     """Return the most bytes that autograd keeps for the backward pass of a micro-batch on a GPU.
 
-    Fused attention keeps no scores. The gradients of the LM head, which the loss computes, are `head_bytes`.
+    Fused attention keeps no scores. Logits, and the gradients of the LM head that the loss computes, are `head_bytes`.
     """
     tokens = micro_batch * length
     width = layout.bytes_per_weight
@@ -131,9 +132,21 @@ def activation_bytes(
     return tokens * (shape.layers * layer + width * (own + shape.hidden))
 
 
-def head_bytes(shape: ModelShape, layout: Layout) -> float:
-    """Return the bytes of the LM head's gradient inside the loss: the float32 sum, and in the dtype of the weights."""
-    return -(-shape.vocabulary // layout.tensor) * shape.hidden * (_SUMS + layout.bytes_per_weight)
+def head_bytes(shape: ModelShape, layout: Layout, tokens: int, *, trains_head: bool = True) -> float:
+    """Return the most bytes that the loss of `tokens` tokens holds on a GPU, besides the gradient of the hidden states.
+
+    In the forward pass these are a chunk of logits and the LM head's gradient, which is float32 if it is summed over
+    several chunks. The backward pass, which holds no logits, returns a scaled copy in the dtype of the weights.
+    """
+    width = layout.bytes_per_weight
+    rows = -(-shape.vocabulary // layout.tensor)
+    chunk = tokens_per_chunk(tokens, rows, width, on_cpu=False)
+    logits = chunk * row_elements(rows) * width
+    if not trains_head:
+        return logits
+    weights = rows * shape.hidden
+    gradient = weights * (width if chunk == tokens else _SUMS)
+    return gradient + max(logits, weights * width)
 
 
 def _attention_width(shape: ModelShape, *, recomputed: bool, packed: bool) -> int:

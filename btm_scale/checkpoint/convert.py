@@ -68,9 +68,9 @@ def convert(
 
     `to` is `huggingface`, `megatron` (torch_dist), `deepspeed` (model states) or `universal` (of DeepSpeed, from
     training checkpoints, with Adam's moments); `tensor` is the tensor parallel degree of `megatron` and `deepspeed`.
-    With `verify` every tensor is read back and compared, and `target` appears only if all are
-    equal. `base` completes an adapter, or a checkpoint without its frozen weights. The same call again after it
-    finished writes nothing. Raises `CheckpointError`.
+    With `verify` every tensor is read back and compared, and `target` appears only if all are equal. `base` completes
+    an adapter, or a checkpoint without its frozen weights. The same call again after it finished writes nothing.
+    Raises `CheckpointError`.
     """
     source, target = with_base(source, base), Path(target)
     if os.path.lexists(target) and not is_recorded(target):

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from btm_scale.model.attention import CausalAttention, HeadNorm
 from btm_scale.model.loss import head_loss
-from btm_scale.model.moe import GradientScale, mixture_settings, mixture_spec, noting_scale, routers_of
+from btm_scale.model.moe import GradientScale, mixture_settings, mixture_spec, routers_of, with_recorded_scale
 from btm_scale.model.norm import LayerNorm, RMSNorm
 from btm_scale.model.packing import packs_sequences, visible
 from btm_scale.model.partition import Partition, is_partitioned
@@ -92,7 +92,7 @@ class ExpertModel(GPTModel):
             vocabulary=self.shape.vocabulary,
             group=self.tensor_group,
         )
-        return noting_scale(loss, self._gradient_scale) if self.shape.experts else loss
+        return with_recorded_scale(loss, self._gradient_scale) if self.shape.experts else loss
 
 
 def build_model(

@@ -35,16 +35,16 @@ class _HeadLoss(torch.autograd.Function):
         losses = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden if needs_grad else hidden[:0])
         trains_weight = needs_grad and weight.requires_grad
-        # The gradient of a single chunk needs no sum: it has the weight's dtype at once.
+        # The gradient of a single chunk is not summed, so it is computed in the weight's dtype.
         sums = weight if trains_weight else weight[:0]
         grad_weight = torch.empty_like(sums, dtype=weight.dtype if tokens <= size else torch.float32)
         buffer = weight.new_empty(min(size, tokens), rows if on_cpu else row_elements(rows))
         columns = {"vocab_start": first_token, "vocab_size": min(vocabulary, first_token + rows)}
         for start in range(0, tokens, size):
-            states, wanted = hidden[start : start + size], targets[start : start + size]
+            states, labels = hidden[start : start + size], targets[start : start + size]
             padded = buffer[: len(states)]
             logits = torch.mm(states, weight.t(), out=padded[:, :rows])
-            losses[start : start + size] = _chunk_losses(padded, wanted, columns, group, needs_grad)
+            losses[start : start + size] = _chunk_losses(padded, labels, columns, group, needs_grad)
             if needs_grad:
                 gradient = logits
                 torch.mm(gradient, weight, out=grad_hidden[start : start + size])
@@ -62,7 +62,7 @@ class _HeadLoss(torch.autograd.Function):
         scale = grad_outputs[0] / len(grad_hidden)
         scaled = None
         if grad_weight is not None:
-            # Sums in float32 are rounded once, as they are scaled.
+            # Float32 sums are scaled before they are rounded.
             scaled = torch.mul(grad_weight, scale, out=torch.empty_like(grad_weight, dtype=grad_hidden.dtype))
         return grad_hidden * scale.to(grad_hidden.dtype), scaled, None, None, None, None, None
 
@@ -72,7 +72,7 @@ def _chunk_losses(
 ) -> Tensor:
     """Return the losses [tokens] of a chunk; with `needs_grad`, its logits become their gradient.
 
-    `columns` says which tokens the logits are of: `vocab_start` and `vocab_size`; the rest is padding.
+    `columns` holds the `vocab_start` and `vocab_size` of this shard; its columns from `vocab_size` on are padding.
     """
     if group is None and needs_grad:
         return cross_entropy_(logits, targets, vocab_size=columns["vocab_size"])
@@ -106,7 +106,7 @@ def head_loss(
     vocabulary: int,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Return the mean cross entropy in nats over `targets` [tokens], float32.
+    """Return the mean cross entropy in nats over `targets` [tokens], at least one, float32.
 
     `hidden` is [tokens, hidden]; `weight` [rows, hidden] is this rank's part of the LM head, beginning with the row of
     `first_token`. Rows of tokens from `vocabulary` on are padding. All tensor parallel ranks of `group` get the same

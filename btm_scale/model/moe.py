@@ -21,7 +21,7 @@ from btm_scale.model.shape import ModelShape
 class Router(torch.nn.Module):
     """Sends each token to the `top_k` experts with the largest softmax(x W^T), whose weights are scaled to sum to 1.
 
-    In training it has two losses beside that of the text, each summed over layers: `z_loss` times the mean of
+    In training it adds two losses to that of the language model, each summed over layers: `z_loss` times the mean of
     logsumexp(logits)^2, and `balance` times experts * sum_e f_e P_e (arXiv 2101.03961), where P_e is the mean
     probability of expert e. f_e is the `load` of the step before, counted over all ranks and micro-batches, so that
     every layout has the same gradient.
@@ -37,7 +37,7 @@ class Router(torch.nn.Module):
         self._copies = config.tensor_model_parallel_size if config.sequence_parallel else 1
         self.z_loss = self.balance = 0.0
         self.load: Tensor | None = None  # [experts], fractions
-        self.gradient_scale = GradientScale()  # of the text's loss; the model replaces it by its own
+        self.gradient_scale = GradientScale()  # the model replaces it by one that all of its routers share
         # Since the last `take_routing`: how often each expert was used, the sum of the tokens' entropies, and tokens.
         self.counts: Tensor | None = None
         config.init_method(self.weight)
@@ -58,7 +58,7 @@ class Router(torch.nn.Module):
         return weights, used
 
     def _losses(self, logits: Tensor, probabilities: Tensor) -> Tensor:
-        """Return this rank's part of the losses of a micro-batch."""
+        """Return the sum of both losses of a micro-batch, a scalar, divided by the ranks that shard its sequences."""
         loss = self.z_loss * logits.logsumexp(dim=-1).square().mean()
         if self.balance and self.load is not None:
             loss = loss + self.balance * len(self.load) * (self.load * probabilities.mean(dim=0)).sum()
@@ -75,13 +75,13 @@ class Router(torch.nn.Module):
 
 
 class GradientScale:
-    """The gradient of the text's loss in a backward pass, with loss scaling and accumulation."""
+    """The gradient with respect to the language model's loss: the factor of loss scaling and accumulation."""
 
     value: Tensor | None = None
 
 
 class _WithLoss(torch.autograd.Function):
-    """Returns a tensor; its backward pass is also that of a scalar loss, also in a layer that is recomputed."""
+    """Returns a tensor; its backward pass is also that of a scalar loss, even in a layer that is recomputed."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, loss: Tensor, scale: GradientScale) -> Tensor:
@@ -93,8 +93,8 @@ class _WithLoss(torch.autograd.Function):
         return grad_outputs[0], ctx.scale.value, None
 
 
-class _NotingScale(torch.autograd.Function):
-    """Returns the text's loss, and notes its gradient in the backward pass before that of any layer."""
+class _RecordedScale(torch.autograd.Function):
+    """Returns the language model's loss, and records its gradient in the backward pass before that of any layer."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, scale: GradientScale) -> Tensor:
@@ -107,9 +107,9 @@ class _NotingScale(torch.autograd.Function):
         return grad_outputs[0], None
 
 
-def noting_scale(loss: Tensor, scale: GradientScale) -> Tensor:
-    """Return the text's loss, with which the routers' losses are scaled."""
-    result: Tensor = _NotingScale.apply(loss, scale)
+def with_recorded_scale(loss: Tensor, scale: GradientScale) -> Tensor:
+    """Return the language model's loss; its backward pass sets `scale`, by which the routers' losses are scaled."""
+    result: Tensor = _RecordedScale.apply(loss, scale)
     return result
 
 

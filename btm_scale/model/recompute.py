@@ -34,7 +34,7 @@ class RecomputedLayer(TransformerLayer):
             return super().forward(hidden_states, *args, **named)
 
         if not hidden_states.requires_grad:
-            # Below the first trained tensor. PyTorch recomputes for the gradient of an input only.
+            # No parameter below is trained. PyTorch recomputes a layer only if its input requires a gradient.
             hidden_states = hidden_states.detach().requires_grad_()
 
         def recomputed(hidden: Tensor) -> Any:

@@ -159,6 +159,7 @@ class ModelShape(BaseModel):
         return self.parameters if part == "all" else self._trained(part, self.experts)
 
     def _trained(self, part: str, experts: int) -> int:
+        """Return the number of parameters in the part `mlp` or `router`, with `experts` MLPs per layer."""
         mlp = self.hidden * (self.up_width + self.ffn) + (self.up_width + self.hidden) * self.traits.linear_bias
         return self.layers * (self.experts * self.hidden + (mlp * (experts or 1) if part == "mlp" else 0))
 

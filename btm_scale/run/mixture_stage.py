@@ -18,7 +18,8 @@ from btm_scale.train.jobs import TrainingJob, mixture_settings
 
 logger = logging.getLogger(__name__)
 
-_MADE_ANEW = ("checkpoints", "branch.json", "metrics.jsonl", "skipped.json")
+# Without its id, a new W&B run is started: W&B drops events of steps that the old one already has.
+_MADE_ANEW = ("checkpoints", "branch.json", "metrics.jsonl", "skipped.json", "wandb-id")
 
 
 def first_mixture(group: ExpertGroup, config: RunConfig, run: RunDir, job: TrainingJob) -> Path:

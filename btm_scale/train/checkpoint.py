@@ -211,11 +211,11 @@ def common_state(folder: Path, job: TrainingJob | None = None, *, only: int | No
 
 
 def load_state(engine: Engine, path: Path) -> Position:
-    """Load a checkpoint into an engine of any layout. Raises CheckpointError if it is of another shape."""
+    """Load a checkpoint into an engine of any layout. Raises CheckpointError if its shape differs."""
     position = read_position(path)
     with SafetensorsModel(path) as tensors:
         expected = state_shapes(engine)
-        # Those of a parent that was trained completely are more than an expert needs of which a part is trained.
+        # A parent that was trained completely has moments that an expert with frozen tensors does not need.
         known = state_shapes(engine, part="all")
         shapes = {name: spec.shape for name, spec in tensors.specs().items()}
         outer = {name: size for name, size in shapes.items() if name.startswith(f"{OUTER}/")}
@@ -223,8 +223,8 @@ def load_state(engine: Engine, path: Path) -> Position:
         differing = next((name for name in sorted(expected.keys() | shapes) if shapes.get(name) != known.get(name)), "")
         if differing:
             raise CheckpointError(
-                f"Cannot load {path}: '{differing}' is {shapes.get(differing)} there and {known.get(differing)} in this"
-                "  model. A checkpoint fits only a model of its shape. Restore the run's `model`, or use another "
+                f"Cannot load {path}: '{differing}' is {shapes.get(differing)} there and {known.get(differing)} in "
+                "this model. A checkpoint fits only a model of its shape. Restore the run's `model`, or use another "
                 "--out."
             )
         engine.adam_steps = position.adam_steps
@@ -237,7 +237,10 @@ def load_state(engine: Engine, path: Path) -> Position:
 def state_shapes(
     engine: Engine, kinds: Sequence[str] = KINDS, part: TrainedPart | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors in a checkpoint by name; `part` in place of what the engine trains."""
+    """Return the shapes of a checkpoint's complete tensors by `KIND/NAME`, with the Hugging Face name.
+
+    Tensors outside `part`, by default the part that the engine trains, are frozen and have only their weights.
+    """
     shape = engine.model.shape
     frozen = frozen_names(shape, part or engine.job.trains)
     sizes = huggingface_shapes(shape)
@@ -254,7 +257,8 @@ def restore(engine: Engine, read: Callable[[str, str], torch.Tensor], kinds: Seq
     group, shape, parameters = engine.group, engine.model.shape, engine.parameters
     for entry in table(shape):
         state = {}
-        for kind in set(kinds) & set(engine.kinds_of(parameters[entry.megatron])):
+        own = engine.kinds_of(parameters[entry.megatron])
+        for kind in (kind for kind in kinds if kind in own):
             part = local_part(entry, partial(read, kind), shape, group.tensor_rank, group.layout.tensor)
             state[kind] = part.to(group.device, torch.float32)
         for kind in KINDS:

@@ -128,7 +128,7 @@ class Engine:
         return KINDS if self._outer is None else (*KINDS, OUTER)
 
     def kinds_of(self, parameter: torch.nn.Parameter) -> tuple[str, ...]:
-        """Return the kinds of tensors in a parameter's state; one that is not trained has its weights only."""
+        """Return the kinds of tensors in a parameter's state; a frozen one has only its weights."""
         return self.kinds if parameter.requires_grad else (MASTER,)
 
     def is_whole_after(self, step: int) -> bool:
@@ -148,7 +148,7 @@ class Engine:
         """Return one tensor of a parameter's state on every data rank, float32, in its shape on this tensor rank."""
         if not parameter.requires_grad:
             weights = self.weights(parameter).float()
-            return weights if kind == MASTER else torch.zeros_like(weights)  # which it has no need of
+            return weights if kind == MASTER else torch.zeros_like(weights)  # it has no moments
         if kind == OUTER:
             assert self._outer is not None
             return self._outer.momentum(parameter)

@@ -40,7 +40,7 @@ def export_expert(
     """Write the trained model, in the dtype it computes in, to its folder in the run. All ranks call this together.
 
     Args: `steps`, that were taken; `best`, the step whose weights the engine has, if that is not the last; `first`, the
-    model that a mixture of experts began with.
+    directory of the model from which a mixture of experts was trained.
     """
     final = run.model(engine.job.model)
     try:
@@ -86,9 +86,9 @@ def _export(
             copy_inside(run.tokenizer, file.name, partial)
         card = _card(config, run, job, branch, partial, steps)
         if first is not None:
-            begun = read_expert(first)
-            recorded = {"parents": begun.parents, "data_fingerprint": begun.data_fingerprint}
-            card = card.model_copy(update=recorded | {"layout": begun.layout | card.layout})
+            source = read_expert(first)
+            recorded = {"parents": source.parents, "data_fingerprint": source.data_fingerprint}
+            card = card.model_copy(update=recorded | {"layout": source.layout | card.layout})
         card = card.model_copy(update={"device": name_of(group.device), "best_step": best or 0})
         card.write(partial / CARD)
         # A raised budget replaces the expert of the smaller one, and not while the forest is evaluated.

@@ -51,7 +51,7 @@ class TrainingJob:
         None  # with wsd: those that a raised budget keeps, since neither rate nor text depends on it
     )
     trains: TrainedPart = "all"
-    mixture: MoeTrainConfig | None = None  # of the mixture of experts
+    mixture: MoeTrainConfig | None = None  # settings of joint training, for the mixture of experts
 
     @property
     def stretches(self) -> tuple[Stretch, ...]:
@@ -286,7 +286,7 @@ def _is_current(config: RunConfig, run: RunDir) -> bool:
     card, wanted = read_expert(run.model(MOE)), mixture_settings(config)
     experts = {name: find_expert(run.model(name)) for name in mixture_experts(config)}
     is_same = all(card.layout.get(name) == wanted.get(name) for name in ("top_k", "router", "random_seed", "train"))
-    hashes = {name: one.content_hash for name, one in experts.items() if one is not None}
+    hashes = {name: expert.content_hash for name, expert in experts.items() if expert is not None}
     return is_same and card.data_fingerprint == hashes
 
 

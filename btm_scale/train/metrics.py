@@ -115,7 +115,7 @@ class Metrics:
         waits = {} if self._waiting is None else {"core_wait": self._waiting}
         self._file.write(json.dumps(line | waits | self._runs_on) + "\n")
         if more and DEV_LOSS in more:
-            # After a power cut it decides with the checkpoints, which are synced, when to end and what to export.
+            # Dev losses choose the checkpoint to export, so they must survive a power cut as checkpoints do.
             sync_file(self._file, self._path)
             logger.info("step %d/%d dev loss %.4f", step, self._job.steps, more[DEV_LOSS])
         if now - self._logged > _LOG_SECONDS or step == self._job.steps:

@@ -63,13 +63,13 @@ def with_monitors(config: RunConfig, run: RunDir, model: str) -> dict[str, Any]:
 class Monitors:
     """The monitors that a run's `deepspeed` section enables. They get each step of a model once, and nothing else.
 
-    Takes them from DeepSpeed's engine, whose events count samples since the process started. W&B drops whatever has a
-    lower step than an earlier event, and so would drop the steps of the model.
+    DeepSpeed's engine no longer has them, because it numbers its events by the samples since the process started: W&B
+    drops an event whose step is lower than that of an earlier one, and would drop the model's steps.
     """
 
     def __init__(self, engine: Any, model: str) -> None:
         self._monitor, self._model = engine.monitor, model
-        self._sent = 0  # the last step that monitors have which forget none
+        self._sent = 0  # the last step that was sent to W&B and Comet, which cannot drop events
         engine.monitor = SimpleNamespace(enabled=False)
 
     def record(self, numbers: Mapping[str, float]) -> None:
@@ -89,7 +89,7 @@ class Monitors:
     def rewind(self, step: int, metrics: Path) -> None:
         """Drop the events after `step`: these steps are taken again.
 
-        W&B and Comet forget none, so the steps that `metrics` has by now are not sent to them again.
+        W&B and Comet cannot drop events, so the steps that `metrics` already has are not sent to them again.
         """
         if self._monitor.enabled:
             rewind(self._monitor, self._model, step)

@@ -14,10 +14,10 @@ Read = Callable[[int, int], Tensor]
 
 
 class ReadAhead:
-    """Returns what `read` does, which a thread has read already if it is the text that was announced.
+    """Reads samples by `read(first, count)`, and those of the next call ahead of time in a thread.
 
-    On a CPU nothing is read ahead, because every core computes. Tensors for a GPU are in pinned memory, which is copied
-    to it without waiting.
+    On a CPU nothing is read ahead, because every core computes. Samples for a GPU are in pinned memory, from which
+    copies are asynchronous.
     """
 
     def __init__(self, read: Read, device: torch.device) -> None:
@@ -36,7 +36,10 @@ class ReadAhead:
             self._thread.shutdown(cancel_futures=True)
 
     def read(self, first: int, count: int, *, then: int | None = None) -> Tensor:
-        """Return `count` samples from index `first` on, and begin to read as many from index `then`."""
+        """Return `count` samples from index `first` on, and start to read the `count` samples from `then` on.
+
+        An error of reading ahead is raised by the call that asks for these samples.
+        """
         ready, self._next = self._next, None
         announced = ready is not None and ready[:2] == (first, count)
         samples = ready[2].result() if ready is not None and announced else self._pinned(first, count)

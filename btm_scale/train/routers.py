@@ -1,4 +1,4 @@
-"""The routers of a mixture of experts in training: their losses, and how they route each step's tokens."""
+"""The routers of a mixture of experts in training: weights of their losses, and how they route each step's tokens."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch.distributed as dist
 
 from btm_scale.config.moe import MoeTrainConfig
 from btm_scale.distributed.group import ExpertGroup
+from btm_scale.errors import CheckpointError
 from btm_scale.model.moe import Routing, routers_of, take_routing
 
 
 class Routers:
-    """The routers of one model; none if it is no mixture. All ranks of the group call every method together."""
+    """The routers of one model; none unless it is a mixture. All ranks of the group call every method together."""
 
     def __init__(self, group: ExpertGroup, model: torch.nn.Module, settings: MoeTrainConfig | None) -> None:
         self._group, self._model = group, model
@@ -22,12 +23,12 @@ class Routers:
             router.z_loss, router.balance = settings.z_loss, settings.balance
 
     def begin_step(self) -> None:
-        """Forget what was routed since the last step, such as dev text."""
+        """Discard the counts since the last step, such as those of dev text."""
         for router in routers_of(self._model):
             router.counts = None
 
     def end_step(self) -> Routing | None:
-        """Return how the step's tokens were routed; the next step balances by it."""
+        """Return how the step's tokens were routed. The next step's load-balancing loss uses these loads."""
         routing = take_routing(self._model, dist.group.WORLD if self._group.size > 1 else None, self._group.device)
         if routing is not None:
             self.load = routing.load
@@ -35,12 +36,20 @@ class Routers:
 
     @property
     def load(self) -> Sequence[Sequence[float]]:
-        """The fraction of the last step's uses of each expert, [layers, experts]; empty before the first."""
+        """Each expert's fraction of the last step's uses, [layers, experts]; empty before the first step."""
         loads = [router.load for router in routers_of(self._model)]
         return [load.tolist() for load in loads if load is not None]
 
     @load.setter
     def load(self, load: Sequence[Sequence[float]]) -> None:
+        """Set the loads. Raises CheckpointError if they are not those of a model of this shape."""
+        routers = routers_of(self._model)
+        expected, given = [router.experts for router in routers], [len(row) for row in load]
+        if given not in ([], expected):
+            raise CheckpointError(
+                f"The checkpoint's router_load has {given} experts by layer, and the model has {expected}. Both must "
+                "be the same. Use another checkpoint of the run."
+            )
         rows = [torch.tensor(row, dtype=torch.float32, device=self._group.device) for row in load]
-        for i, router in enumerate(routers_of(self._model)):
+        for i, router in enumerate(routers):
             router.load = rows[i] if rows else None

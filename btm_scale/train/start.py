@@ -100,7 +100,7 @@ def _checkpoint(run: RunDir, parent: str) -> Path | None:
 
 
 def _has_moments(engine: Engine, checkpoint: Path) -> bool:
-    """Return whether a checkpoint has the moments of all that the engine trains; a parent may have trained a part."""
+    """Return whether a checkpoint has the moments of all that the engine trains; a parent may have frozen a part."""
     with SafetensorsModel(checkpoint) as tensors:
         return tensors.specs().keys() >= state_shapes(engine).keys()
 

@@ -133,6 +133,7 @@ def part_digest(folder: Path, part: WrittenPart, *, is_first: bool) -> str:
         header, begins, kinds, ends = _read_header(file.fileno())
         digest = hashlib.sha256(header if is_first else b"")
         for name, spans in part.spans.items():
+            # A frozen tensor has only its weights. A name that the file lacks raises KeyError below.
             own = [kind for kind in kinds if f"{kind}/{name}" in begins] or kinds
             for span, kind in itertools.product(map(Span.parse, spans), own):
                 begin = begins[f"{kind}/{name}"]

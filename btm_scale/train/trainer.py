@@ -39,7 +39,7 @@ def train_and_export(
 ) -> None:
     """Train a job from its newest checkpoint to the end, and export the expert. All ranks call this together.
 
-    `first` is the model that a mixture of experts begins with.
+    `first` is the directory of the model from which a mixture of experts is trained.
     """
     tokenizer = Tokenizer.load(run.tokenizer)
     shape = shape_of(config, job.model, tokenizer.vocab_size) if first is None else read_shape(first)

@@ -38,10 +38,10 @@ def write_adapter(folder: Path, **settings: Any) -> Path:
 
 
 def test_what_an_adapter_names_is_not_imported(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    song, packages = tmp_path / "song", tmp_path / "packages"
+    ran, packages = tmp_path / "ran", tmp_path / "packages"
     for name in ("peft", "canary"):
         (packages / name).mkdir(parents=True)
-        (packages / name / "__init__.py").write_text(f"open({str(song)!r}, 'a').write('{name}')\n")
+        (packages / name / "__init__.py").write_text(f"open({str(ran)!r}, 'a').write('{name}')\n")
     monkeypatch.syspath_prepend(str(packages))
     for name in ("peft", "canary"):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -49,27 +49,27 @@ def test_what_an_adapter_names_is_not_imported(base: Path, tmp_path: Path, monke
     adapter = write_adapter(
         tmp_path / "adapter", base_model_name_or_path=str(base), auto_mapping=mapping, megatron_core="canary"
     )
-    (adapter / "canary.py").write_text(f"open({str(song)!r}, 'a').write('own')\n")
+    (adapter / "canary.py").write_text(f"open({str(ran)!r}, 'a').write('own')\n")
     convert(adapter, tmp_path / "out", to="huggingface")
-    assert not song.exists()
+    assert not ran.exists()
     assert not (tmp_path / "out" / "adapter_config.json").exists()
 
 
 def test_the_pickle_of_an_adapter_calls_nothing(base: Path, tmp_path: Path) -> None:
-    class Song:
+    class Payload:
         def __reduce__(self) -> Any:
-            return os.system, (f"touch {tmp_path / 'song'}",)
+            return os.system, (f"touch {tmp_path / 'ran'}",)
 
     adapter = write_adapter(tmp_path / "adapter", base_model_name_or_path=str(base))
     (adapter / "adapter_model.safetensors").unlink()
-    for content in (pickle.dumps(Song()), pickle.dumps({"a": Song()}, protocol=2)):
+    for content in (pickle.dumps(Payload()), pickle.dumps({"a": Payload()}, protocol=2)):
         (adapter / "adapter_model.bin").write_bytes(content)
         with pytest.raises(CheckpointError):
             convert(adapter, tmp_path / "out", to="huggingface")
-    torch.save(MATRICES | {"x": Song()}, adapter / "adapter_model.bin")
-    with contextlib.suppress(CheckpointError):  # it may leave out what is no tensor
+    torch.save(MATRICES | {"x": Payload()}, adapter / "adapter_model.bin")
+    with contextlib.suppress(CheckpointError):  # it may leave out values that are not tensors
         convert(adapter, tmp_path / "out", to="huggingface")
-    assert not (tmp_path / "song").exists()
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def test_mixing_kernels_compile_without_spills(arch, sizes, tmp_path):
 
 
 @pytest.mark.parametrize("arch", cut(ARCHITECTURES, lambda arch: arch in ("sm_90", "gfx942")))
-def test_the_losss_kernels_compile_without_spills_and_move_16_bytes_at_a_time(arch, tmp_path):
+def test_the_kernels_of_the_loss_compile_without_spills_and_move_16_bytes_at_a_time(arch, tmp_path):
     with stub_gpus(arch) as gpus:
         for width in (32_000, 50_304):
             logits = gpus.empty(2, width, dtype=torch.bfloat16)

@@ -112,10 +112,20 @@ def test_a_model_that_fits_nowhere_is_refused_with_the_nodes_that_it_needs(tmp_p
 def test_a_plan_counts_the_heads_gradients_and_the_time_of_a_checkpoint(tmp_path: Path) -> None:
     values = EIGHT_8B | {"layout": {"tensor": 8, "recompute": "full", "micro_batch": 1}}
     [expert] = make_plan(config_of(tmp_path, values, 1), Cluster(GPUS["h100"], 2, 8))["stages"][1]["groups"]
-    # The loss sums the head's gradient in float32 and rounds it: 6 bytes per weight.
-    assert expert["memory_bytes"]["head"] == 6 * 128256 * 4096 / 8
+    # The loss holds the gradient of this rank's 16,032 rows, and all logits, whose rows are padded to 16,064.
+    assert expert["memory_bytes"]["head"] == 2 * 16_032 * 4096 + 2 * 16_064 * 8192
     # 12 bytes per parameter, an eighth of them by each rank at 0.5 GB/s.
     assert expert["checkpoint_seconds"] == pytest.approx(12 * 8.03e9 / 8 / 0.5e9, rel=0.01)
+
+
+def test_the_loss_of_a_frozen_head_holds_a_chunk_of_logits_alone() -> None:
+    shape = ModelShape.model_validate(EIGHT_8B["model"] | {"vocabulary": 128256, "positions": 8192})
+    layout = Layout(precision="bf16")
+    trains_all = rank_memory(shape, layout, micro_batch=1, length=8192, accumulation=1)
+    trains_mlps = rank_memory(shape, layout, micro_batch=1, length=8192, accumulation=1, trains="mlp")
+    # Four chunks of 2,048 tokens, so that the head's gradient is summed in float32 and then rounded.
+    assert trains_all.head == 6 * 128256 * 4096
+    assert trains_mlps.head == 2 * 128256 * 2048
 
 
 def test_a_proposed_layout_is_valid_yaml_of_a_config(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from helpers.small_models import TINY_SHAPE
 from helpers.worlds import run_script
 from safetensors.torch import load_file
 
-from btm_scale.model.moe import Router, noting_scale, take_routing
+from btm_scale.model.moe import Router, take_routing, with_recorded_scale
 
 SHAPE = {"family": "mixtral", **TINY_SHAPE, "tied": False, "experts": 4, "top_k": 2}
 STEPS = 20
@@ -111,48 +111,48 @@ def router(experts: int = 3, hidden: int = 8, **losses: float) -> Router:
         tensor_model_parallel_size=1,
         init_method=torch.nn.init.normal_,
     )
-    made = Router(config)
-    made.z_loss, made.balance = losses.get("z_loss", 0.0), losses.get("balance", 0.0)
-    return made
+    layer = Router(config)
+    layer.z_loss, layer.balance = losses.get("z_loss", 0.0), losses.get("balance", 0.0)
+    return layer
 
 
-def gradient(made: Router, hidden: torch.Tensor, scale: float) -> torch.Tensor:
-    """The gradient of the router's weights when the text's loss does not depend on them."""
-    weights, _ = made(hidden)
-    (noting_scale((weights * 0).sum(), made.gradient_scale) * scale).backward()
-    assert made.weight.grad is not None
-    return made.weight.grad
+def gradient(layer: Router, hidden: torch.Tensor, scale: float) -> torch.Tensor:
+    """The gradient of the router's weights when the language model's loss does not depend on them."""
+    weights, _ = layer(hidden)
+    (with_recorded_scale((weights * 0).sum(), layer.gradient_scale) * scale).backward()
+    assert layer.weight.grad is not None
+    return layer.weight.grad
 
 
-def test_the_routers_losses_are_scaled_as_the_texts_loss_is() -> None:
+def test_the_routers_losses_are_scaled_as_the_language_models_loss_is() -> None:
     hidden = torch.randn(16, 8)
-    made = router(z_loss=0.5, balance=0.25)
-    made.load = torch.tensor([0.7, 0.2, 0.1])
-    actual = gradient(made, hidden, scale=32.0)
-    weight = made.weight.detach().requires_grad_()
+    layer = router(z_loss=0.5, balance=0.25)
+    layer.load = torch.tensor([0.7, 0.2, 0.1])
+    actual = gradient(layer, hidden, scale=32.0)
+    weight = layer.weight.detach().requires_grad_()
     logits = hidden @ weight.t()
-    balance = 3 * (made.load * logits.softmax(dim=1).mean(dim=0)).sum()
+    balance = 3 * (layer.load * logits.softmax(dim=1).mean(dim=0)).sum()
     ((0.5 * logits.logsumexp(dim=1).square().mean() + 0.25 * balance) * 32.0).backward()
     torch.testing.assert_close(actual, weight.grad)
 
 
 def test_a_router_that_is_evaluated_has_no_losses() -> None:
-    made = router(z_loss=0.5).eval()
-    assert torch.count_nonzero(gradient(made, torch.randn(16, 8), scale=1.0)) == 0
+    layer = router(z_loss=0.5).eval()
+    assert torch.count_nonzero(gradient(layer, torch.randn(16, 8), scale=1.0)) == 0
 
 
 def test_the_routing_counts_every_use_since_it_was_last_taken() -> None:
-    made = router()
+    layer = router()
     for _ in range(2):
-        made(torch.randn(16, 8))
-    _, used = made(torch.zeros(4, 8))
-    routing = take_routing(made, None, torch.device("cpu"))
+        layer(torch.randn(16, 8))
+    _, used = layer(torch.zeros(4, 8))
+    routing = take_routing(layer, None, torch.device("cpu"))
     assert routing is not None
     assert used.sum() == 8
     assert sum(routing.load[0]) == pytest.approx(1.0)
     assert 0 < routing.entropy[0] < 1.0986123
-    made(torch.zeros(4, 8))
-    again = take_routing(made, None, torch.device("cpu"))
+    layer(torch.zeros(4, 8))
+    again = take_routing(layer, None, torch.device("cpu"))
     assert again is not None
     assert again.entropy[0] == pytest.approx(1.0986123), "all experts are as probable"
     assert sorted(again.load[0]) == [0.0, 0.5, 0.5]

@@ -19,7 +19,7 @@ from btm_scale.checkpoint.formats.wrapped import RenamedModel, unwrapped
 from btm_scale.errors import CheckpointError
 
 _GPT2_PREFIX = "transformer."
-# The formats that are not imported above read pickles or compute, and so import torch.
+# Formats that read pickles or compute import torch, so they are imported only when they are opened.
 
 
 def _open_bin(path: Path) -> ModelReader:

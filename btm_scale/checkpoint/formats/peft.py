@@ -29,7 +29,7 @@ _MATRIX = re.compile(
 _WRAPPER = re.compile(r"\.(?:modules_to_save(?:\.default)?|base_layer)(?=\.)")
 _CONV1D_FAMILIES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # weights are [inputs, outputs]
 _HEAD = "lm_head.weight"
-_NEW_ROWS = ("new_embeddings.safetensors", "new_embeddings.bin")  # as vLLM read them beside adapters
+_NEW_ROWS = ("new_embeddings.safetensors", "new_embeddings.bin")  # which vLLM once read beside adapters
 # A block's rows do not depend on the range that is read, so that a product has the same bits for any range.
 _BLOCK_ELEMENTS = 1 << 16
 
@@ -38,12 +38,12 @@ _BLOCK_ELEMENTS = 1 << 16
 class _Product:
     """What an adapter adds to a weight: `scale` times the product of `left` [rows, rank] and `right` [rank, columns].
 
-    `turned`: the file holds the transposes.
+    `transposed`: the file holds the transposes.
     """
 
     left: str
     right: str
-    turned: bool
+    transposed: bool
     scale: float
 
 
@@ -73,7 +73,7 @@ class PeftModel(ModelReader):
         self._added: dict[str, _Product | _Bias] = {}
         names = _BaseNames(base.names)
         self._tied = _tied_embedding(base, config)
-        # The head keeps the weights of an embedding that it was tied to, if one of the two was trained alone.
+        # If only one of a tied embedding and head was trained, the head starts from the embedding's own weights.
         self._untied: dict[str, str] = {}
         matrices: dict[str, dict[str, str]] = defaultdict(dict)
         for key in self._adapter.names:
@@ -180,9 +180,9 @@ class PeftModel(ModelReader):
         shape = (self._adapter.spec(self._full[own]) if own in self._full else self._base.spec(own)).shape
         if len(left) != 2 or len(right) != 2 or left[1] != right[0] or not self._base.spec(own).is_floating_point:
             raise self._unfit(f"has matrices {list(left)} and {list(right)} for '{name:.200}' {list(shape)}")
-        plain, turned = (left[0], right[1]), (right[1], left[0])
-        transposed = embedded or (turned == shape and (plain != shape or (self._conv1d and name != _HEAD)))
-        if shape != (turned if transposed else plain):
+        plain, swapped = (left[0], right[1]), (right[1], left[0])
+        transposed = embedded or (swapped == shape and (plain != shape or (self._conv1d and name != _HEAD)))
+        if shape != (swapped if transposed else plain):
             raise self._unfit(f"has matrices {list(left)} and {list(right)} for '{name:.200}' {list(shape)}")
         if name in self._added:
             raise self._unfit(f"has matrices for '{name:.200}' twice")
@@ -218,7 +218,7 @@ class PeftModel(ModelReader):
         cached = self._local.__dict__
         if cached.get("name") != name:
             left, right = self._adapter.read(product.left), self._adapter.read(product.right)
-            if product.turned:
+            if product.transposed:
                 left, right = left.T, right.T
             cached.update(name=name, left=left, right=right.double().contiguous(), first=None)
         if cached["first"] != first:

@@ -75,7 +75,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @functools.cache
 def dtype_of(code: str) -> torch.dtype:
-    """Return the dtype with a code."""
+    """Return the torch dtype of safetensors' code, or of torch's own name."""
     dtype: torch.dtype = getattr(torch, DTYPES[code][0] if code in DTYPES else code)
     return dtype
 
@@ -107,11 +107,11 @@ def are_naturals(values: object) -> TypeGuard[Sequence[int]]:
 class TensorSpec:
     """Dtype and shape of a tensor; only `dtype` imports torch."""
 
-    code: str  # of the dtype
+    code: str  # of the dtype, in safetensors
     shape: tuple[int, ...]
 
     def __init__(self, dtype: torch.dtype | str, shape: tuple[int, ...]) -> None:
-        """Take the dtype or its code."""
+        """Store the code of a dtype, which may be given itself."""
         object.__setattr__(self, "code", dtype if isinstance(dtype, str) else code_of(dtype))
         object.__setattr__(self, "shape", shape)
 

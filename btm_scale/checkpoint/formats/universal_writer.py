@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,17 @@ from btm_scale.util.files import make_directory, require_space
 
 _FILE_OF = {"master": "fp32", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 _MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")  # of ZeRO 1 and 2; of 3
-# DeepSpeed takes a saved group for each of the optimizer's, and of it the settings. These have none, so the settings
-# are those of the optimizer that resumes.
+# DeepSpeed reads one saved parameter group for each of the optimizer's, and copies its settings. These have none, so
+# that the optimizer keeps its own.
 _GROUPS = 64
-_VERSION = "0.16.0"  # of DeepSpeed; its engine requires one
+_VERSION = "0.16.0"  # of DeepSpeed, whose engine requires that one is recorded
 
 
 def write_universal(directory: Path, source: Path, shape: ModelShape) -> None:
-    """Write the training checkpoint `source` under the Hugging Face names of its parameters.
+    """Write the training checkpoint `source` into `directory` under the Hugging Face names of its parameters.
 
-    One tensor is in memory at a time. Raises `CheckpointError` for any other source, for one without Adam's moments or
-    with those of local steps, and if the disk has too little space.
+    One tensor is in memory at a time. `convert` publishes the directory. Raises `CheckpointError` for any other source,
+    for one that lacks Adam's moments or has the momentum of local steps, and if the disk has too little space.
     """
     step, adam_steps = _position(source)
     with _opened(source) as state:
@@ -37,14 +37,14 @@ def write_universal(directory: Path, source: Path, shape: ModelShape) -> None:
         make_directory(directory.parent)
         folder = directory / f"global_step{step}"
         for name in names:
-            place = folder / "zero" / name
-            place.mkdir(parents=True)
+            tensors = folder / "zero" / name
+            tensors.mkdir(parents=True)
             for kind, file in _FILE_OF.items():
-                _save({"param": state.read(f"{kind}/{name}")}, place / f"{file}.pt")
+                _save({"param": state.read(f"{kind}/{name}")}, tensors / f"{file}.pt")
             # torch's optimizers count in a tensor, and DeepSpeed's accept one.
-            _save(torch.tensor(float(adam_steps)), place / "step.pt")
+            _save(torch.tensor(float(adam_steps)), tensors / "step.pt")
         groups: list[dict[str, Any]] = [{"params": []} for _ in range(_GROUPS)]
-        # ZeRO 3 gives one object to all groups, so it must be a number.
+        # Under ZeRO 3 all groups share this object: it is a number, because each group would change a tensor.
         common = {"state": {0: {"step": adam_steps}}, "param_groups": groups}
         _save(
             {"ds_version": _VERSION, "param_groups": groups, "optimizer_state_dict": common},
@@ -80,12 +80,13 @@ def _files(names: list[str]) -> Iterator[tuple[str, str | None, str]]:
 
 
 def _opened(source: Path) -> SafetensorsModel:
-    TrainingState(source).close()  # which checks that the config describes it
+    """Open weights and moments. Raises `CheckpointError` if the config does not describe them."""
+    TrainingState(source).close()
     return SafetensorsModel(source)
 
 
 def _position(source: Path) -> tuple[int, int]:
-    """Return the job's and Adam's number of steps."""
+    """Return the numbers of steps that the job and Adam have taken; a branch may carry on its parents' Adam steps."""
     if not is_training_state(source):
         raise CheckpointError(
             f"{source} is not a training checkpoint of btm-scale, so it has no moments to resume from. Give a folder "
@@ -121,14 +122,15 @@ def _parameters(source: Path, state: SafetensorsModel) -> list[str]:
         named = few_names(lacking or odd, "tensors")
         fault = f"lacks {named}" if lacking else f"has {named} in another type or shape"
         raise CheckpointError(
-            f"{source} {fault}. A training checkpoint has the float32 weights and both moments of every parameter, in "
-            "one shape. Use another checkpoint of the run."
+            f"{source} {fault}. A universal checkpoint needs the float32 weights and both moments of every parameter, "
+            "in one shape; models with `train: mlp` have no moments of the others. Use another checkpoint, or convert "
+            "to huggingface for the weights alone."
         )
     return names
 
 
 def _model_states(step: int, shapes: dict[str, torch.Size], shape: ModelShape) -> dict[str, Any]:
-    tied = {"lm_head.weight": next(iter(_embedding(shapes)))} if shape.tied else {}
+    tied = {"lm_head.weight": _embedding(shapes)} if shape.tied else {}
     return {
         "module": {},
         "buffer_names": [],
@@ -151,8 +153,8 @@ def _model_states(step: int, shapes: dict[str, torch.Size], shape: ModelShape) -
     }
 
 
-def _embedding(shapes: dict[str, torch.Size]) -> Iterator[str]:
-    return (name for name in shapes if name.endswith(("embed_tokens.weight", "wte.weight")))
+def _embedding(names: Iterable[str]) -> str:
+    return next(name for name in names if name.endswith(("embed_tokens.weight", "wte.weight")))
 
 
 def _save(content: object, path: Path) -> None:

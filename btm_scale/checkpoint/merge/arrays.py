@@ -14,7 +14,7 @@ _SPLIT = 134217729.0  # 2**27 + 1: splits the 53 bits of a float64 into two halv
 
 
 def _is_numpy(array: object) -> bool:
-    return type(array).__module__ == "numpy"  # which need not be imported for torch tensors
+    return type(array).__module__ == "numpy"  # without importing NumPy for torch tensors
 
 
 def copied(array: _Array) -> _Array:
@@ -31,14 +31,12 @@ def as_numbers(mask: _Array) -> _Array:
     return numbers
 
 
-def add_weighted(total: _Array, weight: float, array: _Array) -> None:
+def add_weighted(total: Any, weight: float, array: Any) -> None:
     """Add `weight * array` to `total`, all float64, and round once. Raises `OverflowError` for extreme NumPy values."""
     if _is_numpy(total):
-        either: Any = total, array
-        _add_product(either[0], weight, either[1])
+        _add_product(total, weight, array)
     else:
-        tensors: Any = total, array
-        add_outer(tensors[0][None], torch.tensor([weight], dtype=torch.float64), tensors[1])
+        add_outer(total[None], torch.tensor([weight], dtype=torch.float64), array)
 
 
 def add_outer(totals: torch.Tensor, weights: torch.Tensor, tensor: torch.Tensor) -> None:
@@ -50,8 +48,9 @@ def add_outer(totals: torch.Tensor, weights: torch.Tensor, tensor: torch.Tensor)
 
 
 def _add_product(total: np.ndarray, weight: float, array: np.ndarray) -> None:
-    """Compute a fused multiply-add, as torch's `addcmul_` does on every processor that has one, from simpler steps.
+    """Emulate a fused multiply-add, which torch's `addcmul_` uses on every processor that has one.
 
+    Raises `OverflowError` for values or weights so extreme that the split product would not be exact, and for NaN.
     By Boldo and Melquiond, "Emulation of FMA and correctly rounded sums" (2008): the product is split exactly, and
     the sum of three numbers is rounded once because the sum of its two small ones is rounded to odd.
     """
@@ -60,7 +59,7 @@ def _add_product(total: np.ndarray, weight: float, array: np.ndarray) -> None:
     with np.errstate(all="ignore"):
         largest = float(np.abs(array).max(initial=0.0))
         if not (largest * abs(weight) < 1e250 and largest < 1e250 and (not weight or 1e-100 < abs(weight) < 1e100)):
-            raise OverflowError("values for which the exact product is not computed")
+            raise OverflowError("the exact product of these values cannot be computed")
         product = array * weight
         high, low = _halves(array)
         weight_high, weight_low = (float(half) for half in _halves(weight))

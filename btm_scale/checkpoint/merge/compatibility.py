@@ -27,7 +27,7 @@ def common_specs(
 ) -> tuple[dict[str, TensorSpec], list[str]]:
     """Return the output's specs and every kind of difference between the models, restricted to `tensors` if given.
 
-    `code` is that of the output's dtype.
+    `code` is safetensors' code of the output's dtype; None keeps the dtype of the models.
     """
     first = readers[0]
     specs, *others = (_compared_specs(reader, tensors) for reader in readers)

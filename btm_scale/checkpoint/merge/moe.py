@@ -34,8 +34,8 @@ _LIMIT = 0.02 * 3**0.5  # of a random router's uniform weights, whose standard d
 class Ingredients:
     """What a mixture needs besides the models: the experts' names, and its router.
 
-    `router` is a safetensors file with the tensors of the output's gates; None draws them. `shared`: all models have
-    the same bits in all but their MLPs, so that one of them is copied.
+    `router` is a safetensors file with the tensors of the output's gates; None draws them. `shared`: the models
+    differ only in their MLPs, so that everything else is copied from the first.
     """
 
     names: tuple[str, ...]

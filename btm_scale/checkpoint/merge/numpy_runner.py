@@ -1,4 +1,4 @@
-"""Merge small models by NumPy, with the bytes that torch gives: importing torch takes longer than such a merge."""
+"""Merge small models with NumPy into the same bytes as with torch, whose import takes longer than such a merge."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from btm_scale.checkpoint.merge.plan import MergePlan, Unit
 from btm_scale.checkpoint.merge.registry import Piece
 from btm_scale.checkpoint.merge.runner import Target, UnitRunner, parts_of
 
-MOST_BYTES = 32 << 20  # of all inputs; torch computes larger merges faster, its import included
+MOST_BYTES = 32 << 20  # of all inputs; larger merges are faster with torch, its import included
 _NARROW = ("F32", "F16", "BF16")  # whose products with a float64 weight do not underflow
 _FLOATS = ("F64", *_NARROW)
 
 
 def suits(target: Target) -> bool:
-    """Whether a merge is small, of elementwise methods, and of files that are read without torch."""
+    """Return whether a merge is small, uses only elementwise methods, and reads files that need no torch."""
     plan = target.plan
     if plan.bytes_read > MOST_BYTES or any(model.needs_torch for model in target.everyone):
         return False
@@ -29,7 +29,7 @@ def suits(target: Target) -> bool:
 
 
 def torch_is_loaded() -> bool:
-    """Whether this process has imported torch, so that nothing is gained without it."""
+    """Return whether this process has imported torch already, so that NumPy would save no time."""
     return "torch" in sys.modules
 
 
@@ -46,7 +46,7 @@ def _has_numpy_method(target: Target, name: str) -> bool:
 class NumpyRunner:
     """Merges, writes and hashes one unit of a target for which `suits` is true; thread-safe.
 
-    Units with numbers that are not finite are left to torch, which counts them.
+    Units with NaN or infinities are left to torch, which counts them.
     """
 
     def __init__(self, target: Target, chunk_bytes: int) -> None:
@@ -88,7 +88,7 @@ class NumpyRunner:
 
 
 def _piece(plan: MergePlan, models: Sequence[ModelReader], part: Unit) -> Piece:
-    """Return a part of every model as a piece of NumPy arrays, which elementwise methods take as they take tensors."""
+    """Return a part of every model as a piece of NumPy arrays, which elementwise methods accept as well as tensors."""
     how = plan.how(part.name)
 
     def read(model: int, name: str) -> Any:

@@ -42,8 +42,8 @@ def for_each(value: PerModel, models: int) -> tuple[float, ...]:
 class Piece:
     """The same part of one tensor from every model, in float64.
 
-    The tensors are torch's. Elementwise methods also get NumPy arrays, so they use operators and functions that both
-    libraries have, and those of `arrays`.
+    The tensors are torch's; elementwise methods also get NumPy arrays. They use only operators and functions of both
+    libraries, and those of `arrays`.
     `tensors` can be iterated once, and each tensor is valid until the next is taken, so that streaming methods hold
     one at a time. `zeros` is an array of the part's shape for the result. An elementwise method gets flat ranges of
     any length; other methods get complete rows in their shape, or a complete vector. `noise(i)` is uniform in [0, 1)

@@ -30,7 +30,7 @@ def test_losses_and_gradients_are_exact_for_every_dtype_and_odd_shape(case):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shards", [1, 2, 3])
-def test_shards_of_the_vocabulary_give_the_same(dtype, shards):
+def test_shards_of_the_vocabulary_give_the_losses_and_gradients_of_all(dtype, shards):
     assert_shards_are_exact(*loss_case(7, 300, 290, dtype), 290, shards)
 
 
@@ -39,7 +39,7 @@ def test_a_shard_of_padding_alone_adds_nothing():
     assert_shards_are_exact(torch.cat([logits, torch.full((4, 90), 50.0)], dim=1), targets, 90, 2)
 
 
-def test_a_block_that_divides_no_row_gives_the_same_bits_of_neighbours():
+def test_a_row_has_the_same_bits_with_and_without_neighbours_if_no_block_divides_it():
     logits, targets = loss_case(3, 1000, 1000, torch.float32)
     alone = logits[1:2].clone()
     losses = loss_launch.cross_entropy_(logits, targets, vocab_size=None, config=NARROW)
@@ -63,7 +63,7 @@ def test_nan_and_infinity_make_the_loss_of_their_row_nan():
     assert losses.isnan().tolist() == [False, True, True, False]
 
 
-def test_rows_more_than_two_billion_elements_apart_are_read_and_written_where_they_are():
+def test_rows_more_than_two_billion_elements_apart_are_read_and_written_in_place():
     logits = sparse_tensor((2, 200), (2_200_000_000, 1), torch.bfloat16)
     values, targets = loss_case(2, 200, 200, torch.bfloat16)
     logits.copy_(values)
