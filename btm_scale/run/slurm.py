@@ -98,10 +98,11 @@ class _Submitter:
                         limit,
                     )
                 self._rejected = str(limit)
-            except SlurmBusy as silence:
+            except SlurmBusy as busy:
                 if self._rejected is None:
                     raise
-                logger.warning("%s", silence)  # an outage does not end hours of waiting
+                # An outage does not end hours of waiting, in which jobs were submitted.
+                logger.warning("%s", str(busy).replace("No job was submitted. ", ""))
             wait = _FIRST_WAIT if len(self._given) > before else min(2 * wait, _LONGEST_WAIT)
             time.sleep(wait)
         if failed:
