@@ -159,12 +159,12 @@ class HostPool:
 
 
 def _require_reachable(name: str, shares: tuple[Share[str, int], ...]) -> None:
-    """Raise LaunchError if a group spans hosts of which one has a name that is another host's on each of them."""
+    """Raise LaunchError if a group spans several hosts and one is called localhost, which each of them calls itself."""
     own = [share.host for share in shares if share.host == "localhost" or share.host.startswith("127.")]
     if own and len(shares) > 1:
         raise LaunchError(
             f"{name} spans {first_few([share.host for share in shares], 'hosts')}, and {own[0]} is a different host on "
-            "each of them. Ranks connect by the names in the hostfile: give the name by which the others reach it."
+            "each of them. Ranks connect by the names in the hostfile: use the name by which the others reach it."
         )
 
 

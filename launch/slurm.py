@@ -20,8 +20,8 @@ from btm_scale.run_dir import RunDir
 _NOT_A_RENDEZVOUS = ("localhost", "127.0.0.1", "::1")
 _TEMPLATES = Path(__file__).parent / "templates"
 _PARTS = ("rendezvous", "faults", "encode", "again", "steps")  # of scripts; earlier ones contain later ones
-# The options of sbatch that request GPUs, with their value: --gres=gpu:8, --gpus-per-node 8, -G 8.
 _GPU_COUNT = re.compile(r"(?:--gpus-per-node|--gpus|-G)[=\s]*(?:[A-Za-z]\w*:)?(\d+)")
+# The options of sbatch that request GPUs, with their value: --gres=gpu:8, --gpus-per-node 8, -G 8.
 _GPU_OPTION = re.compile(r"--gres\b.*\bgpu\b.*|--gpus\b.*|--tres-per-\w+\b.*\bgpu\b.*|-G\b.*")
 
 
@@ -29,7 +29,7 @@ _GPU_OPTION = re.compile(r"--gres\b.*\bgpu\b.*|--gpus\b.*|--tres-per-\w+\b.*\bgp
 class Job:
     """One script: `models` are the tasks of its array, the single model that it trains, or empty.
 
-    `domains` are those that it prepares, if not all. Tasks that prepare a domain have the `prefix` before its name.
+    `domains` are those that it prepares, by default all. In `models`, the name of a domain to prepare has the `prefix`.
 
     `ranks` is the size of one group, of which each `colocated` share a node; `after` are the jobs that must succeed
     first.

@@ -25,7 +25,7 @@ from btm_scale.util.records import Record
 logger = logging.getLogger(__name__)
 
 _BAD_AT = 2  # faults
-_MOST_OF_A_CLUSTER = 4  # one of this many nodes may be excluded
+_NODES_PER_EXCLUDED = 4  # at most one of this many nodes is excluded
 _LONGEST_REASON = 200  # characters
 # Errors of CUDA, HIP, NVML and NCCL that name hardware or driver of this host, and no mistake of a program.
 _OF_THE_HOST = re.compile(
@@ -45,7 +45,7 @@ class NodeFault(Record):
     """slurm/faults/NODE/JOB-RESTART.json: why a node failed a group in one start of a job."""
 
     ERROR = LaunchError
-    REMEDY = "Delete it: the node counts as failed once less."
+    REMEDY = "Delete it: this fault is then no longer counted."
 
     reason: str
 
@@ -101,12 +101,13 @@ def faulty_nodes(run: RunDir) -> list[BadNode]:
 
 
 def nodes_to_exclude(run: RunDir, most: int, partition: str | None, needed: int) -> tuple[list[BadNode], int]:
-    """Return the bad nodes to exclude, and how many more may be: at most `most` in all, and a quarter of the partition.
+    """Return the bad nodes to exclude, and how many more may be excluded by requeued jobs.
 
-    The largest job keeps the nodes that it `needed`. Logs which nodes are excluded, and which not because of the limit.
+    These are at most `most` together, at most a quarter of the partition, and leave the nodes that the largest job
+    `needed`. Logs which bad nodes are excluded, and which are not because of this limit.
     """
     nodes = _nodes_of(partition) if most else 0
-    limit = most if nodes is None else max(0, min(most, nodes // _MOST_OF_A_CLUSTER, nodes - needed))
+    limit = most if nodes is None else max(0, min(most, nodes // _NODES_PER_EXCLUDED, nodes - needed))
     bad = [node for node in faulty_nodes(run) if node.is_bad] if most else []
     for node in bad[:limit]:
         logger.warning("new jobs exclude %s. Delete %s to use it again", node, _folder(run) / node.name)

@@ -155,8 +155,8 @@ class SlurmConfig(Section):
     options: SbatchOptions = Field(default=(), description="more #SBATCH options, such as --constraint=h100")
     big_domain: Bytes = Field(
         default=20_000_000_000,
-        description="several domains with files of at least this size in all are prepared side by side, each by a task "
-        "of an array",
+        description="size of a domain's files from which several such domains are prepared side by side, each by a "
+        "task of an array",
     )
     prepare_options: SbatchOptions = Field(
         default=(),

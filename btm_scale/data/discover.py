@@ -63,9 +63,8 @@ def discover(
     """Cluster a collection into `output`: one `<cluster>.jsonl.gz` each, the clustering, and domains.yaml.
 
     Only the beginnings of `sample` documents are held in memory. `on_progress` is called with how much text has been
-    read; by default it is logged. Returns the contents of each cluster, and after the
-    same call has finished before, what it returned with `already_complete`. Raises DataError if there is too little
-    text or `output` is not empty.
+    read; by default it is logged. Returns the contents of each cluster, and after the same call has finished before,
+    what it returned with `already_complete`. Raises DataError if there is too little text or `output` is not empty.
     """
     before = Snapshot.of(file.path for source in collection for file in source.files)
     made_by = Provenance(
@@ -104,7 +103,7 @@ class _Reported:
         self.sources, self.report = sources, on_progress
 
     def documents(self, step: str) -> Iterator[Document]:
-        """Yield all documents."""
+        """Yield all documents; the progress is reported as that of `step`."""
         read = (document for source in self.sources for document in read_documents(source, BadLines("error")))
         expected = sum(map(expected_bytes_of, self.sources))
         return reported(read, lambda document: len(document.text), step, expected, self.report)

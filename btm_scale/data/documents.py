@@ -138,7 +138,7 @@ def expected_bytes(file: SourceFile) -> int:
 
 
 def expected_bytes_of(source: DomainSource) -> int:
-    """Return about how much text of a domain is read."""
+    """Return about how many bytes of text are read of a domain."""
     size = sum(map(expected_bytes, source.files))
     return min(size, source.settings.max_bytes or size)
 

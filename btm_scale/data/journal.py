@@ -2,7 +2,7 @@
 
 The token files grow in the domain's unpublished folder. After each shard of text the journal gets a file with the
 documents of the shard and a digest of the tokens that they added to each token file. To resume, the text is read again,
-which takes a fraction of the time of encoding it: each document must be the one that the journal has at its place.
+which takes a fraction of the time of encoding it, and each document must be the next one of the journal.
 """
 
 from __future__ import annotations
@@ -35,29 +35,31 @@ _DIGEST_BYTES = 1 << 22  # that are read at a time
 
 @dataclass(frozen=True)
 class Shard:
-    """Consecutive documents of a domain, in DOCUMENT's form; `ends` has the size of each token file after them."""
+    """Consecutive documents of a domain, an array of dtype DOCUMENT.
+
+    `ends` has the size of each token file after them, in bytes; `digests` the SHA-256 of what they added to it, in hex.
+    """
 
     documents: np.ndarray[Any, Any]
     ends: Mapping[str, int]
     digests: Mapping[str, str]
-    """Digest of the bytes that were added to each token file, in hex."""
 
 
 class Journal:
-    """The shards of a domain that are complete, in order. `made_from` is what the tokens depend on beside the text."""
+    """The complete shards of a domain, in order. `made_from`: what the tokens depend on beside the text, as JSON."""
 
     def __init__(self, folder: Path, made_from: str) -> None:
         self._folder = folder
-        self._place = folder / _FOLDER
+        self._shards = folder / _FOLDER
         self._made_from = made_from
         self._count = 0
-        self.found: list[Shard] = []
-        """The shards of an interrupted process."""
+        self.resumed: list[Shard] = []
+        """The shards that an interrupted process completed."""
 
     @property
     def ends(self) -> Mapping[str, int]:
-        """The size of each token file after the shards that were found."""
-        return self.found[-1].ends if self.found else dict.fromkeys(SPLITS, 0)
+        """The size of each token file after the resumed shards, in bytes."""
+        return self.resumed[-1].ends if self.resumed else dict.fromkeys(SPLITS, 0)
 
     @property
     def is_empty(self) -> bool:
@@ -65,32 +67,32 @@ class Journal:
         return not self._count
 
     def can_resume(self) -> bool:
-        """Return whether the folder is this user's alone, and its journal is of the same tokenizer."""
-        note = self._place / _MADE_FROM
+        """Return whether the folder is this user's alone, and its journal is of the same tokenizer and settings."""
+        note = self._shards / _MADE_FROM
         return is_private(self._folder) and note.is_file() and note.read_bytes() == self._made_from.encode()
 
     def read(self) -> None:
-        """Read the shards, up to the first that is damaged or whose tokens are."""
+        """Read the shards up to the first one that is damaged, or whose tokens are."""
         while self._path(self._count).is_file():
             shard = self._read_shard(self._path(self._count))
             if shard is None:
                 logger.warning("%s or its tokens are damaged: they are encoded again", self._path(self._count))
                 return
-            self.found.append(shard)
+            self.resumed.append(shard)
             self._count += 1
 
     def add(self, shard: Shard) -> None:
         """Publish a shard whose tokens have been written."""
         if self.is_empty:
-            self._place.mkdir(exist_ok=True)
-            write_file(self._place / _MADE_FROM, self._made_from)
+            self._shards.mkdir(exist_ok=True)
+            write_file(self._shards / _MADE_FROM, self._made_from)
         records = shard.documents.tobytes()
         content = {"ends": shard.ends, "digests": shard.digests, "documents": hashlib.sha256(records).hexdigest()}
         write_file(self._path(self._count), json.dumps(content).encode() + b"\n" + records)
         self._count += 1
 
     def _path(self, number: int) -> Path:
-        return self._place / f"shard-{number:06d}"
+        return self._shards / f"shard-{number:06d}"
 
     def _read_shard(self, path: Path) -> Shard | None:
         begins = self.ends
@@ -124,20 +126,20 @@ def _digest(path: Path, begin: int, end: int) -> str:
 
 
 class TextChangedError(Exception):
-    """The text is not that of the journal."""
+    """The documents that are read are not those of the journal."""
 
 
 class Replay:
-    """The documents of a journal, with which those that are read again are compared."""
+    """The documents of a journal, to which those that are read again are compared."""
 
     def __init__(self, journal: Journal) -> None:
-        self.left = sum(len(shard.documents) for shard in journal.found)
-        self._documents = (document for shard in journal.found for document in shard.documents.tolist())
+        self.left = sum(len(shard.documents) for shard in journal.resumed)
+        self._documents = (document for shard in journal.resumed for document in shard.documents.tolist())
 
     def take(self, split: str, key: int) -> int:
-        """Return the number of tokens of the next document. Raises TextChangedError if it is another one."""
-        its_split, its_key, tokens = next(self._documents)
-        if (its_split, its_key) != (SPLITS.index(split), key):
+        """Return the number of tokens of the next document. Raises TextChangedError if it has another split or key."""
+        recorded_split, recorded_key, tokens = next(self._documents)
+        if (recorded_split, recorded_key) != (SPLITS.index(split), key):
             raise TextChangedError
         self.left -= 1
         return int(tokens)
@@ -147,8 +149,8 @@ class Replay:
 def resumable_directory(final: Path, made_from: str) -> Iterator[tuple[Path, Journal]]:
     """Make a directory that is published as `final` when the block ends, with the journal in it.
 
-    A block that is interrupted or raises leaves the directory if it has a journal of this text and the disk is not
-    full. Raises CheckpointError if `final` exists with content.
+    If the block is interrupted or raises, the directory stays, provided that its journal has a shard of this text. It
+    is removed if the disk is full. Raises CheckpointError if `final` exists with content.
     """
     temporary = partial_path(final)
     journal = Journal(temporary, made_from)
@@ -169,10 +171,10 @@ def resumable_directory(final: Path, made_from: str) -> Iterator[tuple[Path, Jou
 
 
 def remove_journal(folder: Path) -> None:
-    """Remove the journal of a published folder, which is not needed any more."""
+    """Remove the journal of a published folder, where it is no longer needed."""
     shutil.rmtree(folder / _FOLDER, ignore_errors=True)
 
 
 def is_resumable(partial: Path) -> bool:
-    """Return whether an unpublished directory has a journal of this user."""
+    """Return whether an unpublished directory has a journal, and only this user can write to it."""
     return is_private(partial) and (partial / _FOLDER / _MADE_FROM).is_file()

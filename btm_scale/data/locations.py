@@ -79,6 +79,7 @@ def _cached(pattern: str) -> list[Path]:
     if not _COMMIT.fullmatch(revision) and reference.is_file():
         revision = reference.read_text(encoding="utf-8").strip()
     snapshot = repository / "snapshots" / revision
+    # A revision that is a path would lead out of the snapshots.
     if Path(revision).name != revision or not snapshot.is_dir():
         raise DataError(
             f"'{pattern}' is not in the Hugging Face cache {_cache()}. Nothing is downloaded: run "

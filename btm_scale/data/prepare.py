@@ -28,7 +28,7 @@ from btm_scale.errors import ConfigError, DataError, GroupFailed, unknown_name
 from btm_scale.run_dir import RunDir
 from btm_scale.util.cores import visible_cores
 from btm_scale.util.files import new_directory, partial_path, remove_partial
-from btm_scale.util.locks import held, is_held
+from btm_scale.util.locks import held
 from btm_scale.util.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
@@ -39,12 +39,12 @@ def prepare(
 ) -> dict[str, Fingerprint]:
     """Create the tokenizer and token files that do not exist yet; existing ones are checked, not created again.
 
-    `on_progress` is called with how much text has been encoded; by default it is logged. `only` these domains: once
-    the tokenizer exists, several processes may prepare different ones at once.
+    `on_progress` is called with how much text has been encoded; by default it is logged. `only` names the domains to
+    prepare, by default all: once the tokenizer exists, several processes may prepare different domains at once.
 
     Returns the fingerprint of each of these domains' token files, in the config's order. Raises ConfigError for an
-    unknown domain, DataError and leaves nothing half-written, and GroupFailed while another process prepares the same
-    text, because its files would look like leftovers.
+    unknown domain, DataError for text or a tokenizer that cannot be used, and GroupFailed while another process
+    prepares the same text. The shards that were encoded before an error are kept, and the next call resumes after them.
     """
     for name in only:
         if name not in config.all_domains:
@@ -85,8 +85,8 @@ def _prepare(
                 arguments = (source, sources, config, run, encoder, on_progress, placements, before[source.name])
                 try:
                     fingerprints[source.name] = _encode(*arguments)
-                except TextChangedError:  # which removed the journal
-                    logger.warning("domain '%s' has other text than before: it is encoded anew", source.name)
+                except TextChangedError:  # the journal is removed by now
+                    logger.warning("the text of domain '%s' has changed: encoding it from the beginning", source.name)
                     fingerprints[source.name] = _encode(*arguments)
     return {name: fingerprints[name] for name in chosen}
 
@@ -107,17 +107,18 @@ class Placements:
 
 
 def _remove_leftovers(config: RunConfig, run: RunDir, only: Sequence[str]) -> None:
-    """Remove what interrupted processes left of the tokenizer and of `only` these domains, or of all.
+    """Remove what interrupted processes left of the tokenizer and of the domains in `only`, by default of all.
 
-    What another process writes now, and what can be resumed, stays.
+    What another process is writing, and what can be resumed, stays.
     """
     remove_partial(partial_path(run.tokenizer))
     resumable = {partial_path(run.domain(name)) for name in config.all_domains}
     leftovers = [partial_path(run.domain(name)) for name in only] or run.data.glob(".*.partial")
     for leftover in leftovers:
-        is_written = is_held(run.domain_lock(leftover.name.removeprefix(".").removesuffix(".partial")))
-        if not is_written and (leftover not in resumable or not is_resumable(leftover)):
-            remove_partial(leftover)
+        # Held while it is removed: a process that begins to encode the domain meanwhile would lose its new folder.
+        with held(run.domain_lock(leftover.name.removeprefix(".").removesuffix(".partial"))) as is_ours:
+            if is_ours and (leftover not in resumable or not is_resumable(leftover)):
+                remove_partial(leftover)
     for name in only or config.all_domains:
         remove_journal(run.domain(name))
 
@@ -241,15 +242,17 @@ def _encode(
 ) -> Fingerprint:
     placement, final = placements.of(source), run.domain(source.name)
     made_from = json.dumps([encoder.tokenizer.digest, settings_of(source, config.data)])
-    with (
-        _held_by_us(run.domain_lock(source.name), f"the domain '{source.name}' of the run in {run.root}"),
-        resumable_directory(final, made_from) as (directory, journal),
-    ):
-        if journal.found:
-            logger.info("resuming domain '%s': %d shards are encoded", source.name, len(journal.found))
-        elsewhere = keys_elsewhere(source, sources, run, placement)
-        fingerprint = write_domain(source, config, encoder, directory, elsewhere, on_progress, placement, journal)
-        before.require_unchanged("prepare", DataError)
-        if final.is_dir():  # it has no fingerprint, so it is incomplete
-            remove_partial(final)
+    with _held_by_us(run.domain_lock(source.name), f"the domain '{source.name}' of the run in {run.root}"):
+        # Another process may have finished the domain since this one looked for its fingerprint.
+        finished = _finished(source, config, run, encoder.tokenizer.digest, placements, on_progress)
+        if finished is not None:
+            return finished
+        with resumable_directory(final, made_from) as (directory, journal):
+            if journal.resumed:
+                logger.info("resuming domain '%s': %d shards are encoded", source.name, len(journal.resumed))
+            elsewhere = keys_elsewhere(source, sources, run, placement)
+            fingerprint = write_domain(source, config, encoder, directory, elsewhere, on_progress, placement, journal)
+            before.require_unchanged("prepare", DataError)
+            if final.is_dir():  # it has no fingerprint, so it is incomplete
+                remove_partial(final)
     return fingerprint

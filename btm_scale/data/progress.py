@@ -12,7 +12,7 @@ Item = TypeVar("Item")
 logger = logging.getLogger(__name__)
 
 # Called with a domain, the bytes and documents that are encoded, and about how many bytes the domain has. Other steps
-# are reported under a name with a space, which no domain has; how long training takes is unknown: 0 bytes are expected.
+# have a name with a space, which no domain has. 0 bytes are expected of steps whose progress is unknown.
 Progress = Callable[[str, int, int, int], None]
 SAMPLE = "reading a sample"
 TRAINING = "training a tokenizer"
@@ -26,7 +26,10 @@ _REPORTED_AT_ONCE = 1 << 20  # bytes that are read
 def reported(
     items: Iterable[Item], size_of: Callable[[Item], int], name: str, expected: int, on_progress: Progress
 ) -> Iterator[Item]:
-    """Yield the items, and report how much of about `expected` bytes has been read."""
+    """Yield the items, and report how much of about `expected` bytes has been read.
+
+    `size_of` may return characters, which are counted faster: of text that is not ASCII, less is then reported.
+    """
     size = last = 0
     for number, item in enumerate(items, start=1):
         size += size_of(item)

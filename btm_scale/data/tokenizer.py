@@ -65,7 +65,7 @@ class Tokenizer(ABC):
     def load(directory: Path) -> Tokenizer:
         """Load the tokenizer in a directory. Raises DataError if it is missing, cannot be loaded, or cannot encode."""
         _require(directory)
-        return _LIBRARIES[kind_of(directory)].of(directory)
+        return _CLASSES[kind_of(directory)].of(directory)
 
     @classmethod
     def of(cls, directory: Path) -> Self:
@@ -333,10 +333,10 @@ def _token_id(path: Path, name: str, value: object) -> int:
     return value
 
 
-_LIBRARIES: dict[Kind, type[Tokenizer]] = {
+_CLASSES: dict[Kind, type[Tokenizer]] = {
     "sentencepiece": SentencePieceTokenizer,
     "transformers": TransformersTokenizer,
     "tekken": TekkenTokenizer,
 }
 # What `Tokenizer.load` may return, by name.
-KINDS: dict[str, type[Tokenizer]] = {kind.__name__: kind for kind in _LIBRARIES.values()}
+KINDS: dict[str, type[Tokenizer]] = {loaded.__name__: loaded for loaded in _CLASSES.values()}

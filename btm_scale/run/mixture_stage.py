@@ -18,14 +18,16 @@ from btm_scale.train.jobs import TrainingJob, mixture_settings
 
 logger = logging.getLogger(__name__)
 
-# Without its id, a new W&B run is started: W&B drops events of steps that the old one already has.
-_MADE_ANEW = ("checkpoints", "branch.json", "metrics.jsonl", "skipped.json", "wandb-id")
+# What the training of a former mixture left, from which that of another one must not resume. Without its id, a new W&B
+# run is started: W&B drops events of steps that the old one already has.
+_FORMER_TRAINING = ("checkpoints", "branch.json", "metrics.jsonl", "skipped.json", "wandb-id")
 
 
 def first_mixture(group: ExpertGroup, config: RunConfig, run: RunDir, job: TrainingJob) -> Path:
     """Return the mixture that its training begins with, which the first rank makes. All ranks call this together.
 
-    It replaces one of other experts or settings, whose training is removed. Without training, it is the run's mixture.
+    It replaces a mixture of other experts or settings, and removes the training of that one. If the config trains the
+    mixture for no step, it is the run's mixture itself.
     """
     path = run.mixture_start if job.steps else run.model(MOE)
     if group.is_first and job.layout.tensor > 1:
@@ -41,7 +43,7 @@ def first_mixture(group: ExpertGroup, config: RunConfig, run: RunDir, job: Train
         )
 
         def forget_training() -> None:
-            for name in _MADE_ANEW:
+            for name in _FORMER_TRAINING:
                 old = run.train(MOE) / name
                 shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
 

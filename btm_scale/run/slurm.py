@@ -18,7 +18,7 @@ from btm_scale.launch.slurm_commands import AtLimit, SlurmBusy
 from btm_scale.launch.slurm_faults import nodes_to_exclude
 from btm_scale.launch.slurm_queue import Submissions, Submitted
 from btm_scale.run.slurm_jobs import TEXT, big_domains, jobs, write_scripts
-from btm_scale.run.stages import EVALUATE, PREPARE
+from btm_scale.run.stages import EVALUATE, PREPARE, prepare_stage
 from btm_scale.run.state import is_done, is_newest, is_prepared, open_run
 from btm_scale.run_dir import RunDir
 from btm_scale.util.files import make_directory
@@ -98,10 +98,11 @@ class _Submitter:
                         limit,
                     )
                 self._rejected = str(limit)
-            except SlurmBusy as silence:
+            except SlurmBusy as busy:
                 if self._rejected is None:
                     raise
-                logger.warning("%s", silence)  # an outage does not end hours of waiting
+                # An outage does not end hours of waiting, in which jobs were submitted.
+                logger.warning("%s", str(busy).replace("No job was submitted. ", ""))
             wait = _FIRST_WAIT if len(self._given) > before else min(2 * wait, _LONGEST_WAIT)
             time.sleep(wait)
         if failed:
@@ -178,6 +179,8 @@ class _Submitter:
         for place in tasks if job.template == "train" else ():
             make_directory(self._run.train(job.models[place]))
             (self._run.train(job.models[place]) / "lost").unlink(missing_ok=True)
+        for stage in self._stages(job, tasks):  # its earlier tries may have had less time
+            (self._run.root / "slurm" / f"{stage}.tries").unlink(missing_ok=True)
         models = {str(place) if job.is_array else "": job.models[place] for place in tasks}
         entry = Submitted(job.name, "", models, slurm.job_name(self._config.name, job))
         self.submissions.note(entry)
@@ -218,6 +221,12 @@ class _Submitter:
         if job.name == PREPARE:
             return None if is_prepared(self._config, self._run, job.domains) else []
         return None if is_first and is_newest(self._config, self._run, self._run.report) else []
+
+    def _stages(self, job: slurm.Job, tasks: list[int]) -> list[str]:
+        """Return the stages that these tasks of a job do, if it prepares text."""
+        if job.template == "texts":
+            return [prepare_stage(job.models[place].removeprefix(TEXT)) for place in tasks]
+        return [PREPARE] if job.name == PREPARE else []
 
     def _is_done(self, task: str) -> bool:
         """Return whether a model is done, or the text of a domain is prepared."""

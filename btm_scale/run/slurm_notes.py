@@ -12,7 +12,8 @@ from btm_scale.launch.slurm_commands import QueueEntry
 from btm_scale.launch.slurm_queue import Submissions
 from btm_scale.run_dir import RunDir
 
-Key = tuple[str, str | None]  # the name of a job, and the model that it trains
+# The name of a job, and the model that it trains or, after `text/`, the domain that it prepares.
+Key = tuple[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class SlurmNotes:
         return self.live.get((job, None))
 
     def of_model(self, model: str) -> QueueEntry | None:
-        """Return the queue entry of the job that trains a model."""
+        """Return the queue entry of the job that trains a model, or prepares a domain."""
         return next((entry for (_, name), entry in self.live.items() if name == model), None)
 
     def log(self, job: str) -> Path | None:
@@ -40,7 +41,7 @@ class SlurmNotes:
         return self.logs.get((job, None))
 
     def log_of_model(self, model: str) -> Path | None:
-        """Return the log of the last job that trained a model and has ended."""
+        """Return the log of the last job that trained a model, or prepared a domain, and has ended."""
         return next((path for (_, name), path in reversed(list(self.logs.items())) if name == model), None)
 
 

@@ -66,8 +66,8 @@ def open_run(
 def require_pretrained(config: RunConfig, run: RunDir, *, may_lack_weights: bool = False) -> None:
     """Raise CheckpointError if a pretrained model that is still to be read lacks weights or has others than its config.
 
-    Raises ConfigError if the run's tokenizer does not fit it, and DataError if it cannot be loaded or has no BOS token
-    that is asked for.
+    Raises ConfigError if the run's tokenizer does not fit it, and DataError if the tokenizer cannot be loaded or has no
+    BOS token although `tokenizer.bos` is set.
 
     Reads names and shapes only. With `may_lack_weights`, a folder with config.json alone is logged, not refused: a dry
     run may come before the download.

@@ -31,7 +31,7 @@ _VALUE = re.compile(
     r"|(?<=https://)[^/\s:@]+(?=@)"  # a token in place of a user
 )
 _PARAMETER = re.compile(r"""([?&]([\w.-]+)=)[^&#\s'"]+""")  # of a URL
-_SIGNATURES = ("sig", "signature", "awsaccesskeyid", "googleaccessid")  # of URLs that give access to whom they are sent
+_SIGNATURES = ("sig", "signature", "awsaccesskeyid", "googleaccessid")  # of presigned URLs
 _MASK = "***"
 
 

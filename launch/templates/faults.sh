@@ -1,21 +1,22 @@
-# A node that went down, or started again, while the last start of this job used it has lost that start.
+# Record a fault of each node that went down, or started again, while the last start of this job used it. A node that
+# was powered down to save energy has the state POWERED_DOWN, which is not DOWN.
 faults=@RUN@/slurm/faults
 start=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
 note_lost_nodes() {
-    local last node facts seconds key
+    local last node facts seconds reason
     [[ -s $folder/nodes && -n ${SLURM_RESTART_COUNT:-} ]] || return 0
     read -r last < "$folder/nodes"
     [[ ${last%-*} == "$SLURM_JOB_ID" ]] || return 0
     seconds=$(stat -c %Y "$folder/nodes")
     while read -r node; do
         facts=$(scontrol show node --oneliner "$node" 2> /dev/null) || continue
-        key=
-        [[ ! $facts =~ State=[^\ ]*(DOWN|FAIL|NOT_RESPONDING) ]] || key=down
-        [[ -n $key || ! $facts =~ SlurmdStartTime=([^\ ]+) ]] ||
-            (($(date -d "${BASH_REMATCH[1]}" +%s 2> /dev/null || echo 0) <= seconds)) || key="started again"
-        [[ -n $key ]] || continue
+        reason=
+        [[ ! $facts =~ State=([^\ ]*\+)?(DOWN|FAIL|NOT_RESPONDING) ]] || reason=down
+        [[ -n $reason || ! $facts =~ SlurmdStartTime=([^\ ]+) ]] ||
+            (($(date -d "${BASH_REMATCH[1]}" +%s 2> /dev/null || echo 0) <= seconds)) || reason="started again"
+        [[ -n $reason ]] || continue
         mkdir -p "$faults/$node"
-        printf '{"schema": 1, "reason": "the node was lost (%s)"}\n' "$key" > "$faults/$node/$last.json"
+        printf '{"schema": 1, "reason": "the node was lost (%s)"}\n' "$reason" > "$faults/$node/$last.json"
     done < <(tail -n +2 "$folder/nodes")
 }
 

@@ -7,6 +7,8 @@ set -euo pipefail
 
 stage=prepare
 only=(@DOMAINS@)
-parts=(@RUN@/data/*/fingerprint.json @RUN@/tokenizer/tokenizer_config.json)
-shards=(@RUN@/data/.*.partial/journal/shard-*)
+list_finished() {
+    parts=(@RUN@/data/*/fingerprint.json @RUN@/tokenizer/tokenizer_config.json)
+    shards=(@RUN@/data/.*.partial/journal/shard-*)
+}
 @ENCODE@

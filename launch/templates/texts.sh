@@ -10,6 +10,8 @@ domain=${models[${SLURM_ARRAY_TASK_ID:-0}]}
 stage=prepare-$domain
 only=("$domain")
 data=@RUN@/data
-parts=("$data/$domain/fingerprint.json")
-shards=("$data/.$domain.partial/journal/shard-"*)
+list_finished() {
+    parts=("$data/$domain/fingerprint.json")
+    shards=("$data/.$domain.partial/journal/shard-"*)
+}
 @ENCODE@

@@ -149,9 +149,9 @@ UNREADABLE = {
     "paper.pdf": (b"%PDF-1.5\n\xff\xff\0", "is a PDF"),
     "table.orc": (b"ORC\0\xff", "is an ORC table"),
     "a.jsonl.snappy": (b"\xff\x06\x00\x00sNaPpY" + bytes(50), "is compressed with Snappy"),
-    "book.txt": (LFS_POINTER, r"is a pointer of Git LFS, .*git lfs pull"),
-    "rows.parquet": (LFS_POINTER, "is a pointer of Git LFS"),
-    "rows.jsonl.gz": (LFS_POINTER, "is a pointer of Git LFS"),
+    "book.txt": (LFS_POINTER, r"is a Git LFS pointer, .*git lfs pull"),
+    "rows.parquet": (LFS_POINTER, "is a Git LFS pointer"),
+    "rows.jsonl.gz": (LFS_POINTER, "is a Git LFS pointer"),
 }
 
 

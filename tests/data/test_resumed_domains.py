@@ -1,4 +1,4 @@
-"""A domain whose encoding was interrupted is encoded from there, and its files are those of an uninterrupted one."""
+"""A domain whose encoding was interrupted resumes after its last shard, with the files of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def journal_of(run: RunDir) -> list[Path]:
     return sorted((run.data / ".a.partial" / "journal").glob("shard-*"))
 
 
-def test_an_interrupted_domain_is_encoded_from_there(
+def test_an_interrupted_domain_resumes_after_its_last_shard(
     config: RunConfig, uninterrupted: dict[str, bytes], interrupted: RunDir, encoded: list[str]
 ) -> None:
     assert len(journal_of(interrupted)) > 3
@@ -94,7 +94,7 @@ def test_an_interrupted_domain_is_encoded_from_there(
     assert not list(interrupted.data.glob(".*"))
 
 
-def test_a_killed_domain_is_encoded_from_there(
+def test_a_killed_domain_resumes_after_its_last_shard(
     config: RunConfig, uninterrupted: dict[str, bytes], tmp_path: Path, encoded: list[str]
 ) -> None:
     run = RunDir(tmp_path / "run")
@@ -142,7 +142,7 @@ def test_changed_text_is_encoded_from_the_beginning(
     prepare(config, interrupted)
     prepare(config, RunDir(tmp_path / "again"))
     assert contents(interrupted) == contents(RunDir(tmp_path / "again"))
-    assert "domain 'a' has other text than before: it is encoded anew" in caplog.text
+    assert "the text of domain 'a' has changed: encoding it from the beginning" in caplog.text
 
 
 def test_another_tokenizer_begins_again(
@@ -177,7 +177,7 @@ def test_a_corrected_line_late_in_the_text_is_not_paid_for_twice(
     assert 0 < len(encoded) < 80
 
 
-def test_shards_of_a_domain_that_is_not_asked_for_are_removed(
+def test_shards_of_a_domain_that_the_config_no_longer_has_are_removed(
     config: RunConfig, interrupted: RunDir, tmp_path: Path
 ) -> None:
     write_jsonl(tmp_path / "b.jsonl", prose_texts(100))

@@ -79,19 +79,15 @@ def test_a_text_of_any_size_is_prepared_or_its_remedy_works(tmp_path: Path, size
 
 @pytest.mark.full
 @pytest.mark.parametrize("size", [1_000, 100_000])
-def test_one_text_alone_trains_to_the_page_as_it_is_or_with_the_remedy(tmp_path: Path, size: int) -> None:
+def test_one_text_alone_trains_to_the_page_as_it_is_or_with_the_remedy(tmp_path: Path, warm: Warm, size: int) -> None:
     (tmp_path / "input.txt").write_text(book(size))
     changes: dict[str, Any] = {"domains": {"book": {"text": "input.txt"}}, "novel_domains": {}}
     write_config(tmp_path / "run.yaml", tiny_values(tmp_path, **changes))
-    warm = Warm(tmp_path)
-    try:
-        looked = warm.run("run", tmp_path / "run.yaml", "--out", tmp_path / "run", "--dry-run")
-        settings = re.findall(r"--set [^\s`]+", looked.stderr) if looked.code else []
-        assert bool(settings) == bool(looked.code), looked.stderr
-        remedy = [word for setting in settings for word in setting.split()]
-        warm.check("run", tmp_path / "run.yaml", "--out", tmp_path / "run", *remedy)
-    finally:
-        warm.close()
+    looked = warm.run("run", tmp_path / "run.yaml", "--out", tmp_path / "run", "--dry-run")
+    settings = re.findall(r"--set [^\s`]+", looked.stderr) if looked.code else []
+    assert bool(settings) == bool(looked.code), looked.stderr
+    remedy = [word for setting in settings for word in setting.split()]
+    warm.check("run", tmp_path / "run.yaml", "--out", tmp_path / "run", *remedy)
     assert "book" in (tmp_path / "run" / "report.html").read_text()
 
 

@@ -67,8 +67,8 @@ class FakeVllm:
         if body.get("echo") and self.echoes:
             scores = self._log_probs(ids)
             first: dict[str, list[Any]] = {"tokens": [Letters().decode(ids[:1])], "token_logprobs": [None]}
-            found = self._logprobs(scores[:-1], ids[1:], body["logprobs"])
-            choice["logprobs"] = {name: first.get(name, [None]) + values for name, values in found.items()}
+            rest = self._logprobs(scores[:-1], ids[1:], body["logprobs"])
+            choice["logprobs"] = {name: first.get(name, [None]) + values for name, values in rest.items()}
         return JSONResponse({"object": "text_completion", "model": self.name, "choices": [choice]})
 
     def _prompt_logprobs(self, ids: list[int], top: int) -> list[Any]:

@@ -1,10 +1,11 @@
-"""A group that the local launcher starts, as forks of its process: neither DeepSpeed's launcher nor a rank imports."""
+"""A group that the local launcher starts, as forks of its process, so that nothing is imported again."""
 
 from __future__ import annotations
 
 import base64
 import json
 import os
+import subprocess
 import sys
 import time
 import traceback
@@ -49,7 +50,10 @@ class ForkedGroup:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
+        begin = time.monotonic()
         while self.poll() is None:
+            if timeout is not None and time.monotonic() > begin + timeout:
+                raise subprocess.TimeoutExpired("a forked group", timeout)
             time.sleep(0.01)
         assert self.returncode is not None
         return self.returncode

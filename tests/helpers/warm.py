@@ -152,7 +152,7 @@ class Warm:
 
 @functools.cache
 def warm_process() -> Warm:
-    """Return the one of this test process, which is started by the first call."""
+    """Return the `Warm` of this test process, which the first call starts."""
     folder = tempfile.TemporaryDirectory(prefix="btm-scale-warm-")
     warm = Warm(Path(folder.name))
 

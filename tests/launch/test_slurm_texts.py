@@ -85,3 +85,23 @@ def test_a_task_is_requeued_until_it_was_started_too_often(tmp_path: Path) -> No
     assert (tmp_path / "asked").read_text().splitlines() == ["requeue 6_0"] * 3
     note = "mkdir -p made/stages; echo '{\"mistake\": true}' > made/stages/prepare-python.failed-0.json\nexit 143\n"
     assert run_job(tmp_path, f"#!/bin/bash\n{note}", "texts", big=("python",), **task).returncode == 143
+
+
+def test_a_task_that_encodes_more_text_is_not_given_up(tmp_path: Path) -> None:
+    """A shard counts for the start that encoded it."""
+    task = {"SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "0"}
+
+    def encode(shard: int) -> int:
+        journal = "made/data/.python.partial/journal"
+        srun = f"#!/bin/bash\nmkdir -p {journal}; touch {journal}/shard-{shard}\nexit 85\n"
+        return run_job(tmp_path, srun, "texts", big=("python",), **task).returncode
+
+    assert [encode(0) for _ in range(4)] == [0, 0, 0, 85]
+    assert encode(1) == 0
+
+
+def test_a_mistake_in_one_of_several_domains_is_not_retried(tmp_path: Path) -> None:
+    note = "mkdir -p made/stages; echo '{\"mistake\": true}' > made/stages/prepare-docs.failed-0.json\nexit 143\n"
+    assert run_job(tmp_path, f"#!/bin/bash\n{note}", "prepare", big=("python",)).returncode == 143
+    # The record of an earlier start does not keep this one from being requeued.
+    assert run_job(tmp_path, "#!/bin/bash\nexit 143\n", "prepare", big=("python",)).returncode == 0

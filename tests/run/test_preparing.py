@@ -12,6 +12,7 @@ from helpers.text_samples import prose_texts, write_jsonl
 from helpers.tiny_run import tiny_values, write_config
 
 from btm_scale.config.run import RunConfig
+from btm_scale.data.prepare import prepare
 from btm_scale.errors import ConfigError, DataError, GroupFailed
 from btm_scale.launch.shutdown import REQUEUE
 from btm_scale.run.preparing import prepare_run
@@ -106,14 +107,26 @@ def test_a_domain_that_another_process_prepares_is_left_to_it(config: RunConfig,
         assert under_way.is_dir()
 
 
+def test_a_domain_that_another_process_prepares_meanwhile_is_kept(config: RunConfig, tmp_path: Path) -> None:
+    run, times = RunDir(tmp_path / "run"), list[int]()
+
+    def meanwhile(domain: str, encoded_bytes: int, documents: int, expected: int) -> None:
+        if domain == "python" and not times:
+            prepare(config, run, only=["licences"])
+            times.append(run.fingerprint("licences").stat().st_mtime_ns)
+
+    prepare(config, run, meanwhile)
+    assert times == [run.fingerprint("licences").stat().st_mtime_ns]
+
+
 def test_the_failure_of_one_domain_is_that_of_the_stage_until_it_is_prepared(config: RunConfig, tmp_path: Path) -> None:
     run, text = RunDir(tmp_path / "run"), tmp_path / "licences.jsonl"
     good = text.read_bytes()
     text.write_bytes(good + b'{"text": "half')
     with pytest.raises(DataError, match=r"licences\.jsonl"):
         prepare_run(config, run, only=["licences"])
-    [prepare, _] = stage_status(config, run, SlurmNotes())
-    assert (prepare.state, prepare.note.startswith("licences: ")) == ("failed", True)
+    [stage, _] = stage_status(config, run, SlurmNotes())
+    assert (stage.state, stage.note.startswith("licences: ")) == ("failed", True)
     text.write_bytes(good)
     prepare_run(config, run)
     assert not (run.root / "stages").exists()

@@ -1,7 +1,7 @@
 """Train the mixture of experts of runs as a launcher's rank would: `train_mixture.py SPEC.json`.
 
-A spec is a list of [run folder, step at which the process kills itself, or null]. Each is trained by a process of its
-own, and one that was killed by another one to the end.
+A spec is a list of [run folder, step at which the process kills itself, or null]. Each is trained in a new process; if
+that one was killed, another one resumes it.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ _AT_ONCE = 1 << 20  # sequences
 def write_index(path: Path, lengths: np.ndarray[Any, Any], dtype: type[np.generic]) -> None:
     """Write the index of a token file of `dtype` with documents of these lengths, int32 [documents].
 
-    Megatron-core's writer makes a list of all positions, of 40 bytes per document.
+    Megatron-core's writer would first make a Python list of all positions, 40 bytes per document.
     """
     count = len(lengths)
     code = next(code for code, known in _DTYPES.items() if known == dtype)

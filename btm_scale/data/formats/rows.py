@@ -106,7 +106,7 @@ def _text_of(row: Mapping[str, Any], field: str, optional: bool = False) -> str:
         return text
     if optional and text is None:
         return ""
-    if isinstance(text, bytes):  # as some writers of Parquet leave the type of their text out
+    if isinstance(text, bytes):  # some writers of Parquet store text without its type
         try:
             return text.decode()
         except UnicodeDecodeError as error:

@@ -106,7 +106,7 @@ def _certain(file: SourceFile, head: bytes) -> Format | None:
         return "webdataset"
     if head.startswith(_LFS_POINTER):
         raise DataError(
-            f"{file.path} is a pointer of Git LFS, not the file itself. Text is read from complete files: run "
+            f"{file.path} is a Git LFS pointer, not the file itself. Text is read from complete files: run "
             "`git lfs pull` in its repository."
         )
     if not _is_text(head):

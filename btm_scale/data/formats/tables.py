@@ -103,7 +103,7 @@ def _table(file: SourceFile, settings: DomainConfig, bad: Report, delimiters: Se
             if "\r" in first.rstrip("\r\n"):
                 raise DataError(
                     f"{file.path}, line 1: its lines end with a carriage return alone. The rows of a table end with a "
-                    "newline: convert the file, such as with tr '\\r' '\\n'."
+                    "newline: convert the file, for example with tr '\\r' '\\n'."
                 ) from None
             raise DataError(f"{file.path}, line 1: {error}. The first row must name the columns: correct it.") from None
         if not header:
