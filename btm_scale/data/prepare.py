@@ -50,7 +50,9 @@ def prepare(
         if name not in config.all_domains:
             raise ConfigError(unknown_name("domain", name, config.all_domains))
     sources = resolve_sources(config.all_domains, config.text_root)
-    beside_others = bool(only) and run.tokenizer.is_dir()
+    # Text that is placed by file, field or position must not be in another split of a domain that is being prepared.
+    by_document = all(source.settings.split_by == "document" for source in sources if source.name in only)
+    beside_others = bool(only) and by_document and run.tokenizer.is_dir()
     with contextlib.nullcontext() if beside_others else _held_by_us(run.prepare_lock, f"the run in {run.root}"):
         _remove_leftovers(config, run, only)
         chosen = [source.name for source in sources if source.name in only or not only]

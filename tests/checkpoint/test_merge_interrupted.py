@@ -134,14 +134,15 @@ def test_two_merges_into_one_output_do_not_mix(models: list[Path], tmp_path: Pat
 KILLED = """
 import sys, time
 from pathlib import Path
-from btm_scale.checkpoint.merge import runner, workers
+from btm_scale.checkpoint.merge import workers
 from btm_scale.checkpoint.merge.merge import merge
+from btm_scale.checkpoint.merge.numpy_runner import NumpyRunner
 workers._NOTE_EVERY = 1
-run = runner.UnitRunner.__call__
+run = NumpyRunner.__call__
 def slowly(self, unit):
     time.sleep(0.03)
     return run(self, unit)
-runner.UnitRunner.__call__ = slowly
+NumpyRunner.__call__ = slowly
 print("ready", flush=True)
 merge(Path(sys.argv[1]), [(Path(path), 1.0) for path in sys.argv[2:]], chunk_bytes=256)
 """

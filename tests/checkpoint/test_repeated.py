@@ -66,7 +66,8 @@ def test_a_different_merge_into_the_same_output_is_refused_with_the_differences(
     assert "seed was 1 and is now 2" in refusal(inputs, random_seed=2)
     assert "max_shard_bytes was 5000000000.0 and is now 1000.0" in refusal(inputs, max_shard_bytes=1000)
     weights = models[1] / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\x3e")
+    data = weights.read_bytes()  # which ends with the nine bytes of the mask
+    weights.write_bytes(data[:-10] + bytes([data[-10] ^ 1]) + data[-9:])
     message = refusal(inputs)
     assert "m1 has changed since" in message
     assert "merge does not overwrite: choose another output, or remove it first" in message

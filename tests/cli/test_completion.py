@@ -34,7 +34,7 @@ def completed(*words: str) -> list[str]:
         (("run", "a.yaml", "--launcher", "s"), ["slurm"]),
         (("generate", "RUN", "--posterior", "t"), ["token", "tempered"]),
         (("merge", "OUT", "A", "--method", "t"), ["task_arithmetic", "ties"]),
-        (("convert", "A", "B", "--to", ""), ["huggingface", "megatron", "deepspeed"]),
+        (("convert", "A", "B", "--to", ""), ["huggingface", "megatron", "deepspeed", "universal"]),
     ],
     ids=" ".join,
 )

@@ -146,10 +146,13 @@ def _universal(folder: Path, models: Files) -> StoredModel:
         return StoredModel(folder, tensors)
     first = Fields(load_pickle(models[0, 0]), models[0, 0])
     shapes = _shapes(first)
-    if shapes and (unlisted := tensors.keys() - shapes.keys()):
+    # With ZeRO 1 and 2, DeepSpeed writes the tensors that are not trained too, which `module` lists.
+    parts = [name for name in ("module", "frozen_param_shapes", "shared_params") if first.get(name)]
+    listed = {*shapes, *(name for part in parts for name in first.part(part).values)}
+    if shapes and (unlisted := tensors.keys() - listed):
         raise CheckpointError(
             f"{models[0, 0]} does not list {few_names(unlisted, 'tensors')}, which {folder / 'zero'} has. Model states "
-            "list every trained parameter: copy the files that belong together."
+            "list every tensor: copy the files that belong together."
         )
     for name, shape in shapes.items():
         value = tensors.get(name)
