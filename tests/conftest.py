@@ -38,12 +38,13 @@ settings.load_profile("quick")
 
 
 @pytest.fixture(autouse=True)
-def logging_as_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+def process_as_started(monkeypatch: pytest.MonkeyPatch) -> None:
     """Undo what a command in this process set up, for a test or a fixture: its level would hide later messages."""
     logger = logging.getLogger("btm_scale")
     logger.handlers[:] = [handler for handler in logger.handlers if isinstance(handler, logging.NullHandler)]
     logger.setLevel(logging.NOTSET)
     monkeypatch.delenv(LEVEL, raising=False)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
 
 
 @pytest.fixture(scope="session")

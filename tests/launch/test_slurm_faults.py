@@ -149,17 +149,18 @@ esac
 @pytest.mark.parametrize(
     ("state", "start", "reason"),
     [
-        ("DOWN+NOT_RESPONDING", "Unknown", "down"),
-        ("IDLE", time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 60)), "started again"),
-        ("IDLE", "2020-01-01T00:00:00", None),
+        ("DOWN+NOT_RESPONDING", None, "down"),
+        ("IDLE", 60, "started again"),
+        ("IDLE", -(10**8), None),
     ],
     ids=["down", "started again", "preempted"],
 )
 def test_a_node_that_was_lost_is_noted_by_the_next_start_of_the_job(
-    state: str, start: str, reason: str | None, tmp_path: Path
+    state: str, start: int | None, reason: str | None, tmp_path: Path
 ) -> None:
-    """SLURM kills the script with the node, so that only the next start can tell."""
-    nodes = NODES.replace("{state}", state).replace("{start}", start)
+    """SLURM kills the script with the node, so that only the next start can tell. `start` is in seconds from now."""
+    when = "Unknown" if start is None else time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + start))
+    nodes = NODES.replace("{state}", state).replace("{start}", when)
     folder = tmp_path / "made" / "train" / "seed"
     folder.mkdir(parents=True)
     (folder / "nodes").write_text("7-0\nnode7\nnode8\n")

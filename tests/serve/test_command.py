@@ -57,7 +57,8 @@ def test_a_run_is_served_until_sigterm(finished_run: Finished) -> None:
 def test_mistakes_are_reported_before_anything_is_served(finished_run: Finished, tmp_path) -> None:
     _, run = finished_run
     assert "Increase --max-memory" in refusal("serve", run.root, "--port", "0", "--max-memory", "10KB")
-    assert "has no API key" in refusal("serve", run.root, "--port", "0", "--api-key-file", "/dev/null")
+    (tmp_path / "keys").touch(mode=0o600)
+    assert "has no API key" in refusal("serve", run.root, "--port", "0", "--api-key-file", tmp_path / "keys")
     (tmp_path / "engines.yaml").write_text("pyton: http://host/v1\n")
     message = refusal("serve", run.root, "--port", "0", "--backend", tmp_path / "engines.yaml")
     assert "Unknown expert 'pyton'. Did you mean 'python'?" in message

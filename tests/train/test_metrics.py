@@ -22,7 +22,7 @@ SHAPE = ModelShape(layers=1, hidden=8, heads=2, kv_heads=2, ffn=16, positions=8,
 
 def metrics(path: Path, first_step: int) -> Metrics:
     group: Any = SimpleNamespace(is_first=True, size=1, device=SimpleNamespace(type="cpu"))
-    job: Any = SimpleNamespace(sequences=1, steps=9, layout=SimpleNamespace(precision="fp32"))
+    job: Any = SimpleNamespace(sequences=1, steps=9, trains="all", layout=SimpleNamespace(precision="fp32"))
     return Metrics(group, path, job, SHAPE, 8, first_step)
 
 
