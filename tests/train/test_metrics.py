@@ -67,7 +67,7 @@ def test_a_dev_loss_is_on_the_disk_before_a_checkpoint_can_follow_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It decides which checkpoint is exported, so it must survive a power cut that the checkpoint survives."""
-    result: Any = SimpleNamespace(loss=2.0, gradient_norm=1.0, overflowed=False)
+    result: Any = SimpleNamespace(loss=2.0, gradient_norm=1.0, overflowed=False, routing=None)
     path, sync = tmp_path / "metrics.jsonl", os.fsync
     synced: list[bytes] = []
 
