@@ -28,6 +28,7 @@ from btm_scale.serve.prefixes import PrefixCache
 from btm_scale.serve.prompt_reader import Prior, PromptReader
 from btm_scale.serve.texts import Part, Text
 from btm_scale.serve.work import BackendError, Busy, Delta, Event, Failed, Job
+from btm_scale.util.one_thread import one_torch_thread
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +84,12 @@ class Engine:
 
     def preload(self, names: Sequence[str]) -> None:
         """Load models, as many as fit into memory, before the start. Raises CheckpointError or ForestError."""
-        for name in reversed(names):
-            if self.shelf.fit({*self.shelf.loaded, name}):
-                self.shelf.take(name)
+        # With more OpenMP threads than cores, libgomp lets none of them spin: the engine's thread must be the only one
+        # that has some.
+        with one_torch_thread():
+            for name in reversed(names):
+                if self.shelf.fit({*self.shelf.loaded, name}):
+                    self.shelf.take(name)
 
     def start(self, deliver: Callable[[list[tuple[Job, Event]]], None]) -> None:
         """Start the thread, which calls `deliver` with the events of each step."""
