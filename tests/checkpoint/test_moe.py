@@ -17,6 +17,7 @@ from btm_scale.checkpoint.completeness import problems_of
 from btm_scale.checkpoint.convert import convert
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.inspect import inspect
+from btm_scale.checkpoint.merge import workers
 from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.checkpoint.merge.moe import Ingredients, names_of
 from btm_scale.cli.app import main
@@ -128,10 +129,11 @@ def test_transformers_keeps_names_and_bits_of_a_mixture(
 
 @pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_processes_pieces_and_order_do_not_change_a_byte(
-    models: dict[str, list[Path]], jobs: int, tmp_path: Path
+    models: dict[str, list[Path]], jobs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = [(path, 1.0) for path in models["llama"]]
     merge(tmp_path / "one", inputs, method="moe", jobs=1)
+    monkeypatch.setattr(workers, "torch_is_loaded", lambda: False)  # as in a command
     merge(tmp_path / "two", inputs, method="moe", jobs=jobs, chunk_bytes=256)
     merge(tmp_path / "turned", inputs[::-1], method="moe", jobs=1)
     one, two, turned = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two", "turned"))

@@ -36,11 +36,13 @@ def torch_is_loaded() -> bool:
 def _has_numpy_method(target: Target, name: str) -> bool:
     plan = target.plan
     how, code = plan.how(name), plan.specs[name].code
+    if not how.models:  # a random gate
+        return False
     read = [*zip(how.models, how.names, strict=True), *([how.base] if how.base else [])]
     codes = {target.everyone[model].spec(own).code for model, own in read}
     if plan.copies(name):
         return codes == {code} or (code in _FLOATS and codes <= set(_FLOATS))
-    return bool(how.models) and how.method.elementwise and code in _FLOATS and codes <= set(_NARROW)
+    return how.method.elementwise and code in _FLOATS and codes <= set(_NARROW)
 
 
 class NumpyRunner:
