@@ -186,6 +186,12 @@ def test_objects_on_one_line_are_read_with_the_format_that_the_message_names(tmp
     assert texts(tmp_path, text="a.jsonl", format="json") == ["one", "two"]
 
 
+def test_a_header_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"text,n\xffme\none,1\n")
+    with pytest.raises(DataError, match=r"line 1: not UTF-8 at byte 6 of the line\. The first row must name"):
+        texts(tmp_path, text="a.csv")
+
+
 def test_a_table_with_carriage_returns_alone_is_refused_with_the_command(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"text,x\rone,1\rtwo,2\r")
     with pytest.raises(DataError, match=r"its lines end with a carriage return alone.* tr '.r' '.n'\.$"):

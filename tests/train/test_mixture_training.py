@@ -92,8 +92,7 @@ def test_a_mixture_has_the_losses_of_one_rank_in_every_layout_and_resumes_with_t
     assert all(torch.equal(tensor, complete[name]) for name, tensor in resumed.items())
 
 
-@pytest.mark.parametrize("balance", [full(0.0), full(0.01)])
-@pytest.mark.parametrize("micro_batch", [full(1), full(8)])
+@pytest.mark.parametrize(("balance", "micro_batch"), [full(0.0, 8), full(0.01, 1)])
 def test_every_layout_of_the_matrix_has_the_losses_of_one_rank(
     balance: float, micro_batch: int, tmp_path: Path
 ) -> None:

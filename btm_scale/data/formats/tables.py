@@ -95,7 +95,7 @@ def _table(file: SourceFile, settings: DomainConfig, bad: Report, delimiters: Se
     fields = Fields(settings)
     csv.field_size_limit(LONGEST_LINE_BYTES)
     with file.open() as stream:
-        lines = _Lines(stream, bad)
+        lines, first = _Lines(stream, bad), ""
         try:
             first = next(lines, "")
             delimiter, header = _header(file, first, lines, fields, delimiters)
