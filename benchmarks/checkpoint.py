@@ -189,7 +189,7 @@ def serve(preset: str, ranks: int, zero: int, folder: Path, *, plain: bool) -> N
 
 
 def plain_writer(folder: Path, size: int, rank: int, ranks: int) -> Callable[[int], None]:
-    """Return a function that hashes and writes this rank's range of a file of so many bytes."""
+    """Return a function that hashes and writes this rank's range of a file of `size` bytes."""
     import torch
 
     begin, end = size * rank // ranks, size * (rank + 1) // ranks

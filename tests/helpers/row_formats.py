@@ -10,11 +10,16 @@ import json
 import lzma
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
+
+from btm_scale.config.data import DomainConfig
+from btm_scale.data.documents import BadLines, Document, read_documents
+from btm_scale.data.sources import resolve_domain
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -110,3 +115,14 @@ FILES: dict[str, Callable[[Rows], bytes]] = {
     "members.jsonl.gz": lambda rows: in_two_members(gzip.compress, json_lines(rows)),
     "long.jsonl.zst": lambda rows: in_two_members(long_window, json_lines(rows)),
 }
+
+
+def read(root: Path, bad_lines: BadLines | None = None, **domain: Any) -> list[Document]:
+    """Return the documents of a domain below a folder."""
+    source = resolve_domain("d", DomainConfig.model_validate(domain), root)
+    return list(read_documents(source, bad_lines or BadLines()))
+
+
+def texts(root: Path, **domain: Any) -> list[str]:
+    """Return the texts of a domain's documents."""
+    return [document.text for document in read(root, **domain)]
