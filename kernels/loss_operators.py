@@ -13,8 +13,9 @@ from torch import Tensor
 from btm_scale.kernels import loss_reference as reference
 from btm_scale.kernels import operators, paths
 from btm_scale.kernels.checks import check_logits
-from btm_scale.kernels.loss_tuning import loss_configs
+from btm_scale.kernels.loss_tuning import LossConfig, loss_configs
 from btm_scale.kernels.partials import Partials
+from btm_scale.kernels.paths import Result
 
 
 @torch.no_grad()
@@ -89,38 +90,23 @@ def logit_gradient_(
 
 
 def _run_cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int | None) -> Tensor:
-    def plain() -> Tensor:
-        return reference.cross_entropy_(logits, targets, vocab_size=vocab_size)
-
-    module = _triton(logits)
-    if module is None:
-        return paths.run_reference("cross_entropy_", plain)
     targets = targets.contiguous()
-    return paths.run(
+    return _run(
         "cross_entropy_",
         logits,
-        loss_configs,
-        lambda config: module.cross_entropy_(logits, targets, vocab_size=vocab_size, config=config),
-        plain,
+        lambda module, config: module.cross_entropy_(logits, targets, vocab_size=vocab_size, config=config),
+        lambda: reference.cross_entropy_(logits, targets, vocab_size=vocab_size),
     )
 
 
 def _run_logit_partials(logits: Tensor, targets: Tensor, vocab_start: int, vocab_size: int | None) -> Partials:
     columns: dict[str, Any] = {"vocab_start": vocab_start, "vocab_size": vocab_size}
-
-    def plain() -> Partials:
-        return reference.logit_partials(logits, targets, **columns)
-
-    module = _triton(logits)
-    if module is None:
-        return paths.run_reference("logit_partials", plain)
     targets = targets.contiguous()
-    return paths.run(
+    return _run(
         "logit_partials",
         logits,
-        loss_configs,
-        lambda config: module.logit_partials(logits, targets, **columns, config=config),
-        plain,
+        lambda module, config: module.logit_partials(logits, targets, **columns, config=config),
+        lambda: reference.logit_partials(logits, targets, **columns),
     )
 
 
@@ -128,22 +114,23 @@ def _run_logit_gradient(
     logits: Tensor, targets: Tensor, maximum: Tensor, sum_exp: Tensor, vocab_start: int, vocab_size: int | None
 ) -> None:
     columns: dict[str, Any] = {"vocab_start": vocab_start, "vocab_size": vocab_size}
-
-    def plain() -> None:
-        reference.logit_gradient_(logits, targets, maximum, sum_exp, **columns)
-
-    module = _triton(logits)
-    if module is None:
-        paths.run_reference("logit_gradient_", plain)
-        return
-    targets, maximum, sum_exp = targets.contiguous(), maximum.contiguous(), sum_exp.contiguous()
-    paths.run(
+    rows = targets.contiguous(), maximum.contiguous(), sum_exp.contiguous()
+    _run(
         "logit_gradient_",
         logits,
-        loss_configs,
-        lambda config: module.logit_gradient_(logits, targets, maximum, sum_exp, **columns, config=config),
-        plain,
+        lambda module, config: module.logit_gradient_(logits, *rows, **columns, config=config),
+        lambda: reference.logit_gradient_(logits, *rows, **columns),
     )
+
+
+def _run(
+    name: str, logits: Tensor, launch: Callable[[ModuleType, LossConfig], Result], plain: Callable[[], Result]
+) -> Result:
+    """Return what a kernel returns, or what PyTorch computes where it cannot run."""
+    module = _triton(logits)
+    if module is None:
+        return paths.run_reference(name, plain)
+    return paths.run(name, logits, loss_configs, lambda config: launch(module, config), plain)
 
 
 def _triton(logits: Tensor) -> ModuleType | None:

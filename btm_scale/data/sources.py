@@ -104,7 +104,10 @@ def _pairs(prefixes: Sequence[str]) -> list[str]:
 
 
 def _no_match(name: str, pattern: str, text_root: Path, matches: list[Path]) -> str:
-    start = f"domain '{name}': '{pattern}' matches no file below {text_root}"
+    is_absolute = Path(pattern).is_absolute() or "://" in pattern
+    start = f"domain '{name}': '{pattern}' matches no file" + ("" if is_absolute else f" below {text_root}")
     if matches:
         return f"{start}, only folders. Name files in them, such as '{pattern.rstrip('/')}/**/*.txt'."
+    if is_absolute:
+        return f"{start}. Correct the path."
     return f"{start}. Correct the path, or set text_root to the folder that it is relative to."

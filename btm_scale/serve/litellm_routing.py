@@ -64,8 +64,8 @@ class PosteriorRouting:
         Raises ConnectionError if the forest gives no posterior, and ValueError for a model without deployments.
         """
         candidates = self._candidates(model, bool(specific_deployment))
-        body = self._body(messages, input)
-        if not _need_posterior(candidates) or body is None:
+        body = self._body(messages, input) if _need_posterior(candidates) else None
+        if body is None:
             return self._random.choice(candidates)
         if self._client is None:
             self._client = httpx2.Client(**self._settings)
@@ -85,8 +85,8 @@ class PosteriorRouting:
     ) -> Any:
         """Return the same as `get_available_deployment`, without blocking the event loop."""
         candidates = self._candidates(model, bool(specific_deployment))
-        body = self._body(messages, input)
-        if not _need_posterior(candidates) or body is None:
+        body = self._body(messages, input) if _need_posterior(candidates) else None
+        if body is None:
             return self._random.choice(candidates)
         loop = asyncio.get_running_loop()
         if self._async_client is None or self._async_client[0] is not loop:

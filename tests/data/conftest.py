@@ -1,4 +1,4 @@
-"""Corpora for the data tests, if this machine has them."""
+"""What data tests share: corpora, if this machine has them, and a small tokenizer."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+from helpers.text_samples import prose_texts
+
+from btm_scale.data.train_tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +19,11 @@ def corpora() -> Path:
     if not (path / "math.jsonl.gz").is_file():
         pytest.skip(f"no corpora at {path}; set BTM_CORPORA to their folder")
     return path
+
+
+@pytest.fixture(scope="session")
+def prose_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of 400 tokens, which no test changes."""
+    directory = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(directory, prose_texts(100), vocab_size=400)
+    return directory

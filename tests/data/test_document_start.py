@@ -17,23 +17,15 @@ from btm_scale.data.prepare import prepare
 from btm_scale.data.token_files import TokenFileWriter
 from btm_scale.data.tokenizer import Tokenizer, TransformersTokenizer
 from btm_scale.data.tokenizer_fit import require_fit
-from btm_scale.data.train_tokenizer import train_tokenizer
 from btm_scale.errors import DataError
 from btm_scale.model.hf_load import load_tokenizer
 from btm_scale.run_dir import RunDir
 
 
-@pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(directory, prose_texts(100), vocab_size=400)
-    return directory
-
-
 @pytest.fixture
-def config(make_config: MakeConfig, given: Path, tmp_path: Path) -> RunConfig:
+def config(make_config: MakeConfig, prose_tokenizer: Path, tmp_path: Path) -> RunConfig:
     write_jsonl(tmp_path / "a.jsonl", prose_texts(150))
-    return make_config(tmp_path, {"a": {"text": "a.jsonl"}}, tokenizer={"path": given, "bos": True})
+    return make_config(tmp_path, {"a": {"text": "a.jsonl"}}, tokenizer={"path": prose_tokenizer, "bos": True})
 
 
 def without_bos(config: RunConfig) -> RunConfig:
@@ -88,8 +80,8 @@ def test_existing_tokens_with_bos_keep_one(config: RunConfig, tmp_path: Path) ->
         assert ids.tolist() == [300, 301]
 
 
-def test_a_tokenizer_without_bos_is_refused(config: RunConfig, given: Path, tmp_path: Path) -> None:
-    fast = load_tokenizer(given)
+def test_a_tokenizer_without_bos_is_refused(config: RunConfig, prose_tokenizer: Path, tmp_path: Path) -> None:
+    fast = load_tokenizer(prose_tokenizer)
     fast.bos_token = None
     fast.save_pretrained(str(tmp_path / "none"))
     changed = config.tokenizer.model_copy(update={"path": tmp_path / "none"})
@@ -98,9 +90,9 @@ def test_a_tokenizer_without_bos_is_refused(config: RunConfig, given: Path, tmp_
 
 
 def test_a_pretrained_tokenizer_that_adds_bos_is_noted(
-    given: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    prose_tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fast = load_tokenizer(given)
+    fast = load_tokenizer(prose_tokenizer)
     fast.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     fast.save_pretrained(str(tmp_path))
     assert TransformersTokenizer.of(tmp_path).adds_bos()

@@ -26,21 +26,14 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encode, "_BATCH_CHARACTERS", 3_000)
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(directory, prose_texts(100), vocab_size=400)
-    return directory
-
-
 @pytest.fixture
-def config(make_config: MakeConfig, tokenizer: Path, tmp_path: Path) -> RunConfig:
+def config(make_config: MakeConfig, prose_tokenizer: Path, tmp_path: Path) -> RunConfig:
     """A domain with duplicates, bad lines and documents that a field keeps together."""
     texts = prose_texts(290)
     path = write_jsonl(tmp_path / "a.jsonl", texts + texts[:10], group=lambda i: f"{i // 3}")
     path.write_bytes(path.read_bytes().replace(b"\n", b"\nnot json\n", 2))
     domain = {"text": "a.jsonl", "split_by": {"field": "group"}}
-    return make_config(tmp_path, {"a": domain}, tokenizer={"path": tokenizer}, data={"on_bad_line": "skip"})
+    return make_config(tmp_path, {"a": domain}, tokenizer={"path": prose_tokenizer}, data={"on_bad_line": "skip"})
 
 
 def contents(run: RunDir) -> dict[str, bytes]:

@@ -65,6 +65,12 @@ def test_every_path_that_matches_nothing_is_reported_at_once_with_its_domain_and
     assert law.startswith("domain 'e': 'law.jsonl' matches no file")
 
 
+def test_an_absolute_path_that_matches_nothing_is_not_looked_for_below_the_root(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        resolve_sources({"d": DomainConfig(text=(f"{tmp_path}/gone.txt",))}, tmp_path / "root")
+    assert str(caught.value) == f"domain 'd': '{tmp_path}/gone.txt' matches no file. Correct the path."
+
+
 @pytest.fixture
 def globbed(tmp_path: Path, make_config: MakeConfig) -> RunConfig:
     """A run whose domains are globs, one of them split by a field."""
