@@ -48,9 +48,9 @@ def score(
         ),
     ],
     launcher: Annotated[str, launcher(_OF_RANKS, "With slurm or env this process is a rank that was started.")] = LOCAL,
-    # Both are for the ranks that `evaluate` and other verbs start; those verbs hold the lock.
+    # Both are for the ranks that `evaluate` and other verbs start; those verbs hold the lock and pass their config.
     averages: Annotated[bool, flag("--averages", "", hidden=True)] = False,
-    in_turn: Annotated[bool, flag("--in-turn", "", hidden=True)] = False,
+    config_file: Annotated[Path | None, option("--config", "FILE", "", hidden=True)] = None,
 ) -> Answer | None:
     """Compute the per-token log-probabilities of models.
 
@@ -59,11 +59,11 @@ def score(
     if is_rank(launcher):
         from btm_scale.util.devices import hide_gpus_if_on_cpu
 
-        config, run_dir = opened(run)
+        config, run_dir = opened(run, config_file)
         hide_gpus_if_on_cpu(config.launch.device)
         from btm_scale.run.worker import score_as_rank
 
-        score_as_rank(config, run_dir, models, averages=averages, in_turn=in_turn)
+        score_as_rank(config, run_dir, models, averages=averages, in_turn=config_file is not None)
         return None
     from btm_scale.forest.turns import scoring
     from btm_scale.run.pipeline import score_models

@@ -142,8 +142,8 @@ def opened_in(run: Path, turn: Callable[[RunDir], AbstractContextManager[None]])
         yield opened(run)
 
 
-def opened(run: Path) -> tuple[RunConfig, RunDir]:
-    """The run in this folder. Raises ConfigError if there is none."""
+def opened(run: Path, config: Path | None = None) -> tuple[RunConfig, RunDir]:
+    """The run in this folder, with its own config or that of a file. Raises ConfigError if there is none."""
     from btm_scale.forest.open import open_folder
 
-    return open_folder(run)
+    return open_folder(run, config)

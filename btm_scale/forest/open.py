@@ -35,15 +35,18 @@ def open_config(path: Path, overrides: Sequence[str] = (), out: Path | None = No
     return config, run
 
 
-def open_folder(folder: Path) -> tuple[RunConfig, RunDir]:
-    """Return the config and paths of a run folder. Raises ConfigError if it is not one, or has an unknown
-    average, and CheckpointError for a link in it that another user made."""
+def open_folder(folder: Path, config_file: Path | None = None) -> tuple[RunConfig, RunDir]:
+    """Return the config (run.yaml, or that of another file) and paths of a run folder.
+
+    Raises ConfigError if it is not one, or has an unknown average, and CheckpointError for a link in it that another
+    user made.
+    """
     run = RunDir(folder.resolve())
     if not run.config.is_file():
         raise ConfigError(
             f"{folder} is not a run folder: it has no run.yaml. Give a folder created by `btm-scale run`."
         )
     refuse_foreign_links(run.root)
-    config = RunConfig.load(run.config)
+    config = RunConfig.load(config_file or run.config)
     check_names(config, known=config.all_domains)
     return config, run

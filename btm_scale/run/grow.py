@@ -95,7 +95,6 @@ def _branch(
     # Deleted before the config changes, so that the former parents are never used with the new config.
     run.branch(name).unlink(missing_ok=True)
     try:
-        grown.save(run.config)
         prepare(grown, run)
         forest = list(experts(run))
         if chosen_by_score and forest:
@@ -103,6 +102,8 @@ def _branch(
                 score_models(grown, run, forest)
         settled = decide(grown, run, name, job.branch, job.weights)
         _require_untrained(run, name)
+        # Not before its text is prepared: a group that starts meanwhile would score the new domain too.
+        grown.save(run.config)
     except BaseException:
         config.save(run.config)
         if former is not None and not run.branch(name).exists():

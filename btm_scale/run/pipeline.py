@@ -29,6 +29,7 @@ from btm_scale.run.state import is_done, open_run
 from btm_scale.run_dir import MOE, SEED, RunDir
 from btm_scale.train.jobs import is_trained, model_names, training_stages
 from btm_scale.train.passes import passes_of_run, require_few_passes
+from btm_scale.util.leftovers import scratch_directory
 from btm_scale.util.locks import held
 
 logger = logging.getLogger(__name__)
@@ -160,14 +161,13 @@ def score_averages(config: RunConfig, run: RunDir, launcher: RunGroups | None = 
 
 
 def _run_scoring(config: RunConfig, run: RunDir, arguments: tuple[str, ...], launcher: RunGroups | None) -> None:
-    """Start one group that runs `btm-scale score` on the run."""
+    """Start one group that runs `btm-scale score` on the run, with this config.
+
+    run.yaml may have changed since the config was read: `branch` adds a domain without waiting for an evaluation.
+    """
     layout = config.layout
-    command = GroupCommand(
-        "score",
-        layout.ranks,
-        ("score", str(run.root), *arguments, "--in-turn"),
-        run.log("score"),
-        layout.colocated,
-    )
     launcher = launcher or here(placement(config, [SEED]))
-    launcher([command], lambda states: None)
+    with scratch_directory(run.root / "score") as folder:
+        config.save(folder / run.config.name)
+        words = ("score", str(run.root), *arguments, "--config", str(folder / run.config.name))
+        launcher([GroupCommand("score", layout.ranks, words, run.log("score"), layout.colocated)], lambda states: None)

@@ -47,7 +47,7 @@ from btm_scale.util.files import make_partial, partial_path, publish_directory, 
 logger = logging.getLogger(__name__)
 
 # A tensor's name, a span of it, and its flat float32 elements there by kind.
-OwnPiece = tuple[str, Span, Mapping[str, torch.Tensor]]
+OwnPiece = tuple[str, Span, Mapping[str, Iterable[torch.Tensor]]]
 
 _LOG_SECONDS = 30.0
 _UNSEEN = "not there yet"
@@ -168,7 +168,7 @@ def _own_pieces(engine: Engine) -> Iterator[OwnPiece]:
             start, stop = 0, size
             pieces = placement.share(index, copies)
         for piece in pieces:
-            yield piece.name, piece.span, {kind: piece.of(part[start:stop]) for kind, (_, part) in parts.items()}
+            yield piece.name, piece.span, {kind: piece.tiles(part[start:stop]) for kind, (_, part) in parts.items()}
 
 
 def _wait(watch: Watch | None) -> None:

@@ -20,6 +20,7 @@ from btm_scale.model.families.family import Entry
 from btm_scale.model.hf_names import cut, to_huggingface
 from btm_scale.model.shape import ModelShape
 
+_TILE = 1 << 17  # elements: 512 KiB
 _TEXT = re.compile(r"(\d+)\+(\d+)(?:\*(\d+)/(\d+))?")
 
 
@@ -74,16 +75,25 @@ class Piece:
     _rows: NDArray[np.int64]  # in the order of the Hugging Face tensor
     _transposed: bool
 
-    def of(self, part: Tensor) -> Tensor:
-        """Return the elements of the span, flat, from the rank's part; a view of it if nothing moves."""
+    def tiles(self, part: Tensor) -> Iterator[Tensor]:
+        """Yield the span's elements in order, in flat tensors, from the rank's part; a view of it if nothing moves.
+
+        On a CPU a matrix is transposed by tiles, which stay in a core's cache until they are hashed and written.
+        """
         box = part.as_strided(self._size, (self._pitch, 1), part.storage_offset() + self._begin)
         first, count = int(self._rows[0]), len(self._rows)
         if int(self._rows[-1]) - first == count - 1 and bool(np.all(np.diff(self._rows) == 1)):
             box = box[first : first + count]
         else:
             box = box[torch.from_numpy(self._rows).to(part.device)]
-        # PyTorch transposes a contiguous matrix in blocks, three times as fast as some of its columns.
-        return (box.contiguous().t() if self._transposed else box).reshape(-1)
+        if not self._transposed:
+            yield box.reshape(-1)
+            return
+        rows, columns = box.shape
+        width = max(1, _TILE // rows) if part.device.type == "cpu" else columns
+        for left in range(0, columns, width):
+            # PyTorch transposes a contiguous matrix in blocks, three times as fast as some of its columns.
+            yield box[:, left : left + width].contiguous().t().reshape(-1)
 
 
 class Placement:

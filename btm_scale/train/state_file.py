@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +60,17 @@ class PartWriter:
         self._digest = hashlib.sha256(header if creates else b"")
         self._spans: dict[str, list[Span]] = {}
 
-    def write(self, name: str, span: Span, pieces: Mapping[str, torch.Tensor]) -> int:
-        """Write one span of `kind/name` for each kind, from its flat float32 elements, and return the bytes."""
-        for kind, piece in pieces.items():
-            begin = self._begins[f"{kind}/{name}"]
-            data = as_bytes(piece.cpu().contiguous())
-            size = span.length * _ITEM
-            for i, start in enumerate(span.starts):
-                self._write(data[i * size : (i + 1) * size], begin + start * _ITEM)
+    def write(self, name: str, span: Span, pieces: Mapping[str, Iterable[torch.Tensor]]) -> int:
+        """Write one span of `kind/name` for each kind, from its elements in flat float32 tensors; return the bytes."""
+        for kind, tensors in pieces.items():
+            begin, element = self._begins[f"{kind}/{name}"], 0
+            for tensor in tensors:
+                data = as_bytes(tensor.cpu().contiguous())
+                while data:
+                    run, inside = divmod(element, span.length)
+                    size = min(len(data), (span.length - inside) * _ITEM)
+                    self._write(data[:size], begin + (span.starts[run] + inside) * _ITEM)
+                    data, element = data[size:], element + size // _ITEM
         self._spans.setdefault(name, []).append(span)
         return span.elements * _ITEM * len(pieces)
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from btm_scale.config.run import RunConfig
+from btm_scale.data.prepare import prepare
 from btm_scale.errors import ConfigError, DataError, ForestError
 from btm_scale.forest.branch import Branch
 from btm_scale.forest.expert import CARD, Parent, read_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.membership import add_expert, remove_expert
 from btm_scale.forest.removed import note_removal
+from btm_scale.run import grow
 from btm_scale.run.grow import branch_expert, remove_from_forest
 from btm_scale.run_dir import RunDir
 from btm_scale.train.jobs import training_job
@@ -130,6 +133,22 @@ def test_an_expert_that_is_trained_or_in_training_keeps_its_parents(run: RunDir,
         branch(run, "recipes", {"python": 1.0})
     assert branch(run, "recipes", "seed") == (first, None)  # a batch job that is given again
     assert files(run) == before
+
+
+def test_a_new_domain_is_in_the_config_once_its_text_is_prepared(
+    run: RunDir, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group that starts meanwhile would score it too."""
+    domains = list[int]()
+
+    def prepare_later(*arguments: Any) -> None:
+        domains.append(len(RunConfig.load(run.config).added_domains))
+        prepare(*arguments)
+
+    monkeypatch.setattr(grow, "prepare", prepare_later)
+    branch(run, "recipes", "seed", text)
+    assert domains == [0]
+    assert list(RunConfig.load(run.config).added_domains) == ["recipes"]
 
 
 def test_a_failed_branch_leaves_the_run_unchanged(run: RunDir, text: Path, tmp_path: Path) -> None:

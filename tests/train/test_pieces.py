@@ -12,6 +12,7 @@ from btm_scale.model.families import FAMILIES
 from btm_scale.model.hf_names import cut, table, to_huggingface
 from btm_scale.model.hf_weights import huggingface_shapes
 from btm_scale.model.shape import ModelShape
+from btm_scale.train import pieces as pieces_module
 from btm_scale.train.pieces import Placement, Span
 
 
@@ -30,6 +31,12 @@ def full_tensors(shape: ModelShape, tensor: int) -> dict[str, torch.Tensor]:
         size = (rows, *tail)
         result[entry.megatron] = torch.arange(torch.Size(size).numel()).view(size)
     return result
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let small matrices have many tiles, some as narrow as a column."""
+    monkeypatch.setattr(pieces_module, "_TILE", 100)
 
 
 @pytest.mark.parametrize("complete", [False, True], ids=["own part", "complete shard"])
@@ -52,7 +59,8 @@ def test_the_parts_of_all_ranks_are_every_element_once(family: str, tensor: int,
             for index, (start, stop) in enumerate(itertools.pairwise(bounds)):
                 pieces = placement.share(index, parts) if complete else placement.pieces(start, stop)
                 for piece in pieces:
-                    values = piece.of(flat if complete else flat[start:stop]).view(piece.span.count, piece.span.length)
+                    tiles = piece.tiles(flat if complete else flat[start:stop])
+                    values = torch.cat(list(tiles)).view(piece.span.count, piece.span.length)
                     for begin, run in zip(piece.span.starts, values, strict=True):
                         placed[piece.name][begin : begin + len(run)] = run
                     written += piece.span.elements

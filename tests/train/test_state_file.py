@@ -43,7 +43,7 @@ def write(folder: Path, ranks: int, *, leave_out: int | None = None) -> list[Wri
             span = span_of(value.shape, index, ranks)
             if span.elements and (index != leave_out or value.dim() == 2):
                 at = [start + i for start in span.starts for i in range(span.length)]
-                writer.write(name, span, {kind: BY_KIND[kind][name].reshape(-1)[at] for kind in KINDS})
+                writer.write(name, span, {kind: BY_KIND[kind][name].reshape(-1)[at].split(5) for kind in KINDS})
     parts = [writer.finish() for writer in writers]
     writers[0].publish(parts)
     return parts
