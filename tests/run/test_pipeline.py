@@ -35,7 +35,9 @@ def test_a_group_scores_with_the_config_that_its_command_read(
     config, run = handmade[0], RunDir(tmp_path / "run")
     shutil.copytree(handmade[1].root, run.root)
     text = tmp_path / "recipes.jsonl"
-    text.write_text("\n".join(json.dumps({"text": f"recipe {number}: take {number} eggs. " * 40}) for number in range(99)))
+    text.write_text(
+        "\n".join(json.dumps({"text": f"recipe {number}: take {number} eggs. " * 40}) for number in range(99))
+    )
     started = list[GroupCommand]()
 
     def launcher(commands: Sequence[GroupCommand], on_poll: Callable[[dict[str, str]], None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from btm_scale.util.imports import torch
@@ -36,7 +37,12 @@ def add_weighted(total: Any, weight: float, array: Any) -> None:
     if _is_numpy(total):
         _add_product(total, weight, array)
     else:
-        add_outer(total[None], torch.tensor([weight], dtype=torch.float64), array)
+        add_outer(total[None], _as_tensor(weight), array)
+
+
+@lru_cache(maxsize=1024)
+def _as_tensor(weight: float) -> torch.Tensor:
+    return torch.tensor([weight], dtype=torch.float64)
 
 
 def add_outer(totals: torch.Tensor, weights: torch.Tensor, tensor: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ def linear(piece: Piece, *, normalize: float = 1.0) -> torch.Tensor:
     total = piece.zeros
     for tensor, weight in zip(piece.tensors, piece.weights, strict=True):
         add_weighted(total, weight, tensor)
-    if normalize:
+    if normalize and sum(piece.weights) != 1:
         total /= sum(piece.weights)
     return total
 

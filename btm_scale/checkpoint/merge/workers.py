@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
@@ -92,10 +93,11 @@ def _runner(targets: Sequence[Target], chunk_bytes: int) -> Runner:
 def merge_in_processes(outputs: Sequence[Output], jobs: int | None, *, chunk_bytes: int) -> None:
     """Merge all units on this host, in this process and `jobs` - 1 others."""
     # Threads wait for each other between the short steps of a piece, so processes are twice as fast.
-    forks = may_fork()
+    forks, large = may_fork(), any(plan.is_large for plan, _ in outputs)
     if jobs is None:
-        large = any(plan.is_large for plan, _ in outputs)
         jobs = min(visible_cores(), MOST) if forks and large else 1
+    if forks and large and jobs > 1:
+        importlib.import_module("torch")  # once, instead of in each forked process
     share = functools.partial(merge_share, outputs, size=jobs, chunk_bytes=chunk_bytes)
     with Bar(outputs) as bar:
         if jobs == 1:
