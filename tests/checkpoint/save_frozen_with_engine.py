@@ -13,12 +13,15 @@ import torch
 from helpers.worlds import fork_world, read_spec
 from safetensors.torch import save_file
 
+from btm_scale.distributed.cpu import leave_out_shared_memory_op
+
 
 def save(spec: dict[str, Any]) -> None:
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
     from transformers import AutoModelForCausalLM
 
+    leave_out_shared_memory_op()  # it never removes its buffers from /dev/shm
     deepspeed.init_distributed("gloo", verbose=False)
     for name, (stage, exclude) in spec["checkpoints"].items():
         model = AutoModelForCausalLM.from_pretrained(spec["base"], dtype=torch.float32)
