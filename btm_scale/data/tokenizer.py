@@ -170,7 +170,8 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray[Any, Any]]:
         """See Tokenizer."""
         with self._failures("encode", texts):
-            return [np.array(ids, dtype=np.int32) for ids in self._model.encode(list(texts), num_threads=1)]
+            ids: list[np.ndarray[Any, Any]] = self._model.encode(list(texts), num_threads=1, return_type="numpy")
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""

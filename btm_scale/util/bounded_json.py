@@ -41,7 +41,7 @@ def parse_json(content: bytes, *, unique_keys: bool = True, unicode: bool = True
     With `unicode`, text must be valid Unicode; otherwise it may have lone surrogates, as the names of files do. Raises
     `ValueError` with a reason that completes "the file is ...".
     """
-    if _marks(content) > _MAX_VALUES and _marks_outside_strings(content) > _MAX_VALUES:
+    if _has_more_marks(content, _MAX_VALUES):
         raise ValueError(f"larger than {_MAX_VALUES:,} JSON values")
     try:
         text = content.decode("utf-8")
@@ -74,8 +74,11 @@ def shown(value: object, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
-def _marks(content: bytes) -> int:
-    return content.count(b",") + content.count(b"[") + content.count(b"{")
+def _has_more_marks(content: bytes, most: int) -> bool:
+    """Whether `content` has more than `most` of `,`, `[` and `{` outside strings."""
+    if len(content) <= most or content.count(b",") + content.count(b"[") + content.count(b"{") <= most:
+        return False
+    return _marks_outside_strings(content) > most
 
 
 def _marks_outside_strings(content: bytes) -> int:
