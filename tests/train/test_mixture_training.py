@@ -60,21 +60,23 @@ def name_of(layout: dict[str, Any]) -> str:
     return "-".join(map(str, layout.values()))
 
 
-def in_worlds(folder: Path, layouts: list[dict[str, Any]], balance: float, micro_batch: int) -> list[dict[str, Any]]:
+def in_worlds(
+    folder: Path, layouts: list[dict[str, Any]], balance: float, micro_batch: int, **more: Any
+) -> list[dict[str, Any]]:
     """One spec for each number of ranks."""
     by_ranks: dict[int, dict[str, dict[str, Any]]] = {}
     for layout in layouts:
         ranks = layout["tensor"] * layout["data"]
         by_ranks.setdefault(ranks, {})[name_of(layout)] = layout | {"micro_batch": micro_batch}
-    return [spec(folder, some, balance) for some in by_ranks.values()]
+    return [spec(folder, some, balance, **more) for some in by_ranks.values()]
 
 
-def assert_same_losses(results: Trained, expected: str) -> None:
+def assert_same_losses(results: Trained, expected: str, tolerance: float = 1e-5) -> None:
     reference = results[expected]["losses"]
     assert len(reference) == STEPS
     assert reference[-1] < reference[0] - 0.3, "the reference must learn something"
     for name, tensors in results.items():
-        assert tensors["losses"].tolist() == pytest.approx(reference.tolist(), abs=1e-5), name
+        assert tensors["losses"].tolist() == pytest.approx(reference.tolist(), abs=tolerance), name
 
 
 def test_a_mixture_has_the_losses_of_one_rank_in_every_layout_and_resumes_with_the_same_bits(tmp_path: Path) -> None:
@@ -97,6 +99,26 @@ def test_every_layout_of_the_matrix_has_the_losses_of_one_rank(
     balance: float, micro_batch: int, tmp_path: Path
 ) -> None:
     results = trained(in_worlds(tmp_path / "layouts", MATRIX, balance, micro_batch), tmp_path)
+    assert_same_losses(results, f"layouts/{name_of(ONE)}")
+
+
+@pytest.mark.full
+def test_layouts_in_bf16_have_the_losses_of_one_rank_to_its_rounding(tmp_path: Path) -> None:
+    layouts = [{**one, "precision": "bf16"} for one in (ONE, *QUICK, {"tensor": 1, "data": 2, "zero": 0})]
+    results = trained(in_worlds(tmp_path / "layouts", layouts, 0.01, 2), tmp_path)
+    assert_same_losses(results, f"layouts/{name_of(layouts[0])}", tolerance=2e-2)
+
+
+@pytest.mark.full
+def test_experts_that_no_token_of_a_rank_uses_change_no_loss_and_stop_no_rank(tmp_path: Path) -> None:
+    # 16 tokens in a micro-batch, one of 16 experts each: many experts are unused, other ones on each rank.
+    layouts = [
+        ONE,
+        *({"tensor": 1, "data": 2, "zero": zero} for zero in (0, 2, 3)),
+        {"tensor": 2, "data": 1, "zero": 3},
+    ]
+    sparse = SHAPE | {"experts": 16, "top_k": 1}
+    results = trained(in_worlds(tmp_path / "layouts", layouts, 0.0, 1, shape=sparse), tmp_path)
     assert_same_losses(results, f"layouts/{name_of(ONE)}")
 
 
