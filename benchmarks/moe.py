@@ -21,24 +21,24 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from environment import describe
-from moe_upcycle import measure_upcycling
 
 import btm_scale.configs
+from btm_scale.config.moe import MoeConfig
 from btm_scale.config.run import RunConfig
 from btm_scale.config.yaml import dump_yaml, load_yaml
 from btm_scale.data.demo_text import write_installed_text
 from btm_scale.evaluate.results import load_results
-from btm_scale.forest.router import ROUTERS
 from btm_scale.forest.scores import Scores
 from btm_scale.run_dir import MOE, SEED, RunDir
 
 RESULT = Path(__file__).parent / "results" / "moe.json"
 BYTES_PER_DOMAIN = 3_000_000  # as `btm-scale demo` writes, whose finished runs may be moved to runs/moe/demo-SEED
 SHARES = (0.1, 0.2, 0.05, 0.4)  # of the budget, in joint training
+ROUTERS: tuple[str, ...] = get_args(MoeConfig.model_fields["router"].annotation)
 FORESTS = ("demo-1", "demo-2", "demo-3", "eight-1")
 FOREST, MLPS, DENSE, UPCYCLE = "forest", "mlps", "dense", "upcycle"
 # Minutes on two idle cores: of the demo's forest, and of eight domains.
@@ -174,9 +174,15 @@ def forests(options: argparse.Namespace) -> Iterator[Forest]:
 def all_units(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
     """Return the measurements by name, the most valuable first within a forest."""
     named = {f"{forest.name}/{name}": unit for forest in forests(options) for name, unit in forest.recipes().items()}
+    return {**named, UPCYCLE: lambda: _upcycling(options)}
+
+
+def _upcycling(options: argparse.Namespace) -> dict[str, Any]:
+    from moe_upcycle import measure_upcycling
+
     if options.smoke:
-        return {**named, UPCYCLE: lambda: measure_upcycling(options.out, billions=0.01, vocabulary=512, rounds=1)}
-    return {**named, UPCYCLE: lambda: measure_upcycling(options.out)}
+        return measure_upcycling(options.out, billions=0.01, vocabulary=512, rounds=1)
+    return measure_upcycling(options.out)
 
 
 def minutes(unit: str) -> float:

@@ -109,7 +109,7 @@ def mixture_sentence(results: Results) -> str:
     against = ratio(results, MOE, ENSEMBLE, training_domains(results))
     if against is None:
         return ""
-    verdict = "routing each sequence by the posterior" if against.value > 1 else "routing each token"
+    verdict = "routing by the posterior" if against.value > 1 else "routing each token"
     verdict = "neither is better" if _same(against.value) else f"{verdict} wins"
     return (
         f"The mean perplexity of the mixture of experts over {count(against.domains, 'domain')} is "

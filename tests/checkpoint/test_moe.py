@@ -207,9 +207,9 @@ def test_inputs_that_make_no_mixture_are_refused_and_nothing_is_left(
         assert sorted(tmp_path.iterdir()) == before
 
 
-def moe_recipe(folder: Path, base: Path, experts: list[Path], **changes: Any) -> Path:
+def moe_recipe(folder: Path, base: Path, models: list[Path], **changes: Any) -> Path:
     values = {"base_model": str(base), "gate_mode": "random", "experts_per_token": 1}
-    sources = [{"source_model": str(path), "positive_prompts": ["a prompt"]} for path in experts]
+    sources = [{"source_model": str(path), "positive_prompts": ["a prompt"]} for path in models]
     path = folder / "moe.yaml"
     path.write_text(json.dumps(values | {"experts": sources} | changes))
     return path

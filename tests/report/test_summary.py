@@ -61,7 +61,7 @@ def test_the_headline_without_dense_without_ensemble_and_without_anything(make_r
 @pytest.mark.parametrize(
     ("share", "said"),
     [
-        (1.08, "is 1.200 times the ensemble's: routing each sequence by the posterior wins."),
+        (1.08, "is 1.200 times the ensemble's: routing by the posterior wins."),
         (0.81, "is 0.900 times the ensemble's: routing each token wins."),
         (0.9, "is the same as the ensemble's: neither is better."),
     ],

@@ -168,6 +168,7 @@ def test_an_interrupted_upcycle_resumes_with_the_remaining_tensors_and_has_the_s
     expected = files_of(directory)
     shutil.rmtree(directory)
     monkeypatch.setattr(workers, "_NOTE_EVERY", 1)
+    monkeypatch.setattr(workers, "MOST", 1)
     merge_unit, merged = UnitRunner.__call__, list[str]()
 
     def stopping(self: UnitRunner, unit: Any) -> Any:
