@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -77,12 +78,8 @@ class Forest:
 
     def recipes(self) -> dict[str, Callable[[], dict[str, Any]]]:
         """Return the measurements by name, the most valuable first."""
-        routers: dict[str, Callable[[], dict[str, Any]]] = {
-            f"router-{router}": lambda router=router: self._router(router) for router in ROUTERS
-        }
-        joint: dict[str, Callable[[], dict[str, Any]]] = {
-            f"joint-{share:g}": lambda share=share: self._joint(share) for share in self.shares
-        }
+        routers = {f"router-{router}": partial(self._router, router) for router in ROUTERS}
+        joint = {f"joint-{share:g}": partial(self._joint, share) for share in self.shares}
         return {FOREST: self._make, **routers, MLPS: self._mlp_experts, **joint, DENSE: self._longer_dense}
 
     def _make(self) -> dict[str, Any]:
@@ -110,10 +107,10 @@ class Forest:
         """Train the experts' MLPs alone from the same seed LM, and make a mixture without training it."""
         for part in ("data", "tokenizer", SEED, f"train/{SEED}", f"scores/{SEED}"):
             if not (target := self.mlps.root / part).exists():
-                partial = target.with_name(f".{target.name}.part")
-                shutil.rmtree(partial, ignore_errors=True)
-                shutil.copytree(self.run.root / part, partial)
-                partial.rename(target)
+                unfinished = target.with_name(f".{target.name}.part")
+                shutil.rmtree(unfinished, ignore_errors=True)
+                shutil.copytree(self.run.root / part, unfinished)
+                unfinished.rename(target)
         only = [f"experts.{name}.train=mlp" for name in RunConfig.load(self.run.config).domains]
         self._train(self.mlps, *only, "moe.train.budget_share=0", "baselines.dense=false")
         return figures(self.mlps)
@@ -122,10 +119,10 @@ class Forest:
         number = self.name.rpartition("-")[2]
         text = self.text or self.run.root / "text"
         if self.text is None and not text.is_dir():
-            partial = text.with_name("text.part")
-            shutil.rmtree(partial, ignore_errors=True)
-            write_installed_text(partial, bytes_per_domain=BYTES_PER_DOMAIN)
-            partial.rename(text)
+            unfinished = text.with_name("text.part")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            write_installed_text(unfinished, bytes_per_domain=BYTES_PER_DOMAIN)
+            unfinished.rename(text)
         settings = [f"random_seed={number}", f"text_root={text}", *changes]
         _btm("run", self.config, "--out", run.root, *(word for one in settings for word in ("--set", one)))
 
@@ -212,9 +209,9 @@ def measure(names: Sequence[str], known: Mapping[str, Callable[[], dict[str, Any
         document["units"][name] = {"seconds": round(time.monotonic() - begin), **measured}
         document["environment"] = describe()
         result.parent.mkdir(parents=True, exist_ok=True)
-        partial = result.with_suffix(".part")
-        partial.write_text(json.dumps(document, indent=1) + "\n")
-        partial.rename(result)
+        unfinished = result.with_suffix(".part")
+        unfinished.write_text(json.dumps(document, indent=1) + "\n")
+        unfinished.rename(result)
         print(f"{name}: {document['units'][name]['seconds']} s", flush=True)
 
 
@@ -236,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             state = (
                 f"measured in {done[name]['seconds'] / 60:.1f} min" if name in done else f"about {minutes(name):g} min"
             )
-            print(f"{name:24} {state}")
+            print(f"{name:28} {state}")
         return
     names = chosen(options.units, known)
     if options.corpora is None and any(name.startswith("eight") for name in names):
