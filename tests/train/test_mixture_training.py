@@ -142,7 +142,7 @@ def test_experts_that_no_token_of_a_rank_uses_change_no_loss_and_stop_no_rank(tm
         {"tensor": 2, "data": 1, "zero": 3},
     ]
     sparse = SHAPE | {"experts": 16, "top_k": 1}
-    results = trained(in_worlds(tmp_path / "layouts", layouts, 0.0, 1, shape=sparse, sequences=4), tmp_path)
+    results = trained(in_worlds(tmp_path / "layouts", layouts, 0.0, 1, shape=sparse), tmp_path)
     assert_same_losses(results, f"layouts/{name_of(ONE)}")
 
 
