@@ -1,144 +1,244 @@
-"""The demo's forest as one mixture of experts: routers without training, MLP-only experts, and joint training.
+"""The forest as one mixture of experts: untrained routers, MLP-only experts, joint training, and speed of upcycling.
 
-    python benchmarks/moe.py [--seeds 1 2 3] [--out runs/moe] [--list] [UNIT ...]
+    python benchmarks/moe.py --list                      # every unit, minutes on two cores, and whether it is measured
+    python benchmarks/moe.py --units 'demo-1/*' upcycle  # some units, in the order of the list
+    python benchmarks/moe.py --smoke                     # every kind of unit at toy size, into another file
 
-Each unit takes a few minutes on two cores, and writes its figures to benchmarks/results/moe.json when it ends. Units
-that are in the file are not measured again; an interrupted one resumes. Run `forest-SEED` before the others of a seed.
+A unit is a recipe of one forest, such as `demo-1/joint-0.1`: the demo's forest with random seed 1 and 10% more tokens.
+`eight-1` is the forest of configs/eight_domains.yaml, whose text is in --corpora. A unit's figures are written to
+benchmarks/results/moe.json when it ends; those in the file are not measured again, and an interrupted unit resumes.
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from environment import describe
 
 import btm_scale.configs
+from btm_scale.config.moe import MoeConfig
 from btm_scale.config.run import RunConfig
+from btm_scale.config.yaml import dump_yaml, load_yaml
 from btm_scale.data.demo_text import write_installed_text
 from btm_scale.evaluate.results import load_results
-from btm_scale.forest.router import ROUTERS
-from btm_scale.run_dir import DENSE, MOE, SEED, RunDir
+from btm_scale.forest.scores import Scores
+from btm_scale.run_dir import MOE, SEED, RunDir
 
 RESULT = Path(__file__).parent / "results" / "moe.json"
-CONFIG = Path(btm_scale.configs.__file__).parent / "demo.yaml"
-SHARES = (0.05, 0.1, 0.2)
-BYTES_PER_DOMAIN = 3_000_000  # as `btm-scale demo` writes
+BYTES_PER_DOMAIN = 3_000_000  # as `btm-scale demo` writes, whose finished runs may be moved to runs/moe/demo-SEED
+SHARES = (0.1, 0.2, 0.05, 0.4)  # of the budget, in joint training
+ROUTERS: tuple[str, ...] = get_args(MoeConfig.model_fields["router"].annotation)
+FORESTS = ("demo-1", "demo-2", "demo-3", "eight-1")
+FOREST, MLPS, DENSE, UPCYCLE = "forest", "mlps", "dense", "upcycle"
+# Minutes on two idle cores: of the demo's forest, and of eight domains.
+MINUTES = {FOREST: (9, 26), "router": (0.7, 2), MLPS: (5, 16), "joint": (3, 10), DENSE: (11, 40), UPCYCLE: (6, 6)}
+SMALL = {
+    "name": "smoke",
+    "domains": ("python", "licences"),
+    "tokenizer": {"vocab_size": 512},
+    "model": {"family": "llama", "layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2, "ffn": 96},
+    "data": {"dev": 0.1, "test": 0.1, "workers": 1},
+    "budget": {"tokens": 24 * 1024, "seed_share": 0.5, "sequence_length": 64, "batch_tokens": 1024},
+    "layout": {"micro_batch": 4},
+    "evaluate": {"tokens_per_domain": 2048, "dev_blocks": 10, "averages": ["uniform"]},
+}
 
 
+@dataclass(frozen=True)
 class Forest:
-    """The runs of one random seed."""
+    """The runs of one config and random seed: complete experts in `run`, and experts that train their MLPs alone."""
 
-    def __init__(self, folder: Path, random_seed: int) -> None:
-        self.run, self.mlps = RunDir(folder / f"{random_seed}"), RunDir(folder / f"{random_seed}-mlps")
-        self._overrides = [f"random_seed={random_seed}", f"text_root={folder / 'text'}"]
-        self._text = folder / "text"
+    name: str
+    folder: Path
+    config: Path
+    text: Path | None  # None: that of this installation, in the run's folder
+    shares: Sequence[float] = SHARES
 
-    def make(self) -> dict[str, Any]:
-        """Train seed, dense and complete experts."""
-        if not self._text.is_dir():
-            partial = self._text.with_name("text.part")
-            shutil.rmtree(partial, ignore_errors=True)
-            write_installed_text(partial, bytes_per_domain=BYTES_PER_DOMAIN)
-            partial.rename(self._text)
-        self._btm("run", CONFIG, "--out", self.run.root, *self._settings())
-        return means(self.run)
+    @property
+    def run(self) -> RunDir:
+        """The run of complete experts."""
+        return RunDir(self.folder / self.name)
 
-    def routers(self) -> dict[str, Any]:
-        """Compare the routers of a mixture that is not trained."""
-        perplexities = {}
-        for router in ROUTERS:
-            self._btm("upcycle", self.run.root, "--router", router)
-            self._btm("evaluate", self.run.root)
-            perplexities[router] = means(self.run)[MOE]
-        return perplexities
+    @property
+    def mlps(self) -> RunDir:
+        """The run of experts that train their MLPs alone."""
+        return RunDir(self.folder / f"{self.name}-mlps")
 
-    def joint(self, share: float) -> dict[str, Any]:
+    def recipes(self) -> dict[str, Callable[[], dict[str, Any]]]:
+        """Return the measurements by name, the most valuable first."""
+        routers = {f"router-{router}": partial(self._router, router) for router in ROUTERS}
+        joint = {f"joint-{share:g}": partial(self._joint, share) for share in self.shares}
+        return {FOREST: self._make, **routers, MLPS: self._mlp_experts, **joint, DENSE: self._longer_dense}
+
+    def _make(self) -> dict[str, Any]:
+        """Train seed LM, dense baseline and complete experts."""
+        self._train(self.run)
+        return figures(self.run)
+
+    def _router(self, router: str) -> dict[str, Any]:
+        """Upcycle the complete experts without training."""
+        _btm("upcycle", self.run.root, "--router", router)
+        return {"perplexity": {MOE: mixture_perplexity(self.run)}}
+
+    def _joint(self, share: float) -> dict[str, Any]:
         """Train the mixture of complete experts jointly."""
-        self._btm("run", CONFIG, "--out", self.run.root, *self._settings(f"moe.train.budget_share={share}"))
-        return means(self.run)
+        self._train(self.run, f"moe.train.budget_share={share:g}")
+        return {"perplexity": {MOE: mixture_perplexity(self.run)}}
 
-    def mlp_experts(self) -> dict[str, Any]:
-        """Train the experts' MLPs alone from the same seed LM, and make a mixture without training it.
+    def _longer_dense(self) -> dict[str, Any]:
+        """Train dense baselines with the tokens of forest and joint training."""
+        factors = ",".join(f"{1 + share:g}" for share in sorted(self.shares))
+        self._train(self.run, f"baselines.dense_compute=[{factors}]")
+        return figures(self.run)
 
-        `gain kept` is the mixture's fraction of the nats that each domain's own expert gains over the seed LM.
-        """
+    def _mlp_experts(self) -> dict[str, Any]:
+        """Train the experts' MLPs alone from the same seed LM, and make a mixture without training it."""
         for part in ("data", "tokenizer", SEED, f"train/{SEED}", f"scores/{SEED}"):
-            if not (self.mlps.root / part).exists():
-                partial = self.mlps.root / f"{part}.part"
-                shutil.rmtree(partial, ignore_errors=True)
-                shutil.copytree(self.run.root / part, partial)
-                partial.rename(self.mlps.root / part)
-        names = RunConfig.load(CONFIG).domains
-        changes = [f"experts.{name}.train=mlp" for name in names]
-        changes += ["moe.train.budget_share=0", "baselines.dense=false"]
-        self._btm("run", CONFIG, "--out", self.mlps.root, *self._settings(*changes))
-        perplexities = means(self.mlps)
-        gain = np.log(perplexities[SEED]) - np.log(perplexities["own expert"])
-        return perplexities | {"gain kept": float((np.log(perplexities[SEED]) - np.log(perplexities[MOE])) / gain)}
+            if not (target := self.mlps.root / part).exists():
+                unfinished = target.with_name(f".{target.name}.part")
+                shutil.rmtree(unfinished, ignore_errors=True)
+                shutil.copytree(self.run.root / part, unfinished)
+                unfinished.rename(target)
+        only = [f"experts.{name}.train=mlp" for name in RunConfig.load(self.run.config).domains]
+        self._train(self.mlps, *only, "moe.train.budget_share=0", "baselines.dense=false")
+        return figures(self.mlps)
 
-    def _settings(self, *changes: str) -> list[str]:
-        return [part for change in (*self._overrides, *changes) for part in ("--set", change)]
+    def _train(self, run: RunDir, *changes: str) -> None:
+        number = self.name.rpartition("-")[2]
+        text = self.text or self.run.root / "text"
+        if self.text is None and not text.is_dir():
+            unfinished = text.with_name("text.part")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            write_installed_text(unfinished, bytes_per_domain=BYTES_PER_DOMAIN)
+            unfinished.rename(text)
+        settings = [f"random_seed={number}", f"text_root={text}", *changes]
+        _btm("run", self.config, "--out", run.root, *(word for one in settings for word in ("--set", one)))
 
-    def _btm(self, *arguments: object) -> None:
-        subprocess.run([sys.executable, "-m", "btm_scale.cli", *map(str, arguments)], check=True)
+
+def _btm(*arguments: object) -> None:
+    subprocess.run([sys.executable, "-m", "btm_scale.cli", *map(str, arguments)], check=True)
 
 
-def means(run: RunDir) -> dict[str, Any]:
-    """Return mean perplexities over the training domains, by method."""
+def figures(run: RunDir) -> dict[str, Any]:
+    """Return perplexities by method and training domain, of the experts only `own` on their domains, and tokens."""
     results = load_results(run)
     domains = [name for name, domain in results.domains.items() if not domain.novel]
-    perplexities = {
-        method: float(np.mean([results.methods[method].perplexity[name] for name in domains]))
-        for method in (SEED, DENSE, "ensemble", "ensemble:tempered", "average:uniform", MOE)
-        if method in results.methods
+    perplexity = {
+        method: {domain: result.perplexity[domain] for domain in domains}
+        for method, result in results.methods.items()
+        if not method.startswith("expert:")
     }
-    own = [results.methods[f"expert:{name}"].perplexity[name] for name in domains]
-    return perplexities | {"own expert": float(np.mean(own))}
+    perplexity["own"] = {domain: results.methods[f"expert:{domain}"].perplexity[domain] for domain in domains}
+    tokens = {method: compute.tokens for method, compute in results.compute.items()}
+    return {"perplexity": perplexity, "tokens": {method: tokens[method] for method in perplexity if method in tokens}}
 
 
-def units(folder: Path, seeds: list[int]) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Return the measurements by name."""
-    named: dict[str, Callable[[], dict[str, Any]]] = {}
-    for seed in seeds:
-        forest = Forest(folder, seed)
-        named |= {f"forest-{seed}": forest.make, f"routers-{seed}": forest.routers, f"mlps-{seed}": forest.mlp_experts}
-        named |= {f"joint-{share:g}-{seed}": lambda share=share, forest=forest: forest.joint(share) for share in SHARES}
-    return named
+def mixture_perplexity(run: RunDir) -> dict[str, float]:
+    """Return the perplexity of the run's mixture by training domain, from its scores."""
+    config = RunConfig.load(run.config)
+    scores = {name: Scores.load(run.scores(MOE, name, config.evaluate.split)) for name in config.domains}
+    return {name: float(np.exp(-one.log_probs.mean(dtype=np.float64))) for name, one in scores.items()}
 
 
-def main() -> None:
-    """Take the measurements that the result lacks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("units", nargs="*", metavar="UNIT")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--out", type=Path, default=Path("runs/moe"))
-    parser.add_argument("--list", action="store_true")
-    options = parser.parse_args()
-    known = units(options.out.absolute(), options.seeds)
-    document = json.loads(RESULT.read_text()) if RESULT.is_file() else {"units": {}}
-    if options.list:
-        print("\n".join(f"{name}{' (measured)' if name in document['units'] else ''}" for name in known))
+def forests(options: argparse.Namespace) -> Iterator[Forest]:
+    """Yield the forests that can be trained here."""
+    configs = Path(btm_scale.configs.__file__).parent
+    if options.smoke:
+        values = load_yaml(configs / "demo.yaml") | SMALL
+        values["domains"] = {name: load_yaml(configs / "demo.yaml")["domains"][name] for name in SMALL["domains"]}
+        options.out.mkdir(parents=True, exist_ok=True)
+        dump_yaml(values, options.out / "smoke.yaml")
+        yield Forest(FORESTS[0], options.out, options.out / "smoke.yaml", None, SHARES[:1])
         return
-    for name in options.units or known:
+    for name in FORESTS:
+        is_demo = name.startswith("demo")
+        config = configs / ("demo.yaml" if is_demo else "eight_domains.yaml")
+        yield Forest(name, options.out, config, None if is_demo else options.corpora)
+
+
+def all_units(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Return the measurements by name, the most valuable first within a forest."""
+    named = {f"{forest.name}/{name}": unit for forest in forests(options) for name, unit in forest.recipes().items()}
+    return {**named, UPCYCLE: lambda: _upcycling(options)}
+
+
+def _upcycling(options: argparse.Namespace) -> dict[str, Any]:
+    from moe_upcycle import measure_upcycling
+
+    if options.smoke:
+        return measure_upcycling(options.out, billions=0.01, vocabulary=512, rounds=1)
+    return measure_upcycling(options.out)
+
+
+def minutes(unit: str) -> float:
+    """Return about how many minutes a unit takes on two idle cores."""
+    forest, _, recipe = unit.partition("/")
+    return MINUTES[recipe.partition("-")[0] or forest][forest.startswith("eight")]
+
+
+def chosen(patterns: Sequence[str], known: Mapping[str, Any]) -> list[str]:
+    """Return the units that match, each after its forest. Raises SystemExit for a pattern that matches none."""
+    for pattern in patterns:
+        if not fnmatch.filter(known, pattern):
+            raise SystemExit(f"'{pattern}' matches no unit. See --list.")
+    wanted = [name for name in known if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+    needed = {f"{name.partition('/')[0]}/{FOREST}" for name in wanted if "/" in name}
+    return [name for name in known if name in wanted or name in needed]
+
+
+def measure(names: Sequence[str], known: Mapping[str, Callable[[], dict[str, Any]]], result: Path) -> None:
+    """Measure the units that a result lacks, and write each as it ends."""
+    document = json.loads(result.read_text()) if result.is_file() else {"units": {}}
+    for name in names:
         if name in document["units"]:
             continue
         begin = time.monotonic()
-        figures = known[name]()
-        document["units"][name] = {"seconds": round(time.monotonic() - begin), "figures": figures}
+        measured = known[name]()
+        document["units"][name] = {"seconds": round(time.monotonic() - begin), **measured}
         document["environment"] = describe()
-        partial = RESULT.with_suffix(".part")
-        partial.write_text(json.dumps(document, indent=1) + "\n")
-        partial.rename(RESULT)
-        print(name, json.dumps(figures))
+        result.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = result.with_suffix(".part")
+        unfinished.write_text(json.dumps(document, indent=1) + "\n")
+        unfinished.rename(result)
+        print(f"{name}: {document['units'][name]['seconds']} s", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Take the measurements that the result lacks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--units", nargs="+", metavar="PATTERN", default=["demo-*", UPCYCLE])
+    parser.add_argument("--corpora", type=Path, help="text of configs/eight_domains.yaml, for eight-1/*")
+    parser.add_argument("--out", type=Path, help="for runs and models; default: runs/moe")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="toy sizes; default of --out: runs/moe-smoke")
+    options = parser.parse_args(arguments)
+    options.out = (options.out or Path("runs/moe-smoke" if options.smoke else "runs/moe")).absolute()
+    result = options.out / "moe.json" if options.smoke else RESULT
+    known = all_units(options)
+    if options.list:
+        done = json.loads(result.read_text())["units"] if result.is_file() else {}
+        for name in known:
+            state = (
+                f"measured in {done[name]['seconds'] / 60:.1f} min" if name in done else f"about {minutes(name):g} min"
+            )
+            print(f"{name:28} {state}")
+        return
+    names = chosen(options.units, known)
+    if options.corpora is None and any(name.startswith("eight") for name in names):
+        raise SystemExit("The forest of eight domains needs text: --corpora FOLDER with math.jsonl.gz and so on.")
+    measure(names, known, result)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from btm_scale.report.summary import (
     lowest,
     lowest_means,
     mean,
+    mixture_sentence,
     novel_domains,
     ordered_methods,
     perplexity,
@@ -88,7 +89,8 @@ def print_results(results: Results, console: Console) -> None:
         console.print("* over those domains only that the method has", style="dim")
     for note in results.notes:
         console.print(printable(note), markup=False, highlight=False)
-    console.print(printable(headline(results)), markup=False, highlight=False)
+    for sentence in filter(None, (headline(results), mixture_sentence(results))):
+        console.print(printable(sentence), markup=False, highlight=False)
 
 
 def _narrow_tables(results: Results, console: Console) -> list[Table]:

@@ -24,6 +24,7 @@ from btm_scale.report.summary import (
     experts,
     flops_text,
     mean,
+    mixture_sentence,
     novel_domains,
     ordered_methods,
     perplexity,
@@ -114,7 +115,7 @@ def _results(results: Results) -> Section:
     return Section(
         "Perplexity",
         _ratios(results),
-        [notes if some_partial else notes.partition(" *")[0]],
+        [notes if some_partial else notes.partition(" *")[0], *filter(None, [mixture_sentence(results)])],
         method_table(results, "perplexity", "Perplexity by method and domain"),
         method_table(results, "bits_per_byte", "Bits per byte by method and domain"),
         {general_label(method): meaning(method) for method in ordered_methods(results) if meaning(method)},

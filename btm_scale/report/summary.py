@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from btm_scale.evaluate.results import Measure, Results
 from btm_scale.forest.methods import ENSEMBLE, EXPERT, label, place
-from btm_scale.run_dir import DENSE, SEED
+from btm_scale.run_dir import DENSE, MOE, SEED
 
 NOTHING = "\u2013"  # written where there is no number
 
@@ -102,6 +102,19 @@ def headline(results: Results) -> str:
     sentence += f", {_times(against.value)} the dense baseline's{_at_what_compute(results)}"
     sentence += ": worse than one dense model." if against.value > 1 and not _same(against.value) else "."
     return sentence + _headline_on_novel(results)
+
+
+def mixture_sentence(results: Results) -> str:
+    """Whether the mixture of experts or the ensemble has the lower mean perplexity; '' without either."""
+    against = ratio(results, MOE, ENSEMBLE, training_domains(results))
+    if against is None:
+        return ""
+    verdict = "routing by the posterior" if against.value > 1 else "routing each token"
+    verdict = "neither is better" if _same(against.value) else f"{verdict} wins"
+    return (
+        f"The mean perplexity of the mixture of experts over {count(against.domains, 'domain')} is "
+        f"{_times(against.value)} the ensemble's: {verdict}."
+    )
 
 
 def _headline_without_ensemble(results: Results, domains: Sequence[str]) -> str:

@@ -28,7 +28,6 @@ from btm_scale.forest.shared_tensors import share_the_rest
 from btm_scale.forest.turns import current_config, evaluating, scoring, using
 from btm_scale.model.hf_config import read_shape
 from btm_scale.model.shape import ModelShape
-from btm_scale.run.pipeline import score_models
 from btm_scale.run_dir import MOE, RunDir
 from btm_scale.util.disk_errors import writing
 from btm_scale.util.files import make_directory, publish_directory, write_file
@@ -74,6 +73,13 @@ def upcycle(
         with scoring(run):
             score_models(config, run, [MOE])
         return made
+
+
+def score_models(config: RunConfig, run: RunDir, models: Sequence[str]) -> None:
+    """Score models of a run as the pipeline does. Its engine is imported here, so that merging needs less memory."""
+    from btm_scale.run import pipeline
+
+    pipeline.score_models(config, run, models)
 
 
 def make_mixture(

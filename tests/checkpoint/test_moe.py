@@ -18,7 +18,7 @@ from btm_scale.checkpoint.convert import convert
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.inspect import inspect
 from btm_scale.checkpoint.merge import workers
-from btm_scale.checkpoint.merge.merge import merge
+from btm_scale.checkpoint.merge.merge import merge, merge_by_recipe
 from btm_scale.checkpoint.merge.moe import Ingredients, names_of
 from btm_scale.cli.app import main
 from btm_scale.config.model import ModelConfig
@@ -205,6 +205,56 @@ def test_inputs_that_make_no_mixture_are_refused_and_nothing_is_left(
         with pytest.raises(CheckpointError, match=message):
             merge(tmp_path / "out", inputs, **{"method": "moe", **settings})
         assert sorted(tmp_path.iterdir()) == before
+
+
+def moe_recipe(folder: Path, base: Path, models: list[Path], **changes: Any) -> Path:
+    values = {"base_model": str(base), "gate_mode": "random", "experts_per_token": 1}
+    sources = [{"source_model": str(path), "positive_prompts": ["a prompt"]} for path in models]
+    path = folder / "moe.yaml"
+    path.write_text(json.dumps(values | {"experts": sources} | changes))
+    return path
+
+
+@pytest.mark.parametrize("base_is_an_expert", [False, True])
+def test_a_recipe_of_mergekit_moe_takes_all_but_the_mlps_from_its_base(
+    models: dict[str, list[Path]], base_is_an_expert: bool, tmp_path: Path
+) -> None:
+    first, second, other = models["llama"]
+    base = second if base_is_an_expert else other
+    report = merge_by_recipe(tmp_path / "moe", moe_recipe(tmp_path, base, [first, second, first]))
+    mixture = load_file(tmp_path / "moe/model.safetensors")
+    rest = load_file(base / "model.safetensors")
+    assert all(mixture[name].equal(tensor) for name, tensor in rest.items() if ".mlp." not in name)
+    for number, path in enumerate((first, second, first)):
+        ours = mixture[f"model.layers.0.block_sparse_moe.experts.{number}.w2.weight"]
+        assert ours.equal(load_file(path / "model.safetensors")["model.layers.0.mlp.down_proj.weight"])
+    config = json.loads((tmp_path / "moe/config.json").read_text())
+    assert (config["num_experts_per_tok"], config["expert_names"]) == (1, ["llama0", "llama1", "llama0-2"])
+    again = merge_by_recipe(tmp_path / "again", tmp_path / "moe/merge_recipe.yaml")
+    assert again.content_hash == report.content_hash
+    assert merge_by_recipe(tmp_path / "again", tmp_path / "moe/merge_recipe.yaml").already_complete
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gate_mode": "hidden"}, r"gate_mode is 'hidden'.*--router FILE"),
+        ({"shared_experts": []}, r"shared_experts is not supported. Mixtral and Qwen3Moe have no shared expert"),
+        ({"experts": [{"source_model": "a", "residual_scale": 0.1}]}, r"experts\.0\.residual_scale is not supported"),
+        ({"experts": []}, "experts "),
+        ({"experts_per_token": 4}, "top_k is 4 and there are 3 experts"),
+        ({"experts_per_tok": 1}, "experts_per_tok is unknown. Did you mean 'experts_per_token'"),
+        ({"architecture": "deepseek"}, "architecture is 'deepseek'"),
+        ({"base_model": "nowhere"}, "nowhere"),
+    ],
+)
+def test_a_recipe_of_mergekit_moe_that_makes_no_mixture_is_refused(
+    models: dict[str, list[Path]], changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    recipe = moe_recipe(tmp_path, models["llama"][0], models["llama"], **changes)
+    with pytest.raises(CheckpointError, match=message):
+        merge_by_recipe(tmp_path / "moe", recipe)
+    assert list(tmp_path.iterdir()) == [recipe]
 
 
 def test_models_in_directories_of_one_name_are_numbered() -> None:

@@ -24,6 +24,14 @@ HUGGINGFACE_SIZES = {
 WEIGHTS = [0.3, 1.0, 0.7, 2.0]  # of the four `models`
 
 
+def learnable_text(step: int, sequences: int, positions: int, vocabulary: int) -> torch.Tensor:
+    """Return the batch of a step [sequences, positions + 1]: text from which a tiny model learns in a few steps."""
+    draw = torch.Generator().manual_seed(step)
+    starts = torch.randint(0, vocabulary, (sequences, 1), generator=draw)
+    strides = torch.randint(1, 4, (sequences, 1), generator=draw)
+    return (starts + strides * torch.arange(positions + 1)) % vocabulary
+
+
 def random_weights(seed: int, dtype: torch.dtype = torch.bfloat16, hidden: int = 16) -> dict[str, torch.Tensor]:
     """Return a few tensors of different ranks and odd sizes, one of them boolean."""
     draw = torch.Generator().manual_seed(seed)

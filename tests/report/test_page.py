@@ -204,3 +204,8 @@ def test_the_page_is_the_same_every_time_and_replaces_the_old_one_whole(config, 
         write_page(config, make_results(), _curves("seed"), path)
     assert path.read_text() == render_page(config, make_results(), _curves("seed"))
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]
+
+
+def test_the_page_says_whether_the_mixture_of_experts_beats_the_ensemble(config, make_results):
+    page = Page(render_page(config, make_results(shares={"ensemble": 0.9, "moe": 0.81}), {}))
+    assert "is 0.900 times the ensemble's: routing each token wins." in " ".join(page.words)

@@ -52,3 +52,8 @@ def test_a_narrow_terminal_gets_several_whole_tables(make_results):
 
 def test_names_are_text_and_no_markup(make_results):
     assert "[bold red]x" in _printed(make_results(training=("[bold red]x", "b")))
+
+
+def test_the_last_line_compares_the_mixture_of_experts_with_the_ensemble(make_results):
+    text = _printed(make_results(shares={"dense": 1.0, "ensemble": 0.9, "moe": 0.99}))
+    assert text.splitlines()[-1].endswith("is 1.100 times the ensemble's: routing by the posterior wins.")

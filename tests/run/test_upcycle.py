@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.handmade_run import DOMAINS
 from helpers.warm import Warm
 from safetensors.torch import load_file, save_file
 
 from btm_scale.checkpoint.hashing import content_hash
+from btm_scale.checkpoint.merge import workers
+from btm_scale.checkpoint.merge.runner import UnitRunner
 from btm_scale.cli.app import main
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ForestError
@@ -26,10 +29,12 @@ from btm_scale.forest.expert import CARD, read_expert
 from btm_scale.forest.router import ROUTERS, fitted
 from btm_scale.forest.router_sums import LayerSums
 from btm_scale.forest.scores import evaluation_text
+from btm_scale.generate.loglikelihood import generator_of_method, score_continuations
 from btm_scale.model.hf_decoder import Decoder
 from btm_scale.run import upcycle as module
 from btm_scale.run.upcycle import Recipe, upcycle
 from btm_scale.run_dir import MOE, RunDir, finished_models
+from btm_scale.serve.catalog import catalog_of
 
 Run = tuple[RunConfig, RunDir]
 WEIGHTS = "model.safetensors"
@@ -153,6 +158,43 @@ def test_what_fails_while_a_model_is_made_leaves_the_former_one(run: Run, monkey
     made = upcycle(*run, Recipe())
     assert read_expert(run[1].model(MOE)).content_hash == made.card.content_hash
     assert [path.name for path in run[1].root.glob(".moe*")] == []
+
+
+def test_an_interrupted_upcycle_resumes_with_the_remaining_tensors_and_has_the_same_bytes(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = run[1].model(MOE)
+    upcycle(*run, Recipe())
+    expected = files_of(directory)
+    shutil.rmtree(directory)
+    monkeypatch.setattr(workers, "_NOTE_EVERY", 1)
+    monkeypatch.setattr(workers, "MOST", 1)
+    merge_unit, merged = UnitRunner.__call__, list[str]()
+
+    def stopping(self: UnitRunner, unit: Any) -> Any:
+        if len(merged) == 10:
+            raise KeyboardInterrupt
+        merged.append(unit.name)
+        return merge_unit(self, unit)
+
+    monkeypatch.setattr(UnitRunner, "__call__", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        upcycle(*run, Recipe())
+    assert not directory.exists()
+    merged += [""]
+    upcycle(*run, Recipe())
+    assert not set(merged[:9]) & set(merged[11:]), "the tenth may not have been noted"
+    assert files_of(directory) == expected
+
+
+def test_the_mixture_scores_continuations_and_is_served_like_any_model(run: Run) -> None:
+    upcycle(*run, Recipe(router="random"))
+    tokens = evaluation_text(*run, "docs", "test").tokens[:20]
+    generator = generator_of_method(*run, MOE)
+    [(score, _)] = score_continuations(generator, [(tokens[:10].tolist(), tokens[10:].tolist())])
+    log_probs = block_log_probs(Decoder.load(run[1].model(MOE)), tokens, np.zeros(1, np.int64))
+    assert score == pytest.approx(log_probs[9:].sum(), abs=1e-3)
+    assert MOE in catalog_of(DOMAINS, finished_models(run[1]), "expert", created=0).others
 
 
 def as_mlp_experts(run: RunDir, *, parent: str = "seed") -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from helpers.cuts import full
-from helpers.small_models import TINY_SHAPE
+from helpers.small_models import TINY_SHAPE, learnable_text
 from helpers.worlds import run_script
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from btm_scale.model.hf_config import config_json
 from btm_scale.model.moe import Router, take_routing, with_recorded_scale
+from btm_scale.model.shape import ModelShape
 
 SHAPE = {"family": "mixtral", **TINY_SHAPE, "tied": False, "experts": 4, "top_k": 2}
 STEPS = 20
@@ -60,36 +63,59 @@ def name_of(layout: dict[str, Any]) -> str:
     return "-".join(map(str, layout.values()))
 
 
-def in_worlds(folder: Path, layouts: list[dict[str, Any]], balance: float, micro_batch: int) -> list[dict[str, Any]]:
+def in_worlds(
+    folder: Path, layouts: list[dict[str, Any]], balance: float, micro_batch: int, **more: Any
+) -> list[dict[str, Any]]:
     """One spec for each number of ranks."""
     by_ranks: dict[int, dict[str, dict[str, Any]]] = {}
     for layout in layouts:
         ranks = layout["tensor"] * layout["data"]
         by_ranks.setdefault(ranks, {})[name_of(layout)] = layout | {"micro_batch": micro_batch}
-    return [spec(folder, some, balance) for some in by_ranks.values()]
+    return [spec(folder, some, balance, **more) for some in by_ranks.values()]
 
 
-def assert_same_losses(results: Trained, expected: str) -> None:
+def assert_same_losses(results: Trained, expected: str, tolerance: float = 1e-5) -> None:
     reference = results[expected]["losses"]
     assert len(reference) == STEPS
     assert reference[-1] < reference[0] - 0.3, "the reference must learn something"
     for name, tensors in results.items():
-        assert tensors["losses"].tolist() == pytest.approx(reference.tolist(), abs=1e-5), name
+        assert tensors["losses"].tolist() == pytest.approx(reference.tolist(), abs=tolerance), name
 
 
-def test_a_mixture_has_the_losses_of_one_rank_in_every_layout_and_resumes_with_the_same_bits(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """One rank, other layouts, and one of these that was stopped and resumed."""
+    folder = tmp_path_factory.mktemp("quick")
     # Weights that are pulled towards balance, by counts over ranks and micro-batches.
-    specs = in_worlds(tmp_path / "layouts", [ONE, *QUICK], 0.01, micro_batch=2)
+    specs = in_worlds(folder / "layouts", [ONE, *QUICK], 0.01, micro_batch=2)
     state = {"half": QUICK[0] | {"micro_batch": 2}}
-    specs.append(spec(tmp_path / "state", state, 0.01, save=STEPS // 2))
-    rest = spec(tmp_path / "state", {"resumed": state["half"]}, 0.01, save=STEPS // 2, begin={"resumed": "half"})
-    results = trained([*specs, rest], tmp_path)
-    resumed, half = results.pop("state/resumed"), results.pop("state/half")
-    assert_same_losses(results, f"layouts/{name_of(ONE)}")
-    complete = results[f"layouts/{name_of(QUICK[0])}"]
-    assert torch.equal(torch.cat([half["losses"], resumed.pop("losses")]), complete["losses"])
+    specs.append(spec(folder / "state", state, 0.01, save=STEPS // 2))
+    rest = spec(folder / "state", {"resumed": state["half"]}, 0.01, save=STEPS // 2, begin={"resumed": "half"})
+    return trained([*specs, rest], folder)
+
+
+def test_a_mixture_has_the_losses_of_one_rank_in_every_layout_and_resumes_with_the_same_bits(quick: Trained) -> None:
+    layouts = {name: tensors for name, tensors in quick.items() if name.startswith("layouts/")}
+    assert_same_losses(layouts, f"layouts/{name_of(ONE)}")
+    complete, resumed = layouts[f"layouts/{name_of(QUICK[0])}"], dict(quick["state/resumed"])
+    assert torch.equal(torch.cat([quick["state/half"]["losses"], resumed.pop("losses")]), complete["losses"])
     del resumed["bytes"]
     assert all(torch.equal(tensor, complete[name]) for name, tensor in resumed.items())
+
+
+def test_transformers_has_the_loss_of_a_trained_mixture(quick: Trained, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    shape = ModelShape.model_validate(SHAPE)
+    weights = {name: tensor for name, tensor in quick["state/half"].items() if name not in ("losses", "bytes")}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(config_json(shape, dtype="float32", end_of_text=None)))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    text = learnable_text(STEPS // 2 + 1, 8, shape.positions, shape.vocabulary)
+    with torch.no_grad():
+        logits = model(text[:, :-1]).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten())
+    assert quick["state/resumed"]["losses"][0] == pytest.approx(loss.item(), abs=2e-5)
 
 
 @pytest.mark.parametrize(("balance", "micro_batch"), [full(0.0, 8), full(0.01, 1)])
@@ -97,6 +123,26 @@ def test_every_layout_of_the_matrix_has_the_losses_of_one_rank(
     balance: float, micro_batch: int, tmp_path: Path
 ) -> None:
     results = trained(in_worlds(tmp_path / "layouts", MATRIX, balance, micro_batch), tmp_path)
+    assert_same_losses(results, f"layouts/{name_of(ONE)}")
+
+
+@pytest.mark.full
+def test_layouts_in_bf16_have_the_losses_of_one_rank_to_its_rounding(tmp_path: Path) -> None:
+    layouts = [{**one, "precision": "bf16"} for one in (ONE, *QUICK, {"tensor": 1, "data": 2, "zero": 0})]
+    results = trained(in_worlds(tmp_path / "layouts", layouts, 0.01, 2), tmp_path)
+    assert_same_losses(results, f"layouts/{name_of(layouts[0])}", tolerance=2e-2)
+
+
+@pytest.mark.full
+def test_experts_that_no_token_of_a_rank_uses_change_no_loss_and_stop_no_rank(tmp_path: Path) -> None:
+    # 16 tokens in a micro-batch, one of 16 experts each: many experts are unused, other ones on each rank.
+    layouts = [
+        ONE,
+        *({"tensor": 1, "data": 2, "zero": zero} for zero in (0, 2, 3)),
+        {"tensor": 2, "data": 1, "zero": 3},
+    ]
+    sparse = SHAPE | {"experts": 16, "top_k": 1}
+    results = trained(in_worlds(tmp_path / "layouts", layouts, 0.0, 1, shape=sparse), tmp_path)
     assert_same_losses(results, f"layouts/{name_of(ONE)}")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from helpers.small_models import learnable_text
 from helpers.worlds import fork_world, joined_anew, read_spec
 from safetensors.torch import save_file
 
@@ -60,12 +61,9 @@ def make_engine(group: ExpertGroup, spec: dict[str, Any]) -> Engine:
 
 
 def batch(group: ExpertGroup, engine: Engine, step: int) -> torch.Tensor:
-    """This data rank's part of the batch of a step: learnable text, so that the loss falls."""
-    generator = torch.Generator().manual_seed(step)
+    """This data rank's part of the batch of a step."""
     shape = engine.model.shape
-    starts = torch.randint(0, shape.vocabulary, (engine.job.sequences, 1), generator=generator)
-    strides = torch.randint(1, 4, (engine.job.sequences, 1), generator=generator)
-    sequences = (starts + strides * torch.arange(shape.positions + 1)) % shape.vocabulary
+    sequences = learnable_text(step, engine.job.sequences, shape.positions, shape.vocabulary)
     return sequences.chunk(group.layout.data)[group.data_rank]
 
 

@@ -35,17 +35,21 @@ class Ingredients:
     """What a mixture needs besides the models: the experts' names, and its router.
 
     `router` is a safetensors file with the tensors of the output's gates; None draws them. `shared`: the models
-    differ only in their MLPs, so that everything else is copied from the first.
+    differ only in their MLPs, so that everything else is copied from the first; `rest`, from another model.
     """
 
     names: tuple[str, ...]
     router: Path | None = None
     shared: bool = False
+    rest: Path | None = None
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a tensor of the mixture comes from: the input of this index, the mean of all, or the router."""
+    """Where a tensor of the mixture comes from: the input of this index, the mean of all, or the router.
+
+    The index behind that of the last input is the model that has everything but the MLPs.
+    """
 
     tensor: str
     source: int | Literal["mean", "router", "random"]
@@ -102,6 +106,9 @@ def mixture_of(
         raise CheckpointError(problem)
     by_megatron = {entry.megatron: entry.huggingface for entry in table(dense)}
     random = ingredients.router is None
+    rest: int | Literal["mean"] = "mean"
+    if ingredients.shared or ingredients.rest is not None:
+        rest = 0 if ingredients.rest is None else len(paths)
     origins: dict[str, Origin] = {}
     for entry in table(shape):
         expert = _EXPERT.fullmatch(entry.megatron)
@@ -112,9 +119,7 @@ def mixture_of(
                 origins[name] = Origin(name, "random" if random else "router")
             else:
                 tied = name == "lm_head.weight" and name not in specs
-                origins[name] = Origin(
-                    "model.embed_tokens.weight" if tied else name, 0 if ingredients.shared else "mean"
-                )
+                origins[name] = Origin("model.embed_tokens.weight" if tied else name, rest)
     read = {origin.tensor for origin in origins.values() if origin.source not in ("router", "random")}
     if odd := read ^ specs.keys():
         raise CheckpointError(

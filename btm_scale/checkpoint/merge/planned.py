@@ -8,9 +8,10 @@ from pathlib import Path
 
 from btm_scale.checkpoint.formats.based import is_completed, with_base
 from btm_scale.checkpoint.merge.moe import Ingredients, names_of
+from btm_scale.checkpoint.merge.moe_recipe import MoeRecipe, is_moe_recipe, moe_recipe
 from btm_scale.checkpoint.merge.plan import MergePlan
 from btm_scale.checkpoint.merge.planning import make_plan
-from btm_scale.checkpoint.merge.recipe import Extras, load_recipe, recipe_of
+from btm_scale.checkpoint.merge.recipe import Extras, load_recipe, recipe_of, recipe_values
 from btm_scale.checkpoint.merge.recipe_plan import local_models, make_recipe_plan
 from btm_scale.checkpoint.merge.record import chosen_template, provenance
 from btm_scale.checkpoint.merge.vocabulary import NEW_ROWS
@@ -102,12 +103,36 @@ def by_arguments(
 
 def by_recipe(file: Path, *, dtype: str | None, random_seed: int | None, max_shard_bytes: float | None) -> Planned:
     """Plan a merge by a recipe; what is not None replaces the recipe's. Raises `CheckpointError` with every problem."""
-    given = load_recipe(Path(file))
+    values = recipe_values(Path(file))
+    given = moe_recipe(Path(file), values) if is_moe_recipe(values) else load_recipe(Path(file))
     changes = {"random_seed": random_seed, "max_shard_bytes": max_shard_bytes}
     extras = given.btm_scale.model_copy(update={key: value for key, value in changes.items() if value is not None})
+    if isinstance(given, MoeRecipe):
+        return _mixture_by_recipe(given.model_copy(update={"btm_scale": extras, **({"dtype": dtype} if dtype else {})}))
     types = {"dtype": dtype, "out_dtype": None} if dtype else {}
     recipe = given.model_copy(update={"btm_scale": extras, **types})
     plan, inputs = make_recipe_plan(recipe)
     base = recipe.base_model or extras.adapter_base
     template = chosen_template(extras.chat_template, local_models([base])[base] if base else None, inputs)
     return Planned(plan, inputs, recipe.text(), recipe.output_dtype, template)
+
+
+def _mixture_by_recipe(recipe: MoeRecipe) -> Planned:
+    paths, extras = local_models(recipe.model_names), recipe.btm_scale
+    experts, base = [paths[expert.source_model] for expert in recipe.experts], paths[recipe.base_model]
+    inputs = [(path, 1.0) for path in experts]
+    plan = make_plan(
+        inputs,
+        method="moe",
+        parameters={"top_k": recipe.experts_per_token},
+        base=None,
+        dtype=recipe.dtype,
+        max_shard_bytes=extras.max_shard_bytes,
+        seed=extras.random_seed,
+        allow=extras.allow,
+        ingredients=recipe.ingredients(paths),
+    )
+    if base not in experts:
+        inputs.append((base, 0.0))
+    template = chosen_template(extras.chat_template, base, inputs)
+    return Planned(plan, tuple(inputs), recipe.text(), recipe.dtype, template)

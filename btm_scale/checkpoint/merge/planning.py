@@ -67,7 +67,8 @@ def make_plan(
     if ingredients is not None and tokenizer is not None:
         problems.append("'moe' keeps the tokenizer of its models. Leave --tokenizer out, and merge vocabularies first.")
     basis = [Path(base)] if base is not None and chosen.takes_base else []
-    paths = [*(path for path, _ in used), *basis]
+    rest = [ingredients.rest] if ingredients is not None and ingredients.rest is not None else []
+    paths = [*(path for path, _ in used), *basis, *rest]
     choice = Vocabulary(tokenizer, new_rows, basis[0] if basis else None) if tokenizer is not None else None
     models = checked_models(
         paths, parse_code(dtype) if dtype else None, problems, tensors=tensors, allow=allow, choice=choice
@@ -124,10 +125,12 @@ class Models:
         seed: int,
     ) -> MergePlan:
         """Return the plan of a mixture of experts, which are the MLPs of `inputs` in their order."""
-        plan = self.plan(inputs, None, "moe", parameters, max_shard_bytes, seed)
-        mixture, specs = mixture_of([path for path, _ in inputs], self.specs, ingredients, parameters["top_k"])
+        experts, rest = [path for path, _ in inputs], ingredients.rest
+        read = [*inputs, (rest, 0.0)] if rest is not None and rest not in experts else inputs
+        plan = self.plan(read, None, "moe", parameters, max_shard_bytes, seed)
+        mixture, specs = mixture_of(experts, self.specs, ingredients, parameters["top_k"])
         index = {source.path: i for i, source in enumerate(plan.sources)}
-        places = [index[path] for path, _ in inputs]
+        places = [index[path] for path in [*experts, *([rest] if rest is not None else [])]]
         router = ingredients.router
         return replace(
             plan,
@@ -172,7 +175,7 @@ class Models:
 
 
 def _tensor_merge(name: str, origin: Origin, plan: MergePlan, places: Sequence[int]) -> TensorMerge:
-    """Return how a tensor of a mixture is made; `places` are the sources of its experts."""
+    """Return how a tensor of a mixture is made; `places` are the sources of its inputs."""
     count = len(plan.sources)
     if origin.source == "random":
         return TensorMerge(plan.method_name, {}, (), (name,), (), None)

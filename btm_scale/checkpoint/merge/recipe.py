@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -115,8 +115,8 @@ class Recipe(Part):
         return dump_text(values)
 
 
-def load_recipe(file: Path) -> Recipe:
-    """Return the recipe in a YAML file. Raises `CheckpointError` with every key that is invalid or not supported."""
+def recipe_values(file: Path) -> dict[str, Any]:
+    """Return the mapping in a recipe's YAML file. Raises `CheckpointError` for a file that has none."""
     try:
         values = parse_yaml(read_bounded(file, _MAX_BYTES).decode("utf-8"), str(file))
     except ConfigError as error:
@@ -127,6 +127,12 @@ def load_recipe(file: Path) -> Recipe:
         raise CheckpointError(f"{file} cannot be read: {error}. Give the path of a YAML file.") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{file} is not a mapping of keys to values. A recipe needs at least `merge_method`.")
+    return values
+
+
+def load_recipe(file: Path) -> Recipe:
+    """Return the recipe in a YAML file. Raises `CheckpointError` with every key that is invalid or not supported."""
+    values = recipe_values(file)
     problems = list(_unsupported(values))
     if not problems:
         try:
@@ -134,11 +140,16 @@ def load_recipe(file: Path) -> Recipe:
             recipe = Recipe.model_validate(values, strict=True)
             problems = list(_contradictions(recipe)) or setting_problems(recipe.method, _scopes(recipe))
         except ValidationError as error:
-            problems = [_sentence(problem) for problem in error.errors(include_url=False)]
+            problems = [sentence(problem, _KEYS) for problem in error.errors(include_url=False)]
+    refuse_recipe(file, problems)
+    return recipe
+
+
+def refuse_recipe(file: Path, problems: Sequence[str]) -> None:
+    """Raise `CheckpointError` that lists the problems of a recipe, if there are any."""
     if problems:
         listing = "\n".join(f"  - {problem}" for problem in dict.fromkeys(problems))
         raise CheckpointError(f"Cannot merge by {file}. Nothing was written:\n{listing}")
-    return recipe
 
 
 def recipe_of(
@@ -257,12 +268,13 @@ _KEYS: Mapping[str, type[BaseModel]] = {
 }
 
 
-def _sentence(problem: Any) -> str:
+def sentence(problem: Any, sections: Mapping[str, type[BaseModel]]) -> str:
+    """Return a validation error as a message; `sections` are the models of a recipe's keys, its own under ''."""
     *parents, key = problem["loc"]
     path = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
         section = next((part for part in reversed(parents) if isinstance(part, str)), "")
-        known = sorted(_KEYS.get(section, Recipe).model_fields)
+        known = sorted(sections.get(section, sections[""]).model_fields)
         return f"{path} is unknown.{near_match(str(key), known)} The keys here are {', '.join(known)}."
     if problem["type"] == "missing":
         return f"{path} is missing. A recipe needs this key."
