@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from doc_counts import count_rows, utilization_rows
 
 from btm_scale.evaluate.results import Results
 from btm_scale.report.equivalence import dense_equivalent
@@ -185,6 +186,12 @@ def serving() -> str:
     return f"{_table(rows)}\n\n{_source('serve')}.{note}"
 
 
+def gpu_counts() -> str:
+    """Kernels and bytes of training on a GPU, and the utilization that they give."""
+    counts = _read("gpu_counts")
+    return f"{_table(count_rows(counts))}\n\n{_table(utilization_rows(counts))}"
+
+
 def most_overhead(many: dict[str, Any]) -> float:
     """The fraction of wall time in which the largest forest trains and scores nothing."""
     return max(many["runs"], key=lambda run: run["experts"])["overhead"]
@@ -199,6 +206,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sweep": sweep,
     "speed": speed,
     "serving": serving,
+    "gpu_counts": gpu_counts,
 }
 
 

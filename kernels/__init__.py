@@ -1,10 +1,10 @@
 """Score and mix many language models without materializing their logits.
 
 `token_logprobs` scores text under many experts from their hidden states; `mix_logits` and `mix_sample` decode from
-their mixture; `cross_entropy_` turns logits into the gradient of training's loss. CUDA and ROCm tensors use Triton,
-others the PyTorch reference; if TRITON_INTERPRET=1 is set before Triton is imported, CPU tensors run the Triton kernels
-as well. `last_path` says which ran, `cost` what the launches move. The package imports nothing else of btm_scale, and
-Triton only to launch a kernel.
+their mixture; `cross_entropy_` turns logits into the gradient of training's loss; `add_norm` and `split_rotated` are
+the elementwise parts of a layer. CUDA and ROCm tensors use Triton, others the PyTorch reference; if TRITON_INTERPRET=1
+is set before Triton is imported, CPU tensors run the Triton kernels as well. `last_path` says which ran, `cost` what
+the launches move. The package imports nothing else of btm_scale, and Triton only to launch a kernel.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from btm_scale.kernels.checks import (
 )
 from btm_scale.kernels.cost import Cost, cost
 from btm_scale.kernels.hardware import is_interpreted
+from btm_scale.kernels.layer_operators import add_norm, add_norm_backward, join_rotated, split_rotated
 from btm_scale.kernels.loss_operators import cross_entropy_, logit_gradient_, logit_partials
 from btm_scale.kernels.partials import Partials, combine_partials, refuse_nan
 from btm_scale.kernels.paths import KernelPath, last_path
@@ -35,16 +36,20 @@ from btm_scale.kernels.products import add_product_
 __all__ = [
     "Cost",
     "KernelPath",
+    "add_norm",
+    "add_norm_backward",
     "add_product_",
     "combine_partials",
     "cost",
     "cross_entropy_",
+    "join_rotated",
     "kernel_path",
     "last_path",
     "logit_gradient_",
     "logit_partials",
     "mix_logits",
     "mix_sample",
+    "split_rotated",
     "token_logprob_partials",
     "token_logprobs",
 ]

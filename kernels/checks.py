@@ -75,6 +75,65 @@ def check_logits(
     _check_devices(logits=logits, targets=targets, **{f"statistic {i}": each for i, each in enumerate(statistics)})
 
 
+def check_norm(
+    added: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, shift: Tensor | None
+) -> None:
+    """Check added and residual [..., hidden] with weight, bias and shift [hidden]."""
+    vectors = {"weight": weight} | {name: t for name, t in (("bias", bias), ("shift", shift)) if t is not None}
+    rows = {"added": added} | ({} if residual is None else {"residual": residual})
+    _check_rows(rows, vectors)
+
+
+def check_norm_backward(
+    upstream: Tensor, total: Tensor, weight: Tensor, mean: Tensor | None, scale: Tensor, gradient: Tensor | None
+) -> None:
+    """Check gradients and total [..., hidden] with weight [hidden] and the statistics, [...] each."""
+    rows = {"total": total, "upstream": upstream} | ({} if gradient is None else {"gradient": gradient})
+    _check_rows(rows, {"weight": weight})
+    statistics = {"scale": scale} | ({} if mean is None else {"mean": mean})
+    for name, tensor in statistics.items():
+        if tensor.shape != total.shape[:-1] or tensor.dtype != torch.float32:
+            raise ValueError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)}. It must be torch.float32 {list(total.shape[:-1])}: "
+                "pass mean and scale as add_norm returns them."
+            )
+    _check_devices(total=total, **statistics)
+
+
+def _check_rows(rows: dict[str, Tensor], vectors: dict[str, Tensor]) -> None:
+    first = next(iter(rows.values()))
+    sizes = ", ".join(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in (rows | vectors).items())
+    if any(tensor.shape != first.shape or tensor.dtype != first.dtype for tensor in rows.values()):
+        raise ValueError(f"The tensors are {sizes}. Those of [..., hidden] must have the same shape and dtype.")
+    if first.ndim < 1 or any(tensor.shape != first.shape[-1:] for tensor in vectors.values()):
+        raise ValueError(f"The tensors are {sizes}. {' and '.join(vectors)} must be [hidden].")
+    if any(tensor.dtype not in _FLOATS for tensor in (first, *vectors.values())):
+        raise ValueError(f"The tensors are {sizes}. Use bfloat16, float16 or float32.")
+    _check_devices(**rows, **vectors)
+
+
+def check_rotation(heads: Tensor, cos: Tensor, sin: Tensor, *others: Tensor) -> None:
+    """Check heads [length, batch, ..., d], or keys with queries and values, and angles [length, d / 2]."""
+    sizes = ", ".join(str(list(tensor.shape)) for tensor in (heads, *others, cos, sin))
+    angles = (len(heads), heads.shape[-1] // 2) if heads.ndim else ()
+    is_product = not others and heads.ndim == 5 and heads.shape[3] > 2
+    is_parts = False
+    if others and heads.ndim == 4 and all(tensor.ndim == 4 for tensor in others):
+        query, value = others
+        is_parts = value.shape == heads.shape and query.shape[2] % heads.shape[2] == 0
+        is_parts = is_parts and (*query.shape[:2], query.shape[3]) == (*heads.shape[:2], heads.shape[3])
+    if not (is_product or is_parts) or heads.shape[-1] % 2 or {tuple(cos.shape), tuple(sin.shape)} != {angles}:
+        raise ValueError(
+            f"Heads, cos and sin are {sizes}. Heads must be [length, batch, KV heads, heads per KV head + 2, d], or "
+            "queries [length, batch, heads, d] with keys and values [length, batch, KV heads, d]; cos and sin must be "
+            "[length, d / 2]."
+        )
+    if heads.dtype not in _FLOATS or any(tensor.dtype != heads.dtype for tensor in others):
+        raise ValueError(f"Heads are {heads.dtype}. Use bfloat16, float16 or float32, the same for all of them.")
+    names = (f"tensor {number}" for number in range(9))
+    _check_devices(**dict(zip(names, (heads, *others, cos, sin), strict=False)))
+
+
 def check_mixture(logits: Tensor, log_weights: Tensor) -> None:
     """Check logits [experts, batch, vocab] with log weights [batch, experts]."""
     if logits.ndim != 3 or log_weights.shape != (logits.shape[1], logits.shape[0]):

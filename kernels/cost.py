@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from btm_scale.kernels.hardware import Hardware, hardware
+from btm_scale.kernels.layer_cost import LAYER_COSTS
 from btm_scale.kernels.pieces import ceil_div, mix_pieces, real_columns, row_alignment, score_pieces, score_splits
 from btm_scale.kernels.tuning import mix_configs, score_configs
 from btm_scale.kernels.tuning_table import MixConfig, ScoreConfig
@@ -36,7 +37,7 @@ class Cost(NamedTuple):
 
 def cost(
     operator: str,
-    *tensors: Tensor | Sequence[Tensor] | None,
+    *tensors: Tensor | Sequence[Tensor] | bool | float | None,
     vocab_start: int = 0,
     vocab_size: int | None = None,
     config: ScoreConfig | MixConfig | None = None,
@@ -46,9 +47,10 @@ def cost(
 
     Args:
         operator: `token_logprobs`, `token_logprob_partials`, `mix_logits`, `mix_sample`, `cross_entropy_`,
-            `logit_partials` or `logit_gradient_`.
+            `logit_partials`, `logit_gradient_`, `add_norm`, `add_norm_backward`, `split_rotated` or `join_rotated`.
         tensors: the operator's tensors in the order of its arguments, for example on `meta`: (hidden, heads, targets),
             (hidden, head, targets), (logits, log_weights), (logits, log_weights, log_likelihood) or (logits, targets).
+            A layer's operators take the arguments of their schema, with None for tensors that do not exist.
         vocab_start: as for the operator.
         vocab_size: as for the operator.
         config: the block shape. Default: the best one for the GPU.
@@ -69,9 +71,11 @@ def cost(
         return _mix_cost(operator, logits, log_weights, rest[0] if rest else None, config, on)
     if operator in ("cross_entropy_", "logit_partials", "logit_gradient_"):
         return _loss_cost(operator, inputs[0])
+    if operator in LAYER_COSTS:
+        return Cost(*LAYER_COSTS[operator](on, *inputs))
     raise ValueError(
         f"There is no operator {operator}. Use token_logprobs, token_logprob_partials, mix_logits, mix_sample, "
-        "cross_entropy_, logit_partials or logit_gradient_."
+        "cross_entropy_, logit_partials, logit_gradient_, add_norm, add_norm_backward, split_rotated or join_rotated."
     )
 
 

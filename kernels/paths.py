@@ -13,13 +13,14 @@ from typing import NamedTuple, TypeVar
 from torch import Tensor
 
 from btm_scale.kernels.hardware import Hardware, hardware, is_interpreted, on_device
+from btm_scale.kernels.layer_tuning import NormConfig, RotaryConfig
 from btm_scale.kernels.loss_tuning import LossConfig
 from btm_scale.kernels.tuning_table import MixConfig, ScoreConfig
 
 logger = logging.getLogger(__name__)
 
-Config = TypeVar("Config", ScoreConfig, MixConfig, LossConfig)
-AnyConfig = ScoreConfig | MixConfig | LossConfig
+Config = TypeVar("Config", ScoreConfig, MixConfig, LossConfig, NormConfig, RotaryConfig)
+AnyConfig = ScoreConfig | MixConfig | LossConfig | NormConfig | RotaryConfig
 Result = TypeVar("Result")
 
 
@@ -127,7 +128,7 @@ def stop_using_triton(error: Exception) -> None:
         return
     _host_is_broken = True
     logger.warning(
-        "Triton cannot launch kernels on this machine (%s). Scoring and mixing run as PyTorch operations, which is "
+        "Triton cannot launch kernels on this machine (%s). All of them run as PyTorch operations, which is "
         "slower. Triton needs a C compiler, Python's headers and a driver that is not older than its PTX.",
         _summary(error),
     )

@@ -38,7 +38,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, overwrite: bool) ->
     beta = 0 if overwrite else 1
     if total.dtype == right.dtype:
         total.addmm_(left.t(), right, beta=beta)
-    elif _adds_in_product(total.device):
+    elif _adds_in_product(total.device, right.dtype):
         torch.addmm(total, left.t(), right, torch.float32, beta=beta, out=total)
     elif overwrite:
         total.copy_(torch.mm(left.t(), right))
@@ -47,11 +47,11 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, overwrite: bool) ->
 
 
 @functools.cache
-def _adds_in_product(device: torch.device) -> bool:
-    """Return whether a GPU adds a bfloat16 product to a float32 tensor in place; some vendors' libraries cannot."""
+def _adds_in_product(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether a GPU adds a product of this dtype to a float32 tensor in place; some libraries cannot."""
     if device.type != "cuda":
         return False
-    ones = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    ones = torch.ones(16, 16, dtype=dtype, device=device)
     total = torch.ones(16, 16, device=device)
     try:
         torch.addmm(total, ones, ones, torch.float32, out=total)
@@ -61,7 +61,7 @@ def _adds_in_product(device: torch.device) -> bool:
             raise
         adds = False
     if not adds:
-        logger.warning("this GPU's library cannot add bfloat16 products to float32 sums: they are added separately")
+        logger.warning("this GPU's library cannot add %s products to float32 sums: they are added separately", dtype)
     return adds
 
 

@@ -56,7 +56,8 @@ def rank_memory(
     kept = own if layout.zero == 0 else share
     # Without ZeRO, float32 weights are also the master weights.
     optimizer = kept * (_MOMENTS + (0 if layout.zero == 0 and width == 4 else _MASTER))
-    gradients = _gradients(own, share, layout, width, accumulation)
+    in_products = shape.layer_matrices(trains) / layout.tensor
+    gradients = _gradients(own, share, in_products, layout, accumulation)
     buffers = width * _ZERO3_BUCKET if layout.zero == 3 else 0.0
     host = 0.0
     if layout.offload != "none":
@@ -88,17 +89,19 @@ def rank_parameters(shape: ModelShape, tensor: int, part: TrainedPart = "all") -
     return replicated + (shape.parameters - replicated) / tensor
 
 
-def _gradients(own: float, share: float, layout: Layout, width: int, accumulation: int) -> float:
+def _gradients(own: float, share: float, in_products: float, layout: Layout, accumulation: int) -> float:
     """Return the bytes of gradients in DeepSpeed 0.19's optimizer step: in the dtype of the weights and in float32.
 
-    Sums over micro-batches are float32; with ZeRO 1 each rank keeps those of all weights until the step.
+    Sums over micro-batches are float32; with ZeRO 1 each rank keeps those of all weights until the step. The gradients
+    of `in_products` weights are then only in these sums, because matrix products add to them.
     """
+    width = layout.bytes_per_weight
     if layout.zero == 0:
         return own * (width if width == 4 else width + _SUMS)
     if width == 4 or accumulation == 1:
         return share * (width + _SUMS)
     if layout.zero == 1:
-        return own * (width + _SUMS)
+        return own * _SUMS + (own - in_products) * width
     return share * (_SUMS if layout.zero == 2 else 2 * _SUMS)
 
 
@@ -113,8 +116,9 @@ def activation_bytes(
     width = layout.bytes_per_weight
     own = shape.hidden / (layout.tensor if layout.sequence_parallel else 1)  # hidden state outside attention and MLP
     packed = micro_batch > 1 and (separate_documents or (shape.window is not None and shape.window < length))
-    # The fused product of gate and up, the gate's SiLU, the shifted up and their product; or before and after the GELU.
-    mlp = (5 if shape.traits.gated else 2) * shape.ffn
+    # The product of gate and up, and their SwiGLU, which the layers of a mixture compute with two more results: the
+    # gate's SiLU and the shifted up. Without a gate, before and after the GELU.
+    mlp = ((5 if shape.experts else 3) if shape.traits.gated else 2) * shape.ffn
     attention = _attention_width(shape, recomputed=layout.recompute == "selective", packed=packed)
     routed = 0.0
     if shape.experts:
@@ -157,14 +161,16 @@ def _attention_width(shape: ModelShape, *, recomputed: bool, packed: bool) -> in
     queries, keys = shape.query_width, shape.kv_heads * shape.head_size
     product = shape.query_key_value_width
     output = queries
+    is_grouped = shape.kv_heads != shape.heads
+    # Grouped queries are copied out of the product, and normalized heads are new. Their norm keeps what it is given.
+    norm_input = queries * (is_grouped and shape.head_norms)
     if recomputed:
-        # Grouped queries are copied out of the product, and normalized heads are new.
-        copied = queries * (shape.kv_heads != shape.heads or shape.head_norms) + keys * shape.head_norms
-        return product + copied + output
+        copied = queries * (is_grouped or shape.head_norms) + keys * shape.head_norms
+        return product + norm_input + copied + output
     if packed:
         # One sequence after the other: copies of queries, keys, values and output.
-        return product * (2 if shape.head_norms else 1) + 2 * output
-    return product + (queries + keys) * (shape.rotary or shape.head_norms) + output
+        return product * (2 if shape.head_norms else 1) + norm_input + 2 * output
+    return product + norm_input + (queries + keys) * (shape.rotary or shape.head_norms) + output
 
 
 def _statistics(shape: ModelShape, layout: Layout) -> float:

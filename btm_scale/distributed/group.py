@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from btm_scale.config.layout import Layout
 from btm_scale.distributed.cpu import leave_out_shared_memory_op, replace_cuda
+from btm_scale.distributed.gpu_settings import set_gpu_defaults
 from btm_scale.distributed.precision import Precision, require_possible
 from btm_scale.distributed.rendezvous import init_process_group
 from btm_scale.errors import LaunchError
@@ -56,6 +57,7 @@ class ExpertGroup:
                 f"This group has {size} ranks, but its layout needs tensor {layout.tensor} x data {layout.data} = "
                 f"{layout.ranks}. Start {layout.ranks} ranks, or change `layout`."
             )
+        set_gpu_defaults(layout)
         gpus = usable_gpus(on, in_this_process=True)
         has_gpu = bool(gpus.names)
         if not has_gpu:

@@ -79,6 +79,7 @@ def load_model(group: ExpertGroup, directory: Path) -> ExpertModel | Transformer
         on_cpu=group.device.type == "cpu",
         # Megatron-core's experts expect each tensor rank to have its part of the sequence.
         sequence_parallel=bool(shape.experts) and tensor > 1,
+        draws=False,
     )
     with with_head_names(open_model(directory)) as tensors:
         load_weights(network, tensors.read, group.tensor_rank, group.layout.tensor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from functools import partial
 from typing import Any, Literal
 
@@ -19,12 +20,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from btm_scale.model.attention import CausalAttention, HeadNorm
+from btm_scale.model.fused_layer import AddLayerNorm, AddRMSNorm, FusedAttention, FusedLayer
 from btm_scale.model.loss import head_loss
 from btm_scale.model.moe import GradientScale, mixture_settings, mixture_spec, routers_of, with_recorded_scale
 from btm_scale.model.norm import LayerNorm, RMSNorm
 from btm_scale.model.packing import packs_sequences, visible
 from btm_scale.model.partition import Partition, is_partitioned
-from btm_scale.model.recompute import RecomputedAttention, RecomputedLayer
+from btm_scale.model.recompute import RecomputedAttention, RecomputedFusedLayer, RecomputedLayer
 from btm_scale.model.rotary import Rotary, rotary_frequencies
 from btm_scale.model.shape import ModelShape
 
@@ -104,14 +106,20 @@ def build_model(
     sequence_parallel: bool = False,
     recompute: Literal["none", "selective", "full"] = "none",
     partition: Partition | None = None,
+    draws: bool = True,
 ) -> ExpertModel:
     """Return this rank's part of a randomly initialized model; the process groups must be initialized.
 
-    Weights are drawn from the process's CPU RNG and are the same at any tensor parallel degree. With
-    `sequence_parallel`, sequence lengths must be multiples of `tensor`. `recompute` saves memory in training: the
-    activations of attention (selective) or of complete layers (full) are recomputed in the backward pass. With
-    `partition`, no rank ever holds more than its part of the model and one matrix.
+    Without `draws`, matrices are zero, for a model whose weights are loaded. Weights are drawn from the process's CPU
+    RNG and are the same at any tensor parallel degree. With `sequence_parallel`, sequence lengths must be multiples of
+    `tensor`. `recompute` saves memory in training: the activations of attention (selective) or of complete layers
+    (full) are recomputed in the backward pass. With `partition`, no rank ever holds more than its part of the model and
+    one matrix.
     """
+    fused = not on_cpu and not shape.experts
+    if fused:
+        # Megatron-core compiles SwiGLU and GELU. Without a C compiler they run as they are, and PyTorch logs why.
+        importlib.import_module("torch._dynamo").config.suppress_errors = True
     config = TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
@@ -125,7 +133,8 @@ def build_model(
         pipeline_dtype=dtype,
         normalization="RMSNorm" if shape.traits.rms_norm else "LayerNorm",
         layernorm_epsilon=shape.norm_epsilon,
-        activation_func=functional.silu if shape.traits.gated else _gelu_tanh,
+        # Fused, Megatron-core's GELU is the one with tanh.
+        activation_func=functional.silu if shape.traits.gated else functional.gelu if fused else _gelu_tanh,
         gated_linear_unit=shape.traits.gated,
         add_bias_linear=shape.traits.linear_bias,
         add_qkv_bias=shape.query_key_value_bias,
@@ -136,29 +145,20 @@ def build_model(
         use_cpu_initialization=True,
         perform_initialization=True,
         bias_dropout_fusion=False,
-        bias_activation_fusion=False,
+        bias_activation_fusion=fused,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
         deterministic_mode=torch.are_deterministic_algorithms_enabled(),
-        init_method=partial(_draw, rows=padded_vocabulary(shape.vocabulary, tensor), vocabulary=shape.vocabulary),
+        init_method=partial(_draw, rows=padded_vocabulary(shape.vocabulary, tensor), vocabulary=shape.vocabulary)
+        if draws
+        else torch.nn.init.zeros_,
+        output_layer_init_method=None if draws else torch.nn.init.zeros_,
         **mixture_settings(shape),
     )
-    spec = get_gpt_layer_local_spec(normalization=config.normalization)
-    attention = spec.submodules.self_attention.submodules
-    attention.core_attention = ModuleSpec(
-        module=RecomputedAttention if recompute == "selective" else CausalAttention,
-        params={"rotary": Rotary(rotary_frequencies(shape)) if shape.rotary else None},
-    )
-    if shape.head_norms:
-        attention.q_layernorm = attention.k_layernorm = HeadNorm
-    if shape.experts:
-        spec.submodules.mlp = mixture_spec(shape)
     norm = RMSNorm if config.normalization == "RMSNorm" else LayerNorm
-    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
-    if recompute == "full":
-        spec.module = RecomputedLayer
+    spec = _layer_spec(shape, config.normalization, recompute, fused=fused)
     layers = TransformerBlockSubmodules(layer_specs=[spec] * shape.layers, layer_norm=norm)
     if sequence_parallel:
         # The tracker separates the ranks' RNG states for dropout, which is unused here; a CPU has no CUDA state.
@@ -167,12 +167,47 @@ def build_model(
         model = ExpertModel(shape, config, layers)
     # A partition has its dtype and device already; what the parameter itself holds is empty.
     rest = [parameter for parameter in model.parameters() if not is_partitioned(parameter)]
-    device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cpu") if on_cpu else gpu()
     for parameter in rest:
         parameter.data = parameter.data.to(device, dtype)
     if model.tensor_group is not None:
         _sum_partial_gradients(model, model.tensor_group)
     return model
+
+
+def gpu() -> torch.device:
+    """Return this rank's GPU."""
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _layer_spec(shape: ModelShape, normalization: str, recompute: str, *, fused: bool) -> ModuleSpec:
+    """Return the modules of a layer; `fused` are those for a GPU."""
+    spec = get_gpt_layer_local_spec(normalization=normalization)
+    if normalization == "RMSNorm":
+        norm: Any = AddRMSNorm if fused else RMSNorm
+    else:
+        norm = AddLayerNorm if fused else LayerNorm
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
+    rotary = Rotary(rotary_frequencies(shape)) if shape.rotary else None
+    attention = spec.submodules.self_attention
+    # Recomputed attention saves what it is given: the product of queries, keys and values, which nothing has rotated.
+    splits = fused and rotary is not None and not shape.head_norms and recompute != "selective"
+    if splits:
+        attention.module = FusedAttention
+        attention.params = {**(attention.params or {}), "rotary": rotary}
+    attention.submodules.core_attention = ModuleSpec(
+        module=RecomputedAttention if recompute == "selective" else CausalAttention,
+        params={"rotary": None if splits else rotary},
+    )
+    if shape.head_norms:
+        attention.submodules.q_layernorm = attention.submodules.k_layernorm = HeadNorm
+    if shape.experts:
+        spec.submodules.mlp = mixture_spec(shape)
+    if fused:
+        spec.module = RecomputedFusedLayer if recompute == "full" else FusedLayer
+    elif recompute == "full":
+        spec.module = RecomputedLayer
+    return spec
 
 
 def _draw(weight: Tensor, *, rows: int, vocabulary: int) -> None:

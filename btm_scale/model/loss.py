@@ -31,7 +31,7 @@ class _HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         tokens, rows = len(targets), len(weight)
         on_cpu = hidden.device.type == "cpu"
-        size = tokens_per_chunk(tokens, rows, weight.element_size(), on_cpu=on_cpu)
+        size = max(1, tokens_per_chunk(tokens, rows, weight.element_size(), on_cpu=on_cpu))
         losses = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden if needs_grad else hidden[:0])
         trains_weight = needs_grad and weight.requires_grad
@@ -50,6 +50,8 @@ class _HeadLoss(torch.autograd.Function):
                 torch.mm(gradient, weight, out=grad_hidden[start : start + size])
             if trains_weight:
                 add_product_(grad_weight, gradient, states, overwrite=start == 0)
+        if tokens == 0:
+            grad_weight.zero_()  # no chunk has written it
         if needs_grad:
             if group is not None:
                 dist.all_reduce(grad_hidden, dist.ReduceOp.SUM, group)
@@ -59,7 +61,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grad_outputs[0] / len(grad_hidden)
+        scale = grad_outputs[0] / max(1, len(grad_hidden))
         scaled = None
         if grad_weight is not None:
             # Float32 sums are scaled before they are rounded.
@@ -106,11 +108,12 @@ def head_loss(
     vocabulary: int,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Return the mean cross entropy in nats over `targets` [tokens], at least one, float32.
+    """Return the mean cross entropy in nats over `targets` [tokens], float32.
 
     `hidden` is [tokens, hidden]; `weight` [rows, hidden] is this rank's part of the LM head, beginning with the row of
     `first_token`. Rows of tokens from `vocabulary` on are padding. All tensor parallel ranks of `group` get the same
     loss and the same gradient of `hidden`. Logits are rounded to the weight's dtype, like the output of a linear head.
+    Without tokens the mean is NaN and the gradients are 0, like those of PyTorch's cross entropy.
     """
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _HeadLoss.apply(hidden, weight, targets, first_token, vocabulary, group, needs_grad)

@@ -35,12 +35,17 @@ class Rotary:
 
     def __call__(self, heads: Tensor) -> Tensor:
         """Rotate heads [length, batch, heads, d] by their position in the sequence."""
+        cos, sin = self.angles(heads)
+        return _Rotation.apply(heads, cos[:, None, None], sin[:, None, None])
+
+    def angles(self, heads: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the cosines and sines [length, d / 2] for heads [length, ...], in their dtype."""
         length, kind = len(heads), (heads.dtype, heads.device)
         if kind not in self._angles or len(self._angles[kind][0]) < length:
-            angles = torch.outer(torch.arange(length, dtype=torch.float32), self._frequencies)[:, None, None]
+            angles = torch.outer(torch.arange(length, dtype=torch.float32), self._frequencies)
             self._angles[kind] = (angles.cos().to(*kind[::-1]), angles.sin().to(*kind[::-1]))
         cos, sin = self._angles[kind]
-        return _Rotation.apply(heads, cos[:length], sin[:length])
+        return cos[:length], sin[:length]
 
 
 class _Rotation(torch.autograd.Function):

@@ -158,6 +158,12 @@ class ModelShape(BaseModel):
         """Return the number of parameters in a `TrainedPart`."""
         return self.parameters if part == "all" else self._trained(part, self.experts)
 
+    def layer_matrices(self, part: str = "all") -> int:
+        """Return the weights of the layers' matrix products in a `TrainedPart`, without routers and the LM head."""
+        attention = self.query_key_value_width + self.query_width if part == "all" else 0
+        mlp = 0 if part == "router" else (self.up_width + self.ffn) * (self.experts or 1)
+        return self.layers * self.hidden * (attention + mlp)
+
     def _trained(self, part: str, experts: int) -> int:
         """Return the number of parameters in the part `mlp` or `router`, with `experts` MLPs per layer."""
         mlp = self.hidden * (self.up_width + self.ffn) + (self.up_width + self.hidden) * self.traits.linear_bias

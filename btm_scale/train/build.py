@@ -15,11 +15,18 @@ from btm_scale.train.jobs import TrainingJob
 
 
 def new_model(
-    group: ExpertGroup, shape: ModelShape, job: TrainingJob, optimizer: OptimizerConfig, overrides: Mapping[str, Any]
+    group: ExpertGroup,
+    shape: ModelShape,
+    job: TrainingJob,
+    optimizer: OptimizerConfig,
+    overrides: Mapping[str, Any],
+    *,
+    draws: bool = True,
 ) -> ExpertModel:
     """Return this rank's part of a randomly initialized model. All ranks call this together.
 
-    With ZeRO 3, weight matrices are partitioned over the data ranks while the model is built.
+    Without `draws`, its matrices are zero, because its weights will be loaded. With ZeRO 3, weight matrices are
+    partitioned over the data ranks while the model is built.
     """
     layout = job.layout
     partition = None
@@ -35,4 +42,5 @@ def new_model(
         sequence_parallel=layout.sequence_parallel,
         recompute=layout.recompute,
         partition=partition,
+        draws=draws,
     )

@@ -210,6 +210,13 @@ def common_state(folder: Path, job: TrainingJob | None = None, *, only: int | No
     return None
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Return whether the group's first rank sees a checkpoint, complete or not. All ranks call this together."""
+    seen = [bool(_newest_first(folder)) if dist.get_rank() == 0 else False]
+    dist.broadcast_object_list(seen, src=0, group=patient_group())
+    return seen[0]
+
+
 def load_state(engine: Engine, path: Path) -> Position:
     """Load a checkpoint into an engine of any layout. Raises CheckpointError if its shape differs."""
     position = read_position(path)

@@ -15,6 +15,8 @@ def deepspeed_config(job: TrainingJob, optimizer: OptimizerConfig, overrides: Ma
     """Return the config that the job needs, with the run's `deepspeed` section merged over it."""
     layout = job.layout
     zero: dict[str, Any] = {"stage": layout.zero}
+    if torch.cuda.is_available() and layout.zero in (1, 2):
+        zero["overlap_comm"] = True  # with the backward pass
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if layout.offload != "none":
         zero["offload_optimizer"] = host

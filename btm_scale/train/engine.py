@@ -10,6 +10,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -27,6 +28,7 @@ from btm_scale.model.partition import complete, is_partitioned
 from btm_scale.train.deepspeed_config import deepspeed_config
 from btm_scale.train.diloco import OuterStep
 from btm_scale.train.fp32_gradients import Float32Sums
+from btm_scale.train.gradient_sums import sum_in_products
 from btm_scale.train.jobs import TrainingJob
 from btm_scale.train.monitors import Monitors
 from btm_scale.train.parameter_groups import RATE_SCALE, empty, parameter_groups, scaler_attributes
@@ -78,6 +80,8 @@ class Engine:
         self._masters = self._replicated_masters()
         if self._masters is not None and group.layout.precision != "fp32" and job.accumulation > 1:
             Float32Sums(self.model, self._engine.is_gradient_accumulation_boundary)
+        if isinstance(self._engine.optimizer, BF16_Optimizer):
+            sum_in_products(self.model, self._engine.optimizer)
         self._make_moments()
         self._outer = self._outer_step()
         self._first_loss_scale = self.loss_scale

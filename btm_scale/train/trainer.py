@@ -15,7 +15,7 @@ from btm_scale.model.trained import freeze_rest
 from btm_scale.run_dir import RunDir
 from btm_scale.train.bad_batches import Health
 from btm_scale.train.build import new_model
-from btm_scale.train.checkpoint import common_state, load_state, save_state
+from btm_scale.train.checkpoint import common_state, has_checkpoint, load_state, save_state
 from btm_scale.train.dev_loss import DevLoss
 from btm_scale.train.engine import Engine
 from btm_scale.train.export import export_expert
@@ -48,17 +48,19 @@ def train_and_export(
     require_monitors(config)
     overrides = with_monitors(config, run, job.model) if group.is_first else config.deepspeed
 
-    def first_model() -> ExpertModel:
+    def first_model(*, draws: bool = True) -> ExpertModel:
         group.seed(config.random_seed)
-        model = new_model(group, shape, job, optimizer, overrides)
-        pretrained = first or config.expert_model(job.model).pretrained
-        if pretrained is not None and not branch.parents:
+        pretrained = None if branch.parents else first or config.expert_model(job.model).pretrained
+        model = new_model(group, shape, job, optimizer, overrides, draws=draws and pretrained is None)
+        if pretrained is not None:
             load_pretrained(group, model, pretrained)
         model.end_of_text = tokenizer.eos if config.data.separate_documents else None
         freeze_rest(model, job.trains)
         return model
 
-    engine = Engine(group, first_model(), job, optimizer, overrides)
+    # Weights that a checkpoint or the parents replace need not be drawn.
+    drawn = not branch.parents and not has_checkpoint(run.checkpoints(job.model))
+    engine = Engine(group, first_model(draws=drawn), job, optimizer, overrides)
 
     def begin() -> int:
         """Set the engine to the job's newest checkpoint, its parents' mean or a new model; returns the step."""
@@ -69,7 +71,7 @@ def train_and_export(
             return position.step
         if branch.parents:
             begin_branch(engine, run, job, branch.parents)
-        elif engine.adam_steps > 0:
+        elif engine.adam_steps > 0 or not drawn:  # the checkpoint may have been damaged
             engine.reset(first_model())
         return 0
 

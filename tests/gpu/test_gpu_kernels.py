@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from helpers.kernel_oracle import exact_mixture, exact_token_logprobs, scoring_case
+from helpers.layer_cases import KINDS, assert_norm_is_exact, assert_rotation_is_exact, norm_case, rotary_case
 from helpers.loss_cases import GRADIENT_ERROR, exact_loss, loss_case
 from torch import Tensor
 
@@ -221,3 +222,43 @@ def test_a_bfloat16_product_is_added_to_float32_sums(device):
     kernels.add_product_(total, left, right)
     exact = 2 * left.double().T @ right.double()
     assert (total - exact).abs().max() <= 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(2048, 4, 2048), (1000, 3, 768), (64, 1, 8192)])
+def test_norms_and_their_gradients_are_exact_and_repeat_to_the_bit(device, shape, kind, dtype):
+    case = norm_case(shape, dtype, kind, device)
+    with poisoned(device):
+        assert_norm_is_exact(case)
+    assert kernels.last_path("add_norm_backward").backend == "triton"
+    total, _, mean, scale = kernels.add_norm(case.added, case.weight, shift=case.shift)
+    assert_repeats(lambda: kernels.add_norm_backward(case.upstream, total, case.weight, mean, scale)[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("groups", "per", "size"), [(16, 1, 128), (8, 4, 128), (12, 1, 64)])
+def test_rotations_and_their_gradients_are_exact(device, groups, per, size, dtype):
+    with poisoned(device):
+        assert_rotation_is_exact(rotary_case(512, 4, groups, per, size, dtype, device))
+    assert kernels.last_path("join_rotated").backend == "triton"
+
+
+def test_norms_and_rotations_beyond_2_to_the_31_elements_address_the_right_memory(device):
+    if torch.cuda.mem_get_info(device)[0] < 30 << 30:
+        pytest.skip("needs 30 GiB of free memory")
+    rows = 2**31 // 2048 + 8
+    added = torch.zeros(rows, 2048, dtype=torch.bfloat16, device=device)
+    added[-1] = torch.randn(2048, device=device)
+    weight = torch.ones(2048, dtype=torch.bfloat16, device=device)
+    total, normed, mean, scale = kernels.add_norm(added, weight)
+    assert torch.equal(normed[-1], kernels.add_norm(added[-1:], weight)[1][0])
+    result, _ = kernels.add_norm_backward(added, total, weight, mean, scale)
+    assert torch.equal(result[-1], kernels.add_norm_backward(added[-1:], total[-1:], weight, mean, scale[-1:])[0][0])
+    del total, normed, result
+    mixed = added.view(-1, 1, 4, 4, 128)
+    angles = torch.ones(len(mixed), 64, dtype=torch.bfloat16, device=device)
+    query, key = kernels.split_rotated(mixed, angles, angles)
+    last = kernels.split_rotated(mixed[-1:], angles[-1:], angles[-1:])
+    assert torch.equal(query[-1:], last[0])
+    assert torch.equal(key[-1:], last[1])

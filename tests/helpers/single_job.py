@@ -26,14 +26,14 @@ def one_step(layout: Layout, sequences: int) -> TrainingJob:
     )
 
 
-def model_of(group: ExpertGroup, shape: ModelShape) -> ExpertModel:
-    """Return this rank's part of a random model, as the group's layout says, on the CPU."""
+def model_of(group: ExpertGroup, shape: ModelShape, *, on_cpu: bool = True) -> ExpertModel:
+    """Return this rank's part of a random model, as the group's layout says."""
     layout = group.layout
     return build_model(
         shape,
         tensor=layout.tensor,
         dtype=group.dtype,
-        on_cpu=True,
+        on_cpu=on_cpu,
         sequence_parallel=layout.sequence_parallel,
         recompute=layout.recompute,
     )

@@ -20,13 +20,18 @@ from torch.utils._pytree import tree_map
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from btm_scale.kernels import hardware, loss_operators, operators, paths
+from btm_scale.kernels import hardware, layer_operators, loss_operators, operators, paths
 from btm_scale.kernels.loss import cross_entropy_kernel, logit_gradient_kernel, logit_partials_kernel
 from btm_scale.kernels.mixing import draw_kernel, mix_kernel, normalizer_kernel, pick_kernel
+from btm_scale.kernels.norm import add_norm_backward_kernel, add_norm_kernel, column_sums_kernel
+from btm_scale.kernels.rotary import join_rotated_kernel, split_rotated_kernel
 from btm_scale.kernels.scoring import combine_kernel, score_kernel
 
 LOSS_KERNELS = (cross_entropy_kernel, logit_partials_kernel, logit_gradient_kernel)
-KERNELS = (score_kernel, combine_kernel, normalizer_kernel, mix_kernel, draw_kernel, pick_kernel, *LOSS_KERNELS)
+NORM_KERNELS = (add_norm_kernel, add_norm_backward_kernel, column_sums_kernel)
+LAYER_KERNELS = (*NORM_KERNELS, split_rotated_kernel, join_rotated_kernel)
+OTHERS = (score_kernel, combine_kernel, normalizer_kernel, mix_kernel, draw_kernel, pick_kernel)
+KERNELS = (*OTHERS, *LOSS_KERNELS, *LAYER_KERNELS)
 
 SHARED_BYTES = {
     "sm_80": 163 << 10,
@@ -46,6 +51,11 @@ WRITTEN = {
     "cross_entropy_kernel": {"logits_ptr", "loss_ptr"},
     "logit_partials_kernel": {"maximum_ptr", "sum_exp_ptr", "target_logit_ptr"},
     "logit_gradient_kernel": {"logits_ptr"},
+    "add_norm_kernel": {"total_ptr", "normed_ptr", "mean_ptr", "scale_ptr"},
+    "add_norm_backward_kernel": {"result_ptr", "sums_ptr"},
+    "column_sums_kernel": {"out_ptr"},
+    "split_rotated_kernel": {"query_ptr", "key_ptr"},
+    "join_rotated_kernel": {"mixed_ptr"},
 }
 
 
@@ -76,7 +86,8 @@ class _Factories(TorchFunctionMode):
         if isinstance(function, torch._ops.OpOverload) and function.namespace == operators.NAMESPACE:
             # PyTorch's dispatcher would see CPU tensors in a function that this mode does not watch.
             with self:
-                run = loss_operators.IMPLEMENTATIONS.get(function._opname) or getattr(operators, function._opname)
+                implementations = loss_operators.IMPLEMENTATIONS | layer_operators.IMPLEMENTATIONS
+                run = implementations.get(function._opname) or getattr(operators, function._opname)
                 return run(*args, **(kwargs or {}))
         device = torch.device((kwargs or {}).get("device") or "cpu")
         result = function(*args, **_on_cpu(kwargs))
@@ -119,6 +130,10 @@ class Launch:
                 continue
             if self.kernel == "pick_kernel" and name == "logits_ptr":  # one logit of each expert and row
                 total += self.arguments["UPDATE"] * self._numbers("experts", "batch") * tensor.element_size()
+                continue
+            if self.kernel == "split_rotated_kernel" and name == "mixed_ptr":  # values are not read
+                per = self.arguments["PER"]
+                total += tensor.numel() * (per + 1) // (per + 2) * tensor.element_size()
                 continue
             total += tensor.numel() * tensor.element_size()
         if self.kernel in ("cross_entropy_kernel", "logit_gradient_kernel"):  # in place, and the first in two passes
@@ -201,7 +216,8 @@ class _Driver:
             kernel = source.fn.fn.__name__
             self.gpus.launches.append(Launch(kernel, self.gpus.current, stream, arguments))
             for written in WRITTEN[kernel]:
-                arguments[written].zero_()
+                if arguments[written] is not None:
+                    arguments[written].zero_()
 
         return launch
 

@@ -5,6 +5,7 @@ import os
 COMPILED = [
     "test_kernels_compiled.py",
     "test_kernels_launches.py",
+    "test_kernels_layer.py",
     "test_kernels_loss.py",
     "test_kernels_older_triton.py",
 ]

@@ -16,7 +16,8 @@ import pytest
 import torch
 import triton
 from helpers.cuts import cut, full
-from helpers.stub_gpu import LOSS_KERNELS, SHARED_BYTES, StubGpus, stub_gpus
+from helpers.layer_cases import norm_case
+from helpers.stub_gpu import LAYER_KERNELS, LOSS_KERNELS, SHARED_BYTES, StubGpus, stub_gpus
 
 from btm_scale import kernels
 from btm_scale.kernels import triton_launch
@@ -155,6 +156,41 @@ def test_the_kernels_of_the_loss_compile_without_spills_and_move_16_bytes_at_a_t
         assert_resources(gpus, tmp_path)
         for _, kernel in gpus.compiled() if arch == "sm_90" else []:
             assert re.search(r"ld\.global\S*\.v4\.b32", kernel.asm["ptx"])
+
+
+# (hidden, KV heads, query heads of each, head size) of models of 125 M to 70 B parameters, and an odd one
+LAYERS = [(768, 12, 1, 64), (4096, 8, 4, 128), (8192, 8, 8, 128), (2048, 16, 1, 128), (600, 3, 2, 100)]
+
+
+@pytest.mark.parametrize("arch", cut(ARCHITECTURES, lambda arch: arch in ("sm_90", "gfx942")))
+@pytest.mark.parametrize("layers", [pytest.param(LAYERS[:3], id="layers"), full(LAYERS[3:], id="more_layers")])
+def test_the_kernels_of_a_layer_compile_without_spills_and_move_16_bytes_at_a_time(arch, layers, tmp_path):
+    with stub_gpus(arch) as gpus:
+        for hidden, groups, per, size in layers:
+            for kind in ("RMS norm", "last RMS norm", "layer norm of a sum with bias"):
+                case = norm_case((2, 1, hidden), torch.bfloat16, kind)
+                tensors = [None if tensor is None else gpus.tensor(tensor) for tensor in case]
+                added, bias, residual, weight, shift, upstream, gradient = tensors
+                total, _, mean, scale = kernels.add_norm(added, weight, bias=bias, residual=residual, shift=shift)
+                kernels.add_norm_backward(
+                    upstream,
+                    total,
+                    weight,
+                    mean,
+                    scale,
+                    gradient=gradient,
+                    has_shift=shift is not None,
+                    has_bias=bias is not None,
+                )
+            mixed = gpus.empty(4, 2, groups, per + 2, size, dtype=torch.bfloat16)
+            angles = gpus.empty(4, size // 2, dtype=torch.bfloat16)
+            query, key = kernels.split_rotated(mixed, angles, angles)
+            kernels.join_rotated(query, key, key, angles, angles)
+        assert {name for name, _ in gpus.compiled()} == {kernel.fn.__name__ for kernel in LAYER_KERNELS}
+        assert_resources(gpus, tmp_path)
+        for name, kernel in gpus.compiled() if arch == "sm_90" and layers == LAYERS[:3] else []:
+            if name != "column_sums_kernel":  # which reads little
+                assert re.search(r"ld\.global\S*\.v4\.b32", kernel.asm["ptx"]), name
 
 
 @pytest.mark.parametrize(("arch", "instruction"), [("sm_90", "wgmma.mma_async"), ("sm_100", "tcgen05.mma")])

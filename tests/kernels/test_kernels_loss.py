@@ -55,6 +55,24 @@ def test_products_are_added_in_float32(dtype):
     assert (total - exact).abs().max() <= (1e-5 if dtype == torch.float32 else 0.15)
 
 
+def test_whether_a_gpu_adds_in_the_product_is_tried_for_each_dtype(monkeypatch, caplog):
+    def only_bfloat16(total, left, right, dtype, *, out, beta=1):
+        if left.dtype != torch.bfloat16:
+            raise RuntimeError("not supported")
+        out.mul_(beta).add_(left.float() @ right.float())
+
+    products._adds_in_product.cache_clear()
+    monkeypatch.setattr(torch, "addmm", only_bfloat16)
+    with stub_gpus("sm_90"):
+        device = torch.device("cuda", 0)
+        for dtype, adds in ((torch.bfloat16, True), (torch.float16, False), (torch.bfloat16, True)):
+            assert products._adds_in_product(device, dtype) == adds
+    products._adds_in_product.cache_clear()
+    assert [record.message for record in caplog.records] == [
+        "this GPU's library cannot add torch.float16 products to float32 sums: they are added separately"
+    ]
+
+
 def test_wrong_arguments_are_our_own_errors():
     logits, targets = loss_case(5, 60, 60, torch.float32)
     with pytest.raises(ValueError, match=r"must be \[tokens, rows\]"):

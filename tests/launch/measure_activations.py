@@ -19,6 +19,7 @@ from helpers.worlds import fork_world, joined_anew, read_spec
 
 from btm_scale.config.layout import Layout
 from btm_scale.distributed.group import ExpertGroup
+from btm_scale.model import gpt
 from btm_scale.model.gpt import ExpertModel
 from btm_scale.model.shape import ModelShape
 
@@ -108,8 +109,9 @@ def measure_all(ranks: int, spec: dict[str, Any]) -> None:
             continue
         group = joined_anew(group, layout)
         torch.cuda.current_device = lambda: GPU  # type: ignore[assignment,return-value]
+        gpt.gpu = lambda: torch.device("cpu")  # from where `to_empty` moves it
         shape = ModelShape.model_validate(case["shape"])
-        model = model_of(group, shape).to_empty(device=GPU)
+        model = model_of(group, shape, on_cpu=False).to_empty(device=GPU)
         model.end_of_text = 2 if case["documents"] else None
         tokens = torch.zeros(case["micro_batch"], shape.positions, dtype=torch.int64, device=GPU)
         model(tokens, tokens)  # the cosines and sines of rotary positions are cached

@@ -84,7 +84,7 @@ def test_a_given_layout_is_kept_and_one_that_does_not_fit_is_refused(tmp_path: P
     assert {row["layout"] for row in rows(plan)} == {"tensor 8 x data 1, ZeRO 1, bf16, full recomputation"}
     alone = config_of(tmp_path, EIGHT_8B | {"layout": {"micro_batch": 1}}, 8)
     with pytest.raises(
-        LaunchError, match=r"a rank needs 21\d\.\d GB, and 90% of the 80 GB of a h100 are usable\. Raise"
+        LaunchError, match=r"a rank needs 189\.\d GB, and 90% of the 80 GB of a h100 are usable\. Raise"
     ):
         make_plan(alone, cluster)
 
@@ -136,11 +136,12 @@ def test_a_proposed_layout_is_valid_yaml_of_a_config(tmp_path: Path) -> None:
 
 
 def test_the_proposal_for_the_seed_lists_its_differences_from_the_experts(tmp_path: Path) -> None:
-    first = make_plan(config_of(tmp_path, EIGHT_8B, 8), Cluster(GPUS["h200"], 4, 8))
+    ten_billion = EIGHT_8B | {"model": EIGHT_8B["model"] | {"layers": 40}}
+    first = make_plan(config_of(tmp_path, ten_billion, 8), Cluster(GPUS["h200"], 4, 8))
     # What is a default is said too: left out, `layout` would give the seed the experts' ZeRO 2.
     assert (first["proposed"]["layout"]["zero"], first["proposed"]["seed_layout"]["zero"]) == (2, 1)
     assert [row["layout"] for row in first["stages"][0]["groups"]] == ["tensor 1 x data 32, ZeRO 1, bf16"]
-    again = make_plan(config_of(tmp_path, EIGHT_8B | first["proposed"], 8), Cluster(GPUS["h200"], 4, 8))
+    again = make_plan(config_of(tmp_path, ten_billion | first["proposed"], 8), Cluster(GPUS["h200"], 4, 8))
     assert again["stages"] == first["stages"]
 
 

@@ -28,8 +28,9 @@ from btm_scale.evaluate.score import _log_probs
 from btm_scale.forest.posterior.evidence import RunningPosterior
 from btm_scale.generate.running_batch import Row, RunningBatch
 from btm_scale.generate.sampling import Sampling, cut
+from btm_scale.model import gpt
 from btm_scale.model.families import READABLE
-from btm_scale.model.gpt import ExpertModel, build_model
+from btm_scale.model.gpt import ExpertModel
 from btm_scale.model.hf_config import config_json
 from btm_scale.model.hf_decoder import Decoder
 from btm_scale.model.shape import ModelShape
@@ -143,7 +144,8 @@ def outcome(job: Callable[..., None], *arguments: Any) -> str:
 
 def run_case(group: ExpertGroup, family: str, recompute: Any, documents: bool) -> dict[str, Any]:
     shape = shape_of(family)
-    model = build_model(shape, tensor=1, dtype=torch.bfloat16, on_cpu=True, recompute=recompute).to_empty(device=GPU)
+    model = gpt.build_model(shape, tensor=1, dtype=torch.bfloat16, on_cpu=False, recompute=recompute)
+    model = model.to_empty(device=GPU)
     model.end_of_text = 2 if documents else None
     scores = BATCH * shape.heads * LENGTH * LENGTH
     with Operators(scores) as operators:
@@ -162,6 +164,7 @@ def run_case(group: ExpertGroup, family: str, recompute: Any, documents: bool) -
 def run(spec: dict[str, Any]) -> None:
     group = ExpertGroup.join(Layout(precision="bf16"))
     torch.cuda.current_device = lambda: GPU  # type: ignore[assignment,return-value]
+    gpt.gpu = lambda: torch.device("cpu")  # from where `to_empty` moves it
     torch.nn.init.normal_ = lambda weight, *_, **__: weight
     # `meta` has no values: whatever the host asks about one, such as whether a log-probability is NaN, is false.
     torch.Tensor.__bool__ = lambda _: False  # type: ignore[method-assign,assignment,return-value]

@@ -32,3 +32,24 @@ def test_inputs_without_gradients_give_a_loss_without_gradient() -> None:
     value = head_loss(hidden, weight, torch.arange(4), vocabulary=9)
     assert not value.requires_grad
     assert value.item() == pytest.approx(functional.cross_entropy(hidden @ weight.T, torch.arange(4)).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [16, 0], ids=["on a CPU", "on a GPU"])
+def test_without_tokens_the_loss_is_nan_and_the_gradients_are_zero_as_of_pytorchs(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "tokens_per_chunk", lambda *_, **__: chunk)
+    targets = torch.zeros(0, dtype=torch.int64)
+    results = []
+    for computed in (
+        lambda h, w: head_loss(h, w, targets, vocabulary=9),
+        lambda h, w: functional.cross_entropy(h @ w.T, targets),
+    ):
+        hidden, weight = torch.randn(0, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True)
+        value = computed(hidden, weight)
+        value.backward()
+        results.append((value, hidden.grad, weight.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+    assert results[0][0].isnan()
+    assert (results[0][2] == 0).all()

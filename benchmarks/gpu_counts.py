@@ -1,0 +1,117 @@
+"""What a training step does on a GPU, counted with `meta` tensors in the place of CUDA's: kernels and bytes.
+
+    python benchmarks/gpu_counts.py
+
+Writes results/gpu_counts.json: the loss of a micro-batch, one layer besides its matrix products and attention, sums of
+gradients, and the utilization that they give by the formula of gpu_counting/formula.py. Beside them are a layer that
+uses the fused functions of Megatron-core only, and the plain model under torch.compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from environment import describe
+from gpu_counting.cases import CASES, layer_counts, loss_counts, megatron_layer_counts
+from gpu_counting.counter import Counts
+from gpu_counting.formula import Bytes, described, utilization
+from gpu_counting.regions import Count
+
+RESULT = Path(__file__).parent / "results" / "gpu_counts.json"
+MODELS = ("paper-125m", "llama-1.3b")  # whose layers are counted
+
+
+def main() -> None:
+    """Count, and write the results."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--result", type=Path, default=RESULT)
+    options = parser.parse_args()
+    become_a_rank()
+    layers = {name: megatron_layer_counts(CASES[name]) for name in MODELS}
+    result = {
+        "environment": describe(),
+        "ours": counted_training(),
+        "megatron": {"layer": {name: row(counts.total(products=False)) for name, counts in layers.items()}},
+        "compiled": counted_peer(),
+    }
+    options.result.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def become_a_rank() -> None:
+    """Make this process the only rank of a group."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    where = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in where.items()} | {"CUDA_VISIBLE_DEVICES": ""})
+    from btm_scale.config.layout import Layout
+    from btm_scale.distributed.group import ExpertGroup
+
+    ExpertGroup.join(Layout(precision="bf16"))
+
+
+def counted_training() -> dict[str, Any]:
+    """Return the counts of this project's training."""
+    from btm_scale.train.gradient_sums import bytes_per_micro_batch
+
+    losses = {name: loss_counts(case) for name, case in CASES.items()}
+    for name, counts in losses.items():
+        print("loss", name, counts.total(), flush=True)
+    rows: dict[str, Any] = {
+        "loss": {name: row(counts.total()) | {"operators": operators(counts)} for name, counts in losses.items()},
+        "layer": {},
+        "training": {},
+    }
+    for name in MODELS:
+        case, layer = CASES[name], layer_counts(CASES[name])
+        print("layer", name, layer.total(products=False), flush=True)
+        rows["layer"][name] = row(layer.total(products=False)) | {"operators": operators(layer)}
+        loss = losses[name]
+        moved = Bytes(
+            loss=loss.total().bytes,
+            loss_besides_products=loss.total(products=False).bytes,
+            layers=case.shape.layers * layer.total(products=False).bytes,
+            sums=bytes_per_micro_batch(case.shape),
+        )
+        rows["training"][name] = {"bytes": described(moved), **utilization(case, moved)}
+    return rows
+
+
+def counted_peer() -> dict[str, Any]:
+    """Return the same of the plain model, whose layer is Llama's."""
+    from gpu_counting import plain
+
+    rows: dict[str, Any] = {"layer": {}, "loss": {}, "training": {}}
+    for name in MODELS:
+        case = CASES[name]
+        layer, loss = plain.layer_count(case), plain.loss_count(case)
+        rows["layer"][name], rows["loss"][name] = row(layer), row(loss)
+        parameters = case.shape.parameters
+        moved = Bytes(
+            loss=loss.bytes,
+            loss_besides_products=loss.bytes,
+            layers=case.shape.layers * layer.bytes,
+            sums=6 * parameters,  # bfloat16 sums
+        )
+        rows["training"][name] = {"bytes": described(moved), **utilization(case, moved)}
+    return rows
+
+
+def row(count: Count) -> dict[str, Any]:
+    """Return a count for the results."""
+    return {"kernels": count.kernels, "bytes": count.bytes}
+
+
+def operators(counts: Counts) -> dict[str, dict[str, int]]:
+    """Return the operators that move most, first."""
+    ordered = counts.bytes.most_common()
+    return {name: {"kernels": counts.kernels[name], "bytes": moved} for name, moved in ordered if counts.kernels[name]}
+
+
+if __name__ == "__main__":
+    main()

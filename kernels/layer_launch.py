@@ -1,0 +1,136 @@
+"""Launch the Triton kernels of a layer, on the current device and its current stream. Tensors must be contiguous."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from btm_scale.kernels.layer_reference import Normed
+from btm_scale.kernels.layer_tuning import NormConfig, RotaryConfig
+from btm_scale.kernels.norm import add_norm_backward_kernel, add_norm_kernel, column_sums_kernel
+from btm_scale.kernels.pieces import ceil_div
+from btm_scale.kernels.rotary import join_rotated_kernel, split_rotated_kernel
+
+_SUM_ROWS, _SUM_COLUMNS = 64, 32
+
+
+def add_norm(
+    added: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    shift: Tensor | None,
+    epsilon: float,
+    *,
+    config: NormConfig,
+) -> Normed:
+    """See `layer_reference.add_norm`."""
+    changed = bias is not None or residual is not None
+    total = torch.empty_like(added) if changed else None
+    normed = torch.empty_like(added)
+    scale = torch.empty(added.shape[:-1], device=added.device)
+    mean = None if shift is None else torch.empty_like(scale)
+    add_norm_kernel[(scale.numel(),)](
+        added,
+        bias,
+        residual,
+        weight,
+        shift,
+        total,
+        normed,
+        mean,
+        scale,
+        added.shape[-1],
+        epsilon,
+        BLOCK=config.block,
+        num_warps=config.warps,
+    )
+    nothing = added.new_empty(0), scale.new_empty(0)
+    return nothing[0] if total is None else total, normed, nothing[1] if mean is None else mean, scale
+
+
+def add_norm_backward(
+    gradient: Tensor | None,
+    upstream: Tensor,
+    total: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    has_shift: bool,
+    has_bias: bool,
+    *,
+    config: NormConfig,
+) -> tuple[Tensor, Tensor]:
+    """See `btm_scale.kernels.add_norm_backward`."""
+    rows, hidden = scale.numel(), total.shape[-1]
+    kinds, programs = 1 + has_shift + has_bias, min(rows, config.programs)
+    result = torch.empty_like(total)
+    sums = torch.empty(kinds, programs, hidden, device=total.device)
+    add_norm_backward_kernel[(programs,)](
+        gradient,
+        upstream,
+        total,
+        weight,
+        mean if has_shift else None,
+        scale,
+        result,
+        sums,
+        rows,
+        hidden,
+        HAS_BIAS=has_bias,
+        BLOCK=config.block,
+        num_warps=config.warps,
+    )
+    vectors = torch.empty(kinds, hidden, dtype=weight.dtype, device=total.device)
+    column_sums_kernel[(ceil_div(hidden, _SUM_COLUMNS), kinds)](
+        sums, vectors, programs, hidden, ROWS=_SUM_ROWS, COLUMNS=_SUM_COLUMNS, num_warps=4
+    )
+    return result, vectors
+
+
+def split_rotated(mixed: Tensor, cos: Tensor, sin: Tensor, *, config: RotaryConfig) -> tuple[Tensor, Tensor]:
+    """See `btm_scale.kernels.split_rotated`."""
+    length, batch, groups, members, size = mixed.shape
+    per = members - 2
+    query = torch.empty(length, batch, groups * per, size, dtype=mixed.dtype, device=mixed.device)
+    key = torch.empty(length, batch, groups, size, dtype=mixed.dtype, device=mixed.device)
+    split_rotated_kernel[(length * batch, ceil_div(groups * (per + 1), config.heads))](
+        mixed,
+        cos,
+        sin,
+        query,
+        key,
+        batch,
+        groups,
+        size // 2,
+        PER=per,
+        HEADS=config.heads,
+        HALF=config.half,
+        num_warps=config.warps,
+    )
+    return query, key
+
+
+def join_rotated(
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, *, config: RotaryConfig
+) -> Tensor:
+    """See `btm_scale.kernels.join_rotated`."""
+    length, batch, groups, size = key.shape
+    per = query.shape[2] // groups
+    mixed = torch.empty(length, batch, groups, per + 2, size, dtype=key.dtype, device=key.device)
+    join_rotated_kernel[(length * batch, ceil_div(groups * (per + 2), config.heads))](
+        query,
+        key,
+        value,
+        cos,
+        sin,
+        mixed,
+        batch,
+        groups,
+        size // 2,
+        PER=per,
+        HEADS=config.heads,
+        HALF=config.half,
+        num_warps=config.warps,
+    )
+    return mixed

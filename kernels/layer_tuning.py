@@ -1,0 +1,62 @@
+"""The block shapes of a layer's kernels, by vendor. None has been timed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from btm_scale.kernels.hardware import Hardware
+
+LARGEST_NORM = 8192  # columns of a row, which is in registers as a whole
+_ELEMENTS_PER_THREAD = 16
+# Programs of the norm's backward pass, each with a row of sums: two for each multiprocessor of an H100 or H200.
+_PROGRAMS = 264
+_HEAD_ELEMENTS = 1024  # of each half of a block of heads
+
+
+class NormConfig(NamedTuple):
+    """Columns of a row's block, the warps that share it, and the most programs of the backward pass."""
+
+    block: int
+    warps: int
+    programs: int
+
+    @property
+    def blocks(self) -> str:
+        """The block's shape, for messages."""
+        return str(self.block)
+
+
+class RotaryConfig(NamedTuple):
+    """Heads and pairs of dimensions of a block, and its warps."""
+
+    heads: int
+    half: int
+    warps: int
+
+    @property
+    def blocks(self) -> str:
+        """The block's shape, for messages."""
+        return f"{self.heads}x{self.half}"
+
+
+def norm_configs(hardware: Hardware, hidden: int) -> list[NormConfig]:
+    """Return the shapes of the norm's kernels, best first; none if a row is too long for the registers."""
+    block = max(64, _power_of_two(hidden))
+    if block > LARGEST_NORM:
+        return []
+    warps = block // (_ELEMENTS_PER_THREAD * _warp(hardware))
+    return [NormConfig(block, max(1, min(16, warps)), _PROGRAMS)]
+
+
+def rotary_configs(hardware: Hardware, head_size: int) -> list[RotaryConfig]:
+    """Return the shapes of the kernels that rotate, best first."""
+    half = _power_of_two(head_size // 2)
+    return [RotaryConfig(max(1, _HEAD_ELEMENTS // half), half, 4 * 32 // _warp(hardware))]
+
+
+def _warp(hardware: Hardware) -> int:
+    return 64 if hardware.vendor == "amd" else 32
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << max(0, number - 1).bit_length()

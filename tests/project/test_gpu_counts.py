@@ -1,0 +1,55 @@
+"""The committed counts of training on a GPU are those of this code, and meet their goals."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COUNTS: dict[str, Any] = json.loads((ROOT / "benchmarks/results/gpu_counts.json").read_text())
+MOST_LOSS_BYTES = {"paper-125m": 40e9, "llama-1.3b": 8e9, "llama-3.1-8b": 20e9}
+
+
+@pytest.mark.parametrize("name", MOST_LOSS_BYTES)
+def test_the_loss_moves_what_is_committed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from gpu_counting.cases import CASES, loss_counts
+
+    count = loss_counts(CASES[name]).total()
+    committed = COUNTS["ours"]["loss"][name]
+    assert (count.kernels, count.bytes) == (committed["kernels"], committed["bytes"])
+    assert count.bytes <= MOST_LOSS_BYTES[name]
+
+
+def test_a_layer_and_the_sums_of_gradients_move_no_more_than_their_goals() -> None:
+    layer = COUNTS["ours"]["layer"]["llama-1.3b"]
+    assert layer["kernels"] <= 24
+    assert layer["bytes"] <= 1.9e9
+    assert COUNTS["ours"]["training"]["llama-1.3b"]["bytes"]["sums"] <= 8e9
+
+
+# Above the plain model under torch.compile.
+LEAST = {"llama-1.3b": {"H100": 0.50, "H200": 0.53}, "paper-125m": {"H100": 0.41, "H200": 0.45}}
+
+
+@pytest.mark.parametrize("name", LEAST)
+def test_counted_bytes_allow_the_utilization_that_is_aimed_at(name: str) -> None:
+    for gpu, least in LEAST[name].items():
+        ours, peer = (COUNTS[key]["training"][name][gpu]["utilization"] for key in ("ours", "compiled"))
+        assert ours >= least
+        assert ours > peer
+
+
+@pytest.mark.full
+def test_layers_and_peers_count_what_is_committed(tmp_path: Path) -> None:
+    result = tmp_path / "counts.json"
+    command = [sys.executable, "benchmarks/gpu_counts.py", "--result", str(result)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    counted = json.loads(result.read_text())
+    del counted["environment"]
+    assert counted == {part: counts for part, counts in COUNTS.items() if part != "environment"}
