@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import psutil
 import pytest
 
 from btm_scale.errors import GroupFailed, LaunchError
+from btm_scale.launch import supervise
 from btm_scale.launch.shutdown import REQUEUE
 from btm_scale.launch.supervise import GroupCommand, Start, run_groups_in
 from btm_scale.util.rank_log import read_failure
@@ -267,6 +269,18 @@ def test_a_missing_program_is_reported(tmp_path: Path) -> None:
 
     with pytest.raises(LaunchError, match="group 'one' cannot be started"):
         run_groups_in(Absent(1), commands(tmp_path, "one"))
+
+
+def test_a_group_for_which_no_process_can_be_started_is_not_a_mistake_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(supervise.subprocess, "Popen", refuse)
+    with pytest.raises(GroupFailed, match="group 'one' cannot be started: Resource temporarily unavailable") as raised:
+        run_groups_in(Shell(1, one="pass"), commands(tmp_path, "one"))
+    assert not raised.value.mistake
 
 
 def test_the_rank_that_failed_is_reported_not_those_that_lost_it(tmp_path: Path) -> None:
