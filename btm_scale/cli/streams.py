@@ -24,5 +24,5 @@ def escape_unknown_characters() -> None:
 
     Tables have such characters, and a locale of a cluster's nodes may be ASCII or Latin-1.
     """
-    if sys.stdout.errors == "strict":
+    if sys.stdout.errors != "backslashreplace":
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

@@ -19,13 +19,14 @@ for record in "${records[@]:-prepare}"; do rm -f "$stages/$record".failed-*.json
 code=0
 srun --nodes=1 --ntasks=1@CONTAINER@ \
     @PYTHON@ -m btm_scale.cli prepare @CONFIG@ --out @RUN@ "${words[@]}" || code=$?
+tries=@RUN@/slurm/$stage.tries
 if ((code == 0)); then
-    rm -f @RUN@/slurm/"$stage.tries"
+    rm -f "$tries"
 elif ((code != 2)) && ! is_mistake; then
     list_finished
     finished=0
     for file in "${parts[@]}"; do [[ ! -e $file ]] || finished=$((finished + 1000000)); done
     for file in "${shards[@]}"; do [[ ! -e $file ]] || finished=$((finished + 1)); done
-    once_more "$stage" "$finished"
+    once_more "$stage" "$tries" "$finished"
 fi
 exit "$code"

@@ -23,9 +23,10 @@ if ((code == 0)); then
 fi
 
 # Every scored text is kept: a job that was asked to stop, since its time is over, is requeued to score the rest.
+tries=@RUN@/slurm/evaluate.tries
 if ((code == 0)); then
-    rm -f @RUN@/slurm/evaluate.tries
+    rm -f "$tries"
 elif ((code == 85)) || [[ -e @RUN@/train/score/stopped ]]; then
-    once_more evaluate "$(find @RUN@/scores -type f 2> /dev/null | wc -l)"
+    once_more evaluate "$tries" "$(find @RUN@/scores -type f 2> /dev/null | wc -l)"
 fi
 exit "$code"

@@ -21,15 +21,15 @@ from btm_scale.util import stop_signal
 # The command, in a process that gets the signal when it imports a module for the first time.
 WHEN_IMPORTED = """
 import os, signal, sys
+module = sys.argv.pop()
 
 class Sender:
     def find_spec(self, name, path=None, target=None):
-        if name == sys.argv[-1]:
+        if name == module:
             os.kill(os.getpid(), signal.SIGUSR1)
 
 sys.meta_path.insert(0, Sender())
 from btm_scale.cli.__main__ import main
-sys.argv.pop()
 main()
 """
 
@@ -62,7 +62,7 @@ def swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_request_that_an_import_has_swallowed_is_heard_when_work_begins(swallowed: None, tmp_path: Path) -> None:
-    config = write_config(tmp_path / "run.yaml", tiny_values(tmp_path))
+    config = write_config(tmp_path / "run.yaml", tiny_values(tmp_path, layout={"precision": "fp32"}))
     with pytest.raises(SystemExit) as left:
         prepare_run(config, RunDir(tmp_path / "run"))
     assert left.value.code == REQUEUE

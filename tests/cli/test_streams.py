@@ -40,7 +40,10 @@ def test_nothing_is_printed_into_a_file_if_streams_are_closed(streams: str, tmp_
     assert (tmp_path / "tokens.bin").read_bytes() == b""
 
 
-@pytest.mark.parametrize(("encoding", "shown"), [("ascii", rb"caf\xe9 \u2013"), ("latin-1", b"caf\xe9 \\u2013")])
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [("ascii", rb"caf\xe9 \u2013"), ("ascii:surrogateescape", rb"caf\xe9 \u2013"), ("latin-1", b"caf\xe9 \\u2013")],
+)
 def test_a_table_is_printed_in_any_locale(encoding: str, shown: bytes, tmp_path: Path) -> None:
     done = run(r'print("caf\xe9 \u2013")', "", tmp_path, PYTHONIOENCODING=encoding)
     assert done.stdout.strip() == shown, done.stderr

@@ -156,6 +156,9 @@ def test_a_request_to_stop_reaches_no_worker_while_it_starts_or_works() -> None:
 def test_a_user_who_may_start_no_more_processes_is_told_of_the_limit() -> None:
     run("""
         import resource
+        for forks in (True, False):  # imports what the user below may not read
+            with process_pool(1, forks=forks) as pool:
+                pool.submit(time.sleep, 0).result()
         if os.getuid() == 0:
             os.setuid(65534)  # root has no limit
         resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
