@@ -272,12 +272,9 @@ def test_a_missing_program_is_reported(tmp_path: Path) -> None:
         run_groups_in(Absent(1), commands(tmp_path, "one"))
 
 
-def test_a_group_for_which_no_process_can_be_started_is_not_a_mistake_of_the_user(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        supervise.subprocess, "Popen", Mock(side_effect=OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)))
-    )
+def test_a_limit_of_processes_is_not_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusal = BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+    monkeypatch.setattr(supervise.subprocess, "Popen", Mock(side_effect=refusal))
     with pytest.raises(GroupFailed, match="group 'one' cannot be started: Resource temporarily unavailable") as raised:
         run_groups_in(Shell(1, one="pass"), commands(tmp_path, "one"))
     assert not raised.value.mistake
