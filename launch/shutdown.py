@@ -15,10 +15,12 @@ from typing import NoReturn
 
 import psutil
 
+from btm_scale.util import stop_signal
+
 logger = logging.getLogger(__name__)
 
 # The exit code of ranks that were asked to stop and saved a checkpoint; a restart resumes them.
-REQUEUE = 85
+REQUEUE = stop_signal.EXIT_CODE
 
 # The environment variable with the process id of the supervisor, for the ranks of a local group.
 SUPERVISOR = "BTM_SCALE_SUPERVISOR"

@@ -19,10 +19,13 @@ from btm_scale.run_dir import RunDir
 
 _NOT_A_RENDEZVOUS = ("localhost", "127.0.0.1", "::1")
 _TEMPLATES = Path(__file__).parent / "templates"
-_PARTS = ("rendezvous", "faults", "encode", "again", "steps")  # of scripts; earlier ones contain later ones
+# Parts of scripts; earlier ones contain later ones.
+_PARTS = ("rendezvous", "faults", "encode", "again", "retry", "stops", "steps")
 _GPU_COUNT = re.compile(r"(?:--gpus-per-node|--gpus|-G)[=\s]*(?:[A-Za-z]\w*:)?(\d+)")
-# The options of sbatch that request GPUs, with their value: --gres=gpu:8, --gpus-per-node 8, -G 8.
+# The options of sbatch that request GPUs, with their value: --gres=gpu:8, --gpus-per-node 8, -G 8. Those per GPU are
+# refused for a job that requests none.
 _GPU_OPTION = re.compile(r"--gres\b.*\bgpu\b.*|--gpus\b.*|--tres-per-\w+\b.*\bgpu\b.*|-G\b.*")
+_PER_GPU_OPTION = re.compile(r"--(mem|cpus)-per-gpu\b.*|--gpu-(bind|freq)\b.*")
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ def render(job: Job, run_name: str, run: RunDir, config: SlurmConfig) -> str:
     parts = {
         "FOLDER": str(run.root),
         "OPTIONS": "\n".join(f"#SBATCH {option}" for option in _options(job, run_name, run, config)),
+        # A job that is submitted from a task of an array inherits what names the task.
+        "ARRAY": "" if job.is_array else 'unset "${!SLURM_ARRAY_@}"',
         "SETUP": "\n".join(config.setup),
         "MODELS": " ".join(_quote(model.removeprefix(job.prefix)) for model in job.models),
         "DOMAINS": " ".join(map(_quote, job.domains)),
@@ -180,7 +185,11 @@ def _options(job: Job, run_name: str, run: RunDir, config: SlurmConfig) -> list[
     if job.uses_gpus:
         for option in more:
             _require_enough_gpus(job, option, {"per-node": tasks, "": job.ranks})
-    options += [option for option in more if job.uses_gpus or not _GPU_OPTION.fullmatch(option)]
+    options += [
+        option
+        for option in more
+        if job.uses_gpus or not (_GPU_OPTION.fullmatch(option) or _PER_GPU_OPTION.fullmatch(option))
+    ]
     # sbatch takes the last of two equal options.
     return options + [option.strip() for option in config.prepare_options if job.template in ("prepare", "texts")]
 

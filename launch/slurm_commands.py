@@ -32,7 +32,7 @@ _OTHER_LIMIT = re.compile(r"\b(?:QOS|Assoc)(?!\w*Submit)(?:Max|Min|Grp)\w+")
 _BLOCKED = re.compile(
     r"(QOS|Assoc)(Max|Min)\w*(PerJob|PerNode|Duration)\w*|(QOS|Assoc)Grp\w*(Minutes|Wall|Billing)\w*|QOSMinGRES"
     r"|QOSUsageThreshold|Partition(NodeLimit|TimeLimit|Down|Inactive|Config)|BadConstraints|Invalid(Account|QOS)"
-    r"|Job(Held\w+)|\w*launch[ _]fail.*|AccountNotAllowed|QOSNotAllowed|ReqNodeNotAvail.*"
+    r"|Job(Held\w+)|\w*launch[ _]fail.*|AccountNotAllowed|QOSNotAllowed|ReqNodeNotAvail.*|ReservationDeleted|DeadLine"
 )
 
 

@@ -23,7 +23,9 @@ from btm_scale.errors import GroupFailed, LaunchError
 from btm_scale.launch.shutdown import REQUEUE, STOPPED, end_all, let_save
 from btm_scale.util.disk_errors import is_transient
 from btm_scale.util.files import make_directory, open_to_append
+from btm_scale.util.pools import AT_LIMIT, is_at_limit
 from btm_scale.util.rank_log import forget_failure, note_silent_failure, read_failure, tail
+from btm_scale.util.stop_signal import leave_if_requested
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +87,7 @@ def run_groups_in(pool: Pool, commands: Sequence[GroupCommand], on_poll: OnPoll 
     running: dict[str, list[subprocess.Popen[bytes]]] = {}
     before = _on_stop(_ask_to_start_again)
     try:
+        leave_if_requested()
         while waiting or running:
             for command in list(waiting):
                 start = pool.take(command)
@@ -181,6 +184,8 @@ def _start(command: GroupCommand, start: Start) -> list[subprocess.Popen[bytes]]
                 )
     except BaseException as error:  # including a stop request between two of them
         end_all(processes)
+        if isinstance(error, OSError) and is_at_limit(error):
+            raise GroupFailed(f"group '{command.name}' cannot be started: {AT_LIMIT.format(error.strerror)}") from None
         if isinstance(error, OSError) and not is_transient(error):
             raise LaunchError(f"group '{command.name}' cannot be started: {error}") from None
         raise

@@ -171,13 +171,14 @@ def train(
         from btm_scale.util.devices import hide_gpus_if_on_cpu
 
         hide_gpus_if_on_cpu(run_config.launch.device)
-        from btm_scale.run.state import require_prepared
+        from btm_scale.run.state import as_recorded, require_prepared
         from btm_scale.run.worker import train_as_rank
 
         if len(models) != 1:
             raise LaunchError("A rank trains one model. Give its name: --model seed, --model dense or --model EXPERT.")
         if not LAUNCHERS[launcher].starts:
             require_prepared(run_config, run_dir)
+            run_config = as_recorded(run_config, run_dir)
         train_as_rank(run_config, run_dir, models[0])
     else:
         from btm_scale.run.state import next_models, open_run, require_prepared

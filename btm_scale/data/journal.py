@@ -8,7 +8,6 @@ which takes a fraction of the time of encoding it, and each document must be the
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
@@ -149,8 +148,9 @@ class Replay:
 def resumable_directory(final: Path, made_from: str) -> Iterator[tuple[Path, Journal]]:
     """Make a directory that is published as `final` when the block ends, with the journal in it.
 
-    If the block is interrupted or raises, the directory stays, provided that its journal has a shard of this text. It
-    is removed if the disk is full. Raises CheckpointError if `final` exists with content.
+    If the block is interrupted or raises, the directory stays, provided that its journal has a shard of this text: also
+    if the disk is full, where it is what the next call resumes from. Raises CheckpointError if `final` exists with
+    content.
     """
     temporary = partial_path(final)
     journal = Journal(temporary, made_from)
@@ -163,8 +163,7 @@ def resumable_directory(final: Path, made_from: str) -> Iterator[tuple[Path, Jou
             yield temporary, journal
             publish_directory(temporary, final)
     except BaseException as error:
-        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if journal.is_empty or is_full or isinstance(error, TextChangedError):
+        if journal.is_empty or isinstance(error, TextChangedError):
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     remove_journal(final)

@@ -157,12 +157,14 @@ class _Lines:
 
     def __init__(self, texts: Iterable[str]) -> None:
         self._texts = texts
-        self.error: DataError | None = None
+        self.error: BaseException | None = None
 
     def __iter__(self) -> Iterator[str]:
         try:
             yield from _training_lines(self._texts)
-        except DataError as error:
+        except GeneratorExit:
+            raise
+        except BaseException as error:  # such as the SystemExit of a requested stop
             self.error = error
             raise
 

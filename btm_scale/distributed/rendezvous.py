@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import os
 import socket
+import time
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -16,6 +17,8 @@ from btm_scale.errors import LaunchError, PortTaken
 logger = logging.getLogger(__name__)
 
 TIMEOUT = timedelta(minutes=30)  # of the rendezvous and of each collective, as in DeepSpeed
+_OWN_NAME_SECONDS = 60.0  # until the host of the first rank must know its name
+_POLL_SECONDS = 1.0
 _LOOPBACK_INTERFACE = "lo"
 
 
@@ -32,10 +35,35 @@ def init_process_group(backend: str, *, own_gpu: str = "") -> None:
     if is_loopback(address):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK_INTERFACE)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", _LOOPBACK_INTERFACE)
+    await_name(address, _OWN_NAME_SECONDS if rank == 0 else TIMEOUT.total_seconds())
     store = _store(rank, size, address, port)
     if own_gpu:
         require_alone_on(own_gpu, store, rank)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+
+
+def await_name(address: str, seconds: float) -> None:
+    """Wait until an address can be resolved: the name of a pod may be published after its ranks have started.
+
+    Raises LaunchError if it cannot be for this long.
+    """
+    deadline = time.monotonic() + seconds
+    is_logged = False
+    while True:
+        try:
+            socket.getaddrinfo(address, None)
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise _unresolved(address, error) from None
+            if not is_logged:
+                is_logged = True
+                logger.warning("MASTER_ADDR=%s is not known yet (%s): waiting for it", address, error.strerror or error)
+        time.sleep(_POLL_SECONDS)
+
+
+def _unresolved(address: str, error: OSError) -> LaunchError:
+    return LaunchError(f"Cannot resolve MASTER_ADDR={address}: {error.strerror or error}. Set an IP address.")
 
 
 def _store(rank: int, size: int, address: str, port: int) -> dist.Store:
@@ -75,9 +103,7 @@ def listening_socket(address: str, port: int) -> socket.socket:
     try:
         family, _, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
-        raise LaunchError(
-            f"Cannot resolve MASTER_ADDR={address}: {error.strerror or error}. Set an IP address."
-        ) from None
+        raise _unresolved(address, error) from None
     if ipaddress.ip_address(place[0]).is_loopback and not is_loopback(address):
         # Some hosts know their own name as 127.0.1.1, where other hosts cannot reach them.
         logger.warning("%s is %s on this host, so the rendezvous listens on all its interfaces", address, place[0])

@@ -20,6 +20,7 @@ from btm_scale.forest.methods import check_names
 from btm_scale.forest.removed import note_removal, was_removed
 from btm_scale.forest.turns import changing_config, current_config, removing, scoring
 from btm_scale.run.pipeline import score_models
+from btm_scale.run.raised import with_first_budgets
 from btm_scale.run_dir import RunDir
 from btm_scale.train.jobs import training_job
 from btm_scale.util.files import make_directory
@@ -76,7 +77,7 @@ def _branch(
 ) -> tuple[Branch, Branch | None]:
     """Settle the parents and rewrite the config, as `branch_expert` does, which holds the config's lock."""
     _require_untrained(run, name)
-    grown = _with_branch(config, name, parents, text, settings)
+    grown = with_first_budgets(_with_branch(config, name, parents, text, settings), run)
     job = training_job(grown, name)
     if job.branch is None:
         raise ConfigError(

@@ -17,6 +17,7 @@ from btm_scale.launch.shutdown import REQUEUE
 from btm_scale.run.stages import PREPARE, as_stage, prepare_stage
 from btm_scale.run_dir import RunDir
 from btm_scale.util.rank_log import forget_failure
+from btm_scale.util.stop_signal import leave_if_requested
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ def _leaving_when_asked(config: RunConfig, run: RunDir) -> Iterator[None]:
 
     before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
+        leave_if_requested()
         yield
     finally:
         for number, handler in before.items():

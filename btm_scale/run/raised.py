@@ -12,6 +12,8 @@ from btm_scale.run_dir import MOE, SEED, RunDir
 from btm_scale.train.jobs import TrainingJob, is_trained, model_names, training_job
 from btm_scale.util.bounded_json import parse_json, read_bounded
 
+RECORDED = ("seed_budget", "raised_from", "first_budgets")  # fields of the budget that a run records
+
 
 def with_recorded_budgets(config: RunConfig, existing: RunConfig) -> RunConfig:
     """Return the config with the earlier budgets that the run has recorded, unless it sets them itself."""
@@ -25,11 +27,11 @@ def with_recorded_budgets(config: RunConfig, existing: RunConfig) -> RunConfig:
 
 
 def with_earlier_budgets(config: RunConfig, existing: RunConfig, run: RunDir) -> RunConfig:
-    """Return the config, if it raises the budget, with the budget that models of the run were trained with before.
+    """Return the config with the budgets that models of the run were trained with before this one was raised.
 
     The seed LM keeps its budget once it has begun. Every other model that has begun takes the steps of each budget that
-    any of them has begun to train with, so that these have the same schedule; one that has not begun takes those of the
-    raised budget alone.
+    any of them has begun to train with, so that these have the same schedule; one that has not begun, such as an expert
+    that is added later, takes those of the raised budget alone.
     """
     before, after = existing.budget, config.budget
     update: dict[str, object] = {}
@@ -38,10 +40,18 @@ def with_earlier_budgets(config: RunConfig, existing: RunConfig, run: RunDir) ->
             update["seed_budget"] = before.tokens
         if any(_has_entered(existing, run, model) for model in model_names(existing)):
             update["raised_from"] = (*before.raised_from, before.tokens)
-            late = [name for name in model_names(existing) if name != SEED and not has_begun(run, name)]
-            late = [name for name in late if not is_finished(run.model(name))]
-            update["first_budgets"] = before.first_budgets | dict.fromkeys(late, after.tokens)
-    return config.model_copy(update={"budget": after.model_copy(update=update)}) if update else config
+    return with_first_budgets(config.model_copy(update={"budget": after.model_copy(update=update)}), run)
+
+
+def with_first_budgets(config: RunConfig, run: RunDir) -> RunConfig:
+    """Return the config, if its budget was raised, with it as the first budget of each model that has not begun."""
+    budget = config.budget
+    late = [name for name in model_names(config) if name != SEED and not has_begun(run, name)]
+    late = [name for name in late if not is_finished(run.model(name))]
+    if not (budget.raised_from and late):
+        return config
+    first = budget.first_budgets | dict.fromkeys(late, budget.tokens)
+    return config.model_copy(update={"budget": budget.model_copy(update={"first_budgets": first})})
 
 
 def _has_entered(config: RunConfig, run: RunDir, model: str) -> bool:

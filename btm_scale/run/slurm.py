@@ -223,10 +223,10 @@ class _Submitter:
         return None if is_first and is_newest(self._config, self._run, self._run.report) else []
 
     def _stages(self, job: slurm.Job, tasks: list[int]) -> list[str]:
-        """Return the stages that these tasks of a job do, if it prepares text."""
+        """Return the stages that these tasks of a job do, if it trains no model."""
         if job.template == "texts":
             return [prepare_stage(job.models[place].removeprefix(TEXT)) for place in tasks]
-        return [PREPARE] if job.name == PREPARE else []
+        return [job.name] if job.name in (PREPARE, EVALUATE) else []
 
     def _is_done(self, task: str) -> bool:
         """Return whether a model is done, or the text of a domain is prepared."""

@@ -54,9 +54,12 @@ def _prepare_status(config: RunConfig, run: RunDir, slurm: SlurmNotes, *, done: 
     rest = [name for name in config.all_domains if name not in tasks]
     whole_done = done or bool(tasks and is_prepared(config, run, rest))
     whole = _status(PREPARE, run, slurm, done=whole_done, held=is_held(run.prepare_lock), may_fail=True)
-    if done or whole.state in ("failed", "running"):
+    if done or whole.state == "running":
         return whole
     parts = [_text_status(run, slurm, name) for name in config.all_domains]
+    # A domain that is being prepared again may be the one that failed.
+    if whole.state == "failed" and not any(part.state == "running" for part in parts):
+        return whole
     for state in ("failed", "running"):
         of_state = [part for part in parts if part.state == state]
         if of_state:

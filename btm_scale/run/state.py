@@ -24,7 +24,7 @@ from btm_scale.launch import slurm_commands, slurm_queue
 from btm_scale.launch.local import require_gpus
 from btm_scale.launch.shutdown import STOPPED
 from btm_scale.launch.supervise import GroupCommand
-from btm_scale.run.raised import require_checkpoints, with_earlier_budgets, with_recorded_budgets
+from btm_scale.run.raised import RECORDED, require_checkpoints, with_earlier_budgets, with_recorded_budgets
 from btm_scale.run_dir import SEED, RunDir
 from btm_scale.train.jobs import is_trained, model_names, training_job, training_stages
 from btm_scale.train.monitors import require_monitors
@@ -106,6 +106,22 @@ def continued(config: RunConfig, run: RunDir) -> RunConfig:
     require_parents(config, run, model_names(config))
     require_checkpoints(config, run)
     return config
+
+
+def as_recorded(config: RunConfig, run: RunDir) -> RunConfig:
+    """Return the config of a rank that another program starts, with the earlier budgets that a prepared run records.
+
+    Raises as `continued` does, and ConfigError if the run has not recorded this budget: groups that start later would
+    not know from which step the models of this one trained with it.
+    """
+    fitting = continued(config, run)
+    ours, recorded = fitting.budget, RunConfig.load(run.config).budget
+    if any(getattr(ours, name) != getattr(recorded, name) for name in ("tokens", *RECORDED)):
+        raise ConfigError(
+            f"The run in {run.root} has not recorded this budget. Ranks that other programs start need it in run.yaml: "
+            f"run btm-scale prepare CONFIG --out {run.root} first."
+        )
+    return fitting
 
 
 def require_continuable(config: RunConfig, run: RunDir) -> list[Difference]:

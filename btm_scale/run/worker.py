@@ -69,11 +69,14 @@ def score_as_rank(
     """
     texts = average_texts(config)
     is_first = os.environ.get("RANK") == "0"
+    if is_first:
+        forget_stop(run.train("score"))
     turn = contextlib.nullcontext() if in_turn or not is_first else evaluating(run) if averages else scoring(run)
     with (
         rank_log(run.log("score")),
         turn,
         _disk_errors_as_sentences(),
+        leaving_at_once(run.train("score")),
         _joined(config, run, lambda config: config.layout) as (group, config),
     ):
         if averages:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.launch.shutdown import REQUEUE, STOPPED
 from btm_scale.util.files import write_file
+from btm_scale.util.stop_signal import leave_if_requested
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class StopRequest:
         self._group = group
         self._marker = folder / STOPPED
         self._requested = False
+        leave_if_requested()
         if group.is_first:
             self._marker.unlink(missing_ok=True)
 

@@ -11,25 +11,32 @@ Workers end with the process that started them, and a killed worker raises Worke
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from btm_scale.errors import WorkerLost
 from btm_scale.util.cores import visible_cores
+from btm_scale.util.stop_signal import starting_without_signal
 
 Item = TypeVar("Item")
 Done = TypeVar("Done")
 
 MOST = 8
 CORES = min(MOST, visible_cores())
+
+AT_LIMIT = (
+    "{}. This user's limit of processes and threads (ulimit -u), that of the container, or the memory is used up. "
+    "Completed work is kept: raise the limit or end other processes, and rerun the command."
+)
 
 
 def may_fork() -> bool:
@@ -65,9 +72,21 @@ def in_processes(do: Callable[[Item], Done], items: Sequence[Item]) -> list[Done
 def process_pool(
     workers: int, *, forks: bool, initializer: Callable[..., None] | None = None, initargs: tuple[Any, ...] = ()
 ) -> ProcessPoolExecutor:
-    """Return a pool of processes, forked or spawned, that call `initializer` first and end with this process."""
+    """Return a pool of processes, forked or spawned, that call `initializer` first and end with this process.
+
+    It raises WorkerLost if this user may start no more processes.
+    """
     context = multiprocessing.get_context("fork" if forks else "spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(initializer, initargs))
+    with _limits_told():
+        return _Pool(workers, mp_context=context, initializer=_begin, initargs=(initializer, initargs))
+
+
+class _Pool(ProcessPoolExecutor):
+    """Workers that a requested stop does not reach: they end with the process that started them."""
+
+    def submit(self, *arguments: Any, **named: Any) -> Future[Any]:
+        with starting_without_signal(), _limits_told():  # a worker may start here
+            return super().submit(*arguments, **named)
 
 
 @contextmanager
@@ -80,6 +99,22 @@ def lost_workers_told() -> Iterator[None]:
             "a worker process of this command was killed, most likely because the machine ran out of memory. "
             "Completed work is kept: free memory, and rerun the command."
         ) from None
+
+
+@contextmanager
+def _limits_told() -> Iterator[None]:
+    """Raise WorkerLost, which names the limits, if a process cannot be started."""
+    try:
+        yield
+    except OSError as error:
+        if not is_at_limit(error):
+            raise
+        raise WorkerLost(f"Cannot start a worker process: {AT_LIMIT.format(error.strerror)}") from None
+
+
+def is_at_limit(error: OSError) -> bool:
+    """Return whether an error of starting a process means that there may be no more of them for now."""
+    return error.errno in (errno.EAGAIN, errno.ENOMEM)
 
 
 def _begin(initializer: Callable[..., None] | None, initargs: tuple[Any, ...]) -> None:

@@ -1,5 +1,7 @@
 @AGAIN@
 
+@RETRY@
+
 # What is prepared is kept: a job whose time is over, or that lost its node, is requeued to prepare the rest.
 words=() records=() # a failure is recorded for each --domain
 for name in "${only[@]}"; do words+=(--domain "$name") records+=("prepare-$name"); done
@@ -25,13 +27,6 @@ elif ((code != 2)) && ! is_mistake; then
     finished=0
     for file in "${parts[@]}"; do [[ ! -e $file ]] || finished=$((finished + 1000000)); done
     for file in "${shards[@]}"; do [[ ! -e $file ]] || finished=$((finished + 1)); done
-    echo "$finished" >> "$tries"
-    if (($(grep -cFx -- "$finished" "$tries") <= @RETRIES@)); then
-        echo "$stage exited with code $code; the requeued job continues"
-        again
-        code=0
-    else
-        echo "$stage was started $(grep -cFx -- "$finished" "$tries") times and encoded no more text: raise launch.slurm.time"
-    fi
+    once_more "$stage" "$tries" "$finished"
 fi
 exit "$code"

@@ -2,6 +2,8 @@
 # btm-scale: text to token files, for the run in @FOLDER@
 @OPTIONS@
 set -euo pipefail
+@ARRAY@
+@STOPS@
 @SETUP@
 @STEPS@
 

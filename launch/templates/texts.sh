@@ -2,6 +2,8 @@
 # btm-scale: the text of one big domain to token files, for the run in @FOLDER@
 @OPTIONS@
 set -euo pipefail
+@ARRAY@
+@STOPS@
 models=(@MODELS@)
 domain=${models[${SLURM_ARRAY_TASK_ID:-0}]}
 @SETUP@

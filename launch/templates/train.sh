@@ -2,6 +2,8 @@
 # btm-scale: one model by one group, for the run in @FOLDER@
 @OPTIONS@
 set -euo pipefail
+@ARRAY@
+@STOPS@
 models=(@MODELS@)
 model=${models[${SLURM_ARRAY_TASK_ID:-0}]}
 folder=@RUN@/train/$model

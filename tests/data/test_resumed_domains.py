@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Iterator
@@ -106,6 +107,23 @@ def test_a_killed_domain_resumes_after_its_last_shard(
     prepare(config, run)
     assert contents(run) == uninterrupted
     assert len(encoded) < 120
+
+
+def test_a_domain_that_filled_the_disk_resumes_after_its_last_shard(
+    config: RunConfig, uninterrupted: dict[str, bytes], tmp_path: Path, encoded: list[str]
+) -> None:
+    run = RunDir(tmp_path / "run")
+
+    def fill(domain: str, encoded_bytes: int, documents: int, expected: int) -> None:
+        if documents >= STOP_AFTER:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space left"):
+        prepare(config, run, fill)
+    encoded.clear()
+    prepare(config, run)
+    assert contents(run) == uninterrupted
+    assert 0 < len(encoded) < 120
 
 
 @pytest.mark.parametrize("damage", ["tokens", "truncated tokens", "shard", "no shard"])

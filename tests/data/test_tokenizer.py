@@ -117,6 +117,17 @@ def byte_level_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def test_a_request_to_stop_while_text_is_sampled_is_not_a_mistake_in_the_text(tmp_path: Path) -> None:
+    """SLURM would not start a job again that ends with a mistake."""
+
+    def texts() -> Iterator[str]:
+        yield from prose_texts(50)
+        raise SystemExit(85)  # as the handler of SIGUSR1 does
+
+    with pytest.raises(SystemExit):
+        train_tokenizer(tmp_path, texts(), vocab_size=400)
+
+
 def test_a_byte_level_tokenizer_is_adopted(tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     reference = byte_level_tokenizer(tmp_path / "given")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from helpers.worlds import run_script
 
-from btm_scale.distributed.rendezvous import is_loopback, listening_socket
+from btm_scale.distributed import rendezvous
+from btm_scale.distributed.rendezvous import await_name, is_loopback, listening_socket
 from btm_scale.errors import LaunchError, PortTaken
 from btm_scale.launch.local import free_port
 
@@ -53,3 +54,21 @@ def test_an_address_or_port_that_cannot_be_used_is_reported() -> None:
         listening_socket("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(LaunchError, match=r"Cannot resolve MASTER_ADDR=no-such-host\.invalid"):
         listening_socket("no-such-host.invalid", 29500)
+
+
+def test_a_name_that_is_published_after_the_ranks_have_started_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    missing = iter([socket.gaierror(socket.EAI_NONAME, "Name or service not known")] * 3)
+
+    def resolve(name: str, port: object) -> None:
+        for error in missing:
+            raise error
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(rendezvous.time, "sleep", lambda seconds: None)
+    await_name("job-master-0", 60)
+    assert caplog.text.count("MASTER_ADDR=job-master-0 is not known yet (Name or service not known)") == 1
+    missing = iter([socket.gaierror(socket.EAI_NONAME, "Name or service not known")] * 3)
+    with pytest.raises(LaunchError, match="Cannot resolve MASTER_ADDR=job-master-0"):
+        await_name("job-master-0", -1)

@@ -34,9 +34,13 @@ def test_a_hostfile_has_one_host_per_line(tmp_path: Path) -> None:
         ("n1 slots=8\nn2 slots=8\n".encode("utf-16"), {"n1": 8, "n2": 8}),
         (b"n1 slots=8 # caf\xe9\rn2\tslots=8", {"n1": 8, "n2": 8}),
         (b"n[01-03,07] slots=8\n", {f"n{number}": 8 for number in ("01", "02", "03", "07")}),
+        (
+            b"ddp-0.ddp.ml.svc.cluster.local slots=2\n10.0.0.7 slots=2",
+            dict.fromkeys(["ddp-0.ddp.ml.svc.cluster.local", "10.0.0.7"], 2),
+        ),
         (b"a[1-2]-ib,b[9-10]x[1,3] slots=2", dict.fromkeys(["a1-ib", "a2-ib", "b9x1", "b9x3", "b10x1", "b10x3"], 2)),
     ],
-    ids=["BOM", "UTF-16", "a comment in Latin-1", "a list", "several lists"],
+    ids=["BOM", "UTF-16", "a comment in Latin-1", "a list", "pods", "several lists"],
 )
 def test_a_hostfile_may_come_from_any_editor_and_have_lists(
     content: bytes, hosts: dict[str, int], tmp_path: Path
@@ -68,6 +72,7 @@ def test_bytes_outside_of_comments_that_are_not_text_are_refused(tmp_path: Path)
         ("a slots=2\na slots=2", "'a' is listed twice"),
         ("fe80::1 slots=8", "'fe80::1' cannot name a host"),
         ("a slots=8\nme@b slots=8", "line 2: 'me@b' cannot name a host"),
+        ("a slots=8\nb lots=8", "line 2: 'lots' is not an option here"),
     ],
 )
 def test_an_invalid_hostfile_is_refused(text: str, message: str, tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ def test_the_nodes_of_a_task_of_skypilot_choose_the_same_port() -> None:
     ("changes", "message"),
     [
         ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set. --launcher env is for processes"),
+        ({"MASTER_PORT": "tcp://10.0.0.1:23456"}, "MASTER_PORT is 'tcp://10.0.0.1:23456'. It must be a number"),
         ({"RANK": "one"}, "RANK is 'one'. It must be a number"),
         ({"RANK": "4"}, "RANK is 4 and WORLD_SIZE is 4. RANK must be less"),
     ],

@@ -282,6 +282,8 @@ def test_a_group_started_within_a_step_is_not_bound_to_its_cores(monkeypatch: py
         ("BadConstraints", True),
         ("JobHeldUser", True),
         ("launch failed requeued held", True),
+        ("Reservation", False),
+        ("ReservationDeleted", True),
     ],
 )
 def test_a_job_that_waits_for_no_other_is_blocked(reason: str, blocked: bool) -> None:

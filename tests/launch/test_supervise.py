@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -9,11 +10,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import psutil
 import pytest
 
 from btm_scale.errors import GroupFailed, LaunchError
+from btm_scale.launch import supervise
 from btm_scale.launch.shutdown import REQUEUE
 from btm_scale.launch.supervise import GroupCommand, Start, run_groups_in
 from btm_scale.util.rank_log import read_failure
@@ -267,6 +270,14 @@ def test_a_missing_program_is_reported(tmp_path: Path) -> None:
 
     with pytest.raises(LaunchError, match="group 'one' cannot be started"):
         run_groups_in(Absent(1), commands(tmp_path, "one"))
+
+
+def test_a_limit_of_processes_is_not_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusal = BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+    monkeypatch.setattr(supervise.subprocess, "Popen", Mock(side_effect=refusal))
+    with pytest.raises(GroupFailed, match="group 'one' cannot be started: Resource temporarily unavailable") as raised:
+        run_groups_in(Shell(1, one="pass"), commands(tmp_path, "one"))
+    assert not raised.value.mistake
 
 
 def test_the_rank_that_failed_is_reported_not_those_that_lost_it(tmp_path: Path) -> None:

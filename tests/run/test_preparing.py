@@ -130,3 +130,17 @@ def test_the_failure_of_one_domain_is_that_of_the_stage_until_it_is_prepared(con
     text.write_bytes(good)
     prepare_run(config, run)
     assert not (run.root / "stages").exists()
+
+
+def test_a_domain_that_is_prepared_again_after_the_stage_has_failed_is_running(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    run, text = RunDir(tmp_path / "run"), tmp_path / "licences.jsonl"
+    text.write_bytes(text.read_bytes() + b'{"text": "half')
+    with pytest.raises(DataError, match=r"licences\.jsonl"):
+        prepare_run(config, run)
+    with held(run.domain_lock("licences")):
+        [stage, _] = stage_status(config, run, SlurmNotes())
+        assert (stage.state, stage.note) == ("running", "licences")
+    [stage, _] = stage_status(config, run, SlurmNotes())
+    assert (stage.state, "licences.jsonl" in stage.note) == ("failed", True)

@@ -136,3 +136,38 @@ def test_ctrl_c_at_a_terminal_ends_workers_without_their_tracebacks() -> None:
     assert [process.stdout.readline() for _ in range(2)] == ["begun\n"] * 2
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     assert process.communicate(timeout=30) == ("interrupted\n", "")
+
+
+def test_a_request_to_stop_reaches_no_worker_while_it_starts_or_works() -> None:
+    """SLURM sends it to every process of a step; this one decides what stops."""
+    run("""
+        os.setsid()
+        signal.signal(signal.SIGUSR1, lambda *_: None)
+        for forks in (True, False):
+            with process_pool(2, forks=forks) as pool:
+                waiting = [pool.submit(time.sleep, 0.05) for _ in range(4)]
+                os.killpg(0, signal.SIGUSR1)
+                waiting[0].result()
+                os.killpg(0, signal.SIGUSR1)
+                assert [one.result() for one in waiting] == [None] * 4
+    """)
+
+
+def test_a_user_who_may_start_no_more_processes_is_told_of_the_limit() -> None:
+    run("""
+        import resource
+        for forks in (True, False):  # imports what the user below may not read
+            with process_pool(1, forks=forks) as pool:
+                pool.submit(time.sleep, 0).result()
+        if os.getuid() == 0:
+            os.setuid(65534)  # root has no limit
+        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+        for forks in (True, False):
+            try:
+                with process_pool(2, forks=forks) as pool:
+                    pool.submit(time.sleep, 0).result()
+                raise AssertionError("no error")
+            except WorkerLost as error:
+                assert "Cannot start a worker process: Resource temporarily unavailable" in str(error)
+                assert "ulimit -u" in str(error)
+    """)
