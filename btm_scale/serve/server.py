@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 60  # a stream that takes longer is cut off on SIGTERM
 PREFIX_BYTES = 256e6
+# Longer than proxies and load balancers keep idle connections, mostly 60 or 90 seconds: a connection that the server
+# closes first may be the one on which the next request is under way.
+IDLE_SECONDS = 120
 
 
 def prior_of(config: RunConfig, run: RunDir, names: Sequence[str], prior: str, domain: str | None = None) -> Prior:
@@ -183,6 +186,7 @@ def make_server(planner: Planner, backend: Any, **settings: Any) -> tuple[uvicor
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=DRAIN_SECONDS,
+            timeout_keep_alive=IDLE_SECONDS,
         )
     )
     return server, failures
