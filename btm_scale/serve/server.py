@@ -126,8 +126,11 @@ def bind(host: str, port: int) -> socket.socket:
     Raises LaunchError if the address cannot be used.
     """
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        # With the protocol, because asyncio sets TCP_NODELAY only on sockets that name it. Without, the body of an
+        # answer, or the next token, may wait 40 milliseconds until the client acknowledges what was sent before.
+        listener = socket.socket(family, kind, protocol)
     except OSError as error:
         raise LaunchError(f"Cannot listen on {host}: {error.strerror or error}. Correct --host.") from None
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
