@@ -34,7 +34,7 @@ class FakeVllm:
     """One engine; `latency` in seconds per token.
 
     `dies_after`: the tokens of a stream after which its connection ends, and it answers 500 to all that follows.
-    `breaks`: streams that end after 2 tokens, as with a connection that is reset. `refusals` and `stream_refusals`: the
+    `breaks`: streams that end after a token, as with a connection that is reset. `refusals` and `stream_refusals`: the
     next answers to other requests and to those for streams, (status, headers). `longest`: prompt in tokens.
     """
 
@@ -120,7 +120,7 @@ class FakeVllm:
     async def _stream(self, ids: list[int], body: dict[str, Any]) -> AsyncIterator[str]:
         random = torch.Generator().manual_seed(body["seed"]) if "seed" in body else torch.default_generator
         written = 0
-        breaks_after = 2 if self.breaks else None
+        breaks_after = 1 if self.breaks else None
         self.breaks = max(0, self.breaks - 1)
         for _ in range(body["max_tokens"]):
             if written == self.dies_after:

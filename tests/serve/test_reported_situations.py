@@ -235,8 +235,7 @@ def test_a_request_on_an_idle_connection_that_the_engine_closes_is_sent_again(
     closing_engine: tuple[str, list[int]],
 ) -> None:
     url, seen = closing_engine
-    with served_by(url, url) as server:
+    with served_by(url) as server:
         for _ in range(3):
-            assert server.post("/v1/posterior", {"input": "ab"}).json()["left_out"] == []
             assert server.post(COMPLETIONS, ASK).json()["choices"][0]["text"] == "a"
-    assert max(seen) == 2  # some connections were used again
+    assert max(seen) == 2  # connections were used again
