@@ -103,10 +103,10 @@ def test_a_stream_that_breaks_is_an_error_event_and_the_expert_stays(server: Ser
 def test_a_request_without_a_stream_is_repeated_when_its_engine_breaks_off(
     server: Served, engines: list[FakeVllm]
 ) -> None:
-    whole = server.post("/v1/completions", TEXT).json()
+    complete = server.post("/v1/completions", TEXT).json()
     engines[0].breaks = 1
     answer = server.post("/v1/completions", TEXT).json()
-    assert (answer["choices"], answer["usage"]) == (whole["choices"], whole["usage"])
+    assert (answer["choices"], answer["usage"]) == (complete["choices"], complete["usage"])
 
 
 @pytest.mark.parametrize("stream", [False, True])
