@@ -62,11 +62,14 @@ class RunningBatch:
         """
         assert self._posterior is not None
         logits, weights = predictions(self._readings, self._posterior)
-        tokens = torch.empty(len(self.rows), dtype=torch.int64, device=logits.device)
-        for sampling, random, texts in self._alike():
-            everyone = len(texts) == len(self.rows)
-            part = (logits, weights) if everyone else (logits[:, texts], weights[texts])
-            tokens[texts] = from_mixture(sampling)(*part, random)
+        alike = list(self._alike())
+        if len(alike) == 1:
+            sampling, random, _ = alike[0]
+            tokens = from_mixture(sampling)(logits, weights, random)
+        else:
+            tokens = torch.empty(len(self.rows), dtype=torch.int64, device=logits.device)
+            for sampling, random, texts in alike:
+                tokens[texts] = from_mixture(sampling)(logits[:, texts], weights[texts], random)
         alternatives = self._alternatives(logits, weights, tokens)
         observe(self._readings, self._posterior, tokens)
         return tokens, alternatives

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from starlette.responses import JSONResponse
+
+from btm_scale.serve.work import Busy
 
 
 class ApiError(Exception):
@@ -29,20 +32,25 @@ class ApiError(Exception):
         return JSONResponse({"error": self.error}, self.status, self.headers)
 
 
-def overloaded(seconds: int) -> ApiError:
-    """Return the error for a full queue."""
+def overloaded(busy: Busy) -> ApiError:
+    """Return the error of a server or engine without room for a request."""
     return ApiError(
         429,
-        "The server's queue is full. Retry later, or with fewer requests at a time.",
+        f"{busy} Retry later, or with fewer requests at a time.",
         kind="rate_limit_error",
         code="server_overloaded",
-        headers={"Retry-After": str(seconds)},
+        headers={"Retry-After": str(math.ceil(busy.seconds))},
     )
 
 
 def unavailable(message: str) -> ApiError:
     """Return the error of a server or expert that cannot answer now."""
     return ApiError(503, message, kind="server_error", code="service_unavailable", headers={"Retry-After": "2"})
+
+
+def refused(message: str) -> ApiError:
+    """Return the error of a request that an expert's engine does not accept."""
+    return ApiError(400, message, code="engine_refused")
 
 
 def internal() -> ApiError:

@@ -18,20 +18,21 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from btm_scale.serve.answers import Answer, ChatAnswer, CompletionAnswer
-from btm_scale.serve.api_errors import ApiError, internal, overloaded, unavailable
+from btm_scale.serve.api_errors import ApiError, internal, overloaded, refused, unavailable
 from btm_scale.serve.gate import Gate, read_body
 from btm_scale.serve.keys import Keys
 from btm_scale.serve.metrics import Metrics
 from btm_scale.serve.page import page
 from btm_scale.serve.planner import Planner
+from btm_scale.serve.pools import Pool
 from btm_scale.serve.schemas import ChatRequest, CompletionRequest, PosteriorRequest, parsed
-from btm_scale.serve.work import Backend, BackendError, Busy, Delta, Event, Failed, Job, Routed
+from btm_scale.serve.work import Backend, BackendError, Busy, Delta, Event, Failed, Job, Refused, Routed
 
 logger = logging.getLogger(__name__)
 
 Events = AsyncIterator[tuple[int, Event]]
-_RETRY_SECONDS = 2
-_INLINE_BYTES = 4096  # a body of this size is handled faster than a thread starts
+MOST_BODIES = MOST_CHATS = 64  # that wait for a thread
+_INLINE_BYTES = 4096  # a body of this size is handled faster than a thread takes over
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
@@ -43,14 +44,16 @@ class Service:
     def __init__(self, planner: Planner, metrics: Metrics, name: str, *, log_requests: bool) -> None:
         self._planner, self._metrics, self._name, self._log_requests = planner, metrics, name, log_requests
         self._backend: Backend = planner.backend
+        # Apart from one another, since rendering a chat may take seconds, however short it is.
+        self._bodies, self._chats = Pool("body", 2, max_waiting=MOST_BODIES), Pool("chat", 2, max_waiting=MOST_CHATS)
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions."""
         content = await read_body(request)
         size = len(content)
-        body = await _computed(size, partial(parsed, CompletionRequest), content)
+        body = await self._computed(size, partial(parsed, CompletionRequest), content)
         self._require_ready()
-        jobs = await _computed(size, self._planner.completion, body)
+        jobs = await self._computed(size, self._planner.completion, body)
         decode = self._planner.tokenizer.decode
         echoed = [text if isinstance(text, str) else decode(text) for text in body.prompts] if body.echo else ()
         answer = CompletionAnswer(body.model, jobs, self._planner.tokenizer, echoed=echoed, stream=body.stream)
@@ -59,21 +62,25 @@ class Service:
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
         content = await read_body(request)
-        body = await _computed(len(content), partial(parsed, ChatRequest), content)
+        body = await self._computed(len(content), partial(parsed, ChatRequest), content)
         self._require_ready()
-        jobs = await asyncio.to_thread(self._planner.chat_completion, body)
+        jobs = await _unless_hung_up(request, self._chats.run(self._planner.chat_completion, body))
+        if jobs is None:
+            return self._hung_up()
         answer = ChatAnswer(body.model, jobs, self._planner.tokenizer, stream=body.stream)
         return await self._answer(request, jobs, answer, body)
 
     async def posterior(self, request: Request) -> Response:
         """POST /v1/posterior."""
         content = await read_body(request)
-        body = await _computed(len(content), partial(parsed, PosteriorRequest), content)
+        body = await self._computed(len(content), partial(parsed, PosteriorRequest), content)
         self._require_ready()
-        if body.messages:  # rendering may take seconds, however short the chat is
-            job = await asyncio.to_thread(self._planner.posterior, body)
+        if body.messages:
+            job = await _unless_hung_up(request, self._chats.run(self._planner.posterior, body))
         else:
-            job = await _computed(len(content), self._planner.posterior, body)
+            job = await self._computed(len(content), self._planner.posterior, body)
+        if job is None:
+            return self._hung_up()
         async with contextlib.aclosing(self._events([job])) as events:
             routed = await _unless_hung_up(request, anext(events))
         if routed is None:
@@ -143,8 +150,8 @@ class Service:
                     if isinstance(event, Failed):
                         raise _api_error(event.error)
                     yield number, event
-        except Busy:
-            raise overloaded(_RETRY_SECONDS) from None
+        except Busy as error:
+            raise overloaded(error) from None
 
     async def _collect(self, first: tuple[int, Event], events: Events, answer: Answer, begin: float) -> bool:
         async for _ in self._received(first, events, answer, begin):
@@ -205,6 +212,10 @@ class Service:
                 prompt = self._planner.tokenizer.decode(choice.job.prompt[1:])
                 logger.info("%s prompt=%r text=%r", answer.id, prompt, choice.text)
 
+    async def _computed(self, size: int, function: Callable[[Argument], Result], argument: Argument) -> Result:
+        """Return `function(argument)`, computed in a thread unless the request's body of `size` bytes is small."""
+        return function(argument) if size <= _INLINE_BYTES else await self._bodies.run(function, argument)
+
     def _hung_up(self) -> Response:
         self._metrics.hang_ups.inc()
         return Response(status_code=499)
@@ -224,7 +235,9 @@ class _EventStream(StreamingResponse):
         hung_up: Callable[[], object],
         partial_done: Callable[[], object],
     ) -> None:
-        super().__init__(self._counted(chunks), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        # nginx, and other proxies, hold a stream back until it is complete, unless they are asked not to.
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(self._counted(chunks), media_type="text/event-stream", headers=headers)
         self._chunks, self._events, self._hung_up, self._finish = chunks, events, hung_up, partial_done
         self._complete = False
 
@@ -243,11 +256,6 @@ class _EventStream(StreamingResponse):
             self._finish()
             if not self._complete:
                 self._hung_up()
-
-
-async def _computed(size: int, function: Callable[[Argument], Result], argument: Argument) -> Result:
-    """Return `function(argument)`, computed in a thread unless the request's body of `size` bytes is small."""
-    return function(argument) if size <= _INLINE_BYTES else await asyncio.to_thread(function, argument)
 
 
 async def _unless_hung_up(request: Request, work: Awaitable[Any]) -> Any:
@@ -275,7 +283,16 @@ def _event(chunk: dict[str, Any]) -> bytes:
 
 
 def _api_error(error: Exception) -> ApiError:
+    if isinstance(error, Busy):
+        return overloaded(error)
+    if isinstance(error, Refused):
+        return refused(str(error))
     return unavailable(str(error)) if isinstance(error, BackendError) else internal()
+
+
+async def _busy(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Busy)
+    return overloaded(error).response()
 
 
 async def _refused(request: Request, error: Exception) -> Response:
@@ -321,7 +338,7 @@ def make_app(
     app = Starlette(
         routes=routes,
         lifespan=lifespan,
-        exception_handlers={ApiError: _refused, 404: _no_route, 405: _no_route, Exception: _fault},
+        exception_handlers={ApiError: _refused, Busy: _busy, 404: _no_route, 405: _no_route, Exception: _fault},
     )
     app.add_middleware(Gate, keys=keys, metrics=metrics, only_local=only_local)
     return app

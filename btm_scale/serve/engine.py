@@ -10,6 +10,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ from btm_scale.serve.prefixes import PrefixCache
 from btm_scale.serve.prompt_reader import Prior, PromptReader
 from btm_scale.serve.texts import Part, Text
 from btm_scale.serve.work import BackendError, Busy, Delta, Event, Failed, Job
-from btm_scale.util.one_thread import one_torch_thread
 
 logger = logging.getLogger(__name__)
 
@@ -80,28 +80,31 @@ class Engine:
         self._outbox: list[tuple[Job, Event]] = []
         self._is_urgent = False  # whether the outbox has something that a client waits for
         self._deliver: Callable[[list[tuple[Job, Event]]], None] = lambda events: None
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread: threading.Thread | None = None
+
+    def start(self, deliver: Callable[[list[tuple[Job, Event]]], None], preload: Sequence[str] = ()) -> None:
+        """Start the thread, which calls `deliver` with the events of each step; return when models are loaded.
+
+        Raises CheckpointError or ForestError if one of the models `preload` cannot be loaded.
+        """
+        self._deliver = deliver
+        loaded: Future[None] = Future()
+        self._thread = threading.Thread(target=self._main, args=(preload, loaded), name="engine", daemon=True)
+        self._thread.start()
+        loaded.result()
 
     def preload(self, names: Sequence[str]) -> None:
-        """Load models, as many as fit into memory, before the start. Raises CheckpointError or ForestError."""
-        # With more OpenMP threads than cores, libgomp lets none of them spin: the engine's thread must be the only one
-        # that has some.
-        with one_torch_thread():
-            for name in reversed(names):
-                if self.shelf.fit({*self.shelf.loaded, name}):
-                    self.shelf.take(name)
-
-    def start(self, deliver: Callable[[list[tuple[Job, Event]]], None]) -> None:
-        """Start the thread, which calls `deliver` with the events of each step."""
-        self._deliver = deliver
-        self._thread.start()
+        """Load models, as many as fit into memory."""
+        for name in reversed(names):
+            if self.shelf.fit({*self.shelf.loaded, name}):
+                self.shelf.take(name)
 
     def stop(self) -> None:
         """Complete what runs and waits, and end the thread."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        if self._thread.is_alive():
+        if self._thread is not None:
             self._thread.join()
 
     def submit(self, jobs: Sequence[Job]) -> None:
@@ -131,6 +134,18 @@ class Engine:
             return (None,) * job.copies
         seeds = np.random.SeedSequence(job.seed).generate_state(max(1, job.copies), np.uint32).tolist()
         return tuple(torch.Generator(self._device).manual_seed(seed) for seed in seeds[: job.copies])
+
+    def _main(self, preload: Sequence[str], loaded: Future[None]) -> None:
+        # Models are loaded in this thread too: each thread that computes has its own OpenMP threads, and with more than
+        # cores, libgomp lets none of them spin. To load them with one thread would cost as much: after
+        # `torch.set_num_threads`, MKL uses all threads for the smallest products.
+        try:
+            self.preload(preload)
+        except BaseException as error:
+            loaded.set_exception(error)
+            return
+        loaded.set_result(None)
+        self._run()
 
     def _run(self) -> None:
         while True:

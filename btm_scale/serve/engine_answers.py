@@ -10,41 +10,64 @@ import httpx2
 from btm_scale.util.bounded_json import parse_json
 
 _MOST_ANSWER = 64 << 20  # bytes; prompt_logprobs of a long prompt take some
-_MOST_LINE = 1 << 20  # characters
+_MOST_LINE = 1 << 20  # bytes
+_MOST_REASON = 1 << 14  # bytes of an answer that says why a request failed
+_SHOWN = 300  # characters of it
 
 
-async def read_answer(response: httpx2.Response) -> dict[str, Any]:
-    """Return the JSON object of a response. Raises ValueError if it is not one, or larger than 64 MiB."""
+async def read_answer(response: httpx2.Response) -> bytes:
+    """Return the body of a response. Raises ValueError if it is larger than 64 MiB."""
     content = bytearray()
     async for piece in response.aiter_bytes():
         content += piece
         if len(content) > _MOST_ANSWER:
             raise ValueError(f"its answer is larger than {_MOST_ANSWER >> 20} MiB")
-    return _object(bytes(content))
+    return bytes(content)
 
 
-async def read_events(response: httpx2.Response) -> AsyncIterator[dict[str, Any]]:
-    """Yield the JSON object of each event of a stream. Raises ValueError if one is invalid or reports an error."""
-    async for line in _lines(response):
-        if line.startswith("data: ") and line != "data: [DONE]":
-            event = _object(line.removeprefix("data: ").encode("utf-8", "surrogatepass"))
-            if "error" in event:
-                raise ValueError("it reports an error")
-            yield event
+async def read_reason(response: httpx2.Response) -> str:
+    """Return the message of an error in OpenAI's form, or "" if there is none that can be read."""
+    content = bytearray()
+    try:
+        async for piece in response.aiter_bytes():
+            content += piece
+            if len(content) > _MOST_REASON:
+                return ""
+        answer = parse_object(bytes(content))
+    except (httpx2.HTTPError, ValueError):
+        return ""
+    error = answer.get("error", answer)
+    message = error.get("message") if isinstance(error, dict) else error
+    return " ".join(message.split())[:_SHOWN] if isinstance(message, str) else ""
 
 
-async def _lines(response: httpx2.Response) -> AsyncIterator[str]:
-    rest = ""
-    async for piece in response.aiter_text():
-        *lines, rest = (rest + piece).split("\n")
-        for line in lines:
-            yield line.rstrip("\r")
+async def read_events(response: httpx2.Response) -> AsyncIterator[list[dict[str, Any]]]:
+    """Yield the JSON objects of a stream of events, those that arrive together in one list.
+
+    Raises ValueError if one is invalid or reports an error.
+    """
+    async for lines in _lines(response):
+        # A space after the colon is optional, and other fields and comments may be between the events.
+        contents = [line[5:].strip() for line in lines if line.startswith(b"data:")]
+        events = [parse_object(content) for content in contents if content not in (b"", b"[DONE]")]
+        if any(event.get("error") for event in events):
+            raise ValueError("it reports an error")
+        if events:
+            yield events
+
+
+async def _lines(response: httpx2.Response) -> AsyncIterator[list[bytes]]:
+    rest = b""
+    async for piece in response.aiter_bytes():
+        *lines, rest = (rest + piece).split(b"\n")
+        yield lines
         if len(rest) > _MOST_LINE:
-            raise ValueError(f"a line of its stream is longer than {_MOST_LINE:,} characters")
-    yield rest
+            raise ValueError(f"a line of its stream is longer than {_MOST_LINE:,} bytes")
+    yield [rest]
 
 
-def _object(content: bytes) -> dict[str, Any]:
+def parse_object(content: bytes) -> dict[str, Any]:
+    """Return a JSON object. Raises ValueError if the content is not one."""
     try:
         value = parse_json(content, unique_keys=False)
     except ValueError as error:

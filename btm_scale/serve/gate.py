@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import re
 import time
 from urllib.parse import urlsplit
 
@@ -40,7 +41,9 @@ class Gate:
                 status = message["status"]
             await send(message)
 
-        path, headers = scope["path"], Headers(scope=scope)
+        # Before keys are checked. Base URLs that end with a slash give `/v1//models` or `/v1/models/`.
+        path, headers = re.sub("/{2,}", "/", scope["path"]).rstrip("/") or "/", Headers(scope=scope)
+        scope["path"] = path
         route = path if path in _ROUTES else "other"
         try:
             if path.startswith("/v1/") and self._keys and not self._keys.accept(headers.get("authorization")):

@@ -1,6 +1,8 @@
 """A routing strategy for LiteLLM's Router: it draws the expert of a request from the posterior of a served forest.
 
-It has the two methods that `Router.set_custom_routing_strategy` takes, so LiteLLM need not be installed here.
+It has the two methods of LiteLLM's `CustomRoutingStrategyBase`, so LiteLLM need not be installed here.
+`Router.set_custom_routing_strategy` replaces the Router's own methods by them, and with these what they do before they
+choose: aliases of model groups, ids of deployments, and deployments in cooldown are considered here.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ Deployment = Mapping[str, Any]
 
 
 class _Router(Protocol):
+    """What is used of LiteLLM's Router; aliases and cooldowns only if it has them."""
+
     model_list: Sequence[Any]
 
 
@@ -64,7 +68,9 @@ class PosteriorRouting:
         Raises ConnectionError if the forest gives no posterior, and ValueError for a model without deployments.
         """
         candidates = self._candidates(model, bool(specific_deployment))
-        body = self._body(messages, input) if _need_posterior(candidates) else None
+        if len(candidates) > 1 and (cooldowns := self._cooldowns("get_active_cooldowns", candidates)) is not None:
+            candidates = _without(candidates, cooldowns)
+        body = self._body(messages, input, request_kwargs) if _need_posterior(candidates) else None
         if body is None:
             return self._random.choice(candidates)
         if self._client is None:
@@ -85,7 +91,9 @@ class PosteriorRouting:
     ) -> Any:
         """Return the same as `get_available_deployment`, without blocking the event loop."""
         candidates = self._candidates(model, bool(specific_deployment))
-        body = self._body(messages, input) if _need_posterior(candidates) else None
+        if len(candidates) > 1 and (asked := self._cooldowns("async_get_active_cooldowns", candidates)) is not None:
+            candidates = _without(candidates, await asked)
+        body = self._body(messages, input, request_kwargs) if _need_posterior(candidates) else None
         if body is None:
             return self._random.choice(candidates)
         loop = asyncio.get_running_loop()
@@ -99,16 +107,34 @@ class PosteriorRouting:
 
     def _candidates(self, model: str, specific: bool) -> list[Any]:
         known = self._router.model_list
-        found = [one for one in known if (one["litellm_params"]["model"] if specific else one["model_name"]) == model]
+        if specific:
+            found = [one for one in known if one["litellm_params"]["model"] == model]
+        else:
+            alias = (getattr(self._router, "model_group_alias", None) or {}).get(model, model)
+            group = alias["model"] if isinstance(alias, Mapping) else alias
+            found = [one for one in known if one["model_name"] == group] or [one for one in known if _id(one) == model]
         if not found:
             raise ValueError(f"No deployment in LiteLLM's model_list has the name '{model}'. Add one, or correct it.")
         return found
 
-    def _body(self, messages: Sequence[Mapping[str, Any]] | None, text: Any) -> dict[str, Any] | None:
+    def _cooldowns(self, method: str, candidates: Sequence[Deployment]) -> Any:
+        """Return [(id, ...)] of the deployments that LiteLLM gives a rest, or a coroutine; None if it keeps none."""
+        cache = getattr(self._router, "cooldown_cache", None)
+        if cache is None:
+            return None
+        return getattr(cache, method)(model_ids=[_id(one) for one in candidates], parent_otel_span=None)
+
+    def _body(
+        self,
+        messages: Sequence[Mapping[str, Any]] | None,
+        text: Any,
+        request_kwargs: Mapping[str, Any] | None,
+    ) -> dict[str, Any] | None:
         if messages and self._chats:
             return {"messages": [{"role": one["role"], "content": one.get("content")} for one in messages]}
         if messages:
-            return {"input": "".join(_text(one.get("content")) for one in messages)}
+            return {"input": _prompt([one.get("content") for one in messages])}
+        text = (request_kwargs or {}).get("input") if text is None else text
         return {"input": text} if isinstance(text, str) else None
 
     def _drawn(self, candidates: Sequence[Any], response: httpx2.Response) -> Any:
@@ -116,10 +142,12 @@ class PosteriorRouting:
             raise ConnectionError(f"{self._url} answered with status {response.status_code}: {response.text[:300]}")
         posterior = response.json()["posterior"]
         weights = [posterior.get(_expert(one), 0.0) for one in candidates]
-        if not any(weights):
+        if not any(_expert(one) in posterior for one in candidates):
             raise ConnectionError(
                 f"None of the experts {', '.join(map(str, posterior))} has a deployment. Set model_info.expert to them."
             )
+        if not any(weights):  # those that could have answered have a cooldown
+            weights = [float(_expert(one) in posterior) for one in candidates]
         deployments = Counter(map(_expert, candidates))  # the deployments of one expert share its weight
         shared = [weight / deployments[_expert(one)] for weight, one in zip(weights, candidates, strict=True)]
         return self._random.choices(candidates, shared)[0]
@@ -129,8 +157,32 @@ def _expert(deployment: Deployment) -> Any:
     return (deployment.get("model_info") or {}).get("expert")
 
 
+def _id(deployment: Deployment) -> Any:
+    return (deployment.get("model_info") or {}).get("id")
+
+
+def _without(candidates: list[Any], cooldowns: Sequence[Sequence[Any]] | None) -> list[Any]:
+    """Return the deployments that have no cooldown, or all if every one has: then the error comes from its engine."""
+    resting = {one[0] for one in cooldowns or ()}
+    return [one for one in candidates if _id(one) not in resting] or candidates
+
+
 def _need_posterior(candidates: Sequence[Deployment]) -> bool:
     return len(candidates) > 1 and any(_expert(one) is not None for one in candidates)
+
+
+def _prompt(contents: Sequence[Any]) -> str | list[int]:
+    """Return the text of messages. `Router.text_completion` passes its prompt as the content of one.
+
+    A prompt may be token ids, or a batch of prompts, of which one deployment answers all: the first counts.
+    """
+    (first, *others) = contents
+    if not others and isinstance(first, list) and first:
+        if isinstance(first[0], (list, str)):
+            first = first[0]
+        if isinstance(first, list) and all(type(one) is int for one in first):
+            return first
+    return "".join(_text(content) for content in (first, *others))
 
 
 def _text(content: Any) -> str:

@@ -24,8 +24,7 @@ class LocalBackend:
     async def start(self) -> None:
         """Load the models and start the engine. Raises CheckpointError or ForestError."""
         self._loop = asyncio.get_running_loop()
-        await asyncio.to_thread(self._engine.preload, self._preload)
-        self._engine.start(self._deliver)
+        await asyncio.to_thread(self._engine.start, self._deliver, self._preload)
         self.is_ready = True
 
     async def stop(self) -> None:

@@ -9,23 +9,31 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from typing import Any
 
 import httpx2
 import numpy as np
 
 from btm_scale.errors import UserError
 from btm_scale.forest.posterior.evidence import RunningPosterior
+from btm_scale.serve.engine_client import EngineDown
 from btm_scale.serve.engines_file import RemoteExpert
 from btm_scale.serve.local_scores import LocalScores
+from btm_scale.serve.pools import Pool
 from btm_scale.serve.prompt_reader import Prior, priors_of
-from btm_scale.serve.remote_engine import EngineDown, RemoteEngine
-from btm_scale.serve.work import BackendError, Busy, Delta, Event, Failed, Job, Routed
+from btm_scale.serve.remote_engine import RemoteEngine
+from btm_scale.serve.work import BackendError, Busy, Delta, Event, Failed, Job, Refused, Routed
 
 logger = logging.getLogger(__name__)
 
 _SCORE_SECONDS = 60.0
 _CONNECT_SECONDS = 5.0
+# Less than the 5 seconds after which uvicorn, and so vLLM, closes an idle connection: a request sent just then is lost.
+_IDLE_SECONDS = 4.0
+_ATTEMPTS = 2  # of a request of which the client has seen nothing
+# Requests to this machine never pass a proxy that the environment names for the internet.
+_DIRECT = ("all://localhost", "all://127.0.0.1", "all://[::1]")
 
 
 class RemoteBackend:
@@ -62,14 +70,18 @@ class RemoteBackend:
         self._running, self._seconds = 0, answer_seconds
         self._engines: dict[str, RemoteEngine] = {}
         self._client: httpx2.AsyncClient | None = None
+        # One thread computes with models, because each that does has its own OpenMP threads.
+        self._models = Pool("models", 1, max_waiting=max_waiting * (len(engines) + 1))
+        self._parsers = Pool("parser", 1, max_waiting=max_waiting * len(engines))
 
     async def start(self) -> None:
         """Open the connections; an engine that is down now may come later."""
         timeout = httpx2.Timeout(self._seconds, connect=_CONNECT_SECONDS)
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64)
-        client = self._client = httpx2.AsyncClient(timeout=timeout, limits=limits)
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=_IDLE_SECONDS)
+        client = self._client = httpx2.AsyncClient(timeout=timeout, limits=limits, mounts=dict.fromkeys(_DIRECT))
         self._engines = {
-            name: RemoteEngine(name, place, client, self._engine_context) for name, place in self._places.items()
+            name: RemoteEngine(name, place, client, self._engine_context, self._parsers)
+            for name, place in self._places.items()
         }
         self.is_ready = True
 
@@ -106,20 +118,51 @@ class RemoteBackend:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _answer(self, number: int, job: Job, inbox: asyncio.Queue[tuple[int, Event] | None]) -> None:
-        def send(event: Event) -> None:
-            inbox.put_nowait((number, event))
-
         try:
-            routed = await self._routed(job)
-            send(routed)
-            async with asyncio.TaskGroup() as texts:
-                for copy, name in enumerate(_draw(routed.weights, job)):
-                    texts.create_task(self._generate(copy, name, job, send))
-        except* (EngineDown, UserError) as errors:  # also local weights that were removed
-            send(Failed(BackendError(str(errors.exceptions[0]))))
-        except* Exception as errors:
+            for left in reversed(range(_ATTEMPTS)):
+                sent: list[Event] = []
+                try:
+                    await self._attempt(job, lambda event: inbox.put_nowait((number, event)), sent)
+                    return
+                except EngineDown:  # another expert, or a second stream of this one, may answer
+                    is_visible = job.stream and bool(sent)
+                    if left == 0 or is_visible or all(self._engines[name].is_down for name in job.names):
+                        raise
+        except (Busy, Refused) as error:
+            inbox.put_nowait((number, Failed(error)))
+        except (EngineDown, UserError) as error:  # also local weights that were removed
+            inbox.put_nowait((number, Failed(BackendError(str(error)))))
+        except Exception as error:
             logger.exception("a remote request failed")
-            send(Failed(errors.exceptions[0]))
+            inbox.put_nowait((number, Failed(error)))
+
+    async def _attempt(self, job: Job, deliver: Callable[[Event], None], sent: list[Event]) -> None:
+        """Answer a job, and record its events in `sent`.
+
+        A stream is delivered as it comes, from its first text on, since an error before it still has a status. Other
+        answers are delivered when they are complete.
+        """
+
+        def send(event: Event) -> None:
+            sent.append(event)
+            if job.stream:
+                deliver(event)
+
+        routed = await self._routed(job)
+
+        async def generate(copy: int, name: str) -> None:
+            async for delta in self._deltas(copy, name, job):
+                if not sent:
+                    send(routed)
+                send(delta)
+
+        if job.copies:
+            await _together([generate(copy, name) for copy, name in enumerate(_draw(routed.weights, job))])
+        else:
+            sent.append(routed)
+        if not job.stream:
+            for event in sent:
+                deliver(event)
 
     async def _routed(self, job: Job) -> Routed:
         """Return the posterior of a prompt over the engines that answer, and the experts that are left out."""
@@ -127,12 +170,13 @@ class RemoteBackend:
             (name,) = job.names
             scores = await self._engines[name].prompt_scores(job.prompt, job.top or 0) if job.score_prompt else None
             return Routed({name: 1.0}, prompt_scores=scores, trace=[[1.0]] * len(job.prompt) if job.trace else None)
-        scored = await asyncio.gather(*(self._scored(name, job.prompt) for name in job.names))
+        scored = await _together([self._scored(name, job.prompt) for name in job.names])
         alive = [number for number, score in enumerate(scored) if score is not None]
         if not alive:
             raise EngineDown("No expert answers. Retry later.")
-        # In a thread, because a routed prior embeds the text.
-        priors = await asyncio.to_thread(priors_of, self._prior, self._decode, [job.prompt])
+        priors: Any = self._prior
+        if callable(self._prior):  # embeds the text
+            priors = await self._models.run(priors_of, self._prior, self._decode, [job.prompt])
         prior = np.atleast_2d(priors)[:, alive]
         posterior = RunningPosterior(prior, 1)
         posterior.observe(np.array([[scored[number] for number in alive]], dtype=np.float64))
@@ -149,20 +193,33 @@ class RemoteBackend:
             if len(prompt) == 1:  # the start of the document alone
                 return 0.0
             if self._local is not None and name in self._local.names:
-                return await asyncio.to_thread(self._local.score, name, prompt)
+                return await self._models.run(self._local.score, name, prompt)
             return await engine.score(prompt)
         except EngineDown as error:
             logger.warning("%s", error)
             engine.leave_out()
             return None
 
-    async def _generate(self, copy: int, name: str, job: Job, send: Callable[[Event], None]) -> None:
-        """Pass the stream of one text on."""
+    async def _deltas(self, copy: int, name: str, job: Job) -> AsyncIterator[Delta]:
+        """Yield the stream of one text."""
         if job.max_tokens < 1:
-            send(Delta(copy, name, "", finished="length"))
+            yield Delta(copy, name, "", finished="length")
             return
         async for delta in self._engines[name].generate(copy, job):
-            send(delta)
+            yield delta
+
+
+async def _together(works: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """Return the results of coroutines; the first failure ends the others."""
+    if len(works) == 1:
+        return [await works[0]]
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _draw(weights: Mapping[str, float], job: Job) -> list[str]:

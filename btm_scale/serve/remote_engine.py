@@ -10,32 +10,33 @@ from typing import Any
 import httpx2
 
 from btm_scale.generate.running_batch import Alternatives
-from btm_scale.serve.engine_answers import read_answer, read_events
+from btm_scale.serve.engine_answers import parse_object, read_events
+from btm_scale.serve.engine_client import EngineClient, EngineDown
 from btm_scale.serve.engines_file import RemoteExpert
-from btm_scale.serve.work import Delta, Job, Score
+from btm_scale.serve.pools import Pool
+from btm_scale.serve.work import Delta, Job, Refused, Score
 
 _DOWN_SECONDS, _MOST_DOWN_SECONDS = 5.0, 60.0  # doubled with each failure in a row
+_MOST_BREAKS = 1  # a stream may break because of its connection alone; a second one in a row is the engine
 _IMPOSSIBLE = -9999.0  # what vLLM writes for a log-probability of -inf
 _MOST_PER_TOKEN = 1 << 10  # characters; an engine that sends more does not count tokens
+_INLINE_BYTES = 1 << 15  # an answer of this size is parsed faster than a thread takes over
 _REASONS = {"stop": "stop", "length": "length"}
+_ABORTED = ("abort", "error", "cancelled")  # why a text ended that is not complete
 
 
-class EngineDown(Exception):  # noqa: N818 (it names a state)
-    """An engine cannot be reached, or failed; the message may be shown to the client."""
-
-
-class _Refused(EngineDown):
-    """An engine refused a request."""
+class _NoScores(Exception):  # noqa: N818 (it names a state)
+    """An answer has no log-probabilities of the prompt."""
 
 
 class RemoteEngine:
     """The expert `name` at `place`."""
 
-    def __init__(self, name: str, place: RemoteExpert, client: httpx2.AsyncClient, context: int) -> None:
-        self._name, self._place, self._client, self._context = name, place, client, context
-        self._url = f"{place.url.rstrip('/')}/completions"
-        self._echoes = False  # whether it scores prompts with `echo` instead of `prompt_logprobs`
-        self._failures = 0
+    def __init__(self, name: str, place: RemoteExpert, client: httpx2.AsyncClient, context: int, parsers: Pool) -> None:
+        self._name, self._context, self._parsers = name, context, parsers
+        self._client = EngineClient(name, place, client)
+        self._echoes: bool | None = None  # scores prompts with `echo`, or with `prompt_logprobs`; None: not known yet
+        self._failures = self._breaks = 0  # in a row
         self._down_until = 0.0
 
     @property
@@ -44,106 +45,140 @@ class RemoteEngine:
         return time.monotonic() < self._down_until
 
     def leave_out(self) -> None:
-        """Record a failure: the engine is not asked for 5 seconds, and longer if it fails again."""
+        """Record a failure: the engine is not asked for 5 seconds, and longer if it fails again then."""
+        if self.is_down:  # requests at the same time fail for one reason
+            return
         self._failures += 1
         self._down_until = time.monotonic() + min(_DOWN_SECONDS * 2 ** (self._failures - 1), _MOST_DOWN_SECONDS)
 
     async def score(self, prompt: Sequence[int]) -> float:
-        """Return the log-probability in nats of a prompt after its first token. Raises EngineDown."""
-        if not self._echoes:
+        """Return the log-probability in nats of a prompt after its first token.
+
+        Raises EngineDown if the engine fails or returns no scores, Busy, and Refused for a prompt that is too long.
+        """
+        try:
+            scores = await (self._first_asked(prompt) if self._echoes is None else self._asked(prompt, self._echoes))
+        except _NoScores:
+            raise EngineDown(self._no_scores()) from None
+        return math.fsum(score.log_prob for score in scores)
+
+    async def _first_asked(self, prompt: Sequence[int]) -> list[Alternatives]:
+        """Return the scores of a prompt, and remember how the engine gives them."""
+        refusal: Refused | None = None
+        for echoes in (False, True):
             try:
-                return sum(score.log_prob for score in await self.prompt_scores(prompt, 0))
-            except _Refused as error:  # as engines do that do not know the parameter
-                values = await self._echoed(prompt)
-                if values is None:
-                    raise EngineDown(str(error)) from None
-                self._echoes = True
-        else:
-            values = await self._echoed(prompt)
-            if values is None:
-                raise EngineDown(self._no_scores())
-        return sum(values)
+                scores = await self._asked(prompt, echoes)
+            except Refused as error:  # as engines do that do not know the parameter, or for a prompt that is too long
+                if refusal is not None:
+                    raise
+                refusal = error
+            except _NoScores:
+                if echoes:
+                    raise
+            else:
+                self._echoes = echoes
+                return scores
+        raise _NoScores
 
     async def prompt_scores(self, prompt: Sequence[int], top: int) -> list[Alternatives]:
         """Return the log-probability of each token of a prompt but the first, and `top` alternatives.
 
-        Raises EngineDown if the engine fails or has no `prompt_logprobs`.
+        Raises EngineDown if the engine fails or has no `prompt_logprobs`, Busy and Refused.
         """
-        body = {"prompt": list(prompt), "max_tokens": 1, "temperature": 0, "prompt_logprobs": top}
-        answer = await self._post(body)
         try:
-            found = answer["choices"][0].get("prompt_logprobs") or answer["prompt_logprobs"]
-            scores = [_alternatives(found[place], token, top) for place, token in enumerate(prompt) if place]
-        except (LookupError, TypeError, ValueError, AttributeError):
-            raise _Refused(self._no_scores()) from None
-        self._require_scores(len(found) == len(prompt), [score.log_prob for score in scores])
+            return await self._asked(prompt, echoes=False, top=top)
+        except _NoScores:
+            raise EngineDown(self._no_scores()) from None
+
+    async def _asked(self, prompt: Sequence[int], echoes: bool, top: int = 0) -> list[Alternatives]:
+        wish = {"echo": True, "logprobs": 1} if echoes else {"prompt_logprobs": top}
+        body = {"prompt": prompt, "max_tokens": 1, "temperature": 0, **wish}
+        read = _echoed if echoes else _prompt_logprobs
+        try:
+            content = await self._client.ask(body)
+            if len(content) <= _INLINE_BYTES:
+                scores = read(parse_object(content), prompt, top)
+            else:  # of a long prompt; meanwhile, the event loop serves the streams of others
+                scores = await self._parsers.run(lambda: read(parse_object(content), prompt, top))
+        except ValueError as error:
+            raise self._client.down(error) from None
+        if len(scores) != len(prompt) - 1:
+            raise EngineDown(f"The engine of '{self._name}' scored different tokens. Serve the run's expert directory.")
+        if not all(score.log_prob <= 0 for score in scores):
+            raise EngineDown(
+                f"The engine of '{self._name}' returned log-probabilities that are positive or not numbers. Serve the "
+                "run's expert directory."
+            )
+        self._failures = 0
         return scores
 
-    async def _echoed(self, prompt: Sequence[int]) -> list[float] | None:
-        """Return the log-probabilities of a prompt's tokens but the first; None if the engine echoes none."""
-        body = {"prompt": list(prompt), "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
-        try:
-            answer = await self._post(body)
-            found = answer["choices"][0]["logprobs"]["token_logprobs"]
-            values = [_log_prob(value) for value in found[1 : len(prompt)]]
-        except (_Refused, LookupError, TypeError, ValueError, AttributeError):
-            return None
-        self._require_scores(len(values) == len(prompt) - 1, values)
-        return values
-
     async def generate(self, copy: int, job: Job) -> AsyncIterator[Delta]:
-        """Yield a text as the engine streams it. Raises EngineDown."""
-        reason, count, written = None, 0, 0
+        """Yield a text as the engine streams it. Raises EngineDown, Busy and Refused."""
+        reason, count, pieces, written = None, None, 0, 0
         body = self._body(copy, job)
         try:
-            async with self._client.stream("POST", self._url, json=body, headers=self._place.headers) as response:
-                if response.status_code != 200:
-                    if response.status_code >= 500:
-                        self.leave_out()
-                    raise _Refused(f"The engine of '{self._name}' answered with status {response.status_code}.")
-                async for event in read_events(response):
-                    texts, ended, tokens = self._read(event, job.top)
+            response = await self._client.open(body)
+        except EngineDown:
+            self.leave_out()
+            raise
+        try:
+            async for events in read_events(response):
+                texts = ""
+                scores: tuple[Score, ...] = ()
+                for event in events:
+                    text, more, ended, tokens = self._read(event, job.top)
+                    texts, scores, pieces = texts + text, scores + more, pieces + bool(text)
                     reason, count = ended or reason, count if tokens is None else tokens
-                    for text, scores in texts:
-                        written += len(text)
-                        if written > _MOST_PER_TOKEN * body["max_tokens"]:
-                            raise ValueError(f"it sends more than the {body['max_tokens']} tokens that were asked for")
-                        yield Delta(copy, self._name, text, scores=scores)
+                if reason in _ABORTED:
+                    raise ValueError("it aborted the text")
+                written += len(texts)
+                if written > _MOST_PER_TOKEN * body["max_tokens"]:
+                    raise ValueError(f"it sends more than the {body['max_tokens']} tokens that were asked for")
+                if texts or scores:
+                    yield Delta(copy, self._name, texts, scores=scores)
         except (httpx2.HTTPError, ValueError) as error:
-            self.leave_out()
-            raise EngineDown(f"The engine of '{self._name}' failed: {_reason(error)}.") from None
+            self._broke(always=isinstance(error, httpx2.TimeoutException))
+            raise EngineDown(f"The engine of '{self._name}' failed: {str(error) or type(error).__name__}.") from None
+        finally:
+            await response.aclose()
         if reason is None:
-            self.leave_out()
+            self._broke()
             raise EngineDown(f"The engine of '{self._name}' ended in the middle of a text.")
-        self._failures = 0
+        self._failures = self._breaks = 0
+        # Engines that do not count tokens send one per event, mostly.
+        count = pieces if count is None else count
         yield Delta(copy, self._name, "", finished=_REASONS.get(reason, "stop"), count=count)  # type: ignore[arg-type]
 
-    def _read(
-        self, event: dict[str, Any], top: int | None
-    ) -> tuple[list[tuple[str, tuple[Score, ...]]], str | None, int | None]:
-        """Return the texts of an event, why the text ended, and how many tokens it has, as far as known.
+    def _broke(self, always: bool = False) -> None:
+        """Record a stream that broke off."""
+        self._breaks += 1
+        if always or self._breaks > _MOST_BREAKS:
+            self.leave_out()
+
+    def _read(self, event: dict[str, Any], top: int | None) -> tuple[str, tuple[Score, ...], str | None, int | None]:
+        """Return the text of an event and its scores, why the text ended, and how many tokens it has, as far as known.
 
         Raises ValueError for an event that is not as OpenAI's API has it.
         """
-        texts, reason = [], None
+        texts, reason = "", None
+        scores: tuple[Score, ...] = ()
         try:
             for choice in event.get("choices") or ():
-                text, ended = choice.get("text") or "", choice.get("finish_reason")
+                text = choice.get("text") or ""
                 if not isinstance(text, str):
                     raise TypeError
-                reason = reason if ended is None else str(ended)
-                scores = () if top is None else self._scores(choice, top)
-                if text or scores:
-                    texts.append((text, scores))
+                # Engines send null or "" until the text ends.
+                reason = str(choice.get("finish_reason") or "") or reason
+                texts += text
+                scores += () if top is None else self._scores(choice, top)
             count = (event.get("usage") or {}).get("completion_tokens")
         except (LookupError, TypeError, AttributeError):
             raise ValueError("an event of its stream is not as OpenAI's API has it") from None
-        return texts, reason, count if type(count) is int and count >= 0 else None
+        return texts, scores, reason, count if type(count) is int and count >= 0 else None
 
     def _body(self, copy: int, job: Job) -> dict[str, Any]:
         sampling = job.sampling
         return {
-            "model": self._place.model or self._name,
             "prompt": job.prompt,
             "max_tokens": min(job.max_tokens, max(1, self._context - len(job.prompt))),
             "temperature": sampling.temperature,
@@ -160,7 +195,7 @@ class RemoteEngine:
         found = choice.get("logprobs")
         if not found:
             if choice.get("text"):
-                raise EngineDown(f"The engine of '{self._name}' returns no log-probabilities. Leave logprobs out.")
+                raise Refused(f"The engine of '{self._name}' returns no log-probabilities. Leave logprobs out.")
             return ()
         tops = found.get("top_logprobs") or [None] * len(found["tokens"])
         scores = []
@@ -172,51 +207,40 @@ class RemoteEngine:
             scores.append(Score(str(text), log_prob, alternatives))
         return tuple(scores)
 
-    async def _post(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Return the answer to a request, which is sent twice if the connection or the engine fails."""
-        reason = ""
-        for _ in range(2):
-            try:
-                request = {"model": self._place.model or self._name, **body}
-                async with self._client.stream(
-                    "POST", self._url, json=request, headers=self._place.headers
-                ) as response:
-                    response.raise_for_status()
-                    answer = await read_answer(response)
-                self._failures = 0
-                return answer
-            except httpx2.HTTPStatusError as error:
-                reason = f"status {error.response.status_code}"
-                if error.response.status_code < 500:
-                    raise _Refused(f"The engine of '{self._name}' answered with {reason}.") from None
-            except httpx2.TimeoutException as error:  # the client waits already
-                raise EngineDown(f"The engine of '{self._name}' does not answer: {_reason(error)}.") from None
-            except (httpx2.HTTPError, ValueError) as error:
-                reason = _reason(error)
-        raise EngineDown(f"The engine of '{self._name}' does not answer: {reason}.")
-
     def _no_scores(self) -> str:
         return (
             f"The engine of '{self._name}' returned no prompt_logprobs and echoes none, which the posterior needs. Use "
             "vLLM or SGLang, or set `score` to the expert's directory."
         )
 
-    def _require_scores(self, is_complete: bool, values: Sequence[float]) -> None:
-        if not is_complete:
-            raise EngineDown(f"The engine of '{self._name}' scored different tokens. Serve the run's expert directory.")
-        if not all(value <= 0 for value in values):
-            raise EngineDown(
-                f"The engine of '{self._name}' returned log-probabilities that are positive or not numbers. Serve the "
-                "run's expert directory."
-            )
+
+def _prompt_logprobs(answer: dict[str, Any], prompt: Sequence[int], top: int) -> list[Alternatives]:
+    """Return the scores in vLLM's rows {id: {logprob, rank, ...}}, of which the first is null."""
+    try:
+        rows = answer["choices"][0].get("prompt_logprobs") or answer["prompt_logprobs"]
+        if len(rows) != len(prompt):
+            return []
+        return [_alternatives(row, str(token), top) for token, row in zip(prompt[1:], rows[1:], strict=True)]
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise _NoScores from None
 
 
-def _alternatives(found: dict[str, Any], token: int, top: int) -> Alternatives:
-    """Return a token's score from vLLM's {id: {logprob, rank, ...}}, which has the token itself too."""
-    most_likely = sorted(
-        ((int(key), _log_prob(value["logprob"])) for key, value in found.items()), key=lambda one: -one[1]
-    )
-    return Alternatives(_log_prob(found[str(token)]["logprob"]), tuple(most_likely[:top]))
+def _echoed(answer: dict[str, Any], prompt: Sequence[int], top: int) -> list[Alternatives]:
+    """Return the scores in OpenAI's `logprobs` of an echoed prompt, after which the text may follow."""
+    try:
+        values = answer["choices"][0]["logprobs"]["token_logprobs"]
+        return [Alternatives(_log_prob(value)) for value in values[1 : len(prompt)]]
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise _NoScores from None
+
+
+def _alternatives(row: dict[str, Any], token: str, top: int) -> Alternatives:
+    """Return a token's score, and the `top` most likely tokens of a row, which has the token itself too."""
+    score = _log_prob(row[token]["logprob"])
+    if top == 0:
+        return Alternatives(score)
+    values = ((int(key), _log_prob(value["logprob"])) for key, value in row.items())
+    return Alternatives(score, tuple(sorted(values, key=lambda one: -one[1])[:top]))
 
 
 def _largest(found: dict[str, Any], top: int) -> tuple[tuple[str, float], ...]:
@@ -227,7 +251,3 @@ def _largest(found: dict[str, Any], top: int) -> tuple[tuple[str, float], ...]:
 
 def _log_prob(value: Any) -> float:
     return float("-inf") if float(value) <= _IMPOSSIBLE else float(value)
-
-
-def _reason(error: Exception) -> str:
-    return str(error) or type(error).__name__

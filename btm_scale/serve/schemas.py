@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,8 +18,10 @@ _Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 _HARMLESS = (
     *("user", "metadata", "store", "service_tier", "safety_identifier"),
     *("prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls"),
+    *("cache_prompt", "cache_salt", "id_slot", "priority", "request_id"),
 )
-# Parameters that are accepted only with a value that changes nothing.
+# Parameters that are accepted only with a value that changes nothing, as front ends send them for every sampler that
+# they know.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
@@ -30,9 +33,35 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "min_p": (0,),
     "min_tokens": (0,),
     "typical_p": (1,),
+    "tfs": (1,),
+    "tfs_z": (1,),
+    "top_a": (0,),
+    "top_n_sigma": (-1, 0),
+    "mirostat": (0,),
+    "mirostat_mode": (0,),
+    "dynatemp_range": (0,),
+    "dynamic_temperature": (False,),
+    "smoothing_factor": (0,),
+    "xtc_probability": (0,),
+    "dry_multiplier": (0,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "no_repeat_ngram_size": (0,),
     "ignore_eos": (False,),
+    "ban_eos_token": (False,),
     "use_beam_search": (False,),
+    "early_stopping": (False,),
     "do_sample": (True,),
+    "num_beams": (1,),
+    "stop_token_ids": ([],),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template_kwargs": ({},),
+    "bad_words": ([],),
+    "grammar": ("",),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -76,7 +105,7 @@ class _Generation(_Body):
     temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=-1, description="0 and -1 keep all tokens, as in vLLM")
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] = Field(default_factory=list)
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=64)] = Field(default_factory=list)
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -118,6 +147,13 @@ class Message(_Body):
     role: str
     content: str | list[TextPart] = ""
 
+    @model_validator(mode="after")
+    def _is_text(self) -> Message:
+        lost = [name for name in ("tool_calls", "function_call", "audio") if (self.model_extra or {}).get(name)]
+        if lost:
+            raise ValueError(f"'{lost[0]}' is not supported, and would be lost. Leave the message out")
+        return self
+
     @property
     def text(self) -> str:
         """The content."""
@@ -157,7 +193,7 @@ class PosteriorRequest(_Body):
 def parsed(kind: type[Request], body: bytes) -> Request:
     """Return a request. Raises ApiError if it is invalid, or has a parameter that would change the result."""
     try:
-        values = parse_json(body)
+        values = parse_json(body.removeprefix(codecs.BOM_UTF8))  # which some clients on Windows send
     except ValueError as error:
         raise ApiError(400, f"The body is {error}. Send a JSON object.", code="invalid_json") from None
     if not isinstance(values, dict):

@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 60  # a stream that takes longer is cut off on SIGTERM
 PREFIX_BYTES = 256e6
+# Longer than proxies and load balancers keep idle connections, mostly 60 or 90 seconds: a connection that the server
+# closes first may be the one on which the next request is under way.
+IDLE_SECONDS = 120
 
 
 def prior_of(config: RunConfig, run: RunDir, names: Sequence[str], prior: str, domain: str | None = None) -> Prior:
@@ -123,8 +126,11 @@ def bind(host: str, port: int) -> socket.socket:
     Raises LaunchError if the address cannot be used.
     """
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        # With the protocol, because asyncio sets TCP_NODELAY only on sockets that name it. Without, the body of an
+        # answer, or the next token, may wait 40 milliseconds until the client acknowledges what was sent before.
+        listener = socket.socket(family, kind, protocol)
     except OSError as error:
         raise LaunchError(f"Cannot listen on {host}: {error.strerror or error}. Correct --host.") from None
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -183,6 +189,7 @@ def make_server(planner: Planner, backend: Any, **settings: Any) -> tuple[uvicor
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=DRAIN_SECONDS,
+            timeout_keep_alive=IDLE_SECONDS,
         )
     )
     return server, failures

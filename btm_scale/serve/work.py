@@ -14,11 +14,19 @@ FinishReason = Literal["stop", "length"]
 
 
 class Busy(Exception):  # noqa: N818 (it names a state)
-    """The queue is full."""
+    """There is no room for a request now; it may be sent again after `seconds`."""
+
+    def __init__(self, message: str = "The server's queue is full.", seconds: float = 2.0) -> None:
+        super().__init__(message)
+        self.seconds = seconds
 
 
 class BackendError(Exception):
     """An expert failed while it answered; the message may be shown to the client."""
+
+
+class Refused(Exception):  # noqa: N818 (it names a state)
+    """An expert's engine does not accept this request; the message may be shown to the client."""
 
 
 @dataclass(eq=False)

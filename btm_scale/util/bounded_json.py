@@ -9,6 +9,7 @@ import json
 import re
 import stat
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -111,17 +112,14 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _require_shallow(value: Any) -> None:
-    level = [value]
+    # In comprehensions, because it is a large part of the time that long answers of engines take.
+    level = [value] if type(value) in (dict, list) else []
     for _ in range(_MAX_DEPTH):
-        level = [item for parent in level if isinstance(parent, (list, dict)) for item in _children(parent)]
+        items = chain.from_iterable(one.values() if type(one) is dict else one for one in level)
+        level = [item for item in items if type(item) is dict or type(item) is list]
         if not level:
             return
     raise ValueError("nested too deeply")
-
-
-def _children(parent: list[Any] | dict[str, Any]) -> list[Any]:
-    items = parent.values() if isinstance(parent, dict) else parent
-    return [item for item in items if isinstance(item, (list, dict))]
 
 
 def _is_unicode(value: Any) -> bool:

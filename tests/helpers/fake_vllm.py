@@ -31,7 +31,12 @@ from helpers.tiny_forest import Letters
 
 @dataclass
 class FakeVllm:
-    """One engine; `latency` in seconds per token. `dies_after` tokens of a stream, it ends without a word."""
+    """One engine; `latency` in seconds per token.
+
+    `dies_after`: the tokens of a stream after which its connection ends, and it answers 500 to all that follows.
+    `breaks`: streams that end after a token, as with a connection that is reset. `refusals` and `stream_refusals`: the
+    next answers to other requests and to those for streams, (status, headers). `longest`: prompt in tokens.
+    """
 
     directory: Path
     name: str
@@ -39,6 +44,11 @@ class FakeVllm:
     dies_after: int | None = None
     has_prompt_logprobs: bool = True  # not so SGLang, which has `echo` with `logprobs`
     echoes: bool = True
+    breaks: int = 0
+    refusals: list[tuple[int, dict[str, str]]] = field(default_factory=list)
+    stream_refusals: list[tuple[int, dict[str, str]]] = field(default_factory=list)
+    longest: int | None = None
+    is_dead: bool = False
     requests: list[dict[str, Any]] = field(default_factory=list)
     url: str = ""
 
@@ -57,8 +67,17 @@ class FakeVllm:
             return JSONResponse({"error": {"message": message, "type": "NotFoundError", "code": 404}}, 404)
         if body["max_tokens"] < 1:
             return JSONResponse({"error": {"message": "max_tokens must be at least 1", "code": 400}}, 400)
+        if self.is_dead:
+            return JSONResponse({"error": {"message": "EngineCore encountered an issue.", "code": 500}}, 500)
+        refusals = self.stream_refusals if body.get("stream") else self.refusals
+        if refusals:
+            status, headers = refusals.pop(0)
+            return JSONResponse({"error": {"message": "Too many requests.", "code": status}}, status, headers)
         await asyncio.sleep(self.latency)
         ids = body["prompt"]
+        if self.longest is not None and len(ids) > self.longest:
+            message = f"This model's maximum context length is {self.longest} tokens."
+            return JSONResponse({"error": {"message": message, "type": "BadRequestError", "code": 400}}, 400)
         if body.get("stream"):
             return StreamingResponse(self._stream(ids, body), media_type="text/event-stream")
         choice = {"index": 0, "text": "", "logprobs": None, "finish_reason": "length", "stop_reason": None}
@@ -101,9 +120,14 @@ class FakeVllm:
     async def _stream(self, ids: list[int], body: dict[str, Any]) -> AsyncIterator[str]:
         random = torch.Generator().manual_seed(body["seed"]) if "seed" in body else torch.default_generator
         written = 0
+        breaks_after = 1 if self.breaks else None
+        self.breaks = max(0, self.breaks - 1)
         for _ in range(body["max_tokens"]):
             if written == self.dies_after:
+                self.is_dead = True
                 raise ConnectionError("killed")
+            if written == breaks_after:
+                raise ConnectionError("reset")
             await asyncio.sleep(self.latency)
             scores = self._log_probs(ids)[-1]
             temperature = body["temperature"]

@@ -24,7 +24,7 @@ NEITHER: dict[str, list[Any]] = {
     "temperature": [-0.1, float("nan"), float("inf"), *NOT_NUMBERS],
     "top_p": [0, -1, 1.1, float("nan"), *NOT_NUMBERS],
     "top_k": [-2, 1.5, *NOT_NUMBERS],
-    "stop": [1, [1], [""], ["a"] * 17, "a" * 1001, {}],
+    "stop": [1, [1], [""], ["a"] * 65, "a" * 1001, {}],
     "seed": [1 << 63, -(1 << 63) - 1, HUGE, 1.5, *NOT_NUMBERS],
     "stream": ["yes", 1, []],
     "stream_options": [1, {"include_usage": "yes"}],
@@ -42,6 +42,7 @@ BAD: dict[str, dict[str, list[Any]]] = {
         "messages": [
             *(1, "ab", [], ["ab"], [{}], [{"content": "a"}], [{"role": 1}], [{"role": "tool", "content": "a"}]),
             *([{"role": "user", "content": one}] for one in (1, ["a"], [{"type": "image_url"}], [{"type": "text"}])),
+            [{"role": "assistant", "content": None, "tool_calls": [{"id": "x"}]}],
             [{"role": "user", "content": "a" * 30}],
         ],
         "max_tokens": [0, -1, *NOT_NUMBERS],

@@ -25,8 +25,23 @@ def deployment(group: str, model: str, expert: str | None = None) -> dict[str, A
 
 
 @dataclass
+class Cooldowns:
+    """LiteLLM's `CooldownCache`: the deployments that failed a short time ago."""
+
+    ids: set[str] = field(default_factory=set)
+
+    def get_active_cooldowns(self, model_ids: list[str], parent_otel_span: Any) -> list[tuple[str, dict[str, Any]]]:
+        return [(one, {"status_code": "429", "cooldown_time": 5.0}) for one in model_ids if one in self.ids]
+
+    async def async_get_active_cooldowns(
+        self, model_ids: list[str], parent_otel_span: Any
+    ) -> list[tuple[str, dict[str, Any]]]:
+        return self.get_active_cooldowns(model_ids, parent_otel_span)
+
+
+@dataclass
 class Router:
-    """What LiteLLM's documentation says of `Router.set_custom_routing_strategy`: it replaces these two methods."""
+    """What LiteLLM's Router has and does around a strategy: `set_custom_routing_strategy` replaces two methods."""
 
     model_list: list[dict[str, Any]] = field(
         default_factory=lambda: [
@@ -36,6 +51,10 @@ class Router:
             deployment("other", "c"),
         ]
     )
+    model_group_alias: dict[str, Any] = field(
+        default_factory=lambda: {"gpt-4": "forest", "hidden": {"model": "other", "hidden": True}}
+    )
+    cooldown_cache: Cooldowns = field(default_factory=Cooldowns)
 
     def set_custom_routing_strategy(self, strategy: Any) -> None:
         for name in METHODS:
@@ -83,15 +102,44 @@ def test_without_chats_the_text_of_messages_is_the_prompt(served: Served) -> Non
     body = strategy._body
     strategy._body = lambda *given: seen.append(body(*given)) or seen[-1]  # type: ignore[method-assign, func-returns-value]
     router.set_custom_routing_strategy(strategy)
-    content = [{"type": "text", "text": "cd"}]
-    router.ask(1, model="forest", messages=[{"role": "user", "content": "ab"}, {"role": "user", "content": content}])
-    assert seen == [{"input": "abcd"}] * 2
+    parts = [{"type": "text", "text": "cd"}]
+    # `Router.text_completion` passes its prompt as the content of one message, whatever the prompt is.
+    for contents, expected in (
+        (["ab", parts], "abcd"),
+        (["abd"], "abd"),
+        ([["ab", "cd"]], "ab"),
+        ([[1, 2]], [1, 2]),
+        ([[[3], [1, 2]]], [3]),
+        ([parts], "cd"),
+        ([None], ""),
+    ):
+        seen.clear()
+        router.ask(1, model="forest", messages=[{"role": "user", "content": content} for content in contents])
+        assert seen == [{"input": expected}] * 2
+    seen.clear()
+    router.ask(1, model="forest", request_kwargs={"input": "ab"})  # as for the Responses API
+    assert seen == [{"input": "ab"}] * 2
 
 
 def test_other_models_are_not_scored_and_unknown_ones_are_refused(router: Router) -> None:
     assert router.ask(2, model="other", messages=[{"role": "tool", "content": "x"}]) == {"c": 4}
     with pytest.raises(ValueError, match=r"No deployment .* has the name 'none'"):
         router.ask(1, model="none")
+
+
+def test_aliases_and_ids_of_deployments_are_known_as_they_are_to_litellm(router: Router) -> None:
+    messages = [{"role": "user", "content": "ab"}]
+    assert set(router.ask(10, model="gpt-4", messages=messages)) <= {"a", "b", "b2"}
+    assert router.ask(1, model="hidden", messages=messages) == {"c": 2}
+    assert router.ask(2, model="b2", messages=messages) == {"b2": 4}
+
+
+def test_deployments_in_cooldown_are_left_out_of_the_posterior(router: Router) -> None:
+    messages = [{"role": "user", "content": "ab"}]
+    router.cooldown_cache.ids = {"a", "b"}
+    assert router.ask(5, model="forest", messages=messages) == {"b2": 10}
+    router.cooldown_cache.ids = {"a", "b", "b2"}
+    assert len(router.ask(20, model="forest", messages=messages)) > 1
 
 
 def test_a_posterior_that_cannot_be_had_is_an_error(router: Router) -> None:

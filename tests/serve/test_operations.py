@@ -21,6 +21,7 @@ from helpers.served_forest import Served, planner_of, running
 from helpers.tiny_forest import POSITIONS
 
 from btm_scale.errors import LaunchError, UserError
+from btm_scale.serve.connection import Connection
 from btm_scale.serve.gate import MAX_BODY, is_loopback
 from btm_scale.serve.keys import Keys
 from btm_scale.serve.server import bind, make_server, url_of
@@ -211,6 +212,21 @@ def test_an_address_that_is_taken_is_reported() -> None:
         bind("127.0.0.1", port)
     listener.close()
     assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0")] == [True, True, True, False]
+
+
+def test_small_answers_are_not_held_back_until_the_client_acknowledges_earlier_ones(experts: dict[str, Path]) -> None:
+    sockets: list[socket.socket] = []
+    made = Connection.connection_made
+
+    def connection_made(self: Connection, transport: asyncio.Transport) -> None:
+        sockets.append(transport.get_extra_info("socket"))
+        made(self, transport)
+
+    with pytest.MonkeyPatch.context() as patch, running(*planner_of(experts)) as server:
+        patch.setattr(Connection, "connection_made", connection_made)
+        with httpx2.Client() as client:
+            client.get(f"{server.url}/health")
+            assert sockets[-1].getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_the_page_names_the_models_and_allows_no_foreign_script(served: Served) -> None:

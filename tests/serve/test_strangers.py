@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx2
-import numpy as np
 import pytest
-import uvicorn
+from helpers.raw_engine import raw_engine, served_by
 from helpers.served_forest import planner_of, running
-from helpers.tiny_forest import POSITIONS, Letters
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
 
 from btm_scale.errors import ConfigError, DataError, UserError
 from btm_scale.serve import chat_process, engine_answers
 from btm_scale.serve.api_errors import ApiError
-from btm_scale.serve.catalog import Catalog
 from btm_scale.serve.chat import ChatTemplate
-from btm_scale.serve.engines_file import RemoteExpert, load_engines
+from btm_scale.serve.engines_file import load_engines
 from btm_scale.serve.gate import is_loopback
 from btm_scale.serve.keys import Keys
-from btm_scale.serve.planner import Planner
-from btm_scale.serve.remote import RemoteBackend
 from btm_scale.serve.schemas import Message
-from btm_scale.serve.server import bind, url_of
 
 HOSTILE = """
 {%- set wish = messages[0].content -%}
@@ -147,40 +133,16 @@ ANSWERS: dict[str, tuple[bytes, bytes]] = {
 }
 
 
-@contextlib.contextmanager
-def engine(answer: bytes, stream: bytes) -> Iterator[str]:
-    """An engine that answers with these bytes."""
-
-    async def completions(request: Request) -> Response:
-        body = await request.json()
-        return Response(stream if body.get("stream") else answer, media_type="application/json")
-
-    listener = bind("127.0.0.1", 0)
-    listener.listen()
-    app = Starlette(routes=[Route("/v1/completions", completions, methods=["POST"])])
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
-    thread.start()
-    try:
-        yield f"{url_of(listener)}/v1"
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
 @pytest.mark.parametrize("what", ANSWERS)
 def test_an_engine_that_answers_with_anything_is_down_and_nothing_else_happens(
     what: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine_answers, "_MOST_ANSWER", 1 << 20)
-    with engine(*ANSWERS[what]) as url:
-        places = {"expert0": RemoteExpert(url=url), "expert1": RemoteExpert(url=url)}
-        backend = RemoteBackend(places, Letters().decode, lambda texts: np.log([0.5, 0.5]), context=POSITIONS)
-        with running(Planner(Catalog(tuple(places)), backend, Letters(), None), backend) as server:
-            asked: dict[str, Any] = {"prompt": "a", "max_tokens": 2}
-            for model in ("forest", "expert0"):
-                answer = server.post("/v1/completions", {"model": model, **asked})
-                assert answer.status_code == 503, answer.text
-                assert answer.json()["error"]["code"] == "service_unavailable"
+    with raw_engine(*ANSWERS[what]) as url, served_by(url, url) as server:
+        asked: dict[str, Any] = {"prompt": "a", "max_tokens": 2}
+        for model in ("forest", "expert0"):
+            answer = server.post("/v1/completions", {"model": model, **asked})
+            assert answer.status_code == 503, answer.text
+            assert answer.json()["error"]["code"] == "service_unavailable"
     assert "Traceback" not in caplog.text
     assert "failed to answer" not in caplog.text

@@ -1,0 +1,63 @@
+"""Engines that answer with given bytes, whatever they are."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from btm_scale.serve.catalog import Catalog
+from btm_scale.serve.engines_file import RemoteExpert
+from btm_scale.serve.planner import Planner
+from btm_scale.serve.remote import RemoteBackend
+from btm_scale.serve.server import bind, url_of
+from helpers.served_forest import Served, running
+from helpers.tiny_forest import POSITIONS, Letters
+
+
+@contextlib.contextmanager
+def raw_engine(answer: bytes, stream: bytes | Sequence[bytes]) -> Iterator[str]:
+    """Answer requests with `answer`, and those for a stream with `stream`, or its pieces; yields the URL."""
+
+    async def completions(request: Request) -> Response:
+        body = await request.json()
+        if not body.get("stream"):
+            return Response(answer, media_type="application/json")
+        return StreamingResponse(_pieces([stream] if isinstance(stream, bytes) else stream))
+
+    listener = bind("127.0.0.1", 0)
+    listener.listen()
+    app = Starlette(routes=[Route("/v1/completions", completions, methods=["POST"])])
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+    thread.start()
+    try:
+        yield f"{url_of(listener)}/v1"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+async def _pieces(stream: Sequence[bytes]) -> AsyncIterator[bytes]:
+    for piece in stream:
+        yield piece
+        await asyncio.sleep(0)
+
+
+@contextlib.contextmanager
+def served_by(*urls: str, **settings: Any) -> Iterator[Served]:
+    """A server whose experts are behind these engines."""
+    places = {f"expert{number}": RemoteExpert(url=url) for number, url in enumerate(urls)}
+    prior = np.log(np.full(len(urls), 1 / len(urls)))
+    backend = RemoteBackend(places, Letters().decode, prior, context=POSITIONS, **settings)
+    with running(Planner(Catalog(tuple(places)), backend, Letters(), None), backend) as server:
+        yield server
