@@ -14,6 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 _SINGULAR = 1e-9  # of 1 - leverage: a mixture without which a law is not determined
+_PRIOR = 1e-4  # precision of a parameter before anything is measured
 _STEPS = 100  # of Levenberg-Marquardt
 _SETTLED = 1e-8  # relative decrease of the sum of squares in a step
 _OFFSETS = (0.05, 0.5, 5.0)  # of the exponential law's asymptote below the lowest loss, in ranges of the losses
@@ -64,6 +65,15 @@ class Linear(Law):
     def terms(self, mixtures: np.ndarray) -> np.ndarray:
         """Return what the parameters multiply, [..., size]."""
         return mixtures
+
+    def uncertainty(self, measured: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        """Return the variance [n] of a prediction for each candidate, in variances of a measured loss.
+
+        The largest is the next to measure: of all candidates it determines the parameters best (D-optimality).
+        """
+        known, terms = self.terms(measured), self.terms(candidates)
+        precision = known.T @ known + _PRIOR * np.eye(known.shape[1])
+        return np.einsum("ni,in->n", terms, np.linalg.solve(precision, terms.T))
 
     def fit(self, mixtures: np.ndarray, losses: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
         """Solve the least squares."""

@@ -16,7 +16,7 @@ import numpy as np
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import ForestError, UserError
 from btm_scale.evaluate.ablate import Text, average_losses
-from btm_scale.evaluate.mixture_law import LAWS, needed
+from btm_scale.evaluate.mixture_law import LAWS, Quadratic, needed
 from btm_scale.evaluate.mixture_record import ChosenMixture, MeasuredMixture, MixtureRecord
 from btm_scale.evaluate.results import MAX_LOSS
 from btm_scale.forest.expert import is_finished, read_expert
@@ -28,6 +28,8 @@ from btm_scale.util.locks import alone
 logger = logging.getLogger(__name__)
 
 Mixture = dict[str, float]  # weight of each model; models of weight 0 are absent
+_CANDIDATES = 8
+_MOST_GENERAL = Quadratic()
 _UNITS = 1_000_000  # weights are multiples of 1e-6, which are the same on every machine
 
 
@@ -48,7 +50,8 @@ def components(run: RunDir) -> list[str]:
 def drawn(names: Sequence[str], runs: int, random_seed: int = 0) -> list[Mixture]:
     """Return `runs` mixtures: the uniform one, each model alone, and draws that are uniform on the simplex.
 
-    More runs add draws, and leave the first as they are. Raises UserError if they are too few for any law.
+    Of several draws, the one is taken about which those before it say least. More runs add draws, and leave the first
+    as they are. Raises UserError if they are too few for any law.
     """
     names = sorted(names)
     least = needed(LAWS[0], len(names))
@@ -58,9 +61,13 @@ def drawn(names: Sequence[str], runs: int, random_seed: int = 0) -> list[Mixture
             f"{runs} runs are too few for {len(names)} models. A law needs one mixture more than it has parameters: "
             f"{laws}. Set --runs to {least} or more."
         )
-    uniform = np.full(len(names), 1.0 / len(names))
-    draws = np.random.default_rng(random_seed).dirichlet(np.ones(len(names)), runs - len(names) - 1)
-    return [_mixture(names, weights) for weights in (uniform, *np.eye(len(names)), *draws)]
+    generator = np.random.default_rng(random_seed)
+    mixtures = np.concatenate([np.full((1, len(names)), 1.0 / len(names)), np.eye(len(names))])
+    while len(mixtures) < runs:
+        candidates = generator.dirichlet(np.ones(len(names)), _CANDIDATES)
+        uncertain = _MOST_GENERAL.uncertainty(mixtures, candidates)
+        mixtures = np.concatenate([mixtures, candidates[[np.argmax(uncertain)]]])
+    return [_mixture(names, weights) for weights in mixtures]
 
 
 def unmeasured(
