@@ -243,7 +243,6 @@ def mixture(
             device=place,
             on_mixture=Countdown(cost.to_measure).log,
         )
-
     logger.info("Recorded in %s. The page will show it: btm-scale report %s", run_dir.mixture, run_dir.root)
 
     def show() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import platform
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -110,8 +112,20 @@ def test_a_dry_run_measures_and_writes_nothing(run: RunDir, here: MeasuredHere) 
     assert (cost["runs"], cost["to_measure"]) == (9, 9)
     assert cost["tokens"] > 0
     assert cost["disk_bytes"] >= (run.model("cpp") / "model.safetensors").stat().st_size
+    assert cost["seconds"] is None  # nothing is known of how fast these models were trained
     assert here.calls == []
     assert sorted(run.root.rglob("*")) == before
+
+
+def test_the_time_is_that_of_forward_passes_at_the_speed_of_training_on_this_device(
+    run: RunDir, here: MeasuredHere
+) -> None:
+    for name, device in (("cpp", f"CPU ({platform.machine()})"), ("docs", "another device")):
+        row = {"step": 1, "loss": 2.0, "tokens_per_second": 500.0 if name == "cpp" else 1e9, "device": device}
+        run.metrics(name).parent.mkdir(parents=True, exist_ok=True)
+        run.metrics(name).write_text(json.dumps(row) + "\n")
+    cost = answer("mixture", run.root, "--runs", 9, "--dry-run", "--device", "cpu")
+    assert cost["seconds"] == pytest.approx(cost["tokens"] / (3 * 500.0))
 
 
 def test_only_what_is_missing_is_measured(run: RunDir, here: MeasuredHere, tmp_path: Path) -> None:
