@@ -62,6 +62,11 @@ class RunDir:
         return self.root / ".locks" / "ablation"
 
     @property
+    def mixture_lock(self) -> Path:
+        """The lock of the process that records a measured mixture."""
+        return self.root / ".locks" / "mixture"
+
+    @property
     def run_lock(self) -> Path:
         """The lock of the process that runs all stages."""
         return self.root / ".locks" / "run"
@@ -173,6 +178,11 @@ class RunDir:
     def soups(self) -> Path:
         """The members of every domain's greedy soup."""
         return self.root / "evaluation" / "soups.json"
+
+    @property
+    def mixture(self) -> Path:
+        """The measured mixtures of experts, and the weights that were chosen from them."""
+        return self.root / "evaluation" / "mixture.json"
 
     @property
     def results(self) -> Path:

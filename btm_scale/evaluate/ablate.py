@@ -166,19 +166,26 @@ def file_text(config: RunConfig, run: RunDir, path: Path) -> Text:
     return Text(tokens, starts, digest)
 
 
-def _average_losses(
-    run: RunDir, subset: Subset, texts: Mapping[str, Text], vocabulary: int, device: str
+def average_losses(
+    run: RunDir, weights: Mapping[str, float], texts: Mapping[str, Text], vocabulary: int, device: str
 ) -> dict[str, float]:
-    """Return the loss of the average of a subset on each text, in nats per token."""
+    """Return the loss on each text, in nats per token, of the average of models with positive weights."""
     with scratch_directory(run.root / "ablation") as folder:
-        directory = run.model(subset[0])
-        if len(subset) > 1:
+        directory = run.model(next(iter(weights)))
+        if len(weights) > 1:
             directory = folder / "average"
-            models = [run.model(name) for name in subset]
-            merge(directory, [(model, 1.0) for model in models], dtype=promoted_dtype(models), with_recipe=False)
+            inputs = [(run.model(name), weight) for name, weight in weights.items()]
+            merge(directory, inputs, dtype=promoted_dtype(model for model, _ in inputs), with_recipe=False)
         decoder = Decoder.load(directory, vocabulary=vocabulary, device=device)
         scores = {name: block_log_probs(decoder, text.tokens, text.block_starts) for name, text in texts.items()}
     return {name: -float(np.mean(values, dtype=np.float64)) for name, values in scores.items()}
+
+
+def _average_losses(
+    run: RunDir, subset: Subset, texts: Mapping[str, Text], vocabulary: int, device: str
+) -> dict[str, float]:
+    """Return the loss of the uniform average of a subset on each text, in nats per token."""
+    return average_losses(run, dict.fromkeys(subset, 1.0), texts, vocabulary, device)
 
 
 def _random_subsets(names: Sequence[str], count: int, seen: set[Subset], random_seed: int) -> Iterator[Subset]:

@@ -18,7 +18,7 @@ from btm_scale.errors import UnsupportedModelError
 from btm_scale.evaluate.ensemble import ensemble_methods, routed_methods
 from btm_scale.evaluate.mixture_facts import mixture_note, parameters_of, routing_by_domain
 from btm_scale.evaluate.readiness import dense_models, require_evaluable
-from btm_scale.evaluate.results import Compute, EvaluatedDomain, MethodResult, RanOn, Results
+from btm_scale.evaluate.results import MAX_LOSS, Compute, EvaluatedDomain, MethodResult, RanOn, Results
 from btm_scale.forest.average_models import average_model, averages_of
 from btm_scale.forest.expert import Expert, find_expert, read_expert
 from btm_scale.forest.forest import ancestors, experts, lineage
@@ -32,8 +32,6 @@ from btm_scale.util.files import make_directory
 from btm_scale.util.pools import in_processes
 
 logger = logging.getLogger(__name__)
-
-MAX_LOSS = 700.0  # nats per token; a model with a larger loss has diverged, and exp(loss) overflows
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from btm_scale.errors import ForestError
 from btm_scale.run_dir import RunDir
 from btm_scale.util.records import Part, Record, is_empty
 
+MAX_LOSS = 700.0  # nats per token; a model with a larger loss has diverged, and exp(loss) overflows
 Measure = Literal["perplexity", "bits_per_byte"]
 Natural = Annotated[int, Field(ge=0, lt=1 << 62)]
 Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]

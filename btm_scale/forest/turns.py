@@ -5,9 +5,9 @@
 | `branch`, and each rewrite of run.yaml | `config`, exclusive | other rewrites |
 | `forest add`, `score` | `forest`, shared | `evaluate`, `forest remove` |
 | `evaluate` | `forest`, exclusive | `forest add`, `score`, `evaluate`, `forest remove` |
-| `forest remove` | all, exclusive | all of the above; it is refused during `run`, `ablate` and training |
+| `forest remove` | all, exclusive | all of the above; it is refused during `run`, `ablate`, `mixture` and training |
 | `upcycle` | `upcycle`, exclusive, and `use`, shared; to publish and score what these hold | `forest remove` |
-| `run`, `ablate` | `use`, shared; `run` also what its stages hold | `forest remove` |
+| `run`, `ablate`, `mixture` | `use`, shared; `run` also what its stages hold | `forest remove` |
 
 A command that needs several takes them in the order config, use, forest, so that none can deadlock.
 """

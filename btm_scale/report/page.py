@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from btm_scale import __version__
 from btm_scale.config.run import RunConfig
+from btm_scale.evaluate.mixture_record import ChosenMixture, MixtureRecord
 from btm_scale.evaluate.results import Results
 from btm_scale.report.palette import PALETTE
 from btm_scale.report.passes import passes_text
@@ -39,19 +40,34 @@ def report(config: RunConfig, run: RunDir, results: Results) -> None:
     """Write the run's page."""
     curves = {model: read_metrics(run.metrics(model)) for model in model_names(config)}
     passes = passes_of_run(config, run)
-    write_page(config, results, {model: curve for model, curve in curves.items() if curve}, run.report, passes)
+    mixture = (MixtureRecord.find(run.mixture) or MixtureRecord()).chosen
+    write_page(config, results, {model: curve for model, curve in curves.items() if curve}, run.report, passes, mixture)
 
 
 def write_page(
-    config: RunConfig, results: Results, curves: Curves, path: Path, passes: Mapping[str, float] | None = None
+    config: RunConfig,
+    results: Results,
+    curves: Curves,
+    path: Path,
+    passes: Mapping[str, float] | None = None,
+    mixture: ChosenMixture | None = None,
 ) -> None:
     """Write the page, complete or not at all. `curves`: each model's rows of metrics.jsonl."""
     make_directory(path.parent)
-    write_file(path, render_page(config, results, curves, passes).encode())
+    write_file(path, render_page(config, results, curves, passes, mixture).encode())
 
 
-def render_page(config: RunConfig, results: Results, curves: Curves, passes: Mapping[str, float] | None = None) -> str:
-    """Return the page as HTML. `passes`: how often training passes over each domain's train split."""
+def render_page(
+    config: RunConfig,
+    results: Results,
+    curves: Curves,
+    passes: Mapping[str, float] | None = None,
+    mixture: ChosenMixture | None = None,
+) -> str:
+    """Return the page as HTML.
+
+    `passes`: how often training passes over each domain's train split. `mixture`: the one that was chosen last.
+    """
     from plotly.offline import get_plotlyjs
 
     from btm_scale.report.sections import sections, tree
@@ -62,7 +78,7 @@ def render_page(config: RunConfig, results: Results, curves: Curves, passes: Map
         headline=headline(results),
         facts=facts(config, results, passes),
         tree=tree(results),
-        sections=list(sections(config, results, curves)),
+        sections=list(sections(config, results, curves, mixture)),
         version=__version__,
         palette=PALETTE,
         style=_text("page.css"),

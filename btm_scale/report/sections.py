@@ -9,6 +9,7 @@ from functools import partial
 import plotly.graph_objects as go
 
 from btm_scale.config.run import RunConfig
+from btm_scale.evaluate.mixture_record import ChosenMixture
 from btm_scale.evaluate.results import Results
 from btm_scale.forest.methods import ENSEMBLE, general_label, label, meaning
 from btm_scale.report import figures
@@ -19,6 +20,7 @@ from btm_scale.report.figures.matrices import perplexity_matrix, routing_matrix,
 from btm_scale.report.figures.ratios import ratio_rows
 from btm_scale.report.figures.style import NARROW, WIDE
 from btm_scale.report.figures.trees import is_worth_drawing
+from btm_scale.report.mixture_table import domain_weights, prediction_rows, text_notes, trust
 from btm_scale.report.summary import (
     count,
     experts,
@@ -73,8 +75,10 @@ class Section:
     glossary: Mapping[str, str] = field(default_factory=dict)
 
 
-def sections(config: RunConfig, results: Results, curves: Curves) -> Iterator[Section]:
-    """Return the sections that the run has data for."""
+def sections(
+    config: RunConfig, results: Results, curves: Curves, mixture: ChosenMixture | None = None
+) -> Iterator[Section]:
+    """Return the sections that the run has data for. `mixture`: the one that was chosen from measured averages."""
     yield _results(results)
     if experts(results):
         yield _experts(results)
@@ -86,6 +90,8 @@ def sections(config: RunConfig, results: Results, curves: Curves) -> Iterator[Se
         yield _priors(config, results)
     if results.routing:
         yield _routing(results)
+    if mixture is not None:
+        yield _mixture(mixture)
     if results.compute:
         yield _compute(results)
 
@@ -209,6 +215,28 @@ def _routing(results: Results) -> Section:
     table = plain_table(title, ["Expert", *matrix.columns], list(zip(matrix.rows, matrix.texts(), strict=True)))
     draw = partial(figures.routing_map, results)
     return Section("Routing of the mixture", Chart("routing", title, draw, words, table, smallest_width(matrix)))
+
+
+def _mixture(chosen: ChosenMixture) -> Section:
+    targets = ", ".join(chosen.targets)
+    words = f"The mixture with the lowest predicted mean perplexity on {targets}"
+    words += "".join(f", keeping {name} within {ratio:g} times the seed LM's" for name, ratio in chosen.keep.items())
+    words += (
+        ". Each dot is a measured average of the experts and the seed LM, on one text: up what was measured, across "
+        "what the text's law predicts from all other averages. On the dotted line both agree. A star is the chosen "
+        "mixture with its 95% interval."
+    )
+    title = "Perplexity of weighted averages, measured and predicted"
+    columns = ["Text", "Seed LM", "Uniform average", "Predicted", "95%", "Law", "R\u00b2"]
+    table = plain_table("Predicted perplexity of the chosen mixture", columns, prediction_rows(chosen))
+    hint = "Click a name in the legend to hide its marks; drag to zoom, double-click to zoom out."
+    chart = Chart("mixture", title, partial(figures.mixture_fit, chosen), words, table, hint=hint)
+    weights = domain_weights(chosen)
+    pasted = ", ".join(f"{name}: {{weight: {weight}}}" for name, weight in weights.items())
+    notes = [*trust(chosen), *text_notes(chosen)]
+    notes += [f"In the YAML of a run: domains: {{{pasted}}}"] if weights else []
+    rows = [(name, [f"{weight:.3f}"]) for name, weight in chosen.weights.items()]
+    return Section("Data mixture", chart, notes, plain_table("Weights of the models", ["Model", "Weight"], rows))
 
 
 def _lineage(results: Results) -> Section:

@@ -56,7 +56,7 @@ def test_help_is_plain_text_that_fits_the_terminal(columns: int, monkeypatch: py
 
 
 def test_every_verb_and_every_option_is_documented() -> None:
-    assert len(verbs()) == 23
+    assert len(verbs()) == 24
     for words, command in verbs().items():
         assert command.help.partition("\n")[0].endswith("."), words
         for parameter in command.params:
@@ -124,7 +124,7 @@ def help_of(*words: str) -> str:
 
 
 def test_seed_is_accepted_for_random_seed_by_every_verb_that_has_it_and_listed_by_none() -> None:
-    for words in (("merge", "OUT", "A"), ("generate", "RUN", "--prompt", "x"), ("ablate", "RUN")):
+    for words in (("merge", "OUT", "A"), ("generate", "RUN", "--prompt", "x"), ("ablate", "RUN"), ("mixture", "RUN")):
         for seed in (("--seed", "7"), ("--seed=7",), ("--random-seed", "7")):
             call = parse([*words, *seed])
             assert isinstance(call, Call)

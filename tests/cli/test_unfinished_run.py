@@ -48,6 +48,7 @@ def pretend_scored(config: RunConfig, run: RunDir, model: str) -> None:
         ("evaluate",),
         ("report",),
         ("ablate",),
+        ("mixture",),
         ("generate", "--prompt", "x"),
     ],
     ids=lambda command: command[0],

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import torch
 import zstandard
 from helpers import row_formats
+from helpers.mixtures import chosen_mixture, measured_mixtures
 from helpers.tiny_run import save_card, tiny_values, write_config
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
@@ -28,6 +29,7 @@ from btm_scale.checkpoint.formats.tensors import TensorSpec
 from btm_scale.data.clustering import Clustering
 from btm_scale.data.train_tokenizer import train_tokenizer
 from btm_scale.evaluate.ablate import Ablation, Measured
+from btm_scale.evaluate.mixture_record import MixtureRecord
 from btm_scale.evaluate.results import Results
 from btm_scale.evaluate.soups import Soups
 from btm_scale.forest.branch import Branch
@@ -184,6 +186,8 @@ def _run(root: Path) -> None:
     Soups(forest=dict.fromkeys(names, "f" * 64), members={name: (name,) for name in names}).save(run.soups)
     measured = Measured(key="k", experts=tuple(names), mean=3.0, perplexity=dict.fromkeys(names, 3.0))
     Ablation(measured=(measured,)).save(run.results.with_name("ablation.json"))
+    mixtures = tuple(measured_mixtures([*names, SEED], names, 6))
+    MixtureRecord(measured=mixtures, chosen=chosen_mixture([*names, SEED], runs=6)).save(run.mixture)
 
 
 def _results(names: list[str]) -> Results:

@@ -23,6 +23,7 @@ from btm_scale.data.sources import resolve_domain
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import UserError
 from btm_scale.evaluate.ablate import Ablation
+from btm_scale.evaluate.mixture_record import MixtureRecord
 from btm_scale.evaluate.results import load_results
 from btm_scale.evaluate.soups import Soups
 from btm_scale.forest.branch import Branch
@@ -193,6 +194,7 @@ def _records(path: Path) -> None:
         read_metrics(run.metrics(model))
     Soups.find(run.soups)
     Ablation.find(run.results.with_name("ablation.json"))
+    MixtureRecord.find(run.mixture)
 
 
 def _scores(path: Path) -> None:
@@ -237,7 +239,7 @@ TARGETS = [
     Target("config", ("tiny.yaml",), _config, 2),
     Target("run", ("experts/*/expert.json", "seed/expert.json"), _add),
     Target("run", ("run.yaml", "train/*/metrics.jsonl", "train/*/metrics.jsonl"), _status),
-    Target("run", ("evaluation/results.json", "run.yaml", "train/*/metrics.jsonl"), _report),
+    Target("run", ("evaluation/results.json", "evaluation/mixture.json", "run.yaml", "train/*/metrics.jsonl"), _report),
     Target("run", ("run.yaml", "train/*/branch.json", "evaluation/*.json", "train/*/metrics.jsonl"), _records),
     Target("run", ("scores/*/*.safetensors",), _scores),
     Target("hostfile", ("hostfile",), lambda path: read_hostfile(path / "hostfile"), 0.5),

@@ -66,6 +66,7 @@ VERBS = {
         Verb("evaluate", "trained", lambda inputs, run: ("evaluate", run)),
         Verb("report", "evaluated", lambda inputs, run: ("report", run)),
         Verb("ablate", "evaluated", lambda inputs, run: ("ablate", run, "--domain", "prose", "--domain", "python")),
+        Verb("mixture", "evaluated", lambda inputs, run: ("mixture", run, "--target", "prose=1", "--runs", 4), False),
         Verb("branch", "trained", _branch),
         Verb("forest add", "trained", lambda inputs, run: ("forest", "add", run, inputs / "friend")),
         Verb("forest remove", "trained", lambda inputs, run: ("forest", "remove", run, "prose")),

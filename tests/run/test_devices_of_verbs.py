@@ -1,4 +1,4 @@
-"""On which device the verbs compute that start no group: generate, serve, ablate and upcycle."""
+"""On which device the verbs compute that start no group: generate, serve, ablate, mixture and upcycle."""
 
 from __future__ import annotations
 
@@ -77,6 +77,7 @@ def test_given_gpus_are_never_replaced_by_the_cpu(
         ("serve", "RUN", "--port", "0"),
         ("upcycle", "RUN"),
         ("ablate", "RUN", "--text", __file__),
+        ("mixture", "RUN", "--text", __file__),
     ],
     ids=lambda words: words[0],
 )

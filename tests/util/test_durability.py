@@ -28,6 +28,7 @@ from btm_scale.data.dataset import TrainingSamples
 from btm_scale.data.prepare import prepare
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.evaluate.ablate import Ablation, Measured
+from btm_scale.evaluate.mixture_record import MeasuredMixture, MixtureRecord
 from btm_scale.evaluate.results import EvaluatedDomain, MethodResult, Results
 from btm_scale.evaluate.soups import save_soups
 from btm_scale.forest.membership import add_expert
@@ -108,6 +109,8 @@ def _evaluation(run: RunDir, models: list[Path]) -> None:
     RESULTS.save(run.results)
     measured = Measured(key="k", experts=("math",), mean=2.0, perplexity={"prose": 2.0})
     Ablation(measured=(measured,)).save(run.results.with_name("ablation.json"))
+    mixture = MeasuredMixture(key="k", weights={"math": 1.0}, losses={"prose": 2.0})
+    MixtureRecord(measured=(mixture,)).save(run.mixture)
 
 
 def _state(run: RunDir, models: list[Path]) -> None:
@@ -149,7 +152,7 @@ def _converted(run: RunDir, models: list[Path]) -> None:
 WRITERS: dict[str, Callable[[RunDir, list[Path]], None]] = {
     "run.yaml": lambda run, models: CONFIG.save(run.config),
     "scores": _scores,
-    "soups, ablation, results and page": _evaluation,
+    "soups, ablation, mixtures, results and page": _evaluation,
     "training checkpoints": _state,
     "skipped batches and a failure": _training_notes,
     "job scripts and submissions": _submissions,

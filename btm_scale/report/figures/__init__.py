@@ -6,6 +6,7 @@ Each takes `width`, the pixels that the layout is made for; below 600 it is one 
 from btm_scale.report.figures.compute import compute
 from btm_scale.report.figures.curves import training_loss
 from btm_scale.report.figures.matrices import expert_matrix, prior_matrix, routing_map
+from btm_scale.report.figures.mixtures import mixture_fit
 from btm_scale.report.figures.ratios import perplexity_ratios
 from btm_scale.report.figures.trees import forest, lineage
 
@@ -14,6 +15,7 @@ __all__ = [
     "expert_matrix",
     "forest",
     "lineage",
+    "mixture_fit",
     "perplexity_ratios",
     "prior_matrix",
     "routing_map",

@@ -1,0 +1,102 @@
+"""mixture.json: every measured mixture of experts, and the mixture that was chosen last."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from btm_scale.errors import ForestError
+from btm_scale.evaluate.results import MAX_LOSS
+from btm_scale.util.records import Part, Record
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Loss = Annotated[float, Field(ge=0, le=MAX_LOSS)]  # nats per token
+# With room for rounding.
+Perplexity = Annotated[float, Field(ge=0.999, le=1.001 * math.exp(MAX_LOSS))]
+Weight = Annotated[float, Field(ge=0, le=1.001)]
+
+
+def perplexities(losses: np.ndarray) -> np.ndarray:
+    """Return the perplexities of losses in nats; a law may predict losses that no model has."""
+    return np.minimum(np.exp(np.clip(losses, 0.0, MAX_LOSS)), math.exp(MAX_LOSS))
+
+
+class MeasuredMixture(Part):
+    """The losses of one weighted average of models."""
+
+    key: str  # digest of the models' contents and their weights
+    weights: dict[str, Weight]  # of the models with a positive weight; they sum to 1
+    losses: dict[str, Loss]  # by the fingerprint of the text
+
+
+class Predicted(Part):
+    """The predicted perplexity of the chosen mixture on a text."""
+
+    predicted: Perplexity
+    interval: tuple[Perplexity, Perplexity]  # 95%
+    seed: Perplexity | None = None  # measured, of the seed LM
+    uniform: Perplexity  # measured, of the uniform average
+
+
+class LawFit(Part):
+    """How well a law predicts mixtures that it was not fitted to."""
+
+    error: Finite  # nats per token: root mean square over the measured mixtures of several models, each left out once
+    r2: Finite
+
+
+class TextFit(LawFit):
+    """The law that was chosen for a text, and the errors of every law that there were enough mixtures for."""
+
+    law: str
+    laws: dict[str, LawFit]
+
+
+class MixturePerplexity(Part):
+    """A measured mixture, with what the chosen laws predict for it when it is left out."""
+
+    weights: dict[str, Weight]
+    mean: Perplexity  # over the targets, by their weights
+    perplexity: dict[str, Perplexity]  # by text
+    predicted: dict[str, Perplexity]  # by text
+
+
+class ChosenMixture(Part):
+    """What `btm-scale mixture` answers."""
+
+    random_seed: int
+    targets: dict[str, Weight]  # weight of each text's perplexity in the mean; they sum to 1
+    keep: dict[str, Finite]  # by domain: the largest allowed ratio of its perplexity to the seed LM's
+    weights: dict[str, Weight]  # of the experts and the seed LM; they sum to 1
+    domains: dict[str, dict[str, Weight]]  # by domain: its `weight` in the text of the mixture
+    outside: dict[str, Weight]  # models whose text is not that of domains of this run, with their weights
+    mean: Predicted  # the mean perplexity over the targets
+    perplexity: dict[str, Predicted]  # by text
+    fit: dict[str, TextFit]  # by text
+    measured: tuple[MixturePerplexity, ...]  # the lowest mean first
+    nearest: Weight  # total variation distance from the chosen mixture to the nearest measured one
+    extrapolated: tuple[str, ...]  # texts whose law is less certain there than at any measured mixture
+
+    @model_validator(mode="after")
+    def _same_texts(self) -> ChosenMixture:
+        texts = self.perplexity.keys()
+        if any(other.keys() != texts for one in self.measured for other in (one.perplexity, one.predicted)) or (
+            self.fit.keys() != texts
+        ):
+            raise ValueError("must have the same texts in perplexity, fit and measured")
+        if any(one.keys() != {"weight"} for one in self.domains.values()):
+            raise ValueError("must have one weight per domain")
+        return self
+
+
+class MixtureRecord(Record):
+    """mixture.json."""
+
+    ERROR = ForestError
+    REMEDY = "Delete it; its mixtures are then measured again."
+
+    measured: tuple[MeasuredMixture, ...] = ()
+    chosen: ChosenMixture | None = None

@@ -1,0 +1,127 @@
+"""What `btm-scale mixture` prints: what it will cost, how far it is, and the mixture that it chose."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from btm_scale.config.yaml import dump_text
+from btm_scale.evaluate.mixture_record import ChosenMixture, Predicted
+from btm_scale.report.quantities import amount, size
+from btm_scale.report.quantities import time as time_text
+from btm_scale.report.summary import NOTHING, count, perplexity
+from btm_scale.util.terminal import printable
+
+logger = logging.getLogger(__name__)
+
+_DECIMALS = 3  # of a weight
+
+
+class Countdown:
+    """Logs after each average how many are measured, and how long the others will take."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done, self._begin = total, 0, time.monotonic()
+
+    def log(self, mixture: Mapping[str, float]) -> None:
+        """Log that the average with these weights was measured."""
+        self._done += 1
+        left = (time.monotonic() - self._begin) / self._done * (self._total - self._done)
+        words = f"; about {time_text(left)} left" if self._done < self._total else ""
+        logger.info("%d of %d averages measured%s", self._done, self._total, words)
+
+
+def cost_sentence(cost: Mapping[str, Any]) -> str:
+    """Return what measuring will take; `cost` is the document of `run.mixture_cost.Cost`."""
+    if not cost["to_measure"]:
+        return f"All {cost['runs']} averages are measured already."
+    words = f"{cost['to_measure']} of {count(cost['runs'], 'average')} to measure: {amount(cost['tokens'])} tokens to "
+    words += f"score, {size(cost['disk_bytes'])} of disk space at a time, "
+    if cost["seconds"] is None:
+        return f"{words}an unknown time, because no model of this run was trained on this device"
+    return f"{words}about {time_text(cost['seconds'])}"
+
+
+def print_mixture(chosen: ChosenMixture, console: Console) -> None:
+    """Print the predictions, the weights, how far to trust them, and the section of the YAML to paste."""
+    console.print(mixture_table(chosen))
+    weights = ", ".join(f"{name} {weight:.{_DECIMALS}f}" for name, weight in chosen.weights.items())
+    for sentence in (f"Weights: {weights}.", *trust(chosen), *text_notes(chosen)):
+        console.print(printable(sentence), markup=False, highlight=False, soft_wrap=True)
+    if chosen.domains:
+        console.print()
+        console.print(printable(domains_yaml(chosen)).rstrip(), markup=False, highlight=False, soft_wrap=True)
+
+
+def mixture_table(chosen: ChosenMixture) -> Table:
+    """Return each text's predicted perplexity beside the seed's and the uniform average's, and how good its law is."""
+    title = "Perplexity of the chosen average, predicted (lower is better)"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for name in ("text", "seed", "uniform", "predicted", "95%", "law", "R2"):
+        table.add_column(name, justify="left" if name in ("text", "law") else "right", no_wrap=True)
+    for name, row in prediction_rows(chosen):
+        table.add_row(Text(printable(name)), *row)
+    return table
+
+
+def prediction_rows(chosen: ChosenMixture) -> list[tuple[str, list[str]]]:
+    """Return a row per text and the mean: seed, uniform, predicted, interval, law and leave-one-out R2."""
+    rows = [
+        (name, [*_numbers(one), chosen.fit[name].law, f"{chosen.fit[name].r2:.3f}"])
+        for name, one in chosen.perplexity.items()
+    ]
+    return [*rows, ("mean", [*_numbers(chosen.mean), "", ""])] if len(chosen.targets) > 1 else rows
+
+
+def trust(chosen: ChosenMixture) -> list[str]:
+    """Return sentences on how far the predictions can be trusted."""
+    measured = count(len(chosen.measured), "measured average")
+    sentences = [f"The nearest of {measured} differs in {chosen.nearest:.0%} of the weight."]
+    if chosen.extrapolated:
+        sentences.append(
+            f"This extrapolates: for {', '.join(chosen.extrapolated)}, the law is less certain there than at any "
+            "measured average. More --runs help."
+        )
+    poor = [name for name, fit in chosen.fit.items() if fit.r2 < 0.9]
+    if poor:
+        sentences.append(f"No law predicts {', '.join(poor)} well (R2 below 0.9). More --runs help.")
+    return sentences
+
+
+def text_notes(chosen: ChosenMixture) -> list[str]:
+    """Return sentences on text that `domains` cannot name, and on domains that get none."""
+    sentences = [
+        f"{weight:.{_DECIMALS}f} of the mixture is {name}, whose text is not that of domains of this run: it is "
+        "left out of the weights below."
+        for name, weight in chosen.outside.items()
+    ]
+    if none := [name for name, one in chosen.domains.items() if not _rounded(one["weight"])]:
+        sentences.append(f"Leave out: {', '.join(none)}.")
+    return sentences
+
+
+def domain_weights(chosen: ChosenMixture) -> dict[str, float]:
+    """Return the rounded weights of those domains that have any."""
+    weights = {name: _rounded(one["weight"]) for name, one in chosen.domains.items()}
+    return {name: weight for name, weight in weights.items() if weight}
+
+
+def domains_yaml(chosen: ChosenMixture) -> str:
+    """Return the weights as the section `domains` of a run's YAML."""
+    return dump_text({"domains": {name: {"weight": weight} for name, weight in domain_weights(chosen).items()}})
+
+
+def _rounded(weight: float) -> float:
+    return round(weight, _DECIMALS)
+
+
+def _numbers(one: Predicted) -> list[str]:
+    low, high = one.interval
+    seed = NOTHING if one.seed is None else perplexity(one.seed)
+    return [seed, perplexity(one.uniform), perplexity(one.predicted), f"{perplexity(low)} to {perplexity(high)}"]

@@ -1,0 +1,87 @@
+"""A chosen mixture on the page and on the terminal."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from helpers.mixtures import chosen_mixture
+from rich.console import Console
+
+from btm_scale.report import figures
+from btm_scale.report.figures.style import NARROW
+from btm_scale.report.mixture_table import cost_sentence, print_mixture, trust
+from btm_scale.report.page import render_page
+from btm_scale.report.sections import sections
+
+COST = {"runs": 24, "to_measure": 20, "tokens": 2_000_000, "disk_bytes": 5_000_000, "seconds": 34.0}
+
+
+def printed(chosen, width=120):
+    console = Console(width=width, file=io.StringIO(), highlight=False)
+    print_mixture(chosen, console)
+    return console.file.getvalue()
+
+
+def test_every_measured_average_and_the_chosen_mixture_are_drawn():
+    chosen = chosen_mixture()
+    for width in (960, NARROW):
+        figure = figures.mixture_fit(chosen, width=width)
+        dots = [trace for trace in figure.data if trace.mode == "markers" and len(trace.x) > 1]
+        stars = [trace for trace in figure.data if trace.marker.symbol == "star"]
+        assert [trace.name for trace in dots] == ["math", "code"]
+        assert [len(trace.x) for trace in dots] == [24, 24]
+        seed = chosen.perplexity["math"].seed
+        assert dots[0].y[0] == pytest.approx(chosen.measured[0].perplexity["math"] / seed)
+        assert dots[0].x[0] == pytest.approx(chosen.measured[0].predicted["math"] / seed)
+        assert [star.x[0] for star in stars] == pytest.approx(
+            [one.predicted / one.seed for one in chosen.perplexity.values()]
+        )
+
+
+def test_the_page_has_a_section_of_the_mixture_if_one_was_chosen(config, make_results):
+    chosen = chosen_mixture(keep={"general": 1.02})
+    assert "Data mixture" not in [section.title for section in sections(config, make_results(), {})]
+    [section] = [one for one in sections(config, make_results(), {}, chosen) if one.title == "Data mixture"]
+    assert section.chart is not None
+    assert "on math, code, keeping general within 1.02 times the seed LM's" in section.chart.words
+    assert [row.name for row in section.chart.table.rows] == ["math", "code", "general", "mean"]
+    assert [row.name for row in section.table.rows] == ["code", "math", "seed"]
+    page = render_page(config, make_results(), {}, mixture=chosen)
+    assert "Data mixture" in page
+    assert 'data-name="mixture"' in page
+
+
+def test_the_terminal_shows_predictions_weights_and_the_distance_to_what_was_measured():
+    chosen = chosen_mixture()
+    text = printed(chosen)
+    assert "1.000" in text.partition("\n")[2]
+    assert "mean" in text
+    assert "Weights: code 0." in text
+    assert "The nearest of 24 measured averages differs in" in text
+
+
+def test_an_extrapolation_and_a_poor_law_are_said():
+    chosen = chosen_mixture()
+    assert not [words for words in trust(chosen) if "extrapolates" in words or "No law" in words]
+    poor = {name: fit.model_copy(update={"r2": 0.5}) for name, fit in chosen.fit.items()}
+    doubtful = chosen.model_copy(update={"extrapolated": ("math",), "fit": poor})
+    assert any("This extrapolates: for math, the law is less certain" in words for words in trust(doubtful))
+    assert any("No law predicts math, code well" in words for words in trust(doubtful))
+
+
+def test_the_cost_has_averages_tokens_space_and_time():
+    words = "20 of 24 averages to measure: 2 million tokens to score, 5 MB of disk space at a time, about 34 s"
+    assert cost_sentence(COST) == words
+    assert "an unknown time" in cost_sentence(COST | {"seconds": None})
+    assert cost_sentence(COST | {"to_measure": 0}) == "All 24 averages are measured already."
+
+
+@pytest.mark.parametrize("name", ["<b>x</b>", "</script>", "[red]x\x1b]0;t\x07", "%{z}"])
+def test_names_are_shown_literally(name, config, make_results):
+    chosen = chosen_mixture([name, "seed"], keep={"<i>": 2.0})
+    figure = figures.mixture_fit(chosen)
+    assert all("<b>x</b>" not in (trace.name or "") for trace in figure.data)
+    page = render_page(config, make_results(), {}, mixture=chosen)
+    assert "<i>" not in page.partition("<main>")[2].partition("</main>")[0].replace("\\u003ci\\u003e", "")
+    assert "\x1b" not in printed(chosen)
