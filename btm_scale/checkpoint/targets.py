@@ -13,7 +13,7 @@ from btm_scale.checkpoint.formats.open import open_model, with_head_names
 from btm_scale.checkpoint.formats.tensors import ModelReader
 from btm_scale.checkpoint.formats.universal_writer import require_moments
 from btm_scale.checkpoint.merge.compatibility import is_derived
-from btm_scale.errors import CheckpointError
+from btm_scale.errors import CheckpointError, few_names
 from btm_scale.model.hf_names import from_huggingface, table, to_huggingface
 from btm_scale.model.shape import ModelShape
 
@@ -89,6 +89,11 @@ def require_untied(model: ModelReader, shape: ModelShape) -> None:
 def require_described(model: ModelReader, shape: ModelShape) -> None:
     """Raise `CheckpointError` unless a model has exactly the tensors and shapes that its config.json describes."""
     specs = {name: spec for name, spec in model.specs().items() if not is_derived(name, model)}
+    if heads := [name for name in specs if name.startswith("v_head.")]:
+        raise CheckpointError(
+            f"{model.path} has a value head for training with TRL: {few_names(heads, 'tensors')}. Megatron-core's "
+            "models have none. Save the model without it: model.pretrained_model.save_pretrained(DIR)."
+        )
     entries = table(shape)
     require_names(model.path, specs.keys(), {name for entry in entries for name in entry.huggingface})
 

@@ -217,6 +217,8 @@ def test_a_model_with_a_value_head_around_it_keeps_both(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", inside | {"v_head.summary.weight": torch.ones(1, 32)})
     convert(model, tmp_path / "out", to="huggingface", verify=True)
     assert load_file(tmp_path / "out/model.safetensors").keys() == {*weights, "v_head.summary.weight"}
+    with pytest.raises(CheckpointError, match=r"has a value head .* Save the model without it"):
+        convert(model, tmp_path / "no", to="megatron")
 
 
 def test_empty_tensors_that_zero_3_leaves_are_no_weights(tmp_path: Path) -> None:

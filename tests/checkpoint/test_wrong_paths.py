@@ -79,6 +79,12 @@ MISTAKES: dict[str, tuple[Callable[[Path], Path], str]] = {
         ),
         "the layers of a pipeline-parallel model",
     ),
+    "ZeRO 3 without the first rank": (
+        lambda folder: _pickle("zero_pp_rank_1_mp_rank_00_optim_states.pt", {"optimizer_state_dict": {}})(
+            _pickle("zero_pp_rank_1_mp_rank_00_model_states.pt", {"module": {}, "param_shapes": []})(folder)
+        ),
+        "lacks the model states of data rank 0. Copy the missing files here.",
+    ),
     "a state dict in a dictionary": (_pickle("pytorch_model.bin", {"state_dict": WEIGHTS}), "has no named tensors"),
     "a Git LFS pointer": (_file("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
     "shards without an index": (
@@ -87,10 +93,8 @@ MISTAKES: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "safetensors under another name": (_stray, "Give the file, "),
     "a shard of one FSDP rank": (_file("model_world_size_2_rank_0.pt"), "python -m verl.model_merger merge"),
-    "a checkpoint of nanotron": (
-        lambda folder: _file("model_config.json", b"{}")(_file("checkpoint_metadata.json", b"{}")(folder)),
-        "is a checkpoint of nanotron. Convert it",
-    ),
+    "a checkpoint of nanotron": (_file("checkpoint_metadata.json", b"{}"), "is a checkpoint of nanotron. Convert it"),
+    "checkpoints of nanotron": (_file("10/checkpoint_metadata.json", b"{}"), "is a checkpoint of nanotron. Convert it"),
     "the full state that accelerate saves of FSDP": (
         _pickle("pytorch_model_fsdp.bin", WEIGHTS),
         "transformers reads it as pytorch_model.bin: rename it.",

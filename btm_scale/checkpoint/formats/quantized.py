@@ -36,8 +36,8 @@ _PUBLISHED = {
     "bitsandbytes_8bit": "bitsandbytes",
     "mxfp4": "MXFP4",
 }
-_BY_LOADING = "in transformers (`model.dequantize()`) and save that"
-_DEQUANTIZERS = {"MLX": "with `mlx_lm.convert --dequantize`"}
+_BY_LOADING = ", or dequantize it in transformers (`model.dequantize()`) and save that"
+_WAYS = {"MLX": ", or dequantize it with `mlx_lm.convert --dequantize`", "quanto": ""}
 _PIECE = 1 << 19  # elements that are multiplied at a time
 _SCALES_KEPT = 32  # tensors of scales in memory
 
@@ -68,10 +68,9 @@ def dequantized(model: ModelReader) -> ModelReader:
     config = described_config(model.path)
     sections = quantization_sections(config)
     if method := _foreign_method(specs, sections):
-        dequantize = _DEQUANTIZERS.get(method, _BY_LOADING)
         raise CheckpointError(
             f"{model.path} is quantized with {method}. Only fp8 weights with scales can be read, because other formats "
-            f"round every weight anew. Use the unquantized model, or dequantize it {dequantize}."
+            f"round every weight anew. Use the unquantized model{_WAYS.get(method, _BY_LOADING)}."
         )
     fp8 = [name for name, spec in specs.items() if spec.code in FP8]
     scale_of = {name: f"{name}{end}" for end in reversed(_SCALES) for name in fp8 if f"{name}{end}" in specs}

@@ -100,7 +100,7 @@ def _program(path: Path, files: list[Path], names: list[str]) -> str | None:
             f"has the shards of single FSDP ranks, {first_few(shards, 'files')}. Merge them with the program that "
             "saved them, such as verl: python -m verl.model_merger merge --backend fsdp."
         )
-    if "checkpoint_metadata.json" in names and "model_config.json" in names:
+    if any((folder / "checkpoint_metadata.json").is_file() for folder in (path, *files)):
         return (
             "is a checkpoint of nanotron. Convert it to Hugging Face format with nanotron's "
             "examples/llama/convert_nanotron_to_hf.py."
