@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from btm_scale.checkpoint.expected import Expected, Shape, expected_tensors
+from btm_scale.checkpoint.expected import EMBEDDINGS, HEADS, Expected, Shape, expected_tensors
 from btm_scale.checkpoint.formats.locate import described_config
 from btm_scale.checkpoint.formats.tensors import ModelReader
+from btm_scale.checkpoint.formats.weight_sets import weight_sets
 from btm_scale.errors import CheckpointError, few_names, first_few
 
 # In files of older transformers versions; computed when the model is loaded.
@@ -26,12 +27,14 @@ def problems_of(model: ModelReader) -> list[str]:
     For an unknown family, or a config without its sizes, only the numbers of the layers are checked.
     """
     config = described_config(model.path)
+    shapes = {name: spec.shape for name, spec in model.specs().items()}
+    if empty := [name for name, shape in shapes.items() if shape == (0,) and name.endswith((".weight", ".bias"))]:
+        return [_without_values(model.path, empty)]
     nested = config.get("text_config")
     described, is_nested = config, False
     if isinstance(nested, dict) and nested.get("model_type") is not None:
         described, is_nested = nested, True
     expected = expected_tensors(described)
-    shapes = {name: spec.shape for name, spec in model.specs().items()}
     if has_stacked_experts(model):
         expected = None
     if expected is None:
@@ -62,10 +65,8 @@ def has_own_head(model: ModelReader) -> bool:
 
     transformers loads both then, and does not tie them.
     """
-    heads = [name for name in ("lm_head.weight", "embed_out.weight") if name in model.names]
-    embeddings = [
-        name for name in model.names if name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight"))
-    ]
+    heads = [name for name in (*HEADS, "embed_out.weight") if name in model.names]
+    embeddings = [name for name in model.names if name.endswith(EMBEDDINGS)]
     if len(heads) != 1 or len(embeddings) != 1:
         return False
     head, embedding = heads[0], embeddings[0]
@@ -81,6 +82,21 @@ def has_own_head(model: ModelReader) -> bool:
         if not model.read_range(head, start, stop).float().equal(model.read_range(embedding, start, stop).float()):
             return True
     return False
+
+
+def _without_values(path: Path, empty: Sequence[str]) -> str:
+    """Return the problem of parameters that ZeRO 3 had divided over ranks when they were saved."""
+    sets = weight_sets(path)
+    remedy = (
+        f"The folder also has {first_few(list(sets.not_read), 'files')}: move {sets.read} away to use that."
+        if sets is not None and sets.not_read
+        else "Their values are in the DeepSpeed checkpoint of the same step: give its folder (global_step*), or save "
+        "the model with stage3_gather_16bit_weights_on_model_save."
+    )
+    return (
+        f"{path} has no values of {few_names(empty, 'tensors')}. ZeRO 3 leaves empty tensors in place of parameters "
+        f"that are divided over the ranks. {remedy}"
+    )
 
 
 def _is_causal(config: Mapping[str, Any]) -> bool:

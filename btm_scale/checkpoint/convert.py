@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from btm_scale.checkpoint.completeness import has_own_head, require_complete
+from btm_scale.checkpoint.completeness import require_complete
 from btm_scale.checkpoint.formats.based import base_of, is_completed, require_completed, with_base
 from btm_scale.checkpoint.formats.deepspeed_writer import write_model_states
 from btm_scale.checkpoint.formats.library import LibraryModel
-from btm_scale.checkpoint.formats.megatron import find_shape, require_names
+from btm_scale.checkpoint.formats.megatron import find_shape
 from btm_scale.checkpoint.formats.open import format_of, open_model, with_head_names
 from btm_scale.checkpoint.formats.quantized import dequantized
 from btm_scale.checkpoint.formats.rounded import ALL_FINITE, NonFinite, RoundedModel
@@ -28,9 +28,8 @@ from btm_scale.checkpoint.merge.compatibility import is_derived
 from btm_scale.checkpoint.merge.journal import only_merge_into
 from btm_scale.checkpoint.merge.merge import merge
 from btm_scale.checkpoint.merge.sidecars import carry_sidecars
+from btm_scale.checkpoint.targets import HUGGINGFACE, TARGETS, UNIVERSAL, require_convertible
 from btm_scale.errors import CheckpointError, unknown_name
-from btm_scale.model.hf_names import from_huggingface, table, to_huggingface
-from btm_scale.model.shape import ModelShape
 from btm_scale.util.disk_errors import writing
 from btm_scale.util.files import make_partial, partial_path, publish_directory, remove_partial
 from btm_scale.util.inside import as_private_as
@@ -38,7 +37,6 @@ from btm_scale.util.leftovers import scratch_directory
 from btm_scale.util.provenance import Input, Provenance, is_recorded, made_before, same_files
 from btm_scale.util.snapshot import Snapshot
 
-UNIVERSAL = "universal"
 WRITERS: dict[str, Callable[..., None]] = {"megatron": write_torch_dist, "deepspeed": write_model_states}
 logger = logging.getLogger(__name__)
 _CHUNK_BYTES = 4 << 20
@@ -77,8 +75,8 @@ def convert(
         raise CheckpointError(
             f"{target} already exists. convert does not overwrite: choose another target, or remove it first."
         )
-    if to not in (known := ("huggingface", *WRITERS, UNIVERSAL)):
-        raise CheckpointError(unknown_name("format", to, known))
+    if to not in TARGETS:
+        raise CheckpointError(unknown_name("format", to, TARGETS))
     format_of(source)  # before anything else, because other messages assume a checkpoint
     require_completed(source, base)
     wanted = parse_dtype(dtype) if dtype else None
@@ -103,11 +101,11 @@ def convert(
             made_by.write_into(unpublished)
             as_private_as(sources, unpublished)
             before.require_unchanged("convert", CheckpointError)
-            publish_directory(unpublished, target, synced=to == "huggingface")
+            publish_directory(unpublished, target, synced=to == HUGGINGFACE)
         except Exception:
             remove_partial(unpublished)
             raise
-    if nonfinite and to != "huggingface":  # `merge` has reported its own
+    if nonfinite and to != HUGGINGFACE:  # `merge` has reported its own
         logger.warning("%s", nonfinite.message(target, wanted))
     return Conversion(target, nonfinite=nonfinite, weights=_read_from(source))
 
@@ -132,29 +130,23 @@ def _would_be_same(write: Callable[[Path], object], target: Path) -> bool:
 
 def _write(source: Path, directory: Path, *, to: str, tensor: int, dtype: torch.dtype | None) -> NonFinite:
     """Write the converted model into a directory that is not published yet; return what is not finite in it."""
-    if to == "huggingface":
+    if to == HUGGINGFACE:
         name = dtype_name(dtype) if dtype else None
         return merge(directory, [(source, 1.0)], dtype=name, with_recipe=False).nonfinite
-    shape = find_shape(source)
-    if shape.experts:
-        raise CheckpointError(
-            f"{source} is a mixture of experts. Mixtures are converted to huggingface only: use --to huggingface."
-        )
-    if tensor not in shape.tensor_degrees():
-        raise CheckpointError(
-            f"Cannot shard {source} over tensor={tensor}. tensor must divide the attention heads ({shape.heads}), KV "
-            f"heads ({shape.kv_heads}) and MLP width ({shape.ffn}): use one of "
-            f"{', '.join(map(str, shape.tensor_degrees()))}."
-        )
-    if to == UNIVERSAL and (tensor != 1 or dtype not in (None, torch.float32)):
-        raise CheckpointError(
-            "A universal checkpoint has complete float32 tensors, which DeepSpeed shards when it loads them. Leave "
-            "--tensor and --dtype out."
-        )
     with RoundedModel(with_head_names(open_model(source)), dtype) as model:
-        require_complete(model)
-        require_untied(model, shape)
-        require_described(model, shape)
+        require_convertible(model, source, to)
+        shape = find_shape(source)
+        if tensor not in shape.tensor_degrees():
+            raise CheckpointError(
+                f"Cannot shard {source} over tensor={tensor}. tensor must divide the attention heads ({shape.heads}), "
+                f"KV heads ({shape.kv_heads}) and MLP width ({shape.ffn}): use one of "
+                f"{', '.join(map(str, shape.tensor_degrees()))}."
+            )
+        if to == UNIVERSAL and (tensor != 1 or dtype not in (None, torch.float32)):
+            raise CheckpointError(
+                "A universal checkpoint has complete float32 tensors, which DeepSpeed shards when it loads them. Leave "
+                "--tensor and --dtype out."
+            )
         make_partial(directory)
         if to == UNIVERSAL:
             write_universal(directory, source, shape)
@@ -163,49 +155,6 @@ def _write(source: Path, directory: Path, *, to: str, tensor: int, dtype: torch.
         specs = {name: spec for name, spec in model.specs().items() if not is_derived(name, model)}
         carry_sidecars([source], directory, specs)
         return model.nonfinite
-
-
-def require_trainable(path: Path) -> None:
-    """Raise `CheckpointError` unless a Hugging Face model is complete and of a family that is trained here."""
-    with with_head_names(open_model(path)) as model:
-        shape = find_shape(path)
-        if shape.experts:
-            raise CheckpointError(f"{path} is a mixture of experts, which is not trained here. Choose another model.")
-        require_complete(model)
-        require_untied(model, shape)
-        require_described(model, shape)
-
-
-def require_untied(model: ModelReader, shape: ModelShape) -> None:
-    """Raise `CheckpointError` for a model with an LM head beside the embedding to which its config.json ties it."""
-    if shape.tied and has_own_head(model):
-        raise CheckpointError(
-            f"{model.path} ties its embeddings in config.json, but its LM head has other values than the embedding. "
-            "transformers loads both. Set tie_word_embeddings to false in config.json to keep them, or remove the LM "
-            "head."
-        )
-
-
-def require_described(model: ModelReader, shape: ModelShape) -> None:
-    """Raise `CheckpointError` unless a model has exactly the tensors and shapes that its config.json describes."""
-    specs = {name: spec for name, spec in model.specs().items() if not is_derived(name, model)}
-    entries = table(shape)
-    require_names(model.path, specs.keys(), {name for entry in entries for name in entry.huggingface})
-
-    def blank(name: str) -> torch.Tensor:
-        return torch.empty(specs[name].shape, dtype=specs[name].dtype, device="meta")
-
-    for entry in entries:
-        try:
-            converted = from_huggingface(entry, blank, shape, shape.vocabulary)
-            back = to_huggingface(entry, converted, shape)
-        except (RuntimeError, ValueError):
-            back = {}
-        if any(name not in back or back[name].shape != specs[name].shape for name in entry.huggingface):
-            tensors = ", ".join(f"'{name}' {list(specs[name].shape)}" for name in entry.huggingface)
-            raise CheckpointError(
-                f"{model.path}: {tensors} does not fit config.json. Use the config.json that belongs to these weights."
-            )
 
 
 def _open_independently(path: Path) -> ModelReader:

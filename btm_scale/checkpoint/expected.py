@@ -13,6 +13,8 @@ from typing import Any
 Shape = tuple[int, ...]
 Config = Mapping[str, Any]
 Tensors = Iterator[tuple[str, Shape]]
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")  # ends of their names
+HEADS = ("lm_head.weight", "language_model.lm_head.weight")  # which can be tied to an embedding
 
 
 _SIZES = (
@@ -75,9 +77,15 @@ def expected_tensors(config: Config) -> Expected | None:
 
 
 def ties_embeddings(config: Config) -> bool:
-    """Whether a config.json ties the LM head to the embedding, by itself or by the default of its family."""
+    """Whether a config.json ties the LM head to the embedding, by itself or by the default of its family.
+
+    That of a model of several modalities says so itself, or in its part about the language model.
+    """
     tied, row = config.get("tie_word_embeddings"), _ROWS.get(str(config.get("model_type")))
-    return bool(tied) if tied is not None else row is not None and row.tied
+    if tied is not None:
+        return bool(tied)
+    nested = config.get("text_config")
+    return row.tied if row is not None else isinstance(nested, dict) and ties_embeddings(nested)
 
 
 def _has_sizes(config: Config) -> bool:

@@ -7,21 +7,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from btm_scale.checkpoint.completeness import has_stacked_experts, require_complete
-from btm_scale.checkpoint.convert import UNIVERSAL, WRITERS, require_described
 from btm_scale.checkpoint.formats.based import require_completed, with_base
 from btm_scale.checkpoint.formats.deepspeed import checkpoint_folder, tensor_degree, training_step
 from btm_scale.checkpoint.formats.locate import described_config, iteration_folder
 from btm_scale.checkpoint.formats.megatron import find_shape
 from btm_scale.checkpoint.formats.megatron_legacy import legacy_iteration
-from btm_scale.checkpoint.formats.open import format_of, open_stored, with_head_names
+from btm_scale.checkpoint.formats.open import format_of, open_stored
 from btm_scale.checkpoint.formats.quantized import dequantized
 from btm_scale.checkpoint.formats.tensors import ModelReader, dtype_name
 from btm_scale.checkpoint.formats.torch_dist import saved_iteration
 from btm_scale.checkpoint.formats.training import saved_step
 from btm_scale.checkpoint.formats.weight_sets import weight_sets
+from btm_scale.checkpoint.targets import MEGATRON, targets_of
 from btm_scale.errors import CheckpointError
-from btm_scale.model.shape import ModelShape
 
 _SUFFIXES = {
     "safetensors": "*.safetensors",
@@ -48,9 +46,9 @@ _MAX_TENSOR_DEGREE = 64
 class Inspection:
     """Description of a checkpoint; `parameters` counts elements and `dtypes` counts them by dtype.
 
-    `converts_to` lists the formats it can be converted to, `tensor_degrees` the tensor parallel degrees available; both
-    are empty if `problem` says that the weights do not fit the config. `tensor_degree` is the tensor parallel degree at
-    which the checkpoint was written, or None if its format does not record it.
+    `problem` says how the weights differ from the config. `converts_to` lists the formats that `convert` accepts for
+    the checkpoint, `tensor_degrees` the tensor parallel degrees of those that have one. `tensor_degree` is the tensor
+    parallel degree at which the checkpoint was written, or None if its format does not record it.
     """
 
     path: Path
@@ -81,9 +79,8 @@ def inspect(path: Path, *, base: Path | None = None) -> Inspection:
     config = described_config(path)
     with open_stored(path) as model:
         specs = model.specs().values()
-        shape = _shape_or_none(path)
-        problem = _problem(model, shape)
-    fitting = shape if problem is None else None
+        targets, problem = _targets(model, path)
+    degrees = find_shape(path).tensor_degrees() if MEGATRON in targets else []
     dtypes: Counter[str] = Counter()
     for spec in specs:
         dtypes[dtype_name(spec.dtype)] += spec.elements
@@ -99,32 +96,14 @@ def inspect(path: Path, *, base: Path | None = None) -> Inspection:
         step=_STEPS[kind](path) if kind in _STEPS else None,
         tensor_degree=tensor_degree(path) if kind.startswith("deepspeed") else None,
         problem=problem,
-        converts_to=() if problem else ("huggingface", *_other_targets(kind, shape)),
-        tensor_degrees=tuple(n for n in fitting.tensor_degrees() if n <= _MAX_TENSOR_DEGREE) if fitting else (),
+        converts_to=targets,
+        tensor_degrees=tuple(degree for degree in degrees if degree <= _MAX_TENSOR_DEGREE),
     )
 
 
-def _other_targets(kind: str, shape: ModelShape | None) -> tuple[str, ...]:
-    if shape is None or shape.experts:
-        return ()
-    return (*WRITERS, UNIVERSAL) if kind == "training state" else tuple(WRITERS)
-
-
-def _problem(model: ModelReader, shape: ModelShape | None) -> str | None:
-    """Return how the weights of a model differ from its config, or None if they fit or its family is not supported."""
+def _targets(model: ModelReader, path: Path) -> tuple[tuple[str, ...], str | None]:
+    """Return the formats that a stored model can be converted to, and how its weights differ from its config."""
     try:
-        model = dequantized(model)
-        require_complete(model)
-        if shape is not None and not has_stacked_experts(model):
-            require_described(with_head_names(model), shape)
-    except CheckpointError as error:
-        return str(error)
-    return None
-
-
-def _shape_or_none(path: Path) -> ModelShape | None:
-    """Return the model's shape, or None if no config.json describes a supported family."""
-    try:
-        return find_shape(path)
-    except CheckpointError:
-        return None
+        return targets_of(dequantized(model), path)
+    except CheckpointError as error:  # of a quantization that cannot be read
+        return (), str(error)

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from btm_scale.checkpoint.completeness import require_complete
-from btm_scale.checkpoint.convert import convert, require_untied
+from btm_scale.checkpoint.convert import convert
 from btm_scale.checkpoint.formats.based import base_of, is_adapter
 from btm_scale.checkpoint.formats.locate import require_no_run, require_path
 from btm_scale.checkpoint.formats.quantized import dequantized, quantization_sections
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.hashing import content_hash
+from btm_scale.checkpoint.targets import require_untied
 from btm_scale.config.run import RunConfig
 from btm_scale.data.tokenizer import Tokenizer, same_ids
 from btm_scale.errors import CheckpointError, ForestError, UnsupportedModelError, unknown_name

@@ -16,11 +16,14 @@ def checkpoint_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     yield _row("files", f"{number:,} {'file' if number == 1 else 'files'}, {size(sum(facts['files'].values()))}")
     if facts["problem"]:
         yield _row("problem", facts["problem"])
-    elif facts["tensor_degrees"]:
-        degrees = f"at tensor parallel degree {_choice(facts['tensor_degrees'])}"
-        yield _row("convert", f"to {_choice(facts['converts_to'])}, {degrees}")
-    else:
-        yield _row("convert", f"to {_choice(facts['converts_to'])}; config.json does not describe a supported family")
+    if facts["converts_to"]:
+        yield _row("convert", f"to {_choice(facts['converts_to'])}{_degrees(facts)}")
+
+
+def _degrees(facts: Mapping[str, Any]) -> str:
+    if facts["tensor_degrees"]:
+        return f", at tensor parallel degree {_choice(facts['tensor_degrees'])}"
+    return "" if facts["problem"] else "; config.json does not describe a dense model of a supported family"
 
 
 def _kind(facts: Mapping[str, Any]) -> Iterator[str]:

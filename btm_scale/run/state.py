@@ -72,7 +72,7 @@ def require_pretrained(config: RunConfig, run: RunDir, *, may_lack_weights: bool
     Reads names and shapes only. With `may_lack_weights`, a folder with config.json alone is logged, not refused: a dry
     run may come before the download.
     """
-    from btm_scale.checkpoint.convert import require_trainable  # imports torch
+    from btm_scale.checkpoint.targets import require_trainable  # imports torch
     from btm_scale.data.adopt_tokenizer import require_bos
     from btm_scale.data.tokenizer import Tokenizer
     from btm_scale.data.tokenizer_fit import require_fit

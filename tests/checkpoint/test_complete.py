@@ -14,11 +14,12 @@ import torch
 from helpers.complete_models import LLAMA, complete_weights, write_model
 from safetensors.torch import load_file, save_file
 
-from btm_scale.checkpoint.convert import convert, require_trainable
+from btm_scale.checkpoint.convert import convert
 from btm_scale.checkpoint.expected import FAMILIES_WITH_TENSORS, expected_tensors
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.inspect import inspect
 from btm_scale.checkpoint.merge.merge import merge
+from btm_scale.checkpoint.targets import require_trainable
 from btm_scale.errors import CheckpointError
 
 SIZES = {
@@ -193,6 +194,47 @@ def test_a_prefix_that_only_some_names_have_is_not_guessed(tmp_path: Path) -> No
     twice = weights | {f"_orig_mod.{name}": weight.clone() for name, weight in weights.items()}
     with pytest.raises(CheckpointError, match="which are one tensor without the prefixes of wrappers"):
         merge(tmp_path / "out", [(write_model(tmp_path / "twice", twice), 1.0)])
+
+
+def test_names_inside_peft_are_those_of_the_model_unless_matrices_are_left(tmp_path: Path) -> None:
+    weights = complete_weights(0)
+    inside = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
+    model = write_model(tmp_path / "model", inside)
+    convert(model, tmp_path / "out", to="huggingface", verify=True)
+    assert load_file(tmp_path / "out/model.safetensors").keys() == weights.keys()
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    inside[f"{name}.base_layer.weight"] = inside.pop(f"{name}.weight")
+    inside |= {f"{name}.lora_{side}.default.weight": torch.ones(2, 2) for side in "AB"}
+    model = write_model(tmp_path / "trained", inside)
+    for call in (lambda: convert(model, tmp_path / "no", to="huggingface"), lambda: inspect(model)):
+        with pytest.raises(CheckpointError, match=r"is the state of a model inside PEFT.*call merge_and_unload\(\)"):
+            call()
+
+
+def test_a_model_with_a_value_head_around_it_keeps_both(tmp_path: Path) -> None:
+    weights = complete_weights(0)
+    inside = {f"pretrained_model.{name}": tensor for name, tensor in weights.items()}
+    model = write_model(tmp_path / "model", inside | {"v_head.summary.weight": torch.ones(1, 32)})
+    convert(model, tmp_path / "out", to="huggingface", verify=True)
+    assert load_file(tmp_path / "out/model.safetensors").keys() == {*weights, "v_head.summary.weight"}
+    with pytest.raises(CheckpointError, match=r"has a value head .* Save the model without it"):
+        convert(model, tmp_path / "no", to="megatron")
+
+
+def test_empty_tensors_that_zero_3_leaves_are_no_weights(tmp_path: Path) -> None:
+    empty = {name: torch.zeros(0, dtype=torch.bfloat16) for name in complete_weights(0)}
+    for config in (LLAMA, {"model_type": "other"}):
+        model = write_model(tmp_path / str(config["model_type"]), empty, config)
+        with pytest.raises(CheckpointError, match=r"has no values of .*ZeRO 3 leaves empty tensors.*\(global_step\*\)"):
+            convert(model, tmp_path / "out", to="huggingface")
+        assert inspect(model).converts_to == ()
+    # Beside a complete set, as accelerate may leave one.
+    model = tmp_path / "llama"
+    torch.save(complete_weights(0), model / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"also has pytorch_model\.bin: move model\.safetensors away"):
+        convert(model, tmp_path / "out", to="huggingface")
+    (model / "model.safetensors").unlink()
+    convert(model, tmp_path / "out", to="huggingface")
 
 
 def test_layers_inside_a_wrapper_are_those_of_the_model(tmp_path: Path) -> None:

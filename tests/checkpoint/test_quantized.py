@@ -137,6 +137,11 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]] = {
         {"quant_method": "compressed-tensors"},
         {"weight_packed": torch.ones(4, dtype=torch.int32), "weight_scale": torch.ones(4)},
     ),
+    "MLX": (
+        {},
+        {"weight": torch.ones(4, 1).int(), "scales": torch.ones(4, 1), "biases": torch.ones(4, 1)},
+    ),
+    "quanto": ({}, {"weight._data": torch.ones(4, 4, dtype=torch.int8), "weight._scale": torch.ones(4, 1)}),
     "hqq": ({"quant_method": "hqq"}, {"weight": torch.ones(4, 4, dtype=torch.uint8)}),
 }
 
@@ -152,8 +157,19 @@ def test_other_quantizations_are_refused_by_their_name(method: str, tmp_path: Pa
     ):
         with pytest.raises(CheckpointError, match=rf"is quantized with {method.split(' in ')[0]}\. .*Use the unquan"):
             write()
-    assert "is quantized with" in str(inspect(model).problem)
+    described = inspect(model)
+    assert "is quantized with" in str(described.problem)
+    assert described.converts_to == ()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_config_that_still_names_a_quantization_is_corrected(tmp_path: Path) -> None:
+    section = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    model = write_model(tmp_path / "model", complete_weights(0), LLAMA | section)
+    for target in inspect(model).converts_to:
+        convert(model, tmp_path / target, to=target, verify=True)
+        assert "quantization_config" not in json.loads((tmp_path / target / "config.json").read_text())
+    assert (tmp_path / "megatron").is_dir()
 
 
 def test_integer_masks_of_old_checkpoints_are_no_quantization(tmp_path: Path) -> None:

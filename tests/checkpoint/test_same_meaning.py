@@ -177,6 +177,17 @@ def test_tokenizers_are_compared_by_what_they_do(
     merge(tmp_path / "two", [(models["one"], 1), (models["other"], 1)], allow=["tokenizer"])
 
 
+@pytest.mark.parametrize("file", ["tekken.json", "own.tiktoken", "vocab.bpe"])
+def test_tokenizers_that_cannot_be_parsed_are_compared_as_they_are(file: str, save: Save, tmp_path: Path) -> None:
+    contents = {"one": "one", "same": "one", "other": "another"}
+    models = {
+        name: save(name, random_weights(i), files={file: text}) for i, (name, text) in enumerate(contents.items())
+    }
+    merge(tmp_path / "out", [(models["one"], 1), (models["same"], 1)])
+    with pytest.raises(CheckpointError, match=f"{file} differs between"):
+        merge(tmp_path / "not", [(models["one"], 1), (models["other"], 1)])
+
+
 def test_tokenizers_in_files_of_different_forms_are_compared_by_their_tokens(save: Save, tmp_path: Path) -> None:
     fast = save("fast", random_weights(0), files={"tokenizer.json": as_text(bpe(["a", "b"], added=["<s>"]))})
     same = save("same", random_weights(1), files={"own.tiktoken": _tiktoken([b"a", b"b"]).decode()})

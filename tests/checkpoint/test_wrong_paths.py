@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.small_models import Save, random_weights
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from btm_scale.checkpoint.convert import convert
 from btm_scale.checkpoint.inspect import inspect
@@ -79,6 +79,12 @@ MISTAKES: dict[str, tuple[Callable[[Path], Path], str]] = {
         ),
         "the layers of a pipeline-parallel model",
     ),
+    "ZeRO 3 without the first rank": (
+        lambda folder: _pickle("zero_pp_rank_1_mp_rank_00_optim_states.pt", {"optimizer_state_dict": {}})(
+            _pickle("zero_pp_rank_1_mp_rank_00_model_states.pt", {"module": {}, "param_shapes": []})(folder)
+        ),
+        "lacks the model states of data rank 0. Copy the missing files here.",
+    ),
     "a state dict in a dictionary": (_pickle("pytorch_model.bin", {"state_dict": WEIGHTS}), "has no named tensors"),
     "a Git LFS pointer": (_file("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
     "shards without an index": (
@@ -86,11 +92,25 @@ MISTAKES: dict[str, tuple[Callable[[Path], Path], str]] = {
         "but no model.safetensors.index.json, which lists them",
     ),
     "safetensors under another name": (_stray, "Give the file, "),
+    "a shard of one FSDP rank": (_file("model_world_size_2_rank_0.pt"), "python -m verl.model_merger merge"),
+    "a checkpoint of nanotron": (_file("checkpoint_metadata.json", b"{}"), "is a checkpoint of nanotron. Convert it"),
+    "checkpoints of nanotron": (_file("10/checkpoint_metadata.json", b"{}"), "is a checkpoint of nanotron. Convert it"),
+    "the full state that accelerate saves of FSDP": (
+        _pickle("pytorch_model_fsdp.bin", WEIGHTS),
+        "transformers reads it as pytorch_model.bin: rename it.",
+    ),
+    "the folder that zero_to_fp32 makes": (
+        lambda folder: _pickle("pytorch_model.bin/pytorch_model.bin", WEIGHTS)(_file("config.json", b"{}")(folder)),
+        "has no model itself, but these folders in it have: ",
+    ),
     "a config alone": (_file("config.json", b"{}"), "has a config.json but no weights"),
     "a tokenizer alone": (_file("tokenizer.json", b"{}"), "has a tokenizer but no weights"),
     "the cache of a repository": (_file("snapshots/abc/README.md"), "Hugging Face cache of a repository"),
     "some other file": (lambda folder: _file("notes.md")(folder) / "notes.md", "is not a model file"),
 }
+
+
+FOLLOWED = {"fsdp": "pytorch_model_fsdp.bin", "zero": "pytorch_model.bin/pytorch_model.bin"}
 
 
 @pytest.mark.parametrize(("make", "message"), MISTAKES.values(), ids=MISTAKES)
@@ -109,6 +129,18 @@ def test_inspect_merge_and_convert_name_what_a_path_is(
             call()
         assert message in str(raised.value)
         assert not (tmp_path / "out").exists()
+
+
+def test_the_remedies_for_other_programs_checkpoints_work(tmp_path: Path) -> None:
+    full, inner = (_pickle(f"{name}/{file}", WEIGHTS)(tmp_path) / name for name, file in FOLLOWED.items())
+    with pytest.raises(CheckpointError):
+        inspect(full)
+    (full / "pytorch_model_fsdp.bin").rename(full / "pytorch_model.bin")
+    (inner / "config.json").write_text('{"model_type": "other"}')
+    for i, path in enumerate((full, inner / "pytorch_model.bin")):
+        convert(path, tmp_path / f"out{i}", to="huggingface")
+        assert load_file(tmp_path / f"out{i}/model.safetensors")["a.weight"].equal(WEIGHTS["a.weight"])
+    assert (tmp_path / "out1/config.json").is_file()
 
 
 def test_a_folder_may_have_an_equals_sign_in_its_name(save: Save, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_a_checkpoint_is_described_in_four_lines_without_its_files(
     assert short[0] == f"{tmp_path}: safetensors, unheard-of"
     assert short[1] == f"  weights  {elements:,} parameters in {len(weights)} tensors: bfloat16"
     assert short[2].startswith("  files    2 files, ")
-    assert short[3] == "  convert  to huggingface; config.json does not describe a supported family"
+    assert short[3] == "  convert  to huggingface; config.json does not describe a dense model of a supported family"
     assert len(short) == 4
 
     assert call("inspect", tmp_path, "--verbose") == 0

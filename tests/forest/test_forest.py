@@ -126,6 +126,14 @@ def test_a_model_that_lacks_weights_or_is_quantized_is_not_added(
     assert not run.experts.is_dir() or not list(run.experts.iterdir())
 
 
+def test_a_model_of_several_modalities_is_not_added(run: RunDir, config: RunConfig, tmp_path: Path) -> None:
+    source = model(tmp_path / "friend")
+    (source / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": LLAMA | {"vocab_size": 300}}))
+    with pytest.raises(ForestError, match=r"is of type 'llava', for which transformers has no causal LM\."):
+        add_expert(config, run, source, "friend")
+    assert not run.experts.is_dir() or not list(run.experts.iterdir())
+
+
 def test_a_model_is_scored_before_it_is_an_expert_and_an_error_leaves_the_forest_as_it_was(
     run: RunDir, config: RunConfig, tmp_path: Path
 ) -> None:

@@ -46,6 +46,15 @@ def write_model(folder: Path, weights: Mapping[str, torch.Tensor], config: Mappi
     return folder
 
 
+def write_adapter(folder: Path, base: Path, tensors: Mapping[str, torch.Tensor], **settings: object) -> Path:
+    """Write a LoRA adapter of rank 2, whose product counts twice unless the settings differ."""
+    folder.mkdir()
+    save_file(dict(tensors), folder / "adapter_model.safetensors")
+    values = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": str(base), **settings}
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    return folder
+
+
 def quantize(
     weights: Mapping[str, torch.Tensor], block: tuple[int, int] | None = (16, 16), *, end: str = "_scale_inv"
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.complete_models import LLAMA, complete_weights, quantize, write_model
 from helpers.tiny_run import save_card
 from helpers.worlds import run_script
 from safetensors.numpy import load_file
 
-from btm_scale.model.hf_config import config_json
+from btm_scale.model.hf_config import config_json, read_shape
 from btm_scale.model.shape import ModelShape
 from btm_scale.run_dir import SEED, RunDir
 
@@ -223,3 +226,23 @@ def test_a_missing_parent_and_one_of_another_shape_are_errors(run: RunDir) -> No
     message = (run.root / "wide-alone.txt").read_text()
     assert "Only models of one shape can be branched from" in message
     assert "(61, 64) there and (61, 32) in this model" in message
+
+
+def test_a_pretrained_model_in_fp8_starts_from_what_its_scales_mean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from btm_scale.train import start  # imports the engines
+
+    stored, meant = quantize(complete_weights(0))
+    section = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 16]}}
+    folder = write_model(tmp_path / "model", stored, LLAMA | section)
+    read: dict[str, torch.Tensor] = {}
+
+    def keep(model: object, reader: Callable[[str], torch.Tensor], rank: int, tensor: int) -> None:
+        read.update({name: reader(name) for name in meant})
+
+    monkeypatch.setattr(start, "load_weights", keep)
+    group: Any = SimpleNamespace(tensor_rank=0, layout=SimpleNamespace(tensor=1))
+    model: Any = SimpleNamespace(shape=read_shape(folder))
+    start.load_pretrained(group, model, folder)
+    assert all(tensor.equal(meant[name].bfloat16()) for name, tensor in read.items())

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from btm_scale.checkpoint.expected import EMBEDDINGS
 from btm_scale.checkpoint.formats.based import ADAPTER_CONFIG, adapter_config
 from btm_scale.errors import CheckpointError
 from btm_scale.util.bounded_json import shown
@@ -45,7 +46,6 @@ _HARMLESS = {
 }
 # Other starts, such as PiSSA's, subtract the adapter's first product from the base's weights.
 _HARMLESS_STARTS: tuple[object, ...] = (True, False, None, "gaussian", "eva", "orthogonal")
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 _MAX_RANK = 1 << 16
 _MAX_PATTERN = 500
 # A pattern is matched against every module's name. Repeated groups, and more than two repetitions, can take for ever.

@@ -8,6 +8,7 @@ from threading import local
 
 import torch
 
+from btm_scale.checkpoint.formats.based import is_adapter
 from btm_scale.checkpoint.formats.locate import described_config, described_in
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, unknown_tensor
 from btm_scale.errors import CheckpointError, few_names
@@ -31,6 +32,8 @@ def find_shape(path: Path, kind: str = "") -> ModelShape:
             f"{what} has no config.json, which gives the number of heads and the vocabulary size. Put the config.json "
             "of the Hugging Face model beside it."
         )
+    if is_adapter(path):  # whose vocabulary and ties may differ from its base's
+        return shape_from_config(described_config(path), path)
     return read_shape(file.parent)
 
 

@@ -18,7 +18,8 @@ from btm_scale.checkpoint.formats.weight_sets import BIN, BIN_INDEX
 from btm_scale.checkpoint.formats.wrapped import RenamedModel, unwrapped
 from btm_scale.errors import CheckpointError
 
-_GPT2_PREFIX = "transformer."
+# What the causal LM class puts before the names of its base class, by one of those names.
+_PREFIXES = {"wte.weight": "transformer.", "embed_tokens.weight": "model."}
 # Formats that read pickles or compute import torch, so they are imported only when they are opened.
 
 
@@ -51,7 +52,7 @@ def _open_adapter(path: Path) -> ModelReader:
 def _open_deepspeed(path: Path) -> ModelReader:
     from btm_scale.checkpoint.formats.deepspeed import open_deepspeed
 
-    checkpoint = open_deepspeed(path)
+    checkpoint = unwrapped(open_deepspeed(path))
     base = base_of(path)
     if base is None:
         require_frozen(with_head_names(checkpoint), path)
@@ -155,10 +156,9 @@ def open_stored(path: Path) -> ModelReader:
 def with_head_names(model: ModelReader) -> ModelReader:
     """Return the model under the tensor names of transformers' causal LM class; closing it closes `model`.
 
-    The published GPT-2 files use the names of the base model, without the prefix `transformer.`.
+    The published GPT-2 files, and others that were saved from the base class, lack its prefix.
     """
-    if "wte.weight" not in model.names:
+    prefix = next((prefix for name, prefix in _PREFIXES.items() if name in model.names), None)
+    if prefix is None:
         return model
-    return RenamedModel(
-        model, {name if name.startswith("lm_head.") else f"{_GPT2_PREFIX}{name}": name for name in model.names}
-    )
+    return RenamedModel(model, {name if name.startswith("lm_head.") else prefix + name: name for name in model.names})

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from btm_scale.checkpoint.expected import ties_embeddings
+from btm_scale.checkpoint.expected import EMBEDDINGS, ties_embeddings
 from btm_scale.checkpoint.formats.based import ADAPTER_CONFIG, ADAPTER_FILES
-from btm_scale.checkpoint.formats.lora_settings import EMBEDDINGS, read_lora_settings
+from btm_scale.checkpoint.formats.lora_settings import read_lora_settings
+from btm_scale.checkpoint.formats.newer_names import newer_forms, newer_names
 from btm_scale.checkpoint.formats.pytorch_bin import open_state_dict
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, unknown_tensor
@@ -255,6 +256,7 @@ class _BaseNames:
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = set(names)
+        self._newer = newer_names(self._names) or {}
         self._ends: dict[str, list[str]] = defaultdict(list)
         for name in self._names:
             self._ends[".".join(name.split(".")[-2:])].append(name)
@@ -263,6 +265,10 @@ class _BaseNames:
         """Return the base's name of a tensor, or None if no tensor or several tensors match."""
         if name in self._names:
             return name
+        if name in self._newer:
+            return self._newer[name]
+        if renamed := [newer for newer in newer_forms(name) if newer in self._names]:
+            return renamed[0]
         near = self._ends.get(".".join(name.split(".")[-2:]), ())
         matches = [other for other in near if other.endswith(f".{name}") or name.endswith(f".{other}")]
         return matches[0] if len(matches) == 1 else None
@@ -283,6 +289,12 @@ def _open_adapter(path: Path) -> ModelReader:
     adapter = SafetensorsModel(file) if file.suffix == ".safetensors" else open_state_dict(file)
     if odd := [name for name in adapter.names if not adapter.spec(name).dtype.is_floating_point]:
         raise CheckpointError(f"{file}: '{odd[0]:.200}' has a dtype that is not a float. Save the adapter again.")
+    if empty := [name for name in adapter.names if not adapter.spec(name).elements]:
+        raise CheckpointError(
+            f"{file} has no values of {few_names(empty, 'tensors')}. ZeRO 3 leaves empty tensors in place of "
+            "parameters that are divided over the ranks. Gather them before you save the adapter: with transformers' "
+            "Trainer, set stage3_gather_16bit_weights_on_model_save in the DeepSpeed config."
+        )
     if not adapter.names:
         raise CheckpointError(f"{file} has no tensors, so {ADAPTER_CONFIG} describes nothing. Save the adapter again.")
     return adapter

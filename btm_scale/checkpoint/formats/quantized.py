@@ -26,6 +26,7 @@ _MARKS = (
     ("NVFP4", "weight_scale_2"),
     ("MXFP4", "_blocks"),
     ("compressed-tensors", ".weight_packed"),
+    ("quanto", ".weight._data"),
 )
 _PUBLISHED = {
     "gptq": "GPTQ",
@@ -35,6 +36,8 @@ _PUBLISHED = {
     "bitsandbytes_8bit": "bitsandbytes",
     "mxfp4": "MXFP4",
 }
+_BY_LOADING = ", or dequantize it in transformers (`model.dequantize()`) and save that"
+_WAYS = {"MLX": ", or dequantize it with `mlx_lm.convert --dequantize`", "quanto": ""}
 _PIECE = 1 << 19  # elements that are multiplied at a time
 _SCALES_KEPT = 32  # tensors of scales in memory
 
@@ -67,8 +70,7 @@ def dequantized(model: ModelReader) -> ModelReader:
     if method := _foreign_method(specs, sections):
         raise CheckpointError(
             f"{model.path} is quantized with {method}. Only fp8 weights with scales can be read, because other formats "
-            "round every weight anew. Use the unquantized model, or dequantize it in transformers "
-            "(`model.dequantize()`) and save that."
+            f"round every weight anew. Use the unquantized model{_WAYS.get(method, _BY_LOADING)}."
         )
     fp8 = [name for name, spec in specs.items() if spec.code in FP8]
     scale_of = {name: f"{name}{end}" for end in reversed(_SCALES) for name in fp8 if f"{name}{end}" in specs}
@@ -96,6 +98,9 @@ def _foreign_method(specs: Mapping[str, TensorSpec], sections: Sequence[Mapping[
         for name, spec in specs.items()
         if name.endswith("weight") and not spec.is_floating_point and spec.code != "BOOL"
     ]
+    # MLX packs integers of few bits in `weight`, and has `scales` and `biases` beside it.
+    if any(f"{name.removesuffix('weight')}scales" in specs for name in integers):
+        return "MLX"
     if marked == "MXFP4" and not any(name.endswith("_scales") for name in specs):
         marked = None
     if marked is None and not (integers and (named or any(f"{name}_scale" in specs for name in integers))):

@@ -171,6 +171,7 @@ class ModelReader(ABC):
     """
 
     path: Path
+    keeps_head = False  # whether an LM head is a weight of its own, although config.json ties it to the embedding
 
     @property
     @abstractmethod

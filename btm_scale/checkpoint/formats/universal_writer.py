@@ -72,6 +72,13 @@ def verify_universal(source: Path, directory: Path) -> None:
                 )
 
 
+def require_moments(source: Path) -> None:
+    """Raise `CheckpointError` unless `source` has all that `write_universal` writes."""
+    _position(source)
+    with _opened(source) as state:
+        _parameters(source, state)
+
+
 def _files(names: list[str]) -> Iterator[tuple[str, str | None, str]]:
     """Yield each file of each parameter: name, kind and file name."""
     for name in names:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from btm_scale.checkpoint.formats.weight_sets import weight_sets
 from btm_scale.errors import CheckpointError, first_few
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -27,6 +28,8 @@ _OTHER_KINDS = {
     ".gz": ("an archive", "Unpack it first"),
     ".tar": ("an archive", "Unpack it first"),
 }
+_FSDP_RANK = re.compile(r"model_world_size_\d+_rank_\d+\.pt")
+_FSDP_FULL = "pytorch_model_fsdp.bin"
 _OPTIMIZER = re.compile(r".*optim_states\.pt|optimizer\.(?:pt|bin|safetensors)|optimizer_?\d*\.bin")
 
 
@@ -88,6 +91,30 @@ def _folder(path: Path) -> str:
         "is not a model: it has no model.safetensors, model.safetensors.index.json or pytorch_model.bin, and is not a "
         "DeepSpeed, torch_dist or training checkpoint. Give the path of a model directory or checkpoint."
     )
+
+
+def _program(path: Path, files: list[Path], names: list[str]) -> str | None:
+    """Explain the checkpoints of programs that come with their own converters."""
+    if shards := [name for name in names if _FSDP_RANK.fullmatch(name)]:
+        return (
+            f"has the shards of single FSDP ranks, {first_few(shards, 'files')}. Merge them with the program that "
+            "saved them, such as verl: python -m verl.model_merger merge --backend fsdp."
+        )
+    if any((folder / "checkpoint_metadata.json").is_file() for folder in (path, *files)):
+        return (
+            "is a checkpoint of nanotron. Convert it to Hugging Face format with nanotron's "
+            "examples/llama/convert_nanotron_to_hf.py."
+        )
+    if _FSDP_FULL in names:
+        return f"has the complete model in {_FSDP_FULL}. transformers reads it as pytorch_model.bin: rename it."
+    return None
+
+
+def _inner(path: Path, files: list[Path], names: list[str]) -> str | None:
+    """Explain a folder whose model is in a folder below, such as the one that zero_to_fp32.py makes."""
+    if inner := [str(file) for file in files if file.is_dir() and weight_sets(file) is not None]:
+        return f"has no model itself, but these folders in it have: {first_few(inner, 'folders')}. Give one of them."
+    return None
 
 
 def _adapter(path: Path, files: list[Path], names: list[str]) -> str | None:
@@ -161,9 +188,11 @@ def _without_weights(path: Path, files: list[Path], names: list[str]) -> str | N
 
 _Explanation = Callable[[Path, list[Path], list[str]], str | None]
 _EXPLANATIONS: Iterable[_Explanation] = (
+    _program,
     _adapter,
     _without_marker,
     _cache,
+    _inner,
     _optimizer,
     _shards,
     _other_kind,

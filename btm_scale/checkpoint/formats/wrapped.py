@@ -7,11 +7,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, unknown_tensor
-from btm_scale.errors import CheckpointError
+from btm_scale.errors import CheckpointError, few_names
 from btm_scale.util.imports import torch
 
 # Never part of a module's own name, wherever they are.
 _WRAPPERS = re.compile(r"\b(?:_forward_module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_PEFT = "base_model.model."
+_TRAINED = re.compile(r"(?:.*\.)?(?:lora_\w+|base_layer|modules_to_save|original_module)(?:\..*)?")
+_VALUE_HEAD = ("pretrained_model.", "v_head.")  # of TRL, around a causal LM
 _BODIES = ("model.layers.", "model.decoder.layers.", "transformer.h.", "gpt_neox.layers.")
 
 
@@ -69,12 +72,22 @@ def unwrapped(model: ModelReader) -> ModelReader:
 def unwrapped_names(names: Iterable[str], path: Path) -> dict[str, str]:
     """Return each stored name by its name without wrappers.
 
-    `module.` is also the name of a module, so it is removed only as the prefix of every name; so is the `model.` of a
-    Lightning module, and only around a model whose own names are known.
+    `module.` is also the name of a module, so it is removed only as the prefix of every name; so are PEFT's prefix, if
+    there are no matrices to merge, TRL's, and the `model.` of a Lightning module, around a model with known names.
     """
     clean = {name: _WRAPPERS.sub("", name) for name in names}
     while clean and all(name.startswith("module.") for name in clean.values()):
         clean = {own: name.removeprefix("module.") for own, name in clean.items()}
+    if clean and all(name.startswith(_PEFT) for name in clean.values()):
+        clean = {own: name.removeprefix(_PEFT) for own, name in clean.items()}
+        if trained := [own for own, name in clean.items() if _TRAINED.fullmatch(name)]:
+            raise CheckpointError(
+                f"{path} is the state of a model inside PEFT, with {few_names(trained, 'tensors')}. What their "
+                "products are scaled by is only in the adapter's config. Give the adapter's folder, which PEFT's "
+                "save_pretrained writes, or call merge_and_unload() before you save the model."
+            )
+    if all(name.startswith(_VALUE_HEAD) for name in clean.values()):
+        clean = {own: name.removeprefix(_VALUE_HEAD[0]) for own, name in clean.items()}
     inner = [name.removeprefix("model.") for name in clean.values()]
     if all(name.startswith("model.") for name in clean.values()) and any(name.startswith(_BODIES) for name in inner):
         clean = dict(zip(clean, inner, strict=True))

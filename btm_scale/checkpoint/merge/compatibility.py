@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from btm_scale.checkpoint.completeness import has_own_head
-from btm_scale.checkpoint.expected import ties_embeddings
+from btm_scale.checkpoint.expected import HEADS, ties_embeddings
 from btm_scale.checkpoint.formats.locate import described_config
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, dtype_name
@@ -110,13 +110,13 @@ def is_derived(name: str, model: ModelReader) -> bool:
     if name.endswith("rotary_emb.inv_freq") or _is_causal_mask(name, model):
         return True
     old_mask = _GPT2_MASK.fullmatch(name)
-    if name != "lm_head.weight" and not old_mask:
+    if name not in HEADS and not old_mask:
         return False
     config = described_config(model.path)
     family = FAMILIES.get(config.get("model_type", ""))
     if old_mask:
         return family is GPT2
-    return ties_embeddings(config) and not has_own_head(model)
+    return ties_embeddings(config) and not model.keeps_head and not has_own_head(model)
 
 
 def _is_causal_mask(name: str, model: ModelReader) -> bool:

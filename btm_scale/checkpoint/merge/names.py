@@ -5,10 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from btm_scale.checkpoint.formats.newer_names import newer_names
 from btm_scale.checkpoint.formats.tensors import ModelReader
 from btm_scale.checkpoint.formats.wrapped import RenamedModel
 
 _MOST_PREFIXES = 64  # that are tried
+_HEADS = {"lm_head.weight", "language_model.lm_head.weight"}  # which tied models may lack
+
+
+def older_names(models: Mapping[Path, ModelReader]) -> frozenset[Path]:
+    """Return the vision-language models with the names of an older version of transformers than another model has."""
+    names = {path: frozenset(model.names) - _HEADS for path, model in models.items()}
+    return frozenset(
+        path
+        for path, own in names.items()
+        if (newer := newer_names(own)) is not None
+        and any(newer.keys() - _HEADS == other for other in names.values() if other != own)
+    )
 
 
 def missing_prefixes(models: Mapping[Path, ModelReader]) -> dict[Path, str]:

@@ -14,12 +14,13 @@ from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, parse_code
 from btm_scale.checkpoint.hashing import sample_hash
 from btm_scale.checkpoint.merge.compatibility import common_specs
+from btm_scale.checkpoint.merge.heads import SETTING, head_problem, shared_heads
 from btm_scale.checkpoint.merge.moe import Ingredients, Origin, mixture_of
-from btm_scale.checkpoint.merge.names import missing_prefixes
+from btm_scale.checkpoint.merge.names import missing_prefixes, older_names
 from btm_scale.checkpoint.merge.parameters import parameter_problems, weight_problems
 from btm_scale.checkpoint.merge.plan import MergePlan, Source, TensorMerge
 from btm_scale.checkpoint.merge.registry import METHODS, Method, find_method
-from btm_scale.checkpoint.merge.settings import LAYER_KEYS, config_problems
+from btm_scale.checkpoint.merge.settings import LAYER_KEYS, config_problems, is_allowed
 from btm_scale.checkpoint.merge.tokenizers import tokenizer_problems
 from btm_scale.checkpoint.merge.towers import other_towers
 from btm_scale.checkpoint.merge.views import Views
@@ -211,7 +212,9 @@ def checked_models(
             except CheckpointError as error:
                 problems.append(str(error))
         complete = opened if len(opened) == len(set(paths)) else {}
-        views = Views(missing_prefixes(complete))
+        views = Views(renamed=older_names(complete))
+        views = replace(views, prefixes=missing_prefixes(views.of(complete)))
+        views = replace(views, heads=shared_heads(views.of(complete)) if tensors is None else {})
         named = views.of(complete)
         specs: dict[str, TensorSpec] = {}
         if named:
@@ -219,11 +222,14 @@ def checked_models(
             if choice is not None:
                 try:
                     rows = token_rows(choice.tokenizer, choice.new_rows, named, choice.base)
-                    views = Views(views.prefixes, rows)
+                    views = replace(views, rows=rows)
                 except CheckpointError as error:
                     problems.append(str(error))
             if tensors is None:
+                if views.heads and not is_allowed(SETTING, allow):
+                    problems.append(head_problem(views.heads, named))
                 adapted = [*(["vocab_size"] if choice is not None else []), *(_PER_LAYER if stacked else [])]
+                adapted += [SETTING] if views.heads else []
                 problems += config_problems(paths, [*allow, *adapted])
                 problems += tokenizer_problems(paths, allow) if choice is None else []
                 problems += [problem for model in complete.values() for problem in problems_of(model)]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from btm_scale.checkpoint.expected import ties_embeddings
+from btm_scale.checkpoint.expected import HEADS, ties_embeddings
 from btm_scale.checkpoint.formats.based import is_adapter
 from btm_scale.checkpoint.formats.locate import described_config, described_in, read_json
 from btm_scale.checkpoint.formats.quantized import quantization_sections, without_quantization
@@ -74,8 +74,10 @@ def written_config(config: dict[str, Any], specs: Mapping[str, TensorSpec]) -> d
         config = _with_dtype(config, dtypes.pop())
         if not {"dtype", "torch_dtype"} & config.keys():
             config["dtype"] = next(spec.dtype_name for spec in specs.values() if spec.is_floating_point)
-    if "lm_head.weight" in specs and ties_embeddings(config):
+    if not specs.keys().isdisjoint(HEADS) and ties_embeddings(config):
         config = config | {"tie_word_embeddings": False}
+        if isinstance(nested := config.get("text_config"), dict) and ties_embeddings(nested):
+            config["text_config"] = nested | {"tie_word_embeddings": False}
     return config
 
 

@@ -73,7 +73,7 @@ class RowsByToken(ModelReader):
     """
 
     def __init__(self, model: ModelReader, rows: TokenRows, models: Mapping[Path, ModelReader], path: Path) -> None:
-        self.path = model.path
+        self.path, self.keeps_head = model.path, model.keeps_head
         self._model, self._rows, self._models, self._key = model, rows, models, path
         mapping = rows.sources[path]
         self._averages = not rows.zero and bool((mapping < 0).any())

@@ -1,4 +1,4 @@
-"""How a merge sees its inputs: under common names, and with the rows of embeddings in the order of one tokenizer."""
+"""How a merge sees its inputs: under common names, with an LM head each, and with the rows of one tokenizer."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from btm_scale.checkpoint.formats.newer_names import with_newer_names
 from btm_scale.checkpoint.formats.open import open_model
 from btm_scale.checkpoint.formats.tensors import ModelReader
+from btm_scale.checkpoint.merge.heads import WithHead
 from btm_scale.checkpoint.merge.names import prefixed
 from btm_scale.checkpoint.merge.token_rows import RowsByToken, TokenRows
 
@@ -17,7 +19,9 @@ from btm_scale.checkpoint.merge.token_rows import RowsByToken, TokenRows
 class Views:
     """What is changed while inputs are read; it can be sent to other processes."""
 
+    renamed: frozenset[Path] = frozenset()  # to the names of newer versions of transformers
     prefixes: Mapping[Path, str] = field(default_factory=dict)
+    heads: Mapping[Path, str] = field(default_factory=dict)  # the embedding that is the LM head of a tied model
     rows: TokenRows | None = None
 
     def open(self, paths: Iterable[Path], stack: ExitStack) -> dict[Path, ModelReader]:
@@ -27,16 +31,21 @@ class Views:
 
     def of(self, models: Mapping[Path, ModelReader]) -> dict[Path, ModelReader]:
         """Return open models as this merge sees them."""
-        heads = frozenset(name for path, model in models.items() if path not in self.prefixes for name in model.names)
+        newer = {path: with_newer_names(model) if path in self.renamed else model for path, model in models.items()}
+        full = frozenset(name for path, model in newer.items() if path not in self.prefixes for name in model.names)
         named: dict[Path, ModelReader] = {
-            path: prefixed(model, prefix, heads) if (prefix := self.prefixes.get(path)) else model
-            for path, model in models.items()
+            path: prefixed(model, prefix, full) if (prefix := self.prefixes.get(path)) else model
+            for path, model in newer.items()
         }
+        named |= {path: WithHead(named[path], embedding) for path, embedding in self.heads.items() if path in named}
         if self.rows is None:
             return named
         return {path: RowsByToken(model, self.rows, named, path) for path, model in named.items()}
 
     def digest(self) -> str:
         """Return text that changes with anything that could change a byte of the output."""
-        named = repr(sorted((str(path), prefix) for path, prefix in self.prefixes.items())) if self.prefixes else ""
-        return named + (self.rows.digest if self.rows else "")
+        changes = [
+            [str(path) for path in sorted(self.renamed)],
+            *(sorted((str(path), name) for path, name in each.items()) for each in (self.prefixes, self.heads)),
+        ]
+        return "".join(repr(change) for change in changes if change) + (self.rows.digest if self.rows else "")
