@@ -21,8 +21,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from btm_scale.data.chat import process
 from btm_scale.errors import ConfigError, DataError, UserError
-from btm_scale.serve import chat_process, engine_answers
+from btm_scale.serve import engine_answers
 from btm_scale.serve.api_errors import ApiError
 from btm_scale.serve.catalog import Catalog
 from btm_scale.serve.chat import ChatTemplate
@@ -49,7 +50,7 @@ HOSTILE = """
 def test_a_chat_template_can_neither_hang_the_server_nor_fill_its_memory_nor_leave_its_sandbox(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat_process, "_SECONDS", 3.0)
+    monkeypatch.setattr(process, "_SECONDS", 3.0)
     monkeypatch.chdir(tmp_path)
     template = ChatTemplate(HOSTILE, {})
 
