@@ -2,9 +2,9 @@
 
 Started by a launcher, it is one rank; otherwise it forks the ranks of each spec in a list. A spec has `layouts`
 (name: layout), `shape`, `steps`, `sequences` and `folder`; also `optimizer`, `deepspeed` and `mixture` settings, the
-part that it `trains`, the fraction of targets that are parts of `answers`, `begin` (by layout, the name of the layout whose checkpoint to resume from) and `save` (the step
-at which to save a checkpoint and stop). For each layout, the first rank writes `FOLDER/NAME.safetensors` with `losses`
-and the weights under their Hugging Face names.
+part that it `trains`, the fraction of targets that are parts of `answers`, `begin` (by layout, the name of the layout
+whose checkpoint to resume from) and `save` (the step at which to save a checkpoint and stop). For each layout, the
+first rank writes `FOLDER/NAME.safetensors` with `losses` and the weights under their Hugging Face names.
 """
 
 from __future__ import annotations

@@ -96,19 +96,13 @@ def _compared(messages: Messages, render: Any, around: Around) -> Rendering:
     for number in plain:
         following = next(parts)
         body = _body(messages[number]["content"], text, position, following)
-        begin = position
-        if around.before and head.endswith(around.before):
-            begin -= len(around.before)
         end = position + len(body)
-        position = end + len(following)
-        if following.startswith(around.after):
-            end += len(around.after)
-        answers.append((begin, end))
-        head = following
+        answers.append(_with_ends(position, end, head, following, around))
+        head, position = following, end + len(following)
     if position != len(text):
         raise ValueError(_UNDECIDED)
     others = [i for i, message in enumerate(messages) if message["role"] == ASSISTANT and i not in places]
-    answers += [_complete_turn(messages, i, render, text) for i in others]
+    answers += [_complete_turn(messages, i, render, text, around) for i in others]
     answers.sort()
     if any(end > begin for (_, end), (begin, _) in pairwise(answers)):
         raise ValueError(_UNDECIDED)
@@ -149,10 +143,19 @@ def _body(content: str, text: str, position: int, following: str) -> str:
     raise ValueError(_UNDECIDED)
 
 
-def _complete_turn(messages: Messages, number: int, render: Any, text: str) -> tuple[int, int]:
-    """Return the range of everything after the prompt of a turn, such as a tool call, and its end of turn."""
-    prompt = render(messages[:number], prompt=True)
-    turn = render(messages[: number + 1]).rstrip()
-    if not (text.startswith(turn) and turn.startswith(prompt) and len(turn) > len(prompt)):
+def _complete_turn(messages: Messages, number: int, render: Any, text: str, around: Around) -> tuple[int, int]:
+    """Return the range of a turn with more than text, such as a call of a tool: what a mark in its place replaces."""
+    [mark] = _marks(text, 1)
+    marked = render([*messages[:number], {"role": ASSISTANT, "content": mark}, *messages[number + 1 :]])
+    head, tail = _parts(marked, [mark])
+    begin, end = len(head), len(text) - len(tail)
+    if begin >= end or not (text.startswith(head) and text.endswith(tail)):
         raise ValueError(_UNDECIDED)
-    return len(prompt), len(turn)
+    return _with_ends(begin, end, head, tail, around)
+
+
+def _with_ends(begin: int, end: int, head: str, tail: str, around: Around) -> tuple[int, int]:
+    """Return the range of an answer with what the model generates around it: `head` is before it, `tail` after it."""
+    if around.before and head.endswith(around.before):
+        begin -= len(around.before)
+    return begin, end + (len(around.after) if tail.startswith(around.after) else 0)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -43,8 +44,7 @@ def test_thoughts_that_a_template_drops_are_not_trained_on() -> None:
 def test_a_call_of_a_tool_is_an_answer() -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "weather", "arguments": {"city": "Rom"}}]}
     chat = [*turns("weather in Rom?"), call, {"role": "tool", "content": "18 C"}, *turns("", "It is mild.")[1:]]
-    template = TEMPLATES["qwen3"].replace("loop.last", "false")
-    found = find_answers(template, chat, SPECIAL, [{"name": "weather"}])
+    found = find_answers(TEMPLATES["qwen3"], chat, SPECIAL, [{"name": "weather"}])
     first, second = [found.text[begin:end] for begin, end in found.answers]
     assert first.startswith('<call>{"name": "weather"')
     assert first.endswith("</call><|im_end|>")
@@ -52,16 +52,9 @@ def test_a_call_of_a_tool_is_an_answer() -> None:
     assert '"weather"' in found.text[: found.answers[0][0]]
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        CHATML.replace("m.content", "m.content | upper"),
-        CHATML.replace("m.content", "m.content[:3]"),
-        "{{ messages[0].content }}",
-    ],
-    ids=["other letters", "truncated", "no answer"],
-)
-def test_a_template_whose_answers_cannot_be_determined_is_refused(template: str) -> None:
+@pytest.mark.parametrize("content", ["m.content | upper", "m.content[:3]", "''"], ids=["upper", "truncated", "absent"])
+def test_a_template_whose_answers_cannot_be_determined_is_refused(content: str) -> None:
+    template = CHATML.replace("m.content", content)
     with pytest.raises(ValueError, match=r"cannot be determined. Use a template that marks answers"):
         find_answers(template, turns("question", "an answer"), SPECIAL)
 
@@ -77,13 +70,12 @@ def no_process_is_left() -> Any:
     end_rendering()
 
 
-def encoded(template: str, tokenizer: Path, chats: list[Any], loss: str = "all") -> list[EncodedChat]:
-    import json
-
-    encoding = ChatEncoding(template, json.dumps(SPECIAL), loss, tokenizer)  # type: ignore[arg-type]
-    return encode_chats(
-        encoding, Tokenizer.load(tokenizer), [conversation_of("messages", [chat], None) for chat in chats]
-    )
+def encoded(
+    template: str, tokenizer: Path, chats: list[Any], loss: Literal["all", "last"] = "all"
+) -> list[EncodedChat]:
+    encoding = ChatEncoding(template, json.dumps(SPECIAL), loss, tokenizer)
+    texts = [conversation_of("messages", [chat], None) for chat in chats]
+    return encode_chats(encoding, Tokenizer.load(tokenizer), texts)
 
 
 def runs_of(chat: EncodedChat) -> list[list[int]]:
