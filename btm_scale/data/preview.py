@@ -133,7 +133,9 @@ def _require_enough(source: DomainSource, config: RunConfig, per_token: float) -
         sizes[identity.split] += identity.bytes
     needed = config.budget.sequence_length + 1
     total = sum(sizes.values())
-    if any(sizes[split] + documents[split] < needed for split in splits):
+    # A chat template may add more tokens than a conversation has bytes.
+    is_short = source.settings.chat is None and any(sizes[split] + documents[split] < needed for split in splits)
+    if is_short:
         counts = ", ".join(f"{split} has {documents[split]} documents with {sizes[split]} bytes" for split in splits)
         raise too_small(source, config, counts, 0.7 * total / per_token)
     return total

@@ -82,7 +82,7 @@ def turns(*contents: str, system: str = "") -> list[dict[str, Any]]:
 
 def conversations(count: int, skip: int = 0) -> list[list[dict[str, Any]]]:
     """Return conversations of one to three exchanges, with real sentences."""
-    texts = [text[:120] for text in prose_texts(skip + count + 6)[skip:]]
+    texts = [text[:25] for text in prose_texts(skip + count + 6)[skip:]]
     return [turns(*(texts[i + j] for j in range(2 * (1 + i % 3)))) for i in range(count)]
 
 

@@ -7,7 +7,7 @@ that the answer and what is just before it stay together.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -24,29 +24,26 @@ START = 1 << (_ID_BITS + 1)  # the first token of a document
 IDS = UNTRAINED - 1
 
 
-def pieces_of(begin: int, end: int, marks: Array, length: int) -> Iterator[tuple[int, int]]:
-    """Yield the parts of at most `length` tokens into which the conversation in tokens `begin` to `end` is cut.
+def pieces_of(begin: int, end: int, marks: Array, length: int) -> list[tuple[int, int]]:
+    """Return the parts of at most `length` tokens into which the conversation in tokens `begin` to `end` is cut.
 
-    They follow one another without a gap. `marks` [tokens] are those of the complete file.
+    They follow one another without a gap, and are filled from the end, so that the last answer has the most before it.
+    `marks` [tokens] are those of the complete file.
     """
     if end - begin <= length:
-        yield begin, end
-        return
+        return [(begin, end)]
     turns = begin + 1 + np.flatnonzero(marks[begin + 1 : end] & TURN)
-    start = stop = begin
-    for turn, turn_end in pairwise([begin, *turns.tolist(), end]):
-        if turn_end - start <= length:
-            stop = turn_end
-            continue
-        if stop > start:
-            yield start, stop
-        start, stop = turn, turn_end
-        while turn_end - start > length:  # the first part is the short one
-            cut = start + (turn_end - start - 1) % length + 1
-            yield start, cut
-            start = cut
-    if stop > start:
-        yield start, stop
+    pieces: list[tuple[int, int]] = []
+    start = stop = end
+    for turn, _ in reversed(list(pairwise([begin, *turns.tolist(), end]))):
+        if stop - turn > length and stop > start:
+            pieces.append((start, stop))
+            stop = start
+        while stop - turn > length:
+            pieces.append((stop - length, stop))
+            stop -= length
+        start = turn
+    return [*pieces, (start, stop)][::-1]
 
 
 def trained_pieces(starts: Array, lengths: Array, marks: Array, length: int) -> tuple[Array, int]:
@@ -57,7 +54,7 @@ def trained_pieces(starts: Array, lengths: Array, marks: Array, length: int) -> 
     pieces: list[tuple[int, int]] = []
     cut = 0
     for begin, size in zip(starts.tolist(), lengths.tolist(), strict=True):
-        parts = list(pieces_of(begin, begin + size, marks, length))
+        parts = pieces_of(begin, begin + size, marks, length)
         cut += sum(not marks[begin_of_part] & TURN for begin_of_part, _ in parts[1:])
         # The first token of a part is not predicted.
         pieces += [(first, end) for first, end in parts if np.any(marks[first + 1 : end] & TRAINED)]

@@ -32,7 +32,7 @@ def marks_of(*turns: tuple[int, int]) -> np.ndarray:
 
 
 def cuts(marks: np.ndarray, length: int) -> list[tuple[int, int]]:
-    return list(pieces_of(0, len(marks), marks, length))
+    return pieces_of(0, len(marks), marks, length)
 
 
 def test_a_long_conversation_is_cut_after_answers() -> None:
@@ -40,6 +40,7 @@ def test_a_long_conversation_is_cut_after_answers() -> None:
     assert cuts(marks, 30) == [(0, 19)]
     assert cuts(marks, 10) == [(0, 9), (9, 19)]
     assert cuts(marks, 9) == [(0, 9), (9, 17), (17, 19)]
+    assert cuts(marks_of((3, 2), (2, 2), (2, 2)), 10) == [(0, 5), (5, 13)], "the last answer has the most before it"
 
 
 def test_a_turn_that_is_longer_than_a_sequence_keeps_its_answer_together() -> None:
