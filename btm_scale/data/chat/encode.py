@@ -58,7 +58,7 @@ def encode_chats(encoding: ChatEncoding, tokenizer: Tokenizer, texts: Sequence[s
     Raises DataError if the template exceeds a limit whatever the conversation.
     """
     try:
-        renderings = _process(encoding).find_answers([turns_of(text) for text in texts])
+        renderings = _process(encoding.template, encoding.special).find_answers([turns_of(text) for text in texts])
     except TooExpensive as error:
         raise DataError(
             f"The chat template cannot render conversations: {error} for each of several. Use another template."
@@ -86,8 +86,8 @@ _NOTHING = np.empty(0, np.int32), np.empty(0, np.uint8)
 
 
 @functools.lru_cache(maxsize=4)
-def _process(encoding: ChatEncoding) -> ChatProcess:
-    return ChatProcess(encoding.template, json.loads(encoding.special))
+def _process(template: str, special: str) -> ChatProcess:
+    return ChatProcess(template, json.loads(special))
 
 
 @functools.lru_cache(maxsize=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from btm_scale.config.run import RunConfig
 from btm_scale.data import encode, token_files
-from btm_scale.data.chat.encode import TRAINED
+from btm_scale.data.chat.encode import TRAINED, end_rendering
 from btm_scale.data.chat.packing import IDS, START, UNTRAINED
 from btm_scale.data.dataset import TrainingSamples
 from btm_scale.data.eval_text import EvaluationText
@@ -29,6 +30,15 @@ from btm_scale.run_dir import SPLITS, RunDir
 LENGTH = 256
 CHATS = conversations(120)
 SUPPORT = {"text": "support.jsonl", "chat": "messages"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process_per_template() -> Iterator[None]:
+    """A process that renders takes seconds to start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "end_rendering", lambda: None)
+        yield
+    end_rendering()
 
 
 @pytest.fixture(scope="module")
