@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.chat_samples import QWEN3, conversations, turns, write_chats, write_tokenizer
+from helpers.cuts import full
 from helpers.tiny_run import tiny_values, write_config
 from helpers.warm import Warm
 
@@ -31,10 +32,17 @@ def write_pretrained(folder: Path) -> Path:
     return folder
 
 
-def values(folder: Path, **changes: Any) -> dict[str, Any]:
+def values(folder: Path, *, with_all: bool) -> dict[str, Any]:
+    """Return a run of two experts; `with_all` adds the dense baseline, a mixture of experts and a second rank."""
     support = {"text": "support.jsonl", "chat": "messages"}
     tutor = {"text": "tutor.jsonl", "chat": "sharegpt", "loss": "last"}
     layout = {"precision": "fp32", "micro_batch": 2}
+    rest: dict[str, Any] = {}
+    if with_all:
+        rest = {
+            "experts": {"tutor": {"layout": {"data": 2, "zero": 1}}},
+            "moe": {"train": {"budget_share": 0.25}},
+        }
     return tiny_values(
         folder,
         domains={"support": support, "tutor": tutor},
@@ -42,21 +50,22 @@ def values(folder: Path, **changes: Any) -> dict[str, Any]:
         model={"pretrained": str(write_pretrained(folder / "pretrained"))},
         tokenizer={},
         data={"dev": 0.15, "test": 0.15, "workers": 1, "separate_documents": True},
-        budget={"tokens": 16 * 1024, "seed_share": 0.25, "sequence_length": 256, "batch_tokens": 1024},
+        budget={"tokens": 32 * 1024, "seed_share": 0.25, "sequence_length": 256, "batch_tokens": 2048},
         layout=layout,
-        baselines={"dense": True},
+        baselines={"dense": with_all, "random_split": with_all},
         dev_loss={"every": 4, "tokens": 62 * 256},
-        experts={"tutor": {"layout": {"data": 2, "zero": 1}}},
-        moe={"train": {"budget_share": 0.25}},
         evaluate={"tokens_per_domain": 16_000, "dev_blocks": 62, "averages": ["uniform", "greedy"]},
-        **changes,
+        **rest,
     )
 
 
-def test_a_fine_tune_on_two_domains_of_conversations_runs_from_yaml_to_page(warm: Warm, tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_all", [pytest.param(False, id="experts"), full(True, id="every model")])
+def test_a_fine_tune_on_two_domains_of_conversations_runs_from_yaml_to_page(
+    with_all: bool, warm: Warm, tmp_path: Path
+) -> None:
     write_chats(tmp_path / "support.jsonl", conversations(160))
     write_chats(tmp_path / "tutor.jsonl", conversations(120, skip=200), "sharegpt")
-    config = write_config(tmp_path / "run.yaml", values(tmp_path))
+    config = write_config(tmp_path / "run.yaml", values(tmp_path, with_all=with_all))
     run = RunDir(tmp_path / "run")
     warm.check("run", tmp_path / "run.yaml", "--out", run.root)
 
@@ -65,7 +74,8 @@ def test_a_fine_tune_on_two_domains_of_conversations_runs_from_yaml_to_page(warm
         text = evaluation_text(config, run, domain, "test")
         assert text.counted is not None
         assert results["domains"][domain]["tokens"] == np.count_nonzero(text.counted)
-        for method, model in (("seed", "seed"), ("dense", "dense"), (f"expert:{domain}", domain), ("moe", "moe")):
+        models = {"seed": "seed", f"expert:{domain}": domain} | ({"dense": "dense", "moe": "moe"} if with_all else {})
+        for method, model in models.items():
             log_probs = Scores.load(run.scores(model, domain, "test")).log_probs
             expected = np.exp(-np.mean(log_probs[text.counted], dtype=np.float64))
             assert results["methods"][method]["perplexity"][domain] == pytest.approx(expected, rel=1e-9)

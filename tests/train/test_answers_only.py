@@ -15,10 +15,10 @@ SHAPE = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 48, "posit
 SHORT: list[dict[str, Any]] = [
     {"micro_batch": 1},
     {"data": 2, "micro_batch": 2},
-    {"data": 2, "zero": 3, "micro_batch": 4},
     {"tensor": 2, "sequence_parallel": True, "micro_batch": 2},
 ]
 MORE: list[dict[str, Any]] = [
+    {"data": 2, "zero": 3, "micro_batch": 4},
     {"data": 2, "zero": 1, "micro_batch": 1},
     {"data": 2, "zero": 2, "micro_batch": 4, "recompute": "full"},
     {"tensor": 2, "data": 2, "zero": 2, "micro_batch": 2},

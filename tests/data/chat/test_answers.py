@@ -131,6 +131,7 @@ def test_a_conversation_that_the_template_refuses_has_the_templates_reason(token
     assert "more than 1,000,000 characters" in results[3].problem
 
 
+@pytest.mark.full
 def test_a_template_that_loops_is_stopped_and_blamed_on_its_conversation(
     tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

