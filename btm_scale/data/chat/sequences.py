@@ -83,7 +83,7 @@ def warn_of_long_turns(domain: str, folder: Path, length: int) -> None:
     if cut:
         logger.warning(
             "Domain '%s': %d turns have more than the %d tokens of budget.sequence_length. They are cut at their "
-            "beginning; longer sequences keep them whole.",
+            "beginning. Raise it to keep them.",
             domain,
             cut,
             length,
