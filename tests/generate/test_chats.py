@@ -57,6 +57,6 @@ def test_a_run_without_a_template_and_an_empty_file_are_reported(make_config: Ma
     path = write_chats(tmp_path / "chat.jsonl", [turns("one")])
     with pytest.raises(UserError, match="has no chat template, and no domain of the run names one"):
         chat_prompts(config, run, path)
+    write_tokenizer(run.tokenizer)
     with pytest.raises(UserError, match="Cannot read conversations from"):
-        write_tokenizer(run.tokenizer)
         chat_prompts(config, run, tmp_path / "absent.jsonl")
