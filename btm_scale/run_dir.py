@@ -89,6 +89,10 @@ class RunDir:
         """The prefix of a Megatron-core indexed dataset: `.bin` and `.idx` are appended."""
         return self.domain(domain) / split
 
+    def marks(self, domain: str, split: str) -> Path:
+        """One byte per token of a domain of conversations: whether it is trained on."""
+        return self.domain(domain) / f"{split}.mask"
+
     def fingerprint(self, domain: str) -> Path:
         """The record of what a domain's token files were made from; written last."""
         return self.domain(domain) / "fingerprint.json"

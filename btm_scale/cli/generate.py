@@ -40,6 +40,14 @@ def generate(
     *,
     prompts: Annotated[list[str], several("--prompt", "TEXT", "Text to continue. May be repeated.")],
     prompts_file: Annotated[Path | None, option("--prompts", "FILE", "File with one prompt per line.")] = None,
+    chat: Annotated[
+        Path | None,
+        option(
+            "--chat",
+            "FILE",
+            "File with one conversation per line, an object with `messages`. The next answer of each is generated.",
+        ),
+    ] = None,
     max_tokens: Annotated[int, option("--max-tokens", "N", "Generate at most N tokens per prompt.")] = 128,
     stop: Annotated[list[str], several("--stop", "TEXT", "Stop before this text. May be repeated.")],
     models: Annotated[
@@ -131,7 +139,16 @@ def generate(
     from btm_scale.generate.sampling import Sampling
 
     config, run_dir = opened(run)
-    texts = prompts_of(prompts, prompts_file)
+    encoded = None
+    if chat is None:
+        texts = prompts_of(prompts, prompts_file)
+    else:
+        from btm_scale.generate.chats import chat_prompts
+
+        if prompts or prompts_file is not None:
+            raise UserError("--chat was given with --prompt or --prompts. One call continues one kind: remove one.")
+        chats = chat_prompts(config, run_dir, chat, domain)
+        texts, encoded, stop = chats.texts, chats.ids, [*stop, *chats.stop]
     generator = Generator.of_run(
         config,
         run_dir,
@@ -146,7 +163,9 @@ def generate(
         device=device,
     )
     generations = {}
-    for piece in generator.stream(texts, max_tokens=max_tokens, stop=stop, random_seed=random_seed, batch=batch):
+    for piece in generator.stream(
+        texts, max_tokens=max_tokens, stop=stop, random_seed=random_seed, batch=batch, encoded=encoded
+    ):
         if piece.whole is not None:
             generations[piece.prompt] = asdict(piece.whole)
         if not as_json:
@@ -168,7 +187,7 @@ def prompts_of(given: Sequence[str], file: Path | None) -> list[str]:
                 f"Cannot read prompts from {file}: {error}. Give a UTF-8 text file with one prompt per line."
             ) from None
     if not prompts:
-        raise UserError("There is no prompt to continue. Give --prompt TEXT or --prompts FILE.")
+        raise UserError("There is no prompt to continue. Give --prompt TEXT, --prompts FILE or --chat FILE.")
     for prompt in prompts:
         if not is_utf8(prompt):
             raise UserError(f"the prompt {prompt!r} is not UTF-8; a tokenizer reads UTF-8 text")

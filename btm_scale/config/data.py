@@ -10,6 +10,12 @@ from pydantic import Field, PlainValidator, model_validator
 from btm_scale.config.changes import MayChange
 from btm_scale.config.section import Bytes, Section
 
+ChatShape = Literal["messages", "sharegpt", "prompt_completion"]
+CHAT_FIELDS: dict[ChatShape, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "prompt_completion": ("prompt", "completion"),
+}
 Format = Literal["auto", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "webdataset", "text"]
 
 
@@ -79,7 +85,22 @@ class DomainConfig(Section):
         default="auto", description="how files are read; auto: each as its first bytes show, whatever its name"
     )
     field: FieldNames = Field(
-        default="text", description="field of a row with the text, the path of a nested one, or a list to join"
+        default="text",
+        description="field of a row with the text, the path of a nested one, or a list to join; of conversations, by "
+        "default, messages, conversations, or prompt and completion",
+    )
+    chat: ChatShape | None = Field(
+        default=None,
+        description="rows are conversations: a list of `role` and `content` (messages), of `from` and `value` "
+        "(sharegpt), or a prompt and a completion; only answers are trained on and scored",
+    )
+    loss: Literal["all", "last"] = Field(
+        default="all", description="of conversations: train on every answer, or on the last"
+    )
+    template: str | None = Field(
+        default=None,
+        description="of conversations: a chat template of the tokenizer by name, or a .jinja file relative to "
+        "text_root; default: the tokenizer's",
     )
     filter: tuple[FilterConfig, ...] = Field(default=(), description="conditions that a row must meet")
     passages: Bytes | None = Field(
@@ -99,7 +120,9 @@ class DomainConfig(Section):
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The fields of a row whose text is joined."""
+        """The fields of a row whose text is joined, or which hold a conversation."""
+        if self.chat is not None and self.field == "text":
+            return CHAT_FIELDS[self.chat]
         return (self.field,) if isinstance(self.field, str) else self.field
 
     @model_validator(mode="before")
@@ -118,7 +141,7 @@ class DomainConfig(Section):
             has = "both text and token_files" if self.text else "neither text nor token_files"
             raise ValueError(f"has {has}. A domain has one source: give `text`, or the prefixes of `token_files`.")
         if self.token_files:
-            of_text = ("format", "field", "filter", "passages", "max_bytes")
+            of_text = ("format", "field", "filter", "passages", "max_bytes", "chat")
             fields = type(self).model_fields
             wrong = [name for name in of_text if getattr(self, name) != fields[name].default]
             wrong += ["split_by"] if self.split_by not in ("document", "position") else []
@@ -126,7 +149,29 @@ class DomainConfig(Section):
                 raise ValueError(
                     f"has token_files and {' and '.join(wrong)}. That applies to text only: remove it, or give `text`."
                 )
+        self._require_readable_chats()
         return self
+
+    def _require_readable_chats(self) -> None:
+        if self.chat is None:
+            given = {"loss": self.loss != "all", "template": self.template is not None}
+            if wrong := [name for name, is_given in given.items() if is_given]:
+                raise ValueError(
+                    f"has {' and '.join(wrong)} and no `chat`. That applies to conversations only: remove it, or set "
+                    "`chat` to the shape of its rows."
+                )
+            return
+        if self.format == "text" or self.passages is not None or self.split_by == "position":
+            raise ValueError(
+                "has `chat` and a setting of plain text. Conversations are rows, and are never cut to fill a split: "
+                "remove `format: text`, `passages` and `split_by: position`."
+            )
+        usual = CHAT_FIELDS[self.chat]
+        if len(self.fields) != len(usual):
+            raise ValueError(
+                f"names {len(self.fields)} fields for `chat: {self.chat}`, which has {len(usual)}. Correct `field`, or "
+                f"remove it to read {' and '.join(usual)}."
+            )
 
 
 class DataConfig(Section):

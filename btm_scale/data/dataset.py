@@ -17,7 +17,10 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
+from btm_scale.data.chat.packing import as_flagged
+from btm_scale.data.chat.sequences import ChatSequences, blended
 from btm_scale.data.fingerprint import Fingerprint
+from btm_scale.data.token_index import sequences_in
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import CheckpointError, DataError
 from btm_scale.run_dir import RunDir
@@ -74,7 +77,10 @@ class TrainingSamples:
             "sequence_length": sequence_length,
             "tokenizer": _Vocabulary(tokenizer.vocab_size, tokenizer.eos),
         }
-        cache = run.index_cache / self._key(tokenizer.digest)
+        fingerprints = {name: Fingerprint.of_domain(run, name) for name in self._weights}
+        # Samples have flags if any domain of the mixture is one of conversations.
+        self._chats = {name: one.dtype for name, one in fingerprints.items() if one.has_chats}
+        cache = run.index_cache / self._key(tokenizer.digest, fingerprints)
         try:
             if _rank() == 0 and not cache.is_dir():
                 self._write_index(cache)
@@ -86,19 +92,25 @@ class TrainingSamples:
     def read(self, first: int, count: int) -> torch.Tensor:
         """Return samples `first` to `first + count - 1`, int64 [count, sequence_length + 1].
 
-        Inputs are [:, :-1] and labels [:, 1:].
+        Inputs are [:, :-1] and labels [:, 1:]. In a mixture with conversations, ids have the flags of
+        `data/chat/packing.py`.
         """
         if first < 0 or first + count > self.samples:
             raise IndexError(f"samples [{first}, {first + count}) are out of range: there are {self.samples}")
         return torch.stack([self._sample(number) for number in range(first, first + count)])
 
     def _sample(self, number: int) -> torch.Tensor:
-        sample = self._domains[int(self._domain_of[number])][int(self._sample_of[number])]
-        return torch.cat([sample["tokens"], sample["labels"][-1:]])
+        domain = self._domains[int(self._domain_of[number])]
+        if isinstance(domain, ChatSequences):
+            return domain[int(self._sample_of[number])]
+        sample = domain[int(self._sample_of[number])]
+        sequence = torch.cat([sample["tokens"], sample["labels"][-1:]])
+        if self._chats:
+            return torch.from_numpy(as_flagged(sequence.numpy(), self._config["tokenizer"].eod))
+        return sequence
 
-    def _key(self, tokenizer: str) -> str:
+    def _key(self, tokenizer: str, fingerprints: Mapping[str, Fingerprint]) -> str:
         """Return a digest of everything that the order depends on."""
-        fingerprints = {name: Fingerprint.of_domain(self._run, name) for name in self._weights}
         for fingerprint in fingerprints.values():
             fingerprint.require_tokenizer(tokenizer, self._run)
             fingerprint.require_whole(self._run)
@@ -120,8 +132,14 @@ class TrainingSamples:
                 raise
 
     def _write_index_files(self, directory: Path) -> None:
+        for name, weight in self._weights.items():
+            if name in self._chats:
+                samples, seed = self._samples_of(weight), self._config["random_seed"]
+                self._chat_sequences(name, directory).write_index(samples, seed, self._documents_of(name))
         domains = self._open(directory)
-        if len(domains) > 1:
+        if self._chats:
+            domain_of, sample_of = blended(list(self._weights.values()), self.samples)
+        elif len(domains) > 1:
             # Without a cache, because with one BlendedDataset needs a process group.
             blend = BlendedDataset(domains, list(self._weights.values()), self.samples, self._megatron_config(None))
             domain_of, sample_of = blend.dataset_index, blend.dataset_sample_index
@@ -143,23 +161,42 @@ class TrainingSamples:
             )
         return order
 
-    def _open(self, cache: Path) -> list[GPTDataset]:
-        return [self._open_domain(name, weight, cache) for name, weight in self._weights.items()]
+    def _open(self, cache: Path) -> list[GPTDataset | ChatSequences]:
+        return [
+            self._chat_sequences(name, cache).open_index()
+            if name in self._chats
+            else self._open_domain(name, weight, cache)
+            for name, weight in self._weights.items()
+        ]
+
+    def _chat_sequences(self, name: str, cache: Path) -> ChatSequences:
+        end_of_text = self._config["tokenizer"].eod
+        return ChatSequences(self._run, name, self._chats[name], self._config["sequence_length"], end_of_text, cache)
 
     def _open_domain(self, name: str, weight: float, cache: Path) -> GPTDataset:
         tokens = IndexedDataset(str(self._run.tokens(name, "train")))
-        documents = np.arange(len(tokens), dtype=np.int32)
+        documents, samples = self._documents_of(name), self._samples_of(weight)
+        return GPTDataset(tokens, f"{name}/train", documents, samples, Split.train, self._megatron_config(cache))
+
+    def _documents_of(self, name: str) -> np.ndarray[Any, Any]:
+        """Return the documents of a domain that are in the part. Raises DataError if they fill no sequence."""
+        lengths = sequences_in(self._run.tokens(name, "train"))
+        documents = np.arange(len(lengths), dtype=np.int32)
         if self._part is not None:
             which, parts = self._part
             # NumPy guarantees RandomState's stream; the parts must never change.
             documents = documents[np.random.RandomState(0).randint(parts, size=len(documents)) == which]
-            if int(tokens.sequence_lengths[documents].sum()) <= self._config["sequence_length"]:
+            if int(lengths[documents].sum()) <= self._config["sequence_length"]:
                 raise DataError(
                     f"Part {which + 1} of {parts} of domain '{name}' has {len(documents)} documents, too few "
                     "for one sequence. Add text to the domain, or use fewer parts."
                 )
-        share = self.samples if len(self._weights) == 1 else int(np.ceil(self.samples * weight * (1 + _SURPLUS))) + 1
-        return GPTDataset(tokens, f"{name}/train", documents, share, Split.train, self._megatron_config(cache))
+        return documents
+
+    def _samples_of(self, weight: float) -> int:
+        if len(self._weights) == 1:
+            return self.samples
+        return int(np.ceil(self.samples * weight * (1 + _SURPLUS))) + 1
 
     def _megatron_config(self, cache: Path | None) -> GPTDatasetConfig:
         return GPTDatasetConfig(

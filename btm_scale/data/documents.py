@@ -52,6 +52,7 @@ class BadLines:
     def __init__(self, policy: Literal["error", "skip"] = "error") -> None:
         self.policy = policy
         self.losses: dict[str, Loss] = {}
+        self._read: dict[str, int] = {}
 
     @property
     def skipped(self) -> int:
@@ -76,6 +77,7 @@ class BadLines:
 
     def end_of_file(self, file: SourceFile, documents: int) -> None:
         """Note how much was read of a file. Raises DataError if bad lines left nothing of it."""
+        self._read[file.name] = documents
         loss = self.losses.get(file.name)
         if loss is None:
             return
@@ -86,6 +88,14 @@ class BadLines:
                 f"{loss.first}. data.on_bad_line: skip may drop lines, never a whole file. Correct the file, set the "
                 "domain's format or field, or remove the file from its text."
             )
+
+    def add(self, refused: BadLines) -> None:
+        """Add lines that were read, and refused later."""
+        for name, loss in refused.losses.items():
+            total = self.losses.setdefault(name, Loss(documents=self._read.get(name, 0)))
+            total.lines += loss.lines
+            total.first = total.first or loss.first
+            total.documents = max(0, total.documents - loss.lines)
 
     def warn(self, domain: str) -> None:
         """Log a warning for each file that lost something."""

@@ -6,12 +6,14 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from btm_scale.data.chat.encode import ChatEncoding, encode_chats, end_rendering, joined
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.data.tokenizer_trial import trials_passed, trust_trials
 from btm_scale.util.pools import lost_workers_told, process_pool
@@ -27,6 +29,27 @@ _PIECE_CHARACTERS = 1 << 20
 _tokenizer: Tokenizer | None = None
 
 
+@dataclass(frozen=True)
+class Ids:
+    """The concatenated ids of consecutive documents, and how many each has.
+
+    Of conversations also the mark of each id, uint8, and why some have no ids, by their number.
+    """
+
+    ids: np.ndarray[Any, Any]
+    lengths: list[int]
+    marks: np.ndarray[Any, Any] | None = None
+    problems: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Encoded(Generic[Tag]):
+    """Consecutive documents as tokens, with the tags that they were given with."""
+
+    tags: list[Tag]
+    tokens: Ids
+
+
 def _start_worker(directory: Path, passed: frozenset[str]) -> None:
     global _tokenizer
     trust_trials(passed)
@@ -34,17 +57,20 @@ def _start_worker(directory: Path, passed: frozenset[str]) -> None:
     _tokenizer = Tokenizer.load(directory)
 
 
-def _encode_in_worker(texts: list[Text]) -> tuple[np.ndarray[Any, Any], list[int]]:
+def _encode_in_worker(texts: list[Text], chats: ChatEncoding | None) -> Ids:
     assert _tokenizer is not None
-    return _encode(_tokenizer, texts)
+    return _encode(_tokenizer, texts, chats)
 
 
-def _encode(tokenizer: Tokenizer, texts: Sequence[Text]) -> tuple[np.ndarray[Any, Any], list[int]]:
-    """Return the concatenated ids of all texts, each followed by eos, and the number of ids of each text.
+def _encode(tokenizer: Tokenizer, texts: Sequence[Text], chats: ChatEncoding | None) -> Ids:
+    """Return the ids of all texts, each followed by eos.
 
     Each text begins with BOS if the run's documents do. The ids of a text from token files are kept.
     """
     dtype = token_dtype(tokenizer.vocab_size)
+    if chats is not None:
+        ids, marks, lengths, problems = joined(encode_chats(chats, tokenizer, [str(text) for text in texts]))
+        return Ids(ids.astype(dtype), lengths, marks, problems)
     begin = np.array([tokenizer.start] if tokenizer.begins_with_bos else [], dtype=dtype)
     end = np.array([tokenizer.eos], dtype=dtype)
     pieces = [list(_pieces(text)) if isinstance(text, str) else [text] for text in texts]
@@ -53,10 +79,10 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[Text]) -> tuple[np.ndarray[Any
     parts: list[np.ndarray[Any, Any]] = []
     lengths = []
     for document in pieces:
-        ids = [(next(encoded) if isinstance(piece, str) else piece).astype(dtype) for piece in document]
-        parts += [begin, *ids, end]
-        lengths.append(len(begin) + sum(map(len, ids)) + 1)
-    return np.concatenate(parts), lengths
+        own = [(next(encoded) if isinstance(piece, str) else piece).astype(dtype) for piece in document]
+        parts += [begin, *own, end]
+        lengths.append(len(begin) + sum(map(len, own)) + 1)
+    return Ids(np.concatenate(parts), lengths)
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -92,24 +118,25 @@ class Encoder:
     ) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+        end_rendering()
 
-    def encode(self, texts: Iterable[tuple[Text, Tag]]) -> Iterator[tuple[list[Tag], np.ndarray[Any, Any], list[int]]]:
-        """Yield batches of consecutive documents: their tags, their concatenated ids, and the number of ids of each.
+    def encode(self, texts: Iterable[tuple[Text, Tag]], chats: ChatEncoding | None = None) -> Iterator[Encoded[Tag]]:
+        """Yield batches of consecutive documents, which are conversations with `chats`.
 
         A bounded number of texts is in memory at a time, however long the stream.
         """
-        waiting: deque[tuple[list[Tag], Future[tuple[np.ndarray[Any, Any], list[int]]]]] = deque()
+        waiting: deque[tuple[list[Tag], Future[Ids]]] = deque()
         for batch in _batches(texts):
             documents, tags = [text for text, _ in batch], [tag for _, tag in batch]
             if self._workers == 1:
-                yield tags, *_encode(self.tokenizer, documents)
+                yield Encoded(tags, _encode(self.tokenizer, documents, chats))
                 continue
-            waiting.append((tags, self._start().submit(_encode_in_worker, documents)))
+            waiting.append((tags, self._start().submit(_encode_in_worker, documents, chats)))
             if len(waiting) > 2 * self._workers:
                 tags, result = waiting.popleft()
-                yield tags, *_encoded(result)
+                yield Encoded(tags, _encoded(result))
         for tags, result in waiting:
-            yield tags, *_encoded(result)
+            yield Encoded(tags, _encoded(result))
 
     def _start(self) -> ProcessPoolExecutor:
         if self._pool is None:
@@ -119,7 +146,7 @@ class Encoder:
         return self._pool
 
 
-def _encoded(result: Future[tuple[np.ndarray[Any, Any], list[int]]]) -> tuple[np.ndarray[Any, Any], list[int]]:
+def _encoded(result: Future[Ids]) -> Ids:
     with lost_workers_told():
         return result.result()
 

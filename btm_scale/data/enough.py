@@ -40,7 +40,7 @@ def too_small(source: DomainSource, config: RunConfig, sizes: str, tokens: float
     """
     needed = config.budget.sequence_length + 1
     remedy = "Add text."
-    if settings := _settings_that_suffice(source, config, tokens):
+    if source.settings.chat is None and (settings := _settings_that_suffice(source, config, tokens)):
         remedy = f"Add text, or run with `{' '.join(f'--set {setting}' for setting in settings)}`{elsewhere}."
     if source.is_grouped:
         remedy += " Its documents are split by file or field: smaller units, or split_by: document, are more even."

@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import ConfigDict, Field
 
 from btm_scale.config.data import DataConfig, DomainConfig
+from btm_scale.data.chat.template import template_of
 from btm_scale.data.files import SourceFile
 from btm_scale.data.sources import DomainSource
 from btm_scale.data.token_index import index_problem
@@ -42,6 +43,8 @@ class SplitCounts(Part):
     documents: int = 0
     tokens: int = 0
     bytes: int = 0
+    trained: int = Field(default=0, exclude_if=is_empty)
+    """Of conversations: the tokens of answers."""
 
 
 class Fingerprint(Record):
@@ -82,6 +85,11 @@ class Fingerprint(Record):
             return {"schema": content.pop("schema_version"), **content}
         return content
 
+    @property
+    def has_chats(self) -> bool:
+        """Whether the domain's documents are conversations, with a mark per token."""
+        return "chat" in self.settings
+
     def require_tokenizer(self, digest: str, run: RunDir) -> None:
         """Raise DataError unless the token files were made with the tokenizer that has this digest."""
         if self.tokenizer != digest:
@@ -101,6 +109,12 @@ class Fingerprint(Record):
                 raise DataError(
                     f"{path} has {size} bytes, but its {counts.tokens} tokens need {needed}: it was damaged after it "
                     f"was written. Copy it again, or delete {run.domain(self.domain)} and prepare the run again."
+                )
+            marks = run.marks(self.domain, split)
+            if self.has_chats and (not marks.is_file() or marks.stat().st_size != counts.tokens):
+                raise DataError(
+                    f"{marks} does not have a byte for each of the {counts.tokens} tokens: it was damaged after it was "
+                    f"written. Copy it again, or delete {run.domain(self.domain)} and prepare the run again."
                 )
             if problem := index_problem(run.tokens(self.domain, split)):
                 raise DataError(
@@ -126,7 +140,8 @@ class TextDigest:
 
 def settings_of(source: DomainSource, data: DataConfig) -> dict[str, Any]:
     """Return the settings that determine which documents are in which split."""
-    return reading_of(source.settings) | data.model_dump(mode="json", include={"dev", "test", "on_bad_line"})
+    template = {"chat_template": template_of(source, source.tokenizer).digest} if source.settings.chat else {}
+    return template | reading_of(source.settings) | data.model_dump(mode="json", include={"dev", "test", "on_bad_line"})
 
 
 def reading_of(settings: DomainConfig) -> dict[str, Any]:
@@ -134,6 +149,7 @@ def reading_of(settings: DomainConfig) -> dict[str, Any]:
 
     Those that the first version did not have are left out at their defaults, so that its fingerprints stay valid.
     """
+    later = {"format", "filter", "passages", "max_bytes", "chat", "loss", "template"}
     return settings.model_dump(mode="json", include={"field", "split_by"}) | settings.model_dump(
-        mode="json", include={"format", "filter", "passages", "max_bytes"}, exclude_defaults=True
+        mode="json", include=later, exclude_defaults=True
     )

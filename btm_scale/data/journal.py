@@ -13,7 +13,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class Shard:
     documents: np.ndarray[Any, Any]
     ends: Mapping[str, int]
     digests: Mapping[str, str]
+    marks: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    """Of conversations: the same size and digest of each file of marks."""
 
 
 class Journal:
@@ -59,6 +61,11 @@ class Journal:
     def ends(self) -> Mapping[str, int]:
         """The size of each token file after the resumed shards, in bytes."""
         return self.resumed[-1].ends if self.resumed else dict.fromkeys(SPLITS, 0)
+
+    @property
+    def marked(self) -> Mapping[str, int]:
+        """The size of each file of marks after the resumed shards; empty unless documents are conversations."""
+        return {split: end for split, (end, _) in self.resumed[-1].marks.items()} if self.resumed else {}
 
     @property
     def is_empty(self) -> bool:
@@ -87,6 +94,7 @@ class Journal:
             write_file(self._shards / _MADE_FROM, self._made_from)
         records = shard.documents.tobytes()
         content = {"ends": shard.ends, "digests": shard.digests, "documents": hashlib.sha256(records).hexdigest()}
+        content |= {"marks": shard.marks} if shard.marks else {}
         write_file(self._path(self._count), json.dumps(content).encode() + b"\n" + records)
         self._count += 1
 
@@ -99,7 +107,12 @@ class Journal:
             head, _, records = path.read_bytes().partition(b"\n")
             content = parse_json(head)
             documents = np.frombuffer(records, DOCUMENT)
-            shard = Shard(documents, content["ends"], content["digests"])
+            shard = Shard(documents, content["ends"], content["digests"], content.get("marks", {}))
+            before = self.resumed[-1].marks if self.resumed else {}
+            for split, (end, digest) in shard.marks.items():
+                begin = before[split][0] if split in before else 0
+                if _digest(self._folder / f"{split}.mask", begin, end) != digest:
+                    return None
             is_intact = hashlib.sha256(records).hexdigest() == content["documents"] and all(
                 _digest(self._folder / f"{split}.bin", begins[split], shard.ends[split]) == shard.digests[split]
                 for split in SPLITS

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import zstandard
 
 from btm_scale.config.run import RunConfig
+from btm_scale.data.chat.check import require_renderable
 from btm_scale.data.documents import BadLines, empty_domain, read_documents, read_file_of
 from btm_scale.data.enough import needed_splits, too_small
 from btm_scale.data.existing_tokens import other_tokenizer
@@ -62,12 +63,13 @@ def preview_text(source: DomainSource, config: RunConfig, vocabulary: int) -> Pr
     bad_lines = _FirstLines(config.data.on_bad_line)
     enough = min(_READ_BYTES, source.settings.max_bytes or _READ_BYTES)
     size = documents = 0
-    last = None
+    last = first = None
     try:
         for number, file in enumerate(source.files):
             for document in read_file_of(source, file, bad_lines):
                 size += len(document.text.encode())
                 documents += 1
+                first = first or document
                 if size >= enough and documents >= _LEAST_DOCUMENTS:
                     last = number
                     break
@@ -87,6 +89,8 @@ def preview_text(source: DomainSource, config: RunConfig, vocabulary: int) -> Pr
         for file in _others(source.files[last + 1 :]):
             next(read_file_of(source, file, bad_lines), None)
         total = round(sum(_text_bytes(file, source, per_token) for file in source.files))
+    if source.settings.chat is not None and first is not None and config.data.on_bad_line == "error":
+        require_renderable(source, first)
     if source.settings.max_bytes is not None:
         total = min(total, source.settings.max_bytes)
     tokens = round(total / per_token)
@@ -129,7 +133,9 @@ def _require_enough(source: DomainSource, config: RunConfig, per_token: float) -
         sizes[identity.split] += identity.bytes
     needed = config.budget.sequence_length + 1
     total = sum(sizes.values())
-    if any(sizes[split] + documents[split] < needed for split in splits):
+    # A chat template may add more tokens than a conversation has bytes.
+    is_short = source.settings.chat is None and any(sizes[split] + documents[split] < needed for split in splits)
+    if is_short:
         counts = ", ".join(f"{split} has {documents[split]} documents with {sizes[split]} bytes" for split in splits)
         raise too_small(source, config, counts, 0.7 * total / per_token)
     return total

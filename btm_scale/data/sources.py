@@ -20,12 +20,18 @@ class DomainSource:
     name: str
     files: tuple[SourceFile, ...]
     settings: DomainConfig
-    tokenizer: Path | None = None  # the directory of the one with which token files are read
+    tokenizer: Path | None = None  # the directory of the one with which token files are read and chats rendered
+    text_root: Path = Path()
 
     @property
     def is_grouped(self) -> bool:
         """Whether documents are placed in splits by their file or a field instead of their own text."""
         return self.settings.split_by not in ("document", "position")
+
+    @property
+    def may_be_cut(self) -> bool:
+        """Whether a split may begin inside a document: not in a conversation, nor if documents are grouped."""
+        return not self.is_grouped and self.settings.chat is None
 
     @property
     def bytes(self) -> int:
@@ -95,7 +101,7 @@ def resolve_domain(name: str, settings: DomainConfig, text_root: Path) -> Domain
             files[file_name] = SourceFile(path, file_name)
     if problems:
         raise DataError("\n".join(problems))
-    return DomainSource(name, tuple(files[file_name] for file_name in sorted(files)), settings)
+    return DomainSource(name, tuple(files[file_name] for file_name in sorted(files)), settings, None, text_root)
 
 
 def _pairs(prefixes: Sequence[str]) -> list[str]:

@@ -146,7 +146,7 @@ def placement_of(source: DomainSource, data: DataConfig, needed: Sequence[str]) 
         if filled.issuperset(needed) and not by_position:
             return usual
     total = sum(sizes.values())
-    if by_position or (0 < len(sizes) < 3 and not source.is_grouped):
+    if by_position or (0 < len(sizes) < 3 and source.may_be_cut):
         return ByPosition(total, data.dev, data.test)
     return _moved(sizes, data) if len(sizes) >= 3 else usual
 

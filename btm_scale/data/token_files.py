@@ -12,9 +12,12 @@ import numpy as np
 
 from btm_scale.config.data import DataConfig
 from btm_scale.config.run import RunConfig
+from btm_scale.data.chat.encode import ChatEncoding, encode_chats
+from btm_scale.data.chat.marks import MarkWriter, Refusals
+from btm_scale.data.chat.sequences import warn_of_long_turns
 from btm_scale.data.dedup import Deduplicator, KeySet, held_out_keys, save_keys
 from btm_scale.data.documents import BadLines, Document, empty_domain, expected_bytes_of, read_documents
-from btm_scale.data.encode import Encoder, Text, token_dtype
+from btm_scale.data.encode import Encoder, Ids, Text, token_dtype
 from btm_scale.data.enough import needed_splits, require_enough
 from btm_scale.data.fingerprint import Fingerprint, Source, SplitCounts, TextDigest, settings_of
 from btm_scale.data.formats.indexed_tokens import write_index
@@ -51,33 +54,44 @@ def write_domain(
     bad_lines = BadLines(data.on_bad_line)
     deduplicator = Deduplicator(elsewhere, _own_held_out(source, data, placement))
     digest = TextDigest()
-    output = _Output(folder, encoder.tokenizer.vocab_size, journal)
+    output = _Output(folder, encoder.tokenizer.vocab_size, journal, has_marks=source.settings.chat is not None)
     replay = Replay(journal) if journal is not None else None
     expected = expected_bytes_of(source)
 
-    def to_encode() -> Iterator[tuple[Text, Identity]]:
+    chats = ChatEncoding.of(source, encoder.tokenizer.directory) if source.settings.chat is not None else None
+    refused = Refusals(source, data.on_bad_line)
+
+    def to_encode() -> Iterator[tuple[Text, tuple[Identity, str]]]:
         for document, identity in placement.placed(read_documents(source, bad_lines)):
             digest.add(identity)
             if not deduplicator.keep(identity):
                 continue
             if replay is None or not replay.left:
-                yield document.text if document.ids is None else document.ids, identity
+                yield document.text if document.ids is None else document.ids, (identity, document.origin)
                 continue
-            output.add_encoded(identity, replay.take(identity.split, identity.key))
+            tokens = replay.take(identity.split, identity.key)
+            if not tokens and chats is not None:  # a conversation that was refused, for a reason to be found again
+                refused.add(document.origin, encode_chats(chats, encoder.tokenizer, [document.text])[0].problem)
+            output.add_encoded(identity, tokens)
             if output.documents % _REPORTED_AT_ONCE == 0 or not replay.left:
                 on_progress(source.name, output.bytes, output.documents, expected)
         if replay is not None and replay.left:
             raise TextChangedError
 
-    for identities, ids, lengths in encoder.encode(to_encode()):
-        output.add(identities, ids, lengths)
+    for encoded in encoder.encode(to_encode(), chats):
+        for number, problem in encoded.tokens.problems.items():
+            refused.add(encoded.tags[number][1], problem)
+        output.add([identity for identity, _ in encoded.tags], encoded.tokens)
         on_progress(source.name, output.bytes, output.documents, expected)
     output.close()
+    bad_lines.add(refused.lines)
     if not output.documents:
         raise empty_domain(source, bad_lines.skipped)
     counts = output.counts
     require_enough(source, config, counts)
     bad_lines.warn(source.name)
+    if chats is not None:
+        warn_of_long_turns(source.name, folder, config.budget.sequence_length)
     fingerprint = Fingerprint(
         domain=source.name,
         sources=files,
@@ -120,27 +134,33 @@ def _own_held_out(source: DomainSource, data: DataConfig, placement: Placement) 
 class _Output:
     """The token files of a domain, with the keys and counts of each split."""
 
-    def __init__(self, folder: Path, vocab_size: int, journal: Journal | None) -> None:
+    def __init__(self, folder: Path, vocab_size: int, journal: Journal | None, *, has_marks: bool) -> None:
         self.documents = self.bytes = 0
         self.counts = {split: SplitCounts() for split in SPLITS}
         self._folder = folder
         self._journal = journal
         ends = journal.ends if journal is not None else dict.fromkeys(SPLITS, 0)
         self._writers = {split: TokenFileWriter(folder / split, vocab_size, ends[split]) for split in SPLITS}
+        marked = journal.marked if journal is not None else {}
+        self._marks = {split: MarkWriter(folder, split, marked.get(split, 0)) for split in SPLITS if has_marks}
         self._keys = {split: array("Q") for split in SPLITS}
         self._shard: list[tuple[int, int, int]] = []
         self._shard_bytes = 0
 
     def add_encoded(self, identity: Identity, tokens: int) -> None:
-        """Add a document whose tokens have been written by an interrupted process."""
-        self._writers[identity.split].add_length(tokens)
-        self._count(identity, tokens)
+        """Add a document whose tokens have been written by an interrupted process; one without any was refused."""
+        if tokens:
+            self._writers[identity.split].add_length(tokens)
+            self._count(identity, tokens)
 
-    def add(self, identities: list[Identity], ids: np.ndarray[Any, Any], lengths: list[int]) -> None:
-        """Add documents with their concatenated ids."""
-        for identity, end, length in zip(identities, np.cumsum(lengths), lengths, strict=True):
-            self._writers[identity.split].add(ids[end - length : end])
-            self._count(identity, length)
+    def add(self, identities: list[Identity], tokens: Ids) -> None:
+        """Add documents. One without tokens was refused, which only the journal records."""
+        for identity, end, length in zip(identities, np.cumsum(tokens.lengths), tokens.lengths, strict=True):
+            if length:
+                self._writers[identity.split].add(tokens.ids[end - length : end])
+                self._count(identity, length)
+            if tokens.marks is not None:
+                self._marks[identity.split].add(tokens.marks[end - length : end])
             self._shard.append((SPLITS.index(identity.split), identity.key, length))
             self._shard_bytes += identity.bytes
         is_full = self._shard_bytes >= SHARD_BYTES or len(self._shard) >= _SHARD_DOCUMENTS
@@ -148,7 +168,8 @@ class _Output:
             written = {split: writer.flush() for split, writer in self._writers.items()}
             ends = {split: end for split, (end, _) in written.items()}
             digests = {split: digest for split, (_, digest) in written.items()}
-            self._journal.add(Shard(np.array(self._shard, DOCUMENT), ends, digests))
+            marks = {split: writer.flush() for split, writer in self._marks.items()}
+            self._journal.add(Shard(np.array(self._shard, DOCUMENT), ends, digests, marks))
         if self._journal is None or is_full:
             self._shard, self._shard_bytes = [], 0
 
@@ -156,6 +177,8 @@ class _Output:
         """Write the index of each token file, and the keys."""
         for writer in self._writers.values():
             writer.close()
+        for split, marks in self._marks.items():
+            self.counts[split].trained = marks.close()
         save_keys(self._folder, self._keys)
 
     def _count(self, identity: Identity, tokens: int) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<QBQQ")  # version, dtype, sequences, documents
@@ -37,3 +40,10 @@ def index_problem(prefix: Path) -> str | None:
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     return None
+
+
+def sequences_in(prefix: Path) -> np.ndarray[Any, Any]:
+    """Return the length in tokens of each sequence of an index that is intact, int64 [sequences]."""
+    with prefix.with_suffix(".idx").open("rb") as file:
+        _, _, sequences, _ = _HEADER.unpack(file.read(len(_MAGIC) + _HEADER.size)[len(_MAGIC) :])
+        return np.frombuffer(file.read(sequences * _LENGTH), np.int32).astype(np.int64)

@@ -212,13 +212,14 @@ class TransformersTokenizer(Tokenizer):
 
     def encode_special(self, text: str) -> list[int]:
         """See Tokenizer."""
-        with self._failures("encode", [text]):
-            encoded = self._in_time(
-                lambda: self._chats(text, add_special_tokens=False, split_special_tokens=False, verbose=False),
-                len(text),
-            )
-        ids: list[int] = encoded["input_ids"]
+        ids: list[int] = self.special_encoding([text])["input_ids"][0]
         return ids
+
+    def special_encoding(self, texts: list[str], **options: Any) -> Any:
+        """Return the library's encoding of texts in which special tokens are special."""
+        options |= {"add_special_tokens": False, "split_special_tokens": False, "verbose": False}
+        with self._failures("encode", texts):
+            return self._in_time(lambda: self._chats(texts, **options), sum(map(len, texts)))
 
     @cached_property
     def _chats(self) -> Any:

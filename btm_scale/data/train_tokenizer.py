@@ -17,7 +17,8 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE
 
 from btm_scale.config.data import DataConfig
-from btm_scale.data.documents import BadLines, empty_domain, expected_bytes, read_documents, read_file_of
+from btm_scale.data.chat.rows import spoken
+from btm_scale.data.documents import BadLines, Document, empty_domain, expected_bytes, read_documents, read_file_of
 from btm_scale.data.files import SourceFile
 from btm_scale.data.formats.compression import NotCompressedError
 from btm_scale.data.formats.sense import format_of, holds_rows
@@ -245,7 +246,7 @@ def _domain_sample(source: DomainSource, sample_bytes: float, data: DataConfig, 
         for document, identity in placement.placed(read_file_of(source, file, bad_lines)):
             documents += 1
             if identity.split == "train" and identity.key < keep:
-                text = document.text[: int(allowance - taken) + 1]
+                text = _spoken(document, source)[: int(allowance - taken) + 1]
                 taken += len(text.encode())
                 yield text
                 if taken >= allowance:
@@ -253,6 +254,10 @@ def _domain_sample(source: DomainSource, sample_bytes: float, data: DataConfig, 
         sample_bytes -= taken
     if not documents:
         raise empty_domain(source, bad_lines.skipped)
+
+
+def _spoken(document: Document, source: DomainSource) -> str:
+    return document.text if source.settings.chat is None else spoken(document.text)
 
 
 def _has_rows(file: SourceFile, source: DomainSource) -> bool:
@@ -269,7 +274,7 @@ def _first_training_text(
     for document, identity in placement.placed(read_documents(source, bad_lines)):
         documents += 1
         if identity.split == "train":
-            text = document.text[: int(sample_bytes) + 1]
+            text = _spoken(document, source)[: int(sample_bytes) + 1]
             sample_bytes -= len(text.encode())
             yield text
             if sample_bytes <= 0:

@@ -47,6 +47,7 @@ class Text:
     tokens: np.ndarray
     block_starts: np.ndarray
     fingerprint: str
+    counted: np.ndarray | None = None  # bool [targets]; None if every target counts
 
 
 class Measured(Part):
@@ -104,7 +105,7 @@ def ablate(
         on_subset(subset, measured[key].mean)
     rows.sort(key=lambda row: row.mean)
     return {
-        "texts": {name: {"tokens": len(text.tokens) - 1} for name, text in texts.items()},
+        "texts": {name: {"tokens": _targets(text)} for name, text in texts.items()},
         "ranking": [
             {
                 "rank": rank,
@@ -115,6 +116,10 @@ def ablate(
             for rank, row in enumerate(rows, 1)
         ],
     }
+
+
+def _targets(text: Text) -> int:
+    return len(text.tokens) - 1 if text.counted is None else int(np.count_nonzero(text.counted))
 
 
 def choose_subsets(run: RunDir, names: Sequence[str], *, most: int, random_seed: int = 0) -> list[Subset]:
@@ -146,7 +151,7 @@ def run_texts(config: RunConfig, run: RunDir, domains: Sequence[str], split: str
         if domain not in config.all_domains:
             raise UserError(unknown_name("domain", domain, config.all_domains))
         text = evaluation_text(config, run, domain, split or config.evaluate.split)
-        texts[domain] = Text(text.tokens, text.block_starts, text.fingerprint)
+        texts[domain] = Text(text.tokens, text.block_starts, text.fingerprint, text.counted)
     return texts
 
 
@@ -178,6 +183,7 @@ def average_losses(
             merge(directory, inputs, dtype=promoted_dtype(model for model, _ in inputs), with_recipe=False)
         decoder = Decoder.load(directory, vocabulary=vocabulary, device=device)
         scores = {name: block_log_probs(decoder, text.tokens, text.block_starts) for name, text in texts.items()}
+    scores |= {name: scores[name][text.counted] for name, text in texts.items() if text.counted is not None}
     return {name: -float(np.mean(values, dtype=np.float64)) for name, values in scores.items()}
 
 

@@ -148,8 +148,9 @@ def _evaluate_domain(
     if has_mixture:
         methods[MOE] = Scores.load(run.scores(MOE, domain, config.evaluate.split)).log_probs
     methods |= _mixtures(config, run, text, names, prior, tempering)
-    nats = {method: float(np.sum(log_probs, dtype=np.float64)) for method, log_probs in methods.items()}
-    return _DomainResult(_Measure(len(text.targets), text.bytes), prior, tempering, nats)
+    counted = {method: text.of_targets(log_probs) for method, log_probs in methods.items()}
+    nats = {method: float(np.sum(log_probs, dtype=np.float64)) for method, log_probs in counted.items()}
+    return _DomainResult(_Measure(len(counted[SEED]), text.bytes), prior, tempering, nats)
 
 
 def _single_models(

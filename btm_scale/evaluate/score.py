@@ -5,13 +5,14 @@ Evaluation needs nothing else of a model: posteriors, priors and mixtures are ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from btm_scale.checkpoint.formats.open import open_model, with_head_names
 from btm_scale.config.run import RunConfig
@@ -112,24 +113,31 @@ def text_log_probs(group: ExpertGroup, network: ExpertModel | TransformersModel,
     starts = [int(start) for start in text.block_starts]
     ends = [*starts[1:], len(tokens) - 1]
     result = torch.zeros(len(tokens) - 1)
-    length = ends[0] - starts[0]
-    full_blocks = [start for start, end in zip(starts, ends, strict=True) if end - start == length]
-    at_once = max(1, _BATCH_TOKENS // length)
-    batches = [full_blocks[i : i + at_once] for i in range(0, len(full_blocks), at_once)]
-    if len(full_blocks) < len(starts):
-        batches.append([starts[-1]])
-    for number, batch in enumerate(batches):
+    blocks = list(zip(starts, ends, strict=True))
+    for number, batch in enumerate(_batches(blocks, pads=text.counted is not None)):
         if number % ranks != rank:
             continue
-        size = min(length, len(tokens) - 1 - batch[0])
-        rows = torch.stack([tokens[start : start + size + 1] for start in batch]).to(group.device)
+        rows = pad_sequence([tokens[start : end + 1] for start, end in batch], batch_first=True).to(group.device)
         scored = _log_probs(group, network, rows[:, :-1], rows[:, 1:]).cpu()
-        for start, row in zip(batch, scored, strict=True):
-            result[start : start + size] = row
+        for (start, end), row in zip(batch, scored, strict=True):
+            result[start:end] = row[: end - start]
     if ranks > 1:
         result = result.to(group.device)
         dist.all_reduce(result, group=over)
     return result.cpu().numpy()
+
+
+def _batches(blocks: list[tuple[int, int]], *, pads: bool) -> Iterator[list[tuple[int, int]]]:
+    """Yield blocks, longest first, as many at once as fit: of one length, unless shorter ones are padded at the end."""
+    blocks.sort(key=lambda block: block[0] - block[1])
+    batch: list[tuple[int, int]] = []
+    for begin, end in blocks:
+        longest = batch[0][1] - batch[0][0] if batch else 0
+        if batch and ((len(batch) + 1) * longest > _BATCH_TOKENS or (end - begin < longest and not pads)):
+            yield batch
+            batch = []
+        batch.append((begin, end))
+    yield batch
 
 
 def _log_probs(group: ExpertGroup, network: ExpertModel | TransformersModel, inputs: Tensor, targets: Tensor) -> Tensor:

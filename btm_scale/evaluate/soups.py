@@ -80,7 +80,10 @@ def choose_soups(group: ExpertGroup, config: RunConfig, run: RunDir) -> None:
     members = {}
     for domain in config.all_domains:
         text = evaluation_text(config, run, domain, "dev")
-        alone = {name: -float(Scores.load(run.scores(name, domain, "dev")).log_probs.mean()) for name in experts(run)}
+        alone = {
+            name: -float(text.of_targets(Scores.load(run.scores(name, domain, "dev")).log_probs).mean())
+            for name in experts(run)
+        }
 
         def loss(names: tuple[str, ...], text: EvaluationText = text, alone: dict[str, float] = alone) -> float:
             key = text.domain, tuple(sorted(names))
@@ -105,7 +108,7 @@ def _loss(group: ExpertGroup, run: RunDir, names: tuple[str, ...], text: Evaluat
         dist.barrier()
         network = load_model(group, directory)
         log_probs = text_log_probs(group, network, text)
-        losses = [-float(log_probs.mean())]
+        losses = [-float(text.of_targets(log_probs).mean())]
         dist.broadcast_object_list(losses, src=0)
         dist.barrier()
     finally:

@@ -119,15 +119,22 @@ class Generator:
         stop: Sequence[str] = (),
         random_seed: int = 0,
         batch: int = 32,
+        encoded: Sequence[list[int]] | None = None,
     ) -> Iterator[Piece]:
         """Continue prompts in batches of `batch`, and yield every piece of text as soon as it is final.
 
-        A prompt is the beginning of a document. A continuation ends with the document, before a `stop` string, after
-        `max_tokens`, or when the experts' context is full. Raises `UserError` for a prompt longer than the context.
+        A prompt is the beginning of a document; `encoded` are its ids, if they are not those of plain text. A
+        continuation ends with the document, before a `stop` string, after `max_tokens`, or when the experts' context is
+        full. Raises `UserError` for a prompt longer than the context.
         """
         if max_tokens < 0 or batch < 1:
             raise UserError(f"max-tokens is {max_tokens} and batch is {batch}. Use at least 0 tokens and 1 prompt.")
-        ids = [[self.tokenizer.start, *encoded.tolist()] for encoded in self.tokenizer.encode_batch(prompts)]
+        if encoded is None:
+            encoded = [own.tolist() for own in self.tokenizer.encode_batch(prompts)]
+            ids = [[self.tokenizer.start, *own] for own in encoded]
+        else:
+            start = self.tokenizer.start
+            ids = [own if own[:1] == [start] else [start, *own] for own in encoded]
         rooms = [self._room(number, len(tokens)) for number, tokens in enumerate(ids)]
         random = torch.Generator(self.device).manual_seed(random_seed)
         for first in range(0, len(ids), batch):

@@ -52,20 +52,27 @@ class ExpertModel(GPTModel):
         self.shape = shape
         # If set, tokens attend only within their document.
         self.end_of_text: int | None = None
+        # Of targets of which some are left out: the loss is their sum divided by this; by default their number.
+        self.target_count: float | None = None
+        self._leaves_out_targets = False
         self.tensor_group = self.pg_collection.tp if config.tensor_model_parallel_size > 1 else None
         self._gradient_scale = GradientScale()
         for router in routers_of(self):
             router.gradient_scale = self._gradient_scale
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Return the mean loss in nats of `targets` [batch, length]; without them, hidden [batch, length, hidden]."""
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
+        """Return the mean loss in nats of `targets` [batch, length]; without them, hidden [batch, length, hidden].
+
+        With `starts`, bool [batch, length] of the first tokens of documents, targets below 0 are left out.
+        """
+        self._leaves_out_targets = starts is not None
         length = tokens.shape[1]
         if targets is None and self.config.sequence_parallel:
             # Padding at the end, which no token attends to.
             tokens = functional.pad(tokens, (0, -length % self.config.tensor_model_parallel_size))
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         packs = packs_sequences(tokens.device, self.config.params_dtype, self.shape.head_size)
-        seen = visible(tokens, end_of_text=self.end_of_text, window=self.shape.window, packs=packs)
+        seen = visible(tokens, end_of_text=self.end_of_text, window=self.shape.window, packs=packs, starts=starts)
         output: Tensor = super().forward(tokens, positions, attention_mask=seen, labels=targets)
         return output if targets is not None else output[:, :length]
 
@@ -86,15 +93,31 @@ class ExpertModel(GPTModel):
         hidden = hidden_states.transpose(0, 1)
         if labels is None:
             return hidden
+        states, targets, factor = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1), None
+        if self._leaves_out_targets:
+            states, targets, factor = _with_targets(states, targets, self.target_count)
         loss = head_loss(
-            hidden.reshape(-1, hidden.shape[-1]),
+            states,
             self.head,
-            labels.reshape(-1),
+            targets,
             first_token=self.first_token,
             vocabulary=self.shape.vocabulary,
             group=self.tensor_group,
         )
+        loss = loss if factor is None else loss * factor
         return with_recorded_scale(loss, self._gradient_scale) if self.shape.experts else loss
+
+
+def _with_targets(states: Tensor, targets: Tensor, count: float | None) -> tuple[Tensor, Tensor, float]:
+    """Return the states and targets of what is trained on, and the factor of their mean loss.
+
+    Without any, the loss of one target has the factor 0, so that every rank still computes all gradients.
+    """
+    rows = (targets >= 0).nonzero()[:, 0]
+    trained = len(rows)
+    factor = float(trained > 0) if count is None else trained / count
+    rows = rows if trained else rows.new_zeros(1)
+    return states.index_select(0, rows), targets[rows].clamp(min=0), factor
 
 
 def build_model(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -275,16 +275,18 @@ def load_tekken(path: Path) -> Any:
         )
 
 
-def render_chat(template: str, messages: list[dict[str, str]], special: dict[str, str]) -> str:
-    """Return the text of a chat under a Jinja template, which runs in transformers' sandbox.
+def render_chat(
+    template: str, messages: Sequence[Mapping[str, Any]], special: Mapping[str, str], **options: Any
+) -> tuple[str, list[tuple[int, int]]]:
+    """Return the text of a chat under a Jinja template, which runs in transformers' sandbox, and its marked parts.
 
-    Raises what the template raises.
+    They are ranges of characters within `{% generation %}`, with `return_assistant_tokens_mask`. Raises what the
+    template raises.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    rendered = render_jinja_template([messages], chat_template=template, add_generation_prompt=True, **special)
-    text: str = rendered[0][0] if isinstance(rendered, tuple) else rendered[0]
-    return text
+    texts, marked = render_jinja_template([list(messages)], chat_template=template, **options, **special)
+    return texts[0], [(begin, end) for begin, end in marked[0]] if marked else []
 
 
 def new_cache(model: Any) -> Any:

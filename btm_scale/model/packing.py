@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 _LARGEST_HEAD = 256
 
@@ -31,20 +32,26 @@ class Packed:
     window: int | None = None
 
 
-def visible(tokens: Tensor, *, end_of_text: int | None, window: int | None, packs: bool) -> Tensor | Packed | None:
+def visible(
+    tokens: Tensor, *, end_of_text: int | None, window: int | None, packs: bool, starts: Tensor | None = None
+) -> Tensor | Packed | None:
     """Return what each token of a batch [batch, length] may attend to; None if that is every earlier token.
 
     With `packs`, return the boundaries of sequences; otherwise a mask, [batch, 1, length, length] or [length, length],
     that is True where a token attends to another. Without `end_of_text`, documents attend to each other.
+    `starts`, bool [batch, length], are the first tokens of documents, if others than those after `end_of_text`.
     """
     length = tokens.shape[1]
     if window is not None and window >= length:
         window = None
     if end_of_text is None and window is None:
         return None
+    ends = None
+    if end_of_text is not None:
+        ends = tokens == end_of_text if starts is None else functional.pad(starts[:, 1:], (0, 1))
     if packs:
-        return Packed(_starts(tokens, end_of_text), length, window)
-    mask = None if end_of_text is None else within_documents(tokens, end_of_text)
+        return Packed(_starts(tokens, ends), length, window)
+    mask = None if ends is None else _before_ends(ends)
     if window is not None:
         near = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril().triu(1 - window)
         mask = near if mask is None else mask & near
@@ -56,7 +63,10 @@ def within_documents(tokens: Tensor, end_of_text: int) -> Tensor:
 
     `tokens` [batch, length]; each document ends with `end_of_text`, which belongs to it.
     """
-    ends = tokens == end_of_text
+    return _before_ends(tokens == end_of_text)
+
+
+def _before_ends(ends: Tensor) -> Tensor:
     document = ends.cumsum(1) - ends.long()
     same_document = document[:, None, :, None] == document[:, None, None, :]
     return same_document.tril()
@@ -95,11 +105,10 @@ def _cuda_has_flash(device: torch.device, dtype: torch.dtype, head_size: int) ->
     return bool(torch.backends.cuda.can_use_flash_attention(asked))
 
 
-def _starts(tokens: Tensor, end_of_text: int | None) -> Tensor:
+def _starts(tokens: Tensor, ends: Tensor | None) -> Tensor:
     batch, length = tokens.shape
-    if end_of_text is None:
+    if ends is None:
         return torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=tokens.device)
-    ends = tokens == end_of_text
     ends[:, -1] = True
     # The number of documents is needed on the host, which waits for the device: once per batch, not per layer.
-    return torch.nn.functional.pad(ends.flatten().nonzero()[:, 0] + 1, (1, 0)).to(torch.int32)
+    return functional.pad(ends.flatten().nonzero()[:, 0] + 1, (1, 0)).to(torch.int32)

@@ -19,6 +19,7 @@ from btm_scale.run_dir import SEED, RunDir
 from btm_scale.train.engine import Engine
 from btm_scale.train.jobs import TrainingJob
 from btm_scale.train.metrics import DEV_LOSS, read_metrics
+from btm_scale.train.targets import weight_of
 
 logger = logging.getLogger(__name__)
 
@@ -111,16 +112,21 @@ def mean_loss(engine: Engine, sequences: torch.Tensor) -> float:
     for start in range(0, -(-len(sequences) // group.layout.data), size):
         micro = own[start : start + size]
         loss = engine.loss_of((micro if len(micro) else sequences[:1]).to(group.device))
-        total += torch.stack([loss.double(), total.new_ones(())]) * len(micro)
+        total += torch.stack([loss.double(), total.new_ones(())]) * weight_of(micro)
     if group.layout.data > 1:
         dist.all_reduce(total, group=group.mpu.get_data_parallel_group())
     return float(total[0] / total[1])
 
 
 def _blocks(config: RunConfig, run: RunDir, domain: str) -> torch.Tensor:
-    """Return complete sequences of a domain's dev text with their last targets: int64 [count, length + 1]."""
+    """Return complete sequences of a domain's dev text with their last targets: int64 [count, length + 1].
+
+    Conversations are packed, and have the flags of `data/chat/packing.py`.
+    """
     length = config.budget.sequence_length
     text = EvaluationText.load(run, domain, "dev", tokens=config.dev_loss.tokens, sequence_length=length)
+    if text.counted is not None:
+        return torch.as_tensor(text.sequences(length))
     tokens = torch.as_tensor(text.tokens)
     count = (len(tokens) - 1) // length
     if count == 0:

@@ -34,6 +34,7 @@ from btm_scale.train.monitors import Monitors
 from btm_scale.train.parameter_groups import RATE_SCALE, empty, parameter_groups, scaler_attributes
 from btm_scale.train.routers import Routers
 from btm_scale.train.step_result import StepResult
+from btm_scale.train.targets import has_flags, inputs_and_targets, targets_per_loss
 from btm_scale.util.imports import import_uncompiled
 
 # DeepSpeed's engine imports Muon only to check the type of each optimizer.
@@ -98,8 +99,9 @@ class Engine:
         self.routers.begin_step()
         scale = self._scale  # the step may change it
         total = torch.zeros((), device=self.group.device)
+        self.model.target_count = targets_per_loss(sequences, self.group, self.job)
         for micro in sequences.to(self.group.device, non_blocking=True).split(self.job.micro_batch):
-            loss = self._engine(micro[:, :-1], micro[:, 1:])
+            loss = self._engine(*inputs_and_targets(micro, flagged=self.model.target_count is not None))
             # Without ZeRO, DeepSpeed divides gradients by the loss scale but leaves it to us to multiply the loss.
             self._engine.backward(loss if self._masters is None else loss * self._scale)
             self._engine.step()
@@ -122,7 +124,8 @@ class Engine:
     def loss_of(self, sequences: Tensor) -> Tensor:
         """Return the mean loss in nats of sequences [count, length + 1]; data ranks call this equally often."""
         self._engine.eval()
-        loss = self._engine(sequences[:, :-1], sequences[:, 1:])
+        self.model.target_count = None
+        loss = self._engine(*inputs_and_targets(sequences, flagged=has_flags(sequences)))
         self._engine.train()
         return loss
 

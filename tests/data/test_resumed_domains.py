@@ -66,9 +66,9 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     texts: list[str] = []
     original = encode._encode
 
-    def watched(tokenizer: object, batch: list[str]) -> object:
+    def watched(tokenizer: object, batch: list[str], chats: object) -> object:
         texts.extend(batch)
-        return original(tokenizer, batch)  # type: ignore[arg-type]
+        return original(tokenizer, batch, chats)  # type: ignore[arg-type]
 
     monkeypatch.setattr(encode, "_encode", watched)
     return texts

@@ -11,8 +11,9 @@ import pytest
 from helpers.raw_engine import raw_engine, served_by
 from helpers.served_forest import planner_of, running
 
+from btm_scale.data.chat import process
 from btm_scale.errors import ConfigError, DataError, UserError
-from btm_scale.serve import chat_process, engine_answers
+from btm_scale.serve import engine_answers
 from btm_scale.serve.api_errors import ApiError
 from btm_scale.serve.chat import ChatTemplate
 from btm_scale.serve.engines_file import load_engines
@@ -35,7 +36,7 @@ HOSTILE = """
 def test_a_chat_template_can_neither_hang_the_server_nor_fill_its_memory_nor_leave_its_sandbox(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat_process, "_SECONDS", 3.0)
+    monkeypatch.setattr(process, "_SECONDS", 3.0)
     monkeypatch.chdir(tmp_path)
     template = ChatTemplate(HOSTILE, {})
 

@@ -2,9 +2,9 @@
 
 Started by a launcher, it is one rank; otherwise it forks the ranks of each spec in a list. A spec has `layouts`
 (name: layout), `shape`, `steps`, `sequences` and `folder`; also `optimizer`, `deepspeed` and `mixture` settings, the
-part that it `trains`, `begin` (by layout, the name of the layout whose checkpoint to resume from) and `save` (the step
-at which to save a checkpoint and stop). For each layout, the first rank writes `FOLDER/NAME.safetensors` with `losses`
-and the weights under their Hugging Face names.
+part that it `trains`, the fraction of targets that are parts of `answers`, `begin` (by layout, the name of the layout
+whose checkpoint to resume from) and `save` (the step at which to save a checkpoint and stop). For each layout, the
+first rank writes `FOLDER/NAME.safetensors` with `losses` and the weights under their Hugging Face names.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.config.layout import Layout
 from btm_scale.config.moe import MoeTrainConfig
 from btm_scale.config.training import OptimizerConfig
+from btm_scale.data.chat.packing import START, UNTRAINED
 from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.hf_weights import huggingface_tensors
 from btm_scale.model.shape import ModelShape
@@ -60,17 +61,23 @@ def make_engine(group: ExpertGroup, spec: dict[str, Any]) -> Engine:
     return Engine(group, model, job, optimizer, overrides)
 
 
-def batch(group: ExpertGroup, engine: Engine, step: int) -> torch.Tensor:
+def batch(group: ExpertGroup, engine: Engine, step: int, answers: float | None = None) -> torch.Tensor:
     """This data rank's part of the batch of a step."""
     shape = engine.model.shape
     sequences = learnable_text(step, engine.job.sequences, shape.positions, shape.vocabulary)
+    if answers is not None:
+        sequences[:, 0] |= START
+        generator = torch.Generator().manual_seed(step)
+        left_out = torch.rand(sequences.shape, generator=generator) >= answers
+        left_out[::3] = answers < 1  # in these, nothing is trained on
+        sequences |= UNTRAINED * left_out
     return sequences.chunk(group.layout.data)[group.data_rank]
 
 
-def train(engine: Engine, first: int, last: int) -> list[float]:
+def train(engine: Engine, first: int, last: int, answers: float | None = None) -> list[float]:
     losses = []
     for step in range(first, last + 1):
-        losses.append(engine.step(batch(engine.group, engine, step), 2e-3).loss)
+        losses.append(engine.step(batch(engine.group, engine, step, answers), 2e-3).loss)
         if engine.is_whole_after(step):
             engine.outer_step()
     return losses
@@ -134,7 +141,7 @@ def train_all(spec: dict[str, Any]) -> None:
         elif "save" in spec:
             last = spec["save"]
         before = sent[0]
-        losses = train(engine, first, last)
+        losses = train(engine, first, last, spec.get("answers"))
         if last < spec["steps"]:
             sent_before = sent[0]
             save_state(engine, folder / name, last, keep=1)

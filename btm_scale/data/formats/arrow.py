@@ -67,6 +67,7 @@ def _columns(file: SourceFile, fields: Fields, available: list[str]) -> list[str
                 f"{'field or split_by' if key != 'filter.field' else 'filter'}."
             )
         columns[column] = True
+    columns |= {name: True for name in fields.optional if name in available}
     return list(columns)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from btm_scale.config.data import DomainConfig, FilterConfig, SplitUnit
+from btm_scale.data.chat.rows import TOOLS, conversation_of
 from btm_scale.data.files import is_utf8
 from btm_scale.errors import first_few
 from btm_scale.util.bounded_json import shown
@@ -42,8 +43,14 @@ class Fields:
     def __init__(self, settings: DomainConfig) -> None:
         self._field = settings.field if isinstance(settings.field, str) else None
         self._fields = settings.fields
+        self._chat = settings.chat
         self._filter = settings.filter
         self._unit = settings.split_by if isinstance(settings.split_by, SplitUnit) else None
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Fields that rows may have."""
+        return (TOOLS,) if self._chat is not None else ()
 
     @property
     def names(self) -> dict[str, str]:
@@ -58,7 +65,11 @@ class Fields:
         for condition in self._filter:
             if not _meets(row, condition):
                 return None
-        text = _text_of(row, self._field) if self._field is not None else self._joined(row)
+        if self._chat is not None:
+            values = [_value(row, field, "field") for field in self._fields]
+            text = conversation_of(self._chat, values, row.get(TOOLS))
+        else:
+            text = _text_of(row, self._field) if self._field is not None else self._joined(row)
         if len(text) > LONGEST_LINE_BYTES:
             raise ValueError(f"field '{self._field or self._fields[0]}' is longer than {LONGEST_LINE_BYTES >> 20} MiB")
         if not is_utf8(text):

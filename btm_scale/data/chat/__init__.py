@@ -1,0 +1,1 @@
+"""Conversations: their rows, chat templates, which tokens are answers, and packing."""

@@ -1,0 +1,161 @@
+"""Which characters of a rendered chat are the assistant's answers: exactly these, or an error.
+
+A template marks them itself with `{% generation %}`, or the chat is rendered twice: as it is, and with a mark in the
+place of every answer. What is between the marks is then the template's, and must be in the chat's text as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from btm_scale.data.chat.rows import ASSISTANT
+from btm_scale.model.hf_load import render_chat
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_END_OF_THOUGHT = "</think>"
+_UNDECIDED = (
+    "the chat template changes answers, so which tokens to train on cannot be determined. Use a template that marks "
+    "answers with {% generation %}"
+)
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """The text of a chat, and the first and last + 1 character of each answer, in order.
+
+    An answer ends with the template's end of turn, and includes the space before it that the model generates.
+    """
+
+    text: str
+    answers: tuple[tuple[int, int], ...]
+
+
+def find_answers(
+    template: str, messages: Messages, special: Mapping[str, str], tools: Sequence[Any] | None = None
+) -> Rendering:
+    """Render a chat and find its answers.
+
+    Raises ValueError if they cannot be determined, and whatever the template raises.
+    """
+    if _GENERATION.search(template):
+        text, marked = render_chat(template, messages, special, tools=tools, return_assistant_tokens_mask=True)
+        answers = tuple((begin, end) for begin, end in marked if begin < end)
+        if not answers:
+            raise ValueError("the chat template marks no answer in this conversation")
+        return Rendering(text, answers)
+
+    def render(some: Messages, *, prompt: bool = False) -> str:
+        return render_chat(template, some, special, tools=tools, add_generation_prompt=prompt)[0]
+
+    return _compared(messages, render, around_answers(template, tuple(special.items())))
+
+
+@dataclass(frozen=True)
+class Around:
+    """What a template writes around an answer: white space that the model generates, and the end of the turn."""
+
+    before: str
+    after: str
+
+
+@functools.lru_cache(maxsize=4)
+def around_answers(template: str, special: tuple[tuple[str, str], ...]) -> Around:
+    """Return what a template writes around answers. Raises ValueError if it writes none, and what it raises."""
+    mark = _marks("", 1)[0]
+    question = [{"role": "user", "content": "question"}]
+    prompt, _ = render_chat(template, question, dict(special), add_generation_prompt=True)
+    complete, _ = render_chat(template, [*question, {"role": ASSISTANT, "content": mark}], dict(special))
+    head, found, tail = complete.partition(mark)
+    if not found:
+        raise ValueError(_UNDECIDED)
+    between = head[len(prompt) :] if head.startswith(prompt) else ""
+    return Around(between if between.isspace() else "", tail.rstrip())
+
+
+def _compared(messages: Messages, render: Any, around: Around) -> Rendering:
+    text = render(messages)
+    plain = [number for number, message in enumerate(messages) if _is_plain(message)]
+    marks = _marks(text, len(plain))
+    places = dict(zip(plain, marks, strict=True))
+    marked = render(
+        [{**message, "content": places[i]} if i in places else message for i, message in enumerate(messages)]
+    )
+    answers: list[tuple[int, int]] = []
+    parts = _parts(marked, marks)
+    head = next(parts)
+    if not text.startswith(head):
+        raise ValueError(_UNDECIDED)
+    position = len(head)
+    for number in plain:
+        following = next(parts)
+        body = _body(messages[number]["content"], text, position, following)
+        end = position + len(body)
+        answers.append(_with_ends(position, end, head, following, around))
+        head, position = following, end + len(following)
+    if position != len(text):
+        raise ValueError(_UNDECIDED)
+    others = [i for i, message in enumerate(messages) if message["role"] == ASSISTANT and i not in places]
+    answers += [_complete_turn(messages, i, render, text, around) for i in others]
+    answers.sort()
+    if any(end > begin for (_, end), (begin, _) in pairwise(answers)):
+        raise ValueError(_UNDECIDED)
+    return Rendering(text, tuple(answers))
+
+
+def _is_plain(message: Mapping[str, Any]) -> bool:
+    """Return whether a message is an answer of text alone; calls of tools are rendered as the template likes."""
+    has_more = any(message.get(key) for key in ("tool_calls", "reasoning_content", "reasoning", "thinking"))
+    return message["role"] == ASSISTANT and isinstance(message.get("content"), str) and not has_more
+
+
+def _marks(text: str, count: int) -> list[str]:
+    stem = "Answer7Q"
+    while stem in text:
+        stem += "Z9"
+    return [f"{stem}n{number}e" for number in range(count)]
+
+
+def _parts(marked: str, marks: Sequence[str]) -> Iterator[str]:
+    """Yield what is before, between and after the marks. Raises ValueError unless each is there once, in order."""
+    rest = marked
+    for mark in marks:
+        part, found, rest = rest.partition(mark)
+        if not found or mark in rest:
+            raise ValueError(_UNDECIDED)
+        yield part
+    yield rest
+
+
+def _body(content: str, text: str, position: int, following: str) -> str:
+    """Return the content as the template wrote it at `position`: stripped, or without the thoughts before it."""
+    answer = content.rpartition(_END_OF_THOUGHT)[2]
+    stripped = content.rstrip(), content.lstrip(), content.strip()
+    for body in (content, *stripped, answer, answer.lstrip("\n"), answer.strip()):
+        if text.startswith(body + following, position):
+            return body
+    raise ValueError(_UNDECIDED)
+
+
+def _complete_turn(messages: Messages, number: int, render: Any, text: str, around: Around) -> tuple[int, int]:
+    """Return the range of a turn with more than text, such as a call of a tool: what a mark in its place replaces."""
+    [mark] = _marks(text, 1)
+    marked = render([*messages[:number], {"role": ASSISTANT, "content": mark}, *messages[number + 1 :]])
+    head, tail = _parts(marked, [mark])
+    begin, end = len(head), len(text) - len(tail)
+    if begin >= end or not (text.startswith(head) and text.endswith(tail)):
+        raise ValueError(_UNDECIDED)
+    return _with_ends(begin, end, head, tail, around)
+
+
+def _with_ends(begin: int, end: int, head: str, tail: str, around: Around) -> tuple[int, int]:
+    """Return the range of an answer with what the model generates around it: `head` is before it, `tail` after it."""
+    if around.before and head.endswith(around.before):
+        begin -= len(around.before)
+    return begin, end + (len(around.after) if tail.startswith(around.after) else 0)
