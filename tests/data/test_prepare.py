@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -310,3 +312,10 @@ def test_megatron_reads_a_large_vocabulary_as_32_bits(tmp_path: Path) -> None:
         for suffix in (".bin", ".idx"):
             assert (tmp_path / f"theirs{suffix}").read_bytes() == (tmp_path / f"tokens{suffix}").read_bytes()
         assert documents[0].tolist() == [vocabulary - 1, 2]
+
+
+def test_workers_that_encode_text_do_not_import_torch() -> None:
+    """They would take four times as much memory."""
+    code = "import sys, btm_scale.data.prepare; print(*{'torch', 'transformers', 'megatron'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from btm_scale.data.chat.packing import flagged, packed, sequence_of, trained_pieces
 from btm_scale.data.token_index import sequences_in
 from btm_scale.errors import DataError
 from btm_scale.run_dir import RunDir
+from btm_scale.util.imports import torch  # in a worker that encodes text it would take most of the memory
 
 logger = logging.getLogger(__name__)
 
