@@ -93,7 +93,8 @@ def _gradients(own: float, share: float, in_products: float, layout: Layout, acc
     """Return the bytes of gradients in DeepSpeed 0.19's optimizer step: in the dtype of the weights and in float32.
 
     Sums over micro-batches are float32; with ZeRO 1 each rank keeps those of all weights until the step. The gradients
-    of `in_products` weights are then only in these sums, because matrix products add to them.
+    of `in_products` weights are then only in these sums, because matrix products add to them, where DeepSpeed has its
+    BF16_Optimizer: not in fp16, and not if the optimizer is offloaded.
     """
     width = layout.bytes_per_weight
     if layout.zero == 0:
@@ -101,7 +102,8 @@ def _gradients(own: float, share: float, in_products: float, layout: Layout, acc
     if width == 4 or accumulation == 1:
         return share * (width + _SUMS)
     if layout.zero == 1:
-        return own * _SUMS + (own - in_products) * width
+        only_sums = in_products if layout.offload == "none" and layout.precision != "fp16" else 0.0
+        return own * _SUMS + (own - only_sums) * width
     return share * (_SUMS if layout.zero == 2 else 2 * _SUMS)
 
 

@@ -67,7 +67,6 @@ def score_as_rank(
 
     `in_turn`: the process that started the group holds the lock for it.
     """
-    texts = average_texts(config)
     is_first = os.environ.get("RANK") == "0"
     if is_first:
         forget_stop(run.train("score"))
@@ -79,6 +78,7 @@ def score_as_rank(
         leaving_at_once(run.train("score")),
         _joined(config, run, lambda config: config.layout) as (group, config),
     ):
+        texts = average_texts(config)  # by the config of the first rank, as the rest
         if averages:
             models = [*models, *make_averages(group, config, run)]
         for model in models:

@@ -27,6 +27,10 @@ class Pool:
         """
         if not self._room.acquire(blocking=False):
             raise Busy
-        work = self._threads.submit(function, *arguments)
+        try:
+            work = self._threads.submit(function, *arguments)
+        except BaseException:
+            self._room.release()
+            raise
         work.add_done_callback(lambda _: self._room.release())
         return await asyncio.wrap_future(work)

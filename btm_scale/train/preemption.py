@@ -39,6 +39,7 @@ def leaving_at_once(folder: Path) -> Iterator[None]:
 
     before = signal.signal(signal.SIGUSR1, leave)
     try:
+        leave_if_requested()
         yield
     finally:
         signal.signal(signal.SIGUSR1, before)

@@ -86,7 +86,13 @@ class _Pool(ProcessPoolExecutor):
 
     def submit(self, *arguments: Any, **named: Any) -> Future[Any]:
         with starting_without_signal(), _limits_told():  # a worker may start here
-            return super().submit(*arguments, **named)
+            try:
+                return super().submit(*arguments, **named)
+            except OSError:
+                # No thread of the pool ends the workers that have started, and Python waits for them when it exits.
+                for worker in list((self._processes or {}).values()):
+                    worker.kill()
+                raise
 
 
 @contextmanager

@@ -242,6 +242,7 @@ def test_a_recipe_of_mergekit_moe_takes_all_but_the_mlps_from_its_base(
         ({"shared_experts": []}, r"shared_experts is not supported. Mixtral and Qwen3Moe have no shared expert"),
         ({"experts": [{"source_model": "a", "residual_scale": 0.1}]}, r"experts\.0\.residual_scale is not supported"),
         ({"experts": []}, "experts "),
+        ({"experts": 8}, "experts "),
         ({"experts_per_token": 4}, "top_k is 4 and there are 3 experts"),
         ({"experts_per_tok": 1}, "experts_per_tok is unknown. Did you mean 'experts_per_token'"),
         ({"architecture": "deepseek"}, "architecture is 'deepseek'"),

@@ -172,6 +172,17 @@ def test_zero_2_scatters_the_gradients_of_every_micro_batch(tmp_path: Path) -> N
     assert seconds[2] == pytest.approx(seconds[1] * (row["accumulation"] + 1) / 2)
 
 
+@pytest.mark.parametrize("other", [{"precision": "fp16"}, {"offload": "optimizer"}])
+def test_gradients_are_only_in_their_sums_in_bf16_without_offloading(other: dict[str, str], tmp_path: Path) -> None:
+    memory = []
+    for layout in ({"zero": 1, "precision": "bf16"}, {"zero": 1, "precision": "bf16"} | other):
+        plan = make_plan(config_of(tmp_path, PAPER_64 | {"layout": layout}, 4), Cluster(GPUS["h100"], 1, 8))
+        [row] = plan["stages"][1]["groups"]
+        assert row["accumulation"] > 1
+        memory.append(row["memory_bytes"]["gradients"])
+    assert memory[1] - memory[0] == pytest.approx(2 * plan["parameters"], rel=0.2)
+
+
 @pytest.mark.parametrize("per_node", [4, 6])
 def test_a_proposed_group_is_part_of_a_node_or_complete_nodes(per_node: int, tmp_path: Path) -> None:
     budget = PAPER_64["budget"] | {"batch_tokens": 8 * 24 * 2**13}

@@ -43,6 +43,21 @@ def test_a_pool_refuses_work_beyond_its_queue_and_drops_what_nothing_waits_for()
     assert asyncio.run(use()) == [0, 2, 4]
 
 
+def test_a_thread_that_cannot_start_takes_no_place_in_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def use() -> None:
+        pool = Pool("test", 1, max_waiting=0)
+        with monkeypatch.context() as patch:
+            patch.setattr(ThreadPoolExecutor, "submit", refuse)
+            with pytest.raises(RuntimeError):
+                await pool.run(int)
+        assert await pool.run(int) == 0
+
+    asyncio.run(use())
+
+
 def test_chats_that_are_slow_to_render_hold_up_no_text_and_a_full_queue_is_a_429(
     experts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from helpers.forked_commands import ended, forked
 
 from btm_scale.launch.shutdown import REQUEUE
 from btm_scale.train.preemption import leaving_at_once
+from btm_scale.util import stop_signal
 
 
 @pytest.mark.parametrize(
@@ -31,3 +32,12 @@ def test_scoring_requests_a_restart_on_sigusr1_but_not_on_sigterm(
 
     assert ended(forked(score, tmp_path / "output")) == code
     assert (tmp_path / "stopped").exists() is stopped
+
+
+def test_scoring_does_not_begin_if_an_import_ignored_the_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stop_signal, "_is_requested", True)
+    with pytest.raises(SystemExit) as left, leaving_at_once(tmp_path):
+        raise AssertionError("it began")
+    assert left.value.code == REQUEUE

@@ -79,7 +79,8 @@ def moe_recipe(file: Path, values: Mapping[str, Any]) -> MoeRecipe:
 
 
 def _unsupported(values: Any) -> Iterator[str]:
-    parts = [("", values), *((f"experts.{i}.", one) for i, one in enumerate(values["experts"] or ()))]
+    experts = values["experts"] if isinstance(values["experts"], list) else []
+    parts = [("", values), *((f"experts.{i}.", one) for i, one in enumerate(experts))]
     for path, part in parts:
         for key, remedy in _UNSUPPORTED.items():
             if isinstance(part, dict) and part.get(key) is not None:
