@@ -19,7 +19,7 @@ from btm_scale.forest.branch import require_parents
 from btm_scale.forest.expert import is_finished
 from btm_scale.forest.methods import check_names
 from btm_scale.forest.scores import all_texts, missing_scores
-from btm_scale.forest.turns import changing_config
+from btm_scale.forest.turns import changing_config, current_config
 from btm_scale.launch import slurm_commands, slurm_queue
 from btm_scale.launch.local import require_gpus
 from btm_scale.launch.shutdown import STOPPED
@@ -115,7 +115,7 @@ def as_recorded(config: RunConfig, run: RunDir) -> RunConfig:
     not know from which step the models of this one trained with it.
     """
     fitting = continued(config, run)
-    ours, recorded = fitting.budget, RunConfig.load(run.config).budget
+    ours, recorded = fitting.budget, current_config(fitting, run).budget
     if any(getattr(ours, name) != getattr(recorded, name) for name in ("tokens", *RECORDED)):
         raise ConfigError(
             f"The run in {run.root} has not recorded this budget. Ranks that other programs start need it in run.yaml: "
