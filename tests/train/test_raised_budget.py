@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -103,7 +104,7 @@ def raised(
         open_run(RunConfig.load(Path(call["config"]), (RAISED,)), run)
         copy_run(run, anew, ("seed",))
         calls.append(call | {"config": str(anew.config), "settings": [], "run": str(anew.root), "models": ["code"]})
-        if run.root.name == "wsd":  # for which former budgets make no difference
+        if run.root.name == "wsd":
             config = RunConfig.load(run.config)
             config.model_copy(update={"budget": config.budget.model_copy(update={"raised_from": ()})}).save(anew.config)
         result[run.root.name]["anew"] = anew
@@ -128,13 +129,24 @@ def test_the_seed_is_kept_and_the_others_train_further_without_repeating_a_step(
         assert is_trained(config, run, model)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "wsd"])
-def test_the_weights_are_those_of_the_raised_budget_from_the_beginning(
-    schedule: str, raised: dict[str, dict[str, Any]]
+def test_the_weights_of_wsd_are_those_of_the_raised_budget_from_the_beginning(
+    raised: dict[str, dict[str, Any]],
 ) -> None:
-    run, anew = raised[schedule]["run"], raised[schedule]["anew"]
+    run, anew = raised["wsd"]["run"], raised["wsd"]["anew"]
     assert weights(anew, "code") == weights(run, "code")
     assert [row["loss"] for row in rows(anew, "code")] == [row["loss"] for row in rows(run, "code")]
+
+
+def test_an_expert_that_begins_after_the_raise_has_the_schedule_of_the_raised_budget_alone(
+    raised: dict[str, dict[str, Any]],
+) -> None:
+    def falls(run: RunDir) -> bool:
+        rates = [row["learning_rate"] for row in rows(run, "code")]
+        assert len(rates) == STEPS + ADDED
+        return all(later < earlier for earlier, later in itertools.pairwise(rates))
+
+    assert falls(raised["linear"]["anew"])
+    assert not falls(raised["linear"]["run"])
 
 
 def test_the_rate_of_wsd_falls_only_at_the_end(raised: dict[str, dict[str, Any]]) -> None:
