@@ -15,6 +15,7 @@ import sentencepiece
 
 from btm_scale.data.tokenizer_files import (
     DOCUMENT_START,
+    HUGGING_FACE_FILE,
     IDENTITY_FILES,
     SENTENCEPIECE_FILE,
     TEKKEN_FILE,
@@ -175,9 +176,24 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""
+        tokens, pieces = [int(token) for token in ids], self._model.get_piece_size()
+        if any(token >= pieces for token in tokens) and self._published is not None:
+            # The model writes nothing for its control tokens.
+            shown = [token for token in tokens if token >= pieces or not self._model.is_control(token)]
+            return self._published.decode(shown)
         with self._failures("decode", ids):
-            text: str = self._model.decode([int(token) for token in ids])
+            text: str = self._model.decode(tokens)
         return text
+
+    def encode_special(self, text: str) -> list[int]:
+        """See Tokenizer: the model alone does not know special tokens in text."""
+        return self.encode(text) if self._published is None else self._published.encode_special(text)
+
+    @cached_property
+    def _published(self) -> TransformersTokenizer | None:
+        """The tokenizer.json beside the model, which has the tokens that were added to it."""
+        has_json = (self.directory / HUGGING_FACE_FILE).is_file()
+        return TransformersTokenizer.of(self.directory) if has_json else None
 
 
 class TransformersTokenizer(Tokenizer):

@@ -9,13 +9,14 @@ from typing import Literal
 from btm_scale.errors import DataError
 
 SENTENCEPIECE_FILE = "tokenizer.model"
+HUGGING_FACE_FILE = "tokenizer.json"
 TEKKEN_FILE = "tekken.json"
 # In the tokenizer of a run: each document begins with the BOS token.
 DOCUMENT_START = "document_start.json"
 # The files that determine the ids of a text; others in a tokenizer's directory do not affect them.
 IDENTITY_FILES = (
     SENTENCEPIECE_FILE,
-    "tokenizer.json",
+    HUGGING_FACE_FILE,
     "vocab.json",
     "merges.txt",
     "vocab.txt",
@@ -23,7 +24,7 @@ IDENTITY_FILES = (
     TEKKEN_FILE,
     DOCUMENT_START,
 )
-_HUGGING_FACE_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
+_HUGGING_FACE_FILES = (HUGGING_FACE_FILE, "vocab.json", "vocab.txt")
 _TIKTOKEN_NAMES = re.compile(r".*\.tiktoken|tiktoken\.model")
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d{1,9}\r?\n")
 
