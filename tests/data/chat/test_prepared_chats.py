@@ -156,6 +156,11 @@ def test_each_conversation_is_a_block_of_the_evaluation_text_and_only_answers_co
     assert int(np.sum((sequences[:, 1:] & UNTRAINED) == 0)) == np.count_nonzero(text.counted)
 
 
+def test_text_without_an_answer_is_refused_with_every_setting_of_its_size(run: RunDir) -> None:
+    with pytest.raises(DataError, match=r"evaluate\.tokens_per_domain, evaluate\.dev_blocks and dev_loss\.tokens, or"):
+        EvaluationText.load(run, "support", "dev", tokens=2, sequence_length=LENGTH)
+
+
 def test_an_interrupted_domain_of_conversations_resumes_to_the_same_files(
     folder: Path, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
