@@ -18,7 +18,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from btm_scale.data.chat.packing import as_flagged
-from btm_scale.data.chat.sequences import ChatSequences, blended
+from btm_scale.data.chat.sequences import ChatSequences, blended, most_samples
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.data.token_index import sequences_in
 from btm_scale.data.tokenizer import Tokenizer
@@ -196,7 +196,8 @@ class TrainingSamples:
     def _samples_of(self, weight: float) -> int:
         if len(self._weights) == 1:
             return self.samples
-        return int(np.ceil(self.samples * weight * (1 + _SURPLUS))) + 1
+        most = most_samples(weight, self.samples, len(self._weights)) if self._chats else 0
+        return max(most, int(np.ceil(self.samples * weight * (1 + _SURPLUS))) + 1)
 
     def _megatron_config(self, cache: Path | None) -> GPTDatasetConfig:
         return GPTDatasetConfig(

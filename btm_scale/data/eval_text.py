@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from btm_scale.data.chat.encode import TRAINED, is_marker
+from btm_scale.data.chat.encode import TRAINED, is_marker, reader_of
 from btm_scale.data.chat.packing import flagged, packed, pieces_of, sequence_of
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.data.tokenizer import Tokenizer, directory_digest
@@ -58,7 +58,7 @@ class EvaluationText:
     def bytes(self) -> int:
         """UTF-8 bytes of the text of the targets that count, without the tokens around documents and turns."""
         if self.counted is not None:
-            return _answer_bytes(self._loaded, self.targets, self.counted)
+            return _answer_bytes(reader_of(self.tokenizer), self.targets, self.counted)
         return _text_bytes(self._loaded, self.targets)
 
     @property
@@ -107,7 +107,7 @@ class EvaluationText:
             if not counted.any():
                 raise DataError(
                     f"The first {tokens:,} tokens of the {split} split of domain '{domain}' have no answer to score. "
-                    "Raise evaluate.tokens_per_domain and evaluate.dev_blocks, or add conversations."
+                    "Raise evaluate.tokens_per_domain, evaluate.dev_blocks and dev_loss.tokens, or add conversations."
                 )
         else:
             starts = np.arange(0, len(text) - 1, sequence_length, dtype=np.int64)

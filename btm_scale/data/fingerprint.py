@@ -45,6 +45,13 @@ class SplitCounts(Part):
     bytes: int = 0
     trained: int = Field(default=0, exclude_if=is_empty)
     """Of conversations: the tokens of answers."""
+    read: int = Field(default=0, exclude_if=is_empty)
+    """Of conversations in train: the tokens of all sequences of one pass, at the sequence length they were made for."""
+
+    @property
+    def per_pass(self) -> int:
+        """The tokens that one pass of training over the split reads."""
+        return self.read or self.tokens
 
 
 class Fingerprint(Record):

@@ -14,7 +14,7 @@ from btm_scale.config.data import DataConfig
 from btm_scale.config.run import RunConfig
 from btm_scale.data.chat.encode import ChatEncoding, encode_chats
 from btm_scale.data.chat.marks import MarkWriter, Refusals
-from btm_scale.data.chat.sequences import warn_of_long_turns
+from btm_scale.data.chat.sequences import tokens_of_pass
 from btm_scale.data.dedup import Deduplicator, KeySet, held_out_keys, save_keys
 from btm_scale.data.documents import BadLines, Document, empty_domain, expected_bytes_of, read_documents
 from btm_scale.data.encode import Encoder, Ids, Text, token_dtype
@@ -71,7 +71,9 @@ def write_domain(
                 continue
             tokens = replay.take(identity.split, identity.key)
             if not tokens and chats is not None:  # a conversation that was refused, for a reason to be found again
-                refused.add(document.origin, encode_chats(chats, encoder.tokenizer, [document.text])[0].problem)
+                problem = encode_chats(chats, encoder.tokenizer, [document.text])[0].problem
+                # A limit of time may be exceeded on a busy machine only.
+                refused.add(document.origin, problem or "the chat template exceeded a limit in an interrupted process")
             output.add_encoded(identity, tokens)
             if output.documents % _REPORTED_AT_ONCE == 0 or not replay.left:
                 on_progress(source.name, output.bytes, output.documents, expected)
@@ -91,7 +93,7 @@ def write_domain(
     require_enough(source, config, counts)
     bad_lines.warn(source.name)
     if chats is not None:
-        warn_of_long_turns(source.name, folder, config.budget.sequence_length)
+        counts["train"].read = tokens_of_pass(source.name, folder, config.budget.sequence_length)
     fingerprint = Fingerprint(
         domain=source.name,
         sources=files,

@@ -15,17 +15,18 @@ import sentencepiece
 
 from btm_scale.data.tokenizer_files import (
     DOCUMENT_START,
+    HUGGING_FACE_FILE,
     IDENTITY_FILES,
     SENTENCEPIECE_FILE,
     TEKKEN_FILE,
     Kind,
+    added_ids,
     kind_of,
     main_file,
 )
 from btm_scale.data.tokenizer_trial import NotUsable, require_usable
 from btm_scale.errors import DataError, UserError
 from btm_scale.model.hf_load import import_transformers, load_tekken, load_tokenizer, require_own_files
-from btm_scale.util.bounded_json import shown
 from btm_scale.util.disk_errors import is_transient
 from btm_scale.util.inside import file_inside
 from btm_scale.util.records import read_object
@@ -158,7 +159,7 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(directory)
         self._model = sentencepiece.SentencePieceProcessor(model_file=str(directory / SENTENCEPIECE_FILE))
         self.digest = directory_digest(directory)
-        self.vocab_size = _rows(max(self._model.get_piece_size() - 1, *_added_ids(directory), 0))
+        self.vocab_size = _rows(max(self._model.get_piece_size() - 1, *added_ids(directory), 0))
         eos, bos = self._model.eos_id(), self._model.bos_id()
         self._set_special(eos if eos >= 0 else None, bos if bos >= 0 else None)
 
@@ -175,9 +176,24 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""
+        tokens, pieces = [int(token) for token in ids], self._model.get_piece_size()
+        if any(token >= pieces for token in tokens) and self._published is not None:
+            # The model writes nothing for its control tokens.
+            shown = [token for token in tokens if token >= pieces or not self._model.is_control(token)]
+            return self._published.decode(shown)
         with self._failures("decode", ids):
-            text: str = self._model.decode([int(token) for token in ids])
+            text: str = self._model.decode(tokens)
         return text
+
+    def encode_special(self, text: str) -> list[int]:
+        """See Tokenizer: the model alone does not know special tokens in text."""
+        return self.encode(text) if self._published is None else self._published.encode_special(text)
+
+    @cached_property
+    def _published(self) -> TransformersTokenizer | None:
+        """The tokenizer.json beside the model, which has the tokens that were added to it."""
+        has_json = (self.directory / HUGGING_FACE_FILE).is_file()
+        return TransformersTokenizer.of(self.directory) if has_json else None
 
 
 class TransformersTokenizer(Tokenizer):
@@ -312,27 +328,6 @@ def _rows(largest: int) -> int:
     if largest >= _MOST_IDS:
         raise ValueError(f"it has a token with the id {largest}. A model has a row of weights for each id up to that")
     return largest + 1
-
-
-def _added_ids(directory: Path) -> list[int]:
-    """Return the ids that Hugging Face files add to a sentencepiece vocabulary."""
-    ids: list[int] = []
-    if (path := file_inside(directory, "added_tokens.json")).is_file():
-        ids += (_token_id(path, name, value) for name, value in read_object(path, DataError).items())
-    if (path := file_inside(directory, "tokenizer_config.json")).is_file():
-        decoder = read_object(path, DataError).get("added_tokens_decoder") or {}
-        if not isinstance(decoder, dict):
-            raise DataError(f"{path}: 'added_tokens_decoder' must be an object. Copy the tokenizer again.")
-        ids += (_token_id(path, key, int(key) if key.isdecimal() and len(key) < 11 else key) for key in decoder)
-    return ids
-
-
-def _token_id(path: Path, name: str, value: object) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 31:
-        raise DataError(
-            f"{path}: '{name:.80}' must be the id of a token and is {shown(value)}. Copy the tokenizer again."
-        )
-    return value
 
 
 _CLASSES: dict[Kind, type[Tokenizer]] = {

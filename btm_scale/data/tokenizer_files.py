@@ -7,15 +7,19 @@ from pathlib import Path
 from typing import Literal
 
 from btm_scale.errors import DataError
+from btm_scale.util.bounded_json import shown
+from btm_scale.util.inside import file_inside
+from btm_scale.util.records import read_object
 
 SENTENCEPIECE_FILE = "tokenizer.model"
+HUGGING_FACE_FILE = "tokenizer.json"
 TEKKEN_FILE = "tekken.json"
 # In the tokenizer of a run: each document begins with the BOS token.
 DOCUMENT_START = "document_start.json"
 # The files that determine the ids of a text; others in a tokenizer's directory do not affect them.
 IDENTITY_FILES = (
     SENTENCEPIECE_FILE,
-    "tokenizer.json",
+    HUGGING_FACE_FILE,
     "vocab.json",
     "merges.txt",
     "vocab.txt",
@@ -23,7 +27,7 @@ IDENTITY_FILES = (
     TEKKEN_FILE,
     DOCUMENT_START,
 )
-_HUGGING_FACE_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
+_HUGGING_FACE_FILES = (HUGGING_FACE_FILE, "vocab.json", "vocab.txt")
 _TIKTOKEN_NAMES = re.compile(r".*\.tiktoken|tiktoken\.model")
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d{1,9}\r?\n")
 
@@ -70,6 +74,27 @@ def main_file(directory: Path) -> str:
     """Return the name of the file with a tokenizer's vocabulary; "" if there is none."""
     names = (name for name in IDENTITY_FILES if name != DOCUMENT_START and (directory / name).is_file())
     return next(names, "")
+
+
+def added_ids(directory: Path) -> list[int]:
+    """Return the ids that Hugging Face files add to a sentencepiece vocabulary. Raises DataError if one is invalid."""
+    ids: list[int] = []
+    if (path := file_inside(directory, "added_tokens.json")).is_file():
+        ids += (_token_id(path, name, value) for name, value in read_object(path, DataError).items())
+    if (path := file_inside(directory, "tokenizer_config.json")).is_file():
+        decoder = read_object(path, DataError).get("added_tokens_decoder") or {}
+        if not isinstance(decoder, dict):
+            raise DataError(f"{path}: 'added_tokens_decoder' must be an object. Copy the tokenizer again.")
+        ids += (_token_id(path, key, int(key) if key.isdecimal() and len(key) < 11 else key) for key in decoder)
+    return ids
+
+
+def _token_id(path: Path, name: str, value: object) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 31:
+        raise DataError(
+            f"{path}: '{name:.80}' must be the id of a token and is {shown(value)}. Copy the tokenizer again."
+        )
+    return value
 
 
 def _is_tiktoken(path: Path) -> bool:

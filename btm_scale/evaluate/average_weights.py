@@ -66,9 +66,12 @@ def posterior(dev: DevText) -> np.ndarray:
 
 @average
 def tempered(dev: DevText) -> np.ndarray:
-    """The mean of the tempered posterior over the dev text."""
+    """The mean of the tempered posterior over the dev text, of conversations over their answers."""
     tempering = tempering_of(dev.config.evaluate, lambda: dev.scores, dev.log_prior)
-    return mean_tempered_weights(dev.scores.log_probs, dev.scores.block_starts, tempering, log_prior=dev.log_prior)
+    scores = dev.scores
+    return mean_tempered_weights(
+        scores.log_probs, scores.block_starts, tempering, log_prior=dev.log_prior, counted=scores.counted
+    )
 
 
 @average

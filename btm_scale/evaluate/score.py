@@ -57,7 +57,9 @@ def score_model(
             uses_kernels = isinstance(network, ExpertModel) or network.uses_kernels
             path = last_path("token_logprob_partials") if uses_kernels else None
             runs_on = name_of(group.device), path.backend if path else ""
-            scores = Scores(log_probs, text.block_starts, content_hash, text.fingerprint, *runs_on, routing)
+            scores = Scores(
+                log_probs, text.block_starts, content_hash, text.fingerprint, *runs_on, routing, text.counted
+            )
             scores.save(run.scores(model, domain, split))
             on_text(domain, split)
     dist.barrier()
@@ -114,7 +116,9 @@ def text_log_probs(group: ExpertGroup, network: ExpertModel | TransformersModel,
     ends = [*starts[1:], len(tokens) - 1]
     result = torch.zeros(len(tokens) - 1)
     blocks = list(zip(starts, ends, strict=True))
-    for number, batch in enumerate(_batches(blocks, pads=text.counted is not None)):
+    # A mixture's routing would count the padding.
+    pads = text.counted is not None and not (isinstance(network, ExpertModel) and network.shape.experts)
+    for number, batch in enumerate(_batches(blocks, pads=pads)):
         if number % ranks != rank:
             continue
         rows = pad_sequence([tokens[start : end + 1] for start, end in batch], batch_first=True).to(group.device)

@@ -98,4 +98,4 @@ def tempering_of(settings: EvaluateConfig, dev: Callable[[], Stack], log_prior: 
     if settings.tempering is not None:
         return settings.tempering
     text = dev()
-    return fitted_tempering(text.log_probs, text.block_starts, log_prior)
+    return fitted_tempering(text.log_probs, text.block_starts, log_prior, text.counted)

@@ -34,6 +34,7 @@ class Scores:
     kernels: str = ""  # triton or reference
     # Of a mixture of experts: each expert's fraction of a layer's uses, float64 [layers, experts].
     routing: np.ndarray | None = None
+    counted: np.ndarray | None = None  # of conversations: the tokens of answers, bool [tokens]
 
     def save(self, path: Path) -> None:
         """Write the scores atomically."""
@@ -42,6 +43,7 @@ class Scores:
         metadata |= {"device": self.device, "kernels": self.kernels}
         tensors = {"log_probs": self.log_probs, "block_starts": self.block_starts}
         tensors |= {} if self.routing is None else {"routing": self.routing}
+        tensors |= {} if self.counted is None else {"counted": self.counted}
         write_file(path, with_sorted_header(save(tensors, metadata)))
 
     @classmethod
@@ -54,10 +56,13 @@ class Scores:
                 metadata = file.metadata() or {}
                 names = ("log_probs", "block_starts")
                 keys = ("model", "data_fingerprint", "device", "kernels")
-                routing = file.get_tensor("routing") if "routing" in file.keys() else None  # noqa: SIM118
+                routing, counted = (
+                    file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118
+                    for name in ("routing", "counted")
+                )
                 log_probs, block_starts = (file.get_tensor(name) for name in names)
                 model, fingerprint, device, kernels = (metadata.get(key, "") for key in keys)
-                scores = cls(log_probs, block_starts, model, fingerprint, device, kernels, routing)
+                scores = cls(log_probs, block_starts, model, fingerprint, device, kernels, routing, counted)
             problem = scores._problem()
         except (OSError, SafetensorError) as error:
             problem = str(error)
@@ -76,6 +81,8 @@ class Scores:
             return f"block_starts is {starts.dtype} {list(starts.shape)}, and must be int64 [blocks]"
         if starts[0] != 0 or starts[-1] >= len(log_probs) or np.any(starts[1:] <= starts[:-1]):
             return f"block_starts must increase from 0 to below {len(log_probs)}"
+        if self.counted is not None and (self.counted.dtype != np.bool_ or self.counted.shape != log_probs.shape):
+            return f"counted is {self.counted.dtype} {list(self.counted.shape)}, and must be bool [{len(log_probs)}]"
         return None if self.model and self.fingerprint else "the metadata lacks model or data_fingerprint"
 
 
@@ -167,10 +174,14 @@ def has_scores(config: RunConfig, run: RunDir, model: str, domain: str, split: s
 
 @dataclass(frozen=True)
 class Stack:
-    """Log-probabilities [models, tokens] in nats, and block starts [blocks]."""
+    """Log-probabilities [models, tokens] in nats, and block starts [blocks].
+
+    `counted`, bool [tokens], are the tokens of answers in conversations; None if every token counts.
+    """
 
     log_probs: np.ndarray
     block_starts: np.ndarray
+    counted: np.ndarray | None = None
 
     @classmethod
     def load(cls, run: RunDir, models: Sequence[str], domain: str, split: str) -> Stack:
@@ -184,14 +195,22 @@ class Stack:
                     f"'{model}' and '{models[0]}' were scored on different texts of '{domain}'. "
                     "Delete both models' scores and score them again: btm-scale score RUN"
                 )
-        return cls(np.stack([other.log_probs for other in scores]), scores[0].block_starts)
+        # Scores of an earlier version lack it.
+        counted = next((other.counted for other in scores if other.counted is not None), None)
+        return cls(np.stack([other.log_probs for other in scores]), scores[0].block_starts, counted)
 
     @classmethod
     def joined(cls, stacks: Sequence[Stack]) -> Stack:
         """Concatenate the texts of stacks with the same models."""
         offsets = np.cumsum([0, *(stack.log_probs.shape[1] for stack in stacks[:-1])])
         starts = [stack.block_starts + offset for stack, offset in zip(stacks, offsets, strict=True)]
-        return cls(np.concatenate([stack.log_probs for stack in stacks], axis=1), np.concatenate(starts))
+        counted = None
+        if any(stack.counted is not None for stack in stacks):
+            every = [
+                np.ones(stack.log_probs.shape[1], bool) if stack.counted is None else stack.counted for stack in stacks
+            ]
+            counted = np.concatenate(every)
+        return cls(np.concatenate([stack.log_probs for stack in stacks], axis=1), np.concatenate(starts), counted)
 
 
 def dev_prior(run: RunDir, models: Sequence[str], domain: str) -> np.ndarray:

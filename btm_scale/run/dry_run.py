@@ -98,7 +98,7 @@ def _text(
             tokens = previews[source.name].tokens
             train = tokens * (1 - config.data.dev - config.data.test)
         else:
-            tokens, train = fingerprint.tokens, float(fingerprint.splits["train"].tokens)
+            tokens, train = fingerprint.tokens, float(fingerprint.splits["train"].per_pass)
         budget = budget_tokens(config, source.name)
         rows[source.name] = {
             "files": len(source.files),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 from btm_scale.data.chat import template
 from btm_scale.data.chat.process import LONGEST, TooExpensive
@@ -12,6 +13,19 @@ from btm_scale.serve.schemas import Message
 
 class ChatTemplate(template.ChatTemplate):
     """A template whose refusals are answers of the API."""
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The text that ends an answer, with which experts were trained to end it; none if it cannot be determined."""
+        try:
+            end = self._end_of_turn
+        except TooExpensive:
+            end = ""
+        return (end,) if end.strip() else ()
+
+    @cached_property
+    def _end_of_turn(self) -> str:
+        return self.process.end_of_turn()
 
     def render(self, messages: Sequence[Message]) -> str:
         """Return the prompt of a chat, up to the answer. Raises ApiError if the template refuses it."""

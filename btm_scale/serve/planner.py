@@ -63,7 +63,7 @@ class Planner:
         limit = request.max_completion_tokens or request.max_tokens or self.backend.context
         top = request.top_logprobs if request.logprobs else None
         seed = _seed(request.seed, 0)
-        stops = request.stops
+        stops = request.stops + (self.chat.stops if self.chat is not None else ())
         return [Job(prompt, names, method, request.n, limit, sampling, stops, seed, top, stream=request.stream)]
 
     def posterior(self, request: PosteriorRequest) -> Job:

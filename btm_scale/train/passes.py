@@ -36,7 +36,7 @@ def passes_of_run(config: RunConfig, run: RunDir) -> dict[str, float]:
     for name in config.expert_domains:
         with contextlib.suppress(DataError):  # a damaged record is reported by `prepare`, and hides no status
             fingerprint = Fingerprint.of_domain(run, name)
-            passes[name] = budget_tokens(config, name) / max(1, fingerprint.splits["train"].tokens)
+            passes[name] = budget_tokens(config, name) / max(1, fingerprint.splits["train"].per_pass)
     return passes
 
 

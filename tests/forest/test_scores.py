@@ -10,7 +10,7 @@ from helpers.tiny_run import save_card, share_text
 
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ForestError
-from btm_scale.forest.scores import Scores, evaluation_text, missing_scores, scored_model, scored_tokens
+from btm_scale.forest.scores import Scores, Stack, evaluation_text, missing_scores, scored_model, scored_tokens
 from btm_scale.run_dir import RunDir
 
 
@@ -42,6 +42,24 @@ def test_scores_of_a_shorter_or_longer_text_count_as_missing(
     for change, missing in (({"dev_blocks": 3}, texts[:1]), ({"tokens_per_domain": 100}, texts)):
         changed = config.model_copy(update={"evaluate": config.evaluate.model_copy(update=change)})
         assert missing_scores(changed, run, "seed", texts) == missing
+
+
+def test_scores_keep_which_tokens_count_and_stacks_join_them(tmp_path: Path) -> None:
+    run, log_probs = RunDir(tmp_path), np.full(6, -1.0, np.float32)
+    counted = np.array([False, True, True, False, False, True])
+    for domain, which in (("chats", counted), ("prose", None)):
+        scores = Scores(log_probs, np.array([0, 3]), "model", domain, counted=which)
+        scores.save(run.scores("seed", domain, "dev"))
+    chats, prose = (Stack.load(run, ["seed"], domain, "dev") for domain in ("chats", "prose"))
+    assert chats.counted is not None
+    assert chats.counted.tolist() == counted.tolist()
+    assert prose.counted is Stack.joined([prose, prose]).counted is None
+    joined = Stack.joined([chats, prose]).counted
+    assert joined is not None
+    assert joined.tolist() == [*counted.tolist(), *[True] * 6]
+    Scores(log_probs, np.array([0, 3]), "model", "chats", counted=counted[:5]).save(run.scores("seed", "chats", "dev"))
+    with pytest.raises(ForestError, match=r"counted is bool \[5\], and must be bool \[6\]"):
+        Stack.load(run, ["seed"], "chats", "dev")
 
 
 def test_the_same_scores_always_have_the_same_bytes(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from btm_scale.data.train_tokenizer import train_tokenizer
 from helpers.small_tokenizers import bpe
 from helpers.text_samples import prose_texts
 
@@ -30,13 +31,17 @@ QWEN3 = """{% if tools %}{{ '<|im_start|>system\\ntools: ' + tools | tojson + '<
 {%- for call in m.tool_calls %}{{ '<call>' + call | tojson + '</call>' }}{% endfor %}
 {%- else %}{{ m.content }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
-TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "mistral": MISTRAL, "gemma": GEMMA, "qwen3": QWEN3}
+# The end of the conversation has a line of its own, with another token.
+PHI3 = """{% for m in messages %}{{ '<|start|>' + m.role + '\\n' + m.content + '<|end|>\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|start|>assistant\\n' }}{% else %}{{ eos_token }}{% endif %}"""
+TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "mistral": MISTRAL, "gemma": GEMMA, "qwen3": QWEN3, "phi3": PHI3}
 END_OF_TURN = {
     "chatml": "<|im_end|>",
     "llama3": "<|eot|>",
     "mistral": "</s>",
     "gemma": "<end_of_turn>",
     "qwen3": "<|im_end|>",
+    "phi3": "<|end|>",
 }
 # The same text as CHATML, with marked answers.
 MARKED = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}
@@ -70,6 +75,21 @@ def write_tokenizer(directory: Path, template: str | None = CHATML, eos: str = "
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **SPECIAL, "eos_token": eos}
     settings |= {"chat_template": template} if template is not None else {}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+def write_sentencepiece(directory: Path, template: str = CHATML) -> Path:
+    """Write a sentencepiece model, and a tokenizer.json of the same ids that adds the tokens of turns."""
+    directory.mkdir(parents=True, exist_ok=True)
+    train_tokenizer(directory, prose_texts(100), vocab_size=400)
+    path, settings_path = directory / "tokenizer.json", directory / "tokenizer_config.json"
+    tokenizer, settings = json.loads(path.read_text()), json.loads(settings_path.read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    names = ("<|im_start|>", "<|im_end|>")
+    tokenizer["added_tokens"] += [{"id": 400 + i, "content": name, **flags} for i, name in enumerate(names)]
+    path.write_text(json.dumps(tokenizer))
+    added = {str(400 + i): {"content": name, **flags} for i, name in enumerate(names)}
+    settings_path.write_text(json.dumps(settings | {"chat_template": template, "added_tokens_decoder": added}))
     return directory
 
 

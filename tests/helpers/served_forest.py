@@ -25,7 +25,7 @@ from helpers.tiny_forest import Letters
 
 PRIOR = np.log([0.8, 0.2])
 CHAT = "{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
-CHAT += "{{ message.content }}{% endfor %}a"
+CHAT += "{{ message.content }}{% endfor %}{% if add_generation_prompt %}a{% endif %}"
 
 
 @dataclass

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openai
 import pytest
-from helpers.served_forest import PRIOR, Served
+from helpers.served_forest import CHAT, PRIOR, Served
 from helpers.tiny_forest import POSITIONS, Letters, Oracle
 
 from btm_scale.generate.generator import Generator
 from btm_scale.generate.sampling import Sampling
+from btm_scale.serve.chat import ChatTemplate
+from btm_scale.serve.schemas import ChatRequest, CompletionRequest
 
 GREEDY: dict[str, Any] = {"model": "forest:mixture", "temperature": 0}
 
@@ -169,6 +172,16 @@ def test_chats_use_the_template_and_stream(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="refuses these messages: no tools") as refused:
         client.chat.completions.create(model="forest", messages=[{"role": "tool", "content": "a", "tool_call_id": "x"}])
     assert refused.value.param == "messages"
+
+
+def test_a_chat_stops_at_the_end_of_the_turn_that_its_template_writes(served: Served) -> None:
+    template = CHAT.replace("{{ message.content }}", "{{ message.content }}{{ 'cd' if message.role == 'assistant' }}")
+    planner = replace(served.planner, chat=ChatTemplate(template, {}))
+    chat = {"model": "forest", "messages": [{"role": "user", "content": "ab"}], "stop": "b"}
+    [job] = planner.chat_completion(ChatRequest.model_validate(chat))
+    assert job.stop == ("b", "cd")
+    [job] = planner.completion(CompletionRequest.model_validate({"model": "forest", "prompt": "ab", "stop": "b"}))
+    assert job.stop == ("b",)
 
 
 def test_the_posterior_of_a_text_is_returned_as_it_grows(served: Served, experts: dict[str, Path]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from btm_scale.data.chat.rows import ASSISTANT
 from btm_scale.model.hf_load import render_chat
 
+_FIRST_LINE = re.compile(r"\s*\S.*")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _END_OF_THOUGHT = "</think>"
 _UNDECIDED = (
@@ -30,7 +31,8 @@ Messages = Sequence[Mapping[str, Any]]
 class Rendering:
     """The text of a chat, and the first and last + 1 character of each answer, in order.
 
-    An answer ends with the template's end of turn, and includes the space before it that the model generates.
+    An answer begins where the prompt for it ends, so it includes a space or an empty thought that the template writes
+    before its text, and it ends with the template's end of turn.
     """
 
     text: str
@@ -59,7 +61,7 @@ def find_answers(
 
 @dataclass(frozen=True)
 class Around:
-    """What a template writes around an answer: white space that the model generates, and the end of the turn."""
+    """What a template writes around an answer: what follows the prompt for it, and the end of the turn."""
 
     before: str
     after: str
@@ -76,7 +78,9 @@ def around_answers(template: str, special: tuple[tuple[str, str], ...]) -> Aroun
     if not found:
         raise ValueError(_UNDECIDED)
     between = head[len(prompt) :] if head.startswith(prompt) else ""
-    return Around(between if between.isspace() else "", tail.rstrip())
+    # What follows in another line ends the conversation, and not every turn.
+    end = _FIRST_LINE.match(tail)
+    return Around(between, end.group().rstrip() if end else "")
 
 
 def _compared(messages: Messages, render: Any, around: Around) -> Rendering:
@@ -110,9 +114,11 @@ def _compared(messages: Messages, render: Any, around: Around) -> Rendering:
 
 
 def _is_plain(message: Mapping[str, Any]) -> bool:
-    """Return whether a message is an answer of text alone; calls of tools are rendered as the template likes."""
+    """Return whether a message is an answer of text alone; thoughts and calls are rendered as the template likes."""
     has_more = any(message.get(key) for key in ("tool_calls", "reasoning_content", "reasoning", "thinking"))
-    return message["role"] == ASSISTANT and isinstance(message.get("content"), str) and not has_more
+    content = message.get("content")
+    is_text = isinstance(content, str) and _END_OF_THOUGHT not in content
+    return message["role"] == ASSISTANT and is_text and not has_more
 
 
 def _marks(text: str, count: int) -> list[str]:
@@ -134,20 +140,19 @@ def _parts(marked: str, marks: Sequence[str]) -> Iterator[str]:
 
 
 def _body(content: str, text: str, position: int, following: str) -> str:
-    """Return the content as the template wrote it at `position`: stripped, or without the thoughts before it."""
-    answer = content.rpartition(_END_OF_THOUGHT)[2]
-    stripped = content.rstrip(), content.lstrip(), content.strip()
-    for body in (content, *stripped, answer, answer.lstrip("\n"), answer.strip()):
+    """Return the content as the template wrote it at `position`, perhaps stripped."""
+    for body in (content, content.rstrip(), content.lstrip(), content.strip()):
         if text.startswith(body + following, position):
             return body
     raise ValueError(_UNDECIDED)
 
 
 def _complete_turn(messages: Messages, number: int, render: Any, text: str, around: Around) -> tuple[int, int]:
-    """Return the range of a turn with more than text, such as a call of a tool: what a mark in its place replaces."""
+    """Return the range of a turn with a thought or a call of a tool: what a mark in its place replaces."""
     [mark] = _marks(text, 1)
     marked = render([*messages[:number], {"role": ASSISTANT, "content": mark}, *messages[number + 1 :]])
     head, tail = _parts(marked, [mark])
+    head = head.removesuffix(around.before)  # a mark gets an empty thought, and an answer with a thought does not
     begin, end = len(head), len(text) - len(tail)
     if begin >= end or not (text.startswith(head) and text.endswith(tail)):
         raise ValueError(_UNDECIDED)

@@ -18,6 +18,7 @@ from btm_scale.data.chat.rows import turns_of
 from btm_scale.data.chat.template import template_of
 from btm_scale.data.sources import DomainSource
 from btm_scale.data.tokenizer import Tokenizer, TransformersTokenizer
+from btm_scale.data.tokenizer_files import HUGGING_FACE_FILE, SENTENCEPIECE_FILE
 from btm_scale.errors import DataError
 
 # Bits of a mark.
@@ -63,7 +64,7 @@ def encode_chats(encoding: ChatEncoding, tokenizer: Tokenizer, texts: Sequence[s
         raise DataError(
             f"The chat template cannot render conversations: {error} for each of several. Use another template."
         ) from None
-    reader = _reader(encoding.tokenizer)
+    reader = reader_of(encoding.tokenizer)
     return [
         EncodedChat(*_NOTHING, f"the chat template refuses it: {one}")
         if isinstance(one, str)
@@ -78,8 +79,9 @@ def end_rendering() -> None:
 
 
 def is_marker(tokenizer: Tokenizer, token: int) -> bool:
-    """Return whether a token is special, such as an end of turn: as plain text it has other ids."""
-    return tokenizer.encode_batch([tokenizer.decode([token])])[0].tolist() != [token]
+    """Return whether a token is special, such as an end of turn: it has no text, or one that has other ids as text."""
+    text = tokenizer.decode([token])
+    return not text or tokenizer.encode_special(text) == [token] != tokenizer.encode(text)
 
 
 _NOTHING = np.empty(0, np.int32), np.empty(0, np.uint8)
@@ -91,34 +93,41 @@ def _process(template: str, special: str) -> ChatProcess:
 
 
 @functools.lru_cache(maxsize=2)
-def _reader(directory: Path) -> Tokenizer:
+def reader_of(directory: Path) -> Tokenizer:
     """Return the tokenizer in the form that knows special tokens in text: sentencepiece alone does not."""
-    if (directory / "tokenizer.json").is_file():
+    if (directory / HUGGING_FACE_FILE).is_file():
         return TransformersTokenizer.of(directory)
     return Tokenizer.load(directory)
 
 
 def read_special(tokenizer: Path, text: str) -> list[int]:
     """Return the ids of a rendered chat, in which special tokens are special."""
-    return _reader(tokenizer).encode_special(text)
+    return reader_of(tokenizer).encode_special(text)
 
 
 def _encoded(rendering: Rendering, encoding: ChatEncoding, tokenizer: Tokenizer, reader: Tokenizer) -> EncodedChat:
     answers = rendering.answers
-    found = _by_offsets(reader, rendering) or _by_parts(reader, rendering)
-    ids, ranges, following = found
+    ids, ranges, following = _by_offsets(reader, rendering) or _by_parts(reader, rendering)
+    if len(ids) and ids.max() >= tokenizer.vocab_size:
+        raise DataError(
+            f"{encoding.tokenizer / HUGGING_FACE_FILE} adds a token with the id {ids.max()} to {SENTENCEPIECE_FILE}, "
+            "and no other file lists it. A tokenizer lists its added tokens in added_tokens.json or "
+            "tokenizer_config.json too: copy these files of it as well."
+        )
     for (begin, end), (first, last) in zip(answers, ranges, strict=True):
         if not _is_same(reader.decode(ids[first:last].tolist()), rendering.text[begin:end]):
             return EncodedChat(
                 *_NOTHING, "the tokenizer cannot separate its answers from the rest: no tokens decode to their text"
             )
+    if not (ranges := [(first, last) for first, last in ranges if first < last]):
+        return EncodedChat(*_NOTHING, "its answers have no tokens")
     marks = np.zeros(len(ids), np.uint8)
     for first, last in ranges if encoding.loss == "all" else ranges[-1:]:
         marks[first:last] |= TRAINED
     rest = rendering.text[answers[-1][1] :]
     marks[[token for token in (following if rest.strip() else following[:-1]) if token < len(ids)]] |= TURN
     last_answer = int(ids[ranges[-1][1] - 1])
-    if tokenizer.begins_with_bos and ids[0] != tokenizer.bos:
+    if ids[0] != tokenizer.start:  # with which a prompt begins too
         ids, marks = np.insert(ids, 0, tokenizer.start), np.insert(marks, 0, 0)
     if ids[-1] != tokenizer.eos:
         # Without a token that ends turns, the end of the conversation is what stops the model.

@@ -10,6 +10,7 @@ import numpy as np
 
 from btm_scale.data.chat.encode import TRAINED
 from btm_scale.data.documents import BadLines
+from btm_scale.data.files import SourceFile
 from btm_scale.data.formats.read import UNITS
 from btm_scale.data.formats.sense import format_of
 from btm_scale.data.sources import DomainSource
@@ -55,10 +56,12 @@ class Refusals:
     def __init__(self, source: DomainSource, policy: Literal["error", "skip"]) -> None:
         self.lines = BadLines(policy)
         self._source = source
+        self._units: dict[SourceFile, str] = {}
 
     def add(self, origin: str, problem: str) -> None:
         """Report a conversation by its origin, as a document has it. Raises DataError unless such lines are skipped."""
         name, _, line = origin.rpartition(":")
         file = next(file for file in self._source.files if file.name == name)
-        unit = UNITS.get(format_of(file, self._source.settings), "line")
-        self.lines(file, int(line), problem, unit=unit)
+        if file not in self._units:
+            self._units[file] = UNITS.get(format_of(file, self._source.settings), "line")
+        self.lines(file, int(line), problem, unit=self._units[file])

@@ -122,7 +122,8 @@ def _message(turn: Any, number: int, role_key: str, content_key: str) -> dict[st
             message[key] = _without_null(turn[key])
     if isinstance(message.get("tool_calls"), str):
         message["tool_calls"] = _parsed(message["tool_calls"])
-    if not message["content"] and (role == "user" or (role == ASSISTANT and "tool_calls" not in message)):
+    is_blank = not (message["content"].strip() if role == ASSISTANT else message["content"])
+    if is_blank and (role == "user" or (role == ASSISTANT and "tool_calls" not in message)):
         raise ValueError(f"message {number} ({role}) is empty")
     return message
 
@@ -133,7 +134,9 @@ def _text(content: Any, number: int) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
-        return "".join(str(part.get("text", "")) for part in content)
+        texts = [part.get("text") for part in content]
+        if all(isinstance(text, str | None) for text in texts):
+            return "".join(text or "" for text in texts)
     raise ValueError(f"message {number} has content other than text: {shown(content)}")
 
 

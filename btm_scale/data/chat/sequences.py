@@ -73,13 +73,16 @@ class ChatSequences:
         return torch.from_numpy(sequence_of(parts, self._length, self._end_of_text))
 
 
-def warn_of_long_turns(domain: str, folder: Path, length: int) -> None:
-    """Log how many turns of a domain's training text are longer than a sequence."""
+def tokens_of_pass(domain: str, folder: Path, length: int) -> int:
+    """Return the tokens of the sequences of one pass over a domain's training text, the same for every order.
+
+    Logs how many turns are longer than a sequence.
+    """
     marks = folder / "train.mask"
     if not marks.stat().st_size:
-        return
+        return 0
     lengths = sequences_in(folder / "train")
-    _, cut = trained_pieces(np.cumsum(lengths) - lengths, lengths, np.memmap(marks, np.uint8, "r"), length)
+    pieces, cut = trained_pieces(np.cumsum(lengths) - lengths, lengths, np.memmap(marks, np.uint8, "r"), length)
     if cut:
         logger.warning(
             "Domain '%s': %d turns have more than the %d tokens of budget.sequence_length. They are cut at their "
@@ -88,6 +91,13 @@ def warn_of_long_turns(domain: str, folder: Path, length: int) -> None:
             cut,
             length,
         )
+    return length * len(packed((pieces[:, 1] - pieces[:, 0]).tolist(), length))
+
+
+def most_samples(weight: float, samples: int, domains: int) -> int:
+    """Return the most samples of a domain that are among the first `samples` of a mixture of this many domains."""
+    # Until a time t, each domain has at least t x weight - 1/2 samples, and at most 1/2 more than t x weight.
+    return min(samples, int(np.ceil((samples + domains) * weight)) + 1)
 
 
 def blended(weights: list[float], samples: int) -> tuple[Array, Array]:
@@ -95,7 +105,7 @@ def blended(weights: list[float], samples: int) -> tuple[Array, Array]:
 
     The order of more samples begins with that of fewer.
     """
-    counts = [int(np.ceil(samples * weight)) + 1 for weight in weights]
+    counts = [most_samples(weight, samples, len(weights)) for weight in weights]
     domains = np.concatenate([np.full(count, domain, np.int16) for domain, count in enumerate(counts)])
     numbers = np.concatenate([np.arange(count) for count in counts])
     times = (numbers + 0.5) / np.array(weights)[domains]

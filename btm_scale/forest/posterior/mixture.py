@@ -73,10 +73,13 @@ def tempered_mixtures(
     return mixtures
 
 
-def mean_tempered_weights(log_probs: Array, block_starts: Array, tempering: Tempering, *, log_prior: Array) -> Array:
-    """Return each expert's weight in the tempered mixture, averaged over all tokens: [experts], sums to 1.
+def mean_tempered_weights(
+    log_probs: Array, block_starts: Array, tempering: Tempering, *, log_prior: Array, counted: Array | None = None
+) -> Array:
+    """Return each expert's weight in the tempered mixture, averaged over tokens: [experts], sums to 1.
 
-    Args: as of `mixture_log_probs`. A text's prior is nearly one-hot; these are the weights that are in fact used.
+    Args: as of `mixture_log_probs`, and `counted`, the tokens that are averaged over, bool [tokens] (default: all). A
+    text's prior is nearly one-hot; these are the weights that are in fact used.
     """
     log_probs = np.asarray(log_probs)
     prior = normalised_prior(log_prior, len(log_probs))
@@ -84,8 +87,12 @@ def mean_tempered_weights(log_probs: Array, block_starts: Array, tempering: Temp
     total = np.zeros(len(log_probs))
     for begin, count, length in _equal_blocks(block_starts, log_probs.shape[1], len(active)):
         text = log_probs[:, begin : begin + count * length].reshape(len(log_probs), count, length)
-        for _, _, weights in _pieces_with_weights(text, active, prior[active], "tempered", [tempering]):
-            total[active] += np.exp(weights).sum(axis=(1, 2))
+        own = None if counted is None else counted[begin : begin + count * length].reshape(count, length)
+        for first, piece, weights in _pieces_with_weights(text, active, prior[active], "tempered", [tempering]):
+            used = np.exp(weights)
+            if own is not None:
+                used *= own[:, first : first + piece.shape[2]]
+            total[active] += used.sum(axis=(1, 2))
     return total / total.sum()
 
 

@@ -18,10 +18,13 @@ _Point = tuple[int, int, int]
 _START: _Point = (_POWERS.index(0.2), _FORGETTINGS.index(0.97), 0)
 
 
-def fitted_tempering(log_probs: np.ndarray, block_starts: np.ndarray, log_prior: np.ndarray) -> Tempering:
+def fitted_tempering(
+    log_probs: np.ndarray, block_starts: np.ndarray, log_prior: np.ndarray, counted: np.ndarray | None = None
+) -> Tempering:
     """Return the tempering with the highest likelihood of dev text, found by hill climbing on a grid.
 
-    Args: `log_probs` [experts, tokens] and `log_prior` [experts] in nats, `block_starts` [blocks].
+    Args: `log_probs` [experts, tokens] and `log_prior` [experts] in nats, `block_starts` [blocks], and `counted`, the
+    tokens whose likelihood it is, bool [tokens] (default: all).
     """
 
     likelihoods: dict[_Point, float] = {}
@@ -32,6 +35,7 @@ def fitted_tempering(log_probs: np.ndarray, block_starts: np.ndarray, log_prior:
         new = [point for point in points if point not in likelihoods]
         if new:
             mixed = tempered_mixtures(log_probs, block_starts, list(map(_at, new)), log_prior=log_prior)
+            mixed = mixed if counted is None else mixed[:, counted]
             likelihoods.update(zip(new, mixed.mean(axis=1).tolist(), strict=True))
         best = max(points, key=likelihoods.__getitem__)
     return _at(best)

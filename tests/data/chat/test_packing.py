@@ -18,7 +18,7 @@ from btm_scale.data.chat.packing import (
     sequence_of,
     trained_pieces,
 )
-from btm_scale.data.chat.sequences import blended
+from btm_scale.data.chat.sequences import blended, most_samples
 
 
 def marks_of(*turns: tuple[int, int]) -> np.ndarray:
@@ -95,3 +95,15 @@ def test_domains_are_blended_evenly_and_a_longer_order_begins_with_a_shorter() -
     longer = blended([0.75, 0.25], 900)
     assert np.array_equal(longer[0][:400], domains)
     assert np.array_equal(longer[1][:400], numbers)
+
+
+def test_a_longer_order_of_many_domains_begins_with_every_shorter() -> None:
+    weights = [0.55] + [0.05] * 9
+    longest = blended(weights, 200)
+    for samples in range(1, 60):
+        order = blended(weights, samples)
+        assert all(np.array_equal(part, whole[:samples]) for part, whole in zip(order, longest, strict=True))
+        assert all(
+            np.count_nonzero(order[0] == domain) <= most_samples(weight, samples, 10)
+            for domain, weight in enumerate(weights)
+        )

@@ -16,8 +16,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from btm_scale.config.run import RunConfig
 from btm_scale.data import encode, token_files
-from btm_scale.data.chat.encode import TRAINED, end_rendering
-from btm_scale.data.chat.packing import IDS, START, UNTRAINED
+from btm_scale.data.chat import marks
+from btm_scale.data.chat.encode import TRAINED, EncodedChat, end_rendering
+from btm_scale.data.chat.packing import IDS, START, UNTRAINED, packed
 from btm_scale.data.dataset import TrainingSamples
 from btm_scale.data.eval_text import EvaluationText
 from btm_scale.data.fingerprint import Fingerprint
@@ -27,6 +28,7 @@ from btm_scale.data.sources import resolve_sources
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import DataError
 from btm_scale.run_dir import SPLITS, RunDir
+from btm_scale.train.passes import budget_tokens, passes_of_run
 
 LENGTH = 256
 CHATS = conversations(120)
@@ -154,6 +156,11 @@ def test_each_conversation_is_a_block_of_the_evaluation_text_and_only_answers_co
     assert int(np.sum((sequences[:, 1:] & UNTRAINED) == 0)) == np.count_nonzero(text.counted)
 
 
+def test_text_without_an_answer_is_refused_with_every_setting_of_its_size(run: RunDir) -> None:
+    with pytest.raises(DataError, match=r"evaluate\.tokens_per_domain, evaluate\.dev_blocks and dev_loss\.tokens, or"):
+        EvaluationText.load(run, "support", "dev", tokens=2, sequence_length=LENGTH)
+
+
 def test_an_interrupted_domain_of_conversations_resumes_to_the_same_files(
     folder: Path, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,6 +196,61 @@ def test_a_conversation_that_the_template_refuses_is_a_bad_line(make_config: Mak
     write_tokenizer(tmp_path / "tokenizer", TEMPLATES["mistral"])
     with pytest.raises(DataError, match=r"support\.jsonl, line 41: the chat template refuses it: roles must alternate"):
         prepare(config_of(make_config, tmp_path, {"support": SUPPORT}), RunDir(tmp_path / "run"))
+
+
+def test_a_pass_over_conversations_is_counted_in_the_sequences_that_are_read(
+    make_config: MakeConfig, run: RunDir, folder: Path
+) -> None:
+    config = config_of(make_config, folder)
+    support = Fingerprint.of_domain(run, "support").splits["train"]
+    documents = IndexedDataset(str(run.tokens("support", "train")))
+    assert support.per_pass == LENGTH * len(packed(documents.sequence_lengths.tolist(), LENGTH)) > support.tokens
+    assert passes_of_run(config, run)["support"] * support.per_pass == pytest.approx(budget_tokens(config, "support"))
+    assert (train := Fingerprint.of_domain(run, "prose").splits["train"]).per_pass == train.tokens
+
+
+def test_parts_without_an_answer_are_not_in_a_pass(make_config: MakeConfig, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "tokenizer")
+    write_chats(tmp_path / "support.jsonl", [*CHATS[:40], *(turns(f"{i} " + "long " * 800, "yes") for i in range(40))])
+    fingerprint = prepare(config_of(make_config, tmp_path, {"support": SUPPORT}), RunDir(tmp_path / "run"))["support"]
+    train = fingerprint.splits["train"]
+    assert train.per_pass < train.tokens / 3
+
+
+def test_a_reason_that_is_not_found_again_is_still_a_reason(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_files, "SHARD_BYTES", 1_000)
+    monkeypatch.setattr(encode, "_BATCH_CHARACTERS", 1_000)
+    write_chats(tmp_path / "support.jsonl", [CHATS[0], turns("", "an answer first")[1:], *CHATS[1:]])
+    write_tokenizer(tmp_path / "tokenizer", TEMPLATES["mistral"])
+    config = config_of(make_config, tmp_path, {"support": SUPPORT}, data={"on_bad_line": "skip"})
+
+    def interrupt(domain: str, encoded_bytes: int, documents: int, expected: int) -> None:
+        if documents >= 60:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, RunDir(tmp_path / "run"), interrupt)
+    nothing = np.empty(0, np.int32), np.empty(0, np.uint8)
+    monkeypatch.setattr(token_files, "encode_chats", lambda *_: [EncodedChat(*nothing)])
+    skipped = prepare(config, RunDir(tmp_path / "run"))["support"].skipped["support.jsonl"]
+    assert "line 2: the chat template exceeded a limit in an interrupted process" in skipped
+
+
+def test_the_format_of_a_file_is_determined_once_for_all_of_its_refused_rows(
+    folder: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    formats = marks.format_of
+    monkeypatch.setattr(marks, "format_of", lambda file, settings: seen.append(file.name) or formats(file, settings))
+    config = config_of(make_config, folder)
+    [source, _] = resolve_sources(config.all_domains, folder, config.tokenizer.path)
+    refused = marks.Refusals(source, "skip")
+    for line in range(1, 6):
+        refused.add(f"{source.files[0].name}:{line}", "no")
+    assert seen == [source.files[0].name]
+    assert refused.lines.skipped == 5
 
 
 def test_another_template_is_another_text(folder: Path, make_config: MakeConfig, run: RunDir, tmp_path: Path) -> None:

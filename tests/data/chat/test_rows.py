@@ -37,6 +37,13 @@ def test_texts_are_a_prompt_and_a_completion(tmp_path: Path) -> None:
     assert spoken(text) == "what?\nso, that"
 
 
+def test_a_part_without_text_is_empty(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": None}, {"type": "text", "text": "what?"}]
+    path = write_chats(tmp_path / "c.jsonl", [[{"role": "user", "content": parts}, *turns("", "that")[1:]]])
+    [text] = texts_of(path, chat="messages")
+    assert turns_of(text)["messages"] == turns("what?", "that")
+
+
 def test_tools_and_calls_stay_in_place_in_every_format(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -68,6 +75,11 @@ BAD: dict[str, tuple[Any, str]] = {
         "message 1 has content other than text",
     ),
     "an empty answer": (turns("a", ""), r"message 2 \(assistant\) is empty"),
+    "an answer of white space": (turns("a", " \n"), r"message 2 \(assistant\) is empty"),
+    "a part that is not text": (
+        [{"role": "user", "content": [{"type": "text", "text": 7}]}],
+        "message 1 has content other than text",
+    ),
 }
 
 

@@ -245,6 +245,29 @@ def test_an_invalid_tempering_is_rejected(numbers: tuple[float, float, float]) -
         tempered(power, forgetting, share)
 
 
+def test_only_tokens_that_count_decide_tempering_and_mean_weights() -> None:
+    """The other tokens are evidence all the same."""
+    random = np.random.default_rng(6)
+    log_probs = -random.gamma(1.0, 1.0, (2, 600)) - 0.5
+    counted = np.arange(600) % 20 >= 10
+    better = np.where(counted, 0, random.integers(0, 2, 600))  # the first expert answers better
+    log_probs[better, np.arange(600)] *= 0.3
+    starts, prior = np.arange(0, 600, 100), np.log([0.5, 0.5])
+    every, answers = (fitted_tempering(log_probs, starts, prior, which) for which in (None, counted))
+    all_counted = np.ones(600, bool)
+    assert fitted_tempering(log_probs, starts, prior, all_counted) == every
+
+    def likelihood(tempering: Tempering) -> float:
+        return float(mixture_log_probs(log_probs, starts, mode="tempered", tempering=tempering)[counted].mean())
+
+    assert likelihood(answers) > likelihood(every)
+    setting = tempered(0.2, 0.9, 0.1)
+    _, weights = tempered_token_by_token(log_probs, starts.tolist(), np.exp(prior), setting)
+    mean = mean_tempered_weights(log_probs, starts, setting, log_prior=prior, counted=counted)
+    np.testing.assert_allclose(mean, weights[counted].mean(axis=0), atol=1e-9)
+    assert abs(mean - weights.mean(axis=0)).max() > 0.01
+
+
 def test_fitted_tempering_beats_the_prefix_posterior_if_experts_alternate() -> None:
     random = np.random.default_rng(3)
     log_probs = -random.gamma(1.0, 1.0, (2, 2000)) - 0.5
