@@ -157,13 +157,13 @@ class DomainConfig(Section):
             given = {"loss": self.loss != "all", "template": self.template is not None}
             if wrong := [name for name, is_given in given.items() if is_given]:
                 raise ValueError(
-                    f"has {' and '.join(wrong)} but no `chat`. Only conversations have these settings: remove them, or set "
-                    "`chat` to the format of the rows."
+                    f"has {' and '.join(wrong)} and no `chat`. Only conversations have that: remove it, or set `chat` "
+                    "to the format of the rows."
                 )
             return
         if self.format == "text" or self.passages is not None or self.split_by == "position":
             raise ValueError(
-                "has `chat` and a setting of plain text. Conversations are rows, and a split cannot begin inside one: "
+                "has `chat` and a setting of plain text. Conversations are rows, and no split begins inside one: "
                 "remove `format: text`, `passages` and `split_by: position`."
             )
         usual = CHAT_FIELDS[self.chat]
