@@ -44,7 +44,7 @@ class SplitCounts(Part):
     tokens: int = 0
     bytes: int = 0
     trained: int = Field(default=0, exclude_if=is_empty)
-    """Of conversations: the tokens of answers."""
+    """The number of answer tokens; 0 unless documents are conversations."""
 
 
 class Fingerprint(Record):

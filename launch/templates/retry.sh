@@ -1,5 +1,5 @@
-# once_more STAGE TRIES FINISHED: requeue this job, unless its stage was started too often and has FINISHED no more.
-# The file TRIES has a line for each start.
+# once_more STAGE TRIES FINISHED: requeue this job, unless its stage was started too often at the same FINISHED, the
+# number of its completed parts. The file TRIES has that number for each start.
 once_more() {
     echo "$3" >> "$2"
     if (($(grep -cFx -- "$3" "$2") <= @RETRIES@)); then
