@@ -192,7 +192,7 @@ def mixture(
         several("--keep", "NAME=RATIO,...", "Limit a domain's perplexity to this many times the seed LM's."),
     ],
     runs: Annotated[int, option("--runs", "N", "Number of weighted averages to measure.", min=1)] = 24,
-    split: Annotated[str, one_of("--split", "split", ("dev", "test"), "Split of the domains.")] = "dev",
+    split: Annotated[str, one_of("--split", "split", ("dev", "test"), "Split of the domains to measure on.")] = "dev",
     random_seed: RandomSeed = 0,
     device: Device = None,
     dry_run: Annotated[bool, flag("--dry-run", "Report what would be measured and how long it would take.")] = False,

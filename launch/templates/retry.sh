@@ -7,6 +7,6 @@ once_more() {
         again
         code=0
     else
-        echo "$1 was started $(grep -cFx -- "$3" "$2") times and finished nothing more: raise launch.slurm.time"
+        echo "$1 was started $(grep -cFx -- "$3" "$2") times without completing more: raise launch.slurm.time"
     fi
 }
