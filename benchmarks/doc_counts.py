@@ -1,4 +1,4 @@
-"""The tables of what training does on a GPU, by counts."""
+"""The tables of the kernels and bytes that are counted for training on a GPU."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ LABELS = {_OURS: "btm-scale", "megatron": "Megatron-core's fused functions", _PE
 
 
 def count_rows(counts: dict[str, Any]) -> Rows:
-    """Return kernels and gigabytes: of the loss of a micro-batch, of a layer besides its products, and of sums."""
+    """Return kernels and gigabytes of the loss, of a layer without its matrix products, and of gradient accumulation."""
     rows = [["counted on `meta` tensors", *LABELS.values()]]
-    for part, label in (("loss", "loss of a micro-batch"), ("layer", "a layer besides its products")):
+    for part, label in (("loss", "loss of a micro-batch"), ("layer", "a layer without its matrix products")):
         for name in counts[_OURS][part]:
             rows.append([f"{label}, {name}", *(_count(counts[key].get(part, {}).get(name)) for key in LABELS)])
     for name, version in counts[_OURS]["training"].items():
         rows.append(
-            [f"sums of gradients, {name}", _gigabytes(version), "-", _gigabytes(counts[_PEER]["training"][name])]
+            [f"gradient accumulation, {name}", _gigabytes(version), "-", _gigabytes(counts[_PEER]["training"][name])]
         )
     return rows
 
 
 def utilization_rows(counts: dict[str, Any]) -> Rows:
-    """Return the utilization that the counts give, by GPU."""
+    """Return the model FLOPs utilization that the formula predicts from the counts, by GPU."""
     keys = (_OURS, _PEER)
-    rows = [["utilization by the formula", *(LABELS[key] for key in keys)]]
+    rows = [["MFU by the formula", *(LABELS[key] for key in keys)]]
     for name, version in counts[_OURS]["training"].items():
         for gpu in (key for key in version if key != "bytes"):
             values = [f"{counts[key]['training'][name][gpu]['utilization']:.2f}" for key in keys]

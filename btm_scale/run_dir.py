@@ -90,7 +90,7 @@ class RunDir:
         return self.domain(domain) / split
 
     def marks(self, domain: str, split: str) -> Path:
-        """One byte per token of a domain of conversations: whether it is trained on."""
+        """One byte per token of a domain of conversations: whether it is part of an answer, and where a cut may be."""
         return self.domain(domain) / f"{split}.mask"
 
     def fingerprint(self, domain: str) -> Path:

@@ -1,8 +1,8 @@
 """Score and mix many language models without materializing their logits.
 
 `token_logprobs` scores text under many experts from their hidden states; `mix_logits` and `mix_sample` decode from
-their mixture; `cross_entropy_` turns logits into the gradient of training's loss; `add_norm` and `split_rotated` are
-the elementwise parts of a layer. CUDA and ROCm tensors use Triton, others the PyTorch reference; if TRITON_INTERPRET=1
+their mixture; `cross_entropy_` turns logits into the gradient of training's loss; `add_norm` and `split_rotated` fuse
+elementwise operations of a layer. CUDA and ROCm tensors use Triton, others the PyTorch reference; if TRITON_INTERPRET=1
 is set before Triton is imported, CPU tensors run the Triton kernels as well. `last_path` says which ran, `cost` what
 the launches move. The package imports nothing else of btm_scale, and Triton only to launch a kernel.
 """

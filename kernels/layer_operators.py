@@ -1,4 +1,4 @@
-"""A layer's elementwise parts in few passes over memory, as public functions and as PyTorch operators."""
+"""Fused elementwise operations of a layer, as public functions and as PyTorch operators."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def add_norm_backward(
     has_shift: bool = False,
     has_bias: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of `add_norm`, given those of what it returns.
+    """Return the gradients of `add_norm`'s inputs, given those of its outputs.
 
     Args:
         upstream: gradient of normed, [..., hidden].
@@ -74,13 +74,13 @@ def add_norm_backward(
         weight: as for `add_norm`.
         mean: as `add_norm` returns it.
         scale: as `add_norm` returns it.
-        gradient: gradient of the total by other ways than the norm.
+        gradient: gradient of the total that does not come through the norm, [..., hidden].
         has_shift: whether there was a shift.
         has_bias: whether there was a bias.
 
     Returns:
-        The gradient of the total, which is that of `added` and the residual; and those of weight, and of shift and bias
-        if they exist, [1 to 3, hidden]. They are summed in float32, in a fixed order.
+        The gradient of the total, [..., hidden], which is also that of `added` and the residual; and the gradients of
+        weight, and of shift and bias if they exist, [1 to 3, hidden], summed in float32 in a fixed order.
 
     Raises:
         ValueError: shapes, dtypes or devices do not match.
@@ -93,12 +93,12 @@ def add_norm_backward(
 
 @torch.no_grad()
 def split_rotated(mixed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rotated queries [length, batch, heads, d] and keys [length, batch, KV heads, d].
+    """Apply rotary embeddings; return queries [length, batch, heads, d] and keys [length, batch, KV heads, d].
 
     The halves of a head, left and right, become left cos - right sin and right cos + left sin.
 
     Args:
-        mixed: [length, batch, KV heads, heads per KV head + 2, d], the product of queries, keys and values.
+        mixed: [length, batch, KV heads, heads per KV head + 2, d], the output of the QKV projection.
         cos: [length, d / 2].
         sin: [length, d / 2].
 
@@ -112,14 +112,17 @@ def split_rotated(mixed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 
 @torch.no_grad()
 def join_rotated(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return the gradient of `mixed`, given those of what `split_rotated` returns and of the values.
+    """Return the gradient of `mixed`, given those of `split_rotated`'s queries and keys, and of the values.
 
     Args:
-        query: [length, batch, heads, d].
-        key: [length, batch, KV heads, d].
-        value: like `key`.
+        query: gradient of the queries, [length, batch, heads, d].
+        key: gradient of the keys, [length, batch, KV heads, d].
+        value: gradient of the values, like `key`.
         cos: [length, d / 2].
         sin: [length, d / 2].
+
+    Returns:
+        [length, batch, KV heads, heads per KV head + 2, d].
 
     Raises:
         ValueError: shapes, dtypes or devices do not match.
@@ -216,7 +219,7 @@ def _run(
     launch: Callable[[ModuleType, Config], Result],
     plain: Callable[[], Result],
 ) -> Result:
-    """Return what a kernel returns, or what PyTorch computes where it cannot run."""
+    """Run the Triton kernel, or the PyTorch reference where it cannot run."""
     if tensor.numel() == 0 or operators.triton_module(tensor) is None:
         return paths.run_reference(name, plain)
     module = importlib.import_module("btm_scale.kernels.layer_launch")
@@ -287,7 +290,7 @@ JOIN_ROTATED = operators.define(
     _run_join_rotated,
     _fake_join_rotated,
 )
-# By name, for tests whose GPUs PyTorch's dispatcher does not know.
+# By name, for tests with stub GPUs, which PyTorch's dispatcher does not know.
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "add_norm": _run_add_norm,
     "add_norm_backward": _run_add_norm_backward,

@@ -1,4 +1,4 @@
-"""PyTorch reference of a layer's kernels. Formulas are in float32 between inputs and outputs."""
+"""PyTorch reference of a layer's kernels. Computes in float32 between inputs and outputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def add_norm(
     shift: Tensor | None,
     epsilon: float,
 ) -> Normed:
-    """See `btm_scale.kernels.add_norm`, except that a total which is `added` itself is empty."""
+    """See `btm_scale.kernels.add_norm`. The total is empty without bias and residual."""
     total = added.float()
     if bias is not None:
         total = total + bias

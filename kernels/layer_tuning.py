@@ -1,4 +1,4 @@
-"""The block shapes of a layer's kernels, by vendor. None has been timed."""
+"""The block shapes of a layer's kernels, by vendor. None has been timed on a GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from btm_scale.kernels.hardware import Hardware
 
-LARGEST_NORM = 8192  # columns of a row, which is in registers as a whole
+LARGEST_NORM = 8192  # columns of a row, which is held in registers
 _ELEMENTS_PER_THREAD = 16
 # Programs of the norm's backward pass, each with a row of sums: two for each multiprocessor of an H100 or H200.
 _PROGRAMS = 264
@@ -14,7 +14,7 @@ _HEAD_ELEMENTS = 1024  # of each half of a block of heads
 
 
 class NormConfig(NamedTuple):
-    """Columns of a row's block, the warps that share it, and the most programs of the backward pass."""
+    """Columns of a block, which is one row, its warps, and the most programs of the backward pass."""
 
     block: int
     warps: int
@@ -40,7 +40,7 @@ class RotaryConfig(NamedTuple):
 
 
 def norm_configs(hardware: Hardware, hidden: int) -> list[NormConfig]:
-    """Return the shapes of the norm's kernels, best first; none if a row is too long for the registers."""
+    """Return the configs of the norm's kernels, best first; none if a row is too long for the registers."""
     block = max(64, _power_of_two(hidden))
     if block > LARGEST_NORM:
         return []
@@ -49,7 +49,7 @@ def norm_configs(hardware: Hardware, hidden: int) -> list[NormConfig]:
 
 
 def rotary_configs(hardware: Hardware, head_size: int) -> list[RotaryConfig]:
-    """Return the shapes of the kernels that rotate, best first."""
+    """Return the configs of the rotary kernels, best first."""
     half = _power_of_two(head_size // 2)
     return [RotaryConfig(max(1, _HEAD_ELEMENTS // half), half, 4 * 32 // _warp(hardware))]
 

@@ -1,6 +1,6 @@
 """Triton kernels: a residual connection and the norm after it, forward and backward.
 
-A row, which is one token, is in registers as a whole, so every tensor is read once. No result depends on scheduling.
+A complete row, which is one token, is held in registers, so every tensor is read once. Results are deterministic.
 """
 
 # ruff: noqa: N803 - Triton code capitalizes compile-time constants
@@ -74,9 +74,9 @@ def add_norm_backward_kernel(
 ):
     """With u = upstream weight and x = (total - mean) scale: gradient + scale (u - x mean(u x) - mean(u)).
 
-    mean(u) is left out without `mean_ptr`, the gradient of the total without `gradient_ptr`. A program has every n-th
-    row of [rows, hidden], and writes its sums over them to sums [kinds, programs, hidden]: of upstream x, which is the
-    weight's gradient, of upstream with `mean_ptr`, and of the result with HAS_BIAS.
+    mean(u) is left out without `mean_ptr`, the gradient of the total without `gradient_ptr`. Program p of n computes
+    rows p, p + n, p + 2n, ... of [rows, hidden], and writes its sums over them to sums [kinds, programs, hidden]: of
+    upstream x, which is the weight's gradient, of upstream with `mean_ptr`, and of the result with HAS_BIAS.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)

@@ -48,7 +48,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, overwrite: bool) ->
 
 @functools.cache
 def _adds_in_product(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether a GPU adds a product of this dtype to a float32 tensor in place; some libraries cannot."""
+    """Return whether a GPU can add a product of this dtype to a float32 tensor in place; some BLAS libraries cannot."""
     if device.type != "cuda":
         return False
     ones = torch.ones(16, 16, dtype=dtype, device=device)
@@ -61,7 +61,7 @@ def _adds_in_product(device: torch.device, dtype: torch.dtype) -> bool:
             raise
         adds = False
     if not adds:
-        logger.warning("this GPU's library cannot add %s products to float32 sums: they are added separately", dtype)
+        logger.warning("this GPU's BLAS cannot accumulate %s products in float32: they are added separately", dtype)
     return adds
 
 

@@ -1,6 +1,6 @@
-"""Triton kernels: queries and keys are rotated as they leave the product of queries, keys and values, and back.
+"""Triton kernels: split the output of the QKV projection and apply rotary embeddings, and the gradient of that.
 
-The product is [tokens, KV heads, PER + 2, d]: the PER query heads of a KV head, its key and its value. A head has its
+The output is [tokens, KV heads, PER + 2, d]: the PER query heads of a KV head, its key and its value. A head has its
 two halves at a distance of d / 2, and cosines and sines are [positions, d / 2].
 """
 

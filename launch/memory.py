@@ -93,7 +93,7 @@ def _gradients(own: float, share: float, in_products: float, layout: Layout, acc
     """Return the bytes of gradients in DeepSpeed 0.19's optimizer step: in the dtype of the weights and in float32.
 
     Sums over micro-batches are float32; with ZeRO 1 each rank keeps those of all weights until the step. The gradients
-    of `in_products` weights are then only in these sums, because matrix products add to them, where DeepSpeed has its
+    of `in_products` weights exist only in these sums, because matrix products accumulate in them, if DeepSpeed uses its
     BF16_Optimizer: not in fp16, and not if the optimizer is offloaded.
     """
     width = layout.bytes_per_weight

@@ -85,17 +85,17 @@ def has_own_head(model: ModelReader) -> bool:
 
 
 def _without_values(path: Path, empty: Sequence[str]) -> str:
-    """Return the problem of parameters that ZeRO 3 had divided over ranks when they were saved."""
+    """Return the problem of parameters that ZeRO 3 had partitioned when they were saved."""
     sets = weight_sets(path)
     remedy = (
-        f"The folder also has {first_few(list(sets.not_read), 'files')}: move {sets.read} away to use that."
+        f"The folder also has {first_few(list(sets.not_read), 'files')}: move {sets.read} away to use them."
         if sets is not None and sets.not_read
         else "Their values are in the DeepSpeed checkpoint of the same step: give its folder (global_step*), or save "
         "the model with stage3_gather_16bit_weights_on_model_save."
     )
     return (
-        f"{path} has no values of {few_names(empty, 'tensors')}. ZeRO 3 leaves empty tensors in place of parameters "
-        f"that are divided over the ranks. {remedy}"
+        f"{path} has no values for {few_names(empty, 'tensors')}. ZeRO 3 leaves empty tensors in place of parameters "
+        f"that are partitioned across ranks. {remedy}"
     )
 
 

@@ -14,7 +14,7 @@ Shape = tuple[int, ...]
 Config = Mapping[str, Any]
 Tensors = Iterator[tuple[str, Shape]]
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")  # ends of their names
-HEADS = ("lm_head.weight", "language_model.lm_head.weight")  # which can be tied to an embedding
+HEADS = ("lm_head.weight", "language_model.lm_head.weight")  # which can be tied to the embedding
 
 
 _SIZES = (
@@ -77,9 +77,9 @@ def expected_tensors(config: Config) -> Expected | None:
 
 
 def ties_embeddings(config: Config) -> bool:
-    """Whether a config.json ties the LM head to the embedding, by itself or by the default of its family.
+    """Whether a config.json ties the LM head to the embedding, by its setting or by the default of its family.
 
-    That of a model of several modalities says so itself, or in its part about the language model.
+    A multimodal config has the setting at its top level or in `text_config`.
     """
     tied, row = config.get("tie_word_embeddings"), _ROWS.get(str(config.get("model_type")))
     if tied is not None:

@@ -46,8 +46,8 @@ _MAX_TENSOR_DEGREE = 64
 class Inspection:
     """Description of a checkpoint; `parameters` counts elements and `dtypes` counts them by dtype.
 
-    `problem` says how the weights differ from the config. `converts_to` lists the formats that `convert` accepts for
-    the checkpoint, `tensor_degrees` the tensor parallel degrees of those that have one. `tensor_degree` is the tensor
+    `problem` says how the weights differ from the config. `converts_to` lists the formats to which the checkpoint can
+    be converted, `tensor_degrees` the tensor parallel degrees of those that have one. `tensor_degree` is the tensor
     parallel degree at which the checkpoint was written, or None if its format does not record it.
     """
 

@@ -35,9 +35,9 @@ def require_convertible(model: ModelReader, path: Path, to: str) -> None:
 
 
 def targets_of(model: ModelReader, path: Path) -> tuple[tuple[str, ...], str | None]:
-    """Return the formats that `require_convertible` accepts for a model, and how its weights differ from its config.
+    """Return the formats to which a model can be converted, and how its weights differ from its config.
 
-    The difference is None if they fit, and if config.json describes a mixture or no supported family.
+    The difference is None if they fit, or if config.json describes a mixture of experts or no supported family.
     """
     problem, misfit = _refusal(require_complete, model), _refusal(_require_dense, model, path)
     targets = [] if problem else [HUGGINGFACE]
@@ -57,7 +57,7 @@ def _refusal(require: Callable[..., None], *arguments: object) -> str | None:
 
 
 def _require_dense(model: ModelReader, path: Path) -> None:
-    """Raise `CheckpointError` unless Megatron-core has a model with exactly these tensors, and no experts."""
+    """Raise `CheckpointError` unless Megatron-core has a dense model with exactly these tensors."""
     shape = find_shape(path)
     if shape.experts:
         raise CheckpointError(
@@ -69,7 +69,7 @@ def _require_dense(model: ModelReader, path: Path) -> None:
 
 
 def require_trainable(path: Path) -> None:
-    """Raise `CheckpointError` unless a Hugging Face model is complete and of a family that is trained here."""
+    """Raise `CheckpointError` unless a Hugging Face model is complete and of a family that can be trained."""
     with open_model(path) as model:
         if find_shape(path).experts:
             raise CheckpointError(f"{path} is a mixture of experts, which is not trained here. Choose another model.")

@@ -11,7 +11,7 @@ def main() -> None:
     leave_on_signal()
     open_missing_streams()
     escape_unknown_characters()
-    from btm_scale.cli.app import main as run_command  # after that, because it imports for most of a second
+    from btm_scale.cli.app import main as run_command  # last, because the import takes most of a second
 
     run_command()
 

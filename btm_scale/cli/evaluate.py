@@ -181,7 +181,7 @@ def mixture(
         several(
             "--target",
             "NAME=WEIGHT,...",
-            "Domains whose mean perplexity is minimized, with weights.  [default: all with an expert, equally]",
+            "Minimize the weighted mean perplexity of these domains.  [default: all with an expert, equally]",
         ),
     ],
     texts: Annotated[
@@ -192,15 +192,16 @@ def mixture(
         several("--keep", "NAME=RATIO,...", "Limit a domain's perplexity to this many times the seed LM's."),
     ],
     runs: Annotated[int, option("--runs", "N", "Number of weighted averages to measure.", min=1)] = 24,
-    split: Annotated[str, one_of("--split", "split", ("dev", "test"), "Split of the domains.")] = "dev",
+    split: Annotated[str, one_of("--split", "split", ("dev", "test"), "Split of the domains to measure on.")] = "dev",
     random_seed: RandomSeed = 0,
     device: Device = None,
-    dry_run: Annotated[bool, flag("--dry-run", "Say what would be measured and how long it takes, and end.")] = False,
+    dry_run: Annotated[bool, flag("--dry-run", "Report what would be measured and how long it would take.")] = False,
 ) -> Answer:
-    """Predict in which proportion to train on the domains.
+    """Predict the best proportions of the domains in training data.
 
-    Weighted averages of the experts and the seed LM approximate models trained on these mixtures. Their measured
-    perplexities are fitted by laws, which are minimized. The seed's weight is that of replayed text.
+    A weighted average of the experts and the seed LM approximates a model trained on that mixture. Laws are fitted to
+    the measured losses of such averages, and the predicted perplexity is minimized. The seed LM's weight is the
+    fraction of replayed text.
     """
     from btm_scale.evaluate.ablate import file_text, run_texts
     from btm_scale.evaluate.mixture import choose_mixture
@@ -217,7 +218,7 @@ def mixture(
     names = components(run_dir)
     files = {path.name: file_text(config, run_dir, path) for path in texts}
     if len(files) < len(texts):
-        raise UserError("Two --text files have the same name. Rename one of them, or join them.")
+        raise UserError("Two --text files have the same name. Rename one of them, or concatenate them.")
     trained = [name for name in config.expert_domains if name in names] or list(config.expert_domains)
     chosen = named_numbers("--target", targets) or dict.fromkeys(files or trained, 1.0)
     wish = Wish(chosen, named_numbers("--keep", keep))
@@ -243,7 +244,7 @@ def mixture(
             device=place,
             on_mixture=Countdown(cost.to_measure).log,
         )
-    logger.info("Recorded in %s. The page will show it: btm-scale report %s", run_dir.mixture, run_dir.root)
+    logger.info("Wrote %s. To show it on the page: btm-scale report %s", run_dir.mixture, run_dir.root)
 
     def show() -> None:
         from rich.console import Console

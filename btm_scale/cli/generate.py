@@ -45,7 +45,7 @@ def generate(
         option(
             "--chat",
             "FILE",
-            "File with one conversation per line, an object with `messages`. The next answer of each is generated.",
+            "Generate the next answer of each conversation in FILE, one per line: a JSON object with `messages`.",
         ),
     ] = None,
     max_tokens: Annotated[int, option("--max-tokens", "N", "Generate at most N tokens per prompt.")] = 128,
@@ -146,7 +146,9 @@ def generate(
         from btm_scale.generate.chats import chat_prompts
 
         if prompts or prompts_file is not None:
-            raise UserError("--chat was given with --prompt or --prompts. One call continues one kind: remove one.")
+            raise UserError(
+                "--chat was given with --prompt or --prompts. A call continues conversations or prompts: remove one."
+            )
         chats = chat_prompts(config, run_dir, chat, domain)
         texts, encoded, stop = chats.texts, chats.ids, [*stop, *chats.stop]
     generator = Generator.of_run(

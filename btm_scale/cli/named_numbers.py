@@ -8,7 +8,7 @@ from btm_scale.errors import UserError
 
 
 def named_numbers(option: str, values: Sequence[str]) -> dict[str, float]:
-    """Return the numbers of an option that may be repeated, by name. Raises UserError for another form."""
+    """Return {name: number} of a repeatable option. Raises UserError for invalid syntax or a repeated name."""
     numbers: dict[str, float] = {}
     for value in values:
         for part in value.split(","):
@@ -18,7 +18,7 @@ def named_numbers(option: str, values: Sequence[str]) -> dict[str, float]:
             except ValueError:
                 sign = ""
             if not sign or not name:
-                raise UserError(f"{option} {value}: expected NAME=NUMBER, or several such as law=2,python=1")
+                raise UserError(f"{option} {value}: expected NAME=NUMBER, or several, such as law=2,python=1")
             if name in numbers:
                 raise UserError(f"{option} names '{name}' twice. Give each name one number.")
             numbers[name] = parsed

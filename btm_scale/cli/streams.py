@@ -7,9 +7,9 @@ import sys
 
 
 def open_missing_streams() -> None:
-    """Open /dev/null as each standard stream that is closed, as some services start their programs.
+    """Open /dev/null in place of closed standard streams, with which some services start their programs.
 
-    The next file would get its number, and what a library prints would be written into that file.
+    The next file to be opened would get the stream's number, and a library's output would be written into it.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -20,9 +20,9 @@ def open_missing_streams() -> None:
 
 
 def escape_unknown_characters() -> None:
-    """Let stdout print a character that its encoding lacks as an escape such as `\\u2013`, as stderr does.
+    """Print characters that the encoding of stdout lacks as escapes such as `\\u2013`, as stderr does.
 
-    Tables have such characters, and a locale of a cluster's nodes may be ASCII or Latin-1.
+    Tables have such characters, and the locale of a cluster's nodes may be ASCII or Latin-1.
     """
     if sys.stdout.errors != "backslashreplace":
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

@@ -86,21 +86,21 @@ class DomainConfig(Section):
     )
     field: FieldNames = Field(
         default="text",
-        description="field of a row with the text, the path of a nested one, or a list to join; of conversations, by "
-        "default, messages, conversations, or prompt and completion",
+        description="field of a row with the text, the path of a nested one, or a list to join; default with "
+        "`chat`: messages (messages), conversations (sharegpt), prompt and completion (prompt_completion)",
     )
     chat: ChatShape | None = Field(
         default=None,
-        description="rows are conversations: a list of `role` and `content` (messages), of `from` and `value` "
-        "(sharegpt), or a prompt and a completion; only answers are trained on and scored",
+        description="read rows as conversations: a list of `role` and `content` (messages), a list of `from` and "
+        "`value` (sharegpt), or a prompt and a completion; only answers are trained on and scored",
     )
     loss: Literal["all", "last"] = Field(
-        default="all", description="of conversations: train on every answer, or on the last"
+        default="all", description="with `chat`: train on all answers of a conversation, or only on the last"
     )
     template: str | None = Field(
         default=None,
-        description="of conversations: a chat template of the tokenizer by name, or a .jinja file relative to "
-        "text_root; default: the tokenizer's",
+        description="with `chat`: the name of one of the tokenizer's chat templates, or a .jinja file relative to "
+        "text_root; default: the tokenizer's default template",
     )
     filter: tuple[FilterConfig, ...] = Field(default=(), description="conditions that a row must meet")
     passages: Bytes | None = Field(
@@ -120,7 +120,7 @@ class DomainConfig(Section):
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The fields of a row whose text is joined, or which hold a conversation."""
+        """The fields of a row whose text is joined, or that have its conversation."""
         if self.chat is not None and self.field == "text":
             return CHAT_FIELDS[self.chat]
         return (self.field,) if isinstance(self.field, str) else self.field
@@ -157,13 +157,13 @@ class DomainConfig(Section):
             given = {"loss": self.loss != "all", "template": self.template is not None}
             if wrong := [name for name, is_given in given.items() if is_given]:
                 raise ValueError(
-                    f"has {' and '.join(wrong)} and no `chat`. That applies to conversations only: remove it, or set "
-                    "`chat` to the shape of its rows."
+                    f"has {' and '.join(wrong)} and no `chat`. Only conversations have that: remove it, or set `chat` "
+                    "to the format of the rows."
                 )
             return
         if self.format == "text" or self.passages is not None or self.split_by == "position":
             raise ValueError(
-                "has `chat` and a setting of plain text. Conversations are rows, and are never cut to fill a split: "
+                "has `chat` and a setting of plain text. Conversations are rows, and no split begins inside one: "
                 "remove `format: text`, `passages` and `split_by: position`."
             )
         usual = CHAT_FIELDS[self.chat]

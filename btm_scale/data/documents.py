@@ -90,7 +90,7 @@ class BadLines:
             )
 
     def add(self, refused: BadLines) -> None:
-        """Add lines that were read, and refused later."""
+        """Add lines that were read as documents and refused afterwards."""
         for name, loss in refused.losses.items():
             total = self.losses.setdefault(name, Loss(documents=self._read.get(name, 0)))
             total.lines += loss.lines

@@ -44,9 +44,9 @@ class SplitCounts(Part):
     tokens: int = 0
     bytes: int = 0
     trained: int = Field(default=0, exclude_if=is_empty)
-    """Of conversations: the tokens of answers."""
+    """The number of answer tokens; 0 unless documents are conversations."""
     read: int = Field(default=0, exclude_if=is_empty)
-    """Of conversations in train: the tokens of all sequences of one pass, at the sequence length they were made for."""
+    """The tokens of one pass over packed training conversations, at the sequence length of `prepare`; 0 for others."""
 
     @property
     def per_pass(self) -> int:

@@ -43,7 +43,7 @@ class Shard:
     ends: Mapping[str, int]
     digests: Mapping[str, str]
     marks: Mapping[str, tuple[int, str]] = field(default_factory=dict)
-    """Of conversations: the same size and digest of each file of marks."""
+    """For conversations, the size and digest of each file of marks."""
 
 
 class Journal:
@@ -161,8 +161,8 @@ class Replay:
 def resumable_directory(final: Path, made_from: str) -> Iterator[tuple[Path, Journal]]:
     """Make a directory that is published as `final` when the block ends, with the journal in it.
 
-    If the block is interrupted or raises, the directory stays, provided that its journal has a shard of this text: also
-    if the disk is full, where it is what the next call resumes from. Raises CheckpointError if `final` exists with
+    If the block is interrupted or raises, for example because the disk is full, the directory stays, and the next call
+    resumes from it, provided that its journal has a shard of this text. Raises CheckpointError if `final` exists with
     content.
     """
     temporary = partial_path(final)

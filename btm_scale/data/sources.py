@@ -20,7 +20,9 @@ class DomainSource:
     name: str
     files: tuple[SourceFile, ...]
     settings: DomainConfig
-    tokenizer: Path | None = None  # the directory of the one with which token files are read and chats rendered
+    tokenizer: Path | None = (
+        None  # directory of the one that made token files, or whose chat template renders conversations
+    )
     text_root: Path = Path()
 
     @property
@@ -30,7 +32,7 @@ class DomainSource:
 
     @property
     def may_be_cut(self) -> bool:
-        """Whether a split may begin inside a document: not in a conversation, nor if documents are grouped."""
+        """Whether a split may begin inside a document: neither in conversations nor if documents are grouped."""
         return not self.is_grouped and self.settings.chat is None
 
     @property

@@ -1,4 +1,4 @@
-"""Settings of the GPU's libraries that training needs and that are read when CUDA starts."""
+"""Environment variables for training on GPUs, which CUDA and PyTorch read when they start."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from btm_scale.config.layout import Layout
 
 
 def set_gpu_defaults(layout: Layout) -> None:
-    """Set what the environment does not set already. Call it before anything uses the GPU."""
+    """Set variables that are not set yet. Call this before anything uses the GPU."""
     # Segments that grow can be reused for tensors of any size, such as those of a longer batch.
     allocator = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     if torch.version.cuda and not any(name in os.environ for name in allocator):

@@ -17,7 +17,7 @@ from btm_scale.errors import LaunchError, PortTaken
 logger = logging.getLogger(__name__)
 
 TIMEOUT = timedelta(minutes=30)  # of the rendezvous and of each collective, as in DeepSpeed
-_OWN_NAME_SECONDS = 60.0  # until the host of the first rank must know its name
+_OWN_NAME_SECONDS = 60.0  # the first rank's own host must resolve its name by then
 _POLL_SECONDS = 1.0
 _LOOPBACK_INTERFACE = "lo"
 
@@ -43,9 +43,9 @@ def init_process_group(backend: str, *, own_gpu: str = "") -> None:
 
 
 def await_name(address: str, seconds: float) -> None:
-    """Wait until an address can be resolved: the name of a pod may be published after its ranks have started.
+    """Wait until an address resolves: the name of a pod may be published after its ranks have started.
 
-    Raises LaunchError if it cannot be for this long.
+    Raises LaunchError if it does not within `seconds`.
     """
     deadline = time.monotonic() + seconds
     is_logged = False
@@ -58,7 +58,7 @@ def await_name(address: str, seconds: float) -> None:
                 raise _unresolved(address, error) from None
             if not is_logged:
                 is_logged = True
-                logger.warning("MASTER_ADDR=%s is not known yet (%s): waiting for it", address, error.strerror or error)
+                logger.warning("MASTER_ADDR=%s does not resolve yet (%s): waiting", address, error.strerror or error)
         time.sleep(_POLL_SECONDS)
 
 

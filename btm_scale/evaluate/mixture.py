@@ -1,4 +1,4 @@
-"""Predict in which proportion to train on domains: measure averages of experts, choose a mixture, record it."""
+"""Predict the best proportions of the domains: measure averages of experts, choose a mixture, record it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ def choose_mixture(
 ) -> ChosenMixture:
     """Return the mixture with the lowest predicted perplexity, and write it to evaluation/mixture.json.
 
-    Mixtures that are not recorded there yet are measured first. `mixtures` must cover every model that may be mixed, as
-    those of `drawn` do. Raises UserError if no mixture meets the wish, CheckpointError for models of different shapes.
+    Mixtures that are not recorded there yet are measured first. Every model that may be mixed must be in one of
+    `mixtures`, as in those of `drawn`. Raises UserError if no mixture meets the limits, and CheckpointError for models
+    of different shapes.
     """
     names = sorted({name for mixture in mixtures for name in mixture})
     measured = measure(run, texts, mixtures, device=device, on_mixture=on_mixture)

@@ -1,4 +1,4 @@
-"""Choose the weights of a mixture from measured ones: the lowest predicted perplexity that keeps what must be kept."""
+"""Choose the weights of a mixture from measured ones: the lowest predicted perplexity that meets every limit."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _OUTER = (2.5, 97.5)  # percentiles
 
 @dataclass(frozen=True)
 class Wish:
-    """What a mixture is chosen for."""
+    """The objective and the limits for choosing a mixture."""
 
     targets: Mapping[str, float]  # text: weight of its perplexity in the mean that is minimized
     keep: Mapping[str, float]  # text: the largest allowed ratio of its perplexity to the seed LM's
 
     def require_valid(self, names: Sequence[str]) -> None:
-        """Raise UserError unless all numbers are positive, and the models `names` include what ratios are to."""
+        """Raise UserError unless all numbers are positive, and with limits the models `names` include the seed LM."""
         for option, numbers in (("target", self.targets), ("keep", self.keep)):
             for name, number in numbers.items():
                 if not (0 < number < math.inf):
@@ -71,7 +71,7 @@ def choose(
             f"{len(measured)} measured mixtures do not determine any law of {len(names)} models, which takes at least "
             f"{needed(LAWS[0], len(names))} in general position. Raise --runs."
         )
-    fits = {name: chosen(found) for name, found in laws.items()}
+    fits = {name: chosen(fitted) for name, fitted in laws.items()}
     total = sum(wish.targets.values())
     targets = {name: weight / total for name, weight in wish.targets.items()}
     alone = {one: _measured_at(mixtures, losses, index) for index, one in enumerate(names)}
@@ -162,7 +162,7 @@ def _resampled(
     weights: np.ndarray,
     random_seed: int,
 ) -> dict[str, np.ndarray]:
-    """Return perplexities [resamples] of a mixture by laws refitted to resampled errors, each with an error added."""
+    """Return each text's bootstrap perplexities [resamples]: laws refitted to resampled errors, plus one error each."""
     draws = np.random.default_rng(random_seed).integers(len(mixtures), size=(_RESAMPLES, len(mixtures) + 1))
     samples = {}
     for name, fit in fits.items():
@@ -185,9 +185,9 @@ def _is_outside(fit: Fit, mixtures: np.ndarray, weights: np.ndarray) -> bool:
 def _infeasible(fits: Mapping[str, Fit], seed: Mapping[str, float], wish: Wish, mixtures: np.ndarray) -> str:
     """Return the message for limits that no mixture meets, with the lowest ratio that is predicted for each alone."""
     lowest = {name: math.exp(lowest_loss(fits[name], mixtures) - seed[name]) for name in wish.keep}
-    wishes = ", ".join(f"{name}={ratio:g}" for name, ratio in wish.keep.items())
+    limits = ",".join(f"{name}={ratio:g}" for name, ratio in wish.keep.items())
     ratios = ", ".join(f"{name} {ratio:.3f}" for name, ratio in lowest.items())
     return (
-        f"No mixture is predicted to meet --keep {wishes}. The lowest ratio to the seed LM's perplexity that a mixture "
+        f"No mixture is predicted to meet --keep {limits}. The lowest ratio to the seed LM's perplexity that a mixture "
         f"reaches, for each alone, is {ratios}. Raise --keep, or leave one of the domains out."
     )

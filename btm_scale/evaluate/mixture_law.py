@@ -63,20 +63,20 @@ class Linear(Law):
         return components
 
     def terms(self, mixtures: np.ndarray) -> np.ndarray:
-        """Return what the parameters multiply, [..., size]."""
+        """Return the regressors that the parameters multiply, [..., size]."""
         return mixtures
 
     def uncertainty(self, measured: np.ndarray, candidates: np.ndarray) -> np.ndarray:
         """Return the variance [n] of a prediction for each candidate, in variances of a measured loss.
 
-        The largest is the next to measure: of all candidates it determines the parameters best (D-optimality).
+        The candidate with the largest is the next to measure (D-optimal design).
         """
         known, terms = self.terms(measured), self.terms(candidates)
         precision = known.T @ known + _PRIOR * np.eye(known.shape[1])
         return np.einsum("ni,in->n", terms, np.linalg.solve(precision, terms.T))
 
     def fit(self, mixtures: np.ndarray, losses: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
-        """Solve the least squares."""
+        """Solve the linear least squares problem."""
         solution: np.ndarray = losses @ np.linalg.pinv(self.terms(mixtures)).T
         return solution
 
@@ -94,7 +94,7 @@ class Linear(Law):
         return self.terms(mixtures)
 
     def left_out(self, mixtures: np.ndarray, losses: np.ndarray, fitted: np.ndarray) -> np.ndarray:
-        """Use the leverages, as no fit but one is needed."""
+        """Return the leave-one-out losses in closed form, by the leverages."""
         rest = 1.0 - leverages(self.terms(mixtures), self.terms(mixtures))
         residuals = losses - self.loss(fitted, mixtures)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -140,9 +140,9 @@ class Exponential(Law):
             [np.broadcast_to(start, (len(batch), len(start)))] if start is not None else self._starts(mixtures, batch)
         )
         everything = np.ones_like(batch)
-        found = [_levenberg_marquardt(self, mixtures, batch, everything, one) for one in starts]
-        best = np.argmin([cost for _, cost in found], axis=0)
-        parameters = np.stack([parameters for parameters, _ in found])[best, np.arange(len(batch))]
+        fitted = [_levenberg_marquardt(self, mixtures, batch, everything, one) for one in starts]
+        best = np.argmin([cost for _, cost in fitted], axis=0)
+        parameters = np.stack([parameters for parameters, _ in fitted])[best, np.arange(len(batch))]
         return parameters.reshape(*losses.shape[:-1], -1)
 
     def loss(self, parameters: np.ndarray, mixtures: np.ndarray) -> np.ndarray:
@@ -156,12 +156,12 @@ class Exponential(Law):
         return height * slopes, height * np.outer(slopes, slopes)
 
     def features(self, parameters: np.ndarray, mixtures: np.ndarray) -> np.ndarray:
-        """Return 1 and the exponential times each weight; of parameters [..., size] also [..., n, size]."""
+        """Return 1 and the exponential times each weight, [..., n, size] for parameters [..., size]."""
         heights = _exp(parameters[..., 1:] @ mixtures.T)[..., None]
         return np.concatenate([np.ones_like(heights), heights * mixtures], axis=-1)
 
     def left_out(self, mixtures: np.ndarray, losses: np.ndarray, fitted: np.ndarray) -> np.ndarray:
-        """Fit once per mixture, beginning at the fit to all."""
+        """Fit once per mixture, starting from the fit to all."""
         n = len(losses)
         start = np.broadcast_to(fitted, (n, len(fitted)))
         parameters, _ = _levenberg_marquardt(self, mixtures, np.tile(losses, (n, 1)), 1.0 - np.eye(n), start)
@@ -180,13 +180,11 @@ LAWS: tuple[Law, ...] = (Linear(), Exponential(), Quadratic())  # the one with t
 
 @dataclass(frozen=True)
 class Fit:
-    """A law with the parameters that fit measured mixtures, and how well it predicts those it did not see."""
+    """A law with the parameters that fit measured mixtures, and its leave-one-out error."""
 
     law: Law
     parameters: np.ndarray  # [size]
-    left_out: (
-        np.ndarray
-    )  # nats [n]: each measured mixture's loss by the fit to the others; of a component alone, to all
+    left_out: np.ndarray  # nats [n]: each mixture's loss by the fit to the others; of a component alone, to all
     error: float  # nats: root mean square error of `left_out` over mixtures of several components
     r2: float  # of the same
 
@@ -199,14 +197,14 @@ class Fit:
         return self.law.derivatives(self.parameters, mixture)
 
     def leverages(self, mixtures: np.ndarray, measured: np.ndarray) -> np.ndarray:
-        """Return how strongly the prediction of each mixture depends on the measured ones, [n]."""
+        """Return the leverage of each mixture, [n]: the variance of its prediction, in variances of a measured loss."""
         features = self.law.features(self.parameters, measured)
         return leverages(self.law.features(self.parameters, mixtures), features)
 
     def resampled(self, measured: np.ndarray, losses: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        """Return the parameters [samples, size] for losses to which other mixtures' errors were added.
+        """Return bootstrap parameters [samples, size]: fits to predicted losses plus resampled leave-one-out errors.
 
-        `draws` [samples, n] is whose error each measured mixture gets.
+        `draws`, int [samples, n], has the mixture whose error each measured mixture gets.
         """
         errors = losses - self.left_out
         resampled = self.loss(measured) + (errors - errors.mean())[draws]
@@ -221,7 +219,8 @@ def needed(law: Law, components: int) -> int:
 def fit_laws(mixtures: np.ndarray, losses: np.ndarray) -> dict[str, Fit]:
     """Fit every law for which there are enough mixtures [n, components] to their losses [n] in nats.
 
-    A component alone is never left out, as no other mixture shows what it is: its loss remains in every fit.
+    A law that they do not determine is absent. A component alone is never left out, as no other mixture shows what it
+    is: its loss remains in every fit.
     """
     fits: dict[str, Fit] = {}
     is_mixed = mixtures.max(axis=1) < 1.0
@@ -240,7 +239,7 @@ def fit_laws(mixtures: np.ndarray, losses: np.ndarray) -> dict[str, Fit]:
 
 
 def chosen(fits: Mapping[str, Fit]) -> Fit:
-    """Return the fit with the lowest leave-one-out error; of equal ones that with the fewest parameters."""
+    """Return the fit with the lowest leave-one-out error; of equal ones, that with the fewest parameters."""
     return min(fits.values(), key=lambda fit: (fit.error, len(fit.parameters)))
 
 
@@ -257,9 +256,14 @@ def _exp(exponent: np.ndarray) -> np.ndarray:
 def _levenberg_marquardt(
     law: Exponential, mixtures: np.ndarray, losses: np.ndarray, counted: np.ndarray, start: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return parameters [batch, size] and their sums of squares [batch].
+    """Return parameters [batch, size] and their sums of squared errors [batch].
 
-    Args: `losses` and `counted` (0 for a loss that is left out), [batch, n].
+    Args:
+        law: the law to fit.
+        mixtures: [n, components].
+        losses: [batch, n].
+        counted: [batch, n], 0 for a loss that is left out and else 1.
+        start: [batch, size].
     """
     parameters = start.copy()
     damping = np.full(len(losses), 1e-3)

@@ -32,10 +32,12 @@ Limit = tuple[Surface, float]  # a loss, and its largest allowed value in nats
 def lowest_mean(
     targets: Sequence[tuple[Surface, float]], limits: Sequence[Limit], starts: np.ndarray
 ) -> np.ndarray | None:
-    """Return the mixture [components] whose weighted mean perplexity is the lowest of those that meet every limit.
+    """Return the mixture [components] with the lowest weighted mean perplexity that meets every limit, or None.
 
-    Args: `targets`, losses with the weights of their perplexities; `starts` [n, components], where to look. Returns
-    None if no mixture that was found is inside all limits.
+    Args:
+        targets: losses with the weights of their perplexities.
+        limits: losses with their largest allowed values.
+        starts: [n, components], mixtures to start from, beside single components and pairs.
     """
     candidates = np.concatenate([starts, _midpoints(starts.shape[1])])
     excess = _excess(limits, candidates)
@@ -45,8 +47,8 @@ def lowest_mean(
     best: tuple[float, np.ndarray] | None = None
     for start in candidates[order[:_STARTS]]:
         inside = _meeting(limits, 0.98 * start + 0.02 * center)
-        found = [] if inside is None else [_without_vanishing(limits, _descend(objective, limits, inside))]
-        for mixture in (*found, *([start] if meets(limits, start) else [])):
+        minima = [] if inside is None else [_without_vanishing(limits, _descend(objective, limits, inside))]
+        for mixture in (*minima, *([start] if meets(limits, start) else [])):
             value = objective(mixture)[0]
             if best is None or value < best[0]:
                 best = value, mixture
@@ -79,7 +81,7 @@ def _log_mean(targets: Sequence[tuple[Surface, float]], mixtures: np.ndarray) ->
 
 
 def _mean_perplexity(targets: Sequence[tuple[Surface, float]]) -> Function:
-    """Return the logarithm of the weighted mean perplexity, which has the same minimum and no scale."""
+    """Return the logarithm of the weighted mean perplexity, which has the same minimum."""
     return _log_sum_exp([(surface, float(np.log(weight))) for surface, weight in targets], 1.0)
 
 
@@ -113,14 +115,14 @@ def _meeting(limits: Sequence[Limit], start: np.ndarray) -> np.ndarray | None:
 
 
 def _descend(function: Function, limits: Sequence[Limit], mixture: np.ndarray) -> np.ndarray:
-    """Return the local minimum that Newton's method finds from an interior point, with ever smaller barriers."""
+    """Return a local minimum, by Newton's method from an interior point with decreasing barriers."""
     directions = _directions(len(mixture))
     for barrier in _BARRIERS:
         for _ in range(_NEWTON_STEPS):
             value, gradient, hessian = _with_barriers(function, limits, mixture, barrier)
             curvatures, axes = np.linalg.eigh(directions.T @ hessian @ directions)
             slopes = axes.T @ (directions.T @ gradient)
-            # Along an axis of negative curvature, it descends as fast as the curvature is large.
+            # Absolute curvatures make it a descent direction along axes of negative curvature too.
             step = -directions @ (axes @ (slopes / np.maximum(np.abs(curvatures), 1e-9)))
             descent = float(gradient @ step)
             if descent > -1e-3 * barrier:

@@ -42,14 +42,14 @@ class Predicted(Part):
 
 
 class LawFit(Part):
-    """How well a law predicts mixtures that it was not fitted to."""
+    """How well a law predicts mixtures that were left out of its fit."""
 
     error: Finite  # nats per token: root mean square over the measured mixtures of several models, each left out once
     r2: Finite
 
 
 class TextFit(LawFit):
-    """The law that was chosen for a text, and the errors of every law that there were enough mixtures for."""
+    """The law that was chosen for a text, and the errors of every law that was fitted."""
 
     law: str
     laws: dict[str, LawFit]
@@ -65,14 +65,14 @@ class MixturePerplexity(Part):
 
 
 class ChosenMixture(Part):
-    """What `btm-scale mixture` answers."""
+    """The result of `btm-scale mixture`."""
 
     random_seed: int
     targets: dict[str, Weight]  # weight of each text's perplexity in the mean; they sum to 1
     keep: dict[str, Finite]  # by domain: the largest allowed ratio of its perplexity to the seed LM's
     weights: dict[str, Weight]  # of the experts and the seed LM; they sum to 1
     domains: dict[str, dict[str, Weight]]  # by domain: its `weight` in the text of the mixture
-    outside: dict[str, Weight]  # models whose text is not that of domains of this run, with their weights
+    outside: dict[str, Weight]  # weights of models that were trained on text of no domain of this run
     mean: Predicted  # the mean perplexity over the targets
     perplexity: dict[str, Predicted]  # by text
     fit: dict[str, TextFit]  # by text

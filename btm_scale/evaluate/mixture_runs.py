@@ -50,8 +50,8 @@ def components(run: RunDir) -> list[str]:
 def drawn(names: Sequence[str], runs: int, random_seed: int = 0) -> list[Mixture]:
     """Return `runs` mixtures: the uniform one, each model alone, and draws that are uniform on the simplex.
 
-    Of several draws, the one is taken about which those before it say least. More runs add draws, and leave the first
-    as they are. Raises UserError if they are too few for any law.
+    Each is the one of several draws whose loss the quadratic law, fitted to the mixtures before it, predicts with the
+    largest variance. A larger `runs` appends mixtures. Raises UserError if there are too few for any law.
     """
     names = sorted(names)
     least = needed(LAWS[0], len(names))
@@ -73,7 +73,7 @@ def drawn(names: Sequence[str], runs: int, random_seed: int = 0) -> list[Mixture
 def unmeasured(
     run: RunDir, texts: Mapping[str, Text], mixtures: Sequence[Mixture]
 ) -> list[tuple[Mixture, dict[str, Text]]]:
-    """Return the mixtures that lack the loss on some text, each with those texts."""
+    """Return the mixtures without a recorded loss on every text, each with the texts that it lacks."""
     hashes = _hashes(run, mixtures)
     losses = {one.key: one.losses for one in _record(run).measured}
     missing = []

@@ -1,4 +1,4 @@
-"""Conversations as prompts: rendered up to the answer, in which special tokens are special."""
+"""Conversations as prompts: rendered up to the answer, with special tokens encoded as such."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SHAPES = {"messages": "messages", "conversations": "sharegpt"}
 
 @dataclass(frozen=True)
 class ChatPrompts:
-    """Rendered conversations, their ids, and the text that ends an answer, if the template has one."""
+    """Rendered conversations, their token ids, and the text that ends an answer, if the template has one."""
 
     texts: list[str]
     ids: list[list[int]]
@@ -56,9 +56,10 @@ def _template(config: RunConfig, run: RunDir, domain: str | None) -> ChatTemplat
     if template is None and named:
         template = ChatTemplate.named(named[0], run.tokenizer, config.text_root)
     if template is None:
+        who = "no domain of the run names" if domain is None else f"domain '{domain}' does not name"
         raise UserError(
-            f"The tokenizer in {run.tokenizer} has no chat template, and no domain of the run names one. Conversations "
-            "become prompts by a template: add chat_template.jinja to that folder, or use --prompt."
+            f"The tokenizer in {run.tokenizer} has no chat template, and {who} one. A template "
+            "renders conversations as prompts: add chat_template.jinja to that folder, or use --prompt."
         )
     return template
 

@@ -123,9 +123,9 @@ class Generator:
     ) -> Iterator[Piece]:
         """Continue prompts in batches of `batch`, and yield every piece of text as soon as it is final.
 
-        A prompt is the beginning of a document; `encoded` are its ids, if they are not those of plain text. A
-        continuation ends with the document, before a `stop` string, after `max_tokens`, or when the experts' context is
-        full. Raises `UserError` for a prompt longer than the context.
+        A prompt is the beginning of a document. `encoded` gives the prompts' token ids, if they are not those of plain
+        text. A continuation ends with the document, before a `stop` string, after `max_tokens`, or when the experts'
+        context is full. Raises `UserError` for a prompt longer than the context.
         """
         if max_tokens < 0 or batch < 1:
             raise UserError(f"max-tokens is {max_tokens} and batch is {batch}. Use at least 0 tokens and 1 prompt.")

@@ -11,7 +11,7 @@ from btm_scale.kernels import add_norm, add_norm_backward, join_rotated, split_r
 
 
 class SplitRotated(torch.autograd.Function):
-    """`mixed`, cos, sin -> rotated queries and keys, as of `kernels.split_rotated`, and values, which are a view."""
+    """`mixed`, cos, sin -> rotated queries and keys of `kernels.split_rotated`, and values, which are a view."""
 
     @staticmethod
     def forward(ctx: Any, mixed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,9 +28,9 @@ class SplitRotated(torch.autograd.Function):
 
 
 class AddNorm(torch.autograd.Function):
-    """added, bias, residual, weight, shift, epsilon -> total and its norm, as of `kernels.add_norm`.
+    """added, bias, residual, weight, shift, epsilon -> total and its norm, by `kernels.add_norm`.
 
-    The gradient of the total, which the next residual connection uses too, is added in the norm's backward kernel.
+    The total is also the next residual connection's input; that gradient is added in the norm's backward kernel.
     """
 
     @staticmethod
@@ -46,7 +46,7 @@ class AddNorm(torch.autograd.Function):
         """See `kernels.add_norm`."""
         total, normed, mean, scale = add_norm(added, weight, bias=bias, residual=residual, shift=shift, epsilon=epsilon)
         if total is added:
-            total = added.view_as(added)  # autograd returns inputs that are outputs as they are
+            total = added.view_as(added)  # an output of a Function must not be one of its inputs
         ctx.save_for_backward(total, weight, mean, scale)
         ctx.given = bias is not None, residual is not None, shift is not None
         ctx.set_materialize_grads(False)

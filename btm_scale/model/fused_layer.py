@@ -1,6 +1,6 @@
 """Megatron-core's layer and attention with the elementwise kernels of `fused`, for GPUs.
 
-On a CPU, layers run the operations of PyTorch and Megatron-core, whose results are rounded at other places.
+On a CPU, layers run the operations of PyTorch and Megatron-core, whose rounding differs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from btm_scale.model.rotary import Rotary
 
 
 class FusedAttention(SelfAttention):
-    """Self-attention whose queries and keys are rotated as they are split from the product."""
+    """Self-attention that splits the QKV projection and applies rotary embeddings in one kernel."""
 
     def __init__(self, *args: Any, rotary: Rotary | None = None, **named: Any) -> None:
         super().__init__(*args, **named)
@@ -33,7 +33,7 @@ class FusedAttention(SelfAttention):
 
 
 class AddRMSNorm(RMSNorm):
-    """An RMS norm that adds first, and returns the total too."""
+    """An RMS norm of a sum, which is returned too."""
 
     def forward(  # type: ignore[override]
         self, added: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
@@ -44,7 +44,7 @@ class AddRMSNorm(RMSNorm):
 
 
 class AddLayerNorm(LayerNorm):
-    """A layer norm that adds first, and returns the total too."""
+    """A layer norm of a sum, which is returned too."""
 
     def forward(  # type: ignore[override]
         self, added: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
@@ -55,7 +55,7 @@ class AddLayerNorm(LayerNorm):
 
 
 class FusedLayer(TransformerLayer):
-    """A layer in which each residual connection is added in the next norm's kernel, and its gradient as well."""
+    """A layer whose residual connections are fused with the norms after them, forward and backward."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, **_: Any) -> tuple[Tensor, None]:
         """Return the hidden states [length, batch, hidden] after the layer, and no context."""

@@ -52,7 +52,7 @@ class ExpertModel(GPTModel):
         self.shape = shape
         # If set, tokens attend only within their document.
         self.end_of_text: int | None = None
-        # Of targets of which some are left out: the loss is their sum divided by this; by default their number.
+        # If some targets are left out: what the sum of the others' losses is divided by; None: their number.
         self.target_count: float | None = None
         self._leaves_out_targets = False
         self.tensor_group = self.pg_collection.tp if config.tensor_model_parallel_size > 1 else None
@@ -109,9 +109,9 @@ class ExpertModel(GPTModel):
 
 
 def _with_targets(states: Tensor, targets: Tensor, count: float | None) -> tuple[Tensor, Tensor, float]:
-    """Return the states and targets of what is trained on, and the factor of their mean loss.
+    """Return the states [trained, hidden] and targets [trained] that are not left out, and a factor of their mean loss.
 
-    Without any, the loss of one target has the factor 0, so that every rank still computes all gradients.
+    If all are left out, one remains with the factor 0, so that every rank still computes all gradients.
     """
     rows = (targets >= 0).nonzero()[:, 0]
     trained = len(rows)
@@ -133,9 +133,9 @@ def build_model(
 ) -> ExpertModel:
     """Return this rank's part of a randomly initialized model; the process groups must be initialized.
 
-    Without `draws`, matrices are zero, for a model whose weights are loaded. Weights are drawn from the process's CPU
-    RNG and are the same at any tensor parallel degree. With `sequence_parallel`, sequence lengths must be multiples of
-    `tensor`. `recompute` saves memory in training: the activations of attention (selective) or of complete layers
+    Without `draws`, matrices are zero, for a model whose weights will be loaded. Weights are drawn from the process's
+    CPU RNG and are the same at any tensor parallel degree. With `sequence_parallel`, sequence lengths must be multiples
+    of `tensor`. `recompute` saves memory in training: the activations of attention (selective) or of complete layers
     (full) are recomputed in the backward pass. With `partition`, no rank ever holds more than its part of the model and
     one matrix.
     """
@@ -204,7 +204,7 @@ def gpu() -> torch.device:
 
 
 def _layer_spec(shape: ModelShape, normalization: str, recompute: str, *, fused: bool) -> ModuleSpec:
-    """Return the modules of a layer; `fused` are those for a GPU."""
+    """Return the modules of a layer; `fused`: those for a GPU."""
     spec = get_gpt_layer_local_spec(normalization=normalization)
     if normalization == "RMSNorm":
         norm: Any = AddRMSNorm if fused else RMSNorm
@@ -213,7 +213,7 @@ def _layer_spec(shape: ModelShape, normalization: str, recompute: str, *, fused:
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
     rotary = Rotary(rotary_frequencies(shape)) if shape.rotary else None
     attention = spec.submodules.self_attention
-    # Recomputed attention saves what it is given: the product of queries, keys and values, which nothing has rotated.
+    # Recomputed attention saves its input, the output of the QKV projection before it is rotated.
     splits = fused and rotary is not None and not shape.head_norms and recompute != "selective"
     if splits:
         attention.module = FusedAttention

@@ -278,10 +278,10 @@ def load_tekken(path: Path) -> Any:
 def render_chat(
     template: str, messages: Sequence[Mapping[str, Any]], special: Mapping[str, str], **options: Any
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Return the text of a chat under a Jinja template, which runs in transformers' sandbox, and its marked parts.
+    """Render a chat with a Jinja template in transformers' sandbox; return the text and the marked ranges.
 
-    They are ranges of characters within `{% generation %}`, with `return_assistant_tokens_mask`. Raises what the
-    template raises.
+    With `return_assistant_tokens_mask`, these are the ranges of characters in `{% generation %}` blocks. Raises what
+    the template raises.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 

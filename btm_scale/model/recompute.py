@@ -51,4 +51,4 @@ class RecomputedLayer(_Recomputed, TransformerLayer):
 
 
 class RecomputedFusedLayer(_Recomputed, FusedLayer):
-    """The layer for GPUs, recomputed."""
+    """`FusedLayer`, recomputed."""

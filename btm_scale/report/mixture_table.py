@@ -1,4 +1,4 @@
-"""What `btm-scale mixture` prints: what it will cost, how far it is, and the mixture that it chose."""
+"""What `btm-scale mixture` prints: the cost, the progress, and the chosen mixture."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _DECIMALS = 3  # of a weight
 
 
 class Countdown:
-    """Logs after each average how many are measured, and how long the others will take."""
+    """Logs after each average how many are measured, and the estimated time left."""
 
     def __init__(self, total: int) -> None:
         self._total, self._done, self._begin = total, 0, time.monotonic()
@@ -38,18 +38,18 @@ class Countdown:
 
 
 def cost_sentence(cost: Mapping[str, Any]) -> str:
-    """Return what measuring will take; `cost` is the document of `run.mixture_cost.Cost`."""
+    """Return a sentence on the cost of measuring; `cost` is the document of `run.mixture_cost.Cost`."""
     if not cost["to_measure"]:
         return f"All {cost['runs']} averages are measured already."
     words = f"{cost['to_measure']} of {count(cost['runs'], 'average')} to measure: {amount(cost['tokens'])} tokens to "
     words += f"score, {size(cost['disk_bytes'])} of disk space at a time, "
     if cost["seconds"] is None:
-        return f"{words}an unknown time, because no model of this run was trained on this device"
+        return f"{words}an unknown time, since no model of this run was trained on a device like this one"
     return f"{words}about {time_text(cost['seconds'])}"
 
 
 def print_mixture(chosen: ChosenMixture, console: Console) -> None:
-    """Print the predictions, the weights, how far to trust them, and the section of the YAML to paste."""
+    """Print the predictions, the weights, warnings, and the section of the YAML to paste."""
     console.print(mixture_table(chosen))
     weights = ", ".join(f"{name} {weight:.{_DECIMALS}f}" for name, weight in chosen.weights.items())
     for sentence in (f"Weights: {weights}.", *trust(chosen), *text_notes(chosen)):
@@ -60,7 +60,7 @@ def print_mixture(chosen: ChosenMixture, console: Console) -> None:
 
 
 def mixture_table(chosen: ChosenMixture) -> Table:
-    """Return each text's predicted perplexity beside the seed's and the uniform average's, and how good its law is."""
+    """Return the table of predicted perplexities, with those of the seed LM and the uniform average, and R2."""
     title = "Perplexity of the chosen average, predicted (lower is better)"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for name in ("text", "seed", "uniform", "predicted", "95%", "law", "R2"):
@@ -86,19 +86,19 @@ def trust(chosen: ChosenMixture) -> list[str]:
     if chosen.extrapolated:
         sentences.append(
             f"This extrapolates: for {', '.join(chosen.extrapolated)}, the law is less certain there than at any "
-            "measured average. More --runs help."
+            "measured average. Raise --runs."
         )
     poor = [name for name, fit in chosen.fit.items() if fit.r2 < 0.9]
     if poor:
-        sentences.append(f"No law predicts {', '.join(poor)} well (R2 below 0.9). More --runs help.")
+        sentences.append(f"No law predicts {', '.join(poor)} well (R2 below 0.9). Raise --runs.")
     return sentences
 
 
 def text_notes(chosen: ChosenMixture) -> list[str]:
-    """Return sentences on text that `domains` cannot name, and on domains that get none."""
+    """Return sentences on models with other text than the domains', and on domains without weight."""
     sentences = [
-        f"{weight:.{_DECIMALS}f} of the mixture is {name}, whose text is not that of domains of this run: it is "
-        "left out of the weights below."
+        f"{weight:.{_DECIMALS}f} of the mixture is {name}, which was trained on other text than this run's domains: it "
+        "is left out of the weights below."
         for name, weight in chosen.outside.items()
     ]
     if none := [name for name, one in chosen.domains.items() if not _rounded(one["weight"])]:

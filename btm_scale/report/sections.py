@@ -222,9 +222,9 @@ def _mixture(chosen: ChosenMixture) -> Section:
     words = f"The mixture with the lowest predicted mean perplexity on {targets}"
     words += "".join(f", keeping {name} within {ratio:g} times the seed LM's" for name, ratio in chosen.keep.items())
     words += (
-        ". Each dot is a measured average of the experts and the seed LM, on one text: up what was measured, across "
-        "what the text's law predicts from all other averages. On the dotted line both agree. A star is the chosen "
-        "mixture with its 95% interval."
+        ". Each dot is a weighted average of the experts and the seed LM on one text: its measured perplexity (y) and "
+        "the one that the text's law predicts, fitted to all other averages (x). On the dotted line, both are equal. "
+        "A star is the chosen mixture with its 95% interval."
     )
     title = "Perplexity of weighted averages, measured and predicted"
     columns = ["Text", "Seed LM", "Uniform average", "Predicted", "95%", "Law", "R\u00b2"]

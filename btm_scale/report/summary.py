@@ -105,7 +105,10 @@ def headline(results: Results) -> str:
 
 
 def mixture_sentence(results: Results) -> str:
-    """Whether the mixture of experts or the ensemble has the lower mean perplexity; '' without either."""
+    """Return a sentence on whether the mixture of experts or the ensemble has the lower mean perplexity.
+
+    '' unless both were evaluated.
+    """
     against = ratio(results, MOE, ENSEMBLE, training_domains(results))
     if against is None:
         return ""

@@ -1,4 +1,4 @@
-"""What `btm-scale mixture` will take: averages, tokens, disk space and time, before it measures anything."""
+"""Estimate the cost of `btm-scale mixture`: averages, tokens, disk space and time."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def mixture_cost(run: RunDir, texts: Mapping[str, Text], mixtures: Sequence[Mixt
 
 
 def _scored_per_second(run: RunDir, names: Sequence[str], device: str) -> float | None:
-    """Return tokens per second of one process, by the models' training on such a device; None if there was none."""
+    """Return scored tokens/s of one process, from the models' training on such a device; None if there was none."""
     speeds = []
     for name in names:
         rows = [row for row in read_metrics(run.metrics(name))[-_LAST_STEPS:] if row.get("device") == device]

@@ -12,7 +12,7 @@ from btm_scale.run_dir import MOE, SEED, RunDir
 from btm_scale.train.jobs import TrainingJob, is_trained, model_names, training_job
 from btm_scale.util.bounded_json import parse_json, read_bounded
 
-RECORDED = ("seed_budget", "raised_from", "first_budgets")  # fields of the budget that a run records
+RECORDED = ("seed_budget", "raised_from", "first_budgets")  # fields of the budget that the run itself records
 
 
 def with_recorded_budgets(config: RunConfig, existing: RunConfig) -> RunConfig:

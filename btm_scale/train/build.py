@@ -25,7 +25,7 @@ def new_model(
 ) -> ExpertModel:
     """Return this rank's part of a randomly initialized model. All ranks call this together.
 
-    Without `draws`, its matrices are zero, because its weights will be loaded. With ZeRO 3, weight matrices are
+    Without `draws`, matrices are zero, for a model whose weights will be loaded. With ZeRO 3, weight matrices are
     partitioned over the data ranks while the model is built.
     """
     layout = job.layout

@@ -1,4 +1,4 @@
-"""ZeRO 1 sums gradients over micro-batches in float32: here in the matrix products that make them, without a copy.
+"""Gradient accumulation of ZeRO 1 in float32, in the matrix products that compute the gradients, without a copy.
 
 DeepSpeed's BF16_Optimizer copies every bfloat16 gradient to float32 and adds the copy. Megatron-core's linear layers
 can add their product to `main_grad` instead, with a kernel of Apex that `add_product_` replaces.
@@ -18,7 +18,7 @@ from btm_scale.model.shape import ModelShape
 
 
 def sum_in_products(model: Any, optimizer: Any) -> None:
-    """Let the layers' matrices add to the optimizer's float32 sums, and other parameters without a temporary copy.
+    """Accumulate gradients in the optimizer's float32 sums: in the products of linear layers, else without a copy.
 
     `optimizer` is DeepSpeed's BF16_Optimizer of the model, a Megatron-core GPTModel.
     """
@@ -31,7 +31,7 @@ def sum_in_products(model: Any, optimizer: Any) -> None:
     linear = (layers.ColumnParallelLinear, layers.RowParallelLinear)
     in_products = set()
     for module in model.modules():
-        # The loss computes the gradient of the LM head, and the optimizer does not know weights that are not trained.
+        # The loss computes the gradient of the LM head. Frozen weights are unknown to the optimizer.
         if isinstance(module, linear) and module is not model.output_layer and module.weight in sums:
             module.weight.main_grad = sums[module.weight].view_as(module.weight)
             module.gradient_accumulation_fusion = True
@@ -59,7 +59,7 @@ def _add(inputs: Tensor, gradients: Tensor, total: Tensor) -> None:
 
 
 def bytes_per_micro_batch(shape: ModelShape) -> float:
-    """Return the bytes that sums cost a micro-batch, beyond what products without sums write.
+    """Return the memory traffic of accumulation per micro-batch in bytes, beyond writing the gradients alone.
 
     A layer's product reads and writes a float32 sum instead of writing a bfloat16 gradient. Other gradients are read,
     and their sums read and written.

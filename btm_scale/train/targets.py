@@ -1,4 +1,4 @@
-"""Inputs and targets of sequences, of which conversations leave some out, and the number that a step's loss is over."""
+"""Inputs and targets of sequences, where conversations leave targets out, and the normalization of a step's loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def has_flags(sequences: Tensor) -> bool:
 def inputs_and_targets(sequences: Tensor, *, flagged: bool) -> tuple[Tensor, ...]:
     """Return inputs and targets, int64 [count, length], of sequences [count, length + 1].
 
-    Of flagged ones, targets to leave out are -1, and the third tensor has the first tokens of documents, bool.
+    If `flagged`, targets to leave out are -1, and a third tensor, bool [count, length], marks where documents start.
     """
     if not flagged:
         return sequences[:, :-1], sequences[:, 1:]
@@ -29,21 +29,21 @@ def inputs_and_targets(sequences: Tensor, *, flagged: bool) -> tuple[Tensor, ...
 
 
 def targets_per_loss(sequences: Tensor, group: ExpertGroup, job: TrainingJob) -> float | None:
-    """Return what the sum of a micro-batch's losses is divided by, so that every target of the step counts the same.
+    """Return the divisor of a micro-batch's summed loss with which all targets of the step have the same weight.
 
     DeepSpeed then averages over micro-batches and data ranks. None for sequences in which every token is a target.
     """
     if not has_flags(sequences):
         return None
     count = ((sequences[:, 1:] & UNTRAINED) == 0).sum().double().to(group.device)
-    ranks = group.layout.data if job.layout.sync_every == 1 else 1  # ranks that take local steps each have their mean
+    ranks = group.layout.data if job.layout.sync_every == 1 else 1  # with local steps, each rank has its own mean
     if ranks > 1:
         dist.all_reduce(count, group=group.mpu.get_data_parallel_group())
     return max(1.0, float(count)) / (ranks * job.accumulation)
 
 
 def weight_of(sequences: Tensor) -> float:
-    """Return the weight of the mean loss of sequences in a mean over several: that of their targets."""
+    """Return the weight of a batch's mean loss in a mean over batches: the number of targets, or of sequences."""
     if not len(sequences) or not has_flags(sequences):
         return len(sequences)
     return float(torch.count_nonzero((sequences[:, 1:] & UNTRAINED) == 0))

@@ -58,7 +58,7 @@ def train_and_export(
         freeze_rest(model, job.trains)
         return model
 
-    # Weights that a checkpoint or the parents replace need not be drawn.
+    # Weights that a checkpoint or the parents replace need no initialization.
     drawn = not branch.parents and not has_checkpoint(run.checkpoints(job.model))
     engine = Engine(group, first_model(draws=drawn), job, optimizer, overrides)
 

@@ -34,7 +34,7 @@ MOST = 8
 CORES = min(MOST, visible_cores())
 
 AT_LIMIT = (
-    "{}. This user's limit of processes and threads (ulimit -u), that of the container, or the memory is used up. "
+    "{}. The limit on processes and threads of this user (ulimit -u) or container is reached, or memory is full. "
     "Completed work is kept: raise the limit or end other processes, and rerun the command."
 )
 
@@ -77,15 +77,15 @@ def process_pool(
     It raises WorkerLost if this user may start no more processes.
     """
     context = multiprocessing.get_context("fork" if forks else "spawn")
-    with _limits_told():
+    with _limits_reported():
         return _Pool(workers, mp_context=context, initializer=_begin, initargs=(initializer, initargs))
 
 
 class _Pool(ProcessPoolExecutor):
-    """Workers that a requested stop does not reach: they end with the process that started them."""
+    """Workers that ignore a requested stop: they end with the process that started them."""
 
     def submit(self, *arguments: Any, **named: Any) -> Future[Any]:
-        with starting_without_signal(), _limits_told():  # a worker may start here
+        with starting_without_signal(), _limits_reported():  # a worker may start here
             try:
                 return super().submit(*arguments, **named)
             except OSError:
@@ -108,7 +108,7 @@ def lost_workers_told() -> Iterator[None]:
 
 
 @contextmanager
-def _limits_told() -> Iterator[None]:
+def _limits_reported() -> Iterator[None]:
     """Raise WorkerLost, which names the limits, if a process cannot be started."""
     try:
         yield
@@ -119,7 +119,7 @@ def _limits_told() -> Iterator[None]:
 
 
 def is_at_limit(error: OSError) -> bool:
-    """Return whether an error of starting a process means that there may be no more of them for now."""
+    """Return whether a process could not start because of a limit on processes or memory."""
     return error.errno in (errno.EAGAIN, errno.ENOMEM)
 
 

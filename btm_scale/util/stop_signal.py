@@ -1,6 +1,6 @@
-"""SIGUSR1 as a request to stop, from the start of a command on. A process that sets no handler is killed by it.
+"""SIGUSR1 as a request to stop, from the start of a command. Without a handler, the signal kills a process.
 
-Imports next to nothing: what a command imports takes seconds, in which a cluster may send the signal.
+Imports next to nothing: a command's imports take seconds, during which a cluster may send the signal.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
-# Of a process that was asked to stop; a restart resumes its work.
+# A process that was asked to stop exits with it; a restart resumes its work.
 EXIT_CODE = 85
 _MESSAGE = b"btm-scale: asked to stop; rerun the same command to resume\n"
 
@@ -31,7 +31,7 @@ def leave_if_requested() -> None:
 
 @contextlib.contextmanager
 def starting_without_signal() -> Iterator[None]:
-    """Let the processes that the block starts inherit SIGUSR1 blocked: SLURM sends it to them too."""
+    """Block SIGUSR1 in the processes that the block starts, since SLURM sends it to them too."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
         yield

@@ -22,7 +22,7 @@ if ((code == 0)); then
     @ALONE@@PYTHON@ -m btm_scale.cli report @RUN@ || code=$?
 fi
 
-# Every scored text is kept: a job that was asked to stop, since its time is over, is requeued to score the rest.
+# Scored texts are kept, so a job that was stopped because its time is over is requeued to score the rest.
 tries=@RUN@/slurm/evaluate.tries
 if ((code == 0)); then
     rm -f "$tries"

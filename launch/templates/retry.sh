@@ -1,5 +1,5 @@
-# once_more STAGE TRIES FINISHED: requeue this job, unless its stage was started too often and has FINISHED no more.
-# The file TRIES has a line for each start.
+# once_more STAGE TRIES FINISHED: requeue this job, unless its stage was started too often at the same FINISHED, the
+# number of its completed parts. The file TRIES has that number for each start.
 once_more() {
     echo "$3" >> "$2"
     if (($(grep -cFx -- "$3" "$2") <= @RETRIES@)); then
@@ -7,6 +7,6 @@ once_more() {
         again
         code=0
     else
-        echo "$1 was started $(grep -cFx -- "$3" "$2") times and finished nothing more: raise launch.slurm.time"
+        echo "$1 was started $(grep -cFx -- "$3" "$2") times without completing more: raise launch.slurm.time"
     fi
 }

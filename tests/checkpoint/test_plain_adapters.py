@@ -39,7 +39,7 @@ def test_an_adapter_with_another_vocabulary_and_head_is_converted_to_every_forma
 def test_an_adapter_with_the_empty_tensors_of_zero_3_is_refused(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", complete_weights(0))
     adapter = write_adapter(tmp_path / "adapter", base, {name: torch.zeros(0) for name in MATRICES})
-    with pytest.raises(CheckpointError, match=r"has no values of .*lora_A.*ZeRO 3 leaves empty tensors"):
+    with pytest.raises(CheckpointError, match=r"has no values for .*lora_A.*ZeRO 3 leaves empty tensors"):
         convert(adapter, tmp_path / "out", to="huggingface")
 
 

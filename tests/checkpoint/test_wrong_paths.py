@@ -101,7 +101,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "the folder that zero_to_fp32 makes": (
         lambda folder: _pickle("pytorch_model.bin/pytorch_model.bin", WEIGHTS)(_file("config.json", b"{}")(folder)),
-        "has no model itself, but these folders in it have: ",
+        "has no model itself, but these folders in it do: ",
     ),
     "a config alone": (_file("config.json", b"{}"), "has a config.json but no weights"),
     "a tokenizer alone": (_file("tokenizer.json", b"{}"), "has a tokenizer but no weights"),

@@ -68,7 +68,7 @@ def test_a_name_that_is_published_after_the_ranks_have_started_is_waited_for(
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     monkeypatch.setattr(rendezvous.time, "sleep", lambda seconds: None)
     await_name("job-master-0", 60)
-    assert caplog.text.count("MASTER_ADDR=job-master-0 is not known yet (Name or service not known)") == 1
+    assert caplog.text.count("MASTER_ADDR=job-master-0 does not resolve yet (Name or service not known)") == 1
     missing = iter([socket.gaierror(socket.EAI_NONAME, "Name or service not known")] * 3)
     with pytest.raises(LaunchError, match="Cannot resolve MASTER_ADDR=job-master-0"):
         await_name("job-master-0", -1)

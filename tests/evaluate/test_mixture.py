@@ -238,7 +238,7 @@ def test_a_model_of_unknown_text_is_not_in_the_section_to_paste(run: RunDir, her
     [
         (("--target", "law=2"), "Unknown domain 'law'. Choose one of python, cpp"),
         (("--keep", "general=1.02"), "Unknown domain 'general'"),
-        (("--target", "python"), "--target python: expected NAME=NUMBER, or several such as law=2,python=1"),
+        (("--target", "python"), "--target python: expected NAME=NUMBER, or several, such as law=2,python=1"),
         (("--target", "python=1,python=2"), "--target names 'python' twice"),
         (("--target", "python=0"), "--target python=0: the number must be positive and finite"),
         (("--keep", "docs=nan"), "--keep docs=nan: the number must be positive and finite"),

@@ -69,7 +69,7 @@ def test_whether_a_gpu_adds_in_the_product_is_tried_for_each_dtype(monkeypatch, 
             assert products._adds_in_product(device, dtype) == adds
     products._adds_in_product.cache_clear()
     assert [record.message for record in caplog.records] == [
-        "this GPU's library cannot add torch.float16 products to float32 sums: they are added separately"
+        "this GPU's BLAS cannot accumulate torch.float16 products in float32: they are added separately"
     ]
 
 

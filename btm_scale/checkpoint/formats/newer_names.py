@@ -9,7 +9,7 @@ from btm_scale.checkpoint.formats.tensors import ModelReader
 from btm_scale.checkpoint.formats.wrapped import RenamedModel
 
 Rules = Sequence[tuple[re.Pattern[str], str]]
-# Of LLaVA and its kin, whose language model is `language_model`, and of Qwen-VL, whose language model has no prefix.
+# LLaVA and similar models have their language model in `language_model`; Qwen-VL's has no prefix.
 _LLAVA = (
     (re.compile(r"language_model\.model\."), "model.language_model."),
     (re.compile(r"language_model\.lm_head\."), "lm_head."),
@@ -22,7 +22,7 @@ _QWEN = (
 
 
 def newer_names(names: Iterable[str]) -> dict[str, str] | None:
-    """Return each name by its newer one, or None for a model whose names did not change."""
+    """Return {newer name: name}, or None for a model whose names did not change."""
     names = tuple(names)
     rules = _rules(names)
     return {_newer(name, rules): name for name in names} if rules else None

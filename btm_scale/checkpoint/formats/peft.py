@@ -291,8 +291,8 @@ def _open_adapter(path: Path) -> ModelReader:
         raise CheckpointError(f"{file}: '{odd[0]:.200}' has a dtype that is not a float. Save the adapter again.")
     if empty := [name for name in adapter.names if not adapter.spec(name).elements]:
         raise CheckpointError(
-            f"{file} has no values of {few_names(empty, 'tensors')}. ZeRO 3 leaves empty tensors in place of "
-            "parameters that are divided over the ranks. Gather them before you save the adapter: with transformers' "
+            f"{file} has no values for {few_names(empty, 'tensors')}. ZeRO 3 leaves empty tensors in place of "
+            "parameters that are partitioned across ranks. Gather them before you save the adapter: with transformers' "
             "Trainer, set stage3_gather_16bit_weights_on_model_save in the DeepSpeed config."
         )
     if not adapter.names:

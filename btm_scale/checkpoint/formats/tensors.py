@@ -171,7 +171,7 @@ class ModelReader(ABC):
     """
 
     path: Path
-    keeps_head = False  # whether an LM head is a weight of its own, although config.json ties it to the embedding
+    keeps_head = False  # whether the LM head is a separate weight, although config.json ties it to the embedding
 
     @property
     @abstractmethod

@@ -94,11 +94,11 @@ def _folder(path: Path) -> str:
 
 
 def _program(path: Path, files: list[Path], names: list[str]) -> str | None:
-    """Explain the checkpoints of programs that come with their own converters."""
+    """Explain the checkpoints of programs that have their own converters."""
     if shards := [name for name in names if _FSDP_RANK.fullmatch(name)]:
         return (
-            f"has the shards of single FSDP ranks, {first_few(shards, 'files')}. Merge them with the program that "
-            "saved them, such as verl: python -m verl.model_merger merge --backend fsdp."
+            f"has one shard per FSDP rank, {first_few(shards, 'files')}. Merge them with the program that saved them, "
+            "such as verl: python -m verl.model_merger merge --backend fsdp."
         )
     if any((folder / "checkpoint_metadata.json").is_file() for folder in (path, *files)):
         return (
@@ -113,7 +113,7 @@ def _program(path: Path, files: list[Path], names: list[str]) -> str | None:
 def _inner(path: Path, files: list[Path], names: list[str]) -> str | None:
     """Explain a folder whose model is in a folder below, such as the one that zero_to_fp32.py makes."""
     if inner := [str(file) for file in files if file.is_dir() and weight_sets(file) is not None]:
-        return f"has no model itself, but these folders in it have: {first_few(inner, 'folders')}. Give one of them."
+        return f"has no model itself, but these folders in it do: {first_few(inner, 'folders')}. Give one of them."
     return None
 
 

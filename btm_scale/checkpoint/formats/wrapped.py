@@ -70,10 +70,11 @@ def unwrapped(model: ModelReader) -> ModelReader:
 
 
 def unwrapped_names(names: Iterable[str], path: Path) -> dict[str, str]:
-    """Return each stored name by its name without wrappers.
+    """Return {name without wrappers: stored name}.
 
-    `module.` is also the name of a module, so it is removed only as the prefix of every name; so are PEFT's prefix, if
-    there are no matrices to merge, TRL's, and the `model.` of a Lightning module, around a model with known names.
+    `module.` is also the name of a module, so it is removed only as the prefix of every name. So are the prefixes of
+    PEFT and TRL, and the `model.` of a Lightning module around a model with known names. Raises CheckpointError for a
+    PEFT model with unmerged adapter weights.
     """
     clean = {name: _WRAPPERS.sub("", name) for name in names}
     while clean and all(name.startswith("module.") for name in clean.values()):
@@ -82,9 +83,9 @@ def unwrapped_names(names: Iterable[str], path: Path) -> dict[str, str]:
         clean = {own: name.removeprefix(_PEFT) for own, name in clean.items()}
         if trained := [own for own, name in clean.items() if _TRAINED.fullmatch(name)]:
             raise CheckpointError(
-                f"{path} is the state of a model inside PEFT, with {few_names(trained, 'tensors')}. What their "
-                "products are scaled by is only in the adapter's config. Give the adapter's folder, which PEFT's "
-                "save_pretrained writes, or call merge_and_unload() before you save the model."
+                f"{path} is the state dict of a PEFT model with unmerged {few_names(trained, 'tensors')}. Their "
+                "scaling is only in the adapter's config. Give the adapter's folder, which PEFT's save_pretrained "
+                "writes, or call merge_and_unload() before you save the model."
             )
     if all(name.startswith(_VALUE_HEAD) for name in clean.values()):
         clean = {own: name.removeprefix(_VALUE_HEAD[0]) for own, name in clean.items()}

@@ -1,4 +1,4 @@
-"""Merge a model that ties its LM head to the embedding with one that has an LM head: the embedding is its head."""
+"""Merge models with tied embeddings with models that have a separate LM head, by copying the tied embedding."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def head_problem(tied: Mapping[Path, str], models: Mapping[Path, ModelReader]) -
     first = next(path for path, model in models.items() if path not in tied and HEAD in model.names)
     listed = first_few([str(path) for path in tied], "models")
     return (
-        f"The LM head of {listed} is the embedding ({SETTING} in config.json), and that of {first} is not. A merged "
-        f"model has one kind. Add --allow {SETTING} (`allow` in Python): the output then has a separate LM head, to "
-        "which a tied model contributes its embedding."
+        f"The LM head of {listed} is the embedding ({SETTING} in config.json), and that of {first} is a separate "
+        f"weight. A merged model has one or the other. Add --allow {SETTING} (`allow` in Python): the output then has "
+        "a separate LM head, to which a tied model contributes its embedding."
     )

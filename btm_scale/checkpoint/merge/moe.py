@@ -35,7 +35,8 @@ class Ingredients:
     """What a mixture needs besides the models: the experts' names, and its router.
 
     `router` is a safetensors file with the tensors of the output's gates; None draws them. `shared`: the models
-    differ only in their MLPs, so that everything else is copied from the first; `rest`, from another model.
+    differ only in their MLPs, so that everything else is copied from the first. `rest`: the model from which it is
+    copied instead.
     """
 
     names: tuple[str, ...]
@@ -48,7 +49,7 @@ class Ingredients:
 class Origin:
     """Where a tensor of the mixture comes from: the input of this index, the mean of all, or the router.
 
-    The index behind that of the last input is the model that has everything but the MLPs.
+    The index after that of the last input is the model from which everything but the MLPs is copied.
     """
 
     tensor: str

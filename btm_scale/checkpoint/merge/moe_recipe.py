@@ -15,7 +15,7 @@ from btm_scale.util.records import Part
 from btm_scale.util.yaml_text import dump_text
 
 _RANDOM = "random"
-# Keys of mergekit-moe's YAML that are not read, each with the reason.
+# Keys of mergekit-moe's YAML that are refused, each with the remedy.
 _UNSUPPORTED = {
     "shared_experts": "Mixtral and Qwen3Moe have no shared expert: leave it out.",
     "noise_scale": "Weights are copied without noise: leave it out.",
@@ -24,7 +24,7 @@ _UNSUPPORTED = {
 
 
 class RecipeExpert(Part):
-    """A model whose MLPs are an expert. Prompts are for gates that are computed, and random ones ignore them."""
+    """A model whose MLPs become an expert. The prompts are for computed gates; random gates ignore them."""
 
     source_model: str
     positive_prompts: list[str] | None = None
@@ -44,7 +44,7 @@ class MoeRecipe(Part):
 
     @property
     def model_names(self) -> list[str]:
-        """All models, as they are given, the base last."""
+        """All models, as the recipe gives them, the base model last."""
         return [*(expert.source_model for expert in self.experts), self.base_model]
 
     def ingredients(self, paths: Mapping[str, Path]) -> Ingredients:
@@ -90,7 +90,7 @@ def _unsupported(values: Any) -> Iterator[str]:
 def _contradictions(recipe: MoeRecipe) -> Iterator[str]:
     if recipe.gate_mode != _RANDOM:
         yield (
-            f"gate_mode is '{recipe.gate_mode}', and a merge computes no gates from prompts. Set gate_mode to "
+            f"gate_mode is '{recipe.gate_mode}'. Gates are not computed from prompts here. Set gate_mode to "
             f"{_RANDOM}, or give the gates in a file: btm-scale merge OUT A B --method moe --router FILE"
         )
     if recipe.architecture not in (None, "mixtral", "qwen3"):

@@ -14,7 +14,7 @@ _HEADS = {"lm_head.weight", "language_model.lm_head.weight"}  # which tied model
 
 
 def older_names(models: Mapping[Path, ModelReader]) -> frozenset[Path]:
-    """Return the vision-language models with the names of an older version of transformers than another model has."""
+    """Return the vision-language models whose names are of an older transformers version than another model's."""
     names = {path: frozenset(model.names) - _HEADS for path, model in models.items()}
     return frozenset(
         path

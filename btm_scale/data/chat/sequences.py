@@ -76,7 +76,7 @@ class ChatSequences:
 def tokens_of_pass(domain: str, folder: Path, length: int) -> int:
     """Return the tokens of the sequences of one pass over a domain's training text, the same for every order.
 
-    Logs how many turns are longer than a sequence.
+    Logs how many times turns that are longer than a sequence are cut.
     """
     marks = folder / "train.mask"
     if not marks.stat().st_size:
@@ -85,11 +85,11 @@ def tokens_of_pass(domain: str, folder: Path, length: int) -> int:
     pieces, cut = trained_pieces(np.cumsum(lengths) - lengths, lengths, np.memmap(marks, np.uint8, "r"), length)
     if cut:
         logger.warning(
-            "Domain '%s': %d turns have more than the %d tokens of budget.sequence_length. They are cut at their "
-            "beginning. Raise it to keep them.",
+            "Domain '%s': turns that have more than the %d tokens of budget.sequence_length are cut at their beginning, "
+            "%d times. Raise it to keep them complete.",
             domain,
-            cut,
             length,
+            cut,
         )
     return length * len(packed((pieces[:, 1] - pieces[:, 0]).tolist(), length))
 

@@ -1,4 +1,4 @@
-"""Measured averages of the experts, what the laws of the mixture predict for them, and the chosen mixture."""
+"""Measured perplexities of weighted averages over those that the laws predict, and the chosen mixture."""
 
 from __future__ import annotations
 

@@ -277,7 +277,7 @@ def test_a_turn_that_is_longer_than_a_sequence_is_reported(
     write_chats(tmp_path / "support.jsonl", [*CHATS[:40], *long])
     prepare(config_of(make_config, tmp_path, {"support": SUPPORT}), RunDir(tmp_path / "run"))
     assert (
-        "turns have more than the 256 tokens of budget.sequence_length. They are cut at their beginning" in caplog.text
+        "turns that have more than the 256 tokens of budget.sequence_length are cut at their beginning" in caplog.text
     )
 
 
