@@ -10,7 +10,7 @@ LABELS = {_OURS: "btm-scale", "megatron": "Megatron-core's fused functions", _PE
 
 
 def count_rows(counts: dict[str, Any]) -> Rows:
-    """Return kernels and gigabytes of the loss, of a layer without its matrix products, and of gradient accumulation."""
+    """Return kernels and GB of the loss, of a layer without its matrix products, and of gradient accumulation."""
     rows = [["counted on `meta` tensors", *LABELS.values()]]
     for part, label in (("loss", "loss of a micro-batch"), ("layer", "a layer without its matrix products")):
         for name in counts[_OURS][part]:

@@ -85,8 +85,8 @@ def tokens_of_pass(domain: str, folder: Path, length: int) -> int:
     pieces, cut = trained_pieces(np.cumsum(lengths) - lengths, lengths, np.memmap(marks, np.uint8, "r"), length)
     if cut:
         logger.warning(
-            "Domain '%s': turns that have more than the %d tokens of budget.sequence_length are cut at their beginning, "
-            "%d times. Raise it to keep them complete.",
+            "Domain '%s': turns that have more than the %d tokens of budget.sequence_length are cut at their "
+            "beginning, %d times. Raise it to keep them complete.",
             domain,
             length,
             cut,
