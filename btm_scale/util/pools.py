@@ -17,6 +17,7 @@ import multiprocessing.connection
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -31,6 +32,7 @@ Item = TypeVar("Item")
 Done = TypeVar("Done")
 
 MOST = 8
+_INTERRUPT_SECONDS = 0.2
 CORES = min(MOST, visible_cores())
 
 AT_LIMIT = (
@@ -101,6 +103,7 @@ def lost_workers_told() -> Iterator[None]:
     try:
         yield
     except BrokenProcessPool:
+        time.sleep(_INTERRUPT_SECONDS)  # Ctrl-C at a terminal ends the workers too, perhaps before it arrives here
         raise WorkerLost(
             "a worker process of this command was killed, most likely because the machine ran out of memory. "
             "Completed work is kept: free memory, and rerun the command."

@@ -14,6 +14,7 @@ from btm_scale.config.run import RunConfig
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.errors import DataError
 from btm_scale.report.dry_run_table import print_dry_run
+from btm_scale.run import estimate
 from btm_scale.run.dry_run import dry_run
 from btm_scale.run.state import open_run
 from btm_scale.run_dir import RunDir
@@ -46,7 +47,11 @@ def test_the_budget_of_a_domain_is_its_part_of_the_seeds_tokens_and_its_experts(
     assert sum(row["budget_tokens"] for row in planned["text"].values()) == pytest.approx(100_000, rel=0.05)
 
 
-def test_time_is_estimated_for_this_machine_only_and_without_finished_models(real_text: Path, tmp_path: Path) -> None:
+def test_time_is_estimated_for_this_machine_only_and_without_finished_models(
+    real_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speed = estimate._matrix_speed()  # once: other load changes it
+    monkeypatch.setattr(estimate, "_matrix_speed", lambda: speed)
     config, run = write_config(tmp_path / "a.yaml", tiny_values(real_text)), RunDir(tmp_path / "run")
     before = dry_run(config, run)["estimates"]
     assert 30 < before["seconds"] < 1800
