@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -10,7 +11,6 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from helpers.disk_events import watch
 _SETTLED_SECONDS = 0.1  # the time of a file's last change is coarse
 
 
-@contextmanager
+@contextlib.contextmanager
 def recorded(root: str, folder: str) -> Iterator[None]:
     """Append the states of `root` to `folder/journal` until the process ends. Forked processes append too."""
     recorder = _Recorder(Path(root), Path(folder))
@@ -43,7 +43,7 @@ class _Recorder:
         """Record the folder as it is now, before an event."""
         with self._lock, (self._folder / "journal").open("a") as journal:
             fcntl.flock(journal, fcntl.LOCK_EX)
-            tree = dict(self._listed(self._root, ""))
+            tree = self._tree()
             inode = self._root.stat().st_ino
             row = {"event": event, "path": path, "root": inode, "tree": tree, "synced": synced}
             journal.write(json.dumps(row) + "\n")
@@ -58,23 +58,24 @@ class _Recorder:
             synced = [status.st_ino, self._kept(Path(f"/proc/self/fd/{descriptor}").read_bytes())]
         self.note("synced", "", synced)
 
+    def _tree(self) -> dict[str, list[Any]]:
+        """Return each path below the root with its inode and its content, None for a folder."""
+        while True:
+            # Another thread or process may rename a file between the listing and its reading. The listing then has the
+            # file under neither name, a state that never was on the disk, so list again.
+            with contextlib.suppress(FileNotFoundError):
+                return dict(self._listed(self._root, ""))
+
     def _listed(self, folder: Path, prefix: str) -> Iterator[tuple[str, list[Any]]]:
-        """Yield each path below a folder with its inode and its content, None for a folder."""
-        try:
-            with os.scandir(folder) as entries:
-                listed = sorted(entries, key=lambda entry: entry.name)
-        except FileNotFoundError:  # another process removes it
-            return
+        with os.scandir(folder) as entries:
+            listed = sorted(entries, key=lambda entry: entry.name)
         for entry in listed:
             name = f"{prefix}{entry.name}"
-            try:
-                if entry.is_dir(follow_symlinks=False):
-                    yield name, [entry.inode(), None]
-                    yield from self._listed(folder / entry.name, f"{name}/")
-                elif entry.is_file(follow_symlinks=False):
-                    yield name, [entry.inode(), self._content(folder / entry.name)]
-            except FileNotFoundError:
-                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield name, [entry.inode(), None]
+                yield from self._listed(folder / entry.name, f"{name}/")
+            elif entry.is_file(follow_symlinks=False):
+                yield name, [entry.inode(), self._content(folder / entry.name)]
 
     def _content(self, path: Path) -> str:
         status = path.stat()
