@@ -1,4 +1,4 @@
-"""A server of a tiny forest in a process of its own, so that its memory is its own too: `python -m helpers.server_process FOLDER`."""
+"""A server of a tiny forest in its own process, with its own memory: `python -m helpers.server_process FOLDER`."""
 
 from __future__ import annotations
 
