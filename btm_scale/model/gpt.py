@@ -24,7 +24,7 @@ from btm_scale.model.fused_layer import AddLayerNorm, AddRMSNorm, FusedAttention
 from btm_scale.model.loss import head_loss
 from btm_scale.model.moe import GradientScale, mixture_settings, mixture_spec, routers_of, with_recorded_scale
 from btm_scale.model.norm import LayerNorm, RMSNorm
-from btm_scale.model.packing import packs_sequences, visible
+from btm_scale.model.packing import first_tokens, positions_in_documents, visible
 from btm_scale.model.partition import Partition, is_partitioned
 from btm_scale.model.recompute import RecomputedAttention, RecomputedFusedLayer, RecomputedLayer
 from btm_scale.model.rotary import Rotary, rotary_frequencies
@@ -52,6 +52,8 @@ class ExpertModel(GPTModel):
         self.shape = shape
         # If set, tokens attend only within their document.
         self.end_of_text: int | None = None
+        # Whether each of these documents then begins at position 0.
+        self.restarts_positions = False
         # If some targets are left out: what the sum of the others' losses is divided by; None: their number.
         self.target_count: float | None = None
         self._leaves_out_targets = False
@@ -70,11 +72,15 @@ class ExpertModel(GPTModel):
         if targets is None and self.config.sequence_parallel:
             # Padding at the end, which no token attends to.
             tokens = functional.pad(tokens, (0, -length % self.config.tensor_model_parallel_size))
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        packs = packs_sequences(tokens.device, self.config.params_dtype, self.shape.head_size)
-        seen = visible(tokens, end_of_text=self.end_of_text, window=self.shape.window, packs=packs, starts=starts)
-        output: Tensor = super().forward(tokens, positions, attention_mask=seen, labels=targets)
+        seen = visible(tokens, end_of_text=self.end_of_text, window=self.shape.window, starts=starts)
+        output: Tensor = super().forward(tokens, self._positions(tokens, starts), attention_mask=seen, labels=targets)
         return output if targets is not None else output[:, :length]
+
+    def _positions(self, tokens: Tensor, starts: Tensor | None) -> Tensor:
+        """Return the positions for learned embeddings, [batch, length]. Rotary ones depend on distances alone."""
+        if self.shape.rotary or not self.restarts_positions or self.end_of_text is None:
+            return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        return positions_in_documents(first_tokens(tokens, self.end_of_text) if starts is None else starts)
 
     @property
     def head(self) -> Tensor:

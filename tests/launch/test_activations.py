@@ -19,7 +19,14 @@ def case(
     family: str, recompute: str = "none", precision: str = "bf16", micro_batch: int = 4, **more: Any
 ) -> dict[str, Any]:
     traits = FAMILIES[family]
-    shape = {"family": family, "layers": 3, "hidden": 768, "heads": 12, "positions": 256, "vocabulary": 1000}
+    shape = {
+        "family": family,
+        "layers": 3,
+        "hidden": more.get("hidden", 768),
+        "heads": 12,
+        "positions": 256,
+        "vocabulary": 1000,
+    }
     shape |= {"kv_heads": 4 if traits.grouped and more.get("grouped", True) else 12, "ffn": 2048}
     if traits.windowed:
         shape["window"] = 100
@@ -40,6 +47,10 @@ CASES |= {
     "llama, one head per KV head, selective": case("llama", "selective", grouped=False),
     "llama, one sequence with documents": case("llama", micro_batch=1, documents=True),
     "llama, fp32": case("llama", precision="fp32"),
+    "llama, fp32, separate documents": case("llama", precision="fp32", documents=True),
+    "qwen3, fp32, separate documents, selective": case("qwen3", "selective", precision="fp32", documents=True),
+    "llama, separate documents, odd head size": case("llama", documents=True, hidden=744),
+    "qwen3, one sequence with documents, odd head size": case("qwen3", micro_batch=1, documents=True, hidden=744),
 }
 CASES |= {
     f"{family}, {recompute} recomputation, {kind} parallel": case(family, recompute, layout=layout)
