@@ -27,7 +27,7 @@ from btm_scale.model.norm import LayerNorm, RMSNorm
 from btm_scale.model.packing import first_tokens, positions_in_documents, visible
 from btm_scale.model.partition import Partition, is_partitioned
 from btm_scale.model.recompute import RecomputedAttention, RecomputedFusedLayer, RecomputedLayer
-from btm_scale.model.rotary import Rotary, rotary_frequencies
+from btm_scale.model.rotary import Rotary
 from btm_scale.model.shape import ModelShape
 
 
@@ -217,7 +217,7 @@ def _layer_spec(shape: ModelShape, normalization: str, recompute: str, *, fused:
     else:
         norm = AddLayerNorm if fused else LayerNorm
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
-    rotary = Rotary(rotary_frequencies(shape)) if shape.rotary else None
+    rotary = Rotary(shape) if shape.rotary else None
     attention = spec.submodules.self_attention
     # Recomputed attention saves its input, the output of the QKV projection before it is rotated.
     splits = fused and rotary is not None and not shape.head_norms and recompute != "selective"
