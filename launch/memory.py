@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from btm_scale.config.layout import Layout
 from btm_scale.model.loss_chunks import row_elements, tokens_per_chunk
 from btm_scale.model.shape import ModelShape
+from btm_scale.model.tiles import rows_per_tile
 from btm_scale.model.trained import TrainedPart
 
 _MASTER, _MOMENTS, _SUMS = 4, 8, 4  # bytes per parameter, float32
@@ -139,10 +140,13 @@ def activation_bytes(
     # Inputs and outputs of both norms.
     statistics = _statistics(shape, layout, keeps_softmax=layout.recompute != "selective" and not by_piece)
     layer = width * (4 * own + (attention + mlp) / layout.tensor) + routed + statistics
-    if layout.recompute == "full":
-        # Each layer's input, and all of the layer that is being recomputed.
-        inputs = width * shape.layers * own
-        return tokens * max(inputs + layer - width * own, inputs + width * (own + shape.hidden))
+    if layout.recompute in ("full", "tiled"):
+        # Each layer's input, and all of the layer that is being recomputed; of its MLP perhaps a tile.
+        inputs, tile = width * shape.layers * own, 0.0
+        if layout.recompute == "tiled" and not shape.experts:
+            layer -= width * mlp / layout.tensor
+            tile = width * mlp / layout.tensor * min(length, rows_per_tile(shape.hidden, micro_batch)) * micro_batch
+        return max(tokens * (inputs + layer - width * own) + tile, tokens * (inputs + width * (own + shape.hidden)))
     # At the end, the input of the last norm and the loss's gradient of its output.
     return tokens * (shape.layers * layer + width * (own + shape.hidden))
 

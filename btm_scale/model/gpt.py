@@ -26,7 +26,13 @@ from btm_scale.model.moe import GradientScale, mixture_settings, mixture_spec, r
 from btm_scale.model.norm import LayerNorm, RMSNorm
 from btm_scale.model.packing import first_tokens, positions_in_documents, visible
 from btm_scale.model.partition import Partition, is_partitioned
-from btm_scale.model.recompute import RecomputedAttention, RecomputedFusedLayer, RecomputedLayer
+from btm_scale.model.recompute import (
+    RecomputedAttention,
+    RecomputedFusedLayer,
+    RecomputedLayer,
+    TiledFusedLayer,
+    TiledLayer,
+)
 from btm_scale.model.rotary import Rotary
 from btm_scale.model.shape import ModelShape
 
@@ -133,7 +139,7 @@ def build_model(
     dtype: torch.dtype,
     on_cpu: bool,
     sequence_parallel: bool = False,
-    recompute: Literal["none", "selective", "full"] = "none",
+    recompute: Literal["none", "selective", "full", "tiled"] = "none",
     partition: Partition | None = None,
     draws: bool = True,
 ) -> ExpertModel:
@@ -142,8 +148,8 @@ def build_model(
     Without `draws`, matrices are zero, for a model whose weights will be loaded. Weights are drawn from the process's
     CPU RNG and are the same at any tensor parallel degree. With `sequence_parallel`, sequence lengths must be multiples
     of `tensor`. `recompute` saves memory in training: the activations of attention (selective) or of complete layers
-    (full) are recomputed in the backward pass. With `partition`, no rank ever holds more than its part of the model and
-    one matrix.
+    (full) are recomputed in the backward pass, and of MLPs tile by tile (tiled; of a mixture of experts it is full).
+    With `partition`, no rank ever holds more than its part of the model and one matrix.
     """
     fused = not on_cpu and not shape.experts
     if fused:
@@ -232,10 +238,12 @@ def _layer_spec(shape: ModelShape, normalization: str, recompute: str, *, fused:
         attention.submodules.q_layernorm = attention.submodules.k_layernorm = HeadNorm
     if shape.experts:
         spec.submodules.mlp = mixture_spec(shape)
-    if fused:
-        spec.module = RecomputedFusedLayer if recompute == "full" else FusedLayer
-    elif recompute == "full":
-        spec.module = RecomputedLayer
+    if recompute == "tiled" and not shape.experts:
+        spec.module = TiledFusedLayer if fused else TiledLayer
+    elif recompute in ("full", "tiled"):
+        spec.module = RecomputedFusedLayer if fused else RecomputedLayer
+    elif fused:
+        spec.module = FusedLayer
     return spec
 
 

@@ -60,10 +60,18 @@ CASES |= {
 }
 
 
+# What autograd keeps of a tile, and the input of all tiles, is inside of a checkpoint, where it is not measured.
+TILED = {
+    f"{family}, tiled recomputation, {kind}": case(family, "tiled", layout=layout)
+    for family in ("llama", "gpt2")
+    for kind, layout in (("one rank", {}), ("sequence parallel", SEQUENCE))
+}
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     folder = tmp_path_factory.mktemp("activations")
-    spec = {"cases": CASES, "result": str(folder / "result")}
+    spec = {"cases": CASES | TILED, "result": str(folder / "result")}
     run_script(Path(__file__).with_name("measure_activations.py"), spec, folder)
     return {
         name: value for ranks in (1, 2) for name, value in json.loads((folder / f"result-{ranks}").read_text()).items()
@@ -82,3 +90,16 @@ def test_planned_activations_are_what_autograd_keeps(name: str, measured: dict[s
         separate_documents=values["documents"],
     )
     assert planned == pytest.approx(measured[name], rel=0.05)
+
+
+@pytest.mark.parametrize("name", TILED)
+def test_planned_activations_of_tiles_are_what_autograd_keeps(name: str, measured: dict[str, int]) -> None:
+    values = TILED[name]
+    shape, layout = ModelShape.model_validate(values["shape"]), Layout.model_validate(values["layout"])
+    tokens = values["micro_batch"] * shape.positions
+    given = {"micro_batch": values["micro_batch"], "length": shape.positions}
+    planned = activation_bytes(shape, layout, **given)
+    inner = 2 * (3 if shape.traits.gated else 2) * shape.ffn / layout.tensor * shape.hidden  # tokens of a tile
+    inputs = 2 * tokens * shape.hidden / (layout.tensor if layout.sequence_parallel else 1)
+    assert planned == pytest.approx(measured[name] + inner + inputs, rel=0.05)
+    assert planned < activation_bytes(shape, layout.model_copy(update={"recompute": "full"}), **given)
