@@ -145,7 +145,9 @@ def activation_bytes(
         inputs, tile = width * shape.layers * own, 0.0
         if layout.recompute == "tiled" and not shape.experts:
             layer -= width * mlp / layout.tensor
-            tile = width * mlp / layout.tensor * min(length, rows_per_tile(shape.hidden, micro_batch)) * micro_batch
+            # With sequence parallelism, every rank gathers the tiles of all.
+            rows = rows_per_tile(shape.hidden, micro_batch) * (layout.tensor if layout.sequence_parallel else 1)
+            tile = width * mlp / layout.tensor * min(length, rows) * micro_batch
         return max(tokens * (inputs + layer - width * own) + tile, tokens * (inputs + width * (own + shape.hidden)))
     # At the end, the input of the last norm and the loss's gradient of its output.
     return tokens * (shape.layers * layer + width * (own + shape.hidden))

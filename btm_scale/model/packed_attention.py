@@ -118,7 +118,7 @@ class _RecomputedByPiece(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, packed: Packed) -> Tensor:
         attended = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         for piece in packed.pieces:
-            part = _attend(*_of(piece, query, key, value), packed, piece)
+            part = _attend(*_of(piece, query, key, value), packed=packed, piece=piece)
             attended[piece.queries, piece.row] = part[0].transpose(0, 1)
         ctx.save_for_backward(query, key, value)
         ctx.packed = packed
@@ -130,14 +130,14 @@ class _RecomputedByPiece(torch.autograd.Function):
         sums = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
         for piece in ctx.packed.pieces:
             with torch.enable_grad():
-                heads = [one.detach().requires_grad_() for one in _of(piece, query, key, value)]
-                part = _attend(*heads, ctx.packed, piece)
+                heads = tuple(one.detach().requires_grad_() for one in _of(piece, query, key, value))
+                part = _attend(*heads, packed=ctx.packed, piece=piece)
             above = gradients[0][piece.queries, piece.row].transpose(0, 1)[None]
             _add(piece, torch.autograd.grad(part, heads, above), sums)
         return *sums, None
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, packed: Packed, piece: Piece) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, *, packed: Packed, piece: Piece) -> Tensor:
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:  # only flash takes grouped heads
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)

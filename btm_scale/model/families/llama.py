@@ -139,9 +139,9 @@ def yarn_attention(factor: float, weight: float = 1.0) -> float:
 def _yarn_attention(rope: Config, factor: float) -> float:
     if (given := rope.get("attention_factor")) is not None:
         return float(given)
-    weights = rope.get("mscale"), rope.get("mscale_all_dim")
-    if all(weights):
-        return yarn_attention(factor, weights[0]) / yarn_attention(factor, weights[1])
+    weight, of_all = rope.get("mscale"), rope.get("mscale_all_dim")
+    if weight and of_all:
+        return yarn_attention(factor, weight) / yarn_attention(factor, of_all)
     return yarn_attention(factor)
 
 
