@@ -150,7 +150,6 @@ def test_rotary_settings_from_before_transformers_5_are_read() -> None:
     [
         ({"model_type": "mamba"}, "'mamba' is not supported. Megatron-core trains and shards llama, mistral, qwen2"),
         ({"rope_scaling": {"type": "longrope", "factor": 4}}, "llama with longrope rotary positions"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4, "beta_fast": "32"}}, "'rope_scaling.beta_fast' must be"),
         ({"attention_bias": True}, "llama with attention_bias"),
         ({"hidden_act": "gelu"}, "activation gelu"),
         ({"model_type": "qwen2", "use_sliding_window": True}, "qwen2 with use_sliding_window"),
