@@ -37,7 +37,7 @@ CASE = Case(
     precision="bf16",
     length=LENGTH,
     vocabulary=4096,
-    sequences=8,
+    sequences=4,
     micro_batch=2,
 )
 MEANS = (300, LENGTH)  # the mean length of documents; LENGTH: each sequence is one
