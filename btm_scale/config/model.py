@@ -34,7 +34,7 @@ class ModelConfig(Section):
     norm_epsilon: float | None = Field(default=None, gt=0, description="epsilon of the normalization layers")
     rope_theta: float | None = Field(default=None, gt=0, description="base of the rotary embeddings")
     rope: RopeConfig | None = Field(
-        default=None, description="scaling of rotary positions; of a pretrained model, instead of its own"
+        default=None, description="scaling of rotary positions; it replaces that of a pretrained model"
     )
 
     @model_validator(mode="after")
