@@ -14,12 +14,13 @@ from pathlib import Path
 from doc_config import config_page
 from doc_figure import perplexity_figure
 from doc_moe import TABLES as MOE_TABLES
+from doc_packed import TABLES as PACKED_TABLES
 from doc_tables import RESULTS
 from doc_tables import TABLES as OTHER_TABLES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("results.md", "serving.md", "moe.md")))
-TABLES = OTHER_TABLES | MOE_TABLES
+TABLES = OTHER_TABLES | MOE_TABLES | PACKED_TABLES
 CONFIG = ROOT / "docs" / "config.md"
 FIGURE = ROOT / "docs" / "images" / "perplexity.svg"
 _MARKS = re.compile(r"<!-- figures: (\w+) -->\n(.*?)<!-- end -->", re.DOTALL)

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from btm_scale.config.layout import Layout
 from btm_scale.model.loss_chunks import row_elements, tokens_per_chunk
 from btm_scale.model.shape import ModelShape
+from btm_scale.model.tiles import rows_per_tile
 from btm_scale.model.trained import TrainedPart
 
 _MASTER, _MOMENTS, _SUMS = 4, 8, 4  # bytes per parameter, float32
+_LARGEST_FLASH_HEAD, _FLASH_HEADS = 256, 8  # the kernel's largest head size, of which all are multiples of 8
 _ZERO3_BUCKET = 500_000_000  # gradients that ZeRO 3 collects before it scatters them: DeepSpeed's default
 
 
@@ -117,11 +119,18 @@ def activation_bytes(
     tokens = micro_batch * length
     width = layout.bytes_per_weight
     own = shape.hidden / (layout.tensor if layout.sequence_parallel else 1)  # hidden state outside attention and MLP
-    packed = micro_batch > 1 and (separate_documents or (shape.window is not None and shape.window < length))
+    packs = separate_documents or (shape.window is not None and shape.window < length)
+    has_flash = width == 2 and shape.head_size <= _LARGEST_FLASH_HEAD
+    by_piece = packs and not has_flash
     # The product of gate and up, and their SwiGLU, which the layers of a mixture compute with two more results: the
     # gate's SiLU and the shifted up. Without a gate, before and after the GELU.
     mlp = ((5 if shape.experts else 3) if shape.traits.gated else 2) * shape.ffn
-    attention = _attention_width(shape, recomputed=layout.recompute == "selective", packed=packed)
+    if layout.recompute == "selective":
+        attention = _recomputed_width(shape)
+    elif packs and has_flash:
+        attention = _packed_width(shape, micro_batch)
+    else:
+        attention = _attention_width(shape)
     routed = 0.0
     if shape.experts:
         # Each token is copied to its experts, and their outputs are weighted; the router computes in float32.
@@ -129,11 +138,17 @@ def activation_bytes(
         parts = layout.tensor if layout.sequence_parallel else 1
         routed = width * 3 * shape.top_k * shape.hidden + _SUMS * (shape.hidden + 4 * shape.experts) / parts
     # Inputs and outputs of both norms.
-    layer = width * (4 * own + (attention + mlp) / layout.tensor) + routed + _statistics(shape, layout)
-    if layout.recompute == "full":
-        # Each layer's input, and all of the layer that is being recomputed.
-        inputs = width * shape.layers * own
-        return tokens * max(inputs + layer - width * own, inputs + width * (own + shape.hidden))
+    statistics = _statistics(shape, layout, keeps_softmax=layout.recompute != "selective" and not by_piece)
+    layer = width * (4 * own + (attention + mlp) / layout.tensor) + routed + statistics
+    if layout.recompute in ("full", "tiled"):
+        # Each layer's input, and all of the layer that is being recomputed; of its MLP perhaps a tile.
+        inputs, tile = width * shape.layers * own, 0.0
+        if layout.recompute == "tiled" and not shape.experts:
+            layer -= width * mlp / layout.tensor
+            # With sequence parallelism, every rank gathers the tiles of all.
+            rows = rows_per_tile(shape.hidden, micro_batch) * (layout.tensor if layout.sequence_parallel else 1)
+            tile = width * mlp / layout.tensor * min(length, rows) * micro_batch
+        return max(tokens * (inputs + layer - width * own) + tile, tokens * (inputs + width * (own + shape.hidden)))
     # At the end, the input of the last norm and the loss's gradient of its output.
     return tokens * (shape.layers * layer + width * (own + shape.hidden))
 
@@ -155,29 +170,47 @@ def head_bytes(shape: ModelShape, layout: Layout, tokens: int, *, trains_head: b
     return gradient + max(logits, weights * width)
 
 
-def _attention_width(shape: ModelShape, *, recomputed: bool, packed: bool) -> int:
+def _attention_width(shape: ModelShape) -> int:
     """Return the numbers per token that attention keeps, on one tensor rank.
 
     Values are a view of the product of queries, keys and values, which is kept with them.
     """
     queries, keys = shape.query_width, shape.kv_heads * shape.head_size
-    product = shape.query_key_value_width
-    output = queries
+    rotated = (queries + keys) * (shape.rotary or shape.head_norms)
+    return shape.query_key_value_width + _norm_input(shape) + rotated + queries
+
+
+def _recomputed_width(shape: ModelShape) -> int:
+    """Return the numbers per token that attention keeps if it is recomputed."""
+    queries, keys = shape.query_width, shape.kv_heads * shape.head_size
     is_grouped = shape.kv_heads != shape.heads
-    # Grouped queries are copied out of the product, and normalized heads are new. Their norm keeps what it is given.
-    norm_input = queries * (is_grouped and shape.head_norms)
-    if recomputed:
-        copied = queries * (is_grouped or shape.head_norms) + keys * shape.head_norms
-        return product + norm_input + copied + output
-    if packed:
-        # One sequence after the other: copies of queries, keys, values and output.
-        return product * (2 if shape.head_norms else 1) + norm_input + 2 * output
-    return product + norm_input + (queries + keys) * (shape.rotary or shape.head_norms) + output
+    copied = queries * (is_grouped or shape.head_norms) + keys * shape.head_norms
+    return shape.query_key_value_width + _norm_input(shape) + copied + queries
 
 
-def _statistics(shape: ModelShape, layout: Layout) -> float:
+def _packed_width(shape: ModelShape, micro_batch: int) -> int:
+    """Return the numbers per token that attention within packed sequences keeps.
+
+    The kernel takes one sequence after the other, and heads whose size is a multiple of 8: otherwise queries, keys,
+    values and output are copied.
+    """
+    product, output = shape.query_key_value_width, shape.query_width
+    padded = -(-shape.head_size // _FLASH_HEADS) * _FLASH_HEADS
+    if padded == shape.head_size and micro_batch == 1:
+        return _attention_width(shape)
+    of_norms = product * shape.head_norms + _norm_input(shape)
+    return of_norms + (product + output) * padded // shape.head_size + output
+
+
+def _norm_input(shape: ModelShape) -> int:
+    """Return the numbers per token that the norm of queries keeps beside the product: those of grouped heads, which
+    are copied out of it."""
+    return shape.query_width * (shape.kv_heads != shape.heads and shape.head_norms)
+
+
+def _statistics(shape: ModelShape, layout: Layout, *, keeps_softmax: bool) -> float:
     """Return the bytes per token and layer of float32 numbers per row: of norms, and of attention's softmax."""
     norms = 2 * (1 if shape.traits.rms_norm else 2) / (layout.tensor if layout.sequence_parallel else 1)
     heads = (shape.heads + shape.kv_heads) * shape.head_norms
-    softmax = 0 if layout.recompute == "selective" else shape.heads
+    softmax = shape.heads * keeps_softmax
     return 4 * (norms + (heads + softmax) / layout.tensor)

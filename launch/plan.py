@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 
@@ -18,6 +19,7 @@ from btm_scale.model.trained import TrainedPart
 _USABLE = 0.9
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _MOST_NODES = 4096  # searched for a layout that fits
+_LENGTH_STEP, _MOST_LENGTHS = 1024, 1 << 16  # tokens of a sequence, of which multiples are tried
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Training:
 class GroupPlan:
     """The group of one model: its layout, the memory of a rank, and the times of a step and a checkpoint."""
 
+    shape: ModelShape
     training: Training
     layout: Layout
     micro_batch: int
@@ -113,7 +116,28 @@ def plan_group(shape: ModelShape, training: Training, layout: Layout, cluster: C
         trains=training.trains,
     )
     saved = checkpoint_seconds(shape, layout, training.trains)
-    return GroupPlan(training, layout, micro, count, memory, step, saved)
+    return GroupPlan(shape, training, layout, micro, count, memory, step, saved)
+
+
+def longest_sequence(group: GroupPlan, cluster: Cluster) -> int:
+    """Return the most tokens in a sequence that fit a GPU's memory in the group's layout, at a micro-batch of one.
+
+    It is rounded down to a multiple of 1,024, and 0 if the model itself does not fit. A model may have fewer positions.
+    """
+
+    def fits(steps: int) -> bool:
+        memory = rank_memory(
+            group.shape,
+            group.layout,
+            micro_batch=1,
+            length=steps * _LENGTH_STEP,
+            accumulation=group.training.sequences // group.layout.data,
+            separate_documents=group.training.separate_documents,
+            trains=group.training.trains,
+        )
+        return memory.total <= _USABLE * cluster.gpu.memory
+
+    return _LENGTH_STEP * bisect.bisect_left(range(1, _MOST_LENGTHS), True, key=lambda steps: not fits(steps))
 
 
 def plan_stage(groups: Sequence[GroupPlan], cluster: Cluster) -> StagePlan:
@@ -244,5 +268,11 @@ def _require_memory(group: GroupPlan, cluster: Cluster) -> None:
         raise LaunchError(
             f"{group.training.name}: a rank needs {group.memory.total / 1e9:.1f} GB, and {_USABLE:.0%} of the "
             f"{gpu.memory / 1e9:.0f} GB of a {gpu.name} are usable. Raise tensor, data or zero, set recompute: full, "
-            "or lower micro_batch."
+            f"or lower micro_batch{_or_length(group, cluster)}."
         )
+
+
+def _or_length(group: GroupPlan, cluster: Cluster) -> str:
+    """Return a remedy if sequences that are too long are the problem."""
+    longest = longest_sequence(group, cluster)
+    return f", or sequence_length to {longest:,}" if 0 < longest < group.training.length else ""

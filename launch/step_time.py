@@ -47,8 +47,10 @@ def step_time(
     trained = rank_parameters(shape, layout.tensor, trains)
     width = layout.bytes_per_weight
     flops = shape.flops_per_token(length, trains) * tokens / layout.ranks
-    if layout.recompute == "full":
+    if layout.recompute in ("full", "tiled"):
         flops *= 4 / 3  # the forward pass is a third of it, and runs twice
+    if layout.recompute == "tiled" and not shape.experts:
+        flops += 2 * shape.layer_matrices("mlp") * tokens / layout.ranks  # and that of MLPs three times
     peak = gpu.peak(layout.precision) * gpu.compute_share
     # Weights are read forward, backward and for their gradient; the optimizer reads and writes master and moments.
     traffic = width * (2 * own + trained) * accumulation + 2 * 12 * trained / (layout.data if layout.zero else 1)
@@ -70,7 +72,8 @@ def checkpoint_seconds(shape: ModelShape, layout: Layout, trains: TrainedPart = 
 def _tensor_bytes(shape: ModelShape, layout: Layout, tokens: float, width: int) -> float:
     """Return the bytes that a rank sends to its tensor ranks: four ring all-reduces of the hidden states per layer."""
     ring = 2 * (layout.tensor - 1) / layout.tensor
-    repeated = 1.5 if layout.recompute == "full" else 1.0
+    # The forward pass has two of them; tiles repeat that of the MLP once more.
+    repeated = {"full": 1.5, "tiled": 1.5 if shape.experts else 1.75}.get(layout.recompute, 1.0)
     return 4 * repeated * shape.layers * tokens * shape.hidden * width * ring
 
 

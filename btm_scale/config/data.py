@@ -187,6 +187,18 @@ class DataConfig(Section):
     separate_documents: bool = Field(
         default=False, description="in training, a token attends only to tokens of its own document"
     )
+    restart_positions: bool = Field(
+        default=False, description="with `separate_documents`, learned positions begin anew with each document"
+    )
     workers: MayChange[Annotated[int, Field(gt=0)] | None] = Field(
         default=None, description="processes that tokenize; default: one per core of the machine that prepares"
     )
+
+    @model_validator(mode="after")
+    def _restarts_separate_documents(self) -> DataConfig:
+        if self.restart_positions and not self.separate_documents:
+            raise ValueError(
+                "has `restart_positions` without `separate_documents`. Tokens that attend to other documents need "
+                "positions in the sequence: set separate_documents to true too, or remove restart_positions."
+            )
+        return self

@@ -43,9 +43,10 @@ class Layout(Section):
     sequence_parallel: MayChange[bool] = Field(
         default=False, description="tensor ranks also shard the sequence, outside attention and MLP"
     )
-    recompute: MayChange[Literal["none", "selective", "full"]] = Field(
+    recompute: MayChange[Literal["none", "selective", "full", "tiled"]] = Field(
         default="none",
-        description="activations recomputed in the backward pass: of attention (selective) or of layers (full)",
+        description="activations recomputed in the backward pass: of attention (selective), of layers (full), or of "
+        "layers whose MLPs run in tiles of the sequence (tiled; ZeRO 0 to 2)",
     )
     offload: MayChange[Literal["none", "optimizer", "all"]] = Field(
         default="none", description="kept in CPU memory: the optimizer states, or also the weights (all)"
@@ -82,6 +83,11 @@ class Layout(Section):
         if self.offload == "all" and self.zero != 3:
             problems.append(
                 f"Cannot offload the weights with zero={self.zero}. Only ZeRO 3 shards them: set zero to 3."
+            )
+        if self.recompute == "tiled" and self.zero == 3:
+            problems.append(
+                "Cannot recompute MLPs in tiles with zero=3. ZeRO 3 releases weights that a tile's backward pass "
+                "needs: set recompute to full, or zero to 0, 1 or 2."
             )
         if self.sync_every > 1 and self.data == 1:
             problems.append(

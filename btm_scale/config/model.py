@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, model_validator
 
+from btm_scale.config.rope import RopeConfig
 from btm_scale.config.section import Section
 from btm_scale.errors import CheckpointError, unknown_name
 from btm_scale.model.families import FAMILIES, MIXTURES
@@ -31,11 +33,14 @@ class ModelConfig(Section):
     tied: bool | None = Field(default=None, description="share the weights of embedding and output")
     norm_epsilon: float | None = Field(default=None, gt=0, description="epsilon of the normalization layers")
     rope_theta: float | None = Field(default=None, gt=0, description="base of the rotary embeddings")
+    rope: RopeConfig | None = Field(
+        default=None, description="scaling of rotary positions; it replaces that of a pretrained model"
+    )
 
     @model_validator(mode="after")
     def _buildable(self) -> ModelConfig:
         if self.pretrained is not None:
-            sizes = list(self.model_dump(exclude={"pretrained"}, exclude_none=True))
+            sizes = list(self.model_dump(exclude={"pretrained", "rope"}, exclude_none=True))
             if sizes:
                 raise ValueError(
                     f"Cannot set {', '.join(sizes)} with pretrained. A pretrained model has its own sizes: remove them."
@@ -54,8 +59,8 @@ class ModelConfig(Section):
     def shape(self, vocabulary: int, positions: int) -> ModelShape:
         """Return the shape of the model, for a vocabulary and a maximum sequence length in tokens.
 
-        A pretrained model has its own length, and rows for its own vocabulary at least. Raises CheckpointError if it
-        does not exist or its family is not supported.
+        A pretrained model has its own length, or that of `rope`, and rows for its own vocabulary at least. Raises
+        CheckpointError if it does not exist or its family is not supported, ValueError if `rope` does not fit it.
         """
         if self.pretrained is not None:
             shape = read_shape(self.pretrained)
@@ -64,13 +69,18 @@ class ModelConfig(Section):
                     f"{self.pretrained} is a mixture of experts. Mixtures are not trained here: choose a model of "
                     f"{', '.join(FAMILIES)}."
                 )
-            return shape.model_copy(update={"vocabulary": max(shape.vocabulary, vocabulary)})
+            shape = shape.model_copy(update={"vocabulary": max(shape.vocabulary, vocabulary)})
+            return shape if self.rope is None else self.rope.applied(shape)
         sizes: dict[str, Any] = dict(PRESETS[self.preset]) if self.preset else {}
-        sizes |= self.model_dump(exclude={"preset", "pretrained"}, exclude_none=True)
+        sizes |= self.model_dump(exclude={"preset", "pretrained", "rope"}, exclude_none=True)
         missing = [name for name in ("layers", "hidden", "heads", "ffn") if name not in sizes]
         if missing:
             raise ValueError(f"The model has no {', '.join(missing)}. Set them, or choose a preset.")
         if self.heads is not None and self.kv_heads is None:
             sizes["kv_heads"] = self.heads
         sizes.setdefault("kv_heads", sizes["heads"])
-        return ModelShape(**sizes, vocabulary=vocabulary, positions=positions)
+        if self.rope is None:
+            return ModelShape(**sizes, vocabulary=vocabulary, positions=positions)
+        # `positions` are those after scaling.
+        original = math.ceil(positions / self.rope.factor)
+        return self.rope.applied(ModelShape(**sizes, vocabulary=vocabulary, positions=original))

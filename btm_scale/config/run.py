@@ -176,7 +176,7 @@ class RunConfig(Section):
         if length > positions:
             problems.append(
                 f"budget.sequence_length {length} is longer than the {positions} positions of {self.model.pretrained}. "
-                f"Use {positions} or less."
+                f"Use {positions} or less, or set model.rope."
             )
         if self.data.dev + self.data.test >= 1:
             problems.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from megatron.core.datasets.utils import Split
 
 from btm_scale.data.chat.packing import as_flagged
 from btm_scale.data.chat.sequences import ChatSequences, blended, most_samples
+from btm_scale.data.document_lengths import lengths_in_sample
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.data.token_index import sequences_in
 from btm_scale.data.tokenizer import Tokenizer
@@ -95,9 +96,27 @@ class TrainingSamples:
         Inputs are [:, :-1] and labels [:, 1:]. In a mixture with conversations, ids have the flags of
         `data/chat/packing.py`.
         """
+        self._require(first, count)
+        return self.select(range(first, first + count))
+
+    def select(self, numbers: Sequence[int]) -> torch.Tensor:
+        """Return these samples as `read` does."""
+        return torch.stack([self._sample(number) for number in numbers])
+
+    def document_lengths(self, first: int, count: int) -> list[np.ndarray[Any, Any]]:
+        """Return the lengths of the documents in the inputs of samples `first` to `first + count - 1`, in tokens.
+
+        They are read from the index, without the tokens.
+        """
+        self._require(first, count)
+        return [
+            lengths_in_sample(self._domains[int(self._domain_of[number])], int(self._sample_of[number]))
+            for number in range(first, first + count)
+        ]
+
+    def _require(self, first: int, count: int) -> None:
         if first < 0 or first + count > self.samples:
             raise IndexError(f"samples [{first}, {first + count}) are out of range: there are {self.samples}")
-        return torch.stack([self._sample(number) for number in range(first, first + count)])
 
     def _sample(self, number: int) -> torch.Tensor:
         domain = self._domains[int(self._domain_of[number])]

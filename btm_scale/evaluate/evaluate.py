@@ -15,6 +15,7 @@ from btm_scale.config.evaluation import Tempering
 from btm_scale.config.run import RunConfig
 from btm_scale.data.eval_text import EvaluationText
 from btm_scale.errors import UnsupportedModelError
+from btm_scale.evaluate.by_position import as_result, perplexities, range_ends, ranges_of
 from btm_scale.evaluate.ensemble import ensemble_methods, routed_methods
 from btm_scale.evaluate.mixture_facts import mixture_note, parameters_of, routing_by_domain
 from btm_scale.evaluate.readiness import dense_models, require_evaluable
@@ -56,6 +57,7 @@ class _DomainResult:
     prior: np.ndarray  # log [experts], nats
     tempering: Tempering
     nats: dict[str, float]  # by method: the text's log-probability
+    by_position: dict[str, tuple[float | None, ...]]  # by method: perplexities
 
 
 def evaluate(config: RunConfig, run: RunDir) -> Results:
@@ -88,6 +90,9 @@ def evaluate(config: RunConfig, run: RunDir) -> Results:
             for domain, entry in by_domain.items()
         },
         methods=_results_by_method(by_domain, notes),
+        positions=as_result(
+            range_ends(config.budget.sequence_length), {name: entry.by_position for name, entry in by_domain.items()}
+        ),
         compute=_compute_by_method(config, run, names, averages, mixture),
         parameters={} if mixture is None else {MOE: parameters_of(run, MOE)},
         routing={} if mixture is None else routing_by_domain(config, run, mixture),
@@ -150,7 +155,10 @@ def _evaluate_domain(
     methods |= _mixtures(config, run, text, names, prior, tempering)
     counted = {method: text.of_targets(log_probs) for method, log_probs in methods.items()}
     nats = {method: float(np.sum(log_probs, dtype=np.float64)) for method, log_probs in counted.items()}
-    return _DomainResult(_Measure(len(counted[SEED]), text.bytes), prior, tempering, nats)
+    ends = range_ends(config.budget.sequence_length)
+    ranges = text.of_targets(ranges_of(text.block_starts, len(text.targets), ends))
+    by_position = {method: perplexities(log_probs, ranges, len(ends)) for method, log_probs in counted.items()}
+    return _DomainResult(_Measure(len(counted[SEED]), text.bytes), prior, tempering, nats, by_position)
 
 
 def _single_models(

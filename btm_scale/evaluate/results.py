@@ -37,6 +37,13 @@ class MethodResult(Part):
         return self.perplexity if measure == "perplexity" else self.bits_per_byte
 
 
+class ByPosition(Part):
+    """Perplexity by the position of the predicted token in its sequence."""
+
+    ends: tuple[Natural, ...]  # of ranges of positions; the first begins at 0, and an end belongs to the next
+    perplexity: dict[str, dict[str, tuple[Positive | None, ...]]]  # by method and domain; None without tokens
+
+
 class RanOn(Part):
     """The devices that trained and scored a model, and the kernels that scored it; empty where not recorded."""
 
@@ -70,6 +77,7 @@ class Results(Record):
     random_seed: int
     domains: dict[str, EvaluatedDomain]
     methods: dict[str, MethodResult]
+    positions: ByPosition | None = Field(default=None, exclude_if=is_empty)  # of sequences above 128 tokens
     compute: dict[str, Compute] = {}  # by method
     parameters: dict[str, Parameters] = Field(default={}, exclude_if=is_empty)  # of the method moe
     # By domain and expert of the mixture: its fraction of the uses, by layer.

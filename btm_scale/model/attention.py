@@ -6,7 +6,6 @@ Transformer Engine. PyTorch's flash kernels run on GPU and CPU alike.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -14,13 +13,10 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from btm_scale.model.packing import Packed, has_flash, varlen_attention
+from btm_scale.model.packed_attention import attend_packed
+from btm_scale.model.packing import Packed, has_flash
 from btm_scale.model.rotary import Rotary
-
-# With a mask on a GPU. The remaining one, `math`, would hold the scores of every head, [batch, heads, length, length].
-_MASKED_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
 class CausalAttention(torch.nn.Module):
@@ -35,7 +31,7 @@ class CausalAttention(torch.nn.Module):
         self.grouped = config.num_query_groups != config.num_attention_heads
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | Packed | None = None, *_: Any, **__: Any
+        self, query: Tensor, key: Tensor, value: Tensor, seen: Packed | None = None, *_: Any, **__: Any
     ) -> Tensor:
         """Query [length, batch, heads, d], key and value [length, batch, KV heads, d] -> [length, batch, heads * d].
 
@@ -43,42 +39,23 @@ class CausalAttention(torch.nn.Module):
         """
         if self.rotary is not None:
             query, key = self.rotary(query), self.rotary(key)
-        if isinstance(seen, Packed):
-            return _attend_packed(query, key, value, seen, grouped=self.grouped)
+        if seen is not None:
+            return attend_packed(query, key, value, seen)
         on_gpu = query.device.type != "cpu"
         grouped = self.grouped
-        if grouped and on_gpu and (seen is not None or not has_flash(query.device, query.dtype, query.shape[-1])):
-            # Of PyTorch's kernels on a GPU, only flash takes grouped heads, and it takes no mask.
+        if grouped and on_gpu and not has_flash(query.device, query.dtype, query.shape[-1]):
+            # Of PyTorch's kernels on a GPU, only flash takes grouped heads.
             repeats = query.shape[2] // key.shape[2]
             key, value = key.repeat_interleave(repeats, dim=2), value.repeat_interleave(repeats, dim=2)
             grouped = False
-        with sdpa_kernel(_MASKED_KERNELS) if on_gpu and seen is not None else contextlib.nullcontext():
-            attended = functional.scaled_dot_product_attention(
-                query.permute(1, 2, 0, 3),
-                key.permute(1, 2, 0, 3),
-                value.permute(1, 2, 0, 3),
-                attn_mask=seen,
-                is_causal=seen is None,
-                enable_gqa=grouped,
-            )
+        attended = functional.scaled_dot_product_attention(
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
+            is_causal=True,
+            enable_gqa=grouped,
+        )
         return attended.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
-
-
-def _attend_packed(query: Tensor, key: Tensor, value: Tensor, packed: Packed, *, grouped: bool) -> Tensor:
-    """Attend within packed sequences, by the flash kernel: no tensor [length, length] exists."""
-    length, batch = query.shape[:2]
-    attend = varlen_attention()
-    assert attend is not None
-    attended = attend(
-        *(heads.transpose(0, 1).reshape(batch * length, *heads.shape[2:]) for heads in (query, key, value)),
-        packed.starts,
-        packed.starts,
-        packed.longest,
-        packed.longest,
-        window_size=(-1 if packed.window is None else packed.window - 1, 0),
-        enable_gqa=grouped,
-    )
-    return attended.view(batch, length, -1).transpose(0, 1).contiguous()
 
 
 class HeadNorm(torch.nn.RMSNorm):

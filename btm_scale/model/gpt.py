@@ -24,10 +24,16 @@ from btm_scale.model.fused_layer import AddLayerNorm, AddRMSNorm, FusedAttention
 from btm_scale.model.loss import head_loss
 from btm_scale.model.moe import GradientScale, mixture_settings, mixture_spec, routers_of, with_recorded_scale
 from btm_scale.model.norm import LayerNorm, RMSNorm
-from btm_scale.model.packing import packs_sequences, visible
+from btm_scale.model.packing import first_tokens, positions_in_documents, visible
 from btm_scale.model.partition import Partition, is_partitioned
-from btm_scale.model.recompute import RecomputedAttention, RecomputedFusedLayer, RecomputedLayer
-from btm_scale.model.rotary import Rotary, rotary_frequencies
+from btm_scale.model.recompute import (
+    RecomputedAttention,
+    RecomputedFusedLayer,
+    RecomputedLayer,
+    TiledFusedLayer,
+    TiledLayer,
+)
+from btm_scale.model.rotary import Rotary
 from btm_scale.model.shape import ModelShape
 
 
@@ -52,6 +58,8 @@ class ExpertModel(GPTModel):
         self.shape = shape
         # If set, tokens attend only within their document.
         self.end_of_text: int | None = None
+        # Whether each of these documents then begins at position 0.
+        self.restarts_positions = False
         # If some targets are left out: what the sum of the others' losses is divided by; None: their number.
         self.target_count: float | None = None
         self._leaves_out_targets = False
@@ -70,11 +78,15 @@ class ExpertModel(GPTModel):
         if targets is None and self.config.sequence_parallel:
             # Padding at the end, which no token attends to.
             tokens = functional.pad(tokens, (0, -length % self.config.tensor_model_parallel_size))
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        packs = packs_sequences(tokens.device, self.config.params_dtype, self.shape.head_size)
-        seen = visible(tokens, end_of_text=self.end_of_text, window=self.shape.window, packs=packs, starts=starts)
-        output: Tensor = super().forward(tokens, positions, attention_mask=seen, labels=targets)
+        seen = visible(tokens, end_of_text=self.end_of_text, window=self.shape.window, starts=starts)
+        output: Tensor = super().forward(tokens, self._positions(tokens, starts), attention_mask=seen, labels=targets)
         return output if targets is not None else output[:, :length]
+
+    def _positions(self, tokens: Tensor, starts: Tensor | None) -> Tensor:
+        """Return the positions for learned embeddings, [batch, length]. Rotary ones depend on distances alone."""
+        if self.shape.rotary or not self.restarts_positions or self.end_of_text is None:
+            return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        return positions_in_documents(first_tokens(tokens, self.end_of_text) if starts is None else starts)
 
     @property
     def head(self) -> Tensor:
@@ -127,7 +139,7 @@ def build_model(
     dtype: torch.dtype,
     on_cpu: bool,
     sequence_parallel: bool = False,
-    recompute: Literal["none", "selective", "full"] = "none",
+    recompute: Literal["none", "selective", "full", "tiled"] = "none",
     partition: Partition | None = None,
     draws: bool = True,
 ) -> ExpertModel:
@@ -136,8 +148,8 @@ def build_model(
     Without `draws`, matrices are zero, for a model whose weights will be loaded. Weights are drawn from the process's
     CPU RNG and are the same at any tensor parallel degree. With `sequence_parallel`, sequence lengths must be multiples
     of `tensor`. `recompute` saves memory in training: the activations of attention (selective) or of complete layers
-    (full) are recomputed in the backward pass. With `partition`, no rank ever holds more than its part of the model and
-    one matrix.
+    (full) are recomputed in the backward pass, and of MLPs tile by tile (tiled; of a mixture of experts it is full).
+    With `partition`, no rank ever holds more than its part of the model and one matrix.
     """
     fused = not on_cpu and not shape.experts
     if fused:
@@ -211,7 +223,7 @@ def _layer_spec(shape: ModelShape, normalization: str, recompute: str, *, fused:
     else:
         norm = AddLayerNorm if fused else LayerNorm
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
-    rotary = Rotary(rotary_frequencies(shape)) if shape.rotary else None
+    rotary = Rotary(shape) if shape.rotary else None
     attention = spec.submodules.self_attention
     # Recomputed attention saves its input, the output of the QKV projection before it is rotated.
     splits = fused and rotary is not None and not shape.head_norms and recompute != "selective"
@@ -226,10 +238,12 @@ def _layer_spec(shape: ModelShape, normalization: str, recompute: str, *, fused:
         attention.submodules.q_layernorm = attention.submodules.k_layernorm = HeadNorm
     if shape.experts:
         spec.submodules.mlp = mixture_spec(shape)
-    if fused:
-        spec.module = RecomputedFusedLayer if recompute == "full" else FusedLayer
-    elif recompute == "full":
-        spec.module = RecomputedLayer
+    if recompute == "tiled" and not shape.experts:
+        spec.module = TiledFusedLayer if fused else TiledLayer
+    elif recompute in ("full", "tiled"):
+        spec.module = RecomputedFusedLayer if fused else RecomputedLayer
+    elif fused:
+        spec.module = FusedLayer
     return spec
 
 

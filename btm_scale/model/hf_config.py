@@ -114,10 +114,13 @@ _SIZES = (
     "max_position_embeddings n_layer n_head n_embd n_inner n_positions sliding_window original_max_position_embeddings "
     "num_experts num_local_experts num_experts_per_tok moe_intermediate_size decoder_sparse_step"
 )
-_NUMBERS = "rms_norm_eps layer_norm_epsilon rope_theta factor low_freq_factor high_freq_factor partial_rotary_factor"
+_NUMBERS = (
+    "rms_norm_eps layer_norm_epsilon rope_theta factor low_freq_factor high_freq_factor partial_rotary_factor "
+    "beta_slow beta_fast attention_factor mscale mscale_all_dim"
+)
 _FLAGS = (
     "tie_word_embeddings attention_bias mlp_bias use_sliding_window add_cross_attention "
-    "scale_attn_by_inverse_layer_idx scale_attn_weights norm_topk_prob"
+    "scale_attn_by_inverse_layer_idx scale_attn_weights norm_topk_prob truncate"
 )
 _TYPES: _Types = (
     dict.fromkeys(_SIZES.split(), ("a number from 0 to 2147483647", _is_size))

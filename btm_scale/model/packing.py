@@ -1,7 +1,6 @@
 """Which tokens a token may attend to, computed once per batch: those of its document, within the model's window.
 
-A GPU's flash kernel takes the boundaries of packed sequences. Other kernels take a mask, which PyTorch's fastest ones
-refuse.
+They are the boundaries of sequences, never a mask [length, length].
 """
 
 from __future__ import annotations
@@ -10,13 +9,26 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-_LARGEST_HEAD = 256
+_LARGEST_HEAD = 256  # of the flash kernel
+# Queries that attend through one mask, which also has the keys of a window before them.
+_BLOCK = (32, 256)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Queries of one row of a batch, and the keys that they attend to: causally, or `banded`, through `Packed.band`."""
+
+    row: int
+    queries: slice
+    keys: slice
+    banded: bool = False
 
 
 @dataclass(frozen=True)
@@ -28,48 +40,77 @@ class Packed:
     """
 
     starts: Tensor
-    longest: int  # an upper bound of the sequences' lengths
+    longest: int  # of the sequences, in tokens
+    length: int  # of a row of the batch: no sequence spans two
     window: int | None = None
+
+    @functools.cached_property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The parts of the batch that kernels without packed sequences attend to, one after the other.
+
+        A sequence is a piece. One that is longer than the window is several: the first tokens, up to the window, and
+        blocks of the others.
+        """
+        pieces = []
+        for begin, end in pairwise(self.starts.tolist()):
+            row, first = divmod(begin, self.length)
+            last = first + end - begin
+            window = last - first if self.window is None else self.window
+            stop = min(last, first + window)
+            pieces.append(Piece(row, slice(first, stop), slice(first, stop)))
+            for block in range(stop, last, self.block):
+                stop = min(last, block + self.block)
+                pieces.append(Piece(row, slice(block, stop), slice(block - window + 1, stop), banded=True))
+        return tuple(pieces)
+
+    @property
+    def block(self) -> int:
+        """Queries of a piece that has keys before them."""
+        return min(max(self.window or 0, _BLOCK[0]), _BLOCK[1])
+
+    @functools.cached_property
+    def band(self) -> Tensor:
+        """Whether a query of a piece attends to a key, bool [block, block + window - 1]; shorter pieces are a part."""
+        window = self.window or 1
+        near = torch.ones(self.block, self.block + window - 1, dtype=torch.bool, device=self.starts.device)
+        return near.triu().tril(window - 1)
 
 
 def visible(
-    tokens: Tensor, *, end_of_text: int | None, window: int | None, packs: bool, starts: Tensor | None = None
-) -> Tensor | Packed | None:
+    tokens: Tensor, *, end_of_text: int | None, window: int | None, starts: Tensor | None = None
+) -> Packed | None:
     """Return what each token of a batch [batch, length] may attend to; None if that is every earlier token.
 
-    With `packs`, return the boundaries of sequences; otherwise a mask, [batch, 1, length, length] or [length, length],
-    that is True where a token attends to another. Without `end_of_text`, documents attend to each other.
-    `starts`, bool [batch, length], are the first tokens of documents, if others than those after `end_of_text`.
+    Without `end_of_text`, documents attend to each other. `starts`, bool [batch, length], are the first tokens of
+    documents, if others than those after `end_of_text`.
     """
-    length = tokens.shape[1]
+    batch, length = tokens.shape
     if window is not None and window >= length:
         window = None
-    if end_of_text is None and window is None:
-        return None
-    ends = None
-    if end_of_text is not None:
-        ends = tokens == end_of_text if starts is None else functional.pad(starts[:, 1:], (0, 1))
-    if packs:
-        return Packed(_starts(tokens, ends), length, window)
-    mask = None if ends is None else _before_ends(ends)
-    if window is not None:
-        near = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril().triu(1 - window)
-        mask = near if mask is None else mask & near
-    return mask
+    if end_of_text is None:
+        if window is None:
+            return None
+        rows = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=tokens.device)
+        return Packed(rows, length, length, window)
+    firsts = first_tokens(tokens, end_of_text) if starts is None else starts.clone()
+    firsts[:, 0] = True
+    # The boundaries are needed on the host, which waits for the device: once per batch, not per layer.
+    begins = functional.pad(firsts.flatten().nonzero()[:, 0], (0, 1), value=batch * length)
+    return Packed(begins.to(torch.int32), int(begins.diff().max()), length, window)
 
 
-def within_documents(tokens: Tensor, end_of_text: int) -> Tensor:
-    """Return the causal mask [batch, 1, length, length] of packed documents that do not attend to each other.
+def first_tokens(tokens: Tensor, end_of_text: int) -> Tensor:
+    """Return which tokens [batch, length] are the first of a document or of their sequence, bool [batch, length].
 
-    `tokens` [batch, length]; each document ends with `end_of_text`, which belongs to it.
+    Each document ends with `end_of_text`, which belongs to it.
     """
-    return _before_ends(tokens == end_of_text)
+    return functional.pad(tokens[:, :-1] == end_of_text, (1, 0), value=True)
 
 
-def _before_ends(ends: Tensor) -> Tensor:
-    document = ends.cumsum(1) - ends.long()
-    same_document = document[:, None, :, None] == document[:, None, None, :]
-    return same_document.tril()
+def positions_in_documents(firsts: Tensor) -> Tensor:
+    """Return the position of each token in its document, int64 [batch, length], from the first tokens of documents."""
+    positions = torch.arange(firsts.shape[1], device=firsts.device)
+    return positions - torch.where(firsts, positions, 0).cummax(1).values
 
 
 def has_flash(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
@@ -82,12 +123,6 @@ def has_flash(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
     return device.type != "cuda" or _cuda_has_flash(device, dtype, head_size)
 
 
-def packs_sequences(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
-    """Return whether attention on this device takes packed sequences rather than a mask."""
-    # Without a mask, PyTorch pads the heads for its kernel; packed sequences go to the kernel as they are.
-    return head_size % 8 == 0 and varlen_attention() is not None and has_flash(device, dtype, head_size)
-
-
 @functools.cache
 def varlen_attention() -> Callable[..., Any] | None:
     """Return PyTorch's attention over packed sequences; None in a version without windows or grouped heads."""
@@ -95,7 +130,8 @@ def varlen_attention() -> Callable[..., Any] | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return varlen_attn if {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters) else None
+    wanted = {"window_size", "enable_gqa", "scale"}
+    return varlen_attn if wanted <= set(inspect.signature(varlen_attn).parameters) else None
 
 
 @functools.cache
@@ -103,12 +139,3 @@ def _cuda_has_flash(device: torch.device, dtype: torch.dtype, head_size: int) ->
     head = torch.empty(1, 1, 8, head_size, dtype=dtype, device=device, requires_grad=True)
     asked = torch.backends.cuda.SDPAParams(head, head, head, None, 0.0, True, False)
     return bool(torch.backends.cuda.can_use_flash_attention(asked))
-
-
-def _starts(tokens: Tensor, ends: Tensor | None) -> Tensor:
-    batch, length = tokens.shape
-    if ends is None:
-        return torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=tokens.device)
-    ends[:, -1] = True
-    # The number of documents is needed on the host, which waits for the device: once per batch, not per layer.
-    return functional.pad(ends.flatten().nonzero()[:, 0] + 1, (1, 0)).to(torch.int32)

@@ -5,6 +5,8 @@ Megatron-core's recomputation needs the CUDA RNG tracker. Layers are determinist
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from btm_scale.model.attention import CausalAttention
 from btm_scale.model.fused_layer import FusedLayer
+from btm_scale.model.tiles import rows_per_tile
 
 
 class RecomputedAttention(CausalAttention):
@@ -52,3 +55,37 @@ class RecomputedLayer(_Recomputed, TransformerLayer):
 
 class RecomputedFusedLayer(_Recomputed, FusedLayer):
     """`FusedLayer`, recomputed."""
+
+
+class _Tiled:
+    """A recomputed layer whose MLP runs on tiles of the sequence, one after the other.
+
+    A tile is recomputed once more in its backward pass, so that only its inner activations are in memory.
+    """
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        # Its class must stay MLP, by which Megatron-core decides on the process group.
+        mlp: Any = self.mlp  # type: ignore[attr-defined]
+        mlp.forward = partial(_in_tiles, mlp.forward)
+
+
+class TiledLayer(_Tiled, RecomputedLayer):
+    """Megatron-core's layer, recomputed, with its MLP in tiles."""
+
+
+class TiledFusedLayer(_Tiled, RecomputedFusedLayer):
+    """`FusedLayer`, recomputed, with its MLP in tiles."""
+
+
+def _in_tiles(
+    compute: Callable[..., tuple[Tensor, Tensor | None]], hidden: Tensor, **named: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Return the MLP's output of hidden states [length, batch, hidden], and its bias if that is not added."""
+    rows = rows_per_tile(hidden.shape[2], hidden.shape[1])
+    if len(hidden) <= rows:
+        return compute(hidden, **named)
+    if torch.is_grad_enabled():
+        compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
+    outputs, biases = zip(*(compute(tile, **named) for tile in hidden.split(rows)), strict=True)
+    return torch.cat(outputs), biases[0]

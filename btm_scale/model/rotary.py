@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from btm_scale.model.shape import ModelShape
+from btm_scale.model.shape import ModelShape, RopeScaling
 
 
 def rotary_frequencies(shape: ModelShape) -> Tensor:
@@ -21,16 +21,33 @@ def rotary_frequencies(shape: ModelShape) -> Tensor:
     scaled = frequencies / scaling.factor
     if scaling.kind == "linear":
         return scaled
+    if scaling.kind == "yarn":
+        first, last = (_dimension(rotations, shape, scaling) for rotations in (scaling.high, scaling.low))
+        if scaling.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, shape.head_size - 1)
+        ramp = (torch.arange(shape.head_size // 2, dtype=torch.float32) - first) / (last - first or 1e-3)
+        return torch.lerp(frequencies, scaled, ramp.clamp(0, 1))
     rotations = scaling.original * frequencies / (2 * math.pi)  # within the original context length
     weight = ((rotations - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
     return torch.lerp(scaled, frequencies, weight)
 
 
-class Rotary:
-    """Rotates queries and keys by their positions; cosines and sines are cached per dtype and device."""
+def _dimension(rotations: float, shape: ModelShape, scaling: RopeScaling) -> float:
+    """Return the pair of dimensions, not rounded, that rotates this often within the original context length."""
+    positions = scaling.original / (2 * math.pi * rotations)
+    return shape.head_size * math.log(positions) / (2 * math.log(shape.rope_theta))
 
-    def __init__(self, frequencies: Tensor) -> None:
-        self._frequencies = frequencies
+
+class Rotary:
+    """Rotates queries and keys by their positions, and multiplies them by the `attention` of their scaling.
+
+    Cosines and sines are cached per dtype and device.
+    """
+
+    def __init__(self, shape: ModelShape) -> None:
+        self._frequencies = rotary_frequencies(shape)
+        self._attention = 1.0 if shape.rope_scaling is None else shape.rope_scaling.attention
         self._angles: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, heads: Tensor) -> Tensor:
@@ -43,7 +60,8 @@ class Rotary:
         length, kind = len(heads), (heads.dtype, heads.device)
         if kind not in self._angles or len(self._angles[kind][0]) < length:
             angles = torch.outer(torch.arange(length, dtype=torch.float32), self._frequencies)
-            self._angles[kind] = (angles.cos().to(*kind[::-1]), angles.sin().to(*kind[::-1]))
+            parts = (angles.cos() * self._attention, angles.sin() * self._attention)
+            self._angles[kind] = (parts[0].to(*kind[::-1]), parts[1].to(*kind[::-1]))
         cos, sin = self._angles[kind]
         return cos[:length], sin[:length]
 

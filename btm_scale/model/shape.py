@@ -21,16 +21,20 @@ class RopeScaling(BaseModel):
     """Scaling of rotary positions beyond the original context length.
 
     `linear` divides every frequency by `factor` (arXiv 2306.15595). `llama3` divides frequencies with fewer than `low`
-    rotations within `original` positions, keeps those with more than `high`, and interpolates in between.
+    rotations within `original` positions, keeps those with more than `high`, and interpolates in between. `yarn` (arXiv
+    2309.00071) interpolates between dimensions, those of `low` and `high` rotations, which `truncate` rounds outwards,
+    and multiplies queries and keys by `attention`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["linear", "llama3"]
+    kind: Literal["linear", "llama3", "yarn"]
     factor: float = Field(ge=1)
     low: float = Field(default=1.0, gt=0)
     high: float = Field(default=4.0, gt=0)
     original: int = Field(default=8192, gt=0, description="positions")
+    attention: float = Field(default=1.0, gt=0)
+    truncate: bool = True
 
     @model_validator(mode="after")
     def _ordered(self) -> RopeScaling:

@@ -72,6 +72,7 @@ def _print_groups(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
         if row.get("trains", "all") != "all":
             table.add_row("trains", {"mlp": "the MLPs", "router": "the routers"}[row["trains"]])
         table.add_row("memory", f"{size(held['total'])} per GPU: {parts}")
+        table.add_row("length", f"sequences of at most {row['longest_sequence']:,} tokens fit, one per micro-batch")
         step, speed = time(row["step_seconds"]["total"]), amount(row["tokens_per_second"])
         table.add_row("time", f"{count(row['steps'], 'step')} of {step}, {speed} tokens/s: {time(row['seconds'])}")
         table.add_row("save", f"{time(row['checkpoint_seconds'])} per checkpoint, if storage is as fast as the ranks")

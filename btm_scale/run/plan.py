@@ -15,6 +15,7 @@ from btm_scale.launch.plan import (
     StagePlan,
     Training,
     data_parallel_bytes,
+    longest_sequence,
     plan_group,
     plan_stage,
     propose,
@@ -48,7 +49,7 @@ def make_plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
         "cluster": {"gpus": cluster.ranks, "nodes": cluster.nodes, "gpus_per_node": cluster.ranks_per_node}
         | {name: figure for name, figure in asdict(cluster.gpu).items() if name != "devices"},
         "proposed": proposed,
-        "stages": [_stage_rows(stage) for stage in stages],
+        "stages": [_stage_rows(stage, cluster) for stage in stages],
         "days": sum(stage.seconds for stage in stages) / 86_400,
         "between_groups": {
             "branch_train_merge_bytes": 0,
@@ -115,7 +116,7 @@ def _settings(layout: Layout, base: Layout) -> dict[str, Any]:
     return {name: value for name in _LAYOUT if (value := getattr(layout, name)) != getattr(base, name)}
 
 
-def _stage_rows(stage: StagePlan) -> dict[str, Any]:
+def _stage_rows(stage: StagePlan, cluster: Cluster) -> dict[str, Any]:
     """Return a stage with one row for all equal groups."""
     where = {one.work.name: one for one in stage.placed}
     rows: dict[tuple[object, ...], dict[str, Any]] = {}
@@ -125,7 +126,7 @@ def _stage_rows(stage: StagePlan) -> dict[str, Any]:
         key = (str(group.layout), group.micro_batch, training.steps, training.sequences, training.trains, group.step)
         row = rows.get(key)
         if row is None:
-            row = rows[key] = _row(group)
+            row = rows[key] = _row(group, cluster)
         row["models"].append(training.name)
         placed = where[training.name]
         row["places"].append({"start": placed.start, "end": placed.end, "nodes": list(placed.nodes)})
@@ -137,7 +138,7 @@ def _stage_rows(stage: StagePlan) -> dict[str, Any]:
     }
 
 
-def _row(group: GroupPlan) -> dict[str, Any]:
+def _row(group: GroupPlan, cluster: Cluster) -> dict[str, Any]:
     return {
         "models": [],
         "trains": group.training.trains,
@@ -146,6 +147,7 @@ def _row(group: GroupPlan) -> dict[str, Any]:
         "micro_batch": group.micro_batch,
         "accumulation": group.accumulation,
         "memory_bytes": asdict(group.memory) | {"total": group.memory.total},
+        "longest_sequence": longest_sequence(group, cluster),
         "step_seconds": asdict(group.step) | {"total": group.step.total},
         "checkpoint_seconds": group.checkpoint,
         "steps": group.training.steps,

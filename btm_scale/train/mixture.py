@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
 from btm_scale.config.run import RunConfig
@@ -51,10 +53,21 @@ class DomainMixture:
 
     def read(self, first: int, count: int) -> torch.Tensor:
         """Return `count` samples of one step, starting at index `first`: int64 [count, sequence_length + 1]."""
-        begin, samples = next(
-            ((begin, samples) for end, begin, samples in self._parts if first < end), self._parts[-1][1:]
-        )
+        begin, samples = self._part_of(first)
         return samples.read(first - begin, count)
+
+    def select(self, first: int, offsets: Sequence[int]) -> torch.Tensor:
+        """Return the samples at these offsets from index `first`, all of one step, as `read` does."""
+        begin, samples = self._part_of(first)
+        return samples.select([first - begin + offset for offset in offsets])
+
+    def document_lengths(self, first: int, count: int) -> list[np.ndarray[Any, Any]]:
+        """Return the lengths of the documents in the inputs of the samples that `read` returns, in tokens."""
+        begin, samples = self._part_of(first)
+        return samples.document_lengths(first - begin, count)
+
+    def _part_of(self, first: int) -> tuple[int, TrainingSamples]:
+        return next(((begin, samples) for end, begin, samples in self._parts if first < end), self._parts[-1][1:])
 
 
 def _seed(config: RunConfig, job: TrainingJob) -> int:

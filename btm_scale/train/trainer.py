@@ -14,6 +14,7 @@ from btm_scale.model.hf_config import read_shape
 from btm_scale.model.trained import freeze_rest
 from btm_scale.run_dir import RunDir
 from btm_scale.train.bad_batches import Health
+from btm_scale.train.balance import RankText
 from btm_scale.train.build import new_model
 from btm_scale.train.checkpoint import common_state, has_checkpoint, load_state, save_state
 from btm_scale.train.dev_loss import DevLoss
@@ -55,6 +56,7 @@ def train_and_export(
         if pretrained is not None and draws:
             load_pretrained(group, model, pretrained)
         model.end_of_text = tokenizer.eos if config.data.separate_documents else None
+        model.restarts_positions = config.data.restart_positions
         freeze_rest(model, job.trains)
         return model
 
@@ -95,7 +97,6 @@ def train(
     resumes without that batch.
     """
     job, group = engine.job, engine.group
-    rank_sequences = job.sequences // group.layout.data
     length, optimizer = config.budget.sequence_length, optimizer_of(config, job.model)
     folder = run.checkpoints(job.model)
     step = begin()
@@ -106,24 +107,31 @@ def train(
         # A process that was killed after it saved a checkpoint, the last one too, may have left older ones.
         remove_other_decays(folder, job)
         remove_old_states(folder, step, config.checkpoint.keep, kept_steps(job, dev.best_step))
+    own = RankText(
+        mixture,
+        rank=group.data_rank,
+        ranks=group.layout.data,
+        balances=config.data.separate_documents,
+        window=engine.model.shape.window,
+    )
     health = Health(group, config.health, run.train(job.model), run.metrics(job.model))
     with (
         StopRequest(group, run.train(job.model)) as stop,
         HangWatch(group, config.health) as watch,
         Profile(group, config.profile, run.profile(job.model)) as profile,
         Metrics(group, run.metrics(job.model), job, engine.model.shape, length, step) as metrics,
-        ReadAhead(mixture.read, group.device) as text,
+        ReadAhead(own.read, group.device) as text,
     ):
         pending = False  # whether a checkpoint is to be saved once the data ranks are in sync
         while step < job.steps and not dev.is_over(step):
             step += 1
             result = None
             if not health.leaves_out(step):
-                first = job.first_sample + (step - 1) * job.sequences + group.data_rank * rank_sequences
+                first = job.first_sample + (step - 1) * job.sequences
                 rate = job.rate_at(step, optimizer)
                 with watch.step():
                     following = first + job.sequences if step < job.steps else None
-                    result = engine.step(text.read(first, rank_sequences, then=following), rate)
+                    result = engine.step(text.read(first, job.sequences, then=following), rate)
                 problem = health.problem(step, result)
                 if problem is not None:
                     health.leave_out(step, problem)

@@ -59,7 +59,9 @@ class FlashAttention(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
-def flash_attention(*heads: torch.Tensor, attn_mask: None, is_causal: bool, enable_gqa: bool) -> torch.Tensor:
+def flash_attention(
+    *heads: torch.Tensor, is_causal: bool, enable_gqa: bool = False, attn_mask: None = None
+) -> torch.Tensor:
     assert is_causal
     return FlashAttention.apply(*heads)
 
@@ -126,6 +128,9 @@ def as_on_cuda(ranks: int, spec: dict[str, Any]) -> None:
     torch.nn.functional.rms_norm = fused_rms_norm
     torch.nn.functional.scaled_dot_product_attention = flash_attention
     torch.nn.init.normal_ = lambda weight, *_, **__: weight
+    # `meta` has no values: each token is a document, whose boundaries the host reads.
+    torch.Tensor.__int__ = lambda _: 1  # type: ignore[method-assign]
+    torch.Tensor.tolist = lambda tensor: list(range(len(tensor)))  # type: ignore[method-assign]
     with fake_config.patch(meta_nonzero_assume_all_nonzero=True):
         measure_all(ranks, spec)
 

@@ -19,7 +19,14 @@ def case(
     family: str, recompute: str = "none", precision: str = "bf16", micro_batch: int = 4, **more: Any
 ) -> dict[str, Any]:
     traits = FAMILIES[family]
-    shape = {"family": family, "layers": 3, "hidden": 768, "heads": 12, "positions": 256, "vocabulary": 1000}
+    shape = {
+        "family": family,
+        "layers": 3,
+        "hidden": more.get("hidden", 768),
+        "heads": 12,
+        "positions": 256,
+        "vocabulary": 1000,
+    }
     shape |= {"kv_heads": 4 if traits.grouped and more.get("grouped", True) else 12, "ffn": 2048}
     if traits.windowed:
         shape["window"] = 100
@@ -40,6 +47,10 @@ CASES |= {
     "llama, one head per KV head, selective": case("llama", "selective", grouped=False),
     "llama, one sequence with documents": case("llama", micro_batch=1, documents=True),
     "llama, fp32": case("llama", precision="fp32"),
+    "llama, fp32, separate documents": case("llama", precision="fp32", documents=True),
+    "qwen3, fp32, separate documents, selective": case("qwen3", "selective", precision="fp32", documents=True),
+    "llama, separate documents, odd head size": case("llama", documents=True, hidden=744),
+    "qwen3, one sequence with documents, odd head size": case("qwen3", micro_batch=1, documents=True, hidden=744),
 }
 CASES |= {
     f"{family}, {recompute} recomputation, {kind} parallel": case(family, recompute, layout=layout)
@@ -49,10 +60,18 @@ CASES |= {
 }
 
 
+# What autograd keeps of a tile, and the input of all tiles, is inside of a checkpoint, where it is not measured.
+TILED = {
+    f"{family}, tiled recomputation, {kind}": case(family, "tiled", layout=layout, positions=1024)
+    for family in ("llama", "gpt2")
+    for kind, layout in (("one rank", {}), ("sequence parallel", SEQUENCE))
+}
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     folder = tmp_path_factory.mktemp("activations")
-    spec = {"cases": CASES, "result": str(folder / "result")}
+    spec = {"cases": CASES | TILED, "result": str(folder / "result")}
     run_script(Path(__file__).with_name("measure_activations.py"), spec, folder)
     return {
         name: value for ranks in (1, 2) for name, value in json.loads((folder / f"result-{ranks}").read_text()).items()
@@ -71,3 +90,17 @@ def test_planned_activations_are_what_autograd_keeps(name: str, measured: dict[s
         separate_documents=values["documents"],
     )
     assert planned == pytest.approx(measured[name], rel=0.05)
+
+
+@pytest.mark.parametrize("name", TILED)
+def test_planned_activations_of_tiles_are_what_autograd_keeps(name: str, measured: dict[str, int]) -> None:
+    values = TILED[name]
+    shape, layout = ModelShape.model_validate(values["shape"]), Layout.model_validate(values["layout"])
+    tokens = values["micro_batch"] * shape.positions
+    given = {"micro_batch": values["micro_batch"], "length": shape.positions}
+    planned = activation_bytes(shape, layout, **given)
+    parts = layout.tensor if layout.sequence_parallel else 1  # each of which has tiles of as many tokens as `hidden`
+    inner = 2 * (3 if shape.traits.gated else 2) * shape.ffn / layout.tensor * shape.hidden * parts
+    inputs = 2 * tokens * shape.hidden / parts
+    assert planned == pytest.approx(measured[name] + inner + inputs, rel=0.05)
+    assert planned < activation_bytes(shape, layout.model_copy(update={"recompute": "full"}), **given)

@@ -89,6 +89,24 @@ def test_a_given_layout_is_kept_and_one_that_does_not_fit_is_refused(tmp_path: P
         make_plan(alone, cluster)
 
 
+def test_the_longest_sequence_is_the_last_that_fits(tmp_path: Path) -> None:
+    cluster = Cluster(GPUS["h100"], 8, 8)
+    layout = {"tensor": 8, "recompute": "full", "micro_batch": 1}
+    [longest] = {row["longest_sequence"] for row in rows(make_plan(given_length(tmp_path, layout, 8192), cluster))}
+    assert longest > 8192
+    assert longest % 1024 == 0
+    fitting = make_plan(given_length(tmp_path, layout, longest), cluster)
+    assert {row["longest_sequence"] for row in rows(fitting)} == {longest}
+    with pytest.raises(LaunchError, match=f"or lower micro_batch, or sequence_length to {longest:,}"):
+        make_plan(given_length(tmp_path, layout, longest + 1024), cluster)
+
+
+def given_length(folder: Path, layout: dict[str, Any], length: int) -> RunConfig:
+    """Return a config of eight experts whose batches have as many sequences at every length."""
+    budget = EIGHT_8B["budget"] | {"sequence_length": length, "batch_tokens": 64 * length}
+    return config_of(folder, EIGHT_8B | {"layout": layout, "budget": budget}, 8)
+
+
 SEVENTY_B = EIGHT_8B | {
     "model": {"family": "llama", "layers": 80, "hidden": 8192, "heads": 64, "kv_heads": 8, "ffn": 28672, "tied": False}
 }

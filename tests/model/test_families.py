@@ -30,6 +30,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
     },
+    "llama with yarn scaling": {
+        "model_type": "llama",
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "rope_theta": 100.0,
+            "original_max_position_embeddings": 8,
+        },
+    },
     "mistral": {"model_type": "mistral", "sliding_window": 5, "head_dim": 12},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
@@ -140,7 +149,7 @@ def test_rotary_settings_from_before_transformers_5_are_read() -> None:
     ("changes", "message"),
     [
         ({"model_type": "mamba"}, "'mamba' is not supported. Megatron-core trains and shards llama, mistral, qwen2"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "llama with yarn rotary positions"),
+        ({"rope_scaling": {"type": "longrope", "factor": 4}}, "llama with longrope rotary positions"),
         ({"attention_bias": True}, "llama with attention_bias"),
         ({"hidden_act": "gelu"}, "activation gelu"),
         ({"model_type": "qwen2", "use_sliding_window": True}, "qwen2 with use_sliding_window"),

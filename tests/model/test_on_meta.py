@@ -12,7 +12,7 @@ from helpers.worlds import run_script
 from btm_scale.model.families import FAMILIES, MIXTURES
 
 LAYERS = 2
-RECOMPUTE = ("none", "selective", "full")
+RECOMPUTE = ("none", "selective", "full", "tiled")
 CASES: dict[str, dict[str, Any]] = {
     f"{family}, {recompute} recomputation, {'separate documents' if documents else 'packed text'}": {
         "family": family,

@@ -28,7 +28,7 @@ STEPS, EVERY = 40, 4
 
 
 def values(text: Path, **changes: Any) -> dict[str, Any]:
-    """A run of one expert, on two data ranks with two micro-batches each."""
+    """A run of one expert, on two data ranks with two micro-batches each, which get sequences of equal work."""
     sizes = {"family": "llama", "layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 48}
     return tiny_values(
         text,
@@ -44,6 +44,12 @@ def values(text: Path, **changes: Any) -> dict[str, Any]:
         optimizer={"lr": 3e-3},
         layout={"data": 2, "zero": 1, "micro_batch": 2, "precision": "fp32"},
         checkpoint={"every": EVERY, "keep": 2},
+        data={
+            "dev": 0.1,
+            "test": 0.1,
+            "workers": 1,
+            "separate_documents": True,
+        },  # which data ranks share by their work
         baselines={"dense": False},
         evaluate={"tokens_per_domain": 500, "dev_blocks": 5, "averages": []},
         **changes,

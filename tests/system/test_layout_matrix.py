@@ -193,3 +193,22 @@ def test_biases_and_learned_positions_train_the_same_with_sequence_parallelism(t
     }
     actual = trained(tmp_path / "two", {"parts": layout}, GPT2, optimizer=optimizer)["parts"]
     assert_same(actual, expected, losses=1e-5, weights=1e-4)
+
+
+@pytest.mark.parametrize("family", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_mlps_in_tiles_train_the_same_model(family: dict[str, Any], tmp_path: Path) -> None:
+    optimizer = {"eps": 1e-5}  # as above
+    expected = trained(tmp_path / "one", ONE_RANK, family, optimizer=optimizer)["one"]
+    settings = {"recompute": "tiled", "precision": "fp32", "micro_batch": 4}
+    layouts: list[dict[str, Any]] = [
+        {"tensor": 2, "data": 1, "zero": 1, "sequence_parallel": True},
+        {"tensor": 1, "data": 2, "zero": 2},
+        {"tensor": 1, "data": 2, "zero": 0},
+    ]
+    for actual in trained(
+        tmp_path / "two",
+        {str(number): layout | settings for number, layout in enumerate(layouts)},
+        family,
+        optimizer=optimizer,
+    ).values():
+        assert_same(actual, expected, losses=1e-5, weights=1e-4)

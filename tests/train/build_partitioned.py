@@ -14,9 +14,9 @@ from unittest import mock
 
 import torch
 from deepspeed.runtime.zero import partition_parameters
+from helpers.allocations import allocations, memory_profiler
 from helpers.single_job import one_step
 from helpers.worlds import fork_world, read_spec
-from torch.profiler import ProfilerActivity, profile
 
 from btm_scale.config.layout import Layout
 from btm_scale.config.training import OptimizerConfig
@@ -25,20 +25,6 @@ from btm_scale.model.gpt import build_model
 from btm_scale.model.partition import complete
 from btm_scale.model.shape import ModelShape
 from btm_scale.train.build import new_model
-
-
-def allocations(profiler: profile) -> list[int]:
-    """Return the bytes that PyTorch's allocator held after each allocation since the profiler started."""
-    assert profiler.profiler is not None
-    result = profiler.profiler.kineto_results
-    assert result is not None
-    pending, held = list(result.experimental_event_tree()), []
-    while pending:
-        event = pending.pop()
-        pending += event.children
-        if event.typed[0] == torch._C._profiler._EventType.Allocation:
-            held.append(event.typed[1].total_allocated)
-    return held
 
 
 def no_broadcast(*arguments: Any, **options: Any) -> None:
@@ -56,7 +42,7 @@ def measure(spec: dict[str, Any]) -> None:
     # its buffers until they are scheduled again, which would make the peak that of the machine's load.
     with (
         mock.patch.object(partition_parameters.dist, "broadcast", no_broadcast),
-        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+        memory_profiler() as profiler,
     ):
         cut = new_model(group, shape, job, OptimizerConfig(), {})
     held = allocations(profiler)

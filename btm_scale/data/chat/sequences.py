@@ -68,9 +68,19 @@ class ChatSequences:
 
     def __getitem__(self, number: int) -> torch.Tensor:
         """Return a sequence with flags: int64 [length + 1]."""
-        pieces = self._pieces[self._rows[number] : self._rows[number + 1]].tolist()
-        parts = [flagged(self._tokens[begin:end], self._marks[begin:end]) for begin, end in pieces]
+        parts = [flagged(self._tokens[begin:end], self._marks[begin:end]) for begin, end in self._pieces_in(number)]
         return torch.from_numpy(sequence_of(parts, self._length, self._end_of_text))
+
+    def lengths_in(self, number: int) -> Array:
+        """Return the tokens of each conversation in the inputs of a sequence, and of what fills it up, int64."""
+        pieces = self._pieces_in(number)
+        lengths = pieces[:, 1] - pieces[:, 0]
+        lengths = np.append(lengths, self._length - lengths.sum())
+        return lengths[lengths > 0]
+
+    def _pieces_in(self, number: int) -> Array:
+        pieces: Array = self._pieces[self._rows[number] : self._rows[number + 1]]
+        return pieces
 
 
 def tokens_of_pass(domain: str, folder: Path, length: int) -> int:

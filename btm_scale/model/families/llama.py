@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ def from_config(config: Config, head_size: int | None = None) -> dict[str, Any]:
         "tied": config.get("tie_word_embeddings", False),
         "norm_epsilon": config.get("rms_norm_eps", 1e-6),
         "rope_theta": rope.get("rope_theta", config.get("rope_theta", 10_000.0)),
-        "rope_scaling": _rope_scaling(rope),
+        "rope_scaling": _rope_scaling(rope, config["max_position_embeddings"]),
     }
 
 
@@ -55,7 +56,7 @@ def unsupported(config: Config) -> dict[str, bool]:
     """Return the settings that are not implemented, and whether the config uses them."""
     rope = _rope(config)
     return {
-        f"{_rope_kind(rope)} rotary positions": _rope_kind(rope) not in ("default", "linear", "llama3"),
+        f"{_rope_kind(rope)} rotary positions": _rope_kind(rope) not in ("default", "linear", "llama3", "yarn"),
         "partial_rotary_factor": rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1)) != 1,
         "attention_bias": config.get("attention_bias", False),
         "mlp_bias": config.get("mlp_bias", False),
@@ -103,7 +104,7 @@ def _rope_kind(rope: Config) -> str:
     return str(rope.get("rope_type") or rope.get("type") or "default")
 
 
-def _rope_scaling(rope: Config) -> dict[str, Any] | None:
+def _rope_scaling(rope: Config, positions: int) -> dict[str, Any] | None:
     """Return the fields of RopeScaling."""
     kind = _rope_kind(rope)
     if kind == "linear":
@@ -116,7 +117,32 @@ def _rope_scaling(rope: Config) -> dict[str, Any] | None:
             "high": rope["high_freq_factor"],
             "original": rope["original_max_position_embeddings"],
         }
+    if kind == "yarn":
+        factor = rope["factor"]
+        return {
+            "kind": "yarn",
+            "factor": factor,
+            "low": rope.get("beta_slow") or 1,
+            "high": rope.get("beta_fast") or 32,
+            "original": rope.get("original_max_position_embeddings") or positions,
+            "attention": _yarn_attention(rope, factor),
+            "truncate": rope.get("truncate", True),
+        }
     return None
+
+
+def yarn_attention(factor: float, weight: float = 1.0) -> float:
+    """Return the factor by which YaRN multiplies queries and keys (arXiv 2309.00071, section 3.4)."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _yarn_attention(rope: Config, factor: float) -> float:
+    if (given := rope.get("attention_factor")) is not None:
+        return float(given)
+    weight, of_all = rope.get("mscale"), rope.get("mscale_all_dim")
+    if weight and of_all:
+        return yarn_attention(factor, weight) / yarn_attention(factor, of_all)
+    return yarn_attention(factor)
 
 
 def _rope_parameters(shape: ModelShape) -> dict[str, Any]:
@@ -131,6 +157,14 @@ def _rope_parameters(shape: ModelShape) -> dict[str, Any]:
         result |= {
             "low_freq_factor": scaling.low,
             "high_freq_factor": scaling.high,
+            "original_max_position_embeddings": scaling.original,
+        }
+    if scaling and scaling.kind == "yarn":
+        result |= {
+            "beta_slow": scaling.low,
+            "beta_fast": scaling.high,
+            "attention_factor": scaling.attention,
+            "truncate": scaling.truncate,
             "original_max_position_embeddings": scaling.original,
         }
     return result

@@ -139,6 +139,15 @@ def test_a_mixture_trains_on_answers_of_conversations_and_on_all_of_other_text(r
     }
 
 
+def test_the_index_knows_the_lengths_of_conversations_and_documents_in_a_sample(run: RunDir) -> None:
+    tokenizer = Tokenizer.load(run.tokenizer)
+    weights = {"support": 1.0, "prose": 1.0}
+    samples = TrainingSamples(run, weights, tokenizer, sequence_length=LENGTH, samples=40, seed=1)
+    for row, lengths in zip(samples.read(0, 40)[:, :-1], samples.document_lengths(0, 40), strict=True):
+        starts = np.flatnonzero(row.numpy() & START)
+        assert lengths.tolist() == np.diff([*starts, LENGTH]).tolist()
+
+
 def test_each_conversation_is_a_block_of_the_evaluation_text_and_only_answers_count(run: RunDir) -> None:
     text = EvaluationText.load(run, "support", "test", tokens=10**6, sequence_length=LENGTH)
     tokenizer = Tokenizer.load(run.tokenizer)
