@@ -41,6 +41,7 @@ Draw = Callable[..., go.Figure]
 _IN_TREE = {"seed LM": SEED, "dense": DENSE, "ensemble": ENSEMBLE}
 _PRIOR_WORDS = {
     "cached": "Before the first token of a text, the ensemble weighs the experts by this prior",
+    "static": "This run's ensemble starts from the static prior; its top k variants start from this one",
     "updating": "The ensemble starts from this prior and updates it block by block",
     "uniform": "This run's ensemble starts from equal weights; its top k variants start from this prior",
 }
