@@ -191,7 +191,15 @@ def mixture(
         list[str],
         several("--keep", "NAME=RATIO,...", "Limit a domain's perplexity to this many times the seed LM's."),
     ],
-    runs: Annotated[int, option("--runs", "N", "Number of weighted averages to measure.", min=1)] = 24,
+    runs: Annotated[
+        int | None,
+        option(
+            "--runs",
+            "N",
+            "Number of weighted averages to measure.  [default: 24, and with more than 5 models what the laws need]",
+            min=1,
+        ),
+    ] = None,
     split: Annotated[str, one_of("--split", "split", ("dev", "test"), "Split of the domains to measure on.")] = "dev",
     random_seed: RandomSeed = 0,
     device: Device = None,
@@ -205,8 +213,8 @@ def mixture(
     """
     from btm_scale.evaluate.ablate import file_text, run_texts
     from btm_scale.evaluate.mixture import choose_mixture
-    from btm_scale.evaluate.mixture_choice import Wish
-    from btm_scale.evaluate.mixture_runs import components, drawn
+    from btm_scale.evaluate.mixture_choice import MixtureGoal
+    from btm_scale.evaluate.mixture_runs import components, default_runs, drawn
     from btm_scale.forest.turns import using
     from btm_scale.model.hf_decoder import usable_device
     from btm_scale.report.mixture_table import Countdown, cost_sentence, print_mixture
@@ -221,13 +229,13 @@ def mixture(
         raise UserError("Two --text files have the same name. Rename one of them, or concatenate them.")
     trained = [name for name in config.expert_domains if name in names] or list(config.expert_domains)
     chosen = named_numbers("--target", targets) or dict.fromkeys(files or trained, 1.0)
-    wish = Wish(chosen, named_numbers("--keep", keep))
-    wish.require_valid(names)
-    domains = dict.fromkeys([*(() if files else chosen), *wish.keep])
+    goal = MixtureGoal(chosen, named_numbers("--keep", keep))
+    goal.require_valid(names)
+    domains = dict.fromkeys([*(() if files else chosen), *goal.keep])
     if clash := [name for name in domains if name in files]:
         raise UserError(f"'{clash[0]}' is the name of a domain and of a --text file. Rename the file.")
     measured_on = files | (run_texts(config, run_dir, list(domains), split) if domains else {})
-    mixtures = drawn(names, runs, random_seed)
+    mixtures = drawn(names, runs or default_runs(len(names)), random_seed)
     place = usable_device(device)
     cost = mixture_cost(run_dir, measured_on, mixtures, place)
     if dry_run:
@@ -239,7 +247,7 @@ def mixture(
             run_dir,
             measured_on,
             mixtures,
-            wish,
+            goal,
             random_seed=random_seed,
             device=place,
             on_mixture=Countdown(cost.to_measure).log,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 Mixture = dict[str, float]  # weight of each model; models of weight 0 are absent
 _CANDIDATES = 8
 _MOST_GENERAL = Quadratic()
+_LEAST_RUNS, _MOST_RUNS = 24, 120  # by default; of 13 models and more, the most general law needs a larger --runs
+_PER_PARAMETER = 1.5  # averages, by default
 _UNITS = 1_000_000  # weights are multiples of 1e-6, which are the same on every machine
 
 
@@ -45,6 +48,13 @@ def components(run: RunDir) -> list[str]:
             f"one with btm-scale forest add {run.root} MODEL"
         )
     return names
+
+
+def default_runs(models: int) -> int:
+    """Return how many averages of this many models are measured by default: enough for every law, within limits."""
+    wanted = math.ceil(_PER_PARAMETER * _MOST_GENERAL.size(models))
+    least = max(_LEAST_RUNS, 2 * needed(LAWS[0], models))
+    return max(least, min(wanted, _MOST_RUNS))
 
 
 def drawn(names: Sequence[str], runs: int, random_seed: int = 0) -> list[Mixture]:
