@@ -18,7 +18,7 @@ from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import ForestError, UserError
 from btm_scale.evaluate.ablate import Text, average_losses
 from btm_scale.evaluate.mixture_law import LAWS, Quadratic, needed
-from btm_scale.evaluate.mixture_record import ChosenMixture, MeasuredMixture, MixtureRecord
+from btm_scale.evaluate.mixture_record import ChosenMixture, CriticalReplay, MeasuredMixture, MixtureRecord
 from btm_scale.evaluate.results import MAX_LOSS
 from btm_scale.forest.expert import is_finished, read_expert
 from btm_scale.forest.forest import require_experts
@@ -135,6 +135,13 @@ def save_chosen(run: RunDir, chosen: ChosenMixture) -> None:
     """Record the mixture that was chosen, in place of an earlier one."""
     with alone(run.mixture_lock):
         _record(run).model_copy(update={"chosen": chosen}).save(run.mixture)
+
+
+def save_replay(run: RunDir, critical: CriticalReplay) -> None:
+    """Record the critical replay share, in place of an earlier one."""
+    with alone(run.mixture_lock):
+        make_directory(run.mixture.parent)
+        _record(run).model_copy(update={"replay": critical}).save(run.mixture)
 
 
 def _add(run: RunDir, measured: MeasuredMixture) -> None:
