@@ -10,11 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from doc_ensembles import mean_ratio
 from ensemble_families import FAMILIES, Text
 from environment import describe
 
@@ -35,10 +35,11 @@ def main() -> None:
     options = parser.parse_args()
     measured = [measure(RunDir(path)) for path in options.runs]
     for one in measured:
-        print(f"random seed {one['random_seed']}")
+        print(f"random seed {one['random_seed']}: trained and novel, / dense")
         for family, figures in one["families"].items():
-            means = [f"{kind} {ratio:.4f}" for kind, ratio in ratios(one, family).items()]
-            print(f"  {family:34} {', '.join(means)}  {figures['seconds']:.1f} s")
+            means = [mean_ratio(one, family, novel) for novel in (False, True)]
+            shown = "  ".join("-     " if mean is None else f"{mean:.4f}" for mean in means)
+            print(f"  {family:34} {shown}  {figures['seconds']:.1f} s")
     document: dict[str, Any] = {"runs": {}}
     if options.result.is_file():
         document = json.loads(options.result.read_text())
@@ -69,22 +70,6 @@ def measure(run: RunDir) -> dict[str, Any]:
         "dev_tokens": int(dev.log_probs.shape[1]),
         "dense": dense,
         "families": families,
-    }
-
-
-def ratios(measured: Mapping[str, Any], family: str) -> dict[str, float]:
-    """Return a family's mean perplexity over dense's, of trained and of novel domains if the run has any."""
-    dense, perplexity = measured["dense"], measured["families"][family]["perplexity"]
-    kinds = {
-        "trained": [domain for domain in dense if domain not in measured["novel"]],
-        "novel": measured["novel"],
-    }
-    return {
-        kind: float(
-            np.mean([perplexity[domain] for domain in domains]) / np.mean([dense[domain] for domain in domains])
-        )
-        for kind, domains in kinds.items()
-        if domains
     }
 
 

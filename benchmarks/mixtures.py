@@ -3,10 +3,10 @@
     python benchmarks/mixtures.py --list                     # every unit, and whether it is measured
     python benchmarks/mixtures.py --runs runs --units 'demo-1/*'
 
---runs has finished runs `demo-1`, `demo-2` and `demo-3` of `btm-scale demo --set random_seed=1` and so on. A unit trains
-one model, or one forest; its figures are written to benchmarks/results/mixtures.json when it ends, and those in the file
-are not measured again. benchmarks/mixture_ratios.json has the eight mixtures, drawn from Dirichlet(1) with random seed
-0 before any was trained.
+--runs has finished runs `demo-1`, `demo-2` and `demo-3` of `btm-scale demo --set random_seed=1` and so on. A unit
+trains one model or one forest; its figures are written to benchmarks/results/mixtures.json when it ends, and those in
+the file are not measured again. benchmarks/mixture_ratios.json has the eight mixtures, drawn from Dirichlet(1) with
+random seed 0 before any was trained.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import fnmatch
 import json
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
@@ -92,8 +93,7 @@ class Units:
     def replayed(self, share: float) -> Figures:
         """A forest whose experts replay text: what it predicts, its experts, and its averages."""
         forest = self._with_replay(share)
-        own = {domain: perplexities(forest.config, forest.run, domain)[domain] for domain in forest.domains}
-        return {**_predictions(forest, share), "own": own}
+        return _predictions(forest, share)
 
     def critical(self) -> Figures:
         """The critical mixture ratio of each expert, from this forest and those that replay."""
@@ -106,8 +106,10 @@ class Units:
                 limits = ",".join(f"{name}={ratio:g}" for name in kept)
                 try:
                     answer = self.forest.mixture(*others, "--target", f"{domain}=1", "--keep", limits)
-                except Exception as error:  # no share of the runs keeps it, which is a result
-                    found[domain][f"{ratio:g}"] = {"refused": getattr(error, "stderr", "").strip() or str(error)}
+                except subprocess.CalledProcessError as error:
+                    if "No replay share" not in error.stderr:
+                        raise
+                    found[domain][f"{ratio:g}"] = None  # more replay than any of these forests has
                     continue
                 keys = ("replay", "ratio", "range", "perplexity")
                 found[domain][f"{ratio:g}"] = {key: answer[key] for key in keys}
@@ -131,6 +133,7 @@ def _predictions(forest: Forest, replay: float = 0.0) -> Figures:
         "domains": {name: one["weight"] for name, one in answer["domains"].items()},
         "mean": answer["mean"],
         "uniform": answer["mean"]["uniform"],
+        "own": {name: perplexities(forest.config, forest.run, name)[name] for name in forest.domains},
         "predicted": predicted,
     }
 
@@ -164,8 +167,9 @@ def main() -> None:
     wanted = [name for name in known if any(fnmatch.fnmatch(name, pattern) for pattern in options.units)]
     if options.list:
         for name in wanted:
-            done = document["units"].get(name)
-            print(f"{name:24} {'not measured' if done is None else f'measured in {done["seconds"]} s'}")
+            unit = document["units"].get(name)
+            state = f"measured in {unit['seconds']} s" if unit else "not measured"
+            print(f"{name:24} {state}")
         return
     for name in wanted:
         if name in document["units"]:

@@ -40,7 +40,7 @@ def replay_sentences(critical: CriticalReplay) -> list[str]:
     low, high = critical.range
     limits = " and ".join(f"{name} within {ratio:g} times" for name, ratio in critical.keep.items())
     sentences = [
-        f"A replay share of {critical.replay:.3f} is predicted to keep {limits} the seed LM's perplexity: at most "
+        f"Replaying {critical.replay:.3f} of the text is predicted to keep {limits} the seed LM's perplexity: at most "
         f"{critical.ratio:.3f} of the training text of '{critical.target}' may be its own (critical mixture ratio).",
         f"Without each run in turn, the share is {low:.3f} to {high:.3f}.",
     ]

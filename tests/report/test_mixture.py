@@ -100,7 +100,7 @@ REPLAY = CriticalReplay.model_validate(
 
 def test_the_critical_replay_share_is_on_the_page_with_the_runs_and_what_is_doubtful(config, make_results):
     page = render_page(config, make_results(), {}, mixtures=MixtureRecord(replay=REPLAY))
-    assert "A replay share of 0.210 is predicted to keep general within 1.02 times" in page
+    assert "Replaying 0.210 of the text is predicted to keep general within 1.02 times" in page
     assert "&lt;b&gt;a&lt;/b&gt;" in page
     shown = sections(config, make_results(), {}, MixtureRecord(replay=REPLAY))
     [section] = [one for one in shown if one.title == "Replay"]
