@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class Forest:
         first, second = self.config.optimizer.betas
         run = self._branch(
             folder,
-            DENSE,
+            [DENSE],
             f"budget.tokens={round(self.config.budget.tokens * share)}",
             f"budget.batch_tokens={round(self.config.budget.batch_tokens * share)}",
             f"optimizer.betas=[{first},{second**share}]",
@@ -67,21 +67,19 @@ class Forest:
     def train_with_replay(self, folder: Path, share: float) -> Forest:
         """Return the forest of the same seed LM whose experts replay this share of its text."""
         replay = [f"experts.{name}.branch.replay={share:g}" for name in self.domains]
-        words = [word for name in self.domains for word in ("--model", name)]
-        return Forest.load(self._branch(folder, *words, "baselines.dense=false", *replay).root)
+        return Forest.load(self._branch(folder, self.domains, "baselines.dense=false", *replay).root)
 
-    def _branch(self, folder: Path, *models_and_settings: str) -> RunDir:
+    def _branch(self, folder: Path, models: Sequence[str], *settings: str) -> RunDir:
+        """Train models of another run with the same seed LM and text."""
         run = RunDir(folder)
         for part in _SHARED:
             if not (target := run.root / part).exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.symlink_to((self.run.root / part).resolve())
-        settings = [word for word in models_and_settings if "=" in word]
-        models = [word for word in models_and_settings if "=" not in word]
-        models = models if "--model" in models else [word for name in models for word in ("--model", name)]
-        changes = [word for one in settings for word in ("--set", one)]
-        command = [sys.executable, "-m", "btm_scale.cli", "train", self.run.config, *models, "--out", run.root]
-        subprocess.run(list(map(str, [*command, *changes])), check=True)
+        words = [word for name in models for word in ("--model", name)]
+        words += [word for one in settings for word in ("--set", one)]
+        command = [sys.executable, "-m", "btm_scale.cli", "train", self.run.config, "--out", run.root, *words]
+        subprocess.run(list(map(str, command)), check=True)
         return run
 
 

@@ -64,6 +64,11 @@ def critical_replay(
         name: fit_replay_laws(_fraction(name, target, measured.shares), measured.tokens, losses)
         for name, losses in measured.losses.items()
     }
+    if not all(laws.values()):
+        raise UserError(
+            f"{len(measured.runs)} runs with different numbers of tokens are too few for every law of replay. Add runs "
+            "with --replay, or compare runs with the same number of tokens."
+        )
     fits = {name: best_replay_fit(fitted) for name, fitted in laws.items()}
     tried = np.linspace(shares[0], shares[-1], _SHARES)
     limits = {name: math.log(ratio) for name, ratio in keep.items()}
@@ -136,7 +141,10 @@ def _measured(runs: Sequence[RunDir], texts: Sequence[str], target: str, split: 
                     f"The {split} text of '{text}' in {run.root} differs from that of {runs[0].root}, or from what its "
                     "seed LM was scored on. Compare runs with the same text, tokenizer and random_seed."
                 )
-            losses[text].append(_loss(scores) - _loss(seed))
+            forgotten = _loss(scores) - _loss(seed)
+            if not math.isfinite(forgotten):
+                raise ForestError(f"'{target}' of {run.root} has no finite loss on '{text}'. Leave this run out.")
+            losses[text].append(forgotten)
     rounded = np.round(shares, 6)  # 1 - 0.9 and 0.1 are one share
     order = np.lexsort((names, tokens, rounded))
     return _Measured(

@@ -164,6 +164,10 @@ def test_a_mistake_is_refused_with_what_would_be_right(
 
 def test_runs_with_other_text_or_without_the_expert_are_refused(tmp_path: Path) -> None:
     runs = replays(tmp_path, (0.0, 0.1))
+    longer = save_run(tmp_path / "longer", 0.2, tokens=8000).root
+    assert "3 runs with different numbers of tokens are too few" in refusal(*words([*runs, longer]))
+    diverged = save_run(tmp_path / "diverged", 0.2, noise=math.nan).root
+    assert "has no finite loss on 'licences'" in refusal(*words([*runs, diverged]))
     other = save_run(tmp_path / "other", 0.2, fingerprint="more").root
     assert "differs from that of" in refusal(*words([*runs, other]))
     (RunDir(other).model("licences") / "expert.json").unlink()
