@@ -127,6 +127,14 @@ def gate(dev: Text, text: Text) -> np.ndarray:
     return _gated(_features(text, prior), text.log_probs, coefficients, prior, share)
 
 
+def stack(dev: Text, text: Text) -> np.ndarray:
+    """A fixed mixture of other families, with the weights of the highest likelihood of dev text."""
+    families = (tempered(static), multiplicative(soft_bayes), gate, prefix(static))
+    weights = static_prior(np.minimum([family(dev, dev) for family in families], 0.0), dev.counted)
+    mixtures = np.minimum([family(dev, text) for family in families], 0.0)
+    return mixture_log_probs(mixtures, text.block_starts, log_prior=weights, mode="fixed")
+
+
 def cached(dev: Text) -> np.ndarray:
     """The cached prior."""
     return cached_prior(dev.log_probs, dev.block_starts)
@@ -148,6 +156,7 @@ FAMILIES: Mapping[str, Family] = {
     "mixture of temperings": over_temperings(dev_prior=False),
     "mixture of temperings, dev prior": over_temperings(dev_prior=True),
     "gate": gate,
+    "stack": stack,
 }
 
 
