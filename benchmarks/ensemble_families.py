@@ -91,9 +91,9 @@ def soft_bayes(weights: np.ndarray, ratios: np.ndarray, rate: np.ndarray) -> np.
 
 def exponentiated_gradient(weights: np.ndarray, ratios: np.ndarray, rate: np.ndarray) -> np.ndarray:
     """w exp(rate p / mixture), normalised."""
-    exponents = rate * ratios
-    updated: np.ndarray = weights * np.exp(exponents - exponents.max(axis=0))
-    return updated / updated.sum(axis=0)
+    with np.errstate(divide="ignore"):
+        log_weights = np.log(weights) + rate * ratios
+    return np.exp(log_weights - logsumexp(log_weights))
 
 
 def over_temperings(dev_prior: bool) -> Family:
