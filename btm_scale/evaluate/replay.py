@@ -146,7 +146,7 @@ def _measured(runs: Sequence[RunDir], texts: Sequence[str], target: str, split: 
                 raise ForestError(f"'{target}' of {run.root} has no finite loss on '{text}'. Leave this run out.")
             losses[text].append(forgotten)
     rounded = np.round(shares, 6)  # 1 - 0.9 and 0.1 are one share
-    order = np.lexsort((names, tokens, rounded))
+    order = np.lexsort((np.array(names), np.array(tokens), rounded))
     return _Measured(
         tuple(names[i] for i in order),
         rounded[order],

@@ -14,7 +14,7 @@ from btm_scale.forest.expert import read_expert
 from btm_scale.forest.forest import require_experts
 from btm_scale.forest.posterior.routing import router
 from btm_scale.forest.posterior.tempering import fitted_tempering
-from btm_scale.forest.scores import Stack, dev_prior
+from btm_scale.forest.scores import DevPrior, Stack, dev_prior
 from btm_scale.run_dir import RunDir, finished_models
 
 PRIORS = ("cached", "static", "uniform", "routed")
@@ -41,11 +41,12 @@ def log_prior_of(config: RunConfig, run: RunDir, names: Sequence[str], prior: st
     """
     if prior not in PRIORS:
         raise UserError(unknown_name("prior", prior, PRIORS))
-    if prior == "cached" or prior == "static":
+    estimated: DevPrior | None = "cached" if prior == "cached" else "static" if prior == "static" else None
+    if estimated is not None:
         if len(names) == 1:
             return np.zeros(1)
         domains = _domains(config, domain)
-        probabilities = np.mean([np.exp(dev_prior(run, names, name, prior)) for name in domains], axis=0)
+        probabilities = np.mean([np.exp(dev_prior(run, names, name, estimated)) for name in domains], axis=0)
         return np.log(probabilities)
     if domain is not None:
         raise UserError(
