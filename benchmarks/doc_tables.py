@@ -20,6 +20,7 @@ METHODS = (
     "random-split",
     "ensemble",
     "ensemble:tempered",
+    "ensemble:static",
     "ensemble:top2",
     "ensemble:token",
     "ensemble:equal",

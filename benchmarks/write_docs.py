@@ -1,5 +1,5 @@
 """Write docs/config.md, and from benchmarks/results/*.json the figures of README.md, docs/results.md,
-docs/serving.md and docs/moe.md.
+docs/serving.md, docs/moe.md and docs/mixtures.md.
 
     python benchmarks/write_docs.py
 
@@ -12,15 +12,17 @@ import re
 from pathlib import Path
 
 from doc_config import config_page
+from doc_ensembles import TABLES as ENSEMBLE_TABLES
 from doc_figure import perplexity_figure
+from doc_mixtures import TABLES as MIXTURE_TABLES
 from doc_moe import TABLES as MOE_TABLES
 from doc_packed import TABLES as PACKED_TABLES
 from doc_tables import RESULTS
 from doc_tables import TABLES as OTHER_TABLES
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("results.md", "serving.md", "moe.md")))
-TABLES = OTHER_TABLES | MOE_TABLES | PACKED_TABLES
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("results.md", "serving.md", "moe.md", "mixtures.md")))
+TABLES = OTHER_TABLES | MOE_TABLES | PACKED_TABLES | ENSEMBLE_TABLES | MIXTURE_TABLES
 CONFIG = ROOT / "docs" / "config.md"
 FIGURE = ROOT / "docs" / "images" / "perplexity.svg"
 _MARKS = re.compile(r"<!-- figures: (\w+) -->\n(.*?)<!-- end -->", re.DOTALL)

@@ -11,7 +11,7 @@ import typer
 from typer.main import get_command
 
 from btm_scale import __version__
-from btm_scale.cli import checkpoint, evaluate, forest, generate, run, serve
+from btm_scale.cli import checkpoint, evaluate, forest, generate, mixture, run, serve
 from btm_scale.cli.commands import Verbs
 from btm_scale.cli.exit_codes import exit_codes
 from btm_scale.cli.safe_path import import_nothing_from_here
@@ -20,7 +20,7 @@ from btm_scale.util.cores import wait_passively
 
 _METAVAR = "VERB ..."
 app = typer.Typer(name="btm-scale", cls=Verbs, no_args_is_help=True, rich_markup_mode=None, subcommand_metavar=_METAVAR)
-for _area in (run, forest, evaluate, generate, serve, checkpoint):
+for _area in (run, forest, evaluate, mixture, generate, serve, checkpoint):
     app.add_typer(_area.app)
 
 

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from btm_scale.cli.named_numbers import named_numbers
 from btm_scale.cli.options import (
     Device,
     RandomSeed,
@@ -25,7 +24,6 @@ from btm_scale.cli.options import (
 )
 from btm_scale.cli.show import show_results
 from btm_scale.cli.verb import Answer, say, verb
-from btm_scale.errors import UserError
 from btm_scale.run.launcher_table import LAUNCHERS, LOCAL, Starting
 
 logger = logging.getLogger(__name__)
@@ -170,85 +168,3 @@ def ablate(
         Console().print(ablation_table(ranking))
 
     return Answer(ranking, show)
-
-
-@verb(app, "mixture", section=_SECTION)
-def mixture(
-    run: RunFolder,
-    *,
-    targets: Annotated[
-        list[str],
-        several(
-            "--target",
-            "NAME=WEIGHT,...",
-            "Minimize the weighted mean perplexity of these domains.  [default: all with an expert, equally]",
-        ),
-    ],
-    texts: Annotated[
-        list[Path], several("--text", "FILE", "Minimize the perplexity of this text file instead. May be repeated.")
-    ],
-    keep: Annotated[
-        list[str],
-        several("--keep", "NAME=RATIO,...", "Limit a domain's perplexity to this many times the seed LM's."),
-    ],
-    runs: Annotated[int, option("--runs", "N", "Number of weighted averages to measure.", min=1)] = 24,
-    split: Annotated[str, one_of("--split", "split", ("dev", "test"), "Split of the domains to measure on.")] = "dev",
-    random_seed: RandomSeed = 0,
-    device: Device = None,
-    dry_run: Annotated[bool, flag("--dry-run", "Report what would be measured and how long it would take.")] = False,
-) -> Answer:
-    """Predict the best proportions of the domains in training data.
-
-    A weighted average of the experts and the seed LM approximates a model trained on that mixture. Laws are fitted to
-    the measured losses of such averages, and the predicted perplexity is minimized. The seed LM's weight is the
-    fraction of replayed text.
-    """
-    from btm_scale.evaluate.ablate import file_text, run_texts
-    from btm_scale.evaluate.mixture import choose_mixture
-    from btm_scale.evaluate.mixture_choice import Wish
-    from btm_scale.evaluate.mixture_runs import components, drawn
-    from btm_scale.forest.turns import using
-    from btm_scale.model.hf_decoder import usable_device
-    from btm_scale.report.mixture_table import Countdown, cost_sentence, print_mixture
-    from btm_scale.run.mixture_cost import mixture_cost
-
-    if targets and texts:
-        raise UserError("--target and --text exclude each other: --text files are the targets. Give one of them.")
-    config, run_dir = opened(run)
-    names = components(run_dir)
-    files = {path.name: file_text(config, run_dir, path) for path in texts}
-    if len(files) < len(texts):
-        raise UserError("Two --text files have the same name. Rename one of them, or concatenate them.")
-    trained = [name for name in config.expert_domains if name in names] or list(config.expert_domains)
-    chosen = named_numbers("--target", targets) or dict.fromkeys(files or trained, 1.0)
-    wish = Wish(chosen, named_numbers("--keep", keep))
-    wish.require_valid(names)
-    domains = dict.fromkeys([*(() if files else chosen), *wish.keep])
-    if clash := [name for name in domains if name in files]:
-        raise UserError(f"'{clash[0]}' is the name of a domain and of a --text file. Rename the file.")
-    measured_on = files | (run_texts(config, run_dir, list(domains), split) if domains else {})
-    mixtures = drawn(names, runs, random_seed)
-    place = usable_device(device)
-    cost = mixture_cost(run_dir, measured_on, mixtures, place)
-    if dry_run:
-        return Answer(cost.document(), lambda: say(cost_sentence(cost.document())))
-    logger.info("%s", cost_sentence(cost.document()))
-    with using(run_dir):
-        answer = choose_mixture(
-            config,
-            run_dir,
-            measured_on,
-            mixtures,
-            wish,
-            random_seed=random_seed,
-            device=place,
-            on_mixture=Countdown(cost.to_measure).log,
-        )
-    logger.info("Wrote %s. To show it on the page: btm-scale report %s", run_dir.mixture, run_dir.root)
-
-    def show() -> None:
-        from rich.console import Console
-
-        print_mixture(answer, Console())
-
-    return Answer(answer.model_dump(), show)

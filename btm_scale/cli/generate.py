@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # As generate/request.py and forest/priors.py have them, which need NumPy.
 METHODS = ("expert", "per-token", "mixture")
 POSTERIORS = ("prefix", "token", "tempered", "fixed")
-PRIORS = ("cached", "uniform", "routed")
+PRIORS = ("cached", "static", "uniform", "routed")
 
 app = typer.Typer()
 _WEIGHTS, _SAMPLING, _RESOURCES = "Experts and their weights", "Sampling", "Resources"
@@ -90,7 +90,8 @@ def generate(
             "--prior",
             "prior",
             PRIORS,
-            "Prior over experts: estimated from dev text, uniform, or by the prompt's distance to the clusters.",
+            "Prior over experts: of dev text (mean posterior of its blocks, or best fixed mixture), uniform, or "
+            "by the prompt's distance to the clusters.",
             section=_WEIGHTS,
         ),
     ] = "cached",
@@ -99,7 +100,7 @@ def generate(
         option(
             "--domain",
             "NAME",
-            "Domain whose dev text the cached prior is estimated from.  [default: all training domains]",
+            "Domain whose dev text the prior is estimated from.  [default: all training domains]",
             section=_WEIGHTS,
         ),
     ] = None,

@@ -58,7 +58,8 @@ def serve(
             "--prior",
             "prior",
             PRIORS,
-            "Prior over experts: estimated from dev text, uniform, or by the prompt's distance to the clusters.",
+            "Prior over experts: of dev text (mean posterior of its blocks, or best fixed mixture), uniform, or "
+            "by the prompt's distance to the clusters.",
             section=_FOREST,
         ),
     ] = "cached",
@@ -67,7 +68,7 @@ def serve(
         option(
             "--domain",
             "NAME",
-            "Domain whose dev text the cached prior is estimated from.  [default: all training domains]",
+            "Domain whose dev text the prior is estimated from.  [default: all training domains]",
             section=_FOREST,
         ),
     ] = None,

@@ -46,8 +46,10 @@ class EvaluateConfig(Section):
     tempering: MayChange[Tempering | None] = Field(
         default=None, description="parameters of the tempered posterior; default: fitted to each domain's dev text"
     )
-    prior: MayChange[Literal["cached", "uniform", "updating"]] = Field(
-        default="cached", description="weights before the first token: from dev text, equal, or updated block by block"
+    prior: MayChange[Literal["cached", "static", "uniform", "updating"]] = Field(
+        default="cached",
+        description="weights before the first token: the moving average of dev blocks' posteriors, the best fixed "
+        "mixture of dev text, equal, or updated block by block",
     )
     averages: MayChange[tuple[str, ...]] = Field(
         default=("uniform", "argmax", "posterior"), description="averages to evaluate, by their names in the results"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 
@@ -18,51 +20,71 @@ from btm_scale.forest.posterior.evidence import Mode
 from btm_scale.forest.posterior.mixture import mixture_log_probs
 from btm_scale.forest.posterior.prior import updating_mixture_log_probs
 from btm_scale.forest.posterior.routing import routed_mixture_log_probs
-from btm_scale.forest.scores import Stack
+from btm_scale.forest.priors import tempering_of
+from btm_scale.forest.scores import DevPrior, Stack, prior_of
 from btm_scale.run_dir import RunDir
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """What is estimated from a domain's dev text: a prior, and the tempering of the posterior that starts from it."""
+
+    log_prior: np.ndarray  # nats [experts]
+    tempering: Tempering
+
+
+def fitted_to(dev: Stack, settings: EvaluateConfig) -> dict[DevPrior, Fitted]:
+    """Return each prior of dev text with its tempering, which is the config's if that has one."""
+    fitted: dict[DevPrior, Fitted] = {}
+    for prior in get_args(DevPrior):
+        log_prior = prior_of(dev, prior)
+        fitted[prior] = Fitted(log_prior, tempering_of(settings, lambda: dev, log_prior))
+    return fitted
+
+
 def ensemble_methods(
-    forest: Stack, cached: np.ndarray, tempering: Tempering, settings: EvaluateConfig
+    forest: Stack, fitted: Mapping[DevPrior, Fitted], settings: EvaluateConfig
 ) -> dict[str, np.ndarray]:
     """Return every ensemble's log-probabilities [tokens] in nats, from the experts' [experts, tokens].
 
-    `ensemble` has the config's posterior and prior; the others have those of the table.
-    Args: `cached`, the log prior [experts] of dev text; `tempering`, for the tempered posterior.
+    `ensemble` has the config's posterior and prior; the others have those of the table. A prior that is not estimated
+    from dev text has the tempering of the cached one.
     """
 
+    cached, static = fitted["cached"], fitted["static"]
     starts = forest.block_starts if settings.blocks == "restart" else np.zeros(1, np.int64)
 
     def mixture(
-        log_prior: np.ndarray | None = cached,
+        prior: str = "cached",
         mode: Mode = "prefix",
         top_k: int | None = None,
         top_k_per_token: int | None = None,
     ) -> np.ndarray:
+        start = static if prior == "static" else cached
         return mixture_log_probs(
             forest.log_probs,
             starts,
-            log_prior=log_prior,
+            log_prior=None if prior == "uniform" else start.log_prior,
             mode=mode,
             top_k=top_k,
             top_k_per_token=top_k_per_token,
-            tempering=tempering if mode == "tempered" else None,
+            tempering=start.tempering if mode == "tempered" else None,
         )
 
     if settings.prior == "updating":
         main = updating_mixture_log_probs(
             forest.log_probs,
             forest.block_starts,
-            log_prior=cached,
+            log_prior=cached.log_prior,
             mode=settings.posterior,
-            tempering=tempering if settings.posterior == "tempered" else None,
+            tempering=cached.tempering if settings.posterior == "tempered" else None,
         )
     else:
-        main = mixture(cached if settings.prior == "cached" else None, mode=settings.posterior)
+        main = mixture(settings.prior, mode=settings.posterior)
     methods = {ENSEMBLE: main}
     for row in METHODS:
         if isinstance(row, Ensemble) and row.mode is not None and row.in_results:
-            methods[row.name] = mixture(cached if row.prior == "cached" else None, mode=row.mode)
+            methods[row.name] = mixture(row.prior, mode=row.mode)
     for k in settings.top_k:
         if k <= len(forest.log_probs):
             methods[TOP_K.of(k)] = mixture(top_k=k)

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
-from btm_scale.config.evaluation import Tempering
 from btm_scale.config.run import RunConfig
 from btm_scale.data.eval_text import EvaluationText
 from btm_scale.errors import UnsupportedModelError
 from btm_scale.evaluate.by_position import as_result, perplexities, range_ends, ranges_of
-from btm_scale.evaluate.ensemble import ensemble_methods, routed_methods
+from btm_scale.evaluate.ensemble import Fitted, ensemble_methods, fitted_to, routed_methods
 from btm_scale.evaluate.mixture_facts import mixture_note, parameters_of, routing_by_domain
 from btm_scale.evaluate.readiness import dense_models, require_evaluable
 from btm_scale.evaluate.results import MAX_LOSS, Compute, EvaluatedDomain, MethodResult, RanOn, Results
@@ -24,9 +23,7 @@ from btm_scale.forest.average_models import average_model, averages_of
 from btm_scale.forest.expert import Expert, find_expert, read_expert
 from btm_scale.forest.forest import ancestors, experts, lineage
 from btm_scale.forest.posterior.mixture import mixture_log_probs
-from btm_scale.forest.posterior.prior import cached_prior
-from btm_scale.forest.priors import tempering_of
-from btm_scale.forest.scores import Scores, Stack, dev_prior, evaluation_text, scored_on
+from btm_scale.forest.scores import DevPrior, Scores, Stack, dev_prior, evaluation_text, scored_on
 from btm_scale.model.hf_config import read_shape
 from btm_scale.run_dir import MOE, SEED, RunDir
 from btm_scale.util.files import make_directory
@@ -54,8 +51,7 @@ class _DomainResult:
     """The results of one domain."""
 
     measure: _Measure
-    prior: np.ndarray  # log [experts], nats
-    tempering: Tempering
+    fitted: Mapping[DevPrior, Fitted]
     nats: dict[str, float]  # by method: the text's log-probability
     by_position: dict[str, tuple[float | None, ...]]  # by method: perplexities
 
@@ -96,10 +92,10 @@ def evaluate(config: RunConfig, run: RunDir) -> Results:
         compute=_compute_by_method(config, run, names, averages, mixture),
         parameters={} if mixture is None else {MOE: parameters_of(run, MOE)},
         routing={} if mixture is None else routing_by_domain(config, run, mixture),
-        priors={
-            domain: dict(zip(names, np.exp(entry.prior).tolist(), strict=True)) for domain, entry in by_domain.items()
-        },
-        tempering={domain: entry.tempering for domain, entry in by_domain.items()},
+        priors=_priors(names, by_domain, "cached"),
+        tempering={domain: entry.fitted["cached"].tempering for domain, entry in by_domain.items()},
+        static_priors=_priors(names, by_domain, "static"),
+        static_tempering={domain: entry.fitted["static"].tempering for domain, entry in by_domain.items()},
         lineage=lineage(run),
         devices=_devices(config, run, [*names, *([MOE] if mixture is not None else [])]),
         notes=tuple(notes),
@@ -120,6 +116,15 @@ def _devices(config: RunConfig, run: RunDir, names: Sequence[str]) -> dict[str, 
         scored, kernels = (", ".join(sorted(filter(None, values))) for values in map(set, zip(*texts, strict=True)))
         devices[model] = RanOn(trained=read_expert(run.model(model)).device, scored=scored, kernels=kernels)
     return devices
+
+
+def _priors(
+    names: Sequence[str], by_domain: Mapping[str, _DomainResult], prior: DevPrior
+) -> dict[str, dict[str, float]]:
+    return {
+        domain: dict(zip(names, np.exp(entry.fitted[prior].log_prior).tolist(), strict=True))
+        for domain, entry in by_domain.items()
+    }
 
 
 def _results_by_method(by_domain: Mapping[str, _DomainResult], notes: list[str]) -> dict[str, MethodResult]:
@@ -143,22 +148,21 @@ def _evaluate_domain(
     config: RunConfig, run: RunDir, names: list[str], averages: Sequence[str], has_mixture: bool, text: EvaluationText
 ) -> _DomainResult:
     domain = text.domain
-    dev = Stack.load(run, names, domain, "dev")
-    prior = cached_prior(dev.log_probs, dev.block_starts)
-    tempering = tempering_of(config.evaluate, lambda: dev, prior)
+    fitted = fitted_to(Stack.load(run, names, domain, "dev"), config.evaluate)
+    prior = fitted["cached"].log_prior
     methods = {
         method: Scores.load(run.scores(model, domain, config.evaluate.split)).log_probs
         for method, model in _single_models(config, names, averages, domain, prior).items()
     }
     if has_mixture:
         methods[MOE] = Scores.load(run.scores(MOE, domain, config.evaluate.split)).log_probs
-    methods |= _mixtures(config, run, text, names, prior, tempering)
+    methods |= _mixtures(config, run, text, names, fitted)
     counted = {method: text.of_targets(log_probs) for method, log_probs in methods.items()}
     nats = {method: float(np.sum(log_probs, dtype=np.float64)) for method, log_probs in counted.items()}
     ends = range_ends(config.budget.sequence_length)
     ranges = text.of_targets(ranges_of(text.block_starts, len(text.targets), ends))
     by_position = {method: perplexities(log_probs, ranges, len(ends)) for method, log_probs in counted.items()}
-    return _DomainResult(_Measure(len(counted[SEED]), text.bytes), prior, tempering, nats, by_position)
+    return _DomainResult(_Measure(len(counted[SEED]), text.bytes), fitted, nats, by_position)
 
 
 def _single_models(
@@ -171,12 +175,12 @@ def _single_models(
 
 
 def _mixtures(
-    config: RunConfig, run: RunDir, text: EvaluationText, names: list[str], prior: np.ndarray, tempering: Tempering
+    config: RunConfig, run: RunDir, text: EvaluationText, names: list[str], fitted: Mapping[DevPrior, Fitted]
 ) -> dict[str, np.ndarray]:
     """Return the log-probabilities [tokens] of every method that mixes models."""
     domain, split = text.domain, text.split
     forest = Stack.load(run, names, domain, split)
-    methods = ensemble_methods(forest, prior, tempering, config.evaluate)
+    methods = ensemble_methods(forest, fitted, config.evaluate)
     methods |= routed_methods(config, run, names, forest, text)
     if config.random_split_models:
         control = Stack.load(run, config.random_split_models, domain, split)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from btm_scale.config.run import RunConfig
 from btm_scale.evaluate.ablate import Text
-from btm_scale.evaluate.mixture_choice import Wish, choose, domain_weights
+from btm_scale.evaluate.mixture_choice import MixtureGoal, choose, domain_weights
 from btm_scale.evaluate.mixture_record import ChosenMixture
 from btm_scale.evaluate.mixture_runs import Mixture, measure, save_chosen
 from btm_scale.run_dir import RunDir
@@ -17,7 +17,7 @@ def choose_mixture(
     run: RunDir,
     texts: Mapping[str, Text],
     mixtures: Sequence[Mixture],
-    wish: Wish,
+    goal: MixtureGoal,
     *,
     random_seed: int = 0,
     device: str = "cpu",
@@ -31,7 +31,7 @@ def choose_mixture(
     """
     names = sorted({name for mixture in mixtures for name in mixture})
     measured = measure(run, texts, mixtures, device=device, on_mixture=on_mixture)
-    chosen = choose(measured, texts, names, wish, random_seed)
+    chosen = choose(measured, texts, names, goal, random_seed)
     domains, outside = domain_weights(run, chosen.weights, list(config.expert_domains))
     chosen = chosen.model_copy(
         update={"domains": {name: {"weight": weight} for name, weight in domains.items()}, "outside": outside}

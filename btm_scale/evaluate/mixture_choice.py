@@ -30,7 +30,7 @@ _OUTER = (2.5, 97.5)  # percentiles
 
 
 @dataclass(frozen=True)
-class Wish:
+class MixtureGoal:
     """The objective and the limits for choosing a mixture."""
 
     targets: Mapping[str, float]  # text: weight of its perplexity in the mean that is minimized
@@ -50,13 +50,13 @@ def choose(
     measured: Sequence[MeasuredMixture],
     texts: Mapping[str, Text],
     names: Sequence[str],
-    wish: Wish,
+    goal: MixtureGoal,
     random_seed: int = 0,
 ) -> ChosenMixture:
     """Return the mixture of the models `names` with the lowest predicted mean perplexity over the targets.
 
     The order of `measured` and `names` changes nothing. `domains` and `outside` are empty: see `domain_weights`. Raises
-    UserError if there are too few measured mixtures, or if no mixture meets `wish.keep`.
+    UserError if there are too few measured mixtures, or if no mixture meets `goal.keep`.
     """
     names = sorted(names)
     measured = sorted(measured, key=lambda one: one.key)
@@ -72,16 +72,16 @@ def choose(
             f"{needed(LAWS[0], len(names))} in general position. Raise --runs."
         )
     fits = {name: chosen(fitted) for name, fitted in laws.items()}
-    total = sum(wish.targets.values())
-    targets = {name: weight / total for name, weight in wish.targets.items()}
+    total = sum(goal.targets.values())
+    targets = {name: weight / total for name, weight in goal.targets.items()}
     alone = {one: _measured_at(mixtures, losses, index) for index, one in enumerate(names)}
     seed = alone.get(SEED, {})
-    if wish.keep and not seed:
+    if goal.keep and not seed:
         raise UserError("--keep compares with the seed LM, whose loss could not be measured. Leave --keep out.")
-    limits: list[Limit] = [(fits[name], seed[name] + math.log(ratio)) for name, ratio in wish.keep.items()]
+    limits: list[Limit] = [(fits[name], seed[name] + math.log(ratio)) for name, ratio in goal.keep.items()]
     weights = lowest_mean([(fits[name], weight) for name, weight in targets.items()], limits, mixtures)
     if weights is None:
-        raise UserError(_infeasible(fits, seed, wish, mixtures))
+        raise UserError(_infeasible(fits, seed, goal, mixtures))
     means = np.sum([weight * np.exp(losses[name]) for name, weight in targets.items()], axis=0)
     uniform = int(np.argmin(np.abs(mixtures - 1.0 / len(names)).sum(axis=1)))
     samples = _resampled(fits, mixtures, losses, weights, random_seed)
@@ -99,7 +99,7 @@ def choose(
     return ChosenMixture(
         random_seed=random_seed,
         targets=targets,
-        keep=dict(wish.keep),
+        keep=dict(goal.keep),
         weights=dict(zip(names, weights.tolist(), strict=True)),
         domains={},
         outside={},
@@ -182,10 +182,10 @@ def _is_outside(fit: Fit, mixtures: np.ndarray, weights: np.ndarray) -> bool:
     return bool(fit.leverages(weights[None], mixtures)[0] > fit.leverages(mixtures, mixtures).max() + 1e-9)
 
 
-def _infeasible(fits: Mapping[str, Fit], seed: Mapping[str, float], wish: Wish, mixtures: np.ndarray) -> str:
+def _infeasible(fits: Mapping[str, Fit], seed: Mapping[str, float], goal: MixtureGoal, mixtures: np.ndarray) -> str:
     """Return the message for limits that no mixture meets, with the lowest ratio that is predicted for each alone."""
-    lowest = {name: math.exp(lowest_loss(fits[name], mixtures) - seed[name]) for name in wish.keep}
-    limits = ",".join(f"{name}={ratio:g}" for name, ratio in wish.keep.items())
+    lowest = {name: math.exp(lowest_loss(fits[name], mixtures) - seed[name]) for name in goal.keep}
+    limits = ",".join(f"{name}={ratio:g}" for name, ratio in goal.keep.items())
     ratios = ", ".join(f"{name} {ratio:.3f}" for name, ratio in lowest.items())
     return (
         f"No mixture is predicted to meet --keep {limits}. The lowest ratio to the seed LM's perplexity that a mixture "

@@ -1,4 +1,4 @@
-"""mixture.json: every measured mixture of experts, and the mixture that was chosen last."""
+"""mixture.json: every measured mixture of experts, the mixture that was chosen last, and the critical replay share."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pydantic import Field, model_validator
 
 from btm_scale.errors import ForestError
 from btm_scale.evaluate.results import MAX_LOSS
-from btm_scale.util.records import Part, Record
+from btm_scale.util.records import Part, Record, is_empty
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Loss = Annotated[float, Field(ge=0, le=MAX_LOSS)]  # nats per token
 # With room for rounding.
 Perplexity = Annotated[float, Field(ge=0.999, le=1.001 * math.exp(MAX_LOSS))]
+Ratio = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # of perplexities
 Weight = Annotated[float, Field(ge=0, le=1.001)]
 
 
@@ -92,6 +93,32 @@ class ChosenMixture(Part):
         return self
 
 
+class ReplayedRun(Part):
+    """A run's expert, with what the laws predict for it when it is left out."""
+
+    run: str
+    replay: Weight  # fraction of replayed text
+    tokens: Annotated[int, Field(ge=0)]  # that the expert was trained on
+    perplexity: dict[str, Ratio]  # by text: over the seed LM's
+    predicted: dict[str, Ratio]  # the same, predicted
+
+
+class CriticalReplay(Part):
+    """The result of `btm-scale mixture --replay`."""
+
+    target: str  # the expert, and its domain
+    keep: dict[str, Finite]  # by domain: the largest allowed ratio of its perplexity to the seed LM's
+    tokens: Annotated[int, Field(ge=0)]  # that the expert is trained on
+    replay: Weight  # the smallest share that is predicted to meet `keep`
+    ratio: Weight  # the critical mixture ratio: the rest, which is the expert's own text
+    range: tuple[Weight, Weight]  # of the smallest share, by the fits that leave out one run each
+    perplexity: dict[str, Ratio]  # by text: predicted at `replay`, over the seed LM's
+    fit: dict[str, TextFit]  # by text
+    measured: tuple[ReplayedRun, ...]  # the smallest share first
+    is_smallest: bool  # whether `replay` is the smallest share of the runs, so that less might do
+    extrapolated: bool  # whether `tokens` is outside of those of the runs
+
+
 class MixtureRecord(Record):
     """mixture.json."""
 
@@ -100,3 +127,4 @@ class MixtureRecord(Record):
 
     measured: tuple[MeasuredMixture, ...] = ()
     chosen: ChosenMixture | None = None
+    replay: CriticalReplay | None = Field(default=None, exclude_if=is_empty)

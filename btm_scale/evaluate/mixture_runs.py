@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -17,7 +18,7 @@ from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import ForestError, UserError
 from btm_scale.evaluate.ablate import Text, average_losses
 from btm_scale.evaluate.mixture_law import LAWS, Quadratic, needed
-from btm_scale.evaluate.mixture_record import ChosenMixture, MeasuredMixture, MixtureRecord
+from btm_scale.evaluate.mixture_record import ChosenMixture, CriticalReplay, MeasuredMixture, MixtureRecord
 from btm_scale.evaluate.results import MAX_LOSS
 from btm_scale.forest.expert import is_finished, read_expert
 from btm_scale.forest.forest import require_experts
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 Mixture = dict[str, float]  # weight of each model; models of weight 0 are absent
 _CANDIDATES = 8
 _MOST_GENERAL = Quadratic()
+_LEAST_RUNS, _MOST_RUNS = 24, 120  # by default; of 13 models and more, the most general law needs a larger --runs
+_PER_PARAMETER = 1.5  # averages, by default
 _UNITS = 1_000_000  # weights are multiples of 1e-6, which are the same on every machine
 
 
@@ -45,6 +48,13 @@ def components(run: RunDir) -> list[str]:
             f"one with btm-scale forest add {run.root} MODEL"
         )
     return names
+
+
+def default_runs(models: int) -> int:
+    """Return how many averages of this many models are measured by default: enough for every law, within limits."""
+    wanted = math.ceil(_PER_PARAMETER * _MOST_GENERAL.size(models))
+    least = max(_LEAST_RUNS, 2 * needed(LAWS[0], models))
+    return max(least, min(wanted, _MOST_RUNS))
 
 
 def drawn(names: Sequence[str], runs: int, random_seed: int = 0) -> list[Mixture]:
@@ -125,6 +135,13 @@ def save_chosen(run: RunDir, chosen: ChosenMixture) -> None:
     """Record the mixture that was chosen, in place of an earlier one."""
     with alone(run.mixture_lock):
         _record(run).model_copy(update={"chosen": chosen}).save(run.mixture)
+
+
+def save_replay(run: RunDir, critical: CriticalReplay) -> None:
+    """Record the critical replay share, in place of an earlier one."""
+    with alone(run.mixture_lock):
+        make_directory(run.mixture.parent)
+        _record(run).model_copy(update={"replay": critical}).save(run.mixture)
 
 
 def _add(run: RunDir, measured: MeasuredMixture) -> None:

@@ -84,6 +84,9 @@ class Results(Record):
     routing: dict[str, dict[str, tuple[Finite, ...]]] = Field(default={}, exclude_if=is_empty)
     priors: dict[str, dict[str, Finite]] = {}  # by domain: each expert's weight, which sum to 1
     tempering: dict[str, Tempering] = {}  # by domain
+    # The same of the method ensemble:static; empty in files of earlier versions.
+    static_priors: dict[str, dict[str, Finite]] = Field(default={}, exclude_if=is_empty)
+    static_tempering: dict[str, Tempering] = Field(default={}, exclude_if=is_empty)
     lineage: dict[str, dict[str, Finite]] = {}  # by expert: the weight of each parent
     devices: dict[str, RanOn] = Field(default={}, exclude_if=is_empty)  # by model
     notes: tuple[str, ...] = ()

@@ -57,7 +57,7 @@ class Ensemble(Method):
 
     kind: str = "ensemble"
     mode: Mode | None = None
-    prior: Literal["cached", "uniform"] = "cached"
+    prior: Literal["cached", "static", "uniform"] = "cached"
     in_results: bool = True
 
 
@@ -118,6 +118,13 @@ METHODS: tuple[Method, ...] = (
         "Tempered posterior",
         "The ensemble with weakened, decaying evidence; its parameters are fitted to dev text.",
         mode="tempered",
+    ),
+    Ensemble(
+        "ensemble:static",
+        "Tempered, static prior",
+        "The tempered posterior from the fixed mixture of experts that predicts dev text best.",
+        mode="tempered",
+        prior="static",
     ),
     Ensemble(
         "ensemble:uniform-prior",

@@ -14,10 +14,10 @@ from btm_scale.forest.expert import read_expert
 from btm_scale.forest.forest import require_experts
 from btm_scale.forest.posterior.routing import router
 from btm_scale.forest.posterior.tempering import fitted_tempering
-from btm_scale.forest.scores import Stack, dev_prior
+from btm_scale.forest.scores import DevPrior, Stack, dev_prior
 from btm_scale.run_dir import RunDir, finished_models
 
-PRIORS = ("cached", "uniform", "routed")
+PRIORS = ("cached", "static", "uniform", "routed")
 
 
 def models_of(run: RunDir, asked: Sequence[str]) -> list[str]:
@@ -41,15 +41,19 @@ def log_prior_of(config: RunConfig, run: RunDir, names: Sequence[str], prior: st
     """
     if prior not in PRIORS:
         raise UserError(unknown_name("prior", prior, PRIORS))
-    if domain is not None and prior != "cached":
+    estimated: DevPrior | None = "cached" if prior == "cached" else "static" if prior == "static" else None
+    if estimated is not None:
+        if len(names) == 1:
+            return np.zeros(1)
+        domains = _domains(config, domain)
+        probabilities = np.mean([np.exp(dev_prior(run, names, name, estimated)) for name in domains], axis=0)
+        return np.log(probabilities)
+    if domain is not None:
         raise UserError(
-            f"The prior '{prior}' does not depend on a domain. Remove --domain {domain}, or use the cached prior."
+            f"The prior '{prior}' does not depend on a domain. Remove --domain {domain}, or use the cached or static "
+            "prior."
         )
-    if prior != "cached" or len(names) == 1:
-        return np.full(len(names), -np.log(len(names)))
-    domains = _domains(config, domain)
-    probabilities = np.mean([np.exp(dev_prior(run, names, name)) for name in domains], axis=0)
-    return np.log(probabilities)
+    return np.full(len(names), -np.log(len(names)))
 
 
 def router_of(

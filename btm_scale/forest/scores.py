@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -17,9 +18,11 @@ from btm_scale.data.eval_text import EvaluationText
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.errors import ForestError
 from btm_scale.forest.expert import read_expert
-from btm_scale.forest.posterior.prior import cached_prior
+from btm_scale.forest.posterior.prior import cached_prior, static_prior
 from btm_scale.run_dir import RunDir
 from btm_scale.util.files import make_directory, write_file
+
+DevPrior = Literal["cached", "static"]  # those that are estimated from dev text
 
 
 @dataclass(frozen=True)
@@ -213,7 +216,13 @@ class Stack:
         return cls(np.concatenate([stack.log_probs for stack in stacks], axis=1), np.concatenate(starts), counted)
 
 
-def dev_prior(run: RunDir, models: Sequence[str], domain: str) -> np.ndarray:
-    """Return log p(D=j) [models] of a domain in nats: the cached prior of its dev text."""
-    dev = Stack.load(run, models, domain, "dev")
+def dev_prior(run: RunDir, models: Sequence[str], domain: str, prior: DevPrior = "cached") -> np.ndarray:
+    """Return log p(D=j) [models] of a domain in nats, estimated from its dev text."""
+    return prior_of(Stack.load(run, models, domain, "dev"), prior)
+
+
+def prior_of(dev: Stack, prior: DevPrior = "cached") -> np.ndarray:
+    """Return log p(D=j) [models] in nats, estimated from dev text."""
+    if prior == "static":
+        return static_prior(dev.log_probs, dev.counted)
     return cached_prior(dev.log_probs, dev.block_starts)

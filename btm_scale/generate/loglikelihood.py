@@ -32,7 +32,9 @@ def generator_of_method(
     """
     row, value = find(method)
     if method == ENSEMBLE:
-        prior = "uniform" if config.evaluate.prior == "uniform" and domain is None else "cached"
+        prior = "cached" if config.evaluate.prior == "updating" else config.evaluate.prior
+        if prior == "uniform" and domain is not None:
+            prior = "cached"
         options: dict[str, Any] = {"posterior": config.evaluate.posterior, "prior": prior, "domain": domain}
     elif isinstance(row, Ensemble) and row.mode is not None:
         options = {"posterior": row.mode, "prior": row.prior, "domain": domain}

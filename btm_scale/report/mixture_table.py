@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from btm_scale.config.yaml import dump_text
+from btm_scale.evaluate.mixture_law import LAWS, needed
 from btm_scale.evaluate.mixture_record import ChosenMixture, Predicted
 from btm_scale.report.quantities import amount, size
 from btm_scale.report.quantities import time as time_text
@@ -83,6 +84,10 @@ def trust(chosen: ChosenMixture) -> list[str]:
     """Return sentences on how far the predictions can be trusted."""
     measured = count(len(chosen.measured), "measured average")
     sentences = [f"The nearest of {measured} differs in {chosen.nearest:.0%} of the weight."]
+    models = len(chosen.weights)
+    if left_out := [law for law in LAWS if not any(law.name in fit.laws for fit in chosen.fit.values())]:
+        laws = " and ".join(f"the {law.name} law, which needs {needed(law, models)}" for law in left_out)
+        sentences.append(f"They are too few averages of {models} models for {laws}. Raise --runs.")
     if chosen.extrapolated:
         sentences.append(
             f"This extrapolates: for {', '.join(chosen.extrapolated)}, the law is less certain there than at any "

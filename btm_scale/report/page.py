@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from btm_scale import __version__
 from btm_scale.config.run import RunConfig
-from btm_scale.evaluate.mixture_record import ChosenMixture, MixtureRecord
+from btm_scale.evaluate.mixture_record import MixtureRecord
 from btm_scale.evaluate.results import Results
 from btm_scale.report.palette import PALETTE
 from btm_scale.report.passes import passes_text
@@ -40,8 +40,9 @@ def report(config: RunConfig, run: RunDir, results: Results) -> None:
     """Write the run's page."""
     curves = {model: read_metrics(run.metrics(model)) for model in model_names(config)}
     passes = passes_of_run(config, run)
-    mixture = (MixtureRecord.find(run.mixture) or MixtureRecord()).chosen
-    write_page(config, results, {model: curve for model, curve in curves.items() if curve}, run.report, passes, mixture)
+    mixtures = MixtureRecord.find(run.mixture) or MixtureRecord()
+    drawn = {model: curve for model, curve in curves.items() if curve}
+    write_page(config, results, drawn, run.report, passes, mixtures)
 
 
 def write_page(
@@ -50,11 +51,11 @@ def write_page(
     curves: Curves,
     path: Path,
     passes: Mapping[str, float] | None = None,
-    mixture: ChosenMixture | None = None,
+    mixtures: MixtureRecord | None = None,
 ) -> None:
     """Write the page, complete or not at all. `curves`: each model's rows of metrics.jsonl."""
     make_directory(path.parent)
-    write_file(path, render_page(config, results, curves, passes, mixture).encode())
+    write_file(path, render_page(config, results, curves, passes, mixtures).encode())
 
 
 def render_page(
@@ -62,11 +63,11 @@ def render_page(
     results: Results,
     curves: Curves,
     passes: Mapping[str, float] | None = None,
-    mixture: ChosenMixture | None = None,
+    mixtures: MixtureRecord | None = None,
 ) -> str:
     """Return the page as HTML.
 
-    `passes`: how often training passes over each domain's train split. `mixture`: the one that was chosen last.
+    `passes`: how often training passes over each domain's train split. `mixtures`: those of `btm-scale mixture`.
     """
     from plotly.offline import get_plotlyjs
 
@@ -78,7 +79,7 @@ def render_page(
         headline=headline(results),
         facts=facts(config, results, passes),
         tree=tree(results),
-        sections=list(sections(config, results, curves, mixture)),
+        sections=list(sections(config, results, curves, mixtures)),
         version=__version__,
         palette=PALETTE,
         style=_text("page.css"),

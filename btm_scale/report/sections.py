@@ -9,7 +9,7 @@ from functools import partial
 import plotly.graph_objects as go
 
 from btm_scale.config.run import RunConfig
-from btm_scale.evaluate.mixture_record import ChosenMixture
+from btm_scale.evaluate.mixture_record import ChosenMixture, CriticalReplay, MixtureRecord
 from btm_scale.evaluate.results import Results
 from btm_scale.forest.methods import ENSEMBLE, general_label, label, meaning
 from btm_scale.report import figures
@@ -21,6 +21,7 @@ from btm_scale.report.figures.ratios import ratio_rows
 from btm_scale.report.figures.style import NARROW, WIDE
 from btm_scale.report.figures.trees import is_worth_drawing
 from btm_scale.report.mixture_table import domain_weights, prediction_rows, text_notes, trust
+from btm_scale.report.replay_table import COLUMNS, replay_rows, replay_sentences
 from btm_scale.report.summary import (
     count,
     experts,
@@ -41,6 +42,7 @@ Draw = Callable[..., go.Figure]
 _IN_TREE = {"seed LM": SEED, "dense": DENSE, "ensemble": ENSEMBLE}
 _PRIOR_WORDS = {
     "cached": "Before the first token of a text, the ensemble weighs the experts by this prior",
+    "static": "This run's ensemble starts from the static prior; its top k variants start from this one",
     "updating": "The ensemble starts from this prior and updates it block by block",
     "uniform": "This run's ensemble starts from equal weights; its top k variants start from this prior",
 }
@@ -76,9 +78,9 @@ class Section:
 
 
 def sections(
-    config: RunConfig, results: Results, curves: Curves, mixture: ChosenMixture | None = None
+    config: RunConfig, results: Results, curves: Curves, mixtures: MixtureRecord | None = None
 ) -> Iterator[Section]:
-    """Return the sections that the run has data for. `mixture`: the one that was chosen from measured averages."""
+    """Return the sections that the run has data for. `mixtures`: those of `btm-scale mixture`."""
     yield _results(results)
     if experts(results):
         yield _experts(results)
@@ -90,8 +92,10 @@ def sections(
         yield _priors(config, results)
     if results.routing:
         yield _routing(results)
-    if mixture is not None:
-        yield _mixture(mixture)
+    if mixtures is not None and mixtures.chosen is not None:
+        yield _mixture(mixtures.chosen)
+    if mixtures is not None and mixtures.replay is not None:
+        yield _replay(mixtures.replay)
     if results.compute:
         yield _compute(results)
 
@@ -237,6 +241,12 @@ def _mixture(chosen: ChosenMixture) -> Section:
     notes += [f"In the YAML of a run: domains: {{{pasted}}}"] if weights else []
     rows = [(name, [f"{weight:.3f}"]) for name, weight in chosen.weights.items()]
     return Section("Data mixture", chart, notes, plain_table("Weights of the models", ["Model", "Weight"], rows))
+
+
+def _replay(critical: CriticalReplay) -> Section:
+    columns = [name.capitalize() for name in (*COLUMNS, *critical.perplexity)]
+    title = f"Perplexity over the seed LM's, by replay share of {critical.target}"
+    return Section("Replay", notes=replay_sentences(critical), table=plain_table(title, columns, replay_rows(critical)))
 
 
 def _lineage(results: Results) -> Section:

@@ -3,13 +3,16 @@ from __future__ import annotations
 import numpy as np
 
 from btm_scale.config.evaluation import EvaluateConfig, Tempering
-from btm_scale.evaluate.ensemble import ensemble_methods
+from btm_scale.evaluate.ensemble import Fitted, ensemble_methods, fitted_to
 from btm_scale.forest.posterior.mixture import mixture_log_probs
-from btm_scale.forest.posterior.prior import updating_mixture_log_probs
-from btm_scale.forest.scores import Stack
+from btm_scale.forest.posterior.prior import cached_prior, static_prior, updating_mixture_log_probs
+from btm_scale.forest.posterior.tempering import fitted_tempering
+from btm_scale.forest.scores import DevPrior, Stack
 
 TEMPERING = Tempering(power=0.3, forgetting=0.9, share=0.01)
 PRIOR = np.log([0.2, 0.5, 0.3])
+STATIC, STATIC_TEMPERING = np.log([0.4, 0.4, 0.2]), Tempering(power=0.1, forgetting=0.95, share=0.03)
+FITTED: dict[DevPrior, Fitted] = {"cached": Fitted(PRIOR, TEMPERING), "static": Fitted(STATIC, STATIC_TEMPERING)}
 
 
 def forest() -> Stack:
@@ -17,7 +20,7 @@ def forest() -> Stack:
 
 
 def methods(**settings: object) -> dict[str, np.ndarray]:
-    return ensemble_methods(forest(), PRIOR, TEMPERING, EvaluateConfig.model_validate(settings))
+    return ensemble_methods(forest(), FITTED, EvaluateConfig.model_validate(settings))
 
 
 def test_the_ensemble_follows_the_config_and_the_others_their_names() -> None:
@@ -37,6 +40,28 @@ def test_the_ensemble_follows_the_config_and_the_others_their_names() -> None:
         updating_mixture_log_probs(log_probs, starts, log_prior=PRIOR, mode="tempered", tempering=TEMPERING),
     )
     np.testing.assert_array_equal(methods(prior="uniform")["ensemble"], plain["ensemble:uniform-prior"])
+
+
+def test_the_static_prior_has_its_own_tempering_and_leaves_the_other_methods_alone() -> None:
+    log_probs, starts = forest().log_probs, forest().block_starts
+    tempered = mixture_log_probs(log_probs, starts, log_prior=STATIC, mode="tempered", tempering=STATIC_TEMPERING)
+    plain, static = methods(), methods(prior="static")
+    np.testing.assert_array_equal(plain["ensemble:static"], tempered)
+    np.testing.assert_array_equal(methods(prior="static", posterior="tempered")["ensemble"], tempered)
+    np.testing.assert_array_equal(static["ensemble"], mixture_log_probs(log_probs, starts, log_prior=STATIC))
+    for method in plain.keys() - {"ensemble"}:
+        np.testing.assert_array_equal(static[method], plain[method])
+
+
+def test_priors_and_temperings_are_fitted_to_dev_text_unless_the_config_has_a_tempering() -> None:
+    dev = forest()
+    fitted = fitted_to(dev, EvaluateConfig())
+    np.testing.assert_array_equal(fitted["cached"].log_prior, cached_prior(dev.log_probs, dev.block_starts))
+    np.testing.assert_array_equal(fitted["static"].log_prior, static_prior(dev.log_probs))
+    for one in fitted.values():
+        assert one.tempering == fitted_tempering(dev.log_probs, dev.block_starts, one.log_prior)
+    given = fitted_to(dev, EvaluateConfig(tempering=TEMPERING))
+    assert [one.tempering for one in given.values()] == [TEMPERING, TEMPERING]
 
 
 def test_blocks_can_carry_over_and_top_k_can_be_per_token() -> None:

@@ -23,11 +23,12 @@ from btm_scale.cli.app import main
 from btm_scale.config.run import RunConfig
 from btm_scale.config.yaml import load_yaml
 from btm_scale.evaluate.ablate import file_text
-from btm_scale.evaluate.mixture_choice import Wish, choose
+from btm_scale.evaluate.mixture_choice import MixtureGoal, choose
+from btm_scale.evaluate.mixture_law import LAWS, needed
 from btm_scale.evaluate.mixture_record import MeasuredMixture, MixtureRecord
-from btm_scale.evaluate.mixture_runs import components, drawn, measure
+from btm_scale.evaluate.mixture_runs import components, default_runs, drawn, measure
 from btm_scale.forest.expert import CARD, read_expert
-from btm_scale.report.mixture_table import domains_yaml
+from btm_scale.report.mixture_table import domains_yaml, trust
 from btm_scale.run_dir import SEED, RunDir
 
 MODELS = [*sorted(DOMAINS), SEED]
@@ -181,9 +182,9 @@ def test_the_order_of_models_and_measurements_changes_nothing() -> None:
     names = ["a", "b", "c", "seed"]
     texts: Any = {name: FakeText(name) for name in ("a", "b", "c")}
     measured = measured_mixtures(names, list(texts), 20)
-    wish = Wish({"a": 1.0, "b": 2.0}, {"c": 1.0})
-    found = choose(measured, texts, names, wish)
-    assert found == choose(measured[::-1], texts, names[::-1], wish)
+    goal = MixtureGoal({"a": 1.0, "b": 2.0}, {"c": 1.0})
+    found = choose(measured, texts, names, goal)
+    assert found == choose(measured[::-1], texts, names[::-1], goal)
     assert drawn(names, 20) == drawn(names[::-1], 20)
     assert drawn(names, 20) == drawn(names, 30)[:20]
     assert drawn(names, 20) != drawn(names, 20, random_seed=1)
@@ -264,6 +265,24 @@ def test_too_few_runs_are_refused_with_what_each_law_needs(run: RunDir) -> None:
     assert components(run) == [*sorted(DOMAINS), SEED]
 
 
+def test_the_default_number_of_averages_grows_with_the_parameters_of_the_laws() -> None:
+    quadratic = LAWS[-1]
+    assert [default_runs(models) for models in (2, 5)] == [24, 24]
+    for models in range(2, 13):
+        names = [f"m{number}" for number in range(models)]
+        assert default_runs(models) >= needed(quadratic, models) + 2, models
+        assert len(drawn(names, default_runs(models))) == default_runs(models)
+    assert default_runs(20) == 120
+    assert default_runs(64) > needed(LAWS[1], 64)
+
+
+def test_a_law_that_too_few_averages_leave_out_is_named_with_what_it_needs() -> None:
+    names = ["a", "b", "c", "seed"]
+    assert not any("too few" in sentence for sentence in trust(chosen_mixture(names)))
+    few = trust(chosen_mixture(names, runs=9))
+    assert "They are too few averages of 4 models for the quadratic law, which needs 11. Raise --runs." in few
+
+
 def test_the_distance_to_the_nearest_measured_average_is_reported() -> None:
     found = chosen_mixture()
     distances = [
@@ -284,7 +303,7 @@ def test_an_optimum_beyond_what_was_measured_is_reported() -> None:
         for i, mixture in enumerate(mixtures)
     ]
     text: Any = FakeText("x")
-    found = choose(measured, {"x": text}, ["a", "b", "c"], Wish({"x": 1.0}, {}))
+    found = choose(measured, {"x": text}, ["a", "b", "c"], MixtureGoal({"x": 1.0}, {}))
     assert found.weights["a"] == pytest.approx(1.0, abs=1e-3)
     assert found.extrapolated == ("x",)
     assert found.nearest > 0.3

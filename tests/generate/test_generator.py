@@ -290,7 +290,7 @@ def test_the_text_of_a_single_prompt_is_streamed(
         (["--posterior", "suffix"], "Unknown posterior 'suffix'"),
         (["--prior", "known"], "Unknown prior 'known'"),
         (["--domain", "law"], "Unknown domain 'law'"),
-        (["--domain", "python", "--prior", "uniform"], "does not depend on a domain"),
+        (["--domain", "python", "--prior", "uniform"], "does not depend on a domain. Remove --domain python, or use"),
         (["--model", "absent"], "Unknown model 'absent'. Choose one of seed, "),
         (["--model", "Pyton"], "Unknown model 'Pyton'. Did you mean 'python'?"),
         (["--prompt", "word " * 100], "shorten it"),

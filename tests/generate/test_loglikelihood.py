@@ -72,6 +72,10 @@ def test_methods_have_their_names_in_results_json(handmade: tuple[RunConfig, Run
     assert own.mode == "token"
     assert own.log_prior[3] > pooled.log_prior[3]
     assert generator_of_method(config, run, "ensemble:tempered").tempering is not None
+    static = generator_of_method(config, run, "ensemble:static", domain="python")
+    assert static.log_prior[3] > static.log_prior[:3].max()
+    assert not np.allclose(static.log_prior, own.log_prior)
+    assert static.tempering is not None
     equal = generator_of_method(config, run, "ensemble:equal")
     assert np.exp(equal.log_prior) == pytest.approx(0.25)
     assert generator_of_method(config, run, "average:argmax", domain="python").names == ["python"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from btm_scale.evaluate import mixture_runs
-from btm_scale.evaluate.mixture_choice import Wish, choose
+from btm_scale.evaluate.mixture_choice import MixtureGoal, choose
 from btm_scale.evaluate.mixture_record import ChosenMixture, MeasuredMixture
 from btm_scale.evaluate.mixture_runs import drawn
 
@@ -63,7 +63,7 @@ def chosen_mixture(
     domains = [name for name in names if name != "seed"]
     texts = {text: FakeText(text) for text in dict.fromkeys([*domains, *(keep or {})])}
     measured = measured_mixtures(names, list(texts), runs, loss)
-    return choose(measured, texts, names, Wish(dict.fromkeys(domains, 1.0), keep or {}))  # type: ignore[arg-type]
+    return choose(measured, texts, names, MixtureGoal(dict.fromkeys(domains, 1.0), keep or {}))  # type: ignore[arg-type]
 
 
 def matrix(measured: list[MeasuredMixture], names: list[str]) -> np.ndarray:

@@ -8,10 +8,12 @@ import pytest
 from helpers.mixtures import chosen_mixture
 from rich.console import Console
 
+from btm_scale.evaluate.mixture_record import CriticalReplay, MixtureRecord
 from btm_scale.report import figures
 from btm_scale.report.figures.style import NARROW
 from btm_scale.report.mixture_table import cost_sentence, print_mixture, trust
 from btm_scale.report.page import render_page
+from btm_scale.report.replay_table import replay_sentences
 from btm_scale.report.sections import sections
 
 COST = {"runs": 24, "to_measure": 20, "tokens": 2_000_000, "disk_bytes": 5_000_000, "seconds": 34.0}
@@ -42,12 +44,13 @@ def test_every_measured_average_and_the_chosen_mixture_are_drawn():
 def test_the_page_has_a_section_of_the_mixture_if_one_was_chosen(config, make_results):
     chosen = chosen_mixture(keep={"general": 1.02})
     assert "Data mixture" not in [section.title for section in sections(config, make_results(), {})]
-    [section] = [one for one in sections(config, make_results(), {}, chosen) if one.title == "Data mixture"]
+    shown = sections(config, make_results(), {}, MixtureRecord(chosen=chosen))
+    [section] = [one for one in shown if one.title == "Data mixture"]
     assert section.chart is not None
     assert "on math, code, keeping general within 1.02 times the seed LM's" in section.chart.words
     assert [row.name for row in section.chart.table.rows] == ["math", "code", "general", "mean"]
     assert [row.name for row in section.table.rows] == ["code", "math", "seed"]
-    page = render_page(config, make_results(), {}, mixture=chosen)
+    page = render_page(config, make_results(), {}, mixtures=MixtureRecord(chosen=chosen))
     assert "Data mixture" in page
     assert 'data-name="mixture"' in page
 
@@ -70,6 +73,46 @@ def test_an_extrapolation_and_a_poor_law_are_said():
     assert any("No law predicts math, code well" in words for words in trust(doubtful))
 
 
+REPLAY = CriticalReplay.model_validate(
+    {
+        "target": "law",
+        "keep": {"general": 1.02},
+        "tokens": 4000,
+        "replay": 0.21,
+        "ratio": 0.79,
+        "range": (0.19, 0.24),
+        "perplexity": {"law": 0.7, "general": 1.02},
+        "fit": {name: {"law": "power", "error": 0.001, "r2": 0.99, "laws": {}} for name in ("law", "general")},
+        "measured": [
+            {
+                "run": "<b>a</b>",
+                "replay": 0.1,
+                "tokens": 4000,
+                "perplexity": {"law": 0.65, "general": 1.1},
+                "predicted": {"law": 0.65, "general": 1.1},
+            }
+        ],
+        "is_smallest": False,
+        "extrapolated": False,
+    }
+)
+
+
+def test_the_critical_replay_share_is_on_the_page_with_the_runs_and_what_is_doubtful(config, make_results):
+    page = render_page(config, make_results(), {}, mixtures=MixtureRecord(replay=REPLAY))
+    assert "Replaying 0.210 of the text is predicted to keep general within 1.02 times" in page
+    assert "&lt;b&gt;a&lt;/b&gt;" in page
+    shown = sections(config, make_results(), {}, MixtureRecord(replay=REPLAY))
+    [section] = [one for one in shown if one.title == "Replay"]
+    assert [row.name for row in section.table.rows] == ["<b>a</b>", "predicted"]
+    poor = {name: fit.model_copy(update={"r2": 0.1}) for name, fit in REPLAY.fit.items()}
+    doubtful = REPLAY.model_copy(update={"is_smallest": True, "extrapolated": True, "fit": poor})
+    said = " ".join(replay_sentences(doubtful))
+    for words in ("the smallest share of the runs", "This extrapolates", "No law predicts law, general well"):
+        assert words in said
+        assert words not in " ".join(replay_sentences(REPLAY))
+
+
 def test_the_cost_has_averages_tokens_space_and_time():
     words = "20 of 24 averages to measure: 2 million tokens to score, 5 MB of disk space at a time, about 34 s"
     assert cost_sentence(COST) == words
@@ -82,6 +125,6 @@ def test_names_are_shown_literally(name, config, make_results):
     chosen = chosen_mixture([name, "seed"], keep={"<i>": 2.0})
     figure = figures.mixture_fit(chosen)
     assert all("<b>x</b>" not in (trace.name or "") for trace in figure.data)
-    page = render_page(config, make_results(), {}, mixture=chosen)
+    page = render_page(config, make_results(), {}, mixtures=MixtureRecord(chosen=chosen))
     assert "<i>" not in page.partition("<main>")[2].partition("</main>")[0].replace("\\u003ci\\u003e", "")
     assert "\x1b" not in printed(chosen)

@@ -1,4 +1,4 @@
-"""The prior p(D=j): uniform, cached from dev text, or updated block by block (arXiv 2208.03306, section 2.3)."""
+"""The prior p(D=j): uniform, cached, static, or updated block by block (arXiv 2208.03306, section 2.3)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ Array = np.ndarray
 
 # Weight of the newest posterior in the moving average that becomes the prior (the paper's appendix).
 PRIOR_DECAY = 0.3
+# Of the static prior's expectation maximization.
+_PASSES = 500
+_SETTLED = 1e-7  # nats per token gained in a pass
 
 
 def cached_prior(log_probs: Array, block_starts: Array) -> Array:
@@ -23,6 +26,32 @@ def cached_prior(log_probs: Array, block_starts: Array) -> Array:
     prior = np.full(len(log_probs), 1.0 / len(log_probs))
     for begin, end in blocks_of(block_starts, log_probs.shape[1]):
         prior = updated_prior(prior, checked(log_probs[:, begin:end]))
+    return log_of(prior)
+
+
+def static_prior(log_probs: Array, counted: Array | None = None) -> Array:
+    """Return log p(D=j) [experts] in nats: the fixed mixture weights that give the text the highest likelihood.
+
+    They are found by expectation maximization from equal weights. Each expert counts as one token more than the text
+    gives it, so that no weight is 0.
+
+    Args: `log_probs` [experts, tokens] in nats, and `counted`, the tokens of the likelihood, bool [tokens] (default:
+    all).
+    """
+    text = checked(log_probs if counted is None else log_probs[:, counted])
+    peak = text.max(axis=0)
+    possible = np.isfinite(peak)  # a token that no expert allows says nothing about the weights
+    likelihood = np.exp(text[:, possible] - peak[possible])
+    experts, tokens = likelihood.shape
+    prior = np.full(experts, 1.0 / experts)
+    before = -np.inf
+    for _ in range(_PASSES if tokens else 0):
+        mixture = prior @ likelihood
+        after = float(np.mean(np.log(mixture)))
+        prior = (prior * (likelihood @ (1.0 / mixture)) + 1.0) / (tokens + experts)
+        if after - before < _SETTLED:
+            break
+        before = after
     return log_of(prior)
 
 

@@ -1,0 +1,175 @@
+"""`btm-scale mixture --replay`: laws of replay are recovered, and the smallest share that keeps other text is found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.in_process import answer, refusal
+from helpers.tiny_run import save_card, tiny_values, write_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from btm_scale.evaluate.mixture_record import MixtureRecord
+from btm_scale.evaluate.replay_law import LAWS, best_replay_fit, fit_replay_laws
+from btm_scale.forest.scores import Scores
+from btm_scale.run_dir import SEED, RunDir
+
+NOISE = 1e-3  # nats
+SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
+BY_NAME = {law.name: law for law in LAWS}
+seeds = st.integers(0, 2**32 - 1)
+
+
+def forgetting(share: float, tokens: float = 1.0) -> float:
+    """Return a loss on general text, in nats above the seed LM's."""
+    return 0.3 * tokens**0.5 - 0.5 * share**0.4
+
+
+def learning(share: float, tokens: float = 1.0) -> float:
+    """Return a loss on the expert's own text, in nats above the seed LM's."""
+    return -0.9 * (1.0 - share) ** 0.5 - 0.1 * math.log(tokens)
+
+
+@settings(max_examples=20)
+@given(random_seed=seeds, power=st.floats(0.1, 1.8), scale=st.floats(0.05, 1.0))
+def test_the_power_law_is_recovered_from_noisy_losses(random_seed: int, power: float, scale: float) -> None:
+    random = np.random.default_rng(random_seed)
+    shares = np.linspace(0.0, 0.6, 13)
+    truth = 0.4 - scale * shares**power
+    noisy = truth + NOISE * random.standard_normal(len(shares))
+    fits = fit_replay_laws(shares, np.full(len(shares), 1e6), noisy)
+    assert "d-cpt" not in fits, "one number of tokens says nothing of others"
+    unseen = np.linspace(0.02, 0.58, 9)
+    for fit in (fits["power"], best_replay_fit(fits)):
+        np.testing.assert_allclose(fit.loss(unseen, 1e6), 0.4 - scale * unseen**power, atol=6 * NOISE)
+
+
+@settings(max_examples=5)
+@given(random_seed=seeds, eta=st.floats(0.2, 1.5), beta=st.floats(0.2, 1.0), gamma=st.floats(0.2, 1.0))
+def test_the_d_cpt_law_is_recovered_over_tokens_and_shares(
+    random_seed: int, eta: float, beta: float, gamma: float
+) -> None:
+    random = np.random.default_rng(random_seed)
+    shares, tokens = np.tile([0.02, 0.05, 0.1, 0.2, 0.3, 0.5], 4), np.repeat([1e5, 3e5, 1e6, 3e6], 6)
+
+    def loss(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        law: np.ndarray = -0.1 + 0.15 * x**eta / (t / 3e6) ** beta + 0.1 / (x + 0.02) ** gamma
+        return law
+
+    fit = fit_replay_laws(shares, tokens, loss(shares, tokens) + NOISE * random.standard_normal(24))["d-cpt"]
+    x, t = random.uniform(0.03, 0.45, 40), random.uniform(1.5e5, 2.5e6, 40)
+    assert np.sqrt(np.mean((fit.loss(x, t) - loss(x, t)) ** 2)) < 6 * NOISE
+
+
+def test_a_law_is_left_out_if_it_has_as_many_parameters_as_there_are_measurements() -> None:
+    three, tokens = np.array([0.0, 0.1, 0.3]), np.array([5.0, 5.0, 5.0])
+    assert list(fit_replay_laws(three, tokens, -np.sqrt(three))) == ["linear", "root"]
+    assert list(fit_replay_laws(three, np.array([1.0, 2.0, 3.0]), -np.sqrt(three))) == []
+    assert [BY_NAME[name].size(varied_tokens=True) for name in BY_NAME] == [3, 3, 4, 6]
+
+
+def test_more_of_a_text_never_raises_its_predicted_loss() -> None:
+    shares = np.array([0.0, 0.1, 0.2, 0.4])
+    for fit in fit_replay_laws(shares, np.ones(4), np.array([0.0, 0.3, 0.2, 0.5])).values():
+        assert (np.diff(fit.loss(np.linspace(0, 1, 50), 1.0)) <= 1e-9).all()
+
+
+def save_run(folder: Path, share: float, *, tokens: int = 4000, fingerprint: str = "dev", noise: float = 0.0) -> RunDir:
+    """Write what the laws read of a run: cards, and the scores of its seed LM and of its expert `licences`."""
+    run = RunDir(folder)
+    write_config(run.config, tiny_values(folder))
+    save_card(run.model(SEED), SEED, domains={"python": 0.5, "licences": 0.5})
+    rest = {"python": share} if share else {}
+    save_card(run.model("licences"), "licences", domains={"licences": 1.0 - share, **rest}, tokens=tokens)
+    losses = {"python": forgetting(share, tokens / 4000), "licences": learning(share, tokens / 4000)}
+    for text, loss in losses.items():
+        for model, nats in ((SEED, 3.0), ("licences", 3.0 + loss + noise)):
+            log_probs = np.full(20, -nats, np.float32)
+            Scores(log_probs, np.zeros(1, np.int64), model, fingerprint + text).save(run.scores(model, text, "dev"))
+    return run
+
+
+def replays(folder: Path, shares: Sequence[float] = SHARES) -> list[Path]:
+    return [save_run(folder / f"r{share}", share).root for share in shares]
+
+
+def words(runs: Sequence[Path], keep: str = "python=1.02") -> list[object]:
+    others = [word for run in runs[1:] for word in ("--replay", run)]
+    return ["mixture", runs[0], *others, "--target", "licences=1", "--keep", keep]
+
+
+def test_the_critical_share_is_where_the_law_meets_the_limit(tmp_path: Path) -> None:
+    runs = replays(tmp_path)
+    found = answer(*words(runs))
+    expected = ((0.3 - math.log(1.02)) / 0.5) ** (1 / 0.4)
+    assert found["replay"] == pytest.approx(expected, abs=0.003)
+    assert found["ratio"] == pytest.approx(1.0 - found["replay"])
+    low, high = found["range"]
+    assert low <= found["replay"] <= high
+    assert found["perplexity"]["python"] == pytest.approx(1.02, abs=0.002)
+    assert found["perplexity"]["licences"] == pytest.approx(math.exp(learning(expected)), abs=0.003)
+    assert found["fit"]["python"]["law"] == "power"
+    assert [one["replay"] for one in found["measured"]] == list(SHARES)
+    assert not found["is_smallest"]
+    assert not found["extrapolated"]
+    record = MixtureRecord.load(RunDir(runs[0]).mixture)
+    assert record.replay is not None
+    assert record.replay.replay == found["replay"]
+    assert answer(*words([runs[0], *runs[:0:-1]])) == found, "the order of the runs changes nothing"
+
+
+def test_the_smallest_share_of_the_runs_is_enough_for_a_generous_limit(tmp_path: Path) -> None:
+    found = answer(*words(replays(tmp_path, (0.1, 0.2, 0.3)), keep="python=3"))
+    assert found["replay"] == 0.1
+    assert found["is_smallest"]
+
+
+def test_runs_of_different_lengths_predict_other_numbers_of_tokens(tmp_path: Path) -> None:
+    runs = [
+        save_run(tmp_path / f"{share}-{tokens}", share, tokens=tokens).root
+        for share in SHARES
+        for tokens in (1000, 2000, 4000)
+    ]
+    many = answer(*words(runs))
+    assert many["tokens"] == 4000
+    few = answer(*words(runs), "--tokens", 1500)
+    assert few["replay"] < many["replay"], "a shorter training forgets less"
+    assert not few["extrapolated"]
+    assert answer(*words(runs), "--tokens", 8000)["extrapolated"]
+
+
+@pytest.mark.parametrize(
+    ("shares", "more", "message"),
+    [
+        ((0.0, 0.1), (), "with 2 replay shares (0, 0.1). A law of replay needs at least 3"),
+        ((0.0, 0.1, 0.2), ("--keep", "licences=0.01"), "No replay share up to 0.2"),
+        ((0.0, 0.1, 0.2), ("--tokens", 9), "all runs trained 'licences' on 4000 tokens"),
+        ((0.0, 0.1, 0.2), ("--target", "python=1"), "--replay needs one --target"),
+        ((0.0, 0.1, 0.2), ("--runs", 9), "measures nothing. Leave out --text, --runs and --dry-run"),
+        ((0.0, 0.1, 0.2), ("--keep", "law=1"), "Unknown domain 'law'"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_refused_with_what_would_be_right(
+    shares: tuple[float, ...], more: tuple[object, ...], message: str, tmp_path: Path
+) -> None:
+    runs = replays(tmp_path, shares)
+    assert message in refusal(*words(runs, keep="python=1.5"), *more)
+    assert not RunDir(runs[0]).mixture.exists()
+
+
+def test_runs_with_other_text_or_without_the_expert_are_refused(tmp_path: Path) -> None:
+    runs = replays(tmp_path, (0.0, 0.1))
+    longer = save_run(tmp_path / "longer", 0.2, tokens=8000).root
+    assert "3 runs with different numbers of tokens are too few" in refusal(*words([*runs, longer]))
+    diverged = save_run(tmp_path / "diverged", 0.2, noise=math.nan).root
+    assert "has no finite loss on 'licences'" in refusal(*words([*runs, diverged]))
+    other = save_run(tmp_path / "other", 0.2, fingerprint="more").root
+    assert "differs from that of" in refusal(*words([*runs, other]))
+    (RunDir(other).model("licences") / "expert.json").unlink()
+    assert "'licences' is not a finished expert of" in refusal(*words([*runs, other]))
+    assert "--tokens is for the laws of replay" in refusal("mixture", runs[0], "--tokens", 5)
