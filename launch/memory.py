@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from btm_scale.config.layout import Layout
 from btm_scale.model.loss_chunks import row_elements, tokens_per_chunk
-from btm_scale.model.shape import ModelShape
+from btm_scale.model.shape import ModelShape, kv_head_copies
 from btm_scale.model.trained import TrainedPart
 
 _MASTER, _MOMENTS, _SUMS = 4, 8, 4  # bytes per parameter, float32
@@ -50,9 +50,9 @@ def rank_memory(
     them per step. Only the part that it `trains` has gradients and optimizer states."""
     complete = rank_parameters(shape, layout.tensor)
     width = layout.bytes_per_weight
-    weights = width * (complete / layout.data if layout.zero == 3 else complete)
+    weights = width * (complete / layout.replicas if layout.zero == 3 else complete)
     own = rank_parameters(shape, layout.tensor, trains)
-    share = own / layout.data  # parameters that ZeRO leaves on each rank
+    share = own / layout.replicas  # parameters that ZeRO leaves on each rank
     kept = own if layout.zero == 0 else share
     # Without ZeRO, float32 weights are also the master weights.
     optimizer = kept * (_MOMENTS + (0 if layout.zero == 0 and width == 4 else _MASTER))
@@ -69,7 +69,7 @@ def rank_memory(
     activations = activation_bytes(
         shape, layout, micro_batch=micro_batch, length=length, separate_documents=separate_documents
     )
-    head = head_bytes(shape, layout, micro_batch * length, trains_head=trains == "all")
+    head = head_bytes(shape, layout, micro_batch * length // layout.context, trains_head=trains == "all")
     return RankMemory(weights, gradients, optimizer, activations, head, buffers, host)
 
 
@@ -114,14 +114,14 @@ def activation_bytes(
 
     Fused attention keeps no scores. Logits, and the gradients of the LM head that the loss computes, are `head_bytes`.
     """
-    tokens = micro_batch * length
+    tokens = micro_batch * length // layout.context
     width = layout.bytes_per_weight
     own = shape.hidden / (layout.tensor if layout.sequence_parallel else 1)  # hidden state outside attention and MLP
     packed = micro_batch > 1 and (separate_documents or (shape.window is not None and shape.window < length))
     # The product of gate and up, and their SwiGLU, which the layers of a mixture compute with two more results: the
     # gate's SiLU and the shifted up. Without a gate, before and after the GELU.
     mlp = ((5 if shape.experts else 3) if shape.traits.gated else 2) * shape.ffn
-    attention = _attention_width(shape, recomputed=layout.recompute == "selective", packed=packed)
+    attention = _attention_width(shape, layout, packed=packed)
     routed = 0.0
     if shape.experts:
         # Each token is copied to its experts, and their outputs are weighted; the router computes in float32.
@@ -155,17 +155,23 @@ def head_bytes(shape: ModelShape, layout: Layout, tokens: int, *, trains_head: b
     return gradient + max(logits, weights * width)
 
 
-def _attention_width(shape: ModelShape, *, recomputed: bool, packed: bool) -> int:
-    """Return the numbers per token that attention keeps, on one tensor rank.
+def _attention_width(shape: ModelShape, layout: Layout, *, packed: bool) -> int:
+    """Return the numbers per token that attention keeps, on all tensor ranks.
 
     Values are a view of the product of queries, keys and values, which is kept with them.
     """
+    recomputed = layout.recompute == "selective"
     queries, keys = shape.query_width, shape.kv_heads * shape.head_size
     product = shape.query_key_value_width
     output = queries
     is_grouped = shape.kv_heads != shape.heads
     # Grouped queries are copied out of the product, and normalized heads are new. Their norm keeps what it is given.
     norm_input = queries * (is_grouped and shape.head_norms)
+    if layout.context > 1:
+        # What the context ranks have exchanged, and the output before and after. The norm of heads keeps the product.
+        copies = kv_head_copies(shape.kv_heads // layout.tensor, layout.context)
+        exchanged = queries + 2 * copies * keys + output * (1 if recomputed else 2)
+        return exchanged + (product + norm_input if shape.head_norms else 0)
     if recomputed:
         copied = queries * (is_grouped or shape.head_norms) + keys * shape.head_norms
         return product + norm_input + copied + output

@@ -27,10 +27,14 @@ def rotary_frequencies(shape: ModelShape) -> Tensor:
 
 
 class Rotary:
-    """Rotates queries and keys by their positions; cosines and sines are cached per dtype and device."""
+    """Rotates queries and keys by their positions; cosines and sines are cached per dtype and device.
 
-    def __init__(self, frequencies: Tensor) -> None:
+    The heads it rotates are the part `part` of a sequence that is cut into equal parts.
+    """
+
+    def __init__(self, frequencies: Tensor, part: int = 0) -> None:
         self._frequencies = frequencies
+        self._part = part
         self._angles: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, heads: Tensor) -> Tensor:
@@ -40,12 +44,13 @@ class Rotary:
 
     def angles(self, heads: Tensor) -> tuple[Tensor, Tensor]:
         """Return the cosines and sines [length, d / 2] for heads [length, ...], in their dtype."""
-        length, kind = len(heads), (heads.dtype, heads.device)
-        if kind not in self._angles or len(self._angles[kind][0]) < length:
-            angles = torch.outer(torch.arange(length, dtype=torch.float32), self._frequencies)
+        first, kind = self._part * len(heads), (heads.dtype, heads.device)
+        end = first + len(heads)
+        if kind not in self._angles or len(self._angles[kind][0]) < end:
+            angles = torch.outer(torch.arange(end, dtype=torch.float32), self._frequencies)
             self._angles[kind] = (angles.cos().to(*kind[::-1]), angles.sin().to(*kind[::-1]))
         cos, sin = self._angles[kind]
-        return cos[:length], sin[:length]
+        return cos[first:end], sin[first:end]
 
 
 class _Rotation(torch.autograd.Function):

@@ -19,8 +19,9 @@ def case(
     family: str, recompute: str = "none", precision: str = "bf16", micro_batch: int = 4, **more: Any
 ) -> dict[str, Any]:
     traits = FAMILIES[family]
-    shape = {"family": family, "layers": 3, "hidden": 768, "heads": 12, "positions": 256, "vocabulary": 1000}
-    shape |= {"kv_heads": 4 if traits.grouped and more.get("grouped", True) else 12, "ffn": 2048}
+    shape = {"family": family, "layers": 3, "hidden": 768, "heads": 12, "vocabulary": 1000, "ffn": 2048}
+    kv_heads = 4 if traits.grouped and more.get("grouped", True) else 12
+    shape |= {"positions": more.get("positions", 256), "kv_heads": more.get("kv_heads", kv_heads)}
     if traits.windowed:
         shape["window"] = 100
     layout = {"recompute": recompute, "precision": precision, **more.get("layout", {})}
@@ -29,6 +30,7 @@ def case(
 
 TENSOR = {"tensor": 2}
 SEQUENCE = {"tensor": 2, "sequence_parallel": True}
+CONTEXT = {"context": 2}
 CASES = {
     f"{family}, {recompute} recomputation": case(family, recompute)
     for family in FAMILIES
@@ -45,7 +47,14 @@ CASES |= {
     f"{family}, {recompute} recomputation, {kind} parallel": case(family, recompute, layout=layout)
     for family in ("llama", "gpt2", "qwen3")
     for recompute in ("none", "selective", "full")
-    for kind, layout in (("tensor", TENSOR), ("sequence", SEQUENCE))
+    for kind, layout in (("tensor", TENSOR), ("sequence", SEQUENCE), ("context", CONTEXT))
+}
+CASES |= {
+    "mistral, context parallel": case("mistral", layout=CONTEXT),
+    "llama, separate documents, context parallel": case("llama", documents=True, layout=CONTEXT),
+    "llama, one KV head, context parallel": case("llama", kv_heads=1, layout=CONTEXT),
+    "llama, 8,192 tokens": case("llama", micro_batch=1, positions=8192),
+    "llama, 8,192 tokens, context parallel": case("llama", micro_batch=1, positions=8192, layout=CONTEXT),
 }
 
 
@@ -71,3 +80,7 @@ def test_planned_activations_are_what_autograd_keeps(name: str, measured: dict[s
         separate_documents=values["documents"],
     )
     assert planned == pytest.approx(measured[name], rel=0.05)
+
+
+def test_two_context_ranks_need_little_more_than_half_of_the_activations(measured: dict[str, int]) -> None:
+    assert measured["llama, 8,192 tokens, context parallel"] < 0.6 * measured["llama, 8,192 tokens"]

@@ -104,6 +104,7 @@ def killed(uninterrupted: RunDir, tmp_path_factory: pytest.TempPathFactory) -> R
     ("edited", "settings", "last"),
     [
         pytest.param({"tensor": 2, "data": 1}, [], {"tensor": 2, "data": 1}, id="two tensor ranks by the YAML"),
+        full({"context": 2, "data": 1}, [], {"context": 2, "data": 1}, id="two context ranks by the YAML"),
         full({}, ["layout.micro_batch=1"], {"data": 2, "micro_batch": 1}, id="half the micro-batch by --set"),
         full(
             {},
