@@ -93,6 +93,21 @@ def test_a_run_can_share_sequences_for_a_while_and_has_the_losses_that_it_would_
     torch.testing.assert_close(losses, alone, atol=1e-5, rtol=0)
 
 
+def test_training_resumes_with_the_bits_of_a_run_that_was_not_interrupted(tmp_path: Path) -> None:
+    layout = QUICK[3]
+    half = {"half-kv1": STEPS // 2}
+    parts = [
+        specs(tmp_path, {"complete-kv1": layout}),
+        specs(tmp_path, {"half-kv1": layout}, save=half),
+        specs(tmp_path, {"resumed-kv1": layout}, save=half, begin={"resumed-kv1": "half-kv1"}),
+    ]
+    results = trained(tmp_path, *parts)
+    complete, resumed = results["complete-kv1"], results["resumed-kv1"]
+    assert torch.equal(resumed.pop("losses"), complete.pop("losses")[STEPS // 2 :])
+    for name in complete.keys() - {"bytes"}:
+        assert torch.equal(resumed[name], complete[name]), name
+
+
 def test_documents_and_window_change_the_losses_of_this_text(tmp_path: Path) -> None:
     """Otherwise the other tests would not show that context ranks apply them."""
     with_both = specs(tmp_path, {"both-kv1": ONE})
