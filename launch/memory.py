@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from btm_scale.config.layout import Layout
 from btm_scale.model.loss_chunks import row_elements, tokens_per_chunk
-from btm_scale.model.shape import ModelShape
+from btm_scale.model.shape import ModelShape, kv_head_copies
 from btm_scale.model.tiles import rows_per_tile
 from btm_scale.model.trained import TrainedPart
 
@@ -52,9 +52,9 @@ def rank_memory(
     them per step. Only the part that it `trains` has gradients and optimizer states."""
     complete = rank_parameters(shape, layout.tensor)
     width = layout.bytes_per_weight
-    weights = width * (complete / layout.data if layout.zero == 3 else complete)
+    weights = width * (complete / layout.replicas if layout.zero == 3 else complete)
     own = rank_parameters(shape, layout.tensor, trains)
-    share = own / layout.data  # parameters that ZeRO leaves on each rank
+    share = own / layout.replicas  # parameters that ZeRO leaves on each rank
     kept = own if layout.zero == 0 else share
     # Without ZeRO, float32 weights are also the master weights.
     optimizer = kept * (_MOMENTS + (0 if layout.zero == 0 and width == 4 else _MASTER))
@@ -71,7 +71,7 @@ def rank_memory(
     activations = activation_bytes(
         shape, layout, micro_batch=micro_batch, length=length, separate_documents=separate_documents
     )
-    head = head_bytes(shape, layout, micro_batch * length, trains_head=trains == "all")
+    head = head_bytes(shape, layout, micro_batch * length // layout.context, trains_head=trains == "all")
     return RankMemory(weights, gradients, optimizer, activations, head, buffers, host)
 
 
@@ -116,7 +116,7 @@ def activation_bytes(
 
     Fused attention keeps no scores. Logits, and the gradients of the LM head that the loss computes, are `head_bytes`.
     """
-    tokens = micro_batch * length
+    tokens = micro_batch * length // layout.context
     width = layout.bytes_per_weight
     own = shape.hidden / (layout.tensor if layout.sequence_parallel else 1)  # hidden state outside attention and MLP
     packs = separate_documents or (shape.window is not None and shape.window < length)
@@ -125,7 +125,9 @@ def activation_bytes(
     # The product of gate and up, and their SwiGLU, which the layers of a mixture compute with two more results: the
     # gate's SiLU and the shifted up. Without a gate, before and after the GELU.
     mlp = ((5 if shape.experts else 3) if shape.traits.gated else 2) * shape.ffn
-    if layout.recompute == "selective":
+    if layout.context > 1:
+        attention = _exchanged_width(shape, layout)
+    elif layout.recompute == "selective":
         attention = _recomputed_width(shape)
     elif packs and has_flash:
         attention = _packed_width(shape, micro_batch)
@@ -147,7 +149,7 @@ def activation_bytes(
             layer -= width * mlp / layout.tensor
             # With sequence parallelism, every rank gathers the tiles of all.
             rows = rows_per_tile(shape.hidden, micro_batch) * (layout.tensor if layout.sequence_parallel else 1)
-            tile = width * mlp / layout.tensor * min(length, rows) * micro_batch
+            tile = width * mlp / layout.tensor * min(length // layout.context, rows) * micro_batch
         return max(tokens * (inputs + layer - width * own) + tile, tokens * (inputs + width * (own + shape.hidden)))
     # At the end, the input of the last norm and the loss's gradient of its output.
     return tokens * (shape.layers * layer + width * (own + shape.hidden))
@@ -171,7 +173,7 @@ def head_bytes(shape: ModelShape, layout: Layout, tokens: int, *, trains_head: b
 
 
 def _attention_width(shape: ModelShape) -> int:
-    """Return the numbers per token that attention keeps, on one tensor rank.
+    """Return the numbers per token that attention keeps, on all tensor ranks.
 
     Values are a view of the product of queries, keys and values, which is kept with them.
     """
@@ -186,6 +188,17 @@ def _recomputed_width(shape: ModelShape) -> int:
     is_grouped = shape.kv_heads != shape.heads
     copied = queries * (is_grouped or shape.head_norms) + keys * shape.head_norms
     return shape.query_key_value_width + _norm_input(shape) + copied + queries
+
+
+def _exchanged_width(shape: ModelShape, layout: Layout) -> int:
+    """Return the numbers per token that attention keeps if context ranks swap sequences for heads.
+
+    They are what the ranks have exchanged, and the output before and after. The norm of heads keeps the product.
+    """
+    queries, keys = shape.query_width, shape.kv_heads * shape.head_size
+    copies = kv_head_copies(shape.kv_heads // layout.tensor, layout.context)
+    exchanged = queries + 2 * copies * keys + queries * (1 if layout.recompute == "selective" else 2)
+    return exchanged + (shape.query_key_value_width + _norm_input(shape) if shape.head_norms else 0)
 
 
 def _packed_width(shape: ModelShape, micro_batch: int) -> int:

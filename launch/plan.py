@@ -11,7 +11,7 @@ from btm_scale.errors import LaunchError
 from btm_scale.launch.gpus import Gpu
 from btm_scale.launch.memory import RankMemory, rank_memory
 from btm_scale.launch.placement import Placed, Work, lower_bound, place
-from btm_scale.launch.step_time import StepTime, checkpoint_seconds, step_time
+from btm_scale.launch.step_time import StepTime, checkpoint_seconds, context_bytes, context_spans_nodes, step_time
 from btm_scale.model.shape import ModelShape
 from btm_scale.model.trained import TrainedPart
 
@@ -50,7 +50,10 @@ class Training:
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """The group of one model: its layout, the memory of a rank, and the times of a step and a checkpoint."""
+    """The group of one model: its layout, the memory of a rank, and the times of a step and a checkpoint.
+
+    In a step, each rank sends `exchanged` bytes to its context ranks; `spans_nodes` if some are on other nodes.
+    """
 
     shape: ModelShape
     training: Training
@@ -60,6 +63,8 @@ class GroupPlan:
     memory: RankMemory
     step: StepTime
     checkpoint: float  # seconds
+    exchanged: float
+    spans_nodes: bool
 
     @property
     def seconds(self) -> float:
@@ -116,7 +121,9 @@ def plan_group(shape: ModelShape, training: Training, layout: Layout, cluster: C
         trains=training.trains,
     )
     saved = checkpoint_seconds(shape, layout, training.trains)
-    return GroupPlan(shape, training, layout, micro, count, memory, step, saved)
+    exchanged = context_bytes(shape, layout, training.sequences * training.length)
+    spans_nodes = context_spans_nodes(layout, cluster.ranks_per_node)
+    return GroupPlan(shape, training, layout, micro, count, memory, step, saved, exchanged, spans_nodes)
 
 
 def longest_sequence(group: GroupPlan, cluster: Cluster) -> int:
@@ -209,26 +216,35 @@ def _sizes(cluster: Cluster) -> Iterator[int]:
 def _best_layout(
     shape: ModelShape, training: Training, ranks: int, cluster: Cluster, base: Layout, batches: Set[int]
 ) -> GroupPlan | None:
-    """Return the fastest group of a size whose `data` divides all these batches; None if none fits."""
-    fitting = [
-        group
-        for layout in _layouts(ranks, cluster, base)
-        if not layout.problems(shape, training.length)
-        and not any(layout.batch_problems(sequences) for sequences in batches)
-        for group in _largest_micro_batch(shape, training, layout, cluster)
-    ]
-    return min(fitting, key=lambda group: (group.step.total, group.memory.total), default=None)
+    """Return the fastest group of a size whose `data` divides all these batches; None if none fits.
+
+    Sequences are shared by as few context ranks as possible.
+    """
+    context = 1
+    while context <= min(ranks, shape.heads):
+        fitting = [
+            group
+            for layout in _layouts(ranks, context, cluster, base)
+            if not layout.problems(shape, training.length)
+            and not any(layout.batch_problems(sequences) for sequences in batches)
+            for group in _largest_micro_batch(shape, training, layout, cluster)
+        ]
+        if fitting:
+            return min(fitting, key=lambda group: (group.step.total, group.memory.total))
+        context *= 2
+    return None
 
 
-def _layouts(ranks: int, cluster: Cluster, base: Layout) -> Iterator[Layout]:
+def _layouts(ranks: int, context: int, cluster: Cluster, base: Layout) -> Iterator[Layout]:
     tensor = 1
     while tensor <= min(ranks, cluster.ranks_per_node):
-        if ranks % tensor == 0 and cluster.ranks_per_node % tensor == 0:
+        if ranks % (tensor * context) == 0 and cluster.ranks_per_node % tensor == 0:
             for zero in (1, 2, 3) if ranks > tensor else (1,):
                 for recompute in ("none", "full"):
                     yield Layout(
                         tensor=tensor,
-                        data=ranks // tensor,
+                        context=context,
+                        data=ranks // (tensor * context),
                         zero=zero,
                         recompute=recompute,
                         sequence_parallel=tensor > 1,
@@ -267,8 +283,8 @@ def _require_memory(group: GroupPlan, cluster: Cluster) -> None:
         gpu = cluster.gpu
         raise LaunchError(
             f"{group.training.name}: a rank needs {group.memory.total / 1e9:.1f} GB, and {_USABLE:.0%} of the "
-            f"{gpu.memory / 1e9:.0f} GB of a {gpu.name} are usable. Raise tensor, data or zero, set recompute: full, "
-            f"or lower micro_batch{_or_length(group, cluster)}."
+            f"{gpu.memory / 1e9:.0f} GB of a {gpu.name} are usable. Raise tensor, context, data or zero, set "
+            f"recompute: full, or lower micro_batch{_or_length(group, cluster)}."
         )
 
 

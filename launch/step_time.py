@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from btm_scale.config.layout import Layout
 from btm_scale.launch.gpus import Gpu
 from btm_scale.launch.memory import rank_parameters
-from btm_scale.model.shape import ModelShape
+from btm_scale.model.shape import ModelShape, kv_head_copies
 from btm_scale.model.trained import TrainedPart
 
 # Bytes/s that a rank gathers, hashes (SHA-256) and writes; one core hashes 0.5 to 2 GB/s.
@@ -22,12 +22,13 @@ class StepTime:
     compute: float
     memory: float
     tensor: float
+    context: float
     data: float
 
     @property
     def total(self) -> float:
         """Seconds of the complete step."""
-        return max(self.compute, self.memory) + self.tensor + self.data
+        return max(self.compute, self.memory) + self.tensor + self.context + self.data
 
 
 def step_time(
@@ -53,11 +54,12 @@ def step_time(
         flops += 2 * shape.layer_matrices("mlp") * tokens / layout.ranks  # and that of MLPs three times
     peak = gpu.peak(layout.precision) * gpu.compute_share
     # Weights are read forward, backward and for their gradient; the optimizer reads and writes master and moments.
-    traffic = width * (2 * own + trained) * accumulation + 2 * 12 * trained / (layout.data if layout.zero else 1)
+    traffic = width * (2 * own + trained) * accumulation + 2 * 12 * trained / (layout.replicas if layout.zero else 1)
     return StepTime(
         compute=flops / peak,
         memory=traffic / (gpu.bandwidth * gpu.transfer_share),
-        tensor=_tensor_bytes(shape, layout, tokens / layout.data, width) / (gpu.link * gpu.transfer_share),
+        tensor=_tensor_bytes(shape, layout, tokens / layout.replicas, width) / (gpu.link * gpu.transfer_share),
+        context=_context_seconds(context_bytes(shape, layout, tokens), layout, gpu, ranks_per_node),
         data=_data_bytes(own, trained, layout, accumulation, width)
         / (_between(layout, gpu, ranks_per_node) * gpu.transfer_share),
     )
@@ -77,10 +79,39 @@ def _tensor_bytes(shape: ModelShape, layout: Layout, tokens: float, width: int) 
     return 4 * repeated * shape.layers * tokens * shape.hidden * width * ring
 
 
+def context_bytes(shape: ModelShape, layout: Layout, tokens: float) -> float:
+    """Return the bytes that a rank sends to its context ranks in a step of `tokens` tokens.
+
+    In each layer, all-to-alls of queries, keys, values and attention's output, and of their gradients.
+    """
+    if layout.context == 1:
+        return 0.0
+    copies = kv_head_copies(shape.kv_heads // layout.tensor, layout.context)
+    numbers = (2 * shape.query_width + 2 * copies * shape.kv_heads * shape.head_size) / layout.tensor
+    passes = 3 if layout.recompute == "full" else 2
+    others = (layout.context - 1) / layout.context
+    return passes * shape.layers * tokens / layout.replicas * numbers * layout.bytes_per_weight * others
+
+
+def context_spans_nodes(layout: Layout, ranks_per_node: int) -> bool:
+    """Return whether ranks that share a sequence are on different nodes, between which they are slower."""
+    return layout.context > 1 and layout.tensor * layout.context > ranks_per_node
+
+
+def _context_seconds(sent: float, layout: Layout, gpu: Gpu, ranks_per_node: int) -> float:
+    """Return the time of all-to-alls in which a rank sends `sent` bytes, equally many to each other context rank.
+
+    Those to its node and to other nodes overlap.
+    """
+    inside = min(layout.context, max(1, ranks_per_node // layout.tensor))
+    outside = (layout.context - inside) / max(1, layout.context - 1)
+    return sent * max((1 - outside) / gpu.link, outside / gpu.network) / gpu.transfer_share
+
+
 def _data_bytes(own: float, trained: float, layout: Layout, accumulation: int, width: int) -> float:
-    """Return the bytes that a rank sends to the other data ranks: gradients scattered and weights gathered once. ZeRO 2
-    scatters the gradients of each micro-batch; ZeRO 3 also gathers the weights twice for each."""
-    ring = (layout.data - 1) / layout.data
+    """Return the bytes that a rank sends to the other ranks with its weights: gradients scattered and weights gathered
+    once. ZeRO 2 scatters the gradients of each micro-batch; ZeRO 3 also gathers the weights twice for each."""
+    ring = (layout.replicas - 1) / layout.replicas
     if layout.zero == 3:
         return (2 * own + trained) * accumulation * ring * width
     return (accumulation + 1 if layout.zero == 2 else 2) * ring * trained * width

@@ -34,6 +34,9 @@ class Layout(Section):
     tensor: MayChange[int] = Field(
         default=1, gt=0, description="tensor-parallel degree: ranks that share each weight matrix"
     )
+    context: MayChange[int] = Field(
+        default=1, gt=0, description="context-parallel degree: ranks that share each sequence; it divides the heads"
+    )
     data: Annotated[int, Changes(unless=_local_steps)] = Field(
         default=1, gt=0, description="data-parallel degree: ranks that share each batch"
     )
@@ -94,6 +97,11 @@ class Layout(Section):
                 f"sync_every={self.sync_every} has no effect with data=1. Local steps need several data ranks: "
                 "raise data, or remove sync_every."
             )
+        if self.sync_every > 1 and self.context > 1:
+            problems.append(
+                f"Cannot take local steps (sync_every={self.sync_every}) with context={self.context}. Local steps need "
+                "each sequence on one data rank: set context to 1, or remove sync_every."
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -101,12 +109,26 @@ class Layout(Section):
     @property
     def grid(self) -> dict[str, int]:
         """Parallel degrees by axis; the first axis varies fastest with the rank."""
-        return {"tensor": self.tensor, "data": self.data}
+        return {"tensor": self.tensor, "context": self.context, "data": self.data}
+
+    @property
+    def degrees(self) -> str:
+        """The parallel degrees in words; that of context is left out if it is 1."""
+        shown = {axis: degree for axis, degree in self.grid.items() if axis != "context" or degree > 1}
+        return " x ".join(f"{axis} {degree}" for axis, degree in shown.items())
 
     @property
     def ranks(self) -> int:
         """The number of ranks in the group."""
         return math.prod(self.grid.values())
+
+    @property
+    def replicas(self) -> int:
+        """The number of ranks with the same weights: they share every batch, by sequences and by parts of sequences.
+
+        ZeRO shards over them, and gradients are averaged over them.
+        """
+        return self.context * self.data
 
     @property
     def colocated(self) -> int:
@@ -139,24 +161,36 @@ class Layout(Section):
         The vocabulary always fits: it is padded to a multiple of `tensor`.
         """
         problems = []
-        if self.tensor not in (degrees := shape.tensor_degrees()):
+        degrees = shape.tensor_degrees()
+        if self.tensor not in degrees:
             problems.append(
                 f"Cannot shard the model over tensor={self.tensor}. tensor must divide the attention heads "
                 f"({shape.heads}), KV heads ({shape.kv_heads}) and MLP width ({shape.ffn}): use {_either(degrees)}."
             )
-        if self.sequence_parallel and sequence_length % self.tensor:
-            longer = -(-sequence_length // self.tensor) * self.tensor
+        elif (heads := shape.heads // self.tensor) % self.context:
+            on_each = f" on each of {self.tensor} tensor ranks" if self.tensor > 1 else ""
             problems.append(
-                f"Cannot shard sequences of {sequence_length} tokens over tensor={self.tensor}. With "
-                f"sequence_parallel, tensor must divide sequence_length: use {longer}."
+                f"Cannot share sequences among context={self.context} ranks. context must divide the attention heads "
+                f"({heads}{on_each}): use {_either(_divisors(heads))}."
             )
+        parts = self.context * (self.tensor if self.sequence_parallel else 1)
+        if sequence_length % parts:
+            longer = -(-sequence_length // parts) * parts
+            if not self.sequence_parallel:
+                over, rule = f"context={self.context}", "context must divide sequence_length"
+            elif self.context == 1:
+                over, rule = f"tensor={self.tensor}", "With sequence_parallel, tensor must divide sequence_length"
+            else:
+                over = f"context={self.context} x tensor={self.tensor}"
+                rule = "With sequence_parallel, context x tensor must divide sequence_length"
+            problems.append(f"Cannot shard sequences of {sequence_length} tokens over {over}. {rule}: use {longer}.")
         return problems
 
     def batch_problems(self, sequences: int) -> list[str]:
         """Return why the data ranks cannot share a batch of this many sequences evenly; empty if they can."""
         if sequences % self.data == 0:
             return []
-        degrees = [degree for degree in range(1, sequences + 1) if sequences % degree == 0]
+        degrees = _divisors(sequences)
         count = f"{sequences} sequence" if sequences == 1 else f"{sequences} sequences"
         return [
             f"Cannot share a batch of {count} among data={self.data} ranks. "
@@ -179,12 +213,16 @@ class Layout(Section):
             {"none": "", "optimizer": "optimizer offloaded", "all": "weights and optimizer offloaded"}[self.offload],
         ]
         parts = [
-            f"tensor {self.tensor} x data {self.data}",
+            self.degrees,
             f"ZeRO {self.zero}",
             self.precision,
             *filter(None, extras),
         ]
         return ", ".join(parts)
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def _either(values: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""ExpertGroup: the torch.distributed world of one expert, with its tensor and data ranks and its random state.
+"""ExpertGroup: the torch.distributed world of one expert, with its tensor, context and data ranks and its random state.
 
 All training, scoring and generation runs inside a group and never communicates beyond it. This is the only file that
 touches Megatron-core's global process groups.
@@ -22,7 +22,7 @@ from btm_scale.config.layout import Layout
 from btm_scale.distributed.cpu import leave_out_shared_memory_op, replace_cuda
 from btm_scale.distributed.gpu_settings import set_gpu_defaults
 from btm_scale.distributed.precision import Precision, require_possible
-from btm_scale.distributed.rendezvous import init_process_group
+from btm_scale.distributed.rendezvous import TIMEOUT, init_process_group
 from btm_scale.distributed.shared_groups import shared_groups
 from btm_scale.errors import LaunchError
 from btm_scale.kernels import kernel_path
@@ -44,6 +44,8 @@ class ExpertGroup:
     rank: int
     size: int
     device: torch.device
+    # The ranks that share this rank's sequences; None if there is only this rank.
+    context_group: dist.ProcessGroup | None = None
 
     @classmethod
     def join(cls, layout: Layout, on: Device = "auto") -> ExpertGroup:
@@ -55,8 +57,8 @@ class ExpertGroup:
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size != layout.ranks:
             raise LaunchError(
-                f"This group has {size} ranks, but its layout needs tensor {layout.tensor} x data {layout.data} = "
-                f"{layout.ranks}. Start {layout.ranks} ranks, or change `layout`."
+                f"This group has {size} ranks, but its layout needs {layout.degrees} = {layout.ranks}. "
+                f"Start {layout.ranks} ranks, or change `layout`."
             )
         set_gpu_defaults(layout)
         gpus = usable_gpus(on, in_this_process=True)
@@ -84,6 +86,8 @@ class ExpertGroup:
             backend = "nccl" if has_gpu else "gloo"
             init_process_group(backend, own_gpu=_identity(device) if has_gpu else "")
             deepspeed.init_distributed(dist_backend=backend, verbose=False)
+        # To Megatron-core and DeepSpeed, context ranks are data ranks: ZeRO shards over them, and gradients are
+        # averaged over them.
         with shared_groups(parallel_state):
             parallel_state.initialize_model_parallel(tensor_model_parallel_size=layout.tensor)
         _require_grid(layout, parallel_state)
@@ -91,7 +95,7 @@ class ExpertGroup:
         gc.freeze()
         why = f" ({gpus.reason})" if gpus.reason and DEVICE not in os.environ else ""  # else its launcher says why
         logger.info("device: %s%s; kernels: %s; ranks: %d", name_of(device), why, kernel_path(device), size)
-        return cls(layout, dist.get_rank(), size, device)
+        return cls(layout, dist.get_rank(), size, device, _own_group(layout, "context"))
 
     @property
     def tensor_rank(self) -> int:
@@ -100,8 +104,21 @@ class ExpertGroup:
 
     @property
     def data_rank(self) -> int:
-        """This rank's index among the ranks that share every batch."""
+        """This rank's index among the ranks that share every batch by sequences; context ranks have the same."""
         return self.layout.coordinates(self.rank)["data"]
+
+    @property
+    def replica_rank(self) -> int:
+        """This rank's index among the `layout.replicas` ranks with the same weights, in `replica_group`."""
+        return self.rank // self.layout.tensor
+
+    @property
+    def replica_group(self) -> dist.ProcessGroup:
+        """The ranks with the same weights: DeepSpeed's data parallel group, the context and data ranks."""
+        from megatron.core import parallel_state
+
+        group: dist.ProcessGroup = parallel_state.get_data_parallel_group()
+        return group
 
     @property
     def is_first(self) -> bool:
@@ -188,9 +205,19 @@ class _ModelParallelUnit:
         self.get_data_parallel_group = state.get_data_parallel_group
 
 
+def _own_group(layout: Layout, axis: str) -> dist.ProcessGroup | None:
+    """Return this rank's process group along an axis; None of one rank. All ranks call this together."""
+    if layout.grid[axis] == 1:
+        return None
+    groups = {ranks: dist.new_group(list(ranks), timeout=TIMEOUT) for ranks in layout.peers(axis)}
+    return next(group for ranks, group in groups.items() if dist.get_rank() in ranks)
+
+
 def _require_grid(layout: Layout, state: Any) -> None:
     """Check that the process groups, which Megatron-core creates for its layers, are those of the layout's grid."""
-    groups = {"tensor": state.get_tensor_model_parallel_group(), "data": state.get_data_parallel_group()}
-    for axis, group in groups.items():
-        peers = next(ranks for ranks in layout.peers(axis) if dist.get_rank() in ranks)
-        assert tuple(dist.get_process_group_ranks(group)) == peers, f"{axis}: {group} is not {peers}"
+    rank = dist.get_rank()
+    replicas = tuple(range(rank % layout.tensor, layout.ranks, layout.tensor))
+    tensor = next(ranks for ranks in layout.peers("tensor") if rank in ranks)
+    expected = ((state.get_tensor_model_parallel_group(), tensor), (state.get_data_parallel_group(), replicas))
+    for group, ranks in expected:
+        assert tuple(dist.get_process_group_ranks(group)) == ranks, f"{group} is not {ranks}"

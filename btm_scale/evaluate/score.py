@@ -104,13 +104,13 @@ def routing_of(group: ExpertGroup, network: ExpertModel | TransformersModel) -> 
 def text_log_probs(group: ExpertGroup, network: ExpertModel | TransformersModel, text: EvaluationText) -> np.ndarray:
     """Return the log-probability in nats of every target token, float32 [tokens]. All ranks call this together.
 
-    Blocks are distributed over the data ranks, or over all ranks if each has the complete model; the context of a block
-    starts with its own first token.
+    Blocks are distributed over the context and data ranks, or over all ranks if each has the complete model; the
+    context of a block starts with its own first token.
     """
     if isinstance(network, TransformersModel):
         ranks, rank, over = group.size, group.rank, None
     else:
-        ranks, rank, over = group.layout.data, group.data_rank, group.mpu.get_data_parallel_group()
+        ranks, rank, over = group.layout.replicas, group.replica_rank, group.replica_group
     tokens = torch.as_tensor(text.tokens)
     starts = [int(start) for start in text.block_starts]
     ends = [*starts[1:], len(tokens) - 1]

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from btm_scale.model.attention import CausalAttention, HeadNorm
+from btm_scale.model.context_parallel import ContextAttention, ContextPart
 from btm_scale.model.fused_layer import AddLayerNorm, AddRMSNorm, FusedAttention, FusedLayer
 from btm_scale.model.loss import head_loss
 from btm_scale.model.moe import GradientScale, mixture_settings, mixture_spec, routers_of, with_recorded_scale
@@ -45,7 +46,13 @@ def padded_vocabulary(vocabulary: int, tensor: int) -> int:
 class ExpertModel(GPTModel):
     """A GPTModel that returns its loss or last hidden states; the logits of a full batch are never materialized."""
 
-    def __init__(self, shape: ModelShape, config: TransformerConfig, layers: TransformerBlockSubmodules) -> None:
+    def __init__(
+        self,
+        shape: ModelShape,
+        config: TransformerConfig,
+        layers: TransformerBlockSubmodules,
+        context: ContextPart | None = None,
+    ) -> None:
         super().__init__(
             config=config,
             transformer_layer_spec=layers,
@@ -56,6 +63,7 @@ class ExpertModel(GPTModel):
             position_embedding_type="none" if shape.rotary else "learned_absolute",
         )
         self.shape = shape
+        self.context = context
         # If set, tokens attend only within their document.
         self.end_of_text: int | None = None
         # Whether each of these documents then begins at position 0.
@@ -71,7 +79,8 @@ class ExpertModel(GPTModel):
     def forward(self, tokens: Tensor, targets: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
         """Return the mean loss in nats of `targets` [batch, length]; without them, hidden [batch, length, hidden].
 
-        With `starts`, bool [batch, length] of the first tokens of documents, targets below 0 are left out.
+        With `starts`, bool [batch, length] of the first tokens of documents, targets below 0 are left out. Every
+        context rank is given complete sequences, and returns the result of its part of them.
         """
         self._leaves_out_targets = starts is not None
         length = tokens.shape[1]
@@ -79,7 +88,11 @@ class ExpertModel(GPTModel):
             # Padding at the end, which no token attends to.
             tokens = functional.pad(tokens, (0, -length % self.config.tensor_model_parallel_size))
         seen = visible(tokens, end_of_text=self.end_of_text, window=self.shape.window, starts=starts)
-        output: Tensor = super().forward(tokens, self._positions(tokens, starts), attention_mask=seen, labels=targets)
+        positions = self._positions(tokens, starts)
+        if self.context is not None:
+            tokens, positions = self.context(tokens), self.context(positions)
+            targets = None if targets is None else self.context(targets)
+        output: Tensor = super().forward(tokens, positions, attention_mask=seen, labels=targets)
         return output if targets is not None else output[:, :length]
 
     def _positions(self, tokens: Tensor, starts: Tensor | None) -> Tensor:
@@ -140,6 +153,7 @@ def build_model(
     on_cpu: bool,
     sequence_parallel: bool = False,
     recompute: Literal["none", "selective", "full", "tiled"] = "none",
+    context: dist.ProcessGroup | None = None,
     partition: Partition | None = None,
     draws: bool = True,
 ) -> ExpertModel:
@@ -149,7 +163,8 @@ def build_model(
     CPU RNG and are the same at any tensor parallel degree. With `sequence_parallel`, sequence lengths must be multiples
     of `tensor`. `recompute` saves memory in training: the activations of attention (selective) or of complete layers
     (full) are recomputed in the backward pass, and of MLPs tile by tile (tiled; of a mixture of experts it is full).
-    With `partition`, no rank ever holds more than its part of the model and one matrix.
+    `context` are the ranks that share each sequence. With `partition`, no rank ever holds more than its part of the
+    model and one matrix.
     """
     fused = not on_cpu and not shape.experts
     if fused:
@@ -193,13 +208,14 @@ def build_model(
         **mixture_settings(shape),
     )
     norm = RMSNorm if config.normalization == "RMSNorm" else LayerNorm
-    spec = _layer_spec(shape, config.normalization, recompute, fused=fused)
+    part = None if context is None else ContextPart.of(context)
+    spec = _layer_spec(shape, config.normalization, recompute, part, fused=fused)
     layers = TransformerBlockSubmodules(layer_specs=[spec] * shape.layers, layer_norm=norm)
     if sequence_parallel:
         # The tracker separates the ranks' RNG states for dropout, which is unused here; a CPU has no CUDA state.
         initialize_rng_tracker(inference_rng_tracker=True)
     with contextlib.nullcontext() if partition is None else partition.of_new_modules():
-        model = ExpertModel(shape, config, layers)
+        model = ExpertModel(shape, config, layers, part)
     # A partition has its dtype and device already; what the parameter itself holds is empty.
     rest = [parameter for parameter in model.parameters() if not is_partitioned(parameter)]
     device = torch.device("cpu") if on_cpu else gpu()
@@ -215,7 +231,9 @@ def gpu() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _layer_spec(shape: ModelShape, normalization: str, recompute: str, *, fused: bool) -> ModuleSpec:
+def _layer_spec(
+    shape: ModelShape, normalization: str, recompute: str, part: ContextPart | None, *, fused: bool
+) -> ModuleSpec:
     """Return the modules of a layer; `fused`: those for a GPU."""
     spec = get_gpt_layer_local_spec(normalization=normalization)
     if normalization == "RMSNorm":
@@ -229,11 +247,14 @@ def _layer_spec(shape: ModelShape, normalization: str, recompute: str, *, fused:
     splits = fused and rotary is not None and not shape.head_norms and recompute != "selective"
     if splits:
         attention.module = FusedAttention
-        attention.params = {**(attention.params or {}), "rotary": rotary}
-    attention.submodules.core_attention = ModuleSpec(
-        module=RecomputedAttention if recompute == "selective" else CausalAttention,
-        params={"rotary": None if splits else rotary},
-    )
+        # It rotates before the context ranks exchange heads, when each has its part of the sequence.
+        split_rotary = rotary if part is None else Rotary(shape, part.index)
+        attention.params = {**(attention.params or {}), "rotary": split_rotary}
+    core: Any = RecomputedAttention if recompute == "selective" else CausalAttention
+    params: dict[str, Any] = {"rotary": None if splits else rotary}
+    if part is not None:
+        core, params = ContextAttention, params | {"core": core, "part": part}
+    attention.submodules.core_attention = ModuleSpec(module=core, params=params)
     if shape.head_norms:
         attention.submodules.q_layernorm = attention.submodules.k_layernorm = HeadNorm
     if shape.experts:

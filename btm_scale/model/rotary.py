@@ -42,12 +42,14 @@ def _dimension(rotations: float, shape: ModelShape, scaling: RopeScaling) -> flo
 class Rotary:
     """Rotates queries and keys by their positions, and multiplies them by the `attention` of their scaling.
 
-    Cosines and sines are cached per dtype and device.
+    The heads it rotates are the part `part` of a sequence that is cut into equal parts. Cosines and sines are cached
+    per dtype and device.
     """
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelShape, part: int = 0) -> None:
         self._frequencies = rotary_frequencies(shape)
         self._attention = 1.0 if shape.rope_scaling is None else shape.rope_scaling.attention
+        self._part = part
         self._angles: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, heads: Tensor) -> Tensor:
@@ -57,13 +59,14 @@ class Rotary:
 
     def angles(self, heads: Tensor) -> tuple[Tensor, Tensor]:
         """Return the cosines and sines [length, d / 2] for heads [length, ...], in their dtype."""
-        length, kind = len(heads), (heads.dtype, heads.device)
-        if kind not in self._angles or len(self._angles[kind][0]) < length:
-            angles = torch.outer(torch.arange(length, dtype=torch.float32), self._frequencies)
+        first, kind = self._part * len(heads), (heads.dtype, heads.device)
+        end = first + len(heads)
+        if kind not in self._angles or len(self._angles[kind][0]) < end:
+            angles = torch.outer(torch.arange(end, dtype=torch.float32), self._frequencies)
             parts = (angles.cos() * self._attention, angles.sin() * self._attention)
             self._angles[kind] = (parts[0].to(*kind[::-1]), parts[1].to(*kind[::-1]))
         cos, sin = self._angles[kind]
-        return cos[:length], sin[:length]
+        return cos[first:end], sin[first:end]
 
 
 class _Rotation(torch.autograd.Function):

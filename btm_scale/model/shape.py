@@ -207,6 +207,11 @@ class ModelShape(BaseModel):
         return 6.0 * multiplied - 2.0 * frozen + 6.0 * self.layers * self.query_width * sequence_length
 
 
+def kv_head_copies(kv_heads: int, context: int) -> int:
+    """Return how often each KV head is copied, so that `context` ranks get equal numbers of them."""
+    return math.lcm(kv_heads, context) // kv_heads
+
+
 # Sizes of the presets; vocabulary and positions come from the run.
 _LLAMA = {"family": "llama"}
 _PAPER = {"family": "gpt2", "norm_epsilon": 1e-5}

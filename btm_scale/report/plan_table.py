@@ -75,6 +75,12 @@ def _print_groups(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
         table.add_row("length", f"sequences of at most {row['longest_sequence']:,} tokens fit, one per micro-batch")
         step, speed = time(row["step_seconds"]["total"]), amount(row["tokens_per_second"])
         table.add_row("time", f"{count(row['steps'], 'step')} of {step}, {speed} tokens/s: {time(row['seconds'])}")
+        if sent := row.get("context_bytes_a_step"):
+            where = "to other nodes too" if row["context_spans_nodes"] else "within a node"
+            seconds = time(row["step_seconds"]["context"])
+            table.add_row(
+                "context", f"each GPU sends {size(sent)} per step to those with its sequences, {where}: {seconds}"
+            )
         table.add_row("save", f"{time(row['checkpoint_seconds'])} per checkpoint, if storage is as fast as the ranks")
         table.add_row("place", f"{count(row['ranks'], 'GPU')} each, on {_nodes(row['places'])}")
         console.print(Text(printable(_names(row["models"])), style="bold"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,6 @@ def _scored_per_second(run: RunDir, names: Sequence[str], device: str) -> float 
         taken = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second", 0) > 0]
         if taken:
             layout = read_expert(run.model(name)).layout
-            ranks = max(1, int(layout.get("tensor", 1)) * int(layout.get("data", 1)))
+            ranks = max(1, math.prod(int(layout.get(axis, 1)) for axis in ("tensor", "context", "data")))
             speeds.append(_FORWARD * statistics.median(taken) / ranks)
     return statistics.median(speeds) if speeds else None

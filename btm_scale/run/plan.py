@@ -26,7 +26,7 @@ from btm_scale.train.jobs import TrainingJob, model_names, shape_of, training_jo
 from btm_scale.util.bounded_json import shown
 from btm_scale.util.records import read_object
 
-_LAYOUT = ("tensor", "data", "zero", "sequence_parallel", "recompute")
+_LAYOUT = ("tensor", "context", "data", "zero", "sequence_parallel", "recompute")
 
 
 def make_plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def with_proposals(config: RunConfig, shape: ModelShape, cluster: Cluster) -> tu
         return config, proposed
     base = config.layout.model_copy(update={"precision": cluster.gpu.half})
     # A layout of one rank divides every batch, so that jobs can be described before their layout is chosen.
-    smallest = base.model_copy(update={"tensor": 1, "data": 1})
+    smallest = base.model_copy(update={"tensor": 1, "context": 1, "data": 1})
     bare = config.model_copy(update={"layout": smallest, "seed_layout": {}})
     layout, micro = propose(shape, _trainings(bare, _branches(bare)), cluster, base)
     proposed["layout"] = _settings(layout, Layout()) | {"micro_batch": micro}
@@ -149,6 +149,8 @@ def _row(group: GroupPlan, cluster: Cluster) -> dict[str, Any]:
         "memory_bytes": asdict(group.memory) | {"total": group.memory.total},
         "longest_sequence": longest_sequence(group, cluster),
         "step_seconds": asdict(group.step) | {"total": group.step.total},
+        "context_bytes_a_step": group.exchanged,
+        "context_spans_nodes": group.spans_nodes,
         "checkpoint_seconds": group.checkpoint,
         "steps": group.training.steps,
         "tokens_per_second": group.tokens_per_second,

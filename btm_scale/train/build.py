@@ -26,14 +26,14 @@ def new_model(
     """Return this rank's part of a randomly initialized model. All ranks call this together.
 
     Without `draws`, matrices are zero, for a model whose weights will be loaded. With ZeRO 3, weight matrices are
-    partitioned over the data ranks while the model is built.
+    partitioned over the context and data ranks while the model is built.
     """
     layout = job.layout
     partition = None
     # Data ranks that take local steps each have all weights.
-    if layout.zero == 3 and layout.data > 1 and layout.sync_every == 1:
+    if layout.zero == 3 and layout.replicas > 1 and layout.sync_every == 1:
         config = deepspeed_config(job, optimizer, overrides)
-        partition = Partition(group.mpu.get_data_parallel_group(), config, group.dtype)
+        partition = Partition(group.replica_group, config, group.dtype)
     return build_model(
         shape,
         tensor=layout.tensor,
@@ -41,6 +41,7 @@ def new_model(
         on_cpu=group.device.type == "cpu",
         sequence_parallel=layout.sequence_parallel,
         recompute=layout.recompute,
+        context=group.context_group,
         partition=partition,
         draws=draws,
     )

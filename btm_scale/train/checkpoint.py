@@ -157,7 +157,7 @@ def _own_pieces(engine: Engine) -> Iterator[OwnPiece]:
         parts = {kind: engine.own_part(parameter, kind) for kind in engine.kinds_of(parameter)}
         first, size = parts[MASTER][0], parts[MASTER][1].numel()
         is_divided = engine.is_divided(parameter)
-        index, copies = (0, 1) if is_divided else (group.data_rank, group.layout.data)
+        index, copies = (0, 1) if is_divided else (group.replica_rank, group.layout.replicas)
         if entry.cut is None:
             index, copies = index * tensor + group.tensor_rank, copies * tensor
         placement = Placement(entry, tuple(complete_shape(parameter)), shape, group.tensor_rank, tensor)

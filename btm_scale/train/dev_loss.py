@@ -102,7 +102,7 @@ class DevLoss:
 
 
 def mean_loss(engine: Engine, sequences: torch.Tensor) -> float:
-    """Return the mean loss in nats of sequences [count, length + 1], the same on every data rank.
+    """Return the mean loss in nats of sequences [count, length + 1], the same on every context and data rank.
 
     The sequences are distributed over the data ranks, which all take part in as many forward passes.
     """
@@ -113,8 +113,8 @@ def mean_loss(engine: Engine, sequences: torch.Tensor) -> float:
         micro = own[start : start + size]
         loss = engine.loss_of((micro if len(micro) else sequences[:1]).to(group.device))
         total += torch.stack([loss.double(), total.new_ones(())]) * weight_of(micro)
-    if group.layout.data > 1:
-        dist.all_reduce(total, group=group.mpu.get_data_parallel_group())
+    if group.layout.replicas > 1:
+        dist.all_reduce(total, group=group.replica_group)
     return float(total[0] / total[1])
 
 

@@ -34,7 +34,7 @@ from btm_scale.train.monitors import Monitors
 from btm_scale.train.parameter_groups import RATE_SCALE, empty, parameter_groups, scaler_attributes
 from btm_scale.train.routers import Routers
 from btm_scale.train.step_result import StepResult
-from btm_scale.train.targets import has_flags, inputs_and_targets, targets_per_loss
+from btm_scale.train.targets import has_flags, inputs_and_targets, targets_on_each, targets_per_loss
 from btm_scale.util.imports import import_uncompiled
 
 # DeepSpeed's engine imports Muon only to check the type of each optimizer.
@@ -93,7 +93,10 @@ class Engine:
         return dict(self.model.named_parameters())
 
     def step(self, sequences: Tensor, rate: float) -> StepResult:
-        """Train on this data rank's sequences, [job.sequences / data, length + 1], at learning rate `rate`."""
+        """Train on this data rank's sequences, [job.sequences / data, length + 1], at learning rate `rate`.
+
+        Context ranks are given the same sequences.
+        """
         for settings in self._engine.optimizer.param_groups:
             settings["lr"] = rate * settings[RATE_SCALE]
         self.routers.begin_step()
@@ -108,11 +111,11 @@ class Engine:
             total += loss.detach()
         total /= self.job.accumulation
         norm = float(self._engine.get_global_grad_norm() or 0.0)
-        if self.group.layout.data > 1:
+        if self.group.layout.replicas > 1:
             # Norms differ only between local steps; the mean gives every rank the same verdict.
             both = torch.stack([total, total.new_tensor(norm)])
-            dist.all_reduce(both, group=self.group.mpu.get_data_parallel_group())
-            both /= self.group.layout.data
+            dist.all_reduce(both, group=self.group.replica_group)
+            both /= self.group.layout.replicas
             total = both[0]
             norm = norm if self._outer is None else float(both[1])
         if self._masters is not None:
@@ -122,11 +125,19 @@ class Engine:
 
     @torch.no_grad()
     def loss_of(self, sequences: Tensor) -> Tensor:
-        """Return the mean loss in nats of sequences [count, length + 1]; data ranks call this equally often."""
+        """Return the mean loss in nats of sequences [count, length + 1]; data ranks call this equally often.
+
+        Context ranks are given the same sequences, and each returns the mean loss of complete sequences.
+        """
+        flagged, context = has_flags(sequences), self.group.context_group
+        parts = self.group.layout.context
         self._engine.eval()
-        self.model.target_count = None
-        loss = self._engine(*inputs_and_targets(sequences, flagged=has_flags(sequences)))
+        self.model.target_count = targets_on_each(sequences, parts) if flagged and context is not None else None
+        loss = self._engine(*inputs_and_targets(sequences, flagged=flagged))
         self._engine.train()
+        if context is not None:
+            dist.all_reduce(loss, group=context)
+            loss /= parts
         return loss
 
     @property
@@ -320,8 +331,8 @@ class Engine:
         layout = self.job.layout
         if layout.sync_every == 1:
             return None
-        data = self.group.mpu.get_data_parallel_group()
-        outer = OuterStep(data, layout.outer_lr, layout.outer_momentum)
+        # Without context parallelism, which local steps exclude, these are the data ranks.
+        outer = OuterStep(self.group.replica_group, layout.outer_lr, layout.outer_momentum)
         for parameter in self._trained_parameters():
             outer.begin(parameter, self.full(parameter, MASTER))
         return outer

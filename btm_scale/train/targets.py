@@ -31,19 +31,31 @@ def inputs_and_targets(sequences: Tensor, *, flagged: bool) -> tuple[Tensor, ...
 def targets_per_loss(sequences: Tensor, group: ExpertGroup, job: TrainingJob) -> float | None:
     """Return the divisor of a micro-batch's summed loss with which all targets of the step have the same weight.
 
-    DeepSpeed then averages over micro-batches and data ranks. None for sequences in which every token is a target.
+    DeepSpeed then averages over micro-batches, context and data ranks. None for sequences in which every token is a
+    target.
     """
     if not has_flags(sequences):
         return None
-    count = ((sequences[:, 1:] & UNTRAINED) == 0).sum().double().to(group.device)
-    ranks = group.layout.data if job.layout.sync_every == 1 else 1  # with local steps, each rank has its own mean
+    count = _targets(sequences).double().to(group.device)
+    ranks = group.layout.replicas if job.layout.sync_every == 1 else 1  # with local steps, each rank has its own mean
     if ranks > 1:
-        dist.all_reduce(count, group=group.mpu.get_data_parallel_group())
+        dist.all_reduce(count, group=group.replica_group)
+        count /= group.layout.context  # context ranks have counted the same sequences
     return max(1.0, float(count)) / (ranks * job.accumulation)
+
+
+def targets_on_each(sequences: Tensor, ranks: int) -> float:
+    """Return the divisor of a rank's summed loss of its part of sequences, whose mean over `ranks` is the mean loss."""
+    return max(1.0, float(_targets(sequences))) / ranks
 
 
 def weight_of(sequences: Tensor) -> float:
     """Return the weight of a batch's mean loss in a mean over batches: the number of targets, or of sequences."""
     if not len(sequences) or not has_flags(sequences):
         return len(sequences)
-    return float(torch.count_nonzero((sequences[:, 1:] & UNTRAINED) == 0))
+    return float(_targets(sequences))
+
+
+def _targets(sequences: Tensor) -> Tensor:
+    """Return the number of targets that are trained on, of sequences with flags."""
+    return torch.count_nonzero((sequences[:, 1:] & UNTRAINED) == 0)

@@ -63,6 +63,49 @@ def test_a_problem_that_the_seeds_layout_inherits_is_reported_once(tmp_path: Pat
     ) in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("layout", "length", "message"),
+    [
+        (
+            {"context": 3},
+            1536,
+            "layout: Cannot share sequences among context=3 ranks. context must divide the attention heads (4): use 1, "
+            "2 or 4.",
+        ),
+        (
+            {"tensor": 2, "context": 4},
+            1024,
+            "context must divide the attention heads (2 on each of 2 tensor ranks): use 1 or 2.",
+        ),
+        (
+            {"context": 4},
+            1026,
+            "Cannot shard sequences of 1026 tokens over context=4. context must divide sequence_length: use 1028.",
+        ),
+        (
+            {"tensor": 2, "context": 2, "sequence_parallel": True},
+            1026,
+            "Cannot shard sequences of 1026 tokens over context=2 x tensor=2. With sequence_parallel, context x tensor "
+            "must divide sequence_length: use 1028.",
+        ),
+        (
+            {"context": 2, "data": 2, "sync_every": 5},
+            1024,
+            "layout: Cannot take local steps (sync_every=5) with context=2. Local steps need each sequence on one data "
+            "rank: set context to 1, or remove sync_every.",
+        ),
+        ({"context": 0}, 1024, "layout.context: 0"),
+    ],
+)
+def test_context_ranks_that_cannot_share_a_sequence_are_refused_with_those_that_can(
+    layout: dict[str, Any], length: int, message: str, tmp_path: Path
+) -> None:
+    budget = {"sequence_length": length, "batch_tokens": 16 * length}
+    with pytest.raises(ConfigError) as raised:
+        load(tmp_path, {"domains": DOMAINS, "model": {"preset": "llama-1m"}, "layout": layout, "budget": budget})
+    assert message in str(raised.value)
+
+
 @pytest.mark.parametrize(("file", "name"), [("my.yaml", "my"), ("dense.yaml", "run"), ("a b.yaml", "run")])
 def test_a_run_without_a_name_is_named_after_its_file_if_that_is_a_valid_name(
     tmp_path: Path, file: str, name: str

@@ -34,7 +34,9 @@ def test_blocks_are_padded_only_where_nothing_counts_the_padding(
     monkeypatch.setattr(score, "_log_probs", log_probs)
     network = Mock(spec=ExpertModel)
     network.shape = SimpleNamespace(experts=experts)
-    group: Any = SimpleNamespace(layout=SimpleNamespace(data=1), data_rank=0, mpu=Mock(), device=torch.device("cpu"))
+    group: Any = SimpleNamespace(
+        layout=SimpleNamespace(replicas=1), replica_rank=0, replica_group=Mock(), device=torch.device("cpu")
+    )
     counted = np.ones(10, bool) if has_chats else None
     text: Any = SimpleNamespace(tokens=np.arange(11), block_starts=np.array([0, 3, 7]), counted=counted)
     assert score.text_log_probs(group, network, text).tolist() == (-np.arange(1.0, 11)).tolist()

@@ -36,4 +36,5 @@ def model_of(group: ExpertGroup, shape: ModelShape, *, on_cpu: bool = True) -> E
         on_cpu=on_cpu,
         sequence_parallel=layout.sequence_parallel,
         recompute=layout.recompute,
+        context=group.context_group,
     )

@@ -19,15 +19,9 @@ def case(
     family: str, recompute: str = "none", precision: str = "bf16", micro_batch: int = 4, **more: Any
 ) -> dict[str, Any]:
     traits = FAMILIES[family]
-    shape = {
-        "family": family,
-        "layers": 3,
-        "hidden": more.get("hidden", 768),
-        "heads": 12,
-        "positions": 256,
-        "vocabulary": 1000,
-    }
-    shape |= {"kv_heads": 4 if traits.grouped and more.get("grouped", True) else 12, "ffn": 2048}
+    shape = {"family": family, "layers": 3, "hidden": more.get("hidden", 768), "heads": 12, "vocabulary": 1000}
+    kv_heads = 4 if traits.grouped and more.get("grouped", True) else 12
+    shape |= {"positions": more.get("positions", 256), "kv_heads": more.get("kv_heads", kv_heads), "ffn": 2048}
     if traits.windowed:
         shape["window"] = 100
     layout = {"recompute": recompute, "precision": precision, **more.get("layout", {})}
@@ -36,6 +30,7 @@ def case(
 
 TENSOR = {"tensor": 2}
 SEQUENCE = {"tensor": 2, "sequence_parallel": True}
+CONTEXT = {"context": 2}
 CASES = {
     f"{family}, {recompute} recomputation": case(family, recompute)
     for family in FAMILIES
@@ -56,7 +51,14 @@ CASES |= {
     f"{family}, {recompute} recomputation, {kind} parallel": case(family, recompute, layout=layout)
     for family in ("llama", "gpt2", "qwen3")
     for recompute in ("none", "selective", "full")
-    for kind, layout in (("tensor", TENSOR), ("sequence", SEQUENCE))
+    for kind, layout in (("tensor", TENSOR), ("sequence", SEQUENCE), ("context", CONTEXT))
+}
+CASES |= {
+    "mistral, context parallel": case("mistral", layout=CONTEXT),
+    "llama, separate documents, context parallel": case("llama", documents=True, layout=CONTEXT),
+    "llama, one KV head, context parallel": case("llama", kv_heads=1, layout=CONTEXT),
+    "llama, 8,192 tokens": case("llama", micro_batch=1, positions=8192),
+    "llama, 8,192 tokens, context parallel": case("llama", micro_batch=1, positions=8192, layout=CONTEXT),
 }
 
 
@@ -104,3 +106,7 @@ def test_planned_activations_of_tiles_are_what_autograd_keeps(name: str, measure
     inputs = 2 * tokens * shape.hidden / parts
     assert planned == pytest.approx(measured[name] + inner + inputs, rel=0.05)
     assert planned < activation_bytes(shape, layout.model_copy(update={"recompute": "full"}), **given)
+
+
+def test_two_context_ranks_need_little_more_than_half_of_the_activations(measured: dict[str, int]) -> None:
+    assert measured["llama, 8,192 tokens, context parallel"] < 0.6 * measured["llama, 8,192 tokens"]

@@ -35,6 +35,9 @@ EIGHT_8B = {
 }
 
 
+ONE_SEQUENCE = EIGHT_8B["budget"] | {"batch_tokens": 8192, "tokens": 2**24}
+
+
 def config_of(folder: Path, values: dict[str, Any], experts: int) -> RunConfig:
     domains = {f"d{i}": {"text": f"d{i}.jsonl"} for i in range(experts)}
     (folder / "run.yaml").write_text(dump_text({**values, "domains": domains}))
@@ -121,10 +124,44 @@ def test_a_model_that_fits_nowhere_is_refused_with_the_nodes_that_it_needs(tmp_p
     assert {row["ranks"] for row in rows(plan)} == {8 * needed}
     with pytest.raises(LaunchError, match=f"at least {needed} nodes"):
         make_plan(config, Cluster(GPUS["h100"], needed // 2, 8))
-    # Even a single sequence of a batch of one does not fit, and a batch of one cannot be shared.
-    tiny = config_of(tmp_path, SEVENTY_B | {"budget": EIGHT_8B["budget"] | {"batch_tokens": 8192, "tokens": 2**24}}, 1)
+    # Even a single sequence of a batch of one does not fit, and ranks cannot share it by its only head.
+    one_head = SEVENTY_B | {"model": SEVENTY_B["model"] | {"heads": 1, "kv_heads": 1}}
+    tiny = config_of(tmp_path, one_head | {"budget": ONE_SEQUENCE}, 1)
     with pytest.raises(LaunchError, match="More nodes do not help"):
         make_plan(tiny, Cluster(GPUS["h100"], 1, 8))
+
+
+def test_context_ranks_are_proposed_where_a_batch_has_too_few_sequences(tmp_path: Path) -> None:
+    cluster = Cluster(GPUS["h100"], 4, 8)
+    first = make_plan(config_of(tmp_path, SEVENTY_B | {"budget": ONE_SEQUENCE}, 1), cluster)
+    layout = Layout.model_validate(first["proposed"]["layout"])
+    assert (layout.tensor, layout.context, layout.data) == (8, 4, 1)
+    assert all("tensor 8 x context 4 x data 1" in row["layout"] for row in rows(first))
+    again = make_plan(config_of(tmp_path, SEVENTY_B | {"budget": ONE_SEQUENCE} | first["proposed"], 1), cluster)
+    assert again["stages"] == first["stages"]
+
+
+def test_context_ranks_hold_their_part_of_the_activations_and_send_heads_to_each_other(tmp_path: Path) -> None:
+    def planned(**degrees: int) -> dict[str, Any]:
+        values = EIGHT_8B | {"layout": {"micro_batch": 1, "zero": 3, "recompute": "full", **degrees}}
+        return rows(make_plan(config_of(tmp_path, values, 1), Cluster(GPUS["h100"], 8, 8)))[-1]
+
+    alone, four, sixteen = planned(data=8), planned(data=2, context=4), planned(data=2, context=16)
+    assert four["memory_bytes"]["activations"] < 0.26 * alone["memory_bytes"]["activations"]
+    assert {name: four["memory_bytes"][name] for name in ("weights", "optimizer")} == {
+        name: alone["memory_bytes"][name] for name in ("weights", "optimizer")
+    }
+    assert (alone["context_bytes_a_step"], alone["step_seconds"]["context"]) == (0.0, 0.0)
+    # Queries, keys, values and the output, forward twice and backward; 3 of 4 parts go to other ranks.
+    tokens = 2**22 / 8
+    assert four["context_bytes_a_step"] == 3 * 32 * tokens * (2 * 4096 + 2 * 1024) * 2 * 3 / 4
+    assert not four["context_spans_nodes"]
+    # 16 ranks get a copy of one of 8 KV heads each, and 8 of 15 parts go to the other node.
+    assert sixteen["context_bytes_a_step"] == 3 * 32 * tokens / 4 * (2 * 4096 + 2 * 2048) * 2 * 15 / 16
+    assert sixteen["context_spans_nodes"]
+    outside = sixteen["context_bytes_a_step"] * 8 / 15
+    network = GPUS["h100"].network * GPUS["h100"].transfer_share
+    assert sixteen["step_seconds"]["context"] == pytest.approx(outside / network)
 
 
 def test_a_plan_counts_the_heads_gradients_and_the_time_of_a_checkpoint(tmp_path: Path) -> None:

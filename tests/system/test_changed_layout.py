@@ -95,7 +95,11 @@ def uninterrupted(real_text: Path, warm: Warm, tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="module")
 def killed(uninterrupted: RunDir, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """A run with the same seed LM, killed between two checkpoints of its expert."""
-    run = RunDir(tmp_path_factory.mktemp("killed") / "run")
+    return killed_copy(uninterrupted, tmp_path_factory.mktemp("killed"))
+
+
+def killed_copy(uninterrupted: RunDir, folder: Path) -> RunDir:
+    run = RunDir(folder / "run")
     shutil.copytree(uninterrupted.root, run.root)
     shutil.copyfile(uninterrupted.root.parent / "tiny.yaml", run.root.parent / "tiny.yaml")
     for folder in (run.train("python"), run.model("python"), run.model_scores("python"), run.results.parent):
@@ -110,6 +114,7 @@ def killed(uninterrupted: RunDir, tmp_path_factory: pytest.TempPathFactory) -> R
     ("edited", "settings", "last"),
     [
         pytest.param({"tensor": 2, "data": 1}, [], {"tensor": 2, "data": 1}, id="two tensor ranks by the YAML"),
+        full({"context": 2, "data": 1}, [], {"context": 2, "data": 1}, id="two context ranks by the YAML"),
         full({}, ["layout.micro_batch=1"], {"data": 2, "micro_batch": 1}, id="half the micro-batch by --set"),
         full(
             {},
@@ -142,3 +147,22 @@ def test_a_killed_run_resumes_in_another_layout_with_the_losses_of_the_first(
     assert losses(run) == pytest.approx(expected, abs=1e-5, rel=0)
     layout = read_expert(run.model("python")).layout
     assert {name: layout[name] for name in last} == last
+
+
+@pytest.mark.full
+def test_a_killed_run_whose_ranks_share_sequences_ends_with_the_bits_of_one_that_ran_through(
+    real_text: Path, warm: Warm, tmp_path: Path
+) -> None:
+    sharing = values(real_text, data={"dev": 0.1, "test": 0.1, "workers": 1, "separate_documents": True})
+    sharing["layout"] |= {"context": 2, "zero": 2}
+    (tmp_path / "uninterrupted").mkdir()
+    (tmp_path / "killed").mkdir()
+    write_config(tmp_path / "uninterrupted" / "tiny.yaml", sharing)
+    uninterrupted = RunDir(tmp_path / "uninterrupted" / "run")
+    warm.check("run", tmp_path / "uninterrupted" / "tiny.yaml", "--out", uninterrupted.root)
+    run = killed_copy(uninterrupted, tmp_path / "killed")
+    warm.check("run", tmp_path / "killed" / "tiny.yaml", "--out", run.root)
+
+    assert losses(run) == losses(uninterrupted)
+    assert read_expert(run.model("python")).content_hash == read_expert(uninterrupted.model("python")).content_hash
+    assert run.results.read_bytes() == uninterrupted.results.read_bytes()

@@ -14,6 +14,8 @@ from helpers.small_models import TINY_SHAPE
 from helpers.worlds import run_script
 from safetensors.torch import load_file
 
+from btm_scale.config.layout import Layout
+
 pytestmark = pytest.mark.slow
 
 SAVED, STEPS = 10, 30
@@ -29,6 +31,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "four-zero1": {"tensor": 2, "data": 2, "zero": 1},
     "four-zero2": {"tensor": 2, "data": 2, "zero": 2, "sequence_parallel": True},
     "four-zero3": {"tensor": 2, "data": 2, "zero": 3, "recompute": "full"},
+    "context2-zero2": {"context": 2, "zero": 2},
     # With local steps, everything but `data` may change.
     "data2-local": {"data": 2, "zero": 1, "sync_every": 5},
     "four-local": {"tensor": 2, "data": 2, "zero": 2, "sync_every": 5},
@@ -46,6 +49,7 @@ FROM = {
     "four-zero1": "one-zero3-offloaded",
     "four-zero2": "data2-zero2-offloaded",
     "four-zero3": "four-zero2",
+    "context2-zero2": "tensor2-zero3",
     "data2-local": "four-local",
     "four-local": "data2-local",
 }
@@ -68,7 +72,7 @@ def by_ranks(names: Iterable[str]) -> dict[int, dict[str, dict[str, Any]]]:
     groups: dict[int, dict[str, dict[str, Any]]] = {}
     for name in names:
         layout = LAYOUTS[name]
-        ranks = layout.get("tensor", 1) * layout.get("data", 1)
+        ranks = Layout.model_validate(layout).ranks
         groups.setdefault(ranks, {})[name] = layout | {"precision": "fp32", "micro_batch": 2}
     return groups
 

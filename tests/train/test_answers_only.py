@@ -16,12 +16,15 @@ SHORT: list[dict[str, Any]] = [
     {"micro_batch": 1},
     {"data": 2, "micro_batch": 2},
     {"tensor": 2, "sequence_parallel": True, "micro_batch": 2},
+    {"context": 2, "zero": 2, "micro_batch": 2},
 ]
 MORE: list[dict[str, Any]] = [
     {"data": 2, "zero": 3, "micro_batch": 4},
     {"data": 2, "zero": 1, "micro_batch": 1},
     {"data": 2, "zero": 2, "micro_batch": 4, "recompute": "full"},
     {"tensor": 2, "data": 2, "zero": 2, "micro_batch": 2},
+    {"context": 2, "data": 2, "zero": 3, "micro_batch": 1},
+    {"tensor": 2, "context": 2, "zero": 1, "micro_batch": 2, "recompute": "selective"},
 ]
 
 

@@ -37,7 +37,7 @@ def values(text: Path, **settings: Any) -> dict[str, Any]:
         domains={"code": {"text": "code.jsonl"}, "prose": {"text": "prose.jsonl"}},
         novel_domains={},
         budget={"tokens": 2 * STEPS * 128, "sequence_length": LENGTH, "batch_tokens": 128},
-        layout={"precision": "fp32", "data": 2},
+        layout={"precision": "fp32", "data": 2, "context": 2},
         seed_layout={"zero": 3},
         checkpoint={"every": 3, "keep": 2},
         baselines={"dense": False},

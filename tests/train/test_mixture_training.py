@@ -26,7 +26,12 @@ MATRIX = [
     {"tensor": tensor, "data": data, "zero": zero}
     for tensor, data, zero in itertools.product((1, 2), (1, 2), (0, 1, 2, 3))
 ]
-QUICK = [{"tensor": 2, "data": 1, "zero": 1}, {"tensor": 1, "data": 2, "zero": 3, "recompute": "full"}]
+MATRIX += [{"tensor": tensor, "data": 3 - tensor, "zero": 2, "context": 2} for tensor in (1, 2)]
+QUICK = [
+    {"tensor": 2, "data": 1, "zero": 1},
+    {"tensor": 1, "data": 2, "zero": 3, "recompute": "full"},
+    {"tensor": 1, "data": 1, "zero": 1, "context": 2},
+]
 
 Trained = dict[str, dict[str, torch.Tensor]]
 
@@ -69,7 +74,7 @@ def in_worlds(
     """One spec for each number of ranks."""
     by_ranks: dict[int, dict[str, dict[str, Any]]] = {}
     for layout in layouts:
-        ranks = layout["tensor"] * layout["data"]
+        ranks = layout["tensor"] * layout["data"] * layout.get("context", 1)
         by_ranks.setdefault(ranks, {})[name_of(layout)] = layout | {"micro_batch": micro_batch}
     return [spec(folder, some, balance, **more) for some in by_ranks.values()]
 

@@ -2,9 +2,11 @@
 
 Started by a launcher, it is one rank; otherwise it forks the ranks of each spec in a list. A spec has `layouts`
 (name: layout), `shape`, `steps`, `sequences` and `folder`; also `optimizer`, `deepspeed` and `mixture` settings, the
-part that it `trains`, the fraction of targets that are parts of `answers`, `begin` (by layout, the name of the layout
-whose checkpoint to resume from) and `save` (the step at which to save a checkpoint and stop). For each layout, the
-first rank writes `FOLDER/NAME.safetensors` with `losses` and the weights under their Hugging Face names.
+part that it `trains`, the fraction of targets that are parts of `answers`, the token that is `end_of_text` of separate
+documents, `begin` (by layout, the name of the layout whose checkpoint to resume from) and `save` (the step at which to
+save a checkpoint and stop; or by layout, also of those that resume). For each layout, the first rank writes
+`FOLDER/NAME.safetensors` with `losses` and the weights under their Hugging Face names; with `gradients`, also the first
+moments after the first step, which are a multiple of its gradients, under `exp_avg/NAME`.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from btm_scale.model.shape import ModelShape
 from btm_scale.model.trained import freeze_rest, frozen_names
 from btm_scale.train.build import new_model
 from btm_scale.train.checkpoint import common_state, load_state, save_state, state_path
-from btm_scale.train.engine import MASTER, Engine
+from btm_scale.train.engine import FIRST_MOMENT, MASTER, Engine
 from btm_scale.train.jobs import TrainingJob
 
 
@@ -57,6 +59,7 @@ def make_engine(group: ExpertGroup, spec: dict[str, Any]) -> Engine:
     group.seed(1)
     optimizer, overrides = OptimizerConfig(**spec.get("optimizer", {})), spec.get("deepspeed", {})
     model = new_model(group, shape, job, optimizer, overrides)
+    model.end_of_text = spec.get("end_of_text")
     freeze_rest(model, job.trains)
     return Engine(group, model, job, optimizer, overrides)
 
@@ -97,7 +100,14 @@ def count_bytes() -> list[int]:
 
         return call
 
-    for name in ("all_reduce", "reduce", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor"):
+    for name in (
+        "all_reduce",
+        "reduce",
+        "broadcast",
+        "all_gather_into_tensor",
+        "reduce_scatter_tensor",
+        "all_to_all_single",
+    ):
         setattr(dist, name, counted(getattr(dist, name)))
     return sent
 
@@ -136,18 +146,27 @@ def train_all(spec: dict[str, Any]) -> None:
         group = joined_anew(group, config)
         engine = make_engine(group, spec)
         folder, first, last = Path(spec["folder"]), 1, spec["steps"]
-        if name in spec.get("begin", {}):
-            first = load_state(engine, state_path(folder / spec["begin"][name], spec["save"])).step + 1
-        elif "save" in spec:
-            last = spec["save"]
+        save, origin = spec.get("save", {}), spec.get("begin", {}).get(name)
+        if origin is not None:
+            saved = save[origin] if isinstance(save, dict) else save
+            first = load_state(engine, state_path(folder / origin, saved)).step + 1
+        if isinstance(save, dict):
+            last = save.get(name, last)
+        elif origin is None:
+            last = save
         before = sent[0]
-        losses = train(engine, first, last, spec.get("answers"))
+        losses = []
+        moments = {}
+        if spec.get("gradients"):
+            losses = train(engine, first, first, spec.get("answers"))
+            moments = {f"{FIRST_MOMENT}/{key}": moment for key, moment in weights(engine, FIRST_MOMENT).items()}
+        losses += train(engine, first + len(losses), last, spec.get("answers"))
         if last < spec["steps"]:
             sent_before = sent[0]
             save_state(engine, folder / name, last, keep=1)
             assert sent[0] == sent_before, "saving gathered a tensor"
             require_complete(engine, folder / name)
-        tensors = weights(engine) | {"losses": torch.tensor(losses, dtype=torch.float64)}
+        tensors = weights(engine) | moments | {"losses": torch.tensor(losses, dtype=torch.float64)}
         tensors["bytes"] = torch.tensor(sent[0] - before)
         if group.is_first:
             save_file(tensors, folder / f"{name}.safetensors")
@@ -158,7 +177,7 @@ def train_all(spec: dict[str, Any]) -> None:
 
 def ranks_of(spec: dict[str, Any]) -> int:
     layout = next(iter(spec["layouts"].values()))
-    return layout.get("tensor", 1) * layout.get("data", 1)
+    return Layout.model_validate(layout).ranks
 
 
 if __name__ == "__main__":
