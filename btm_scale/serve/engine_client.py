@@ -49,6 +49,7 @@ class EngineClient:
         self._name, self._session = name, session
         self._model = place.model or name
         self._url = f"{place.url.rstrip('/')}/completions"
+        self._shown = self._url.rpartition("@")[2]  # without a password
         self._headers = {"Content-Type": "application/json", **place.headers}
         self._proxy = proxy_of(self._url)
         # The session's time-out begins when a request is sent, which an engine that reads nothing never lets happen.
@@ -112,7 +113,8 @@ class EngineClient:
                 raise EngineDown(f"The engine of '{self._name}' answered with status {status}.")
 
     def down(self, reason: Exception | str) -> EngineDown:
-        """Return the error of an engine that does not answer."""
+        """Return the error of an engine that does not answer, and log its address and reason for the operator."""
+        logger.info("The engine of '%s' at %s: %s", self._name, self._shown, str(reason) or type(reason).__name__)
         return EngineDown(f"The engine of '{self._name}' does not answer: {described(reason)}.")
 
 

@@ -1,8 +1,9 @@
 """A routing strategy for LiteLLM's Router: it draws the expert of a request from the posterior of a served forest.
 
 It has the two methods of LiteLLM's `CustomRoutingStrategyBase`, so LiteLLM need not be installed here.
-`Router.set_custom_routing_strategy` replaces the Router's own methods by them, and with these what they do before they
-choose: aliases of model groups, ids of deployments, and deployments in cooldown are considered here.
+`Router.register_plugin` (before, `set_custom_routing_strategy`) replaces the Router's own methods by them, and with
+these what they do before they choose: aliases of model groups, ids of deployments, and deployments in cooldown are
+considered here.
 """
 
 from __future__ import annotations

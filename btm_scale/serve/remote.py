@@ -124,6 +124,7 @@ class RemoteBackend:
         except (Busy, Refused) as error:
             inbox.put_nowait((number, Failed(error)))
         except (EngineDown, UserError) as error:  # also local weights that were removed
+            logger.warning("%s", error)
             inbox.put_nowait((number, Failed(BackendError(str(error)))))
         except Exception as error:
             logger.exception("a remote request failed")
