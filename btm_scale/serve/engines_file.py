@@ -43,11 +43,16 @@ class RemoteExpert(BaseModel):
 
     @property
     def headers(self) -> dict[str, str]:
-        """The headers of every request. Raises ConfigError if the environment variable is not set."""
+        """The headers of every request. Raises ConfigError if the environment variable has no API key."""
         if self.api_key_variable is None:
             return {}
-        if not (key := os.environ.get(self.api_key_variable)):
+        if not (key := os.environ.get(self.api_key_variable, "").strip()):
             raise ConfigError(f"The environment variable {self.api_key_variable} is not set. Set it to the API key.")
+        if not (key.isascii() and key.isprintable()):
+            raise ConfigError(
+                f"The environment variable {self.api_key_variable} has characters that no HTTP header may have. Set it "
+                "to the API key."
+            )
         return {"Authorization": f"Bearer {key}"}
 
 

@@ -99,10 +99,21 @@ def test_a_url_that_cannot_be_asked_is_refused_at_the_start(text: str, reason: s
     assert "Value error" not in str(raised.value)
 
 
-def test_a_user_and_password_in_the_url_and_a_key_are_sent(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("key", ["canary\nX-Other: 1", "canary\N{EURO SIGN}", " \n"])
+def test_a_key_that_no_header_may_have_is_refused_at_the_start(
+    key: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAW_KEY", key)
+    (tmp_path / "engines.yaml").write_text("law: {url: http://gpu1/v1, api_key_variable: LAW_KEY}")
+    with pytest.raises(ConfigError, match=r"LAW_KEY (has characters|is not set)") as raised:
+        load_engines(tmp_path / "engines.yaml", ["law"])
+    assert "canary" not in str(raised.value)
+
+
+def test_a_user_and_password_in_the_url_or_a_key_are_sent(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
     ask(f"http://me:secret@{listener.address}/v1", {})
     assert b"Authorization: Basic bWU6c2VjcmV0" in listener.heads[0]
-    monkeypatch.setenv("LAW_KEY", "abc")
+    monkeypatch.setenv("LAW_KEY", "abc\n")  # as `$(cat key)` would not, but a file of secrets may
     listener.answers.append(OK)
     ask(f"http://{listener.address}/v1", {}, api_key_variable="LAW_KEY")
     assert b"Authorization: Bearer abc" in listener.heads[1]
