@@ -89,7 +89,7 @@ class RunDir:
         """The prefix of a Megatron-core indexed dataset: `.bin` and `.idx` are appended."""
         return self.domain(domain) / split
 
-    def marks(self, domain: str, split: str) -> Path:
+    def mask(self, domain: str, split: str) -> Path:
         """One byte per token of a domain of conversations: whether it is part of an answer, and where a cut may be."""
         return self.domain(domain) / f"{split}.mask"
 

@@ -100,11 +100,11 @@ def serve(
     try:
         from btm_scale.serve import server
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn", "prometheus_client", "httpx2"):
+        if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn", "prometheus_client", "aiohttp"):
             raise
         end(f"{error.name} is not installed: pip install 'btm-scale[serve]'", 2)
     from btm_scale.config.section import bytes_from_text
-    from btm_scale.serve.gate import is_loopback
+    from btm_scale.serve.hosts import is_loopback
     from btm_scale.serve.keys import Keys
 
     config, run_dir = opened(run)

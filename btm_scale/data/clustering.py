@@ -10,6 +10,7 @@ import importlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,15 @@ class Clustering:
 
     def place(self, texts: Sequence[str]) -> Array:
         """Return the embeddings of texts, unit vectors [texts, dimensions]; zeros for a text with no known word."""
+        weighted = self._vectorizer.transform([text[:PLACING_CHARACTERS] for text in texts])
+        used = np.unique(weighted.indices)  # few of the terms, if the texts are few
+        return _normalised(weighted[:, used] @ self.components[:, used].T)
+
+    @cached_property
+    def _vectorizer(self) -> Any:
         vectorizer = _vectorizer(vocabulary=self.terms)
         vectorizer.idf_ = self.idf
-        weighted = vectorizer.transform([text[:PLACING_CHARACTERS] for text in texts])
-        return _normalised(weighted @ self.components.T)
+        return vectorizer
 
     def assign(self, texts: Sequence[str]) -> Array:
         """Return the cluster of each text, int64 [texts], at the prices that keep clusters balanced."""

@@ -33,12 +33,12 @@ _tokenizer: Tokenizer | None = None
 class Ids:
     """The concatenated ids of consecutive documents, and how many each has.
 
-    Of conversations also the mark of each id, uint8, and why some have no ids, by their number.
+    Of conversations also the mask, uint8 [ids], and why some have no ids, by their number.
     """
 
     ids: np.ndarray[Any, Any]
     lengths: list[int]
-    marks: np.ndarray[Any, Any] | None = None
+    mask: np.ndarray[Any, Any] | None = None
     problems: dict[int, str] = field(default_factory=dict)
 
 
@@ -69,8 +69,8 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[Text], chats: ChatEncoding | N
     """
     dtype = token_dtype(tokenizer.vocab_size)
     if chats is not None:
-        ids, marks, lengths, problems = joined(encode_chats(chats, tokenizer, [str(text) for text in texts]))
-        return Ids(ids.astype(dtype), lengths, marks, problems)
+        ids, mask, lengths, problems = joined(encode_chats(chats, tokenizer, [str(text) for text in texts]))
+        return Ids(ids.astype(dtype), lengths, mask, problems)
     begin = np.array([tokenizer.start] if tokenizer.begins_with_bos else [], dtype=dtype)
     end = np.array([tokenizer.eos], dtype=dtype)
     pieces = [list(_pieces(text)) if isinstance(text, str) else [text] for text in texts]

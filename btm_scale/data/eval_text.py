@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from btm_scale.data.chat.encode import TRAINED, is_marker, reader_of
+from btm_scale.data.chat.encode import TRAINED, is_special_token, reader_of
 from btm_scale.data.chat.packing import flagged, packed, pieces_of, sequence_of
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.data.tokenizer import Tokenizer, directory_digest
@@ -72,12 +72,12 @@ class EvaluationText:
     def sequences(self, length: int) -> Array:
         """Return conversations as flagged training sequences, int64 [sequences, length + 1]."""
         assert self.counted is not None
-        marks = np.concatenate([[False], self.counted]).astype(np.uint8)
+        mask = np.concatenate([[False], self.counted]).astype(np.uint8)
         bounds = [*self.block_starts.tolist(), len(self.tokens)]
         pieces = [(begin, min(end, begin + length)) for begin, end in pairwise(bounds)]
-        pieces = [(begin, end) for begin, end in pieces if marks[begin + 1 : end].any()]
+        pieces = [(begin, end) for begin, end in pieces if mask[begin + 1 : end].any()]
         end_of_text = self._loaded.eos
-        parts = [flagged(self.tokens[begin:end], marks[begin:end]) for begin, end in pieces]
+        parts = [flagged(self.tokens[begin:end], mask[begin:end]) for begin, end in pieces]
         rows = packed([len(part) for part in parts], length)
         return np.stack([sequence_of([parts[number] for number in row], length, end_of_text) for row in rows])
 
@@ -101,7 +101,7 @@ class EvaluationText:
         digest.update(text.astype("<i8").tobytes())
         counted = None
         if fingerprint.has_chats:
-            starts, counted = _answers(documents.sequence_lengths, chosen, run.marks(domain, split), sequence_length)
+            starts, counted = _answers(documents.sequence_lengths, chosen, run.mask(domain, split), sequence_length)
             starts, counted = starts[starts < len(text) - 1], counted[: len(text) - 1]
             digest.update(starts.tobytes() + counted.tobytes())
             if not counted.any():
@@ -131,15 +131,15 @@ def _sample(documents: IndexedDataset, tokens: int) -> tuple[Array, list[int]]:
 
 def _answers(lengths: Array, chosen: list[int], path: Path, length: int) -> tuple[Array, Array]:
     """Return the first token of each part of the chosen conversations, and which targets are parts of answers."""
-    marks = np.memmap(path, np.uint8, "r")
+    mask = np.memmap(path, np.uint8, "r")
     begins = np.cumsum(lengths, dtype=np.int64) - lengths
     starts: list[int] = []
     trained: list[Array] = []
     position = 0
     for document in chosen:
         begin, size = int(begins[document]), int(lengths[document])
-        starts += [position + first - begin for first, _ in pieces_of(begin, begin + size, marks, length)]
-        trained.append((marks[begin : begin + size] & TRAINED).astype(bool))
+        starts += [position + first - begin for first, _ in pieces_of(begin, begin + size, mask, length)]
+        trained.append((mask[begin : begin + size] & TRAINED).astype(bool))
         position += size
     counted = np.concatenate(trained)
     counted[starts] = False  # the first token of a block is not predicted
@@ -158,7 +158,7 @@ def _answer_bytes(tokenizer: Tokenizer, ids: Array, counted: Array) -> int:
     total = 0
     for begin, end in bounds.reshape(-1, 2).tolist():
         answer = ids[begin:end].tolist()
-        if answer[-1] == tokenizer.eos or is_marker(tokenizer, answer[-1]):
+        if answer[-1] == tokenizer.eos or is_special_token(tokenizer, answer[-1]):
             answer.pop()
         total += len(tokenizer.decode(answer).encode()) if answer else 0
     return max(1, total)

@@ -94,7 +94,7 @@ class Fingerprint(Record):
 
     @property
     def has_chats(self) -> bool:
-        """Whether the domain's documents are conversations, with a mark per token."""
+        """Whether the domain's documents are conversations, with a mask."""
         return "chat" in self.settings
 
     def require_tokenizer(self, digest: str, run: RunDir) -> None:
@@ -117,10 +117,10 @@ class Fingerprint(Record):
                     f"{path} has {size} bytes, but its {counts.tokens} tokens need {needed}: it was damaged after it "
                     f"was written. Copy it again, or delete {run.domain(self.domain)} and prepare the run again."
                 )
-            marks = run.marks(self.domain, split)
-            if self.has_chats and (not marks.is_file() or marks.stat().st_size != counts.tokens):
+            mask = run.mask(self.domain, split)
+            if self.has_chats and (not mask.is_file() or mask.stat().st_size != counts.tokens):
                 raise DataError(
-                    f"{marks} does not have a byte for each of the {counts.tokens} tokens: it was damaged after it was "
+                    f"{mask} does not have a byte for each of the {counts.tokens} tokens: it was damaged after it was "
                     f"written. Copy it again, or delete {run.domain(self.domain)} and prepare the run again."
                 )
             if problem := index_problem(run.tokens(self.domain, split)):

@@ -42,8 +42,8 @@ class Shard:
     documents: np.ndarray[Any, Any]
     ends: Mapping[str, int]
     digests: Mapping[str, str]
-    marks: Mapping[str, tuple[int, str]] = field(default_factory=dict)
-    """For conversations, the size and digest of each file of marks."""
+    masks: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    """For conversations, the size and digest of each mask file."""
 
 
 class Journal:
@@ -64,8 +64,8 @@ class Journal:
 
     @property
     def marked(self) -> Mapping[str, int]:
-        """The size of each file of marks after the resumed shards; empty unless documents are conversations."""
-        return {split: end for split, (end, _) in self.resumed[-1].marks.items()} if self.resumed else {}
+        """The size of each mask file after the resumed shards; empty unless documents are conversations."""
+        return {split: end for split, (end, _) in self.resumed[-1].masks.items()} if self.resumed else {}
 
     @property
     def is_empty(self) -> bool:
@@ -94,7 +94,7 @@ class Journal:
             write_file(self._shards / _MADE_FROM, self._made_from)
         records = shard.documents.tobytes()
         content = {"ends": shard.ends, "digests": shard.digests, "documents": hashlib.sha256(records).hexdigest()}
-        content |= {"marks": shard.marks} if shard.marks else {}
+        content |= {"marks": shard.masks} if shard.masks else {}
         write_file(self._path(self._count), json.dumps(content).encode() + b"\n" + records)
         self._count += 1
 
@@ -108,8 +108,8 @@ class Journal:
             content = parse_json(head)
             documents = np.frombuffer(records, DOCUMENT)
             shard = Shard(documents, content["ends"], content["digests"], content.get("marks", {}))
-            before = self.resumed[-1].marks if self.resumed else {}
-            for split, (end, digest) in shard.marks.items():
+            before = self.resumed[-1].masks if self.resumed else {}
+            for split, (end, digest) in shard.masks.items():
                 begin = before[split][0] if split in before else 0
                 if _digest(self._folder / f"{split}.mask", begin, end) != digest:
                     return None

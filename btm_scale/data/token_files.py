@@ -13,7 +13,7 @@ import numpy as np
 from btm_scale.config.data import DataConfig
 from btm_scale.config.run import RunConfig
 from btm_scale.data.chat.encode import ChatEncoding, encode_chats
-from btm_scale.data.chat.marks import MarkWriter, Refusals
+from btm_scale.data.chat.mask_files import MaskWriter, Refusals
 from btm_scale.data.chat.sequences import tokens_of_pass
 from btm_scale.data.dedup import Deduplicator, KeySet, held_out_keys, save_keys
 from btm_scale.data.documents import BadLines, Document, empty_domain, expected_bytes_of, read_documents
@@ -54,7 +54,7 @@ def write_domain(
     bad_lines = BadLines(data.on_bad_line)
     deduplicator = Deduplicator(elsewhere, _own_held_out(source, data, placement))
     digest = TextDigest()
-    output = _Output(folder, encoder.tokenizer.vocab_size, journal, has_marks=source.settings.chat is not None)
+    output = _Output(folder, encoder.tokenizer.vocab_size, journal, has_mask=source.settings.chat is not None)
     replay = Replay(journal) if journal is not None else None
     expected = expected_bytes_of(source)
 
@@ -136,7 +136,7 @@ def _own_held_out(source: DomainSource, data: DataConfig, placement: Placement) 
 class _Output:
     """The token files of a domain, with the keys and counts of each split."""
 
-    def __init__(self, folder: Path, vocab_size: int, journal: Journal | None, *, has_marks: bool) -> None:
+    def __init__(self, folder: Path, vocab_size: int, journal: Journal | None, *, has_mask: bool) -> None:
         self.documents = self.bytes = 0
         self.counts = {split: SplitCounts() for split in SPLITS}
         self._folder = folder
@@ -144,7 +144,7 @@ class _Output:
         ends = journal.ends if journal is not None else dict.fromkeys(SPLITS, 0)
         self._writers = {split: TokenFileWriter(folder / split, vocab_size, ends[split]) for split in SPLITS}
         marked = journal.marked if journal is not None else {}
-        self._marks = {split: MarkWriter(folder, split, marked.get(split, 0)) for split in SPLITS if has_marks}
+        self._masks = {split: MaskWriter(folder, split, marked.get(split, 0)) for split in SPLITS if has_mask}
         self._keys = {split: array("Q") for split in SPLITS}
         self._shard: list[tuple[int, int, int]] = []
         self._shard_bytes = 0
@@ -161,8 +161,8 @@ class _Output:
             if length:
                 self._writers[identity.split].add(tokens.ids[end - length : end])
                 self._count(identity, length)
-            if tokens.marks is not None:
-                self._marks[identity.split].add(tokens.marks[end - length : end])
+            if tokens.mask is not None:
+                self._masks[identity.split].add(tokens.mask[end - length : end])
             self._shard.append((SPLITS.index(identity.split), identity.key, length))
             self._shard_bytes += identity.bytes
         is_full = self._shard_bytes >= SHARD_BYTES or len(self._shard) >= _SHARD_DOCUMENTS
@@ -170,8 +170,8 @@ class _Output:
             written = {split: writer.flush() for split, writer in self._writers.items()}
             ends = {split: end for split, (end, _) in written.items()}
             digests = {split: digest for split, (_, digest) in written.items()}
-            marks = {split: writer.flush() for split, writer in self._marks.items()}
-            self._journal.add(Shard(np.array(self._shard, DOCUMENT), ends, digests, marks))
+            masks = {split: writer.flush() for split, writer in self._masks.items()}
+            self._journal.add(Shard(np.array(self._shard, DOCUMENT), ends, digests, masks))
         if self._journal is None or is_full:
             self._shard, self._shard_bytes = [], 0
 
@@ -179,8 +179,8 @@ class _Output:
         """Write the index of each token file, and the keys."""
         for writer in self._writers.values():
             writer.close()
-        for split, marks in self._marks.items():
-            self.counts[split].trained = marks.close()
+        for split, writer in self._masks.items():
+            self.counts[split].trained = writer.close()
         save_keys(self._folder, self._keys)
 
     def _count(self, identity: Identity, tokens: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
-import httpx2
+import aiohttp
 
 from btm_scale.util.bounded_json import parse_json
 
@@ -15,33 +15,33 @@ _MOST_REASON = 1 << 14  # bytes of an answer that says why a request failed
 _SHOWN = 300  # characters of it
 
 
-async def read_answer(response: httpx2.Response) -> bytes:
+async def read_answer(response: aiohttp.ClientResponse) -> bytes:
     """Return the body of a response. Raises ValueError if it is larger than 64 MiB."""
     content = bytearray()
-    async for piece in response.aiter_bytes():
+    async for piece in response.content.iter_any():
         content += piece
         if len(content) > _MOST_ANSWER:
             raise ValueError(f"its answer is larger than {_MOST_ANSWER >> 20} MiB")
     return bytes(content)
 
 
-async def read_reason(response: httpx2.Response) -> str:
+async def read_reason(response: aiohttp.ClientResponse) -> str:
     """Return the message of an error in OpenAI's form, or "" if there is none that can be read."""
     content = bytearray()
     try:
-        async for piece in response.aiter_bytes():
+        async for piece in response.content.iter_any():
             content += piece
             if len(content) > _MOST_REASON:
                 return ""
         answer = parse_object(bytes(content))
-    except (httpx2.HTTPError, ValueError):
+    except (aiohttp.ClientError, TimeoutError, ValueError):
         return ""
     error = answer.get("error", answer)
     message = error.get("message") if isinstance(error, dict) else error
     return " ".join(message.split())[:_SHOWN] if isinstance(message, str) else ""
 
 
-async def read_events(response: httpx2.Response) -> AsyncIterator[list[dict[str, Any]]]:
+async def read_events(response: aiohttp.ClientResponse) -> AsyncIterator[list[dict[str, Any]]]:
     """Yield the JSON objects of a stream of events, those that arrive together in one list.
 
     Raises ValueError if one is invalid or reports an error.
@@ -56,9 +56,9 @@ async def read_events(response: httpx2.Response) -> AsyncIterator[list[dict[str,
             yield events
 
 
-async def _lines(response: httpx2.Response) -> AsyncIterator[list[bytes]]:
+async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[list[bytes]]:
     rest = b""
-    async for piece in response.aiter_bytes():
+    async for piece in response.content.iter_any():
         *lines, rest = (rest + piece).split(b"\n")
         yield lines
         if len(rest) > _MOST_LINE:

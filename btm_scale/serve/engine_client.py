@@ -10,10 +10,11 @@ import time
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-import httpx2
+import aiohttp
 
 from btm_scale.serve.engine_answers import read_answer, read_reason
 from btm_scale.serve.engines_file import RemoteExpert
+from btm_scale.serve.hosts import proxy_of
 from btm_scale.serve.work import Busy, Refused
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,10 @@ logger = logging.getLogger(__name__)
 PATIENCE = 5.0  # seconds that a request waits in all for an engine that is busy
 _FIRST_WAIT = 0.25  # seconds, if the engine does not say how long; doubled each time
 _BUSY = (408, 425, 429)  # and 503 with Retry-After
+_CONNECT_SECONDS = 5.0
+# Less than the 5 seconds after which uvicorn, and so vLLM, closes an idle connection: a request sent just then is lost.
+_IDLE_SECONDS = 4.0
+FAILURES = (aiohttp.ClientError, TimeoutError)  # of a request and of reading its answer
 _ABOUT_THE_REQUEST = (400, 413, 422)  # other refusals, such as of a key, concern all requests
 
 
@@ -28,14 +33,27 @@ class EngineDown(Exception):  # noqa: N818 (it names a state)
     """An engine cannot be reached, or failed; the message may be shown to the client."""
 
 
+def open_session(seconds: float) -> aiohttp.ClientSession:
+    """Return the connections to all engines. An engine that sends nothing for this many seconds has failed."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_SECONDS),
+        timeout=aiohttp.ClientTimeout(total=None, connect=_CONNECT_SECONDS, sock_read=seconds),
+        cookie_jar=aiohttp.DummyCookieJar(),
+    )
+
+
 class EngineClient:
     """Sends requests to the expert `name` at `place`."""
 
-    def __init__(self, name: str, place: RemoteExpert, client: httpx2.AsyncClient) -> None:
-        self._name, self._client = name, client
+    def __init__(self, name: str, place: RemoteExpert, session: aiohttp.ClientSession) -> None:
+        self._name, self._session = name, session
         self._model = place.model or name
-        self._url = httpx2.URL(f"{place.url.rstrip('/')}/completions")
+        self._url = f"{place.url.rstrip('/')}/completions"
+        self._shown = self._url.rpartition("@")[2]  # without a password
         self._headers = {"Content-Type": "application/json", **place.headers}
+        self._proxy = proxy_of(self._url)
+        # The session's time-out begins when a request is sent, which an engine that reads nothing never lets happen.
+        self._seconds = _CONNECT_SECONDS + (session.timeout.sock_read or 0.0)
 
     async def ask(self, body: dict[str, Any]) -> bytes:
         """Return the body of the answer. Raises EngineDown, Busy or Refused, and ValueError if it is too large."""
@@ -43,16 +61,14 @@ class EngineClient:
             response = await self.open(body)
             try:
                 return await read_answer(response)
-            except httpx2.TimeoutException as error:  # the client waits already
-                raise self.down(error) from None
-            except httpx2.HTTPError as error:
-                if is_last:
+            except FAILURES as error:
+                if is_last or isinstance(error, TimeoutError):  # the client waits already
                     raise self.down(error) from None
             finally:
-                await response.aclose()
+                response.close()
         raise AssertionError("the last attempt returns or raises")
 
-    async def open(self, body: dict[str, Any]) -> httpx2.Response:
+    async def open(self, body: dict[str, Any]) -> aiohttp.ClientResponse:
         """Return a response with status 200, whose body is not read yet. Raises EngineDown, Busy or Refused.
 
         The request is sent again if the connection fails, as one that was idle may, if the engine answers with 5xx,
@@ -61,21 +77,23 @@ class EngineClient:
         content = json.dumps({"model": self._model, **body}, separators=(",", ":")).encode()
         failures, waited, wait = 0, 0.0, _FIRST_WAIT
         while True:
-            request = self._client.build_request("POST", self._url, content=content, headers=self._headers)
             try:
-                response = await self._client.send(request, stream=True)
-            except httpx2.TimeoutException as error:
-                raise self.down(error) from None
-            except httpx2.HTTPError as error:
+                async with asyncio.timeout(self._seconds):
+                    response = await self._session.post(
+                        self._url, data=content, headers=self._headers, proxy=self._proxy, allow_redirects=False
+                    )
+            except FAILURES as error:
                 failures += 1
-                if failures > 1:
+                if failures > 1 or isinstance(error, TimeoutError):
                     raise self.down(error) from None
                 continue
-            status, after = response.status_code, retry_after(response.headers.get("retry-after"))
+            status, after = response.status, retry_after(response.headers.get("retry-after"))
             if status == 200:
                 return response
-            reason = await read_reason(response)
-            await response.aclose()
+            try:
+                reason = await read_reason(response)
+            finally:
+                response.close()
             if status in _BUSY or (status == 503 and after is not None):
                 seconds = wait if after is None else after
                 if waited + seconds > PATIENCE:
@@ -95,9 +113,20 @@ class EngineClient:
                 raise EngineDown(f"The engine of '{self._name}' answered with status {status}.")
 
     def down(self, reason: Exception | str) -> EngineDown:
-        """Return the error of an engine that does not answer."""
-        text = str(reason) or type(reason).__name__
-        return EngineDown(f"The engine of '{self._name}' does not answer: {text}.")
+        """Return the error of an engine that does not answer, and log its address and reason for the operator."""
+        logger.info("The engine of '%s' at %s: %s", self._name, self._shown, str(reason) or type(reason).__name__)
+        return EngineDown(f"The engine of '{self._name}' does not answer: {described(reason)}.")
+
+
+def described(error: Exception | str) -> str:
+    """Return what failed, without the engine's address, which is not for clients."""
+    if isinstance(error, TimeoutError):
+        return "time-out"
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return "cannot connect"
+    if isinstance(error, aiohttp.ClientError):
+        return "the connection failed"
+    return str(error) or type(error).__name__
 
 
 def retry_after(value: str | None) -> float | None:

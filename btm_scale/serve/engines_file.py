@@ -6,13 +6,23 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from btm_scale.config.yaml import load_yaml
 from btm_scale.errors import ConfigError, unknown_name
+from btm_scale.serve.hosts import proxy_of
 
-_Url = Annotated[str, Field(pattern=r"^https?://[^\s]+$")]
+
+def _with_host(url: str) -> str:
+    parts = urlsplit(url)
+    if not parts.hostname or parts.port == 0:  # an invalid port is a ValueError
+        raise ValueError("A URL needs a host, and its port is not 0")
+    return url
+
+
+_Url = Annotated[str, Field(pattern=r"^https?://[^\s]+$"), AfterValidator(_with_host)]
 
 
 class RemoteExpert(BaseModel):
@@ -22,16 +32,27 @@ class RemoteExpert(BaseModel):
 
     url: _Url  # up to /v1
     model: str | None = None  # its name there. Default: the expert's
-    api_key_variable: str | None = None  # an environment variable
+    api_key_variable: str | None = None  # an environment variable; not with a user and password in the URL
     score: Path | None = None  # weights that score prompts here; relative to the file. Default: the engine scores
+
+    @model_validator(mode="after")
+    def _with_one_authorization(self) -> RemoteExpert:
+        if self.api_key_variable is not None and urlsplit(self.url).username is not None:
+            raise ValueError("A request has one Authorization: a key, or the URL's user and password")
+        return self
 
     @property
     def headers(self) -> dict[str, str]:
-        """The headers of every request. Raises ConfigError if the environment variable is not set."""
+        """The headers of every request. Raises ConfigError if the environment variable has no API key."""
         if self.api_key_variable is None:
             return {}
-        if not (key := os.environ.get(self.api_key_variable)):
+        if not (key := os.environ.get(self.api_key_variable, "").strip()):
             raise ConfigError(f"The environment variable {self.api_key_variable} is not set. Set it to the API key.")
+        if not (key.isascii() and key.isprintable()):
+            raise ConfigError(
+                f"The environment variable {self.api_key_variable} has characters that no HTTP header may have. Set it "
+                "to the API key."
+            )
         return {"Authorization": f"Bearer {key}"}
 
 
@@ -52,9 +73,10 @@ def load_engines(path: Path, experts: Sequence[str]) -> dict[str, RemoteExpert]:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{path}: {where}: {first['msg']}. Correct it.") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{path}: {where}: {message}. Correct it.") from None
     for engine in engines.values():
-        _ = engine.headers  # that the keys are set
+        _ = engine.headers, proxy_of(engine.url)  # that the keys are set, and the proxies can be used
     return {
         name: engine.model_copy(update={"score": path.parent / engine.score}) if engine.score else engine
         for name, engine in engines.items()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import re
 import time
 from urllib.parse import urlsplit
@@ -13,6 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from btm_scale.serve.api_errors import ApiError
+from btm_scale.serve.hosts import is_loopback
 from btm_scale.serve.keys import Keys
 from btm_scale.serve.metrics import Metrics
 
@@ -60,14 +60,6 @@ class Gate:
         finally:
             self._metrics.requests.labels(route, str(status)).inc()
             self._metrics.seconds.labels(route).observe(time.perf_counter() - begin)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address reaches this machine alone."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _foreign(headers: Headers) -> str:

@@ -1,19 +1,24 @@
 """A routing strategy for LiteLLM's Router: it draws the expert of a request from the posterior of a served forest.
 
 It has the two methods of LiteLLM's `CustomRoutingStrategyBase`, so LiteLLM need not be installed here.
-`Router.set_custom_routing_strategy` replaces the Router's own methods by them, and with these what they do before they
-choose: aliases of model groups, ids of deployments, and deployments in cooldown are considered here.
+`Router.register_plugin` (before, `set_custom_routing_strategy`) replaces the Router's own methods by them, and with
+these what they do before they choose: aliases of model groups, ids of deployments, and deployments in cooldown are
+considered here.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
-import httpx2
+import aiohttp
+
+from btm_scale.serve.hosts import proxy_of
 
 Deployment = Mapping[str, Any]
 
@@ -49,11 +54,9 @@ class PosteriorRouting:
             seconds: to wait for the posterior.
         """
         self._url, self._router, self._chats = f"{url.rstrip('/')}/posterior", router, chats
-        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._settings: dict[str, Any] = {"headers": headers, "timeout": seconds}
+        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._timeout = aiohttp.ClientTimeout(total=seconds)
         self._random = random.Random(random_seed)
-        self._client: httpx2.Client | None = None
-        self._async_client: tuple[asyncio.AbstractEventLoop, httpx2.AsyncClient] | None = None
 
     def get_available_deployment(
         self,
@@ -73,13 +76,9 @@ class PosteriorRouting:
         body = self._body(messages, input, request_kwargs) if _need_posterior(candidates) else None
         if body is None:
             return self._random.choice(candidates)
-        if self._client is None:
-            self._client = httpx2.Client(**self._settings)
-        try:
-            response = self._client.post(self._url, json=body)
-        except httpx2.HTTPError as error:
-            raise _unreachable(self._url, error) from None
-        return self._drawn(candidates, response)
+        with ThreadPoolExecutor(1) as thread:  # the caller's may have a running event loop
+            posterior = thread.submit(asyncio.run, self._posterior(body)).result()
+        return self._drawn(candidates, posterior)
 
     async def async_get_available_deployment(
         self,
@@ -96,14 +95,7 @@ class PosteriorRouting:
         body = self._body(messages, input, request_kwargs) if _need_posterior(candidates) else None
         if body is None:
             return self._random.choice(candidates)
-        loop = asyncio.get_running_loop()
-        if self._async_client is None or self._async_client[0] is not loop:
-            self._async_client = loop, httpx2.AsyncClient(**self._settings)
-        try:
-            response = await self._async_client[1].post(self._url, json=body)
-        except httpx2.HTTPError as error:
-            raise _unreachable(self._url, error) from None
-        return self._drawn(candidates, response)
+        return self._drawn(candidates, await self._posterior(body))
 
     def _candidates(self, model: str, specific: bool) -> list[Any]:
         known = self._router.model_list
@@ -137,10 +129,24 @@ class PosteriorRouting:
         text = (request_kwargs or {}).get("input") if text is None else text
         return {"input": text} if isinstance(text, str) else None
 
-    def _drawn(self, candidates: Sequence[Any], response: httpx2.Response) -> Any:
-        if response.status_code != 200:
-            raise ConnectionError(f"{self._url} answered with status {response.status_code}: {response.text[:300]}")
-        posterior = response.json()["posterior"]
+    async def _posterior(self, body: Mapping[str, Any]) -> dict[str, float]:
+        # A session per request: LiteLLM ends no strategy, so nothing would close one that is kept.
+        session = aiohttp.ClientSession(headers=self._headers, timeout=self._timeout)
+        try:
+            async with session, session.post(self._url, json=body, proxy=proxy_of(self._url)) as response:
+                status, text = response.status, await response.text(errors="replace")
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise _unreachable(self._url, error) from None
+        if status != 200:
+            raise ConnectionError(f"{self._url} answered with status {status}: {text[:300]}")
+        try:
+            return dict(json.loads(text)["posterior"])
+        except (ValueError, LookupError, TypeError):
+            raise ConnectionError(
+                f"{self._url} answered with no posterior. Give the URL of `btm-scale serve`, up to /v1."
+            ) from None
+
+    def _drawn(self, candidates: Sequence[Any], posterior: Mapping[str, float]) -> Any:
         weights = [posterior.get(_expert(one), 0.0) for one in candidates]
         if not any(_expert(one) in posterior for one in candidates):
             raise ConnectionError(

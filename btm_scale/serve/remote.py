@@ -12,12 +12,12 @@ import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
-import httpx2
+import aiohttp
 import numpy as np
 
 from btm_scale.errors import UserError
 from btm_scale.forest.posterior.evidence import RunningPosterior
-from btm_scale.serve.engine_client import EngineDown
+from btm_scale.serve.engine_client import EngineDown, open_session
 from btm_scale.serve.engines_file import RemoteExpert
 from btm_scale.serve.local_scores import LocalScores
 from btm_scale.serve.pools import Pool
@@ -28,12 +28,7 @@ from btm_scale.serve.work import BackendError, Busy, Delta, Event, Failed, Job, 
 logger = logging.getLogger(__name__)
 
 _SCORE_SECONDS = 60.0
-_CONNECT_SECONDS = 5.0
-# Less than the 5 seconds after which uvicorn, and so vLLM, closes an idle connection: a request sent just then is lost.
-_IDLE_SECONDS = 4.0
 _ATTEMPTS = 2  # of a request of which the client has seen nothing
-# Requests to this machine never pass a proxy that the environment names for the internet.
-_DIRECT = ("all://localhost", "all://127.0.0.1", "all://[::1]")
 
 
 class RemoteBackend:
@@ -69,26 +64,24 @@ class RemoteBackend:
         self.is_ready = False
         self._running, self._seconds = 0, answer_seconds
         self._engines: dict[str, RemoteEngine] = {}
-        self._client: httpx2.AsyncClient | None = None
+        self._session: aiohttp.ClientSession | None = None
         # One thread computes with models, because each that does has its own OpenMP threads.
         self._models = Pool("models", 1, max_waiting=max_waiting * (len(engines) + 1))
         self._parsers = Pool("parser", 1, max_waiting=max_waiting * len(engines))
 
     async def start(self) -> None:
         """Open the connections; an engine that is down now may come later."""
-        timeout = httpx2.Timeout(self._seconds, connect=_CONNECT_SECONDS)
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=_IDLE_SECONDS)
-        client = self._client = httpx2.AsyncClient(timeout=timeout, limits=limits, mounts=dict.fromkeys(_DIRECT))
+        session = self._session = open_session(self._seconds)
         self._engines = {
-            name: RemoteEngine(name, place, client, self._engine_context, self._parsers)
+            name: RemoteEngine(name, place, session, self._engine_context, self._parsers)
             for name, place in self._places.items()
         }
         self.is_ready = True
 
     async def stop(self) -> None:
         """Close the connections."""
-        if self._client is not None:
-            await self._client.aclose()
+        if self._session is not None:
+            await self._session.close()
 
     def can_mix(self, names: Sequence[str]) -> str | None:
         """See Backend."""
@@ -131,6 +124,7 @@ class RemoteBackend:
         except (Busy, Refused) as error:
             inbox.put_nowait((number, Failed(error)))
         except (EngineDown, UserError) as error:  # also local weights that were removed
+            logger.warning("%s", error)
             inbox.put_nowait((number, Failed(BackendError(str(error)))))
         except Exception as error:
             logger.exception("a remote request failed")

@@ -7,11 +7,11 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-import httpx2
+import aiohttp
 
 from btm_scale.generate.running_batch import Alternatives
 from btm_scale.serve.engine_answers import parse_object, read_events
-from btm_scale.serve.engine_client import EngineClient, EngineDown
+from btm_scale.serve.engine_client import FAILURES, EngineClient, EngineDown, described
 from btm_scale.serve.engines_file import RemoteExpert
 from btm_scale.serve.pools import Pool
 from btm_scale.serve.work import Delta, Job, Refused, Score
@@ -32,9 +32,11 @@ class _NoScores(Exception):  # noqa: N818 (it names a state)
 class RemoteEngine:
     """The expert `name` at `place`."""
 
-    def __init__(self, name: str, place: RemoteExpert, client: httpx2.AsyncClient, context: int, parsers: Pool) -> None:
+    def __init__(
+        self, name: str, place: RemoteExpert, session: aiohttp.ClientSession, context: int, parsers: Pool
+    ) -> None:
         self._name, self._context, self._parsers = name, context, parsers
-        self._client = EngineClient(name, place, client)
+        self._client = EngineClient(name, place, session)
         self._echoes: bool | None = None  # scores prompts with `echo`, or with `prompt_logprobs`; None: not known yet
         self._failures = self._breaks = 0  # in a row
         self._down_until = 0.0
@@ -136,11 +138,11 @@ class RemoteEngine:
                     raise ValueError(f"it sends more than the {body['max_tokens']} tokens that were asked for")
                 if texts or scores:
                     yield Delta(copy, self._name, texts, scores=scores)
-        except (httpx2.HTTPError, ValueError) as error:
-            self._broke(always=isinstance(error, httpx2.TimeoutException))
-            raise EngineDown(f"The engine of '{self._name}' failed: {str(error) or type(error).__name__}.") from None
+        except (*FAILURES, ValueError) as error:
+            self._broke(always=isinstance(error, TimeoutError))
+            raise EngineDown(f"The engine of '{self._name}' failed: {described(error)}.") from None
         finally:
-            await response.aclose()
+            response.close()
         if reason is None:
             self._broke()
             raise EngineDown(f"The engine of '{self._name}' ended in the middle of a text.")
@@ -178,6 +180,8 @@ class RemoteEngine:
 
     def _body(self, copy: int, job: Job) -> dict[str, Any]:
         sampling = job.sampling
+        # Engines search the text for `stop`, and leave special tokens such as an end of turn out of it by default.
+        stop = {"stop": list(job.stop), "skip_special_tokens": False} if job.stop else {}
         return {
             "prompt": job.prompt,
             "max_tokens": min(job.max_tokens, max(1, self._context - len(job.prompt))),
@@ -186,7 +190,7 @@ class RemoteEngine:
             "stream_options": {"include_usage": True},
             **({} if sampling.top_p is None else {"top_p": sampling.top_p}),
             **({} if sampling.top_k is None else {"top_k": sampling.top_k}),
-            **({"stop": list(job.stop)} if job.stop else {}),
+            **stop,
             **({} if job.seed is None else {"seed": (job.seed + copy) % (1 << 63)}),
             **({} if job.top is None else {"logprobs": job.top}),
         }

@@ -1,9 +1,10 @@
 """An engine that answers as vLLM does, written from the documentation and schemas of vLLM 0.28.
 
 `/v1/completions` with a list of token ids, `prompt_logprobs`, `stream` with `stream_options`, `temperature`, `seed`,
-`logprobs` and `echo`.
+`stop`, `skip_special_tokens`, `logprobs` and `echo`.
 `prompt_logprobs` has one entry per token of the prompt: null, and then {id: {logprob, rank, decoded_token}}, with
 -9999.0 for minus infinity. Streams cannot have them, and max_tokens must be at least 1.
+Special tokens are left out of the text, in which `stop` is searched, unless `skip_special_tokens` is false.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class FakeVllm:
 
     `dies_after`: the tokens of a stream after which its connection ends, and it answers 500 to all that follows.
     `breaks`: streams that end after a token, as with a connection that is reset. `refusals` and `stream_refusals`: the
-    next answers to other requests and to those for streams, (status, headers). `longest`: prompt in tokens.
+    next answers to other requests and to those for streams, (status, headers). `longest`: prompt in tokens. `special`:
+    the texts of special tokens.
     """
 
     directory: Path
@@ -48,6 +50,7 @@ class FakeVllm:
     refusals: list[tuple[int, dict[str, str]]] = field(default_factory=list)
     stream_refusals: list[tuple[int, dict[str, str]]] = field(default_factory=list)
     longest: int | None = None
+    special: str = ""
     is_dead: bool = False
     requests: list[dict[str, Any]] = field(default_factory=list)
     url: str = ""
@@ -119,7 +122,9 @@ class FakeVllm:
 
     async def _stream(self, ids: list[int], body: dict[str, Any]) -> AsyncIterator[str]:
         random = torch.Generator().manual_seed(body["seed"]) if "seed" in body else torch.default_generator
-        written = 0
+        written, text, sent, stops = 0, "", 0, body.get("stop", [])
+        held_back = max((len(stop) - 1 for stop in stops), default=0)
+        hidden = self.special if body.get("skip_special_tokens", True) else ""
         breaks_after = 1 if self.breaks else None
         self.breaks = max(0, self.breaks - 1)
         for _ in range(body["max_tokens"]):
@@ -138,9 +143,15 @@ class FakeVllm:
             )
             ids, written = [*ids, token], written + 1
             reason = "stop" if token == Letters.eos else "length" if written == body["max_tokens"] else None
-            text = "" if token == Letters.eos else Letters().decode([token])
+            letter = "" if token == Letters.eos else Letters().decode([token])
+            text += "" if letter in hidden else letter
+            found = [place for place in map(text.find, stops) if place >= 0]
+            if found:
+                text, reason = text[: min(found)], "stop"
+            new = text[sent : len(text) if reason else max(sent, len(text) - held_back)]
+            sent += len(new)
             log_probs = self._logprobs(scores[None], [token], body["logprobs"]) if "logprobs" in body else None
-            yield self._event([{"index": 0, "text": text, "logprobs": log_probs, "finish_reason": reason}])
+            yield self._event([{"index": 0, "text": new, "logprobs": log_probs, "finish_reason": reason}])
             if reason == "stop":
                 break
         yield self._event([], usage={"prompt_tokens": 0, "completion_tokens": written})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
@@ -61,3 +62,36 @@ def served_by(*urls: str, **settings: Any) -> Iterator[Served]:
     backend = RemoteBackend(places, Letters().decode, prior, context=POSITIONS, **settings)
     with running(Planner(Catalog(tuple(places)), backend, Letters(), None), backend) as server:
         yield server
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+
+
+class Listener:
+    """Answers each request, on a connection of its own, with the next of `answers`; keeps the heads of requests."""
+
+    def __init__(self, *answers: bytes) -> None:
+        self.answers, self.heads = list(answers), list[bytes]()
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._socket.accept()
+            except OSError:
+                return
+            with client:
+                received = b""
+                while not received.endswith(b"}") and (piece := client.recv(1 << 16)):
+                    received += piece
+                self.heads.append(received.partition(b"\r\n\r\n")[0])
+                client.sendall(self.answers.pop(0))

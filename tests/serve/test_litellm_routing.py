@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from helpers.raw_engine import OK, Listener
 from helpers.served_forest import Served
 
 from btm_scale.serve.litellm_routing import PosteriorRouting
@@ -151,3 +152,14 @@ def test_a_posterior_that_cannot_be_had_is_an_error(router: Router) -> None:
     router.set_custom_routing_strategy(PosteriorRouting("http://127.0.0.1:9/v1", router))
     with pytest.raises(ConnectionError, match="does not answer"):
         router.ask(1, model="forest", messages=[{"role": "user", "content": "a"}])
+
+
+def test_a_url_of_another_server_is_an_error(router: Router) -> None:
+    with Listener(*[OK] * 2) as other:
+        router.set_custom_routing_strategy(PosteriorRouting(f"http://{other.address}/v1", router))
+        ask = {"model": "forest", "messages": [{"role": "user", "content": "a"}]}
+        with pytest.raises(ConnectionError, match="answered with no posterior"):
+            router.get_available_deployment(**ask)  # type: ignore[attr-defined]
+        with pytest.raises(ConnectionError, match="answered with no posterior"):
+            asyncio.run(router.async_get_available_deployment(**ask))  # type: ignore[attr-defined]
+        assert len(other.heads) == 2

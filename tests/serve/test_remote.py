@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,11 @@ from btm_scale.serve.remote import RemoteBackend
 
 @contextlib.contextmanager
 def remote(
-    engines: list[FakeVllm], log_prior: np.ndarray, local: dict[str, Path] | None = None, **settings: Any
+    engines: list[FakeVllm],
+    log_prior: np.ndarray,
+    local: dict[str, Path] | None = None,
+    chat: str = CHAT,
+    **settings: Any,
 ) -> Iterator[Served]:
     with contextlib.ExitStack() as stack:
         for engine in engines:
@@ -36,7 +41,7 @@ def remote(
         backend = RemoteBackend(
             places, Letters().decode, lambda texts: log_prior, context=POSITIONS, local=scores, **settings
         )
-        planner = Planner(Catalog(tuple(places)), backend, Letters(), ChatTemplate(CHAT, {}))
+        planner = Planner(Catalog(tuple(places)), backend, Letters(), ChatTemplate(chat, {}))
         yield stack.enter_context(running(planner, backend))
 
 
@@ -122,6 +127,22 @@ def test_a_chat_has_the_log_probabilities_of_its_engine(server: Served, served: 
     assert values[0] == pytest.approx(values[1], abs=1e-4)
 
 
+def test_a_chat_ends_at_a_special_token_that_its_template_writes(engines: list[FakeVllm]) -> None:
+    turns = "{% for message in messages %}{{ message.content }}{{ 'X' if message.role == 'assistant' }}{% endfor %}"
+    asked: dict[str, Any] = {"model": "expert0", "max_tokens": 12}
+    with remote(engines, PRIOR) as server:
+        for asked["seed"] in range(50):
+            text = server.post("/v1/completions", {**asked, "prompt": "ab"}).json()["choices"][0]["text"]
+            if len(set(text)) > 1:
+                break
+    end = next(letter for letter in text if letter != text[0])
+    special = [dataclasses.replace(engine, special=end) for engine in engines]
+    with remote(special, PRIOR, chat=turns.replace("X", end)) as server:
+        messages = [{"role": "user", "content": "ab"}]
+        (choice,) = server.post("/v1/chat/completions", {**asked, "messages": messages}).json()["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (text[: text.index(end)], "stop")
+
+
 def test_engines_that_die_are_left_out_and_the_rest_answers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     paths = write_experts(tmp_path, 3)
     engines = [FakeVllm(path, name) for name, path in paths.items()]
@@ -182,7 +203,7 @@ def test_an_engine_that_hangs_is_left_out_and_asked_again_later(
         engines[0].latency = 0.0
         server.backend._engines["expert0"]._down_until = 0.0
         assert server.post("/v1/posterior", {"input": "ab"}).json()["left_out"] == []
-    assert "engine of 'expert0' does not answer: ReadTimeout" in caplog.text
+    assert "engine of 'expert0' does not answer: time-out" in caplog.text
 
 
 @pytest.mark.parametrize(

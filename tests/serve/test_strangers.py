@@ -17,7 +17,7 @@ from btm_scale.serve import engine_answers
 from btm_scale.serve.api_errors import ApiError
 from btm_scale.serve.chat import ChatTemplate
 from btm_scale.serve.engines_file import load_engines
-from btm_scale.serve.gate import is_loopback
+from btm_scale.serve.hosts import is_loopback
 from btm_scale.serve.keys import Keys
 from btm_scale.serve.schemas import Message
 

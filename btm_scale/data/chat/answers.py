@@ -1,7 +1,7 @@
 """Which characters of a rendered chat are the assistant's answers: exactly these, or an error.
 
-A template marks them itself with `{% generation %}`, or the chat is rendered twice: as it is, and with a mark in the
-place of every answer. What is between the marks is then the template's, and must be in the chat's text as well.
+A template marks them itself with `{% generation %}`, or the chat is rendered twice: as it is, and with a placeholder
+for every answer. What is between the placeholders is then the template's, and must be in the chat's text as well.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ def find_answers(
     def render(some: Messages, *, prompt: bool = False) -> str:
         return render_chat(template, some, special, tools=tools, add_generation_prompt=prompt)[0]
 
-    return _compared(messages, render, around_answers(template, tuple(special.items())))
+    return _compared(messages, render, answer_frame(template, tuple(special.items())))
 
 
 @dataclass(frozen=True)
-class Around:
+class AnswerFrame:
     """What a template writes around an answer: what follows the prompt for it, and the end of the turn."""
 
     before: str
@@ -68,31 +68,31 @@ class Around:
 
 
 @functools.lru_cache(maxsize=4)
-def around_answers(template: str, special: tuple[tuple[str, str], ...]) -> Around:
+def answer_frame(template: str, special: tuple[tuple[str, str], ...]) -> AnswerFrame:
     """Return what a template writes around answers. Raises ValueError if it writes none, and what it raises."""
-    mark = _marks("", 1)[0]
+    placeholder = _placeholders("", 1)[0]
     question = [{"role": "user", "content": "question"}]
     prompt, _ = render_chat(template, question, dict(special), add_generation_prompt=True)
-    complete, _ = render_chat(template, [*question, {"role": ASSISTANT, "content": mark}], dict(special))
-    head, found, tail = complete.partition(mark)
+    complete, _ = render_chat(template, [*question, {"role": ASSISTANT, "content": placeholder}], dict(special))
+    head, found, tail = complete.partition(placeholder)
     if not found:
         raise ValueError(_UNDECIDED)
     between = head[len(prompt) :] if head.startswith(prompt) else ""
     # What follows in another line ends the conversation, and not every turn.
     end = _FIRST_LINE.match(tail)
-    return Around(between, end.group().rstrip() if end else "")
+    return AnswerFrame(between, end.group().rstrip() if end else "")
 
 
-def _compared(messages: Messages, render: Any, around: Around) -> Rendering:
+def _compared(messages: Messages, render: Any, frame: AnswerFrame) -> Rendering:
     text = render(messages)
     plain = [number for number, message in enumerate(messages) if _is_plain(message)]
-    marks = _marks(text, len(plain))
-    places = dict(zip(plain, marks, strict=True))
+    placeholders = _placeholders(text, len(plain))
+    places = dict(zip(plain, placeholders, strict=True))
     marked = render(
         [{**message, "content": places[i]} if i in places else message for i, message in enumerate(messages)]
     )
     answers: list[tuple[int, int]] = []
-    parts = _parts(marked, marks)
+    parts = _parts(marked, placeholders)
     head = next(parts)
     if not text.startswith(head):
         raise ValueError(_UNDECIDED)
@@ -101,12 +101,12 @@ def _compared(messages: Messages, render: Any, around: Around) -> Rendering:
         following = next(parts)
         body = _body(messages[number]["content"], text, position, following)
         end = position + len(body)
-        answers.append(_with_ends(position, end, head, following, around))
+        answers.append(_with_ends(position, end, head, following, frame))
         head, position = following, end + len(following)
     if position != len(text):
         raise ValueError(_UNDECIDED)
     others = [i for i, message in enumerate(messages) if message["role"] == ASSISTANT and i not in places]
-    answers += [_complete_turn(messages, i, render, text, around) for i in others]
+    answers += [_complete_turn(messages, i, render, text, frame) for i in others]
     answers.sort()
     if any(end > begin for (_, end), (begin, _) in pairwise(answers)):
         raise ValueError(_UNDECIDED)
@@ -121,19 +121,19 @@ def _is_plain(message: Mapping[str, Any]) -> bool:
     return message["role"] == ASSISTANT and is_text and not has_more
 
 
-def _marks(text: str, count: int) -> list[str]:
+def _placeholders(text: str, count: int) -> list[str]:
     stem = "Answer7Q"
     while stem in text:
         stem += "Z9"
     return [f"{stem}n{number}e" for number in range(count)]
 
 
-def _parts(marked: str, marks: Sequence[str]) -> Iterator[str]:
-    """Yield what is before, between and after the marks. Raises ValueError unless each is there once, in order."""
+def _parts(marked: str, placeholders: Sequence[str]) -> Iterator[str]:
+    """Yield what is before, between and after placeholders. Raises ValueError unless each is there once, in order."""
     rest = marked
-    for mark in marks:
-        part, found, rest = rest.partition(mark)
-        if not found or mark in rest:
+    for placeholder in placeholders:
+        part, found, rest = rest.partition(placeholder)
+        if not found or placeholder in rest:
             raise ValueError(_UNDECIDED)
         yield part
     yield rest
@@ -147,20 +147,20 @@ def _body(content: str, text: str, position: int, following: str) -> str:
     raise ValueError(_UNDECIDED)
 
 
-def _complete_turn(messages: Messages, number: int, render: Any, text: str, around: Around) -> tuple[int, int]:
-    """Return the range of a turn with a thought or a call of a tool: what a mark in its place replaces."""
-    [mark] = _marks(text, 1)
-    marked = render([*messages[:number], {"role": ASSISTANT, "content": mark}, *messages[number + 1 :]])
-    head, tail = _parts(marked, [mark])
-    head = head.removesuffix(around.before)  # a mark gets an empty thought, and an answer with a thought does not
+def _complete_turn(messages: Messages, number: int, render: Any, text: str, frame: AnswerFrame) -> tuple[int, int]:
+    """Return the range of a turn with a thought or a call of a tool: what a placeholder replaces."""
+    [placeholder] = _placeholders(text, 1)
+    marked = render([*messages[:number], {"role": ASSISTANT, "content": placeholder}, *messages[number + 1 :]])
+    head, tail = _parts(marked, [placeholder])
+    head = head.removesuffix(frame.before)  # a placeholder gets an empty thought, and an answer with a thought does not
     begin, end = len(head), len(text) - len(tail)
     if begin >= end or not (text.startswith(head) and text.endswith(tail)):
         raise ValueError(_UNDECIDED)
-    return _with_ends(begin, end, head, tail, around)
+    return _with_ends(begin, end, head, tail, frame)
 
 
-def _with_ends(begin: int, end: int, head: str, tail: str, around: Around) -> tuple[int, int]:
+def _with_ends(begin: int, end: int, head: str, tail: str, frame: AnswerFrame) -> tuple[int, int]:
     """Return the range of an answer with what the model generates around it: `head` is before it, `tail` after it."""
-    if around.before and head.endswith(around.before):
-        begin -= len(around.before)
-    return begin, end + (len(around.after) if tail.startswith(around.after) else 0)
+    if frame.before and head.endswith(frame.before):
+        begin -= len(frame.before)
+    return begin, end + (len(frame.after) if tail.startswith(frame.after) else 0)

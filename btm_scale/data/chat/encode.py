@@ -1,4 +1,4 @@
-"""Encode conversations: their ids, and a mark for each id that says whether it is trained on."""
+"""Encode conversations: their ids, and a mask of those that are trained on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from btm_scale.data.tokenizer import Tokenizer, TransformersTokenizer
 from btm_scale.data.tokenizer_files import HUGGING_FACE_FILE, SENTENCEPIECE_FILE
 from btm_scale.errors import DataError
 
-# Bits of a mark.
+# Bits of a mask.
 TRAINED = 1  # part of an answer
 TURN = 2  # the first token after an answer, where a long conversation may be cut
 
@@ -46,10 +46,10 @@ class ChatEncoding:
 
 @dataclass(frozen=True)
 class EncodedChat:
-    """The ids and marks of a conversation, int [tokens] and uint8 [tokens]; none if there is a `problem`."""
+    """The ids and mask of a conversation, int [tokens] and uint8 [tokens]; none if there is a `problem`."""
 
     ids: Array
-    marks: Array
+    mask: Array
     problem: str = ""
 
 
@@ -78,7 +78,7 @@ def end_rendering() -> None:
     _process.cache_clear()
 
 
-def is_marker(tokenizer: Tokenizer, token: int) -> bool:
+def is_special_token(tokenizer: Tokenizer, token: int) -> bool:
     """Return whether a token is special, such as an end of turn: it has no text, or one that has other ids as text."""
     text = tokenizer.decode([token])
     return not text or tokenizer.encode_special(text) == [token] != tokenizer.encode(text)
@@ -116,19 +116,19 @@ def _encoded(rendering: Rendering, encoding: ChatEncoding, tokenizer: Tokenizer,
             )
     if not (ranges := [(first, last) for first, last in ranges if first < last]):
         return EncodedChat(*_NOTHING, "its answers have no tokens")
-    marks = np.zeros(len(ids), np.uint8)
+    mask = np.zeros(len(ids), np.uint8)
     for first, last in ranges if encoding.loss == "all" else ranges[-1:]:
-        marks[first:last] |= TRAINED
+        mask[first:last] |= TRAINED
     rest = rendering.text[answers[-1][1] :]
-    marks[[token for token in (following if rest.strip() else following[:-1]) if token < len(ids)]] |= TURN
+    mask[[token for token in (following if rest.strip() else following[:-1]) if token < len(ids)]] |= TURN
     last_answer = int(ids[ranges[-1][1] - 1])
     if ids[0] != tokenizer.start:  # with which a prompt begins too
-        ids, marks = np.insert(ids, 0, tokenizer.start), np.insert(marks, 0, 0)
+        ids, mask = np.insert(ids, 0, tokenizer.start), np.insert(mask, 0, 0)
     if ids[-1] != tokenizer.eos:
         # Without a token that ends turns, the end of the conversation is what stops the model.
-        stops = not rest.strip() and not is_marker(reader, last_answer)
-        ids, marks = np.append(ids, tokenizer.eos), np.append(marks, TRAINED if stops else 0)
-    return EncodedChat(ids.astype(np.int32), marks.astype(np.uint8))
+        stops = not rest.strip() and not is_special_token(reader, last_answer)
+        ids, mask = np.append(ids, tokenizer.eos), np.append(mask, TRAINED if stops else 0)
+    return EncodedChat(ids.astype(np.int32), mask.astype(np.uint8))
 
 
 Found = tuple[Array, list[tuple[int, int]], list[int]]  # ids; tokens of each answer; the first token of what follows
@@ -185,8 +185,8 @@ def _is_same(decoded: str, text: str) -> bool:
 
 
 def joined(chats: Iterable[EncodedChat]) -> tuple[Array, Array, list[int], dict[int, str]]:
-    """Return the concatenated ids and marks, the number of ids of each chat, and the problems by its number."""
+    """Return the concatenated ids and mask, the number of ids of each chat, and the problems by its number."""
     chats = list(chats)
     ids = np.concatenate([chat.ids for chat in chats])
     problems = {number: chat.problem for number, chat in enumerate(chats) if chat.problem}
-    return ids, np.concatenate([chat.marks for chat in chats]), [len(chat.ids) for chat in chats], problems
+    return ids, np.concatenate([chat.mask for chat in chats]), [len(chat.ids) for chat in chats], problems

@@ -24,15 +24,15 @@ START = 1 << (_ID_BITS + 1)  # the first token of a document
 IDS = UNTRAINED - 1
 
 
-def pieces_of(begin: int, end: int, marks: Array, length: int) -> list[tuple[int, int]]:
+def pieces_of(begin: int, end: int, mask: Array, length: int) -> list[tuple[int, int]]:
     """Return the parts of at most `length` tokens into which the conversation in tokens `begin` to `end` is cut.
 
     They follow one another without a gap, and are filled from the end, so that the last answer has the most before it.
-    `marks` [tokens] are those of the complete file.
+    `mask` [tokens] is that of the complete file.
     """
     if end - begin <= length:
         return [(begin, end)]
-    turns = begin + 1 + np.flatnonzero(marks[begin + 1 : end] & TURN)
+    turns = begin + 1 + np.flatnonzero(mask[begin + 1 : end] & TURN)
     pieces: list[tuple[int, int]] = []
     start = stop = end
     for turn, _ in reversed(list(pairwise([begin, *turns.tolist(), end]))):
@@ -46,7 +46,7 @@ def pieces_of(begin: int, end: int, marks: Array, length: int) -> list[tuple[int
     return [*pieces, (start, stop)][::-1]
 
 
-def trained_pieces(starts: Array, lengths: Array, marks: Array, length: int) -> tuple[Array, int]:
+def trained_pieces(starts: Array, lengths: Array, mask: Array, length: int) -> tuple[Array, int]:
     """Return the parts with an answer of all conversations, int64 [parts, 2], and how many turns had to be cut.
 
     `starts` and `lengths` [conversations] are in tokens of the file.
@@ -54,10 +54,10 @@ def trained_pieces(starts: Array, lengths: Array, marks: Array, length: int) -> 
     pieces: list[tuple[int, int]] = []
     cut = 0
     for begin, size in zip(starts.tolist(), lengths.tolist(), strict=True):
-        parts = pieces_of(begin, begin + size, marks, length)
-        cut += sum(not marks[begin_of_part] & TURN for begin_of_part, _ in parts[1:])
+        parts = pieces_of(begin, begin + size, mask, length)
+        cut += sum(not mask[begin_of_part] & TURN for begin_of_part, _ in parts[1:])
         # The first token of a part is not predicted.
-        pieces += [(first, end) for first, end in parts if np.any(marks[first + 1 : end] & TRAINED)]
+        pieces += [(first, end) for first, end in parts if np.any(mask[first + 1 : end] & TRAINED)]
     return np.array(pieces, np.int64).reshape(-1, 2), cut
 
 
@@ -86,9 +86,9 @@ def packed(sizes: Sequence[int], length: int) -> list[list[int]]:
     return rows
 
 
-def flagged(tokens: Array, marks: Array) -> Array:
+def flagged(tokens: Array, mask: Array) -> Array:
     """Return a piece as int64 [tokens] with its flags; its first token has no context, so it is not trained on."""
-    flags = np.where(marks & TRAINED, 0, UNTRAINED)
+    flags = np.where(mask & TRAINED, 0, UNTRAINED)
     flags[0] = UNTRAINED | START
     result: Array = tokens.astype(np.int64) | flags
     return result

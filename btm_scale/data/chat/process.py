@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from btm_scale.data.chat.answers import Rendering, around_answers, find_answers
+from btm_scale.data.chat.answers import Rendering, answer_frame, find_answers
 from btm_scale.model.hf_load import render_chat
 from btm_scale.util.secrets import is_secret_name
 
@@ -168,7 +168,7 @@ def _result(wanted: str, template: str, chat: dict[str, Any], special: dict[str,
             text, _ = render_chat(template, chat["messages"], special, **options)
             return {"text": text[: LONGEST + 1]}
         if wanted == "end":
-            return {"text": around_answers(template, tuple(special.items())).after}
+            return {"text": answer_frame(template, tuple(special.items())).after}
         found = find_answers(template, chat["messages"], special, chat.get("tools"))
     except MemoryError:
         return {"problem": "it needs too much memory"}

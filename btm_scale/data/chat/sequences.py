@@ -25,7 +25,7 @@ class ChatSequences:
     def __init__(self, run: RunDir, domain: str, dtype: str, length: int, end_of_text: int, index: Path) -> None:
         prefix = run.tokens(domain, "train")
         self._tokens = np.memmap(prefix.with_suffix(".bin"), np.dtype(dtype), "r")
-        self._marks = np.memmap(run.marks(domain, "train"), np.uint8, "r")
+        self._mask = np.memmap(run.mask(domain, "train"), np.uint8, "r")
         self._domain, self._length, self._end_of_text = domain, length, end_of_text
         self._lengths = sequences_in(prefix)
         self._paths = index / f"{domain}-pieces.npy", index / f"{domain}-rows.npy"
@@ -35,7 +35,7 @@ class ChatSequences:
         """Write the order of at least `samples` sequences of these documents. Raises DataError if they have no answer
         that fits."""
         starts = np.cumsum(self._lengths) - self._lengths
-        pieces, _ = trained_pieces(starts[documents], self._lengths[documents], self._marks, self._length)
+        pieces, _ = trained_pieces(starts[documents], self._lengths[documents], self._mask, self._length)
         if not len(pieces):
             raise DataError(
                 f"The conversations of domain '{self._domain}' have no answer with a token before it. Add "
@@ -68,7 +68,7 @@ class ChatSequences:
 
     def __getitem__(self, number: int) -> torch.Tensor:
         """Return a sequence with flags: int64 [length + 1]."""
-        parts = [flagged(self._tokens[begin:end], self._marks[begin:end]) for begin, end in self._pieces_in(number)]
+        parts = [flagged(self._tokens[begin:end], self._mask[begin:end]) for begin, end in self._pieces_in(number)]
         return torch.from_numpy(sequence_of(parts, self._length, self._end_of_text))
 
     def lengths_in(self, number: int) -> Array:
@@ -88,11 +88,11 @@ def tokens_of_pass(domain: str, folder: Path, length: int) -> int:
 
     Logs how many times turns that are longer than a sequence are cut.
     """
-    marks = folder / "train.mask"
-    if not marks.stat().st_size:
+    mask = folder / "train.mask"
+    if not mask.stat().st_size:
         return 0
     lengths = sequences_in(folder / "train")
-    pieces, cut = trained_pieces(np.cumsum(lengths) - lengths, lengths, np.memmap(marks, np.uint8, "r"), length)
+    pieces, cut = trained_pieces(np.cumsum(lengths) - lengths, lengths, np.memmap(mask, np.uint8, "r"), length)
     if cut:
         logger.warning(
             "Domain '%s': turns that have more than the %d tokens of budget.sequence_length are cut at their "

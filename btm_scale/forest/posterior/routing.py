@@ -70,7 +70,7 @@ def router(
 ) -> Callable[[Sequence[str]], np.ndarray]:
     """Return a function that gives each text a prior: log weights [texts, experts] of experts named like the clusters.
 
-    Raises ForestError for an expert without a cluster.
+    Raises ForestError for an expert without a cluster, and DataError if scikit-learn is not installed.
     """
     clusters = [cluster_name(number) for number in range(len(clustering.centres))]
     if unrouted := [name for name in names if name not in clusters]:
@@ -79,6 +79,7 @@ def router(
             "another prior, or experts of domains created by `btm-scale discover`."
         )
     columns = [clusters.index(name) for name in names]
+    clustering.place([""])  # imports scikit-learn, which would take seconds of the first text
 
     def log_prior(texts: Sequence[str]) -> np.ndarray:
         weights = log_weights(clustering, texts).astype(np.float64)[:, columns].T

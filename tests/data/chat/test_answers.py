@@ -20,14 +20,14 @@ from helpers.chat_samples import (
     write_tokenizer,
 )
 
-from btm_scale.data.chat.answers import around_answers, find_answers
+from btm_scale.data.chat.answers import answer_frame, find_answers
 from btm_scale.data.chat.encode import (
     TRAINED,
     ChatEncoding,
     EncodedChat,
     encode_chats,
     end_rendering,
-    is_marker,
+    is_special_token,
     reader_of,
 )
 from btm_scale.data.chat.rows import conversation_of
@@ -82,7 +82,7 @@ def test_an_answer_begins_where_the_prompt_for_it_ends(name: str) -> None:
     found = find_answers(TEMPLATES[name], chat, SPECIAL)
     prompt, _ = render_chat(TEMPLATES[name], chat[:-1], SPECIAL, add_generation_prompt=True)
     assert found.answers[-1][0] == len(prompt)
-    assert around_answers(TEMPLATES[name], tuple(SPECIAL.items())).after == END_OF_TURN[name]
+    assert answer_frame(TEMPLATES[name], tuple(SPECIAL.items())).after == END_OF_TURN[name]
 
 
 def test_a_call_of_a_tool_is_an_answer() -> None:
@@ -124,7 +124,7 @@ def encoded(
 
 def runs_of(chat: EncodedChat) -> list[list[int]]:
     """The ids of each answer."""
-    trained = np.flatnonzero(chat.marks & TRAINED)
+    trained = np.flatnonzero(chat.mask & TRAINED)
     return [chat.ids[run].tolist() for run in np.split(trained, np.flatnonzero(np.diff(trained) > 1) + 1)]
 
 
@@ -156,9 +156,9 @@ def test_the_mask_is_that_of_transformers_where_the_template_marks_answers(token
         expected = theirs.apply_chat_template(chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         eos = Tokenizer.load(tokenizer).eos
         assert marked.ids.tolist() == [eos, *expected["input_ids"], eos]
-        assert (marked.marks & TRAINED).tolist() == [0, *expected["assistant_masks"], 0]
+        assert (marked.mask & TRAINED).tolist() == [0, *expected["assistant_masks"], 0]
         assert np.array_equal(marked.ids, compared.ids)
-        assert np.array_equal(marked.marks, compared.marks)
+        assert np.array_equal(marked.mask, compared.mask)
 
 
 def test_without_a_token_that_ends_turns_the_end_of_the_conversation_is_trained_on(tokenizer: Path) -> None:
@@ -180,7 +180,7 @@ def test_answers_of_a_sentencepiece_tokenizer_with_added_tokens_are_decoded_and_
     prompt = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     special = tokenizer.encode_special(prompt)
     assert special == Tokenizer.load(directory).encode_special(prompt) == chat.ids[1 : 1 + len(special)].tolist()
-    counted = (chat.marks & TRAINED).astype(bool)
+    counted = (chat.mask & TRAINED).astype(bool)
     assert _answer_bytes(reader_of(directory), chat.ids, counted) == len("Good morning")
 
 
@@ -204,9 +204,9 @@ def test_only_special_tokens_and_those_without_text_are_markers(tmp_path: Path) 
     reader = reader_of(write_sentencepiece(tmp_path))
     texts = ["Good mornings are sung", "naïve 北京 🎉", "- one\n- two"]
     plain = {token for text in texts for token in reader.encode(text)}
-    assert not [token for token in sorted(plain) if reader.decode([token]) and is_marker(reader, token)]
-    assert is_marker(reader, reader.eos)
-    assert is_marker(reader, 401)
+    assert not [token for token in sorted(plain) if reader.decode([token]) and is_special_token(reader, token)]
+    assert is_special_token(reader, reader.eos)
+    assert is_special_token(reader, 401)
 
 
 def test_an_added_token_that_the_vocabulary_lacks_is_reported(tmp_path: Path) -> None:

@@ -21,45 +21,45 @@ from btm_scale.data.chat.packing import (
 from btm_scale.data.chat.sequences import blended, most_samples
 
 
-def marks_of(*turns: tuple[int, int]) -> np.ndarray:
+def mask_of(*turns: tuple[int, int]) -> np.ndarray:
     """Marks of exchanges, each a number of tokens of the question and of the answer."""
-    marks: list[int] = []
+    mask: list[int] = []
     for question, answer in turns:
-        begin = len(marks)
-        marks += [0] * question + [TRAINED] * answer
-        marks[begin] |= TURN if begin else 0
-    return np.array(marks, np.uint8)
+        begin = len(mask)
+        mask += [0] * question + [TRAINED] * answer
+        mask[begin] |= TURN if begin else 0
+    return np.array(mask, np.uint8)
 
 
-def cuts(marks: np.ndarray, length: int) -> list[tuple[int, int]]:
-    return pieces_of(0, len(marks), marks, length)
+def cuts(mask: np.ndarray, length: int) -> list[tuple[int, int]]:
+    return pieces_of(0, len(mask), mask, length)
 
 
 def test_a_long_conversation_is_cut_after_answers() -> None:
-    marks = marks_of((3, 2), (2, 2), (4, 4), (1, 1))
-    assert cuts(marks, 30) == [(0, 19)]
-    assert cuts(marks, 10) == [(0, 9), (9, 19)]
-    assert cuts(marks, 9) == [(0, 9), (9, 17), (17, 19)]
-    assert cuts(marks_of((3, 2), (2, 2), (2, 2)), 10) == [(0, 5), (5, 13)], "the last answer has the most before it"
+    mask = mask_of((3, 2), (2, 2), (4, 4), (1, 1))
+    assert cuts(mask, 30) == [(0, 19)]
+    assert cuts(mask, 10) == [(0, 9), (9, 19)]
+    assert cuts(mask, 9) == [(0, 9), (9, 17), (17, 19)]
+    assert cuts(mask_of((3, 2), (2, 2), (2, 2)), 10) == [(0, 5), (5, 13)], "the last answer has the most before it"
 
 
 def test_a_turn_that_is_longer_than_a_sequence_keeps_its_answer_together() -> None:
-    marks = marks_of((2, 2), (12, 3))
-    assert cuts(marks, 8) == [(0, 4), (4, 11), (11, 19)]
-    pieces, cut = trained_pieces(np.array([0]), np.array([19]), marks, 8)
+    mask = mask_of((2, 2), (12, 3))
+    assert cuts(mask, 8) == [(0, 4), (4, 11), (11, 19)]
+    pieces, cut = trained_pieces(np.array([0]), np.array([19]), mask, 8)
     assert pieces.tolist() == [[0, 4], [11, 19]], "a part without an answer is not trained on"
     assert cut == 1
 
 
 @given(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=8), st.integers(4, 40))
 def test_pieces_cover_a_conversation_without_a_gap_and_fit(turns: list[tuple[int, int]], length: int) -> None:
-    marks = marks_of(*turns)
-    pieces = cuts(marks, length)
+    mask = mask_of(*turns)
+    pieces = cuts(mask, length)
     assert [begin for begin, _ in pieces] == [0, *(end for _, end in pieces[:-1])]
-    assert pieces[-1][1] == len(marks)
+    assert pieces[-1][1] == len(mask)
     assert all(0 < end - begin <= length for begin, end in pieces)
     if all(question + answer <= length for question, answer in turns):
-        assert all(marks[begin] & TURN for begin, _ in pieces[1:])
+        assert all(mask[begin] & TURN for begin, _ in pieces[1:])
 
 
 @given(st.lists(st.integers(1, 20), max_size=60))

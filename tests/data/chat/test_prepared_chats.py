@@ -16,7 +16,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from btm_scale.config.run import RunConfig
 from btm_scale.data import encode, token_files
-from btm_scale.data.chat import marks
+from btm_scale.data.chat import mask_files
 from btm_scale.data.chat.encode import TRAINED, EncodedChat, end_rendering
 from btm_scale.data.chat.packing import IDS, START, UNTRAINED, packed
 from btm_scale.data.dataset import TrainingSamples
@@ -88,14 +88,14 @@ def test_token_files_have_a_mark_per_token_that_selects_exactly_the_answers(run:
     answers: list[str] = []
     for split in SPLITS:
         documents = IndexedDataset(str(run.tokens("support", split)))
-        marks = np.fromfile(run.marks("support", split), np.uint8)
+        mask = np.fromfile(run.mask("support", split), np.uint8)
         ids = np.concatenate([documents[i] for i in range(len(documents))])
         counts = fingerprint.splits[split]
-        assert (len(documents), len(ids), len(marks)) == (counts.documents, counts.tokens, counts.tokens)
-        assert counts.trained == np.count_nonzero(marks & TRAINED) > 0
-        answers += answers_in(ids, marks & TRAINED, tokenizer)
+        assert (len(documents), len(ids), len(mask)) == (counts.documents, counts.tokens, counts.tokens)
+        assert counts.trained == np.count_nonzero(mask & TRAINED) > 0
+        answers += answers_in(ids, mask & TRAINED, tokenizer)
     assert sorted(set(answers)) == expected_answers()
-    assert not run.marks("prose", "train").exists()
+    assert not run.mask("prose", "train").exists()
     assert "trained" not in json.loads(run.fingerprint("prose").read_text())["splits"]["train"]
 
 
@@ -251,11 +251,13 @@ def test_the_format_of_a_file_is_determined_once_for_all_of_its_refused_rows(
     folder: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    formats = marks.format_of
-    monkeypatch.setattr(marks, "format_of", lambda file, settings: seen.append(file.name) or formats(file, settings))
+    formats = mask_files.format_of
+    monkeypatch.setattr(
+        mask_files, "format_of", lambda file, settings: seen.append(file.name) or formats(file, settings)
+    )
     config = config_of(make_config, folder)
     [source, _] = resolve_sources(config.all_domains, folder, config.tokenizer.path)
-    refused = marks.Refusals(source, "skip")
+    refused = mask_files.Refusals(source, "skip")
     for line in range(1, 6):
         refused.add(f"{source.files[0].name}:{line}", "no")
     assert seen == [source.files[0].name]
@@ -272,8 +274,8 @@ def test_another_template_is_another_text(folder: Path, make_config: MakeConfig,
 def test_a_mark_file_of_another_size_is_damage(folder: Path, make_config: MakeConfig, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     prepare(config_of(make_config, folder, {"support": SUPPORT}), run)
-    marks = run.marks("support", "train")
-    marks.write_bytes(marks.read_bytes()[:-1])
+    mask = run.mask("support", "train")
+    mask.write_bytes(mask.read_bytes()[:-1])
     with pytest.raises(DataError, match=r"train\.mask does not have a byte for each of the"):
         EvaluationText.load(run, "support", "test", tokens=100, sequence_length=LENGTH)
 

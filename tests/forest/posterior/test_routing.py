@@ -1,18 +1,21 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers.handmade_run import DOMAINS
 from helpers.tiny_forest import LETTERS, Letters, write_experts
 
 from btm_scale.config.run import RunConfig
 from btm_scale.data.clustering import Clustering, squared_distances
-from btm_scale.errors import ForestError
+from btm_scale.errors import DataError, ForestError
 from btm_scale.evaluate.ensemble import routed_methods
 from btm_scale.forest.posterior.routing import log_weights, routed_mixture_log_probs, router
 from btm_scale.forest.scores import Stack, evaluation_text
@@ -86,6 +89,24 @@ def test_a_prompt_is_completed_by_the_expert_that_it_is_routed_to(clustering: Cl
     assert all(max(completion.posterior.values()) == 1.0 for completion in completions)
     with pytest.raises(ForestError, match="'law' is not one of the clustering's 2 clusters"):
         router(clustering, ["cluster0", "law"])
+
+
+def test_a_prior_by_distance_changes_no_thread_count(clustering: Clustering, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes: list[int] = []  # which would concern the whole process, and so texts that others generate
+    monkeypatch.setattr(torch, "set_num_threads", changes.append)
+    texts = ["def return import", "licence warranty", ""]
+    prior = router(clustering, ["cluster0", "cluster1"])(texts)
+    assert prior == pytest.approx(log_weights(clustering, texts), abs=1e-6)
+    assert changes == []
+
+
+def test_a_prior_by_distance_without_scikit_learn_is_refused_before_the_first_text(
+    clustering: Clustering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = dataclasses.replace(clustering)
+    monkeypatch.setitem(sys.modules, "sklearn.feature_extraction.text", None)
+    with pytest.raises(DataError, match=r"pip install 'btm-scale\[discover\]'"):
+        router(fresh, ["cluster0", "cluster1"])
 
 
 def test_a_run_on_discovered_domains_has_routed_methods(handmade: tuple[RunConfig, RunDir], tmp_path: Path) -> None:

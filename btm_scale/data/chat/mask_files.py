@@ -1,4 +1,4 @@
-"""The files of marks beside the token files of conversations, and the conversations that could not be encoded."""
+"""The mask files beside the token files of conversations, and the conversations that could not be encoded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from btm_scale.data.sources import DomainSource
 _COUNTED_BYTES = 1 << 24
 
 
-class MarkWriter:
+class MaskWriter:
     """`SPLIT.mask`, a byte per token, written document by document. The first `kept` bytes of the file stay."""
 
     def __init__(self, folder: Path, split: str, kept: int = 0) -> None:
@@ -28,9 +28,9 @@ class MarkWriter:
         self._file.seek(kept)
         self._digest = hashlib.sha256()
 
-    def add(self, marks: np.ndarray[Any, Any]) -> None:
-        """Append the marks of a document, uint8 [tokens]."""
-        content = np.ascontiguousarray(marks, np.uint8).data
+    def add(self, mask: np.ndarray[Any, Any]) -> None:
+        """Append the mask of a document, uint8 [tokens]."""
+        content = np.ascontiguousarray(mask, np.uint8).data
         self._file.write(content)
         self._digest.update(content)
 
