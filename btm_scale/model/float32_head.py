@@ -23,8 +23,8 @@ class Float32Head(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return float32 logits [..., vocabulary] of hidden states [..., hidden]."""
-        if self.weight.dtype == torch.float32:
-            return nn.functional.linear(hidden.float(), self.weight, self.bias)
+        if self.weight.dtype == torch.float32 or hidden.dtype != self.weight.dtype:
+            return nn.functional.linear(hidden.float(), self.weight.float(), self.bias)
         rows = hidden.reshape(-1, hidden.shape[-1])
         logits: Tensor = torch.mm(rows, self.weight.T, out_dtype=torch.float32).view(*hidden.shape[:-1], -1)
         return logits if self.bias is None else logits + self.bias
@@ -41,8 +41,8 @@ class StackedFloat32Head(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Return float32 logits [experts x rows, ..., vocabulary] of hidden states [experts x rows, ..., hidden]."""
         rows = hidden.reshape(len(self.weight), -1, hidden.shape[-1])
-        if self.weight.dtype == torch.float32:
-            logits = torch.bmm(rows.float(), self.weight.transpose(1, 2))
+        if self.weight.dtype == torch.float32 or rows.dtype != self.weight.dtype:
+            logits = torch.bmm(rows.float(), self.weight.float().transpose(1, 2))
         else:
             logits = torch.bmm(rows, self.weight.transpose(1, 2), out_dtype=torch.float32)
         if self.bias is not None:

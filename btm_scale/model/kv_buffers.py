@@ -65,9 +65,9 @@ class GrowingLayer:
 def empty_cache(model: Any) -> Any:
     """Return an empty KV cache for a model; sliding windows keep transformers' own layers."""
     cache = new_cache(model)
-    for layer in cache.layers:
-        if type(layer).__name__ == "DynamicLayer":
-            layer.__class__ = _growing(type(layer))
+    cache.layers = [
+        _growing(type(layer))() if type(layer).__name__ == "DynamicLayer" else layer for layer in cache.layers
+    ]
     return cache
 
 

@@ -36,10 +36,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 def models_of(family: str, count: int = 3, dtype: torch.dtype = torch.float32) -> list[Any]:
     """Return models with random weights, none of which are zero, whose heads are in float32."""
     name, sizes = FAMILIES[family]
-    config = getattr(transformers, f"{name}Config")(**sizes)
     classes = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     found = []
     for seed in range(count):
+        config = getattr(transformers, f"{name}Config")(**sizes)
         torch.manual_seed(seed)
         model = classes[type(config)](config).to(dtype)
         for parameter in model.parameters():
