@@ -1,4 +1,4 @@
-"""The tables of the kernels and bytes that are counted for training on a GPU."""
+"""The tables of the kernels and bytes that are counted for training and decoding on a GPU."""
 
 from __future__ import annotations
 
@@ -30,6 +30,14 @@ def utilization_rows(counts: dict[str, Any]) -> Rows:
         for gpu in (key for key in version if key != "bytes"):
             values = [f"{counts[key]['training'][name][gpu]['utilization']:.2f}" for key in keys]
             rows.append([f"{name}, {gpu}", *values])
+    return rows
+
+
+def decoding_rows(counts: dict[str, Any]) -> Rows:
+    """Return kernels and GB of one step of decoding from a mixture."""
+    rows = [["the next token of a mixture", LABELS[_OURS], "transformers' models one by one, without sampling"]]
+    for name, count in counts[_OURS]["decoding"].items():
+        rows.append([name, _count(count), _count(counts["transformers"]["decoding"][name])])
     return rows
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from doc_counts import count_rows, utilization_rows
+from doc_counts import count_rows, decoding_rows, utilization_rows
 
 from btm_scale.evaluate.results import Results
 from btm_scale.report.equivalence import dense_equivalent
@@ -43,6 +43,10 @@ SHORT_LABELS = {
 TRAINING = "training on CPU, tokens/s: {case}"
 PEERS = {1: "plain PyTorch", 2: "PyTorch DistributedDataParallel"}
 ALLOCATORS = {"plain": "", "plain, memory kept": ", malloc keeps freed memory"}
+GENERATING = {
+    "one_expert_to_transformers": ("one expert", "transformers' `generate`"),
+    "mixture_to_part_of_transformers": ("mixture of {experts}", "1/{experts} of `generate`'s rate with one model"),
+}
 GPU_TRAINING = "training on a GPU, model FLOPs utilization"
 ENCODING = "tokenizing text, bytes/s"
 TRAINING_GROWTH = "core seconds to train one expert, forest of {most}"
@@ -153,6 +157,7 @@ def speed() -> str:
         for allocator, ratio in case["ratio_to"].items():
             rows.append([TRAINING.format(case=name), f"{peer}{ALLOCATORS[allocator]}", f"{ratio:.2f}"])
     rows.append([GPU_TRAINING, "plain PyTorch, torch.compile", _on_gpu()])
+    rows += _generating()
     rows.append([ENCODING, "sentencepiece with threads", f"{_read('encode')['rate']['median_ratio']:.2f}"])
     many = _read("many_experts")
     few, most = (pick(run["experts"] for run in many["runs"]) for pick in (min, max))
@@ -190,7 +195,8 @@ def serving() -> str:
 def gpu_counts() -> str:
     """Kernels and bytes of training on a GPU, and the utilization that they give."""
     counts = _read("gpu_counts")
-    return f"{_table(count_rows(counts))}\n\n{_table(utilization_rows(counts))}"
+    tables = (count_rows(counts), utilization_rows(counts), decoding_rows(counts))
+    return "\n\n".join(_table(rows) for rows in tables)
 
 
 def most_overhead(many: dict[str, Any]) -> float:
@@ -272,6 +278,19 @@ def _worth(runs: Sequence[dict[str, Any]]) -> str:
                 f"compute, and with the tempered posterior it {tempered}. The paper reports 2.5 times for 64 domains."
             )
     return text
+
+
+def _generating() -> list[list[str]]:
+    """Return the rows of generation on CPU, by preset and batch."""
+    result = _read("generate")
+    rows = []
+    for key, (what, peer) in GENERATING.items():
+        for run in result["runs"]:
+            case = f"{run['preset']}, batch {run['batch']}"
+            label = f"generating on CPU, tokens/s: {what}, {case}"
+            names = [text.format(experts=result["settings"]["experts"]) for text in (label, peer)]
+            rows.append([*names, f"{run[key]:.2f}"])
+    return rows
 
 
 def _on_gpu() -> str:

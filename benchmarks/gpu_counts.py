@@ -13,12 +13,14 @@ import argparse
 import json
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from environment import describe
 from gpu_counting.cases import CASES, layer_counts, loss_counts, megatron_layer_counts
 from gpu_counting.counter import Counts
+from gpu_counting.decoding import DECODINGS, Decoding, separate_counts, stacked_counts
 from gpu_counting.formula import Bytes, described, utilization
 from gpu_counting.regions import Count
 
@@ -39,6 +41,8 @@ def main() -> None:
         "megatron": {"layer": {name: row(counts.total(products=False)) for name, counts in layers.items()}},
         "compiled": counted_peer(),
     }
+    result["ours"]["decoding"] = counted_decoding(stacked_counts)
+    result["transformers"] = {"decoding": counted_decoding(separate_counts)}
     options.result.write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -80,6 +84,14 @@ def counted_training() -> dict[str, Any]:
         )
         rows["training"][name] = {"bytes": described(moved), **utilization(case, moved)}
     return rows
+
+
+def counted_decoding(counts_of: Callable[[Decoding], Counts]) -> dict[str, Any]:
+    """Return the counts of one step of decoding from a mixture."""
+    found = {name: counts_of(case) for name, case in DECODINGS.items()}
+    for name, counts in found.items():
+        print("decoding", name, counts.total(), flush=True)
+    return {name: row(counts.total()) | {"operators": operators(counts)} for name, counts in found.items()}
 
 
 def counted_peer() -> dict[str, Any]:

@@ -49,7 +49,7 @@ def main() -> None:
         sys.exit(f"{gpu.arch} uses the rows of {arch}, which another GPU would share. Give it rows in {TABLE.name}.")
     if options.small:
         scores = [ScoreConfig(16, 64, 32, 128, 2, 4, 1), ScoreConfig(32, 128, 32, 128, 2, 4, 1)]
-        mixes = [MixConfig(128, 512, 4, 1 << 20), MixConfig(256, 512, 4, 1 << 20)]
+        mixes = [MixConfig(128, 512, 4), MixConfig(256, 512, 4)]
         classes = {(0, 0): (17, 32, 300)}
     else:
         scores, mixes, classes = score_candidates(), mix_candidates(), SCORE_CLASSES
@@ -84,14 +84,12 @@ def score_candidates() -> list[ScoreConfig]:
 
 
 def mix_candidates() -> list[MixConfig]:
-    """Block shapes and cache shares worth timing."""
+    """Block shapes worth timing."""
     from btm_scale.kernels.tuning_table import MixConfig
 
     return [
-        MixConfig(block, split, warps, megabytes << 20)
-        for block, split, warps, megabytes in itertools.product(
-            (1024, 2048, 4096), (8192, 16384, 32768), (4, 8), (16, 32, 64)
-        )
+        MixConfig(block, split, warps)
+        for block, split, warps in itertools.product((1024, 2048, 4096), (4096, 8192, 16384), (4, 8))
     ]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from btm_scale.kernels.hardware import Hardware, hardware
 from btm_scale.kernels.layer_cost import LAYER_COSTS
-from btm_scale.kernels.pieces import ceil_div, mix_pieces, real_columns, row_alignment, score_pieces, score_splits
+from btm_scale.kernels.pieces import ceil_div, real_columns, row_alignment, score_pieces, score_splits
 from btm_scale.kernels.tuning import mix_configs, score_configs
 from btm_scale.kernels.tuning_table import MixConfig, ScoreConfig
 
@@ -120,21 +120,19 @@ def _mix_cost(
     config = config or mix_configs(on or hardware(logits.device))[0]
     splits, blocks = ceil_div(vocabulary, config.split), ceil_div(vocabulary, config.block)
     element, weight = logits.element_size(), max(_FLOAT, log_weights.element_size())
-    total = Cost(0, 0, 0)
-    for piece in mix_pieces(experts, batch, vocabulary, element, config):
-        rows = piece.stop - piece.start
-        everything, weights = experts * rows * vocabulary * element, experts * rows * weight
-        normalizers = experts * rows * splits * _NORMALIZER
-        total += Cost(1, everything + weights, normalizers)
-        if operator == "mix_logits":
-            total += Cost(1, everything + weights + normalizers, rows * vocabulary * _FLOAT)
-            continue
-        candidates = rows * blocks * _PARTIALS
-        total += Cost(1, everything + weights + normalizers + _INT, candidates)
-        running = 0 if log_likelihood is None else experts * rows * log_likelihood.element_size()
-        sampled = 0 if log_likelihood is None else experts * rows * element
-        total += Cost(1, candidates + weights + normalizers + running + sampled, rows * (_INT + _FLOAT) + running)
-    return total
+    everything, weights = experts * batch * vocabulary * element, experts * batch * weight
+    normalizers = experts * batch * splits * _NORMALIZER
+    if operator == "mix_logits":
+        second = Cost(1, everything + weights + normalizers, batch * vocabulary * _FLOAT)
+        return Cost(1, everything + weights, normalizers) + second
+    running = 0 if log_likelihood is None else experts * batch * log_likelihood.element_size()
+    sampled = 0 if log_likelihood is None else experts * batch * element
+    candidates, finished = batch * blocks * _PARTIALS, batch * _FLOAT
+    # The program that finishes a row reads the candidates of all of its blocks, and each expert's logit of the token.
+    picked = candidates + finished + running + sampled
+    results = batch * (_INT + _FLOAT) + running
+    second = Cost(1, everything + weights + normalizers + _INT + picked, candidates + finished + results)
+    return Cost(1, everything + weights, normalizers + finished) + second
 
 
 def _loss_cost(operator: str, logits: Tensor) -> Cost:

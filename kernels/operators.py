@@ -105,37 +105,26 @@ def mix_sample(
 ) -> tuple[Tensor, Tensor]:
     """See `btm_scale.kernels.mix_sample`."""
 
-    def plain(first_row: int = 0) -> tuple[Tensor, Tensor]:
+    def plain() -> tuple[Tensor, Tensor]:
         return reference.mix_sample(
-            logits[:, first_row:],
-            log_weights[first_row:],
-            temperature=temperature,
-            generator=generator,
-            log_likelihood=None if log_likelihood is None else log_likelihood[first_row:],
+            logits, log_weights, temperature=temperature, generator=generator, log_likelihood=log_likelihood
         )
 
     module = triton_module(logits)
     if module is None or logits.shape[1] == 0:
         return paths.run_reference("mix_sample", plain)
+    rows, weights = _unit_stride(logits), _weights(log_weights)
     running = None if log_likelihood is None else _unit_stride(log_likelihood)
-    draw = module.Draw(_unit_stride(logits), _weights(log_weights), temperature, generator, running)
-
-    def save_running() -> None:
-        if log_likelihood is not None and running is not None and running is not log_likelihood:
-            log_likelihood.copy_(running)
 
     def launch(config: MixConfig) -> tuple[Tensor, Tensor]:
-        draw.run(config)
-        save_running()
-        return draw.tokens, draw.log_probs
+        sampled: tuple[Tensor, Tensor] = module.mix_sample(
+            rows, weights, temperature, generator, running, config=config
+        )
+        if log_likelihood is not None and running is not None and running is not log_likelihood:
+            log_likelihood.copy_(running)
+        return sampled
 
-    def rest() -> tuple[Tensor, Tensor]:
-        done = draw.finished_rows
-        save_running()
-        tokens, log_probs = plain(done)
-        return torch.cat([draw.tokens[:done], tokens]), torch.cat([draw.log_probs[:done], log_probs])
-
-    return paths.run("mix_sample", logits, mix_configs, launch, rest)
+    return paths.run("mix_sample", logits, mix_configs, launch, plain)
 
 
 def _score(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from btm_scale.kernels.tuning_table import MixConfig, ScoreConfig
+from btm_scale.kernels.tuning_table import ScoreConfig
 
 PARTIAL_BYTES = 16 << 20  # memory for partials per launch; more experts or tokens take more launches
 COMBINE_BLOCK = 1024
@@ -34,12 +34,6 @@ def score_pieces(experts: int, tokens: int, splits: int, config: ScoreConfig) ->
     for first in range(0, experts, expert_step):
         for start in range(0, tokens, token_step):
             yield slice(first, min(first + expert_step, experts)), slice(start, min(start + token_step, tokens))
-
-
-def mix_pieces(experts: int, batch: int, vocabulary: int, element_bytes: int, config: MixConfig) -> list[slice]:
-    """Return the rows of each launch, whose logits fit the cache between the two passes."""
-    rows = max(1, config.cache_bytes // max(1, experts * vocabulary * element_bytes))
-    return [slice(start, min(start + rows, batch)) for start in range(0, batch, rows)]
 
 
 def row_alignment(hidden: Tensor, heads: Sequence[Tensor]) -> int:

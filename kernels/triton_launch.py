@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from btm_scale.kernels.mixing import draw_kernel, mix_kernel, normalizer_kernel, pick_kernel
+from btm_scale.kernels.drawing import draw_kernel
+from btm_scale.kernels.mixing import mix_kernel, normalizer_kernel
 from btm_scale.kernels.partials import Partials
 from btm_scale.kernels.pieces import (
     COMBINE_BLOCK,
     ceil_div,
-    mix_pieces,
     real_columns,
     row_alignment,
     score_pieces,
@@ -93,112 +93,95 @@ def score_partials(
 
 def mix_logits(logits: Tensor, log_weights: Tensor, *, config: MixConfig) -> Tensor:
     """See `btm_scale.kernels.mix_logits`. The last strides of both tensors must be 1."""
-    _, batch, vocabulary = logits.shape
+    experts, batch, vocabulary = logits.shape
+    normalizers, constants = _normalize(logits, log_weights, None, config)
     mixture = torch.empty(batch, vocabulary, device=logits.device)
-    mixing = _Mixing(logits, log_weights, config)
-    for rows in mixing.pieces(0):
-        blocks, arguments, constants = mixing.normalize(rows)
-        grid = (blocks * arguments["batch"],)
-        mix_kernel[grid](mixture_ptr=mixture[rows], vocabulary=vocabulary, **arguments, **constants)
+    mix_kernel[(batch * ceil_div(vocabulary, config.block),)](
+        logits,
+        log_weights,
+        normalizers,
+        mixture,
+        experts,
+        batch,
+        vocabulary,
+        logits.stride(0),
+        logits.stride(1),
+        log_weights.stride(0),
+        **constants,
+    )
     return mixture
 
 
-class Draw:
-    """One call of `btm_scale.kernels.mix_sample`, which continues after its finished rows if a shape is refused.
-
-    `log_likelihood` is updated with each row's token, so no row may run twice.
-    """
-
-    def __init__(
-        self,
-        logits: Tensor,
-        log_weights: Tensor,
-        temperature: float,
-        generator: torch.Generator | None,
-        log_likelihood: Tensor | None,
-    ) -> None:
-        batch, device = logits.shape[1], logits.device
-        self._logits, self._log_weights, self._log_likelihood = logits, log_weights, log_likelihood
-        self._temperature = temperature
-        # The seed stays on the device: reading it back would synchronize every decoding step.
-        self._seed = torch.randint(2**63 - 1, (1,), generator=generator, device=device)
-        self.tokens = torch.empty(batch, dtype=torch.int64, device=device)
-        self.log_probs = torch.empty(batch, device=device)
-        self.finished_rows = 0
-
-    def run(self, config: MixConfig) -> None:
-        """Draw the tokens of the rows that are not finished."""
-        mixing = _Mixing(self._logits, self._log_weights, config)
-        vocabulary = self._logits.shape[2]
-        for rows in mixing.pieces(self.finished_rows):
-            blocks, arguments, constants = mixing.normalize(rows)
-            count, device = arguments["batch"], self._logits.device
-            score = torch.empty(count, blocks, device=device)
-            block_results = {
-                "score_ptr": score,
-                "token_ptr": torch.empty(count, blocks, dtype=torch.int32, device=device),
-                "log_prob_ptr": torch.empty_like(score),
-            }
-            draw_kernel[(blocks * count,)](
-                seed_ptr=self._seed,
-                first_row=rows.start,
-                temperature=float(self._temperature) or 1.0,
-                vocabulary=vocabulary,
-                GREEDY=self._temperature == 0,
-                **block_results,
-                **arguments,
-                **constants,
-            )
-            running = self.log_probs if self._log_likelihood is None else self._log_likelihood[rows]
-            del constants["BLOCK"]
-            pick_kernel[(count,)](
-                out_token_ptr=self.tokens[rows],
-                out_log_prob_ptr=self.log_probs[rows],
-                log_likelihood_ptr=running,
-                blocks=blocks,
-                likelihood_stride=running.stride(0),
-                UPDATE=self._log_likelihood is not None,
-                BLOCKS=triton.next_power_of_2(blocks),
-                **block_results,
-                **arguments,
-                **constants,
-            )
-            self.finished_rows = rows.stop
+def mix_sample(
+    logits: Tensor,
+    log_weights: Tensor,
+    temperature: float,
+    generator: torch.Generator | None,
+    log_likelihood: Tensor | None,
+    *,
+    config: MixConfig,
+) -> tuple[Tensor, Tensor]:
+    """See `btm_scale.kernels.mix_sample`. The last stride of every tensor must be 1."""
+    experts, batch, vocabulary = logits.shape
+    device = logits.device
+    blocks = ceil_div(vocabulary, config.block)
+    # The seed stays on the device: reading it back would synchronize every decoding step.
+    seed = torch.randint(2**63 - 1, (1,), generator=generator, device=device)
+    candidates = torch.empty(2, batch, blocks, device=device)
+    block_tokens = torch.empty(batch, blocks + 1, dtype=torch.int32, device=device)
+    tokens = torch.empty(batch, dtype=torch.int64, device=device)
+    log_probs = torch.empty(batch, device=device)
+    normalizers, constants = _normalize(logits, log_weights, block_tokens, config)
+    running = log_probs if log_likelihood is None else log_likelihood
+    draw_kernel[(batch * blocks,)](
+        logits,
+        log_weights,
+        normalizers,
+        seed,
+        candidates,
+        block_tokens,
+        tokens,
+        log_probs,
+        running,
+        float(temperature) or 1.0,
+        experts,
+        batch,
+        vocabulary,
+        logits.stride(0),
+        logits.stride(1),
+        log_weights.stride(0),
+        running.stride(0),
+        GREEDY=temperature == 0,
+        UPDATE=log_likelihood is not None,
+        BLOCKS=triton.next_power_of_2(blocks),
+        **constants,
+    )
+    return tokens, log_probs
 
 
-class _Mixing:
-    """Divides a mixture's rows into pieces that stay in the cache between the passes, and prepares the arguments."""
-
-    def __init__(self, logits: Tensor, log_weights: Tensor, config: MixConfig) -> None:
-        self.logits, self.log_weights, self.config = logits, log_weights, config
-
-    def pieces(self, first_row: int) -> list[slice]:
-        """Return the rows of each piece, from `first_row` on."""
-        experts, batch, vocabulary = self.logits.shape
-        pieces = mix_pieces(experts, batch - first_row, vocabulary, self.logits.element_size(), self.config)
-        return [slice(rows.start + first_row, rows.stop + first_row) for rows in pieces]
-
-    def normalize(self, rows: slice) -> tuple[int, dict[str, Any], dict[str, Any]]:
-        """Launch the first pass; return the number of vocabulary blocks and the next kernels' arguments."""
-        logits, log_weights = self.logits[:, rows], self.log_weights[rows]
-        experts, batch, vocabulary = logits.shape
-        splits = ceil_div(vocabulary, self.config.split)
-        arguments = {
-            "logits_ptr": logits,
-            "log_weights_ptr": log_weights,
-            "maximum_ptr": torch.empty(experts, batch, splits, device=logits.device),
-            "sum_exp_ptr": torch.empty(experts, batch, splits, device=logits.device),
-            "batch": batch,
-            "splits": splits,
-            "expert_stride": logits.stride(0),
-            "row_stride": logits.stride(1),
-            "weight_stride": log_weights.stride(0),
-        }
-        constants = {"BLOCK": self.config.block, "num_warps": self.config.warps}
-        normalizer_kernel[(experts * batch * splits,)](
-            vocabulary=vocabulary, SPLIT=self.config.split, **arguments, **constants
-        )
-        arguments["experts"] = experts
-        constants["EXPERTS"] = triton.next_power_of_2(experts)
-        constants["SPLITS"] = triton.next_power_of_2(splits)
-        return ceil_div(vocabulary, self.config.block), arguments, constants
+def _normalize(
+    logits: Tensor, log_weights: Tensor, block_tokens: Tensor | None, config: MixConfig
+) -> tuple[Tensor, dict[str, Any]]:
+    """Launch the first pass; return the normalizers [2, batch, experts, splits] and the second pass's constants."""
+    experts, batch, vocabulary = logits.shape
+    splits = ceil_div(vocabulary, config.split)
+    normalizers = torch.empty(2, batch, experts, splits, device=logits.device)
+    constants = {"SPLIT": config.split, "BLOCK": config.block, "num_warps": config.warps}
+    normalizer_kernel[(batch * experts * splits,)](
+        logits,
+        log_weights,
+        normalizers,
+        block_tokens,
+        experts,
+        batch,
+        vocabulary,
+        ceil_div(vocabulary, config.block),
+        logits.stride(0),
+        logits.stride(1),
+        log_weights.stride(0),
+        DRAW=block_tokens is not None,
+        **constants,
+    )
+    constants["EXPERTS"] = triton.next_power_of_2(experts)
+    constants["SPLITS"] = triton.next_power_of_2(splits)
+    return normalizers, constants

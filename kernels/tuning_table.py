@@ -31,12 +31,11 @@ class ScoreConfig(NamedTuple):
 
 
 class MixConfig(NamedTuple):
-    """Vocabulary columns per block and per split of the first pass, warps, and bytes of logits per launch."""
+    """Vocabulary columns per block and per split of the first pass, and warps."""
 
     block: int
     split: int
     warps: int
-    cache_bytes: int
 
     @property
     def blocks(self) -> str:
@@ -89,15 +88,14 @@ SCORE_RULES = [
     ScoreRule("interpreter", 32, 65, 0, False, ScoreConfig(128, 1024, 64, 2048, 2, 4, 1)),
 ]
 
-# Logits per launch fit the last cache that a GPU has in front of its memory.
 MIX_RULES = {
-    "sm_80": MixConfig(2048, 16384, 4, 20 << 20),
-    "sm_89": MixConfig(2048, 16384, 4, 48 << 20),
-    "sm_90": MixConfig(2048, 16384, 4, 32 << 20),
-    "sm_100": MixConfig(2048, 16384, 4, 64 << 20),
-    "gfx90a": MixConfig(2048, 16384, 4, 6 << 20),
-    "gfx942": MixConfig(2048, 16384, 4, 64 << 20),
-    "interpreter": MixConfig(4096, 8192, 4, 1 << 20),
+    "sm_80": MixConfig(2048, 4096, 4),
+    "sm_89": MixConfig(2048, 4096, 4),
+    "sm_90": MixConfig(2048, 4096, 4),
+    "sm_100": MixConfig(2048, 4096, 4),
+    "gfx90a": MixConfig(2048, 4096, 4),
+    "gfx942": MixConfig(2048, 4096, 4),
+    "interpreter": MixConfig(4096, 8192, 4),
 }
 
 # Architectures with the matrix instructions of one in the table. Their shared memory may be less: rows that do not fit

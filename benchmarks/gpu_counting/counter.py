@@ -89,11 +89,18 @@ class _GpuFunctions(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is torch.nn.functional.rms_norm:
+            if kwargs.get("weight") is None:
+                self._counts.add("rms_norm", Count(1, 2 * _touched(args[0])))
+                return torch.empty_like(args[0])
             return _RMSNorm.apply(args[0], kwargs["weight"], self._counts)
         if function is torch.nn.functional.scaled_dot_product_attention and kwargs.get("attn_mask") is None:
             query, key, value = args[:3]
             flash = torch.ops.aten._scaled_dot_product_flash_attention
             return flash(query, key, value, 0.0, kwargs["is_causal"])[0]
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            query, key, value = args[:3]
+            bias = kwargs["attn_mask"].expand(*query.shape[:3], key.shape[2])
+            return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, False)[0]
         return function(*args, **kwargs)
 
 
@@ -159,6 +166,9 @@ def _declared(name: str, args: Any) -> Count:
         cost = kernels.products.product_cost(*args)
     elif name in ("cross_entropy_", "logit_partials", "logit_gradient_"):
         cost = kernels.cost(name, args[0], on=H100)
+    elif name == "mix_sample":
+        logits, log_weights, *settings = args
+        cost = kernels.cost(name, logits, log_weights, *settings[2:], on=H100)
     else:
         cost = kernels.cost(name, *args, on=H100)
     return Count(cost.launches, cost.bytes_read + cost.bytes_written)

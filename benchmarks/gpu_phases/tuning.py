@@ -74,12 +74,12 @@ def _mix_candidates(site: Site) -> list[MixConfig]:
     from btm_scale.kernels.tuning_table import MixConfig
 
     if site.simulated:
-        return [MixConfig(128, 512, 4, 1 << 20), MixConfig(256, 512, 4, 1 << 20)]
+        return [MixConfig(128, 512, 4), MixConfig(256, 512, 4)]
     return [
-        MixConfig(block, 16_384, warps, megabytes << 20)
+        MixConfig(block, split, warps)
         for block in (1024, 2048, 4096)
+        for split in (4096, 8192, 16_384)
         for warps in (4, 8)
-        for megabytes in (16, 32, 64)
     ]
 
 

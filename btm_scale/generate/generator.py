@@ -19,10 +19,12 @@ from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import UserError
 from btm_scale.forest.posterior.evidence import Mode, RunningPosterior
 from btm_scale.generate.detokenizer import Transcript
+from btm_scale.generate.device_posterior import DevicePosterior
 from btm_scale.generate.model_cache import Shelf, shared_context
 from btm_scale.generate.request import Batch, Finished, Generation, Piece, check_settings
 from btm_scale.generate.sampling import Sampling, Step, decode, from_drawn_expert, from_mixture
-from btm_scale.model.hf_decoder import Reading, usable_device
+from btm_scale.generate.together import JointReading, Together
+from btm_scale.model.hf_decoder import usable_device
 from btm_scale.run_dir import RunDir
 
 Router = Callable[[Sequence[str]], np.ndarray]
@@ -72,7 +74,7 @@ class Generator:
         self.mode: Mode = posterior  # type: ignore[assignment]
         self.tempering = tempering if posterior == "tempered" else None
         if method != "expert":
-            self.shelf.take_all(self.names, f"Method '{method}'")
+            self.shelf.take_together(self.names, f"Method '{method}'")
 
     @classmethod
     def of_run(
@@ -150,21 +152,20 @@ class Generator:
         running = RunningPosterior(self._prior_of(batch.prompts), len(batch.prompts))
         if len(self.names) > 1:
             scores = [self.shelf.take(name).read(batch.prompts).log_probs for name in self.names]
-            observe_prompts(running, scores, batch.prompts)
+            observe_prompts(running, torch.stack([score for score in scores if score is not None]), batch.prompts)
         batch.posterior = np.exp(running.log_weights())
         weights = torch.as_tensor(batch.posterior, device=self.device)
         batch.drawn = torch.multinomial(weights, 1, generator=random).squeeze(1).cpu().numpy()
         # In reverse: the experts that read the prompts last are still in memory.
         for expert in np.unique(batch.drawn)[::-1]:
             texts = np.flatnonzero(batch.drawn == expert)
-            reading = self.shelf.take(self.names[expert]).read(
-                [batch.prompts[int(text)] for text in texts], score=False
-            )
+            decoder = Together([self.shelf.take(self.names[expert])])
+            reading = decoder.read([batch.prompts[int(text)] for text in texts], score=False)
             finished = batch.finished[texts]
             alone = RunningPosterior(np.zeros(1), len(texts))
             for step in decode(
-                [reading],
-                alone,
+                reading,
+                DevicePosterior(alone, self.device),
                 from_mixture(Sampling()),
                 limits=batch.limits[texts],
                 end=self.tokenizer.eos,
@@ -176,12 +177,12 @@ class Generator:
             batch.finished[texts] = True
 
     def _by_all(self, batch: Batch, random: torch.Generator) -> Iterator[Step]:
-        readings, running = self.begin(batch.prompts)
+        reading, running = self.begin(batch.prompts)
         batch.posterior = np.exp(running.log_weights())
         choose = from_drawn_expert if self.method == "per-token" else from_mixture(self.sampling)
         return decode(
-            readings,
-            running,
+            reading,
+            DevicePosterior(running, self.device),
             choose,
             limits=batch.limits,
             end=self.tokenizer.eos,
@@ -189,12 +190,13 @@ class Generator:
             generator=random,
         )
 
-    def begin(self, prompts: Sequence[Sequence[int]]) -> tuple[list[Reading], RunningPosterior]:
-        """Read prompts of at least one token with all models; return their readings and the running posterior."""
-        readings = [decoder.read(prompts) for decoder in self.shelf.take_all(self.names, "A mixture")]
+    def begin(self, prompts: Sequence[Sequence[int]]) -> tuple[JointReading, RunningPosterior]:
+        """Read prompts of at least one token with all models; return their reading and the running posterior."""
+        reading = self.shelf.take_together(self.names, "A mixture").read(prompts, score=len(self.names) > 1)
         running = RunningPosterior(self._prior_of(prompts), len(prompts), mode=self.mode, tempering=self.tempering)
-        observe_prompts(running, [reading.log_probs for reading in readings], prompts)
-        return readings, running
+        if reading.scores is not None:
+            observe_prompts(running, reading.scores, prompts)
+        return reading, running
 
     def _prior_of(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         if self._router is None:
@@ -252,9 +254,9 @@ class Generator:
         return self.context - tokens + 1
 
 
-def observe_prompts(running: RunningPosterior, scores: Sequence[Any], prompts: Sequence[Sequence[int]]) -> None:
-    """Update a posterior with the experts' scores of prompts, each float32 [prompts, longest - 1], left-padded."""
-    log_probs = torch.stack(list(scores), dim=2).double().cpu().numpy()
+def observe_prompts(running: RunningPosterior, scores: torch.Tensor, prompts: Sequence[Sequence[int]]) -> None:
+    """Update a posterior with the experts' scores of prompts, float32 [experts, prompts, longest - 1], left-padded."""
+    log_probs = scores.permute(1, 2, 0).double().cpu().numpy()
     longest = log_probs.shape[1] + 1
     begins = np.array([longest - len(prompt) for prompt in prompts])
     running.observe_text(log_probs, np.arange(longest - 1) >= begins[:, None])

@@ -16,6 +16,7 @@ from btm_scale.forest.posterior.log_weights import logsumexp
 from btm_scale.forest.posterior.mixture import mixture_log_probs
 from btm_scale.forest.priors import log_prior_of, models_of
 from btm_scale.generate.generator import Generator
+from btm_scale.generate.sampling import token_log_probs
 from btm_scale.kernels import mix_sample
 from btm_scale.run_dir import DENSE, MOE, SEED, RunDir
 
@@ -73,21 +74,20 @@ def score_continuations(generator: Generator, pairs: Sequence[tuple[Tokens, Toke
     padded = np.zeros((len(pairs), lengths.max()), dtype=np.int64)
     for row, (_, continuation) in enumerate(pairs):
         padded[row, : len(continuation)] = continuation
-    readings, running = generator.begin(contexts)
+    reading, running = generator.begin(contexts)
     total, greedy = np.zeros(len(pairs)), np.ones(len(pairs), dtype=bool)
     for position in range(padded.shape[1]):
         active = position < lengths
-        tokens = torch.as_tensor(padded[:, position], device=readings[0].logits.device)
+        logits = reading.logits
+        tokens = torch.as_tensor(padded[:, position], device=logits.device)
         weights = running.log_weights()
-        log_probs = torch.stack([reading.next_log_probs(tokens) for reading in readings], dim=1).cpu().numpy()
+        log_probs = token_log_probs(logits, tokens).cpu().numpy()
         total += np.where(active, logsumexp((weights + log_probs).T), 0.0)
-        logits = torch.stack([reading.logits for reading in readings])
         most_likely, _ = mix_sample(logits, torch.as_tensor(weights, device=tokens.device).float(), temperature=0)
         greedy &= ~active | (most_likely == tokens).cpu().numpy()
         running.observe(log_probs, active)
         if position + 1 < padded.shape[1]:
-            for reading in readings:
-                reading.feed(tokens)
+            reading.feed(tokens)
     return list(zip(np.minimum(total, 0.0).tolist(), greedy.tolist(), strict=True))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import CheckpointError, ForestError, UserError
+from btm_scale.generate.together import Together
 from btm_scale.model.hf_decoder import Decoder, limits_of
 
 
@@ -32,7 +33,7 @@ def shared_context(models: Mapping[str, Path], tokenizer: Tokenizer) -> int:
 
 
 class Shelf:
-    """An LRU cache of loaded models by name."""
+    """An LRU cache of loaded models by name, each alone or in a stack with others."""
 
     def __init__(
         self,
@@ -52,6 +53,7 @@ class Shelf:
         self._vocabulary = vocabulary
         self._device = device
         self._loaded: dict[str, Decoder] = {}
+        self._stacked: tuple[tuple[str, ...], Together] | None = None
         largest = max(self._sizes, key=self._sizes.__getitem__)
         if max_bytes is not None and self._sizes[largest] > max_bytes:
             raise UserError(
@@ -81,6 +83,21 @@ class Shelf:
             )
         return [self.take(name) for name in names]
 
+    def take_together(self, names: Sequence[str], why: str) -> Together:
+        """Return several models that read the same texts, alike ones stacked. Raises `UserError` as `take_all`.
+
+        A stack takes no memory besides that of its models. There is one at a time.
+        """
+        decoders = self.take_all(names, why)
+        if len(decoders) == 1:
+            return Together(decoders)
+        if self._stacked is not None:
+            if self._stacked[0] == tuple(names):
+                return self._stacked[1]
+            self._unstack()
+        self._stacked = (tuple(names), Together(decoders))
+        return self._stacked[1]
+
     def fit(self, names: Iterable[str]) -> bool:
         """Return whether these models fit into memory together."""
         return self._max_bytes is None or sum(self._sizes[name] for name in set(names)) <= self._max_bytes
@@ -100,7 +117,16 @@ class Shelf:
         while self._loaded and self._max_bytes is not None:
             if size + sum(self._sizes[name] for name in self._loaded) <= self._max_bytes:
                 return
-            del self._loaded[next(iter(self._loaded))]
+            oldest = next(iter(self._loaded))
+            del self._loaded[oldest]
+            if self._stacked is not None and oldest in self._stacked[0]:
+                self._unstack()
+
+    def _unstack(self) -> None:
+        """Free the stack: models that stay loaded get their own weights again."""
+        assert self._stacked is not None
+        together, self._stacked = self._stacked[1], None
+        together.unstack(list(self._loaded.values()))
 
 
 @contextmanager

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from btm_scale.forest.posterior.evidence import RunningPosterior
-from btm_scale.generate.sampling import Sampling, from_mixture, observe, predictions
+from btm_scale.generate.device_posterior import DevicePosterior
+from btm_scale.generate.sampling import Sampling, from_mixture, refuse_no_token
+from btm_scale.generate.together import JointReading
 from btm_scale.kernels import mix_logits
-from btm_scale.model.hf_decoder import Reading
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,17 @@ class RunningBatch:
     def __init__(self, random: torch.Generator) -> None:
         self.rows: list[Row] = []
         self._random = random
-        self._readings: list[Reading] = []
-        self._posterior: RunningPosterior | None = None
+        self._reading: JointReading | None = None
+        self._posterior: DevicePosterior | None = None
 
-    def join(self, readings: Sequence[Reading], posterior: RunningPosterior, rows: Sequence[Row]) -> None:
-        """Add texts that every model has read; `readings` must not be used any more."""
-        if self._posterior is None or not self.rows:
-            self._readings, self._posterior = list(readings), posterior
+    def join(self, reading: JointReading, posterior: RunningPosterior, rows: Sequence[Row]) -> None:
+        """Add texts that every model has read; `reading` must not be used any more."""
+        more = DevicePosterior(posterior, reading.device)
+        if self._reading is None or self._posterior is None or not self.rows:
+            self._reading, self._posterior = reading, more
         else:
-            for reading, other in zip(self._readings, readings, strict=True):
-                reading.join(other)
-            self._posterior.join(posterior)
+            self._reading.join(reading)
+            self._posterior.join(more)
         self.rows = [*self.rows, *rows]
 
     def sample(self) -> tuple[Tensor, list[Alternatives | None]]:
@@ -60,33 +61,37 @@ class RunningBatch:
 
         Raises `FloatingPointError` if a model's logits contain NaN or exclude every token.
         """
+        assert self._reading is not None
         assert self._posterior is not None
-        logits, weights = predictions(self._readings, self._posterior)
+        logits, weights = self._reading.logits, self._posterior.log_weights()
         alike = list(self._alike())
         if len(alike) == 1:
             sampling, random, _ = alike[0]
-            tokens = from_mixture(sampling)(logits, weights, random)
+            tokens, gains = from_mixture(sampling)(logits, weights, random)
         else:
             tokens = torch.empty(len(self.rows), dtype=torch.int64, device=logits.device)
+            gains = torch.empty_like(weights)
             for sampling, random, texts in alike:
-                tokens[texts] = from_mixture(sampling)(logits[:, texts], weights[texts], random)
+                tokens[texts], gains[texts] = from_mixture(sampling)(logits[:, texts], weights[texts], random)
         alternatives = self._alternatives(logits, weights, tokens)
-        observe(self._readings, self._posterior, tokens)
+        refuse_no_token(tokens.cpu().numpy())
+        if self._posterior.experts > 1:
+            self._posterior.observe(gains)
         return tokens, alternatives
 
     def advance(self, tokens: Tensor, kept: Sequence[int]) -> None:
         """Continue the texts `kept` after their tokens, int64 [rows], and drop the others."""
+        assert self._reading is not None
         assert self._posterior is not None
         if len(kept) < len(self.rows):
             self.rows = [self.rows[row] for row in kept]
             if not kept:
-                self._readings, self._posterior = [], None
+                self._reading, self._posterior = None, None
                 return
-            self._readings = [reading.select(kept) for reading in self._readings]
+            self._reading = self._reading.select(kept)
             self._posterior.keep(kept)
             tokens = tokens[list(kept)]
-        for reading in self._readings:
-            reading.feed(tokens)
+        self._reading.feed(tokens)
 
     def _alike(self) -> Iterator[tuple[Sampling, torch.Generator, list[int]]]:
         """Yield rows that are sampled in one call: with the same settings and the same random generator."""

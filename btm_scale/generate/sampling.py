@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from btm_scale.errors import UserError
-from btm_scale.forest.posterior.evidence import RunningPosterior
+from btm_scale.generate.device_posterior import DevicePosterior
+from btm_scale.generate.together import JointReading
 from btm_scale.kernels import mix_logits, mix_sample
-from btm_scale.model.hf_decoder import Reading
 
-# (logits [experts, batch, vocabulary], log weights [batch, experts]) -> tokens int64 [batch]
-Choice = Callable[[Tensor, Tensor, torch.Generator], Tensor]
+# (logits [experts, batch, vocabulary], log weights float64 [batch, experts]) -> tokens int64 [batch], and each expert's
+# log-probability of them in nats, float64 [batch, experts]
+Choice = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -54,21 +55,37 @@ class Step:
 def from_mixture(sampling: Sampling) -> Choice:
     """Sample from the mixture with temperature and optional top-k and top-p."""
 
-    def choose(logits: Tensor, log_weights: Tensor, generator: torch.Generator) -> Tensor:
+    def choose(logits: Tensor, log_weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         if sampling.temperature == 0 or (sampling.top_k is None and sampling.top_p is None):
-            tokens, _ = mix_sample(logits, log_weights, temperature=sampling.temperature, generator=generator)
-            return tokens
+            gains = torch.zeros_like(log_weights)
+            tokens, _ = mix_sample(
+                logits, log_weights, temperature=sampling.temperature, generator=generator, log_likelihood=gains
+            )
+            return tokens, gains
         scores = cut(mix_logits(logits, log_weights) / sampling.temperature, sampling.top_k, sampling.top_p)
-        return mix_sample(scores.unsqueeze(0), torch.zeros_like(log_weights[:, :1]), generator=generator)[0]
+        tokens, _ = mix_sample(scores.unsqueeze(0), torch.zeros_like(log_weights[:, :1]), generator=generator)
+        return tokens, token_log_probs(logits, tokens)
 
     return choose
 
 
-def from_drawn_expert(logits: Tensor, log_weights: Tensor, generator: torch.Generator) -> Tensor:
+def from_drawn_expert(logits: Tensor, log_weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Sample an expert for each text by its weights, then a token from that expert; no mixture is formed."""
-    drawn = torch.multinomial(log_weights.exp(), 1, generator=generator).squeeze(1)
+    drawn = torch.multinomial(log_weights.softmax(1), 1, generator=generator).squeeze(1)
     expert_logits = logits[drawn, torch.arange(len(drawn), device=drawn.device)]
-    return mix_sample(expert_logits.unsqueeze(0), torch.zeros_like(log_weights[:, :1]), generator=generator)[0]
+    tokens, _ = mix_sample(expert_logits.unsqueeze(0), torch.zeros_like(log_weights[:, :1]), generator=generator)
+    return tokens, token_log_probs(logits, tokens)
+
+
+def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return each expert's log-probability in nats of tokens, int64 [batch], as float64 [batch, experts].
+
+    Args: `logits` [experts, batch, vocabulary]. A token of -1, which no expert allows, gets any value.
+    """
+    wide = logits.double()
+    chosen = tokens.clamp_min(0).expand(len(logits), -1).unsqueeze(2)
+    gains = wide.gather(2, chosen).squeeze(2) - wide.logsumexp(2)
+    return gains.clamp_(max=0.0).T
 
 
 def cut(scores: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
@@ -85,8 +102,8 @@ def cut(scores: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
 
 
 def decode(
-    readings: Sequence[Reading],
-    posterior: RunningPosterior,
+    reading: JointReading,
+    posterior: DevicePosterior,
     choose: Choice,
     *,
     limits: np.ndarray,
@@ -102,34 +119,46 @@ def decode(
     finished |= limits < 1
     written = 0
     while not finished.all():
-        logits, weights = predictions(readings, posterior)
-        tokens = choose(logits, weights, generator)
-        observe(readings, posterior, tokens)
+        tokens, gains = choose(reading.logits, posterior.log_weights(), generator)
+        if posterior.experts > 1:  # a single expert always has weight 1
+            posterior.observe(gains)
         written += 1
-        sampled = tokens.cpu().numpy()
+        arriving = HostCopy(tokens)
+        # A GPU computes the next logits while the host turns these tokens into text.
+        ahead = tokens.is_cuda and bool((limits[~finished] > written).any())
+        if ahead:
+            reading.feed(tokens.clamp_min(0))
+        sampled = arriving.wait()
+        refuse_no_token(sampled)
         active = np.flatnonzero(~finished)
         finished |= limits <= written
         if end is not None:
             finished |= sampled == end
         yield Step(active, sampled[active])
-        if not finished.all():
-            for reading in readings:
-                reading.feed(tokens)
+        if not ahead and not finished.all():
+            reading.feed(tokens)
 
 
-def predictions(readings: Sequence[Reading], posterior: RunningPosterior) -> tuple[Tensor, Tensor]:
-    """Return the next token's logits [experts, batch, vocabulary], and the log weights [batch, experts] in nats."""
-    logits = torch.stack([reading.logits for reading in readings])
-    return logits, torch.as_tensor(posterior.log_weights(), dtype=torch.float32, device=logits.device)
+class HostCopy:
+    """Tokens on their way to the host, beside what the GPU computes next."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._tokens = tokens
+        if tokens.is_cuda:
+            self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._tokens.copy_(tokens, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self) -> np.ndarray:
+        """Return the tokens, int64 [texts]."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tokens.numpy()
 
 
-def observe(readings: Sequence[Reading], posterior: RunningPosterior, tokens: Tensor) -> None:
-    """Update the posterior with each text's next token, int64 [batch].
-
-    Raises `FloatingPointError` for a negative one: an expert's logits contain NaN or exclude every token.
-    """
+def refuse_no_token(tokens: np.ndarray) -> None:
+    """Raise `FloatingPointError` for a negative token: an expert's logits contain NaN or exclude every token."""
     if (tokens < 0).any():
         raise FloatingPointError("An expert's logits contain NaN or exclude every token. Check for a diverged expert.")
-    if len(readings) > 1:  # a single expert always has weight 1
-        gains = [reading.next_log_probs(tokens) for reading in readings]
-        posterior.observe(torch.stack(gains, dim=1).cpu().numpy())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,22 +16,30 @@ def selected_rows(cache: Any, empty: Any, rows: Tensor, columns: int) -> Any:
     return empty
 
 
-def joined_rows(cache: Any, other: Any, empty: Any, columns: int) -> Any:
-    """Fill the cache `empty` with the rows of two, left-padded to `columns` positions, and return it."""
+def joined_rows(cache: Any, other: Any, empty: Any, columns: int, models: int = 1) -> Any:
+    """Fill the cache `empty` with the rows of two, left-padded to `columns` positions, and return it.
+
+    The rows are those of `models` models, one after the other, and each model's are joined.
+    """
     for first, second, target in zip(cache.layers, other.layers, empty.layers, strict=True):
         width = max(first.keys.shape[2], second.keys.shape[2])
         keys, values = (
-            torch.cat([_padded(getattr(layer, name), width) for layer in (first, second)])
+            torch.cat(
+                [_padded(getattr(layer, name), width).unflatten(0, (models, -1)) for layer in (first, second)], dim=1
+            ).flatten(0, 1)
             for name in ("keys", "values")
         )
         _fill(target, keys, values, columns)
     return empty
 
 
-def leading_positions(cache: Any, empty: Any, positions: int) -> Any:
-    """Fill the cache `empty` with the first positions of one without sliding windows, and return it."""
-    for source, target in zip(cache.layers, empty.layers, strict=True):
-        _fill(target, source.keys[:, :, :positions], source.values[:, :, :positions], positions)
+def leading_positions(caches: Sequence[Any], empty: Any, positions: int) -> Any:
+    """Fill the cache `empty` with the first positions of others without sliding windows, row by row, and return it."""
+    for target, *sources in zip(empty.layers, *(cache.layers for cache in caches), strict=True):
+        keys, values = (
+            torch.cat([getattr(source, name)[:, :, :positions] for source in sources]) for name in ("keys", "values")
+        )
+        _fill(target, keys, values, positions)
     return empty
 
 

@@ -1,7 +1,7 @@
 """The local backend: one thread holds the models and continues all texts together, step by step.
 
-Requests join between two steps. Texts under the same models share a batch, so that a forest of E experts takes E
-forward passes per step, however many clients wait.
+Requests join between two steps. Texts under the same models share a batch, so that a forest of E experts takes at most
+E forward passes per step, however many clients wait; the mixture of experts that are alike takes one.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import UserError
@@ -24,7 +24,8 @@ from btm_scale.forest.posterior.evidence import RunningPosterior
 from btm_scale.generate.detokenizer import Transcript
 from btm_scale.generate.model_cache import Shelf, shared_context
 from btm_scale.generate.running_batch import Alternatives, Row, RunningBatch
-from btm_scale.model.hf_decoder import Reading, usable_device
+from btm_scale.generate.together import JointReading
+from btm_scale.model.hf_decoder import usable_device
 from btm_scale.serve.prefixes import PrefixCache
 from btm_scale.serve.prompt_reader import Prior, PromptReader
 from btm_scale.serve.texts import Part, Text
@@ -230,19 +231,19 @@ class Engine:
 
     def _begin_together(self, names: tuple[str, ...], parts: Sequence[Part]) -> None:
         """Start texts under one model, or under the mixture of several."""
-        self.shelf.take_all(names, "A mixture")
         prompts = [part.job.prompt for part in parts]
-        readings, scores = self._reader.read(names, prompts, score=len(names) > 1, keep=True)
+        reading, scores = self._reader.read(names, prompts, score=len(names) > 1, keep=True)
+        assert reading is not None
         posterior = self._reader.posterior(names, prompts, scores)
         self._send_routed(names, parts, posterior, scores)
         texts = [(row, part, copy) for row, part in enumerate(parts) for copy in part.copies]
-        self._join(names, readings, posterior, texts)
+        self._join(names, reading, posterior, texts)
 
     def _begin_drawn(self, names: tuple[str, ...], parts: Sequence[Part]) -> None:
         """Score the prompts with every model, draw one for each text, and start the texts."""
         prompts = [part.job.prompt for part in parts]
         together = self.shelf.fit({*names, *self._running_models()})
-        readings, scores = self._reader.read(names, prompts, score=True, keep=together)
+        reading, scores = self._reader.read(names, prompts, score=True, keep=together)
         posterior = self._reader.posterior(names, prompts, scores)
         self._send_routed(names, parts, posterior, scores)
         weights = torch.as_tensor(np.exp(posterior.log_weights()), device=self._device)
@@ -254,10 +255,10 @@ class Engine:
                 drawn.setdefault(expert, []).append((row, part, copy))
         # In reverse: the experts that read the prompts last are still in memory.
         for expert in sorted(drawn, reverse=True):
-            if together:
+            if reading is not None:
                 alone = RunningPosterior(np.zeros(1), len(prompts))
-                self._join((names[expert],), [readings[expert]], alone, drawn[expert])
-        if not together:
+                self._join((names[expert],), reading.of_model(expert), alone, drawn[expert])
+        if reading is None:
             waiting = [
                 Part(part.job, (names[expert],), (copy,), part.randoms, routed=True)
                 for expert in sorted(drawn, reverse=True)
@@ -267,22 +268,22 @@ class Engine:
                 self._queue.extendleft(reversed(waiting))
 
     def _send_routed(
-        self, names: tuple[str, ...], parts: Sequence[Part], posterior: RunningPosterior, scores: Sequence[Any]
+        self, names: tuple[str, ...], parts: Sequence[Part], posterior: RunningPosterior, scores: Tensor | None
     ) -> None:
         weights = np.exp(posterior.log_weights())
         for row, part in enumerate(parts):
             if not part.routed:
-                own = [None if score is None else score[row : row + 1] for score in scores]
+                own = None if scores is None else scores[:, row]
                 self._send(part.job, self._reader.routed(names, part.job, weights[row], own), urgent=True)
 
     def _join(
         self,
         names: tuple[str, ...],
-        readings: Sequence[Reading],
+        reading: JointReading,
         posterior: RunningPosterior,
         texts: Sequence[tuple[int, Part, int]],
     ) -> None:
-        """Add continuations, each of a (row of the readings, part, copy), to the batch of these models."""
+        """Add continuations, each of a (row of the reading, part, copy), to the batch of these models."""
         rows, kept = [], []
         for row, part, copy in texts:
             job = part.job
@@ -297,11 +298,11 @@ class Engine:
         if not rows:
             return
         if kept != list(range(len(posterior.log_weights()))):
-            readings = [reading.select(kept) for reading in readings]
+            reading = reading.select(kept)
             posterior.keep(kept)
         if names not in self._groups:
             self._groups[names] = RunningBatch(self._random)
-        self._groups[names].join(readings, posterior, rows)
+        self._groups[names].join(reading, posterior, rows)
 
     def _step(self, names: tuple[str, ...]) -> None:
         group = self._groups[names]

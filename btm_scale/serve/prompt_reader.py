@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.forest.posterior.evidence import RunningPosterior
@@ -13,7 +14,7 @@ from btm_scale.generate.generator import observe_prompts
 from btm_scale.generate.model_cache import Shelf
 from btm_scale.generate.prompt_scores import prompt_scores, weights_after
 from btm_scale.generate.running_batch import Alternatives
-from btm_scale.model.hf_decoder import Reading
+from btm_scale.generate.together import JointReading
 from btm_scale.serve.prefixes import PrefixCache
 from btm_scale.serve.texts import Part
 from btm_scale.serve.work import Job, Routed
@@ -51,40 +52,43 @@ class PromptReader:
 
     def read(
         self, names: Sequence[str], prompts: Sequence[Sequence[int]], *, score: bool, keep: bool
-    ) -> tuple[list[Reading], list[Any]]:
-        """Return each model's reading, if `keep`, and its scores of the prompts, float32 [prompts, longest - 1]."""
-        cached = self._prefixes.find(names, prompts[0]) if keep and len(prompts) == 1 else None
-        readings, scores = [], []
-        for name in names:
-            decoder = self._shelf.take(name)
-            if cached is None:
-                reading = decoder.read(prompts, score=score)
-            else:
-                reading = decoder.resume(cached.models[name], prompts[0], cached.tokens)
-            scores.append(reading.log_probs)
-            if keep:
-                readings.append(reading)
-        if keep:
-            self._remember(names, prompts, readings)
-        return readings, scores
+    ) -> tuple[JointReading | None, Tensor | None]:
+        """Return the models' reading, if `keep`, and their scores, float32 [models, prompts, longest - 1] in nats.
 
-    def posterior(self, names: Sequence[str], prompts: Sequence[Sequence[int]], scores: Sequence[Any]) -> Any:
+        There are scores if `score`, or if the prompt's cached prefix has them.
+        """
+        if not keep:
+            scores = [self._shelf.take(name).read(prompts, score=score).log_probs for name in names]
+            return None, torch.stack([own for own in scores if own is not None]) if score else None
+        cached = self._prefixes.find(names, prompts[0]) if len(prompts) == 1 else None
+        together = self._shelf.take_together(names, "A mixture")
+        if cached is None:
+            reading = together.read(prompts, score=score)
+        else:
+            reading = together.resume([cached.models[name] for name in names], prompts[0], cached.tokens)
+        self._remember(names, prompts, reading)
+        return reading, reading.scores
+
+    def posterior(
+        self, names: Sequence[str], prompts: Sequence[Sequence[int]], scores: Tensor | None
+    ) -> RunningPosterior:
         """Return the running posterior after prompts with these scores."""
         posterior = self._before(names, prompts)
         if len(names) > 1:
+            assert scores is not None
             observe_prompts(posterior, scores, prompts)
         return posterior
 
-    def routed(self, names: Sequence[str], job: Job, weights: np.ndarray, scores: Sequence[Any]) -> Routed:
-        """Return a job's first event. `scores`: of its prompt alone, [1, longest - 1] of each model."""
+    def routed(self, names: Sequence[str], job: Job, weights: np.ndarray, scores: Tensor | None) -> Routed:
+        """Return a job's first event. `scores`: of its prompt alone, [models, longest - 1]."""
         found: list[Alternatives] | None = None
         trace: list[list[float]] | None = None
         if job.score_prompt:
-            decoders = self._shelf.take_all(names, "The log-probability of a prompt")
-            found = prompt_scores(decoders, job.prompt, self._before(names, [job.prompt]), job.top or 0)
+            together = self._shelf.take_together(names, "The log-probability of a prompt")
+            found = prompt_scores(together, job.prompt, self._before(names, [job.prompt]), job.top or 0)
         if job.trace and len(names) == 1:
             trace = [[1.0]] * len(job.prompt)
-        elif job.trace:
+        elif job.trace and scores is not None:
             trace = weights_after(self._before(names, [job.prompt]), scores, job.prompt)
         return Routed(dict(zip(names, weights.tolist(), strict=True)), (), found, trace)
 
@@ -93,10 +97,10 @@ class PromptReader:
             return RunningPosterior(np.zeros(1), len(prompts))
         return RunningPosterior(priors_of(self._prior, self._tokenizer.decode, prompts), len(prompts))
 
-    def _remember(self, names: Sequence[str], prompts: Sequence[Sequence[int]], readings: Sequence[Reading]) -> None:
+    def _remember(self, names: Sequence[str], prompts: Sequence[Sequence[int]], reading: JointReading) -> None:
         room = self._shelf.spare(())
         for row, prompt in enumerate(prompts):
             if room > 0 and self._prefixes.accepts(len(prompt)):
-                prefixes = [reading.prefix(row, len(prompt)) for reading in readings]
-                if all(prefix is not None for prefix in prefixes):
-                    self._prefixes.keep(prompt, dict(zip(names, prefixes, strict=True)), room)  # type: ignore[arg-type]
+                prefixes = reading.prefixes(row, len(prompt))
+                if prefixes is not None:
+                    self._prefixes.keep(prompt, dict(zip(names, prefixes, strict=True)), room)

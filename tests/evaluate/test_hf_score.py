@@ -16,6 +16,7 @@ from btm_scale.checkpoint.completeness import problems_of
 from btm_scale.checkpoint.formats.safetensors import SafetensorsModel
 from btm_scale.errors import CheckpointError, UnsupportedModelError
 from btm_scale.evaluate.hf_score import TransformersModel
+from btm_scale.generate.sampling import token_log_probs
 from btm_scale.model.families import READABLE
 from btm_scale.model.hf_config import read_shape
 from btm_scale.model.hf_decoder import Decoder
@@ -46,7 +47,7 @@ def test_every_family_is_scored_and_continued_as_transformers_does(family: str, 
     assert reading.log_probs is not None
     torch.testing.assert_close(reading.log_probs[1, -6:], theirs[1, :6], atol=1e-4, rtol=0)
     reading.feed(torch.stack([tokens[0, 20], tokens[1, 7]]))
-    continued = reading.next_log_probs(torch.stack([tokens[0, 21], tokens[1, 8]]))
+    continued = token_log_probs(reading.logits[None], torch.stack([tokens[0, 21], tokens[1, 8]]))[:, 0]
     expected = torch.stack([theirs[0, 20], theirs[1, 7]])
     torch.testing.assert_close(continued.float(), expected, atol=1e-4, rtol=0)
 

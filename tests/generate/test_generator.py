@@ -23,7 +23,7 @@ from btm_scale.errors import CheckpointError, ForestError, UserError
 from btm_scale.generate.generator import Generator
 from btm_scale.generate.request import Batch
 from btm_scale.generate.sampling import Sampling, cut
-from btm_scale.model import hf_decoder, hf_load
+from btm_scale.model import hf_decoder, hf_load, reading
 from btm_scale.run_dir import RunDir
 
 PRIOR = np.log([0.8, 0.2])
@@ -101,7 +101,7 @@ def test_greedy_mixture_of_a_ragged_batch_equals_brute_force(
     family: str, mode: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Few logits at a time: the longest prompt is read in pieces, the first of which are padding for the others.
-    monkeypatch.setattr(hf_decoder, "_MAX_LOGITS", 3 * 4 * len("abcde"))
+    monkeypatch.setattr(reading, "_MAX_LOGITS", 3 * 4 * len("abcde"))
     experts = write_experts(tmp_path, 3, family)
     oracle, prior = Oracle(experts), np.log([0.2, 0.5, 0.3])
     generator = Generator(

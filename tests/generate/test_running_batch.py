@@ -28,9 +28,9 @@ def generator(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 def add(batch: RunningBatch, generator: Generator, prompt: str, **settings: Any) -> Row:
     """Let a text join the batch."""
-    readings, posterior = generator.begin([[0, *Letters().encode(prompt)]])
+    reading, posterior = generator.begin([[0, *Letters().encode(prompt)]])
     row = Row(**{"sampling": GREEDY, "owner": []} | settings)
-    batch.join(readings, posterior, [row])
+    batch.join(reading, posterior, [row])
     return row
 
 
@@ -123,7 +123,7 @@ def test_alternatives_and_prompt_scores_are_those_of_the_mixture(generator: Gene
     oracle = Oracle({name: generator.shelf._directories[name] for name in generator.names})
     text = [0, 1, 2, 1, 4, 4, 3]
     posterior = RunningPosterior(PRIOR, 1)
-    scores = prompt_scores(generator.shelf.take_all(generator.names, ""), text, posterior, 2)
+    scores = prompt_scores(generator.shelf.take_together(generator.names, ""), text, posterior, 2)
     for position, score in enumerate(scores, 1):
         expected = oracle.mixture_after(text[:position], log_prior=PRIOR)
         assert score.log_prob == pytest.approx(expected[text[position]], abs=1e-4)

@@ -21,8 +21,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from btm_scale.kernels import hardware, layer_operators, loss_operators, operators, paths
+from btm_scale.kernels.drawing import draw_kernel
 from btm_scale.kernels.loss import cross_entropy_kernel, logit_gradient_kernel, logit_partials_kernel
-from btm_scale.kernels.mixing import draw_kernel, mix_kernel, normalizer_kernel, pick_kernel
+from btm_scale.kernels.mixing import mix_kernel, normalizer_kernel
 from btm_scale.kernels.norm import add_norm_backward_kernel, add_norm_kernel, column_sums_kernel
 from btm_scale.kernels.rotary import join_rotated_kernel, split_rotated_kernel
 from btm_scale.kernels.scoring import combine_kernel, score_kernel
@@ -30,7 +31,7 @@ from btm_scale.kernels.scoring import combine_kernel, score_kernel
 LOSS_KERNELS = (cross_entropy_kernel, logit_partials_kernel, logit_gradient_kernel)
 NORM_KERNELS = (add_norm_kernel, add_norm_backward_kernel, column_sums_kernel)
 LAYER_KERNELS = (*NORM_KERNELS, split_rotated_kernel, join_rotated_kernel)
-OTHERS = (score_kernel, combine_kernel, normalizer_kernel, mix_kernel, draw_kernel, pick_kernel)
+OTHERS = (score_kernel, combine_kernel, normalizer_kernel, mix_kernel, draw_kernel)
 KERNELS = (*OTHERS, *LOSS_KERNELS, *LAYER_KERNELS)
 
 SHARED_BYTES = {
@@ -44,10 +45,9 @@ SHARED_BYTES = {
 WRITTEN = {
     "score_kernel": {"maximum_ptr", "sum_exp_ptr", "target_logit_ptr"},
     "combine_kernel": {"out_maximum_ptr", "out_sum_exp_ptr", "out_target_logit_ptr"},
-    "normalizer_kernel": {"maximum_ptr", "sum_exp_ptr"},
+    "normalizer_kernel": {"normalizers_ptr", "tokens_ptr"},
     "mix_kernel": {"mixture_ptr"},
-    "draw_kernel": {"score_ptr", "token_ptr", "log_prob_ptr"},
-    "pick_kernel": {"out_token_ptr", "out_log_prob_ptr"},
+    "draw_kernel": {"candidates_ptr", "tokens_ptr", "out_token_ptr", "out_log_prob_ptr"},
     "cross_entropy_kernel": {"logits_ptr", "loss_ptr"},
     "logit_partials_kernel": {"maximum_ptr", "sum_exp_ptr", "target_logit_ptr"},
     "logit_gradient_kernel": {"logits_ptr"},
@@ -57,6 +57,7 @@ WRITTEN = {
     "split_rotated_kernel": {"query_ptr", "key_ptr"},
     "join_rotated_kernel": {"mixed_ptr"},
 }
+_COUNTED = ("draw_kernel", "tokens_ptr")  # which counts the finished blocks of a row, too
 
 
 class GpuTensor(torch.Tensor):
@@ -126,11 +127,13 @@ class Launch:
         """Bytes of every pointer that the kernel reads, each element once."""
         total = 0
         for name, tensor in self._pointers().items():
-            if name in WRITTEN[self.kernel] or (name == "log_likelihood_ptr" and not self.arguments["UPDATE"]):
+            if name == "log_likelihood_ptr" and not self.arguments["UPDATE"]:
                 continue
-            if self.kernel == "pick_kernel" and name == "logits_ptr":  # one logit of each expert and row
+            # The last program of a row reads what the others wrote.
+            if name in WRITTEN[self.kernel] - {"candidates_ptr"} and (self.kernel, name) != _COUNTED:
+                continue
+            if self.kernel == "draw_kernel" and name == "logits_ptr":  # and one logit of each expert and row
                 total += self.arguments["UPDATE"] * self._numbers("experts", "batch") * tensor.element_size()
-                continue
             if self.kernel == "split_rotated_kernel" and name == "mixed_ptr":  # values are not read
                 per = self.arguments["PER"]
                 total += tensor.numel() * (per + 1) // (per + 2) * tensor.element_size()
@@ -147,6 +150,9 @@ class Launch:
     def bytes_written(self) -> int:
         """Bytes of every pointer that the kernel writes."""
         written = set(WRITTEN[self.kernel])
+        if self.kernel == "normalizer_kernel":  # of the tokens only the number of finished blocks of each row
+            cleared = 4 * self.arguments["batch"] if self.arguments["DRAW"] else 0
+            return cleared + sum(self._pointers()[name].nbytes for name in written - {"tokens_ptr"})
         if self.arguments.get("UPDATE"):
             written.add("log_likelihood_ptr")
         return sum(t.numel() * t.element_size() for name, t in self._pointers().items() if name in written)

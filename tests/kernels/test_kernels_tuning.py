@@ -80,7 +80,7 @@ def test_replacing_the_rows_of_a_gpu_keeps_the_others(tmp_path):
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     rule = ScoreRule("sm_90", 16, 0, 0, True, ScoreConfig(1, 2, 3, 4, 5, 6, 7))
-    mix = MixConfig(8, 9, 10, 11)
+    mix = MixConfig(8, 9, 10)
     table = tmp_path / "table.py"
     table.write_text(script.rewritten(Path(tuning_table.__file__).read_text(), "sm_90", [rule], mix))
     renewed = runpy.run_path(str(table))

@@ -28,7 +28,8 @@ from btm_scale.distributed.group import ExpertGroup
 from btm_scale.evaluate.score import _log_probs
 from btm_scale.forest.posterior.evidence import RunningPosterior
 from btm_scale.generate.running_batch import Row, RunningBatch
-from btm_scale.generate.sampling import Sampling, cut
+from btm_scale.generate.sampling import Sampling, cut, token_log_probs
+from btm_scale.generate.together import Together
 from btm_scale.model import gpt
 from btm_scale.model.families import READABLE
 from btm_scale.model.gpt import ExpertModel
@@ -114,13 +115,13 @@ def decode(shape: ModelShape) -> None:
         for scores in (True, False):
             reading = decoder.read([[1] * length for length in lengths], score=scores)
             reading.feed(torch.zeros(3, dtype=torch.int64, device=GPU))
-            reading.next_log_probs(torch.zeros(3, dtype=torch.int64, device=GPU))
+            assert token_log_probs(reading.logits[None], torch.zeros(3, dtype=torch.int64, device=GPU)).device == GPU
             assert cut(reading.logits, 5, 0.9).device == GPU
 
 
 def serve(shape: ModelShape) -> None:
     """Continue texts of two experts that join and leave, each with its own sampling, as a server does."""
-    decoders, batch = [decoder_of(shape) for _ in range(2)], RunningBatch(torch.Generator())
+    together, batch = Together([decoder_of(shape) for _ in range(2)]), RunningBatch(torch.Generator())
     rows = [
         Row(Sampling(temperature=0.0), top=3),
         Row(Sampling(0.7, top_k=5, top_p=0.9), random=torch.Generator()),
@@ -128,8 +129,7 @@ def serve(shape: ModelShape) -> None:
     ]
     with HostReads():
         for prompts in ([[1] * 8, [1] * 5, [1]], [[1] * 12, [1] * 2, [1] * 2]):
-            readings = [decoder.read(prompts) for decoder in decoders]
-            batch.join(readings, RunningPosterior(np.log([0.5, 0.5]), len(prompts)), rows)
+            batch.join(together.read(prompts), RunningPosterior(np.log([0.5, 0.5]), len(prompts)), rows)
             for kept in (slice(None), slice(0, 2)):
                 sampled, alternatives = batch.sample()
                 assert sampled.device == GPU

@@ -53,3 +53,15 @@ def test_layers_and_peers_count_what_is_committed(tmp_path: Path) -> None:
     counted = json.loads(result.read_text())
     del counted["environment"]
     assert counted == {part: counts for part, counts in COUNTS.items() if part != "environment"}
+
+
+def test_a_token_of_a_mixture_of_stacked_experts_takes_the_committed_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from gpu_counting.decoding import DECODINGS, stacked_counts
+
+    for name, case in DECODINGS.items():
+        assert (case.experts, case.shape.layers) == (8, 24)
+        count, committed = stacked_counts(case).total(), COUNTS["ours"]["decoding"][name]
+        assert (count.kernels, count.bytes) == (committed["kernels"], committed["bytes"])
+        assert count.kernels <= 900
+        assert COUNTS["transformers"]["decoding"][name]["kernels"] > 8 * 900

@@ -7,7 +7,7 @@ weights are needed before the token is known.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -76,6 +76,13 @@ class Evidence:
         for name in _BY_TEXT:
             setattr(self, name, np.concatenate([getattr(self, name), getattr(other, name)], axis=-1))
 
+    def arrays(self) -> RecursionArrays:
+        """Return what a recursion elsewhere needs. Needs a single tempering."""
+        transposed = (self._prior, self._state, self._power, self._forgetting)
+        prior, state, power, forgetting = (array.T for array in transposed)
+        kept, mixed_in = self._kept[:, None], self._mixed_in.T
+        return RecursionArrays(self._mode, self._mixes, prior, state, power, forgetting, kept, mixed_in)
+
     def weights_before(self, piece: Array) -> Array:
         """Return normalised log weights before each token of the next piece [experts, texts, tokens]; consumes it."""
         if self._mode == "tempered":
@@ -129,6 +136,19 @@ class Evidence:
             np.log(state, out=state)
 
 
+class RecursionArrays(NamedTuple):
+    """What the recursion of a single tempering computes with, [texts, experts] each, to continue it elsewhere."""
+
+    mode: Mode
+    mixes: bool  # whether the prior is mixed in
+    prior: Array
+    state: Array
+    power: Array
+    forgetting: Array
+    kept: Array  # [texts, 1]
+    mixed_in: Array
+
+
 class RunningPosterior:
     """log p(D=j | text so far) in nats [texts, experts], token by token, in all modes of `mixture_log_probs`."""
 
@@ -157,6 +177,10 @@ class RunningPosterior:
         `seen`, bool [texts]: the texts that have a next token (default: all).
         """
         self._evidence.observe(np.asarray(log_probs, dtype=np.float64).T, seen)
+
+    def arrays(self) -> RecursionArrays:
+        """Return the recursion's arrays, which must not be changed."""
+        return self._evidence.arrays()
 
     def keep(self, texts: Sequence[int]) -> None:
         """Keep only these texts, which may repeat, in this order."""

@@ -29,7 +29,7 @@ SHAPES = [
     Shape(3, 2, 50_257),
     Shape(8, 1, 128_256),
 ]
-NARROW = MixConfig(block=64, split=160, warps=4, cache_bytes=1)
+NARROW = MixConfig(block=64, split=160, warps=4)
 INF = float("inf")
 
 
@@ -95,11 +95,11 @@ def test_nan_is_ignored_in_an_expert_without_weight_and_fills_the_row_otherwise(
     assert (tokens[:2] >= 0).all()
 
 
-def test_mixing_is_bit_identical_for_any_split_into_launches():
+def test_a_rows_mixture_is_bit_identical_with_and_without_other_rows():
     logits, log_weights = mixing_case(3, 6, 1000)
-    together = triton_launch.mix_logits(logits, log_weights, config=NARROW._replace(cache_bytes=1 << 20))
-    apart = triton_launch.mix_logits(logits, log_weights, config=NARROW)
-    assert torch.equal(together, apart)
+    together = triton_launch.mix_logits(logits, log_weights, config=NARROW)
+    alone = [triton_launch.mix_logits(logits[:, row:][:, :1], log_weights[row:][:1], config=NARROW) for row in range(6)]
+    assert torch.equal(together, torch.cat(alone))
     assert_close(together, exact_mixture(logits, log_weights))
 
 
@@ -117,15 +117,14 @@ def test_tokens_are_sampled_with_the_mixtures_probabilities(temperature):
     logits, log_weights = mixing_case(2, 1, vocab)
     exact = exact_mixture(logits, log_weights)[0]
     expected = draws * (exact / temperature).softmax(0)
-    draw = triton_launch.Draw(
+    tokens, log_probs = triton_launch.mix_sample(
         logits.expand(2, draws, vocab).contiguous(),
         log_weights.expand(draws, 2).contiguous(),
         temperature,
         torch.Generator().manual_seed(3),
         None,
+        config=NARROW._replace(block=16),
     )
-    draw.run(NARROW._replace(block=16, cache_bytes=1 << 20))
-    tokens, log_probs = draw.tokens, draw.log_probs
     counts = torch.bincount(tokens, minlength=vocab).double()
     assert (counts[expected == 0] == 0).all()
     common = expected >= 5
@@ -135,13 +134,12 @@ def test_tokens_are_sampled_with_the_mixtures_probabilities(temperature):
     assert (log_probs - exact[tokens]).abs().max() <= 1e-5
 
 
-def test_samples_depend_on_the_generator_and_not_on_the_split_into_launches():
+def test_samples_depend_on_the_generator_and_not_on_the_block_shape():
     logits, log_weights = mixing_case(2, 6, 1000)
 
     def draw(seed: int, config: MixConfig = MIX_RULES["interpreter"]) -> list[int]:
-        draw = triton_launch.Draw(logits, log_weights, 1.0, torch.Generator().manual_seed(seed), None)
-        draw.run(config)
-        return draw.tokens.tolist()
+        generator = torch.Generator().manual_seed(seed)
+        return triton_launch.mix_sample(logits, log_weights, 1.0, generator, None, config=config)[0].tolist()
 
     assert draw(1) == draw(1) == draw(1, NARROW)
     assert draw(1) != draw(2)
@@ -158,6 +156,20 @@ def test_the_launch_that_picks_a_token_adds_its_log_likelihood():
     gain = logits.double().log_softmax(2).gather(2, tokens.clamp(min=0).expand(3, 4)[:, :, None])[:, :, 0].T
     gain[log_weights == -INF] = 0
     assert torch.allclose(running, gain + 0.5, rtol=0, atol=1e-5)
+
+
+def test_the_running_likelihoods_may_be_the_weights_themselves():
+    """Then they are the posterior, up to normalization, and a decoding step needs no other kernel for it."""
+    prior = torch.tensor([[0.0, -1.0, -2.0], [-1.0, -INF, 0.0], [-3e6, -3e6 - 1, -3e6]], dtype=torch.float64)
+    posterior, running, separate = prior.clone(), torch.zeros_like(prior), torch.Generator().manual_seed(4)
+    together = torch.Generator().manual_seed(4)
+    for step in range(5):
+        logits, _ = mixing_case(3, 3, 300 + step)
+        expected = mix_sample(logits, prior + running, generator=separate, log_likelihood=running)
+        sampled = mix_sample(logits, posterior, generator=together, log_likelihood=posterior)
+        assert torch.equal(sampled[0], expected[0])
+        assert torch.allclose(posterior, prior + running, rtol=0, atol=1e-8)
+    assert (running[0] < -1).all()
 
 
 def test_strided_inputs_and_a_strided_running_likelihood_give_the_same_as_contiguous_ones():
