@@ -34,6 +34,11 @@ class ScoreConfig(NamedTuple):
         """Bytes of shared memory that the stages of the pipeline take, for elements of `bits`."""
         return self.stages * (self.block_t + self.block_v) * self.block_k * bits // 8
 
+    def with_resident(self, bits: int, shared_bytes: int) -> ScoreConfig:
+        """Return this config for a multiprocessor with that much shared memory: blocks of four warps run in pairs."""
+        pairs = self.warps == 4 and 2 * (self.shared_bytes(bits) + 1024) <= shared_bytes
+        return self._replace(resident=2 if pairs else 1)
+
 
 class MixConfig(NamedTuple):
     """Vocabulary columns per block and per split of the first pass, and warps."""

@@ -98,6 +98,13 @@ def test_a_program_has_no_more_columns_than_there_are_or_than_its_row_allows():
     assert split_columns(1_000_000, 10_000_000, config, 132) <= 8192
 
 
+def test_blocks_of_four_warps_run_in_pairs_where_shared_memory_suffices():
+    config = ScoreConfig(128, 128, 64, 8192, 16, 4, 3)  # 96 KiB in 16 bits
+    assert config.with_resident(16, 228 << 10).resident == 2
+    assert config.with_resident(16, 164 << 10).resident == 1
+    assert config._replace(warps=8).with_resident(16, 228 << 10).resident == 1
+
+
 def test_replacing_the_rows_of_a_gpu_keeps_the_others(tmp_path):
     spec = importlib.util.spec_from_file_location("tune_kernels", SCRIPT)
     assert spec is not None
