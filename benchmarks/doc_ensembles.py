@@ -19,8 +19,8 @@ LABELS = {
     "exponentiated gradient": "exponentiated gradient, static prior",
     "mixture of temperings": "Bayesian mixture of temperings, nothing fitted but the prior",
     "mixture of temperings, dev prior": "mixture of temperings, weighted by dev text",
+    "gate": "gate on evidence of five lengths, static prior: `ensemble:gated`",
     "stack": "fixed mixture of the tempered, the Soft-Bayes, the gated and the prefix mixture",
-    "gate": "log-linear gate on evidence of five lengths",
 }
 
 

@@ -21,6 +21,7 @@ METHODS = (
     "ensemble",
     "ensemble:tempered",
     "ensemble:static",
+    "ensemble:gated",
     "ensemble:top2",
     "ensemble:token",
     "ensemble:equal",
