@@ -26,8 +26,12 @@ LABELS = {
 
 def ensembles() -> str:
     """Mean perplexity over dense's, by family: each random seed, trained and novel domains."""
+    try:
+        measured = _read("ensembles")["runs"]
+    except FileNotFoundError:
+        return "Not measured yet: `python benchmarks/ensembles.py` takes the measurements."
     parts = []
-    for name, runs in _read("ensembles")["runs"].items():
+    for name, runs in measured.items():
         parts.append(f"{_heading(name, runs)}\n\n{_table(_rows(runs))}")
     return "\n\n".join([*parts, f"{_source('ensembles')}."])
 

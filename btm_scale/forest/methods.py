@@ -87,7 +87,7 @@ TOP_K_PER_TOKEN = Ensemble(
 GATED = Ensemble(
     "ensemble:gated",
     "Gated",
-    "The experts weighted by their probabilities of the last tokens and of longer text; the gate is fitted to dev text.",
+    "The experts weighted by their probabilities of the last tokens and of longer text; fitted to dev text.",
     prior="static",
 )
 ROUTED = Ensemble(
