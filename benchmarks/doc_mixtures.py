@@ -17,7 +17,10 @@ Units = Mapping[str, Unit]
 
 def mixtures() -> str:
     """How well averages of experts predict trained mixtures, by forest; without and with replay in every expert."""
-    units: Units = _read("mixtures")["units"]
+    try:
+        units: Units = _read("mixtures")["units"]
+    except FileNotFoundError:
+        return "Not measured yet: `python benchmarks/mixtures.py` takes the measurements."
     forests = list(dict.fromkeys(name.partition("/")[0] for name in units))
     rows = [["", *forests]]
     for other in ("uniform", "proportional"):

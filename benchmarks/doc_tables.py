@@ -22,6 +22,7 @@ METHODS = (
     "ensemble",
     "ensemble:tempered",
     "ensemble:static",
+    "ensemble:gated",
     "ensemble:top2",
     "ensemble:token",
     "ensemble:equal",

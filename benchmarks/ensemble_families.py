@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from btm_scale.config.evaluation import Tempering
+from btm_scale.forest.posterior.gate import fitted_gate, gated_mixture_log_probs
 from btm_scale.forest.posterior.log_weights import logsumexp
 from btm_scale.forest.posterior.mixture import mixture_log_probs, tempered_mixtures
 from btm_scale.forest.posterior.prior import cached_prior, static_prior
@@ -25,9 +26,6 @@ _TEMPERINGS = [
     for forgetting in (0.9, 0.95, 0.98, 1.0)
     for share in (0.0, 0.03)
 ]
-_FORGETTINGS = (0.0, 0.7, 0.9, 0.97, 1.0)  # of the gate's evidence
-_GATE_STEPS = 60
-_GATE_SHARES = (0.0, 0.01, 0.03, 0.1)
 
 
 @dataclass(frozen=True)
@@ -111,20 +109,10 @@ def over_temperings(dev_prior: bool) -> Family:
 
 
 def gate(dev: Text, text: Text) -> np.ndarray:
-    """Weights proportional to exp(b . f): f are the log static prior and sums of decaying evidence, b is of dev text.
-
-    A share of the static prior is mixed in.
-    """
+    """The gated mixture from the static prior."""
     prior = static(dev)
-    features, coefficients = _features(dev, prior), np.zeros(1 + len(_FORGETTINGS))
-    coefficients[0], coefficients[1 + _FORGETTINGS.index(0.97)] = 1.0, 0.1
-    counted = dev.likelihood_of
-    coefficients = _fitted_gate(features[:, :, counted], dev.log_probs[:, counted], coefficients)
-    likelihoods = [
-        float(_gated(features, dev.log_probs, coefficients, prior, share)[counted].mean()) for share in _GATE_SHARES
-    ]
-    share = _GATE_SHARES[int(np.argmax(likelihoods))]
-    return _gated(_features(text, prior), text.log_probs, coefficients, prior, share)
+    fitted = fitted_gate(dev.log_probs, dev.block_starts, prior, dev.counted)
+    return gated_mixture_log_probs(text.log_probs, text.block_starts, fitted, log_prior=prior)
 
 
 def stack(dev: Text, text: Text) -> np.ndarray:
@@ -174,54 +162,6 @@ def _updated(text: Text, prior: np.ndarray, settings: Sequence[tuple[float, floa
             result[:, columns[:, token]] = np.log(mixture) + peak
             weights = (1.0 - shares) * step(weights, probabilities / mixture, rates) + rest
     return result
-
-
-def _features(text: Text, log_prior: np.ndarray) -> np.ndarray:
-    """Return the gate's features before each token, [features, experts, tokens]."""
-    features = np.empty((1 + len(_FORGETTINGS), *text.log_probs.shape))
-    features[0] = log_prior[:, None]
-    for columns, block in _by_length(text):
-        relative = block - block.mean(axis=0)  # what all experts share has no effect
-        for row, forgetting in enumerate(_FORGETTINGS, 1):
-            evidence = np.zeros(block.shape[:2])
-            for token in range(block.shape[2]):
-                features[row][:, columns[:, token]] = evidence
-                evidence = forgetting * evidence + relative[:, :, token]
-    return features
-
-
-def _fitted_gate(features: np.ndarray, log_probs: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """Return the coefficients of the highest likelihood: ascent along the gradient, scaled by the weights' spread."""
-    best, highest = start, -np.inf
-    tried, damping = start, 1.0
-    for _ in range(_GATE_STEPS):
-        scores = np.tensordot(tried, features, 1)
-        weights = np.exp(scores - logsumexp(scores))
-        joint = scores + log_probs
-        total = logsumexp(joint)
-        likelihood = float(np.mean(total - logsumexp(scores)))
-        if likelihood > highest:
-            gain, best, highest = likelihood - highest, tried, likelihood
-            damping = max(damping / 3.0, 1e-3)
-            mean = np.einsum("fet,et->ft", features, weights)
-            gradient = np.einsum("fet,et->f", features, np.exp(joint - total) - weights)
-            spread = np.einsum("fet,get,et->fg", features, features, weights) - mean @ mean.T
-            if gain < 1e-7:
-                break
-        else:
-            damping *= 4.0
-        ridge = damping * np.diag(np.maximum(np.diag(spread), 1e-9))
-        tried = best + np.linalg.solve(spread + ridge, gradient)
-    return best
-
-
-def _gated(
-    features: np.ndarray, log_probs: np.ndarray, coefficients: np.ndarray, log_prior: np.ndarray, share: float
-) -> np.ndarray:
-    scores = np.tensordot(coefficients, features, 1)
-    weights = (1.0 - share) * np.exp(scores - logsumexp(scores)) + share * np.exp(log_prior)[:, None]
-    with np.errstate(divide="ignore"):
-        return logsumexp(np.log(weights) + log_probs)
 
 
 def _by_length(text: Text) -> list[tuple[np.ndarray, np.ndarray]]:

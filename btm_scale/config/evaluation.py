@@ -36,6 +36,15 @@ class Tempering(Section):
     share: float = Field(default=0.0, ge=0, lt=1, description="weight of the prior, mixed in after each token")
 
 
+class Gate(Section):
+    """The gated ensemble's numbers: see `forest/posterior/gate.py`."""
+
+    coefficients: tuple[float, float, float, float, float, float] = Field(
+        description="factors of the log prior, and of the log-probabilities so far with five rates of decay"
+    )
+    share: float = Field(ge=0, lt=1, description="weight of the prior, mixed in before each token")
+
+
 class EvaluateConfig(Section):
     """What is scored, and how the experts are weighted."""
 

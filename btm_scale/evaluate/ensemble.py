@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 
-from btm_scale.config.evaluation import EvaluateConfig, Tempering
+from btm_scale.config.evaluation import EvaluateConfig, Gate, Tempering
 from btm_scale.config.run import RunConfig
 from btm_scale.data.clustering import TENSORS, Clustering
 from btm_scale.data.discover import cluster_name
 from btm_scale.data.eval_text import EvaluationText
 from btm_scale.data.tokenizer import Tokenizer
-from btm_scale.forest.methods import ENSEMBLE, METHODS, ROUTED, ROUTED_TOP_K, TOP_K, TOP_K_PER_TOKEN, Ensemble
+from btm_scale.forest.methods import ENSEMBLE, GATED, METHODS, ROUTED, ROUTED_TOP_K, TOP_K, TOP_K_PER_TOKEN, Ensemble
 from btm_scale.forest.posterior.evidence import Mode
+from btm_scale.forest.posterior.gate import fitted_gate, gated_mixture_log_probs
 from btm_scale.forest.posterior.mixture import mixture_log_probs
 from btm_scale.forest.posterior.prior import updating_mixture_log_probs
 from btm_scale.forest.posterior.routing import routed_mixture_log_probs
@@ -33,25 +33,35 @@ class Fitted:
     tempering: Tempering
 
 
-def fitted_to(dev: Stack, settings: EvaluateConfig) -> dict[DevPrior, Fitted]:
-    """Return each prior of dev text with its tempering, which is the config's if that has one."""
-    fitted: dict[DevPrior, Fitted] = {}
-    for prior in get_args(DevPrior):
+@dataclass(frozen=True)
+class FittedWeights:
+    """All that is estimated from a domain's dev text."""
+
+    cached: Fitted
+    static: Fitted
+    gate: Gate  # from the static prior
+
+
+def fitted_to(dev: Stack, settings: EvaluateConfig) -> FittedWeights:
+    """Return the priors, the gate and the temperings of dev text; these are the config's if that has one."""
+
+    def fitted(prior: DevPrior) -> Fitted:
         log_prior = prior_of(dev, prior)
-        fitted[prior] = Fitted(log_prior, tempering_of(settings, lambda: dev, log_prior))
-    return fitted
+        return Fitted(log_prior, tempering_of(settings, lambda: dev, log_prior))
+
+    static = fitted("static")
+    gate = fitted_gate(dev.log_probs, dev.block_starts, static.log_prior, dev.counted)
+    return FittedWeights(fitted("cached"), static, gate)
 
 
-def ensemble_methods(
-    forest: Stack, fitted: Mapping[DevPrior, Fitted], settings: EvaluateConfig
-) -> dict[str, np.ndarray]:
+def ensemble_methods(forest: Stack, fitted: FittedWeights, settings: EvaluateConfig) -> dict[str, np.ndarray]:
     """Return every ensemble's log-probabilities [tokens] in nats, from the experts' [experts, tokens].
 
     `ensemble` has the config's posterior and prior; the others have those of the table. A prior that is not estimated
     from dev text has the tempering of the cached one.
     """
 
-    cached, static = fitted["cached"], fitted["static"]
+    cached, static = fitted.cached, fitted.static
     starts = forest.block_starts if settings.blocks == "restart" else np.zeros(1, np.int64)
 
     def mixture(
@@ -85,6 +95,7 @@ def ensemble_methods(
     for row in METHODS:
         if isinstance(row, Ensemble) and row.mode is not None and row.in_results:
             methods[row.name] = mixture(row.prior, mode=row.mode)
+    methods[GATED.name] = gated_mixture_log_probs(forest.log_probs, starts, fitted.gate, log_prior=static.log_prior)
     for k in settings.top_k:
         if k <= len(forest.log_probs):
             methods[TOP_K.of(k)] = mixture(top_k=k)

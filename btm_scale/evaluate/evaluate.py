@@ -15,7 +15,7 @@ from btm_scale.config.run import RunConfig
 from btm_scale.data.eval_text import EvaluationText
 from btm_scale.errors import UnsupportedModelError
 from btm_scale.evaluate.by_position import as_result, perplexities, range_ends, ranges_of
-from btm_scale.evaluate.ensemble import Fitted, ensemble_methods, fitted_to, routed_methods
+from btm_scale.evaluate.ensemble import Fitted, FittedWeights, ensemble_methods, fitted_to, routed_methods
 from btm_scale.evaluate.mixture_facts import mixture_note, parameters_of, routing_by_domain
 from btm_scale.evaluate.readiness import dense_models, require_evaluable
 from btm_scale.evaluate.results import MAX_LOSS, Compute, EvaluatedDomain, MethodResult, RanOn, Results
@@ -23,7 +23,7 @@ from btm_scale.forest.average_models import average_model, averages_of
 from btm_scale.forest.expert import Expert, find_expert, read_expert
 from btm_scale.forest.forest import ancestors, experts, lineage
 from btm_scale.forest.posterior.mixture import mixture_log_probs
-from btm_scale.forest.scores import DevPrior, Scores, Stack, dev_prior, evaluation_text, scored_on
+from btm_scale.forest.scores import Scores, Stack, dev_prior, evaluation_text, scored_on
 from btm_scale.model.hf_config import read_shape
 from btm_scale.run_dir import MOE, SEED, RunDir
 from btm_scale.util.files import make_directory
@@ -51,7 +51,7 @@ class _DomainResult:
     """The results of one domain."""
 
     measure: _Measure
-    fitted: Mapping[DevPrior, Fitted]
+    fitted: FittedWeights
     nats: dict[str, float]  # by method: the text's log-probability
     by_position: dict[str, tuple[float | None, ...]]  # by method: perplexities
 
@@ -92,10 +92,11 @@ def evaluate(config: RunConfig, run: RunDir) -> Results:
         compute=_compute_by_method(config, run, names, averages, mixture),
         parameters={} if mixture is None else {MOE: parameters_of(run, MOE)},
         routing={} if mixture is None else routing_by_domain(config, run, mixture),
-        priors=_priors(names, by_domain, "cached"),
-        tempering={domain: entry.fitted["cached"].tempering for domain, entry in by_domain.items()},
-        static_priors=_priors(names, by_domain, "static"),
-        static_tempering={domain: entry.fitted["static"].tempering for domain, entry in by_domain.items()},
+        priors={domain: _prior(names, entry.fitted.cached) for domain, entry in by_domain.items()},
+        tempering={domain: entry.fitted.cached.tempering for domain, entry in by_domain.items()},
+        static_priors={domain: _prior(names, entry.fitted.static) for domain, entry in by_domain.items()},
+        static_tempering={domain: entry.fitted.static.tempering for domain, entry in by_domain.items()},
+        gates={domain: entry.fitted.gate for domain, entry in by_domain.items()},
         lineage=lineage(run),
         devices=_devices(config, run, [*names, *([MOE] if mixture is not None else [])]),
         notes=tuple(notes),
@@ -118,13 +119,8 @@ def _devices(config: RunConfig, run: RunDir, names: Sequence[str]) -> dict[str, 
     return devices
 
 
-def _priors(
-    names: Sequence[str], by_domain: Mapping[str, _DomainResult], prior: DevPrior
-) -> dict[str, dict[str, float]]:
-    return {
-        domain: dict(zip(names, np.exp(entry.fitted[prior].log_prior).tolist(), strict=True))
-        for domain, entry in by_domain.items()
-    }
+def _prior(names: Sequence[str], fitted: Fitted) -> dict[str, float]:
+    return dict(zip(names, np.exp(fitted.log_prior).tolist(), strict=True))
 
 
 def _results_by_method(by_domain: Mapping[str, _DomainResult], notes: list[str]) -> dict[str, MethodResult]:
@@ -149,7 +145,7 @@ def _evaluate_domain(
 ) -> _DomainResult:
     domain = text.domain
     fitted = fitted_to(Stack.load(run, names, domain, "dev"), config.evaluate)
-    prior = fitted["cached"].log_prior
+    prior = fitted.cached.log_prior
     methods = {
         method: Scores.load(run.scores(model, domain, config.evaluate.split)).log_probs
         for method, model in _single_models(config, names, averages, domain, prior).items()
@@ -175,7 +171,7 @@ def _single_models(
 
 
 def _mixtures(
-    config: RunConfig, run: RunDir, text: EvaluationText, names: list[str], fitted: Mapping[DevPrior, Fitted]
+    config: RunConfig, run: RunDir, text: EvaluationText, names: list[str], fitted: FittedWeights
 ) -> dict[str, np.ndarray]:
     """Return the log-probabilities [tokens] of every method that mixes models."""
     domain, split = text.domain, text.split

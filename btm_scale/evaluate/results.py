@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from btm_scale.config.evaluation import Tempering
+from btm_scale.config.evaluation import Gate, Tempering
 from btm_scale.errors import ForestError
 from btm_scale.run_dir import RunDir
 from btm_scale.util.records import Part, Record, is_empty
@@ -87,6 +87,7 @@ class Results(Record):
     # The same of the method ensemble:static; empty in files of earlier versions.
     static_priors: dict[str, dict[str, Finite]] = Field(default={}, exclude_if=is_empty)
     static_tempering: dict[str, Tempering] = Field(default={}, exclude_if=is_empty)
+    gates: dict[str, Gate] = Field(default={}, exclude_if=is_empty)  # by domain: of the method ensemble:gated
     lineage: dict[str, dict[str, Finite]] = {}  # by expert: the weight of each parent
     devices: dict[str, RanOn] = Field(default={}, exclude_if=is_empty)  # by model
     notes: tuple[str, ...] = ()

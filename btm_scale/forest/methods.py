@@ -84,6 +84,12 @@ TOP_K_PER_TOKEN = Ensemble(
     "Top {k} at each token",
     "The ensemble of the k experts with the largest weight before each token.",
 )
+GATED = Ensemble(
+    "ensemble:gated",
+    "Gated",
+    "The experts weighted by their probabilities of the last tokens and of longer text; fitted to dev text.",
+    prior="static",
+)
 ROUTED = Ensemble(
     "ensemble:routed",
     "Routed by cluster",
@@ -126,6 +132,7 @@ METHODS: tuple[Method, ...] = (
         mode="tempered",
         prior="static",
     ),
+    GATED,
     Ensemble(
         "ensemble:uniform-prior",
         "Uniform prior",

@@ -2,17 +2,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from btm_scale.config.evaluation import EvaluateConfig, Tempering
-from btm_scale.evaluate.ensemble import Fitted, ensemble_methods, fitted_to
+from btm_scale.config.evaluation import EvaluateConfig, Gate, Tempering
+from btm_scale.evaluate.ensemble import Fitted, FittedWeights, ensemble_methods, fitted_to
+from btm_scale.forest.posterior.gate import fitted_gate, gated_mixture_log_probs
 from btm_scale.forest.posterior.mixture import mixture_log_probs
 from btm_scale.forest.posterior.prior import cached_prior, static_prior, updating_mixture_log_probs
 from btm_scale.forest.posterior.tempering import fitted_tempering
-from btm_scale.forest.scores import DevPrior, Stack
+from btm_scale.forest.scores import Stack
 
 TEMPERING = Tempering(power=0.3, forgetting=0.9, share=0.01)
 PRIOR = np.log([0.2, 0.5, 0.3])
 STATIC, STATIC_TEMPERING = np.log([0.4, 0.4, 0.2]), Tempering(power=0.1, forgetting=0.95, share=0.03)
-FITTED: dict[DevPrior, Fitted] = {"cached": Fitted(PRIOR, TEMPERING), "static": Fitted(STATIC, STATIC_TEMPERING)}
+GATE = Gate(coefficients=(0.5, 0.2, 0.1, 0.0, 0.1, 0.0), share=0.01)
+FITTED = FittedWeights(Fitted(PRIOR, TEMPERING), Fitted(STATIC, STATIC_TEMPERING), GATE)
 
 
 def forest() -> Stack:
@@ -56,12 +58,22 @@ def test_the_static_prior_has_its_own_tempering_and_leaves_the_other_methods_alo
 def test_priors_and_temperings_are_fitted_to_dev_text_unless_the_config_has_a_tempering() -> None:
     dev = forest()
     fitted = fitted_to(dev, EvaluateConfig())
-    np.testing.assert_array_equal(fitted["cached"].log_prior, cached_prior(dev.log_probs, dev.block_starts))
-    np.testing.assert_array_equal(fitted["static"].log_prior, static_prior(dev.log_probs))
-    for one in fitted.values():
+    np.testing.assert_array_equal(fitted.cached.log_prior, cached_prior(dev.log_probs, dev.block_starts))
+    np.testing.assert_array_equal(fitted.static.log_prior, static_prior(dev.log_probs))
+    assert fitted.gate == fitted_gate(dev.log_probs, dev.block_starts, fitted.static.log_prior)
+    for one in (fitted.cached, fitted.static):
         assert one.tempering == fitted_tempering(dev.log_probs, dev.block_starts, one.log_prior)
     given = fitted_to(dev, EvaluateConfig(tempering=TEMPERING))
-    assert [one.tempering for one in given.values()] == [TEMPERING, TEMPERING]
+    assert [one.tempering for one in (given.cached, given.static)] == [TEMPERING, TEMPERING]
+
+
+def test_the_gated_ensemble_starts_from_the_static_prior_whatever_the_config_says() -> None:
+    log_probs, starts = forest().log_probs, forest().block_starts
+    gated = gated_mixture_log_probs(log_probs, starts, GATE, log_prior=STATIC)
+    for settings in ({}, {"posterior": "tempered", "prior": "uniform"}):
+        np.testing.assert_array_equal(methods(**settings)["ensemble:gated"], gated)
+    carried = gated_mixture_log_probs(log_probs, np.array([0]), GATE, log_prior=STATIC)
+    np.testing.assert_array_equal(methods(blocks="carry")["ensemble:gated"], carried)
 
 
 def test_blocks_can_carry_over_and_top_k_can_be_per_token() -> None:

@@ -38,6 +38,15 @@ def table(load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return rows
 
 
+def test_without_results_the_tables_say_how_to_take_them(
+    load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(load("doc_tables"), "RESULTS", tmp_path)
+    for module, name in (("doc_ensembles", "ensembles"), ("doc_mixtures", "mixtures")):
+        said = load(module).TABLES[name]()
+        assert said == f"Not measured yet: `python benchmarks/{name}.py` takes the measurements."
+
+
 def text(load: Any, blocks: int, seed: int) -> Any:
     random, length = np.random.default_rng(seed), 32
     tokens = blocks * length
