@@ -14,15 +14,15 @@ def resource_rows(result: dict[str, Any]) -> Rows:
     """Return a row per configuration of the scoring and mixing kernels, and of every kernel on an H100."""
     names = ["kernel", "GPU", "block", "instructions per element", "registers", "shared memory", "blocks per SM"]
     rows = [names]
-    older = {_key(row): row for row in result["kernels"]["oldest"]}
-    for row in result["kernels"]["pinned"]:
+    older = _first_of_each(result["kernels"]["oldest"])
+    for key, row in sorted(_first_of_each(result["kernels"]["pinned"]).items(), key=lambda item: _order(item[1])):
         if row["arch"] != "sm_90" and row["kernel"] not in _SHOWN:
             continue
-        other = older[_key(row)]
+        other = older[key]
         cells = [
             _both(row, other, lambda row: f"{row['instructions']:.1f}" if "instructions" in row else "-"),
             _both(row, other, lambda row: str(row["registers"])),
-            _both(row, other, lambda row: f"{row['shared_bytes'] / 1024:.0f} KiB" if row["shared_bytes"] else "-"),
+            _both(row, other, lambda row: _size(row["shared_bytes"])),
             _both(row, other, lambda row: str(row["resident"])),
         ]
         rows.append([f"`{row['kernel']}`", row["arch"], f"{row['blocks']}, {row['warps']} warps", *cells])
@@ -51,8 +51,21 @@ def host_rows(result: dict[str, Any]) -> Rows:
     return rows
 
 
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["arch"], row["kernel"], row["blocks"], row["warps"], row["stages"]
+def _first_of_each(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Return the first row of each kernel and configuration; others differ in what their arguments are."""
+    return {tuple(row[key] for key in ("arch", "kernel", "blocks", "warps", "stages")): row for row in reversed(rows)}
+
+
+def _order(row: dict[str, Any]) -> tuple[Any, ...]:
+    return (
+        _SHOWN.index(row["kernel"]) if row["kernel"] in _SHOWN else len(_SHOWN),
+        row["kernel"],
+        row["arch"] != "sm_90",
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1024:.0f} KiB" if count >= 1024 else f"{count} B"
 
 
 def _both(row: dict[str, Any], other: dict[str, Any], cell: Callable[[dict[str, Any]], str]) -> str:

@@ -24,14 +24,19 @@ RESULT = ROOT / "benchmarks" / "results" / "kernel_resources.json"
 OLDER_TRITON = "triton-3.6.0"
 TOKENS = (1, 16, 64, 65, 128, 256, 512, 1024, 2048, 4096, 8192)
 VOCABULARIES = (4000, 32_000, 50_304, 128_256)  # the first is one of 8 ranks' part of 32,000
-ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx90a", "gfx942")
+ARCHITECTURES = ("sm_90", "sm_100", "sm_80", "gfx942", "sm_89", "gfx90a")
 
 
 def main() -> None:
     """Compile under both versions, each in its own process, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--result", type=Path, default=RESULT)
-    parser.add_argument("--arch", choices=ARCHITECTURES, action="append", help="compile for this one. Default: all")
+    parser.add_argument(
+        "--arch",
+        choices=ARCHITECTURES,
+        action="append",
+        help="compile for this one and keep the rows of the others. Default: all",
+    )
     parser.add_argument("--rows", action="store_true", help="print the rows of the Triton that is imported, and end")
     options = parser.parse_args()
     architectures = options.arch or list(ARCHITECTURES)
@@ -45,15 +50,23 @@ def main() -> None:
     older = Path(os.environ.get("BTM_SCALE_OLDER_TRITON", f"{sys.prefix}/{OLDER_TRITON}"))
     if not older.is_dir():
         sys.exit(f"{older} does not exist. It holds an older Triton: run `make older-triton`.")
-    kernels = {"pinned": _rows_under(None, architectures), "oldest": _rows_under(older, architectures)}
-    result = {"environment": describe(), "kernels": kernels, "grids": grids()}
-    options.result.write_text(json.dumps(result, indent=1) + "\n")
+    kept: dict[str, Any] = json.loads(options.result.read_text()) if options.result.exists() else {}
+    kernels: dict[str, list[dict[str, Any]]] = kept.get("kernels", {"pinned": [], "oldest": []})
+    for arch in architectures:
+        for version, triton in (("pinned", None), ("oldest", older)):
+            others = [row for row in kernels[version] if row["arch"] != arch]
+            kernels[version] = sorted(
+                others + _rows_under(triton, arch), key=lambda row: ARCHITECTURES.index(row["arch"])
+            )
+        # After each architecture: compiling for all of them takes minutes.
+        result = {"environment": describe(), "kernels": kernels, "grids": grids()}
+        options.result.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _rows_under(triton: Path | None, architectures: list[str]) -> list[dict[str, Any]]:
+def _rows_under(triton: Path | None, arch: str) -> list[dict[str, Any]]:
     """Return the rows of a process that imports Triton from a folder, or from the environment."""
     environment = os.environ | ({"PYTHONPATH": str(triton)} if triton else {})
-    command = [sys.executable, __file__, "--rows", *(f"--arch={arch}" for arch in architectures)]
+    command = [sys.executable, "-W", "ignore", __file__, "--rows", f"--arch={arch}"]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 

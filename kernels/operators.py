@@ -133,7 +133,7 @@ def _score(
     plain: Callable[[], Any],
 ) -> Any:
     module = triton_module(hidden)
-    if module is None:
+    if module is None or hidden.shape[2] == 0:
         return paths.run_reference(operator, plain)
     hidden, heads = _unit_stride(hidden), [_unit_stride(head) for head in heads]
     _, tokens, inner = hidden.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor
@@ -22,6 +23,7 @@ def real_columns(head_rows: int, vocab_start: int, vocab_size: int | None) -> in
     return head_rows if vocab_size is None else max(0, min(head_rows, vocab_size - vocab_start))
 
 
+@functools.lru_cache(maxsize=1024)
 def split_columns(tokens: int, columns: int, config: ScoreConfig, multiprocessors: int) -> int:
     """Return the vocabulary columns of one program, a multiple of its blocks and at most the config's split.
 
