@@ -99,6 +99,11 @@ class TrainingSamples:
             raise IndexError(f"samples [{first}, {first + count}) are out of range: there are {self.samples}")
         return torch.stack([self._sample(number) for number in range(first, first + count)])
 
+    def domains(self, first: int, count: int) -> list[str]:
+        """Return the domain of each of the samples `first` to `first + count - 1`."""
+        names = list(self._weights)
+        return [names[domain] for domain in self._domain_of[first : first + count].tolist()]
+
     def _sample(self, number: int) -> torch.Tensor:
         domain = self._domains[int(self._domain_of[number])]
         if isinstance(domain, ChatSequences):

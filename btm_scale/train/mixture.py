@@ -51,10 +51,17 @@ class DomainMixture:
 
     def read(self, first: int, count: int) -> torch.Tensor:
         """Return `count` samples of one step, starting at index `first`: int64 [count, sequence_length + 1]."""
-        begin, samples = next(
-            ((begin, samples) for end, begin, samples in self._parts if first < end), self._parts[-1][1:]
-        )
+        begin, samples = self._part_of(first)
         return samples.read(first - begin, count)
+
+    def domains(self, first: int, count: int) -> list[str]:
+        """Return the domain of each of these samples."""
+        begin, samples = self._part_of(first)
+        return samples.domains(first - begin, count)
+
+    def _part_of(self, first: int) -> tuple[int, TrainingSamples]:
+        """Return the samples that index `first` is of, and the index of their first."""
+        return next(((begin, samples) for end, begin, samples in self._parts if first < end), self._parts[-1][1:])
 
 
 def _seed(config: RunConfig, job: TrainingJob) -> int:

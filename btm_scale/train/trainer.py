@@ -123,7 +123,8 @@ def train(
                 rate = job.rate_at(step, optimizer)
                 with watch.step():
                     following = first + job.sequences if step < job.steps else None
-                    result = engine.step(text.read(first, rank_sequences, then=following), rate)
+                    sequences = text.read(first, rank_sequences, then=following)
+                    result = engine.step(sequences, rate, mixture.domains(first, rank_sequences))
                 problem = health.problem(step, result)
                 if problem is not None:
                     health.leave_out(step, problem)

@@ -68,8 +68,8 @@ def make_plan(
     if ingredients is not None and tokenizer is not None:
         problems.append("'moe' keeps the tokenizer of its models. Leave --tokenizer out, and merge vocabularies first.")
     basis = [Path(base)] if base is not None and chosen.takes_base else []
-    others = ingredients.others if ingredients is not None else []
-    paths = [*(path for path, _ in used), *basis, *others]
+    besides = ingredients.others if ingredients is not None else []
+    paths = [*(path for path, _ in used), *basis, *besides]
     choice = Vocabulary(tokenizer, new_rows, basis[0] if basis else None) if tokenizer is not None else None
     models = checked_models(
         paths, parse_code(dtype) if dtype else None, problems, tensors=tensors, allow=allow, choice=choice
@@ -178,7 +178,7 @@ class Models:
 def _tensor_merge(name: str, origin: Origin, plan: MergePlan, places: Sequence[int]) -> TensorMerge:
     """Return how a tensor of a mixture is made; `places` are the sources of its inputs."""
     count = len(plan.sources)
-    if origin.source in ("random", "zeros"):
+    if origin.source == "random" or origin.source == "zeros":
         limit = RANDOM_LIMIT if origin.source == "random" else 0.0
         return TensorMerge(plan.method_name, {}, (), (name,), (limit,), None)
     if origin.source == "mean":
