@@ -34,6 +34,7 @@ _SIZES = (
     "num_experts",
     "num_local_experts",
     "moe_intermediate_size",
+    "shared_expert_intermediate_size",
     "decoder_sparse_step",
     "ffn_dim",
     "word_embed_proj_dim",
@@ -164,11 +165,14 @@ def _mlp(config: Config, layer: int, name: str, fused: bool) -> Tensors:
             yield from _linear(f"{block}.experts.{i}.w1", ffn, hidden)
             yield from _linear(f"{block}.experts.{i}.w2", hidden, ffn)
             yield from _linear(f"{block}.experts.{i}.w3", ffn, hidden)
-    elif family == "qwen3_moe" and _is_sparse(config, layer):
+    elif family in ("qwen2_moe", "qwen3_moe") and _is_sparse(config, layer):
         experts = config.get("num_experts") or config["num_local_experts"]
         yield from _linear(f"{name}.gate", experts, hidden)
         for i in range(experts):
             yield from _gated(f"{name}.experts.{i}", hidden, config["moe_intermediate_size"])
+        if family == "qwen2_moe":
+            yield from _gated(f"{name}.shared_expert", hidden, config["shared_expert_intermediate_size"])
+            yield from _linear(f"{name}.shared_expert_gate", 1, hidden)
     elif fused:
         yield from _linear(f"{name}.gate_up_proj", 2 * ffn, hidden)
         yield from _linear(f"{name}.down_proj", hidden, ffn)
@@ -248,6 +252,7 @@ _ROWS: Mapping[str, _Row] = {
     "mistral": _Row(lambda config: _llama(config, biases="none")),
     "mixtral": _Row(lambda config: _llama(config, biases="none")),
     "qwen2": _Row(lambda config: _llama(config, biases="qkv")),
+    "qwen2_moe": _Row(lambda config: _llama(config, biases="qkv" if config.get("qkv_bias", True) else "none")),
     "qwen3": _Row(lambda config: _llama(config, head_norms="head", head_size=128)),
     "qwen3_moe": _Row(lambda config: _llama(config, head_norms="head")),
     "gemma": _Row(lambda config: _llama(config, head_size=256), tied=True),

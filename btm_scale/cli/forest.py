@@ -245,6 +245,15 @@ def upcycle(
             metavar="ROUTER",
         ),
     ] = "fitted",
+    shared_expert: Annotated[
+        str | None,
+        option(
+            "--shared-expert",
+            "MODEL",
+            "Compute every token with the MLPs of this model too, such as seed; half of each layer's output is theirs.",
+            autocompletion=models_of_run,
+        ),
+    ] = None,
     random_seed: RandomSeed = 0,
     jobs: Annotated[
         int | None,
@@ -263,13 +272,14 @@ def upcycle(
 
     config, run_dir = opened(run)
     chosen = tuple(name.strip() for name in experts.split(",")) if experts is not None else ()
-    recipe = Recipe(chosen, tuple(without), top_k, router, random_seed)
+    recipe = Recipe(chosen, tuple(without), top_k, router, random_seed, shared_expert)
     made = make(config, run_dir, recipe, device=usable_device(device), jobs=jobs)
     answer = {
         "model": str(run_dir.model("moe")),
         "experts": [parent.name for parent in made.card.parents],
         "top_k": top_k,
         "router": router,
+        **({} if shared_expert is None else {"shared_expert": shared_expert}),
         "family": made.shape.family,
         "parameters": made.shape.parameters,
         "active_parameters": made.shape.active_parameters,

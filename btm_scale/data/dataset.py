@@ -118,6 +118,11 @@ class TrainingSamples:
         if first < 0 or first + count > self.samples:
             raise IndexError(f"samples [{first}, {first + count}) are out of range: there are {self.samples}")
 
+    def domains(self, numbers: Sequence[int]) -> list[str]:
+        """Return the domain of each of these samples."""
+        names = list(self._weights)
+        return [names[int(self._domain_of[number])] for number in numbers]
+
     def _sample(self, number: int) -> torch.Tensor:
         domain = self._domains[int(self._domain_of[number])]
         if isinstance(domain, ChatSequences):

@@ -16,7 +16,12 @@ from btm_scale.data.eval_text import EvaluationText
 from btm_scale.errors import UnsupportedModelError
 from btm_scale.evaluate.by_position import as_result, perplexities, range_ends, ranges_of
 from btm_scale.evaluate.ensemble import Fitted, FittedWeights, ensemble_methods, fitted_to, routed_methods
-from btm_scale.evaluate.mixture_facts import mixture_note, parameters_of, routing_by_domain
+from btm_scale.evaluate.mixture_facts import (
+    mixture_note,
+    parameters_of,
+    routing_by_domain,
+    routing_entropy_by_domain,
+)
 from btm_scale.evaluate.readiness import dense_models, require_evaluable
 from btm_scale.evaluate.results import MAX_LOSS, Compute, EvaluatedDomain, MethodResult, RanOn, Results
 from btm_scale.forest.average_models import average_model, averages_of
@@ -25,7 +30,7 @@ from btm_scale.forest.forest import ancestors, experts, lineage
 from btm_scale.forest.posterior.mixture import mixture_log_probs
 from btm_scale.forest.scores import Scores, Stack, dev_prior, evaluation_text, scored_on
 from btm_scale.model.hf_config import read_shape
-from btm_scale.run_dir import MOE, SEED, RunDir
+from btm_scale.run_dir import MOE, SEED, RunDir, finished_models
 from btm_scale.util.files import make_directory
 from btm_scale.util.pools import in_processes
 
@@ -92,6 +97,7 @@ def evaluate(config: RunConfig, run: RunDir) -> Results:
         compute=_compute_by_method(config, run, names, averages, mixture),
         parameters={} if mixture is None else {MOE: parameters_of(run, MOE)},
         routing={} if mixture is None else routing_by_domain(config, run, mixture),
+        routing_entropy={} if mixture is None else routing_entropy_by_domain(config, run),
         priors={domain: _prior(names, entry.fitted.cached) for domain, entry in by_domain.items()},
         tempering={domain: entry.fitted.cached.tempering for domain, entry in by_domain.items()},
         static_priors={domain: _prior(names, entry.fitted.static) for domain, entry in by_domain.items()},
@@ -193,7 +199,8 @@ def _compute_by_method(
     behind |= dict.fromkeys(("ensemble", *(f"average:{kind}" for kind in averages)), names)
     behind |= {model: [model] for model in dense_models(config)}
     if mixture is not None:
-        behind[MOE] = [MOE]
+        shared = mixture.layout.get("shared_expert")
+        behind[MOE] = [MOE, *(model for model in finished_models(run) if model == shared)]
     if config.random_split_models:
         behind["random-split"] = config.random_split_models
     ancestors_of = {method: _all_ancestors(run, (SEED, *models)) for method, models in behind.items()}

@@ -28,6 +28,16 @@ def routing_by_domain(config: RunConfig, run: RunDir, mixture: Expert) -> dict[s
     return by_domain
 
 
+def routing_entropy_by_domain(config: RunConfig, run: RunDir) -> dict[str, tuple[float, ...]]:
+    """Return the mean entropy of each layer's router in nats, by domain, where the scores have recorded it."""
+    by_domain = {}
+    for domain in config.all_domains:
+        scores = Scores.load(run.scores(MOE, domain, config.evaluate.split))
+        if scores.routing_entropy is not None and scores.routing_entropy.ndim == 1:
+            by_domain[domain] = tuple(scores.routing_entropy.tolist())
+    return by_domain
+
+
 def mixture_note(run: RunDir, mixture: Expert) -> str:
     """Return a sentence on the size and the experts of a mixture, and one if the forest has changed since."""
     size = parameters_of(run, MOE)
@@ -36,6 +46,8 @@ def mixture_note(run: RunDir, mixture: Expert) -> str:
         f"{MOE}: {size.total:,} parameters, of which {size.active:,} compute a token; top {mixture.layout['top_k']} of "
         f"{', '.join(names)}; router {mixture.layout['router']}."
     )
+    if (shared := mixture.layout.get("shared_expert")) is not None:
+        note = note.removesuffix(".") + f"; shared expert {shared}."
     forest = {name: expert.content_hash for name, expert in experts(run).items()}
     if changed := [name for name in names if forest.get(name) != mixture.data_fingerprint[name]]:
         note += f" {', '.join(changed)} changed or left the forest since. Make it again: btm-scale upcycle {run.root}"

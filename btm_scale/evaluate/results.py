@@ -82,6 +82,8 @@ class Results(Record):
     parameters: dict[str, Parameters] = Field(default={}, exclude_if=is_empty)  # of the method moe
     # By domain and expert of the mixture: its fraction of the uses, by layer.
     routing: dict[str, dict[str, tuple[Finite, ...]]] = Field(default={}, exclude_if=is_empty)
+    # By domain: the mean entropy of the mixture's routers in nats, by layer.
+    routing_entropy: dict[str, tuple[Finite, ...]] = Field(default={}, exclude_if=is_empty)
     priors: dict[str, dict[str, Finite]] = {}  # by domain: each expert's weight, which sum to 1
     tempering: dict[str, Tempering] = {}  # by domain
     # The same of the method ensemble:static; empty in files of earlier versions.

@@ -26,7 +26,7 @@ from btm_scale.kernels import combine_partials, last_path, token_logprob_partial
 from btm_scale.model.gpt import ExpertModel, build_model
 from btm_scale.model.hf_config import read_shape
 from btm_scale.model.hf_weights import load_weights
-from btm_scale.model.moe import take_routing
+from btm_scale.model.moe import Routing, take_routing
 from btm_scale.run_dir import RunDir
 from btm_scale.util.device_query import name_of
 
@@ -58,7 +58,14 @@ def score_model(
             path = last_path("token_logprob_partials") if uses_kernels else None
             runs_on = name_of(group.device), path.backend if path else ""
             scores = Scores(
-                log_probs, text.block_starts, content_hash, text.fingerprint, *runs_on, routing, text.counted
+                log_probs,
+                text.block_starts,
+                content_hash,
+                text.fingerprint,
+                *runs_on,
+                routing=None if routing is None else np.array(routing.load),
+                routing_entropy=None if routing is None else np.array(routing.entropy),
+                counted=text.counted,
             )
             scores.save(run.scores(model, domain, split))
             on_text(domain, split)
@@ -89,15 +96,14 @@ def load_model(group: ExpertGroup, directory: Path) -> ExpertModel | Transformer
     return network.eval()
 
 
-def routing_of(group: ExpertGroup, network: ExpertModel | TransformersModel) -> np.ndarray | None:
-    """Return each expert's fraction of the uses since the last call, float64 [layers, experts]; all ranks call it.
+def routing_of(group: ExpertGroup, network: ExpertModel | TransformersModel) -> Routing | None:
+    """Return how tokens were routed since the last call; all ranks call it.
 
     None for a model that is not a mixture of experts, or that transformers computes.
     """
     if not isinstance(network, ExpertModel):
         return None
-    routing = take_routing(network, dist.group.WORLD if group.size > 1 else None, group.device)
-    return None if routing is None else np.array(routing.load)
+    return take_routing(network, dist.group.WORLD if group.size > 1 else None, group.device)
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from btm_scale.run_dir import RunDir
 from btm_scale.util.files import make_directory, write_file
 
 DevPrior = Literal["cached", "static"]  # those that are estimated from dev text
+_OPTIONAL = ("routing", "routing_entropy", "counted")  # tensors that only some scores have
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Scores:
     kernels: str = ""  # triton or reference
     # Of a mixture of experts: each expert's fraction of a layer's uses, float64 [layers, experts].
     routing: np.ndarray | None = None
+    routing_entropy: np.ndarray | None = None  # the mean entropy of a layer's router in nats, float64 [layers]
     counted: np.ndarray | None = None  # of conversations: the tokens of answers, bool [tokens]
 
     def save(self, path: Path) -> None:
@@ -45,8 +47,8 @@ class Scores:
         metadata = {"model": self.model, "data_fingerprint": self.fingerprint}
         metadata |= {"device": self.device, "kernels": self.kernels}
         tensors = {"log_probs": self.log_probs, "block_starts": self.block_starts}
-        tensors |= {} if self.routing is None else {"routing": self.routing}
-        tensors |= {} if self.counted is None else {"counted": self.counted}
+        optional = {name: getattr(self, name) for name in _OPTIONAL}
+        tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
         write_file(path, with_sorted_header(save(tensors, metadata)))
 
     @classmethod
@@ -59,13 +61,10 @@ class Scores:
                 metadata = file.metadata() or {}
                 names = ("log_probs", "block_starts")
                 keys = ("model", "data_fingerprint", "device", "kernels")
-                routing, counted = (
-                    file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118
-                    for name in ("routing", "counted")
-                )
+                optional = {name: file.get_tensor(name) for name in set(_OPTIONAL) & set(file.keys())}
                 log_probs, block_starts = (file.get_tensor(name) for name in names)
                 model, fingerprint, device, kernels = (metadata.get(key, "") for key in keys)
-                scores = cls(log_probs, block_starts, model, fingerprint, device, kernels, routing, counted)
+                scores = cls(log_probs, block_starts, model, fingerprint, device, kernels, **optional)
             problem = scores._problem()
         except (OSError, SafetensorError) as error:
             problem = str(error)

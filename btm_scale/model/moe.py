@@ -5,7 +5,8 @@ Megatron-core's router needs Transformer Engine, and weights the only expert of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ class Router(torch.nn.Module):
         self.z_loss = self.balance = 0.0
         self.load: Tensor | None = None  # [experts], fractions
         self.gradient_scale = GradientScale()  # the model replaces it by one that all of its routers share
-        # Since the last `take_routing`: how often each expert was used, the sum of the tokens' entropies, and tokens.
+        # Since the last `take_routing`, float64 [sequences, experts + 2], of which a model that is not in training has
+        # one: how often each expert was used, the sum of the tokens' entropies, and tokens.
         self.counts: Tensor | None = None
         config.init_method(self.weight)
 
@@ -52,7 +54,7 @@ class Router(torch.nn.Module):
         used = torch.zeros_like(logits, dtype=torch.bool).scatter(1, places, True)
         # Recomputed layers run twice in training, the first time without gradients.
         if torch.is_grad_enabled() or not self.training:
-            self._count(probabilities.detach(), used)
+            self._count(probabilities.detach(), used, sequences=hidden.shape[1] if hidden.dim() == 3 else 1)
         if self.training and torch.is_grad_enabled() and (self.z_loss or self.balance):
             weights = _WithLoss.apply(weights, self._losses(logits, probabilities), self.gradient_scale)
         return weights, used
@@ -65,10 +67,16 @@ class Router(torch.nn.Module):
         return loss / self._copies
 
     @torch.no_grad()
-    def _count(self, probabilities: Tensor, used: Tensor) -> None:
-        entropy = torch.special.entr(probabilities).sum()
-        counts = torch.cat([used.sum(dim=0).double(), torch.stack([entropy.double(), entropy.new_tensor(len(used))])])
-        self.counts = counts if self.counts is None else self.counts + counts
+    def _count(self, probabilities: Tensor, used: Tensor, sequences: int) -> None:
+        """Count the uses of each expert by tokens [positions * sequences]."""
+        entropy = torch.special.entr(probabilities).sum(dim=1).double()
+        tokens = torch.cat([used.double(), torch.stack([entropy, torch.ones_like(entropy)], dim=1)], dim=1)
+        counts = tokens.view(-1, sequences, self.experts + 2).sum(dim=0)
+        if not self.training:
+            counts = counts.sum(dim=0, keepdim=True)
+            self.counts = counts if self.counts is None else self.counts + counts
+        else:
+            self.counts = counts if self.counts is None else torch.cat([self.counts, counts])
 
     def set_layer_number(self, number: int) -> None:
         """Do nothing; Megatron-core's router numbers its statistics."""
@@ -118,38 +126,60 @@ def routers_of(model: torch.nn.Module) -> list[Router]:
     return [module for module in model.modules() if isinstance(module, Router)]
 
 
-def take_routing(model: torch.nn.Module, group: dist.ProcessGroup | None, device: torch.device) -> Routing | None:
-    """Return how tokens were routed since the last call, on all ranks of `group`, which call this together.
-
-    None for a model without experts.
-    """
-    routers = routers_of(model)
-    if not routers:
-        return None
-    none = torch.zeros(routers[0].experts + 2, dtype=torch.float64, device=device)
-    total = torch.stack([none if router.counts is None else router.counts for router in routers])
-    for router in routers:
-        router.counts = None
-    if group is not None:
-        dist.all_reduce(total, group=group)
-    rows = total.cpu()
-    used, entropy, tokens = rows[:, :-2], rows[:, -2], rows[:, -1]
-    return Routing((used / used.sum(dim=1, keepdim=True)).tolist(), (entropy / tokens).tolist())
-
-
 @dataclass(frozen=True)
 class Routing:
     """How tokens were routed: each expert's fraction of a layer's uses, and the mean entropy of its router in nats."""
 
     load: list[list[float]]  # [layers, experts]
     entropy: list[float]  # [layers]
+    by_domain: Mapping[str, Routing] = field(default_factory=dict)  # of the domains that had a sequence
+
+
+def take_routing(
+    model: torch.nn.Module,
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+    domains: Sequence[str] = (),
+    known: Sequence[str] = (),
+) -> Routing | None:
+    """Return how tokens were routed since the last call, on all ranks of `group`, which call this together.
+
+    `domains` are those of this rank's sequences since then, of a model in training; `known` are all domains of its
+    text, in the same order on every rank. None for a model without experts.
+    """
+    routers = routers_of(model)
+    if not routers:
+        return None
+    # [domains, layers, experts + 2]; a row of its own for text without a domain
+    counts = torch.zeros(len(known) + 1, len(routers), routers[0].experts + 2, dtype=torch.float64, device=device)
+    place = torch.tensor([known.index(domain) for domain in domains], device=device)
+    for layer, router in enumerate(routers):
+        if router.counts is not None and domains:
+            counts[:, layer].index_add_(0, place, router.counts)
+        elif router.counts is not None:
+            counts[-1, layer] = router.counts.sum(dim=0)
+        router.counts = None
+    if group is not None:
+        dist.all_reduce(counts, group=group)
+    counts = counts.cpu()
+    total = _fractions(counts.sum(dim=0))
+    by_domain = {name: _fractions(own) for name, own in zip(known, counts[:-1], strict=True) if own.any()}
+    return Routing(*total, by_domain={name: Routing(*one) for name, one in by_domain.items()})
+
+
+def _fractions(counts: Tensor) -> tuple[list[list[float]], list[float]]:
+    """Return the loads and the entropies of counts [layers, experts + 2]."""
+    used, entropy, tokens = counts[:, :-2], counts[:, -2], counts[:, -1]
+    return (used / used.sum(dim=1, keepdim=True)).tolist(), (entropy / tokens).tolist()
 
 
 def mixture_settings(shape: ModelShape) -> dict[str, Any]:
     """Return the settings of a TransformerConfig for the experts of a shape; none for a shape without."""
     if not shape.experts:
         return {}
+    shared = {"moe_shared_expert_intermediate_size": shape.shared_ffn, "moe_shared_expert_gate": True}
     return {
+        **(shared if shape.shared_ffn else {}),
         "num_moe_experts": shape.experts,
         "moe_router_topk": shape.top_k,
         "moe_ffn_hidden_size": shape.ffn,

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from btm_scale.model.families import FAMILIES, MIXTURE_OF, READABLE, find_family
+from btm_scale.model.families import FAMILIES, MIXTURE_OF, READABLE, SHARED_MIXTURE_OF, find_family
 from btm_scale.model.families.family import Family
 
 FamilyName = Annotated[str, AfterValidator(lambda name: find_family(name).name)]
@@ -71,6 +71,7 @@ class ModelShape(BaseModel):
     window: int | None = Field(default=None, gt=0, description="sliding window in tokens, including the current one")
     experts: int = Field(default=0, ge=0, le=100_000, description="MLPs of a layer in a mixture of experts, else 0")
     top_k: int = Field(default=0, ge=0, description="experts that compute each token")
+    shared_ffn: int = Field(default=0, ge=0, lt=_MAX_SIZE, description="width of the expert that computes every token")
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> ModelShape:
@@ -100,6 +101,9 @@ class ModelShape(BaseModel):
             )
         if not self.traits.mixture and (self.experts or self.top_k):
             raise ValueError(f"The {self.family} family has no experts in its layers. Leave experts and top_k out.")
+        if self.traits.shared_expert != (self.shared_ffn > 0):
+            has, remedy = ("a", "Set") if self.traits.shared_expert else ("no", "Leave out")
+            raise ValueError(f"The {self.family} family has {has} shared expert. {remedy} shared_ffn.")
         return self
 
     @property
@@ -151,6 +155,7 @@ class ModelShape(BaseModel):
         norm = self.hidden * (1 if self.traits.rms_norm else 2)
         layer = self.hidden * (self.query_key_value_width + self.query_width) + 2 * norm
         layer += self.hidden * ((self.up_width + self.ffn) * (experts or 1) + self.experts)  # and the router
+        layer += self.hidden * (self._shared_width + 1) if self.shared_ffn else 0  # and its gate
         layer += self.query_key_value_width if self.query_key_value_bias else 0
         layer += self.up_width + 2 * self.hidden if self.traits.linear_bias else 0
         layer += 2 * self.head_size if self.head_norms else 0
@@ -165,7 +170,7 @@ class ModelShape(BaseModel):
     def layer_matrices(self, part: str = "all") -> int:
         """Return the weights of the layers' matrix products in a `TrainedPart`, without routers and the LM head."""
         attention = self.query_key_value_width + self.query_width if part == "all" else 0
-        mlp = 0 if part == "router" else (self.up_width + self.ffn) * (self.experts or 1)
+        mlp = 0 if part == "router" else (self.up_width + self.ffn) * (self.experts or 1) + self._shared_width
         return self.layers * self.hidden * (attention + mlp)
 
     def _trained(self, part: str, experts: int) -> int:
@@ -173,20 +178,32 @@ class ModelShape(BaseModel):
         mlp = self.hidden * (self.up_width + self.ffn) + (self.up_width + self.hidden) * self.traits.linear_bias
         return self.layers * (self.experts * self.hidden + (mlp * (experts or 1) if part == "mlp" else 0))
 
-    def mixture(self, experts: int, top_k: int) -> ModelShape:
+    @property
+    def _shared_width(self) -> int:
+        """Weights of the shared expert per hidden unit."""
+        return self.shared_ffn * (3 if self.traits.gated else 2)
+
+    def mixture(self, experts: int, top_k: int, *, shared_expert: bool = False) -> ModelShape:
         """Return the shape of the mixture of experts whose experts are MLPs of this shape, with an untied LM head.
 
-        Raises ValueError if no class computes it, and for an impossible `top_k`.
+        `shared_expert`: one more of them computes every token. Raises ValueError if no class computes it, and for an
+        impossible `top_k`.
         """
-        family = MIXTURE_OF.get(self.family)
+        families = SHARED_MIXTURE_OF if shared_expert else MIXTURE_OF
+        family = families.get(self.family)
         if family is None:
-            reason = "its only mixture has a shared expert" if self.family == "qwen2" else "transformers has none"
             raise ValueError(
-                f"{self.family} layers have no mixture-of-experts class: {reason}. Use models of "
-                f"{', '.join(MIXTURE_OF)}."
+                f"{self.family} layers have no mixture-of-experts class{_no_mixture(self.family, shared_expert)} Use "
+                f"models of {', '.join(families)}."
+            )
+        if self.window is not None and not family.windowed:
+            raise ValueError(
+                f"{self.family} layers with a window of {self.window} have no mixture-of-experts class with a shared "
+                f"expert: the attention of {family.architecture} has no window. Leave the shared expert out."
             )
         # Tied heads of mixtures get lost in vLLM, llama.cpp and mlx-lm.
-        changes = {"family": family.name, "experts": experts, "top_k": top_k, "tied": False}
+        changes: dict[str, object] = {"family": family.name, "experts": experts, "top_k": top_k, "tied": False}
+        changes |= {"shared_ffn": self.ffn} if shared_expert else {}
         return ModelShape.model_validate(self.model_dump() | changes)
 
     def tensor_degrees(self) -> list[int]:
@@ -210,6 +227,15 @@ class ModelShape(BaseModel):
 def kv_head_copies(kv_heads: int, context: int) -> int:
     """Return how often each KV head is copied, so that `context` ranks get equal numbers of them."""
     return math.lcm(kv_heads, context) // kv_heads
+
+
+def _no_mixture(family: str, shared_expert: bool) -> str:
+    """Return why a family has no mixture."""
+    if family == "qwen2":
+        return ": its only mixture has a shared expert."
+    if family == "qwen3" and shared_expert:
+        return " with a shared expert: Qwen3MoeForCausalLM has none. Leave the shared expert out."
+    return ": transformers has none."
 
 
 # Sizes of the presets; vocabulary and positions come from the run.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +17,13 @@ from btm_scale.report import figures
 from btm_scale.report.equivalence import equivalence_sentence
 from btm_scale.report.figures.compute import compute_bars
 from btm_scale.report.figures.curves import MOST_BESIDE, Curves, schedule_curves
-from btm_scale.report.figures.matrices import perplexity_matrix, routing_matrix, smallest_width, weight_matrix
+from btm_scale.report.figures.matrices import (
+    perplexity_matrix,
+    routing_entropies,
+    routing_matrix,
+    smallest_width,
+    weight_matrix,
+)
 from btm_scale.report.figures.ratios import ratio_rows
 from btm_scale.report.figures.style import NARROW, WIDE
 from btm_scale.report.figures.trees import is_worth_drawing
@@ -215,8 +222,15 @@ def _routing(results: Results) -> Section:
         "How often the mixture of experts uses each expert on a domain's text, layer by layer. A column is a domain "
         "and a layer, and sums to 1."
     )
+    rows = list(zip(matrix.rows, matrix.texts(), strict=True))
+    if entropies := routing_entropies(results):
+        words += (
+            f" The routers' mean entropy is {sum(entropies) / len(entropies):.2f} nats; it would be "
+            f"{math.log(len(matrix.rows)):.2f} if all experts were equally probable."
+        )
+        rows.append(("Router entropy, nats", [f"{entropy:.2f}" for entropy in entropies]))
     title = "Experts that compute a domain's tokens, by layer"
-    table = plain_table(title, ["Expert", *matrix.columns], list(zip(matrix.rows, matrix.texts(), strict=True)))
+    table = plain_table(title, ["Expert", *matrix.columns], rows)
     draw = partial(figures.routing_map, results)
     return Section("Routing of the mixture", Chart("routing", title, draw, words, table, smallest_width(matrix)))
 

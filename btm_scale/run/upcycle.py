@@ -28,7 +28,7 @@ from btm_scale.forest.shared_tensors import share_the_rest
 from btm_scale.forest.turns import current_config, evaluating, scoring, using
 from btm_scale.model.hf_config import read_shape
 from btm_scale.model.shape import ModelShape
-from btm_scale.run_dir import MOE, RunDir
+from btm_scale.run_dir import MOE, RunDir, finished_models
 from btm_scale.util.disk_errors import writing
 from btm_scale.util.files import make_directory, publish_directory, write_file
 from btm_scale.util.locks import held
@@ -39,13 +39,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which experts a mixture is made of (default: all), how many compute a token, and how its router is made."""
+    """Which experts a mixture is made of (default: all), how many compute a token, and how its router is made.
+
+    The MLPs of the model `shared_expert` compute every token too; None: of no model.
+    """
 
     experts: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     top_k: int = 2
     router: str = "fitted"
     random_seed: int = 0
+    shared_expert: str | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def make_mixture(
     """
     names = chosen_experts(run, recipe)
     shape = _mixture_shape(config, run, names, recipe)
-    card = _card(run, names, settings or _settings(recipe))
+    card = _card(run, names, settings or _settings(recipe), recipe.shared_expert)
     former = find_expert(final)
     is_complete = former is not None and former.model_copy(update={"content_hash": ""}) == card
     if not is_complete:
@@ -134,9 +138,12 @@ def _mixture_shape(config: RunConfig, run: RunDir, names: Sequence[str], recipe:
         )
     if recipe.router not in ROUTERS:
         raise ForestError(unknown_name("router", recipe.router, ROUTERS))
-    shapes = {name: read_shape(run.model(name)) for name in names}
+    models = [*names, *([recipe.shared_expert] if recipe.shared_expert is not None else [])]
+    if recipe.shared_expert is not None and recipe.shared_expert not in finished_models(run):
+        raise ForestError(f"--shared-expert: {unknown_name('model', recipe.shared_expert, finished_models(run))}")
+    shapes = {name: read_shape(run.model(name)) for name in models}
     first = names[0]
-    if other := next((name for name in names if shapes[name] != shapes[first]), None):
+    if other := next((name for name in models if shapes[name] != shapes[first]), None):
         differing = ", ".join(
             f"{field} {getattr(shapes[first], field)} and {getattr(shapes[other], field)}"
             for field in ModelShape.model_fields
@@ -144,7 +151,7 @@ def _mixture_shape(config: RunConfig, run: RunDir, names: Sequence[str], recipe:
         )
         raise ForestError(
             f"'{first}' and '{other}' have different shapes: {differing}. The experts of a mixture have one shape. "
-            f"Leave one out: --without {other}"
+            + (f"Leave one out: --without {other}" if other in names else "Use another shared expert, or none.")
         )
     if not 1 <= recipe.top_k <= len(names):
         raise ForestError(
@@ -152,7 +159,7 @@ def _mixture_shape(config: RunConfig, run: RunDir, names: Sequence[str], recipe:
             "most all of them: change it."
         )
     try:
-        shape = shapes[first].mixture(len(names), recipe.top_k)
+        shape = shapes[first].mixture(len(names), recipe.top_k, shared_expert=recipe.shared_expert is not None)
     except ValueError as error:
         raise ForestError(str(error)) from None
     if recipe.router != "random":
@@ -173,19 +180,25 @@ def _require_mergeable(run: RunDir, names: Sequence[str], recipe: Recipe) -> Non
             dtype=promoted_dtype(directories),
             max_shard_bytes=float("inf"),
             seed=0,
-            ingredients=Ingredients(tuple(names)),
+            ingredients=Ingredients(tuple(names), shared_expert=_shared_expert(run, recipe)),
         )
     except CheckpointError as error:
         raise ForestError(str(error)) from None
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
-    seed = {"random_seed": recipe.random_seed} if recipe.router == "random" else {}
-    return {"top_k": recipe.top_k, "router": recipe.router} | seed
+    settings: dict[str, Any] = {"top_k": recipe.top_k, "router": recipe.router}
+    settings |= {"random_seed": recipe.random_seed} if recipe.router == "random" else {}
+    return settings | ({} if recipe.shared_expert is None else {"shared_expert": recipe.shared_expert})
 
 
-def _card(run: RunDir, names: Sequence[str], settings: Mapping[str, Any]) -> Expert:
+def _shared_expert(run: RunDir, recipe: Recipe) -> Path | None:
+    return None if recipe.shared_expert is None else run.model(recipe.shared_expert)
+
+
+def _card(run: RunDir, names: Sequence[str], settings: Mapping[str, Any], shared_expert: str | None) -> Expert:
     """Return the card of a mixture, without its hash."""
+    read = dict.fromkeys([*names, *([shared_expert] if shared_expert is not None else [])])
     return Expert(
         name=MOE,
         domains={},
@@ -193,7 +206,7 @@ def _card(run: RunDir, names: Sequence[str], settings: Mapping[str, Any]) -> Exp
         tokens=0,
         steps=0,
         layout=dict(settings),
-        data_fingerprint={name: read_expert(run.model(name)).content_hash for name in names},
+        data_fingerprint={name: read_expert(run.model(name)).content_hash for name in read},
         content_hash="",
     )
 
@@ -222,7 +235,7 @@ def _make(
             dtype=promoted_dtype(directories),
             jobs=jobs,
             random_seed=recipe.random_seed,
-            ingredients=Ingredients(tuple(names), router, shared),
+            ingredients=Ingredients(tuple(names), router, shared, shared_expert=_shared_expert(run, recipe)),
         )
         return report.content_hash
 

@@ -30,12 +30,20 @@ class RankText:
 
     def read(self, first: int, count: int) -> Tensor:
         """Return this rank's sequences of a step of `count` samples from index `first` on, [count / ranks, length]."""
+        return self._mixture.select(first, self._own(first, count))
+
+    def domains(self, first: int, count: int) -> list[str]:
+        """Return the domain of each of the sequences that `read` returns."""
+        return self._mixture.domains(first, self._own(first, count))
+
+    def _own(self, first: int, count: int) -> Sequence[int]:
+        """Return which samples of a step are this rank's, as offsets from `first`."""
         if not self._balances:
             share = count // self._ranks
-            return self._mixture.read(first + self._rank * share, share)
+            return range(self._rank * share, (self._rank + 1) * share)
         documents = self._mixture.document_lengths(first, count)
         work = [attended_pairs(lengths, self._window) for lengths in documents]
-        return self._mixture.select(first, balanced(work, self._ranks)[self._rank])
+        return balanced(work, self._ranks)[self._rank]
 
 
 def attended_pairs(lengths: Array, window: int | None = None) -> int:

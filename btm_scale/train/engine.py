@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import deepspeed
@@ -76,7 +76,7 @@ class Engine:
             dist_init_required=False,
         )
         self.model: ExpertModel = self._engine.module
-        self.routers = Routers(group, self.model, job.mixture)
+        self.routers = Routers(group, self.model, job.mixture, list(job.weights))
         self.monitors = Monitors(self._engine, job.model)
         self._masters = self._replicated_masters()
         if self._masters is not None and group.layout.precision != "fp32" and job.accumulation > 1:
@@ -92,10 +92,11 @@ class Engine:
         """This rank's parameters by their Megatron-core names."""
         return dict(self.model.named_parameters())
 
-    def step(self, sequences: Tensor, rate: float) -> StepResult:
+    def step(self, sequences: Tensor, rate: float, domains: Sequence[str] = ()) -> StepResult:
         """Train on this data rank's sequences, [job.sequences / data, length + 1], at learning rate `rate`.
 
-        Context ranks are given the same sequences.
+        Context ranks are given the same sequences. `domains` are those of the sequences, by which a mixture of experts
+        counts how it routes them.
         """
         for settings in self._engine.optimizer.param_groups:
             settings["lr"] = rate * settings[RATE_SCALE]
@@ -121,7 +122,7 @@ class Engine:
         if self._masters is not None:
             norm /= scale
         overflowed = self._scaler is not None and not self._engine.was_step_applied()
-        return StepResult(float(total), norm, overflowed, self.routers.end_step())
+        return StepResult(float(total), norm, overflowed, self.routers.end_step(domains))
 
     @torch.no_grad()
     def loss_of(self, sequences: Tensor) -> Tensor:

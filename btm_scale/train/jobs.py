@@ -285,7 +285,8 @@ def _is_current(config: RunConfig, run: RunDir) -> bool:
     """Return whether the mixture is that of the section `moe`, and of the experts as they are now."""
     card, wanted = read_expert(run.model(MOE)), mixture_settings(config)
     experts = {name: find_expert(run.model(name)) for name in mixture_experts(config)}
-    is_same = all(card.layout.get(name) == wanted.get(name) for name in ("top_k", "router", "random_seed", "train"))
+    settings = ("top_k", "router", "random_seed", "train", "shared_expert")
+    is_same = all(card.layout.get(name) == wanted.get(name) for name in settings)
     hashes = {name: expert.content_hash for name, expert in experts.items() if expert is not None}
     return is_same and card.data_fingerprint == hashes
 

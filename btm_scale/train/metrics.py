@@ -6,7 +6,7 @@ import io
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 _LOG_SECONDS = 5.0
 CROWDED = 0.3  # of the time that threads wait for a core, which is reported
 _TEXTS = ("device", "kernels")
+_ROUTING = "routing"
+_ROUTING_EVERY = 10  # steps
 _MAX_STEP = 1 << 31
 DEV_LOSS = "dev_loss"  # of the step in which it was measured; with /DOMAIN, of one domain
 
@@ -104,7 +106,7 @@ class Metrics:
             "seconds": seconds,
             "flops_per_second": self._step_tokens * self._token_flops / seconds,
         }
-        line |= self._routing(result.routing)
+        line |= self._mean_routing(result.routing)
         line |= more or {}
         if result.overflowed:
             line["overflowed"] = True
@@ -113,7 +115,8 @@ class Metrics:
         if self._file is None:
             return line
         waits = {} if self._waiting is None else {"core_wait": self._waiting}
-        self._file.write(json.dumps(line | waits | self._runs_on) + "\n")
+        routing = self._routing(step, result.routing)
+        self._file.write(json.dumps(line | waits | self._runs_on | routing) + "\n")
         if more and DEV_LOSS in more:
             # Dev losses choose the checkpoint to export, so they must survive a power cut as checkpoints do.
             sync_file(self._file, self._path)
@@ -131,7 +134,7 @@ class Metrics:
             )
         return line
 
-    def _routing(self, routing: Routing | None) -> dict[str, float]:
+    def _mean_routing(self, routing: Routing | None) -> dict[str, float]:
         """Return means over layers: each expert's fraction of the uses, and the routers' entropy in nats."""
         if routing is None:
             return {}
@@ -140,6 +143,17 @@ class Metrics:
         means = [sum(column) / layers for column in zip(*routing.load, strict=True)]
         loads = {f"expert_load/{name}": load for name, load in zip(self._job.weights, means, strict=True)}
         return loads | {"router_entropy": sum(routing.entropy) / layers}
+
+    def _routing(self, step: int, routing: Routing | None) -> dict[str, Any]:
+        """Return the uses by domain, expert and layer, and the entropies by domain and layer, of some steps."""
+        if routing is None or not (step % _ROUTING_EVERY == 0 or step in (1, self._job.steps)):
+            return {}
+        load, entropy = {}, {}
+        for domain, one in routing.by_domain.items():
+            columns = zip(self._job.weights, zip(*one.load, strict=True), strict=True)
+            load[domain] = {name: _rounded(column) for name, column in columns}
+            entropy[domain] = _rounded(one.entropy)
+        return {_ROUTING: {"load": load, "entropy": entropy}}
 
     def _watch_cores(self, now: float) -> None:
         """Measure every few seconds how much the threads waited for a core; log it once if that is much."""
@@ -194,10 +208,15 @@ def metrics_row(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(row, dict):
         return None
-    numbers = [value for name, value in row.items() if not (name in _TEXTS and isinstance(value, str))]
+    kinds: dict[str, type] = dict.fromkeys(_TEXTS, str) | {_ROUTING: dict}
+    numbers = [value for name, value in row.items() if not isinstance(value, kinds.get(name, ()))]
     if not all(map(_is_number, numbers)):
         return None
     return row if type(row.get("step")) is int and 0 < row["step"] < _MAX_STEP else None
+
+
+def _rounded(values: Iterable[float]) -> list[float]:
+    return [round(value, 4) for value in values]
 
 
 def _is_number(value: object) -> bool:

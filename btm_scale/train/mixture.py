@@ -66,7 +66,13 @@ class DomainMixture:
         begin, samples = self._part_of(first)
         return samples.document_lengths(first - begin, count)
 
+    def domains(self, first: int, offsets: Sequence[int]) -> list[str]:
+        """Return the domain of each of the samples that `select` returns."""
+        begin, samples = self._part_of(first)
+        return samples.domains([first - begin + offset for offset in offsets])
+
     def _part_of(self, first: int) -> tuple[int, TrainingSamples]:
+        """Return the samples that index `first` is of, and the index of their first."""
         return next(((begin, samples) for end, begin, samples in self._parts if first < end), self._parts[-1][1:])
 
 

@@ -15,7 +15,7 @@ from btm_scale.train.metrics import CROWDED, DEV_LOSS, metrics_row
 State = Literal["waiting", "running", "saving", "scoring", "done", "stopped", "failed"]
 ACTIVE: frozenset[State] = frozenset(["running", "saving", "scoring"])  # a group works on the model
 
-_TAIL_BYTES = 8192
+_TAILS = (1 << 13, 1 << 17, 1 << 21)  # bytes
 _DEV_TAIL_BYTES = 4 << 20
 _RECENT_STEPS = 20
 
@@ -102,10 +102,14 @@ def _last_rows(path: Path) -> list[dict[str, Any]]:
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _TAIL_BYTES))
-            lines = file.read().split(b"\n")
+            complete: list[bytes] = []
+            for tail in _TAILS:  # some rows of a mixture of experts are long
+                file.seek(max(0, size - tail))
+                lines = file.read(tail).split(b"\n")
+                # The last piece is empty or unfinished, and the first may be cut.
+                complete = lines[:-1] if size <= tail else lines[1:-1]
+                if len(complete) >= _RECENT_STEPS or size <= tail:
+                    break
     except OSError:  # absent, or not readable now
         return []
-    # The last piece is empty or unfinished, and the first may be cut.
-    complete = lines[:-1] if size <= _TAIL_BYTES else lines[1:-1]
     return [row for line in complete[-_RECENT_STEPS:] if (row := metrics_row(line)) is not None]

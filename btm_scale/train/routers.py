@@ -16,8 +16,10 @@ from btm_scale.model.moe import Routing, routers_of, take_routing
 class Routers:
     """The routers of one model; none unless it is a mixture. All ranks of the group call every method together."""
 
-    def __init__(self, group: ExpertGroup, model: torch.nn.Module, settings: MoeTrainConfig | None) -> None:
-        self._group, self._model = group, model
+    def __init__(
+        self, group: ExpertGroup, model: torch.nn.Module, settings: MoeTrainConfig | None, domains: Sequence[str]
+    ) -> None:
+        self._group, self._model, self._domains = group, model, domains
         for router in routers_of(model) if settings is not None else []:
             assert settings is not None
             router.z_loss, router.balance = settings.z_loss, settings.balance
@@ -27,9 +29,13 @@ class Routers:
         for router in routers_of(self._model):
             router.counts = None
 
-    def end_step(self) -> Routing | None:
-        """Return how the step's tokens were routed. The next step's load-balancing loss uses these loads."""
-        routing = take_routing(self._model, dist.group.WORLD if self._group.size > 1 else None, self._group.device)
+    def end_step(self, domains: Sequence[str]) -> Routing | None:
+        """Return how the step's tokens were routed. The next step's load-balancing loss uses these loads.
+
+        `domains` are those of this data rank's sequences, if they are known.
+        """
+        world = dist.group.WORLD if self._group.size > 1 else None
+        routing = take_routing(self._model, world, self._group.device, domains, self._domains)
         if routing is not None:
             self.load = routing.load
         return routing

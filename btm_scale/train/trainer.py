@@ -131,7 +131,9 @@ def train(
                 rate = job.rate_at(step, optimizer)
                 with watch.step():
                     following = first + job.sequences if step < job.steps else None
-                    result = engine.step(text.read(first, job.sequences, then=following), rate)
+                    sequences = text.read(first, job.sequences, then=following)
+                    domains = own.domains(first, job.sequences) if engine.model.shape.experts else ()
+                    result = engine.step(sequences, rate, domains)
                 problem = health.problem(step, result)
                 if problem is not None:
                     health.leave_out(step, problem)

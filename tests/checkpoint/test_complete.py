@@ -50,7 +50,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("opt", MULTI_HEAD | {"ffn_dim": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": False}),
     ("gpt_neox", MULTI_HEAD),
 ]
-MIXTURES = {"mixtral", "qwen3_moe"}  # transformers stacks their experts in memory, but not in files
+MIXTURES = {"mixtral", "qwen2_moe", "qwen3_moe"}  # transformers stacks their experts in memory, but not in files
 
 
 def lacking(weights: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:

@@ -70,6 +70,66 @@ def test_several_times_one_expert_is_that_expert_whatever_the_router(
     torch.testing.assert_close(logits(tmp_path / "moe", tokens), logits(expert, tokens), atol=1e-5, rtol=0)
 
 
+SHARED = {"llama": {}, "mistral": {"sliding_window": None}, "qwen2": {"tie_word_embeddings": True}}
+
+
+@pytest.mark.parametrize("family", SHARED)
+def test_several_times_one_expert_that_is_also_shared_is_that_expert(family: str, tmp_path: Path) -> None:
+    expert = save_random(tmp_path / "expert", 0, family, **SHARED[family])
+    tokens = torch.randint(0, 65, (2, 20))
+    shared = Ingredients(("a", "b", "c"), shared_expert=expert)
+    merge(tmp_path / "moe", [(expert, 1.0)] * 3, method="moe", random_seed=7, ingredients=shared)
+    assert json.loads((tmp_path / "moe/config.json").read_text())["architectures"] == ["Qwen2MoeForCausalLM"]
+    torch.testing.assert_close(logits(tmp_path / "moe", tokens), logits(expert, tokens), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_half_of_each_layer_is_the_shared_experts_and_the_rest_is_averaged_without_it(
+    models: dict[str, list[Path]], dtype: str, tmp_path: Path
+) -> None:
+    *experts, seed = models["llama"]
+    inputs = [(path, 1.0) for path in experts]
+    shared = Ingredients(("a", "b"), shared_expert=seed)
+    report = merge(tmp_path / "moe", inputs, method="moe", dtype=dtype, ingredients=shared)
+    merge(tmp_path / "mean", inputs, dtype=dtype)
+    mixture, mean = load_file(tmp_path / "moe/model.safetensors"), load_file(tmp_path / "mean/model.safetensors")
+    for path, place, factor in (
+        (experts[0], "experts.0", 0.5),
+        (experts[1], "experts.1", 0.5),
+        (seed, "shared_expert", 1),
+    ):
+        theirs = load_file(path / "model.safetensors")
+        for part, scale in (("gate_proj", 1), ("up_proj", 1), ("down_proj", factor)):
+            expected = theirs[f"model.layers.1.mlp.{part}.weight"].to(mean["model.norm.weight"].dtype) * scale
+            assert mixture[f"model.layers.1.mlp.{place}.{part}.weight"].equal(expected)
+    rest = {name: tensor for name, tensor in mixture.items() if ".mlp." not in name}
+    added = [tensor for name, tensor in mixture.items() if name.endswith((".bias", "shared_expert_gate.weight"))]
+    assert len(added) == 2 * 4
+    assert not any(tensor.count_nonzero() for tensor in added)
+    assert all(tensor.equal(mean[name]) for name, tensor in rest.items() if not name.endswith(".bias"))
+    again = merge(tmp_path / "moe", inputs, method="moe", dtype=dtype, ingredients=shared)
+    assert again.already_complete
+    assert again.content_hash == report.content_hash
+    others = Ingredients(("a", "b"), shared_expert=experts[0])
+    with pytest.raises(CheckpointError, match="already exists"):
+        merge(tmp_path / "moe", inputs, method="moe", dtype=dtype, ingredients=others)
+
+
+def test_transformers_keeps_names_and_bits_of_a_mixture_with_a_shared_expert(
+    models: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    shared = Ingredients(("a", "b"), shared_expert=models["llama"][2])
+    merge(tmp_path / "moe", [(path, 1.0) for path in models["llama"][:2]], method="moe", ingredients=shared)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "moe").save_pretrained(tmp_path / "again")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("moe", "again"))
+    assert ours.keys() == theirs.keys()
+    assert all(tensor.equal(theirs[name]) for name, tensor in ours.items())
+    facts = inspect(tmp_path / "moe")
+    assert (facts.family, facts.problem, facts.converts_to) == ("qwen2_moe", None, ("huggingface",))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mlps_are_copied_in_the_order_of_the_inputs_and_the_rest_is_averaged(
     models: dict[str, list[Path]], family: str, tmp_path: Path
@@ -191,6 +251,21 @@ def test_inputs_that_make_no_mixture_are_refused_and_nothing_is_left(
         ("intermediate_size 40 and 44", [llama[0], (wide, 1.0)], {}),
         ("top_k is 4 and there are 3 experts", llama, {"parameters": {"top_k": 4}}),
         ("top_k is 1.5", llama, {"parameters": {"top_k": 1.5}}),
+        (
+            "qwen3 layers have no mixture-of-experts class with a shared expert: Qwen3MoeForCausalLM has none",
+            [(path, 1.0) for path in models["qwen3"]],
+            {"ingredients": Ingredients(("a", "b", "c"), shared_expert=models["qwen3"][0])},
+        ),
+        (
+            "window of 5 have no mixture-of-experts class with a shared expert",
+            [(path, 1.0) for path in models["mistral"]],
+            {"ingredients": Ingredients(("a", "b", "c"), shared_expert=models["mistral"][0])},
+        ),
+        (
+            "intermediate_size 40 and 44",
+            llama,
+            {"ingredients": Ingredients(("a", "b", "c"), shared_expert=wide)},
+        ),
         ("sum to 0", [(llama[0][0], 1.0), (llama[1][0], -1.0)], {}),
         (
             "'gate' is \\[3, 32\\] and must be absent",

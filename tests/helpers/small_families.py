@@ -32,6 +32,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opt": _SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 16},
     "gpt_neox": _SIZES | {"rotary_pct": 0.5},
     "mixtral": _GROUPED | {"num_local_experts": 4},
+    "qwen2_moe": _GROUPED
+    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
     "qwen3_moe": _GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8},
     # A family that Megatron-core computes, with a setting that it does not.
     "llama": _GROUPED | {"attention_bias": True},

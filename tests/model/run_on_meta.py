@@ -80,7 +80,7 @@ def shape_of(family: str) -> ModelShape:
     traits = READABLE[family]
     sizes = {"layers": 2, "hidden": 96, "heads": 6, "kv_heads": 2 if traits.grouped else 6, "ffn": 112}
     extra = ({"window": 16} if traits.windowed else {}) | (
-        {"experts": EXPERTS, "top_k": TOP_K} if traits.mixture else {}
+        {"experts": EXPERTS, "top_k": TOP_K, "shared_ffn": 24 * traits.shared_expert} if traits.mixture else {}
     )
     return ModelShape(family=family, positions=LENGTH, vocabulary=VOCABULARY, tied=True, **sizes, **extra)
 

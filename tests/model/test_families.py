@@ -58,6 +58,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "norm_topk_prob": True,
     },
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        "head_dim": 12,
+        "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 24,
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    },
     "gpt2": {
         "model_type": "gpt2",
         "n_embd": 32,
@@ -154,6 +163,9 @@ def test_rotary_settings_from_before_transformers_5_are_read() -> None:
         ({"hidden_act": "gelu"}, "activation gelu"),
         ({"model_type": "qwen2", "use_sliding_window": True}, "qwen2 with use_sliding_window"),
         ({"num_key_value_heads": 3}, "heads=4 is not a multiple of kv_heads=3"),
+        (FAMILIES["qwen2_moe"] | {"norm_topk_prob": False}, "qwen2_moe with router weights that do not sum to 1"),
+        (FAMILIES["qwen2_moe"] | {"qkv_bias": False}, "qwen2_moe with no biases"),
+        (FAMILIES["qwen2_moe"] | {"shared_expert_intermediate_size": 0}, "has a shared expert. Set shared_ffn"),
     ],
 )
 def test_unsupported_configs_are_rejected(changes: dict[str, Any], message: str) -> None:

@@ -62,6 +62,19 @@ def test_only_the_active_experts_of_a_mixture_cost_flops() -> None:
     assert more == 6 * (mixture.active_parameters - dense.parameters)
 
 
+def test_the_shared_expert_of_a_mixture_computes_every_token() -> None:
+    dense = shape(family="qwen2", tied=False)
+    mixture = dense.mixture(experts=5, top_k=2, shared_expert=True)
+    mlp, router, gate = 3 * 32 * 24, 5 * 32, 32
+    assert (mixture.family, mixture.shared_ffn) == ("qwen2_moe", 24)
+    assert mixture.parameters == dense.parameters + 2 * (5 * mlp + router + gate)
+    assert mixture.active_parameters == dense.parameters + 2 * (2 * mlp + router + gate)
+    with pytest.raises(ValueError, match="Qwen3MoeForCausalLM has none"):
+        shape(family="qwen3").mixture(experts=5, top_k=2, shared_expert=True)
+    with pytest.raises(ValueError, match="a window of 4 have no mixture-of-experts class with a shared expert"):
+        shape(family="mistral", window=4).mixture(experts=5, top_k=2, shared_expert=True)
+
+
 def test_every_family_has_its_transformers_name() -> None:
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 

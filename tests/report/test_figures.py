@@ -124,15 +124,23 @@ def test_the_routing_of_a_mixture_is_drawn_by_domain_and_layer(make_results, con
         "math": {"math": (0.75, 0.5), "code": (0.25, 0.5)},
         "poems": {"math": (0.125, 0.0), "code": (0.875, 1.0)},
     }
-    results = make_results().model_copy(update={"routing": routing})
+    entropies = {"math": (0.5, 0.25), "poems": (0.75, 0.5)}
+    results = make_results().model_copy(update={"routing": routing, "routing_entropy": entropies})
     (heat,) = figures.routing_map(results).data
+    assert list(heat.customdata[0])[2] == "router entropy 0.75 nats"
     assert list(heat.x) == ["math 1", "math 2", "poems 1", "poems 2"]
     assert [list(row) for row in heat.z] == [[0.75, 0.5, 0.125, 0.0], [0.25, 0.5, 0.875, 1.0]]
     [section] = [one for one in sections(config, results, {}) if one.title == "Routing of the mixture"]
     assert section.chart is not None
     assert section.chart.words.startswith("The domain's own expert has 0.62 of the uses on average.")
+    assert "The routers' mean entropy is 0.50 nats; it would be 0.69 if all" in section.chart.words
+    assert [row.name for row in section.chart.table.rows] == ["math", "code", "Router entropy, nats"]
     results.save(tmp_path / "results.json")
     assert Results.load(tmp_path / "results.json") == results
+    of_an_earlier_version = results.model_copy(update={"routing_entropy": {}})
+    [section] = [one for one in sections(config, of_an_earlier_version, {}) if one.title == "Routing of the mixture"]
+    assert section.chart is not None
+    assert "entropy" not in section.chart.words
 
 
 def test_the_mixture_is_trained_after_the_schedule(make_results, config):

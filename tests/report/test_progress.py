@@ -37,6 +37,17 @@ def test_progress_is_that_of_the_last_whole_line(tmp_path):
     assert progress.seconds_left == 2000.0
 
 
+def test_progress_is_read_from_rows_that_are_long(tmp_path):
+    run = RunDir(tmp_path)
+    _write(run, "moe", 40)
+    routing = {"load": {"math": {"math": [0.1234] * 5000}}, "entropy": {"math": [1.2345] * 5000}}
+    rows = [json.loads(line) for line in run.metrics("moe").read_text().splitlines()]
+    rows = [row | ({"routing": routing} if row["step"] % 10 == 0 else {}) for row in rows]
+    run.metrics("moe").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    progress = read_progress(run, "moe", 50, state="running")
+    assert (progress.step, progress.tokens_per_second) == (40, 1000.0)
+
+
 def test_speed_is_a_median_that_one_odd_step_does_not_move(tmp_path):
     run = RunDir(tmp_path)
     _write(run, "math", 100)

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from btm_scale.config.run import RunConfig
-from btm_scale.evaluate.mixture_facts import mixture_note, routing_by_domain
+from btm_scale.evaluate.mixture_facts import mixture_note, routing_by_domain, routing_entropy_by_domain
 from btm_scale.forest.expert import read_expert
 from btm_scale.forest.scores import Scores
 from btm_scale.launch.memory import rank_memory
@@ -62,7 +62,7 @@ def test_a_mixture_whose_training_was_killed_ends_in_the_same_bits(trained: tupl
 def test_joint_training_changes_the_mixture_and_records_where_it_came_from(
     trained: tuple[RunConfig, RunDir, RunDir],
 ) -> None:
-    _, run, _ = trained
+    config, run, _ = trained
     card, first = read_expert(run.model(MOE)), read_expert(run.mixture_start)
     assert [parent.name for parent in card.parents] == DOMAINS
     assert card.domains == dict.fromkeys(DOMAINS, 0.25)
@@ -76,6 +76,15 @@ def test_joint_training_changes_the_mixture_and_records_where_it_came_from(
     for row in rows:
         assert sum(row[f"expert_load/{name}"] for name in DOMAINS) == pytest.approx(1.0)
         assert 0 < row["router_entropy"] < np.log(4)
+    assert [row["step"] for row in rows if "routing" in row] == [1, 10, 12]
+    routing = rows[-1]["routing"]
+    layers = config.model.shape(1, 64).layers
+    for domain, by_expert in routing["load"].items():
+        assert domain in DOMAINS
+        assert list(by_expert) == DOMAINS
+        np.testing.assert_allclose(np.sum(list(by_expert.values()), axis=0), np.ones(layers), atol=1e-3)
+        assert len(routing["entropy"][domain]) == layers
+    assert np.mean([by_expert[domain] for domain, by_expert in routing["load"].items()]) > 0.3, "its own expert"
     assert [row["learning_rate"] for row in rows[-1:]] == [0.0]
     assert "router fitted" in mixture_note(run, card)
 
@@ -89,6 +98,9 @@ def test_the_scores_have_the_routing_of_every_layer(trained: tuple[RunConfig, Ru
     assert scores.routing is not None
     assert scores.routing.shape == (config.model.shape(1, 64).layers, 4)
     np.testing.assert_allclose(scores.routing.sum(axis=1), 1.0)
+    assert scores.routing_entropy is not None
+    assert ((scores.routing_entropy > 0) & (scores.routing_entropy < np.log(4))).all()
+    assert list(routing_entropy_by_domain(config, run)) == list(config.all_domains)
 
 
 @pytest.mark.parametrize(

@@ -244,6 +244,29 @@ def test_an_expert_that_does_not_share_what_its_card_claims_is_refused(run: Run,
     assert not upcycle(*run, Recipe(without=("docs",))).is_complete
 
 
+def test_the_seed_can_be_a_shared_expert_that_is_recorded_and_replaced(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = run[1].model(MOE)
+    upcycle(*run, Recipe())
+    alone = mean_loss(*run)
+    main(["upcycle", str(run[1].root), "--shared-expert", "seed", "--json"])
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["family"], answer["shared_expert"]) == ("qwen2_moe", "seed")
+    weights = load_file(directory / WEIGHTS)
+    seed = load_file(run[1].model("seed") / WEIGHTS)
+    name = "model.layers.0.mlp.{}down_proj.weight"
+    assert weights[name.format("shared_expert.")].equal(seed[name.format("")])
+    assert answer["parameters"] == sum(tensor.numel() for tensor in weights.values())
+    assert mean_loss(*run) < alone + 1.0
+    card = read_expert(directory)
+    assert card.layout["shared_expert"] == "seed"
+    assert card.data_fingerprint["seed"] == read_expert(run[1].model("seed")).content_hash
+    assert "router fitted; shared expert seed." in mixture_note(run[1], card)
+    assert upcycle(*run, Recipe(shared_expert="seed")).is_complete
+    assert not upcycle(*run, Recipe(router="fitted-routed", shared_expert="seed")).is_complete
+
+
 def in_other_shape(run: RunDir) -> None:
     config = run.model("cpp") / "config.json"
     settings = json.loads(config.read_text())
@@ -267,6 +290,12 @@ def without_domain(run: RunDir) -> None:
         (Recipe(experts=("cpp",)), None, "^cpp is left of cpp, docs, licences, python. A mixture needs at least two"),
         (Recipe(router="fited"), None, "Unknown router 'fited'. Did you mean 'fitted'"),
         (Recipe(top_k=5), None, "^--top-k is 5, and there are 4 experts"),
+        (Recipe(shared_expert="sed"), None, "^--shared-expert: Unknown model 'sed'. Did you mean 'seed'"),
+        (
+            Recipe(without=("cpp",), shared_expert="cpp"),
+            in_other_shape,
+            "'docs' and 'cpp' have different shapes: .*Use another shared expert, or none",
+        ),
         (Recipe(), in_other_shape, "'cpp' and 'docs' have different shapes: rope_theta 500000.0 and 10000.0"),
         (Recipe(), with_other_tokenizer, "tokenizer.json differs between"),
         (Recipe(), without_domain, r"'cpp' was not trained on a domain of .*--without cpp"),

@@ -20,6 +20,7 @@ from btm_scale.model.moe import Router, take_routing, with_recorded_scale
 from btm_scale.model.shape import ModelShape
 
 SHAPE = {"family": "mixtral", **TINY_SHAPE, "tied": False, "experts": 4, "top_k": 2}
+SHAPES = {"mixtral": SHAPE, "qwen3_moe": SHAPE | {"family": "qwen3_moe", "head_size": 20, "tied": True}}
 STEPS = 20
 ONE = {"tensor": 1, "data": 1, "zero": 0}
 MATRIX = [
@@ -95,8 +96,13 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     specs = in_worlds(folder / "layouts", [ONE, *QUICK], 0.01, micro_batch=2)
     state = {"half": QUICK[0] | {"micro_batch": 2}}
     specs.append(spec(folder / "state", state, 0.01, save=STEPS // 2))
-    rest = spec(folder / "state", {"resumed": state["half"]}, 0.01, save=STEPS // 2, begin={"resumed": "half"})
-    return trained([*specs, rest], folder)
+    specs.append(spec(folder / "state", {"resumed": state["half"]}, 0.01, save=STEPS // 2, begin={"resumed": "half"}))
+    # The loss of the first step after the resume is that of the weights at the stop.
+    qwen3, half = SHAPES["qwen3_moe"], {"half": ONE | {"micro_batch": 8}}
+    specs.append(spec(folder / "qwen3_moe", half, 0.0, save=STEPS // 2, shape=qwen3))
+    begin = {"save": STEPS // 2, "begin": {"resumed": "half"}, "steps": STEPS // 2 + 1}
+    specs.append(spec(folder / "qwen3_moe", {"resumed": half["half"]}, 0.0, shape=qwen3, **begin))
+    return trained(specs, folder)
 
 
 def test_a_mixture_has_the_losses_of_one_rank_in_every_layout_and_resumes_with_the_same_bits(quick: Trained) -> None:
@@ -108,11 +114,14 @@ def test_a_mixture_has_the_losses_of_one_rank_in_every_layout_and_resumes_with_t
     assert all(torch.equal(tensor, complete[name]) for name, tensor in resumed.items())
 
 
-def test_transformers_has_the_loss_of_a_trained_mixture(quick: Trained, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "folder"), [("mixtral", "state"), ("qwen3_moe", "qwen3_moe")])
+def test_transformers_has_the_loss_of_a_trained_mixture(
+    family: str, folder: str, quick: Trained, tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM
 
-    shape = ModelShape.model_validate(SHAPE)
-    weights = {name: tensor for name, tensor in quick["state/half"].items() if name not in ("losses", "bytes")}
+    shape = ModelShape.model_validate(SHAPES[family])
+    weights = {name: tensor for name, tensor in quick[f"{folder}/half"].items() if name not in ("losses", "bytes")}
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_text(json.dumps(config_json(shape, dtype="float32", end_of_text=None)))
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -120,7 +129,7 @@ def test_transformers_has_the_loss_of_a_trained_mixture(quick: Trained, tmp_path
     with torch.no_grad():
         logits = model(text[:, :-1]).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten())
-    assert quick["state/resumed"]["losses"][0] == pytest.approx(loss.item(), abs=2e-5)
+    assert quick[f"{folder}/resumed"]["losses"][0] == pytest.approx(loss.item(), abs=2e-5)
 
 
 @pytest.mark.parametrize(("balance", "micro_batch"), [full(0.0, 8), full(0.01, 1)])
@@ -207,3 +216,24 @@ def test_the_routing_counts_every_use_since_it_was_last_taken() -> None:
     assert again.entropy[0] == pytest.approx(1.0986123), "all experts are as probable"
     assert sorted(again.load[0]) == [0.0, 0.5, 0.5]
     assert take_routing(torch.nn.Linear(2, 2), None, torch.device("cpu")) is None
+
+
+def test_the_routing_of_sequences_is_counted_by_their_domain() -> None:
+    layer, cpu = router(), torch.device("cpu")
+    torch.nn.init.zeros_(layer.weight)
+    layer.weight.data[:, 0] = torch.tensor([1.0, 2.0, 3.0])
+    hidden = torch.zeros(5, 3, 8)  # positions, sequences, hidden
+    hidden[:, 1, 0], hidden[:, 2, 0] = 50.0, -50.0
+    for micro_batch in (hidden[:, :2], hidden[:, 2:]):
+        layer(micro_batch)
+    routing = take_routing(layer, None, cpu, ["math", "law", "code"], ["code", "law", "math", "poems"])
+    assert routing is not None
+    assert list(routing.by_domain) == ["code", "law", "math"]
+    assert routing.by_domain["law"].load == [[0.0, 0.5, 0.5]]
+    assert routing.by_domain["code"].load == [[0.5, 0.5, 0.0]]
+    assert routing.by_domain["math"].entropy[0] == pytest.approx(1.0986123)
+    assert routing.by_domain["law"].entropy[0] == pytest.approx(0.0, abs=1e-6)
+    layer.eval()(hidden)
+    layer(hidden)
+    assert layer.counts is not None
+    assert layer.counts.shape == (1, 5), "what is evaluated takes no memory per sequence"

@@ -27,7 +27,11 @@ from btm_scale.model.shape import ModelShape
 
 EXPERT_NAMES = "expert_names"  # in config.json; in the order of the experts
 _EXPERT = re.compile(r"(.*\.mlp\.)experts\.local_experts\.(\d+)\.(.*)")
-_LIMIT = 0.02 * 3**0.5  # of a random router's uniform weights, whose standard deviation is that of other matrices
+_SHARED_EXPERT = re.compile(r"(.*\.mlp\.)shared_experts\.(linear_.*)")
+# The shared expert's gate of zeros multiplies its output by sigmoid(0). The experts have the other half: it is exact in
+# every floating-point format, and several times one MLP is that MLP.
+_HALF = 0.5
+RANDOM_LIMIT = 0.02 * 3**0.5  # of a random router's uniform weights, whose standard deviation is that of other matrices
 
 
 @dataclass(frozen=True)
@@ -36,24 +40,32 @@ class Ingredients:
 
     `router` is a safetensors file with the tensors of the output's gates; None draws them. `shared`: the models
     differ only in their MLPs, so that everything else is copied from the first. `rest`: the model from which it is
-    copied instead.
+    copied instead. `shared_expert`: the model whose MLPs compute every token, beside the experts.
     """
 
     names: tuple[str, ...]
     router: Path | None = None
     shared: bool = False
     rest: Path | None = None
+    shared_expert: Path | None = None
+
+    @property
+    def others(self) -> list[Path]:
+        """The models that are read besides the experts: that of the rest, and that of the shared expert."""
+        return [path for path in (self.rest, self.shared_expert) if path is not None]
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a tensor of the mixture comes from: the input of this index, the mean of all, or the router.
+    """Where a tensor of the mixture comes from: the input of this index, the mean of all, the router, or zeros.
 
-    The index after that of the last input is the model from which everything but the MLPs is copied.
+    Indices after that of the last input are those of the other models of the ingredients. A tensor of an input is
+    multiplied by `scale`.
     """
 
     tensor: str
-    source: int | Literal["mean", "router", "random"]
+    source: int | Literal["mean", "router", "random", "zeros"]
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +113,7 @@ def mixture_of(
     """
     config = described_config(paths[0])
     dense = shape_from_config(config, paths[0] / "config.json")
-    shape = _mixture_shape(paths[0], dense, len(paths), top_k)
+    shape = _mixture_shape(paths[0], dense, len(paths), top_k, ingredients.shared_expert is not None)
     problem = _names_problem(ingredients.names, len(paths))
     if problem:
         raise CheckpointError(problem)
@@ -111,17 +123,23 @@ def mixture_of(
     if ingredients.shared or ingredients.rest is not None:
         rest = 0 if ingredients.rest is None else len(paths)
     origins: dict[str, Origin] = {}
+    last = len(paths) + len(ingredients.others) - 1
     for entry in table(shape):
-        expert = _EXPERT.fullmatch(entry.megatron)
+        expert, always = _EXPERT.fullmatch(entry.megatron), _SHARED_EXPERT.fullmatch(entry.megatron)
+        scale = _HALF if shape.shared_ffn and entry.megatron.endswith("linear_fc2.weight") else 1.0
         for i, name in enumerate(entry.huggingface):
             if expert is not None:
-                origins[name] = Origin(by_megatron[expert[1] + expert[3]][i], int(expert[2]))
+                origins[name] = Origin(by_megatron[expert[1] + expert[3]][i], int(expert[2]), scale)
+            elif always is not None:
+                origins[name] = Origin(by_megatron[always[1] + always[2]][i], last)
+            elif entry.megatron.endswith((".gate_weight", "_qkv.bias")) and entry.megatron not in by_megatron:
+                origins[name] = Origin(name, "zeros")
             elif entry.megatron.endswith(".router.weight"):
                 origins[name] = Origin(name, "random" if random else "router")
             else:
                 tied = name == "lm_head.weight" and name not in specs
                 origins[name] = Origin("model.embed_tokens.weight" if tied else name, rest)
-    read = {origin.tensor for origin in origins.values() if origin.source not in ("router", "random")}
+    read = {origin.tensor for origin in origins.values() if origin.source not in ("router", "random", "zeros")}
     if odd := read ^ specs.keys():
         raise CheckpointError(
             f"{paths[0]} does not have the tensors of a {dense.family} model, but lacks {few_names(odd, 'tensors')} or "
@@ -141,9 +159,11 @@ def mixture_of(
     return Mixture(shape, ingredients.names, origins, special), result
 
 
-def random_gate(seed: int, name: str, start: int, stop: int) -> np.ndarray:
-    """Return elements [start, stop) of a random router's gate, float64."""
-    return (uniform(f"{seed}/{name}", start, stop) * 2 - 1) * _LIMIT
+def drawn(limit: float, seed: int, name: str, start: int, stop: int) -> np.ndarray:
+    """Return elements [start, stop) of a tensor that no model has, float64: uniform below `limit` in size."""
+    if not limit:
+        return np.zeros(stop - start)
+    return (uniform(f"{seed}/{name}", start, stop) * 2 - 1) * limit
 
 
 def _sizes(shape: ModelShape) -> dict[str, Shape]:
@@ -153,14 +173,14 @@ def _sizes(shape: ModelShape) -> dict[str, Shape]:
     return {f"{expected.prefix}{name}": size for name, size in expected.body.items()} | dict(expected.heads)
 
 
-def _mixture_shape(path: Path, dense: ModelShape, experts: int, top_k: float) -> ModelShape:
+def _mixture_shape(path: Path, dense: ModelShape, experts: int, top_k: float, shared_expert: bool) -> ModelShape:
     if top_k != int(top_k) or not 1 <= top_k <= experts:
         raise CheckpointError(
             f"top_k is {top_k:g} and there are {experts} experts. Each token is computed by at least 1 expert and at "
             "most all: change top_k."
         )
     try:
-        return dense.mixture(experts, int(top_k))
+        return dense.mixture(experts, int(top_k), shared_expert=shared_expert)
     except ValidationError as error:
         raise CheckpointError(f"{path}: {error.errors()[0]['msg']}") from None
     except ValueError as error:

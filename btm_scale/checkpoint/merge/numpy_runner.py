@@ -36,7 +36,7 @@ def torch_is_loaded() -> bool:
 def _has_numpy_method(target: Target, name: str) -> bool:
     plan = target.plan
     how, code = plan.how(name), plan.specs[name].code
-    if not how.models:  # a random gate
+    if not how.models:  # a tensor that a mixture adds
         return False
     read = [*zip(how.models, how.names, strict=True), *([how.base] if how.base else [])]
     codes = {target.everyone[model].spec(own).code for model, own in read}

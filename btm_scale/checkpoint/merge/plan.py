@@ -44,7 +44,8 @@ class Unit:
 class TensorMerge:
     """How one tensor is merged: which tensors of which models are read, by which method.
 
-    `models` and the first entry of `base` are indices into the plan's `everyone`. No model: a random gate of a mixture.
+    `models` and the first entry of `base` are indices into the plan's `everyone`. No model: a tensor that a mixture
+    adds, uniform random numbers below the only weight in size.
     """
 
     method_name: str

@@ -77,6 +77,8 @@ def by_arguments(
         allow=allow,
         ingredients=ingredients,
     )
+    others = ingredients.others if ingredients is not None else []
+    pairs += tuple((path, 0.0) for path in others if path not in dict(pairs))
     template = chosen_template(chat_template, origin, pairs)
     completed = base is not None and any(is_completed(path) for path, _ in pairs)
     extras = Extras(

@@ -15,7 +15,7 @@ from btm_scale.checkpoint.formats.tensors import ModelReader, TensorSpec, parse_
 from btm_scale.checkpoint.hashing import sample_hash
 from btm_scale.checkpoint.merge.compatibility import common_specs
 from btm_scale.checkpoint.merge.heads import SETTING, head_problem, shared_heads
-from btm_scale.checkpoint.merge.moe import Ingredients, Origin, mixture_of
+from btm_scale.checkpoint.merge.moe import RANDOM_LIMIT, Ingredients, Origin, mixture_of
 from btm_scale.checkpoint.merge.names import missing_prefixes, older_names
 from btm_scale.checkpoint.merge.parameters import parameter_problems, weight_problems
 from btm_scale.checkpoint.merge.plan import MergePlan, Source, TensorMerge
@@ -68,8 +68,8 @@ def make_plan(
     if ingredients is not None and tokenizer is not None:
         problems.append("'moe' keeps the tokenizer of its models. Leave --tokenizer out, and merge vocabularies first.")
     basis = [Path(base)] if base is not None and chosen.takes_base else []
-    rest = [ingredients.rest] if ingredients is not None and ingredients.rest is not None else []
-    paths = [*(path for path, _ in used), *basis, *rest]
+    besides = ingredients.others if ingredients is not None else []
+    paths = [*(path for path, _ in used), *basis, *besides]
     choice = Vocabulary(tokenizer, new_rows, basis[0] if basis else None) if tokenizer is not None else None
     models = checked_models(
         paths, parse_code(dtype) if dtype else None, problems, tensors=tensors, allow=allow, choice=choice
@@ -126,12 +126,12 @@ class Models:
         seed: int,
     ) -> MergePlan:
         """Return the plan of a mixture of experts, which are the MLPs of `inputs` in their order."""
-        experts, rest = [path for path, _ in inputs], ingredients.rest
-        read = [*inputs, (rest, 0.0)] if rest is not None and rest not in experts else inputs
+        experts, others = [path for path, _ in inputs], ingredients.others
+        read = [*inputs, *((path, 0.0) for path in dict.fromkeys(others) if path not in experts)]
         plan = self.plan(read, None, "moe", parameters, max_shard_bytes, seed)
         mixture, specs = mixture_of(experts, self.specs, ingredients, parameters["top_k"])
         index = {source.path: i for i, source in enumerate(plan.sources)}
-        places = [index[path] for path in [*experts, *([rest] if rest is not None else [])]]
+        places = [index[path] for path in [*experts, *others]]
         router = ingredients.router
         return replace(
             plan,
@@ -178,13 +178,15 @@ class Models:
 def _tensor_merge(name: str, origin: Origin, plan: MergePlan, places: Sequence[int]) -> TensorMerge:
     """Return how a tensor of a mixture is made; `places` are the sources of its inputs."""
     count = len(plan.sources)
-    if origin.source == "random":
-        return TensorMerge(plan.method_name, {}, (), (name,), (), None)
+    if origin.source == "random" or origin.source == "zeros":
+        limit = RANDOM_LIMIT if origin.source == "random" else 0.0
+        return TensorMerge(plan.method_name, {}, (), (name,), (limit,), None)
     if origin.source == "mean":
-        weights = tuple(source.weight for source in plan.sources)
-        return TensorMerge("linear", {}, tuple(range(count)), (origin.tensor,) * count, weights, None)
+        weights = {i: source.weight for i, source in enumerate(plan.sources) if source.weight}
+        return TensorMerge("linear", {}, tuple(weights), (origin.tensor,) * len(weights), tuple(weights.values()), None)
     index = count if origin.source == "router" else places[origin.source]
-    return TensorMerge("passthrough", {}, (index,), (origin.tensor,), (1.0,), None)
+    scale = {} if origin.scale == 1 else {"scale": origin.scale}
+    return TensorMerge("passthrough", scale, (index,), (origin.tensor,), (1.0,), None)
 
 
 def _used_inputs(method: Method, inputs: Sequence[tuple[Path, float]]) -> list[tuple[Path, float]]:

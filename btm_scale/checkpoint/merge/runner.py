@@ -12,7 +12,7 @@ from btm_scale.checkpoint.formats.rounded import Counts, count_nonfinite
 from btm_scale.checkpoint.formats.safetensors_writer import ShardedWriter
 from btm_scale.checkpoint.formats.tensors import ModelReader
 from btm_scale.checkpoint.hashing import BlockHashes
-from btm_scale.checkpoint.merge.moe import random_gate
+from btm_scale.checkpoint.merge.moe import drawn
 from btm_scale.checkpoint.merge.noise import uniform
 from btm_scale.checkpoint.merge.plan import MergePlan, Unit
 from btm_scale.checkpoint.merge.registry import Piece, TensorPieces
@@ -99,8 +99,8 @@ class UnitRunner:
         parts = parts_of(unit, self.chunk_bytes // spec.itemsize)
         how = plan.how(unit.name)
         if not how.models:
-            gates = (random_gate(plan.seed, part.name, part.start, part.stop) for part in parts)
-            yield from map(torch.from_numpy, gates)
+            added = (drawn(how.weights[0], plan.seed, part.name, part.start, part.stop) for part in parts)
+            yield from map(torch.from_numpy, added)
         elif plan.copies(unit.name):
             model = target.everyone[how.models[0]]
             yield from (self._buffers.stored(model, _named(part, how.names[0])) for part in parts)

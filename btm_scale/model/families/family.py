@@ -55,4 +55,5 @@ class Family:
     grouped: bool = True  # grouped-query attention, and heads of any size
     always_tied: bool = False  # the LM head is the embedding
     mixture: bool = False  # every MLP is a mixture of experts; such a model is not trained here
+    shared_expert: bool = False  # of a mixture: one more expert computes every token
     tied_by_default: bool = False  # if config.json does not say

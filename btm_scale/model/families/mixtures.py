@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from btm_scale.model.families import llama
 from btm_scale.model.families.family import Config, Entry
-from btm_scale.model.families.llama import LLAMA, MISTRAL, QWEN3
+from btm_scale.model.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 
 if TYPE_CHECKING:
     from btm_scale.model.shape import ModelShape
@@ -43,7 +43,23 @@ def _qwen3_moe_from_config(config: Config) -> dict[str, Any]:
 
 
 def _qwen3_moe_to_config(shape: ModelShape) -> dict[str, Any]:
-    return QWEN3.to_config(shape) | {
+    return QWEN3.to_config(shape) | _qwen_experts(shape)
+
+
+def _qwen2_moe_from_config(config: Config) -> dict[str, Any]:
+    return QWEN2.from_config({**config, "intermediate_size": config["moe_intermediate_size"]}) | {
+        "experts": config.get("num_experts") or config["num_local_experts"],
+        "top_k": config["num_experts_per_tok"],
+        "shared_ffn": config["shared_expert_intermediate_size"],
+    }
+
+
+def _qwen2_moe_to_config(shape: ModelShape) -> dict[str, Any]:
+    return QWEN2.to_config(shape) | _qwen_experts(shape) | {"shared_expert_intermediate_size": shape.shared_ffn}
+
+
+def _qwen_experts(shape: ModelShape) -> dict[str, Any]:
+    return {
         "num_experts": shape.experts,
         "num_experts_per_tok": shape.top_k,
         "moe_intermediate_size": shape.ffn,
@@ -51,6 +67,10 @@ def _qwen3_moe_to_config(shape: ModelShape) -> dict[str, Any]:
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     }
+
+
+def _qwen2_moe_unsupported(config: Config) -> dict[str, bool]:
+    return _qwen3_moe_unsupported(config) | {"no biases (qkv_bias)": not config.get("qkv_bias", True)}
 
 
 def _qwen3_moe_unsupported(config: Config) -> dict[str, bool]:
@@ -79,6 +99,15 @@ def _qwen3_moe_mlp(shape: ModelShape, ours: str, theirs: str) -> Iterator[Entry]
     yield from _experts(shape, ours, theirs + "mlp.", ("gate_proj", "up_proj", "down_proj"))
 
 
+def _qwen2_moe_mlp(shape: ModelShape, ours: str, theirs: str) -> Iterator[Entry]:
+    yield from _experts(shape, ours, theirs + "mlp.", ("gate_proj", "up_proj", "down_proj"))
+    mine, block = ours + "mlp.shared_experts.", theirs + "mlp.shared_expert"
+    gate_and_up = (f"{block}.gate_proj.weight", f"{block}.up_proj.weight")
+    yield Entry(mine + "linear_fc1.weight", gate_and_up, "gate_up", 0)
+    yield Entry(mine + "linear_fc2.weight", (f"{block}.down_proj.weight",), cut=1)
+    yield Entry(mine + "gate_weight", (f"{block}_gate.weight",))
+
+
 MIXTRAL = replace(  # arXiv 2401.04088
     LLAMA,
     name="mixtral",
@@ -99,5 +128,18 @@ QWEN3_MOE = replace(
     unsupported=_qwen3_moe_unsupported,
     mixture=True,
 )
+QWEN2_MOE = replace(  # arXiv 2407.10671
+    QWEN2,
+    name="qwen2_moe",
+    architecture="Qwen2MoeForCausalLM",
+    from_config=_qwen2_moe_from_config,
+    to_config=_qwen2_moe_to_config,
+    tensors=lambda shape: llama.tensors(shape, _qwen2_moe_mlp),
+    unsupported=_qwen2_moe_unsupported,
+    mixture=True,
+    shared_expert=True,
+)
 # The family of the mixture whose experts are a family's MLPs, with the same attention and norms.
 MIXTURE_OF = {LLAMA.name: MIXTRAL, MISTRAL.name: MIXTRAL, QWEN3.name: QWEN3_MOE}
+# The same with a shared expert. Its biases are zero for a family without.
+SHARED_MIXTURE_OF = {LLAMA.name: QWEN2_MOE, MISTRAL.name: QWEN2_MOE, QWEN2.name: QWEN2_MOE}

@@ -40,6 +40,7 @@ class Matrix:
     best: set[tuple[int, int]] = field(default_factory=set)
     baselines: int = 0  # rows before the experts
     training: int = 0  # columns before the novel domains
+    notes: list[str] = field(default_factory=list)  # of each column, shown with its cells; none if empty
 
     def texts(self) -> list[list[str]]:
         """The numbers as they are written."""
@@ -84,7 +85,20 @@ def routing_matrix(results: Results) -> Matrix:
     values = [[by_place.get((name, domain, layer)) for domain, layer in places] for name in names]
     own = {(names.index(domain), j) for j, (domain, _) in enumerate(places) if domain in names}
     columns = [f"{domain} {layer + 1}" for domain, layer in places]
-    return Matrix(names, columns, values, own, training=len(columns))
+    entropies = routing_entropies(results)
+    notes = [] if entropies is None else [f"router entropy {entropy:.2f} nats" for entropy in entropies]
+    return Matrix(names, columns, values, own, training=len(columns), notes=notes)
+
+
+def routing_entropies(results: Results) -> list[float] | None:
+    """Return the mean entropy of the router in nats for each column of the routing matrix; None if one is unknown."""
+    found: list[float] = []
+    for domain, by_expert in results.routing.items():
+        own = results.routing_entropy.get(domain, ())
+        if len(own) != max(map(len, by_expert.values()), default=0):
+            return None
+        found += own
+    return found
 
 
 def nearness(values: Values) -> list[list[float | None]]:
@@ -142,7 +156,9 @@ def _heat_map(matrix: Matrix, shades: Values, ends: list[str], width: int) -> go
     }
     z = [[None if shade is None else round(shade, 4) for shade in row] for row in shades]
     heat = go.Heatmap(x=columns, y=rows, z=z, text=texts, zmin=0, zmax=1, colorscale=[[0, PAPER], [1, COLOURS["heat"]]])
-    heat.update(hovertemplate="<b>%{y}</b> on %{x}<br>%{text}<extra></extra>", xgap=1 + numbered, ygap=1 + numbered)
+    note = "<br>%{customdata}" if matrix.notes else ""
+    heat.update(hovertemplate=f"<b>%{{y}}</b> on %{{x}}<br>%{{text}}{note}<extra></extra>")
+    heat.update(customdata=[matrix.notes] * len(rows) if matrix.notes else None, xgap=1 + numbered, ygap=1 + numbered)
     heat.update(texttemplate="%{text}" if numbered else None, textfont={"size": 11 if narrow else 12})
     heat.update(colorbar=key | {"tickvals": [0, 1], "ticktext": ends})
     gap = 6 if numbered else 3
