@@ -126,7 +126,7 @@ def activation_bytes(
     # gate's SiLU and the shifted up. Without a gate, before and after the GELU.
     mlp = ((5 if shape.experts else 3) if shape.traits.gated else 2) * shape.ffn
     if layout.context > 1:
-        attention = _exchanged_width(shape, layout)
+        attention = _exchanged_width(shape, layout, by_piece=by_piece, padded=packs and has_flash)
     elif layout.recompute == "selective":
         attention = _recomputed_width(shape)
     elif packs and has_flash:
@@ -136,7 +136,7 @@ def activation_bytes(
     routed = 0.0
     if shape.experts:
         # Each token is copied to its experts, and their outputs are weighted; the router computes in float32.
-        mlp *= shape.top_k
+        mlp = mlp * shape.top_k + 5 * shape.shared_ffn
         parts = layout.tensor if layout.sequence_parallel else 1
         routed = width * 3 * shape.top_k * shape.hidden + _SUMS * (shape.hidden + 4 * shape.experts) / parts
     # Inputs and outputs of both norms.
@@ -190,15 +190,20 @@ def _recomputed_width(shape: ModelShape) -> int:
     return shape.query_key_value_width + _norm_input(shape) + copied + queries
 
 
-def _exchanged_width(shape: ModelShape, layout: Layout) -> int:
+def _exchanged_width(shape: ModelShape, layout: Layout, *, by_piece: bool, padded: bool) -> int:
     """Return the numbers per token that attention keeps if context ranks swap sequences for heads.
 
     They are what the ranks have exchanged, and the output before and after. The norm of heads keeps the product.
+    Attention that is recomputed, also `by_piece`, keeps no output before; with `padded`, its heads are as its kernel
+    takes them.
     """
     queries, keys = shape.query_width, shape.kv_heads * shape.head_size
     copies = kv_head_copies(shape.kv_heads // layout.tensor, layout.context)
-    exchanged = queries + 2 * copies * keys + queries * (1 if layout.recompute == "selective" else 2)
-    return exchanged + (shape.query_key_value_width + _norm_input(shape) if shape.head_norms else 0)
+    recomputed = by_piece or layout.recompute == "selective"
+    attended = queries + 2 * copies * keys + (0 if recomputed else queries)
+    if padded and not recomputed:
+        attended = attended * _padded(shape) // shape.head_size
+    return attended + queries + (shape.query_key_value_width + _norm_input(shape) if shape.head_norms else 0)
 
 
 def _packed_width(shape: ModelShape, micro_batch: int) -> int:
@@ -208,11 +213,16 @@ def _packed_width(shape: ModelShape, micro_batch: int) -> int:
     values and output are copied.
     """
     product, output = shape.query_key_value_width, shape.query_width
-    padded = -(-shape.head_size // _FLASH_HEADS) * _FLASH_HEADS
+    padded = _padded(shape)
     if padded == shape.head_size and micro_batch == 1:
         return _attention_width(shape)
     of_norms = product * shape.head_norms + _norm_input(shape)
     return of_norms + (product + output) * padded // shape.head_size + output
+
+
+def _padded(shape: ModelShape) -> int:
+    """Return the head size that the flash kernel for packed sequences takes."""
+    return -(-shape.head_size // _FLASH_HEADS) * _FLASH_HEADS
 
 
 def _norm_input(shape: ModelShape) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 
@@ -129,22 +130,25 @@ def plan_group(shape: ModelShape, training: Training, layout: Layout, cluster: C
 def longest_sequence(group: GroupPlan, cluster: Cluster) -> int:
     """Return the most tokens in a sequence that fit a GPU's memory in the group's layout, at a micro-batch of one.
 
-    It is rounded down to a multiple of 1,024, and 0 if the model itself does not fit. A model may have fewer positions.
+    It is rounded down to a multiple of 1,024 that the layout can cut, and 0 if the model itself does not fit. A model
+    may have fewer positions.
     """
+    layout = group.layout
+    length = math.lcm(_LENGTH_STEP, layout.context * (layout.tensor if layout.sequence_parallel else 1))
 
     def fits(steps: int) -> bool:
         memory = rank_memory(
             group.shape,
             group.layout,
             micro_batch=1,
-            length=steps * _LENGTH_STEP,
+            length=steps * length,
             accumulation=group.training.sequences // group.layout.data,
             separate_documents=group.training.separate_documents,
             trains=group.training.trains,
         )
         return memory.total <= _USABLE * cluster.gpu.memory
 
-    return _LENGTH_STEP * bisect.bisect_left(range(1, _MOST_LENGTHS), True, key=lambda steps: not fits(steps))
+    return length * bisect.bisect_left(range(1, _MOST_LENGTHS), True, key=lambda steps: not fits(steps))
 
 
 def plan_stage(groups: Sequence[GroupPlan], cluster: Cluster) -> StagePlan:

@@ -88,7 +88,7 @@ def context_bytes(shape: ModelShape, layout: Layout, tokens: float) -> float:
         return 0.0
     copies = kv_head_copies(shape.kv_heads // layout.tensor, layout.context)
     numbers = (2 * shape.query_width + 2 * copies * shape.kv_heads * shape.head_size) / layout.tensor
-    passes = 3 if layout.recompute == "full" else 2
+    passes = 3 if layout.recompute in ("full", "tiled") else 2
     others = (layout.context - 1) / layout.context
     return passes * shape.layers * tokens / layout.replicas * numbers * layout.bytes_per_weight * others
 

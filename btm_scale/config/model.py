@@ -82,5 +82,5 @@ class ModelConfig(Section):
         if self.rope is None:
             return ModelShape(**sizes, vocabulary=vocabulary, positions=positions)
         # `positions` are those after scaling.
-        original = math.ceil(positions / self.rope.factor)
+        original = positions if self.rope.original else math.ceil(positions / self.rope.factor)
         return self.rope.applied(ModelShape(**sizes, vocabulary=vocabulary, positions=original))

@@ -86,7 +86,8 @@ class ExpertModel(GPTModel):
         length = tokens.shape[1]
         if targets is None and self.config.sequence_parallel:
             # Padding at the end, which no token attends to.
-            tokens = functional.pad(tokens, (0, -length % self.config.tensor_model_parallel_size))
+            parts = 1 if self.context is None else self.context.parts
+            tokens = functional.pad(tokens, (0, -length % (parts * self.config.tensor_model_parallel_size)))
         seen = visible(tokens, end_of_text=self.end_of_text, window=self.shape.window, starts=starts)
         positions = self._positions(tokens, starts)
         if self.context is not None:

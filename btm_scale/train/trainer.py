@@ -111,7 +111,7 @@ def train(
         mixture,
         rank=group.data_rank,
         ranks=group.layout.data,
-        balances=config.data.separate_documents,
+        balances=config.data.separate_documents and group.layout.sync_every == 1,
         window=engine.model.shape.window,
     )
     health = Health(group, config.health, run.train(job.model), run.metrics(job.model))

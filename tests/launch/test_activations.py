@@ -56,13 +56,15 @@ CASES |= {
 CASES |= {
     "mistral, context parallel": case("mistral", layout=CONTEXT),
     "llama, separate documents, context parallel": case("llama", documents=True, layout=CONTEXT),
+    "llama, fp32, separate documents, context parallel": case("llama", "none", "fp32", documents=True, layout=CONTEXT),
+    "llama, odd head size, context parallel": case("llama", documents=True, hidden=744, layout=CONTEXT),
     "llama, one KV head, context parallel": case("llama", kv_heads=1, layout=CONTEXT),
     "llama, 8,192 tokens": case("llama", micro_batch=1, positions=8192),
     "llama, 8,192 tokens, context parallel": case("llama", micro_batch=1, positions=8192, layout=CONTEXT),
 }
 
 
-# What autograd keeps of a tile, and the input of all tiles, is inside of a checkpoint, where it is not measured.
+# What autograd keeps of a tile is inside of a checkpoint, where it is not measured.
 TILED = {
     f"{family}, tiled recomputation, {kind}": case(family, "tiled", layout=layout, positions=1024)
     for family in ("llama", "gpt2")
@@ -98,13 +100,11 @@ def test_planned_activations_are_what_autograd_keeps(name: str, measured: dict[s
 def test_planned_activations_of_tiles_are_what_autograd_keeps(name: str, measured: dict[str, int]) -> None:
     values = TILED[name]
     shape, layout = ModelShape.model_validate(values["shape"]), Layout.model_validate(values["layout"])
-    tokens = values["micro_batch"] * shape.positions
     given = {"micro_batch": values["micro_batch"], "length": shape.positions}
     planned = activation_bytes(shape, layout, **given)
     parts = layout.tensor if layout.sequence_parallel else 1  # each of which has tiles of as many tokens as `hidden`
     inner = 2 * (3 if shape.traits.gated else 2) * shape.ffn / layout.tensor * shape.hidden * parts
-    inputs = 2 * tokens * shape.hidden / parts
-    assert planned == pytest.approx(measured[name] + inner + inputs, rel=0.05)
+    assert planned == pytest.approx(measured[name] + inner, rel=0.05)
     assert planned < activation_bytes(shape, layout.model_copy(update={"recompute": "full"}), **given)
 
 

@@ -19,6 +19,7 @@ from btm_scale.distributed.group import ExpertGroup
 from btm_scale.model.attention import CausalAttention
 from btm_scale.model.context_parallel import ContextAttention, ContextPart
 from btm_scale.model.rotary import Rotary
+from btm_scale.model.shape import ModelShape
 
 LENGTH, BATCH, SIZE = 24, 2, 8
 
@@ -28,7 +29,8 @@ def errors(part: ContextPart, heads: int, kv_heads: int) -> list[float]:
     config = TransformerConfig(
         num_layers=1, hidden_size=heads * SIZE, num_attention_heads=heads, num_query_groups=kv_heads
     )
-    rotary = Rotary(torch.rand(SIZE // 2))
+    sizes = {"heads": heads, "kv_heads": kv_heads, "positions": LENGTH}
+    rotary = Rotary(ModelShape(layers=1, hidden=heads * SIZE, ffn=8, vocabulary=8, **sizes))
     given = [torch.randn(LENGTH, BATCH, count, SIZE, dtype=torch.float64) for count in (heads, kv_heads, kv_heads)]
     upstream = torch.randn(LENGTH, BATCH, heads * SIZE, dtype=torch.float64)
     complete = [one.clone().requires_grad_() for one in given]

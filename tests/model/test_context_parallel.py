@@ -9,7 +9,7 @@ import torch
 from helpers.worlds import run_script
 
 from btm_scale.model.rotary import Rotary
-from btm_scale.model.shape import kv_head_copies
+from btm_scale.model.shape import ModelShape, RopeScaling, kv_head_copies
 
 # As many KV heads as context ranks, more, fewer, and numbers of which neither divides the other.
 HEADS = [(4, 4), (8, 8), (4, 1), (12, 6), (12, 3)]
@@ -31,8 +31,10 @@ def test_kv_heads_are_copied_until_context_ranks_can_share_them_equally() -> Non
 
 def test_a_part_of_a_sequence_is_rotated_by_its_positions_in_the_sequence() -> None:
     heads = torch.randn(12, 1, 2, 8)
-    frequencies = torch.rand(4)
-    complete = Rotary(frequencies)(heads)
+    scaling = RopeScaling(kind="yarn", factor=4.0, original=8, low=1.0, high=32.0, attention=1.1)
+    sizes = {"layers": 1, "hidden": 16, "heads": 2, "kv_heads": 2, "ffn": 8, "positions": 32, "vocabulary": 8}
+    shape = ModelShape(**sizes, rope_scaling=scaling)
+    complete = Rotary(shape)(heads)
     for part in range(3):
         here = slice(4 * part, 4 * part + 4)
-        assert torch.equal(Rotary(frequencies, part)(heads[here]), complete[here])
+        assert torch.equal(Rotary(shape, part)(heads[here]), complete[here])

@@ -205,7 +205,7 @@ def test_biases_and_learned_positions_train_the_same_with_sequence_parallelism(t
 def test_mlps_in_tiles_train_the_same_model(family: dict[str, Any], tmp_path: Path) -> None:
     optimizer = {"eps": 1e-5}  # as above
     expected = trained(tmp_path / "one", ONE_RANK, family, optimizer=optimizer)["one"]
-    settings = {"recompute": "tiled", "precision": "fp32", "micro_batch": 4}
+    settings = {"recompute": "tiled", "precision": "fp32", "micro_batch": 8}
     layouts: list[dict[str, Any]] = [
         {"tensor": 2, "data": 1, "zero": 1, "sequence_parallel": True},
         {"tensor": 1, "data": 2, "zero": 2},
