@@ -179,8 +179,8 @@ class _Output:
         """Write the index of each token file, and the keys."""
         for writer in self._writers.values():
             writer.close()
-        for split, writer in self._masks.items():
-            self.counts[split].trained = writer.close()
+        for split, mask in self._masks.items():
+            self.counts[split].trained = mask.close()
         save_keys(self._folder, self._keys)
 
     def _count(self, identity: Identity, tokens: int) -> None:
