@@ -52,28 +52,28 @@ def main() -> None:
     """Measure every case and write the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--work", action="store_true", help="only the work of data ranks, which is counted in seconds")
     parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
-    environment = describe()
+    result = {"environment": describe(), "case": asdict(CASE), "imbalance": {"attention alone": imbalance(0.0)}}
+    if not options.work:
+        result |= timed(options.rounds)
+        result["imbalance"]["c"] = imbalance(result["other_work_tokens"])
+    options.result.parent.mkdir(exist_ok=True)
+    options.result.write_text(json.dumps(result, indent=2) + "\n")
+    for name, figures in result.get("steps", {}).items():
+        print(name, f"{figures['ratio']:.3f}")
+    print(result["imbalance"])
+
+
+def timed(rounds: int) -> dict[str, Any]:
+    """The times of steps, and c from them."""
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     os.environ.update({name: str(value) for name, value in alone.items()})
     torch.set_num_threads(CASE.threads)
     engine = engine_of(CASE)
-    steps = {f"documents of {mean}": measured(engine, documents(mean), options.rounds) for mean in MEANS}
-    c = other_work(engine, options.rounds)
-    result = {
-        "environment": environment,
-        "rounds": options.rounds,
-        "case": asdict(CASE),
-        "steps": steps,
-        "other_work_tokens": c,
-        "imbalance": {"c": imbalance(c), "attention alone": imbalance(0.0)},
-    }
-    options.result.parent.mkdir(exist_ok=True)
-    options.result.write_text(json.dumps(result, indent=2) + "\n")
-    for name, figures in steps.items():
-        print(name, f"{figures['ratio']:.3f}")
-    print("c", round(c), result["imbalance"])
+    steps = {f"documents of {mean}": measured(engine, documents(mean), rounds) for mean in MEANS}
+    return {"rounds": rounds, "steps": steps, "other_work_tokens": other_work(engine, rounds)}
 
 
 def documents(mean: int) -> torch.Tensor:
