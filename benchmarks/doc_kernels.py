@@ -42,12 +42,19 @@ def grid_rows(result: dict[str, Any]) -> Rows:
 def host_rows(result: dict[str, Any]) -> Rows:
     """Return launches and host time of the mixing kernels, beside another version."""
     other = result[_BESIDE]
-    rows = [["experts x rows x vocabulary", "btm-scale", f"commit {other['commit']}", "host time"]]
+    rows = [["experts x rows x vocabulary", "btm-scale", f"commit {other['commit']}", "ratio of host time"]]
     for name, call in result["ours"]["calls"].items():
         before = other["calls"][name]
         function, _, shape = name.partition(" ")
         ratio = call["microseconds"] / before["microseconds"]
-        rows.append([f"`{function}` {shape.replace('x', ' x ')}", _call(call), _call(before), f"{ratio:.3f}"])
+        rows.append(
+            [
+                f"`{function}` {' x '.join(f'{int(size):,}' for size in shape.split('x'))}",
+                _call(call),
+                _call(before),
+                f"{ratio:.3f}",
+            ]
+        )
     return rows
 
 
