@@ -158,8 +158,8 @@ def speed() -> str:
         peer = PEERS[case["case"]["ranks"]]
         for allocator, ratio in case["ratio_to"].items():
             rows.append([TRAINING.format(case=name), f"{peer}{ALLOCATORS[allocator]}", f"{ratio:.2f}"])
-    rows.append([GPU_TRAINING, "plain PyTorch, torch.compile", _on_gpu()])
     rows += _generating()
+    rows.append([GPU_TRAINING, "plain PyTorch, torch.compile", _on_gpu()])
     rows.append([ENCODING, "sentencepiece with threads", f"{_read('encode')['rate']['median_ratio']:.2f}"])
     many = _read("many_experts")
     few, most = (pick(run["experts"] for run in many["runs"]) for pick in (min, max))
@@ -297,6 +297,8 @@ def _worth(runs: Sequence[dict[str, Any]]) -> str:
 
 def _generating() -> list[list[str]]:
     """Return the rows of generation on CPU, by preset and batch."""
+    if not (RESULTS / "generate.json").is_file():
+        return [["generating on CPU, tokens/s", "transformers' `generate`", "not measured"]]
     result = _read("generate")
     rows = []
     for key, (what, peer) in GENERATING.items():

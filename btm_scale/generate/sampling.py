@@ -56,6 +56,8 @@ def from_mixture(sampling: Sampling) -> Choice:
     """Sample from the mixture with temperature and optional top-k and top-p."""
 
     def choose(logits: Tensor, log_weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        if sampling.is_exact and len(logits) == 1 and logits.device.type == "cpu":
+            return _from_one_model(logits[0], generator), torch.zeros_like(log_weights)
         if sampling.temperature == 0 or (sampling.top_k is None and sampling.top_p is None):
             gains = torch.zeros_like(log_weights)
             tokens, _ = mix_sample(
@@ -67,6 +69,13 @@ def from_mixture(sampling: Sampling) -> Choice:
         return tokens, token_log_probs(logits, tokens)
 
     return choose
+
+
+def _from_one_model(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Sample from logits [batch, vocabulary], as `mix_sample` does for one expert, which needs no normalization."""
+    noise = torch.empty_like(logits).exponential_(generator=generator).log_()
+    best, tokens = torch.sub(logits, noise).max(1)
+    return tokens.masked_fill_(~best.isfinite(), -1)
 
 
 def from_drawn_expert(logits: Tensor, log_weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -36,15 +36,14 @@ class GrowingLayer:
         """Append positions, and return all keys and values."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        begin = self.keys.shape[-2] if self.keys.numel() else 0
-        end = begin + key_states.shape[-2]
-        buffers = self._buffers
+        begin, count = self.keys.shape[-2] if self.keys.ndim == 4 else 0, key_states.shape[-2]
+        end, buffers = begin + count, self._buffers
         if buffers is None or end > buffers[0].shape[2] or not self._has_views():
             buffers = self._buffers = self._grown(key_states, value_states, begin, end)
-        for buffer, states in zip(buffers, (key_states, value_states), strict=True):
-            buffer[:, :, begin:end] = states
-        self.keys, self.values = (buffer[:, :, :end] for buffer in buffers)
-        self._views = (self.keys, self.values)
+        keys, values = buffers
+        keys.narrow(2, begin, count).copy_(key_states)
+        values.narrow(2, begin, count).copy_(value_states)
+        self.keys, self.values = self._views = keys.narrow(2, 0, end), values.narrow(2, 0, end)
         return self._views
 
     def _has_views(self) -> bool:

@@ -115,7 +115,11 @@ class Reading:
     def _enter_step(self, tokens: Tensor) -> bool:
         """Append tokens by a step of fixed shapes, which then has the KV cache; return whether they were appended."""
         steps = self._decoder.steps
-        step = None if steps is None or self._cache is None else steps.take(self, self._cache, self._mask)
+        step = (
+            None
+            if steps is None or self._cache is None
+            else steps.take(self, self._cache, self._complete_mask(self._length))
+        )
         if steps is None or step is None:
             return False
         logits = step.feed(tokens)
@@ -133,7 +137,6 @@ class Reading:
         """Take the KV cache back, if a step has it: what follows changes its shape."""
         if self._step is None:
             return
-        self._mask = nn.functional.pad(self._mask, (0, self._length - self._mask.shape[1]), value=True)
         self._cache = self._step.release(len(self.logits) // self._decoder.models, self._length)
         self._step, self.logits = None, self.logits.clone()
 
@@ -157,7 +160,7 @@ class Reading:
         self._leave_step()
         chosen = object.__new__(Reading)
         chosen._begin(decoder, 0)
-        mask = self._mask[index]
+        mask = self._complete_mask(self._length)[index]
         # Columns that are padding in each of these sequences are dropped.
         columns = int(mask.sum(1).max())
         chosen._set_mask(mask[:, mask.shape[1] - columns :])
@@ -173,7 +176,9 @@ class Reading:
         self._leave_step()
         other._leave_step()
         columns = max(self._length, other._length)
-        masks = (nn.functional.pad(one._mask, (columns - one._length, 0)) for one in (self, other))
+        masks = (
+            nn.functional.pad(one._complete_mask(one._length), (columns - one._length, 0)) for one in (self, other)
+        )
         self._set_mask(self._joined(*masks))
         if self._cache is not None:
             self._cache = joined_rows(self._cache, other._cache, self._new_cache(), columns, self._decoder.models)
@@ -194,14 +199,21 @@ class Reading:
         first = torch.arange(self._decoder.models, device=self._device) * batch
         return (first[:, None] + torch.as_tensor(list(sequences), device=self._device)).flatten()
 
+    def _complete_mask(self, columns: int) -> Tensor:
+        """Return the mask of this many columns: tokens that were appended are never padding."""
+        missing = columns - self._mask.shape[1]
+        if missing > 0:
+            self._mask = nn.functional.pad(self._mask, (0, missing), value=True)
+        return self._mask
+
     def _set_mask(self, mask: Tensor) -> None:
         self._mask, self._length = mask, mask.shape[1]
         self._padded = not bool(mask.all())
 
     def _append(self, tokens: Tensor, keep: int) -> Tensor:
         tokens = self._of_models(tokens.to(self._device))
-        ones = torch.ones(*tokens.shape, dtype=torch.bool, device=self._device)
-        self._mask = torch.cat([self._mask, ones], dim=1)
+        if self._padded:
+            self._complete_mask(self._length + tokens.shape[1])
         logits = self._forward(tokens, keep)
         self.logits = logits[:, -1]
         return logits
@@ -228,16 +240,15 @@ class Reading:
     def _forward(self, ids: Tensor, keep: int) -> Tensor:
         begin, end = self._length, self._length + ids.shape[1]
         self._length = end
-        if self._padded:
-            mask = self._mask[:, :end]
+        if self._cache is None:  # every token is read again
+            self._ids = torch.cat([self._ids, ids], dim=1)
+            begin, ids, keep = 0, self._ids, keep or ids.shape[1]
+        mask = self._mask[:, :end].long() if self._padded else None
+        if mask is not None:
             positions = (mask.cumsum(1) - 1)[:, begin:]
         else:
             positions = torch.arange(begin, end, device=self._device).expand(len(ids), -1)
-        # Finished sequences are fed along with the others; their positions must stay valid.
-        positions = positions.clamp(0, self._decoder.positions - 1)
-        if self._cache is None:
-            self._ids = torch.cat([self._ids, ids], dim=1)
-            begin, ids, keep = 0, self._ids, keep or ids.shape[1]
-        return self._decoder.logits(
-            ids, mask=mask.long() if self._padded else None, positions=positions, cache=self._cache, keep=keep
-        )
+        if self._padded or end > self._decoder.positions:
+            # Finished sequences are fed along with the others; their positions must stay valid.
+            positions = positions.clamp(0, self._decoder.positions - 1)
+        return self._decoder.logits(ids, mask=mask, positions=positions, cache=self._cache, keep=keep)

@@ -132,7 +132,7 @@ def _rms_form(module: nn.Module) -> Literal["plain", "offset"] | None:
 @torch.no_grad()
 def _tried_form(module: nn.Module) -> str | None:
     size, random = len(module.weight), torch.Generator().manual_seed(0)  # type: ignore[arg-type]
-    weight, states = (torch.randn(*shape, generator=random) for shape in ((size,), (1, 3, size)))
+    weight, states = (torch.randn(*shape, generator=random, device="cpu") for shape in ((size,), (1, 3, size)))
     trial = copy.deepcopy(module, {id(module.weight): nn.Parameter(weight)})
     try:
         found = trial(states)
