@@ -8,8 +8,16 @@ from pathlib import Path
 from btm_scale.checkpoint.merge.tokenizer_files import read_parts
 from btm_scale.data.sentencepiece_json import write_json
 from btm_scale.data.tokenizer import SentencePieceTokenizer, Tokenizer, TransformersTokenizer, first_line
-from btm_scale.data.tokenizer_files import DOCUMENT_START, SENTENCEPIECE_FILE, TEKKEN_FILE, tiktoken_files
+from btm_scale.data.tokenizer_files import (
+    CHAT_TEMPLATE,
+    DOCUMENT_START,
+    NAMED_TEMPLATES,
+    SENTENCEPIECE_FILE,
+    TEKKEN_FILE,
+    tiktoken_files,
+)
 from btm_scale.errors import DataError
+from btm_scale.util.files import make_directory
 from btm_scale.util.inside import as_private_as, copy_inside, file_inside
 
 logger = logging.getLogger(__name__)
@@ -20,7 +28,6 @@ _COPIED_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
 )
 _HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json", "config.json")
 PROBES = (
@@ -70,6 +77,7 @@ def _adopt_published(directory: Path, source: Path, own: Tokenizer) -> None:
         for name in _COPIED_FILES:
             if (source / name).is_file():
                 copy_inside(source, name, directory)
+        _copy_templates(source, directory)
         return
     # Saved anew, because what AutoTokenizer loads may depend on the config.json of a model.
     try:
@@ -79,6 +87,16 @@ def _adopt_published(directory: Path, source: Path, own: Tokenizer) -> None:
             f"The tokenizer in {source} cannot be copied: {first_line(error)}. Correct its files."
         ) from None
     as_private_as([source], directory)
+
+
+def _copy_templates(source: Path, directory: Path) -> None:
+    """Copy the files of chat templates, which need no library to be read."""
+    named = sorted(source.glob(f"{NAMED_TEMPLATES}/*.jinja"))
+    if named:
+        make_directory(directory / NAMED_TEMPLATES)
+    for name in [CHAT_TEMPLATE, *(f"{NAMED_TEMPLATES}/{path.name}" for path in named)]:
+        if (source / name).is_file():
+            copy_inside(source, name, directory)
 
 
 def _report_others(source: Path, used: TransformersTokenizer) -> None:
@@ -119,6 +137,7 @@ def loss_of(tokenizer: Tokenizer, source: Path) -> str:
 
 def _adopt_sentencepiece(directory: Path, source: Path, own: SentencePieceTokenizer) -> None:
     copy_inside(source, SENTENCEPIECE_FILE, directory)
+    _copy_templates(source, directory)
     refusal = f"Experts are published with a tokenizer.json, and {source / SENTENCEPIECE_FILE} cannot have one: "
     remedy = "Convert it with the tool of its model, and add the tokenizer.json."
     try:

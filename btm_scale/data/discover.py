@@ -41,11 +41,17 @@ _Item = TypeVar("_Item")
 def collection_of(paths: Sequence[Path], field: str) -> list[DomainSource]:
     """Return the text to cluster: the training domains of a run's YAML, or files and globs.
 
-    Raises DataError if any path matches no file.
+    Raises DataError if any path matches no file, and for conversations.
     """
     if len(paths) == 1 and paths[0].suffix in (".yaml", ".yml"):
         config = RunConfig.load(paths[0])
-        return resolve_sources(config.domains, config.text_root, config.tokenizer.path)
+        sources = resolve_sources(config.domains, config.text_root, config.tokenizer.path)
+        if chats := [source.name for source in sources if source.settings.chat is not None]:
+            raise DataError(
+                f"Domain '{chats[0]}' has conversations. Clusters are of documents, and are written as plain text. "
+                f"Copy {paths[0]} without it, or keep it as a domain beside the clusters."
+            )
+        return sources
     text = tuple(str(path) for path in paths)
     return resolve_sources({"collection": DomainConfig(text=text, field=field)}, Path.cwd())
 

@@ -11,6 +11,7 @@ import zstandard
 
 from btm_scale.config.run import RunConfig
 from btm_scale.data.chat.check import require_renderable
+from btm_scale.data.chat.template import template_of
 from btm_scale.data.documents import BadLines, empty_domain, read_documents, read_file_of
 from btm_scale.data.enough import needed_splits, too_small
 from btm_scale.data.existing_tokens import other_tokenizer
@@ -89,8 +90,10 @@ def preview_text(source: DomainSource, config: RunConfig, vocabulary: int) -> Pr
         for file in _others(source.files[last + 1 :]):
             next(read_file_of(source, file, bad_lines), None)
         total = round(sum(_text_bytes(file, source, per_token) for file in source.files))
-    if source.settings.chat is not None and first is not None and config.data.on_bad_line == "error":
-        require_renderable(source, first)
+    if source.settings.chat is not None and first is not None:
+        template_of(source, source.tokenizer)
+        if config.data.on_bad_line == "error":
+            require_renderable(source, first)
     if source.settings.max_bytes is not None:
         total = min(total, source.settings.max_bytes)
     tokens = round(total / per_token)

@@ -14,6 +14,8 @@ from btm_scale.util.records import read_object
 SENTENCEPIECE_FILE = "tokenizer.model"
 HUGGING_FACE_FILE = "tokenizer.json"
 TEKKEN_FILE = "tekken.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+NAMED_TEMPLATES = "additional_chat_templates"  # a folder of .jinja files
 # In the tokenizer of a run: each document begins with the BOS token.
 DOCUMENT_START = "document_start.json"
 # The files that determine the ids of a text; others in a tokenizer's directory do not affect them.

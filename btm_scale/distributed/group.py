@@ -23,6 +23,7 @@ from btm_scale.distributed.cpu import leave_out_shared_memory_op, replace_cuda
 from btm_scale.distributed.gpu_settings import set_gpu_defaults
 from btm_scale.distributed.precision import Precision, require_possible
 from btm_scale.distributed.rendezvous import init_process_group
+from btm_scale.distributed.shared_groups import shared_groups
 from btm_scale.errors import LaunchError
 from btm_scale.kernels import kernel_path
 from btm_scale.util.device_query import name_of
@@ -83,7 +84,8 @@ class ExpertGroup:
             backend = "nccl" if has_gpu else "gloo"
             init_process_group(backend, own_gpu=_identity(device) if has_gpu else "")
             deepspeed.init_distributed(dist_backend=backend, verbose=False)
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=layout.tensor)
+        with shared_groups(parallel_state):
+            parallel_state.initialize_model_parallel(tensor_model_parallel_size=layout.tensor)
         _require_grid(layout, parallel_state)
         # Imported objects are never garbage; otherwise DeepSpeed's start collects over them six times.
         gc.freeze()

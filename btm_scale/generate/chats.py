@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from btm_scale.config.run import RunConfig
-from btm_scale.data.chat.encode import read_special
 from btm_scale.data.chat.process import LONGEST, ChatProcess, TooExpensive
 from btm_scale.data.chat.rows import ASSISTANT, TOOLS, messages_of, tools_of
 from btm_scale.data.chat.template import ChatTemplate
+from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.errors import UserError
 from btm_scale.run_dir import RunDir
 from btm_scale.util.bounded_json import parse_json, read_bounded
@@ -45,7 +45,8 @@ def chat_prompts(config: RunConfig, run: RunDir, path: Path, domain: str | None 
         process.close()
     if not texts:
         raise UserError(f"{path} has no conversation. Each line is an object with `messages`: add one.")
-    return ChatPrompts(texts, [read_special(run.tokenizer, text) for text in texts], (end,) if end.strip() else ())
+    tokenizer = Tokenizer.load(run.tokenizer)
+    return ChatPrompts(texts, [tokenizer.encode_special(text) for text in texts], (end,) if end.strip() else ())
 
 
 def _template(config: RunConfig, run: RunDir, domain: str | None) -> ChatTemplate:

@@ -19,7 +19,7 @@ from btm_scale.report.summary import (
     lowest,
     lowest_means,
     mean,
-    mixture_sentence,
+    moe_sentence,
     novel_domains,
     ordered_methods,
     perplexity,
@@ -89,7 +89,7 @@ def print_results(results: Results, console: Console) -> None:
         console.print("* over those domains only that the method has", style="dim")
     for note in results.notes:
         console.print(printable(note), markup=False, highlight=False)
-    for sentence in filter(None, (headline(results), mixture_sentence(results))):
+    for sentence in filter(None, (headline(results), moe_sentence(results))):
         console.print(printable(sentence), markup=False, highlight=False)
 
 

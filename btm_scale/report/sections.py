@@ -26,7 +26,7 @@ from btm_scale.report.summary import (
     experts,
     flops_text,
     mean,
-    mixture_sentence,
+    moe_sentence,
     novel_domains,
     ordered_methods,
     perplexity,
@@ -121,7 +121,7 @@ def _results(results: Results) -> Section:
     return Section(
         "Perplexity",
         _ratios(results),
-        [notes if some_partial else notes.partition(" *")[0], *filter(None, [mixture_sentence(results)])],
+        [notes if some_partial else notes.partition(" *")[0], *filter(None, [moe_sentence(results)])],
         method_table(results, "perplexity", "Perplexity by method and domain"),
         method_table(results, "bits_per_byte", "Bits per byte by method and domain"),
         {general_label(method): meaning(method) for method in ordered_methods(results) if meaning(method)},

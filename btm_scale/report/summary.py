@@ -104,7 +104,7 @@ def headline(results: Results) -> str:
     return sentence + _headline_on_novel(results)
 
 
-def mixture_sentence(results: Results) -> str:
+def moe_sentence(results: Results) -> str:
     """Return a sentence on whether the mixture of experts or the ensemble has the lower mean perplexity.
 
     '' unless both were evaluated.

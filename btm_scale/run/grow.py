@@ -93,8 +93,6 @@ def _branch(
     if isinstance(parents, dict):
         # Problems with named parents are reported before any text is read.
         require_one_shape(grown, run, name, parents_of(run, name, job.branch))
-    # Deleted before the config changes, so that the former parents are never used with the new config.
-    run.branch(name).unlink(missing_ok=True)
     try:
         prepare(grown, run)
         forest = list(experts(run))
@@ -103,6 +101,8 @@ def _branch(
                 score_models(grown, run, forest)
         settled = decide(grown, run, name, job.branch, job.weights)
         _require_untrained(run, name)
+        # Deleted before the config changes, so that the former parents are never used with the new config.
+        run.branch(name).unlink(missing_ok=True)
         # Not before its text is prepared: a group that starts meanwhile would score the new domain too.
         grown.save(run.config)
     except BaseException:

@@ -81,7 +81,7 @@ class Engine:
         self._masters = self._replicated_masters()
         if self._masters is not None and group.layout.precision != "fp32" and job.accumulation > 1:
             Float32Sums(self.model, self._engine.is_gradient_accumulation_boundary)
-        if isinstance(self._engine.optimizer, BF16_Optimizer):
+        if isinstance(self._engine.optimizer, BF16_Optimizer) and not self._engine.optimizer.immediate_grad_update:
             sum_in_products(self.model, self._engine.optimizer)
         self._make_moments()
         self._outer = self._outer_step()

@@ -20,7 +20,8 @@ from btm_scale.model.shape import ModelShape
 def sum_in_products(model: Any, optimizer: Any) -> None:
     """Accumulate gradients in the optimizer's float32 sums: in the products of linear layers, else without a copy.
 
-    `optimizer` is DeepSpeed's BF16_Optimizer of the model, a Megatron-core GPTModel.
+    `optimizer` is DeepSpeed's BF16_Optimizer of the model, a Megatron-core GPTModel. With its `immediate_grad_update`
+    hooks of gradients add them, which the products here have none of.
     """
     layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=_add)
     sums = {

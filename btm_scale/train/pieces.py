@@ -21,6 +21,7 @@ from btm_scale.model.hf_names import cut, to_huggingface
 from btm_scale.model.shape import ModelShape
 
 _TILE = 1 << 17  # elements: 512 KiB
+_LINE = 16  # elements: a line of the cache, which is read once if tiles begin at lines
 _TEXT = re.compile(r"(\d+)\+(\d+)(?:\*(\d+)/(\d+))?")
 
 
@@ -90,7 +91,7 @@ class Piece:
             yield box.reshape(-1)
             return
         rows, columns = box.shape
-        width = max(1, _TILE // rows) if part.device.type == "cpu" else columns
+        width = max(_LINE, _TILE // rows // _LINE * _LINE) if part.device.type == "cpu" else columns
         for left in range(0, columns, width):
             # PyTorch transposes a contiguous matrix in blocks, three times as fast as some of its columns.
             yield box[:, left : left + width].contiguous().t().reshape(-1)

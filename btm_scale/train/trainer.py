@@ -52,7 +52,7 @@ def train_and_export(
         group.seed(config.random_seed)
         pretrained = None if branch.parents else first or config.expert_model(job.model).pretrained
         model = new_model(group, shape, job, optimizer, overrides, draws=draws and pretrained is None)
-        if pretrained is not None:
+        if pretrained is not None and draws:
             load_pretrained(group, model, pretrained)
         model.end_of_text = tokenizer.eos if config.data.separate_documents else None
         freeze_rest(model, job.trains)

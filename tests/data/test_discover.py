@@ -164,3 +164,12 @@ def test_too_little_text_and_a_nonempty_output_are_errors(tmp_path: Path) -> Non
         discover(collection, tmp_path, clusters=2)
     with pytest.raises(DataError, match="no clustering in"):
         Clustering.load(tmp_path)
+
+
+def test_conversations_are_not_clustered(tmp_path: Path) -> None:
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "hello"}]}) + "\n")
+    values = tiny_values(tmp_path)
+    values["domains"] = {"support": {"text": str(tmp_path / "chats.jsonl"), "chat": "messages"}}
+    write_config(tmp_path / "run.yaml", values)
+    with pytest.raises(DataError, match="Domain 'support' has conversations"):
+        collection_of([tmp_path / "run.yaml"], "text")

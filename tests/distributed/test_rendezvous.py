@@ -3,7 +3,9 @@ from __future__ import annotations
 import ipaddress
 import json
 import socket
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.worlds import run_script
@@ -14,12 +16,28 @@ from btm_scale.errors import LaunchError, PortTaken
 from btm_scale.launch.local import free_port
 
 
+@pytest.fixture(scope="module")
+def described(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two ranks reports of its group."""
+    folder = tmp_path_factory.mktemp("group")
+    run_script(Path(__file__).with_name("describe_group.py"), str(folder), folder)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
 @pytest.mark.slow
-def test_a_group_on_one_host_listens_on_loopback_only(tmp_path: Path) -> None:
-    run_script(Path(__file__).with_name("list_listeners.py"), str(tmp_path), tmp_path)
-    listening = [address for rank in (0, 1) for address in json.loads((tmp_path / f"{rank}.json").read_text())]
+def test_a_group_on_one_host_listens_on_loopback_only(described: list[dict[str, Any]]) -> None:
+    listening = [address for rank in described for address in rank["listening"]]
     assert listening, "the ranks of a group listen for each other"
     assert all(ipaddress.ip_address(address).is_loopback for address in listening), listening
+
+
+@pytest.mark.slow
+def test_process_groups_of_the_same_ranks_are_one(described: list[dict[str, Any]]) -> None:
+    """Megatron-core creates two dozen, with one or no timeout."""
+    for rank, own in enumerate(described):
+        groups = Counter(map(tuple, own["groups"]))
+        assert groups.keys() == {(rank,), (0, 1)}
+        assert max(groups.values()) <= 2
 
 
 @pytest.mark.parametrize(

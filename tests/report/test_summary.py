@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from btm_scale.report.summary import headline, lowest, lowest_means, mean, mixture_sentence, ordered_methods, ratio
+from btm_scale.report.summary import headline, lowest, lowest_means, mean, moe_sentence, ordered_methods, ratio
 
 
 def test_a_mean_is_arithmetic_and_leaves_novel_domains_out(make_results):
@@ -68,14 +68,14 @@ def test_the_headline_without_dense_without_ensemble_and_without_anything(make_r
 )
 def test_a_sentence_says_whether_the_mixture_of_experts_beats_the_ensemble(make_results, share, said):
     results = make_results(shares={"ensemble": 0.9, "moe": share})
-    assert mixture_sentence(results) == f"The mean perplexity of the mixture of experts over 2 domains {said}"
+    assert moe_sentence(results) == f"The mean perplexity of the mixture of experts over 2 domains {said}"
     del results.methods["moe"].perplexity["code"]
-    assert "over 1 domain " in mixture_sentence(results)
+    assert "over 1 domain " in moe_sentence(results)
 
 
 def test_nothing_is_said_of_a_mixture_of_experts_that_a_run_lacks(make_results):
-    assert mixture_sentence(make_results()) == ""
-    assert mixture_sentence(make_results(shares={"moe": 0.9})) == ""
+    assert moe_sentence(make_results()) == ""
+    assert moe_sentence(make_results(shares={"moe": 0.9})) == ""
 
 
 def test_nan_is_never_the_lowest():

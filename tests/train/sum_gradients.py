@@ -26,13 +26,13 @@ from btm_scale.train import engine, gradient_sums
 SHAPE = ModelShape(layers=2, hidden=32, heads=4, kv_heads=2, ffn=48, positions=16, vocabulary=99, tied=False)
 
 
-def steps(group: ExpertGroup, part: TrainedPart) -> list[tuple[float, float]]:
+def steps(group: ExpertGroup, part: TrainedPart, *, immediate: bool = False) -> list[tuple[float, float]]:
     """Return the loss and gradient norm of three steps of three micro-batches."""
     group.seed(0)
     job = dataclasses.replace(one_step(group.layout, 6), steps=3, trains=part)
     model = model_of(group, SHAPE)
     freeze_rest(model, part)
-    trained = engine.Engine(group, model, job, OptimizerConfig(), {})
+    trained = engine.Engine(group, model, job, OptimizerConfig(), {"bf16": {"immediate_grad_update": immediate}})
     text = torch.randint(SHAPE.vocabulary, (3, 6, SHAPE.positions + 1), generator=torch.Generator().manual_seed(1))
     results = [trained.step(batch, 1e-2) for batch in text]
     trained.close()
@@ -47,7 +47,10 @@ def compare(spec: dict[str, Any]) -> None:
             ours = steps(group, part)
         with mock.patch.object(engine, "sum_in_products"):
             theirs = steps(group, part)
+        with mock.patch.object(gradient_sums, "add_product_", wraps=gradient_sums.add_product_) as unused:
+            immediate = steps(group, part, immediate=True)
         result[part] = {"ours": ours, "theirs": theirs, "products": added.call_count}
+        result[part] |= {"immediate": immediate, "immediate products": unused.call_count}
     Path(spec["result"]).write_text(json.dumps(result))
     group.leave()
 

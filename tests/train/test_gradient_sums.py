@@ -26,3 +26,9 @@ def sums(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_sums_in_products_are_deepspeeds_to_the_bit(part: str, sums: dict[str, Any]) -> None:
     assert sums[part]["ours"] == sums[part]["theirs"]
     assert sums[part]["products"] == LAYERS * MATRICES[part] * MICRO_BATCHES * STEPS
+
+
+@pytest.mark.parametrize("part", MATRICES)
+def test_gradients_are_left_to_deepspeed_where_its_hooks_add_them(part: str, sums: dict[str, Any]) -> None:
+    assert sums[part]["immediate"] == sums[part]["theirs"]
+    assert sums[part]["immediate products"] == 0

@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from btm_scale.checkpoint.expected import HEADS
 from btm_scale.checkpoint.formats.newer_names import newer_names
 from btm_scale.checkpoint.formats.tensors import ModelReader
 from btm_scale.checkpoint.formats.wrapped import RenamedModel
 
 _MOST_PREFIXES = 64  # that are tried
-_HEADS = {"lm_head.weight", "language_model.lm_head.weight"}  # which tied models may lack
 
 
 def older_names(models: Mapping[Path, ModelReader]) -> frozenset[Path]:
     """Return the vision-language models whose names are of an older transformers version than another model's."""
-    names = {path: frozenset(model.names) - _HEADS for path, model in models.items()}
+    names = {path: frozenset(model.names) - {*HEADS} for path, model in models.items()}
     return frozenset(
         path
         for path, own in names.items()
         if (newer := newer_names(own)) is not None
-        and any(newer.keys() - _HEADS == other for other in names.values() if other != own)
+        and any(newer.keys() - {*HEADS} == other for other in names.values() if other != own)
     )
 
 

@@ -100,11 +100,6 @@ def reader_of(directory: Path) -> Tokenizer:
     return Tokenizer.load(directory)
 
 
-def read_special(tokenizer: Path, text: str) -> list[int]:
-    """Return the ids of a rendered chat, in which special tokens are special."""
-    return reader_of(tokenizer).encode_special(text)
-
-
 def _encoded(rendering: Rendering, encoding: ChatEncoding, tokenizer: Tokenizer, reader: Tokenizer) -> EncodedChat:
     answers = rendering.answers
     ids, ranges, following = _by_offsets(reader, rendering) or _by_parts(reader, rendering)

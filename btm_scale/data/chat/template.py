@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from btm_scale.data.chat.process import ChatProcess
+from btm_scale.data.tokenizer_files import CHAT_TEMPLATE, NAMED_TEMPLATES
 from btm_scale.errors import DataError, unknown_name
 from btm_scale.util.bounded_json import read_bounded
 from btm_scale.util.inside import file_inside
@@ -36,18 +37,19 @@ class ChatTemplate:
         return cls(templates["default"], _special(tokenizer)) if "default" in templates else None
 
     @classmethod
-    def named(cls, name: str, tokenizer: Path, root: Path) -> Self:
+    def named(cls, name: str, tokenizer: Path | None, root: Path) -> Self:
         """Return a template of the tokenizer by its name, or the one in a .jinja file, relative to `root`.
 
-        Raises DataError if there is none.
+        A tokenizer that the run still has to train, None, has no templates. Raises DataError if there is none.
         """
         if name.endswith(_FILE):
-            return cls(_read(root / name), _special(tokenizer))
-        templates = _templates(tokenizer)
-        if name not in templates:
+            return cls(_read(root / name), {} if tokenizer is None else _special(tokenizer))
+        templates = {} if tokenizer is None else _templates(tokenizer)
+        if tokenizer is None or name not in templates:
+            where = "of an existing tokenizer (tokenizer.path)" if tokenizer is None else f"of the one in {tokenizer}"
             raise DataError(
-                f"{unknown_name('chat template', name, templates)} It is one of the tokenizer in {tokenizer}, or a "
-                f"file whose name ends in {_FILE}."
+                f"{unknown_name('chat template', name, templates)} It is a template {where}, or a file whose name ends "
+                f"in {_FILE}."
             )
         return cls(templates[name], _special(tokenizer))
 
@@ -65,7 +67,10 @@ def template_of(source: DomainSource, tokenizer: Path | None) -> ChatTemplate:
     """Return the chat template of a domain. Raises DataError if there is none."""
     name = source.settings.template
     if name is not None:
-        return ChatTemplate.named(name, tokenizer or source.text_root, source.text_root)
+        try:
+            return ChatTemplate.named(name, tokenizer, source.text_root)
+        except DataError as error:
+            raise DataError(f"The `template` of domain '{source.name}': {error}") from None
     template = ChatTemplate.of(tokenizer) if tokenizer is not None else None
     if template is None:
         has = f"the tokenizer in {tokenizer} has" if tokenizer is not None else "a tokenizer that the run trains has"
@@ -82,9 +87,9 @@ def _templates(tokenizer: Path) -> dict[str, str]:
     named: dict[str, Any] = {"default": template}
     if isinstance(template, list):  # several by name
         named = {str(one.get("name")): one.get("template") for one in template if isinstance(one, dict)}
-    if (path := file_inside(tokenizer, "chat_template.jinja")).is_file():
+    if (path := file_inside(tokenizer, CHAT_TEMPLATE)).is_file():
         named["default"] = _read(path)
-    others = tokenizer / "additional_chat_templates"
+    others = tokenizer / NAMED_TEMPLATES
     for path in sorted(others.glob(f"*{_FILE}")) if others.is_dir() else []:
         named[path.stem] = _read(file_inside(tokenizer, f"{others.name}/{path.name}"))
     return {name: text for name, text in named.items() if isinstance(text, str)}

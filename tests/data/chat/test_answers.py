@@ -28,7 +28,6 @@ from btm_scale.data.chat.encode import (
     encode_chats,
     end_rendering,
     is_special_token,
-    read_special,
     reader_of,
 )
 from btm_scale.data.chat.rows import conversation_of
@@ -180,7 +179,7 @@ def test_answers_of_a_sentencepiece_tokenizer_with_added_tokens_are_decoded_and_
     assert [tokenizer.decode(run) for run in runs_of(chat)] == ["Good morning<|im_end|>"]
     prompt = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     special = tokenizer.encode_special(prompt)
-    assert special == read_special(directory, prompt) == chat.ids[1 : 1 + len(special)].tolist()
+    assert special == Tokenizer.load(directory).encode_special(prompt) == chat.ids[1 : 1 + len(special)].tolist()
     counted = (chat.mask & TRAINED).astype(bool)
     assert _answer_bytes(reader_of(directory), chat.ids, counted) == len("Good morning")
 
@@ -194,9 +193,8 @@ def test_a_conversation_begins_with_the_ids_of_its_prompt(begins_with_bos: bool,
     tokenizer = Tokenizer.load(directory)
     chat = turns("one", "yes", "two", "no")
     for name in ("chatml", "mistral"):
-        prompt = read_special(
-            directory, render_chat(TEMPLATES[name], chat[:-1], SPECIAL, add_generation_prompt=True)[0]
-        )
+        text, *_ = render_chat(TEMPLATES[name], chat[:-1], SPECIAL, add_generation_prompt=True)
+        prompt = tokenizer.encode_special(text)
         prompt = prompt if prompt[:1] == [tokenizer.start] else [tokenizer.start, *prompt]
         [result] = encoded(TEMPLATES[name], directory, [chat])
         assert result.ids[: len(prompt)].tolist() == prompt

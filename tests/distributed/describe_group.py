@@ -1,4 +1,4 @@
-"""A group of two ranks on this host that reports the addresses on which its processes listen."""
+"""A group of two ranks on this host that reports where its processes listen, and its process groups."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from helpers.worlds import fork_world, read_spec
+from megatron.core import parallel_state
 
 from btm_scale.config.layout import Layout
 from btm_scale.distributed.group import ExpertGroup
@@ -20,7 +21,8 @@ def report(folder: str) -> None:
     dist.all_reduce(torch.ones(1))
     connections = psutil.Process(os.getpid()).net_connections("inet")
     listening = [place.laddr.ip for place in connections if place.status == psutil.CONN_LISTEN]
-    (Path(folder) / f"{group.rank}.json").write_text(json.dumps(listening))
+    groups = [dist.get_process_group_ranks(one) for one in parallel_state._global_process_group_list[1:]]
+    (Path(folder) / f"{group.rank}.json").write_text(json.dumps({"listening": listening, "groups": groups}))
     dist.barrier()
 
 
