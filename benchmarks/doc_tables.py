@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from doc_counts import count_rows, decoding_rows, utilization_rows
+from doc_kernels import grid_rows, host_rows, resource_rows
 
 from btm_scale.evaluate.results import Results
 from btm_scale.report.equivalence import dense_equivalent
@@ -198,6 +199,17 @@ def gpu_counts() -> str:
     return "\n\n".join(_table(rows) for rows in tables)
 
 
+def kernel_resources() -> str:
+    """Instructions, registers and shared memory of the kernels, and the grids of the scoring kernel."""
+    result = _read("kernel_resources")
+    return f"{_table(resource_rows(result))}\n\n{_table(grid_rows(result))}"
+
+
+def mixing_host() -> str:
+    """Launches and host time of the mixing kernels."""
+    return _table(host_rows(_read("mixing_host")))
+
+
 def most_overhead(many: dict[str, Any]) -> float:
     """The fraction of wall time in which the largest forest trains and scores nothing."""
     return max(many["runs"], key=lambda run: run["experts"])["overhead"]
@@ -213,6 +225,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed": speed,
     "serving": serving,
     "gpu_counts": gpu_counts,
+    "kernel_resources": kernel_resources,
+    "mixing_host": mixing_host,
 }
 
 

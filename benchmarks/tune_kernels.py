@@ -52,7 +52,8 @@ def main() -> None:
         mixes = [MixConfig(128, 512, 4), MixConfig(256, 512, 4)]
         classes = {(0, 0): (17, 32, 300)}
     else:
-        scores, mixes, classes = score_candidates(), mix_candidates(), SCORE_CLASSES
+        scores = [config.with_resident(16, gpu.shared_bytes) for config in score_candidates()]
+        mixes, classes = mix_candidates(), SCORE_CLASSES
     rules = [
         ScoreRule(arch, 16, *least, True, best_score(device, scores, *problem)) for least, problem in classes.items()
     ]

@@ -181,7 +181,8 @@ def mix_sample(
             the global generator.
         log_likelihood: [batch, experts], preferably float64, since float32 loses small terms of a long sum. Each
             expert's log-probability of the sampled token is added in place, in the launch that picks the token, so the
-            running posterior needs no extra pass. Experts of zero weight and rows without a token are not changed.
+            running posterior needs no extra pass. Experts of zero weight and rows without a token are not changed. It
+            may be `log_weights` itself, which then becomes the posterior, up to normalization.
 
     Returns:
         tokens int64 [batch] and log_probs float32 [batch], the sampled token's log-probability in nats under the

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from btm_scale.kernels.hardware import Hardware, hardware
 from btm_scale.kernels.layer_cost import LAYER_COSTS
-from btm_scale.kernels.pieces import ceil_div, real_columns, row_alignment, score_pieces, score_splits
+from btm_scale.kernels.pieces import ceil_div, real_columns, row_alignment, score_pieces, split_columns
 from btm_scale.kernels.tuning import mix_configs, score_configs
 from btm_scale.kernels.tuning_table import MixConfig, ScoreConfig
 
@@ -62,7 +62,7 @@ def cost(
     inputs: Any = tensors
     if operator == "token_logprobs":
         hidden, heads, targets = inputs
-        return _score_cost(hidden, heads, targets, 0, vocab_size, config, on)
+        return _score_cost(hidden, heads, targets, 0, vocab_size, config, on, finished=True)
     if operator == "token_logprob_partials":
         hidden, head, targets = inputs
         return _score_cost(hidden.unsqueeze(0), [head], targets, vocab_start, vocab_size, config, on)
@@ -87,14 +87,19 @@ def _score_cost(
     vocab_size: int | None,
     config: Any,
     on: Hardware | None,
+    *,
+    finished: bool = False,
 ) -> Cost:
     experts, tokens, inner = hidden.shape
     columns = real_columns(heads[0].shape[0], vocab_start, vocab_size)
+    gpu = on or hardware(hidden.device)
     if config is None:
         bits = 8 * hidden.element_size() if heads[0].dtype == hidden.dtype else 32
         aligned = hidden.is_meta or row_alignment(hidden, heads) == 16
-        config = score_configs(on or hardware(hidden.device), bits, tokens, inner, aligned=aligned)[0]
-    splits = score_splits(columns, config)
+        config = score_configs(gpu, bits, tokens, inner, aligned=aligned)[0]
+    splits = max(1, ceil_div(columns, split_columns(tokens, columns, config, gpu.multiprocessors)))
+    # Partial results, or with the full vocabulary the log-probabilities.
+    written = _FLOAT if finished else _PARTIALS
     total = Cost(0, 0, 0)
     for some_experts, some_tokens in score_pieces(experts, tokens, splits, config):
         count, length = some_experts.stop - some_experts.start, some_tokens.stop - some_tokens.start
@@ -104,7 +109,7 @@ def _score_cost(
         addresses = count * 2 * _INT
         parts = splits * rows * _PARTIALS
         total += Cost(1, states + weights + addresses + length * targets.element_size(), parts)
-        total += Cost(1, parts, rows * _PARTIALS)
+        total += Cost(1, parts, rows * written)
     return total
 
 

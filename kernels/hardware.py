@@ -19,6 +19,7 @@ class Hardware(NamedTuple):
     vendor: str
     arch: str
     shared_bytes: int
+    multiprocessors: int = 1
 
 
 INTERPRETER = Hardware("interpreter", "interpreter", 1 << 40)
@@ -32,9 +33,10 @@ def hardware(device: torch.device) -> Hardware:
     properties: Any = torch.cuda.get_device_properties(device)
     # Triton requests the larger opt-in limit, which not every build of PyTorch reports.
     shared = getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block
+    multiprocessors = properties.multi_processor_count
     if torch.version.hip:
-        return Hardware("amd", properties.gcnArchName.split(":")[0], shared)
-    return Hardware("nvidia", f"sm_{properties.major}{properties.minor}", shared)
+        return Hardware("amd", properties.gcnArchName.split(":")[0], shared, multiprocessors)
+    return Hardware("nvidia", f"sm_{properties.major}{properties.minor}", shared, multiprocessors)
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -1,8 +1,8 @@
 """Triton kernels: the mixture of the experts' next-token distributions.
 
 Two launches for any number of rows: `normalizer_kernel` computes each expert's maximum and sum of exponentials, then
-`mix_kernel` or `draw_kernel` of drawing.py forms the mixture block by block. Neither reads an expert of zero weight. The second one
-begins with the rows that the first one read last, which the cache still holds.
+`mix_kernel`, or `draw_kernel` of drawing.py, forms the mixture block by block. Neither reads an expert of zero weight.
+The second launch begins with the rows that the first one read last, which the cache still holds.
 """
 
 # ruff: noqa: N803 - Triton code capitalizes compile-time constants

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from btm_scale.kernels import paths, reference
 from btm_scale.kernels.hardware import Hardware, interpreter_problem, is_interpreted
-from btm_scale.kernels.partials import Partials, finish
+from btm_scale.kernels.partials import Partials
 from btm_scale.kernels.pieces import row_alignment
 from btm_scale.kernels.tuning import mix_configs, score_configs
 from btm_scale.kernels.tuning_table import MixConfig, ScoreConfig
@@ -42,9 +42,7 @@ def token_logprobs(
         "token_logprobs",
         hidden,
         heads,
-        lambda launch, rows, weights, config: finish(
-            *launch.score_partials(rows, weights, targets, config=config, **settings)
-        ),
+        lambda launch, rows, weights, config: launch.token_logprobs(rows, weights, targets, config=config, **settings),
         lambda: reference.token_logprobs(hidden, heads, targets, **settings),
     )
 
@@ -135,7 +133,7 @@ def _score(
     plain: Callable[[], Any],
 ) -> Any:
     module = triton_module(hidden)
-    if module is None:
+    if module is None or hidden.shape[2] == 0:
         return paths.run_reference(operator, plain)
     hidden, heads = _unit_stride(hidden), [_unit_stride(head) for head in heads]
     _, tokens, inner = hidden.shape

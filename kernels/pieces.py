@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from btm_scale.kernels.tuning_table import ScoreConfig
 
 PARTIAL_BYTES = 16 << 20  # memory for partials per launch; more experts or tokens take more launches
-COMBINE_BLOCK = 1024
+COMBINE_BLOCK, COMBINE_SPLITS = 32, 64
 
 
 def ceil_div(number: int, divisor: int) -> int:
@@ -22,9 +23,21 @@ def real_columns(head_rows: int, vocab_start: int, vocab_size: int | None) -> in
     return head_rows if vocab_size is None else max(0, min(head_rows, vocab_size - vocab_start))
 
 
-def score_splits(columns: int, config: ScoreConfig) -> int:
-    """Return the number of vocabulary splits, each of which gives one partial result."""
-    return max(1, ceil_div(columns, config.split))
+@functools.lru_cache(maxsize=1024)
+def split_columns(tokens: int, columns: int, config: ScoreConfig, multiprocessors: int) -> int:
+    """Return the vocabulary columns of one program, a multiple of its blocks and at most the config's split.
+
+    Chosen for one expert so that the programs fill the multiprocessors in whole waves; more experts are more waves. A
+    program costs as much as its blocks and one more, in which its pipeline fills and its partial results are written.
+    """
+    slots = multiprocessors * config.resident
+    token_blocks, blocks = ceil_div(tokens, config.block_t), max(1, ceil_div(columns, config.block_v))
+
+    def time(size: int) -> int:
+        return ceil_div(token_blocks * ceil_div(blocks, size), slots) * (size + 1)
+
+    most = max(1, min(blocks, config.split // config.block_v))
+    return config.block_v * min(range(most, 0, -1), key=time)
 
 
 def score_pieces(experts: int, tokens: int, splits: int, config: ScoreConfig) -> Iterator[tuple[slice, slice]]:

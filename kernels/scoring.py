@@ -12,19 +12,25 @@ import triton.language as tl
 FLOOR = tl.constexpr(-3.4028234663852886e38)
 
 
-@triton.jit
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+# Sizes that change from call to call without effect on the machine code.
+_SIZES = ["experts", "tokens", "columns", "splits", "split_columns", "vocab_start", "ignore_index", "soft_cap"]
+_COMBINED_SIZES = ["tokens", "rows", "splits", "out_stride", "out_plane"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def score_kernel(
     hidden_ptr,
     heads_ptr,
     targets_ptr,
-    maximum_ptr,
-    sum_exp_ptr,
-    target_logit_ptr,
+    partials_ptr,
     experts,
     tokens,
     columns,
     inner,
     splits,
+    split_columns,
     vocab_start,
     ignore_index,
     soft_cap,
@@ -35,7 +41,6 @@ def score_kernel(
     SOFT_CAP: tl.constexpr,
     EVEN_K: tl.constexpr,
     ALIGN: tl.constexpr,
-    SPLIT: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -44,11 +49,12 @@ def score_kernel(
     """m = max l, sum exp(l - m), and l[target] for a block of tokens of one expert and one vocabulary split.
 
     l = hidden @ head.T in float32, computed block by block and reduced immediately (online softmax). Each program
-    writes its own elements of [splits, experts, tokens], so the result does not depend on scheduling.
+    writes its own elements of partials [3, splits, experts, tokens], so the result does not depend on scheduling.
 
     hidden [experts, tokens, inner]; heads_ptr int64 [experts, 2], the address and row stride of each head
-    [columns, inner]; ALIGN, a number of bytes that divides every row address.
+    [columns, inner]; split_columns, a multiple of BLOCK_V; ALIGN, a number of bytes that divides every row address.
     """
+    tl.assume(inner > 0)  # otherwise the accumulators are cleared a second time, for a loop without steps
     # GROUP blocks of tokens process each split while its rows of the head are in the L2 cache.
     program = tl.program_id(0)
     token_blocks = tl.cdiv(tokens, BLOCK_T)
@@ -69,6 +75,10 @@ def score_kernel(
 
     head_ptr = tl.load(heads_ptr + 2 * expert).to(tl.pointer_type(HEAD_DTYPE))
     head_stride = tl.load(heads_ptr + 2 * expert + 1)
+    # The last block begins earlier, so that every address is valid; what was counted before it becomes -inf below.
+    columns_here = tl.arange(0, BLOCK_V)
+    last_block = max(columns - BLOCK_V, 0)
+    head_ptrs = head_ptr + tl.minimum(columns_here, columns - 1).to(tl.int64)[None, :] * head_stride + k[:, None]
 
     targets = tl.load(targets_ptr + rows)
     ignored = targets == ignore_index
@@ -79,17 +89,17 @@ def score_kernel(
     sum_exp = tl.zeros((BLOCK_T,), tl.float32)
     target_logit = tl.full((BLOCK_T,), -float("inf"), tl.float32)
 
-    first = split * SPLIT
-    last = min(first + SPLIT, columns)
+    cap_scale = -2.0 * _LOG2_E / soft_cap
+    first = split * split_columns
+    last = min(first + split_columns, columns)
     for start in range(first, last, BLOCK_V):
-        offsets = start + tl.arange(0, BLOCK_V)
-        # Columns past the end read the last row, so that every address is valid; they become -inf below.
-        head_rows = tl.minimum(offsets, columns - 1).to(tl.int64)
-        head_ptrs = head_ptr + head_rows[None, :] * head_stride + k[:, None]
+        first_column = min(start, last_block)
+        offsets = first_column + columns_here
+        block_offset = tl.cast(first_column, tl.int64) * head_stride
         logits = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
         for step in range(0, inner, BLOCK_K):
             hidden_at = tl.multiple_of(hidden_ptrs + step, (1, ALIGN))
-            head_at = tl.multiple_of(head_ptrs + step, (ALIGN, 1))
+            head_at = tl.multiple_of(head_ptrs + (block_offset + step), (ALIGN, 1))
             if EVEN_K:
                 left = tl.load(hidden_at)
                 right = tl.load(head_at)
@@ -99,54 +109,79 @@ def score_kernel(
             logits = tl.dot(left.to(DOT_DTYPE), right.to(DOT_DTYPE), logits, input_precision="ieee")
         if SOFT_CAP:
             # tanh from a single exponential that cannot overflow.
-            decay = tl.exp(-2.0 * tl.abs(logits / soft_cap))
+            decay = tl.exp2(tl.abs(logits) * cap_scale)
             bounded = soft_cap * (1.0 - decay) / (1.0 + decay)
             logits = tl.where(logits < 0, -bounded, bounded)
-        logits = tl.where(offsets[None, :] < last, logits, -float("inf"))
-
-        here = tl.where(offsets[None, :] == targets[:, None], logits, -float("inf"))
-        target_logit = tl.maximum(target_logit, tl.max(here, 1))
+        # Two branches that few blocks take: the instructions per logit are what limits this part.
+        if start + BLOCK_V > last:
+            # As unsigned numbers, columns before `start` are large.
+            is_new = (offsets - start).to(tl.uint32, bitcast=True) < (last - start).to(tl.uint32, bitcast=True)
+            logits = tl.where(is_new[None, :], logits, -float("inf"))
+        is_here = (targets >= start) & (targets < start + BLOCK_V)
+        if tl.max(is_here.to(tl.int32), 0) > 0:
+            here = tl.where(columns_here[None, :] == (targets - first_column)[:, None], logits, -float("inf"))
+            target_logit = tl.maximum(target_logit, tl.max(here, 1))
         new_maximum = tl.maximum(maximum, tl.max(logits, 1))
-        added = tl.sum(tl.exp(logits - new_maximum[:, None]), 1)
-        sum_exp = sum_exp * tl.exp(maximum - new_maximum) + added
+        # The difference first: the product of a large logit with log2(e) would round.
+        added = tl.sum(tl.exp2((logits - new_maximum[:, None]) * _LOG2_E), 1)
+        sum_exp = sum_exp * tl.exp2((maximum - new_maximum) * _LOG2_E) + added
         maximum = new_maximum
 
     maximum = tl.where(sum_exp == 0, -float("inf"), maximum)
     target_logit = tl.where(ignored, float("inf"), target_logit)
-    out = (split.to(tl.int64) * experts + expert) * tokens + rows
-    tl.store(maximum_ptr + out, maximum, mask=valid_rows)
-    tl.store(sum_exp_ptr + out, sum_exp, mask=valid_rows)
-    tl.store(target_logit_ptr + out, target_logit, mask=valid_rows)
+    out = partials_ptr + (split.to(tl.int64) * experts + expert) * tokens + rows
+    plane = tl.cast(splits, tl.int64) * experts * tokens
+    tl.store(out, maximum, mask=valid_rows)
+    tl.store(out + plane, sum_exp, mask=valid_rows)
+    tl.store(out + 2 * plane, target_logit, mask=valid_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COMBINED_SIZES)
 def combine_kernel(
-    maximum_ptr,
-    sum_exp_ptr,
-    target_logit_ptr,
-    out_maximum_ptr,
-    out_sum_exp_ptr,
-    out_target_logit_ptr,
+    partials_ptr,
+    out_ptr,
+    tokens,
     rows,
     splits,
+    out_stride,
+    out_plane,
+    FINISH: tl.constexpr,
     BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """Reduce the partials [splits, rows] to [rows] in split order, so that results are bit-reproducible."""
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    valid = offsets < rows
+    """Reduce the partials [3, splits, rows], in an order that depends on `splits` alone; rows are [experts, tokens].
+
+    Writes (maximum, sum_exp, target_logit) [3, experts, tokens], or with FINISH the targets' log-probabilities
+    [experts, tokens]. `out_stride` and `out_plane` are the strides of the first dimensions from the last to the first.
+    """
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = row < rows
+    plane = tl.cast(splits, tl.int64) * rows
     maximum = tl.full((BLOCK,), FLOOR, tl.float32)
     sum_exp = tl.zeros((BLOCK,), tl.float32)
     target_logit = tl.full((BLOCK,), -float("inf"), tl.float32)
-    for split in range(splits):
-        at = split * tl.cast(rows, tl.int64) + offsets
-        part = tl.maximum(tl.load(maximum_ptr + at, mask=valid, other=FLOOR), FLOOR)
-        new_maximum = tl.maximum(maximum, part)
-        part_sum = tl.load(sum_exp_ptr + at, mask=valid, other=0.0)
-        sum_exp = sum_exp * tl.exp(maximum - new_maximum) + part_sum * tl.exp(part - new_maximum)
-        part_target = tl.load(target_logit_ptr + at, mask=valid, other=-float("inf"))
-        target_logit = tl.maximum(target_logit, part_target)
+    for first in range(0, splits, SPLITS):
+        split = first + tl.arange(0, SPLITS)
+        exists = (split < splits)[:, None] & valid[None, :]
+        at = partials_ptr + split.to(tl.int64)[:, None] * rows + row[None, :]
+        parts = tl.maximum(tl.load(at, mask=exists, other=FLOOR), FLOOR)
+        part_sums = tl.load(at + plane, mask=exists, other=0.0)
+        part_targets = tl.load(at + 2 * plane, mask=exists, other=-float("inf"))
+        new_maximum = tl.maximum(maximum, tl.max(parts, 0))
+        added = tl.sum(part_sums * tl.exp(parts - new_maximum[None, :]), 0)
+        sum_exp = sum_exp * tl.exp(maximum - new_maximum) + added
+        target_logit = tl.maximum(target_logit, tl.max(part_targets, 0))
         maximum = new_maximum
     maximum = tl.where(sum_exp == 0, -float("inf"), maximum)
-    tl.store(out_maximum_ptr + offsets, maximum, mask=valid)
-    tl.store(out_sum_exp_ptr + offsets, sum_exp, mask=valid)
-    tl.store(out_target_logit_ptr + offsets, target_logit, mask=valid)
+    out = out_ptr + (row // tokens).to(tl.int64) * out_stride + row % tokens
+    if FINISH:
+        # As `partials.finish`.
+        shift = tl.where(maximum == -float("inf"), 0.0, maximum)
+        log_prob = (target_logit - shift) - tl.log(sum_exp)
+        log_prob = tl.where((target_logit == -float("inf")) & (sum_exp == sum_exp), -float("inf"), log_prob)
+        log_prob = tl.where((target_logit == float("inf")) & (maximum < float("inf")), 0.0, log_prob)
+        tl.store(out, tl.where(log_prob > 0, 0.0, log_prob), mask=valid)
+    else:
+        tl.store(out, maximum, mask=valid)
+        tl.store(out + out_plane, sum_exp, mask=valid)
+        tl.store(out + 2 * out_plane, target_logit, mask=valid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,15 +12,17 @@ import triton.language as tl
 from torch import Tensor
 
 from btm_scale.kernels.drawing import draw_kernel
+from btm_scale.kernels.hardware import hardware
 from btm_scale.kernels.mixing import mix_kernel, normalizer_kernel
 from btm_scale.kernels.partials import Partials
 from btm_scale.kernels.pieces import (
     COMBINE_BLOCK,
+    COMBINE_SPLITS,
     ceil_div,
     real_columns,
     row_alignment,
     score_pieces,
-    score_splits,
+    split_columns,
 )
 from btm_scale.kernels.scoring import combine_kernel, score_kernel
 from btm_scale.kernels.tuning_table import MixConfig, ScoreConfig
@@ -28,6 +31,25 @@ _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32:
 
 
 def score_partials(
+    hidden: Tensor, heads: Sequence[Tensor], targets: Tensor, *, config: ScoreConfig, **settings: Any
+) -> Partials:
+    """Return (maximum, sum_exp, target_logit), each [experts, tokens]; the keyword arguments are those of `score`."""
+    out = torch.empty(3, *hidden.shape[:2], device=hidden.device)
+    score(out, hidden, heads, targets, config=config, **settings)
+    return out[0], out[1], out[2]
+
+
+def token_logprobs(
+    hidden: Tensor, heads: Sequence[Tensor], targets: Tensor, *, config: ScoreConfig, **settings: Any
+) -> Tensor:
+    """Return the targets' log-probabilities [experts, tokens]; the keyword arguments are those of `score`."""
+    out = torch.empty(1, *hidden.shape[:2], device=hidden.device)
+    score(out, hidden, heads, targets, config=config, **settings)
+    return out[0]
+
+
+def score(
+    out: Tensor,
     hidden: Tensor,
     heads: Sequence[Tensor],
     targets: Tensor,
@@ -37,33 +59,36 @@ def score_partials(
     ignore_index: int = -100,
     soft_cap: float | None = None,
     config: ScoreConfig,
-) -> Partials:
-    """Return (maximum, sum_exp, target_logit), each [experts, tokens], in launches of bounded extra memory.
+) -> None:
+    """Fill `out`, [3, experts, tokens] with partials or [1, experts, tokens] with log-probabilities, in two launches.
 
-    The last stride of `hidden` and of every head must be 1, and at least one expert and one token must be given.
+    More launches where more extra memory would be needed. The last stride of `hidden` and of every head must be 1,
+    and at least one expert and one token must be given.
     """
     experts, tokens, inner = hidden.shape
     columns = real_columns(heads[0].shape[0], vocab_start, vocab_size)
     # The interpreter multiplies bfloat16 incorrectly, without an error, so it always uses float32.
     widened = heads[0].dtype != hidden.dtype or not hidden.is_cuda
-    splits = score_splits(columns, config)
-    table = torch.tensor([[head.data_ptr(), head.stride(0)] for head in heads], device=hidden.device)
-    out = tuple(torch.empty(experts, tokens, device=hidden.device) for _ in range(3))
+    split = split_columns(tokens, columns, config, hardware(hidden.device).multiprocessors)
+    splits = max(1, ceil_div(columns, split))
+    table = _addresses(hidden.device, tuple((head.data_ptr(), head.stride(0)) for head in heads))
+    targets = targets.contiguous()
 
     for some_experts, some_tokens in score_pieces(experts, tokens, splits, config):
         piece = hidden[some_experts, some_tokens]
         count, length = piece.shape[:2]
-        parts = [torch.empty(splits, count, length, device=hidden.device) for _ in range(3)]
+        parts = torch.empty(3, splits, count, length, device=hidden.device)
         score_kernel[(count * splits * ceil_div(length, config.block_t),)](
             piece,
             table[some_experts],
-            targets[some_tokens].contiguous(),
-            *parts,
+            targets[some_tokens],
+            parts,
             count,
             length,
             columns,
             inner,
             splits,
+            split,
             vocab_start,
             ignore_index,
             1.0 if soft_cap is None else float(soft_cap),
@@ -74,7 +99,6 @@ def score_partials(
             SOFT_CAP=soft_cap is not None,
             EVEN_K=inner % config.block_k == 0,
             ALIGN=row_alignment(hidden, heads),
-            SPLIT=config.split,
             GROUP=config.group,
             BLOCK_T=config.block_t,
             BLOCK_V=config.block_v,
@@ -82,13 +106,28 @@ def score_partials(
             num_warps=config.warps,
             num_stages=config.stages,
         )
-        folded = [torch.empty(count, length, device=hidden.device) for _ in range(3)]
-        combine_kernel[(ceil_div(count * length, COMBINE_BLOCK),)](
-            *parts, *folded, count * length, splits, BLOCK=COMBINE_BLOCK
+        rows = count * length
+        combine_kernel[(ceil_div(rows, COMBINE_BLOCK),)](
+            parts,
+            out[:, some_experts, some_tokens],
+            length,
+            rows,
+            splits,
+            out.stride(1),
+            out.stride(0),
+            FINISH=len(out) == 1,
+            BLOCK=COMBINE_BLOCK,
+            SPLITS=COMBINE_SPLITS,
         )
-        for total, part in zip(out, folded, strict=True):
-            total[some_experts, some_tokens] = part
-    return out[0], out[1], out[2]
+
+
+@functools.lru_cache(maxsize=64)
+def _addresses(device: torch.device, heads: tuple[tuple[int, int], ...]) -> Tensor:
+    """Return the addresses and row strides of heads on the device, int64 [experts, 2].
+
+    Copying them synchronizes, so they are kept: later calls with heads in the same places can be captured in a graph.
+    """
+    return torch.tensor(heads, device=device)
 
 
 def mix_logits(logits: Tensor, log_weights: Tensor, *, config: MixConfig) -> Tensor:

@@ -10,7 +10,11 @@ from typing import NamedTuple
 
 
 class ScoreConfig(NamedTuple):
-    """Block sizes over tokens, vocabulary and hidden size; vocabulary rows per split; token blocks per group."""
+    """Block sizes over tokens, vocabulary and hidden size; most vocabulary rows per split; token blocks per group.
+
+    `resident` is how many blocks a multiprocessor is given at once; a test checks that registers and shared memory
+    suffice for them.
+    """
 
     block_t: int
     block_v: int
@@ -19,6 +23,7 @@ class ScoreConfig(NamedTuple):
     group: int
     warps: int
     stages: int
+    resident: int = 1
 
     @property
     def blocks(self) -> str:
@@ -28,6 +33,11 @@ class ScoreConfig(NamedTuple):
     def shared_bytes(self, bits: int) -> int:
         """Bytes of shared memory that the stages of the pipeline take, for elements of `bits`."""
         return self.stages * (self.block_t + self.block_v) * self.block_k * bits // 8
+
+    def with_resident(self, bits: int, shared_bytes: int) -> ScoreConfig:
+        """Return this config for a multiprocessor with that much shared memory: blocks of four warps run in pairs."""
+        pairs = self.warps == 4 and 2 * (self.shared_bytes(bits) + 1024) <= shared_bytes
+        return self._replace(resident=2 if pairs else 1)
 
 
 class MixConfig(NamedTuple):
@@ -58,17 +68,16 @@ class ScoreRule(NamedTuple):
 SCORE_RULES = [
     ScoreRule("sm_80", 32, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 8, 2)),
     ScoreRule("sm_80", 16, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 4, 2)),
-    ScoreRule("sm_80", 16, 0, 0, True, ScoreConfig(32, 128, 64, 2048, 16, 4, 3)),
+    ScoreRule("sm_80", 16, 0, 0, True, ScoreConfig(32, 128, 64, 2048, 16, 4, 3, 2)),
     ScoreRule("sm_80", 16, 65, 0, True, ScoreConfig(128, 128, 32, 8192, 16, 8, 4)),
     ScoreRule("sm_89", 32, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 8, 2)),
     ScoreRule("sm_89", 16, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 4, 2)),
-    ScoreRule("sm_89", 16, 0, 0, True, ScoreConfig(32, 128, 64, 2048, 16, 4, 2)),
+    ScoreRule("sm_89", 16, 0, 0, True, ScoreConfig(32, 128, 64, 2048, 16, 4, 2, 2)),
     ScoreRule("sm_89", 16, 65, 0, True, ScoreConfig(128, 128, 32, 8192, 16, 8, 4)),
     ScoreRule("sm_90", 32, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 8, 2)),
     ScoreRule("sm_90", 16, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 4, 2)),
-    ScoreRule("sm_90", 16, 0, 0, True, ScoreConfig(64, 128, 64, 2048, 16, 4, 3)),
-    ScoreRule("sm_90", 16, 65, 0, True, ScoreConfig(128, 128, 64, 8192, 16, 8, 3)),
-    ScoreRule("sm_90", 16, 65, 0, True, ScoreConfig(128, 256, 64, 8192, 16, 8, 3)),
+    ScoreRule("sm_90", 16, 0, 0, True, ScoreConfig(64, 128, 64, 2048, 16, 4, 3, 2)),
+    ScoreRule("sm_90", 16, 65, 0, True, ScoreConfig(128, 128, 64, 8192, 16, 4, 3, 2)),
     ScoreRule("sm_100", 32, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 8, 2)),
     ScoreRule("sm_100", 16, 0, 0, False, ScoreConfig(32, 32, 32, 4096, 16, 4, 2)),
     ScoreRule("sm_100", 16, 0, 0, True, ScoreConfig(64, 128, 64, 2048, 16, 8, 3)),
@@ -76,11 +85,11 @@ SCORE_RULES = [
     ScoreRule("sm_100", 16, 65, 0, True, ScoreConfig(256, 128, 32, 8192, 16, 8, 4)),
     ScoreRule("gfx90a", 32, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 4, 2)),
     ScoreRule("gfx90a", 16, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 4, 2)),
-    ScoreRule("gfx90a", 16, 0, 0, True, ScoreConfig(32, 128, 64, 2048, 16, 4, 2)),
+    ScoreRule("gfx90a", 16, 0, 0, True, ScoreConfig(32, 128, 64, 2048, 16, 4, 2, 2)),
     ScoreRule("gfx90a", 16, 65, 0, True, ScoreConfig(128, 128, 64, 8192, 16, 8, 2)),
     ScoreRule("gfx942", 32, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 4, 2)),
     ScoreRule("gfx942", 16, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 4, 2)),
-    ScoreRule("gfx942", 16, 0, 0, True, ScoreConfig(32, 128, 64, 2048, 16, 4, 2)),
+    ScoreRule("gfx942", 16, 0, 0, True, ScoreConfig(32, 128, 64, 2048, 16, 4, 2, 2)),
     ScoreRule("gfx942", 16, 65, 0, True, ScoreConfig(128, 128, 64, 8192, 16, 8, 2)),
     ScoreRule("interpreter", 16, 0, 0, False, ScoreConfig(32, 2048, 64, 4096, 2, 4, 1)),
     ScoreRule("interpreter", 16, 65, 0, False, ScoreConfig(128, 1024, 64, 2048, 2, 4, 1)),

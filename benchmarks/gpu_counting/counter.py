@@ -24,7 +24,7 @@ from btm_scale import kernels
 from btm_scale.kernels.hardware import Hardware
 from gpu_counting.regions import Count, inductor_count
 
-H100 = Hardware("nvidia", "sm_90", 227 << 10)
+H100 = Hardware("nvidia", "sm_90", 227 << 10, 132)
 _PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "add_product_")
 _NO_KERNEL = ("detach", "_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 _MORE_KERNELS = {"native_layer_norm_backward": 2}  # gradients of input and weight

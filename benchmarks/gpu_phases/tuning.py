@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from btm_scale.kernels.tuning_table import MixConfig, ScoreConfig
 
 _BATCH = 6  # candidates per row
+_SHARED_BYTES = 228 << 10  # of a multiprocessor of an H100 or H200
 # Tokens, hidden size and vocabulary of each class of problems, by name.
 _CLASSES = {"decode": (32, 2048, 32_000), "score": (8192, 1024, 50_304), "score wide": (8192, 4096, 128_256)}
 _TOY_CLASSES = {"decode": (17, 32, 300)}
@@ -67,7 +68,7 @@ def _score_candidates(site: Site) -> list[ScoreConfig]:
         (256, 64, 64, 8192, 16, 8, 3),
         (64, 128, 64, 8192, 16, 4, 4),
     ]
-    return [ScoreConfig(*shape) for shape in shapes]
+    return [ScoreConfig(*shape).with_resident(16, _SHARED_BYTES) for shape in shapes]
 
 
 def _mix_candidates(site: Site) -> list[MixConfig]:

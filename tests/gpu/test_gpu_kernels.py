@@ -177,6 +177,33 @@ def test_launches_are_ordered_with_the_current_stream_of_their_device(device):
     assert torch.equal(result, expected)
 
 
+def test_a_decoding_step_and_scores_of_known_heads_are_captured_in_a_graph(device):
+    logits, log_weights = mixing_case(Mixing(8, 32, 32_000), device)
+    states, heads, targets = scoring_case(2, 70, 256, 5000, torch.bfloat16, device)
+    posterior, start = log_weights.double(), log_weights.double()
+
+    def step() -> tuple[Tensor, Tensor]:
+        tokens, _ = kernels.mix_sample(logits, posterior, temperature=0, log_likelihood=posterior)
+        # The operator returns NaN instead of raising, so that it needs no synchronization.
+        return tokens, torch.ops.btm_scale.token_logprobs(states, heads, targets, None, -100, None)
+
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            expected = [result.clone() for result in step()]
+            expected_posterior = posterior.clone()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = step()
+        posterior.copy_(start)
+        graph.replay()
+    for result, wanted in zip(results, expected, strict=True):
+        assert torch.equal(result, wanted)
+    assert torch.equal(posterior, expected_posterior)
+
+
 def test_offsets_beyond_2_to_the_31_address_the_right_memory(device):
     experts, batch, vocab = 20, 1024, 128_256  # 2.6 billion logits
     if torch.cuda.mem_get_info(device)[0] < 8 << 30:

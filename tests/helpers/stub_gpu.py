@@ -42,9 +42,10 @@ SHARED_BYTES = {
     "gfx90a": 64 << 10,
     "gfx942": 64 << 10,
 }
+MULTIPROCESSORS = {"sm_80": 108, "sm_89": 142, "sm_90": 132, "sm_100": 148, "gfx90a": 110, "gfx942": 304}
 WRITTEN = {
-    "score_kernel": {"maximum_ptr", "sum_exp_ptr", "target_logit_ptr"},
-    "combine_kernel": {"out_maximum_ptr", "out_sum_exp_ptr", "out_target_logit_ptr"},
+    "score_kernel": {"partials_ptr"},
+    "combine_kernel": {"out_ptr"},
     "normalizer_kernel": {"normalizers_ptr", "tokens_ptr"},
     "mix_kernel": {"mixture_ptr"},
     "draw_kernel": {"candidates_ptr", "tokens_ptr", "out_token_ptr", "out_log_prob_ptr"},
@@ -253,8 +254,9 @@ def stub_gpus(arch: str = "sm_90", **settings: Any) -> Iterator[StubGpus]:
     gpus = StubGpus(arch, **settings)
     vendor = "amd" if arch.startswith("gfx") else "nvidia"
     properties = {"shared_memory_per_block": 48 << 10, "shared_memory_per_block_optin": gpus.shared_bytes}
+    properties["multi_processor_count"] = MULTIPROCESSORS.get(arch, 100)
     if vendor == "amd":
-        properties = {"shared_memory_per_block": gpus.shared_bytes, "gcnArchName": f"{arch}:sramecc+:xnack-"}
+        properties |= {"shared_memory_per_block": gpus.shared_bytes, "gcnArchName": f"{arch}:sramecc+:xnack-"}
         properties |= {"major": 9, "minor": 4}
     else:
         properties |= {"major": int(arch[3:-1]), "minor": int(arch[-1])}

@@ -8,5 +8,6 @@ COMPILED = [
     "test_kernels_layer.py",
     "test_kernels_loss.py",
     "test_kernels_older_triton.py",
+    "test_kernels_resources.py",
 ]
 collect_ignore = COMPILED if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]

@@ -64,6 +64,25 @@ def assert_resources(gpus: StubGpus, folder: Path) -> None:
         assert not any(used.values()), f"{name}: {used}"
 
 
+def assert_resident(gpus: StubGpus, rule: ScoreRule, folder: Path) -> None:
+    """Check that a multiprocessor has registers and shared memory for as many blocks as the row says."""
+    lane_registers = 512 if rule.arch.startswith("gfx") else 65_536 // 32 // 4  # of each of four schedulers
+    for number, (name, kernel) in enumerate(gpus.compiled()):
+        if name != "score_kernel":
+            continue
+        if "cubin" in kernel.asm:
+            command = [str(CUOBJDUMP), "--dump-resource-usage", str(folder / f"{number}.cubin")]
+            report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            registers = int(re.search(r"REG:(\d+)", report).group(1))
+        else:
+            registers = int(re.search(r"\.vgpr_count:\s*(\d+)", kernel.asm["amdgcn"]).group(1))
+        warps_per_scheduler = rule.config.resident * rule.config.warps / 4
+        assert warps_per_scheduler * -(-registers // 8) * 8 <= lane_registers
+        assert rule.config.resident * (kernel.metadata.shared + 1024) <= gpus.shared_bytes + 1024 or (
+            rule.config.resident == 1
+        )
+
+
 def score(gpus: StubGpus, rule: ScoreRule, problem: Problem) -> None:
     """Launch the scoring kernels with a row's blocks, as far from alignment as the row allows."""
     shift = 0 if rule.aligned else 1
@@ -102,6 +121,7 @@ def test_no_block_shape_in_the_table_spills_registers(rule, problems, tmp_path):
         used = {kernel.metadata.shared for name, kernel in gpus.compiled() if name == "score_kernel"}
         # What the choice of a row expects, but for the barriers of Blackwell's asynchronous copies.
         assert max(used) <= rule.config.shared_bytes(rule.bits) + 64
+        assert_resident(gpus, rule, tmp_path)
 
 
 @pytest.mark.parametrize("arch", cut(sorted(SAME_AS), lambda arch: arch == "sm_120"))

@@ -10,11 +10,12 @@ import pytest
 
 from btm_scale.kernels import tuning_table
 from btm_scale.kernels.hardware import INTERPRETER, Hardware
+from btm_scale.kernels.pieces import ceil_div, split_columns
 from btm_scale.kernels.tuning import mix_configs, row_name, score_configs
 from btm_scale.kernels.tuning_table import MIX_RULES, SCORE_RULES, MixConfig, ScoreConfig, ScoreRule
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "tune_kernels.py"
-H100 = Hardware("nvidia", "sm_90", 227 << 10)
+H100 = Hardware("nvidia", "sm_90", 227 << 10, 132)
 MI300X = Hardware("amd", "gfx942", 64 << 10)
 
 
@@ -71,6 +72,37 @@ def test_a_device_that_reports_little_shared_memory_gets_what_fits():
     configs = score_configs(tiny, 16, 8192, 4096)
     assert configs
     assert all(config.shared_bytes(16) <= 32 << 10 for config in configs)
+
+
+@pytest.mark.parametrize("columns", [4000, 32_000, 50_257, 128_256])
+def test_programs_fill_every_multiprocessor_of_an_h100_in_whole_waves(columns):
+    for tokens in (1, 2, 16, 64, 65, 128, 200, 256, 500, 1000, 1024, 2048, 3000, 4096, 8192):
+        config = score_configs(H100, 16, tokens, 2048)[0]
+        split = split_columns(tokens, columns, config, H100.multiprocessors)
+        assert split % config.block_v == 0
+        token_blocks, blocks = ceil_div(tokens, config.block_t), ceil_div(columns, config.block_v)
+        programs = token_blocks * ceil_div(columns, split)
+        waves = ceil_div(programs, H100.multiprocessors * config.resident)
+        if token_blocks * blocks >= H100.multiprocessors:
+            assert programs >= H100.multiprocessors
+        # The blocks of a wave are a fraction of what its multiprocessors could run in the same time.
+        busy = token_blocks * blocks / (waves * split // config.block_v * H100.multiprocessors * config.resident)
+        if token_blocks * blocks >= 2 * H100.multiprocessors * config.resident:
+            assert busy >= 0.9, (tokens, columns, busy)
+
+
+def test_a_program_has_no_more_columns_than_there_are_or_than_its_row_allows():
+    config = ScoreConfig(128, 128, 64, 8192, 16, 4, 3, 2)
+    assert split_columns(1, 1, config, 132) == 128
+    assert split_columns(1, 0, config, 132) == 128
+    assert split_columns(1_000_000, 10_000_000, config, 132) <= 8192
+
+
+def test_blocks_of_four_warps_run_in_pairs_where_shared_memory_suffices():
+    config = ScoreConfig(128, 128, 64, 8192, 16, 4, 3)  # 96 KiB in 16 bits
+    assert config.with_resident(16, 228 << 10).resident == 2
+    assert config.with_resident(16, 164 << 10).resident == 1
+    assert config._replace(warps=8).with_resident(16, 228 << 10).resident == 1
 
 
 def test_replacing_the_rows_of_a_gpu_keeps_the_others(tmp_path):
