@@ -60,7 +60,7 @@ def separate_counts(case: Decoding) -> Counts:
     """Return what the forward passes of transformers' own models do in a step, one after the other."""
     decoder = _decoder(case.shape)
     cache = _transformers_cache(decoder)
-    _fill(decoder, cache, case.batch)
+    _fill(decoder, cache, case.batch, case.columns - 1)
     positions = torch.zeros(case.batch, 1, dtype=torch.int64, device=META)
     with torch.no_grad(), counted() as one:
         decoder.logits(torch.zeros_like(positions), mask=None, positions=positions, cache=cache, keep=1)

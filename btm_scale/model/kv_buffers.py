@@ -5,7 +5,6 @@ transformers' own cache copies every key and value for each token that it append
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from btm_scale.model.hf_load import new_cache
 
 _LEAST_ROOM = 64  # positions
+_KINDS: dict[type, type] = {}
 
 
 class GrowingLayer:
@@ -65,7 +65,7 @@ def empty_cache(model: Any) -> Any:
     """Return an empty KV cache for a model; sliding windows keep transformers' own layers."""
     cache = new_cache(model)
     cache.layers = [
-        _growing(type(layer))() if type(layer).__name__ == "DynamicLayer" else layer for layer in cache.layers
+        _growing(type(layer)) if type(layer).__name__ == "DynamicLayer" else layer for layer in cache.layers
     ]
     return cache
 
@@ -75,6 +75,8 @@ def is_growing(cache: Any) -> bool:
     return bool(cache.layers) and all(isinstance(layer, GrowingLayer) for layer in cache.layers)
 
 
-@functools.cache
-def _growing(kind: type) -> type:
-    return type("GrowingDynamicLayer", (GrowingLayer, kind), {})
+def _growing(kind: type) -> Any:
+    """Return a layer that is of transformers' class too, which its caches expect."""
+    if kind not in _KINDS:
+        _KINDS[kind] = type("GrowingDynamicLayer", (GrowingLayer, kind), {})
+    return _KINDS[kind]()

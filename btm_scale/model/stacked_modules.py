@@ -38,6 +38,8 @@ class StackedLinear(nn.Module):
 class StackedEmbedding(nn.Module):
     """One lookup for all experts."""
 
+    first: Tensor
+
     def __init__(self, weight: Tensor) -> None:
         """Args: `weight` [experts, rows of the table, hidden]."""
         super().__init__()
