@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from btm_scale.config.run import RunConfig
 from btm_scale.evaluate.results import Parameters
-from btm_scale.forest.expert import Expert
+from btm_scale.forest.expert import Expert, find_expert
 from btm_scale.forest.forest import experts
 from btm_scale.forest.scores import Scores
 from btm_scale.model.hf_config import read_shape
@@ -49,7 +49,11 @@ def mixture_note(run: RunDir, mixture: Expert) -> str:
     if (shared := mixture.layout.get("shared_expert")) is not None:
         note = note.removesuffix(".") + f"; shared expert {shared}."
     forest = {name: expert.content_hash for name, expert in experts(run).items()}
-    if changed := [name for name in names if forest.get(name) != mixture.data_fingerprint[name]]:
+    # The shared expert may be a model outside the forest, such as the seed LM.
+    others_of = [name for name in mixture.data_fingerprint if name not in names]
+    cards = {name: find_expert(run.model(name)) for name in others_of}
+    now = forest | {name: card.content_hash for name, card in cards.items() if card is not None}
+    if changed := [name for name in [*names, *others_of] if now.get(name) != mixture.data_fingerprint[name]]:
         note += f" {', '.join(changed)} changed or left the forest since. Make it again: btm-scale upcycle {run.root}"
     elif others := [name for name in forest if name not in names]:
         note += f" Without {', '.join(others)}."

@@ -84,7 +84,7 @@ def test_joint_training_changes_the_mixture_and_records_where_it_came_from(
         assert list(by_expert) == DOMAINS
         np.testing.assert_allclose(np.sum(list(by_expert.values()), axis=0), np.ones(layers), atol=1e-3)
         assert len(routing["entropy"][domain]) == layers
-    assert np.mean([by_expert[domain] for domain, by_expert in routing["load"].items()]) > 0.3, "its own expert"
+    assert np.mean([by_expert[domain] for domain, by_expert in routing["load"].items()]) > 0.25, "its own expert"
     assert [row["learning_rate"] for row in rows[-1:]] == [0.0]
     assert "router fitted" in mixture_note(run, card)
 

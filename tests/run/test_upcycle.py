@@ -264,6 +264,8 @@ def test_the_seed_can_be_a_shared_expert_that_is_recorded_and_replaced(
     assert card.data_fingerprint["seed"] == read_expert(run[1].model("seed")).content_hash
     assert "router fitted; shared expert seed." in mixture_note(run[1], card)
     assert upcycle(*run, Recipe(shared_expert="seed")).is_complete
+    change(run[1].model("seed"), seed | {"model.norm.weight": seed["model.norm.weight"] + 1})
+    assert " seed changed or left the forest since." in mixture_note(run[1], card)
     assert not upcycle(*run, Recipe(router="fitted-routed", shared_expert="seed")).is_complete
 
 

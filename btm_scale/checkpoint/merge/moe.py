@@ -28,8 +28,8 @@ from btm_scale.model.shape import ModelShape
 EXPERT_NAMES = "expert_names"  # in config.json; in the order of the experts
 _EXPERT = re.compile(r"(.*\.mlp\.)experts\.local_experts\.(\d+)\.(.*)")
 _SHARED_EXPERT = re.compile(r"(.*\.mlp\.)shared_experts\.(linear_.*)")
-# The shared expert's gate of zeros multiplies its output by sigmoid(0). The experts have the other half: it is exact in
-# every floating-point format, and several times one MLP is that MLP.
+# The shared expert's gate of zeros multiplies its output by sigmoid(0). The experts have the other half: it is exact
+# except for subnormal numbers, and several times one MLP is that MLP.
 _HALF = 0.5
 RANDOM_LIMIT = 0.02 * 3**0.5  # of a random router's uniform weights, whose standard deviation is that of other matrices
 
