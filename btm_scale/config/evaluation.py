@@ -8,6 +8,7 @@ from pydantic import Field
 
 from btm_scale.config.changes import SCORED_AGAIN, Changes, MayChange
 from btm_scale.config.section import Section
+from btm_scale.util.records import Part
 
 # The models are scored on other text.
 _Text = Changes(effect=SCORED_AGAIN)
@@ -36,8 +37,8 @@ class Tempering(Section):
     share: float = Field(default=0.0, ge=0, lt=1, description="weight of the prior, mixed in after each token")
 
 
-class Gate(Section):
-    """The gated ensemble's numbers: see `forest/posterior/gate.py`."""
+class Gate(Part):
+    """The gated ensemble's numbers, which are always fitted: see `forest/posterior/gate.py`."""
 
     coefficients: tuple[float, float, float, float, float, float] = Field(
         description="factors of the log prior, and of the log-probabilities so far with five rates of decay"

@@ -25,6 +25,7 @@ from helpers.warm import Warm
 
 from btm_scale.checkpoint.hashing import content_hash
 from btm_scale.config.run import RunConfig
+from btm_scale.evaluate.results import Results
 from btm_scale.forest.expert import read_expert
 from btm_scale.forest.scores import Scores, evaluation_text
 from btm_scale.launch.shutdown import REQUEUE
@@ -69,6 +70,8 @@ def test_results_hold_every_method_on_every_domain(finished_run: Run) -> None:
         "ensemble:uniform-prior",
         "ensemble:token",
         "ensemble:tempered",
+        "ensemble:static",
+        "ensemble:gated",
         "ensemble:equal",
         "ensemble:top1",
         "ensemble:top2",
@@ -82,6 +85,7 @@ def test_results_hold_every_method_on_every_domain(finished_run: Run) -> None:
     assert set(results["methods"]) == expected
     for method in results["methods"].values():
         assert set(method["perplexity"]) == set(config.all_domains)
+    assert set(Results.load(run.results).gates) == set(config.all_domains)
     assert results["compute"]["ensemble"]["tokens"] == results["compute"]["dense"]["tokens"] == config.budget.tokens
 
 
