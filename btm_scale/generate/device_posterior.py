@@ -41,13 +41,13 @@ class DevicePosterior:
         """Return float64 [texts, experts] before the next token, not normalised; -inf for experts with prior 0."""
         if self.mode == "fixed":
             return self._prior
-        if self.mode == "token":
-            weights = self._state.clamp_min(_NEGLIGIBLE)
-            return weights.masked_fill_(self._prior == -float("inf"), -float("inf"))
-        if not self._may_be_lost:
-            return self._state
-        lost = (self._state == -float("inf")).all(1, keepdim=True)
-        return torch.where(lost, self._prior, self._state)
+        weights = self._state
+        if self._may_be_lost:
+            lost = (weights == -float("inf")).all(1, keepdim=True)
+            weights = torch.where(lost, self._prior, weights)
+        if self.mode != "token":
+            return weights
+        return weights.clamp_min(_NEGLIGIBLE).masked_fill_(self._prior == -float("inf"), -float("inf"))
 
     def observe(self, log_probs: Tensor) -> None:
         """Update with the experts' log-probabilities, float64 [texts, experts], of each text's next token."""

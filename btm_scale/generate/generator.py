@@ -86,25 +86,31 @@ class Generator:
         prior: str = "cached",
         domain: str | None = None,
         posterior: str = "prefix",
+        tempering: Tempering | None = None,
         route_top_k: int | None = None,
         **settings: Any,
     ) -> Generator:
         """Return a generator for a run's experts, or for `models` (experts, seed, dense, average/uniform, ...).
 
-        `prior`: `cached` on the dev text of `domain`, or pooled over all training domains; `uniform`; or `routed`:
-        each prompt is routed to its `route_top_k` nearest clusters of the clustering that discovered the domains.
+        Args:
+            prior: `cached` or `static`, from the dev text of `domain` or pooled over all training domains; `uniform`;
+                or `routed`: each prompt is routed to its `route_top_k` nearest clusters of the clustering that
+                discovered the domains.
+            tempering: of the posterior `tempered`. Default: the config's, or one that is fitted to the same dev text.
         """
         from btm_scale.forest.priors import generation_tempering, log_prior_of, models_of, router_of
 
         names = models_of(run, models)
         log_prior = log_prior_of(config, run, names, prior, domain)
+        if posterior == "tempered" and tempering is None:
+            tempering = generation_tempering(config, run, names, log_prior, domain)
         return cls(
             {name: run.model(name) for name in names},
             Tokenizer.load(run.tokenizer),
             log_prior=log_prior,
             router=router_of(config, names, prior, route_top_k),
             posterior=posterior,
-            tempering=generation_tempering(config, run, names, log_prior, domain) if posterior == "tempered" else None,
+            tempering=tempering,
             **settings,
         )
 

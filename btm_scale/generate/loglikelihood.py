@@ -12,9 +12,10 @@ from btm_scale.config.run import RunConfig
 from btm_scale.errors import UserError, unknown_name
 from btm_scale.forest.average_models import average_model, made_model
 from btm_scale.forest.methods import ENSEMBLE, METHODS, Average, Ensemble, find
+from btm_scale.forest.posterior.evidence import Mode
 from btm_scale.forest.posterior.log_weights import logsumexp
 from btm_scale.forest.posterior.mixture import mixture_log_probs
-from btm_scale.forest.priors import log_prior_of, models_of
+from btm_scale.forest.priors import generation_tempering, log_prior_of, models_of
 from btm_scale.generate.generator import Generator
 from btm_scale.generate.sampling import token_log_probs
 from btm_scale.kernels import mix_sample
@@ -28,17 +29,23 @@ def generator_of_method(
 ) -> Generator:
     """Return a generator for a method of results.json: an ensemble or a single model.
 
-    `ensemble` uses the config's posterior; an average that differs between domains needs a `domain`. Raises
-    `UserError` for an unknown method.
+    `ensemble` has the config's posterior and prior; with `updating`, every text starts from the cached prior, as the
+    first block does. An average that differs between domains needs a `domain`.
+
+    Raises:
+        UserError: the method is unknown, or can only be evaluated.
     """
     row, value = find(method)
     if method == ENSEMBLE:
         prior = "cached" if config.evaluate.prior == "updating" else config.evaluate.prior
-        if prior == "uniform" and domain is not None:
-            prior = "cached"
-        options: dict[str, Any] = {"posterior": config.evaluate.posterior, "prior": prior, "domain": domain}
+        options = _mixture(config, run, config.evaluate.posterior, prior, domain)
     elif isinstance(row, Ensemble) and row.mode is not None:
-        options = {"posterior": row.mode, "prior": row.prior, "domain": domain}
+        options = _mixture(config, run, row.mode, row.prior, domain)
+    elif isinstance(row, Ensemble):
+        raise UserError(
+            f"'{method}' is only evaluated, from the experts' scores; it cannot score or generate other text. Choose "
+            f"one of {', '.join(_method_names())}."
+        )
     elif method in (SEED, DENSE, MOE):
         options = {"models": [method]}
     elif row is not None and row.kind == "expert":
@@ -54,6 +61,20 @@ def generator_of_method(
     else:
         raise UserError(unknown_name("method", method, _method_names()))
     return Generator.of_run(config, run, method="mixture", **options, **settings)
+
+
+def _mixture(config: RunConfig, run: RunDir, posterior: Mode, prior: str, domain: str | None) -> dict[str, Any]:
+    """Return the options of a mixture; a uniform prior has the tempering of the cached one, as in results.json."""
+    options: dict[str, Any] = {"posterior": posterior, "prior": prior}
+    if prior != "uniform":
+        return options | {"domain": domain}
+    if domain is not None and domain not in config.all_domains:
+        raise UserError(unknown_name("domain", domain, config.all_domains))
+    if posterior == "tempered":
+        names = models_of(run, ())
+        cached = log_prior_of(config, run, names, "cached", domain)
+        options["tempering"] = generation_tempering(config, run, names, cached, domain)
+    return options
 
 
 def _method_names() -> list[str]:

@@ -58,9 +58,16 @@ class Together:
 
         This object must not be used any more.
         """
-        members = [self.decoders[number] for part in self.parts if len(part.models) > 1 for number in part.models]
-        self.parts = []
-        unstack_models([decoder.model for decoder in members if decoder in kept])
+        stacks = [
+            [self.decoders[number] for number in part.models if self.decoders[number] in kept]
+            for part in self.parts
+            if len(part.models) > 1
+        ]
+        # From here on the kept models alone hold the stacks, whose parameters are freed one by one. Readings of this
+        # object have their own references.
+        self.parts, self.decoders = [], []
+        for members in stacks:
+            _unstack(members)
 
 
 class JointReading:
@@ -156,10 +163,14 @@ def _stacked(decoders: Sequence[Decoder]) -> Decoder | None:
         return None
     if not can_stack_model(decoders[0].model):
         return None
+    for decoder in decoders:
+        decoder.before_weights_move()
     stack = Decoder(
         stack_models([decoder.model for decoder in decoders]), vocabulary=decoders[0].vocabulary, models=len(decoders)
     )
     if not _agrees(stack, decoders):
+        del stack
+        _unstack(decoders)
         logger.warning(
             "Models of type '%s' differ from their stacked form, so that each runs alone, which is slower.",
             decoders[0].model.config.model_type,
@@ -168,12 +179,25 @@ def _stacked(decoders: Sequence[Decoder]) -> Decoder | None:
     return stack
 
 
+def _unstack(decoders: Sequence[Decoder]) -> None:
+    for decoder in decoders:
+        decoder.before_weights_move()
+    unstack_models([decoder.model for decoder in decoders])
+
+
 def _agrees(stack: Decoder, decoders: Sequence[Decoder]) -> bool:
-    """Return whether a stacked model predicts what its models do, after a few tokens."""
+    """Return whether a stacked model predicts what its models do, after a few tokens; False if it raises."""
     if next(stack.model.parameters()).is_meta:
         return True
     prompts = [[token % stack.vocabulary for token in prompt] for prompt in _TRIED]
-    together, alone = stack.read(prompts, score=False), [decoder.read(prompts, score=False) for decoder in decoders]
+    alone = [decoder.read(prompts, score=False) for decoder in decoders]
     expected = torch.cat([reading.logits for reading in alone]).log_softmax(1)
     rounding = decoders[0].rounding
-    return torch.allclose(together.logits.log_softmax(1), expected, rtol=rounding, atol=rounding, equal_nan=True)
+    try:
+        found = stack.read(prompts, score=False).logits.log_softmax(1)
+        return torch.allclose(found, expected, rtol=rounding, atol=rounding, equal_nan=True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model raises that reads attributes of its layers, or mixes its rows
+        logger.debug("A stacked forward pass failed: %s", str(error))  # the error itself would keep the stack in memory
+        return False

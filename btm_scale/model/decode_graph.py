@@ -61,6 +61,7 @@ class DecodeStep:
         """Allocate a cache with the heads, sizes and dtype of `cache`."""
         device, rows = decoder.model.device, decoder.models * batch
         self._decoder, self.batch, self.capacity = decoder, batch, capacity
+        self.version = decoder.weights_version  # of the weights that the graph reads
         self.tokens = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         # What attention adds to its scores; a mask of booleans would be converted in every layer.
         self.bias = cache.layers[0].keys.new_full((rows, capacity), -float("inf"))
@@ -176,8 +177,14 @@ class DecodeSteps:
         self.is_checked = True
         rounding = self._decoder.rounding
         pair = logits.log_softmax(1), expected.log_softmax(1)
-        self._is_refused = not torch.allclose(*pair, rtol=rounding, atol=rounding, equal_nan=True)
+        if not torch.allclose(*pair, rtol=rounding, atol=rounding, equal_nan=True):
+            self._refuse()
         return not self._is_refused
+
+    def _refuse(self) -> None:
+        """Make no more steps, and free the KV caches and graphs of those that no reading uses."""
+        self._is_refused = True
+        self._steps.clear()
 
     def _made(self, cache: Any, bucket: tuple[int, int]) -> DecodeStep | None:
         try:
@@ -185,7 +192,7 @@ class DecodeSteps:
         except torch.OutOfMemoryError:
             return None
         except RuntimeError as error:  # of a model whose forward pass cannot be captured
-            self._is_refused = True
+            self._refuse()
             logger.warning("Decoding runs without a CUDA graph, which is slower: %s", str(error).partition("\n")[0])
             return None
 

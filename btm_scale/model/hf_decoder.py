@@ -67,6 +67,7 @@ class Decoder:
         self.steps: DecodeSteps | None = None  # whose CUDA graphs continue texts
         if self.has_cache and self._can_use_steps():
             self.steps = DecodeSteps(self)
+        self.weights_version = 0  # how often the weights have moved; a step is valid for one version
         self._pads = False  # whether a recurrent model was seen to leave padding out
         head = model.get_output_embeddings()
         if isinstance(head, nn.Linear):
@@ -87,6 +88,12 @@ class Decoder:
         masks = {"attention_mask", "position_ids"} <= set(self._takes)
         is_gpu = self.model.device.type == "cuda"
         return is_gpu and masks and getattr(self.model.config, "_attn_implementation", "") == "sdpa"
+
+    def before_weights_move(self) -> None:
+        """Drop the steps: their CUDA graphs read the weights where they are now."""
+        self.weights_version += 1
+        if self.steps is not None:
+            self.steps = DecodeSteps(self)
 
     @property
     def rounding(self) -> float:

@@ -104,7 +104,8 @@ class Reading:
     @torch.no_grad()
     def feed(self, tokens: Tensor) -> None:
         """Append one token, int64 [batch], to each sequence."""
-        if self._step is not None and self._length == self._step.capacity:
+        step = self._step
+        if step is not None and (self._length == step.capacity or step.version != self._decoder.weights_version):
             self._leave_step()
         if self._step is not None:
             self.logits = self._step.feed(tokens)

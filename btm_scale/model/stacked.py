@@ -66,10 +66,13 @@ def stack_models(models: Sequence[nn.Module]) -> nn.Module:
 
 @torch.no_grad()
 def unstack_models(models: Sequence[nn.Module]) -> None:
-    """Give models their own weights again, so that the memory of a stack can be freed."""
+    """Give models of one stack their own weights again, so that its memory can be freed.
+
+    If nothing else holds the stack, that of each parameter is freed before the next one is copied.
+    """
     copies: dict[Any, Tensor] = {}
-    for model in models:
-        for parameter in model.parameters():
+    for parameters in zip(*(model.parameters() for model in models), strict=True):
+        for parameter in parameters:
             place = _place(parameter)
             if place not in copies:
                 copies[place] = parameter.detach().clone()

@@ -135,6 +135,33 @@ def test_a_family_whose_fixed_step_predicts_something_else_continues_without(
             reading.feed(torch.tensor([token, token]))
         torch.testing.assert_close(wrong.logits, right.logits)
     assert len(small_buckets) == 1
+    assert decoder.steps is not None
+    assert not decoder.steps._steps
+
+
+def test_steps_of_weights_that_have_moved_are_not_used_again(
+    experts: dict[str, Path], small_buckets: list[tuple[int, int]]
+) -> None:
+    decoders, expected = ([Decoder.load(path) for path in experts.values()] for _ in range(2))
+    text = [0, 1, 2]
+    alone, other = (one[0].read([text]) for one in (decoders, expected))
+
+    def feed(token: int) -> DecodeStep:
+        for reading in (alone, other):
+            reading.feed(torch.tensor([token]))
+        torch.testing.assert_close(alone.logits, other.logits)
+        assert alone._step is not None
+        return alone._step
+
+    first, steps = feed(1), decoders[0].steps
+    together = Together(decoders)
+    stacked = feed(3)
+    together.unstack(decoders[:1])
+    unstacked = feed(2)
+    assert len({id(step) for step in (first, stacked, unstacked)}) == 3
+    assert decoders[0].steps is not steps
+    assert feed(4) is unstacked
+    assert feed(1) is not first
 
 
 def test_a_step_has_one_owner_and_is_free_when_its_reading_is_gone(

@@ -57,11 +57,14 @@ def test_an_expert_that_a_token_excluded_gets_its_weight_back_in_mode_token() ->
         assert gains[0, 1] == 0  # of the logits with one token
 
 
-def test_texts_that_no_expert_allows_keep_the_prior() -> None:
-    running = RunningPosterior(np.log([0.75, 0.25]), 2)
-    running.observe(np.array([[-np.inf, -np.inf], [-1.0, -2.0]]))
+@pytest.mark.parametrize("settings", MODES, ids=lambda settings: settings["mode"])
+def test_texts_that_no_expert_allows_keep_the_prior(settings: dict[str, Any]) -> None:
+    prior = np.log([0.75, 0.25, 1.0])
+    prior[2] = -np.inf
+    running = RunningPosterior(prior, 2, **settings)
+    running.observe(np.array([[-np.inf, -np.inf, -1.0], [-1.0, -2.0, -1.0]]))
     device = DevicePosterior(running, "cpu")
-    np.testing.assert_allclose(device.log_weights().softmax(1)[0], [0.75, 0.25])
+    np.testing.assert_allclose(device.log_weights().softmax(1)[0], [0.75, 0.25, 0.0])
     np.testing.assert_allclose(device.log_weights().log_softmax(1), running.log_weights())
 
 

@@ -10,6 +10,8 @@ from helpers.tiny_forest import POSITIONS, Letters, Oracle, write_experts
 from btm_scale.config.evaluation import Tempering
 from btm_scale.config.run import RunConfig
 from btm_scale.errors import ForestError, UserError
+from btm_scale.evaluate.ensemble import fitted_to
+from btm_scale.forest.scores import Stack
 from btm_scale.generate.generator import Generator
 from btm_scale.generate.loglikelihood import generator_of_method, score_continuations, score_windows
 from btm_scale.run_dir import RunDir
@@ -85,5 +87,24 @@ def test_methods_have_their_names_in_results_json(handmade: tuple[RunConfig, Run
         generator_of_method(config, run, "blend")
     with pytest.raises(UserError, match="'average:posterior' is a different model for each domain"):
         generator_of_method(config, run, "average:posterior")
+    with pytest.raises(UserError, match="'ensemble:gated' is only evaluated"):
+        generator_of_method(config, run, "ensemble:gated")
     with pytest.raises(ForestError, match=r"Unknown model '.*'\."):
         generator_of_method(config, run, "expert:law")
+
+
+def test_an_ensemble_with_a_uniform_prior_is_that_of_results_json_in_every_domain(
+    handmade: tuple[RunConfig, RunDir],
+) -> None:
+    config, run = handmade
+    settings = config.evaluate.model_copy(update={"prior": "uniform", "posterior": "tempered"})
+    config = config.model_copy(update={"evaluate": settings})
+    names = generator_of_method(config, run, "ensemble").names
+    for domain in ("python", "docs"):
+        fitted = fitted_to(Stack.load(run, names, domain, "dev"), settings)
+        for method, tempering in (("ensemble", fitted.cached.tempering), ("ensemble:uniform-prior", None)):
+            generator = generator_of_method(config, run, method, domain=domain)
+            assert np.exp(generator.log_prior) == pytest.approx(0.25)
+            assert generator.tempering == tempering
+    with pytest.raises(UserError, match="Unknown domain 'law'"):
+        generator_of_method(config, run, "ensemble", domain="law")

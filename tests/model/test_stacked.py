@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from btm_scale.model.hf_decoder import Decoder
 from btm_scale.model.kv_buffers import GrowingLayer, empty_cache
@@ -80,6 +81,29 @@ def test_unstacked_models_have_their_own_weights_again() -> None:
     unstack_models(models[2:])
     assert bytes_held(models[2:]) == held
     torch.testing.assert_close(logits_of(models[2], 1), expected, atol=0, rtol=0)
+
+
+class _Peak(TorchDispatchMode):
+    """Records the most bytes that models hold together with a copy of a parameter."""
+
+    def __init__(self, models: list[Any]) -> None:
+        super().__init__()
+        self._models, self.bytes = models, 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operator(*args, **(kwargs or {}))
+        if operator is torch.ops.aten.clone.default:
+            self.bytes = max(self.bytes, bytes_held(self._models) + result.untyped_storage().nbytes())
+        return result
+
+
+def test_the_stack_of_a_parameter_is_freed_before_the_next_is_copied() -> None:
+    models = models_of("llama")
+    held, largest = bytes_held(models), max(p.untyped_storage().nbytes() for p in models[0].parameters())
+    stack_models(models)
+    with _Peak(models) as peak:
+        unstack_models(models)
+    assert held < peak.bytes <= held + len(models) * largest
 
 
 def test_models_that_compute_differently_are_not_alike() -> None:
