@@ -121,11 +121,13 @@ def score(
         )
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _addresses(device: torch.device, heads: tuple[tuple[int, int], ...]) -> Tensor:
     """Return the addresses and row strides of heads on the device, int64 [experts, 2].
 
     Copying them synchronizes, so they are kept: later calls with heads in the same places can be captured in a graph.
+    They are kept for good, at 16 bytes per head, since a graph has only the table's address, and a kernel on another
+    stream may still read it.
     """
     return torch.tensor(heads, device=device)
 

@@ -63,7 +63,7 @@ class Journal:
         return self.resumed[-1].ends if self.resumed else dict.fromkeys(SPLITS, 0)
 
     @property
-    def marked(self) -> Mapping[str, int]:
+    def mask_ends(self) -> Mapping[str, int]:
         """The size of each mask file after the resumed shards; empty unless documents are conversations."""
         return {split: end for split, (end, _) in self.resumed[-1].masks.items()} if self.resumed else {}
 

@@ -143,8 +143,8 @@ class _Output:
         self._journal = journal
         ends = journal.ends if journal is not None else dict.fromkeys(SPLITS, 0)
         self._writers = {split: TokenFileWriter(folder / split, vocab_size, ends[split]) for split in SPLITS}
-        marked = journal.marked if journal is not None else {}
-        self._masks = {split: MaskWriter(folder, split, marked.get(split, 0)) for split in SPLITS if has_mask}
+        mask_ends = journal.mask_ends if journal is not None else {}
+        self._masks = {split: MaskWriter(folder, split, mask_ends.get(split, 0)) for split in SPLITS if has_mask}
         self._keys = {split: array("Q") for split in SPLITS}
         self._shard: list[tuple[int, int, int]] = []
         self._shard_bytes = 0

@@ -15,6 +15,7 @@ import aiohttp
 from btm_scale.serve.engine_answers import read_answer, read_reason
 from btm_scale.serve.engines_file import RemoteExpert
 from btm_scale.serve.hosts import proxy_of
+from btm_scale.serve.shown import shown_failure, shown_url
 from btm_scale.serve.work import Busy, Refused
 
 logger = logging.getLogger(__name__)
@@ -49,18 +50,19 @@ class EngineClient:
         self._name, self._session = name, session
         self._model = place.model or name
         self._url = f"{place.url.rstrip('/')}/completions"
-        self._shown = self._url.rpartition("@")[2]  # without a password
         self._headers = {"Content-Type": "application/json", **place.headers}
         self._proxy = proxy_of(self._url)
+        self.answer_seconds: float = session.timeout.sock_read or math.inf
+        """An engine that sends nothing for this long has failed."""
         # The session's time-out begins when a request is sent, which an engine that reads nothing never lets happen.
-        self._seconds = _CONNECT_SECONDS + (session.timeout.sock_read or 0.0)
+        self._open_seconds = _CONNECT_SECONDS + self.answer_seconds
 
     async def ask(self, body: dict[str, Any]) -> bytes:
         """Return the body of the answer. Raises EngineDown, Busy or Refused, and ValueError if it is too large."""
         for is_last in (False, True):
             response = await self.open(body)
             try:
-                return await read_answer(response)
+                return await read_answer(response, self.answer_seconds)
             except FAILURES as error:
                 if is_last or isinstance(error, TimeoutError):  # the client waits already
                     raise self.down(error) from None
@@ -78,7 +80,7 @@ class EngineClient:
         failures, waited, wait = 0, 0.0, _FIRST_WAIT
         while True:
             try:
-                async with asyncio.timeout(self._seconds):
+                async with asyncio.timeout(self._open_seconds):
                     response = await self._session.post(
                         self._url, data=content, headers=self._headers, proxy=self._proxy, allow_redirects=False
                     )
@@ -91,7 +93,7 @@ class EngineClient:
             if status == 200:
                 return response
             try:
-                reason = await read_reason(response)
+                reason = await read_reason(response, self.answer_seconds)
             finally:
                 response.close()
             if status in _BUSY or (status == 503 and after is not None):
@@ -114,7 +116,7 @@ class EngineClient:
 
     def down(self, reason: Exception | str) -> EngineDown:
         """Return the error of an engine that does not answer, and log its address and reason for the operator."""
-        logger.info("The engine of '%s' at %s: %s", self._name, self._shown, str(reason) or type(reason).__name__)
+        logger.info("The engine of '%s' at %s: %s", self._name, shown_url(self._url), shown_failure(reason))
         return EngineDown(f"The engine of '{self._name}' does not answer: {described(reason)}.")
 
 

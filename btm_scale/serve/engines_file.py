@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from btm_scale.config.yaml import load_yaml
 from btm_scale.errors import ConfigError, unknown_name
-from btm_scale.serve.hosts import proxy_of
+from btm_scale.serve.hosts import authorization, proxy_of
 
 
 def _with_host(url: str) -> str:
@@ -38,7 +38,7 @@ class RemoteExpert(BaseModel):
     @model_validator(mode="after")
     def _with_one_authorization(self) -> RemoteExpert:
         if self.api_key_variable is not None and urlsplit(self.url).username is not None:
-            raise ValueError("A request has one Authorization: a key, or the URL's user and password")
+            raise ValueError("Set api_key_variable, or a user and password in the URL, not both")
         return self
 
     @property
@@ -46,14 +46,8 @@ class RemoteExpert(BaseModel):
         """The headers of every request. Raises ConfigError if the environment variable has no API key."""
         if self.api_key_variable is None:
             return {}
-        if not (key := os.environ.get(self.api_key_variable, "").strip()):
-            raise ConfigError(f"The environment variable {self.api_key_variable} is not set. Set it to the API key.")
-        if not (key.isascii() and key.isprintable()):
-            raise ConfigError(
-                f"The environment variable {self.api_key_variable} has characters that no HTTP header may have. Set it "
-                "to the API key."
-            )
-        return {"Authorization": f"Bearer {key}"}
+        key = os.environ.get(self.api_key_variable, "")
+        return authorization(key, f"The environment variable {self.api_key_variable}")
 
 
 def load_engines(path: Path, experts: Sequence[str]) -> dict[str, RemoteExpert]:

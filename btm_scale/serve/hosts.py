@@ -1,4 +1,4 @@
-"""Which hosts are this machine, and through which proxy the others are reached."""
+"""Which hosts are this machine, and through which proxy and with which header the others are asked."""
 
 from __future__ import annotations
 
@@ -36,3 +36,12 @@ def proxy_of(url: str) -> str | None:
             f"Add {parts.hostname} to NO_PROXY."
         )
     return proxy if separator else f"http://{proxy}"
+
+
+def authorization(key: str, source: str) -> dict[str, str]:
+    """Return the header of an API key. Raises ConfigError, which names the key's source, if no header can have it."""
+    if not (key := key.strip()):
+        raise ConfigError(f"{source} is not set. Set it to the API key.")
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"{source} has characters that no HTTP header may have. Set it to the API key.")
+    return {"Authorization": f"Bearer {key}"}

@@ -15,12 +15,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import aiohttp
 
-from btm_scale.serve.hosts import proxy_of
+from btm_scale.errors import ConfigError
+from btm_scale.serve.engine_answers import read_answer
+from btm_scale.serve.hosts import authorization, proxy_of
+from btm_scale.serve.shown import shown_failure, shown_url
 
 Deployment = Mapping[str, Any]
+_REMEDY = "Give the URL of `btm-scale serve`, up to /v1."
 
 
 class _Router(Protocol):
@@ -49,13 +54,21 @@ class PosteriorRouting:
 
         Args:
             url: of `btm-scale serve`, up to /v1.
+            api_key: one of its keys; not with a user and password in the URL.
             chats: requests are chats, which become prompts by the forest's chat template. Otherwise their text is the
                 prompt, as in `Router.text_completion`.
             seconds: to wait for the posterior.
+
+        Raises ConfigError for a key or a proxy that no request can have.
         """
+        if api_key is not None and urlsplit(url).username is not None:
+            raise ConfigError(
+                "A request has one Authorization. Set api_key, or a user and password in the URL, not both."
+            )
         self._url, self._router, self._chats = f"{url.rstrip('/')}/posterior", router, chats
-        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._timeout = aiohttp.ClientTimeout(total=seconds)
+        self._shown, self._proxy = shown_url(self._url), proxy_of(self._url)
+        self._headers = {} if api_key is None else authorization(api_key, "api_key")
+        self._seconds = seconds
         self._random = random.Random(random_seed)
 
     def get_available_deployment(
@@ -131,20 +144,23 @@ class PosteriorRouting:
 
     async def _posterior(self, body: Mapping[str, Any]) -> dict[str, float]:
         # A session per request: LiteLLM ends no strategy, so nothing would close one that is kept.
-        session = aiohttp.ClientSession(headers=self._headers, timeout=self._timeout)
+        session = aiohttp.ClientSession(headers=self._headers, timeout=aiohttp.ClientTimeout(total=self._seconds))
         try:
-            async with session, session.post(self._url, json=body, proxy=proxy_of(self._url)) as response:
-                status, text = response.status, await response.text(errors="replace")
+            async with session, session.post(self._url, json=body, proxy=self._proxy) as response:
+                status, content = response.status, await read_answer(response, self._seconds)
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise _unreachable(self._url, error) from None
+            raise ConnectionError(
+                f"{self._shown} does not answer: {shown_failure(error)}. Check that the forest is served."
+            ) from None
+        except ValueError as error:
+            raise ConnectionError(f"{self._shown} is not a forest: {error}. {_REMEDY}") from None
+        text = content.decode(errors="replace")
         if status != 200:
-            raise ConnectionError(f"{self._url} answered with status {status}: {text[:300]}")
+            raise ConnectionError(f"{self._shown} answered with status {status}: {text[:300]}")
         try:
             return dict(json.loads(text)["posterior"])
         except (ValueError, LookupError, TypeError):
-            raise ConnectionError(
-                f"{self._url} answered with no posterior. Give the URL of `btm-scale serve`, up to /v1."
-            ) from None
+            raise ConnectionError(f"{self._shown} answered with no posterior. {_REMEDY}") from None
 
     def _drawn(self, candidates: Sequence[Any], posterior: Mapping[str, float]) -> Any:
         weights = [posterior.get(_expert(one), 0.0) for one in candidates]
@@ -195,9 +211,3 @@ def _text(content: Any) -> str:
     if isinstance(content, str):
         return content
     return "".join(part.get("text", "") for part in content or () if isinstance(part, Mapping))
-
-
-def _unreachable(url: str, error: Exception) -> ConnectionError:
-    return ConnectionError(
-        f"{url} does not answer: {str(error) or type(error).__name__}. Check that the forest is served."
-    )

@@ -124,7 +124,7 @@ class RemoteEngine:
             self.leave_out()
             raise
         try:
-            async for events in read_events(response):
+            async for events in read_events(response, self._client.answer_seconds):
                 texts = ""
                 scores: tuple[Score, ...] = ()
                 for event in events:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
@@ -64,13 +65,17 @@ def served_by(*urls: str, **settings: Any) -> Iterator[Served]:
         yield server
 
 
+_PAUSE = 0.1  # seconds between the pieces of an answer
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 
 
 class Listener:
-    """Answers each request, on a connection of its own, with the next of `answers`; keeps the heads of requests."""
+    """Answers each request, on its own connection, with the next of `answers`; keeps the heads of requests.
 
-    def __init__(self, *answers: bytes) -> None:
+    An answer in pieces is sent with pauses, and the connection stays open.
+    """
+
+    def __init__(self, *answers: bytes | Sequence[bytes]) -> None:
         self.answers, self.heads = list(answers), list[bytes]()
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
@@ -80,7 +85,8 @@ class Listener:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._socket.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):  # some systems shut down no socket that only listens
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
     def _accept(self) -> None:
@@ -91,7 +97,21 @@ class Listener:
                 return
             with client:
                 received = b""
-                while not received.endswith(b"}") and (piece := client.recv(1 << 16)):
+                while not _is_complete(received) and (piece := client.recv(1 << 16)):
                     received += piece
                 self.heads.append(received.partition(b"\r\n\r\n")[0])
-                client.sendall(self.answers.pop(0))
+                self._answer(client, self.answers.pop(0))
+
+    def _answer(self, client: socket.socket, answer: bytes | Sequence[bytes]) -> None:
+        if isinstance(answer, bytes):
+            client.sendall(answer)
+            return
+        for piece in answer:
+            client.sendall(piece)
+            time.sleep(_PAUSE)
+        with contextlib.suppress(OSError):  # the connection stays open until the client hangs up
+            client.recv(1)
+
+
+def _is_complete(request: bytes) -> bool:
+    return request.endswith(b"\r\n\r\n" if request.startswith(b"CONNECT ") else b"}")

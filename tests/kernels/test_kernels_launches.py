@@ -13,7 +13,7 @@ from helpers.stub_gpu import StubGpus, stub_gpus
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from btm_scale import kernels
-from btm_scale.kernels import pieces
+from btm_scale.kernels import pieces, triton_launch
 from btm_scale.kernels.cost import Cost
 
 OPERATORS = ["token_logprobs", "token_logprob_partials", "mix_logits", "mix_sample"]
@@ -187,6 +187,14 @@ def test_scores_take_two_launches_and_copy_the_heads_addresses_once():
         tables = {launch.arguments["heads_ptr"].data_ptr() for launch in gpus.launches[::2]}
         assert len(tables) == 1
         assert gpus.launches[0].arguments["heads_ptr"].tolist() == [[head.data_ptr(), 64]] * 3
+
+
+def test_the_addresses_of_heads_stay_where_a_captured_graph_reads_them():
+    cpu = torch.device("cpu")
+    table = triton_launch._addresses(cpu, ((4096, 64),))
+    for number in range(300):
+        triton_launch._addresses(cpu, ((8192 + number, 64),))
+    assert triton_launch._addresses(cpu, ((4096, 64),)) is table
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 32_000), (8, 32, 32_000), (64, 64, 128_256)])

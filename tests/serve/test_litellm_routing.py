@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from helpers.raw_engine import OK, Listener
 from helpers.served_forest import Served
 
+from btm_scale.errors import ConfigError
 from btm_scale.serve.litellm_routing import PosteriorRouting
 
 METHODS = ("get_available_deployment", "async_get_available_deployment")
@@ -42,7 +44,7 @@ class Cooldowns:
 
 @dataclass
 class Router:
-    """What LiteLLM's Router has and does around a strategy: `set_custom_routing_strategy` replaces two methods."""
+    """What LiteLLM's Router has and does around a strategy: `register_plugin` replaces two methods."""
 
     model_list: list[dict[str, Any]] = field(
         default_factory=lambda: [
@@ -57,9 +59,11 @@ class Router:
     )
     cooldown_cache: Cooldowns = field(default_factory=Cooldowns)
 
-    def set_custom_routing_strategy(self, strategy: Any) -> None:
+    def register_plugin(self, strategy: Any) -> None:
         for name in METHODS:
             setattr(self, name, getattr(strategy, name))
+
+    set_custom_routing_strategy = register_plugin  # its name in earlier versions
 
     def ask(self, times: int, **request: Any) -> Counter[str]:
         async def several() -> list[Any]:
@@ -74,8 +78,18 @@ class Router:
 @pytest.fixture
 def router(served: Served) -> Router:
     router = Router()
-    router.set_custom_routing_strategy(PosteriorRouting(f"{served.url}/v1", router, random_seed=1))
+    router.register_plugin(PosteriorRouting(f"{served.url}/v1", router, random_seed=1))
     return router
+
+
+@pytest.fixture
+def forest_proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Listener]:
+    """A proxy for https, whose password is "secret"; it refuses two requests."""
+    for name in ("https_proxy", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with Listener(*[b"HTTP/1.1 407 No\r\nContent-Length: 0\r\n\r\n"] * 2) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", f"http://me:secret@{proxy.address}")
+        yield proxy
 
 
 def test_the_methods_take_what_litellm_passes() -> None:
@@ -149,17 +163,56 @@ def test_a_posterior_that_cannot_be_had_is_an_error(router: Router) -> None:
     router.model_list = [deployment("forest", name, f"unknown-{name}") for name in "ab"]
     with pytest.raises(ConnectionError, match="None of the experts expert0, expert1 has a deployment"):
         router.ask(1, model="forest", messages=[{"role": "user", "content": "a"}])
-    router.set_custom_routing_strategy(PosteriorRouting("http://127.0.0.1:9/v1", router))
-    with pytest.raises(ConnectionError, match="does not answer"):
+    router.register_plugin(PosteriorRouting("http://me:secret@127.0.0.1:9/v1", router))
+    with pytest.raises(ConnectionError, match=r"^127\.0\.0\.1:9/v1/posterior does not answer"):
         router.ask(1, model="forest", messages=[{"role": "user", "content": "a"}])
 
 
 def test_a_url_of_another_server_is_an_error(router: Router) -> None:
     with Listener(*[OK] * 2) as other:
-        router.set_custom_routing_strategy(PosteriorRouting(f"http://{other.address}/v1", router))
+        router.register_plugin(PosteriorRouting(f"http://{other.address}/v1", router))
         ask = {"model": "forest", "messages": [{"role": "user", "content": "a"}]}
         with pytest.raises(ConnectionError, match="answered with no posterior"):
             router.get_available_deployment(**ask)  # type: ignore[attr-defined]
         with pytest.raises(ConnectionError, match="answered with no posterior"):
             asyncio.run(router.async_get_available_deployment(**ask))  # type: ignore[attr-defined]
         assert len(other.heads) == 2
+
+
+def test_errors_name_no_password(forest_proxy: Listener) -> None:
+    router = Router()
+    router.register_plugin(PosteriorRouting("https://me:canary@forest.example/v1", router))
+    ask = {"model": "forest", "messages": [{"role": "user", "content": "a"}]}
+    for _ in range(2):
+        with pytest.raises(ConnectionError, match=r"^forest\.example/v1/posterior does not .* status 407") as raised:
+            router.get_available_deployment(**ask)  # type: ignore[attr-defined]
+        assert not any(word in str(raised.value) for word in ("secret", "canary"))
+    assert forest_proxy.heads[0].startswith(b"CONNECT forest.example:443 ")
+
+
+@pytest.mark.parametrize(
+    ("url", "key", "reason"),
+    [
+        ("http://me:canary@forest.example/v1", "abc", "Set api_key, or a user and password in the URL, not both"),
+        ("http://forest.example/v1", "canary\nX-Other: 1", "api_key has characters that no HTTP header may have"),
+        ("http://forest.example/v1", "", "api_key is not set"),
+        ("https://forest.example/v1", "abc", "a socks5 proxy for forest.example"),
+    ],
+    ids=["both", "characters", "empty", "socks"],
+)
+def test_a_key_or_proxy_that_no_request_can_have_is_refused_at_the_start(
+    url: str, key: str, reason: str, forest_proxy: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "socks5://me:canary@proxy:1080")
+    with pytest.raises(ConfigError, match=reason) as raised:
+        PosteriorRouting(url, Router(), api_key=key)
+    assert "canary" not in str(raised.value)
+
+
+def test_a_key_is_sent_without_the_end_of_its_line() -> None:
+    router = Router()
+    with Listener(OK) as other:
+        router.register_plugin(PosteriorRouting(f"http://{other.address}/v1", router, api_key="abc\n"))
+        with pytest.raises(ConnectionError, match="answered with no posterior"):
+            router.get_available_deployment(model="forest", messages=[{"role": "user", "content": "a"}])  # type: ignore[attr-defined]
+        assert b"Authorization: Bearer abc" in other.heads[0].split(b"\r\n")

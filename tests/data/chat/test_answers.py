@@ -200,7 +200,7 @@ def test_a_conversation_begins_with_the_ids_of_its_prompt(begins_with_bos: bool,
         assert result.ids[: len(prompt)].tolist() == prompt
 
 
-def test_only_special_tokens_and_those_without_text_are_markers(tmp_path: Path) -> None:
+def test_special_tokens_are_known_and_those_of_plain_text_are_not_special(tmp_path: Path) -> None:
     reader = reader_of(write_sentencepiece(tmp_path))
     texts = ["Good mornings are sung", "naïve 北京 🎉", "- one\n- two"]
     plain = {token for text in texts for token in reader.encode(text)}

@@ -22,7 +22,7 @@ from btm_scale.data.chat.sequences import blended, most_samples
 
 
 def mask_of(*turns: tuple[int, int]) -> np.ndarray:
-    """Marks of exchanges, each a number of tokens of the question and of the answer."""
+    """The mask of exchanges, each a number of tokens of the question and of the answer."""
     mask: list[int] = []
     for question, answer in turns:
         begin = len(mask)

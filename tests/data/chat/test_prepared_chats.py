@@ -82,7 +82,7 @@ def expected_answers() -> list[str]:
     return sorted({m["content"] + "<|im_end|>" for chat in CHATS for m in chat if m["role"] == "assistant"})
 
 
-def test_token_files_have_a_mark_per_token_that_selects_exactly_the_answers(run: RunDir) -> None:
+def test_token_files_have_a_mask_per_token_that_selects_exactly_the_answers(run: RunDir) -> None:
     tokenizer = Tokenizer.load(run.tokenizer)
     fingerprint = Fingerprint.of_domain(run, "support")
     answers: list[str] = []
@@ -271,7 +271,7 @@ def test_another_template_is_another_text(folder: Path, make_config: MakeConfig,
             prepare(config_of(make_config, folder, {"support": SUPPORT | changes}), run, only=["support"])
 
 
-def test_a_mark_file_of_another_size_is_damage(folder: Path, make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_mask_file_of_another_size_is_damage(folder: Path, make_config: MakeConfig, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     prepare(config_of(make_config, folder, {"support": SUPPORT}), run)
     mask = run.mask("support", "train")

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from helpers.handmade_run import DOMAINS
 from helpers.tiny_forest import LETTERS, Letters, write_experts
 
 from btm_scale.config.run import RunConfig
+from btm_scale.data import clustering as data_clustering
 from btm_scale.data.clustering import Clustering, squared_distances
 from btm_scale.errors import DataError, ForestError
 from btm_scale.evaluate.ensemble import routed_methods
@@ -91,13 +91,18 @@ def test_a_prompt_is_completed_by_the_expert_that_it_is_routed_to(clustering: Cl
         router(clustering, ["cluster0", "law"])
 
 
-def test_a_prior_by_distance_changes_no_thread_count(clustering: Clustering, monkeypatch: pytest.MonkeyPatch) -> None:
-    changes: list[int] = []  # which would concern the whole process, and so texts that others generate
-    monkeypatch.setattr(torch, "set_num_threads", changes.append)
+def test_a_prior_by_distance_builds_its_vectorizer_once(
+    clustering: Clustering, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = ["def return import", "licence warranty", ""]
-    prior = router(clustering, ["cluster0", "cluster1"])(texts)
-    assert prior == pytest.approx(log_weights(clustering, texts), abs=1e-6)
-    assert changes == []
+    expected = log_weights(clustering, texts)
+    build, builds = data_clustering._vectorizer, list[int]()
+    monkeypatch.setattr(data_clustering, "_vectorizer", lambda **given: builds.append(1) or build(**given))
+    prior = router(dataclasses.replace(clustering), ["cluster0", "cluster1"])
+    assert builds == [1], "at the start"
+    assert prior(texts) == pytest.approx(expected, abs=1e-6)
+    assert prior(texts[::-1]) == pytest.approx(expected[::-1], abs=1e-6)
+    assert builds == [1]
 
 
 def test_a_prior_by_distance_without_scikit_learn_is_refused_before_the_first_text(
