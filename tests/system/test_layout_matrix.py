@@ -1,7 +1,8 @@
 """Every layout trains the same model: a matrix of layouts, through the real launcher if they have four ranks, compared
 with one rank.
 
-`make test` runs layouts that cover every allowed pair of settings, `make test-full` the full matrix.
+`make test` runs layouts that cover every allowed pair of settings. `make test-full` runs the full matrix without context
+ranks and the pairs with them; their matrix with tensor ranks, data ranks and ZeRO is in test_context_parallel.py.
 """
 
 from __future__ import annotations
@@ -73,8 +74,10 @@ def launches() -> list[Any]:
     """Return layouts grouped by their number of ranks, at most AT_A_LAUNCH each."""
     pairs = all_pairs([layout for layout in MATRIX if ranks_of(layout) < 8])
     cases = [pytest.param(float32_layouts(pairs, ranks), id=f"pairs-{ranks}") for ranks in (1, 2, 4)]
+    alone, sharing = ([layout for layout in MATRIX if layout["context"] == context] for context in (1, 2))
+    every = [*alone, *all_pairs(sharing)]
     for ranks in (1, 2, 4, 8):
-        layouts = float32_layouts(MATRIX, ranks)
+        layouts = float32_layouts(every, ranks)
         names = list(layouts)
         for start in range(0, len(names), AT_A_LAUNCH):
             part = {name: layouts[name] for name in names[start : start + AT_A_LAUNCH]}
