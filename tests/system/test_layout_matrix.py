@@ -1,8 +1,8 @@
 """Every layout trains the same model: a matrix of layouts, through the real launcher if they have four ranks, compared
 with one rank.
 
-`make test` runs layouts that cover every allowed pair of settings. `make test-full` runs the full matrix without context
-ranks and the pairs with them; their matrix with tensor ranks, data ranks and ZeRO is in test_context_parallel.py.
+`make test` runs layouts that cover every allowed pair of settings. `make test-full` runs the full matrix without
+context ranks and the pairs with them; test_context_parallel.py has their matrix with tensor ranks, data ranks and ZeRO.
 """
 
 from __future__ import annotations
