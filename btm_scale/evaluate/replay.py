@@ -67,9 +67,9 @@ def critical_replay(
     replay = found / measured.other
     if replay >= 1.0:
         raise UserError(
-            f"A share of {found:.3f} of other domains' text is needed, and in {runs[0].root} at most "
-            f"{measured.other:.3f} of the replayed text of '{target}' is other text. Raise --keep, or name a run first "
-            "whose parents read less of this domain."
+            f"{found:.3f} of the text of '{target}' must be of other domains, and in {runs[0].root} only "
+            f"{measured.other:.3f} of what is replayed is. Raise --keep, or name a run first whose parents read "
+            "less of this domain."
         )
     others = [
         _smallest_without({name: fit.others[i] for name, fit in fits.items()}, target, limits, tried, at)

@@ -43,9 +43,9 @@ def replay_sentences(critical: CriticalReplay) -> list[str]:
     low, high = critical.range
     limits = " and ".join(f"{name} within {ratio:g} times" for name, ratio in critical.keep.items())
     sentences = [
-        f"A share of {critical.share:.3f} of other domains' text is predicted to keep {limits} the seed LM's "
-        f"perplexity: at most {critical.ratio:.3f} of the training text of '{critical.target}' may be its own "
-        "(critical mixture ratio).",
+        f"With {critical.share:.3f} of its text from other domains, '{critical.target}' is predicted to keep {limits} "
+        f"the seed LM's perplexity: at most {critical.ratio:.3f} of its training text may be its own (critical mixture "
+        "ratio).",
         f"It needs experts.{critical.target}.branch.replay: {critical.replay:.3f}, with the same parents.",
         f"Without each run in turn, the share is {low:.3f} to {high:.3f}.",
     ]

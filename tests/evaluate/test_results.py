@@ -45,7 +45,7 @@ def test_a_run_without_averages_notes_why(finished_run: tuple[RunConfig, RunDir]
     config, original = finished_run
     run = RunDir(tmp_path / "run")
     shutil.copytree(original.root, run.root)
-    evaluate(config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"averages": ()})}), run)
-    notes = load_results(run).notes
+    without = config.evaluate.model_copy(update={"averages": ()})
+    notes = evaluate(config.model_copy(update={"evaluate": without}), run).notes
     assert "No averages: evaluate.averages is empty." in notes
     assert not any("experts differ" in note for note in notes)

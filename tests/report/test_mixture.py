@@ -102,7 +102,7 @@ REPLAY = CriticalReplay.model_validate(
 
 def test_the_critical_share_is_on_the_page_with_the_runs_and_what_is_doubtful(config, make_results):
     page = render_page(config, make_results(), {}, mixtures=MixtureRecord(replay=REPLAY))
-    assert "A share of 0.210 of other domains&#39; text is predicted to keep general within 1.02 times" in page
+    assert "With 0.210 of its text from other domains, &#39;law&#39; is predicted to keep general within" in page
     assert "experts.law.branch.replay: 0.280" in page
     assert "&lt;b&gt;a&lt;/b&gt;" in page
     shown = sections(config, make_results(), {}, MixtureRecord(replay=REPLAY))
