@@ -67,7 +67,11 @@ def _rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 def _heading(name: str, runs: Sequence[Mapping[str, Any]]) -> str:
     trained = [domain for domain in runs[0]["dense"] if domain not in runs[0]["novel"]]
     novel = f"; novel: {', '.join(runs[0]['novel'])}" if runs[0]["novel"] else ""
-    return f"`{name}`, trained: {', '.join(trained)}{novel}; {runs[0]['dev_tokens']:,} dev tokens per domain:"
+    tokens = runs[0]["dev_tokens"]
+    most = max(tokens.values())
+    fewer = [f"{domain} {count:,}" for domain, count in tokens.items() if count < most]
+    but = f" (but {', '.join(fewer)})" if fewer else ""
+    return f"`{name}`, trained: {', '.join(trained)}{novel}; {most:,} dev tokens per domain{but}:"
 
 
 TABLES: dict[str, Callable[[], str]] = {"ensembles": ensembles}

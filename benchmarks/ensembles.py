@@ -55,9 +55,10 @@ def measure(run: RunDir) -> dict[str, Any]:
     if split == "dev":
         raise SystemExit(f"{run.root} was evaluated on dev text, on which the weights are tuned. Set evaluate.split.")
     families: dict[str, dict[str, Any]] = {name: {"seconds": 0.0, "perplexity": {}} for name in FAMILIES}
-    dense = {}
+    dense, dev_tokens = {}, {}
     for domain in config.all_domains:
         dev, test = (_text(Stack.load(run, names, domain, one)) for one in ("dev", split))
+        dev_tokens[domain] = int(dev.log_probs.shape[1])
         reference = Scores.load(run.scores(DENSE, domain, split)).log_probs
         dense[domain] = _perplexity(reference, test)
         for name, family in FAMILIES.items():
@@ -67,7 +68,7 @@ def measure(run: RunDir) -> dict[str, Any]:
     return {
         "random_seed": config.random_seed,
         "novel": list(config.novel_domains),
-        "dev_tokens": int(dev.log_probs.shape[1]),
+        "dev_tokens": dev_tokens,
         "dense": dense,
         "families": families,
     }

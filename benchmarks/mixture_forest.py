@@ -53,19 +53,19 @@ class Forest:
         It has an expert's steps, batches and schedule: it is the dense baseline of a run with an expert's budget.
         """
         share = self.config.expert_sequences(self.domains[0]) / self.config.budget.sequences
-        first, second = self.config.optimizer.betas
+        first, second = self.config.optimizer.betas_at(share)
         run = self._branch(
             folder,
             [DENSE],
             f"budget.tokens={round(self.config.budget.tokens * share)}",
             f"budget.batch_tokens={round(self.config.budget.batch_tokens * share)}",
-            f"optimizer.betas=[{first},{second**share}]",
+            f"optimizer.betas=[{first},{second}]",
             *(f"domains.{name}.weight={weight}" for name, weight in ratios.items()),
         )
         return perplexities(self.config, run, DENSE)
 
     def train_with_replay(self, folder: Path, share: float) -> Forest:
-        """Return the forest of the same seed LM whose experts replay this share of its text."""
+        """Return the forest of the same seed LM whose experts have this branch.replay."""
         replay = [f"experts.{name}.branch.replay={share:g}" for name in self.domains]
         return Forest.load(self._branch(folder, self.domains, "baselines.dense=false", *replay).root)
 

@@ -107,11 +107,11 @@ class Units:
                 try:
                     answer = self.forest.mixture(*others, "--target", f"{domain}=1", "--keep", limits)
                 except subprocess.CalledProcessError as error:
-                    if "No replay share" not in error.stderr:
+                    if "No share of other domains' text" not in error.stderr:
                         raise
                     found[domain][f"{ratio:g}"] = None  # more replay than any of these forests has
                     continue
-                keys = ("replay", "ratio", "range", "perplexity")
+                keys = ("share", "replay", "ratio", "range", "perplexity")
                 found[domain][f"{ratio:g}"] = {key: answer[key] for key in keys}
         return {"critical": found}
 

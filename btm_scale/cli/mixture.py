@@ -43,7 +43,8 @@ def mixture(
         option(
             "--runs",
             "N",
-            "Number of weighted averages to measure.  [default: 24, and with more than 5 models what the laws need]",
+            "Number of weighted averages to measure.  [default: 24; what the laws need with more than 5 models, up to "
+            "120; twice what a linear law needs with more than 59]",
             min=1,
         ),
     ] = None,
@@ -53,8 +54,8 @@ def mixture(
         several(
             "--replay",
             "RUN2",
-            "Find the smallest replay share instead, from this run and others that trained the --target with other "
-            "replay shares. May be repeated.",
+            "Find the smallest share of other domains' text instead, from this run and others that trained the "
+            "--target with other branch.replay. May be repeated.",
         ),
     ],
     tokens: Annotated[
@@ -71,7 +72,8 @@ def mixture(
 
     A weighted average of the experts and the seed LM approximates a model trained on that mixture. Laws are fitted to
     the measured losses of such averages, and the predicted perplexity is minimized. The seed LM's weight is the
-    fraction of replayed text. With --replay, laws of the replay share are fitted to the dev scores of finished runs.
+    fraction of replayed text. With --replay, laws of the share of other domains' text are fitted to the dev scores of
+    finished runs.
     """
     if replay:
         if texts or dry_run or runs is not None:
@@ -146,6 +148,9 @@ def _critical_replay(
             "--target law=1 --keep general=1.02"
         )
     opened_runs = [opened(folder) for folder in folders]
+    roots = [run.root.resolve() for _, run in opened_runs]
+    if twice := [root for i, root in enumerate(roots) if root in roots[:i]]:
+        raise UserError(f"{twice[0]} is named twice. A law needs different runs: name each once, RUN included.")
     MixtureGoal(targets, limits).require_valid([SEED])
     [target] = targets
     config, first = opened_runs[0]

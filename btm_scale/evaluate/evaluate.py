@@ -69,7 +69,11 @@ def evaluate(config: RunConfig, run: RunDir) -> Results:
     require_evaluable(config, run)
     names = list(experts(run))
     averages = averages_of(config, run)
-    notes = [] if averages else ["No averages: only models of one shape can be averaged, and the experts differ."]
+    notes = []
+    if not config.evaluate.averages:
+        notes.append("No averages: evaluate.averages is empty.")
+    elif not averages:
+        notes.append("No averages: only models of one shape can be averaged, and the experts differ.")
     if config.health.deterministic:
         notes.append("health.deterministic is set: the same layout on the same kind of GPU gives the same bits.")
     mixture = find_expert(run.model(MOE))

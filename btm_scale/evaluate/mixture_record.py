@@ -1,4 +1,4 @@
-"""mixture.json: every measured mixture of experts, the mixture that was chosen last, and the critical replay share."""
+"""mixture.json: every measured mixture of experts, the last chosen one, and the critical share of other text."""
 
 from __future__ import annotations
 
@@ -97,7 +97,8 @@ class ReplayedRun(Part):
     """A run's expert, with what the laws predict for it when it is left out."""
 
     run: str
-    replay: Weight  # fraction of replayed text
+    share: Weight  # of other domains' text in the expert's
+    replay: Weight  # branch.replay, which gives this share with the parents of this run
     tokens: Annotated[int, Field(ge=0)]  # that the expert was trained on
     perplexity: dict[str, Ratio]  # by text: over the seed LM's
     predicted: dict[str, Ratio]  # the same, predicted
@@ -109,13 +110,14 @@ class CriticalReplay(Part):
     target: str  # the expert, and its domain
     keep: dict[str, Finite]  # by domain: the largest allowed ratio of its perplexity to the seed LM's
     tokens: Annotated[int, Field(ge=0)]  # that the expert is trained on
-    replay: Weight  # the smallest share that is predicted to meet `keep`
+    share: Weight  # of other domains' text: the smallest that is predicted to meet `keep`
+    replay: Weight  # branch.replay, which gives this share with the parents in the run that is named first
     ratio: Weight  # the critical mixture ratio: the rest, which is the expert's own text
     range: tuple[Weight, Weight]  # of the smallest share, by the fits that leave out one run each
-    perplexity: dict[str, Ratio]  # by text: predicted at `replay`, over the seed LM's
+    perplexity: dict[str, Ratio]  # by text: predicted at `share`, over the seed LM's
     fit: dict[str, TextFit]  # by text
     measured: tuple[ReplayedRun, ...]  # the smallest share first
-    is_smallest: bool  # whether `replay` is the smallest share of the runs, so that less might do
+    is_smallest: bool  # whether `share` is the smallest of the runs, so that less might do
     extrapolated: bool  # whether `tokens` is outside of those of the runs
 
 

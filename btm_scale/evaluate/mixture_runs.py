@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 Mixture = dict[str, float]  # weight of each model; models of weight 0 are absent
 _CANDIDATES = 8
 _MOST_GENERAL = Quadratic()
-_LEAST_RUNS, _MOST_RUNS = 24, 120  # by default; of 13 models and more, the most general law needs a larger --runs
+_LEAST_RUNS, _MOST_RUNS = 24, 120  # by default; of 15 models and more, the most general law needs a larger --runs
 _PER_PARAMETER = 1.5  # averages, by default
 _UNITS = 1_000_000  # weights are multiples of 1e-6, which are the same on every machine
 
@@ -138,7 +138,7 @@ def save_chosen(run: RunDir, chosen: ChosenMixture) -> None:
 
 
 def save_replay(run: RunDir, critical: CriticalReplay) -> None:
-    """Record the critical replay share, in place of an earlier one."""
+    """Record the critical share of other text, in place of an earlier one."""
     with alone(run.mixture_lock):
         make_directory(run.mixture.parent)
         _record(run).model_copy(update={"replay": critical}).save(run.mixture)

@@ -1,6 +1,6 @@
-"""Predict how much replayed text an expert needs: the smallest share that keeps the loss on other text.
+"""Predict how much replay an expert needs: the smallest share of other domains' text that keeps the loss on it.
 
-Runs that trained the expert with different replay shares show its losses on dev text; laws are fitted to them (D-CPT,
+Runs that trained the expert with different branch.replay show its losses on dev text; laws are fitted to them (D-CPT,
 arXiv 2406.01375). The critical mixture ratio (arXiv 2407.17467) is the largest fraction of the expert's own text with
 which the perplexity on every other text stays within its tolerance.
 """
@@ -9,49 +9,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from btm_scale.errors import ForestError, UserError
+from btm_scale.errors import UserError
 from btm_scale.evaluate.mixture_record import CriticalReplay, LawFit, ReplayedRun, TextFit
 from btm_scale.evaluate.replay_law import ReplayFit, best_replay_fit, fit_replay_laws
-from btm_scale.forest.expert import find_expert
-from btm_scale.forest.scores import Scores
-from btm_scale.run_dir import SEED, RunDir
+from btm_scale.evaluate.replayed_runs import replayed_runs
+from btm_scale.run_dir import RunDir
 
 _LEAST_SHARES = 3
 _SHARES = 2001  # that are tried between the smallest and the largest measured
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """The experts of several runs on one domain, those with the smallest replay share first."""
-
-    runs: tuple[str, ...]
-    shares: np.ndarray  # replayed fraction of each expert's text
-    tokens: np.ndarray  # that each was trained on
-    losses: dict[str, np.ndarray]  # by text: nats per token, less those of the run's seed LM
-
-
 def critical_replay(
     runs: Sequence[RunDir], target: str, keep: Mapping[str, float], tokens: int | None = None, split: str = "dev"
 ) -> CriticalReplay:
-    """Return the smallest replay share of the expert `target` that is predicted to meet every limit.
+    """Return the smallest share of other domains' text for the expert `target` that is predicted to meet every limit.
 
     Args: `keep`, by domain the largest allowed ratio of its perplexity to the seed LM's; `tokens`, the expert's
     training tokens (default: the most of the runs); `split`, of the domains' text.
 
-    Raises UserError for fewer than three replay shares, limits that no measured share is predicted to meet, and other
-    numbers of tokens if all runs have the same; ForestError for missing scores and for different text.
+    Raises UserError for fewer than three shares, limits that no share between the measured ones is predicted to meet,
+    and other numbers of tokens if all runs have the same; ForestError as `replayed_runs` does.
     """
-    measured = _measured(runs, [target, *(name for name in keep if name != target)], target, split)
+    measured = replayed_runs(runs, [target, *(name for name in keep if name != target)], target, split)
     shares = np.unique(measured.shares)
     if len(shares) < _LEAST_SHARES:
         has = ", ".join(f"{share:g}" for share in shares)
         raise UserError(
-            f"The runs trained '{target}' with {len(shares)} replay shares ({has}). A law of replay needs at least "
-            f"{_LEAST_SHARES}. Train more with --set experts.{target}.branch.replay=SHARE, and name them with --replay."
+            f"The runs trained '{target}' with {len(shares)} shares of other domains' text ({has}). A law of replay "
+            f"needs at least {_LEAST_SHARES}. Train more with --set experts.{target}.branch.replay=FRACTION, and name "
+            "them with --replay."
         )
     most = int(measured.tokens.max())
     at = most if tokens is None else tokens
@@ -74,20 +63,26 @@ def critical_replay(
     limits = {name: math.log(ratio) for name, ratio in keep.items()}
     found = _smallest(fits, target, limits, tried, at)
     if found is None:
-        raise UserError(_infeasible(fits, target, keep, tried, at))
+        raise UserError(_infeasible(fits, target, limits, tried, at))
+    replay = found / measured.other
+    if replay >= 1.0:
+        raise UserError(
+            f"{found:.3f} of the text of '{target}' must be of other domains, and in {runs[0].root} only "
+            f"{measured.other:.3f} of what is replayed is. Raise --keep, or name a run first whose parents read "
+            "less of this domain."
+        )
     others = [
-        _smallest({name: fit.others[i] for name, fit in fits.items()}, target, limits, tried, at)
+        _smallest_without({name: fit.others[i] for name, fit in fits.items()}, target, limits, tried, at)
         for i in range(len(measured.runs))
     ]
-    # A fit whose limits no share meets puts the critical one above all that are known.
-    spread = [tried[-1] if one is None else one for one in others] + [found]
     return CriticalReplay(
         target=target,
         keep=dict(keep),
         tokens=at,
-        replay=found,
+        share=found,
+        replay=replay,
         ratio=1.0 - found,
-        range=(min(spread), max(spread)),
+        range=(min(*others, found), max(*others, found)),
         perplexity={
             name: float(np.exp(fit.loss(_fraction(name, target, np.array([found])), at)[0]))
             for name, fit in fits.items()
@@ -104,7 +99,8 @@ def critical_replay(
         measured=tuple(
             ReplayedRun(
                 run=measured.runs[i],
-                replay=float(measured.shares[i]),
+                share=float(measured.shares[i]),
+                replay=float(measured.replay[i]),
                 tokens=int(measured.tokens[i]),
                 perplexity={name: math.exp(losses[i]) for name, losses in measured.losses.items()},
                 predicted={name: math.exp(fit.left_out[i]) for name, fit in fits.items()},
@@ -116,75 +112,59 @@ def critical_replay(
     )
 
 
-def _measured(runs: Sequence[RunDir], texts: Sequence[str], target: str, split: str) -> _Measured:
-    names, shares, tokens = [], [], []
-    losses: dict[str, list[float]] = {name: [] for name in texts}
-    fingerprints: dict[str, str] = {}
-    for run in runs:
-        expert = find_expert(run.model(target))
-        if expert is None:
-            raise ForestError(f"'{target}' is not a finished expert of {run.root}. Train it, or leave this run out.")
-        if target not in expert.domains:
-            raise ForestError(
-                f"'{target}' of {run.root} was trained on {', '.join(expert.domains) or 'unknown text'}, not on the "
-                "domain of its name. Leave this run out."
-            )
-        names.append(run.root.name)
-        shares.append(1.0 - expert.domains[target])
-        tokens.append(expert.tokens)
-        for text in texts:
-            scores, seed = (Scores.load(run.scores(model, text, split)) for model in (target, SEED))
-            if fingerprints.setdefault(text, scores.fingerprint) != scores.fingerprint or (
-                seed.fingerprint != scores.fingerprint
-            ):
-                raise ForestError(
-                    f"The {split} text of '{text}' in {run.root} differs from that of {runs[0].root}, or from what its "
-                    "seed LM was scored on. Compare runs with the same text, tokenizer and random_seed."
-                )
-            forgotten = _loss(scores) - _loss(seed)
-            if not math.isfinite(forgotten):
-                raise ForestError(f"'{target}' of {run.root} has no finite loss on '{text}'. Leave this run out.")
-            losses[text].append(forgotten)
-    rounded = np.round(shares, 6)  # 1 - 0.9 and 0.1 are one share
-    order = np.lexsort((np.array(names), np.array(tokens), rounded))
-    return _Measured(
-        tuple(names[i] for i in order),
-        rounded[order],
-        np.array(tokens, dtype=np.int64)[order],
-        {name: np.array(values)[order] for name, values in losses.items()},
-    )
-
-
-def _loss(scores: Scores) -> float:
-    counted = scores.log_probs if scores.counted is None else scores.log_probs[scores.counted]
-    return -float(counted.mean(dtype=np.float64))
-
-
 def _fraction(text: str, target: str, shares: np.ndarray) -> np.ndarray:
-    """Return the fraction of the text that replaces or is replaced, for each replay share."""
+    """Return the law's x of a text's loss: the fraction of the expert's own text, or of all other text."""
     return 1.0 - shares if text == target else shares
 
 
 def _smallest(
     fits: Mapping[str, ReplayFit], target: str, limits: Mapping[str, float], tried: np.ndarray, tokens: int
 ) -> float | None:
-    """Return the smallest share from which on every limit is met, or None if the largest does not meet them."""
-    meets = np.ones(len(tried), dtype=bool)
-    for name, limit in limits.items():
-        meets &= fits[name].loss(_fraction(name, target, tried), tokens) <= limit + 1e-12
-    if not meets[-1]:
-        return None
-    broken = np.flatnonzero(~meets)
-    return float(tried[broken[-1] + 1 if len(broken) else 0])
+    """Return the smallest share that meets every limit, or None if there is none.
+
+    Every limit on other text is also met by all larger shares: more of it should not help and then hurt. More of it
+    raises the loss on the expert's own text, so its limit is met at that share alone.
+    """
+    meets = {
+        name: fits[name].loss(_fraction(name, target, tried), tokens) <= limit + 1e-12 for name, limit in limits.items()
+    }
+    own = meets.pop(target, np.ones(len(tried), dtype=bool))
+    broken = np.flatnonzero(~np.all(list(meets.values()), axis=0)) if meets else np.array([], dtype=int)
+    first = int(broken[-1]) + 1 if len(broken) else 0
+    found = np.flatnonzero(own[first:])
+    return float(tried[first + found[0]]) if len(found) else None
+
+
+def _smallest_without(
+    fits: Mapping[str, ReplayFit], target: str, limits: Mapping[str, float], tried: np.ndarray, tokens: int
+) -> float:
+    """Return the smallest share by the fits without one run, which may not meet every limit."""
+    found = _smallest(fits, target, limits, tried, tokens)
+    if found is None:  # the share that other text needs, whatever the expert's own domain loses
+        found = _smallest(
+            fits, target, {name: limit for name, limit in limits.items() if name != target}, tried, tokens
+        )
+    # Other text whose limit no share meets needs more than all that are known.
+    return float(tried[-1]) if found is None else found
 
 
 def _infeasible(
-    fits: Mapping[str, ReplayFit], target: str, keep: Mapping[str, float], tried: np.ndarray, tokens: int
+    fits: Mapping[str, ReplayFit], target: str, limits: Mapping[str, float], tried: np.ndarray, tokens: int
 ) -> str:
-    ratios = {name: math.exp(fits[name].loss(_fraction(name, target, tried[-1:]), tokens)[0]) for name in keep}
-    limits = ",".join(f"{name}={ratio:g}" for name, ratio in keep.items())
-    reached = ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items())
+    best, shares = {}, {}
+    for name in limits:
+        losses = fits[name].loss(_fraction(name, target, tried), tokens)
+        best[name], shares[name] = float(losses.min()), float(tried[np.argmin(losses)])
+    asked = ",".join(f"{name}={math.exp(limit):g}" for name, limit in limits.items())
+    reached = ", ".join(f"{name} {math.exp(best[name]):.3f} with {shares[name]:.3f}" for name in limits)
+    missed = [name for name, limit in limits.items() if best[name] > limit + 1e-12]
+    remedy = "Raise --keep, or train with more replay."
+    if not missed:
+        remedy = "Each can be met, but not together. Raise one of the limits."
+    elif target in missed:
+        remedy = f"Raise the limit of {target}, or train it with less replay or on more tokens."
     return (
-        f"No replay share up to {tried[-1]:g}, the largest of the runs, is predicted to meet --keep {limits}. With it, "
-        f"the ratio to the seed LM's perplexity is {reached}. Raise --keep, or train with more replay."
+        f"No share of other domains' text from {tried[0]:g} to {tried[-1]:g}, those of the runs, is predicted to meet "
+        f"--keep {asked}. The lowest ratios to the seed LM's perplexity, each with its own share, are {reached}. "
+        f"{remedy}"
     )

@@ -1,7 +1,7 @@
-"""Laws of replay: a loss as a function of a text's fraction of the training text, and of the training tokens.
+"""Laws of replay: a loss as a function of what the training text consists of, and of the training tokens.
 
 The loss is relative to the seed LM's, so that runs with different seed LMs can be fitted together. The fraction x is
-that of the text whose loss it is: the replay share for replayed text, and what is left of 1 for the expert's own text.
+that of all other domains' text for the loss on any of them, and that of the expert's own text for the loss on its own.
 """
 
 from __future__ import annotations

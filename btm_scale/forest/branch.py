@@ -74,6 +74,14 @@ def decide(
     return Branch(parents=parents, domains=domains)
 
 
+def replayed_fraction(config: RunConfig, run: RunDir, parents: Sequence[Parent], domain: str) -> float:
+    """Return the fraction of the text that `branch.replay` adds that is of this domain.
+
+    Raises ForestError if a parent is missing or its text cannot be replayed.
+    """
+    return sum(parent.weight * _text_of(config, run, parent.name).get(domain, 0.0) for parent in parents)
+
+
 def parents_of(run: RunDir, name: str, branch: BranchConfig) -> tuple[Parent, ...]:
     """Return the parents of an expert for domain `name`; their weights sum to 1.
 

@@ -6,14 +6,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from btm_scale.evaluate.mixture_record import CriticalReplay
+from btm_scale.evaluate.mixture_record import CriticalReplay, ReplayedRun
 from btm_scale.util.terminal import printable
 
-COLUMNS = ("run", "replay", "tokens")
+COLUMNS = ("run", "other text", "replay", "tokens")
 
 
 def print_replay(critical: CriticalReplay, console: Console) -> None:
-    """Print the measured runs, and the critical replay share."""
+    """Print the measured runs, and the critical share."""
     table = Table(title="Perplexity over the seed LM's", title_justify="left", box=None, pad_edge=False)
     for name in (*COLUMNS, *(printable(text) for text in critical.perplexity)):
         table.add_column(name, justify="left" if name == "run" else "right", no_wrap=True)
@@ -25,14 +25,17 @@ def print_replay(critical: CriticalReplay, console: Console) -> None:
 
 
 def replay_rows(critical: CriticalReplay) -> list[tuple[str, list[str]]]:
-    """Return a row per run: replay share, tokens and each text's ratio; then the prediction at the critical share."""
+    """Return a row per run, with each text's ratio to the seed LM's; then the prediction at the critical share."""
     texts = list(critical.perplexity)
     rows = [
-        (one.run, [f"{one.replay:.3f}", f"{one.tokens:,}", *(f"{one.perplexity[text]:.3f}" for text in texts)])
-        for one in critical.measured
+        (one.run, [*_text_of(one), *(f"{one.perplexity[text]:.3f}" for text in texts)]) for one in critical.measured
     ]
     predicted = [f"{critical.perplexity[text]:.3f}" for text in texts]
-    return [*rows, ("predicted", [f"{critical.replay:.3f}", f"{critical.tokens:,}", *predicted])]
+    return [*rows, ("predicted", [*_text_of(critical), *predicted])]
+
+
+def _text_of(one: ReplayedRun | CriticalReplay) -> list[str]:
+    return [f"{one.share:.3f}", f"{one.replay:.3f}", f"{one.tokens:,}"]
 
 
 def replay_sentences(critical: CriticalReplay) -> list[str]:
@@ -40,8 +43,10 @@ def replay_sentences(critical: CriticalReplay) -> list[str]:
     low, high = critical.range
     limits = " and ".join(f"{name} within {ratio:g} times" for name, ratio in critical.keep.items())
     sentences = [
-        f"Replaying {critical.replay:.3f} of the text is predicted to keep {limits} the seed LM's perplexity: at most "
-        f"{critical.ratio:.3f} of the training text of '{critical.target}' may be its own (critical mixture ratio).",
+        f"With {critical.share:.3f} of its text from other domains, '{critical.target}' is predicted to keep {limits} "
+        f"the seed LM's perplexity: at most {critical.ratio:.3f} of its training text may be its own (critical mixture "
+        "ratio).",
+        f"It needs experts.{critical.target}.branch.replay: {critical.replay:.3f}, with the same parents.",
         f"Without each run in turn, the share is {low:.3f} to {high:.3f}.",
     ]
     if critical.is_smallest:
@@ -49,6 +54,6 @@ def replay_sentences(critical: CriticalReplay) -> list[str]:
     if critical.extrapolated:
         sentences.append(f"This extrapolates: no run trained on as few or as many as {critical.tokens:,} tokens.")
     if poor := [name for name, fit in critical.fit.items() if fit.r2 < 0.9]:
-        sentences.append(f"No law predicts {', '.join(poor)} well (R2 below 0.9). Add runs with other replay shares.")
+        sentences.append(f"No law predicts {', '.join(poor)} well (R2 below 0.9). Add runs with other shares.")
     laws = ", ".join(f"{name} {fit.law} (R2 {fit.r2:.3f})" for name, fit in critical.fit.items())
     return [*sentences, f"Laws: {laws}."]

@@ -259,7 +259,7 @@ def _mixture(chosen: ChosenMixture) -> Section:
 
 def _replay(critical: CriticalReplay) -> Section:
     columns = [name.capitalize() for name in (*COLUMNS, *critical.perplexity)]
-    title = f"Perplexity over the seed LM's, by replay share of {critical.target}"
+    title = f"Perplexity over the seed LM's, by the share of other text of {critical.target}"
     return Section("Replay", notes=replay_sentences(critical), table=plain_table(title, columns, replay_rows(critical)))
 
 

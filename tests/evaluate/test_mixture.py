@@ -273,6 +273,8 @@ def test_the_default_number_of_averages_grows_with_the_parameters_of_the_laws() 
         assert default_runs(models) >= needed(quadratic, models) + 2, models
         assert len(drawn(names, default_runs(models))) == default_runs(models)
     assert default_runs(20) == 120
+    assert [default_runs(models) >= needed(quadratic, models) for models in (14, 15)] == [True, False]
+    assert [default_runs(models) for models in (59, 60)] == [120, 122]
     assert default_runs(64) > needed(LAWS[1], 64)
 
 

@@ -39,3 +39,13 @@ def test_results_record_whether_the_run_asks_for_the_same_bits_on_gpus(
     shutil.copytree(original.root, run.root)
     evaluate(config.model_copy(update={"health": config.health.model_copy(update={"deterministic": True})}), run)
     assert any(note.startswith("health.deterministic is set") for note in load_results(run).notes)
+
+
+def test_a_run_without_averages_notes_why(finished_run: tuple[RunConfig, RunDir], tmp_path: Path) -> None:
+    config, original = finished_run
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(original.root, run.root)
+    without = config.evaluate.model_copy(update={"averages": ()})
+    notes = evaluate(config.model_copy(update={"evaluate": without}), run).notes
+    assert "No averages: evaluate.averages is empty." in notes
+    assert not any("experts differ" in note for note in notes)

@@ -10,6 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.tiny_run import tiny_values, write_config
+
+from btm_scale.config.run import RunConfig
+from btm_scale.run_dir import RunDir
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ENVIRONMENT = {"hardware": {"cpu": "a CPU", "cores": 2}, "date": "2026-11-27T00:00:00"}
@@ -81,9 +85,10 @@ def test_every_family_has_a_label_and_a_row_with_a_column_per_seed(load: Any, ta
     families = load("ensemble_families").FAMILIES
     assert families.keys() == load("doc_ensembles").LABELS.keys()
     measured = {name: {"seconds": 1.0, "perplexity": {"a": 9.0, "b": 18.0}} for name in families}
-    run = {"novel": ["b"], "dev_tokens": 100, "dense": {"a": 10.0, "b": 20.0}, "families": measured}
+    run = {"novel": ["b"], "dev_tokens": {"a": 1000, "b": 70}, "dense": {"a": 10.0, "b": 20.0}, "families": measured}
     runs = [run | {"random_seed": 1}, run | {"random_seed": 2}]
     rows = table("doc_ensembles", "ensembles", {"runs": {"demo": runs}})
+    assert "1,000 dev tokens per domain (but b 70):" in load("doc_ensembles").ensembles()
     assert rows["weights"] == ["seed 1", "seed 2", "mean ± sd", "novel, seed 1", "novel, seed 2", "mean ± sd"]
     assert set(rows[load("doc_ensembles").LABELS["gate"]]) == {"0.9000", "0.900 ± 0.000"}
 
@@ -101,6 +106,22 @@ def test_the_weights_of_experts_that_replay_have_the_wanted_proportions(load: An
     far = weights_for(forest, names, dict(zip(DOMAINS, (1.0, 0.0, 0.0, 0.0), strict=True)), 0.4)
     assert far.min() == 0.0
     assert far.sum() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("scales", "second"), [(True, 0.95**0.25), (False, 0.95)])
+def test_a_model_of_a_mixture_has_the_betas_of_an_expert(
+    scales: bool, second: float, load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    values = tiny_values(tmp_path, optimizer={"lr": 1e-2, "betas": [0.9, 0.95], "scale_beta2": scales})
+    values["budget"]["batch_tokens"] = 1024
+    config = write_config(tmp_path / "run.yaml", values)
+    module, given = load("mixture_forest"), list[str]()
+    forest = module.Forest(RunDir(tmp_path), config)
+    monkeypatch.setattr(module.Forest, "_branch", lambda self, folder, models, *settings: given.extend(settings))
+    monkeypatch.setattr(module, "perplexities", lambda *arguments: {})
+    monkeypatch.setattr(RunConfig, "expert_sequences", lambda self, name: self.budget.sequences // 4)
+    forest.train_mixture(tmp_path / "out", {"python": 0.5, "licences": 0.5})
+    assert f"optimizer.betas=[0.9,{second}]" in given
 
 
 def test_the_mixtures_were_drawn_from_the_simplex_before_they_are_trained() -> None:

@@ -78,7 +78,8 @@ REPLAY = CriticalReplay.model_validate(
         "target": "law",
         "keep": {"general": 1.02},
         "tokens": 4000,
-        "replay": 0.21,
+        "share": 0.21,
+        "replay": 0.28,
         "ratio": 0.79,
         "range": (0.19, 0.24),
         "perplexity": {"law": 0.7, "general": 1.02},
@@ -86,7 +87,8 @@ REPLAY = CriticalReplay.model_validate(
         "measured": [
             {
                 "run": "<b>a</b>",
-                "replay": 0.1,
+                "share": 0.1,
+                "replay": 0.133,
                 "tokens": 4000,
                 "perplexity": {"law": 0.65, "general": 1.1},
                 "predicted": {"law": 0.65, "general": 1.1},
@@ -98,9 +100,10 @@ REPLAY = CriticalReplay.model_validate(
 )
 
 
-def test_the_critical_replay_share_is_on_the_page_with_the_runs_and_what_is_doubtful(config, make_results):
+def test_the_critical_share_is_on_the_page_with_the_runs_and_what_is_doubtful(config, make_results):
     page = render_page(config, make_results(), {}, mixtures=MixtureRecord(replay=REPLAY))
-    assert "Replaying 0.210 of the text is predicted to keep general within 1.02 times" in page
+    assert "With 0.210 of its text from other domains, &#39;law&#39; is predicted to keep general within" in page
+    assert "experts.law.branch.replay: 0.280" in page
     assert "&lt;b&gt;a&lt;/b&gt;" in page
     shown = sections(config, make_results(), {}, MixtureRecord(replay=REPLAY))
     [section] = [one for one in shown if one.title == "Replay"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -19,22 +19,29 @@ _SHARES = (0.0, 0.01, 0.03, 0.1)
 _LEAST = -100.0  # nats: an expert that excludes a token can recover
 _STEPS, _SETTLED = 60, 1e-7  # of the ascent, and nats per token that the last one gains
 _AT_ONCE = 2**19  # elements of the features that a mixture processes at once
+# The same of a fit, which computes all features in every step, unless there are few enough to keep (128 MB).
+_FITTED_AT_ONCE, _KEPT = 2**22, 2**24
+
+Parts = Callable[[], Iterable[tuple[Array, Array]]]  # features [1 + sums, experts, tokens] and text [experts, tokens]
 
 
 def fitted_gate(log_probs: Array, block_starts: Array, log_prior: Array, counted: Array | None = None) -> Gate:
     """Return the gate with the highest likelihood of dev text.
 
+    The features of long text exist for some of its blocks at a time, not for all.
+
     Args: `log_probs` [experts, tokens] and `log_prior` [experts] in nats, `block_starts` [blocks], and `counted`, the
     tokens whose likelihood it is, bool [tokens] (default: all).
     """
     text, prior = checked(log_probs), normalised_prior(log_prior, len(log_probs))
-    features = np.concatenate([part for _, part in _features(text, block_starts, prior)], axis=2)
     seen = np.isfinite(text.max(axis=0)) & (True if counted is None else counted)
     if not seen.any():
         return Gate(coefficients=_START, share=0.0)
-    features, text = features[:, :, seen], text[:, seen]
-    coefficients = _ascended(features, text)
-    likelihoods = [float(_gated(features, text, coefficients, prior, share).mean()) for share in _SHARES]
+    parts = _parts(text, block_starts, prior, seen)
+    coefficients = _ascended(parts)
+    likelihoods = np.zeros(len(_SHARES))
+    for features, piece in parts():
+        likelihoods += [_gated(features, piece, coefficients, prior, share).sum() for share in _SHARES]
     return Gate(coefficients=tuple(coefficients.tolist()), share=_SHARES[int(np.argmax(likelihoods))])
 
 
@@ -49,15 +56,30 @@ def gated_mixture_log_probs(log_probs: Array, block_starts: Array, gate: Gate, *
     coefficients = np.array(gate.coefficients)
     parts = [
         _gated(features, text[:, columns], coefficients, prior, gate.share)
-        for columns, features in _features(text, block_starts, prior)
+        for columns, features in _features(text, block_starts, prior, _AT_ONCE)
     ]
     return np.minimum(np.concatenate(parts), 0.0)
 
 
-def _features(text: Array, starts: Array, log_prior: Array) -> Iterator[tuple[slice, Array]]:
-    """Yield the features before each token, [1 + sums, experts, tokens], of as many blocks as are processed at once."""
+def _parts(text: Array, starts: Array, log_prior: Array, seen: Array) -> Parts:
+    """Return what yields the features and log-probabilities of the tokens that are `seen`, bool [tokens]."""
+
+    def computed() -> Iterator[tuple[Array, Array]]:
+        for columns, features in _features(text, starts, log_prior, _FITTED_AT_ONCE):
+            used = seen[columns]
+            if used.any():
+                yield features[:, :, used], text[:, columns][:, used]
+
+    if text.size * (1 + len(FORGETTINGS)) > _KEPT:
+        return computed
+    kept = list(computed())
+    return lambda: kept
+
+
+def _features(text: Array, starts: Array, log_prior: Array, at_once: int) -> Iterator[tuple[slice, Array]]:
+    """Yield the features before each token, [1 + sums, experts, tokens], of blocks with `at_once` elements."""
     blocks = blocks_of(starts, text.shape[1])
-    most = max(1, _AT_ONCE // (len(text) * (1 + len(FORGETTINGS))))  # tokens
+    most = max(1, at_once // (len(text) * (1 + len(FORGETTINGS))))  # tokens
     first = 0
     while first < len(blocks):
         last = first + 1
@@ -73,42 +95,53 @@ def _of_blocks(text: Array, blocks: Array, log_prior: Array) -> Array:
     features[0] = np.maximum(log_prior, _LEAST)[:, None]
     evidence = np.maximum(text, _LEAST)
     evidence -= evidence.mean(axis=0)  # what all experts share has no effect on the weights
+    forgettings = np.array(FORGETTINGS)[:, None, None]
     lengths = blocks[:, 1] - blocks[:, 0]
     for length in np.unique(lengths):
         columns = blocks[lengths == length, 0][:, None] + np.arange(length)
         piece = evidence[:, columns]  # [experts, blocks, tokens]
-        for row, forgetting in enumerate(FORGETTINGS, 1):
-            total = np.zeros(piece.shape[:2])
-            for token in range(length):
-                features[row][:, columns[:, token]] = total
-                total = forgetting * total + piece[:, :, token]
+        totals = np.zeros((len(FORGETTINGS), *piece.shape[:2]))
+        for token in range(length):
+            features[1:, :, columns[:, token]] = totals
+            totals = forgettings * totals + piece[:, :, token]
     return features
 
 
-def _ascended(features: Array, text: Array) -> Array:
+def _ascended(parts: Parts) -> Array:
     """Return the coefficients of the highest likelihood, by steps along the gradient scaled by the weights' spread."""
     best, highest = np.array(_START), -np.inf
     tried, damping = best, 1.0
     gradient, spread = np.zeros(len(best)), np.eye(len(best))
     for _ in range(_STEPS):
-        scores = np.tensordot(tried, features, 1)
-        normaliser, joint = logsumexp(scores), scores + text
-        total = logsumexp(joint)
-        likelihood = float(np.mean(total - normaliser))
+        likelihood, steeper, wider = _slopes(parts, tried)
         if likelihood > highest:
             gain, best, highest = likelihood - highest, tried, likelihood
             if gain < _SETTLED:
                 break
             damping = max(damping / 3.0, 1e-3)
-            weights = np.exp(scores - normaliser)
-            mean = np.einsum("fet,et->ft", features, weights)
-            gradient = np.einsum("fet,et->f", features, np.exp(joint - total) - weights)
-            spread = np.einsum("fet,get,et->fg", features, features, weights, optimize=True) - mean @ mean.T
+            gradient, spread = steeper, wider
         else:
             damping *= 4.0
         ridge = damping * np.diag(np.maximum(np.diag(spread), 1e-9))
         tried = best + np.linalg.solve(spread + ridge, gradient)
     return best
+
+
+def _slopes(parts: Parts, coefficients: Array) -> tuple[float, Array, Array]:
+    """Return the likelihood in nats per token, and its gradient and the spread of the features, summed over tokens."""
+    size = len(coefficients)
+    likelihood, tokens, gradient, spread = 0.0, 0, np.zeros(size), np.zeros((size, size))
+    for features, text in parts():
+        scores = np.tensordot(coefficients, features, 1)
+        normaliser, joint = logsumexp(scores), scores + text
+        total = logsumexp(joint)
+        weights = np.exp(scores - normaliser)
+        mean = np.einsum("fet,et->ft", features, weights)
+        likelihood += float(np.sum(total - normaliser))
+        tokens += text.shape[1]
+        gradient += np.einsum("fet,et->f", features, np.exp(joint - total) - weights)
+        spread += np.einsum("fet,get,et->fg", features, features, weights, optimize=True) - mean @ mean.T
+    return likelihood / tokens, gradient, spread
 
 
 def _gated(features: Array, text: Array, coefficients: Array, log_prior: Array, share: float) -> Array:

@@ -106,3 +106,22 @@ def test_of_conversations_only_answers_count() -> None:
     score = gated_mixture_log_probs(log_probs, starts, gate, log_prior=PRIOR)[counted].mean()
     everything = gated_mixture_log_probs(log_probs, starts, fitted_gate(log_probs, starts, PRIOR), log_prior=PRIOR)
     assert score >= everything[counted].mean() - 1e-6
+
+
+def test_a_fit_that_keeps_no_features_and_takes_blocks_in_parts_gives_the_same_gate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log_probs, starts = text(20, 6)
+    log_probs[:, 70] = -np.inf
+    counted = np.arange(log_probs.shape[1]) % 5 > 0
+    counted[:200] = False  # complete parts without a token that counts
+    at_once = fitted_gate(log_probs, starts, PRIOR, counted)
+    sizes = []
+    features = gate_module._of_blocks
+    monkeypatch.setattr(gate_module, "_of_blocks", lambda *given: sizes.append(given[0].size) or features(*given))
+    monkeypatch.setattr(gate_module, "_FITTED_AT_ONCE", 3 * 6 * 32 * 2)  # two blocks
+    monkeypatch.setattr(gate_module, "_KEPT", 0)
+    in_parts = fitted_gate(log_probs, starts, PRIOR, counted)
+    np.testing.assert_allclose(in_parts.coefficients, at_once.coefficients, atol=1e-6)
+    assert in_parts.share == at_once.share
+    assert max(sizes) == 3 * 32 * 2
