@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -19,29 +19,29 @@ _SHARES = (0.0, 0.01, 0.03, 0.1)
 _LEAST = -100.0  # nats: an expert that excludes a token can recover
 _STEPS, _SETTLED = 60, 1e-7  # of the ascent, and nats per token that the last one gains
 _AT_ONCE = 2**19  # elements of the features that a mixture processes at once
-# The same of a fit, which computes all features in every step, unless there are few enough to keep (128 MB).
-_FITTED_AT_ONCE, _KEPT = 2**22, 2**24
-
-Parts = Callable[[], Iterable[tuple[Array, Array]]]  # features [1 + sums, experts, tokens] and text [experts, tokens]
+_FITTED = 2**18  # log-probabilities that are enough for six numbers
 
 
 def fitted_gate(log_probs: Array, block_starts: Array, log_prior: Array, counted: Array | None = None) -> Gate:
     """Return the gate with the highest likelihood of dev text.
 
-    The features of long text exist for some of its blocks at a time, not for all.
+    Long text is fitted by some of its blocks, at equal distances, so that the time of a fit has a limit.
 
     Args: `log_probs` [experts, tokens] and `log_prior` [experts] in nats, `block_starts` [blocks], and `counted`, the
     tokens whose likelihood it is, bool [tokens] (default: all).
     """
     text, prior = checked(log_probs), normalised_prior(log_prior, len(log_probs))
-    seen = np.isfinite(text.max(axis=0)) & (True if counted is None else counted)
+    blocks = np.array(blocks_of(block_starts, text.shape[1]))[:: -(-text.size // _FITTED)]
+    columns = np.concatenate([np.arange(*block) for block in blocks])
+    lengths = blocks[:, 1] - blocks[:, 0]
+    starts, text = np.cumsum(lengths) - lengths, text[:, columns]
+    seen = np.isfinite(text.max(axis=0)) & (True if counted is None else counted[columns])
     if not seen.any():
         return Gate(coefficients=_START, share=0.0)
-    parts = _parts(text, block_starts, prior, seen)
-    coefficients = _ascended(parts)
-    likelihoods = np.zeros(len(_SHARES))
-    for features, piece in parts():
-        likelihoods += [_gated(features, piece, coefficients, prior, share).sum() for share in _SHARES]
+    parts = [features for _, features in _features(text, starts, prior, _AT_ONCE)]
+    features, text = np.concatenate(parts, axis=2)[:, :, seen], text[:, seen]
+    coefficients = _ascended(features, text)
+    likelihoods = [_gated(features, text, coefficients, prior, share).mean() for share in _SHARES]
     return Gate(coefficients=tuple(coefficients.tolist()), share=_SHARES[int(np.argmax(likelihoods))])
 
 
@@ -59,21 +59,6 @@ def gated_mixture_log_probs(log_probs: Array, block_starts: Array, gate: Gate, *
         for columns, features in _features(text, block_starts, prior, _AT_ONCE)
     ]
     return np.minimum(np.concatenate(parts), 0.0)
-
-
-def _parts(text: Array, starts: Array, log_prior: Array, seen: Array) -> Parts:
-    """Return what yields the features and log-probabilities of the tokens that are `seen`, bool [tokens]."""
-
-    def computed() -> Iterator[tuple[Array, Array]]:
-        for columns, features in _features(text, starts, log_prior, _FITTED_AT_ONCE):
-            used = seen[columns]
-            if used.any():
-                yield features[:, :, used], text[:, columns][:, used]
-
-    if text.size * (1 + len(FORGETTINGS)) > _KEPT:
-        return computed
-    kept = list(computed())
-    return lambda: kept
 
 
 def _features(text: Array, starts: Array, log_prior: Array, at_once: int) -> Iterator[tuple[slice, Array]]:
@@ -107,13 +92,13 @@ def _of_blocks(text: Array, blocks: Array, log_prior: Array) -> Array:
     return features
 
 
-def _ascended(parts: Parts) -> Array:
+def _ascended(features: Array, text: Array) -> Array:
     """Return the coefficients of the highest likelihood, by steps along the gradient scaled by the weights' spread."""
     best, highest = np.array(_START), -np.inf
     tried, damping = best, 1.0
     gradient, spread = np.zeros(len(best)), np.eye(len(best))
     for _ in range(_STEPS):
-        likelihood, steeper, wider = _slopes(parts, tried)
+        likelihood, steeper, wider = _slopes(features, text, tried)
         if likelihood > highest:
             gain, best, highest = likelihood - highest, tried, likelihood
             if gain < _SETTLED:
@@ -127,21 +112,16 @@ def _ascended(parts: Parts) -> Array:
     return best
 
 
-def _slopes(parts: Parts, coefficients: Array) -> tuple[float, Array, Array]:
+def _slopes(features: Array, text: Array, coefficients: Array) -> tuple[float, Array, Array]:
     """Return the likelihood in nats per token, and its gradient and the spread of the features, summed over tokens."""
-    size = len(coefficients)
-    likelihood, tokens, gradient, spread = 0.0, 0, np.zeros(size), np.zeros((size, size))
-    for features, text in parts():
-        scores = np.tensordot(coefficients, features, 1)
-        normaliser, joint = logsumexp(scores), scores + text
-        total = logsumexp(joint)
-        weights = np.exp(scores - normaliser)
-        mean = np.einsum("fet,et->ft", features, weights)
-        likelihood += float(np.sum(total - normaliser))
-        tokens += text.shape[1]
-        gradient += np.einsum("fet,et->f", features, np.exp(joint - total) - weights)
-        spread += np.einsum("fet,get,et->fg", features, features, weights, optimize=True) - mean @ mean.T
-    return likelihood / tokens, gradient, spread
+    scores = np.tensordot(coefficients, features, 1)
+    normaliser, joint = logsumexp(scores), scores + text
+    total = logsumexp(joint)
+    weights = np.exp(scores - normaliser)
+    mean = np.einsum("fet,et->ft", features, weights)
+    gradient = np.einsum("fet,et->f", features, np.exp(joint - total) - weights)
+    spread = np.einsum("fet,get,et->fg", features, features, weights, optimize=True) - mean @ mean.T
+    return float(np.mean(total - normaliser)), gradient, spread
 
 
 def _gated(features: Array, text: Array, coefficients: Array, log_prior: Array, share: float) -> Array:

@@ -108,20 +108,19 @@ def test_of_conversations_only_answers_count() -> None:
     assert score >= everything[counted].mean() - 1e-6
 
 
-def test_a_fit_that_keeps_no_features_and_takes_blocks_in_parts_gives_the_same_gate(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_long_text_is_fitted_by_some_of_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     log_probs, starts = text(20, 6)
-    log_probs[:, 70] = -np.inf
     counted = np.arange(log_probs.shape[1]) % 5 > 0
-    counted[:200] = False  # complete parts without a token that counts
-    at_once = fitted_gate(log_probs, starts, PRIOR, counted)
-    sizes = []
-    features = gate_module._of_blocks
-    monkeypatch.setattr(gate_module, "_of_blocks", lambda *given: sizes.append(given[0].size) or features(*given))
-    monkeypatch.setattr(gate_module, "_FITTED_AT_ONCE", 3 * 6 * 32 * 2)  # two blocks
-    monkeypatch.setattr(gate_module, "_KEPT", 0)
-    in_parts = fitted_gate(log_probs, starts, PRIOR, counted)
-    np.testing.assert_allclose(in_parts.coefficients, at_once.coefficients, atol=1e-6)
-    assert in_parts.share == at_once.share
-    assert max(sizes) == 3 * 32 * 2
+    some = [block for block in range(20) if block % 3 == 0]
+    columns = np.concatenate([np.arange(32 * block, 32 * block + 32) for block in some])
+    expected = fitted_gate(log_probs[:, columns], np.arange(len(some)) * 32, PRIOR, counted[columns])
+    monkeypatch.setattr(gate_module, "_FITTED", log_probs.size // 3)
+    assert fitted_gate(log_probs, starts, PRIOR, counted) == expected
+
+
+def test_any_number_of_blocks_at_once_gives_the_same_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    log_probs, starts = text(20, 7)
+    log_probs[:, 70] = -np.inf
+    at_once = fitted_gate(log_probs, starts, PRIOR)
+    monkeypatch.setattr(gate_module, "_AT_ONCE", 3 * 6 * 32 * 2)  # two blocks
+    assert fitted_gate(log_probs, starts, PRIOR) == at_once
