@@ -64,6 +64,7 @@ def test_plan(console):
         "accumulation": 1,
         "memory_bytes": memory,
         "step_seconds": {"total": 1.0},
+        "longest_sequence": 10240,
         "checkpoint_seconds": 1.0,
         "steps": 1,
         "tokens_per_second": 1.0,
