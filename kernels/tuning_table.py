@@ -66,9 +66,9 @@ class ScoreRule(NamedTuple):
 
 # For each architecture from the most general row with the smallest blocks to the most particular with the largest.
 SCORE_RULES = [
-    ScoreRule("sm_80", 32, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 8, 2)),
+    ScoreRule("sm_80", 32, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 4, 2)),
     ScoreRule("sm_80", 16, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 4, 2)),
-    ScoreRule("sm_80", 16, 0, 0, True, ScoreConfig(32, 128, 64, 2048, 16, 4, 3, 2)),
+    ScoreRule("sm_80", 16, 0, 0, True, ScoreConfig(32, 128, 64, 2048, 16, 8, 3, 2)),
     ScoreRule("sm_80", 16, 65, 0, True, ScoreConfig(128, 128, 32, 8192, 16, 8, 4)),
     ScoreRule("sm_89", 32, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 8, 2)),
     ScoreRule("sm_89", 16, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 4, 2)),
@@ -78,7 +78,7 @@ SCORE_RULES = [
     ScoreRule("sm_90", 16, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 4, 2)),
     ScoreRule("sm_90", 16, 0, 0, True, ScoreConfig(64, 128, 64, 2048, 16, 4, 3, 2)),
     ScoreRule("sm_90", 16, 65, 0, True, ScoreConfig(128, 128, 64, 8192, 16, 4, 3, 2)),
-    ScoreRule("sm_100", 32, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 8, 2)),
+    ScoreRule("sm_100", 32, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 4, 2)),
     ScoreRule("sm_100", 16, 0, 0, False, ScoreConfig(32, 32, 32, 4096, 16, 4, 2)),
     ScoreRule("sm_100", 16, 0, 0, True, ScoreConfig(64, 128, 64, 2048, 16, 8, 3)),
     ScoreRule("sm_100", 16, 65, 0, True, ScoreConfig(128, 128, 64, 8192, 16, 8, 3)),

@@ -153,7 +153,7 @@ def test_a_killed_run_resumes_in_another_layout_with_the_losses_of_the_first(
 def test_a_killed_run_whose_ranks_share_sequences_ends_with_the_bits_of_one_that_ran_through(
     real_text: Path, warm: Warm, tmp_path: Path
 ) -> None:
-    sharing = values(real_text, data={"dev": 0.1, "test": 0.1, "workers": 1, "separate_documents": True})
+    sharing = values(real_text)
     sharing["layout"] |= {"context": 2, "zero": 2}
     (tmp_path / "uninterrupted").mkdir()
     (tmp_path / "killed").mkdir()
