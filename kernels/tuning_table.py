@@ -101,7 +101,7 @@ MIX_RULES = {
     "sm_80": MixConfig(2048, 4096, 4),
     "sm_89": MixConfig(2048, 4096, 4),
     "sm_90": MixConfig(2048, 4096, 4),
-    "sm_100": MixConfig(2048, 4096, 4),
+    "sm_100": MixConfig(2048, 4096, 8),
     "gfx90a": MixConfig(2048, 4096, 4),
     "gfx942": MixConfig(2048, 4096, 4),
     "interpreter": MixConfig(4096, 8192, 4),
