@@ -68,7 +68,7 @@ class ScoreRule(NamedTuple):
 SCORE_RULES = [
     ScoreRule("sm_80", 32, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 4, 2)),
     ScoreRule("sm_80", 16, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 4, 2)),
-    ScoreRule("sm_80", 16, 0, 0, True, ScoreConfig(32, 128, 64, 2048, 16, 8, 3, 2)),
+    ScoreRule("sm_80", 16, 0, 0, True, ScoreConfig(32, 128, 32, 2048, 16, 4, 3, 2)),
     ScoreRule("sm_80", 16, 65, 0, True, ScoreConfig(128, 128, 32, 8192, 16, 8, 4)),
     ScoreRule("sm_89", 32, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 8, 2)),
     ScoreRule("sm_89", 16, 0, 0, False, ScoreConfig(32, 64, 32, 4096, 16, 4, 2)),
