@@ -8,7 +8,6 @@ from pydantic import Field
 
 from btm_scale.config.changes import SCORED_AGAIN, Changes, MayChange
 from btm_scale.config.section import Section
-from btm_scale.util.records import Part
 
 # The models are scored on other text.
 _Text = Changes(effect=SCORED_AGAIN)
@@ -35,15 +34,6 @@ class Tempering(Section):
     power: float = Field(gt=0, description="exponent of each token's likelihood")
     forgetting: float = Field(default=1.0, gt=0, le=1, description="exponent of the weights before each token")
     share: float = Field(default=0.0, ge=0, lt=1, description="weight of the prior, mixed in after each token")
-
-
-class Gate(Part):
-    """The gated ensemble's numbers, which are always fitted: see `forest/posterior/gate.py`."""
-
-    coefficients: tuple[float, float, float, float, float, float] = Field(
-        description="factors of the log prior, and of the log-probabilities so far with five rates of decay"
-    )
-    share: float = Field(ge=0, lt=1, description="weight of the prior, mixed in before each token")
 
 
 class EvaluateConfig(Section):

@@ -24,7 +24,7 @@ class RopeConfig(Section):
     )
 
     def applied(self, shape: ModelShape) -> ModelShape:
-        """Return the shape with this scaling instead of its own, and at least `factor` times the original positions.
+        """Return the shape with this scaling, which replaces any other, and `factor` times the original positions or more.
 
         Raises ValueError if the family has no rotary positions.
         """

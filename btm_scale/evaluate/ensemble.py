@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from btm_scale.config.evaluation import EvaluateConfig, Gate, Tempering
+from btm_scale.config.evaluation import EvaluateConfig, Tempering
 from btm_scale.config.run import RunConfig
 from btm_scale.data.clustering import TENSORS, Clustering
 from btm_scale.data.discover import cluster_name
@@ -16,7 +16,7 @@ from btm_scale.data.eval_text import EvaluationText
 from btm_scale.data.tokenizer import Tokenizer
 from btm_scale.forest.methods import ENSEMBLE, GATED, METHODS, ROUTED, ROUTED_TOP_K, TOP_K, TOP_K_PER_TOKEN, Ensemble
 from btm_scale.forest.posterior.evidence import Mode
-from btm_scale.forest.posterior.gate import fitted_gate, gated_mixture_log_probs
+from btm_scale.forest.posterior.gate import Gate, fitted_gate, gated_mixture_log_probs
 from btm_scale.forest.posterior.mixture import mixture_log_probs
 from btm_scale.forest.posterior.prior import updating_mixture_log_probs
 from btm_scale.forest.posterior.routing import routed_mixture_log_probs

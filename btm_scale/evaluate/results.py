@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from btm_scale.config.evaluation import Gate, Tempering
+from btm_scale.config.evaluation import Tempering
 from btm_scale.errors import ForestError
+from btm_scale.forest.posterior.gate import Gate
 from btm_scale.run_dir import RunDir
 from btm_scale.util.records import Part, Record, is_empty
 

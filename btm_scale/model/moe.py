@@ -150,7 +150,7 @@ def take_routing(
     routers = routers_of(model)
     if not routers:
         return None
-    # [domains, layers, experts + 2]; a row of its own for text without a domain
+    # [domains, layers, experts + 2]; the last row is of text without a domain
     counts = torch.zeros(len(known) + 1, len(routers), routers[0].experts + 2, dtype=torch.float64, device=device)
     place = torch.tensor([known.index(domain) for domain in domains], device=device)
     for layer, router in enumerate(routers):

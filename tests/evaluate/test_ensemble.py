@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from btm_scale.config.evaluation import EvaluateConfig, Gate, Tempering
+from btm_scale.config.evaluation import EvaluateConfig, Tempering
 from btm_scale.evaluate.ensemble import Fitted, FittedWeights, ensemble_methods, fitted_to
-from btm_scale.forest.posterior.gate import fitted_gate, gated_mixture_log_probs
+from btm_scale.forest.posterior.gate import Gate, fitted_gate, gated_mixture_log_probs
 from btm_scale.forest.posterior.mixture import mixture_log_probs
 from btm_scale.forest.posterior.prior import cached_prior, static_prior, updating_mixture_log_probs
 from btm_scale.forest.posterior.tempering import fitted_tempering

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from pydantic import Field
 
-from btm_scale.config.evaluation import Gate
 from btm_scale.forest.posterior.log_weights import checked, log_of, logsumexp, normalised_prior
 from btm_scale.forest.posterior.mixture import blocks_of
+from btm_scale.util.records import Finite, Part
 
 Array = np.ndarray
 
@@ -20,6 +21,13 @@ _LEAST = -100.0  # nats: an expert that excludes a token can recover
 _STEPS, _SETTLED = 60, 1e-7  # of the ascent, and nats per token that the last one gains
 _AT_ONCE = 2**19  # elements of the features that a mixture processes at once
 _FITTED = 2**18  # log-probabilities that are enough for six numbers
+
+
+class Gate(Part):
+    """What is fitted to dev text: see `gated_mixture_log_probs`."""
+
+    coefficients: tuple[Finite, Finite, Finite, Finite, Finite, Finite]  # of the log prior and of each decaying sum
+    share: float = Field(ge=0, lt=1)  # weight of the prior, mixed in before each token
 
 
 def fitted_gate(log_probs: Array, block_starts: Array, log_prior: Array, counted: Array | None = None) -> Gate:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from btm_scale.config.evaluation import Gate, Tempering
+from btm_scale.config.evaluation import Tempering
 from btm_scale.forest.posterior import gate as gate_module
-from btm_scale.forest.posterior.gate import FORGETTINGS, fitted_gate, gated_mixture_log_probs
+from btm_scale.forest.posterior.gate import FORGETTINGS, Gate, fitted_gate, gated_mixture_log_probs
 from btm_scale.forest.posterior.mixture import mixture_log_probs
 from btm_scale.forest.posterior.prior import static_prior
 
