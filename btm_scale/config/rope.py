@@ -24,7 +24,9 @@ class RopeConfig(Section):
     )
 
     def applied(self, shape: ModelShape) -> ModelShape:
-        """Return the shape with this scaling, which replaces any other, and `factor` times the original positions or more.
+        """Return the shape with this scaling in place of any other.
+
+        It has `factor` times the original positions or more.
 
         Raises ValueError if the family has no rotary positions.
         """

@@ -10,9 +10,8 @@ from pydantic import Field, model_validator
 
 from btm_scale.errors import ForestError
 from btm_scale.evaluate.results import MAX_LOSS
-from btm_scale.util.records import Part, Record, is_empty
+from btm_scale.util.records import Finite, Part, Record, is_empty
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 Loss = Annotated[float, Field(ge=0, le=MAX_LOSS)]  # nats per token
 # With room for rounding.
 Perplexity = Annotated[float, Field(ge=0.999, le=1.001 * math.exp(MAX_LOSS))]

@@ -15,7 +15,7 @@ from btm_scale.util.records import Part, Record, is_empty
 MAX_LOSS = 700.0  # nats per token; a model with a larger loss has diverged, and exp(loss) overflows
 Measure = Literal["perplexity", "bits_per_byte"]
 Natural = Annotated[int, Field(ge=0, lt=1 << 62)]
-Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -31,7 +31,7 @@ class MethodResult(Part):
     """The measures of one method by domain; domains on which it was not evaluated are absent."""
 
     perplexity: dict[str, Positive]
-    bits_per_byte: dict[str, Finite]
+    bits_per_byte: dict[str, NonNegative]
 
     def of(self, measure: Measure) -> dict[str, float]:
         """Return a measure by domain."""
@@ -57,7 +57,7 @@ class Compute(Part):
     """The training compute of a method's models and their ancestors, each counted once."""
 
     tokens: Natural
-    flops: Finite
+    flops: NonNegative
 
 
 class Parameters(Part):
@@ -82,16 +82,16 @@ class Results(Record):
     compute: dict[str, Compute] = {}  # by method
     parameters: dict[str, Parameters] = Field(default={}, exclude_if=is_empty)  # of the method moe
     # By domain and expert of the mixture: its fraction of the uses, by layer.
-    routing: dict[str, dict[str, tuple[Finite, ...]]] = Field(default={}, exclude_if=is_empty)
+    routing: dict[str, dict[str, tuple[NonNegative, ...]]] = Field(default={}, exclude_if=is_empty)
     # By domain: the mean entropy of the mixture's routers in nats, by layer.
-    routing_entropy: dict[str, tuple[Finite, ...]] = Field(default={}, exclude_if=is_empty)
-    priors: dict[str, dict[str, Finite]] = {}  # by domain: each expert's weight, which sum to 1
+    routing_entropy: dict[str, tuple[NonNegative, ...]] = Field(default={}, exclude_if=is_empty)
+    priors: dict[str, dict[str, NonNegative]] = {}  # by domain: each expert's weight, which sum to 1
     tempering: dict[str, Tempering] = {}  # by domain
     # The same of the method ensemble:static; empty in files of earlier versions.
-    static_priors: dict[str, dict[str, Finite]] = Field(default={}, exclude_if=is_empty)
+    static_priors: dict[str, dict[str, NonNegative]] = Field(default={}, exclude_if=is_empty)
     static_tempering: dict[str, Tempering] = Field(default={}, exclude_if=is_empty)
     gates: dict[str, Gate] = Field(default={}, exclude_if=is_empty)  # by domain: of the method ensemble:gated
-    lineage: dict[str, dict[str, Finite]] = {}  # by expert: the weight of each parent
+    lineage: dict[str, dict[str, NonNegative]] = {}  # by expert: the weight of each parent
     devices: dict[str, RanOn] = Field(default={}, exclude_if=is_empty)  # by model
     notes: tuple[str, ...] = ()
 

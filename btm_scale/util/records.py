@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from btm_scale.errors import UserError
 from btm_scale.util.bounded_json import parse_json, read_bounded, shown
@@ -33,6 +33,7 @@ def _name_inside(name: str) -> str:
 
 # A name from which a path in the run's folder is made: a record may be from another user.
 InsideName = Annotated[str, AfterValidator(_name_inside)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 def is_empty(value: Any) -> bool:
