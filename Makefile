@@ -7,7 +7,11 @@ BIN := $(VENV)/bin
 # The oldest that pyproject.toml allows: tests compile the kernels under it, beside the pinned one.
 OLDER_TRITON := 3.6.0
 
-.PHONY: install older-triton demo test test-full lint clean
+# Packages with published chat templates, which tests read, and what mistral-common's generator of them imports.
+CHAT_TEMPLATES := trl mistral-common jsonschema jsonschema-specifications pillow pycountry pydantic-extra-types \
+  referencing rpds-py
+
+.PHONY: install older-triton chat-templates demo test test-full lint clean
 
 install: $(VENV)/installed
 
@@ -27,6 +31,15 @@ $(VENV)/triton-$(OLDER_TRITON): | $(VENV)/installed
 	$(BIN)/pip install --quiet --no-deps --target $@.part triton==$(OLDER_TRITON)
 	mv $@.part $@
 
+chat-templates: $(VENV)/chat-templates
+
+# Without their dependencies, of which some differ from the pinned ones.
+$(VENV)/chat-templates: constraints.txt | $(VENV)/installed
+	rm -rf $@ $@.part
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt --target $@.part $(CHAT_TEMPLATES)
+	mv $@.part $@
+	touch $@
+
 demo: install
 	$(BIN)/btm-scale demo
 
@@ -34,11 +47,11 @@ demo: install
 TESTS ?= tests/system $(filter-out tests/system/ tests/helpers/ tests/gpu/,$(wildcard tests/*/))
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test: install older-triton
+test: install older-triton chat-templates
 	$(PYTEST) -m 'not full' $(TESTS)
 
 # What `make test` leaves out, and its property-based tests again with many more examples.
-test-full: install older-triton
+test-full: install older-triton chat-templates
 	$(PYTEST) -m 'full or hypothesis' --hypothesis-profile full $(TESTS)
 
 lint: install

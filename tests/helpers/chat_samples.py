@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,14 @@ _ADDED = (
 )
 
 
-def write_tokenizer(directory: Path, template: str | None = CHATML, eos: str = "</s>") -> Path:
+def write_tokenizer(
+    directory: Path,
+    template: str | None = CHATML,
+    eos: str = "</s>",
+    *,
+    bos: str = "<s>",
+    added: Sequence[str] = _ADDED,
+) -> Path:
     """Write a tokenizer of bytes, a few merges and special tokens."""
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -71,8 +78,8 @@ def write_tokenizer(directory: Path, template: str | None = CHATML, eos: str = "
     tokens = [*letters, *(merge.replace(" ", "") for merge in merges)]
     decoder = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "tokenizer.json").write_text(json.dumps(bpe(tokens, merges, _ADDED, decoder=decoder)))
-    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **SPECIAL, "eos_token": eos}
+    (directory / "tokenizer.json").write_text(json.dumps(bpe(tokens, merges, added, decoder=decoder)))
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos}
     settings |= {"chat_template": template} if template is not None else {}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     return directory

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from btm_scale.data.chat.render import Messages, rendered
 from btm_scale.data.chat.rows import ASSISTANT
-from btm_scale.model.hf_load import render_chat
 
 _FIRST_LINE = re.compile(r"\s*\S.*")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -23,8 +23,6 @@ _UNDECIDED = (
     "the chat template changes answers, so which tokens to train on cannot be determined. Use a template that marks "
     "answers with {% generation %}"
 )
-
-Messages = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -47,24 +45,24 @@ def find_answers(
     Raises ValueError if they cannot be determined, and whatever the template raises.
     """
     if _GENERATION.search(template):
-        text, marked = render_chat(template, messages, special, tools=tools, return_assistant_tokens_mask=True)
-        answers = tuple((begin, end) for begin, end in marked if begin < end)
-        if not answers:
-            raise ValueError("the chat template marks no answer in this conversation")
-        return Rendering(text, answers)
+        return _marked(messages, *rendered(template, messages, special, tools=tools, return_assistant_tokens_mask=True))
 
-    def render(some: Messages, *, prompt: bool = False) -> str:
-        return render_chat(template, some, special, tools=tools, add_generation_prompt=prompt)[0]
+    def render(some: Messages) -> str:
+        return rendered(template, some, special, tools=tools)[0]
 
     return _compared(messages, render, answer_frame(template, tuple(special.items())))
 
 
 @dataclass(frozen=True)
 class AnswerFrame:
-    """What a template writes around an answer: what follows the prompt for it, and the end of the turn."""
+    """What a template writes around an answer: what follows the prompt for it, and the end of the turn.
+
+    Some templates end only the last answer with `after`, and those before it as they end a question: `inner`.
+    """
 
     before: str
     after: str
+    inner: str = ""
 
 
 @functools.lru_cache(maxsize=4)
@@ -72,15 +70,36 @@ def answer_frame(template: str, special: tuple[tuple[str, str], ...]) -> AnswerF
     """Return what a template writes around answers. Raises ValueError if it writes none, and what it raises."""
     placeholder = _placeholders("", 1)[0]
     question = [{"role": "user", "content": "question"}]
-    prompt, _ = render_chat(template, question, dict(special), add_generation_prompt=True)
-    complete, _ = render_chat(template, [*question, {"role": ASSISTANT, "content": placeholder}], dict(special))
+    prompt, _ = rendered(template, question, dict(special), add_generation_prompt=True)
+    complete, _ = rendered(template, [*question, {"role": ASSISTANT, "content": placeholder}], dict(special))
     head, found, tail = complete.partition(placeholder)
     if not found:
         raise ValueError(_UNDECIDED)
     between = head[len(prompt) :] if head.startswith(prompt) else ""
+    asked, _ = rendered(template, question, dict(special))
+    return AnswerFrame(between, _end_of_turn(tail), _end_of_turn(asked.rpartition("question")[2]))
+
+
+def _end_of_turn(tail: str) -> str:
     # What follows in another line ends the conversation, and not every turn.
     end = _FIRST_LINE.match(tail)
-    return AnswerFrame(between, end.group().rstrip() if end else "")
+    return end.group().rstrip() if end else ""
+
+
+def _marked(messages: Messages, text: str, blocks: Sequence[tuple[int, int]]) -> Rendering:
+    """Return the answers that a template marks; blocks with nothing between them are one answer."""
+    answers: list[tuple[int, int]] = []
+    for begin, end in blocks:
+        if answers and answers[-1][1] == begin:
+            begin = answers.pop()[0]
+        if begin < end:
+            answers.append((begin, end))
+    if not answers:
+        raise ValueError("the chat template marks no answer in this conversation")
+    plain = [message["content"].strip() for message in messages if _is_plain(message)]
+    if plain and not any(content in text[begin:end] for content in plain for begin, end in answers):
+        raise ValueError("the chat template marks answers without their text. Use another template")
+    return Rendering(text, tuple(answers))
 
 
 def _compared(messages: Messages, render: Any, frame: AnswerFrame) -> Rendering:
@@ -163,4 +182,5 @@ def _with_ends(begin: int, end: int, head: str, tail: str, frame: AnswerFrame) -
     """Return the range of an answer with what the model generates around it: `head` is before it, `tail` after it."""
     if frame.before and head.endswith(frame.before):
         begin -= len(frame.before)
-    return begin, end + (len(frame.after) if tail.startswith(frame.after) else 0)
+    written = next((text for text in (frame.after, frame.inner) if tail.startswith(text)), "")
+    return begin, end + len(written)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from btm_scale.data.chat.answers import Rendering, answer_frame, find_answers
+from btm_scale.data.chat.render import rendered
 from btm_scale.model.hf_load import render_chat
 from btm_scale.util.secrets import is_secret_name
 
@@ -165,7 +166,7 @@ def _result(wanted: str, template: str, chat: dict[str, Any], special: dict[str,
     try:
         if wanted == "prompt":
             options = {"tools": chat.get("tools"), "add_generation_prompt": True}
-            text, _ = render_chat(template, chat["messages"], special, **options)
+            text, _ = rendered(template, chat["messages"], special, **options)
             return {"text": text[: LONGEST + 1]}
         if wanted == "end":
             return {"text": answer_frame(template, tuple(special.items())).after}
