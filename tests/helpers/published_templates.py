@@ -50,27 +50,32 @@ _INST = ("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")
 _GEMMA = ("<start_of_turn>", "<end_of_turn>")
 _THOUGHT = ("<think>", "</think>")
 _NO_THOUGHT = "<think>\n\n</think>\n\n"
+_BAR = "\uff5c"  # a wide |
 _DEEPSEEK = Family(
-    "<｜end▁of▁sentence｜>",
-    ("<｜User｜>", "<｜Assistant｜>", *_THOUGHT),
-    "<｜begin▁of▁sentence｜>",
-    "<｜end▁of▁sentence｜>",
-    marked_before="<｜Assistant｜>",
+    f"<{_BAR}end▁of▁sentence{_BAR}>",
+    (f"<{_BAR}User{_BAR}>", f"<{_BAR}Assistant{_BAR}>", *_THOUGHT),
+    f"<{_BAR}begin▁of▁sentence{_BAR}>",
+    f"<{_BAR}end▁of▁sentence{_BAR}>",
+    marked_before=f"<{_BAR}Assistant{_BAR}>",
 )
 _LLAMA3 = Family("<|eot_id|>", _LLAMA, "<|begin_of_text|>", "<|eot_id|>", strips=True)
 _MISTRAL_SPACED, _MISTRAL_BARE = Family("</s>", _INST, before=" "), Family("</s>", _INST)
 _GEMMA1 = Family("<end_of_turn>", _GEMMA, "<bos>", "<eos>", strips=True, has_system=False, marked_after="\n")
 _PHI = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 _QWEN = Family("<|im_end|>", _CHATML, eos="<|im_end|>", marked_after="\n")
-_COHERE = ("<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>")
+_COHERE = (
+    "<|START_OF_TURN_TOKEN|>",
+    "<|END_OF_TURN_TOKEN|>",
+    "<|USER_TOKEN|>",
+    "<|CHATBOT_TOKEN|>",
+    "<|SYSTEM_TOKEN|>",
+)
 _VISION = Family("<end_of_utterance>", ("<|im_start|>", "<end_of_utterance>"), before=" ", marked_after="\n")
 
 # By the name of the template: of trl's file, or of _MISTRAL.
 FAMILIES: dict[str, Family] = {
     "qwen2_5": Family("<|im_end|>", _CHATML, eos="<|im_end|>", marked_before="\n", marked_after="\n"),
-    "qwen3": Family(
-        "<|im_end|>", (*_CHATML, *_THOUGHT), eos="<|im_end|>", before_last=_NO_THOUGHT, marked_after="\n"
-    ),
+    "qwen3": Family("<|im_end|>", (*_CHATML, *_THOUGHT), eos="<|im_end|>", before_last=_NO_THOUGHT, marked_after="\n"),
     "qwen3_instruct_2507": _QWEN,
     "llama3": _LLAMA3,
     "llama3_1": _LLAMA3,

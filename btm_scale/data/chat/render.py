@@ -24,7 +24,7 @@ def rendered(
 
 @functools.lru_cache(maxsize=4)
 def reads_parts(template: str, special: tuple[tuple[str, str], ...]) -> bool:
-    """Return whether a template writes contents only if they are lists of parts. A text would be lost without an error."""
+    """Return whether a template writes contents only if they are lists of parts; it may drop a text without error."""
     return not _writes(template, _PROBE, special) and _writes(template, _parts(_PROBE), special)
 
 
