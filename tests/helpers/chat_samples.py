@@ -107,6 +107,14 @@ def turns(*contents: str, system: str = "") -> list[dict[str, Any]]:
     return messages + [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
+def weather_call(arguments: Any) -> list[dict[str, Any]]:
+    """Return messages with a call of a tool, its result and an answer."""
+    call = {"id": "call12345", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    asked = {"role": "assistant", "content": "", "tool_calls": [call]}
+    result = {"role": "tool", "content": "18 C", "tool_call_id": "call12345", "name": "weather"}
+    return [*turns("weather in Rom?"), asked, result, *turns("", "It is mild.")[1:]]
+
+
 def conversations(count: int, skip: int = 0) -> list[list[dict[str, Any]]]:
     """Return conversations of one to three exchanges, with real sentences."""
     texts = [text[:25] for text in prose_texts(skip + count + 6)[skip:]]

@@ -50,13 +50,13 @@ _INST = ("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")
 _GEMMA = ("<start_of_turn>", "<end_of_turn>")
 _THOUGHT = ("<think>", "</think>")
 _NO_THOUGHT = "<think>\n\n</think>\n\n"
-_BAR = "\uff5c"  # a wide |
+BAR = "\uff5c"  # a wide |
 _DEEPSEEK = Family(
-    f"<{_BAR}end▁of▁sentence{_BAR}>",
-    (f"<{_BAR}User{_BAR}>", f"<{_BAR}Assistant{_BAR}>", *_THOUGHT),
-    f"<{_BAR}begin▁of▁sentence{_BAR}>",
-    f"<{_BAR}end▁of▁sentence{_BAR}>",
-    marked_before=f"<{_BAR}Assistant{_BAR}>",
+    f"<{BAR}end▁of▁sentence{BAR}>",
+    (f"<{BAR}User{BAR}>", f"<{BAR}Assistant{BAR}>", *_THOUGHT),
+    f"<{BAR}begin▁of▁sentence{BAR}>",
+    f"<{BAR}end▁of▁sentence{BAR}>",
+    marked_before=f"<{BAR}Assistant{BAR}>",
 )
 _LLAMA3 = Family("<|eot_id|>", _LLAMA, "<|begin_of_text|>", "<|eot_id|>", strips=True)
 _MISTRAL_SPACED, _MISTRAL_BARE = Family("</s>", _INST, before=" "), Family("</s>", _INST)

@@ -45,12 +45,18 @@ def find_answers(
     Raises ValueError if they cannot be determined, and whatever the template raises.
     """
     if _GENERATION.search(template):
-        return _marked(messages, *rendered(template, messages, special, tools=tools, return_assistant_tokens_mask=True))
+        text, blocks = rendered(template, messages, special, tools=tools, return_assistant_tokens_mask=True)
+        found = _marked(messages, text, blocks)
+    else:
 
-    def render(some: Messages) -> str:
-        return rendered(template, some, special, tools=tools)[0]
+        def render(some: Messages) -> str:
+            return rendered(template, some, special, tools=tools)[0]
 
-    return _compared(messages, render, answer_frame(template, tuple(special.items())))
+        found = _compared(messages, render, answer_frame(template, tuple(special.items())))
+    answers = [found.text[begin:end] for begin, end in found.answers]
+    if not all(any(name in answer for answer in answers) for name in _called(messages)):
+        raise ValueError("the chat template leaves out calls of tools. Use a template that writes them")
+    return found
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,16 @@ def _is_plain(message: Mapping[str, Any]) -> bool:
     return message["role"] == ASSISTANT and is_text and not has_more
 
 
+def _called(messages: Messages) -> Iterator[str]:
+    """Yield the names of the tools that are called."""
+    for message in messages:
+        calls = message.get("tool_calls") if message["role"] == ASSISTANT else None
+        for call in calls if isinstance(calls, list) else []:
+            function = call.get("function", call) if isinstance(call, Mapping) else None
+            if isinstance(function, Mapping) and isinstance(name := function.get("name"), str):
+                yield name
+
+
 def _placeholders(text: str, count: int) -> list[str]:
     stem = "Answer7Q"
     while stem in text:
@@ -169,7 +185,12 @@ def _body(content: str, text: str, position: int, following: str) -> str:
 def _complete_turn(messages: Messages, number: int, render: Any, text: str, frame: AnswerFrame) -> tuple[int, int]:
     """Return the range of a turn with a thought or a call of a tool: what a placeholder replaces."""
     [placeholder] = _placeholders(text, 1)
-    marked = render([*messages[:number], {"role": ASSISTANT, "content": placeholder}, *messages[number + 1 :]])
+    try:
+        marked = render([*messages[:number], {"role": ASSISTANT, "content": placeholder}, *messages[number + 1 :]])
+    except MemoryError:
+        raise
+    except Exception:  # it may want a call before the result of a tool
+        raise ValueError(_UNDECIDED) from None
     head, tail = _parts(marked, [placeholder])
     head = head.removesuffix(frame.before)  # a placeholder gets an empty thought, and an answer with a thought does not
     begin, end = len(head), len(text) - len(tail)

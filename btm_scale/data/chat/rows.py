@@ -10,7 +10,7 @@ from btm_scale.util.bounded_json import parse_json, shown
 
 ASSISTANT = "assistant"
 TOOLS = "tools"  # a column beside the messages
-_KEPT = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
+_KEPT = ("role", "content", "reasoning_content", "reasoning", "thinking", "tool_calls", "tool_call_id", "name")
 _ROLES = ("system", "developer", "user", ASSISTANT, "tool")
 _ROLE_OF = {
     "human": "user",

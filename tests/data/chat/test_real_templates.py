@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-from helpers.chat_samples import CHATML, turns, write_tokenizer
-from helpers.published_templates import FAMILIES, Family, marked_names, marked_template, template
+from helpers.chat_samples import CHATML, turns, weather_call, write_tokenizer
+from helpers.cuts import full
+from helpers.published_templates import BAR, FAMILIES, Family, marked_names, marked_template, template
 
 from btm_scale.data.chat import encode
 from btm_scale.data.chat.answers import Rendering, find_answers
@@ -115,11 +116,12 @@ def test_a_template_that_has_no_system_role_refuses_the_conversation(tmp_path: P
 
 
 @pytest.mark.usefixtures("rendered_here")
-def test_qwen3_trains_on_the_last_thought_and_leaves_out_those_before_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
+def test_qwen3_trains_on_the_last_thought_and_leaves_out_those_before_it(field: str, tmp_path: Path) -> None:
     """As its template does: a model never sees its earlier thoughts."""
     tokenizer = tokenizer_of(FAMILIES["qwen3"], tmp_path)
     separate = turns("2+2?", "4", "2+3?", "5")
-    separate[1]["reasoning_content"], separate[3]["reasoning_content"] = "two and two", "two and three"
+    separate[1]["thinking"], separate[3][field] = "two and two", "two and three"
     inside = turns("2+2?", "<think>\ntwo and two\n</think>\n\n4", "2+3?", "<think>\ntwo and three\n</think>\n\n5")
     for result in encoded(template("qwen3"), tokenizer, ("<s>", "<|im_end|>"), [separate, inside]):
         answers = ["4<|im_end|>", "<think>\ntwo and three\n</think>\n\n5<|im_end|>"]
@@ -136,11 +138,65 @@ def test_deepseek_leaves_out_thoughts(name: str, tmp_path: Path) -> None:
     assert decoded_answers(tokenizer, result) == [f"\n\nyes{family.end}", f"no{family.end}"]
 
 
+CALLS = {
+    "qwen2_5": '<tool_call>\n{"name": "weather", "arguments": {"city": "Rom"}}\n</tool_call><|im_end|>',
+    "qwen3": '<tool_call>\n{"name": "weather", "arguments": {"city": "Rom"}}\n</tool_call><|im_end|>',
+    "llama3_1": '{"name": "weather", "parameters": {"city": "Rom"}}<|eot_id|>',
+    "mistral_v3": '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Rom"}, "id": "call12345"}]</s>',
+    "mistral_v13": '[TOOL_CALLS]weather[ARGS]{"city": "Rom"}</s>',
+    "deepseekv3": f"<{BAR}tool▁calls▁begin{BAR}><{BAR}tool▁call▁begin{BAR}>function<{BAR}tool▁sep{BAR}>weather\n"
+    f'```json\n{{"city": "Rom"}}\n```<{BAR}tool▁call▁end{BAR}><{BAR}tool▁calls▁end{BAR}>{FAMILIES["deepseekv3"].end}',
+}
+
+
+@pytest.mark.usefixtures("rendered_here")
+@pytest.mark.parametrize("arguments", [{"city": "Rom"}, '{"city": "Rom"}'], ids=["object", "text"])
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_of_tools_are_trained_on_in_the_form_of_the_template(name: str, arguments: Any, tmp_path: Path) -> None:
+    """Some templates write arguments that are text as JSON within JSON, and others fail unless they are text."""
+    family = FAMILIES[name]
+    tokenizer = tokenizer_of(family, tmp_path)
+    [result] = encoded(template(name), tokenizer, (family.bos, family.eos), [weather_call(arguments)])
+    assert decoded_answers(tokenizer, result) == [CALLS[name], *expected_answers(family, turns("", "It is mild."))]
+
+
+@pytest.mark.parametrize("name", ["llama3", "phi3", "smolvlm", "gptoss"])
+@pytest.mark.parametrize("is_marked", [False, True])
+def test_a_conversation_whose_calls_a_template_leaves_out_is_refused(name: str, is_marked: bool) -> None:
+    """Otherwise the end of the turn would be trained on alone. GPT-OSS writes them; its variant says where."""
+    text = marked_template(name) if is_marked else template(name)
+    assert text is not None
+    chat = weather_call({"city": "Rom"})
+    if (name, is_marked) == ("gptoss", True):
+        found = find_answers(text, chat, {})
+        assert [found.text[begin:end].partition("<|channel|>")[0] for begin, end in found.answers] == [
+            "<|start|>assistant to=functions.weather",
+            "<|start|>assistant",
+        ]
+        return
+    reason = "leaves out calls of tools. Use a template that writes them"
+    with pytest.raises(ValueError, match=reason if is_marked or name == "smolvlm" else "cannot be determined. Use"):
+        find_answers(text, chat, {"bos_token": "<s>", "eos_token": "</s>"})
+
+
 @functools.cache
 def transformers_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("name", ["nemotron_3_nano", "qwen3_5_nothink"])
+def test_thoughts_under_a_template_that_writes_empty_ones_elsewhere_are_refused(name: str) -> None:
+    """And not trained on in part. Its marked variant says where they are."""
+    chat = turns("2+3?", "<think>\ntwo and three\n</think>\n\n5")
+    with pytest.raises(ValueError, match=r"cannot be determined. Use a template that marks answers"):
+        find_answers(template(name), chat, {})
+    marked = marked_template(name)
+    assert marked is not None
+    found = find_answers(marked, chat, {})
+    [answer] = [found.text[begin:end] for begin, end in found.answers]
+    assert answer == "<think>\ntwo and three\n</think>\n\n5<|im_end|>\n"
 
 
 def transformers_mask(tokenizer: Path, text: str, chat: Any, *, parts: bool) -> tuple[list[int], list[int]]:
@@ -153,9 +209,11 @@ def transformers_mask(tokenizer: Path, text: str, chat: Any, *, parts: bool) -> 
 
 
 @pytest.mark.usefixtures("rendered_here")
-def test_masks_are_those_of_transformers_under_each_template_that_marks_answers(tmp_path: Path) -> None:
-    names = marked_names()
+@pytest.mark.parametrize("every", [pytest.param(False, id="families"), full(True, id="all")])
+def test_masks_are_those_of_transformers_under_each_template_that_marks_answers(every: bool, tmp_path: Path) -> None:
+    names = [name for name in marked_names() if every or name in FAMILIES]
     assert {"qwen2_5", "qwen3", "llama3", "gemma", "gemma3", "deepseekv3", "phi3", "gptoss"} <= set(names)
+    assert not every or "diffusion_gemma" in names
     for name in names:
         text = marked_template(name)
         assert text is not None
