@@ -55,7 +55,7 @@ def find_answers(
         found = _compared(messages, render, answer_frame(template, tuple(special.items())))
     answers = [found.text[begin:end] for begin, end in found.answers]
     if not all(any(name in answer for answer in answers) for name in _called(messages)):
-        raise ValueError("the chat template leaves out calls of tools. Use a template that writes them")
+        raise ValueError("it leaves out calls of tools. Use a template that writes them")
     return found
 
 
@@ -104,7 +104,7 @@ def _marked(messages: Messages, text: str, blocks: Sequence[tuple[int, int]]) ->
         raise ValueError("the chat template marks no answer in this conversation")
     plain = [message["content"].strip() for message in messages if _is_plain(message)]
     if plain and not any(content in text[begin:end] for content in plain for begin, end in answers):
-        raise ValueError("the chat template marks answers without their text. Use another template")
+        raise ValueError("it marks answers without their text. Use another template")
     return Rendering(text, tuple(answers))
 
 

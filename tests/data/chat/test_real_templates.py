@@ -278,6 +278,4 @@ def test_an_answer_in_two_marked_blocks_is_one_answer(tmp_path: Path) -> None:
 def test_marks_around_no_answers_text_are_refused(tmp_path: Path) -> None:
     text = CHATML.replace("'<|im_end|>\\n' }}", "'' }}{% generation %}{{ '<|im_end|>\\n' }}{% endgeneration %}")
     [result] = encoded(text, write_tokenizer(tmp_path), ("<s>", "</s>"), [CHATS[0]])
-    assert result.problem == (
-        "the chat template refuses it: the chat template marks answers without their text. Use another template"
-    )
+    assert result.problem == "the chat template refuses it: it marks answers without their text. Use another template"
