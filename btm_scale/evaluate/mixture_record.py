@@ -93,7 +93,7 @@ class ChosenMixture(Part):
 
 
 class ReplayedRun(Part):
-    """A run's expert, with what the laws predict for it when it is left out."""
+    """A run's expert, with what the laws predict for it when it is left out, or at the first and last share with it."""
 
     run: str
     share: Weight  # of other domains' text in the expert's

@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 _OFFSET = 0.02  # added to x by the D-CPT law, which is singular at 0
-_POINTS, _ZOOMS = 7, 6  # of the grid along each exponent, and its refinements
+_POINTS = 7  # of the grid along each exponent
+_STARTS, _STEPS = 8, 60  # of Levenberg-Marquardt, from the best points of the grid
+_SETTLED = 1e-8  # relative change of the squared errors in a step
+_DIFFERENCE = 1e-5  # of an exponent, for derivatives
 _SINGULAR = 1e-12  # of the largest eigenvalue: combinations of terms that the measurements do not determine
-_AT_ONCE = 20_000  # grid points x measurements that are solved together
 
 # From exponents [grid, exponents], x [n] and relative tokens [n] to terms [grid, n, terms].
 Terms = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -80,7 +82,7 @@ class ReplayFit:
     most_tokens: float
     varied: bool  # whether the measurements have different numbers of tokens
     others: tuple[ReplayFit, ...] = ()  # without each measurement in turn
-    left_out: tuple[float, ...] = ()  # each measurement as predicted without it
+    left_out: tuple[float, ...] = ()  # each measurement as predicted without it; of the first and last x, with it
     error: float = 0.0  # nats per token: root mean square of the leave-one-out errors
     r2: float = 0.0  # of the same
 
@@ -93,8 +95,13 @@ class ReplayFit:
 
 
 def fit_replay_laws(shares: np.ndarray, tokens: np.ndarray, losses: np.ndarray) -> dict[str, ReplayFit]:
-    """Fit every law that has fewer parameters than there are measurements: x [n], tokens [n] and losses [n] in nats."""
+    """Fit every law that has fewer parameters than there are measurements: x [n], tokens [n] and losses [n] in nats.
+
+    A measurement counts in the errors if others have a smaller and a larger x, or the same. The laws are used between
+    measurements, and without the first one nothing shows how steep the loss is there.
+    """
     varied = len(np.unique(tokens)) > 1
+    inside = np.array([_is_inside(shares, i) for i in range(len(shares))])
     fits = {}
     for law in LAWS:
         if law.size(varied) >= len(losses) or (law.needs_tokens and not varied):
@@ -104,12 +111,18 @@ def fit_replay_laws(shares: np.ndarray, tokens: np.ndarray, losses: np.ndarray) 
         for i in range(len(losses)):
             kept = np.arange(len(losses)) != i
             others.append(_fitted(law, shares[kept], tokens[kept], losses[kept], varied))
-        left_out = np.array([one.loss(shares[[i]], tokens[[i]])[0] for i, one in enumerate(others)])
-        squares, total = np.sum((losses - left_out) ** 2), np.sum((losses - losses.mean()) ** 2)
-        r2 = float(1.0 - squares / total) if total > 0 else 1.0
-        error = float(np.sqrt(squares / len(losses)))
+        without = np.array([one.loss(shares[[i]], tokens[[i]])[0] for i, one in enumerate(others)])
+        left_out = np.where(inside, without, fit.loss(shares, tokens))
+        square, variance = np.mean((losses - left_out)[inside] ** 2), np.var(losses)
+        r2 = float(1.0 - square / variance) if variance > 0 else 1.0
+        error = float(np.sqrt(square))
         fits[law.name] = replace(fit, others=tuple(others), left_out=tuple(left_out.tolist()), error=error, r2=r2)
     return fits
+
+
+def _is_inside(shares: np.ndarray, place: int) -> bool:
+    others = np.delete(shares, place)
+    return bool(len(others) and others.min() <= shares[place] <= others.max())
 
 
 def best_replay_fit(fits: Mapping[str, ReplayFit]) -> ReplayFit:
@@ -118,43 +131,79 @@ def best_replay_fit(fits: Mapping[str, ReplayFit]) -> ReplayFit:
 
 
 def _fitted(law: ReplayLaw, shares: np.ndarray, tokens: np.ndarray, losses: np.ndarray, varied: bool) -> ReplayFit:
-    """Search the exponents on a grid that is refined around its best point; the coefficients are least squares."""
+    """Search the exponents on a grid, and descend from its best points; the coefficients are least squares."""
     most = float(tokens.max())
-    low, high = (np.array([bound[i] for bound in law.bounds]) for i in range(2))
-    begin, end = low, high
-    best = (np.inf, np.zeros(len(low)), np.zeros(0))
-    for _ in range(_ZOOMS if law.bounds else 1):
-        axes = [np.linspace(first, last, _POINTS) for first, last in zip(begin, end, strict=True)]
-        grid = np.array(list(itertools.product(*axes)))  # without exponents, one point
-        step = max(1, _AT_ONCE // len(losses))
-        for first in range(0, len(grid), step):
-            piece = grid[first : first + step]
-            costs, coefficients = _solved(law.matrix(piece, shares, tokens / most, varied), losses, law.positive)
-            at = int(np.argmin(costs))
-            if costs[at] < best[0]:
-                best = (float(costs[at]), piece[at], coefficients[at])
-        width = (end - begin) / (_POINTS - 1)
-        begin, end = np.maximum(best[1] - width, low), np.minimum(best[1] + width, high)
-    return ReplayFit(law, best[1], best[2], most, varied)
+
+    def solved(exponents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return coefficients [points, terms] and errors [points, n] of exponents [points, exponents]."""
+        return _solved(law.matrix(exponents, shares, tokens / most, varied), losses, law.positive)
+
+    axes = [np.linspace(low, high, _POINTS) for low, high in law.bounds]
+    grid = np.array(list(itertools.product(*axes)))  # without exponents, one point
+    if law.bounds:
+        grid = _descended(grid[np.argsort(_costs(solved(grid)[1]))[:_STARTS]], law.bounds, lambda one: solved(one)[1])
+    coefficients, errors = solved(grid)
+    best = int(np.argmin(_costs(errors)))
+    return ReplayFit(law, grid[best], coefficients[best], most, varied)
+
+
+def _descended(
+    starts: np.ndarray, bounds: Sequence[tuple[float, float]], errors_of: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """Return local minima [points, exponents] of the squared errors within bounds, by Levenberg-Marquardt.
+
+    The coefficients follow the exponents (variable projection), so exponents that make up for each other are no
+    obstacle. `errors_of` gives the errors [points, n] of exponents [points, exponents].
+    """
+    low, high = np.array(bounds).T
+    points, damping = starts, np.full(len(starts), 1e-2)
+    errors = errors_of(points)
+    for _ in range(_STEPS):
+        differences = np.where(points < high, _DIFFERENCE, -_DIFFERENCE)
+        moved = points[:, None] + differences[:, :, None] * np.eye(len(low))  # [points, exponents moved, exponents]
+        changed = errors_of(moved.reshape(-1, len(low))).reshape(*moved.shape[:2], -1) - errors[:, None]
+        jacobian = (changed / differences[:, :, None]).transpose(0, 2, 1)
+        slopes = np.einsum("gne,gn->ge", jacobian, errors)
+        leaves = ((points <= low) & (slopes > 0)) | ((points >= high) & (slopes < 0))
+        jacobian, slopes = np.where(leaves[:, None], 0.0, jacobian), np.where(leaves, 0.0, slopes)
+        normal = np.einsum("gni,gnj->gij", jacobian, jacobian)
+        scale = np.maximum(np.einsum("gii->gi", normal), 1e-12)
+        normal += (damping[:, None] * scale + leaves)[:, :, None] * np.eye(len(low))
+        tried = np.clip(points - np.linalg.solve(normal, slopes[:, :, None])[:, :, 0], low, high)
+        tried_errors = errors_of(tried)
+        gained = _costs(errors) - _costs(tried_errors)
+        better = gained > 0
+        settled = np.abs(gained) <= _SETTLED * _costs(errors)
+        points = np.where(better[:, None], tried, points)
+        errors = np.where(better[:, None], tried_errors, errors)
+        damping = np.where(better, damping / 4.0, damping * 4.0).clip(1e-9, 1e9)
+        if settled.all():
+            break
+    return points
+
+
+def _costs(errors: np.ndarray) -> np.ndarray:
+    costs: np.ndarray = np.sum(errors**2, axis=1)
+    return costs
 
 
 def _solved(matrices: np.ndarray, losses: np.ndarray, positive: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sums of squared errors [grid] and the coefficients [grid, terms] of terms [grid, n, terms].
+    """Return the coefficients [points, terms] and the errors [points, n] of terms [points, n, terms].
 
     So that the coefficients `positive` are at least 0, every subset of their terms is solved alone, and the best
     feasible solution is kept.
     """
-    grid, _, terms = matrices.shape
-    costs, best = np.full(grid, np.inf), np.zeros((grid, terms))
+    points, n, terms = matrices.shape
+    best, errors = np.zeros((points, terms)), np.full((points, n), np.inf)
     normal = np.einsum("gni,gnj->gij", matrices, matrices)
     targets = np.einsum("gni,n->gi", matrices, losses)
     for unused in itertools.product((False, True), repeat=len(positive)):
         absent = {column for column, is_absent in zip(positive, unused, strict=True) if is_absent}
         columns = [column for column in range(terms) if column not in absent]
         inverse = np.linalg.pinv(normal[:, columns][:, :, columns], rcond=_SINGULAR, hermitian=True)
-        coefficients = np.zeros((grid, terms))
+        coefficients = np.zeros((points, terms))
         coefficients[:, columns] = np.einsum("gij,gj->gi", inverse, targets[:, columns])
-        squares = np.sum((np.einsum("gnt,gt->gn", matrices, coefficients) - losses) ** 2, axis=1)
-        better = (squares < costs) & (coefficients[:, list(positive)] >= 0).all(axis=1)
-        costs, best = np.where(better, squares, costs), np.where(better[:, None], coefficients, best)
-    return costs, best
+        found = np.einsum("gnt,gt->gn", matrices, coefficients) - losses
+        better = (_costs(found) < _costs(errors)) & (coefficients[:, list(positive)] >= 0).all(axis=1)
+        best, errors = np.where(better[:, None], coefficients, best), np.where(better[:, None], found, errors)
+    return best, errors

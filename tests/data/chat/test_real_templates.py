@@ -30,7 +30,7 @@ CHATS = [
 ]
 SYSTEM = turns("system?", "Yes:\n\n- one\n- two", "more", "No.", system="Answer in lists.")
 ODD = turns("spaces", "  before and after \n", "and", "\n\nlines", "again", "\t.\n")
-# These have no text for contents that are no lists of parts.
+# These render no text unless contents are lists of parts.
 VISION = ("idefics3", "llava_next", "smolvlm")
 
 
