@@ -26,8 +26,7 @@ from btm_scale.evaluate.hf_score import block_log_probs
 from btm_scale.evaluate.mixture_facts import mixture_note, parameters_of
 from btm_scale.forest import router_sums
 from btm_scale.forest.expert import CARD, read_expert
-from btm_scale.forest.router import ROUTERS, fitted
-from btm_scale.forest.router_sums import LayerSums
+from btm_scale.forest.router import ROUTERS
 from btm_scale.forest.scores import evaluation_text
 from btm_scale.generate.loglikelihood import generator_of_method, score_continuations
 from btm_scale.model.hf_decoder import Decoder
@@ -344,22 +343,6 @@ def test_the_command_answers_with_the_models_size(run: Run, capsys: pytest.Captu
     with pytest.raises(SystemExit) as ended:
         main(["upcycle", str(run[1].root), "--experts", "python"])
     assert ended.value.code == 2
-
-
-def test_the_fitted_rows_are_the_log_odds_of_gaussians_with_one_covariance() -> None:
-    torch.manual_seed(0)
-    root = torch.randn(6, 6, dtype=torch.float64)
-    covariance = root @ root.t() + torch.eye(6, dtype=torch.float64)
-    means = torch.randn(3, 6, dtype=torch.float64) + 2
-    rows = fitted([LayerSums(mean, covariance + mean.outer(mean)) for mean in means])
-    logits = means @ rows.t()
-    exact = torch.distributions.MultivariateNormal(means[:, None], covariance).log_prob(means[None]).t()
-    # Without a bias, the constants are exact at the mean only.
-    assert logits.argmax(dim=1).equal(exact.argmax(dim=1))
-    mean = means.mean(dim=0)
-    at_mean = torch.distributions.MultivariateNormal(means, covariance).log_prob(mean)
-    difference = (rows @ mean) - at_mean
-    torch.testing.assert_close(difference - difference.mean(), torch.zeros(3, dtype=torch.float64), atol=0.05, rtol=0)
 
 
 @pytest.mark.full
