@@ -12,19 +12,17 @@ random seed 0 before any was trained.
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import json
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from environment import describe
 from mixture_forest import Forest, fits, perplexities, weights_for
+from units import matching, measure, print_units
 
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.run_dir import RunDir
@@ -156,32 +154,16 @@ def main() -> None:
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
-    document: Figures = {"units": {}}
-    if options.result.is_file():
-        document = json.loads(options.result.read_text())
     known = {
         f"{name}/{unit}": measured
         for name in RUNS
         for unit, measured in Units(name, options.runs.resolve(), options.out.resolve()).all()
     }
-    wanted = [name for name in known if any(fnmatch.fnmatch(name, pattern) for pattern in options.units)]
+    wanted = matching(options.units, known)
     if options.list:
-        for name in wanted:
-            unit = document["units"].get(name)
-            state = f"measured in {unit['seconds']} s" if unit else "not measured"
-            print(f"{name:24} {state}")
+        print_units(wanted, options.result)
         return
-    for name in wanted:
-        if name in document["units"]:
-            continue
-        begin = time.monotonic()
-        figures = known[name]()
-        document["units"][name] = {"seconds": round(time.monotonic() - begin), **figures}
-        document["environment"] = describe()
-        unfinished = options.result.with_suffix(".part")
-        unfinished.write_text(json.dumps(document, indent=1) + "\n")
-        unfinished.rename(options.result)
-        print(f"{name}: {document['units'][name]['seconds']} s", flush=True)
+    measure(wanted, known, options.result)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,9 @@ benchmarks/results/moe.json when it ends; those in the file are not measured aga
 from __future__ import annotations
 
 import argparse
-import fnmatch
-import json
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +22,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from environment import describe
+from units import matching, measure, print_units
 
 import btm_scale.configs
 from btm_scale.config.moe import MoeConfig
@@ -190,29 +187,9 @@ def minutes(unit: str) -> float:
 
 def chosen(patterns: Sequence[str], known: Mapping[str, Any]) -> list[str]:
     """Return the units that match, each after its forest. Raises SystemExit for a pattern that matches none."""
-    for pattern in patterns:
-        if not fnmatch.filter(known, pattern):
-            raise SystemExit(f"'{pattern}' matches no unit. See --list.")
-    wanted = [name for name in known if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+    wanted = matching(patterns, known)
     needed = {f"{name.partition('/')[0]}/{FOREST}" for name in wanted if "/" in name}
     return [name for name in known if name in wanted or name in needed]
-
-
-def measure(names: Sequence[str], known: Mapping[str, Callable[[], dict[str, Any]]], result: Path) -> None:
-    """Measure the units that a result lacks, and write each as it ends."""
-    document = json.loads(result.read_text()) if result.is_file() else {"units": {}}
-    for name in names:
-        if name in document["units"]:
-            continue
-        begin = time.monotonic()
-        measured = known[name]()
-        document["units"][name] = {"seconds": round(time.monotonic() - begin), **measured}
-        document["environment"] = describe()
-        result.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = result.with_suffix(".part")
-        unfinished.write_text(json.dumps(document, indent=1) + "\n")
-        unfinished.rename(result)
-        print(f"{name}: {document['units'][name]['seconds']} s", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -228,12 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = options.out / "moe.json" if options.smoke else RESULT
     known = all_units(options)
     if options.list:
-        done = json.loads(result.read_text())["units"] if result.is_file() else {}
-        for name in known:
-            state = (
-                f"measured in {done[name]['seconds'] / 60:.1f} min" if name in done else f"about {minutes(name):g} min"
-            )
-            print(f"{name:28} {state}")
+        print_units(known, result, minutes)
         return
     names = chosen(options.units, known)
     if options.corpora is None and any(name.startswith("eight") for name in names):

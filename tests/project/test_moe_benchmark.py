@@ -103,7 +103,7 @@ def test_a_unit_comes_after_its_forest_and_a_pattern_without_a_unit_is_refused(l
 
 
 def test_a_unit_is_written_as_it_ends_and_not_measured_again(load, tmp_path):
-    measure, calls, result = load("moe").measure, [], tmp_path / "results" / "moe.json"
+    measure, calls, result = load("units").measure, [], tmp_path / "results" / "moe.json"
 
     def taking(name: str) -> Any:
         def one() -> dict[str, Any]:
