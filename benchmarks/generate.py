@@ -3,7 +3,8 @@
     python benchmarks/generate.py [--presets llama-1m llama-30m] [--rounds 5] [--tokens 128]
 
 Random weights, prompts of 32 tokens, sampling at temperature 1. All generate the same number of tokens in turns, so
-that other load meets all alike; rates are medians. E models that run one after the other generate 1 / E of one model's
+that other load meets all alike. Each round has new models, whose place in memory decides up to 5% of a rate; rates are
+medians over the rounds. E models that run one after the other generate 1 / E of one model's
 rate, with which the mixture of E experts is compared. Writes results/generate.json.
 """
 
@@ -57,30 +58,21 @@ def measure(preset: str, batch: int, tokens: int, rounds: int) -> dict[str, Any]
     """Return tokens per second of each way in each round, and the ratios of their medians."""
     random = torch.Generator().manual_seed(0)
     prompts = torch.randint(1, VOCABULARY, (batch, PROMPT), generator=random)
-    single, experts = (
-        Together([_decoder(preset, 0, PROMPT + tokens)]),
-        [_decoder(preset, seed, PROMPT + tokens) for seed in range(EXPERTS)],
-    )
-    mixture = Together(experts)
-    peer = _model(preset, 0, PROMPT + tokens)
-    ways: dict[str, Callable[[int], None]] = {
-        TRANSFORMERS: lambda count: _with_transformers(peer, prompts, count),
-        ONE: lambda count: _with_experts(single, prompts, count),
-        MIXTURE: lambda count: _with_experts(mixture, prompts, count),
-    }
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    for way in ways.values():
-        way(8)
+    rates: dict[str, list[float]] = {}
+    forwards = 0
     for _ in range(rounds):
+        ways, forwards = _ways(preset, prompts, tokens)
+        for way in ways.values():
+            way(8)
         for name, way in ways.items():
             begin = time.perf_counter()
             way(tokens)
-            rates[name].append(batch * tokens / (time.perf_counter() - begin))
+            rates.setdefault(name, []).append(batch * tokens / (time.perf_counter() - begin))
     usual = {name: statistics.median(own) for name, own in rates.items()}
     result = {
         "preset": preset,
         "batch": batch,
-        "forwards_per_token": len(mixture.parts),
+        "forwards_per_token": forwards,
         "tokens_per_second": rates,
         "one_expert_to_transformers": usual[ONE] / usual[TRANSFORMERS],
         "mixture_to_part_of_one_expert": usual[MIXTURE] * EXPERTS / usual[ONE],
@@ -88,6 +80,18 @@ def measure(preset: str, batch: int, tokens: int, rounds: int) -> dict[str, Any]
     }
     print({name: value for name, value in result.items() if name != "tokens_per_second"}, usual, flush=True)
     return result
+
+
+def _ways(preset: str, prompts: torch.Tensor, tokens: int) -> tuple[dict[str, Callable[[int], None]], int]:
+    """Return each way to generate, with models of its own, and the mixture's forward passes per token."""
+    peer = _model(preset, 0, PROMPT + tokens)
+    single = Together([_decoder(preset, 0, PROMPT + tokens)])
+    mixture = Together([_decoder(preset, seed, PROMPT + tokens) for seed in range(EXPERTS)])
+    return {
+        TRANSFORMERS: lambda count: _with_transformers(peer, prompts, count),
+        ONE: lambda count: _with_experts(single, prompts, count),
+        MIXTURE: lambda count: _with_experts(mixture, prompts, count),
+    }, len(mixture.parts)
 
 
 def _with_transformers(model: Any, prompts: torch.Tensor, tokens: int) -> None:

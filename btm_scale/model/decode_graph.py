@@ -78,7 +78,7 @@ class DecodeStep:
     def _room_for(self, states: Tensor) -> Tensor:
         return states.new_zeros(len(self.tokens), states.shape[1], self.capacity, states.shape[3])
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def run(self) -> None:
         """Append `tokens` to the rows, and set `logits`. Reads and writes only what is on the device."""
         self.bias.index_fill_(1, self.column, 0.0)

@@ -44,7 +44,7 @@ class Reading:
     log_probs: Tensor | None
     """float32 [models x batch, longest prompt - 1] in nats, of prompts from their second tokens on, left-padded: 0."""
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __init__(self, decoder: Decoder, prompts: Sequence[Sequence[int]], score: bool) -> None:
         self._begin(decoder, len(prompts))
         self._cache = self._new_cache() if decoder.has_cache else None
@@ -57,7 +57,7 @@ class Reading:
         self.log_probs = self._read(self._of_models(ids.to(self._device)), score)
 
     @classmethod
-    @torch.no_grad()
+    @torch.inference_mode()
     def resumed(cls, decoder: Decoder, prefixes: Sequence[Prefix], prompt: Sequence[int], kept: int) -> Reading:
         """See Decoder.resume."""
         reading = cls.__new__(cls)
@@ -86,7 +86,7 @@ class Reading:
         """Repeat the rows of sequences for every model."""
         return tensor if self._decoder.models == 1 else tensor.repeat(self._decoder.models, *[1] * (tensor.ndim - 1))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def prefixes(self, row: int, tokens: int) -> list[Prefix] | None:
         """Return what each model computed for a sequence of `tokens`, or None if it cannot resume from that."""
         self._leave_step()
@@ -101,7 +101,7 @@ class Reading:
             found.append(Prefix(cache, scores))
         return found
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def feed(self, tokens: Tensor) -> None:
         """Append one token, int64 [batch], to each sequence."""
         step = self._step
@@ -141,7 +141,7 @@ class Reading:
         self._cache = self._step.release(len(self.logits) // self._decoder.models, self._length)
         self._step, self.logits = None, self.logits.clone()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def extend(self, tokens: Tensor) -> Tensor:
         """Append several tokens, int64 [batch, count]; return the logits after each, [models x batch, count, vocab]."""
         self._leave_step()
