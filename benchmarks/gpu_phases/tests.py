@@ -19,6 +19,7 @@ _SMALL_CASES = {
     "mix_sample": "logits = torch.randn(3, 5, 1111, device='cuda').bfloat16()\n"
     "kernels.mix_sample(logits, torch.randn(5, 3, device='cuda'))",
 }
+_SECONDS = {"test_gpu_run": 500}  # which starts a dozen processes
 _FOUND = 9  # exit code of compute-sanitizer that found an error
 _OUTCOME = re.compile(r"(\d+) (passed|failed|skipped|errors?)\b")
 
@@ -26,7 +27,7 @@ _OUTCOME = re.compile(r"(\d+) (passed|failed|skipped|errors?)\b")
 def rows(site: Site) -> list[Row]:
     """Return one row per file of tests/gpu, and one per small case under compute-sanitizer."""
     files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
-    tests = [Row(f"tests {file.stem}", 300, partial(_run_tests, file)) for file in files]
+    tests = [Row(f"tests {file.stem}", _SECONDS.get(file.stem, 300), partial(_run_tests, file)) for file in files]
     return tests + [Row(f"sanitizer {name}", 180, partial(_sanitize, code)) for name, code in _SMALL_CASES.items()]
 
 

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from helpers.cuts import full
+from helpers.killed_run import kill_after, steps_taken
 from helpers.tiny_run import tiny_values, write_config
 from helpers.warm import Warm
 
@@ -62,28 +56,6 @@ def losses(run: RunDir) -> list[float]:
     return [row["loss"] for row in rows]
 
 
-def steps_taken(run: RunDir) -> int:
-    return run.metrics("python").read_text().count("\n") if run.metrics("python").is_file() else 0
-
-
-def kill_after(run: RunDir, step: int) -> None:
-    """Start the run and kill all its processes once the expert has taken the step."""
-    command = [sys.executable, "-m", "btm_scale.cli", "run", str(run.root.parent / "tiny.yaml"), "--out", str(run.root)]
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 600
-    while steps_taken(run) < step:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    processes = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for one in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.send_signal(signal.SIGKILL)
-    process.wait(60)
-    psutil.wait_procs(processes, timeout=60)
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(real_text: Path, warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     run = RunDir(tmp_path_factory.mktemp("uninterrupted") / "run")
@@ -104,8 +76,8 @@ def killed_copy(uninterrupted: RunDir, folder: Path) -> RunDir:
     shutil.copyfile(uninterrupted.root.parent / "tiny.yaml", run.root.parent / "tiny.yaml")
     for folder in (run.train("python"), run.model("python"), run.model_scores("python"), run.results.parent):
         shutil.rmtree(folder)
-    kill_after(run, 2 * EVERY + 2)
-    assert steps_taken(run) < STEPS
+    kill_after(run.root.parent / "tiny.yaml", run, "python", 2 * EVERY + 2)
+    assert steps_taken(run, "python") < STEPS
     assert not run.model("python").exists()
     return run
 

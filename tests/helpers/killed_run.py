@@ -1,0 +1,38 @@
+"""Kill a run, with all of its ranks, at a step of one of its models."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from btm_scale.run_dir import RunDir
+
+
+def steps_taken(run: RunDir, model: str) -> int:
+    """Return the number of steps in a model's metrics."""
+    return run.metrics(model).read_text().count("\n") if run.metrics(model).is_file() else 0
+
+
+def kill_after(config: Path, run: RunDir, model: str, step: int) -> None:
+    """Start the run and kill all its processes once the model has taken the step."""
+    command = [sys.executable, "-m", "btm_scale.cli", "run", str(config), "--out", str(run.root)]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 600
+    while steps_taken(run, model) < step:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    processes = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for one in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.send_signal(signal.SIGKILL)
+    process.wait(60)
+    psutil.wait_procs(processes, timeout=60)
