@@ -16,7 +16,7 @@ from btm_scale.forest.methods import ENSEMBLE, general_label, label, meaning
 from btm_scale.report import figures
 from btm_scale.report.equivalence import equivalence_sentence
 from btm_scale.report.figures.compute import compute_bars
-from btm_scale.report.figures.curves import MOST_BESIDE, Curves, schedule_curves
+from btm_scale.report.figures.curves import MOST_BESIDE, Curves, schedule_curves, seed_end
 from btm_scale.report.figures.matrices import (
     perplexity_matrix,
     routing_entropies,
@@ -33,6 +33,7 @@ from btm_scale.report.summary import (
     count,
     experts,
     flops_text,
+    is_same,
     mean,
     moe_sentence,
     novel_domains,
@@ -146,7 +147,8 @@ def _ratios(results: Results) -> Chart | None:
         return None
     name = "dense" if to == DENSE else "the seed LM"
     ours = [row.ratios["Ensemble"] for row in rows if "Ensemble" in row.ratios and not row.is_mean]
-    words = f"The ensemble is better than {name} on {sum(r < 1 for r in ours)} of {count(len(ours), 'domain')}. "
+    better = sum(r < 1 and not is_same(r) for r in ours)
+    words = f"The ensemble is better than {name} on {better} of {count(len(ours), 'domain')}. "
     words = (words if ours else "") + (
         f"Each mark is a method's perplexity divided by that of {name}, on the same text. "
         "Left of the line is better. The scale is logarithmic, so equal distances are equal factors. "
@@ -184,12 +186,16 @@ def _training(config: RunConfig, results: Results, curves: Curves) -> Section:
     if own:
         said.append(f"the experts between {min(own):.2f} and {max(own):.2f}")
     words = f"Losses in nats per token end for {', '.join(said)}. " if said else ""
-    words += (
-        "The seed LM trains first, on all domains; at the dashed line, experts and dense resume from its "
-        "weights. An expert's loss jumps there, because from then on it reads its own domain only, which may "
-        "be easier or harder than the mix. "
-        "Lines are moving means over 6% of the steps"
-    )
+    end = seed_end(config)
+    if 0 < end < 1:
+        words += (
+            "The seed LM trains first, on all domains; at the dashed line, experts and dense resume from its "
+            "weights. An expert's loss jumps there, because from then on it reads its own domain only, which may "
+            "be easier or harder than the mix. "
+        )
+    else:
+        words += "The seed LM takes no step. " if end == 0 else "The seed LM takes every step of the schedule. "
+    words += "Lines are moving means over 6% of the steps"
     words += ", with the raw losses behind." if len(placed) <= MOST_BESIDE else "."
     dropped = sum(len(curves[name]) - len(curve.loss) for name, curve in placed.items())
     words += f" {count(dropped, 'step')} with a loss that is not a number could not be drawn." if dropped else ""
