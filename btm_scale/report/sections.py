@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -161,9 +162,13 @@ def _ratios(results: Results) -> Chart | None:
 
 def _experts(results: Results) -> Section:
     matrix = perplexity_matrix(results)
+    bests = Counter(column for _, column in matrix.best)
+    own = [bests[column] for _, column in matrix.own & matrix.best]
+    equal = sum(number > 1 for number in own)
     words = (
-        f"In {len(matrix.own & matrix.best)} of {count(len(matrix.own), 'domain')} the domain's own expert is the best "
-        "single model. Read down a column: perplexities of different domains don't compare, so the colour says "
+        f"In {len(own) - equal} of {count(len(matrix.own), 'domain')} the domain's own expert is the best single model"
+        + (f", and in {equal} another model is as good. " if equal else ". ")
+        + "Read down a column: perplexities of different domains don't compare, so the colour says "
         "how near a model comes to the best of its column. "
         "Outlined is each expert on the domain it was trained on; the best of a column is bold. "
         "The numbers are also in the table of perplexities, under each expert alone."

@@ -92,6 +92,7 @@ def test_with_seed_share_1_every_method_has_the_perplexity_of_the_seed_lm(all_se
     assert "2 experts branched from the seed LM without a training step, as copies of it." in page
     assert "The seed LM takes every step of the schedule." in page
     assert "The ensemble is better than dense on 0 of 2 domains." in page
+    assert "In 0 of 2 domains the domain&#39;s own expert is the best single model, and in 2 another" in page
 
 
 @pytest.mark.slow
@@ -146,6 +147,11 @@ def test_with_seed_share_0_everything_trains_from_one_random_initialization(
     write_config(tmp_path / "run.yaml", values(real_text, 0, baselines={"dense": False}, optimizer={"lr": 1e-3}))
     warm.check("train", tmp_path / "run.yaml", "--model", "seed", "--out", again.root)
     assert weights(again, "seed") == weights(no_seed, "seed")
+
+
+@pytest.mark.slow
+def test_dense_has_the_same_bits_at_either_end(no_seed: RunDir, all_seed: tuple[Path, RunDir]) -> None:
+    assert weights(no_seed, "dense") == weights(all_seed[1], "seed")
 
 
 @pytest.mark.slow
