@@ -1,0 +1,64 @@
+"""Figures of configs/claims/seed-share.yaml."""
+
+from __future__ import annotations
+
+from claims.claim import Bound, Evidence, Figure
+from claims.curves import Curve, Points, complete, ratio
+
+FAMILY = "seed-share"
+SHARES = ("0", "0.25", "0.5", "0.75", "1")
+_DENSE_AT = "0.5"
+METHODS = {"ensemble": "`ensemble`", "average:uniform": "`average:uniform`", "average:posterior": "`average:posterior`"}
+
+
+def optimum(evidence: Evidence) -> list[Figure]:
+    """The ensemble at each share over dense, and at a half over none and over all."""
+    points = Points(evidence, FAMILY)
+    ensemble, dense = points.curves("ensemble"), points.curves("dense")
+    shown = [ratio(f"`ensemble` at {at} / `dense`", ensemble, at, dense, _DENSE_AT, None) for at in SHARES]
+    decisive = [
+        ratio(f"`ensemble` at 0.5 / `ensemble` at {to}", ensemble, "0.5", ensemble, to, Bound("<", 1))
+        for to in ("0", "1")
+    ]
+    return [*decisive, *shown]
+
+
+def average_wants_more(evidence: Evidence) -> list[Figure]:
+    """The best share for the uniform average minus that for the ensemble."""
+    points = Points(evidence, FAMILY)
+    best = {name: _best(complete(points.curves(name), SHARES)) for name in METHODS}
+    more = {seed: share - best["ensemble"][seed] for seed, share in best["average:uniform"].items()}
+    label = "best share for `average:uniform` minus that for `ensemble`"
+    return [
+        Figure(label, more, Bound(">", 0)),
+        *(Figure(f"best share for {METHODS[name]}", shares) for name, shares in best.items()),
+    ]
+
+
+def no_seed_no_average(evidence: Evidence) -> list[Figure]:
+    """The uniform average of experts that branch from random weights, over dense, beside those of a trained seed LM."""
+    points = Points(evidence, FAMILY)
+    uniform, dense = points.curves("average:uniform"), points.curves("dense")
+
+    def at(share: str, bound: Bound | None) -> Figure:
+        return ratio(f"`average:uniform` at {share} / `dense`", uniform, share, dense, _DENSE_AT, bound)
+
+    return [at("0", Bound(">", 10)), at("0.25", None), at("0.5", None)]
+
+
+def relative_curves(evidence: Evidence) -> dict[str, dict[int, Curve]]:
+    """Return each method over dense by random seed and share, for the plot."""
+    points = Points(evidence, FAMILY)
+    dense = points.curves("dense")
+    return {
+        name: {
+            seed: {share: value / dense[seed][_DENSE_AT] for share, value in curve.items()}
+            for seed, curve in points.curves(name).items()
+            if _DENSE_AT in dense.get(seed, {})
+        }
+        for name in METHODS
+    }
+
+
+def _best(curves: dict[int, Curve]) -> dict[int, float]:
+    return {seed: float(min(SHARES, key=curve.__getitem__)) for seed, curve in curves.items()}

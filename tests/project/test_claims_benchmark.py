@@ -1,0 +1,229 @@
+"""benchmarks/claims: verdicts follow from figures and bounds, units that exist are skipped, docs/claims.md is true."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from btm_scale.config.run import RunConfig
+from btm_scale.config.yaml import dump_text
+from btm_scale.errors import ConfigError
+from btm_scale.evaluate.results import Results
+from btm_scale.train.jobs import model_names, training_job
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ENVIRONMENT = {"hardware": {"cpu": "a CPU", "cores": 2}, "date": "2026-11-27T00:00:00"}
+DOMAINS = ("math", "code")
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def one(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return one
+
+
+@pytest.fixture
+def claim_of(load: Any, tmp_path: Path) -> Any:
+    """Judge a claim with these (values by seed, bound) as its figures."""
+    claims = load("claims.claim")
+
+    def judged(*figures: tuple[dict[int, float], Any]) -> Any:
+        found = [claims.Figure("a figure", values, bound) for values, bound in figures]
+        claim = claims.Claim("A claim", "It is true.", "a paper", "small", "    make", (), lambda evidence: found)
+        return claims.judged(claim, claims.Evidence(tmp_path))
+
+    return judged
+
+
+def curve_units(curves: dict[str, dict[str, float]], seeds: tuple[int, ...] = (1, 2)) -> dict[str, Any]:
+    """The units of a family from perplexity by point and method, equal on all domains and for all seeds."""
+    return {
+        f"{point}/seed-{seed}": {
+            "seconds": 60,
+            "point": point,
+            "random_seed": seed,
+            "perplexity": {method: dict.fromkeys(DOMAINS, value) for method, value in methods.items()},
+        }
+        for point, methods in curves.items()
+        for seed in seeds
+    }
+
+
+def write_family(folder: Path, name: str, units: dict[str, Any]) -> None:
+    path = folder / "claims" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"units": units, "environment": ENVIRONMENT}))
+
+
+def test_a_claim_holds_if_every_random_seed_of_every_figure_meets_its_bound(load: Any, claim_of: Any) -> None:
+    below = load("claims.claim").Bound("<", 1)
+    assert claim_of(({1: 0.9, 2: 0.95}, below), ({1: 0.8}, below), ({1: 7.0}, None)).verdict == "holds"
+    assert claim_of(({1: 0.9, 2: 1.1}, below)).verdict == "holds in part"
+    assert claim_of(({1: 0.9, 2: 0.9}, below), ({1: 1.0, 2: 1.2}, below)).verdict == "holds in part"
+    assert claim_of(({1: 1.0, 2: 1.2}, below)).verdict == "does not hold at this size"
+
+
+def test_a_verdict_of_one_random_seed_says_so(load: Any, claim_of: Any) -> None:
+    below = load("claims.claim").Bound("<", 1)
+    assert claim_of(({1: 0.9}, below)).sentence == "holds (one seed)"
+    assert claim_of(({1: 0.9, 2: 0.9}, below), ({1: 0.9}, below)).sentence == "holds (one seed)"
+    assert claim_of(({1: 0.9, 2: 0.9}, below), ({1: 0.9}, None)).sentence == "holds"
+
+
+def test_a_claim_that_no_figure_can_refute_is_an_error(claim_of: Any) -> None:
+    with pytest.raises(ValueError, match="no verdict"):
+        claim_of(({1: 0.9}, None))
+
+
+def test_without_results_every_claim_is_not_measured_and_has_a_command(load: Any, tmp_path: Path) -> None:
+    page, claims = load("claims.page"), load("claims.claim")
+    for claim in page.CLAIMS:
+        assert claims.judged(claim, claims.Evidence(tmp_path)).verdict == "not measured", claim.title
+    text = page.claims_page(tmp_path)
+    assert text.count("**Not measured** yet:") == len(page.CLAIMS)
+    assert ".json`]" not in text
+
+
+def test_a_committed_figure_that_contradicts_its_claim_has_a_likely_reason(load: Any) -> None:
+    page, claims = load("claims.page"), load("claims.claim")
+    found = [claims.judged(claim, claims.Evidence(page.RESULTS)) for claim in page.CLAIMS]
+    unexplained = [one.claim.title for one in found if one.contradicts and not one.claim.reason]
+    assert unexplained == [], "give Claim a `reason`: why the figures probably differ from the paper"
+
+
+def test_every_claim_names_its_source_and_has_a_heading_of_its_own(load: Any) -> None:
+    page = load("claims.page")
+    titles = [claim.title for claim in page.CLAIMS]
+    assert len(titles) >= 14
+    assert len(set(titles)) == len(titles)
+    for claim in page.CLAIMS:
+        assert "arXiv" in claim.source or "this project" in claim.source, claim.title
+
+
+def test_every_family_is_the_evidence_of_a_claim_and_every_committed_json_has_a_family(load: Any) -> None:
+    page, families = load("claims.page"), load("claims.families").families()
+    used = {name.removeprefix("claims/") for claim in page.CLAIMS for name in claim.results if "/" in name}
+    assert used == set(families)
+    assert {path.stem for path in (page.RESULTS / "claims").glob("*.json")} <= set(families)
+
+
+def test_every_point_of_a_family_is_a_run_whose_models_can_be_trained(load: Any, tmp_path: Path) -> None:
+    for family in load("claims.families").families().values():
+        for point in family.config.points:
+            values = family.values(point, 1, tmp_path)
+            for one in (values, load("claims.training").shrunk(values)):
+                path = tmp_path / "run.yaml"
+                path.write_text(dump_text(one))
+                config = RunConfig.load(path)
+                assert set(family.domains) <= set(config.all_domains)
+                for model in model_names(config):
+                    training_job(config, model)
+
+
+def test_a_family_with_an_unknown_key_or_a_point_that_takes_too_long_is_refused(load: Any, tmp_path: Path) -> None:
+    families, path = load("claims.families"), tmp_path / "wrong.yaml"
+    point = {"minutes": 91, "rnu": {}}
+    path.write_text(dump_text({"shares": "text", "seeds": [1], "run": {}, "points": {"a": point}}))
+    with pytest.raises(ConfigError, match=r"did you mean 'run'(.|\n)*90|90(.|\n)*did you mean 'run'"):
+        families.Family.load(path)
+    path.write_text(dump_text({"shares": "text", "seeds": [1], "run": {}, "points": {"a/b": {"minutes": 1}}}))
+    with pytest.raises(ConfigError, match="'a/b' cannot name a point"):
+        families.Family.load(path)
+
+
+def test_changes_of_a_point_reach_into_sections_and_replace_lists(load: Any) -> None:
+    merged = load("claims.families").merged
+    before = {"budget": {"tokens": 5, "seed_share": 0.5}, "averages": [1, 2]}
+    assert merged(before, {"budget": {"seed_share": 0}, "averages": [3]}) == {
+        "budget": {"tokens": 5, "seed_share": 0},
+        "averages": [3],
+    }
+    assert before["budget"] == {"tokens": 5, "seed_share": 0.5}
+
+
+def test_units_in_the_json_are_not_measured_again(
+    load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_claims, measured = load("run_claims"), []
+    monkeypatch.setattr(run_claims, "RESULTS", tmp_path / "claims")
+    monkeypatch.setattr(run_claims.write_docs, "main", lambda: None)
+    monkeypatch.setattr(
+        run_claims.Place, "measure", lambda place, unit: measured.append(unit.name) or {"perplexity": {}}
+    )
+    write_family(tmp_path, "seed-share", curve_units({"0.5": {"dense": 9.0}}, seeds=(1,)))
+    arguments = ["seed-share", "--corpora", str(tmp_path), "--runs", str(tmp_path / "runs"), "--units", "*/seed-1"]
+    run_claims.main(arguments)
+    assert measured == ["0/seed-1", "0.25/seed-1", "0.75/seed-1", "1/seed-1"]
+    units = json.loads((tmp_path / "claims" / "seed-share.json").read_text())["units"]
+    assert set(units) == {"0.5/seed-1", *measured}
+    run_claims.main(arguments)
+    assert len(measured) == 4
+    capsys.readouterr()
+    run_claims.main(["seed-share", "--list"])
+    listed = capsys.readouterr().out
+    assert "measured in 1.0 min" in listed
+    assert "about 8 min" in listed
+
+
+def test_without_text_or_with_an_unknown_name_nothing_is_trained(load: Any) -> None:
+    with pytest.raises(SystemExit, match="needs text: --corpora"):
+        load("run_claims").main(["seed-share"])
+    with pytest.raises(SystemExit, match="no family 'seedshare'"):
+        load("run_claims").main(["seedshare"])
+
+
+def test_figures_of_a_run_are_those_of_the_familys_domains(load: Any) -> None:
+    perplexity = {"math": 8.0, "code": 4.0, "cluster0": 2.0}
+    methods = {name: {"perplexity": perplexity, "bits_per_byte": perplexity} for name in ("dense", "expert:cluster0")}
+    for name in DOMAINS:
+        methods[f"expert:{name}"] = {"perplexity": {**perplexity, name: 1.0}, "bits_per_byte": perplexity}
+    results = Results(
+        name="run",
+        random_seed=1,
+        domains={name: {"novel": False, "tokens": 1, "bytes": 1} for name in perplexity},
+        methods=methods,
+        compute={"dense": {"tokens": 5, "flops": 7.0}},
+    )
+    found = load("claims.training").figures(results, DOMAINS)
+    assert set(found["perplexity"]) == {"dense", "expert:math", "expert:code", "own"}
+    assert found["perplexity"]["dense"] == {"math": 8.0, "code": 4.0}
+    assert found["perplexity"]["own"] == {"math": 1.0, "code": 1.0}
+    assert found["compute"] == {"dense": {"tokens": 5, "flops": 7.0}}
+
+
+def test_seed_share_is_read_at_every_point(load: Any, tmp_path: Path) -> None:
+    shares = load("claims.seed_share")
+    values = {"0": (30.0, 900.0), "0.25": (22.0, 40.0), "0.5": (20.0, 30.0), "0.75": (21.0, 25.0), "1": (25.0, 25.5)}
+    curves = {
+        share: {"ensemble": ensemble, "average:uniform": average, "average:posterior": ensemble}
+        for share, (ensemble, average) in values.items()
+    }
+    curves["0.5"]["dense"] = 25.0
+    write_family(tmp_path, "seed-share", curve_units(curves))
+    evidence = load("claims.claim").Evidence(tmp_path)
+    by_label = {figure.label: figure.by_seed for figure in shares.optimum(evidence)}
+    assert by_label["`ensemble` at 0.5 / `ensemble` at 0"] == {1: pytest.approx(2 / 3), 2: pytest.approx(2 / 3)}
+    assert by_label["`ensemble` at 0.25 / `dense`"] == {1: 0.88, 2: 0.88}
+    assert shares.average_wants_more(evidence)[0].by_seed == {1: 0.25, 2: 0.25}
+    assert shares.no_seed_no_average(evidence)[0].by_seed == {1: 36.0, 2: 36.0}
+
+
+def test_a_family_with_some_units_missing_is_judged_by_those_that_exist(load: Any, tmp_path: Path) -> None:
+    claims, page = load("claims.claim"), load("claims.page")
+    by_title = {claim.title: claim for claim in page.CLAIMS}
+    curves = {share: {"ensemble": 20.0, "average:uniform": 300.0} for share in ("0", "0.25", "0.5")}
+    curves["0.5"]["dense"] = 25.0
+    write_family(tmp_path, "seed-share", curve_units(curves, seeds=(1,)))
+    evidence = claims.Evidence(tmp_path)
+    assert claims.judged(by_title["Averages without a seed LM"], evidence).sentence == "holds (one seed)"
+    assert claims.judged(by_title["Seed share"], evidence).verdict == "not measured"
+    assert "[`claims/seed-share.json`](../benchmarks/results/claims/seed-share.json)" in page.claims_page(tmp_path)
