@@ -32,8 +32,8 @@ class Points:
                 found.setdefault(unit["random_seed"], {})[unit["point"]] = float(np.mean(chosen))
         return found
 
-    def by_seed(self, point: str) -> dict[int, Unit]:
-        """Return the unit of a point, by random seed."""
+    def at(self, point: str) -> dict[int, Unit]:
+        """Return the units of a point, by random seed."""
         return {unit["random_seed"]: unit for unit in self._units.values() if unit["point"] == point}
 
 
@@ -43,6 +43,11 @@ def ratio(
     """Return a curve at one point over another, or the same, at another point, of the seeds that have both."""
     seeds = [seed for seed in ours if at in ours[seed] and to in theirs.get(seed, {})]
     return Figure(label, {seed: ours[seed][at] / theirs[seed][to] for seed in seeds}, bound)
+
+
+def same(label: str, curves: dict[int, Curve], at: str, to: str, bound: Bound | None = None) -> Figure:
+    """Return a curve at one point over itself at another."""
+    return ratio(label, curves, at, curves, to, bound)
 
 
 def complete(curves: dict[int, Curve], points: tuple[str, ...]) -> dict[int, Curve]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 import btm_scale.configs
 from btm_scale.config.section import Section, explain
@@ -25,6 +25,7 @@ class Point(Section):
     run: dict[str, Any] = Field(default_factory=dict, description="changes of the family's run, section by section")
     clusters: int | None = Field(default=None, gt=1, description="train on clusters of the text instead of its domains")
     minutes: float = Field(gt=0, le=MOST_MINUTES, description="of one random seed on two idle cores, about")
+    seeds: tuple[int, ...] | None = Field(default=None, description="random seeds; default: those of the family")
 
 
 class FamilyConfig(Section):
@@ -34,6 +35,13 @@ class FamilyConfig(Section):
     seeds: tuple[int, ...] = Field(min_length=1, description="random seeds")
     run: dict[str, Any] = Field(description="a run's YAML without text_root and random_seed")
     points: dict[str, Point] = Field(min_length=1, description="points by name")
+
+    @model_validator(mode="after")
+    def _seeds_of_points(self) -> FamilyConfig:
+        for name, point in self.points.items():
+            if point.seeds is not None and not set(point.seeds) <= set(self.seeds):
+                raise ValueError(f"points.{name}.seeds has a random seed that `seeds` lacks. Add it there.")
+        return self
 
     @field_validator("points")
     @classmethod
@@ -78,7 +86,8 @@ class Family:
         """Yield every unit: all points of a random seed before the next one, so that each seed is a complete curve."""
         for seed in self.config.seeds:
             for point, settings in self.config.points.items():
-                yield Unit(self.name, point, seed, settings.minutes)
+                if settings.seeds is None or seed in settings.seeds:
+                    yield Unit(self.name, point, seed, settings.minutes)
 
     def values(self, point: str, seed: int, corpora: Path) -> dict[str, Any]:
         """Return the YAML of one run; the domains of a point with clusters are still those of the family."""

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from btm_scale.config.run import RunConfig
 from btm_scale.config.yaml import dump_yaml, load_yaml
+from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.evaluate.results import Results, load_results
 from btm_scale.forest.methods import EXPERT
 from btm_scale.run_dir import RunDir
@@ -44,6 +46,8 @@ class Place:
                 if not (run.root / part).exists():
                     (run.root / part).symlink_to(prepared.root / part)
         _btm("run", config, "--out", run.root)
+        if self.family.config.points[unit.point].clusters is not None and not self.small:
+            require_usual_splits(run)
         return {"point": unit.point, "random_seed": unit.seed, **figures(load_results(run), self.family.domains)}
 
     def config(self, unit: Unit) -> Path:
@@ -82,6 +86,17 @@ class Place:
         _btm("discover", self._first(), "--clusters", clusters, "--out", found)
         domains: dict[str, Any] = load_yaml(found / "domains.yaml")["domains"]
         return {name: {**domain, "text": str(found / domain["text"])} for name, domain in domains.items()}
+
+
+def require_usual_splits(run: RunDir) -> None:
+    """Raise SystemExit if a domain is not split by the hash that puts equal text into the same split everywhere."""
+    domains = RunConfig.load(run.config).all_domains
+    moved = [name for name in domains if Fingerprint.of_domain(run, name).placement]
+    if moved:
+        raise SystemExit(
+            f"{run.root}: the splits of {', '.join(moved)} were moved, because too little text falls into one of them. "
+            "Test text would differ between points: use fewer clusters."
+        )
 
 
 def shrunk(values: dict[str, Any]) -> dict[str, Any]:

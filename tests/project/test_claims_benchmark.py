@@ -12,6 +12,7 @@ import pytest
 
 from btm_scale.config.run import RunConfig
 from btm_scale.config.yaml import dump_text
+from btm_scale.configs import FOLDER
 from btm_scale.errors import ConfigError
 from btm_scale.evaluate.results import Results
 from btm_scale.train.jobs import model_names, training_job
@@ -44,18 +45,32 @@ def claim_of(load: Any, tmp_path: Path) -> Any:
     return judged
 
 
-def curve_units(curves: dict[str, dict[str, float]], seeds: tuple[int, ...] = (1, 2)) -> dict[str, Any]:
-    """The units of a family from perplexity by point and method, equal on all domains and for all seeds."""
+def curve_units(
+    curves: dict[str, dict[str, float]], seeds: tuple[int, ...] = (1, 2), domains: tuple[str, ...] = DOMAINS
+) -> dict[str, Any]:
+    """The units of a family from perplexity by point and method, equal on all domains and for all seeds.
+
+    Bits per byte are a tenth of it; `dense` is trained with 8 flops, and `dense-2x` with 16.
+    """
+    flops = {"dense": 8.0, "dense-2x": 16.0}
     return {
         f"{point}/seed-{seed}": {
             "seconds": 60,
             "point": point,
             "random_seed": seed,
-            "perplexity": {method: dict.fromkeys(DOMAINS, value) for method, value in methods.items()},
+            "perplexity": {method: dict.fromkeys(domains, value) for method, value in methods.items()},
+            "bits_per_byte": {method: dict.fromkeys(domains, value / 10) for method, value in methods.items()},
+            "compute": {method: {"tokens": 1, "flops": flops[method]} for method in methods if method in flops},
         }
         for point, methods in curves.items()
         for seed in seeds
     }
+
+
+def figures_of(load: Any, folder: Path, module: str, read: str) -> dict[str, float]:
+    """What a reading finds for random seed 1, by label."""
+    found = getattr(load(f"claims.{module}"), read)(load("claims.claim").Evidence(folder))
+    return {figure.label: figure.by_seed[1] for figure in found}
 
 
 def write_family(folder: Path, name: str, units: dict[str, Any]) -> None:
@@ -116,17 +131,18 @@ def test_every_family_is_the_evidence_of_a_claim_and_every_committed_json_has_a_
     assert {path.stem for path in (page.RESULTS / "claims").glob("*.json")} <= set(families)
 
 
-def test_every_point_of_a_family_is_a_run_whose_models_can_be_trained(load: Any, tmp_path: Path) -> None:
-    for family in load("claims.families").families().values():
-        for point in family.config.points:
-            values = family.values(point, 1, tmp_path)
-            for one in (values, load("claims.training").shrunk(values)):
-                path = tmp_path / "run.yaml"
-                path.write_text(dump_text(one))
-                config = RunConfig.load(path)
-                assert set(family.domains) <= set(config.all_domains)
-                for model in model_names(config):
-                    training_job(config, model)
+@pytest.mark.parametrize("name", [path.stem for path in sorted((FOLDER / "claims").glob("*.yaml"))])
+def test_every_point_of_a_family_is_a_run_whose_models_can_be_trained(load: Any, tmp_path: Path, name: str) -> None:
+    family = load("claims.families").families()[name]
+    for point in family.config.points:
+        values = family.values(point, 1, tmp_path)
+        for one in (values, load("claims.training").shrunk(values)):
+            path = tmp_path / "run.yaml"
+            path.write_text(dump_text(one))
+            config = RunConfig.load(path)
+            assert set(family.domains) <= set(config.all_domains)
+            for model in model_names(config):
+                training_job(config, model)
 
 
 def test_a_family_with_an_unknown_key_or_a_point_that_takes_too_long_is_refused(load: Any, tmp_path: Path) -> None:
@@ -227,3 +243,88 @@ def test_a_family_with_some_units_missing_is_judged_by_those_that_exist(load: An
     assert claims.judged(by_title["Averages without a seed LM"], evidence).sentence == "holds (one seed)"
     assert claims.judged(by_title["Seed share"], evidence).verdict == "not measured"
     assert "[`claims/seed-share.json`](../benchmarks/results/claims/seed-share.json)" in page.claims_page(tmp_path)
+
+
+def test_the_gain_of_more_domains_is_compared_with_that_of_fewer(load: Any, tmp_path: Path) -> None:
+    ensembles = {"2": 36.0, "4": 32.0, "8": 30.0, "16": 28.0, "32": 20.0}
+    curves = {
+        at: {"dense": 40.0, "ensemble": value, "ensemble:top2": 1.5 * value, "ensemble:top4": 1.25 * value}
+        for at, value in ensembles.items()
+    }
+    for at in curves:
+        curves[at]["ensemble:top8"] = curves[at]["ensemble"]
+    curves["given"] = {"dense": 40.0, "ensemble": 24.0, "ensemble:tempered": 24.0}
+    curves["8"]["ensemble:tempered"] = 24.0
+    write_family(tmp_path, "domains", curve_units(curves))
+    gains = figures_of(load, tmp_path, "number_of_domains", "growing_gain")
+    assert gains["`ensemble` / `dense`, 32 clusters"] == 0.5
+    assert gains["ratio to dense with 32 clusters over that with 16"] == pytest.approx(20 / 28)
+    assert figures_of(load, tmp_path, "number_of_domains", "clusters_and_given") == {
+        "`ensemble` of 8 clusters / of the 8 given domains": 1.25,
+        "`ensemble:tempered` of 8 clusters / of the 8 given domains": 1.0,
+        "`dense` of 8 clusters / of the 8 given domains": 1.0,
+    }
+    assert (
+        figures_of(load, tmp_path, "number_of_domains", "few_of_many")["`ensemble:top4` / `ensemble`, 32 clusters"]
+        == 1.25
+    )
+
+
+def test_dense_equivalents_use_the_longer_baselines_of_one_random_seed(load: Any, tmp_path: Path) -> None:
+    curves = {at: {"dense": 40.0, "ensemble": 40.0 / 2**0.5} for at in ("2", "4", "8", "16")}
+    curves["32"] = {"dense": 40.0, "ensemble": 15.0}
+    units = curve_units(curves)
+    page, claims = load("claims.page"), load("claims.claim")
+    (claim,) = (one for one in page.CLAIMS if one.title == "Compute and the number of domains")
+    write_family(tmp_path, "domains", units)
+    assert claims.judged(claim, claims.Evidence(tmp_path)).verdict == "not measured"
+    units |= curve_units({"dense": {"dense": 80.0, "dense-2x": 40.0}}, seeds=(1,))
+    write_family(tmp_path, "domains", units)
+    found = {figure.label: figure for figure in claims.judged(claim, claims.Evidence(tmp_path)).figures}
+    assert found["dense-equivalent compute of `ensemble`, 8 clusters"].by_seed == {
+        1: pytest.approx(2**0.5),
+        2: pytest.approx(2**0.5),
+    }
+    assert found["dense-equivalent compute of `ensemble`, 32 clusters"].beyond == {1: ">", 2: ">"}
+    assert "> 2.000" in page.claims_page(tmp_path)
+
+
+def test_experts_of_new_domains_are_compared_on_new_and_on_old_domains(load: Any, tmp_path: Path) -> None:
+    ways = {
+        "carried": {"expert:med": 20.0, "expert:python": 20.0, "seed": 10.0},
+        "rewarmed": {"expert:med": 16.0, "expert:python": 16.0, "seed": 10.0},
+        "replayed": {"expert:med": 16.8, "expert:python": 16.8, "seed": 10.0},
+    }
+    units = curve_units(ways, domains=("math", "legal", "med", "python"))
+    for unit in units.values():
+        after = {"carried": 30.0, "rewarmed": 40.0, "replayed": 20.0}[unit["point"]]
+        for name in ("med", "python"):
+            unit["perplexity"][f"expert:{name}"] |= {"math": after, "legal": after}
+    write_family(tmp_path, "continued", units)
+    assert figures_of(load, tmp_path, "comparisons", "rewarming") == {
+        "new domains: rewarmed / carried schedule": 0.8,
+        "old domains: rewarmed / carried schedule": pytest.approx(4 / 3),
+    }
+    left, cost = figures_of(load, tmp_path, "comparisons", "replay").values()
+    assert left == pytest.approx(0.5)  # log 2 of log 4
+    assert cost == pytest.approx(1.05)
+
+
+def test_other_families_compare_their_points(load: Any, tmp_path: Path) -> None:
+    dense = {"dense": 10.0}
+    write_family(tmp_path, "local-steps", curve_units({"1": dense, "4": {"dense": 11.0}, "16": {"dense": 12.0}}))
+    assert list(figures_of(load, tmp_path, "comparisons", "local_steps").values()) == [1.1, 1.2]
+    domains = ("math", "legal", "med", "python")
+    points = {"throughout": dense, "late": {"dense": 9.0}, "equal": {"dense": 12.0}}
+    write_family(tmp_path, "late", curve_units(points, domains=domains))
+    assert list(figures_of(load, tmp_path, "comparisons", "late_upweighting").values()) == [0.9, 0.9, 0.75]
+    write_family(tmp_path, "tokenizers", curve_units({"1024": dense, "4096": {"dense": 15.0}, "8192": {"dense": 20.0}}))
+    assert list(figures_of(load, tmp_path, "comparisons", "bits_per_byte").values()) == [2.0, 2.0, 1.5, 1.5]
+    points = {"equal": {"ensemble": 10.0}, "harder-longer": {"ensemble": 9.0}, "easier-longer": {"ensemble": 11.0}}
+    write_family(tmp_path, "difficulty", curve_units(points))
+    assert list(figures_of(load, tmp_path, "comparisons", "steps_by_difficulty").values()) == [0.9, 1.1, 0.9, 1.1]
+    added = ("med", "news", "cs", "wiki")
+    own = {"seed": 8.0, "posterior": 6.0}
+    ways = {way: {"ensemble": 8.0, **{f"expert:{name}": value for name in added}} for way, value in own.items()}
+    write_family(tmp_path, "rounds", curve_units(ways, domains=added))
+    assert list(figures_of(load, tmp_path, "comparisons", "later_rounds").values()) == [0.75, 0.75, 1.0]
