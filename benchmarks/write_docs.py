@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from claims.page import claims_page
+from claims.page import claims_page, plots
 from doc_config import config_page
 from doc_ensembles import TABLES as ENSEMBLE_TABLES
 from doc_figure import perplexity_figure
@@ -26,7 +26,8 @@ PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("results.md", "
 TABLES = OTHER_TABLES | MOE_TABLES | PACKED_TABLES | ENSEMBLE_TABLES | MIXTURE_TABLES
 CONFIG = ROOT / "docs" / "config.md"
 CLAIMS = ROOT / "docs" / "claims.md"
-FIGURE = ROOT / "docs" / "images" / "perplexity.svg"
+IMAGES = ROOT / "docs" / "images"
+FIGURE = IMAGES / "perplexity.svg"
 _MARKS = re.compile(r"<!-- figures: (\w+) -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
@@ -41,7 +42,8 @@ def main() -> None:
 def rendered() -> dict[Path, str]:
     """Return the content of each generated file."""
     pages = {page: _MARKS.sub(lambda mark: _filled(mark[1]), page.read_text()) for page in PAGES}
-    return {**pages, FIGURE: perplexity_figure(), CONFIG: config_page(), CLAIMS: claims_page()}
+    drawn = {FIGURE: perplexity_figure(), **{IMAGES / name: svg for name, svg in plots().items()}}
+    return {**pages, **drawn, CONFIG: config_page(), CLAIMS: claims_page()}
 
 
 def _filled(name: str) -> str:

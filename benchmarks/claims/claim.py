@@ -84,6 +84,7 @@ class Claim:
     results: tuple[str, ...]  # names of the JSON files
     read: Callable[[Evidence], Sequence[Figure]]
     reason: str = ""  # why the figures differ from the paper, probably; shown if they do
+    draw: Callable[[Evidence], str] | None = None  # an SVG of the figures; raises NotMeasuredError without them
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,11 @@ from btm_scale.report.equivalence import dense_equivalent
 from btm_scale.run_dir import DENSE, LONGER_DENSE
 from claims.claim import Bound, Evidence, Figure, NotMeasuredError
 from claims.curves import Curve, Points, ratio, same
+from claims.plot import plot
 
 FAMILY = "domains"
 CLUSTERS = ("2", "4", "8", "16", "32")
+_HIGHEST = 1.5  # of the plot
 _GIVEN, _LONGER = "given", "dense"  # points
 
 
@@ -75,6 +77,12 @@ def few_of_many(evidence: Evidence) -> list[Figure]:
         of("ensemble:top2", "32", None),
         of("ensemble:top4", "16", None),
     ]
+
+
+def drawn(evidence: Evidence) -> str:
+    """Return the plot of ensembles' mean perplexity over that of dense, by the number of clusters."""
+    series = {method: relative(evidence, method) for method in ("ensemble", "ensemble:tempered")}
+    return plot("Perplexity by number of domains", "number of clusters", CLUSTERS, series, _HIGHEST)
 
 
 def relative(evidence: Evidence, method: str) -> dict[int, Curve]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from claims import earlier, trained
-from claims.claim import NOT_MEASURED, Evidence, Figure, Judged, judged
+from claims.claim import NOT_MEASURED, Claim, Evidence, Figure, Judged, judged
 from claims.families import families
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -41,12 +41,27 @@ def claims_page(results: Path = RESULTS) -> str:
     return "\n".join([_HEAD, *_summary(found), *(_section(one, evidence) for one in found), *_time(evidence)])
 
 
+def plots(results: Path = RESULTS) -> dict[str, str]:
+    """Return the SVG of each measured claim that has one, by file name."""
+    evidence = Evidence(results)
+    measured = [claim for claim in CLAIMS if claim.draw and judged(claim, evidence).figures]
+    return {_file_of(claim): claim.draw(evidence) for claim in measured if claim.draw}
+
+
+def _file_of(claim: Claim) -> str:
+    """Return the name of a claim's plot."""
+    return f"claims-{_slug(claim)}.svg"
+
+
+def _slug(claim: Claim) -> str:
+    return claim.title.lower().replace(" ", "-")
+
+
 def _summary(found: Sequence[Judged]) -> Iterator[str]:
     yield "| claim | verdict | random seeds |\n| --- | --- | ---: |"
     for one in found:
         seeds = str(one.seeds) if one.seeds else "-"
-        title = one.claim.title
-        yield f"| [{title}](#{title.lower().replace(' ', '-')}) | {one.sentence} | {seeds} |"
+        yield f"| [{one.claim.title}](#{_slug(one.claim)}) | {one.sentence} | {seeds} |"
     yield ""
 
 
@@ -58,6 +73,8 @@ def _section(one: Judged, evidence: Evidence) -> str:
     lines += ["", _table(one.figures), "", f"**{one.sentence.capitalize()}.**"]
     if one.contradicts:
         lines[-1] += f" {claim.reason}"
+    if claim.draw:
+        lines += ["", f"![{claim.title}](images/{_file_of(claim)})"]
     return "\n".join([*lines, "", *_sources(claim.results, evidence), "", claim.command, ""])
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from claims.claim import Bound, Evidence, Figure
 from claims.curves import Curve, Points, complete, ratio
+from claims.plot import plot
 
 FAMILY = "seed-share"
 SHARES = ("0", "0.25", "0.5", "0.75", "1")
 _DENSE_AT = "0.5"
+_HIGHEST = 2.0  # of the plot
 METHODS = {"ensemble": "`ensemble`", "average:uniform": "`average:uniform`", "average:posterior": "`average:posterior`"}
 
 
@@ -46,18 +48,19 @@ def no_seed_no_average(evidence: Evidence) -> list[Figure]:
     return [at("0", Bound(">", 10)), at("0.25", None), at("0.5", None)]
 
 
-def relative_curves(evidence: Evidence) -> dict[str, dict[int, Curve]]:
-    """Return each method over dense by random seed and share, for the plot."""
+def drawn(evidence: Evidence) -> str:
+    """Return the plot of each method's mean perplexity over that of dense, by seed share."""
     points = Points(evidence, FAMILY)
-    dense = points.curves("dense")
-    return {
+    dense = {seed: curve[_DENSE_AT] for seed, curve in points.curves("dense").items()}
+    series = {
         name: {
-            seed: {share: value / dense[seed][_DENSE_AT] for share, value in curve.items()}
+            seed: {share: value / dense[seed] for share, value in curve.items()}
             for seed, curve in points.curves(name).items()
-            if _DENSE_AT in dense.get(seed, {})
+            if seed in dense
         }
         for name in METHODS
     }
+    return plot("Perplexity by seed share", "fraction of the tokens for the seed LM", SHARES, series, _HIGHEST)
 
 
 def _best(curves: dict[int, Curve]) -> dict[int, float]:

@@ -18,10 +18,11 @@ def _of(
     source: str,
     read: Callable[[Evidence], Sequence[Figure]],
     reason: str = "",
+    draw: Callable[[Evidence], str] | None = None,
 ) -> Claim:
     """Return a claim that one family answers."""
     command = f"    make claims NAME={family} CORPORA=FOLDER"
-    return Claim(title, text, source, size, command, (f"claims/{family}",), read, reason)
+    return Claim(title, text, source, size, command, (f"claims/{family}",), read, reason, draw)
 
 
 _SHARES = (
@@ -47,6 +48,7 @@ CLAIMS = (
         "Half of the compute for the seed LM is better than none and better than all.",
         f"{_BTM}, section 4: of 0 to 100%, 40 to 60% is best for the ensemble",
         seed_share.optimum,
+        draw=seed_share.drawn,
     ),
     _of(
         "seed-share",
@@ -73,6 +75,7 @@ CLAIMS = (
         "The ensemble's gain over dense grows with the number of domains.",
         f"{_BTM}, section 5: 8 to 64 domains",
         number_of_domains.growing_gain,
+        draw=number_of_domains.drawn,
     ),
     _of(
         "domains",

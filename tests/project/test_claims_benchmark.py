@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -231,6 +232,23 @@ def test_seed_share_is_read_at_every_point(load: Any, tmp_path: Path) -> None:
     assert by_label["`ensemble` at 0.25 / `dense`"] == {1: 0.88, 2: 0.88}
     assert shares.average_wants_more(evidence)[0].by_seed == {1: 0.25, 2: 0.25}
     assert shares.no_seed_no_average(evidence)[0].by_seed == {1: 36.0, 2: 36.0}
+
+
+def test_a_measured_curve_is_drawn_with_what_exceeds_it_as_an_arrow(load: Any, tmp_path: Path) -> None:
+    page = load("claims.page")
+    assert page.plots(tmp_path) == {}
+    averages = {"0": 900.0, "0.25": 40.0, "0.5": 30.0, "0.75": 27.0, "1": 25.5}
+    curves = {share: {"ensemble": 20.0, "average:uniform": value, "dense": 25.0} for share, value in averages.items()}
+    write_family(tmp_path, "seed-share", curve_units(curves))
+    (name, svg), *others = page.plots(tmp_path).items()
+    assert (name, others) == ("claims-seed-share.svg", [])
+    assert f"(images/{name})" in page.claims_page(tmp_path)
+    drawn = ElementTree.fromstring(svg)
+    space = "{http://www.w3.org/2000/svg}"
+    assert len(drawn.findall(f"{space}polyline")) == 2
+    assert len(drawn.findall(f"{space}path")) == 2  # the average without a seed LM, for each random seed
+    legend = 2
+    assert len(drawn.findall(f"{space}circle")) == legend + 2 * (5 + 4)
 
 
 def test_a_family_with_some_units_missing_is_judged_by_those_that_exist(load: Any, tmp_path: Path) -> None:
