@@ -102,17 +102,23 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _sources(names: Sequence[str], evidence: Evidence) -> Iterator[str]:
-    """Yield one line for each JSON file: its link, hardware, date, and how long its units took."""
+    """Yield one line for each JSON file: its link, hardware, dates, and how long its units took."""
     for name in names:
-        if evidence.path(name).is_file():
-            document = evidence.document(name)
-            took = f"; {len(document['units'])} units, {_minutes(document):.0f} minutes" if "units" in document else ""
-            yield f"- [`{name}.json`](../benchmarks/results/{name}.json): {_machine(document['environment'])}{took}"
+        document = evidence.document(name)
+        units = document.get("units", {})
+        took = f"; {len(units)} units, {_minutes(document):.0f} minutes" if units else ""
+        environments = [unit["environment"] for unit in units.values() if "environment" in unit]
+        yield (
+            f"- [`{name}.json`](../benchmarks/results/{name}.json): "
+            f"{_measured_on(environments or [document['environment']])}{took}"
+        )
 
 
-def _machine(environment: Mapping[str, Any]) -> str:
-    hardware = environment["hardware"]
-    return f"{hardware['cpu']}, {hardware['cores']} cores, {environment['date'][:10]}"
+def _measured_on(environments: Sequence[Mapping[str, Any]]) -> str:
+    """Return the hardware and the first and last date of some measurements."""
+    machines = [f"{one['hardware']['cpu']}, {one['hardware']['cores']} cores" for one in environments]
+    days = sorted(one["date"][:10] for one in environments)
+    return f"{' and '.join(dict.fromkeys(machines))}, {' to '.join(dict.fromkeys((days[0], days[-1])))}"
 
 
 def _minutes(document: Mapping[str, Any]) -> float:
