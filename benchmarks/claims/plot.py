@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import mean
 
@@ -12,7 +13,7 @@ from claims.curves import Curve
 _WIDTH, _HEIGHT = 880, 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 30, 62, 62  # margins of the plot area
 _COLOURS = ("#0b5fa5", "#b8500c", "#3f7d20", "#7a3b8f")
-_TICKS = 6
+_MOST_TICKS, _STEPS = 8, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 def plot(
@@ -33,8 +34,7 @@ def plot(
         f"<title>{title}</title>",
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" rx="8" fill="{PAPER}"/>',
     ]
-    for tick in range(_TICKS):
-        value = low + (high - low) * tick / (_TICKS - 1)
+    for value in _ticks(low - margin, high + margin):
         y = scale.y(value)
         parts.append(f'<line x1="{_LEFT}" y1="{y}" x2="{_WIDTH - _RIGHT}" y2="{y}" stroke="{GRID}"/>')
         parts.append(label(_LEFT - 10, y + 5, f"{value:.2f}", SOFT, "end"))
@@ -48,6 +48,12 @@ def plot(
         parts += _line(scale, points, curves, colour)
     parts.append(label(_WIDTH - _RIGHT, 37, "dot: one random seed", SOFT, "end"))
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Return at most `_MOST_TICKS` multiples of a round step between two values."""
+    step = next((one for one in _STEPS if (high - low) / one < _MOST_TICKS), _STEPS[-1])
+    return [step * number for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 class _Scale:
