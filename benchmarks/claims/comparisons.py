@@ -5,9 +5,21 @@ from __future__ import annotations
 import math
 
 from claims.claim import Bound, Evidence, Figure
-from claims.curves import Curve, Points, same
+from claims.curves import Curve, Points, ratio, same
 
 _LESS = Bound("<", 1)
+
+
+def sizes(evidence: Evidence) -> list[Figure]:
+    """The ensemble and the averages over dense, with models of each size."""
+    points = Points(evidence, "sizes")
+    dense = points.curves("dense")
+    methods = {"ensemble": _LESS, "average:posterior": None, "average:uniform": None}
+    return [
+        ratio(f"`{method}` / `dense`, {size} parameters", points.curves(method), at, dense, at, bound)
+        for method, bound in methods.items()
+        for at, size in (("1m", "1 million"), ("4m", "4 million"), ("30m", "30 million"))
+    ]
 
 
 def later_rounds(evidence: Evidence) -> list[Figure]:

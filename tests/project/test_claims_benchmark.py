@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -16,6 +16,7 @@ from btm_scale.config.yaml import dump_text
 from btm_scale.configs import FOLDER
 from btm_scale.errors import ConfigError
 from btm_scale.evaluate.results import Results
+from btm_scale.run_dir import RunDir
 from btm_scale.train.jobs import model_names, training_job
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -217,6 +218,52 @@ def test_figures_of_a_run_are_those_of_the_familys_domains(load: Any) -> None:
     assert found["compute"] == {"dense": {"tokens": 5, "flops": 7.0}}
 
 
+@pytest.fixture
+def place(load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The family `domains`, whose commands are recorded; `discover` writes two clusters."""
+    training, commands = load("claims.training"), []
+
+    def btm(verb: str, *arguments: object) -> None:
+        commands.append(verb)
+        if verb == "discover":
+            out = Path(str(arguments[-1]))
+            out.mkdir(exist_ok=True)
+            domain = {"text": "cluster0.jsonl.gz", "split_by": {"field": "source"}}
+            (out / "domains.yaml").write_text(dump_text({"domains": {"cluster0": domain}}))
+
+    monkeypatch.setattr(training, "_btm", btm)
+    family = load("claims.families").families()["domains"]
+    return SimpleNamespace(of=training.Place(family, tmp_path, tmp_path / "text"), commands=commands)
+
+
+def test_clusters_are_trained_on_and_the_given_domains_are_evaluated(load: Any, place: Any, tmp_path: Path) -> None:
+    unit = load("claims.families").Unit("domains", "2", 3, 1.0)
+    config = RunConfig.load(place.of.config(unit))
+    assert place.commands == ["prepare", "discover"]
+    assert list(config.domains) == ["cluster0"]
+    assert config.domains["cluster0"].text == (str(tmp_path / "clusters-2" / "cluster0.jsonl.gz"),)
+    assert list(config.novel_domains) == place.of.family.domains
+    assert config.tokenizer.path == tmp_path / "text" / "tokenizer"
+    assert config.random_seed == 3
+
+
+def test_clusters_whose_splits_differ_from_those_of_the_domains_are_refused(
+    load: Any, monkeypatch: pytest.MonkeyPatch, place: Any, tmp_path: Path
+) -> None:
+    training, run = load("claims.training"), RunDir(tmp_path / "run")
+    run.root.mkdir()
+    values = place.of.family.values("given", 1, tmp_path)
+    run.config.write_text(dump_text(values))
+    placements = dict.fromkeys(place.of.family.domains, "")
+    monkeypatch.setattr(
+        training.Fingerprint, "of_domain", lambda run, name: SimpleNamespace(placement=placements[name])
+    )
+    training.require_usual_splits(run)
+    placements["cs"] = "moved"
+    with pytest.raises(SystemExit, match="the splits of cs were moved"):
+        training.require_usual_splits(run)
+
+
 def test_seed_share_is_read_at_every_point(load: Any, tmp_path: Path) -> None:
     shares = load("claims.seed_share")
     values = {"0": (30.0, 900.0), "0.25": (22.0, 40.0), "0.5": (20.0, 30.0), "0.75": (21.0, 25.0), "1": (25.0, 25.5)}
@@ -332,6 +379,10 @@ def test_other_families_compare_their_points(load: Any, tmp_path: Path) -> None:
     dense = {"dense": 10.0}
     write_family(tmp_path, "local-steps", curve_units({"1": dense, "4": {"dense": 11.0}, "16": {"dense": 12.0}}))
     assert list(figures_of(load, tmp_path, "comparisons", "local_steps").values()) == [1.1, 1.2]
+    methods = {"ensemble": 9.0, "average:posterior": 9.5, "average:uniform": 15.0, "dense": 10.0}
+    write_family(tmp_path, "sizes", curve_units(dict.fromkeys(("1m", "4m", "30m"), methods)))
+    found = list(figures_of(load, tmp_path, "comparisons", "sizes").values())
+    assert found == [*[0.9] * 3, *[0.95] * 3, *[1.5] * 3]
     domains = ("math", "legal", "med", "python")
     points = {"throughout": dense, "late": {"dense": 9.0}, "equal": {"dense": 12.0}}
     write_family(tmp_path, "late", curve_units(points, domains=domains))
