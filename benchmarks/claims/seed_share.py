@@ -8,6 +8,7 @@ from claims.plot import plot
 
 FAMILY = "seed-share"
 SHARES = ("0", "0.25", "0.5", "0.75", "1")
+_BRANCHING = SHARES[:-1]  # at a share of 1, experts are the seed LM, and so is their average
 _DENSE_AT = "0.5"
 _HIGHEST = 2.0  # of the plot
 METHODS = {"ensemble": "`ensemble`", "average:uniform": "`average:uniform`", "average:posterior": "`average:posterior`"}
@@ -26,9 +27,9 @@ def optimum(evidence: Evidence) -> list[Figure]:
 
 
 def average_wants_more(evidence: Evidence) -> list[Figure]:
-    """The best share for the uniform average minus that for the ensemble."""
+    """The best share below 1 for the uniform average minus that for the ensemble."""
     points = Points(evidence, FAMILY)
-    best = {name: _best(complete(points.curves(name), SHARES)) for name in METHODS}
+    best = {name: _best(complete(points.curves(name), _BRANCHING)) for name in METHODS}
     more = {seed: share - best["ensemble"][seed] for seed, share in best["average:uniform"].items()}
     label = "best share for `average:uniform` minus that for `ensemble`"
     return [
@@ -64,4 +65,4 @@ def drawn(evidence: Evidence) -> str:
 
 
 def _best(curves: dict[int, Curve]) -> dict[int, float]:
-    return {seed: float(min(SHARES, key=curve.__getitem__)) for seed, curve in curves.items()}
+    return {seed: float(min(_BRANCHING, key=curve.__getitem__)) for seed, curve in curves.items()}
