@@ -7,7 +7,7 @@
 
 FOLDER has the text that the YAML names: math.jsonl.gz and so on, with the fields `text` and `source`. A unit is one
 run with one random seed; its figures are written to benchmarks/results/claims/NAME.json when it ends. Units in the file
-are not measured again, and an interrupted unit resumes. --small runs every unit in less than a minute, into --runs.
+are not measured again, and an interrupted unit resumes. --small runs every unit in a minute or two, into --runs.
 """
 
 from __future__ import annotations
