@@ -22,19 +22,19 @@ _EIGHT = (
 _FOUR = "the demo, 4 domains of 3 MB, 1.1 million parameters, 3 million training tokens"
 _BOTH = f"{_EIGHT}; and {_FOUR}"
 _STUDY = """\
-    btm-scale run configs/study.yaml --set text_root=FOLDER --set random_seed=1 --out runs/study-1   # and 2, 3
-    python benchmarks/record.py study runs/study-1 runs/study-2 runs/study-3"""
+btm-scale run configs/study.yaml --set text_root=FOLDER --set random_seed=1 --out runs/study-1   # and 2, 3
+python benchmarks/record.py study runs/study-1 runs/study-2 runs/study-3"""
 _NOVEL = """\
-    btm-scale run configs/study.yaml --set text_root=FOLDER --set random_seed=1 --out runs/study-1 \\
-        --set novel_domains.cpp.text=DEMO/cpp.jsonl --set novel_domains.docs.text=DEMO/docs.jsonl \\
-        --set novel_domains.licences.text=DEMO/licences.jsonl                                        # and 2, 3
-    python benchmarks/record.py study runs/study-1 runs/study-2 runs/study-3"""
+btm-scale run configs/study.yaml --set text_root=FOLDER --set random_seed=1 --out runs/study-1 \\
+    --set novel_domains.cpp.text=DEMO/cpp.jsonl --set novel_domains.docs.text=DEMO/docs.jsonl \\
+    --set novel_domains.licences.text=DEMO/licences.jsonl                                        # and 2, 3
+python benchmarks/record.py study runs/study-1 runs/study-2 runs/study-3"""
 _DEMO = """\
-    btm-scale demo --set random_seed=1 --out runs/demo-1                                             # and 2, 3
-    python benchmarks/record.py demo runs/demo-1 runs/demo-2 runs/demo-3"""
+btm-scale demo --set random_seed=1 --out runs/demo-1                                             # and 2, 3
+python benchmarks/record.py demo runs/demo-1 runs/demo-2 runs/demo-3"""
 _RUN_BOTH = f"{_STUDY}\n{_DEMO}"
 _FAMILIES = f"the experts of {_FOUR}, mixed by other weights, which are fitted to dev text"
-_FIT_FAMILIES = "    python benchmarks/ensembles.py runs/demo-1 runs/demo-2 runs/demo-3 --name demo"
+_FIT_FAMILIES = "python benchmarks/ensembles.py runs/demo-1 runs/demo-2 runs/demo-3 --name demo"
 
 CLAIMS = (
     Claim(
@@ -164,7 +164,7 @@ CLAIMS = (
         "with the same tokens.",
         f"{_BTX}, section 4",
         f"{_FOUR}; joint training with 10% and 20% more tokens, and dense baselines with as many",
-        "    python benchmarks/moe.py --units 'demo-*/joint-*' 'demo-*/dense'",
+        "python benchmarks/moe.py --units 'demo-*/joint-*' 'demo-*/dense'",
         ("moe",),
         moe_ratios(
             ("joint-0.1", "moe", "dense", "dense-1.1x", _LESS), ("joint-0.2", "moe", "dense", "dense-1.2x", _LESS)
@@ -175,7 +175,7 @@ CLAIMS = (
         "After joint training, the mixture of experts has a lower perplexity than the ensemble that it was made of.",
         f"{_BTX}, section 4",
         f"{_FOUR}; joint training with 10% and 20% more tokens",
-        "    python benchmarks/moe.py --units 'demo-*/joint-*'",
+        "python benchmarks/moe.py --units 'demo-*/joint-*'",
         ("moe",),
         moe_ratios(
             ("joint-0.1", "moe", "forest", "ensemble", _LESS), ("joint-0.2", "moe", "forest", "ensemble", _LESS)
@@ -191,7 +191,7 @@ CLAIMS = (
         "from, without any joint training.",
         f"{_FLEXOLMO}, section 5",
         f"{_FOUR}; the experts train their MLPs alone, routers are fitted in closed form",
-        "    python benchmarks/moe.py --units 'demo-*/mlps'",
+        "python benchmarks/moe.py --units 'demo-*/mlps'",
         ("moe",),
         moe_ratios(("mlps", "moe", "mlps", "seed", _LESS), ("mlps", "moe", "mlps", "ensemble", None)),
     ),
@@ -200,7 +200,7 @@ CLAIMS = (
         "Before any training, a router whose rows are the domains' mean embeddings is better than a random one.",
         f"{_FLEXOLMO}, section 3",
         f"{_FOUR}; mixtures of complete experts that are not trained",
-        "    python benchmarks/moe.py --units 'demo-*/router-*'",
+        "python benchmarks/moe.py --units 'demo-*/router-*'",
         ("moe",),
         moe_ratios(
             ("router-embedding", "moe", "router-random", "moe", _LESS),
@@ -213,7 +213,7 @@ CLAIMS = (
         "trained on them do.",
         "Data ablations by parameter averages, arXiv 2410.15661; MergeMix, arXiv 2601.17858",
         "the demo's forest; eight mixtures, drawn before any was trained, each trained from the seed LM like an expert",
-        "    python benchmarks/mixtures.py --runs runs --units '*/predicted' '*/trained-*'",
+        "python benchmarks/mixtures.py --runs runs --units '*/predicted' '*/trained-*'",
         ("mixtures",),
         rank_correlation(Bound(">", 0.8)),
     ),

@@ -69,13 +69,18 @@ def _section(one: Judged, evidence: Evidence) -> str:
     claim = one.claim
     lines = [f"## {claim.title}", "", f"{claim.text} ({claim.source}.)", "", f"Run here: {claim.size}."]
     if one.verdict == NOT_MEASURED:
-        return "\n".join([*lines, "", "**Not measured** yet:", "", claim.command, ""])
+        return "\n".join([*lines, "", "**Not measured** yet:", "", _block(claim.command), ""])
     lines += ["", _table(one.figures), "", f"**{one.sentence.capitalize()}.**"]
     if one.contradicts:
         lines[-1] += f" {claim.reason}"
     if claim.draw:
         lines += ["", f"![{claim.title}](images/{_file_of(claim)})"]
-    return "\n".join([*lines, "", *_sources(claim.results, evidence), "", claim.command, ""])
+    return "\n".join([*lines, "", *_sources(claim.results, evidence), "", _block(claim.command), ""])
+
+
+def _block(command: str) -> str:
+    """Return a command as a code block."""
+    return f"```\n{command}\n```"
 
 
 def _table(figures: Sequence[Figure]) -> str:

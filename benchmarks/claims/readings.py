@@ -65,7 +65,7 @@ def compute_equivalents(methods: Mapping[str, Bound | None]) -> Reading:
                 if equivalent is not None:
                     values[run["random_seed"]], sign = equivalent
                     beyond |= {} if sign == "=" else {run["random_seed"]: sign}
-            label = f"dense-equivalent compute of `{method}`, as a multiple of its own"
+            label = f"dense-equivalent compute of `{method}` / its compute"
             found.append(Figure(label, values, bound, beyond))
         return found
 

@@ -21,7 +21,7 @@ def _of(
     draw: Callable[[Evidence], str] | None = None,
 ) -> Claim:
     """Return a claim that one family answers."""
-    command = f"    make claims NAME={family} CORPORA=FOLDER"
+    command = f"make claims NAME={family} CORPORA=FOLDER"
     return Claim(title, text, source, size, command, (f"claims/{family}",), read, reason, draw)
 
 
