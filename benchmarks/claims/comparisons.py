@@ -10,6 +10,13 @@ from claims.curves import Curve, Points, ratio, same
 _LESS = Bound("<", 1)
 
 
+def tuning(evidence: Evidence) -> list[Figure]:
+    """The dense baseline with the settings of the other families over that with others, on dev text."""
+    dense = Points(evidence, "tuning").curves("dense")
+    others = {"lr-1.5e-3": "half the learning rate", "lr-6e-3": "twice the learning rate", "beta2-0.98": "beta2 0.98"}
+    return [same(f"`dense` as chosen / with {label}", dense, "chosen", at, _LESS) for at, label in others.items()]
+
+
 def sizes(evidence: Evidence) -> list[Figure]:
     """The ensemble and the averages over dense, with models of each size."""
     points = Points(evidence, "sizes")

@@ -383,6 +383,9 @@ def test_other_families_compare_their_points(load: Any, tmp_path: Path) -> None:
     write_family(tmp_path, "sizes", curve_units(dict.fromkeys(("1m", "4m", "30m"), methods)))
     found = list(figures_of(load, tmp_path, "comparisons", "sizes").values())
     assert found == [*[0.9] * 3, *[0.95] * 3, *[1.5] * 3]
+    points = {"chosen": dense, "lr-1.5e-3": {"dense": 12.5}, "lr-6e-3": {"dense": 10.0}, "beta2-0.98": {"dense": 8.0}}
+    write_family(tmp_path, "tuning", curve_units(points, seeds=(1,)))
+    assert list(figures_of(load, tmp_path, "comparisons", "tuning").values()) == [0.8, 1.0, 1.25]
     domains = ("math", "legal", "med", "python")
     points = {"throughout": dense, "late": {"dense": 9.0}, "equal": {"dense": 12.0}}
     write_family(tmp_path, "late", curve_units(points, domains=domains))
