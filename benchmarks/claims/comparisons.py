@@ -104,7 +104,7 @@ def late_upweighting(evidence: Evidence) -> list[Figure]:
 
 def bits_per_byte(evidence: Evidence) -> list[Figure]:
     """Perplexity and bits per byte of dense with the largest vocabulary over the smallest."""
-    points = Points(evidence, "tokenizers")
+    points = Points(evidence, "tokenizers", tokenizers_differ=True)
     perplexity, bits = points.curves("dense"), points.curves("dense", "bits_per_byte")
     return [
         same("perplexity of `dense`: 8,192 tokens / 1,024 tokens", perplexity, "8192", "1024", Bound(">", 1)),

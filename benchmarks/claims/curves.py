@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,12 +16,18 @@ Reading = Callable[[Evidence], list[Figure]]
 
 
 class Points:
-    """The units of a family, by random seed and point."""
+    """The units of a family, by random seed and point.
 
-    def __init__(self, evidence: Evidence, family: str) -> None:
+    Raises ValueError if they were evaluated on different text, except with different tokenizers, which cut it
+    differently at the end.
+    """
+
+    def __init__(self, evidence: Evidence, family: str, *, tokenizers_differ: bool = False) -> None:
         self._units = evidence.units(f"claims/{family}")
         if not self._units:
             raise NotMeasuredError(f"'{family}' has no unit.")
+        if not tokenizers_differ and len({json.dumps(unit["bytes"]) for unit in self._units.values()}) > 1:
+            raise ValueError(f"The units of '{family}' were evaluated on different text. Measure them again.")
 
     def curves(self, method: str, measure: str = "perplexity", domains: tuple[str, ...] = ()) -> dict[int, Curve]:
         """Return the mean of a method on some domains, by default all, by random seed and point that have it."""

@@ -16,6 +16,7 @@ from btm_scale.evaluate.results import Results, load_results
 from btm_scale.forest.methods import EXPERT
 from btm_scale.run_dir import RunDir
 from claims.families import Family, Unit, merged
+from claims.training_text import write_training_text
 
 # The size of --small: it shows that a family runs, and its figures answer nothing.
 _SMALL = {
@@ -23,7 +24,7 @@ _SMALL = {
     "budget": {"sequence_length": 64, "batch_tokens": 64 * 32},
     "evaluate": {"tokens_per_domain": 2048, "dev_blocks": 10},
 }
-_SMALL_STEPS, _SMALL_VOCABULARY, _SMALL_TEXT = 24, 512, "250KB"
+_SMALL_STEPS, _SMALL_VOCABULARY, _SMALL_TEXT = 24, 512, "1MB"
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,6 @@ class Place:
                 if not (run.root / part).exists():
                     (run.root / part).symlink_to(prepared.root / part)
         _btm("run", config, "--out", run.root)
-        if self.family.config.points[unit.point].clusters is not None and not self.small:
-            require_usual_splits(run)
         return {"point": unit.point, "random_seed": unit.seed, **figures(load_results(run), self.family.domains)}
 
     def config(self, unit: Unit) -> Path:
@@ -56,7 +55,6 @@ class Place:
         if self.family.config.shares == "tokenizer":
             values["tokenizer"] = {"path": str(self._prepared().tokenizer)}
         if (clusters := self.family.config.points[unit.point].clusters) is not None:
-            # Equal split keys are in the same split of a cluster and of a domain: no cluster trains on dev or test.
             values["novel_domains"] = values["domains"]
             values["domains"] = self._clustered(clusters)
         path = self.folder / f"{unit.point}-seed-{unit.seed}.yaml"
@@ -67,35 +65,32 @@ class Place:
         values = self.family.values(unit.point, unit.seed, self.corpora)
         return shrunk(values) if self.small else values
 
-    def _first(self) -> Path:
-        """Write the YAML of the text that all points share, and return its path."""
-        path = self.folder / "text.yaml"
-        values = self._values(next(self.family.units()))
-        dump_yaml(merged(values, {"name": f"{self.family.name}-text"}), path)
-        return path
-
     def _prepared(self) -> RunDir:
         """Return the folder of the text and tokenizer that all points share."""
         run = RunDir((self.folder / "text").resolve())
-        _btm("prepare", self._first(), "--out", run.root)
+        values = self._values(next(self.family.units()))
+        dump_yaml(merged(values, {"name": f"{self.family.name}-text"}), self.folder / "text.yaml")
+        _btm("prepare", self.folder / "text.yaml", "--out", run.root)
         return run
 
     def _clustered(self, clusters: int) -> dict[str, Any]:
-        """Return the section `domains` of c-BTM's clusters of the family's text."""
+        """Return the section `domains` of c-BTM's clusters of the text on which the family's domains train."""
+        config = RunConfig.load(self.folder / "text.yaml")
+        require_usual_splits(config, self._prepared())
+        files = write_training_text(config, (self.folder / "train").resolve())
         found = (self.folder / f"clusters-{clusters}").resolve()
-        _btm("discover", self._first(), "--clusters", clusters, "--out", found)
+        _btm("discover", *files.values(), "--clusters", clusters, "--out", found)
         domains: dict[str, Any] = load_yaml(found / "domains.yaml")["domains"]
-        return {name: {**domain, "text": str(found / domain["text"])} for name, domain in domains.items()}
+        return {name: {"text": str(found / domain["text"])} for name, domain in domains.items()}
 
 
-def require_usual_splits(run: RunDir) -> None:
+def require_usual_splits(config: RunConfig, run: RunDir) -> None:
     """Raise SystemExit if a domain is not split by the hash that puts equal text into the same split everywhere."""
-    domains = RunConfig.load(run.config).all_domains
-    moved = [name for name in domains if Fingerprint.of_domain(run, name).placement]
+    moved = [name for name in config.domains if Fingerprint.of_domain(run, name).placement]
     if moved:
         raise SystemExit(
             f"{run.root}: the splits of {', '.join(moved)} were moved, because too little text falls into one of them. "
-            "Test text would differ between points: use fewer clusters."
+            "Clusters would be trained on their test text. Give domains with more documents."
         )
 
 
@@ -116,7 +111,7 @@ def shrunk(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def figures(results: Results, domains: Sequence[str]) -> dict[str, Any]:
-    """Return each method's perplexity and bits per byte on some domains, and the compute of each method.
+    """Return each method's perplexity and bits per byte on some domains, their bytes, and the compute of each method.
 
     Clusters' experts are left out. `own` is the expert of each domain, if all have one.
     """
@@ -131,7 +126,11 @@ def figures(results: Results, domains: Sequence[str]) -> dict[str, Any]:
         }
         measures[measure] = kept | ({"own": own} if len(own) == len(domains) else {})
     compute = {method: {"tokens": one.tokens, "flops": one.flops} for method, one in results.compute.items()}
-    return {**measures, "compute": {name: one for name, one in compute.items() if name in measures["perplexity"]}}
+    return {
+        "bytes": {name: results.domains[name].bytes for name in domains},
+        **measures,
+        "compute": {name: one for name, one in compute.items() if name in measures["perplexity"]},
+    }
 
 
 def _btm(*arguments: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import json
 from pathlib import Path
@@ -60,6 +61,7 @@ def curve_units(
             "seconds": 60,
             "point": point,
             "random_seed": seed,
+            "bytes": dict.fromkeys(domains, 1000),
             "perplexity": {method: dict.fromkeys(domains, value) for method, value in methods.items()},
             "bits_per_byte": {method: dict.fromkeys(domains, value / 10) for method, value in methods.items()},
             "compute": {method: {"tokens": 1, "flops": flops[method]} for method in methods if method in flops},
@@ -215,6 +217,7 @@ def test_figures_of_a_run_are_those_of_the_familys_domains(load: Any) -> None:
     assert set(found["perplexity"]) == {"dense", "expert:math", "expert:code", "own"}
     assert found["perplexity"]["dense"] == {"math": 8.0, "code": 4.0}
     assert found["perplexity"]["own"] == {"math": 1.0, "code": 1.0}
+    assert found["bytes"] == {"math": 1, "code": 1}
     assert found["compute"] == {"dense": {"tokens": 5, "flops": 7.0}}
 
 
@@ -232,36 +235,70 @@ def place(load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
             (out / "domains.yaml").write_text(dump_text({"domains": {"cluster0": domain}}))
 
     monkeypatch.setattr(training, "_btm", btm)
-    family = load("claims.families").families()["domains"]
-    return SimpleNamespace(of=training.Place(family, tmp_path, tmp_path / "text"), commands=commands)
+    for name in DOMAINS:
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"{name} {i}"}) + "\n" for i in range(60)))
+    families = load("claims.families")
+    run = {"domains": {name: {"text": f"{name}.jsonl"} for name in DOMAINS}}
+    points = {"2": {"clusters": 2, "minutes": 1}}
+    settings = {"shares": "tokenizer", "seeds": [3], "run": run, "points": points}
+    family = families.Family("domains", families.FamilyConfig.model_validate(settings))
+    return SimpleNamespace(of=training.Place(family, tmp_path, tmp_path), commands=commands)
 
 
-def test_clusters_are_trained_on_and_the_given_domains_are_evaluated(load: Any, place: Any, tmp_path: Path) -> None:
+def test_clusters_are_made_of_training_text_and_the_given_domains_are_evaluated(
+    load: Any, monkeypatch: pytest.MonkeyPatch, place: Any, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(load("claims.training"), "require_usual_splits", lambda config, run: None)
     unit = load("claims.families").Unit("domains", "2", 3, 1.0)
     config = RunConfig.load(place.of.config(unit))
-    assert place.commands == ["prepare", "discover"]
+    assert set(place.commands) == {"prepare", "discover"}
+    assert {path.name for path in (tmp_path / "train").iterdir()} == {f"{name}.jsonl.gz" for name in DOMAINS}
     assert list(config.domains) == ["cluster0"]
     assert config.domains["cluster0"].text == (str(tmp_path / "clusters-2" / "cluster0.jsonl.gz"),)
-    assert list(config.novel_domains) == place.of.family.domains
+    assert list(config.novel_domains) == list(DOMAINS)
     assert config.tokenizer.path == tmp_path / "text" / "tokenizer"
     assert config.random_seed == 3
 
 
-def test_clusters_whose_splits_differ_from_those_of_the_domains_are_refused(
+def test_training_text_has_every_document_of_the_train_split_and_no_other(load: Any, tmp_path: Path) -> None:
+    documents = [{"text": f"document {number}", "source": f"book {number % 40}"} for number in range(400)]
+    (tmp_path / "math.jsonl").write_text("".join(json.dumps(one) + "\n" for one in documents))
+    domain = {"text": "math.jsonl", "split_by": {"field": "source"}}
+    values = {"domains": {"math": domain}, "data": {"dev": 0.2, "test": 0.2}}
+    (tmp_path / "run.yaml").write_text(dump_text(values))
+    config, write = RunConfig.load(tmp_path / "run.yaml"), load("claims.training_text").write_training_text
+    with gzip.open(write(config, tmp_path / "train")["math"], "rt") as file:
+        written = {json.loads(line)["text"] for line in file}
+    held_out = [one for one in documents if one["text"] not in written]
+    assert 0 < len(held_out) < len(documents)
+    books = {one["source"] for one in held_out}
+    assert books.isdisjoint(one["source"] for one in documents if one["text"] in written)
+    before = (tmp_path / "train" / "math.jsonl.gz").read_bytes()
+    (tmp_path / "train" / "math.jsonl.gz").unlink()
+    (tmp_path / "train").rmdir()
+    write(config, tmp_path / "train")
+    assert (tmp_path / "train" / "math.jsonl.gz").read_bytes() == before
+
+
+def test_clusters_of_domains_whose_splits_were_moved_are_refused(
     load: Any, monkeypatch: pytest.MonkeyPatch, place: Any, tmp_path: Path
 ) -> None:
-    training, run = load("claims.training"), RunDir(tmp_path / "run")
-    run.root.mkdir()
-    values = place.of.family.values("given", 1, tmp_path)
-    run.config.write_text(dump_text(values))
-    placements = dict.fromkeys(place.of.family.domains, "")
-    monkeypatch.setattr(
-        training.Fingerprint, "of_domain", lambda run, name: SimpleNamespace(placement=placements[name])
-    )
-    training.require_usual_splits(run)
-    placements["cs"] = "moved"
-    with pytest.raises(SystemExit, match="the splits of cs were moved"):
-        training.require_usual_splits(run)
+    training, placements = load("claims.training"), dict.fromkeys(DOMAINS, "")
+    found = staticmethod(lambda run, name: SimpleNamespace(placement=placements[name]))
+    monkeypatch.setattr(training.Fingerprint, "of_domain", found)
+    config = SimpleNamespace(domains=placements)
+    training.require_usual_splits(config, RunDir(tmp_path))
+    placements["math"] = "moved"
+    with pytest.raises(SystemExit, match="the splits of math were moved"):
+        training.require_usual_splits(config, RunDir(tmp_path))
+
+
+def test_units_that_were_evaluated_on_different_text_are_not_compared(load: Any, tmp_path: Path) -> None:
+    units = curve_units({"1": {"dense": 10.0}, "4": {"dense": 11.0}, "16": {"dense": 12.0}})
+    units["4/seed-1"]["bytes"]["math"] = 999
+    write_family(tmp_path, "local-steps", units)
+    with pytest.raises(ValueError, match="different text"):
+        figures_of(load, tmp_path, "comparisons", "local_steps")
 
 
 def test_seed_share_is_read_at_every_point(load: Any, tmp_path: Path) -> None:
