@@ -37,8 +37,12 @@ class FamilyConfig(Section):
     points: dict[str, Point] = Field(min_length=1, description="points by name")
 
     @model_validator(mode="after")
-    def _seeds_of_points(self) -> FamilyConfig:
+    def _points_fit(self) -> FamilyConfig:
         for name, point in self.points.items():
+            if point.clusters is not None and self.shares != "tokenizer":
+                raise ValueError(
+                    f"points.{name} has clusters. Compare them with one tokenizer: set shares to tokenizer."
+                )
             if point.seeds is not None and not set(point.seeds) <= set(self.seeds):
                 raise ValueError(f"points.{name}.seeds has a random seed that `seeds` lacks. Add it there.")
         return self

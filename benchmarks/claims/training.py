@@ -52,11 +52,12 @@ class Place:
     def config(self, unit: Unit) -> Path:
         """Write the YAML of a unit, and return its path."""
         values = self._values(unit)
+        clusters = self.family.config.points[unit.point].clusters
         if self.family.config.shares == "tokenizer":
-            values["tokenizer"] = {"path": str(self._prepared().tokenizer)}
-        if (clusters := self.family.config.points[unit.point].clusters) is not None:
-            values["novel_domains"] = values["domains"]
-            values["domains"] = self._clustered(clusters)
+            prepared = self._prepared()
+            values["tokenizer"] = {"path": str(prepared.tokenizer)}
+            if clusters is not None:
+                values["novel_domains"], values["domains"] = values["domains"], self._clustered(clusters, prepared)
         path = self.folder / f"{unit.point}-seed-{unit.seed}.yaml"
         dump_yaml(values, path)
         return path
@@ -73,10 +74,10 @@ class Place:
         _btm("prepare", self.folder / "text.yaml", "--out", run.root)
         return run
 
-    def _clustered(self, clusters: int) -> dict[str, Any]:
+    def _clustered(self, clusters: int, prepared: RunDir) -> dict[str, Any]:
         """Return the section `domains` of c-BTM's clusters of the text on which the family's domains train."""
         config = RunConfig.load(self.folder / "text.yaml")
-        require_usual_splits(config, self._prepared())
+        require_usual_splits(config, prepared)
         files = write_training_text(config, (self.folder / "train").resolve())
         found = (self.folder / f"clusters-{clusters}").resolve()
         _btm("discover", *files.values(), "--clusters", clusters, "--out", found)

@@ -158,6 +158,14 @@ def test_a_family_with_an_unknown_key_or_a_point_that_takes_too_long_is_refused(
     path.write_text(dump_text({"shares": "text", "seeds": [1], "run": {}, "points": {"a/b": {"minutes": 1}}}))
     with pytest.raises(ConfigError, match="'a/b' cannot name a point"):
         families.Family.load(path)
+    for point, problem in (
+        ({"clusters": 2}, "set shares to tokenizer"),
+        ({"seeds": [2]}, "a random seed that `seeds`"),
+    ):
+        points = {"a": {"minutes": 1, **point}}
+        path.write_text(dump_text({"shares": "text", "seeds": [1], "run": {}, "points": points}))
+        with pytest.raises(ConfigError, match=problem):
+            families.Family.load(path)
 
 
 def test_changes_of_a_point_reach_into_sections_and_replace_lists(load: Any) -> None:
