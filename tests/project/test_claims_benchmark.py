@@ -159,8 +159,8 @@ def test_a_family_with_an_unknown_key_or_a_point_that_takes_too_long_is_refused(
     with pytest.raises(ConfigError, match="'a/b' cannot name a point"):
         families.Family.load(path)
     for point, problem in (
-        ({"clusters": 2}, "set shares to tokenizer"),
-        ({"seeds": [2]}, "a random seed that `seeds`"),
+        ({"clusters": 2}, "Set shares to tokenizer"),
+        ({"seeds": [2]}, "`seeds` lacks"),
     ):
         points = {"a": {"minutes": 1, **point}}
         path.write_text(dump_text({"shares": "text", "seeds": [1], "run": {}, "points": points}))
