@@ -40,9 +40,7 @@ class FamilyConfig(Section):
     def _points_fit(self) -> FamilyConfig:
         for name, point in self.points.items():
             if point.clusters is not None and self.shares != "tokenizer":
-                raise ValueError(
-                    f"points.{name} has clusters. Compare them with one tokenizer: set shares to tokenizer."
-                )
+                raise ValueError(f"points.{name} has clusters, which need one tokenizer. Set shares to tokenizer.")
             if point.seeds is not None and not set(point.seeds) <= set(self.seeds):
                 raise ValueError(f"points.{name}.seeds has a random seed that `seeds` lacks. Add it there.")
         return self
