@@ -135,4 +135,7 @@ def figures(results: Results, domains: Sequence[str]) -> dict[str, Any]:
 
 
 def _btm(*arguments: object) -> None:
-    subprocess.run([sys.executable, "-m", "btm_scale.cli", *map(str, arguments)], check=True)
+    words = list(map(str, arguments))
+    done = subprocess.run([sys.executable, "-m", "btm_scale.cli", *words], check=False)
+    if done.returncode:
+        raise SystemExit(f"btm-scale {words[0]} ended with exit code {done.returncode}, for the reason above.")
