@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from claims import earlier, trained
-from claims.claim import NOT_MEASURED, Claim, Evidence, Figure, Judged, judged
+from claims.claim import HOLDS, IN_PART, NOT_HERE, NOT_MEASURED, Claim, Evidence, Figure, Judged, judged
 from claims.families import families
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -58,6 +58,11 @@ def _slug(claim: Claim) -> str:
 
 
 def _summary(found: Sequence[Judged]) -> Iterator[str]:
+    counts = {verdict: sum(one.verdict == verdict for one in found) for verdict in (HOLDS, IN_PART, NOT_HERE)}
+    yield (
+        f"Of {len(found)} claims, {sum(counts.values())} are measured: {counts[HOLDS]} hold, {counts[IN_PART]} hold in "
+        f"part, and {counts[NOT_HERE]} do not hold at this size.\n"
+    )
     yield "| claim | verdict | random seeds |\n| --- | --- | ---: |"
     for one in found:
         seeds = str(one.seeds) if one.seeds else "-"

@@ -109,6 +109,7 @@ def test_without_results_every_claim_is_not_measured_and_has_a_command(load: Any
         assert claims.judged(claim, claims.Evidence(tmp_path)).verdict == "not measured", claim.title
     text = page.claims_page(tmp_path)
     assert text.count("**Not measured** yet:") == len(page.CLAIMS)
+    assert f"Of {len(page.CLAIMS)} claims, 0 are measured: 0 hold, 0 hold in part, and 0 do not hold" in text
     assert ".json`]" not in text
 
 
