@@ -20,6 +20,7 @@ from btm_scale.forest.branch import Branch
 from btm_scale.forest.expert import read_expert
 from btm_scale.launch.gpus import GPUS
 from btm_scale.launch.plan import Cluster
+from btm_scale.report.figures.curves import schedule_curves
 from btm_scale.run import grow
 from btm_scale.run.dry_run import dry_run
 from btm_scale.run.plan import make_plan
@@ -207,3 +208,11 @@ def test_a_domain_is_added_to_a_run_of_seed_share_1_once_its_budget_is_raised(
     grow.branch_expert(RunConfig.load(run.config), run, "law", "seed", text=text)
     job = training_job(RunConfig.load(run.config), "law")
     assert (job.steps, job.progress) == (STEPS, (0.5, 1.0))
+
+
+def test_an_expert_with_its_own_tokens_is_drawn_on_its_own_schedule_beside_the_seed_lms(tmp_path: Path) -> None:
+    experts = {"python": {"tokens": 4 * BATCH, "branch": {"schedule": "restarted"}}}
+    config = write_config(tmp_path / "run.yaml", values(tmp_path, 1, experts=experts))
+    steps = [{"step": step, "loss": 5.0} for step in range(1, 9)]
+    seed, python = schedule_curves(config, {"seed": steps, "python": steps})
+    assert list(seed.share) == list(python.share) == [step / 8 for step in range(1, 9)]
