@@ -54,6 +54,25 @@ def steps_by_difficulty(evidence: Evidence) -> list[Figure]:
     return figures
 
 
+def sizes_by_difficulty(evidence: Evidence) -> list[Figure]:
+    """The ensemble with larger models for harder domains over that of equal models, and their compute."""
+    points, ways = Points(evidence, "difficulty"), ("harder-larger", "same-size")
+    flops = {
+        seed: {at: points.at(at)[seed]["compute"]["ensemble"]["flops"] for at in ways if seed in points.at(at)}
+        for seed in points.at(ways[0])
+    }
+    return [
+        same("`ensemble`, mean perplexity: harder larger / same size", points.curves("ensemble"), *ways, _LESS),
+        same(
+            "`ensemble`, mean bits per byte: harder larger / same size",
+            points.curves("ensemble", "bits_per_byte"),
+            *ways,
+            _LESS,
+        ),
+        same("training compute: harder larger / same size", flops, *ways),
+    ]
+
+
 def local_steps(evidence: Evidence) -> list[Figure]:
     """Dense with local steps over dense with data parallelism."""
     dense = Points(evidence, "local-steps").curves("dense")
