@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib
 import json
+import math
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -416,8 +417,10 @@ def test_experts_of_new_domains_are_compared_on_new_and_on_old_domains(load: Any
         "new domains: rewarmed / carried schedule": 0.8,
         "old domains: rewarmed / carried schedule": pytest.approx(4 / 3),
     }
-    left, cost = figures_of(load, tmp_path, "comparisons", "replay").values()
-    assert left == pytest.approx(0.5)  # log 2 of log 4
+    without, beyond_half, with_it, cost = figures_of(load, tmp_path, "comparisons", "replay").values()
+    assert without == pytest.approx(math.log(4))
+    assert with_it == pytest.approx(math.log(2))
+    assert beyond_half == pytest.approx(0)
     assert cost == pytest.approx(1.05)
 
 
