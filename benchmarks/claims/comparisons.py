@@ -54,6 +54,25 @@ def steps_by_difficulty(evidence: Evidence) -> list[Figure]:
     return figures
 
 
+def sizes_by_difficulty(evidence: Evidence) -> list[Figure]:
+    """The ensemble with larger models for harder domains over that of equal models, and their compute."""
+    points, ways = Points(evidence, "difficulty"), ("harder-larger", "same-size")
+    flops = {
+        seed: {at: points.at(at)[seed]["compute"]["ensemble"]["flops"] for at in ways if seed in points.at(at)}
+        for seed in points.at(ways[0])
+    }
+    return [
+        same("`ensemble`, mean perplexity: harder larger / same size", points.curves("ensemble"), *ways, _LESS),
+        same(
+            "`ensemble`, mean bits per byte: harder larger / same size",
+            points.curves("ensemble", "bits_per_byte"),
+            *ways,
+            _LESS,
+        ),
+        same("training compute: harder larger / same size", flops, *ways),
+    ]
+
+
 def local_steps(evidence: Evidence) -> list[Figure]:
     """Dense with local steps over dense with data parallelism."""
     dense = Points(evidence, "local-steps").curves("dense")
@@ -74,18 +93,18 @@ def rewarming(evidence: Evidence) -> list[Figure]:
 
 
 def replay(evidence: Evidence) -> list[Figure]:
-    """The forgetting that is left with replay, in nats, and what replay costs on the new domains."""
+    """The forgetting with and without replay, in nats, and what replay costs on the new domains."""
     points = Points(evidence, "continued")
     new, old = _own(points, ("med", "python")), _forgotten(points)
     before = points.curves("seed", domains=("math", "legal"))
     ways = ("rewarmed", "replayed")
-    left = {
-        seed: _loss_added(old[seed], "replayed", before[seed]) / _loss_added(old[seed], "rewarmed", before[seed])
-        for seed in old
-        if set(ways) <= set(old[seed]) & set(before.get(seed, {}))
-    }
+    seeds = [seed for seed in old if set(ways) <= set(old[seed]) & set(before.get(seed, {}))]
+    without, with_it = ({seed: _loss_added(old[seed], at, before[seed]) for seed in seeds} for at in ways)
+    beyond_half = {seed: with_it[seed] - without[seed] / 2 for seed in seeds}
     return [
-        Figure("old domains: loss that replay leaves, as a fraction of that without", left, Bound("<", 0.5)),
+        Figure("old domains: loss added without replay, nats", without, Bound(">", 0)),
+        Figure("old domains: loss added with replay minus half of that without, nats", beyond_half, Bound("<", 0)),
+        Figure("old domains: loss added with replay, nats", with_it),
         same("new domains: with replay / without", new, "replayed", "rewarmed", Bound("<", 1.05)),
     ]
 

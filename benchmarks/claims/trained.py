@@ -139,6 +139,15 @@ CLAIMS = (
         comparisons.steps_by_difficulty,
     ),
     _of(
+        "difficulty",
+        "8 domains of 8 MB, 4 million training tokens, no seed phase; experts have 4 layers of hidden size 96, 128 or "
+        "152, by how well gzip compresses their text, or all 128",
+        "Sizes by difficulty",
+        "Larger experts for harder domains lower the mean perplexity at equal compute.",
+        "HDEE, arXiv 2502.19385",
+        comparisons.sizes_by_difficulty,
+    ),
+    _of(
         "local-steps",
         "a dense model of 1.1 million parameters on 2 domains, 3 million tokens, two data ranks with local AdamW steps "
         "and outer Nesterov steps",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib
 import json
+import math
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -416,8 +417,10 @@ def test_experts_of_new_domains_are_compared_on_new_and_on_old_domains(load: Any
         "new domains: rewarmed / carried schedule": 0.8,
         "old domains: rewarmed / carried schedule": pytest.approx(4 / 3),
     }
-    left, cost = figures_of(load, tmp_path, "comparisons", "replay").values()
-    assert left == pytest.approx(0.5)  # log 2 of log 4
+    without, beyond_half, with_it, cost = figures_of(load, tmp_path, "comparisons", "replay").values()
+    assert without == pytest.approx(math.log(4))
+    assert with_it == pytest.approx(math.log(2))
+    assert beyond_half == pytest.approx(0)
     assert cost == pytest.approx(1.05)
 
 
@@ -441,6 +444,12 @@ def test_other_families_compare_their_points(load: Any, tmp_path: Path) -> None:
     points = {"equal": {"ensemble": 10.0}, "harder-longer": {"ensemble": 9.0}, "easier-longer": {"ensemble": 11.0}}
     write_family(tmp_path, "difficulty", curve_units(points))
     assert list(figures_of(load, tmp_path, "comparisons", "steps_by_difficulty").values()) == [0.9, 1.1, 0.9, 1.1]
+    points = {"same-size": {"ensemble": 10.0}, "harder-larger": {"ensemble": 8.0}}
+    units = curve_units(points)
+    for unit in units.values():
+        unit["compute"]["ensemble"] = {"tokens": 1, "flops": 99.0 if unit["point"] == "harder-larger" else 100.0}
+    write_family(tmp_path, "difficulty", units)
+    assert list(figures_of(load, tmp_path, "comparisons", "sizes_by_difficulty").values()) == [0.8, 0.8, 0.99]
     added = ("med", "news", "cs", "wiki")
     own = {"seed": 8.0, "posterior": 6.0}
     ways = {way: {"ensemble": 8.0, **{f"expert:{name}": value for name in added}} for way, value in own.items()}
