@@ -303,7 +303,7 @@ async def _refused(request: Request, error: Exception) -> Response:
 async def _no_route(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
     what = "Unknown URL" if status == 404 else "Method not allowed"
-    return ApiError(status, f"{what}: {request.method} {request.url.path}").response()
+    return ApiError(status, f"{what}: {request.method:.20} {request.url.path:.200}").response()
 
 
 async def _fault(request: Request, error: Exception) -> Response:

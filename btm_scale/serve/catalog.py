@@ -62,9 +62,10 @@ class Catalog:
 
     def _require(self, name: str) -> None:
         if name not in self.names:
+            near = near_match(name[:200], self.names)
             raise ApiError(
                 404,
-                f"The model '{name}' does not exist.{near_match(name, self.names)} GET /v1/models lists the models.",
+                f"The model '{name:.200}' does not exist.{near} GET /v1/models lists the models.",
                 param="model",
                 code="model_not_found",
             )

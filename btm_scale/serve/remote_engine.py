@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -16,12 +17,16 @@ from btm_scale.serve.engines_file import RemoteExpert
 from btm_scale.serve.pools import Pool
 from btm_scale.serve.work import Delta, Job, Refused, Score
 
+logger = logging.getLogger(__name__)
+
 _DOWN_SECONDS, _MOST_DOWN_SECONDS = 5.0, 60.0  # doubled with each failure in a row
 _MOST_BREAKS = 1  # a stream may break because of its connection alone; a second one in a row is the engine
 _IMPOSSIBLE = -9999.0  # what vLLM writes for a log-probability of -inf
 _MOST_PER_TOKEN = 1 << 10  # characters; an engine that sends more does not count tokens
 _INLINE_BYTES = 1 << 15  # an answer of this size is parsed faster than a thread takes over
 _REASONS = {"stop": "stop", "length": "length"}
+# Engines change the distribution by default: llama.cpp by its own settings, vLLM and SGLang by generation_config.json.
+_NOTHING_CUT_OFF: dict[str, float] = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 _ABORTED = ("abort", "error", "cancelled")  # why a text ended that is not complete
 
 
@@ -38,6 +43,7 @@ class RemoteEngine:
         self._name, self._context, self._parsers = name, context, parsers
         self._client = EngineClient(name, place, session)
         self._echoes: bool | None = None  # scores prompts with `echo`, or with `prompt_logprobs`; None: not known yet
+        self._takes_samplers: bool | None = None  # that cut nothing off, or refuses them; None: not known yet
         self._failures = self._breaks = 0  # in a row
         self._down_until = 0.0
 
@@ -119,7 +125,7 @@ class RemoteEngine:
         reason, count, pieces, written = None, None, 0, 0
         body = self._body(copy, job)
         try:
-            response = await self._client.open(body)
+            response = await self._opened(body)
         except EngineDown:
             self.leave_out()
             raise
@@ -150,6 +156,21 @@ class RemoteEngine:
         # Engines that do not count tokens send one per event, mostly.
         count = pieces if count is None else count
         yield Delta(copy, self._name, "", finished=_REASONS.get(reason, "stop"), count=count)  # type: ignore[arg-type]
+
+    async def _opened(self, body: dict[str, Any]) -> aiohttp.ClientResponse:
+        """Return the response to a request for a text, sampled as the request says and not by the engine's defaults."""
+        if self._takes_samplers is False:
+            return await self._client.open(body)
+        try:
+            response = await self._client.open(_NOTHING_CUT_OFF | body)
+            self._takes_samplers = True
+        except Refused as error:
+            if self._takes_samplers:
+                raise
+            response = await self._client.open(body)  # TGI, whose defaults cut nothing off, refuses a top_p of 1
+            self._takes_samplers = False
+            logger.warning("%s Texts are sampled with its defaults for top_p, top_k and min_p.", error)
+        return response
 
     def _broke(self, always: bool = False) -> None:
         """Record a stream that broke off."""

@@ -207,19 +207,26 @@ def parsed(kind: type[Request], body: bytes) -> Request:
 
 
 def _refusal(error: ValidationError) -> ApiError:
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    errors = error.errors(include_url=False, include_input=False, include_context=False)
+    first = max((one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]), key=_likeness)
     path = [str(part) for part in first["loc"] if not str(part).startswith(("list[", "constrained-", "function-"))]
     if len(path) > 1 and path[-1] in ("str", "int", "float"):  # a member of a union
         path.pop()
     missing = first["type"] == "missing"
     where = ".".join(path)
-    message = f"Missing required parameter: '{where}'." if missing else f"Invalid value for '{where}': {first['msg']}."
+    reason = first["msg"].removeprefix("Value error, ")  # which pydantic puts before the messages of our validators
+    message = f"Missing required parameter: '{where}'." if missing else f"Invalid value for '{where}': {reason}."
     return ApiError(
         400,
-        message if where else f"{first['msg']}.",
+        message if where else f"{reason}.",
         param=path[0] if path else None,
         code="missing_required_parameter" if missing else "invalid_value",
     )
+
+
+def _likeness(error: Any) -> tuple[int, bool]:
+    """Return how much a value resembles the member of a union that refuses it: every member has an error."""
+    return len(error["loc"]), not error["type"].endswith("_type")
 
 
 def _require_harmless(request: _Body) -> None:

@@ -1,7 +1,7 @@
 """An engine that answers as vLLM does, written from the documentation and schemas of vLLM 0.28.
 
-`/v1/completions` with a list of token ids, `prompt_logprobs`, `stream` with `stream_options`, `temperature`, `seed`,
-`stop`, `skip_special_tokens`, `logprobs` and `echo`.
+`/v1/completions` with a list of token ids, `prompt_logprobs`, `stream` with `stream_options`, `temperature`, `top_k`,
+`seed`, `stop`, `skip_special_tokens`, `logprobs` and `echo`.
 `prompt_logprobs` has one entry per token of the prompt: null, and then {id: {logprob, rank, decoded_token}}, with
 -9999.0 for minus infinity. Streams cannot have them, and max_tokens must be at least 1.
 Special tokens are left out of the text, in which `stop` is searched, unless `skip_special_tokens` is false.
@@ -37,7 +37,8 @@ class FakeVllm:
     `dies_after`: the tokens of a stream after which its connection ends, and it answers 500 to all that follows.
     `breaks`: streams that end after a token, as with a connection that is reset. `refusals` and `stream_refusals`: the
     next answers to other requests and to those for streams, (status, headers). `longest`: prompt in tokens. `special`:
-    the texts of special tokens.
+    the texts of special tokens. `default_top_k`: of requests without one, as vLLM takes it from generation_config.json.
+    `refuses_top_p`: a top_p of 1, as TGI does.
     """
 
     directory: Path
@@ -51,6 +52,8 @@ class FakeVllm:
     stream_refusals: list[tuple[int, dict[str, str]]] = field(default_factory=list)
     longest: int | None = None
     special: str = ""
+    default_top_k: int = -1
+    refuses_top_p: bool = False
     is_dead: bool = False
     requests: list[dict[str, Any]] = field(default_factory=list)
     url: str = ""
@@ -81,6 +84,9 @@ class FakeVllm:
         if self.longest is not None and len(ids) > self.longest:
             message = f"This model's maximum context length is {self.longest} tokens."
             return JSONResponse({"error": {"message": message, "type": "BadRequestError", "code": 400}}, 400)
+        if self.refuses_top_p and body.get("top_p") == 1:
+            message = "`top_p` must be > 0.0 and < 1.0"
+            return JSONResponse({"error": f"Input validation error: {message}", "error_type": "validation"}, 422)
         if body.get("stream"):
             return StreamingResponse(self._stream(ids, body), media_type="text/event-stream")
         choice = {"index": 0, "text": "", "logprobs": None, "finish_reason": "length", "stop_reason": None}
@@ -136,6 +142,9 @@ class FakeVllm:
             await asyncio.sleep(self.latency)
             scores = self._log_probs(ids)[-1]
             temperature = body["temperature"]
+            top_k = body.get("top_k", self.default_top_k)
+            if top_k > 0:
+                scores = scores.masked_fill(scores < scores.topk(min(top_k, len(scores))).values[-1], -float("inf"))
             token = (
                 int(scores.argmax())
                 if not temperature

@@ -90,6 +90,26 @@ def test_every_bad_value_is_refused_and_its_parameter_is_named(
     assert client.post(path, json=VALID[path]).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("path", "change", "message"),
+    [
+        (COMPLETIONS, {"stop": [""]}, "Invalid value for 'stop.0': String should have at least 1 character."),
+        (COMPLETIONS, {"stop": ["a"] * 65}, "Invalid value for 'stop': List should have at most 64 items"),
+        (COMPLETIONS, {"prompt": [[1], [2.5]]}, "Invalid value for 'prompt.1.0': Input should be a valid integer."),
+        (COMPLETIONS, {"prompt": ["a", 1]}, "Invalid value for 'prompt.1': Input should be a valid string."),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "'messages.0.content.0.text'"),
+        (CHAT, {"top_logprobs": 3}, "top_logprobs needs logprobs: true."),
+        (POSTERIOR, {"input": None}, "Send either 'input' or 'messages'."),
+    ],
+)
+def test_the_message_is_about_the_wrong_part_of_the_value(
+    client: httpx2.Client, path: str, change: dict[str, Any], message: str
+) -> None:
+    _, error = refusal(client, path, {**VALID[path], **change})
+    assert message in error["message"]
+    assert not error["message"].startswith("Value error")
+
+
 @pytest.mark.parametrize("path", BAD)
 def test_a_body_that_is_not_an_object_of_the_api_is_refused(client: httpx2.Client, path: str) -> None:
     for content in (b"", b"null", b"1", b'"a"', b"[]", b"{}", b"[" * 100_000, b'{"a":' * 100_000, b"1" * 5000, b"\0"):
@@ -128,7 +148,11 @@ def test_other_methods_and_paths_are_refused_in_the_same_form(client: httpx2.Cli
         ("GET", "/v1/models/a/b", 404),
         ("GET", "/v1/%ff", 404),
         ("POST", "/", 405),
+        ("GET", "/v1/models/" + "forest" * 5000, 404),
+        ("GET", "/" + "a" * 30_000, 404),
     ):
         response = client.request(method, path)
-        assert response.status_code == status, (method, path)
-        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+        assert response.status_code == status, (method, path[:50])
+        error = response.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert len(error["message"]) < 1000, path[:50]

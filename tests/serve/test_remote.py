@@ -232,3 +232,36 @@ def test_a_file_of_engines_gives_urls_names_and_keys(tmp_path: Path, monkeypatch
     engines = load_engines(file, ["law", "code", "med"])
     assert engines["law"].headers == {"Authorization": "Bearer abc"}
     assert engines["code"] == RemoteExpert(url="http://b:2/v1", score=tmp_path / "code")
+
+
+def test_the_defaults_of_an_engine_cut_nothing_off(experts: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
+    engines = [FakeVllm(path, name) for name, path in experts.items()]
+    engines[0].default_top_k = 1
+    engines[1].refuses_top_p = True
+    texts: list[set[str]] = []
+    with remote(engines, PRIOR) as server:
+        for name in experts:
+            body = {"model": name, "prompt": "ab", "max_tokens": 6}
+            answers = [server.post("/v1/completions", {**body, "seed": seed}).json() for seed in range(8)]
+            texts.append({answer["choices"][0]["text"] for answer in answers})
+        limited = {"model": "expert0", "prompt": "ab", "max_tokens": 6, "top_k": 1}
+        greedy = {
+            server.post("/v1/completions", {**limited, "seed": seed}).json()["choices"][0]["text"] for seed in (1, 2)
+        }
+    assert all(len(found) > 3 for found in texts)
+    assert len(greedy) == 1
+    assert len([body for body in engines[1].requests if body.get("stream")]) == 9, "it is asked twice only once"
+    assert caplog.text.count("Texts are sampled with its defaults") == 1
+
+
+def test_an_engine_that_takes_samplers_is_not_asked_twice_about_a_request_that_it_refuses(
+    experts: dict[str, Path],
+) -> None:
+    engine = FakeVllm(next(iter(experts.values())), "expert0")
+    with remote([engine], PRIOR[:1]) as server:
+        body = {"model": "expert0", "prompt": "ab", "max_tokens": 3}
+        assert server.post("/v1/completions", body).status_code == 200
+        engine.longest = 1
+        engine.requests.clear()
+        assert server.post("/v1/completions", body).status_code == 400
+        assert len(engine.requests) == 1
