@@ -11,7 +11,7 @@ OLDER_TRITON := 3.6.0
 CHAT_TEMPLATES := trl mistral-common jsonschema jsonschema-specifications pillow pycountry pydantic-extra-types \
   referencing rpds-py
 
-.PHONY: install older-triton chat-templates demo test test-full lint clean
+.PHONY: install older-triton chat-templates demo claims test test-full lint clean
 
 install: $(VENV)/installed
 
@@ -42,6 +42,10 @@ $(VENV)/chat-templates: constraints.txt | $(VENV)/installed
 
 demo: install
 	$(BIN)/btm-scale demo
+
+# make claims NAME=seed-share CORPORA=FOLDER: one family of configs/claims, without NAME all; docs/claims.md is written.
+claims: install
+	$(BIN)/python benchmarks/run_claims.py $(NAME) $(if $(CORPORA),--corpora $(CORPORA)) $(if $(RUNS),--runs $(RUNS))
 
 # The longest tests first, so that both processes end at about the same time. No folder twice: pytest would order them.
 TESTS ?= tests/system $(filter-out tests/system/ tests/helpers/ tests/gpu/,$(wildcard tests/*/))

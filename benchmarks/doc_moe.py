@@ -58,8 +58,9 @@ def recipes() -> str:
             dense = _mean(_perplexity(units, name, "forest", "dense"))
             values.append(_ratio(_mean(_perplexity(units, name, recipe, method)), dense))
         rows.append([label, *map(_text, values)])
-    kept = [_text(_gain_kept(units, name), ".2f") for name in names]
-    rows.append(["**MLPs alone: gain over the seed LM that `moe` keeps**", *kept])
+    for router, recipe in (("fitted", "mlps"), ("fitted-routed", "mlps-routed")):
+        kept = [_text(_gain_kept(units, name, recipe), ".2f") for name in names]
+        rows.append([f"**MLPs alone: gain over the seed LM that `moe` keeps, router `{router}`**", *kept])
     return f"{_table(rows)}\n\nThe gain is in nats per token, as a fraction of that of the own experts. {_source()}"
 
 
@@ -82,13 +83,14 @@ TABLES: dict[str, Callable[[], str]] = {"moe_routers": routers, "moe_recipes": r
 def _rows() -> Iterator[tuple[str, str, str]]:
     """Yield label, unit and method of each row."""
     yield from ((label, "forest", method) for method, label in _METHODS.items())
-    yield "`moe`, not trained", "router-fitted", "moe"
+    yield "`moe`, router `fitted-routed`, not trained", "router-fitted-routed", "moe"
     for share in _SHARES:
         yield f"`moe`, {share:.0%} more tokens", f"joint-{share:g}", "moe"
         yield f"dense, {share:.0%} more tokens", "dense", f"dense-{1 + share:g}x"
     for method in ("own", "ensemble", "ensemble:tempered"):
         yield f"MLPs alone: {_METHODS[method]}", "mlps", method
-    yield "MLPs alone: `moe`, not trained", "mlps", "moe"
+    yield "MLPs alone: `moe`, router `fitted`, not trained", "mlps", "moe"
+    yield "MLPs alone: `moe`, router `fitted-routed`, not trained", "mlps-routed", "moe"
 
 
 def _document() -> dict[str, Any]:
@@ -109,8 +111,9 @@ def _perplexity(units: Units, forest: str, recipe: str, method: str = "moe") -> 
     return None if unit is None else unit["perplexity"].get(method)
 
 
-def _gain_kept(units: Units, forest: str) -> float | None:
-    seed, own, moe = (_perplexity(units, forest, "mlps", method) for method in ("seed", "own", "moe"))
+def _gain_kept(units: Units, forest: str, recipe: str) -> float | None:
+    seed, own = (_perplexity(units, forest, "mlps", method) for method in ("seed", "own"))
+    moe = _perplexity(units, forest, recipe)
     if seed is None or own is None or moe is None:
         return None
     kept, gain = (sum(np.log(seed[domain] / other[domain]) for domain in seed) for other in (moe, own))

@@ -77,7 +77,8 @@ class Forest:
         """Return the measurements by name, the most valuable first."""
         routers = {f"router-{router}": partial(self._router, router) for router in ROUTERS}
         joint = {f"joint-{share:g}": partial(self._joint, share) for share in self.shares}
-        return {FOREST: self._make, **routers, MLPS: self._mlp_experts, **joint, DENSE: self._longer_dense}
+        mlps = {MLPS: self._mlp_experts, f"{MLPS}-routed": self._mlps_routed}
+        return {FOREST: self._make, **routers, **mlps, **joint, DENSE: self._longer_dense}
 
     def _make(self) -> dict[str, Any]:
         """Train seed LM, dense baseline and complete experts."""
@@ -102,15 +103,26 @@ class Forest:
 
     def _mlp_experts(self) -> dict[str, Any]:
         """Train the experts' MLPs alone from the same seed LM, and make a mixture without training it."""
+        self._train_mlps()
+        return figures(self.mlps)
+
+    def _mlps_routed(self) -> dict[str, Any]:
+        """Upcycle those experts with the router of the mixture as it routes."""
+        self._train_mlps()
+        _btm("upcycle", self.mlps.root, "--router", "fitted-routed")
+        return {"perplexity": {MOE: mixture_perplexity(self.mlps)}}
+
+    def _train_mlps(self) -> None:
+        self._train(self.run)
         for part in ("data", "tokenizer", SEED, f"train/{SEED}", f"scores/{SEED}"):
             if not (target := self.mlps.root / part).exists():
                 unfinished = target.with_name(f".{target.name}.part")
                 shutil.rmtree(unfinished, ignore_errors=True)
                 shutil.copytree(self.run.root / part, unfinished)
                 unfinished.rename(target)
-        only = [f"experts.{name}.train=mlp" for name in RunConfig.load(self.run.config).domains]
-        self._train(self.mlps, *only, "moe.train.budget_share=0", "baselines.dense=false")
-        return figures(self.mlps)
+        settings = [f"experts.{name}.train=mlp" for name in RunConfig.load(self.run.config).domains]
+        settings += ["moe.router=fitted", "moe.train.budget_share=0", "baselines.dense=false"]
+        self._train(self.mlps, *settings)
 
     def _train(self, run: RunDir, *changes: str) -> None:
         number = self.name.rpartition("-")[2]

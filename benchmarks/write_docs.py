@@ -1,4 +1,4 @@
-"""Write docs/config.md, and from benchmarks/results/*.json the figures of README.md, docs/results.md,
+"""Write docs/config.md, and from benchmarks/results docs/claims.md and the figures of README.md, docs/results.md,
 docs/serving.md, docs/moe.md and docs/mixtures.md.
 
     python benchmarks/write_docs.py
@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from claims.page import claims_page, plots
 from doc_config import config_page
 from doc_ensembles import TABLES as ENSEMBLE_TABLES
 from doc_figure import perplexity_figure
@@ -24,7 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("results.md", "serving.md", "moe.md", "mixtures.md")))
 TABLES = OTHER_TABLES | MOE_TABLES | PACKED_TABLES | ENSEMBLE_TABLES | MIXTURE_TABLES
 CONFIG = ROOT / "docs" / "config.md"
-FIGURE = ROOT / "docs" / "images" / "perplexity.svg"
+CLAIMS = ROOT / "docs" / "claims.md"
+IMAGES = ROOT / "docs" / "images"
+FIGURE = IMAGES / "perplexity.svg"
 _MARKS = re.compile(r"<!-- figures: (\w+) -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
@@ -39,7 +42,8 @@ def main() -> None:
 def rendered() -> dict[Path, str]:
     """Return the content of each generated file."""
     pages = {page: _MARKS.sub(lambda mark: _filled(mark[1]), page.read_text()) for page in PAGES}
-    return {**pages, FIGURE: perplexity_figure(), CONFIG: config_page()}
+    drawn = {FIGURE: perplexity_figure(), **{IMAGES / name: svg for name, svg in plots().items()}}
+    return {**pages, **drawn, CONFIG: config_page(), CLAIMS: claims_page()}
 
 
 def _filled(name: str) -> str:

@@ -75,11 +75,12 @@ def lower_bound(works: Sequence[Work], *, nodes: int, ranks_per_node: int) -> fl
 def share_out(works: Sequence[Work], groups: int) -> list[list[Work]]:
     """Return the work of each of `groups` fixed groups: lists of nearly equal time, longest first."""
     lists: list[list[Work]] = [[] for _ in range(groups)]
-    loads = [(0.0, number) for number in range(groups)]
+    loads = [(0.0, 0, number) for number in range(groups)]
     for work in sorted(works, key=lambda work: (-work.seconds, work.name)):
-        load, number = heapq.heappop(loads)
+        load, count, number = heapq.heappop(loads)
         lists[number].append(work)
-        heapq.heappush(loads, (load + work.seconds, number))
+        # Models that take no step take the time of a start, and are distributed by their number.
+        heapq.heappush(loads, (load + work.seconds, count + 1, number))
     return lists
 
 

@@ -239,12 +239,12 @@ def upcycle(
             "--router",
             "router",
             ROUTERS,
-            "How the router is made: fitted, in closed form, to the experts' hidden states on their domains' dev text; "
-            "fitted-routed, to those of the mixture as it routes; embedding or hidden, the domains' mean embedding or "
-            "mean hidden state; or random.",
+            "How the router is made: fitted-routed, in closed form, to the mixture's hidden states on its domains' dev "
+            "text, as it routes; fitted, to those of each expert; embedding or hidden, the domains' mean embedding "
+            "or mean hidden state; or random.",
             metavar="ROUTER",
         ),
-    ] = "fitted",
+    ] = "fitted-routed",
     shared_expert: Annotated[
         str | None,
         option(

@@ -38,7 +38,7 @@ class MoeConfig(Section):
     )
     top_k: int = Field(default=2, gt=0, description="experts that compute each token")
     router: Literal["fitted", "fitted-routed", "embedding", "hidden", "random"] = Field(
-        default="fitted", description="how the routers begin, as `--router` of upcycle"
+        default="fitted-routed", description="how the routers begin, as `--router` of upcycle"
     )
     train: MoeTrainConfig = MoeTrainConfig()
     layout: dict[str, Any] = Field(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from itertools import combinations
 from pathlib import Path
@@ -21,6 +20,7 @@ from btm_scale.config.model import ModelConfig
 from btm_scale.config.moe import MoeConfig, mixture_problems
 from btm_scale.config.secrets import refuse_secrets
 from btm_scale.config.section import Section, explain
+from btm_scale.config.seed_share import seed_share_problems
 from btm_scale.config.training import (
     BranchConfig,
     BudgetConfig,
@@ -160,17 +160,7 @@ class RunConfig(Section):
             if place in layouts
             for problem in layouts[place].batch_problems(sequences)
         ]
-        if self.budget.seed_share == 0 and self.model.pretrained is None:
-            problems.append(
-                "budget.seed_share is 0, so the seed LM would not be trained. Raise it, or set model.pretrained."
-            )
-        seed_share = self.budget.seed_steps / self.budget.schedule_steps[0]
-        if self.optimizer.decay == "wsd" and seed_share > self.optimizer.stable_share:
-            problems.append(
-                f"optimizer.decay_share {self.optimizer.decay_share} begins before the seed LM ends, at "
-                f"{seed_share:.2f} of the schedule. Only branches decay: use "
-                f"{math.floor(100 * (1 - seed_share)) / 100} or less."
-            )
+        problems += seed_share_problems(self)
         problems += mixture_problems(self)
         positions = self.model.shape(vocabulary=1, positions=length).positions
         if length > positions:

@@ -36,8 +36,9 @@ class BudgetConfig(Section):
     seed_share: float = Field(
         default=0.5,
         ge=0,
-        lt=1,
-        description="fraction of the tokens for the seed LM; 0 uses a pretrained model unchanged",
+        le=1,
+        description="fraction of the tokens for the seed LM; 0: a pretrained model unchanged, or a random "
+        "initialization; 1: dense and the experts take no step",
     )
     sequence_length: int = Field(default=256, gt=1, description="tokens per sequence")
     batch_tokens: int = Field(
@@ -78,10 +79,11 @@ class BudgetConfig(Section):
                 f"seed_budget, raised_from and tokens are {', '.join(map(str, budgets))}, which do not increase. The "
                 "run records the first two when tokens is raised: remove them from the YAML."
             )
-        if (self.seed_steps < 1 and self.seed_share > 0) or self.branch_steps < 1:
+        if (self.seed_steps < 1 and self.seed_share > 0) or (self.branch_steps < 1 and self.seed_share < 1):
             raise ValueError(
                 f"{self.tokens} tokens in batches of {self.batch_tokens} give less than one step to seed or experts. "
-                "Raise tokens, or lower batch_tokens."
+                "Raise tokens, lower batch_tokens, or change seed_share: 0 leaves all steps to the experts, 1 to the "
+                "seed LM."
             )
         return self
 
@@ -113,7 +115,7 @@ class BudgetConfig(Section):
 
     @property
     def branch_steps(self) -> int:
-        """Optimizer steps of each expert, and of the dense baseline after the seed."""
+        """Optimizer steps of each expert, and of the dense baseline after the seed; 0 with seed share 1."""
         return round(self.tokens / self.batch_tokens) - self.seed_steps
 
 

@@ -78,6 +78,10 @@ def _trained_on(run: RunDir, target: str) -> Expert:
             f"'{target}' of {run.root} was trained on {', '.join(expert.domains) or 'unknown text'}, not on the "
             "domain of its name. Leave this run out."
         )
+    if not expert.tokens:
+        raise ForestError(
+            f"'{target}' of {run.root} took no training step, and the laws are of training tokens. Leave this run out."
+        )
     return expert
 
 

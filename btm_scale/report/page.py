@@ -21,7 +21,7 @@ from btm_scale.report.palette import PALETTE
 from btm_scale.report.passes import passes_text
 from btm_scale.report.summary import count, experts, headline, novel_domains, shorten, tokens_text, training_domains
 from btm_scale.run_dir import RunDir
-from btm_scale.train.jobs import model_names
+from btm_scale.train.jobs import model_names, training_job
 from btm_scale.train.metrics import read_metrics
 from btm_scale.train.passes import passes_of_run
 from btm_scale.util.files import make_directory, write_file
@@ -137,10 +137,9 @@ def facts(config: RunConfig, results: Results, passes: Mapping[str, float] | Non
     words = {
         "Model": _model_words(config),
         "Training budget": f"{budget.tokens:,} tokens in all, read in sequences of {budget.sequence_length:,}. "
-        f"The seed LM took {tokens_text(budget.seed_steps * budget.batch_tokens)} of these tokens "
-        f"in {count(budget.seed_steps, 'step')}."
+        + _seed_words(config)
         + (f" The budget was raised from {budget.raised_from[0]:,} tokens." if budget.raised_from else ""),
-        "Forest": f"{count(len(names), 'expert')} branched from the seed LM and trained without communication.",
+        "Forest": _forest_words(config, names),
         "Domains": f"{_listed(training) or 'none'}."
         + (f" Novel, never trained on: {_listed(novel)}." if novel else ""),
         "Evaluation": f"{each} tokens of {config.evaluate.split} text per domain, the same for every method; "
@@ -164,6 +163,25 @@ def _device_words(results: Results) -> str:
 def _listed(names: Sequence[str]) -> str:
     shown = ", ".join(shorten(name, 40) for name in names[:_LISTED])
     return shown + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
+
+
+def _seed_words(config: RunConfig) -> str:
+    budget = config.budget
+    if not budget.seed_steps:
+        kept = "the pretrained model, unchanged" if config.model.pretrained is not None else "a random initialization"
+        return f"The seed LM took none of these tokens: it is {kept}."
+    return (
+        f"The seed LM took {tokens_text(budget.seed_steps * budget.batch_tokens)} of these tokens "
+        f"in {count(budget.seed_steps, 'step')}."
+    )
+
+
+def _forest_words(config: RunConfig, names: Sequence[str]) -> str:
+    said = f"{count(len(names), 'expert')} branched from the seed LM"
+    # An expert that was added to the forest was trained elsewhere.
+    if names and all(name in config.expert_domains and not training_job(config, name).steps for name in names):
+        return f"{said} without a training step, as copies of it."
+    return f"{said} and trained without communication."
 
 
 def _model_words(config: RunConfig) -> str:

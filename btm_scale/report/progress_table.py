@@ -80,7 +80,9 @@ def _table(rows: Sequence[ModelProgress], columns: Sequence[str]) -> Table:
 
 def _bar(row: ModelProgress) -> ProgressBar:
     full = {"done": "green", "failed": "red", "stopped": "yellow"}.get(row.state, "cyan")
-    return ProgressBar(total=max(1, row.steps), completed=row.step, width=16, complete_style=full, finished_style=full)
+    # A model that takes no step is complete once it is done.
+    total, completed = (row.steps, row.step) if row.steps else (1, int(row.state == "done"))
+    return ProgressBar(total=total, completed=completed, width=16, complete_style=full, finished_style=full)
 
 
 def progress_line(rows: Sequence[ModelProgress]) -> str:

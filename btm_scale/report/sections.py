@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +17,7 @@ from btm_scale.forest.methods import ENSEMBLE, general_label, label, meaning
 from btm_scale.report import figures
 from btm_scale.report.equivalence import equivalence_sentence
 from btm_scale.report.figures.compute import compute_bars
-from btm_scale.report.figures.curves import MOST_BESIDE, Curves, schedule_curves
+from btm_scale.report.figures.curves import MOST_BESIDE, Curves, schedule_curves, seed_end
 from btm_scale.report.figures.matrices import (
     perplexity_matrix,
     routing_entropies,
@@ -33,6 +34,7 @@ from btm_scale.report.summary import (
     count,
     experts,
     flops_text,
+    is_same,
     mean,
     moe_sentence,
     novel_domains,
@@ -146,7 +148,8 @@ def _ratios(results: Results) -> Chart | None:
         return None
     name = "dense" if to == DENSE else "the seed LM"
     ours = [row.ratios["Ensemble"] for row in rows if "Ensemble" in row.ratios and not row.is_mean]
-    words = f"The ensemble is better than {name} on {sum(r < 1 for r in ours)} of {count(len(ours), 'domain')}. "
+    better = sum(r < 1 and not is_same(r) for r in ours)
+    words = f"The ensemble is better than {name} on {better} of {count(len(ours), 'domain')}. "
     words = (words if ours else "") + (
         f"Each mark is a method's perplexity divided by that of {name}, on the same text. "
         "Left of the line is better. The scale is logarithmic, so equal distances are equal factors. "
@@ -159,9 +162,13 @@ def _ratios(results: Results) -> Chart | None:
 
 def _experts(results: Results) -> Section:
     matrix = perplexity_matrix(results)
+    bests = Counter(column for _, column in matrix.best)
+    own = [bests[column] for _, column in matrix.own & matrix.best]
+    equal = sum(number > 1 for number in own)
     words = (
-        f"In {len(matrix.own & matrix.best)} of {count(len(matrix.own), 'domain')} the domain's own expert is the best "
-        "single model. Read down a column: perplexities of different domains don't compare, so the colour says "
+        f"In {len(own) - equal} of {count(len(matrix.own), 'domain')} the domain's own expert is the best single model"
+        + (f", and in {equal} another model is as good. " if equal else ". ")
+        + "Read down a column: perplexities of different domains don't compare, so the colour says "
         "how near a model comes to the best of its column. "
         "Outlined is each expert on the domain it was trained on; the best of a column is bold. "
         "The numbers are also in the table of perplexities, under each expert alone."
@@ -184,12 +191,17 @@ def _training(config: RunConfig, results: Results, curves: Curves) -> Section:
     if own:
         said.append(f"the experts between {min(own):.2f} and {max(own):.2f}")
     words = f"Losses in nats per token end for {', '.join(said)}. " if said else ""
-    words += (
-        "The seed LM trains first, on all domains; at the dashed line, experts and dense resume from its "
-        "weights. An expert's loss jumps there, because from then on it reads its own domain only, which may "
-        "be easier or harder than the mix. "
-        "Lines are moving means over 6% of the steps"
-    )
+    end = seed_end(config)
+    if 0 < end < 1:
+        words += (
+            "The seed LM trains first, on all domains; at the dashed line, experts and dense resume from its "
+            "weights. An expert's loss jumps there, because from then on it reads its own domain only, which may "
+            "be easier or harder than the mix. "
+        )
+    else:
+        words += "The seed LM takes no step. " if end == 0 else "The seed LM takes every step of the schedule. "
+        words += "An expert with tokens of its own has its own schedule. " if end == 1 and own else ""
+    words += "Lines are moving means over 6% of the steps"
     words += ", with the raw losses behind." if len(placed) <= MOST_BESIDE else "."
     dropped = sum(len(curves[name]) - len(curve.loss) for name, curve in placed.items())
     words += f" {count(dropped, 'step')} with a loss that is not a number could not be drawn." if dropped else ""

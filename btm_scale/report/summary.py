@@ -100,7 +100,7 @@ def headline(results: Results) -> str:
         sentence += f", {_times(against.value)} the seed LM's"
         return f"{sentence}; this run has no dense baseline to compare it with."
     sentence += f", {_times(against.value)} the dense baseline's{_at_what_compute(results)}"
-    sentence += ": worse than one dense model." if against.value > 1 and not _same(against.value) else "."
+    sentence += ": worse than one dense model." if against.value > 1 and not is_same(against.value) else "."
     return sentence + _headline_on_novel(results)
 
 
@@ -113,7 +113,7 @@ def moe_sentence(results: Results) -> str:
     if against is None:
         return ""
     verdict = "routing by the posterior" if against.value > 1 else "routing each token"
-    verdict = "neither is better" if _same(against.value) else f"{verdict} wins"
+    verdict = "neither is better" if is_same(against.value) else f"{verdict} wins"
     return (
         f"The mean perplexity of the mixture of experts over {count(against.domains, 'domain')} is "
         f"{_times(against.value)} the ensemble's: {verdict}."
@@ -152,12 +152,13 @@ def _at_what_compute(results: Results) -> str:
     return " at equal training compute" if 0.98 < share < 1.02 else f" with {_times(share)} its training compute"
 
 
-def _same(share: float) -> bool:
+def is_same(share: float) -> bool:
+    """Return whether a ratio is printed as 1."""
     return abs(share - 1) < 0.0005
 
 
 def _times(share: float) -> str:
-    if _same(share):
+    if is_same(share):
         return "the same as"
     return f"{share_text(share)} times"
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from btm_scale.config.moe import mixture_layout
 from btm_scale.config.run import RunConfig
+from btm_scale.config.seed_share import share_note
 from btm_scale.data.adopt_tokenizer import loss_of
 from btm_scale.data.fingerprint import Fingerprint
 from btm_scale.data.preview import Preview, preview_texts
@@ -59,6 +60,7 @@ def dry_run(config: RunConfig, run: RunDir, *, trains_here: bool = True) -> dict
     text = _text(config, run, sources, previews)
     tokens = sum(row["tokens"] for row in text.values())
     notes = [previews[name].problem for name in text if previews[name].problem and not text[name]["encoded"]]
+    notes += filter(None, [share_note(config)])
     notes += [note for name, row in text.items() if (note := too_many_passes(config, name, row["passes"]))]
     if config.moe is not None and (layout := mixture_layout(config)).tensor > 1:
         notes.append(f"{MOE}: sequence_parallel is on, because experts need it with tensor={layout.tensor}")

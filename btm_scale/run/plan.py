@@ -38,12 +38,11 @@ def make_plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
     jobs = {name: training_job(config, name) for name in model_names(config)}
     stages = []
     for names in training_stages(config):
-        # A pretrained seed LM without training takes no step.
+        # With seed share 0 the seed LM takes no step, with 1 its branches.
         groups = [_group(vocabulary, config, jobs[name], cluster) for name in names if jobs[name].steps]
         if groups:
             stages.append(plan_stage(groups, cluster))
-    branch_steps = config.budget.branch_steps
-    saved = data_parallel_bytes(shape, len(config.domains), branch_steps, config.layout.bytes_per_weight)
+    saved_a_step = data_parallel_bytes(shape, len(config.domains), 1, config.layout.bytes_per_weight)
     return {
         "parameters": shape.parameters,
         "cluster": {"gpus": cluster.ranks, "nodes": cluster.nodes, "gpus_per_node": cluster.ranks_per_node}
@@ -53,8 +52,8 @@ def make_plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
         "days": sum(stage.seconds for stage in stages) / 86_400,
         "between_groups": {
             "branch_train_merge_bytes": 0,
-            "data_parallel_bytes": saved,
-            "data_parallel_bytes_a_step": saved / branch_steps,
+            "data_parallel_bytes": saved_a_step * config.budget.branch_steps,
+            "data_parallel_bytes_a_step": saved_a_step,
         },
     }
 

@@ -58,8 +58,10 @@ def _has_entered(config: RunConfig, run: RunDir, model: str) -> bool:
     """Return whether a model other than the seed LM has taken steps that only the config's budget gives it."""
     if model == SEED:
         return False
-    earlier = training_job(config, model).earlier
-    first = earlier[-1].steps if earlier else 0
+    job = training_job(config, model)
+    if not job.steps:  # with seed share 1; what the budget gives it is there once it is finished
+        return is_finished(run.model(model))
+    first = job.earlier[-1].steps if job.earlier else 0
     newest = max(map(_step, run.checkpoints(model).glob("step-*")), default=0)
     finished = read_expert(run.model(model)).steps if is_finished(run.model(model)) else 0
     return max(newest, finished) > first

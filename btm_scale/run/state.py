@@ -100,9 +100,13 @@ def _has_config_alone(directory: Path) -> bool:
 
 
 def continued(config: RunConfig, run: RunDir) -> RunConfig:
-    """Return the config as `compared` does. Raises ConfigError if a setting differs that may not."""
+    """Return the config as `compared` does. Raises ConfigError if a setting differs that may not, and for an expert
+    that needs tokens and gets none."""
     config, changes = compared(config, run)
     _refuse(run, [one for one in changes if not one.is_allowed])
+    if config.budget.seed_share == 1:  # only a run's recorded budgets say which experts take a step
+        for name in config.expert_domains:
+            training_job(config, name)
     require_parents(config, run, model_names(config))
     require_checkpoints(config, run)
     return config

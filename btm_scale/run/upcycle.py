@@ -47,7 +47,7 @@ class Recipe:
     experts: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     top_k: int = 2
-    router: str = "fitted"
+    router: str = ROUTED
     random_seed: int = 0
     shared_expert: str | None = None
 

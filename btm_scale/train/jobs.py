@@ -224,19 +224,37 @@ def _expert_job(config: RunConfig, model: str) -> TrainingJob:
         layout=config.expert_layout(model),
         trains=own.train if own is not None else "all",
     )
-    return _with_stretches(
-        config, job, [max(1, round(count / (sequences * budget.sequence_length))) for count in tokens]
-    )
+    # With seed share 1, the budget leaves the branches nothing until it is raised.
+    steps = [max(1, round(count / (sequences * budget.sequence_length))) if count else 0 for count in tokens]
+    if not steps[-1]:
+        _require_seed_bits(config, model)
+    return _with_stretches(config, job, steps)
+
+
+def _require_seed_bits(config: RunConfig, name: str) -> None:
+    """Raise ConfigError if an expert without steps would be anything but a copy of a seed LM that has its domain."""
+    if config.branch(name) is None:
+        raise ConfigError(
+            f"experts.{name}: budget.seed_share 1 leaves it no tokens, and its own model starts at random. Set "
+            f"experts.{name}.tokens, or remove its model."
+        )
+    if name in config.added_domains:
+        raise ConfigError(
+            f"added_domains.{name}: budget.seed_share 1 leaves its expert no tokens, and the seed LM does not train "
+            f"on added domains. Set experts.{name}.tokens with experts.{name}.branch.schedule: restarted, or raise "
+            "budget.tokens."
+        )
 
 
 def _with_stretches(config: RunConfig, job: TrainingJob, steps: Sequence[int]) -> TrainingJob:
     """Return the job with its steps under each budget that it is trained with, or under the first alone."""
     seed_steps, seed_total = config.budget.seed_steps, config.budget.seed_schedule_steps
+    first = next(filter(None, steps), 1)  # for which the warmup was chosen
     stretches = []
     for count, total in zip(steps, config.budget.schedule_steps_of(job.model), strict=False):
         carried = job.branch is not None and job.branch.schedule == "carried"
         progress = (seed_steps / total if carried else 0.0, 1.0)
-        scale = seed_total / total if carried else steps[0] / count
+        scale = seed_total / total if carried or not count else first / count
         stretches.append(Stretch(count, job.first_sample + count * job.sequences, progress, scale))
     *earlier, last = stretches
     job = replace(job, steps=last.steps, samples=last.samples, progress=last.progress, warmup_scale=last.warmup_scale)

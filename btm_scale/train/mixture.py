@@ -38,6 +38,8 @@ class DomainMixture:
         self._parts: list[tuple[int, int, TrainingSamples]] = []
         before = 0
         for number, stretch in enumerate(job.stretches):
+            if not stretch.samples:  # a branch that takes no step until its budget is raised
+                continue
             boundary = stretch.samples
             if last is not None and reweighted:
                 # Steps that end before the last part of the schedule.

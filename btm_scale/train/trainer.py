@@ -160,6 +160,6 @@ def train(
                     pending = False
             if in_sync and stops and not ends:
                 stop.leave(step)
-        if job.steps == 0:  # a pretrained model without training; branches begin with its checkpoint
+        if job.steps == 0:  # a seed LM or branches without training; what follows begins with the checkpoint
             save_state(engine, folder, step, config.checkpoint.keep)
     return step

@@ -70,3 +70,7 @@ def test_groups_that_can_never_fit_are_reported() -> None:
 def test_work_is_divided_evenly_over_fixed_groups() -> None:
     lists = share_out(works((2, 5), (2, 4), (2, 3), (2, 3), (2, 3)), 2)
     assert sorted(sum(work.seconds for work in own) for own in lists) == [8, 10]
+
+
+def test_work_that_takes_no_time_is_divided_by_number() -> None:
+    assert [len(own) for own in share_out(works(*[(1, 0)] * 6), 3)] == [2, 2, 2]

@@ -74,7 +74,7 @@ def test_recipes_are_relative_to_dense_and_mlp_experts_have_the_gain_that_the_mi
     assert rows["`moe`, 10% more tokens"] == ["0.750"]
     assert rows["dense, 10% more tokens"] == ["0.900"]
     assert rows["`moe`, 20% more tokens"] == ["-"]
-    assert rows["**MLPs alone: gain over the seed LM that `moe` keeps**"] == ["0.50"]
+    assert rows["**MLPs alone: gain over the seed LM that `moe` keeps, router `fitted`**"] == ["0.50"]
 
 
 def test_upcycling_has_a_row_for_each_recipe(table):

@@ -89,7 +89,7 @@ def test_the_model_is_recorded_like_any_other_of_the_run(run: Run) -> None:
     card = read_expert(directory)
     assert (directory, MOE in finished_models(run[1])) == (run[1].root / "moe", True)
     assert [(parent.name, parent.weight) for parent in card.parents] == [("docs", 0.5), ("python", 0.5)]
-    assert card.layout == {"top_k": 1, "router": "fitted"}
+    assert card.layout == {"top_k": 1, "router": "fitted-routed"}
     assert card.data_fingerprint == {name: read_expert(run[1].model(name)).content_hash for name in ("docs", "python")}
     assert card.content_hash == content_hash(directory)
     assert json.loads((directory / "config.json").read_text())["expert_names"] == ["docs", "python"]
@@ -103,29 +103,29 @@ def test_leaving_an_expert_out_and_adding_it_again_gives_the_same_bytes_and_read
     run: Run, read: list[str]
 ) -> None:
     folder = run[1].model(MOE)
-    upcycle(*run, Recipe())
+    upcycle(*run, Recipe(router="fitted"))
     complete = files_of(folder)
     assert sorted(read) == ["cpp", "docs", "licences", "python"]
-    upcycle(*run, Recipe(without=("cpp",)))
+    upcycle(*run, Recipe(without=("cpp",), router="fitted"))
     without = files_of(folder)
     assert without[WEIGHTS] != complete[WEIGHTS]
-    upcycle(*run, Recipe())
+    upcycle(*run, Recipe(router="fitted"))
     assert files_of(folder) == complete
     shutil.rmtree(run[1].model("cpp"))
-    upcycle(*run, Recipe())
+    upcycle(*run, Recipe(router="fitted"))
     assert files_of(folder) == without, "a mixture without an expert is that of a forest without it"
     assert len(read) == 4
 
 
 def test_an_expert_with_other_weights_is_read_again_and_no_other_is(run: Run, read: list[str]) -> None:
-    upcycle(*run, Recipe())
+    upcycle(*run, Recipe(router="fitted"))
     read.clear()
     directory = run[1].model("cpp")
     weights = load_file(directory / WEIGHTS)
     weights["model.norm.weight"] += 1
     save_file(weights, directory / WEIGHTS, {"format": "pt"})
     read_expert(directory).model_copy(update={"content_hash": content_hash(directory)}).save(directory / CARD)
-    assert not upcycle(*run, Recipe()).is_complete
+    assert not upcycle(*run, Recipe(router="fitted")).is_complete
     assert read == ["cpp"]
 
 
@@ -151,10 +151,10 @@ def test_what_fails_while_a_model_is_made_leaves_the_former_one(run: Run, monkey
     with monkeypatch.context() as patched:
         patched.setattr(module, "publish_directory", fail)
         with pytest.raises(KeyboardInterrupt):
-            upcycle(*run, Recipe())
+            upcycle(*run, Recipe(router="fitted"))
     assert files_of(run[1].model(MOE)) == before
     assert [path.name for path in run[1].root.glob(".moe*")] == []
-    made = upcycle(*run, Recipe())
+    made = upcycle(*run, Recipe(router="fitted"))
     assert read_expert(run[1].model(MOE)).content_hash == made.card.content_hash
     assert [path.name for path in run[1].root.glob(".moe*")] == []
 
@@ -163,7 +163,7 @@ def test_an_interrupted_upcycle_resumes_with_the_remaining_tensors_and_has_the_s
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = run[1].model(MOE)
-    upcycle(*run, Recipe())
+    upcycle(*run, Recipe(router="fitted"))
     expected = files_of(directory)
     shutil.rmtree(directory)
     monkeypatch.setattr(workers, "_NOTE_EVERY", 1)
@@ -178,10 +178,10 @@ def test_an_interrupted_upcycle_resumes_with_the_remaining_tensors_and_has_the_s
 
     monkeypatch.setattr(UnitRunner, "__call__", stopping)
     with pytest.raises(KeyboardInterrupt):
-        upcycle(*run, Recipe())
+        upcycle(*run, Recipe(router="fitted"))
     assert not directory.exists()
     merged += [""]
-    upcycle(*run, Recipe())
+    upcycle(*run, Recipe(router="fitted"))
     assert not set(merged[:9]) & set(merged[11:]), "the tenth may not have been noted"
     assert files_of(directory) == expected
 
@@ -247,9 +247,9 @@ def test_the_seed_can_be_a_shared_expert_that_is_recorded_and_replaced(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = run[1].model(MOE)
-    upcycle(*run, Recipe())
+    upcycle(*run, Recipe(router="fitted"))
     alone = mean_loss(*run)
-    main(["upcycle", str(run[1].root), "--shared-expert", "seed", "--json"])
+    main(["upcycle", str(run[1].root), "--router", "fitted", "--shared-expert", "seed", "--json"])
     answer = json.loads(capsys.readouterr().out)
     assert (answer["family"], answer["shared_expert"]) == ("qwen2_moe", "seed")
     weights = load_file(directory / WEIGHTS)
@@ -262,7 +262,7 @@ def test_the_seed_can_be_a_shared_expert_that_is_recorded_and_replaced(
     assert card.layout["shared_expert"] == "seed"
     assert card.data_fingerprint["seed"] == read_expert(run[1].model("seed")).content_hash
     assert "router fitted; shared expert seed." in mixture_note(run[1], card)
-    assert upcycle(*run, Recipe(shared_expert="seed")).is_complete
+    assert upcycle(*run, Recipe(router="fitted", shared_expert="seed")).is_complete
     change(run[1].model("seed"), seed | {"model.norm.weight": seed["model.norm.weight"] + 1})
     assert " seed changed or left the forest since." in mixture_note(run[1], card)
     assert not upcycle(*run, Recipe(router="fitted-routed", shared_expert="seed")).is_complete

@@ -110,5 +110,3 @@ def test_settings_that_conflict_with_a_pretrained_model_are_errors(real_text: Pa
     given = values(real_text, tmp_path / "model")
     with pytest.raises(ConfigError, match="Cannot set layers with pretrained"):
         write_config(tmp_path / "run.yaml", given | {"model": given["model"] | {"layers": 3}})
-    with pytest.raises(ConfigError, match="the seed LM would not be trained"):
-        write_config(tmp_path / "run.yaml", given | {"model": {"preset": "llama-1m"}})

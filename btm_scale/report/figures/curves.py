@@ -52,8 +52,10 @@ def schedule_curves(config: RunConfig, curves: Curves) -> list[Curve]:
         if config.dev_loss.patience is not None and model in model_names(config):
             last = max(last, training_job(config, model).steps)
 
-        # The mixture of experts is trained after the schedule.
-        begin, until = {SEED: (0.0, end), MOE: (1.0, _end(config))}.get(model, (end, 1.0))
+        # The mixture of experts is trained after the schedule. Where the seed LM completes it, an expert with tokens of
+        # its own has its own schedule.
+        branch = (end if end < 1 else 0.0, 1.0)
+        begin, until = {SEED: (0.0, end), MOE: (1.0, _end(config))}.get(model, branch)
 
         def place(step: np.ndarray, begin: float = begin, until: float = until, last: float = last) -> np.ndarray:
             return begin + (until - begin) * step / last
@@ -124,8 +126,9 @@ def training_loss(config: RunConfig, results: Results, curves: Curves, *, width:
         raw.append(go.Scatter(common, y=y_raw, line=thin, opacity=0.16, hoverinfo="skip", showlegend=False))
     above = {"y": 1, "yref": "paper", "yanchor": "bottom", "font": {"color": SOFT}}
     notes = [above | {"x": 0, "xref": "paper", "xanchor": "left", "text": "loss (nats per token)"}]
-    notes.append(above | {"x": end, "xanchor": "left", "xshift": 6, "text": "branch"})
-    notes.append(above | {"x": end, "xanchor": "right", "xshift": -6, "text": "seed"})
+    if has_branches_after_seed := 0 < end < 1:
+        notes.append(above | {"x": end, "xanchor": "left", "xshift": 6, "text": "branch"})
+        notes.append(above | {"x": end, "xanchor": "right", "xshift": -6, "text": "seed"})
     size = 11 if is_narrow(width) else 12
     entry = 0.61 * size * max((len(trace.name) for trace in smooth), default=0)
     below = 0 if beside else 20 * math.ceil(len(placed) / max(1, (width - 50) // (entry + 45))) + 24
@@ -133,7 +136,8 @@ def training_loss(config: RunConfig, results: Results, curves: Curves, *, width:
     layout: dict[str, Any] = {"annotations": notes[: 2 if is_narrow(width) else 3], "showlegend": True}
     layout["xaxis"] = {"range": [0, _end(config)], "tickformat": ".0%", "title": title, "showgrid": False}
     layout["yaxis"] = {"range": _range(placed), "nticks": 8}
-    layout["shapes"] = [rule(x=end, line={"color": SOFT, "width": 1, "dash": "3px,3px"})]
+    if has_branches_after_seed:
+        layout["shapes"] = [rule(x=end, line={"color": SOFT, "width": 1, "dash": "3px,3px"})]
     # Where the legend needs more rows than planned, it scrolls.
     rows = BELOW | {"entrywidth": entry, "maxheight": max(below, 1), "tracegroupgap": 0, "font": {"size": size}}
     layout["legend"] = {"tracegroupgap": 4} if beside else rows
