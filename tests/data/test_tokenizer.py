@@ -101,8 +101,8 @@ def test_a_long_document_at_the_beginning_is_not_all_of_a_larger_sample(tmp_path
     source = resolve_domain("d", DomainConfig(text=("a.jsonl",)), tmp_path)
     data = DataConfig(dev=0.1, test=0.1)
     with pytest.raises(DataError, match=r"Add text, raise tokenizer\.sample_bytes if there is more"):
-        train_tokenizer(tmp_path, balanced_sample([source], 60_000, data), vocab_size=400)
-    train_tokenizer(tmp_path / "larger", balanced_sample([source], 1_000_000, data), vocab_size=400)
+        train_tokenizer(tmp_path, balanced_sample([source], 200_000, data), vocab_size=400)
+    train_tokenizer(tmp_path, balanced_sample([source], 1_000_000, data), vocab_size=400)
 
 
 def test_an_error_in_the_text_is_not_reported_as_a_vocabulary_error(tmp_path: Path) -> None:
