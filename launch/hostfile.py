@@ -31,6 +31,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
             f"No hostfile at {path} ({error.strerror}). Set launch.deepspeed.hostfile, or use --launcher local."
         ) from None
     slots: dict[str, int] = {}
+    known: set[str] = set()  # in lower case, because n1 and N1 are one host
     for number, line in enumerate(lines, start=1):
         text = line.partition("#")[0].strip()
         if not text:
@@ -38,8 +39,9 @@ def read_hostfile(path: Path) -> dict[str, int]:
         where = f"{path}, line {number}"
         names, own = _entry(text, where)
         for name in names:
-            if name in slots:
+            if name.lower() in known:
                 raise LaunchError(f"{where}: host '{name}' is listed twice. Give all its slots in one line.")
+            known.add(name.lower())
             slots[name] = own
         if len(slots) > _MOST_HOSTS:
             raise LaunchError(f"{where}: more than {_MOST_HOSTS:,} hosts. Check the list in brackets.")

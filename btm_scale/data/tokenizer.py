@@ -23,6 +23,7 @@ from btm_scale.data.tokenizer_files import (
     added_ids,
     kind_of,
     main_file,
+    require_contents,
 )
 from btm_scale.data.tokenizer_trial import NotUsable, require_usable
 from btm_scale.errors import DataError, UserError
@@ -321,6 +322,7 @@ def same_ids(one: Path, other: Path) -> bool:
 def _require(directory: Path) -> None:
     if not directory.is_dir():
         raise DataError(f"There is no tokenizer in {directory}. Prepare the run first, or correct tokenizer.path.")
+    require_contents(directory)
 
 
 def _rows(largest: int) -> int:

@@ -30,6 +30,7 @@ IDENTITY_FILES = (
     DOCUMENT_START,
 )
 _HUGGING_FACE_FILES = (HUGGING_FACE_FILE, "vocab.json", "vocab.txt")
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _TIKTOKEN_NAMES = re.compile(r".*\.tiktoken|tiktoken\.model")
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d{1,9}\r?\n")
 
@@ -62,6 +63,16 @@ def kind_of(directory: Path) -> Kind:
             "transformers.integrations.tiktoken.convert_tiktoken_to_fast and a tokenizer_config.json with eos_token."
         )
     return "transformers"
+
+
+def require_contents(directory: Path) -> None:
+    """Raise DataError if a file of a tokenizer is only Git LFS's pointer to it."""
+    for name in (*IDENTITY_FILES, "tokenizer_config.json"):
+        if _head(directory / name, len(_LFS_POINTER)) == _LFS_POINTER:
+            raise DataError(
+                f"{directory / name} is a Git LFS pointer, not the file itself. A tokenizer is loaded from complete "
+                "files: run `git lfs pull` in its repository."
+            )
 
 
 def tiktoken_files(directory: Path) -> list[str]:
@@ -97,6 +108,17 @@ def _token_id(path: Path, name: str, value: object) -> int:
             f"{path}: '{name:.80}' must be the id of a token and is {shown(value)}. Copy the tokenizer again."
         )
     return value
+
+
+def _head(path: Path, size: int) -> bytes:
+    """Return the first bytes of a regular file, or b"" for any other path; loading it reports the error."""
+    try:
+        if not path.is_file():
+            return b""
+        with path.open("rb") as file:
+            return file.read(size)
+    except OSError:
+        return b""
 
 
 def _is_tiktoken(path: Path) -> bool:

@@ -36,6 +36,8 @@ _LOWEST_COVERAGE = 0.98  # that sentencepiece accepts
 _FIXED_TOKENS = 256 + 3 + 1  # bytes, control tokens and the newline
 _FEWEST_TOKENS = 320  # that a config may ask for
 _LINE_CHARACTERS = 16_000
+# A long document at the beginning can be the complete sample.
+_MORE = "add text, raise tokenizer.sample_bytes if there is more"
 
 
 def train_tokenizer(directory: Path, texts: Iterable[str], *, vocab_size: int) -> None:
@@ -140,13 +142,13 @@ def _trained(texts: Iterable[str], vocab_size: int, coverage: float = _COVERAGE)
 
 def _cannot_train(vocab_size: int, reason: str) -> DataError:
     """Return the error for a text that has too few pieces, whose number is in sentencepiece's reason."""
-    fact, remedy = first_line(ValueError(reason)), "Lower tokenizer.vocab_size, add text"
+    fact, remedy = first_line(ValueError(reason)), f"Lower tokenizer.vocab_size, {_MORE}"
     if most := re.search(r"Please set it to a value <= (\d+)", reason):
         fact = f"it has pieces for at most {int(most[1]):,}"
         is_allowed = int(most[1]) >= _FEWEST_TOKENS
-        remedy = f"Set tokenizer.vocab_size to at most {most[1]}, add text" if is_allowed else "Add text"
+        remedy = f"Set tokenizer.vocab_size to at most {most[1]}, {_MORE}" if is_allowed else _MORE.capitalize()
     elif "sentences_.empty()" in reason:
-        fact, remedy = "it has no line with a character", "Add text"
+        fact, remedy = "it has no line with a character", _MORE.capitalize()
     return DataError(
         f"Cannot train a tokenizer of {vocab_size} tokens on this text: {fact}. {remedy}, or set tokenizer.path to an "
         "existing tokenizer."

@@ -159,3 +159,12 @@ def test_a_column_that_is_missing_lists_the_others(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(table([{"id": 1, "body": "x"}]))
     with pytest.raises(DataError, match=r"has no column 'text', only 'id', 'body'\. Set the domain's field"):
         texts(tmp_path, text="a.csv")
+
+
+def test_a_table_without_a_header_is_read_once_it_has_the_one_that_the_message_asks_for(tmp_path: Path) -> None:
+    rows = b"7\tfirst text\n8\tsecond text\n"
+    (tmp_path / "a.tsv").write_bytes(rows)
+    with pytest.raises(DataError, match="write the names of the columns above the first row if they are missing"):
+        texts(tmp_path, text="a.tsv")
+    (tmp_path / "a.tsv").write_bytes(b"id\ttext\n" + rows)
+    assert texts(tmp_path, text="a.tsv") == ["first text", "second text"]

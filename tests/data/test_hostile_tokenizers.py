@@ -74,6 +74,14 @@ def test_a_damaged_sentencepiece_model_is_reported_in_one_sentence(content: byte
         Tokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"])
+def test_a_pointer_of_git_lfs_is_named(name: str, prepared: tuple[RunConfig, RunDir], tmp_path: Path) -> None:
+    shutil.copytree(prepared[1].tokenizer, tmp_path / "own")
+    (tmp_path / "own" / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(DataError, match=f"{name} is a Git LFS pointer.*run `git lfs pull`"):
+        Tokenizer.load(tmp_path / "own")
+
+
 @pytest.mark.parametrize("token", [-5, 1 << 24, 4_000_000_000, "7", 1.5, None, True, [1]])
 def test_an_added_id_that_no_vocabulary_has_is_refused(
     token: Any, prepared: tuple[RunConfig, RunDir], tmp_path: Path

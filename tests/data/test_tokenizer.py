@@ -15,14 +15,16 @@ from helpers.text_samples import prose_texts, python_texts
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, pre_tokenizers, trainers
+from tokenizers import decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from btm_scale.config.data import DataConfig, DomainConfig
 from btm_scale.config.run import RunConfig
 from btm_scale.data.adopt_tokenizer import adopt_tokenizer
+from btm_scale.data.sources import resolve_domain
 from btm_scale.data.tokenizer import SentencePieceTokenizer, Tokenizer, TransformersTokenizer
-from btm_scale.data.train_tokenizer import train_tokenizer
+from btm_scale.data.train_tokenizer import balanced_sample, train_tokenizer
 from btm_scale.errors import DataError
 from btm_scale.run_dir import RunDir
 
@@ -93,6 +95,16 @@ def test_too_little_text_for_the_vocabulary_is_an_error(tmp_path: Path) -> None:
     train_tokenizer(tmp_path, texts, vocab_size=most)
 
 
+def test_a_long_document_at_the_beginning_is_not_all_of_a_larger_sample(tmp_path: Path) -> None:
+    rows = [json.dumps({"text": text}) + "\n" for text in ("x" * 300_000, *prose_texts(100))]
+    (tmp_path / "a.jsonl").write_text("".join(rows))
+    source = resolve_domain("d", DomainConfig(text=("a.jsonl",)), tmp_path)
+    data = DataConfig(dev=0.1, test=0.1)
+    with pytest.raises(DataError, match=r"Add text, raise tokenizer\.sample_bytes if there is more"):
+        train_tokenizer(tmp_path, balanced_sample([source], 200_000, data), vocab_size=400)
+    train_tokenizer(tmp_path, balanced_sample([source], 1_000_000, data), vocab_size=400)
+
+
 def test_an_error_in_the_text_is_not_reported_as_a_vocabulary_error(tmp_path: Path) -> None:
     def texts() -> Iterator[str]:
         yield from prose_texts(50)
@@ -145,6 +157,19 @@ def test_a_byte_level_tokenizer_is_adopted(tmp_path: Path) -> None:
     assert ours.encode_special("before<|endoftext|>")[-1] == ours.eos
     # A server encodes chats and text in several threads: a chat must not change how the library encodes text.
     assert ours._tokenizer.backend_tokenizer.encode_special_tokens
+
+
+def test_settings_for_batches_in_tokenizer_json_change_no_document(tmp_path: Path) -> None:
+    reference = byte_level_tokenizer(tmp_path / "given")
+    fast = FastTokenizer.from_file(str(tmp_path / "given" / "tokenizer.json"))
+    fast.enable_truncation(max_length=4)
+    fast.enable_padding(length=900)
+    end = ("<|endoftext|>", reference.eos_token_id)
+    fast.post_processor = processors.TemplateProcessing(single="$A <|endoftext|>", special_tokens=[end])
+    fast.save(str(tmp_path / "given" / "tokenizer.json"))
+    ours = Tokenizer.load(tmp_path / "given")
+    texts = prose_texts(3)
+    assert [ours.encode(text) for text in texts] == [reference(text)["input_ids"] for text in texts]
 
 
 def test_a_sentencepiece_tokenizer_is_copied_unchanged(trained: Path, tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ def test_bytes_outside_of_comments_that_are_not_text_are_refused(tmp_path: Path)
         ("worker-0\n", r"line 1: 'worker-0' is not a host"),
         ("a slots=2\nb slots=0", "line 2"),
         ("a slots=2\na slots=2", "'a' is listed twice"),
+        ("n1 slots=2\nN1 slots=2", "line 2: host 'N1' is listed twice"),
         ("fe80::1 slots=8", "'fe80::1' cannot name a host"),
         ("a slots=8\nme@b slots=8", "line 2: 'me@b' cannot name a host"),
         ("a slots=8\nb lots=8", "line 2: 'lots' is not an option here"),

@@ -151,5 +151,6 @@ def _header(
     columns = first_few([shown(name) for name in header], "columns", most=20)
     raise DataError(
         f"{file.path} has no column '{missing}', only {columns}. Set the domain's "
-        f"{fields.names[missing].partition('.')[0]}, or set `format: text` to read the file as plain text."
+        f"{fields.names[missing].partition('.')[0]}, write the names of the columns above the first row if they are "
+        "missing, or set `format: text` to read the file as plain text."
     )
