@@ -1,7 +1,7 @@
 """Inputs of recomputed layers in host memory, from a layer's forward pass to its backward pass.
 
-PyTorch's `save_on_cpu` copies on the stream that computes, and Megatron-core's offloading needs modules inside of a
-layer. Here a side stream copies while layers run, and the host waits for neither.
+PyTorch's `save_on_cpu` copies on the stream that computes, and Megatron-core 0.16 offloads inputs of modules inside of
+layers, but not of layers that are recomputed. Here a side stream copies while layers run, and the host never waits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Copies(Protocol):
 
 
 class SideStream:
-    """Copies on a stream of their own."""
+    """Copies on a separate CUDA stream."""
 
     def __init__(self) -> None:
         self._stream = torch.cuda.Stream()
@@ -61,9 +61,9 @@ def copies_of(device: torch.device) -> Copies:
 
 
 class HostInputs:
-    """The inputs of a model's layers in host memory, in buffers that are used again.
+    """The inputs of a model's layers in host memory, in buffers that every micro-batch uses again.
 
-    On the device are the input of the layer that runs, of the last layer, and in the backward pass the next one's.
+    The device holds the inputs of the running layer and of the last layer, and in the backward pass that of the next.
     """
 
     def __init__(self, layers: int) -> None:
