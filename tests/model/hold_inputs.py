@@ -25,7 +25,7 @@ from btm_scale.model.shape import ModelShape
 from btm_scale.model.trained import freeze_rest
 
 MICRO_BATCHES, SEQUENCES = 3, 2
-POSITIONS = 512  # of `meta` tensors: a layer's input then takes more than the gradients of its weights
+POSITIONS = 512  # of `meta` tensors: a layer's input then takes more than what does not grow with the length
 
 
 class LateCopies:
@@ -131,7 +131,8 @@ def peaks(case: dict[str, Any]) -> list[int]:
     for offloads in (False, True):
         model = new_model(case, offloads=offloads).to(torch.bfloat16).to("meta")
         tokens = torch.zeros(SEQUENCES, model.shape.positions, dtype=torch.int64, device="meta")
-        model(tokens, tokens)  # the cosines and sines of rotary positions are cached
+        # The cosines and sines of rotary positions are cached, and gradients are added to these.
+        model(tokens, tokens).backward()
         with Living() as living:
             model(tokens, tokens).backward()
         found.append(living.peak)
