@@ -33,6 +33,18 @@ def utilization_rows(counts: dict[str, Any]) -> Rows:
     return rows
 
 
+def offload_rows(counts: dict[str, Any]) -> Rows:
+    """Return the time to copy a layer's input beside the layer's, and the activations with and without offloading."""
+    rows = [
+        ["llama-3.1-8b, one sequence", "copy, layer forward", "copy / layer", "activations", "offloaded", "on the host"]
+    ]
+    for name, count in counts[_OURS]["offload"].items():
+        copy, layer = count["copy_seconds"], count["layer_seconds"]
+        held = (f"{count[key] / 1e9:.1f} GB" for key in ("kept_bytes", "offloaded_bytes", "host_bytes"))
+        rows.append([name, f"{1e3 * copy:.2f}, {1e3 * layer:.2f} ms", f"{copy / layer:.2f}", *held])
+    return rows
+
+
 def decoding_rows(counts: dict[str, Any]) -> Rows:
     """Return kernels and GB of one step of decoding from a mixture."""
     rows = [["the next token of a mixture", LABELS[_OURS], "transformers' models one by one, without sampling"]]

@@ -3,7 +3,8 @@
     python benchmarks/gpu_counts.py
 
 Writes results/gpu_counts.json: the loss of a micro-batch, one layer besides its matrix products and attention, sums of
-gradients, and the utilization that they give by the formula of gpu_counting/formula.py. Beside them are a layer that
+gradients, the utilization that they give by the formula of gpu_counting/formula.py, and what offloading the inputs of
+layers moves and frees. Beside them are a layer that
 uses the fused functions of Megatron-core only, and the plain model under torch.compile.
 """
 
@@ -22,6 +23,7 @@ from gpu_counting.cases import CASES, layer_counts, loss_counts, megatron_layer_
 from gpu_counting.counter import Counts
 from gpu_counting.decoding import DECODINGS, Decoding, separate_counts, stacked_counts
 from gpu_counting.formula import Bytes, described, utilization
+from gpu_counting.offload import offload_counts
 from gpu_counting.regions import Count
 
 RESULT = Path(__file__).parent / "results" / "gpu_counts.json"
@@ -41,6 +43,7 @@ def main() -> None:
         "megatron": {"layer": {name: row(counts.total(products=False)) for name, counts in layers.items()}},
         "compiled": counted_peer(),
     }
+    result["ours"]["offload"] = offload_counts()
     result["ours"]["decoding"] = counted_decoding(stacked_counts)
     result["transformers"] = {"decoding": counted_decoding(separate_counts)}
     options.result.write_text(json.dumps(result, indent=1) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from btm_scale.config.layout import Layout
@@ -25,7 +26,7 @@ class RankMemory:
     activations: float
     head: float  # in the loss: gradients of the LM head, and a chunk of logits
     buffers: float = 0.0  # DeepSpeed's own
-    host: float = 0.0  # offloaded to CPU memory
+    host: float = 0.0  # offloaded to CPU memory: states, and inputs of layers
 
     @property
     def states(self) -> float:
@@ -71,6 +72,8 @@ def rank_memory(
     activations = activation_bytes(
         shape, layout, micro_batch=micro_batch, length=length, separate_documents=separate_documents
     )
+    if layout.offload_activations:
+        host += _host_buffers(shape, layout, micro_batch * length // layout.context)
     head = head_bytes(shape, layout, micro_batch * length // layout.context, trains_head=trains == "all")
     return RankMemory(weights, gradients, optimizer, activations, head, buffers, host)
 
@@ -118,7 +121,7 @@ def activation_bytes(
     """
     tokens = micro_batch * length // layout.context
     width = layout.bytes_per_weight
-    own = shape.hidden / (layout.tensor if layout.sequence_parallel else 1)  # hidden state outside attention and MLP
+    own = _own_width(shape, layout)
     packs = separate_documents or (shape.window is not None and shape.window < length)
     has_flash = width == 2 and shape.head_size <= _LARGEST_FLASH_HEAD
     by_piece = packs and not has_flash
@@ -143,14 +146,17 @@ def activation_bytes(
     statistics = _statistics(shape, layout, keeps_softmax=layout.recompute != "selective" and not by_piece)
     layer = width * (4 * own + (attention + mlp) / layout.tensor) + routed + statistics
     if layout.recompute in ("full", "tiled"):
-        # Each layer's input, and all of the layer that is being recomputed; of its MLP perhaps a tile.
-        inputs, tile = width * shape.layers * own, 0.0
+        # Each layer's input, and all of the layer that is being recomputed; of its MLP perhaps a tile. If inputs are
+        # offloaded, those of this layer and of the next one that will be recomputed; in the loss, of the last layer.
+        offloads = layout.offload_activations
+        inputs = width * own * (min(shape.layers, 2) if offloads else shape.layers)
+        at_loss, tile = width * own * (1 if offloads else shape.layers), 0.0
         if layout.recompute == "tiled" and not shape.experts:
             layer -= width * mlp / layout.tensor
             # With sequence parallelism, every rank gathers the tiles of all.
             rows = rows_per_tile(shape.hidden, micro_batch) * (layout.tensor if layout.sequence_parallel else 1)
             tile = width * mlp / layout.tensor * min(length // layout.context, rows) * micro_batch
-        return max(tokens * (inputs + layer - width * own) + tile, tokens * (inputs + width * (own + shape.hidden)))
+        return max(tokens * (inputs + layer - width * own) + tile, tokens * (at_loss + width * (own + shape.hidden)))
     # At the end, the input of the last norm and the loss's gradient of its output.
     return tokens * (shape.layers * layer + width * (own + shape.hidden))
 
@@ -170,6 +176,23 @@ def head_bytes(shape: ModelShape, layout: Layout, tokens: int, *, trains_head: b
     weights = rows * shape.hidden
     gradient = weights * (width if chunk == tokens else _SUMS)
     return gradient + max(logits, weights * width)
+
+
+def layer_input_bytes(shape: ModelShape, layout: Layout, tokens: float) -> float:
+    """Return the bytes of a layer's input on a rank that has `tokens` tokens of a micro-batch."""
+    return layout.bytes_per_weight * _own_width(shape, layout) * tokens
+
+
+def _own_width(shape: ModelShape, layout: Layout) -> float:
+    """Return the numbers per token of a hidden state outside of attention and MLP."""
+    return shape.hidden / (layout.tensor if layout.sequence_parallel else 1)
+
+
+def _host_buffers(shape: ModelShape, layout: Layout, tokens: int) -> float:
+    """Return the bytes of buffers for the inputs of all layers but the last, in powers of 2: PyTorch rounds up the size
+    of pinned memory."""
+    size = max(1, math.ceil(layer_input_bytes(shape, layout, tokens)))
+    return float((shape.layers - 1) * (1 << (size - 1).bit_length()))
 
 
 def _attention_width(shape: ModelShape) -> int:

@@ -288,8 +288,15 @@ def _require_memory(group: GroupPlan, cluster: Cluster) -> None:
         raise LaunchError(
             f"{group.training.name}: a rank needs {group.memory.total / 1e9:.1f} GB, and {_USABLE:.0%} of the "
             f"{gpu.memory / 1e9:.0f} GB of a {gpu.name} are usable. Raise tensor, context, data or zero, set "
-            f"recompute: full, or lower micro_batch{_or_length(group, cluster)}."
+            f"recompute: full{_or_offload(group)}, or lower micro_batch{_or_length(group, cluster)}."
         )
+
+
+def _or_offload(group: GroupPlan) -> str:
+    """Return a remedy if the inputs of recomputed layers can leave the GPU."""
+    layout = group.layout
+    recomputes = layout.recompute in ("full", "tiled")
+    return " with offload_activations: true" if recomputes and not layout.offload_activations else ""
 
 
 def _or_length(group: GroupPlan, cluster: Cluster) -> str:

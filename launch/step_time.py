@@ -6,21 +6,28 @@ from dataclasses import dataclass
 
 from btm_scale.config.layout import Layout
 from btm_scale.launch.gpus import Gpu
-from btm_scale.launch.memory import rank_parameters
+from btm_scale.launch.memory import layer_input_bytes, rank_parameters
 from btm_scale.model.shape import ModelShape, kv_head_copies
 from btm_scale.model.trained import TrainedPart
 
 # Bytes/s that a rank gathers, hashes (SHA-256) and writes; one core hashes 0.5 to 2 GB/s.
 RANK_WRITES = 0.5e9
+# Bytes/s that a rank copies to or from pinned host memory: PCIe 4, or PCIe 5 that two GPUs share.
+HOST_COPIES = 25e9
 _MOMENTS = 2  # in a checkpoint, beside the float32 master weights
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step. Compute and memory traffic overlap; communication is added."""
+    """Seconds of one optimizer step. Compute and memory traffic overlap; communication is added.
+
+    So do copies of layers' inputs: half of `host` leaves in the forward passes, a quarter of the time of recomputed
+    layers, and half returns in the backward passes.
+    """
 
     compute: float
     memory: float
+    host: float
     tensor: float
     context: float
     data: float
@@ -28,7 +35,9 @@ class StepTime:
     @property
     def total(self) -> float:
         """Seconds of the complete step."""
-        return max(self.compute, self.memory) + self.tensor + self.context + self.data
+        layers, copies = max(self.compute, self.memory), self.host / 2
+        overlapped = max(layers / 4, copies) + max(layers * 3 / 4, copies)
+        return overlapped + self.tensor + self.context + self.data
 
 
 def step_time(
@@ -58,6 +67,7 @@ def step_time(
     return StepTime(
         compute=flops / peak,
         memory=traffic / (gpu.bandwidth * gpu.transfer_share),
+        host=_host_bytes(shape, layout, tokens / layout.replicas) / HOST_COPIES,
         tensor=_tensor_bytes(shape, layout, tokens / layout.replicas, width) / (gpu.link * gpu.transfer_share),
         context=_context_seconds(context_bytes(shape, layout, tokens), layout, gpu, ranks_per_node),
         data=_data_bytes(own, trained, layout, accumulation, width)
@@ -106,6 +116,11 @@ def _context_seconds(sent: float, layout: Layout, gpu: Gpu, ranks_per_node: int)
     inside = min(layout.context, max(1, ranks_per_node // layout.tensor))
     outside = (layout.context - inside) / max(1, layout.context - 1)
     return sent * max((1 - outside) / gpu.link, outside / gpu.network) / gpu.transfer_share
+
+
+def _host_bytes(shape: ModelShape, layout: Layout, tokens: float) -> float:
+    """Return the bytes that a rank copies to the host in the forward passes and back in the backward passes."""
+    return 2 * (shape.layers - 1) * layer_input_bytes(shape, layout, tokens) * layout.offload_activations
 
 
 def _data_bytes(own: float, trained: float, layout: Layout, accumulation: int, width: int) -> float:

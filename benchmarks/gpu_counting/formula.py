@@ -35,7 +35,7 @@ def milliseconds(case: Case, moved: Bytes, gpu: str) -> dict[str, float]:
     products_of_loss = max(head, (moved.loss - moved.loss_besides_products) / bandwidth)
     seconds = {
         "products": body / PRODUCTS,
-        "attention": _ATTENTION_SECONDS * _attention(case) / _attention(CASES["llama-1.3b"]),
+        "attention": attention_seconds(case),
         "elementwise": moved.layers / bandwidth,
         "loss": products_of_loss + moved.loss_besides_products / bandwidth,
         "gradient sums": moved.sums / bandwidth,
@@ -52,6 +52,11 @@ def utilization(case: Case, moved: Bytes) -> dict[str, dict[str, object]]:
         parts = milliseconds(case, moved, gpu)
         rows[gpu] = {"utilization": flops / PEAK / (sum(parts.values()) / 1e3), "milliseconds": parts}
     return rows
+
+
+def attention_seconds(case: Case) -> float:
+    """Return the time of all layers' attention, forward and backward."""
+    return _ATTENTION_SECONDS * _attention(case) / _attention(CASES["llama-1.3b"])
 
 
 def described(moved: Bytes) -> dict[str, float]:

@@ -54,6 +54,10 @@ class Layout(Section):
     offload: MayChange[Literal["none", "optimizer", "all"]] = Field(
         default="none", description="kept in CPU memory: the optimizer states, or also the weights (all)"
     )
+    offload_activations: MayChange[bool] = Field(
+        default=False,
+        description="keep the inputs of layers in CPU memory until their backward pass; with recompute full or tiled",
+    )
     precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], Changes(unless=_fp16)] = Field(
         default="auto",
         description="precision of weights and activations; master weights are float32; auto: the fastest on the device",
@@ -91,6 +95,11 @@ class Layout(Section):
             problems.append(
                 "Cannot recompute MLPs in tiles with zero=3. ZeRO 3 releases weights that a tile's backward pass "
                 "needs: set recompute to full, or zero to 0, 1 or 2."
+            )
+        if self.offload_activations and self.recompute not in ("full", "tiled"):
+            problems.append(
+                f"Cannot offload activations with recompute={self.recompute}. Only recomputed layers keep nothing but "
+                "their input: set recompute to full or tiled, or remove offload_activations."
             )
         if self.sync_every > 1 and self.data == 1:
             problems.append(
@@ -211,6 +220,7 @@ class Layout(Section):
             "sequence parallel" if self.sequence_parallel else "",
             f"{self.recompute} recomputation" if self.recompute != "none" else "",
             {"none": "", "optimizer": "optimizer offloaded", "all": "weights and optimizer offloaded"}[self.offload],
+            "activations offloaded" if self.offload_activations else "",
         ]
         parts = [
             self.degrees,

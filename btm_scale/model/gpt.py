@@ -25,6 +25,7 @@ from btm_scale.model.fused_layer import AddLayerNorm, AddRMSNorm, FusedAttention
 from btm_scale.model.loss import head_loss
 from btm_scale.model.moe import GradientScale, mixture_settings, mixture_spec, routers_of, with_recorded_scale
 from btm_scale.model.norm import LayerNorm, RMSNorm
+from btm_scale.model.offload import HostInputs
 from btm_scale.model.packing import first_tokens, positions_in_documents, visible
 from btm_scale.model.partition import Partition, is_partitioned
 from btm_scale.model.recompute import (
@@ -154,6 +155,7 @@ def build_model(
     on_cpu: bool,
     sequence_parallel: bool = False,
     recompute: Literal["none", "selective", "full", "tiled"] = "none",
+    offload_activations: bool = False,
     context: dist.ProcessGroup | None = None,
     partition: Partition | None = None,
     draws: bool = True,
@@ -164,6 +166,7 @@ def build_model(
     CPU RNG and are the same at any tensor parallel degree. With `sequence_parallel`, sequence lengths must be multiples
     of `tensor`. `recompute` saves memory in training: the activations of attention (selective) or of complete layers
     (full) are recomputed in the backward pass, and of MLPs tile by tile (tiled; of a mixture of experts it is full).
+    With `offload_activations`, the inputs of layers that are recomputed are kept in host memory.
     `context` are the ranks that share each sequence. With `partition`, no rank ever holds more than its part of the
     model and one matrix.
     """
@@ -211,6 +214,9 @@ def build_model(
     norm = RMSNorm if config.normalization == "RMSNorm" else LayerNorm
     part = None if context is None else ContextPart.of(context)
     spec = _layer_spec(shape, config.normalization, recompute, part, fused=fused)
+    if offload_activations:
+        assert recompute in ("full", "tiled"), "other layers keep more than their input"
+        spec.params = {**(spec.params or {}), "host_inputs": HostInputs(shape.layers)}  # of all layers
     layers = TransformerBlockSubmodules(layer_specs=[spec] * shape.layers, layer_norm=norm)
     if sequence_parallel:
         # The tracker separates the ranks' RNG states for dropout, which is unused here; a CPU has no CUDA state.

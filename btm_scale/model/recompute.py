@@ -5,6 +5,7 @@ Megatron-core's recomputation needs the CUDA RNG tracker. Layers are determinist
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from btm_scale.model.attention import CausalAttention
 from btm_scale.model.fused_layer import FusedLayer
+from btm_scale.model.offload import HostInputs
 from btm_scale.model.tiles import rows_per_tile
 
 
@@ -30,7 +32,11 @@ class RecomputedAttention(CausalAttention):
 
 
 class _Recomputed:
-    """A layer that saves only its input for the backward pass."""
+    """A layer that saves only its input for the backward pass, on the host if it has `host_inputs`."""
+
+    def __init__(self, *args: Any, host_inputs: HostInputs | None = None, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self._host_inputs = host_inputs
 
     def forward(self, hidden_states: Tensor, *args: Any, **named: Any) -> Any:
         """See `TransformerLayer.forward`."""
@@ -46,7 +52,14 @@ class _Recomputed:
 
         # Reentrant, so that ZeRO 3 gathers weights for the graph of the backward pass: otherwise recomputing the layer
         # releases weights that its backward pass still needs.
-        return checkpoint(recomputed, hidden_states, use_reentrant=True, preserve_rng_state=False)
+        with self._held(hidden_states):
+            return checkpoint(recomputed, hidden_states, use_reentrant=True, preserve_rng_state=False)
+
+    def _held(self, hidden: Tensor) -> contextlib.AbstractContextManager[None]:
+        if self._host_inputs is None:
+            return contextlib.nullcontext()
+        number: int = self.layer_number  # type: ignore[attr-defined]
+        return self._host_inputs.holding(hidden, number)
 
 
 class RecomputedLayer(_Recomputed, TransformerLayer):

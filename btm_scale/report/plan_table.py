@@ -72,6 +72,10 @@ def _print_groups(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
         if row.get("trains", "all") != "all":
             table.add_row("trains", {"mlp": "the MLPs", "router": "the routers"}[row["trains"]])
         table.add_row("memory", f"{size(held['total'])} per GPU: {parts}")
+        if host := held.get("host"):
+            seconds = time(row["step_seconds"]["host"])
+            copied = f"; {seconds} of copies per step run beside the layers" if row["step_seconds"]["host"] else ""
+            table.add_row("host", f"{size(host)} of the node's memory per GPU{copied}")
         table.add_row("length", f"sequences of at most {row['longest_sequence']:,} tokens fit, one per micro-batch")
         step, speed = time(row["step_seconds"]["total"]), amount(row["tokens_per_second"])
         table.add_row("time", f"{count(row['steps'], 'step')} of {step}, {speed} tokens/s: {time(row['seconds'])}")

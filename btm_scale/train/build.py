@@ -41,6 +41,7 @@ def new_model(
         on_cpu=group.device.type == "cpu",
         sequence_parallel=layout.sequence_parallel,
         recompute=layout.recompute,
+        offload_activations=layout.offload_activations,
         context=group.context_group,
         partition=partition,
         draws=draws,

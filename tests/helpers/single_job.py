@@ -36,5 +36,6 @@ def model_of(group: ExpertGroup, shape: ModelShape, *, on_cpu: bool = True) -> E
         on_cpu=on_cpu,
         sequence_parallel=layout.sequence_parallel,
         recompute=layout.recompute,
+        offload_activations=layout.offload_activations,
         context=group.context_group,
     )

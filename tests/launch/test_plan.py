@@ -164,6 +164,29 @@ def test_context_ranks_hold_their_part_of_the_activations_and_send_heads_to_each
     assert sixteen["step_seconds"]["context"] == pytest.approx(outside / network)
 
 
+def test_offloaded_inputs_of_layers_are_in_the_hosts_memory_and_longer_sequences_fit(tmp_path: Path) -> None:
+    def planned(**settings: Any) -> dict[str, Any]:
+        layout = {"micro_batch": 1, "data": 8, "zero": 2, "recompute": "full"} | settings
+        return rows(make_plan(config_of(tmp_path, EIGHT_8B | {"layout": layout}, 1), Cluster(GPUS["h100"], 1, 8)))[-1]
+
+    kept, offloaded = planned(), planned(offload_activations=True)
+    of_a_layer = 2 * 4096 * 8192
+    for part, difference in (("activations", 30 * of_a_layer), ("host", -31 * of_a_layer)):
+        assert kept["memory_bytes"][part] - offloaded["memory_bytes"][part] == difference
+    assert offloaded["longest_sequence"] > 1.5 * kept["longest_sequence"]
+    # Out in the forward pass and back in the backward pass, while layers run.
+    sequences = 2**22 / 8192 / 8
+    assert offloaded["step_seconds"]["host"] == pytest.approx(sequences * 2 * 31 * of_a_layer / 25e9)
+    assert offloaded["step_seconds"]["total"] == kept["step_seconds"]["total"]
+
+
+def test_a_layout_that_does_not_fit_is_told_to_offload_what_it_keeps(tmp_path: Path) -> None:
+    layout = {"micro_batch": 4, "data": 8, "zero": 2, "recompute": "full"}
+    values = EIGHT_8B | {"layout": layout, "budget": EIGHT_8B["budget"] | {"sequence_length": 32768}}
+    with pytest.raises(LaunchError, match="recompute: full with offload_activations: true, or lower micro_batch"):
+        make_plan(config_of(tmp_path, values, 1), Cluster(GPUS["h100"], 1, 8))
+
+
 def test_a_plan_counts_the_heads_gradients_and_the_time_of_a_checkpoint(tmp_path: Path) -> None:
     values = EIGHT_8B | {"layout": {"tensor": 8, "recompute": "full", "micro_batch": 1}}
     [expert] = make_plan(config_of(tmp_path, values, 1), Cluster(GPUS["h100"], 2, 8))["stages"][1]["groups"]

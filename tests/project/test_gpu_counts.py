@@ -45,6 +45,19 @@ def test_counted_bytes_allow_the_utilization_that_is_aimed_at(name: str) -> None
         assert ours > peer
 
 
+def test_offloading_moves_and_frees_what_is_committed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from gpu_counting.offload import offload_counts
+
+    assert offload_counts() == COUNTS["ours"]["offload"]
+    for name, count in COUNTS["ours"]["offload"].items():
+        assert count["offloaded_bytes"] < 0.5 * count["kept_bytes"]
+        # But for tensor ranks that each copy the complete input of a layer that they share.
+        assert (count["copy_seconds"] < 0.4 * count["layer_seconds"]) == (
+            not name.startswith("tensor 8,") or "parallel" in name
+        )
+
+
 @pytest.mark.full
 def test_layers_and_peers_count_what_is_committed(tmp_path: Path) -> None:
     result = tmp_path / "counts.json"

@@ -10,11 +10,12 @@ import pytest
 import torch
 from helpers.cuts import full
 from helpers.launcher import TESTS
-from helpers.small_models import TINY_SHAPE
+from helpers.small_models import HUGGINGFACE_SIZES, TINY_SHAPE
 from helpers.worlds import run_script
 from safetensors.torch import load_file
 
 from btm_scale.config.layout import Layout
+from btm_scale.config.model import ModelConfig
 
 pytestmark = pytest.mark.slow
 
@@ -26,14 +27,14 @@ MATRIX = [
     {"tensor": tensor, "context": context, "data": data, "zero": zero}
     for tensor, context, data, zero in itertools.product((1, 2), (1, 2), (1, 2), (0, 1, 2, 3))
 ]
-# Each ZeRO stage, tensor and data ranks beside context ranks, and each way to recompute.
+# Each ZeRO stage, tensor and data ranks beside context ranks, each way to recompute, and inputs of layers on the host.
 QUICK: list[dict[str, Any]] = [
     {"context": 2, "zero": 0},
     {"context": 2, "zero": 1, "recompute": "selective"},
-    {"context": 2, "zero": 3, "recompute": "full"},
+    {"context": 2, "zero": 3, "recompute": "full", "offload_activations": True},
     {"context": 2, "zero": 2, "recompute": "tiled", "micro_batch": 8},  # tiles of 4 of a rank's 8 tokens
     {"context": 2, "data": 2, "zero": 2},
-    {"tensor": 2, "context": 2, "zero": 1, "sequence_parallel": True},
+    {"tensor": 2, "context": 2, "zero": 1, "sequence_parallel": True, "recompute": "full", "offload_activations": True},
     {"tensor": 2, "context": 2, "zero": 3},
 ]
 
@@ -107,6 +108,28 @@ def test_training_resumes_with_the_bits_of_a_run_that_was_not_interrupted(tmp_pa
     assert torch.equal(resumed.pop("losses"), complete.pop("losses")[STEPS // 2 :])
     for name in complete.keys() - {"bytes"}:
         assert torch.equal(resumed[name], complete[name]), name
+
+
+def test_context_ranks_train_a_pretrained_model_whose_positions_are_scaled(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    folder = tmp_path / "pretrained"
+    LlamaForCausalLM(LlamaConfig(**HUGGINGFACE_SIZES, max_position_embeddings=8)).save_pretrained(folder)
+    results: dict[str, dict[str, torch.Tensor]] = {}
+    for positions, rope in (("scaled", {"type": "yarn", "factor": 4}), ("trained", {"type": "linear", "factor": 1})):
+        model = ModelConfig.model_validate({"pretrained": folder, "rope": rope})
+        shape = model.shape(vocabulary=1, positions=1).model_dump(mode="json") | {"positions": 32}
+        layouts = {f"{positions}-one-kv2": ONE}
+        if positions == "scaled":
+            layouts |= {"two-kv2": {"context": 2, "zero": 2}, "four-kv2": {"context": 2, "tensor": 2, "zero": 1}}
+        given = specs(tmp_path, layouts, pretrained=str(folder))
+        results |= trained(tmp_path, [spec | {"shape": shape} for spec in given])
+    expected = results["scaled-one-kv2"]["losses"]
+    assert expected[-1] < expected[0] - 0.1, "the reference must learn something"
+    assert float((results["trained-one-kv2"]["losses"] - expected).abs().max()) > 1e-4, "scaling must matter"
+    for name in ("two-kv2", "four-kv2"):
+        torch.testing.assert_close(results[name]["losses"], expected, atol=1e-5, rtol=0, msg=name)
 
 
 def test_documents_and_window_change_the_losses_of_this_text(tmp_path: Path) -> None:

@@ -107,6 +107,8 @@ def test_layout_problems_name_values_that_fit() -> None:
         ({"sequence_parallel": True}, "raise tensor, or remove it"),
         ({"offload": "optimizer", "zero": 0}, "set zero to 1, 2 or 3"),
         ({"offload": "all", "zero": 2}, "set zero to 3"),
+        ({"offload_activations": True}, "set recompute to full or tiled"),
+        ({"offload_activations": True, "recompute": "selective"}, "set recompute to full or tiled"),
     ],
 )
 def test_contradictory_settings_are_rejected(settings: dict[str, Any], message: str) -> None:

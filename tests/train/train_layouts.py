@@ -3,10 +3,11 @@
 Started by a launcher, it is one rank; otherwise it forks the ranks of each spec in a list. A spec has `layouts`
 (name: layout), `shape`, `steps`, `sequences` and `folder`; also `optimizer`, `deepspeed` and `mixture` settings, the
 part that it `trains`, the fraction of targets that are parts of `answers`, the token that is `end_of_text` of separate
-documents, `begin` (by layout, the name of the layout whose checkpoint to resume from) and `save` (the step at which to
-save a checkpoint and stop; or by layout, also of those that resume). For each layout, the first rank writes
-`FOLDER/NAME.safetensors` with `losses` and the weights under their Hugging Face names; with `gradients`, also the first
-moments after the first step, which are a multiple of its gradients, under `exp_avg/NAME`.
+documents, the folder of a `pretrained` model to begin with, `begin` (by layout, the name of the layout whose checkpoint
+to resume from) and `save` (the step at which to save a checkpoint and stop; or by layout, also of those that resume).
+For each layout, the first rank writes `FOLDER/NAME.safetensors` with `losses` and the weights under their Hugging Face
+names; with `gradients`, also the first moments after the first step, which are a multiple of its gradients, under
+`exp_avg/NAME`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from btm_scale.train.build import new_model
 from btm_scale.train.checkpoint import common_state, load_state, save_state, state_path
 from btm_scale.train.engine import FIRST_MOMENT, MASTER, Engine
 from btm_scale.train.jobs import TrainingJob
+from btm_scale.train.start import load_pretrained
 
 
 def make_engine(group: ExpertGroup, spec: dict[str, Any]) -> Engine:
@@ -60,6 +62,8 @@ def make_engine(group: ExpertGroup, spec: dict[str, Any]) -> Engine:
     optimizer, overrides = OptimizerConfig(**spec.get("optimizer", {})), spec.get("deepspeed", {})
     model = new_model(group, shape, job, optimizer, overrides)
     model.end_of_text = spec.get("end_of_text")
+    if "pretrained" in spec:
+        load_pretrained(group, model, Path(spec["pretrained"]))
     freeze_rest(model, job.trains)
     return Engine(group, model, job, optimizer, overrides)
 
