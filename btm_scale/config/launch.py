@@ -78,6 +78,14 @@ def _no_own_option(options: tuple[str, ...]) -> tuple[str, ...]:
     return options
 
 
+def _one_kind_of_memory(options: tuple[str, ...]) -> tuple[str, ...]:
+    kinds = {kind[0]: option for option in options if (kind := re.match(r"\s*--mem(-per-[cg]pu)?(?=[=\s])", option))}
+    if len(kinds) > 1:
+        named = " and ".join(f"'{option}'" for option in kinds.values())
+        raise ValueError(f"{named} exclude each other: sbatch takes one kind of memory. Keep one of them.")
+    return options
+
+
 def _gloo_interface(variables: dict[str, str]) -> dict[str, str]:
     name = variables.get("GLOO_SOCKET_IFNAME", "")
     if name.startswith("^"):
@@ -89,7 +97,12 @@ def _gloo_interface(variables: dict[str, str]) -> dict[str, str]:
 
 SlurmWord = Annotated[str, AfterValidator(_slurm_word)]
 Line = Annotated[str, AfterValidator(_one_line)]
-SbatchOptions = Annotated[tuple[Line, ...], AfterValidator(no_secret_words), AfterValidator(_no_own_option)]
+SbatchOptions = Annotated[
+    tuple[Line, ...],
+    AfterValidator(no_secret_words),
+    AfterValidator(_no_own_option),
+    AfterValidator(_one_kind_of_memory),
+]
 
 
 class LocalConfig(Section):

@@ -152,6 +152,7 @@ def test_no_name_reaches_the_shell_as_anything_but_a_word(tmp_path: Path) -> Non
         ({"options": ["-M all"]}, "sets what follows from the variable SLURM_CLUSTERS"),
         ({"prepare_options": ["--array 0-3"]}, r"launch\.slurm\.at_a_time"),
         ({"options": ["--gpus-per-task=h100:2"]}, "is not one GPU"),
+        ({"options": ["--mem=64G", "--mem-per-cpu 4G"]}, "'--mem=64G' and '--mem-per-cpu 4G' exclude each other"),
     ],
 )
 def test_options_that_would_end_their_line_or_contradict_the_layout_are_refused(
