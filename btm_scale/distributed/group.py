@@ -11,8 +11,9 @@ import logging
 import os
 import random
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -34,6 +35,8 @@ hide_gpus_if_on_cpu("auto")  # as the launcher chose; before anything uses CUDA
 import_uncompiled("megatron.core")  # before other modules do
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,15 @@ class ExpertGroup:
         """Return this group with the given precision. Raises LaunchError if the device cannot train in it."""
         require_possible(precision)
         return replace(self, layout=self.layout.model_copy(update={"precision": precision}))
+
+    def decided(self, decide: Callable[[], T]) -> T:
+        """Return what the first rank decides from files. All ranks call this together.
+
+        A rank that reads them later, or on another host, may find others.
+        """
+        decision = [decide() if self.is_first else None]
+        dist.broadcast_object_list(decision, src=0)
+        return cast(T, decision[0])
 
     def leave(self) -> None:
         """Destroy the process groups."""

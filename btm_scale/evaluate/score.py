@@ -43,7 +43,7 @@ def score_model(
     on_text: Callable[[str, str], None] = lambda domain, split: None,
 ) -> None:
     """Score a finished model on each (domain, split) without scores. All ranks call this together."""
-    todo = missing_scores(config, run, model, texts)
+    todo = group.decided(lambda: missing_scores(config, run, model, texts))
     if not todo:
         return
     directory = run.model(model)

@@ -50,7 +50,7 @@ def train_as_rank(config: RunConfig, run: RunDir, model: str) -> None:
     ):
         job = training_job(config, model)
         keep_threads(group, run, model)
-        if not is_trained(config, run, model):
+        if not group.decided(lambda: is_trained(config, run, model)):
             first = first_mixture(group, config, run, job) if model == MOE else None
             if first != run.model(model):
                 train_and_export(group, config, run, job, first)

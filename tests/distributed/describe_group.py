@@ -1,4 +1,4 @@
-"""A group of two ranks on this host that reports where its processes listen, and its process groups."""
+"""A group of two ranks on this host that reports where its processes listen, its process groups, and a decision."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def report(folder: str) -> None:
     connections = psutil.Process(os.getpid()).net_connections("inet")
     listening = [place.laddr.ip for place in connections if place.status == psutil.CONN_LISTEN]
     groups = [dist.get_process_group_ranks(one) for one in parallel_state._global_process_group_list[1:]]
-    (Path(folder) / f"{group.rank}.json").write_text(json.dumps({"listening": listening, "groups": groups}))
+    found = {"listening": listening, "groups": groups, "decided": group.decided(lambda: group.rank)}
+    (Path(folder) / f"{group.rank}.json").write_text(json.dumps(found))
     dist.barrier()
 
 

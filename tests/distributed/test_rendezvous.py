@@ -40,6 +40,12 @@ def test_process_groups_of_the_same_ranks_are_one(described: list[dict[str, Any]
         assert max(groups.values()) <= 2
 
 
+@pytest.mark.slow
+def test_every_rank_gets_what_the_first_one_decides(described: list[dict[str, Any]]) -> None:
+    """A rank that looks for missing scores after the first one has written some would else skip a collective."""
+    assert [own["decided"] for own in described] == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("address", "loopback"),
     [("127.0.0.1", True), ("::1", True), ("localhost", True), ("10.0.0.1", False)],

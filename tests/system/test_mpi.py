@@ -87,7 +87,7 @@ def seen(run: RunDir) -> Seen:
     """Train the three experts, with one group suspended by SIGSTOP until the others have finished."""
     observed = Seen()
     process = _start(run)
-    _wait(process, lambda: all(run.metrics(model).is_file() for model in EXPERTS))
+    _wait(process, run.metrics(STOPPED).is_file)
     stopped = [pid for pid, model in ranks_of(run).items() if model == STOPPED]
     _sample(run, observed)
     for pid in stopped:
