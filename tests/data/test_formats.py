@@ -82,6 +82,18 @@ def test_a_named_format_reads_what_the_bytes_do_not_show(tmp_path: Path) -> None
     assert texts(tmp_path, text="column") == ["text\r\none\r\ntwo\r\n"]
 
 
+def test_cells_that_other_readers_take_for_missing_are_text(tmp_path: Path) -> None:
+    cells = ["null", "NA", "NaN", "None", "n/a"]
+    (tmp_path / "rows.csv").write_bytes(table([{"id": cell, "text": cell} for cell in cells]))
+    assert texts(tmp_path, text="rows.csv") == cells
+
+
+def test_other_fields_may_change_their_type_from_row_to_row(tmp_path: Path) -> None:
+    rows = [{"text": "one", "n": 1}, {"text": "two", "n": "2"}, {"text": "three", "n": None}, {"text": "four"}]
+    (tmp_path / "rows.jsonl").write_bytes(json_lines(rows))
+    assert texts(tmp_path, text="rows.jsonl") == ["one", "two", "three", "four"]
+
+
 LONG_TABLES = {
     "cut in a later row": [{"id": str(i), "text": f'{i} "quoted",\nand more\n' * 40} for i in range(200)],
     "cut in the first row": [{"id": str(i), "text": "a line\n" * 20_000} for i in range(2)],

@@ -14,6 +14,7 @@ import pytest
 from helpers.fake_slurm import config_with, run_job
 
 from btm_scale.config.launch import SlurmConfig
+from btm_scale.config.run import RunConfig
 from btm_scale.errors import ConfigError, LaunchError
 from btm_scale.launch.slurm import Job, become_slurm_rank, nodes_of, render
 from btm_scale.run.slurm import submit_run
@@ -160,6 +161,25 @@ def test_options_that_would_end_their_line_or_contradict_the_layout_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         config_with(tmp_path, slurm)
+
+
+def with_time(time: str, folder: Path) -> RunConfig:
+    path = folder / "run.yaml"
+    path.write_text(f"name: t\ndomains: {{python: {{text: x.jsonl}}}}\nlaunch: {{slurm: {{time: {time}}}}}\n")
+    return RunConfig.load(path)
+
+
+@pytest.mark.parametrize("time", ["12:00:00", "1:30:00", "30:00", "7-00"])
+def test_a_time_limit_without_quotes_is_the_one_that_was_written(time: str, tmp_path: Path) -> None:
+    """YAML 1.1 reads 12:00:00 as a number to the base of 60."""
+    scripts = write_scripts(with_time(time, tmp_path), RunDir(tmp_path / "run"))
+    assert f"#SBATCH --time={time}\n" in scripts["experts"].read_text()
+
+
+@pytest.mark.parametrize("time", ["3600.0", "0:240:0", "0", "2h"])
+def test_a_time_limit_in_another_form_is_refused(time: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"launch\.slurm\.time: "):
+        with_time(time, tmp_path)
 
 
 def test_a_domain_with_the_name_of_a_command_is_refused(tmp_path: Path) -> None:
