@@ -32,7 +32,7 @@ Item = TypeVar("Item")
 Done = TypeVar("Done")
 
 MOST = 8
-_INTERRUPT_SECONDS = 0.2
+_INTERRUPT_SECONDS = 1.0
 CORES = min(MOST, visible_cores())
 
 AT_LIMIT = (

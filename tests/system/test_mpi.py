@@ -27,7 +27,7 @@ from btm_scale.run_dir import RunDir
 
 pytestmark = pytest.mark.slow
 
-STEPS = 30
+STEPS = 60
 STOPPED = "docs"
 
 
